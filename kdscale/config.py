@@ -1,0 +1,331 @@
+"""The whole configuration: typed, strict, one place.
+
+Precedence: the defaults below < the YAML file < `--set dotted.key=value`. Everything is checked before any work: an
+unknown key, a wrong type or a value out of range is one ConfigError that names every offending field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from kdscale.errors import ConfigError
+from kdscale.files import sha256_json
+
+_COUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)\s*$")
+_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_count(value: Any) -> Any:
+    """`4B` → 4_000_000_000, `250k` → 250_000; integers pass, the rest is left to pydantic to refuse."""
+    if isinstance(value, str) and (match := _COUNT.match(value)):
+        exact = float(match[1]) * _SCALE[match[2].lower()]
+        if exact == int(exact):
+            return int(exact)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, frozen=True)
+
+
+class TeacherConfig(_Section):
+    """The model to shrink: a folder with config.json, tokenizer and safetensors, or a hub id (`org/name`)."""
+
+    path: str = Field(min_length=1)
+    revision: str | None = None  # only for a hub id
+    trust_remote_code: bool = False
+
+
+class SourceConfig(_Section):
+    """One source of text: `builtin:classics`, a .jsonl/.jsonl.gz/.txt file, a folder or glob of these, or `hf:NAME`."""
+
+    path: str = Field(min_length=1)
+    field: str = "text"
+    split: str = "train"  # only for hf:
+    weight: Annotated[int, Field(ge=1)] = 1  # how often each document is repeated an epoch
+
+
+class DataConfig(_Section):
+    sources: tuple[SourceConfig, ...] = Field(
+        strict=False, min_length=1, default=(SourceConfig(path="builtin:classics"),)
+    )
+    # Documents are assigned to held-out by a hash of their text, so the split never moves when sources are added.
+    heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
+    heldout_sources: tuple[SourceConfig, ...] = Field(strict=False, default=())  # if given, replaces the fraction
+    max_document_tokens: Count | None = None
+
+
+class ImportanceConfig(_Section):
+    calibration_tokens: Count = 32_768
+    seq_len: Count = 512
+    micro_batch: Count = 4
+    dtype: Dtype = "auto"
+
+
+FfnMethod = Literal["output_energy", "activation"]
+HeadMethod = Literal["output_energy", "activation"]
+LayerMethod = Literal["block_influence", "last"]
+
+
+class PruneConfig(_Section):
+    """The budget and the axes. Fixed sizes win; axes left open are searched until the target is met."""
+
+    # "4B" (absolute) or "50%" (of the teacher), of the parameters that `count` names
+    target_params: str | None = None
+    count: Literal["non_embedding", "total"] = "total"
+    tolerance: Annotated[float, Field(gt=0.0, le=0.2)] = 0.03
+    # axes that may be cut when a target is given; sizes given below are fixed and need not be listed
+    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers"], ...] = Field(
+        strict=False, default=("ffn", "heads")
+    )
+    hidden: Count | None = None
+    ffn: Count | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    layers: Count | None = None
+    # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
+    hidden_divisor: Count | None = None
+    ffn_divisor: Count | None = None
+    ffn_method: FfnMethod = "output_energy"
+    head_method: HeadMethod = "output_energy"
+    layer_method: LayerMethod = "block_influence"
+    # drop one contiguous run of layers (Llama-3.1 → 4B depth recipe) instead of the lowest-scored layers anywhere
+    contiguous_layers: bool = False
+    compensate: Literal["none", "ridge"] = "ridge"
+    ridge_lambda: Annotated[float, Field(gt=0.0)] = 1e-2
+    max_shard_bytes: Count = 5_000_000_000
+
+    @model_validator(mode="after")
+    def _target_parses(self) -> PruneConfig:
+        if self.target_params is not None:
+            parse_target(self.target_params)
+        elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers)):
+            raise ValueError("give target_params or at least one of hidden, ffn, heads, kv_heads, layers")
+        return self
+
+
+def parse_target(text: str) -> tuple[Literal["absolute", "fraction"], float]:
+    """`4B` → ("absolute", 4e9); `50%` → ("fraction", 0.5). Raises ValueError."""
+    if text.strip().endswith("%"):
+        try:
+            share = float(text.strip()[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if 0 < share < 1:
+            return "fraction", share
+    elif isinstance(count := parse_count(text), int) and count > 0:
+        return "absolute", float(count)
+    raise ValueError(f"expected a count such as 4B or 135M, or a share such as 50%, got {text!r}")
+
+
+class OptimizerConfig(_Section):
+    lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    min_lr: Annotated[float, Field(ge=0.0)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    betas: tuple[float, float] = Field(strict=False, default=(0.9, 0.95))
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    gradient_clipping: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class LossConfig(_Section):
+    """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    top_k: Count = 64
+    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
+
+
+class GuardConfig(_Section):
+    """What to do about NaN and Inf: the step is skipped and counted; this many in a row end the run."""
+
+    max_skipped_in_a_row: Count = 5
+
+
+class DistillConfig(_Section):
+    tokens: Count = 1_000_000
+    seq_len: Count = 512
+    global_batch: Count = 8  # sequences a step, over all ranks
+    micro_batch: Count = 4  # sequences a forward, a rank
+    processes: Count = 1
+    dtype: Dtype = "auto"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    guard: GuardConfig = GuardConfig()
+    validate_every: Count = 50  # steps
+    validate_tokens: Count = 8_192
+    checkpoint_every: Count = 50  # steps
+    keep_checkpoints: Count = 2
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> DistillConfig:
+        share = self.micro_batch * self.processes
+        if self.global_batch % share:
+            raise ValueError(
+                f"global_batch ({self.global_batch}) must be a multiple of micro_batch × processes ({share})"
+            )
+        return self
+
+
+class EvalConfig(_Section):
+    tokens: Count = 16_384
+    seq_len: Count = 512
+    micro_batch: Count = 4
+    dtype: Dtype = "float32"
+    prompts: tuple[str, ...] = Field(
+        strict=False,
+        default=(
+            "The capital of France is",
+            "It is a truth universally acknowledged, that",
+            "In the beginning God created",
+            "Once upon a time, a young woman",
+        ),
+    )
+    sample_tokens: Count = 48
+    efficiency: bool = True
+    prefill_tokens: Count = 256
+    decode_tokens: Count = 32
+
+
+class RuntimeConfig(_Section):
+    device: Device = "auto"
+    threads: Count | None = None  # CPU threads a process; None: cores / processes
+
+
+class Config(_Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str = Field(min_length=1)
+    seed: Annotated[int, Field(ge=0)] = 0
+    teacher: TeacherConfig
+    data: DataConfig = DataConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    prune: PruneConfig
+    distill: DistillConfig = DistillConfig()
+    eval: EvalConfig = EvalConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, every default written out: what is stored as run/config.yaml and hashed."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self, *sections: str) -> str:
+        """Hash of the named top-level sections (all of them when none is named)."""
+        plain = self.resolved()
+        return sha256_json({key: plain[key] for key in sections or sorted(plain)})
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `dotted.key=value` overrides. Raises ConfigError (exit code 2)."""
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist", expected="a YAML file", hint="check the path")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text", got=str(error)) from error
+    tree = _parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} holds no settings", expected="a mapping", got=type(tree).__name__)
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(tree, str(path))
+
+
+def build_config(tree: dict[str, Any], origin: str) -> Config:
+    """Validate a plain mapping. Raises ConfigError listing every field that is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_explain(item)}" for item in error.errors())
+        raise ConfigError(f"{origin} cannot be used:\n{problems}") from error
+
+
+def dump_config(config: Config) -> str:
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(config.resolved(), stream)
+    return stream.getvalue()
+
+
+def config_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted fields in which two resolved configs differ, as `field: old → new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        out: list[str] = []
+        for key in sorted({*old, *new}):
+            out += config_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        return out
+    return [] if old == new else [f"{prefix}: {old} → {new}"]
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise ConfigError(f"{origin} is not valid YAML{where}", got=error.problem) from error
+    except YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML", got=str(error)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override}", expected="dotted.key=value, e.g. prune.target_params=4B")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}", expected="a key inside a section", got=f"{parent} is a plain value")
+    node[leaf] = _parse_yaml(raw, f"--set {key}")
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: field, what was expected, what came, and the nearest known key."""
+    location = [str(part) for part in item["loc"]]
+    field = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        return f"{field}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
+    if item["type"] == "missing":
+        return f"{field}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    shown = item["input"]
+    came = "" if isinstance(shown, dict | BaseModel) else f", got {shown!r} ({type(shown).__name__})"
+    return f"{field}: {message}{came}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        if part.isdigit():
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        inner = field.annotation
+        args = [arg for arg in getattr(inner, "__args__", ()) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+        model = args[0] if args else inner
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)

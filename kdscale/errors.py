@@ -1,0 +1,61 @@
+"""Errors a user can act on.
+
+Every one says what is wrong, what was expected, what came and what to do. The command line prints the message
+without a traceback and leaves with the class's `exit_code`; anything else that escapes is a bug of ours and keeps
+its traceback.
+"""
+
+from __future__ import annotations
+
+
+class KdscaleError(ValueError):
+    """Base of all errors that are the user's to mend.
+
+    `what` names the thing (a config field, a file); `expected`, `got` and `hint` are optional sentences.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, expected: str | None = None, got: str | None = None, hint: str | None = None):
+        self.what, self.expected, self.got, self.hint = what, expected, got, hint
+        lines = [what]
+        lines += [f"  expected: {expected}"] if expected else []
+        lines += [f"  got:      {got}"] if got else []
+        lines += [f"  to do:    {hint}"] if hint else []
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(KdscaleError):
+    """A configuration (or command line) that cannot be run; found before any work."""
+
+    exit_code = 2
+
+
+class CheckpointError(KdscaleError):
+    """A model directory that is damaged, incomplete, unsafe or of a family that is not supported."""
+
+    exit_code = 3
+
+
+class DataError(KdscaleError):
+    """Text that cannot be trained or measured on."""
+
+    exit_code = 4
+
+
+class RunFolderError(KdscaleError):
+    """A run folder that cannot be used: other config, not writable, disk full, already in use."""
+
+    exit_code = 5
+
+
+class TrainingError(KdscaleError):
+    """Distillation that had to stop: non-finite losses or gradients, or a failed self-check."""
+
+    exit_code = 6
+
+
+class SelfCheckError(KdscaleError):
+    """A result of our own that did not pass its check; nothing was marked as finished."""
+
+    exit_code = 7

@@ -1,0 +1,75 @@
+"""Fixtures every test may use: a tiny random model on disk and a few deterministic documents."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_WORDS = (
+    "the river ran past an old mill and the children who lived there knew every stone of it by name while winter light "
+    "fell slowly on fields of barley and the miller counted sacks of flour for a market that no one had seen in years"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tiny_texts() -> list[str]:
+    rng = random.Random(7)
+    return [" ".join(rng.choice(_WORDS) for _ in range(rng.randint(8, 60))).capitalize() + "." for _ in range(60)]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory, tiny_texts: list[str]) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tiny_texts, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> Path:
+    """A random Llama (4 layers, hidden 96, 6 heads in 2 kv groups, tied head) saved as a standard checkpoint."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny_tokenizer_file), eos_token="<|end|>", bos_token="<|end|>", pad_token="<|end|>"
+    )
+    config = LlamaConfig(
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=320,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.12,
+    )
+    torch.manual_seed(11)
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
