@@ -3,8 +3,8 @@
 An epoch puts the documents (each as often as its weight) in a seeded order, joins them end to end and cuts the stream
 into windows of `seq_len`. Nothing is padded. The last window of an epoch would be partial and is left out; as the order
 changes every epoch, so does what is left out. Within a window the position ids restart at 0 at every document, from
-which transformers derives a mask that keeps documents apart. The label of a token is the next token of the same document,
-also when that one lies beyond the window's end, so that every token but a document's first is predicted once an epoch.
+which transformers derives a mask that keeps documents apart. The label of a token is the next token of the same
+document, also when that one lies beyond the window's end: every token but a document's first is predicted once.
 
 Dimension letters: S seq_len, D documents, R documents with repeats.
 """

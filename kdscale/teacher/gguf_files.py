@@ -140,7 +140,7 @@ class GgufLlama:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
             ]
         )
-        tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+        tokenizer.decoder = decoders.ByteLevel()
         special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         return tokenizer
