@@ -6,9 +6,9 @@ bf16 weights, and the reference that the student is measured against.
 
 On disk they are bf16 by default. Q4_1 gives each weight one of 16 levels in its block; measured over this model,
 rounding to bf16 adds an RMS error 60 times smaller than the 4-bit quantisation itself left, at half the size of fp32.
-fp16 would round 7 times finer at the same size, but bf16 is what the model was trained and published in, what training reads
-without a second rounding, and what a student that inherits the dtype can run in without overflow. float32 keeps the
-levels exactly; ask for it when that matters.
+fp16 would round 7 times finer at the same size, but bf16 is what the model was trained and published in, what training
+reads without a second rounding, and what a student that inherits the dtype can run in without overflow. float32 keeps
+the levels exactly; ask for it when that matters.
 """
 
 from __future__ import annotations
