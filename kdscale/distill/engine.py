@@ -165,6 +165,9 @@ def _stage(stage: int, dtype: torch.dtype, reporter: Reporter) -> int:
 def _load_pair(
     cfg: Config, teacher_dir: Path, student_dir: Path, dtype: torch.dtype, device: torch.device
 ) -> tuple[OnlineTeacher, StudentModule]:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # a bar of its own for each model would tear up ours
     trust = cfg.teacher.trust_remote_code
     loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
     student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
@@ -176,10 +179,19 @@ def _load_pair(
     rows = [head_of(model).weight_VH.shape[0] for model in (loaded, student)]
     vocab = shared_vocabulary(rows[0], rows[1], max(tokens.values()) + 1, str(student_dir))
     if cfg.distill.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(student)
     loss = cfg.distill.loss
     teacher = OnlineTeacher(loaded, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab)
     return teacher, StudentModule(student.requires_grad_(True).train(), loss, vocab)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recompute each layer in the backward pass; transformers renamed the switch in 5.2x."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 class _GuardedAdamW(torch.optim.AdamW):

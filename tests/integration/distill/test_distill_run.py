@@ -19,7 +19,7 @@ from kdscale.distill.signals import Interrupted
 from kdscale.errors import CheckpointError, ConfigError, RunFolderError, TrainingError
 from kdscale.metrics import read_metrics
 
-PURE_KD = {"loss": {"top_k": 32}, "tokens": 30 * 4 * 48, "optimizer": {"lr": 3e-3, "warmup_steps": 5}}
+PURE_KD = {"loss": {"top_k": 32}, "tokens": 30 * 8 * 48, "global_batch": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 5}}
 
 
 def student_bytes(run_dir):
@@ -32,10 +32,10 @@ def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype):
     validation = [row for row in rows if row["kind"] == "validation"]
     assert validation[0]["step"] == 0
     assert validation[-1]["step"] == 30
-    assert validation[-1]["kd"] < 0.8 * validation[0]["kd"]
+    assert validation[-1]["kd"] < 0.85 * validation[0]["kd"]
     train = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in train] == list(range(1, 31))
-    assert train[-1]["tokens"] == 30 * 4 * 48
+    assert train[-1]["tokens"] == 30 * 8 * 48
     assert all(0 < row["teacher_mass"] <= 1 and 0 < row["tail_mass"] < 1 for row in train)
     assert all(0 <= row["top1_agree"] <= 1 for row in train)
 
