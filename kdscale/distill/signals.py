@@ -12,7 +12,7 @@ from typing import Any
 from kdscale.errors import KdscaleError
 
 
-class Interrupted(KdscaleError):  # noqa: N818 - a stop that was asked for is no error
+class Interrupted(KdscaleError):
     """The run was asked to stop and did, with everything saved; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, signum: int, step: int):
@@ -34,7 +34,8 @@ class StopRequest:
 @contextmanager
 def watch_signals() -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a flag for the length of the block. Outside the main thread nothing is caught."""
-    request, previous = StopRequest(), {}
+    request = StopRequest()
+    previous: dict[int, Any] = {}
 
     def note(signum: int, frame: FrameType | None) -> None:
         request.signum = signum
@@ -42,8 +43,7 @@ def watch_signals() -> Iterator[StopRequest]:
             signal.signal(caught, handler)
 
     if threading.current_thread() is threading.main_thread():
-        handlers: dict[int, Any] = {caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)}
-        previous.update(handlers)
+        previous.update({caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)})
     try:
         yield request
     finally:

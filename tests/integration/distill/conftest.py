@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from kdscale.config import Config, SourceConfig, build_config
@@ -129,11 +126,13 @@ os._exit(code)
 
 @pytest.fixture
 def spawn(tiny_llama_dir: Path, student_dir: Path, data_dir: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start the same in a process of its own; `die` is ("step"|"seal"|"export", step) at which it ends without notice."""
+    """The same in a process of its own; `die` is ("step"|"seal"|"export", step) at which it ends without notice."""
 
     def start(config: Config, run_dir: Path, die: tuple[str, int] | None = None, **env: str) -> subprocess.Popen[str]:
         sent = [config.resolved(), str(tiny_llama_dir), str(student_dir), str(data_dir), str(run_dir), die]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "launch"), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(
+            [str(ROOT), str(ROOT / "kernels"), str(ROOT / "launch"), os.environ.get("PYTHONPATH", "")]
+        )
         return subprocess.Popen(
             [sys.executable, "-c", _CHILD, json.dumps(sent)], text=True, stderr=subprocess.PIPE,
             stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},

@@ -19,7 +19,12 @@ from kdscale.distill.signals import Interrupted
 from kdscale.errors import CheckpointError, ConfigError, RunFolderError, TrainingError
 from kdscale.metrics import read_metrics
 
-PURE_KD = {"loss": {"top_k": 32}, "tokens": 30 * 8 * 48, "global_batch": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 5}}
+PURE_KD = {
+    "loss": {"top_k": 32},
+    "tokens": 30 * 8 * 48,
+    "global_batch": 8,
+    "optimizer": {"lr": 1e-3, "warmup_steps": 5},
+}
 
 
 def student_bytes(run_dir):
@@ -79,7 +84,9 @@ def snapshot(trainer):
     return [engine._full_fp32(p).clone() for p in trainer.engine.module.parameters()] + adam
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")]
+)
 def test_a_bad_step_leaves_no_trace(distil, tmp_path, monkeypatch, stage, dtype):
     """NaN in one micro-batch's loss at step 3 (of 8): skipped, counted, nothing of student or optimiser moves."""
     calls, real_loss, real_step, same = [0], step.distillation_loss, loop.Trainer._one_step, {}
@@ -229,7 +236,7 @@ def test_a_torn_newest_checkpoint_is_passed_over(distil, tmp_path):
 
 def test_a_checkpoint_of_other_settings_is_refused(distil, tmp_path):
     distil(tmp_path)
-    with pytest.raises(RunFolderError, match="optimizer.lr: 0.003 → 0.001"):
+    with pytest.raises(RunFolderError, match=r"optimizer\.lr: 0\.003 → 0\.001"):
         distil(tmp_path, optimizer={"lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.1})
 
 
@@ -245,7 +252,7 @@ def test_checkpoints_carry_no_code(distil, tmp_path):
     about = manifest["files"][victim.relative_to(newest).as_posix()]
     about.update(sha256=state.files.sha256_file(victim), bytes=victim.stat().st_size)
     (newest / state.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match="Weights only load failed|weights_only|Popen"):
+    with pytest.raises(Exception, match=r"Weights only load failed|weights_only|Popen"):
         distil(tmp_path)
 
 
