@@ -1,7 +1,7 @@
 """The run folder: where everything about one run lies, who may write there, and what happened when.
 
-    run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
-      data/  importance/  plan.json  pruned/  checkpoints/  student/  eval/  report/
+run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
+  data/  importance/  plan.json  pruned/  checkpoints/  student/  eval/  report/
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ from kdscale.files import explain_os_errors, read_json, remove_leftovers, write_
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class RunFolder:
@@ -45,25 +53,37 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process. Raises RunFolderError when it is in use, read-only or not a folder."""
+        """Hold the folder for this process and clear what a killed one left half-written in it.
+
+        Raises RunFolderError when the folder is in use, read-only or not a folder.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"run folder {self.path}", expected="a folder", got="a file")
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _try_lock(handle):
                 owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise RunFolderError(
                     f"run folder {self.path} is in use by process {owner}",
                     hint="wait for it, stop it, or give this run its own folder with --set run_dir=...",
-                ) from None
+                )
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
             remove_leftovers(self.path)
             yield
+        finally:
+            os.close(handle)
+
+    def in_use(self) -> bool:
+        """Whether a process holds the folder now."""
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _try_lock(handle)
         finally:
             os.close(handle)
 
@@ -78,14 +98,16 @@ class RunFolder:
                 old = load_config(self.config)
             except ConfigError as error:
                 raise RunFolderError(
-                    f"{self.config} was not written by this version of kdscale", got=str(error), hint="use another run_dir"
+                    f"{self.config} was not written by this version of kdscale",
+                    got=str(error),
+                    hint="use another run_dir",
                 ) from error
             changes = config_differences(old.resolved(), config.resolved())
             if changes and not accept_changes:
                 listed = "\n".join(f"  - {change}" for change in changes)
                 raise RunFolderError(
                     f"run folder {self.path} belongs to another config; it differs in\n{listed}",
-                    hint="choose another folder with --set run_dir=..., or add --accept-changes to redo what these touch",
+                    hint="choose another folder with --set run_dir=..., or redo what they touch with --accept-changes",
                 )
         elif self._is_foreign():
             raise RunFolderError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,9 +32,7 @@ def _importance(context: Context) -> Mapping[str, Any]:
     from kdscale.prune.importance import run_importance
 
     with atomic_dir(context.run.importance) as tmp:
-        return run_importance(
-            context.teacher, context.run.data, context.config, out_dir=tmp, reporter=context.reporter
-        )
+        return run_importance(context.teacher, context.run.data, context.config, out_dir=tmp, reporter=context.reporter)
 
 
 def _plan(context: Context) -> Mapping[str, Any]:
@@ -101,10 +99,14 @@ STAGES: tuple[Stage, ...] = (
         "distill", "distil the teacher into the student", ("distill", "seed", *_CODE), ("pruned", "data"), ("student",),
         _distill, reads_teacher=True, scratch=("checkpoints", "logs/metrics.jsonl", "logs/tensorboard"),
     ),
-    Stage("eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",), _eval,
-          reads_teacher=True),
-    Stage("report", "write the report", ("name",), ("plan.json", "importance", "eval", "logs/metrics.jsonl"), ("report",),
-          _report),
+    Stage(
+        "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",), _eval,
+        reads_teacher=True,
+    ),
+    Stage(
+        "report", "write the report", ("name",), ("plan.json", "importance", "eval", "logs/metrics.jsonl"), ("report",),
+        _report,
+    ),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
@@ -224,9 +226,7 @@ def _signals_as_exceptions() -> Iterator[None]:
     def stop(number: int, _frame: object) -> NoReturn:
         raise Interrupted(number)
 
-    old: dict[int, Callable[..., Any] | int | None] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, stop)
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
