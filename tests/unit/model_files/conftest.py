@@ -33,7 +33,7 @@ def raw_safetensors() -> Callable[..., bytes]:
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Callable[..., Path]:
-    """Makes folders with a tiny tied Llama in fp32: in `shards` files, with `extra` tensors, changed `config` fields."""
+    """Makes folders with a tiny tied Llama in fp32: in `shards` files, with `extra` tensors, with `config` changes."""
     import torch
     from safetensors.torch import save_file
 
