@@ -1,0 +1,185 @@
+"""Batches of packed sequences: for training (resumable, the same for any number of processes) and for measuring.
+
+The global order is an endless list of sequences, epoch after epoch; optimiser step n takes the sequences
+n·global_batch … (n+1)·global_batch − 1. Rank r of w takes the r-th w-th part of each step. Which tokens a step trains
+on therefore depends on nothing but (split, seed, seq_len, global_batch, n), and a state is only n.
+
+Dimension letters: B sequences, S seq_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdscale.data.packing import IGNORE, EpochOrder, PackedSequence, epoch_sequences, packed_sequence, seeded_order
+from kdscale.data.store import TokenSplit
+from kdscale.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Int64 tensors (B, S). Labels are already shifted: labels[b, t] is what follows input_ids[b, t], or -100."""
+
+    input_ids_BS: Tensor
+    position_ids_BS: Tensor
+    labels_BS: Tensor
+    document_ids: list[int]  # of all rows, in order; a document on two rows appears twice
+    text_bytes: int = 0  # UTF-8 bytes of the text of the labels; only eval_batches fills it in
+
+    @property
+    def token_count(self) -> int:
+        """Valid labels."""
+        return int((self.labels_BS != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Optimiser steps already taken."""
+
+    step: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    @classmethod
+    def from_json(cls, value: dict[str, int]) -> LoaderState:
+        step = value.get("step") if isinstance(value, dict) else None
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0 or len(value) != 1:
+            raise DataError("the data loader's saved state is damaged", expected='{"step": n}', got=repr(value))
+        return cls(step)
+
+
+class PackedLoader:
+    """Training batches of one rank. Raises ConfigError when the batch does not divide, DataError on too little text."""
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+    ):
+        if not 0 <= rank < world:
+            raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
+        if global_batch % (micro_batch * world):
+            raise ConfigError(
+                "distill.global_batch",
+                expected=f"a multiple of micro_batch × processes ({micro_batch} × {world})",
+                got=str(global_batch),
+            )
+        self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
+        self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
+        self.epoch_sequences = epoch_sequences(split, seq_len)
+        self._order: tuple[int, EpochOrder] | None = None  # of the epoch last asked for
+
+    def batches(self, state: LoaderState | None = None) -> Iterator[tuple[list[Batch], LoaderState]]:
+        """Without end: the micro-batches of one optimiser step, and the state after it."""
+        step = (state or LoaderState()).step
+        while True:
+            yield self.step(step), LoaderState(step + 1)
+            step += 1
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimiser step `step`."""
+        share = self._global // self._world
+        first = step * self._global + self._rank * share
+        sequences = [self.sequence(number) for number in range(first, first + share)]
+        return [_stack(sequences[i : i + self._micro]) for i in range(0, share, self._micro)]
+
+    def sequence(self, number: int) -> PackedSequence:
+        """Sequence `number` of the endless global order."""
+        epoch, within = divmod(number, self.epoch_sequences)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, EpochOrder(self._split, self._seed, epoch, self._shuffle)
+        return packed_sequence(self._split, self._order[1], within, self._seq_len)
+
+
+def _stack(sequences: Sequence[PackedSequence]) -> Batch:
+    return Batch(
+        input_ids_BS=torch.from_numpy(np.stack([s.input_ids_S for s in sequences])),
+        position_ids_BS=torch.from_numpy(np.stack([s.position_ids_S for s in sequences])),
+        labels_BS=torch.from_numpy(np.stack([s.labels_S for s in sequences])),
+        document_ids=[document for s in sequences for document in s.document_ids],
+    )
+
+
+@dataclass
+class _Row:
+    """A row of an eval batch being filled; every array is (S,)."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray  # UTF-8 bytes of each label
+    documents: list[int]
+    filled: int = 0
+
+
+def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: int, seed: int = 0) -> list[Batch]:
+    """Held-out batches with exactly `max_tokens` valid labels, or all there are when the text has fewer.
+
+    Documents are taken in turn from every source, in a seeded order within each, and of each only its first
+    `seq_len` + 1 tokens, so that a small `max_tokens` still covers many documents. Rows are filled first fit, so that a
+    document is never cut by a row's end; the rest of a row is padding with label -100. Deterministic; only as many rows
+    as needed. `text_bytes` of a batch is the UTF-8 length of exactly the text its labels stand for (an end-of-text
+    label is 0 bytes).
+
+    Raises DataError on the train split, which keeps no bytes per token.
+    """
+    rows: list[_Row] = []
+    left = max_tokens
+    for document in _spread(split, seed):
+        if left <= 0:
+            break
+        take = min(len(split.doc(document)) - 1, seq_len, left)  # positions with a label
+        _place(split, document, take, rows, seq_len)
+        left -= take
+    return [_eval_batch(rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)]
+
+
+def _spread(split: TokenSplit, seed: int) -> Iterator[int]:
+    """Document numbers: round robin over the sources, a seeded order within each."""
+    order = seeded_order(split.documents, seed, 0)
+    queues = [order[split.labels_D[order] == label] for label in np.unique(split.labels_D)]
+    for turn in range(max((queue.size for queue in queues), default=0)):
+        for queue in queues:
+            if turn < queue.size:
+                yield int(queue[turn])
+
+
+def _place(split: TokenSplit, document: int, take: int, rows: list[_Row], seq_len: int) -> None:
+    """Put the first `take` tokens of a document, each with the next as its label, into the first row with room."""
+    row = next((row for row in rows if row.filled + take <= seq_len), None)
+    if row is None:
+        ids = np.full(seq_len, split.eos_id, dtype=np.int64)
+        # each padding token is a document of its own (position 0), so it neither sees nor is seen
+        zeros = [np.zeros(seq_len, dtype=np.int64) for _ in range(2)]
+        row = _Row(ids, zeros[0], np.full(seq_len, IGNORE, np.int64), zeros[1], [])
+        rows.append(row)
+    tokens, sizes = split.doc(document), split.doc_token_bytes(document)
+    piece = slice(row.filled, row.filled + take)
+    row.ids[piece] = tokens[:take]
+    row.positions[piece] = np.arange(take)
+    row.labels[piece] = tokens[1 : take + 1]
+    row.sizes[piece] = sizes[1 : take + 1]
+    row.documents.append(document)
+    row.filled += take
+
+
+def _eval_batch(rows: Sequence[_Row]) -> Batch:
+    return Batch(
+        input_ids_BS=torch.from_numpy(np.stack([row.ids for row in rows])),
+        position_ids_BS=torch.from_numpy(np.stack([row.positions for row in rows])),
+        labels_BS=torch.from_numpy(np.stack([row.labels for row in rows])),
+        document_ids=[document for row in rows for document in row.documents],
+        text_bytes=sum(int(row.sizes.sum()) for row in rows),
+    )

@@ -1,0 +1,94 @@
+"""Documents to fixed-length sequences, as a pure function of (seed, epoch, sequence number).
+
+An epoch puts the documents (each as often as its weight) in a seeded order, joins them end to end and cuts the stream
+into windows of `seq_len`. Nothing is padded. The last window of an epoch would be partial and is left out; as the order
+changes every epoch, so does what is left out. Within a window the position ids restart at 0 at every document, from
+which transformers derives a mask that keeps documents apart. The label of a token is the next token of the same
+document, also when that one lies beyond the window's end: every token but a document's first is predicted once.
+
+Dimension letters: S seq_len, D documents, R documents with repeats.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kdscale.data.store import TokenSplit
+from kdscale.errors import DataError
+
+IGNORE = -100
+
+
+class PackedSequence(NamedTuple):
+    """One window: three (S,) int64 arrays and the documents it touches, in order."""
+
+    input_ids_S: np.ndarray
+    position_ids_S: np.ndarray
+    labels_S: np.ndarray
+    document_ids: list[int]
+
+
+def seeded_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(count), the same for ever: sorted by SplitMix64 (Steele et al. 2014) of the index.
+
+    Not numpy's Generator, whose streams may change between versions: a resumed run must see the same order.
+    """
+    key = _splitmix64(_splitmix64(np.asarray([seed], np.uint64)) ^ np.uint64(epoch))
+    return np.argsort(_splitmix64(np.arange(count, dtype=np.uint64) ^ key), kind="stable")
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class EpochOrder:
+    """The documents of one epoch in their order, and where each starts in the epoch's stream."""
+
+    def __init__(self, split: TokenSplit, seed: int, epoch: int, shuffle: bool = True):
+        repeated_R = np.repeat(np.arange(split.documents), split.weights_D)
+        self.documents_R = repeated_R[seeded_order(repeated_R.size, seed, epoch)] if shuffle else repeated_R
+        self.starts_R1 = np.concatenate(([0], np.cumsum(split.lengths[self.documents_R])))
+
+
+def epoch_sequences(split: TokenSplit, seq_len: int) -> int:
+    """Whole windows in an epoch. Raises DataError when there is not one."""
+    tokens = int((split.lengths * split.weights_D.astype(np.int64)).sum())
+    if tokens < seq_len:
+        raise DataError(
+            f"the training text has {tokens} tokens",
+            expected=f"at least one sequence of {seq_len}",
+            hint="give more text or a smaller seq_len",
+        )
+    return tokens // seq_len
+
+
+def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: int) -> PackedSequence:
+    """Window `number` (0 ≤ number < epoch_sequences) of the epoch that `order` belongs to."""
+    begin, end = number * seq_len, (number + 1) * seq_len
+    ids, positions, labels = (np.empty(seq_len, dtype=np.int64) for _ in range(3))
+    documents = []
+    slot = int(np.searchsorted(order.starts_R1, begin, side="right")) - 1
+    filled = 0
+    while filled < seq_len:
+        document, start = int(order.documents_R[slot]), int(order.starts_R1[slot])
+        tokens = split.doc(document)
+        first, last = max(begin - start, 0), min(end - start, tokens.size)
+        piece = slice(filled, filled + last - first)
+        ids[piece] = tokens[first:last]
+        positions[piece] = np.arange(last - first)
+        labels[piece] = _next_tokens(tokens, first, last)
+        documents.append(document)
+        filled += last - first
+        slot += 1
+    return PackedSequence(ids, positions, labels, documents)
+
+
+def _next_tokens(tokens: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Labels of tokens[first:last]: the token after each, IGNORE after the document's last."""
+    following = tokens[first + 1 : last + 1].astype(np.int64)
+    return following if following.size == last - first else np.append(following, IGNORE)

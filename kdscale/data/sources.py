@@ -1,0 +1,198 @@
+"""Where text comes from: files, folders, globs, the text that ships with the package, and hub data sets by name.
+
+A `.txt` file is one document: blank lines in prose end paragraphs, not documents. A `.jsonl` or `.jsonl.gz` file is one
+document a line, its text in the configured field. Files are always read in sorted order, so that the same source gives
+the same documents in the same order on every machine.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any
+
+from kdscale.config import SourceConfig
+from kdscale.errors import ConfigError, DataError
+from kdscale.files import sha256_file
+
+_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text; `source` is the record's own `source` field when it has one, else the file's name."""
+
+    text: str
+    source: str
+    index: int  # within its SourceConfig
+
+
+def builtin_names() -> list[str]:
+    """Names that `builtin:NAME` accepts."""
+    folder = resources.files("kdscale.data") / "builtin"
+    return sorted(item.name.removesuffix(".jsonl.gz") for item in folder.iterdir() if item.name.endswith(".jsonl.gz"))
+
+
+def read_documents(source: SourceConfig) -> Iterator[Document]:
+    """Stream the documents of `source`. Raises DataError (naming file and line) or ConfigError, see the module's text.
+
+    Refused: a missing path, a folder or glob without text files, a file without documents, text that is not UTF-8,
+    invalid JSON, a record without the field or with a field that is not a string, a damaged gzip file.
+    """
+    records = _read_hub(source) if source.path.startswith("hf:") else _read_files(source)
+    for index, (text, label) in enumerate(records):
+        yield Document(text, label, index)
+
+
+def is_local(source: SourceConfig) -> bool:
+    return not source.path.startswith("hf:")
+
+
+def describe_source(source: SourceConfig) -> dict[str, Any]:
+    """What identifies the source's content, for manifests: settings, and name, size and sha256 of every file."""
+    facts: dict[str, Any] = {"path": source.path, "field": source.field, "weight": source.weight}
+    if not is_local(source):
+        return {**facts, "split": source.split}
+    files = source_files(source)
+    return {**facts, "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]}
+
+
+def source_files(source: SourceConfig) -> list[Path]:
+    """The files of a local source, sorted. Raises DataError when there is none."""
+    if source.path.startswith("builtin:"):
+        return [_builtin_file(source.path.removeprefix("builtin:"))]
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if not path.name.endswith(_SUFFIXES):
+            raise DataError(f"data source {path} is of an unknown kind", expected=" or ".join(_SUFFIXES))
+        return [path]
+    if path.is_dir():
+        found = [item for item in path.rglob("*") if not _hidden(item.relative_to(path))]
+    elif glob.has_magic(source.path):
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (absolute patterns too)
+    else:
+        raise DataError(
+            f"data source {source.path} does not exist",
+            expected="a .txt, .jsonl or .jsonl.gz file, a folder or glob of these, builtin:NAME, or hf:NAME",
+        )
+    files = sorted(item for item in found if item.is_file() and item.name.endswith(_SUFFIXES))
+    if not files:
+        raise DataError(f"data source {source.path} holds no text", expected="files ending in " + ", ".join(_SUFFIXES))
+    return files
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _builtin_file(name: str) -> Path:
+    if name not in builtin_names():
+        raise DataError(f"data source builtin:{name} does not exist", expected=f"one of {', '.join(builtin_names())}")
+    file = resources.files("kdscale.data") / "builtin" / f"{name}.jsonl.gz"
+    if not isinstance(file, Path):
+        raise DataError(f"builtin:{name} cannot be read from a zipped package", hint="install kdscale unzipped")
+    return file
+
+
+def _read_files(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    for path in source_files(source):
+        count = 0
+        for record in _read_text(path) if path.name.endswith(".txt") else _read_jsonl(path, source.field):
+            count += 1
+            yield record
+        if not count:
+            raise DataError(f"{path} holds no document", expected="some text", got="an empty file")
+
+
+def _read_text(path: Path) -> Iterator[tuple[str, str]]:
+    raw = path.read_bytes().removeprefix(_BOM)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(path, line, error) from error
+    if text.strip():
+        yield text, path.name
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
+    number = 0
+    opener: Any = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as stream:
+            lines: IO[bytes] = stream
+            for number, raw in enumerate(lines, 1):
+                line = raw.removeprefix(_BOM) if number == 1 else raw
+                if line.strip():
+                    yield _parse_line(line, field, path, number)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} is a damaged gzip file", got=f"{error} (after line {number})", hint="copy or download it again"
+        ) from error
+
+
+def _parse_line(line: bytes, field: str, path: Path, number: int) -> tuple[str, str]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number, error) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} line {number} is not valid JSON", got=str(error)) from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path} line {number}", expected="a JSON object", got=type(record).__name__)
+    return _text_of(record, field, f"{path} line {number}"), _label_of(record, path.name)
+
+
+def _text_of(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise DataError(
+            f"{where} has no field {field!r}", got=f"fields {sorted(record)}", hint="set `field` of this source"
+        )
+    text = record[field]
+    if not isinstance(text, str):
+        raise DataError(f"{where}, field {field!r}", expected="a string", got=type(text).__name__)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+        raise DataError(f"{where}, field {field!r} is not valid Unicode", got=str(error)) from error
+    return text
+
+
+def _label_of(record: dict[str, Any], default: str) -> str:
+    label = record.get("source")
+    return label if isinstance(label, str) and label else default
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    return DataError(
+        f"{path} line {line} is not UTF-8 text",
+        got=f"byte 0x{error.object[error.start]:02x} ({error.reason})",
+        hint=f"convert it, e.g. iconv -f latin1 -t utf-8 {path}",
+    )
+
+
+def _read_hub(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """`hf:NAME` or `hf:NAME#CONFIG` through the package `datasets`, streamed."""
+    name, _, config = source.path.removeprefix("hf:").partition("#")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError(
+            f"data source {source.path}", expected="the package `datasets`", hint="pip install kdscale[datasets]"
+        ) from error
+    try:
+        for number, record in enumerate(load_dataset(name, config or None, split=source.split, streaming=True)):
+            yield _text_of(record, source.field, f"{source.path} record {number}"), _label_of(record, name)
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"data source {source.path} cannot be loaded", got=str(error), hint="check name, split and network"
+        ) from error

@@ -1,0 +1,62 @@
+"""Fixtures for the data tests: a tokenizer object, files of documents, and splits made without any tokenizer."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from kdscale.data.store import TokenSplit
+from kdscale.progress import Reporter
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama_dir: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def reporter() -> Reporter:
+    return Reporter(quiet=True)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+    def write(name: str, texts: Sequence[str], **extra: str) -> Path:
+        raw = "".join(json.dumps({"text": text, **extra}) + "\n" for text in texts).encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(raw, mtime=0) if name.endswith(".gz") else raw)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def make_split() -> Callable[..., TokenSplit]:
+    """A split whose token values are all different: token k of document d is 1000·(d + 1) + k."""
+
+    def make(lengths: Sequence[int], weights: Sequence[int] | None = None, labels: Sequence[int] = ()) -> TokenSplit:
+        tokens = [np.arange(n) + 1000 * (d + 1) for d, n in enumerate(lengths)]
+        flat = np.concatenate(tokens).astype(np.uint32)
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        labels_D = np.asarray(labels or [0] * len(lengths), np.uint16)
+        return TokenSplit(
+            documents=len(lengths),
+            tokens=int(flat.size),
+            eos_id=7,
+            source_labels=tuple(f"source{i}" for i in range(int(labels_D.max()) + 1)),
+            tokens_T=flat,
+            offsets_D1=offsets,
+            bytes_D=np.asarray(lengths),
+            labels_D=labels_D,
+            weights_D=np.asarray(weights or [1] * len(lengths), np.uint16),
+            token_bytes_T=(flat % 5).astype(np.uint32),
+        )
+
+    return make

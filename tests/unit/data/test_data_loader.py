@@ -1,0 +1,124 @@
+"""The loader: same tokens for any number of processes, resumable at any step; eval batches exact and spread."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdscale.data.loader import Batch, LoaderState, PackedLoader, eval_batches
+from kdscale.data.packing import IGNORE
+from kdscale.errors import ConfigError, DataError
+
+LENGTHS = [7, 30, 2, 12, 19, 5, 44, 3, 9, 16]
+
+
+def rows(batches: list[Batch]) -> list[tuple[list[int], ...]]:
+    keys = ("input_ids_BS", "position_ids_BS", "labels_BS")
+    return [row for b in batches for row in zip(*(getattr(b, key).tolist() for key in keys), strict=True)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_global_order_does_not_depend_on_the_layout(make_split, world, micro):
+    split = make_split(LENGTHS)
+    reference = PackedLoader(split, 8, 16, 16, seed=3)
+    ranks = [PackedLoader(split, 8, 16, micro, seed=3, rank=r, world=world) for r in range(world)]
+    for step in range(4):  # 18 sequences an epoch: the steps run over its end
+        parts = [rank.step(step) for rank in ranks]
+        assert all(b.input_ids_BS.shape == (micro, 8) for part in parts for b in part)
+        assert [row for part in parts for row in rows(part)] == rows(reference.step(step))
+        assert [d for part in parts for b in part for d in b.document_ids] == reference.step(step)[0].document_ids
+
+
+def test_resume_anywhere_gives_the_rest(make_split):
+    split = make_split(LENGTHS)
+
+    @settings(max_examples=25, deadline=None, database=None)
+    @given(st.integers(0, 12), st.integers(0, 2**32), st.booleans())
+    def check(stop, seed, shuffle):
+        whole = list(islice(PackedLoader(split, 8, 4, 2, seed=seed, shuffle=shuffle).batches(LoaderState()), 14))
+        state = whole[stop - 1][1] if stop else LoaderState()
+        saved = LoaderState.from_json(json.loads(json.dumps(state.to_json())))
+        rest = islice(PackedLoader(split, 8, 4, 2, seed=seed, shuffle=shuffle).batches(saved), 14 - stop)
+        assert [rows(b) for b, _ in rest] == [rows(b) for b, _ in whole[stop:]]
+
+    check()
+
+
+def test_epochs_differ_and_shuffle_off_keeps_order(make_split):
+    split = make_split(LENGTHS)
+    loader = PackedLoader(split, 8, 1, 1, seed=0)
+    n = loader.epoch_sequences
+    first, second = ([loader.sequence(e * n + i).input_ids_S.tolist() for i in range(n)] for e in (0, 1))
+    assert first != second
+    plain = PackedLoader(split, 8, 1, 1, seed=0, shuffle=False)
+    assert [t for i in range(n) for t in plain.sequence(i).input_ids_S] == split.tokens_T[: n * 8].tolist()
+
+
+def test_batch_types(make_split):
+    (batch,), state = next(PackedLoader(make_split(LENGTHS), 8, 2, 2, seed=0).batches())
+    assert state == LoaderState(1)
+    assert {t.dtype for t in (batch.input_ids_BS, batch.position_ids_BS, batch.labels_BS)} == {torch.int64}
+    assert batch.token_count == sum(label != IGNORE for row in batch.labels_BS.tolist() for label in row)
+
+
+def test_refusals(make_split):
+    split = make_split(LENGTHS)
+    with pytest.raises(ConfigError, match="global_batch"):
+        PackedLoader(split, 8, 6, 2, seed=0, rank=0, world=2)
+    with pytest.raises(ConfigError, match="rank"):
+        PackedLoader(split, 8, 4, 1, seed=0, rank=2, world=2)
+    with pytest.raises(DataError, match="at least one sequence"):
+        PackedLoader(split, 1000, 4, 1, seed=0)
+    for bad in ({}, {"step": -1}, {"step": "1"}, {"step": True}, {"step": 1, "x": 2}):
+        with pytest.raises(DataError, match="damaged"):
+            LoaderState.from_json(bad)
+
+
+def test_eval_counts_are_exact(make_split):
+    split = make_split(LENGTHS, labels=[0, 0, 0, 0, 0, 0, 1, 1, 2, 2])
+    available = sum(min(n - 1, 10) for n in LENGTHS)
+
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(st.integers(1, 120), st.integers(1, 5), st.integers(0, 9))
+    def check(max_tokens, micro, seed):
+        batches = eval_batches(split, 10, micro, max_tokens, seed)
+        assert sum(b.token_count for b in batches) == min(max_tokens, available)
+        assert [b.input_ids_BS.shape[0] for b in batches[:-1]] == [micro] * (len(batches) - 1)
+        for batch in batches:
+            labels = batch.labels_BS[batch.labels_BS != IGNORE]
+            # the fixture's tokens stand for (value mod 5) bytes
+            assert batch.text_bytes == int((labels % 5).sum())
+            followed = batch.labels_BS != IGNORE
+            assert torch.equal(batch.labels_BS[followed], batch.input_ids_BS[followed] + 1)
+            assert torch.equal(batch.position_ids_BS[followed], batch.input_ids_BS[followed] % 1000)
+            assert not batch.position_ids_BS[~followed].any(), "padding is made of documents of one token"
+
+    check()
+
+
+def test_eval_is_deterministic_and_spread(make_split):
+    split = make_split([30] * 20, labels=[0] * 14 + [1] * 4 + [2] * 2)
+    first, again = (eval_batches(split, 16, 2, 16 * 6) for _ in range(2))
+    assert [rows([b]) for b in first] == [rows([b]) for b in again]
+    documents = [d for b in first for d in b.document_ids]
+    assert len(set(documents)) == 6
+    assert [split.labels_D[d] for d in documents] == [0, 1, 2, 0, 1, 2], "sources in turn"
+    assert rows(eval_batches(split, 16, 2, 96, seed=1)) != rows(first)
+
+
+def test_eval_bits_per_byte_of_a_uniform_model(make_split):
+    """A model that gives each of 320 tokens the same chance needs log2(320) bits a label."""
+    split = make_split(LENGTHS)
+    (batch,) = eval_batches(split, 16, 100, 10**6)
+    nats = batch.token_count * math.log(320)
+    scored = [t for n, d in ((n, d) for d, n in enumerate(LENGTHS)) for t in split.doc(d)[1 : min(n, 17)]]
+    assert batch.token_count == len(scored)
+    bits_per_byte = nats / (math.log(2) * batch.text_bytes)
+    assert bits_per_byte == pytest.approx(len(scored) * math.log2(320) / sum(int(t) % 5 for t in scored))

@@ -1,0 +1,191 @@
+"""The token store: contents, split, counts, refusals, determinism, and being killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdscale.config import SourceConfig
+from kdscale.data import store as store_module
+from kdscale.data.store import TokenStore
+from kdscale.errors import ConfigError, DataError
+from kdscale.files import remove_leftovers
+
+
+@pytest.fixture
+def build(tmp_path: Path, tokenizer: Any, reporter: Any):
+    def run(*paths: Path, folder: str = "store", heldout: tuple[Path, ...] = (), **options: Any) -> TokenStore:
+        options.setdefault("heldout_fraction", 0.2)
+        return TokenStore.build(
+            tmp_path / folder,
+            [SourceConfig(path=str(path)) for path in paths],
+            tokenizer,
+            eos_id=options.pop("eos_id", 0),
+            heldout_sources=[SourceConfig(path=str(path)) for path in heldout],
+            reporter=reporter,
+            **options,
+        )
+
+    return run
+
+
+def documents(store: TokenStore, tokenizer: Any, split: str) -> list[str]:
+    part = store.split(split)
+    assert all(part.doc(i)[-1] == 0 for i in range(part.documents))
+    return [tokenizer.decode(part.doc(i)[:-1]) for i in range(part.documents)]
+
+
+def test_every_document_is_in_one_split(build, write_jsonl, tiny_texts, tokenizer):
+    store = build(write_jsonl("a.jsonl", tiny_texts))
+    train, held = (documents(store, tokenizer, name) for name in ("train", "heldout"))
+    threshold = 0.2 * 2**64
+    expected = [t for t in tiny_texts if int.from_bytes(hashlib.sha256(t.encode()).digest()[:8], "big") < threshold]
+    assert held == expected
+    assert train == [text for text in tiny_texts if text not in expected]
+    for name, texts in (("train", train), ("heldout", held)):
+        split = store.split(name)
+        assert split.tokens_T.dtype == np.uint16
+        assert split.bytes_D.tolist() == [len(text.encode()) for text in texts]
+        assert split.bytes == store.manifest["splits"][name]["bytes"]
+        assert split.tokens == split.lengths.sum() == store.manifest["splits"][name]["tokens"]
+    heldout = store.split("heldout")
+    assert [int(heldout.doc_token_bytes(i).sum()) for i in range(heldout.documents)] == heldout.bytes_D.tolist()
+    with pytest.raises(DataError):
+        store.split("train").doc_token_bytes(0)
+    with pytest.raises(ConfigError):
+        store.split("test")
+
+
+def test_heldout_choice_is_stable_when_sources_are_added(build, write_jsonl, tiny_texts, tokenizer):
+    one = write_jsonl("a.jsonl", tiny_texts[:30])
+    two = write_jsonl("b.jsonl", tiny_texts[30:])
+    alone = documents(build(one, folder="one"), tokenizer, "heldout")
+    both = documents(build(two, one, folder="two"), tokenizer, "heldout")
+    assert [text for text in both if text in tiny_texts[:30]] == alone
+
+
+def test_equal_texts_never_fall_on_both_sides(build, write_jsonl, tiny_texts, tokenizer):
+    store = build(write_jsonl("a.jsonl", tiny_texts + tiny_texts))
+    train, held = (set(documents(store, tokenizer, name)) for name in ("train", "heldout"))
+    assert not train & held
+    assert train | held == set(tiny_texts)
+
+
+def test_heldout_sources_replace_the_fraction(build, write_jsonl, tiny_texts, tokenizer):
+    store = build(write_jsonl("a.jsonl", tiny_texts[:40]), heldout=(write_jsonl("h.jsonl", tiny_texts[30:45]),))
+    assert documents(store, tokenizer, "train") == tiny_texts[:30]
+    assert documents(store, tokenizer, "heldout") == tiny_texts[30:45]
+    assert store.manifest["dropped"]["train_text_is_held_out"] == 10
+
+
+def test_same_inputs_same_bytes(build, write_jsonl, tiny_texts, tmp_path, monkeypatch):
+    path = write_jsonl("a.jsonl", tiny_texts)
+    build(path, folder="one")
+    monkeypatch.setattr(store_module, "_BATCH_DOCUMENTS", 7)  # how documents are batched must not matter
+    build(path, folder="two")
+    for file in sorted(item for item in (tmp_path / "one").rglob("*") if item.is_file()):
+        other = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        assert file.read_bytes() == other.read_bytes(), file.name
+
+
+def test_short_documents_are_counted(build, write_jsonl, tiny_texts):
+    store = build(write_jsonl("a.jsonl", [*tiny_texts, "", ""]))
+    assert store.manifest["dropped"]["short"] == 2
+    assert sum(store.manifest["splits"][name]["documents"] for name in ("train", "heldout")) == len(tiny_texts)
+
+
+def test_weights_and_labels(tmp_path, tokenizer, reporter, write_jsonl, tiny_texts):
+    paths = [write_jsonl("a.jsonl", tiny_texts[:30], source="A"), write_jsonl("b.jsonl", tiny_texts[30:])]
+    sources = [SourceConfig(path=str(path), weight=weight) for path, weight in zip(paths, (1, 3), strict=True)]
+    store = TokenStore.build(tmp_path / "s", sources, tokenizer, eos_id=0, reporter=reporter, heldout_fraction=0.2)
+    train, held = store.split("train"), store.split("heldout")
+    names = [train.source_labels[label] for label in train.labels_D]
+    assert set(names) == {"A", "b.jsonl"}
+    assert train.weights_D.tolist() == [{"A": 1, "b.jsonl": 3}[name] for name in names]
+    assert set(held.weights_D.tolist()) == {1}
+
+
+def test_long_documents_are_cut_evenly(build, write_jsonl, tiny_texts):
+    path = write_jsonl("a.jsonl", tiny_texts)
+    whole, cut = (
+        build(path, folder="w").split("heldout"),
+        build(path, folder="c", max_document_tokens=9).split("heldout"),
+    )
+    assert cut.lengths.max() <= 9
+    assert cut.lengths.min() >= 4
+    assert np.array_equal(cut.tokens_T, whole.tokens_T)
+    assert cut.bytes == whole.bytes
+    with pytest.raises(ConfigError, match="max_document_tokens"):
+        build(path, max_document_tokens=3)
+
+
+def test_wide_vocabulary_needs_32_bits(build, write_jsonl, tiny_texts):
+    assert build(write_jsonl("a.jsonl", tiny_texts), vocab_size=70_000).split("train").tokens_T.dtype == np.uint32
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": 100}, {"eos_id": 320}, {"eos_id": -1}])
+def test_ids_beyond_the_model_are_refused(build, write_jsonl, tiny_texts, tmp_path, options):
+    with pytest.raises(DataError, match="does not belong to the model"):
+        build(write_jsonl("a.jsonl", tiny_texts), **options)
+    assert not (tmp_path / "store").exists()
+
+
+def test_empty_splits_are_refused(build, write_jsonl, tiny_texts, tmp_path):
+    path = write_jsonl("a.jsonl", tiny_texts)
+    with pytest.raises(DataError, match="left for the heldout split"):
+        build(path, heldout_fraction=1e-9)
+    with pytest.raises(DataError, match="left for the train split"):
+        build(path, heldout=(path,))
+    with pytest.raises(DataError, match="left for the train split"):
+        build(write_jsonl("b.jsonl", [""]))
+    assert not (tmp_path / "store").exists()
+
+
+def test_bad_last_line_is_found_before_tokenizing(build, write_jsonl, tiny_texts, monkeypatch):
+    path = write_jsonl("a.jsonl", tiny_texts)
+    with path.open("a") as stream:
+        stream.write("{oops\n")
+    monkeypatch.setattr(store_module.BatchEncoder, "encode", lambda *_: pytest.fail("tokenized before checking"))
+    with pytest.raises(DataError, match=f"line {len(tiny_texts) + 1} is not valid JSON"):
+        build(path)
+
+
+def test_killed_build_is_not_a_store(build, write_jsonl, tiny_texts, tmp_path, monkeypatch):
+    path = write_jsonl("a.jsonl", tiny_texts)
+    leftover = tmp_path / ".partial-1-store"
+    (leftover / "train").mkdir(parents=True)
+    (leftover / "train" / "tokens.bin").write_bytes(b"\0" * 10)
+    with pytest.raises(DataError, match="no finished token store"):
+        TokenStore.open(tmp_path / "store")
+    with pytest.raises(DataError, match="no finished token store"):
+        TokenStore.open(leftover)
+    monkeypatch.setattr(store_module, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(path)
+    assert not (tmp_path / "store").exists()
+    monkeypatch.undo()
+    assert build(path).split("train").documents > 0
+    assert remove_leftovers(tmp_path) == [leftover]
+
+
+def test_damaged_store_is_refused(build, write_jsonl, tiny_texts, tmp_path):
+    build(write_jsonl("a.jsonl", tiny_texts))
+    tokens = tmp_path / "store" / "train" / "tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"tokens.bin is damaged"):
+        TokenStore.open(tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    manifest.write_text(json.dumps({"version": 99}))
+    with pytest.raises(DataError, match="of this version"):
+        TokenStore.open(tmp_path / "store")
+
+
+def test_manifest_names_inputs(build, write_jsonl, tiny_texts, tokenizer):
+    manifest = build(write_jsonl("a.jsonl", tiny_texts)).manifest
+    assert manifest["tokenizer_sha256"] == hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    assert len(manifest["sources"][0]["files"][0]["sha256"]) == 64

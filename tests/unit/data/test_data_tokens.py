@@ -1,0 +1,75 @@
+"""Bytes of tokens: exact for byte-level tokenizers, adding up for all others."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from kdscale.data.tokens import BatchEncoder, document_end_id
+from kdscale.errors import DataError
+
+
+def test_byte_level_bytes_are_exact(tokenizer: Any):
+    """Every prefix of the tokens stands for exactly that many bytes, also inside the bytes of one character."""
+    encoder = BatchEncoder(tokenizer)
+    alphabet = {char: byte for byte, char in _byte_alphabet().items()}
+
+    @settings(max_examples=60, deadline=None, database=None)
+    @given(st.text(max_size=40))
+    def check(text: str) -> None:
+        (encoded,) = encoder.encode([text])
+        raw = text.encode("utf-8")
+        pieces = [bytes(alphabet[c] for c in token) for token in tokenizer.convert_ids_to_tokens(encoded.ids.tolist())]
+        assert [len(piece) for piece in pieces] == encoded.bytes.tolist()
+        assert b"".join(pieces) == raw
+
+    check()
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's table: printable Latin-1 stands for itself, the rest for 256, 257, ... in order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(other)}
+
+
+@pytest.mark.parametrize("text", ["plain words", "naïve café", "東京 🙂", "ﬁne ① text", "  two  spaces ", ""])
+def test_other_tokenizers_add_up(text: str):
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(["plain words and two spaces naive cafe text fine"], trainer)
+    (encoded,) = BatchEncoder(SimpleNamespace(backend_tokenizer=backend)).encode([text])
+    assert int(encoded.bytes.sum()) == len(text.encode("utf-8"))
+    assert (encoded.bytes >= 0).all()
+
+
+def test_private_copy_ignores_truncation_and_padding(tokenizer: Any):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    text = "the river ran past an old mill"
+    (encoded,) = BatchEncoder(SimpleNamespace(backend_tokenizer=backend)).encode([text])
+    assert tokenizer.decode(encoded.ids) == text
+    assert backend.truncation is not None, "the caller's tokenizer must not change"
+
+
+def test_document_end_prefers_end_of_text(tokenizer: Any):
+    assert document_end_id(tokenizer) == 0
+    chat = SimpleNamespace(get_vocab=lambda: {"<|endoftext|>": 0, "<|im_end|>": 2}, eos_token_id=2)
+    assert document_end_id(chat) == 0
+    with pytest.raises(DataError, match="end-of-text"):
+        document_end_id(SimpleNamespace(get_vocab=dict, eos_token_id=None))
+
+
+def test_slow_tokenizer_is_refused():
+    with pytest.raises(DataError, match="fast"):
+        BatchEncoder(SimpleNamespace())
