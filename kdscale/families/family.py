@@ -135,7 +135,7 @@ class Family:
         return f"{self.sites.layers}.{layer}."
 
     def tied(self, config: Config) -> dict[str, str]:
-        """Tensors that share another one's storage under this config: `{"lm_head.weight": "model.embed_tokens.weight"}`."""
+        """Tensors that share another one's storage: `{"lm_head.weight": "model.embed_tokens.weight"}`, or none."""
         return {tie.tensor: tie.to for tie in self.data.ties if self._flag(config, tie.when)}
 
     def ignored(self) -> tuple[str, ...]:
@@ -160,7 +160,7 @@ class Family:
     # -- the student ---------------------------------------------------------------------------------------------------
 
     def student_config(self, config: Config, dims: Dims, kept_layers: Sequence[int]) -> dict[str, Any]:
-        """The teacher's config with the student's sizes, all written out, and its per-layer fields cut to `kept_layers`.
+        """The teacher's config with the student's sizes written out and its per-layer fields cut to `kept_layers`.
 
         Raises CheckpointError for sizes the family refuses, ValueError for layers that are not an ascending selection
         of the teacher's or do not match `dims.layers`, or a head_dim or vocab that differs from the teacher's.

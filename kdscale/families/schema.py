@@ -128,7 +128,9 @@ class FamilyData(_Strict):
     layer_boundaries: tuple[LayerBoundary, ...] = Field(strict=False)
     tensors: tuple[TensorTemplate, ...] = Field(strict=False, min_length=1)
     ties: tuple[Tie, ...] = Field(strict=False)
-    ignored: tuple[Annotated[str, Field(min_length=1)], ...] = Field(strict=False)  # globs of buffers of old checkpoints
+    ignored: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        strict=False
+    )  # globs of buffers of old checkpoints
     sites: Sites
 
     @model_validator(mode="after")

@@ -1,0 +1,89 @@
+"""Where the teacher is: a folder here, or a hub id that is downloaded (weights, configs and tokenizer only)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kdscale.config import TeacherConfig
+from kdscale.errors import CheckpointError, ConfigError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Root files of the standard layout; never code, pickles or the other formats that some repositories carry beside it.
+_ALLOW = [
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+]
+_IGNORE = ["*/*", ".*"]
+
+
+def resolve_teacher(teacher: TeacherConfig) -> Path:
+    """The folder of the teacher, downloading it when `path` is a hub id and no such path exists here.
+
+    A mistyped local path must not turn into a request to the hub: whatever looks like a path is taken for one.
+
+    Raises ConfigError when the path does not exist or is not a folder, CheckpointError when the hub does not give it.
+    """
+    path = Path(teacher.path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ConfigError(
+            "teacher.path",
+            expected="a folder with config.json, tokenizer and safetensors",
+            got=f"the file {path}",
+            hint="convert GGUF and other single-file formats to a Hugging Face folder first",
+        )
+    if looks_like_hub_id(teacher.path):
+        return _download(teacher.path, teacher.revision)
+    raise ConfigError(
+        "teacher.path",
+        expected="an existing folder, or a hub id such as HuggingFaceTB/SmolLM2-135M",
+        got=f"{teacher.path!r}, which does not exist" + _nearest(path),
+    )
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """`org/name` that cannot be a local path: not ./x, ../x or ~/x, and no folder `org` here."""
+    first = text.split("/", 1)[0]
+    return bool(_HUB_ID.fullmatch(text)) and first not in (".", "..") and not Path(first).exists()
+
+
+def _nearest(path: Path) -> str:
+    """The deepest folder of the path that does exist, so that the mistyped part is seen at once."""
+    for parent in path.parents:
+        if parent.is_dir() and str(parent) != ".":
+            return f" (the folder {parent} does)"
+    return ""
+
+
+def _download(name: str, revision: str | None) -> Path:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"teacher.path: hub model {name}" + (f" at revision {revision}" if revision else "")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
+    except errors.HFValidationError as error:
+        raise ConfigError("teacher.path", expected="a folder or a hub id", got=str(error)) from error
+    except errors.GatedRepoError as error:
+        hint = "accept its licence on the hub and log in with `hf auth login`, then run again"
+        raise CheckpointError(f"{where} is gated", got="access refused", hint=hint) from error
+    except errors.RepositoryNotFoundError as error:
+        hint = "check the spelling; a private model needs `hf auth login`; a local folder is given as ./folder"
+        raise CheckpointError(f"{where} does not exist or is private", hint=hint) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{where} does not exist", hint="check teacher.revision") from error
+    # the library wraps "offline" and "cannot connect" in a family of its own, the HTTP client and the system in theirs
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, httpx.HTTPError) as error:
+        raise CheckpointError(
+            f"{where} cannot be downloaded and is not in the local cache",
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            hint="check the network and HF_HUB_OFFLINE, or give a local folder (./folder)",
+        ) from error
