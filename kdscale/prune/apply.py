@@ -22,7 +22,7 @@ from kdscale.prune.compensate import RidgeSums
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
-from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars
+from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars
 
 # The input axis of the two projections that write to the residual stream, by role: what compensation rewrites.
 COMPENSATED = {"down": "ffn", "o": "heads*head_dim"}
@@ -54,24 +54,26 @@ def apply_plan(
             raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
         repaired = _compensated_layers(
             LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device),
-            slicer, batches, prune_cfg.ridge_lambda, teacher, reporter,
+            slicer,
+            batches,
+            prune_cfg.ridge_lambda,
+            teacher,
+            reporter,
         )
     else:
         repaired = iter([{} for _ in plan.kept.layers])
-    with ShardWriter(out_dir, prune_cfg.max_shard_bytes) as writer:
-        outer = list(slicer.outer())
-        before = [item for item in outer if item[2].role == "embed"]
-        for source, target, spec in before:
+    pairs = [*slicer.outer(), *(pair for position in range(plan.student.layers) for pair in slicer.layer(position))]
+    ours = family.tensors(slicer.student_config)
+    specs = {target: TensorInfo(ours[target].shape, teacher.spec(source).dtype) for source, target, _ in pairs}
+    specs = {name: specs[name] for name in ours}  # the family's order on disk
+    with ShardWriter(out_dir, specs, prune_cfg.max_shard_bytes) as writer:
+        for source, target, spec in slicer.outer():
             writer.add(target, slicer.slice(teacher.tensor(source), spec, None))
         for position in range(plan.student.layers):
             changed = next(repaired)
             for source, target, spec in slicer.layer(position):
-                tensor = teacher.tensor(source)
-                sliced = slicer.slice(tensor, spec, position)
+                sliced = slicer.slice(teacher.tensor(source), spec, position)
                 writer.add(target, changed[spec.role].to(sliced.dtype) if spec.role in changed else sliced)
-        for source, target, spec in outer:
-            if spec.role != "embed":
-                writer.add(target, slicer.slice(teacher.tensor(source), spec, None))
     write_json(out_dir / "config.json", slicer.student_config)
     copy_sidecars(teacher.path, out_dir)
 
@@ -91,7 +93,7 @@ def _compensated_layers(
     teacher: Checkpoint,
     reporter: Reporter,
 ) -> Iterator[dict[str, Tensor]]:
-    """For each kept layer, in order: role → compensated weight, fp32 on the CPU, already cut to the kept hidden rows."""
+    """For each kept layer, in order: role → compensated weight, fp32 on the CPU, cut to the kept hidden rows."""
     plan = slicer.plan
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
     last = plan.kept.layers[-1]

@@ -136,12 +136,20 @@ def run(
         raise DataError("there are no calibration tokens", expected="at least one sequence", hint="add training text")
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     with reporter.bar("importance", total=tokens) as bar:
-        scores = gather(stream, batches, axes, advance=lambda done, note: bar.advance(done, note))
+        scores = gather(stream, batches, axes, advance=bar.advance)
     for name, values in scores.items():
         if not np.isfinite(values).all():
             raise SelfCheckError(f"importance {name} is not finite", hint="try importance.dtype=float32")
-    write_scores(out_dir, scores, summary={"axes": list(axes), "dtype": str(dtype).removeprefix("torch."), "tokens": tokens,
-                                           "sequences": sum(len(batch.input_ids_BS) for batch in batches)})
+    write_scores(
+        out_dir,
+        scores,
+        summary={
+            "axes": list(axes),
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": tokens,
+            "sequences": sum(len(batch.input_ids_BS) for batch in batches),
+        },
+    )
     return scores
 
 
@@ -195,7 +203,10 @@ def write_scores(out_dir: Path, scores: Mapping[str, np.ndarray], summary: Mappi
     arrays = {name: list(values.shape) for name, values in sorted(scores.items())}
     layers = max((len(v) for name, v in scores.items() if not name.startswith("hidden")), default=0)
     rows = [
-        {"layer": layer, **{name: _row(values[layer]) for name, values in sorted(scores.items()) if not name.startswith("hidden")}}
+        {
+            "layer": layer,
+            **{name: _row(values[layer]) for name, values in sorted(scores.items()) if not name.startswith("hidden")},
+        }
         for layer in range(layers)
     ]
     write_json(out_dir / SUMMARY_FILE, {"version": 1, **summary, "arrays": arrays, "layers": rows})
@@ -208,7 +219,13 @@ def _row(values: np.ndarray) -> dict[str, float] | float:
     ordered = np.sort(values.astype(np.float64))[::-1]
     total = float(ordered.sum())
     half = float(ordered[: (len(ordered) + 1) // 2].sum()) / total if total > 0 else 0.0
-    return {"sum": total, "mean": total / len(ordered), "max": float(ordered[0]), "min": float(ordered[-1]), "share_of_top_half": half}
+    return {
+        "sum": total,
+        "mean": total / len(ordered),
+        "max": float(ordered[0]),
+        "min": float(ordered[-1]),
+        "share_of_top_half": half,
+    }
 
 
 def _cosine_sum(before_BSD: Tensor, after_BSD: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ shape that the family allows; parameter counts that are those of the shape.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ class Shape(_Part):
 
 
 class Kept(_Part):
-    """Indices in the teacher that stay. `ffn`, `heads` and `kv_heads` have one list a *kept* layer, in `layers`' order."""
+    """Indices in the teacher that stay; `ffn`, `heads`, `kv_heads`: one list for each kept layer, in their order."""
 
     layers: Indices
     hidden: Indices
@@ -137,7 +138,12 @@ class Plan(_Part):
 
     @classmethod
     def from_json(
-        cls, text: str, where: str = "plan.json", *, config: Mapping[str, Any] | None = None, family: Family | None = None
+        cls,
+        text: str,
+        where: str = "plan.json",
+        *,
+        config: Mapping[str, Any] | None = None,
+        family: Family | None = None,
     ) -> Plan:
         """Parse and check. With `config` and `family` also that the plan is for this teacher and this family.
 
@@ -170,9 +176,7 @@ class Plan(_Part):
         return cls.from_json(text, str(path), config=config, family=family)
 
 
-def make_plan(
-    config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig
-) -> Plan:
+def make_plan(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
     """Choose the student's shape and the kept units.
 
     `scores`: arrays as importance.py writes them (see `search.Scores`); None decides shapes only and keeps the first
@@ -255,7 +259,7 @@ def _index_problems(name: str, indices: Sequence[int], count: int, limit: int) -
     wrong = [index for index in indices if not 0 <= index < limit]
     if wrong:
         return [f"{name}: expected indices from 0 to {limit - 1}, got {wrong[0]}"]
-    for before, after in zip(indices, indices[1:], strict=False):
+    for before, after in itertools.pairwise(indices):
         if after <= before:
             return [f"{name}: expected each index once, in rising order, got {before} before {after}"]
     return []

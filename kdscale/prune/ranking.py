@@ -10,13 +10,14 @@ L layers · F ffn units · Q query heads · K kv heads · G = Q/K query heads a 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdscale.config import PruneConfig
-from kdscale.errors import ConfigError
+from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import Dims
 
 Floats = NDArray[np.float64]
@@ -61,7 +62,9 @@ class Ranking:
             return "last"
         if not self.has_scores:
             return "first"
-        return "contiguous_block_influence" if axis == "layers" and self.cfg.contiguous_layers else _method(axis, self.cfg)
+        return (
+            "contiguous_block_influence" if axis == "layers" and self.cfg.contiguous_layers else _method(axis, self.cfg)
+        )
 
     def layers(self, count: int) -> list[int]:
         """Kept layers. Without scores, or with layer_method `last`: all but the last ones before the final layer, the
@@ -149,3 +152,17 @@ def _top(energy: Floats, count: int) -> list[int]:
 def _share(energy: Floats, kept: list[int]) -> float:
     total = float(energy.sum())
     return float(energy[kept].sum()) / total if total > 0 else len(kept) / len(energy)
+
+
+def load_scores(folder: Path) -> dict[str, NDArray[np.float32]]:
+    """The arrays of `importance.run` in `folder`. Raises CheckpointError when they are missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / "scores.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing", expected="importance scores", hint="run kdscale importance first")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged", got=str(error), hint="run kdscale importance again") from error

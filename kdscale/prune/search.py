@@ -111,7 +111,7 @@ class _Search:
         scored = [self.candidate(tuple(shapes[index].tolist())) for index in near]
         scored.sort(key=self.preference)
         best = scored[0]
-        return tuple(getattr(best, a) for a in SHAPE_AXES), scored[:_KEPT_CANDIDATES], len(scored)  # type: ignore[return-value]
+        return tuple(getattr(best, a) for a in SHAPE_AXES), scored[:_KEPT_CANDIDATES], len(scored)
 
     def within(self, counted: int) -> bool:
         return self.target is not None and abs(counted - self.target) <= self.cfg.tolerance * self.target
@@ -130,7 +130,9 @@ class _Search:
                 raise ConfigError(f"prune.{axis}", expected=f"at most the teacher's {limit}", got=str(size))
             step = getattr(given, f"{axis}_divisor", None)
             if size is not None and step is not None and size % step:
-                raise ConfigError(f"prune.{axis}", expected=f"a multiple of prune.{axis}_divisor ({step})", got=str(size))
+                raise ConfigError(
+                    f"prune.{axis}", expected=f"a multiple of prune.{axis}_divisor ({step})", got=str(size)
+                )
         group = teacher.heads // teacher.kv_heads
         kv_heads = given.kv_heads or teacher.kv_heads
         heads = given.heads or kv_heads * group
@@ -140,7 +142,13 @@ class _Search:
             raise self.bad_heads(heads, f"1 to {group} query heads for each of {kv_heads} kv heads")
         if heads % kv_heads:  # kv_heads is open: the search finds a count that divides
             kv_heads = max(k for k in range(1, kv_heads + 1) if heads % k == 0 and heads // k <= group)
-        sizes = (given.hidden or teacher.hidden, given.ffn or teacher.ffn, heads, kv_heads, given.layers or teacher.layers)
+        sizes = (
+            given.hidden or teacher.hidden,
+            given.ffn or teacher.ffn,
+            heads,
+            kv_heads,
+            given.layers or teacher.layers,
+        )
         self.check_allowed(sizes)
         return sizes
 
@@ -152,7 +160,9 @@ class _Search:
     def check_allowed(self, sizes: Sizes) -> None:
         if wrong := self.family.violations(self.student_dims(sizes)):
             given = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(self.cfg, axis) is not None]
-            raise ConfigError(", ".join(given) or "prune", expected="sizes that the family allows", got="; ".join(wrong))
+            raise ConfigError(
+                ", ".join(given) or "prune", expected="sizes that the family allows", got="; ".join(wrong)
+            )
 
     def student_dims(self, sizes: Sizes) -> Dims:
         cut = dict(zip(SHAPE_AXES, sizes, strict=True))
@@ -198,8 +208,8 @@ class _Search:
         nearest = [f"{int(v):,}" for v in ([below.max()] if len(below) else []) + ([above.min()] if len(above) else [])]
         return ConfigError(
             "prune.target_params",
-            expected=f"within {self.cfg.tolerance:.0%} of a reachable size, {int(counts.min()):,} to {int(counts.max()):,} "
-            f"{self.counted_as} parameters with axes {', '.join(self.cfg.axes) or '(none)'}",
+            expected=f"within {self.cfg.tolerance:.0%} of a reachable size, {int(counts.min()):,} to "
+            f"{int(counts.max()):,} {self.counted_as} parameters with axes {', '.join(self.cfg.axes) or '(none)'}",
             got=f"{self.cfg.target_params} = {self.target:,} (nearest reachable: {' and '.join(nearest)})",
             hint="change the target, open another axis in prune.axes, raise prune.tolerance or lower the divisors",
         )
@@ -232,7 +242,9 @@ class _Search:
                 self._shares[key] = self.ranking.retained(axis, layers=kept_layers, count=shape[axis], kv_heads=groups)
             out[axis] = self._shares[key]
         # The kept query heads already tell what the dropped kv groups take along: counting both would count it twice.
-        factors = [v for a, v in out.items() if v is not None and not (a == "kv_heads" and out.get("heads") is not None)]
+        factors = [
+            v for a, v in out.items() if v is not None and not (a == "kv_heads" and out.get("heads") is not None)
+        ]
         out["score"] = math.prod(factors) if factors and self.ranking.has_scores else None
         return out
 

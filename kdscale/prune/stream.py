@@ -22,10 +22,10 @@ class TokenBatch(Protocol):
     """What a pass needs of a batch; data.loader's batches are such. Positions restart at 0 with every document."""
 
     @property
-    def input_ids_BS(self) -> Tensor: ...
+    def input_ids_BS(self) -> Tensor: ...  # noqa: N802
 
     @property
-    def position_ids_BS(self) -> Tensor: ...
+    def position_ids_BS(self) -> Tensor: ...  # noqa: N802
 
 
 TensorSource = Callable[[str], Tensor]
@@ -75,9 +75,7 @@ class LayerStream:
         shell = self._shell(index)
         sites = self.family.sites
         ours, theirs = self.family.layer_prefix(0), self.family.layer_prefix(index)
-        names = {
-            ours + name.removeprefix(theirs): name for name in self.family.layer_tensors(self.config, index)
-        }
+        names = {ours + name.removeprefix(theirs): name for name in self.family.layer_tensors(self.config, index)}
         self._fill(shell, names, f"{sites.layers}.0")
         parent, _, leaf = sites.final_norm.rpartition(".")
         setattr(shell.get_submodule(parent), leaf, nn.Identity())  # the hidden state leaves the layer as it is
