@@ -47,10 +47,10 @@ def _mark(state: State) -> str:
 
 def plan(plan_json: dict[str, Any]) -> None:
     """The shape before and after, and what it means in parameters."""
-    teacher, student = plan_json["dims"]["teacher"], plan_json["dims"]["student"]
+    teacher, student = plan_json["teacher"], plan_json["student"]
     rows = [(axis, str(teacher[axis]), str(student[axis])) for axis in teacher if axis != "vocab"]
     for kind in ("total", "non_embedding"):
-        before, after = (plan_json["params"][who][kind] for who in ("teacher", "student"))
+        before, after = (plan_json[f"{who}_params"][kind] for who in ("teacher", "student"))
         rows.append((f"{kind.replace('_', '-')} parameters", f"{before / 1e6:,.1f} M", f"{after / 1e6:,.1f} M"))
     _print(_table("Student's shape", ("", "teacher", "student"), rows, right_from=1))
     for warning in plan_json.get("warnings", []):

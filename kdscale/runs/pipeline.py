@@ -1,111 +1,54 @@
-"""The stages of a run, in order, and the one function that brings a run up to a given stage.
-
-Heavy imports live inside the stages: a run that finds everything done never loads torch.
-"""
+"""The stages of a run, in order, and the one function that brings a run up to a given stage."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from kdscale.config import Config
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, RunFolderError
-from kdscale.files import atomic_dir, read_json, remove_leftovers, write_json
+from kdscale.files import remove_leftovers
 from kdscale.progress import Reporter
+from kdscale.runs import work
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.stage import Context, Stage, run_stage
 
 
-def _data(context: Context) -> Mapping[str, Any]:
-    from kdscale.data.store import TokenStore
-
-    store = TokenStore.build_for_teacher(context.run.data, context.config.data, context.teacher, context.reporter)
-    splits = {name: store.split(name) for name in ("train", "heldout")}
-    return {f"{name} tokens": f"{split.tokens:,}" for name, split in splits.items()}
-
-
-def _importance(context: Context) -> Mapping[str, Any]:
-    from kdscale.prune.importance import run_importance
-
-    with atomic_dir(context.run.importance) as tmp:
-        return run_importance(context.teacher, context.run.data, context.config, out_dir=tmp, reporter=context.reporter)
-
-
-def _plan(context: Context) -> Mapping[str, Any]:
-    from kdscale.prune.plan import load_scores, make_plan, teacher_shape
-
-    family, teacher_config = teacher_shape(context.teacher)
-    plan = make_plan(teacher_config, family, load_scores(context.run.importance), context.config.prune)
-    write_json(context.run.plan, plan.to_json())
-    for warning in plan.warnings:
-        context.reporter.say(f"  note: {warning}")
-    return plan.facts()
-
-
-def _prune(context: Context) -> Mapping[str, Any]:
-    from kdscale.prune.apply import prune_teacher
-
-    with atomic_dir(context.run.pruned) as tmp:
-        return prune_teacher(
-            context.teacher, context.run.plan, context.run.data, context.config, out_dir=tmp, reporter=context.reporter
-        )
-
-
-def _distill(context: Context) -> Mapping[str, Any]:
-    from kdscale.runs.training import distill
-
-    return distill(context)
-
-
-def _eval(context: Context) -> Mapping[str, Any]:
-    from kdscale.eval.metrics import evaluate
-
-    run = context.run
-    models = {"teacher": context.teacher, "pruned": run.pruned, "distilled": run.student}
-    with atomic_dir(run.eval) as tmp:
-        return evaluate(models, run.data, context.config, out_path=tmp / "eval.json", reporter=context.reporter)
-
-
-def _report(context: Context) -> Mapping[str, Any]:
-    from kdscale.eval.report import write_report
-
-    with atomic_dir(context.run.report) as tmp:
-        write_report(context.run.path, tmp)
-    return {"report": str(context.run.report / "report.html")}
-
+# Bytes a parameter: a student on disk at most; a checkpoint's fp32 master, two Adam moments and working copy.
+_STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 16
 
 _PRUNE_CHOICES = ("prune.axes", "prune.hidden", "prune.ffn", "prune.heads", "prune.kv_heads", "prune.layers")
 _CODE = ("teacher.trust_remote_code",)
 
 STAGES: tuple[Stage, ...] = (
-    Stage("data", "tokenise the text", ("data",), (), ("data",), _data, reads_teacher=True),
+    Stage("data", "tokenise the text", ("data",), (), ("data",), work.tokenize, reads_teacher=True),
     Stage(
         "importance", "measure importance", ("importance", *_PRUNE_CHOICES, "seed", *_CODE), ("data",), ("importance",),
-        _importance, reads_teacher=True,
+        work.measure_importance, reads_teacher=True,
     ),
     Stage(
-        "plan", "choose the student's shape", ("prune",), ("importance",), ("plan.json",), _plan, reads_teacher=True,
-        hand_editable=True,
+        "plan", "choose the student's shape", ("prune",), ("importance",), ("plan.json",), work.choose_plan,
+        reads_teacher=True, hand_editable=True,
     ),
     Stage(
-        "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "data"), ("pruned",), _prune,
-        reads_teacher=True,
+        "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "data"), ("pruned",),
+        work.prune_and_check, reads_teacher=True,
     ),
     Stage(
         "distill", "distil the teacher into the student", ("distill", "seed", *_CODE), ("pruned", "data"), ("student",),
-        _distill, reads_teacher=True, scratch=("checkpoints", "logs/metrics.jsonl", "logs/tensorboard"),
+        work.distill, reads_teacher=True, scratch=("checkpoints", "logs/metrics.jsonl", "logs/tensorboard"),
     ),
     Stage(
-        "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",), _eval,
+        "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",), work.evaluate,
         reads_teacher=True,
     ),
     Stage(
         "report", "write the report", ("name",), ("plan.json", "importance", "eval", "logs/metrics.jsonl"), ("report",),
-        _report,
+        work.write_report,
     ),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
@@ -177,19 +120,16 @@ def _refuse_hopeless_paths(path: Path) -> None:
 def check_disk(context: Context) -> None:
     """Refuse before any work when the disk cannot hold what is still to be written.
 
-    Counted: tokenised text, pruned and final student, and keep+1 checkpoints of fp32 master, two Adam moments and the
-    working copy; each student is at most the teacher's size.
+    Counted: the pruned and the final student, and keep+1 checkpoints. It is also here that an impossible budget is
+    found before anything is read.
     """
     run, config = context.run, context.config
     if (run.stages / "distill.json").exists():
         return
-    teacher_bytes = sum(item.stat().st_size for item in context.teacher.glob("*.safetensors"))
-    share = _planned_share(context)
-    student = int(teacher_bytes * share)
-    values = _values_stored(context.teacher) * share
-    checkpoints = (config.distill.keep_checkpoints + 1) * values * 14
+    params = _student_params(context)
+    checkpoints = (config.distill.keep_checkpoints + 1) * params * _CHECKPOINT_BYTES
     held = sum(item.stat().st_size for item in run.path.rglob("*") if item.is_file())
-    needed = int(2 * student + checkpoints + (64 << 20)) - held
+    needed = 2 * params * _STUDENT_BYTES + checkpoints + (64 << 20) - held
     free = shutil.disk_usage(run.path).free
     if needed > free:
         raise RunFolderError(
@@ -200,23 +140,17 @@ def check_disk(context: Context) -> None:
         )
 
 
-def _planned_share(context: Context) -> float:
-    """Student's share of the teacher's parameters: from the plan, or a shapes-only plan before there is one."""
-    from kdscale.prune.plan import make_plan, teacher_shape
+def _student_params(context: Context) -> int:
+    """Parameters of the student: from the plan, or from a plan of shapes only before there is one."""
+    from kdscale.families import load_family
+    from kdscale.prune.plan import Plan, make_plan
+    from kdscale.weights import read_config
 
     if context.run.plan.exists():
-        params = read_json(context.run.plan)["params"]
-        return float(params["student"]["total"]) / float(params["teacher"]["total"])
-    family, teacher_config = teacher_shape(context.teacher)
-    plan = make_plan(teacher_config, family, None, context.config.prune)
-    return plan.params.student.total / plan.params.teacher.total
-
-
-def _values_stored(teacher: Path) -> int:
-    from kdscale.families import load_family
-
-    teacher_config = read_json(teacher / "config.json")
-    return load_family(teacher_config, str(teacher / "config.json")).count_params(teacher_config).total
+        return Plan.load(context.run.plan).student_params.total
+    teacher_config = read_config(context.teacher)
+    family = load_family(teacher_config, str(context.teacher / "config.json"))
+    return make_plan(teacher_config, family, None, context.config.prune).student_params.total
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where the teacher is: a folder here, or a hub id that is downloaded (weights, configs and tokenizer only)."""
+"""Where the teacher is: a folder here, or a hub model that is downloaded (weights, configs and tokenizer only)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from kdscale.config import TeacherConfig
 from kdscale.errors import CheckpointError, ConfigError
 
+_HUB = "hf:"  # as in data.sources
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Root files of the standard layout; never code, pickles or the other formats that some repositories carry beside it.
 _ALLOW = [
@@ -23,13 +24,16 @@ _ALLOW = [
 _IGNORE = ["*/*", ".*"]
 
 
-def resolve_teacher(teacher: TeacherConfig) -> Path:
-    """The folder of the teacher, downloading it when `path` is a hub id and no such path exists here.
+def resolve_teacher(teacher: TeacherConfig, config_only: bool = False) -> Path:
+    """The folder of the teacher; `hf:org/name` is downloaded, or only its config.json when `config_only`.
 
-    A mistyped local path must not turn into a request to the hub: whatever looks like a path is taken for one.
+    Without the prefix a path is a path: a mistyped one, or one that is not there yet, never turns into a request to
+    the hub.
 
     Raises ConfigError when the path does not exist or is not a folder, CheckpointError when the hub does not give it.
     """
+    if teacher.path.startswith(_HUB):
+        return _download(teacher.path.removeprefix(_HUB), teacher.revision, ["config.json"] if config_only else _ALLOW)
     path = _expand(teacher.path)
     if path.is_dir():
         return path
@@ -40,19 +44,12 @@ def resolve_teacher(teacher: TeacherConfig) -> Path:
             got=f"the file {path}",
             hint="convert GGUF and other single-file formats to a Hugging Face folder first",
         )
-    if looks_like_hub_id(teacher.path):
-        return _download(teacher.path, teacher.revision)
     raise ConfigError(
         "teacher.path",
-        expected="an existing folder, or a hub id such as HuggingFaceTB/SmolLM2-135M",
+        expected="an existing folder, or hf:org/name for a model from the hub",
         got=f"{teacher.path!r}, which does not exist" + _nearest(path),
+        hint="check the path; the demo's teacher comes from `kdscale get-teacher smollm2-135m-instruct FOLDER`",
     )
-
-
-def looks_like_hub_id(text: str) -> bool:
-    """`org/name` that cannot be a local path: not ./x, ../x or ~/x, and no folder `org` here."""
-    first = text.split("/", 1)[0]
-    return bool(_HUB_ID.fullmatch(text)) and first not in (".", "..") and not Path(first).exists()
 
 
 def _expand(text: str) -> Path:
@@ -70,7 +67,7 @@ def _nearest(path: Path) -> str:
     return ""
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     where = f"teacher.path: hub model {name}" + (f" at revision {revision}" if revision else "")
@@ -79,14 +76,14 @@ def _download(name: str, revision: str | None) -> Path:
     client_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     unreachable = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError, client_error)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_IGNORE))
     except errors.HFValidationError as error:
-        raise ConfigError("teacher.path", expected="a folder or a hub id", got=str(error)) from error
+        raise ConfigError("teacher.path", expected="a folder, or hf:org/name", got=str(error)) from error
     except errors.GatedRepoError as error:
         hint = "accept its licence on the hub and log in with `hf auth login`, then run again"
         raise CheckpointError(f"{where} is gated", got="access refused", hint=hint) from error
     except errors.RepositoryNotFoundError as error:
-        hint = "check the spelling; a private model needs `hf auth login`; a local folder is given as ./folder"
+        hint = "check the spelling; a private model needs `hf auth login`; a local folder is given without hf:"
         raise CheckpointError(f"{where} does not exist or is private", hint=hint) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{where} does not exist", hint="check teacher.revision") from error
@@ -94,5 +91,5 @@ def _download(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{where} cannot be downloaded and is not in the local cache",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            hint="check the network and HF_HUB_OFFLINE, or give a local folder (./folder)",
+            hint="check the network and HF_HUB_OFFLINE, or give a local folder",
         ) from error

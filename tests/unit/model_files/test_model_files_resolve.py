@@ -41,7 +41,18 @@ def test_folder_that_exists_is_taken_even_when_it_looks_like_a_hub_id(
 
 @pytest.mark.parametrize(
     "path",
-    ["./org/name", "../org/name", "/org/name", "~/org", "~x/name", "models/llama-typo", "name", "a/b/c", "org/na me"],
+    [
+        "./org/name",
+        "../org/name",
+        "/org/name",
+        "~/org",
+        "~x/name",
+        "models/llama-typo",
+        "name",
+        "a/b/c",
+        "org/na me",
+        "org/name",
+    ],
 )
 def test_mistyped_path_never_reaches_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: list[Any], path: str
@@ -52,6 +63,11 @@ def test_mistyped_path_never_reaches_the_hub(
         resolve_teacher(TeacherConfig(path=path))
     assert caught.value.exit_code == 2
     assert no_hub == []
+
+
+def test_only_the_shape_is_asked_for_when_only_the_shape_is_needed(no_hub: list[tuple[str, dict[str, Any]]]) -> None:
+    resolve_teacher(TeacherConfig(path="hf:org/name"), config_only=True)
+    assert no_hub[0][1]["allow_patterns"] == ["config.json"]
 
 
 def test_error_says_how_far_a_mistyped_path_exists(tmp_path: Path, no_hub: list[Any]) -> None:
@@ -70,7 +86,7 @@ def test_hub_id_asks_for_safe_files_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: list[tuple[str, dict[str, Any]]]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert resolve_teacher(TeacherConfig(path="org-1/Some.Model_2", revision="v3")) == Path("/downloaded")
+    assert resolve_teacher(TeacherConfig(path="hf:org-1/Some.Model_2", revision="v3")) == Path("/downloaded")
     ((name, asked),) = no_hub
     assert (name, asked["revision"]) == ("org-1/Some.Model_2", "v3")
     from huggingface_hub.utils import filter_repo_objects
@@ -110,14 +126,14 @@ def test_hub_refusals_are_explained(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError, match=message):
-        resolve_teacher(TeacherConfig(path="org/name"))
+        resolve_teacher(TeacherConfig(path="hf:org/name"))
 
 
 def test_offline_is_explained_by_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_HUB_OFFLINE is set for all tests: the real library refuses without a network request."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="not in the local cache"):
-        resolve_teacher(TeacherConfig(path="no-such-org-here/no-such-model"))
+        resolve_teacher(TeacherConfig(path="hf:no-such-org-here/no-such-model"))
 
 
 def test_sidecars_are_the_known_files_and_never_code(tmp_path: Path) -> None:
