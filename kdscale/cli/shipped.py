@@ -24,10 +24,11 @@ def find_config(name: str) -> Path:
         return path
     if path.is_dir():
         raise ConfigError(f"config {name}", expected="a YAML file", got="a folder")
-    known = {item.stem: item for item in sorted(config_folder().glob("*.yaml"))}
-    if path.parent == Path() and path.stem in known and path.suffix in ("", ".yaml"):
-        return known[path.stem]
-    near = difflib.get_close_matches(path.stem, known, n=1)
+    known = {item.name.removesuffix(".yaml"): item for item in sorted(config_folder().glob("*.yaml"))}
+    wanted = name.removesuffix(".yaml")
+    if wanted in known:
+        return known[wanted]
+    near = difflib.get_close_matches(wanted, known, n=1)
     raise ConfigError(
         f"config {name} does not exist",
         expected=f"a YAML file, or one of the shipped configs: {', '.join(known)}",

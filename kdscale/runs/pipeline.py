@@ -17,7 +17,6 @@ from kdscale.runs import work
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.stage import Context, Stage, run_stage
 
-
 # Bytes a parameter: a student on disk at most; a checkpoint's fp32 master, two Adam moments and working copy.
 _STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 16
 
@@ -43,8 +42,8 @@ STAGES: tuple[Stage, ...] = (
         work.distill, reads_teacher=True, scratch=("checkpoints", "logs/metrics.jsonl", "logs/tensorboard"),
     ),
     Stage(
-        "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",), work.evaluate,
-        reads_teacher=True,
+        "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",),
+        work.evaluate, reads_teacher=True,
     ),
     Stage(
         "report", "write the report", ("name",), ("plan.json", "importance", "eval", "logs/metrics.jsonl"), ("report",),

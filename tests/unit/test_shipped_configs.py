@@ -16,7 +16,7 @@ from kdscale.families import load_family
 from kdscale.prune.plan import Plan, make_plan
 
 TEACHERS = Path(__file__).resolve().parents[1] / "fixtures" / "teachers"
-NAMES = sorted(path.stem for path in config_folder().glob("*.yaml"))
+NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))
 
 
 def plan_of(name: str) -> tuple[Config, dict[str, Any], Plan]:
@@ -31,7 +31,7 @@ def test_the_promised_configs_ship() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_student_has_the_size_in_the_name(name: str) -> None:
-    config, teacher, plan = plan_of(name)
+    config, _, plan = plan_of(name)
     size, unit = re.search(r"-to-([\d.]+)([bm])(?:-|$)", config.name).groups()  # type: ignore[union-attr]
     promised = float(size) * {"b": 1e9, "m": 1e6}[unit]
     assert plan.student_params.total == pytest.approx(promised, rel=0.01)
