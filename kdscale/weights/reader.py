@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from safetensors import safe_open
-
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join
 from kdscale.weights.header import DuplicateKeyError, TensorEntry, read_header, unique_keys
@@ -78,14 +76,17 @@ class Checkpoint:
 
         Raises CheckpointError for anything missing, damaged, contradictory, unsafe (pickle) or unsupported.
         """
-        config = read_config(path)
-        if (path / SINGLE_FILE).is_file():
-            files = [path / SINGLE_FILE]
-            return cls(path, config, read_header(files[0]), files)
-        if (path / INDEX_FILE).is_file():
-            entries, files = _read_sharded(path)
-            return cls(path, config, entries, files)
-        raise _no_weights(path)
+        try:
+            config = read_config(path)
+            if (path / SINGLE_FILE).is_file():  # before the index, as transformers does
+                files = [path / SINGLE_FILE]
+                return cls(path, config, read_header(files[0]), files)
+            if (path / INDEX_FILE).is_file():
+                entries, files = _read_sharded(path)
+                return cls(path, config, entries, files)
+            raise _no_weights(path)
+        except PermissionError as error:
+            raise CheckpointError(f"{error.filename or path} cannot be read", got="permission denied") from error
 
     @property
     def names(self) -> list[str]:
@@ -101,9 +102,26 @@ class Checkpoint:
         return TensorInfo(entry.shape, entry.dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it is on disk, on the CPU. Opens the file for this call: nothing stays mapped afterwards."""
-        with safe_open(self._entry(name).file, framework="pt", device="cpu") as file:
-            return file.get_tensor(name)
+        """The tensor as it is on disk, in memory of its own on the CPU.
+
+        Reads just its bytes. The safetensors library would map the whole file privately instead, which the system
+        refuses when the file is larger than memory, and which crashes the process when the file shrinks meanwhile.
+        """
+        import torch
+
+        entry = self._entry(name)
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.begin)
+            count = stream.readinto(raw.numpy().data)
+        if count != raw.numel():
+            raise CheckpointError(
+                f"{entry.file} was changed while it was open: tensor {name} is cut short",
+                expected=f"{raw.numel():,} bytes",
+                got=f"{count:,} bytes",
+            )
+        return raw.view(dtypes[entry.dtype]).reshape(entry.shape)
 
     def verify_against(self, family: ExpectedTensors) -> list[str]:
         """Check that names and shapes are the family's for this config; returns notices for the user.
@@ -144,7 +162,7 @@ class Checkpoint:
         return self._entries[name]
 
     def _check_copy(self, name: str, original: str) -> None:
-        """A different head under a config that says tied: loaders disagree on which one counts, so neither do we guess."""
+        """A head of its own under a config that says tied: loaders disagree on which counts, so we do not guess."""
         one, two = self._entries[name], self._entries[original]
         same = (one.shape, one.dtype) == (two.shape, two.dtype)
         with one.file.open("rb") as left, two.file.open("rb") as right:

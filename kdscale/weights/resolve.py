@@ -30,7 +30,7 @@ def resolve_teacher(teacher: TeacherConfig) -> Path:
 
     Raises ConfigError when the path does not exist or is not a folder, CheckpointError when the hub does not give it.
     """
-    path = Path(teacher.path).expanduser()
+    path = _expand(teacher.path)
     if path.is_dir():
         return path
     if path.exists():
@@ -55,6 +55,13 @@ def looks_like_hub_id(text: str) -> bool:
     return bool(_HUB_ID.fullmatch(text)) and first not in (".", "..") and not Path(first).exists()
 
 
+def _expand(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name of a user who is not known here: then it is a path that does not exist
+        return Path(text)
+
+
 def _nearest(path: Path) -> str:
     """The deepest folder of the path that does exist, so that the mistyped part is seen at once."""
     for parent in path.parents:
@@ -64,10 +71,13 @@ def _nearest(path: Path) -> str:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import errors, snapshot_download
 
     where = f"teacher.path: hub model {name}" + (f" at revision {revision}" if revision else "")
+    # Connections that break off raise the HTTP client's own errors, and which client the library uses has changed
+    # (requests, httpx, httpx2): its base is the first base of the library's.
+    client_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
+    unreachable = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError, client_error)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE))
     except errors.HFValidationError as error:
@@ -80,8 +90,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise CheckpointError(f"{where} does not exist or is private", hint=hint) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{where} does not exist", hint="check teacher.revision") from error
-    # the library wraps "offline" and "cannot connect" in a family of its own, the HTTP client and the system in theirs
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, httpx.HTTPError) as error:
+    except unreachable as error:
         raise CheckpointError(
             f"{where} cannot be downloaded and is not in the local cache",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,

@@ -67,7 +67,7 @@ def check_tokenizer(path: Path, vocab_size: int) -> int:
     read_json(file)
     try:
         vocab = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # noqa: BLE001  the library raises bare Exception for whatever it cannot parse
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
         raise CheckpointError(f"{file} is not a usable tokenizer", got=str(error)) from error
     ids = {token: (number, file.name) for token, number in vocab.items()}
     ids |= _added_later(file.parent)

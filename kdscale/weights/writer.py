@@ -134,13 +134,13 @@ class ShardWriter:
         spec, came = self._specs[name], TensorInfo(tuple(tensor.shape), _dtype_name(tensor.dtype))
         if came != spec:
             raise CheckpointError(f"{self.folder}: cannot write {name}", expected=str(spec), got=str(came))
-        raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         index, at = self._place[name]
         with explain_os_errors(self.folder / self.shards[index].file), self._temporary(index).open("r+b") as stream:
             stream.seek(at)
             # in pieces: some systems refuse a single write of more than 2 GiB
             for start in range(0, len(raw), _WRITE_BYTES):
-                stream.write(raw[start : start + _WRITE_BYTES])
+                stream.write(raw[start : start + _WRITE_BYTES].data)
         self._left.remove(name)
 
     def close(self) -> None:
@@ -159,7 +159,11 @@ class ShardWriter:
                 with self._temporary(i).open("rb") as stream:
                     os.fsync(stream.fileno())
             # What an earlier run with another shard size left must not be taken for part of this checkpoint.
-            for old in (self.folder / INDEX_FILE, *self.folder.glob("model*.safetensors")):
+            for old in (
+                self.folder / INDEX_FILE,
+                self.folder / SINGLE_FILE,
+                *self.folder.glob("model-*-of-*.safetensors"),
+            ):
                 old.unlink(missing_ok=True)
             for i, final in enumerate(self.files):
                 self._temporary(i).replace(final)
