@@ -39,10 +39,8 @@ class Teacher:
         self.ids = self.batches[0].input_ids_BS[:2]
 
     def scores(self, out: Path, **prune: Any) -> dict[str, Any]:
-        return importance.run(
-            self.checkpoint, self.family, self.batches, ImportanceConfig(dtype="float32"), PruneConfig(**prune), out, CPU,
-            Reporter(quiet=True),
-        )  # fmt: skip
+        cfg, silent = ImportanceConfig(dtype="float32"), Reporter(quiet=True)
+        return importance.run(self.checkpoint, self.family, self.batches, cfg, PruneConfig(**prune), out, CPU, silent)
 
     def prune(self, out: Path, scores: dict[str, Any] | None = None, **prune: Any) -> Plan:
         """Importance, plan and apply into `out`."""

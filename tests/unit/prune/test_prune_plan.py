@@ -84,7 +84,7 @@ def test_a_good_edit_is_taken(tree, small_config, small_family):
 def test_a_shape_that_the_family_refuses_is_refused(tree, small_config, small_family):
     tree["student"]["hidden"] = 95  # not a multiple of the 4 heads
     tree["kept"]["hidden"].pop()
-    with pytest.raises(ConfigError, match="student: .*multiple of heads"):
+    with pytest.raises(ConfigError, match=r"student: .*multiple of heads"):
         Plan.from_json(json.dumps(tree), config=small_config, family=small_family)
 
 
