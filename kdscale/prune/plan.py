@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdscale.config import PruneConfig
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.files import write_text
 
@@ -230,11 +230,9 @@ def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> l
     ]
     if out:
         return out
-    try:
-        student_config = family.student_config(plain, plan.student.dims(), plan.kept.layers)
-        family.dims(student_config)
-    except (CheckpointError, ConfigError) as error:
-        return [f"student: not a shape of the family: {error}"]
+    if wrong := family.violations(plan.student.dims()):
+        return [f"student: no shape of the family: {sentence}" for sentence in wrong]
+    student_config = family.student_config(plain, plan.student.dims(), plan.kept.layers)
     for field, model in (("teacher_params", plain), ("student_params", student_config)):
         counted = count_params(model, family)
         out += [
