@@ -1,0 +1,82 @@
+"""The finished student as a standard checkpoint, tensor by tensor, in the layout and dtype of the pruned one.
+
+Weights come from the fp32 masters and are rounded once. Equal weights give equal bytes: nothing here depends on the
+time, the machine or the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from kdscale import files
+from kdscale.dist import barrier, is_main
+from kdscale.errors import CheckpointError, TrainingError
+
+_SKIPPED_SUFFIXES = {".safetensors", ".py", ".bin", ".pt", ".pth"}
+_MADE_HERE = {"README.md", "manifest.json"}
+
+
+def export_student(
+    model: Any, source_dir: Path, out_dir: Path, *, full_fp32: Callable[[torch.Tensor], torch.Tensor], card: str
+) -> None:
+    """Write `model` to `out_dir`, shard by shard as in `source_dir`; a collective call.
+
+    `full_fp32(parameter)` returns the whole fp32 weight on every rank. Tied tensors stay tied because the same names
+    are written as in `source_dir`; one on disk that is no parameter (a buffer) is copied. Raises TrainingError on NaN
+    or Inf.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with files.atomic_dir(out_dir) if is_main() else nullcontext(out_dir) as tmp:
+        for shard in sorted(source_dir.glob("*.safetensors")):
+            tensors: dict[str, torch.Tensor] = {}
+            with safe_open(str(shard), framework="pt") as stored:
+                for name in sorted(stored.keys()):
+                    old = stored.get_tensor(name)
+                    new = full_fp32(parameters[name]) if name in parameters else old
+                    _check(name, old, new)
+                    if is_main():
+                        tensors[name] = new.detach().to(device="cpu", dtype=old.dtype).contiguous().clone()
+            if is_main():
+                save_file(tensors, str(tmp / shard.name), metadata={"format": "pt"})
+        if is_main():
+            _copy_sidecars(source_dir, tmp)
+            (tmp / "README.md").write_text(card, encoding="utf-8")
+    barrier()
+
+
+def _check(name: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    if old.shape != new.shape:
+        raise CheckpointError(f"tensor {name}", expected=str(tuple(old.shape)), got=str(tuple(new.shape)))
+    if not bool(torch.isfinite(new).all()):
+        raise TrainingError(f"the distilled tensor {name} has NaN or infinite values; the student was not written")
+
+
+def _copy_sidecars(source_dir: Path, tmp: Path) -> None:
+    for item in sorted(source_dir.iterdir()):
+        if item.is_file() and item.suffix not in _SKIPPED_SUFFIXES and item.name not in _MADE_HERE:
+            shutil.copyfile(item, tmp / item.name)
+
+
+def model_card(facts: dict[str, Any]) -> str:
+    """README.md of the student: what it was made from and how. `facts` are shown in their order."""
+    rows = "\n".join(f"| {name} | {_plain(value)} |" for name, value in facts.items())
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [kdscale, pruned, distilled]\n---\n\n"
+        "# Distilled student\n\nPruned from a teacher and distilled on the teacher's top-K probabilities with kdscale. "
+        "A standard checkpoint: load it with `AutoModelForCausalLM.from_pretrained`. The teacher's licence and the "
+        "licence of the training text apply.\n\n"
+        f"| | |\n|---|---|\n{rows}\n"
+    )
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

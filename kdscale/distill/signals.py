@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave. The second one ends the process at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from kdscale.errors import KdscaleError
+
+
+class Interrupted(KdscaleError):  # noqa: N818 - a stop that was asked for is no error
+    """The run was asked to stop and did, with everything saved; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, signum: int, step: int):
+        self.signum, self.step = signum, step
+        self.exit_code = 128 + signum
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}; the state is saved",
+            hint="run the same command again to go on from there",
+        )
+
+
+class StopRequest:
+    """`signum` is 0 until a signal came."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+
+@contextmanager
+def watch_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a flag for the length of the block. Outside the main thread nothing is caught."""
+    request, previous = StopRequest(), {}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        request.signum = signum
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        handlers: dict[int, Any] = {caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)}
+        previous.update(handlers)
+    try:
+        yield request
+    finally:
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)

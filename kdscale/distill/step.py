@@ -1,0 +1,128 @@
+"""One optimiser step: teacher targets, student forward and backward over all micro-batches, normalised once.
+
+B sequences, S positions, N valid positions, H hidden size, K teacher's top entries.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdscale.config import LossConfig
+from kdscale.data.loader import Batch
+from kdscale.dist import all_reduce_sum, world_size
+from kdscale.losses import TERMS, distillation_loss
+from kdscale.teacher.online import OnlineTeacher, final_hidden, head_of
+from kdscale.teacher.targets import TopKTargets
+
+PHASES = ("data", "teacher", "student", "backward", "optimiser")
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-batch on the device; `rows_N` are the flat positions that have a label."""
+
+    input_ids_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
+    rows_N: torch.Tensor
+    labels_N: torch.Tensor
+
+
+def to_device(batch: Batch, device: torch.device) -> Micro:
+    """Rows are picked on the CPU, before the copy: a boolean index on a GPU would wait for it."""
+    labels_M = batch.labels_BS.reshape(-1)
+    rows_N = (labels_M != -100).nonzero().squeeze(1)
+    tensors = (batch.input_ids_BS, batch.position_ids_BS, rows_N, labels_M[rows_N])
+    return Micro(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+class StudentModule(nn.Module):
+    """Hidden states and loss in one forward, called only through the engine, so that ZeRO-3 gathers the head too."""
+
+    def __init__(self, model: Any, loss: LossConfig, vocab_size: int):
+        super().__init__()
+        self.model = model
+        self._loss, self._vocab_size = loss, vocab_size
+
+    def forward(self, micro: Micro, targets: TopKTargets) -> tuple[torch.Tensor, torch.Tensor]:
+        """(summed loss, detached sums in the order of losses.TERMS)."""
+        hidden_BSH = final_hidden(self.model, micro.input_ids_BS, micro.position_ids_BS)
+        head = head_of(self.model)
+        if micro.rows_N.numel() == 0:  # every rank must still run a backward
+            nothing = (hidden_BSH.sum() + head.weight_VH.sum()).float() * 0.0
+            return nothing, nothing.detach().expand(len(TERMS))
+        return distillation_loss(
+            hidden_BSH.reshape(-1, hidden_BSH.shape[-1]).index_select(0, micro.rows_N),
+            head.weight_VH,
+            targets.ids_NK,
+            targets.logits_NK,
+            targets.lse_N,
+            micro.labels_N,
+            self._loss,
+            bias_V=head.bias_V,
+            softcap=head.softcap,
+            vocab_size=self._vocab_size,
+        )
+
+
+class Clock:
+    """Seconds by phase. On a GPU the marks are events, read after the step's one host sync."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        self._marks: list[tuple[str, Any]] = []
+        self.mark("start")
+
+    def mark(self, phase: str) -> None:
+        """Everything since the previous mark was `phase`."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Totals by phase; the caller has already waited for the device."""
+        totals = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
+            totals[phase] += before.elapsed_time(after) / 1000 if self._cuda else after - before
+        return totals
+
+
+def train_step(
+    engine: Any, teacher: OnlineTeacher, batches: Sequence[Batch], device: torch.device, clock: Clock
+) -> torch.Tensor:
+    """Run one optimiser step through a DeepSpeed engine; returns [tokens, *TERMS] of this rank (fp64, on the device).
+
+    The loss is divided once by the tokens of the global batch. DeepSpeed averages gradients over ranks, which the
+    factor `world` undoes; its division by the accumulation steps is switched off.
+    """
+    tokens = torch.tensor(float(sum(batch.token_count for batch in batches)), dtype=torch.float64, device=device)
+    totals = torch.zeros(1 + len(TERMS), dtype=torch.float64, device=device)
+    totals[0] = tokens
+    scale = world_size() / all_reduce_sum(tokens).clamp_min(1.0)
+    for batch in batches:
+        micro = to_device(batch, device)
+        clock.mark("data")
+        targets = teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
+        clock.mark("teacher")
+        loss_sum, terms = engine(micro, targets)
+        totals[1:] += terms
+        clock.mark("student")
+        # A loss or target that is not finite must reach the gradients even where the backward would hide it: the factor
+        # is exactly 1 for finite values and NaN otherwise, and a NaN gradient makes the optimiser skip the step.
+        finite = 1.0 + 0.0 * (loss_sum.detach() + targets.lse_N.sum())
+        engine.backward(loss_sum * (scale.float() * finite), scale_wrt_gas=False)
+        clock.mark("backward")
+        engine.step()
+        clock.mark("optimiser")
+    return totals

@@ -1,0 +1,44 @@
+"""Held-out loss during training. The teacher's targets are computed once and kept: they never change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kdscale.data.loader import Batch
+from kdscale.dist import all_reduce_sum, rank, world_size
+from kdscale.distill.step import to_device
+from kdscale.losses import TERMS, per_token
+from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher.targets import TopKTargets
+
+
+class Validator:
+    """Every rank takes every world-th batch; all run the same number of forwards, which ZeRO-3 needs."""
+
+    def __init__(self, batches: Sequence[Batch], teacher: OnlineTeacher, device: torch.device):
+        rounds = -(-len(batches) // world_size())
+        mine = list(batches)[rank() :: world_size()]
+        blank = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, -100))
+        self._batches = mine + [blank] * (rounds - len(mine))
+        self._teacher, self._device = teacher, device
+        self._targets: list[TopKTargets] = []
+
+    @torch.no_grad()
+    def run(self, engine: Any) -> dict[str, float]:
+        """Means per held-out token by the names of losses.TERMS, plus perplexity and tokens. A collective call."""
+        totals = torch.zeros(1 + len(TERMS), dtype=torch.float64, device=self._device)
+        engine.eval()
+        for number, batch in enumerate(self._batches):
+            micro = to_device(batch, self._device)
+            if number == len(self._targets):
+                self._targets.append(self._teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N))
+            _, terms = engine(micro, self._targets[number])
+            totals[1:] += terms
+            totals[0] += batch.token_count
+        engine.train()
+        tokens, *sums = all_reduce_sum(totals).tolist()
+        return {**per_token(sums, max(tokens, 1.0)), "tokens": tokens}

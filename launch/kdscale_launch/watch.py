@@ -1,0 +1,37 @@
+"""`python -m kdscale_launch.watch PARENT_PID COMMAND...`: run a command that must not outlive another process.
+
+For systems whose kernel has no parent-death signal. Watches the parent from outside, kills the command when it is gone,
+passes signals on and leaves with the command's exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+_POLL_SECONDS = 0.2
+
+
+def main(arguments: Sequence[str]) -> int:
+    parent, command = int(arguments[0]), list(arguments[1:])
+    child = subprocess.Popen(command)
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        child.send_signal(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, forward)
+    while child.poll() is None:
+        if os.getppid() != parent:
+            child.kill()
+        time.sleep(_POLL_SECONDS)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

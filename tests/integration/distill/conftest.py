@@ -1,0 +1,142 @@
+"""A tiny teacher, a student with one layer fewer in bf16 and fp32, a token store, and short ways to run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdscale.config import Config, SourceConfig, build_config
+from kdscale.data.store import TokenStore
+from kdscale.metrics import read_metrics
+from kdscale.models import load_tokenizer
+from kdscale.progress import Reporter
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="session")
+def student_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher without its last layer, fp32."""
+    folder = tmp_path_factory.mktemp("student") / "pruned"
+    shutil.copytree(tiny_llama_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if ".layers.3." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tiny_llama_dir: Path, tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    source = folder / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
+    TokenStore.build(
+        folder / "store",
+        [SourceConfig(path=str(source))],
+        load_tokenizer(tiny_llama_dir),
+        eos_id=0,
+        reporter=Reporter(quiet=True),
+        heldout_fraction=0.2,
+    )
+    return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_llama_dir: Path) -> Callable[..., Config]:
+    """A config of a short run; keywords are fields of distill."""
+
+    def make(**distill: Any) -> Config:
+        settings = {
+            "tokens": 8 * 4 * 48, "seq_len": 48, "global_batch": 4, "micro_batch": 2, "dtype": "float32",
+            "optimizer": {"lr": 3e-3, "warmup_steps": 2, "weight_decay": 0.1}, "loss": {"top_k": 16, "ce_weight": 0.2},
+            "validate_every": 4, "validate_tokens": 200, "checkpoint_every": 3, **distill,
+        }  # fmt: skip
+        tree = {
+            "name": "tiny", "run_dir": "unused", "seed": 5, "teacher": {"path": str(tiny_llama_dir)},
+            "prune": {"target_params": "50%"}, "distill": settings, "runtime": {"device": "cpu", "threads": 1},
+        }  # fmt: skip
+        return build_config(tree, "test")
+
+    return make
+
+
+@pytest.fixture
+def distil(
+    tiny_llama_dir: Path, student_dir: Path, data_dir: Path, make_config: Callable[..., Config]
+) -> Callable[..., list[dict[str, Any]]]:
+    """Run in this process; returns the metrics rows."""
+
+    def run(run_dir: Path, student: Path | None = None, **settings: Any) -> list[dict[str, Any]]:
+        from kdscale.distill import engine
+
+        engine.run(
+            make_config(**settings), teacher_dir=tiny_llama_dir, student_dir=student or student_dir,
+            data_dir=data_dir, run_dir=run_dir, reporter=Reporter(quiet=True),
+        )  # fmt: skip
+        return list(read_metrics(run_dir / "logs" / "metrics.jsonl"))
+
+    return run
+
+
+_CHILD = """
+import os, sys, json
+from pathlib import Path
+from kdscale.config import build_config
+from kdscale.distill import engine, loop, state
+from kdscale.errors import KdscaleError
+from kdscale.progress import Reporter
+tree, teacher, student, data, run_dir, die = json.loads(sys.argv[1])
+if die:
+    when, step = die
+    real_step, real_seal, real_export = loop.Trainer._one_step, state._seal, engine.export_student
+    def one_step(self, number, *args):
+        if when == "step" and number == step: os._exit(77)
+        return real_step(self, number, *args)
+    def seal(tmp, final, number, fingerprint):
+        if when == "seal" and number == step: os._exit(77)
+        real_seal(tmp, final, number, fingerprint)
+    def export(*args, **kwargs):
+        if when == "export": os._exit(77)
+        real_export(*args, **kwargs)
+    loop.Trainer._one_step, state._seal, engine.export_student = one_step, seal, export
+code = 0
+try:
+    engine.run(build_config(tree, "test"), teacher_dir=Path(teacher), student_dir=Path(student), data_dir=Path(data),
+               run_dir=Path(run_dir), reporter=Reporter())
+except KdscaleError as error:
+    print(error, file=sys.stderr)
+    code = error.exit_code
+engine.shutdown()
+os._exit(code)
+"""
+
+
+@pytest.fixture
+def spawn(tiny_llama_dir: Path, student_dir: Path, data_dir: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start the same in a process of its own; `die` is ("step"|"seal"|"export", step) at which it ends without notice."""
+
+    def start(config: Config, run_dir: Path, die: tuple[str, int] | None = None, **env: str) -> subprocess.Popen[str]:
+        sent = [config.resolved(), str(tiny_llama_dir), str(student_dir), str(data_dir), str(run_dir), die]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "launch"), os.environ.get("PYTHONPATH", "")])
+        return subprocess.Popen(
+            [sys.executable, "-c", _CHILD, json.dumps(sent)], text=True, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
+        )  # fmt: skip
+
+    return start

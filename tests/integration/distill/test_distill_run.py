@@ -1,0 +1,269 @@
+"""Whole runs on a tiny model: learning, bf16, the guard, interruption, resuming, the exported student."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdscale.distill import engine, loop, state, step
+from kdscale.distill.signals import Interrupted
+from kdscale.errors import CheckpointError, ConfigError, RunFolderError, TrainingError
+from kdscale.metrics import read_metrics
+
+PURE_KD = {"loss": {"top_k": 32}, "tokens": 30 * 4 * 48, "optimizer": {"lr": 3e-3, "warmup_steps": 5}}
+
+
+def student_bytes(run_dir):
+    return {item.name: item.read_bytes() for item in sorted((run_dir / "student").iterdir())}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype):
+    rows = distil(tmp_path, dtype=dtype, **PURE_KD)
+    validation = [row for row in rows if row["kind"] == "validation"]
+    assert validation[0]["step"] == 0
+    assert validation[-1]["step"] == 30
+    assert validation[-1]["kd"] < 0.8 * validation[0]["kd"]
+    train = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, 31))
+    assert train[-1]["tokens"] == 30 * 4 * 48
+    assert all(0 < row["teacher_mass"] <= 1 and 0 < row["tail_mass"] < 1 for row in train)
+    assert all(0 <= row["top1_agree"] <= 1 for row in train)
+
+
+def test_the_student_is_a_standard_checkpoint(distil, student_dir, tmp_path):
+    distil(tmp_path, dtype="bfloat16")
+    out = tmp_path / "student"
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert len(AutoTokenizer.from_pretrained(out)) == 320
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (student_dir / name).read_bytes()
+    before, after = load_file(student_dir / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    # from the fp32 masters: bf16 copies would have no bits below the eighth of the mantissa
+    weight = after["model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())
+    assert "8" in (out / "README.md").read_text()
+
+
+def test_bf16_masters_start_from_the_digits_on_disk(distil, student_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "cosine_lr", lambda *args, **kwargs: 0.0)
+    distil(tmp_path, dtype="bfloat16")
+    before, after = load_file(student_dir / "model.safetensors"), load_file(tmp_path / "student" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_bf16_is_never_run_at_stage_0(distil, tmp_path):
+    rows = distil(tmp_path / "zero", dtype="bfloat16", zero_stage=0)
+    assert [r["loss"] for r in rows] == [r["loss"] for r in distil(tmp_path / "one", dtype="bfloat16", zero_stage=1)]
+
+
+# --- the guard
+
+
+def snapshot(trainer):
+    """Every fp32 weight and all of Adam's state."""
+    inner = getattr(trainer.engine.optimizer, "optimizer", trainer.engine.optimizer)
+    adam = [value.clone() for entry in inner.state.values() for value in entry.values()]
+    return [engine._full_fp32(p).clone() for p in trainer.engine.module.parameters()] + adam
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")])
+def test_a_bad_step_leaves_no_trace(distil, tmp_path, monkeypatch, stage, dtype):
+    """NaN in one micro-batch's loss at step 3 (of 8): skipped, counted, nothing of student or optimiser moves."""
+    calls, real_loss, real_step, same = [0], step.distillation_loss, loop.Trainer._one_step, {}
+
+    def loss(*args, **kwargs):
+        total, terms = real_loss(*args, **kwargs)
+        if total.requires_grad:
+            calls[0] += 1
+            if calls[0] == 6:  # second micro-batch of the third step
+                # the value is NaN while its own gradient is finite: the guard must not rely on the backward to show it
+                total = total + torch.tensor(float("nan"))
+        return total, terms
+
+    def one_step(self, number, *args):
+        before = snapshot(self)
+        out = real_step(self, number, *args)
+        after = snapshot(self)
+        same[number] = len(before) == len(after) and all(map(torch.equal, before, after))
+        return out
+
+    monkeypatch.setattr(step, "distillation_loss", loss)
+    monkeypatch.setattr(loop.Trainer, "_one_step", one_step)
+    rows = [r for r in distil(tmp_path, zero_stage=stage, dtype=dtype) if r["kind"] == "train"]
+    assert [number for number, equal in same.items() if equal] == [2]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert rows[2]["documents"]
+    assert rows[-1]["skipped_total"] == 1
+    for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_run_of_bad_steps_stops_and_names_the_layer(distil, student_dir, tmp_path, stage):
+    broken = tmp_path / "broken"
+    shutil.copytree(student_dir, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match=r"step 3.*3 steps in a row") as caught:
+        distil(tmp_path / "run", student=broken, zero_stage=stage, guard={"max_skipped_in_a_row": 3})
+    assert "student's model.layers.1.mlp.gate_proj" in str(caught.value)
+    assert "documents" in str(caught.value)
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_bad_gradient_is_found_where_the_forward_is_clean(distil, tmp_path, monkeypatch):
+    class Blow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("inf")
+
+    real = step.final_hidden
+    monkeypatch.setattr(step, "final_hidden", lambda *args: Blow.apply(real(*args)))
+    with pytest.raises(TrainingError, match=r"forward is finite; first non-finite gradient: .*model\.norm"):
+        distil(tmp_path, guard={"max_skipped_in_a_row": 2})
+
+
+# --- stopping and going on
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (3, "bfloat16")])
+def test_resume_gives_the_bytes_of_an_unbroken_run(distil, tmp_path, monkeypatch, stage, dtype):
+    whole = distil(tmp_path / "whole", zero_stage=stage, dtype=dtype)
+    real = loop.Trainer._one_step
+
+    def die_at_5(self, number, *args):
+        if number == 5:
+            raise ZeroDivisionError
+        return real(self, number, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(loop.Trainer, "_one_step", die_at_5)
+        distil(tmp_path / "cut", zero_stage=stage, dtype=dtype)
+    resumed = distil(tmp_path / "cut", zero_stage=stage, dtype=dtype)
+    assert student_bytes(tmp_path / "whole") == student_bytes(tmp_path / "cut")
+
+    def numbers(rows):
+        return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+    assert numbers(resumed) == numbers(whole)
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(spawn, distil, make_config, tmp_path):
+    settings = {"dtype": "bfloat16"}
+    distil(tmp_path / "whole", **settings)
+    for die in (("step", 2), ("seal", 6), ("export", 0), None):
+        process = spawn(make_config(**settings), tmp_path / "cut", die)
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == (77 if die else 0), said
+        assert (tmp_path / "cut" / "student").exists() == (die is None)
+    assert student_bytes(tmp_path / "whole") == student_bytes(tmp_path / "cut")
+    assert not list((tmp_path / "cut").rglob(".partial-*"))
+
+
+def test_sigterm_saves_and_leaves(spawn, make_config, tmp_path):
+    process = spawn(make_config(tokens=4 * 48 * 100_000, checkpoint_every=100_000, validate_every=100_000), tmp_path)
+    log = tmp_path / "logs" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while sum(row["kind"] == "train" for row in read_metrics(log)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM" in said
+    assert "run the same command again" in said
+    saved = state.complete_steps(tmp_path / "checkpoints")
+    assert len(saved) == 1
+    last = [row["step"] for row in read_metrics(log) if row["kind"] == "train"][-1]
+    assert state.verify(saved[0])["step"] == last
+
+
+def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, monkeypatch):
+    real = loop.train_step
+    calls = [0]
+
+    def interrupt(*args):
+        calls[0] += 1
+        if calls[0] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 2") as caught:
+        patch.setattr(loop, "train_step", interrupt)
+        distil(tmp_path / "cut")
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    distil(tmp_path / "cut")
+    distil(tmp_path / "whole")
+    assert student_bytes(tmp_path / "whole") == student_bytes(tmp_path / "cut")
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(distil, tmp_path):
+    distil(tmp_path)
+    expected = student_bytes(tmp_path)
+    newest = state.complete_steps(tmp_path / "checkpoints")[0]
+    victim = max((newest / "deepspeed").iterdir(), key=lambda item: item.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    shutil.rmtree(tmp_path / "student")
+    rows = distil(tmp_path)
+    assert student_bytes(tmp_path) == expected
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 9))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(distil, tmp_path):
+    distil(tmp_path)
+    with pytest.raises(RunFolderError, match="optimizer.lr: 0.003 → 0.001"):
+        distil(tmp_path, optimizer={"lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.1})
+
+
+def test_checkpoints_carry_no_code(distil, tmp_path):
+    """A pickle that would run something when loaded is refused, although its manifest is in order."""
+    distil(tmp_path)
+    shutil.rmtree(tmp_path / "student")
+    newest = state.complete_steps(tmp_path / "checkpoints")[0]
+    victim = next((newest / "deepspeed").glob("*model_states.pt"))
+    loaded = torch.load(victim, weights_only=False)
+    torch.save({**loaded, "extra": subprocess.Popen}, victim)
+    manifest = json.loads((newest / state.MANIFEST).read_text())
+    about = manifest["files"][victim.relative_to(newest).as_posix()]
+    about.update(sha256=state.files.sha256_file(victim), bytes=victim.stat().st_size)
+    (newest / state.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match="Weights only load failed|weights_only|Popen"):
+        distil(tmp_path)
+
+
+# --- refusals before any work
+
+
+def test_a_wrong_number_of_processes_is_refused(distil, tmp_path):
+    with pytest.raises(ConfigError, match=r"distill\.processes"):
+        distil(tmp_path, processes=2, micro_batch=1)
+
+
+def test_a_student_of_another_tokenizer_is_refused(distil, student_dir, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(student_dir, other)
+    text = json.loads((other / "tokenizer.json").read_text())
+    first, second = list(text["model"]["vocab"])[300:302]
+    vocab = text["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        distil(tmp_path / "run", student=other)
