@@ -69,7 +69,7 @@ class Interrupted(BaseException):
     Not an Exception, so that no handler for errors takes it for one.
     """
 
-    def __init__(self, signal_number: int):
+    def __init__(self, signal_number: int, where: str = ""):
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}" + (f" {where}" if where else ""))

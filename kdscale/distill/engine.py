@@ -140,7 +140,8 @@ def _start_group(device: torch.device) -> None:
             dist.init_process_group(backend)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = torch._C._distributed_c10d.HashStore()  # in memory: no port, nothing to collide with
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
@@ -193,7 +194,7 @@ class _GuardedAdamW(torch.optim.AdamW):
         self._max_norm = max_norm
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         self._global_grad_norm = norm

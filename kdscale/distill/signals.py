@@ -9,20 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from kdscale.errors import KdscaleError
-
-
-class Interrupted(KdscaleError):  # noqa: N818 - a stop that was asked for is no error
-    """The run was asked to stop and did, with everything saved; `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, signum: int, step: int):
-        self.signum, self.step = signum, step
-        self.exit_code = 128 + signum
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; the state is saved",
-            hint="run the same command again to go on from there",
-        )
-
 
 class StopRequest:
     """`signum` is 0 until a signal came."""

@@ -29,7 +29,7 @@ _PARTIAL = ".partial-"
 def rng_state() -> dict[str, Any]:
     """The state of every generator this process draws from, as JSON."""
     version, internal, gauss = random.getstate()
-    name, keys, pos, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, pos, has_gauss, cached = np.random.get_state(legacy=True)
     cuda = [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
     return {
         "torch": _encode(torch.get_rng_state()),

@@ -133,7 +133,9 @@ def spawn(tiny_llama_dir: Path, student_dir: Path, data_dir: Path) -> Callable[.
 
     def start(config: Config, run_dir: Path, die: tuple[str, int] | None = None, **env: str) -> subprocess.Popen[str]:
         sent = [config.resolved(), str(tiny_llama_dir), str(student_dir), str(data_dir), str(run_dir), die]
-        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "launch"), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(
+            [str(ROOT), str(ROOT / "kernels"), str(ROOT / "launch"), os.environ.get("PYTHONPATH", "")]
+        )
         return subprocess.Popen(
             [sys.executable, "-c", _CHILD, json.dumps(sent)], text=True, stderr=subprocess.PIPE,
             stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},

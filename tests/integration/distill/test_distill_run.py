@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdscale.distill import engine, loop, state, step
-from kdscale.distill.signals import Interrupted
-from kdscale.errors import CheckpointError, ConfigError, RunFolderError, TrainingError
+from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingError
 from kdscale.metrics import read_metrics
 
 PURE_KD = {"loss": {"top_k": 32}, "tokens": 30 * 4 * 48, "optimizer": {"lr": 3e-3, "warmup_steps": 5}}
@@ -79,7 +78,9 @@ def snapshot(trainer):
     return [engine._full_fp32(p).clone() for p in trainer.engine.module.parameters()] + adam
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "float32")]
+)
 def test_a_bad_step_leaves_no_trace(distil, tmp_path, monkeypatch, stage, dtype):
     """NaN in one micro-batch's loss at step 3 (of 8): skipped, counted, nothing of student or optimiser moves."""
     calls, real_loss, real_step, same = [0], step.distillation_loss, loop.Trainer._one_step, {}
@@ -205,7 +206,7 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, mon
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 2") as caught:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after training step 2") as caught:
         patch.setattr(loop, "train_step", interrupt)
         distil(tmp_path / "cut")
     assert caught.value.exit_code == 130

@@ -120,12 +120,14 @@ def test_ranks_die_with_a_killed_launcher(tmp_path):
 def test_the_watcher_of_other_systems_ends_an_orphan(tmp_path):
     code = (
         "import subprocess, sys, os, time\n"
-        "child = 'import os, time; open(\"t\", \"w\").write(str(os.getpid())); os.rename(\"t\", \"pid\"); time.sleep(60)'\n"
+        'child = \'import os, time; open("t", "w").write(str(os.getpid())); os.rename("t", "pid"); time.sleep(60)\'\n'
         "subprocess.Popen([sys.executable, '-S', '-m', 'kdscale_launch.watch', str(os.getpid()), sys.executable, '-S', "
         "'-c', child])\n"
         "time.sleep(60)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-S", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(LAUNCH)})
+    parent = subprocess.Popen(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(LAUNCH)}
+    )
     assert wait_for((tmp_path / "pid").exists)
     pid = int((tmp_path / "pid").read_text())
     assert alive(pid)

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from kdscale.distill.schedules import cosine_lr, total_steps
 
 
-@given(
-    steps=st.integers(1, 400), warmup=st.integers(0, 500), lr=st.floats(1e-6, 1.0), share=st.floats(0.0, 1.0)
-)
+@given(steps=st.integers(1, 400), warmup=st.integers(0, 500), lr=st.floats(1e-6, 1.0), share=st.floats(0.0, 1.0))
 def test_shape_of_the_schedule(steps, warmup, lr, share):
     floor = lr * share
     rates = [cosine_lr(s, steps=steps, warmup_steps=warmup, lr=lr, min_lr=floor) for s in range(steps)]
