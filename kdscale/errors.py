@@ -7,6 +7,8 @@ its traceback.
 
 from __future__ import annotations
 
+import signal
+
 
 class KdscaleError(ValueError):
     """Base of all errors that are the user's to mend.
@@ -59,3 +61,15 @@ class SelfCheckError(KdscaleError):
     """A result of our own that did not pass its check; nothing was marked as finished."""
 
     exit_code = 7
+
+
+class Interrupted(BaseException):
+    """Stopped on purpose by a signal (Ctrl-C, SIGTERM); what was finished is kept and the same command goes on.
+
+    Not an Exception, so that no handler for errors takes it for one.
+    """
+
+    def __init__(self, signal_number: int, where: str = ""):
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}" + (f" {where}" if where else ""))

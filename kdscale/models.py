@@ -61,7 +61,9 @@ def load_model(
 ) -> PreTrainedModel:
     """A whole causal LM in eval mode. Raises CheckpointError when tensors are missing, unexpected or mismatched."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,

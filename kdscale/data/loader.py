@@ -95,6 +95,10 @@ class PackedLoader:
         sequences = [self.sequence(number) for number in range(first, first + share)]
         return [_stack(sequences[i : i + self._micro]) for i in range(0, share, self._micro)]
 
+    def stack(self, numbers: Sequence[int]) -> Batch:
+        """One batch of the sequences with these numbers in the global order."""
+        return _stack([self.sequence(number) for number in numbers])
+
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""
         epoch, within = divmod(number, self.epoch_sequences)

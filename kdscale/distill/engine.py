@@ -140,7 +140,8 @@ def _start_group(device: torch.device) -> None:
             dist.init_process_group(backend)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group(backend, store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1)
+            store = torch._C._distributed_c10d.HashStore()  # in memory: no port, nothing to collide with
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
@@ -165,9 +166,6 @@ def _stage(stage: int, dtype: torch.dtype, reporter: Reporter) -> int:
 def _load_pair(
     cfg: Config, teacher_dir: Path, student_dir: Path, dtype: torch.dtype, device: torch.device
 ) -> tuple[OnlineTeacher, StudentModule]:
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # a bar of its own for each model would tear up ours
     trust = cfg.teacher.trust_remote_code
     loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
     student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
@@ -179,19 +177,10 @@ def _load_pair(
     rows = [head_of(model).weight_VH.shape[0] for model in (loaded, student)]
     vocab = shared_vocabulary(rows[0], rows[1], max(tokens.values()) + 1, str(student_dir))
     if cfg.distill.gradient_checkpointing:
-        _checkpoint_activations(student)
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss = cfg.distill.loss
     teacher = OnlineTeacher(loaded, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab)
     return teacher, StudentModule(student.requires_grad_(True).train(), loss, vocab)
-
-
-def _checkpoint_activations(model: Any) -> None:
-    """Recompute each layer in the backward pass; transformers renamed the switch in 5.2x."""
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 class _GuardedAdamW(torch.optim.AdamW):
@@ -205,7 +194,7 @@ class _GuardedAdamW(torch.optim.AdamW):
         self._max_norm = max_norm
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         self._global_grad_norm = norm

@@ -18,9 +18,10 @@ from kdscale.dist import all_reduce_sum, world_size
 from kdscale.distill import state
 from kdscale.distill.guard import SkipGuard, show_documents, stop_error, watch
 from kdscale.distill.schedules import cosine_lr
-from kdscale.distill.signals import Interrupted, StopRequest, watch_signals
+from kdscale.distill.signals import StopRequest, watch_signals
 from kdscale.distill.step import PHASES, Clock, to_device, train_step
 from kdscale.distill.validate import Validator
+from kdscale.errors import Interrupted
 from kdscale.losses import TERMS, per_token
 from kdscale.metrics import MetricsLog
 from kdscale.progress import Bar, Reporter
@@ -76,7 +77,7 @@ class Trainer:
                 if finished % self.cfg.checkpoint_every == 0 or finished == self.steps or signum:
                     self._save(after)
                 if signum and finished < self.steps:
-                    raise Interrupted(signum, finished)
+                    raise Interrupted(signum, f"after training step {finished}, which is saved")
 
     def _remaining(self, start: LoaderState) -> Any:
         stream = self.loader.batches(start)

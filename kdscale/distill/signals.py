@@ -9,20 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from kdscale.errors import KdscaleError
-
-
-class Interrupted(KdscaleError):
-    """The run was asked to stop and did, with everything saved; `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, signum: int, step: int):
-        self.signum, self.step = signum, step
-        self.exit_code = 128 + signum
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; the state is saved",
-            hint="run the same command again to go on from there",
-        )
-
 
 class StopRequest:
     """`signum` is 0 until a signal came."""
@@ -34,8 +20,7 @@ class StopRequest:
 @contextmanager
 def watch_signals() -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a flag for the length of the block. Outside the main thread nothing is caught."""
-    request = StopRequest()
-    previous: dict[int, Any] = {}
+    request, previous = StopRequest(), {}
 
     def note(signum: int, frame: FrameType | None) -> None:
         request.signum = signum
@@ -43,7 +28,8 @@ def watch_signals() -> Iterator[StopRequest]:
             signal.signal(caught, handler)
 
     if threading.current_thread() is threading.main_thread():
-        previous.update({caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)})
+        handlers: dict[int, Any] = {caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)}
+        previous.update(handlers)
     try:
         yield request
     finally:

@@ -1,0 +1,76 @@
+"""What each model family looks like, as data: one JSON file a family. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kdscale.errors import CheckpointError, ConfigError
+from kdscale.families.family import Dims, Family, ParamCount, TensorSpec
+from kdscale.families.schema import FamilyData, Sites
+
+__all__ = ["Dims", "Family", "ParamCount", "Sites", "TensorSpec", "load_family", "read_families", "supported_types"]
+
+
+def load_family(config_dict: dict[str, Any], where: str) -> Family:
+    """The family of a config.json, by its `model_type`; `where` names that file in errors.
+
+    Raises CheckpointError when the type is not supported (listing those that are), when the model is not a causal LM
+    of the family, or when its weights are quantised.
+    """
+    model_type = config_dict.get("model_type")
+    by_type = _builtin_families()
+    if not isinstance(model_type, str) or model_type not in by_type:
+        raise CheckpointError(
+            f"{where}: model_type",
+            expected="one of " + ", ".join(sorted(by_type)),
+            got=repr(model_type) if "model_type" in config_dict else "no such field",
+            hint="docs/families.md says how to add a family",
+        )
+    data = by_type[model_type]
+    names = config_dict.get("architectures")
+    if names is not None and (not isinstance(names, list) or not set(map(str, names)) & set(data.architectures)):
+        raise CheckpointError(
+            f"{where}: architectures", expected="[" + ", ".join(data.architectures) + "]", got=repr(names)
+        )
+    if config_dict.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{where}: quantization_config",
+            expected="unquantised weights (float32, float16 or bfloat16)",
+            got="a quantised checkpoint",
+            hint="use the original checkpoint, or dequantise it and save it again without quantization_config",
+        )
+    return Family(data, where)
+
+
+def supported_types() -> list[str]:
+    """The model_type values that have a family, sorted."""
+    return sorted(_builtin_families())
+
+
+def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:
+    """model_type → family, from family files. Raises ConfigError naming the file and every field that is wrong."""
+    by_type: dict[str, FamilyData] = {}
+    for file in sorted(files):
+        try:
+            data = FamilyData.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file} is not valid JSON", got=str(error)) from error
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
+            raise ConfigError(f"{file} is not a family file", got="; ".join(wrong)) from error
+        for model_type in data.model_types:
+            if model_type in by_type:
+                raise ConfigError(f"{file}: model_types", got=f"{model_type}, which another family file has already")
+            by_type[model_type] = data
+    return by_type
+
+
+@cache
+def _builtin_families() -> dict[str, FamilyData]:
+    return read_families(Path(__file__).parent.glob("*.json"))

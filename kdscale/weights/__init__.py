@@ -1,0 +1,16 @@
+"""Checkpoint folders: read lazily, written shard by shard, found by path or hub id."""
+
+from kdscale.weights.reader import Checkpoint, TensorInfo, read_config
+from kdscale.weights.resolve import resolve_teacher
+from kdscale.weights.sidecars import check_tokenizer, copy_sidecars
+from kdscale.weights.writer import ShardWriter
+
+__all__ = [
+    "Checkpoint",
+    "ShardWriter",
+    "TensorInfo",
+    "check_tokenizer",
+    "copy_sidecars",
+    "read_config",
+    "resolve_teacher",
+]

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdscale.distill import engine, loop, state, step
-from kdscale.distill.signals import Interrupted
-from kdscale.errors import CheckpointError, ConfigError, RunFolderError, TrainingError
+from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingError
 from kdscale.metrics import read_metrics
 
 PURE_KD = {
@@ -212,7 +211,7 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, mon
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 2") as caught:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after training step 2") as caught:
         patch.setattr(loop, "train_step", interrupt)
         distil(tmp_path / "cut")
     assert caught.value.exit_code == 130

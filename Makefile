@@ -1,0 +1,36 @@
+# make demo: from a bare Python 3.11+ to a distilled student and its report.   make test: everything CI checks.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TEACHER := teachers/smollm2-135m-instruct
+
+.PHONY: demo test lint types imports pytest format clean
+
+demo:
+	@$(PYTHON) .ci/bootstrap.py $(VENV) gguf
+	@$(BIN)/kdscale get-teacher smollm2-135m-instruct $(TEACHER)
+	@$(BIN)/kdscale run demo
+
+test:
+	@$(PYTHON) .ci/bootstrap.py $(VENV) dev
+	@$(MAKE) --no-print-directory lint types imports pytest
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/mypy
+
+imports:
+	$(BIN)/lint-imports
+
+pytest:
+	$(BIN)/python -m pytest
+
+format:
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,288 @@
+"""The plan: which units stay, on every axis, and why. No torch, no weights; a file that a person may read and edit.
+
+`make_plan` decides, `apply` only executes. Whatever was edited in plan.json is checked before a weight is read:
+indices in range, sorted and unique; as many as the shape says; the same number of query heads in every kv group; a
+shape that the family allows; parameter counts that are those of the shape.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdscale.config import PruneConfig
+from kdscale.errors import ConfigError
+from kdscale.families import Dims, Family
+from kdscale.files import write_text
+
+Size = Annotated[int, Field(ge=1)]
+Indices = list[int]
+_INT_LIST = re.compile(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Shape(_Part):
+    """The sizes of one model; `head_dim` and `vocab` are never cut."""
+
+    hidden: Size
+    ffn: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    layers: Size
+    vocab: Size
+
+    @classmethod
+    def of(cls, dims: Dims) -> Shape:
+        return cls(**{name: getattr(dims, name) for name in cls.model_fields})
+
+    def dims(self) -> Dims:
+        return Dims(**self.model_dump())
+
+
+class Kept(_Part):
+    """Indices in the teacher that stay; `ffn`, `heads`, `kv_heads`: one list for each kept layer, in their order."""
+
+    layers: Indices
+    hidden: Indices
+    ffn: list[Indices]
+    heads: list[Indices]
+    kv_heads: list[Indices]
+
+
+class Methods(_Part):
+    """Which score ranked each axis; `uncut` where nothing was removed, `first` where there were no scores."""
+
+    ffn: str
+    heads: str
+    kv_heads: str
+    hidden: str
+    layers: str
+    compensate: Literal["none", "ridge"]
+    search: str
+
+
+class Params(_Part):
+    total: Size
+    embedding: Annotated[int, Field(ge=0)]
+    non_embedding: Size
+
+
+class Target(_Part):
+    """What was asked and how near the plan is; `off_by` is a share of `params`."""
+
+    asked: str | None
+    count: Literal["non_embedding", "total"]
+    tolerance: float
+    params: Size | None
+    reached: Size
+    share_of_teacher: float
+    off_by: float | None
+
+
+class Candidate(_Part):
+    hidden: Size
+    ffn: Size
+    heads: Size
+    kv_heads: Size
+    layers: Size
+    params: Size
+    score: float
+
+
+class Plan(_Part):
+    """Everything that apply needs, and the record of how it was chosen."""
+
+    version: Literal[1] = 1
+    model_type: str
+    teacher: Shape
+    student: Shape
+    kept: Kept
+    # Factor on every norm weight over the hidden axis. The mean square over fewer, stronger channels is higher, so a
+    # sliced norm shrinks its output: √(d/d') undoes it to first order. 1.0 where hidden is not cut.
+    norm_scale: Annotated[float, Field(gt=0.0)]
+    methods: Methods
+    teacher_params: Params
+    student_params: Params
+    target: Target
+    # Share of the teacher's importance that stays, per axis and together (`score`); None without scores.
+    retained: dict[str, float | None]
+    candidates: list[Candidate]
+    candidates_tried: Annotated[int, Field(ge=1)]
+    warnings: list[str]
+
+    def cut_axes(self) -> list[str]:
+        """Axes on which the student is smaller than the teacher."""
+        return [
+            axis
+            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")
+            if getattr(self.student, axis) < getattr(self.teacher, axis)
+        ]
+
+    def to_json(self) -> str:
+        """Stable text: sorted keys, one line for each list of indices, final newline."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        return _INT_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text) + "\n"
+
+    def save(self, path: Path) -> None:
+        write_text(path, self.to_json())
+
+    @classmethod
+    def from_json(
+        cls,
+        text: str,
+        where: str = "plan.json",
+        *,
+        config: Mapping[str, Any] | None = None,
+        family: Family | None = None,
+    ) -> Plan:
+        """Parse and check. With `config` and `family` also that the plan is for this teacher and this family.
+
+        Raises ConfigError naming `where` and every field that is wrong.
+        """
+        try:
+            plan = cls.model_validate_json(text)
+        except ValidationError as error:
+            problems = "\n".join(f"  - {_explain(item)}" for item in error.errors())
+            raise ConfigError(f"{where} cannot be used:\n{problems}") from error
+        problems_found = consistency_problems(plan)
+        if not problems_found and config is not None and family is not None:
+            problems_found = teacher_problems(plan, config, family)
+        if problems_found:
+            raise ConfigError(
+                f"{where} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems_found),
+                hint="undo the edit, or run kdscale plan again",
+            )
+        return plan
+
+    @classmethod
+    def load(cls, path: Path, *, config: Mapping[str, Any] | None = None, family: Family | None = None) -> Plan:
+        """Read plan.json. Raises ConfigError when it is missing, not UTF-8 or does not hold together."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{path} does not exist", expected="a plan", hint="run kdscale plan first") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text", got=str(error)) from error
+        return cls.from_json(text, str(path), config=config, family=family)
+
+
+def make_plan(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
+    """Choose the student's shape and the kept units.
+
+    `scores`: arrays as importance.py writes them (see `search.Scores`); None decides shapes only and keeps the first
+    units. Raises ConfigError when the budget cannot be met, a size is not allowed or scores are missing.
+    """
+    from kdscale.prune.search import build_plan
+
+    return build_plan(config, family, scores, cfg)
+
+
+def consistency_problems(plan: Plan) -> list[str]:
+    """What in the plan contradicts itself, as `field: expected …, got …` lines."""
+    teacher, student, kept = plan.teacher, plan.student, plan.kept
+    out = [
+        f"student.{axis}: expected at most the teacher's {getattr(teacher, axis)}, got {getattr(student, axis)}"
+        for axis in ("hidden", "ffn", "heads", "kv_heads", "layers")
+        if getattr(student, axis) > getattr(teacher, axis)
+    ]
+    out += [
+        f"student.{axis}: never cut, expected {getattr(teacher, axis)}, got {getattr(student, axis)}"
+        for axis in ("head_dim", "vocab")
+        if getattr(student, axis) != getattr(teacher, axis)
+    ]
+    if teacher.heads % teacher.kv_heads or student.heads % student.kv_heads:
+        return [*out, f"student.heads: expected a multiple of kv_heads ({student.kv_heads}), got {student.heads}"]
+    out += _index_problems("kept.layers", kept.layers, student.layers, teacher.layers)
+    out += _index_problems("kept.hidden", kept.hidden, student.hidden, teacher.hidden)
+    for axis in ("ffn", "heads", "kv_heads"):
+        lists = getattr(kept, axis)
+        if len(lists) != student.layers:
+            out.append(f"kept.{axis}: expected {student.layers} lists, one a kept layer, got {len(lists)}")
+        for position, indices in enumerate(lists):
+            name = f"kept.{axis}[{position}]"
+            out += _index_problems(name, indices, getattr(student, axis), getattr(teacher, axis))
+    if not out:
+        for position, (heads, groups) in enumerate(zip(kept.heads, kept.kv_heads, strict=True)):
+            out += _group_problems(f"kept.heads[{position}]", heads, groups, teacher, student)
+    return out
+
+
+def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> list[str]:
+    """What in the plan does not fit this teacher or what the family allows."""
+    plain = dict(config)
+    actual = Shape.of(family.dims(plain))
+    if plan.model_type != plain.get("model_type"):
+        return [f"model_type: expected {plain.get('model_type')!r}, got {plan.model_type!r}"]
+    out = [
+        f"teacher.{axis}: expected {getattr(actual, axis)} (the checkpoint's), got {getattr(plan.teacher, axis)}"
+        for axis in Shape.model_fields
+        if getattr(actual, axis) != getattr(plan.teacher, axis)
+    ]
+    if out:
+        return out
+    if wrong := family.violations(plan.student.dims()):
+        return [f"student: no shape of the family: {sentence}" for sentence in wrong]
+    student_config = family.student_config(plain, plan.student.dims(), plan.kept.layers)
+    for field, model in (("teacher_params", plain), ("student_params", student_config)):
+        counted = count_params(model, family)
+        out += [
+            f"{field}.{name}: expected {getattr(counted, name):,}, got {getattr(getattr(plan, field), name):,}"
+            for name in Params.model_fields
+            if getattr(counted, name) != getattr(getattr(plan, field), name)
+        ]
+    reached = getattr(plan.student_params, plan.target.count)
+    if plan.target.reached != reached:
+        out.append(f"target.reached: expected {reached:,}, got {plan.target.reached:,}")
+    return out
+
+
+def count_params(config: Mapping[str, Any], family: Family) -> Params:
+    counted = family.count_params(dict(config))
+    return Params(total=counted.total, embedding=counted.embedding, non_embedding=counted.non_embedding)
+
+
+def _index_problems(name: str, indices: Sequence[int], count: int, limit: int) -> list[str]:
+    if len(indices) != count:
+        return [f"{name}: expected {count} indices (the student's size), got {len(indices)}"]
+    wrong = [index for index in indices if not 0 <= index < limit]
+    if wrong:
+        return [f"{name}: expected indices from 0 to {limit - 1}, got {wrong[0]}"]
+    for before, after in itertools.pairwise(indices):
+        if after <= before:
+            return [f"{name}: expected each index once, in rising order, got {before} before {after}"]
+    return []
+
+
+def _group_problems(
+    name: str, heads: Sequence[int], groups: Sequence[int], teacher: Shape, student: Shape
+) -> list[str]:
+    """Grouped-query attention needs the same number of query heads in every kept kv group, and none elsewhere."""
+    per_group, want = teacher.heads // teacher.kv_heads, student.heads // student.kv_heads
+    found = dict.fromkeys(groups, 0)
+    for head in heads:
+        group = head // per_group
+        if group not in found:
+            return [f"{name}: query head {head} reads kv head {group}, which is not kept"]
+        found[group] += 1
+    return [
+        f"{name}: expected {want} query heads in the group of kv head {group}, got {count}"
+        for group, count in found.items()
+        if count != want
+    ]
+
+
+def _explain(item: Any) -> str:
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
+    came = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
+    what = {"missing": "required, but not there", "extra_forbidden": "unknown key"}.get(item["type"], item["msg"])
+    return f"{field or 'plan'}: {what}{came}"[:300]

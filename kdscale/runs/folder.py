@@ -1,0 +1,133 @@
+"""The run folder: where everything about one run lies, who may write there, and what happened when.
+
+run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
+  data/  importance/  plan.json  pruned/  checkpoints/  student/  eval/  report/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kdscale.config import Config, config_differences, dump_config, load_config
+from kdscale.errors import ConfigError, RunFolderError
+from kdscale.files import explain_os_errors, read_json, remove_leftovers, write_json, write_text
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class RunFolder:
+    """Paths and small files of one run. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.events = path / "events.jsonl"
+        self.status = path / "status.json"
+        self.logs = path / "logs"
+        self.stages = path / "stages"
+        self.data = path / "data"
+        self.importance = path / "importance"
+        self.plan = path / "plan.json"
+        self.pruned = path / "pruned"
+        self.checkpoints = path / "checkpoints"
+        self.student = path / "student"
+        self.eval = path / "eval"
+        self.report = path / "report"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process and clear what a killed one left half-written in it.
+
+        Raises RunFolderError when the folder is in use, read-only or not a folder.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"run folder {self.path}", expected="a folder", got="a file")
+        with explain_os_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not _try_lock(handle):
+                owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise RunFolderError(
+                    f"run folder {self.path} is in use by process {owner}",
+                    hint="wait for it, stop it, or give this run its own folder with --set run_dir=...",
+                )
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            remove_leftovers(self.path)
+            yield
+        finally:
+            os.close(handle)
+
+    def in_use(self) -> bool:
+        """Whether a process holds the folder now."""
+        try:
+            handle = os.open(self.path / ".lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _try_lock(handle)
+        finally:
+            os.close(handle)
+
+    def adopt_config(self, config: Config, accept_changes: bool) -> list[str]:
+        """Store the resolved config; returns the fields that changed since the folder's last run.
+
+        Raises RunFolderError when the folder belongs to another config and the change was not accepted.
+        """
+        changes: list[str] = []
+        if self.config.exists():
+            try:
+                old = load_config(self.config)
+            except ConfigError as error:
+                raise RunFolderError(
+                    f"{self.config} was not written by this version of kdscale",
+                    got=str(error),
+                    hint="use another run_dir",
+                ) from error
+            changes = config_differences(old.resolved(), config.resolved())
+            if changes and not accept_changes:
+                listed = "\n".join(f"  - {change}" for change in changes)
+                raise RunFolderError(
+                    f"run folder {self.path} belongs to another config; it differs in\n{listed}",
+                    hint="choose another folder with --set run_dir=..., or redo what they touch with --accept-changes",
+                )
+        elif self._is_foreign():
+            raise RunFolderError(
+                f"run folder {self.path} holds files that are not a run's", expected="an empty or new folder"
+            )
+        if changes or not self.config.exists():
+            write_text(self.config, dump_config(config))
+        return changes
+
+    def _is_foreign(self) -> bool:
+        return any(item.name != ".lock" for item in self.path.iterdir())
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line to events.jsonl: what happened, when, in which process."""
+        with explain_os_errors(self.events), self.events.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"time": now(), "event": kind, "pid": os.getpid(), **fields}) + "\n")
+
+    def set_status(self, stage: str, state: str, **fields: Any) -> None:
+        """Record a stage's state (running, done, failed, interrupted) for `kdscale status` and other watchers."""
+        current = read_json(self.status) if self.status.exists() else {"stages": {}}
+        current["stages"][stage] = {"state": state, "time": now(), **fields}
+        write_json(self.status, current)
+        self.event(state, stage=stage, **fields)

@@ -1,0 +1,167 @@
+"""The stages of a run, in order, and the one function that brings a run up to a given stage."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from kdscale.config import Config
+from kdscale.errors import ConfigError, Interrupted, KdscaleError, RunFolderError
+from kdscale.files import remove_leftovers
+from kdscale.progress import Reporter
+from kdscale.runs import work
+from kdscale.runs.folder import RunFolder
+from kdscale.runs.stage import Context, Stage, run_stage
+
+# Bytes a parameter: a student on disk at most; a checkpoint's fp32 master, two Adam moments and working copy.
+_STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 16
+
+_PRUNE_CHOICES = ("prune.axes", "prune.hidden", "prune.ffn", "prune.heads", "prune.kv_heads", "prune.layers")
+_CODE = ("teacher.trust_remote_code",)
+
+STAGES: tuple[Stage, ...] = (
+    Stage("data", "tokenise the text", ("data",), (), ("data",), work.tokenize, reads_teacher=True),
+    Stage(
+        "importance", "measure importance", ("importance", *_PRUNE_CHOICES, "seed", *_CODE), ("data",), ("importance",),
+        work.measure_importance, reads_teacher=True,
+    ),
+    Stage(
+        "plan", "choose the student's shape", ("prune",), ("importance",), ("plan.json",), work.choose_plan,
+        reads_teacher=True, hand_editable=True,
+    ),
+    Stage(
+        "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "data"), ("pruned",),
+        work.prune_and_check, reads_teacher=True,
+    ),
+    Stage(
+        "distill", "distil the teacher into the student", ("distill", "seed", *_CODE), ("pruned", "data"), ("student",),
+        work.distill, reads_teacher=True, scratch=("checkpoints", "logs/metrics.jsonl", "logs/tensorboard"),
+    ),
+    Stage(
+        "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",),
+        work.evaluate, reads_teacher=True,
+    ),
+    Stage(
+        "report", "write the report", ("name",), ("plan.json", "importance", "eval", "logs/metrics.jsonl"), ("report",),
+        work.write_report,
+    ),
+)  # fmt: skip
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def run_until(config: Config, last: str, reporter: Reporter, accept_changes: bool = False) -> bool:
+    """Bring every stage up to and including `last` up to date; returns whether anything had to be done.
+
+    Safe to kill at any instant and to call again. Raises KdscaleError subclasses, and Interrupted on a signal.
+    """
+    run = RunFolder(Path(config.run_dir))
+    _refuse_hopeless_paths(run.path)
+    teacher = check_teacher(config)
+    with run.lock(), _signals_as_exceptions():
+        changes = run.adopt_config(config, accept_changes)
+        for change in changes:
+            reporter.say(f"  config changed: {change}")
+        for folder in (run.logs, run.checkpoints, run.stages):
+            if folder.exists():
+                remove_leftovers(folder)
+        context = Context(config, run, teacher, reporter)
+        check_disk(context)
+        did = False
+        for stage in STAGES[: STAGE_NAMES.index(last) + 1]:
+            did |= _guarded(stage, context)
+        return did
+
+
+def _guarded(stage: Stage, context: Context) -> bool:
+    """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up."""
+    try:
+        return run_stage(stage, context)
+    except Interrupted as stop:
+        context.run.set_status(stage.name, "interrupted", reason=str(stop))
+        raise
+    except KdscaleError as error:
+        context.run.set_status(stage.name, "failed", reason=str(error))
+        raise
+    except OSError as error:
+        raise RunFolderError(
+            f"{stage.title} failed on {error.filename or context.run.path}", got=str(error),
+            hint="make room or choose another folder, then run the same command again: finished work is kept",
+        ) from error  # fmt: skip
+
+
+def check_teacher(config: Config) -> Path:
+    """Everything about the teacher that can be known without reading its weights. Returns its folder."""
+    from kdscale.weights import Checkpoint, check_tokenizer, resolve_teacher
+
+    folder = resolve_teacher(config.teacher)
+    checkpoint = Checkpoint.open(folder)
+    from kdscale.families import load_family
+
+    family = load_family(checkpoint.config, str(folder / "config.json"))
+    checkpoint.verify_against(family)
+    check_tokenizer(folder, family.dims(checkpoint.config).vocab)
+    return folder
+
+
+def _refuse_hopeless_paths(path: Path) -> None:
+    """The nearest existing parent must be a folder."""
+    parent = path
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError("run_dir", expected="a folder (new or empty)", got=f"{parent} is a file")
+
+
+def check_disk(context: Context) -> None:
+    """Refuse before any work when the disk cannot hold what is still to be written.
+
+    Counted: the pruned and the final student, and keep+1 checkpoints. It is also here that an impossible budget is
+    found before anything is read.
+    """
+    run, config = context.run, context.config
+    if (run.stages / "distill.json").exists():
+        return
+    params = _student_params(context)
+    checkpoints = (config.distill.keep_checkpoints + 1) * params * _CHECKPOINT_BYTES
+    held = sum(item.stat().st_size for item in run.path.rglob("*") if item.is_file())
+    needed = 2 * params * _STUDENT_BYTES + checkpoints + (64 << 20) - held
+    free = shutil.disk_usage(run.path).free
+    if needed > free:
+        raise RunFolderError(
+            f"run folder {run.path} is on a disk without room",
+            expected=f"{needed / 1e9:.1f} GB free (two students and {config.distill.keep_checkpoints + 1} checkpoints)",
+            got=f"{free / 1e9:.1f} GB",
+            hint="free some space, choose another run_dir, or lower distill.keep_checkpoints",
+        )
+
+
+def _student_params(context: Context) -> int:
+    """Parameters of the student: from the plan, or from a plan of shapes only before there is one."""
+    from kdscale.families import load_family
+    from kdscale.prune.plan import Plan, make_plan
+    from kdscale.weights import read_config
+
+    if context.run.plan.exists():
+        return Plan.load(context.run.plan).student_params.total
+    teacher_config = read_config(context.teacher)
+    family = load_family(teacher_config, str(context.teacher / "config.json"))
+    return make_plan(teacher_config, family, None, context.config.prune).student_params.total
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGINT and SIGTERM become Interrupted wherever the work happens to be, so that temporary folders are removed."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

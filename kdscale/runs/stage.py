@@ -1,0 +1,175 @@
+"""One stage of a run: what it reads, what it leaves, and whether what it left still holds.
+
+A stage is finished when its manifest exists; the manifest is written last and says what the stage was made from (the
+config fields it reads, digests of its inputs) and what it left (name, size, digest of every output). Same inputs:
+nothing to do. Other inputs: the differences are named and the stage runs again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import kdscale
+from kdscale.config import Config, config_differences
+from kdscale.files import read_json, remove_tree, write_json
+from kdscale.progress import Reporter
+from kdscale.runs.folder import RunFolder, now
+
+_WHOLE_FILE_BYTES = 1 << 22
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage is given."""
+
+    config: Config
+    run: RunFolder
+    teacher: Path
+    reporter: Reporter
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`work` does the job and returns a few facts worth showing; paths are relative to the run folder."""
+
+    name: str
+    title: str
+    fields: tuple[str, ...]  # dotted config fields (or whole sections) the result depends on
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    work: Callable[[Context], Mapping[str, Any]]
+    reads_teacher: bool = False
+    scratch: tuple[str, ...] = field(default=())  # kept for resuming; of no use once the inputs have changed
+    hand_editable: bool = False  # an output changed by hand is kept, and stages after it see the change
+
+
+def digest_file(path: Path) -> str:
+    """A digest that notices any ordinary change without reading 16 GB: size, both ends and 64 samples between.
+
+    Files up to 4 MiB are read whole.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        if size <= _WHOLE_FILE_BYTES:
+            digest.update(stream.read())
+        else:
+            for index in range(_SAMPLES):
+                stream.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def digest_tree(path: Path) -> dict[str, str]:
+    """Digest of every file under `path` (or of `path` itself), by relative name."""
+    if path.is_file():
+        return {path.name: digest_file(path)}
+    return {str(item.relative_to(path)): digest_file(item) for item in sorted(path.rglob("*")) if item.is_file()}
+
+
+def inputs_of(stage: Stage, context: Context) -> dict[str, Any]:
+    """Everything the stage's result depends on, as plain values that can be compared and shown."""
+    plain = context.config.resolved()
+    made_from: dict[str, Any] = {"config": {name: _lookup(plain, name) for name in stage.fields}, "files": {}}
+    if stage.reads_teacher:
+        made_from["files"]["teacher"] = digest_tree(context.teacher)
+    for name in stage.inputs:
+        made_from["files"][name] = digest_tree(context.run.path / name)
+    return made_from
+
+
+def _lookup(plain: dict[str, Any], dotted: str) -> Any:
+    value: Any = plain
+    for part in dotted.split("."):
+        value = value[part]
+    return value
+
+
+def manifest_path(stage: Stage, run: RunFolder) -> Path:
+    return run.stages / f"{stage.name}.json"
+
+
+def why_stale(stage: Stage, context: Context, made_from: dict[str, Any]) -> list[str] | None:
+    """None when the stage is finished and still holds; else the reasons to run it (empty: it never finished)."""
+    path = manifest_path(stage, context.run)
+    if not path.exists():
+        return []
+    manifest = read_json(path)
+    reasons = _short(config_differences(manifest["made_from"], made_from))
+    for name, digests in manifest["outputs"].items():
+        found = digest_tree(context.run.path / name) if (context.run.path / name).exists() else {}
+        if not found:
+            reasons.append(f"{name} is gone")
+        elif found != digests and not stage.hand_editable:
+            changed = sorted(key for key in {*found, *digests} if found.get(key) != digests.get(key))
+            reasons.append(f"{name} was changed after it was made ({', '.join(changed[:3])})")
+    return reasons or None
+
+
+def _short(differences: list[str], width: int = 160) -> list[str]:
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in differences]
+
+
+def run_stage(stage: Stage, context: Context) -> bool:
+    """Bring one stage up to date; returns whether there was anything to do."""
+    run, reporter = context.run, context.reporter
+    made_from = inputs_of(stage, context)
+    reasons = why_stale(stage, context, made_from)
+    if reasons is None:
+        reporter.say(f"✓ {stage.title}: done before{_facts(read_json(manifest_path(stage, run))['facts'])}")
+        return False
+    for reason in reasons:
+        reporter.say(f"  {stage.title} is done again: {reason}")
+    _prepare_scratch(stage, run, made_from)
+    manifest_path(stage, run).unlink(missing_ok=True)
+    run.set_status(stage.name, "running")
+    started = time.monotonic()
+    reporter.say(f"→ {stage.title}")
+    facts = dict(stage.work(context))
+    seconds = round(time.monotonic() - started, 1)
+    # What a stage was made from is what was there when it began; plan.json edited meanwhile shows up next time.
+    write_json(
+        manifest_path(stage, run),
+        {
+            "stage": stage.name,
+            "made_from": made_from,
+            "outputs": {name: digest_tree(run.path / name) for name in stage.outputs},
+            "facts": facts,
+            "seconds": seconds,
+            "finished": now(),
+            "versions": versions(),
+        },
+    )
+    run.set_status(stage.name, "done", seconds=seconds, facts=facts)
+    reporter.say(f"✓ {stage.title}: {seconds:.1f} s{_facts(facts)}")
+    return True
+
+
+def _prepare_scratch(stage: Stage, run: RunFolder, made_from: dict[str, Any]) -> None:
+    """Keep what a killed try left for resuming, but only if that try began from the same inputs."""
+    if not stage.scratch:
+        return
+    marker = run.stages / f"{stage.name}.started.json"
+    if marker.exists() and read_json(marker) != made_from:
+        for name in stage.scratch:
+            remove_tree(run.path / name)
+    write_json(marker, made_from)
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return "".join(f" · {name} {value}" for name, value in facts.items())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    names = ("torch", "transformers", "deepspeed", "safetensors", "tokenizers", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {"kdscale": kdscale.__version__, "python": platform.python_version(), **found}

@@ -1,0 +1,182 @@
+"""What each stage does: opens the files it reads, calls the piece that does the work, returns facts worth showing.
+
+Heavy imports live inside the functions: a run that finds everything done never loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdscale.config import Config
+from kdscale.errors import DataError
+from kdscale.files import atomic_dir, write_json
+from kdscale.runs.stage import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdscale.data.loader import Batch
+    from kdscale.families import Family
+    from kdscale.weights import Checkpoint
+
+Facts = Mapping[str, Any]
+
+_CHECK_ROWS, _CHECK_TOKENS = 2, 96
+SELF_CHECK_FILE = "self_check.json"
+
+
+def tokenize(context: Context) -> Facts:
+    from kdscale.data.store import TokenStore
+    from kdscale.data.tokens import document_end_id
+    from kdscale.families import load_family
+    from kdscale.models import load_tokenizer
+    from kdscale.weights import read_config
+
+    data = context.config.data
+    tokenizer = load_tokenizer(context.teacher, context.config.teacher.trust_remote_code)
+    teacher_config = read_config(context.teacher)
+    store = TokenStore.build(
+        context.run.data,
+        data.sources,
+        tokenizer,
+        eos_id=document_end_id(tokenizer),
+        reporter=context.reporter,
+        heldout_fraction=data.heldout_fraction,
+        heldout_sources=data.heldout_sources,
+        vocab_size=load_family(teacher_config, str(context.teacher)).dims(teacher_config).vocab,
+        max_document_tokens=data.max_document_tokens,
+    )
+    return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}
+
+
+def measure_importance(context: Context) -> Facts:
+    from kdscale.models import resolve_device, set_threads
+    from kdscale.prune.importance import run
+
+    config = context.config
+    set_threads(config.runtime.threads)
+    teacher, family = _open_teacher(context.teacher)
+    batches = calibration_batches(config, context.run.data)
+    with atomic_dir(context.run.importance) as tmp:
+        device = resolve_device(config.runtime.device)
+        scores = run(teacher, family, batches, config.importance, config.prune, tmp, device, context.reporter)
+    return {"tokens": f"{_count(batches):,}", "scores": ", ".join(sorted(scores)) or "none needed"}
+
+
+def choose_plan(context: Context) -> Facts:
+    from safetensors.numpy import load_file
+
+    from kdscale.prune.importance_files import SCORES_FILE
+    from kdscale.prune.plan import make_plan
+
+    teacher, family = _open_teacher(context.teacher)
+    scores = load_file(context.run.importance / SCORES_FILE)
+    plan = make_plan(teacher.config, family, scores, context.config.prune)
+    plan.save(context.run.plan)
+    for warning in plan.warnings:
+        context.reporter.say(f"  note: {warning}")
+    kept = plan.student_params
+    return {"parameters": f"{kept.total / 1e6:,.1f} M", "of": f"{plan.teacher_params.total / 1e6:,.1f} M"}
+
+
+def prune_and_check(context: Context) -> Facts:
+    from kdscale.models import resolve_device, resolve_dtype, set_threads
+    from kdscale.prune.apply import apply_plan
+    from kdscale.prune.check import self_check
+    from kdscale.prune.plan import Plan
+
+    config, run = context.config, context.run
+    set_threads(config.runtime.threads)
+    device = resolve_device(config.runtime.device)
+    teacher, family = _open_teacher(context.teacher)
+    plan = Plan.load(run.plan, config=teacher.config, family=family)
+    with atomic_dir(run.pruned) as tmp:
+        apply_plan(
+            teacher,
+            family,
+            plan,
+            tmp,
+            config.prune,
+            batches=calibration_batches(config, run.data),
+            dtype=resolve_dtype(config.importance.dtype, device),
+            device=device,
+            reporter=context.reporter,
+        )
+        figures = self_check(teacher, family, plan, tmp, _check_ids(run.data, config.seed), device=device)
+    write_json(run.logs / SELF_CHECK_FILE, figures)
+    return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
+
+
+def distill(context: Context) -> Facts:
+    from kdscale.runs.training import train
+
+    return train(context)
+
+
+def evaluate(context: Context) -> Facts:
+    from kdscale.eval.metrics import evaluate as measure
+
+    run = context.run
+    models = {"teacher": context.teacher, "pruned": run.pruned, "distilled": run.student}
+    with atomic_dir(run.eval) as tmp:
+        found = measure(models, run.data, context.config, out_path=tmp / "eval.json", reporter=context.reporter)
+    shown = found["models"]
+    return {
+        "perplexity": " → ".join(
+            f"{name} {shown[name]['perplexity']:.2f}" for name in ("pruned", "distilled", "teacher")
+        )
+    }
+
+
+def write_report(context: Context) -> Facts:
+    from kdscale.eval.report import write_report as write
+
+    with atomic_dir(context.run.report) as tmp:
+        write(context.run.path, tmp)
+    return {}
+
+
+def calibration_batches(config: Config, data: Path) -> list[Batch]:
+    """Training sequences spread evenly over one epoch, so that every source and author is among them."""
+    from kdscale.data.loader import PackedLoader
+    from kdscale.data.store import TokenStore
+
+    settings = config.importance
+    split = TokenStore.open(data).split("train")
+    loader = PackedLoader(split, settings.seq_len, settings.micro_batch, settings.micro_batch, config.seed)
+    wanted = -(-settings.calibration_tokens // settings.seq_len)
+    if wanted > loader.epoch_sequences:
+        raise DataError(
+            "importance.calibration_tokens is more than there is to train on",
+            expected=f"at most {loader.epoch_sequences * settings.seq_len:,} tokens",
+            got=f"{settings.calibration_tokens:,}",
+            hint="lower it, or add text to data.sources",
+        )
+    numbers = [index * loader.epoch_sequences // wanted for index in range(wanted)]
+    return [loader.stack(numbers[i : i + settings.micro_batch]) for i in range(0, wanted, settings.micro_batch)]
+
+
+def _check_ids(data: Path, seed: int) -> Tensor:
+    """A few rows of held-out text for the self-check, as whole documents without padding."""
+    from kdscale.data.loader import eval_batches
+    from kdscale.data.store import TokenStore
+
+    heldout = TokenStore.open(data).split("heldout")
+    (batch, *_) = eval_batches(heldout, _CHECK_TOKENS, _CHECK_ROWS, _CHECK_ROWS * _CHECK_TOKENS, seed)
+    return batch.input_ids_BS
+
+
+def _open_teacher(folder: Path) -> tuple[Checkpoint, Family]:
+    from kdscale.families import load_family
+    from kdscale.weights import Checkpoint
+
+    teacher = Checkpoint.open(folder)
+    family = load_family(teacher.config, str(folder / "config.json"))
+    teacher.verify_against(family)
+    return teacher, family
+
+
+def _count(batches: list[Batch]) -> int:
+    return sum(batch.input_ids_BS.numel() for batch in batches)

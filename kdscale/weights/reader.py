@@ -1,0 +1,255 @@
+"""A checkpoint folder, opened without reading its tensors: each is read when it is asked for, and only its bytes.
+
+torch is imported by `Checkpoint.tensor` alone, so that a plan can be made from shapes without it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from kdscale.errors import CheckpointError
+from kdscale.files import read_json, safe_join
+from kdscale.weights.header import DuplicateKeyError, TensorEntry, read_header, unique_keys
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+_CONVERT = (
+    "convert it once, in a sandbox if you do not trust its author (a pickle can run code when it is opened):\n"
+    "            AutoModelForCausalLM.from_pretrained({src!r}).save_pretrained({dst!r}, safe_serialization=True)\n"
+    "            AutoTokenizer.from_pretrained({src!r}).save_pretrained({dst!r})"
+)
+_LISTED = 8  # names an error spells out before it says how many more there are
+_COMPARE_BYTES = 1 << 22
+
+
+class TensorInfo(NamedTuple):
+    """What is on disk: shape, and dtype by its safetensors name (F32, BF16, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Spec(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class ExpectedTensors(Protocol):
+    """The part of a family that a checkpoint is checked against (kdscale.families.Family has it)."""
+
+    def tensors(self, config: Mapping[str, Any]) -> Mapping[str, _Spec]: ...
+    def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]: ...
+    def ignored(self) -> Sequence[str]: ...
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises CheckpointError when it is missing or not a JSON object."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and *.safetensors")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'}", expected="a JSON object", got=type(config).__name__)
+    return config
+
+
+class Checkpoint:
+    """An opened checkpoint folder; make one with `Checkpoint.open`.
+
+    `config` is config.json, `names` the tensors in file order, `files` the weight files, `path` the folder.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], entries: dict[str, TensorEntry], files: list[Path]):
+        self.path, self.config, self.files = path, config, files
+        self._entries = entries
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a folder, checking its config, index and every header but no tensor's values.
+
+        Raises CheckpointError for anything missing, damaged, contradictory, unsafe (pickle) or unsupported.
+        """
+        try:
+            config = read_config(path)
+            if (path / SINGLE_FILE).is_file():  # before the index, as transformers does
+                files = [path / SINGLE_FILE]
+                return cls(path, config, read_header(files[0]), files)
+            if (path / INDEX_FILE).is_file():
+                entries, files = _read_sharded(path)
+                return cls(path, config, entries, files)
+            raise _no_weights(path)
+        except PermissionError as error:
+            raise CheckpointError(f"{error.filename or path} cannot be read", got="permission denied") from error
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(entry.end - entry.begin for entry in self._entries.values())
+
+    def spec(self, name: str) -> TensorInfo:
+        entry = self._entry(name)
+        return TensorInfo(entry.shape, entry.dtype)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as it is on disk, in memory of its own on the CPU.
+
+        Reads just its bytes. The safetensors library would map the whole file privately instead, which the system
+        refuses when the file is larger than memory, and which crashes the process when the file shrinks meanwhile.
+        """
+        import torch
+
+        entry = self._entry(name)
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.begin)
+            count = stream.readinto(raw.numpy().data)
+        if count != raw.numel():
+            raise CheckpointError(
+                f"{entry.file} was changed while it was open: tensor {name} is cut short",
+                expected=f"{raw.numel():,} bytes",
+                got=f"{count:,} bytes",
+            )
+        return raw.view(dtypes[entry.dtype]).reshape(entry.shape)
+
+    def verify_against(self, family: ExpectedTensors) -> list[str]:
+        """Check that names and shapes are the family's for this config; returns notices for the user.
+
+        A stored copy of a tied tensor and old buffers that no model reads are tolerated: they leave `names`, and a
+        notice says so. Raises CheckpointError listing every missing, unexpected or differently shaped tensor, or
+        when a tensor that the config calls tied differs from the one it is tied to.
+        """
+        expected, tied = family.tensors(self.config), family.tied(self.config)
+        extra = [name for name in self._entries if name not in expected]
+        buffers = [name for name in extra if any(fnmatch.fnmatchcase(name, glob) for glob in family.ignored())]
+        copies = [name for name in extra if name in tied and tied[name] in self._entries]
+        wrong = {
+            "missing": [name for name in expected if name not in self._entries],
+            "unexpected": [name for name in extra if name not in buffers and name not in copies],
+            "wrong shape": [
+                f"{name} {list(self._entries[name].shape)} instead of {list(spec.shape)}"
+                for name, spec in expected.items()
+                if name in self._entries and self._entries[name].shape != spec.shape
+            ],
+        }
+        if any(wrong.values()):
+            raise CheckpointError(
+                f"{self.path}: config.json and the weights disagree",
+                expected=f"the {len(expected)} tensors that config.json describes",
+                got="; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in wrong.items() if names),
+                hint="is it the right config.json? kdscale reads whole causal LMs, neither adapters nor base models",
+            )
+        for name in copies:
+            self._check_copy(name, tied[name])
+        self._entries = {name: self._entries[name] for name in self._entries if name in expected}
+        notices = [f"{name} is a stored copy of the tied {tied[name]}: ignored" for name in copies]
+        return notices + ([f"{len(buffers)} buffers that no model reads are ignored"] if buffers else [])
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self._entries:
+            raise CheckpointError(f"{self.path} has no tensor {name}")
+        return self._entries[name]
+
+    def _check_copy(self, name: str, original: str) -> None:
+        """A head of its own under a config that says tied: loaders disagree on which counts, so we do not guess."""
+        one, two = self._entries[name], self._entries[original]
+        same = (one.shape, one.dtype) == (two.shape, two.dtype)
+        with one.file.open("rb") as left, two.file.open("rb") as right:
+            left.seek(one.begin)
+            right.seek(two.begin)
+            for done in range(0, one.end - one.begin, _COMPARE_BYTES):
+                count = min(_COMPARE_BYTES, one.end - one.begin - done)
+                same = same and left.read(count) == right.read(count)
+                if not same:
+                    break
+        if not same:
+            raise CheckpointError(
+                f"{self.path}: {name} differs from {original}",
+                expected="equal tensors, as config.json says they are tied",
+                got="different values",
+                hint="set tie_word_embeddings to false in config.json if the model has a head of its own",
+            )
+
+
+def _read_sharded(folder: Path) -> tuple[dict[str, TensorEntry], list[Path]]:
+    weight_map = _read_index(folder / INDEX_FILE)
+    shards = {name: safe_join(folder, name) for name in dict.fromkeys(weight_map.values())}
+    absent = [name for name, path in shards.items() if not path.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{folder}: shards are missing",
+            expected=f"the {len(shards)} files that {INDEX_FILE} names",
+            got="no " + _listed(absent),
+            hint="download them again",
+        )
+    entries: dict[str, TensorEntry] = {}
+    for shard, path in shards.items():
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{folder}: tensor {name} is in two shards", got=f"{entries[name].file.name} and {shard}"
+                )
+            if weight_map.get(name) != shard:
+                raise CheckpointError(
+                    f"{folder}: {INDEX_FILE} and {shard} disagree on {name}",
+                    expected=f"{name} in {weight_map[name]}" if name in weight_map else "a tensor that the index lists",
+                    got=f"{name} in {shard}",
+                )
+            entries[name] = entry
+    lost = [f"{name} ({shard})" for name, shard in weight_map.items() if name not in entries]
+    if lost:
+        raise CheckpointError(
+            f"{folder}: tensors are not in the shard that {INDEX_FILE} names", got=_listed(lost), hint="download again"
+        )
+    return {name: entries[name] for name in weight_map}, list(shards.values())
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """tensor → shard. Raises CheckpointError for anything but an object of .safetensors names."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, DuplicateKeyError) as error:
+        raise CheckpointError(f"{path} is not a valid index", got=str(error), hint="download it again") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} is not a valid index", expected="a weight_map of tensor name to file name")
+    bad = [name for name, file in weight_map.items() if not isinstance(file, str) or not file.endswith(".safetensors")]
+    if bad:
+        raise CheckpointError(f"{path}: weight_map", expected="names of .safetensors files", got=_listed(bad))
+    return weight_map
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """The right complaint for a folder that has neither model.safetensors nor an index."""
+    found = sorted(item.name for item in folder.iterdir())
+    expected = f"{SINGLE_FILE}, or {INDEX_FILE} and its shards"
+    tensors = [name for name in found if name.endswith(".safetensors")]
+    pickles = [name for name in found if any(fnmatch.fnmatchcase(name, glob) for glob in _PICKLES)]
+    if "adapter_config.json" in found:
+        hint: str | None = "this is an adapter: merge it into its base model (merge_and_unload) and save that"
+    elif tensors:
+        hint = "the index is missing: download it again" if len(tensors) > 1 else f"is it to be named {SINGLE_FILE}?"
+    elif pickles:
+        hint = _CONVERT.format(src=str(folder), dst=f"{folder}-safetensors")
+    else:
+        hint = None
+    got = _listed(tensors or pickles) if tensors or pickles else "no weight files"
+    if pickles and not tensors:
+        got = f"pickle files only, which are never opened: {got}"
+    return CheckpointError(f"{folder} has no weights that can be read", expected=expected, got=got, hint=hint)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

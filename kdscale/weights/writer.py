@@ -1,0 +1,203 @@
+"""Writing a checkpoint's tensors one at a time, straight to their place in their file.
+
+Names, shapes and dtypes are known before the first tensor, so every header and every offset is too: nothing is
+buffered but the tensor at hand, tensors may come in any order, and equal tensors give equal bytes. Files carry a
+temporary name until all of them are complete; the index is renamed last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from kdscale.errors import CheckpointError, RunFolderError
+from kdscale.files import explain_os_errors, fsync_dir, write_json
+from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES
+from kdscale.weights.reader import INDEX_FILE, SINGLE_FILE, TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+_ALIGN = 8  # the header is padded so that the first tensor starts on a multiple of the widest dtype
+_WRITE_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be: its name, its header (length and padding included) and where each tensor goes."""
+
+    file: str
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def plan_shards(
+    specs: Mapping[str, TensorInfo], max_shard_bytes: int, metadata: Mapping[str, str] | None = None
+) -> list[Shard]:
+    """Fill shards in the order of `specs`; a tensor larger than `max_shard_bytes` has a shard of its own.
+
+    Raises ValueError for an unknown dtype, no tensors or a non-positive limit.
+    """
+    if max_shard_bytes < 1 or not specs:
+        raise ValueError(f"need tensors and a positive max_shard_bytes, got {len(specs)} and {max_shard_bytes}")
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        size = _nbytes(name, spec)
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    count = len(groups)
+    files = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return [_shard(file, names, specs, metadata or {}) for file, names in zip(files, groups, strict=True)]
+
+
+def _nbytes(name: str, spec: TensorInfo) -> int:
+    if spec.dtype not in DTYPE_BYTES:
+        raise ValueError(f"{name}: dtype {spec.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+    return math.prod(spec.shape) * DTYPE_BYTES[spec.dtype]
+
+
+def _shard(file: str, names: Sequence[str], specs: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Shard:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    at, begins = 0, {}
+    # wide dtypes first: every tensor then starts on a multiple of its own width, which readers that map files need
+    for name in sorted(names, key=lambda item: -DTYPE_BYTES[specs[item].dtype]):
+        begins[name], end = at, at + _nbytes(name, specs[name])
+        header[name] = {"dtype": specs[name].dtype, "shape": list(specs[name].shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % _ALIGN)
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(f"{file}: a header of {len(text):,} bytes; lower max_shard_bytes")
+    start = LENGTH_BYTES + len(text)
+    raw = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    return Shard(file, raw, {name: start + begin for name, begin in begins.items()}, start + at)
+
+
+class ShardWriter:
+    """Writes the tensors of `specs` into `folder` in the standard layout; a context manager that closes on success.
+
+    One file `model.safetensors`, or `model-00001-of-0000N.safetensors` ... and their index. An exception inside the
+    `with` block leaves none of them. Raises RunFolderError at once when the disk has no room for all tensors.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        specs: Mapping[str, TensorInfo],
+        max_shard_bytes: int = 5_000_000_000,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.folder, self._specs = folder, dict(specs)
+        self.shards = plan_shards(self._specs, max_shard_bytes, metadata)
+        self._place = {name: (i, at) for i, shard in enumerate(self.shards) for name, at in shard.offsets.items()}
+        self._left = set(self._specs)
+        self._closed = False
+        with explain_os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            need, free = sum(shard.size for shard in self.shards), shutil.disk_usage(folder).free
+            if need > free:
+                raise RunFolderError(
+                    f"{folder}: no room for the weights",
+                    expected=f"{need:,} bytes",
+                    got=f"{free:,} bytes free",
+                    hint="free some space or choose another folder",
+                )
+            for i, shard in enumerate(self.shards):
+                with self._temporary(i).open("wb") as stream:
+                    stream.write(shard.header)
+                    stream.truncate(shard.size)
+
+    @property
+    def files(self) -> list[Path]:
+        """The final names of the weight files."""
+        return [self.folder / shard.file for shard in self.shards]
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor. Raises CheckpointError unless it was announced with this shape and dtype, once."""
+        import torch
+
+        if name not in self._left:
+            got = "the second tensor of this name" if name in self._specs else "a name that was not announced"
+            raise CheckpointError(f"{self.folder}: cannot write {name}", got=got)
+        spec, came = self._specs[name], TensorInfo(tuple(tensor.shape), _dtype_name(tensor.dtype))
+        if came != spec:
+            raise CheckpointError(f"{self.folder}: cannot write {name}", expected=str(spec), got=str(came))
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        index, at = self._place[name]
+        with explain_os_errors(self.folder / self.shards[index].file), self._temporary(index).open("r+b") as stream:
+            stream.seek(at)
+            # in pieces: some systems refuse a single write of more than 2 GiB
+            for start in range(0, len(raw), _WRITE_BYTES):
+                stream.write(raw[start : start + _WRITE_BYTES].data)
+        self._left.remove(name)
+
+    def close(self) -> None:
+        """Flush and rename the files, then write the index. Raises CheckpointError when tensors have not come."""
+        if self._closed:
+            return
+        if self._left:
+            lost = sorted(self._left)
+            raise CheckpointError(
+                f"{self.folder}: not all tensors were written",
+                expected=f"{len(self._specs)} tensors",
+                got=f"{len(self._specs) - len(lost)}; the first that is missing is {lost[0]}",
+            )
+        with explain_os_errors(self.folder):
+            for i in range(len(self.shards)):
+                with self._temporary(i).open("rb") as stream:
+                    os.fsync(stream.fileno())
+            # What an earlier run with another shard size left must not be taken for part of this checkpoint.
+            for old in (
+                self.folder / INDEX_FILE,
+                self.folder / SINGLE_FILE,
+                *self.folder.glob("model-*-of-*.safetensors"),
+            ):
+                old.unlink(missing_ok=True)
+            for i, final in enumerate(self.files):
+                self._temporary(i).replace(final)
+            fsync_dir(self.folder)
+        self._closed = True
+        if len(self.shards) > 1:
+            total = sum(_nbytes(name, spec) for name, spec in self._specs.items())
+            where = {name: self.shards[self._place[name][0]].file for name in self._specs}
+            write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
+
+    def discard(self) -> None:
+        """Remove what was written so far; after `close` it does nothing."""
+        if not self._closed:
+            for i in range(len(self.shards)):
+                self._temporary(i).unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.discard()
+
+    def _temporary(self, index: int) -> Path:
+        return self.folder / f".partial-{os.getpid()}-{self.shards[index].file}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    import torch
+
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return names.get(dtype, str(dtype))

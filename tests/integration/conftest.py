@@ -1,0 +1,80 @@
+"""The command line as a user has it: another process, its output and its exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+def command_environment() -> dict[str, str]:
+    sources = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
+    return {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+
+
+@pytest.fixture(scope="session")
+def kdscale() -> Callable[..., Outcome]:
+    """`kdscale("run", config)` → exit code and what was printed."""
+
+    def call(*args: object, cwd: Path | None = None) -> Outcome:
+        command = [sys.executable, "-m", "kdscale.cli.main", *map(str, args)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=280, check=False, env=command_environment(), cwd=cwd
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+TINY_CONFIG = """
+name: tiny
+run_dir: {folder}/run
+teacher: {{path: {teacher}}}
+data: {{sources: [{{path: {folder}/text}}], heldout_fraction: 0.2}}
+importance: {{calibration_tokens: 512, seq_len: 64, micro_batch: 2, dtype: float32}}
+prune: {{ffn: 64, heads: 4}}
+distill:
+  tokens: 2560
+  seq_len: 64
+  global_batch: 4
+  micro_batch: 2
+  dtype: float32
+  optimizer: {{lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 2}}
+  loss: {{top_k: 16}}
+  validate_every: 5
+  validate_tokens: 128
+  checkpoint_every: 3
+eval:
+  tokens: 256
+  seq_len: 64
+  micro_batch: 2
+  prompts: ["The river"]
+  sample_tokens: 4
+  prefill_tokens: 16
+  decode_tokens: 4
+"""
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, tiny_llama_dir: Path, tiny_texts: list[str]) -> Path:
+    """A config for the tiny model and the tiny texts in `tmp_path`; its run folder is `tmp_path/run`."""
+    (tmp_path / "text").mkdir()
+    for index, text in enumerate(tiny_texts):
+        (tmp_path / "text" / f"{index:02d}.txt").write_text(text, encoding="utf-8")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_CONFIG.format(folder=tmp_path, teacher=tiny_llama_dir), encoding="utf-8")
+    return path

@@ -1,0 +1,187 @@
+"""Slices, compensation and the checks that guard them, on tiny models of several kinds."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kdscale.config import PruneConfig
+from kdscale.errors import DataError, SelfCheckError
+from kdscale.models import load_model
+from kdscale.prune import check
+from kdscale.prune.apply import apply_plan
+from kdscale.prune.plan import make_plan
+from kdscale.prune.slicing import Slicer
+
+CUTS = {
+    "ffn": {"ffn": 64},
+    "heads": {"heads": 4},
+    "kv_heads": {"kv_heads": 1},
+    "hidden": {"hidden": 72},
+    "layers": {"layers": 2},
+    "all": {"ffn": 96, "heads": 2, "kv_heads": 1, "hidden": 64, "layers": 3},
+}
+
+
+def test_a_plan_that_cuts_nothing_copies_every_byte(teacher, tmp_path):
+    plan = teacher.prune(tmp_path / "same", ffn=128)
+    assert plan.cut_axes() == []
+    before = load_file(teacher.checkpoint.path / "model.safetensors")
+    after = load_file(tmp_path / "same" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value.view(torch.uint8), after[name].view(torch.uint8)), name
+    assert (tmp_path / "same" / "tokenizer.json").read_bytes() == (
+        teacher.checkpoint.path / "tokenizer.json"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("compensate", ["none", "ridge"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_axis_passes_the_self_check(teacher, tmp_path, cut, compensate):
+    plan = teacher.prune(tmp_path / "student", **CUTS[cut], compensate=compensate)
+    figures = check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+    assert max(figures.values()) < 1e-5
+    config = load_model(tmp_path / "student", dtype=torch.float32, device=torch.device("cpu")).config
+    assert (config.hidden_size, config.intermediate_size) == (plan.student.hidden, plan.student.ffn)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (plan.student.heads, plan.student.kv_heads)
+    assert config.tie_word_embeddings
+    if compensate == "none" and cut != "hidden":
+        assert "lm_head.weight" not in load_file(tmp_path / "student" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "biased"])
+@pytest.mark.parametrize("cut", [{"ffn": 32, "heads": 3, "hidden": 48, "layers": 2}, {"kv_heads": 2, "hidden": 64}])
+def test_other_families_pass_it_too(other_teachers, tmp_path, kind, cut):
+    teacher = other_teachers(kind)
+    plan = teacher.prune(tmp_path / "student", **cut, max_shard_bytes=100_000)
+    figures = check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+    assert max(figures.values()) < 1e-5
+    assert (tmp_path / "student" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("axis", "named"),
+    [("ffn", "ffn"), ("heads*head_dim", "heads"), ("kv_heads*head_dim", "heads"), ("hidden", "hidden")],
+)
+def test_an_off_by_one_slice_is_caught(teacher, tmp_path, monkeypatch, axis, named):
+    plan = teacher.prune(tmp_path / "student", ffn=64, kv_heads=1, heads=2, hidden=64, compensate="none")
+    right = Slicer.kept
+
+    def wrong(self, name, position):
+        kept = right(self, name, position)
+        if name != axis or kept is None or position not in (1, None):
+            return kept
+        limit = self.plan.teacher.dims().axis_size(axis)
+        return [*kept[:-1], kept[-1] + 1 if kept[-1] + 1 < limit else kept[-2] + 1 if kept[-2] + 1 < kept[-1] else 0]
+
+    monkeypatch.setattr(Slicer, "kept", wrong)
+    with pytest.raises(SelfCheckError) as caught:
+        check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
+    where = "the embedding" if axis == "hidden" else "teacher layer 1 "
+    assert where in str(caught.value)
+    assert f"axis: {named}" in str(caught.value)
+
+
+def test_a_forgotten_norm_factor_is_caught(teacher, tmp_path, monkeypatch):
+    plan = teacher.prune(tmp_path / "student", hidden=72)
+    monkeypatch.setattr("kdscale.prune.slicing.is_hidden_norm", lambda spec: False)
+    with pytest.raises(SelfCheckError, match="teacher layer 0"):
+        check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
+
+
+def test_a_damaged_file_is_caught(teacher, tmp_path):
+    plan = teacher.prune(tmp_path / "student", ffn=64)
+    path = tmp_path / "student" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 3] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(SelfCheckError, match=r"layers\.2\.mlp\.up_proj"):
+        check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+
+
+def test_a_model_that_does_not_load_cleanly_is_caught(teacher, tmp_path):
+    teacher.prune(tmp_path / "student", ffn=64)
+    path = tmp_path / "student" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.input_layernorm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(SelfCheckError, match="missing_keys"):
+        check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+
+
+def test_the_same_plan_gives_the_same_bytes(teacher, tmp_path):
+    for name in ("one", "two"):
+        teacher.prune(tmp_path / name, **CUTS["all"])
+    one = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert one == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.parametrize("cut", [{"ffn": 64}, {"heads": 2}, {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3}])
+def test_compensation_brings_each_projection_nearer_to_the_teachers(teacher, tmp_path, cut):
+    plan = teacher.prune(tmp_path / "ridge", **cut)
+    inputs = _teacher_inputs(teacher)
+    slicer = Slicer(teacher.config, teacher.family, plan)
+    student = load_file(tmp_path / "ridge" / "model.safetensors")
+    for position in range(plan.student.layers):
+        for source, target, spec in slicer.layer(position):
+            if spec.role not in ("down", "o") or slicer.kept(spec.axes[1], position) is None:
+                continue
+            kept, rows = slicer.kept(spec.axes[1], position), slicer.kept("hidden", None)
+            whole = teacher.checkpoint.tensor(source)
+            whole = whole if rows is None else whole[rows]
+            x = inputs[source]
+            wanted = x @ whole.T
+            sliced_error = (x[:, kept] @ whole[:, kept].T - wanted).square().sum()
+            ridge_error = (x[:, kept] @ student[target].T - wanted).square().sum()
+            assert ridge_error < 0.95 * sliced_error, target
+
+
+def test_the_regression_is_the_stated_minimum(teacher, tmp_path):
+    """The gradient of ‖x_K W'ᵀ − x Wᵀ‖² + λ‖W' − W_K‖² vanishes at the written weight."""
+    plan = teacher.prune(tmp_path / "ridge", ffn=64, ridge_lambda=0.05)
+    name, kept = "model.layers.2.mlp.down_proj.weight", plan.kept.ffn[2]
+    x = _teacher_inputs(teacher)[name].double()
+    whole = teacher.checkpoint.tensor(name).double()
+    written = load_file(tmp_path / "ridge" / "model.safetensors")[name].double()
+    penalty = 0.05 * x[:, kept].square().sum(0).mean()
+    gradient = (x[:, kept] @ written.T - x @ whole.T).T @ x[:, kept] + penalty * (written - whole[:, kept])
+    assert gradient.abs().max() < 1e-4 * (x @ whole.T).T.matmul(x[:, kept]).abs().max()
+    assert (written - whole[:, kept]).abs().max() > 1e-3
+
+
+def test_compensation_without_calibration_is_refused(teacher, tmp_path):
+    cfg = PruneConfig(ffn=64)
+    plan = make_plan(teacher.config, teacher.family, None, cfg)
+    with pytest.raises(DataError, match="calibration"):
+        apply_plan(teacher.checkpoint, teacher.family, plan, tmp_path, cfg)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_pruned_folder_can_be_pruned_again(teacher, tmp_path):
+    teacher.prune(tmp_path / "first", **CUTS["all"], compensate="none")
+    again = type(teacher)(tmp_path / "first")
+    plan = again.prune(tmp_path / "second", ffn=32, compensate="none")
+    check.self_check(again.checkpoint, again.family, plan, tmp_path / "second", teacher.ids)
+    shutil.rmtree(tmp_path / "first")
+    load_model(tmp_path / "second", dtype=torch.float32, device=torch.device("cpu"))
+
+
+def _teacher_inputs(teacher) -> dict[str, torch.Tensor]:
+    """What every down_proj and o_proj of the whole teacher reads: weight name → [N, U]."""
+    model = load_model(teacher.checkpoint.path, dtype=torch.float32, device=torch.device("cpu"))
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name):
+        return lambda _module, args: seen.setdefault(f"{name}.weight", []).append(args[0].flatten(0, 1))
+
+    for name, module in model.named_modules():
+        if name.endswith(("down_proj", "o_proj")):
+            module.register_forward_pre_hook(keep(name))
+    with torch.inference_mode():
+        for batch in teacher.batches:
+            model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+    return {name: torch.cat(parts) for name, parts in seen.items()}

@@ -1,0 +1,134 @@
+"""Streaming scores are those of the whole model, and streaming never holds the whole model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+from kdscale.config import PruneConfig
+from kdscale.errors import CheckpointError, DataError
+from kdscale.models import load_model
+from kdscale.prune.plan import make_plan
+from kdscale.prune.ranking import load_scores
+from kdscale.weights import Checkpoint
+
+ALL = {"target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers")}
+
+
+def _whole_model_scores(teacher) -> dict[str, np.ndarray]:
+    """The definitions, written out plainly with every activation of the whole model in memory (fp64)."""
+    model = load_model(teacher.checkpoint.path, dtype=torch.float32, device=torch.device("cpu"))
+    dims = teacher.family.dims(teacher.config)
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep_input(key):
+        return lambda _m, args: seen.setdefault(key, []).append(args[0].double())
+
+    def keep_output(key):
+        return lambda _m, _a, out: seen.setdefault(key, []).append(out.double())
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(keep_input(f"ffn{index}"))
+        layer.self_attn.o_proj.register_forward_pre_hook(keep_input(f"heads{index}"))
+        layer.register_forward_pre_hook(keep_input(f"in{index}"))
+        layer.register_forward_hook(keep_output(f"out{index}"))
+        layer.input_layernorm.register_forward_hook(keep_output(f"norm{index}a"))
+        layer.post_attention_layernorm.register_forward_hook(keep_output(f"norm{index}b"))
+    model.model.norm.register_forward_hook(keep_output("norm"))
+    with torch.inference_mode():
+        for batch in teacher.batches:
+            model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+    cat = {key: torch.cat(parts) for key, parts in seen.items()}  # [all samples, S, ·]
+    minitron = lambda x: x.abs().mean(1).square().sum(0).sqrt()  # noqa: E731
+    out: dict[str, list[torch.Tensor]] = {}
+    for index, layer in enumerate(model.model.layers):
+        x, down = cat[f"ffn{index}"], layer.mlp.down_proj.weight.detach().double()
+        out.setdefault("ffn.activation", []).append(minitron(x))
+        energy = [(x[..., unit, None] * down[:, unit]).square().sum() for unit in range(dims.ffn)]
+        out.setdefault("ffn.output_energy", []).append(torch.stack(energy))
+        x = cat[f"heads{index}"].unflatten(-1, (dims.heads, dims.head_dim))
+        o = layer.self_attn.o_proj.weight.detach().double().unflatten(-1, (dims.heads, dims.head_dim))
+        parts = torch.einsum("bshd,ohd->bsho", x, o)
+        out.setdefault("heads.activation", []).append(minitron(x.norm(dim=-1)))
+        out.setdefault("heads.output_energy", []).append(parts.square().sum((0, 1, 3)))
+        groups = parts.unflatten(2, (dims.kv_heads, -1)).sum(3)
+        out.setdefault("kv_heads.output_energy", []).append(groups.square().sum((0, 1, 3)))
+        cosine = torch.nn.functional.cosine_similarity(cat[f"in{index}"], cat[f"out{index}"], dim=-1)
+        out.setdefault("layers.block_influence", []).append(1 - cosine.mean())
+    scores = {key: torch.stack(rows).numpy() for key, rows in out.items()}
+    norms = [minitron(value) for key, value in cat.items() if key.startswith("norm")]
+    return scores | {"hidden.activation": torch.stack(norms).sum(0).numpy()}
+
+
+def test_streamed_scores_equal_a_whole_model_pass(teacher, tmp_path):
+    scores, expected = teacher.scores(tmp_path, **ALL), _whole_model_scores(teacher)
+    assert scores.keys() == expected.keys()
+    for name, values in expected.items():
+        assert np.abs(scores[name] - values).max() < 1e-5 * np.abs(values).max(), name
+
+
+def test_files_hold_what_the_planner_reads(teacher, tmp_path):
+    scores = teacher.scores(tmp_path, **ALL)
+    loaded = load_scores(tmp_path)
+    assert all(np.array_equal(loaded[name], scores[name]) for name in scores)
+    summary = json.loads((tmp_path / "scores.json").read_text())
+    assert summary["tokens"] == 2 * 3 * 48
+    assert summary["layers"][3]["layers.block_influence"] == pytest.approx(float(scores["layers.block_influence"][3]))
+    first = (tmp_path / "scores.safetensors").read_bytes(), (tmp_path / "scores.json").read_bytes()
+    teacher.scores(tmp_path, **ALL)
+    assert first == ((tmp_path / "scores.safetensors").read_bytes(), (tmp_path / "scores.json").read_bytes())
+    make_plan(teacher.config, teacher.family, loaded, PruneConfig(ffn=64, heads=4))
+
+
+@pytest.mark.parametrize(
+    ("cut", "names"),
+    [
+        ({"ffn": 64}, {"ffn.activation", "ffn.output_energy"}),
+        ({"layers": 2}, {"layers.block_influence"}),
+        ({"hidden": 72}, {"hidden.activation"}),
+    ],
+)
+def test_only_what_open_axes_need_is_gathered(teacher, tmp_path, cut, names):
+    assert set(teacher.scores(tmp_path, **cut)) == names
+
+
+def test_one_layer_at_a_time(teacher, tmp_path, monkeypatch):
+    """Through importance and apply, tensors of at most one layer are alive whenever another one is read."""
+    read, alive = Checkpoint.tensor, {}
+    most = 0
+
+    def spy(self, name):
+        nonlocal most
+        tensor = read(self, name)
+        if ".layers." in name:
+            layer = int(name.split(".")[2])
+            # the module shares the tensor's memory (same dtype and device), so the storage tells whether it lives
+            alive.setdefault(layer, []).append(weakref.ref(tensor.untyped_storage()))
+            gc.collect()
+            most = max(most, sum(any(ref() is not None for ref in refs) for refs in alive.values()))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "tensor", spy)
+    teacher.prune(tmp_path / "student", ffn=64, heads=4, layers=3)
+    assert len(alive) == 4
+    assert most == 1
+
+
+def test_nothing_to_calibrate_on(teacher, tmp_path):
+    teacher_without = object.__new__(type(teacher))
+    teacher_without.__dict__ = {**teacher.__dict__, "batches": []}
+    with pytest.raises(DataError, match="no calibration tokens"):
+        teacher_without.scores(tmp_path, ffn=64)
+
+
+def test_missing_and_damaged_scores(tmp_path):
+    with pytest.raises(CheckpointError, match="kdscale importance"):
+        load_scores(tmp_path)
+    (tmp_path / "scores.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_scores(tmp_path)

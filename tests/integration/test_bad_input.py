@@ -1,0 +1,179 @@
+"""Bad input, as a user meets it: one message that names the file, an exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, tiny_llama_dir: Path) -> Path:
+    """A copy of the tiny teacher to break."""
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "teacher"))
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def truncated(teacher: Path) -> str:
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return "model.safetensors"
+
+
+def corrupt_header(teacher: Path) -> str:
+    weights = teacher / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[8:40] = b"\xff" * 32
+    weights.write_bytes(bytes(data))
+    return "model.safetensors"
+
+
+def missing_shard(teacher: Path) -> str:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (teacher / "model.safetensors").unlink()
+    (teacher / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "model-00001-of-00001.safetensors"
+
+
+def index_outside(teacher: Path) -> str:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../secret.safetensors"}}
+    (teacher / "model.safetensors").unlink()
+    (teacher / "model.safetensors.index.json").write_text(json.dumps(index))
+    return "../secret.safetensors"
+
+
+def pickled(teacher: Path) -> str:
+    (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin")
+    return "pytorch_model.bin"
+
+
+def other_shape(teacher: Path) -> str:
+    edit_json(teacher / "config.json", intermediate_size=160)
+    return "model.layers.0.mlp"
+
+
+def other_family(teacher: Path) -> str:
+    edit_json(teacher / "config.json", model_type="t5")
+    return "t5"
+
+
+def no_config(teacher: Path) -> str:
+    (teacher / "config.json").unlink()
+    return "config.json"
+
+
+def bad_config(teacher: Path) -> str:
+    (teacher / "config.json").write_text("{")
+    return "config.json"
+
+
+def larger_tokenizer(teacher: Path) -> str:
+    path = teacher / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab.update({f"extra{index}": len(vocab) + index for index in range(50)})
+    path.write_text(json.dumps(tokenizer))
+    return "tokenizer.json"
+
+
+def no_tokenizer(teacher: Path) -> str:
+    (teacher / "tokenizer.json").unlink()
+    return "tokenizer"
+
+
+DAMAGES = (
+    truncated, corrupt_header, missing_shard, index_outside, pickled, other_shape, other_family, no_config, bad_config,
+    larger_tokenizer, no_tokenizer,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_teacher(kdscale: Cli, tiny_config: Path, teacher: Path, damage: Callable[[Path], str]) -> None:
+    needle = damage(teacher)
+    outcome = kdscale("prune", tiny_config, "--set", f"teacher.path={teacher}")
+    assert outcome.code == 3, outcome.err
+    assert needle in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tiny_config.parent / "run").exists()  # found before anything was made
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "needle"),
+    [
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", b"caf\xe9 au lait", "latin.txt"),
+        ("broken.jsonl", b'{"text": "fine"}\n{"text": \n', "broken.jsonl"),
+        ("field.jsonl", b'{"txt": "the wrong field"}\n', "field.jsonl"),
+        ("short.txt", b"a", "two tokens"),
+    ],
+)
+def test_text_that_cannot_be_used(
+    kdscale: Cli, tiny_config: Path, tmp_path: Path, name: str, content: bytes, needle: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    source = f"data.sources=[{{path: {tmp_path / name}}}]"
+    outcome = kdscale("prune", tiny_config, "--set", source)
+    assert outcome.code == 4, outcome.err
+    assert needle in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "run" / "stages" / "data.json").exists()
+    assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "needle"),
+    [
+        ("prune.ffn=4096", "ffn"),
+        ("prune.heads=5", "heads"),
+        ("prune.target_params=1k", "prune.target_params"),
+        ("teacher.path=/nowhere", "teacher.path"),
+        ("distil.tokens=1", "did you mean 'distill'"),
+        ("data.sources=[{path: /nowhere.txt}]", "/nowhere.txt"),
+    ],
+)
+def test_a_config_that_cannot_work(kdscale: Cli, tiny_config: Path, override: str, needle: str) -> None:
+    outcome = kdscale("plan", tiny_config, "--set", override)
+    assert outcome.code in (2, 4), outcome.err
+    assert needle in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_folder_that_cannot_be_written(kdscale: Cli, tiny_config: Path) -> None:
+    outcome = kdscale("prune", tiny_config, "--set", "run_dir=/sys/kdscale-run")
+    assert outcome.code == 5, outcome.err
+    assert "/sys/kdscale-run" in outcome.err
+    assert "run_dir" in outcome.err
+
+
+def test_the_folder_of_another_run(kdscale: Cli, tiny_config: Path) -> None:
+    assert kdscale("plan", tiny_config).code == 0
+    outcome = kdscale("plan", tiny_config, "--set", "prune.ffn=96")
+    assert outcome.code == 5
+    assert "prune.ffn: 64 → 96" in outcome.err
+    accepted = kdscale("plan", tiny_config, "--set", "prune.ffn=96", "--accept-changes")
+    assert accepted.code == 0, accepted.err
+    assert "96" in accepted.out
+
+
+def test_an_edited_plan_is_used_and_a_spoiled_one_refused(kdscale: Cli, tiny_config: Path) -> None:
+    assert kdscale("plan", tiny_config).code == 0
+    path = tiny_config.parent / "run" / "plan.json"
+    plan = json.loads(path.read_text())
+    missing = sorted(set(range(128)) - set(plan["kept"]["ffn"][0]))
+    plan["kept"]["ffn"][0] = sorted([*plan["kept"]["ffn"][0][1:], missing[0]])
+    path.write_text(json.dumps(plan))
+    assert kdscale("prune", tiny_config).code == 0
+    plan["kept"]["ffn"][0][0] = plan["kept"]["ffn"][0][1]
+    path.write_text(json.dumps(plan))
+    outcome = kdscale("prune", tiny_config)
+    assert outcome.code == 2
+    assert "kept.ffn[0]" in outcome.err

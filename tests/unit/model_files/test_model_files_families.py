@@ -1,0 +1,286 @@
+"""Families against transformers: every tensor name and shape, defaults, constraints, per-layer fields."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import kdscale.families
+from kdscale.errors import CheckpointError, ConfigError
+from kdscale.families import Dims, load_family, read_families, supported_types
+
+_BASE = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "attention-bias": {"attention_bias": True, "tie_word_embeddings": True},
+    "wide-heads": {"head_dim": 20},
+    "multi-head": {"num_key_value_heads": 6},
+    "multi-query": {"num_key_value_heads": 1, "head_dim": 4},
+    "null-kv-heads": {"num_key_value_heads": None},
+    "rope-scaling": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+}
+_FAMILY_FILES = sorted(Path(kdscale.families.__file__).parent.glob("*.json"))
+
+
+def _config(model_type: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": model_type, **_BASE, **changes}
+
+
+def _hf_config(config: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config)
+
+
+def _hf_state(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], int]:
+    """(what transformers would write to disk, its parameter count with tied parameters counted once)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_hf_config(config))
+        model.tie_weights()
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return state, sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", _VARIANTS)
+@pytest.mark.parametrize("model_type", supported_types())
+def test_tensors_and_counts_are_those_of_transformers(model_type: str, variant: str) -> None:
+    config = _config(model_type, **_VARIANTS[variant])
+    family = load_family(config, "config.json")
+    if (model_type, variant) == ("mistral", "null-kv-heads"):  # transformers' MistralConfig wants an integer
+        with pytest.raises(CheckpointError, match="num_key_value_heads"):
+            family.dims(config)
+        return
+    ours = {name: spec.shape for name, spec in family.tensors(config).items()}
+    theirs, count = _hf_state(config)
+    assert ours == theirs
+    counted = family.count_params(config)
+    assert counted.total == count == counted.embedding + counted.non_embedding
+    tables = 1 if config.get("tie_word_embeddings") else 2
+    assert counted.embedding == tables * config["vocab_size"] * config["hidden_size"]
+
+
+@pytest.mark.parametrize("field", ["num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("model_type", supported_types())
+def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, field: str) -> None:
+    config = _config(model_type, num_attention_heads=64, hidden_size=128, num_key_value_heads=32)
+    config.pop(field, None)
+    dims = load_family(config, "config.json").dims(config)
+    hf = _hf_config(config)
+    assert dims.kv_heads == hf.num_key_value_heads
+    assert dims.head_dim == getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads)
+
+
+@pytest.mark.parametrize("model_type", supported_types())
+def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(model_type)
+    family = load_family(config, "config.json")
+    sites, dims = family.sites, family.dims(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_hf_config(config))
+    for path in (sites.embed, sites.final_norm, sites.rotary, sites.head):
+        model.get_submodule(path)
+    assert len(model.get_submodule(sites.layers)) == dims.layers  # type: ignore[arg-type]
+    layer = model.get_submodule(f"{sites.layers}.0")
+    assert layer.get_submodule(sites.ffn).in_features == dims.ffn
+    assert layer.get_submodule(sites.heads).in_features == dims.heads * dims.head_dim
+    for path in (*sites.norms, sites.attention, sites.mlp):
+        layer.get_submodule(path)
+    assert set(family.layer_tensors(config, 1)) == {
+        name for name in family.tensors(config) if name.startswith(family.layer_prefix(1))
+    }
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    model_type=st.sampled_from(supported_types()),
+    heads=st.integers(1, 8),
+    groups=st.integers(1, 8),
+    hidden=st.integers(1, 64),
+)
+def test_constraints_refuse_what_transformers_refuses(model_type: str, heads: int, groups: int, hidden: int) -> None:
+    """Sizes that pass our rules build in transformers; sizes transformers refuses do not pass."""
+    config = _config(model_type, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups, head_dim=8)
+    family = load_family(config, "config.json")
+    dims = Dims(hidden=hidden, ffn=80, heads=heads, kv_heads=groups, head_dim=8, layers=3, vocab=96)
+    broken = family.violations(dims)
+    assert any("kv group" in rule for rule in broken) == bool(heads % groups)
+    if any("kv group" not in rule for rule in broken):
+        with pytest.raises(Exception, match="not a multiple"):
+            _hf_config(config)
+    else:
+        _hf_config(config)
+
+
+def test_llama_refuses_a_hidden_size_that_its_heads_do_not_divide() -> None:
+    config = _config("llama", hidden_size=50, head_dim=8)
+    with pytest.raises(CheckpointError, match=r"hidden \(50\) is not a multiple of heads \(6\)"):
+        load_family(config, "config.json").dims(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"intermediate_size": "80"}, "positive integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"head_dim": -4}, "head_dim"),
+        ({"num_key_value_heads": 4}, "not a multiple of kv_heads"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_named(changes: dict[str, Any], message: str) -> None:
+    config = _config("llama", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_family(config, "some/config.json").dims(config)
+
+
+def test_missing_size_and_odd_flag_are_named() -> None:
+    config = _config("llama")
+    del config["vocab_size"]
+    with pytest.raises(CheckpointError, match="no such field"):
+        load_family(config, "config.json").dims(config)
+    config = _config("llama", tie_word_embeddings="yes")
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        load_family(config, "config.json").tensors(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, "llama, mistral, qwen2, qwen3"),
+        ({}, "no such field"),
+        ({"model_type": ["llama"]}, "model_type"),
+        (_config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM"),
+        (_config("llama", architectures="LlamaForCausalLM"), "architectures"),
+        (_config("llama", quantization_config={"quant_method": "gptq"}), "quantis"),
+    ],
+)
+def test_configs_that_are_not_supported_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_family(config, "config.json")
+
+
+def test_student_config_changes_sizes_and_per_layer_fields_only() -> None:
+    teacher = _config(
+        "qwen2",
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        max_window_layers=2,
+        layer_types=["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        rope_theta=1e6,
+        rope_scaling={"rope_type": "yarn", "factor": 4.0},
+        eos_token_id=7,
+    )
+    before = json.dumps(teacher)
+    family = load_family(teacher, "config.json")
+    dims = family.dims(teacher).replace(hidden=40, ffn=32, heads=4, layers=2)
+    student = family.student_config(teacher, dims, [0, 3])
+    assert json.dumps(teacher) == before
+    assert family.dims(student) == dims
+    assert student["head_dim"] == 8  # the teacher's 48 // 6, not the student's 40 // 4
+    assert student["layer_types"] == ["full_attention", "sliding_attention"]
+    assert student["max_window_layers"] == 1
+    changed = {key for key in student if student[key] != teacher.get(key)}
+    assert changed == {
+        "hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "num_hidden_layers", "layer_types",
+        "max_window_layers",
+    }  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), model_type=st.sampled_from(["qwen2", "qwen3"]), layers=st.integers(1, 6))
+def test_kept_layers_keep_their_kind_of_attention(data: st.DataObject, model_type: str, layers: int) -> None:
+    """Even when the kinds are implied by max_window_layers, each kept layer has in the student what it had."""
+    config = _config(model_type, num_hidden_layers=layers, use_sliding_window=True, sliding_window=16, head_dim=8)
+    border = data.draw(st.none() | st.integers(0, 8))
+    if border is not None:
+        config["max_window_layers"] = border
+    kept = sorted(data.draw(st.sets(st.integers(0, layers - 1), min_size=1)))
+    family = load_family(config, "config.json")
+    student = family.student_config(config, family.dims(config).replace(layers=len(kept)), kept)
+    theirs = _hf_config(config).layer_types
+    assert _hf_config(student).layer_types == [theirs[i] for i in kept]
+
+
+def test_student_config_refuses_wrong_layers_and_sizes() -> None:
+    config = _config("llama")
+    family = load_family(config, "config.json")
+    dims = family.dims(config)
+    for kept in ([0, 1], [0, 2, 1], [0, 1, 1], [0, 1, 3]):
+        with pytest.raises(ValueError, match="kept_layers"):
+            family.student_config(config, dims, kept)
+    with pytest.raises(ValueError, match="never change"):
+        family.student_config(config, dims.replace(head_dim=4), [0, 1, 2])
+    with pytest.raises(CheckpointError, match="not a multiple"):
+        family.student_config(config, dims.replace(hidden=50), [0, 1, 2])
+    broken = {**config, "layer_types": ["full_attention"]}
+    with pytest.raises(CheckpointError, match="list of 3 entries"):
+        family.student_config(broken, dims.replace(layers=1), [0])
+
+
+def test_kv_cache_counts_keys_and_values_of_all_layers() -> None:
+    config = _config("llama")  # 3 layers, 2 kv heads of 8 dimensions, two bytes a value
+    assert load_family(config, "config.json").kv_cache_bytes_per_token(config) == 2 * 3 * 2 * 8 * 2
+
+
+def _broken_family(tmp_path: Path, **changes: Any) -> Path:
+    data = json.loads(_FAMILY_FILES[0].read_text())
+    data.update(changes)
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_family_files_are_checked_strictly(tmp_path: Path) -> None:
+    data = json.loads(_FAMILY_FILES[0].read_text())
+    tensors = data["tensors"]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"colour": "red"}, "colour"),
+        ({"tensors": [*tensors, tensors[0]]}, "repeat the name"),
+        ({"tensors": [{**tensors[0], "axes": ["width"]}, *tensors[1:]]}, "axes"),
+        ({"flags": {}}, "flags"),
+        ({"dims": {key: value for key, value in data["dims"].items() if key != "ffn"}}, "lacks ffn"),
+        ({"ties": [{**data["ties"][0], "to": "model.wte.weight"}]}, "model.wte.weight"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            read_families([_broken_family(tmp_path, **changes)])
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read_families([tmp_path / "broken.json"])
+    with pytest.raises(ConfigError, match="another family file"):
+        read_families([_FAMILY_FILES[0], _broken_family(tmp_path)])
+
+
+def test_neither_families_nor_opening_a_checkpoint_imports_torch() -> None:
+    code = (
+        "import sys, kdscale.families as f, kdscale.weights; f.supported_types();"
+        "sys.exit(sorted(set(sys.modules) & {'torch', 'transformers'}) != [])"
+    )
+    root = Path(kdscale.families.__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

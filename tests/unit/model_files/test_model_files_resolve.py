@@ -1,0 +1,217 @@
+"""Finding the teacher, copying what lies beside its weights, and whether its tokenizer fits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from kdscale.config import TeacherConfig
+from kdscale.errors import CheckpointError, ConfigError
+from kdscale.weights import check_tokenizer, copy_sidecars, resolve_teacher
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Records what would be asked of the hub; nothing is to be asked in most of these tests."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def snapshot_download(name: str, **kwargs: Any) -> str:
+        asked.append((name, kwargs))
+        return "/downloaded"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_folder_that_exists_is_taken_even_when_it_looks_like_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: list[Any]
+) -> None:
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_teacher(TeacherConfig(path="org/name")) == Path("org/name")
+    assert no_hub == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "./org/name",
+        "../org/name",
+        "/org/name",
+        "~/org",
+        "~x/name",
+        "models/llama-typo",
+        "name",
+        "a/b/c",
+        "org/na me",
+        "org/name",
+    ],
+)
+def test_mistyped_path_never_reaches_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: list[Any], path: str
+) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^teacher\.path") as caught:
+        resolve_teacher(TeacherConfig(path=path))
+    assert caught.value.exit_code == 2
+    assert no_hub == []
+
+
+def test_only_the_shape_is_asked_for_when_only_the_shape_is_needed(no_hub: list[tuple[str, dict[str, Any]]]) -> None:
+    resolve_teacher(TeacherConfig(path="hf:org/name"), config_only=True)
+    assert no_hub[0][1]["allow_patterns"] == ["config.json"]
+
+
+def test_error_says_how_far_a_mistyped_path_exists(tmp_path: Path, no_hub: list[Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_teacher(TeacherConfig(path=f"{tmp_path}/models/llama"))
+    assert f"the folder {tmp_path} does" in str(caught.value)
+
+
+def test_file_is_not_a_teacher(tmp_path: Path, no_hub: list[Any]) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="GGUF"):
+        resolve_teacher(TeacherConfig(path=str(tmp_path / "model.gguf")))
+
+
+def test_hub_id_asks_for_safe_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: list[tuple[str, dict[str, Any]]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_teacher(TeacherConfig(path="hf:org-1/Some.Model_2", revision="v3")) == Path("/downloaded")
+    ((name, asked),) = no_hub
+    assert (name, asked["revision"]) == ("org-1/Some.Model_2", "v3")
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = [
+        "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+        "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE",
+        "modeling_x.py", "pytorch_model.bin", "consolidated.safetensors", "original/params.json",
+        "onnx/model.safetensors", "model.gguf",
+    ]  # fmt: skip
+    kept = filter_repo_objects(there, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
+    assert list(kept) == there[:9]
+
+
+def _http(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
+    return kind("refused", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (_http(errors.RepositoryNotFoundError), "does not exist or is private"),
+        (_http(errors.GatedRepoError), "is gated"),
+        (_http(errors.RevisionNotFoundError), r"teacher\.revision"),
+        (_http(errors.HfHubHTTPError), "cannot be downloaded"),
+        (errors.LocalEntryNotFoundError("offline"), "cannot be downloaded"),
+        (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE"),
+        (errors.HfHubHTTPError.__bases__[0]("no route"), "no route"),
+    ],
+)
+def test_hub_refusals_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=message):
+        resolve_teacher(TeacherConfig(path="hf:org/name"))
+
+
+def test_offline_is_explained_by_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HUB_OFFLINE is set for all tests: the real library refuses without a network request."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="not in the local cache"):
+        resolve_teacher(TeacherConfig(path="hf:no-such-org-here/no-such-model"))
+
+
+def test_sidecars_are_the_known_files_and_never_code(tmp_path: Path) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    wanted = [
+        "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "LICENSE.txt",
+        "additional_chat_templates/tool.jinja",
+    ]  # fmt: skip
+    unwanted = [
+        "modeling_x.py", "pytorch_model.bin", "config.json", "model.safetensors", "model.safetensors.index.json",
+        "LICENSE.py", "README.md", "training_args.bin", "optimizer.pt",
+    ]  # fmt: skip
+    for name in wanted + unwanted:
+        (src / name).parent.mkdir(parents=True, exist_ok=True)
+        (src / name).write_text(name)
+    dst.mkdir()
+    assert copy_sidecars(src, dst) == sorted(wanted)
+    assert sorted(str(p.relative_to(dst)) for p in dst.rglob("*") if p.is_file()) == sorted(wanted)
+    assert (dst / wanted[-1]).read_text() == wanted[-1]
+
+
+def test_sidecars_of_a_hub_cache_are_copied_not_linked(tmp_path: Path) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    src.mkdir()
+    dst.mkdir()
+    (tmp_path / "blob").write_text("{}")
+    (src / "tokenizer.json").symlink_to(tmp_path / "blob")
+    copy_sidecars(src, dst)
+    assert not (dst / "tokenizer.json").is_symlink()
+    assert (dst / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.fixture
+def tokenizer_dir(tiny_tokenizer_file: Path, tmp_path: Path) -> Path:
+    shutil.copyfile(tiny_tokenizer_file, tmp_path / "tokenizer.json")
+    return tmp_path
+
+
+def test_tokenizer_that_fits(tokenizer_dir: Path, tiny_llama_dir: Path) -> None:
+    from tokenizers import Tokenizer
+
+    size = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).get_vocab_size()
+    assert check_tokenizer(tokenizer_dir, size) == size
+    assert check_tokenizer(tokenizer_dir / "tokenizer.json", size + 100) == size
+    assert check_tokenizer(tiny_llama_dir, 320) <= 320
+    with pytest.raises(CheckpointError, match=f"id {size - 1}"):
+        check_tokenizer(tokenizer_dir, size - 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<pad>": 320}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": "<pad>"}}}),
+    ],
+)
+def test_token_added_beyond_the_embedding_is_found(tokenizer_dir: Path, file: str, content: Any) -> None:
+    (tokenizer_dir / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"id 320 \('<pad>' in {file}\)"):
+        check_tokenizer(tokenizer_dir, 320)
+    assert check_tokenizer(tokenizer_dir, 321) == 321
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("tokenizer.json", "{", "not valid JSON"),
+        ("tokenizer.json", '{"model": {"type": "Nonsense"}}', "not a usable tokenizer"),
+        ("tokenizer_config.json", "[]", "JSON object"),
+        ("added_tokens.json", '{"<x>": "seven"}', "integer ids"),
+    ],
+)
+def test_broken_tokenizer_files_are_named(tokenizer_dir: Path, file: str, text: str, message: str) -> None:
+    (tokenizer_dir / file).write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        check_tokenizer(tokenizer_dir, 320)
+
+
+def test_missing_tokenizer_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="save_pretrained"):
+        check_tokenizer(tmp_path, 320)

@@ -1,0 +1,119 @@
+"""The configuration: strict, typed, one message for all that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdscale.config import build_config, config_differences, dump_config, load_config, parse_count, parse_target
+from kdscale.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "name": "t", "run_dir": "runs/t", "teacher": {"path": "teachers/t"}, "prune": {"target_params": "50%"}
+}  # fmt: skip
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_then_file_then_set(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "name: a\nrun_dir: r\nteacher: {path: t}\nprune: {ffn: 640}\ndistill: {tokens: 2M, seq_len: 128}"
+    )
+    config = load_config(path, ["distill.tokens=3k", "distill.optimizer.lr=1e-3", "prune.target_params=4B"])
+    assert (config.distill.tokens, config.distill.seq_len, config.distill.micro_batch) == (3000, 128, 4)
+    assert config.distill.optimizer.lr == 1e-3
+    assert config.prune.target_params == "4B"
+
+
+def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
+    config = build_config(MINIMAL, "here")
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("patch", "needle"),
+    [
+        ({"prune": {"target_parms": "4B"}}, "prune.target_parms: unknown key (did you mean 'target_params'?)"),
+        ({"prune": {"target_params": "400%"}}, "prune: expected a count such as 4B"),
+        ({"prune": {}}, "prune: give target_params or at least one of"),
+        ({"prune": {"ffn": "many"}}, "prune.ffn: input should be a valid integer, got 'many' (str)"),
+        ({"prune": {"ffn": 0}}, "prune.ffn: input should be greater than 0, got 0 (int)"),
+        ({"teacher": {}}, "teacher.path: required, but not given"),
+        ({"distill": {"global_batch": 3}}, "global_batch (3) must be a multiple of micro_batch × processes (4)"),
+        ({"distill": {"optimizer": {"lr": "fast"}}}, "distill.optimizer.lr: input should be a valid number"),
+        ({"distill": {"dtype": "float16"}}, "distill.dtype"),
+        ({"data": {"sources": []}}, "data.sources"),
+        ({"name": "../up"}, "name: string should match pattern"),
+        ({"seed": True}, "seed: input should be a valid integer"),
+    ],
+)
+def test_a_wrong_field_is_named(patch: dict[str, Any], needle: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config({**MINIMAL, **patch}, "c.yaml")
+    assert needle in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_every_wrong_field_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config({**MINIMAL, "sed": 1, "eval": {"tokens": -1}, "distill": {"seq_len": 1.5}}, "c.yaml")
+    assert all(name in str(caught.value) for name in ("sed", "eval.tokens", "distill.seq_len"))
+
+
+@pytest.mark.parametrize(
+    ("text", "needle"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("just words", "holds no settings"),
+        ("", "holds no settings"),
+        ("name: a\nname: b", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path: Path, text: str, needle: str) -> None:
+    with pytest.raises(ConfigError, match=needle):
+        load_config(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("override", ["nothing", "=3", "a..b=1", "name.deep=1"])
+def test_a_malformed_override(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        load_config(write(tmp_path, dump_config(build_config(MINIMAL, "x"))), [override])
+
+
+@given(st.integers(1, 999), st.sampled_from(["", "k", "M", "B", "T"]))
+def test_counts_with_suffixes(number: int, suffix: str) -> None:
+    scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[suffix]
+    assert parse_count(f"{number}{suffix}") == number * scale
+    assert parse_target(f"{number}{suffix}") == ("absolute", float(number * scale))
+
+
+@given(st.text(max_size=8))
+def test_parse_target_parses_or_refuses(text: str) -> None:
+    try:
+        kind, value = parse_target(text)
+    except ValueError:
+        return
+    assert value > 0
+    assert kind == "absolute" or value < 1
+
+
+def test_differences_name_dotted_fields() -> None:
+    old = build_config(MINIMAL, "x").resolved()
+    new = build_config({**MINIMAL, "seed": 3, "distill": {"optimizer": {"lr": 1e-3}}}, "x").resolved()
+    assert config_differences(old, new) == ["distill.optimizer.lr: 0.0001 → 0.001", "seed: 0 → 3"]

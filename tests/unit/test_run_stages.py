@@ -1,0 +1,157 @@
+"""Stages: done once, done again when something they were made from changed, and saying what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kdscale.config import Config, build_config
+from kdscale.errors import RunFolderError
+from kdscale.files import write_text
+from kdscale.progress import Reporter
+from kdscale.runs.folder import RunFolder
+from kdscale.runs.stage import Context, Stage, digest_file, run_stage
+
+
+def config(**fields: Any) -> Config:
+    tree = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 64}, **fields}
+    return build_config(tree, "here")
+
+
+class Bench:
+    """A run folder, two chained stages that count their calls, and what was said."""
+
+    def __init__(self, folder: Path):
+        self.console = Console(record=True, width=200, file=(folder / "log").open("w"))
+        (folder / "teacher").mkdir()
+        (folder / "teacher" / "config.json").write_text("{}")
+        self.run = RunFolder(folder / "run")
+        self.run.path.mkdir()
+        self.calls: list[str] = []
+        self.first = Stage(
+            "first", "the first", ("seed",), (), ("a.json",), self._work("first", "a.json"), reads_teacher=True
+        )
+        self.second = Stage(
+            "second", "the second", ("distill",), ("a.json",), ("b",), self._work("second", "b/x"), scratch=("scratch",)
+        )
+
+    def _work(self, name: str, output: str) -> Any:
+        def work(context: Context) -> Mapping[str, Any]:
+            self.calls.append(name)
+            write_text(context.run.path / output, f"{name} {context.config.seed}")
+            return {"calls": len(self.calls)}
+
+        return work
+
+    def go(self, settings: Config | None = None) -> list[str]:
+        self.calls.clear()
+        context = Context(
+            settings or config(), self.run, self.run.path.parent / "teacher", Reporter(console=self.console)
+        )
+        for stage in (self.first, self.second):
+            run_stage(stage, context)
+        return list(self.calls)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_finished_stages_are_not_repeated(bench: Bench) -> None:
+    assert bench.go() == ["first", "second"]
+    assert bench.go() == []
+    assert "the first: done before" in bench.console.export_text()
+
+
+def test_a_changed_setting_repeats_the_stages_it_touches(bench: Bench) -> None:
+    bench.go()
+    assert bench.go(config(distill={"tokens": 5})) == ["second"]
+    assert "config.distill.tokens: 1000000 → 5" in bench.console.export_text()
+    assert bench.go(config(seed=2, distill={"tokens": 5})) == ["first", "second"]
+
+
+def test_a_changed_teacher_repeats_what_reads_it(bench: Bench) -> None:
+    bench.go()
+    (bench.run.path.parent / "teacher" / "config.json").write_text('{"other": 1}')
+    assert bench.go() == ["first"]  # the second stage's only input came out the same
+
+
+def test_a_damaged_or_missing_output_is_made_again(bench: Bench) -> None:
+    bench.go()
+    (bench.run.path / "b" / "x").write_text("cut")
+    assert bench.go() == ["second"]
+    (bench.run.path / "a.json").unlink()
+    assert bench.go() == ["first"]
+
+
+def test_an_output_edited_by_hand_is_kept_and_noticed_downstream(bench: Bench) -> None:
+    first = Stage(**{**vars(bench.first), "hand_editable": True})
+    bench.first = first
+    bench.go()
+    (bench.run.path / "a.json").write_text("edited")
+    assert bench.go() == ["second"]
+    assert (bench.run.path / "a.json").read_text() == "edited"
+
+
+def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> None:
+    def dies(context: Context) -> Mapping[str, Any]:
+        write_text(context.run.path / "scratch" / "step", "1")
+        raise KeyboardInterrupt
+
+    whole = bench.second
+    bench.second = Stage(**{**vars(whole), "work": dies})
+    with pytest.raises(KeyboardInterrupt):
+        bench.go()
+    bench.second = whole
+    bench.go()
+    assert (bench.run.path / "scratch" / "step").exists()
+    bench.go(config(distill={"tokens": 5}))
+    assert not (bench.run.path / "scratch").exists()
+
+
+def test_the_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        assert run.adopt_config(config(), accept_changes=False) == []
+        with pytest.raises(RunFolderError, match="seed: 0 → 1") as caught:
+            run.adopt_config(config(seed=1), accept_changes=False)
+        assert "--accept-changes" in str(caught.value)
+        assert run.adopt_config(config(seed=1), accept_changes=True) == ["seed: 0 → 1"]
+        assert run.adopt_config(config(seed=1), accept_changes=False) == []
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.doc").write_text("do not touch")
+    run = RunFolder(tmp_path)
+    with run.lock(), pytest.raises(RunFolderError, match="not a run's"):
+        run.adopt_config(config(), accept_changes=False)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    run, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    with run.lock():
+        assert other.in_use()
+        with pytest.raises(RunFolderError, match="in use by process"), other.lock():
+            pass
+    assert not other.in_use()
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunFolderError, match="a folder"), RunFolder(tmp_path / "run").lock():
+        pass
+
+
+def test_digest_notices_changes_in_large_files(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(bytes(5 << 20))
+    before = digest_file(path)
+    with path.open("r+b") as stream:
+        stream.seek(5 << 20)
+        stream.write(b"x")
+    assert digest_file(path) != before

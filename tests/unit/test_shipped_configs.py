@@ -1,0 +1,68 @@
+"""Every config that ships is parsed, planned (shapes only) and built on the meta device; its name tells the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdscale.cli.shipped import config_folder, find_config
+from kdscale.config import Config, load_config
+from kdscale.errors import ConfigError
+from kdscale.families import load_family
+from kdscale.prune.plan import Plan, make_plan
+
+TEACHERS = Path(__file__).resolve().parents[1] / "fixtures" / "teachers"
+NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))
+
+
+def plan_of(name: str) -> tuple[Config, dict[str, Any], Plan]:
+    config = load_config(find_config(name))
+    teacher: dict[str, Any] = json.loads((TEACHERS / Path(config.teacher.path).name / "config.json").read_text())
+    return config, teacher, make_plan(teacher, load_family(teacher, name), None, config.prune)
+
+
+def test_the_promised_configs_ship() -> None:
+    assert {"demo", "llama3.1-8b-to-4.5b-width", "llama3.1-8b-to-4.5b-depth", "qwen3-8b-to-4b"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_student_has_the_size_in_the_name(name: str) -> None:
+    config, _, plan = plan_of(name)
+    size, unit = re.search(r"-to-([\d.]+)([bm])(?:-|$)", config.name).groups()  # type: ignore[union-attr]
+    promised = float(size) * {"b": 1e9, "m": 1e6}[unit]
+    assert plan.student_params.total == pytest.approx(promised, rel=0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_builds_the_student_with_as_many_parameters(name: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _, teacher, plan = plan_of(name)
+    family = load_family(teacher, name)
+    student = family.student_config(teacher, plan.student.dims(), plan.kept.layers)
+    settings = {key: value for key, value in student.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(student["model_type"], **settings))
+    assert sum(p.numel() for p in model.parameters()) == plan.student_params.total
+
+
+def test_the_published_shapes() -> None:
+    _, _, width = plan_of("llama3.1-8b-to-4.5b-width")
+    assert (width.student.hidden, width.student.ffn, width.student.layers, width.student.heads) == (3072, 9216, 32, 32)
+    _, _, depth = plan_of("llama3.1-8b-to-4.5b-depth")
+    dropped = sorted(set(range(32)) - set(depth.kept.layers))
+    assert depth.student.layers == 16
+    assert dropped == list(range(dropped[0], dropped[0] + 16))  # one block
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("dmo", "demo"), ("llama3.1-8b-to-4.5b-widht", "llama3.1-8b-to-4.5b-width")]
+)
+def test_a_misspelt_name_gets_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean {re.escape(hint)}"):
+        find_config(name)
