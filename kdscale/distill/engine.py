@@ -6,12 +6,8 @@ runs the same code as a rank started by a launcher under RANK, WORLD_SIZE, MASTE
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from kdscale.dist import barrier, is_main, rank, world_size
 from kdscale.distill import state
 from kdscale.distill.export import export_student, model_card
 from kdscale.distill.loop import Trainer
+from kdscale.distill.quiet import quiet
 from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.validate import Validator
@@ -54,17 +51,16 @@ def run(
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     set_threads(cfg.runtime.threads, cfg.distill.processes)
-    torch.set_flush_denormal(True)
     reporter = reporter if is_main() else Reporter(quiet=True)
     log_path = run_dir / "logs" / ("distill.log" if is_main() else f"distill-rank-{rank()}.log")
-    with _quiet(log_path):
+    with quiet(log_path):
         _start_group(device)
     _check_world(cfg)
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
     stage = _stage(cfg.distill.zero_stage, dtype, reporter)
     teacher, student = _load_pair(cfg, teacher_dir, student_dir, dtype, device)
-    with _quiet(log_path):
+    with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
         if dtype == torch.bfloat16:
             _sharpen_masters(student.model, student_dir)
@@ -75,7 +71,7 @@ def run(
     trainer = _make_trainer(cfg, engine, teacher, data_dir, run_dir, device, fingerprint, found.step, reporter)
     start = LoaderState()
     if found.path is not None:
-        with _quiet(log_path):
+        with quiet(log_path):
             _load_engine(engine, found.path)
         start = trainer.restore(found.path)
         reporter.say(f"going on from step {start.step} of {trainer.steps} ({found.path})")
@@ -101,28 +97,6 @@ def shutdown() -> None:
         deepspeed.comm.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-
-
-@contextmanager
-def _quiet(log_path: Path) -> Iterator[None]:
-    """Send what DeepSpeed and gloo print (also from C++, hence the descriptor) to a log file instead of the console."""
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    kept = os.dup(1)
-    with log_path.open("a", encoding="utf-8") as log, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        os.dup2(log.fileno(), 1)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            os.dup2(kept, 1)
-            os.close(kept)
-    logger = logging.getLogger("DeepSpeed")
-    if not any(getattr(handler, "baseFilename", "") == str(log_path.absolute()) for handler in logger.handlers):
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-        logger.addHandler(logging.FileHandler(log_path, encoding="utf-8"))
 
 
 def _start_group(device: torch.device) -> None:

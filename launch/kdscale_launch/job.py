@@ -33,7 +33,7 @@ class LaunchError(RuntimeError):
     """A job that could not be started."""
 
 
-class RankFailed(LaunchError):
+class RankFailed(LaunchError):  # noqa: N818 - says what happened
     """The first rank that ended with an error; `exit_code` is what the whole job should leave with."""
 
     def __init__(self, rank: int, exit_code: int, log_tail: str):

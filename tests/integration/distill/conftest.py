@@ -96,7 +96,7 @@ import os, sys, json
 from pathlib import Path
 from kdscale.config import build_config
 from kdscale.distill import engine, loop, state
-from kdscale.errors import KdscaleError
+from kdscale.errors import Interrupted, KdscaleError
 from kdscale.progress import Reporter
 tree, teacher, student, data, run_dir, die = json.loads(sys.argv[1])
 if die:
@@ -116,7 +116,7 @@ code = 0
 try:
     engine.run(build_config(tree, "test"), teacher_dir=Path(teacher), student_dir=Path(student), data_dir=Path(data),
                run_dir=Path(run_dir), reporter=Reporter())
-except KdscaleError as error:
+except (KdscaleError, Interrupted) as error:
     print(error, file=sys.stderr)
     code = error.exit_code
 engine.shutdown()
