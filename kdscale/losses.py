@@ -12,9 +12,9 @@ import math
 from typing import Any
 
 import torch
-from kdscale_kernels import linear_sparse_kl
 
 from kdscale.config import LossConfig
+from kdscale_kernels import linear_sparse_kl
 
 # What `distillation_loss` reports beside the loss, in this order; sums over rows.
 TERMS = ("loss", "kd", "ce", "teacher_mass", "tail_mass", "top1_agree")

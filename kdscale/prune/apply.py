@@ -69,8 +69,7 @@ def apply_plan(
     with ShardWriter(out_dir, specs, prune_cfg.max_shard_bytes) as writer:
         for source, target, spec in slicer.outer():
             writer.add(target, slicer.slice(teacher.tensor(source), spec, None))
-        for position in range(plan.student.layers):
-            changed = next(repaired)
+        for position, changed in zip(range(plan.student.layers), repaired, strict=True):
             for source, target, spec in slicer.layer(position):
                 sliced = slicer.slice(teacher.tensor(source), spec, position)
                 writer.add(target, changed[spec.role].to(sliced.dtype) if spec.role in changed else sliced)

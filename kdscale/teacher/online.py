@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kdscale_kernels import linear_topk_lse
 
 from kdscale.errors import CheckpointError
 from kdscale.teacher.targets import TopKTargets
+from kdscale_kernels import linear_topk_lse
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):
 
 def test_all_generators_go_on_where_they_were():
     saved = state.rng_state()
-    first = (torch.rand(3).tolist(), random.random(), float(np.random.rand()))  # noqa: NPY002
-    assert first != (torch.rand(3).tolist(), random.random(), float(np.random.rand()))  # noqa: NPY002
+    first = (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
+    assert first != (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
     state.restore_rng(saved)
-    assert first == (torch.rand(3).tolist(), random.random(), float(np.random.rand()))  # noqa: NPY002
+    assert first == (torch.rand(3).tolist(), random.random(), float(np.random.rand()))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from kdscale_launch import JobSpec, LaunchError, RankFailed, run_local
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
