@@ -83,7 +83,7 @@ def _start(spec: JobSpec, rank: int, port: int, stack: ExitStack) -> subprocess.
             stdout=output,
             stderr=output,
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-            preexec_fn=_die_with(os.getpid()) if sys.platform.startswith("linux") else None,  # noqa: PLW1509
+            preexec_fn=_die_with(os.getpid()) if sys.platform.startswith("linux") else None,
         )
     except OSError as error:
         raise LaunchError(f"cannot start {spec.command[0]!r}: {error.strerror}") from error

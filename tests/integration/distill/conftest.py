@@ -126,7 +126,7 @@ os._exit(code)
 
 @pytest.fixture
 def spawn(tiny_llama_dir: Path, student_dir: Path, data_dir: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start the same in a process of its own; `die` is ("step"|"seal"|"export", step) at which it ends without notice."""
+    """The same in a process of its own; `die` is ("step"|"seal"|"export", step) at which it ends without notice."""
 
     def start(config: Config, run_dir: Path, die: tuple[str, int] | None = None, **env: str) -> subprocess.Popen[str]:
         sent = [config.resolved(), str(tiny_llama_dir), str(student_dir), str(data_dir), str(run_dir), die]

@@ -18,7 +18,12 @@ from kdscale.distill import engine, loop, state, step
 from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingError
 from kdscale.metrics import read_metrics
 
-PURE_KD = {"loss": {"top_k": 32}, "tokens": 30 * 4 * 48, "optimizer": {"lr": 3e-3, "warmup_steps": 5}}
+PURE_KD = {
+    "loss": {"top_k": 32},
+    "tokens": 30 * 8 * 48,
+    "global_batch": 8,
+    "optimizer": {"lr": 1e-3, "warmup_steps": 5},
+}
 
 
 def student_bytes(run_dir):
@@ -31,10 +36,10 @@ def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype):
     validation = [row for row in rows if row["kind"] == "validation"]
     assert validation[0]["step"] == 0
     assert validation[-1]["step"] == 30
-    assert validation[-1]["kd"] < 0.8 * validation[0]["kd"]
+    assert validation[-1]["kd"] < 0.85 * validation[0]["kd"]
     train = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in train] == list(range(1, 31))
-    assert train[-1]["tokens"] == 30 * 4 * 48
+    assert train[-1]["tokens"] == 30 * 8 * 48
     assert all(0 < row["teacher_mass"] <= 1 and 0 < row["tail_mass"] < 1 for row in train)
     assert all(0 <= row["top1_agree"] <= 1 for row in train)
 
@@ -230,7 +235,7 @@ def test_a_torn_newest_checkpoint_is_passed_over(distil, tmp_path):
 
 def test_a_checkpoint_of_other_settings_is_refused(distil, tmp_path):
     distil(tmp_path)
-    with pytest.raises(RunFolderError, match="optimizer.lr: 0.003 → 0.001"):
+    with pytest.raises(RunFolderError, match=r"optimizer\.lr: 0\.003 → 0\.001"):
         distil(tmp_path, optimizer={"lr": 1e-3, "warmup_steps": 2, "weight_decay": 0.1})
 
 
@@ -246,7 +251,7 @@ def test_checkpoints_carry_no_code(distil, tmp_path):
     about = manifest["files"][victim.relative_to(newest).as_posix()]
     about.update(sha256=state.files.sha256_file(victim), bytes=victim.stat().st_size)
     (newest / state.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match="Weights only load failed|weights_only|Popen"):
+    with pytest.raises(Exception, match=r"Weights only load failed|weights_only|Popen"):
         distil(tmp_path)
 
 

@@ -1,0 +1,85 @@
+"""Argument checks shared by the ops: ValueErrors that name the argument, what was expected and what came.
+
+Checks of values (ids in range, NaN in the targets) read the data, which on an accelerator would wait for it; they are
+made for CPU tensors only. Elsewhere a NaN target turns its loss into NaN and a bad id is the device's own index error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def resolve_vocab(vocab_size: int | None, rows: int, what: str) -> int:
+    """The number of vocabulary entries to use: the first vocab_size of `rows` (padding sits at the end)."""
+    if vocab_size is None:
+        return rows
+    if not 1 <= vocab_size <= rows:
+        raise ValueError(f"vocab_size: expected from 1 to the {rows} rows of {what}, got {vocab_size}")
+    return vocab_size
+
+
+def check_linear(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, prefix: str = "") -> None:
+    """Shapes, kinds and devices of a hidden state and its head."""
+    for name, tensor in ((f"{prefix}hidden", hidden_NH), (f"{prefix}weight", weight_VH)):
+        if tensor.dim() != 2 or not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a 2-D floating tensor, got {tensor.dtype} {tuple(tensor.shape)}")
+    if hidden_NH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"{prefix}weight: expected [V, {hidden_NH.shape[1]}] to match {prefix}hidden, got {tuple(weight_VH.shape)}"
+        )
+    if weight_VH.shape[0] == 0:
+        raise ValueError(f"{prefix}weight: expected at least one vocabulary row, got {tuple(weight_VH.shape)}")
+    if bias_V is not None and bias_V.shape != weight_VH.shape[:1]:
+        raise ValueError(f"{prefix}bias_V: expected [{weight_VH.shape[0]}], got {tuple(bias_V.shape)}")
+    check_same_device(hidden_NH, weight_VH, *([] if bias_V is None else [bias_V]))
+
+
+def check_same_device(first: Tensor, *others: Tensor) -> None:
+    for other in others:
+        if other.device != first.device:
+            raise ValueError(f"all tensors must be on one device: got {first.device} and {other.device}")
+
+
+def check_targets(rows: int, ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, labels_N: Tensor) -> None:
+    """Shapes and kinds of the teacher's entries and the labels."""
+    if ids_NK.dim() != 2 or ids_NK.shape[0] != rows or ids_NK.shape[1] < 1:
+        raise ValueError(f"ids_NK: expected [{rows}, K] with K >= 1, got {tuple(ids_NK.shape)}")
+    for name, tensor, shape in (
+        ("teacher_logits_NK", logits_NK, tuple(ids_NK.shape)),
+        ("teacher_lse_N", lse_N, (rows,)),
+        ("labels_N", labels_N, (rows,)),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+    for name, tensor in (("ids_NK", ids_NK), ("labels_N", labels_N)):
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise ValueError(f"{name}: expected an integer tensor, got {tensor.dtype}")
+    for name, tensor in (("teacher_logits_NK", logits_NK), ("teacher_lse_N", lse_N)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating tensor, got {tensor.dtype}")
+    check_same_device(ids_NK, logits_NK, lse_N, labels_N)
+
+
+def check_target_values(ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, labels_N: Tensor, vocab: int) -> None:
+    """Values of the rows that count; CPU only (see the module's note)."""
+    if ids_NK.device.type != "cpu":
+        return
+    used_NK = logits_NK != float("-inf")
+    broken_N = logits_NK.isnan().any(1) | ~lse_N.isfinite() | ~used_NK.any(1)
+    if bool(broken_N.any()):
+        row = int(broken_N.nonzero()[0, 0])
+        raise ValueError(
+            f"teacher targets: expected finite values, got NaN or no usable entry in {int(broken_N.sum())} of "
+            f"{broken_N.numel()} valid rows (first: valid row {row}, log-sum-exp {float(lse_N[row])}); "
+            "the teacher's forward pass overflowed or its weights are damaged"
+        )
+    outside_NK = used_NK & ((ids_NK < 0) | (ids_NK >= vocab))
+    if bool(outside_NK.any()):
+        raise ValueError(
+            f"ids_NK: expected ids from 0 to {vocab - 1}, got {int(ids_NK[outside_NK][0])}; "
+            "give both sides the same vocab_size when their vocabularies are padded differently"
+        )
+    bad_N = (labels_N < 0) | (labels_N >= vocab)
+    if bool(bad_N.any()):
+        raise ValueError(f"labels_N: expected ids from 0 to {vocab - 1} or ignore_index, got {int(labels_N[bad_N][0])}")

@@ -1,0 +1,186 @@
+"""linear_sparse_kl: distillation loss on K teacher entries a token, straight from the student's hidden states.
+
+Legend: N rows, M valid rows, C rows of one chunk, H hidden size, V vocabulary, K teacher entries, T temperature.
+
+The gradients are made in the forward pass, chunk by chunk, so the product hidden · weightᵀ is computed once and N×V
+never exists; backward only scales them (the idea of Liger-Kernel's fused linear losses, Hsu et al. 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdscale_kernels import checks
+from kdscale_kernels import targets as target_lists
+from kdscale_kernels.dispatch import choose_backend
+from kdscale_kernels.products import Head, compute_dtypes, row_chunks
+from kdscale_kernels.rows import RowSums, rows_step
+from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
+
+
+def linear_sparse_kl(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    ids_NK: Tensor,
+    teacher_logits_NK: Tensor,
+    teacher_lse_N: Tensor,
+    *,
+    labels_N: Tensor,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    tail: Tail = "bucket",
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    chunk_bytes: int = 64 << 20,
+    backend: Backend = "auto",
+) -> SparseKL:
+    """Sum over valid rows of ce_weight·CE + (1 - ce_weight)·T²·D(teacher, student) from hidden states and a head.
+
+    hidden_NH [N,H], weight_VH [V,H], bias_V [V]: the student's; floating, mixed dtypes are promoted, autocast obeyed.
+    ids_NK [N,K] integer, teacher_logits_NK [N,K], teacher_lse_N [N]: as linear_topk_lse gives them, the log-sum-exp at
+    this same temperature. A slot with logit -inf is empty. labels_N [N]: already shifted; rows equal to ignore_index
+    count for nothing. tail: "bucket" treats everything outside the K entries as one bucket, "truncated" leaves it out
+    of the sum (may be negative), "renormalised" rescales both sides to the K entries. vocab_size keeps the first
+    entries of a padded head.
+
+    Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live as chunks of at most chunk_bytes
+    (fp32, at least one row). One wait for the device, to count the valid rows; none in the results.
+    Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
+    """
+    choose_backend(backend)
+    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap)
+    checks.check_linear(hidden_NH, weight_VH, bias_V)
+    checks.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+    checks.check_same_device(hidden_NH, ids_NK)
+    vocab = checks.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
+    operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
+    valid_M = (labels_N != ignore_index).nonzero()[:, 0]
+    labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
+    logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
+    checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
+    grad_on = torch.is_grad_enabled()
+    problem = _Problem(
+        valid_M,
+        labels_M,
+        target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature),
+        options,
+        vocab,
+        chunk_bytes,
+        operand,
+        accumulate,
+        tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)),
+    )
+    outputs = _LinearSparseKL.apply(hidden_NH, weight_VH, bias_V, problem)
+    tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
+    return SparseKL(outputs[0], tokens, *outputs[1:])
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything the op needs that has no gradient."""
+
+    valid_M: Tensor
+    labels_M: Tensor
+    targets: target_lists.Targets
+    options: LossOptions
+    vocab: int
+    chunk_bytes: int
+    operand: torch.dtype
+    accumulate: torch.dtype
+    wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
+
+
+class _Gradients:
+    """The sums of gradients over chunks, in the accumulation dtype, for the inputs that want one."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, problem: _Problem):
+        def zeros(shape: tuple[int, ...], wanted: bool) -> Tensor | None:
+            return torch.zeros(shape, dtype=problem.accumulate, device=hidden_NH.device) if wanted else None
+
+        self.vocab = problem.vocab
+        self.hidden_NH = zeros(tuple(hidden_NH.shape), problem.wanted[0])
+        self.weight_VH = zeros(tuple(weight_VH.shape), problem.wanted[1])
+        self.bias_V = zeros((weight_VH.shape[0],), problem.wanted[2])
+
+    def add(self, head: Head, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
+        if self.hidden_NH is not None:
+            self.hidden_NH[rows_C] = head.grad_hidden(dz_CV)
+        if self.weight_VH is not None:
+            head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[: self.vocab])
+        if self.bias_V is not None:
+            self.bias_V[: self.vocab] += dz_CV.sum(0)
+
+
+def _run(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: _Problem
+) -> tuple[list[Tensor], _Gradients]:
+    """Per-quantity sums over all valid rows, and the gradients of the first of them."""
+    gradients = _Gradients(hidden_NH, weight_VH, problem)
+    head = Head(weight_VH, bias_V, problem.operand, problem.accumulate, problem.vocab)
+    want_grad, rows = any(problem.wanted), problem.valid_M.numel()
+    chunks = row_chunks(
+        rows,
+        problem.vocab,
+        problem.chunk_bytes,
+        buffers=problem.options.buffers,
+        item_bytes=problem.accumulate.itemsize,
+    )
+    buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, problem.vocab), dtype=problem.accumulate)
+    per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=problem.accumulate)
+    for chunk in chunks:
+        rows_C = problem.valid_M[chunk]
+        hidden_CH = head.cast(hidden_NH.detach()[rows_C])
+        z_CV = head.logits(hidden_CH, buffer[: chunk.stop - chunk.start])
+        sums = rows_step(
+            z_CV, problem.targets.rows(chunk), problem.labels_M[chunk], problem.options, want_grad=want_grad
+        )
+        per_row[:, chunk] = torch.stack(sums)
+        if want_grad:
+            gradients.add(head, z_CV, hidden_CH, rows_C)
+    return list(per_row.sum(1).unbind()), gradients
+
+
+class _LinearSparseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: _Problem
+    ) -> tuple[Tensor, ...]:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            sums, gradients = _run(hidden_NH, weight_VH, bias_V, problem)
+        ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.save_for_backward(gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
+        ctx.mark_non_differentiable(*sums[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("linear_sparse_kl")
+        if grad_outputs[0] is None:
+            return (None,) * 4
+        scaled = [scale(g, grad_outputs[0], d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return (*scaled, None)
+
+
+def scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """gradient · factor, rounded once, to dtype; without a second full-precision copy."""
+    if gradient is None:
+        return None
+    return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))
+
+
+def refuse_double_backward(op: str) -> None:
+    """The gradient is a constant by the time backward runs: differentiating it again would silently give zero."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} can be differentiated once only (its gradient is made in the forward pass): "
+            "call backward without create_graph=True, or use kdscale_kernels.reference"
+        )

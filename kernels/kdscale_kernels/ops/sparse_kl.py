@@ -1,0 +1,114 @@
+"""sparse_kl: the losses of linear_sparse_kl on logits that already exist.
+
+Legend: N rows, M valid rows, C rows of one chunk, V vocabulary, K teacher entries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdscale_kernels import checks
+from kdscale_kernels import targets as target_lists
+from kdscale_kernels.dispatch import choose_backend
+from kdscale_kernels.ops.linear_sparse_kl import refuse_double_backward, scale
+from kdscale_kernels.products import row_chunks
+from kdscale_kernels.rows import RowSums, rows_step
+from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
+
+
+def sparse_kl(
+    logits_NV: Tensor,
+    ids_NK: Tensor,
+    teacher_logits_NK: Tensor,
+    teacher_lse_N: Tensor,
+    *,
+    labels_N: Tensor,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    tail: Tail = "bucket",
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    inplace_grad: bool = False,
+    chunk_bytes: int = 64 << 20,
+    backend: Backend = "auto",
+) -> SparseKL:
+    """linear_sparse_kl's loss from logits_NV [N,V] (floating); the other arguments are as there.
+
+    The gradient takes one array of the logits' shape and dtype. With inplace_grad it is written over the logits: they
+    are gone after the call, backward can run once, and autograd raises if something else had saved them. Logits that
+    are bf16 already carry their rounding; prefer linear_sparse_kl where the head is at hand.
+    Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
+    """
+    choose_backend(backend)
+    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap)
+    if logits_NV.dim() != 2 or not logits_NV.is_floating_point() or logits_NV.shape[1] == 0:
+        raise ValueError(
+            f"logits_NV: expected a 2-D floating tensor, got {logits_NV.dtype} {tuple(logits_NV.shape)}"
+        )
+    checks.check_targets(logits_NV.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+    checks.check_same_device(logits_NV, ids_NK)
+    vocab = checks.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
+    accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    valid_M = (labels_N != ignore_index).nonzero()[:, 0]
+    labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
+    logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
+    checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
+    targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature)
+    want_grad = torch.is_grad_enabled() and logits_NV.requires_grad
+    call = (targets, labels_M, valid_M, options, vocab, chunk_bytes, want_grad, inplace_grad)
+    outputs = _SparseKL.apply(logits_NV, call)
+    tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=logits_NV.device)
+    return SparseKL(outputs[0], tokens, *outputs[1:])
+
+
+class _SparseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, call: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        targets, labels_M, valid_M, options, vocab, chunk_bytes, want_grad, inplace = call
+        accumulate = targets.logp_NK.dtype
+        source_NV = logits_NV.detach()
+        grad_NV = (source_NV if inplace else torch.zeros_like(source_NV)) if want_grad else None
+        rows = valid_M.numel()
+        chunks = row_chunks(rows, vocab, chunk_bytes, buffers=options.buffers, item_bytes=accumulate.itemsize)
+        per_row = torch.empty(len(RowSums._fields), rows, dtype=accumulate, device=source_NV.device)
+        for chunk in chunks:
+            rows_C = valid_M[chunk]
+            z_CV = source_NV[rows_C, :vocab].to(accumulate)
+            per_row[:, chunk] = torch.stack(
+                rows_step(z_CV, targets.rows(chunk), labels_M[chunk], options, want_grad=want_grad)
+            )
+            if grad_NV is not None:
+                grad_NV[rows_C, :vocab] = z_CV.to(grad_NV.dtype)
+        if grad_NV is not None and inplace:
+            grad_NV[:, vocab:] = 0.0
+            ignored_N = torch.ones(grad_NV.shape[0], dtype=torch.bool, device=grad_NV.device)
+            ignored_N[valid_M] = False
+            grad_NV.masked_fill_(ignored_N[:, None], 0.0)
+        # Kept off save_for_backward when in place: an input whose version has moved on could not be saved.
+        ctx.inplace, ctx.grad_NV = inplace, grad_NV if inplace else None
+        if not inplace:
+            ctx.save_for_backward(grad_NV)
+        ctx.set_materialize_grads(False)
+        sums = per_row.sum(1).unbind()
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("sparse_kl")
+        factor = grad_outputs[0]
+        if factor is None:
+            return None, None
+        if not ctx.inplace:
+            (grad_NV,) = ctx.saved_tensors
+            return scale(grad_NV, factor, grad_NV.dtype), None
+        if ctx.grad_NV is None:
+            raise RuntimeError("sparse_kl(inplace_grad=True): backward can run once only")
+        grad_NV, ctx.grad_NV = ctx.grad_NV, None
+        return grad_NV.mul_(factor), None

@@ -1,0 +1,105 @@
+"""Matrix products with fp32 results, and the row chunks they are made in.
+
+Legend: N rows, C rows of one chunk, H hidden size, V vocabulary.
+
+A bf16 product on a CPU rounds its result to bf16, which ruins distillation gradients once the student is near its
+teacher (docs/kernels.md has the figures). oneDNN can instead take fp32 operands, multiply them as bf16 and keep the
+fp32 sums: on operands that came from bf16 this is exact and, on a CPU with bf16 instructions, over twice as fast as an
+fp32 product. The gradient products then round only dz, to bf16, as any bf16 training step does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def row_chunks(rows: int, vocab: int, chunk_bytes: int, *, buffers: int = 1, item_bytes: int = 4) -> list[slice]:
+    """Slices covering `rows`, nearly equal, each within chunk_bytes for `buffers` arrays [slice, vocab] (>= 1 row)."""
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
+    if rows == 0:
+        return []
+    most = max(1, chunk_bytes // (vocab * item_bytes * buffers))
+    count = -(-rows // most)
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def compute_dtypes(*tensors: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """(operand dtype, accumulation dtype). Under autocast the operands take its dtype, as nn.Linear's would."""
+    operand = tensors[0].dtype
+    for tensor in tensors[1:]:
+        operand = torch.promote_types(operand, tensor.dtype)
+    device = tensors[0].device.type
+    if operand != torch.float64 and torch.is_autocast_enabled(device):
+        operand = torch.get_autocast_dtype(device)
+    return operand, torch.float64 if operand == torch.float64 else torch.float32
+
+
+@contextmanager
+def _bf16_inside(enabled: bool) -> Iterator[None]:
+    """Let oneDNN multiply fp32 operands as bf16 within the block. Process-wide in torch, so it is put back at once."""
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    if not enabled or not hasattr(setting, "fp32_precision"):  # torch < 2.9: plain fp32, slower and no less exact
+        yield
+        return
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+class Head:
+    """A language-model head ready for chunked products.
+
+    On a CPU a bf16/fp16 weight is held as fp32 for the call (4·V·H bytes); on CUDA the operands stay as they are and
+    the library is asked for an fp32 result.
+    """
+
+    def __init__(
+        self, weight_VH: Tensor, bias_V: Tensor | None, operand: torch.dtype, accumulate: torch.dtype, vocab: int
+    ):
+        self.operand, self.accumulate = operand, accumulate
+        self.native = weight_VH.device.type == "cuda" and operand in (torch.bfloat16, torch.float16)
+        self.native = self.native and hasattr(torch.ops.aten.mm, "dtype")
+        self.bf16_inside = operand == torch.bfloat16 and weight_VH.device.type == "cpu"
+        self.weight_VH = self.cast(weight_VH.detach()[:vocab])
+        self.bias_V = None if bias_V is None else bias_V.detach()[:vocab].to(accumulate)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """As an operand. fp32 -> bf16 is left to the product on a CPU, which rounds the same way without a copy."""
+        if self.native:
+            return tensor.to(self.operand)
+        if self.operand == torch.float16 and tensor.dtype == torch.float32:
+            tensor = tensor.to(torch.float16)
+        return tensor.to(self.accumulate)
+
+    def logits(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
+        """hidden · weightᵀ + bias with fp32 sums; written to out_CV where the library can."""
+        if self.native:
+            out_CV = torch.mm(hidden_CH, self.weight_VH.T, out_dtype=self.accumulate)
+        else:
+            with _bf16_inside(self.bf16_inside):
+                torch.mm(hidden_CH, self.weight_VH.T, out=out_CV)
+        return out_CV if self.bias_V is None else out_CV.add_(self.bias_V)
+
+    def grad_hidden(self, dz_CV: Tensor) -> Tensor:
+        """dz · weight → [C,H]."""
+        if self.native:
+            return torch.mm(dz_CV.to(self.operand), self.weight_VH, out_dtype=self.accumulate)
+        with _bf16_inside(self.bf16_inside):
+            return torch.mm(dz_CV, self.weight_VH)
+
+    def add_grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, into_VH: Tensor) -> None:
+        """into += dzᵀ · hidden, summed in the accumulation dtype."""
+        if self.native:
+            into_VH.add_(torch.mm(dz_CV.T.to(self.operand), hidden_CH, out_dtype=self.accumulate))
+            return
+        with _bf16_inside(self.bf16_inside):
+            into_VH.addmm_(dz_CV.T, hidden_CH)

@@ -1,0 +1,174 @@
+"""Plain torch twins of the ops: whole logits, autograd, any dtype. What the ops are tested against; not for training.
+
+Legend: N rows, V vocabulary, K teacher entries, T temperature.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdscale_kernels.targets import TEACHER_TAIL_FLOOR
+from kdscale_kernels.types import Divergence, FullKL, SparseKL, Tail, TopKLse
+
+_NEG_INF = float("-inf")
+
+
+def head_logits(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """softcap·tanh((hidden · weightᵀ + bias) / softcap), the first vocab_size columns."""
+    logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)[:, :vocab_size]
+    return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+
+def linear_topk_lse(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> TopKLse:
+    """Twin of kdscale_kernels.linear_topk_lse."""
+    logits_NV = head_logits(hidden_NH, weight_VH, bias_V, softcap, vocab_size)
+    values_NV, ids_NV = torch.sort(logits_NV, dim=1, descending=True, stable=True)
+    return TopKLse(ids_NV[:, :k], values_NV[:, :k], torch.logsumexp(logits_NV / temperature, 1))
+
+
+def linear_sparse_kl(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    ids_NK: Tensor,
+    teacher_logits_NK: Tensor,
+    teacher_lse_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    vocab_size: int | None = None,
+    labels_N: Tensor,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    tail: Tail = "bucket",
+    softcap: float | None = None,
+) -> SparseKL:
+    """Twin of kdscale_kernels.linear_sparse_kl."""
+    logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)
+    return sparse_kl(
+        logits_NV,
+        ids_NK,
+        teacher_logits_NK,
+        teacher_lse_N,
+        labels_N=labels_N,
+        ignore_index=ignore_index,
+        ce_weight=ce_weight,
+        temperature=temperature,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        tail=tail,
+        softcap=softcap,
+        vocab_size=vocab_size,
+    )
+
+
+def sparse_kl(
+    logits_NV: Tensor,
+    ids_NK: Tensor,
+    teacher_logits_NK: Tensor,
+    teacher_lse_N: Tensor,
+    *,
+    labels_N: Tensor,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    tail: Tail = "bucket",
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> SparseKL:
+    """Twin of kdscale_kernels.sparse_kl, a row at a time so that each row's support may have its own size."""
+    logits_NV = logits_NV[:, :vocab_size]
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    rows = (labels_N != ignore_index).nonzero()[:, 0].tolist()
+    zero = logits_NV.sum() * 0.0 if not rows else logits_NV.new_zeros(())
+    kd, ce, mass, tails, agree = zero, zero, zero, zero, zero
+    for row in rows:
+        z_V = logits_NV[row]
+        entries = {int(i): v for i, v in zip(ids_NK[row], teacher_logits_NK[row], strict=True) if v != _NEG_INF}
+        ids_S = torch.tensor(sorted(entries), device=z_V.device)
+        logp_S = torch.stack([entries[i] for i in sorted(entries)]).to(z_V) / temperature - teacher_lse_N[row].to(z_V)
+        logq_V = torch.log_softmax(z_V / temperature, 0)
+        outside_V = torch.ones_like(z_V, dtype=torch.bool)
+        outside_V[ids_S] = False
+        kd = kd + _row_divergence(logp_S, logq_V[ids_S], logq_V[outside_V], divergence, jsd_beta, tail)
+        ce = ce - torch.log_softmax(z_V, 0)[labels_N[row]]
+        mass = mass + logp_S.exp().sum()
+        tails = tails + logq_V[outside_V].detach().exp().sum()
+        agree = agree + (z_V.argmax() == max(entries, key=lambda i, e=entries: (float(e[i]), -i)))  # type: ignore[misc]
+    loss = kd * ((1.0 - ce_weight) * temperature**2) + ce * ce_weight
+    tokens = torch.tensor(len(rows), device=logits_NV.device)
+    return SparseKL(loss, tokens, kd.detach(), ce.detach(), mass, tails, agree.detach())
+
+
+def _row_divergence(
+    logp_S: Tensor, logq_S: Tensor, logq_outside: Tensor, divergence: Divergence, jsd_beta: float, tail: Tail
+) -> Tensor:
+    if tail == "renormalised":
+        logp_S, logq_S = logp_S.log_softmax(0), logq_S.log_softmax(0)
+    elif tail == "bucket" and logq_outside.numel():
+        logp_tail = torch.log(-torch.expm1(torch.logsumexp(logp_S, 0).clamp(max=0.0)))
+        if divergence == "reverse_kl":
+            logp_tail = logp_tail.clamp(min=math.log(TEACHER_TAIL_FLOOR))
+        logp_S = torch.cat([logp_S, logp_tail[None]])
+        logq_S = torch.cat([logq_S, torch.logsumexp(logq_outside, 0)[None]])
+    if divergence == "forward_kl":
+        return _kl(logp_S, logq_S)
+    if divergence == "reverse_kl":
+        return _kl(logq_S, logp_S)
+    logm_S = torch.logaddexp(logp_S + math.log(jsd_beta), logq_S + math.log1p(-jsd_beta))
+    return jsd_beta * _kl(logp_S, logm_S) + (1.0 - jsd_beta) * _kl(logq_S, logm_S)
+
+
+def _kl(logp_S: Tensor, logq_S: Tensor) -> Tensor:
+    some_S = logp_S.detach() != _NEG_INF
+    return (logp_S[some_S].exp() * (logp_S[some_S] - logq_S[some_S])).sum()
+
+
+def linear_full_kl(
+    student_hidden_NH: Tensor,
+    student_weight_VH: Tensor,
+    teacher_hidden_NG: Tensor,
+    teacher_weight_VG: Tensor,
+    *,
+    valid_N: Tensor,
+    labels_N: Tensor | None = None,
+    temperature: float = 1.0,
+    student_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> FullKL:
+    """Twin of kdscale_kernels.linear_full_kl."""
+    student = head_logits(student_hidden_NH, student_weight_VH, student_bias_V, student_softcap, vocab_size)[valid_N]
+    teacher = head_logits(teacher_hidden_NG, teacher_weight_VG, teacher_bias_V, teacher_softcap, vocab_size)[valid_N]
+    logp, logq = torch.log_softmax(teacher / temperature, 1), torch.log_softmax(student / temperature, 1)
+    kl = torch.stack([_kl(p, q) for p, q in zip(logp, logq, strict=True)]).sum() if len(logp) else student.sum()
+    ce, teacher_ce = student.new_zeros(()), student.new_zeros(())
+    if labels_N is not None:
+        ce = torch.nn.functional.cross_entropy(student, labels_N[valid_N], reduction="sum")
+        teacher_ce = torch.nn.functional.cross_entropy(teacher, labels_N[valid_N], reduction="sum")
+    agree = (student.argmax(1) == teacher.argmax(1)).sum().to(student.dtype)
+    return FullKL(kl * temperature**2, valid_N.sum(), agree, ce, teacher_ce)

@@ -1,0 +1,52 @@
+"""The teacher's K entries a row, made safe to gather, mask and scatter with.
+
+Legend: N rows, K entries kept a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The teacher's tail mass comes from its log-sum-exp, and fp32 cannot tell a tail below this from none at all. Reverse
+# KL divides by that mass, so it takes at least this much; forward KL and JSD need no floor.
+TEACHER_TAIL_FLOOR = 2.0**-24
+
+
+class Targets(NamedTuple):
+    """Entries sorted by id. Unused slots (teacher logit -inf, or a repeated id) point at the row's first entry, so
+    that writing to all slots is well defined, and are False in used_NK."""
+
+    ids_NK: Tensor
+    used_NK: Tensor
+    logp_NK: Tensor  # log-probability at temperature T; -inf in unused slots
+    logp_tail_N: Tensor  # of everything outside the entries; -inf when the entries are the whole vocabulary
+    top1_N: Tensor
+    whole_N: Tensor  # True where the entries are the whole vocabulary
+
+    def rows(self, index: slice) -> Targets:
+        return Targets(*(field[index] for field in self))
+
+
+def prepare(ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, vocab: int, temperature: float) -> Targets:
+    """Sort by id, drop repeats and empty slots, and temper. A row without any entry becomes NaN: never a silent zero.
+
+    lse_N is logsumexp(z / temperature) over the teacher's vocabulary.
+    """
+    empty_NK = logits_NK == float("-inf")  # not isfinite: a NaN must stay and poison its row
+    keys_NK, order_NK = torch.sort(ids_NK.masked_fill(empty_NK, torch.iinfo(torch.int64).max), dim=1, stable=True)
+    logits_NK = logits_NK.gather(1, order_NK)
+    used_NK = ~empty_NK.gather(1, order_NK)
+    used_NK[:, 1:] &= keys_NK[:, 1:] != keys_NK[:, :-1]
+    none_N = ~used_NK[:, 0]
+    first_N1 = keys_NK[:, :1].masked_fill(none_N[:, None], 0)
+    ids_NK = torch.where(used_NK, keys_NK, first_N1)
+    logits_NK = logits_NK.masked_fill(~used_NK, float("-inf"))
+    top1_N = ids_NK.gather(1, logits_NK.argmax(1, keepdim=True))[:, 0]
+    logp_NK = logits_NK / temperature - lse_N.masked_fill(none_N, float("nan"))[:, None]
+    # log(1 - mass) from the log of the mass; rounding may put it a hair above zero, which means no tail.
+    logp_tail_N = torch.log(-torch.expm1(torch.logsumexp(logp_NK, 1).clamp(max=0.0)))
+    whole_N = used_NK.sum(1) >= vocab
+    return Targets(ids_NK, used_NK, logp_NK, logp_tail_N.masked_fill(whole_N, float("-inf")), top1_N, whole_N)

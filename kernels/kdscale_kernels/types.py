@@ -1,0 +1,81 @@
+"""What the ops take and return.
+
+Legend: N rows (tokens), H hidden size, V vocabulary, K teacher entries kept a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Tail = Literal["bucket", "truncated", "renormalised"]
+Backend = Literal["auto", "torch", "triton"]
+
+
+class TopKLse(NamedTuple):
+    """The teacher's side: its K largest logits a row and the log-sum-exp over the whole vocabulary."""
+
+    ids_NK: torch.Tensor  # int64, descending by logit; among equal logits the lower id comes first
+    logits_NK: torch.Tensor  # fp32, as the head gives them (after bias and soft-cap, before temperature)
+    lse_N: torch.Tensor  # fp32, logsumexp(z / temperature)
+
+
+@dataclass(frozen=True)
+class SparseKL:
+    """Sums over the valid rows; only `loss_sum` carries a gradient. Nothing here waits for the device."""
+
+    loss_sum: torch.Tensor  # fp32 scalar: sum of ce_weight * CE + (1 - ce_weight) * T^2 * D
+    tokens: torch.Tensor  # int64 scalar: valid rows
+    kd_sum: torch.Tensor  # sum of D at temperature T, without the T^2
+    ce_sum: torch.Tensor  # sum of the cross-entropy at temperature 1 (nats), whatever ce_weight is
+    teacher_mass_sum: torch.Tensor  # sum of the probability the teacher gives its K entries
+    student_tail_sum: torch.Tensor  # sum of the probability the student gives everything else
+    top1_agree_sum: torch.Tensor  # rows where the teacher's first id has the student's largest logit
+
+
+@dataclass(frozen=True)
+class FullKL:
+    """Sums over the valid rows; no gradients."""
+
+    loss_sum: torch.Tensor  # fp32 scalar: sum of T^2 * KL(teacher || student) over the whole vocabulary (nats)
+    tokens: torch.Tensor  # int64 scalar: valid rows
+    top1_agree_sum: torch.Tensor  # rows where both have the same first id
+    ce_sum: torch.Tensor  # student's cross-entropy at temperature 1; 0 when no labels were given
+    teacher_ce_sum: torch.Tensor  # teacher's, likewise
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The loss, as numbers; checked once when an op is called."""
+
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    divergence: Divergence = "forward_kl"
+    jsd_beta: float = 0.5
+    tail: Tail = "bucket"
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(0.0 <= self.ce_weight <= 1.0, "ce_weight", "a number from 0 to 1", self.ce_weight)
+        _require(
+            0.0 < self.temperature < float("inf"), "temperature", "a positive, finite number", self.temperature
+        )
+        _require(
+            self.divergence in get_args(Divergence), "divergence", " | ".join(get_args(Divergence)), self.divergence
+        )
+        _require(0.0 < self.jsd_beta < 1.0, "jsd_beta", "a number strictly between 0 and 1", self.jsd_beta)
+        _require(self.tail in get_args(Tail), "tail", " | ".join(get_args(Tail)), self.tail)
+        _require(self.softcap is None or self.softcap > 0.0, "softcap", "None or a positive number", self.softcap)
+
+    @property
+    def buffers(self) -> int:
+        """fp32 [rows, V] buffers needed at once: logits, a second softmax when T != 1, the soft-cap's slope."""
+        return 1 + (self.temperature != 1.0) + (self.softcap is not None)
+
+
+def _require(good: bool, field: str, expected: str, got: object) -> None:
+    if not good:
+        raise ValueError(f"{field}: expected {expected}, got {got!r}")
