@@ -106,7 +106,7 @@ def _compensated_layers(
                     hidden[index] = layer(hidden[index], batch.position_ids_BS.to(stream.device))
                 share = batch.input_ids_BS.numel() / (last + 1)
                 bar.advance(share, f"layer {layer.index + 1}/{last + 1}")
-            del layer
+            layer.release()
             if position is not None:
                 with torch.inference_mode():
                     solved = _solve(slicer, position, sums, ridge, teacher, stream.device)

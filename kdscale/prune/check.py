@@ -99,11 +99,11 @@ def masked_equals_sliced(
             mask.attach(layer, position)
             _record(layer, family, seen_theirs)
             theirs = layer(theirs, positions)
-            del layer
+            layer.release()
             layer = cut.layer(position)
             _record(layer, family, seen_ours)
             ours = layer(ours, positions)
-            del layer
+            layer.release()
             where = f"teacher layer {layer_index} (student layer {position})"
             for site, axis in (("heads", "heads / kv_heads"), ("ffn", "ffn")):
                 compare.hidden(f"{where}, {axis} output", axis, seen_theirs[site], seen_ours[site])
