@@ -20,7 +20,8 @@ class StopRequest:
 @contextmanager
 def watch_signals() -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a flag for the length of the block. Outside the main thread nothing is caught."""
-    request, previous = StopRequest(), {}
+    request = StopRequest()
+    previous: dict[int, Any] = {}
 
     def note(signum: int, frame: FrameType | None) -> None:
         request.signum = signum
@@ -28,8 +29,7 @@ def watch_signals() -> Iterator[StopRequest]:
             signal.signal(caught, handler)
 
     if threading.current_thread() is threading.main_thread():
-        handlers: dict[int, Any] = {caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)}
-        previous.update(handlers)
+        previous.update({caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)})
     try:
         yield request
     finally:

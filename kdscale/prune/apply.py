@@ -69,8 +69,7 @@ def apply_plan(
     with ShardWriter(out_dir, specs, prune_cfg.max_shard_bytes) as writer:
         for source, target, spec in slicer.outer():
             writer.add(target, slicer.slice(teacher.tensor(source), spec, None))
-        for position in range(plan.student.layers):
-            changed = next(repaired)
+        for position, changed in zip(range(plan.student.layers), repaired, strict=True):
             for source, target, spec in slicer.layer(position):
                 sliced = slicer.slice(teacher.tensor(source), spec, position)
                 writer.add(target, changed[spec.role].to(sliced.dtype) if spec.role in changed else sliced)
@@ -107,7 +106,7 @@ def _compensated_layers(
                     hidden[index] = layer(hidden[index], batch.position_ids_BS.to(stream.device))
                 share = batch.input_ids_BS.numel() / (last + 1)
                 bar.advance(share, f"layer {layer.index + 1}/{last + 1}")
-            del layer
+            layer.release()
             if position is not None:
                 with torch.inference_mode():
                     solved = _solve(slicer, position, sums, ridge, teacher, stream.device)

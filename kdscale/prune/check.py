@@ -99,11 +99,11 @@ def masked_equals_sliced(
             mask.attach(layer, position)
             _record(layer, family, seen_theirs)
             theirs = layer(theirs, positions)
-            del layer
+            layer.release()
             layer = cut.layer(position)
             _record(layer, family, seen_ours)
             ours = layer(ours, positions)
-            del layer
+            layer.release()
             where = f"teacher layer {layer_index} (student layer {position})"
             for site, axis in (("heads", "heads / kv_heads"), ("ffn", "ffn")):
                 compare.hidden(f"{where}, {axis} output", axis, seen_theirs[site], seen_ours[site])
@@ -166,7 +166,9 @@ def reload_parity(
 
 def _plain_load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
     )

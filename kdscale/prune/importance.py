@@ -177,7 +177,6 @@ def gather(
         with torch.inference_mode():
             per_layer.append(units.scores())
         influence.append(1 - float(cosine) / count)
-        del layer, units
     if "hidden" in axes:
         final = stream.final_norm()
         norms.attach([final])

@@ -114,7 +114,8 @@ class Plan(_Part):
     teacher_params: Params
     student_params: Params
     target: Target
-    # Share of the teacher's importance that stays, per axis and together (`score`); None without scores.
+    # Share of the teacher's importance that stays, per axis; `score` is search.py's.
+    # None without scores.
     retained: dict[str, float | None]
     candidates: list[Candidate]
     candidates_tried: Annotated[int, Field(ge=1)]

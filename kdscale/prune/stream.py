@@ -43,6 +43,11 @@ class OneLayer:
         """A module inside the layer by the family's path, e.g. `mlp.down_proj`."""
         return self.module.get_submodule(path)
 
+    def release(self) -> None:
+        """Free the weights now: modules and their hooks are in reference cycles, and wait for the collector."""
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
     def __call__(self, hidden_BSD: Tensor, position_ids_BS: Tensor) -> Tensor:
         return self._base(
             inputs_embeds=hidden_BSD, position_ids=position_ids_BS, attention_mask=None, use_cache=False
@@ -71,7 +76,7 @@ class LayerStream:
         return shell.get_submodule(sites.embed)
 
     def layer(self, index: int) -> OneLayer:
-        """Layer `index` with its tensors just read. Drop the result before asking for the next one."""
+        """Layer `index` with its tensors just read. `release` it before asking for the next one."""
         shell = self._shell(index)
         sites = self.family.sites
         ours, theirs = self.family.layer_prefix(0), self.family.layer_prefix(index)
@@ -83,8 +88,11 @@ class LayerStream:
         return OneLayer(shell, self.family, index)
 
     def layers(self) -> Iterator[OneLayer]:
+        """All layers in order; each is released when the next one is asked for."""
         for index in range(self.dims.layers):
-            yield self.layer(index)
+            layer = self.layer(index)
+            yield layer
+            layer.release()
 
     def final_norm(self) -> nn.Module:
         sites = self.family.sites

@@ -77,8 +77,8 @@ def choose_plan(context: Context) -> Facts:
     plan.save(context.run.plan)
     for warning in plan.warnings:
         context.reporter.say(f"  note: {warning}")
-    kept = plan.student_params
-    return {"parameters": f"{kept.total / 1e6:,.1f} M", "of": f"{plan.teacher_params.total / 1e6:,.1f} M"}
+    before, after = plan.teacher_params.total, plan.student_params.total
+    return {"parameters": f"{before / 1e6:,.1f} M → {after / 1e6:,.1f} M"}
 
 
 def prune_and_check(context: Context) -> Facts:

@@ -106,8 +106,18 @@ def test_the_search_takes_the_best_scored_candidate(small_config, small_family, 
     assert plan.candidates_tried > 20
     assert scores == sorted(scores, reverse=True)
     assert plan.retained["score"] == pytest.approx(scores[0])
+    lost = {axis: 1 - share for axis, share in plan.retained.items() if axis not in ("score", "kv_heads")}
+    damage = 3.7 * lost["ffn"] + 0.8 * lost["heads"] + 23 * lost["hidden"] + 5.1 * lost["layers"]
+    assert scores[0] == pytest.approx(np.exp(-damage))
     chosen = plan.candidates[0]
     assert {a: getattr(chosen, a) for a in SHAPE_AXES} == {a: getattr(plan.student, a) for a in SHAPE_AXES}
+
+
+def test_one_dominant_layer_does_not_make_the_others_free(small_config, small_family, small_scores):
+    scores = small_scores | {"layers.block_influence": np.array([9.0, 0.1, 0.1, 0.1, 0.1, 0.1])}
+    plan = make_plan(small_config, small_family, scores, PruneConfig(layers=4))
+    assert plan.retained["layers"] == pytest.approx(4 / 6)
+    assert 0 in plan.kept.layers
 
 
 @pytest.mark.parametrize(
