@@ -29,7 +29,7 @@ from kdscale.families import Dims, Family
 from kdscale.files import atomic_path, write_json
 from kdscale.models import resolve_dtype
 from kdscale.progress import Reporter
-from kdscale.prune.importance_files import SCORES_FILE, SUMMARY_FILE
+from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE
 from kdscale.prune.search import openable_axes
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint

@@ -20,6 +20,7 @@ from kdscale.config import PruneConfig
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import Dims
 
+SCORES_FILE, SUMMARY_FILE = "scores.safetensors", "scores.json"
 Floats = NDArray[np.float64]
 # Scores of importance.py that are L2 norms rather than energies.
 _AMPLITUDES = ("ffn.activation", "heads.activation", "hidden.activation")
@@ -161,7 +162,7 @@ def load_scores(folder: Path) -> dict[str, NDArray[np.float32]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    path = folder / "scores.safetensors"
+    path = folder / SCORES_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", expected="importance scores", hint="run kdscale importance first")
     try:

@@ -66,14 +66,11 @@ def measure_importance(context: Context) -> Facts:
 
 
 def choose_plan(context: Context) -> Facts:
-    from safetensors.numpy import load_file
-
-    from kdscale.prune.importance_files import SCORES_FILE
     from kdscale.prune.plan import make_plan
+    from kdscale.prune.ranking import load_scores
 
     teacher, family = _open_teacher(context.teacher)
-    scores = load_file(context.run.importance / SCORES_FILE)
-    plan = make_plan(teacher.config, family, scores, context.config.prune)
+    plan = make_plan(teacher.config, family, load_scores(context.run.importance), context.config.prune)
     plan.save(context.run.plan)
     for warning in plan.warnings:
         context.reporter.say(f"  note: {warning}")
