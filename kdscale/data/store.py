@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,10 +217,12 @@ class _Build:
         splits = {name: writer.close() for name, writer in self._splits.items()}
         for name, facts in splits.items():
             if not facts["documents"]:
+                others = sum(other["documents"] for other in splits.values())
+                read = ", ".join(source.path for source in (*plan.sources, *plan.heldout_sources))
                 raise DataError(
-                    f"no document is left for the {name} split",
-                    got=f"dropped: {dict(self._dropped)}; other split: "
-                    f"{sum(other['documents'] for other in splits.values())} documents",
+                    f"no document of {read} is left for the {name} split",
+                    expected="at least one document of two tokens or more in each split",
+                    got="; ".join([f"{others} in the other split", *_left_out(self._dropped)]),
                     hint="give more documents (a .txt file is one document), set data.heldout_sources, "
                     "or change data.heldout_fraction",
                 )
@@ -328,6 +330,9 @@ def _summary(manifest: dict[str, Any]) -> str:
         f"Text: {train['documents']:,} documents, {train['tokens']:,} tokens to train on; "
         f"{held['documents']:,} documents, {held['tokens']:,} tokens held out"
     )
+    return "; ".join([text, *_left_out(dropped)])
+
+
+def _left_out(dropped: Mapping[str, int]) -> list[str]:
     notes = {"short": "with fewer than two tokens", "train_text_is_held_out": "whose text is held out"}
-    said = [f"{dropped[key]} documents {note} left out" for key, note in notes.items() if dropped[key]]
-    return "; ".join([text, *said])
+    return [f"{dropped[key]} documents {note} left out" for key, note in notes.items() if dropped[key]]

@@ -113,7 +113,7 @@ def test_a_damaged_teacher(kdscale: Cli, tiny_config: Path, teacher: Path, damag
         ("latin.txt", b"caf\xe9 au lait", "latin.txt"),
         ("broken.jsonl", b'{"text": "fine"}\n{"text": \n', "broken.jsonl"),
         ("field.jsonl", b'{"txt": "the wrong field"}\n', "field.jsonl"),
-        ("short.txt", b"a", "two tokens"),
+        ("short.jsonl", b'{"text": ""}\n{"text": " "}\n' * 3, "short.jsonl"),
     ],
 )
 def test_text_that_cannot_be_used(
