@@ -8,6 +8,8 @@ over the entries and -ce_weight at the label. Working with r keeps the tail's ma
 is a sum over the masked row, never one minus something, and stays meaningful when it underflows.
 """
 
+# ruff: noqa: N815  (shape suffixes in field names are the house style)
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -33,9 +35,7 @@ class RowSums(NamedTuple):
     agree_C: Tensor
 
 
-def rows_step(
-    z_CV: Tensor, targets: Targets, labels_C: Tensor, options: LossOptions, *, want_grad: bool
-) -> RowSums:
+def rows_step(z_CV: Tensor, targets: Targets, labels_C: Tensor, options: LossOptions, *, want_grad: bool) -> RowSums:
     """Losses of a chunk. z_CV (raw logits, fp32/fp64, contiguous) is destroyed; with want_grad it becomes dloss/dz."""
     T, ce_weight = options.temperature, options.ce_weight
     slope_CV = cap_(z_CV, options.softcap) if options.softcap is not None else None

@@ -3,6 +3,8 @@
 Legend: N rows (tokens), H hidden size, V vocabulary, K teacher entries kept a row.
 """
 
+# ruff: noqa: N815  (shape suffixes in field names are the house style)
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -60,9 +62,7 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         _require(0.0 <= self.ce_weight <= 1.0, "ce_weight", "a number from 0 to 1", self.ce_weight)
-        _require(
-            0.0 < self.temperature < float("inf"), "temperature", "a positive, finite number", self.temperature
-        )
+        _require(0.0 < self.temperature < float("inf"), "temperature", "a positive, finite number", self.temperature)
         _require(
             self.divergence in get_args(Divergence), "divergence", " | ".join(get_args(Divergence)), self.divergence
         )

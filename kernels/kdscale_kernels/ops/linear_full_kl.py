@@ -58,9 +58,7 @@ def linear_full_kl(
     LossOptions(temperature=temperature)
     valid_M = valid_N.nonzero()[:, 0]
     sums_R4 = sides[0].buffer(0).new_zeros(valid_M.numel(), 4)
-    chunks = row_chunks(
-        valid_M.numel(), vocab, chunk_bytes, buffers=4 if student_softcap or teacher_softcap else 3
-    )
+    chunks = row_chunks(valid_M.numel(), vocab, chunk_bytes, buffers=4 if student_softcap or teacher_softcap else 3)
     with torch.autocast(student_hidden_NH.device.type, enabled=False):
         buffers = [side.buffer(chunks[0].stop if chunks else 0) for side in sides]
         for chunk in chunks:

@@ -48,9 +48,7 @@ def sparse_kl(
     choose_backend(backend)
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap)
     if logits_NV.dim() != 2 or not logits_NV.is_floating_point() or logits_NV.shape[1] == 0:
-        raise ValueError(
-            f"logits_NV: expected a 2-D floating tensor, got {logits_NV.dtype} {tuple(logits_NV.shape)}"
-        )
+        raise ValueError(f"logits_NV: expected a 2-D floating tensor, got {logits_NV.dtype} {tuple(logits_NV.shape)}")
     checks.check_targets(logits_NV.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
     checks.check_same_device(logits_NV, ids_NK)
     vocab = checks.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
