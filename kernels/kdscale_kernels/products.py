@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def compute_dtypes(*tensors: Tensor) -> tuple[torch.dtype, torch.dtype]:
 @contextmanager
 def _bf16_inside(enabled: bool) -> Iterator[None]:
     """Let oneDNN multiply fp32 operands as bf16 within the block. Process-wide in torch, so it is put back at once."""
-    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if not enabled or not hasattr(setting, "fp32_precision"):  # torch < 2.9: plain fp32, slower and no less exact
         yield
         return
@@ -96,10 +97,17 @@ class Head:
         with _bf16_inside(self.bf16_inside):
             return torch.mm(dz_CV, self.weight_VH)
 
-    def add_grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, into_VH: Tensor) -> None:
-        """into += dzᵀ · hidden, summed in the accumulation dtype."""
+    def add_grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, into_VH: Tensor, *, first: bool) -> None:
+        """into += dzᵀ · hidden (into = for the first chunk), summed in the accumulation dtype."""
         if self.native:
-            into_VH.add_(torch.mm(dz_CV.T.to(self.operand), hidden_CH, out_dtype=self.accumulate))
+            product_VH = torch.mm(dz_CV.T.to(self.operand), hidden_CH, out_dtype=self.accumulate)
+            if first:
+                into_VH.copy_(product_VH)
+            else:
+                into_VH.add_(product_VH)
             return
         with _bf16_inside(self.bf16_inside):
-            into_VH.addmm_(dz_CV.T, hidden_CH)
+            if first:
+                torch.mm(dz_CV.T, hidden_CH, out=into_VH)
+            else:
+                into_VH.addmm_(dz_CV.T, hidden_CH)

@@ -6,6 +6,8 @@ The gradients are made in the forward pass, chunk by chunk, so the product hidde
 never exists; backward only scales them (the idea of Liger-Kernel's fused linear losses, Hsu et al. 2024).
 """
 
+# ruff: noqa: N815  (shape suffixes in field names are the house style)
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -105,16 +107,22 @@ class _Gradients:
         def zeros(shape: tuple[int, ...], wanted: bool) -> Tensor | None:
             return torch.zeros(shape, dtype=problem.accumulate, device=hidden_NH.device) if wanted else None
 
+        rows = problem.valid_M.numel()
         self.vocab = problem.vocab
         self.hidden_NH = zeros(tuple(hidden_NH.shape), problem.wanted[0])
-        self.weight_VH = zeros(tuple(weight_VH.shape), problem.wanted[1])
+        self.weight_VH = zeros(tuple(weight_VH.shape), problem.wanted[1] and not rows)
+        if problem.wanted[1] and rows:  # the first chunk writes, later ones add: no pass over V·H to clear it
+            self.weight_VH = hidden_NH.new_empty(weight_VH.shape, dtype=problem.accumulate)
+            self.weight_VH[problem.vocab :] = 0.0
+        self.first = True
         self.bias_V = zeros((weight_VH.shape[0],), problem.wanted[2])
 
     def add(self, head: Head, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
         if self.hidden_NH is not None:
             self.hidden_NH[rows_C] = head.grad_hidden(dz_CV)
         if self.weight_VH is not None:
-            head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[: self.vocab])
+            head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[: self.vocab], first=self.first)
+            self.first = False
         if self.bias_V is not None:
             self.bias_V[: self.vocab] += dz_CV.sum(0)
 

@@ -1,0 +1,70 @@
+"""A small distillation problem, random or matched (the student a hair from its teacher)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdscale_kernels import reference
+
+
+class Problem(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    ids: Tensor
+    logits: Tensor
+    lse: Tensor
+    labels: Tensor
+
+    def cast(self, dtype: torch.dtype, *, grad: bool = True) -> Problem:
+        """Fresh leaves: what the student owns in dtype; the teacher's numbers in fp32 (fp64 for an fp64 student)."""
+        own = [t.detach().to(dtype).clone().requires_grad_(grad) for t in (self.hidden, self.weight, self.bias)]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return Problem(*own, self.ids, self.logits.to(wide), self.lse.to(wide), self.labels)
+
+    @property
+    def targets(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ids, self.logits, self.lse
+
+
+def _make(
+    *,
+    rows: int = 11,
+    hidden: int = 24,
+    vocab: int = 203,
+    k: int = 7,
+    noise: float | None = None,
+    temperature: float = 1.0,
+    spread: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **head: Any,
+) -> Problem:
+    """noise None: teacher and student unrelated; else the student's hidden states are the teacher's plus noise."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype).double()
+
+    weight, bias, teacher = normal(vocab, hidden) * spread, normal(vocab), normal(rows, hidden)
+    weight, bias = weight.to(dtype).double(), bias.to(dtype).double()
+    student = normal(rows, hidden) if noise is None else teacher + noise * normal(rows, hidden)
+    student = student.to(dtype).double()
+    use_bias = bias if head.pop("with_bias", False) else None
+    top = reference.linear_topk_lse(teacher, weight, k, temperature=temperature, bias_V=use_bias, **head)
+    labels = torch.randint(0, head.get("vocab_size") or vocab, (rows,), generator=gen)
+    if rows > 3:
+        labels[0] = top.ids_NK[0, 0]  # label inside the support
+        labels[1] = (set(range(vocab)) - set(top.ids_NK[1].tolist())).pop() if k < vocab else 0  # and outside
+        labels[3] = -100
+    return Problem(student, weight, bias, top.ids_NK, top.logits_NK, top.lse_N, labels)
+
+
+@pytest.fixture(scope="session")
+def make_problem() -> Callable[..., Problem]:
+    return _make
