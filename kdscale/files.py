@@ -98,18 +98,18 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 
 def remove_tree(path: Path) -> None:
-    if path.exists():
+    """Delete a file or a folder with all in it; nothing happens when it is not there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete what killed processes left half-written directly under `folder`; returns what was removed."""
     left = list(folder.glob(f"{_TMP_MARK}*"))
     for item in left:
-        if item.is_dir():
-            shutil.rmtree(item)
-        else:
-            item.unlink(missing_ok=True)
+        remove_tree(item)
     return left
 
 

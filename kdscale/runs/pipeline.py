@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from kdscale.config import Config
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, RunFolderError
-from kdscale.files import remove_leftovers
+from kdscale.files import explain_os_errors, remove_leftovers
 from kdscale.progress import Reporter
 from kdscale.runs import work
 from kdscale.runs.folder import RunFolder
@@ -79,18 +79,14 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
 def _guarded(stage: Stage, context: Context) -> bool:
     """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up."""
     try:
-        return run_stage(stage, context)
+        with explain_os_errors(context.run.path):
+            return run_stage(stage, context)
     except Interrupted as stop:
         context.run.set_status(stage.name, "interrupted", reason=str(stop))
         raise
     except KdscaleError as error:
         context.run.set_status(stage.name, "failed", reason=str(error))
         raise
-    except OSError as error:
-        raise RunFolderError(
-            f"{stage.title} failed on {error.filename or context.run.path}", got=str(error),
-            hint="make room or choose another folder, then run the same command again: finished work is kept",
-        ) from error  # fmt: skip
 
 
 def check_teacher(config: Config) -> Path:

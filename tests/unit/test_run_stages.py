@@ -36,7 +36,7 @@ class Bench:
             "first", "the first", ("seed",), (), ("a.json",), self._work("first", "a.json"), reads_teacher=True
         )
         self.second = Stage(
-            "second", "the second", ("distill",), ("a.json",), ("b",), self._work("second", "b/x"), scratch=("scratch",)
+            "second", "the second", ("distill",), ("a.json",), ("b",), self._work("second", "b/x"), scratch=("scratch", "curve")
         )
 
     def _work(self, name: str, output: str) -> Any:
@@ -101,6 +101,7 @@ def test_an_output_edited_by_hand_is_kept_and_noticed_downstream(bench: Bench) -
 def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> None:
     def dies(context: Context) -> Mapping[str, Any]:
         write_text(context.run.path / "scratch" / "step", "1")
+        write_text(context.run.path / "curve", "1")
         raise KeyboardInterrupt
 
     whole = bench.second
@@ -112,6 +113,7 @@ def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> Non
     assert (bench.run.path / "scratch" / "step").exists()
     bench.go(config(distill={"tokens": 5}))
     assert not (bench.run.path / "scratch").exists()
+    assert not (bench.run.path / "curve").exists()
 
 
 def test_the_folder_of_another_config_is_refused(tmp_path: Path) -> None:
