@@ -139,7 +139,7 @@ def _components(evaluation: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if not all(models.values()):
         return None
     return [
-        {"component": key, "title": title, "values": {name: parts.get(key, 0) for name, parts in models.items()}}
+        {"component": key, "title": title, "parameters": {name: parts.get(key, 0) for name, parts in models.items()}}
         for key, title in _COMPONENTS.items()
         if any(parts.get(key) for parts in models.values())
     ]
