@@ -1,0 +1,288 @@
+"""Size, speed and memory of a model as plain transformers runs it, batch of one, greedy.
+
+Peak memory is only clean in a process that never held anything else, and timings are only fair when the machine's
+moods hit all models alike. So each model gets a process of its own (`python -m kdscale.eval.efficiency MODEL_DIR`),
+all of them stay alive, and the parent lets them work strictly in turn, one round each at a time. Where the models do not
+fit in memory together they run one after another, and the result says so (`interleaved: false`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from kdscale.config import EvalConfig
+from kdscale.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kdscale.progress import Reporter
+
+REPEATS = 5
+_KV_BYTES_PER_VALUE = 2  # bf16, what a server would keep, whatever dtype the evaluation ran in
+_SHARE_OF_FREE_MEMORY = 0.6
+
+
+def sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
+    """Parameters (tied ones once) by component, bytes of the weight files, KV-cache bytes a token at 2 bytes a value."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    vocabulary = {id(p): p.numel() for layer in (embedding, head) if layer is not None for p in layer.parameters()}
+    everything = {id(p): p.numel() for p in model.parameters()}
+    total, outer = sum(everything.values()), sum(vocabulary.values())
+    config: Any = model.config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "parameters": total,
+        "embedding_parameters": outer,
+        "non_embedding_parameters": total - outer,
+        "components": _components(model),
+        "weight_bytes": weight_bytes(path),
+        "kv_cache_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * _KV_BYTES_PER_VALUE,
+    }
+
+
+def _components(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters by what they do, told from the names of the modules that hold them."""
+    words = (("norm", ("norm", "ln_")), ("attention", ("attn", "attention")), ("ffn", ("mlp", "feed_forward", "moe")))
+    embedding, head = (
+        {id(p) for p in layer.parameters()} if layer is not None else set()
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    out = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)
+    for name, parameter in model.named_parameters():  # a tied weight comes once, as the embedding
+        if id(parameter) in embedding:
+            component = "embedding"
+        elif id(parameter) in head:
+            component = "head"
+        else:
+            component = next((part for part, marks in words if any(mark in name for mark in marks)), "other")
+        out[component] += parameter.numel()
+    return out
+
+
+def weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the processor's name, as far as the system tells."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def measure(
+    models: Mapping[str, Path],
+    cfg: EvalConfig,
+    *,
+    device: str,
+    threads: int,
+    reporter: Reporter,
+    trust_remote_code: bool = False,
+    repeats: int = REPEATS,
+) -> dict[str, dict[str, Any]]:
+    """Speed and peak memory of each model. Raises CheckpointError with the child's own words when one fails."""
+    options = ["--device", device, "--dtype", cfg.dtype, "--threads", str(threads), "--repeats", str(repeats)]
+    options += ["--prefill-tokens", str(cfg.prefill_tokens), "--decode-tokens", str(cfg.decode_tokens)]
+    options += ["--trust-remote-code"] if trust_remote_code else []
+    together = _fit_together(models, cfg.dtype, device)
+    groups = [list(models)] if together else [[name] for name in models]
+    results: dict[str, dict[str, Any]] = {}
+    with reporter.bar("speed and memory", len(models) * (repeats + 1), unit="round") as bar:
+        for names in groups:
+            with ExitStack() as stack:
+                workers = {name: stack.enter_context(_worker(models[name], options)) for name in names}
+                # Loading in turn too: a model that loads while another is timed would slow it down.
+                for name, worker in workers.items():
+                    worker.take_turn()
+                    bar.advance(1, name)
+                for round_number in range(repeats):
+                    order = names if round_number % 2 == 0 else names[::-1]
+                    for name in order:
+                        workers[name].take_turn()
+                        bar.advance(1, name)
+                for name, worker in workers.items():
+                    results[name] = {**worker.take_turn(), "interleaved": together and len(models) > 1}
+    return results
+
+
+@dataclass(frozen=True)
+class _Worker:
+    path: Path
+    process: subprocess.Popen[str]
+    errors: IO[str]
+
+    def take_turn(self) -> dict[str, Any]:
+        """Let the process do its next piece of work and wait for the one line it answers with."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.errors.seek(0)
+            raise CheckpointError(f"measuring {self.path} failed", got=self.errors.read().strip()[-2000:] or "no word")
+        return json.loads(line)
+
+
+@contextmanager
+def _worker(path: Path, options: list[str]) -> Iterator[_Worker]:
+    command = [sys.executable, "-m", "kdscale.eval.efficiency", str(path), "--in-turns", *options]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=_child_environment()
+        )
+        try:
+            yield _Worker(path, process, errors)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _child_environment() -> dict[str, str]:
+    """The parent's own module path, so that the child finds kdscale wherever the parent found it."""
+    import os
+
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
+
+
+def _fit_together(models: Mapping[str, Path], dtype: str, device: str) -> bool:
+    """Whether all models fit beside each other. Weight files may be 2 bytes a value and the run 4: count twice."""
+    needed = sum(weight_bytes(path) for path in models.values()) * (1 if dtype == "bfloat16" else 2)
+    if device == "cuda":
+        import torch
+
+        return needed < _SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return needed < _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
+
+
+# ---- inside the child -------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure one model and print one JSON line; `--in-turns` waits for a line on stdin before each piece of work."""
+    parser = argparse.ArgumentParser(prog="python -m kdscale.eval.efficiency", description=main.__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--prefill-tokens", type=int, default=256)
+    parser.add_argument("--decode-tokens", type=int, default=32)
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--in-turns", action="store_true")
+    options = parser.parse_args(arguments)
+    pieces = _pieces_of_work(options)
+    answer: dict[str, Any] = {}
+    while not answer:
+        if options.in_turns and not sys.stdin.readline():
+            return  # the parent has gone
+        answer = next(pieces)
+        if options.in_turns and not answer:
+            print("{}", flush=True)
+    print(json.dumps(answer), flush=True)
+
+
+def _pieces_of_work(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Load and warm up, then `repeats` rounds, each yielding {}; last the figures."""
+    import torch
+
+    from kdscale.models import load_model, resolve_device, resolve_dtype, set_threads
+
+    threads = set_threads(options.threads)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    before = peak_memory(device.type)
+    model = load_model(options.model, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    prompt_1S = torch.randint(vocab, (1, options.prefill_tokens), generator=generator).to(device)
+    _time_round(model, prompt_1S, min(4, options.decode_tokens))
+    yield {}
+    rounds = []
+    for _ in range(options.repeats):
+        rounds.append(_time_round(model, prompt_1S, options.decode_tokens))
+        yield {}
+    prefill = [options.prefill_tokens / seconds for seconds, _ in rounds]
+    decode = [options.decode_tokens / seconds for _, seconds in rounds]
+    yield {
+        "prefill_tokens_per_second": statistics.median(prefill),
+        "prefill_tokens_per_second_range": [min(prefill), max(prefill)],
+        "decode_tokens_per_second": statistics.median(decode),
+        "decode_tokens_per_second_range": [min(decode), max(decode)],
+        "peak_memory_bytes": peak_memory(device.type),
+        "peak_memory_before_loading_bytes": before,
+        "prefill_tokens": options.prefill_tokens,
+        "decode_tokens": options.decode_tokens,
+        "repeats": options.repeats,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "threads": threads,
+    }
+
+
+def _time_round(model: PreTrainedModel, prompt_1S: Any, decode_tokens: int) -> tuple[float, float]:
+    """Seconds for the prompt (up to the first new token) and for `decode_tokens` further tokens after it."""
+    import torch
+
+    from kdscale.eval.samples import greedy_tokens
+
+    def now() -> float:
+        if prompt_1S.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    tokens = greedy_tokens(model, prompt_1S)
+    next(tokens)
+    prefilled = now()
+    for _ in range(decode_tokens):
+        next(tokens)
+    return prefilled - start, now() - prefilled
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes this process ever held: resident set on the CPU, allocated by torch on CUDA."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: Linux carries its maximum over from the parent through exec, VmHWM starts anew.
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    main()

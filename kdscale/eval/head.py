@@ -1,0 +1,146 @@
+"""What an evaluation needs to know about each token, read from final hidden states a few rows at a time.
+
+Letters: N scored tokens, C tokens of one chunk, H hidden size of a model, V vocabulary.
+No N×V tensor is ever made: a chunk of C rows is turned into five numbers a token and thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kdscale.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_BYTES = 32 << 20  # of one fp32 logits chunk; about six such buffers are alive at once
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states → logits, as the model itself does it: `softcap(scale · (h Wᵀ + b))`."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """fp32 logits [C, V]; the product itself runs in the weight's dtype, as in the model."""
+        logits_CV = torch.nn.functional.linear(hidden_CH, self.weight_VH, self.bias_V).float()
+        if self.scale != 1.0:
+            logits_CV = logits_CV * self.scale
+        if self.softcap is not None:
+            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
+        return logits_CV
+
+    @property
+    def vocab(self) -> int:
+        return self.weight_VH.shape[0]
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """One value a scored token, on the CPU. `kl_N` and `agrees_N` compare with the teacher; None for the teacher."""
+
+    ce_N: Tensor  # nats, −log q(label)
+    confidence_N: Tensor  # probability of the most likely token
+    correct_N: Tensor  # bool: the most likely token is the label
+    kl_N: Tensor | None = None  # nats, KL(teacher ‖ student) over the whole vocabulary
+    agrees_N: Tensor | None = None  # bool: same most likely token as the teacher
+
+    @staticmethod
+    def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
+        def joined(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if not values or values[0] is None else torch.cat(values)
+
+        fields = ("ce_N", "confidence_N", "correct_N", "kl_N", "agrees_N")
+        return TokenStats(**{name: joined(name) for name in fields})  # type: ignore[arg-type]
+
+
+def head_of(model: PreTrainedModel, name: str) -> Head:
+    """The model's output head. Raises CheckpointError when a trial shows that it does more than `Head` describes."""
+    layer: Any = model.get_output_embeddings()
+    if layer is None:
+        raise CheckpointError(f"{name} has no output head", expected="a causal language model")
+    config: Any = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    head = Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    _check_head(model, head, name)
+    return head
+
+
+@torch.inference_mode()
+def final_hidden(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
+    """What the head reads, [B, S, H]. Positions that restart at 0 keep packed documents apart."""
+    decoder: Any = model.base_model
+    output = decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False)
+    return output.last_hidden_state
+
+
+def token_stats(
+    teacher: Head,
+    teacher_hidden_NH: Tensor,
+    students: Sequence[tuple[Head, Tensor]],
+    labels_N: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[TokenStats, list[TokenStats]]:
+    """Score the teacher and every student (its head, its own hidden states [N, H]) on the same N labels."""
+    rows = max(1, chunk_bytes // (4 * teacher.vocab))
+    of_teacher: list[TokenStats] = []
+    of_students: list[list[TokenStats]] = [[] for _ in students]
+    for start in range(0, len(labels_N), rows):
+        part = slice(start, start + rows)
+        label_C1 = labels_N[part, None]
+        teacher_CV = torch.log_softmax(teacher.logits(teacher_hidden_NH[part]), dim=-1)
+        of_teacher.append(_stats(teacher_CV, label_C1, None))
+        for (head, hidden_NH), collected in zip(students, of_students, strict=True):
+            student_CV = torch.log_softmax(head.logits(hidden_NH[part]), dim=-1)
+            collected.append(_stats(student_CV, label_C1, teacher_CV))
+    return TokenStats.concatenate(of_teacher), [TokenStats.concatenate(parts) for parts in of_students]
+
+
+def check_same_vocabulary(heads: Iterable[tuple[str, Head]]) -> None:
+    """Raises CheckpointError: KL and agreement have no meaning between different vocabularies."""
+    sizes = {name: head.vocab for name, head in heads}
+    if len(set(sizes.values())) > 1:
+        raise CheckpointError(
+            "the models to compare differ in vocabulary", expected="one vocabulary size", got=str(sizes)
+        )
+
+
+def _stats(logprob_CV: Tensor, label_C1: Tensor, teacher_CV: Tensor | None) -> TokenStats:
+    best_C, choice_C = logprob_CV.max(dim=-1)
+    kl_C = agrees_C = None
+    if teacher_CV is not None:
+        # p·(log p − log q) with p = 0 must give 0, also where a head puts −inf on a token.
+        gap_CV = torch.where(teacher_CV == -torch.inf, 0.0, teacher_CV - logprob_CV)
+        kl_C = (teacher_CV.exp() * gap_CV).sum(dim=-1).cpu()
+        agrees_C = (teacher_CV.argmax(dim=-1) == choice_C).cpu()
+    return TokenStats(
+        ce_N=-logprob_CV.gather(-1, label_C1).squeeze(-1).cpu(),
+        confidence_N=best_C.exp().clamp(max=1.0).cpu(),
+        correct_N=(choice_C == label_C1.squeeze(-1)).cpu(),
+        kl_N=kl_C,
+        agrees_N=agrees_C,
+    )
+
+
+@torch.inference_mode()
+def _check_head(model: PreTrainedModel, head: Head, name: str) -> None:
+    ids_BS = torch.arange(8, device=model.device)[None] % head.vocab
+    expected_SV = model(input_ids=ids_BS, use_cache=False).logits[0].float()
+    got_SV = head.logits(final_hidden(model, ids_BS)[0])
+    tolerance = 1e-3 if head.weight_VH.dtype == torch.float32 else 5e-2
+    if not torch.allclose(got_SV, expected_SV, rtol=tolerance, atol=tolerance * float(expected_SV.abs().max())):
+        raise CheckpointError(
+            f"{name}: the output head of {type(model).__name__} does more than a linear layer, a scale and a soft cap",
+            got=f"logits off by {float((got_SV - expected_SV).abs().max()):.3g}",
+            hint="this family cannot be evaluated by kdscale yet",
+        )

@@ -1,0 +1,109 @@
+"""From one value a token to the figures of a table, with standard errors over documents. Sums are fp64.
+
+Letters: N scored tokens, D document pieces (a run of one document in one sequence).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdscale.eval.head import TokenStats
+
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    stats: TokenStats
+    labels_N: np.ndarray
+    cluster_N: np.ndarray  # running number of the document piece of each token
+
+
+def summarise(scores: Scores, byte_sizes: np.ndarray | None) -> dict[str, Any]:
+    """Every quality figure of one model. `byte_sizes`: bytes of each token id; None leaves bits per byte out (null)."""
+    stats = scores.stats
+    ce_N = _double(stats.ce_N)
+    ce, ce_error = mean_and_error(ce_N, scores.cluster_N)
+    figures: dict[str, Any] = {
+        "ce": ce,
+        "ce_standard_error": ce_error,
+        "perplexity": math.exp(ce),
+        # First order: d exp(x) = exp(x) dx.
+        "perplexity_standard_error": None if ce_error is None else math.exp(ce) * ce_error,
+        "bits_per_byte": None if byte_sizes is None else bits_per_byte(ce_N, byte_sizes[scores.labels_N]),
+        "top1_accuracy": float(_double(stats.correct_N).mean()),
+        "expected_calibration_error": calibration_error(stats),
+        "kl_to_teacher": None,
+        "kl_to_teacher_standard_error": None,
+        "top1_agreement": None,
+        "top1_agreement_standard_error": None,
+    }
+    for key, values in (("kl_to_teacher", stats.kl_N), ("top1_agreement", stats.agrees_N)):
+        if values is not None:
+            figures[key], figures[f"{key}_standard_error"] = mean_and_error(_double(values), scores.cluster_N)
+    return figures
+
+
+def compare(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
+    """Cross-entropy differences between every two models, later minus earlier, with paired standard errors.
+
+    Both models saw the same tokens, so the difference is known far better than either figure.
+    """
+    names = list(scores)
+    pairs = [(late, early) for i, late in enumerate(names) for early in names[:i]]
+    out = {}
+    for late, early in pairs:
+        gap_N = _double(scores[late].stats.ce_N) - _double(scores[early].stats.ce_N)
+        gap, error = mean_and_error(gap_N, scores[late].cluster_N)
+        out[f"{late}_minus_{early}"] = {"ce": gap, "ce_standard_error": error}
+    return out
+
+
+def gap_closed(ce: Mapping[str, float]) -> float | None:
+    """The share of the loss that pruning cost which distillation won back; None without all three, or with no cost."""
+    if not {"teacher", "pruned", "distilled"} <= set(ce) or ce["pruned"] <= ce["teacher"]:
+        return None
+    return (ce["pruned"] - ce["distilled"]) / (ce["pruned"] - ce["teacher"])
+
+
+def mean_and_error(value_N: np.ndarray, cluster_N: np.ndarray) -> tuple[float, float | None]:
+    """Mean over tokens and its standard error with documents as the independent units; None with a single document.
+
+    The mean is a ratio Σ_d s_d / Σ_d n_d of sums over documents, so its error is the ratio estimator's
+    (Cochran, Sampling Techniques, 3rd ed., §6.4): √(D/(D−1) · Σ_d (s_d − mean·n_d)²) / N.
+    """
+    mean = float(value_N.mean())
+    _, number_N = np.unique(cluster_N, return_inverse=True)
+    sum_D, count_D = np.bincount(number_N, weights=value_N), np.bincount(number_N)
+    documents = len(count_D)
+    if documents < 2:
+        return mean, None
+    spread = float(np.square(sum_D - mean * count_D).sum()) * documents / (documents - 1)
+    return mean, math.sqrt(spread) / len(value_N)
+
+
+def bits_per_byte(ce_N: np.ndarray, bytes_N: np.ndarray) -> float | None:
+    """Σ nats / (ln 2 · Σ UTF-8 bytes); None when the tokens stand for no text at all."""
+    total = int(bytes_N.sum())
+    return float(ce_N.sum()) / (math.log(2) * total) if total else None
+
+
+def calibration_error(stats: TokenStats, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error of the most likely token: Σ_b n_b/N · |accuracy_b − confidence_b|, equal-width bins.
+
+    The multi-class metric of torchmetrics would keep N×V probabilities; top-1 calibration is the binary metric on
+    (confidence, was it right). Source: Guo et al. 2017, arXiv 1706.04599, §2.
+    """
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    error = binary_calibration_error(stats.confidence_N.double(), stats.correct_N.long(), n_bins=bins, norm="l1")
+    return float(error)
+
+
+def _double(values: Any) -> np.ndarray:
+    return values.double().numpy()

@@ -1,0 +1,154 @@
+"""The side-by-side table, and how figures are written. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MODELS = ("teacher", "pruned", "distilled")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row: where its value lies in eval.json, how it is written, and which direction is good."""
+
+    group: str
+    section: str
+    key: str
+    title: str
+    form: str
+    better: str | None  # "lower", "higher"; None: not a matter of better or worse
+    error: str | None = None
+    ratio: bool = True
+
+
+FIGURES = (
+    Figure("Quality", "quality", "perplexity", "Perplexity", "significant", "lower", "perplexity_standard_error"),
+    Figure("Quality", "quality", "bits_per_byte", "Bits per byte", "fixed3", "lower"),
+    Figure("Quality", "quality", "ce", "Cross-entropy, nats a token", "fixed3", "lower", "ce_standard_error"),
+    Figure("Quality", "quality", "kl_to_teacher", "KL to the teacher, nats a token", "fixed3", "lower",
+           "kl_to_teacher_standard_error", ratio=False),
+    Figure("Quality", "quality", "top1_agreement", "Top-1 agreement with the teacher", "percent", "higher",
+           "top1_agreement_standard_error", ratio=False),
+    Figure("Quality", "quality", "top1_accuracy", "Top-1 accuracy", "percent", "higher"),
+    Figure("Quality", "quality", "expected_calibration_error", "Expected calibration error", "percent", "lower"),
+    Figure("Size", "size", "parameters", "Parameters", "count", "lower"),
+    Figure("Size", "size", "non_embedding_parameters", "Non-embedding parameters", "count", "lower"),
+    Figure("Size", "size", "weight_bytes", "Weights on disk", "size", "lower"),
+    Figure("Size", "size", "kv_cache_bytes_per_token", "KV cache a token, 16-bit", "size", "lower"),
+    Figure("Speed and memory", "efficiency", "prefill_tokens_per_second", "Prefill, tokens/s", "significant", "higher"),
+    Figure("Speed and memory", "efficiency", "decode_tokens_per_second", "Decode, tokens/s", "significant", "higher"),
+    Figure("Speed and memory", "efficiency", "peak_memory_bytes", "Peak memory", "size", "lower"),
+)  # fmt: skip
+
+
+def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows with value, standard error, ratio to the teacher and written form a model; `best` names the best models."""
+    rows = []
+    for figure in FIGURES:
+        cells: dict[str, Any] = {}
+        for name in MODELS:
+            section = evaluation["models"].get(name, {}).get(figure.section, {})
+            if (value := section.get(figure.key)) is None:
+                continue
+            error = section.get(figure.error) if figure.error else None
+            cells[name] = {
+                "value": value,
+                "text": written(value, figure.form),
+                "error": error,
+                "error_text": None if error is None else written_error(error, value, figure.form),
+            }
+        if not cells:
+            continue
+        teacher = cells.get("teacher", {}).get("value")
+        for cell in cells.values():
+            cell["ratio"] = cell["value"] / teacher if figure.ratio and teacher else None
+        rows.append(
+            {
+                "group": figure.group,
+                "key": figure.key,
+                "title": figure.title,
+                "better": figure.better,
+                "cells": cells,
+                "best": _best(cells, figure.better),
+            }
+        )
+    return rows
+
+
+def _best(cells: Mapping[str, Any], better: str | None) -> list[str]:
+    """Models whose value, as written, is the best; none where all are alike."""
+    if better is None or len(cells) < 2:
+        return []
+    values = {name: cell["value"] for name, cell in cells.items()}
+    top = min(values.values()) if better == "lower" else max(values.values())
+    wanted = next(cells[name]["text"] for name, value in values.items() if value == top)
+    names = [name for name in cells if cells[name]["text"] == wanted]
+    return names if len(names) < len(cells) else []
+
+
+def written(value: float, form: str) -> str:
+    if form == "fixed3":
+        return f"{value:.3f}"
+    if form == "percent":
+        return f"{100 * value:.1f} %"
+    return {"count": count, "size": size, "significant": significant}[form](value)
+
+
+def written_error(error: float, value: float, form: str) -> str:
+    if form == "percent":
+        return f"{100 * error:.1f}"
+    if form == "fixed3":
+        return f"{error:.3f}"
+    return f"{error:.{_decimals(value)}f}"
+
+
+def significant(value: float) -> str:
+    """Three figures: 23.9, 1,234, 0.0123."""
+    return f"{value:,.{_decimals(value)}f}"
+
+
+def count(value: float) -> str:
+    """`134.5 M`, `8.03 B`."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{_short(value / limit)} {unit}"
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units: `269 MB`, `23.0 kB`."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            return f"{_short(value / limit)} {unit}"
+    return f"{value:,.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _short(value: float) -> str:
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+
+
+def _decimals(value: float) -> int:
+    if not value or abs(value) >= 100:
+        return 0
+    return max(0, 2 - math.floor(math.log10(abs(value))))
+
+
+def compact(value: float) -> str:
+    """For the ticks of an axis: `250k`, `1.5M`, `94M`."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.4g}{unit}"
+    return f"{value:.4g}"
