@@ -72,14 +72,17 @@ def results(folder: Path, last_stage: str) -> None:
 
 
 def _side_by_side(evaluation: dict[str, Any]) -> None:
-    models = evaluation["models"]
-    rows = []
-    for title, key, shape in (
-        ("perplexity", "perplexity", "{:.2f}"), ("bits per byte", "bits_per_byte", "{:.4f}"),
-        ("KL to the teacher", "kl_to_teacher", "{:.4f}"), ("top-1 agreement", "top1_agreement", "{:.1%}"),
-    ):  # fmt: skip
-        if all(key in models[name] for name in models):
-            rows.append((title, *(shape.format(models[name][key]) for name in models)))
+    models = {name: figures["quality"] for name, figures in evaluation["models"].items()}
+    shown = (
+        ("perplexity", "perplexity", "{:.2f}"),
+        ("bits per byte", "bits_per_byte", "{:.4f}"),
+        ("KL to the teacher", "kl_to_teacher", "{:.4f}"),
+        ("top-1 agreement", "top1_agreement", "{:.1%}"),
+    )
+    rows = [
+        (title, *("" if quality[key] is None else form.format(quality[key]) for quality in models.values()))
+        for title, key, form in shown
+    ]
     _print(_table("Held-out text", ("", *models), rows, right_from=1))
 
 

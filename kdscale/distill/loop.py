@@ -147,7 +147,8 @@ class Trainer:
         found = self.validator.run(self.engine)
         finite = {name: value for name, value in found.items() if math.isfinite(value)}
         if self.metrics is not None:
-            self.metrics.write("validation", step, **finite)
+            labels = int(finite.pop("tokens"))
+            self.metrics.write("validation", step, tokens=step * self.step_tokens, labels=labels, **finite)
         self.reporter.say(
             f"step {step}/{self.steps}: held-out loss {found['loss']:.4f} · perplexity {found['perplexity']:.2f} · "
             f"top-1 agreement {100 * found['top1_agree']:.1f} %"

@@ -2,8 +2,8 @@
 
 Peak memory is only clean in a process that never held anything else, and timings are only fair when the machine's
 moods hit all models alike. So each model gets a process of its own (`python -m kdscale.eval.efficiency MODEL_DIR`),
-all of them stay alive, and the parent lets them work strictly in turn, one round each at a time. Where the models do not
-fit in memory together they run one after another, and the result says so (`interleaved: false`).
+all of them stay alive, and the parent lets them work strictly in turn, one round each at a time. Where the models do
+not fit in memory together they run one after another, and the result says so (`interleaved: false`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SHARE_OF_FREE_MEMORY = 0.6
 
 
 def sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
-    """Parameters (tied ones once) by component, bytes of the weight files, KV-cache bytes a token at 2 bytes a value."""
+    """Parameters (tied ones once) by component, bytes of the weight files, 16-bit KV-cache bytes a token."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     vocabulary = {id(p): p.numel() for layer in (embedding, head) if layer is not None for p in layer.parameters()}
     everything = {id(p): p.numel() for p in model.parameters()}
@@ -181,7 +181,7 @@ def _fit_together(models: Mapping[str, Path], dtype: str, device: str) -> bool:
     return needed < _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
 
 
-# ---- inside the child -------------------------------------------------------------------------------------------------
+# ---- inside the child ----
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -219,7 +219,8 @@ def _pieces_of_work(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dtype = resolve_dtype(options.dtype, device)
     before = peak_memory(device.type)
     model = load_model(options.model, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
-    vocab = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocab = int(embedding.weight.shape[0])
     generator = torch.Generator().manual_seed(0)
     prompt_1S = torch.randint(vocab, (1, options.prefill_tokens), generator=generator).to(device)
     _time_round(model, prompt_1S, min(4, options.decode_tokens))

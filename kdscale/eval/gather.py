@@ -147,20 +147,18 @@ def _components(evaluation: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Columns of the training log, by kind; values that are no finite numbers (a skipped step) are left out."""
-    out: dict[str, Any] = {}
-    for kind in ("train", "validation"):
-        chosen = [row for row in rows if row.get("kind") == kind]
-        points = []
-        for row in chosen:
-            loss = row.get("loss", row.get("ce"))
-            ce = row.get("ce", row.get("validation_ce"))
-            perplexity = row.get("perplexity", math.exp(min(ce, 700)) if _finite(ce) else None)
-            point = {"step": row["step"], "tokens": row.get("tokens"), "loss": loss, "perplexity": perplexity}
-            points.append({key: value for key, value in point.items() if _finite(value)})
-        out[kind] = points
-    speeds = sorted(r["tokens_per_second"] for r in rows if _finite(r.get("tokens_per_second")))
+    out: dict[str, Any] = {
+        kind: [
+            {key: row[key] for key in ("step", "tokens", "loss", "perplexity") if _finite(row.get(key))}
+            for row in rows
+            if row["kind"] == kind
+        ]
+        for kind in ("train", "validation")
+    }
+    train = [row for row in rows if row["kind"] == "train"]
+    speeds = sorted(row["tokens_per_second"] for row in train)
     out["tokens_per_second"] = speeds[len(speeds) // 2] if speeds else None
-    out["skipped_steps"] = sum(1 for row in rows if row.get("kind") in {"skip", "skipped"} or row.get("skipped") is True)
+    out["skipped_steps"] = sum(row["skipped"] for row in train)
     return out
 
 
@@ -228,7 +226,9 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
     if evaluation and (gap := evaluation["differences"].get("distilled_minus_pruned")):
         error = gap["ce_standard_error"]
         if gap["ce"] >= 0:
-            out.append("Distillation did not lower the held-out loss: the distilled student is no better than the pruned.")
+            out.append(
+                "Distillation did not lower the held-out loss: the distilled student is no better than the pruned."
+            )
         elif error and abs(gap["ce"]) < 2 * error:
             out.append("The gain from distillation is within two standard errors: evaluate on more tokens.")
     if evaluation and evaluation["settings"].get("bytes") is None:

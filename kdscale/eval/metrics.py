@@ -35,7 +35,6 @@ from kdscale.eval.head import (
 )
 from kdscale.eval.samples import continue_prompts
 from kdscale.eval.summary import Scores, compare, gap_closed, summarise
-from kdscale.eval.token_bytes import bytes_of_tokens
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Bar, Reporter
@@ -52,9 +51,17 @@ TEACHER = "teacher"
 class EvalBatch(Protocol):
     """What scoring needs of a data batch: int64 [B, S], labels already shifted, −100 where nothing is scored."""
 
-    input_ids_BS: Tensor
-    position_ids_BS: Tensor
-    labels_BS: Tensor
+    @property
+    def input_ids_BS(self) -> Tensor: ...  # noqa: N802
+
+    @property
+    def position_ids_BS(self) -> Tensor: ...  # noqa: N802
+
+    @property
+    def labels_BS(self) -> Tensor: ...  # noqa: N802
+
+    @property
+    def text_bytes(self) -> int: ...  # UTF-8 bytes of the text that the labels stand for
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,11 @@ def evaluate(
     prompting = Prompting(cfg.prompts, cfg.sample_tokens, tokenizer)
 
     scores, sizes = score_models(models, batches, settings, reporter, prompting)
-    byte_sizes = bytes_of_tokens(tokenizer)
-    measured = {
+    text_bytes = sum(batch.text_bytes for batch in batches)
+    measured: dict[str, dict[str, Any]] = {
         name: {
             "path": str(models[name]),
-            "quality": summarise(score, byte_sizes),
+            "quality": summarise(score, text_bytes),
             "size": sizes[name],
         }
         for name, score in scores.items()
@@ -122,7 +129,7 @@ def evaluate(
             measured[name]["efficiency"] = figures
     result = {
         "schema_version": SCHEMA_VERSION,
-        "settings": _describe(cfg, settings, threads, batches, scores[TEACHER], byte_sizes),
+        "settings": _describe(cfg, settings, threads, batches, scores[TEACHER], text_bytes),
         "models": measured,
         "differences": compare(scores),
         "gap_closed": gap_closed({name: figures["quality"]["ce"] for name, figures in measured.items()}),
@@ -138,7 +145,9 @@ def evaluate(
 
 def headline(result: Mapping[str, Any]) -> dict[str, str]:
     """The few figures worth a line on the terminal: perplexity of each model, and the share of the gap closed."""
-    out = {f"{name} perplexity": f"{figures['quality']['perplexity']:,.2f}" for name, figures in result["models"].items()}
+    out = {
+        f"{name} perplexity": f"{figures['quality']['perplexity']:,.2f}" for name, figures in result["models"].items()
+    }
     if result["gap_closed"] is not None:
         out["gap closed"] = f"{result['gap_closed']:.0%}"
     return out
@@ -303,14 +312,14 @@ def _describe(
     threads: int,
     batches: Sequence[EvalBatch],
     scores: Scores,
-    byte_sizes: np.ndarray | None,
+    text_bytes: int,
 ) -> dict[str, Any]:
     import transformers
 
     return {
         "split": "heldout",
         "tokens": len(scores.labels_N),
-        "bytes": None if byte_sizes is None else int(byte_sizes[scores.labels_N].sum()),
+        "bytes": text_bytes,
         "document_pieces": len(np.unique(scores.cluster_N)),
         "sequences": sum(len(batch.input_ids_BS) for batch in batches),
         "seq_len": cfg.seq_len,

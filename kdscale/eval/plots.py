@@ -1,12 +1,13 @@
 """Plots as inline SVG that follow the page's colours, in a wide and a narrow form (desktop, phone).
 
-matplotlib draws with stand-in colours; they are then replaced by CSS variables, so that one drawing serves the light and
-the dark scheme. Text stays text. The same facts give the same bytes.
+matplotlib draws with stand-in colours; they are then replaced by CSS variables, so that one drawing serves the light
+and the dark scheme. Text stays text. The same facts give the same bytes.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
     relative_LU = ranked_LU / np.maximum(ranked_LU.mean(axis=1, keepdims=True), np.finfo(float).tiny)
     columns = min(units, _HEAT_COLUMNS)
     edges = np.linspace(0, units, columns + 1).round().astype(int)
-    binned_LC = np.stack([relative_LU[:, a:b].mean(axis=1) for a, b in zip(edges, edges[1:], strict=False)], axis=1)
+    binned_LC = np.stack([relative_LU[:, a:b].mean(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
     decades_LC = np.clip(np.log10(np.maximum(binned_LC, 1e-9)), -2, 1)
     counts = {row["layer"]: row.get(axis) for row in facts["kept"]["per_layer"]} if facts["kept"] else {}
 
@@ -175,14 +176,17 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
         axes.yaxis.set_major_locator(_integers(8))
         axes.xaxis.set_major_locator(_integers(4 if narrow else 8))
 
-    shares = {layer: ranked_LU[layer, :kept].sum() / max(ranked_LU[layer].sum(), 1e-300) for layer, kept in counts.items()
-              if kept is not None}  # fmt: skip
+    shares = {
+        layer: ranked_LU[layer, :kept].sum() / max(ranked_LU[layer].sum(), 1e-300)
+        for layer, kept in counts.items()
+        if kept is not None
+    }
     told = ""
     if shares:
         low = min(shares, key=lambda layer: shares[layer])
         told = (
-            f" Left of the line stays: {min(shares.values()):.0%} to {max(shares.values()):.0%} of a layer’s importance,"
-            f" least in layer {low}."
+            f" Left of the line stays: {min(shares.values()):.0%} to {max(shares.values()):.0%} of a layer’s "
+            f"importance, least in layer {low}."
         )
     return _plot(
         f"Feed-forward units · {_method(name)}",
@@ -211,7 +215,9 @@ def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any])
         axes = figure.add_subplot()
         _heat(axes, share_LU.T, (-0.5, layers - 0.5, units - 0.5, -0.5))
         rows, columns = np.nonzero(~stays)
-        axes.plot(rows, columns, linestyle="", marker="x", color=_ACCENT, markersize=4 if narrow else 6, markeredgewidth=1.5)
+        axes.plot(
+            rows, columns, linestyle="", marker="x", color=_ACCENT, markersize=4 if narrow else 6, markeredgewidth=1.5
+        )
         axes.set_xlabel("layer")
         axes.set_ylabel("head")
         _style(axes, grid=False)
@@ -248,7 +254,9 @@ def _hidden(_: str, name: str, score_U: np.ndarray, facts: Mapping[str, Any]) ->
         axes.xaxis.set_major_locator(_integers(4 if narrow else 8))
 
     told = f"{kept} of {len(ranked)} channels stay, the same in every layer."
-    return _plot(f"Hidden channels · {_method(name)}", told, f"Curve of sorted scores. {told}", draw, (880, 230), (350, 210))
+    return _plot(
+        f"Hidden channels · {_method(name)}", told, f"Curve of sorted scores. {told}", draw, (880, 230), (350, 210)
+    )
 
 
 def candidates(facts: Mapping[str, Any]) -> Plot | None:
@@ -275,7 +283,7 @@ def candidates(facts: Mapping[str, Any]) -> Plot | None:
     return _plot("", "", f"Scatter chart of {len(tried)} shapes by parameters and score.", draw, (880, 250), (350, 230))
 
 
-# ---- drawing helpers --------------------------------------------------------------------------------------------------
+# ---- drawing helpers ----
 
 
 def _plot(
@@ -295,7 +303,7 @@ def _svg(draw: Callable[[Any, bool], None], size: tuple[int, int], narrow: bool)
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "kdscale",
         "font.size": 10.5,

@@ -1,4 +1,4 @@
-"""The same prompts continued by every model: greedy, no chat template, no repetition penalty, so nothing is flattered."""
+"""The same prompts continued by every model: greedy, no chat template, no repetition penalty."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class Scores:
     cluster_N: np.ndarray  # running number of the document piece of each token
 
 
-def summarise(scores: Scores, byte_sizes: np.ndarray | None) -> dict[str, Any]:
-    """Every quality figure of one model. `byte_sizes`: bytes of each token id; None leaves bits per byte out (null)."""
+def summarise(scores: Scores, text_bytes: int) -> dict[str, Any]:
+    """Every quality figure of one model. `text_bytes`: UTF-8 bytes of the text that the scored tokens stand for."""
     stats = scores.stats
     ce_N = _double(stats.ce_N)
     ce, ce_error = mean_and_error(ce_N, scores.cluster_N)
@@ -35,7 +35,7 @@ def summarise(scores: Scores, byte_sizes: np.ndarray | None) -> dict[str, Any]:
         "perplexity": math.exp(ce),
         # First order: d exp(x) = exp(x) dx.
         "perplexity_standard_error": None if ce_error is None else math.exp(ce) * ce_error,
-        "bits_per_byte": None if byte_sizes is None else bits_per_byte(ce_N, byte_sizes[scores.labels_N]),
+        "bits_per_byte": bits_per_byte(ce_N, text_bytes),
         "top1_accuracy": float(_double(stats.correct_N).mean()),
         "expected_calibration_error": calibration_error(stats),
         "kl_to_teacher": None,
@@ -87,10 +87,9 @@ def mean_and_error(value_N: np.ndarray, cluster_N: np.ndarray) -> tuple[float, f
     return mean, math.sqrt(spread) / len(value_N)
 
 
-def bits_per_byte(ce_N: np.ndarray, bytes_N: np.ndarray) -> float | None:
-    """Σ nats / (ln 2 · Σ UTF-8 bytes); None when the tokens stand for no text at all."""
-    total = int(bytes_N.sum())
-    return float(ce_N.sum()) / (math.log(2) * total) if total else None
+def bits_per_byte(ce_N: np.ndarray, text_bytes: int) -> float | None:
+    """Σ nats / (ln 2 · UTF-8 bytes); None when the tokens stand for no text at all."""
+    return float(ce_N.sum()) / (math.log(2) * text_bytes) if text_bytes else None
 
 
 def calibration_error(stats: TokenStats, bins: int = CALIBRATION_BINS) -> float:

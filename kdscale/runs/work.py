@@ -113,18 +113,21 @@ def distill(context: Context) -> Facts:
 
 
 def evaluate(context: Context) -> Facts:
-    from kdscale.eval.metrics import evaluate as measure
+    from kdscale.eval import metrics
 
-    run = context.run
+    run, config = context.run, context.config
     models = {"teacher": context.teacher, "pruned": run.pruned, "distilled": run.student}
     with atomic_dir(run.eval) as tmp:
-        found = measure(models, run.data, context.config, out_path=tmp / "eval.json", reporter=context.reporter)
-    shown = found["models"]
-    return {
-        "perplexity": " → ".join(
-            f"{name} {shown[name]['perplexity']:.2f}" for name in ("pruned", "distilled", "teacher")
+        found = metrics.evaluate(
+            models,
+            run.data,
+            config.eval,
+            config.runtime,
+            tmp / "eval.json",
+            context.reporter,
+            trust_remote_code=config.teacher.trust_remote_code,
         )
-    }
+    return metrics.headline(found)
 
 
 def write_report(context: Context) -> Facts:

@@ -8,8 +8,6 @@ over the entries and -ce_weight at the label. Working with r keeps the tail's ma
 is a sum over the masked row, never one minus something, and stays meaningful when it underflows.
 """
 
-# ruff: noqa: N815  (shape suffixes in field names are the house style)
-
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Legend: N rows, K entries kept a row, V vocabulary.
 """
 
-# ruff: noqa: N815  (shape suffixes in field names are the house style)
-
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Legend: N rows (tokens), H hidden size, V vocabulary, K teacher entries kept a row.
 """
 
-# ruff: noqa: N815  (shape suffixes in field names are the house style)
-
 from __future__ import annotations
 
 from dataclasses import dataclass

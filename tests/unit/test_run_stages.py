@@ -36,7 +36,13 @@ class Bench:
             "first", "the first", ("seed",), (), ("a.json",), self._work("first", "a.json"), reads_teacher=True
         )
         self.second = Stage(
-            "second", "the second", ("distill",), ("a.json",), ("b",), self._work("second", "b/x"), scratch=("scratch", "curve")
+            "second",
+            "the second",
+            ("distill",),
+            ("a.json",),
+            ("b",),
+            self._work("second", "b/x"),
+            scratch=("scratch", "curve"),
         )
 
     def _work(self, name: str, output: str) -> Any:

@@ -6,8 +6,6 @@ The gradients are made in the forward pass, chunk by chunk, so the product hidde
 never exists; backward only scales them (the idea of Liger-Kernel's fused linear losses, Hsu et al. 2024).
 """
 
-# ruff: noqa: N815  (shape suffixes in field names are the house style)
-
 from __future__ import annotations
 
 from dataclasses import dataclass
