@@ -137,6 +137,8 @@ def _check_head(model: PreTrainedModel, head: Head, name: str) -> None:
     ids_BS = torch.arange(8, device=model.device)[None] % head.vocab
     expected_SV = model(input_ids=ids_BS, use_cache=False).logits[0].float()
     got_SV = head.logits(final_hidden(model, ids_BS)[0])
+    if not bool(torch.isfinite(expected_SV).all()):
+        return  # broken weights are reported by what they score, with a count
     tolerance = 1e-3 if head.weight_VH.dtype == torch.float32 else 5e-2
     if not torch.allclose(got_SV, expected_SV, rtol=tolerance, atol=tolerance * float(expected_SV.abs().max())):
         raise CheckpointError(

@@ -1,0 +1,189 @@
+"""The report from files alone: every figure, nothing fetched, nothing unescaped, and partial runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from kdscale.config import build_config, dump_config
+from kdscale.errors import CheckpointError, RunFolderError
+from kdscale.eval.report import write_report
+from kdscale.families import load_family
+from kdscale.prune.plan import make_plan
+
+SECTIONS = (
+    "side-by-side", "samples", "distillation", "what-was-cut", "importance",
+    "candidates", "how-it-was-made", "use",
+)  # fmt: skip
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def quality(ce: float, kl: float | None) -> dict[str, Any]:
+    return {
+        "ce": ce, "ce_standard_error": 0.02, "perplexity": float(np.exp(ce)), "perplexity_standard_error": 0.5,
+        "bits_per_byte": ce / 3, "top1_accuracy": 0.4, "expected_calibration_error": 0.02, "kl_to_teacher": kl,
+        "kl_to_teacher_standard_error": None if kl is None else 0.01, "top1_agreement": None if kl is None else 0.6,
+        "top1_agreement_standard_error": None if kl is None else 0.01,
+    }  # fmt: skip
+
+
+def evaluation() -> dict[str, Any]:
+    sizes = {
+        "parameters": 400, "non_embedding_parameters": 200, "weight_bytes": 800, "kv_cache_bytes_per_token": 64,
+        "components": {"embedding": 200, "attention": 100, "ffn": 90, "norm": 10},
+    }  # fmt: skip
+    ces = {"teacher": (3.0, None), "pruned": (4.0, 0.9), "distilled": (3.4, 0.4)}
+    return {
+        "schema_version": 1,
+        "settings": {
+            "split": "heldout", "tokens": 1000, "bytes": 3000, "document_pieces": 9, "sequences": 4, "seq_len": 256,
+            "micro_batch": 2, "dtype": "float32", "device": "cpu", "device_name": "a CPU", "threads": 2,
+            "sample_tokens": 8,
+            "calibration_bins": 15, "torch": "2.13", "transformers": "5.23",
+        },
+        "models": {name: {"path": name, "quality": quality(*ce), "size": sizes} for name, ce in ces.items()},
+        "differences": {"distilled_minus_pruned": {"ce": -0.6, "ce_standard_error": 0.01}},
+        "gap_closed": 0.6,
+        "samples": [{"prompt": HOSTILE, "outputs": {name: f"{name} says {HOSTILE}" for name in ces}}],
+        "seconds": {"quality_and_samples": 1.0, "total": 2.0},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_llama_dir: Path) -> Path:
+    """A run folder with every file the report reads, made without running a model."""
+    folder = tmp_path / "run"
+    for name in ("importance", "logs", "eval", "stages", "student"):
+        (folder / name).mkdir(parents=True)
+    config = build_config(
+        {"name": "report-test", "run_dir": str(folder), "teacher": {"path": "t"}, "prune": {"ffn": 64, "heads": 4}},
+        "here",
+    )
+    (folder / "config.yaml").write_text(dump_config(config))
+    rng = np.random.default_rng(1)
+    units = {"ffn.output_energy": 128, "ffn.activation": 128, "heads.output_energy": 6, "heads.activation": 6}
+    scores = {name: rng.random((4, count), dtype=np.float32) for name, count in units.items()}
+    save_file(scores, folder / "importance" / "scores.safetensors")
+    summary = {"version": 1, "tokens": 512, "dtype": "float32", "axes": ["ffn", "heads"], "layers": []}
+    (folder / "importance" / "scores.json").write_text(json.dumps(summary))
+    teacher = json.loads((tiny_llama_dir / "config.json").read_text())
+    make_plan(teacher, load_family(teacher, "t"), scores, config.prune).save(folder / "plan.json")
+    rows = [
+        {"kind": "validation", "step": 0, "tokens": 0, "loss": 1.0, "perplexity": 55.0},
+        *(
+            {
+                "kind": "train",
+                "step": s,
+                "tokens": 64 * s,
+                "loss": 1 / s,
+                "tokens_per_second": 100.0,
+                "skipped": int(s == 3),
+            }
+            for s in range(1, 9)
+        ),
+        {"kind": "validation", "step": 8, "tokens": 512, "loss": 0.5, "perplexity": 30.0},
+    ]
+    (folder / "logs" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "eval" / "eval.json").write_text(json.dumps(evaluation()))
+    stage = {
+        "stage": "prune",
+        "seconds": 12.5,
+        "finished": "2026-01-01T00:00:00+00:00",
+        "facts": {"x": HOSTILE},
+        "versions": {},
+    }
+    (folder / "stages" / "prune.json").write_text(json.dumps(stage))
+    (folder / "student" / "config.json").write_text("{}")
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects ids, tags and every attribute that could make a browser fetch or run something."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.fetches: list[str] = []
+        self.handlers: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "data", "srcset", "action") or (
+                name in ("href", "xlink:href") and not (value or "").startswith(("#", "data:"))
+            ):
+                self.fetches.append(f"{tag} {name}={value}")
+            if name.startswith("on"):
+                self.handlers.append(f"{tag} {name}={value}")
+
+
+def test_a_finished_run(run: Path, tmp_path: Path) -> None:
+    page_path = write_report(run, tmp_path / "out")
+    text = page_path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert set(SECTIONS) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.fetches == []
+    assert page.handlers == []
+    assert "script" not in page.tags
+    assert "&lt;script&gt;alert(1)" in text
+    assert not re.search(r"url\(\s*['\"]?http|@import", text)
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert facts["evaluation"] == evaluation()
+    assert facts["missing"] == []
+    assert facts["curves"]["skipped_steps"] == 1
+    assert [point["tokens"] for point in facts["curves"]["validation"]] == [0, 512]
+    for figure in ("54.6", "30.0", "60%"):  # pruned and distilled perplexity, gap closed
+        assert figure in text, figure
+
+
+def test_the_same_files_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
+    first, second = (write_report(run, tmp_path / name).read_bytes() for name in ("a", "b"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        (["eval/eval.json"], "have not been evaluated yet"),
+        (["eval/eval.json", "logs/metrics.jsonl"], "has not been distilled yet"),
+        (["eval/eval.json", "logs/metrics.jsonl", "plan.json"], "no plan yet"),
+        (
+            ["eval/eval.json", "logs/metrics.jsonl", "plan.json", "importance/scores.safetensors", "config.yaml"],
+            "no importance scores",
+        ),
+    ],
+)
+def test_an_unfinished_run_says_what_is_missing(run: Path, tmp_path: Path, gone: list[str], said: str) -> None:
+    for name in gone:
+        (run / name).unlink()
+    text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
+    assert said in text
+    assert set(SECTIONS) <= set(Page(text).ids)
+
+
+def test_a_damaged_file_is_named(run: Path, tmp_path: Path) -> None:
+    (run / "eval" / "eval.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"eval\.json"):
+        write_report(run, tmp_path / "out")
+    with pytest.raises(RunFolderError, match="does not exist"):
+        write_report(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_the_report_needs_no_torch() -> None:
+    code = "import sys; import kdscale.eval.report; raise SystemExit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

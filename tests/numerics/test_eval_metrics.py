@@ -1,0 +1,148 @@
+"""Evaluation against naive computations with whole logits in fp64."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdscale.config import EvalConfig, RuntimeConfig, SourceConfig
+from kdscale.data.loader import Batch, eval_batches
+from kdscale.data.store import TokenStore
+from kdscale.errors import CheckpointError
+from kdscale.eval.metrics import Settings, evaluate, score_models
+from kdscale.eval.summary import bits_per_byte, mean_and_error, summarise
+from kdscale.progress import Reporter
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path, tiny_texts: list[str]) -> TokenStore:
+    folder = tmp_path_factory.mktemp("eval-data")
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in tiny_texts))
+    return TokenStore.build(
+        folder / "data", [SourceConfig(path=str(folder / "text.jsonl"))], AutoTokenizer.from_pretrained(tiny_llama_dir),
+        eos_id=0, reporter=QUIET, heldout_fraction=0.4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> dict[str, Path]:
+    """The tiny teacher, and a student that is the teacher plus noise."""
+    folder = tmp_path_factory.mktemp("noisy")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_dir / name, folder / name)
+    return {"teacher": tiny_llama_dir, "pruned": folder}
+
+
+@pytest.fixture(scope="module")
+def batches(store: TokenStore) -> list[Batch]:
+    return list(eval_batches(store.split("heldout"), 48, 2, 400))
+
+
+def naive_logprobs(folder: Path, batches: list[Batch]) -> torch.Tensor:
+    """log q of every scored position over the whole vocabulary, [N, V] fp64."""
+    model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    rows = []
+    with torch.no_grad():
+        for batch in batches:
+            logits = model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits
+            rows.append(logits[batch.labels_BS != -100].log_softmax(-1))
+    return torch.cat(rows)
+
+
+def test_every_figure_is_what_whole_logits_give(models: dict[str, Path], batches: list[Batch]) -> None:
+    settings = Settings(torch.device("cpu"), torch.float32, chunk_bytes=320 * 4 * 7)  # seven rows a chunk
+    scores, _ = score_models(models, batches, settings, QUIET)
+    text_bytes = sum(batch.text_bytes for batch in batches)
+    labels = torch.cat([batch.labels_BS[batch.labels_BS != -100] for batch in batches])
+    p, q = (naive_logprobs(models[name], batches) for name in ("teacher", "pruned"))
+    found = summarise(scores["pruned"], text_bytes)
+    ce = -q.gather(1, labels[:, None]).mean().item()
+    assert found["ce"] == pytest.approx(ce, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(ce), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(ce * len(labels) / math.log(2) / text_bytes, rel=1e-6)
+    assert found["kl_to_teacher"] == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
+    assert found["top1_agreement"] == (p.argmax(1) == q.argmax(1)).double().mean().item()
+    assert found["top1_accuracy"] == (q.argmax(1) == labels).double().mean().item()
+    confidence, choice = q.exp().max(1)
+    bins = (confidence * 15).ceil().clamp(1, 15).long() - 1
+    error = 0.0
+    for index in range(15):
+        inside = bins == index
+        if inside.any():
+            gap = (choice == labels)[inside].double().mean() - confidence[inside].mean()
+            error += inside.double().mean().item() * abs(gap.item())
+    assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-6)
+    assert summarise(scores["teacher"], text_bytes)["kl_to_teacher"] is None
+
+
+def test_scored_bytes_are_those_of_the_text(store: TokenStore, batches: list[Batch], tiny_llama_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    labels = torch.cat([batch.labels_BS[batch.labels_BS != -100] for batch in batches]).tolist()
+    text = "".join(tokenizer.decode([label]) for label in labels if label != 0)
+    assert sum(batch.text_bytes for batch in batches) == len(text.encode())
+
+
+def test_figures_do_not_depend_on_the_batch_size(models: dict[str, Path], store: TokenStore) -> None:
+    settings = Settings(torch.device("cpu"), torch.float32)
+    found = []
+    for micro_batch in (1, 3):
+        batches = list(eval_batches(store.split("heldout"), 48, micro_batch, 400))
+        scores, _ = score_models(models, batches, settings, QUIET)
+        found.append(summarise(scores["pruned"], sum(batch.text_bytes for batch in batches)))
+    for key, value in found[0].items():
+        assert found[1][key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_a_whole_evaluation_compares_and_samples(models: dict[str, Path], store: TokenStore, tmp_path: Path) -> None:
+    config = EvalConfig(tokens=200, seq_len=32, prompts=("The river", "And the"), sample_tokens=5, efficiency=False)
+    result = evaluate(models, store.folder, config, RuntimeConfig(threads=1), tmp_path / "eval.json", QUIET)
+    assert json.loads((tmp_path / "eval.json").read_text()) == result
+    assert result["settings"]["tokens"] == 200
+    assert result["differences"]["pruned_minus_teacher"]["ce"] == pytest.approx(
+        result["models"]["pruned"]["quality"]["ce"] - result["models"]["teacher"]["quality"]["ce"]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(models["teacher"])
+    model = AutoModelForCausalLM.from_pretrained(models["teacher"]).eval()
+    inputs = tokenizer("The river", return_tensors="pt")
+    generated = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert result["samples"][0]["outputs"]["teacher"] == expected
+
+
+def test_a_model_with_nan_is_refused(models: dict[str, Path], batches: list[Batch], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(models["pruned"])
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    model.save_pretrained(tmp_path)
+    settings = Settings(torch.device("cpu"), torch.float32)
+    with pytest.raises(CheckpointError, match="pruned model gives a loss that is not finite"):
+        score_models({**models, "pruned": tmp_path}, batches, settings, QUIET)
+
+
+def test_standard_error_counts_documents_not_tokens() -> None:
+    rng = np.random.default_rng(0)
+    documents = rng.normal(3.0, 0.5, size=200)
+    values, clusters = np.repeat(documents, 50), np.repeat(np.arange(200), 50)
+    mean, error = mean_and_error(values, clusters)
+    assert mean == pytest.approx(documents.mean())
+    assert error == pytest.approx(documents.std(ddof=1) / math.sqrt(200), rel=1e-6)
+    assert mean_and_error(values[:50], clusters[:50])[1] is None
+
+
+def test_bits_per_byte_of_no_text_is_unknown() -> None:
+    assert bits_per_byte(np.array([1.0]), 0) is None
