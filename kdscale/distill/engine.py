@@ -81,7 +81,14 @@ def run(
         if trainer.metrics is not None:
             trainer.metrics.close()
     facts = _card_facts(cfg, trainer, dtype)
-    export_student(student.model, student_dir, run_dir / "student", full_fp32=_full_fp32, card=model_card(facts))
+    export_student(
+        student.model,
+        student_dir,
+        run_dir / "student",
+        full_fp32=_full_fp32,
+        card=model_card(facts),
+        max_shard_bytes=cfg.prune.max_shard_bytes,
+    )
     reporter.say(f"distilled student: {run_dir / 'student'}")
 
 

@@ -9,47 +9,50 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from kdscale import files
 from kdscale.dist import barrier, is_main
 from kdscale.errors import CheckpointError, TrainingError
-
-_SKIPPED_SUFFIXES = {".safetensors", ".py", ".bin", ".pt", ".pth"}
-_MADE_HERE = {"README.md", "manifest.json"}
+from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars
 
 
 def export_student(
-    model: Any, source_dir: Path, out_dir: Path, *, full_fp32: Callable[[torch.Tensor], torch.Tensor], card: str
+    model: Any,
+    source_dir: Path,
+    out_dir: Path,
+    *,
+    full_fp32: Callable[[torch.Tensor], torch.Tensor],
+    card: str,
+    max_shard_bytes: int,
 ) -> None:
-    """Write `model` to `out_dir`, shard by shard as in `source_dir`; a collective call.
+    """Write `model` to `out_dir` with the names and dtypes of `source_dir`, one tensor in memory; a collective call.
 
     `full_fp32(parameter)` returns the whole fp32 weight on every rank. Tied tensors stay tied because the same names
     are written as in `source_dir`; one on disk that is no parameter (a buffer) is copied. Raises TrainingError on NaN
     or Inf.
     """
+    source = Checkpoint.open(source_dir)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    with files.atomic_dir(out_dir) if is_main() else nullcontext(out_dir) as tmp:
-        for shard in sorted(source_dir.glob("*.safetensors")):
-            tensors: dict[str, torch.Tensor] = {}
-            with safe_open(str(shard), framework="pt") as stored:
-                for name in sorted(stored.keys()):
-                    old = stored.get_tensor(name)
-                    new = full_fp32(parameters[name]) if name in parameters else old
-                    _check(name, old, new)
-                    if is_main():
-                        tensors[name] = new.detach().to(device="cpu", dtype=old.dtype).contiguous().clone()
-            if is_main():
-                save_file(tensors, str(tmp / shard.name), metadata={"format": "pt"})
+    with ExitStack() as stack:
+        writer: ShardWriter | None = None
         if is_main():
-            _copy_sidecars(source_dir, tmp)
+            tmp = stack.enter_context(files.atomic_dir(out_dir))
+            shutil.copyfile(source_dir / "config.json", tmp / "config.json")
+            copy_sidecars(source_dir, tmp)
             (tmp / "README.md").write_text(card, encoding="utf-8")
+            specs = {name: source.spec(name) for name in source.names}
+            writer = stack.enter_context(ShardWriter(tmp, specs, max_shard_bytes))
+        for name in source.names:
+            old = source.tensor(name)
+            new = full_fp32(parameters[name]) if name in parameters else old
+            _check(name, old, new)
+            if writer is not None:
+                writer.add(name, new.detach().to(device="cpu", dtype=old.dtype))
     barrier()
 
 
@@ -58,12 +61,6 @@ def _check(name: str, old: torch.Tensor, new: torch.Tensor) -> None:
         raise CheckpointError(f"tensor {name}", expected=str(tuple(old.shape)), got=str(tuple(new.shape)))
     if not bool(torch.isfinite(new).all()):
         raise TrainingError(f"the distilled tensor {name} has NaN or infinite values; the student was not written")
-
-
-def _copy_sidecars(source_dir: Path, tmp: Path) -> None:
-    for item in sorted(source_dir.iterdir()):
-        if item.is_file() and item.suffix not in _SKIPPED_SUFFIXES and item.name not in _MADE_HERE:
-            shutil.copyfile(item, tmp / item.name)
 
 
 def model_card(facts: dict[str, Any]) -> str:
