@@ -92,7 +92,7 @@ def test_speeds_that_differ_by_noise_are_alike() -> None:
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
-        ("count", 134_515_008, "135 M"), ("count", 8_030_261_248, "8.03 B"), ("count", 999_999, "1000 k"),
+        ("count", 134_515_008, "135 M"), ("count", 8_030_261_248, "8.03 B"), ("count", 999_999, "1.00 M"),
         ("size", 23_040, "23.0 kB"), ("size", 269_060_552, "269 MB"), ("significant", 23.94, "23.9"),
         ("significant", 62_683.2, "62,683"), ("significant", 0.01234, "0.0123"), ("percent", 0.512, "51.2 %"),
     ],
