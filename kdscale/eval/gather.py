@@ -170,6 +170,13 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for kind in ("train", "validation")
     }
     train = [row for row in rows if row["kind"] == "train"]
+    # A validation row counts the tokens it was measured on; on the chart it stands at the tokens trained on by then.
+    per_step = out["train"][-1]["tokens"] / out["train"][-1]["step"] if out["train"] else None
+    for point in out["validation"]:
+        if per_step is None:
+            point.pop("tokens", None)
+        else:
+            point["tokens"] = round(point["step"] * per_step)
     speeds = sorted(row["tokens_per_second"] for row in train)
     out["tokens_per_second"] = speeds[len(speeds) // 2] if speeds else None
     out["skipped_steps"] = sum(row["skipped"] for row in train)
