@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from rich.progress import TimeRemainingColumn as EtaColumn
 from rich.text import Text
 
 _LINE_EVERY_SECONDS = 10.0
+_RATE_LINES = 6
 
 
 class _RateColumn(ProgressColumn):
@@ -29,8 +31,10 @@ class Bar:
     def __init__(self, title: str, total: float, unit: str, done: float, bars: Progress | None, console: Console):
         self._title, self._total, self._unit = title, total, unit
         self._console, self._bars = console, bars
-        self._done, self._start_done = done, done
-        self._started = self._last_line = time.monotonic()
+        self._done = done
+        self._started = time.monotonic()
+        # (time, done) at the last few lines: the rate shown is the recent one, as on a terminal
+        self._marks: deque[tuple[float, float]] = deque([(self._started, done)], maxlen=_RATE_LINES)
         self._task: TaskID | None = None
         if bars is not None:
             self._task = bars.add_task(title, total=total, completed=int(done), unit=unit, note="")
@@ -39,13 +43,13 @@ class Bar:
         self._done += amount
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, advance=amount, note=note)
-        elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
-            self._last_line = time.monotonic()
+        elif time.monotonic() - self._marks[-1][0] >= _LINE_EVERY_SECONDS:
             self._console.print(self._line(note), highlight=False)
+            self._marks.append((time.monotonic(), self._done))
 
     def _line(self, note: str) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = (self._done - self._start_done) / seconds
+        then, before = self._marks[0]
+        rate = (self._done - before) / max(time.monotonic() - then, 1e-9)
         left = f"{(self._total - self._done) / rate / 60:.1f} min left" if rate > 0 else "no rate yet"
         share = f"{100 * self._done / self._total:.0f} %" if self._total else ""
         return f"{self._title}: {share} · {rate:,.0f} {self._unit}/s · {left}" + (f" · {note}" if note else "")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kdscale.errors import RunFolderError
+from kdscale.files import atomic_dir
 
 Cli = Callable[..., Any]
 
@@ -152,6 +156,53 @@ def test_a_folder_that_cannot_be_written(kdscale: Cli, tiny_config: Path) -> Non
     assert outcome.code == 5, outcome.err
     assert "/sys/kdscale-run" in outcome.err
     assert "run_dir" in outcome.err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 100 MB; needs the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_from_the_start(kdscale: Cli, tiny_config: Path, small_disk: Path) -> None:
+    (small_disk / "other").write_bytes(bytes(80 << 20))
+    outcome = kdscale("prune", tiny_config, "--set", f"run_dir={small_disk / 'run'}")
+    assert outcome.code == 5, outcome.err
+    assert "without room" in outcome.err
+    assert str(small_disk) in outcome.err
+    assert not (small_disk / "run" / "data").exists()
+
+
+def test_a_disk_that_fills_up_on_the_way(small_disk: Path) -> None:
+    """The real system call fails in the middle of a file: nothing half-written is left, the message says what to do."""
+    (small_disk / "other").write_bytes(bytes(80 << 20))
+    with pytest.raises(RunFolderError, match="disk is full"), atomic_dir(small_disk / "out") as tmp:
+        for index in range(64):
+            (tmp / f"{index}").write_bytes(bytes(1 << 20))
+    assert [item.name for item in small_disk.iterdir()] == ["other"]
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run(kdscale: Cli, tiny_config: Path, teacher: Path) -> None:
+    trace = tiny_config.parent / "code-was-run"
+    for name in ("modeling_own", "configuration_own", "tokenization_own"):
+        (teacher / f"{name}.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Own: pass\n")
+    model_map = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
+    edit_json(teacher / "config.json", auto_map=model_map)
+    edit_json(
+        teacher / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_own.Own", "tokenization_own.Own"]}
+    )
+    outcome = kdscale("prune", tiny_config, "--set", f"teacher.path={teacher}")
+    assert not trace.exists()
+    assert "Traceback" not in outcome.err
+    assert not list((tiny_config.parent / "run").rglob("*.py"))
 
 
 def test_the_folder_of_another_run(kdscale: Cli, tiny_config: Path) -> None:

@@ -1,0 +1,96 @@
+"""The command line's promises: quick where it can be, one message for a mistake, and a doctor that tells the truth."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdscale.runs import doctor
+from kdscale.runs.doctor import Finding
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOLLM = ROOT / "tests" / "fixtures" / "teachers" / "smollm2-135m-instruct"
+
+PROBE = """
+import sys
+from kdscale.cli.main import main
+try:
+    main()
+except SystemExit as leave:
+    assert not leave.code, leave.code
+heavy = {"torch", "transformers", "deepspeed", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    sources = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
+    start = ["-c", code] if code else ["-m", "kdscale.cli.main"]
+    return subprocess.run(
+        [sys.executable, *start, *args], capture_output=True, text=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONPATH": sources, "COLUMNS": "120"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--help",),
+        ("run", "--help"),
+        ("--version",),
+        ("plan", "demo", "--shapes-only", "--set", f"teacher.path={SMOLLM}"),
+    ],
+)
+def test_these_commands_load_nothing_heavy(args: tuple[str, ...]) -> None:
+    done = run(*args, code=PROBE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_of_shapes_shows_what_becomes_of_the_model() -> None:
+    done = run("plan", "demo", "--shapes-only", "--set", f"teacher.path={SMOLLM}")
+    assert done.returncode == 0, done.stderr
+    assert "134.5 M" in done.stdout
+    assert "1536" in done.stdout
+    assert "704" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "needle"),
+    [
+        (("rnu",), "No such command"),
+        (("run",), "Missing argument"),
+        (("run", "no-such-config"), "shipped configs"),
+        (("run", "demo", "--set", "seed=x"), "seed: input should be a valid integer"),
+        (("run", "demo", "--set", "teacher.path=/nowhere"), "teacher.path"),
+        (("status", "no-such-run"), "no-such-run"),
+        (("get-teacher", "gpt-9", "/tmp/x"), "gpt-9"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_two(args: tuple[str, ...], needle: str) -> None:
+    done = run(*args)
+    assert done.returncode == 2, done.stderr
+    assert needle in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_finds_what_is_here(tmp_path: Path) -> None:
+    findings = {finding.topic: finding for finding in doctor.examine(tmp_path)}
+    import torch
+
+    assert torch.__version__ in findings["torch"].found
+    assert {"python", "device", "deepspeed", "triton", "memory", "disk", "loopback port"} <= set(findings)
+    assert all(item.state != "bad" for item in findings.values())
+
+
+def test_doctor_says_what_is_in_the_way() -> None:
+    findings = [Finding("torch", "bad", "not installed"), Finding("device", "note", "unknown without torch")]
+    core, *_ = doctor.verdicts(findings)
+    assert (core.state, core.found) == ("bad", "mend first: torch")
+
+
+def test_doctor_reports_an_unwritable_folder() -> None:
+    assert any(item.topic == "write access" and item.state == "bad" for item in doctor.examine(Path("/proc/x")))
