@@ -76,6 +76,15 @@ def gather(run_dir: Path) -> dict[str, Any]:
     return facts
 
 
+def for_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without the score of every single unit, which stay in their own file; sums a layer are kept."""
+    importance = facts["importance"]
+    if importance is None:
+        return dict(facts)
+    short = {"file": "importance/scores.safetensors", "scored": sorted(importance["scores"])}
+    return {**facts, "importance": {**short, "made": importance["made"]}}
+
+
 def _optional(path: Path) -> Any:
     return read_json(path) if path.exists() else None
 
@@ -91,7 +100,7 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 def _importance(folder: Path) -> dict[str, Any] | None:
-    """Scores as nested lists, `axis.method` → [layers, units] or [units], and how they were made."""
+    """Scores as nested lists, `axis.method` → [layers, units] or [units], as energies, and how they were made."""
     path = folder / "scores.safetensors"
     if not path.exists():
         return None
@@ -102,7 +111,12 @@ def _importance(folder: Path) -> dict[str, Any] | None:
         arrays = load_file(path)
     except SafetensorError as error:
         raise RunFolderError(f"{path} is damaged", got=str(error), hint="run the importance stage again") from error
-    scores = {name: array.tolist() for name, array in sorted(arrays.items()) if array.ndim in {1, 2} and array.size}
+    # Activation scores are L2 norms; squared they add up like the energies do, and "share" means one thing everywhere.
+    scores = {
+        name: (array.astype("float64") ** (2 if name.endswith(".activation") else 1)).tolist()
+        for name, array in sorted(arrays.items())
+        if array.ndim in {1, 2} and array.size
+    }
     return {"scores": scores, "made": _optional(folder / "scores.json")} if scores else None
 
 
@@ -156,6 +170,13 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for kind in ("train", "validation")
     }
     train = [row for row in rows if row["kind"] == "train"]
+    # A validation row counts the tokens it was measured on; on the chart it stands at the tokens trained on by then.
+    per_step = out["train"][-1]["tokens"] / out["train"][-1]["step"] if out["train"] else None
+    for point in out["validation"]:
+        if per_step is None:
+            point.pop("tokens", None)
+        else:
+            point["tokens"] = round(point["step"] * per_step)
     speeds = sorted(row["tokens_per_second"] for row in train)
     out["tokens_per_second"] = speeds[len(speeds) // 2] if speeds else None
     out["skipped_steps"] = sum(row["skipped"] for row in train)
@@ -231,8 +252,6 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
             )
         elif error and abs(gap["ce"]) < 2 * error:
             out.append("The gain from distillation is within two standard errors: evaluate on more tokens.")
-    if evaluation and evaluation["settings"].get("bytes") is None:
-        out.append("Bits per byte is not given: this tokenizer does not say which bytes a token stands for.")
     if evaluation and any(m.get("efficiency", {}).get("interleaved") is False for m in evaluation["models"].values()):
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
     if curves and curves["skipped_steps"]:

@@ -1,46 +1,18 @@
-"""Plots as inline SVG that follow the page's colours, in a wide and a narrow form (desktop, phone).
-
-matplotlib draws with stand-in colours; they are then replaced by CSS variables, so that one drawing serves the light
-and the dark scheme. Text stays text. The same facts give the same bytes.
-"""
+"""The plots of the report, each in a wide and a narrow form (desktop, phone): loss curve, importance, candidates."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-_INK, _MUTED, _GRID, _PAPER = "#010101", "#020202", "#030303", "#040404"
-_BEFORE, _AFTER, _ACCENT = "#050505", "#060606", "#070707"
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--line)",
-    _PAPER: "var(--card)",
-    _BEFORE: "var(--teacher)",
-    _AFTER: "var(--distilled)",
-    _ACCENT: "var(--pruned)",
-}
+from kdscale.eval.svg import ACCENT, AFTER, BEFORE, GRID, INK, Plot, make_plot
+
 # Middle tones that are readable on white and on near-black; heat maps are images and cannot follow a variable.
 _HEAT_RGB = (0.16, 0.50, 0.73)
-_INCH = 72.0
 _HEAT_COLUMNS = 96
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure of the report: both drawings, and what they show in words."""
-
-    title: str
-    caption: str
-    alt: str
-    wide: str
-    narrow: str
 
 
 def curves(facts: Mapping[str, Any]) -> Plot | None:
@@ -57,6 +29,7 @@ def curves(facts: Mapping[str, Any]) -> Plot | None:
     measure = "perplexity" if all("perplexity" in p for p in validation) else "loss"
     if validation:
         parts.append(f"validation {measure} from {validation[0][measure]:.3g} to {validation[-1][measure]:.3g}")
+    axis = ", on a log axis" if measure == "perplexity" else ""
     panels = [(_draw_train, train), (_draw_validation, validation)]
     shown = [(draw, points) for draw, points in panels if points]
 
@@ -71,9 +44,9 @@ def curves(facts: Mapping[str, Any]) -> Plot | None:
                 axes.xaxis.set_major_formatter(_count_formatter())
 
     height = 250 * len(shown)
-    return _plot(
+    return make_plot(
         "Loss curve",
-        "Left: every training step (faint) and its running mean. Right: held-out perplexity, on a log axis."
+        f"Training: every step (faint) and the mean around it. Validation: held-out {measure}{axis}."
         if len(shown) == 2
         else "",
         f"Line chart over {'tokens' if key == 'tokens' else 'steps'}: {'; '.join(parts)}.",
@@ -85,8 +58,8 @@ def curves(facts: Mapping[str, Any]) -> Plot | None:
 
 def _draw_train(axes: Any, points: Sequence[Mapping[str, float]], key: str, _: str) -> None:
     x, y = [p[key] for p in points], [p["loss"] for p in points]
-    axes.plot(x, y, color=_AFTER, alpha=0.3, linewidth=0.9)
-    axes.plot(x, _smooth(y), color=_AFTER, linewidth=1.9)
+    axes.plot(x, y, color=AFTER, alpha=0.3, linewidth=0.9)
+    axes.plot(x, _smooth(y), color=AFTER, linewidth=1.9)
     axes.set_title("Training loss", loc="left")
     _generous(axes, y)
 
@@ -95,9 +68,9 @@ def _draw_validation(axes: Any, points: Sequence[Mapping[str, float]], key: str,
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     x, y = [p[key] for p in points], [p[measure] for p in points]
-    axes.plot(x, y, color=_ACCENT, linewidth=1.9, marker="o", markersize=4, markeredgewidth=0)
+    axes.plot(x, y, color=ACCENT, linewidth=1.9, marker="o", markersize=4, markeredgewidth=0)
     axes.set_title(f"Validation {measure}", loc="left")
-    axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), xytext=(0, 7), textcoords="offset points", ha="right", color=_INK)
+    axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), xytext=(0, 7), textcoords="offset points", ha="right", color=INK)
     if measure == "perplexity" and min(y) > 0:
         axes.set_yscale("log")
         low, high = min(y) / 1.08, max(y) * 1.08
@@ -131,7 +104,7 @@ def _layers(_: str, name: str, score_L: np.ndarray, facts: Mapping[str, Any]) ->
 
     def draw(figure: Any, narrow: bool) -> None:
         axes = figure.add_subplot()
-        colours = [_AFTER if layer in kept else _GRID for layer in range(len(score_L))]
+        colours = [AFTER if layer in kept else GRID for layer in range(len(score_L))]
         axes.bar(range(len(score_L)), score_L, color=colours, width=0.72)
         axes.set_xlabel("layer")
         axes.set_yscale("log" if score_L.min() > 0 and score_L.max() > 30 * score_L.min() else "linear")
@@ -142,7 +115,7 @@ def _layers(_: str, name: str, score_L: np.ndarray, facts: Mapping[str, Any]) ->
     dropped = sorted(set(range(len(score_L))) - kept)
     weakest = int(score_L.argmin())
     gone = f" Dropped: {', '.join(map(str, dropped))}." if dropped else " All layers stay."
-    return _plot(
+    return make_plot(
         f"Layers · {_method(name)}",
         f"How much each layer changes the stream that runs through it.{gone}",
         f"Bar chart over {len(score_L)} layers; the least important is layer {weakest}.{gone}",
@@ -156,20 +129,20 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
     """Units of a layer are sorted by score, so a column is a rank; the vertical line is where the layer was cut."""
     layers, units = score_LU.shape
     ranked_LU = -np.sort(-score_LU, axis=1)
-    # Relative to the layer's mean, in decades: the picture shows how concentrated a layer's importance is.
-    relative_LU = ranked_LU / np.maximum(ranked_LU.mean(axis=1, keepdims=True), np.finfo(float).tiny)
+    # Relative to the layer's median, in decades: one huge unit, which some layers have, would move a mean.
+    relative_LU = ranked_LU / np.maximum(np.median(ranked_LU, axis=1, keepdims=True), np.finfo(float).tiny)
     columns = min(units, _HEAT_COLUMNS)
     edges = np.linspace(0, units, columns + 1).round().astype(int)
     binned_LC = np.stack([relative_LU[:, a:b].mean(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
-    decades_LC = np.clip(np.log10(np.maximum(binned_LC, 1e-9)), -2, 1)
+    decades_LC = np.clip(np.log10(np.maximum(binned_LC, 1e-9)), -1, 1)
     counts = {row["layer"]: row.get(axis) for row in facts["kept"]["per_layer"]} if facts["kept"] else {}
 
     def draw(figure: Any, narrow: bool) -> None:
         axes = figure.add_subplot()
-        _heat(axes, (decades_LC + 2) / 3, (0, units, layers - 0.5, -0.5))
+        _heat(axes, (decades_LC + 1) / 2, (0, units, layers - 0.5, -0.5))
         for layer, kept in counts.items():
             if kept is not None and kept < units:
-                axes.plot([kept, kept], [layer - 0.5, layer + 0.5], color=_ACCENT, linewidth=1.8, solid_capstyle="butt")
+                axes.plot([kept, kept], [layer - 0.5, layer + 0.5], color=ACCENT, linewidth=1.8, solid_capstyle="butt")
         axes.set_xlabel("units, most important first")
         axes.set_ylabel("layer")
         _style(axes, grid=False)
@@ -188,9 +161,9 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
             f" Left of the line stays: {min(shares.values()):.0%} to {max(shares.values()):.0%} of a layer’s "
             f"importance, least in layer {low}."
         )
-    return _plot(
+    return make_plot(
         f"Feed-forward units · {_method(name)}",
-        f"Darker: more important than the layer’s average unit (log scale, 3 decades).{told}",
+        f"Stronger colour: more important than the layer’s median unit (log scale, a tenth to ten times).{told}",
         f"Heat map of {layers} layers by {units} feed-forward units sorted by importance.{told}",
         draw,
         (880, 90 + 9 * layers),
@@ -216,7 +189,7 @@ def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any])
         _heat(axes, share_LU.T, (-0.5, layers - 0.5, units - 0.5, -0.5))
         rows, columns = np.nonzero(~stays)
         axes.plot(
-            rows, columns, linestyle="", marker="x", color=_ACCENT, markersize=4 if narrow else 6, markeredgewidth=1.5
+            rows, columns, linestyle="", marker="x", color=ACCENT, markersize=4 if narrow else 6, markeredgewidth=1.5
         )
         axes.set_xlabel("layer")
         axes.set_ylabel("head")
@@ -226,9 +199,9 @@ def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any])
 
     title = "Query heads" if axis == "heads" else "KV heads"
     cut = f" Crosses mark the {gone} of {layers * units} that were cut." if gone else " None was cut."
-    return _plot(
+    return make_plot(
         f"{title} · {_method(name)}",
-        f"Darker: more important, relative to the layer’s strongest head.{cut}",
+        f"Stronger colour: more important, relative to the layer’s strongest head.{cut}",
         f"Heat map of {units} heads by {layers} layers.{cut}",
         draw,
         (880, 90 + 19 * units),
@@ -243,10 +216,10 @@ def _hidden(_: str, name: str, score_U: np.ndarray, facts: Mapping[str, Any]) ->
     def draw(figure: Any, narrow: bool) -> None:
         axes = figure.add_subplot()
         x = np.arange(len(ranked))
-        axes.plot(x, ranked, color=_AFTER, linewidth=1.6)
-        axes.fill_between(x[:kept], ranked[:kept], color=_AFTER, alpha=0.25, linewidth=0)
+        axes.plot(x, ranked, color=AFTER, linewidth=1.6)
+        axes.fill_between(x[:kept], ranked[:kept], color=AFTER, alpha=0.25, linewidth=0)
         if kept < len(ranked):
-            axes.axvline(kept, color=_ACCENT, linewidth=1.8)
+            axes.axvline(kept, color=ACCENT, linewidth=1.8)
         if ranked[-1] > 0:
             axes.set_yscale("log")
         axes.set_xlabel("channels, most important first")
@@ -254,7 +227,7 @@ def _hidden(_: str, name: str, score_U: np.ndarray, facts: Mapping[str, Any]) ->
         axes.xaxis.set_major_locator(_integers(4 if narrow else 8))
 
     told = f"{kept} of {len(ranked)} channels stay, the same in every layer."
-    return _plot(
+    return make_plot(
         f"Hidden channels · {_method(name)}", told, f"Curve of sorted scores. {told}", draw, (880, 230), (350, 210)
     )
 
@@ -268,11 +241,11 @@ def candidates(facts: Mapping[str, Any]) -> Plot | None:
 
     def draw(figure: Any, narrow: bool) -> None:
         axes = figure.add_subplot()
-        axes.plot([c["params"] for c in tried[1:]], [c["score"] for c in tried[1:]], "o", color=_BEFORE, markersize=5)
+        axes.plot([c["params"] for c in tried[1:]], [c["score"] for c in tried[1:]], "o", color=BEFORE, markersize=5)
         chosen = tried[0]
-        axes.plot([chosen["params"]], [chosen["score"]], "o", color=_AFTER, markersize=9)
+        axes.plot([chosen["params"]], [chosen["score"]], "o", color=AFTER, markersize=9)
         axes.annotate("chosen", (chosen["params"], chosen["score"]), xytext=(0, 9), textcoords="offset points",
-                      ha="center", color=_INK)  # fmt: skip
+                      ha="center", color=INK)  # fmt: skip
         axes.margins(x=0.12, y=0.25)
         axes.set_xlabel("parameters")
         axes.set_ylabel("score")
@@ -280,81 +253,9 @@ def candidates(facts: Mapping[str, Any]) -> Plot | None:
         axes.xaxis.set_major_formatter(_count_formatter())
         axes.xaxis.set_major_locator(_integers(3 if narrow else 7))
 
-    return _plot("", "", f"Scatter chart of {len(tried)} shapes by parameters and score.", draw, (880, 250), (350, 230))
-
-
-# ---- drawing helpers ----
-
-
-def _plot(
-    title: str,
-    caption: str,
-    alt: str,
-    draw: Callable[[Any, bool], None],
-    wide: tuple[int, int],
-    narrow: tuple[int, int],
-) -> Plot:
-    return Plot(title, caption, alt, _svg(draw, wide, False), _svg(draw, narrow, True))
-
-
-def _svg(draw: Callable[[Any, bool], None], size: tuple[int, int], narrow: bool) -> str:
-    """Draw at `size` in CSS pixels and make the SVG fit for a page: no metadata, no foreign ids, colours from CSS."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "kdscale",
-        "font.size": 10.5,
-        "axes.titlesize": 11,
-        "axes.labelsize": 10,
-        "xtick.labelsize": 9.5,
-        "ytick.labelsize": 9.5,
-        "text.color": _INK,
-        "axes.labelcolor": _MUTED,
-        "axes.edgecolor": _GRID,
-        "axes.titlecolor": _INK,
-        "xtick.color": _GRID,
-        "ytick.color": _GRID,
-        "xtick.labelcolor": _MUTED,
-        "ytick.labelcolor": _MUTED,
-        "grid.color": _GRID,
-        "figure.constrained_layout.use": True,
-    }
-    stream = io.StringIO()
-    # rc_context from matplotlib's own defaults: a user's matplotlibrc must not change the report.
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(style)
-        figure = Figure(figsize=(size[0] / _INCH, size[1] / _INCH), facecolor="none")
-        FigureCanvasSVG(figure)
-        draw(figure, narrow)
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    return _for_page(stream.getvalue())
-
-
-def _for_page(svg: str) -> str:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s+xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
-    for stand_in, variable in _VARIABLES.items():
-        svg = svg.replace(stand_in, variable)
-    # Fonts come from the page; and ids must be unique over all plots of a page.
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    salt = f"{np.uint32(hash_of(svg)):08x}"
-    return re.sub(r'(id="|href="#|url\(#)', lambda match: f"{match[1]}p{salt}-", svg)
-
-
-def hash_of(text: str) -> int:
-    """A small stable hash (FNV-1a, 32 bits): Python's own differs from process to process."""
-    value = 2166136261
-    for byte in text.encode():
-        value = ((value ^ byte) * 16777619) & 0xFFFFFFFF
-    return value
+    return make_plot(
+        "", "", f"Scatter chart of {len(tried)} shapes by parameters and score.", draw, (880, 250), (350, 230)
+    )
 
 
 def _style(axes: Any, grid: bool = True) -> None:
@@ -382,10 +283,11 @@ def _generous(axes: Any, y: Sequence[float]) -> None:
 
 
 def _smooth(y: Sequence[float], share: float = 0.04) -> list[float]:
-    """Running mean over the last 4 % of the steps (at least 5), shorter at the start."""
-    window = max(5, round(share * len(y)))
+    """Mean over the 4 % of the steps around each (at least 5); fewer, but as many on both sides, at the ends."""
+    reach = max(2, round(share * len(y) / 2))
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(y, dtype=np.float64))])
-    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(y))]
+    sides = [min(reach, i, len(y) - 1 - i) for i in range(len(y))]
+    return [(sums[i + side + 1] - sums[i - side]) / (2 * side + 1) for i, side in enumerate(sides)]
 
 
 def _integers(most: int) -> Any:

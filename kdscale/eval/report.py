@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from kdscale.eval import plots, table
-from kdscale.eval.gather import gather
+from kdscale.eval.gather import for_json, gather
 from kdscale.files import write_json, write_text
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -36,7 +36,7 @@ def write_report(run_dir: Path, out_dir: Path) -> Path:
     """
     facts = gather(run_dir)
     page = render(facts)
-    write_json(out_dir / "report.json", facts)
+    write_json(out_dir / "report.json", for_json(facts))
     write_text(out_dir / "report.html", page)
     return out_dir / "report.html"
 

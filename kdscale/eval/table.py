@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MODELS = ("teacher", "pruned", "distilled")
+_TIMING_NOISE = 0.03  # speeds nearer to each other than this are called alike
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,20 @@ def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "title": figure.title,
                 "better": figure.better,
                 "cells": cells,
-                "best": _best(cells, figure.better),
+                "best": _best(cells, figure.better, _TIMING_NOISE if figure.section == "efficiency" else 0.0),
             }
         )
     return rows
 
 
-def _best(cells: Mapping[str, Any], better: str | None) -> list[str]:
-    """Models whose value, as written, is the best; none where all are alike."""
+def _best(cells: Mapping[str, Any], better: str | None, alike: float) -> list[str]:
+    """Models whose value is the best, as written or within `alike` of it; none where that is true of all."""
     if better is None or len(cells) < 2:
         return []
     values = {name: cell["value"] for name, cell in cells.items()}
     top = min(values.values()) if better == "lower" else max(values.values())
     wanted = next(cells[name]["text"] for name, value in values.items() if value == top)
-    names = [name for name in cells if cells[name]["text"] == wanted]
+    names = [name for name in cells if cells[name]["text"] == wanted or abs(values[name] - top) <= alike * abs(top)]
     return names if len(names) < len(cells) else []
 
 
@@ -113,7 +114,7 @@ def significant(value: float) -> str:
 def count(value: float) -> str:
     """`134.5 M`, `8.03 B`."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
+        if value >= 0.9995 * limit:  # what would be written as 1000 of the smaller unit
             return f"{_short(value / limit)} {unit}"
     return f"{value:,.0f}"
 
@@ -121,7 +122,7 @@ def count(value: float) -> str:
 def size(value: float) -> str:
     """Bytes in decimal units: `269 MB`, `23.0 kB`."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
+        if value >= 0.9995 * limit:  # what would be written as 1000 of the smaller unit
             return f"{_short(value / limit)} {unit}"
     return f"{value:,.0f} B"
 

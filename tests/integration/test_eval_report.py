@@ -78,7 +78,7 @@ def run(tmp_path: Path, tiny_llama_dir: Path) -> Path:
     teacher = json.loads((tiny_llama_dir / "config.json").read_text())
     make_plan(teacher, load_family(teacher, "t"), scores, config.prune).save(folder / "plan.json")
     rows = [
-        {"kind": "validation", "step": 0, "tokens": 0, "loss": 1.0, "perplexity": 55.0},
+        {"kind": "validation", "step": 0, "tokens": 77, "loss": 1.0, "perplexity": 55.0},
         *(
             {
                 "kind": "train",
@@ -90,7 +90,7 @@ def run(tmp_path: Path, tiny_llama_dir: Path) -> Path:
             }
             for s in range(1, 9)
         ),
-        {"kind": "validation", "step": 8, "tokens": 512, "loss": 0.5, "perplexity": 30.0},
+        {"kind": "validation", "step": 8, "tokens": 77, "loss": 0.5, "perplexity": 30.0},
     ]
     (folder / "logs" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "eval" / "eval.json").write_text(json.dumps(evaluation()))

@@ -1,0 +1,109 @@
+"""Speed and memory: each model in a process of its own, all in turn; failures carry the child's words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kdscale.config import EvalConfig
+from kdscale.errors import CheckpointError
+from kdscale.eval import efficiency, table
+from kdscale.progress import Reporter
+
+QUIET = Reporter(quiet=True)
+CONFIG = EvalConfig(prefill_tokens=16, decode_tokens=4)
+
+
+def test_models_are_measured_in_turn(tiny_llama_dir: Path) -> None:
+    models = {"teacher": tiny_llama_dir, "pruned": tiny_llama_dir}
+    found = efficiency.measure(models, CONFIG, device="cpu", threads=1, reporter=QUIET, repeats=2)
+    assert list(found) == ["teacher", "pruned"]
+    for figures in found.values():
+        low, high = figures["decode_tokens_per_second_range"]
+        assert 0 < low <= figures["decode_tokens_per_second"] <= high
+        assert figures["prefill_tokens_per_second"] > 0
+        assert figures["peak_memory_bytes"] > figures["peak_memory_before_loading_bytes"] > 0
+        assert (figures["prefill_tokens"], figures["decode_tokens"], figures["repeats"]) == (16, 4, 2)
+        assert figures["interleaved"] is True
+
+
+def test_models_that_do_not_fit_together_run_one_after_another(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(efficiency, "_SHARE_OF_FREE_MEMORY", 0.0)
+    models = {"teacher": tiny_llama_dir, "pruned": tiny_llama_dir}
+    found = efficiency.measure(models, CONFIG, device="cpu", threads=1, reporter=QUIET, repeats=1)
+    assert [figures["interleaved"] for figures in found.values()] == [False, False]
+
+
+def test_a_model_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"measuring .* failed[\s\S]*safetensors"):
+        efficiency.measure({"teacher": tmp_path}, CONFIG, device="cpu", threads=1, reporter=QUIET, repeats=1)
+
+
+def test_peak_memory_is_the_childs_own() -> None:
+    """Linux hands getrusage's maximum down through exec: a small child of a big parent must still read as small."""
+    ballast = bytearray(400 << 20)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    code = "from kdscale.eval.efficiency import peak_memory; print(peak_memory('cpu'))"
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < len(ballast) // 2
+
+
+def test_sizes_count_tied_weights_once(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    sizes = efficiency.sizes(model, tiny_llama_dir)
+    hidden, ffn, layers, vocab = 96, 128, 4, 320
+    attention = layers * (2 * hidden * hidden + 2 * hidden * 32)
+    norm = (2 * layers + 1) * hidden
+    assert sizes["components"] == {
+        "embedding": vocab * hidden, "attention": attention, "ffn": layers * 3 * hidden * ffn, "norm": norm,
+        "head": 0, "other": 0,
+    }  # fmt: skip
+    assert sizes["parameters"] == sum(sizes["components"].values())
+    assert sizes["non_embedding_parameters"] == sizes["parameters"] - vocab * hidden
+    assert sizes["kv_cache_bytes_per_token"] == 2 * layers * 2 * 16 * 2
+    assert sizes["weight_bytes"] == sum(file.stat().st_size for file in tiny_llama_dir.glob("*.safetensors"))
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(5)[None], use_cache=True).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert held * 2 == 5 * sizes["kv_cache_bytes_per_token"]
+
+
+def test_speeds_that_differ_by_noise_are_alike() -> None:
+    speeds = {"teacher": 10.0, "pruned": 20.0, "distilled": 19.7}
+    models = {
+        name: {"efficiency": {"decode_tokens_per_second": v}, "size": {"parameters": v}} for name, v in speeds.items()
+    }
+    rows = {row["key"]: row for row in table.comparison({"models": models})}
+    assert rows["decode_tokens_per_second"]["best"] == ["pruned", "distilled"]
+    assert rows["parameters"]["best"] == ["teacher"]
+    assert rows["decode_tokens_per_second"]["cells"]["pruned"]["ratio"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        ("count", 134_515_008, "135 M"), ("count", 8_030_261_248, "8.03 B"), ("count", 999_999, "1.00 M"),
+        ("size", 23_040, "23.0 kB"), ("size", 269_060_552, "269 MB"), ("significant", 23.94, "23.9"),
+        ("significant", 62_683.2, "62,683"), ("significant", 0.01234, "0.0123"), ("percent", 0.512, "51.2 %"),
+    ],
+)  # fmt: skip
+def test_figures_are_written_for_people(form: str, value: float, text: str) -> None:
+    assert table.written(value, form) == text
+
+
+def test_the_command_prints_one_json_line(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    efficiency.main(
+        [str(tiny_llama_dir), "--repeats", "1", "--prefill-tokens", "8", "--decode-tokens", "2", "--threads", "1"]
+    )
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["repeats"] == 1
