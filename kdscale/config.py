@@ -195,12 +195,15 @@ class EvalConfig(_Section):
         strict=False,
         default=(
             "The capital of France is",
-            "It is a truth universally acknowledged, that",
-            "In the beginning God created",
-            "Once upon a time, a young woman",
+            "Elizabeth was surprised, and said to her sister,",
+            "And it came to pass in those days, that",
+            "A computer program is",
         ),
     )
     sample_tokens: Count = 48
+    # 0 is greedy, which small models answer with loops; the draws are seeded and the same for all three models
+    sample_temperature: Annotated[float, Field(ge=0.0)] = 0.7
+    sample_top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     efficiency: bool = True
     prefill_tokens: Count = 256
     decode_tokens: Count = 32

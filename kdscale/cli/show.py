@@ -72,7 +72,7 @@ def results(folder: Path, last_stage: str) -> None:
 
 
 def _side_by_side(evaluation: dict[str, Any]) -> None:
-    models = {name: figures["quality"] for name, figures in evaluation["models"].items()}
+    models = {name: evaluation["models"][name]["quality"] for name in ("teacher", "pruned", "distilled")}
     shown = (
         ("perplexity", "perplexity", "{:.2f}"),
         ("bits per byte", "bits_per_byte", "{:.4f}"),

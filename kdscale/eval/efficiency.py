@@ -251,7 +251,7 @@ def _time_round(model: PreTrainedModel, prompt_1S: Any, decode_tokens: int) -> t
     """Seconds for the prompt (up to the first new token) and for `decode_tokens` further tokens after it."""
     import torch
 
-    from kdscale.eval.samples import greedy_tokens
+    from kdscale.eval.samples import Sampling, next_tokens
 
     def now() -> float:
         if prompt_1S.is_cuda:
@@ -259,7 +259,7 @@ def _time_round(model: PreTrainedModel, prompt_1S: Any, decode_tokens: int) -> t
         return time.perf_counter()
 
     start = now()
-    tokens = greedy_tokens(model, prompt_1S)
+    tokens = next_tokens(model, prompt_1S, Sampling())
     next(tokens)
     prefilled = now()
     for _ in range(decode_tokens):

@@ -33,7 +33,7 @@ from kdscale.eval.head import (
     head_of,
     token_stats,
 )
-from kdscale.eval.samples import continue_prompts
+from kdscale.eval.samples import Sampling, continue_prompts
 from kdscale.eval.summary import Scores, compare, gap_closed, summarise
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
@@ -79,6 +79,7 @@ class Prompting:
     prompts: Sequence[str] = ()
     tokens: int = 0
     tokenizer: Any = None
+    sampling: Sampling = field(default_factory=Sampling)
     outputs: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -108,7 +109,7 @@ def evaluate(
     split = TokenStore.open(data_dir).split("heldout")
     batches = list(eval_batches(split, cfg.seq_len, cfg.micro_batch, cfg.tokens))
     tokenizer = load_tokenizer(models[TEACHER], trust_remote_code)
-    prompting = Prompting(cfg.prompts, cfg.sample_tokens, tokenizer)
+    prompting = Prompting(cfg.prompts, cfg.sample_tokens, tokenizer, Sampling(cfg.sample_temperature, cfg.sample_top_p))
 
     scores, sizes = score_models(models, batches, settings, reporter, prompting)
     text_bytes = sum(batch.text_bytes for batch in batches)
@@ -267,7 +268,12 @@ def _unspool_hidden(path: Path, rows: Sequence[int], like_VH: Tensor) -> Iterato
 def _prompt(model: PreTrainedModel, name: str, prompting: Prompting, bar: Bar) -> None:
     if prompting.prompts:
         prompting.outputs[name] = continue_prompts(
-            model, prompting.tokenizer, prompting.prompts, prompting.tokens, lambda made: bar.advance(made, "samples")
+            model,
+            prompting.tokenizer,
+            prompting.prompts,
+            prompting.tokens,
+            prompting.sampling,
+            lambda made: bar.advance(made, "samples"),
         )
 
 
@@ -329,6 +335,8 @@ def _describe(
         "device_name": efficiency.device_name(settings.device.type),
         "threads": threads,
         "sample_tokens": cfg.sample_tokens,
+        "sample_temperature": cfg.sample_temperature,
+        "sample_top_p": cfg.sample_top_p,
         "calibration_bins": 15,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

@@ -1,8 +1,9 @@
-"""The same prompts continued by every model: greedy, no chat template, no repetition penalty."""
+"""The same prompts continued by every model: no chat template, no repetition penalty, nothing picked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,17 +15,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: the most likely one at temperature 0, else from the nucleus that holds `top_p`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def chooser(self) -> Callable[[Tensor], int]:
+        """Logits [V] to a token id. One generator a chooser: the same draws for every model and on every run."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def choose(logits_V: Tensor) -> int:
+            if self.temperature == 0:
+                return int(logits_V.argmax())
+            p_V, ids_V = (logits_V.double().cpu() / self.temperature).softmax(-1).sort(descending=True, stable=True)
+            p_V[p_V.cumsum(-1) - p_V >= self.top_p] = 0.0  # the token that crosses top_p still belongs
+            return int(ids_V[torch.multinomial(p_V, 1, generator=generator)])
+
+        return choose
+
+
 @torch.inference_mode()
-def greedy_tokens(model: PreTrainedModel, input_ids_1S: Tensor) -> Iterator[int]:
-    """Most likely next tokens, one at a time, with the model's own cache; never ends by itself.
+def next_tokens(model: PreTrainedModel, input_ids_1S: Tensor, sampling: Sampling) -> Iterator[int]:
+    """Next tokens, one at a time, with the model's own cache; never ends by itself.
 
     The generation config of the checkpoint is deliberately not read: it may sample or penalise repetition.
     """
     caller: Any = model
+    choose = sampling.chooser()
     output = caller(input_ids=input_ids_1S, use_cache=True, logits_to_keep=1)
     while True:
-        next_11 = output.logits[:, -1:].argmax(dim=-1)
-        yield int(next_11)
+        token = choose(output.logits[0, -1])
+        yield token
+        next_11 = torch.tensor([[token]], device=input_ids_1S.device)
         output = caller(input_ids=next_11, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
 
 
@@ -33,6 +58,7 @@ def continue_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     tokens: int,
+    sampling: Sampling,
     done: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """The text each prompt is continued with: at most `tokens` tokens, fewer when the model ends the text.
@@ -46,7 +72,7 @@ def continue_prompts(
         if not prompt_ids:
             raise DataError(f"eval.prompts: {prompt!r} has no tokens", expected="some text to continue")
         made: list[int] = []
-        for token in greedy_tokens(model, torch.tensor([prompt_ids], device=model.device)):
+        for token in next_tokens(model, torch.tensor([prompt_ids], device=model.device), sampling):
             done(1)
             if token in ends:
                 break

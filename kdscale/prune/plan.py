@@ -130,8 +130,8 @@ class Plan(_Part):
         ]
 
     def to_json(self) -> str:
-        """Stable text: sorted keys, one line for each list of indices, final newline."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        """One line for each list of indices, final newline."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False, ensure_ascii=False)
         return _INT_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text) + "\n"
 
     def save(self, path: Path) -> None:

@@ -47,7 +47,7 @@ def evaluation() -> dict[str, Any]:
         "settings": {
             "split": "heldout", "tokens": 1000, "bytes": 3000, "document_pieces": 9, "sequences": 4, "seq_len": 256,
             "micro_batch": 2, "dtype": "float32", "device": "cpu", "device_name": "a CPU", "threads": 2,
-            "sample_tokens": 8,
+            "sample_tokens": 8, "sample_temperature": 0.7, "sample_top_p": 0.9,
             "calibration_bins": 15, "torch": "2.13", "transformers": "5.23",
         },
         "models": {name: {"path": name, "quality": quality(*ce), "size": sizes} for name, ce in ces.items()},

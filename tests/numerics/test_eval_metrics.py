@@ -17,6 +17,7 @@ from kdscale.data.loader import Batch, eval_batches
 from kdscale.data.store import TokenStore
 from kdscale.errors import CheckpointError
 from kdscale.eval.metrics import Settings, evaluate, score_models
+from kdscale.eval.samples import Sampling
 from kdscale.eval.summary import bits_per_byte, mean_and_error, summarise
 from kdscale.progress import Reporter
 
@@ -109,7 +110,14 @@ def test_figures_do_not_depend_on_the_batch_size(models: dict[str, Path], store:
 
 
 def test_a_whole_evaluation_compares_and_samples(models: dict[str, Path], store: TokenStore, tmp_path: Path) -> None:
-    config = EvalConfig(tokens=200, seq_len=32, prompts=("The river", "And the"), sample_tokens=5, efficiency=False)
+    config = EvalConfig(
+        tokens=200,
+        seq_len=32,
+        prompts=("The river", "And the"),
+        sample_tokens=5,
+        sample_temperature=0.0,
+        efficiency=False,
+    )
     result = evaluate(models, store.folder, config, RuntimeConfig(threads=1), tmp_path / "eval.json", QUIET)
     assert json.loads((tmp_path / "eval.json").read_text()) == result
     assert result["settings"]["tokens"] == 200
@@ -122,6 +130,15 @@ def test_a_whole_evaluation_compares_and_samples(models: dict[str, Path], store:
     generated = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
     expected = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert result["samples"][0]["outputs"]["teacher"] == expected
+
+
+def test_sampling_is_seeded_and_stays_in_the_nucleus() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()[[2, 0, 3, 1]]
+    draws = [Sampling(temperature=1.0, top_p=0.75, seed=4).chooser() for _ in range(2)]
+    first, second = ([choose(logits) for _ in range(200)] for choose in draws)
+    assert first == second
+    assert set(first) == {1, 3}  # 0.5, and 0.3 which crosses 0.75
+    assert Sampling().chooser()(logits) == 1
 
 
 def test_a_model_with_nan_is_refused(models: dict[str, Path], batches: list[Batch], tmp_path: Path) -> None:
