@@ -89,15 +89,11 @@ def plan_command(
     from kdscale.cli import show
 
     if shapes_only:
-        from kdscale.families import load_family
-        from kdscale.prune.plan import make_plan
-        from kdscale.weights import read_config, resolve_teacher
+        from kdscale.runs.pipeline import plan_shapes
+        from kdscale.weights import resolve_teacher
 
         loaded = _config(config, set_)
-        folder = resolve_teacher(loaded.teacher, config_only=True)
-        teacher_config = read_config(folder)
-        family = load_family(teacher_config, str(folder / "config.json"))
-        show.plan(make_plan(teacher_config, family, None, loaded.prune).model_dump())
+        show.plan(plan_shapes(loaded, resolve_teacher(loaded.teacher, config_only=True)).model_dump())
         return
     _run_until("plan", config, set_, accept_changes)
 

@@ -90,7 +90,8 @@ class RunFolder:
     def adopt_config(self, config: Config, accept_changes: bool) -> list[str]:
         """Store the resolved config; returns the fields that changed since the folder's last run.
 
-        Raises RunFolderError when the folder belongs to another config and the change was not accepted.
+        Raises RunFolderError when the folder belongs to another config and the change was not accepted. Before any
+        stage has begun there is nothing to protect, and a corrected config simply takes the place of the first.
         """
         changes: list[str] = []
         if self.config.exists():
@@ -103,7 +104,7 @@ class RunFolder:
                     hint="use another run_dir",
                 ) from error
             changes = config_differences(old.resolved(), config.resolved())
-            if changes and not accept_changes:
+            if changes and not accept_changes and self.stages.exists():
                 listed = "\n".join(f"  - {change}" for change in changes)
                 raise RunFolderError(
                     f"run folder {self.path} belongs to another config; it differs in\n{listed}",

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from kdscale.config import Config
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, RunFolderError
@@ -17,17 +17,19 @@ from kdscale.runs import work
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.stage import Context, Stage, run_stage
 
+if TYPE_CHECKING:
+    from kdscale.prune.plan import Plan
+
 # Bytes a parameter: a student on disk at most; a checkpoint's fp32 master, two Adam moments and working copy.
 _STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 16
 
-_PRUNE_CHOICES = ("prune.axes", "prune.hidden", "prune.ffn", "prune.heads", "prune.kv_heads", "prune.layers")
 _CODE = ("teacher.trust_remote_code",)
 
 STAGES: tuple[Stage, ...] = (
     Stage("data", "tokenise the text", ("data",), (), ("data",), work.tokenize, reads_teacher=True),
     Stage(
-        "importance", "measure importance", ("importance", *_PRUNE_CHOICES, "seed", *_CODE), ("data",), ("importance",),
-        work.measure_importance, reads_teacher=True,
+        "importance", "measure importance", ("importance", "seed", *_CODE), ("data",), ("importance",),
+        work.measure_importance, reads_teacher=True, derived=work.axes_to_score,
     ),
     Stage(
         "plan", "choose the student's shape", ("prune",), ("importance",), ("plan.json",), work.choose_plan,
@@ -61,6 +63,7 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     run = RunFolder(Path(config.run_dir))
     _refuse_hopeless_paths(run.path)
     teacher = check_teacher(config)
+    plan_shapes(config, teacher)  # an impossible budget is found before anything is made
     with run.lock(), _signals_as_exceptions():
         changes = run.adopt_config(config, accept_changes)
         for change in changes:
@@ -91,12 +94,11 @@ def _guarded(stage: Stage, context: Context) -> bool:
 
 def check_teacher(config: Config) -> Path:
     """Everything about the teacher that can be known without reading its weights. Returns its folder."""
+    from kdscale.families import load_family
     from kdscale.weights import Checkpoint, check_tokenizer, resolve_teacher
 
     folder = resolve_teacher(config.teacher)
     checkpoint = Checkpoint.open(folder)
-    from kdscale.families import load_family
-
     family = load_family(checkpoint.config, str(folder / "config.json"))
     checkpoint.verify_against(family)
     check_tokenizer(folder, family.dims(checkpoint.config).vocab)
@@ -115,8 +117,7 @@ def _refuse_hopeless_paths(path: Path) -> None:
 def check_disk(context: Context) -> None:
     """Refuse before any work when the disk cannot hold what is still to be written.
 
-    Counted: the pruned and the final student, and keep+1 checkpoints. It is also here that an impossible budget is
-    found before anything is read.
+    Counted: the pruned and the final student, and keep+1 checkpoints.
     """
     run, config = context.run, context.config
     if (run.stages / "distill.json").exists():
@@ -137,15 +138,21 @@ def check_disk(context: Context) -> None:
 
 def _student_params(context: Context) -> int:
     """Parameters of the student: from the plan, or from a plan of shapes only before there is one."""
-    from kdscale.families import load_family
-    from kdscale.prune.plan import Plan, make_plan
-    from kdscale.weights import read_config
+    from kdscale.prune.plan import Plan
 
     if context.run.plan.exists():
         return Plan.load(context.run.plan).student_params.total
-    teacher_config = read_config(context.teacher)
-    family = load_family(teacher_config, str(context.teacher / "config.json"))
-    return make_plan(teacher_config, family, None, context.config.prune).student_params.total
+    return plan_shapes(context.config, context.teacher).student_params.total
+
+
+def plan_shapes(config: Config, teacher: Path) -> Plan:
+    """The plan from the teacher's config.json alone. Raises ConfigError when the budget cannot be met."""
+    from kdscale.families import load_family
+    from kdscale.prune.plan import make_plan
+    from kdscale.weights import read_config
+
+    teacher_config = read_config(teacher)
+    return make_plan(teacher_config, load_family(teacher_config, str(teacher / "config.json")), None, config.prune)
 
 
 @contextmanager

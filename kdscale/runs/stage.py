@@ -49,6 +49,7 @@ class Stage:
     reads_teacher: bool = False
     scratch: tuple[str, ...] = field(default=())  # kept for resuming; of no use once the inputs have changed
     hand_editable: bool = False  # an output changed by hand is kept, and stages after it see the change
+    derived: Callable[[Context], Mapping[str, Any]] | None = None  # what of the config really matters, if not a field
 
 
 def digest_file(path: Path) -> str:
@@ -79,6 +80,8 @@ def inputs_of(stage: Stage, context: Context) -> dict[str, Any]:
     """Everything the stage's result depends on, as plain values that can be compared and shown."""
     plain = context.config.resolved()
     made_from: dict[str, Any] = {"config": {name: _lookup(plain, name) for name in stage.fields}, "files": {}}
+    if stage.derived is not None:
+        made_from["derived"] = dict(stage.derived(context))
     if stage.reads_teacher:
         made_from["files"]["teacher"] = digest_tree(context.teacher)
     for name in stage.inputs:

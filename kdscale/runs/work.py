@@ -51,6 +51,14 @@ def tokenize(context: Context) -> Facts:
     return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}
 
 
+def axes_to_score(context: Context) -> Facts:
+    """The axes that the config may cut: all that importance depends on of the pruning settings."""
+    from kdscale.prune.search import openable_axes
+
+    teacher, family = _open_teacher(context.teacher)
+    return {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+
+
 def measure_importance(context: Context) -> Facts:
     from kdscale.models import resolve_device, set_threads
     from kdscale.prune.importance import run

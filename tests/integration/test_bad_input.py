@@ -206,6 +206,8 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(kdscale: Cli, tiny_config:
 
 
 def test_the_folder_of_another_run(kdscale: Cli, tiny_config: Path) -> None:
+    too_small = kdscale("plan", tiny_config, "--set", "prune.target_params=1k", "--set", "prune.ffn=null")
+    assert too_small.code == 2  # nothing was made: the corrected config is welcome in the same folder
     assert kdscale("plan", tiny_config).code == 0
     outcome = kdscale("plan", tiny_config, "--set", "prune.ffn=96")
     assert outcome.code == 5

@@ -81,6 +81,13 @@ def test_a_changed_setting_repeats_the_stages_it_touches(bench: Bench) -> None:
     assert bench.go(config(seed=2, distill={"tokens": 5})) == ["first", "second"]
 
 
+def test_what_is_derived_from_the_settings_counts_like_a_setting(bench: Bench) -> None:
+    bench.first = Stage(**{**vars(bench.first), "fields": (), "derived": lambda c: {"even": c.config.seed % 2 == 0}})
+    bench.go()
+    assert bench.go(config(seed=2)) == []
+    assert bench.go(config(seed=3)) == ["first", "second"]
+
+
 def test_a_changed_teacher_repeats_what_reads_it(bench: Bench) -> None:
     bench.go()
     (bench.run.path.parent / "teacher" / "config.json").write_text('{"other": 1}')
@@ -126,6 +133,9 @@ def test_the_folder_of_another_config_is_refused(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with run.lock():
         assert run.adopt_config(config(), accept_changes=False) == []
+        assert run.adopt_config(config(seed=2), accept_changes=False) == ["seed: 0 → 2"]  # nothing has begun yet
+        assert run.adopt_config(config(), accept_changes=False) == ["seed: 2 → 0"]
+        run.stages.mkdir()
         with pytest.raises(RunFolderError, match="seed: 0 → 1") as caught:
             run.adopt_config(config(seed=1), accept_changes=False)
         assert "--accept-changes" in str(caught.value)
