@@ -27,10 +27,11 @@ from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.heads import check_unscaled_head, head_of
 from kdscale.metrics import MetricsLog
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
-from kdscale.teacher.online import OnlineTeacher, check_plain_head, head_of
+from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.targets import shared_vocabulary
 
 _TAG = "deepspeed"
@@ -150,12 +151,12 @@ def _load_pair(
     trust = cfg.teacher.trust_remote_code
     loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
     student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
-    check_plain_head(loaded.config, str(teacher_dir))
-    check_plain_head(student.config, str(student_dir))
+    check_unscaled_head(loaded, str(teacher_dir))
+    check_unscaled_head(student, str(student_dir))
     tokens = load_tokenizer(teacher_dir, trust).get_vocab()
     if load_tokenizer(student_dir, trust).get_vocab() != tokens:
         raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
-    rows = [head_of(model).weight_VH.shape[0] for model in (loaded, student)]
+    rows = [head_of(model).vocab for model in (loaded, student)]
     vocab = shared_vocabulary(rows[0], rows[1], max(tokens.values()) + 1, str(student_dir))
     if cfg.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -16,8 +16,9 @@ from torch import nn
 from kdscale.config import LossConfig
 from kdscale.data.loader import Batch
 from kdscale.dist import all_reduce_sum, world_size
+from kdscale.heads import final_hidden, head_of
 from kdscale.losses import TERMS, distillation_loss
-from kdscale.teacher.online import OnlineTeacher, final_hidden, head_of
+from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.targets import TopKTargets
 
 PHASES = ("data", "teacher", "student", "backward", "optimiser")

@@ -24,18 +24,11 @@ from torch import Tensor
 from kdscale.config import EvalConfig, RuntimeConfig
 from kdscale.errors import CheckpointError, DataError, KdscaleError
 from kdscale.eval import efficiency
-from kdscale.eval.head import (
-    CHUNK_BYTES,
-    Head,
-    TokenStats,
-    check_same_vocabulary,
-    final_hidden,
-    head_of,
-    token_stats,
-)
 from kdscale.eval.samples import Sampling, continue_prompts
 from kdscale.eval.summary import Scores, compare, gap_closed, summarise
+from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabulary, checked_head, token_stats
 from kdscale.files import explain_os_errors, write_json
+from kdscale.heads import final_hidden
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Bar, Reporter
 
@@ -173,7 +166,7 @@ def score_models(
     with tempfile.TemporaryDirectory(prefix="kdscale-eval-") as folder, reporter.bar("evaluate", total) as bar:
         spool = Path(folder) / "teacher-hidden"
         with _loaded(TEACHER, models, settings) as teacher:
-            teacher_head = _detached(head_of(teacher, TEACHER))
+            teacher_head = checked_head(teacher, TEACHER).detached()
             shapes = _spool_hidden(teacher, batches, spool, settings.device, bar)
             sizes[TEACHER] = efficiency.sizes(teacher, models[TEACHER])
             _prompt(teacher, TEACHER, prompting, bar)
@@ -181,7 +174,7 @@ def score_models(
         for pair in pairs:
             parts: dict[str, list[TokenStats]] = {name: [] for name in (TEACHER, *pair)}
             with _load_pair(pair, models, settings) as loaded:
-                heads = [head_of(model, name) for name, model in loaded.items()]
+                heads = [checked_head(model, name) for name, model in loaded.items()]
                 check_same_vocabulary([(TEACHER, teacher_head), *zip(pair, heads, strict=True)])
                 hidden_of_teacher = _unspool_hidden(spool, shapes, teacher_head.weight_VH)
                 for batch, teacher_NH in zip(batches, hidden_of_teacher, strict=True):
@@ -237,7 +230,8 @@ def _scored_tokens(batches: Sequence[EvalBatch]) -> tuple[np.ndarray, np.ndarray
 
 def _valid_hidden(model: PreTrainedModel, batch: EvalBatch, device: torch.device) -> Tensor:
     """Final hidden states of the scored positions only, [N of this batch, H]."""
-    hidden_BSH = final_hidden(model, batch.input_ids_BS.to(device), batch.position_ids_BS.to(device))
+    with torch.inference_mode():
+        hidden_BSH = final_hidden(model, batch.input_ids_BS.to(device), batch.position_ids_BS.to(device))
     return hidden_BSH[(batch.labels_BS != -100).to(device)]
 
 
@@ -275,12 +269,6 @@ def _prompt(model: PreTrainedModel, name: str, prompting: Prompting, bar: Bar) -
             prompting.sampling,
             lambda made: bar.advance(made, "samples"),
         )
-
-
-def _detached(head: Head) -> Head:
-    """The head alone, so that the rest of its model can leave memory (a tied weight is the embedding itself)."""
-    bias = None if head.bias_V is None else head.bias_V.detach()
-    return Head(head.weight_VH.detach(), bias, head.scale, head.softcap)
 
 
 @contextmanager

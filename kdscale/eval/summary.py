@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kdscale.eval.head import TokenStats
+from kdscale.eval.token_stats import TokenStats
 
 CALIBRATION_BINS = 15
 

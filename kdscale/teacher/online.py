@@ -5,48 +5,13 @@ B sequences, S positions, N valid positions, H hidden size, V vocabulary, K entr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kdscale.errors import CheckpointError
+from kdscale.heads import final_hidden, head_of
 from kdscale.teacher.targets import TopKTargets
 from kdscale_kernels import linear_topk_lse
-
-
-@dataclass(frozen=True)
-class Head:
-    """A language-model head: `weight_VH`, and what the family does to its logits."""
-
-    weight_VH: torch.Tensor
-    bias_V: torch.Tensor | None
-    softcap: float | None
-
-
-def head_of(model: Any) -> Head:
-    """The head of a transformers causal LM. Read inside a module's forward, so that ZeRO-3 gathers the weight."""
-    linear = model.get_output_embeddings()
-    return Head(linear.weight, linear.bias, getattr(model.config, "final_logit_softcapping", None))
-
-
-def check_plain_head(config: Any, where: str) -> None:
-    """Raises CheckpointError for families that scale their logits in a way the loss does not reproduce."""
-    for field in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
-        if (value := getattr(config, field, None)) not in (None, 1, 1.0):
-            raise CheckpointError(f"{where}/config.json: {field}", expected="1 (plain logits)", got=str(value))
-
-
-def final_hidden(model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor) -> torch.Tensor:
-    """The hidden states that enter the head, B×S×H.
-
-    Without an attention mask and without a cache transformers derives the block-diagonal causal mask from positions
-    that restart at 0, so packed documents do not see each other.
-    """
-    backbone = model.base_model
-    return backbone(
-        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False
-    ).last_hidden_state
 
 
 class OnlineTeacher:

@@ -8,40 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kdscale.errors import CheckpointError
+from kdscale.heads import Head, final_hidden, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_BYTES = 32 << 20  # of one fp32 logits chunk; about six such buffers are alive at once
-
-
-@dataclass(frozen=True)
-class Head:
-    """Hidden states → logits, as the model itself does it: `softcap(scale · (h Wᵀ + b))`."""
-
-    weight_VH: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden_CH: Tensor) -> Tensor:
-        """fp32 logits [C, V]; the product itself runs in the weight's dtype, as in the model."""
-        logits_CV = torch.nn.functional.linear(hidden_CH, self.weight_VH, self.bias_V).float()
-        if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
-        if self.softcap is not None:
-            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
-        return logits_CV
-
-    @property
-    def vocab(self) -> int:
-        return self.weight_VH.shape[0]
 
 
 @dataclass(frozen=True)
@@ -64,24 +42,11 @@ class TokenStats:
         return TokenStats(**{name: joined(name) for name in fields})  # type: ignore[arg-type]
 
 
-def head_of(model: PreTrainedModel, name: str) -> Head:
+def checked_head(model: PreTrainedModel, name: str) -> Head:
     """The model's output head. Raises CheckpointError when a trial shows that it does more than `Head` describes."""
-    layer: Any = model.get_output_embeddings()
-    if layer is None:
-        raise CheckpointError(f"{name} has no output head", expected="a causal language model")
-    config: Any = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    head = Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    head = head_of(model)
     _check_head(model, head, name)
     return head
-
-
-@torch.inference_mode()
-def final_hidden(model: PreTrainedModel, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
-    """What the head reads, [B, S, H]. Positions that restart at 0 keep packed documents apart."""
-    decoder: Any = model.base_model
-    output = decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False)
-    return output.last_hidden_state
 
 
 def token_stats(
