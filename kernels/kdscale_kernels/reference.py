@@ -6,6 +6,8 @@ Legend: N rows, V vocabulary, K teacher entries, T temperature.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,3 +174,34 @@ def linear_full_kl(
         teacher_ce = torch.nn.functional.cross_entropy(teacher, labels_N[valid_N], reduction="sum")
     agree = (student.argmax(1) == teacher.argmax(1)).sum().to(student.dtype)
     return FullKL(kl * temperature**2, valid_N.sum(), agree, ce, teacher_ce)
+
+
+def vocab_parallel_topk_lse(
+    hidden_NH: Tensor,
+    shards: Sequence[Tensor],
+    k: int,
+    *,
+    vocab_size: int,
+    bias_shards: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> TopKLse:
+    """Twin of kdscale_kernels.vocab_parallel_topk_lse: all shards in one process, in order of their first id."""
+    bias_V = None if bias_shards is None else torch.cat(list(bias_shards))
+    return linear_topk_lse(hidden_NH, torch.cat(list(shards)), k, bias_V=bias_V, vocab_size=vocab_size, **options)
+
+
+def vocab_parallel_sparse_kl(
+    hidden_NH: Tensor,
+    shards: Sequence[Tensor],
+    ids_NK: Tensor,
+    teacher_logits_NK: Tensor,
+    teacher_lse_N: Tensor,
+    *,
+    vocab_size: int,
+    bias_shards: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> SparseKL:
+    """Twin of kdscale_kernels.vocab_parallel_sparse_kl: all shards in one process, in order of their first id."""
+    bias_V = None if bias_shards is None else torch.cat(list(bias_shards))
+    head_VH, targets = torch.cat(list(shards)), (ids_NK, teacher_logits_NK, teacher_lse_N)
+    return linear_sparse_kl(hidden_NH, head_VH, *targets, bias_V=bias_V, vocab_size=vocab_size, **options)
