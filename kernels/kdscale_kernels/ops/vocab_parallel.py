@@ -122,7 +122,9 @@ def vocab_parallel_sparse_kl(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
+    skew: float = 0.1,
     tail: Tail = "bucket",
+    target_weights_NK: Tensor | None = None,
     bias_Vs: Tensor | None = None,
     softcap: float | None = None,
     chunk_bytes: int = 64 << 20,
@@ -130,7 +132,7 @@ def vocab_parallel_sparse_kl(
 ) -> SparseKL:
     """linear_sparse_kl for a head split over the ranks of `group`: the same sums, bit for bit, on every rank.
 
-    hidden_NH [N,H], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N: equal on all ranks, ids and labels those of
+    hidden_NH [N,H], the targets (weights too) and labels_N: equal on all ranks, ids and labels those of
     the whole vocabulary; first_id, vocab_size, weight_VsH, bias_Vs and group as in vocab_parallel_topk_lse; the rest
     as in linear_sparse_kl. Call it, and backward, on every rank of the group.
 
@@ -146,22 +148,25 @@ def vocab_parallel_sparse_kl(
     grad_on = torch.is_grad_enabled()
     wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VsH, bias_Vs))
     try:
-        options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap)
+        options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
         checks.check_linear(hidden_NH, weight_VsH, bias_Vs)
         checks.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+        checks.check_weights(ids_NK, target_weights_NK, tail)
         checks.check_same_device(hidden_NH, ids_NK)
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
         valid_M = (labels_N != ignore_index).nonzero()[:, 0]
         labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
         logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
+        weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
         checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab_size)
+        checks.check_weight_values(weights_MK, logits_MK)
         settings = (options, operand, chunk_bytes)
         sizes = (valid_M.numel(), ids_NK.shape[1])
         claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, *sizes, wanted[0], settings)
     except ValueError as error:
         claim = error
     shard = agree(claim, hidden_NH.device, group)
-    targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab_size, temperature)
+    targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab_size, temperature, weights_MK)
     call = _Call(valid_M, labels_M, targets, options, shard, chunk_bytes, operand, accumulate, wanted)
     outputs = _VocabParallelSparseKL.apply(hidden_NH, weight_VsH, bias_Vs, call)
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)

@@ -23,6 +23,7 @@ PADDED = {
     2: [(0, 196), (196, 203)],
     4: [(0, 80), (80, 150), (150, 192), (192, 203)],
 }  # vocab_size 190: a shard of padding
+GEN = torch.Generator().manual_seed(4)
 LOSSES = {
     "plain": {},
     "tempered": {"temperature": 2.0, "ce_weight": 0.3},
@@ -31,6 +32,8 @@ LOSSES = {
     "truncated": {"tail": "truncated", "divergence": "jsd"},
     "renormalised": {"tail": "renormalised"},
     "hard": {"ce_weight": 1.0},
+    "skewed": {"divergence": "skewed_reverse_kl", "skew": 0.3, "ce_weight": 0.2},
+    "sampled": {"tail": "sampled", "temperature": 1.5, "target_weights_NK": torch.rand(11, 7, generator=GEN).double()},
 }
 TOPS = {"top": {}, "tempered": {"temperature": 3.0, "softcap": 4.0}}
 
