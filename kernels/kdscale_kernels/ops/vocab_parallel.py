@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
-from kdscale_kernels.dispatch import choose_backend
+from kdscale_kernels.dispatch import BackendUnavailableError, choose_backend
 from kdscale_kernels.groups import Claim, Shard, agree
 from kdscale_kernels.ops.linear_sparse_kl import refuse_double_backward, scale
 from kdscale_kernels.ops.linear_topk_lse import topk_rows
@@ -56,7 +56,7 @@ def vocab_parallel_topk_lse(
     live as [rows, Vs] chunks within chunk_bytes on the rank with the largest shard; no gradients.
     Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
     """
-    choose_backend(backend)
+    _torch_only(backend)
     claim: Claim | ValueError
     try:
         checks.check_linear(hidden_NH, weight_VsH, bias_Vs)
@@ -70,7 +70,8 @@ def vocab_parallel_topk_lse(
         claim = error
     shard = agree(claim, hidden_NH.device, group)
     k, rows = min(k, vocab_size), hidden_NH.shape[0]
-    chunks = row_chunks(rows, shard.widest, chunk_bytes, buffers=options.buffers, item_bytes=accumulate.itemsize)
+    buffers = 1 + (softcap is not None)
+    chunks = row_chunks(rows, shard.widest, chunk_bytes, buffers=buffers, item_bytes=accumulate.itemsize)
     result = TopKLse(
         torch.empty(rows, k, dtype=torch.int64, device=hidden_NH.device),
         torch.empty(rows, k, dtype=accumulate, device=hidden_NH.device),
@@ -143,7 +144,7 @@ def vocab_parallel_sparse_kl(
     Gradients are made in the forward pass; one backward. Two waits for the device a call (valid rows, agreement).
     Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
     """
-    choose_backend(backend)
+    _torch_only(backend)
     claim: Claim | ValueError
     grad_on = torch.is_grad_enabled()
     wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VsH, bias_Vs))
@@ -171,6 +172,11 @@ def vocab_parallel_sparse_kl(
     outputs = _VocabParallelSparseKL.apply(hidden_NH, weight_VsH, bias_Vs, call)
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
+
+
+def _torch_only(backend: Backend) -> None:
+    if choose_backend(backend) != "torch":
+        raise BackendUnavailableError("the vocab-parallel ops have no Triton form; use backend='torch' or 'auto'")
 
 
 def _claim(
