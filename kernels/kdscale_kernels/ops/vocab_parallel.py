@@ -3,12 +3,8 @@
 Legend: N rows, M valid rows, C rows of one chunk, H hidden size, Vs rows of this rank's shard, R ranks, K teacher
 entries, T temperature.
 
-Every rank holds the same hidden states and targets and its own rows of the head. A row's softmax needs what all ranks
-hold, so each sends, in one SUM all-reduce a chunk, the student's logits at the entries it owns (zero elsewhere) and, in
-a slot of its own, the maximum and the sums of exponentials of its part of the tail. Slots make the sum an exchange:
-each rank shifts by its own maximum and they are joined afterwards, in rank order. So no MAX all-reduce is needed, and
-no row constant shared by all ranks either, which would be too far off wherever the student's tail lies 88 nats below
-or above it. It costs 3·R numbers a row, next to K.
+Every rank holds the same hidden states and targets and its own rows of the head; shards.py says how a row's softmax is
+joined from them.
 """
 
 from __future__ import annotations
@@ -27,7 +23,8 @@ from kdscale_kernels.groups import Claim, Shard, agree
 from kdscale_kernels.ops.linear_sparse_kl import refuse_double_backward, scale
 from kdscale_kernels.ops.linear_topk_lse import topk_rows
 from kdscale_kernels.products import Head, compute_dtypes, row_chunks
-from kdscale_kernels.rows import RowSums, _bucket_step, _mix, cap_
+from kdscale_kernels.rows import RowSums
+from kdscale_kernels.shards import ShardHead, joined_lse, shard_rows_step, shifted
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")
@@ -78,7 +75,7 @@ def vocab_parallel_topk_lse(
         torch.empty(rows, dtype=accumulate, device=hidden_NH.device),
     )
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        head = _ShardHead(weight_VsH, bias_Vs, operand, accumulate, shard, options)
+        head = ShardHead(weight_VsH, bias_Vs, operand, accumulate, shard, options)
         buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=accumulate)
         for chunk in chunks:
             z_CV, _ = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
@@ -96,14 +93,14 @@ def _joined_topk(z_CV: Tensor, k: int, shard: Shard, temperature: float) -> tupl
     if mine:
         ids_CK, sent_CJ[:, k : k + mine] = topk_rows(z_CV, mine)
         sent_CJ[:, :mine] = ids_CK + shard.first_id
-    top_C, z_CV = _shifted(z_CV)
+    top_C, z_CV = shifted(z_CV)
     sent_CJ[:, -2], sent_CJ[:, -1] = top_C, z_CV.div_(temperature).exp_().sum(1)
     all_RCJ = sent_CJ.new_empty(shard.ranks, *sent_CJ.shape)
     dist.all_gather(list(all_RCJ), sent_CJ, group=shard.group)
     ids_CJ, values_CJ = (all_RCJ[:, :, part].transpose(0, 1).flatten(1) for part in (slice(0, k), slice(k, 2 * k)))
     ids_CJ, by_id_CJ = ids_CJ.sort(dim=1, stable=True)
     values_CJ, by_value_CJ = values_CJ.gather(1, by_id_CJ).sort(dim=1, descending=True, stable=True)
-    lse_C = _joined_lse(all_RCJ[:, :, -2].T, all_RCJ[:, :, -1].T, temperature)
+    lse_C = joined_lse(all_RCJ[:, :, -2].T, all_RCJ[:, :, -1].T, temperature)
     return ids_CJ.gather(1, by_value_CJ)[:, :k].long(), values_CJ[:, :k], lse_C
 
 
@@ -139,7 +136,7 @@ def vocab_parallel_sparse_kl(
 
     The gradient of hidden_NH is already summed over the ranks (one all-reduce [C,H] a chunk, overlapped with the next
     chunk's products): nothing around the op may sum it again, as a tensor-parallel "copy to region" would. Those of
-    weight_VsH and bias_Vs stay local. Partial sums meet in fp32 as described at the top of this file; there is no
+    weight_VsH and bias_Vs stay local. Partial sums meet in fp32 as shards.py describes; there is no
     shared row constant that could be too far off: a shard whose tail lies e^-200 below another's keeps its own scale.
     Gradients are made in the forward pass; one backward. Two waits for the device a call (valid rows, agreement).
     Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
@@ -213,122 +210,6 @@ class _Call:
     wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
 
 
-class _ShardHead(Head):
-    """A shard's products. One that is all padding stands in as a single row of zeros with logits of -inf."""
-
-    def __init__(
-        self,
-        weight_VsH: Tensor,
-        bias_Vs: Tensor | None,
-        operand: torch.dtype,
-        accumulate: torch.dtype,
-        shard: Shard,
-        options: LossOptions,
-    ):
-        self.empty, self.width, self.softcap = shard.used == 0, max(shard.used, 1), options.softcap
-        if self.empty:
-            weight_VsH, bias_Vs = weight_VsH.new_zeros(1, weight_VsH.shape[1]), None
-        super().__init__(weight_VsH, bias_Vs, operand, accumulate, self.width)
-
-    def logits(self, hidden_CH: Tensor, out_CV: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """(capped logits, tanh² of the cap or None)."""
-        z_CV = super().logits(hidden_CH, out_CV)
-        slope_CV = cap_(z_CV, self.softcap) if self.softcap is not None else None
-        return (z_CV.fill_(_NEG_INF) if self.empty else z_CV), slope_CV
-
-
-def _shifted(z_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(row maxima, z minus them in place; a row of -inf stays)."""
-    top_C = z_CV.amax(1)
-    return top_C, z_CV.sub_(top_C.masked_fill(top_C == _NEG_INF, 0.0)[:, None])
-
-
-def _gaps(tops_CR: Tensor) -> tuple[Tensor, Tensor]:
-    """(the largest of the ranks' maxima [C], how far below it each lies [C,R])."""
-    top_C = tops_CR.amax(1)
-    return top_C, tops_CR - top_C.masked_fill(top_C == _NEG_INF, 0.0)[:, None]
-
-
-def _joined_lse(tops_CR: Tensor, sums_CR: Tensor, temperature: float) -> Tensor:
-    """logsumexp(z / T) [C] from each rank's maximum and its sum of exp((z - maximum) / T)."""
-    top_C, gap_CR = _gaps(tops_CR)
-    return top_C / temperature + (torch.exp(gap_CR / temperature) * sums_CR).sum(1).log()
-
-
-class _Joined:
-    """What a chunk's SUM all-reduce brings back, equal on all ranks, joined from the slots."""
-
-    def __init__(self, partial_CP: Tensor, entries: int, shard: Shard, temperature: float):
-        dist.all_reduce(partial_CP, group=shard.group)
-        self.support_CK, self.label_C, self.top1_C = (
-            partial_CP[:, :entries],
-            partial_CP[:, entries],
-            partial_CP[:, entries + 1],
-        )
-        tops_CR, ones_CR, tempereds_CR = partial_CP[:, entries + 2 :].unflatten(1, (shard.ranks, 3)).unbind(2)
-        self.top_C, gap_CR = _gaps(tops_CR)
-        self.one_sum_C = (torch.exp(gap_CR) * ones_CR).sum(1)
-        self.tempered_sum_C = (torch.exp(gap_CR / temperature) * tempereds_CR).sum(1)
-        self.gap_C = gap_CR[:, shard.rank]
-
-
-def _rows_step(
-    z_CV: Tensor, slope_CV: Tensor | None, targets: target_lists.Targets, labels_C: Tensor, call: _Call
-) -> RowSums:
-    """rows.rows_step with the vocabulary split: z_CV is this shard's capped logits and becomes its dloss/dz.
-
-    Writes are additions of a value to one owner and of zero elsewhere: an id of another shard needs an index too.
-    """
-    options, shard = call.options, call.shard
-    T, ce_weight = options.temperature, options.ce_weight
-    index_CK, mine_CK = shard.local(targets.ids_NK)
-    mine_CK = mine_CK & targets.used_NK
-    z_of = torch.cat([targets.ids_NK, labels_C[:, None], targets.top1_N[:, None]], 1)
-    place_CJ, here_CJ = shard.local(z_of)
-    found_CJ = z_CV.gather(1, place_CJ).masked_fill(~here_CJ, 0.0)
-
-    z_CV.scatter_add_(1, index_CK, torch.where(mine_CK, _NEG_INF, 0.0).to(z_CV.dtype))
-    own_top_C, z_CV = _shifted(z_CV)
-    one_CV = torch.exp(z_CV) if T != 1.0 else z_CV.exp_()
-    tempered_CV = z_CV.div_(T).exp_() if T != 1.0 else one_CV
-    slots_CR3 = z_CV.new_zeros(z_CV.shape[0], shard.ranks, 3)
-    slots_CR3[:, shard.rank] = torch.stack([own_top_C, one_CV.sum(1), tempered_CV.sum(1)], 1)
-    all_ = _Joined(torch.cat([found_CJ, slots_CR3.flatten(1)], 1), index_CK.shape[1], shard, T)
-
-    support_CK = all_.support_CK.masked_fill(~targets.used_NK, _NEG_INF)
-    agree_C = (all_.top1_C >= torch.maximum(all_.top_C, support_CK.amax(1))).to(z_CV.dtype)
-    tail_one_C = all_.top_C + all_.one_sum_C.log()
-    lse_one_C = torch.logaddexp(torch.logsumexp(support_CK, 1), tail_one_C)
-    ce_C = lse_one_C - all_.label_C
-    tail_C = all_.top_C / T + all_.tempered_sum_C.log()
-    kd_C, grad_CB, student_tail_C = _bucket_step(support_CK / T, tail_C, targets, options)
-    sums = RowSums(
-        _mix(ce_weight, ce_C, T * T * kd_C), kd_C, ce_C, targets.logp_NK.exp().sum(1), student_tail_C, agree_C
-    )
-    if not any(call.wanted):
-        return sums
-
-    kd_scale = (1.0 - ce_weight) * T
-    coefficient_C = kd_scale * grad_CB[:, -1] / all_.tempered_sum_C.clamp(min=0.5) * torch.exp(all_.gap_C / T)
-    values_CK = kd_scale * grad_CB[:, :-1]
-    if ce_weight > 0.0:
-        values_CK = values_CK + ce_weight * torch.exp(support_CK - lse_one_C[:, None])
-        ce_coefficient_C = ce_weight * torch.exp(tail_one_C - lse_one_C) / all_.one_sum_C.clamp(min=0.5)
-        ce_coefficient_C = ce_coefficient_C * torch.exp(all_.gap_C)
-        if T == 1.0:  # one array is both softmaxes
-            coefficient_C = coefficient_C + ce_coefficient_C
-    tempered_CV.mul_(coefficient_C[:, None])
-    if ce_weight > 0.0 and T != 1.0:
-        tempered_CV.addcmul_(one_CV, ce_coefficient_C[:, None])
-    tempered_CV.scatter_add_(1, index_CK, values_CK.masked_fill(~mine_CK, 0.0))
-    if ce_weight > 0.0:
-        label_C1 = place_CJ[:, -2:-1]
-        tempered_CV.scatter_add_(1, label_C1, here_CJ[:, -2:-1].to(z_CV.dtype) * -ce_weight)
-    if slope_CV is not None:
-        tempered_CV.addcmul_(tempered_CV, slope_CV, value=-1.0)
-    return sums
-
-
 class _Gradients:
     """Sums of gradients over chunks. A chunk's dX is on its way round the ranks while the next chunk is computed."""
 
@@ -362,7 +243,7 @@ class _Gradients:
 
 def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _Call) -> tuple[list[Tensor], _Gradients]:
     gradients = _Gradients(hidden_NH, weight_VsH, call)
-    head = _ShardHead(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard, call.options)
+    head = ShardHead(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard, call.options)
     rows, options = call.valid_M.numel(), call.options
     itemsize = call.accumulate.itemsize
     chunks = row_chunks(rows, call.shard.widest, call.chunk_bytes, buffers=options.buffers, item_bytes=itemsize)
@@ -372,7 +253,8 @@ def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _C
         rows_C = call.valid_M[chunk]
         hidden_CH = head.cast(hidden_NH.detach()[rows_C])
         z_CV, slope_CV = head.logits(hidden_CH, buffer[: chunk.stop - chunk.start])
-        sums = _rows_step(z_CV, slope_CV, call.targets.rows(chunk), call.labels_M[chunk], call)
+        targets, labels_C = call.targets.rows(chunk), call.labels_M[chunk]
+        sums = shard_rows_step(z_CV, slope_CV, targets, labels_C, options, call.shard, want_grad=any(call.wanted))
         per_row[:, chunk] = torch.stack(sums)
         if any(call.wanted):
             gradients.add(head, z_CV, hidden_CH, rows_C)
