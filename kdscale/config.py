@@ -145,11 +145,12 @@ class OptimizerConfig(_Section):
 class LossConfig(_Section):
     """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"] = "forward_kl"
     ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Count = 64
     jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
 
 

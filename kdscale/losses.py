@@ -49,6 +49,7 @@ def distillation_loss(
         temperature=loss.temperature,
         divergence=loss.divergence,
         jsd_beta=loss.jsd_beta,
+        skew=loss.skew,
         tail=loss.tail,
         bias_V=bias_V,
         softcap=softcap,

@@ -61,6 +61,35 @@ def check_targets(rows: int, ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, l
     check_same_device(ids_NK, logits_NK, lse_N, labels_N)
 
 
+def check_weights(ids_NK: Tensor, weights_NK: Tensor | None, tail: str) -> None:
+    """Sampled targets come with weights, others without; values of those that count on a CPU only, as above."""
+    if (weights_NK is not None) != (tail == "sampled"):
+        got = "none" if weights_NK is None else f"some with tail={tail!r}"
+        raise ValueError(f"target_weights_NK: expected with tail='sampled' and only then, got {got}")
+    if weights_NK is None:
+        return
+    if weights_NK.shape != ids_NK.shape or not weights_NK.is_floating_point():
+        raise ValueError(
+            f"target_weights_NK: expected a floating {list(ids_NK.shape)}, "
+            f"got {weights_NK.dtype} {list(weights_NK.shape)}"
+        )
+    check_same_device(ids_NK, weights_NK)
+
+
+def check_weight_values(weights_NK: Tensor | None, logits_NK: Tensor) -> None:
+    """Finite, not negative, not all zero; of the used slots of the rows that count; CPU only."""
+    if weights_NK is None or weights_NK.device.type != "cpu":
+        return
+    used_NK = weights_NK.masked_fill(logits_NK == float("-inf"), 0.0)
+    broken_N = ~(used_NK.isfinite() & (used_NK >= 0.0)).all(1) | (used_NK.sum(1) == 0.0)
+    if bool(broken_N.any()):
+        row = int(broken_N.nonzero()[0, 0])
+        raise ValueError(
+            f"target_weights_NK: expected finite weights of 0 or more, not all 0, got valid row {row}: "
+            f"{weights_NK[row].tolist()[:8]}"
+        )
+
+
 def check_target_values(ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, labels_N: Tensor, vocab: int) -> None:
     """Values of the rows that count; CPU only (see the module's note)."""
     if ids_NK.device.type != "cpu":

@@ -24,10 +24,10 @@ def divergence(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor, options: Lo
     logq_CB are the log-probabilities of a distribution that sums to one over all B buckets. Truncated tails count
     only the support, so neither side sums to one over the counted buckets and D may be negative.
     Sources: forward/reverse KL; generalised JSD as in GKD (Agarwal et al. 2024, section 3): with M = β·P + (1-β)·Q,
-    β·KL(P‖M) + (1-β)·KL(Q‖M), P the teacher.
+    β·KL(P‖M) + (1-β)·KL(Q‖M), P the teacher; skewed KL as in DistiLLM (Ko et al. 2024, arXiv 2402.03898, section 3.1).
     """
     q_CB = logq_CB.exp()
-    sums_to_one = options.tail != "truncated"
+    sums_to_one = options.tail in ("bucket", "renormalised")
     if options.divergence == "forward_kl":
         p_CB = _counted(logp_CB.exp(), counted_CB)
         terms_CB = _weighted(p_CB, logp_CB - logq_CB)
@@ -42,6 +42,9 @@ def divergence(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor, options: Lo
         terms_CB = _weighted(counted_q_CB, logq_CB - logp_CB)
         u_CB = terms_CB if sums_to_one else terms_CB + counted_q_CB
         grad_CB = u_CB - q_CB * u_CB.sum(1, keepdim=True)
+    elif options.divergence in ("skewed_forward_kl", "skewed_reverse_kl"):
+        terms_CB, u_CB = _skewed(logp_CB, logq_CB, counted_CB, options)
+        grad_CB = u_CB - q_CB * u_CB.sum(1, keepdim=True)
     else:
         beta = options.jsd_beta
         logm_CB = torch.logaddexp(logp_CB + math.log(beta), logq_CB + math.log1p(-beta))
@@ -50,6 +53,21 @@ def divergence(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor, options: Lo
         terms_CB = beta * _weighted(_counted(logp_CB.exp(), counted_CB), logp_CB - logm_CB) + u_CB
         grad_CB = u_CB - q_CB * u_CB.sum(1, keepdim=True)
     return terms_CB.sum(1), grad_CB
+
+
+def _skewed(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """(terms, dD/dlog q) of KL(P ‖ s·P + (1-s)·Q), or of KL(Q ‖ s·Q + (1-s)·P): no bucket's ratio exceeds 1/s."""
+    forward, log_own, log_other = (
+        options.divergence == "skewed_forward_kl",
+        math.log(options.skew),
+        math.log1p(-options.skew),
+    )
+    first_CB, second_CB = (logp_CB, logq_CB) if forward else (logq_CB, logp_CB)
+    logm_CB = torch.logaddexp(first_CB + log_own, second_CB + log_other)
+    weight_CB = _counted(first_CB.exp(), counted_CB)
+    terms_CB = _weighted(weight_CB, first_CB - logm_CB)
+    share_CB = _weighted(weight_CB, torch.exp(second_CB + log_other - logm_CB))  # of the mixture that is the second's
+    return terms_CB, -share_CB if forward else terms_CB + share_CB
 
 
 def _counted(weight_CB: Tensor, counted_CB: Tensor) -> Tensor:

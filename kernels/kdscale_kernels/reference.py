@@ -6,6 +6,8 @@ Legend: N rows, V vocabulary, K teacher entries, T temperature.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +61,9 @@ def linear_sparse_kl(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
+    skew: float = 0.1,
     tail: Tail = "bucket",
+    target_weights_NK: Tensor | None = None,
     softcap: float | None = None,
 ) -> SparseKL:
     """Twin of kdscale_kernels.linear_sparse_kl."""
@@ -75,7 +79,9 @@ def linear_sparse_kl(
         temperature=temperature,
         divergence=divergence,
         jsd_beta=jsd_beta,
+        skew=skew,
         tail=tail,
+        target_weights_NK=target_weights_NK,
         softcap=softcap,
         vocab_size=vocab_size,
     )
@@ -93,7 +99,9 @@ def sparse_kl(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
+    skew: float = 0.1,
     tail: Tail = "bucket",
+    target_weights_NK: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> SparseKL:
@@ -109,10 +117,17 @@ def sparse_kl(
         entries = {int(i): v for i, v in zip(ids_NK[row], teacher_logits_NK[row], strict=True) if v != _NEG_INF}
         ids_S = torch.tensor(sorted(entries), device=z_V.device)
         logp_S = torch.stack([entries[i] for i in sorted(entries)]).to(z_V) / temperature - teacher_lse_N[row].to(z_V)
+        if target_weights_NK is not None:
+            pairs = zip(ids_NK[row].tolist(), teacher_logits_NK[row], target_weights_NK[row].to(z_V), strict=True)
+            weights_V = torch.zeros_like(z_V)
+            for i, v, w in pairs:
+                if v != _NEG_INF:
+                    weights_V[i] += w
+            logp_S = weights_V[ids_S].log()
         logq_V = torch.log_softmax(z_V / temperature, 0)
         outside_V = torch.ones_like(z_V, dtype=torch.bool)
         outside_V[ids_S] = False
-        kd = kd + _row_divergence(logp_S, logq_V[ids_S], logq_V[outside_V], divergence, jsd_beta, tail)
+        kd = kd + _row_divergence(logp_S, logq_V[ids_S], logq_V[outside_V], divergence, jsd_beta, skew, tail)
         ce = ce - torch.log_softmax(z_V, 0)[labels_N[row]]
         mass = mass + logp_S.exp().sum()
         tails = tails + logq_V[outside_V].detach().exp().sum()
@@ -123,7 +138,13 @@ def sparse_kl(
 
 
 def _row_divergence(
-    logp_S: Tensor, logq_S: Tensor, logq_outside: Tensor, divergence: Divergence, jsd_beta: float, tail: Tail
+    logp_S: Tensor,
+    logq_S: Tensor,
+    logq_outside: Tensor,
+    divergence: Divergence,
+    jsd_beta: float,
+    skew: float,
+    tail: Tail,
 ) -> Tensor:
     if tail == "renormalised":
         logp_S, logq_S = logp_S.log_softmax(0), logq_S.log_softmax(0)
@@ -137,6 +158,10 @@ def _row_divergence(
         return _kl(logp_S, logq_S)
     if divergence == "reverse_kl":
         return _kl(logq_S, logp_S)
+    if divergence == "skewed_forward_kl":
+        return _kl(logp_S, torch.logaddexp(logp_S + math.log(skew), logq_S + math.log1p(-skew)))
+    if divergence == "skewed_reverse_kl":
+        return _kl(logq_S, torch.logaddexp(logq_S + math.log(skew), logp_S + math.log1p(-skew)))
     logm_S = torch.logaddexp(logp_S + math.log(jsd_beta), logq_S + math.log1p(-jsd_beta))
     return jsd_beta * _kl(logp_S, logm_S) + (1.0 - jsd_beta) * _kl(logq_S, logm_S)
 
@@ -172,3 +197,34 @@ def linear_full_kl(
         teacher_ce = torch.nn.functional.cross_entropy(teacher, labels_N[valid_N], reduction="sum")
     agree = (student.argmax(1) == teacher.argmax(1)).sum().to(student.dtype)
     return FullKL(kl * temperature**2, valid_N.sum(), agree, ce, teacher_ce)
+
+
+def vocab_parallel_topk_lse(
+    hidden_NH: Tensor,
+    shards: Sequence[Tensor],
+    k: int,
+    *,
+    vocab_size: int,
+    bias_shards: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> TopKLse:
+    """Twin of kdscale_kernels.vocab_parallel_topk_lse: all shards in one process, in order of their first id."""
+    bias_V = None if bias_shards is None else torch.cat(list(bias_shards))
+    return linear_topk_lse(hidden_NH, torch.cat(list(shards)), k, bias_V=bias_V, vocab_size=vocab_size, **options)
+
+
+def vocab_parallel_sparse_kl(
+    hidden_NH: Tensor,
+    shards: Sequence[Tensor],
+    ids_NK: Tensor,
+    teacher_logits_NK: Tensor,
+    teacher_lse_N: Tensor,
+    *,
+    vocab_size: int,
+    bias_shards: Sequence[Tensor] | None = None,
+    **options: Any,
+) -> SparseKL:
+    """Twin of kdscale_kernels.vocab_parallel_sparse_kl: all shards in one process, in order of their first id."""
+    bias_V = None if bias_shards is None else torch.cat(list(bias_shards))
+    head_VH, targets = torch.cat(list(shards)), (ids_NK, teacher_logits_NK, teacher_lse_N)
+    return linear_sparse_kl(hidden_NH, head_VH, *targets, bias_V=bias_V, vocab_size=vocab_size, **options)

@@ -21,7 +21,7 @@ class Targets(NamedTuple):
 
     ids_NK: Tensor
     used_NK: Tensor
-    logp_NK: Tensor  # log-probability at temperature T; -inf in unused slots
+    logp_NK: Tensor  # log-probability at temperature T (sampled: log of the weight); -inf in unused slots
     logp_tail_N: Tensor  # of everything outside the entries; -inf when the entries are the whole vocabulary
     top1_N: Tensor
     whole_N: Tensor  # True where the entries are the whole vocabulary
@@ -30,10 +30,13 @@ class Targets(NamedTuple):
         return Targets(*(field[index] for field in self))
 
 
-def prepare(ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, vocab: int, temperature: float) -> Targets:
+def prepare(
+    ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, vocab: int, temperature: float, weights_NK: Tensor | None = None
+) -> Targets:
     """Sort by id, drop repeats and empty slots, and temper. A row without any entry becomes NaN: never a silent zero.
 
-    lse_N is logsumexp(z / temperature) over the teacher's vocabulary.
+    lse_N is logsumexp(z / temperature) over the teacher's vocabulary. With weights_NK (sampled targets) they stand in
+    for the probabilities, those of a repeated id are added up, and there is no tail.
     """
     empty_NK = logits_NK == float("-inf")  # not isfinite: a NaN must stay and poison its row
     keys_NK, order_NK = torch.sort(ids_NK.masked_fill(empty_NK, torch.iinfo(torch.int64).max), dim=1, stable=True)
@@ -49,4 +52,22 @@ def prepare(ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, vocab: int, temper
     # log(1 - mass) from the log of the mass; rounding may put it a hair above zero, which means no tail.
     logp_tail_N = torch.log(-torch.expm1(torch.logsumexp(logp_NK, 1).clamp(max=0.0)))
     whole_N = used_NK.sum(1) >= vocab
+    if weights_NK is not None:
+        weights_NK = _sum_repeats(keys_NK, weights_NK.gather(1, order_NK))
+        logp_NK = weights_NK.masked_fill(none_N[:, None], float("nan")).log().masked_fill(~used_NK, float("-inf"))
+        logp_tail_N = torch.full_like(logp_tail_N, float("-inf"))
     return Targets(ids_NK, used_NK, logp_NK, logp_tail_N.masked_fill(whole_N, float("-inf")), top1_N, whole_N)
+
+
+def _sum_repeats(keys_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """At the first of a run of equal keys (sorted), the run's sum, always added in one order: no atomics.
+
+    After a step of width w each slot holds the sum of the next 2·w slots that share its key.
+    """
+    width = 1
+    while width < keys_NK.shape[1]:
+        same_NK = keys_NK[:, width:] == keys_NK[:, :-width]
+        shifted_NK = weights_NK[:, width:].masked_fill(~same_NK, 0.0)
+        weights_NK = torch.cat([weights_NK[:, :-width] + shifted_NK, weights_NK[:, -width:]], 1)
+        width *= 2
+    return weights_NK

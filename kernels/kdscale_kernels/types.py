@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
-Tail = Literal["bucket", "truncated", "renormalised"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
+Tail = Literal["bucket", "truncated", "renormalised", "sampled"]
 Backend = Literal["auto", "torch", "triton"]
 
 
@@ -31,7 +31,7 @@ class SparseKL:
     tokens: torch.Tensor  # int64 scalar: valid rows
     kd_sum: torch.Tensor  # sum of D at temperature T, without the T^2
     ce_sum: torch.Tensor  # sum of the cross-entropy at temperature 1 (nats), whatever ce_weight is
-    teacher_mass_sum: torch.Tensor  # sum of the probability the teacher gives its K entries
+    teacher_mass_sum: torch.Tensor  # sum of the probability the teacher gives its K entries; of the weights, if sampled
     student_tail_sum: torch.Tensor  # sum of the probability the student gives everything else
     top1_agree_sum: torch.Tensor  # rows where the teacher's first id has the student's largest logit
 
@@ -57,6 +57,7 @@ class LossOptions:
     jsd_beta: float = 0.5
     tail: Tail = "bucket"
     softcap: float | None = None
+    skew: float = 0.1
 
     def __post_init__(self) -> None:
         _require(0.0 <= self.ce_weight <= 1.0, "ce_weight", "a number from 0 to 1", self.ce_weight)
@@ -66,6 +67,13 @@ class LossOptions:
         )
         _require(0.0 < self.jsd_beta < 1.0, "jsd_beta", "a number strictly between 0 and 1", self.jsd_beta)
         _require(self.tail in get_args(Tail), "tail", " | ".join(get_args(Tail)), self.tail)
+        _require(
+            self.tail != "sampled" or self.divergence == "forward_kl",
+            "divergence",
+            "forward_kl with tail='sampled' (the others need the teacher's probabilities)",
+            self.divergence,
+        )
+        _require(0.0 < self.skew < 1.0, "skew", "a number strictly between 0 and 1", self.skew)
         _require(self.softcap is None or self.softcap > 0.0, "softcap", "None or a positive number", self.softcap)
 
     @property

@@ -35,7 +35,9 @@ def linear_sparse_kl(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
+    skew: float = 0.1,
     tail: Tail = "bucket",
+    target_weights_NK: Tensor | None = None,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -51,26 +53,35 @@ def linear_sparse_kl(
     of the sum (may be negative), "renormalised" rescales both sides to the K entries. vocab_size keeps the first
     entries of a padded head.
 
+    skew s: "skewed_forward_kl" is KL(p ‖ s·p + (1-s)·q), "skewed_reverse_kl" KL(q ‖ s·q + (1-s)·p) (DistiLLM, arXiv
+    2402.03898). tail="sampled" (RS-KD, arXiv 2503.16870): the ids were drawn from the teacher, repeats allowed, and
+    target_weights_NK [N,K] are their importance weights w (in proportion to p / the probability of the draw, usually
+    scaled to sum to one); D is Σ w·log(w / q), with the gradient q·Σw - w. The teacher's logits then only mark empty
+    slots and its first id.
+
     Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live as chunks of at most chunk_bytes
     (fp32, at least one row). One wait for the device, to count the valid rows; none in the results.
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
     choose_backend(backend)
-    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap)
+    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
     checks.check_linear(hidden_NH, weight_VH, bias_V)
     checks.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+    checks.check_weights(ids_NK, target_weights_NK, tail)
     checks.check_same_device(hidden_NH, ids_NK)
     vocab = checks.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
     logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
+    weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
     checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
+    checks.check_weight_values(weights_MK, logits_MK)
     grad_on = torch.is_grad_enabled()
     problem = _Problem(
         valid_M,
         labels_M,
-        target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature),
+        target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK),
         options,
         vocab,
         chunk_bytes,

@@ -31,7 +31,9 @@ def sparse_kl(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
+    skew: float = 0.1,
     tail: Tail = "bucket",
+    target_weights_NK: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
     inplace_grad: bool = False,
@@ -46,18 +48,21 @@ def sparse_kl(
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
     choose_backend(backend)
-    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap)
+    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
     if logits_NV.dim() != 2 or not logits_NV.is_floating_point() or logits_NV.shape[1] == 0:
         raise ValueError(f"logits_NV: expected a 2-D floating tensor, got {logits_NV.dtype} {tuple(logits_NV.shape)}")
     checks.check_targets(logits_NV.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+    checks.check_weights(ids_NK, target_weights_NK, tail)
     checks.check_same_device(logits_NV, ids_NK)
     vocab = checks.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
     accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
     logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
+    weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
     checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
-    targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature)
+    checks.check_weight_values(weights_MK, logits_MK)
+    targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK)
     want_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     call = (targets, labels_M, valid_M, options, vocab, chunk_bytes, want_grad, inplace_grad)
     outputs = _SparseKL.apply(logits_NV, call)

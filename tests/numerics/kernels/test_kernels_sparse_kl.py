@@ -10,9 +10,8 @@ import torch
 import kdscale_kernels as kk
 from kdscale_kernels import reference
 
-MODES = list(
-    itertools.product(["forward_kl", "reverse_kl", "jsd"], ["bucket", "truncated", "renormalised"], [0.0, 0.3, 1.0])
-)
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
+MODES = list(itertools.product(DIVERGENCES, ["bucket", "truncated", "renormalised"], [0.0, 0.3, 1.0]))
 HEADS = [
     {"temperature": 1.0},
     {"temperature": 2.5},
@@ -79,7 +78,7 @@ def test_fp32_near_twin(make_problem, divergence, tail, ce_weight, noise):
         assert close(mine, theirs, 1e-4)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("noise", [None, 0.3, 0.05])
 def test_bf16_matched_gradients_keep_their_digits(make_problem, divergence, noise):
     """bf16 operands, fp32 logits: the gradient stays within rounding of bf16; bf16 logits would lose it entirely."""

@@ -11,6 +11,7 @@ import kdscale_kernels as kk
 from kdscale_kernels import reference
 
 INF = float("inf")
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
 
 
 def run(logits, ids, teacher, lse, labels, **options):
@@ -58,7 +59,7 @@ def test_teacher_tail_zero_adds_nothing():
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", ["bucket", "truncated", "renormalised"])
 def test_empty_and_repeated_slots_change_nothing(make_problem, divergence, tail):
     """Slots of -inf (with any id, even out of range) and repeats of an entry leave loss and gradient as they were."""
@@ -106,7 +107,7 @@ def test_minus_infinity_in_the_students_tail():
 
 
 @pytest.mark.parametrize(("rows", "vocab", "k"), [(1, 2, 1), (5, 41, 3), (7, 401, 33), (4, 64, 64), (3, 1271, 5)])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_awkward_shapes(make_problem, rows, vocab, k, divergence):
     p32 = make_problem(rows=rows, hidden=8, vocab=vocab, k=k, spread=0.5).cast(torch.float32)
     p64 = p32.cast(torch.float64)
@@ -157,6 +158,15 @@ def test_padded_vocabulary_rows_take_no_part(make_problem):
         ({"divergence": "kl"}, "divergence"),
         ({"jsd_beta": 1.0}, "jsd_beta"),
         ({"tail": "cut"}, "tail"),
+        ({"skew": 0.0}, "skew"),
+        ({"skew": 1.0, "divergence": "skewed_reverse_kl"}, "skew"),
+        ({"tail": "sampled"}, "target_weights_NK: expected with"),
+        ({"target_weights_NK": torch.ones(11, 7)}, "target_weights_NK: expected with"),
+        ({"tail": "sampled", "target_weights_NK": torch.ones(11, 6)}, "target_weights_NK: expected a floating"),
+        ({"tail": "sampled", "target_weights_NK": torch.zeros(11, 7)}, "not all 0, got valid row 0"),
+        ({"tail": "sampled", "target_weights_NK": torch.full((11, 7), -0.1)}, "weights of 0 or more"),
+        ({"tail": "sampled", "target_weights_NK": torch.full((11, 7), INF)}, "finite weights"),
+        ({"tail": "sampled", "target_weights_NK": torch.ones(11, 7), "divergence": "jsd"}, "forward_kl with tail"),
         ({"softcap": -1.0}, "softcap"),
         ({"vocab_size": 204}, "vocab_size"),
         ({"chunk_bytes": 0}, "chunk_bytes"),
@@ -188,7 +198,7 @@ def test_triton_is_refused_and_the_choice_logged_once(make_problem, caplog, monk
     seed=st.integers(0, 10**6),
     k=st.integers(1, 40),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
-    divergence=st.sampled_from(["forward_kl", "reverse_kl", "jsd"]),
+    divergence=st.sampled_from(DIVERGENCES),
     tail=st.sampled_from(["bucket", "renormalised"]),
     spread=st.sampled_from([0.1, 1.0, 6.0]),
 )

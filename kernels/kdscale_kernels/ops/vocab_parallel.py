@@ -1,0 +1,284 @@
+"""vocab_parallel_topk_lse and vocab_parallel_sparse_kl: the ops for a head split over ranks by vocabulary.
+
+Legend: N rows, M valid rows, C rows of one chunk, H hidden size, Vs rows of this rank's shard, R ranks, K teacher
+entries, T temperature.
+
+Every rank holds the same hidden states and targets and its own rows of the head; shards.py says how a row's softmax is
+joined from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kdscale_kernels import checks
+from kdscale_kernels import targets as target_lists
+from kdscale_kernels.dispatch import BackendUnavailableError, choose_backend
+from kdscale_kernels.groups import Claim, Shard, agree
+from kdscale_kernels.ops.linear_sparse_kl import refuse_double_backward, scale
+from kdscale_kernels.ops.linear_topk_lse import topk_rows
+from kdscale_kernels.products import Head, compute_dtypes, row_chunks
+from kdscale_kernels.rows import RowSums
+from kdscale_kernels.shards import ShardHead, joined_lse, shard_rows_step, shifted
+from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail, TopKLse
+
+_NEG_INF = float("-inf")
+
+
+@torch.no_grad()
+def vocab_parallel_topk_lse(
+    hidden_NH: Tensor,
+    weight_VsH: Tensor,
+    k: int,
+    *,
+    first_id: int,
+    vocab_size: int,
+    group: Any = None,
+    temperature: float = 1.0,
+    bias_Vs: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_bytes: int = 64 << 20,
+    backend: Backend = "auto",
+) -> TopKLse:
+    """linear_topk_lse for a head split over the ranks of `group` (None: the default group); the same on every rank.
+
+    hidden_NH [N,H]: equal on all ranks. weight_VsH [Vs,H], bias_Vs [Vs]: this rank's vocabulary entries first_id to
+    first_id + Vs; shards may differ in size, and rows past vocab_size (the whole vocabulary's, not the shard's) are
+    padding. ids are those of the whole vocabulary. Each rank sends its k best of a chunk in one all-gather. Logits
+    live as [rows, Vs] chunks within chunk_bytes on the rank with the largest shard; no gradients.
+    Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
+    """
+    _torch_only(backend)
+    claim: Claim | ValueError
+    try:
+        checks.check_linear(hidden_NH, weight_VsH, bias_Vs)
+        options = LossOptions(temperature=temperature, softcap=softcap)
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
+        settings = (options, operand, chunk_bytes)
+        claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, hidden_NH.shape[0], k, False, settings)
+    except ValueError as error:
+        claim = error
+    shard = agree(claim, hidden_NH.device, group)
+    k, rows = min(k, vocab_size), hidden_NH.shape[0]
+    buffers = 1 + (softcap is not None)
+    chunks = row_chunks(rows, shard.widest, chunk_bytes, buffers=buffers, item_bytes=accumulate.itemsize)
+    result = TopKLse(
+        torch.empty(rows, k, dtype=torch.int64, device=hidden_NH.device),
+        torch.empty(rows, k, dtype=accumulate, device=hidden_NH.device),
+        torch.empty(rows, dtype=accumulate, device=hidden_NH.device),
+    )
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        head = ShardHead(weight_VsH, bias_Vs, operand, accumulate, shard, options)
+        buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=accumulate)
+        for chunk in chunks:
+            z_CV, _ = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
+            for field, value in zip(result, _joined_topk(z_CV, k, shard, temperature), strict=True):
+                field[chunk] = value
+    return result
+
+
+def _joined_topk(z_CV: Tensor, k: int, shard: Shard, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, logits [C,k], lse [C]) of the whole vocabulary, from each rank's k best. Destroys z_CV."""
+    rows, mine = z_CV.shape[0], min(k, shard.used)
+    # fp64 holds ids and fp32 logits exactly, so one array carries both. Slots a small shard leaves open sort last.
+    sent_CJ = torch.full((rows, 2 * k + 2), _NEG_INF, dtype=torch.float64, device=z_CV.device)
+    sent_CJ[:, :k] = shard.vocab
+    if mine:
+        ids_CK, sent_CJ[:, k : k + mine] = topk_rows(z_CV, mine)
+        sent_CJ[:, :mine] = ids_CK + shard.first_id
+    top_C, z_CV = shifted(z_CV)
+    sent_CJ[:, -2], sent_CJ[:, -1] = top_C, z_CV.div_(temperature).exp_().sum(1)
+    all_RCJ = sent_CJ.new_empty(shard.ranks, *sent_CJ.shape)
+    dist.all_gather(list(all_RCJ), sent_CJ, group=shard.group)
+    ids_CJ, values_CJ = (all_RCJ[:, :, part].transpose(0, 1).flatten(1) for part in (slice(0, k), slice(k, 2 * k)))
+    ids_CJ, by_id_CJ = ids_CJ.sort(dim=1, stable=True)
+    values_CJ, by_value_CJ = values_CJ.gather(1, by_id_CJ).sort(dim=1, descending=True, stable=True)
+    lse_C = joined_lse(all_RCJ[:, :, -2].T, all_RCJ[:, :, -1].T, temperature)
+    return ids_CJ.gather(1, by_value_CJ)[:, :k].long(), values_CJ[:, :k], lse_C
+
+
+def vocab_parallel_sparse_kl(
+    hidden_NH: Tensor,
+    weight_VsH: Tensor,
+    ids_NK: Tensor,
+    teacher_logits_NK: Tensor,
+    teacher_lse_N: Tensor,
+    *,
+    first_id: int,
+    vocab_size: int,
+    group: Any = None,
+    labels_N: Tensor,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    skew: float = 0.1,
+    tail: Tail = "bucket",
+    target_weights_NK: Tensor | None = None,
+    bias_Vs: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_bytes: int = 64 << 20,
+    backend: Backend = "auto",
+) -> SparseKL:
+    """linear_sparse_kl for a head split over the ranks of `group`: the same sums, bit for bit, on every rank.
+
+    hidden_NH [N,H], the targets (weights too) and labels_N: equal on all ranks, ids and labels those of
+    the whole vocabulary; first_id, vocab_size, weight_VsH, bias_Vs and group as in vocab_parallel_topk_lse; the rest
+    as in linear_sparse_kl. Call it, and backward, on every rank of the group.
+
+    The gradient of hidden_NH is already summed over the ranks (one all-reduce [C,H] a chunk, overlapped with the next
+    chunk's products): nothing around the op may sum it again, as a tensor-parallel "copy to region" would. Those of
+    weight_VsH and bias_Vs stay local. Partial sums meet in fp32 as shards.py describes; there is no
+    shared row constant that could be too far off: a shard whose tail lies e^-200 below another's keeps its own scale.
+    Gradients are made in the forward pass; one backward. Two waits for the device a call (valid rows, agreement).
+    Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
+    """
+    _torch_only(backend)
+    claim: Claim | ValueError
+    grad_on = torch.is_grad_enabled()
+    wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VsH, bias_Vs))
+    try:
+        options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
+        checks.check_linear(hidden_NH, weight_VsH, bias_Vs)
+        checks.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+        checks.check_weights(ids_NK, target_weights_NK, tail)
+        checks.check_same_device(hidden_NH, ids_NK)
+        operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
+        valid_M = (labels_N != ignore_index).nonzero()[:, 0]
+        labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
+        logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
+        weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
+        checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab_size)
+        checks.check_weight_values(weights_MK, logits_MK)
+        settings = (options, operand, chunk_bytes)
+        sizes = (valid_M.numel(), ids_NK.shape[1])
+        claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, *sizes, wanted[0], settings)
+    except ValueError as error:
+        claim = error
+    shard = agree(claim, hidden_NH.device, group)
+    targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab_size, temperature, weights_MK)
+    call = _Call(valid_M, labels_M, targets, options, shard, chunk_bytes, operand, accumulate, wanted)
+    outputs = _VocabParallelSparseKL.apply(hidden_NH, weight_VsH, bias_Vs, call)
+    tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
+    return SparseKL(outputs[0], tokens, *outputs[1:])
+
+
+def _torch_only(backend: Backend) -> None:
+    if choose_backend(backend) != "torch":
+        raise BackendUnavailableError("the vocab-parallel ops have no Triton form; use backend='torch' or 'auto'")
+
+
+def _claim(
+    first_id: int,
+    weight_VsH: Tensor,
+    vocab_size: int,
+    chunk_bytes: int,
+    valid: int,
+    entries: int,
+    grad_hidden: bool,
+    settings: object,
+) -> Claim:
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}")
+    if first_id < 0:
+        raise ValueError(f"first_id: expected 0 or more, got {first_id}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
+    return Claim(first_id, weight_VsH.shape[0], vocab_size, valid, entries, grad_hidden, settings)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Everything the op needs that has no gradient."""
+
+    valid_M: Tensor
+    labels_M: Tensor
+    targets: target_lists.Targets
+    options: LossOptions
+    shard: Shard
+    chunk_bytes: int
+    operand: torch.dtype
+    accumulate: torch.dtype
+    wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
+
+
+class _Gradients:
+    """Sums of gradients over chunks. A chunk's dX is on its way round the ranks while the next chunk is computed."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VsH: Tensor, call: _Call):
+        hidden, weight, bias = call.wanted
+        dtype = call.accumulate
+        self.hidden_NH = torch.zeros_like(hidden_NH, dtype=dtype) if hidden else None
+        self.weight_VH = torch.zeros_like(weight_VsH, dtype=dtype) if weight else None
+        self.bias_V = weight_VsH.new_zeros(weight_VsH.shape[0], dtype=dtype) if bias else None
+        self.shard = call.shard
+        self.sending: tuple[Any, Tensor, Tensor] | None = None
+
+    def add(self, head: Head, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
+        if self.hidden_NH is not None:
+            grad_CH = head.grad_hidden(dz_CV)
+            self.receive()
+            self.sending = (dist.all_reduce(grad_CH, group=self.shard.group, async_op=True), grad_CH, rows_C)
+        used = self.shard.used
+        if self.weight_VH is not None and used:
+            head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[:used], first=False)
+        if self.bias_V is not None and used:
+            self.bias_V[:used] += dz_CV.sum(0)
+
+    def receive(self) -> None:
+        if self.sending is not None and self.hidden_NH is not None:
+            work, grad_CH, rows_C = self.sending
+            work.wait()
+            self.hidden_NH[rows_C] = grad_CH
+        self.sending = None
+
+
+def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _Call) -> tuple[list[Tensor], _Gradients]:
+    gradients = _Gradients(hidden_NH, weight_VsH, call)
+    head = ShardHead(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard, call.options)
+    rows, options = call.valid_M.numel(), call.options
+    itemsize = call.accumulate.itemsize
+    chunks = row_chunks(rows, call.shard.widest, call.chunk_bytes, buffers=options.buffers, item_bytes=itemsize)
+    buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=call.accumulate)
+    per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=call.accumulate)
+    for chunk in chunks:
+        rows_C = call.valid_M[chunk]
+        hidden_CH = head.cast(hidden_NH.detach()[rows_C])
+        z_CV, slope_CV = head.logits(hidden_CH, buffer[: chunk.stop - chunk.start])
+        targets, labels_C = call.targets.rows(chunk), call.labels_M[chunk]
+        sums = shard_rows_step(z_CV, slope_CV, targets, labels_C, options, call.shard, want_grad=any(call.wanted))
+        per_row[:, chunk] = torch.stack(sums)
+        if any(call.wanted):
+            gradients.add(head, z_CV, hidden_CH, rows_C)
+    gradients.receive()
+    return list(per_row.sum(1).unbind()), gradients
+
+
+class _VocabParallelSparseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _Call
+    ) -> tuple[Tensor, ...]:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            sums, gradients = _run(hidden_NH, weight_VsH, bias_Vs, call)
+        ctx.dtypes = (hidden_NH.dtype, weight_VsH.dtype, None if bias_Vs is None else bias_Vs.dtype)
+        ctx.save_for_backward(gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
+        ctx.mark_non_differentiable(*sums[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("vocab_parallel_sparse_kl")
+        if grad_outputs[0] is None:
+            return (None,) * 4
+        scaled = [scale(g, grad_outputs[0], d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return (*scaled, None)
