@@ -10,9 +10,9 @@ import torch
 # Columns a group: V/G group maxima and K·G candidates are searched instead of V logits. 64 measured best of 16, 32, 64
 # on a CPU at V=49152, K=64 (27, 31 and 53 ms for 512 rows; torch.topk over the whole row 39).
 GROUP = 64
-# Entries a row and candidates of one selection that a program keeps in registers.
+# Entries a row and candidates of one selection that a program keeps in registers. 16384 candidates spill everywhere.
 MAX_ENTRIES = 4096
-MAX_CANDIDATES = 16384
+MAX_CANDIDATES = 8192
 
 
 def sparse_limit(entries: int, accumulate: torch.dtype) -> str | None:

@@ -43,7 +43,7 @@ class SelectTile(NamedTuple):
 
 
 SWEEP_TILE = SweepTile(64, 8)
-SELECT_TILES = (SelectTile(1024, 4), SelectTile(4096, 8), SelectTile(MAX_CANDIDATES, 16))
+SELECT_TILES = (SelectTile(1024, 4), SelectTile(4096, 16), SelectTile(MAX_CANDIDATES, 16))
 
 
 @triton.jit
@@ -102,12 +102,13 @@ def select_kernel(
 ):
     c = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK_J)
-    column_J = j.to(tl.int64)
+    column_J = j
     if HAS_GROUPS:
         group_J = tl.load(groups_ptr + c * (count // GROUP) + j // GROUP, mask=j < count, other=0)
-        column_J = group_J * GROUP + j % GROUP
+        column_J = group_J.to(tl.int32) * GROUP + j % GROUP
     valid_J = (j < count) & (column_J < columns)
-    value_J = tl.load(values_ptr + c * stride_values + column_J, mask=valid_J, other=_NEG_INF)
+    values_ptr += c * stride_values
+    value_J = tl.load(values_ptr + column_J, mask=valid_J, other=_NEG_INF)
 
     # Integers in the order of the floats: -0 is 0, and any NaN comes first. Below every float: places without one.
     bits_J = tl.where(value_J == 0.0, 0.0, value_J).to(tl.int32, bitcast=True)
@@ -121,7 +122,7 @@ def select_kernel(
         higher = threshold | (1 << (30 - step))
         threshold = tl.where(tl.sum((key_J >= higher).to(tl.int32), 0) >= keep, higher, threshold)
     above_J = key_J > threshold
-    equal_J = (key_J == threshold) & valid_J
+    equal_J = key_J == threshold  # never a place without a value: at least K places have one
     wanted = keep - tl.sum(above_J.to(tl.int32), 0)
     kept_J = above_J | (equal_J & (tl.cumsum(equal_J.to(tl.int32), 0) <= wanted))
     place_J = tl.cumsum(kept_J.to(tl.int32), 0) - 1
