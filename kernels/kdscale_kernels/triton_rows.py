@@ -43,7 +43,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILES = (Tile(256, 4096, 8), Tile(1024, 2048, 8), Tile(MAX_ENTRIES, 4096, 32))
+TILES = (Tile(256, 4096, 8), Tile(1024, 1024, 8), Tile(MAX_ENTRIES, 4096, 32))
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -43,7 +43,7 @@ class SelectTile(NamedTuple):
 
 
 SWEEP_TILE = SweepTile(64, 8)
-SELECT_TILES = (SelectTile(1024, 4), SelectTile(4096, 16), SelectTile(MAX_CANDIDATES, 16))
+SELECT_TILES = (SelectTile(1024, 4), SelectTile(4096, 8), SelectTile(MAX_CANDIDATES, 16))
 
 
 @triton.jit
