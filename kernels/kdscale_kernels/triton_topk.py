@@ -135,7 +135,7 @@ def topk_lse_rows(z_CV: Tensor, k: int, temperature: float, softcap: float | Non
 
     Descending by logit, lower id first among equals, NaN first. With a soft-cap z_CV is capped in place.
     """
-    rows, vocab = z_CV.shape
+    vocab = z_CV.shape[1]
     if (
         not z_CV.is_contiguous()
         or not 1 <= k <= vocab
@@ -143,6 +143,12 @@ def topk_lse_rows(z_CV: Tensor, k: int, temperature: float, softcap: float | Non
         or topk_limit(vocab, k, z_CV.dtype)
     ):
         raise ValueError(f"z_CV: expected contiguous fp32 and 1 <= k <= V, got {z_CV.dtype} {tuple(z_CV.shape)}, k={k}")
+    with torch.cuda.device_of(z_CV):  # Triton launches on the current device, whatever the tensors are on
+        return _topk_lse(z_CV, k, temperature, softcap)
+
+
+def _topk_lse(z_CV: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, vocab = z_CV.shape
     groups = -(-vocab // GROUP)
     lse_C = torch.empty(rows, dtype=torch.float32, device=z_CV.device)
     maxima_CG = torch.empty(rows, groups, dtype=torch.float32, device=z_CV.device)
