@@ -10,6 +10,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads this when it is first imported, which transformers does on its own. With a GPU its kernels are compiled.
+if not (list(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _WORDS = (
     "the river ran past an old mill and the children who lived there knew every stone of it by name while winter light "

@@ -17,6 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# By device type. A CUDA device wants thousands of rows a chunk, since each chunk reads and writes all of an fp32 dW.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+
+
+def chunk_bytes_for(chunk_bytes: int | None, device: torch.device) -> int:
+    """The caller's budget, or the device's usual one."""
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
+
 
 def row_chunks(rows: int, vocab: int, chunk_bytes: int, *, buffers: int = 1, item_bytes: int = 4) -> list[slice]:
     """Slices covering `rows`, nearly equal, each within chunk_bytes for `buffers` arrays [slice, vocab] (>= 1 row)."""
@@ -56,6 +64,10 @@ def _bf16_inside(enabled: bool) -> Iterator[None]:
         setting.fp32_precision = before
 
 
+# Before, addmm(out_dtype=fp32) wanted its addend in the operands' dtype (pytorch pull request 167931).
+_ADDMM_TAKES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
+
+
 class Head:
     """A language-model head ready for chunked products.
 
@@ -68,7 +80,7 @@ class Head:
     ):
         self.operand, self.accumulate = operand, accumulate
         self.native = weight_VH.device.type == "cuda" and operand in (torch.bfloat16, torch.float16)
-        self.native = self.native and hasattr(torch.ops.aten.mm, "dtype")
+        self.native = self.native and hasattr(torch.ops.aten.mm, "dtype_out")
         self.bf16_inside = operand == torch.bfloat16 and weight_VH.device.type == "cpu"
         self.weight_VH = self.cast(weight_VH.detach()[:vocab])
         self.bias_V = None if bias_V is None else bias_V.detach()[:vocab].to(accumulate)
@@ -84,7 +96,7 @@ class Head:
     def logits(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
         """hidden · weightᵀ + bias with fp32 sums; written to out_CV where the library can."""
         if self.native:
-            out_CV = torch.mm(hidden_CH, self.weight_VH.T, out_dtype=self.accumulate)
+            torch.mm(hidden_CH, self.weight_VH.T, out_dtype=self.accumulate, out=out_CV)
         else:
             with _bf16_inside(self.bf16_inside):
                 torch.mm(hidden_CH, self.weight_VH.T, out=out_CV)
@@ -100,11 +112,13 @@ class Head:
     def add_grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, into_VH: Tensor, *, first: bool) -> None:
         """into += dzᵀ · hidden (into = for the first chunk), summed in the accumulation dtype."""
         if self.native:
-            product_VH = torch.mm(dz_CV.T.to(self.operand), hidden_CH, out_dtype=self.accumulate)
+            dz_VC = dz_CV.T.to(self.operand)
             if first:
-                into_VH.copy_(product_VH)
+                torch.mm(dz_VC, hidden_CH, out_dtype=self.accumulate, out=into_VH)
+            elif _ADDMM_TAKES_FP32:
+                torch.addmm(into_VH, dz_VC, hidden_CH, out_dtype=self.accumulate, out=into_VH)
             else:
-                into_VH.add_(product_VH)
+                into_VH.add_(torch.mm(dz_VC, hidden_CH, out_dtype=self.accumulate))
             return
         with _bf16_inside(self.bf16_inside):
             if first:

@@ -80,6 +80,27 @@ def rows_step(z_CV: Tensor, targets: Targets, labels_C: Tensor, options: LossOpt
     return sums
 
 
+def run_rows_step(
+    backend: str,
+    z_CV: Tensor,
+    targets: Targets,
+    labels_C: Tensor,
+    options: LossOptions,
+    *,
+    want_grad: bool,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(sums [6, C] in the order of RowSums, dz [C, V] in z_CV's memory) by the chosen backend.
+
+    grad_dtype is the dtype that the products after it want; the torch path leaves dz as z_CV is.
+    """
+    if backend == "triton":
+        from kdscale_kernels.triton_rows import rows_step_triton
+
+        return rows_step_triton(z_CV, targets, labels_C, options, want_grad=want_grad, grad_dtype=grad_dtype)
+    return torch.stack(rows_step(z_CV, targets, labels_C, options, want_grad=want_grad)), z_CV
+
+
 def cap_(z_CV: Tensor, softcap: float) -> Tensor:
     """z <- softcap·tanh(z / softcap) in place; returns tanh², of which the slope is 1 - tanh²."""
     z_CV.div_(softcap).tanh_()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdscale_kernels import checks
 from kdscale_kernels.dispatch import choose_backend
-from kdscale_kernels.products import Head, compute_dtypes, row_chunks
+from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.rows import cap_
 from kdscale_kernels.types import Backend, FullKL, LossOptions
 
@@ -30,16 +30,17 @@ def linear_full_kl(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> FullKL:
     """Sum over valid rows of T²·KL(teacher ‖ student), top-1 agreement and, given labels, both cross-entropies.
 
     valid_N [N] bool marks the rows that count; labels_N [N] holds ids there and anything elsewhere. Heads of
-    different (padded) sizes need vocab_size. Two chunks of logits exist at a time, together within chunk_bytes.
+    different (padded) sizes need vocab_size. Two chunks of logits exist at a time, together within chunk_bytes
+    (None: 64 MiB on a CPU, 1 GiB on CUDA).
     No gradients. Raises ValueError for arguments that do not fit together.
     """
-    choose_backend(backend)
+    choose_backend(backend, student_hidden_NH.device, cannot="linear_full_kl has no Triton form")
     checks.check_linear(student_hidden_NH, student_weight_VH, student_bias_V, "student_")
     checks.check_linear(teacher_hidden_NG, teacher_weight_VG, teacher_bias_V, "teacher_")
     vocab = _shared_vocab(vocab_size, student_weight_VH.shape[0], teacher_weight_VG.shape[0])
@@ -58,6 +59,7 @@ def linear_full_kl(
     LossOptions(temperature=temperature)
     valid_M = valid_N.nonzero()[:, 0]
     sums_R4 = sides[0].buffer(0).new_zeros(valid_M.numel(), 4)
+    chunk_bytes = chunk_bytes_for(chunk_bytes, student_hidden_NH.device)
     chunks = row_chunks(valid_M.numel(), vocab, chunk_bytes, buffers=4 if student_softcap or teacher_softcap else 3)
     with torch.autocast(student_hidden_NH.device.type, enabled=False):
         buffers = [side.buffer(chunks[0].stop if chunks else 0) for side in sides]

@@ -17,8 +17,9 @@ from torch import Tensor
 from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
 from kdscale_kernels.dispatch import choose_backend
-from kdscale_kernels.products import Head, compute_dtypes, row_chunks
-from kdscale_kernels.rows import RowSums, rows_step
+from kdscale_kernels.limits import sparse_limit
+from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
+from kdscale_kernels.rows import RowSums, run_rows_step
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
 
 
@@ -41,7 +42,7 @@ def linear_sparse_kl(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKL:
     """Sum over valid rows of ce_weight·CE + (1 - ce_weight)·T²·D(teacher, student) from hidden states and a head.
@@ -51,7 +52,7 @@ def linear_sparse_kl(
     this same temperature. A slot with logit -inf is empty. labels_N [N]: already shifted; rows equal to ignore_index
     count for nothing. tail: "bucket" treats everything outside the K entries as one bucket, "truncated" leaves it out
     of the sum (may be negative), "renormalised" rescales both sides to the K entries. vocab_size keeps the first
-    entries of a padded head.
+    entries of a padded head. chunk_bytes None: 64 MiB on a CPU, 1 GiB on CUDA.
 
     skew s: "skewed_forward_kl" is KL(p ‖ s·p + (1-s)·q), "skewed_reverse_kl" KL(q ‖ s·q + (1-s)·p) (DistiLLM, arXiv
     2402.03898). tail="sampled" (RS-KD, arXiv 2503.16870): the ids were drawn from the teacher, repeats allowed, and
@@ -63,7 +64,6 @@ def linear_sparse_kl(
     (fp32, at least one row). One wait for the device, to count the valid rows; none in the results.
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
-    choose_backend(backend)
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
     checks.check_linear(hidden_NH, weight_VH, bias_V)
     checks.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
@@ -71,6 +71,7 @@ def linear_sparse_kl(
     checks.check_same_device(hidden_NH, ids_NK)
     vocab = checks.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
+    chosen = choose_backend(backend, hidden_NH.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
     logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
@@ -84,9 +85,10 @@ def linear_sparse_kl(
         target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK),
         options,
         vocab,
-        chunk_bytes,
+        chunk_bytes_for(chunk_bytes, hidden_NH.device),
         operand,
         accumulate,
+        chosen,
         tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)),
     )
     outputs = _LinearSparseKL.apply(hidden_NH, weight_VH, bias_V, problem)
@@ -106,6 +108,7 @@ class _Problem:
     chunk_bytes: int
     operand: torch.dtype
     accumulate: torch.dtype
+    backend: str
     wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
 
 
@@ -133,7 +136,7 @@ class _Gradients:
             head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[: self.vocab], first=self.first)
             self.first = False
         if self.bias_V is not None:
-            self.bias_V[: self.vocab] += dz_CV.sum(0)
+            self.bias_V[: self.vocab] += dz_CV.sum(0, dtype=self.bias_V.dtype)
 
 
 def _run(
@@ -147,7 +150,7 @@ def _run(
         rows,
         problem.vocab,
         problem.chunk_bytes,
-        buffers=problem.options.buffers,
+        buffers=problem.options.buffers if problem.backend == "torch" else 1,
         item_bytes=problem.accumulate.itemsize,
     )
     buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, problem.vocab), dtype=problem.accumulate)
@@ -156,12 +159,17 @@ def _run(
         rows_C = problem.valid_M[chunk]
         hidden_CH = head.cast(hidden_NH.detach()[rows_C])
         z_CV = head.logits(hidden_CH, buffer[: chunk.stop - chunk.start])
-        sums = rows_step(
-            z_CV, problem.targets.rows(chunk), problem.labels_M[chunk], problem.options, want_grad=want_grad
+        per_row[:, chunk], dz_CV = run_rows_step(
+            problem.backend,
+            z_CV,
+            problem.targets.rows(chunk),
+            problem.labels_M[chunk],
+            problem.options,
+            want_grad=want_grad,
+            grad_dtype=problem.operand if head.native else None,
         )
-        per_row[:, chunk] = torch.stack(sums)
         if want_grad:
-            gradients.add(head, z_CV, hidden_CH, rows_C)
+            gradients.add(head, dz_CV, hidden_CH, rows_C)
     return list(per_row.sum(1).unbind()), gradients
 
 

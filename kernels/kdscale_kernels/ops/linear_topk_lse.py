@@ -10,13 +10,10 @@ from torch import Tensor
 
 from kdscale_kernels import checks
 from kdscale_kernels.dispatch import choose_backend
-from kdscale_kernels.products import Head, compute_dtypes, row_chunks
+from kdscale_kernels.limits import GROUP, topk_limit
+from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.rows import cap_
 from kdscale_kernels.types import Backend, LossOptions, TopKLse
-
-# Columns a group: V/G group maxima and K·G candidates are searched instead of V logits. 64 measured best of 16, 32, 64
-# on a CPU at V=49152, K=64 (27, 31 and 53 ms for 512 rows; torch.topk over the whole row 39).
-GROUP = 64
 
 
 @torch.no_grad()
@@ -29,17 +26,17 @@ def linear_topk_lse(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> TopKLse:
-    """Top-k and log-sum-exp of softcap(hidden · weightᵀ + bias), fp32, never more than chunk_bytes of logits at once.
+    """Top-k and log-sum-exp of softcap(hidden · weightᵀ + bias), fp32, within chunk_bytes of logits at once.
 
     hidden_NH [N,H] and weight_VH [V,H] in fp32, bf16, fp16 or fp64 (which is then computed in fp64). Returns ids [N,k]
     (descending by logit, lower id first among equals), logits [N,k] and lse [N] = logsumexp(z / temperature). With
-    k >= V all V entries come back. vocab_size keeps the first entries only, for a padded head. No gradients.
+    k >= V all V entries come back. vocab_size keeps the first entries only, for a padded head. chunk_bytes None: 64 MiB
+    on a CPU, 1 GiB on CUDA. No gradients.
     A NaN logit makes its row's lse NaN. Raises ValueError for arguments that do not fit together.
     """
-    choose_backend(backend)
     checks.check_linear(hidden_NH, weight_VH, bias_V)
     options = LossOptions(temperature=temperature, softcap=softcap)
     if k < 1:
@@ -48,7 +45,14 @@ def linear_topk_lse(
     k = min(k, vocab)
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     rows, device = hidden_NH.shape[0], hidden_NH.device
-    chunks = row_chunks(rows, vocab, chunk_bytes, buffers=1 + (softcap is not None), item_bytes=accumulate.itemsize)
+    chosen = choose_backend(backend, device, cannot=topk_limit(vocab, k, accumulate))
+    chunks = row_chunks(
+        rows,
+        vocab,
+        chunk_bytes_for(chunk_bytes, device),
+        buffers=1 + (softcap is not None and chosen == "torch"),
+        item_bytes=accumulate.itemsize,
+    )
     result = TopKLse(
         torch.empty(rows, k, dtype=torch.int64, device=device),
         torch.empty(rows, k, dtype=accumulate, device=device),
@@ -59,6 +63,13 @@ def linear_topk_lse(
         buffer = torch.empty(chunks[0].stop if chunks else 0, vocab, dtype=accumulate, device=device)
         for chunk in chunks:
             z_CV = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
+            if chosen == "triton":
+                from kdscale_kernels.triton_topk import topk_lse_rows
+
+                result.ids_NK[chunk], result.logits_NK[chunk], result.lse_N[chunk] = topk_lse_rows(
+                    z_CV, k, temperature, softcap
+                )
+                continue
             if softcap is not None:
                 cap_(z_CV, softcap)
             result.ids_NK[chunk], result.logits_NK[chunk] = topk_rows(z_CV, k)

@@ -5,7 +5,7 @@ Legend: N rows, M valid rows, C rows of one chunk, V vocabulary, K teacher entri
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from torch import Tensor
 from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
 from kdscale_kernels.dispatch import choose_backend
+from kdscale_kernels.limits import sparse_limit
 from kdscale_kernels.ops.linear_sparse_kl import refuse_double_backward, scale
-from kdscale_kernels.products import row_chunks
-from kdscale_kernels.rows import RowSums, rows_step
+from kdscale_kernels.products import chunk_bytes_for, row_chunks
+from kdscale_kernels.rows import RowSums, run_rows_step
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
 
 
@@ -37,7 +38,7 @@ def sparse_kl(
     softcap: float | None = None,
     vocab_size: int | None = None,
     inplace_grad: bool = False,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKL:
     """linear_sparse_kl's loss from logits_NV [N,V] (floating); the other arguments are as there.
@@ -47,7 +48,6 @@ def sparse_kl(
     are bf16 already carry their rounding; prefer linear_sparse_kl where the head is at hand.
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
-    choose_backend(backend)
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
     if logits_NV.dim() != 2 or not logits_NV.is_floating_point() or logits_NV.shape[1] == 0:
         raise ValueError(f"logits_NV: expected a 2-D floating tensor, got {logits_NV.dtype} {tuple(logits_NV.shape)}")
@@ -56,6 +56,7 @@ def sparse_kl(
     checks.check_same_device(logits_NV, ids_NK)
     vocab = checks.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
     accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    chosen = choose_backend(backend, logits_NV.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
     logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
@@ -64,35 +65,77 @@ def sparse_kl(
     checks.check_weight_values(weights_MK, logits_MK)
     targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK)
     want_grad = torch.is_grad_enabled() and logits_NV.requires_grad
-    call = (targets, labels_M, valid_M, options, vocab, chunk_bytes, want_grad, inplace_grad)
+    chunk_bytes = chunk_bytes_for(chunk_bytes, logits_NV.device)
+    call = _Call(targets, labels_M, valid_M, options, vocab, chunk_bytes, want_grad, inplace_grad, chosen)
     outputs = _SparseKL.apply(logits_NV, call)
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=logits_NV.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
 
 
+class _Call(NamedTuple):
+    """Everything the op needs that has no gradient."""
+
+    targets: target_lists.Targets
+    labels_M: Tensor
+    valid_M: Tensor
+    options: LossOptions
+    vocab: int
+    chunk_bytes: int
+    want_grad: bool
+    inplace: bool
+    backend: str
+
+
+def _run(source_NV: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
+    """(sums [6, M] in the order of RowSums, the gradient), chunk by chunk through a copy in the accumulation dtype."""
+    grad_NV = (source_NV if call.inplace else torch.zeros_like(source_NV)) if call.want_grad else None
+    accumulate, rows = call.targets.logp_NK.dtype, call.valid_M.numel()
+    buffers = call.options.buffers if call.backend == "torch" else 1
+    per_row = torch.empty(len(RowSums._fields), rows, dtype=accumulate, device=source_NV.device)
+    for chunk in row_chunks(rows, call.vocab, call.chunk_bytes, buffers=buffers, item_bytes=accumulate.itemsize):
+        rows_C = call.valid_M[chunk]
+        z_CV = source_NV[rows_C, : call.vocab].to(accumulate)
+        per_row[:, chunk], dz_CV = run_rows_step(
+            call.backend, z_CV, call.targets.rows(chunk), call.labels_M[chunk], call.options, want_grad=call.want_grad
+        )
+        if grad_NV is not None:
+            grad_NV[rows_C, : call.vocab] = dz_CV.to(grad_NV.dtype)
+    if grad_NV is not None and call.inplace:
+        _clear_unused(grad_NV, call)
+    return per_row, grad_NV
+
+
+def _run_over_logits(source_NV: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    """As _run, for the Triton kernel: one launch that reads the logits where they are and writes the gradient there."""
+    from kdscale_kernels.triton_rows import rows_step_triton
+
+    grad_NV = source_NV if call.inplace else source_NV.clone(memory_format=torch.contiguous_format)
+    per_row, _ = rows_step_triton(
+        grad_NV[:, : call.vocab], call.targets, call.labels_M, call.options, want_grad=True, rows_C=call.valid_M
+    )
+    _clear_unused(grad_NV, call)
+    return per_row, grad_NV
+
+
+def _clear_unused(grad_NV: Tensor, call: _Call) -> None:
+    """Zeros where logits took no part: padding columns and ignored rows (picked by index: no pass over all of N×V)."""
+    grad_NV[:, call.vocab :] = 0.0
+    ignored_N = torch.ones(grad_NV.shape[0], dtype=torch.bool, device=grad_NV.device)
+    ignored_N[call.valid_M] = False
+    grad_NV.index_fill_(0, ignored_N.nonzero()[:, 0], 0.0)
+
+
 class _SparseKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, call: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        targets, labels_M, valid_M, options, vocab, chunk_bytes, want_grad, inplace = call
-        accumulate = targets.logp_NK.dtype
+    def forward(ctx: Any, logits_NV: Tensor, call: _Call) -> tuple[Tensor, ...]:
         source_NV = logits_NV.detach()
-        grad_NV = (source_NV if inplace else torch.zeros_like(source_NV)) if want_grad else None
-        rows = valid_M.numel()
-        chunks = row_chunks(rows, vocab, chunk_bytes, buffers=options.buffers, item_bytes=accumulate.itemsize)
-        per_row = torch.empty(len(RowSums._fields), rows, dtype=accumulate, device=source_NV.device)
-        for chunk in chunks:
-            rows_C = valid_M[chunk]
-            z_CV = source_NV[rows_C, :vocab].to(accumulate)
-            per_row[:, chunk] = torch.stack(
-                rows_step(z_CV, targets.rows(chunk), labels_M[chunk], options, want_grad=want_grad)
-            )
-            if grad_NV is not None:
-                grad_NV[rows_C, :vocab] = z_CV.to(grad_NV.dtype)
-        if grad_NV is not None and inplace:
-            grad_NV[:, vocab:] = 0.0
-            ignored_N = torch.ones(grad_NV.shape[0], dtype=torch.bool, device=grad_NV.device)
-            ignored_N[valid_M] = False
-            grad_NV.masked_fill_(ignored_N[:, None], 0.0)
+        over = call.backend == "triton" and call.want_grad and source_NV.dtype in (torch.float32, torch.bfloat16)
+        grad_NV: Tensor | None
+        if over and (not call.inplace or source_NV.stride(1) == 1):
+            per_row, grad_NV = _run_over_logits(source_NV, call)
+        else:
+            per_row, grad_NV = _run(source_NV, call)
+        inplace = call.inplace
         # Kept off save_for_backward when in place: an input whose version has moved on could not be saved.
         ctx.inplace, ctx.grad_NV = inplace, grad_NV if inplace else None
         if not inplace:

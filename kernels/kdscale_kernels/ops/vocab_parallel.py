@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
-from kdscale_kernels.dispatch import BackendUnavailableError, choose_backend
+from kdscale_kernels.dispatch import choose_backend
 from kdscale_kernels.groups import Claim, Shard, agree
 from kdscale_kernels.ops.linear_sparse_kl import refuse_double_backward, scale
 from kdscale_kernels.ops.linear_topk_lse import topk_rows
@@ -172,8 +172,7 @@ def vocab_parallel_sparse_kl(
 
 
 def _torch_only(backend: Backend) -> None:
-    if choose_backend(backend) != "torch":
-        raise BackendUnavailableError("the vocab-parallel ops have no Triton form; use backend='torch' or 'auto'")
+    choose_backend(backend, cannot="the vocab-parallel ops have no Triton form")
 
 
 def _claim(

@@ -1,0 +1,157 @@
+"""Compiles every Triton body for every tile and target, without a GPU, and prints what each uses as JSON lines.
+
+A program of its own, because a process that interprets Triton cannot compile it:
+
+    PYTHONPATH=kernels python tests/numerics/kernels/triton_aot.py [few|all] [--table]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kdscale_kernels import triton_rows, triton_topk
+from kdscale_kernels.limits import GROUP
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    **dict.fromkeys(("rows_ptr", "ids_ptr", "top1_ptr", "labels_ptr", "groups_ptr"), "*i64"),
+    **dict.fromkeys(("used_ptr", "whole_ptr"), "*i1"),
+    **dict.fromkeys(("z_ptr", "dz_ptr", "logp_ptr", "logp_tail_ptr", "sums_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "maxima_ptr", "values_ptr", "kept_ptr"), "*fp32"),
+    **dict.fromkeys(("temperature", "ce_weight", "beta", "softcap"), "fp32"),
+}
+
+
+class Build(NamedTuple):
+    body: Any
+    name: str
+    constants: dict[str, Any]
+    warps: int
+    types: dict[str, str]
+
+
+def loss_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """(name, constants, pointer types): the plainest, the fullest, and what lies between."""
+    plain = {
+        "DIVERGENCE": "forward_kl",
+        "TAIL": "bucket",
+        "HAS_KD": True,
+        "HAS_CE": False,
+        "TEMPERED": False,
+        "SOFTCAP": False,
+        "WANT_GRAD": True,
+        "NARROW": True,
+        "HAS_ROWS": False,
+    }
+    narrow, same = {"dz_ptr": "*bf16"}, {"z_ptr": "*bf16", "dz_ptr": "*bf16"}
+    full = {**plain, "HAS_CE": True, "TEMPERED": True, "SOFTCAP": True}
+    yield "plain", plain, narrow
+    yield "jsd, CE, T, soft-cap", {**full, "DIVERGENCE": "jsd"}, narrow
+    yield "bf16 in place, CE", {**plain, "HAS_CE": True, "NARROW": False, "HAS_ROWS": True}, same
+    if which == "all":
+        yield "no gradient", {**full, "WANT_GRAD": False}, narrow
+        for divergence, tail in itertools.product(
+            ("forward_kl", "reverse_kl", "jsd"), ("bucket", "truncated", "renormalised")
+        ):
+            yield f"{divergence} {tail}, full", {**full, "DIVERGENCE": divergence, "TAIL": tail}, narrow
+        yield "fp32 in place, full", {**full, "NARROW": False, "HAS_ROWS": True}, {}
+
+
+def builds(which: str) -> Iterator[Build]:
+    for tile, (name, flags, types) in itertools.product(triton_rows.TILES, loss_variants(which)):
+        constants = {**flags, "BLOCK_V": tile.block_v, "BLOCK_K": tile.max_k}
+        yield Build(
+            triton_rows.sparse_kl_rows_kernel, f"sparse_kl K<={tile.max_k}: {name}", constants, tile.warps, types
+        )
+    for capped in (False, True):
+        constants = {"SOFTCAP": capped, "GROUP": GROUP, "BLOCK_G": triton_topk.SWEEP_TILE.groups}
+        name = "lse_groups" + (": soft-cap" if capped else "")
+        yield Build(triton_topk.lse_groups_kernel, name, constants, triton_topk.SWEEP_TILE.warps, {})
+    for tile, grouped in itertools.product(triton_topk.SELECT_TILES, (False, True)):
+        constants = {"HAS_GROUPS": grouped, "GROUP": GROUP, "BLOCK_J": tile.max_j}
+        name = f"select J<={tile.max_j}" + (": groups" if grouped else "")
+        yield Build(triton_topk.select_kernel, name, constants, tile.warps, {})
+
+
+def compile_for(build: Build, target: GPUTarget) -> Any:
+    names = build.body.arg_names
+    types = {**TYPES, **build.types}
+    signature = {name: "constexpr" if name in build.constants else types.get(name, "i32") for name in names}
+    sixteen = [
+        i for i, name in enumerate(names) if name.endswith("_ptr") or name.startswith("stride") or name == "vocab"
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in sixteen}
+    warps = build.warps if target.backend == "cuda" else build.warps * 32 // target.warp_size
+    source = ASTSource(build.body, signature, build.constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+
+
+def usage(compiled: Any, target: GPUTarget) -> dict[str, int]:
+    """Registers a thread, bytes of stack and local memory a thread, spilled registers, shared bytes a program."""
+    shared = int(compiled.metadata.shared)
+    if target.backend == "hip":
+        listing = compiled.asm["amdgcn"]
+        found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", listing, re.MULTILINE)}
+        # A spilled scalar register goes to a lane of a vector register, so it costs no memory and is not counted.
+        return {
+            "registers": found["vgpr_count"],
+            "stack": found["private_segment_fixed_size"],
+            "local": 0,
+            "spills": found["vgpr_spill_count"],
+            "shared": shared,
+        }
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in text.splitlines() if "REG:" in line]
+    found = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    # What ptxas spills lies on the stack: there is no other stack in these bodies.
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "local": found["LOCAL"],
+        "spills": found["STACK"],
+        "shared": shared,
+    }
+
+
+def main() -> None:
+    which = sys.argv[1] if len(sys.argv) > 1 else "few"
+    rows: dict[str, list[str]] = {}
+    for build, (label, target) in itertools.product(builds(which), TARGETS.items()):
+        compiled = compile_for(build, target)
+        used = usage(compiled, target)
+        if target.backend == "cuda":
+            ptx = compiled.asm["ptx"]
+            used |= {"barriers": ptx.count("bar.sync"), "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]", ptx))}
+        record = {"name": build.name, "narrow": bool(build.constants.get("NARROW")), "target": label, **used}
+        if "--table" in sys.argv:
+            rows.setdefault(build.name, []).append(f"{used['registers']} / {used['shared']}")
+        else:
+            print(json.dumps(record), flush=True)
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
