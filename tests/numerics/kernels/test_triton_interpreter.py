@@ -328,7 +328,8 @@ def test_tails_that_underflow(device):
         sums, dz = rows_step_triton(student.to(device).clone(), narrow, labels.to(device), options, want_grad=True)
         assert sums.isfinite().all()
         torch.testing.assert_close(sums[0].double().cpu(), want.loss_C, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(dz.double().cpu(), wide, rtol=1e-4, atol=1e-6)
+        # a skewed divergence's gradient is a difference of sums near one: fp32 leaves 1e-6 where fp64 leaves nothing
+        torch.testing.assert_close(dz.double().cpu(), wide, rtol=1e-4, atol=2e-6 if "skew" in divergence else 1e-6)
         if softcap is None:
             assert float(dz[2, 2]) == 0.0
 

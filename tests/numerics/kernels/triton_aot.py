@@ -64,11 +64,13 @@ def loss_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, s
     full = {**plain, "HAS_CE": True, "TEMPERED": True, "SOFTCAP": True}
     yield "plain", plain, narrow
     yield "jsd, CE, T, soft-cap", {**full, "DIVERGENCE": "jsd"}, narrow
+    yield "skewed reverse KL, CE, T, soft-cap", {**full, "DIVERGENCE": "skewed_reverse_kl"}, narrow
     yield "bf16 in place, CE", {**plain, "HAS_CE": True, "NARROW": False, "HAS_ROWS": True}, same
     if which == "all":
         yield "no gradient", {**full, "WANT_GRAD": False}, narrow
         for divergence, tail in itertools.product(
-            ("forward_kl", "reverse_kl", "jsd"), ("bucket", "truncated", "renormalised")
+            ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"),
+            ("bucket", "truncated", "renormalised"),
         ):
             yield f"{divergence} {tail}, full", {**full, "DIVERGENCE": divergence, "TAIL": tail}, narrow
         yield "fp32 in place, full", {**full, "NARROW": False, "HAS_ROWS": True}, {}
