@@ -139,13 +139,14 @@ def _shape(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Kept layers, and how many units every kept layer keeps on each axis."""
+    """Kept layers, which heads and kv heads each keeps, and how many units on each axis."""
     kept = plan["kept"]
     per_layer = [
         {"layer": layer, **{axis: len(kept[axis][position]) for axis in ("ffn", "heads", "kv_heads")}}
         for position, layer in enumerate(kept["layers"])
     ]
-    return {"layers": kept["layers"], "per_layer": per_layer, "heads": kept["heads"], "hidden": len(kept["hidden"])}
+    which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads")}
+    return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
 
 
 def _components(evaluation: Mapping[str, Any]) -> list[dict[str, Any]] | None:

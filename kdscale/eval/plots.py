@@ -175,12 +175,9 @@ def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any])
     """One cell a head, where it is in the model; a dot in the cells of heads that went."""
     layers, units = score_LU.shape
     share_LU = score_LU / np.maximum(score_LU.max(axis=1, keepdims=True), np.finfo(float).tiny)
-    kept = facts["kept"] or {}
-    lists = kept.get(axis) if isinstance(kept.get(axis), list) else None
-    stays = np.ones((layers, units), dtype=bool)
-    if lists is not None:
-        stays[:] = False
-        for layer, heads in zip(kept["layers"], lists, strict=True):
+    stays = np.full((layers, units), facts["kept"] is None)
+    if kept := facts["kept"]:
+        for layer, heads in zip(kept["layers"], kept[axis], strict=True):
             stays[layer, heads] = True
     gone = int((~stays).sum())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from kdscale.config import build_config, dump_config
 from kdscale.errors import CheckpointError, RunFolderError
@@ -148,6 +148,19 @@ def test_a_finished_run(run: Path, tmp_path: Path) -> None:
     assert [point["tokens"] for point in facts["curves"]["validation"]] == [0, 512]
     for figure in ("54.6", "30.0", "60%"):  # pruned and distilled perplexity, gap closed
         assert figure in text, figure
+
+
+def test_the_plots_mark_every_axis_that_was_cut(run: Path, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    teacher = json.loads((tiny_llama_dir / "config.json").read_text())
+    settings = {"heads": 3, "kv_heads": 1, "ffn": 64}
+    config = build_config({"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": settings}, "here")
+    scores = load_file(run / "importance" / "scores.safetensors")
+    scores["kv_heads.output_energy"] = np.random.default_rng(2).random((4, 2), dtype=np.float32)
+    save_file(scores, run / "importance" / "scores.safetensors")
+    make_plan(teacher, load_family(teacher, "t"), scores, config.prune).save(run / "plan.json")
+    text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
+    assert "Crosses mark the 12 of 24 that were cut" in text  # query heads
+    assert "Crosses mark the 4 of 8 that were cut" in text  # kv heads
 
 
 def test_the_same_files_give_the_same_bytes(run: Path, tmp_path: Path) -> None:
