@@ -118,7 +118,8 @@ def _start_group(device: torch.device) -> None:
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        # A launcher says all three; job systems and other libraries leave a stray RANK behind.
+        if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
             dist.init_process_group(backend)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
