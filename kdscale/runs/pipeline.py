@@ -94,13 +94,10 @@ def _guarded(stage: Stage, context: Context) -> bool:
 
 def check_teacher(config: Config) -> Path:
     """Everything about the teacher that can be known without reading its weights. Returns its folder."""
-    from kdscale.families import load_family
-    from kdscale.weights import Checkpoint, check_tokenizer, resolve_teacher
+    from kdscale.weights import check_tokenizer, resolve_teacher
 
     folder = resolve_teacher(config.teacher)
-    checkpoint = Checkpoint.open(folder)
-    family = load_family(checkpoint.config, str(folder / "config.json"))
-    checkpoint.verify_against(family)
+    checkpoint, family = work.open_teacher(folder)
     check_tokenizer(folder, family.dims(checkpoint.config).vocab)
     return folder
 

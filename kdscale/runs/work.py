@@ -55,7 +55,7 @@ def axes_to_score(context: Context) -> Facts:
     """The axes that the config may cut: all that importance depends on of the pruning settings."""
     from kdscale.prune.search import openable_axes
 
-    teacher, family = _open_teacher(context.teacher)
+    teacher, family = open_teacher(context.teacher)
     return {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
 
 
@@ -65,7 +65,7 @@ def measure_importance(context: Context) -> Facts:
 
     config = context.config
     set_threads(config.runtime.threads)
-    teacher, family = _open_teacher(context.teacher)
+    teacher, family = open_teacher(context.teacher)
     batches = calibration_batches(config, context.run.data)
     with atomic_dir(context.run.importance) as tmp:
         device = resolve_device(config.runtime.device)
@@ -77,7 +77,7 @@ def choose_plan(context: Context) -> Facts:
     from kdscale.prune.plan import make_plan
     from kdscale.prune.ranking import load_scores
 
-    teacher, family = _open_teacher(context.teacher)
+    teacher, family = open_teacher(context.teacher)
     plan = make_plan(teacher.config, family, load_scores(context.run.importance), context.config.prune)
     plan.save(context.run.plan)
     for warning in plan.warnings:
@@ -95,7 +95,7 @@ def prune_and_check(context: Context) -> Facts:
     config, run = context.config, context.run
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
-    teacher, family = _open_teacher(context.teacher)
+    teacher, family = open_teacher(context.teacher)
     plan = Plan.load(run.plan, config=teacher.config, family=family)
     with atomic_dir(run.pruned) as tmp:
         apply_plan(
@@ -176,7 +176,8 @@ def _check_ids(data: Path, seed: int) -> Tensor:
     return batch.input_ids_BS
 
 
-def _open_teacher(folder: Path) -> tuple[Checkpoint, Family]:
+def open_teacher(folder: Path) -> tuple[Checkpoint, Family]:
+    """The teacher with its family, its headers checked; reads no weights. Raises CheckpointError."""
     from kdscale.families import load_family
     from kdscale.weights import Checkpoint
 

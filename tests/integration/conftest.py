@@ -21,19 +21,21 @@ class Outcome:
     err: str
 
 
-def command_environment() -> dict[str, str]:
+@pytest.fixture(scope="session")
+def kdscale_environment() -> dict[str, str]:
+    """The environment in which `python -m kdscale.cli.main` runs from this checkout, on one thread."""
     sources = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
     return {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
 
 @pytest.fixture(scope="session")
-def kdscale() -> Callable[..., Outcome]:
+def kdscale(kdscale_environment: dict[str, str]) -> Callable[..., Outcome]:
     """`kdscale("run", config)` → exit code and what was printed."""
 
     def call(*args: object, cwd: Path | None = None) -> Outcome:
         command = [sys.executable, "-m", "kdscale.cli.main", *map(str, args)]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=280, check=False, env=command_environment(), cwd=cwd
+            command, capture_output=True, text=True, timeout=280, check=False, env=kdscale_environment, cwd=cwd
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,12 @@ def _progress_marks(run: Path) -> int:
     return rows + sum(1 for _ in read_metrics(run / "logs" / "metrics.jsonl"))
 
 
-def _killed_at(command: list[str], run: Path, mark: int) -> bool:
+def _killed_at(command: list[str], environment: dict[str, str], run: Path, mark: int) -> bool:
     """Start the run and kill it as soon as it has made `mark` steps of progress; False when it ended before that."""
     start = _progress_marks(run)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=environment
+    )
     deadline = time.monotonic() + 120
     while process.poll() is None:
         assert time.monotonic() < deadline
@@ -90,22 +92,15 @@ def _killed_at(command: list[str], run: Path, mark: int) -> bool:
     return False
 
 
-@pytest.fixture
-def command_environment_set(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    root = Path(__file__).resolve().parents[2]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(root / part) for part in (".", "kernels", "launch")))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("command_environment_set")
-def test_killed_runs_end_with_the_same_student(kdscale: Cli, tiny_config: Path) -> None:
+def test_killed_runs_end_with_the_same_student(
+    kdscale: Cli, kdscale_environment: dict[str, str], tiny_config: Path
+) -> None:
     unbroken, broken = tiny_config.parent / "unbroken", tiny_config.parent / "broken"
     assert kdscale("run", tiny_config, "--set", f"run_dir={unbroken}").code == 0
     command = [sys.executable, "-m", "kdscale.cli.main", "run", str(tiny_config), "--set", f"run_dir={broken}"]
     rng = random.Random(5)
-    kills = sum(_killed_at(command, broken, rng.randint(1, 6)) for _ in range(5))
+    kills = sum(_killed_at(command, kdscale_environment, broken, rng.randint(1, 6)) for _ in range(5))
     assert kills >= 3
     outcome = kdscale("run", tiny_config, "--set", f"run_dir={broken}")
     assert outcome.code == 0, outcome.err
@@ -114,15 +109,15 @@ def test_killed_runs_end_with_the_same_student(kdscale: Cli, tiny_config: Path) 
     assert rows == list(range(1, len(rows) + 1))  # no step lost, none twice
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(kdscale: Cli, tiny_config: Path) -> None:
+def test_sigterm_saves_and_the_next_run_goes_on(
+    kdscale: Cli, kdscale_environment: dict[str, str], tiny_config: Path
+) -> None:
     run = tiny_config.parent / "run"
     assert kdscale("prune", tiny_config).code == 0
-    root = Path(__file__).resolve().parents[2]
-    sources = os.pathsep.join(str(root / part) for part in (".", "kernels", "launch"))
     process = subprocess.Popen(
         [sys.executable, "-m", "kdscale.cli.main", "distill", str(tiny_config)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1"},
+        env=kdscale_environment,
     )  # fmt: skip
     while process.poll() is None and not any(read_metrics(run / "logs" / "metrics.jsonl")):
         time.sleep(0.002)
