@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
-from kdscale.prune.apply import compensated_roles
 from kdscale.prune.plan import Plan
+from kdscale.prune.repair import compensated_roles
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.stream import LayerStream, OneLayer
 from kdscale.weights import Checkpoint

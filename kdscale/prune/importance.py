@@ -6,7 +6,7 @@ Two scores a unit where there is a choice:
 - `output_energy`: the unit's share of the sublayer's output, Σ over tokens of ‖W_unit · x_unit‖².
 Layers: block influence, 1 − the mean cosine between what enters and what leaves (arXiv 2403.03853).
 
-All statistics are fp32 within a batch and fp64 across batches, whatever the weights are in. Gram matrices for the
+Gram matrices for the
 compensation are not stored: which half of a matrix is needed depends on the plan, d_ffn² floats a layer are 26 GB for
 an 8B model, and a second pass when the plan is known costs seconds. So each stage can be restarted on its own.
 
@@ -25,90 +25,15 @@ from torch import Tensor, nn
 
 from kdscale.config import ImportanceConfig, PruneConfig
 from kdscale.errors import DataError, SelfCheckError
-from kdscale.families import Dims, Family
+from kdscale.families import Family
 from kdscale.files import atomic_path, write_json
 from kdscale.models import resolve_dtype
 from kdscale.progress import Reporter
 from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE
 from kdscale.prune.search import openable_axes
-from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
+from kdscale.prune.statistics import NormStats, UnitStats
+from kdscale.prune.stream import LayerStream, TokenBatch
 from kdscale.weights import Checkpoint
-
-
-class UnitStats:
-    """Both scores of ffn units and of heads, and the energy of kv groups, in one layer."""
-
-    def __init__(self, dims: Dims, layer: OneLayer, family: Family, axes: Sequence[str]):
-        self._dims, self._axes = dims, axes
-        self._sites = family.sites
-        self._layer = layer
-        self._sums: dict[str, Tensor] = {}
-
-    def attach(self) -> list[Any]:
-        """Register the hooks this layer needs; returns their handles."""
-        handles = []
-        if "ffn" in self._axes:
-            handles.append(self._hook(self._sites.ffn, self._see_ffn))
-        if "heads" in self._axes or "kv_heads" in self._axes:
-            handles.append(self._hook(self._sites.heads, self._see_heads))
-        return handles
-
-    def scores(self) -> dict[str, Tensor]:
-        """Finished scores of this layer, fp64 on the CPU."""
-        sums, dims, out = self._sums, self._dims, {}
-        if "ffn" in self._axes:
-            weight_DF = _weight(self._layer.site(self._sites.ffn))
-            out["ffn.activation"] = sums["ffn"].sqrt()
-            out["ffn.output_energy"] = sums["ffn_square"] * weight_DF.square().sum(0).double()
-        if "heads" in self._axes or "kv_heads" in self._axes:
-            out["heads.activation"] = sums["heads"].sqrt()
-            group, width = dims.heads // dims.kv_heads, dims.head_dim
-            weight = _weight(self._layer.site(self._sites.heads)).double()
-            weight_KDPH = weight.view(-1, dims.kv_heads, group * width).transpose(0, 1)
-            # ‖W x‖² summed over tokens is the trace of W G Wᵀ; a head's own part is its diagonal block of G.
-            gram = sums["gram"]
-            out["kv_heads.output_energy"] = ((weight_KDPH @ gram) * weight_KDPH).sum((1, 2))
-            blocks = [slice(head * width, (head + 1) * width) for head in range(group)]
-            energy_PK = [((weight_KDPH[..., b] @ gram[:, b, b]) * weight_KDPH[..., b]).sum((1, 2)) for b in blocks]
-            out["heads.output_energy"] = torch.stack(energy_PK, dim=1).flatten()
-        return {name: value.clamp_min(0).cpu() for name, value in out.items()}
-
-    def _hook(self, path: str, see: Callable[[Tensor], None]) -> Any:
-        return self._layer.site(path).register_forward_pre_hook(lambda _module, args: see(args[0].float()))
-
-    def _see_ffn(self, x_BSF: Tensor) -> None:
-        self._add("ffn", x_BSF.abs().mean(1).square().sum(0))
-        self._add("ffn_square", x_BSF.square().sum((0, 1)))
-
-    def _see_heads(self, x_BSQH: Tensor) -> None:
-        dims = self._dims
-        self._add("heads", x_BSQH.unflatten(-1, (dims.heads, dims.head_dim)).norm(dim=-1).mean(1).square().sum(0))
-        x_KNG = x_BSQH.flatten(0, 1).unflatten(-1, (dims.kv_heads, -1)).transpose(0, 1)
-        self._add("gram", x_KNG.transpose(1, 2) @ x_KNG)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
-
-
-class NormStats:
-    """Minitron's score of the hidden axis: summed over all norms of all layers and the final one."""
-
-    def __init__(self, hidden: int):
-        self.total_D = torch.zeros(hidden, dtype=torch.float64)
-        self._squares: dict[int, Tensor] = {}
-
-    def attach(self, norms: Sequence[nn.Module]) -> list[Any]:
-        return [norm.register_forward_hook(lambda module, _args, output: self._see(module, output)) for norm in norms]
-
-    def close(self) -> None:
-        """Take the root of what each norm saw and add it to the total; call once when its batches are through."""
-        for squares in self._squares.values():
-            self.total_D += squares.sqrt().cpu()
-        self._squares.clear()
-
-    def _see(self, module: nn.Module, y_BSD: Tensor) -> None:
-        seen = y_BSD.float().abs().mean(1).square().sum(0).double()
-        self._squares[id(module)] = self._squares.get(id(module), torch.zeros_like(seen)) + seen
 
 
 def run(
@@ -228,9 +153,3 @@ def _row(values: np.ndarray) -> dict[str, float] | float:
 
 def _cosine_sum(before_BSD: Tensor, after_BSD: Tensor) -> Tensor:
     return nn.functional.cosine_similarity(before_BSD.float(), after_BSD.float(), dim=-1).double().sum().cpu()
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.float()

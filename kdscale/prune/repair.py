@@ -1,0 +1,99 @@
+"""The pass that repairs what slicing removes: the teacher streamed again, each layer's regression solved in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdscale.progress import Reporter
+from kdscale.prune.compensate import RidgeSums
+from kdscale.prune.plan import Plan
+from kdscale.prune.slicing import Slicer
+from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
+from kdscale.weights import Checkpoint
+
+# The input axis of the two projections that write to the residual stream, by role: what compensation rewrites.
+COMPENSATED = {"down": "ffn", "o": "heads*head_dim"}
+
+
+def compensated_roles(plan: Plan, slicer: Slicer) -> list[str]:
+    """Which projections this plan rewrites by regression: those with an input axis that is cut."""
+    if plan.methods.compensate == "none":
+        return []
+    return [role for role, axis in COMPENSATED.items() if slicer.kept(axis, 0) is not None]
+
+
+def compensated_layers(
+    stream: LayerStream,
+    slicer: Slicer,
+    batches: Sequence[TokenBatch],
+    ridge: float,
+    teacher: Checkpoint,
+    reporter: Reporter,
+) -> Iterator[dict[str, Tensor]]:
+    """For each kept layer, in order: role → compensated weight, fp32 on the CPU, cut to the kept hidden rows."""
+    plan = slicer.plan
+    tokens = sum(batch.input_ids_BS.numel() for batch in batches)
+    last = plan.kept.layers[-1]
+    hidden = stream.embed(batches)
+    with reporter.bar("compensation", total=tokens) as bar:
+        for layer in stream.layers():
+            position = plan.kept.layers.index(layer.index) if layer.index in plan.kept.layers else None
+            sums = _attach(layer, slicer, position, stream.device) if position is not None else {}
+            for index, batch in enumerate(batches):
+                with torch.inference_mode():
+                    hidden[index] = layer(hidden[index], batch.position_ids_BS.to(stream.device))
+                share = batch.input_ids_BS.numel() / (last + 1)
+                bar.advance(share, f"layer {layer.index + 1}/{last + 1}")
+            layer.release()
+            if position is not None:
+                with torch.inference_mode():
+                    solved = _solve(slicer, position, sums, ridge, teacher, stream.device)
+                del sums
+                yield solved
+                del solved
+            if position == plan.student.layers - 1:
+                return
+
+
+def _attach(layer: OneLayer, slicer: Slicer, position: int, device: torch.device) -> dict[str, RidgeSums]:
+    sites = slicer.family.sites
+    out: dict[str, RidgeSums] = {}
+    for role in compensated_roles(slicer.plan, slicer):
+        axis = COMPENSATED[role]
+        kept = slicer.kept(axis, position)
+        assert kept is not None
+        out[role] = sums = RidgeSums(kept, slicer.plan.teacher.dims().axis_size(axis), device)
+        path = sites.ffn if role == "down" else sites.heads
+        layer.site(path).register_forward_pre_hook(_adder(sums))
+    return out
+
+
+def _adder(sums: RidgeSums) -> Any:
+    def add(_module: Any, args: tuple[Tensor, ...]) -> None:
+        sums.add(args[0])
+
+    return add
+
+
+def _solve(
+    slicer: Slicer,
+    position: int,
+    sums: dict[str, RidgeSums],
+    ridge: float,
+    teacher: Checkpoint,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    hidden = slicer.kept("hidden", None)
+    out: dict[str, Tensor] = {}
+    for source, _, spec in slicer.layer(position):
+        if spec.role not in sums:
+            continue
+        weight_DU = teacher.tensor(source).to(device)
+        if hidden is not None:  # rows of channels that go need no regression
+            weight_DU = weight_DU[torch.tensor(hidden, device=device)]
+        out[spec.role] = sums[spec.role].solve(weight_DU, ridge, source).cpu()
+    return out

@@ -1,0 +1,99 @@
+"""What the streaming pass sums over the calibration tokens: the statistics behind the scores that importance.py names.
+
+All of them are fp32 within a batch and fp64 across batches, whatever the weights are in.
+
+B batch · S sequence · N = B·S tokens · D hidden · F ffn · Q query heads · K kv heads · P = Q/K · H head_dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdscale.families import Dims, Family
+from kdscale.prune.stream import OneLayer
+
+
+class UnitStats:
+    """Both scores of ffn units and of heads, and the energy of kv groups, in one layer."""
+
+    def __init__(self, dims: Dims, layer: OneLayer, family: Family, axes: Sequence[str]):
+        self._dims, self._axes = dims, axes
+        self._sites = family.sites
+        self._layer = layer
+        self._sums: dict[str, Tensor] = {}
+
+    def attach(self) -> list[Any]:
+        """Register the hooks this layer needs; returns their handles."""
+        handles = []
+        if "ffn" in self._axes:
+            handles.append(self._hook(self._sites.ffn, self._see_ffn))
+        if "heads" in self._axes or "kv_heads" in self._axes:
+            handles.append(self._hook(self._sites.heads, self._see_heads))
+        return handles
+
+    def scores(self) -> dict[str, Tensor]:
+        """Finished scores of this layer, fp64 on the CPU."""
+        sums, dims, out = self._sums, self._dims, {}
+        if "ffn" in self._axes:
+            weight_DF = _weight(self._layer.site(self._sites.ffn))
+            out["ffn.activation"] = sums["ffn"].sqrt()
+            out["ffn.output_energy"] = sums["ffn_square"] * weight_DF.square().sum(0).double()
+        if "heads" in self._axes or "kv_heads" in self._axes:
+            out["heads.activation"] = sums["heads"].sqrt()
+            group, width = dims.heads // dims.kv_heads, dims.head_dim
+            weight = _weight(self._layer.site(self._sites.heads)).double()
+            weight_KDPH = weight.view(-1, dims.kv_heads, group * width).transpose(0, 1)
+            # ‖W x‖² summed over tokens is the trace of W G Wᵀ; a head's own part is its diagonal block of G.
+            gram = sums["gram"]
+            out["kv_heads.output_energy"] = ((weight_KDPH @ gram) * weight_KDPH).sum((1, 2))
+            blocks = [slice(head * width, (head + 1) * width) for head in range(group)]
+            energy_PK = [((weight_KDPH[..., b] @ gram[:, b, b]) * weight_KDPH[..., b]).sum((1, 2)) for b in blocks]
+            out["heads.output_energy"] = torch.stack(energy_PK, dim=1).flatten()
+        return {name: value.clamp_min(0).cpu() for name, value in out.items()}
+
+    def _hook(self, path: str, see: Callable[[Tensor], None]) -> Any:
+        return self._layer.site(path).register_forward_pre_hook(lambda _module, args: see(args[0].float()))
+
+    def _see_ffn(self, x_BSF: Tensor) -> None:
+        self._add("ffn", x_BSF.abs().mean(1).square().sum(0))
+        self._add("ffn_square", x_BSF.square().sum((0, 1)))
+
+    def _see_heads(self, x_BSQH: Tensor) -> None:
+        dims = self._dims
+        self._add("heads", x_BSQH.unflatten(-1, (dims.heads, dims.head_dim)).norm(dim=-1).mean(1).square().sum(0))
+        x_KNG = x_BSQH.flatten(0, 1).unflatten(-1, (dims.kv_heads, -1)).transpose(0, 1)
+        self._add("gram", x_KNG.transpose(1, 2) @ x_KNG)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+
+
+class NormStats:
+    """Minitron's score of the hidden axis: summed over all norms of all layers and the final one."""
+
+    def __init__(self, hidden: int):
+        self.total_D = torch.zeros(hidden, dtype=torch.float64)
+        self._squares: dict[int, Tensor] = {}
+
+    def attach(self, norms: Sequence[nn.Module]) -> list[Any]:
+        return [norm.register_forward_hook(lambda module, _args, output: self._see(module, output)) for norm in norms]
+
+    def close(self) -> None:
+        """Take the root of what each norm saw and add it to the total; call once when its batches are through."""
+        for squares in self._squares.values():
+            self.total_D += squares.sqrt().cpu()
+        self._squares.clear()
+
+    def _see(self, module: nn.Module, y_BSD: Tensor) -> None:
+        seen = y_BSD.float().abs().mean(1).square().sum(0).double()
+        self._squares[id(module)] = self._squares.get(id(module), torch.zeros_like(seen)) + seen
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.float()
