@@ -2,14 +2,12 @@
 
 Legend: N rows, M valid rows, C rows of one chunk, H hidden size, V vocabulary, K teacher entries, T temperature.
 
-The gradients are made in the forward pass, chunk by chunk, so the product hidden · weightᵀ is computed once and N×V
-never exists; backward only scales them (the idea of Liger-Kernel's fused linear losses, Hsu et al. 2024).
+The gradients are made in the forward pass (made_in_forward.py), chunk by chunk: N×V never exists.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
 from kdscale_kernels.dispatch import choose_backend
 from kdscale_kernels.limits import sparse_limit
+from kdscale_kernels.made_in_forward import Made, made_in_forward
 from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.rows import RowSums, run_rows_step
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
@@ -91,7 +90,9 @@ def linear_sparse_kl(
         chosen,
         tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)),
     )
-    outputs = _LinearSparseKL.apply(hidden_NH, weight_VH, bias_V, problem)
+    outputs = made_in_forward(
+        "linear_sparse_kl", lambda: _run(hidden_NH, weight_VH, bias_V, problem), hidden_NH, weight_VH, bias_V
+    )
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
 
@@ -139,9 +140,7 @@ class _Gradients:
             self.bias_V[: self.vocab] += dz_CV.sum(0, dtype=self.bias_V.dtype)
 
 
-def _run(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: _Problem
-) -> tuple[list[Tensor], _Gradients]:
+def _run(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: _Problem) -> Made:
     """Per-quantity sums over all valid rows, and the gradients of the first of them."""
     gradients = _Gradients(hidden_NH, weight_VH, problem)
     head = Head(weight_VH, bias_V, problem.operand, problem.accumulate, problem.vocab)
@@ -170,42 +169,4 @@ def _run(
         )
         if want_grad:
             gradients.add(head, dz_CV, hidden_CH, rows_C)
-    return list(per_row.sum(1).unbind()), gradients
-
-
-class _LinearSparseKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: _Problem
-    ) -> tuple[Tensor, ...]:
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            sums, gradients = _run(hidden_NH, weight_VH, bias_V, problem)
-        ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.save_for_backward(gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
-        ctx.mark_non_differentiable(*sums[1:])
-        ctx.set_materialize_grads(False)
-        return tuple(sums)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("linear_sparse_kl")
-        if grad_outputs[0] is None:
-            return (None,) * 4
-        scaled = [scale(g, grad_outputs[0], d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return (*scaled, None)
-
-
-def scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """gradient · factor, rounded once, to dtype; without a second full-precision copy."""
-    if gradient is None:
-        return None
-    return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))
-
-
-def refuse_double_backward(op: str) -> None:
-    """The gradient is a constant by the time backward runs: differentiating it again would silently give zero."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op} can be differentiated once only (its gradient is made in the forward pass): "
-            "call backward without create_graph=True, or use kdscale_kernels.reference"
-        )
+    return Made(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)

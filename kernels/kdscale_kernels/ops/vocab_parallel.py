@@ -20,7 +20,7 @@ from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
 from kdscale_kernels.dispatch import choose_backend
 from kdscale_kernels.groups import Claim, Shard, agree
-from kdscale_kernels.ops.linear_sparse_kl import refuse_double_backward, scale
+from kdscale_kernels.made_in_forward import Made, made_in_forward
 from kdscale_kernels.ops.linear_topk_lse import topk_rows
 from kdscale_kernels.products import Head, compute_dtypes, row_chunks
 from kdscale_kernels.rows import RowSums
@@ -166,7 +166,13 @@ def vocab_parallel_sparse_kl(
     shard = agree(claim, hidden_NH.device, group)
     targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab_size, temperature, weights_MK)
     call = _Call(valid_M, labels_M, targets, options, shard, chunk_bytes, operand, accumulate, wanted)
-    outputs = _VocabParallelSparseKL.apply(hidden_NH, weight_VsH, bias_Vs, call)
+    outputs = made_in_forward(
+        "vocab_parallel_sparse_kl",
+        lambda: _run(hidden_NH, weight_VsH, bias_Vs, call),
+        hidden_NH,
+        weight_VsH,
+        bias_Vs,
+    )
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
 
@@ -240,7 +246,7 @@ class _Gradients:
         self.sending = None
 
 
-def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _Call) -> tuple[list[Tensor], _Gradients]:
+def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _Call) -> Made:
     gradients = _Gradients(hidden_NH, weight_VsH, call)
     head = ShardHead(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard, call.options)
     rows, options = call.valid_M.numel(), call.options
@@ -258,26 +264,4 @@ def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _C
         if any(call.wanted):
             gradients.add(head, z_CV, hidden_CH, rows_C)
     gradients.receive()
-    return list(per_row.sum(1).unbind()), gradients
-
-
-class _VocabParallelSparseKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _Call
-    ) -> tuple[Tensor, ...]:
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            sums, gradients = _run(hidden_NH, weight_VsH, bias_Vs, call)
-        ctx.dtypes = (hidden_NH.dtype, weight_VsH.dtype, None if bias_Vs is None else bias_Vs.dtype)
-        ctx.save_for_backward(gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
-        ctx.mark_non_differentiable(*sums[1:])
-        ctx.set_materialize_grads(False)
-        return tuple(sums)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("vocab_parallel_sparse_kl")
-        if grad_outputs[0] is None:
-            return (None,) * 4
-        scaled = [scale(g, grad_outputs[0], d) for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return (*scaled, None)
+    return Made(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
