@@ -13,6 +13,7 @@ import torch
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
 Tail = Literal["bucket", "truncated", "renormalised", "sampled"]
 Backend = Literal["auto", "torch", "triton"]
+Mode = Literal["auto", "fast", "lean"]
 
 
 class TopKLse(NamedTuple):
@@ -80,6 +81,11 @@ class LossOptions:
     def buffers(self) -> int:
         """fp32 [rows, V] buffers needed at once: logits, a second softmax when T != 1, the soft-cap's slope."""
         return 1 + (self.temperature != 1.0) + (self.softcap is not None)
+
+    @property
+    def exponentials(self) -> int:
+        """Softmaxes that a gradient in the tail is made of: a second one for CE beside a divergence at T != 1."""
+        return 1 + (self.temperature != 1.0 and self.ce_weight > 0.0)
 
 
 def _require(good: bool, field: str, expected: str, got: object) -> None:
