@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdscale_kernels import triton_rows, triton_topk
+from kdscale_kernels import triton_full, triton_rows, triton_topk
 from kdscale_kernels.limits import GROUP
 
 TARGETS = {
@@ -33,9 +33,9 @@ TARGETS = {
 TYPES = {
     **dict.fromkeys(("rows_ptr", "ids_ptr", "top1_ptr", "labels_ptr", "groups_ptr"), "*i64"),
     **dict.fromkeys(("used_ptr", "whole_ptr"), "*i1"),
-    **dict.fromkeys(("z_ptr", "dz_ptr", "logp_ptr", "logp_tail_ptr", "sums_ptr"), "*fp32"),
+    **dict.fromkeys(("z_ptr", "teacher_ptr", "dz_ptr", "logp_ptr", "logp_tail_ptr", "sums_ptr"), "*fp32"),
     **dict.fromkeys(("lse_ptr", "maxima_ptr", "values_ptr", "kept_ptr"), "*fp32"),
-    **dict.fromkeys(("temperature", "ce_weight", "beta", "softcap"), "fp32"),
+    **dict.fromkeys(("temperature", "ce_weight", "beta", "softcap", "teacher_softcap"), "fp32"),
 }
 
 
@@ -76,7 +76,34 @@ def loss_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, s
         yield "fp32 in place, full", {**full, "NARROW": False, "HAS_ROWS": True}, {}
 
 
+def full_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """As loss_variants, for linear_full_kl."""
+    plain = {
+        "DIVERGENCE": "forward_kl",
+        "HAS_KD": True,
+        "HAS_CE": False,
+        "TEMPERED": False,
+        "SOFTCAP": False,
+        "TEACHER_SOFTCAP": False,
+        "WANT_GRAD": True,
+        "NARROW": True,
+        "BLOCK_V": triton_full.TILE.block_v,
+    }
+    narrow = {"dz_ptr": "*bf16"}
+    full = {**plain, "HAS_CE": True, "TEMPERED": True, "SOFTCAP": True, "TEACHER_SOFTCAP": True}
+    yield "plain", plain, narrow
+    yield "jsd, CE, T, soft-caps", {**full, "DIVERGENCE": "jsd"}, narrow
+    yield "fp32 in place, CE", {**plain, "HAS_CE": True, "NARROW": False}, {}
+    if which == "all":
+        yield "no gradient", {**full, "WANT_GRAD": False}, narrow
+        for divergence in ("forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl"):
+            yield f"{divergence}, full", {**full, "DIVERGENCE": divergence}, narrow
+        yield "CE alone", {**full, "DIVERGENCE": "jsd", "HAS_KD": False}, narrow
+
+
 def builds(which: str) -> Iterator[Build]:
+    for name, constants, types in full_variants(which):
+        yield Build(triton_full.full_kl_rows_kernel, f"full_kl: {name}", constants, triton_full.TILE.warps, types)
     for tile, (name, flags, types) in itertools.product(triton_rows.TILES, loss_variants(which)):
         constants = {**flags, "BLOCK_V": tile.block_v, "BLOCK_K": tile.max_k}
         yield Build(
