@@ -163,3 +163,30 @@ class Head:
                 torch.mm(dz_CV.T, hidden_CH, out=into_VH)
             else:
                 into_VH.addmm_(dz_CV.T, hidden_CH)
+
+
+class GradientSums:
+    """The sums of a loss's gradients over chunks of rows, in the accumulation dtype, for the inputs that want one."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, wanted: tuple[bool, ...], head: Head, rows: int):
+        """wanted: gradients of hidden, weight, bias; rows: how many will be added in all."""
+        dtype, vocab = head.accumulate, head.given_VH.shape[0]
+        self.head, self.first = head, True
+        self.hidden_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=dtype) if wanted[0] else None
+        self.weight_VH: Tensor | None = None
+        if wanted[1] and rows:  # the first chunk writes, later ones add: no pass over V·H to clear it
+            self.weight_VH = hidden_NH.new_empty(weight_VH.shape, dtype=dtype)
+            self.weight_VH[vocab:] = 0.0
+        elif wanted[1]:
+            self.weight_VH = hidden_NH.new_zeros(weight_VH.shape, dtype=dtype)
+        self.bias_V = hidden_NH.new_zeros(weight_VH.shape[:1], dtype=dtype) if wanted[2] else None
+
+    def add(self, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
+        vocab = self.head.given_VH.shape[0]
+        if self.hidden_NH is not None:
+            self.hidden_NH[rows_C] = self.head.grad_hidden(dz_CV).to(self.hidden_NH.dtype)
+        if self.weight_VH is not None:
+            self.head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[:vocab], first=self.first)
+            self.first = False
+        if self.bias_V is not None:
+            self.bias_V[:vocab] += dz_CV.sum(0, dtype=self.bias_V.dtype)

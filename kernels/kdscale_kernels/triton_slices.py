@@ -11,6 +11,8 @@ address from several threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -209,7 +211,7 @@ def read_slice_triton(
     labels_C: Tensor,
     found: Found,
     options: LossOptions,
-    keep: tuple[Tensor, ...] | list[Tensor] = (),
+    keep: Sequence[Tensor] = (),
 ) -> tuple[Parts, Kept | None]:
     """slices.read_slice for the entries from `first` on; z_CS fp32, contiguous."""
     rows, width = z_CS.shape

@@ -39,13 +39,14 @@ class SparseKL:
 
 @dataclass(frozen=True)
 class FullKL:
-    """Sums over the valid rows; no gradients."""
+    """Sums over the valid rows; only `loss_sum` carries a gradient. Nothing here waits for the device."""
 
-    loss_sum: torch.Tensor  # fp32 scalar: sum of T^2 * KL(teacher || student) over the whole vocabulary (nats)
+    loss_sum: torch.Tensor  # fp32 scalar: sum of ce_weight * CE + (1 - ce_weight) * T^2 * D
     tokens: torch.Tensor  # int64 scalar: valid rows
-    top1_agree_sum: torch.Tensor  # rows where both have the same first id
-    ce_sum: torch.Tensor  # student's cross-entropy at temperature 1; 0 when no labels were given
-    teacher_ce_sum: torch.Tensor  # teacher's, likewise
+    kd_sum: torch.Tensor  # sum of D at temperature T over the whole vocabulary (nats), without the T^2
+    ce_sum: torch.Tensor  # sum of the student's cross-entropy at temperature 1 (nats), whatever ce_weight is
+    teacher_ce_sum: torch.Tensor  # the teacher's, likewise
+    top1_agree_sum: torch.Tensor  # rows where both have the same first id (of equal logits the lower id)
 
 
 @dataclass(frozen=True)
