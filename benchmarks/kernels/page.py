@@ -20,7 +20,7 @@ OPS = {
     "linear_topk_lse": "Teacher's side: hidden states and head → top-k and log-sum-exp",
     "sparse_kl": "Logits that already exist → loss and their gradient",
 }
-LABEL, PANEL, VALUE, LINE, TOP = 330, 210, 92, 26, 34
+LABEL, PANEL, VALUE, LINE, TOP = 340, 200, 125, 26, 34
 STYLE = """
 :root { --ink:#1c2126; --muted:#5c6670; --line:#d9dee3; --card:#ffffff; --page:#f4f6f8;
         --ours:#0a6cc4; --peer:#9aa7b3; --floor:#c98a1b; --good:#1c7d45; --bad:#b3261e; }
@@ -28,13 +28,13 @@ STYLE = """
 :root { --ink:#e8ecef; --muted:#9ba6b0; --line:#343c44; --card:#1a1f24; --page:#111417;
         --ours:#5aaef5; --peer:#66727d; --floor:#e0a94a; --good:#5fcf8d; --bad:#ff8a80; } }
 body { margin:0; background:var(--page); color:var(--ink); font:15px/1.5 system-ui,sans-serif; }
-main { max-width:1010px; margin:0 auto; padding:28px 18px 60px; }
+main { max-width:1040px; margin:0 auto; padding:28px 18px 60px; }
 h1 { font-size:26px; margin:0 0 4px; } h2 { font-size:20px; margin:36px 0 4px; } h3 { font-size:15px; margin:0 0 2px; }
 p { margin:4px 0 12px; } .muted, figcaption { color:var(--muted); font-size:13.5px; }
 figure, .card { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:14px 16px;
   margin:14px 0; overflow-x:auto; }
 svg { display:block; width:100%; min-width:760px; height:auto; }
-svg text { font:13px system-ui,sans-serif; fill:var(--ink); }
+svg text { font:13px system-ui,sans-serif; fill:var(--ink); paint-order:stroke; stroke:var(--card); stroke-width:3px; }
 svg .m { fill:var(--muted); font-size:12px; } svg .head { font-weight:600; font-size:13px; }
 .ours { fill:var(--ours); } .peer { fill:var(--peer); } .floor { fill:var(--floor); }
 line { stroke:var(--line); } .whisker { stroke:var(--ink); stroke-width:1.5; }
@@ -53,7 +53,7 @@ def write_page(path: Path, rows: Sequence[Row], found: Sequence[Verdict], comman
 def page(rows: Sequence[Row], found: Sequence[Verdict], command: str) -> str:
     first = rows[0]
     threads = f", {first.threads} threads" if first.threads != "" else ""
-    peers = sorted({row.peer for row in rows if " " in row.peer})
+    peers = sorted({row.peer for row in rows if " " in row.peer and not row.peer.startswith(("torch ", "kdscale "))})
     about = [
         f"{first.device}{threads}",
         f"torch {first.torch}",
@@ -67,7 +67,8 @@ def page(rows: Sequence[Row], found: Sequence[Verdict], command: str) -> str:
         _targets(found),
         "<p>Bars are medians; contestants take turns in one process, and a ratio compares calls of the same round "
         "(whiskers: 20 % to 80 % of the rounds). Ratio 1 is kdscale, auto. Memory is beyond the inputs and the "
-        "gradients handed back. Forward and backward, unless the op has no gradients.</p>",
+        "gradients handed back (for existing logits: with their gradient). Blue: kdscale; orange: the bare library "
+        "products, or copy, that bound it; grey: others. Forward and backward, unless the op has no gradients.</p>",
     ]
     for op in dict.fromkeys(row.op for row in rows):
         parts.append(f"<h2>{escape(op)}</h2><p class='muted'>{escape(OPS[op])}</p>")
@@ -101,10 +102,14 @@ def _figure(rows: Sequence[Row]) -> str:
     direction = max(row.direction for row in rows)  # "forward+backward" sorts after "forward"
     rows = [row for row in rows if row.direction == direction]
     shown = sorted((row for row in rows if row.seconds_median != ""), key=lambda row: float(row.seconds_median))
-    missing = [f"{row.label}: {row.status}, {row.reason}" for row in rows if row.seconds_median == ""]
     n, h, v, k, dtype = rows[0].shape
     title = f"N={n:,} H={h:,} V={v:,} K={k} {dtype}, {direction}"
-    left_out = f"<figcaption>Not measured. {escape('; '.join(missing))}.</figcaption>" if missing else ""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.seconds_median == "":
+            reasons.setdefault(f"{row.status}: {row.reason}".strip(": "), []).append(row.label)
+    missing = [f"<br/>{escape(why)} – {escape('; '.join(labels))}" for why, labels in reasons.items()]
+    left_out = f"<figcaption>Without a time:{''.join(missing)}</figcaption>" if missing else ""
     return f"<figure><h3>{escape(title)}</h3>{_bars(title, shown) if shown else ''}{left_out}</figure>"
 
 
@@ -161,7 +166,8 @@ def _errors(rows: Sequence[Row]) -> str:
     shown = [row for row in rows if any(getattr(row, column) != "" for column in ERROR_COLUMNS)]
     if not shown:
         return ""
-    head = "".join(f"<th class='n'>{c.removeprefix('error_').replace('_', ' ')}</th>" for c in ERROR_COLUMNS)
+    short = [c.removeprefix("error_").replace("_noise_0", " .").replace("_", " ") for c in ERROR_COLUMNS]
+    head = "".join(f"<th class='n'>{name}</th>" for name in short)
     lines = []
     for row in shown:
         cells = "".join(
@@ -172,7 +178,7 @@ def _errors(rows: Sequence[Row]) -> str:
         lines.append(f"<tr>{what}<td class='n'>{row.V}</td>{cells}</tr>")
     return (
         "<h2>Gradient errors</h2><p class='muted'>Relative to fp64 autograd of the same loss (Frobenius norm), at most "
-        "256 rows; random: unrelated teacher and student; noise 03, 005: student = teacher + 0.3 or 0.05 noise. Above "
+        "256 rows; random: unrelated teacher and student; .3 and .05: student = teacher + that much noise. Above "
         "0.005 in red. For sparse_kl, dX is the gradient of the logits.</p>"
         f"<div class='card' style='overflow-x:auto'><table><tr><th>op</th><th>contestant</th><th>loss</th>"
         f"<th class='n'>V</th>{head}</tr>{''.join(lines)}</table></div>"

@@ -170,7 +170,7 @@ def main() -> None:
         for op in args.ops:
             table.measure(op, Shape(*shape))
             write_csv(path, table.rows)  # after each op: an interrupted run keeps what it has
-    write_page(path.with_suffix(".html"), table.rows, verdicts(table.rows), " ".join(sys.argv[1:]))
+            write_page(path.with_suffix(".html"), table.rows, verdicts(table.rows), " ".join(sys.argv[1:]))
     for verdict in verdicts(table.rows):
         word = {True: "met", False: "MISSED", None: "not measured"}[verdict.met]
         print(f"{word:12}  {verdict.target}: {verdict.measured} (target {verdict.limit})")
