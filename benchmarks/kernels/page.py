@@ -52,7 +52,7 @@ def write_page(path: Path, rows: Sequence[Row], found: Sequence[Verdict], comman
 
 def page(rows: Sequence[Row], found: Sequence[Verdict], command: str) -> str:
     first = rows[0]
-    threads = f", {first.threads} threads" if first.threads != "" else ""
+    threads = f", threads: {first.threads}" if first.threads != "" else ""
     peers = sorted({row.peer for row in rows if " " in row.peer and not row.peer.startswith(("torch ", "kdscale "))})
     about = [
         f"{first.device}{threads}",
@@ -119,14 +119,18 @@ def _bars(title: str, rows: Sequence[Row]) -> str:
     peaks = [int(row.peak_bytes) for row in rows if row.peak_bytes != ""]
     top = max(peaks, default=1) or 1
     memory_x = LABEL + PANEL + VALUE
+    one = LABEL + PANEL / most
     drawn = [
+        f"<line class='one' x1='{one:.1f}' x2='{one:.1f}' y1='{TOP - 4}' y2='{height}'/>",
         f"<text class='head' x='{LABEL}' y='18'>time, against kdscale</text>",
         f"<text class='head' x='{memory_x}' y='18'>peak memory</text>",
     ]
     for i, row in enumerate(rows):
         y = TOP + LINE * i
         kind = "ours" if row.contestant == "kdscale" else "floor" if row.contestant.startswith("bare") else "peer"
-        label = row.label + (f" ({row.loss})" if row.loss and row.loss != "sparse KL" else "")
+        label = row.label + (
+            f" ({row.loss})" if row.loss not in ("", "sparse KL") and row.loss not in row.label else ""
+        )
         drawn.append(f"<text x='{LABEL - 10}' y='{y + 14}' text-anchor='end'>{escape(_short(label))}</text>")
         if row.ratio_to_ours != "":
             drawn += _time_bar(row, y, kind, PANEL / most)
@@ -135,8 +139,6 @@ def _bars(title: str, rows: Sequence[Row]) -> str:
             drawn.append(f"<rect class='{kind}' x='{memory_x}' y='{y + 3}' width='{length:.1f}' height='15' rx='2'/>")
             text = f"{int(row.peak_bytes) / 2**20:,.0f} MiB"
             drawn.append(f"<text class='m' x='{memory_x + length + 6:.1f}' y='{y + 15}'>{text}</text>")
-    one = LABEL + PANEL / most
-    drawn.append(f"<line class='one' x1='{one:.1f}' x2='{one:.1f}' y1='{TOP - 4}' y2='{height}'/>")
     return (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img' "
         f"aria-label='{escape(title)}: time and memory, values in the table below'>{''.join(drawn)}</svg>"
