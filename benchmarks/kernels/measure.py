@@ -34,9 +34,12 @@ def attempt(action: Callable[[], Result]) -> tuple[Result | None, str]:
     except NotHereError as error:
         return None, f"cannot run here: {error}"
     except torch.OutOfMemoryError:
-        return None, "failed: out of memory"
+        failure = "failed: out of memory"
     except Exception as error:  # noqa: BLE001 - a contestant's failure is its row, not the end of the table
-        return None, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        failure = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU; with one, what failed must not crowd out the next
+    return None, failure
 
 
 def synchronise(device: torch.device) -> None:

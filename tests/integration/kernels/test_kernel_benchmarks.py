@@ -108,3 +108,16 @@ def test_peak_memory_of_the_bare_product_is_its_logits(ran: Ran) -> None:
     (small, problem), (large, other) = ran.peaks
     assert problem == other == ""
     assert large - small == pytest.approx((2048 - 256) * 16384 * 2, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_nothing_that_is_installed_fails_on_a_gpu(tmp_path: Path) -> None:
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels" / "run.py"), "--device", "cuda", "--rounds", "2"]
+    command += ["--no-compile", "--shape", "128", "64", "1024", "8", "--out", str(tmp_path)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, check=True, timeout=600)
+    (table,) = tmp_path.glob("*.csv")
+    with table.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row for row in rows if row["status"] == "failed"] == []
+    assert all(row["peak_bytes"] for row in rows if row["status"] == "ok")
