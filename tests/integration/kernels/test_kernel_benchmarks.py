@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -111,6 +112,7 @@ def test_peak_memory_of_the_bare_product_is_its_logits(ran: Ran) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nothing_that_is_installed_fails_on_a_gpu(tmp_path: Path) -> None:
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
     command = [sys.executable, str(ROOT / "benchmarks" / "kernels" / "run.py"), "--device", "cuda", "--rounds", "2"]
