@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from contestants import Contestant, NotHereError, own_and_torch, step, teacher_product
@@ -57,6 +57,11 @@ class Setting:
     direction: str
 
 
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float  # of all threads of this process; what a neighbour's load changes least
+
+
 class Stage:
     """The inputs of one setting, made once for each kind of contestant."""
 
@@ -76,28 +81,28 @@ class Stage:
         synchronise(setting.device)
         return problem
 
-    def seconds(self, contestant: Contestant) -> float:
+    def seconds(self, contestant: Contestant) -> Seconds:
         """Of one call, from an idle device until the device is idle again."""
-        device = self.setting.device
         problem = self.problem(contestant)
-        start = time.perf_counter()
-        step(contestant, problem, self.setting.direction)
-        synchronise(device)
-        spent = time.perf_counter() - start
+        spent = self._spent(lambda: step(contestant, problem, self.setting.direction))
         if contestant.less_product:
-            start = time.perf_counter()
-            teacher_product(problem)
-            synchronise(device)
-            spent -= time.perf_counter() - start
+            product = self._spent(lambda: teacher_product(problem))
+            spent = Seconds(spent.wall - product.wall, spent.cpu - product.cpu)
         return spent
+
+    def _spent(self, action: Callable[[], None]) -> Seconds:
+        wall, cpu = time.perf_counter(), time.process_time()
+        action()
+        synchronise(self.setting.device)
+        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def interleaved(
     contestants: Sequence[Contestant], setting: Setting, rounds: int
-) -> tuple[dict[Key, list[float]], dict[Key, str]]:
+) -> tuple[dict[Key, list[Seconds]], dict[Key, str]]:
     """(seconds of each round, what went wrong), by contestant; the first calls of each warm up and are not kept."""
     stage = Stage(setting)
-    times: dict[Key, list[float]] = {}
+    times: dict[Key, list[Seconds]] = {}
     wrong: dict[Key, str] = {}
     for contestant in contestants:
         _, failure = attempt(lambda c=contestant: _warm_up(stage, c))  # type: ignore[misc]

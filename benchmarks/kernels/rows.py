@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from measure import Seconds
 from problems import REGIMES
 
 from kdscale import files
@@ -39,6 +40,8 @@ class Row:
     ratio_to_ours: float | str = ""  # median over rounds of its time / that of kdscale (auto) in the same round
     ratio_p20: float | str = ""
     ratio_p80: float | str = ""
+    cpu_seconds_median: float | str = ""  # CPU only: processor time of all threads, and its ratio to ours
+    cpu_ratio_to_ours: float | str = ""
     peak_bytes: int | str = ""  # beyond inputs and gradients handed back
     error_dX_random: float | str = ""  # relative to fp64; for op sparse_kl that of the logits' gradient
     error_dW_random: float | str = ""
@@ -74,12 +77,16 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return tuple(float(f"{v:.4g}") for v in (statistics.median(values), low, high))  # type: ignore[return-value]
 
 
-def add_times(row: Row, seconds: Sequence[float], ours: Sequence[float] | None) -> None:
+def add_times(row: Row, seconds: Sequence[Seconds], ours: Sequence[Seconds] | None, on_cpu: bool) -> None:
+    """Fill in the times of each round; `ours` are those of kdscale (auto) in the same rounds."""
     row.rounds = len(seconds)
-    row.seconds_median, row.seconds_p20, row.seconds_p80 = quantiles(seconds)
-    if ours:
-        ratios = [mine / base for mine, base in zip(seconds, ours, strict=True)]
-        row.ratio_to_ours, row.ratio_p20, row.ratio_p80 = quantiles(ratios)
+    row.seconds_median, row.seconds_p20, row.seconds_p80 = quantiles([s.wall for s in seconds])
+    pairs = list(zip(seconds, ours or [], strict=False))
+    if pairs:
+        row.ratio_to_ours, row.ratio_p20, row.ratio_p80 = quantiles([mine.wall / base.wall for mine, base in pairs])
+    if on_cpu:
+        row.cpu_seconds_median = quantiles([s.cpu for s in seconds])[0]
+        row.cpu_ratio_to_ours = quantiles([mine.cpu / base.cpu for mine, base in pairs])[0] if pairs else ""
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -101,7 +101,7 @@ class Table:
             for contestant in taking_part:
                 row = self.row(contestant, shape, direction, wrong.get(contestant.key, ""))
                 if times.get(contestant.key):
-                    add_times(row, times[contestant.key], times.get(OURS))
+                    add_times(row, times[contestant.key], times.get(OURS), self.device.type == "cpu")
                 if row.status == "ok" and not (self.args.accuracy or self.args.no_peaks):
                     self.add_peak(row, contestant, setting)
                 if direction in BACKWARD:
@@ -133,7 +133,9 @@ def say_row(row: Row) -> None:
         return
     peak = f"{int(row.peak_bytes) / 2**20:.0f} MiB" if row.peak_bytes != "" else "-"
     errors = " ".join(str(getattr(row, column)) or "-" for column in ERROR_COLUMNS)
-    say(f"    {row.label}: {row.seconds_median} s, ratio {row.ratio_to_ours}, {peak}, errors {errors}")
+    say(
+        f"    {row.label}: {row.seconds_median} s, ratio {row.ratio_to_ours} (cpu {row.cpu_ratio_to_ours}), {peak}, errors {errors}"
+    )
 
 
 def parse() -> argparse.Namespace:

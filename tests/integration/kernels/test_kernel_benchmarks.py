@@ -88,6 +88,7 @@ def test_columns_hold_quantiles_errors_and_versions(ran: Ran) -> None:
     row = ran.find(contestant="kdscale", mode="auto", **where)
     assert [row[name] for name in ("N", "H", "V", "K", "dtype", "threads")] == ["24", "16", "256", "8", "bfloat16", "1"]
     assert 0 < float(row["seconds_p20"]) <= float(row["seconds_median"]) <= float(row["seconds_p80"])
+    assert float(row["cpu_seconds_median"]) > 0 and row["cpu_ratio_to_ours"] == "1.0"
     for regime in ("random", "noise_03", "noise_005"):
         assert 0 < float(row[f"error_dX_{regime}"]) < 5e-3 and 0 < float(row[f"error_dW_{regime}"]) < 5e-3
     assert row["torch"] and row["device"] and row["date"] and row["rounds"] == "2"
