@@ -58,7 +58,7 @@ class Contestant:
 
 
 def step(contestant: Contestant, problem: Problem, direction: str) -> None:
-    """One call. Forward+backward leaves its gradients in the problem's leaves (the bare products leave none)."""
+    """One call. Forward+backward leaves its gradients in the problem's leaves."""
     if direction == "forward":
         with torch.no_grad():
             contestant.make(problem)
@@ -78,8 +78,8 @@ def products(problem: Problem, teacher: bool = False) -> None:
             F.linear(problem.teacher_NH, problem.weight_VH)
         z_NV = F.linear(problem.hidden_NH, problem.weight_VH)
         if backward:
-            z_NV @ problem.weight_VH
-            z_NV.T @ problem.hidden_NH
+            problem.hidden_NH.grad = z_NV @ problem.weight_VH
+            problem.weight_VH.grad = z_NV.T @ problem.hidden_NH
 
 
 def teacher_product(problem: Problem) -> None:

@@ -133,9 +133,8 @@ def say_row(row: Row) -> None:
         return
     peak = f"{int(row.peak_bytes) / 2**20:.0f} MiB" if row.peak_bytes != "" else "-"
     errors = " ".join(str(getattr(row, column)) or "-" for column in ERROR_COLUMNS)
-    say(
-        f"    {row.label}: {row.seconds_median} s, ratio {row.ratio_to_ours} (cpu {row.cpu_ratio_to_ours}), {peak}, errors {errors}"
-    )
+    ratios = f"ratio {row.ratio_to_ours}, processor time {row.cpu_ratio_to_ours or '-'}"
+    say(f"    {row.label}: {row.seconds_median} s, {ratios}, {peak}, errors {errors}")
 
 
 def parse() -> argparse.Namespace:
