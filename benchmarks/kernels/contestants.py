@@ -23,7 +23,6 @@ import kdscale_kernels as kk
 BOTH, BACKWARD, FORWARD = ("forward", "forward+backward"), ("forward+backward",), ("forward",)
 OURS = ("kdscale", "auto")
 
-
 Make = Callable[[Problem], Tensor | None]
 
 
@@ -145,8 +144,8 @@ def ours_sparse(p: Problem, **options: object) -> Tensor:
     return call(p.hidden_NH, p.weight_VH, *targets, labels_N=p.labels_N, **options).loss_sum
 
 
-def ours_topk(p: Problem, **options: int) -> None:
-    kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1], **options)
+def ours_topk(p: Problem) -> None:
+    kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1])
 
 
 def ours_end_to_end(p: Problem, **options: object) -> Tensor:
@@ -161,9 +160,11 @@ def ours_on_logits(p: Problem, inplace_grad: bool = False) -> Tensor:
 
 
 def ours_full(p: Problem) -> Tensor:
-    valid_N = torch.ones_like(p.labels_N, dtype=torch.bool)
-    teacher = (p.teacher_NH, p.weight_VH.detach())
-    return kk.linear_full_kl(p.hidden_NH, p.weight_VH, *teacher, valid_N=valid_N).loss_sum
+    call: Callable[..., kk.FullKL] = kk.linear_full_kl
+    options: dict[str, Any] = {"labels_N": p.labels_N}
+    if "valid_N" in inspect.signature(call).parameters:
+        options["valid_N"] = torch.ones_like(p.labels_N, dtype=torch.bool)
+    return call(p.hidden_NH, p.weight_VH, p.teacher_NH, p.weight_VH.detach(), **options).loss_sum
 
 
 @functools.cache
@@ -181,12 +182,10 @@ def own_modes() -> list[str]:
 
 def _own(op: str, make: Callable[..., Tensor], device: torch.device) -> list[Contestant]:
     """linear_sparse_kl as it comes, in each mode, and with a quarter and four times the chunk."""
-    sizes = (
-        {"16 MiB": 16 << 20, "256 MiB": 256 << 20} if device.type == "cpu" else {"256 MiB": 256 << 20, "4 GiB": 4 << 30}
-    )
     variants: dict[str, dict[str, object]] = {"auto": {}} | {mode: {"mode": mode} for mode in own_modes()}
     if op == "linear_sparse_kl":
-        variants |= {f"chunk_bytes {size}": {"chunk_bytes": value} for size, value in sizes.items()}
+        for mib in (16, 256) if device.type == "cpu" else (256, 4096):
+            variants[f"chunk_bytes {mib} MiB"] = {"chunk_bytes": mib << 20}
     return [
         Contestant(op, "kdscale", mode, "sparse KL", functools.partial(make, **options), package="kdscale")
         for mode, options in variants.items()

@@ -134,19 +134,17 @@ def gradient_errors(contestants: Sequence[Contestant], setting: Setting) -> dict
     for needs in sorted({c.needs for c in contestants}):
         for regime, noise in REGIMES.items():
             problem = make_problem(shape, setting.dtype, setting.device, noise, needs)
-            for loss in sorted({c.loss for c in contestants if c.loss and c.needs == needs}):
-                exact = exact_gradients(problem, loss)
-                for contestant in contestants:
-                    if contestant.loss != loss or contestant.needs != needs or contestant.absent:
-                        continue
-                    own = problem.with_own_logits() if contestant.fresh_logits else problem
-                    own.forget_gradients()
-                    _, failure = attempt(lambda c=contestant, p=own: step(c, p, "forward+backward"))  # type: ignore[misc]
-                    if failure:
-                        continue
-                    errors = relative_errors(own, loss, shape.n if contestant.mean else 1.0, exact)
-                    named = zip(("dX", "dW"), errors, strict=False)
-                    found.setdefault(contestant.key, {}).update({f"{what}_{regime}": e for what, e in named})
-            del problem
+            compared = [c for c in contestants if c.loss and c.needs == needs and not c.absent]
+            exact = exact_gradients(problem, {c.loss for c in compared if c.loss})
+            for contestant in compared:
+                own = problem.with_own_logits() if contestant.fresh_logits else problem
+                own.forget_gradients()
+                _, failure = attempt(lambda c=contestant, p=own: step(c, p, "forward+backward"))  # type: ignore[misc]
+                if failure:
+                    continue
+                errors = relative_errors(own, shape.n if contestant.mean else 1.0, exact[contestant.loss or ""])
+                named = zip(("dX", "dW"), errors, strict=False)
+                found.setdefault(contestant.key, {}).update({f"{what}_{regime}": e for what, e in named})
+            del problem, exact
             gc.collect()
     return found

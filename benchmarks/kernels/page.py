@@ -180,7 +180,7 @@ def _errors(rows: Sequence[Row]) -> str:
         lines.append(f"<tr>{what}<td class='n'>{row.V}</td>{cells}</tr>")
     return (
         "<h2>Gradient errors</h2><p class='muted'>Relative to fp64 autograd of the same loss (Frobenius norm), at most "
-        "256 rows; random: unrelated teacher and student; .3 and .05: student = teacher + that much noise. Above "
+        "128 rows; random: unrelated teacher and student; .3 and .05: student = teacher + that much noise. Above "
         "0.005 in red. For sparse_kl, dX is the gradient of the logits.</p>"
         f"<div class='card' style='overflow-x:auto'><table><tr><th>op</th><th>contestant</th><th>loss</th>"
         f"<th class='n'>V</th>{head}</tr>{''.join(lines)}</table></div>"

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,57 +84,36 @@ def torch_cross_entropy(chunked: bool) -> Callable[[Problem], Tensor]:
 
 
 def peers(device: torch.device) -> list[Contestant]:
-    """Their best settings, found on the official CPU shape, beside their defaults."""
+    """Liger's chunk sizes and its compiler, so that the best can be picked from the table, beside its defaults."""
     return [*_liger(device), *_cross_entropies(device)]
 
 
 def _liger(device: torch.device) -> list[Contestant]:
     package = "liger-kernel"
-    anywhere = {"package": package, "absent": _absent(package, "liger_kernel", device, cuda_only=False)}
-    on_gpu = {"package": package, "absent": _absent(package, "liger_kernel", device, cuda_only=True)}
-    name, rows = "Liger chunked loss", []
-    for chunk in (256, 512, 1024):
-        for compiled in (True, False):
-            mode = f"KL, chunk {chunk}" + (", compiled" if compiled else "")
-            make = liger_chunked(0.0, chunk, compiled)
-            rows.append(
-                Contestant(BOTH_HEADS, name, mode, "full KL", make, BACKWARD, mean=True, compiled=compiled, **anywhere)
-            )
-    make = liger_chunked(0.5, 1024, True)
-    rows.append(
-        Contestant(BOTH_HEADS, name, "JSD, defaults", "full JSD", make, BACKWARD, mean=True, compiled=True, **anywhere)
-    )
-    for chunk in (256, 1024):
-        rows.append(
-            Contestant(
-                STUDENT,
-                name,
-                f"KL, chunk {chunk}, compiled, less the teacher's product",
-                "full KL",
-                liger_chunked(0.0, chunk, True),
-                BACKWARD,
-                mean=True,
-                compiled=True,
-                less_product=True,
-                **anywhere,
-            )
-        )
-    for beta, loss, mode in ((0.0, "full KL", "KL"), (0.5, "full JSD", "JSD")):
+    absent = _absent(package, "liger_kernel", device, cuda_only=False)
+    absent_cpu = _absent(package, "liger_kernel", device, cuda_only=True)
+
+    def chunked(op: str, mode: str, loss: str, beta: float, chunk: int, compiled: bool, **options: Any) -> Contestant:
+        make = liger_chunked(beta, chunk, compiled)
+        common = {"package": package, "absent": absent, "mean": True, "compiled": compiled}
+        return Contestant(op, "Liger chunked loss", mode, loss, make, BACKWARD, **common, **options)
+
+    rows = [
+        chunked(BOTH_HEADS, f"KL, chunk {chunk}{', compiled' * compiled}", "full KL", 0.0, chunk, compiled)
+        for chunk in (256, 512, 1024)
+        for compiled in (True, False)
+    ]
+    rows.append(chunked(BOTH_HEADS, "JSD, defaults", "full JSD", 0.5, 1024, True))
+    for chunk in (256, 512):
+        mode = f"KL, chunk {chunk}, compiled, less the teacher's product"
+        rows.append(chunked(STUDENT, mode, "full KL", 0.0, chunk, True, less_product=True))
+    on_gpu = {"directions": BACKWARD, "package": package, "absent": absent_cpu}
+    for beta, mode in ((0.0, "KL"), (0.5, "JSD")):
         make = liger_jsd(beta)
-        rows.append(Contestant(BOTH_HEADS, "Liger fused linear JSD", mode, loss, make, BACKWARD, mean=True, **on_gpu))
-    rows.append(
-        Contestant(
-            STUDENT,
-            "Liger fused linear KL",
-            "target: whole distribution",
-            "full KL",
-            liger_kl_div,
-            BACKWARD,
-            needs="teacher_probs",
-            **on_gpu,
-        )
-    )
-    return rows
+        rows.append(Contestant(BOTH_HEADS, "Liger fused linear JSD", mode, f"full {mode}", make, mean=True, **on_gpu))
+    mode = "target: whole distribution"
+    name, needs = "Liger fused linear KL", "teacher_probs"
+    return [*rows, Contestant(STUDENT, name, mode, "full KL", liger_kl_div, needs=needs, **on_gpu)]
 
 
 def _cross_entropies(device: torch.device) -> list[Contestant]:

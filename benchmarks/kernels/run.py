@@ -1,7 +1,7 @@
 """All kernels of kdscale_kernels against every peer that is installed: time, peak memory, gradient error.
 
-    PYTHONPATH=.:kernels OMP_NUM_THREADS=2 python benchmarks/kernels/run.py                  CPU, about 25 minutes
-    PYTHONPATH=.:kernels OMP_NUM_THREADS=2 python benchmarks/kernels/run.py --table official  CPU, one shape
+    PYTHONPATH=.:kernels OMP_NUM_THREADS=2 python benchmarks/kernels/run.py                   the CPU table
+    PYTHONPATH=.:kernels OMP_NUM_THREADS=2 python benchmarks/kernels/run.py --table official  its first shape
     PYTHONPATH=.:kernels python benchmarks/kernels/run.py --device cuda                      the GPU table
     PYTHONPATH=.:kernels python benchmarks/kernels/run.py --accuracy --shape 64 576 8192 64  gradient errors alone
 
@@ -18,6 +18,7 @@ import platform
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,9 +62,9 @@ class Table:
 
     def contestants(self, op: str) -> list[Contestant]:
         found = [c for c in registry(self.device) if c.op == op]
-        if self.args.no_compile:
-            found = [left_out(c, "left out by --no-compile") if c.compiled else c for c in found]
-        return found
+        if not self.args.no_compile:
+            return found
+        return [replace(c, absent=c.absent or "left out by --no-compile") if c.compiled else c for c in found]
 
     def row(self, contestant: Contestant, shape: Shape, direction: str, failure: str) -> Row:
         status, _, reason = failure.partition(": ") if failure else ("ok", "", "")
@@ -117,12 +118,6 @@ class Table:
         row.reason = failure and f"peak memory: {failure}"
 
 
-def left_out(contestant: Contestant, why: str) -> Contestant:
-    from dataclasses import replace
-
-    return replace(contestant, absent=contestant.absent or why)
-
-
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
@@ -144,7 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("N", "H", "V", "K"), help="instead")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
-    parser.add_argument("--rounds", type=int, help="default: 7 on a CPU, 30 on a GPU")
+    parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 30 on a GPU")
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs torch.compile")
     parser.add_argument("--no-peaks", action="store_true", help="leave out peak memory")
     parser.add_argument("--accuracy", action="store_true", help="gradient errors only: no times, no memory")
@@ -153,7 +148,7 @@ def parse() -> argparse.Namespace:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if args.rounds is None:
-        args.rounds = 7 if args.device == "cpu" else 30
+        args.rounds = 5 if args.device == "cpu" else 30
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     return args
