@@ -20,7 +20,6 @@ from shapes import Shape
 
 Result = TypeVar("Result")
 Key = tuple[str, str]
-WARM_UPS = 2
 
 
 def registry(device: torch.device) -> list[Contestant]:
@@ -111,16 +110,20 @@ def interleaved(
         else:
             times[contestant.key] = []
     for _ in range(rounds):
-        for contestant in contestants:
-            if contestant.key in times:
-                times[contestant.key].append(stage.seconds(contestant))
+        for contestant in [c for c in contestants if c.key in times]:
+            spent, failure = attempt(lambda c=contestant: stage.seconds(c))  # type: ignore[misc]
+            if spent is None:
+                del times[contestant.key]
+                wrong[contestant.key] = failure
+            else:
+                times[contestant.key].append(spent)
     return times, wrong
 
 
 def _warm_up(stage: Stage, contestant: Contestant) -> None:
     if contestant.absent:
         raise NotHereError(contestant.absent)
-    for _ in range(WARM_UPS):
+    for _ in range(1 + (contestant.compiled or stage.setting.device.type != "cpu")):
         stage.seconds(contestant)
 
 

@@ -106,7 +106,7 @@ def _figure(rows: Sequence[Row]) -> str:
     title = f"N={n:,} H={h:,} V={v:,} K={k} {dtype}, {direction}"
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        if row.seconds_median == "":
+        if row.status != "ok":
             reasons.setdefault(f"{row.status}: {row.reason}".strip(": "), []).append(row.label)
     missing = [f"<br/>{escape(why)} – {escape('; '.join(labels))}" for why, labels in reasons.items()]
     left_out = f"<figcaption>Without a time:{''.join(missing)}</figcaption>" if missing else ""

@@ -3,7 +3,7 @@
     PYTHONPATH=.:kernels OMP_NUM_THREADS=2 python benchmarks/kernels/run.py                   the CPU table
     PYTHONPATH=.:kernels OMP_NUM_THREADS=2 python benchmarks/kernels/run.py --table official  its first shape
     PYTHONPATH=.:kernels python benchmarks/kernels/run.py --device cuda                      the GPU table
-    PYTHONPATH=.:kernels python benchmarks/kernels/run.py --accuracy --shape 64 576 8192 64  gradient errors alone
+    PYTHONPATH=.:kernels python benchmarks/kernels/run.py --measure errors --shape 64 576 8192 64
 
 Writes <out>/kernels-<device>-<date>.csv and .html, and prints the targets met and missed. Every contestant gets a row
 for every op, shape and direction; one that is not installed or cannot run says so in `status` and `reason`. Peers come
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from contestants import BACKWARD, BOTH, OURS, Contestant
-from measure import Setting, gradient_errors, interleaved, registry
+from measure import Key, Setting, gradient_errors, interleaved, registry
 from memory import peak_bytes
 from page import write_page
 from peers import version
@@ -32,6 +32,7 @@ from shapes import TABLES, Shape
 from verdicts import verdicts
 
 OPS = ("linear_sparse_kl", "teacher_and_student", "linear_topk_lse", "sparse_kl")
+WHAT = ("times", "peaks", "errors")
 OUT = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -89,21 +90,23 @@ class Table:
     def measure(self, op: str, shape: Shape) -> None:
         contestants = self.contestants(op)
         torch.compiler.reset()  # or the limit of recompilations turns the later shapes into eager ones, silently
-        say(f"{op}  {shape}  gradient errors")
-        errors = gradient_errors(contestants, Setting(shape, self.dtype, self.device, "forward+backward"))
-        for direction in BOTH:
+        errors: dict[Key, dict[str, float]] = {}
+        if "errors" in self.args.measure and "forward+backward" in self.args.directions:
+            say(f"{op}  {shape}  gradient errors")
+            errors = gradient_errors(contestants, Setting(shape, self.dtype, self.device, "forward+backward"))
+        for direction in self.args.directions:
             taking_part = [c for c in contestants if direction in c.directions]
-            if not taking_part or (self.args.accuracy and direction not in BACKWARD):
+            if not taking_part:
                 continue
             setting = Setting(shape, self.dtype, self.device, direction)
-            rounds = 0 if self.args.accuracy else self.args.rounds
+            rounds = self.args.rounds if "times" in self.args.measure else 0
             say(f"{op}  {shape}  {direction}: {len(taking_part)} contestants, {rounds} rounds")
             times, wrong = interleaved(taking_part, setting, rounds)
             for contestant in taking_part:
                 row = self.row(contestant, shape, direction, wrong.get(contestant.key, ""))
                 if times.get(contestant.key):
                     add_times(row, times[contestant.key], times.get(OURS), self.device.type == "cpu")
-                if row.status == "ok" and not (self.args.accuracy or self.args.no_peaks):
+                if row.status == "ok" and "peaks" in self.args.measure:
                     self.add_peak(row, contestant, setting)
                 if direction in BACKWARD:
                     for name, error in errors.get(contestant.key, {}).items():
@@ -128,8 +131,8 @@ def say_row(row: Row) -> None:
         return
     peak = f"{int(row.peak_bytes) / 2**20:.0f} MiB" if row.peak_bytes != "" else "-"
     errors = " ".join(str(getattr(row, column)) or "-" for column in ERROR_COLUMNS)
-    ratios = f"ratio {row.ratio_to_ours}, processor time {row.cpu_ratio_to_ours or '-'}"
-    say(f"    {row.label}: {row.seconds_median} s, {ratios}, {peak}, errors {errors}")
+    ratios = f"ratio {row.ratio_to_ours or '-'}, processor time {row.cpu_ratio_to_ours or '-'}"
+    say(f"    {row.label}: {row.seconds_median or '-'} s, {ratios}, {peak}, errors {errors}")
 
 
 def parse() -> argparse.Namespace:
@@ -141,8 +144,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 30 on a GPU")
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs torch.compile")
-    parser.add_argument("--no-peaks", action="store_true", help="leave out peak memory")
-    parser.add_argument("--accuracy", action="store_true", help="gradient errors only: no times, no memory")
+    parser.add_argument("--directions", nargs="+", choices=BOTH, default=BOTH)
+    parser.add_argument("--measure", nargs="+", choices=WHAT, default=WHAT)
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the CSV and the page")
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -159,8 +162,7 @@ def main() -> None:
     table = Table(args)
     shapes = args.shape or TABLES[args.table or ("cpu" if table.device.type == "cpu" else "gpu")]
     slug = re.sub(r"[^a-z0-9]+", "-", str(table.common["device"]).lower()).strip("-")
-    kind = "accuracy" if args.accuracy else "kernels"
-    path = args.out / f"{kind}-{slug}-{table.common['date']}.csv"
+    path = args.out / f"kernels-{slug}-{table.common['date']}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         for op in args.ops:

@@ -27,7 +27,8 @@ if __name__ == "__main__":
     from memory import peak_bytes
     from shapes import Shape
 
-    sys.argv[1:] = ["--table", "tiny", "--no-compile", "--no-peaks", "--rounds", "2", "--out", sys.argv[1]]
+    options = "--table tiny --no-compile --measure times errors --rounds 2 --out"
+    sys.argv[1:] = [*options.split(), sys.argv[1]]
     run.main()
     cpu = torch.device("cpu")
     (products,) = [c for c in registry(cpu) if (c.op, c.name) == ("linear_sparse_kl", "bare products")]
