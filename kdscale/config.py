@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,19 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from kdscale.errors import ConfigError
 from kdscale.files import sha256_json
-
-_COUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)\s*$")
-_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def parse_count(value: Any) -> Any:
-    """`4B` → 4_000_000_000, `250k` → 250_000; integers pass, the rest is left to pydantic to refuse."""
-    if isinstance(value, str) and (match := _COUNT.match(value)):
-        exact = float(match[1]) * _SCALE[match[2].lower()]
-        if exact == int(exact):
-            return int(exact)
-    return value
-
+from kdscale.units import TARGETS, parse_count, parse_target
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -81,11 +68,27 @@ HeadMethod = Literal["output_energy", "activation"]
 LayerMethod = Literal["block_influence", "last"]
 
 
+class SearchConfig(_Section):
+    """How the shapes that meet a budget are compared; each kind of score is asked of fewer shapes than the last."""
+
+    # this many of the best predicted shapes are run masked on calibration text; 0 goes by the prediction alone
+    masked_candidates: Annotated[int, Field(ge=0, le=64)] = 8
+    masked_tokens: Count = 4_096
+    # what a latency is measured at: a prompt this long, and one more token after it
+    context_tokens: Count = 256
+
+
 class PruneConfig(_Section):
     """The budget and the axes. Fixed sizes win; axes left open are searched until the target is met."""
 
     # "4B" (absolute) or "50%" (of the teacher), of the parameters that `count` names
     target_params: str | None = None
+    # upper limits instead: "8GiB" of weights on disk, "32KiB" of 16-bit KV cache a token, "12ms" a decoded token or a
+    # prompt; each may also be a share of the teacher's
+    target_bytes: str | None = None
+    target_kv_bytes: str | None = None
+    target_decode: str | None = None
+    target_prefill: str | None = None
     count: Literal["non_embedding", "total"] = "total"
     tolerance: Annotated[float, Field(gt=0.0, le=0.2)] = 0.03
     # axes that may be cut when a target is given; sizes given below are fixed and need not be listed
@@ -108,28 +111,25 @@ class PruneConfig(_Section):
     compensate: Literal["none", "ridge"] = "ridge"
     ridge_lambda: Annotated[float, Field(gt=0.0)] = 1e-2
     max_shard_bytes: Count = 5_000_000_000
+    search: SearchConfig = SearchConfig()
 
     @model_validator(mode="after")
     def _target_parses(self) -> PruneConfig:
-        if self.target_params is not None:
-            parse_target(self.target_params)
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one target, not {' and '.join(given)}; sizes may be fixed beside it")
+        if given:
+            parse_target(getattr(self, given[0]), TARGETS[given[0]])
         elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers)):
-            raise ValueError("give target_params or at least one of hidden, ffn, heads, kv_heads, layers")
+            raise ValueError(
+                "give target_params (or another target) or at least one of hidden, ffn, heads, kv_heads, layers"
+            )
         return self
 
-
-def parse_target(text: str) -> tuple[Literal["absolute", "fraction"], float]:
-    """`4B` → ("absolute", 4e9); `50%` → ("fraction", 0.5). Raises ValueError."""
-    if text.strip().endswith("%"):
-        try:
-            share = float(text.strip()[:-1]) / 100
-        except ValueError:
-            share = -1.0
-        if 0 < share < 1:
-            return "fraction", share
-    elif isinstance(count := parse_count(text), int) and count > 0:
-        return "absolute", float(count)
-    raise ValueError(f"expected a count such as 4B or 135M, or a share such as 50%, got {text!r}")
+    @property
+    def target(self) -> tuple[str, str] | None:
+        """The target that was given, as (field, text)."""
+        return next(((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None), None)
 
 
 class OptimizerConfig(_Section):

@@ -80,22 +80,51 @@ def plan_command(
     config: ConfigArgument,
     set_: SetOption = None,
     accept_changes: AcceptOption = False,
+    target_params: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Parameters: 4B, or a share of the teacher's such as 50%.")
+    ] = None,
+    target_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="At most this on disk: 8GiB, or 50%.")
+    ] = None,
+    target_kv_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="At most this KV cache a token: 32KiB, or 50%.")
+    ] = None,
+    target_decode: Annotated[
+        str | None, typer.Option(metavar="TIME", help="At most this a decoded token, measured here: 12ms, or 50%.")
+    ] = None,
+    target_prefill: Annotated[
+        str | None, typer.Option(metavar="TIME", help="At most this a prompt, measured here: 300ms, or 50%.")
+    ] = None,
+    masked: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Run the N best predicted shapes masked; 0: none.")
+    ] = None,
     shapes_only: Annotated[
         bool,
-        typer.Option("--shapes-only", help="Show the shape from the teacher's config.json alone; write nothing."),
+        typer.Option("--shapes-only", help="Compare shapes by the teacher's config.json alone; write nothing."),
     ] = False,
 ) -> None:
-    """Choose the student's shape and every index that is kept, and show it."""
+    """Choose the student's shape and every index that is kept, and show what else was compared."""
     from kdscale.cli import show
+    from kdscale.units import TARGETS
 
+    targets = {
+        "target_params": target_params, "target_bytes": target_bytes, "target_kv_bytes": target_kv_bytes,
+        "target_decode": target_decode, "target_prefill": target_prefill,
+    }  # fmt: skip
+    overrides = list(set_ or [])
+    if any(value is not None for value in targets.values()):  # takes the place of the config's target
+        overrides += [f"prune.{name}={targets[name] or 'null'}" for name in TARGETS]
+    if masked is not None:
+        overrides.append(f"prune.search.masked_candidates={masked}")
     if shapes_only:
         from kdscale.runs.pipeline import plan_shapes
         from kdscale.weights import resolve_teacher
 
-        loaded = _config(config, set_)
-        show.plan(plan_shapes(loaded, resolve_teacher(loaded.teacher, config_only=True)).model_dump())
+        loaded = _config(config, overrides)
+        found = plan_shapes(loaded, resolve_teacher(loaded.teacher, config_only=True))
+        show.plan(found.model_dump(), loaded.distill.tokens)
         return
-    _run_until("plan", config, set_, accept_changes)
+    _run_until("plan", config, overrides, accept_changes)
 
 
 @app.command("status")

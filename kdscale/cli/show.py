@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from kdscale.capacity import Capacity
+from kdscale.config import load_config
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.metrics import read_metrics
@@ -27,10 +29,18 @@ def _print(table: Table) -> None:
     Console(soft_wrap=False).print(table)
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], right_from: int | None = None) -> Table:
+def _table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right_from: int | None = None,
+    nowrap: bool = False,
+) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if right_from is not None and index >= right_from else "left")
+        table.add_column(
+            column, no_wrap=nowrap, justify="right" if right_from is not None and index >= right_from else "left"
+        )
     for row in rows:
         table.add_row(*row)
     return table
@@ -45,23 +55,68 @@ def _mark(state: State) -> str:
     return _MARK[state]
 
 
-def plan(plan_json: dict[str, Any]) -> None:
-    """The shape before and after, and what it means in parameters."""
+def plan(plan_json: dict[str, Any], distill_tokens: int) -> None:
+    """The shape before and after, what it means in parameters, and what else was compared."""
+    _candidates(plan_json)
     teacher, student = plan_json["teacher"], plan_json["student"]
     rows = [(axis, str(teacher[axis]), str(student[axis])) for axis in teacher if axis != "vocab"]
     for kind in ("total", "non_embedding"):
         before, after = (plan_json[f"{who}_params"][kind] for who in ("teacher", "student"))
         rows.append((f"{kind.replace('_', '-')} parameters", f"{before / 1e6:,.1f} M", f"{after / 1e6:,.1f} M"))
     _print(_table("Student's shape", ("", "teacher", "student"), rows, right_from=1))
-    for warning in plan_json.get("warnings", []):
+    before, after = (plan_json[f"{who}_params"]["total"] for who in ("teacher", "student"))
+    capacity = Capacity(before, after, distill_tokens)
+    for warning in [*plan_json.get("warnings", []), *capacity.warnings()]:
         Console().print(f"note: {warning}", style="yellow", highlight=False)
+
+
+def _candidates(plan_json: dict[str, Any]) -> None:
+    """The shapes that met the budget; columns that say the same of all of them or of none are left out."""
+    rows = plan_json["candidates"]
+    if len(rows) == 1:
+        return
+    cuttable = [axis for axis in plan_json["student"] if axis in rows[0] and len({row[axis] for row in rows}) > 1]
+    score = "balance" if plan_json["methods"]["search"] == "balanced" else "predicted"
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {axis: _reader(axis) for axis in cuttable}
+    columns |= {
+        "params": lambda row: _short(row["params"]).replace("G", "B"),
+        "on disk": lambda row: f"{_short(row['bytes'])}B",
+        "KV/tok": lambda row: f"{_short(row['kv_bytes'])}B",
+        "decode": lambda row: "" if row["decode_ms"] is None else f"{row['decode_ms']:.3g}ms",
+        "prefill": lambda row: "" if row["prefill_ms"] is None else f"{row['prefill_ms']:.3g}ms",
+        score: lambda row: f"{row['score']:.3f}",
+        "KL": lambda row: f"{row['masked']['kl']:.4f}" if row["masked"] else "",
+        "loss": lambda row: f"{row['masked']['loss']:.4f}" if row["masked"] else "",
+        "probe": lambda row: f"{row['probes'][-1]['loss']:.4f}" if row["probes"] else "",
+        "": lambda row: "chosen" if row is rows[0] else "",
+    }
+    if any(row["masked"] for row in rows):
+        Console().print("KL, loss: masked runs on calibration text, nats a token", style="dim", highlight=False)
+    shown = {title: cell for title, cell in columns.items() if any(cell(row) for row in rows)}
+    asked = plan_json["target"]["asked"]
+    title = f"{plan_json['candidates_tried']:,} shapes meet {asked}; the best {len(rows)}"
+    _print(
+        _table(title, tuple(shown), [[cell(row) for cell in shown.values()] for row in rows], right_from=0, nowrap=True)
+    )
+
+
+def _reader(axis: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: str(row[axis])
+
+
+def _short(value: float) -> str:
+    """`2.05B`, `46.1k`: narrow enough for a table of ten columns on eighty."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.0f}"
 
 
 def results(folder: Path, last_stage: str) -> None:
     """After a command: the plan, or the final figures and where everything is."""
     run = RunFolder(folder)
     if last_stage == "plan":
-        plan(read_json(run.plan))
+        plan(read_json(run.plan), load_config(run.config).distill.tokens)
     if last_stage in ("eval", "report"):
         _side_by_side(read_json(run.eval / "eval.json"))
     if last_stage == "report":

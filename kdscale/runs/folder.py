@@ -1,7 +1,7 @@
 """The run folder: where everything about one run lies, who may write there, and what happened when.
 
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
-  data/  importance/  plan.json  pruned/  checkpoints/  student/  eval/  report/
+  data/  importance/  speed.json (timings of shapes)  plan.json  pruned/  checkpoints/  student/  eval/  report/
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class RunFolder:
         self.data = path / "data"
         self.importance = path / "importance"
         self.plan = path / "plan.json"
+        self.speed = path / "speed.json"
         self.pruned = path / "pruned"
         self.checkpoints = path / "checkpoints"
         self.student = path / "student"

@@ -63,7 +63,8 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     run = RunFolder(Path(config.run_dir))
     _refuse_hopeless_paths(run.path)
     teacher = check_teacher(config)
-    plan_shapes(config, teacher)  # an impossible budget is found before anything is made
+    if not asks_latency(config):  # which has to be measured first; the plan stage does
+        plan_shapes(config, teacher)  # an impossible budget is found before anything is made
     with run.lock(), _signals_as_exceptions():
         changes = run.adopt_config(config, accept_changes)
         for change in changes:
@@ -139,7 +140,16 @@ def _student_params(context: Context) -> int:
 
     if context.run.plan.exists():
         return Plan.load(context.run.plan).student_params.total
-    return plan_shapes(context.config, context.teacher).student_params.total
+    shapes = context.config
+    if asks_latency(shapes):  # not known yet: no larger than the teacher
+        teacher, family = work.open_teacher(context.teacher)
+        return family.count_params(teacher.config).total
+    return plan_shapes(shapes, context.teacher).student_params.total
+
+
+def asks_latency(config: Config) -> bool:
+    """Whether the target is a latency, which no config.json tells."""
+    return config.prune.target_decode is not None or config.prune.target_prefill is not None
 
 
 def plan_shapes(config: Config, teacher: Path) -> Plan:

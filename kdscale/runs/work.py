@@ -74,11 +74,10 @@ def measure_importance(context: Context) -> Facts:
 
 
 def choose_plan(context: Context) -> Facts:
-    from kdscale.prune.plan import make_plan
     from kdscale.prune.ranking import load_scores
+    from kdscale.runs.choose import search_plan
 
-    teacher, family = open_teacher(context.teacher)
-    plan = make_plan(teacher.config, family, load_scores(context.run.importance), context.config.prune)
+    plan = search_plan(context, load_scores(context.run.importance))
     plan.save(context.run.plan)
     for warning in plan.warnings:
         context.reporter.say(f"  note: {warning}")

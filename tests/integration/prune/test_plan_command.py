@@ -1,0 +1,48 @@
+"""`kdscale plan` as a user has it: targets as options, a table of candidates, and a plan.json that records them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+OPEN = ("--set", "prune.ffn=null", "--set", "prune.heads=null", "--set", "prune.tolerance=0.1")
+
+
+def test_masked_candidates_are_compared_without_a_checkpoint(kdscale: Callable[..., Any], tiny_config: Path) -> None:
+    run = tiny_config.parent / "run"
+    search = ("--masked", "3", "--set", "prune.search.masked_tokens=128", "--set", "prune.axes=[ffn,heads,layers]")
+    outcome = kdscale("plan", tiny_config, *OPEN, "--target-bytes", "70%", *search)
+    assert outcome.code == 0, outcome.err
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["methods"]["search"] == "masked"
+    assert plan["target"]["kind"] == "bytes"
+    assert plan["target"]["cost"] <= plan["target"]["wanted"]
+    candidates = plan["candidates"]
+    masked = [item["masked"] for item in candidates]
+    assert [item is not None for item in masked] == [True] * 3 + [False] * (len(masked) - 3)
+    divergences = [item["kl"] for item in masked[:3]]
+    assert divergences == sorted(divergences)
+    assert all(item["tokens"] > 100 and item["compensate"] == "ridge" for item in masked[:3])
+    assert plan["student"]["ffn"] == candidates[0]["ffn"]
+    assert plan["student"]["layers"] == candidates[0]["layers"]
+    assert {path.name for path in run.iterdir()} <= {
+        "config.yaml", "data", "events.jsonl", "importance", "plan.json", "stages", "status.json", "logs", ".lock",
+    }  # fmt: skip
+    for word in ("shapes meet 70%", "chosen", f"{divergences[0]:.4f}"):
+        assert word in outcome.out
+
+
+def test_a_latency_limit_is_measured_here(kdscale: Callable[..., Any], tiny_config: Path) -> None:
+    run = tiny_config.parent / "run"
+    options = ("--target-decode", "90%", "--set", "prune.axes=[layers]", "--set", "prune.search.context_tokens=16")
+    outcome = kdscale("plan", tiny_config, *OPEN, *options)
+    assert outcome.code == 0, outcome.err
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["target"]["kind"] == "decode"
+    assert plan["student"]["layers"] < 4
+    assert plan["candidates"][0]["decode_ms"] == plan["target"]["cost"] > 0
+    assert any("random weights on this machine" in warning for warning in plan["warnings"])
+    assert len(json.loads((run / "speed.json").read_text())["shapes"]) == 1  # layers alone: one layer's shape
+    assert "decode" in outcome.out
