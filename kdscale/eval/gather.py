@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from kdscale.errors import RunFolderError
-from kdscale.eval import table
+from kdscale.eval import pruning, table
 from kdscale.files import read_json
 from kdscale.metrics import read_metrics
 
@@ -28,14 +28,6 @@ _AXIS_TITLES = {
     "kv_heads": "KV heads",
     "head_dim": "Head dimension",
     "vocab": "Vocabulary",
-}
-_COMPONENTS = {
-    "embedding": "Embedding",
-    "attention": "Attention",
-    "ffn": "Feed-forward",
-    "norm": "Norms",
-    "head": "Output head",
-    "other": "Other",
 }
 _STAGE_ORDER = ("data", "importance", "plan", "prune", "distill", "eval", "report")
 _PARTS = ("config", "plan", "importance", "distillation", "evaluation")
@@ -53,6 +45,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
     importance = _importance(run_dir / "importance")
     parts = dict(zip(_PARTS, (config, plan, importance, rows, evaluation), strict=True))
     comparison = table.comparison(evaluation) if evaluation else None
+    components = pruning.components(plan, run_dir / "pruned") if plan else None
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": (config or {}).get("name") or run_dir.name,
@@ -60,7 +53,12 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "comparison": comparison,
         "evaluation": evaluation,
         "shape": _shape(plan) if plan else None,
-        "components": _components(evaluation) if evaluation else None,
+        "components": components,
+        "expected": pruning.expected(plan, components) if plan else None,
+        "cumulative": pruning.cumulative(plan, importance) if plan and importance else None,
+        "repair": pruning.repair(run_dir),
+        "perplexity": pruning.perplexity(plan, evaluation),
+        "capacity": pruning.capacity(plan, config) if plan else None,
         "plan": {key: value for key, value in plan.items() if key != "kept"} if plan else None,
         "kept": _kept(plan) if plan else None,
         "importance": importance,
@@ -149,17 +147,6 @@ def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
 
 
-def _components(evaluation: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    models = {name: model["size"].get("components") for name, model in evaluation["models"].items()}
-    if not all(models.values()):
-        return None
-    return [
-        {"component": key, "title": title, "parameters": {name: parts.get(key, 0) for name, parts in models.items()}}
-        for key, title in _COMPONENTS.items()
-        if any(parts.get(key) for parts in models.values())
-    ]
-
-
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Columns of the training log, by kind; values that are no finite numbers (a skipped step) are left out."""
     out: dict[str, Any] = {
@@ -244,6 +231,7 @@ def _tile(title: str, value: str, note: str) -> dict[str, str]:
 
 def _warnings(facts: Mapping[str, Any]) -> list[str]:
     out = list((facts["plan"] or {}).get("warnings", []))
+    out += (facts["capacity"] or {}).get("warnings", [])
     evaluation, curves = facts["evaluation"], facts["curves"]
     if evaluation and (gap := evaluation["differences"].get("distilled_minus_pruned")):
         error = gap["ce_standard_error"]
