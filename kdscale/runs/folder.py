@@ -1,7 +1,8 @@
 """The run folder: where everything about one run lies, who may write there, and what happened when.
 
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
-  data/  importance/  speed.json (timings of shapes)  plan.json  pruned/  checkpoints/  student/  eval/  report/
+  data/  importance/  speed.json (timings of shapes)  plan.json  pruned/  repair.json (what compensation won back)
+  checkpoints/  student/  eval/  report/
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class RunFolder:
         self.plan = path / "plan.json"
         self.speed = path / "speed.json"
         self.pruned = path / "pruned"
+        self.repair = path / "repair.json"
         self.checkpoints = path / "checkpoints"
         self.student = path / "student"
         self.eval = path / "eval"

@@ -48,7 +48,8 @@ STAGES: tuple[Stage, ...] = (
         work.evaluate, reads_teacher=True,
     ),
     Stage(
-        "report", "write the report", ("name",), ("plan.json", "importance", "eval", "logs/metrics.jsonl"), ("report",),
+        "report", "write the report", ("name",),
+        ("plan.json", "importance", "pruned/config.json", "repair.json", "eval", "logs/metrics.jsonl"), ("report",),
         work.write_report,
     ),
 )  # fmt: skip

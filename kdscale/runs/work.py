@@ -90,12 +90,15 @@ def prune_and_check(context: Context) -> Facts:
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.check import self_check
     from kdscale.prune.plan import Plan
+    from kdscale.prune.residual import Residuals
 
     config, run = context.config, context.run
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
     teacher, family = open_teacher(context.teacher)
     plan = Plan.load(run.plan, config=teacher.config, family=family)
+    residuals = Residuals(run.repair)
+    residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
     with atomic_dir(run.pruned) as tmp:
         apply_plan(
             teacher,
@@ -107,6 +110,7 @@ def prune_and_check(context: Context) -> Facts:
             dtype=resolve_dtype(config.importance.dtype, device),
             device=device,
             reporter=context.reporter,
+            residuals=residuals,
         )
         figures = self_check(teacher, family, plan, tmp, _check_ids(run.data, config.seed), device=device)
     write_json(run.logs / SELF_CHECK_FILE, figures)
