@@ -72,7 +72,18 @@ app.command("importance")(_stage_command("importance", "Measure what each part o
 app.command("prune")(_stage_command("prune", "Write the pruned student (and whatever it still needs) and check it."))
 app.command("distill")(_stage_command("distill", "Distil the teacher into the pruned student; resumes where it was."))
 app.command("eval")(_stage_command("eval", "Measure teacher, pruned and distilled side by side on held-out text."))
-app.command("report")(_stage_command("report", "Write report.html and report.json."))
+
+
+@app.command("report")
+def report_command(config: ConfigArgument, set_: SetOption = None) -> None:
+    """Write report.html and report.json of what there is so far; starts no other stage."""
+    from kdscale.cli import show
+    from kdscale.progress import Reporter
+    from kdscale.runs.pipeline import report_so_far
+
+    loaded = _config(config, set_)
+    report_so_far(loaded, Reporter())
+    show.results(Path(loaded.run_dir), "report")
 
 
 @app.command("plan")

@@ -117,12 +117,13 @@ def results(folder: Path, last_stage: str) -> None:
     run = RunFolder(folder)
     if last_stage == "plan":
         plan(read_json(run.plan), load_config(run.config).distill.tokens)
-    if last_stage in ("eval", "report"):
+    if last_stage in ("eval", "report") and (run.eval / "eval.json").exists():
         _side_by_side(read_json(run.eval / "eval.json"))
     if last_stage == "report":
-        student = ("student (standard checkpoint)", run.student)
-        places = [student, ("report", run.report / "report.html"), ("figures", run.report / "report.json")]
+        places = [("student (standard checkpoint)", run.student), ("pruned, not distilled", run.pruned)]
+        places += [("report", run.report / "report.html"), ("figures", run.report / "report.json")]
         places += [("training curve", run.logs / "metrics.jsonl")]
+        places = [(name, path) for name, path in places if path.exists()]
         _print(_table("Where everything is", ("", ""), [(name, str(path)) for name, path in places]))
 
 

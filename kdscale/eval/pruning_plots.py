@@ -35,6 +35,9 @@ def cumulative(facts: Mapping[str, Any]) -> Plot | None:
             axes.plot(x, [100 * v for v in curve["mean"]], color=AFTER, linewidth=1.9)
             if curve["kept_units"] < 1:
                 axes.axvline(100 * curve["kept_units"], color=ACCENT, linewidth=1.6)
+                if curve["kept_importance"] is not None:
+                    kept = (100 * curve["kept_units"], 100 * curve["kept_importance"])
+                    axes.plot(*kept, "o", color=ACCENT, markersize=6)
             axes.set_title(_TITLES[axis], loc="left")
             axes.set_xlabel("% of units, best first")
             if number == 0 or narrow:
@@ -49,10 +52,11 @@ def cumulative(facts: Mapping[str, Any]) -> Plot | None:
         if curve["kept_units"] < 1 and kept is not None:
             told.append(f"{_TITLES[axis]} {curve['kept_units']:.0%} of the units hold {kept:.0%}")
     sentence = f" Kept: {'; '.join(told)}." if told else ""
+    dot = " The dot is what stays; heads are chosen inside their kv groups, which keeps a little less than the best."
     return make_plot(
         "Cumulative importance",
-        f"Mean over the kept layers; the band spans the least and the most concentrated layer, the line is the cut."
-        f"{sentence}",
+        "Mean over the kept layers; the band spans the least and the most concentrated layer, the line is the cut."
+        f"{dot if told else ''}{sentence}",
         f"Curves of cumulative importance over units sorted by importance.{sentence}",
         draw,
         (880, 250),
@@ -80,7 +84,7 @@ def repair(facts: Mapping[str, Any]) -> Plot | None:
             axes.set_xlabel("layer")
             if number == 0 or narrow:
                 axes.set_ylabel("error, % of the output")
-            axes.set_ylim(0, 1.08 * max(*before, *after, 1e-9))
+            axes.set_ylim(0, (1.3 if number == 0 else 1.08) * max(*before, *after, 1e-9))
             style(axes)
             axes.xaxis.set_major_locator(integers(6 if narrow else 10))
             if number == 0:

@@ -56,6 +56,21 @@ STAGES: tuple[Stage, ...] = (
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
 
 
+def report_so_far(config: Config, reporter: Reporter) -> bool:
+    """Write the report of whatever the run folder holds; returns whether anything had to be done.
+
+    Runs no other stage: what is missing is said in the report. Raises RunFolderError when there is no such run.
+    """
+    run = RunFolder(Path(config.run_dir))
+    if not run.config.exists():
+        raise RunFolderError(
+            f"{run.path} is not a run folder", expected="a run to report on", hint="kdscale run CONFIG makes one"
+        )
+    with run.lock(), _signals_as_exceptions():
+        context = Context(config, run, run.path, reporter)  # the report reads no teacher
+        return _guarded(STAGES[-1], context)
+
+
 def run_until(config: Config, last: str, reporter: Reporter, accept_changes: bool = False) -> bool:
     """Bring every stage up to and including `last` up to date; returns whether anything had to be done.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 OPEN = ("--set", "prune.ffn=null", "--set", "prune.heads=null", "--set", "prune.tolerance=0.1")
 
@@ -32,6 +35,24 @@ def test_masked_candidates_are_compared_without_a_checkpoint(kdscale: Callable[.
     }  # fmt: skip
     for word in ("shapes meet 70%", "chosen", f"{divergences[0]:.4f}"):
         assert word in outcome.out
+
+    assert kdscale("prune", run / "config.yaml").code == 0
+    assert kdscale("report", run / "config.yaml").code == 0
+    facts = json.loads((run / "report" / "report.json").read_text())
+    assert facts["missing"] == ["distillation", "evaluation"]
+    for who in ("teacher", "student"):
+        parts = facts["components"]
+        assert sum(part[who]["parameters"] for part in parts) == plan[f"{who}_params"]["total"]
+    written = sum(part["student"]["bytes"] for part in facts["components"])
+    assert written == candidates[0]["bytes"] == facts["expected"]["weight_bytes"]["student"]
+    assert facts["expected"]["decode_speedup"] > 1
+    rows = facts["repair"]["layers"]
+    assert {row["layer"] for row in rows} == set(plan["kept"]["layers"])
+    assert all(0 < row["after"] <= row["before"] < 1 for row in rows)
+    assert facts["perplexity"]["after"] == pytest.approx(math.exp(masked[0]["loss"]))
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    for words in ("Chosen by masked runs", "Residual error, layer by layer", "Cumulative importance", "run masked"):
+        assert words in page
 
 
 def test_a_latency_limit_is_measured_here(kdscale: Callable[..., Any], tiny_config: Path) -> None:
