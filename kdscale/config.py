@@ -161,6 +161,8 @@ class GuardConfig(_Section):
 
 
 class DistillConfig(_Section):
+    # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
+    teacher: Literal["original", "previous"] = "original"
     tokens: Count = 1_000_000
     seq_len: Count = 512
     global_batch: Count = 8  # sequences a step, over all ranks
@@ -215,6 +217,17 @@ class RuntimeConfig(_Section):
     threads: Count | None = None  # CPU threads a process; None: cores / processes
 
 
+class StepConfig(_Section):
+    """One step on the way to the config's own student: what it says differently of prune and distill.
+
+    The config's target and sizes are the last step's: none of them is inherited. All other fields are.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    prune: dict[str, Any]
+    distill: dict[str, Any] = {}
+
+
 class Config(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str = Field(min_length=1)
@@ -226,6 +239,35 @@ class Config(_Section):
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    # run before the config's own prune and distill, each from the student of the one before
+    steps: tuple[StepConfig, ...] = Field(strict=False, default=())
+
+    @model_validator(mode="after")
+    def _steps_are_configs(self) -> Config:
+        names = [step.name for step in self.steps]
+        if len(set(names)) < len(names):
+            raise ValueError(f"steps: every name once, got {', '.join(names)}")
+        for index, step in enumerate(self.steps):
+            try:
+                self.step(index)
+            except ValidationError as error:
+                raise ValueError(f"steps ({step.name}): " + "; ".join(map(_explain, error.errors()))) from error
+        return self
+
+    def step(self, index: int) -> Config:
+        """The config of one of the steps: a run of its own under `steps/` in the run folder, on the same text."""
+        step, tree = self.steps[index], self.resolved()
+        inherited = {key: value for key, value in tree["prune"].items() if key not in _NOT_INHERITED}
+        return Config.model_validate(
+            {
+                **tree,
+                "name": f"{self.name}-{step.name}",
+                "run_dir": f"{self.run_dir}/steps/{index + 1}-{step.name}",
+                "prune": _merged(inherited, step.prune),
+                "distill": _merged(tree["distill"], step.distill),
+                "steps": (),
+            }
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Plain values, every default written out: what is stored as run/config.yaml and hashed."""
@@ -235,6 +277,18 @@ class Config(_Section):
         """Hash of the named top-level sections (all of them when none is named)."""
         plain = self.resolved()
         return sha256_json({key: plain[key] for key in sections or sorted(plain)})
+
+
+# What makes one step's student another size than the next one's.
+_NOT_INHERITED = {*TARGETS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts"}
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return out
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

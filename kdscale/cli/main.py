@@ -133,7 +133,11 @@ def plan_command(
 
         loaded = _config(config, overrides)
         found = plan_shapes(loaded, resolve_teacher(loaded.teacher, config_only=True))
-        show.plan(found.model_dump(), loaded.distill.tokens)
+        if len(found) <= len(loaded.steps):
+            raise ConfigError("--shapes-only", expected="a target that config.json tells", got="a latency")
+        for step, one in zip((*loaded.steps, None), found, strict=True):
+            tokens = loaded.distill.tokens if step is None else loaded.step(loaded.steps.index(step)).distill.tokens
+            show.plan(one.model_dump(), tokens, step.name if step else "")
         return
     _run_until("plan", config, overrides, accept_changes)
 

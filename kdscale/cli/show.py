@@ -16,7 +16,8 @@ from kdscale.files import read_json
 from kdscale.metrics import read_metrics
 from kdscale.runs.doctor import Finding, State
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.pipeline import STAGES
+from kdscale.runs.pipeline import STAGE_NAMES, STAGES
+from kdscale.runs.stage import Stage
 
 _MARK = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
 _STATE = {
@@ -55,7 +56,7 @@ def _mark(state: State) -> str:
     return _MARK[state]
 
 
-def plan(plan_json: dict[str, Any], distill_tokens: int) -> None:
+def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None:
     """The shape before and after, what it means in parameters, and what else was compared."""
     _candidates(plan_json)
     teacher, student = plan_json["teacher"], plan_json["student"]
@@ -63,7 +64,9 @@ def plan(plan_json: dict[str, Any], distill_tokens: int) -> None:
     for kind in ("total", "non_embedding"):
         before, after = (plan_json[f"{who}_params"][kind] for who in ("teacher", "student"))
         rows.append((f"{kind.replace('_', '-')} parameters", f"{before / 1e6:,.1f} M", f"{after / 1e6:,.1f} M"))
-    _print(_table("Student's shape", ("", "teacher", "student"), rows, right_from=1))
+    _print(
+        _table(f"Shape of step {step}" if step else "Student's shape", ("", "teacher", "student"), rows, right_from=1)
+    )
     before, after = (plan_json[f"{who}_params"]["total"] for who in ("teacher", "student"))
     capacity = Capacity(before, after, distill_tokens)
     for warning in [*plan_json.get("warnings", []), *capacity.warnings()]:
@@ -149,10 +152,16 @@ def status(folder: Path) -> None:
         raise RunFolderError(
             f"{folder} is not a run folder", expected="a folder with config.yaml", hint="check the path"
         )
+    for step in sorted(run.steps.glob("*/config.yaml")):
+        _stages(RunFolder(step.parent), STAGES[1 : STAGE_NAMES.index("distill") + 1])
+    _stages(run, STAGES)
+
+
+def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
     recorded = read_json(run.status)["stages"] if run.status.exists() else {}
     alive = run.in_use()
     rows = []
-    for stage in STAGES:
+    for stage in stages:
         entry = recorded.get(stage.name, {"state": "waiting"})
         state = entry["state"]
         if state == "running" and not alive:
@@ -161,7 +170,7 @@ def status(folder: Path) -> None:
         detail = facts or entry.get("reason", "").splitlines()[0:1] or ""
         seconds = f"{entry['seconds']:.1f} s" if "seconds" in entry else ""
         rows.append((stage.name, _STATE[state], seconds, detail if isinstance(detail, str) else detail[0]))
-    _print(_table(str(folder), ("stage", "state", "time", ""), rows))
+    _print(_table(str(run.path), ("stage", "state", "time", ""), rows))
     last = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "train"][-1:]
     for row in last:
         shown = {

@@ -45,6 +45,8 @@ def gather(run_dir: Path) -> dict[str, Any]:
     importance = _importance(run_dir / "importance")
     parts = dict(zip(_PARTS, (config, plan, importance, rows, evaluation), strict=True))
     comparison = table.comparison(evaluation) if evaluation else None
+    steps = pruning.steps(run_dir, plan)
+    original = pruning.original(plan, steps) if plan else None
     components = pruning.components(plan, run_dir / "pruned") if plan else None
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -58,7 +60,9 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "cumulative": pruning.cumulative(plan, importance) if plan and importance else None,
         "repair": pruning.repair(run_dir),
         "perplexity": pruning.perplexity(plan, evaluation),
-        "capacity": pruning.capacity(plan, config) if plan else None,
+        "capacity": pruning.capacity(plan, original, config) if plan and original else None,
+        "steps": steps,
+        "original_params": original,
         "plan": {key: value for key, value in plan.items() if key != "kept"} if plan else None,
         "kept": _kept(plan) if plan else None,
         "importance": importance,
@@ -188,7 +192,7 @@ def _verdict(facts: Mapping[str, Any]) -> str:
     parts = []
     plan, evaluation = facts["plan"], facts["evaluation"]
     if plan:
-        kept, whole = plan["student_params"]["non_embedding"], plan["teacher_params"]["non_embedding"]
+        kept, whole = plan["student_params"]["non_embedding"], facts["original_params"]["non_embedding"]
         parts.append(f"{table.count(kept)} of {table.count(whole)} non-embedding parameters kept")
     if evaluation:
         values = {name: model["quality"]["perplexity"] for name, model in evaluation["models"].items()}
@@ -203,9 +207,10 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     out: list[dict[str, str]] = []
     plan, evaluation = facts["plan"], facts["evaluation"]
     if plan:
-        kept = plan["student_params"]["total"] / plan["teacher_params"]["total"]
-        out.append(_tile("Parameters", f"{kept:.0%}", f"{table.count(plan['student_params']['total'])} of the teacher’s"
-                         f" {table.count(plan['teacher_params']['total'])}"))  # fmt: skip
+        whole = facts["original_params"]["total"]
+        kept = plan["student_params"]["total"]
+        told = f"{table.count(kept)} of the teacher’s {table.count(whole)}"
+        out.append(_tile("Parameters", f"{kept / whole:.0%}", told))
     if not evaluation:
         return out
     models = evaluation["models"]

@@ -14,6 +14,7 @@ import numpy as np
 
 from kdscale.capacity import Capacity
 from kdscale.files import read_json
+from kdscale.metrics import read_metrics
 
 _POINTS = 48
 _CONTEXT = 4096
@@ -155,10 +156,47 @@ def perplexity(plan: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | N
     }
 
 
-def capacity(plan: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The ratios behind the capacity warning; None without a token budget."""
-    tokens = (config or {}).get("distill", {}).get("tokens")
+def steps(run_dir: Path, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What each step of a progressive run cut and how its distillation went; empty for a run of one step."""
+    folders = sorted((run_dir / "steps").glob("*/plan.json"), key=lambda path: int(path.parent.name.partition("-")[0]))
+    if not folders:
+        return []
+    found = [(path.parent.name.partition("-")[2], path.parent, read_json(path)) for path in folders]
+    if plan is not None:
+        found.append(("this student", run_dir, plan))
+    return [_step(name, folder, made) for name, folder, made in found]
+
+
+def _step(name: str, folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    rows = list(read_metrics(folder / "logs" / "metrics.jsonl"))
+    validation = [row["perplexity"] for row in rows if row["kind"] == "validation" and "perplexity" in row]
+    trained = [row["tokens"] for row in rows if row["kind"] == "train"]
+    cut = [axis for axis in plan["student"] if plan["student"][axis] < plan["teacher"][axis]]
+    return {
+        "name": name,
+        "cut": {axis: [plan["teacher"][axis], plan["student"][axis]] for axis in cut},
+        "teacher_params": plan["teacher_params"],
+        "student_params": plan["student_params"],
+        "tokens": trained[-1] if trained else None,
+        "perplexity_before": validation[0] if validation else None,
+        "perplexity_after": validation[-1] if len(validation) > 1 else None,
+    }
+
+
+def original(plan: Mapping[str, Any], found: list[dict[str, Any]]) -> dict[str, int]:
+    """The parameters of the teacher that the whole run began with."""
+    params: dict[str, int] = found[0]["teacher_params"] if found else plan["teacher_params"]
+    return params
+
+
+def capacity(
+    plan: Mapping[str, Any], whole: Mapping[str, int], config: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The ratios behind the capacity warning, to the model distilled from; None without a token budget."""
+    settings = (config or {}).get("distill", {})
+    tokens = settings.get("tokens")
     if not isinstance(tokens, int):
         return None
-    before, after = plan["teacher_params"]["total"], plan["student_params"]["total"]
+    teacher = plan["teacher_params"] if settings.get("teacher") == "previous" else whole
+    before, after = teacher["total"], plan["student_params"]["total"]
     return Capacity(before, after, tokens).to_json()

@@ -29,7 +29,7 @@ def search_plan(context: Context, scores: Mapping[str, Any]) -> Plan:
     from kdscale.prune.search import Search
 
     cfg = context.config.prune
-    teacher, family = work.open_teacher(context.teacher)
+    teacher, family = work.open_teacher(context.source)
     itemsize = teacher.itemsize
     kind = kind_of(cfg)
     if kind in ("decode", "prefill"):
@@ -53,7 +53,7 @@ def by_masked_score(context: Context, search: Search, candidates: list[Candidate
     config = context.config
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
-    teacher, family = work.open_teacher(context.teacher)
+    teacher, family = work.open_teacher(context.source)
     chosen = candidates[: config.prune.search.masked_candidates]
     found = score_masked(
         teacher,

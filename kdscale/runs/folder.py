@@ -2,7 +2,7 @@
 
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
   data/  importance/  speed.json (timings of shapes)  plan.json  pruned/  repair.json (what compensation won back)
-  checkpoints/  student/  eval/  report/
+  checkpoints/  student/  eval/  report/  steps/ (a run folder for each step before the last)
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class RunFolder:
         self.student = path / "student"
         self.eval = path / "eval"
         self.report = path / "report"
+        self.steps = path / "steps"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

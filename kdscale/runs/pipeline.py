@@ -68,7 +68,7 @@ def report_so_far(config: Config, reporter: Reporter) -> bool:
         )
     with run.lock(), _signals_as_exceptions():
         context = Context(config, run, run.path, reporter)  # the report reads no teacher
-        return _guarded(STAGES[-1], context)
+        return guarded(STAGES[-1], context)
 
 
 def run_until(config: Config, last: str, reporter: Reporter, accept_changes: bool = False) -> bool:
@@ -79,8 +79,7 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     run = RunFolder(Path(config.run_dir))
     _refuse_hopeless_paths(run.path)
     teacher = check_teacher(config)
-    if not asks_latency(config):  # which has to be measured first; the plan stage does
-        plan_shapes(config, teacher)  # an impossible budget is found before anything is made
+    plan_shapes(config, teacher)  # an impossible budget is found before anything is made
     with run.lock(), _signals_as_exceptions():
         changes = run.adopt_config(config, accept_changes)
         for change in changes:
@@ -92,11 +91,16 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
         check_disk(context)
         did = False
         for stage in STAGES[: STAGE_NAMES.index(last) + 1]:
-            did |= _guarded(stage, context)
+            if stage.name == STAGE_NAMES[1] and config.steps:
+                from kdscale.runs.steps import run_steps
+
+                changed, context = run_steps(context)
+                did |= changed
+            did |= guarded(stage, context)
         return did
 
 
-def _guarded(stage: Stage, context: Context) -> bool:
+def guarded(stage: Stage, context: Context) -> bool:
     """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up."""
     try:
         with explain_os_errors(context.run.path):
@@ -156,26 +160,31 @@ def _student_params(context: Context) -> int:
 
     if context.run.plan.exists():
         return Plan.load(context.run.plan).student_params.total
-    shapes = context.config
-    if asks_latency(shapes):  # not known yet: no larger than the teacher
-        teacher, family = work.open_teacher(context.teacher)
-        return family.count_params(teacher.config).total
-    return plan_shapes(shapes, context.teacher).student_params.total
+    plans = plan_shapes(context.config, context.source)
+    if len(plans) == len(context.config.steps) + 1:
+        return plans[-1].student_params.total
+    teacher, family = work.open_teacher(context.source)  # under a latency target: no larger than the teacher
+    return family.count_params(teacher.config).total
 
 
-def asks_latency(config: Config) -> bool:
-    """Whether the target is a latency, which no config.json tells."""
-    return config.prune.target_decode is not None or config.prune.target_prefill is not None
+def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
+    """A plan for each step and the config's own, from the teacher's config.json alone.
 
-
-def plan_shapes(config: Config, teacher: Path) -> Plan:
-    """The plan from the teacher's config.json alone. Raises ConfigError when the budget cannot be met."""
+    Ends before the first one whose target is a latency, which has to be measured. Raises ConfigError when a budget
+    cannot be met.
+    """
     from kdscale.families import load_family
     from kdscale.prune.plan import make_plan
     from kdscale.weights import read_config
 
-    teacher_config = read_config(teacher)
-    return make_plan(teacher_config, load_family(teacher_config, str(teacher / "config.json")), None, config.prune)
+    model, out = read_config(teacher), []
+    for one in (*(config.step(index) for index in range(len(config.steps))), config):
+        if one.prune.target_decode is not None or one.prune.target_prefill is not None:
+            break
+        family = load_family(model, str(teacher / "config.json"))
+        out.append(make_plan(model, family, None, one.prune))
+        model = family.student_config(model, out[-1].student.dims(), out[-1].kept.layers)
+    return out
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def axes_to_score(context: Context) -> Facts:
     """The axes that the config may cut: all that importance depends on of the pruning settings."""
     from kdscale.prune.search import openable_axes
 
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source)
     return {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
 
 
@@ -65,7 +65,7 @@ def measure_importance(context: Context) -> Facts:
 
     config = context.config
     set_threads(config.runtime.threads)
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source)
     batches = calibration_batches(config, context.run.data)
     with atomic_dir(context.run.importance) as tmp:
         device = resolve_device(config.runtime.device)
@@ -95,7 +95,7 @@ def prune_and_check(context: Context) -> Facts:
     config, run = context.config, context.run
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source)
     plan = Plan.load(run.plan, config=teacher.config, family=family)
     residuals = Residuals(run.repair)
     residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])

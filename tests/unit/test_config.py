@@ -52,6 +52,15 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
         ({"distill": {"optimizer": {"lr": "fast"}}}, "distill.optimizer.lr: input should be a valid number"),
         ({"distill": {"dtype": "float16"}}, "distill.dtype"),
         ({"data": {"sources": []}}, "data.sources"),
+        (
+            {"steps": [{"name": "6b", "prune": {"axes": ["ffn"]}}]},  # the config's own target is the last step's
+            "steps (6b): prune: give target_params (or another target) or at least one of",
+        ),
+        (
+            {"steps": [{"name": "a", "prune": {"ffn": 8, "axis": []}}]},
+            "steps (a): prune.axis: unknown key (did you mean 'axes'?)",
+        ),
+        ({"steps": [{"name": "a", "prune": {"ffn": 8}}] * 2}, "steps: every name once, got a, a"),
         ({"name": "../up"}, "name: string should match pattern"),
         ({"seed": True}, "seed: input should be a valid integer"),
     ],
