@@ -74,6 +74,9 @@ class SearchConfig(_Section):
     # this many of the best predicted shapes are run masked on calibration text; 0 goes by the prediction alone
     masked_candidates: Annotated[int, Field(ge=0, le=64)] = 8
     masked_tokens: Count = 4_096
+    # distil this many tokens into each finalist, keep the better half, double; None: no probes
+    probe_tokens: Count | None = None
+    probe_candidates: Annotated[int, Field(ge=2, le=16)] = 4
     # what a latency is measured at: a prompt this long, and one more token after it
     context_tokens: Count = 256
 

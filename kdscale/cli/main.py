@@ -109,6 +109,9 @@ def plan_command(
     masked: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Run the N best predicted shapes masked; 0: none.")
     ] = None,
+    probe_tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Distil N tokens into each finalist, halve, double, repeat.")
+    ] = None,
     shapes_only: Annotated[
         bool,
         typer.Option("--shapes-only", help="Compare shapes by the teacher's config.json alone; write nothing."),
@@ -125,8 +128,8 @@ def plan_command(
     overrides = list(set_ or [])
     if any(value is not None for value in targets.values()):  # takes the place of the config's target
         overrides += [f"prune.{name}={targets[name] or 'null'}" for name in TARGETS]
-    if masked is not None:
-        overrides.append(f"prune.search.masked_candidates={masked}")
+    for key, value in (("masked_candidates", masked), ("probe_tokens", probe_tokens)):
+        overrides += [] if value is None else [f"prune.search.{key}={value}"]
     if shapes_only:
         from kdscale.runs.pipeline import plan_shapes
         from kdscale.weights import resolve_teacher

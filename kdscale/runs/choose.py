@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config import Config
+from kdscale.prune.latency import KINDS
 from kdscale.runs import work
+from kdscale.runs.probe import by_probes
 from kdscale.runs.stage import Context
 
 if TYPE_CHECKING:
@@ -31,18 +33,32 @@ def search_plan(context: Context, scores: Mapping[str, Any]) -> Plan:
     cfg = context.config.prune
     teacher, family = work.open_teacher(context.source)
     itemsize = teacher.itemsize
-    kind = kind_of(cfg)
-    if kind in ("decode", "prefill"):
-        shapes = Search(teacher.config, family, scores, cfg, itemsize)
-        model = measured_latencies(context, shapes)
-        search = Search(teacher.config, family, scores, cfg, itemsize, model)
+    if kind_of(cfg) not in ("decode", "prefill"):
+        search = Search(teacher.config, family, scores, cfg, itemsize)
         candidates, tried = search.shortlist()
-        return _timed(search.plan(_by_measured_time(search, model, candidates, context), tried), model)
-    search = Search(teacher.config, family, scores, cfg, itemsize)
+        return search.plan(_ranked(context, search, candidates), tried)
+    model = measured_latencies(context, Search(teacher.config, family, scores, cfg, itemsize))
+    search = Search(teacher.config, family, scores, cfg, itemsize, model)
     candidates, tried = search.shortlist()
-    if cfg.search.masked_candidates and len(candidates) > 1:
+    within, others = _by_measured_time(search, model, candidates, context)
+    chosen = _ranked(context, search, within) if within else []
+    return _timed(search.plan([*chosen, *others], tried), model)
+
+
+def what_matters(context: Context) -> Mapping[str, Any]:
+    """What of the config the choice depends on besides `prune`: with probes, how they are distilled."""
+    config = context.config
+    return {"distill": config.resolved()["distill"]} if config.prune.search.probe_tokens is not None else {}
+
+
+def _ranked(context: Context, search: Search, candidates: list[Candidate]) -> list[Candidate]:
+    """In order of the dearest score that the config asks for."""
+    settings = context.config.prune.search
+    if len(candidates) > 1 and settings.masked_candidates:
         candidates = by_masked_score(context, search, candidates)
-    return search.plan(candidates, tried)
+    if len(candidates) > 1 and settings.probe_tokens is not None:
+        candidates = by_probes(context, search.teacher, candidates)
+    return candidates
 
 
 def by_masked_score(context: Context, search: Search, candidates: list[Candidate]) -> list[Candidate]:
@@ -117,29 +133,28 @@ def measured_latencies(context: Context, search: Search) -> LatencyModel:
 
 def _by_measured_time(
     search: Search, model: LatencyModel, candidates: list[Candidate], context: Context
-) -> list[Candidate]:
-    """Time the best candidates themselves; the first that keeps the limit within its own spread comes first."""
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Time the best candidates: those that keep the limit within their own spread; the others, fastest first."""
     budget = search.budget
     assert budget is not None
     assert budget.kind in ("decode", "prefill")
-    timed: list[Candidate] = []
+    kind = budget.kind
+    within: list[Candidate] = []
+    over: list[Candidate] = []
     for candidate in candidates[:_TIMED_CANDIDATES]:
         dims = search.student_dims(candidate.sizes())
         timing = model.timing(dims)
-        found = candidate.model_copy(
-            update={
-                "decode_ms": timing.total("decode", dims.layers),
-                "prefill_ms": timing.total("prefill", dims.layers),
-                "latency_spread": timing.spread[budget.kind],
-            }
-        )
-        timed.append(found)
+        times = {f"{each}_ms": timing.total(each, dims.layers) for each in KINDS}
+        spread = timing.spread[kind]
+        found = candidate.model_copy(update={**times, "latency_spread": spread})
+        keeps = times[f"{kind}_ms"] <= budget.wanted * (1 + spread)
+        (within if keeps else over).append(found)
         context.reporter.say(
-            f"  timed {timing.total(budget.kind, dims.layers):.3g} ms for ffn {dims.ffn}, heads {dims.heads}"
+            f"  {times[f'{kind}_ms']:.3g} ms ± {spread / 2:.0%}: hidden {dims.hidden}, ffn {dims.ffn}, "
+            f"{dims.heads} heads, {dims.layers} layers"
         )
-        if timing.total(budget.kind, dims.layers) <= budget.wanted * (1 + timing.spread[budget.kind]):
-            return [found, *timed[:-1], *candidates[len(timed) :]]
-    return [*timed, *candidates[len(timed) :]]
+    over.sort(key=lambda one: getattr(one, f"{kind}_ms"))
+    return within, [*over, *candidates[_TIMED_CANDIDATES:]]
 
 
 def _timed(plan: Plan, model: LatencyModel) -> Plan:

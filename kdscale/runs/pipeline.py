@@ -13,7 +13,7 @@ from kdscale.config import Config
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
 from kdscale.progress import Reporter
-from kdscale.runs import work
+from kdscale.runs import choose, work
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.stage import Context, Stage, run_stage
 
@@ -33,7 +33,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "plan", "choose the student's shape", ("prune",), ("importance",), ("plan.json",), work.choose_plan,
-        reads_teacher=True, hand_editable=True,
+        reads_teacher=True, hand_editable=True, derived=choose.what_matters,
     ),
     Stage(
         "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "data"), ("pruned",),

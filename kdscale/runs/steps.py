@@ -24,7 +24,7 @@ def run_steps(context: Context) -> tuple[bool, Context]:
     for index, step in enumerate(context.config.steps):
         context.reporter.say(f"⇒ step {index + 1} of {len(context.config.steps) + 1}: {step.name}")
         inner = sub_run(context, context.config.step(index), context.source)
-        did |= bring_up(inner, "distill")
+        did |= bring_up(inner, ("importance", "plan", "prune", "distill"), {"data": context.run.data})
         context = replace(context, pruned_from=inner.run.student)
     context.reporter.say(f"⇒ step {len(context.config.steps) + 1} of {len(context.config.steps) + 1}")
     return did, context
@@ -35,8 +35,11 @@ def sub_run(context: Context, config: Config, source: Path) -> Context:
     return Context(config, RunFolder(Path(config.run_dir)), context.teacher, context.reporter, source)
 
 
-def bring_up(inner: Context, last: str, data: Path | None = None) -> bool:
-    """Run an inner run's stages after `data` up to and including `last`; the text is that of the run around it."""
+def bring_up(inner: Context, stages: tuple[str, ...], shared: dict[str, Path]) -> bool:
+    """Run these stages of an inner run, with outputs of earlier stages `shared` from the run around it.
+
+    They are links: tokenised text is made once, and can be hundreds of gigabytes.
+    """
     run, did = inner.run, False
     with run.lock():
         for change in run.adopt_config(inner.config, accept_changes=True):
@@ -44,16 +47,13 @@ def bring_up(inner: Context, last: str, data: Path | None = None) -> bool:
         for folder in (run.logs, run.checkpoints, run.stages):
             if folder.exists():
                 remove_leftovers(folder)
-        _share_data(run, data or run.path.parent.parent / "data")
+        for name, target in shared.items():
+            link = run.path / name
+            if not link.is_symlink():
+                link.symlink_to(os.path.relpath(target.resolve(), run.path.resolve()), target_is_directory=True)
         pipeline.check_disk(inner)
-        names = pipeline.STAGE_NAMES
-        for stage in pipeline.STAGES[1 : names.index(last) + 1]:
-            did |= pipeline.guarded(stage, inner)
+        for stage in pipeline.STAGES:
+            if stage.name in stages:
+                did |= pipeline.guarded(stage, inner)
     gc.collect()  # the engine of a finished distillation is in reference cycles, and the next step needs its memory
     return did
-
-
-def _share_data(run: RunFolder, data: Path) -> None:
-    """The tokenised text as a link: made once, and hundreds of gigabytes for a large run."""
-    if not run.data.is_symlink():
-        run.data.symlink_to(os.path.relpath(data.resolve(), run.path.resolve()), target_is_directory=True)

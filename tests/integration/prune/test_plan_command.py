@@ -67,3 +67,34 @@ def test_a_latency_limit_is_measured_here(kdscale: Callable[..., Any], tiny_conf
     assert any("random weights on this machine" in warning for warning in plan["warnings"])
     assert len(json.loads((run / "speed.json").read_text())["shapes"]) == 1  # layers alone: one layer's shape
     assert "decode" in outcome.out
+
+
+def test_finalists_are_distilled_and_halved(kdscale: Callable[..., Any], tiny_config: Path) -> None:
+    run = tiny_config.parent / "run"
+    options = (
+        "--target-params", "70%", "--masked", "0", "--probe-tokens", "512", "--set", "prune.search.probe_candidates=3",
+        "--set", "prune.axes=[ffn,heads]", "--set", "distill.checkpoint_every=100",
+    )  # fmt: skip
+    outcome = kdscale("plan", tiny_config, *OPEN, *options)
+    assert outcome.code == 0, outcome.err
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["methods"]["search"] == "probes"
+    probes = [[probe["tokens"] for probe in item["probes"]] for item in plan["candidates"]]
+    assert probes == [[512, 1024], [512, 1024], [512]] + [[]] * (len(probes) - 3)
+    last = [item["probes"][-1]["loss"] for item in plan["candidates"][:2]]
+    assert 0 < last[0] <= last[1]
+    results = sorted((run / "probes").glob("*/result-*.json"))
+    assert len(results) == 5
+    assert not list((run / "probes").glob("*/*.safetensors")) + list((run / "probes").glob("*/pruned"))
+
+    # one result lost, as by a kill: that probe alone is run again, and gives the same loss
+    lost = next(path for path in results if path.name == "result-512.json")
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    (run / "plan.json").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in results if path != lost}
+    again = kdscale("plan", tiny_config, *OPEN, *options)
+    assert again.code == 0, again.err
+    assert json.loads(lost.read_text()) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert json.loads((run / "plan.json").read_text()) == plan
