@@ -45,7 +45,15 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
             got="a quantised checkpoint",
             hint="use the original checkpoint, or dequantise it and save it again without quantization_config",
         )
-    return Family(data, where)
+    for rule in data.requires:
+        if rule.field in config_dict and config_dict[rule.field] not in rule.one_of:
+            raise CheckpointError(
+                f"{where}: {rule.field}",
+                expected=" or ".join(map(json.dumps, rule.one_of)),
+                got=repr(config_dict[rule.field]),
+                hint=rule.why,
+            )
+    return Family(data, where, config_dict)
 
 
 def supported_types() -> list[str]:
