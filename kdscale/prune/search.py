@@ -31,10 +31,11 @@ _REAL_HIDDEN, _REAL_FFN = 2048, 4096
 _REAL_STEP, _SMALL_STEP = 256, 32
 
 # Rise of log-perplexity for each share of an axis' importance that is lost, on SmolLM2-135M (docs/pruning.md): near
-# linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess.
+# linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess. No
+# mixture of experts was measured: an expert is taken for ffn units that no regression gives back.
 _DAMAGE: dict[str, dict[str, float]] = {
-    "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1},
-    "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1},
+    "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
+    "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1, "experts": 6.5},
 }
 
 Sizes = tuple[int, int, int, int, int]  # in the order of SHAPE_AXES
@@ -45,8 +46,10 @@ def openable_axes(cfg: PruneConfig, dims: Dims) -> tuple[str, ...]:
     given = {axis: getattr(cfg, axis) for axis in SHAPE_AXES}
     cut = {axis for axis, size in given.items() if size is not None and size < getattr(dims, axis)}
     if cfg.target_params is not None:
-        cut |= {axis for axis in cfg.axes if given[axis] is None}
-    return tuple(axis for axis in SHAPE_AXES if axis in cut)
+        cut |= {axis for axis in cfg.axes if axis in given and given[axis] is None}
+    if cfg.experts is not None and cfg.experts < dims.experts:
+        cut.add("experts")
+    return tuple(axis for axis in (*SHAPE_AXES, "experts") if axis in cut)
 
 
 def build_plan(
@@ -71,7 +74,20 @@ class _Search:
 
     @cached_property
     def cost(self) -> CostModel:
-        return CostModel.of(self.config, self.family)
+        return CostModel.of(self.config, self.family, self.experts)
+
+    @cached_property
+    def experts(self) -> int:
+        """The student's experts: as given, or the teacher's. Raises ConfigError for a number that cannot be."""
+        asked, whole = self.cfg.experts, self.teacher.experts
+        if "experts" in self.cfg.axes and asked is None and self.target is not None:
+            raise ConfigError(
+                "prune.axes", expected="axes that are searched", got="experts", hint="give prune.experts a number"
+            )
+        if asked is not None and asked > whole:
+            expected = f"at most the teacher's {whole}" if whole else "none: the teacher is no mixture of experts"
+            raise ConfigError("prune.experts", expected=expected, got=str(asked))
+        return asked or whole
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -83,7 +99,7 @@ class _Search:
         if self.cfg.target_params is None:
             return None
         kind, value = parse_target(self.cfg.target_params)
-        whole = self.counted(self.sizes_of(self.teacher))
+        whole = getattr(plans.count_params(self.config, self.family), self.cfg.count)
         wanted = round(value * whole) if kind == "fraction" else int(value)
         if wanted >= whole:
             raise ConfigError(
@@ -168,14 +184,14 @@ class _Search:
 
     def check_allowed(self, sizes: Sizes) -> None:
         if wrong := self.family.violations(self.student_dims(sizes)):
-            given = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(self.cfg, axis) is not None]
+            given = [f"prune.{axis}" for axis in (*SHAPE_AXES, "experts") if getattr(self.cfg, axis) is not None]
             raise ConfigError(
                 ", ".join(given) or "prune", expected="sizes that the family allows", got="; ".join(wrong)
             )
 
     def student_dims(self, sizes: Sizes) -> Dims:
         cut = dict(zip(SHAPE_AXES, sizes, strict=True))
-        return Dims(**cut, head_dim=self.teacher.head_dim, vocab=self.teacher.vocab)
+        return Dims(**cut, head_dim=self.teacher.head_dim, vocab=self.teacher.vocab, experts=self.experts)
 
     def student_config(self, sizes: Sizes) -> dict[str, Any]:
         return self.family.student_config(self.config, self.student_dims(sizes), self.ranking.layers(sizes[4]))
@@ -232,7 +248,8 @@ class _Search:
     def balance(self, sizes: Sizes) -> float:
         """Minus the spread between the largest and the smallest kept fraction over the axes that may be cut."""
         axes = openable_axes(self.cfg, self.teacher)
-        kept = [size / getattr(self.teacher, a) for a, size in zip(SHAPE_AXES, sizes, strict=True) if a in axes]
+        given = [*zip(SHAPE_AXES, sizes, strict=True), ("experts", self.experts)]
+        kept = [size / getattr(self.teacher, a) for a, size in given if a in axes]
         return -(max(kept) - min(kept)) if kept else 0.0
 
     @cached_property
@@ -241,7 +258,7 @@ class _Search:
 
     def retained(self, sizes: Sizes) -> dict[str, float | None]:
         """Share kept on each axis that may be cut, and the predicted perplexity ratio as `score`; None if unknown."""
-        shape = dict(zip(SHAPE_AXES, sizes, strict=True))
+        shape = dict(zip(SHAPE_AXES, sizes, strict=True)) | {"experts": self.experts}
         kept_layers = self.ranking.layers(shape["layers"])
         out: dict[str, float | None] = {}
         for axis in openable_axes(self.cfg, self.teacher):
@@ -261,13 +278,19 @@ class _Search:
         teacher, student, ranking = self.teacher, self.student_dims(sizes), self.ranking
         layers = ranking.layers(student.layers)
         groups = [ranking.kv_heads(layer, student.kv_heads) for layer in layers]
+        experts = [ranking.experts(layer, student.experts) for layer in layers] if student.experts else []
         per_group = student.heads // student.kv_heads
         kept = plans.Kept(
             layers=layers,
             hidden=ranking.hidden(student.hidden),
-            ffn=[ranking.ffn(layer, student.ffn) for layer in layers],
+            ffn=[
+                ranking.ffn(layer, student.ffn, expert)
+                for layer, chosen in zip(layers, experts or [[None]] * len(layers), strict=True)
+                for expert in chosen
+            ],
             kv_heads=groups,
             heads=[ranking.heads(layer, kv, per_group) for layer, kv in zip(layers, groups, strict=True)],
+            experts=experts,
         )
         student_config = self.student_config(sizes)
         params = plans.count_params(student_config, self.family)
@@ -301,8 +324,9 @@ class _Search:
         return plan
 
     def methods(self, student: Dims) -> plans.Methods:
-        cut = {a: getattr(student, a) < getattr(self.teacher, a) for a in SHAPE_AXES}
-        by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in SHAPE_AXES}
+        axes = (*SHAPE_AXES, "experts")
+        cut = {a: getattr(student, a) < getattr(self.teacher, a) for a in axes}
+        by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in axes}
         search = "retained_importance" if self.ranking.has_scores else "balanced"
         chosen = "sizes_given" if self.target is None else search
         return plans.Methods(**by_axis, compensate=self.cfg.compensate, search=chosen)
