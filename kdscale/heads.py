@@ -35,6 +35,14 @@ class Head:
             logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
         return logits_CV
 
+    __call__ = logits
+
+    def unscaled(self, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(hidden states, bias) that give the same logits without `scale`, for kernels that know no scale."""
+        if self.scale == 1.0:
+            return hidden_NH, self.bias_V
+        return hidden_NH * self.scale, None if self.bias_V is None else self.bias_V * self.scale
+
     def detached(self) -> Head:
         """The head alone, so that the rest of its model can leave memory (a tied weight is the embedding itself)."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()

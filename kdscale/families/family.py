@@ -198,6 +198,10 @@ class Family:
         """Globs of tensors that the student does without, and what they are."""
         return {drop.tensors: drop.what for drop in self.data.drops}
 
+    def parameter(self, name: str) -> str:
+        """What transformers calls a tensor outside the layers, also one that a tie keeps off the disk."""
+        return next(t.loads_as or t.name for t in self.data.tensors if t.name == name)
+
     def full_name(self, name: str) -> str:
         """The name in this file of a tensor from a checkpoint of the base model alone, which lacks the prefix."""
         prefix = self.data.optional_prefix

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -279,13 +279,14 @@ class _Search:
         layers = ranking.layers(student.layers)
         groups = [ranking.kv_heads(layer, student.kv_heads) for layer in layers]
         experts = [ranking.experts(layer, student.experts) for layer in layers] if student.experts else []
+        mlps: list[Sequence[int | None]] = [*experts] if experts else [[None]] * len(layers)
         per_group = student.heads // student.kv_heads
         kept = plans.Kept(
             layers=layers,
             hidden=ranking.hidden(student.hidden),
             ffn=[
                 ranking.ffn(layer, student.ffn, expert)
-                for layer, chosen in zip(layers, experts or [[None]] * len(layers), strict=True)
+                for layer, chosen in zip(layers, mlps, strict=True)
                 for expert in chosen
             ],
             kv_heads=groups,
