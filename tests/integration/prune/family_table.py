@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from kdscale.families import Family
+
 BASE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -32,6 +34,11 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 16, "partial_rotary_factor": 0.5},
     "olmo2": {},
     "smollm3": {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 16},
+    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 12},
+    "olmoe": {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 3, "clip_qkv": 2.0},
+    "gpt_neox": {"num_key_value_heads": None, "rotary_pct": 0.5},
+    "gpt2": {"num_key_value_heads": None, "intermediate_size": None, "n_inner": 48, "attn_pdrop": 0.0},
     "granite": {
         "embedding_multiplier": 3.0,
         "logits_scaling": 4.0,
@@ -48,6 +55,20 @@ CUTS: dict[str, dict[str, int]] = {
     "layers": {"layers": 2},
 }
 ALL = {"ffn": 24, "heads": 2, "kv_heads": 1, "hidden": 24, "layers": 2}
+# Without a field for head_dim the hidden size is heads · head_dim, and they are cut together.
+TOGETHER = {"heads": 3, "kv_heads": 3, "hidden": 24}
+EXPERTS = {"experts": 3}
+
+
+def cuts_of(family: Family) -> dict[str, dict[str, int]]:
+    """One cut for each axis of the family, and one of all axes together."""
+    cuts, everything = CUTS, ALL
+    if family.data.dims["head_dim"].field is None:
+        cuts = {"ffn": CUTS["ffn"], "hidden": TOGETHER, "layers": CUTS["layers"]}
+        everything = {**ALL, **TOGETHER}
+    if family.sites.experts:
+        cuts, everything = {**cuts, "experts": EXPERTS}, {**everything, **EXPERTS}
+    return {**cuts, "all": everything}
 
 
 def save_teacher(model_type: str, folder: Path, **changes: Any) -> Path:

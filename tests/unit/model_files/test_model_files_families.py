@@ -155,6 +155,9 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
 )
 def test_constraints_refuse_what_transformers_refuses(model_type: str, heads: int, groups: int, hidden: int) -> None:
     """Sizes that pass our rules build in transformers; sizes transformers refuses do not pass."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     fields = {dim: found.field for dim, found in _FAMILIES[model_type].dims.items()}
     sizes = {"hidden": hidden, "heads": heads, "kv_heads": groups, "head_dim": 8}
     config = _config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
@@ -162,8 +165,8 @@ def test_constraints_refuse_what_transformers_refuses(model_type: str, heads: in
     dims = Dims(**sizes, ffn=80, layers=3, vocab=96, experts=_SIZES["experts"] if "experts" in fields else 0)
     broken = family.violations(dims)
     if any("is not a multiple of heads" in rule for rule in broken):
-        with pytest.raises(Exception, match=r"not a multiple|not divisible"):
-            _hf_config(config)
+        with pytest.raises(Exception, match=r"not a multiple|divisible"), torch.device("meta"):
+            AutoModelForCausalLM.from_config(_hf_config(config))
     else:
         _hf_config(config)
     if fields["kv_heads"]:
