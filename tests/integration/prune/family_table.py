@@ -112,4 +112,6 @@ def random_scores(config: dict[str, Any], family: Family) -> dict[str, np.ndarra
         "layers.block_influence": (dims.layers,),
         "experts.output_norm": (dims.layers, dims.experts),
     }
-    return {name: rng.random(shape) for name, shape in shapes.items()}
+    scores = {name: rng.random(shape) for name, shape in shapes.items()}
+    scores["layers.block_influence"][0] = 0.0  # so that kept layers get other numbers
+    return scores

@@ -213,6 +213,20 @@ def test_experts_scores_are_what_the_layer_computes(teacher_of, tmp_path):
     assert set(scores) == {"experts.output_norm", "ffn.output_energy", "ffn.activation"}
 
 
+def test_each_kept_expert_keeps_its_own_units(teacher_of, tmp_path):
+    teacher = teacher_of("olmoe")
+    scores = random_scores(teacher.config, teacher.family)
+    plan = teacher.prune(tmp_path / "student", scores=scores, experts=3, ffn=24, layers=2, compensate="none")
+    before = load_file(teacher.checkpoint.path / "model.safetensors")
+    after = load_file(tmp_path / "student" / "model.safetensors")
+    name = "model.layers.{}.mlp.experts.{}.up_proj.weight"
+    for position, layer in enumerate(plan.kept.layers):
+        assert plan.kept.experts[position] == sorted(scores["experts.output_norm"][layer].argsort()[-3:].tolist())
+        for place, expert in enumerate(plan.kept.experts[position]):
+            units = sorted(scores["ffn.output_energy"][layer, expert].argsort()[-24:].tolist())
+            assert torch.equal(after[name.format(position, place)], before[name.format(layer, expert)][units])
+
+
 def test_experts_cannot_be_fewer_than_a_token_is_routed_to(teacher_of):
     teacher = teacher_of("mixtral")
     with pytest.raises(ConfigError, match="fewer than the 2 that each token is routed to"):
