@@ -36,7 +36,8 @@ _FAMILY_FILES = sorted(Path(kdscale.families.__file__).parent.glob("*.json"))
 
 
 _LLAMA = next(file for file in _FAMILY_FILES if file.stem == "llama")
-_FAMILIES = read_families(_FAMILY_FILES)
+# also those of KDSCALE_FAMILIES
+_FAMILIES = {name: load_family({"model_type": name}, "config.json").data for name in supported_types()}
 
 
 def _config(model_type: str, **changes: Any) -> dict[str, Any]:
