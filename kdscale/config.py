@@ -95,7 +95,7 @@ class PruneConfig(_Section):
     count: Literal["non_embedding", "total"] = "total"
     tolerance: Annotated[float, Field(gt=0.0, le=0.2)] = 0.03
     # axes that may be cut when a target is given; sizes given below are fixed and need not be listed
-    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers"], ...] = Field(
+    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts"], ...] = Field(
         strict=False, default=("ffn", "heads")
     )
     hidden: Count | None = None
@@ -103,6 +103,7 @@ class PruneConfig(_Section):
     heads: Count | None = None
     kv_heads: Count | None = None
     layers: Count | None = None
+    experts: Count | None = None  # of a mixture of experts; how many each token is routed to does not change
     # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
     hidden_divisor: Count | None = None
     ffn_divisor: Count | None = None
@@ -123,9 +124,9 @@ class PruneConfig(_Section):
             raise ValueError(f"give one target, not {' and '.join(given)}; sizes may be fixed beside it")
         if given:
             parse_target(getattr(self, given[0]), TARGETS[given[0]])
-        elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers)):
+        elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
             raise ValueError(
-                "give target_params (or another target) or at least one of hidden, ffn, heads, kv_heads, layers"
+                "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
             )
         return self
 

@@ -27,7 +27,7 @@ from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.heads import check_unscaled_head, head_of
+from kdscale.heads import head_of
 from kdscale.metrics import MetricsLog
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
@@ -152,8 +152,6 @@ def _load_pair(
     trust = cfg.teacher.trust_remote_code
     loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
     student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
-    check_unscaled_head(loaded, str(teacher_dir))
-    check_unscaled_head(student, str(student_dir))
     tokens = load_tokenizer(teacher_dir, trust).get_vocab()
     if load_tokenizer(student_dir, trust).get_vocab() != tokens:
         raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")

@@ -40,7 +40,7 @@ def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | 
     family = load_family(student.config, str(pruned / "config.json"))
     teacher_config = dict(student.config)
     for axis, field in family.data.dims.items():
-        if axis in plan["teacher"]:
+        if field.field is not None and axis in plan["teacher"]:
             teacher_config[field.field] = plan["teacher"][axis]
     sizes: dict[str, dict[str, dict[str, int]]] = {}
     itemsize: dict[str, int] = {}

@@ -6,6 +6,8 @@ evaluates for a hundred thousand shapes in milliseconds.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdscale.families import Family
+from kdscale.families.family import EMBEDDING_ROLES
+from kdscale.families.schema import axis_blocks
 
 Count = Literal["total", "non_embedding"]
 Ints = NDArray[np.int64]
@@ -41,23 +45,35 @@ class CostModel:
     head_dim: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], family: Family, itemsize: Callable[[str], int] | None = None) -> CostModel:
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        family: Family,
+        itemsize: Callable[[str], int] | None = None,
+        *,
+        experts: int | None = None,
+    ) -> CostModel:
         """Expand the family's table once for this config. Raises CheckpointError for a config the family refuses.
 
         `itemsize`: bytes a value of each teacher tensor on disk, which the student's keep; by default what the config
-        says the weights are in.
+        says the weights are in. `experts`: how many of a mixture's experts the shapes have (default: the config's).
         """
         width = config_itemsize(config)
         dims = family.dims(dict(config))
-        fixed = {"head_dim": dims.head_dim, "vocab": dims.vocab}
+        stay = experts or dims.experts
+        fixed: dict[str | int, int] = {"head_dim": dims.head_dim, "vocab": dims.vocab, "experts": stay}
+        fixed |= {name: family.fixed_size(name, config) for name in family.data.sizes}
         sums: Counter[tuple[tuple[str, ...], bool, int]] = Counter()
         for name, spec in family.tensors(dict(config)).items():
-            coefficient, axes = 1, ["layers"] if spec.layer is not None else []
-            for size, axis in zip(spec.shape, spec.axes, strict=True):
-                factors = axis.split("*") if axis else []
-                coefficient *= size if not factors else int(np.prod([fixed.get(part, 1) for part in factors]))
-                axes += [part for part in factors if part not in fixed]
-            sums[tuple(sorted(axes)), "vocab" in spec.axes, itemsize(name) if itemsize else width] += coefficient
+            if spec.expert is not None and spec.expert >= stay:
+                continue
+            once = ["layers"] if spec.layer is not None else []
+            bytes_each = itemsize(name) if itemsize else width
+            for blocks in itertools.product(*(axis_blocks(axis) for axis in spec.axes)):
+                factors = [factor for block in blocks for factor in block]
+                coefficient = math.prod(fixed.get(f, f if isinstance(f, int) else 1) for f in factors)
+                axes = [f for f in factors if isinstance(f, str) and f not in fixed]
+                sums[tuple(sorted(once + axes)), spec.role in EMBEDDING_ROLES, bytes_each] += coefficient
         terms = [
             _Term(total / dims.layers if "layers" in axes else total, axes, embedding, bytes_each)
             for (axes, embedding, bytes_each), total in sorted(sums.items())

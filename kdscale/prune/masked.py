@@ -11,7 +11,6 @@ B batch · S sequence · N scored tokens · D hidden · U inputs of a projection
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from kdscale.errors import DataError, SelfCheckError
 from kdscale.families import Family, TensorSpec
-from kdscale.heads import Head, head_of
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
 from kdscale.prune.plan import Masked, Plan
@@ -149,10 +147,13 @@ class _Student:
         sums = RidgeSums(kept, len(gram_UU), gram_UU.device)
         sums.gram_KK = gram_UU[sums.kept][:, sums.kept]
         sums.gram_RK = gram_UU[sums.removed][:, sums.kept]
+        transposed = self.slicer.family.transposed(role)
         weight_DU = self._shared.tensor(source).to(gram_UU.device)
+        weight_DU = weight_DU.T if transposed else weight_DU
         if (hidden := self.slicer.kept("hidden", None)) is not None:
             weight_DU = weight_DU[torch.tensor(hidden, device=gram_UU.device)]
-        return sums.solve(weight_DU, self._ridge, source).cpu()
+        solved_DK = sums.solve(weight_DU, self._ridge, source).cpu()
+        return solved_DK.T if transposed else solved_DK
 
 
 def _grams(
@@ -237,14 +238,8 @@ class _Output:
     """Final norm and head of one model: hidden states → log-probabilities in fp32."""
 
     def __init__(self, stream: LayerStream):
-        from transformers import AutoConfig
-
-        fields = {key: value for key, value in stream.config.items() if key != "model_type"}
-        config = AutoConfig.for_model(stream.config["model_type"], **fields)
-        linear = stream.head()
-        self._head: Head = head_of(SimpleNamespace(config=config, get_output_embeddings=lambda: linear))
-        self._norm = stream.final_norm()
+        self._head, self._norm = stream.head(), stream.final_norm()
 
     def log_probabilities(self, state_BSD: Tensor, rows_N: Tensor) -> Tensor:
         hidden_ND = self._norm(state_BSD.flatten(0, 1)[rows_N])
-        return torch.log_softmax(self._head.logits(hidden_ND), dim=-1)
+        return torch.log_softmax(self._head(hidden_ND), dim=-1)

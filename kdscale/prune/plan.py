@@ -41,6 +41,7 @@ class Shape(_Part):
     head_dim: Size
     layers: Size
     vocab: Size
+    experts: Annotated[int, Field(ge=0)] = 0  # 0 in dense models
 
     @classmethod
     def of(cls, dims: Dims) -> Shape:
@@ -51,13 +52,22 @@ class Shape(_Part):
 
 
 class Kept(_Part):
-    """Indices in the teacher that stay; `ffn`, `heads`, `kv_heads`: one list for each kept layer, in their order."""
+    """Indices in the teacher that stay; `ffn`, `heads`, `kv_heads`, `experts`: one list for each kept layer, in their
+    order. In a mixture of experts `ffn` has one list for each kept layer and kept expert, layer by layer."""
 
     layers: Indices
     hidden: Indices
     ffn: list[Indices]
     heads: list[Indices]
     kv_heads: list[Indices]
+    experts: list[Indices] = []
+
+    def ffn_of(self, position: int, expert: int | None = None) -> Indices:
+        """Kept ffn units of the student's layer `position`; in a mixture, of the teacher's expert `expert`."""
+        if expert is None:
+            return self.ffn[position]
+        experts = self.experts[position]
+        return self.ffn[position * len(experts) + experts.index(expert)]
 
 
 class Methods(_Part):
@@ -68,6 +78,7 @@ class Methods(_Part):
     kv_heads: str
     hidden: str
     layers: str
+    experts: str = "uncut"
     compensate: Literal["none", "ridge"]
     search: str
 
@@ -161,7 +172,7 @@ class Plan(_Part):
         """Axes on which the student is smaller than the teacher."""
         return [
             axis
-            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")
+            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "experts")
             if getattr(self.student, axis) < getattr(self.teacher, axis)
         ]
 
@@ -230,7 +241,7 @@ def consistency_problems(plan: Plan) -> list[str]:
     teacher, student, kept = plan.teacher, plan.student, plan.kept
     out = [
         f"student.{axis}: expected at most the teacher's {getattr(teacher, axis)}, got {getattr(student, axis)}"
-        for axis in ("hidden", "ffn", "heads", "kv_heads", "layers")
+        for axis in ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")
         if getattr(student, axis) > getattr(teacher, axis)
     ]
     out += [
@@ -242,10 +253,11 @@ def consistency_problems(plan: Plan) -> list[str]:
         return [*out, f"student.heads: expected a multiple of kv_heads ({student.kv_heads}), got {student.heads}"]
     out += _index_problems("kept.layers", kept.layers, student.layers, teacher.layers)
     out += _index_problems("kept.hidden", kept.hidden, student.hidden, teacher.hidden)
-    for axis in ("ffn", "heads", "kv_heads"):
+    for axis in ("ffn", "heads", "kv_heads", *(["experts"] if teacher.experts else [])):
         lists = getattr(kept, axis)
-        if len(lists) != student.layers:
-            out.append(f"kept.{axis}: expected {student.layers} lists, one a kept layer, got {len(lists)}")
+        many = student.layers * student.experts if axis == "ffn" and teacher.experts else student.layers
+        if len(lists) != many:
+            out.append(f"kept.{axis}: expected {many} lists, one a kept layer, got {len(lists)}")
         for position, indices in enumerate(lists):
             name = f"kept.{axis}[{position}]"
             out += _index_problems(name, indices, getattr(student, axis), getattr(teacher, axis))

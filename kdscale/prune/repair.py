@@ -24,7 +24,9 @@ def compensated_roles(plan: Plan, slicer: Slicer) -> list[str]:
     """Which projections this plan rewrites by regression: those with an input axis that is cut."""
     if plan.methods.compensate == "none":
         return []
-    return [role for role, axis in COMPENSATED.items() if slicer.kept(axis, 0) is not None]
+    # The experts of a mixture each see other tokens and have their own kept units: they are sliced only.
+    there = {role: axis for role, axis in COMPENSATED.items() if role != "down" or slicer.family.sites.ffn}
+    return [role for role, axis in there.items() if slicer.kept(axis, 0) is not None]
 
 
 def compensated_layers(
@@ -106,12 +108,14 @@ def _solve(
     for source, _, spec in slicer.layer(position):
         if spec.role not in sums:
             continue
+        transposed = slicer.family.transposed(spec.role)
         weight_DU = teacher.tensor(source).to(device)
+        weight_DU = weight_DU.T if transposed else weight_DU
         if hidden is not None:  # rows of channels that go need no regression
             weight_DU = weight_DU[torch.tensor(hidden, device=device)]
-        kept = sums[spec.role].kept
-        out[spec.role] = sums[spec.role].solve(weight_DU, ridge, source).cpu()
+        solved_DK = sums[spec.role].solve(weight_DU, ridge, source).cpu()
         if residuals is not None:
-            layer = slicer.plan.kept.layers[position]
-            residuals.add(layer, spec.role, samples[spec.role], weight_DU, kept, out[spec.role])
+            layer, kept = slicer.plan.kept.layers[position], sums[spec.role].kept
+            residuals.add(layer, spec.role, samples[spec.role], weight_DU, kept, solved_DK)
+        out[spec.role] = solved_DK.T.contiguous() if transposed else solved_DK
     return out

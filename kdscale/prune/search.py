@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,10 +32,11 @@ _REAL_HIDDEN, _REAL_FFN = 2048, 4096
 _REAL_STEP, _SMALL_STEP = 256, 32
 
 # Rise of log-perplexity for each share of an axis' importance that is lost, on SmolLM2-135M (docs/pruning.md): near
-# linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess.
+# linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess. No
+# mixture of experts was measured: an expert is taken for ffn units that no regression gives back.
 _DAMAGE: dict[str, dict[str, float]] = {
-    "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1},
-    "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1},
+    "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
+    "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1, "experts": 6.5},
 }
 
 Sizes = tuple[int, int, int, int, int]  # in the order of SHAPE_AXES
@@ -46,8 +47,10 @@ def openable_axes(cfg: PruneConfig, dims: Dims) -> tuple[str, ...]:
     given = {axis: getattr(cfg, axis) for axis in SHAPE_AXES}
     cut = {axis for axis, size in given.items() if size is not None and size < getattr(dims, axis)}
     if cfg.target is not None:
-        cut |= {axis for axis in budget_axes(cfg) if given[axis] is None}
-    return tuple(axis for axis in SHAPE_AXES if axis in cut)
+        cut |= {axis for axis in budget_axes(cfg) if axis in given and given[axis] is None}
+    if cfg.experts is not None and cfg.experts < dims.experts:
+        cut.add("experts")
+    return tuple(axis for axis in (*SHAPE_AXES, "experts") if axis in cut)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,21 @@ class Search:
 
     @cached_property
     def costs(self) -> Costs:
-        return Costs(CostModel.of(self.config, self.family, self.itemsize), self.cfg, self.speeds)
+        """Of shapes with the student's experts."""
+        return Costs(CostModel.of(self.config, self.family, self.itemsize, experts=self.experts), self.cfg, self.speeds)
+
+    @cached_property
+    def experts(self) -> int:
+        """The student's experts: as given, or the teacher's. Raises ConfigError for a number that cannot be."""
+        asked, whole = self.cfg.experts, self.teacher.experts
+        if "experts" in self.cfg.axes and asked is None and self.cfg.target is not None:
+            raise ConfigError(
+                "prune.axes", expected="axes that are searched", got="experts", hint="give prune.experts a number"
+            )
+        if asked is not None and asked > whole:
+            expected = f"at most the teacher's {whole}" if whole else "none: the teacher is no mixture of experts"
+            raise ConfigError("prune.experts", expected=expected, got=str(asked))
+        return asked or whole
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -80,7 +97,8 @@ class Search:
     @cached_property
     def budget(self) -> Budget | None:
         """The target, None when only sizes are given. Raises ConfigError when the teacher meets it already."""
-        return Budget.of(self.cfg, self.costs, self.columns([self.sizes_of(self.teacher)]), self.counted_as)
+        whole = Costs(CostModel.of(self.config, self.family, self.itemsize), self.cfg, self.speeds)
+        return Budget.of(self.cfg, whole, self.columns([self.sizes_of(self.teacher)]), self.counted_as)
 
     @property
     def counted_as(self) -> str:
@@ -166,14 +184,14 @@ class Search:
 
     def check_allowed(self, sizes: Sizes) -> None:
         if wrong := self.family.violations(self.student_dims(sizes)):
-            given = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(self.cfg, axis) is not None]
+            given = [f"prune.{axis}" for axis in (*SHAPE_AXES, "experts") if getattr(self.cfg, axis) is not None]
             raise ConfigError(
                 ", ".join(given) or "prune", expected="sizes that the family allows", got="; ".join(wrong)
             )
 
     def student_dims(self, sizes: Sizes) -> Dims:
         cut = dict(zip(SHAPE_AXES, sizes, strict=True))
-        return Dims(**cut, head_dim=self.teacher.head_dim, vocab=self.teacher.vocab)
+        return Dims(**cut, head_dim=self.teacher.head_dim, vocab=self.teacher.vocab, experts=self.experts)
 
     def student_config(self, sizes: Sizes) -> dict[str, Any]:
         return self.family.student_config(self.config, self.student_dims(sizes), self.ranking.layers(sizes[4]))
@@ -224,7 +242,8 @@ class Search:
     def balance(self, sizes: Sizes) -> float:
         """Minus the spread between the largest and the smallest kept fraction over the axes that may be cut."""
         axes = openable_axes(self.cfg, self.teacher)
-        kept = [size / getattr(self.teacher, a) for a, size in zip(SHAPE_AXES, sizes, strict=True) if a in axes]
+        given = [*zip(SHAPE_AXES, sizes, strict=True), ("experts", self.experts)]
+        kept = [size / getattr(self.teacher, a) for a, size in given if a in axes]
         return -(max(kept) - min(kept)) if kept else 0.0
 
     @cached_property
@@ -233,7 +252,7 @@ class Search:
 
     def retained(self, sizes: Sizes) -> dict[str, float | None]:
         """Share kept on each axis that may be cut, and the predicted perplexity ratio as `score`; None if unknown."""
-        shape = dict(zip(SHAPE_AXES, sizes, strict=True))
+        shape = dict(zip(SHAPE_AXES, sizes, strict=True)) | {"experts": self.experts}
         kept_layers = self.ranking.layers(shape["layers"])
         out: dict[str, float | None] = {}
         for axis in openable_axes(self.cfg, self.teacher):
@@ -265,13 +284,20 @@ class Search:
         teacher, student, ranking = self.teacher, self.student_dims(sizes), self.ranking
         layers = ranking.layers(student.layers)
         groups = [ranking.kv_heads(layer, student.kv_heads) for layer in layers]
+        experts = [ranking.experts(layer, student.experts) for layer in layers] if student.experts else []
+        mlps: list[Sequence[int | None]] = [*experts] if experts else [[None]] * len(layers)
         per_group = student.heads // student.kv_heads
         kept = plans.Kept(
             layers=layers,
             hidden=ranking.hidden(student.hidden),
-            ffn=[ranking.ffn(layer, student.ffn) for layer in layers],
+            ffn=[
+                ranking.ffn(layer, student.ffn, expert)
+                for layer, chosen in zip(layers, mlps, strict=True)
+                for expert in chosen
+            ],
             kv_heads=groups,
             heads=[ranking.heads(layer, kv, per_group) for layer, kv in zip(layers, groups, strict=True)],
+            experts=experts,
         )
         student_config = self.student_config(sizes)
         params = plans.count_params(student_config, self.family)
@@ -312,8 +338,9 @@ class Search:
         return plan
 
     def methods(self, student: Dims, chosen: str) -> plans.Methods:
-        cut = {a: getattr(student, a) < getattr(self.teacher, a) for a in SHAPE_AXES}
-        by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in SHAPE_AXES}
+        axes = (*SHAPE_AXES, "experts")
+        cut = {a: getattr(student, a) < getattr(self.teacher, a) for a in axes}
+        by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in axes}
         return plans.Methods(**by_axis, compensate=self.cfg.compensate, search=chosen)
 
     def warnings(self, plan: plans.Plan) -> list[str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kdscale.data.loader import Batch
     from kdscale.families import Family
+    from kdscale.progress import Reporter
     from kdscale.weights import Checkpoint
 
 Facts = Mapping[str, Any]
@@ -65,7 +66,7 @@ def measure_importance(context: Context) -> Facts:
 
     config = context.config
     set_threads(config.runtime.threads)
-    teacher, family = open_teacher(context.source)
+    teacher, family = open_teacher(context.source, context.reporter)
     batches = calibration_batches(config, context.run.data)
     with atomic_dir(context.run.importance) as tmp:
         device = resolve_device(config.runtime.device)
@@ -179,14 +180,19 @@ def _check_ids(data: Path, seed: int) -> Tensor:
     return batch.input_ids_BS
 
 
-def open_teacher(folder: Path) -> tuple[Checkpoint, Family]:
-    """The teacher with its family, its headers checked; reads no weights. Raises CheckpointError."""
+def open_teacher(folder: Path, reporter: Reporter | None = None) -> tuple[Checkpoint, Family]:
+    """The teacher with its family, its headers checked; reads no weights. Raises CheckpointError.
+
+    With a `reporter` it says what of the checkpoint is left out.
+    """
     from kdscale.families import load_family
     from kdscale.weights import Checkpoint
 
     teacher = Checkpoint.open(folder)
     family = load_family(teacher.config, str(folder / "config.json"))
-    teacher.verify_against(family)
+    for notice in teacher.verify_against(family):
+        if reporter is not None:
+            reporter.say(f"  note: {notice}")
     return teacher, family
 
 
