@@ -21,6 +21,8 @@ from torch import Tensor
 
 from kdscale.errors import SelfCheckError
 
+_REMOVED_BLOCK = 1024  # rows of G_RK that are in fp64 at a time
+
 
 class RidgeSums:
     """G_KK and G_RK of one linear layer's input, in fp32 (rows of a batch) summed in place."""
@@ -40,18 +42,41 @@ class RidgeSums:
         self.gram_RK.addmm_(x_NR.T, x_NK)
 
     def solve(self, weight_DU: Tensor, ridge: float, what: str) -> Tensor:
-        """The compensated weight [D, K] in fp32. Raises SelfCheckError, naming `what`, when it is not finite."""
-        gram = self.gram_KK.double()
-        penalty = ridge * gram.diagonal().mean()
+        """The compensated weight [D, K] in fp32; the sums are used up. Raises SelfCheckError, naming `what`.
+
+        At its peak: G_KK in fp64 and the [D, K] right-hand side in fp64, beside G_RK and what was passed in.
+        """
+        gram_KK = self.gram_KK.double()
+        self.gram_KK = self.gram_KK.new_empty(0)
+        penalty = ridge * gram_KK.diagonal().mean()
         # A layer that never fired leaves nothing to regress on: the sliced weight is the answer.
         if float(penalty) == 0.0:
             return weight_DU[:, self.kept].float()
-        gram.diagonal().add_(penalty)
-        moved_DK = weight_DU[:, self.removed].double() @ self.gram_RK.double()
-        solved_DK = torch.cholesky_solve(moved_DK.T, torch.linalg.cholesky(gram)).T
-        weight_DK = (weight_DU[:, self.kept].double() + solved_DK).float()
+        gram_KK.diagonal().add_(penalty)
+        moved_DK = gram_KK.new_zeros(len(weight_DU), len(self.kept))
+        for begin in range(0, len(self.removed), _REMOVED_BLOCK):
+            block = slice(begin, begin + _REMOVED_BLOCK)
+            moved_DK.addmm_(weight_DU[:, self.removed[block]].double(), self.gram_RK[block].double())
+        self.gram_RK = self.gram_RK.new_empty(0)
+        weight_DK = solve_in_place(gram_KK, moved_DK).add_(weight_DU[:, self.kept]).float()
         if not torch.isfinite(weight_DK).all():
             raise SelfCheckError(
                 f"compensation of {what} is not finite", hint="raise prune.ridge_lambda or set prune.compensate=none"
             )
         return weight_DK
+
+
+def solve_in_place(gram_KK: Tensor, right_DK: Tensor) -> Tensor:
+    """right · gram⁻¹ for a symmetric positive definite `gram`; both are overwritten and the second is returned.
+
+    LAPACK works on columns: the transposed views of row-major matrices are what it can factor and solve where they are.
+    On CUDA the factorisation keeps a copy of its own. Not positive definite gives NaN.
+    """
+    factor_KK, info = gram_KK.mT, torch.zeros((), dtype=torch.int32, device=gram_KK.device)
+    torch.linalg.cholesky_ex(factor_KK, out=(factor_KK, info))
+    if int(info):
+        return right_DK.fill_(torch.nan)
+    solution_KD = right_DK.mT
+    torch.linalg.solve_triangular(factor_KK, solution_KD, upper=False, out=solution_KD)
+    torch.linalg.solve_triangular(factor_KK.mT, solution_KD, upper=True, out=solution_KD)
+    return right_DK
