@@ -30,3 +30,12 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and world_size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def all_reduce_min(value: int) -> int:
+    """The smallest of all ranks' values."""
+    if dist.is_initialized() and world_size() > 1:
+        found = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
+    return value

@@ -12,6 +12,7 @@ from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import Slicer
+from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
 
@@ -33,30 +34,35 @@ def compensated_layers(
     ridge: float,
     teacher: Checkpoint,
     reporter: Reporter,
-) -> Iterator[dict[str, Tensor]]:
-    """For each kept layer, in order: role → compensated weight, fp32 on the CPU, cut to the kept hidden rows."""
+    scratch: Scratch = IN_MEMORY,
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(the student's layer, role → compensated weight: fp32 on the CPU, cut to the kept hidden rows), layer by layer.
+
+    A layer counts as done when the next one is asked for. With a folder in `scratch` a killed pass is taken up again
+    at the first layer that was not: the layers before it do not come again.
+    """
     plan = slicer.plan
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
-    last = plan.kept.layers[-1]
-    hidden = stream.embed(batches)
+    depth = plan.kept.layers[-1] + 1
     with reporter.bar("compensation", total=tokens) as bar:
-        for layer in stream.layers():
+
+        def advance(count: int, layer: int) -> None:
+            bar.advance(count / depth, f"layer {layer + 1}/{depth}")
+
+        walk = LayerPass(stream, batches, scratch, advance)
+        for layer in walk.layers(depth):
             position = plan.kept.layers.index(layer.index) if layer.index in plan.kept.layers else None
             sums = _attach(layer, slicer, position, stream.device) if position is not None else {}
-            for index, batch in enumerate(batches):
-                with torch.inference_mode():
-                    hidden[index] = layer(hidden[index], batch.position_ids_BS.to(stream.device))
-                share = batch.input_ids_BS.numel() / (last + 1)
-                bar.advance(share, f"layer {layer.index + 1}/{last + 1}")
+            walk.run(layer)
             layer.release()
             if position is not None:
                 with torch.inference_mode():
                     solved = _solve(slicer, position, sums, ridge, teacher, stream.device)
                 del sums
-                yield solved
+                yield position, solved
                 del solved
-            if position == plan.student.layers - 1:
-                return
+            walk.finish()
+        walk.close()
 
 
 def _attach(layer: OneLayer, slicer: Slicer, position: int, device: torch.device) -> dict[str, RidgeSums]:

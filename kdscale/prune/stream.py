@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.families import Family
+from kdscale.prune.states import IN_MEMORY, Scratch, States
 
 
 class TokenBatch(Protocol):
@@ -108,11 +109,13 @@ class LayerStream:
         self._fill(shell, {name: self.family.tied(self.config).get(name, name)}, sites.head)
         return shell.get_submodule(sites.head)
 
-    def embed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> States:
         """The hidden states that enter the first layer, one [B, S, D] a batch."""
-        module = self.embedding()
+        module, states = self.embedding(), States(scratch, self.device)
         with torch.inference_mode():
-            return [module(batch.input_ids_BS.to(self.device)) for batch in batches]
+            for batch in batches:
+                states.append(module(batch.input_ids_BS.to(self.device)))
+        return states
 
     def _shell(self, index: int) -> nn.Module:
         """The whole model with one layer and no weights: parameters on the meta device, buffers real."""
