@@ -213,6 +213,8 @@ class EvalConfig(_Section):
 class RuntimeConfig(_Section):
     device: Device = "auto"
     threads: Count | None = None  # CPU threads a process; None: cores / processes
+    # calibration hidden states held in memory, a process; what is beyond goes to the run folder's disk
+    activation_bytes: Count = 1_073_741_824
 
 
 class Config(_Section):

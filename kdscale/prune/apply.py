@@ -19,7 +19,7 @@ from torch import Tensor
 from kdscale.config import PruneConfig
 from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
-from kdscale.files import remove_tree, write_json
+from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.progress import Reporter
 from kdscale.prune.plan import Plan
 from kdscale.prune.repair import compensated_layers, compensated_roles
@@ -72,6 +72,7 @@ def apply_plan(
     specs = {pair.target: TensorInfo(ours[pair.target].shape, teacher.spec(pair.source).dtype) for pair in pairs}
     specs = {name: specs[name] for name in ours}  # the family's order on disk
     journal = scratch.folder / _JOURNAL if scratch.folder is not None else None
+    remove_leftovers(out_dir)
     with ShardWriter(out_dir, specs, prune_cfg.max_shard_bytes, journal=journal) as writer:
         if compensates:
             if scratch.folder is not None and not writer.written:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config import Config
-from kdscale.errors import DataError
-from kdscale.files import atomic_dir, write_json
+from kdscale.errors import DataError, SelfCheckError
+from kdscale.files import atomic_dir, remove_tree, replace_dir, write_json
 from kdscale.runs.stage import Context
 
 if TYPE_CHECKING:
@@ -62,14 +62,16 @@ def axes_to_score(context: Context) -> Facts:
 def measure_importance(context: Context) -> Facts:
     from kdscale.models import resolve_device, set_threads
     from kdscale.prune.importance import run
+    from kdscale.prune.states import Scratch
 
     config = context.config
     set_threads(config.runtime.threads)
     teacher, family = open_teacher(context.teacher)
     batches = calibration_batches(config, context.run.data)
+    scratch = Scratch(context.run.work / "importance", config.runtime.activation_bytes)
     with atomic_dir(context.run.importance) as tmp:
         device = resolve_device(config.runtime.device)
-        scores = run(teacher, family, batches, config.importance, config.prune, tmp, device, context.reporter)
+        scores = run(teacher, family, batches, config.importance, config.prune, tmp, device, context.reporter, scratch)
     return {"tokens": f"{_count(batches):,}", "scores": ", ".join(sorted(scores)) or "none needed"}
 
 
@@ -91,25 +93,33 @@ def prune_and_check(context: Context) -> Facts:
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.check import self_check
     from kdscale.prune.plan import Plan
+    from kdscale.prune.states import Scratch
 
     config, run = context.config, context.run
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
     teacher, family = open_teacher(context.teacher)
     plan = Plan.load(run.plan, config=teacher.config, family=family)
-    with atomic_dir(run.pruned) as tmp:
-        apply_plan(
-            teacher,
-            family,
-            plan,
-            tmp,
-            config.prune,
-            batches=calibration_batches(config, run.data),
-            dtype=resolve_dtype(config.importance.dtype, device),
-            device=device,
-            reporter=context.reporter,
-        )
-        figures = self_check(teacher, family, plan, tmp, _check_ids(run.data, config.seed), device=device)
+    scratch = Scratch(run.work / "prune", config.runtime.activation_bytes)
+    student = run.work / "prune" / "student"  # becomes run.pruned when it has passed the check
+    apply_plan(
+        teacher,
+        family,
+        plan,
+        student,
+        config.prune,
+        batches=calibration_batches(config, run.data),
+        dtype=resolve_dtype(config.importance.dtype, device),
+        device=device,
+        reporter=context.reporter,
+        scratch=scratch,
+    )
+    try:
+        figures = self_check(teacher, family, plan, student, _check_ids(run.data, config.seed), device=device)
+    except SelfCheckError:
+        remove_tree(run.work / "prune")  # nothing of it is to be taken up again
+        raise
+    replace_dir(student, run.pruned)
     write_json(run.logs / SELF_CHECK_FILE, figures)
     return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
 

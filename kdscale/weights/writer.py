@@ -254,8 +254,9 @@ class ShardWriter:
             self.discard()
 
     def _temporary(self, index: int) -> Path:
-        owner = "" if self._journal else f"{os.getpid()}-"  # the next process finds what was journalled by its name
-        return self.folder / f".partial-{owner}{self.shards[index].file}"
+        # what was journalled is for the next process to find, and not to be taken for a dead one's leftovers
+        mark = ".unfinished" if self._journal else f".partial-{os.getpid()}"
+        return self.folder / f"{mark}-{self.shards[index].file}"
 
 
 def _write_all(stream: RawIOBase, block: torch.Tensor) -> None:
