@@ -74,6 +74,7 @@ class ImportanceConfig(_Section):
     seq_len: Count = 512
     micro_batch: Count = 4
     dtype: Dtype = "auto"
+    processes: Count = 1  # ranks on this machine that share the calibration sequences, also in compensation
 
 
 FfnMethod = Literal["output_energy", "activation"]

@@ -20,6 +20,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def in_group() -> bool:
+    """Whether several ranks work together here, whatever the environment says."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_writer() -> bool:
+    """Whether this process writes the results: the group's rank 0, or a process that is in none."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def barrier() -> None:
     if dist.is_initialized() and world_size() > 1:
         dist.barrier()

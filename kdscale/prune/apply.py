@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kdscale.config import PruneConfig
+from kdscale.dist import is_writer
 from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
 from kdscale.files import remove_leftovers, remove_tree, write_json
@@ -58,13 +59,20 @@ def apply_plan(
     The tensors keep the teacher's dtype and are the same bytes for the same inputs; a tensor that the plan does not cut
     is copied bit for bit. `batches` are needed when the plan compensates ffn or heads; `dtype` and `device` are those
     of that pass. With a folder in `scratch` a killed call is taken up again, in the same `out_dir`, at the first layer
-    that it had not finished. Raises DataError when batches are missing and SelfCheckError when a regression fails.
+    that it had not finished. With several ranks each has its share of `batches` and a `scratch` of its own, and one
+    writes. Raises DataError when batches are missing and SelfCheckError when a regression fails.
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
     compensates = bool(compensated_roles(plan, slicer))
     if compensates and not sum(batch.input_ids_BS.numel() for batch in batches):
         raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
+    stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
+    if not is_writer():
+        if compensates:
+            for _ in compensated_layers(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS)):
+                raise AssertionError("only the rank that writes is given weights")
+        return
     pairs = [_Pair(*pair, None) for pair in slicer.outer()]
     pairs += [_Pair(*pair, position) for position in range(plan.student.layers) for pair in slicer.layer(position)]
     pairs.sort(key=lambda pair: teacher.position(pair.source))
@@ -77,10 +85,7 @@ def apply_plan(
         if compensates:
             if scratch.folder is not None and not writer.written:
                 remove_tree(scratch.folder / _PASS)  # the layers that it has done are not in these files
-            stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
-            solved = compensated_layers(
-                stream, slicer, batches, prune_cfg.ridge_lambda, teacher, reporter, scratch.part(_PASS)
-            )
+            solved = compensated_layers(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS))
             _write(writer, teacher, slicer, (pair for pair in pairs if pair.position is None))
             writer.commit()
             for position, changed in solved:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kdscale.dist import all_reduce_sum, in_group
 from kdscale.errors import SelfCheckError
 
 _REMOVED_BLOCK = 1024  # rows of G_RK that are in fp64 at a time
@@ -44,6 +45,15 @@ class RidgeSums:
         self._rows.append(x.detach().flatten(0, -2))
         if self._gram_KK is not None or sum(map(len, self._rows)) > len(self.kept):
             self._fold()
+
+    def reduce(self) -> None:
+        """Sum over all ranks; each then has what one process would have from all their tokens."""
+        if not in_group():
+            return
+        self._fold()
+        assert self._gram_KK is not None and self._gram_RK is not None
+        all_reduce_sum(self._gram_KK)
+        all_reduce_sum(self._gram_RK)
 
     def solve(self, weight_DU: Tensor, ridge: float, what: str) -> Tensor:
         """The compensated weight [D, K] in fp32; the sums are used up. Raises SelfCheckError, naming `what`.

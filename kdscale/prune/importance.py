@@ -44,13 +44,14 @@ def run(
     batches: Sequence[TokenBatch],
     cfg: ImportanceConfig,
     prune_cfg: PruneConfig,
-    out_dir: Path,
+    out_dir: Path | None,
     device: torch.device,
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
 ) -> dict[str, np.ndarray]:
     """Score every axis that `prune_cfg` may cut; write out_dir/scores.safetensors, then out_dir/scores.json.
 
+    With several ranks `batches` are this rank's share, all get the scores, and one of them has an `out_dir`.
     `batches` are the calibration tokens (their number is the caller's to choose). Returns the arrays: `ffn.*` [L, F],
     `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `layers.block_influence` [L].
     Raises DataError without tokens and SelfCheckError when a score is not finite.
@@ -71,16 +72,11 @@ def run(
     for name, values in scores.items():
         if not np.isfinite(values).all():
             raise SelfCheckError(f"importance {name} is not finite", hint="try importance.dtype=float32")
-    write_scores(
-        out_dir,
-        scores,
-        summary={
-            "axes": list(axes),
-            "dtype": str(dtype).removeprefix("torch."),
-            "tokens": tokens,
-            "sequences": sum(len(batch.input_ids_BS) for batch in batches),
-        },
-    )
+    everyone = all_reduce_sum(torch.tensor([tokens, sum(len(batch.input_ids_BS) for batch in batches)]))
+    if out_dir is not None:
+        precision = str(dtype).removeprefix("torch.")
+        summary = {"axes": list(axes), "dtype": precision, "tokens": int(everyone[0]), "sequences": int(everyone[1])}
+        write_scores(out_dir, scores, summary)
     return scores
 
 

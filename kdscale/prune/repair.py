@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdscale.config import PruneConfig
+from kdscale.dist import is_writer
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
 from kdscale.prune.plan import Plan
@@ -31,14 +33,15 @@ def compensated_layers(
     stream: LayerStream,
     slicer: Slicer,
     batches: Sequence[TokenBatch],
-    ridge: float,
+    cfg: PruneConfig,
     teacher: Checkpoint,
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(the student's layer, role → compensated weight: fp32 on the CPU, cut to the kept hidden rows), layer by layer.
 
-    A layer counts as done when the next one is asked for. With a folder in `scratch` a killed pass is taken up again
+    With several ranks `batches` are this rank's share; all of them must go through this, and the one that writes gets
+    the weights. A layer counts as done when the next one is asked for. With a folder in `scratch` a killed pass goes on
     at the first layer that was not: the layers before it do not come again.
     """
     plan = slicer.plan
@@ -55,12 +58,15 @@ def compensated_layers(
             sums = _attach(layer, slicer, position, stream.device) if position is not None else {}
             walk.run(layer)
             layer.release()
-            if position is not None:
+            for one in sums.values():
+                one.reduce()
+            if position is not None and is_writer():
                 with torch.inference_mode():
-                    solved = _solve(slicer, position, sums, ridge, teacher, stream.device)
-                del sums
+                    solved = _solve(slicer, position, sums, cfg.ridge_lambda, teacher, stream.device)
+                sums.clear()
                 yield position, solved
                 del solved
+            sums.clear()
             walk.finish()
         walk.close()
 

@@ -5,13 +5,14 @@ Heavy imports live inside the functions: a run that finds everything done never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config import Config
 from kdscale.errors import DataError, SelfCheckError
-from kdscale.files import atomic_dir, remove_tree, replace_dir, write_json
+from kdscale.files import atomic_dir, read_json, remove_tree, replace_dir, write_json
 from kdscale.runs.stage import Context
 
 if TYPE_CHECKING:
@@ -60,19 +61,25 @@ def axes_to_score(context: Context) -> Facts:
 
 
 def measure_importance(context: Context) -> Facts:
-    from kdscale.models import resolve_device, set_threads
+    from kdscale.prune.ranking import SUMMARY_FILE
+
+    _on_ranks("importance", context)
+    summary = read_json(context.run.importance / SUMMARY_FILE)
+    return {"tokens": f"{summary['tokens']:,}", "scores": ", ".join(summary["arrays"]) or "none needed"}
+
+
+def _importance_rank(context: Context) -> None:
+    from kdscale.dist import is_writer
     from kdscale.prune.importance import run
-    from kdscale.prune.states import Scratch
 
     config = context.config
-    set_threads(config.runtime.threads)
+    share = _Share(context, "importance")
     teacher, family = open_teacher(context.teacher)
-    batches = calibration_batches(config, context.run.data)
-    scratch = Scratch(context.run.work / "importance", config.runtime.activation_bytes)
-    with atomic_dir(context.run.importance) as tmp:
-        device = resolve_device(config.runtime.device)
-        scores = run(teacher, family, batches, config.importance, config.prune, tmp, device, context.reporter, scratch)
-    return {"tokens": f"{_count(batches):,}", "scores": ", ".join(sorted(scores)) or "none needed"}
+    with atomic_dir(context.run.importance) if is_writer() else nullcontext() as out:
+        run(
+            teacher, family, share.batches, config.importance, config.prune, out, share.device, context.reporter,
+            share.scratch,
+        )  # fmt: skip
 
 
 def choose_plan(context: Context) -> Facts:
@@ -89,18 +96,22 @@ def choose_plan(context: Context) -> Facts:
 
 
 def prune_and_check(context: Context) -> Facts:
-    from kdscale.models import resolve_device, resolve_dtype, set_threads
+    _on_ranks("prune", context)
+    figures = read_json(context.run.logs / SELF_CHECK_FILE)
+    return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
+
+
+def _prune_rank(context: Context) -> None:
+    from kdscale.dist import is_writer
+    from kdscale.models import resolve_dtype
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.check import self_check
     from kdscale.prune.plan import Plan
-    from kdscale.prune.states import Scratch
 
     config, run = context.config, context.run
-    set_threads(config.runtime.threads)
-    device = resolve_device(config.runtime.device)
+    share = _Share(context, "prune")
     teacher, family = open_teacher(context.teacher)
     plan = Plan.load(run.plan, config=teacher.config, family=family)
-    scratch = Scratch(run.work / "prune", config.runtime.activation_bytes)
     student = run.work / "prune" / "student"  # becomes run.pruned when it has passed the check
     apply_plan(
         teacher,
@@ -108,20 +119,62 @@ def prune_and_check(context: Context) -> Facts:
         plan,
         student,
         config.prune,
-        batches=calibration_batches(config, run.data),
-        dtype=resolve_dtype(config.importance.dtype, device),
-        device=device,
+        batches=share.batches,
+        dtype=resolve_dtype(config.importance.dtype, share.device),
+        device=share.device,
         reporter=context.reporter,
-        scratch=scratch,
+        scratch=share.scratch,
     )
+    if not is_writer():
+        return
     try:
-        figures = self_check(teacher, family, plan, student, _check_ids(run.data, config.seed), device=device)
+        figures = self_check(teacher, family, plan, student, _check_ids(run.data, config.seed), device=share.device)
     except SelfCheckError:
         remove_tree(run.work / "prune")  # nothing of it is to be taken up again
         raise
-    replace_dir(student, run.pruned)
     write_json(run.logs / SELF_CHECK_FILE, figures)
-    return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
+    replace_dir(student, run.pruned)
+
+
+# What each rank of a stage does, in this process or in several (kdscale.runs.ranks).
+RANK_WORK: Mapping[str, Callable[[Context], None]] = {"importance": _importance_rank, "prune": _prune_rank}
+
+
+def _on_ranks(stage: str, context: Context) -> None:
+    from kdscale.runs.ranks import launch
+
+    if context.config.importance.processes == 1:
+        RANK_WORK[stage](context)
+    else:
+        launch(stage, context, context.config.importance.processes)
+
+
+class _Share:
+    """What is this rank's: its device, its calibration batches, and a folder for what the stage resumes from."""
+
+    def __init__(self, context: Context, stage: str):
+        from kdscale import dist
+        from kdscale.models import resolve_device, set_threads
+        from kdscale.prune.states import Scratch
+        from kdscale.runs.ranks import join
+
+        config, processes = context.config, context.config.importance.processes
+        set_threads(config.runtime.threads, processes)
+        self.device = resolve_device(config.runtime.device)
+        self.batches = calibration_batches(config, context.run.data)
+        self.scratch = Scratch(context.run.work / stage, config.runtime.activation_bytes)
+        if processes == 1:
+            return
+        if len(self.batches) < processes:
+            raise DataError(
+                "importance.processes is more than there are calibration batches",
+                expected=f"at most {len(self.batches)}",
+                got=str(processes),
+                hint="raise importance.calibration_tokens or lower importance.micro_batch",
+            )
+        self.device = join(self.device)
+        self.batches = self.batches[dist.rank() :: processes]
+        self.scratch = self.scratch.part(f"rank-{dist.rank()}")
 
 
 def distill(context: Context) -> Facts:
@@ -195,7 +248,3 @@ def open_teacher(folder: Path) -> tuple[Checkpoint, Family]:
     family = load_family(teacher.config, str(folder / "config.json"))
     teacher.verify_against(family)
     return teacher, family
-
-
-def _count(batches: list[Batch]) -> int:
-    return sum(batch.input_ids_BS.numel() for batch in batches)
