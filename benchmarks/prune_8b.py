@@ -193,19 +193,26 @@ def compensated(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def loaded(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole student through plain transformers, in bf16, and one forward."""
+    """The student through plain transformers, which leaves the layers in the student's files until each is used."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    folder = arguments.work / "student"
+    layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    places |= {f"model.layers.{layer}": "disk" for layer in range(layers)}
     model, info = AutoModelForCausalLM.from_pretrained(
-        arguments.work / "student", dtype=torch.bfloat16, output_loading_info=True
+        folder,
+        dtype=torch.bfloat16,
+        device_map=places,
+        offload_folder=arguments.work / "offload",
+        output_loading_info=True,
     )
-    wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
     with torch.inference_mode():
-        logits = model(torch.arange(8)[None]).logits
+        logits = model(torch.arange(8)[None], use_cache=False).logits
     return {
         "parameters": model.num_parameters(),
-        "complaints": wrong,
+        "complaints": {key: sorted(map(str, value)) for key, value in info.items() if value},
         "finite": bool(torch.isfinite(logits).all()),
         "logits": list(logits.shape),
     }
