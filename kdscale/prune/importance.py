@@ -103,7 +103,7 @@ def gather(
         with torch.inference_mode():
             found = units.scores()
         if "hidden" in axes:
-            found["hidden.activation"] = norms.close()
+            walk.running["hidden.activation"] = walk.running.get("hidden.activation", 0) + norms.close()
         if "layers" in axes:
             found["layers.block_influence"] = influence.score()
         walk.finish(found)
@@ -115,7 +115,7 @@ def gather(
         with torch.inference_mode():
             for state in walk.states:
                 final(state)
-        out["hidden.activation"] = out["hidden.activation"].sum(0) + norms.close()
+        out["hidden.activation"] = walk.running["hidden.activation"] + norms.close()
     walk.close()
     return {name: value.numpy().astype(np.float32) for name, value in out.items()}
 

@@ -3,6 +3,7 @@ the layers that uses them and can be taken up again after a kill.
 
 Files in the scratch folder, for the layers done so far (k of them):
   states-<k>.bin             the states that leave layer k−1, batch after batch, raw
+  running-<k>.safetensors    sums over the layers so far
   layer-<i>.safetensors      what the pass found out about layer i, for each i < k
   progress-<k>.json          where each batch is in states-<k>.bin; written last, so that its presence means "whole"
 
@@ -168,6 +169,9 @@ class LayerPass:
             walk.finish({"score": ...})        # its result is kept; a kill from here on resumes with the next layer
         walk.results                           # one dict a layer, also of those done by a killed process
 
+    `running` holds tensors that are not one layer's but sums over the layers: fill it as you like between `layers` and
+    `finish`; after a kill it has what it had when the last layer was finished.
+
     With several ranks each has batches and a scratch folder of its own; a kill leaves all of them at the same layer.
     `advance(tokens, layer number)` is called after every batch.
     """
@@ -181,6 +185,7 @@ class LayerPass:
     ):
         self.stream, self.batches = stream, batches
         self.results: list[dict[str, Tensor]] = []
+        self.running: dict[str, Tensor] = {}
         self._scratch, self._advance = scratch, advance
         done = dist.all_reduce_min(max(self._finished(), default=0))
         if done:
@@ -224,6 +229,9 @@ class LayerPass:
             return
         with atomic_path(self._layer_file(done - 1)) as tmp:
             save_file(self.results[-1], tmp)
+        if self.running:
+            with atomic_path(self._running_file(done)) as tmp:
+                save_file(self.running, tmp)
         slots = self.states.save(folder / f"states-{done}.bin")
         write_json(folder / f"progress-{done}.json", {"version": 1, "states": slots})
         dist.barrier()  # the states of the layer before may go once every rank has these
@@ -248,6 +256,8 @@ class LayerPass:
         assert folder is not None
         progress = read_json(folder / f"progress-{done}.json")
         self.results = [load_file(self._layer_file(index)) for index in range(done)]
+        if self._running_file(done).exists():
+            self.running = load_file(self._running_file(done), device=str(self.stream.device))
         self.states = States.load(folder / f"states-{done}.bin", progress["states"], self._scratch, self.stream.device)
         for other in self._finished():
             if other != done:
@@ -257,16 +267,20 @@ class LayerPass:
         assert self._scratch.folder is not None
         return self._scratch.folder / f"layer-{index}.safetensors"
 
+    def _running_file(self, done: int) -> Path:
+        assert self._scratch.folder is not None
+        return self._scratch.folder / f"running-{done}.safetensors"
+
     def _remove(self, done: int) -> None:
         assert self._scratch.folder is not None
-        for name in (f"progress-{done}.json", f"states-{done}.bin"):  # the claim before what it claims
-            (self._scratch.folder / name).unlink(missing_ok=True)
+        for name in (f"progress-{done}.json", f"states-{done}.bin", f"running-{done}.safetensors"):
+            (self._scratch.folder / name).unlink(missing_ok=True)  # the claim before what it claims
 
     def _clear(self) -> None:
         folder = self._scratch.folder
         if folder is not None and folder.exists():
             for done in self._finished():
                 self._remove(done)
-            for pattern in ("states-*.bin", "spool.bin", "layer-*.safetensors"):
+            for pattern in ("states-*.bin", "spool.bin", "layer-*.safetensors", "running-*.safetensors"):
                 for item in folder.glob(pattern):
                     item.unlink()
