@@ -20,6 +20,7 @@ from kdscale.config import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.files import write_text
+from kdscale.prune.cost import SHAPE_AXES
 
 Size = Annotated[int, Field(ge=1)]
 Indices = list[int]
@@ -89,25 +90,60 @@ class Params(_Part):
 
 
 class Target(_Part):
-    """What was asked and how near the plan is; `off_by` is a share of `params`."""
+    """What was asked and how near the plan is: `wanted` and `cost` in the unit of `kind`, `off_by` as a share.
 
+    `reached` is the student's parameter count by `count`, whatever the target is.
+    """
+
+    kind: Literal["params", "bytes", "kv_bytes", "decode", "prefill"] | None
     asked: str | None
     count: Literal["non_embedding", "total"]
     tolerance: float
-    params: Size | None
+    wanted: float | None
+    cost: float | None
+    off_by: float | None
     reached: Size
     share_of_teacher: float
-    off_by: float | None
+
+
+class Masked(_Part):
+    """A shape run in memory on calibration text before it was ever written: nats a token, and what was run."""
+
+    loss: float
+    kl: float
+    teacher_loss: float
+    tokens: Size
+    compensate: str
+
+
+class Probe(_Part):
+    """Held-out loss (the distillation's own, nats a token) after a short distillation."""
+
+    tokens: Size
+    loss: float
 
 
 class Candidate(_Part):
+    """One shape that met the budget, and every score it was given; `params` as `target.count` counts them."""
+
     hidden: Size
     ffn: Size
     heads: Size
     kv_heads: Size
     layers: Size
     params: Size
+    bytes: Size
+    kv_bytes: Size
+    decode_ms: float | None = None
+    prefill_ms: float | None = None
+    latency_spread: float | None = None  # of repeated timings, as a share; None where the times are predicted
     score: float
+    masked: Masked | None = None
+    probes: list[Probe] = []
+
+    def sizes(self) -> Any:
+        """In the order of cost.SHAPE_AXES."""
+        return tuple(getattr(self, axis) for axis in SHAPE_AXES)
 
 
 class Plan(_Part):
@@ -189,14 +225,15 @@ class Plan(_Part):
 
 
 def make_plan(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
-    """Choose the student's shape and the kept units.
+    """Choose the student's shape and the kept units by prediction alone.
 
     `scores`: arrays as importance.py writes them (see `search.Scores`); None decides shapes only and keeps the first
     units. Raises ConfigError when the budget cannot be met, a size is not allowed or scores are missing.
     """
-    from kdscale.prune.search import build_plan
+    from kdscale.prune.search import Search
 
-    return build_plan(config, family, scores, cfg)
+    search = Search(dict(config), family, scores, cfg)
+    return search.plan(*search.shortlist())
 
 
 def consistency_problems(plan: Plan) -> list[str]:

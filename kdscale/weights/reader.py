@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join
-from kdscale.weights.header import DuplicateKeyError, TensorEntry, read_header, unique_keys
+from kdscale.weights.header import DTYPE_BYTES, DuplicateKeyError, TensorEntry, read_header, unique_keys
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +102,10 @@ class Checkpoint:
     def spec(self, name: str) -> TensorInfo:
         entry = self._entry(name)
         return TensorInfo(entry.shape, entry.dtype)
+
+    def itemsize(self, name: str) -> int:
+        """Bytes a value of one tensor."""
+        return DTYPE_BYTES[self._entry(name).dtype]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is on disk, in memory of its own on the CPU.
