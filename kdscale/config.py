@@ -126,8 +126,7 @@ class PruneConfig(_Section):
             parse_target(getattr(self, given[0]), TARGETS[given[0]])
         elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
             raise ValueError(
-                "give target_params (or another target) or at least one of hidden, ffn, heads, kv_heads, layers, "
-                "experts"
+                "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
             )
         return self
 

@@ -45,27 +45,35 @@ class CostModel:
     head_dim: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], family: Family, itemsize: Callable[[str], int] | None = None) -> CostModel:
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        family: Family,
+        itemsize: Callable[[str], int] | None = None,
+        *,
+        experts: int | None = None,
+    ) -> CostModel:
         """Expand the family's table once for this config. Raises CheckpointError for a config the family refuses.
 
         `itemsize`: bytes a value of each teacher tensor on disk, which the student's keep; by default what the config
-        says the weights are in.
+        says the weights are in. `experts`: how many of a mixture's experts the shapes have (default: the config's).
         """
         width = config_itemsize(config)
         dims = family.dims(dict(config))
-        fixed: dict[str | int, int] = {"head_dim": dims.head_dim, "vocab": dims.vocab}
+        stay = experts or dims.experts
+        fixed: dict[str | int, int] = {"head_dim": dims.head_dim, "vocab": dims.vocab, "experts": stay}
         fixed |= {name: family.fixed_size(name, config) for name in family.data.sizes}
         sums: Counter[tuple[tuple[str, ...], bool, int]] = Counter()
         for name, spec in family.tensors(dict(config)).items():
-            if spec.expert:  # the first expert stands for all of them
+            if spec.expert is not None and spec.expert >= stay:
                 continue
-            once = [*(["layers"] if spec.layer is not None else []), *(["experts"] if spec.expert is not None else [])]
+            once = ["layers"] if spec.layer is not None else []
+            bytes_each = itemsize(name) if itemsize else width
             for blocks in itertools.product(*(axis_blocks(axis) for axis in spec.axes)):
                 factors = [factor for block in blocks for factor in block]
                 coefficient = math.prod(fixed.get(f, f if isinstance(f, int) else 1) for f in factors)
                 axes = [f for f in factors if isinstance(f, str) and f not in fixed]
-                key = tuple(sorted(once + axes)), spec.role in EMBEDDING_ROLES, itemsize(name) if itemsize else width
-                sums[key] += coefficient
+                sums[tuple(sorted(once + axes)), spec.role in EMBEDDING_ROLES, bytes_each] += coefficient
         terms = [
             _Term(total / dims.layers if "layers" in axes else total, axes, embedding, bytes_each)
             for (axes, embedding, bytes_each), total in sorted(sums.items())

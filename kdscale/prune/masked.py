@@ -153,7 +153,7 @@ class _Student:
         if (hidden := self.slicer.kept("hidden", None)) is not None:
             weight_DU = weight_DU[torch.tensor(hidden, device=gram_UU.device)]
         solved_DK = sums.solve(weight_DU, self._ridge, source).cpu()
-        return solved_DK.T.contiguous() if transposed else solved_DK
+        return solved_DK.T if transposed else solved_DK
 
 
 def _grams(

@@ -113,10 +113,9 @@ def _solve(
         weight_DU = weight_DU.T if transposed else weight_DU
         if hidden is not None:  # rows of channels that go need no regression
             weight_DU = weight_DU[torch.tensor(hidden, device=device)]
-        kept = sums[spec.role].kept
         solved_DK = sums[spec.role].solve(weight_DU, ridge, source).cpu()
-        out[spec.role] = solved_DK.T.contiguous() if transposed else solved_DK
         if residuals is not None:
-            layer = slicer.plan.kept.layers[position]
+            layer, kept = slicer.plan.kept.layers[position], sums[spec.role].kept
             residuals.add(layer, spec.role, samples[spec.role], weight_DU, kept, solved_DK)
+        out[spec.role] = solved_DK.T.contiguous() if transposed else solved_DK
     return out

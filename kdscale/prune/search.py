@@ -73,6 +73,11 @@ class Search:
         return self.family.dims(self.config)
 
     @cached_property
+    def costs(self) -> Costs:
+        """Of shapes with the student's experts."""
+        return Costs(CostModel.of(self.config, self.family, self.itemsize, experts=self.experts), self.cfg, self.speeds)
+
+    @cached_property
     def experts(self) -> int:
         """The student's experts: as given, or the teacher's. Raises ConfigError for a number that cannot be."""
         asked, whole = self.cfg.experts, self.teacher.experts
@@ -86,18 +91,14 @@ class Search:
         return asked or whole
 
     @cached_property
-    def costs(self) -> Costs:
-        return Costs(CostModel.of(self.config, self.family, self.itemsize), self.cfg, self.speeds)
-
-    @cached_property
     def ranking(self) -> Ranking:
         return Ranking(self.teacher, self.scores, self.cfg, openable_axes(self.cfg, self.teacher))
 
     @cached_property
     def budget(self) -> Budget | None:
         """The target, None when only sizes are given. Raises ConfigError when the teacher meets it already."""
-        whole = self.columns([self.sizes_of(self.teacher)], self.teacher.experts)
-        return Budget.of(self.cfg, self.costs, whole, self.counted_as)
+        whole = Costs(CostModel.of(self.config, self.family, self.itemsize), self.cfg, self.speeds)
+        return Budget.of(self.cfg, whole, self.columns([self.sizes_of(self.teacher)]), self.counted_as)
 
     @property
     def counted_as(self) -> str:
@@ -107,11 +108,11 @@ class Search:
     def sizes_of(dims: Dims) -> Sizes:
         return (dims.hidden, dims.ffn, dims.heads, dims.kv_heads, dims.layers)
 
-    def columns(self, shapes: Any, experts: int | None = None) -> dict[str, Any]:
-        """Shapes (rows in the order of SHAPE_AXES) as one array an axis, with the student's experts or so many."""
+    @staticmethod
+    def columns(shapes: Any) -> dict[str, Any]:
+        """Shapes (rows in the order of SHAPE_AXES) as one array an axis."""
         rows = np.asarray(shapes, dtype=np.int64)
-        all_experts = np.full(len(rows), self.experts if experts is None else experts)
-        return {axis: rows[:, index] for index, axis in enumerate(SHAPE_AXES)} | {"experts": all_experts}
+        return {axis: rows[:, index] for index, axis in enumerate(SHAPE_AXES)}
 
     def cost(self, kind: Kind, sizes: Sizes) -> float:
         return float(self.costs.of(kind, self.columns([sizes]))[0])

@@ -44,7 +44,7 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
     [
         ({"prune": {"target_parms": "4B"}}, "prune.target_parms: unknown key (did you mean 'target_params'?)"),
         ({"prune": {"target_params": "400%"}}, "prune: expected a count such as 4B"),
-        ({"prune": {}}, "prune: give target_params (or another target) or at least one of"),
+        ({"prune": {}}, "prune: give target_params or another target, or at least one of"),
         ({"prune": {"ffn": "many"}}, "prune.ffn: input should be a valid integer, got 'many' (str)"),
         ({"prune": {"ffn": 0}}, "prune.ffn: input should be greater than 0, got 0 (int)"),
         ({"teacher": {}}, "teacher.path: required, but not given"),
@@ -54,7 +54,7 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
         ({"data": {"sources": []}}, "data.sources"),
         (
             {"steps": [{"name": "6b", "prune": {"axes": ["ffn"]}}]},  # the config's own target is the last step's
-            "steps (6b): prune: give target_params (or another target) or at least one of",
+            "steps (6b): prune: give target_params or another target, or at least one of",
         ),
         (
             {"steps": [{"name": "a", "prune": {"ffn": 8, "axis": []}}]},
