@@ -127,7 +127,7 @@ class Search:
         budget = self.budget
         if budget is None:
             return [self.candidate(fixed)], 1
-        explicit = any(getattr(self.cfg, axis) is not None for axis in SHAPE_AXES)
+        explicit = any(getattr(self.cfg, axis) is not None for axis in (*SHAPE_AXES, "experts"))
         if explicit and bool(budget.near(np.array([self.cost(budget.kind, fixed)]))[0]):
             return [self.candidate(fixed)], 1  # the sizes given meet the budget: nothing else needs to go
         shapes = self.enumerate()

@@ -45,6 +45,7 @@ class OneLayer:
 
     def site(self, path: str) -> nn.Module:
         """A module inside the layer by the family's path, e.g. `mlp.down_proj`."""
+        assert path, "this family has no such site"  # an empty path would be the layer itself
         return self.module.get_submodule(path)
 
     def release(self) -> None:
