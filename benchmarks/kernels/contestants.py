@@ -6,7 +6,6 @@ Legend: N rows, H hidden size, V vocabulary, K teacher entries.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -161,10 +160,7 @@ def ours_on_logits(p: Problem, inplace_grad: bool = False) -> Tensor:
 
 def ours_full(p: Problem) -> Tensor:
     call: Callable[..., kk.FullKL] = kk.linear_full_kl
-    options: dict[str, Any] = {"labels_N": p.labels_N}
-    if "valid_N" in inspect.signature(call).parameters:
-        options["valid_N"] = torch.ones_like(p.labels_N, dtype=torch.bool)
-    return call(p.hidden_NH, p.weight_VH, p.teacher_NH, p.weight_VH.detach(), **options).loss_sum
+    return call(p.hidden_NH, p.weight_VH, p.teacher_NH, p.weight_VH.detach(), labels_N=p.labels_N).loss_sum
 
 
 @functools.cache
@@ -173,19 +169,12 @@ def compiled(function: Make) -> Make:
     return torch.compile(function, dynamic=False)
 
 
-def own_modes() -> list[str]:
-    """The values of linear_sparse_kl's keyword `mode`, beside "auto", in versions that have it."""
-    if "mode" not in inspect.signature(kk.linear_sparse_kl).parameters:
-        return []
-    return ["fast", "lean"]
-
-
 def _own(op: str, make: Callable[..., Tensor], device: torch.device) -> list[Contestant]:
-    """linear_sparse_kl as it comes, in each mode, and with a quarter and four times the chunk."""
-    variants: dict[str, dict[str, object]] = {"auto": {}} | {mode: {"mode": mode} for mode in own_modes()}
+    """linear_sparse_kl as it comes, in each mode, and with other budgets."""
+    variants: dict[str, dict[str, object]] = {"auto": {}, "fast": {"mode": "fast"}, "lean": {"mode": "lean"}}
     if op == "linear_sparse_kl":
-        for mib in (16, 256) if device.type == "cpu" else (256, 4096):
-            variants[f"chunk_bytes {mib} MiB"] = {"chunk_bytes": mib << 20}
+        for mib in (32, 512) if device.type == "cpu" else (450, 4096):
+            variants[f"workspace {mib} MiB"] = {"workspace_bytes": mib << 20}
     return [
         Contestant(op, "kdscale", mode, "sparse KL", functools.partial(make, **options), package="kdscale")
         for mode, options in variants.items()

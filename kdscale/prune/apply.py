@@ -19,6 +19,7 @@ from kdscale.files import write_json
 from kdscale.progress import Reporter
 from kdscale.prune.plan import Plan
 from kdscale.prune.repair import compensated_layers, compensated_roles
+from kdscale.prune.residual import Residuals
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.stream import LayerStream, TokenBatch
 from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars
@@ -35,12 +36,14 @@ def apply_plan(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     reporter: Reporter | None = None,
+    residuals: Residuals | None = None,
 ) -> None:
     """Write the student to the existing folder `out_dir` (the caller's temporary one; see files.atomic_dir).
 
     The tensors keep the teacher's dtype and are the same bytes for the same inputs; a tensor that the plan does not cut
     is copied bit for bit. `batches` are needed when the plan compensates ffn or heads; `dtype` and `device` are those
-    of that pass. Raises DataError when they are missing and SelfCheckError when a regression fails.
+    of that pass, and `residuals` records what each regression won back. Raises DataError when batches are missing and
+    SelfCheckError when a regression fails.
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
@@ -55,6 +58,7 @@ def apply_plan(
             prune_cfg.ridge_lambda,
             teacher,
             reporter,
+            residuals,
         )
     else:
         repaired = iter([{} for _ in plan.kept.layers])
