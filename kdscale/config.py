@@ -61,6 +61,7 @@ class ImportanceConfig(_Section):
     seq_len: Count = 512
     micro_batch: Count = 4
     dtype: Dtype = "auto"
+    processes: Count = 1  # ranks on this machine that share the calibration sequences, also in compensation
 
 
 FfnMethod = Literal["output_energy", "activation"]
@@ -226,6 +227,8 @@ class EvalConfig(_Section):
 class RuntimeConfig(_Section):
     device: Device = "auto"
     threads: Count | None = None  # CPU threads a process; None: cores / processes
+    # calibration hidden states held in memory, a process; what is beyond goes to the run folder's disk
+    activation_bytes: Count = 1_073_741_824
 
 
 class StepConfig(_Section):

@@ -1,6 +1,7 @@
 """The run folder: where everything about one run lies, who may write there, and what happened when.
 
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
+  work/ (what unfinished stages resume from)
   data/  importance/  speed.json (timings of shapes)  plan.json  pruned/  repair.json (what compensation won back)
   checkpoints/  student/  eval/  report/  steps/ (a run folder for each step before the last)
 """
@@ -43,6 +44,7 @@ class RunFolder:
         self.status = path / "status.json"
         self.logs = path / "logs"
         self.stages = path / "stages"
+        self.work = path / "work"
         self.data = path / "data"
         self.importance = path / "importance"
         self.plan = path / "plan.json"

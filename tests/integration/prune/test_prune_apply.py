@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdscale.config import PruneConfig
-from kdscale.errors import DataError, SelfCheckError
+from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models import load_model
 from kdscale.prune import check
 from kdscale.prune.apply import apply_plan
@@ -110,6 +110,32 @@ def test_a_model_that_does_not_load_cleanly_is_caught(teacher, tmp_path):
     del tensors["model.layers.1.input_layernorm.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(SelfCheckError, match="missing_keys"):
+        check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+
+
+@pytest.mark.parametrize("kind", ["biased", "qwen3"])
+def test_a_student_too_large_to_load_whole_is_reloaded_from_its_files(other_teachers, tmp_path, monkeypatch, kind):
+    teacher = other_teachers(kind)
+    teacher.prune(tmp_path / "student", ffn=32, hidden=48, max_shard_bytes=100_000)
+    whole = check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+    monkeypatch.setattr(check, "_WHOLE_BYTES", 0)
+    seen: list = []
+    load = check._plain_load
+
+    def spy(*args, **settings):
+        seen.append(load(*args, **settings))
+        return seen[-1]
+
+    monkeypatch.setattr(check, "_plain_load", spy)
+    figures = check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+    assert all(parameter.is_meta for parameter in seen[0].model.layers.parameters())
+    assert figures.keys() == whole.keys()
+    assert max(figures.values()) < 1e-5
+    path = next(path for path in (tmp_path / "student").glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises((SelfCheckError, CheckpointError)):
         check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
 
 
