@@ -24,6 +24,7 @@ from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.progress import Reporter
 from kdscale.prune.plan import Plan
 from kdscale.prune.repair import compensated_layers, compensated_roles
+from kdscale.prune.residual import Residuals
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.states import IN_MEMORY, Scratch
 from kdscale.prune.stream import LayerStream, TokenBatch
@@ -53,14 +54,16 @@ def apply_plan(
     device: torch.device | None = None,
     reporter: Reporter | None = None,
     scratch: Scratch = IN_MEMORY,
+    residuals: Residuals | None = None,
 ) -> None:
     """Write the student to the folder `out_dir`.
 
     The tensors keep the teacher's dtype and are the same bytes for the same inputs; a tensor that the plan does not cut
     is copied bit for bit. `batches` are needed when the plan compensates ffn or heads; `dtype` and `device` are those
-    of that pass. With a folder in `scratch` a killed call is taken up again, in the same `out_dir`, at the first layer
-    that it had not finished. With several ranks each has its share of `batches` and a `scratch` of its own, and one
-    writes. Raises DataError when batches are missing and SelfCheckError when a regression fails.
+    of that pass, and `residuals` records what each regression won back. With a folder in `scratch` a killed call is
+    taken up again, in the same `out_dir`, at the first layer that it had not finished. With several ranks each has its
+    share of `batches` and a `scratch` of its own, and one writes. Raises DataError when batches are missing and
+    SelfCheckError when a regression fails.
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
@@ -85,7 +88,9 @@ def apply_plan(
         if compensates:
             if scratch.folder is not None and not writer.written:
                 remove_tree(scratch.folder / _PASS)  # the layers that it has done are not in these files
-            solved = compensated_layers(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS))
+            solved = compensated_layers(
+                stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS), residuals
+            )
             _write(writer, teacher, slicer, (pair for pair in pairs if pair.position is None))
             writer.commit()
             for position, changed in solved:

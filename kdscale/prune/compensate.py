@@ -40,6 +40,14 @@ class RidgeSums:
         self._gram_KK: Tensor | None = None
         self._gram_RK: Tensor | None = None
 
+    @classmethod
+    def of_gram(cls, kept: Sequence[int], gram_UU: Tensor) -> RidgeSums:
+        """From Σ xᵀx over the whole input, for several choices of `kept` on one pass."""
+        sums = cls(kept, len(gram_UU), gram_UU.device)
+        sums._gram_KK = gram_UU[sums.kept][:, sums.kept]
+        sums._gram_RK = gram_UU[sums.removed][:, sums.kept]
+        return sums
+
     def add(self, x: Tensor) -> None:
         """`x`: [..., U], what the layer reads."""
         self._rows.append(x.detach().flatten(0, -2))

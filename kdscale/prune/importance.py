@@ -53,7 +53,8 @@ def run(
 
     With several ranks `batches` are this rank's share, all get the scores, and one of them has an `out_dir`.
     `batches` are the calibration tokens (their number is the caller's to choose). Returns the arrays: `ffn.*` [L, F],
-    `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `layers.block_influence` [L].
+    `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `layers.block_influence` [L]; of a
+    mixture of experts `ffn.*` [L, E, F] and `experts.output_norm` [L, E].
     Raises DataError without tokens and SelfCheckError when a score is not finite.
     """
     dims = family.dims(teacher.config)
@@ -157,7 +158,7 @@ def _row(values: np.ndarray) -> dict[str, float] | float:
     """What a person wants to see of one layer: how much there is and how unevenly it is spread."""
     if values.ndim == 0:
         return float(values)
-    ordered = np.sort(values.astype(np.float64))[::-1]
+    ordered = np.sort(values.astype(np.float64), axis=None)[::-1]
     total = float(ordered.sum())
     half = float(ordered[: (len(ordered) + 1) // 2].sum()) / total if total > 0 else 0.0
     return {

@@ -13,6 +13,7 @@ from kdscale.dist import is_writer
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
 from kdscale.prune.plan import Plan
+from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
@@ -26,7 +27,9 @@ def compensated_roles(plan: Plan, slicer: Slicer) -> list[str]:
     """Which projections this plan rewrites by regression: those with an input axis that is cut."""
     if plan.methods.compensate == "none":
         return []
-    return [role for role, axis in COMPENSATED.items() if slicer.kept(axis, 0) is not None]
+    # The experts of a mixture each see other tokens and have their own kept units: they are sliced only.
+    there = {role: axis for role, axis in COMPENSATED.items() if role != "down" or slicer.family.sites.ffn}
+    return [role for role, axis in there.items() if slicer.kept(axis, 0) is not None]
 
 
 def compensated_layers(
@@ -37,12 +40,14 @@ def compensated_layers(
     teacher: Checkpoint,
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
+    residuals: Residuals | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(the student's layer, role → compensated weight: fp32 on the CPU, cut to the kept hidden rows), layer by layer.
 
     With several ranks `batches` are this rank's share; all of them must go through this, and the one that writes gets
     the weights. A layer counts as done when the next one is asked for. With a folder in `scratch` a killed pass goes on
     at the first layer that was not: the layers before it do not come again.
+    `residuals` are measured on the writer's share.
     """
     plan = slicer.plan
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
@@ -56,13 +61,16 @@ def compensated_layers(
         for layer in walk.layers(depth):
             position = plan.kept.layers.index(layer.index) if layer.index in plan.kept.layers else None
             sums = _attach(layer, slicer, position, stream.device) if position is not None else {}
+            samples = _sample(layer, slicer, sums, len(batches)) if residuals is not None else {}
             walk.run(layer)
             layer.release()
             for one in sums.values():
                 one.reduce()
             if position is not None and is_writer():
                 with torch.inference_mode():
-                    solved = _solve(slicer, position, sums, cfg.ridge_lambda, teacher, stream.device)
+                    solved = _solve(
+                        slicer, position, sums, cfg.ridge_lambda, teacher, stream.device, (residuals, samples)
+                    )
                 sums.clear()
                 yield position, solved
                 del solved
@@ -84,6 +92,15 @@ def _attach(layer: OneLayer, slicer: Slicer, position: int, device: torch.device
     return out
 
 
+def _sample(layer: OneLayer, slicer: Slicer, sums: dict[str, RidgeSums], batches: int) -> dict[str, Sample]:
+    """A few rows of what each compensated projection reads, for the report's residuals."""
+    out = {role: Sample(batches) for role in sums}
+    for role, sample in out.items():
+        path = slicer.family.sites.ffn if role == "down" else slicer.family.sites.heads
+        layer.site(path).register_forward_pre_hook(lambda _module, args, seen=sample: seen.see(args[0]))
+    return out
+
+
 def _adder(sums: RidgeSums) -> Any:
     def add(_module: Any, args: tuple[Tensor, ...]) -> None:
         sums.add(args[0])
@@ -98,14 +115,22 @@ def _solve(
     ridge: float,
     teacher: Checkpoint,
     device: torch.device,
+    record: tuple[Residuals | None, dict[str, Sample]] = (None, {}),
 ) -> dict[str, Tensor]:
+    residuals, samples = record
     hidden = slicer.kept("hidden", None)
     out: dict[str, Tensor] = {}
     for source, _, spec in slicer.layer(position):
         if spec.role not in sums:
             continue
+        transposed = slicer.family.transposed(spec.role)
         weight_DU = teacher.tensor(source).to(device)
+        weight_DU = weight_DU.T if transposed else weight_DU
         if hidden is not None:  # rows of channels that go need no regression
             weight_DU = weight_DU[torch.tensor(hidden, device=device)]
-        out[spec.role] = sums[spec.role].solve(weight_DU, ridge, source).cpu()
+        solved_DK = sums[spec.role].solve(weight_DU, ridge, source).cpu()
+        if residuals is not None:
+            layer, kept = slicer.plan.kept.layers[position], sums[spec.role].kept
+            residuals.add(layer, spec.role, samples[spec.role], weight_DU, kept, solved_DK)
+        out[spec.role] = solved_DK.T.contiguous() if transposed else solved_DK
     return out

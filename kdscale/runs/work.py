@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from kdscale.data.loader import Batch
     from kdscale.families import Family
+    from kdscale.progress import Reporter
     from kdscale.weights import Checkpoint
 
 Facts = Mapping[str, Any]
@@ -56,7 +57,7 @@ def axes_to_score(context: Context) -> Facts:
     """The axes that the config may cut: all that importance depends on of the pruning settings."""
     from kdscale.prune.search import openable_axes
 
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source)
     return {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
 
 
@@ -74,7 +75,7 @@ def _importance_rank(context: Context) -> None:
 
     config = context.config
     share = _Share(context, "importance")
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source, context.reporter)
     with atomic_dir(context.run.importance) if is_writer() else nullcontext() as out:
         run(
             teacher, family, share.batches, config.importance, config.prune, out, share.device, context.reporter,
@@ -83,11 +84,10 @@ def _importance_rank(context: Context) -> None:
 
 
 def choose_plan(context: Context) -> Facts:
-    from kdscale.prune.plan import make_plan
     from kdscale.prune.ranking import load_scores
+    from kdscale.runs.choose import search_plan
 
-    teacher, family = open_teacher(context.teacher)
-    plan = make_plan(teacher.config, family, load_scores(context.run.importance), context.config.prune)
+    plan = search_plan(context, load_scores(context.run.importance))
     plan.save(context.run.plan)
     for warning in plan.warnings:
         context.reporter.say(f"  note: {warning}")
@@ -107,11 +107,16 @@ def _prune_rank(context: Context) -> None:
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.check import self_check
     from kdscale.prune.plan import Plan
+    from kdscale.prune.residual import Residuals
 
     config, run = context.config, context.run
     share = _Share(context, "prune")
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source)
     plan = Plan.load(run.plan, config=teacher.config, family=family)
+    residuals = None
+    if is_writer():
+        residuals = Residuals(run.repair)
+        residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
     student = run.work / "prune" / "student"  # becomes run.pruned when it has passed the check
     apply_plan(
         teacher,
@@ -124,6 +129,7 @@ def _prune_rank(context: Context) -> None:
         device=share.device,
         reporter=context.reporter,
         scratch=share.scratch,
+        residuals=residuals,
     )
     if not is_writer():
         return
@@ -239,12 +245,17 @@ def _check_ids(data: Path, seed: int) -> Tensor:
     return batch.input_ids_BS
 
 
-def open_teacher(folder: Path) -> tuple[Checkpoint, Family]:
-    """The teacher with its family, its headers checked; reads no weights. Raises CheckpointError."""
+def open_teacher(folder: Path, reporter: Reporter | None = None) -> tuple[Checkpoint, Family]:
+    """The teacher with its family, its headers checked; reads no weights. Raises CheckpointError.
+
+    With a `reporter` it says what of the checkpoint is left out.
+    """
     from kdscale.families import load_family
     from kdscale.weights import Checkpoint
 
     teacher = Checkpoint.open(folder)
     family = load_family(teacher.config, str(folder / "config.json"))
-    teacher.verify_against(family)
+    for notice in teacher.verify_against(family):
+        if reporter is not None:
+            reporter.say(f"  note: {notice}")
     return teacher, family

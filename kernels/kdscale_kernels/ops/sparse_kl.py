@@ -14,7 +14,7 @@ from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
 from kdscale_kernels.dispatch import choose_backend
 from kdscale_kernels.limits import sparse_limit
-from kdscale_kernels.ops.linear_sparse_kl import refuse_double_backward, scale
+from kdscale_kernels.made_in_forward import refuse_double_backward, scale
 from kdscale_kernels.products import chunk_bytes_for, row_chunks
 from kdscale_kernels.rows import RowSums, run_rows_step
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
