@@ -1,6 +1,6 @@
 """A stage's work spread over several processes on this machine, started by the launcher.
 
-`python -m kdscale.runs.ranks STAGE RUN_DIR TEACHER_DIR` is what each started rank runs.
+`python -m kdscale.runs.ranks STAGE RUN_DIR TEACHER_DIR PRUNED_FROM_DIR` is what each started rank runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def launch(stage: str, context: Context, processes: int) -> None:
     """Run `work.RANK_WORK[stage]` in `processes` ranks and wait. Raises what the first rank that failed raised."""
     from kdscale_launch import JobSpec, LaunchError, RankFailed, run_local
 
+    folders = map(str, (context.run.path, context.teacher, context.source))
     spec = JobSpec(
-        command=(sys.executable, "-m", "kdscale.runs.ranks", stage, str(context.run.path), str(context.teacher)),
+        command=(sys.executable, "-m", "kdscale.runs.ranks", stage, *folders),
         processes=processes,
         log_dir=context.run.logs,
     )
@@ -57,10 +58,11 @@ def join(device: torch.device) -> torch.device:
 def main() -> int:
     from kdscale.runs.work import RANK_WORK
 
-    stage, run = sys.argv[1], RunFolder(Path(sys.argv[2]))
+    stage, (folder, teacher, source) = sys.argv[1], map(Path, sys.argv[2:5])
+    run = RunFolder(folder)
     reporter = Reporter(quiet=os.environ["RANK"] != "0")
     try:
-        RANK_WORK[stage](Context(load_config(run.config), run, Path(sys.argv[3]), reporter))
+        RANK_WORK[stage](Context(load_config(run.config), run, teacher, reporter, source))
     except KdscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from kdscale.config import PruneConfig
 from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models import load_model
-from kdscale.prune import check
+from kdscale.prune import apply, check
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.plan import make_plan
 from kdscale.prune.slicing import Slicer
+from kdscale.weights import Checkpoint
 
 CUTS = {
     "ffn": {"ffn": 64},
@@ -144,6 +145,16 @@ def test_the_same_plan_gives_the_same_bytes(teacher, tmp_path):
         teacher.prune(tmp_path / name, **CUTS["all"])
     one = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert one == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["tiny", "biased", "qwen3"])
+def test_large_tensors_pass_in_blocks_of_rows(teacher, other_teachers, tmp_path, monkeypatch, kind, rows):
+    one = teacher if kind == "tiny" else other_teachers(kind)
+    monkeypatch.setattr(apply, "_BLOCK_BYTES", rows * 4 * one.family.dims(one.config).hidden)
+    plan = one.prune(tmp_path / "student", ffn=32, kv_heads=1, heads=2, hidden=48, layers=2, compensate="none")
+    student = Checkpoint.open(tmp_path / "student")
+    check.files_equal_slices(one.checkpoint, one.family, plan, student)
 
 
 @pytest.mark.parametrize("cut", [{"ffn": 64}, {"heads": 2}, {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3}])

@@ -12,11 +12,12 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
-from kdscale.config import Config, load_config
+from kdscale.config import Config, dump_config, load_config
 from kdscale.errors import DataError
+from kdscale.files import write_text
 from kdscale.progress import Reporter
 from kdscale.prune.importance import gather
-from kdscale.runs import work
+from kdscale.runs import ranks, work
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.pipeline import run_until
 from kdscale.runs.stage import Context
@@ -78,3 +79,22 @@ def test_more_ranks_than_batches(tiny_config, tmp_path):
     context = Context(config, RunFolder(tmp_path / "run"), Path(config.teacher.path), Reporter(quiet=True))
     with pytest.raises(DataError, match=r"importance\.processes"):
         work.RANK_WORK["importance"](context)
+
+
+def test_ranks_prune_the_model_of_the_step_before(tiny_config, tmp_path, monkeypatch):
+    """With steps the model that is pruned is not the teacher: every rank is told both."""
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    config = _config(tiny_config, run.path, "importance.processes=2")
+    write_text(run.config, dump_config(config))
+    before = tmp_path / "step-1" / "student"
+    context = Context(config, run, Path(config.teacher.path), Reporter(quiet=True), before)
+    jobs: list[JobSpec] = []
+    monkeypatch.setattr("kdscale_launch.run_local", lambda spec: jobs.append(spec) or 0)
+    ranks.launch("importance", context, 2)
+    seen: list[Context] = []
+    monkeypatch.setitem(work.RANK_WORK, "importance", seen.append)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["ranks", *jobs[0].command[3:]])
+    assert ranks.main() == 0
+    assert (seen[0].source, seen[0].teacher, seen[0].config) == (before, context.teacher, config)
