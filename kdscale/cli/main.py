@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kdscale.cli import launch
+from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption
 from kdscale.errors import ConfigError, Interrupted, KdscaleError
 
 if TYPE_CHECKING:
@@ -23,16 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one field, e.g. prune.target_params=4B. Repeatable."),
-]
-AcceptOption = Annotated[
-    bool,
-    typer.Option("--accept-changes", help="The run folder belongs to another config: redo what the changes touch."),
-]
 
 
 def _config(name: str, overrides: list[str] | None) -> Config:
@@ -73,6 +65,10 @@ app.command("prune")(_stage_command("prune", "Write the pruned student (and what
 app.command("distill")(_stage_command("distill", "Distil the teacher into the pruned student; resumes where it was."))
 app.command("eval")(_stage_command("eval", "Measure teacher, pruned and distilled side by side on held-out text."))
 app.command("report")(_stage_command("report", "Write report.html and report.json."))
+
+
+app.command("launch")(launch.launch_command)
+app.command("preflight")(launch.preflight_command)
 
 
 @app.command("plan")

@@ -1,0 +1,250 @@
+"""`python -m kdscale_launch.agent`: what the launcher starts on each host, over ssh.
+
+It takes orders as JSON lines on stdin and reports on stdout: runs the host's ranks in process groups of their own,
+passes signals on, sends what one of them prints. When the launcher is gone (stdin closed, or silence for `dead_after`
+seconds) it kills its ranks and leaves. Everything a rank needs, secrets too, comes over the pipe and is on no command
+line.
+
+Orders: hello, beat, ping, port, run, signal, end, leave. Reports: hello, beat, pong, port, started, output, exit, done,
+refused.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from kdscale_launch.job import LaunchError
+from kdscale_launch.local import free_port
+from kdscale_launch.processes import Process, signal_groups, start, tail
+from kdscale_launch.wire import Lines, Message, decode, encode
+
+_POLL_SECONDS = 0.1
+_BEATS_A_DEADLINE = 4
+_MAX_WAITING_BYTES = 1 << 22  # a dead link must not fill the memory with a rank's chatter
+_SIOCGIFADDR = 0x8915
+
+
+class Agent:
+    """The state of one host: its connection to the launcher and the ranks of the current run."""
+
+    def __init__(self, stdin: int, stdout: int):
+        self._stdin, self._stdout = stdin, stdout
+        for handle in (stdin, stdout):  # a write to a dead link must not stop the clock
+            os.set_blocking(handle, False)
+        self._lines = Lines()
+        self._waiting = bytearray()
+        self._dead_after = 60.0
+        self._heard = self._beat = time.monotonic()
+        self._open = True
+        self._run: Run | None = None
+
+    def serve(self) -> int:
+        """Until the launcher says leave or is gone; no rank is left behind."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stdin, selectors.EVENT_READ)
+            while self._open:
+                selector.select(_POLL_SECONDS)
+                self._read()
+                self._step()
+                self._write()
+        if self._run is not None:
+            self._run.kill()
+        return 0
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._stdin, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            self._open = False
+            return
+        self._heard = time.monotonic()
+        for line in self._lines.feed(data):
+            message = decode(line)
+            if message is not None:
+                self._obey(message)
+
+    def _obey(self, order: Message) -> None:
+        match order["do"]:
+            case "hello":
+                self._dead_after = float(order["dead_after"])
+                self._say({"say": "hello", "host": socket.gethostname(), "pid": os.getpid()})
+            case "ping":
+                self._say({"say": "pong", "id": order["id"], "time": time.time()})
+            case "port":
+                self._say({"say": "port", "port": free_port("")})
+            case "run":
+                try:
+                    self._run = Run(order)
+                    self._say({"say": "started", "pids": [process.pid for process in self._run.ranks.values()]})
+                except (LaunchError, OSError) as error:
+                    self._say({"say": "refused", "why": str(error)})
+            case "signal" if self._run is not None:
+                signal_groups(list(self._run.ranks.values()), int(order["signum"]))
+            case "end" if self._run is not None:
+                self._run.end(float(order["grace"]))
+            case "leave":
+                self._open = False
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        if now - self._heard > self._dead_after:
+            self._open = False
+        if now - self._beat > self._dead_after / _BEATS_A_DEADLINE:
+            self._beat = now
+            self._say({"say": "beat"})
+        if self._run is not None:
+            for report in self._run.reports():
+                self._say(report)
+            if self._run.over:
+                self._run = None
+                self._say({"say": "done"})
+
+    def _say(self, message: Message) -> None:
+        if message["say"] in ("output", "beat") and len(self._waiting) > _MAX_WAITING_BYTES:
+            return
+        self._waiting += encode(message)
+
+    def _write(self) -> None:
+        while self._waiting:
+            try:
+                done = os.write(self._stdout, self._waiting[: 1 << 16])
+            except BlockingIOError:
+                return
+            except OSError:  # nobody reads any more
+                self._open = False
+                return
+            del self._waiting[:done]
+
+
+class Run:
+    """The ranks of one order: started together, reported as they end."""
+
+    def __init__(self, order: Message):
+        self.ranks: dict[int, Process] = {}
+        self._stack = ExitStack()
+        self._kill_at = float("inf")
+        self._reported: set[int] = set()
+        env = {**os.environ, **order["env"]}
+        if "MASTER_ADDR" in env and "GLOO_SOCKET_IFNAME" not in env:
+            # gloo takes the interface of the host's own name, which on many machines is the loopback.
+            interface = interface_towards(env["MASTER_ADDR"])
+            env.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+        self._logs = Path(order["log_dir"] or self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._followed = {rank: Follow(self.log(rank)) for rank in order["follow"]}
+        try:
+            for about in order["ranks"]:
+                rank = int(about["rank"])
+                with self.log(rank).open("wb") as output:
+                    self.ranks[rank] = start(order["command"], {**env, **about["env"]}, order["cwd"], output)
+        except BaseException:
+            self.kill()
+            raise
+
+    def log(self, rank: int) -> Path:
+        return self._logs / f"rank-{rank}.log"
+
+    @property
+    def over(self) -> bool:
+        done = len(self._reported) == len(self.ranks)
+        if done:
+            self._stack.close()
+        return done
+
+    def reports(self) -> list[Message]:
+        """What is new since the last call. Never waits."""
+        if time.monotonic() > self._kill_at:
+            signal_groups(list(self.ranks.values()), signal.SIGKILL)
+        ended = {rank: p.poll() for rank, p in self.ranks.items() if rank not in self._reported}
+        out: list[Message] = [
+            {"say": "output", "rank": rank, "text": text}
+            for rank, follow in self._followed.items()
+            if (text := follow.read())
+        ]
+        for rank, code in ended.items():
+            if code is not None:
+                self._reported.add(rank)
+                self._end_children(self.ranks[rank])
+                said = tail(self.log(rank)) if code else tail(self.log(rank), 1 << 16)
+                out.append({"say": "exit", "rank": rank, "code": code, "tail": said})
+        return out
+
+    @staticmethod
+    def _end_children(process: Process) -> None:
+        """What a rank left running in its own group ends with it."""
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return  # nothing is left of the group
+
+    def end(self, grace: float) -> None:
+        signal_groups(list(self.ranks.values()), signal.SIGTERM)
+        self._kill_at = time.monotonic() + grace
+
+    def kill(self) -> None:
+        signal_groups(list(self.ranks.values()), signal.SIGKILL)
+        for process in self.ranks.values():
+            process.wait()
+            self._end_children(process)
+        self._stack.close()
+
+
+class Follow:
+    """What is appended to a file, in whole characters."""
+
+    def __init__(self, path: Path):
+        self._path, self._offset = path, 0
+
+    def read(self, limit: int = 1 << 16) -> str:
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._offset)
+                data = stream.read(limit)
+        except FileNotFoundError:
+            return ""
+        text = data.decode("utf-8", "ignore") if len(data) < limit else data.decode("utf-8", "replace")
+        self._offset += len(data)
+        return text
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface through which this host reaches `address`; None when that cannot be told (not Linux)."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: it only asks the routing table
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if not sys.platform.startswith("linux"):
+        return None
+    for _, name in socket.if_nameindex():
+        if _address_of(name) == own:
+            return name
+    return None
+
+
+def _address_of(interface: str) -> str | None:
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request: Any = struct.pack("256s", interface.encode()[:15])
+        try:
+            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+        except OSError:  # an interface without an IPv4 address
+            return None
+
+
+if __name__ == "__main__":
+    sys.exit(Agent(0, 1).serve())
