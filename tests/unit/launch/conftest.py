@@ -13,20 +13,6 @@ import pytest
 from kdscale_launch import Cluster, Host, Reach
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
-STAY_HERE = """#!/bin/sh
-while [ "$1" = -o ] || [ "$1" = -T ]; do [ "$1" = -o ] && shift; shift; done
-case "$1" in gone*) echo "ssh: connect to host $1: no route" >&2; exit 255;; esac
-shift
-exec sh -c "$*"
-"""
-
-
-@pytest.fixture
-def fake_ssh(tmp_path: Path) -> Path:
-    path = tmp_path / "stay-here"
-    path.write_text(STAY_HERE)
-    path.chmod(0o755)
-    return path
 
 
 @pytest.fixture
