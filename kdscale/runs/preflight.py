@@ -141,6 +141,8 @@ def _versions() -> dict[str, str | None]:
 
 
 def _gpus() -> int:
+    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
+        return 0
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
