@@ -185,11 +185,14 @@ class _Surveyor:
 
     def collective(self, job: HostsJob, seconds: float) -> Finding:
         """All ranks meet as the job's would: same addresses, same interface, same backend."""
+        port = job.master_port or self._cluster.free_port()
+        if port is None:
+            return Finding("collective", "bad", f"{job.hosts[0].name} does not answer")
         task = replace(
             self._base, command=self._command("collective", f"{seconds:g}"), ranks=True,
             deadline=seconds + _PROBE_SECONDS,
             master_addr=job.master_addr or job.hosts[0].address,
-            master_port=job.master_port or self._cluster.free_port(),
+            master_port=port,
         )  # fmt: skip
         outcome = self._cluster.run(task)
         if not outcome.ok:

@@ -11,15 +11,18 @@ refused.
 
 from __future__ import annotations
 
+import codecs
 import os
+import queue
 import selectors
 import signal
 import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from kdscale_launch.wire import Lines, Message, decode, encode
 _POLL_SECONDS = 0.1
 _BEATS_A_DEADLINE = 4
 _MAX_WAITING_BYTES = 1 << 22  # a dead link must not fill the memory with a rank's chatter
+_MAX_READ_BYTES = 1 << 16
 _SIOCGIFADDR = 0x8915
 
 
@@ -63,7 +67,7 @@ class Agent:
 
     def _read(self) -> None:
         try:
-            data = os.read(self._stdin, 1 << 16)
+            data = os.read(self._stdin, _MAX_READ_BYTES)
         except BlockingIOError:
             return
         if not data:
@@ -129,13 +133,20 @@ class Agent:
 
 
 class Run:
-    """The ranks of one order: started together, reported as they end."""
+    """The ranks of one order: started together, reported as they end.
+
+    Log files are read in a thread: they may lie on shared storage, and storage that hangs must not keep the agent from
+    giving signs of life, or from ending its ranks.
+    """
 
     def __init__(self, order: Message):
         self.ranks: dict[int, Process] = {}
         self._stack = ExitStack()
         self._kill_at = float("inf")
+        self._noticed: set[int] = set()
         self._reported: set[int] = set()
+        self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[Message] = queue.SimpleQueue()
         env = {**os.environ, **order["env"]}
         if "MASTER_ADDR" in env and "GLOO_SOCKET_IFNAME" not in env:
             # gloo takes the interface of the host's own name, which on many machines is the loopback.
@@ -143,17 +154,17 @@ class Run:
             env.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
         self._logs = Path(order["log_dir"] or self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._followed = {rank: Follow(self.log(rank)) for rank in order["follow"]}
         try:
             for about in order["ranks"]:
                 rank = int(about["rank"])
-                with self.log(rank).open("wb") as output:
+                with self._log(rank).open("wb") as output:
                     self.ranks[rank] = start(order["command"], {**env, **about["env"]}, order["cwd"], output)
         except BaseException:
             self.kill()
             raise
+        threading.Thread(target=self._read_logs, args=(list(order["follow"]),), daemon=True).start()
 
-    def log(self, rank: int) -> Path:
+    def _log(self, rank: int) -> Path:
         return self._logs / f"rank-{rank}.log"
 
     @property
@@ -167,27 +178,38 @@ class Run:
         """What is new since the last call. Never waits."""
         if time.monotonic() > self._kill_at:
             signal_groups(list(self.ranks.values()), signal.SIGKILL)
-        ended = {rank: p.poll() for rank, p in self.ranks.items() if rank not in self._reported}
-        out: list[Message] = [
-            {"say": "output", "rank": rank, "text": text}
-            for rank, follow in self._followed.items()
-            if (text := follow.read())
-        ]
-        for rank, code in ended.items():
-            if code is not None:
-                self._reported.add(rank)
-                self._end_children(self.ranks[rank])
-                said = tail(self.log(rank)) if code else tail(self.log(rank), 1 << 16)
-                out.append({"say": "exit", "rank": rank, "code": code, "tail": said})
+        for rank, process in self.ranks.items():
+            code = process.poll()
+            if code is not None and rank not in self._noticed:
+                self._noticed.add(rank)
+                self._end_children(process)
+                self._ended.put((rank, code))
+        out: list[Message] = []
+        while not self._found.empty():
+            out.append(self._found.get())
+        self._reported |= {message["rank"] for message in out if message["say"] == "exit"}
         return out
+
+    def _read_logs(self, followed: list[int]) -> None:
+        """What followed ranks print as they print it, and the last words of all."""
+        logs = {rank: Follow(self._log(rank)) for rank in followed}
+        for _ in self.ranks:
+            ended: tuple[int, int] | None = None
+            while ended is None:
+                with suppress(queue.Empty):
+                    ended = self._ended.get(timeout=_POLL_SECONDS)
+                for rank, log in logs.items():
+                    if text := log.read(to_the_end=ended is not None and ended[0] == rank):
+                        self._found.put({"say": "output", "rank": rank, "text": text})
+            rank, code = ended
+            said = tail(self._log(rank)) if code else tail(self._log(rank), _MAX_READ_BYTES)
+            self._found.put({"say": "exit", "rank": rank, "code": code, "tail": said})
 
     @staticmethod
     def _end_children(process: Process) -> None:
         """What a rank left running in its own group ends with it."""
-        try:
+        with suppress(ProcessLookupError, PermissionError):  # nothing is left of the group
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            return  # nothing is left of the group
 
     def end(self, grace: float) -> None:
         signal_groups(list(self.ranks.values()), signal.SIGTERM)
@@ -206,17 +228,18 @@ class Follow:
 
     def __init__(self, path: Path):
         self._path, self._offset = path, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def read(self, limit: int = 1 << 16) -> str:
+    def read(self, to_the_end: bool) -> str:
+        """What is new: 64 KiB at most, or all of it. Empty when the file has gone."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self._offset)
-                data = stream.read(limit)
+                data = stream.read(-1 if to_the_end else _MAX_READ_BYTES)
         except FileNotFoundError:
             return ""
-        text = data.decode("utf-8", "ignore") if len(data) < limit else data.decode("utf-8", "replace")
         self._offset += len(data)
-        return text
+        return self._decoder.decode(data, final=to_the_end)
 
 
 def interface_towards(address: str) -> str | None:

@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import shlex
 import signal
-import subprocess
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
 from kdscale_launch.failure import Failure, Outcome
 from kdscale_launch.hostfile import Host, first_ranks, total_slots
-from kdscale_launch.job import LaunchError
-from kdscale_launch.wire import Lines, Message, decode, encode
+from kdscale_launch.remote import Reach, Remote
+from kdscale_launch.wire import Message
 
 _TURN_SECONDS = 0.2
 _BEATS_A_DEADLINE = 4
 _SETTLE_SECONDS = 1.5  # how long to wait after the first failure for the one that caused it
 _RETRY_SECONDS = 2.0
-SSH = ("ssh",)
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How hosts are reached and how long silence may last."""
-
-    python: str
-    cwd: str
-    pythonpath: str = ""
-    ssh: tuple[str, ...] = SSH
-    dead_after: float = 15.0  # seconds without a sign of life after which a host counts as lost
-    connect_seconds: float = 30.0
-
-    def command(self, host: Host) -> list[str]:
-        """What is executed here to get an agent there. The remote shell sees one quoted string, and no secret."""
-        alive = max(1, int(self.dead_after / 3))
-        options = {
-            "BatchMode": "yes", "ConnectTimeout": "10", "ServerAliveInterval": str(alive), "ServerAliveCountMax": "3",
-        }  # fmt: skip
-        flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
-        path = ["env", f"PYTHONPATH={self.pythonpath}"] if self.pythonpath else []
-        agent = shlex.join([*path, self.python, "-m", "kdscale_launch.agent"])
-        return [*self.ssh, *flags, "-T", host.name, f"cd {shlex.quote(self.cwd)} && exec {agent}"]
+_CLOSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -66,64 +39,6 @@ class Task:
     deadline: float = float("inf")  # seconds
 
 
-class Remote:
-    """One ssh process with an agent at its other end."""
-
-    def __init__(self, index: int, host: Host, command: Sequence[str], events: queue.Queue[tuple[Remote, Message]]):
-        self.index, self.host = index, host
-        self.heard = self.sent = time.monotonic()
-        self.stderr: deque[str] = deque(maxlen=20)
-        try:
-            self.process = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            raise LaunchError(f"cannot start {command[0]!r}: {error.strerror}") from error
-        self._events = events
-        self._complaints = threading.Thread(target=self._read_err, daemon=True)
-        self._complaints.start()
-        threading.Thread(target=self._read_out, daemon=True).start()
-
-    def _read_out(self) -> None:
-        assert self.process.stdout is not None
-        lines = Lines()
-        while data := os.read(self.process.stdout.fileno(), 1 << 16):
-            for line in lines.feed(data):
-                if message := decode(line):
-                    self._events.put((self, message))
-        self._complaints.join(1.0)  # ssh says why on stderr
-        self._events.put((self, {"say": "closed", "why": self.complaint()}))
-
-    def _read_err(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.stderr.append(line.decode("utf-8", "replace").rstrip())
-
-    def complaint(self) -> str:
-        return "; ".join(line for line in self.stderr if line)[-600:] or "the connection ended without a message"
-
-    def send(self, message: Message) -> None:
-        assert self.process.stdin is not None
-        self.sent = time.monotonic()
-        try:
-            self.process.stdin.write(encode(message))
-            self.process.stdin.flush()
-        except OSError:
-            return  # its reader reports that the connection ended
-
-    def close(self) -> None:
-        """The agent's stdin closes: it ends its ranks and leaves; ssh gets a moment for that."""
-        assert self.process.stdin is not None
-        with suppress(OSError):  # what could not be flushed is for nobody
-            self.process.stdin.close()
-        try:
-            self.process.wait(2.0)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
 class Cluster:
     """Agents on all hosts. Use as a context manager: leaving it ends whatever still runs there."""
 
@@ -134,15 +49,19 @@ class Cluster:
         self._remotes: dict[int, Remote] = {}
         self.lost: dict[int, str] = {}
         self.last_heard: dict[int, float] = {}
+        self._over = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Cluster:
+        self._beating.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for remote in self._remotes.values():
-            remote.close()
+        self._over.set()
+        self._beating.join()
+        _close(list(self._remotes.values()))
 
     def connect(self) -> dict[int, str]:
         """Agents on all hosts, tried again until `connect_seconds` are over; by host index, why not."""
@@ -165,10 +84,9 @@ class Cluster:
                     self._remotes[remote.index] = trying.pop(remote.index)
                 elif message["say"] == "closed":
                     why[remote.index] = message["why"]
-                    trying.pop(remote.index).close()
+                    _close([trying.pop(remote.index)])
                     waiting[remote.index] = time.monotonic() + _RETRY_SECONDS
-        for remote in trying.values():
-            remote.close()
+        _close(list(trying.values()))
         return {index: why.get(index, "no answer") for index in range(len(self.hosts)) if index not in ready}
 
     def clock_skews(self, pings: int = 5) -> dict[int, tuple[float, float]]:
@@ -185,12 +103,12 @@ class Cluster:
                     best[index] = (skew, trip / 2)
         return best
 
-    def free_port(self) -> int:
-        """A port that is free on the first host. Raises LaunchError when it does not answer."""
+    def free_port(self) -> int | None:
+        """A port that is free on the first host; None when it does not answer."""
         self._remotes[0].send({"do": "port"})
         for _, message in self._answers("port", {0}):
             return int(message["port"])
-        raise LaunchError(f"{self.hosts[0].name} does not answer: {self.lost.get(0, 'no word in time')}")
+        return None
 
     def run(self, task: Task, output: Callable[[str], None] = lambda text: None) -> Outcome:
         """Run on all hosts to the end. After the first failure, a lost host, or the deadline, all ranks are ended.
@@ -199,6 +117,8 @@ class Cluster:
         """
         outcome = Outcome(self.hosts)
         running = set(self._remotes) - set(self.lost)
+        for index, why in self.lost.items():
+            outcome.failures.append(Failure(index, None, f"lost: {why}", "", time.monotonic()))
         for index, order in enumerate(self._orders(task)):
             if index in running:
                 self._remotes[index].send(order)
@@ -282,7 +202,7 @@ class Cluster:
                     yield remote.index, message
 
     def _turn(self) -> list[tuple[Remote, Message]]:
-        """Wait a moment for reports, send beats, and add a `lost` report for hosts that fell silent or closed."""
+        """Wait a moment for reports, and add a `lost` report for hosts that fell silent or closed."""
         out: list[tuple[Remote, Message]] = []
         try:
             out.append(self._events.get(timeout=_TURN_SECONDS))
@@ -299,15 +219,28 @@ class Cluster:
             self.last_heard[index] = remote.heard
             if index in self.lost:
                 continue
-            if now - remote.sent > self.reach.dead_after / _BEATS_A_DEADLINE:
-                remote.send({"do": "beat"})
             if now - remote.heard > self.reach.dead_after:
                 out.append((remote, self._lose(remote, f"no sign of life for {self.reach.dead_after:g} s")))
         return out
 
+    def _beat(self) -> None:
+        """In a thread: a terminal that does not take rank 0's output must not look like a launcher that is gone."""
+        while not self._over.wait(self.reach.dead_after / _BEATS_A_DEADLINE):
+            for remote in list(self._remotes.values()):
+                remote.send({"do": "beat"})
+
     def _lose(self, remote: Remote, why: str) -> Message:
         self.lost[remote.index] = why
         return {"say": "lost", "why": why}
+
+
+def _close(remotes: Sequence[Remote]) -> None:
+    """All at once: dead links must not add up."""
+    for remote in remotes:
+        remote.hang_up()
+    until = time.monotonic() + _CLOSE_SECONDS
+    for remote in remotes:
+        remote.close(until)
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from kdscale_launch.cluster import Cluster, Reach, Task
-from kdscale_launch.failure import Outcome
+from kdscale_launch.cluster import Cluster, Task
+from kdscale_launch.failure import Failure, Outcome
 from kdscale_launch.hostfile import Host
 from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
+from kdscale_launch.remote import Reach
 
 _FENCE_MARGIN_SECONDS = 3.0
 
@@ -78,12 +79,16 @@ def _attempt(
         if unreachable:
             listed = "\n".join(f"  - {job.hosts[i].name}: {why}" for i, why in unreachable.items())
             raise JobFailed(f"hosts that cannot be reached after {reach.connect_seconds:g} s:\n{listed}", 1)
+        port = job.master_port or cluster.free_port()
+        if port is None:
+            outcome = Outcome(job.hosts, failures=[Failure(0, None, "does not answer", "", time.monotonic())])
+            return outcome, cluster.last_heard.get(0)
         task = Task(
             command=job.command,
             env=job.env,
             log_dir=f"{job.log_dir}/{_attempt_name(attempt)}",
             master_addr=job.master_addr or job.hosts[0].address,
-            master_port=job.master_port or cluster.free_port(),
+            master_port=port,
             grace=job.grace,
         )
         outcome = cluster.run(task, output)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,6 +123,38 @@ time.sleep(100)
             assert "host two: lost: no sign of life for 2 s" in outcome.describe()
         finally:
             os.kill(int((tmp_path / "agent").read_text()), signal.SIGKILL)
+
+
+def test_a_host_lost_before_the_command_is_a_failure(reach, tmp_path, wait_for):
+    with Cluster(HOSTS, reach) as cluster:
+        assert cluster.connect() == {}
+        victim = task("import os; print(os.getppid())", tmp_path, ranks=False)
+        os.kill(int(cluster.run(victim).said[1]), signal.SIGKILL)
+        assert wait_for(lambda: cluster.clock_skews(1).keys() == {0})
+        outcome = cluster.run(task("pass", tmp_path))
+        assert "host two: lost" in outcome.describe()
+
+
+def test_output_arrives_whole_however_much_there_is(cluster, tmp_path):
+    heard = []
+    outcome = cluster.run(task("for n in range(30_000): print('→ é', n)", tmp_path), heard.append)
+    assert outcome.ok
+    assert "".join(heard) == "".join(f"→ é {n}\n" for n in range(30_000))
+
+
+def test_a_terminal_that_takes_no_output_does_not_end_the_job(reach, tmp_path):
+    paused = []
+
+    def output(text: str) -> None:
+        if not paused:
+            paused.append(text)
+            time.sleep(3.5)  # Ctrl-S, or a pager: much longer than silence may last
+
+    with Cluster(HOSTS, replace(reach, dead_after=1.5)) as cluster:
+        assert cluster.connect() == {}
+        outcome = cluster.run(task("import time; print(1, flush=True); time.sleep(3)", tmp_path), output)
+    assert paused
+    assert outcome.ok, outcome.describe()
 
 
 def test_hosts_that_cannot_be_reached_say_why(reach):
