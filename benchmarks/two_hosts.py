@@ -4,9 +4,9 @@
     sudo python benchmarks/two_hosts.py --work /tmp/two-hosts --config C.yaml --faults host --set distill.tokens=60k
 
 Needs root, iproute2 and openssh-server. The hosts share this machine's disk and CPUs; their networks, sshds and process
-groups are their own. For every fault: seconds until nothing of the job runs on a lost host, seconds until it trains
-again, the steps that were lost, and whether the student has the bytes of the unbroken run. `--single` compares the loss
-curve with one process's. Leaves with 1 when anything differs.
+groups are their own. For every fault: what was seen, the step it went on from, seconds until it trained beyond the step
+it had reached, and whether the student has the bytes of the unbroken run. `--single` compares the loss curve with one
+process's. Leaves with 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,7 @@ class Job:
             "--dead-after", str(DEAD_AFTER), "--skip-preflight", *settings(arguments, self.run),
         ]  # fmt: skip
         self.log = Path(arguments.work) / f"{name}.log"
+        self.restarted: subprocess.Popen[bytes] | None = None  # by hand, after the launcher itself was gone
 
     def start(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
@@ -194,8 +196,7 @@ def inject(fault: str, job: Job, hosts: list[HostInNamespace], process: subproce
     process.send_signal(signal.SIGKILL if fault == "launcher" else signal.SIGTERM)
     code = process.wait()
     ended = wait(lambda: not any(host.of("kdscale") for host in hosts), 60, "everything to end")
-    again = job.start()
-    job.restarted = again  # type: ignore[attr-defined]
+    job.restarted = job.start()
     return f"launcher left with {code}, hosts empty {ended:.1f} s later, same command again"
 
 
@@ -214,17 +215,16 @@ def broken_run(fault: str, job: Job, hosts: list[HostInNamespace], at: int) -> d
         raise SystemExit(f"the run ended before its fault; see {job.log}")
     before, began = job.steps(), time.monotonic()
     seen = inject(fault, job, hosts, process)
-    process = getattr(job, "restarted", process)
-    lowest = [before]
-
-    def goes_on() -> bool:
-        lowest[0] = min(lowest[0], job.steps())
-        return job.steps() > before or process.poll() is not None
-
-    wait(goes_on, 300, "training to go on")
+    reached = max(before, job.steps())
+    process = job.restarted or process
+    wait(lambda: job.steps() > reached or process.poll() is not None, 600, "training to go on")
     seconds = time.monotonic() - began
     code = process.wait()
-    return {"fault": fault, "at step": before, "seen": seen, "training again": round(seconds, 1), "exit code": code}
+    went_on = [int(step) for step in re.findall(r"going on from step (\d+)", job.log.read_text(errors="replace"))]
+    return {
+        "fault": fault, "at step": reached, "seen": seen, "went on from step": went_on,
+        "training again after": round(seconds, 1), "exit code": code,
+    }  # fmt: skip
 
 
 def single_process(arguments: argparse.Namespace, unbroken: Job) -> float:

@@ -164,9 +164,11 @@ def launch_command(
         _check_min_nodes(min_nodes, len(hosts))
         asked = _request(config, set_, sum(host.slots for host in hosts), accept_changes, until)
         job = _job(asked, hosts, options, grace=grace, max_restarts=max_restarts, host_seconds=host_timeout)
+        if not dry_run and not skip_preflight and not _preflight(job, asked):
+            raise typer.Exit(1)
         if launcher is Launcher.deepspeed:
             _leave(systems.run_deepspeed(asked, job, hostfile, shlex.split(ssh_command)[1:], dry_run))
-        _on_hosts(asked, job, dry_run, skip_preflight)
+        _on_hosts(asked, job, dry_run)
         return
     _check_min_nodes(min_nodes, nodes)
     asked = _request(config, set_, nodes * slots, accept_changes, until)
@@ -243,7 +245,7 @@ def _preflight(job: HostsJob, asked: Request) -> bool:
     return all(finding.state != "bad" for finding in found)
 
 
-def _on_hosts(asked: Request, job: HostsJob, dry_run: bool, skip_preflight: bool) -> None:
+def _on_hosts(asked: Request, job: HostsJob, dry_run: bool) -> None:
     from kdscale.cli import show
     from kdscale.runs.launching import describe, run
     from kdscale_launch import STOPPED_EXIT_CODE, signals_noted
@@ -251,8 +253,6 @@ def _on_hosts(asked: Request, job: HostsJob, dry_run: bool, skip_preflight: bool
     if dry_run:
         print(describe(job))
         return
-    if not skip_preflight and not _preflight(job, asked):
-        raise typer.Exit(1)
 
     def output(text: str) -> None:
         sys.stdout.write(text)

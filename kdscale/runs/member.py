@@ -26,12 +26,13 @@ ACCEPT, UNTIL = "--accept-changes", "--until="
 
 def main(arguments: Sequence[str]) -> int:
     from kdscale_launch import LaunchError
-    from kdscale_launch.environment import place_from, release, take_place, wait_for_master
+    from kdscale_launch.environment import choose_interface, place_from, release, take_place, wait_for_master
 
     signal.signal(signal.SIGTERM, _stop)
     try:
         last = next((item.removeprefix(UNTIL) for item in arguments if item.startswith(UNTIL)), "report")
         config = load_config(Path(arguments[0]), [item for item in arguments[1:] if not item.startswith("--")])
+        choose_interface(os.environ)
         if os.environ.get("RANK") == "0":
             os.environ[PLACE_VARIABLE] = take_place(os.environ)
             run_until(config, last, Reporter(), accept_changes=ACCEPT in arguments)

@@ -88,7 +88,8 @@ def _clocks(skews: Mapping[str, tuple[float, float]]) -> Finding:
     worst = max(skews, key=lambda host: abs(skews[host][0]))
     seconds, uncertainty = skews[worst]
     far = {host: f"{skew:+.1f} s" for host, (skew, unsure) in skews.items() if abs(skew) - unsure > _MAX_SKEW_SECONDS}
-    return Finding("clocks", "bad" if far else "ok", _listed(far) or f"within {abs(seconds):.3f} ± {uncertainty:.3f} s")
+    good = f"within {1000 * abs(seconds):.1f} ± {1000 * uncertainty:.1f} ms"
+    return Finding("clocks", "bad" if far else "ok", _listed(far) or good)
 
 
 def _listed(by_host: Mapping[str, str]) -> str:
@@ -179,7 +180,9 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
     import torch.distributed as dist
 
     from kdscale.models import resolve_device
+    from kdscale_launch.environment import choose_interface
 
+    choose_interface(os.environ)
     device = resolve_device(load_config(Path(config_path), list(overrides)).runtime.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

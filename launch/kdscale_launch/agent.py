@@ -17,14 +17,12 @@ import queue
 import selectors
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import threading
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 from kdscale_launch.job import LaunchError
 from kdscale_launch.local import free_port
@@ -35,7 +33,6 @@ _POLL_SECONDS = 0.1
 _BEATS_A_DEADLINE = 4
 _MAX_WAITING_BYTES = 1 << 22  # a dead link must not fill the memory with a rank's chatter
 _MAX_READ_BYTES = 1 << 16
-_SIOCGIFADDR = 0x8915
 
 
 class Agent:
@@ -148,10 +145,6 @@ class Run:
         self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._found: queue.SimpleQueue[Message] = queue.SimpleQueue()
         env = {**os.environ, **order["env"]}
-        if "MASTER_ADDR" in env and "GLOO_SOCKET_IFNAME" not in env:
-            # gloo takes the interface of the host's own name, which on many machines is the loopback.
-            interface = interface_towards(env["MASTER_ADDR"])
-            env.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
         self._logs = Path(order["log_dir"] or self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._logs.mkdir(parents=True, exist_ok=True)
         try:
@@ -240,33 +233,6 @@ class Follow:
             return ""
         self._offset += len(data)
         return self._decoder.decode(data, final=to_the_end)
-
-
-def interface_towards(address: str) -> str | None:
-    """The network interface through which this host reaches `address`; None when that cannot be told (not Linux)."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing: it only asks the routing table
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
-    if not sys.platform.startswith("linux"):
-        return None
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == own:
-            return name
-    return None
-
-
-def _address_of(interface: str) -> str | None:
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request: Any = struct.pack("256s", interface.encode()[:15])
-        try:
-            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
-        except OSError:  # an interface without an IPv4 address
-            return None
 
 
 if __name__ == "__main__":

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
+import sys
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict
+from typing import Any
 
 from kdscale_launch.job import LaunchError, Place
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _TAKEN = (*_NEEDED, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SIOCGIFADDR = 0x8915
 _KNOCK_SECONDS = 1.0
 _SPEAK_SECONDS = 1.0
 _NOTHING_TO_DO = b"kdscale: nothing to do\n"
@@ -83,6 +87,43 @@ def release(place: Place, seconds: float = 300.0) -> None:
                 return
             with visitor:
                 visitor.sendall(_NOTHING_TO_DO)
+
+
+def choose_interface(environment: MutableMapping[str, str]) -> None:
+    """Set GLOO_SOCKET_IFNAME, where nobody did, to the interface through which this host reaches rank 0.
+
+    Left alone, gloo takes the interface of the host's own name, which on many machines is the loopback.
+    """
+    if "MASTER_ADDR" in environment and "GLOO_SOCKET_IFNAME" not in environment:
+        interface = interface_towards(environment["MASTER_ADDR"])
+        environment.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface through which this host reaches `address`; None when that cannot be told (not Linux)."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: it only asks the routing table
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if not sys.platform.startswith("linux"):
+        return None
+    for _, name in socket.if_nameindex():
+        if _address_of(name) == own:
+            return name
+    return None
+
+
+def _address_of(interface: str) -> str | None:
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request: Any = struct.pack("256s", interface.encode()[:15])
+        try:
+            return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+        except OSError:  # an interface without an IPv4 address
+            return None
 
 
 def _require(environment: Mapping[str, str]) -> None:

@@ -26,7 +26,8 @@ def torchrun(
 def deepspeed(
     python: str, module: str, arguments: tuple[str, ...], *, hostfile: str, master_addr: str, master_port: int
 ) -> list[str]:
-    """DeepSpeed's runner over pdsh, run once. `--no_local_rank`: our ranks read the environment only.
+    """DeepSpeed's runner over pdsh, run once. `--no_local_rank`: our ranks read the environment only. `--no_ssh_check`:
+    its check knows nothing of our ssh options.
 
     Raises LaunchError for an argument that a shell would change: the runner passes them through one unquoted.
     """
@@ -35,8 +36,8 @@ def deepspeed(
             raise LaunchError(f"DeepSpeed's launcher cannot pass the argument {argument!r}; use --launcher ssh")
     return [
         python, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--launcher=pdsh", "--force_multi",
-        "--no_local_rank", f"--master_addr={master_addr}", f"--master_port={master_port}", "--module", module,
-        *arguments,
+        "--no_ssh_check", "--no_local_rank", f"--master_addr={master_addr}", f"--master_port={master_port}",
+        "--module", module, *arguments,
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kdscale_launch import Host, LaunchError, others, parse_hostfile, slurm
 from kdscale_launch import kubernetes as kube
-from kdscale_launch.environment import place_from, take_place
+from kdscale_launch.environment import choose_interface, place_from, take_place
 from kdscale_launch.failure import Failure, Outcome, last_error
 from kdscale_launch.forward import forwarded, public, shown
 from kdscale_launch.hostfile import first_ranks
@@ -76,6 +76,19 @@ def test_a_place_is_taken_out_of_the_environment_and_read_back():
     assert (place.master_addr, place.master_port) == ("a", 77)
     with pytest.raises(LaunchError, match="WORLD_SIZE"):
         take_place({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its interfaces")
+def test_gloo_is_given_the_interface_that_leads_to_rank_0():
+    environment = {"MASTER_ADDR": "127.0.0.1"}
+    choose_interface(environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    given = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}
+    choose_interface(given)
+    assert given["GLOO_SOCKET_IFNAME"] == "ib0"
+    nowhere = {"MASTER_ADDR": "no-such-host.invalid"}
+    choose_interface(nowhere)
+    assert "GLOO_SOCKET_IFNAME" not in nowhere
 
 
 def test_the_earliest_cause_is_first():
