@@ -28,7 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     from kdscale_launch import LaunchError
     from kdscale_launch.environment import choose_interface, place_from, release, take_place, wait_for_master
 
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         last = next((item.removeprefix(UNTIL) for item in arguments if item.startswith(UNTIL)), "report")
         config = load_config(Path(arguments[0]), [item for item in arguments[1:] if not item.startswith("--")])

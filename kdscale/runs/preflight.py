@@ -149,16 +149,16 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def shared(marks: Sequence[str], config_path: str, overrides: Sequence[str]) -> list[str]:
+def shared(marks: Sequence[str], config_path: str, overrides: Sequence[str], seconds: float = 5.0) -> list[str]:
     """The marks of other hosts that cannot be read here, after a moment for a network file system to catch up."""
     logs = Path(load_config(Path(config_path), list(overrides)).run_dir).absolute() / "logs"
-    deadline = time.monotonic() + 5.0
-    missing = list(marks)
-    while missing and time.monotonic() < deadline:
+    deadline = time.monotonic() + seconds
+    while True:
         list(logs.iterdir())  # makes NFS look again
-        missing = [mark for mark in missing if not _holds(logs / f"{_MARK}{mark}", mark)]
-        time.sleep(0.1 if missing else 0.0)
-    return missing
+        missing = [mark for mark in marks if not _holds(logs / f"{_MARK}{mark}", mark)]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.1)
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.config import Config, load_config
-from kdscale.errors import ConfigError, Interrupted, KdscaleError, LostRankError, TrainingError
+from kdscale.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    KdscaleError,
+    LostRankError,
+    RunFolderError,
+    SelfCheckError,
+    TrainingError,
+)
 from kdscale.metrics import read_metrics
 from kdscale.progress import Reporter
 from kdscale.runs.folder import RunFolder
@@ -25,7 +35,7 @@ from kdscale.runs.stage import Context
 PLACE_VARIABLE = "KDSCALE_PLACE"
 # Exit codes of user errors that say more than "a rank is gone"; the launcher does not try these again.
 FINAL_CODES = frozenset(
-    kind.exit_code for kind in KdscaleError.__subclasses__() if kind is not LostRankError and kind.exit_code > 1
+    kind.exit_code for kind in (ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError)
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from kdscale_launch.failure import Failure, Outcome
 from kdscale_launch.hostfile import Host, first_ranks, total_slots
+from kdscale_launch.local import SAME_SIGNAL_SECONDS
 from kdscale_launch.remote import Reach, Remote
 from kdscale_launch.wire import Message
 
@@ -245,11 +246,17 @@ def _close(remotes: Sequence[Remote]) -> None:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are only noted, in this list; whoever waits looks at it. Main thread only."""
+    """SIGINT and SIGTERM are only noted, in this list; whoever waits looks at it. Main thread only.
+
+    The same one within two seconds counts once: job systems signal a job's processes and their parents.
+    """
     received: list[int] = []
+    last = [0.0]
 
     def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
+        if not received or signum != received[-1] or time.monotonic() - last[0] > SAME_SIGNAL_SECONDS:
+            received.append(signum)
+            last[0] = time.monotonic()
 
     previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -103,9 +103,9 @@ def _attempt_name(attempt: int) -> str:
 def _stopped(outcome: Outcome, signum: int, say: Callable[[str], None]) -> int:
     if signum == signal.SIGTERM and outcome.saved:
         return STOPPED_EXIT_CODE
-    if not outcome.saved:
-        worst = {rank: code for rank, code in outcome.codes.items() if code not in (0, STOPPED_EXIT_CODE)}
-        say(f"not every rank stopped in time with its work saved (exit codes {worst}); the last checkpoint counts")
+    late = {rank: code for rank, code in outcome.codes.items() if code not in (0, STOPPED_EXIT_CODE, 128 + signum)}
+    if late or outcome.failures:
+        say(f"not every rank stopped in time with its work saved (exit codes {late}); the last checkpoint counts")
     return 128 + signum
 
 

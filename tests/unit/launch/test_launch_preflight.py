@@ -73,7 +73,7 @@ def test_marks_prove_a_shared_folder(tmp_path: Path, tiny_llama_dir: Path) -> No
     assert (one["config_error"], one["write_error"]) == (None, None)
     assert one["config"] != other["config"]
     assert one["teacher"] == other["teacher"]
-    assert preflight.shared(["m-0", "m-1"], str(config), []) == ["m-1"]
+    assert preflight.shared(["m-0", "m-1"], str(config), [], seconds=0.0) == ["m-1"]
     assert preflight.judge_shared({"a": ["b"], "b": []}).state == "bad"
     preflight.clean(["m-0", "m-1"], str(config), [])
     assert list((tmp_path / "run" / "logs").iterdir()) == []
