@@ -188,11 +188,13 @@ def inject(fault: str, job: Job, hosts: list[HostInNamespace], process: subproce
         victim.network("up")
         return f"cut-off rank ended after {seconds:.1f} s, then link up"
     if fault == "checkpoint":
+        kill(victim.of("kdscale.runs.member"))
+        # only when rank 0's training has ended is the newest checkpoint certain; the restart takes longer than this
+        wait(lambda: not hosts[0].of("kdscale.runs.training"), 60, "rank 0 to end")
         newest = max((job.run / "checkpoints").glob("step-*"))
         biggest = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
         biggest.write_bytes(biggest.read_bytes()[:-64])
-        kill(victim.of("kdscale.runs.member"))
-        return f"{newest.name} damaged, rank killed"
+        return f"rank killed, {newest.name} damaged"
     process.send_signal(signal.SIGKILL if fault == "launcher" else signal.SIGTERM)
     code = process.wait()
     ended = wait(lambda: not any(host.of("kdscale") for host in hosts), 60, "everything to end")
