@@ -52,6 +52,11 @@ def findings(found: Sequence[Finding], conclusions: Sequence[Finding]) -> None:
         _print(_table(title, ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in lines]))
 
 
+def preflight(found: Sequence[Finding]) -> None:
+    """What every host said before a job."""
+    _print(_table("Preflight", ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in found]))
+
+
 def _mark(state: State) -> str:
     return _MARK[state]
 

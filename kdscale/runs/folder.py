@@ -125,7 +125,8 @@ class RunFolder:
         return changes
 
     def _is_foreign(self) -> bool:
-        return any(item.name != ".lock" for item in self.path.iterdir())
+        # a launcher writes the ranks' logs before the first rank gets here
+        return any(item.name not in (".lock", "logs") for item in self.path.iterdir())
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened, when, in which process."""
