@@ -76,8 +76,8 @@ class ImportanceConfig(_Section):
     dtype: Dtype = "auto"
 
 
-FfnMethod = Literal["output_energy", "activation"]
-HeadMethod = Literal["output_energy", "activation"]
+FfnMethod = Literal["output_energy", "activation", "obs"]
+HeadMethod = Literal["output_energy", "activation", "obs"]
 LayerMethod = Literal["block_influence", "last"]
 
 

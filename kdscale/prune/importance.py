@@ -4,6 +4,7 @@ Two scores a unit where there is a choice:
 - `activation`: Minitron (arXiv 2407.14679, section 2.2): mean over the sequence of |x|, L2 norm over the samples; for a
   query head x is the norm of its output, for the hidden axis x is every norm's output and the scores are summed.
 - `output_energy`: the unit's share of the sublayer's output, Σ over tokens of ‖W_unit · x_unit‖².
+- `obs`, only when the config asks for it: what removing the unit costs when the others are refitted (obs.py).
 Layers: block influence, 1 − the mean cosine between what enters and what leaves (arXiv 2403.03853).
 
 Gram matrices for the
@@ -29,7 +30,7 @@ from kdscale.families import Family
 from kdscale.files import atomic_path, write_json
 from kdscale.models import resolve_dtype
 from kdscale.progress import Reporter
-from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE
+from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE, obs_axes
 from kdscale.prune.search import openable_axes
 from kdscale.prune.statistics import NormStats, UnitStats
 from kdscale.prune.stream import LayerStream, TokenBatch
@@ -60,7 +61,7 @@ def run(
         raise DataError("there are no calibration tokens", expected="at least one sequence", hint="add training text")
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     with reporter.bar("importance", total=tokens) as bar:
-        scores = gather(stream, batches, axes, advance=bar.advance)
+        scores = gather(stream, batches, axes, bar.advance, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
     for name, values in scores.items():
         if not np.isfinite(values).all():
             raise SelfCheckError(f"importance {name} is not finite", hint="try importance.dtype=float32")
@@ -78,14 +79,22 @@ def run(
 
 
 def gather(
-    stream: LayerStream, batches: Sequence[TokenBatch], axes: Sequence[str], advance: Callable[[float, str], None]
+    stream: LayerStream,
+    batches: Sequence[TokenBatch],
+    axes: Sequence[str],
+    advance: Callable[[float, str], None],
+    obs: Sequence[str] = (),
+    ridge: float = 1e-2,
 ) -> dict[str, np.ndarray]:
-    """The scores of `run`, from any stream; `advance(tokens, note)` is called after each layer's share of the work."""
+    """The scores of `run`, from any stream; `advance(tokens, note)` is called after each layer's share of the work.
+
+    `obs`, `ridge`: see UnitStats.
+    """
     dims, family = stream.dims, stream.family
     norms, per_layer, influence = NormStats(dims.hidden), [], []
     hidden = stream.embed(batches)
     for layer in stream.layers():
-        units = UnitStats(dims, layer, family, axes)
+        units = UnitStats(dims, layer, family, axes, obs, ridge)
         units.attach()
         if "hidden" in axes:
             norms.attach([layer.site(path) for path in family.sites.norms])

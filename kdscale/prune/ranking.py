@@ -37,6 +37,11 @@ def score_name(axis: str, cfg: PruneConfig) -> str:
     }[axis]
 
 
+def obs_axes(cfg: PruneConfig) -> list[str]:
+    """Axes whose removal costs the config ranks by; they are gathered only then."""
+    return [axis for axis, method in (("ffn", cfg.ffn_method), ("heads", cfg.head_method)) if method == "obs"]
+
+
 class Ranking:
     """Kept units and retained shares of one teacher. Without scores: the first units, and no shares."""
 

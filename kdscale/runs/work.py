@@ -53,10 +53,14 @@ def tokenize(context: Context) -> Facts:
 
 def axes_to_score(context: Context) -> Facts:
     """The axes that the config may cut: all that importance depends on of the pruning settings."""
+    from kdscale.prune.ranking import obs_axes
     from kdscale.prune.search import openable_axes
 
     teacher, family = open_teacher(context.teacher)
-    return {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+    facts: Facts = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+    if obs := obs_axes(context.config.prune):
+        facts["obs"] = [*obs, context.config.prune.ridge_lambda]
+    return facts
 
 
 def measure_importance(context: Context) -> Facts:

@@ -130,3 +130,33 @@ def test_missing_and_damaged_scores(tmp_path):
     (tmp_path / "scores.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(CheckpointError, match="damaged"):
         load_scores(tmp_path)
+
+
+def test_removal_costs_come_from_the_whole_models_gram_matrices(teacher, tmp_path):
+    from kdscale.prune.obs import head_removal_costs, removal_costs
+
+    cut = {"ffn": 64, "heads": 4, "ffn_method": "obs", "head_method": "obs", "ridge_lambda": 0.03}
+    scores = teacher.scores(tmp_path, **cut)
+    model = load_model(teacher.checkpoint.path, dtype=torch.float32, device=torch.device("cpu"))
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("layers.2.mlp.down_proj", "layers.2.self_attn.o_proj")):
+            module.register_forward_pre_hook(
+                lambda _m, args, key=name: seen.setdefault(key[-9:], []).append(args[0].flatten(0, 1))
+            )
+    with torch.inference_mode():
+        for batch in teacher.batches:
+            model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+    layer = model.model.layers[2]
+    down, o = layer.mlp.down_proj.weight.detach(), layer.self_attn.o_proj.weight.detach()
+    x, z = torch.cat(seen["down_proj"]), torch.cat(seen["tn.o_proj"])
+    dims = teacher.family.dims(teacher.config)
+    expected = {
+        "ffn.obs": removal_costs(x.T @ x, down, 0.03),
+        "heads.obs": head_removal_costs(z.T @ z, o, 0.03, dims.kv_heads, dims.head_dim),
+    }
+    for name, values in expected.items():
+        assert np.allclose(scores[name][2], values.numpy(), rtol=1e-3), name
+    plan = make_plan(teacher.config, teacher.family, scores, PruneConfig(**cut))
+    assert plan.methods.ffn == plan.methods.heads == "obs"
+    assert plan.kept.ffn[2] == sorted(np.argsort(-scores["ffn.obs"][2], kind="stable")[:64].tolist())
