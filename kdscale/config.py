@@ -78,6 +78,7 @@ class ImportanceConfig(_Section):
 
 FfnMethod = Literal["output_energy", "activation", "obs"]
 HeadMethod = Literal["output_energy", "activation", "obs"]
+HiddenMethod = Literal["auto", "pca", "activation"]
 LayerMethod = Literal["block_influence", "last"]
 
 
@@ -102,6 +103,8 @@ class PruneConfig(_Section):
     ffn_divisor: Count | None = None
     ffn_method: FfnMethod = "output_energy"
     head_method: HeadMethod = "output_energy"
+    # auto: pca (the residual stream turned into its principal components) where the family allows, else activation
+    hidden_method: HiddenMethod = "auto"
     layer_method: LayerMethod = "block_influence"
     # drop one contiguous run of layers (Llama-3.1 → 4B depth recipe) instead of the lowest-scored layers anywhere
     contiguous_layers: bool = False

@@ -4,6 +4,7 @@ Two scores a unit where there is a choice:
 - `activation`: Minitron (arXiv 2407.14679, section 2.2): mean over the sequence of |x|, L2 norm over the samples; for a
   query head x is the norm of its output, for the hidden axis x is every norm's output and the scores are summed.
 - `output_energy`: the unit's share of the sublayer's output, Σ over tokens of ‖W_unit · x_unit‖².
+- `pca` of the hidden axis: energies along the residual stream's principal components, and those (rotate.py).
 - `obs`, only when the config asks for it: what removing the unit costs when the others are refitted (obs.py).
 Layers: block influence, 1 − the mean cosine between what enters and what leaves (arXiv 2403.03853).
 
@@ -31,6 +32,7 @@ from kdscale.files import atomic_path, write_json
 from kdscale.models import resolve_dtype
 from kdscale.progress import Reporter
 from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE, obs_axes
+from kdscale.prune.rotate import ROTATION, ResidualCovariance, unrotatable
 from kdscale.prune.search import openable_axes
 from kdscale.prune.statistics import NormStats, UnitStats
 from kdscale.prune.stream import LayerStream, TokenBatch
@@ -50,7 +52,8 @@ def run(
     """Score every axis that `prune_cfg` may cut; write out_dir/scores.safetensors, then out_dir/scores.json.
 
     `batches` are the calibration tokens (their number is the caller's to choose). Returns the arrays: `ffn.*` [L, F],
-    `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `layers.block_influence` [L].
+    `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `hidden.pca` [D] and `hidden.rotation`
+    [D, D] where the family can be rotated, `layers.block_influence` [L].
     Raises DataError without tokens and SelfCheckError when a score is not finite.
     """
     dims = family.dims(teacher.config)
@@ -92,12 +95,17 @@ def gather(
     """
     dims, family = stream.dims, stream.family
     norms, per_layer, influence = NormStats(dims.hidden), [], []
+    turns = "hidden" in axes and unrotatable(family, stream.config) is None
+    covariance = ResidualCovariance(dims.hidden, stream.device) if turns else None
     hidden = stream.embed(batches)
     for layer in stream.layers():
         units = UnitStats(dims, layer, family, axes, obs, ridge)
         units.attach()
         if "hidden" in axes:
-            norms.attach([layer.site(path) for path in family.sites.norms])
+            over_stream = [layer.site(path) for path in family.sites.norms]
+            norms.attach(over_stream)
+            if covariance is not None:
+                covariance.attach(over_stream)
         cosine, count = torch.zeros((), dtype=torch.float64), 0
         for index, batch in enumerate(batches):
             with torch.inference_mode():
@@ -114,12 +122,16 @@ def gather(
     if "hidden" in axes:
         final = stream.final_norm()
         norms.attach([final])
+        if covariance is not None:
+            covariance.attach([final])
         with torch.inference_mode():
             for state in hidden:
                 final(state)
         norms.close()
     out = {name: torch.stack([scores[name] for scores in per_layer]) for name in per_layer[0]}
     out |= {"hidden.activation": norms.total_D} if "hidden" in axes else {}
+    if covariance is not None:
+        out["hidden.pca"], out[ROTATION] = covariance.components()
     arrays = {name: value.numpy().astype(np.float32) for name, value in out.items()}
     if "layers" in axes:
         arrays["layers.block_influence"] = np.maximum(influence, 0.0).astype(np.float32)

@@ -32,7 +32,8 @@ def score_name(axis: str, cfg: PruneConfig) -> str:
         "ffn": f"ffn.{cfg.ffn_method}",
         "heads": f"heads.{cfg.head_method}",
         "kv_heads": "kv_heads.output_energy",
-        "hidden": "hidden.activation",
+        # auto has been resolved by rotate.choose; alone it means channels as they are
+        "hidden": "hidden.pca" if cfg.hidden_method == "pca" else "hidden.activation",
         "layers": "layers.block_influence" if cfg.layer_method == "block_influence" else "layers.last",
     }[axis]
 

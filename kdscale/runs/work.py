@@ -57,10 +57,9 @@ def axes_to_score(context: Context) -> Facts:
     from kdscale.prune.search import openable_axes
 
     teacher, family = open_teacher(context.teacher)
-    facts: Facts = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
-    if obs := obs_axes(context.config.prune):
-        facts["obs"] = [*obs, context.config.prune.ridge_lambda]
-    return facts
+    obs = obs_axes(context.config.prune)
+    axes = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+    return {**axes, "obs": [*obs, context.config.prune.ridge_lambda]} if obs else axes
 
 
 def measure_importance(context: Context) -> Facts:
@@ -80,9 +79,10 @@ def measure_importance(context: Context) -> Facts:
 def choose_plan(context: Context) -> Facts:
     from kdscale.prune.plan import make_plan
     from kdscale.prune.ranking import load_scores
+    from kdscale.prune.rotate import choose
 
     teacher, family = open_teacher(context.teacher)
-    plan = make_plan(teacher.config, family, load_scores(context.run.importance), context.config.prune)
+    plan = choose(teacher, family, load_scores(context.run.importance), context.config.prune, make_plan)
     plan.save(context.run.plan)
     for warning in plan.warnings:
         context.reporter.say(f"  note: {warning}")
@@ -95,11 +95,15 @@ def prune_and_check(context: Context) -> Facts:
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.check import self_check
     from kdscale.prune.plan import Plan
+    from kdscale.prune.ranking import load_scores
+    from kdscale.prune.rotate import turned
 
     config, run = context.config, context.run
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
     teacher, family = open_teacher(context.teacher)
+    if Plan.load(run.plan).methods.hidden == "pca":
+        teacher = turned(teacher, family, load_scores(run.importance))
     plan = Plan.load(run.plan, config=teacher.config, family=family)
     with atomic_dir(run.pruned) as tmp:
         apply_plan(
