@@ -21,6 +21,7 @@ from kdscale.prune.plan import Plan
 from kdscale.prune.repair import compensated_layers, compensated_roles
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.stream import LayerStream, TokenBatch
+from kdscale.prune.two_stream import two_stream_layers
 from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars
 
 
@@ -48,14 +49,15 @@ def apply_plan(
     if compensated_roles(plan, slicer):
         if not sum(batch.input_ids_BS.numel() for batch in batches):
             raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
-        repaired = compensated_layers(
+        stream, ridge = (
             LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device),
-            slicer,
-            batches,
             prune_cfg.ridge_lambda,
-            teacher,
-            reporter,
         )
+        if plan.methods.compensate == "two_stream":
+            correction = prune_cfg.stream_correction
+            repaired = two_stream_layers(stream, slicer, batches, ridge, correction, teacher, reporter)
+        else:
+            repaired = compensated_layers(stream, slicer, batches, ridge, teacher, reporter)
     else:
         repaired = iter([{} for _ in plan.kept.layers])
     pairs = [*slicer.outer(), *(pair for position in range(plan.student.layers) for pair in slicer.layer(position))]

@@ -33,6 +33,7 @@ _REAL_STEP, _SMALL_STEP = 256, 32
 # Rise of log-perplexity for each share of an axis' importance that is lost, on SmolLM2-135M (docs/pruning.md): near
 # linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess.
 _DAMAGE: dict[str, dict[str, float]] = {
+    "two_stream": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1},
     "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1},
     "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1},
 }
