@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,19 +18,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from kdscale.errors import ConfigError
 from kdscale.files import sha256_json
-
-_COUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)\s*$")
-_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def parse_count(value: Any) -> Any:
-    """`4B` → 4_000_000_000, `250k` → 250_000; integers pass, the rest is left to pydantic to refuse."""
-    if isinstance(value, str) and (match := _COUNT.match(value)):
-        exact = float(match[1]) * _SCALE[match[2].lower()]
-        if exact == int(exact):
-            return int(exact)
-    return value
-
+from kdscale.units import TARGETS, parse_count, parse_target
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -83,15 +70,34 @@ Compensation = Literal["none", "ridge", "two_stream"]
 LayerMethod = Literal["block_influence", "last"]
 
 
+class SearchConfig(_Section):
+    """How the shapes that meet a budget are compared; each kind of score is asked of fewer shapes than the last."""
+
+    # this many of the best predicted shapes are run masked on calibration text; 0 goes by the prediction alone
+    masked_candidates: Annotated[int, Field(ge=0, le=64)] = 8
+    masked_tokens: Count = 4_096
+    # distil this many tokens into each finalist, keep the better half, double; None: no probes
+    probe_tokens: Count | None = None
+    probe_candidates: Annotated[int, Field(ge=2, le=16)] = 4
+    # what a latency is measured at: a prompt this long, and one more token after it
+    context_tokens: Count = 256
+
+
 class PruneConfig(_Section):
     """The budget and the axes. Fixed sizes win; axes left open are searched until the target is met."""
 
     # "4B" (absolute) or "50%" (of the teacher), of the parameters that `count` names
     target_params: str | None = None
+    # upper limits instead: "8GiB" of weights on disk, "32KiB" of 16-bit KV cache a token, "12ms" a decoded token or a
+    # prompt; each may also be a share of the teacher's
+    target_bytes: str | None = None
+    target_kv_bytes: str | None = None
+    target_decode: str | None = None
+    target_prefill: str | None = None
     count: Literal["non_embedding", "total"] = "total"
     tolerance: Annotated[float, Field(gt=0.0, le=0.2)] = 0.03
     # axes that may be cut when a target is given; sizes given below are fixed and need not be listed
-    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers"], ...] = Field(
+    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts"], ...] = Field(
         strict=False, default=("ffn", "heads")
     )
     hidden: Count | None = None
@@ -99,6 +105,7 @@ class PruneConfig(_Section):
     heads: Count | None = None
     kv_heads: Count | None = None
     layers: Count | None = None
+    experts: Count | None = None  # of a mixture of experts; how many each token is routed to does not change
     # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
     hidden_divisor: Count | None = None
     ffn_divisor: Count | None = None
@@ -114,28 +121,25 @@ class PruneConfig(_Section):
     stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     ridge_lambda: Annotated[float, Field(gt=0.0)] = 1e-2
     max_shard_bytes: Count = 5_000_000_000
+    search: SearchConfig = SearchConfig()
 
     @model_validator(mode="after")
     def _target_parses(self) -> PruneConfig:
-        if self.target_params is not None:
-            parse_target(self.target_params)
-        elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers)):
-            raise ValueError("give target_params or at least one of hidden, ffn, heads, kv_heads, layers")
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one target, not {' and '.join(given)}; sizes may be fixed beside it")
+        if given:
+            parse_target(getattr(self, given[0]), TARGETS[given[0]])
+        elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
+            raise ValueError(
+                "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
+            )
         return self
 
-
-def parse_target(text: str) -> tuple[Literal["absolute", "fraction"], float]:
-    """`4B` → ("absolute", 4e9); `50%` → ("fraction", 0.5). Raises ValueError."""
-    if text.strip().endswith("%"):
-        try:
-            share = float(text.strip()[:-1]) / 100
-        except ValueError:
-            share = -1.0
-        if 0 < share < 1:
-            return "fraction", share
-    elif isinstance(count := parse_count(text), int) and count > 0:
-        return "absolute", float(count)
-    raise ValueError(f"expected a count such as 4B or 135M, or a share such as 50%, got {text!r}")
+    @property
+    def target(self) -> tuple[str, str] | None:
+        """The target that was given, as (field, text)."""
+        return next(((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None), None)
 
 
 class OptimizerConfig(_Section):
@@ -149,8 +153,9 @@ class OptimizerConfig(_Section):
 
 
 class LossConfig(_Section):
-    """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket."""
+    """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket, or on the whole vocabulary."""
 
+    targets: Literal["topk", "full"] = "topk"
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"] = "forward_kl"
     ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
@@ -158,6 +163,12 @@ class LossConfig(_Section):
     jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
+
+    @model_validator(mode="after")
+    def _whole_vocabulary_has_no_tail(self) -> LossConfig:
+        if self.targets == "full" and self.tail != "bucket":
+            raise ValueError(f"tail ({self.tail}) is about topk targets: leave it out with targets: full")
+        return self
 
 
 class GuardConfig(_Section):
@@ -167,6 +178,8 @@ class GuardConfig(_Section):
 
 
 class DistillConfig(_Section):
+    # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
+    teacher: Literal["original", "previous"] = "original"
     tokens: Count = 1_000_000
     seq_len: Count = 512
     global_batch: Count = 8  # sequences a step, over all ranks
@@ -221,6 +234,17 @@ class RuntimeConfig(_Section):
     threads: Count | None = None  # CPU threads a process; None: cores / processes
 
 
+class StepConfig(_Section):
+    """One step on the way to the config's own student: what it says differently of prune and distill.
+
+    The config's target and sizes are the last step's: none of them is inherited. All other fields are.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    prune: dict[str, Any]
+    distill: dict[str, Any] = {}
+
+
 class Config(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str = Field(min_length=1)
@@ -232,6 +256,35 @@ class Config(_Section):
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    # run before the config's own prune and distill, each from the student of the one before
+    steps: tuple[StepConfig, ...] = Field(strict=False, default=())
+
+    @model_validator(mode="after")
+    def _steps_are_configs(self) -> Config:
+        names = [step.name for step in self.steps]
+        if len(set(names)) < len(names):
+            raise ValueError(f"steps: every name once, got {', '.join(names)}")
+        for index, step in enumerate(self.steps):
+            try:
+                self.step(index)
+            except ValidationError as error:
+                raise ValueError(f"steps ({step.name}): " + "; ".join(map(_explain, error.errors()))) from error
+        return self
+
+    def step(self, index: int) -> Config:
+        """The config of one of the steps: a run of its own under `steps/` in the run folder, on the same text."""
+        step, tree = self.steps[index], self.resolved()
+        inherited = {key: value for key, value in tree["prune"].items() if key not in _NOT_INHERITED}
+        return Config.model_validate(
+            {
+                **tree,
+                "name": f"{self.name}-{step.name}",
+                "run_dir": f"{self.run_dir}/steps/{index + 1}-{step.name}",
+                "prune": _merged(inherited, step.prune),
+                "distill": _merged(tree["distill"], step.distill),
+                "steps": (),
+            }
+        )
 
     def resolved(self) -> dict[str, Any]:
         """Plain values, every default written out: what is stored as run/config.yaml and hashed."""
@@ -241,6 +294,18 @@ class Config(_Section):
         """Hash of the named top-level sections (all of them when none is named)."""
         plain = self.resolved()
         return sha256_json({key: plain[key] for key in sections or sorted(plain)})
+
+
+# What makes one step's student another size than the next one's.
+_NOT_INHERITED = {*TARGETS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts"}
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return out
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,5 +1,8 @@
 """A causal LM's output head, and the hidden states it reads: what losses and measurements work on instead of logits.
 
+Some families scale their logits (Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`). Kernels know
+no scale, so it is applied to what they read: `final_hidden` is scaled already, and the head's bias with it.
+
 B sequences, S positions, C rows of a chunk, H hidden size, V vocabulary.
 """
 
@@ -15,11 +18,10 @@ from kdscale.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states → logits, as the model itself does it: `softcap(scale · (h Wᵀ + b))`."""
+    """Scaled hidden states → logits, as the model itself does it: `softcap(h Wᵀ + b)`."""
 
     weight_VH: torch.Tensor
     bias_V: torch.Tensor | None = None
-    scale: float = 1.0
     softcap: float | None = None
 
     @property
@@ -29,8 +31,6 @@ class Head:
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """fp32 logits [C, V]; the product itself runs in the weight's dtype, as in the model."""
         logits_CV = torch.nn.functional.linear(hidden_CH, self.weight_VH, self.bias_V).float()
-        if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
         if self.softcap is not None:
             logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
         return logits_CV
@@ -38,7 +38,7 @@ class Head:
     def detached(self) -> Head:
         """The head alone, so that the rest of its model can leave memory (a tied weight is the embedding itself)."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
-        return Head(self.weight_VH.detach(), bias_V, self.scale, self.softcap)
+        return Head(self.weight_VH.detach(), bias_V, self.softcap)
 
 
 def head_of(model: Any) -> Head:
@@ -46,14 +46,21 @@ def head_of(model: Any) -> Head:
     linear = model.get_output_embeddings()
     if linear is None:
         raise CheckpointError(f"{type(model).__name__} has no output head", expected="a causal language model")
+    bias_V, scale = getattr(linear, "bias", None), logit_scale(model)
+    if bias_V is not None and scale != 1.0:
+        bias_V = bias_V * scale
+    return Head(linear.weight, bias_V, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+
+
+def logit_scale(model: Any) -> float:
+    """What the model multiplies its logits by, before any soft cap."""
     config = model.config.get_text_config()
     factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    scale = float(factor or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0) / float(divisor or 1.0)
-    return Head(linear.weight, getattr(linear, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    return float(factor or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0) / float(divisor or 1.0)
 
 
 def final_hidden(model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor | None = None) -> torch.Tensor:
-    """The hidden states that enter the head, [B, S, H].
+    """The hidden states that enter the head, times the scale of its logits, [B, S, H].
 
     Without an attention mask and without a cache transformers derives the block-diagonal causal mask from positions
     that restart at 0, so packed documents do not see each other.
@@ -62,12 +69,5 @@ def final_hidden(model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.
         input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False
     )
     hidden_BSH: torch.Tensor = output.last_hidden_state
-    return hidden_BSH
-
-
-def check_unscaled_head(model: Any, where: str) -> None:
-    """Raises CheckpointError for a model that scales its logits, which the distillation loss does not reproduce."""
-    if (scale := head_of(model).scale) != 1.0:
-        raise CheckpointError(
-            f"{where}: the output head scales its logits", expected="1 (plain logits)", got=str(scale)
-        )
+    scale = logit_scale(model)
+    return hidden_BSH if scale == 1.0 else hidden_BSH * scale

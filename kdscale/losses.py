@@ -1,9 +1,10 @@
 """The distillation loss from final hidden states: a thin layer over `kdscale_kernels`.
 
-N rows (valid positions), H hidden size, V vocabulary, K teacher's top entries.
+N rows (valid positions), H and G student's and teacher's hidden size, V vocabulary, K teacher's top entries.
 
-loss = α·CE + (1−α)·T²·D(teacher ‖ student), with D on the teacher's top K entries and one tail bucket. Everything here
-is a SUM over rows; dividing by the tokens of the global batch happens once, in distill/step.py.
+loss = α·CE + (1−α)·T²·D(teacher ‖ student), with D on the teacher's top K entries and one tail bucket, or on the whole
+vocabulary. Everything here is a SUM over rows; dividing by the tokens of the global batch happens once, in
+distill/step.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from kdscale.config import LossConfig
-from kdscale_kernels import linear_sparse_kl
+from kdscale.heads import Head
+from kdscale_kernels import linear_full_kl, linear_sparse_kl
 
 # What `distillation_loss` reports beside the loss, in this order; sums over rows.
 TERMS = ("loss", "kd", "ce", "teacher_mass", "tail_mass", "top1_agree")
@@ -56,6 +58,42 @@ def distillation_loss(
         vocab_size=vocab_size,
     )
     sums = (out.loss_sum, out.kd_sum, out.ce_sum, out.teacher_mass_sum, out.student_tail_sum, out.top1_agree_sum)
+    return out.loss_sum, torch.stack([term.detach().float() for term in sums])
+
+
+def full_distillation_loss(
+    hidden_NH: torch.Tensor,
+    student: Head,
+    teacher_hidden_NG: torch.Tensor,
+    teacher: Head,
+    labels_N: torch.Tensor,
+    loss: LossConfig,
+    *,
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As distillation_loss, with the divergence over the whole vocabulary: there is no tail, and no mass outside it.
+
+    The teacher's head is multiplied here, and again each time that targets which were kept (validation) are used.
+    """
+    out: Any = linear_full_kl(
+        hidden_NH,
+        student.weight_VH,
+        teacher_hidden_NG,
+        teacher.weight_VH,
+        labels_N=labels_N,
+        ce_weight=loss.ce_weight,
+        temperature=loss.temperature,
+        divergence=loss.divergence,
+        jsd_beta=loss.jsd_beta,
+        skew=loss.skew,
+        bias_V=student.bias_V,
+        teacher_bias_V=teacher.bias_V,
+        softcap=student.softcap,
+        teacher_softcap=teacher.softcap,
+        vocab_size=vocab_size,
+    )
+    none = torch.zeros_like(out.loss_sum)
+    sums = (out.loss_sum, out.kd_sum, out.ce_sum, out.tokens, none, out.top1_agree_sum)
     return out.loss_sum, torch.stack([term.detach().float() for term in sums])
 
 

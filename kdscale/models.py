@@ -5,6 +5,7 @@ Safetensors only, no code from the checkpoint unless the user's flag says so, no
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.families import dropped_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,9 +75,12 @@ def load_model(
         output_loading_info=True,
     )
     model, info = loaded
-    wrong = {
-        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]
+    heads = dropped_heads(model.config.model_type)  # neither transformers' model nor the student has them
+    found = {key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    found["unexpected_keys"] = {
+        name for name in found["unexpected_keys"] if not any(fnmatch.fnmatchcase(name, glob) for glob in heads)
     }
+    wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
     if wrong:
         raise CheckpointError(f"{path} does not load cleanly", expected="every tensor exactly once", got=str(wrong))
     return model.to(device).eval()

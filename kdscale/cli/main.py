@@ -72,7 +72,18 @@ app.command("importance")(_stage_command("importance", "Measure what each part o
 app.command("prune")(_stage_command("prune", "Write the pruned student (and whatever it still needs) and check it."))
 app.command("distill")(_stage_command("distill", "Distil the teacher into the pruned student; resumes where it was."))
 app.command("eval")(_stage_command("eval", "Measure teacher, pruned and distilled side by side on held-out text."))
-app.command("report")(_stage_command("report", "Write report.html and report.json."))
+
+
+@app.command("report")
+def report_command(config: ConfigArgument, set_: SetOption = None) -> None:
+    """Write report.html and report.json of what there is so far; starts no other stage."""
+    from kdscale.cli import show
+    from kdscale.progress import Reporter
+    from kdscale.runs.pipeline import report_so_far
+
+    loaded = _config(config, set_)
+    report_so_far(loaded, Reporter())
+    show.results(Path(loaded.run_dir), "report")
 
 
 @app.command("plan")
@@ -80,22 +91,58 @@ def plan_command(
     config: ConfigArgument,
     set_: SetOption = None,
     accept_changes: AcceptOption = False,
+    target_params: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Parameters: 4B, or a share of the teacher's such as 50%.")
+    ] = None,
+    target_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="At most this on disk: 8GiB, or 50%.")
+    ] = None,
+    target_kv_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="At most this KV cache a token: 32KiB, or 50%.")
+    ] = None,
+    target_decode: Annotated[
+        str | None, typer.Option(metavar="TIME", help="At most this a decoded token, measured here: 12ms, or 50%.")
+    ] = None,
+    target_prefill: Annotated[
+        str | None, typer.Option(metavar="TIME", help="At most this a prompt, measured here: 300ms, or 50%.")
+    ] = None,
+    masked: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Run the N best predicted shapes masked; 0: none.")
+    ] = None,
+    probe_tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Distil N tokens into each finalist, halve, double, repeat.")
+    ] = None,
     shapes_only: Annotated[
         bool,
-        typer.Option("--shapes-only", help="Show the shape from the teacher's config.json alone; write nothing."),
+        typer.Option("--shapes-only", help="Compare shapes by the teacher's config.json alone; write nothing."),
     ] = False,
 ) -> None:
-    """Choose the student's shape and every index that is kept, and show it."""
+    """Choose the student's shape and every index that is kept, and show what else was compared."""
     from kdscale.cli import show
+    from kdscale.units import TARGETS
 
+    targets = {
+        "target_params": target_params, "target_bytes": target_bytes, "target_kv_bytes": target_kv_bytes,
+        "target_decode": target_decode, "target_prefill": target_prefill,
+    }  # fmt: skip
+    overrides = list(set_ or [])
+    if any(value is not None for value in targets.values()):  # takes the place of the config's target
+        overrides += [f"prune.{name}={targets[name] or 'null'}" for name in TARGETS]
+    for key, value in (("masked_candidates", masked), ("probe_tokens", probe_tokens)):
+        overrides += [] if value is None else [f"prune.search.{key}={value}"]
     if shapes_only:
         from kdscale.runs.pipeline import plan_shapes
         from kdscale.weights import resolve_teacher
 
-        loaded = _config(config, set_)
-        show.plan(plan_shapes(loaded, resolve_teacher(loaded.teacher, config_only=True)).model_dump())
+        loaded = _config(config, overrides)
+        found = plan_shapes(loaded, resolve_teacher(loaded.teacher, config_only=True))
+        if len(found) <= len(loaded.steps):
+            raise ConfigError("--shapes-only", expected="a target that config.json tells", got="a latency")
+        for step, one in zip((*loaded.steps, None), found, strict=True):
+            tokens = loaded.distill.tokens if step is None else loaded.step(loaded.steps.index(step)).distill.tokens
+            show.plan(one.model_dump(), tokens, step.name if step else "")
         return
-    _run_until("plan", config, set_, accept_changes)
+    _run_until("plan", config, overrides, accept_changes)
 
 
 @app.command("status")

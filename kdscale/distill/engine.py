@@ -27,7 +27,7 @@ from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.heads import check_unscaled_head, head_of
+from kdscale.heads import head_of
 from kdscale.metrics import MetricsLog
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
@@ -152,8 +152,6 @@ def _load_pair(
     trust = cfg.teacher.trust_remote_code
     loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
     student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
-    check_unscaled_head(loaded, str(teacher_dir))
-    check_unscaled_head(student, str(student_dir))
     tokens = load_tokenizer(teacher_dir, trust).get_vocab()
     if load_tokenizer(student_dir, trust).get_vocab() != tokens:
         raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
@@ -162,7 +160,9 @@ def _load_pair(
     if cfg.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss = cfg.distill.loss
-    teacher = OnlineTeacher(loaded, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab)
+    teacher = OnlineTeacher(
+        loaded, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=loss.targets == "full"
+    )
     return teacher, StudentModule(student.requires_grad_(True).train(), loss, vocab)
 
 
@@ -369,6 +369,7 @@ def _make_trainer(
 
 def _card_facts(cfg: Config, trainer: Trainer, dtype: torch.dtype) -> dict[str, Any]:
     loss = cfg.distill.loss
+    listed = "whole vocabulary" if loss.targets == "full" else f"teacher's top {loss.top_k}, tail: {loss.tail}"
     return {
         "teacher": Path(cfg.teacher.path).name,
         "training tokens": trainer.steps * trainer.step_tokens,
@@ -376,7 +377,7 @@ def _card_facts(cfg: Config, trainer: Trainer, dtype: torch.dtype) -> dict[str, 
         "sequence length": cfg.distill.seq_len,
         "sequences a step": cfg.distill.global_batch,
         "loss": f"{loss.ce_weight:g}·CE + {1 - loss.ce_weight:g}·T²·{loss.divergence}, T = {loss.temperature:g}, "
-        f"teacher's top {loss.top_k}, tail: {loss.tail}",
+        f"{listed}",
         "learning rate": f"{cfg.distill.optimizer.lr:g} → {cfg.distill.optimizer.min_lr:g}, cosine",
         "computed in": f"{str(dtype).removeprefix('torch.')} with fp32 master weights",
         "skipped steps": trainer.guard.total,

@@ -17,9 +17,9 @@ from kdscale.config import LossConfig
 from kdscale.data.loader import Batch
 from kdscale.dist import all_reduce_sum, world_size
 from kdscale.heads import final_hidden, head_of
-from kdscale.losses import TERMS, distillation_loss
+from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
 from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.targets import TopKTargets
+from kdscale.teacher.targets import FullTargets, TopKTargets
 
 PHASES = ("data", "teacher", "student", "backward", "optimiser")
 
@@ -50,15 +50,21 @@ class StudentModule(nn.Module):
         self.model = model
         self._loss, self._vocab_size = loss, vocab_size
 
-    def forward(self, micro: Micro, targets: TopKTargets) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, micro: Micro, targets: TopKTargets | FullTargets) -> tuple[torch.Tensor, torch.Tensor]:
         """(summed loss, detached sums in the order of losses.TERMS)."""
         hidden_BSH = final_hidden(self.model, micro.input_ids_BS, micro.position_ids_BS)
         head = head_of(self.model)
         if micro.rows_N.numel() == 0:  # every rank must still run a backward
             nothing = (hidden_BSH.sum() + head.weight_VH.sum()).float() * 0.0
             return nothing, nothing.detach().expand(len(TERMS))
+        hidden_NH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1]).index_select(0, micro.rows_N)
+        if isinstance(targets, FullTargets):
+            teacher, vocab = targets.head, self._vocab_size
+            return full_distillation_loss(
+                hidden_NH, head, targets.hidden_NG, teacher, micro.labels_N, self._loss, vocab_size=vocab
+            )
         return distillation_loss(
-            hidden_BSH.reshape(-1, hidden_BSH.shape[-1]).index_select(0, micro.rows_N),
+            hidden_NH,
             head.weight_VH,
             targets.ids_NK,
             targets.logits_NK,
@@ -121,7 +127,7 @@ def train_step(
         clock.mark("student")
         # A loss or target that is not finite must reach the gradients even where the backward would hide it: the factor
         # is exactly 1 for finite values and NaN otherwise, and a NaN gradient makes the optimiser skip the step.
-        finite = 1.0 + 0.0 * (loss_sum.detach() + targets.lse_N.sum())
+        finite = 1.0 + 0.0 * (loss_sum.detach() + targets.probe())
         engine.backward(loss_sum * (scale.float() * finite), scale_wrt_gas=False)
         clock.mark("backward")
         engine.step()

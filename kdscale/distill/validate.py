@@ -13,7 +13,7 @@ from kdscale.dist import all_reduce_sum, rank, world_size
 from kdscale.distill.step import to_device
 from kdscale.losses import TERMS, per_token
 from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.targets import TopKTargets
+from kdscale.teacher.targets import FullTargets, TopKTargets
 
 
 class Validator:
@@ -25,7 +25,7 @@ class Validator:
         blank = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, -100))
         self._batches = mine + [blank] * (rounds - len(mine))
         self._teacher, self._device = teacher, device
-        self._targets: list[TopKTargets] = []
+        self._targets: list[TopKTargets | FullTargets] = []
 
     @torch.no_grad()
     def run(self, engine: Any) -> dict[str, float]:

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from kdscale.errors import RunFolderError
-from kdscale.eval import table
+from kdscale.eval import pruning, table
 from kdscale.files import read_json
 from kdscale.metrics import read_metrics
 
@@ -28,14 +28,6 @@ _AXIS_TITLES = {
     "kv_heads": "KV heads",
     "head_dim": "Head dimension",
     "vocab": "Vocabulary",
-}
-_COMPONENTS = {
-    "embedding": "Embedding",
-    "attention": "Attention",
-    "ffn": "Feed-forward",
-    "norm": "Norms",
-    "head": "Output head",
-    "other": "Other",
 }
 _STAGE_ORDER = ("data", "importance", "plan", "prune", "distill", "eval", "report")
 _PARTS = ("config", "plan", "importance", "distillation", "evaluation")
@@ -53,6 +45,9 @@ def gather(run_dir: Path) -> dict[str, Any]:
     importance = _importance(run_dir / "importance")
     parts = dict(zip(_PARTS, (config, plan, importance, rows, evaluation), strict=True))
     comparison = table.comparison(evaluation) if evaluation else None
+    steps = pruning.steps(run_dir, plan)
+    original = pruning.original(plan, steps) if plan else None
+    components = pruning.components(plan, run_dir / "pruned") if plan else None
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": (config or {}).get("name") or run_dir.name,
@@ -60,7 +55,14 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "comparison": comparison,
         "evaluation": evaluation,
         "shape": _shape(plan) if plan else None,
-        "components": _components(evaluation) if evaluation else None,
+        "components": components,
+        "expected": pruning.expected(plan, components) if plan else None,
+        "cumulative": pruning.cumulative(plan, importance) if plan and importance else None,
+        "repair": pruning.repair(run_dir),
+        "perplexity": pruning.perplexity(plan, evaluation),
+        "capacity": pruning.capacity(plan, original, config) if plan and original else None,
+        "steps": steps,
+        "original_params": original,
         "plan": {key: value for key, value in plan.items() if key != "kept"} if plan else None,
         "kept": _kept(plan) if plan else None,
         "importance": importance,
@@ -149,17 +151,6 @@ def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
 
 
-def _components(evaluation: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    models = {name: model["size"].get("components") for name, model in evaluation["models"].items()}
-    if not all(models.values()):
-        return None
-    return [
-        {"component": key, "title": title, "parameters": {name: parts.get(key, 0) for name, parts in models.items()}}
-        for key, title in _COMPONENTS.items()
-        if any(parts.get(key) for parts in models.values())
-    ]
-
-
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Columns of the training log, by kind; values that are no finite numbers (a skipped step) are left out."""
     out: dict[str, Any] = {
@@ -201,7 +192,7 @@ def _verdict(facts: Mapping[str, Any]) -> str:
     parts = []
     plan, evaluation = facts["plan"], facts["evaluation"]
     if plan:
-        kept, whole = plan["student_params"]["non_embedding"], plan["teacher_params"]["non_embedding"]
+        kept, whole = plan["student_params"]["non_embedding"], facts["original_params"]["non_embedding"]
         parts.append(f"{table.count(kept)} of {table.count(whole)} non-embedding parameters kept")
     if evaluation:
         values = {name: model["quality"]["perplexity"] for name, model in evaluation["models"].items()}
@@ -216,9 +207,10 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     out: list[dict[str, str]] = []
     plan, evaluation = facts["plan"], facts["evaluation"]
     if plan:
-        kept = plan["student_params"]["total"] / plan["teacher_params"]["total"]
-        out.append(_tile("Parameters", f"{kept:.0%}", f"{table.count(plan['student_params']['total'])} of the teacher’s"
-                         f" {table.count(plan['teacher_params']['total'])}"))  # fmt: skip
+        whole = facts["original_params"]["total"]
+        kept = plan["student_params"]["total"]
+        told = f"{table.count(kept)} of the teacher’s {table.count(whole)}"
+        out.append(_tile("Parameters", f"{kept / whole:.0%}", told))
     if not evaluation:
         return out
     models = evaluation["models"]
@@ -244,6 +236,7 @@ def _tile(title: str, value: str, note: str) -> dict[str, str]:
 
 def _warnings(facts: Mapping[str, Any]) -> list[str]:
     out = list((facts["plan"] or {}).get("warnings", []))
+    out += (facts["capacity"] or {}).get("warnings", [])
     evaluation, curves = facts["evaluation"], facts["curves"]
     if evaluation and (gap := evaluation["differences"].get("distilled_minus_pruned")):
         error = gap["ce_standard_error"]

@@ -1,4 +1,4 @@
-"""The plots of the report, each in a wide and a narrow form (desktop, phone): loss curve, importance, candidates."""
+"""The plots of the report, each in a wide and a narrow form (desktop, phone): loss curve and importance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kdscale.eval.svg import ACCENT, AFTER, BEFORE, GRID, INK, Plot, make_plot
+from kdscale.eval.svg import ACCENT, AFTER, GRID, INK, Plot, count_formatter, integers, make_plot, style
 
 # Middle tones that are readable on white and on near-black; heat maps are images and cannot follow a variable.
 _HEAT_RGB = (0.16, 0.50, 0.73)
@@ -38,10 +38,10 @@ def curves(facts: Mapping[str, Any]) -> Plot | None:
         for i, (panel, points) in enumerate(shown):
             axes = figure.add_subplot(*grid, i + 1)
             panel(axes, points, key, measure)
-            _style(axes)
+            style(axes)
             axes.set_xlabel("training tokens" if key == "tokens" else "step")
             if key == "tokens":
-                axes.xaxis.set_major_formatter(_count_formatter())
+                axes.xaxis.set_major_formatter(count_formatter())
 
     height = 250 * len(shown)
     return make_plot(
@@ -108,9 +108,9 @@ def _layers(_: str, name: str, score_L: np.ndarray, facts: Mapping[str, Any]) ->
         axes.bar(range(len(score_L)), score_L, color=colours, width=0.72)
         axes.set_xlabel("layer")
         axes.set_yscale("log" if score_L.min() > 0 and score_L.max() > 30 * score_L.min() else "linear")
-        _style(axes)
+        style(axes)
         axes.set_xlim(-0.7, len(score_L) - 0.3)
-        axes.xaxis.set_major_locator(_integers(6 if narrow else 12))
+        axes.xaxis.set_major_locator(integers(6 if narrow else 12))
 
     dropped = sorted(set(range(len(score_L))) - kept)
     weakest = int(score_L.argmin())
@@ -145,9 +145,9 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
                 axes.plot([kept, kept], [layer - 0.5, layer + 0.5], color=ACCENT, linewidth=1.8, solid_capstyle="butt")
         axes.set_xlabel("units, most important first")
         axes.set_ylabel("layer")
-        _style(axes, grid=False)
-        axes.yaxis.set_major_locator(_integers(8))
-        axes.xaxis.set_major_locator(_integers(4 if narrow else 8))
+        style(axes, grid=False)
+        axes.yaxis.set_major_locator(integers(8))
+        axes.xaxis.set_major_locator(integers(4 if narrow else 8))
 
     shares = {
         layer: ranked_LU[layer, :kept].sum() / max(ranked_LU[layer].sum(), 1e-300)
@@ -190,9 +190,9 @@ def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any])
         )
         axes.set_xlabel("layer")
         axes.set_ylabel("head")
-        _style(axes, grid=False)
-        axes.xaxis.set_major_locator(_integers(6 if narrow else 12))
-        axes.yaxis.set_major_locator(_integers(6))
+        style(axes, grid=False)
+        axes.xaxis.set_major_locator(integers(6 if narrow else 12))
+        axes.yaxis.set_major_locator(integers(6))
 
     title = "Query heads" if axis == "heads" else "KV heads"
     cut = f" Crosses mark the {gone} of {layers * units} that were cut." if gone else " None was cut."
@@ -220,48 +220,13 @@ def _hidden(_: str, name: str, score_U: np.ndarray, facts: Mapping[str, Any]) ->
         if ranked[-1] > 0:
             axes.set_yscale("log")
         axes.set_xlabel("channels, most important first")
-        _style(axes)
-        axes.xaxis.set_major_locator(_integers(4 if narrow else 8))
+        style(axes)
+        axes.xaxis.set_major_locator(integers(4 if narrow else 8))
 
     told = f"{kept} of {len(ranked)} channels stay, the same in every layer."
     return make_plot(
         f"Hidden channels · {_method(name)}", told, f"Curve of sorted scores. {told}", draw, (880, 230), (350, 210)
     )
-
-
-def candidates(facts: Mapping[str, Any]) -> Plot | None:
-    """Share of importance kept against parameters, one dot a shape that was tried; None with fewer than two."""
-    plan = facts["plan"]
-    tried = plan["candidates"] if plan else []
-    if len(tried) < 2:
-        return None
-
-    def draw(figure: Any, narrow: bool) -> None:
-        axes = figure.add_subplot()
-        axes.plot([c["params"] for c in tried[1:]], [c["score"] for c in tried[1:]], "o", color=BEFORE, markersize=5)
-        chosen = tried[0]
-        axes.plot([chosen["params"]], [chosen["score"]], "o", color=AFTER, markersize=9)
-        axes.annotate("chosen", (chosen["params"], chosen["score"]), xytext=(0, 9), textcoords="offset points",
-                      ha="center", color=INK)  # fmt: skip
-        axes.margins(x=0.12, y=0.25)
-        axes.set_xlabel("parameters")
-        axes.set_ylabel("score")
-        _style(axes)
-        axes.xaxis.set_major_formatter(_count_formatter())
-        axes.xaxis.set_major_locator(_integers(3 if narrow else 7))
-
-    return make_plot(
-        "", "", f"Scatter chart of {len(tried)} shapes by parameters and score.", draw, (880, 250), (350, 230)
-    )
-
-
-def _style(axes: Any, grid: bool = True) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_facecolor("none")
-    axes.tick_params(length=3)
-    if grid:
-        axes.grid(axis="y", linewidth=0.8)
-        axes.set_axisbelow(True)
 
 
 def _heat(axes: Any, strength: np.ndarray, extent: tuple[float, float, float, float]) -> None:
@@ -285,20 +250,6 @@ def _smooth(y: Sequence[float], share: float = 0.04) -> list[float]:
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(y, dtype=np.float64))])
     sides = [min(reach, i, len(y) - 1 - i) for i in range(len(y))]
     return [(sums[i + side + 1] - sums[i - side]) / (2 * side + 1) for i, side in enumerate(sides)]
-
-
-def _integers(most: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=most, integer=True)
-
-
-def _count_formatter() -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    from kdscale.eval.table import compact
-
-    return FuncFormatter(lambda value, _: compact(value))
 
 
 def _method(name: str) -> str:

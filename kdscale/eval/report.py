@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
-from kdscale.eval import plots, table
+from kdscale.eval import plots, pruning_plots, table
 from kdscale.eval.gather import for_json, gather
 from kdscale.files import write_json, write_text
 
@@ -63,7 +63,9 @@ def render(facts: Mapping[str, Any]) -> str:
         groups=_groups(facts["comparison"] or []),
         curves=plots.curves(facts),
         importance=plots.importance(facts),
-        candidates=plots.candidates(facts),
+        cumulative=pruning_plots.cumulative(facts),
+        repair=pruning_plots.repair(facts),
+        candidates=pruning_plots.candidates(facts),
         made=_how_made(facts),
         config_text=_yaml(facts["config"]) if facts["config"] else "",
     )

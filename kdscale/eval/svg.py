@@ -50,6 +50,30 @@ def make_plot(
     return Plot(title, caption, alt, _svg(draw, wide, False), _svg(draw, narrow, True))
 
 
+def style(axes: Any, grid: bool = True) -> None:
+    """The look all plots share."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_facecolor("none")
+    axes.tick_params(length=3)
+    if grid:
+        axes.grid(axis="y", linewidth=0.8)
+        axes.set_axisbelow(True)
+
+
+def integers(most: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=most, integer=True)
+
+
+def count_formatter() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    from kdscale.eval.table import compact
+
+    return FuncFormatter(lambda value, _: compact(value))
+
+
 def _svg(draw: Callable[[Any, bool], None], size: tuple[int, int], narrow: bool) -> str:
     """Draw at `size` in CSS pixels and make the SVG fit for a page: no metadata, no foreign ids, colours from CSS."""
     import matplotlib as mpl

@@ -1,8 +1,13 @@
-"""What each model family looks like, as data: one JSON file a family. No torch here."""
+"""What each model family looks like, as data: one JSON file a family. No torch here.
+
+The files of this folder are always known; those of the folders that the environment variable KDSCALE_FAMILIES names
+(separated as in PATH) come on top.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -14,7 +19,19 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.family import Dims, Family, ParamCount, TensorSpec
 from kdscale.families.schema import FamilyData, Sites
 
-__all__ = ["Dims", "Family", "ParamCount", "Sites", "TensorSpec", "load_family", "read_families", "supported_types"]
+__all__ = [
+    "Dims",
+    "Family",
+    "ParamCount",
+    "Sites",
+    "TensorSpec",
+    "dropped_heads",
+    "load_family",
+    "read_families",
+    "supported_types",
+]
+
+FOLDERS = "KDSCALE_FAMILIES"
 
 
 def load_family(config_dict: dict[str, Any], where: str) -> Family:
@@ -24,7 +41,7 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
     of the family, or when its weights are quantised.
     """
     model_type = config_dict.get("model_type")
-    by_type = _builtin_families()
+    by_type = _families()
     if not isinstance(model_type, str) or model_type not in by_type:
         raise CheckpointError(
             f"{where}: model_type",
@@ -45,12 +62,26 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
             got="a quantised checkpoint",
             hint="use the original checkpoint, or dequantise it and save it again without quantization_config",
         )
-    return Family(data, where)
+    for rule in data.requires:
+        if rule.field in config_dict and config_dict[rule.field] not in rule.one_of:
+            raise CheckpointError(
+                f"{where}: {rule.field}",
+                expected=" or ".join(map(json.dumps, rule.one_of)),
+                got=repr(config_dict[rule.field]),
+                hint=rule.why,
+            )
+    return Family(data, where, config_dict)
+
+
+def dropped_heads(model_type: Any) -> dict[str, str]:
+    """Globs of tensors that a student does without, and what they are; none for a type without a family."""
+    data = _families().get(model_type) if isinstance(model_type, str) else None
+    return {} if data is None else {drop.tensors: drop.what for drop in data.drops}
 
 
 def supported_types() -> list[str]:
     """The model_type values that have a family, sorted."""
-    return sorted(_builtin_families())
+    return sorted(_families())
 
 
 def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:
@@ -71,6 +102,15 @@ def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:
     return by_type
 
 
+def _families() -> dict[str, FamilyData]:
+    return _read_folders(os.environ.get(FOLDERS, ""))
+
+
 @cache
-def _builtin_families() -> dict[str, FamilyData]:
-    return read_families(Path(__file__).parent.glob("*.json"))
+def _read_folders(extra: str) -> dict[str, FamilyData]:
+    """The shipped files and those of the folders in `extra`. Raises ConfigError for a folder that is not there."""
+    folders = [Path(__file__).parent, *(Path(name) for name in extra.split(os.pathsep) if name)]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{FOLDERS} names {folder}, which is not a folder")
+    return read_families(file for folder in folders for file in folder.glob("*.json"))

@@ -1,7 +1,7 @@
 """A family applied to one config: dimensions, tensors, parameter counts and the student's config.
 
-Dimension names: hidden (residual stream), ffn (intermediate), heads (query heads), kv_heads (key/value groups),
-head_dim, layers, vocab.
+Dimension names: hidden (residual stream), ffn (intermediate; of one expert in a mixture), heads (query heads), kv_heads
+(key/value groups), head_dim, layers, vocab, experts (0 in dense models).
 """
 
 from __future__ import annotations
@@ -14,9 +14,23 @@ from functools import cached_property
 from typing import Any
 
 from kdscale.errors import CheckpointError
-from kdscale.families.schema import LAYER, FamilyData, Sites, TensorTemplate
+from kdscale.families.schema import (
+    EXPERT,
+    LAYER,
+    Constraint,
+    DimField,
+    FamilyData,
+    LayerList,
+    Sites,
+    TensorTemplate,
+    axis_blocks,
+    block_size,
+    evaluate,
+)
 
 Config = Mapping[str, Any]
+# Counted as embedding parameters: tables that grow with the vocabulary or the context, not with the depth.
+EMBEDDING_ROLES = ("embed", "position_embed", "head", "head_bias")
 
 
 @dataclass(frozen=True)
@@ -30,40 +44,55 @@ class Dims:
     head_dim: int
     layers: int
     vocab: int
+    experts: int = 0
 
     def replace(self, **sizes: int) -> Dims:
         return replace(self, **sizes)
 
     def axis_size(self, axis: str) -> int:
-        """Size of a tensor dimension from its axis: `ffn`, or a product such as `heads*head_dim`."""
-        return math.prod(getattr(self, part) for part in axis.split("*"))
+        """Size of a tensor dimension from its axis: `ffn`, a product such as `heads*head_dim`, a sum `ffn | ffn`."""
+        return sum(block_size(block, asdict(self)) for block in axis_blocks(axis))
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor on disk: `axes[i]` names dimension i of `shape`; `layer` is None for embedding, final norm, head."""
+    """One tensor on disk: `axes[i]` names dimension i of `shape`; `layer` is None for embedding, final norm, head.
+
+    `parameter` is what transformers calls it in the model, `expert` whose it is in a mixture of experts.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     layer: int | None
     role: str
+    parameter: str
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
 class ParamCount:
-    """`embedding` is the embedding plus the head (once when tied); `non_embedding` is all the rest."""
+    """`embedding` is the embeddings (learned positions too) plus the head (once when tied); `non_embedding` the rest.
+
+    `active` is what one token uses: all of a dense model, and of a mixture only the experts that it is routed to.
+    """
 
     total: int
     embedding: int
     non_embedding: int
+    active: int
 
 
 class Family:
-    """What one model family looks like on disk and in its config. `where` in errors is config.json's path."""
+    """What one model family looks like on disk and in its config. `where` in errors is config.json's path.
 
-    def __init__(self, data: FamilyData, where: str):
+    `config` is the teacher's: some rules depend on it.
+    """
+
+    def __init__(self, data: FamilyData, where: str, config: Config):
         self.data = data
         self.where = where
+        self._rules = [rule for rule in data.constraints if _applies(rule, config)]
+        self._per_token = None if data.experts_per_token is None else self._size(data.experts_per_token, config, {})
 
     @property
     def name(self) -> str:
@@ -83,52 +112,75 @@ class Family:
         sizes: dict[str, int] = {}
         # hidden and heads first: the others may fall back on them
         for name in sorted(self.data.dims, key=lambda dim: dim not in ("hidden", "heads")):
-            field = self.data.dims[name]
-            value = config.get(field.field)
-            fallback = field.null if field.field in config else field.absent
-            if value is None and fallback is not None:
-                value = fallback if isinstance(fallback, int) else _fallback(fallback, sizes)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                got = repr(value) if field.field in config else "no such field"
-                raise CheckpointError(f"{self.where}: {field.field}", expected="a positive integer", got=got)
-            sizes[name] = value
+            sizes[name] = self._size(self.data.dims[name], config, sizes)
         dims = Dims(**sizes)
         if wrong := self.violations(dims):
             raise CheckpointError(f"{self.where}: the sizes do not fit together", got="; ".join(wrong))
         return dims
 
+    def _size(self, field: DimField, config: Config, sizes: Mapping[str, int]) -> int:
+        if field.always is not None:
+            return evaluate(field.always, sizes)
+        name = field.name_in(config)
+        value, fallback = config.get(name), field.null if name in config else field.absent
+        if value is None and fallback is not None:
+            value = fallback if isinstance(fallback, int) else evaluate(fallback, sizes)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            got = repr(value) if name in config else "no such field"
+            raise CheckpointError(f"{self.where}: {name}", expected="a positive integer", got=got)
+        return value
+
     def violations(self, dims: Dims) -> list[str]:
         """One sentence for each rule of the family that `dims` breaks; an empty list is a model that can be built."""
-        sizes = asdict(dims)
-        return [
-            f"{rule.dim} ({sizes[rule.dim]}) is not a multiple of {rule.by} ({sizes[rule.by]}): {rule.why}"
-            for rule in self.data.constraints
-            if sizes[rule.dim] % sizes[rule.by]
-        ]
+        sizes, out = asdict(dims), []
+        for rule in self._rules:
+            if rule.by is not None and sizes[rule.dim] % sizes[rule.by]:
+                out.append(
+                    f"{rule.dim} ({sizes[rule.dim]}) is not a multiple of {rule.by} ({sizes[rule.by]}): {rule.why}"
+                )
+            if rule.equals is not None and sizes[rule.dim] != dims.axis_size(rule.equals):
+                product = f"{rule.equals} ({dims.axis_size(rule.equals)})"
+                out.append(f"{rule.dim} ({sizes[rule.dim]}) is not {product}: {rule.why}")
+        for name, field in self.data.dims.items():
+            if field.always is not None and sizes[name] != evaluate(field.always, sizes):
+                derived = f"{field.always} ({evaluate(field.always, sizes)})"
+                out.append(f"{name} ({sizes[name]}) is not {derived}: the family's config has no field for it")
+        if self._per_token is not None and dims.experts < self._per_token:
+            out.append(f"experts ({dims.experts}) are fewer than the {self._per_token} that each token is routed to")
+        return out
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
     def tensors(self, config: Config) -> dict[str, TensorSpec]:
         """Every tensor on disk in file order: embedding, layers, final norm, head (absent when tied)."""
-        dims = self.dims(config)
+        sizes, layers = self._sizes(config), self.dims(config).layers
         before, layered, after = self._groups(config)
-        found = {t.name: _spec(t, dims, None) for t in before}
-        for layer in range(dims.layers):
-            found |= {t.name.replace(LAYER, str(layer)): _spec(t, dims, layer) for t in layered}
-        return found | {t.name: _spec(t, dims, None) for t in after}
+        found = {t.name: _spec(t, sizes, None) for t in before}
+        for layer in range(layers):
+            found |= _layer_specs(layered, sizes, layer)
+        return found | {t.name: _spec(t, sizes, None) for t in after}
 
     def layer_tensors(self, config: Config, layer: int) -> dict[str, TensorSpec]:
         """The tensors of one layer. Raises IndexError for a layer that the config does not have."""
-        dims = self.dims(config)
-        if not 0 <= layer < dims.layers:
-            raise IndexError(f"layer {layer} of {dims.layers}")
-        return {t.name.replace(LAYER, str(layer)): _spec(t, dims, layer) for t in self._groups(config)[1]}
+        layers = self.dims(config).layers
+        if not 0 <= layer < layers:
+            raise IndexError(f"layer {layer} of {layers}")
+        return _layer_specs(self._groups(config)[1], self._sizes(config), layer)
 
     def outer_tensors(self, config: Config) -> dict[str, TensorSpec]:
         """The tensors outside the layers: embedding, final norm, head (absent when tied)."""
-        dims = self.dims(config)
+        sizes = self._sizes(config)
         before, _, after = self._groups(config)
-        return {t.name: _spec(t, dims, None) for t in (*before, *after)}
+        return {t.name: _spec(t, sizes, None) for t in (*before, *after)}
+
+    def _sizes(self, config: Config) -> dict[str, int]:
+        """What axes may name: the dimensions and the family's other sizes."""
+        return asdict(self.dims(config)) | {name: self.fixed_size(name, config) for name in self.data.sizes}
+
+    def fixed_size(self, name: str, config: Config) -> int:
+        """One of the file's `sizes`, e.g. `positions`. Raises CheckpointError when it is no positive integer."""
+        field = self.data.sizes[name]
+        return self._size(DimField(field=field.field, absent=field.absent), config, {})
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of a layer's tensors start with, e.g. `model.layers.3.`"""
@@ -142,15 +194,37 @@ class Family:
         """Globs of names that old checkpoints carry and no model reads (rotary buffers)."""
         return self.data.ignored
 
+    def dropped(self) -> dict[str, str]:
+        """Globs of tensors that the student does without, and what they are."""
+        return {drop.tensors: drop.what for drop in self.data.drops}
+
+    def parameter(self, name: str) -> str:
+        """What transformers calls a tensor outside the layers, also one that a tie keeps off the disk."""
+        return next(t.loads_as or t.name for t in self.data.tensors if t.name == name)
+
+    def full_name(self, name: str) -> str:
+        """The name in this file of a tensor from a checkpoint of the base model alone, which lacks the prefix."""
+        prefix = self.data.optional_prefix
+        known = prefix is None or name.startswith(prefix) or any(name == t.name for t in self.data.tensors)
+        return name if known else f"{prefix}{name}"
+
+    def transposed(self, role: str) -> bool:
+        """Whether the projection is stored [input, output] (GPT-2's Conv1D), not [output, input] like nn.Linear."""
+        axes = next((t.axes for t in self.data.tensors if t.role == role), None)
+        return axes is not None and role in ("o", "down") and axes[-1] == "hidden"
+
     # -- figures -------------------------------------------------------------------------------------------------------
 
     def count_params(self, config: Config) -> ParamCount:
-        outer = self.outer_tensors(config)
-        embedding = sum(math.prod(spec.shape) for spec in outer.values() if spec.role in ("embed", "head"))
-        rest = sum(math.prod(spec.shape) for spec in outer.values() if spec.role not in ("embed", "head"))
-        one_layer = sum(math.prod(spec.shape) for spec in self.layer_tensors(config, 0).values())
-        rest += one_layer * self.dims(config).layers
-        return ParamCount(total=embedding + rest, embedding=embedding, non_embedding=rest)
+        outer, dims = self.outer_tensors(config), self.dims(config)
+        embedding = sum(math.prod(spec.shape) for spec in outer.values() if spec.role in EMBEDDING_ROLES)
+        rest = sum(math.prod(spec.shape) for spec in outer.values() if spec.role not in EMBEDDING_ROLES)
+        one_layer = self.layer_tensors(config, 0).values()
+        rest += sum(math.prod(spec.shape) for spec in one_layer) * dims.layers
+        experts = sum(math.prod(spec.shape) for spec in one_layer if spec.expert is not None) * dims.layers
+        # experts are alike, so the share that a token leaves out is a whole number
+        idle = experts // dims.experts * (dims.experts - (self._per_token or 0)) if experts else 0
+        return ParamCount(embedding + rest, embedding, rest, embedding + rest - idle)
 
     def kv_cache_bytes_per_token(self, config: Config, bytes_per_value: int = 2) -> int:
         """Bytes of keys and values that one token of context costs, all layers (full attention)."""
@@ -174,21 +248,35 @@ class Family:
         if wrong := self.violations(dims):
             raise CheckpointError(f"no {self.name} model has these sizes", got="; ".join(wrong))
         student = copy.deepcopy(dict(config))
-        for name, size in asdict(dims).items():
-            student[self.data.dims[name].field] = size  # type: ignore[index]
-        for field in self.data.layer_lists:
-            if student.get(field) is not None:
-                student[field] = self._cut_list(student[field], field, teacher.layers, kept)
+        for name, field in self.data.dims.items():
+            if field.field is not None:
+                student[field.name_in(config)] = getattr(dims, name)
+        for drop in self.data.drops:
+            student |= {field: value for field, value in drop.config.items() if field in student}
+        for entry in self.data.layer_lists:
+            values = self._layer_list(entry, config, teacher.layers)
+            if values is not None and len(kept) < teacher.layers:
+                student[entry.field] = [values[i] for i in kept]
         if len(kept) < teacher.layers:
             for boundary in self.data.layer_boundaries:
                 border = config.get(boundary.field, boundary.absent)
                 student[boundary.field] = sum(layer < border for layer in kept)
         return student
 
-    def _cut_list(self, values: Any, field: str, layers: int, kept: Sequence[int]) -> list[Any]:
-        if not isinstance(values, list) or len(values) != layers:
-            raise CheckpointError(f"{self.where}: {field}", expected=f"a list of {layers} entries", got=repr(values))
-        return [values[i] for i in kept]
+    def _layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:
+        """One value a layer, as transformers takes them when the field is absent; None if there is nothing to cut."""
+        values, rule = config.get(entry.field), entry.absent
+        if values is None and rule is not None:
+            every = config.get(rule.every_field, rule.every) if rule.every_field else rule.every
+            if not isinstance(every, int) or every < 1:
+                where = f"{self.where}: {rule.every_field}"
+                raise CheckpointError(where, expected="a positive integer", got=repr(every))
+            return [rule.others if (layer + 1) % every else rule.last for layer in range(layers)]
+        if values is not None and (not isinstance(values, list) or len(values) < layers):
+            raise CheckpointError(
+                f"{self.where}: {entry.field}", expected=f"a list of {layers} entries", got=repr(values)
+            )
+        return values
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -218,10 +306,42 @@ class Family:
         return value
 
 
-def _spec(template: TensorTemplate, dims: Dims, layer: int | None) -> TensorSpec:
-    shape = tuple(dims.axis_size(axis) for axis in template.axes)
-    return TensorSpec(shape=shape, axes=template.axes, layer=layer, role=template.role)
+def _spec(
+    template: TensorTemplate, sizes: Mapping[str, int], layer: int | None, expert: int | None = None
+) -> TensorSpec:
+    return TensorSpec(
+        shape=tuple(sum(block_size(block, sizes) for block in axis_blocks(axis)) for axis in template.axes),
+        axes=template.axes,
+        layer=layer,
+        role=template.role,
+        parameter=_numbered(template.loads_as or template.name, layer, expert),
+        expert=expert,
+    )
 
 
-def _fallback(rule: str, sizes: Mapping[str, int]) -> int:
-    return {"heads": sizes["heads"], "hidden // heads": sizes["hidden"] // sizes["heads"]}[rule]
+def _layer_specs(templates: Sequence[TensorTemplate], sizes: Mapping[str, int], layer: int) -> dict[str, TensorSpec]:
+    """One layer's tensors in file order; the experts one after the other where the first of their tensors stands."""
+    found: dict[str, TensorSpec] = {}
+    of_experts = [t for t in templates if t.per_expert]
+    for template in templates:
+        if not template.per_expert:
+            found[_numbered(template.name, layer, None)] = _spec(template, sizes, layer)
+        elif template is of_experts[0]:
+            for expert in range(sizes["experts"]):
+                found |= {_numbered(t.name, layer, expert): _spec(t, sizes, layer, expert) for t in of_experts}
+    return found
+
+
+def _numbered(name: str, layer: int | None, expert: int | None) -> str:
+    name = name if layer is None else name.replace(LAYER, str(layer))
+    return name if expert is None else name.replace(EXPERT, str(expert))
+
+
+def _applies(rule: Constraint, config: Config) -> bool:
+    return not rule.when_present or any(_dotted(config, path) is not None for path in rule.when_present)
+
+
+def _dotted(config: Any, path: str) -> Any:
+    for part in path.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config

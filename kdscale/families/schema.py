@@ -6,38 +6,83 @@ named axis a dimension. Nothing here imports torch, so that planning starts in a
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-DimName = Literal["hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab"]
-# What one tensor dimension counts; products for the projections that hold all heads side by side.
-Axis = Literal["hidden", "ffn", "heads*head_dim", "kv_heads*head_dim", "vocab", "head_dim"]
-Role = Literal[
-    "embed",
-    "attn_norm",
-    "q",
-    "q_bias",
-    "q_norm",
-    "k",
-    "k_bias",
-    "k_norm",
-    "v",
-    "v_bias",
-    "o",
-    "o_bias",
-    "ffn_norm",
-    "gate",
-    "gate_bias",
-    "up",
-    "up_bias",
-    "down",
-    "down_bias",
-    "final_norm",
-    "head",
-]
-LAYER = "{layer}"
+DimName = Literal["hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "experts"]
+DIMS: tuple[str, ...] = DimName.__args__  # type: ignore[attr-defined]
+ROLES = (
+    *("embed", "position_embed", "embed_norm", "embed_norm_bias"),
+    *("attn_norm", "attn_norm_bias", "q", "q_bias", "q_norm", "k", "k_bias", "k_norm", "v", "v_bias"),
+    *("qkv", "qkv_bias", "o", "o_bias", "attn_post_norm", "attn_post_norm_bias"),
+    *("ffn_norm", "ffn_norm_bias", "gate", "gate_bias", "up", "up_bias", "gate_up", "gate_up_bias"),
+    *("down", "down_bias", "ffn_post_norm", "ffn_post_norm_bias", "router"),
+    *("final_norm", "final_norm_bias", "head", "head_bias"),
+)
+LAYER, EXPERT = "{layer}", "{expert}"
+_FACTOR = re.compile(r"[a-z_]+|[1-9][0-9]*")
+_EXPRESSION = re.compile(
+    r"(?P<dim>[a-z_]+)|(?P<top>[a-z_]+) // (?P<by>[a-z_]+)|(?P<times>[1-9][0-9]*) \* (?P<of>[a-z_]+)"
+)
+
+# An axis is blocks put one after the other; a block is a row-major product of dimensions and plain numbers.
+Blocks = tuple[tuple[str | int, ...], ...]
+
+
+@cache
+def axis_blocks(axis: str) -> Blocks:
+    """`heads*head_dim | kv_heads*head_dim` → (("heads", "head_dim"), ("kv_heads", "head_dim")). Raises ValueError."""
+    blocks = []
+    for block in axis.split("|"):
+        factors = [factor.strip() for factor in block.split("*")]
+        if wrong := [factor for factor in factors if not _FACTOR.fullmatch(factor)]:
+            raise ValueError(f"axis {axis!r}: {wrong[0]!r} is neither a dimension nor a positive number")
+        blocks.append(tuple(int(factor) if factor.isdigit() else factor for factor in factors))
+    return tuple(blocks)
+
+
+def block_size(block: tuple[str | int, ...], sizes: Mapping[str, int]) -> int:
+    return math.prod(factor if isinstance(factor, int) else sizes[factor] for factor in block)
+
+
+def _axis(text: str) -> str:
+    axis_blocks(text)
+    return text
+
+
+def _role(text: str) -> str:
+    if text not in ROLES:
+        raise ValueError(f"no such role; roles are {', '.join(ROLES)}")
+    return text
+
+
+def _expression(text: str) -> str:
+    match = _EXPRESSION.fullmatch(text)
+    names = [match[group] for group in ("dim", "top", "by", "of") if match[group]] if match else []
+    if not names or set(names) - {"hidden", "heads"}:
+        raise ValueError(f"{text!r} is not of the form 'heads', 'hidden // heads' or '4 * hidden'")
+    return text
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """A size from `hidden` and `heads`, e.g. `hidden // heads`."""
+    match = _EXPRESSION.fullmatch(expression)
+    assert match
+    if match["dim"]:
+        return sizes[match["dim"]]
+    return sizes[match["top"]] // sizes[match["by"]] if match["top"] else int(match["times"]) * sizes[match["of"]]
+
+
+Axis = Annotated[str, AfterValidator(_axis)]
+Role = Annotated[str, AfterValidator(_role)]
+Expression = Annotated[str, AfterValidator(_expression)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class _Strict(BaseModel):
@@ -47,46 +92,120 @@ class _Strict(BaseModel):
 class DimField(_Strict):
     """Where a dimension is in config.json, and what transformers takes when it is absent or null.
 
-    `None` means that there is no fallback: a config without the field is refused.
+    Without a fallback a config without the field is refused. `always` instead of `field`: transformers has no field
+    for it and always takes this; sizes that break the equation are then no model of the family.
     """
 
-    field: str = Field(min_length=1)
-    absent: int | Literal["heads", "hidden // heads"] | None = None
-    null: Literal["heads", "hidden // heads"] | None = None
+    field: Name | None = None
+    aliases: tuple[Name, ...] = Field(strict=False, default=())  # other names under which it is found
+    absent: int | Expression | None = None
+    null: Expression | None = None
+    always: Expression | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DimField:
+        if (self.field is None) == (self.always is None):
+            raise ValueError("needs either field or always")
+        return self
+
+    def name_in(self, config: Mapping[str, Any]) -> str:
+        """The field's name in this config (its first name when it has none of them)."""
+        assert self.field is not None
+        return next((name for name in (self.field, *self.aliases) if name in config), self.field)
+
+
+class SizeField(_Strict):
+    """A size that some tensors have and that never changes in a student (positions of a learned embedding)."""
+
+    field: Name
+    absent: int
 
 
 class FlagField(_Strict):
     """A boolean of config.json that decides whether some tensors exist."""
 
-    field: str = Field(min_length=1)
+    field: Name
     absent: bool
 
 
-class Divides(_Strict):
-    """`by` divides `dim`, or transformers refuses the config."""
+class Constraint(_Strict):
+    """`by` divides `dim`, or `dim` equals the product `equals`; else transformers refuses the config.
+
+    `when_present`: dotted config fields; the constraint holds only for configs that have one of them.
+    """
 
     dim: DimName
-    by: DimName
-    why: str = Field(min_length=1)
+    by: DimName | None = None
+    equals: Axis | None = None
+    when_present: tuple[Name, ...] = Field(strict=False, default=())
+    why: Name
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Constraint:
+        if (self.by is None) == (self.equals is None):
+            raise ValueError("needs either by or equals")
+        return self
+
+
+class Requirement(_Strict):
+    """A config field whose other values make a model that this file does not describe. Absent is fine."""
+
+    field: Name
+    one_of: tuple[Any, ...] = Field(strict=False, min_length=1)
+    why: Name
+
+
+class Pattern(_Strict):
+    """The list that an absent field stands for: `last` in every n-th layer, `others` elsewhere."""
+
+    every: Annotated[int, Field(ge=1)]
+    every_field: Name | None = None  # config field that overrides `every`
+    last: str | int
+    others: str | int
+
+
+class LayerList(_Strict):
+    """A config list with one entry a layer. Without `absent` there is nothing to cut when the field is absent."""
+
+    field: Name
+    absent: Pattern | None = None
 
 
 class LayerBoundary(_Strict):
     """A config field that splits the layers in two: those before it and those from it on."""
 
-    field: str = Field(min_length=1)
+    field: Name
     absent: int
 
 
+class Norm(_Strict):
+    """What the norms over `hidden` compute: centred (`layer`) or not (`rms`); times w, or times 1 + w (Gemma)."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    gain: Literal["weight", "one_plus_weight"] = "weight"
+
+
 class TensorTemplate(_Strict):
-    name: str = Field(min_length=1)
+    """One tensor of the checkpoint, or one a layer (`{layer}`), or one a layer and expert (`{expert}`).
+
+    `loads_as` is the parameter's name in the transformers model where that differs: tensors of the same parameter are
+    put together along the first dimension in the order of the file, those of the experts then stacked.
+    """
+
+    name: Name
     axes: tuple[Axis, ...] = Field(strict=False, min_length=1)
     role: Role
     when: str | None = None  # only if this flag is true
     unless: str | None = None  # only if this flag is false
+    loads_as: Name | None = None
 
     @property
     def per_layer(self) -> bool:
         return LAYER in self.name
+
+    @property
+    def per_expert(self) -> bool:
+        return EXPERT in self.name
 
 
 class Tie(_Strict):
@@ -97,45 +216,73 @@ class Tie(_Strict):
     when: str
 
 
+class Drop(_Strict):
+    """Tensors that belong to the model but not to the student (heads that predict several tokens ahead)."""
+
+    tensors: Name  # glob
+    what: Name  # said in the notice
+    config: dict[str, int | bool | None] = Field(default={})  # fields of the student's config that say they are gone
+
+
 class Sites(_Strict):
     """Module paths inside the transformers model: where importance is read and where the residual stream goes.
 
     `embed`, `layers`, `final_norm`, `rotary` and `head` start at the causal LM; the rest are relative to one layer.
+    A family has either `ffn`, or `experts` and `router`.
     """
 
     embed: str
     layers: str
     final_norm: str
-    rotary: str
+    rotary: str = ""  # empty: positions are learned
     head: str
-    ffn: str  # its input is what the ffn axis is ranked by, shape [batch, seq, ffn]
+    ffn: str = ""  # its input is what the ffn axis is ranked by, shape [batch, seq, ffn]
+    experts: str = ""  # called with hidden states, chosen experts and routing weights
+    router: str = ""
     heads: str  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
     attention: str
     mlp: str
     norms: tuple[str, ...] = Field(strict=False, min_length=1)  # their outputs rank the hidden axis
 
+    @model_validator(mode="after")
+    def _one_mlp(self) -> Sites:
+        if not bool(self.ffn) == (not self.experts) == (not self.router):
+            raise ValueError("needs either ffn, or experts and router")
+        return self
+
+    @property
+    def mlp_output(self) -> str:
+        """The module whose output the feed-forward sublayer adds to the residual stream, before any post-norm."""
+        return self.ffn or self.experts
+
 
 class FamilyData(_Strict):
-    """One family file, cross-checked: every flag, tie and role that is referred to exists."""
+    """One family file, cross-checked: every flag, tie, size and role that is referred to exists."""
 
-    name: str = Field(min_length=1)
-    model_types: tuple[str, ...] = Field(strict=False, min_length=1)
-    architectures: tuple[str, ...] = Field(strict=False, min_length=1)
+    name: Name
+    model_types: tuple[Name, ...] = Field(strict=False, min_length=1)
+    architectures: tuple[Name, ...] = Field(strict=False, min_length=1)
     dims: dict[DimName, DimField]
+    sizes: dict[Name, SizeField] = Field(default={})
+    experts_per_token: DimField | None = None
     flags: dict[str, FlagField]
-    constraints: tuple[Divides, ...] = Field(strict=False)
-    layer_lists: tuple[str, ...] = Field(strict=False)  # config lists with one entry a layer
+    requires: tuple[Requirement, ...] = Field(strict=False, default=())
+    constraints: tuple[Constraint, ...] = Field(strict=False)
+    layer_lists: tuple[LayerList, ...] = Field(strict=False)
     layer_boundaries: tuple[LayerBoundary, ...] = Field(strict=False)
+    norm: Norm = Norm()
+    # what the model multiplies its embeddings by and takes from its config's sizes, so that it changes with them
+    embed_multiplier: Literal["sqrt_hidden"] | None = None
+    optional_prefix: Name | None = None  # that checkpoints saved from the base model lack
     tensors: tuple[TensorTemplate, ...] = Field(strict=False, min_length=1)
     ties: tuple[Tie, ...] = Field(strict=False)
-    ignored: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        strict=False
-    )  # globs of buffers of old checkpoints
+    drops: tuple[Drop, ...] = Field(strict=False, default=())
+    ignored: tuple[Name, ...] = Field(strict=False)  # globs of buffers of old checkpoints
     sites: Sites
 
     @model_validator(mode="after")
     def _references_exist(self) -> FamilyData:
-        missing = sorted(set(DimName.__args__) - set(self.dims))  # type: ignore[attr-defined]
+        missing = sorted(set(DIMS) - {"experts"} - set(self.dims))
         if missing:
             raise ValueError(f"dims lacks {', '.join(missing)}")
         for what, values in (("name", [t.name for t in self.tensors]), ("role", [t.role for t in self.tensors])):
@@ -149,4 +296,32 @@ class FamilyData(_Strict):
         for tie in self.ties:
             if not {tie.tensor, tie.to} <= names:
                 raise ValueError(f"tie of {tie.tensor} to {tie.to} names a tensor that is not in tensors")
+        return self
+
+    @model_validator(mode="after")
+    def _axes_are_known(self) -> FamilyData:
+        if set(self.sizes) & set(DIMS):
+            raise ValueError("sizes may not repeat a dimension")
+        known = {*self.dims, *self.sizes}
+        axes = [axis for t in self.tensors for axis in t.axes] + [c.equals for c in self.constraints if c.equals]
+        for axis in axes:
+            unknown = [f for block in axis_blocks(axis) for f in block if isinstance(f, str) and f not in known]
+            if unknown:
+                raise ValueError(f"axes: {axis!r} uses {unknown[0]!r}, which is neither in dims nor in sizes")
+        unused = set(self.sizes) - {f for axis in axes for block in axis_blocks(axis) for f in block}
+        if unused:
+            raise ValueError(f"sizes {sorted(unused)} are not used by any tensor")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_agree(self) -> FamilyData:
+        there = {
+            "dims.experts": "experts" in self.dims,
+            "experts_per_token": self.experts_per_token is not None,
+            "a tensor of each {expert}": any(t.per_expert for t in self.tensors),
+            "sites.experts": bool(self.sites.experts),
+        }
+        if len(set(there.values())) > 1:
+            lacks = ", ".join(what for what, found in there.items() if not found)
+            raise ValueError(f"a mixture of experts needs all of {', '.join(there)}; this file lacks {lacks}")
         return self

@@ -19,6 +19,7 @@ from kdscale.files import write_json
 from kdscale.progress import Reporter
 from kdscale.prune.plan import Plan
 from kdscale.prune.repair import compensated_layers, compensated_roles
+from kdscale.prune.residual import Residuals
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.stream import LayerStream, TokenBatch
 from kdscale.prune.two_stream import two_stream_layers
@@ -36,12 +37,14 @@ def apply_plan(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     reporter: Reporter | None = None,
+    residuals: Residuals | None = None,
 ) -> None:
     """Write the student to the existing folder `out_dir` (the caller's temporary one; see files.atomic_dir).
 
     The tensors keep the teacher's dtype and are the same bytes for the same inputs; a tensor that the plan does not cut
     is copied bit for bit. `batches` are needed when the plan compensates ffn or heads; `dtype` and `device` are those
-    of that pass. Raises DataError when they are missing and SelfCheckError when a regression fails.
+    of that pass, and `residuals` records what each regression won back. Raises DataError when batches are missing and
+    SelfCheckError when a regression fails.
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
@@ -49,15 +52,12 @@ def apply_plan(
     if compensated_roles(plan, slicer):
         if not sum(batch.input_ids_BS.numel() for batch in batches):
             raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
-        stream, ridge = (
-            LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device),
-            prune_cfg.ridge_lambda,
-        )
+        stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
+        ridge, correction = prune_cfg.ridge_lambda, prune_cfg.stream_correction
         if plan.methods.compensate == "two_stream":
-            correction = prune_cfg.stream_correction
-            repaired = two_stream_layers(stream, slicer, batches, ridge, correction, teacher, reporter)
+            repaired = two_stream_layers(stream, slicer, batches, ridge, correction, teacher, reporter, residuals)
         else:
-            repaired = compensated_layers(stream, slicer, batches, ridge, teacher, reporter)
+            repaired = compensated_layers(stream, slicer, batches, ridge, teacher, reporter, residuals)
     else:
         repaired = iter([{} for _ in plan.kept.layers])
     pairs = [*slicer.outer(), *(pair for position in range(plan.student.layers) for pair in slicer.layer(position))]

@@ -7,9 +7,13 @@
 2. `reload_parity`: plain transformers loads the folder with no tensor missing, left over or mismatched; its logits are
    those of our own layer-by-layer pass over the files; decoding with a cache gives what decoding without one gives.
 
-Norms under a hidden mask: with c = √(d/d'), a norm over d channels of c·x, zero outside the d' kept ones, has exactly
-the mean square that the student's norm has over d', epsilon included, and its output is c times what the student's is
-with the teacher's γ. Hence: scale what enters by c and what leaves by norm_scale/c.
+Norms under a mask: with c = √(d/d'), a norm over d channels of c·x, zero outside the d' kept ones, has exactly the mean
+square that the student's norm has over d', epsilon included, and its output is c times what the student's is with the
+teacher's γ. Hence: scale what enters by c and what leaves by norm_scale/c. LayerNorm: x less its mean over the kept
+channels enters, and its bias is left out of the scaling. The same holds of a q or k norm over all heads (OLMo 2), where
+the mask stands between the projection and the norm: the student's norm knows the kept heads only.
+
+Routers under a mask of experts are given the kept experts' rows, and what they choose is numbered as in the teacher.
 
 B batch · S sequence · D teacher hidden · V vocabulary
 """
@@ -86,7 +90,7 @@ def masked_equals_sliced(
     cut = LayerStream(
         slicer.student_config, family, _sliced_source(teacher, slicer), dtype=torch.float32, device=device
     )
-    mask, batch = _Mask(plan, family, device), IdsBatch(input_ids_BS)
+    mask, batch = _Mask(teacher.config, plan, family, device), IdsBatch(input_ids_BS)
     positions = batch.position_ids_BS.to(device)
     compare = _Comparison(tolerance, torch.tensor(plan.kept.hidden, device=device))
     with torch.inference_mode():
@@ -105,13 +109,15 @@ def masked_equals_sliced(
             ours = layer(ours, positions)
             layer.release()
             where = f"teacher layer {layer_index} (student layer {position})"
-            for site, axis in (("heads", "heads / kv_heads"), ("ffn", "ffn")):
+            mlp = "experts / ffn" if family.sites.experts else "ffn"
+            for site, axis in (("heads", "heads / kv_heads"), ("ffn", mlp)):
                 compare.hidden(f"{where}, {axis} output", axis, seen_theirs[site], seen_ours[site])
             compare.hidden(where, "layers", theirs, ours)
-        norm = mask.norm(whole.final_norm())
+        norm = mask.final_norm(whole.final_norm())
         theirs, ours = norm(theirs), cut.final_norm()(ours)
         compare.hidden("the final norm", "hidden", theirs, ours)
-        share = compare.equal("the logits", "hidden", whole.head()(theirs), cut.head()(ours))
+        logits = whole.head()(theirs * mask.head_factor)
+        share = compare.equal("the logits", "hidden", logits, cut.head()(ours))
     return {"masked_vs_sliced": share}
 
 
@@ -203,29 +209,73 @@ def _cached_decoding(model: Any, input_ids_BS: Tensor, compare: _Comparison, ste
 class _Mask:
     """Hooks that silence the dropped units of a full-size layer, built from the plan's index lists alone."""
 
-    def __init__(self, plan: Plan, family: Family, device: torch.device):
-        self._plan, self._family, self._device = plan, family, device
+    def __init__(self, config: dict[str, Any], plan: Plan, family: Family, device: torch.device):
+        self._config, self._plan, self._family, self._device = config, plan, family, device
         self.hidden_D = self._indicator(plan.kept.hidden, plan.teacher.hidden)
-        self._grow = math.sqrt(plan.teacher.hidden / plan.student.hidden)
+        # A tied head carries the factor of its embedding, and the student's final norm its inverse.
+        folded = family.data.embed_multiplier == "sqrt_hidden" and bool(family.tied(config))
+        self.head_factor = math.sqrt(plan.teacher.hidden / plan.student.hidden) if folded else 1.0
 
     def attach(self, layer: OneLayer, position: int) -> None:
         plan, sites = self._plan, self._family.sites
-        ffn_F = self._indicator(plan.kept.ffn[position], plan.teacher.ffn)
-        heads_Q = self._indicator(plan.kept.heads[position], plan.teacher.heads)
-        heads_QH = heads_Q.repeat_interleave(plan.teacher.head_dim)
-        for path, keep in ((sites.ffn, ffn_F), (sites.heads, heads_QH)):
-            layer.site(path).register_forward_pre_hook(_scale_input(keep))
+        heads_QH = self._wide(plan.kept.heads[position], plan.teacher.heads)
+        layer.site(sites.heads).register_forward_pre_hook(_scale_input(heads_QH))
+        if sites.ffn:
+            ffn_F = self._indicator(plan.kept.ffn[position], plan.teacher.ffn)
+            layer.site(sites.ffn).register_forward_pre_hook(_scale_input(ffn_F))
+        else:
+            self._experts(layer, position)
+        for path in (sites.heads, sites.mlp_output):
             layer.site(path).register_forward_hook(_scale_output(self.hidden_D))
-        for path in sites.norms:
-            self.norm(layer.site(path))
+        keep = {
+            "hidden": self.hidden_D,
+            "heads*head_dim": heads_QH,
+            "kv_heads*head_dim": self._wide(plan.kept.kv_heads[position], plan.teacher.kv_heads),
+        }
+        prefix = self._family.layer_prefix(layer.index)
+        for spec in self._family.layer_tensors(self._config, layer.index).values():
+            if spec.role.endswith("_norm") and spec.axes[0] in keep:
+                scale = plan.norm_scale if spec.axes[0] == "hidden" else 1.0
+                path = spec.parameter.removeprefix(prefix).removesuffix(".weight")
+                self._norm(layer.site(path), keep[spec.axes[0]], scale)
 
-    def norm(self, module: nn.Module) -> nn.Module:
-        """Make a teacher norm compute what the student's does, on the kept channels."""
-        if self._grow != 1.0:
-            module.register_forward_pre_hook(_scale_input(self._grow))
-        if self._plan.norm_scale != self._grow:
-            module.register_forward_hook(_scale_output(self._plan.norm_scale / self._grow))
+    def final_norm(self, module: nn.Module) -> nn.Module:
+        """Make the teacher's final norm compute what the student's does, on the kept channels."""
+        return self._norm(module, self.hidden_D, self._plan.norm_scale / self.head_factor)
+
+    def _norm(self, module: nn.Module, keep_D: Tensor, scale: float) -> nn.Module:
+        grow, centred = math.sqrt(len(keep_D) / float(keep_D.sum())), self._family.data.norm.kind == "layer"
+        bias_D = getattr(module, "bias", None)
+
+        def enter(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0] * keep_D
+            if centred:
+                x = (x - x.sum(-1, keepdim=True) / keep_D.sum()) * keep_D
+            return (x * grow, *args[1:])
+
+        def leave(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            if bias_D is None:
+                return output * (keep_D * (scale / grow))
+            return ((output - bias_D) * (scale / grow) + bias_D) * keep_D
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
         return module
+
+    def _experts(self, layer: OneLayer, position: int) -> None:
+        """Columns of units that go are zeroed in each kept expert; the router has the kept experts to choose from."""
+        plan, sites = self._plan, self._family.sites
+        kept = plan.kept.experts[position]
+        experts: Any = layer.site(sites.experts)
+        router: Any = layer.site(sites.router)
+        for expert in kept:
+            experts.down_proj[expert] *= self._indicator(plan.kept.ffn_of(position, expert), plan.teacher.ffn)
+        numbers = torch.tensor(kept, device=self._device)
+        router.weight.data = router.weight.data[numbers]
+        router.register_forward_hook(lambda _module, _args, output: (*output[:-1], numbers[output[-1]]))
+
+    def _wide(self, kept: list[int], size: int) -> Tensor:
+        return self._indicator(kept, size).repeat_interleave(self._plan.teacher.head_dim)
 
     def _indicator(self, kept: list[int], size: int) -> Tensor:
         out = torch.zeros(size, device=self._device)
@@ -284,7 +334,7 @@ def _record(layer: OneLayer, family: Family, seen: dict[str, Tensor]) -> None:
         return lambda _module, _args, output: seen.__setitem__(name, output)
 
     layer.site(family.sites.heads).register_forward_hook(keep("heads"))
-    layer.site(family.sites.ffn).register_forward_hook(keep("ffn"))
+    layer.site(family.sites.mlp_output).register_forward_hook(keep("ffn"))
 
 
 def _scale_input(factor: Tensor | float) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:

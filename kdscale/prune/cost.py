@@ -1,4 +1,4 @@
-"""Parameter counts of many shapes at once, from the family's tensor table. No torch.
+"""Parameters, bytes on disk and KV-cache bytes of many shapes at once, from the family's tensor table. No torch.
 
 A count is a sum over tensors of products of dimensions, so one expansion of the table gives a formula that numpy
 evaluates for a hundred thousand shapes in milliseconds.
@@ -6,8 +6,10 @@ evaluates for a hundred thousand shapes in milliseconds.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdscale.families import Family
+from kdscale.families.family import EMBEDDING_ROLES
+from kdscale.families.schema import axis_blocks
 
 Count = Literal["total", "non_embedding"]
 Ints = NDArray[np.int64]
@@ -30,6 +34,7 @@ class _Term:
     coefficient: float
     axes: tuple[str, ...]
     embedding: bool
+    itemsize: int
 
 
 @dataclass(frozen=True)
@@ -37,34 +42,69 @@ class CostModel:
     """Parameter count as a function of the shape; exact where all layers have the same tensors, else a mean layer."""
 
     terms: tuple[_Term, ...]
+    head_dim: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], family: Family) -> CostModel:
-        """Expand the family's table once for this config. Raises CheckpointError for a config the family refuses."""
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        family: Family,
+        itemsize: Callable[[str], int] | None = None,
+        *,
+        experts: int | None = None,
+    ) -> CostModel:
+        """Expand the family's table once for this config. Raises CheckpointError for a config the family refuses.
+
+        `itemsize`: bytes a value of each teacher tensor on disk, which the student's keep; by default what the config
+        says the weights are in. `experts`: how many of a mixture's experts the shapes have (default: the config's).
+        """
+        width = config_itemsize(config)
         dims = family.dims(dict(config))
-        fixed = {"head_dim": dims.head_dim, "vocab": dims.vocab}
-        sums: Counter[tuple[tuple[str, ...], bool]] = Counter()
-        for spec in family.tensors(dict(config)).values():
-            coefficient, axes = 1, ["layers"] if spec.layer is not None else []
-            for size, axis in zip(spec.shape, spec.axes, strict=True):
-                factors = axis.split("*") if axis else []
-                coefficient *= size if not factors else int(np.prod([fixed.get(name, 1) for name in factors]))
-                axes += [name for name in factors if name not in fixed]
-            sums[tuple(sorted(axes)), "vocab" in spec.axes] += coefficient
+        stay = experts or dims.experts
+        fixed: dict[str | int, int] = {"head_dim": dims.head_dim, "vocab": dims.vocab, "experts": stay}
+        fixed |= {name: family.fixed_size(name, config) for name in family.data.sizes}
+        sums: Counter[tuple[tuple[str, ...], bool, int]] = Counter()
+        for name, spec in family.tensors(dict(config)).items():
+            if spec.expert is not None and spec.expert >= stay:
+                continue
+            once = ["layers"] if spec.layer is not None else []
+            bytes_each = itemsize(name) if itemsize else width
+            for blocks in itertools.product(*(axis_blocks(axis) for axis in spec.axes)):
+                factors = [factor for block in blocks for factor in block]
+                coefficient = math.prod(fixed.get(f, f if isinstance(f, int) else 1) for f in factors)
+                axes = [f for f in factors if isinstance(f, str) and f not in fixed]
+                sums[tuple(sorted(once + axes)), spec.role in EMBEDDING_ROLES, bytes_each] += coefficient
         terms = [
-            _Term(total / dims.layers if "layers" in axes else total, axes, embedding)
-            for (axes, embedding), total in sorted(sums.items())
+            _Term(total / dims.layers if "layers" in axes else total, axes, embedding, bytes_each)
+            for (axes, embedding, bytes_each), total in sorted(sums.items())
         ]
-        return cls(tuple(terms))
+        return cls(tuple(terms), dims.head_dim)
 
     def params(self, shapes: Mapping[str, Ints], count: Count) -> Ints:
         """`shapes[axis]` are equally long arrays (or broadcastable); returns the counted parameters of each shape."""
-        total = np.zeros(np.broadcast_shapes(*(values.shape for values in shapes.values())))
-        for term in self.terms:
-            if term.embedding and count == "non_embedding":
-                continue
-            product: Any = np.float64(term.coefficient)
-            for axis in term.axes:
-                product = product * shapes[axis].astype(np.float64)
-            total = total + product
-        return np.rint(total).astype(np.int64)
+        counted = [term for term in self.terms if not (term.embedding and count == "non_embedding")]
+        return _sum(shapes, [(term, 1) for term in counted])
+
+    def bytes(self, shapes: Mapping[str, Ints]) -> Ints:
+        """Bytes of all tensors on disk, without the files' headers (some kilobytes)."""
+        return _sum(shapes, [(term, term.itemsize) for term in self.terms])
+
+    def kv_bytes(self, shapes: Mapping[str, Ints], bytes_per_value: int = 2) -> Ints:
+        """Keys and values that one token of context costs over all layers, full attention."""
+        return 2 * bytes_per_value * self.head_dim * shapes["layers"] * shapes["kv_heads"]
+
+
+def _sum(shapes: Mapping[str, Ints], terms: list[tuple[_Term, int]]) -> Ints:
+    total = np.zeros(np.broadcast_shapes(*(values.shape for values in shapes.values())))
+    for term, times in terms:
+        product: Any = np.float64(term.coefficient * times)
+        for axis in term.axes:
+            product = product * shapes[axis].astype(np.float64)
+        total = total + product
+    return np.rint(total).astype(np.int64)
+
+
+def config_itemsize(config: Mapping[str, Any]) -> int:
+    """Bytes a weight by config.json's own word for its dtype; 2 (bf16) when it has none."""
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return {"float32": 4, "float64": 8}.get(str(name).removeprefix("torch."), 2)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.config import ImportanceConfig, PruneConfig
-from kdscale.errors import DataError, SelfCheckError
+from kdscale.errors import ConfigError, DataError, SelfCheckError
 from kdscale.families import Family
 from kdscale.files import atomic_path, write_json
 from kdscale.models import resolve_dtype
@@ -53,7 +53,8 @@ def run(
 
     `batches` are the calibration tokens (their number is the caller's to choose). Returns the arrays: `ffn.*` [L, F],
     `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `hidden.pca` [D] and `hidden.rotation`
-    [D, D] where the family can be rotated, `layers.block_influence` [L].
+    [D, D] where the family can be rotated, `layers.block_influence` [L]; of a mixture of experts `ffn.*` [L, E, F] and
+    `experts.output_norm` [L, E].
     Raises DataError without tokens and SelfCheckError when a score is not finite.
     """
     dims = family.dims(teacher.config)
@@ -62,6 +63,10 @@ def run(
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
     if not tokens:
         raise DataError("there are no calibration tokens", expected="at least one sequence", hint="add training text")
+    if family.sites.experts and "ffn" in obs_axes(prune_cfg):
+        raise ConfigError(
+            "prune.ffn_method: obs", expected="a dense model", got=f"the experts of {family.name}", hint="output_energy"
+        )
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     with reporter.bar("importance", total=tokens) as bar:
         scores = gather(stream, batches, axes, bar.advance, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
@@ -160,7 +165,7 @@ def _row(values: np.ndarray) -> dict[str, float] | float:
     """What a person wants to see of one layer: how much there is and how unevenly it is spread."""
     if values.ndim == 0:
         return float(values)
-    ordered = np.sort(values.astype(np.float64))[::-1]
+    ordered = np.sort(values.astype(np.float64), axis=None)[::-1]
     total = float(ordered.sum())
     half = float(ordered[: (len(ordered) + 1) // 2].sum()) / total if total > 0 else 0.0
     return {

@@ -20,6 +20,7 @@ from kdscale.config import Compensation, PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.files import write_text
+from kdscale.prune.cost import SHAPE_AXES
 
 Size = Annotated[int, Field(ge=1)]
 Indices = list[int]
@@ -40,6 +41,7 @@ class Shape(_Part):
     head_dim: Size
     layers: Size
     vocab: Size
+    experts: Annotated[int, Field(ge=0)] = 0  # 0 in dense models
 
     @classmethod
     def of(cls, dims: Dims) -> Shape:
@@ -50,13 +52,22 @@ class Shape(_Part):
 
 
 class Kept(_Part):
-    """Indices in the teacher that stay; `ffn`, `heads`, `kv_heads`: one list for each kept layer, in their order."""
+    """Indices in the teacher that stay; `ffn`, `heads`, `kv_heads`, `experts`: one list for each kept layer, in their
+    order. In a mixture of experts `ffn` has one list for each kept layer and kept expert, layer by layer."""
 
     layers: Indices
     hidden: Indices
     ffn: list[Indices]
     heads: list[Indices]
     kv_heads: list[Indices]
+    experts: list[Indices] = []
+
+    def ffn_of(self, position: int, expert: int | None = None) -> Indices:
+        """Kept ffn units of the student's layer `position`; in a mixture, of the teacher's expert `expert`."""
+        if expert is None:
+            return self.ffn[position]
+        experts = self.experts[position]
+        return self.ffn[position * len(experts) + experts.index(expert)]
 
 
 class Methods(_Part):
@@ -67,6 +78,7 @@ class Methods(_Part):
     kv_heads: str
     hidden: str
     layers: str
+    experts: str = "uncut"
     compensate: Compensation
     search: str
 
@@ -78,25 +90,60 @@ class Params(_Part):
 
 
 class Target(_Part):
-    """What was asked and how near the plan is; `off_by` is a share of `params`."""
+    """What was asked and how near the plan is: `wanted` and `cost` in the unit of `kind`, `off_by` as a share.
 
+    `reached` is the student's parameter count by `count`, whatever the target is.
+    """
+
+    kind: Literal["params", "bytes", "kv_bytes", "decode", "prefill"] | None
     asked: str | None
     count: Literal["non_embedding", "total"]
     tolerance: float
-    params: Size | None
+    wanted: float | None
+    cost: float | None
+    off_by: float | None
     reached: Size
     share_of_teacher: float
-    off_by: float | None
+
+
+class Masked(_Part):
+    """A shape run in memory on calibration text before it was ever written: nats a token, and what was run."""
+
+    loss: float
+    kl: float
+    teacher_loss: float
+    tokens: Size
+    compensate: str
+
+
+class Probe(_Part):
+    """Held-out loss (the distillation's own, nats a token) after a short distillation."""
+
+    tokens: Size
+    loss: float
 
 
 class Candidate(_Part):
+    """One shape that met the budget, and every score it was given; `params` as `target.count` counts them."""
+
     hidden: Size
     ffn: Size
     heads: Size
     kv_heads: Size
     layers: Size
     params: Size
+    bytes: Size
+    kv_bytes: Size
+    decode_ms: float | None = None
+    prefill_ms: float | None = None
+    latency_spread: float | None = None  # of repeated timings, as a share; None where the times are predicted
     score: float
+    masked: Masked | None = None
+    probes: list[Probe] = []
+
+    def sizes(self) -> Any:
+        """In the order of cost.SHAPE_AXES."""
+        return tuple(getattr(self, axis) for axis in SHAPE_AXES)
 
 
 class Plan(_Part):
@@ -125,7 +172,7 @@ class Plan(_Part):
         """Axes on which the student is smaller than the teacher."""
         return [
             axis
-            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads")
+            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "experts")
             if getattr(self.student, axis) < getattr(self.teacher, axis)
         ]
 
@@ -178,14 +225,15 @@ class Plan(_Part):
 
 
 def make_plan(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
-    """Choose the student's shape and the kept units.
+    """Choose the student's shape and the kept units by prediction alone.
 
     `scores`: arrays as importance.py writes them (see `search.Scores`); None decides shapes only and keeps the first
     units. Raises ConfigError when the budget cannot be met, a size is not allowed or scores are missing.
     """
-    from kdscale.prune.search import build_plan
+    from kdscale.prune.search import Search
 
-    return build_plan(config, family, scores, cfg)
+    search = Search(dict(config), family, scores, cfg)
+    return search.plan(*search.shortlist())
 
 
 def consistency_problems(plan: Plan) -> list[str]:
@@ -193,7 +241,7 @@ def consistency_problems(plan: Plan) -> list[str]:
     teacher, student, kept = plan.teacher, plan.student, plan.kept
     out = [
         f"student.{axis}: expected at most the teacher's {getattr(teacher, axis)}, got {getattr(student, axis)}"
-        for axis in ("hidden", "ffn", "heads", "kv_heads", "layers")
+        for axis in ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")
         if getattr(student, axis) > getattr(teacher, axis)
     ]
     out += [
@@ -205,10 +253,11 @@ def consistency_problems(plan: Plan) -> list[str]:
         return [*out, f"student.heads: expected a multiple of kv_heads ({student.kv_heads}), got {student.heads}"]
     out += _index_problems("kept.layers", kept.layers, student.layers, teacher.layers)
     out += _index_problems("kept.hidden", kept.hidden, student.hidden, teacher.hidden)
-    for axis in ("ffn", "heads", "kv_heads"):
+    for axis in ("ffn", "heads", "kv_heads", *(["experts"] if teacher.experts else [])):
         lists = getattr(kept, axis)
-        if len(lists) != student.layers:
-            out.append(f"kept.{axis}: expected {student.layers} lists, one a kept layer, got {len(lists)}")
+        many = student.layers * student.experts if axis == "ffn" and teacher.experts else student.layers
+        if len(lists) != many:
+            out.append(f"kept.{axis}: expected {many} lists, one a kept layer, got {len(lists)}")
         for position, indices in enumerate(lists):
             name = f"kept.{axis}[{position}]"
             out += _index_problems(name, indices, getattr(student, axis), getattr(teacher, axis))

@@ -4,7 +4,7 @@ Every score is turned into a non-negative share of something that adds up (energ
 activation scores squared (they are L2 norms), block influences as they are. So "retained" means one thing on every
 axis: the part of the sum that the kept units hold.
 
-L layers · F ffn units · Q query heads · K kv heads · G = Q/K query heads a group · D hidden
+L layers · E experts · F ffn units (of an expert) · Q query heads · K kv heads · G = Q/K query heads a group · D hidden
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kdscale.families import Dims
 SCORES_FILE, SUMMARY_FILE = "scores.safetensors", "scores.json"
 Floats = NDArray[np.float64]
 # Scores of importance.py that are L2 norms rather than energies.
-_AMPLITUDES = ("ffn.activation", "heads.activation", "hidden.activation")
+_AMPLITUDES = ("ffn.activation", "heads.activation", "hidden.activation", "experts.output_norm")
 
 
 def score_name(axis: str, cfg: PruneConfig) -> str:
@@ -34,6 +34,7 @@ def score_name(axis: str, cfg: PruneConfig) -> str:
         "kv_heads": "kv_heads.output_energy",
         # auto has been resolved by rotate.choose; alone it means channels as they are
         "hidden": "hidden.pca" if cfg.hidden_method == "pca" else "hidden.activation",
+        "experts": "experts.output_norm",
         "layers": "layers.block_influence" if cfg.layer_method == "block_influence" else "layers.last",
     }[axis]
 
@@ -51,7 +52,8 @@ class Ranking:
         self.dims, self.cfg, self.has_scores = dims, cfg, scores is not None
         self._energy: dict[str, Floats] = {}
         shapes = {
-            "ffn": (dims.layers, dims.ffn),
+            "ffn": (dims.layers, dims.experts, dims.ffn) if dims.experts else (dims.layers, dims.ffn),
+            "experts": (dims.layers, dims.experts),
             "heads": (dims.layers, dims.heads),
             "kv_heads": (dims.layers, dims.kv_heads),
             "hidden": (dims.hidden,),
@@ -91,8 +93,15 @@ class Ranking:
         energy = self._energy.get("hidden")
         return list(range(count)) if energy is None else _top(energy, count)
 
-    def ffn(self, layer: int, count: int) -> list[int]:
+    def ffn(self, layer: int, count: int, expert: int | None = None) -> list[int]:
+        """Kept ffn units; of a mixture of experts those of `expert`."""
         energy = self._energy.get("ffn")
+        if energy is None:
+            return list(range(count))
+        return _top(energy[layer] if expert is None else energy[layer, expert], count)
+
+    def experts(self, layer: int, count: int) -> list[int]:
+        energy = self._energy.get("experts")
         return list(range(count)) if energy is None else _top(energy[layer], count)
 
     def kv_heads(self, layer: int, count: int) -> list[int]:
@@ -125,6 +134,9 @@ class Ranking:
         if axis == "heads":
             groups = kv_heads or self.dims.kv_heads
             kept = [self.heads(layer, self.kv_heads(layer, groups), count // groups) for layer in layers]
+        elif axis == "ffn" and self.dims.experts:
+            rows = energy[layers].reshape(-1, self.dims.ffn)
+            return float(np.mean([_share(row, _top(row, count)) for row in rows]))
         else:
             kept = [_top(energy[layer], count) for layer in layers]
         return float(np.mean([_share(energy[layer], units) for layer, units in zip(layers, kept, strict=True)]))

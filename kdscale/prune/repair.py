@@ -11,6 +11,7 @@ from torch import Tensor
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
 from kdscale.prune.plan import Plan
+from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
@@ -23,7 +24,9 @@ def compensated_roles(plan: Plan, slicer: Slicer) -> list[str]:
     """Which projections this plan rewrites by regression: those with an input axis that is cut."""
     if plan.methods.compensate == "none":
         return []
-    return [role for role, axis in COMPENSATED.items() if slicer.kept(axis, 0) is not None]
+    # The experts of a mixture each see other tokens and have their own kept units: they are sliced only.
+    there = {role: axis for role, axis in COMPENSATED.items() if role != "down" or slicer.family.sites.ffn}
+    return [role for role, axis in there.items() if slicer.kept(axis, 0) is not None]
 
 
 def compensated_layers(
@@ -33,6 +36,7 @@ def compensated_layers(
     ridge: float,
     teacher: Checkpoint,
     reporter: Reporter,
+    residuals: Residuals | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """For each kept layer, in order: role → compensated weight, fp32 on the CPU, cut to the kept hidden rows."""
     plan = slicer.plan
@@ -43,6 +47,7 @@ def compensated_layers(
         for layer in stream.layers():
             position = plan.kept.layers.index(layer.index) if layer.index in plan.kept.layers else None
             sums = _attach(layer, slicer, position, stream.device) if position is not None else {}
+            samples = _sample(layer, slicer, sums, len(batches)) if residuals is not None else {}
             for index, batch in enumerate(batches):
                 with torch.inference_mode():
                     hidden[index] = layer(hidden[index], batch.position_ids_BS.to(stream.device))
@@ -51,7 +56,7 @@ def compensated_layers(
             layer.release()
             if position is not None:
                 with torch.inference_mode():
-                    solved = _solve(slicer, position, sums, ridge, teacher, stream.device)
+                    solved = _solve(slicer, position, sums, ridge, teacher, stream.device, (residuals, samples))
                 del sums
                 yield solved
                 del solved
@@ -72,6 +77,15 @@ def _attach(layer: OneLayer, slicer: Slicer, position: int, device: torch.device
     return out
 
 
+def _sample(layer: OneLayer, slicer: Slicer, sums: dict[str, RidgeSums], batches: int) -> dict[str, Sample]:
+    """A few rows of what each compensated projection reads, for the report's residuals."""
+    out = {role: Sample(batches) for role in sums}
+    for role, sample in out.items():
+        path = slicer.family.sites.ffn if role == "down" else slicer.family.sites.heads
+        layer.site(path).register_forward_pre_hook(lambda _module, args, seen=sample: seen.see(args[0]))
+    return out
+
+
 def _adder(sums: RidgeSums) -> Any:
     def add(_module: Any, args: tuple[Tensor, ...]) -> None:
         sums.add(args[0])
@@ -86,14 +100,22 @@ def _solve(
     ridge: float,
     teacher: Checkpoint,
     device: torch.device,
+    record: tuple[Residuals | None, dict[str, Sample]] = (None, {}),
 ) -> dict[str, Tensor]:
+    residuals, samples = record
     hidden = slicer.kept("hidden", None)
     out: dict[str, Tensor] = {}
     for source, _, spec in slicer.layer(position):
         if spec.role not in sums:
             continue
+        transposed = slicer.family.transposed(spec.role)
         weight_DU = teacher.tensor(source).to(device)
+        weight_DU = weight_DU.T if transposed else weight_DU
         if hidden is not None:  # rows of channels that go need no regression
             weight_DU = weight_DU[torch.tensor(hidden, device=device)]
-        out[spec.role] = sums[spec.role].solve(weight_DU, ridge, source).cpu()
+        solved_DK = sums[spec.role].solve(weight_DU, ridge, source).cpu()
+        if residuals is not None:
+            layer, kept = slicer.plan.kept.layers[position], sums[spec.role].kept
+            residuals.add(layer, spec.role, samples[spec.role], weight_DU, kept, solved_DK)
+        out[spec.role] = solved_DK.T.contiguous() if transposed else solved_DK
     return out

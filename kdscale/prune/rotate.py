@@ -74,8 +74,7 @@ def unrotatable(family: Family, config: Mapping[str, Any]) -> str | None:
             return f"{name} belongs to a LayerNorm, which does not commute with rotations"
         if spec.role == "position_embed":
             return f"{name} adds learned positions to the stream"
-    norm = getattr(family.data, "norm", None)
-    if norm is not None and (norm.kind != "rms" or norm.gain != "weight"):
+    if family.data.norm.kind != "rms" or family.data.norm.gain != "weight":
         return f"the norms of {family.name} are not a plain RMSNorm times a weight"
     return None
 
@@ -101,6 +100,9 @@ class RotatedTeacher(Checkpoint):
 
     def spec(self, name: str) -> TensorInfo:
         return self._teacher.spec(self._tied.get(name, name))
+
+    def itemsize(self, name: str) -> int:
+        return self._teacher.itemsize(self._tied.get(name, name))
 
     def tensor(self, name: str) -> Tensor:
         """The turned tensor in the dtype on disk, computed in fp64."""

@@ -1,41 +1,43 @@
-"""From a budget to a shape: enumerate, keep what meets the budget, take what keeps the most. numpy only.
+"""From a budget to a shape: enumerate, keep what meets the budget, rank by what is kept. numpy only.
 
 The score of a shape is exp(−Σ over the axes that may be cut of weight · lost share of importance): the predicted ratio
 of the teacher's perplexity to the student's before distilling. Shares of different axes do not weigh the same (every
 sublayer reads the hidden axis; regression gives most of a lost head back), so the weights are measured ones. Without
 scores (`kdscale plan` before importance) the most balanced shape is taken: the smallest spread between the axes' kept
-fractions.
+fractions. This is the first of three rankings: masked.py runs the best of these shapes, runs/probe.py distils a few.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from kdscale.config import PruneConfig, parse_target
+from kdscale.config import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.prune import plan as plans
+from kdscale.prune.budget import Budget, Costs, Floats, Kind, Speeds, budget_axes
 from kdscale.prune.cost import SHAPE_AXES, CostModel
 from kdscale.prune.ranking import Ranking
 
-_KEPT_CANDIDATES = 10
+KEPT_CANDIDATES = 10
 # From these teacher sizes on a step is 256, what tensor cores and tensor parallelism like; below, 32.
 _REAL_HIDDEN, _REAL_FFN = 2048, 4096
 _REAL_STEP, _SMALL_STEP = 256, 32
 
 # Rise of log-perplexity for each share of an axis' importance that is lost, on SmolLM2-135M (docs/pruning.md): near
-# linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess.
+# linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess. No
+# mixture of experts was measured: an expert is taken for ffn units that no regression gives back.
 _DAMAGE: dict[str, dict[str, float]] = {
-    "two_stream": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1},
-    "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1},
-    "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1},
+    "two_stream": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
+    "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
+    "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1, "experts": 6.5},
 }
 
 # The same for scores whose lost shares mean something else.
@@ -48,54 +50,59 @@ def openable_axes(cfg: PruneConfig, dims: Dims) -> tuple[str, ...]:
     """Axes that this config may cut: given a size below the teacher's, or open to the search. What importance needs."""
     given = {axis: getattr(cfg, axis) for axis in SHAPE_AXES}
     cut = {axis for axis, size in given.items() if size is not None and size < getattr(dims, axis)}
-    if cfg.target_params is not None:
-        cut |= {axis for axis in cfg.axes if given[axis] is None}
-    return tuple(axis for axis in SHAPE_AXES if axis in cut)
-
-
-def build_plan(
-    config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig
-) -> plans.Plan:
-    """See `plan.make_plan`."""
-    search = _Search(dict(config), family, scores, cfg)
-    best, candidates, tried = search.choose()
-    return search.plan(best, candidates, tried)
+    if cfg.target is not None:
+        cut |= {axis for axis in budget_axes(cfg) if axis in given and given[axis] is None}
+    if cfg.experts is not None and cfg.experts < dims.experts:
+        cut.add("experts")
+    return tuple(axis for axis in (*SHAPE_AXES, "experts") if axis in cut)
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
+    """All decisions for one teacher: `shortlist` compares shapes, `plan` turns one into every index that stays.
+
+    `itemsize`: bytes a value of each teacher tensor on disk (see CostModel); `speeds`: measured latencies, needed when
+    the target is one.
+    """
+
     config: dict[str, Any]
     family: Family
     scores: Mapping[str, Any] | None
     cfg: PruneConfig
+    itemsize: Callable[[str], int] | None = None
+    speeds: Speeds | None = None
 
     @cached_property
     def teacher(self) -> Dims:
         return self.family.dims(self.config)
 
     @cached_property
-    def cost(self) -> CostModel:
-        return CostModel.of(self.config, self.family)
+    def costs(self) -> Costs:
+        """Of shapes with the student's experts."""
+        return Costs(CostModel.of(self.config, self.family, self.itemsize, experts=self.experts), self.cfg, self.speeds)
+
+    @cached_property
+    def experts(self) -> int:
+        """The student's experts: as given, or the teacher's. Raises ConfigError for a number that cannot be."""
+        asked, whole = self.cfg.experts, self.teacher.experts
+        if "experts" in self.cfg.axes and asked is None and self.cfg.target is not None:
+            raise ConfigError(
+                "prune.axes", expected="axes that are searched", got="experts", hint="give prune.experts a number"
+            )
+        if asked is not None and asked > whole:
+            expected = f"at most the teacher's {whole}" if whole else "none: the teacher is no mixture of experts"
+            raise ConfigError("prune.experts", expected=expected, got=str(asked))
+        return asked or whole
 
     @cached_property
     def ranking(self) -> Ranking:
         return Ranking(self.teacher, self.scores, self.cfg, openable_axes(self.cfg, self.teacher))
 
     @cached_property
-    def target(self) -> int | None:
-        """Counted parameters asked for. Raises ConfigError when that is the teacher's count or more."""
-        if self.cfg.target_params is None:
-            return None
-        kind, value = parse_target(self.cfg.target_params)
-        whole = self.counted(self.sizes_of(self.teacher))
-        wanted = round(value * whole) if kind == "fraction" else int(value)
-        if wanted >= whole:
-            raise ConfigError(
-                "prune.target_params",
-                expected=f"fewer than the teacher's {whole:,} {self.counted_as} parameters",
-                got=f"{self.cfg.target_params} = {wanted:,}",
-            )
-        return max(wanted, 1)
+    def budget(self) -> Budget | None:
+        """The target, None when only sizes are given. Raises ConfigError when the teacher meets it already."""
+        whole = Costs(CostModel.of(self.config, self.family, self.itemsize), self.cfg, self.speeds)
+        return Budget.of(self.cfg, whole, self.columns([self.sizes_of(self.teacher)]), self.counted_as)
 
     @property
     def counted_as(self) -> str:
@@ -105,34 +112,43 @@ class _Search:
     def sizes_of(dims: Dims) -> Sizes:
         return (dims.hidden, dims.ffn, dims.heads, dims.kv_heads, dims.layers)
 
-    def counted(self, sizes: Sizes) -> int:
-        return int(self.cost.params({a: np.array(s) for a, s in zip(SHAPE_AXES, sizes, strict=True)}, self.cfg.count))
+    @staticmethod
+    def columns(shapes: Any) -> dict[str, Any]:
+        """Shapes (rows in the order of SHAPE_AXES) as one array an axis."""
+        rows = np.asarray(shapes, dtype=np.int64)
+        return {axis: rows[:, index] for index, axis in enumerate(SHAPE_AXES)}
 
-    def choose(self) -> tuple[Sizes, list[plans.Candidate], int]:
-        """The chosen sizes, the best candidates (chosen first) and how many shapes met the budget."""
+    def cost(self, kind: Kind, sizes: Sizes) -> float:
+        return float(self.costs.of(kind, self.columns([sizes]))[0])
+
+    def shortlist(self) -> tuple[list[plans.Candidate], int]:
+        """The best candidates, best first, and how many shapes met the budget.
+
+        One shape for each combination of the axes besides ffn comes first: neighbours that differ by one step of ffn
+        tell later rankings nothing. Raises ConfigError when no shape meets the budget.
+        """
         fixed = self.fixed_sizes()
-        if self.target is None:
-            return fixed, [self.candidate(fixed)], 1
+        budget = self.budget
+        if budget is None:
+            return [self.candidate(fixed)], 1
         explicit = any(getattr(self.cfg, axis) is not None for axis in SHAPE_AXES)
-        if explicit and self.within(self.counted(fixed)):
-            return fixed, [self.candidate(fixed)], 1  # the sizes given meet the budget: nothing else needs to go
+        if explicit and bool(budget.near(np.array([self.cost(budget.kind, fixed)]))[0]):
+            return [self.candidate(fixed)], 1  # the sizes given meet the budget: nothing else needs to go
         shapes = self.enumerate()
-        counts = self.cost.params({a: shapes[:, i] for i, a in enumerate(SHAPE_AXES)}, self.cfg.count)
-        near = np.flatnonzero(np.abs(counts - self.target) <= self.cfg.tolerance * self.target)
+        costs = self.costs.of(budget.kind, self.columns(shapes))
+        near = np.flatnonzero(budget.near(costs))
         if not len(near):
-            raise self.impossible(counts)
-        scored = [self.candidate(tuple(shapes[index].tolist())) for index in near]
-        scored.sort(key=self.preference)
-        best = scored[0]
-        return tuple(getattr(best, a) for a in SHAPE_AXES), scored[:_KEPT_CANDIDATES], len(scored)
+            raise budget.impossible(costs, self.counted_as, budget_axes(self.cfg))
+        ranked = sorted((tuple(shapes[i].tolist()) for i in near), key=self.preference(costs[near], shapes[near]))
+        wanted = max(KEPT_CANDIDATES, self.cfg.search.masked_candidates)
+        return [self.candidate(sizes) for sizes in _varied(ranked, wanted)], len(ranked)
 
-    def within(self, counted: int) -> bool:
-        return self.target is not None and abs(counted - self.target) <= self.cfg.tolerance * self.target
-
-    def preference(self, item: plans.Candidate) -> tuple[float, ...]:
+    def preference(self, costs: Floats, shapes: Any) -> Callable[[Sizes], tuple[float, ...]]:
         """Best score first; then nearest to the target; then the larger sizes: never the order of enumeration."""
-        gap = abs(item.params - (self.target or item.params))
-        return (-round(item.score, 12), gap, *(-getattr(item, axis) for axis in SHAPE_AXES))
+        assert self.budget is not None
+        wanted = self.budget.wanted
+        gaps = {tuple(shape): abs(float(cost) - wanted) for shape, cost in zip(shapes.tolist(), costs, strict=True)}
+        return lambda sizes: (-round(self.score(sizes), 12), gaps[sizes], *(-size for size in sizes))
 
     def fixed_sizes(self) -> Sizes:
         """The teacher's shape with the sizes that were given. Raises ConfigError for one that is not allowed."""
@@ -172,14 +188,14 @@ class _Search:
 
     def check_allowed(self, sizes: Sizes) -> None:
         if wrong := self.family.violations(self.student_dims(sizes)):
-            given = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(self.cfg, axis) is not None]
+            given = [f"prune.{axis}" for axis in (*SHAPE_AXES, "experts") if getattr(self.cfg, axis) is not None]
             raise ConfigError(
                 ", ".join(given) or "prune", expected="sizes that the family allows", got="; ".join(wrong)
             )
 
     def student_dims(self, sizes: Sizes) -> Dims:
         cut = dict(zip(SHAPE_AXES, sizes, strict=True))
-        return Dims(**cut, head_dim=self.teacher.head_dim, vocab=self.teacher.vocab)
+        return Dims(**cut, head_dim=self.teacher.head_dim, vocab=self.teacher.vocab, experts=self.experts)
 
     def student_config(self, sizes: Sizes) -> dict[str, Any]:
         return self.family.student_config(self.config, self.student_dims(sizes), self.ranking.layers(sizes[4]))
@@ -188,7 +204,7 @@ class _Search:
         """Every allowed shape over the open axes, one row a shape in the order of SHAPE_AXES."""
         cfg, teacher = self.cfg, self.teacher
         group = teacher.heads // teacher.kv_heads
-        is_open = {axis for axis in cfg.axes if getattr(cfg, axis) is None}
+        is_open = {axis for axis in budget_axes(cfg) if getattr(cfg, axis) is None}
 
         def options(axis: str, step: int) -> list[int]:
             whole = getattr(teacher, axis)
@@ -215,28 +231,23 @@ class _Search:
             raise ConfigError("prune.axes", expected="at least one shape that the family allows", got=str(cfg.axes))
         return np.array(rows, dtype=np.int64)
 
-    def impossible(self, counts: np.ndarray) -> ConfigError:
-        assert self.target is not None
-        below, above = counts[counts < self.target], counts[counts > self.target]
-        nearest = [f"{int(v):,}" for v in ([below.max()] if len(below) else []) + ([above.min()] if len(above) else [])]
-        return ConfigError(
-            "prune.target_params",
-            expected=f"within {self.cfg.tolerance:.0%} of a reachable size, {int(counts.min()):,} to "
-            f"{int(counts.max()):,} {self.counted_as} parameters with axes {', '.join(self.cfg.axes) or '(none)'}",
-            got=f"{self.cfg.target_params} = {self.target:,} (nearest reachable: {' and '.join(nearest)})",
-            hint="change the target, open another axis in prune.axes, raise prune.tolerance or lower the divisors",
-        )
-
     def candidate(self, sizes: Sizes) -> plans.Candidate:
+        figures: dict[str, Any] = dict(zip(SHAPE_AXES, sizes, strict=True))
+        counts: tuple[Kind, ...] = ("params", "bytes", "kv_bytes")
+        times: tuple[Kind, ...] = ("decode", "prefill")
+        figures |= {kind: int(self.cost(kind, sizes)) for kind in counts}
+        figures |= {f"{kind}_ms": self.cost(kind, sizes) for kind in times if self.speeds is not None}
+        return plans.Candidate(**figures, score=self.score(sizes))
+
+    def score(self, sizes: Sizes) -> float:
         score = self.retained(sizes)["score"]
-        if score is None:
-            score = self.balance(sizes)
-        return plans.Candidate(**dict(zip(SHAPE_AXES, sizes, strict=True)), params=self.counted(sizes), score=score)
+        return self.balance(sizes) if score is None else score
 
     def balance(self, sizes: Sizes) -> float:
         """Minus the spread between the largest and the smallest kept fraction over the axes that may be cut."""
         axes = openable_axes(self.cfg, self.teacher)
-        kept = [size / getattr(self.teacher, a) for a, size in zip(SHAPE_AXES, sizes, strict=True) if a in axes]
+        given = [*zip(SHAPE_AXES, sizes, strict=True), ("experts", self.experts)]
+        kept = [size / getattr(self.teacher, a) for a, size in given if a in axes]
         return -(max(kept) - min(kept)) if kept else 0.0
 
     @cached_property
@@ -245,7 +256,7 @@ class _Search:
 
     def retained(self, sizes: Sizes) -> dict[str, float | None]:
         """Share kept on each axis that may be cut, and the predicted perplexity ratio as `score`; None if unknown."""
-        shape = dict(zip(SHAPE_AXES, sizes, strict=True))
+        shape = dict(zip(SHAPE_AXES, sizes, strict=True)) | {"experts": self.experts}
         kept_layers = self.ranking.layers(shape["layers"])
         out: dict[str, float | None] = {}
         for axis in openable_axes(self.cfg, self.teacher):
@@ -264,22 +275,46 @@ class _Search:
         out["score"] = math.exp(-sum(weights[axis] * share for axis, share in lost.items())) if known else None
         return out
 
-    def plan(self, sizes: Sizes, candidates: list[plans.Candidate], tried: int) -> plans.Plan:
+    def chosen_by(self, candidate: plans.Candidate) -> str:
+        """The last ranking that this candidate came first in."""
+        if self.budget is None:
+            return "sizes_given"
+        if candidate.probes:
+            return "probes"
+        if candidate.masked:
+            return "masked"
+        return "retained_importance" if self.ranking.has_scores else "balanced"
+
+    def plan(self, candidates: list[plans.Candidate], tried: int) -> plans.Plan:
+        """The plan for the first of `candidates`, which are all recorded in it."""
+        sizes: Sizes = candidates[0].sizes()
         teacher, student, ranking = self.teacher, self.student_dims(sizes), self.ranking
         layers = ranking.layers(student.layers)
         groups = [ranking.kv_heads(layer, student.kv_heads) for layer in layers]
+        experts = [ranking.experts(layer, student.experts) for layer in layers] if student.experts else []
+        mlps: list[Sequence[int | None]] = [*experts] if experts else [[None]] * len(layers)
         per_group = student.heads // student.kv_heads
         kept = plans.Kept(
             layers=layers,
             hidden=ranking.hidden(student.hidden),
-            ffn=[ranking.ffn(layer, student.ffn) for layer in layers],
+            ffn=[
+                ranking.ffn(layer, student.ffn, expert)
+                for layer, chosen in zip(layers, mlps, strict=True)
+                for expert in chosen
+            ],
             kv_heads=groups,
             heads=[ranking.heads(layer, kv, per_group) for layer, kv in zip(layers, groups, strict=True)],
+            experts=experts,
         )
         student_config = self.student_config(sizes)
         params = plans.count_params(student_config, self.family)
         whole = plans.count_params(self.config, self.family)
         reached, all_counted = getattr(params, self.cfg.count), getattr(whole, self.cfg.count)
+        budget, first = self.budget, candidates[0]
+        cost = None
+        if budget is not None:
+            timed = getattr(first, f"{budget.kind}_ms", None)
+            cost = self.cost(budget.kind, sizes) if timed is None else timed
         corrected = self.cfg.compensate != "none" and student.hidden < teacher.hidden
         plan = plans.Plan(
             model_type=str(self.config["model_type"]),
@@ -287,17 +322,19 @@ class _Search:
             student=plans.Shape.of(student),
             kept=kept,
             norm_scale=math.sqrt(teacher.hidden / student.hidden) if corrected else 1.0,
-            methods=self.methods(student),
+            methods=self.methods(student, self.chosen_by(first)),
             teacher_params=whole,
             student_params=params,
             target=plans.Target(
-                asked=self.cfg.target_params,
+                kind=budget.kind if budget else None,
+                asked=budget.asked if budget else None,
                 count=self.cfg.count,
                 tolerance=self.cfg.tolerance,
-                params=self.target,
+                wanted=budget.wanted if budget else None,
+                cost=cost,
+                off_by=None if budget is None or cost is None else cost / budget.wanted - 1,
                 reached=reached,
                 share_of_teacher=reached / all_counted,
-                off_by=None if self.target is None else reached / self.target - 1,
             ),
             retained=self.retained(sizes),
             candidates=candidates,
@@ -307,11 +344,10 @@ class _Search:
         plan.warnings.extend(self.warnings(plan))
         return plan
 
-    def methods(self, student: Dims) -> plans.Methods:
-        cut = {a: getattr(student, a) < getattr(self.teacher, a) for a in SHAPE_AXES}
-        by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in SHAPE_AXES}
-        search = "retained_importance" if self.ranking.has_scores else "balanced"
-        chosen = "sizes_given" if self.target is None else search
+    def methods(self, student: Dims, chosen: str) -> plans.Methods:
+        axes = (*SHAPE_AXES, "experts")
+        cut = {a: getattr(student, a) < getattr(self.teacher, a) for a in axes}
+        by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in axes}
         return plans.Methods(**by_axis, compensate=self.cfg.compensate, search=chosen)
 
     def warnings(self, plan: plans.Plan) -> list[str]:
@@ -323,3 +359,17 @@ class _Search:
         if not plan.cut_axes():
             out.append("nothing is cut: the student equals the teacher")
         return out
+
+
+def _varied(ranked: list[Sizes], count: int) -> list[Sizes]:
+    """The first `count` of `ranked` that differ in more than ffn, then the rest until there are as many; same order."""
+    ffn = SHAPE_AXES.index("ffn")
+    first: dict[tuple[int, ...], Sizes] = {}
+    for sizes in ranked:
+        first.setdefault(sizes[:ffn] + sizes[ffn + 1 :], sizes)
+    taken = set(list(first.values())[:count])
+    for sizes in ranked:
+        if len(taken) >= count:
+            break
+        taken.add(sizes)
+    return [sizes for sizes in ranked if sizes in taken]

@@ -5,14 +5,20 @@ Everything here works on the tensors as they are on disk, one at a time.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdscale.families import Family, TensorSpec
+from kdscale.families.schema import axis_blocks
 from kdscale.prune.plan import Plan
+
+_WHOLE = ("head_dim", "vocab")
 
 
 class Slicer:
@@ -22,6 +28,11 @@ class Slicer:
         self.family, self.plan = family, plan
         self.teacher_config = config
         self.student_config = family.student_config(config, plan.student.dims(), plan.kept.layers)
+        self._sizes = asdict(plan.teacher.dims()) | {
+            name: family.fixed_size(name, config) for name in family.data.sizes
+        }
+        self.embed_factor = embed_factor(family, plan)
+        self.final_factor = final_factor(config, family, plan)
 
     def outer(self) -> Iterator[tuple[str, str, TensorSpec]]:
         """(teacher name, student name, teacher spec) of the tensors outside the layers."""
@@ -29,43 +40,89 @@ class Slicer:
             yield name, name, spec
 
     def layer(self, position: int) -> Iterator[tuple[str, str, TensorSpec]]:
-        """The same for the student's layer `position`, which the teacher may number otherwise."""
+        """The same for the student's layer `position`, which the teacher may number otherwise; kept experts only."""
         theirs = self.family.layer_tensors(self.teacher_config, self.plan.kept.layers[position])
         ours = self.family.layer_tensors(self.student_config, position)
-        for (source, spec), target in zip(theirs.items(), ours, strict=True):
+        experts = self.kept("experts", position)
+        stay = {
+            name: spec
+            for name, spec in theirs.items()
+            if spec.expert is None or experts is None or spec.expert in experts
+        }
+        for (source, spec), target in zip(stay.items(), ours, strict=True):
             yield source, target, spec
 
     def slice(self, tensor: Tensor, spec: TensorSpec, position: int | None) -> Tensor:
         """The student's part of `tensor`, in its dtype; the same tensor when nothing of it is cut.
 
-        `position` is the student's layer, None outside the layers. Norm weights over hidden get the plan's
-        `norm_scale`, multiplied in fp32.
+        `position` is the student's layer, None outside the layers. Gains of norms over hidden get the plan's
+        `norm_scale`, and embeddings what their multiplier lost; both are multiplied in fp32.
         """
         for dimension, axis in enumerate(spec.axes):
-            kept = self.kept(axis, position)
+            kept = self.kept(axis, position) if spec.expert is None else self.kept(axis, position, spec.expert)
             if kept is not None:
                 tensor = tensor.index_select(dimension, torch.tensor(kept, device=tensor.device))
-        if self.plan.norm_scale != 1.0 and is_hidden_norm(spec):
-            tensor = (tensor.float() * self.plan.norm_scale).to(tensor.dtype)
+        if is_hidden_norm(spec):
+            factor = self.final_factor if spec.role == "final_norm" else self.plan.norm_scale
+            added = 1.0 if self.family.data.norm.gain == "one_plus_weight" else 0.0
+            if factor != 1.0:
+                tensor = ((tensor.float() + added) * factor - added).to(tensor.dtype)
+        if spec.role == "embed" and self.embed_factor != 1.0:
+            tensor = (tensor.float() * self.embed_factor).to(tensor.dtype)
         return tensor
 
-    def kept(self, axis: str, position: int | None) -> list[int] | None:
-        """Indices that stay along `axis` (as the family names tensor dimensions); None: all of them."""
-        name, times, _ = axis.partition("*")
-        if name not in ("hidden", "ffn", "heads", "kv_heads"):
+    def kept(self, axis: str, position: int | None, expert: int | None = None) -> list[int] | None:
+        """Indices that stay along `axis` (as the family names tensor dimensions); None: all of them.
+
+        `position` is the student's layer, `expert` the teacher's expert for a tensor that each expert has.
+        """
+        blocks = axis_blocks(axis)
+        if not any(self._is_cut(factor) for block in blocks for factor in block):
             return None
-        if getattr(self.plan.student, name) == getattr(self.plan.teacher, name):
-            return None
-        if name == "hidden":
+        out: list[int] = []
+        start = 0
+        for block in blocks:
+            sizes = [factor if isinstance(factor, int) else self._sizes[factor] for factor in block]
+            units = [self._units(factor, size, position, expert) for factor, size in zip(block, sizes, strict=True)]
+            strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+            out += [start + sum(map(int.__mul__, choice, strides)) for choice in itertools.product(*units)]
+            start += math.prod(sizes)
+        return out
+
+    def _is_cut(self, factor: str | int) -> bool:
+        if isinstance(factor, int) or factor in _WHOLE or factor in self.family.data.sizes:
+            return False
+        return bool(getattr(self.plan.student, factor) < getattr(self.plan.teacher, factor))
+
+    def _units(self, factor: str | int, size: int, position: int | None, expert: int | None) -> list[int]:
+        """Kept indices of one factor of an axis."""
+        if not self._is_cut(factor):
+            return list(range(size))
+        if factor == "hidden":
             return self.plan.kept.hidden
-        assert position is not None, f"a tensor outside the layers has the axis {axis}"
-        units: list[int] = getattr(self.plan.kept, name)[position]
-        if not times:
-            return units
-        width = self.plan.teacher.head_dim
-        return [unit * width + offset for unit in units for offset in range(width)]
+        assert position is not None, f"a tensor outside the layers has the axis {factor}"
+        if factor == "ffn":
+            return self.plan.kept.ffn_of(position, expert)
+        units: list[int] = getattr(self.plan.kept, str(factor))[position]
+        return units
 
 
 def is_hidden_norm(spec: TensorSpec) -> bool:
-    """Whether this is the weight of a norm over the residual stream (not a per-head one)."""
+    """Whether this is the gain of a norm over the residual stream (not a per-head one)."""
     return spec.role.endswith("_norm") and spec.axes == ("hidden",)
+
+
+def embed_factor(family: Family, plan: Plan) -> float:
+    """What the student's embeddings are multiplied by on disk, so that they enter its first layer as the teacher's do.
+
+    A model that multiplies them by √hidden takes the student's hidden size for it, √(d'/d) of the teacher's factor.
+    """
+    if family.data.embed_multiplier != "sqrt_hidden":
+        return 1.0
+    return math.sqrt(plan.teacher.hidden / plan.student.hidden)
+
+
+def final_factor(config: dict[str, Any], family: Family, plan: Plan) -> float:
+    """What the final norm's gain is multiplied by: a tied head has its embedding's factor, which is taken out here."""
+    tied = any(name for name in family.tied(config))
+    return plan.norm_scale / embed_factor(family, plan) if tied else plan.norm_scale

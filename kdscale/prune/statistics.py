@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.families import Dims, Family
+from kdscale.prune.experts import ExpertStats
 from kdscale.prune.obs import head_removal_costs, removal_costs
 from kdscale.prune.stream import OneLayer
 
@@ -36,14 +37,18 @@ class UnitStats:
     ):
         self._dims, self._axes, self._obs, self._ridge = dims, axes, obs, ridge
         self._sites = family.sites
-        self._layer = layer
+        self._layer, self._family = layer, family
+        mixture = bool(family.sites.experts) and bool({"ffn", "experts"} & set(axes))
+        self._experts = ExpertStats(layer.site(family.sites.experts)) if mixture else None
         self._sums: dict[str, Tensor] = {}
         self._grams: dict[str, Tensor] = {}
 
     def attach(self) -> list[Any]:
         """Register the hooks this layer needs; returns their handles."""
         handles = []
-        if "ffn" in self._axes:
+        if self._experts is not None:
+            handles.append(self._experts.attach())
+        elif "ffn" in self._axes:
             handles.append(self._hook(self._sites.ffn, self._see_ffn))
         if "heads" in self._axes or "kv_heads" in self._axes:
             handles.append(self._hook(self._sites.heads, self._see_heads))
@@ -51,16 +56,19 @@ class UnitStats:
 
     def scores(self) -> dict[str, Tensor]:
         """Finished scores of this layer, fp64 on the CPU."""
-        sums, dims, out = self._sums, self._dims, {}
-        if "ffn" in self._axes:
-            weight_DF = _weight(self._layer.site(self._sites.ffn))
+        sums, dims, out = self._sums, self._dims, dict[str, Tensor]()
+        if self._experts is not None:
+            found = self._experts.scores()
+            out |= {name: value for name, value in found.items() if name.partition(".")[0] in self._axes}
+        elif "ffn" in self._axes:
+            weight_DF = self._weight(self._sites.ffn, "down")
             out["ffn.activation"] = sums["ffn"].sqrt()
             out["ffn.output_energy"] = sums["ffn_square"] * weight_DF.square().sum(0).double()
         if "heads" in self._axes or "kv_heads" in self._axes:
             out["heads.activation"] = sums["heads"].sqrt()
             group, width = dims.heads // dims.kv_heads, dims.head_dim
-            weight = _weight(self._layer.site(self._sites.heads)).double()
-            weight_KDPH = weight.view(-1, dims.kv_heads, group * width).transpose(0, 1)
+            weight = self._weight(self._sites.heads, "o").double()
+            weight_KDPH = weight.reshape(-1, dims.kv_heads, group * width).transpose(0, 1)
             # ‖W x‖² summed over tokens is the trace of W G Wᵀ; a head's own part is its diagonal block of G.
             gram = sums["gram"]
             out["kv_heads.output_energy"] = ((weight_KDPH @ gram) * weight_KDPH).sum((1, 2))
@@ -74,11 +82,9 @@ class UnitStats:
         """The Gram matrices are used up, one after the other."""
         dims, out = self._dims, dict[str, Tensor]()
         if "ffn" in self._grams:
-            out["ffn.obs"] = removal_costs(
-                self._grams.pop("ffn"), _weight(self._layer.site(self._sites.ffn)), self._ridge
-            )
+            out["ffn.obs"] = removal_costs(self._grams.pop("ffn"), self._weight(self._sites.ffn, "down"), self._ridge)
         if "heads" in self._grams:
-            weight = _weight(self._layer.site(self._sites.heads))
+            weight = self._weight(self._sites.heads, "o")
             gram = self._grams.pop("heads")
             out["heads.obs"] = head_removal_costs(gram, weight, self._ridge, dims.kv_heads, dims.head_dim)
         return out
@@ -106,6 +112,12 @@ class UnitStats:
             self._grams[name] = x_NU.new_zeros(x_NU.shape[1], x_NU.shape[1])
         self._grams[name].addmm_(x_NU.T, x_NU)
 
+    def _weight(self, path: str, role: str) -> Tensor:
+        """[outputs, inputs], fp32."""
+        weight = self._layer.site(path).weight
+        assert isinstance(weight, Tensor)
+        return weight.float().T if self._family.transposed(role) else weight.float()
+
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
 
@@ -129,9 +141,3 @@ class NormStats:
     def _see(self, module: nn.Module, y_BSD: Tensor) -> None:
         seen = y_BSD.float().abs().mean(1).square().sum(0).double()
         self._squares[id(module)] = self._squares.get(id(module), torch.zeros_like(seen)) + seen
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.float()

@@ -9,13 +9,16 @@ B batch · S sequence · D hidden · V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kdscale.families import Family
+from kdscale.families import Family, TensorSpec
+from kdscale.heads import head_of, logit_scale
+from kdscale.prune.shell import NoPositions, assemble, check_positions, enter_with, replace_module
 
 
 class TokenBatch(Protocol):
@@ -49,9 +52,13 @@ class OneLayer:
             parameter.data = parameter.data.new_empty(0)
 
     def __call__(self, hidden_BSD: Tensor, position_ids_BS: Tensor) -> Tensor:
-        return self._base(
-            inputs_embeds=hidden_BSD, position_ids=position_ids_BS, attention_mask=None, use_cache=False
-        ).last_hidden_state
+        handle = self.module.register_forward_pre_hook(enter_with(hidden_BSD), prepend=True, with_kwargs=True)
+        try:
+            return self._base(
+                inputs_embeds=hidden_BSD, position_ids=position_ids_BS, attention_mask=None, use_cache=False
+            ).last_hidden_state
+        finally:
+            handle.remove()
 
 
 class LayerStream:
@@ -68,23 +75,39 @@ class LayerStream:
         self.dtype, self.device = dtype, device
         self.dims = family.dims(config)
 
-    def embedding(self) -> nn.Module:
-        """The embedding module alone, with its weight."""
-        sites = self.family.sites
-        shell = self._shell(0)
-        self._fill(shell, {f"{sites.embed}.weight": f"{sites.embed}.weight"}, sites.embed)
-        return shell.get_submodule(sites.embed)
+    def embedding(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(token ids, position ids) → what enters the first layer: the model itself, without layers and final norm."""
+        shell, sites = self._shell(0), self.family.sites
+        self._fill(shell, self._outer("embed", "position_embed", "embed_norm", "embed_norm_bias"), sites.embed)
+        for path in filter(None, (sites.embed, sites.rotary)):
+            shell.get_submodule(path).to(self.device)
+        replace_module(shell, sites.layers, nn.ModuleList())
+        replace_module(shell, sites.final_norm, nn.Identity())
+        base: Any = shell.get_submodule(shell.base_model_prefix)  # type: ignore[arg-type]
+
+        def enter(input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+            found: Tensor = base(
+                input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False
+            ).last_hidden_state
+            return found
+
+        return enter
 
     def layer(self, index: int) -> OneLayer:
         """Layer `index` with its tensors just read. `release` it before asking for the next one."""
         shell = self._shell(index)
         sites = self.family.sites
         ours, theirs = self.family.layer_prefix(0), self.family.layer_prefix(index)
-        names = {ours + name.removeprefix(theirs): name for name in self.family.layer_tensors(self.config, index)}
-        self._fill(shell, names, f"{sites.layers}.0")
-        parent, _, leaf = sites.final_norm.rpartition(".")
-        setattr(shell.get_submodule(parent), leaf, nn.Identity())  # the hidden state leaves the layer as it is
-        shell.get_submodule(sites.rotary).to(self.device)
+        specs = {
+            name: replace(spec, parameter=ours + spec.parameter.removeprefix(theirs))
+            for name, spec in self.family.layer_tensors(self.config, index).items()
+        }
+        self._fill(shell, specs, f"{sites.layers}.0")
+        for spec in self._outer("position_embed").values():
+            replace_module(shell, spec.parameter.removesuffix(".weight"), NoPositions())
+        replace_module(shell, sites.final_norm, nn.Identity())  # the hidden state leaves the layer as it is
+        if sites.rotary:
+            shell.get_submodule(sites.rotary).to(self.device)
         return OneLayer(shell, self.family, index)
 
     def layers(self) -> Iterator[OneLayer]:
@@ -95,41 +118,50 @@ class LayerStream:
             layer.release()
 
     def final_norm(self) -> nn.Module:
-        sites = self.family.sites
         shell = self._shell(0)
-        self._fill(shell, {f"{sites.final_norm}.weight": f"{sites.final_norm}.weight"}, sites.final_norm)
-        return shell.get_submodule(sites.final_norm)
+        self._fill(shell, self._outer("final_norm", "final_norm_bias"), self.family.sites.final_norm)
+        return shell.get_submodule(self.family.sites.final_norm)
 
-    def head(self) -> nn.Module:
-        """The output head; under a tie it has the embedding's weight."""
-        sites = self.family.sites
-        shell = self._shell(0)
-        name = f"{sites.head}.weight"
-        self._fill(shell, {name: self.family.tied(self.config).get(name, name)}, sites.head)
-        return shell.get_submodule(sites.head)
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final hidden states → fp32 logits, with all that the model does to them."""
+        shell, path = self._shell(0), self.family.sites.head
+        specs = self._outer("head", "head_bias")
+        for tensor, other in self.family.tied(self.config).items():
+            specs[other] = replace(self._outer("embed")[other], parameter=self.family.parameter(tensor))
+        self._fill(shell, specs, path)
+        head, scale = head_of(shell), logit_scale(shell)
+        return lambda hidden: head.logits(hidden * scale)
 
     def embed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
-        """The hidden states that enter the first layer, one [B, S, D] a batch."""
-        module = self.embedding()
+        """The hidden states that enter the first layer, one [B, S, D] a batch.
+
+        Raises DataError for a sequence with more positions than the model has learned.
+        """
+        for name, spec in self._outer("position_embed").items():
+            check_positions(name, spec, [batch.position_ids_BS for batch in batches])
+        enter = self.embedding()
         with torch.inference_mode():
-            return [module(batch.input_ids_BS.to(self.device)) for batch in batches]
+            return [enter(b.input_ids_BS.to(self.device), b.position_ids_BS.to(self.device)) for b in batches]
+
+    def _outer(self, *roles: str) -> dict[str, TensorSpec]:
+        outer = self.family.outer_tensors(self.config)
+        return {name: spec for name, spec in outer.items() if spec.role in roles}
 
     def _shell(self, index: int) -> nn.Module:
         """The whole model with one layer and no weights: parameters on the meta device, buffers real."""
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
         one = self.family.student_config(self.config, self.dims.replace(layers=1), [index])
         model_type = one.pop("model_type")
-        with init_empty_weights(include_buffers=False):
-            shell = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(model_type, **one), dtype=self.dtype, attn_implementation="sdpa"
-            )
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            shell = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **one), dtype=self.dtype)
         return shell.eval().requires_grad_(False)
 
-    def _fill(self, shell: nn.Module, names: dict[str, str], part: str) -> None:
-        """Read tensors (parameter name → name on disk) into `shell`; all of `part` must have its weights then."""
-        state = {ours: self._source(disk).to(self.device, self.dtype) for ours, disk in names.items()}
+    def _fill(self, shell: nn.Module, specs: Mapping[str, TensorSpec], part: str) -> None:
+        """Read tensors (by name on disk) into `shell`; all of `part` must have its weights then."""
+        state = assemble(specs, lambda name: self._source(name).to(self.device, self.dtype))
         shell.load_state_dict(state, strict=False, assign=True)
         empty = [name for name, value in shell.get_submodule(part).named_parameters() if value.is_meta]
         assert not empty, f"the family names no tensor for {part}: {', '.join(empty)}"

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import TargetSums
 from kdscale.prune.repair import COMPENSATED, compensated_roles
+from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
@@ -42,6 +43,7 @@ def two_stream_layers(
     correction: float,
     teacher: Checkpoint,
     reporter: Reporter,
+    residuals: Residuals | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """For each kept layer, in order: role → weight, fp32 on the CPU. `correction` is β.
 
@@ -64,7 +66,7 @@ def two_stream_layers(
                     theirs_states[index] = layer(theirs_states[index], batch.position_ids_BS.to(stream.device))
             else:
                 student = ours.layer(position)
-                pair = _LayerPair(layer, student, slicer, position, correction, kept_D, batches)
+                pair = _LayerPair(layer, student, slicer, position, correction, kept_D, batches, residuals)
                 yield pair.fit(theirs_states, our_states, ridge)
                 student.release()
             bar.advance(tokens / (last + 1), f"layer {layer.index + 1}/{last + 1}")
@@ -100,11 +102,12 @@ class _LayerPair:
         correction: float,
         kept_D: Tensor,
         batches: Sequence[TokenBatch],
+        residuals: Residuals | None,
     ):
         self._theirs, self._ours, self._slicer, self._position = theirs, ours, slicer, position
-        self._correction, self._kept_D, self._batches = correction, kept_D, batches
+        self._correction, self._kept_D, self._batches, self._residuals = correction, kept_D, batches, residuals
         sites = slicer.family.sites
-        self._paths = {"o": sites.heads, "down": sites.ffn or sites.mlp}
+        self._paths = {"o": sites.heads, "down": sites.mlp_output}
         self._seen: dict[tuple[bool, str], tuple[Tensor, Tensor]] = {}
         for mine, one in ((False, theirs), (True, ours)):
             for role, path in self._paths.items():
@@ -116,21 +119,25 @@ class _LayerPair:
         for role in ("o", "down"):
             if role not in compensated_roles(self._slicer.plan, self._slicer):
                 continue
-            module = self._ours.site(self._paths[role])
-            weight_DK, bias_D = module.weight, getattr(module, "bias", None)
-            assert isinstance(weight_DK, Tensor)
+            module, transposed = self._ours.site(self._paths[role]), self._slicer.family.transposed(role)
+            weight_DK, bias_D = _weight(module, transposed), getattr(module, "bias", None)
             inputs = self._slicer.kept(COMPENSATED[role], self._position)
             assert inputs is not None
             inputs_K = torch.tensor(inputs, device=weight_DK.device)
-            sums = TargetSums(weight_DK.shape[1], weight_DK.shape[0], weight_DK.device)
+            sums, sample = TargetSums(len(inputs), len(weight_DK), weight_DK.device), Sample(len(self._batches))
             for theirs, ours, batch in zip(theirs_states, our_states, self._batches, strict=True):
                 self._run(theirs, ours, batch)
                 offset = 0.0 if bias_D is None else bias_D.float()
+                sample.see(self._seen[False, role][0])
                 sums.add(self._seen[False, role][0][..., inputs_K], self._wanted(role) - offset)
                 sums.add(self._seen[True, role][0], self._target(role, theirs, ours) - offset)
             solved = sums.solve(weight_DK, ridge, f"{self._paths[role]} of the student's layer {self._position}")
-            out[role] = solved.cpu()
-            module.weight.data = solved.to(weight_DK.dtype)
+            if self._residuals is not None:
+                whole_DU = _weight(self._theirs.site(self._paths[role]), transposed)[self._kept_D]
+                self._residuals.add(self._theirs.index, role, sample, whole_DU, inputs_K, solved)
+            on_disk = solved.T.contiguous() if transposed else solved
+            out[role] = on_disk.cpu()
+            module.weight.data = on_disk.to(weight_DK.dtype)
         for index, batch in enumerate(self._batches):
             theirs_states[index], our_states[index] = self._run(theirs_states[index], our_states[index], batch)
         self._seen.clear()
@@ -169,3 +176,10 @@ class _LayerPair:
             self._seen[mine, role] = (args[0], output if isinstance(output, Tensor) else output[0])
 
         return keep
+
+
+def _weight(module: nn.Module, transposed: bool) -> Tensor:
+    """[outputs, inputs]"""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if transposed else weight

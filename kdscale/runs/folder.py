@@ -1,7 +1,8 @@
 """The run folder: where everything about one run lies, who may write there, and what happened when.
 
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
-  data/  importance/  plan.json  pruned/  checkpoints/  student/  eval/  report/
+  data/  importance/  speed.json (timings of shapes)  plan.json  pruned/  repair.json (what compensation won back)
+  checkpoints/  student/  eval/  report/  steps/ (a run folder for each step before the last)
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ class RunFolder:
         self.data = path / "data"
         self.importance = path / "importance"
         self.plan = path / "plan.json"
+        self.speed = path / "speed.json"
         self.pruned = path / "pruned"
+        self.repair = path / "repair.json"
         self.checkpoints = path / "checkpoints"
         self.student = path / "student"
         self.eval = path / "eval"
         self.report = path / "report"
+        self.steps = path / "steps"
 
     @contextmanager
     def lock(self) -> Iterator[None]:

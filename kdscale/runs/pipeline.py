@@ -13,7 +13,7 @@ from kdscale.config import Config
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
 from kdscale.progress import Reporter
-from kdscale.runs import work
+from kdscale.runs import choose, work
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.stage import Context, Stage, run_stage
 
@@ -33,7 +33,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "plan", "choose the student's shape", ("prune",), ("importance",), ("plan.json",), work.choose_plan,
-        reads_teacher=True, hand_editable=True,
+        reads_teacher=True, hand_editable=True, derived=choose.what_matters,
     ),
     Stage(
         "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "importance", "data"),
@@ -48,11 +48,27 @@ STAGES: tuple[Stage, ...] = (
         work.evaluate, reads_teacher=True,
     ),
     Stage(
-        "report", "write the report", ("name",), ("plan.json", "importance", "eval", "logs/metrics.jsonl"), ("report",),
+        "report", "write the report", ("name",),
+        ("plan.json", "importance", "pruned/config.json", "repair.json", "eval", "logs/metrics.jsonl"), ("report",),
         work.write_report,
     ),
 )  # fmt: skip
 STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+def report_so_far(config: Config, reporter: Reporter) -> bool:
+    """Write the report of whatever the run folder holds; returns whether anything had to be done.
+
+    Runs no other stage: what is missing is said in the report. Raises RunFolderError when there is no such run.
+    """
+    run = RunFolder(Path(config.run_dir))
+    if not run.config.exists():
+        raise RunFolderError(
+            f"{run.path} is not a run folder", expected="a run to report on", hint="kdscale run CONFIG makes one"
+        )
+    with run.lock(), _signals_as_exceptions():
+        context = Context(config, run, run.path, reporter)  # the report reads no teacher
+        return guarded(STAGES[-1], context)
 
 
 def run_until(config: Config, last: str, reporter: Reporter, accept_changes: bool = False) -> bool:
@@ -75,11 +91,16 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
         check_disk(context)
         did = False
         for stage in STAGES[: STAGE_NAMES.index(last) + 1]:
-            did |= _guarded(stage, context)
+            if stage.name == STAGE_NAMES[1] and config.steps:
+                from kdscale.runs.steps import run_steps
+
+                changed, context = run_steps(context)
+                did |= changed
+            did |= guarded(stage, context)
         return did
 
 
-def _guarded(stage: Stage, context: Context) -> bool:
+def guarded(stage: Stage, context: Context) -> bool:
     """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up."""
     try:
         with explain_os_errors(context.run.path):
@@ -139,17 +160,31 @@ def _student_params(context: Context) -> int:
 
     if context.run.plan.exists():
         return Plan.load(context.run.plan).student_params.total
-    return plan_shapes(context.config, context.teacher).student_params.total
+    plans = plan_shapes(context.config, context.source)
+    if len(plans) == len(context.config.steps) + 1:
+        return plans[-1].student_params.total
+    teacher, family = work.open_teacher(context.source)  # under a latency target: no larger than the teacher
+    return family.count_params(teacher.config).total
 
 
-def plan_shapes(config: Config, teacher: Path) -> Plan:
-    """The plan from the teacher's config.json alone. Raises ConfigError when the budget cannot be met."""
+def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
+    """A plan for each step and the config's own, from the teacher's config.json alone.
+
+    Ends before the first one whose target is a latency, which has to be measured. Raises ConfigError when a budget
+    cannot be met.
+    """
     from kdscale.families import load_family
     from kdscale.prune.plan import make_plan
     from kdscale.weights import read_config
 
-    teacher_config = read_config(teacher)
-    return make_plan(teacher_config, load_family(teacher_config, str(teacher / "config.json")), None, config.prune)
+    model, out = read_config(teacher), []
+    for one in (*(config.step(index) for index in range(len(config.steps))), config):
+        if one.prune.target_decode is not None or one.prune.target_prefill is not None:
+            break
+        family = load_family(model, str(teacher / "config.json"))
+        out.append(make_plan(model, family, None, one.prune))
+        model = family.student_config(model, out[-1].student.dims(), out[-1].kept.layers)
+    return out
 
 
 @contextmanager

@@ -34,6 +34,23 @@ class Context:
     run: RunFolder
     teacher: Path
     reporter: Reporter
+    pruned_from: Path | None = None  # with steps: the student of the step before; the teacher otherwise
+
+    @property
+    def source(self) -> Path:
+        """The model that this run prunes."""
+        return self.pruned_from or self.teacher
+
+    @property
+    def distilled_from(self) -> Path:
+        """The model whose distribution the student learns."""
+        return self.source if self.config.distill.teacher == "previous" else self.teacher
+
+    def teacher_of(self, stage: str) -> Path:
+        """The larger model that a stage reads."""
+        if stage in ("importance", "plan", "prune"):
+            return self.source
+        return self.distilled_from if stage == "distill" else self.teacher
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ def inputs_of(stage: Stage, context: Context) -> dict[str, Any]:
     if stage.derived is not None:
         made_from["derived"] = dict(stage.derived(context))
     if stage.reads_teacher:
-        made_from["files"]["teacher"] = digest_tree(context.teacher)
+        made_from["files"]["teacher"] = digest_tree(context.teacher_of(stage.name))
     for name in stage.inputs:
         made_from["files"][name] = digest_tree(context.run.path / name)
     return made_from

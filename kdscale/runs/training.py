@@ -22,7 +22,7 @@ from kdscale.runs.stage import Context
 def train(context: Context) -> Mapping[str, Any]:
     """Distil to the end or raise; returns the last validation's figures."""
     if context.config.distill.processes == 1:
-        _run_rank(context.config, context.run, context.teacher, context.reporter)
+        _run_rank(context.config, context.run, context.distilled_from, context.reporter)
     else:
         _launch(context)
     rows = [row for row in read_metrics(context.run.logs / "metrics.jsonl") if row["kind"] == "validation"]
@@ -41,7 +41,7 @@ def _launch(context: Context) -> None:
     from kdscale_launch import JobSpec, LaunchError, RankFailed, run_local
 
     spec = JobSpec(
-        command=(sys.executable, "-m", "kdscale.runs.training", str(context.run.path), str(context.teacher)),
+        command=(sys.executable, "-m", "kdscale.runs.training", str(context.run.path), str(context.distilled_from)),
         processes=context.config.distill.processes,
         log_dir=context.run.logs,
     )

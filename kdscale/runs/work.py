@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from kdscale.data.loader import Batch
     from kdscale.families import Family
+    from kdscale.progress import Reporter
     from kdscale.weights import Checkpoint
 
 Facts = Mapping[str, Any]
@@ -56,7 +57,7 @@ def axes_to_score(context: Context) -> Facts:
     from kdscale.prune.ranking import obs_axes
     from kdscale.prune.search import openable_axes
 
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source)
     obs = obs_axes(context.config.prune)
     axes = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
     return {**axes, "obs": [*obs, context.config.prune.ridge_lambda]} if obs else axes
@@ -68,7 +69,7 @@ def measure_importance(context: Context) -> Facts:
 
     config = context.config
     set_threads(config.runtime.threads)
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source, context.reporter)
     batches = calibration_batches(config, context.run.data)
     with atomic_dir(context.run.importance) as tmp:
         device = resolve_device(config.runtime.device)
@@ -77,12 +78,10 @@ def measure_importance(context: Context) -> Facts:
 
 
 def choose_plan(context: Context) -> Facts:
-    from kdscale.prune.plan import make_plan
     from kdscale.prune.ranking import load_scores
-    from kdscale.prune.rotate import choose
+    from kdscale.runs.choose import search_plan
 
-    teacher, family = open_teacher(context.teacher)
-    plan = choose(teacher, family, load_scores(context.run.importance), context.config.prune, make_plan)
+    plan = search_plan(context, load_scores(context.run.importance))
     plan.save(context.run.plan)
     for warning in plan.warnings:
         context.reporter.say(f"  note: {warning}")
@@ -96,15 +95,18 @@ def prune_and_check(context: Context) -> Facts:
     from kdscale.prune.check import self_check
     from kdscale.prune.plan import Plan
     from kdscale.prune.ranking import load_scores
+    from kdscale.prune.residual import Residuals
     from kdscale.prune.rotate import turned
 
     config, run = context.config, context.run
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
-    teacher, family = open_teacher(context.teacher)
+    teacher, family = open_teacher(context.source)
     if Plan.load(run.plan).methods.hidden == "pca":
         teacher = turned(teacher, family, load_scores(run.importance))
     plan = Plan.load(run.plan, config=teacher.config, family=family)
+    residuals = Residuals(run.repair)
+    residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
     with atomic_dir(run.pruned) as tmp:
         apply_plan(
             teacher,
@@ -116,6 +118,7 @@ def prune_and_check(context: Context) -> Facts:
             dtype=resolve_dtype(config.importance.dtype, device),
             device=device,
             reporter=context.reporter,
+            residuals=residuals,
         )
         figures = self_check(teacher, family, plan, tmp, _check_ids(run.data, config.seed), device=device)
     write_json(run.logs / SELF_CHECK_FILE, figures)
@@ -184,14 +187,19 @@ def _check_ids(data: Path, seed: int) -> Tensor:
     return batch.input_ids_BS
 
 
-def open_teacher(folder: Path) -> tuple[Checkpoint, Family]:
-    """The teacher with its family, its headers checked; reads no weights. Raises CheckpointError."""
+def open_teacher(folder: Path, reporter: Reporter | None = None) -> tuple[Checkpoint, Family]:
+    """The teacher with its family, its headers checked; reads no weights. Raises CheckpointError.
+
+    With a `reporter` it says what of the checkpoint is left out.
+    """
     from kdscale.families import load_family
     from kdscale.weights import Checkpoint
 
     teacher = Checkpoint.open(folder)
     family = load_family(teacher.config, str(folder / "config.json"))
-    teacher.verify_against(family)
+    for notice in teacher.verify_against(family):
+        if reporter is not None:
+            reporter.say(f"  note: {notice}")
     return teacher, family
 
 

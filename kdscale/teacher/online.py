@@ -1,5 +1,7 @@
 """The teacher in the same process: forward to the final hidden state, then top-K and log-sum-exp through its own head.
 
+With whole=True the hidden state itself is the target, and the head goes with it.
+
 B sequences, S positions, N valid positions, H hidden size, V vocabulary, K entries.
 """
 
@@ -10,24 +12,28 @@ from typing import Any
 import torch
 
 from kdscale.heads import final_hidden, head_of
-from kdscale.teacher.targets import TopKTargets
+from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_kernels import linear_topk_lse
 
 
 class OnlineTeacher:
     """Wraps a loaded causal LM; frozen, in eval mode, never part of any gradient."""
 
-    def __init__(self, model: Any, *, top_k: int, temperature: float, vocab_size: int):
+    def __init__(self, model: Any, *, top_k: int, temperature: float, vocab_size: int, whole: bool = False):
         self.model = model.eval().requires_grad_(False)
         self._top_k = min(top_k, vocab_size)
-        self._temperature, self._vocab_size = temperature, vocab_size
+        self._temperature, self._vocab_size, self._whole = temperature, vocab_size, whole
 
     @torch.no_grad()
-    def targets(self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor) -> TopKTargets:
+    def targets(
+        self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor
+    ) -> TopKTargets | FullTargets:
         """Targets of the flat positions `rows_N` only: rows without a label never reach the head."""
         hidden_BSH = final_hidden(self.model, input_ids_BS, position_ids_BS)
         hidden_NH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1]).index_select(0, rows_N)
         head = head_of(self.model)
+        if self._whole:
+            return FullTargets(hidden_NH, head.detached())
         top: Any = linear_topk_lse(
             hidden_NH,
             head.weight_VH,

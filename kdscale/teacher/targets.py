@@ -1,6 +1,6 @@
 """What a teacher says about a position, whoever the teacher is: its top K entries and the mass of all the rest.
 
-N rows (valid positions), K entries.
+N rows (valid positions), K entries, G teacher's hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kdscale.errors import CheckpointError
+from kdscale.heads import Head
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,22 @@ class TopKTargets:
     @property
     def rows(self) -> int:
         return self.ids_NK.shape[0]
+
+    def probe(self) -> torch.Tensor:
+        """A number that is finite only if the targets are."""
+        return self.lse_N.sum()
+
+
+@dataclass(frozen=True)
+class FullTargets:
+    """All that a teacher says about N rows: what enters its head, [N,G], and the head itself, [V,G], by reference."""
+
+    hidden_NG: torch.Tensor
+    head: Head
+
+    def probe(self) -> torch.Tensor:
+        """A number that is finite only if the targets are."""
+        return self.hidden_NG.sum(dtype=torch.float32)
 
 
 def shared_vocabulary(teacher_rows: int, student_rows: int, tokenizer_size: int, student_dir: str) -> int:

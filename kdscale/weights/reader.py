@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join
-from kdscale.weights.header import DuplicateKeyError, TensorEntry, read_header, unique_keys
+from kdscale.weights.header import DTYPE_BYTES, DuplicateKeyError, TensorEntry, read_header, unique_keys
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,8 @@ class ExpectedTensors(Protocol):
     def tensors(self, config: Mapping[str, Any]) -> Mapping[str, _Spec]: ...
     def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]: ...
     def ignored(self) -> Sequence[str]: ...
+    def dropped(self) -> Mapping[str, str]: ...
+    def full_name(self, name: str) -> str: ...
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -101,6 +103,10 @@ class Checkpoint:
         entry = self._entry(name)
         return TensorInfo(entry.shape, entry.dtype)
 
+    def itemsize(self, name: str) -> int:
+        """Bytes a value of one tensor."""
+        return DTYPE_BYTES[self._entry(name).dtype]
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor as it is on disk, in memory of its own on the CPU.
 
@@ -126,12 +132,18 @@ class Checkpoint:
     def verify_against(self, family: ExpectedTensors) -> list[str]:
         """Check that names and shapes are the family's for this config; returns notices for the user.
 
-        A stored copy of a tied tensor and old buffers that no model reads are tolerated: they leave `names`, and a
-        notice says so. Raises CheckpointError listing every missing, unexpected or differently shaped tensor, or
+        A stored copy of a tied tensor, old buffers that no model reads and heads that the student does without are
+        tolerated: they leave `names`, and a notice says so. Tensors of a checkpoint that lacks the base model's prefix
+        get their full names. Raises CheckpointError listing every missing, unexpected or differently shaped tensor, or
         when a tensor that the config calls tied differs from the one it is tied to.
         """
         expected, tied = family.tensors(self.config), family.tied(self.config)
-        extra = [name for name in self._entries if name not in expected]
+        self._entries = {family.full_name(name): entry for name, entry in self._entries.items()}
+        heads = {
+            what: {name for name in self._entries if name not in expected and fnmatch.fnmatchcase(name, glob)}
+            for glob, what in family.dropped().items()
+        }
+        extra = [name for name in self._entries if name not in expected and name not in set().union(*heads.values())]
         buffers = [name for name in extra if any(fnmatch.fnmatchcase(name, glob) for glob in family.ignored())]
         copies = [name for name in extra if name in tied and tied[name] in self._entries]
         wrong = {
@@ -154,6 +166,7 @@ class Checkpoint:
             self._check_copy(name, tied[name])
         self._entries = {name: self._entries[name] for name in self._entries if name in expected}
         notices = [f"{name} is a stored copy of the tied {tied[name]}: ignored" for name in copies]
+        notices += [f"{len(names)} tensors of the {what} are left out" for what, names in heads.items() if names]
         return notices + ([f"{len(buffers)} buffers that no model reads are ignored"] if buffers else [])
 
     def _entry(self, name: str) -> TensorEntry:

@@ -35,6 +35,16 @@ def check_linear(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, pr
     check_same_device(hidden_NH, weight_VH, *([] if bias_V is None else [bias_V]))
 
 
+def check_two_models(hidden_NH: Tensor, teacher_hidden_NG: Tensor, labels_N: Tensor) -> None:
+    """Both models' hidden states and the labels have the same rows on the same device."""
+    rows = hidden_NH.shape[0]
+    if teacher_hidden_NG.shape[0] != rows:
+        raise ValueError(f"teacher_hidden: expected [{rows}, G] to match hidden, got {list(teacher_hidden_NG.shape)}")
+    if labels_N.shape != (rows,) or labels_N.is_floating_point() or labels_N.dtype == torch.bool:
+        raise ValueError(f"labels_N: expected integers [{rows}], got {labels_N.dtype} {list(labels_N.shape)}")
+    check_same_device(hidden_NH, teacher_hidden_NG, labels_N)
+
+
 def check_same_device(first: Tensor, *others: Tensor) -> None:
     for other in others:
         if other.device != first.device:
@@ -109,6 +119,11 @@ def check_target_values(ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, labels
             f"ids_NK: expected ids from 0 to {vocab - 1}, got {int(ids_NK[outside_NK][0])}; "
             "give both sides the same vocab_size when their vocabularies are padded differently"
         )
+    check_label_values(labels_N, vocab)
+
+
+def check_label_values(labels_N: Tensor, vocab: int) -> None:
+    """Of the rows that count; CPU only."""
     bad_N = (labels_N < 0) | (labels_N >= vocab)
-    if bool(bad_N.any()):
+    if labels_N.device.type == "cpu" and bool(bad_N.any()):
         raise ValueError(f"labels_N: expected ids from 0 to {vocab - 1} or ignore_index, got {int(labels_N[bad_N][0])}")

@@ -28,34 +28,39 @@ def divergence(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor, options: Lo
     """
     q_CB = logq_CB.exp()
     sums_to_one = options.tail in ("bucket", "renormalised")
+    if options.divergence == "reverse_kl" and options.tail == "bucket":
+        logp_tail_C1 = logp_CB[:, -1:].clamp(min=math.log(TEACHER_TAIL_FLOOR))
+        logp_CB = torch.cat([logp_CB[:, :-1], logp_tail_C1], 1)
+    terms_CB, u_CB = terms(logp_CB, logq_CB, counted_CB, options)
+    if options.divergence == "reverse_kl" and not sums_to_one:
+        u_CB = u_CB + _counted(q_CB, counted_CB)
+    # Σp is one by definition unless truncated; its rounding error must not reach the gradient.
+    known = options.divergence == "forward_kl" and sums_to_one
+    total_C1: Tensor | float = -1.0 if known else u_CB.sum(1, keepdim=True)
+    return terms_CB.sum(1), u_CB - q_CB * total_C1
+
+
+def terms(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """(terms of D [C,B], u [C,B]) of any buckets (counted_CB None: all count), a whole row's or a part of it.
+
+    Reverse KL leaves out of u the q that d(q·log q) adds: where all buckets count, a multiple of q drops out of
+    u - q·Σu.
+    """
     if options.divergence == "forward_kl":
         p_CB = _counted(logp_CB.exp(), counted_CB)
-        terms_CB = _weighted(p_CB, logp_CB - logq_CB)
-        # Σp is one by definition unless truncated; its rounding error must not reach the gradient.
-        mass_C1: Tensor | float = 1.0 if sums_to_one else p_CB.sum(1, keepdim=True)
-        grad_CB = q_CB * mass_C1 - p_CB
-    elif options.divergence == "reverse_kl":
-        counted_q_CB = _counted(q_CB, counted_CB)
-        if options.tail == "bucket":
-            logp_tail_C1 = logp_CB[:, -1:].clamp(min=math.log(TEACHER_TAIL_FLOOR))
-            logp_CB = torch.cat([logp_CB[:, :-1], logp_tail_C1], 1)
-        terms_CB = _weighted(counted_q_CB, logq_CB - logp_CB)
-        u_CB = terms_CB if sums_to_one else terms_CB + counted_q_CB
-        grad_CB = u_CB - q_CB * u_CB.sum(1, keepdim=True)
-    elif options.divergence in ("skewed_forward_kl", "skewed_reverse_kl"):
-        terms_CB, u_CB = _skewed(logp_CB, logq_CB, counted_CB, options)
-        grad_CB = u_CB - q_CB * u_CB.sum(1, keepdim=True)
-    else:
-        beta = options.jsd_beta
-        logm_CB = torch.logaddexp(logp_CB + math.log(beta), logq_CB + math.log1p(-beta))
-        counted_q_CB = _counted(q_CB, counted_CB)
-        u_CB = (1.0 - beta) * _weighted(counted_q_CB, logq_CB - logm_CB)
-        terms_CB = beta * _weighted(_counted(logp_CB.exp(), counted_CB), logp_CB - logm_CB) + u_CB
-        grad_CB = u_CB - q_CB * u_CB.sum(1, keepdim=True)
-    return terms_CB.sum(1), grad_CB
+        return _weighted(p_CB, logp_CB - logq_CB), -p_CB
+    if options.divergence == "reverse_kl":
+        terms_CB = _weighted(_counted(logq_CB.exp(), counted_CB), logq_CB - logp_CB)
+        return terms_CB, terms_CB
+    if options.divergence != "jsd":
+        return _skewed(logp_CB, logq_CB, counted_CB, options)
+    beta = options.jsd_beta
+    logm_CB = torch.logaddexp(logp_CB + math.log(beta), logq_CB + math.log1p(-beta))
+    u_CB = (1.0 - beta) * _weighted(_counted(logq_CB.exp(), counted_CB), logq_CB - logm_CB)
+    return beta * _weighted(_counted(logp_CB.exp(), counted_CB), logp_CB - logm_CB) + u_CB, u_CB
 
 
-def _skewed(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+def _skewed(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor]:
     """(terms, dD/dlog q) of KL(P ‖ s·P + (1-s)·Q), or of KL(Q ‖ s·Q + (1-s)·P): no bucket's ratio exceeds 1/s."""
     forward, log_own, log_other = (
         options.divergence == "skewed_forward_kl",
@@ -70,8 +75,8 @@ def _skewed(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor, options: LossO
     return terms_CB, -share_CB if forward else terms_CB + share_CB
 
 
-def _counted(weight_CB: Tensor, counted_CB: Tensor) -> Tensor:
-    return weight_CB.masked_fill(~counted_CB, 0.0)
+def _counted(weight_CB: Tensor, counted_CB: Tensor | None) -> Tensor:
+    return weight_CB if counted_CB is None else weight_CB.masked_fill(~counted_CB, 0.0)
 
 
 def _weighted(weight_CB: Tensor, log_ratio_CB: Tensor) -> Tensor:

@@ -15,6 +15,13 @@ MAX_ENTRIES = 4096
 MAX_CANDIDATES = 8192
 
 
+def full_limit(accumulate: torch.dtype) -> str | None:
+    """Why a full-vocabulary loss has no Triton form, or None."""
+    if accumulate == torch.float64:
+        return "the Triton kernels compute in fp32, and these tensors are fp64"
+    return None
+
+
 def sparse_limit(entries: int, accumulate: torch.dtype) -> str | None:
     """Why a sparse loss has no Triton form, or None."""
     if accumulate == torch.float64:

@@ -5,13 +5,14 @@ Legend: N rows, C rows of one chunk, H hidden size, V vocabulary.
 A bf16 product on a CPU rounds its result to bf16, which ruins distillation gradients once the student is near its
 teacher (docs/kernels.md has the figures). oneDNN can instead take fp32 operands, multiply them as bf16 and keep the
 fp32 sums: on operands that came from bf16 this is exact and, on a CPU with bf16 instructions, over twice as fast as an
-fp32 product. The gradient products then round only dz, to bf16, as any bf16 training step does.
+fp32 product. The gradient products round dz to bf16, as any bf16 training step does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -64,26 +65,50 @@ def _bf16_inside(enabled: bool) -> Iterator[None]:
         setting.fp32_precision = before
 
 
+@cache
+def _cpu_has_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 on this CPU; elsewhere torch's own bf16 product is far slower than fp32."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_native(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether the library makes fp32 results of narrow operands."""
+    narrow = operand in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and narrow and hasattr(torch.ops.aten.mm, "dtype_out")
+
+
+def grad_dtype_for(device: torch.device, operand: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
+    """What the gradient products take dz in."""
+    cpu_bf16 = device.type == "cpu" and operand == torch.bfloat16 and _cpu_has_bf16()
+    return operand if _is_native(device, operand) or cpu_bf16 else accumulate
+
+
 # Before, addmm(out_dtype=fp32) wanted its addend in the operands' dtype (pytorch pull request 167931).
 _ADDMM_TAKES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
 class Head:
-    """A language-model head ready for chunked products.
+    """A language-model head, or some of its rows, ready for chunked products.
 
-    On a CPU a bf16/fp16 weight is held as fp32 for the call (4·V·H bytes); on CUDA the operands stay as they are and
-    the library is asked for an fp32 result.
+    On CUDA the operands stay as they are and the library is asked for fp32 results. On a CPU the logits need a bf16 or
+    fp16 weight as fp32 (4·V·H bytes, from the first `logits` on); the gradient products take bf16 as it is where
+    oneDNN multiplies it, at twice the speed: what they round is the result.
     """
 
     def __init__(
         self, weight_VH: Tensor, bias_V: Tensor | None, operand: torch.dtype, accumulate: torch.dtype, vocab: int
     ):
         self.operand, self.accumulate = operand, accumulate
-        self.native = weight_VH.device.type == "cuda" and operand in (torch.bfloat16, torch.float16)
-        self.native = self.native and hasattr(torch.ops.aten.mm, "dtype_out")
+        self.native = _is_native(weight_VH.device, operand)
         self.bf16_inside = operand == torch.bfloat16 and weight_VH.device.type == "cpu"
-        self.weight_VH = self.cast(weight_VH.detach()[:vocab])
+        self.grad_dtype = grad_dtype_for(weight_VH.device, operand, accumulate)
+        self.given_VH = weight_VH.detach()[:vocab]
         self.bias_V = None if bias_V is None else bias_V.detach()[:vocab].to(accumulate)
+
+    @cached_property
+    def weight_VH(self) -> Tensor:  # noqa: N802
+        """The operand of `logits`."""
+        return self.cast(self.given_VH)
 
     def cast(self, tensor: Tensor) -> Tensor:
         """As an operand. fp32 -> bf16 is left to the product on a CPU, which rounds the same way without a copy."""
@@ -94,7 +119,7 @@ class Head:
         return tensor.to(self.accumulate)
 
     def logits(self, hidden_CH: Tensor, out_CV: Tensor) -> Tensor:
-        """hidden · weightᵀ + bias with fp32 sums; written to out_CV where the library can."""
+        """hidden · weightᵀ + bias with fp32 sums, in out_CV; hidden_CH is what `cast` gives."""
         if self.native:
             torch.mm(hidden_CH, self.weight_VH.T, out_dtype=self.accumulate, out=out_CV)
         else:
@@ -103,11 +128,24 @@ class Head:
         return out_CV if self.bias_V is None else out_CV.add_(self.bias_V)
 
     def grad_hidden(self, dz_CV: Tensor) -> Tensor:
-        """dz · weight → [C,H]."""
+        """dz · weight → [C,H], in grad_dtype or the accumulation dtype."""
+        dz_CV = dz_CV.to(self.grad_dtype)
         if self.native:
-            return torch.mm(dz_CV.to(self.operand), self.weight_VH, out_dtype=self.accumulate)
+            return torch.mm(dz_CV, self.weight_VH, out_dtype=self.accumulate)
+        if self.grad_dtype == self.operand:
+            return torch.mm(dz_CV, self.given_VH.to(self.operand))
         with _bf16_inside(self.bf16_inside):
             return torch.mm(dz_CV, self.weight_VH)
+
+    def grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, out_VH: Tensor) -> None:
+        """out = dzᵀ · hidden over all rows there are, rounded once to out's dtype."""
+        if dz_CV.dtype == self.grad_dtype == self.operand == out_VH.dtype:
+            torch.mm(dz_CV.T, hidden_CH.to(self.operand), out=out_VH)
+        elif self.native:
+            out_VH.copy_(torch.mm(dz_CV.T.to(self.operand), hidden_CH.to(self.operand), out_dtype=self.accumulate))
+        else:
+            with _bf16_inside(self.bf16_inside):
+                out_VH.copy_(torch.mm(dz_CV.T.to(self.accumulate), self.cast(hidden_CH)))
 
     def add_grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, into_VH: Tensor, *, first: bool) -> None:
         """into += dzᵀ · hidden (into = for the first chunk), summed in the accumulation dtype."""
@@ -125,3 +163,30 @@ class Head:
                 torch.mm(dz_CV.T, hidden_CH, out=into_VH)
             else:
                 into_VH.addmm_(dz_CV.T, hidden_CH)
+
+
+class GradientSums:
+    """The sums of a loss's gradients over chunks of rows, in the accumulation dtype, for the inputs that want one."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, wanted: tuple[bool, ...], head: Head, rows: int):
+        """wanted: gradients of hidden, weight, bias; rows: how many will be added in all."""
+        dtype, vocab = head.accumulate, head.given_VH.shape[0]
+        self.head, self.first = head, True
+        self.hidden_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=dtype) if wanted[0] else None
+        self.weight_VH: Tensor | None = None
+        if wanted[1] and rows:  # the first chunk writes, later ones add: no pass over V·H to clear it
+            self.weight_VH = hidden_NH.new_empty(weight_VH.shape, dtype=dtype)
+            self.weight_VH[vocab:] = 0.0
+        elif wanted[1]:
+            self.weight_VH = hidden_NH.new_zeros(weight_VH.shape, dtype=dtype)
+        self.bias_V = hidden_NH.new_zeros(weight_VH.shape[:1], dtype=dtype) if wanted[2] else None
+
+    def add(self, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
+        vocab = self.head.given_VH.shape[0]
+        if self.hidden_NH is not None:
+            self.hidden_NH[rows_C] = self.head.grad_hidden(dz_CV).to(self.hidden_NH.dtype)
+        if self.weight_VH is not None:
+            self.head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[:vocab], first=self.first)
+            self.first = False
+        if self.bias_V is not None:
+            self.bias_V[:vocab] += dz_CV.sum(0, dtype=self.bias_V.dtype)

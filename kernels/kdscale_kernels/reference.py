@@ -172,31 +172,39 @@ def _kl(logp_S: Tensor, logq_S: Tensor) -> Tensor:
 
 
 def linear_full_kl(
-    student_hidden_NH: Tensor,
-    student_weight_VH: Tensor,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
     teacher_hidden_NG: Tensor,
     teacher_weight_VG: Tensor,
     *,
-    valid_N: Tensor,
-    labels_N: Tensor | None = None,
+    labels_N: Tensor,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
     temperature: float = 1.0,
-    student_bias_V: Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    skew: float = 0.1,
+    bias_V: Tensor | None = None,
     teacher_bias_V: Tensor | None = None,
-    student_softcap: float | None = None,
+    softcap: float | None = None,
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> FullKL:
     """Twin of kdscale_kernels.linear_full_kl."""
-    student = head_logits(student_hidden_NH, student_weight_VH, student_bias_V, student_softcap, vocab_size)[valid_N]
+    valid_N = labels_N != ignore_index
+    labels_M = labels_N[valid_N].long()
+    student = head_logits(hidden_NH, weight_VH, bias_V, softcap, vocab_size)[valid_N]
     teacher = head_logits(teacher_hidden_NG, teacher_weight_VG, teacher_bias_V, teacher_softcap, vocab_size)[valid_N]
-    logp, logq = torch.log_softmax(teacher / temperature, 1), torch.log_softmax(student / temperature, 1)
-    kl = torch.stack([_kl(p, q) for p, q in zip(logp, logq, strict=True)]).sum() if len(logp) else student.sum()
-    ce, teacher_ce = student.new_zeros(()), student.new_zeros(())
-    if labels_N is not None:
-        ce = torch.nn.functional.cross_entropy(student, labels_N[valid_N], reduction="sum")
-        teacher_ce = torch.nn.functional.cross_entropy(teacher, labels_N[valid_N], reduction="sum")
+    teacher = teacher.detach().to(student.dtype)
+    kd = student.sum() * 0.0 if not len(student) else student.new_zeros(())
+    for z_V, teacher_V in zip(student, teacher, strict=True):
+        logp_V, logq_V = (torch.log_softmax(logits / temperature, 0) for logits in (teacher_V, z_V))
+        kd = kd + _row_divergence(logp_V, logq_V, logq_V[:0], divergence, jsd_beta, skew, "bucket")
+    ce = torch.nn.functional.cross_entropy(student, labels_M, reduction="sum")
+    teacher_ce = torch.nn.functional.cross_entropy(teacher, labels_M, reduction="sum")
     agree = (student.argmax(1) == teacher.argmax(1)).sum().to(student.dtype)
-    return FullKL(kl * temperature**2, valid_N.sum(), agree, ce, teacher_ce)
+    loss = kd * ((1.0 - ce_weight) * temperature**2) + ce * ce_weight
+    return FullKL(loss, valid_N.sum(), kd.detach(), ce.detach(), teacher_ce, agree)
 
 
 def vocab_parallel_topk_lse(

@@ -53,8 +53,8 @@ def rows_step(z_CV: Tensor, targets: Targets, labels_C: Tensor, options: LossOpt
     lse_one_C = torch.logaddexp(torch.logsumexp(support_CK, 1), top_C + one_sum_C.log())
     ce_C = lse_one_C - label_C
     tail_C = top_C / T + tempered_sum_C.log()
-    kd_C, grad_CB, student_tail_C = _bucket_step(support_CK / T, tail_C, targets, options)
-    loss_C = _mix(ce_weight, ce_C, T * T * kd_C)
+    kd_C, grad_CB, student_tail_C = bucket_step(support_CK / T, tail_C, targets, options)
+    loss_C = mix(ce_weight, ce_C, T * T * kd_C)
     sums = RowSums(loss_C, kd_C, ce_C, targets.logp_NK.exp().sum(1), student_tail_C, agree_C)
     if not want_grad:
         return sums
@@ -109,7 +109,7 @@ def cap_(z_CV: Tensor, softcap: float) -> Tensor:
     return square_CV
 
 
-def _bucket_step(
+def bucket_step(
     support_CK: Tensor, tail_C: Tensor, targets: Targets, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(D [C], gradient by the tempered logit of each bucket [C,B], the student's tail mass [C]) from the student's
@@ -131,7 +131,7 @@ def _bucket_step(
     return kd_C, grad_CB, student_tail_C
 
 
-def _mix(ce_weight: float, ce_C: Tensor, kd_C: Tensor) -> Tensor:
+def mix(ce_weight: float, ce_C: Tensor, kd_C: Tensor) -> Tensor:
     """ce_weight·CE + (1 - ce_weight)·KD without letting a zero weight turn an infinite part into NaN."""
     if ce_weight == 0.0:
         return kd_C

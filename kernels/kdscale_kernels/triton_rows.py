@@ -96,7 +96,11 @@ def _terms(logp, logq, counted, beta, DIVERGENCE: tl.constexpr, TRUNCATED: tl.co
     elif DIVERGENCE == "skewed_reverse_kl":
         logm = _logaddexp(logq + tl.log(beta), logp + tl.log(1.0 - beta))
         terms = _weighted(q, logq - logm)
-        u = terms + _weighted(q, tl.exp(logp + tl.log(1.0 - beta) - logm))
+        # q·(1-β)·p/m = (1-β)·q + β(1-β)·(p-q)·q/m; the first part moves no gradient where all of q counts. Fewer live
+        # values than the plain form, which spilled on sm_90.
+        u = terms + beta * (1.0 - beta) * _weighted(p - q, tl.exp(logq - logm))
+        if TRUNCATED:
+            u += (1.0 - beta) * q
     else:
         logm = _logaddexp(logp + tl.log(beta), logq + tl.log(1.0 - beta))
         u = (1.0 - beta) * _weighted(q, logq - logm)

@@ -13,6 +13,7 @@ import torch
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
 Tail = Literal["bucket", "truncated", "renormalised", "sampled"]
 Backend = Literal["auto", "torch", "triton"]
+Mode = Literal["auto", "fast", "lean"]
 
 
 class TopKLse(NamedTuple):
@@ -38,13 +39,14 @@ class SparseKL:
 
 @dataclass(frozen=True)
 class FullKL:
-    """Sums over the valid rows; no gradients."""
+    """Sums over the valid rows; only `loss_sum` carries a gradient. Nothing here waits for the device."""
 
-    loss_sum: torch.Tensor  # fp32 scalar: sum of T^2 * KL(teacher || student) over the whole vocabulary (nats)
+    loss_sum: torch.Tensor  # fp32 scalar: sum of ce_weight * CE + (1 - ce_weight) * T^2 * D
     tokens: torch.Tensor  # int64 scalar: valid rows
-    top1_agree_sum: torch.Tensor  # rows where both have the same first id
-    ce_sum: torch.Tensor  # student's cross-entropy at temperature 1; 0 when no labels were given
-    teacher_ce_sum: torch.Tensor  # teacher's, likewise
+    kd_sum: torch.Tensor  # sum of D at temperature T over the whole vocabulary (nats), without the T^2
+    ce_sum: torch.Tensor  # sum of the student's cross-entropy at temperature 1 (nats), whatever ce_weight is
+    teacher_ce_sum: torch.Tensor  # the teacher's, likewise
+    top1_agree_sum: torch.Tensor  # rows where both have the same first id (of equal logits the lower id)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class LossOptions:
     def buffers(self) -> int:
         """fp32 [rows, V] buffers needed at once: logits, a second softmax when T != 1, the soft-cap's slope."""
         return 1 + (self.temperature != 1.0) + (self.softcap is not None)
+
+    @property
+    def exponentials(self) -> int:
+        """Softmaxes that a gradient in the tail is made of: a second one for CE beside a divergence at T != 1."""
+        return 1 + (self.temperature != 1.0 and self.ce_weight > 0.0)
 
 
 def _require(good: bool, field: str, expected: str, got: object) -> None:

@@ -21,7 +21,7 @@ from kdscale.families import load_family
 from kdscale.prune.plan import make_plan
 
 SECTIONS = (
-    "side-by-side", "samples", "distillation", "what-was-cut", "importance",
+    "side-by-side", "samples", "distillation", "pruning", "what-was-cut", "importance", "repair",
     "candidates", "how-it-was-made", "use",
 )  # fmt: skip
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -148,6 +148,41 @@ def test_a_finished_run(run: Path, tmp_path: Path) -> None:
     assert [point["tokens"] for point in facts["curves"]["validation"]] == [0, 512]
     for figure in ("54.6", "30.0", "60%"):  # pruned and distilled perplexity, gap closed
         assert figure in text, figure
+
+
+def test_the_pruning_section_shows_every_kind_of_score(run: Path, tmp_path: Path) -> None:
+    plan = json.loads((run / "plan.json").read_text())
+    (only,) = plan["candidates"]
+    masked = {"loss": 5.0, "kl": 1.25, "teacher_loss": 4.0, "tokens": 512, "compensate": "ridge"}
+    first = only | {"decode_ms": 12.5, "prefill_ms": 80.0, "masked": masked, "probes": [{"tokens": 64, "loss": 0.75}]}
+    plan["candidates"] = [first, only | {"ffn": 32, "masked": masked | {"kl": 2.5}}]
+    plan["target"] |= {"kind": "decode", "asked": "13ms"}
+    plan["methods"]["search"] = "probes"
+    (run / "plan.json").write_text(json.dumps(plan))
+    rows = [
+        {"layer": layer, "role": role, "before": 0.5, "after": 0.25, "kept": 64, "of": 128}
+        for layer in range(4) for role in ("down", "o")
+    ]  # fmt: skip
+    (run / "repair.json").write_text(json.dumps({"version": 1, "layers": rows}))
+    text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
+    for words in ("13ms a decoded token", "by short distillations", "12.5 ms", "0.7500", "2.5000", "down 50% → 25%"):
+        assert words in text, words
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert facts["repair"]["layers"] == rows
+    curve = facts["cumulative"]["ffn"]
+    assert curve["units"][0] == curve["mean"][0] == 0
+    assert curve["mean"][-1] == pytest.approx(1)
+    position = min(range(len(curve["units"])), key=lambda i: abs(curve["units"][i] - 0.5))
+    assert curve["mean"][position] == pytest.approx(plan["retained"]["ffn"], abs=0.05)  # 64 of 128 units
+
+
+def test_a_student_far_below_its_teacher_is_warned_about(run: Path, tmp_path: Path) -> None:
+    plan = json.loads((run / "plan.json").read_text())
+    plan["teacher_params"]["total"] = 5 * plan["student_params"]["total"]
+    (run / "plan.json").write_text(json.dumps(plan))
+    text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
+    assert "5.0 times the student" in text
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["capacity"]["ratio"] == pytest.approx(5)
 
 
 def test_the_plots_mark_every_axis_that_was_cut(run: Path, tmp_path: Path, tiny_llama_dir: Path) -> None:

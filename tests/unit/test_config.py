@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdscale.config import build_config, config_differences, dump_config, load_config, parse_count, parse_target
+from kdscale.config import build_config, config_differences, dump_config, load_config
 from kdscale.errors import ConfigError
+from kdscale.units import parse_count, parse_target
 
 MINIMAL: dict[str, Any] = {
     "name": "t", "run_dir": "runs/t", "teacher": {"path": "teachers/t"}, "prune": {"target_params": "50%"}
@@ -43,7 +44,7 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
     [
         ({"prune": {"target_parms": "4B"}}, "prune.target_parms: unknown key (did you mean 'target_params'?)"),
         ({"prune": {"target_params": "400%"}}, "prune: expected a count such as 4B"),
-        ({"prune": {}}, "prune: give target_params or at least one of"),
+        ({"prune": {}}, "prune: give target_params or another target, or at least one of"),
         ({"prune": {"ffn": "many"}}, "prune.ffn: input should be a valid integer, got 'many' (str)"),
         ({"prune": {"ffn": 0}}, "prune.ffn: input should be greater than 0, got 0 (int)"),
         ({"teacher": {}}, "teacher.path: required, but not given"),
@@ -51,6 +52,15 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
         ({"distill": {"optimizer": {"lr": "fast"}}}, "distill.optimizer.lr: input should be a valid number"),
         ({"distill": {"dtype": "float16"}}, "distill.dtype"),
         ({"data": {"sources": []}}, "data.sources"),
+        (
+            {"steps": [{"name": "6b", "prune": {"axes": ["ffn"]}}]},  # the config's own target is the last step's
+            "steps (6b): prune: give target_params or another target, or at least one of",
+        ),
+        (
+            {"steps": [{"name": "a", "prune": {"ffn": 8, "axis": []}}]},
+            "steps (a): prune.axis: unknown key (did you mean 'axes'?)",
+        ),
+        ({"steps": [{"name": "a", "prune": {"ffn": 8}}] * 2}, "steps: every name once, got a, a"),
         ({"name": "../up"}, "name: string should match pattern"),
         ({"seed": True}, "seed: input should be a valid integer"),
     ],

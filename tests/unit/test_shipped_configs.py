@@ -14,6 +14,7 @@ from kdscale.config import Config, load_config
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.prune.plan import Plan, make_plan
+from kdscale.runs.pipeline import plan_shapes
 
 TEACHERS = Path(__file__).resolve().parents[1] / "fixtures" / "teachers"
 NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))
@@ -32,7 +33,7 @@ def test_the_promised_configs_ship() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_student_has_the_size_in_the_name(name: str) -> None:
     config, _, plan = plan_of(name)
-    size, unit = re.search(r"-to-([\d.]+)([bm])(?:-|$)", config.name).groups()  # type: ignore[union-attr]
+    size, unit = re.findall(r"-to-([\d.]+)([bm])(?=-|$)", config.name)[-1]
     promised = float(size) * {"b": 1e9, "m": 1e6}[unit]
     assert plan.student_params.total == pytest.approx(promised, rel=0.01)
 
@@ -58,6 +59,16 @@ def test_the_published_shapes() -> None:
     dropped = sorted(set(range(32)) - set(depth.kept.layers))
     assert depth.student.layers == 16
     assert dropped == list(range(dropped[0], dropped[0] + 16))  # one block
+
+
+def test_the_steps_have_the_sizes_in_the_name_too() -> None:
+    config = load_config(find_config("llama3.1-8b-to-6b-to-4.5b"))
+    first, last = plan_shapes(config, TEACHERS / "Llama-3.1-8B")
+    assert first.student_params.total == pytest.approx(6e9, rel=0.01)
+    assert last.teacher == first.student
+    assert last.student_params.total == pytest.approx(4.5e9, rel=0.01)
+    assert config.step(0).distill.optimizer == config.distill.optimizer
+    assert config.step(0).prune.hidden is None  # sizes are not inherited
 
 
 @pytest.mark.parametrize(

@@ -1,120 +1,162 @@
-"""linear_full_kl: exact KL over the whole vocabulary from two hidden states and two heads; for evaluation.
+"""linear_full_kl: distillation loss over the whole vocabulary, straight from both models' hidden states and heads.
 
 Legend: N rows, M valid rows, C rows of one chunk, H student's and G teacher's hidden size, V vocabulary, T temperature.
+
+As in linear_sparse_kl the gradients are made in the forward pass, chunk by chunk: four matrix products a chunk (both
+models' logits, dX, dW), two chunks of logits at a time, never N×V.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kdscale_kernels import checks
 from kdscale_kernels.dispatch import choose_backend
-from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
-from kdscale_kernels.rows import cap_
-from kdscale_kernels.types import Backend, FullKL, LossOptions
+from kdscale_kernels.limits import full_limit
+from kdscale_kernels.made_in_forward import Made, made_in_forward
+from kdscale_kernels.products import GradientSums, Head, chunk_bytes_for, compute_dtypes, row_chunks
+from kdscale_kernels.rows_full import FullRowSums, full_buffers, run_full_rows_step
+from kdscale_kernels.types import Backend, Divergence, FullKL, LossOptions
 
 
-@torch.no_grad()
 def linear_full_kl(
-    student_hidden_NH: Tensor,
-    student_weight_VH: Tensor,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
     teacher_hidden_NG: Tensor,
     teacher_weight_VG: Tensor,
     *,
-    valid_N: Tensor,
-    labels_N: Tensor | None = None,
+    labels_N: Tensor,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
     temperature: float = 1.0,
-    student_bias_V: Tensor | None = None,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    skew: float = 0.1,
+    bias_V: Tensor | None = None,
     teacher_bias_V: Tensor | None = None,
-    student_softcap: float | None = None,
+    softcap: float | None = None,
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> FullKL:
-    """Sum over valid rows of T²·KL(teacher ‖ student), top-1 agreement and, given labels, both cross-entropies.
+    """Sum over valid rows of ce_weight·CE + (1 - ce_weight)·T²·D(teacher, student) over the whole vocabulary.
 
-    valid_N [N] bool marks the rows that count; labels_N [N] holds ids there and anything elsewhere. Heads of
-    different (padded) sizes need vocab_size. Two chunks of logits exist at a time, together within chunk_bytes
-    (None: 64 MiB on a CPU, 1 GiB on CUDA).
-    No gradients. Raises ValueError for arguments that do not fit together.
+    hidden_NH [N,H], weight_VH [V,H], bias_V [V]: the student's; floating, mixed dtypes are promoted, autocast obeyed.
+    teacher_hidden_NG [N,G], teacher_weight_VG [V,G], teacher_bias_V [V]: the teacher's, a constant with its own dtypes.
+    labels_N [N]: already shifted; rows equal to ignore_index count for nothing. Divergences, jsd_beta and skew as in
+    linear_sparse_kl; the cross-entropy is at temperature 1. Heads of different (padded) sizes need vocab_size, the
+    number of entries that both have. chunk_bytes None: 64 MiB on a CPU, 1 GiB on CUDA, for both logits together.
+
+    Reverse KL is infinite, and its gradient not a number, where the teacher forbids (logit -inf) what the student does
+    not; forward KL is infinite the other way round, and its gradient finite. JSD and the skewed divergences are finite.
+    Differentiable once, with respect to hidden_NH, weight_VH and bias_V. One wait for the device, to count the valid
+    rows. Raises ValueError for arguments that do not fit together and, on a CPU, for labels out of range and teacher
+    rows without a log-sum-exp; elsewhere those turn the loss into NaN or are the device's own error.
     """
-    choose_backend(backend, student_hidden_NH.device, cannot="linear_full_kl has no Triton form")
-    checks.check_linear(student_hidden_NH, student_weight_VH, student_bias_V, "student_")
+    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, softcap=softcap, skew=skew)
+    if teacher_softcap is not None and not teacher_softcap > 0.0:
+        raise ValueError(f"teacher_softcap: expected None or a positive number, got {teacher_softcap!r}")
+    checks.check_linear(hidden_NH, weight_VH, bias_V)
     checks.check_linear(teacher_hidden_NG, teacher_weight_VG, teacher_bias_V, "teacher_")
-    vocab = _shared_vocab(vocab_size, student_weight_VH.shape[0], teacher_weight_VG.shape[0])
-    rows = student_hidden_NH.shape[0]
-    if teacher_hidden_NG.shape[0] != rows or valid_N.shape != (rows,) or valid_N.dtype != torch.bool:
-        raise ValueError(
-            f"expected teacher_hidden [{rows}, G] and valid_N bool [{rows}], got "
-            f"{list(teacher_hidden_NG.shape)} and {valid_N.dtype} {list(valid_N.shape)}"
+    checks.check_two_models(hidden_NH, teacher_hidden_NG, labels_N)
+    vocab = _shared_vocab(vocab_size, weight_VH.shape[0], teacher_weight_VG.shape[0])
+    operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
+    teacher_operand, teacher_accumulate = compute_dtypes(teacher_hidden_NG, teacher_weight_VG)
+    if torch.float64 in (accumulate, teacher_accumulate):
+        operand = teacher_operand = accumulate = torch.float64
+    chosen = choose_backend(backend, hidden_NH.device, cannot=full_limit(accumulate))
+    valid_M = (labels_N != ignore_index).nonzero()[:, 0]
+    labels_M = labels_N[valid_M].long()
+    checks.check_label_values(labels_M, vocab)
+    grad_on = torch.is_grad_enabled()
+    problem = _Problem(
+        valid_M,
+        labels_M,
+        (teacher_hidden_NG.detach(), teacher_weight_VG, teacher_bias_V),
+        teacher_operand,
+        teacher_softcap,
+        options,
+        vocab,
+        chunk_bytes_for(chunk_bytes, hidden_NH.device),
+        operand,
+        accumulate,
+        chosen,
+        tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)),
+    )
+    loss, kd, ce, teacher_ce, agree = made_in_forward(
+        "linear_full_kl", lambda: _run(hidden_NH, weight_VH, bias_V, problem), hidden_NH, weight_VH, bias_V
+    )
+    tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
+    return FullKL(loss, tokens, kd, ce, teacher_ce, agree)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything the op needs that has no gradient."""
+
+    valid_M: Tensor
+    labels_M: Tensor
+    teacher: tuple[Tensor, Tensor, Tensor | None]  # hidden, weight, bias
+    teacher_operand: torch.dtype
+    teacher_softcap: float | None
+    options: LossOptions
+    vocab: int
+    chunk_bytes: int
+    operand: torch.dtype
+    accumulate: torch.dtype
+    backend: str
+    wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
+
+
+def _run(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: _Problem) -> Made:
+    """Per-quantity sums over all valid rows, in the order of FullRowSums, and the gradients of the first of them."""
+    head = Head(weight_VH, bias_V, problem.operand, problem.accumulate, problem.vocab)
+    teacher_hidden_NG, teacher_weight_VG, teacher_bias_V = problem.teacher
+    teacher = Head(teacher_weight_VG, teacher_bias_V, problem.teacher_operand, problem.accumulate, problem.vocab)
+    rows, want_grad = problem.valid_M.numel(), any(problem.wanted)
+    gradients = GradientSums(hidden_NH, weight_VH, problem.wanted, head, rows)
+    chunks = row_chunks(
+        rows,
+        problem.vocab,
+        problem.chunk_bytes,
+        buffers=full_buffers(problem.vocab, problem.backend),
+        item_bytes=problem.accumulate.itemsize,
+    )
+    size = chunks[0].stop if chunks else 0
+    z, teacher_z = (hidden_NH.new_empty((size, problem.vocab), dtype=problem.accumulate) for _ in range(2))
+    per_row = hidden_NH.new_empty((len(FullRowSums._fields), rows), dtype=problem.accumulate)
+    for chunk in chunks:
+        rows_C, count = problem.valid_M[chunk], chunk.stop - chunk.start
+        hidden_CH = head.cast(hidden_NH.detach()[rows_C])
+        per_row[:, chunk], dz_CV = run_full_rows_step(
+            problem.backend,
+            head.logits(hidden_CH, z[:count]),
+            teacher.logits(teacher.cast(teacher_hidden_NG[rows_C]), teacher_z[:count]),
+            problem.labels_M[chunk],
+            problem.options,
+            teacher_softcap=problem.teacher_softcap,
+            want_grad=want_grad,
+            grad_dtype=problem.operand if head.native else None,
         )
-    if labels_N is not None and labels_N.shape != (rows,):
-        raise ValueError(f"labels_N: expected [{rows}], got {list(labels_N.shape)}")
-    sides = [
-        _Side(student_hidden_NH, student_weight_VH, student_bias_V, student_softcap, vocab),
-        _Side(teacher_hidden_NG, teacher_weight_VG, teacher_bias_V, teacher_softcap, vocab),
-    ]
-    LossOptions(temperature=temperature)
-    valid_M = valid_N.nonzero()[:, 0]
-    sums_R4 = sides[0].buffer(0).new_zeros(valid_M.numel(), 4)
-    chunk_bytes = chunk_bytes_for(chunk_bytes, student_hidden_NH.device)
-    chunks = row_chunks(valid_M.numel(), vocab, chunk_bytes, buffers=4 if student_softcap or teacher_softcap else 3)
-    with torch.autocast(student_hidden_NH.device.type, enabled=False):
-        buffers = [side.buffer(chunks[0].stop if chunks else 0) for side in sides]
-        for chunk in chunks:
-            rows_C = valid_M[chunk]
-            student_CV, teacher_CV = (
-                side.logits(rows_C, buffer[: rows_C.numel()]) for side, buffer in zip(sides, buffers, strict=True)
-            )
-            labels_C = None if labels_N is None else labels_N[rows_C].long()
-            sums_R4[chunk] = _chunk_sums(student_CV, teacher_CV, labels_C, temperature)
-    kl, agree, ce, teacher_ce = sums_R4.sum(0).unbind()
-    tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=valid_N.device)
-    return FullKL(kl, tokens, agree, ce, teacher_ce)
+        if want_grad:
+            gradients.add(dz_CV, hidden_CH, rows_C)
+    _check_teacher(per_row[FullRowSums._fields.index("teacher_ce_C")])
+    return Made(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
 
 
-class _Side:
-    """One model's hidden states and head."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias_V: Tensor | None, softcap: float | None, vocab: int):
-        LossOptions(softcap=softcap)
-        operand, self.accumulate = compute_dtypes(hidden, weight)
-        with torch.autocast(hidden.device.type, enabled=False):
-            self.head = Head(weight, bias_V, operand, self.accumulate, vocab)
-        self.hidden, self.softcap, self.vocab = hidden, softcap, vocab
-
-    def buffer(self, rows: int) -> Tensor:
-        return torch.empty(rows, self.vocab, dtype=self.accumulate, device=self.hidden.device)
-
-    def logits(self, rows_C: Tensor, out_CV: Tensor) -> Tensor:
-        z_CV = self.head.logits(self.head.cast(self.hidden[rows_C]), out_CV)
-        if self.softcap is not None:
-            cap_(z_CV, self.softcap)
-        return z_CV
-
-
-def _chunk_sums(student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor | None, temperature: float) -> Tensor:
-    """[C,4]: T²·KL, agreement, student's CE, teacher's CE. Destroys both chunks."""
-    out_C4 = student_CV.new_zeros(student_CV.shape[0], 4)
-    out_C4[:, 1] = student_CV.argmax(1) == teacher_CV.argmax(1)
-    for column, z_CV in ((2, student_CV), (3, teacher_CV)):
-        if labels_C is not None:
-            out_C4[:, column] = _lse(z_CV) - z_CV.gather(1, labels_C[:, None])[:, 0]
-        z_CV.div_(temperature)
-        z_CV.sub_(_lse(z_CV)[:, None])
-    torch.sub(teacher_CV, student_CV, out=student_CV)  # log p - log q
-    p_CV = teacher_CV.exp_()
-    student_CV.masked_fill_(p_CV == 0.0, 0.0)  # 0·log 0 contributes nothing; NaN is not equal to 0 and stays
-    out_C4[:, 0] = temperature**2 * student_CV.mul_(p_CV).sum(1)
-    return out_C4
-
-
-def _lse(z_CV: Tensor) -> Tensor:
-    """logsumexp by rows. torch.logsumexp measured three times slower on a CPU than these plain steps."""
-    top_C1 = z_CV.amax(1, keepdim=True)
-    return (top_C1 + (z_CV - top_C1).exp_().sum(1, keepdim=True).log())[:, 0]
+def _check_teacher(teacher_ce_M: Tensor) -> None:
+    """CPU only: reading it would wait for a device."""
+    if teacher_ce_M.device.type == "cpu" and bool(teacher_ce_M.isnan().any()):
+        broken = teacher_ce_M.isnan().nonzero()[:, 0].tolist()
+        raise ValueError(
+            "teacher_hidden, teacher_weight: expected logits with a log-sum-exp, got NaN, +inf or nothing but -inf in "
+            f"{len(broken)} of {teacher_ce_M.numel()} valid rows (first: valid row {broken[0]}); "
+            "the teacher's forward pass overflowed or its weights are damaged"
+        )
 
 
 def _shared_vocab(vocab_size: int | None, student: int, teacher: int) -> int:

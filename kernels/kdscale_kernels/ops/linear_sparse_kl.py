@@ -1,13 +1,11 @@
 """linear_sparse_kl: distillation loss on K teacher entries a token, straight from the student's hidden states.
 
-Legend: N rows, M valid rows, C rows of one chunk, H hidden size, V vocabulary, K teacher entries, T temperature.
+Legend: N rows, M valid rows, H hidden size, V vocabulary, K teacher entries, T temperature.
 
-The gradients are made in the forward pass (made_in_forward.py), chunk by chunk: N×V never exists.
+The gradients are made in the forward pass (made_in_forward.py) by one of two modes (modes.py): N×V never exists.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,11 +13,14 @@ from torch import Tensor
 from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
 from kdscale_kernels.dispatch import choose_backend
+from kdscale_kernels.fast import run_fast
+from kdscale_kernels.lean import run_lean
 from kdscale_kernels.limits import sparse_limit
-from kdscale_kernels.made_in_forward import Made, made_in_forward
-from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
-from kdscale_kernels.rows import RowSums, run_rows_step
-from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
+from kdscale_kernels.made_in_forward import made_in_forward
+from kdscale_kernels.modes import Shape, layout_for
+from kdscale_kernels.problem import Problem
+from kdscale_kernels.products import compute_dtypes, grad_dtype_for
+from kdscale_kernels.types import Backend, Divergence, LossOptions, Mode, SparseKL, Tail
 
 
 def linear_sparse_kl(
@@ -41,6 +42,8 @@ def linear_sparse_kl(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    mode: Mode = "auto",
+    workspace_bytes: int | None = None,
     chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKL:
@@ -51,7 +54,11 @@ def linear_sparse_kl(
     this same temperature. A slot with logit -inf is empty. labels_N [N]: already shifted; rows equal to ignore_index
     count for nothing. tail: "bucket" treats everything outside the K entries as one bucket, "truncated" leaves it out
     of the sum (may be negative), "renormalised" rescales both sides to the K entries. vocab_size keeps the first
-    entries of a padded head. chunk_bytes None: 64 MiB on a CPU, 1 GiB on CUDA.
+    entries of a padded head.
+
+    mode: "fast" takes chunks of rows and sums dW over them, "lean" slices of the vocabulary, finishing each slice of dW
+    at once (modes.py); "auto" is fast where that fits in workspace_bytes, the memory beyond inputs and gradients (None:
+    104 MiB on a CPU, unlimited on CUDA). chunk_bytes: logits of a fast chunk or a lean slice (None: as measured best).
 
     skew s: "skewed_forward_kl" is KL(p ‖ s·p + (1-s)·q), "skewed_reverse_kl" KL(q ‖ s·q + (1-s)·p) (DistiLLM, arXiv
     2402.03898). tail="sampled" (RS-KD, arXiv 2503.16870): the ids were drawn from the teacher, repeats allowed, and
@@ -59,8 +66,9 @@ def linear_sparse_kl(
     scaled to sum to one); D is Σ w·log(w / q), with the gradient q·Σw - w. The teacher's logits then only mark empty
     slots and its first id.
 
-    Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live as chunks of at most chunk_bytes
-    (fp32, at least one row). One wait for the device, to count the valid rows; none in the results.
+    Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live in fp32, a chunk or a slice (and
+    those that lean holds) at a time. One wait for the device, to count the valid rows (lean without Triton: two); none
+    in the results.
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
@@ -78,95 +86,34 @@ def linear_sparse_kl(
     checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
     checks.check_weight_values(weights_MK, logits_MK)
     grad_on = torch.is_grad_enabled()
-    problem = _Problem(
+    wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V))
+    shape = Shape(
+        rows=valid_M.numel(),
+        hidden=hidden_NH.shape[1],
+        vocab=vocab,
+        device=hidden_NH.device.type,
+        buffers=options.buffers if chosen == "torch" else 1,
+        item_bytes=accumulate.itemsize,
+        head_copy=hidden_NH.device.type == "cpu" and weight_VH.dtype != accumulate,
+        weight_sum=wanted[1] and weight_VH.dtype != accumulate,
+        hidden_sum=wanted[0] and hidden_NH.dtype != accumulate,
+        kept_bytes=grad_dtype_for(hidden_NH.device, operand, accumulate).itemsize * options.exponentials,
+    )
+    problem = Problem(
         valid_M,
         labels_M,
         target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK),
         options,
         vocab,
-        chunk_bytes_for(chunk_bytes, hidden_NH.device),
+        layout_for(shape, mode, workspace_bytes, chunk_bytes),
         operand,
         accumulate,
         chosen,
-        tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)),
+        wanted,
     )
+    run = run_lean if problem.layout.mode == "lean" else run_fast
     outputs = made_in_forward(
-        "linear_sparse_kl", lambda: _run(hidden_NH, weight_VH, bias_V, problem), hidden_NH, weight_VH, bias_V
+        "linear_sparse_kl", lambda: run(hidden_NH, weight_VH, bias_V, problem), hidden_NH, weight_VH, bias_V
     )
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """Everything the op needs that has no gradient."""
-
-    valid_M: Tensor
-    labels_M: Tensor
-    targets: target_lists.Targets
-    options: LossOptions
-    vocab: int
-    chunk_bytes: int
-    operand: torch.dtype
-    accumulate: torch.dtype
-    backend: str
-    wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
-
-
-class _Gradients:
-    """The sums of gradients over chunks, in the accumulation dtype, for the inputs that want one."""
-
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, problem: _Problem):
-        def zeros(shape: tuple[int, ...], wanted: bool) -> Tensor | None:
-            return torch.zeros(shape, dtype=problem.accumulate, device=hidden_NH.device) if wanted else None
-
-        rows = problem.valid_M.numel()
-        self.vocab = problem.vocab
-        self.hidden_NH = zeros(tuple(hidden_NH.shape), problem.wanted[0])
-        self.weight_VH = zeros(tuple(weight_VH.shape), problem.wanted[1] and not rows)
-        if problem.wanted[1] and rows:  # the first chunk writes, later ones add: no pass over V·H to clear it
-            self.weight_VH = hidden_NH.new_empty(weight_VH.shape, dtype=problem.accumulate)
-            self.weight_VH[problem.vocab :] = 0.0
-        self.first = True
-        self.bias_V = zeros((weight_VH.shape[0],), problem.wanted[2])
-
-    def add(self, head: Head, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
-        if self.hidden_NH is not None:
-            self.hidden_NH[rows_C] = head.grad_hidden(dz_CV)
-        if self.weight_VH is not None:
-            head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[: self.vocab], first=self.first)
-            self.first = False
-        if self.bias_V is not None:
-            self.bias_V[: self.vocab] += dz_CV.sum(0, dtype=self.bias_V.dtype)
-
-
-def _run(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: _Problem) -> Made:
-    """Per-quantity sums over all valid rows, and the gradients of the first of them."""
-    gradients = _Gradients(hidden_NH, weight_VH, problem)
-    head = Head(weight_VH, bias_V, problem.operand, problem.accumulate, problem.vocab)
-    want_grad, rows = any(problem.wanted), problem.valid_M.numel()
-    chunks = row_chunks(
-        rows,
-        problem.vocab,
-        problem.chunk_bytes,
-        buffers=problem.options.buffers if problem.backend == "torch" else 1,
-        item_bytes=problem.accumulate.itemsize,
-    )
-    buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, problem.vocab), dtype=problem.accumulate)
-    per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=problem.accumulate)
-    for chunk in chunks:
-        rows_C = problem.valid_M[chunk]
-        hidden_CH = head.cast(hidden_NH.detach()[rows_C])
-        z_CV = head.logits(hidden_CH, buffer[: chunk.stop - chunk.start])
-        per_row[:, chunk], dz_CV = run_rows_step(
-            problem.backend,
-            z_CV,
-            problem.targets.rows(chunk),
-            problem.labels_M[chunk],
-            problem.options,
-            want_grad=want_grad,
-            grad_dtype=problem.operand if head.native else None,
-        )
-        if want_grad:
-            gradients.add(head, dz_CV, hidden_CH, rows_C)
-    return Made(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)

@@ -20,10 +20,11 @@ from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
 from kdscale_kernels.dispatch import choose_backend
 from kdscale_kernels.groups import Claim, Shard, agree
+from kdscale_kernels.limits import sparse_limit
 from kdscale_kernels.made_in_forward import Made, made_in_forward
 from kdscale_kernels.ops.linear_topk_lse import topk_rows
 from kdscale_kernels.products import Head, compute_dtypes, row_chunks
-from kdscale_kernels.rows import RowSums
+from kdscale_kernels.rows import RowSums, cap_
 from kdscale_kernels.shards import ShardHead, joined_lse, shard_rows_step, shifted
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail, TopKLse
 
@@ -53,7 +54,7 @@ def vocab_parallel_topk_lse(
     live as [rows, Vs] chunks within chunk_bytes on the rank with the largest shard; no gradients.
     Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
     """
-    _torch_only(backend)
+    choose_backend(backend, cannot="vocab_parallel_topk_lse has no Triton form")
     claim: Claim | ValueError
     try:
         checks.check_linear(hidden_NH, weight_VsH, bias_Vs)
@@ -75,10 +76,14 @@ def vocab_parallel_topk_lse(
         torch.empty(rows, dtype=accumulate, device=hidden_NH.device),
     )
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        head = ShardHead(weight_VsH, bias_Vs, operand, accumulate, shard, options)
+        head = ShardHead(weight_VsH, bias_Vs, operand, accumulate, shard)
         buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=accumulate)
         for chunk in chunks:
-            z_CV, _ = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
+            z_CV = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
+            if softcap is not None:
+                cap_(z_CV, softcap)
+            if head.empty:
+                z_CV.fill_(_NEG_INF)
             for field, value in zip(result, _joined_topk(z_CV, k, shard, temperature), strict=True):
                 field[chunk] = value
     return result
@@ -141,8 +146,8 @@ def vocab_parallel_sparse_kl(
     Gradients are made in the forward pass; one backward. Two waits for the device a call (valid rows, agreement).
     Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
     """
-    _torch_only(backend)
     claim: Claim | ValueError
+    chosen = "torch"
     grad_on = torch.is_grad_enabled()
     wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VsH, bias_Vs))
     try:
@@ -158,6 +163,7 @@ def vocab_parallel_sparse_kl(
         weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
         checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab_size)
         checks.check_weight_values(weights_MK, logits_MK)
+        chosen = choose_backend(backend, hidden_NH.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
         settings = (options, operand, chunk_bytes)
         sizes = (valid_M.numel(), ids_NK.shape[1])
         claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, *sizes, wanted[0], settings)
@@ -165,7 +171,7 @@ def vocab_parallel_sparse_kl(
         claim = error
     shard = agree(claim, hidden_NH.device, group)
     targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab_size, temperature, weights_MK)
-    call = _Call(valid_M, labels_M, targets, options, shard, chunk_bytes, operand, accumulate, wanted)
+    call = _Call(valid_M, labels_M, targets, options, shard, chunk_bytes, operand, accumulate, chosen, wanted)
     outputs = made_in_forward(
         "vocab_parallel_sparse_kl",
         lambda: _run(hidden_NH, weight_VsH, bias_Vs, call),
@@ -175,10 +181,6 @@ def vocab_parallel_sparse_kl(
     )
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
-
-
-def _torch_only(backend: Backend) -> None:
-    choose_backend(backend, cannot="the vocab-parallel ops have no Triton form")
 
 
 def _claim(
@@ -212,6 +214,7 @@ class _Call:
     chunk_bytes: int
     operand: torch.dtype
     accumulate: torch.dtype
+    backend: str
     wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
 
 
@@ -229,14 +232,14 @@ class _Gradients:
 
     def add(self, head: Head, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
         if self.hidden_NH is not None:
-            grad_CH = head.grad_hidden(dz_CV)
+            grad_CH = head.grad_hidden(dz_CV).to(self.hidden_NH.dtype)
             self.receive()
             self.sending = (dist.all_reduce(grad_CH, group=self.shard.group, async_op=True), grad_CH, rows_C)
         used = self.shard.used
         if self.weight_VH is not None and used:
             head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[:used], first=False)
         if self.bias_V is not None and used:
-            self.bias_V[:used] += dz_CV.sum(0)
+            self.bias_V[:used] += dz_CV.sum(0, dtype=self.bias_V.dtype)
 
     def receive(self) -> None:
         if self.sending is not None and self.hidden_NH is not None:
@@ -248,20 +251,27 @@ class _Gradients:
 
 def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _Call) -> Made:
     gradients = _Gradients(hidden_NH, weight_VsH, call)
-    head = ShardHead(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard, call.options)
+    head = ShardHead(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard)
     rows, options = call.valid_M.numel(), call.options
     itemsize = call.accumulate.itemsize
     chunks = row_chunks(rows, call.shard.widest, call.chunk_bytes, buffers=options.buffers, item_bytes=itemsize)
     buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=call.accumulate)
     per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=call.accumulate)
+    grad_dtype = (head.operand if head.native else call.accumulate) if any(call.wanted) else None
     for chunk in chunks:
         rows_C = call.valid_M[chunk]
         hidden_CH = head.cast(hidden_NH.detach()[rows_C])
-        z_CV, slope_CV = head.logits(hidden_CH, buffer[: chunk.stop - chunk.start])
-        targets, labels_C = call.targets.rows(chunk), call.labels_M[chunk]
-        sums = shard_rows_step(z_CV, slope_CV, targets, labels_C, options, call.shard, want_grad=any(call.wanted))
+        sums, dz_CV = shard_rows_step(
+            head.logits(hidden_CH, buffer[: chunk.stop - chunk.start]),
+            call.targets.rows(chunk),
+            call.labels_M[chunk],
+            options,
+            call.shard,
+            backend=call.backend,
+            grad_dtype=grad_dtype,
+        )
         per_row[:, chunk] = torch.stack(sums)
         if any(call.wanted):
-            gradients.add(head, z_CV, hidden_CH, rows_C)
+            gradients.add(head, dz_CV, hidden_CH, rows_C)
     gradients.receive()
     return Made(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)

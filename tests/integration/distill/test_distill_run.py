@@ -44,6 +44,17 @@ def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype):
     assert all(0 <= row["top1_agree"] <= 1 for row in train)
 
 
+@pytest.mark.parametrize(("dtype", "stage"), [("bfloat16", 1), ("float32", 3)])
+def test_the_student_moves_towards_the_whole_of_the_teacher(distil, tmp_path, dtype, stage):
+    settings = PURE_KD | {"loss": {"targets": "full"}, "tokens": 10 * 8 * 48}
+    rows = distil(tmp_path, dtype=dtype, zero_stage=stage, **settings)
+    validation = [row["kd"] for row in rows if row["kind"] == "validation"]
+    assert validation[-1] < 0.9 * validation[0]
+    train = [row for row in rows if row["kind"] == "train"]
+    assert [(row["teacher_mass"], row["tail_mass"]) for row in train] == [(1.0, 0.0)] * 10
+    assert "whole vocabulary" in (tmp_path / "student" / "README.md").read_text()
+
+
 def test_the_student_is_a_standard_checkpoint(distil, student_dir, tmp_path):
     distil(tmp_path, dtype="bfloat16")
     out = tmp_path / "student"

@@ -30,10 +30,13 @@ class Teacher:
         self.family: Family = load_family(self.config, str(folder / "config.json"))
         self.checkpoint.verify_against(self.family)
         generator = torch.Generator().manual_seed(5)
+        vocab = self.family.dims(self.config).vocab
         # two documents a row, so that a mask that lets them see each other would show
         positions = torch.cat([torch.arange(20), torch.arange(28)]).expand(3, -1)
         self.batches = [
-            SimpleNamespace(input_ids_BS=torch.randint(0, 320, (3, 48), generator=generator), position_ids_BS=positions)
+            SimpleNamespace(
+                input_ids_BS=torch.randint(0, vocab, (3, 48), generator=generator), position_ids_BS=positions
+            )
             for _ in range(2)
         ]
         self.ids = self.batches[0].input_ids_BS[:2]
@@ -50,6 +53,11 @@ class Teacher:
         plan = make_plan(self.config, self.family, found, cfg)
         apply_plan(self.checkpoint, self.family, plan, out, cfg, batches=self.batches, reporter=Reporter(quiet=True))
         return plan
+
+
+@pytest.fixture(scope="session")
+def teacher_class() -> type[Teacher]:
+    return Teacher
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ def test_an_open_hidden_axis_that_the_search_leaves_whole_changes_nothing(teache
 )
 def test_families_that_cannot_be_turned(teacher, tmp_path, role, axes, reason):
     family = teacher.family
-    extra = {"model.extra.weight": TensorSpec(shape=(96,), axes=axes, layer=None, role=role)}
+    extra = {"model.extra.weight": TensorSpec(shape=(96,), axes=axes, layer=None, role=role, parameter="extra")}
     other = SimpleNamespace(
         name="other",
         data=family.data,

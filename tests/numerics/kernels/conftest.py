@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from kdscale_kernels import reference
+from kdscale_kernels import products, reference
 
 
 class Problem(NamedTuple):
@@ -68,3 +69,36 @@ def _make(
 @pytest.fixture(scope="session")
 def make_problem() -> Callable[..., Problem]:
     return _make
+
+
+def _mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    assert a.dtype == b.dtype == torch.bfloat16
+    result = torch.matmul(a.float(), b.float()).to(out_dtype)
+    return result if out is None else out.copy_(result)
+
+
+def _addmm(c: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+    assert out is c
+    return out.add_(_mm(a, b, out_dtype=out_dtype))
+
+
+class _NativeHead(products.Head):
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, operand: Any, accumulate: Any, vocab: int):
+        super().__init__(weight_VH, bias_V, operand, accumulate, vocab)
+        self.native, self.grad_dtype = True, operand
+
+
+@pytest.fixture
+def cuda_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, bool], Any]:
+    """Within the block an op's module takes the CUDA route: the products that only CUDA has, by what they compute."""
+
+    @contextmanager
+    def replaced(op_module: Any, adds_in_place: bool) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mm", _mm)
+            patch.setattr(torch, "addmm", _addmm)
+            patch.setattr(products, "_ADDMM_TAKES_FP32", adds_in_place)
+            patch.setattr(op_module, "Head", _NativeHead)
+            yield
+
+    return replaced

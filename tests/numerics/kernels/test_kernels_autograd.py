@@ -39,8 +39,9 @@ def test_no_rows_by_vocabulary_array(make_problem, options, dtype):
     with Largest() as largest:
         kk.linear_topk_lse(p.hidden, p.weight, 4, chunk_bytes=chunk_bytes)
         loss_of(p, chunk_bytes=chunk_bytes, **options).backward()
-        valid = torch.ones(256, dtype=torch.bool)
-        kk.linear_full_kl(p.hidden, p.weight, p.hidden, p.weight, valid_N=valid, chunk_bytes=chunk_bytes)
+        teacher = (p.hidden.detach(), p.weight.detach())
+        full = kk.linear_full_kl(p.hidden, p.weight, *teacher, labels_N=p.labels, chunk_bytes=chunk_bytes, **options)
+        full.loss_sum.backward()
     assert 0 < largest.numel <= 16 * 2048 < 256 * 2048
 
 

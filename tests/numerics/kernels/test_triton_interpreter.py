@@ -6,7 +6,6 @@ tests/conftest.py asks for it before anything imports triton, unless the machine
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 
@@ -15,13 +14,9 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import dispatch, products, reference, targets
+from kdscale_kernels import dispatch, fast, reference, targets
 from kdscale_kernels.rows import rows_step
 from kdscale_kernels.types import LossOptions
-
-linear_op = importlib.import_module(
-    "kdscale_kernels.ops.linear_sparse_kl"
-)  # the package shows the function of that name
 
 triton = pytest.importorskip("triton", reason="triton is not installed (the dev extra installs it on Linux)")
 
@@ -169,33 +164,14 @@ def test_bf16_operands_keep_the_gradients_digits(make_problem, device, divergenc
 
 @pytest.mark.parametrize("adds_in_place", [True, False])
 @pytest.mark.parametrize("noise", [None, 0.05])
-def test_narrow_gradients_reach_the_products(make_problem, device, monkeypatch, noise, adds_in_place):
+def test_narrow_gradients_reach_the_products(make_problem, device, cuda_products, noise, adds_in_place):
     """The CUDA route end to end on a CPU, with the products that only CUDA has replaced by what they compute."""
     if device != "cpu":
         pytest.skip("a GPU has these products")
 
-    def mm(a, b, *, out_dtype, out=None):
-        assert a.dtype == b.dtype == torch.bfloat16
-        result = torch.matmul(a.float(), b.float()).to(out_dtype)
-        return result if out is None else out.copy_(result)
-
-    def addmm(c, a, b, *, out_dtype, out):
-        assert out is c
-        return out.add_(mm(a, b, out_dtype=out_dtype))
-
-    class NativeHead(products.Head):
-        def __init__(self, weight_VH, bias_V, operand, accumulate, vocab):
-            super().__init__(weight_VH, bias_V, operand, accumulate, vocab)
-            self.native = True
-            self.weight_VH = self.cast(weight_VH.detach()[:vocab])
-
     problem = make_problem(rows=9, hidden=32, vocab=300, k=6, noise=noise, spread=0.35, dtype=torch.bfloat16, seed=3)
     p, twin = problem.cast(torch.bfloat16), problem.cast(torch.float64)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "mm", mm)
-        patch.setattr(torch, "addmm", addmm)
-        patch.setattr(products, "_ADDMM_TAKES_FP32", adds_in_place)
-        patch.setattr(linear_op, "Head", NativeHead)
+    with cuda_products(fast, adds_in_place):
         options = {"labels_N": p.labels, "bias_V": p.bias, "ce_weight": 0.2}
         kk.linear_sparse_kl(
             p.hidden, p.weight, *p.targets, **options, backend="triton", chunk_bytes=3 * 4 * 300
@@ -447,14 +423,5 @@ def test_what_triton_cannot_do_is_refused_by_name(make_problem, device):
     p = put(make_problem(rows=4).cast(torch.float64), device)
     with pytest.raises(kk.BackendUnavailableError, match="fp64"):
         kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels, backend="triton")
-    with pytest.raises(kk.BackendUnavailableError, match="linear_full_kl has no Triton form"):
-        kk.linear_full_kl(
-            p.hidden,
-            p.weight,
-            p.hidden,
-            p.weight,
-            valid_N=torch.ones(4, dtype=torch.bool, device=device),
-            backend="triton",
-        )
     assert dispatch.choose_backend("auto", device) == ("torch" if device == "cpu" else "triton")
     assert dispatch.choose_backend("auto", device, cannot="fp64") == "torch"

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdscale_kernels import triton_rows, triton_topk
+from kdscale_kernels import triton_full, triton_rows, triton_slices, triton_topk
 from kdscale_kernels.limits import GROUP
 
 TARGETS = {
@@ -33,9 +33,11 @@ TARGETS = {
 TYPES = {
     **dict.fromkeys(("rows_ptr", "ids_ptr", "top1_ptr", "labels_ptr", "groups_ptr"), "*i64"),
     **dict.fromkeys(("used_ptr", "whole_ptr"), "*i1"),
-    **dict.fromkeys(("z_ptr", "dz_ptr", "logp_ptr", "logp_tail_ptr", "sums_ptr"), "*fp32"),
-    **dict.fromkeys(("lse_ptr", "maxima_ptr", "values_ptr", "kept_ptr"), "*fp32"),
-    **dict.fromkeys(("temperature", "ce_weight", "beta", "softcap"), "fp32"),
+    **dict.fromkeys(("z_ptr", "teacher_ptr", "dz_ptr", "logp_ptr", "logp_tail_ptr", "sums_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "maxima_ptr", "values_ptr", "kept_ptr", "tempered_ptr", "one_ptr"), "*fp32"),
+    **dict.fromkeys(("support_ptr", "found_label_ptr", "found_top1_ptr", "parts_ptr"), "*fp32"),
+    **dict.fromkeys(("at_label_ptr", "a_ptr", "tail_ptr", "b_ptr"), "*fp32"),
+    **dict.fromkeys(("temperature", "ce_weight", "beta", "softcap", "teacher_softcap"), "fp32"),
 }
 
 
@@ -76,12 +78,40 @@ def loss_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, s
         yield "fp32 in place, full", {**full, "NARROW": False, "HAS_ROWS": True}, {}
 
 
+def full_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """As loss_variants, for linear_full_kl."""
+    plain = {
+        "DIVERGENCE": "forward_kl",
+        "HAS_KD": True,
+        "HAS_CE": False,
+        "TEMPERED": False,
+        "SOFTCAP": False,
+        "TEACHER_SOFTCAP": False,
+        "WANT_GRAD": True,
+        "NARROW": True,
+        "BLOCK_V": triton_full.TILE.block_v,
+    }
+    narrow = {"dz_ptr": "*bf16"}
+    full = {**plain, "HAS_CE": True, "TEMPERED": True, "SOFTCAP": True, "TEACHER_SOFTCAP": True}
+    yield "plain", plain, narrow
+    yield "jsd, CE, T, soft-caps", {**full, "DIVERGENCE": "jsd"}, narrow
+    yield "fp32 in place, CE", {**plain, "HAS_CE": True, "NARROW": False}, {}
+    if which == "all":
+        yield "no gradient", {**full, "WANT_GRAD": False}, narrow
+        for divergence in ("forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl"):
+            yield f"{divergence}, full", {**full, "DIVERGENCE": divergence}, narrow
+        yield "CE alone", {**full, "DIVERGENCE": "jsd", "HAS_KD": False}, narrow
+
+
 def builds(which: str) -> Iterator[Build]:
+    for name, constants, types in full_variants(which):
+        yield Build(triton_full.full_kl_rows_kernel, f"full_kl: {name}", constants, triton_full.TILE.warps, types)
     for tile, (name, flags, types) in itertools.product(triton_rows.TILES, loss_variants(which)):
         constants = {**flags, "BLOCK_V": tile.block_v, "BLOCK_K": tile.max_k}
         yield Build(
             triton_rows.sparse_kl_rows_kernel, f"sparse_kl K<={tile.max_k}: {name}", constants, tile.warps, types
         )
+    yield from slice_builds()
     for capped in (False, True):
         constants = {"SOFTCAP": capped, "GROUP": GROUP, "BLOCK_G": triton_topk.SWEEP_TILE.groups}
         name = "lse_groups" + (": soft-cap" if capped else "")
@@ -92,12 +122,29 @@ def builds(which: str) -> Iterator[Build]:
         yield Build(triton_topk.select_kernel, name, constants, tile.warps, {})
 
 
+def slice_builds() -> Iterator[Build]:
+    """The lean mode's two bodies, plainest and fullest, with what is kept and without."""
+    for tile, full, kept in itertools.product(triton_slices.SLICE_TILES, (False, True), (False, True)):
+        blocks = {"BLOCK_S": tile.block_v, "BLOCK_K": tile.max_k, "SOFTCAP": full}
+        name = ("CE, T, soft-cap" if full else "plain") + (", kept" if kept else "")
+        reading = {**blocks, "TEMPERED": full, "KEEP": kept, "KEEP_ONE": full and kept}
+        narrow = {"tempered_ptr": "*bf16", "one_ptr": "*bf16"}
+        yield Build(triton_slices.read_slice_kernel, f"read_slice K<={tile.max_k}: {name}", reading, tile.warps, narrow)
+        writing = {**blocks, "HAS_CE": full, "TWO": full, "KEPT": kept, "NARROW": not kept}
+        narrow = {"dz_ptr": "*bf16"} | ({"z_ptr": "*bf16", "one_ptr": "*bf16"} if kept else {})
+        yield Build(
+            triton_slices.write_slice_kernel, f"write_slice K<={tile.max_k}: {name}", writing, tile.warps, narrow
+        )
+
+
 def compile_for(build: Build, target: GPUTarget) -> Any:
     names = build.body.arg_names
     types = {**TYPES, **build.types}
     signature = {name: "constexpr" if name in build.constants else types.get(name, "i32") for name in names}
     sixteen = [
-        i for i, name in enumerate(names) if name.endswith("_ptr") or name.startswith("stride") or name == "vocab"
+        i
+        for i, name in enumerate(names)
+        if name.endswith("_ptr") or name.startswith("stride") or name in ("vocab", "width")
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in sixteen}
     warps = build.warps if target.backend == "cuda" else build.warps * 32 // target.warp_size

@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from kdscale.config import LossConfig
-from kdscale.losses import TERMS, distillation_loss
+from kdscale.heads import Head
+from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
 from kdscale_kernels import linear_topk_lse, reference
 
 DIVERGENCES = get_args(LossConfig.model_fields["divergence"].annotation)
@@ -24,10 +25,49 @@ def test_the_loss_is_the_one_the_config_names(divergence, tail):
     loss = LossConfig(divergence=divergence, tail=tail, ce_weight=0.3, temperature=2.0, jsd_beta=0.2, skew=0.4)
     targets = linear_topk_lse(teacher, head, 7, temperature=2.0)
     total, terms = distillation_loss(student, head, *targets, labels, loss)
-    options = {field: getattr(loss, field) for field in LossConfig.model_fields if field != "top_k"}
+    options = {field: getattr(loss, field) for field in LossConfig.model_fields if field not in ("targets", "top_k")}
     want = reference.linear_sparse_kl(student, head, *targets, labels_N=labels, **options)
     torch.testing.assert_close(total, want.loss_sum)
     torch.testing.assert_close(terms[TERMS.index("kd")], want.kd_sum)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_loss_over_the_whole_vocabulary_is_the_one_the_config_names(divergence):
+    gen = torch.Generator().manual_seed(0)
+    shapes = ((5, 6), (44, 6), (44,), (5, 9), (40, 9), (40,))
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = (
+        torch.randn(*shape, generator=gen) for shape in shapes
+    )
+    labels = torch.randint(0, 40, (5,), generator=gen)
+    loss = LossConfig(targets="full", divergence=divergence, ce_weight=0.3, temperature=2.0, jsd_beta=0.2, skew=0.4)
+    heads = Head(weight, bias, softcap=4.0), Head(teacher_weight, teacher_bias, softcap=3.0)
+    total, terms = full_distillation_loss(hidden, heads[0], teacher_hidden, heads[1], labels, loss, vocab_size=40)
+    want = reference.linear_full_kl(
+        hidden,
+        weight,
+        teacher_hidden,
+        teacher_weight,
+        labels_N=labels,
+        bias_V=bias,
+        teacher_bias_V=teacher_bias,
+        softcap=4.0,
+        teacher_softcap=3.0,
+        vocab_size=40,
+        **{
+            field: getattr(loss, field)
+            for field in LossConfig.model_fields
+            if field not in ("targets", "top_k", "tail")
+        },
+    )
+    torch.testing.assert_close(total, want.loss_sum)
+    means = torch.stack([want.loss_sum, want.kd_sum, want.ce_sum, torch.tensor(5.0), torch.tensor(0.0)])
+    torch.testing.assert_close(terms[:5], means)
+    assert TERMS[3:5] == ("teacher_mass", "tail_mass")  # all of it, and nothing
+
+
+def test_a_tail_beside_the_whole_vocabulary_is_refused():
+    with pytest.raises(ValidationError, match=r"tail \(truncated\) is about topk targets"):
+        LossConfig(targets="full", tail="truncated")
 
 
 @pytest.mark.parametrize("skew", [0.0, 1.0])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,10 @@ from hypothesis import strategies as st
 
 import kdscale.families
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.families import Dims, load_family, read_families, supported_types
+from kdscale.families import Dims, TensorSpec, load_family, read_families, supported_types
 
-_BASE = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-}
+_SIZES = {"hidden": 48, "ffn": 80, "layers": 3, "heads": 6, "kv_heads": 2, "vocab": 96, "experts": 4}
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "tied": {"tie_word_embeddings": True},
@@ -39,8 +35,18 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 _FAMILY_FILES = sorted(Path(kdscale.families.__file__).parent.glob("*.json"))
 
 
+_LLAMA = next(file for file in _FAMILY_FILES if file.stem == "llama")
+# also those of KDSCALE_FAMILIES
+_FAMILIES = {name: load_family({"model_type": name}, "config.json").data for name in supported_types()}
+
+
 def _config(model_type: str, **changes: Any) -> dict[str, Any]:
-    return {"model_type": model_type, **_BASE, **changes}
+    """The sizes above under the family's own field names."""
+    data = _FAMILIES[model_type]
+    sizes = {field.field: _SIZES[dim] for dim, field in data.dims.items() if field.field and dim in _SIZES}
+    if data.experts_per_token is not None:
+        sizes[data.experts_per_token.field] = 2
+    return {"model_type": model_type, **_TOKENS, **sizes, **changes}
 
 
 def _hf_config(config: dict[str, Any]) -> Any:
@@ -49,47 +55,67 @@ def _hf_config(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**config)
 
 
-def _hf_state(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], int]:
-    """(what transformers would write to disk, its parameter count with tied parameters counted once)."""
+def _hf_state(config: dict[str, Any], tied: Collection[str]) -> tuple[dict[str, tuple[int, ...]], int]:
+    """(transformers' own parameters without the `tied` ones, their count with tied parameters counted once)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_hf_config(config))
         model.tie_weights()
-    state = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+    state = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     return state, sum(p.numel() for p in model.parameters())
+
+
+def _parameters(specs: Iterable[TensorSpec]) -> dict[str, tuple[int, ...]]:
+    """What transformers makes of the tensors on disk: rows of one parameter together, then experts stacked."""
+    rows: dict[str, dict[int | None, int]] = {}
+    rest: dict[str, tuple[int, ...]] = {}
+    for spec in specs:
+        of_expert = rows.setdefault(spec.parameter, {})
+        of_expert[spec.expert] = of_expert.get(spec.expert, 0) + spec.shape[0]
+        rest[spec.parameter] = spec.shape[1:]
+    out = {}
+    for name, by_expert in rows.items():
+        stack = () if None in by_expert else (len(by_expert),)
+        (height,) = set(by_expert.values())
+        out[name] = (*stack, height, *rest[name])
+    return out
 
 
 @pytest.mark.parametrize("variant", _VARIANTS)
 @pytest.mark.parametrize("model_type", supported_types())
 def test_tensors_and_counts_are_those_of_transformers(model_type: str, variant: str) -> None:
-    config = _config(model_type, **_VARIANTS[variant])
+    config, data = _config(model_type), _FAMILIES[model_type]
+    known = {field.field for field in (*data.dims.values(), *data.flags.values())} | {"rope_theta", "rope_scaling"}
+    if not set(_VARIANTS[variant]) <= known or (model_type, variant) == ("phi3", "rope-scaling"):
+        pytest.skip("transformers has no such variant of this family")
+    config |= _VARIANTS[variant]
     family = load_family(config, "config.json")
-    if (model_type, variant) == ("mistral", "null-kv-heads"):  # transformers' MistralConfig wants an integer
+    if variant == "null-kv-heads" and data.dims["kv_heads"].null is None:  # transformers' config wants an integer
         with pytest.raises(CheckpointError, match="num_key_value_heads"):
             family.dims(config)
         return
-    ours = {name: spec.shape for name, spec in family.tensors(config).items()}
-    theirs, count = _hf_state(config)
-    assert ours == theirs
+    specs, tied = family.tensors(config), family.tied(config)
+    theirs, count = _hf_state(config, {family.parameter(name) for name in tied})
+    assert _parameters(specs.values()) == theirs
     counted = family.count_params(config)
     assert counted.total == count == counted.embedding + counted.non_embedding
-    tables = 1 if config.get("tie_word_embeddings") else 2
-    assert counted.embedding == tables * config["vocab_size"] * config["hidden_size"]
+    positions = sum(math.prod(spec.shape) for spec in specs.values() if spec.role == "position_embed")
+    assert counted.embedding == (1 if tied else 2) * _SIZES["vocab"] * _SIZES["hidden"] + positions
 
 
-@pytest.mark.parametrize("field", ["num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("field", ["kv_heads", "head_dim"])
 @pytest.mark.parametrize("model_type", supported_types())
 def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, field: str) -> None:
-    config = _config(model_type, num_attention_heads=64, hidden_size=128, num_key_value_heads=32)
-    config.pop(field, None)
+    fields = {dim: found.field for dim, found in _FAMILIES[model_type].dims.items()}
+    sizes = {"heads": 64, "hidden": 128, "kv_heads": 32}
+    config = _config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
+    config.pop(fields[field], None)
     dims = load_family(config, "config.json").dims(config)
     hf = _hf_config(config)
-    assert dims.kv_heads == hf.num_key_value_heads
-    assert dims.head_dim == getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads)
+    assert dims.kv_heads == getattr(hf, "num_key_value_heads", hf.num_attention_heads)
+    assert dims.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
 
 
 @pytest.mark.parametrize("model_type", supported_types())
@@ -106,8 +132,14 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
         model.get_submodule(path)
     assert len(model.get_submodule(sites.layers)) == dims.layers  # type: ignore[arg-type]
     layer = model.get_submodule(f"{sites.layers}.0")
-    assert layer.get_submodule(sites.ffn).in_features == dims.ffn
-    assert layer.get_submodule(sites.heads).in_features == dims.heads * dims.head_dim
+    sizes = {sites.heads: (dims.heads * dims.head_dim, family.transposed("o"))}
+    if sites.ffn:
+        sizes[sites.ffn] = (dims.ffn, family.transposed("down"))
+    else:
+        assert layer.get_submodule(sites.experts).down_proj.shape == (dims.experts, dims.hidden, dims.ffn)
+        assert layer.get_submodule(sites.router).weight.shape == (dims.experts, dims.hidden)
+    for path, (inputs, transposed) in sizes.items():
+        assert layer.get_submodule(path).weight.shape[0 if transposed else 1] == inputs
     for path in (*sites.norms, sites.attention, sites.mlp):
         layer.get_submodule(path)
     assert set(family.layer_tensors(config, 1)) == {
@@ -124,16 +156,26 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
 )
 def test_constraints_refuse_what_transformers_refuses(model_type: str, heads: int, groups: int, hidden: int) -> None:
     """Sizes that pass our rules build in transformers; sizes transformers refuses do not pass."""
-    config = _config(model_type, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups, head_dim=8)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    fields = {dim: found.field for dim, found in _FAMILIES[model_type].dims.items()}
+    sizes = {"hidden": hidden, "heads": heads, "kv_heads": groups, "head_dim": 8}
+    config = _config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
     family = load_family(config, "config.json")
-    dims = Dims(hidden=hidden, ffn=80, heads=heads, kv_heads=groups, head_dim=8, layers=3, vocab=96)
+    dims = Dims(**sizes, ffn=80, layers=3, vocab=96, experts=_SIZES["experts"] if "experts" in fields else 0)
     broken = family.violations(dims)
-    assert any("kv group" in rule for rule in broken) == bool(heads % groups)
-    if any("kv group" not in rule for rule in broken):
-        with pytest.raises(Exception, match="not a multiple"):
-            _hf_config(config)
+    if any("is not a multiple of heads" in rule for rule in broken):
+        with pytest.raises(Exception, match=r"not a multiple|divisible"), torch.device("meta"):
+            AutoModelForCausalLM.from_config(_hf_config(config))
     else:
         _hf_config(config)
+    if fields["kv_heads"]:
+        assert any("kv group" in rule for rule in broken) == bool(heads % groups)
+    for dim in ("kv_heads", "head_dim"):  # without a field in the config there is no such model
+        if not fields[dim]:
+            there = {"kv_heads": heads, "head_dim": hidden // heads}[dim]
+            assert any(rule.startswith(dim) for rule in broken) == (sizes[dim] != there)
 
 
 def test_llama_refuses_a_hidden_size_that_its_heads_do_not_divide() -> None:
@@ -172,7 +214,7 @@ def test_missing_size_and_odd_flag_are_named() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, "llama, mistral, qwen2, qwen3"),
+        ({"model_type": "bert"}, "llama, mistral"),
         ({}, "no such field"),
         ({"model_type": ["llama"]}, "model_type"),
         (_config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM"),
@@ -249,7 +291,7 @@ def test_kv_cache_counts_keys_and_values_of_all_layers() -> None:
 
 
 def _broken_family(tmp_path: Path, **changes: Any) -> Path:
-    data = json.loads(_FAMILY_FILES[0].read_text())
+    data = json.loads(_LLAMA.read_text())
     data.update(changes)
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(data))
@@ -257,13 +299,20 @@ def _broken_family(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_family_files_are_checked_strictly(tmp_path: Path) -> None:
-    data = json.loads(_FAMILY_FILES[0].read_text())
+    data = json.loads(_LLAMA.read_text())
     tensors = data["tensors"]
     cases: list[tuple[dict[str, Any], str]] = [
         ({"colour": "red"}, "colour"),
         ({"tensors": [*tensors, tensors[0]]}, "repeat the name"),
         ({"tensors": [{**tensors[0], "axes": ["width"]}, *tensors[1:]]}, "axes"),
         ({"flags": {}}, "flags"),
+        ({"tensors": [{**tensors[0], "role": "wte"}, *tensors[1:]]}, "no such role"),
+        ({"tensors": [{**tensors[0], "axes": ["vocab", "hidden*-2"]}, *tensors[1:]]}, "neither a dimension nor"),
+        ({"sizes": {"positions": {"field": "n_positions", "absent": 8}}}, "not used by any tensor"),
+        ({"experts_per_token": {"field": "num_experts_per_tok"}}, "lacks dims.experts"),
+        ({"dims": {**data["dims"], "head_dim": {"absent": 8}}}, "either field or always"),
+        ({"dims": {**data["dims"], "head_dim": {"field": "head_dim", "absent": "hidden / 2"}}}, "is not of the form"),
+        ({"sites": {**data["sites"], "ffn": ""}}, "either ffn, or experts"),
         ({"dims": {key: value for key, value in data["dims"].items() if key != "ffn"}}, "lacks ffn"),
         ({"ties": [{**data["ties"][0], "to": "model.wte.weight"}]}, "model.wte.weight"),
     ]
@@ -274,7 +323,7 @@ def test_family_files_are_checked_strictly(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_families([tmp_path / "broken.json"])
     with pytest.raises(ConfigError, match="another family file"):
-        read_families([_FAMILY_FILES[0], _broken_family(tmp_path)])
+        read_families([_LLAMA, _broken_family(tmp_path)])
 
 
 def test_neither_families_nor_opening_a_checkpoint_imports_torch() -> None:

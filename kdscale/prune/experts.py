@@ -1,0 +1,59 @@
+"""Scores of a mixture of experts: what each expert, and each ffn unit of each expert, adds to the sublayer's output.
+
+transformers keeps the experts of a layer in one module with stacked weights and calls it with the tokens, the experts
+that the router chose for each and their weights. What the units put out is computed here once more from those.
+
+N tokens · T experts a token · E experts · D hidden · F ffn of one expert
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ExpertStats:
+    """Sums over the tokens that each expert got, every one multiplied by its routing weight w:
+
+    - `experts.output_norm` [E]: Σ w·‖expert(x)‖;
+    - `ffn.output_energy` [E, F]: Σ ‖w · a_f · W_down,f‖², the unit's share of the output;
+    - `ffn.activation` [E, F]: √Σ (w · a_f)². Not by sequence as in dense layers: an expert gets tokens, not sequences.
+    """
+
+    def __init__(self, experts: nn.Module):
+        self._experts: Any = experts
+        self._norms_E: Tensor | None = None
+        self._squares_EF: Tensor | None = None
+
+    def attach(self) -> Any:
+        return self._experts.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def scores(self) -> dict[str, Tensor]:
+        assert self._norms_E is not None and self._squares_EF is not None, "no token was seen"
+        columns_EF = self._experts.down_proj.float().square().sum(1).double()
+        return {
+            "experts.output_norm": self._norms_E,
+            "ffn.activation": self._squares_EF.sqrt(),
+            "ffn.output_energy": self._squares_EF * columns_EF,
+        }
+
+    def _see(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        hidden_ND, chosen_NT, weights_NT = (given[name] for name in names)
+        experts, _, width = module.down_proj.shape
+        if self._norms_E is None or self._squares_EF is None:
+            self._norms_E = torch.zeros(experts, dtype=torch.float64, device=hidden_ND.device)
+            self._squares_EF = torch.zeros(experts, width, dtype=torch.float64, device=hidden_ND.device)
+        for expert in range(experts):
+            token_n, slot_n = torch.where(chosen_NT == expert)
+            if not len(token_n):
+                continue
+            up_nF = nn.functional.linear(hidden_ND[token_n], module.gate_up_proj[expert])
+            units_nF = module._apply_gate(up_nF)
+            output_nD = nn.functional.linear(units_nF, module.down_proj[expert]).float()
+            weight_n = weights_NT[token_n, slot_n].float()
+            self._norms_E[expert] += (output_nD.norm(dim=-1) * weight_n).sum().double()
+            self._squares_EF[expert] += (units_nF.float() * weight_n[:, None]).square().sum(0).double()

@@ -1,0 +1,245 @@
+"""The loss of candidate students before any of them is written: all of them advance through the teacher side by side.
+
+Each teacher layer is read once. Every candidate that keeps it takes its slice of that layer in memory, is given the
+same regression that apply would solve (from one Gram matrix of the teacher's inputs, shared by all), and moves its own
+hidden states on. At the end: cross-entropy, and the KL divergence from the teacher's whole next-token distribution.
+In memory: one teacher layer, one candidate's layer, one Gram matrix, the hidden states of all.
+
+B batch · S sequence · N scored tokens · D hidden · U inputs of a projection · V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kdscale.errors import DataError, SelfCheckError
+from kdscale.families import Family, TensorSpec
+from kdscale.progress import Reporter
+from kdscale.prune.compensate import RidgeSums
+from kdscale.prune.plan import Masked, Plan
+from kdscale.prune.repair import COMPENSATED, compensated_roles
+from kdscale.prune.slicing import Slicer
+from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
+from kdscale.weights import Checkpoint
+
+_LOGITS_AT_ONCE = 1 << 25  # values of one chunk of rows
+
+
+class LabelledBatch(TokenBatch, Protocol):
+    """`labels_BS`: the next token, negative where there is none to predict."""
+
+    @property
+    def labels_BS(self) -> Tensor: ...  # noqa: N802
+
+
+def score_masked(
+    teacher: Checkpoint,
+    family: Family,
+    plans: Sequence[Plan],
+    batches: Sequence[LabelledBatch],
+    *,
+    calibration: Sequence[TokenBatch] = (),
+    ridge: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    reporter: Reporter | None = None,
+) -> list[Masked]:
+    """Loss and KL of each plan's student on `batches`, in nats a token.
+
+    `calibration` and `ridge` (λ) are what plans that compensate regress on. Raises DataError without labels or without
+    calibration tokens that a plan needs, SelfCheckError when a loss is not finite.
+    """
+    device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
+    if not sum(int((batch.labels_BS >= 0).sum()) for batch in batches):
+        raise DataError("there are no tokens to score candidates on", expected="at least one label")
+    shared = _LayerCache(teacher)
+    whole = LayerStream(teacher.config, family, shared.tensor, dtype=dtype, device=device)
+    runs = [_Student(shared, family, plan, ridge, dtype, device) for plan in plans]
+    if any(run.roles for run in runs) and not sum(batch.input_ids_BS.numel() for batch in calibration):
+        raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
+    calibrate = list(calibration) if any(run.roles for run in runs) else []
+    states = list(whole.embed(batches))
+    calibration_states = list(whole.embed(calibrate))
+    for run in runs:
+        run.states = list(run.stream.embed(batches))
+    layers = whole.dims.layers
+    with torch.inference_mode(), reporter.bar("masked candidates", layers, unit="layer") as bar:
+        for index in range(layers):
+            shared.clear()
+            layer = whole.layer(index)
+            grams = _grams(layer, family, runs, calibrate, calibration_states, device)
+            _advance(layer, states, batches, device)
+            layer.release()
+            for run in runs:
+                run.advance(index, grams, batches, device)
+            bar.advance(1, f"layer {index + 1}/{layers}")
+        shared.clear()
+        return _losses(whole, runs, states, batches, device)
+
+
+class _LayerCache:
+    """The teacher's tensors, each read from disk once a layer however many candidates slice it."""
+
+    def __init__(self, teacher: Checkpoint):
+        self.config, self._teacher = teacher.config, teacher
+        self._held: dict[str, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._held:
+            self._held[name] = self._teacher.tensor(name)
+        return self._held[name]
+
+    def clear(self) -> None:
+        self._held.clear()
+
+
+class _Student:
+    """One candidate: its slices, its regression and how far its hidden states are."""
+
+    def __init__(
+        self, shared: _LayerCache, family: Family, plan: Plan, ridge: float, dtype: torch.dtype, device: torch.device
+    ):
+        self.plan, self._shared, self._ridge = plan, shared, ridge
+        self.slicer = Slicer(shared.config, family, plan)
+        self.roles = compensated_roles(plan, self.slicer)
+        self.stream = LayerStream(self.slicer.student_config, family, self._tensor, dtype=dtype, device=device)
+        self.states: list[Tensor] = []
+        self._where: dict[str, tuple[int | None, str, TensorSpec]] = {
+            target: (None, source, spec) for source, target, spec in self.slicer.outer()
+        }
+        self._solved: dict[str, Tensor] = {}
+
+    def _tensor(self, name: str) -> Tensor:
+        position, source, spec = self._where[name]
+        if spec.role in self._solved:
+            # rounded to the dtype on disk, as the student's file would be
+            return self._solved[spec.role].to(self._shared.tensor(source).dtype)
+        return self.slicer.slice(self._shared.tensor(source), spec, position)
+
+    def advance(
+        self, index: int, grams: dict[str, Tensor], batches: Sequence[TokenBatch], device: torch.device
+    ) -> None:
+        """Through the student's version of the teacher's layer `index`, if it has one."""
+        if index not in self.plan.kept.layers:
+            return
+        position = self.plan.kept.layers.index(index)
+        pairs = list(self.slicer.layer(position))
+        outer = {name: value for name, value in self._where.items() if value[0] is None}  # outside the layers
+        self._where = {**outer, **{target: (position, source, spec) for source, target, spec in pairs}}
+        self._solved = {
+            spec.role: self._solve(spec.role, position, source, grams)
+            for source, _, spec in pairs
+            if spec.role in self.roles
+        }
+        layer = self.stream.layer(position)
+        self._solved = {}
+        _advance(layer, self.states, batches, device)
+        layer.release()
+
+    def _solve(self, role: str, position: int, source: str, grams: dict[str, Tensor]) -> Tensor:
+        kept = self.slicer.kept(COMPENSATED[role], position)
+        assert kept is not None
+        gram_UU = grams[role]
+        sums = RidgeSums(kept, len(gram_UU), gram_UU.device)
+        sums.gram_KK = gram_UU[sums.kept][:, sums.kept]
+        sums.gram_RK = gram_UU[sums.removed][:, sums.kept]
+        transposed = self.slicer.family.transposed(role)
+        weight_DU = self._shared.tensor(source).to(gram_UU.device)
+        weight_DU = weight_DU.T if transposed else weight_DU
+        if (hidden := self.slicer.kept("hidden", None)) is not None:
+            weight_DU = weight_DU[torch.tensor(hidden, device=gram_UU.device)]
+        solved_DK = sums.solve(weight_DU, self._ridge, source).cpu()
+        return solved_DK.T if transposed else solved_DK
+
+
+def _grams(
+    layer: OneLayer,
+    family: Family,
+    runs: Sequence[_Student],
+    batches: Sequence[TokenBatch],
+    states: list[Tensor],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Σ xᵀx (fp32) of what the compensated projections read in this layer; moves `states` on."""
+    here = [run for run in runs if layer.index in run.plan.kept.layers]
+    roles = sorted({role for run in here for role in run.roles})
+    grams: dict[str, Tensor] = {}
+    handles = []
+    for role in roles:
+        path = family.sites.ffn if role == "down" else family.sites.heads
+        handles.append(layer.site(path).register_forward_pre_hook(_adder(grams, role)))
+    _advance(layer, states, batches, device)
+    for handle in handles:
+        handle.remove()
+    return grams
+
+
+def _adder(grams: dict[str, Tensor], role: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+    def add(_module: Any, args: tuple[Tensor, ...]) -> None:
+        x_NU = args[0].flatten(0, -2).float()
+        if role not in grams:
+            grams[role] = x_NU.new_zeros(x_NU.shape[1], x_NU.shape[1])
+        grams[role].addmm_(x_NU.T, x_NU)
+
+    return add
+
+
+def _advance(layer: OneLayer, states: list[Tensor], batches: Sequence[TokenBatch], device: torch.device) -> None:
+    for index, batch in enumerate(batches):
+        states[index] = layer(states[index], batch.position_ids_BS.to(device))
+
+
+def _losses(
+    whole: LayerStream,
+    runs: Sequence[_Student],
+    states: Sequence[Tensor],
+    batches: Sequence[LabelledBatch],
+    device: torch.device,
+) -> list[Masked]:
+    """Sums over all labelled tokens, a chunk of rows of logits at a time."""
+    theirs = _Output(whole)
+    ours = [_Output(run.stream) for run in runs]
+    count, teacher_ce = 0, 0.0
+    ce, kl = [0.0] * len(runs), [0.0] * len(runs)
+    rows = max(1, _LOGITS_AT_ONCE // whole.dims.vocab)
+    for index, batch in enumerate(batches):
+        labels = batch.labels_BS.flatten().to(device)
+        valid = (labels >= 0).nonzero().flatten()
+        count += len(valid)
+        for chunk in valid.split(rows):
+            targets_N1 = labels[chunk].unsqueeze(1)
+            log_p_NV = theirs.log_probabilities(states[index], chunk)
+            teacher_ce -= float(log_p_NV.gather(1, targets_N1).double().sum())
+            for number, run in enumerate(runs):
+                log_q_NV = ours[number].log_probabilities(run.states[index], chunk)
+                ce[number] -= float(log_q_NV.gather(1, targets_N1).double().sum())
+                kl[number] += float((log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum())
+    out = []
+    for run, loss, divergence in zip(runs, ce, kl, strict=True):
+        if not torch.isfinite(torch.tensor([loss, divergence])).all():
+            raise SelfCheckError("a candidate's masked loss is not finite", hint="try importance.dtype=float32")
+        out.append(
+            Masked(
+                loss=loss / count,
+                kl=divergence / count,
+                teacher_loss=teacher_ce / count,
+                tokens=count,
+                compensate=run.plan.methods.compensate if run.roles else "none",
+            )
+        )
+    return out
+
+
+class _Output:
+    """Final norm and head of one model: hidden states → log-probabilities in fp32."""
+
+    def __init__(self, stream: LayerStream):
+        self._head, self._norm = stream.head(), stream.final_norm()
+
+    def log_probabilities(self, state_BSD: Tensor, rows_N: Tensor) -> Tensor:
+        hidden_ND = self._norm(state_BSD.flatten(0, 1)[rows_N])
+        return torch.log_softmax(self._head(hidden_ND), dim=-1)

@@ -1,0 +1,79 @@
+"""How much of a projection's output a cut loses, and how much compensation wins back: what the pruning report shows.
+
+Measured on a sample of the tokens the repair pass runs on, with the weights themselves, so that it holds for whatever
+method made them: error = ‖x_K W'ᵀ − x Wᵀ‖ / ‖x Wᵀ‖ (Frobenius norms over tokens and kept outputs), with W' first the
+sliced and then the compensated weight. In memory a layer: 512 rows of each projection's input.
+
+N sampled tokens · D outputs · U inputs · K kept inputs
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kdscale.files import read_json, write_json
+
+_ROWS = 512
+
+
+class Residuals:
+    """Collects rows of every compensated projection and writes them to `path` after each; goes on from what is there.
+
+    The file: {"version": 1, "layers": [{"layer": the teacher's, "role": "down" or "o", "before", "after": relative
+    errors, "kept", "of": inputs}]}, by layer and role.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self._path = path
+        self._rows: dict[tuple[int, str], dict[str, object]] = {}
+        if path is not None and path.exists():
+            self._rows = {(row["layer"], row["role"]): row for row in read_json(path)["layers"]}
+
+    @property
+    def rows(self) -> list[dict[str, object]]:
+        return [self._rows[key] for key in sorted(self._rows)]
+
+    def keep_layers(self, layers: list[int]) -> None:
+        """Forget layers that this plan does not have: what another plan's pass left."""
+        self._rows = {key: row for key, row in self._rows.items() if key[0] in layers}
+        self._write()
+
+    def add(self, layer: int, role: str, sample: Sample, weight_DU: Tensor, kept: Tensor, solved_DK: Tensor) -> None:
+        """Record one projection: its whole weight, the inputs that stay, and the weight it was given."""
+        x_NU = sample.rows_NU().to(weight_DU.device)
+        weight_DU = weight_DU.float()
+        whole_ND = x_NU @ weight_DU.T
+        norm = whole_ND.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        x_NK = x_NU[:, kept]
+        before = float((x_NK @ weight_DU[:, kept].T - whole_ND).norm() / norm)
+        after = float((x_NK @ solved_DK.to(x_NK).T - whole_ND).norm() / norm)
+        figures = {"before": before, "after": after, "kept": len(kept), "of": weight_DU.shape[1]}
+        self._rows[layer, role] = {"layer": layer, "role": role, **figures}
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is not None:
+            write_json(self._path, {"version": 1, "layers": self.rows})
+
+
+class Sample:
+    """Up to 512 rows of what one projection reads, spread over the batches it is shown."""
+
+    def __init__(self, batches: int):
+        self._each = max(1, -(-_ROWS // max(batches, 1)))
+        self._taken: list[Tensor] = []
+        self._count = 0
+
+    def see(self, x: Tensor) -> None:
+        """`x`: [..., U] of one batch."""
+        x_NU = x.flatten(0, -2)
+        rows = min(self._each, _ROWS - self._count, len(x_NU))
+        if rows > 0:
+            self._taken.append(x_NU[:: max(1, len(x_NU) // rows)][:rows].float())
+            self._count += rows
+
+    def rows_NU(self) -> Tensor:  # noqa: N802
+        return torch.cat(self._taken)

@@ -1,0 +1,117 @@
+"""One tiny random teacher a family, and the cuts that its table is run with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdscale.families import Family, load_family
+
+SIZES = {"hidden": 32, "ffn": 48, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 64, "experts": 4}
+POSITIONS = 128
+COMMON: dict[str, Any] = {
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+# What a family's tiny teacher has besides the sizes above; a family that is not here has nothing.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 12},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 12},
+    "gemma2": {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 9, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 9, "sliding_window_pattern": 2},
+    "phi3": {"sliding_window": 16, "partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
+    "mixtral": {"sliding_window": 16},
+    "qwen3_moe": {"num_experts": 5, "head_dim": 12},
+    "olmoe": {"num_key_value_heads": 4, "num_experts_per_tok": 3, "clip_qkv": 2.0},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gpt2": {"attn_pdrop": 0.0},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "tie_word_embeddings": True,
+    },
+}
+CUTS: dict[str, dict[str, int]] = {
+    "ffn": {"ffn": 32},
+    "heads": {"heads": 2},
+    "kv_heads": {"kv_heads": 1},
+    "hidden": {"hidden": 24},
+    "layers": {"layers": 2},
+}
+ALL = {"ffn": 24, "heads": 2, "kv_heads": 1, "hidden": 24, "layers": 2}
+# Without a field for head_dim the hidden size is heads · head_dim, and they are cut together.
+TOGETHER = {"heads": 3, "kv_heads": 3, "hidden": 24}
+EXPERTS = {"experts": 3}
+
+
+def cuts_of(family: Family) -> dict[str, dict[str, int]]:
+    """One cut for each axis of the family, and one of all axes together."""
+    cuts, everything = CUTS, ALL
+    if family.data.dims["head_dim"].field is None:
+        cuts = {"ffn": CUTS["ffn"], "hidden": TOGETHER, "layers": CUTS["layers"]}
+        everything = {**ALL, **TOGETHER}
+    if family.sites.experts:
+        cuts, everything = {**cuts, "experts": EXPERTS}, {**everything, **EXPERTS}
+    return {**cuts, "all": everything}
+
+
+def tiny_config(model_type: str) -> dict[str, Any]:
+    """The sizes above under the family's own field names, and what is special about it."""
+    data = load_family({"model_type": model_type}, "config.json").data
+    sizes = {field.field: SIZES[dim] for dim, field in data.dims.items() if field.field and dim in SIZES}
+    sizes |= {field.field: POSITIONS for field in data.sizes.values()}
+    if data.experts_per_token is not None:
+        sizes[str(data.experts_per_token.field)] = 2
+    return {"model_type": model_type, **COMMON, **sizes, **SPECIAL.get(model_type, {})}
+
+
+def save_teacher(model_type: str, folder: Path, **changes: Any) -> Path:
+    """A random model as transformers saves it, its one-dimensional weights away from 0 and 1."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(**{**tiny_config(model_type), **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 1:
+                value.add_(torch.randn_like(value) * (0.3 if "bias" in name else 0.2))
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """None removes a field: configs on the hub lack what newer versions of transformers write out."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def random_scores(config: dict[str, Any], family: Family) -> dict[str, np.ndarray]:
+    """Scores that keep units scattered over each axis, so that a slice of the first ones would show."""
+    dims, rng = family.dims(config), np.random.default_rng(3)
+    shapes = {
+        "ffn.output_energy": (dims.layers, dims.experts, dims.ffn) if dims.experts else (dims.layers, dims.ffn),
+        "heads.output_energy": (dims.layers, dims.heads),
+        "kv_heads.output_energy": (dims.layers, dims.kv_heads),
+        "hidden.activation": (dims.hidden,),
+        "layers.block_influence": (dims.layers,),
+        "experts.output_norm": (dims.layers, dims.experts),
+    }
+    scores = {name: rng.random(shape) for name, shape in shapes.items()}
+    scores["layers.block_influence"][0] = 0.0  # so that kept layers get other numbers
+    return scores

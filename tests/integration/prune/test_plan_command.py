@@ -1,0 +1,100 @@
+"""`kdscale plan` as a user has it: targets as options, a table of candidates, and a plan.json that records them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OPEN = ("--set", "prune.ffn=null", "--set", "prune.heads=null", "--set", "prune.tolerance=0.1")
+
+
+def test_masked_candidates_are_compared_without_a_checkpoint(kdscale: Callable[..., Any], tiny_config: Path) -> None:
+    run = tiny_config.parent / "run"
+    search = ("--masked", "3", "--set", "prune.search.masked_tokens=128", "--set", "prune.axes=[ffn,heads,layers]")
+    outcome = kdscale("plan", tiny_config, *OPEN, "--target-bytes", "70%", *search)
+    assert outcome.code == 0, outcome.err
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["methods"]["search"] == "masked"
+    assert plan["target"]["kind"] == "bytes"
+    assert plan["target"]["cost"] <= plan["target"]["wanted"]
+    candidates = plan["candidates"]
+    masked = [item["masked"] for item in candidates]
+    assert [item is not None for item in masked] == [True] * 3 + [False] * (len(masked) - 3)
+    divergences = [item["kl"] for item in masked[:3]]
+    assert divergences == sorted(divergences)
+    assert all(item["tokens"] > 100 and item["compensate"] == "ridge" for item in masked[:3])
+    assert plan["student"]["ffn"] == candidates[0]["ffn"]
+    assert plan["student"]["layers"] == candidates[0]["layers"]
+    assert {path.name for path in run.iterdir()} <= {
+        "config.yaml", "data", "events.jsonl", "importance", "plan.json", "stages", "status.json", "logs", ".lock",
+    }  # fmt: skip
+    for word in ("shapes meet 70%", "chosen", f"{divergences[0]:.4f}"):
+        assert word in outcome.out
+
+    assert kdscale("prune", run / "config.yaml").code == 0
+    assert kdscale("report", run / "config.yaml").code == 0
+    facts = json.loads((run / "report" / "report.json").read_text())
+    assert facts["missing"] == ["distillation", "evaluation"]
+    for who in ("teacher", "student"):
+        parts = facts["components"]
+        assert sum(part[who]["parameters"] for part in parts) == plan[f"{who}_params"]["total"]
+    written = sum(part["student"]["bytes"] for part in facts["components"])
+    assert written == candidates[0]["bytes"] == facts["expected"]["weight_bytes"]["student"]
+    assert facts["expected"]["decode_speedup"] > 1
+    rows = facts["repair"]["layers"]
+    assert {row["layer"] for row in rows} == set(plan["kept"]["layers"])
+    assert all(0 < row["after"] <= row["before"] < 1 for row in rows)
+    assert facts["perplexity"]["after"] == pytest.approx(math.exp(masked[0]["loss"]))
+    page = (run / "report" / "report.html").read_text(encoding="utf-8")
+    for words in ("Chosen by masked runs", "Residual error, layer by layer", "Cumulative importance", "run masked"):
+        assert words in page
+
+
+def test_a_latency_limit_is_measured_here(kdscale: Callable[..., Any], tiny_config: Path) -> None:
+    run = tiny_config.parent / "run"
+    options = ("--target-decode", "90%", "--set", "prune.axes=[layers]", "--set", "prune.search.context_tokens=16")
+    outcome = kdscale("plan", tiny_config, *OPEN, *options)
+    assert outcome.code == 0, outcome.err
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["target"]["kind"] == "decode"
+    assert plan["student"]["layers"] < 4
+    assert plan["candidates"][0]["decode_ms"] == plan["target"]["cost"] > 0
+    assert any("random weights on this machine" in warning for warning in plan["warnings"])
+    assert len(json.loads((run / "speed.json").read_text())["shapes"]) == 1  # layers alone: one layer's shape
+    assert "decode" in outcome.out
+
+
+def test_finalists_are_distilled_and_halved(kdscale: Callable[..., Any], tiny_config: Path) -> None:
+    run = tiny_config.parent / "run"
+    options = (
+        "--target-params", "70%", "--masked", "0", "--probe-tokens", "512", "--set", "prune.search.probe_candidates=3",
+        "--set", "prune.axes=[ffn,heads]", "--set", "distill.checkpoint_every=100",
+    )  # fmt: skip
+    outcome = kdscale("plan", tiny_config, *OPEN, *options)
+    assert outcome.code == 0, outcome.err
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["methods"]["search"] == "probes"
+    probes = [[probe["tokens"] for probe in item["probes"]] for item in plan["candidates"]]
+    assert probes == [[512, 1024], [512, 1024], [512]] + [[]] * (len(probes) - 3)
+    last = [item["probes"][-1]["loss"] for item in plan["candidates"][:2]]
+    assert 0 < last[0] <= last[1]
+    results = sorted((run / "probes").glob("*/result-*.json"))
+    assert len(results) == 5
+    assert not list((run / "probes").glob("*/*.safetensors")) + list((run / "probes").glob("*/pruned"))
+
+    # one result lost, as by a kill: that probe alone is run again, and gives the same loss
+    lost = next(path for path in results if path.name == "result-512.json")
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    (run / "plan.json").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in results if path != lost}
+    again = kdscale("plan", tiny_config, *OPEN, *options)
+    assert again.code == 0, again.err
+    assert json.loads(lost.read_text()) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert json.loads((run / "plan.json").read_text()) == plan

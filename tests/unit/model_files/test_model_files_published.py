@@ -1,0 +1,67 @@
+"""Published models by their sizes: what the files count is what their authors and the weights' indices say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdscale.families import load_family
+
+
+def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {**dict(zip(names, (hidden, ffn, layers, heads, kv_heads), strict=True)), "vocab_size": vocab, **more}
+
+
+_MIXTRAL = _sizes(4096, 14336, 32, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2)
+_QWEN3_MOE = _sizes(
+    2048, 6144, 48, 32, 4, 151936, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8
+)
+_OLMOE = _sizes(2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8)
+_PYTHIA = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
+_GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "n_ctx": 1024}
+PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Llama-3.1-8B": ("llama", _sizes(4096, 14336, 32, 32, 8, 128256), 8_030_261_248),
+    "Mistral-7B-v0.3": ("mistral", _sizes(4096, 14336, 32, 32, 8, 32768), 7_248_023_552),
+    "Qwen2.5-7B": ("qwen2", _sizes(3584, 18944, 28, 28, 4, 152064), 7_615_616_512),
+    "Qwen3-8B": ("qwen3", _sizes(4096, 12288, 36, 32, 8, 151936), 8_190_735_360),
+    "gemma-2-2b": ("gemma2", _sizes(2304, 9216, 26, 8, 4, 256000, head_dim=256), 2_614_341_888),
+    "gemma-3-1b": ("gemma3_text", _sizes(1152, 6912, 26, 4, 1, 262144, head_dim=256), 999_885_952),
+    "Phi-3-mini": ("phi3", _sizes(3072, 8192, 32, 32, 32, 32064), 3_821_079_552),
+    "OLMo-2-7B": ("olmo2", _sizes(4096, 11008, 32, 32, 32, 100352), 7_298_617_344),
+    "SmolLM3-3B": ("smollm3", _sizes(2048, 11008, 36, 16, 4, 128256), 3_075_098_624),
+    "granite-3.1-2b": ("granite", _sizes(2048, 8192, 40, 32, 8, 49155, tie_word_embeddings=True), 2_533_531_648),
+    "pythia-1.4b": ("gpt_neox", {**_PYTHIA, "num_attention_heads": 16}, 1_414_647_808),
+    "gpt2": ("gpt2", _GPT2, 124_439_808),
+    "Mixtral-8x7B": ("mixtral", _MIXTRAL, 46_702_792_704),
+    "Qwen3-30B-A3B": ("qwen3_moe", _QWEN3_MOE, 30_532_122_624),
+    "OLMoE-1B-7B": ("olmoe", _OLMOE, 6_919_161_856),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_published_models(name: str) -> None:
+    model_type, sizes, total = PUBLISHED[name]
+    config = {"model_type": model_type, **sizes}
+    assert load_family(config, "config.json").count_params(config).total == total
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("Mixtral-8x7B", 12.9), ("Qwen3-30B-A3B", 3.3), ("OLMoE-1B-7B", 1.3), ("gpt2", 0.124)]
+)
+def test_active_parameters_of_published_models(name: str, billions: float) -> None:
+    model_type, sizes, _ = PUBLISHED[name]
+    config = {"model_type": model_type, **sizes}
+    counted = load_family(config, "config.json").count_params(config)
+    assert counted.active / 1e9 == pytest.approx(billions, rel=0.03)  # authors round, some of them down
+
+
+@pytest.mark.parametrize(
+    ("name", "kibibytes"), [("Llama-3.1-8B", 128), ("gpt2", 36), ("Qwen3-30B-A3B", 96), ("Mixtral-8x7B", 128)]
+)
+def test_cache_of_published_models(name: str, kibibytes: int) -> None:
+    """Two bytes a value, keys and values, all layers."""
+    model_type, sizes, _ = PUBLISHED[name]
+    config = {"model_type": model_type, **sizes}
+    assert load_family(config, "config.json").kv_cache_bytes_per_token(config) == kibibytes * 1024
