@@ -64,8 +64,10 @@ class ImportanceConfig(_Section):
     processes: Count = 1  # ranks on this machine that share the calibration sequences, also in compensation
 
 
-FfnMethod = Literal["output_energy", "activation"]
-HeadMethod = Literal["output_energy", "activation"]
+FfnMethod = Literal["output_energy", "activation", "obs"]
+HeadMethod = Literal["output_energy", "activation", "obs"]
+HiddenMethod = Literal["auto", "pca", "activation"]
+Compensation = Literal["none", "ridge", "two_stream"]
 LayerMethod = Literal["block_influence", "last"]
 
 
@@ -110,10 +112,14 @@ class PruneConfig(_Section):
     ffn_divisor: Count | None = None
     ffn_method: FfnMethod = "output_energy"
     head_method: HeadMethod = "output_energy"
+    # auto: pca (the residual stream turned into its principal components) where the family allows, else activation
+    hidden_method: HiddenMethod = "auto"
     layer_method: LayerMethod = "block_influence"
     # drop one contiguous run of layers (Llama-3.1 → 4B depth recipe) instead of the lowest-scored layers anywhere
     contiguous_layers: bool = False
-    compensate: Literal["none", "ridge"] = "ridge"
+    compensate: Compensation = "ridge"
+    # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
+    stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     ridge_lambda: Annotated[float, Field(gt=0.0)] = 1e-2
     max_shard_bytes: Count = 5_000_000_000
     search: SearchConfig = SearchConfig()

@@ -1,4 +1,4 @@
-"""Closed-form repair of what slicing removes: ridge regression of a sublayer's own output on the units that stay.
+"""Closed-form repair of what slicing removes: ridge regression of a sublayer's output on the units that stay.
 
 A sliced down_proj (or o_proj) sees only the kept inputs. The new weight W' minimises, over the calibration tokens,
 
@@ -7,7 +7,7 @@ A sliced down_proj (or o_proj) sees only the kept inputs. The new weight W' mini
 so the kept units take over what the dropped ones did as far as they are correlated, and stay where they were as far as
 they are not. With G = Σ xᵀx and K, R the kept and the removed units:  W' = W_K + W_R G_RK (G_KK + λI)⁻¹, with λ a
 fraction (`ridge_lambda`) of G_KK's mean diagonal. Linear reconstruction after pruning: He et al., arXiv 1707.06168.
-The inputs are the teacher's: regressing on the student's own stream was worse at this calibration size (docs).
+Here the inputs are the teacher's (`RidgeSums`); with `TargetSums` they are the student's own and the target is given.
 
 N tokens · D outputs · U inputs · K kept inputs · R removed inputs
 """
@@ -138,3 +138,36 @@ def solve_in_place(gram_KK: Tensor, right_DK: Tensor) -> Tensor:
     torch.linalg.solve_triangular(factor_KK, solution_KD, upper=False, out=solution_KD)
     torch.linalg.solve_triangular(factor_KK.mT, solution_KD, upper=True, out=solution_KD)
     return right_DK
+
+
+class TargetSums:
+    """XᵀX and XᵀT of a regression of any target T on inputs X, in fp32, summed in place.
+
+    The weight minimises ‖x Wᵀ − t‖² + λ‖W − W_0‖², with λ a fraction of the mean diagonal of XᵀX:
+    W = W_0 + (TᵀX − W_0 XᵀX)(XᵀX + λI)⁻¹.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device):
+        self.gram_KK = torch.zeros(inputs, inputs, device=device)
+        self.cross_KD = torch.zeros(inputs, outputs, device=device)
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """`x`: [..., K]; `target`: [..., D]."""
+        x_NK = x.detach().flatten(0, -2).float()
+        self.gram_KK.addmm_(x_NK.T, x_NK)
+        self.cross_KD.addmm_(x_NK.T, target.detach().flatten(0, -2).float())
+
+    def solve(self, prior_DK: Tensor, ridge: float, what: str) -> Tensor:
+        """The weight [D, K] in fp32, W_0 being `prior_DK`. Raises SelfCheckError, naming `what`, when not finite."""
+        gram_KK, prior = self.gram_KK.double(), prior_DK.double()
+        left_KD = self.cross_KD.double() - gram_KK @ prior.T
+        penalty = ridge * gram_KK.diagonal().mean()
+        if float(penalty) == 0.0:
+            return prior_DK.float()
+        gram_KK.diagonal().add_(penalty)
+        weight_DK = (prior + torch.cholesky_solve(left_KD, torch.linalg.cholesky(gram_KK)).T).float()
+        if not torch.isfinite(weight_DK).all():
+            raise SelfCheckError(
+                f"compensation of {what} is not finite", hint="raise prune.ridge_lambda or set prune.compensate=none"
+            )
+        return weight_DK

@@ -4,6 +4,8 @@ Two scores a unit where there is a choice:
 - `activation`: Minitron (arXiv 2407.14679, section 2.2): mean over the sequence of |x|, L2 norm over the samples; for a
   query head x is the norm of its output, for the hidden axis x is every norm's output and the scores are summed.
 - `output_energy`: the unit's share of the sublayer's output, Σ over tokens of ‖W_unit · x_unit‖².
+- `pca` of the hidden axis: energies along the residual stream's principal components, and those (rotate.py).
+- `obs`, only when the config asks for it: what removing the unit costs when the others are refitted (obs.py).
 Layers: block influence, 1 − the mean cosine between what enters and what leaves (arXiv 2403.03853).
 
 Gram matrices for the
@@ -25,17 +27,20 @@ from torch import Tensor, nn
 
 from kdscale.config import ImportanceConfig, PruneConfig
 from kdscale.dist import all_reduce_sum
-from kdscale.errors import DataError, SelfCheckError
+from kdscale.errors import ConfigError, DataError, SelfCheckError
 from kdscale.families import Family
 from kdscale.files import atomic_path, write_json
 from kdscale.models import resolve_dtype
 from kdscale.progress import Reporter
-from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE
+from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE, obs_axes
+from kdscale.prune.rotate import ROTATION, ResidualCovariance, unrotatable
 from kdscale.prune.search import openable_axes
 from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch
 from kdscale.prune.statistics import NormStats, UnitStats
 from kdscale.prune.stream import LayerStream, TokenBatch
 from kdscale.weights import Checkpoint
+
+_COVARIANCE = "hidden.covariance"  # among the sums that a killed pass goes on with
 
 
 def run(
@@ -53,8 +58,9 @@ def run(
 
     With several ranks `batches` are this rank's share, all get the scores, and one of them has an `out_dir`.
     `batches` are the calibration tokens (their number is the caller's to choose). Returns the arrays: `ffn.*` [L, F],
-    `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `layers.block_influence` [L]; of a
-    mixture of experts `ffn.*` [L, E, F] and `experts.output_norm` [L, E].
+    `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `hidden.pca` [D] and `hidden.rotation`
+    [D, D] where the family can be rotated, `layers.block_influence` [L]; of a mixture of experts `ffn.*` [L, E, F] and
+    `experts.output_norm` [L, E].
     Raises DataError without tokens and SelfCheckError when a score is not finite.
     """
     dims = family.dims(teacher.config)
@@ -63,13 +69,17 @@ def run(
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
     if not tokens:
         raise DataError("there are no calibration tokens", expected="at least one sequence", hint="add training text")
+    if family.sites.experts and "ffn" in obs_axes(prune_cfg):
+        raise ConfigError(
+            "prune.ffn_method: obs", expected="a dense model", got=f"the experts of {family.name}", hint="output_energy"
+        )
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     with reporter.bar("importance", total=tokens) as bar:
 
         def advance(count: int, layer: int) -> None:
             bar.advance(count / dims.layers, f"layer {layer + 1}/{dims.layers}")
 
-        scores = gather(stream, batches, axes, advance, scratch)
+        scores = gather(stream, batches, axes, advance, scratch, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
     for name, values in scores.items():
         if not np.isfinite(values).all():
             raise SelfCheckError(f"importance {name} is not finite", hint="try importance.dtype=float32")
@@ -87,19 +97,28 @@ def gather(
     axes: Sequence[str],
     advance: Callable[[int, int], None] | None = None,
     scratch: Scratch = IN_MEMORY,
+    obs: Sequence[str] = (),
+    ridge: float = 1e-2,
 ) -> dict[str, np.ndarray]:
     """The scores of `run`, from any stream; `advance(tokens, layer)` is called after each batch in each layer.
 
     With several ranks `batches` are this rank's share, and every rank gets the scores over all of them. With a folder
-    in `scratch` a killed call is taken up again at the first layer that it had not finished.
+    in `scratch` a killed call is taken up again at the first layer that it had not finished. `obs`, `ridge`: see
+    UnitStats.
     """
     family, norms = stream.family, NormStats(stream.dims.hidden)
+    turns = "hidden" in axes and unrotatable(family, stream.config) is None
+    covariance = ResidualCovariance(stream.dims.hidden, stream.device) if turns else None
     walk = LayerPass(stream, batches, scratch, advance)
     for layer in walk.layers():
-        units, influence = UnitStats(stream.dims, layer, family, axes), _Influence()
+        units, influence = UnitStats(stream.dims, layer, family, axes, obs, ridge), _Influence()
         units.attach()
         if "hidden" in axes:
-            norms.attach([layer.site(path) for path in family.sites.norms])
+            over_stream = [layer.site(path) for path in family.sites.norms]
+            norms.attach(over_stream)
+            if covariance is not None:
+                covariance.sum_DD = walk.running.setdefault(_COVARIANCE, covariance.sum_DD)
+                covariance.attach(over_stream)
         walk.run(layer, influence.see if "layers" in axes else None)
         with torch.inference_mode():
             found = units.scores()
@@ -113,10 +132,15 @@ def gather(
     if "hidden" in axes:
         final = stream.final_norm()
         norms.attach([final])
+        if covariance is not None:
+            covariance.attach([final])
         with torch.inference_mode():
             for state in walk.states:
                 final(state)
         out["hidden.activation"] = walk.running["hidden.activation"] + norms.close()
+    if covariance is not None:
+        all_reduce_sum(covariance.sum_DD)
+        out["hidden.pca"], out[ROTATION] = covariance.components()
     walk.close()
     return {name: value.numpy().astype(np.float32) for name, value in out.items()}
 

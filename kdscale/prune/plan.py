@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdscale.config import PruneConfig
+from kdscale.config import Compensation, PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.files import write_text
@@ -79,7 +79,7 @@ class Methods(_Part):
     hidden: str
     layers: str
     experts: str = "uncut"
-    compensate: Literal["none", "ridge"]
+    compensate: Compensation
     search: str
 
 

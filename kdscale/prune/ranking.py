@@ -32,10 +32,16 @@ def score_name(axis: str, cfg: PruneConfig) -> str:
         "ffn": f"ffn.{cfg.ffn_method}",
         "heads": f"heads.{cfg.head_method}",
         "kv_heads": "kv_heads.output_energy",
-        "hidden": "hidden.activation",
+        # auto has been resolved by rotate.choose; alone it means channels as they are
+        "hidden": "hidden.pca" if cfg.hidden_method == "pca" else "hidden.activation",
         "experts": "experts.output_norm",
         "layers": "layers.block_influence" if cfg.layer_method == "block_influence" else "layers.last",
     }[axis]
+
+
+def obs_axes(cfg: PruneConfig) -> list[str]:
+    """Axes whose removal costs the config ranks by; they are gathered only then."""
+    return [axis for axis, method in (("ffn", cfg.ffn_method), ("heads", cfg.head_method)) if method == "obs"]
 
 
 class Ranking:

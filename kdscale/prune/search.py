@@ -35,9 +35,13 @@ _REAL_STEP, _SMALL_STEP = 256, 32
 # linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess. No
 # mixture of experts was measured: an expert is taken for ffn units that no regression gives back.
 _DAMAGE: dict[str, dict[str, float]] = {
+    "two_stream": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
     "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
     "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1, "experts": 6.5},
 }
+
+# The same for scores whose lost shares mean something else.
+_DAMAGE_OF_METHOD: dict[str, dict[str, float]] = {"hidden": {"pca": 31.0}}
 
 Sizes = tuple[int, int, int, int, int]  # in the order of SHAPE_AXES
 
@@ -263,7 +267,10 @@ class Search:
             out[axis] = self._shares[key]
         # The kept query heads already tell what the dropped kv groups take along: counting both would count it twice.
         lost = {a: 1 - v for a, v in out.items() if v is not None and not (a == "kv_heads" and "heads" in out)}
-        weights = _DAMAGE[self.cfg.compensate]
+        weights = {
+            axis: _DAMAGE_OF_METHOD.get(axis, {}).get(self.ranking.method(axis), weight)
+            for axis, weight in _DAMAGE[self.cfg.compensate].items()
+        }
         known = self.ranking.has_scores and lost
         out["score"] = math.exp(-sum(weights[axis] * share for axis, share in lost.items())) if known else None
         return out

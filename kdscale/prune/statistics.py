@@ -16,19 +16,33 @@ from torch import Tensor, nn
 from kdscale.dist import all_reduce_sum
 from kdscale.families import Dims, Family
 from kdscale.prune.experts import ExpertStats
+from kdscale.prune.obs import head_removal_costs, removal_costs
 from kdscale.prune.stream import OneLayer
 
 
 class UnitStats:
-    """Both scores of ffn units and of heads, and the energy of kv groups, in one layer."""
+    """The scores of ffn units and of heads, and the energy of kv groups, in one layer.
 
-    def __init__(self, dims: Dims, layer: OneLayer, family: Family, axes: Sequence[str]):
-        self._dims, self._axes = dims, axes
+    `obs`: the axes among ffn and heads whose removal costs (obs.py) are wanted too; they need the whole Gram matrix of
+    the sublayer's input, which is kept in fp32, and `ridge`.
+    """
+
+    def __init__(
+        self,
+        dims: Dims,
+        layer: OneLayer,
+        family: Family,
+        axes: Sequence[str],
+        obs: Sequence[str] = (),
+        ridge: float = 1e-2,
+    ):
+        self._dims, self._axes, self._obs, self._ridge = dims, axes, obs, ridge
         self._sites = family.sites
         self._layer, self._family = layer, family
         mixture = bool(family.sites.experts) and bool({"ffn", "experts"} & set(axes))
         self._experts = ExpertStats(layer.site(family.sites.experts)) if mixture else None
         self._sums: dict[str, Tensor] = {}
+        self._grams: dict[str, Tensor] = {}
 
     def attach(self) -> list[Any]:
         """Register the hooks this layer needs; returns their handles."""
@@ -63,7 +77,19 @@ class UnitStats:
             blocks = [slice(head * width, (head + 1) * width) for head in range(group)]
             energy_PK = [((weight_KDPH[..., b] @ gram[:, b, b]) * weight_KDPH[..., b]).sum((1, 2)) for b in blocks]
             out["heads.output_energy"] = torch.stack(energy_PK, dim=1).flatten()
+        out |= self._removal_costs()
         return {name: value.clamp_min(0).cpu() for name, value in out.items()}
+
+    def _removal_costs(self) -> dict[str, Tensor]:
+        """The Gram matrices are used up, one after the other."""
+        dims, out = self._dims, dict[str, Tensor]()
+        if "ffn" in self._grams:
+            out["ffn.obs"] = removal_costs(self._grams.pop("ffn"), self._weight(self._sites.ffn, "down"), self._ridge)
+        if "heads" in self._grams:
+            weight = self._weight(self._sites.heads, "o")
+            gram = self._grams.pop("heads")
+            out["heads.obs"] = head_removal_costs(gram, weight, self._ridge, dims.kv_heads, dims.head_dim)
+        return out
 
     def _hook(self, path: str, see: Callable[[Tensor], None]) -> Any:
         return self._layer.site(path).register_forward_pre_hook(lambda _module, args: see(args[0].float()))
@@ -71,12 +97,22 @@ class UnitStats:
     def _see_ffn(self, x_BSF: Tensor) -> None:
         self._add("ffn", x_BSF.abs().mean(1).square().sum(0))
         self._add("ffn_square", x_BSF.square().sum((0, 1)))
+        if "ffn" in self._obs:
+            self._add_gram("ffn", x_BSF)
 
     def _see_heads(self, x_BSQH: Tensor) -> None:
         dims = self._dims
         self._add("heads", x_BSQH.unflatten(-1, (dims.heads, dims.head_dim)).norm(dim=-1).mean(1).square().sum(0))
         x_KNG = x_BSQH.flatten(0, 1).unflatten(-1, (dims.kv_heads, -1)).transpose(0, 1)
         self._add("gram", x_KNG.transpose(1, 2) @ x_KNG)
+        if "heads" in self._obs:
+            self._add_gram("heads", x_BSQH)
+
+    def _add_gram(self, name: str, x_BSU: Tensor) -> None:
+        x_NU = x_BSU.flatten(0, 1)
+        if name not in self._grams:
+            self._grams[name] = x_NU.new_zeros(x_NU.shape[1], x_NU.shape[1])
+        self._grams[name].addmm_(x_NU.T, x_NU)
 
     def _weight(self, path: str, role: str) -> Tensor:
         """[outputs, inputs], fp32."""

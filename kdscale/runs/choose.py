@@ -6,10 +6,11 @@ Each ranking is dearer than the one before and sees fewer shapes. What every sha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdscale.config import Config
+from kdscale.config import Config, PruneConfig
 from kdscale.prune.latency import KINDS
 from kdscale.runs import work
 from kdscale.runs.probe import by_probes
@@ -17,6 +18,7 @@ from kdscale.runs.stage import Context
 
 if TYPE_CHECKING:
     from kdscale.data.loader import Batch
+    from kdscale.families import Family
     from kdscale.prune.latency import LatencyModel
     from kdscale.prune.plan import Candidate, Plan
     from kdscale.prune.search import Search
@@ -29,18 +31,28 @@ _TIMING_NOISE = 0.05
 
 def search_plan(context: Context, scores: Mapping[str, Any]) -> Plan:
     """The plan of this run. Raises ConfigError when the budget cannot be met."""
-    from kdscale.prune.budget import kind_of
+    from kdscale.prune.rotate import choose
     from kdscale.prune.search import Search
 
-    cfg = context.config.prune
     teacher, family = work.open_teacher(context.source)
-    itemsize = teacher.itemsize
-    if kind_of(cfg) not in ("decode", "prefill"):
-        search = Search(teacher.config, family, scores, cfg, itemsize)
+    tied = family.tied(teacher.config)
+
+    def make(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
+        # a turned teacher has a head where a tied one has none: of the embedding's dtype
+        search = Search(dict(config), family, scores, cfg, lambda name: teacher.itemsize(tied.get(name, name)))
+        return _searched(context, search)
+
+    return choose(teacher, family, scores, context.config.prune, make)
+
+
+def _searched(context: Context, search: Search) -> Plan:
+    from kdscale.prune.budget import kind_of
+
+    if kind_of(search.cfg) not in ("decode", "prefill"):
         candidates, tried = search.shortlist()
         return search.plan(_ranked(context, search, candidates), tried)
-    model = measured_latencies(context, Search(teacher.config, family, scores, cfg, itemsize))
-    search = Search(teacher.config, family, scores, cfg, itemsize, model)
+    model = measured_latencies(context, search)
+    search = replace(search, speeds=model)
     candidates, tried = search.shortlist()
     within, others = _by_measured_time(search, model, candidates, context)
     chosen = _ranked(context, search, within) if within else []
@@ -67,11 +79,14 @@ def by_masked_score(context: Context, search: Search, candidates: list[Candidate
     """Run the best predicted candidates masked and put them in order of their divergence from the teacher."""
     from kdscale.models import resolve_device, resolve_dtype, set_threads
     from kdscale.prune.masked import score_masked
+    from kdscale.prune.rotate import turned
 
     config = context.config
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
     teacher, family = work.open_teacher(context.source)
+    if search.cfg.hidden_method == "pca":
+        teacher = turned(teacher, family, search.scores or {})
     chosen = candidates[: config.prune.search.masked_candidates]
     found = score_masked(
         teacher,

@@ -36,8 +36,8 @@ STAGES: tuple[Stage, ...] = (
         reads_teacher=True, hand_editable=True, derived=choose.what_matters,
     ),
     Stage(
-        "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "data"), ("pruned",),
-        work.prune_and_check, reads_teacher=True, resumable=True,
+        "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "importance", "data"),
+        ("pruned",), work.prune_and_check, reads_teacher=True, resumable=True,
     ),
     Stage(
         "distill", "distil the teacher into the student", ("distill", "seed", *_CODE), ("pruned", "data"), ("student",),

@@ -55,10 +55,13 @@ def tokenize(context: Context) -> Facts:
 
 def axes_to_score(context: Context) -> Facts:
     """The axes that the config may cut: all that importance depends on of the pruning settings."""
+    from kdscale.prune.ranking import obs_axes
     from kdscale.prune.search import openable_axes
 
     teacher, family = open_teacher(context.source)
-    return {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+    obs = obs_axes(context.config.prune)
+    axes = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+    return {**axes, "obs": [*obs, context.config.prune.ridge_lambda]} if obs else axes
 
 
 def measure_importance(context: Context) -> Facts:
@@ -107,11 +110,15 @@ def _prune_rank(context: Context) -> None:
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.check import self_check
     from kdscale.prune.plan import Plan
+    from kdscale.prune.ranking import load_scores
     from kdscale.prune.residual import Residuals
+    from kdscale.prune.rotate import turned
 
     config, run = context.config, context.run
     share = _Share(context, "prune")
     teacher, family = open_teacher(context.source)
+    if Plan.load(run.plan).methods.hidden == "pca":
+        teacher = turned(teacher, family, load_scores(run.importance))
     plan = Plan.load(run.plan, config=teacher.config, family=family)
     residuals = None
     if is_writer():

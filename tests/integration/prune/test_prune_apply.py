@@ -40,7 +40,7 @@ def test_a_plan_that_cuts_nothing_copies_every_byte(teacher, tmp_path):
     ).read_bytes()
 
 
-@pytest.mark.parametrize("compensate", ["none", "ridge"])
+@pytest.mark.parametrize("compensate", ["none", "ridge", "two_stream"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_axis_passes_the_self_check(teacher, tmp_path, cut, compensate):
     plan = teacher.prune(tmp_path / "student", **CUTS[cut], compensate=compensate)
@@ -159,7 +159,7 @@ def test_large_tensors_pass_in_blocks_of_rows(teacher, other_teachers, tmp_path,
 
 @pytest.mark.parametrize("cut", [{"ffn": 64}, {"heads": 2}, {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3}])
 def test_compensation_brings_each_projection_nearer_to_the_teachers(teacher, tmp_path, cut):
-    plan = teacher.prune(tmp_path / "ridge", **cut)
+    plan = teacher.prune(tmp_path / "ridge", **cut, compensate="ridge")
     inputs = _teacher_inputs(teacher)
     slicer = Slicer(teacher.config, teacher.family, plan)
     student = load_file(tmp_path / "ridge" / "model.safetensors")
@@ -179,7 +179,7 @@ def test_compensation_brings_each_projection_nearer_to_the_teachers(teacher, tmp
 
 def test_the_regression_is_the_stated_minimum(teacher, tmp_path):
     """The gradient of ‖x_K W'ᵀ − x Wᵀ‖² + λ‖W' − W_K‖² vanishes at the written weight."""
-    plan = teacher.prune(tmp_path / "ridge", ffn=64, ridge_lambda=0.05)
+    plan = teacher.prune(tmp_path / "ridge", ffn=64, ridge_lambda=0.05, compensate="ridge")
     name, kept = "model.layers.2.mlp.down_proj.weight", plan.kept.ffn[2]
     x = _teacher_inputs(teacher)[name].double()
     whole = teacher.checkpoint.tensor(name).double()

@@ -1,0 +1,192 @@
+"""The teacher in the basis of its residual stream's principal components: the same function, channels sorted by use.
+
+RMSNorm without its gain commutes with rotations: ‖Rx‖ = ‖x‖. So fold each norm's gain into the matrices that read it,
+turn every reader and writer of the residual stream by an orthogonal R, and the model computes what it did
+(SliceGPT, arXiv 2401.15024, section 3). With R the eigenvectors of the stream's covariance the leading channels carry
+most of it, and cutting the hidden axis is keeping the first d' channels: a student that is still a plain model of its
+family. SliceGPT turns each block by a matrix of its own and pays with one more matrix on every skip connection; one R
+for all needs none.
+
+The head reads what the final norm's gain scales and the embedding does not, so a tied head gets a weight of its own.
+
+D hidden · V vocabulary · R orthogonal [D, D], its rows the new channels
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdscale.config import PruneConfig
+from kdscale.errors import ConfigError
+from kdscale.families import Family, TensorSpec
+from kdscale.prune.plan import Plan
+from kdscale.prune.search import openable_axes
+from kdscale.weights import Checkpoint, TensorInfo
+
+# Which norm a reader of the residual stream comes after, by role.
+_AFTER = dict.fromkeys(("q", "k", "v", "qkv"), "attn_norm") | {"head": "final_norm"}
+_NORMS = ("attn_norm", "ffn_norm", "final_norm")
+MakePlan = Callable[[Mapping[str, Any], Family, Mapping[str, Any] | None, PruneConfig], Plan]
+ROTATION = "hidden.rotation"  # R among the importance scores
+_BLOCK_ROWS = 8192  # of a tensor that are in fp64 at a time
+
+
+class ResidualCovariance:
+    """Σ over tokens and norms of x̂x̂ᵀ, x̂ what a norm reads divided by its root mean square; fp32 sums on the device.
+
+    Divided, because that is what every reader sees, and because the few tokens with massive activations (10³ times the
+    others on Llama-like models) would be all that a plain covariance is about.
+    """
+
+    def __init__(self, hidden: int, device: torch.device):
+        self.sum_DD = torch.zeros(hidden, hidden, device=device)
+
+    def attach(self, norms: list[nn.Module]) -> list[Any]:
+        return [norm.register_forward_pre_hook(lambda _module, args: self._see(args[0])) for norm in norms]
+
+    def _see(self, x_BSD: Tensor) -> None:
+        x_ND = x_BSD.detach().flatten(0, -2).float()
+        x_ND = x_ND * x_ND.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+        self.sum_DD.addmm_(x_ND.T, x_ND)
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """(energy [D], falling; R [D, D], fp32 on the CPU). The sign of a row is such that its largest entry is > 0."""
+        energy_D, vectors_DD = torch.linalg.eigh(self.sum_DD.double().cpu())
+        rows_DD = vectors_DD.T.flip(0)
+        largest = rows_DD.abs().argmax(1, keepdim=True)
+        rows_DD = rows_DD * rows_DD.gather(1, largest).sign()
+        return energy_D.flip(0).clamp_min(0), rows_DD.float().contiguous()
+
+
+def unrotatable(family: Family, config: Mapping[str, Any]) -> str | None:
+    """Why this model cannot be turned, or None: the stream may only meet plain RMSNorms, each before a sublayer."""
+    for name, spec in family.tensors(dict(config)).items():
+        over_hidden = spec.axes == ("hidden",)
+        if over_hidden and spec.role.endswith("norm") and spec.role not in _NORMS:
+            return f"{name} is a norm that is not right before the matrices that read it"
+        if over_hidden and spec.role.endswith("norm_bias"):
+            return f"{name} belongs to a LayerNorm, which does not commute with rotations"
+        if spec.role == "position_embed":
+            return f"{name} adds learned positions to the stream"
+    if family.data.norm.kind != "rms" or family.data.norm.gain != "weight":
+        return f"the norms of {family.name} are not a plain RMSNorm times a weight"
+    return None
+
+
+class RotatedTeacher(Checkpoint):
+    """A checkpoint whose tensors are read turned; config and names are those of the turned (untied) model."""
+
+    def __init__(self, teacher: Checkpoint, family: Family, rotation_DD: Tensor):
+        """Raises ConfigError when the family cannot be turned or the matrix is not orthogonal of the right size."""
+        if reason := unrotatable(family, teacher.config):
+            raise ConfigError("prune.hidden_method: pca", expected="a model that can be rotated", got=reason)
+        hidden = family.dims(teacher.config).hidden
+        if rotation_DD.shape != (hidden, hidden) or not _orthogonal(rotation_DD):
+            raise ConfigError("hidden.rotation in the importance scores", expected=f"orthogonal [{hidden}, {hidden}]")
+        super().__init__(teacher.path, untied(teacher.config, family), teacher._entries, teacher.files)
+        self._teacher, self._rotation_DD = teacher, rotation_DD
+        self._specs = family.tensors(self.config)
+        self._tied = family.tied(teacher.config)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._specs)
+
+    def spec(self, name: str) -> TensorInfo:
+        return self._teacher.spec(self._tied.get(name, name))
+
+    def itemsize(self, name: str) -> int:
+        return self._teacher.itemsize(self._tied.get(name, name))
+
+    def tensor(self, name: str) -> Tensor:
+        """The turned tensor in the dtype on disk, computed in fp64."""
+        spec = self._specs[name]
+        plain = self._teacher.tensor(self._tied.get(name, name))
+        if "hidden" not in spec.axes:
+            return plain
+        if spec.role in _NORMS:
+            return torch.ones_like(plain)
+        rotation_DD = self._rotation_DD.double()
+        if spec.axes[0] == "hidden":  # writers and their biases
+            return (rotation_DD @ plain.double()).to(plain.dtype)
+        reads_DD = rotation_DD.T if spec.role == "embed" else self._gain(name, spec)[:, None] * rotation_DD.T
+        return torch.cat([(block.double() @ reads_DD).to(plain.dtype) for block in plain.split(_BLOCK_ROWS)])
+
+    def blocks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
+        """As Checkpoint.blocks, of the turned tensor."""
+        if "hidden" not in self._specs[name].axes:
+            yield from self._teacher.blocks(name, max_bytes)
+            return
+        turned_RC = self.tensor(name)
+        row_bytes = turned_RC[:1].nbytes
+        yield from turned_RC.split(max(1, max_bytes // max(row_bytes, 1)))
+
+    def position(self, name: str) -> tuple[int, int]:
+        return self._teacher.position(self._tied.get(name, name))
+
+    def _gain(self, name: str, spec: TensorSpec) -> Tensor:
+        """The gain of the norm that feeds this reader."""
+        norm = _AFTER.get(spec.role, "ffn_norm")
+        found = [other for other, s in self._specs.items() if s.role == norm and s.layer == spec.layer]
+        assert len(found) == 1, f"{name} reads one norm, found {found}"
+        return self._teacher.tensor(found[0]).double()
+
+
+def choose(
+    teacher: Checkpoint, family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig, make_plan: MakePlan
+) -> Plan:
+    """`make_plan` for the teacher as it is or, when the hidden axis is cut by principal components, as it is turned.
+
+    The turned teacher has a head of its own, which counts. When the axis is open but the search leaves it whole, the
+    plan is made again without it, for the teacher as it is. Raises ConfigError when `pca` is asked of a family that
+    cannot be turned.
+    """
+    hidden = family.dims(teacher.config).hidden
+    cuts = "hidden" in openable_axes(cfg, family.dims(teacher.config))
+    reason = unrotatable(family, teacher.config) if cuts and cfg.hidden_method != "activation" else None
+    if reason and cfg.hidden_method == "pca":
+        hint = "set prune.hidden_method=activation"
+        raise ConfigError("prune.hidden_method: pca", expected="a model that can be rotated", got=reason, hint=hint)
+    if not cuts or reason or cfg.hidden_method == "activation":
+        return make_plan(teacher.config, family, scores, cfg.model_copy(update={"hidden_method": "activation"}))
+    plan = make_plan(untied(teacher.config, family), family, scores, cfg.model_copy(update={"hidden_method": "pca"}))
+    if plan.student.hidden == hidden:
+        axes = tuple(axis for axis in cfg.axes if axis != "hidden")
+        return make_plan(teacher.config, family, scores, cfg.model_copy(update={"axes": axes}))
+    if family.tied(teacher.config):
+        plan.warnings.append(
+            "the head gets a weight of its own: rotating the hidden axis ends its tie to the embedding "
+            "(prune.hidden_method=activation keeps it)"
+        )
+    return plan
+
+
+def turned(teacher: Checkpoint, family: Family, scores: Mapping[str, Any]) -> RotatedTeacher:
+    """The teacher in the basis that importance found. Raises ConfigError when `scores` have none."""
+    if ROTATION not in scores:
+        raise ConfigError(
+            f"the importance scores lack {ROTATION!r}",
+            expected="scores for a plan that cuts the hidden axis",
+            got=", ".join(sorted(scores)) or "none",
+            hint="run the importance stage again with this config",
+        )
+    return RotatedTeacher(teacher, family, torch.from_numpy(np.asarray(scores[ROTATION], dtype=np.float32).copy()))
+
+
+def untied(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The same config with a head of its own."""
+    out = copy.deepcopy(dict(config))
+    for flag in {tie.when for tie in family.data.ties}:
+        out[family.data.flags[flag].field] = False
+    return out
+
+
+def _orthogonal(matrix_DD: Tensor) -> bool:
+    eye = torch.eye(len(matrix_DD), dtype=torch.float64)
+    return bool((matrix_DD.double() @ matrix_DD.double().T - eye).abs().max() < 1e-4)
