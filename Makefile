@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Test files run side by side; a file's tests stay together, for the fixtures they share.
+WORKERS ?= 2
 TEACHER := teachers/smollm2-135m-instruct
 
 .PHONY: demo test lint types imports pytest format clean
@@ -26,7 +28,7 @@ imports:
 	$(BIN)/lint-imports
 
 pytest:
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 format:
 	$(BIN)/ruff check --fix .

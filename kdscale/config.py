@@ -61,6 +61,7 @@ class ImportanceConfig(_Section):
     seq_len: Count = 512
     micro_batch: Count = 4
     dtype: Dtype = "auto"
+    processes: Count = 1  # ranks on this machine that share the calibration sequences, also in compensation
 
 
 FfnMethod = Literal["output_energy", "activation", "obs"]
@@ -116,7 +117,7 @@ class PruneConfig(_Section):
     layer_method: LayerMethod = "block_influence"
     # drop one contiguous run of layers (Llama-3.1 → 4B depth recipe) instead of the lowest-scored layers anywhere
     contiguous_layers: bool = False
-    compensate: Compensation = "ridge"
+    compensate: Compensation = "two_stream"
     # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
     stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     ridge_lambda: Annotated[float, Field(gt=0.0)] = 1e-2
@@ -232,6 +233,8 @@ class EvalConfig(_Section):
 class RuntimeConfig(_Section):
     device: Device = "auto"
     threads: Count | None = None  # CPU threads a process; None: cores / processes
+    # calibration hidden states held in memory, a process; what is beyond goes to the run folder's disk
+    activation_bytes: Count = 1_073_741_824
 
 
 class StepConfig(_Section):

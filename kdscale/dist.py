@@ -20,6 +20,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def in_group() -> bool:
+    """Whether several ranks work together here, whatever the environment says."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_writer() -> bool:
+    """Whether this process writes the results: the group's rank 0, or a process that is in none."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def barrier() -> None:
     if dist.is_initialized() and world_size() > 1:
         dist.barrier()
@@ -29,4 +39,13 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """`value` summed over all ranks, in place; itself with one rank."""
     if dist.is_initialized() and world_size() > 1:
         dist.all_reduce(value)
+    return value
+
+
+def all_reduce_min(value: int) -> int:
+    """The smallest of all ranks' values."""
+    if dist.is_initialized() and world_size() > 1:
+        found = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
     return value

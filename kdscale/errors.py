@@ -63,6 +63,12 @@ class SelfCheckError(KdscaleError):
     exit_code = 7
 
 
+class LostRankError(KdscaleError):
+    """A rank that ended without an error of ours: killed, or cut off from the others. Trying again may well work."""
+
+    exit_code = 8
+
+
 class Interrupted(BaseException):
     """Stopped on purpose by a signal (Ctrl-C, SIGTERM); what was finished is kept and the same command goes on.
 

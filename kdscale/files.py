@@ -79,22 +79,28 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         tmp.mkdir()
         try:
             yield tmp
-            for item in sorted(tmp.rglob("*")):
-                if item.is_file():
-                    fsync_file(item)
-            for folder in [tmp, *(item for item in tmp.rglob("*") if item.is_dir())]:
-                fsync_dir(folder)
-            if path.exists():
-                # A folder cannot be replaced in one step: the old one steps aside, so that `path` is never half new.
-                old = path.with_name(f"{_TMP_MARK}{os.getpid()}-old-{path.name}")
-                path.replace(old)
-                tmp.replace(path)
-                remove_tree(old)
-            else:
-                tmp.replace(path)
-            fsync_dir(path.parent)
+            replace_dir(tmp, path)
         finally:
             remove_tree(tmp)
+
+
+def replace_dir(new: Path, path: Path) -> None:
+    """Give the finished folder `new` the name `path` on the same file system, in the place of what is there."""
+    with explain_os_errors(path):
+        for item in sorted(new.rglob("*")):
+            if item.is_file():
+                fsync_file(item)
+        for folder in [new, *(item for item in new.rglob("*") if item.is_dir())]:
+            fsync_dir(folder)
+        if path.exists():
+            # A folder cannot be replaced in one step: the old one steps aside, so that `path` is never half new.
+            old = path.with_name(f"{_TMP_MARK}{os.getpid()}-old-{path.name}")
+            path.replace(old)
+            new.replace(path)
+            remove_tree(old)
+        else:
+            new.replace(path)
+        fsync_dir(path.parent)
 
 
 def remove_tree(path: Path) -> None:

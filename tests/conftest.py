@@ -19,6 +19,22 @@ _WORDS = (
     "fell slowly on fields of barley and the miller counted sacks of flour for a market that no one had seen in years"
 ).split()
 
+_STAY_HERE = """#!/bin/sh
+while [ "$1" = -o ] || [ "$1" = -T ]; do [ "$1" = -o ] && shift; shift; done
+case "$1" in gone*) echo "ssh: connect to host $1: no route" >&2; exit 255;; esac
+shift
+exec sh -c "$*"
+"""
+
+
+@pytest.fixture
+def fake_ssh(tmp_path: Path) -> Path:
+    """An ssh that stays on this machine, whatever the host is called; `gone...` cannot be reached."""
+    path = tmp_path / "stay-here"
+    path.write_text(_STAY_HERE)
+    path.chmod(0o755)
+    return path
+
 
 @pytest.fixture(scope="session")
 def tiny_texts() -> list[str]:

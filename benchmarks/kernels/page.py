@@ -20,7 +20,8 @@ OPS = {
     "linear_topk_lse": "Teacher's side: hidden states and head → top-k and log-sum-exp",
     "sparse_kl": "Logits that already exist → loss and their gradient",
 }
-LABEL, PANEL, VALUE, LINE, TOP = 340, 200, 125, 26, 34
+LONGEST = 2.5  # times ours: longer bars are cut there, so that one slow contestant does not flatten the others
+LABEL, PANEL, VALUE, LINE, TOP = 362, 200, 114, 26, 34
 STYLE = """
 :root { --ink:#1c2126; --muted:#5c6670; --line:#d9dee3; --card:#ffffff; --page:#f4f6f8;
         --ours:#0a6cc4; --peer:#9aa7b3; --floor:#c98a1b; --good:#1c7d45; --bad:#b3261e; }
@@ -68,7 +69,8 @@ def page(rows: Sequence[Row], found: Sequence[Verdict], command: str) -> str:
         "<p>Bars are medians; contestants take turns in one process, and a ratio compares calls of the same round "
         "(whiskers: 20 % to 80 % of the rounds). Ratio 1 is kdscale, auto. Memory is beyond the inputs and the "
         "gradients handed back (for existing logits: with their gradient). Blue: kdscale; orange: the bare library "
-        "products, or copy, that bound it; grey: others. Forward and backward, unless the op has no gradients.</p>",
+        "products, or copy, that bound it; grey: others (» cut at 2.5). "
+        "Forward and backward, unless the op has no gradients.</p>",
     ]
     for op in dict.fromkeys(row.op for row in rows):
         parts.append(f"<h2>{escape(op)}</h2><p class='muted'>{escape(OPS[op])}</p>")
@@ -115,7 +117,7 @@ def _figure(rows: Sequence[Row]) -> str:
 
 def _bars(title: str, rows: Sequence[Row]) -> str:
     width, height = LABEL + 2 * (PANEL + VALUE), TOP + LINE * len(rows) + 4
-    most = max(float(row.ratio_p80 or 0) for row in rows) or 1.0
+    most = min(LONGEST, max(float(row.ratio_p80 or 0) for row in rows)) or 1.0
     peaks = [int(row.peak_bytes) for row in rows if row.peak_bytes != ""]
     top = max(peaks, default=1) or 1
     memory_x = LABEL + PANEL + VALUE
@@ -128,9 +130,7 @@ def _bars(title: str, rows: Sequence[Row]) -> str:
     for i, row in enumerate(rows):
         y = TOP + LINE * i
         kind = "ours" if row.contestant == "kdscale" else "floor" if row.contestant.startswith("bare") else "peer"
-        label = row.label + (
-            f" ({row.loss})" if row.loss not in ("", "sparse KL") and row.loss not in row.label else ""
-        )
+        label = row.label + (" (CE)" if row.loss == "CE" else "")
         drawn.append(f"<text x='{LABEL - 10}' y='{y + 14}' text-anchor='end'>{escape(_short(label))}</text>")
         if row.ratio_to_ours != "":
             drawn += _time_bar(row, y, kind, PANEL / most)
@@ -147,16 +147,17 @@ def _bars(title: str, rows: Sequence[Row]) -> str:
 
 def _time_bar(row: Row, y: int, kind: str, scale: float) -> list[str]:
     ratio, low, high = (float(v) for v in (row.ratio_to_ours, row.ratio_p20, row.ratio_p80))
-    end = LABEL + high * scale
-    start, y_line = LABEL + max(0.0, low) * scale, y + 10.5
+    length, start, end = (min(PANEL, max(0.0, value) * scale) for value in (ratio, low, high))
+    start, end, y_line = LABEL + start, LABEL + end, y + 10.5
+    text = f"{'» ' * (ratio > LONGEST)}{ratio:.2f} · {_seconds(float(row.seconds_median))}"
     return [
-        f"<rect class='{kind}' x='{LABEL}' y='{y + 3}' width='{max(0.0, ratio) * scale:.1f}' height='15' rx='2'/>",
+        f"<rect class='{kind}' x='{LABEL}' y='{y + 3}' width='{length:.1f}' height='15' rx='2'/>",
         f"<line class='whisker' x1='{start:.1f}' x2='{end:.1f}' y1='{y_line}' y2='{y_line}'/>",
-        f"<text class='m' x='{end + 6:.1f}' y='{y + 15}'>{ratio:.2f} · {_seconds(float(row.seconds_median))}</text>",
+        f"<text class='m' x='{end + 6:.1f}' y='{y + 15}'>{text}</text>",
     ]
 
 
-def _short(text: str, most: int = 52) -> str:
+def _short(text: str, most: int = 54) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -99,13 +99,13 @@ def _liger(device: torch.device) -> list[Contestant]:
         return Contestant(op, "Liger chunked loss", mode, loss, make, BACKWARD, **common, **options)
 
     rows = [
-        chunked(BOTH_HEADS, f"KL, chunk {chunk}{', compiled' * compiled}", "full KL", 0.0, chunk, compiled)
+        chunked(BOTH_HEADS, f"KL {chunk}{' compiled' * compiled}", "full KL", 0.0, chunk, compiled)
         for chunk in (256, 512, 1024)
         for compiled in (True, False)
     ]
     rows.append(chunked(BOTH_HEADS, "JSD, defaults", "full JSD", 0.5, 1024, True))
     for chunk in (256, 512):
-        mode = f"KL, chunk {chunk}, compiled, less the teacher's product"
+        mode = f"KL {chunk} compiled, less a product"
         rows.append(chunked(STUDENT, mode, "full KL", 0.0, chunk, True, less_product=True))
     on_gpu = {"directions": BACKWARD, "package": package, "absent": absent_cpu}
     for beta, mode in ((0.0, "KL"), (0.5, "JSD")):

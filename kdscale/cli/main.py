@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kdscale.cli import launch
+from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption
 from kdscale.errors import ConfigError, Interrupted, KdscaleError
 
 if TYPE_CHECKING:
@@ -23,16 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one field, e.g. prune.target_params=4B. Repeatable."),
-]
-AcceptOption = Annotated[
-    bool,
-    typer.Option("--accept-changes", help="The run folder belongs to another config: redo what the changes touch."),
-]
 
 
 def _config(name: str, overrides: list[str] | None) -> Config:
@@ -84,6 +76,10 @@ def report_command(config: ConfigArgument, set_: SetOption = None) -> None:
     loaded = _config(config, set_)
     report_so_far(loaded, Reporter())
     show.results(Path(loaded.run_dir), "report")
+
+
+app.command("launch")(launch.launch_command)
+app.command("preflight")(launch.preflight_command)
 
 
 @app.command("plan")

@@ -52,6 +52,11 @@ def findings(found: Sequence[Finding], conclusions: Sequence[Finding]) -> None:
         _print(_table(title, ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in lines]))
 
 
+def preflight(found: Sequence[Finding]) -> None:
+    """What every host said before a job."""
+    _print(_table("Preflight", ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in found]))
+
+
 def _mark(state: State) -> str:
     return _MARK[state]
 
@@ -93,6 +98,8 @@ def _candidates(plan_json: dict[str, Any]) -> None:
         "probe": lambda row: f"{row['probes'][-1]['loss']:.4f}" if row["probes"] else "",
         "": lambda row: "chosen" if row is rows[0] else "",
     }
+    if any(row["decode_ms"] for row in rows):  # eighty columns hold only so much
+        del columns["on disk"], columns["KV/tok"]
     if any(row["masked"] for row in rows):
         Console().print("KL, loss: masked runs on calibration text, nats a token", style="dim", highlight=False)
     shown = {title: cell for title, cell in columns.items() if any(cell(row) for row in rows)}

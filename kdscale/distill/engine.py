@@ -51,7 +51,8 @@ def run(
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    set_threads(cfg.runtime.threads, cfg.distill.processes)
+    # the ranks that share this machine's cores, of which a job on several machines has fewer than ranks
+    set_threads(cfg.runtime.threads, int(os.environ.get("LOCAL_WORLD_SIZE", cfg.distill.processes)))
     reporter = reporter if is_main() else Reporter(quiet=True)
     log_path = run_dir / "logs" / ("distill.log" if is_main() else f"distill-rank-{rank()}.log")
     with quiet(log_path):

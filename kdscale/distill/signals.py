@@ -1,13 +1,21 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave. The second one ends the process at once."""
+"""Ctrl-C and SIGTERM: finish the step, save, leave. The second one ends the process at once.
+
+The same signal again within two seconds is still the first: a job system signals every process of a job, and the
+launcher above passes on what it got.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+_SAME_SIGNAL_SECONDS = 2.0
 
 
 class StopRequest:
@@ -22,11 +30,16 @@ def watch_signals() -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a flag for the length of the block. Outside the main thread nothing is caught."""
     request = StopRequest()
     previous: dict[int, Any] = {}
+    first = [0.0]
 
     def note(signum: int, frame: FrameType | None) -> None:
-        request.signum = signum
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
+        now = time.monotonic()
+        if not request.signum:
+            request.signum, first[0] = signum, now
+        elif signum != request.signum or now - first[0] > _SAME_SIGNAL_SECONDS:
+            for caught, handler in previous.items():
+                signal.signal(caught, handler)
+            os.kill(os.getpid(), signum)  # now it does what it did before
 
     if threading.current_thread() is threading.main_thread():
         previous.update({caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)})

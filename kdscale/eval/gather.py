@@ -26,6 +26,7 @@ _AXIS_TITLES = {
     "ffn": "FFN width",
     "heads": "Query heads",
     "kv_heads": "KV heads",
+    "experts": "Experts",
     "head_dim": "Head dimension",
     "vocab": "Vocabulary",
 }
@@ -136,7 +137,7 @@ def _shape(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
             "importance_kept": retained.get(axis),
         }
         for axis, title in _AXIS_TITLES.items()
-        if axis in before and axis in after
+        if before.get(axis) and axis in after  # a dense model has no experts
     ]
 
 
@@ -147,7 +148,7 @@ def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
         {"layer": layer, **{axis: len(kept[axis][position]) for axis in ("ffn", "heads", "kv_heads")}}
         for position, layer in enumerate(kept["layers"])
     ]
-    which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads")}
+    which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads", "experts") if axis in kept}
     return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
 
 

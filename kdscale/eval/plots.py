@@ -82,12 +82,19 @@ def _draw_validation(axes: Any, points: Sequence[Mapping[str, float]], key: str,
 
 
 def importance(facts: Mapping[str, Any]) -> list[Plot]:
-    """One plot an axis whose scores there are: layers, ffn, heads, kv heads, hidden."""
+    """One plot an axis whose scores there are: layers, ffn, heads, kv heads, experts, hidden."""
     made = facts["importance"]
     if not made:
         return []
     methods = (facts["plan"] or {}).get("methods", {})
-    drawers = {"layers": _layers, "ffn": _ffn, "heads": _heads, "kv_heads": _heads, "hidden": _hidden}
+    drawers = {
+        "layers": _layers,
+        "ffn": _ffn,
+        "heads": _heads,
+        "kv_heads": _heads,
+        "experts": _heads,
+        "hidden": _hidden,
+    }
     out = []
     for axis, drawer in drawers.items():
         names = [name for name in made["scores"] if name.partition(".")[0] == axis]
@@ -172,8 +179,9 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
 
 
 def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -> Plot:
-    """One cell a head, where it is in the model; a dot in the cells of heads that went."""
+    """One cell a head (or expert), where it is in the model; a cross in the cells of those that went."""
     layers, units = score_LU.shape
+    unit = "expert" if axis == "experts" else "head"
     share_LU = score_LU / np.maximum(score_LU.max(axis=1, keepdims=True), np.finfo(float).tiny)
     stays = np.full((layers, units), facts["kept"] is None)
     if kept := facts["kept"]:
@@ -189,17 +197,17 @@ def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any])
             rows, columns, linestyle="", marker="x", color=ACCENT, markersize=4 if narrow else 6, markeredgewidth=1.5
         )
         axes.set_xlabel("layer")
-        axes.set_ylabel("head")
+        axes.set_ylabel(unit)
         style(axes, grid=False)
         axes.xaxis.set_major_locator(integers(6 if narrow else 12))
         axes.yaxis.set_major_locator(integers(6))
 
-    title = "Query heads" if axis == "heads" else "KV heads"
+    title = {"heads": "Query heads", "kv_heads": "KV heads", "experts": "Experts"}[axis]
     cut = f" Crosses mark the {gone} of {layers * units} that were cut." if gone else " None was cut."
     return make_plot(
         f"{title} · {_method(name)}",
-        f"Stronger colour: more important, relative to the layer’s strongest head.{cut}",
-        f"Heat map of {units} heads by {layers} layers.{cut}",
+        f"Stronger colour: more important, relative to the layer’s strongest {unit}.{cut}",
+        f"Heat map of {units} {unit}s by {layers} layers.{cut}",
         draw,
         (880, 90 + 19 * units),
         (350, 90 + 16 * units),

@@ -22,7 +22,14 @@ COMPONENTS = {
     "embedding": "Embedding", "attention": "Attention", "ffn": "Feed-forward", "norm": "Norms",
     "head": "Output head", "other": "Other",
 }  # fmt: skip
-_BY_ROLE = {"embed": "embedding", "head": "head", "o": "attention", "down": "ffn", "router": "ffn"}
+_BY_ROLE = {
+    "embed": "embedding",
+    "position_embed": "embedding",
+    "head": "head",
+    "o": "attention",
+    "down": "ffn",
+    "router": "ffn",
+}
 
 
 def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | None:
@@ -41,7 +48,7 @@ def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | 
     teacher_config = dict(student.config)
     for axis, field in family.data.dims.items():
         if field.field is not None and axis in plan["teacher"]:
-            teacher_config[field.field] = plan["teacher"][axis]
+            teacher_config[field.name_in(teacher_config)] = plan["teacher"][axis]
     sizes: dict[str, dict[str, dict[str, int]]] = {}
     itemsize: dict[str, int] = {}
     for who, config in (("student", student.config), ("teacher", teacher_config)):

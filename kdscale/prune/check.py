@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,12 +36,17 @@ from kdscale.prune.repair import compensated_roles
 from kdscale.prune.slicing import Slicer
 from kdscale.prune.stream import LayerStream, OneLayer
 from kdscale.weights import Checkpoint
+from kdscale.weights.reader import torch_dtype
 
 # Largest difference allowed of any token, as a share of its norm. fp32 sums taken in another order measure below 1e-5
 # after 30 layers of a real model; docs/pruning.md has what one wrong unit measures.
 TOLERANCE = 2e-4
 # Tokens whose vector nearly vanishes are held to a share of the typical norm instead of their own.
 _FLOOR = 1e-2
+# Students above this size in fp32 are reloaded in the files' dtype with their layers left on the disk, as transformers
+# offers it, so that the check needs no more memory than pruning does. In bf16 decoding with a cache rounds otherwise.
+_WHOLE_BYTES = 4 << 30
+_CACHED_TOLERANCE_16BIT = 0.1
 _FIGURES = dict[str, float]
 
 
@@ -149,11 +155,17 @@ def reload_parity(
     Returns {"reload_vs_streamed", "cached_vs_uncached"}. Raises SelfCheckError.
     """
     device = device or torch.device("cpu")
-    model = _plain_load(student_dir).to(device)
-    batch, compare = IdsBatch(input_ids_BS), _Comparison(tolerance, None)
     student = Checkpoint.open(student_dir)
-    stream = LayerStream(student.config, family, student.tensor, dtype=torch.float32, device=device)
-    with torch.inference_mode():
+    whole = 4 * family.count_params(student.config).total <= _WHOLE_BYTES
+    dtype = torch.float32 if whole else torch_dtype(student.spec(student.names[-1]).dtype)
+    batch, compare = IdsBatch(input_ids_BS), _Comparison(tolerance, None)
+    stream = LayerStream(student.config, family, student.tensor, dtype=dtype, device=device)
+    with TemporaryDirectory(dir=student_dir.parent) as offload, torch.inference_mode():
+        if whole:
+            model = _plain_load(student_dir, dtype=dtype).to(device)
+        else:
+            places = _places(student_dir, family, device)
+            model = _plain_load(student_dir, dtype=dtype, device_map=places, offload_folder=offload)
         states: list[Tensor] = []
         layers = model.get_submodule(family.sites.layers)
         for layer in layers.children():
@@ -166,17 +178,39 @@ def reload_parity(
         share = compare.equal(
             "the reloaded model's logits", "all", reloaded, stream.head()(stream.final_norm()(hidden))
         )
+        rounded = dtype.itemsize < 4
+        compare = _Comparison(max(tolerance, _CACHED_TOLERANCE_16BIT) if rounded else tolerance, None)
         cached = _cached_decoding(model, batch.input_ids_BS[:1].to(device), compare)
     return {"reload_vs_streamed": share, "cached_vs_uncached": cached}
 
 
-def _plain_load(folder: Path) -> Any:
+def _places(folder: Path, family: Family, device: torch.device) -> dict[str, Any]:
+    """A device_map: the layers on the disk, all that is outside them on `device`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    layers = f"{family.sites.layers}."
+    places: dict[str, Any] = {
+        name: "disk"
+        for name, _ in model.named_modules()
+        if name.count(".") == layers.count(".") and name.startswith(layers)
+    }
+    for name, module in model.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own and not name.startswith(layers):
+            places[name] = device.type if device.index is None else device.index
+    return places
+
+
+def _plain_load(folder: Path, **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
     )
     model, info = loaded
     wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}

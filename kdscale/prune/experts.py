@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdscale.dist import all_reduce_sum
+
 
 class ExpertStats:
     """Sums over the tokens that each expert got, every one multiplied by its routing weight w:
@@ -22,32 +24,31 @@ class ExpertStats:
     - `ffn.activation` [E, F]: √Σ (w · a_f)². Not by sequence as in dense layers: an expert gets tokens, not sequences.
     """
 
-    def __init__(self, experts: nn.Module):
-        self._experts: Any = experts
-        self._norms_E: Tensor | None = None
-        self._squares_EF: Tensor | None = None
+    def __init__(self, experts: Any):
+        self._experts = experts
+        count, _, width = experts.down_proj.shape
+        device = experts.down_proj.device
+        self._norms_E = torch.zeros(count, dtype=torch.float64, device=device)
+        self._squares_EF = torch.zeros(count, width, dtype=torch.float64, device=device)
 
     def attach(self) -> Any:
         return self._experts.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def scores(self) -> dict[str, Tensor]:
-        assert self._norms_E is not None and self._squares_EF is not None, "no token was seen"
+        """Over the tokens of all ranks, fp64."""
+        norms_E, squares_EF = all_reduce_sum(self._norms_E), all_reduce_sum(self._squares_EF)
         columns_EF = self._experts.down_proj.float().square().sum(1).double()
         return {
-            "experts.output_norm": self._norms_E,
-            "ffn.activation": self._squares_EF.sqrt(),
-            "ffn.output_energy": self._squares_EF * columns_EF,
+            "experts.output_norm": norms_E,
+            "ffn.activation": squares_EF.sqrt(),
+            "ffn.output_energy": squares_EF * columns_EF,
         }
 
     def _see(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden_ND, chosen_NT, weights_NT = (given[name] for name in names)
-        experts, _, width = module.down_proj.shape
-        if self._norms_E is None or self._squares_EF is None:
-            self._norms_E = torch.zeros(experts, dtype=torch.float64, device=hidden_ND.device)
-            self._squares_EF = torch.zeros(experts, width, dtype=torch.float64, device=hidden_ND.device)
-        for expert in range(experts):
+        for expert in range(len(self._norms_E)):
             token_n, slot_n = torch.where(chosen_NT == expert)
             if not len(token_n):
                 continue

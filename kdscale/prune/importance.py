@@ -26,14 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.config import ImportanceConfig, PruneConfig
+from kdscale.dist import all_reduce_sum
 from kdscale.errors import ConfigError, DataError, SelfCheckError
 from kdscale.families import Family
 from kdscale.files import atomic_path, write_json
 from kdscale.models import resolve_dtype
 from kdscale.progress import Reporter
 from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE, obs_axes
-from kdscale.prune.rotate import ROTATION, ResidualCovariance, unrotatable
+from kdscale.prune.rotate import ROTATION, ResidualCovariance, components, unrotatable
 from kdscale.prune.search import openable_axes
+from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch
 from kdscale.prune.statistics import NormStats, UnitStats
 from kdscale.prune.stream import LayerStream, TokenBatch
 from kdscale.weights import Checkpoint
@@ -45,12 +47,14 @@ def run(
     batches: Sequence[TokenBatch],
     cfg: ImportanceConfig,
     prune_cfg: PruneConfig,
-    out_dir: Path,
+    out_dir: Path | None,
     device: torch.device,
     reporter: Reporter,
+    scratch: Scratch = IN_MEMORY,
 ) -> dict[str, np.ndarray]:
     """Score every axis that `prune_cfg` may cut; write out_dir/scores.safetensors, then out_dir/scores.json.
 
+    With several ranks `batches` are this rank's share, all get the scores, and one of them has an `out_dir`.
     `batches` are the calibration tokens (their number is the caller's to choose). Returns the arrays: `ffn.*` [L, F],
     `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `hidden.pca` [D] and `hidden.rotation`
     [D, D] where the family can be rotated, `layers.block_influence` [L]; of a mixture of experts `ffn.*` [L, E, F] and
@@ -69,20 +73,19 @@ def run(
         )
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     with reporter.bar("importance", total=tokens) as bar:
-        scores = gather(stream, batches, axes, bar.advance, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
+
+        def advance(count: int, layer: int) -> None:
+            bar.advance(count / dims.layers, f"layer {layer + 1}/{dims.layers}")
+
+        scores = gather(stream, batches, axes, advance, scratch, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
     for name, values in scores.items():
         if not np.isfinite(values).all():
             raise SelfCheckError(f"importance {name} is not finite", hint="try importance.dtype=float32")
-    write_scores(
-        out_dir,
-        scores,
-        summary={
-            "axes": list(axes),
-            "dtype": str(dtype).removeprefix("torch."),
-            "tokens": tokens,
-            "sequences": sum(len(batch.input_ids_BS) for batch in batches),
-        },
-    )
+    everyone = all_reduce_sum(torch.tensor([tokens, sum(len(batch.input_ids_BS) for batch in batches)]))
+    if out_dir is not None:
+        precision = str(dtype).removeprefix("torch.")
+        summary = {"axes": list(axes), "dtype": precision, "tokens": int(everyone[0]), "sequences": int(everyone[1])}
+        write_scores(out_dir, scores, summary)
     return scores
 
 
@@ -90,57 +93,69 @@ def gather(
     stream: LayerStream,
     batches: Sequence[TokenBatch],
     axes: Sequence[str],
-    advance: Callable[[float, str], None],
+    advance: Callable[[int, int], None] | None = None,
+    scratch: Scratch = IN_MEMORY,
     obs: Sequence[str] = (),
     ridge: float = 1e-2,
 ) -> dict[str, np.ndarray]:
-    """The scores of `run`, from any stream; `advance(tokens, note)` is called after each layer's share of the work.
+    """The scores of `run`, from any stream; `advance(tokens, layer)` is called after each batch in each layer.
 
+    With several ranks `batches` are this rank's share, and every rank gets the scores over all of them. With a folder
+    in `scratch` a killed call is taken up again at the first layer that it had not finished.
     `obs`, `ridge`: see UnitStats.
     """
-    dims, family = stream.dims, stream.family
-    norms, per_layer, influence = NormStats(dims.hidden), [], []
+    family, norms = stream.family, NormStats(stream.dims.hidden)
     turns = "hidden" in axes and unrotatable(family, stream.config) is None
-    covariance = ResidualCovariance(dims.hidden, stream.device) if turns else None
-    hidden = stream.embed(batches)
-    for layer in stream.layers():
-        units = UnitStats(dims, layer, family, axes, obs, ridge)
+    covariance = ResidualCovariance(stream.dims.hidden, stream.device) if turns else None
+    walk = LayerPass(stream, batches, scratch, advance)
+    for layer in walk.layers():
+        units, influence = UnitStats(stream.dims, layer, family, axes, obs, ridge), _Influence()
         units.attach()
         if "hidden" in axes:
             over_stream = [layer.site(path) for path in family.sites.norms]
             norms.attach(over_stream)
             if covariance is not None:
                 covariance.attach(over_stream)
-        cosine, count = torch.zeros((), dtype=torch.float64), 0
-        for index, batch in enumerate(batches):
-            with torch.inference_mode():
-                after = layer(hidden[index], batch.position_ids_BS.to(stream.device))
-                if "layers" in axes:
-                    cosine += _cosine_sum(hidden[index], after)
-            hidden[index] = after
-            count += batch.input_ids_BS.numel()
-            advance(batch.input_ids_BS.numel() / dims.layers, f"layer {layer.index + 1}/{dims.layers}")
-        norms.close()
+        walk.run(layer, influence.see if "layers" in axes else None)
         with torch.inference_mode():
-            per_layer.append(units.scores())
-        influence.append(1 - float(cosine) / count)
+            found = units.scores()
+        if "hidden" in axes:
+            walk.running["hidden.activation"] = walk.running.get("hidden.activation", 0) + norms.close()
+        if covariance is not None:
+            walk.running["hidden.covariance"] = walk.running.get("hidden.covariance", 0) + covariance.close()
+        if "layers" in axes:
+            found["layers.block_influence"] = influence.score()
+        walk.finish(found)
+    names = walk.results[0]
+    out = {name: torch.stack([scores[name] for scores in walk.results]) for name in names}
     if "hidden" in axes:
         final = stream.final_norm()
         norms.attach([final])
         if covariance is not None:
             covariance.attach([final])
         with torch.inference_mode():
-            for state in hidden:
+            for state in walk.states:
                 final(state)
-        norms.close()
-    out = {name: torch.stack([scores[name] for scores in per_layer]) for name in per_layer[0]}
-    out |= {"hidden.activation": norms.total_D} if "hidden" in axes else {}
+        out["hidden.activation"] = walk.running["hidden.activation"] + norms.close()
     if covariance is not None:
-        out["hidden.pca"], out[ROTATION] = covariance.components()
-    arrays = {name: value.numpy().astype(np.float32) for name, value in out.items()}
-    if "layers" in axes:
-        arrays["layers.block_influence"] = np.maximum(influence, 0.0).astype(np.float32)
-    return arrays
+        out["hidden.pca"], out[ROTATION] = components(walk.running["hidden.covariance"] + covariance.close())
+    walk.close()
+    return {name: value.numpy().astype(np.float32) for name, value in out.items()}
+
+
+class _Influence:
+    """1 − the mean cosine between what enters a layer and what leaves it, over the tokens of all ranks."""
+
+    def __init__(self) -> None:
+        self._sum_count = torch.zeros(2, dtype=torch.float64)
+
+    def see(self, before_BSD: Tensor, after_BSD: Tensor) -> None:
+        cosine_BS = nn.functional.cosine_similarity(before_BSD.float(), after_BSD.float(), dim=-1)
+        self._sum_count += torch.tensor([float(cosine_BS.double().sum()), cosine_BS.numel()], dtype=torch.float64)
+
+    def score(self) -> Tensor:
+        total, count = all_reduce_sum(self._sum_count)
+        return (1 - total / count).clamp_min(0.0)
 
 
 def write_scores(out_dir: Path, scores: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> None:
@@ -175,7 +190,3 @@ def _row(values: np.ndarray) -> dict[str, float] | float:
         "min": float(ordered[-1]),
         "share_of_top_half": half,
     }
-
-
-def _cosine_sum(before_BSD: Tensor, after_BSD: Tensor) -> Tensor:
-    return nn.functional.cosine_similarity(before_BSD.float(), after_BSD.float(), dim=-1).double().sum().cpu()

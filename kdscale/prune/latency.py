@@ -27,6 +27,7 @@ from kdscale.prune.budget import Floats, Shapes
 
 Kind = Literal["decode", "prefill"]
 KINDS: tuple[Kind, Kind] = ("decode", "prefill")
+_LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads")
 _REPEATS, _DECODED = 5, 6
 _MIN_WEIGHT_BYTES = 128 << 20  # more than the last-level cache of most processors
 _DESIGN_SHAPES = 8
@@ -34,7 +35,7 @@ _DESIGN_SHAPES = 8
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one shape: `layer` and `rest` by kind, `spread`: the interquartile range as a share."""
+    """Milliseconds of one shape at its fastest: `layer` and `rest` by kind; `spread`: interquartile range, a share."""
 
     layer: dict[str, float]
     rest: dict[str, float]
@@ -57,6 +58,7 @@ class LatencyModel:
             stored = read_json(cache)
             if stored.get("machine") == machine:
                 self._timed = {key: Timing(**value) for key, value in stored["shapes"].items()}
+        self._known: dict[Dims, Timing] = {}
         self._weights: dict[str, Floats] = {}
         self.error: dict[str, float] = {}
 
@@ -68,6 +70,7 @@ class LatencyModel:
             if self._cache is not None:
                 shapes = {name: vars(timing) for name, timing in self._timed.items()}
                 write_json(self._cache, {"machine": self._machine, "shapes": shapes})
+        self._known[dims] = self._timed[key]
         return self._timed[key]
 
     def fit(self, teacher: Dims, shapes: Shapes, advance: Callable[[float, str], None] = lambda *_: None) -> None:
@@ -92,11 +95,15 @@ class LatencyModel:
             self.error[kind] = _left_out_error(design_RP / scale_P, layer_R)
 
     def milliseconds(self, kind: Kind, shapes: Shapes) -> Floats:
-        """Predicted by the fitted model."""
+        """Predicted by the fitted model; of layer shapes that were timed, the timing."""
         features_RP = _features(shapes)
         layer_R = features_RP @ self._weights[f"{kind}.layer"]
         rest_R: Floats = features_RP[:, [0, -1]] @ self._weights[f"{kind}.rest"]
-        return rest_R + layer_R * shapes["layers"]
+        total_R = rest_R + layer_R * shapes["layers"]
+        for dims, timing in self._known.items():
+            same_R = np.all([shapes[axis] == getattr(dims, axis) for axis in _LAYER_AXES], axis=0)
+            total_R[same_R] = timing.rest[kind] + timing.layer[kind] * shapes["layers"][same_R]
+        return total_R
 
 
 def _features(shapes: Shapes) -> Floats:
@@ -196,13 +203,15 @@ def _timing(seconds: Mapping[int, Sequence[tuple[float, float]]], whole: int, ha
     layer, rest, spread = {}, {}, {}
     for index, kind in enumerate(("prefill", "decode")):
         all_whole = [1000 * pair[index] for pair in seconds[whole]]
-        low, middle, high = statistics.quantiles(all_whole, n=4)
-        halved = statistics.median(1000 * pair[index] for pair in seconds[half])
-        # On a busy machine the difference can drown in noise; a layer still takes part of the time.
-        one = max((middle - halved) / (whole - half), 0.2 * middle / whole) if whole > half else middle
-        layer[kind] = min(one, middle / whole)
-        rest[kind] = middle - whole * layer[kind]
-        spread[kind] = (high - low) / middle
+        low, _, high = statistics.quantiles(all_whole, n=4)
+        # The fastest repeat: what else runs on the machine only ever adds time, and other shapes were timed in other
+        # minutes.
+        best, halved = min(all_whole), min(1000 * pair[index] for pair in seconds[half])
+        # Even so the difference can drown in noise; a layer still takes part of the time.
+        one = max((best - halved) / (whole - half), 0.2 * best / whole) if whole > half else best
+        layer[kind] = min(one, best / whole)
+        rest[kind] = best - whole * layer[kind]
+        spread[kind] = (high - low) / best
     return Timing(layer, rest, spread)
 
 

@@ -144,9 +144,7 @@ class _Student:
         kept = self.slicer.kept(COMPENSATED[role], position)
         assert kept is not None
         gram_UU = grams[role]
-        sums = RidgeSums(kept, len(gram_UU), gram_UU.device)
-        sums.gram_KK = gram_UU[sums.kept][:, sums.kept]
-        sums.gram_RK = gram_UU[sums.removed][:, sums.kept]
+        sums = RidgeSums.of_gram(kept, gram_UU)
         transposed = self.slicer.family.transposed(role)
         weight_DU = self._shared.tensor(source).to(gram_UU.device)
         weight_DU = weight_DU.T if transposed else weight_DU

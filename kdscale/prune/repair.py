@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdscale.config import PruneConfig
+from kdscale.dist import is_writer
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
 from kdscale.prune.plan import Plan
 from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
+from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
 
@@ -33,35 +36,47 @@ def compensated_layers(
     stream: LayerStream,
     slicer: Slicer,
     batches: Sequence[TokenBatch],
-    ridge: float,
+    cfg: PruneConfig,
     teacher: Checkpoint,
     reporter: Reporter,
+    scratch: Scratch = IN_MEMORY,
     residuals: Residuals | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """For each kept layer, in order: role → compensated weight, fp32 on the CPU, cut to the kept hidden rows."""
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(the student's layer, role → compensated weight: fp32 on the CPU, cut to the kept hidden rows), layer by layer.
+
+    With several ranks `batches` are this rank's share; all of them must go through this, and the one that writes gets
+    the weights. A layer counts as done when the next one is asked for. With a folder in `scratch` a killed pass goes on
+    at the first layer that was not: the layers before it do not come again.
+    `residuals` are measured on the writer's share.
+    """
     plan = slicer.plan
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
-    last = plan.kept.layers[-1]
-    hidden = stream.embed(batches)
+    depth = plan.kept.layers[-1] + 1
     with reporter.bar("compensation", total=tokens) as bar:
-        for layer in stream.layers():
+
+        def advance(count: int, layer: int) -> None:
+            bar.advance(count / depth, f"layer {layer + 1}/{depth}")
+
+        walk = LayerPass(stream, batches, scratch, advance)
+        for layer in walk.layers(depth):
             position = plan.kept.layers.index(layer.index) if layer.index in plan.kept.layers else None
             sums = _attach(layer, slicer, position, stream.device) if position is not None else {}
             samples = _sample(layer, slicer, sums, len(batches)) if residuals is not None else {}
-            for index, batch in enumerate(batches):
-                with torch.inference_mode():
-                    hidden[index] = layer(hidden[index], batch.position_ids_BS.to(stream.device))
-                share = batch.input_ids_BS.numel() / (last + 1)
-                bar.advance(share, f"layer {layer.index + 1}/{last + 1}")
+            walk.run(layer)
             layer.release()
-            if position is not None:
+            for one in sums.values():
+                one.reduce()
+            if position is not None and is_writer():
                 with torch.inference_mode():
-                    solved = _solve(slicer, position, sums, ridge, teacher, stream.device, (residuals, samples))
-                del sums
-                yield solved
+                    solved = _solve(
+                        slicer, position, sums, cfg.ridge_lambda, teacher, stream.device, (residuals, samples)
+                    )
+                sums.clear()
+                yield position, solved
                 del solved
-            if position == plan.student.layers - 1:
-                return
+            sums.clear()
+            walk.finish()
+        walk.close()
 
 
 def _attach(layer: OneLayer, slicer: Slicer, position: int, device: torch.device) -> dict[str, RidgeSums]:

@@ -35,7 +35,7 @@ _REAL_STEP, _SMALL_STEP = 256, 32
 # linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess. No
 # mixture of experts was measured: an expert is taken for ffn units that no regression gives back.
 _DAMAGE: dict[str, dict[str, float]] = {
-    "two_stream": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
+    "two_stream": {"ffn": 3.3, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
     "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
     "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "hidden": 27.0, "layers": 5.1, "experts": 6.5},
 }
@@ -131,7 +131,7 @@ class Search:
         budget = self.budget
         if budget is None:
             return [self.candidate(fixed)], 1
-        explicit = any(getattr(self.cfg, axis) is not None for axis in SHAPE_AXES)
+        explicit = any(getattr(self.cfg, axis) is not None for axis in (*SHAPE_AXES, "experts"))
         if explicit and bool(budget.near(np.array([self.cost(budget.kind, fixed)]))[0]):
             return [self.candidate(fixed)], 1  # the sizes given meet the budget: nothing else needs to go
         shapes = self.enumerate()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdscale.dist import all_reduce_sum
 from kdscale.families import Dims, Family
 from kdscale.prune.experts import ExpertStats
 from kdscale.prune.obs import head_removal_costs, removal_costs
@@ -55,8 +56,9 @@ class UnitStats:
         return handles
 
     def scores(self) -> dict[str, Tensor]:
-        """Finished scores of this layer, fp64 on the CPU."""
-        sums, dims, out = self._sums, self._dims, dict[str, Tensor]()
+        """Finished scores of this layer, fp64 on the CPU, over the tokens of all ranks."""
+        sums = {name: all_reduce_sum(value) for name, value in self._sums.items()}
+        dims, out = self._dims, dict[str, Tensor]()
         if self._experts is not None:
             found = self._experts.scores()
             out |= {name: value for name, value in found.items() if name.partition(".")[0] in self._axes}
@@ -82,10 +84,11 @@ class UnitStats:
         """The Gram matrices are used up, one after the other."""
         dims, out = self._dims, dict[str, Tensor]()
         if "ffn" in self._grams:
-            out["ffn.obs"] = removal_costs(self._grams.pop("ffn"), self._weight(self._sites.ffn, "down"), self._ridge)
+            gram = all_reduce_sum(self._grams.pop("ffn"))
+            out["ffn.obs"] = removal_costs(gram, self._weight(self._sites.ffn, "down"), self._ridge)
         if "heads" in self._grams:
             weight = self._weight(self._sites.heads, "o")
-            gram = self._grams.pop("heads")
+            gram = all_reduce_sum(self._grams.pop("heads"))
             out["heads.obs"] = head_removal_costs(gram, weight, self._ridge, dims.kv_heads, dims.head_dim)
         return out
 
@@ -123,20 +126,22 @@ class UnitStats:
 
 
 class NormStats:
-    """Minitron's score of the hidden axis: summed over all norms of all layers and the final one."""
+    """Minitron's score of the hidden axis, for the norms that are attached between two calls of `close`."""
 
     def __init__(self, hidden: int):
-        self.total_D = torch.zeros(hidden, dtype=torch.float64)
+        self._hidden = hidden
         self._squares: dict[int, Tensor] = {}
 
     def attach(self, norms: Sequence[nn.Module]) -> list[Any]:
         return [norm.register_forward_hook(lambda module, _args, output: self._see(module, output)) for norm in norms]
 
-    def close(self) -> None:
-        """Take the root of what each norm saw and add it to the total; call once when its batches are through."""
+    def close(self) -> Tensor:
+        """Σ over the norms of the root of what each saw, over the tokens of all ranks: [D] fp64 on the CPU."""
+        total_D = torch.zeros(self._hidden, dtype=torch.float64)
         for squares in self._squares.values():
-            self.total_D += squares.sqrt().cpu()
+            total_D += all_reduce_sum(squares).sqrt().cpu()
         self._squares.clear()
+        return total_D
 
     def _see(self, module: nn.Module, y_BSD: Tensor) -> None:
         seen = y_BSD.float().abs().mean(1).square().sum(0).double()

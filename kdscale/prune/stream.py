@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kdscale.families import Family, TensorSpec
 from kdscale.heads import head_of, logit_scale
 from kdscale.prune.shell import NoPositions, assemble, check_positions, enter_with, replace_module
+from kdscale.prune.states import IN_MEMORY, Scratch, States
 
 
 class TokenBatch(Protocol):
@@ -44,6 +45,7 @@ class OneLayer:
 
     def site(self, path: str) -> nn.Module:
         """A module inside the layer by the family's path, e.g. `mlp.down_proj`."""
+        assert path, "this family has no such site"  # an empty path would be the layer itself
         return self.module.get_submodule(path)
 
     def release(self) -> None:
@@ -132,16 +134,18 @@ class LayerStream:
         head, scale = head_of(shell), logit_scale(shell)
         return lambda hidden: head.logits(hidden * scale)
 
-    def embed(self, batches: Sequence[TokenBatch]) -> list[Tensor]:
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> States:
         """The hidden states that enter the first layer, one [B, S, D] a batch.
 
         Raises DataError for a sequence with more positions than the model has learned.
         """
         for name, spec in self._outer("position_embed").items():
             check_positions(name, spec, [batch.position_ids_BS for batch in batches])
-        enter = self.embedding()
+        enter, states = self.embedding(), States(scratch, self.device)
         with torch.inference_mode():
-            return [enter(b.input_ids_BS.to(self.device), b.position_ids_BS.to(self.device)) for b in batches]
+            for batch in batches:
+                states.append(enter(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device)))
+        return states
 
     def _outer(self, *roles: str) -> dict[str, TensorSpec]:
         outer = self.family.outer_tensors(self.config)

@@ -1,6 +1,7 @@
 """The run folder: where everything about one run lies, who may write there, and what happened when.
 
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
+  work/ (what unfinished stages resume from)
   data/  importance/  speed.json (timings of shapes)  plan.json  pruned/  repair.json (what compensation won back)
   checkpoints/  student/  eval/  report/  steps/ (a run folder for each step before the last)
 """
@@ -43,6 +44,7 @@ class RunFolder:
         self.status = path / "status.json"
         self.logs = path / "logs"
         self.stages = path / "stages"
+        self.work = path / "work"
         self.data = path / "data"
         self.importance = path / "importance"
         self.plan = path / "plan.json"
@@ -123,7 +125,8 @@ class RunFolder:
         return changes
 
     def _is_foreign(self) -> bool:
-        return any(item.name != ".lock" for item in self.path.iterdir())
+        # a launcher writes the ranks' logs before the first rank gets here
+        return any(item.name not in (".lock", "logs") for item in self.path.iterdir())
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened, when, in which process."""

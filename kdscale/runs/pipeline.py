@@ -29,7 +29,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("data", "tokenise the text", ("data",), (), ("data",), work.tokenize, reads_teacher=True),
     Stage(
         "importance", "measure importance", ("importance", "seed", *_CODE), ("data",), ("importance",),
-        work.measure_importance, reads_teacher=True, derived=work.axes_to_score,
+        work.measure_importance, reads_teacher=True, derived=work.axes_to_score, resumable=True,
     ),
     Stage(
         "plan", "choose the student's shape", ("prune",), ("importance",), ("plan.json",), work.choose_plan,
@@ -37,7 +37,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "importance", "data"),
-        ("pruned",), work.prune_and_check, reads_teacher=True,
+        ("pruned",), work.prune_and_check, reads_teacher=True, resumable=True,
     ),
     Stage(
         "distill", "distil the teacher into the student", ("distill", "seed", *_CODE), ("pruned", "data"), ("student",),

@@ -65,6 +65,7 @@ class Stage:
     work: Callable[[Context], Mapping[str, Any]]
     reads_teacher: bool = False
     scratch: tuple[str, ...] = field(default=())  # kept for resuming; of no use once the inputs have changed
+    resumable: bool = False  # has a folder work/<name> to resume from, which goes when the stage is finished
     hand_editable: bool = False  # an output changed by hand is kept, and stages after it see the change
     derived: Callable[[Context], Mapping[str, Any]] | None = None  # what of the config really matters, if not a field
 
@@ -168,6 +169,7 @@ def run_stage(stage: Stage, context: Context) -> bool:
             "versions": versions(),
         },
     )
+    _remove_work(stage, run)
     run.set_status(stage.name, "done", seconds=seconds, facts=facts)
     reporter.say(f"✓ {stage.title}: {seconds:.1f} s{_facts(facts)}")
     return True
@@ -175,13 +177,23 @@ def run_stage(stage: Stage, context: Context) -> bool:
 
 def _prepare_scratch(stage: Stage, run: RunFolder, made_from: dict[str, Any]) -> None:
     """Keep what a killed try left for resuming, but only if that try began from the same inputs."""
-    if not stage.scratch:
+    if not stage.scratch and not stage.resumable:
         return
     marker = run.stages / f"{stage.name}.started.json"
-    if marker.exists() and read_json(marker) != made_from:
+    before = read_json(marker) if marker.exists() else None
+    if before is not None and before != made_from:
         for name in stage.scratch:
             remove_tree(run.path / name)
+    if before != made_from:
+        _remove_work(stage, run)
     write_json(marker, made_from)
+
+
+def _remove_work(stage: Stage, run: RunFolder) -> None:
+    if stage.resumable and run.work.exists():
+        remove_tree(run.work / stage.name)
+        if not any(run.work.iterdir()):
+            run.work.rmdir()
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

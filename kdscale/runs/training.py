@@ -1,27 +1,47 @@
 """The distill stage: one rank in this process, or several started by the launcher.
 
-`python -m kdscale.runs.training RUN_DIR TEACHER_DIR` is what each started rank runs.
+`python -m kdscale.runs.training RUN_DIR TEACHER_DIR` is what each started rank runs. When this process was itself
+started as rank 0 of a larger job (`kdscale.runs.member`), it starts rank 0 alone; the others are started elsewhere.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdscale.config import Config, load_config
-from kdscale.errors import Interrupted, KdscaleError, TrainingError
+from kdscale.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    KdscaleError,
+    LostRankError,
+    RunFolderError,
+    SelfCheckError,
+    TrainingError,
+)
 from kdscale.metrics import read_metrics
 from kdscale.progress import Reporter
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.stage import Context
 
+# Rank 0's torch variables while it runs the single-process stages, which must not take them for their own.
+PLACE_VARIABLE = "KDSCALE_PLACE"
+# Exit codes of user errors that say more than "a rank is gone"; the launcher does not try these again.
+FINAL_CODES = frozenset(
+    kind.exit_code for kind in (ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError)
+)
+
 
 def train(context: Context) -> Mapping[str, Any]:
     """Distil to the end or raise; returns the last validation's figures."""
-    if context.config.distill.processes == 1:
+    if context.config.distill.processes == 1 and PLACE_VARIABLE not in os.environ:
         _run_rank(context.config, context.run, context.distilled_from, context.reporter)
     else:
         _launch(context)
@@ -40,31 +60,56 @@ def _run_rank(config: Config, run: RunFolder, teacher: Path, reporter: Reporter)
 def _launch(context: Context) -> None:
     from kdscale_launch import JobSpec, LaunchError, RankFailed, run_local
 
+    place = _place(context.config)
     spec = JobSpec(
         command=(sys.executable, "-m", "kdscale.runs.training", str(context.run.path), str(context.distilled_from)),
-        processes=context.config.distill.processes,
+        processes=1 if place else context.config.distill.processes,
         log_dir=context.run.logs,
+        place=place,
     )
     try:
         code = run_local(spec)
     except RankFailed as error:
-        raise TrainingError(str(error), hint=f"the ranks' logs are in {context.run.logs}") from error
+        hint = f"the ranks' logs are in {context.run.logs}"
+        if error.exit_code in FINAL_CODES:
+            raise TrainingError(str(error), hint=hint) from error
+        raise LostRankError(str(error), hint=hint) from error
     except LaunchError as error:
         raise TrainingError("the ranks could not be started", got=str(error)) from error
+    finally:
+        os.environ.pop(PLACE_VARIABLE, None)  # the place was taken: no rank waits for rank 0 any more
     if code > 128:
         raise Interrupted(code - 128)
 
 
-def main() -> int:
+def _place(config: Config) -> Any:
+    """Where rank 0 stands among the ranks of the job it was started in; None when the job is this machine's alone."""
+    from kdscale_launch.environment import place_from
+
+    if PLACE_VARIABLE not in os.environ:
+        return None
+    place = place_from(os.environ[PLACE_VARIABLE])
+    if place.world_size != config.distill.processes:
+        raise ConfigError(
+            "distill.processes",
+            expected=f"{place.world_size}, as many as the launcher started",
+            got=str(config.distill.processes),
+            hint="kdscale launch sets it to the number of slots",
+        )
+    return place
+
+
+def run_as_rank(run: RunFolder, config: Config, teacher: Path) -> int:
     """One rank: errors of the user's are one message and an exit code, as on the command line."""
-    run = RunFolder(Path(sys.argv[1]))
+    # c10d's own deprecations, twice a step in some versions, would bury what a rank's log is for
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
-        _run_rank(load_config(run.config), run, Path(sys.argv[2]), Reporter())
+        _run_rank(config, run, teacher, Reporter())
     except KdscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Interrupted as stop:
-        return stop.exit_code
+        return exit_code_of(stop)
     # Only after success: a rank that failed alone would wait here for others that wait for it.
     from kdscale.distill import engine
 
@@ -72,9 +117,24 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    # Not sys.exit: with DeepSpeed and gloo loaded, one ordinary exit in ten aborts after all is done.
-    exit_code = main()
+def exit_code_of(stop: Interrupted) -> int:
+    """75 (EX_TEMPFAIL) after SIGTERM: job systems take it for `start me again`; 128 + n after another signal."""
+    from kdscale_launch import STOPPED_EXIT_CODE
+
+    return STOPPED_EXIT_CODE if stop.signal_number == signal.SIGTERM else stop.exit_code
+
+
+def leave(code: int) -> None:
+    """Not sys.exit: with DeepSpeed and gloo loaded, one ordinary exit in ten aborts after all is done."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(exit_code)
+    os._exit(code)
+
+
+def main() -> int:
+    run = RunFolder(Path(sys.argv[1]))
+    return run_as_rank(run, load_config(run.config), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    leave(main())

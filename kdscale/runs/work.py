@@ -5,13 +5,14 @@ Heavy imports live inside the functions: a run that finds everything done never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config import Config
-from kdscale.errors import DataError
-from kdscale.files import atomic_dir, write_json
+from kdscale.errors import DataError, SelfCheckError
+from kdscale.files import atomic_dir, read_json, remove_tree, replace_dir, write_json
 from kdscale.runs.stage import Context
 
 if TYPE_CHECKING:
@@ -64,17 +65,25 @@ def axes_to_score(context: Context) -> Facts:
 
 
 def measure_importance(context: Context) -> Facts:
-    from kdscale.models import resolve_device, set_threads
+    from kdscale.prune.ranking import SUMMARY_FILE
+
+    _on_ranks("importance", context)
+    summary = read_json(context.run.importance / SUMMARY_FILE)
+    return {"tokens": f"{summary['tokens']:,}", "scores": ", ".join(summary["arrays"]) or "none needed"}
+
+
+def _importance_rank(context: Context) -> None:
+    from kdscale.dist import is_writer
     from kdscale.prune.importance import run
 
     config = context.config
-    set_threads(config.runtime.threads)
+    share = _Share(context, "importance")
     teacher, family = open_teacher(context.source, context.reporter)
-    batches = calibration_batches(config, context.run.data)
-    with atomic_dir(context.run.importance) as tmp:
-        device = resolve_device(config.runtime.device)
-        scores = run(teacher, family, batches, config.importance, config.prune, tmp, device, context.reporter)
-    return {"tokens": f"{_count(batches):,}", "scores": ", ".join(sorted(scores)) or "none needed"}
+    with atomic_dir(context.run.importance) if is_writer() else nullcontext() as out:
+        run(
+            teacher, family, share.batches, config.importance, config.prune, out, share.device, context.reporter,
+            share.scratch,
+        )  # fmt: skip
 
 
 def choose_plan(context: Context) -> Facts:
@@ -90,7 +99,14 @@ def choose_plan(context: Context) -> Facts:
 
 
 def prune_and_check(context: Context) -> Facts:
-    from kdscale.models import resolve_device, resolve_dtype, set_threads
+    _on_ranks("prune", context)
+    figures = read_json(context.run.logs / SELF_CHECK_FILE)
+    return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
+
+
+def _prune_rank(context: Context) -> None:
+    from kdscale.dist import is_writer
+    from kdscale.models import resolve_dtype
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.check import self_check
     from kdscale.prune.plan import Plan
@@ -99,30 +115,79 @@ def prune_and_check(context: Context) -> Facts:
     from kdscale.prune.rotate import turned
 
     config, run = context.config, context.run
-    set_threads(config.runtime.threads)
-    device = resolve_device(config.runtime.device)
+    share = _Share(context, "prune")
     teacher, family = open_teacher(context.source)
     if Plan.load(run.plan).methods.hidden == "pca":
         teacher = turned(teacher, family, load_scores(run.importance))
     plan = Plan.load(run.plan, config=teacher.config, family=family)
-    residuals = Residuals(run.repair)
-    residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
-    with atomic_dir(run.pruned) as tmp:
-        apply_plan(
-            teacher,
-            family,
-            plan,
-            tmp,
-            config.prune,
-            batches=calibration_batches(config, run.data),
-            dtype=resolve_dtype(config.importance.dtype, device),
-            device=device,
-            reporter=context.reporter,
-            residuals=residuals,
-        )
-        figures = self_check(teacher, family, plan, tmp, _check_ids(run.data, config.seed), device=device)
+    residuals = None
+    if is_writer():
+        residuals = Residuals(run.repair)
+        residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
+    student = run.work / "prune" / "student"  # becomes run.pruned when it has passed the check
+    apply_plan(
+        teacher,
+        family,
+        plan,
+        student,
+        config.prune,
+        batches=share.batches,
+        dtype=resolve_dtype(config.importance.dtype, share.device),
+        device=share.device,
+        reporter=context.reporter,
+        scratch=share.scratch,
+        residuals=residuals,
+    )
+    if not is_writer():
+        return
+    try:
+        figures = self_check(teacher, family, plan, student, _check_ids(run.data, config.seed), device=share.device)
+    except SelfCheckError:
+        remove_tree(run.work / "prune")  # nothing of it is to be taken up again
+        raise
     write_json(run.logs / SELF_CHECK_FILE, figures)
-    return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
+    replace_dir(student, run.pruned)
+
+
+# What each rank of a stage does, in this process or in several (kdscale.runs.ranks).
+RANK_WORK: Mapping[str, Callable[[Context], None]] = {"importance": _importance_rank, "prune": _prune_rank}
+
+
+def _on_ranks(stage: str, context: Context) -> None:
+    from kdscale.runs.ranks import launch
+
+    if context.config.importance.processes == 1:
+        RANK_WORK[stage](context)
+    else:
+        launch(stage, context, context.config.importance.processes)
+
+
+class _Share:
+    """What is this rank's: its device, its calibration batches, and a folder for what the stage resumes from."""
+
+    def __init__(self, context: Context, stage: str):
+        from kdscale import dist
+        from kdscale.models import resolve_device, set_threads
+        from kdscale.prune.states import Scratch
+        from kdscale.runs.ranks import join
+
+        config, processes = context.config, context.config.importance.processes
+        set_threads(config.runtime.threads, processes)
+        self.device = resolve_device(config.runtime.device)
+        self.batches = calibration_batches(config, context.run.data)
+        self.scratch = Scratch(context.run.work / stage, config.runtime.activation_bytes)
+        if processes == 1:
+            return
+        if len(self.batches) < processes:
+            raise DataError(
+                "importance.processes is more than there are calibration batches",
+                expected=f"at most {len(self.batches)}",
+                got=str(processes),
+                hint="raise importance.calibration_tokens or lower importance.micro_batch",
+            )
+        self.device = join(self.device)
+        self.batches = self.batches[dist.rank() :: processes]
+        self.scratch = self.scratch.part(f"rank-{dist.rank()}")
 
 
 def distill(context: Context) -> Facts:
@@ -201,7 +266,3 @@ def open_teacher(folder: Path, reporter: Reporter | None = None) -> tuple[Checkp
         if reporter is not None:
             reporter.say(f"  note: {notice}")
     return teacher, family
-
-
-def _count(batches: list[Batch]) -> int:
-    return sum(batch.input_ids_BS.numel() for batch in batches)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -113,21 +115,34 @@ class Checkpoint:
         Reads just its bytes. The safetensors library would map the whole file privately instead, which the system
         refuses when the file is larger than memory, and which crashes the process when the file shrinks meanwhile.
         """
-        import torch
-
         entry = self._entry(name)
-        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-        with entry.file.open("rb") as stream:
-            stream.seek(entry.begin)
-            count = stream.readinto(raw.numpy().data)
-        if count != raw.numel():
-            raise CheckpointError(
-                f"{entry.file} was changed while it was open: tensor {name} is cut short",
-                expected=f"{raw.numel():,} bytes",
-                got=f"{count:,} bytes",
-            )
-        return raw.view(dtypes[entry.dtype]).reshape(entry.shape)
+        with entry.file.open("rb", buffering=0) as stream:
+            return _read(stream, entry, name, entry.begin, entry.end).reshape(entry.shape)
+
+    def blocks(self, name: str, max_bytes: int) -> Iterator[torch.Tensor]:
+        """The tensor in blocks of whole rows (of its first dimension), in order, each at most `max_bytes` if it can.
+
+        A block is gone from memory when the caller lets go of it: nothing is mapped.
+        """
+        entry = self._entry(name)
+        rows = entry.shape[0] if entry.shape else 1
+        size = entry.end - entry.begin
+        if size <= max_bytes or rows < 2:
+            yield self.tensor(name)
+            return
+        row_bytes = size // rows
+        step = max(1, max_bytes // row_bytes)
+        with entry.file.open("rb", buffering=0) as stream:
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                begin = entry.begin + row * row_bytes
+                _read_ahead(stream, begin, 2 * step * row_bytes)
+                yield _read(stream, entry, name, begin, begin + count * row_bytes).reshape(count, *entry.shape[1:])
+
+    def position(self, name: str) -> tuple[int, int]:
+        """(number of the file, offset in it) of the tensor's bytes: in this order every file is read once through."""
+        entry = self._entry(name)
+        return self.files.index(entry.file), entry.begin
 
     def verify_against(self, family: ExpectedTensors) -> list[str]:
         """Check that names and shapes are the family's for this config; returns notices for the user.
@@ -193,6 +208,37 @@ class Checkpoint:
                 got="different values",
                 hint="set tie_word_embeddings to false in config.json if the model has a head of its own",
             )
+
+
+def _read_ahead(stream: RawIOBase, begin: int, size: int) -> None:
+    """Have the system fetch these bytes while those before them are worked on."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(stream.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
+
+
+def _read(stream: RawIOBase, entry: TensorEntry, name: str, begin: int, end: int) -> torch.Tensor:
+    """Bytes begin:end of the tensor's file as one flat tensor of its dtype."""
+    import torch
+
+    raw = torch.empty(end - begin, dtype=torch.uint8)
+    stream.seek(begin)
+    view, count = raw.numpy().data, 0
+    while count < len(view) and (more := stream.readinto(view[count:])):  # one read gives at most 2 GiB
+        count += more
+    if count != raw.numel():
+        raise CheckpointError(
+            f"{entry.file} was changed while it was open: tensor {name} is cut short",
+            expected=f"{raw.numel():,} bytes",
+            got=f"{count:,} bytes",
+        )
+    return raw.view(torch_dtype(entry.dtype))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that safetensors calls `name`."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
 
 
 def _read_sharded(folder: Path) -> tuple[dict[str, TensorEntry], list[Path]]:

@@ -1,26 +1,31 @@
 """Writing a checkpoint's tensors one at a time, straight to their place in their file.
 
 Names, shapes and dtypes are known before the first tensor, so every header and every offset is too: nothing is
-buffered but the tensor at hand, tensors may come in any order, and equal tensors give equal bytes. Files carry a
-temporary name until all of them are complete; the index is renamed last.
+buffered but the tensor (or the block of one) at hand, tensors may come in any order, and equal tensors give equal
+bytes. Files carry a temporary name until all of them are complete; the index is renamed last.
+
+With a journal a killed writer's work is taken up again: `commit` puts what was written so far on the disk and its names
+into the journal, and a new writer of the same layout in the same folder starts from there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kdscale.errors import CheckpointError, RunFolderError
-from kdscale.files import explain_os_errors, fsync_dir, write_json
+from kdscale.files import explain_os_errors, fsync_dir, fsync_file, read_json, write_json
 from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES
-from kdscale.weights.reader import INDEX_FILE, SINGLE_FILE, TensorInfo
+from kdscale.weights.reader import INDEX_FILE, SINGLE_FILE, TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +94,9 @@ class ShardWriter:
     """Writes the tensors of `specs` into `folder` in the standard layout; a context manager that closes on success.
 
     One file `model.safetensors`, or `model-00001-of-0000N.safetensors` ... and their index. An exception inside the
-    `with` block leaves none of them. Raises RunFolderError at once when the disk has no room for all tensors.
+    `with` block leaves none of them; with a `journal` (a file outside `folder`) it leaves what was committed, `written`
+    are the names that an earlier writer had, and they cannot be added again. One process at a time may write.
+    Raises RunFolderError at once when the disk has no room for all tensors.
     """
 
     def __init__(
@@ -98,50 +105,105 @@ class ShardWriter:
         specs: Mapping[str, TensorInfo],
         max_shard_bytes: int = 5_000_000_000,
         metadata: Mapping[str, str] | None = None,
+        journal: Path | None = None,
     ):
         self.folder, self._specs = folder, dict(specs)
         self.shards = plan_shards(self._specs, max_shard_bytes, metadata)
         self._place = {name: (i, at) for i, shard in enumerate(self.shards) for name, at in shard.offsets.items()}
-        self._left = set(self._specs)
         self._closed = False
+        self._journal = journal
+        self._dirty: set[int] = set()
         with explain_os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            need, free = sum(shard.size for shard in self.shards), shutil.disk_usage(folder).free
-            if need > free:
-                raise RunFolderError(
-                    f"{folder}: no room for the weights",
-                    expected=f"{need:,} bytes",
-                    got=f"{free:,} bytes free",
-                    hint="free some space or choose another folder",
-                )
-            for i, shard in enumerate(self.shards):
-                with self._temporary(i).open("wb") as stream:
-                    stream.write(shard.header)
-                    stream.truncate(shard.size)
+            self.written = self._journalled()
+            self._left = set(self._specs) - self.written
+            if not self.written:
+                self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Every file at its full size, with its header and holes for the tensors."""
+        for i in range(len(self.shards)):
+            self._temporary(i).unlink(missing_ok=True)
+        need, free = sum(shard.size for shard in self.shards), shutil.disk_usage(self.folder).free
+        if need > free:
+            raise RunFolderError(
+                f"{self.folder}: no room for the weights",
+                expected=f"{need:,} bytes",
+                got=f"{free:,} bytes free",
+                hint="free some space or choose another folder",
+            )
+        for i, shard in enumerate(self.shards):
+            with self._temporary(i).open("wb") as stream:
+                stream.write(shard.header)
+                stream.truncate(shard.size)
+        self._dirty.update(range(len(self.shards)))
+
+    def _journalled(self) -> set[str]:
+        """What an earlier writer of this very layout committed here; nothing when the layout or a file is another."""
+        if self._journal is None or not self._journal.exists():
+            return set()
+        found = read_json(self._journal)
+        for i, shard in enumerate(self.shards):
+            # a writer that was killed between renaming and forgetting its journal left files with their final names
+            if self.files[i].exists() and not self._temporary(i).exists():
+                self.files[i].replace(self._temporary(i))
+            if not self._temporary(i).exists() or self._temporary(i).stat().st_size != shard.size:
+                return set()
+        return set(found["written"]) if found["layout"] == self._layout() else set()
+
+    def _layout(self) -> str:
+        return hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
 
     @property
     def files(self) -> list[Path]:
         """The final names of the weight files."""
         return [self.folder / shard.file for shard in self.shards]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor must be in to be written under `name`."""
+        return torch_dtype(self._specs[name].dtype)
+
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor. Raises CheckpointError unless it was announced with this shape and dtype, once."""
-        import torch
+        self.add_blocks(name, [tensor])
 
+    def add_blocks(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
+        """Write one tensor that comes as blocks of its rows, in order; only one block has to be in memory.
+
+        Raises CheckpointError unless the rows together are what was announced.
+        """
         if name not in self._left:
             got = "the second tensor of this name" if name in self._specs else "a name that was not announced"
             raise CheckpointError(f"{self.folder}: cannot write {name}", got=got)
-        spec, came = self._specs[name], TensorInfo(tuple(tensor.shape), _dtype_name(tensor.dtype))
+        spec = self._specs[name]
+        index, at = self._place[name]
+        end, rows, came = at + _nbytes(name, spec), 0, TensorInfo((), "nothing")
+        with (
+            explain_os_errors(self.folder / self.shards[index].file),
+            self._temporary(index).open("r+b", buffering=0) as stream,
+        ):
+            stream.seek(at)
+            for block in blocks:
+                rows += block.shape[0] if block.ndim else 0
+                came = TensorInfo((rows, *block.shape[1:]) if block.ndim else (), _dtype_name(block.dtype))
+                if (came.shape[1:], came.dtype) != (spec.shape[1:], spec.dtype) or at + block.nbytes > end:
+                    raise CheckpointError(f"{self.folder}: cannot write {name}", expected=str(spec), got=str(came))
+                _write_all(stream, block)
+                at += block.nbytes
         if came != spec:
             raise CheckpointError(f"{self.folder}: cannot write {name}", expected=str(spec), got=str(came))
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        index, at = self._place[name]
-        with explain_os_errors(self.folder / self.shards[index].file), self._temporary(index).open("r+b") as stream:
-            stream.seek(at)
-            # in pieces: some systems refuse a single write of more than 2 GiB
-            for start in range(0, len(raw), _WRITE_BYTES):
-                stream.write(raw[start : start + _WRITE_BYTES].data)
         self._left.remove(name)
+        self._dirty.add(index)
+
+    def commit(self) -> None:
+        """Make what was written so far survive a kill, when there is a journal."""
+        if self._journal is None:
+            return
+        with explain_os_errors(self.folder):
+            for index in sorted(self._dirty):
+                fsync_file(self._temporary(index))
+            self._dirty.clear()
+        write_json(self._journal, {"layout": self._layout(), "written": sorted(set(self._specs) - self._left)})
 
     def close(self) -> None:
         """Flush and rename the files, then write the index. Raises CheckpointError when tensors have not come."""
@@ -156,8 +218,7 @@ class ShardWriter:
             )
         with explain_os_errors(self.folder):
             for i in range(len(self.shards)):
-                with self._temporary(i).open("rb") as stream:
-                    os.fsync(stream.fileno())
+                fsync_file(self._temporary(i))
             # What an earlier run with another shard size left must not be taken for part of this checkpoint.
             for old in (
                 self.folder / INDEX_FILE,
@@ -175,8 +236,8 @@ class ShardWriter:
             write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
 
     def discard(self) -> None:
-        """Remove what was written so far; after `close` it does nothing."""
-        if not self._closed:
+        """Remove what was written so far; after `close`, or with a journal, it does nothing."""
+        if not self._closed and self._journal is None:
             for i in range(len(self.shards)):
                 self._temporary(i).unlink(missing_ok=True)
 
@@ -193,7 +254,18 @@ class ShardWriter:
             self.discard()
 
     def _temporary(self, index: int) -> Path:
-        return self.folder / f".partial-{os.getpid()}-{self.shards[index].file}"
+        # what was journalled is for the next process to find, and not to be taken for a dead one's leftovers
+        mark = ".unfinished" if self._journal else f".partial-{os.getpid()}"
+        return self.folder / f"{mark}-{self.shards[index].file}"
+
+
+def _write_all(stream: RawIOBase, block: torch.Tensor) -> None:
+    """Every byte of `block`, in pieces: some systems refuse a single write of more than 2 GiB."""
+    import torch
+
+    left = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    while left:
+        left = left[stream.write(left[:_WRITE_BYTES]) :]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

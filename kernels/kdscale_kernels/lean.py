@@ -1,6 +1,6 @@
-"""The lean mode of linear_sparse_kl: all rows, a slice of the vocabulary at a time (modes.py has the why).
+"""The lean mode of linear_sparse_kl: a slice of the vocabulary at a time (modes.py has the why).
 
-Legend: M valid rows, H hidden size, V vocabulary, S entries of one slice, R slices.
+Legend: N rows, M valid rows of one block, H hidden size, V vocabulary, S entries of one slice, R slices.
 """
 
 from __future__ import annotations
@@ -11,66 +11,87 @@ from torch import Tensor
 from kdscale_kernels.made_in_forward import Made
 from kdscale_kernels.problem import Problem
 from kdscale_kernels.products import Head
+from kdscale_kernels.rows import RowSums
 from kdscale_kernels.slices import Found, Kept, Parts, RowGradient, SliceSteps, join
 
 
 def run_lean(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem) -> Made:
     """The sums over all valid rows and the gradients, dW and the bias's gradient in their tensors' own dtypes."""
-    rows, everything = problem.valid_M.numel(), hidden_NH.detach()
-    hidden_MH = everything if rows == hidden_NH.shape[0] else everything[problem.valid_M]
-    vocab_slices = _Slices(hidden_MH, weight_VH, bias_V, problem)
-    found = Found.empty(problem.targets, problem.labels_M, problem.vocab, problem.accumulate)
-    parts = [vocab_slices.read(index, found) for index in range(vocab_slices.count)]
-    stacked = Parts(*(torch.stack(field, 1) for field in zip(*parts, strict=True)))
-    sums, gradient = join(found, stacked, problem.targets, problem.labels_M, problem.options)
-    totals = torch.stack(sums).sum(1).unbind()
-    if not any(problem.wanted):
-        return Made(totals, None, None, None)
-    into = _Gradients(hidden_MH, weight_VH, bias_V, problem)
-    for index in range(vocab_slices.count):
-        vocab_slices.write(index, gradient, into)
-    return Made(totals, into.whole_hidden(hidden_NH, problem), into.weight_VH, into.bias_V)
+    rows = problem.valid_M.numel()
+    into = _Gradients(hidden_NH, weight_VH, bias_V, problem)
+    per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=problem.accumulate)
+    size = problem.layout.rows
+    for begin in range(0, rows, size):
+        block = slice(begin, min(begin + size, rows))
+        slices = _Slices(hidden_NH, weight_VH, bias_V, problem, block)
+        targets, labels_M = problem.targets.rows(block), problem.labels_M[block]
+        found = Found.empty(targets, labels_M, problem.vocab, problem.accumulate)
+        parts = [slices.read(index, found) for index in range(slices.count)]
+        stacked = Parts(*(torch.stack(field, 1) for field in zip(*parts, strict=True)))
+        sums, gradient = join(found, stacked, targets, labels_M, problem.options)
+        per_row[:, block] = torch.stack(sums)
+        if any(problem.wanted):
+            hidden_sum_MH = into.rows_of_hidden(slices.hidden_MH)
+            for index in range(slices.count):
+                slices.write(index, gradient, into, hidden_sum_MH)
+            into.place(hidden_sum_MH, problem.valid_M[block])
+    return Made(per_row.sum(1).unbind(), into.hidden_NH, into.weight_VH, into.bias_V)
 
 
 class _Gradients:
-    """dX summed over slices in the accumulation dtype; dW and the bias's, finished slice by slice."""
+    """dX of a block of rows, summed over slices in the accumulation dtype; dW and the bias's, each in its own dtype."""
 
-    def __init__(self, hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem):
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem):
         hidden, weight, bias = problem.wanted
-        self.hidden_MH = torch.zeros_like(hidden_MH, dtype=problem.accumulate) if hidden else None
-        self.weight_VH = torch.empty_like(weight_VH) if weight else None
-        self.bias_V = torch.empty_like(bias_V) if bias and bias_V is not None else None
+        rows = problem.valid_M.numel()
+        self.dtype, self.first = problem.accumulate, True
+        self.everywhere = rows == hidden_NH.shape[0]
+        self.hidden_NH: Tensor | None = None
+        if hidden:
+            self.hidden_NH = torch.empty_like(hidden_NH) if self.everywhere else torch.zeros_like(hidden_NH)
+        # the first block of rows writes, later ones add; without any there is nothing to write
+        make = torch.empty_like if rows else torch.zeros_like
+        self.weight_VH = make(weight_VH) if weight else None
+        self.bias_V = make(bias_V) if bias and bias_V is not None else None
         for padded in (self.weight_VH, self.bias_V):
             if padded is not None:
                 padded[problem.vocab :] = 0.0
 
-    def whole_hidden(self, hidden_NH: Tensor, problem: Problem) -> Tensor | None:
-        """dX with its ignored rows."""
-        if self.hidden_MH is None or self.hidden_MH.shape[0] == hidden_NH.shape[0]:
-            return self.hidden_MH
-        whole_NH = torch.zeros_like(hidden_NH)
-        whole_NH[problem.valid_M] = self.hidden_MH.to(whole_NH.dtype)
-        return whole_NH
+    def rows_of_hidden(self, hidden_MH: Tensor) -> Tensor | None:
+        """Zeros to sum one block's dX in."""
+        return None if self.hidden_NH is None else torch.zeros_like(hidden_MH, dtype=self.dtype)
+
+    def place(self, sum_MH: Tensor | None, rows_M: Tensor) -> None:
+        """A block of rows is finished."""
+        self.first = False
+        if self.hidden_NH is not None and sum_MH is not None:
+            if sum_MH.shape[0] == self.hidden_NH.shape[0]:
+                self.hidden_NH.copy_(sum_MH)
+            else:
+                self.hidden_NH[rows_M] = sum_MH.to(self.hidden_NH.dtype)
 
 
 class _Slices:
     """The head's slices in order, their logits made when asked for; those of the last `held` once only."""
 
-    def __init__(self, hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem):
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem, block: slice):
         self.problem, self.weight_VH, self.bias_V = problem, weight_VH, bias_V
         width = problem.layout.width
         self.edges = [*range(0, problem.vocab, width), problem.vocab]
         self.count = len(self.edges) - 1
         self.held: dict[int, Kept] = {}
-        self.steps = SliceSteps(problem.backend, problem.targets, problem.labels_M, problem.options, self.edges)
-        self.hidden_MH = hidden_MH
-        self.operand_MH = self.head(0).cast(hidden_MH)
-        size = hidden_MH.shape[0] * width
-        self.buffer = hidden_MH.new_empty(size, dtype=problem.accumulate)
+        self.steps = SliceSteps(
+            problem.backend, problem.targets.rows(block), problem.labels_M[block], problem.options, self.edges
+        )
+        rows_M, everything = problem.valid_M[block], hidden_NH.detach()
+        self.hidden_MH = everything if rows_M.numel() == len(everything) else everything[rows_M]
+        self.operand_MH = self.head(0).cast(self.hidden_MH)
+        size = self.hidden_MH.shape[0] * width
+        self.buffer = hidden_NH.new_empty(size, dtype=problem.accumulate)
         held = min(problem.layout.held, self.count) if any(problem.wanted) else 0
         # One block: many small ones would stay with the C library's allocator after the call.
         shape = (held, problem.options.exponentials, size)
-        self.arena = hidden_MH.new_empty(shape, dtype=self.head(0).grad_dtype) if held else None
+        self.arena = hidden_NH.new_empty(shape, dtype=self.head(0).grad_dtype) if held else None
 
     def head(self, index: int) -> Head:
         first, stop = self.edges[index : index + 2]
@@ -88,19 +109,20 @@ class _Slices:
             self.held[index] = kept
         return parts
 
-    def write(self, index: int, gradient: RowGradient, into: _Gradients) -> None:
+    def write(self, index: int, gradient: RowGradient, into: _Gradients, hidden_sum_MH: Tensor | None) -> None:
         """Slice `index` of the gradients."""
         head, (first, stop) = self.head(index), self.edges[index : index + 2]
         if index in self.held:
             dz_MS = self.steps.write_kept(self.held.pop(index), index, gradient)
         else:
             dz_MS = self.steps.write(self._logits(index), index, gradient, head.grad_dtype)
-        if into.hidden_MH is not None:
-            into.hidden_MH.add_(head.grad_hidden(dz_MS))
+        if hidden_sum_MH is not None:
+            hidden_sum_MH.add_(head.grad_hidden(dz_MS))
         if into.weight_VH is not None:
-            head.grad_weight(dz_MS, self.hidden_MH, into.weight_VH[first:stop])
+            head.grad_weight(dz_MS, self.hidden_MH, into.weight_VH[first:stop], first=into.first)
         if into.bias_V is not None:
-            into.bias_V[first:stop] = dz_MS.sum(0, dtype=self.problem.accumulate)
+            bias_S, dtype = into.bias_V[first:stop], self.problem.accumulate
+            bias_S.copy_(dz_MS.sum(0, dtype=dtype) + (0.0 if into.first else bias_S.to(dtype)))
 
     def _logits(self, index: int) -> Tensor:
         return self.head(index).logits(self.operand_MH, self._shaped(self.buffer, index))

@@ -4,9 +4,10 @@ Legend: M valid rows, H hidden size, V vocabulary, S entries of one slice.
 
 *fast* takes rows in chunks, all of the vocabulary at a time: three products (logits, dX, dW), but dW is a sum over
 chunks and so a [V, H] array in the accumulation dtype, and on a CPU the head is held as fp32 for the call.
-*lean* takes all rows, a slice of the vocabulary at a time: each slice of dW is finished at once, in its own dtype, and
-no more than slices of logits and dX in fp32 are held. A row's softmax needs all slices before any gradient, so a slice
-is computed twice, but for those whose exponentials the budget lets it keep.
+*lean* takes a slice of the vocabulary at a time, and all rows: each slice of dW is finished at once, in its own dtype,
+and no more than slices of logits and dX in fp32 are held. A row's softmax needs all slices before any gradient, so a
+slice is computed twice, but for those whose exponentials the budget lets it keep. Where two to four blocks of rows make
+all of them fit, it takes those instead, and every product once.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ CPU_WORKSPACE = 104 << 20
 SLICE_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 FEWEST_ROWS = {"cpu": 64, "cuda": 1024}  # a chunk of the fast mode worth having: below, dW's traffic costs more
 SLICE_STEP = 128
+# Each block after the first adds to a dW that is already rounded: a few times cost less than dz's own rounding.
+MOST_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Layout:
 
     mode: Mode  # "fast" or "lean"
     chunk_bytes: int = 0  # fast: logits of one chunk
-    width: int = 0  # lean: entries of a slice
+    rows: int = 1  # lean: rows of a block
+    width: int = 0  # and entries of a slice
     held: int = 0  # lean: slices whose logits are kept for the gradient
 
 
@@ -82,16 +86,28 @@ def layout_for(shape: Shape, mode: Mode, workspace_bytes: int | None, chunk_byte
 
 
 def _lean(shape: Shape, workspace_bytes: int | None, chunk_bytes: int | None) -> Layout:
+    """The fewest blocks of rows whose slices can all be kept; one block, with slices made twice, where none are few."""
+    layouts = []
+    for blocks in range(1, MOST_BLOCKS + 1):
+        rows = max(1, -(-shape.rows // blocks))
+        layout = _lean_block(shape, rows, workspace_bytes, chunk_bytes)
+        if layout.held * layout.width >= shape.vocab:
+            return layout
+        layouts.append(layout)
+    return layouts[0]
+
+
+def _lean_block(shape: Shape, rows: int, workspace_bytes: int | None, chunk_bytes: int | None) -> Layout:
     slice_bytes = chunk_bytes or SLICE_BYTES.get(shape.device, SLICE_BYTES["cpu"])
-    column_bytes = shape.item_bytes * max(shape.rows, 1)
+    column_bytes = shape.item_bytes * rows
     # Per column of a slice: its logits, what the row step adds, dz in the products' dtype, the head's rows as fp32.
     used = column_bytes * (shape.buffers + 1) + shape.item_bytes * shape.hidden * shape.head_copy
     # hidden states as an operand and dX in the accumulation dtype, and one slice's dX
-    fixed = shape.item_bytes * shape.rows * shape.hidden * (shape.head_copy + shape.hidden_sum) * 3 // 2
+    fixed = shape.item_bytes * rows * shape.hidden * (shape.head_copy + shape.hidden_sum) * 3 // 2
     free = max(0, workspace_bytes - fixed) if workspace_bytes is not None else slice_bytes * 2
     width = min(slice_bytes // column_bytes, free // used)
     if width < shape.vocab:
         width = width // SLICE_STEP * SLICE_STEP
     width = max(1, min(shape.vocab, max(width, SLICE_STEP)))
-    held = max(0, free - used * width) // (shape.kept_bytes * max(shape.rows, 1) * width)
-    return Layout("lean", width=width, held=min(held, -(-shape.vocab // width)))
+    held = max(0, free - used * width) // (shape.kept_bytes * rows * width)
+    return Layout("lean", rows=rows, width=width, held=min(held, -(-shape.vocab // width)))

@@ -137,15 +137,21 @@ class Head:
         with _bf16_inside(self.bf16_inside):
             return torch.mm(dz_CV, self.weight_VH)
 
-    def grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, out_VH: Tensor) -> None:
-        """out = dzᵀ · hidden over all rows there are, rounded once to out's dtype."""
+    def grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, out_VH: Tensor, *, first: bool) -> None:
+        """out = dzᵀ · hidden (out += for later blocks of rows), rounded to out's dtype each time."""
         if dz_CV.dtype == self.grad_dtype == self.operand == out_VH.dtype:
-            torch.mm(dz_CV.T, hidden_CH.to(self.operand), out=out_VH)
-        elif self.native:
-            out_VH.copy_(torch.mm(dz_CV.T.to(self.operand), hidden_CH.to(self.operand), out_dtype=self.accumulate))
+            hidden_CH = hidden_CH.to(self.operand)
+            if first:
+                torch.mm(dz_CV.T, hidden_CH, out=out_VH)
+            else:
+                out_VH.addmm_(dz_CV.T, hidden_CH)
+            return
+        if self.native:
+            made_VH = torch.mm(dz_CV.T.to(self.operand), hidden_CH.to(self.operand), out_dtype=self.accumulate)
         else:
             with _bf16_inside(self.bf16_inside):
-                out_VH.copy_(torch.mm(dz_CV.T.to(self.accumulate), self.cast(hidden_CH)))
+                made_VH = torch.mm(dz_CV.T.to(self.accumulate), self.cast(hidden_CH))
+        out_VH.copy_(made_VH if first else made_VH.add_(out_VH))
 
     def add_grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, into_VH: Tensor, *, first: bool) -> None:
         """into += dzᵀ · hidden (into = for the first chunk), summed in the accumulation dtype."""

@@ -1,6 +1,31 @@
 """Start the ranks of a job and see to it that all of them end. Standard library only."""
 
-from kdscale_launch.job import JobSpec, LaunchError, RankFailed
+from kdscale_launch.cluster import Cluster, Task, signals_noted
+from kdscale_launch.failure import Failure, Outcome
+from kdscale_launch.hostfile import Host, parse_hostfile, read_hostfile, total_slots
+from kdscale_launch.hosts import HostsJob, JobFailed, run_hosts
+from kdscale_launch.job import STOPPED_EXIT_CODE, JobSpec, LaunchError, Place, RankFailed
 from kdscale_launch.local import run_local
+from kdscale_launch.remote import Reach
 
-__all__ = ["JobSpec", "LaunchError", "RankFailed", "run_local"]
+__all__ = [
+    "STOPPED_EXIT_CODE",
+    "Cluster",
+    "Failure",
+    "Host",
+    "HostsJob",
+    "JobFailed",
+    "JobSpec",
+    "LaunchError",
+    "Outcome",
+    "Place",
+    "RankFailed",
+    "Reach",
+    "Task",
+    "parse_hostfile",
+    "read_hostfile",
+    "run_hosts",
+    "run_local",
+    "signals_noted",
+    "total_slots",
+]

@@ -6,13 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything saved; the same command goes on
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this machine's ranks stand in a job that spans several machines."""
+
+    first_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    first_local_rank: int = 0
+    local_world_size: int | None = None  # None: the ranks of this JobSpec are all there are on this machine
+
 
 @dataclass(frozen=True)
 class JobSpec:
     """One command, run once a rank under RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
-    `env` is added to this process's environment. Rank 0 shares this process's terminal; what the other ranks print goes
-    to `log_dir`/rank-N.log. `grace_seconds` is how long ranks may take to leave after a signal before they are killed.
+    `env` is added to this process's environment. The first rank shares this process's terminal; what the others print
+    goes to `log_dir`/rank-N.log. `grace_seconds` is how long ranks may take to leave after a signal before they are
+    killed. Without a `place` the job is this machine's alone.
     """
 
     command: tuple[str, ...]
@@ -21,12 +36,17 @@ class JobSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     grace_seconds: float = 60.0
+    place: Place | None = None
 
     def __post_init__(self) -> None:
         if not self.command:
             raise LaunchError("a job needs a command")
         if self.processes < 1:
             raise LaunchError(f"a job needs at least one process, got {self.processes}")
+
+    @property
+    def first_rank(self) -> int:
+        return self.place.first_rank if self.place else 0
 
 
 class LaunchError(RuntimeError):
@@ -38,6 +58,9 @@ class RankFailed(LaunchError):  # noqa: N818 - says what happened
 
     def __init__(self, rank: int, exit_code: int, log_tail: str):
         self.rank, self.exit_code, self.log_tail = rank, exit_code, log_tail
-        how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"left with exit code {exit_code}"
         shown = f"; the end of what it said:\n{log_tail}" if log_tail else ""
-        super().__init__(f"rank {rank} {how}{shown}")
+        super().__init__(f"rank {rank} {how_it_ended(exit_code)}{shown}")
+
+
+def how_it_ended(exit_code: int) -> str:
+    return f"was killed by signal {-exit_code}" if exit_code < 0 else f"left with exit code {exit_code}"

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kdscale_launch.job import JobSpec, LaunchError, RankFailed
+from kdscale_launch.job import STOPPED_EXIT_CODE, JobSpec, RankFailed
+from kdscale_launch.processes import Process, end_groups, signal_groups, start, tail
 
-_PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.1
-_TAIL_BYTES = 4000
+# A job system may signal every process of the job, and the launcher above passes the same signal on: that is one.
+SAME_SIGNAL_SECONDS = 2.0
 
 
 def run_local(spec: JobSpec) -> int:
@@ -29,90 +28,66 @@ def run_local(spec: JobSpec) -> int:
     Raises RankFailed for the first rank that fails, after the others were ended, and LaunchError when the command
     cannot be started. Must be called from the main thread (signal handlers, and the kernel's parent-death signal).
     """
-    port = free_port()
+    port = spec.place.master_port if spec.place else free_port()
     with ExitStack() as stack:
-        ranks: list[subprocess.Popen[bytes]] = []
-        stack.callback(_end_all, ranks, 0.0)  # whatever happens, nothing is left running
+        ranks: list[Process] = []
+        stack.callback(end_groups, ranks, 0.0)  # whatever happens, nothing is left running
         received = stack.enter_context(_forward_signals(ranks))
-        for rank in range(spec.processes):
-            ranks.append(_start(spec, rank, port, stack))
+        for index in range(spec.processes):
+            ranks.append(_start(spec, index, port, stack))
         return _wait(spec, ranks, received)
 
 
-def free_port() -> int:
-    """A TCP port on the loopback that was free a moment ago."""
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port that was free on `address` (empty: on all) a moment ago."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
-def rank_environment(spec: JobSpec, rank: int, port: int) -> dict[str, str]:
-    """The environment that torch.distributed's env:// and DeepSpeed read."""
+def rank_environment(spec: JobSpec, index: int, port: int) -> dict[str, str]:
+    """The environment that torch.distributed's env:// and DeepSpeed read, for the `index`-th rank of this machine."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
+    own = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback)} if spec.place is None else {}
+    world = spec.place.world_size if spec.place else spec.processes
+    local_world = (spec.place.local_world_size if spec.place else None) or spec.processes
     return {
         **os.environ,
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
+        **own,
         **spec.env,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(spec.processes),
-        "LOCAL_WORLD_SIZE": str(spec.processes),
-        "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(spec.first_rank + index),
+        "LOCAL_RANK": str((spec.place.first_local_rank if spec.place else 0) + index),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(local_world),
+        "MASTER_ADDR": spec.place.master_addr if spec.place else "127.0.0.1",
         "MASTER_PORT": str(port),
     }
 
 
-def log_file(spec: JobSpec, rank: int) -> Path:
-    return spec.log_dir / f"rank-{rank}.log"
+def log_file(spec: JobSpec, index: int) -> Path:
+    return spec.log_dir / f"rank-{spec.first_rank + index}.log"
 
 
-def _start(spec: JobSpec, rank: int, port: int, stack: ExitStack) -> subprocess.Popen[bytes]:
+def _start(spec: JobSpec, index: int, port: int, stack: ExitStack) -> Process:
     output: Any = None
-    if rank > 0:
+    if index > 0:
         spec.log_dir.mkdir(parents=True, exist_ok=True)
-        output = stack.enter_context(log_file(spec, rank).open("wb"))
-    command = list(spec.command)
-    if not sys.platform.startswith("linux"):
-        command = [sys.executable, "-m", "kdscale_launch.watch", str(os.getpid()), *command]
-    try:
-        return subprocess.Popen(
-            command,
-            env=rank_environment(spec, rank, port),
-            cwd=spec.cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-            preexec_fn=_die_with(os.getpid()) if sys.platform.startswith("linux") else None,  # noqa: PLW1509
-        )
-    except OSError as error:
-        raise LaunchError(f"cannot start {spec.command[0]!r}: {error.strerror}") from error
-
-
-def _die_with(parent: int) -> Callable[[], None]:
-    """Ask the kernel to kill this child when its parent dies, however that happens.
-
-    SIGKILL rather than SIGTERM: a rank that lived on to save would meet the next run in the same folder, and every file
-    is safe to leave at any instant.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: little is safe after it
-
-    def ask() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
-
-    return ask
+        output = stack.enter_context(log_file(spec, index).open("wb"))
+    return start(spec.command, rank_environment(spec, index, port), spec.cwd, output)
 
 
 @contextmanager
-def _forward_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+def _forward_signals(ranks: Sequence[Process]) -> Iterator[list[int]]:
     """Pass SIGINT and SIGTERM on; the list holds those that came."""
     received: list[int] = []
+    first = [0.0]
 
     def forward(signum: int, frame: FrameType | None) -> None:
+        if received and signum == received[0] and time.monotonic() - first[0] < SAME_SIGNAL_SECONDS:
+            return
+        first[0] = first[0] or time.monotonic()
         received.append(signum)
-        _signal_all(ranks, signum if len(received) == 1 else signal.SIGKILL)
+        signal_groups(ranks, signum if len(received) == 1 else signal.SIGKILL)
 
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -122,21 +97,23 @@ def _forward_signals(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[
             signal.signal(signum, handler)
 
 
-def _wait(spec: JobSpec, ranks: Sequence[subprocess.Popen[bytes]], received: Sequence[int]) -> int:
+def _wait(spec: JobSpec, ranks: Sequence[Process], received: list[int]) -> int:
     deadline = float("inf")
     while True:
         codes = [process.poll() for process in ranks]
-        failed = next((rank for rank, code in enumerate(codes) if code not in (None, 0)), None)
+        failed = next((index for index, code in enumerate(codes) if code not in (None, 0)), None)
         if received:
             deadline = min(deadline, time.monotonic() + spec.grace_seconds)
             if all(code is not None for code in codes):
                 return _stopped_code(spec, codes, received[0])
             if time.monotonic() > deadline:
-                _signal_all(ranks, signal.SIGKILL)
+                signal_groups(ranks, signal.SIGKILL)
+        elif failed is not None and codes[failed] == STOPPED_EXIT_CODE:
+            received.append(signal.SIGTERM)  # it came to one rank from elsewhere, and all stop at the same step
         elif failed is not None:
             # Peers of a lost rank hang in a collective, where no Python signal handler runs: they get little time.
-            _end_all(ranks, min(spec.grace_seconds, 5.0))
-            raise RankFailed(failed, int(codes[failed] or 1), _tail(spec, failed))
+            end_groups(ranks, min(spec.grace_seconds, 5.0))
+            raise RankFailed(spec.first_rank + failed, int(codes[failed] or 1), _said(spec, failed))
         elif all(code == 0 for code in codes):
             return 0
         time.sleep(_POLL_SECONDS)
@@ -144,39 +121,13 @@ def _wait(spec: JobSpec, ranks: Sequence[subprocess.Popen[bytes]], received: Seq
 
 def _stopped_code(spec: JobSpec, codes: Sequence[int | None], signum: int) -> int:
     """The exit code after a signal: the ranks' own when they agree; an error of one of them wins."""
-    expected = {0, 128 + signum, -signum, -signal.SIGKILL}
-    for rank, code in enumerate(codes):
+    expected = {0, 128 + signum, -signum, -signal.SIGKILL, STOPPED_EXIT_CODE}
+    for index, code in enumerate(codes):
         if code not in expected:
-            raise RankFailed(rank, int(code or 1), _tail(spec, rank))
+            raise RankFailed(spec.first_rank + index, int(code or 1), _said(spec, index))
     return 0 if all(code == 0 for code in codes) else 128 + signum
 
 
-def _signal_all(ranks: Sequence[subprocess.Popen[bytes]], signum: int) -> None:
-    """To each rank's whole process group, so that its own children (data workers, compilers) get it too."""
-    for process in ranks:
-        if process.poll() is None:
-            try:
-                os.killpg(process.pid, signum)
-            except ProcessLookupError:
-                continue  # ended between the two calls
-
-
-def _end_all(ranks: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> None:
-    if grace_seconds > 0:
-        _signal_all(ranks, signal.SIGTERM)
-        deadline = time.monotonic() + grace_seconds
-        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-    _signal_all(ranks, signal.SIGKILL)
-    for process in ranks:
-        process.wait()
-
-
-def _tail(spec: JobSpec, rank: int) -> str:
-    """The end of a rank's log; rank 0 has already said it on the terminal."""
-    if rank == 0:
-        return ""
-    with log_file(spec, rank).open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, size - _TAIL_BYTES))
-        return stream.read().decode("utf-8", "replace").strip()
+def _said(spec: JobSpec, index: int) -> str:
+    """The end of a rank's log; the first one has already said it on the terminal."""
+    return "" if index == 0 else tail(log_file(spec, index))

@@ -235,3 +235,23 @@ def test_the_report_needs_no_torch() -> None:
     code = "import sys; import kdscale.eval.report; raise SystemExit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_experts_have_a_row_and_a_map_of_their_own() -> None:
+    from kdscale.eval.gather import _kept, _shape
+    from kdscale.eval.plots import importance
+
+    lists = {"ffn": [[0], [0], [1], [1]], "heads": [[0], [0]], "kv_heads": [[0], [0]], "hidden": [0, 1]}
+    plan = {
+        "teacher": {"layers": 2, "ffn": 2, "experts": 3},
+        "student": {"layers": 2, "ffn": 1, "experts": 2},
+        "methods": {"experts": "output_norm"},
+        "kept": {"layers": [0, 1], "experts": [[0, 2], [1, 2]], **lists},
+    }
+    rows = {row["axis"]: (row["teacher"], row["student"]) for row in _shape(plan)}
+    assert rows["experts"] == (3, 2)
+    scores = {"experts.output_norm": [[3.0, 1.0, 2.0], [0.5, 1.0, 2.0]]}
+    (plot,) = importance({"importance": {"scores": scores}, "plan": plan, "kept": _kept(plan)})
+    assert "2 of 6 that were cut" in plot.caption
+    dense = {**plan, "teacher": {"layers": 2, "experts": 0}, "student": {"layers": 2, "experts": 0}}
+    assert [row["axis"] for row in _shape(dense)] == ["layers"]

@@ -41,6 +41,8 @@ def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]
     [
         ("--help",),
         ("run", "--help"),
+        ("launch", "--help"),
+        ("launch", "demo", "--torchrun", "--slots", "2", "--set", "distill.micro_batch=1", "--dry-run"),
         ("--version",),
         ("plan", "demo", "--shapes-only", "--set", f"teacher.path={SMOLLM}"),
     ],

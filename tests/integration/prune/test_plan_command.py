@@ -10,13 +10,26 @@ from typing import Any
 
 import pytest
 
-OPEN = ("--set", "prune.ffn=null", "--set", "prune.heads=null", "--set", "prune.tolerance=0.1")
+from kdscale.config import load_config
+from kdscale.progress import Reporter
+from kdscale.runs.pipeline import run_until
+
+OPEN = ("prune.ffn=null", "prune.heads=null", "prune.tolerance=0.1")
+
+
+def plan_in_process(config: Path, *overrides: str) -> dict[str, Any]:
+    """`kdscale plan` without starting another interpreter; returns plan.json."""
+    loaded = load_config(config, [*OPEN, *overrides])
+    run_until(loaded, "plan", Reporter(quiet=True))
+    plan: dict[str, Any] = json.loads((Path(loaded.run_dir) / "plan.json").read_text())
+    return plan
 
 
 def test_masked_candidates_are_compared_without_a_checkpoint(kdscale: Callable[..., Any], tiny_config: Path) -> None:
     run = tiny_config.parent / "run"
-    search = ("--masked", "3", "--set", "prune.search.masked_tokens=128", "--set", "prune.axes=[ffn,heads,layers]")
-    outcome = kdscale("plan", tiny_config, *OPEN, "--target-bytes", "70%", *search)
+    search = ("prune.search.masked_tokens=128", "prune.axes=[ffn,heads,layers]")
+    options = [word for setting in (*OPEN, *search) for word in ("--set", setting)]
+    outcome = kdscale("plan", tiny_config, *options, "--target-bytes", "70%", "--masked", "3")
     assert outcome.code == 0, outcome.err
     plan = json.loads((run / "plan.json").read_text())
     assert plan["methods"]["search"] == "masked"
@@ -36,7 +49,7 @@ def test_masked_candidates_are_compared_without_a_checkpoint(kdscale: Callable[.
     for word in ("shapes meet 70%", "chosen", f"{divergences[0]:.4f}"):
         assert word in outcome.out
 
-    assert kdscale("prune", run / "config.yaml").code == 0
+    run_until(load_config(run / "config.yaml"), "prune", Reporter(quiet=True))
     assert kdscale("report", run / "config.yaml").code == 0
     facts = json.loads((run / "report" / "report.json").read_text())
     assert facts["missing"] == ["distillation", "evaluation"]
@@ -55,32 +68,30 @@ def test_masked_candidates_are_compared_without_a_checkpoint(kdscale: Callable[.
         assert words in page
 
 
-def test_a_latency_limit_is_measured_here(kdscale: Callable[..., Any], tiny_config: Path) -> None:
+def test_a_latency_limit_is_measured_here(tiny_config: Path) -> None:
     run = tiny_config.parent / "run"
-    options = ("--target-decode", "90%", "--set", "prune.axes=[layers]", "--set", "prune.search.context_tokens=16")
-    outcome = kdscale("plan", tiny_config, *OPEN, *options)
-    assert outcome.code == 0, outcome.err
-    plan = json.loads((run / "plan.json").read_text())
+    plan = plan_in_process(
+        tiny_config, "prune.target_decode=90%", "prune.axes=[layers]", "prune.search.context_tokens=16",
+        "prune.search.masked_tokens=64",
+    )  # fmt: skip
     assert plan["target"]["kind"] == "decode"
     assert plan["student"]["layers"] < 4
     assert plan["candidates"][0]["decode_ms"] == plan["target"]["cost"] > 0
     assert any("random weights on this machine" in warning for warning in plan["warnings"])
     assert len(json.loads((run / "speed.json").read_text())["shapes"]) == 1  # layers alone: one layer's shape
-    assert "decode" in outcome.out
 
 
-def test_finalists_are_distilled_and_halved(kdscale: Callable[..., Any], tiny_config: Path) -> None:
+def test_finalists_are_distilled_and_halved(tiny_config: Path) -> None:
     run = tiny_config.parent / "run"
     options = (
-        "--target-params", "70%", "--masked", "0", "--probe-tokens", "512", "--set", "prune.search.probe_candidates=3",
-        "--set", "prune.axes=[ffn,heads]", "--set", "distill.checkpoint_every=100",
+        "prune.target_params=70%", "prune.search.masked_candidates=0", "prune.search.probe_tokens=256",
+        "prune.search.probe_candidates=3", "prune.axes=[ffn,heads]", "distill.checkpoint_every=100",
+        "distill.validate_every=100",
     )  # fmt: skip
-    outcome = kdscale("plan", tiny_config, *OPEN, *options)
-    assert outcome.code == 0, outcome.err
-    plan = json.loads((run / "plan.json").read_text())
+    plan = plan_in_process(tiny_config, *options)
     assert plan["methods"]["search"] == "probes"
     probes = [[probe["tokens"] for probe in item["probes"]] for item in plan["candidates"]]
-    assert probes == [[512, 1024], [512, 1024], [512]] + [[]] * (len(probes) - 3)
+    assert probes == [[256, 512], [256, 512], [256]] + [[]] * (len(probes) - 3)
     last = [item["probes"][-1]["loss"] for item in plan["candidates"][:2]]
     assert 0 < last[0] <= last[1]
     results = sorted((run / "probes").glob("*/result-*.json"))
@@ -88,13 +99,12 @@ def test_finalists_are_distilled_and_halved(kdscale: Callable[..., Any], tiny_co
     assert not list((run / "probes").glob("*/*.safetensors")) + list((run / "probes").glob("*/pruned"))
 
     # one result lost, as by a kill: that probe alone is run again, and gives the same loss
-    lost = next(path for path in results if path.name == "result-512.json")
+    lost = next(path for path in results if path.name == "result-256.json")
     before = json.loads(lost.read_text())
     lost.unlink()
     (run / "plan.json").unlink()
     kept = {path: path.stat().st_mtime_ns for path in results if path != lost}
-    again = kdscale("plan", tiny_config, *OPEN, *options)
-    assert again.code == 0, again.err
+    again = plan_in_process(tiny_config, *options)
     assert json.loads(lost.read_text()) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert json.loads((run / "plan.json").read_text()) == plan
+    assert again == plan

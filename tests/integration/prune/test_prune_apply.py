@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdscale.config import PruneConfig
-from kdscale.errors import DataError, SelfCheckError
+from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models import load_model
-from kdscale.prune import check
+from kdscale.prune import apply, check
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.plan import make_plan
 from kdscale.prune.slicing import Slicer
+from kdscale.weights import Checkpoint
 
 CUTS = {
     "ffn": {"ffn": 64},
@@ -113,11 +114,47 @@ def test_a_model_that_does_not_load_cleanly_is_caught(teacher, tmp_path):
         check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
 
 
+@pytest.mark.parametrize("kind", ["biased", "qwen3"])
+def test_a_student_too_large_to_load_whole_is_reloaded_from_its_files(other_teachers, tmp_path, monkeypatch, kind):
+    teacher = other_teachers(kind)
+    teacher.prune(tmp_path / "student", ffn=32, hidden=48, max_shard_bytes=100_000)
+    whole = check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+    monkeypatch.setattr(check, "_WHOLE_BYTES", 0)
+    seen: list = []
+    load = check._plain_load
+
+    def spy(*args, **settings):
+        seen.append(load(*args, **settings))
+        return seen[-1]
+
+    monkeypatch.setattr(check, "_plain_load", spy)
+    figures = check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+    assert all(parameter.is_meta for parameter in seen[0].model.layers.parameters())
+    assert figures.keys() == whole.keys()
+    assert max(figures.values()) < 1e-5
+    path = next(path for path in (tmp_path / "student").glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises((SelfCheckError, CheckpointError)):
+        check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+
+
 def test_the_same_plan_gives_the_same_bytes(teacher, tmp_path):
     for name in ("one", "two"):
         teacher.prune(tmp_path / name, **CUTS["all"])
     one = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     assert one == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("kind", ["tiny", "biased", "qwen3"])
+def test_large_tensors_pass_in_blocks_of_rows(teacher, other_teachers, tmp_path, monkeypatch, kind, rows):
+    one = teacher if kind == "tiny" else other_teachers(kind)
+    monkeypatch.setattr(apply, "_BLOCK_BYTES", rows * 4 * one.family.dims(one.config).hidden)
+    plan = one.prune(tmp_path / "student", ffn=32, kv_heads=1, heads=2, hidden=48, layers=2, compensate="none")
+    student = Checkpoint.open(tmp_path / "student")
+    check.files_equal_slices(one.checkpoint, one.family, plan, student)
 
 
 @pytest.mark.parametrize("cut", [{"ffn": 64}, {"heads": 2}, {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3}])

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.families import load_family, supported_types
 from kdscale.models import load_model
 from kdscale.prune import check
+from kdscale.prune.masked import score_masked
 from kdscale.prune.plan import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.weights import Checkpoint
 from tests.integration.prune.family_table import cuts_of, edit_config, random_scores, save_teacher
 
+CPU = torch.device("cpu")
 STRANGERS = Path(__file__).parents[2] / "fixtures" / "families"
 
 
@@ -65,7 +68,7 @@ def self_checked_student(teacher, out: Path, compensate: str) -> None:
     figures = check.self_check(teacher.checkpoint, teacher.family, plan, out, teacher.ids)
     assert max(figures.values()) < 1e-5
     student = teacher.family.student_config(teacher.config, plan.student.dims(), plan.kept.layers)
-    model = load_model(out, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_model(out, dtype=torch.float32, device=CPU)
     assert sum(p.numel() for p in model.parameters()) == teacher.family.count_params(student).total
 
 
@@ -158,7 +161,7 @@ def test_heads_that_predict_several_tokens_are_left_out_with_a_notice(tmp_path):
     assert (
         family.student_config(teacher.config, family.dims(teacher.config), [0, 1, 2])["num_nextn_predict_layers"] == 0
     )
-    load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+    load_model(folder, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -167,10 +170,7 @@ def test_the_embedding_multiplier_is_folded(tmp_path, teacher_class, tied):
     teacher = teacher_class(save_teacher("gemma2", tmp_path / "teacher", tie_word_embeddings=tied))
     plan = teacher.prune(tmp_path / "student", hidden=24, compensate="none")
     check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
-    models = [
-        load_model(p, dtype=torch.float32, device=torch.device("cpu"))
-        for p in (teacher.checkpoint.path, tmp_path / "student")
-    ]
+    models = [load_model(p, dtype=torch.float32, device=CPU) for p in (teacher.checkpoint.path, tmp_path / "student")]
     with torch.no_grad():
         theirs, ours = (model.get_input_embeddings()(teacher.ids) for model in models)
     torch.testing.assert_close(theirs[..., plan.kept.hidden], ours, rtol=1e-5, atol=1e-6)
@@ -189,7 +189,7 @@ def test_experts_scores_are_what_the_layer_computes(teacher_of, tmp_path):
     """The definitions, from a whole model's own calls of its experts, one token at a time."""
     teacher = teacher_of("qwen3_moe")
     scores = teacher.scores(tmp_path, experts=4, ffn=32)
-    model = load_model(teacher.checkpoint.path, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_model(teacher.checkpoint.path, dtype=torch.float32, device=CPU)
     seen = []
     for layer in model.model.layers:
         layer.mlp.experts.register_forward_pre_hook(lambda _m, args: seen.append(args))
@@ -295,3 +295,32 @@ def test_longrope_ties_the_hidden_size_to_the_heads(teacher_of):
     with pytest.raises(ConfigError, match="longrope"):
         make_plan(config, family, None, PruneConfig(hidden=24))
     make_plan(config, family, None, PruneConfig(ffn=24))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "olmoe", "gemma2", "granite"])
+def test_a_candidates_masked_score_is_that_of_its_student(teacher_of, tmp_path, model_type):
+    """The search scores candidates before they are written: transposed, stacked, folded and scaled weights too."""
+    teacher = teacher_of(model_type)
+    plan = teacher.prune(tmp_path / "student", **cuts_of(teacher.family)["all"], compensate="ridge")
+    labels = torch.cat([teacher.ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    positions = torch.arange(labels.shape[1]).expand_as(labels)
+    batch = SimpleNamespace(input_ids_BS=teacher.ids, position_ids_BS=positions, labels_BS=labels)
+    ridge = PruneConfig(ffn=1).ridge_lambda
+    (found,) = score_masked(
+        teacher.checkpoint, teacher.family, [plan], [batch], calibration=teacher.batches, ridge=ridge
+    )
+    models = [load_model(p, dtype=torch.float32, device=CPU) for p in (teacher.checkpoint.path, tmp_path / "student")]
+    with torch.no_grad():
+        logits = [model(input_ids=teacher.ids, use_cache=False).logits[:, :-1] for model in models]
+    theirs, ours = (torch.log_softmax(values, dim=-1) for values in logits)
+    assert found.kl == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(-1).mean()), abs=2e-5)
+    assert found.kl > 1e-3
+
+
+def test_a_search_stays_with_shapes_that_the_family_has(teacher_of):
+    """GPT-2's hidden size is heads · head_dim: a target that needs both cuts them together."""
+    teacher = teacher_of("gpt2")
+    cfg = PruneConfig(target_params="50%", axes=("ffn", "kv_heads", "hidden"), hidden_divisor=8, ffn_divisor=8)
+    plan = make_plan(teacher.config, teacher.family, random_scores(teacher.config, teacher.family), cfg)
+    assert plan.student.hidden == plan.student.heads * 8 < 32
+    check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdscale_kernels as kk
-from kdscale_kernels import reference
-from kdscale_kernels.modes import CPU_WORKSPACE, Shape, layout_for
+from kdscale_kernels import modes, reference
+from kdscale_kernels.modes import CPU_WORKSPACE, MOST_BLOCKS, Shape, layout_for
 
 FIELDS = ("loss_sum", "kd_sum", "ce_sum", "teacher_mass_sum", "student_tail_sum", "top1_agree_sum")
 LOSSES = [
@@ -25,8 +25,12 @@ LOSSES = [
     {"softcap": 5.0},
     {"softcap": 5.0, "vocab_size": 190, "temperature": 1.7, "ce_weight": 0.3},
 ]
-# Slices of 128 of 203 entries: none, one or both of them kept.
-BUDGETS = {"none kept": 1, "one kept": 22_000, "all kept": 1 << 20}
+# Slices of 128 of 203 entries: none kept, one (were blocks not allowed), or both; or all of them, in blocks of rows.
+BUDGETS = {"none kept": 1, "one kept": 18_000, "two blocks": 18_000, "all kept": 1 << 20}
+
+
+def allow(budget, patch):
+    patch.setattr(modes, "MOST_BLOCKS", 1 if budget == "one kept" else MOST_BLOCKS)
 
 
 def run(module, p, **options):
@@ -39,7 +43,8 @@ def run(module, p, **options):
 @pytest.mark.parametrize("options", LOSSES)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 6e-3)])
-def test_lean_equals_the_twin(make_problem, noise, options, budget, dtype, tol):
+def test_lean_equals_the_twin(make_problem, monkeypatch, noise, options, budget, dtype, tol):
+    allow(budget, monkeypatch)
     head = {name: options[name] for name in ("temperature", "softcap", "vocab_size") if name in options}
     kind = dtype if dtype == torch.bfloat16 else torch.float32
     problem = make_problem(noise=noise, with_bias=True, dtype=kind, **head)
@@ -136,6 +141,18 @@ def shape_of(rows=2048, hidden=576, vocab=49152, device="cpu", narrow=True, grad
     return Shape(rows, hidden, vocab, device, 1, 4, narrow and device == "cpu", narrow and grads, narrow, 2)
 
 
+def test_every_way_of_spending_a_budget_is_in_the_table():
+    layouts = {}
+    for name, budget in BUDGETS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            allow(name, patch)
+            shape = Shape(10, 24, 203, "cpu", 1, 4, False, False, False, 4)
+            layout = layout_for(shape, "lean", budget, 11 * 128 * 4)
+        layouts[name] = (-(-10 // layout.rows), layout.held, -(-203 // layout.width))
+    want = {"none kept": (1, 0, 2), "one kept": (1, 1, 2), "two blocks": (2, 1, 1), "all kept": (1, 2, 2)}
+    assert layouts == want
+
+
 def test_the_budget_decides():
     assert layout_for(shape_of(vocab=2000), "auto", None, None).mode == "fast"
     assert layout_for(shape_of(), "auto", None, None).mode == "lean"
@@ -157,9 +174,12 @@ def test_lean_slices_stay_within_the_budget(rows, hidden, vocab, device, workspa
     layout = layout_for(shape, "lean", workspace, None)
     assert 1 <= layout.width <= vocab
     assert 0 <= layout.held <= -(-vocab // layout.width)
+    blocks = -(-rows // layout.rows)
+    assert 1 <= blocks <= MOST_BLOCKS
+    assert blocks == 1 or layout.held * layout.width >= vocab  # blocks are for making each product once
     budget = workspace or (CPU_WORKSPACE if device == "cpu" else 1 << 40)
-    kept = layout.held * layout.width * rows * shape.kept_bytes
-    assert kept == 0 or kept + 4 * rows * layout.width <= budget
+    kept = layout.held * layout.width * layout.rows * shape.kept_bytes
+    assert kept == 0 or kept + 4 * layout.rows * layout.width <= budget
 
 
 @pytest.mark.parametrize(

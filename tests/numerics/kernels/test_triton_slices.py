@@ -26,7 +26,7 @@ LOSSES = [
     {"tail": "truncated", "ce_weight": 1.0},
     {"tail": "renormalised", "divergence": "skewed_forward_kl"},
 ]
-BUDGETS = {"none kept": 1, "one kept": 12_000, "all kept": 1 << 20}
+BUDGETS = {"none kept": 1, "in blocks": 12_000, "all kept": 1 << 20}
 
 pytestmark = [
     pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]),

@@ -222,3 +222,99 @@ def test_bad_plans_are_refused() -> None:
         plan_shards({}, 10)
     with pytest.raises(ValueError, match="dtype 'I8'"):
         plan_shards({"a": TensorInfo((2,), "I8")}, 10)
+
+
+BLOCK_SPECS = {"a": TensorInfo((7, 3), "BF16"), "b": TensorInfo((5,), "F32"), "c": TensorInfo((2, 2, 2), "F16")}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 100])
+def test_blocks_of_rows_give_the_bytes_of_the_whole(tmp_path: Path, rows: int) -> None:
+    whole = _write(tmp_path / "whole", BLOCK_SPECS, list(BLOCK_SPECS), 60)
+    source = Checkpoint.open(tmp_path / "whole")
+    with ShardWriter(tmp_path / "blocks", BLOCK_SPECS, 60) as writer:
+        for name, tensor in whole.items():
+            row_bytes = tensor.nbytes // len(tensor)
+            blocks = list(source.blocks(name, rows * row_bytes))
+            assert max(map(len, blocks)) == min(rows, len(tensor))
+            writer.add_blocks(name, blocks)
+    for file in source.files:
+        assert (tmp_path / "blocks" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [],
+        [torch.zeros(6, 3, dtype=torch.bfloat16)],
+        [torch.zeros(4, 3, dtype=torch.bfloat16)] * 2,
+        [torch.zeros(7, 2, dtype=torch.bfloat16)],
+        [torch.zeros(6, 3, dtype=torch.bfloat16), torch.zeros(1, 3)],
+    ],
+)
+def test_blocks_that_are_not_what_was_announced(tmp_path: Path, blocks: list[torch.Tensor]) -> None:
+    with pytest.raises(CheckpointError, match="cannot write a"), ShardWriter(tmp_path / "x", BLOCK_SPECS) as writer:
+        writer.add_blocks("a", blocks)
+
+
+def test_positions_are_in_file_order(tmp_path: Path) -> None:
+    _write(tmp_path / "x", BLOCK_SPECS, list(BLOCK_SPECS), 30)
+    source = Checkpoint.open(tmp_path / "x")
+    assert [source.position(name)[0] for name in BLOCK_SPECS] == [0, 1, 2]
+    _write(tmp_path / "y", BLOCK_SPECS, list(BLOCK_SPECS), 500)
+    one = Checkpoint.open(tmp_path / "y")
+    assert sorted(BLOCK_SPECS, key=one.position) == ["b", "a", "c"]  # wide dtypes first
+
+
+class _Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("limit", [50, 500])
+@pytest.mark.parametrize("when", ["before a commit", "after a commit", "after closing"])
+def test_a_journal_lets_another_writer_go_on(tmp_path: Path, limit: int, when: str) -> None:
+    whole = _write(tmp_path / "whole", BLOCK_SPECS, list(BLOCK_SPECS), limit)
+    (tmp_path / "whole" / "config.json").unlink()
+    folder, journal = tmp_path / "parts", tmp_path / "journal.json"
+
+    def writer() -> ShardWriter:
+        return ShardWriter(folder, BLOCK_SPECS, limit, journal=journal)
+
+    with pytest.raises(_Stop), writer() as first:
+        first.add("a", whole["a"])
+        first.commit()
+        first.add("b", whole["b"])
+        if when != "before a commit":
+            first.commit()
+        if when == "after closing":
+            first.add("c", whole["c"])
+            first.commit()
+            first.close()
+        raise _Stop
+    with writer() as second:
+        done = {"before a commit": {"a"}, "after a commit": {"a", "b"}, "after closing": {"a", "b", "c"}}[when]
+        assert second.written == done
+        with pytest.raises(CheckpointError, match="the second tensor"):
+            second.add("a", whole["a"])
+        for name in BLOCK_SPECS.keys() - done:
+            second.add(name, whole[name])
+    found = {item.name: item.read_bytes() for item in folder.iterdir()}
+    assert found == {item.name: item.read_bytes() for item in (tmp_path / "whole").iterdir()}
+
+
+def test_a_journal_of_another_layout_or_without_its_files_counts_for_nothing(tmp_path: Path) -> None:
+    whole = _write(tmp_path / "whole", BLOCK_SPECS, list(BLOCK_SPECS), 500)
+    folder, journal = tmp_path / "parts", tmp_path / "journal.json"
+
+    def one_tensor() -> None:
+        with pytest.raises(_Stop), ShardWriter(folder, BLOCK_SPECS, 500, journal=journal) as writer:
+            writer.add("a", whole["a"])
+            writer.commit()
+            raise _Stop
+
+    one_tensor()
+    other = {**BLOCK_SPECS, "b": TensorInfo((5,), "F16")}
+    assert ShardWriter(folder, other, 500, journal=journal).written == set()
+    one_tensor()
+    for item in folder.iterdir():
+        item.unlink()
+    assert ShardWriter(folder, BLOCK_SPECS, 500, journal=journal).written == set()

@@ -178,6 +178,12 @@ def test_the_latency_model_finds_a_machine_that_is_linear(tmp_path, small_config
     np.testing.assert_allclose(model.milliseconds("decode", shapes), expected, rtol=1e-3)
     assert model.error["decode"] < 1e-3
     assert len(timed) == 8
+    odd = found.teacher.replace(ffn=96, heads=4, kv_heads=2)  # not what the fit says of it: its own timing counts
+    model._time_shape = lambda _: Timing(
+        {"decode": 7.0, "prefill": 9.0}, {"decode": 1.0, "prefill": 1.0}, {"decode": 0.0}
+    )
+    model.timing(odd)
+    assert model.milliseconds("decode", found.columns([found.sizes_of(odd)]))[0] == 7.0 * odd.layers + 1.0
     again = LatencyModel(time_shape, "here", tmp_path / "speed.json")
     again.fit(found.teacher, shapes)
     assert len(timed) == 8  # from the file

@@ -1,0 +1,88 @@
+"""What went wrong on which host, and which of many errors came first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kdscale_launch.hostfile import Host
+from kdscale_launch.job import STOPPED_EXIT_CODE, how_it_ended
+
+# What a healthy rank says when another one has gone: an effect, not the cause.
+_EFFECT = re.compile(
+    r"[Cc]onnection (?:closed|reset) by peer|Broken pipe|Connection refused|remote process exited|Socket Timeout"
+    r"|[Rr]ead error|Timed out waiting|DistNetworkError|NCCL.*(?:abort|remote error)|wait timeout"
+)
+_TRACEBACK = "Traceback (most recent call last)"
+_SHOWN_LINES = 40
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank that ended badly, or (rank None) a host that could not go on. `when` is on the launcher's own clock."""
+
+    host: int | None
+    rank: int | None
+    why: str
+    tail: str
+    when: float
+    code: int = 0
+
+    @property
+    def is_effect(self) -> bool:
+        """Whether it looks like the consequence of another rank's end."""
+        return self.rank is not None and self.code > 0 and _EFFECT.search(last_error(self.tail)) is not None
+
+
+@dataclass
+class Outcome:
+    """How a command ended on all hosts. `codes` and `said` are by rank."""
+
+    hosts: Sequence[Host]
+    codes: dict[int, int] = field(default_factory=dict)
+    said: dict[int, str] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    signum: int = 0
+    ending: bool = False  # the launcher is ending the ranks: how they leave says nothing any more
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures and all(code == 0 for code in self.codes.values())
+
+    @property
+    def saved(self) -> bool:
+        """After SIGTERM: every rank said that it stopped with its work saved, or had already ended well."""
+        return not self.failures and all(code in (0, STOPPED_EXIT_CODE) for code in self.codes.values())
+
+    @property
+    def stopped(self) -> bool:
+        """Every failure is a rank that was told to stop from elsewhere (its machine is to go) and saved its work."""
+        return bool(self.failures) and all(failure.code == STOPPED_EXIT_CODE for failure in self.failures)
+
+    def first(self) -> Failure:
+        """The failure to show first: causes before effects, then by time."""
+        return min(self.failures, key=lambda failure: (failure.is_effect, failure.when))
+
+    def describe(self) -> str:
+        """The first failure with its last words, then a line for each of the others."""
+        first = self.first()
+        lines = [self._headline(first)]
+        lines += [f"    {line}" for line in last_error(first.tail).splitlines()]
+        others = sorted((f for f in self.failures if f is not first), key=lambda failure: failure.when)
+        lines += ["then:"] if others else []
+        lines += [f"  {self._headline(failure)}" for failure in others]
+        return "\n".join(lines)
+
+    def _headline(self, failure: Failure) -> str:
+        host = "" if failure.host is None else f"host {self.hosts[failure.host].name}"
+        rank = "" if failure.rank is None else f"rank {failure.rank}"
+        what = failure.why or how_it_ended(failure.code)
+        return f"{', '.join(part for part in (host, rank) if part) or 'the job'}: {what}"
+
+
+def last_error(tail: str) -> str:
+    """The last traceback in what a rank said, else its last lines."""
+    lines = tail.splitlines()
+    starts = [number for number, line in enumerate(lines) if _TRACEBACK in line]
+    return "\n".join(lines[starts[-1] :][-_SHOWN_LINES:] if starts else lines[-_SHOWN_LINES:])

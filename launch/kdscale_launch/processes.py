@@ -1,0 +1,94 @@
+"""Processes that are started in groups of their own, and ended by group: never by name, never anybody else's."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdscale_launch.job import LaunchError
+
+_PR_SET_PDEATHSIG = 1
+_POLL_SECONDS = 0.05
+_TAIL_BYTES = 8000
+
+Process = subprocess.Popen[bytes]
+
+
+def start(command: Sequence[str], env: Mapping[str, str], cwd: Path | str | None, output: Any) -> Process:
+    """Start `command` in its own process group, such that it dies with this process, however that ends.
+
+    `output` takes stdout and stderr (None: this process's own). Raises LaunchError when it cannot be started.
+    """
+    full = list(command)
+    if not sys.platform.startswith("linux"):
+        full = [sys.executable, "-m", "kdscale_launch.watch", str(os.getpid()), *full]
+    try:
+        return subprocess.Popen(
+            full,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
+            preexec_fn=_die_with(os.getpid()) if sys.platform.startswith("linux") else None,  # noqa: PLW1509
+        )
+    except OSError as error:
+        where = f" in {cwd}" if cwd is not None else ""
+        raise LaunchError(f"cannot start {command[0]!r}{where}: {error.strerror}") from error
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """Ask the kernel to kill this child when its parent dies, however that happens.
+
+    SIGKILL rather than SIGTERM: a rank that lived on to save would meet the next run in the same folder, and every file
+    is safe to leave at any instant.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded before the fork: little is safe after it
+
+    def ask() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+    return ask
+
+
+def signal_groups(processes: Sequence[Process], signum: int) -> None:
+    """To each live process's whole group, so that its own children (data workers, compilers) get it too."""
+    for process in processes:
+        if process.poll() is None:
+            try:
+                os.killpg(process.pid, signum)
+            except ProcessLookupError:
+                continue  # ended between the two calls
+
+
+def end_groups(processes: Sequence[Process], grace_seconds: float) -> None:
+    """SIGTERM, `grace_seconds` to leave, SIGKILL; returns when all are gone."""
+    if grace_seconds > 0:
+        signal_groups(processes, signal.SIGTERM)
+        deadline = time.monotonic() + grace_seconds
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+    signal_groups(processes, signal.SIGKILL)
+    for process in processes:
+        process.wait()
+
+
+def tail(path: Path, limit: int = _TAIL_BYTES) -> str:
+    """The end of a log file; empty when there is none."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - limit))
+            return stream.read().decode("utf-8", "replace").strip()
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,117 @@
+"""`kdscale launch` on two "hosts" of this machine: a broken job ends with the unbroken one's student."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kdscale.metrics import read_metrics
+
+HOSTS = "one slots=1\ntwo slots=1\n"
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tiny_config: Path, fake_ssh: Path, kdscale_environment: dict[str, str]) -> Start:
+    """`start("name", option, ...)`: a job in its own run folder, with an exact number of threads."""
+    (tiny_config.parent / "hosts").write_text(HOSTS)
+
+    def launch(name: str, *options: str) -> subprocess.Popen[str]:
+        fixed = (
+            "runtime.threads=1",
+            "runtime.device=cpu",
+            "distill.tokens=7680",
+            f"run_dir={tiny_config.parent}/{name}",
+        )
+        command = [
+            sys.executable, "-m", "kdscale.cli.main", "launch", str(tiny_config), "--hostfile",
+            str(tiny_config.parent / "hosts"), "--ssh-command", str(fake_ssh), "--master-addr", "127.0.0.1",
+            "--until", "distill", *[part for item in fixed for part in ("--set", item)], *options,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, env=kdscale_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return launch
+
+
+def ends(process: subprocess.Popen[str], code: int) -> str:
+    said, _ = process.communicate(timeout=250)
+    assert process.returncode == code, said
+    return said
+
+
+def steps(run: Path) -> list[int]:
+    return [int(row["step"]) for row in read_metrics(run / "logs" / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while len(steps(run)) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)  # between two looks
+
+
+def rank_one(launcher: subprocess.Popen[str]) -> psutil.Process:
+    """The second host's rank: started by an agent, which was started by the stand-in for ssh."""
+    ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "kdscale.runs.member" in p.cmdline()]
+    (found,) = [process for process in ranks if process.environ()["RANK"] == "1"]
+    return found
+
+
+def student(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "student").iterdir())}
+
+
+@pytest.mark.slow
+def test_a_broken_job_starts_again_and_ends_with_the_unbroken_ones_student(start: Start, tiny_config: Path) -> None:
+    whole, broken = tiny_config.parent / "whole", tiny_config.parent / "broken"
+    said = ends(start("whole"), 0)
+    assert "collective" in said  # preflight ran, all ranks met
+    assert "bad" not in said
+    assert not list(whole.rglob(".preflight-*"))
+
+    left_out = shutil.ignore_patterns("student", "checkpoints", "logs", "distill*.json")
+    shutil.copytree(whole, broken, ignore=left_out)  # everything before the distillation
+    process = start("broken", "--skip-preflight", "--accept-changes", "--max-restarts", "1")
+    wait_for_steps(broken, 8, process)
+    rank_one(process).kill()
+    said = ends(process, 0)
+    assert "host two, rank 1: was killed by signal 9" in said
+    assert "restart 1 of 1" in said
+    assert "going on from step" in said
+    assert steps(broken) == steps(whole) == list(range(1, 31))
+    assert student(broken) == student(whole)
+    assert len(list((broken / "logs" / "ranks").glob("*/rank-1.log"))) == 2
+
+    assert "done before" in ends(start("broken", "--skip-preflight"), 0)  # the second host is sent home
+
+
+def test_a_waiting_rank_leaves_with_75_on_sigterm(tiny_config: Path, kdscale_environment: dict[str, str]) -> None:
+    with socket.socket() as nobody:  # bound, not listening: whoever knocks is refused
+        nobody.bind(("127.0.0.1", 0))
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        place["MASTER_PORT"] = str(nobody.getsockname()[1])
+        command = [sys.executable, "-m", "kdscale.runs.member", str(tiny_config), "distill.processes=2"]
+        process = subprocess.Popen(command, env={**kdscale_environment, **place})
+        caught = 1 << (signal.SIGTERM - 1)
+        while not int(_status(process.pid)["SigCgt"], 16) & caught:  # until its handler is in place
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.terminate()
+        assert process.wait(60) == 75
+
+
+def _status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}

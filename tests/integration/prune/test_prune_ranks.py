@@ -1,0 +1,100 @@
+"""Calibration samples split over ranks: the scores and the student of one process, also after a rank was lost."""
+
+from __future__ import annotations
+
+import sys
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
+
+from kdscale.config import Config, dump_config, load_config
+from kdscale.errors import DataError
+from kdscale.files import write_text
+from kdscale.progress import Reporter
+from kdscale.prune.importance import gather
+from kdscale.runs import ranks, work
+from kdscale.runs.folder import RunFolder
+from kdscale.runs.pipeline import run_until
+from kdscale.runs.stage import Context
+from kdscale_launch import JobSpec, RankFailed, run_local
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+def _worker():
+    spec = util.spec_from_file_location("rank_worker", WORKER)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_lost_rank_is_resumed_and_the_scores_are_those_of_one_process(teacher, tmp_path, kdscale_environment):
+    worker, folder = _worker(), teacher.checkpoint.path
+    expected = gather(worker.stream(folder), worker.batches(), worker.AXES)
+
+    def ranks(last: int) -> None:
+        command = (sys.executable, str(WORKER), str(folder), str(tmp_path / "s"), str(tmp_path / "out"), str(last))
+        run_local(JobSpec(command, 2, tmp_path / "logs", env=kdscale_environment, grace_seconds=1.0))
+
+    with pytest.raises(RankFailed):
+        ranks(2)
+    assert not (tmp_path / "out.txt").exists()
+    ranks(-1)
+    assert (tmp_path / "out.txt").read_text() == "2 3"
+    one, two = (load_file(tmp_path / f"out.{rank}.safetensors") for rank in range(2))
+    assert one.keys() == expected.keys()
+    for name, values in expected.items():
+        assert np.array_equal(one[name], two[name]), name
+        assert np.abs(one[name] - values).max() < 1e-6 * np.abs(values).max(), name
+
+
+def _config(tiny_config: Path, run: Path, *more: str) -> Config:
+    return load_config(tiny_config, [f"run_dir={run}", "prune.layers=3", *more])
+
+
+def test_two_processes_make_the_student_of_one(tiny_config, tmp_path, kdscale_environment, monkeypatch):
+    for name, value in kdscale_environment.items():
+        monkeypatch.setenv(name, value)
+    silent = Reporter(quiet=True)
+    run_until(_config(tiny_config, tmp_path / "one"), "prune", silent)
+    run_until(_config(tiny_config, tmp_path / "two", "importance.processes=2"), "prune", silent)
+    assert (tmp_path / "one" / "plan.json").read_bytes() == (tmp_path / "two" / "plan.json").read_bytes()
+    one, two = (load_tensors(tmp_path / name / "pruned" / "model.safetensors") for name in ("one", "two"))
+    rewritten = [name for name in one if not torch.equal(one[name], two[name])]
+    assert all(name.split(".")[-2] in ("down_proj", "o_proj") for name in rewritten)
+    for name in rewritten:
+        assert (one[name] - two[name]).abs().max() < 1e-4 * one[name].abs().max(), name
+    assert not (tmp_path / "two" / "work").exists()
+    assert (tmp_path / "two" / "logs" / "rank-1.log").exists()
+
+
+def test_more_ranks_than_batches(tiny_config, tmp_path):
+    config = _config(tiny_config, tmp_path / "run", "importance.processes=5")
+    run_until(config, "data", Reporter(quiet=True))
+    context = Context(config, RunFolder(tmp_path / "run"), Path(config.teacher.path), Reporter(quiet=True))
+    with pytest.raises(DataError, match=r"importance\.processes"):
+        work.RANK_WORK["importance"](context)
+
+
+def test_ranks_prune_the_model_of_the_step_before(tiny_config, tmp_path, monkeypatch):
+    """With steps the model that is pruned is not the teacher: every rank is told both."""
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    config = _config(tiny_config, run.path, "importance.processes=2")
+    write_text(run.config, dump_config(config))
+    before = tmp_path / "step-1" / "student"
+    context = Context(config, run, Path(config.teacher.path), Reporter(quiet=True), before)
+    jobs: list[JobSpec] = []
+    monkeypatch.setattr("kdscale_launch.run_local", lambda spec: jobs.append(spec) or 0)
+    ranks.launch("importance", context, 2)
+    seen: list[Context] = []
+    monkeypatch.setitem(work.RANK_WORK, "importance", seen.append)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["ranks", *jobs[0].command[3:]])
+    assert ranks.main() == 0
+    assert (seen[0].source, seen[0].teacher, seen[0].config) == (before, context.teacher, config)

@@ -1,0 +1,113 @@
+"""`kdscale launch` and `kdscale preflight` on the command line: what is refused, and what --dry-run prints."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kdscale.cli.main import app
+from kdscale.errors import ConfigError
+
+HOSTS = "node-1 slots=1\nnode-2 slots=1\n"
+Launch = Callable[..., str]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "my config.yaml"
+    path.write_text(
+        f"name: My_Run\nrun_dir: {tmp_path}/run\nteacher: {{path: {tmp_path}/none}}\nprune: {{target_params: 50%}}\n"
+        "distill: {micro_batch: 1}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def dry(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """`kdscale launch CONFIG ... --dry-run` → what it printed. Nothing may be written."""
+    (tmp_path / "hosts").write_text(HOSTS)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("PYTHONPATH", "")
+
+    def launch(*args: str) -> str:
+        assert not app(["launch", str(config), *args, "--dry-run"], standalone_mode=False)
+        assert not (tmp_path / "run").exists()
+        printed = capsys.readouterr().out
+        assert "hf_secret" not in printed
+        return printed
+
+    return launch
+
+
+def test_hosts(dry: Launch, config: Path, tmp_path: Path) -> None:
+    printed = dry(
+        "--hostfile", str(tmp_path / "hosts"), "--set", "teacher.path=/a b", "--master-port", "7", "--python", "/v/py"
+    )
+    lines = printed.splitlines()
+    connections = [shlex.split(line) for line in lines if line.startswith("ssh ")]
+    assert [words[-2] for words in connections] == ["node-1", "node-2"]
+    assert all(words[-1].endswith("/v/py -m kdscale_launch.agent") for words in connections)
+    rank = next(line for line in lines if line.startswith("/v/py"))
+    assert shlex.split(rank)[2:] == ["kdscale.runs.member", str(config), "teacher.path=/a b", "distill.processes=2"]
+    for variable in ("WORLD_SIZE=2", "MASTER_ADDR=node-1", "MASTER_PORT=7", "HF_TOKEN=***"):
+        assert f"#   {variable}" in lines
+
+
+def test_deepspeed(dry: Launch, tmp_path: Path, config: Path) -> None:
+    plain = config.rename(tmp_path / "plain.yaml")
+    config.symlink_to(plain)
+    reach = ("--hostfile", str(tmp_path / "hosts"), "--launcher", "deepspeed")
+    with pytest.raises(ConfigError, match="--master-port"):
+        dry(*reach)
+    with pytest.raises(ConfigError, match="cannot pass the argument"):  # the blank in the config's name
+        dry(*reach, "--master-addr", "node-1", "--master-port", "7")
+
+
+def test_slurm(dry: Launch) -> None:
+    printed = dry("--slurm", "--nodes", "2", "--slots", "2", "--time", "1:00:00", "--sbatch", "partition=gpu")
+    assert "#SBATCH --ntasks-per-node=2" in printed
+    assert "#SBATCH --partition=gpu" in printed
+    assert "distill.processes=4" in printed
+    assert printed.splitlines()[-1].startswith("sbatch --parsable ")
+
+
+def test_kubernetes(dry: Launch) -> None:
+    args = ("--kubernetes", "--nodes", "2", "--image", "image", "--volume", "claim:/data", "--secret", "hf")
+    text, command = dry(*args).rstrip().rsplit("\n", 1)
+    assert command == "kubectl apply -f -"
+    listed = json.loads(text)
+    assert [item["kind"] for item in listed["items"]] == ["Service", "Job"]
+    assert listed["items"][1]["metadata"]["name"] == "kdscale-my-run"
+    (job,) = json.loads(dry(*args, "--pytorchjob").rsplit("\nkubectl", 1)[0])["items"]
+    assert job["kind"] == "PyTorchJob"
+
+
+def test_torchrun(dry: Launch, config: Path) -> None:
+    words = shlex.split(dry("--torchrun", "--nodes", "2", "--slots", "4", "--master-addr", "node-1"))
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words
+    assert "--rdzv-endpoint=node-1:29400" in words
+    assert words[-2:] == [str(config), "distill.processes=8"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "--hostfile, --slurm, --kubernetes, --torchrun"),
+        (("--slurm", "--torchrun"), "got:      --slurm, --torchrun"),
+        (("--slurm", "--nodes", "3"), r"global_batch \(8\) must be a multiple"),
+        (("--slurm", "--nodes", "2", "--min-nodes", "1"), "number of ranks"),
+        (("--slurm", "--set", "distill.processes=2"), "number of slots"),
+        (("--slurm", "--until", "prune"), "distill, eval, report"),
+        (("--slurm", "--sbatch", "a b\nc"), "not an sbatch option"),
+        (("--kubernetes",), "--image"),
+        (("--kubernetes", "--image", "i", "--volume", "claim"), "CLAIM:/PATH"),
+        (("--hostfile", "/nowhere"), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(dry: Launch, args: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dry(*args)

@@ -1,0 +1,66 @@
+"""The regression is the textbook one, from few tokens and from many, in fp64 and with one Gram matrix in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdscale.errors import SelfCheckError
+from kdscale.prune.compensate import RidgeSums, solve_in_place
+
+KEPT, INPUTS, OUTPUTS = [0, 2, 3, 6, 7, 9, 10, 11], 12, 5
+CPU = torch.device("cpu")
+
+
+def _case(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    mix = torch.randn(INPUTS, INPUTS, generator=generator)
+    return torch.randn(tokens, INPUTS, generator=generator) @ mix, torch.randn(OUTPUTS, INPUTS, generator=generator)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 9, 60])
+def test_the_solution_minimises_what_it_should(tokens: int, batch: int) -> None:
+    """Against a least-squares solve of the stacked problem [x_K; √λ I] W'ᵀ = [x Wᵀ; √λ W_Kᵀ]."""
+    x_NU, weight_DU = _case(tokens)
+    sums = RidgeSums(KEPT, INPUTS, CPU)
+    for part in x_NU.split(batch):
+        sums.add(part[None])
+    solved = sums.solve(weight_DU, 1e-2, "it")
+    x, weight = x_NU.double(), weight_DU.double()
+    root = (1e-2 * x[:, KEPT].square().sum(0).mean()).sqrt()
+    left = torch.cat([x[:, KEPT], root * torch.eye(len(KEPT), dtype=torch.float64)])
+    right = torch.cat([x @ weight.T, root * weight[:, KEPT].T])
+    expected = torch.linalg.lstsq(left, right).solution.T
+    assert solved.dtype == torch.float32
+    assert (solved - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [4, 60])
+def test_bf16_inputs_are_summed_in_fp32(tokens: int) -> None:
+    x_NU, weight_DU = _case(tokens)
+    one, two = RidgeSums(KEPT, INPUTS, CPU), RidgeSums(KEPT, INPUTS, CPU)
+    one.add(x_NU.bfloat16())
+    two.add(x_NU.bfloat16().float())
+    assert torch.equal(one.solve(weight_DU, 1e-2, "it"), two.solve(weight_DU, 1e-2, "it"))
+
+
+@pytest.mark.parametrize("tokens", [4, 60])
+def test_silence_and_noise(tokens: int) -> None:
+    _, weight_DU = _case(tokens)
+    silent, broken = RidgeSums(KEPT, INPUTS, CPU), RidgeSums(KEPT, INPUTS, CPU)
+    silent.add(torch.zeros(tokens, INPUTS))
+    assert torch.equal(silent.solve(weight_DU, 1e-2, "it"), weight_DU[:, KEPT])
+    broken.add(torch.full((tokens, INPUTS), torch.inf))
+    with pytest.raises(SelfCheckError, match="compensation of it"):
+        broken.solve(weight_DU, 1e-2, "it")
+
+
+def test_solved_where_it_lies() -> None:
+    half = torch.randn(30, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram, right = half @ half.T, half[:7, :30].clone()
+    expected = torch.linalg.solve(gram, right.T).T
+    solved = solve_in_place(gram, right)
+    assert solved.data_ptr() == right.data_ptr()
+    assert (solved - expected).abs().max() < 1e-9 * expected.abs().max()
+    assert solve_in_place(-torch.eye(3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)).isnan().all()
