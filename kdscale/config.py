@@ -117,7 +117,7 @@ class PruneConfig(_Section):
     layer_method: LayerMethod = "block_influence"
     # drop one contiguous run of layers (Llama-3.1 → 4B depth recipe) instead of the lowest-scored layers anywhere
     contiguous_layers: bool = False
-    compensate: Compensation = "ridge"
+    compensate: Compensation = "two_stream"
     # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
     stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     ridge_lambda: Annotated[float, Field(gt=0.0)] = 1e-2

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kdscale.config import PruneConfig
-from kdscale.dist import in_group, is_writer
-from kdscale.errors import ConfigError, DataError
+from kdscale.dist import is_writer
+from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
 from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.progress import Reporter
@@ -72,9 +72,10 @@ def apply_plan(
     if compensates and not sum(batch.input_ids_BS.numel() for batch in batches):
         raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
+    repair = two_stream_layers if plan.methods.compensate == "two_stream" else compensated_layers
     if not is_writer():
         if compensates:
-            for _ in _repaired(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS)):
+            for _ in repair(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS)):
                 raise AssertionError("only the rank that writes is given weights")
         return
     pairs = [_Pair(*pair, None) for pair in slicer.outer()]
@@ -89,7 +90,7 @@ def apply_plan(
         if compensates:
             if scratch.folder is not None and not writer.written:
                 remove_tree(scratch.folder / _PASS)  # the layers that it has done are not in these files
-            solved = _repaired(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS), residuals)
+            solved = repair(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS), residuals)
             _write(writer, teacher, slicer, (pair for pair in pairs if pair.position is None))
             writer.commit()
             for position, changed in solved:
@@ -102,27 +103,6 @@ def apply_plan(
                 writer.commit()
     write_json(out_dir / "config.json", slicer.student_config)
     copy_sidecars(teacher.path, out_dir)
-
-
-def _repaired(
-    stream: LayerStream,
-    slicer: Slicer,
-    batches: Sequence[TokenBatch],
-    cfg: PruneConfig,
-    teacher: Checkpoint,
-    reporter: Reporter,
-    scratch: Scratch,
-    residuals: Residuals | None = None,
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(the student's layer, role → new weight) by the plan's method; a killed two-stream pass starts over."""
-    if slicer.plan.methods.compensate != "two_stream":
-        return compensated_layers(stream, slicer, batches, cfg, teacher, reporter, scratch, residuals)
-    if in_group():
-        raise ConfigError(
-            "prune.compensate: two_stream", expected="one process", got="importance.processes above 1", hint="use ridge"
-        )
-    ridge, correction = cfg.ridge_lambda, cfg.stream_correction
-    return enumerate(two_stream_layers(stream, slicer, batches, ridge, correction, teacher, reporter, residuals))
 
 
 def _write(

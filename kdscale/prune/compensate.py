@@ -141,33 +141,69 @@ def solve_in_place(gram_KK: Tensor, right_DK: Tensor) -> Tensor:
 
 
 class TargetSums:
-    """XᵀX and XᵀT of a regression of any target T on inputs X, in fp32, summed in place.
+    """A regression of any target T on inputs X: XᵀX and XᵀT in fp32, summed in place.
 
-    The weight minimises ‖x Wᵀ − t‖² + λ‖W − W_0‖², with λ a fraction of the mean diagonal of XᵀX:
-    W = W_0 + (TᵀX − W_0 XᵀX)(XᵀX + λI)⁻¹.
+    The weight minimises ‖x Wᵀ − t‖² + λ‖W − W_0‖², with λ a fraction of the mean diagonal of XᵀX. In the residual
+    E = T − X W_0ᵀ it is W = W_0 + EᵀX(XᵀX + λI)⁻¹. While there are no more rows than inputs they are kept as they are,
+    and W = W_0 + Eᵀ(XXᵀ + λI)⁻¹X.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device):
-        self.gram_KK = torch.zeros(inputs, inputs, device=device)
-        self.cross_KD = torch.zeros(inputs, outputs, device=device)
+    def __init__(self, prior_DK: Tensor):
+        """`prior_DK`: W_0."""
+        self._prior_DK = prior_DK.float()
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._count = 0
+        self._gram_KK: Tensor | None = None
+        self._cross_DK: Tensor | None = None
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """`x`: [..., K]; `target`: [..., D]."""
-        x_NK = x.detach().flatten(0, -2).float()
-        self.gram_KK.addmm_(x_NK.T, x_NK)
-        self.cross_KD.addmm_(x_NK.T, target.detach().flatten(0, -2).float())
+        x_NK, target_ND = x.detach().flatten(0, -2), target.detach().flatten(0, -2)
+        self._rows.append((x_NK, target_ND.float() - x_NK.float() @ self._prior_DK.T))
+        self._count += len(x_NK)
+        if self._count > self._prior_DK.shape[1]:
+            self._fold()
 
-    def solve(self, prior_DK: Tensor, ridge: float, what: str) -> Tensor:
-        """The weight [D, K] in fp32, W_0 being `prior_DK`. Raises SelfCheckError, naming `what`, when not finite."""
-        gram_KK, prior = self.gram_KK.double(), prior_DK.double()
-        left_KD = self.cross_KD.double() - gram_KK @ prior.T
-        penalty = ridge * gram_KK.diagonal().mean()
-        if float(penalty) == 0.0:
-            return prior_DK.float()
-        gram_KK.diagonal().add_(penalty)
-        weight_DK = (prior + torch.cholesky_solve(left_KD, torch.linalg.cholesky(gram_KK)).T).float()
+    def reduce(self) -> None:
+        """Sum over all ranks."""
+        if in_group():
+            gram_KK, cross_DK = self._fold()
+            all_reduce_sum(gram_KK)
+            all_reduce_sum(cross_DK)
+
+    def solve(self, ridge: float, what: str) -> Tensor:
+        """W [D, K] in fp32; the sums are used up. Raises SelfCheckError, naming `what`, when it is not finite."""
+        if self._gram_KK is None and self._rows:
+            x_NK = torch.cat([x for x, _ in self._rows]).double()
+            left_DN = torch.cat([error for _, error in self._rows]).double().T.contiguous()
+            moved_DK = self._solved(x_NK @ x_NK.T, left_DN, ridge, x_NK)
+        else:
+            gram_KK, cross_DK = self._fold()
+            self._gram_KK = self._cross_DK = None
+            moved_DK = self._solved(gram_KK.double(), cross_DK.double(), ridge, None)
+        weight_DK = (self._prior_DK + moved_DK).float()
         if not torch.isfinite(weight_DK).all():
             raise SelfCheckError(
                 f"compensation of {what} is not finite", hint="raise prune.ridge_lambda or set prune.compensate=none"
             )
         return weight_DK
+
+    def _solved(self, gram: Tensor, left: Tensor, ridge: float, x_NK: Tensor | None) -> Tensor:
+        penalty = ridge * gram.trace() / self._prior_DK.shape[1]
+        if float(penalty) == 0.0:  # nothing to regress on: the prior is the answer
+            return torch.zeros_like(self._prior_DK)
+        gram.diagonal().add_(penalty)
+        moved = solve_in_place(gram, left)
+        return moved if x_NK is None else moved @ x_NK
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        """Turn rows into sums."""
+        outputs, inputs = self._prior_DK.shape
+        if self._gram_KK is None or self._cross_DK is None:
+            self._gram_KK = self._prior_DK.new_zeros(inputs, inputs)
+            self._cross_DK = self._prior_DK.new_zeros(outputs, inputs)
+        for x_NK, error_ND in self._rows:
+            self._gram_KK.addmm_(x_NK.float().T, x_NK.float())
+            self._cross_DK.addmm_(error_ND.T, x_NK.float())
+        self._rows.clear()
+        return self._gram_KK, self._cross_DK

@@ -33,14 +33,12 @@ from kdscale.files import atomic_path, write_json
 from kdscale.models import resolve_dtype
 from kdscale.progress import Reporter
 from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE, obs_axes
-from kdscale.prune.rotate import ROTATION, ResidualCovariance, unrotatable
+from kdscale.prune.rotate import ROTATION, ResidualCovariance, components, unrotatable
 from kdscale.prune.search import openable_axes
 from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch
 from kdscale.prune.statistics import NormStats, UnitStats
 from kdscale.prune.stream import LayerStream, TokenBatch
 from kdscale.weights import Checkpoint
-
-_COVARIANCE = "hidden.covariance"  # among the sums that a killed pass goes on with
 
 
 def run(
@@ -103,8 +101,8 @@ def gather(
     """The scores of `run`, from any stream; `advance(tokens, layer)` is called after each batch in each layer.
 
     With several ranks `batches` are this rank's share, and every rank gets the scores over all of them. With a folder
-    in `scratch` a killed call is taken up again at the first layer that it had not finished. `obs`, `ridge`: see
-    UnitStats.
+    in `scratch` a killed call is taken up again at the first layer that it had not finished.
+    `obs`, `ridge`: see UnitStats.
     """
     family, norms = stream.family, NormStats(stream.dims.hidden)
     turns = "hidden" in axes and unrotatable(family, stream.config) is None
@@ -117,13 +115,14 @@ def gather(
             over_stream = [layer.site(path) for path in family.sites.norms]
             norms.attach(over_stream)
             if covariance is not None:
-                covariance.sum_DD = walk.running.setdefault(_COVARIANCE, covariance.sum_DD)
                 covariance.attach(over_stream)
         walk.run(layer, influence.see if "layers" in axes else None)
         with torch.inference_mode():
             found = units.scores()
         if "hidden" in axes:
             walk.running["hidden.activation"] = walk.running.get("hidden.activation", 0) + norms.close()
+        if covariance is not None:
+            walk.running["hidden.covariance"] = walk.running.get("hidden.covariance", 0) + covariance.close()
         if "layers" in axes:
             found["layers.block_influence"] = influence.score()
         walk.finish(found)
@@ -139,8 +138,7 @@ def gather(
                 final(state)
         out["hidden.activation"] = walk.running["hidden.activation"] + norms.close()
     if covariance is not None:
-        all_reduce_sum(covariance.sum_DD)
-        out["hidden.pca"], out[ROTATION] = covariance.components()
+        out["hidden.pca"], out[ROTATION] = components(walk.running["hidden.covariance"] + covariance.close())
     walk.close()
     return {name: value.numpy().astype(np.float32) for name, value in out.items()}
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.config import PruneConfig
+from kdscale.dist import all_reduce_sum
 from kdscale.errors import ConfigError
 from kdscale.families import Family, TensorSpec
 from kdscale.prune.plan import Plan
@@ -55,13 +56,20 @@ class ResidualCovariance:
         x_ND = x_ND * x_ND.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
         self.sum_DD.addmm_(x_ND.T, x_ND)
 
-    def components(self) -> tuple[Tensor, Tensor]:
-        """(energy [D], falling; R [D, D], fp32 on the CPU). The sign of a row is such that its largest entry is > 0."""
-        energy_D, vectors_DD = torch.linalg.eigh(self.sum_DD.double().cpu())
-        rows_DD = vectors_DD.T.flip(0)
-        largest = rows_DD.abs().argmax(1, keepdim=True)
-        rows_DD = rows_DD * rows_DD.gather(1, largest).sign()
-        return energy_D.flip(0).clamp_min(0), rows_DD.float().contiguous()
+    def close(self) -> Tensor:
+        """What was seen since the last call, by all ranks: [D, D], fp32 on the CPU."""
+        total_DD = all_reduce_sum(self.sum_DD).cpu()
+        self.sum_DD = torch.zeros_like(self.sum_DD)
+        return total_DD
+
+
+def components(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """(energy [D], falling; R [D, D], fp32). The sign of a row is such that its largest entry is positive."""
+    energy_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
+    rows_DD = vectors_DD.T.flip(0)
+    largest = rows_DD.abs().argmax(1, keepdim=True)
+    rows_DD = rows_DD * rows_DD.gather(1, largest).sign()
+    return energy_D.flip(0).clamp_min(0), rows_DD.float().contiguous()
 
 
 def unrotatable(family: Family, config: Mapping[str, Any]) -> str | None:
@@ -104,6 +112,19 @@ class RotatedTeacher(Checkpoint):
     def itemsize(self, name: str) -> int:
         return self._teacher.itemsize(self._tied.get(name, name))
 
+    def position(self, name: str) -> tuple[int, int]:
+        return self._teacher.position(self._tied.get(name, name))
+
+    def blocks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
+        """As Checkpoint.blocks; what writes to the stream mixes all its rows and comes whole."""
+        spec = self._specs[name]
+        if "hidden" not in spec.axes or spec.axes[0] == "hidden":
+            yield self.tensor(name)
+            return
+        reads_DD = self._reads(name, spec)
+        for block in self._teacher.blocks(self._tied.get(name, name), max_bytes):
+            yield (block.double() @ reads_DD).to(block.dtype)
+
     def tensor(self, name: str) -> Tensor:
         """The turned tensor in the dtype on disk, computed in fp64."""
         spec = self._specs[name]
@@ -112,23 +133,15 @@ class RotatedTeacher(Checkpoint):
             return plain
         if spec.role in _NORMS:
             return torch.ones_like(plain)
-        rotation_DD = self._rotation_DD.double()
         if spec.axes[0] == "hidden":  # writers and their biases
-            return (rotation_DD @ plain.double()).to(plain.dtype)
-        reads_DD = rotation_DD.T if spec.role == "embed" else self._gain(name, spec)[:, None] * rotation_DD.T
+            return (self._rotation_DD.double() @ plain.double()).to(plain.dtype)
+        reads_DD = self._reads(name, spec)
         return torch.cat([(block.double() @ reads_DD).to(plain.dtype) for block in plain.split(_BLOCK_ROWS)])
 
-    def blocks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
-        """As Checkpoint.blocks, of the turned tensor."""
-        if "hidden" not in self._specs[name].axes:
-            yield from self._teacher.blocks(name, max_bytes)
-            return
-        turned_RC = self.tensor(name)
-        row_bytes = turned_RC[:1].nbytes
-        yield from turned_RC.split(max(1, max_bytes // max(row_bytes, 1)))
-
-    def position(self, name: str) -> tuple[int, int]:
-        return self._teacher.position(self._tied.get(name, name))
+    def _reads(self, name: str, spec: TensorSpec) -> Tensor:
+        """What a matrix whose columns are the stream is multiplied by, fp64."""
+        turn_DD = self._rotation_DD.double().T
+        return turn_DD if spec.role == "embed" else self._gain(name, spec)[:, None] * turn_DD
 
     def _gain(self, name: str, spec: TensorSpec) -> Tensor:
         """The gain of the norm that feeds this reader."""

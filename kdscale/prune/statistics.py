@@ -84,10 +84,11 @@ class UnitStats:
         """The Gram matrices are used up, one after the other."""
         dims, out = self._dims, dict[str, Tensor]()
         if "ffn" in self._grams:
-            out["ffn.obs"] = removal_costs(self._grams.pop("ffn"), self._weight(self._sites.ffn, "down"), self._ridge)
+            gram = all_reduce_sum(self._grams.pop("ffn"))
+            out["ffn.obs"] = removal_costs(gram, self._weight(self._sites.ffn, "down"), self._ridge)
         if "heads" in self._grams:
             weight = self._weight(self._sites.heads, "o")
-            gram = self._grams.pop("heads")
+            gram = all_reduce_sum(self._grams.pop("heads"))
             out["heads.obs"] = head_removal_costs(gram, weight, self._ridge, dims.kv_heads, dims.head_dim)
         return out
 

@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdscale.config import PruneConfig
+from kdscale.dist import is_writer
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import TargetSums
 from kdscale.prune.repair import COMPENSATED, compensated_roles
 from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
-from kdscale.prune.states import States
+from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch, States
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
 
@@ -40,40 +42,68 @@ def two_stream_layers(
     stream: LayerStream,
     slicer: Slicer,
     batches: Sequence[TokenBatch],
-    ridge: float,
-    correction: float,
+    cfg: PruneConfig,
     teacher: Checkpoint,
     reporter: Reporter,
+    scratch: Scratch = IN_MEMORY,
     residuals: Residuals | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """For each kept layer, in order: role → weight, fp32 on the CPU. `correction` is β.
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """As `repair.compensated_layers`, of which it is the other kind: (the student's layer, role → weight).
 
-    In memory: two layers, and the hidden states of the calibration tokens twice. β applies where a layer adds its two
-    sublayers' outputs to its input and nothing else (no norm or factor between); it is taken as 0 elsewhere.
+    β is `cfg.stream_correction`. It applies where a layer adds its two sublayers' outputs to its input and nothing else
+    (no norm or factor between), and is taken as 0 elsewhere. In memory: a layer of each model, one regression, and the
+    hidden states of both within the budget of `scratch`.
     """
     plan = slicer.plan
-    ours = LayerStream(
-        slicer.student_config, slicer.family, sliced_source(teacher, slicer), dtype=stream.dtype, device=stream.device
-    )
-    kept_D = torch.tensor(plan.kept.hidden, device=stream.device)
-    theirs_states, our_states = stream.embed(batches), ours.embed(batches)
-    last = plan.kept.layers[-1]
+    both = _BothStreams(stream, slicer, teacher)
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
-    with reporter.bar("compensation", total=tokens) as bar, torch.inference_mode():
-        for layer in stream.layers():
-            position = plan.kept.layers.index(layer.index) if layer.index in plan.kept.layers else None
-            if position is None:
-                for index, batch in enumerate(batches):
-                    theirs_states[index] = layer(theirs_states[index], batch.position_ids_BS.to(stream.device))
-            else:
-                student = ours.layer(position)
-                pair = _LayerPair(layer, student, slicer, position, correction, kept_D, batches, residuals)
-                yield pair.fit(theirs_states, our_states, ridge)
-                student.release()
-            bar.advance(tokens / (last + 1), f"layer {layer.index + 1}/{last + 1}")
-            if layer.index == last:
-                layer.release()
-                return
+    depth = plan.kept.layers[-1] + 1
+    with reporter.bar("compensation", total=tokens) as bar:
+
+        def advance(count: int, layer: int) -> None:
+            bar.advance(count / depth, f"layer {layer + 1}/{depth}")
+
+        walk = LayerPass(both, batches, scratch, advance)
+        for pair in walk.layers(depth):
+            if pair.position is not None:
+                with torch.inference_mode():
+                    solved = pair.fit(walk.states, batches, cfg, residuals)
+                if is_writer():
+                    yield pair.position, solved
+                del solved
+            walk.run(pair)
+            walk.finish()
+        walk.close()
+
+
+class _BothStreams:
+    """Teacher and student as one stream for LayerPass: a token's state is the teacher's D numbers and our D'."""
+
+    def __init__(self, stream: LayerStream, slicer: Slicer, teacher: Checkpoint):
+        self.dims, self.device, self._slicer = stream.dims, stream.device, slicer
+        self._theirs = stream
+        self._ours = LayerStream(
+            slicer.student_config,
+            slicer.family,
+            sliced_source(teacher, slicer),
+            dtype=stream.dtype,
+            device=stream.device,
+        )
+
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> States:
+        theirs, ours = self._theirs.embedding(), self._ours.embedding()
+        states = States(scratch, self.device)
+        with torch.inference_mode():
+            for batch in batches:
+                ids, positions = batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device)
+                states.append(torch.cat([theirs(ids, positions), ours(ids, positions)], dim=-1))
+        return states
+
+    def layer(self, index: int) -> _LayerPair:
+        kept = self._slicer.plan.kept.layers
+        position = kept.index(index) if index in kept else None
+        ours = None if position is None else self._ours.layer(position)
+        return _LayerPair(self._theirs.layer(index), ours, self._slicer, position, self.device)
 
 
 def sliced_source(teacher: Checkpoint, slicer: Slicer) -> Callable[[str], Tensor]:
@@ -92,77 +122,98 @@ def sliced_source(teacher: Checkpoint, slicer: Slicer) -> Callable[[str], Tensor
 
 
 class _LayerPair:
-    """One layer of the teacher and the student's at the same place."""
+    """One layer of the teacher and, if it is kept, the student's at the same place."""
 
     def __init__(
-        self,
-        theirs: OneLayer,
-        ours: OneLayer,
-        slicer: Slicer,
-        position: int,
-        correction: float,
-        kept_D: Tensor,
-        batches: Sequence[TokenBatch],
-        residuals: Residuals | None,
+        self, theirs: OneLayer, ours: OneLayer | None, slicer: Slicer, position: int | None, device: torch.device
     ):
-        self._theirs, self._ours, self._slicer, self._position = theirs, ours, slicer, position
-        self._correction, self._kept_D, self._batches, self._residuals = correction, kept_D, batches, residuals
+        self.index, self.position = theirs.index, position
+        self._theirs, self._ours, self._slicer = theirs, ours, slicer
+        self._kept_D = torch.tensor(slicer.plan.kept.hidden, device=device)
         sites = slicer.family.sites
         self._paths = {"o": sites.heads, "down": sites.mlp_output}
         self._seen: dict[tuple[bool, str], tuple[Tensor, Tensor]] = {}
-        for mine, one in ((False, theirs), (True, ours)):
-            for role, path in self._paths.items():
-                one.site(path).register_forward_hook(self._keeper(mine, role))
+        self._handles = [
+            one.site(path).register_forward_hook(self._keeper(mine, role))
+            for mine, one in ((False, theirs), (True, ours))
+            if one is not None
+            for role, path in self._paths.items()
+        ]
 
-    def fit(self, theirs_states: States, our_states: States, ridge: float) -> dict[str, Tensor]:
-        """Refit the projections that are cut, in the order in which they add to the stream; advance both states."""
+    def __call__(self, both: Tensor, positions_BS: Tensor) -> Tensor:
+        theirs, ours = self._split(both)
+        after = ours if self._ours is None else self._ours(ours, positions_BS)
+        return torch.cat([self._theirs(theirs, positions_BS), after], dim=-1)
+
+    def release(self) -> None:
+        self._theirs.release()
+        if self._ours is not None:
+            self._ours.release()
+
+    def fit(
+        self, states: States, batches: Sequence[TokenBatch], cfg: PruneConfig, residuals: Residuals | None
+    ) -> dict[str, Tensor]:
+        """Refit the projections that are cut, in the order in which they add to the stream."""
+        roles = compensated_roles(self._slicer.plan, self._slicer)
         out: dict[str, Tensor] = {}
         for role in ("o", "down"):
-            if role not in compensated_roles(self._slicer.plan, self._slicer):
-                continue
-            module, transposed = self._ours.site(self._paths[role]), self._slicer.family.transposed(role)
-            weight_DK, bias_D = _weight(module, transposed), getattr(module, "bias", None)
-            inputs = self._slicer.kept(COMPENSATED[role], self._position)
-            assert inputs is not None
-            inputs_K = torch.tensor(inputs, device=weight_DK.device)
-            sums, sample = TargetSums(len(inputs), len(weight_DK), weight_DK.device), Sample(len(self._batches))
-            for theirs, ours, batch in zip(theirs_states, our_states, self._batches, strict=True):
-                self._run(theirs, ours, batch)
-                offset = 0.0 if bias_D is None else bias_D.float()
-                sample.see(self._seen[False, role][0])
-                sums.add(self._seen[False, role][0][..., inputs_K], self._wanted(role) - offset)
-                sums.add(self._seen[True, role][0], self._target(role, theirs, ours) - offset)
-            solved = sums.solve(weight_DK, ridge, f"{self._paths[role]} of the student's layer {self._position}")
-            if self._residuals is not None:
-                whole_DU = _weight(self._theirs.site(self._paths[role]), transposed)[self._kept_D]
-                self._residuals.add(self._theirs.index, role, sample, whole_DU, inputs_K, solved)
-            on_disk = solved.T.contiguous() if transposed else solved
-            out[role] = on_disk.cpu()
-            module.weight.data = on_disk.to(weight_DK.dtype)
-        for index, batch in enumerate(self._batches):
-            theirs_states[index], our_states[index] = self._run(theirs_states[index], our_states[index], batch)
+            if role in roles:
+                out[role] = self._refit(role, states, batches, cfg, residuals)
+        for handle in self._handles:
+            handle.remove()
         self._seen.clear()
         return out
 
-    def _run(self, theirs: Tensor, ours: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        positions = batch.position_ids_BS.to(theirs.device)
-        after = self._theirs(theirs, positions), self._ours(ours, positions)
-        if self._correction and not self._is_plain(theirs, after[0]):
-            self._correction = 0.0
-        return after
+    def _refit(
+        self,
+        role: str,
+        states: States,
+        batches: Sequence[TokenBatch],
+        cfg: PruneConfig,
+        residuals: Residuals | None,
+    ) -> Tensor:
+        assert self._ours is not None
+        module, transposed = self._ours.site(self._paths[role]), self._slicer.family.transposed(role)
+        weight_DK, bias_D = _weight(module, transposed), getattr(module, "bias", None)
+        inputs = self._slicer.kept(COMPENSATED[role], self.position)
+        assert inputs is not None
+        inputs_K = torch.tensor(inputs, device=weight_DK.device)
+        sums, sample = TargetSums(weight_DK), Sample(len(batches))
+        for index, batch in enumerate(batches):
+            before = states[index]
+            after = self(before, batch.position_ids_BS.to(before.device))
+            theirs, ours = self._split(before)
+            beta = cfg.stream_correction if self._is_plain(theirs, self._split(after)[0]) else 0.0
+            offset = 0.0 if bias_D is None else bias_D.float()
+            sample.see(self._seen[False, role][0])
+            sums.add(self._seen[False, role][0][..., inputs_K], self._wanted(role) - offset)
+            sums.add(self._seen[True, role][0], self._target(role, theirs, ours, beta) - offset)
+        sums.reduce()
+        solved_DK = sums.solve(cfg.ridge_lambda, f"{self._paths[role]} of the student's layer {self.position}")
+        if residuals is not None:
+            whole_DU = _weight(self._theirs.site(self._paths[role]), transposed)[self._kept_D]
+            residuals.add(self.index, role, sample, whole_DU, inputs_K, solved_DK)
+        on_disk = solved_DK.T.contiguous() if transposed else solved_DK
+        module.weight.data = on_disk.to(weight_DK.dtype)
+        return on_disk.cpu()
+
+    def _split(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        teacher, student = self._slicer.plan.teacher.hidden, self._slicer.plan.student.hidden
+        theirs, ours = both.split([teacher, student], dim=-1)
+        return theirs, ours
 
     def _is_plain(self, before: Tensor, after: Tensor) -> bool:
         added = self._output(False, "o") + self._output(False, "down")
         change, output = (after.float() - before.float()).norm(), after.float().norm()
         return bool((before.float() + added - after.float()).norm() <= _PLAIN * change + _ROUNDING * output)
 
-    def _target(self, role: str, theirs: Tensor, ours: Tensor) -> Tensor:
+    def _target(self, role: str, theirs: Tensor, ours: Tensor, beta: float) -> Tensor:
         target = self._wanted(role)
-        if self._correction:
+        if beta:
             behind = theirs.float()[..., self._kept_D] - ours.float()
             if role == "down":
                 behind += self._output(False, "o")[..., self._kept_D] - self._output(True, "o")
-            target = target + self._correction * behind
+            target = target + beta * behind
         return target
 
     def _wanted(self, role: str) -> Tensor:
