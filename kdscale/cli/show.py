@@ -133,8 +133,16 @@ def results(folder: Path, last_stage: str) -> None:
         places = [("student (standard checkpoint)", run.student), ("pruned, not distilled", run.pruned)]
         places += [("report", run.report / "report.html"), ("figures", run.report / "report.json")]
         places += [("training curve", run.logs / "metrics.jsonl")]
-        places = [(name, path) for name, path in places if path.exists()]
-        _print(_table("Where everything is", ("", ""), [(name, str(path)) for name, path in places]))
+        _places([(name, path) for name, path in places if path.exists()])
+
+
+def _places(places: Sequence[tuple[str, Path]]) -> None:
+    """One line a path, however long: a path cut short, as a table would, cannot be copied."""
+    console = Console(soft_wrap=True)
+    console.print("Where everything is", style="bold")
+    width = max(len(name) for name, _ in places)
+    for name, path in places:
+        console.print(f"{name:<{width}}  {path}", highlight=False, markup=False)
 
 
 def _side_by_side(evaluation: dict[str, Any]) -> None:

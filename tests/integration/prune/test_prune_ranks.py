@@ -50,7 +50,9 @@ def test_a_lost_rank_is_resumed_and_the_scores_are_those_of_one_process(teacher,
     assert one.keys() == expected.keys()
     for name, values in expected.items():
         assert np.array_equal(one[name], two[name]), name
-        assert np.abs(one[name] - values).max() < 1e-6 * np.abs(values).max(), name
+        # eigenvectors turn by the sums' rounding over the gap to the next eigenvalue
+        tolerance = 1e-4 if name == "hidden.rotation" else 1e-6
+        assert np.abs(one[name] - values).max() < tolerance * np.abs(values).max(), name
 
 
 def _config(tiny_config: Path, run: Path, *more: str) -> Config:
