@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compensate", default="ridge", choices=["ridge", "two_stream"])
     parser.add_argument("what", choices=["copy", "stages", "load", *STEPS])
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def peak_gib() -> float:
 
 def child(arguments: argparse.Namespace, step: str) -> dict[str, Any]:
     command = [sys.executable, __file__, str(arguments.teacher), "--work", str(arguments.work)]
-    for name in ("tokens", "seq_len", "threads"):
+    for name in ("tokens", "seq_len", "threads", "compensate"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     done = subprocess.run([*command, step], stdout=subprocess.PIPE, text=True, check=True)
     print(done.stdout, end="", flush=True)
@@ -160,7 +161,8 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from kdscale.prune.ranking import load_scores
 
     checkpoint, family = opened(arguments.teacher)
-    found = make_plan(checkpoint.config, family, load_scores(arguments.work / "importance"), PruneConfig(**CUT))
+    config = PruneConfig(**CUT, compensate=arguments.compensate)
+    found = make_plan(checkpoint.config, family, load_scores(arguments.work / "importance"), config)
     found.save(arguments.work / "plan.json")
     return {"parameters": found.student_params.total, "teacher_parameters": found.teacher_params.total}
 
