@@ -107,7 +107,7 @@ def test_the_search_takes_the_best_scored_candidate(small_config, small_family, 
     assert scores == sorted(scores, reverse=True)
     assert plan.retained["score"] == pytest.approx(scores[0])
     lost = {axis: 1 - share for axis, share in plan.retained.items() if axis not in ("score", "kv_heads")}
-    damage = 3.7 * lost["ffn"] + 0.8 * lost["heads"] + 23 * lost["hidden"] + 5.1 * lost["layers"]
+    damage = 3.3 * lost["ffn"] + 0.8 * lost["heads"] + 23 * lost["hidden"] + 5.1 * lost["layers"]
     assert scores[0] == pytest.approx(np.exp(-damage))
     chosen = plan.candidates[0]
     assert {a: getattr(chosen, a) for a in SHAPE_AXES} == {a: getattr(plan.student, a) for a in SHAPE_AXES}
