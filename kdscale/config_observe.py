@@ -12,7 +12,7 @@ class _Section(BaseModel):
 
 
 class SpikeConfig(_Section):
-    """A spike is a loss above median + factor · max(1.4826 · MAD, 1 % of the median) of the last `window` steps."""
+    """A spike is a loss above the median of the last 16 + factor · σ; σ from the last `window` differences of steps."""
 
     enabled: bool = True
     window: Annotated[int, Field(ge=8)] = 64

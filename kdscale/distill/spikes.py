@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -13,6 +14,7 @@ from kdscale.config_observe import SpikeConfig
 from kdscale.data.loader import PackedLoader
 
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
+_CENTRE = 16  # newest losses whose median is where the next one is expected
 _LEAST_SPREAD = 0.01  # of the median: a loss that hardly moves has no spread worth the name
 _SHOWN_DOCUMENTS = 12
 
@@ -27,9 +29,11 @@ class Spike:
 
 
 class SpikeDetector:
-    """Median and median absolute deviation of the last `window` losses; neither moves much for a few spikes.
+    """Median of the last 16 losses, and the spread of one step that the last `window` differences between steps imply.
 
-    `known` are losses of earlier steps, oldest first: a resumed run sees what an unbroken one would.
+    Medians, so that a few spikes move neither; differences, because early in a run the losses of a window spread far
+    by falling alone, which would hide a spike. `known` are losses of earlier steps, oldest first: a resumed run sees
+    what an unbroken one would.
     """
 
     def __init__(self, settings: SpikeConfig, known: Iterable[float] = ()):
@@ -42,9 +46,11 @@ class SpikeDetector:
             return None
         spike = None
         if len(self._losses) >= min(self._settings.after, self._settings.window):
-            median = statistics.median(self._losses)
-            mad = statistics.median(abs(value - median) for value in self._losses)
-            limit = median + self._settings.factor * max(_MAD_TO_SIGMA * mad, _LEAST_SPREAD * abs(median))
+            losses = list(self._losses)
+            median = statistics.median(losses[-_CENTRE:])
+            moves = [abs(after - before) for before, after in itertools.pairwise(losses)]
+            sigma = _MAD_TO_SIGMA * statistics.median(moves) / math.sqrt(2)  # a difference holds two steps' noise
+            limit = median + self._settings.factor * max(sigma, _LEAST_SPREAD * abs(median))
             spike = Spike(loss, median, limit) if loss > limit else None
         self._losses.append(loss)
         return spike
