@@ -152,7 +152,7 @@ class Observer:
         rows = describe_batch(self._loader, facts.step, facts.micro_sums)
         documents, step = name_documents(rows), facts.step + 1
         if spike is None:
-            what: dict[str, Any] = {"skipped": 1}
+            what: dict[str, Any] = {}
             self._reporter.say(f"step {step}: loss or gradient not finite, step skipped (documents {documents})")
         else:
             what = {"spike": 1, "spike_limit": spike.limit}
