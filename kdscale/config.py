@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from kdscale.config_observe import ProfileConfig, SpikeConfig, TrackingConfig
+from kdscale.config_zero import ZeroConfig
 from kdscale.errors import ConfigError
 from kdscale.files import sha256_json
 from kdscale.units import TARGETS, parse_count, parse_target
@@ -210,6 +211,7 @@ class DistillConfig(_Section):
     processes: Count = 1
     dtype: Dtype = "auto"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    zero: ZeroConfig = ZeroConfig()
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
@@ -239,6 +241,12 @@ class DistillConfig(_Section):
                 raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
             if self.loss.targets == "full":
                 raise ValueError("teacher_placement: served sends the teacher's top K alone: use loss.targets: topk")
+        return self
+
+    @model_validator(mode="after")
+    def _zero_can_do_it(self) -> DistillConfig:
+        if problems := self.zero.problems(self.zero_stage, self.processes):
+            raise ValueError("; ".join(problems))
         return self
 
     def decisive(self) -> dict[str, Any]:

@@ -26,10 +26,12 @@ from kdscale.distill import state
 from kdscale.distill.export import export_student, model_card
 from kdscale.distill.loop import Trainer
 from kdscale.distill.observe import Observer, make_observer
+from kdscale.distill.optimizer import make_optimizer
 from kdscale.distill.quiet import quiet
 from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.validate import Validator
+from kdscale.distill.zero import check_machine, deepspeed_config
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.heads import head_of
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
@@ -96,9 +98,14 @@ def open_session(
         torch.cuda.set_device(device)
     # the ranks that share this machine's cores, of which a job on several machines has fewer than ranks
     set_threads(cfg.runtime.threads, int(os.environ.get("LOCAL_WORLD_SIZE", cfg.distill.processes)))
+    check_machine(cfg.distill.zero, device.type)
     log_path = run_dir / "logs" / ("distill.log" if is_main() else f"distill-rank-{rank()}.log")
     with quiet(log_path):
         _start_group(device)
+        can_nvme = cfg.distill.zero.nvme_path is None or _has_async_io()
+    if not can_nvme:
+        hint = "install libaio's headers (libaio-dev), a C++ compiler and ninja, or offload to cpu"
+        raise ConfigError("distill.zero.nvme_path", expected="DeepSpeed's async_io, which it builds", hint=hint)
     _check_world(cfg)
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
@@ -161,6 +168,12 @@ def _start_group(device: torch.device) -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
+def _has_async_io() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
 def _check_world(cfg: Config) -> None:
     if world_size() != cfg.distill.processes:
         raise ConfigError(
@@ -213,67 +226,16 @@ def _reach_teacher(
     ), head_of(loaded).vocab
 
 
-class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips and skips as DeepSpeed's ZeRO optimisers do; stage 0 has neither norm nor check of its own."""
-
-    overflow = False
-    _global_grad_norm: torch.Tensor | float = 0.0
-
-    def __init__(self, groups: Any, max_norm: float, **settings: Any):
-        super().__init__(groups, **settings)
-        self._max_norm = max_norm
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        self._global_grad_norm = norm
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
-            return
-        share = ((norm + 1e-6) / self._max_norm).clamp(min=1.0)
-        for grad in grads:
-            grad.div_(share)
-        super().step(closure)
-
-
 def _make_engine(cfg: Config, student: StudentModule, stage: int, dtype: torch.dtype, device: torch.device) -> Any:
     import deepspeed
 
-    settings = cfg.distill.optimizer
-    named = [item for item in student.named_parameters() if item[1].requires_grad]
-    groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},  # norms and biases
-    ]
-    adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
-    optimizer: torch.optim.Optimizer
-    if stage == 0:
-        optimizer = _GuardedAdamW(groups, settings.gradient_clipping, **adam)
-    else:
-        optimizer = torch.optim.AdamW(groups, **adam)
     engine, *_ = deepspeed.initialize(
         model=student,
-        optimizer=optimizer,
-        config=_deepspeed_config(cfg, stage, dtype, device),
+        optimizer=make_optimizer(student, cfg.distill.optimizer, stage),
+        config=deepspeed_config(cfg.distill, stage, bf16=dtype == torch.bfloat16, device=device.type),
         dist_init_required=False,
     )
     return engine
-
-
-def _deepspeed_config(cfg: Config, stage: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    share = cfg.distill.micro_batch * cfg.distill.processes
-    bucket = 500_000_000 if device.type == "cuda" else 50_000_000  # stage 2 and 3 allocate this many elements
-    return {
-        "train_micro_batch_size_per_gpu": cfg.distill.micro_batch,
-        "gradient_accumulation_steps": cfg.distill.global_batch // share,
-        # never left to DeepSpeed's silent default; at stage 0 our own optimiser clips
-        "gradient_clipping": cfg.distill.optimizer.gradient_clipping if stage else 0.0,
-        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-    }
 
 
 def _sharpen_masters(model: Any, student_dir: Path) -> None:
