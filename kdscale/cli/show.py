@@ -30,7 +30,7 @@ def _print(table: Table) -> None:
     Console(soft_wrap=False).print(table)
 
 
-def _table(
+def table(
     title: str,
     columns: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -49,12 +49,12 @@ def _table(
 
 def findings(found: Sequence[Finding], conclusions: Sequence[Finding]) -> None:
     for title, lines in (("This machine", found), ("What follows", conclusions)):
-        _print(_table(title, ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in lines]))
+        _print(table(title, ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in lines]))
 
 
 def preflight(found: Sequence[Finding]) -> None:
     """What every host said before a job."""
-    _print(_table("Preflight", ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in found]))
+    _print(table("Preflight", ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in found]))
 
 
 def _mark(state: State) -> str:
@@ -70,7 +70,7 @@ def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None
         before, after = (plan_json[f"{who}_params"][kind] for who in ("teacher", "student"))
         rows.append((f"{kind.replace('_', '-')} parameters", f"{before / 1e6:,.1f} M", f"{after / 1e6:,.1f} M"))
     _print(
-        _table(f"Shape of step {step}" if step else "Student's shape", ("", "teacher", "student"), rows, right_from=1)
+        table(f"Shape of step {step}" if step else "Student's shape", ("", "teacher", "student"), rows, right_from=1)
     )
     before, after = (plan_json[f"{who}_params"]["total"] for who in ("teacher", "student"))
     capacity = Capacity(before, after, distill_tokens)
@@ -106,7 +106,7 @@ def _candidates(plan_json: dict[str, Any]) -> None:
     asked = plan_json["target"]["asked"]
     title = f"{plan_json['candidates_tried']:,} shapes meet {asked}; the best {len(rows)}"
     _print(
-        _table(title, tuple(shown), [[cell(row) for cell in shown.values()] for row in rows], right_from=0, nowrap=True)
+        table(title, tuple(shown), [[cell(row) for cell in shown.values()] for row in rows], right_from=0, nowrap=True)
     )
 
 
@@ -157,7 +157,7 @@ def _side_by_side(evaluation: dict[str, Any]) -> None:
         (title, *("" if quality[key] is None else form.format(quality[key]) for quality in models.values()))
         for title, key, form in shown
     ]
-    _print(_table("Held-out text", ("", *models), rows, right_from=1))
+    _print(table("Held-out text", ("", *models), rows, right_from=1))
 
 
 def status(folder: Path) -> None:
@@ -185,7 +185,7 @@ def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
         detail = facts or entry.get("reason", "").splitlines()[0:1] or ""
         seconds = f"{entry['seconds']:.1f} s" if "seconds" in entry else ""
         rows.append((stage.name, _STATE[state], seconds, detail if isinstance(detail, str) else detail[0]))
-    _print(_table(str(run.path), ("stage", "state", "time", ""), rows))
+    _print(table(str(run.path), ("stage", "state", "time", ""), rows))
     last = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "train"][-1:]
     for row in last:
         shown = {

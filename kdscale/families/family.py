@@ -102,6 +102,11 @@ class Family:
     def sites(self) -> Sites:
         return self.data.sites
 
+    @property
+    def experts_per_token(self) -> int | None:
+        """How many experts each token is routed to; None in dense models."""
+        return self._per_token
+
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     def dims(self, config: Config) -> Dims:

@@ -45,6 +45,7 @@ def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]
         ("launch", "demo", "--torchrun", "--slots", "2", "--set", "distill.micro_batch=1", "--dry-run"),
         ("--version",),
         ("plan", "demo", "--shapes-only", "--set", f"teacher.path={SMOLLM}"),
+        ("plan-run", "demo", "--set", f"teacher.path={SMOLLM}"),
     ],
 )
 def test_these_commands_load_nothing_heavy(args: tuple[str, ...]) -> None:
@@ -60,6 +61,21 @@ def test_a_plan_of_shapes_shows_what_becomes_of_the_model() -> None:
     assert "704" in done.stdout
 
 
+def test_plan_run_prints_what_fits_and_writes_the_lines(tmp_path: Path) -> None:
+    file = tmp_path / "planned.yaml"
+    done = run(
+        "plan-run", "demo", "--set", f"teacher.path={SMOLLM}", "--gpus-per-node", "2", "--tokens", "10B", "--gpu",
+        "h200", "--stage", "2", "--write", str(file),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 NVIDIA H200" in done.stdout
+    assert "chosen" in done.stdout
+    assert "activations" in done.stdout
+    assert done.stdout.endswith(file.read_text())
+    assert "  processes: 2\n" in file.read_text()
+    assert "  zero_stage: 2\n" in file.read_text()
+
+
 @pytest.mark.parametrize(
     ("args", "needle"),
     [
@@ -70,6 +86,8 @@ def test_a_plan_of_shapes_shows_what_becomes_of_the_model() -> None:
         (("run", "demo", "--set", "teacher.path=/nowhere"), "teacher.path"),
         (("status", "no-such-run"), "no-such-run"),
         (("get-teacher", "gpt-9", "/tmp/x"), "gpt-9"),
+        (("plan-run", "demo", "--gpu", "h1000"), "h100, h200"),
+        (("plan-run", "demo", "--gpu-memory", "many"), "--gpu-memory"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_two(args: tuple[str, ...], needle: str) -> None:

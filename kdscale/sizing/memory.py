@@ -1,0 +1,322 @@
+"""Bytes a GPU (or CPU process) holds at the peak of a training step, by component. The one place of the memory model.
+
+Letters: P parameters, W ranks, b bytes of a weight (2 in bf16, 4 in fp32), H hidden, F ffn, A heads · head_dim,
+K kv_heads · head_dim, V vocabulary, L layers, S positions a sequence, N = micro-batch · S.
+
+Every formula says where it is from: *counted* (tensors that autograd saved, or bytes that a process held), *read* (in
+the source of DeepSpeed 0.19.8 or of this project), *paper* (ZeRO, arXiv 1910.02054), or *assumed*. Offloaded bytes are
+counted for the host. benchmarks/plan_run_check.py holds the sum against measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kdscale.sizing.shape import ModelShape
+
+Placement = Literal["replicated", "partitioned", "offloaded", "served"]
+Device = Literal["cuda", "cpu"]
+
+# kdscale_kernels.products.CHUNK_BYTES and modes.CPU_WORKSPACE, FEWEST_ROWS, SLICE_BYTES; a test compares
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+CPU_WORKSPACE, FEWEST_ROWS = 104 << 20, 64
+# DeepSpeed's defaults (read): parameters of a stage-3 student that stay gathered, and those fetched ahead.
+MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
+SUB_GROUP = 1_000_000_000
+# Assumed, not measured: CUDA context and NCCL's buffers; fragments of the caching allocator and this model's own error.
+CONTEXT_BYTES, MARGIN = 1.5 * (1 << 30), 0.10
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained and on how many ranks; `label_share`: positions that have a label, 1 in packed text."""
+
+    student: ModelShape
+    teacher: ModelShape
+    seq_len: int
+    ranks: int
+    ranks_per_node: int
+    item_bytes: int = 2
+    top_k: int | None = 64  # None: the whole vocabulary
+    loss_buffers: int = 1  # [rows, V] arrays of the loss: LossOptions.buffers
+    validate_tokens: int = 0
+    reduce_bucket: int = 500_000_000
+    device: Device = "cuda"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan chooses."""
+
+    stage: int
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    placement: Placement
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    hpz: int = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by component at the fullest moment of a step, which `moment` names; `host` are of one rank's share."""
+
+    parts: dict[str, float]
+    moment: str
+    host: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def peak(job: Job, setting: Setting) -> Memory:
+    """The fullest of four moments: teacher's forward, student's loss, end of the backward, optimiser's step."""
+    kept = {
+        "student weights": _weights(job, setting),
+        "masters and Adam": 0.0 if setting.offload_optimizer else _states(job, setting),
+        "teacher": _teacher_weights(job, setting),
+        "validation targets": _validation(job),
+    }
+    gradients, bucket = _gradients(job, setting), _bucket(job, setting)
+    standing = _standing_gradients(job, setting)
+    gathered = _gathered(job, setting)
+    head_gradients = job.item_bytes * job.student.head * (2 if job.student.tied else 1)
+    always = bucket if setting.stage == 3 else 0.0
+    moments = {
+        "teacher's forward": {
+            "activations": 0.0 if setting.placement == "served" else forward_bytes(job, job.teacher, setting),
+            "gathered weights": _teacher_gathered(job, setting),
+            "loss": 0.0 if setting.placement == "served" else _teacher_head_bytes(job, setting),
+            "gradients": standing,
+            "buckets": always,
+        },
+        "student's loss": {
+            "activations": saved_bytes(job, setting),
+            "gathered weights": gathered,
+            "loss": loss_bytes(job, setting),
+            "gradients": standing,
+            "buckets": always,
+        },
+        "student's backward": {
+            "activations": saved_bytes(job, setting) + backward_bytes(job, setting),
+            "gathered weights": gathered,
+            "loss": _kept_loss_bytes(job, setting),
+            "gradients": standing + head_gradients,
+            "buckets": bucket,
+        },
+        "end of the backward": {
+            "activations": backward_bytes(job, setting),
+            "gathered weights": gathered if setting.stage == 3 else 0.0,
+            "gradients": gradients,
+            "buckets": bucket,
+        },
+        "optimiser's step": {
+            "gradients": gradients + (0.0 if setting.offload_optimizer else _step_gradients(job, setting)),
+            "buckets": always,
+        },
+    }
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    parts = {**kept, **moments[moment]}
+    if job.device == "cuda":
+        parts["context and margin"] = CONTEXT_BYTES + MARGIN * sum(parts.values())
+    return Memory({name: size for name, size in parts.items() if size}, moment, host_bytes(job, setting))
+
+
+def host_bytes(job: Job, setting: Setting) -> float:
+    """Host memory of one rank's share of what is offloaded (read): masters, moments and fp32 gradients (16 bytes), at
+    stage 1 and 2 a copy of the weights to send back, and the gradients that micro-batches add up (at stage 3 always);
+    weights; of a teacher in host memory one copy a node."""
+    params, out = job.student.params / job.ranks, 0.0
+    if setting.offload_optimizer:
+        copies = (setting.stage < 3) + (setting.stage == 3 or setting.accumulation > 1)
+        out += params * (16 + job.item_bytes * copies)
+    if setting.offload_parameters:
+        out += params * job.item_bytes
+    if setting.placement == "offloaded":
+        out += job.item_bytes * job.teacher.params / job.ranks_per_node
+    return out
+
+
+# -- what is always there ----------------------------------------------------------------------------------------------
+
+
+def _weights(job: Job, setting: Setting) -> float:
+    """b·P, or b·P/W at stage 3 (paper); hpZ keeps a second copy, over the ranks of its group (arXiv 2306.10209)."""
+    whole = job.item_bytes * job.student.params
+    if setting.stage < 3:
+        return whole
+    second = whole / setting.hpz if setting.hpz > 1 else 0.0
+    return second + (0.0 if setting.offload_parameters else whole / job.ranks)
+
+
+def _states(job: Job, setting: Setting) -> float:
+    """Adam's moments, 8·P, and an fp32 master, 4·P; over the ranks from stage 1 on (paper).
+
+    In fp32 the weights are the masters at stage 0 and 3, but stage 1 and 2 copy them (read).
+    """
+    master = 4 if job.item_bytes == 2 or setting.stage in (1, 2) else 0
+    return (8 + master) * job.student.params / (1 if setting.stage == 0 else job.ranks)
+
+
+def _teacher_weights(job: Job, setting: Setting) -> float:
+    """b·P on every rank, or b·P/W; nothing where it is in host memory or elsewhere."""
+    whole = job.item_bytes * job.teacher.params
+    return {"replicated": whole, "partitioned": whole / job.ranks}.get(setting.placement, 0.0)
+
+
+def _validation(job: Job) -> float:
+    """Teacher's targets of the held-out text are kept on the device (read: distill/validate.py): ids, logits, LSE."""
+    mine = job.validate_tokens / job.ranks
+    return mine * (job.teacher.hidden * job.item_bytes if job.top_k is None else job.top_k * 12 + 4)
+
+
+# -- gradients and buckets ---------------------------------------------------------------------------------------------
+
+
+def _gradients(job: Job, setting: Setting) -> float:
+    """At the end of the last backward. Stage 1 hands all but its own share on from the bucket (read), unless earlier
+    micro-batches of the step have left whole gradients; stage 2 and 3 hold b·P/W."""
+    whole = job.item_bytes * job.student.params
+    if setting.stage == 0 or (setting.stage == 1 and setting.accumulation > 1):
+        return whole
+    return 0.0 if setting.offload_optimizer else whole / job.ranks
+
+
+def _standing_gradients(job: Job, setting: Setting) -> float:
+    """Gradients of earlier micro-batches while a later one runs; stage 3 has its buffer at all times (read)."""
+    whole = job.item_bytes * job.student.params
+    if setting.stage == 3:
+        return 0.0 if setting.offload_optimizer else whole / job.ranks
+    if setting.accumulation == 1:
+        return 0.0
+    return whole if setting.stage < 2 else 0.0 if setting.offload_optimizer else whole / job.ranks
+
+
+def _step_gradients(job: Job, setting: Setting) -> float:
+    """The optimiser's own gradients: fp32, and at stage 1 and 2 the flattened share beside them (read)."""
+    share = job.student.params / job.ranks
+    if setting.stage == 0:
+        return 0.0
+    if setting.stage == 3:
+        return 4 * min(share, SUB_GROUP)
+    return (4 + (job.item_bytes if job.item_bytes == 2 else 0)) * share
+
+
+def _bucket(job: Job, setting: Setting) -> float:
+    """Gradients on their way. A GPU holds the whole buffer, a CPU process only the pages that were written to."""
+    elements = job.reduce_bucket if job.device == "cuda" else min(job.reduce_bucket, job.student.params)
+    buffers = 2 if setting.stage == 3 else 1  # stage 3 overlaps: one is filled while the other is reduced
+    return 0.0 if setting.stage == 0 and job.ranks == 1 else float(job.item_bytes * elements * buffers)
+
+
+# -- weights that are whole for a while --------------------------------------------------------------------------------
+
+
+def _gathered(job: Job, setting: Setting) -> float:
+    """Stage 3: weights that the backward will need again soon stay, up to max_live_parameters (read)."""
+    if setting.stage < 3 or (job.ranks == 1 and not setting.offload_parameters):
+        return 0.0
+    return job.item_bytes * min(job.student.params, MAX_LIVE + PREFETCH)
+
+
+def _teacher_gathered(job: Job, setting: Setting) -> float:
+    """Two layers, one computed with while the next one comes, and the head for the loss (read: teacher/stores.py)."""
+    if setting.placement not in ("partitioned", "offloaded"):
+        return 0.0
+    return float(job.item_bytes * (2 * job.teacher.layer + job.teacher.head))
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+def layer_bytes(job: Job, model: ModelShape) -> float:
+    """What autograd saves in one layer, a token (counted on Llama and Qwen3 with sdpa, packed text, exactly).
+
+    Each norm: its input as fp32, the normalised and the scaled value, (4 + 2b)·H, and 4 of its root. Attention: q, k
+    and v (kv heads repeated, since packed text has a mask) and its output, 4b·A, the mask in the weights' dtype, b·S,
+    and the log-sum-exp, 4 a head. A gated ffn: gate, its activation, up, product, 4b·F; others 2b·F.
+    """
+    b = job.item_bytes
+    norms = 2 * ((4 + 2 * b) * model.hidden + 4)
+    if model.qk_norm:
+        groups = model.heads + model.kv_heads
+        norms += (4 + b) * groups * model.head_dim + 4 * groups
+    attention = 4 * b * model.attention + b * job.seq_len + 4 * model.heads
+    return norms + attention + (4 if model.gated else 2) * b * model.ffn
+
+
+def saved_bytes(job: Job, setting: Setting) -> float:
+    """All that waits for the backward: every layer, or with checkpointing every layer's input, b·H, and one layer."""
+    tokens, model = setting.micro_batch * job.seq_len, job.student
+    last = (4 + 2 * job.item_bytes) * model.hidden + 3 * job.item_bytes * model.head_dim + 12  # norm, rotary, ids
+    boolean_mask = setting.micro_batch * job.seq_len**2
+    if setting.checkpointing:
+        return tokens * (job.item_bytes * model.hidden * model.layers + last) + boolean_mask
+    return tokens * (layer_bytes(job, model) * model.layers + last) + boolean_mask
+
+
+def backward_bytes(job: Job, setting: Setting) -> float:
+    """Gradients of activations on their way through one layer, and that layer, if it is computed again."""
+    tokens, model = setting.micro_batch * job.seq_len, job.student
+    again = layer_bytes(job, model) if setting.checkpointing else 0.0
+    return tokens * (job.item_bytes * 2 * (model.ffn + model.hidden) + again)
+
+
+def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
+    """A forward without gradients, at its widest: three ffn arrays or seven attention arrays or three fp32 norm arrays
+    beside two hidden states; the mask as booleans and in the weights' dtype."""
+    tokens, b = setting.micro_batch * job.seq_len, job.item_bytes
+    widest = max(3 * b * model.ffn, 7 * b * model.attention, 12 * model.hidden)
+    return tokens * (2 * b * model.hidden + widest + (1 + b) * job.seq_len)
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+def loss_bytes(job: Job, setting: Setting) -> float:
+    """linear_sparse_kl's workspace and the gradients that it makes in the forward (read: kdscale_kernels/modes.py)."""
+    rows, model, b = setting.micro_batch * job.seq_len, job.student, job.item_bytes
+    chunk, fast = loss_mode(job, rows)
+    hidden = rows * model.hidden
+    inputs = b * hidden * 2  # the rows that have a label, and their gradient
+    if not fast:
+        return inputs + CPU_WORKSPACE + b * model.head
+    sums = 4 * model.head + (4 * hidden if b == 2 else 0)  # dW and dX in fp32
+    copies = 4 * model.head if job.device == "cpu" and b == 2 else 0
+    teacher_side = 2 * chunk if job.top_k is None else 0.0
+    logits = min(chunk, 4 * rows * model.vocab * job.loss_buffers)
+    rounded = logits / 2 / job.loss_buffers if b == 2 else 0.0  # their gradient as the products take it
+    return inputs + logits + rounded + sums + copies + teacher_side
+
+
+def _kept_loss_bytes(job: Job, setting: Setting) -> float:
+    """The loss's gradients from the forward until the backward has scaled them: dX, and dW in fp32 (lean: as W)."""
+    rows = setting.micro_batch * job.seq_len
+    _, fast = loss_mode(job, rows)
+    return 2 * job.item_bytes * rows * job.student.hidden + (4 if fast else job.item_bytes) * job.student.head
+
+
+def loss_mode(job: Job, rows: int) -> tuple[float, bool]:
+    """(bytes of a chunk of logits, whether the fast mode runs): kdscale_kernels.modes.layout_for in "auto"."""
+    chunk = float(CHUNK_BYTES[job.device])
+    if job.device == "cuda":
+        return chunk, True
+    head_copies = 2 if job.item_bytes == 2 else 0
+    hidden_copy = 1 if job.item_bytes == 2 else 0
+    fixed = 4 * (job.student.head * head_copies + rows * job.student.hidden * hidden_copy)
+    fewest = 4.0 * job.student.vocab * job.loss_buffers * min(rows, FEWEST_ROWS)
+    chunk = max(fewest, min(chunk, CPU_WORKSPACE - fixed))
+    return chunk, fixed + min(chunk, fewest) <= CPU_WORKSPACE
+
+
+def _teacher_head_bytes(job: Job, setting: Setting) -> float:
+    """linear_topk_lse: a chunk of logits, on a CPU an fp32 copy of the head, and the targets."""
+    rows, model = setting.micro_batch * job.seq_len, job.teacher
+    hidden = job.item_bytes * rows * model.hidden
+    if job.top_k is None:
+        return float(hidden)
+    copy = 4 * model.head if job.device == "cpu" and job.item_bytes == 2 else 0
+    return hidden + min(CHUNK_BYTES[job.device], 4 * rows * model.vocab) + copy + rows * (12 * job.top_k + 4)

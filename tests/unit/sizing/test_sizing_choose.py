@@ -1,0 +1,147 @@
+"""Speed, the choice between settings, and that every shipped config can be planned and takes the lines it is given."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from kdscale.cli.shipped import config_folder, find_config
+from kdscale.config import build_config, load_config
+from kdscale.errors import ConfigError
+from kdscale.families import load_family
+from kdscale.runs.plan_run import plan_run, snippet, to_json
+from kdscale.sizing.choose import compare
+from kdscale.sizing.gpus import GIB, Cluster, find_gpu, known_gpus
+from kdscale.sizing.memory import Job, Setting
+from kdscale.sizing.shape import ModelShape
+from kdscale.sizing.speed import Rates, estimate, forward_flops
+
+TEACHERS = Path(__file__).resolve().parents[2] / "fixtures" / "teachers"
+NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))
+H100 = find_gpu("h100")
+
+
+def llama() -> ModelShape:
+    config = json.loads((TEACHERS / "Llama-3.1-8B" / "config.json").read_text())
+    return ModelShape.of(config, load_family(config, "llama"))
+
+
+def cluster(nodes: int = 1, gpus: int = 8, gpu: str = "h100", host: float = 1024) -> Cluster:
+    return Cluster(find_gpu(gpu), nodes, gpus, host * GIB)
+
+
+def job(ranks: int = 8, **more: Any) -> Job:
+    return Job(**{"student": llama(), "teacher": llama(), "seq_len": 4096, "ranks": ranks, "ranks_per_node": 8, **more})
+
+
+def test_flops_are_two_a_parameter_and_attention() -> None:
+    assert forward_flops(llama(), 4096) == 2 * (8_030_261_248 - 128_256 * 4096) + 4 * 4096 * 4096 * 32
+
+
+def test_a_collective_takes_as_long_as_its_slower_links() -> None:
+    assert cluster().collective(8e9) == pytest.approx(8e9 * 7 / 8 / 450e9)
+    assert cluster(4).collective(8e9) == pytest.approx(max(8e9 * 31 / 32 / 450e9, 8e9 * 3 / 4 / (8 * 50e9)))
+    assert cluster(4, 1).collective(8e9) == pytest.approx(8e9 * 3 / 4 / 50e9)
+
+
+def test_compute_is_what_the_flops_say_and_checkpointing_adds_a_forward() -> None:
+    rates = Rates(compute=0.5)
+    seconds = {}
+    for checkpointing in (False, True):
+        speed = estimate(job(), Setting(1, 1, 4, checkpointing, "replicated"), cluster(), rates)
+        seconds[checkpointing] = speed.seconds["student"]
+        assert speed.tokens_per_second == pytest.approx(8 * 4 * 4096 / speed.step)
+        assert 0 < speed.mfu < 0.5
+    slow = 4096 / (4096 + 256)
+    forward = forward_flops(llama(), 4096)
+    assert seconds[False] == pytest.approx(4 * 4096 * 3 * forward / (989e12 * 0.5 * slow))
+    recomputed = 4 * 4096 * (forward - 2 * 128_256 * 4096) / (989e12 * 0.5 * slow)
+    assert seconds[True] - seconds[False] == pytest.approx(recomputed)
+
+
+def test_stage_2_reduces_in_every_micro_batch_and_hpz_spares_the_network() -> None:
+    one = {s: estimate(job(), Setting(s, 1, 8, True, "replicated"), cluster(), Rates()) for s in (1, 2)}
+    assert one[2].seconds["communication"] == pytest.approx(one[1].seconds["communication"] * 9 / 2)
+    slow = replace(cluster(4), gpu=replace(H100, network=1e9))
+    far, near = (
+        estimate(job(32), Setting(3, 1, 1, False, "replicated", hpz=h), slow, Rates()).seconds["student"]
+        for h in (1, 8)
+    )
+    assert near < far * 0.75
+
+
+def test_what_fits_is_chosen_and_what_does_not_says_by_how_much() -> None:
+    found = compare(job(student=replace(llama())), cluster(), 256, Rates())
+    assert found[0].fits
+    assert found[0].memory.total <= H100.memory
+    assert [one.reason for one in found].count("") == 1
+    missing = [one for one in found if not one.fits]
+    assert missing
+    assert all("GiB of" in one.reason for one in missing)
+    own = [one.speed.tokens_per_second for one in found if one.fits and one.setting.placement != "served"]
+    assert own[0] >= 0.98 * max(own)
+
+
+def test_a_teacher_that_is_too_large_for_a_gpu_is_partitioned() -> None:
+    big = replace(llama(), params=70_000_000_000, products=69_000_000_000, layers=80, layer=860_000_000)
+    found = compare(job(32, teacher=big), cluster(4), 256, Rates())
+    assert found[0].fits
+    assert found[0].setting.placement in ("partitioned", "offloaded")
+    assert not any(one.fits for one in found if one.setting.placement == "replicated")
+
+
+def test_host_memory_limits_what_can_be_offloaded() -> None:
+    settings = {"stages": (3,), "placements": ("replicated",)}
+    small = compare(job(), cluster(host=64), 256, Rates(), **settings)
+    assert not any(one.fits for one in small if one.setting.offload_optimizer)
+    assert any("host's 64" in one.reason for one in small)
+
+
+@pytest.mark.parametrize("gpu", ["a100-40", "h100", "b200"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_config_takes_the_lines_that_are_planned_for_it(name: str, gpu: str, tmp_path: Path) -> None:
+    config = load_config(find_config(name), [f"run_dir={tmp_path}"])
+    plan = plan_run(config, TEACHERS / Path(config.teacher.path).name, cluster(2, gpu=gpu), Rates())
+    assert plan.chosen is not None
+    changes = YAML(typ="safe").load(snippet(plan))["distill"]
+    tree = config.resolved()
+    tree["distill"] |= changes
+    distill = build_config(tree, "planned").distill
+    one = plan.chosen.setting
+    assert distill.processes == 16
+    assert distill.micro_batch * one.accumulation * 16 == distill.global_batch
+    assert json.loads(json.dumps(to_json(plan)))["candidates"][0]["chosen"]
+
+
+def test_nothing_fits_is_an_error_with_the_least_that_would_be_needed(tmp_path: Path) -> None:
+    config = load_config(find_config("llama3.1-8b-to-4.5b-width"), [f"run_dir={tmp_path}"])
+    tiny = replace(cluster(host=8), gpu=replace(H100, memory=8 * GIB))
+    plan = plan_run(config, TEACHERS / "Llama-3.1-8B", tiny, Rates(), placements=("replicated",))
+    assert plan.chosen is None
+    with pytest.raises(ConfigError, match="no setting fits"):
+        snippet(plan)
+
+
+def test_the_student_is_the_one_that_was_planned(tmp_path: Path) -> None:
+    from kdscale.prune.plan import make_plan
+
+    config = load_config(find_config("demo"), [f"run_dir={tmp_path}"])
+    teacher = json.loads((TEACHERS / "smollm2-135m-instruct" / "config.json").read_text())
+    other = config.prune.model_copy(update={"ffn": 512, "target_params": None})
+    made = make_plan(teacher, load_family(teacher, "t"), None, other)
+    made.save(tmp_path / "plan.json")
+    plan = plan_run(config, TEACHERS / "smollm2-135m-instruct", cluster(gpus=1), Rates())
+    assert plan.student_from == "plan.json"
+    assert plan.job.student.params == made.student_params.total
+    assert plan.job.student.ffn == 512
+
+
+def test_gpus_are_known_by_name() -> None:
+    assert {"a100-40", "a100-80", "h100", "h200", "b200", "mi300x"} <= set(known_gpus())
+    with pytest.raises(ConfigError, match="a100-40, a100-80"):
+        find_gpu("h1000")

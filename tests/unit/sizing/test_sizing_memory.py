@@ -1,0 +1,151 @@
+"""The memory model: shapes exactly, tensors as autograd saves them, rules as the libraries have them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdscale.families import load_family
+from kdscale.sizing import memory
+from kdscale.sizing.memory import Job, Setting, peak
+from kdscale.sizing.shape import ModelShape
+
+TEACHERS = Path(__file__).resolve().parents[2] / "fixtures" / "teachers"
+
+
+def shape(name: str) -> ModelShape:
+    config = json.loads((TEACHERS / name / "config.json").read_text())
+    return ModelShape.of(config, load_family(config, name))
+
+
+LLAMA = shape("Llama-3.1-8B")
+P = 8_030_261_248
+JOB = Job(LLAMA, LLAMA, seq_len=4096, ranks=8, ranks_per_node=8)
+
+
+def setting(stage: int = 1, **more: Any) -> Setting:
+    return Setting(**{"stage": stage, "micro_batch": 1, "accumulation": 1, "checkpointing": True,
+                      "placement": "replicated", **more})  # fmt: skip
+
+
+def test_llama_8b_has_its_published_counts() -> None:
+    assert LLAMA.params == P
+    assert LLAMA.layer == 218_112_000
+    assert LLAMA.products == P - 128_256 * 4096  # the embedding is looked up
+    assert (LLAMA.gated, LLAMA.tied, LLAMA.qk_norm) == (True, False, False)
+
+
+def test_a_tied_head_is_multiplied_once_and_qwen3_norms_its_heads() -> None:
+    smollm, qwen = shape("smollm2-135m-instruct"), shape("Qwen3-8B")
+    assert smollm.tied
+    assert smollm.products == smollm.params == 134_515_008
+    assert qwen.qk_norm
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "states"),
+    [(1, 2 * P, 12 * P / 8), (2, 2 * P, 12 * P / 8), (3, 2 * P / 8, 12 * P / 8)],
+)
+def test_zero_divides_what_its_stage_says(stage: int, weights: float, states: float) -> None:
+    parts = peak(JOB, setting(stage)).parts
+    assert parts["student weights"] == weights
+    assert parts["masters and Adam"] == states
+    assert parts["teacher"] == 2 * P
+
+
+def test_fp32_copies_its_weights_at_stage_1_and_2_only() -> None:
+    job = replace(JOB, item_bytes=4)
+    states = {stage: peak(job, setting(stage)).parts["masters and Adam"] for stage in (0, 1, 2, 3)}
+    assert states == {0: 8 * P, 1: 12 * P / 8, 2: 12 * P / 8, 3: 8 * P / 8}
+
+
+def test_offload_moves_states_to_the_host_and_the_teacher_is_there_once_a_node() -> None:
+    found = peak(JOB, setting(3, offload_optimizer=True, offload_parameters=True, placement="offloaded"))
+    assert "masters and Adam" not in found.parts
+    assert "student weights" not in found.parts
+    assert "teacher" not in found.parts
+    assert found.host == (16 + 2 + 2) * P / 8 + 2 * P / 8
+
+
+def test_a_partitioned_teacher_is_flat_in_its_depth_but_for_its_share() -> None:
+    deep = replace(JOB, teacher=replace(LLAMA, params=4 * P, layers=128))
+    totals = [peak(job, setting(3, placement="partitioned")).total for job in (JOB, deep)]
+    assert totals[1] - totals[0] == pytest.approx(1.1 * 2 * 3 * P / 8)
+
+
+def test_hpz_keeps_a_second_copy_in_each_group() -> None:
+    job = replace(JOB, ranks=32)
+    assert peak(job, setting(3, hpz=8)).parts["student weights"] == 2 * P / 32 + 2 * P / 8
+
+
+def test_gradients_that_wait_are_whole_at_stage_1() -> None:
+    once, often = (peak(JOB, setting(1, accumulation=a)).parts.get("gradients", 0) for a in (1, 4))
+    assert often - once > P
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_layers_save_for_the_backward_what_the_model_says(model_type: str, dtype: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 96, "intermediate_size": 320, "num_attention_heads": 6, "num_key_value_heads": 2,
+             "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 256}  # fmt: skip
+    sequences, positions = 2, 32
+
+    def saved(layers: int) -> int:
+        config = AutoConfig.for_model(model_type, **sizes, num_hidden_layers=layers)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).train()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found = {}
+
+        def pack(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ids = torch.zeros(sequences, positions, dtype=torch.long)
+        restarts = (torch.arange(positions) % 16).repeat(sequences, 1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model.base_model(input_ids=ids, position_ids=restarts, attention_mask=None, use_cache=False)
+        assert output.last_hidden_state.requires_grad
+        return sum(found.values())
+
+    config = {"model_type": model_type, **sizes, "num_hidden_layers": 1}
+    model = ModelShape.of(config, load_family(config, "test"))
+    job = Job(model, model, positions, 1, 1, item_bytes=4 if dtype == "float32" else 2)
+    assert saved(3) - saved(2) == sequences * positions * memory.layer_bytes(job, model)
+
+
+@pytest.mark.parametrize("item_bytes", [2, 4])
+@pytest.mark.parametrize("vocab", [1_000, 8_192, 49_152])
+@pytest.mark.parametrize("rows", [50, 512, 4_096])
+def test_the_loss_runs_in_the_mode_that_the_kernels_choose(rows: int, vocab: int, item_bytes: int) -> None:
+    from kdscale_kernels.modes import Shape, layout_for
+
+    model = replace(LLAMA, hidden=576, vocab=vocab)
+    narrow = item_bytes == 2
+    layout = layout_for(Shape(rows, 576, vocab, "cpu", 1, 4, narrow, narrow, narrow, 2), "auto", None, None)
+    chunk, fast = memory.loss_mode(Job(model, model, rows, 1, 1, item_bytes=item_bytes, device="cpu"), rows)
+    assert fast == (layout.mode == "fast")
+    if fast:
+        assert chunk == layout.chunk_bytes
+
+
+def test_constants_are_those_of_the_libraries() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from kdscale.distill.zero import BUCKET
+    from kdscale_kernels import modes, products
+
+    assert memory.CHUNK_BYTES == products.CHUNK_BYTES
+    assert (modes.CPU_WORKSPACE, modes.FEWEST_ROWS["cpu"]) == (memory.CPU_WORKSPACE, memory.FEWEST_ROWS)
+    zero = DeepSpeedZeroConfig(stage=3)
+    assert (zero.max_live_parameters, zero.prefetch_bucket_size) == (memory.MAX_LIVE, memory.PREFETCH)
+    assert zero.sub_group_size == memory.SUB_GROUP
+    assert BUCKET["cuda"] == JOB.reduce_bucket
