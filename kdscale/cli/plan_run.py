@@ -36,7 +36,7 @@ def plan_run_command(
         str | None, typer.Option("--tokens", metavar="N", help="Budget for the days. Default: distill.tokens.")
     ] = None,
     stage: Annotated[
-        list[int] | None, typer.Option("--stage", min=0, max=3, help="Compare this ZeRO stage only. Repeatable.")
+        list[int] | None, typer.Option("--stage", min=1, max=3, help="Compare this ZeRO stage only. Repeatable.")
     ] = None,
     teacher: Annotated[
         list[str] | None,
