@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
+from kdscale.distill import loop
 from kdscale.errors import ConfigError
 
 CASES = {
     "optimizer, stage 1": (1, "float32", {"offload_optimizer": "cpu"}),
     "optimizer, stage 2": (2, "bfloat16", {"offload_optimizer": "cpu"}),
     "optimizer, stage 3": (3, "bfloat16", {"offload_optimizer": "cpu"}),
+    "weights, stage 3": (3, "bfloat16", {"offload_parameters": "cpu"}),
     "both, stage 3": (3, "bfloat16", {"offload_optimizer": "cpu", "offload_parameters": "cpu"}),
     "small buckets": (2, "bfloat16", {"reduce_bucket": 20_000, "allgather_bucket": 20_000}),
     "pass-through": (3, "bfloat16", {"extra": {"overlap_comm": False, "stage3_max_live_parameters": 50_000}}),
@@ -39,6 +41,26 @@ def test_options_change_no_bit(distil, plain_runs, tmp_path, case):
     # offloaded norms are summed in another order
     assert [row["grad_norm"] for row in got] == pytest.approx([row["grad_norm"] for row in expected], rel=1e-6)
     assert all(found[name].equal(weights[name]) for name in weights)
+
+
+def test_an_offloaded_run_resumes_to_the_same_bytes(distil, tmp_path, monkeypatch):
+    settings = {"zero_stage": 3, "dtype": "bfloat16", "tokens": 4 * 4 * 48, "checkpoint_every": 2,
+                "zero": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}}  # fmt: skip
+    distil(tmp_path / "whole", **settings)
+    real = loop.Trainer._one_step
+
+    def die_at_3(self, number, *args):
+        if number == 3:
+            raise ZeroDivisionError
+        return real(self, number, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_one_step", die_at_3)
+    with pytest.raises(ZeroDivisionError):
+        distil(tmp_path / "broken", **settings)
+    monkeypatch.setattr(loop.Trainer, "_one_step", real)
+    distil(tmp_path / "broken", **settings)
+    whole, broken = ((tmp_path / run / "student" / "model.safetensors").read_bytes() for run in ("whole", "broken"))
+    assert whole == broken
 
 
 @pytest.mark.parametrize("option", ["quantized_weights", "quantized_gradients"])
