@@ -2,6 +2,7 @@
 
     python benchmarks/prune_methods.py TEACHER CORPUS --work /tmp/methods --shape ffn=768,heads=6 --methods default
     python benchmarks/prune_methods.py TEACHER CORPUS --work /tmp/methods --shape hidden=512 --as-mistral
+    python benchmarks/prune_methods.py TEACHER CORPUS --work /tmp/methods --shape layers=24 --methods loss,loss+linear
 
 CORPUS is a .jsonl or .jsonl.gz of documents with a `source`; the first eighth of each source's documents (in a seeded
 order) is held out, the calibration text is drawn from the rest, one sequence from the start of a document, the sources
@@ -53,6 +54,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "two_stream b=1": {"compensate": "two_stream", "stream_correction": 1.0},
     "default": {},
 }
+_DEPTH: dict[str, dict[str, Any]] = {
+    "block_influence": {"layer_method": "block_influence", "contiguous_layers": False},
+    "block_influence block": {"layer_method": "block_influence", "contiguous_layers": True},
+    "loss": {"layer_method": "loss", "contiguous_layers": False},
+    "loss block": {"layer_method": "loss", "contiguous_layers": True},
+    "angular": {"layer_method": "angular"},
+    "last": {"layer_method": "last"},
+}
+METHODS |= _DEPTH | {f"{name}+linear": {**cfg, "layer_repair": "linear"} for name, cfg in _DEPTH.items()}
 
 
 def main() -> None:
@@ -65,14 +75,14 @@ def main() -> None:
     batches = [SimpleNamespace(input_ids_BS=ids, position_ids_BS=positions(ids)) for ids in calibration.split(4)]
     dense = {name: perplexity(folder, ids) for name, ids in heldout.items()}
     show({"method": "teacher", "perplexity": dense, "calibration_tokens": calibration.numel()})
+    scores: dict[str, Any] = {}  # of the teacher, so good for every shape
     for shape in arguments.shape:
         sizes = {axis: int(size) for axis, size in (item.split("=") for item in shape.split(","))}
-        scores: dict[str, Any] = {}
         for name in arguments.methods.split(","):
             cfg = PruneConfig(**sizes, **METHODS[name])
             teacher, family = open_teacher(folder)
             if not set(needed(cfg)) <= set(scores):
-                scores |= score(folder, batches, cfg, work / "scores")
+                scores |= score(folder, batches, cfg, work / "scores", arguments.layer_tokens)
             started = time.monotonic()
             plan = choose(teacher, family, scores, cfg, make_plan)
             if plan.methods.hidden == "pca":
@@ -90,6 +100,7 @@ def main() -> None:
                     "method": name,
                     "perplexity": found,
                     "ratio": {text: found[text] / dense[text] for text in found},
+                    "layers": plan.kept.layers,
                     "non_embedding": plan.student_params.non_embedding,
                     "total": plan.student_params.total,
                     "prune_seconds": round(seconds, 1),
@@ -100,13 +111,14 @@ def main() -> None:
 def needed(cfg: PruneConfig) -> list[str]:
     axes = ("ffn", "heads")
     methods = {"ffn": cfg.ffn_method, "heads": cfg.head_method}
-    return [f"{axis}.{methods[axis]}" for axis in axes if getattr(cfg, axis)] + (["hidden.pca"] if cfg.hidden else [])
+    out = [f"{axis}.{methods[axis]}" for axis in axes if getattr(cfg, axis)] + (["hidden.pca"] if cfg.hidden else [])
+    return out + ([f"layers.{cfg.layer_method}"] if cfg.layers and cfg.layer_method != "last" else [])
 
 
-def score(folder: Path, batches: list[Any], cfg: PruneConfig, out: Path) -> dict[str, Any]:
+def score(folder: Path, batches: list[Any], cfg: PruneConfig, out: Path, layer_tokens: int) -> dict[str, Any]:
     teacher, family = open_teacher(folder)
     silent = Reporter(quiet=True)
-    importance.run(teacher, family, batches, ImportanceConfig(), cfg, out, CPU, silent)
+    importance.run(teacher, family, batches, ImportanceConfig(layer_tokens=layer_tokens), cfg, out, CPU, silent)
     return dict(load_scores(out))
 
 
@@ -186,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", action="append", required=True, help="sizes such as ffn=768,heads=6; repeatable")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"from: {', '.join(METHODS)}")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--layer-tokens", type=int, default=16384, help="of those, for layers by loss and by angle")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--heldout-rows", type=int, default=1, help="sequences of each source")
     parser.add_argument("--also", default="", help="sources to report on their own, by name, separated by commas")

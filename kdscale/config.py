@@ -64,13 +64,16 @@ class ImportanceConfig(_Section):
     micro_batch: Count = 4
     dtype: Dtype = "auto"
     processes: Count = 1  # ranks on this machine that share the calibration sequences, also in compensation
+    # of the calibration tokens, for prune.layer_method loss and angular, which keep a state a layer for each
+    layer_tokens: Count = 16_384
 
 
 FfnMethod = Literal["output_energy", "activation", "obs"]
 HeadMethod = Literal["output_energy", "activation", "obs"]
 HiddenMethod = Literal["auto", "pca", "activation"]
 Compensation = Literal["none", "ridge", "two_stream"]
-LayerMethod = Literal["block_influence", "last"]
+LayerMethod = Literal["block_influence", "loss", "angular", "last"]
+LayerRepair = Literal["none", "linear"]
 
 
 class SearchConfig(_Section):
@@ -118,7 +121,10 @@ class PruneConfig(_Section):
     hidden_method: HiddenMethod = "auto"
     layer_method: LayerMethod = "block_influence"
     # drop one contiguous run of layers (Llama-3.1 → 4B depth recipe) instead of the lowest-scored layers anywhere
-    contiguous_layers: bool = False
+    # (angular knows no other way)
+    contiguous_layers: bool | None = None
+    # linear: the down projection before dropped layers is refitted to give what they gave as well
+    layer_repair: LayerRepair = "none"
     compensate: Compensation = "two_stream"
     # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
     stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
@@ -137,6 +143,8 @@ class PruneConfig(_Section):
             raise ValueError(
                 "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
             )
+        if self.layer_method == "angular" and self.contiguous_layers is False:
+            raise ValueError("layer_method=angular drops one contiguous block; leave contiguous_layers out")
         return self
 
     @property

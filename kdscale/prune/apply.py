@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
 from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.progress import Reporter
+from kdscale.prune.gaps import ROLE, Repaired, gaps, repaired_gaps
 from kdscale.prune.plan import Plan
 from kdscale.prune.repair import compensated_layers, compensated_roles
 from kdscale.prune.residual import Residuals
@@ -33,7 +35,7 @@ from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars
 
 _BLOCK_BYTES = 1 << 22  # small enough to stay in the processor's cache from reading to writing
 _UNCUT = "vocab"  # the name of an axis that is never cut
-_JOURNAL, _PASS = "written.json", "compensation"
+_JOURNAL, _PASS, _GAPS = "written.json", "compensation", "gaps"
 
 
 class _Pair(NamedTuple):
@@ -60,23 +62,27 @@ def apply_plan(
     """Write the student to the folder `out_dir`.
 
     The tensors keep the teacher's dtype and are the same bytes for the same inputs; a tensor that the plan does not cut
-    is copied bit for bit. `batches` are needed when the plan compensates ffn or heads; `dtype` and `device` are those
-    of that pass, and `residuals` records what each regression won back. With a folder in `scratch` a killed call is
-    taken up again, in the same `out_dir`, at the first layer that it had not finished. With several ranks each has its
-    share of `batches` and a `scratch` of its own, and one writes. Raises DataError when batches are missing and
-    SelfCheckError when a regression fails.
+    is copied bit for bit. `batches` are needed when the plan compensates ffn or heads or repairs gaps; `dtype` and
+    `device` are those of these passes, and `residuals` records what each regression won back. With a folder in
+    `scratch` a killed call is taken up again, in the same `out_dir`, at the first layer that it had not finished. With
+    several ranks each has its share of `batches` and a `scratch` of its own, and one writes. Raises DataError when
+    batches are missing and SelfCheckError when a regression fails.
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
-    compensates = bool(compensated_roles(plan, slicer))
-    if compensates and not sum(batch.input_ids_BS.numel() for batch in batches):
-        raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
+    compensates, mends = bool(compensated_roles(plan, slicer)), bool(gaps(plan))
+    if (compensates or mends) and not sum(batch.input_ids_BS.numel() for batch in batches):
+        needs, field = ("compensation", "compensate") if compensates else ("the repair of layer gaps", "layer_repair")
+        raise DataError(f"{needs} needs calibration tokens", hint=f"or set prune.{field}=none")
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
-    repair = two_stream_layers if plan.methods.compensate == "two_stream" else compensated_layers
+    mended = repaired_gaps(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_GAPS))
+    kind = two_stream_layers if plan.methods.compensate == "two_stream" else compensated_layers
+    repair = partial(kind, mended=mended)
     if not is_writer():
         if compensates:
             for _ in repair(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS)):
                 raise AssertionError("only the rank that writes is given weights")
+        mended.close()
         return
     pairs = [_Pair(*pair, None) for pair in slicer.outer()]
     pairs += [_Pair(*pair, position) for position in range(plan.student.layers) for pair in slicer.layer(position)]
@@ -94,15 +100,22 @@ def apply_plan(
             _write(writer, teacher, slicer, (pair for pair in pairs if pair.position is None))
             writer.commit()
             for position, changed in solved:
-                _write(writer, teacher, slicer, (pair for pair in pairs if pair.position == position), changed)
+                ours_only = (pair for pair in pairs if pair.position == position)
+                _write(writer, teacher, slicer, ours_only, changed | _mended(mended, position))
                 writer.commit()
         else:
             # a checkpoint has its layers one after the other, in whatever order: a layer at a time is made safe
-            for _, group in groupby(pairs, key=lambda pair: pair.position):
-                _write(writer, teacher, slicer, group)
+            for place, group in groupby(pairs, key=lambda pair: pair.position):
+                _write(writer, teacher, slicer, group, _mended(mended, place))
                 writer.commit()
+    mended.close()
     write_json(out_dir / "config.json", slicer.student_config)
     copy_sidecars(teacher.path, out_dir)
+
+
+def _mended(mended: Repaired, position: int | None) -> dict[str, Tensor]:
+    weight = None if position is None else mended.get(position)
+    return {} if weight is None else {ROLE: weight}
 
 
 def _write(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
+from kdscale.prune.gaps import ROLE, gaps
 from kdscale.prune.plan import Plan
 from kdscale.prune.repair import compensated_roles
 from kdscale.prune.slicing import Slicer
@@ -131,9 +132,10 @@ def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student:
     """Every tensor on disk is the teacher's slice, bit for bit, or (compensated) finite. Raises SelfCheckError."""
     slicer = Slicer(teacher.config, family, plan)
     changed = compensated_roles(plan, slicer)
+    mended = {gap.position for gap in gaps(plan)}
     for position, source, target, spec in _all_pairs(slicer):
         written = student.tensor(target)
-        if spec.role in changed:
+        if spec.role in changed or (spec.role == ROLE and position in mended):
             good = bool(torch.isfinite(written).all())
         else:
             sliced = slicer.slice(teacher.tensor(source), spec, position)

@@ -6,11 +6,12 @@ Two scores a unit where there is a choice:
 - `output_energy`: the unit's share of the sublayer's output, Σ over tokens of ‖W_unit · x_unit‖².
 - `pca` of the hidden axis: energies along the residual stream's principal components, and those (rotate.py).
 - `obs`, only when the config asks for it: what removing the unit costs when the others are refitted (obs.py).
-Layers: block influence, 1 − the mean cosine between what enters and what leaves (arXiv 2403.03853).
+Layers: block influence, 1 − the mean cosine between what enters and what leaves (arXiv 2403.03853); when asked for, the
+loss without each layer and the angles between layers' inputs, in a pass of their own (depth.py).
 
-Gram matrices for the
-compensation are not stored: which half of a matrix is needed depends on the plan, d_ffn² floats a layer are 26 GB for
-an 8B model, and a second pass when the plan is known costs seconds. So each stage can be restarted on its own.
+Gram matrices for the compensation are not stored: which half of a matrix is needed depends on the plan, d_ffn² floats a
+layer are 26 GB for an 8B model, and a second pass when the plan is known costs seconds. So each stage can be restarted
+on its own.
 
 B batch · S sequence · N = B·S tokens · D hidden · F ffn · Q query heads · K kv heads · P = Q/K · H head_dim
 """
@@ -29,10 +30,12 @@ from kdscale.config import ImportanceConfig, PruneConfig
 from kdscale.dist import all_reduce_sum
 from kdscale.errors import ConfigError, DataError, SelfCheckError
 from kdscale.families import Family
-from kdscale.files import atomic_path, write_json
+from kdscale.files import atomic_path, remove_tree, write_json
 from kdscale.models import resolve_dtype
 from kdscale.progress import Reporter
-from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE, obs_axes
+from kdscale.prune.depth import depth_scores, first_tokens
+from kdscale.prune.gaps import check_family
+from kdscale.prune.ranking import SCORES_FILE, SUMMARY_FILE, depth_methods, obs_axes
 from kdscale.prune.rotate import ROTATION, ResidualCovariance, components, unrotatable
 from kdscale.prune.search import openable_axes
 from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch
@@ -57,7 +60,8 @@ def run(
     With several ranks `batches` are this rank's share, all get the scores, and one of them has an `out_dir`.
     `batches` are the calibration tokens (their number is the caller's to choose). Returns the arrays: `ffn.*` [L, F],
     `heads.*` [L, Q], `kv_heads.output_energy` [L, K], `hidden.activation` [D], `hidden.pca` [D] and `hidden.rotation`
-    [D, D] where the family can be rotated, `layers.block_influence` [L]; of a mixture of experts `ffn.*` [L, E, F] and
+    [D, D] where the family can be rotated, `layers.block_influence` [L], and when asked for
+    `layers.loss` [L] or `layers.angular` [L, L + 1]; of a mixture of experts `ffn.*` [L, E, F] and
     `experts.output_norm` [L, E].
     Raises DataError without tokens and SelfCheckError when a score is not finite.
     """
@@ -71,13 +75,30 @@ def run(
         raise ConfigError(
             "prune.ffn_method: obs", expected="a dense model", got=f"the experts of {family.name}", hint="output_energy"
         )
+    if "layers" in axes and prune_cfg.layer_repair == "linear":
+        check_family(family.sites, family.name)
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
+    asked = depth_methods(prune_cfg) if "layers" in axes else []
+    found: dict[str, Tensor] = {}
+    if asked:
+        part = first_tokens(batches, cfg.layer_tokens)
+        whole = sum(batch.input_ids_BS.numel() for batch in part)
+        with reporter.bar(f"layers by {asked[0]}", total=whole) as bar:
+
+            def layer_done(count: int, layer: int) -> None:
+                bar.advance(count / dims.layers, f"layer {layer + 1}/{dims.layers}")
+
+            found = depth_scores(stream, part, asked, layer_done, scratch)
     with reporter.bar("importance", total=tokens) as bar:
 
         def advance(count: int, layer: int) -> None:
             bar.advance(count / dims.layers, f"layer {layer + 1}/{dims.layers}")
 
         scores = gather(stream, batches, axes, advance, scratch, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
+    scores |= {name: value.numpy().astype(np.float32) for name, value in found.items()}
+    for name in asked:
+        if (folder := scratch.part(name).folder) is not None:
+            remove_tree(folder)  # until here, so that a kill in the second pass did not cost the first one
     for name, values in scores.items():
         if not np.isfinite(values).all():
             raise SelfCheckError(f"importance {name} is not finite", hint="try importance.dtype=float32")

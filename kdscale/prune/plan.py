@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdscale.config import Compensation, PruneConfig
+from kdscale.config import Compensation, LayerRepair, PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.files import write_text
@@ -80,6 +80,7 @@ class Methods(_Part):
     layers: str
     experts: str = "uncut"
     compensate: Compensation
+    layer_repair: LayerRepair = "none"  # none where no layer was dropped
     search: str
 
 

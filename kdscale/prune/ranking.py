@@ -35,8 +35,13 @@ def score_name(axis: str, cfg: PruneConfig) -> str:
         # auto has been resolved by rotate.choose; alone it means channels as they are
         "hidden": "hidden.pca" if cfg.hidden_method == "pca" else "hidden.activation",
         "experts": "experts.output_norm",
-        "layers": "layers.block_influence" if cfg.layer_method == "block_influence" else "layers.last",
+        "layers": f"layers.{cfg.layer_method}",
     }[axis]
+
+
+def depth_methods(cfg: PruneConfig) -> list[str]:
+    """Scores of layers that cost a pass of their own; they are gathered only when the config ranks by them."""
+    return [cfg.layer_method] if cfg.layer_method in ("loss", "angular") else []
 
 
 def obs_axes(cfg: PruneConfig) -> list[str]:
@@ -57,7 +62,7 @@ class Ranking:
             "heads": (dims.layers, dims.heads),
             "kv_heads": (dims.layers, dims.kv_heads),
             "hidden": (dims.hidden,),
-            "layers": (dims.layers,),
+            "layers": (dims.layers, dims.layers + 1) if cfg.layer_method == "angular" else (dims.layers,),
         }
         # Cutting kv heads also chooses among the query heads that stay beside them.
         wanted = {*needed, "heads"} if "kv_heads" in needed else set(needed)
@@ -71,23 +76,24 @@ class Ranking:
             return "last"
         if not self.has_scores:
             return "first"
-        return (
-            "contiguous_block_influence" if axis == "layers" and self.cfg.contiguous_layers else _method(axis, self.cfg)
-        )
+        block = axis == "layers" and self.cfg.contiguous_layers and self.cfg.layer_method != "angular"
+        return ("contiguous_" if block else "") + _method(axis, self.cfg)
 
     def layers(self, count: int) -> list[int]:
         """Kept layers. Without scores, or with layer_method `last`: all but the last ones before the final layer, the
         region that arXiv 2408.11796 (section 3.2) drops as one block."""
         total, drop = self.dims.layers, self.dims.layers - count
-        influence = self._energy.get("layers")
-        if influence is None:
+        scores = self._energy.get("layers")
+        if scores is None:
             start = max(total - 1 - drop, 0)
-            return [layer for layer in range(total) if not start <= layer < start + drop]
-        if self.cfg.contiguous_layers:
-            sums = np.concatenate([[0.0], np.cumsum(influence)])
+        elif self.cfg.layer_method == "angular":
+            start = int(np.argmin([scores[layer, layer + drop] for layer in range(count + 1)]))
+        elif self.cfg.contiguous_layers:
+            sums = np.concatenate([[0.0], np.cumsum(scores)])
             start = int(np.argmin(sums[drop:] - sums[: total - drop + 1]))
-            return [layer for layer in range(total) if not start <= layer < start + drop]
-        return _top(influence, count)
+        else:
+            return _top(scores, count)
+        return [layer for layer in range(total) if not start <= layer < start + drop]
 
     def hidden(self, count: int) -> list[int]:
         energy = self._energy.get("hidden")
@@ -126,6 +132,8 @@ class Ranking:
             return None
         energy = self._energy[axis]
         if axis == "layers":
+            if self.cfg.layer_method == "angular":  # by the angle that each layer turns on its own
+                energy = energy.diagonal(1)
             # The first layer turns the embedding around (0.99 on SmolLM2, where most layers have 0.04): in a plain sum
             # it would make dropping any other look free (docs/pruning.md has what shapes of equal size measure).
             return _share(np.minimum(energy, np.median(energy)), layers)

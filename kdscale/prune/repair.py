@@ -12,6 +12,7 @@ from kdscale.config import PruneConfig
 from kdscale.dist import is_writer
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
+from kdscale.prune.gaps import ROLE, Repaired
 from kdscale.prune.plan import Plan
 from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
@@ -41,13 +42,14 @@ def compensated_layers(
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
     residuals: Residuals | None = None,
+    mended: Repaired | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(the student's layer, role → compensated weight: fp32 on the CPU, cut to the kept hidden rows), layer by layer.
 
     With several ranks `batches` are this rank's share; all of them must go through this, and the one that writes gets
     the weights. A layer counts as done when the next one is asked for. With a folder in `scratch` a killed pass goes on
     at the first layer that was not: the layers before it do not come again.
-    `residuals` are measured on the writer's share.
+    `residuals` are measured on the writer's share. Projections that `mended` has (gaps.py) are left out.
     """
     plan = slicer.plan
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
@@ -60,7 +62,8 @@ def compensated_layers(
         walk = LayerPass(stream, batches, scratch, advance)
         for layer in walk.layers(depth):
             position = plan.kept.layers.index(layer.index) if layer.index in plan.kept.layers else None
-            sums = _attach(layer, slicer, position, stream.device) if position is not None else {}
+            skip = [ROLE] if position is not None and mended is not None and mended.has(position) else []
+            sums = _attach(layer, slicer, position, stream.device, skip) if position is not None else {}
             samples = _sample(layer, slicer, sums, len(batches)) if residuals is not None else {}
             walk.run(layer)
             layer.release()
@@ -79,10 +82,12 @@ def compensated_layers(
         walk.close()
 
 
-def _attach(layer: OneLayer, slicer: Slicer, position: int, device: torch.device) -> dict[str, RidgeSums]:
+def _attach(
+    layer: OneLayer, slicer: Slicer, position: int, device: torch.device, skip: Sequence[str]
+) -> dict[str, RidgeSums]:
     sites = slicer.family.sites
     out: dict[str, RidgeSums] = {}
-    for role in compensated_roles(slicer.plan, slicer):
+    for role in set(compensated_roles(slicer.plan, slicer)) - set(skip):
         axis = COMPENSATED[role]
         kept = slicer.kept(axis, position)
         assert kept is not None

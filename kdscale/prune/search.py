@@ -348,7 +348,8 @@ class Search:
         axes = (*SHAPE_AXES, "experts")
         cut = {a: getattr(student, a) < getattr(self.teacher, a) for a in axes}
         by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in axes}
-        return plans.Methods(**by_axis, compensate=self.cfg.compensate, search=chosen)
+        repair = self.cfg.layer_repair if student.layers < self.teacher.layers else "none"
+        return plans.Methods(**by_axis, compensate=self.cfg.compensate, layer_repair=repair, search=chosen)
 
     def warnings(self, plan: plans.Plan) -> list[str]:
         out = []

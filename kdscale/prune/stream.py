@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.families import Family, TensorSpec
-from kdscale.heads import head_of, logit_scale
+from kdscale.heads import Head, head_of, logit_scale
 from kdscale.prune.shell import NoPositions, assemble, check_positions, enter_with, replace_module
 from kdscale.prune.states import IN_MEMORY, Scratch, States
 
@@ -124,14 +124,18 @@ class LayerStream:
         self._fill(shell, self._outer("final_norm", "final_norm_bias"), self.family.sites.final_norm)
         return shell.get_submodule(self.family.sites.final_norm)
 
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """Final hidden states → fp32 logits, with all that the model does to them."""
+    def output_head(self) -> tuple[Head, float]:
+        """The head, and what its input is multiplied by before it (heads.py)."""
         shell, path = self._shell(0), self.family.sites.head
         specs = self._outer("head", "head_bias")
         for tensor, other in self.family.tied(self.config).items():
             specs[other] = replace(self._outer("embed")[other], parameter=self.family.parameter(tensor))
         self._fill(shell, specs, path)
-        head, scale = head_of(shell), logit_scale(shell)
+        return head_of(shell), logit_scale(shell)
+
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Final hidden states → fp32 logits, with all that the model does to them."""
+        head, scale = self.output_head()
         return lambda hidden: head.logits(hidden * scale)
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> States:

@@ -26,6 +26,7 @@ from kdscale.config import PruneConfig
 from kdscale.dist import is_writer
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import TargetSums
+from kdscale.prune.gaps import ROLE, Repaired
 from kdscale.prune.repair import COMPENSATED, compensated_roles
 from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
@@ -47,6 +48,7 @@ def two_stream_layers(
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
     residuals: Residuals | None = None,
+    mended: Repaired | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """As `repair.compensated_layers`, of which it is the other kind: (the student's layer, role → weight).
 
@@ -67,7 +69,9 @@ def two_stream_layers(
         for pair in walk.layers(depth):
             if pair.position is not None:
                 with torch.inference_mode():
-                    solved = pair.fit(walk.states, batches, cfg, residuals)
+                    solved = pair.fit(
+                        walk.states, batches, cfg, residuals, None if mended is None else mended.get(pair.position)
+                    )
                 if is_writer():
                     yield pair.position, solved
                 del solved
@@ -151,13 +155,22 @@ class _LayerPair:
             self._ours.release()
 
     def fit(
-        self, states: States, batches: Sequence[TokenBatch], cfg: PruneConfig, residuals: Residuals | None
+        self,
+        states: States,
+        batches: Sequence[TokenBatch],
+        cfg: PruneConfig,
+        residuals: Residuals | None,
+        mended: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Refit the projections that are cut, in the order in which they add to the stream."""
+        """Refit the projections that are cut, in the order in which they add to the stream; not a `mended` down."""
         roles = compensated_roles(self._slicer.plan, self._slicer)
         out: dict[str, Tensor] = {}
         for role in ("o", "down"):
-            if role in roles:
+            if role == ROLE and mended is not None:
+                assert self._ours is not None
+                module = self._ours.site(self._paths[role])
+                module.weight.data = mended.to(module.weight)  # type: ignore[arg-type]
+            elif role in roles:
                 out[role] = self._refit(role, states, batches, cfg, residuals)
         for handle in self._handles:
             handle.remove()

@@ -55,12 +55,14 @@ def tokenize(context: Context) -> Facts:
 
 def axes_to_score(context: Context) -> Facts:
     """The axes that the config may cut: all that importance depends on of the pruning settings."""
-    from kdscale.prune.ranking import obs_axes
+    from kdscale.prune.ranking import depth_methods, obs_axes
     from kdscale.prune.search import openable_axes
 
     teacher, family = open_teacher(context.source)
     obs = obs_axes(context.config.prune)
-    axes = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+    axes: dict[str, Any] = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+    if "layers" in axes["axes"] and (depth := depth_methods(context.config.prune)):
+        axes["depth"] = depth
     return {**axes, "obs": [*obs, context.config.prune.ridge_lambda]} if obs else axes
 
 

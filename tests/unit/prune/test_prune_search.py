@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from kdscale.config import PruneConfig
 from kdscale.errors import ConfigError
+from kdscale.families import Dims
 from kdscale.prune.cost import SHAPE_AXES, CostModel
+from kdscale.prune.gaps import gaps
 from kdscale.prune.plan import Plan, make_plan
+from kdscale.prune.ranking import Ranking
 
 AXES = ("ffn", "heads", "kv_heads", "hidden", "layers")
 _settings = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -97,6 +100,46 @@ def test_contiguous_layers_drop_the_least_influential_block(small_config, small_
     assert make_plan(small_config, small_family, scores, PruneConfig(layers=4, layer_method="last")).kept.layers == [
         0, 1, 2, 5,
     ]  # fmt: skip
+
+
+def test_loss_ranks_layers_anywhere_or_as_one_block(small_config, small_family, small_scores):
+    scores = small_scores | {"layers.loss": np.array([0.9, 0.1, 0.8, 0.2, 0.3, 0.0])}
+    cfg = {"layers": 4, "layer_method": "loss"}
+    plan = make_plan(small_config, small_family, scores, PruneConfig(**cfg))
+    assert (plan.kept.layers, plan.methods.layers) == ([0, 2, 3, 4], "loss")
+    plan = make_plan(small_config, small_family, scores, PruneConfig(**cfg, contiguous_layers=True))
+    assert (plan.kept.layers, plan.methods.layers) == ([0, 1, 2, 3], "contiguous_loss")
+
+
+@given(drop=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_angular_drops_the_block_with_the_least_angle(drop, seed):
+    angles = np.triu(np.random.default_rng(seed).random((6, 7)), 1)
+    cfg = PruneConfig(layers=6 - drop, layer_method="angular")
+    dims = Dims(hidden=8, ffn=8, heads=2, kv_heads=1, head_dim=4, layers=6, vocab=10)
+    ranking = Ranking(dims, {"layers.angular": angles}, cfg, ("layers",))
+    kept = ranking.layers(6 - drop)
+    dropped = sorted(set(range(6)) - set(kept))
+    assert dropped == list(range(dropped[0], dropped[0] + drop))
+    assert angles[dropped[0], dropped[0] + drop] == min(angles[i, i + drop] for i in range(7 - drop))
+    assert 0 <= ranking.retained("layers", layers=kept, count=len(kept)) <= 1
+
+
+def test_angular_knows_contiguous_blocks_only():
+    with pytest.raises(ValueError, match="contiguous"):
+        PruneConfig(layers=4, layer_method="angular", contiguous_layers=False)
+
+
+def test_angular_needs_its_scores(small_config, small_family, small_scores):
+    with pytest.raises(ConfigError, match=r"layers\.angular"):
+        make_plan(small_config, small_family, small_scores, PruneConfig(layers=4, layer_method="angular"))
+
+
+def test_gaps_are_the_dropped_layers_with_a_kept_one_in_front(small_config, small_family, small_scores):
+    scores = small_scores | {"layers.block_influence": np.array([0.1, 0.9, 0.2, 0.9, 0.3, 0.1])}
+    plan = make_plan(small_config, small_family, scores, PruneConfig(layers=3, layer_repair="linear"))
+    assert plan.kept.layers == [1, 3, 4]
+    assert gaps(plan) == [(0, 1, 2), (2, 4, 5)]
+    assert gaps(make_plan(small_config, small_family, scores, PruneConfig(layers=3))) == []
 
 
 def test_the_search_takes_the_best_scored_candidate(small_config, small_family, small_scores):

@@ -1,0 +1,260 @@
+"""Scores of whole layers and the repair of gaps: equal to whole-model computations, and what a linear map can mend."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdscale.config import ImportanceConfig, PruneConfig
+from kdscale.errors import ConfigError
+from kdscale.models import load_model
+from kdscale.progress import Reporter
+from kdscale.prune import check, importance
+from kdscale.prune.apply import apply_plan
+from kdscale.prune.depth import next_tokens
+from kdscale.prune.gaps import gaps, repaired_gaps
+from kdscale.prune.plan import make_plan
+from kdscale.prune.slicing import Slicer
+from kdscale.prune.states import Scratch
+from kdscale.prune.stream import LayerStream
+
+CPU = torch.device("cpu")
+
+
+def _model(teacher):
+    return load_model(teacher.checkpoint.path, dtype=torch.float32, device=CPU)
+
+
+def _loss(model, batches) -> float:
+    total, count = 0.0, 0
+    for batch in batches:
+        with torch.inference_mode():
+            logits = model(
+                input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False
+            ).logits.double()
+        labels = next_tokens(batch)
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        count += int((labels >= 0).sum())
+    return total / count
+
+
+def test_labels_stay_inside_a_document(teacher):
+    batch = teacher.batches[0]
+    labels = next_tokens(batch)
+    assert (labels[:, [19, 47]] == -100).all()
+    assert torch.equal(labels[:, 20:47], batch.input_ids_BS[:, 21:48])
+
+
+def test_streamed_losses_are_those_of_the_model_without_each_layer(teacher, tmp_path):
+    got = teacher.scores(tmp_path / "s", layers=2, layer_method="loss")["layers.loss"]
+    whole, removed = _loss(_model(teacher), teacher.batches), []
+    for layer in range(len(got)):
+        model = _model(teacher)
+        del model.model.layers[layer]
+        removed.append(_loss(model, teacher.batches) - whole)
+    expected = np.array(removed) - min(0.0, *removed)
+    assert expected.max() > 1e-2  # or any score would do
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_angles_are_those_of_the_whole_model(teacher, tmp_path):
+    got = teacher.scores(tmp_path / "s", layers=2, layer_method="angular")["layers.angular"]
+    states: list[list[torch.Tensor]] = []
+    for batch in teacher.batches:
+        seen: list[torch.Tensor] = []
+        model = _model(teacher)
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(lambda _m, args, into=seen: into.append(args[0]))
+        model.model.norm.register_forward_pre_hook(lambda _m, args, into=seen: into.append(args[0]))
+        with torch.inference_mode():
+            model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+        states.append(seen)
+    layers = len(got)
+    for start in range(layers):
+        for end in range(layers + 1):
+            cosine = torch.cat(
+                [torch.nn.functional.cosine_similarity(s[start], s[end], dim=-1).flatten() for s in states]
+            )
+            expected = float((cosine.clamp(-1, 1).arccos() / torch.pi).mean()) if end > start else 0.0
+            assert got[start, end] == pytest.approx(expected, abs=1e-5)
+
+
+def test_only_the_layer_tokens_are_used(teacher, tmp_path):
+    def score(batches, tokens):
+        return importance.run(
+            teacher.checkpoint, teacher.family, batches, ImportanceConfig(dtype="float32", layer_tokens=tokens),
+            PruneConfig(layers=2, layer_method="angular"), None, CPU, Reporter(quiet=True),
+        )["layers.angular"]  # fmt: skip
+
+    first = score(teacher.batches[:1], 10_000)
+    assert np.array_equal(score(teacher.batches, 100), first)
+    assert not np.array_equal(score(teacher.batches, 10_000), first)
+
+
+@pytest.mark.parametrize("method", ["loss", "angular"])
+def test_a_killed_pass_over_layers_goes_on(teacher, tmp_path, monkeypatch, method):
+    prune = {"layers": 2, "layer_method": method}
+    expected = teacher.scores(tmp_path / "whole", **prune)
+    scratch, read = Scratch(tmp_path / "scratch", 30_000), LayerStream.layer
+    calls: list[int] = []
+
+    def run(die_at: int):
+        calls.clear()
+
+        def spy(self, index):
+            calls.append(index)
+            if len(calls) == die_at:
+                raise KeyboardInterrupt
+            return read(self, index)
+
+        monkeypatch.setattr(LayerStream, "layer", spy)
+        return importance.run(
+            teacher.checkpoint, teacher.family, teacher.batches, ImportanceConfig(dtype="float32"),
+            PruneConfig(**prune), None, CPU, Reporter(quiet=True), scratch,
+        )  # fmt: skip
+
+    layers = teacher.family.dims(teacher.config).layers
+    with pytest.raises(KeyboardInterrupt):
+        run(3)  # inside the pass over copies
+    with pytest.raises(KeyboardInterrupt):
+        run(layers)  # inside the pass after it
+    assert calls[0] == 2
+    scores = run(-1)
+    assert calls == list(range(calls[0], layers)) and calls[0] > 0  # the first pass is not run again
+    assert all(np.array_equal(scores[name], expected[name]) for name in expected)
+    assert not any(scratch.folder.iterdir())
+
+
+@pytest.mark.parametrize("repair", ["none", "linear"])
+@pytest.mark.parametrize("method", ["block_influence", "loss", "angular", "last"])
+def test_every_method_writes_a_checked_student(teacher, tmp_path, method, repair):
+    plan = teacher.prune(tmp_path / "out", layers=2, layer_method=method, layer_repair=repair)
+    assert plan.methods.layers == method
+    assert plan.methods.layer_repair == repair
+    check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "out", teacher.ids)
+
+
+def _joined(batches):
+    return SimpleNamespace(
+        input_ids_BS=torch.cat([batch.input_ids_BS for batch in batches]),
+        position_ids_BS=torch.cat([batch.position_ids_BS for batch in batches]),
+    )
+
+
+def test_a_block_that_a_linear_map_can_give_is_mended_exactly(teacher, tmp_path):
+    """Layers 1 and 2 take away 0.7 of what layer 0's MLP added, so 0.3 of its down projection gives what is left."""
+    folder = tmp_path / "teacher"
+    model = _model(teacher)
+    with torch.no_grad():
+        for layer in (1, 2):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer].mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+    silent = type(teacher)(folder)
+    silent.batches, read = teacher.batches, LayerStream.layer
+    layers = silent.family.dims(silent.config).layers
+    cfg = PruneConfig(layers=layers - 2, layer_method="last", layer_repair="linear")
+    plan = make_plan(silent.config, silent.family, None, cfg)
+    assert plan.kept.layers == [0, *range(3, layers)]
+    seen: dict[str, torch.Tensor] = {}
+
+    def linear(self, index):
+        layer = read(self, index)
+        if index == 0:
+            layer.site("mlp.down_proj").register_forward_hook(lambda _m, _a, out: seen.update(y=out))
+        if index == 1:
+            layer.module.register_forward_hook(lambda _m, _a, out: out - 0.7 * seen["y"])
+        return layer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerStream, "layer", linear)
+        batches = [_joined(silent.batches)]  # one batch, so that `seen` is of the batch that layer 1 is given
+        mended = repaired_gaps(
+            LayerStream(silent.config, silent.family, silent.checkpoint.tensor, dtype=torch.float32, device=CPU),
+            Slicer(silent.config, silent.family, plan), batches, PruneConfig(layers=2, ridge_lambda=1e-6),
+            silent.checkpoint, Reporter(quiet=True),
+        )  # fmt: skip
+    whole = silent.checkpoint.tensor("model.layers.0.mlp.down_proj.weight").float()
+    read_by_down = mended.get(0) - 0.3 * whole
+    assert float(read_by_down.norm() / whole.norm()) < 1e-3
+    assert mended.get(1) is None
+
+
+@pytest.mark.parametrize("compensate", ["two_stream", "ridge"])
+def test_repair_goes_with_a_width_cut_and_with_kills(teacher, tmp_path, monkeypatch, compensate):
+    prune = {"layers": 2, "ffn": 64, "heads": 4, "compensate": compensate, "layer_repair": "linear"}
+    cfg, scratch = PruneConfig(**prune), Scratch(tmp_path / "scratch", 30_000)
+    plan = make_plan(teacher.config, teacher.family, teacher.scores(tmp_path / "s", **prune), cfg)
+    read = LayerStream.layer
+
+    def run(out, scratch, die_at):
+        calls: list[int] = []
+
+        def spy(self, index):
+            calls.append(index)
+            if len(calls) == die_at:
+                raise KeyboardInterrupt
+            return read(self, index)
+
+        monkeypatch.setattr(LayerStream, "layer", spy)
+        silent = Reporter(quiet=True)
+        apply_plan(
+            teacher.checkpoint, teacher.family, plan, out, cfg, batches=teacher.batches, reporter=silent,
+            scratch=scratch,
+        )  # fmt: skip
+        return calls
+
+    whole = run(tmp_path / "whole", Scratch(), -1)
+    depth = gaps(plan)[-1].last + 1
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", scratch, depth)  # in the repair's last layer
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", scratch, 3)  # in the compensation
+    assert len(run(tmp_path / "out", scratch, -1)) < len(whole) - depth + 1
+    monkeypatch.undo()
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((tmp_path / "scratch").glob("gaps"))
+    check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "out", teacher.ids)
+
+
+def test_repair_brings_the_student_closer_on_its_calibration_text(teacher, tmp_path):
+    whole = _model(teacher)
+    distance = {}
+    for repair in ("none", "linear"):
+        teacher.prune(tmp_path / repair, layers=2, layer_method="angular", layer_repair=repair, compensate="none")
+        student = load_model(tmp_path / repair, dtype=torch.float32, device=CPU)
+        batch = teacher.batches[0]
+        with torch.inference_mode():
+            ours, theirs = (
+                m.model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS).last_hidden_state
+                for m in (student, whole)
+            )
+        distance[repair] = float((ours - theirs).norm() / theirs.norm())
+    assert distance["linear"] < 0.97 * distance["none"]  # random layers: little of them is linear
+
+
+def test_layers_that_do_more_than_add_are_refused(tmp_path, teacher_class):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(1)
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=320, max_position_embeddings=128, query_pre_attn_scalar=8,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    with pytest.raises(ConfigError, match=r"prune\.layer_repair"):
+        teacher_class(tmp_path / "gemma").prune(tmp_path / "out", layers=2, layer_repair="linear")
+
+
+def test_nothing_is_mended_where_nothing_was_dropped(teacher, tmp_path):
+    plan = teacher.prune(tmp_path / "out", ffn=64, compensate="none", layer_repair="linear")
+    assert plan.methods.layer_repair == "none"
+    plain = teacher.prune(tmp_path / "plain", ffn=64, compensate="none")
+    assert plan.kept == plain.kept
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
