@@ -356,9 +356,27 @@ class Search:
             out.append("no importance scores: the first units of each axis are kept; this plan is for its shape only")
         if plan.student.hidden < plan.teacher.hidden and plan.norm_scale == 1.0:
             out.append("hidden is cut without the norm correction (prune.compensate=none)")
+        if few := self.experts_short_of_tokens(plan):
+            out.append(few)
         if not plan.cut_axes():
             out.append("nothing is cut: the student equals the teacher")
         return out
+
+    def experts_short_of_tokens(self, plan: plans.Plan) -> str | None:
+        """A sentence about the experts that compensation has little to fit on; None when there are none."""
+        counted = (self.scores or {}).get("ffn.expert_tokens")
+        if counted is None or self.cfg.compensate == "none" or "ffn" not in plan.cut_axes():
+            return None
+        kept = zip(plan.kept.layers, plan.kept.experts, strict=True)
+        tokens = np.concatenate([np.asarray(counted[layer])[experts] for layer, experts in kept])
+        few = int((tokens < plan.student.ffn).sum())
+        if not few:
+            return None
+        return (
+            f"{few} of {len(tokens)} experts got fewer calibration tokens than the {plan.student.ffn} ffn units that "
+            f"stay (the least: {tokens.min():.0f}): where no token was, compensation leaves the sliced weight; raise "
+            "importance.calibration_tokens"
+        )
 
 
 def _varied(ranked: list[Sizes], count: int) -> list[Sizes]:

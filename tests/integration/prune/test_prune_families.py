@@ -211,7 +211,7 @@ def test_experts_scores_are_what_the_layer_computes(teacher_of, tmp_path):
                 energy[layer, expert] += (w["down"] * (share * units)).square().sum(0)
     torch.testing.assert_close(torch.from_numpy(scores["experts.output_norm"]), norms, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(torch.from_numpy(scores["ffn.output_energy"]), energy, rtol=1e-4, atol=1e-6)
-    assert set(scores) == {"experts.output_norm", "ffn.output_energy", "ffn.activation"}
+    assert set(scores) == {"experts.output_norm", "ffn.output_energy", "ffn.activation", "ffn.expert_tokens"}
 
 
 def test_each_kept_expert_keeps_its_own_units(teacher_of, tmp_path):
