@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kdscale.dist import all_reduce_sum
+from kdscale.families import Family
 from kdscale.prune.compensate import TargetSums
 from kdscale.prune.experts import call_of, routing_among, units_of
 from kdscale.prune.residual import Residuals
@@ -60,14 +61,12 @@ def expert_name(role: str, expert: int | None) -> str:
 class ExpertInputs:
     """Records what a layer's experts read while the layer is run, within a quarter of the pass's bytes."""
 
-    def __init__(self, layer: OneLayer, slicer: Slicer, position: int, scratch: Scratch, device: torch.device):
-        sites = slicer.family.sites
-        self._experts: Any = layer.site(sites.experts)
-        self._router = layer.site(sites.router)
-        self._slicer, self._position = slicer, position
+    def __init__(self, layer: OneLayer, family: Family, scratch: Scratch, device: torch.device):
+        self.experts: Any = layer.site(family.sites.experts)
+        self._router = layer.site(family.sites.router)
         quarter = replace(scratch.part(_FOLDER), activation_bytes=scratch.activation_bytes // 4)
         self._inputs = States(quarter, device)
-        self._handle = self._experts.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._handle = self.experts.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, _module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         self._inputs.append(call_of(args, kwargs)[0])
@@ -75,18 +74,22 @@ class ExpertInputs:
     def stop(self) -> None:
         self._handle.remove()
 
-    def sweep(self, group: Sequence[int]) -> Iterator[Equations]:
-        """In the teacher's stream."""
-        kept = self._slicer.plan.kept.experts[self._position]
-        rows_D = torch.tensor(self._slicer.plan.kept.hidden, device=self._experts.down_proj.device)
-        for hidden_ND in self._inputs:
-            routing = routing_among(self._router, kept, hidden_ND)
-            for expert in group:
-                token_n, weight_n = routing.of(expert)
-                units_nF = units_of(self._experts, expert, hidden_ND[token_n]).float() * weight_n[:, None]
-                target_nD = units_nF @ self._experts.down_proj[expert][rows_D].float().T
-                units = kept_units(self._slicer, self._position, expert, units_nF.device)
-                yield Equations(expert, units_nF[:, units], target_nD, units_nF)
+    def sweep(self, slicer: Slicer, position: int) -> Sweep:
+        """For one student's experts, in the teacher's stream."""
+        kept, experts = slicer.plan.kept.experts[position], self.experts
+        rows_D = torch.tensor(slicer.plan.kept.hidden, device=experts.down_proj.device)
+
+        def equations(group: Sequence[int]) -> Iterator[Equations]:
+            for hidden_ND in self._inputs:
+                routing = routing_among(self._router, kept, hidden_ND)
+                for expert in group:
+                    token_n, weight_n = routing.of(expert)
+                    units_nF = units_of(experts, expert, hidden_ND[token_n]).float() * weight_n[:, None]
+                    target_nD = units_nF @ experts.down_proj[expert][rows_D].float().T
+                    units = kept_units(slicer, position, expert, units_nF.device)
+                    yield Equations(expert, units_nF[:, units], target_nD, units_nF)
+
+        return equations
 
 
 def ridge_experts(
@@ -103,12 +106,12 @@ def ridge_experts(
 
     See `refit_experts` for what comes back.
     """
-    inputs = ExpertInputs(layer, slicer, position, scratch, device)
+    inputs = ExpertInputs(layer, slicer.family, scratch, device)
     run()
     inputs.stop()
-    experts: Any = layer.site(slicer.family.sites.experts)
+    sweep, room = inputs.sweep(slicer, position), scratch.activation_bytes
     with torch.inference_mode():
-        return refit_experts(experts, slicer, position, inputs.sweep, ridge, scratch.activation_bytes, residuals)
+        return refit_experts(inputs.experts, slicer, position, sweep, ridge, room, residuals)
 
 
 def refit_experts(
