@@ -115,6 +115,7 @@ class PruneConfig(_Section):
     # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
     hidden_divisor: Count | None = None
     ffn_divisor: Count | None = None
+    experts_divisor: Count | None = None  # None: 8 from 64 experts on, 1 below
     ffn_method: FfnMethod = "output_energy"
     head_method: HeadMethod = "output_energy"
     # auto: pca (the residual stream turned into its principal components) where the family allows, else activation

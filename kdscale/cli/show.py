@@ -66,8 +66,10 @@ def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None
     _candidates(plan_json)
     teacher, student = plan_json["teacher"], plan_json["student"]
     rows = [(axis, str(teacher[axis]), str(student[axis])) for axis in teacher if axis != "vocab"]
-    for kind in ("total", "non_embedding"):
-        before, after = (plan_json[f"{who}_params"][kind] for who in ("teacher", "student"))
+    for kind in ("total", "non_embedding", "active"):
+        before, after = (plan_json[f"{who}_params"].get(kind) for who in ("teacher", "student"))
+        if before is None:  # a dense model has none that a token leaves out
+            continue
         rows.append((f"{kind.replace('_', '-')} parameters", f"{before / 1e6:,.1f} M", f"{after / 1e6:,.1f} M"))
     _print(
         table(f"Shape of step {step}" if step else "Student's shape", ("", "teacher", "student"), rows, right_from=1)
@@ -88,6 +90,7 @@ def _candidates(plan_json: dict[str, Any]) -> None:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {axis: _reader(axis) for axis in cuttable}
     columns |= {
         "params": lambda row: _short(row["params"]).replace("G", "B"),
+        "active": lambda row: _short(row["active"]).replace("G", "B") if row.get("active") else "",
         "on disk": lambda row: f"{_short(row['bytes'])}B",
         "KV/tok": lambda row: f"{_short(row['kv_bytes'])}B",
         "decode": lambda row: "" if row["decode_ms"] is None else f"{row['decode_ms']:.3g}ms",

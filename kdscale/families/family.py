@@ -99,13 +99,13 @@ class Family:
         return self.data.name
 
     @property
-    def sites(self) -> Sites:
-        return self.data.sites
+    def experts_per_token(self) -> int:
+        """How many experts of a mixture a token is routed to, which no cut changes; 0 in dense models."""
+        return self._per_token or 0
 
     @property
-    def experts_per_token(self) -> int | None:
-        """How many experts each token is routed to; None in dense models."""
-        return self._per_token
+    def sites(self) -> Sites:
+        return self.data.sites
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
 from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.progress import Reporter
+from kdscale.prune.expert_repair import expert_name
 from kdscale.prune.gaps import ROLE, Repaired, gaps, repaired_gaps
 from kdscale.prune.plan import Plan
 from kdscale.prune.repair import compensated_layers, compensated_roles
@@ -125,13 +126,12 @@ def _write(
     pairs: Iterable[_Pair],
     changed: dict[str, Tensor] | None = None,
 ) -> None:
-    """Slice and write those of `pairs` that no earlier call has written; `changed` has new weights by role."""
+    """Slice and write those of `pairs` that no earlier call has written; `changed`: new weights by role and expert."""
     for pair in pairs:
         if pair.target in writer.written:
             continue
-        if changed and pair.spec.role in changed:
-            dtype = writer.dtype(pair.target)
-            writer.add(pair.target, changed[pair.spec.role].to(dtype))
+        if changed and (name := expert_name(pair.spec.role, pair.spec.expert)) in changed:
+            writer.add(pair.target, changed[name].to(writer.dtype(pair.target)))
         else:
             writer.add_blocks(pair.target, _sliced(teacher, slicer, pair))
 

@@ -24,7 +24,7 @@ Count = Literal["total", "non_embedding"]
 Ints = NDArray[np.int64]
 
 # What a shape is made of; `head_dim` and `vocab` never change and are folded into the coefficients.
-SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers")
+SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class _Term:
     axes: tuple[str, ...]
     embedding: bool
     itemsize: int
+    of_experts: bool
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class CostModel:
 
     terms: tuple[_Term, ...]
     head_dim: int
+    experts_per_token: int = 0
 
     @classmethod
     def of(
@@ -50,40 +52,44 @@ class CostModel:
         config: Mapping[str, Any],
         family: Family,
         itemsize: Callable[[str], int] | None = None,
-        *,
-        experts: int | None = None,
     ) -> CostModel:
         """Expand the family's table once for this config. Raises CheckpointError for a config the family refuses.
 
         `itemsize`: bytes a value of each teacher tensor on disk, which the student's keep; by default what the config
-        says the weights are in. `experts`: how many of a mixture's experts the shapes have (default: the config's).
+        says the weights are in.
         """
         width = config_itemsize(config)
         dims = family.dims(dict(config))
-        stay = experts or dims.experts
-        fixed: dict[str | int, int] = {"head_dim": dims.head_dim, "vocab": dims.vocab, "experts": stay}
+        fixed: dict[str | int, int] = {"head_dim": dims.head_dim, "vocab": dims.vocab}
         fixed |= {name: family.fixed_size(name, config) for name in family.data.sizes}
-        sums: Counter[tuple[tuple[str, ...], bool, int]] = Counter()
+        sums: Counter[tuple[tuple[str, ...], bool, int, bool]] = Counter()
         for name, spec in family.tensors(dict(config)).items():
-            if spec.expert is not None and spec.expert >= stay:
-                continue
-            once = ["layers"] if spec.layer is not None else []
+            if spec.expert:
+                continue  # experts are alike: the first stands for all
+            of_experts = spec.expert is not None
+            once = (["layers"] if spec.layer is not None else []) + (["experts"] if of_experts else [])
             bytes_each = itemsize(name) if itemsize else width
             for blocks in itertools.product(*(axis_blocks(axis) for axis in spec.axes)):
                 factors = [factor for block in blocks for factor in block]
                 coefficient = math.prod(fixed.get(f, f if isinstance(f, int) else 1) for f in factors)
                 axes = [f for f in factors if isinstance(f, str) and f not in fixed]
-                sums[tuple(sorted(once + axes)), spec.role in EMBEDDING_ROLES, bytes_each] += coefficient
+                sums[tuple(sorted(once + axes)), spec.role in EMBEDDING_ROLES, bytes_each, of_experts] += coefficient
         terms = [
-            _Term(total / dims.layers if "layers" in axes else total, axes, embedding, bytes_each)
-            for (axes, embedding, bytes_each), total in sorted(sums.items())
+            _Term(total / dims.layers if "layers" in axes else total, axes, embedding, bytes_each, of_experts)
+            for (axes, embedding, bytes_each, of_experts), total in sorted(sums.items())
         ]
-        return cls(tuple(terms), dims.head_dim)
+        return cls(tuple(terms), dims.head_dim, family.experts_per_token)
 
     def params(self, shapes: Mapping[str, Ints], count: Count) -> Ints:
         """`shapes[axis]` are equally long arrays (or broadcastable); returns the counted parameters of each shape."""
         counted = [term for term in self.terms if not (term.embedding and count == "non_embedding")]
         return _sum(shapes, [(term, 1) for term in counted])
+
+    def active(self, shapes: Mapping[str, Ints]) -> Ints:
+        """Parameters that one token uses: all, but of a mixture's experts only those that it is routed to."""
+        routed = {**shapes, "experts": np.minimum(shapes["experts"], self.experts_per_token)}
+        used = [_sum(routed if term.of_experts else shapes, [(term, 1)]) for term in self.terms]
+        return np.sum(used, axis=0, dtype=np.int64)
 
     def bytes(self, shapes: Mapping[str, Ints]) -> Ints:
         """Bytes of all tensors on disk, without the files' headers (some kilobytes)."""

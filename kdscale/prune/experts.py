@@ -3,12 +3,13 @@
 transformers keeps the experts of a layer in one module with stacked weights and calls it with the tokens, the experts
 that the router chose for each and their weights. What the units put out is computed here once more from those.
 
-N tokens · T experts a token · E experts · D hidden · F ffn of one expert
+N tokens · n tokens of one expert · T experts a token · E experts · D hidden · F ffn of one expert
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,49 @@ from torch import Tensor, nn
 from kdscale.dist import all_reduce_sum
 
 
+class Routing(NamedTuple):
+    """Which experts a token goes to, by the numbers of the module that they are in, and what each counts."""
+
+    chosen_NT: Tensor
+    weights_NT: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(the tokens that `expert` gets, its weight for each in fp32)"""
+        token_n, slot_n = torch.where(self.chosen_NT == expert)
+        return token_n, self.weights_NT[token_n, slot_n].float()
+
+
+def call_of(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Routing]:
+    """What a module of experts is called with: (hidden_ND, who goes where)."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return given[names[0]], Routing(given[names[1]], given[names[2]])
+
+
+def units_of(experts: Any, expert: int, hidden_nD: Tensor) -> Tensor:
+    """What the down projection of `expert` reads: [n, F]."""
+    units: Tensor = experts._apply_gate(nn.functional.linear(hidden_nD, experts.gate_up_proj[expert]))
+    return units
+
+
+def routing_among(router: nn.Module, kept: Sequence[int], hidden_ND: Tensor) -> Routing:
+    """Where the router sends tokens when it has only the `kept` experts to choose from, by the teacher's numbers.
+
+    It is the student's router: fewer rows, and the family's own rule for what the chosen ones count.
+    """
+    weight: Any = router.weight
+    numbers = torch.tensor(kept, device=hidden_ND.device)
+    _, weights_NT, chosen_NT = torch.func.functional_call(router, {"weight": weight[numbers]}, (hidden_ND,))
+    return Routing(numbers[chosen_NT], weights_NT)
+
+
 class ExpertStats:
     """Sums over the tokens that each expert got, every one multiplied by its routing weight w:
 
     - `experts.output_norm` [E]: Σ w·‖expert(x)‖;
     - `ffn.output_energy` [E, F]: Σ ‖w · a_f · W_down,f‖², the unit's share of the output;
-    - `ffn.activation` [E, F]: √Σ (w · a_f)². Not by sequence as in dense layers: an expert gets tokens, not sequences.
+    - `ffn.activation` [E, F]: √Σ (w · a_f)². Not by sequence as in dense layers: an expert gets tokens, not sequences;
+    - `ffn.expert_tokens` [E]: how many it got, no score: few are little to compensate from.
     """
 
     def __init__(self, experts: Any):
@@ -30,6 +68,7 @@ class ExpertStats:
         device = experts.down_proj.device
         self._norms_E = torch.zeros(count, dtype=torch.float64, device=device)
         self._squares_EF = torch.zeros(count, width, dtype=torch.float64, device=device)
+        self._tokens_E = torch.zeros(count, dtype=torch.float64, device=device)
 
     def attach(self) -> Any:
         return self._experts.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -41,20 +80,18 @@ class ExpertStats:
         return {
             "experts.output_norm": norms_E,
             "ffn.activation": squares_EF.sqrt(),
+            "ffn.expert_tokens": all_reduce_sum(self._tokens_E),
             "ffn.output_energy": squares_EF * columns_EF,
         }
 
     def _see(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        hidden_ND, chosen_NT, weights_NT = (given[name] for name in names)
+        hidden_ND, routing = call_of(args, kwargs)
         for expert in range(len(self._norms_E)):
-            token_n, slot_n = torch.where(chosen_NT == expert)
+            token_n, weight_n = routing.of(expert)
             if not len(token_n):
                 continue
-            up_nF = nn.functional.linear(hidden_ND[token_n], module.gate_up_proj[expert])
-            units_nF = module._apply_gate(up_nF)
+            units_nF = units_of(module, expert, hidden_ND[token_n])
             output_nD = nn.functional.linear(units_nF, module.down_proj[expert]).float()
-            weight_n = weights_NT[token_n, slot_n].float()
             self._norms_E[expert] += (output_nD.norm(dim=-1) * weight_n).sum().double()
             self._squares_EF[expert] += (units_nF.float() * weight_n[:, None]).square().sum(0).double()
+            self._tokens_E[expert] += len(token_n)

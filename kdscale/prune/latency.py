@@ -65,6 +65,7 @@ class LatencyModel:
     def timing(self, dims: Dims) -> Timing:
         """Measured now, or before on the same machine."""
         key = f"hidden={dims.hidden} ffn={dims.ffn} heads={dims.heads} kv_heads={dims.kv_heads}"
+        key += f" experts={dims.experts}" if dims.experts else ""
         if key not in self._timed:
             self._timed[key] = self._time_shape(dims)
             if self._cache is not None:

@@ -3,7 +3,7 @@
 Each teacher layer is read once. Every candidate that keeps it takes its slice of that layer in memory, is given the
 same regression that apply would solve (from one Gram matrix of the teacher's inputs, shared by all), and moves its own
 hidden states on. At the end: cross-entropy, and the KL divergence from the teacher's whole next-token distribution.
-In memory: one teacher layer, one candidate's layer, one Gram matrix, the hidden states of all.
+In memory: one teacher layer, one candidate's layer, the Gram matrices of a layer, hidden states within a byte budget.
 
 B batch · S sequence · N scored tokens · D hidden · U inputs of a projection · V vocabulary
 """
@@ -11,6 +11,7 @@ B batch · S sequence · N scored tokens · D hidden · U inputs of a projection
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from kdscale.errors import DataError, SelfCheckError
 from kdscale.families import Family, TensorSpec
+from kdscale.files import remove_tree
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
+from kdscale.prune.expert_repair import ExpertInputs, expert_name, refit_experts
 from kdscale.prune.plan import Masked, Plan
-from kdscale.prune.repair import COMPENSATED, compensated_roles
+from kdscale.prune.repair import COMPENSATED, compensated_roles, fits_experts
 from kdscale.prune.slicing import Slicer
+from kdscale.prune.states import IN_MEMORY, Scratch, States
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
 
@@ -47,10 +51,12 @@ def score_masked(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     reporter: Reporter | None = None,
+    scratch: Scratch = IN_MEMORY,
 ) -> list[Masked]:
     """Loss and KL of each plan's student on `batches`, in nats a token.
 
-    `calibration` and `ridge` (λ) are what plans that compensate regress on. Raises DataError without labels or without
+    `calibration` and `ridge` (λ) are what plans that compensate regress on, whichever way they do. Hidden states beyond
+    the byte budget of `scratch` lie in its folder, which is gone afterwards. Raises DataError without labels or without
     calibration tokens that a plan needs, SelfCheckError when a loss is not finite.
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
@@ -58,27 +64,33 @@ def score_masked(
         raise DataError("there are no tokens to score candidates on", expected="at least one label")
     shared = _LayerCache(teacher)
     whole = LayerStream(teacher.config, family, shared.tensor, dtype=dtype, device=device)
+    share = replace(scratch, activation_bytes=scratch.activation_bytes // (len(plans) + 2))
     runs = [_Student(shared, family, plan, ridge, dtype, device) for plan in plans]
     if any(run.roles for run in runs) and not sum(batch.input_ids_BS.numel() for batch in calibration):
         raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
     calibrate = list(calibration) if any(run.roles for run in runs) else []
-    states = list(whole.embed(batches))
-    calibration_states = list(whole.embed(calibrate))
-    for run in runs:
-        run.states = list(run.stream.embed(batches))
+    states = whole.embed(batches, share.part("teacher"))
+    calibration_states = whole.embed(calibrate, share.part("calibration"))
+    for number, run in enumerate(runs):
+        run.states = run.stream.embed(batches, share.part(f"candidate-{number}"))
     layers = whole.dims.layers
     with torch.inference_mode(), reporter.bar("masked candidates", layers, unit="layer") as bar:
         for index in range(layers):
             shared.clear()
             layer = whole.layer(index)
-            grams = _grams(layer, family, runs, calibrate, calibration_states, device)
+            grams, inputs = _read(layer, family, runs, calibrate, calibration_states, share, device)
             _advance(layer, states, batches, device)
-            layer.release()
+            if inputs is None:
+                layer.release()
             for run in runs:
-                run.advance(index, grams, batches, device)
+                run.advance(index, grams, inputs, scratch.activation_bytes, batches, device)
+            layer.release()
             bar.advance(1, f"layer {index + 1}/{layers}")
         shared.clear()
-        return _losses(whole, runs, states, batches, device)
+        found = _losses(whole, runs, states, batches, device)
+    if scratch.folder is not None:
+        remove_tree(scratch.folder)
+    return found
 
 
 class _LayerCache:
@@ -107,7 +119,7 @@ class _Student:
         self.slicer = Slicer(shared.config, family, plan)
         self.roles = compensated_roles(plan, self.slicer)
         self.stream = LayerStream(self.slicer.student_config, family, self._tensor, dtype=dtype, device=device)
-        self.states: list[Tensor] = []
+        self.states = States()
         self._where: dict[str, tuple[int | None, str, TensorSpec]] = {
             target: (None, source, spec) for source, target, spec in self.slicer.outer()
         }
@@ -115,15 +127,24 @@ class _Student:
 
     def _tensor(self, name: str) -> Tensor:
         position, source, spec = self._where[name]
-        if spec.role in self._solved:
+        if (solved := self._solved.get(expert_name(spec.role, spec.expert))) is not None:
             # rounded to the dtype on disk, as the student's file would be
-            return self._solved[spec.role].to(self._shared.tensor(source).dtype)
+            return solved.to(self._shared.tensor(source).dtype)
         return self.slicer.slice(self._shared.tensor(source), spec, position)
 
     def advance(
-        self, index: int, grams: dict[str, Tensor], batches: Sequence[TokenBatch], device: torch.device
+        self,
+        index: int,
+        grams: dict[str, Tensor],
+        inputs: ExpertInputs | None,
+        room: int,
+        batches: Sequence[TokenBatch],
+        device: torch.device,
     ) -> None:
-        """Through the student's version of the teacher's layer `index`, if it has one."""
+        """Through the student's version of the teacher's layer `index`, if it has one.
+
+        `inputs`, `room`: what the layer's experts read, and the bytes for fitting them.
+        """
         if index not in self.plan.kept.layers:
             return
         position = self.plan.kept.layers.index(index)
@@ -133,8 +154,11 @@ class _Student:
         self._solved = {
             spec.role: self._solve(spec.role, position, source, grams)
             for source, _, spec in pairs
-            if spec.role in self.roles
+            if spec.role in grams and spec.role in self.roles
         }
+        if inputs is not None and fits_experts(self.plan, self.slicer):
+            sweep = inputs.sweep(self.slicer, position)
+            self._solved |= refit_experts(inputs.experts, self.slicer, position, sweep, self._ridge, room)
         layer = self.stream.layer(position)
         self._solved = {}
         _advance(layer, self.states, batches, device)
@@ -154,26 +178,34 @@ class _Student:
         return solved_DK.T if transposed else solved_DK
 
 
-def _grams(
+def _read(
     layer: OneLayer,
     family: Family,
     runs: Sequence[_Student],
     batches: Sequence[TokenBatch],
-    states: list[Tensor],
+    states: States,
+    scratch: Scratch,
     device: torch.device,
-) -> dict[str, Tensor]:
-    """Σ xᵀx (fp32) of what the compensated projections read in this layer; moves `states` on."""
+) -> tuple[dict[str, Tensor], ExpertInputs | None]:
+    """Σ xᵀx (fp32) of what the compensated projections read in this layer, by role; for the experts of a mixture, whose
+    Gram matrices would be many, what they read. Moves `states` on."""
     here = [run for run in runs if layer.index in run.plan.kept.layers]
     roles = sorted({role for run in here for role in run.roles})
     grams: dict[str, Tensor] = {}
     handles = []
+    inputs = None
+    if any(fits_experts(run.plan, run.slicer) for run in here):
+        roles.remove("down")
+        inputs = ExpertInputs(layer, family, scratch, device)
     for role in roles:
         path = family.sites.ffn if role == "down" else family.sites.heads
         handles.append(layer.site(path).register_forward_pre_hook(_adder(grams, role)))
     _advance(layer, states, batches, device)
     for handle in handles:
         handle.remove()
-    return grams
+    if inputs is not None:
+        inputs.stop()
+    return grams, inputs
 
 
 def _adder(grams: dict[str, Tensor], role: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
@@ -186,7 +218,7 @@ def _adder(grams: dict[str, Tensor], role: str) -> Callable[[Any, tuple[Tensor, 
     return add
 
 
-def _advance(layer: OneLayer, states: list[Tensor], batches: Sequence[TokenBatch], device: torch.device) -> None:
+def _advance(layer: OneLayer, states: States, batches: Sequence[TokenBatch], device: torch.device) -> None:
     for index, batch in enumerate(batches):
         states[index] = layer(states[index], batch.position_ids_BS.to(device))
 
@@ -194,7 +226,7 @@ def _advance(layer: OneLayer, states: list[Tensor], batches: Sequence[TokenBatch
 def _losses(
     whole: LayerStream,
     runs: Sequence[_Student],
-    states: Sequence[Tensor],
+    states: States,
     batches: Sequence[LabelledBatch],
     device: torch.device,
 ) -> list[Masked]:

@@ -88,6 +88,7 @@ class Params(_Part):
     total: Size
     embedding: Annotated[int, Field(ge=0)]
     non_embedding: Size
+    active: Size | None = None  # what one token uses, of a mixture of experts; None in dense models
 
 
 class Target(_Part):
@@ -132,7 +133,9 @@ class Candidate(_Part):
     heads: Size
     kv_heads: Size
     layers: Size
+    experts: Annotated[int, Field(ge=0)] = 0
     params: Size
+    active: Size | None = None  # as in Params
     bytes: Size
     kv_bytes: Size
     decode_ms: float | None = None
@@ -287,7 +290,7 @@ def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> l
     for field, model in (("teacher_params", plain), ("student_params", student_config)):
         counted = count_params(model, family)
         out += [
-            f"{field}.{name}: expected {getattr(counted, name):,}, got {getattr(getattr(plan, field), name):,}"
+            f"{field}.{name}: expected {getattr(counted, name)}, got {getattr(getattr(plan, field), name)}"
             for name in Params.model_fields
             if getattr(counted, name) != getattr(getattr(plan, field), name)
         ]
@@ -299,7 +302,12 @@ def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> l
 
 def count_params(config: Mapping[str, Any], family: Family) -> Params:
     counted = family.count_params(dict(config))
-    return Params(total=counted.total, embedding=counted.embedding, non_embedding=counted.non_embedding)
+    return Params(
+        total=counted.total,
+        embedding=counted.embedding,
+        non_embedding=counted.non_embedding,
+        active=counted.active if family.experts_per_token else None,
+    )
 
 
 def _index_problems(name: str, indices: Sequence[int], count: int, limit: int) -> list[str]:

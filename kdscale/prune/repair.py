@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kdscale.config import PruneConfig
 from kdscale.dist import is_writer
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import RidgeSums
+from kdscale.prune.expert_repair import ridge_experts
 from kdscale.prune.gaps import ROLE, Repaired
 from kdscale.prune.plan import Plan
 from kdscale.prune.residual import Residuals, Sample
@@ -28,9 +30,12 @@ def compensated_roles(plan: Plan, slicer: Slicer) -> list[str]:
     """Which projections this plan rewrites by regression: those with an input axis that is cut."""
     if plan.methods.compensate == "none":
         return []
-    # The experts of a mixture each see other tokens and have their own kept units: they are sliced only.
-    there = {role: axis for role, axis in COMPENSATED.items() if role != "down" or slicer.family.sites.ffn}
-    return [role for role, axis in there.items() if slicer.kept(axis, 0) is not None]
+    return [role for role, axis in COMPENSATED.items() if slicer.kept(axis, 0) is not None]
+
+
+def fits_experts(plan: Plan, slicer: Slicer) -> bool:
+    """Whether the down projections that this plan compensates are those of the experts of a mixture."""
+    return bool(slicer.family.sites.experts) and "down" in compensated_roles(plan, slicer)
 
 
 def compensated_layers(
@@ -45,6 +50,7 @@ def compensated_layers(
     mended: Repaired | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(the student's layer, role → compensated weight: fp32 on the CPU, cut to the kept hidden rows), layer by layer.
+    A role of the experts of a mixture is followed by the expert's number (expert_repair.py).
 
     With several ranks `batches` are this rank's share; all of them must go through this, and the one that writes gets
     the weights. A layer counts as done when the next one is asked for. With a folder in `scratch` a killed pass goes on
@@ -65,13 +71,26 @@ def compensated_layers(
             skip = [ROLE] if position is not None and mended is not None and mended.has(position) else []
             sums = _attach(layer, slicer, position, stream.device, skip) if position is not None else {}
             samples = _sample(layer, slicer, sums, len(batches)) if residuals is not None else {}
-            walk.run(layer)
+            experts: dict[str, Tensor] = {}
+            if position is not None and fits_experts(plan, slicer):
+                experts = ridge_experts(
+                    layer,
+                    slicer,
+                    position,
+                    partial(walk.run, layer),
+                    cfg.ridge_lambda,
+                    stream.device,
+                    scratch,
+                    residuals,
+                )
+            else:
+                walk.run(layer)
             layer.release()
             for one in sums.values():
                 one.reduce()
             if position is not None and is_writer():
                 with torch.inference_mode():
-                    solved = _solve(
+                    solved = experts | _solve(
                         slicer, position, sums, cfg.ridge_lambda, teacher, stream.device, (residuals, samples)
                     )
                 sums.clear()
@@ -87,7 +106,9 @@ def _attach(
 ) -> dict[str, RidgeSums]:
     sites = slicer.family.sites
     out: dict[str, RidgeSums] = {}
-    for role in set(compensated_roles(slicer.plan, slicer)) - set(skip):
+    for role in compensated_roles(slicer.plan, slicer):
+        if role in skip or (role == "down" and not sites.ffn):
+            continue  # mended already; the experts of a mixture: expert_repair.py
         axis = COMPENSATED[role]
         kept = slicer.kept(axis, position)
         assert kept is not None

@@ -23,7 +23,8 @@ class Residuals:
     """Collects rows of every compensated projection and writes them to `path` after each; goes on from what is there.
 
     The file: {"version": 1, "layers": [{"layer": the teacher's, "role": "down" or "o", "before", "after": relative
-    errors, "kept", "of": inputs}]}, by layer and role.
+    errors, "kept", "of": inputs}]}, by layer and role. Experts of a mixture are one row a layer, with "experts", how
+    many, and "short_of_tokens", how many of them had fewer tokens than kept inputs.
     """
 
     def __init__(self, path: Path | None = None):
@@ -50,7 +51,10 @@ class Residuals:
         x_NK = x_NU[:, kept]
         before = float((x_NK @ weight_DU[:, kept].T - whole_ND).norm() / norm)
         after = float((x_NK @ solved_DK.to(x_NK).T - whole_ND).norm() / norm)
-        figures = {"before": before, "after": after, "kept": len(kept), "of": weight_DU.shape[1]}
+        self.record(layer, role, {"before": before, "after": after, "kept": len(kept), "of": weight_DU.shape[1]})
+
+    def record(self, layer: int, role: str, figures: dict[str, object]) -> None:
+        """As `add`, with figures that were measured elsewhere."""
         self._rows[layer, role] = {"layer": layer, "role": role, **figures}
         self._write()
 

@@ -30,6 +30,8 @@ KEPT_CANDIDATES = 10
 # From these teacher sizes on a step is 256, what tensor cores and tensor parallelism like; below, 32.
 _REAL_HIDDEN, _REAL_FFN = 2048, 4096
 _REAL_STEP, _SMALL_STEP = 256, 32
+# The same for experts, which expert parallelism divides.
+_MANY_EXPERTS, _EXPERTS_STEP = 64, 8
 
 # Rise of log-perplexity for each share of an axis' importance that is lost, on SmolLM2-135M (docs/pruning.md): near
 # linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess. No
@@ -43,7 +45,7 @@ _DAMAGE: dict[str, dict[str, float]] = {
 # The same for scores whose lost shares mean something else.
 _DAMAGE_OF_METHOD: dict[str, dict[str, float]] = {"hidden": {"pca": 31.0}}
 
-Sizes = tuple[int, int, int, int, int]  # in the order of SHAPE_AXES
+Sizes = tuple[int, int, int, int, int, int]  # in the order of SHAPE_AXES
 
 
 def openable_axes(cfg: PruneConfig, dims: Dims) -> tuple[str, ...]:
@@ -52,9 +54,7 @@ def openable_axes(cfg: PruneConfig, dims: Dims) -> tuple[str, ...]:
     cut = {axis for axis, size in given.items() if size is not None and size < getattr(dims, axis)}
     if cfg.target is not None:
         cut |= {axis for axis in budget_axes(cfg) if axis in given and given[axis] is None}
-    if cfg.experts is not None and cfg.experts < dims.experts:
-        cut.add("experts")
-    return tuple(axis for axis in (*SHAPE_AXES, "experts") if axis in cut)
+    return tuple(axis for axis in SHAPE_AXES if axis in cut and getattr(dims, axis))
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,7 @@ class Search:
 
     @cached_property
     def costs(self) -> Costs:
-        """Of shapes with the student's experts."""
-        return Costs(CostModel.of(self.config, self.family, self.itemsize, experts=self.experts), self.cfg, self.speeds)
-
-    @cached_property
-    def experts(self) -> int:
-        """The student's experts: as given, or the teacher's. Raises ConfigError for a number that cannot be."""
-        asked, whole = self.cfg.experts, self.teacher.experts
-        if "experts" in self.cfg.axes and asked is None and self.cfg.target is not None:
-            raise ConfigError(
-                "prune.axes", expected="axes that are searched", got="experts", hint="give prune.experts a number"
-            )
-        if asked is not None and asked > whole:
-            expected = f"at most the teacher's {whole}" if whole else "none: the teacher is no mixture of experts"
-            raise ConfigError("prune.experts", expected=expected, got=str(asked))
-        return asked or whole
+        return Costs(CostModel.of(self.config, self.family, self.itemsize), self.cfg, self.speeds)
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -101,8 +87,7 @@ class Search:
     @cached_property
     def budget(self) -> Budget | None:
         """The target, None when only sizes are given. Raises ConfigError when the teacher meets it already."""
-        whole = Costs(CostModel.of(self.config, self.family, self.itemsize), self.cfg, self.speeds)
-        return Budget.of(self.cfg, whole, self.columns([self.sizes_of(self.teacher)]), self.counted_as)
+        return Budget.of(self.cfg, self.costs, self.columns([self.sizes_of(self.teacher)]), self.counted_as)
 
     @property
     def counted_as(self) -> str:
@@ -110,7 +95,7 @@ class Search:
 
     @staticmethod
     def sizes_of(dims: Dims) -> Sizes:
-        return (dims.hidden, dims.ffn, dims.heads, dims.kv_heads, dims.layers)
+        return (dims.hidden, dims.ffn, dims.heads, dims.kv_heads, dims.layers, dims.experts)
 
     @staticmethod
     def columns(shapes: Any) -> dict[str, Any]:
@@ -131,7 +116,7 @@ class Search:
         budget = self.budget
         if budget is None:
             return [self.candidate(fixed)], 1
-        explicit = any(getattr(self.cfg, axis) is not None for axis in (*SHAPE_AXES, "experts"))
+        explicit = any(getattr(self.cfg, axis) is not None for axis in SHAPE_AXES)
         if explicit and bool(budget.near(np.array([self.cost(budget.kind, fixed)]))[0]):
             return [self.candidate(fixed)], 1  # the sizes given meet the budget: nothing else needs to go
         shapes = self.enumerate()
@@ -153,10 +138,14 @@ class Search:
     def fixed_sizes(self) -> Sizes:
         """The teacher's shape with the sizes that were given. Raises ConfigError for one that is not allowed."""
         teacher, given = self.teacher, self.cfg
+        budget_axes(given)  # refuses axes that have no influence on the target
+        if "experts" in given.axes and not teacher.experts:
+            raise ConfigError("prune.axes", expected="axes of a dense teacher", got=", ".join(given.axes))
         for axis in SHAPE_AXES:
             size, limit = getattr(given, axis), getattr(teacher, axis)
             if size is not None and size > limit:
-                raise ConfigError(f"prune.{axis}", expected=f"at most the teacher's {limit}", got=str(size))
+                most = f"at most the teacher's {limit}" if limit else "none: the teacher is no mixture of experts"
+                raise ConfigError(f"prune.{axis}", expected=most, got=str(size))
             step = getattr(given, f"{axis}_divisor", None)
             if size is not None and step is not None and size % step:
                 raise ConfigError(
@@ -177,6 +166,7 @@ class Search:
             heads,
             kv_heads,
             given.layers or teacher.layers,
+            given.experts or teacher.experts,
         )
         self.check_allowed(sizes)
         return sizes
@@ -188,14 +178,14 @@ class Search:
 
     def check_allowed(self, sizes: Sizes) -> None:
         if wrong := self.family.violations(self.student_dims(sizes)):
-            given = [f"prune.{axis}" for axis in (*SHAPE_AXES, "experts") if getattr(self.cfg, axis) is not None]
+            given = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(self.cfg, axis) is not None]
             raise ConfigError(
                 ", ".join(given) or "prune", expected="sizes that the family allows", got="; ".join(wrong)
             )
 
     def student_dims(self, sizes: Sizes) -> Dims:
         cut = dict(zip(SHAPE_AXES, sizes, strict=True))
-        return Dims(**cut, head_dim=self.teacher.head_dim, vocab=self.teacher.vocab, experts=self.experts)
+        return Dims(**cut, head_dim=self.teacher.head_dim, vocab=self.teacher.vocab)
 
     def student_config(self, sizes: Sizes) -> dict[str, Any]:
         return self.family.student_config(self.config, self.student_dims(sizes), self.ranking.layers(sizes[4]))
@@ -215,6 +205,8 @@ class Search:
 
         hidden_step = cfg.hidden_divisor or (_REAL_STEP if teacher.hidden >= _REAL_HIDDEN else _SMALL_STEP)
         ffn_step = cfg.ffn_divisor or (_REAL_STEP if teacher.ffn >= _REAL_FFN else _SMALL_STEP)
+        experts_step = cfg.experts_divisor or (_EXPERTS_STEP if teacher.experts >= _MANY_EXPERTS else 1)
+        experts = [n for n in options("experts", experts_step) if n >= self.family.experts_per_token]
         pairs = []
         for kv_heads in options("kv_heads", 1):
             if cfg.heads is not None:
@@ -222,10 +214,10 @@ class Search:
             else:
                 pairs += [(kv_heads * n, kv_heads) for n in (range(1, group + 1) if "heads" in is_open else [group])]
         rows = [
-            (hidden, ffn, heads, kv_heads, layers)
+            (hidden, ffn, heads, kv_heads, layers, stay)
             for hidden, (heads, kv_heads) in itertools.product(options("hidden", hidden_step), pairs)
             if not self.family.violations(teacher.replace(hidden=hidden, heads=heads, kv_heads=kv_heads))
-            for ffn, layers in itertools.product(options("ffn", ffn_step), options("layers", 1))
+            for ffn, layers, stay in itertools.product(options("ffn", ffn_step), options("layers", 1), experts)
         ]
         if not rows:
             raise ConfigError("prune.axes", expected="at least one shape that the family allows", got=str(cfg.axes))
@@ -236,6 +228,8 @@ class Search:
         counts: tuple[Kind, ...] = ("params", "bytes", "kv_bytes")
         times: tuple[Kind, ...] = ("decode", "prefill")
         figures |= {kind: int(self.cost(kind, sizes)) for kind in counts}
+        if self.family.experts_per_token:
+            figures["active"] = int(self.costs.model.active(self.columns([sizes]))[0])
         figures |= {f"{kind}_ms": self.cost(kind, sizes) for kind in times if self.speeds is not None}
         return plans.Candidate(**figures, score=self.score(sizes))
 
@@ -246,8 +240,7 @@ class Search:
     def balance(self, sizes: Sizes) -> float:
         """Minus the spread between the largest and the smallest kept fraction over the axes that may be cut."""
         axes = openable_axes(self.cfg, self.teacher)
-        given = [*zip(SHAPE_AXES, sizes, strict=True), ("experts", self.experts)]
-        kept = [size / getattr(self.teacher, a) for a, size in given if a in axes]
+        kept = [size / getattr(self.teacher, a) for a, size in zip(SHAPE_AXES, sizes, strict=True) if a in axes]
         return -(max(kept) - min(kept)) if kept else 0.0
 
     @cached_property
@@ -256,7 +249,7 @@ class Search:
 
     def retained(self, sizes: Sizes) -> dict[str, float | None]:
         """Share kept on each axis that may be cut, and the predicted perplexity ratio as `score`; None if unknown."""
-        shape = dict(zip(SHAPE_AXES, sizes, strict=True)) | {"experts": self.experts}
+        shape = dict(zip(SHAPE_AXES, sizes, strict=True))
         kept_layers = self.ranking.layers(shape["layers"])
         out: dict[str, float | None] = {}
         for axis in openable_axes(self.cfg, self.teacher):
@@ -345,10 +338,9 @@ class Search:
         return plan
 
     def methods(self, student: Dims, chosen: str) -> plans.Methods:
-        axes = (*SHAPE_AXES, "experts")
-        cut = {a: getattr(student, a) < getattr(self.teacher, a) for a in axes}
-        by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in axes}
-        repair = self.cfg.layer_repair if student.layers < self.teacher.layers else "none"
+        cut = {axis: getattr(student, axis) < getattr(self.teacher, axis) for axis in SHAPE_AXES}
+        by_axis = {axis: self.ranking.method(axis) if cut[axis] else "uncut" for axis in SHAPE_AXES}
+        repair = self.cfg.layer_repair if cut["layers"] else "none"
         return plans.Methods(**by_axis, compensate=self.cfg.compensate, layer_repair=repair, search=chosen)
 
     def warnings(self, plan: plans.Plan) -> list[str]:
@@ -357,9 +349,27 @@ class Search:
             out.append("no importance scores: the first units of each axis are kept; this plan is for its shape only")
         if plan.student.hidden < plan.teacher.hidden and plan.norm_scale == 1.0:
             out.append("hidden is cut without the norm correction (prune.compensate=none)")
+        if few := self.experts_short_of_tokens(plan):
+            out.append(few)
         if not plan.cut_axes():
             out.append("nothing is cut: the student equals the teacher")
         return out
+
+    def experts_short_of_tokens(self, plan: plans.Plan) -> str | None:
+        """A sentence about the experts that compensation has little to fit on; None when there are none."""
+        counted = (self.scores or {}).get("ffn.expert_tokens")
+        if counted is None or self.cfg.compensate == "none" or "ffn" not in plan.cut_axes():
+            return None
+        kept = zip(plan.kept.layers, plan.kept.experts, strict=True)
+        tokens = np.concatenate([np.asarray(counted[layer])[experts] for layer, experts in kept])
+        few = int((tokens < plan.student.ffn).sum())
+        if not few:
+            return None
+        return (
+            f"{few} of {len(tokens)} experts got fewer calibration tokens than the {plan.student.ffn} ffn units that "
+            f"stay (the least: {tokens.min():.0f}): where no token was, compensation leaves the sliced weight; raise "
+            "importance.calibration_tokens"
+        )
 
 
 def _varied(ranked: list[Sizes], count: int) -> list[Sizes]:

@@ -11,12 +11,15 @@ residual stream, attention first, with x_T and x_S what the teacher and the stud
 y_T is what the teacher's sublayer adds and r_T − r_S how far the student's residual stream is behind before it: the
 asymmetric target of GPTAQ (arXiv 2504.02692) plus a share β of the error so far.
 
-B batch · S sequence · D' kept hidden channels · K kept inputs
+In a mixture the experts' share of the sublayer's target is divided among the kept ones: expert_repair.py.
+
+B batch · S sequence · N = B·S tokens · n tokens of one expert · D' kept hidden channels · K kept inputs
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,19 +27,23 @@ from torch import Tensor, nn
 
 from kdscale.config import PruneConfig
 from kdscale.dist import is_writer
+from kdscale.files import remove_tree
 from kdscale.progress import Reporter
 from kdscale.prune.compensate import TargetSums
-from kdscale.prune.gaps import ROLE, Repaired
-from kdscale.prune.repair import COMPENSATED, compensated_roles
+from kdscale.prune.expert_repair import Equations, kept_units, refit_experts
+from kdscale.prune.experts import Routing, call_of, routing_among, units_of
+from kdscale.prune.gaps import Repaired
+from kdscale.prune.repair import COMPENSATED, compensated_roles, fits_experts
 from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
-from kdscale.prune.states import IN_MEMORY, LayerPass, Scratch, States
+from kdscale.prune.states import ACTIVATION_BYTES, IN_MEMORY, LayerPass, Scratch, States
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
 
 # A layer's output counts as its input plus what its two sublayers put out within this share of the change and, for the
 # rounding of bf16, of the output.
 _PLAIN, _ROUNDING = 2e-2, 1e-2
+_EMBEDDED = "embedded"  # the teacher's first states, until they stand beside the student's
 
 
 def two_stream_layers(
@@ -69,9 +76,8 @@ def two_stream_layers(
         for pair in walk.layers(depth):
             if pair.position is not None:
                 with torch.inference_mode():
-                    solved = pair.fit(
-                        walk.states, batches, cfg, residuals, None if mended is None else mended.get(pair.position)
-                    )
+                    done = None if mended is None else mended.get(pair.position)
+                    solved = pair.fit(walk.states, batches, cfg, residuals, done, scratch.activation_bytes)
                 if is_writer():
                     yield pair.position, solved
                 del solved
@@ -95,12 +101,16 @@ class _BothStreams:
         )
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> States:
-        theirs, ours = self._theirs.embedding(), self._ours.embedding()
-        states = States(scratch, self.device)
+        # one embedding in memory at a time
+        aside = replace(scratch.part(_EMBEDDED), activation_bytes=scratch.activation_bytes // 4)
+        theirs = self._theirs.embed(batches, aside)
+        enter, states = self._ours.embedding(), States(scratch, self.device)
         with torch.inference_mode():
-            for batch in batches:
+            for batch, wide in zip(batches, theirs, strict=True):
                 ids, positions = batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device)
-                states.append(torch.cat([theirs(ids, positions), ours(ids, positions)], dim=-1))
+                states.append(torch.cat([wide, enter(ids, positions)], dim=-1))
+        if aside.folder is not None:
+            remove_tree(aside.folder)
         return states
 
     def layer(self, index: int) -> _LayerPair:
@@ -137,8 +147,10 @@ class _LayerPair:
         sites = slicer.family.sites
         self._paths = {"o": sites.heads, "down": sites.mlp_output}
         self._seen: dict[tuple[bool, str], tuple[Tensor, Tensor]] = {}
+        self._calls: dict[bool, tuple[Tensor, Routing]] = {}  # of the experts of a mixture
+        self._shape: tuple[int, ...] = ()
         self._handles = [
-            one.site(path).register_forward_hook(self._keeper(mine, role))
+            one.site(path).register_forward_hook(self._keeper(mine, role), with_kwargs=True)
             for mine, one in ((False, theirs), (True, ours))
             if one is not None
             for role, path in self._paths.items()
@@ -146,6 +158,7 @@ class _LayerPair:
 
     def __call__(self, both: Tensor, positions_BS: Tensor) -> Tensor:
         theirs, ours = self._split(both)
+        self._shape = tuple(positions_BS.shape)
         after = ours if self._ours is None else self._ours(ours, positions_BS)
         return torch.cat([self._theirs(theirs, positions_BS), after], dim=-1)
 
@@ -161,20 +174,29 @@ class _LayerPair:
         cfg: PruneConfig,
         residuals: Residuals | None,
         mended: Tensor | None = None,
+        room: int = ACTIVATION_BYTES,
     ) -> dict[str, Tensor]:
-        """Refit the projections that are cut, in the order in which they add to the stream; not a `mended` down."""
-        roles = compensated_roles(self._slicer.plan, self._slicer)
+        """Refit the projections that are cut, in the order in which they add to the stream; not a `mended` down.
+
+        `room`: bytes for the sums of the experts of a mixture that are fitted at a time.
+        """
+        slicer = self._slicer
+        roles = compensated_roles(slicer.plan, slicer)
         out: dict[str, Tensor] = {}
-        for role in ("o", "down"):
-            if role == ROLE and mended is not None:
-                assert self._ours is not None
-                module = self._ours.site(self._paths[role])
-                module.weight.data = mended.to(module.weight)  # type: ignore[arg-type]
-            elif role in roles:
-                out[role] = self._refit(role, states, batches, cfg, residuals)
+        if "o" in roles:
+            out["o"] = self._refit("o", states, batches, cfg, residuals)
+        if mended is not None:
+            assert self._ours is not None
+            module: Any = self._ours.site(self._paths["down"])
+            module.weight.data = mended.to(module.weight)
+        elif fits_experts(slicer.plan, slicer):
+            out |= self._refit_experts(states, batches, cfg, residuals, room)
+        elif "down" in roles:
+            out["down"] = self._refit("down", states, batches, cfg, residuals)
         for handle in self._handles:
             handle.remove()
         self._seen.clear()
+        self._calls.clear()
         return out
 
     def _refit(
@@ -192,15 +214,11 @@ class _LayerPair:
         assert inputs is not None
         inputs_K = torch.tensor(inputs, device=weight_DK.device)
         sums, sample = TargetSums(weight_DK), Sample(len(batches))
-        for index, batch in enumerate(batches):
-            before = states[index]
-            after = self(before, batch.position_ids_BS.to(before.device))
-            theirs, ours = self._split(before)
-            beta = cfg.stream_correction if self._is_plain(theirs, self._split(after)[0]) else 0.0
-            offset = 0.0 if bias_D is None else bias_D.float()
+        offset = 0.0 if bias_D is None else bias_D.float()
+        for target in self._targets(role, states, batches, cfg.stream_correction):
             sample.see(self._seen[False, role][0])
             sums.add(self._seen[False, role][0][..., inputs_K], self._wanted(role) - offset)
-            sums.add(self._seen[True, role][0], self._target(role, theirs, ours, beta) - offset)
+            sums.add(self._seen[True, role][0], target - offset)
         sums.reduce()
         solved_DK = sums.solve(cfg.ridge_lambda, f"{self._paths[role]} of the student's layer {self.position}")
         if residuals is not None:
@@ -209,6 +227,61 @@ class _LayerPair:
         on_disk = solved_DK.T.contiguous() if transposed else solved_DK
         module.weight.data = on_disk.to(weight_DK.dtype)
         return on_disk.cpu()
+
+    def _targets(self, role: str, states: States, batches: Sequence[TokenBatch], beta: float) -> Iterator[Tensor]:
+        """Both layers run on one batch after the other: what the student's projection is to put out, [B, S, D']."""
+        for index, batch in enumerate(batches):
+            before = states[index]
+            after = self(before, batch.position_ids_BS.to(before.device))
+            theirs, ours = self._split(before)
+            plain = self._is_plain(theirs, self._split(after)[0])
+            yield self._target(role, theirs, ours, beta if plain else 0.0)
+
+    def _refit_experts(
+        self,
+        states: States,
+        batches: Sequence[TokenBatch],
+        cfg: PruneConfig,
+        residuals: Residuals | None,
+        room: int,
+    ) -> dict[str, Tensor]:
+        assert self._ours is not None and self.position is not None
+        path = self._slicer.family.sites.experts
+        whole: Any = self._theirs.site(path)
+        cut: Any = self._ours.site(path)
+
+        def sweep(group: Sequence[int]) -> Iterator[Equations]:
+            for target in self._targets("down", states, batches, cfg.stream_correction):
+                yield from self._equations(group, whole, cut, target.flatten(0, -2))
+
+        out = refit_experts(whole, self._slicer, self.position, sweep, cfg.ridge_lambda, room, residuals)
+        for place, weight_DK in enumerate(out.values()):  # in the order of the student's experts
+            cut.down_proj.data[place] = weight_DK.to(cut.down_proj)
+        return out
+
+    def _equations(self, group: Sequence[int], whole: Any, cut: Any, target_ND: Tensor) -> Iterator[Equations]:
+        """Those of the experts in `group` for the batch that both layers were run on last, from both streams."""
+        assert self.position is not None
+        slicer = self._slicer
+        kept = slicer.plan.kept.experts[self.position]
+        (theirs_ND, _), (ours_ND, ours) = self._calls[False], self._calls[True]
+        router = self._theirs.site(slicer.family.sites.router)
+        in_theirs = routing_among(router, kept, theirs_ND)
+        in_ours = Routing(torch.tensor(kept, device=ours_ND.device)[ours.chosen_NT], ours.weights_NT)
+        wanted_ND = self._wanted("down").flatten(0, -2)
+        for routing, target, mine in ((in_theirs, wanted_ND, False), (in_ours, target_ND, True)):
+            mixed_ND = whole.forward(theirs_ND, *routing)[:, self._kept_D].float()  # not through the hooks
+            left_ND = (target - mixed_ND) / routing.weights_NT.float().sum(-1, keepdim=True)
+            for expert in group:
+                token_n, weight_n = routing.of(expert)
+                weight_n1 = weight_n[:, None]
+                units_nF = units_of(whole, expert, theirs_ND[token_n]).float() * weight_n1
+                output_nD = units_nF @ whole.down_proj[expert][self._kept_D].float().T
+                if mine:
+                    x_nK = units_of(cut, kept.index(expert), ours_ND[token_n]).float() * weight_n1
+                else:
+                    x_nK = units_nF[:, kept_units(slicer, self.position, expert, units_nF.device)]
+                yield Equations(expert, x_nK, output_nD + weight_n1 * left_ND[token_n], None if mine else units_nF)
 
     def _split(self, both: Tensor) -> tuple[Tensor, Tensor]:
         teacher, student = self._slicer.plan.teacher.hidden, self._slicer.plan.student.hidden
@@ -236,9 +309,15 @@ class _LayerPair:
     def _output(self, mine: bool, role: str) -> Tensor:
         return self._seen[mine, role][1].float()
 
-    def _keeper(self, mine: bool, role: str) -> Callable[[Any, Any, Any], None]:
-        def keep(_module: Any, args: tuple[Tensor, ...], output: Any) -> None:
-            self._seen[mine, role] = (args[0], output if isinstance(output, Tensor) else output[0])
+    def _keeper(self, mine: bool, role: str) -> Callable[[Any, Any, Any, Any], None]:
+        experts = role == "down" and bool(self._slicer.family.sites.experts)
+
+        def keep(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
+            out = output if isinstance(output, Tensor) else output[0]
+            if experts:  # called with rows of tokens
+                self._calls[mine] = call_of(args, kwargs)
+                out = out.unflatten(0, self._shape)
+            self._seen[mine, role] = (self._calls[mine][0] if experts else args[0], out)
 
         return keep
 

@@ -80,6 +80,7 @@ def by_masked_score(context: Context, search: Search, candidates: list[Candidate
     from kdscale.models import resolve_device, resolve_dtype, set_threads
     from kdscale.prune.masked import score_masked
     from kdscale.prune.rotate import turned
+    from kdscale.prune.states import Scratch
 
     config = context.config
     set_threads(config.runtime.threads)
@@ -98,6 +99,7 @@ def by_masked_score(context: Context, search: Search, candidates: list[Candidate
         dtype=resolve_dtype(config.importance.dtype, device),
         device=device,
         reporter=context.reporter,
+        scratch=Scratch(context.run.work / "masked", config.runtime.activation_bytes),
     )
     pairs = zip(chosen, found, strict=True)
     scored = [candidate.model_copy(update={"masked": masked}) for candidate, masked in pairs]

@@ -47,7 +47,7 @@ def _probed(context: Context, teacher: Dims, candidate: Candidate, tokens: int) 
 
     config = probe_config(context.config, teacher, candidate, tokens)
     folder = Path(config.run_dir)
-    name = " ".join(f"{axis}={getattr(candidate, axis)}" for axis in SHAPE_AXES)
+    name = " ".join(f"{axis}={size}" for axis in SHAPE_AXES if (size := getattr(candidate, axis)))
     result, made_from = folder / f"result-{tokens}.json", _fingerprint(context, config)
     if not (result.exists() and read_json(result)["made_from"] == made_from):
         context.reporter.say(f"  probe of {name}")
@@ -84,7 +84,7 @@ def probe_config(config: Config, teacher: Dims, candidate: Candidate, tokens: in
         {
             **tree,
             "name": f"{config.name}-probe",
-            "run_dir": f"{config.run_dir}/probes/" + "-".join(f"{axis}{size}" for axis, size in sizes.items()),
+            "run_dir": f"{config.run_dir}/probes/" + "-".join(f"{axis}{size}" for axis, size in sizes.items() if size),
             "prune": {**tree["prune"], **dict.fromkeys(TARGETS), **cut, "search": search},
             "distill": {**tree["distill"], "tokens": tokens, "keep_checkpoints": 1, "profile": {}},
             "steps": (),

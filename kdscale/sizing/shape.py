@@ -52,7 +52,7 @@ class ModelShape:
             products=count.active - tables + (dims.vocab * dims.hidden if tied else 0),
             layers=dims.layers,
             hidden=dims.hidden,
-            ffn=dims.ffn * max(1, family.experts_per_token or 1),
+            ffn=dims.ffn * max(1, family.experts_per_token),
             heads=dims.heads,
             head_dim=dims.head_dim,
             kv_heads=dims.kv_heads,

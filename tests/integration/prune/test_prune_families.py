@@ -211,7 +211,7 @@ def test_experts_scores_are_what_the_layer_computes(teacher_of, tmp_path):
                 energy[layer, expert] += (w["down"] * (share * units)).square().sum(0)
     torch.testing.assert_close(torch.from_numpy(scores["experts.output_norm"]), norms, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(torch.from_numpy(scores["ffn.output_energy"]), energy, rtol=1e-4, atol=1e-6)
-    assert set(scores) == {"experts.output_norm", "ffn.output_energy", "ffn.activation"}
+    assert set(scores) == {"experts.output_norm", "ffn.output_energy", "ffn.activation", "ffn.expert_tokens"}
 
 
 def test_each_kept_expert_keeps_its_own_units(teacher_of, tmp_path):
@@ -234,11 +234,11 @@ def test_experts_cannot_be_fewer_than_a_token_is_routed_to(teacher_of):
         make_plan(teacher.config, teacher.family, None, PruneConfig(experts=1))
     with pytest.raises(ConfigError, match=r"prune\.experts"):
         make_plan(teacher.config, teacher.family, None, PruneConfig(experts=5))
-    with pytest.raises(ConfigError, match=r"give prune\.experts"):
-        make_plan(teacher.config, teacher.family, None, PruneConfig(target_params="70%", axes=("experts",)))
     dense = teacher_of("llama")
     with pytest.raises(ConfigError, match="no mixture of experts"):
         make_plan(dense.config, dense.family, None, PruneConfig(experts=2))
+    with pytest.raises(ConfigError, match=r"(?s)prune\.axes.*axes of a dense teacher"):
+        make_plan(dense.config, dense.family, None, PruneConfig(target_params="70%", axes=("ffn", "experts")))
 
 
 def test_a_target_counts_what_the_kept_experts_cost(teacher_of):

@@ -16,6 +16,8 @@ from kdscale.progress import Reporter
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.masked import score_masked
 from kdscale.prune.plan import make_plan
+from kdscale.prune.states import Scratch, States
+from tests.integration.prune.family_table import save_teacher
 
 SHAPES = [
     {"ffn": 64}, {"heads": 4, "ffn": 96}, {"kv_heads": 1}, {"hidden": 48}, {"layers": 2, "ffn": 96}, {"ffn": 128},
@@ -90,6 +92,28 @@ def test_each_tensor_is_read_once_for_all_candidates(teacher, labelled, monkeypa
     layered = {name: count for name, count in reads.items() if ".layers." in name}
     assert layered
     assert set(layered.values()) == {1}
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_states_on_the_disk_give_the_same_scores_and_go_away(
+    teacher, teacher_class, labelled, tmp_path, monkeypatch, experts
+):
+    if experts:
+        teacher = teacher_class(save_teacher("mixtral", tmp_path / "mixture"))
+        for batch in labelled:
+            batch.input_ids_BS, batch.labels_BS = batch.input_ids_BS % 64, batch.labels_BS.clamp_max(63)
+    cuts = [{"ffn": 24, "heads": 2}, {"ffn": 40}]
+    plans = [make_plan(teacher.config, teacher.family, None, PruneConfig(**cut)) for cut in cuts]
+    folders = set()
+    put = States._put
+    monkeypatch.setattr(States, "_put", lambda self, *given: (folders.add(self._spool.parent.name), put(self, *given)))
+    given = (teacher.checkpoint, teacher.family, plans, labelled)
+    settings = {"calibration": teacher.batches, "ridge": 1e-2}
+    plain = score_masked(*given, **settings)
+    assert not folders
+    assert score_masked(*given, **settings, scratch=Scratch(tmp_path / "masked", activation_bytes=1)) == plain
+    assert folders == {"teacher", "calibration", "candidate-0", "candidate-1", *(["experts"] if experts else [])}
+    assert not (tmp_path / "masked").exists()
 
 
 def test_nothing_to_score_or_to_calibrate_on_is_refused(teacher, labelled):
