@@ -178,6 +178,15 @@ class GuardConfig(_Section):
     max_skipped_in_a_row: Count = 5
 
 
+# Fields of `distill` with any value of which the student is the same up to rounding: a run may change them and go on.
+ARRANGEMENT = frozenset(
+    {
+        "processes", "micro_batch", "zero_stage", "gradient_checkpointing", "validate_every", "validate_tokens",
+        "checkpoint_every", "keep_checkpoints", "keep_every", "async_checkpoints",
+    }
+)  # fmt: skip
+
+
 class DistillConfig(_Section):
     # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
     teacher: Literal["original", "previous"] = "original"
@@ -195,7 +204,13 @@ class DistillConfig(_Section):
     validate_every: Count = 50  # steps
     validate_tokens: Count = 8_192
     checkpoint_every: Count = 50  # steps
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = 2  # the newest
+    keep_every: Count | None = None  # steps; these are kept for ever
+    async_checkpoints: bool = False  # written behind the training's back, from a copy in host memory
+
+    def what_is_computed(self) -> dict[str, Any]:
+        """The fields that a run cannot go on with others of; the rest is how it is computed and what is kept of it."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in ARRANGEMENT}
 
     @model_validator(mode="after")
     def _batch_divides(self) -> DistillConfig:
@@ -352,6 +367,12 @@ def config_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             out += config_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         return out
     return [] if old == new else [f"{prefix}: {old} → {new}"]
+
+
+def is_arrangement(difference: str) -> bool:
+    """Whether a line of `config_differences` is about a field of which the result does not depend."""
+    section, _, field = difference.partition(": ")[0].partition(".")
+    return section == "distill" and field in ARRANGEMENT
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

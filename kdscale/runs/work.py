@@ -190,6 +190,11 @@ class _Share:
         self.scratch = self.scratch.part(f"rank-{dist.rank()}")
 
 
+def what_is_distilled(context: Context) -> Mapping[str, Any]:
+    """What of the config the distilled student depends on; with how many ranks, and the like, it is not."""
+    return {"distill": context.config.distill.what_is_computed()}
+
+
 def distill(context: Context) -> Facts:
     from kdscale.runs.training import train
 
