@@ -219,6 +219,10 @@ class DistillConfig(_Section):
             raise ValueError(
                 f"global_batch ({self.global_batch}) must be a multiple of micro_batch × processes ({share})"
             )
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every ({self.checkpoint_every})"
+            )
         return self
 
 

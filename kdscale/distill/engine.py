@@ -20,9 +20,10 @@ from kdscale.data.loader import LoaderState, PackedLoader, eval_batches
 from kdscale.data.store import TokenStore
 from kdscale.dist import barrier, is_main, on_main, rank, world_size
 from kdscale.distill import state
-from kdscale.distill.export import card_facts, export_checkpoint, model_card, trained_tensors
+from kdscale.distill.export import card_facts, export_checkpoint, model_card
 from kdscale.distill.fragments import Fragments
 from kdscale.distill.loop import Trainer
+from kdscale.distill.names import trained_tensors
 from kdscale.distill.pieces import PieceIndex, PieceReader
 from kdscale.distill.quiet import quiet
 from kdscale.distill.saver import Rules, Saver
@@ -65,9 +66,10 @@ def run(
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
         fragments = Fragments(engine, student.model)
-        trained_tensors(Checkpoint.open(student_dir), fragments.shapes, fragments.tied)
+        source = Checkpoint.open(student_dir)
+        trained = trained_tensors(source, fragments.shapes, fragments.tied)  # before any work: all can be exported
         if dtype == torch.bfloat16:
-            fragments.sharpen(Checkpoint.open(student_dir))
+            fragments.sharpen(source, trained)
     checkpoints = run_dir / "checkpoints"
     fingerprint = _fingerprint(cfg, dtype, device, teacher_dir, student_dir, data_dir)
     found = state.find(checkpoints, fingerprint)

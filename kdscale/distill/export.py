@@ -19,33 +19,12 @@ import torch
 from kdscale import files
 from kdscale.config import Config
 from kdscale.distill import state
+from kdscale.distill.names import trained_tensors
 from kdscale.distill.pieces import KINDS, Piece, PieceIndex, PieceReader
-from kdscale.errors import CheckpointError, TrainingError
+from kdscale.errors import TrainingError
 from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars
 
 _BLOCK_BYTES = 1 << 26
-
-
-def trained_tensors(
-    source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]
-) -> dict[str, str]:
-    """Which trained parameter each tensor of `source` is; tensors that are none (buffers) are left out.
-
-    `tied`: other names of a parameter. Raises CheckpointError when a trained parameter is no tensor of `source`, or one
-    of another shape: its training would be lost without a word.
-    """
-    found = {name: tied.get(name, name) for name in source.names if tied.get(name, name) in shapes}
-    if lost := sorted(set(shapes) - set(found.values())):
-        raise CheckpointError(
-            f"{source.path}: parameters that are trained but have no tensor on disk",
-            expected="the names of the model's parameters",
-            got=", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else ""),
-        )
-    for name, parameter in found.items():
-        if source.spec(name).shape != shapes[parameter]:
-            expected, got = list(source.spec(name).shape), list(shapes[parameter])
-            raise CheckpointError(f"tensor {name}", expected=str(expected), got=str(got))
-    return found
 
 
 def export_checkpoint(
@@ -68,21 +47,22 @@ def export_checkpoint(
         with ShardWriter(tmp, specs, max_shard_bytes) as writer, PieceReader(index) as reader:
             for name in source.names:
                 if name in trained:
-                    shape, dtype = index.shapes[trained[name]], writer.dtype(name)
-                    writer.add_blocks(name, _blocks(reader, trained[name], shape, dtype))
+                    blocks = _blocks(reader, trained[name], specs[name].shape, writer.dtype(name), name)
+                    writer.add_blocks(name, blocks)
                 else:
                     writer.add_blocks(name, source.blocks(name, _BLOCK_BYTES))
 
 
-def _blocks(reader: PieceReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """A parameter in blocks of whole rows. Raises TrainingError on a value that is not finite."""
-    rows = shape[0] if shape else 1
-    width = math.prod(shape[1:])
+def _blocks(
+    reader: PieceReader, piece: Piece, shape: tuple[int, ...], dtype: torch.dtype, name: str
+) -> Iterator[torch.Tensor]:
+    """A tensor of `shape` in blocks of whole rows. Raises TrainingError on a value that is not finite."""
+    rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
     step = max(1, _BLOCK_BYTES // 4 // max(width, 1))
     for row in range(0, rows, step):
         count = min(step, rows - row)
         values = torch.empty(count * width)
-        reader.fill(KINDS[0], Piece(name, row * width, count * width), values)
+        reader.fill(KINDS[0], Piece(piece.name, piece.offset + row * width, count * width), values)
         if not bool(torch.isfinite(values).all()):
             raise TrainingError(f"the distilled tensor {name} has NaN or infinite values; the student was not written")
         yield values.to(dtype).reshape(count, *shape[1:]) if shape else values.to(dtype).reshape(())

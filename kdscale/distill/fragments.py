@@ -7,7 +7,7 @@ nothing of DeepSpeed. At stage 0 every rank has all of everything, and the ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,18 +98,23 @@ class Fragments:
         self._refresh()
 
     @torch.no_grad()
-    def sharpen(self, source: Checkpoint) -> None:
+    def sharpen(self, source: Checkpoint, trained: Mapping[str, Piece]) -> None:
         """Put back into the masters the digits that fp32 tensors of `source` have beyond bf16.
 
-        DeepSpeed makes masters from the rounded weights. Only what this rank holds is read.
+        DeepSpeed makes masters from the rounded weights. Only what this rank holds is read. `trained`: what part of
+        which parameter each tensor is.
         """
-        names = {self.tied.get(name, name): name for name in source.names if source.spec(name).dtype == "F32"}
+        stored: dict[str, list[tuple[str, Piece]]] = {}
+        for name, piece in trained.items():
+            if source.spec(name).dtype == "F32":
+                stored.setdefault(piece.name, []).append((name, piece))
         for place in self._held:
-            piece, out = place.piece, place.of(place.key.data)
-            for at in range(0, piece.length if piece.name in names else 0, _BLOCK):
-                part = out.narrow(0, at, min(_BLOCK, piece.length - at))
-                begin = piece.offset + at
-                part.copy_(source.values(names[piece.name], begin, begin + part.numel()))
+            for name, there in stored.get(place.piece.name, []):
+                begin = max(place.piece.offset, there.offset)
+                end = min(place.piece.offset + place.piece.length, there.offset + there.length)
+                for at in range(begin, end, _BLOCK):
+                    values = source.values(name, at - there.offset, min(at + _BLOCK, end) - there.offset)
+                    place.of(place.key.data).narrow(0, at - place.piece.offset, values.numel()).copy_(values)
 
     def _step_value(self, step: int, key: torch.Tensor) -> Any:
         if not isinstance(self._adam, torch.optim.Adam):  # DeepSpeed's CPU Adam counts in an int

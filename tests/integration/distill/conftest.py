@@ -73,7 +73,7 @@ def make_config(tiny_llama_dir: Path) -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def distil(
     tiny_llama_dir: Path, student_dir: Path, data_dir: Path, make_config: Callable[..., Config]
 ) -> Callable[..., list[dict[str, Any]]]:
