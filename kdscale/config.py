@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from kdscale.config_observe import ProfileConfig, SpikeConfig, TrackingConfig
 from kdscale.errors import ConfigError
 from kdscale.files import sha256_json
 from kdscale.units import TARGETS, parse_count, parse_target
@@ -178,18 +179,30 @@ class GuardConfig(_Section):
     max_skipped_in_a_row: Count = 5
 
 
-# Fields of `distill` with any value of which the student is the same up to rounding: a run may change them and go on.
-ARRANGEMENT = frozenset(
-    {
-        "processes", "micro_batch", "zero_stage", "gradient_checkpointing", "validate_every", "validate_tokens",
-        "checkpoint_every", "keep_checkpoints", "keep_every", "async_checkpoints",
-    }
-)  # fmt: skip
+TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file says nothing else
+
+
+class ServedConfig(_Section):
+    """Where `kdscale serve-teacher` answers, for distill.teacher_placement: served."""
+
+    urls: tuple[str, ...] = Field(strict=False, default=())  # http://HOST:PORT; several share the questions
+    token_file: str | None = None  # None: teacher.token in the run folder
+    timeout: Annotated[float, Field(gt=0.0)] = 600.0  # seconds without an answer from any of them
+
+    @model_validator(mode="after")
+    def _urls_are_urls(self) -> ServedConfig:
+        wrong = [url for url in self.urls if not url.startswith(("http://", "https://"))]
+        if wrong:
+            raise ValueError(f"urls: expected http://HOST:PORT, got {', '.join(wrong)}")
+        return self
 
 
 class DistillConfig(_Section):
     # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
     teacher: Literal["original", "previous"] = "original"
+    # replicated: whole on every rank; served: by kdscale serve-teacher on other machines
+    teacher_placement: Literal["replicated", "served"] = "replicated"
+    served: ServedConfig = ServedConfig()
     tokens: Count = 1_000_000
     seq_len: Count = 512
     global_batch: Count = 8  # sequences a step, over all ranks
@@ -201,16 +214,16 @@ class DistillConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     guard: GuardConfig = GuardConfig()
+    spikes: SpikeConfig = SpikeConfig()
+    profile: ProfileConfig = ProfileConfig()
+    # what one rank's device can do a second, for MFU; null: by the GPU's name, and no MFU on a CPU
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
     validate_every: Count = 50  # steps
     validate_tokens: Count = 8_192
     checkpoint_every: Count = 50  # steps
     keep_checkpoints: Count = 2  # the newest
     keep_every: Count | None = None  # steps; these are kept for ever
     async_checkpoints: bool = False  # written behind the training's back, from a copy in host memory
-
-    def what_is_computed(self) -> dict[str, Any]:
-        """The fields that a run cannot go on with others of; the rest is how it is computed and what is kept of it."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if key not in ARRANGEMENT}
 
     @model_validator(mode="after")
     def _batch_divides(self) -> DistillConfig:
@@ -224,6 +237,27 @@ class DistillConfig(_Section):
                 f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every ({self.checkpoint_every})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _served_is_somewhere(self) -> DistillConfig:
+        if self.teacher_placement == "served":
+            if not self.served.urls:
+                raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
+            if self.loss.targets == "full":
+                raise ValueError("teacher_placement: served sends the teacher's top K alone: use loss.targets: topk")
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the student's values depend on: all but where things run and what is watched or kept."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in _FREE_SETTINGS}
+
+
+# With any values of these the student is the same up to rounding: a run may change them and go on.
+_FREE_SETTINGS = {
+    "teacher_placement", "served", "processes", "micro_batch", "zero_stage", "gradient_checkpointing", "validate_every",
+    "validate_tokens", "checkpoint_every", "keep_checkpoints", "keep_every", "async_checkpoints", "spikes", "profile",
+    "peak_flops",
+}  # fmt: skip
 
 
 class EvalConfig(_Section):
@@ -278,6 +312,7 @@ class Config(_Section):
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
     # run before the config's own prune and distill, each from the student of the one before
     steps: tuple[StepConfig, ...] = Field(strict=False, default=())
 
@@ -373,10 +408,10 @@ def config_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: {old} → {new}"]
 
 
-def is_arrangement(difference: str) -> bool:
-    """Whether a line of `config_differences` is about a field of which the result does not depend."""
-    section, _, field = difference.partition(": ")[0].partition(".")
-    return section == "distill" and field in ARRANGEMENT
+def may_change(difference: str) -> bool:
+    """Whether a line of `config_differences` is about a setting with which a run may go on, whatever its value."""
+    section, field, *_ = [*difference.partition(": ")[0].split("."), ""]
+    return section == "distill" and field in _FREE_SETTINGS
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

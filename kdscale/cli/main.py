@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdscale.cli import export, launch
+from kdscale.cli import export, launch, replay, serve
 from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption
 from kdscale.errors import ConfigError, Interrupted, KdscaleError
 
@@ -81,6 +81,8 @@ def report_command(config: ConfigArgument, set_: SetOption = None) -> None:
 app.command("launch")(launch.launch_command)
 app.command("preflight")(launch.preflight_command)
 app.command("export")(export.export_command)
+app.command("replay")(replay.replay_command)
+app.command("serve-teacher")(serve.serve_teacher_command)
 
 
 @app.command("plan")

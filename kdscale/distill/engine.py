@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from kdscale import files
-from kdscale.config import Config
+from kdscale.config import TEACHER_TOKEN, Config
 from kdscale.data.loader import LoaderState, PackedLoader, eval_batches
 from kdscale.data.store import TokenStore
 from kdscale.dist import barrier, is_main, on_main, rank, world_size
@@ -24,6 +27,7 @@ from kdscale.distill.export import card_facts, export_checkpoint, model_card
 from kdscale.distill.fragments import Fragments
 from kdscale.distill.loop import Trainer
 from kdscale.distill.names import trained_tensors
+from kdscale.distill.observe import Observer, make_observer
 from kdscale.distill.pieces import PieceIndex, PieceReader
 from kdscale.distill.quiet import quiet
 from kdscale.distill.saver import Rules, Saver
@@ -32,12 +36,13 @@ from kdscale.distill.step import StudentModule
 from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.heads import head_of
-from kdscale.metrics import MetricsLog
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
+from kdscale.teacher import Teacher
 from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher.served import ServedTeacher, ask_about, read_token
 from kdscale.teacher.targets import shared_vocabulary
-from kdscale.weights import Checkpoint
+from kdscale.weights import Checkpoint, checkpoint_identity
 
 
 def run(
@@ -48,13 +53,43 @@ def run(
     Goes on from the newest whole checkpoint in `run_dir`/checkpoints. Raises Interrupted (after saving) on SIGINT and
     SIGTERM, TrainingError when steps keep being non-finite, RunFolderError on a checkpoint of another run.
     """
+    reporter = reporter if is_main() else Reporter(quiet=True)
+    session = open_session(
+        cfg, teacher_dir=teacher_dir, student_dir=student_dir, data_dir=data_dir, run_dir=run_dir, reporter=reporter
+    )
+    trainer = session.trainer
+    try:
+        trainer.train(session.start)
+    except BaseException as error:
+        trainer.observer.close(error)
+        raise
+    finally:
+        trainer.saver.close()
+        trainer.teacher.close()
+    trainer.observer.close()
+    on_main(lambda: _export(cfg, run_dir / "checkpoints", trainer.steps, student_dir, run_dir / "student"))
+    reporter.say(f"distilled student: {run_dir / 'student'}")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank, ready to train from `start`: group, models, engine and checkpoint are loaded."""
+
+    trainer: Trainer
+    student: StudentModule
+    start: LoaderState
+
+
+def open_session(
+    cfg: Config, *, teacher_dir: Path, student_dir: Path, data_dir: Path, run_dir: Path, reporter: Reporter
+) -> Session:
+    """Join the group and load everything, from the newest whole checkpoint in `run_dir`/checkpoints if there is one."""
     device = resolve_device(cfg.runtime.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     # the ranks that share this machine's cores, of which a job on several machines has fewer than ranks
     set_threads(cfg.runtime.threads, int(os.environ.get("LOCAL_WORLD_SIZE", cfg.distill.processes)))
-    reporter = reporter if is_main() else Reporter(quiet=True)
     log_path = run_dir / "logs" / ("distill.log" if is_main() else f"distill-rank-{rank()}.log")
     with quiet(log_path):
         _start_group(device)
@@ -62,7 +97,7 @@ def run(
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
     stage = _stage(cfg.distill.zero_stage, dtype, reporter)
-    teacher, student = _load_pair(cfg, teacher_dir, student_dir, dtype, device)
+    teacher, student = _load_pair(cfg, teacher_dir, student_dir, run_dir, dtype, device)
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
         fragments = Fragments(engine, student.model)
@@ -77,21 +112,18 @@ def run(
         reporter.say(note)
     rules = Rules(cfg.distill.keep_checkpoints, cfg.distill.keep_every, cfg.distill.async_checkpoints)
     saver = Saver(checkpoints, fragments, {"fingerprint": fingerprint, "zero_stage": stage}, rules, device)
-    trainer = _make_trainer(cfg, engine, teacher, data_dir, run_dir, device, saver, found.step, reporter)
+    observer = partial(
+        make_observer, cfg, teacher_dir=teacher_dir, student_dir=student_dir, run_dir=run_dir, device=device,
+        dtype=dtype, step=found.step, reporter=reporter,
+    )  # fmt: skip
+    trainer = _make_trainer(cfg, engine, teacher, data_dir, run_dir, device, saver, reporter, observer)
     start = LoaderState()
     if found.path is not None:
         with quiet(log_path):
             _load(fragments, found.path, found.manifest)
         start = trainer.restore(found.manifest["state"])
         reporter.say(f"going on from step {start.step} of {trainer.steps} ({found.path}{_rearranged(found, stage)})")
-    try:
-        trainer.train(start)
-    finally:
-        saver.close()
-        if trainer.metrics is not None:
-            trainer.metrics.close()
-    on_main(lambda: _export(cfg, checkpoints, trainer.steps, student_dir, run_dir / "student"))
-    reporter.say(f"distilled student: {run_dir / 'student'}")
+    return Session(trainer, student, start)
 
 
 def shutdown() -> None:
@@ -148,23 +180,37 @@ def _stage(stage: int, dtype: torch.dtype, reporter: Reporter) -> int:
 
 
 def _load_pair(
-    cfg: Config, teacher_dir: Path, student_dir: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[OnlineTeacher, StudentModule]:
+    cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[Teacher, StudentModule]:
     trust = cfg.teacher.trust_remote_code
-    loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
+    make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, dtype, device)
     student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
     tokens = load_tokenizer(teacher_dir, trust).get_vocab()
     if load_tokenizer(student_dir, trust).get_vocab() != tokens:
         raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
-    rows = [head_of(model).vocab for model in (loaded, student)]
-    vocab = shared_vocabulary(rows[0], rows[1], max(tokens.values()) + 1, str(student_dir))
+    vocab = shared_vocabulary(teacher_rows, head_of(student).vocab, max(tokens.values()) + 1, str(student_dir))
     if cfg.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss = cfg.distill.loss
-    teacher = OnlineTeacher(
+    return make_teacher(vocab), StudentModule(student.requires_grad_(True).train(), cfg.distill.loss, vocab)
+
+
+def _reach_teacher(
+    cfg: Config, teacher_dir: Path, run_dir: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[int], Teacher], int]:
+    """The teacher, given how many entries of the vocabulary both models share; and how many rows its head has."""
+    loss, served = cfg.distill.loss, cfg.distill.served
+    if cfg.distill.teacher_placement == "served":
+        token = read_token(Path(served.token_file) if served.token_file else run_dir / TEACHER_TOKEN)
+        about = ask_about(served.urls, token, checkpoint_identity(teacher_dir), served.timeout)
+        return lambda vocab: ServedTeacher(
+            served.urls, token, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab,
+            timeout=served.timeout, first=rank(),
+        ), int(about["rows"])  # fmt: skip
+    trust = cfg.teacher.trust_remote_code
+    loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
+    return lambda vocab: OnlineTeacher(
         loaded, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=loss.targets == "full"
-    )
-    return teacher, StudentModule(student.requires_grad_(True).train(), loss, vocab)
+    ), head_of(loaded).vocab
 
 
 class _GuardedAdamW(torch.optim.AdamW):
@@ -273,11 +319,10 @@ def _fingerprint(
     if not is_main():
         return {}
     return {
-        "distill": {**cfg.distill.what_is_computed(), "dtype": str(dtype).removeprefix("torch.")},
+        "distill": {**cfg.distill.decisive(), "dtype": str(dtype).removeprefix("torch.")},
         "seed": cfg.seed,
         "device": device.type,
-        "teacher": {f.name: f.stat().st_size for f in sorted(teacher_dir.glob("*.safetensors"))}
-        | {"config": files.sha256_file(teacher_dir / "config.json")},
+        "teacher": checkpoint_identity(teacher_dir),
         "student": {f.name: files.sha256_file(f) for f in sorted(student_dir.glob("*.safetensors"))}
         | {"config": files.sha256_file(student_dir / "config.json")},
         "data": files.sha256_file(data_dir / "manifest.json"),
@@ -287,13 +332,13 @@ def _fingerprint(
 def _make_trainer(
     cfg: Config,
     engine: Any,
-    teacher: OnlineTeacher,
+    teacher: Teacher,
     data_dir: Path,
     run_dir: Path,
     device: torch.device,
     saver: Saver,
-    step: int,
     reporter: Reporter,
+    observer: Callable[[PackedLoader], Observer],
 ) -> Trainer:
     settings, store = cfg.distill, TokenStore.open(data_dir)
     loader = PackedLoader(
@@ -306,7 +351,6 @@ def _make_trainer(
         world=world_size(),
     )
     held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
-    logs = run_dir / "logs"
 
     return Trainer(
         cfg=settings,
@@ -319,6 +363,6 @@ def _make_trainer(
         saver=saver,
         seed=cfg.seed,
         bad_gradient=lambda: _bad_gradient(engine.module.model),
-        metrics=MetricsLog(logs / "metrics.jsonl", step, logs / "tensorboard") if is_main() else None,
+        observer=observer(loader),
         reporter=reporter,
     )

@@ -45,8 +45,9 @@ class Fragments:
         self._stage = int(engine.zero_optimization_stage())
         if getattr(self._zero, "swap_optimizer", False):
             raise ConfigError(
-                "optimiser state on NVMe", expected="it on the device or in host memory, or nothing to save"
-            )
+                "the optimiser's state on NVMe", expected="it on the device or in host memory",
+                hint="checkpoints of state on NVMe are not supported: offload it to host memory",
+            )  # fmt: skip
         self._adam = self._zero.optimizer if self._stage else self._zero
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = {id(p): name for name, p in trained.items()}

@@ -190,9 +190,8 @@ class _Share:
         self.scratch = self.scratch.part(f"rank-{dist.rank()}")
 
 
-def what_is_distilled(context: Context) -> Mapping[str, Any]:
-    """What of the config the distilled student depends on; with how many ranks, and the like, it is not."""
-    return {"distill": context.config.distill.what_is_computed()}
+def what_distillation_depends_on(context: Context) -> Facts:
+    return {"distill": context.config.distill.decisive()}
 
 
 def distill(context: Context) -> Facts:
