@@ -192,7 +192,7 @@ def inject(fault: str, job: Job, hosts: list[HostInNamespace], process: subproce
         # only when rank 0's training has ended is the newest checkpoint certain; the restart takes longer than this
         wait(lambda: not hosts[0].of("kdscale.runs.training"), 60, "rank 0 to end")
         newest = max((job.run / "checkpoints").glob("step-*"))
-        biggest = max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
+        biggest = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
         biggest.write_bytes(biggest.read_bytes()[:-64])
         return f"rank killed, {newest.name} damaged"
     process.send_signal(signal.SIGKILL if fault == "launcher" else signal.SIGTERM)

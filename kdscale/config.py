@@ -232,7 +232,9 @@ class DistillConfig(_Section):
     validate_every: Count = 50  # steps
     validate_tokens: Count = 8_192
     checkpoint_every: Count = 50  # steps
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = 2  # the newest
+    keep_every: Count | None = None  # steps; these are kept for ever
+    async_checkpoints: bool = False  # written behind the training's back, from a copy in host memory
 
     @model_validator(mode="after")
     def _batch_divides(self) -> DistillConfig:
@@ -240,6 +242,10 @@ class DistillConfig(_Section):
         if self.global_batch % share:
             raise ValueError(
                 f"global_batch ({self.global_batch}) must be a multiple of micro_batch × processes ({share})"
+            )
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every ({self.checkpoint_every})"
             )
         return self
 
@@ -263,9 +269,11 @@ class DistillConfig(_Section):
         return {key: value for key, value in self.model_dump(mode="json").items() if key not in _FREE_SETTINGS}
 
 
+# With any values of these the student is the same up to rounding: a run may change them and go on.
 _FREE_SETTINGS = {
-    "teacher_placement", "served", "validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints",
-    "spikes", "profile", "peak_flops",
+    "teacher_placement", "served", "processes", "micro_batch", "zero_stage", "gradient_checkpointing", "validate_every",
+    "validate_tokens", "checkpoint_every", "keep_checkpoints", "keep_every", "async_checkpoints", "spikes", "profile",
+    "peak_flops",
 }  # fmt: skip
 
 
@@ -415,6 +423,12 @@ def config_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
             out += config_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         return out
     return [] if old == new else [f"{prefix}: {old} → {new}"]
+
+
+def may_change(difference: str) -> bool:
+    """Whether a line of `config_differences` is about a setting with which a run may go on, whatever its value."""
+    section, field, *_ = [*difference.partition(": ")[0].split("."), ""]
+    return section == "distill" and field in _FREE_SETTINGS
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -49,3 +53,30 @@ def all_reduce_min(value: int) -> int:
         dist.all_reduce(found, op=dist.ReduceOp.MIN)
         return int(found)
     return value
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's small `value`, in the order of ranks, on every rank."""
+    if not in_group():
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What rank 0's `work()` returns, or the error of the user or the file system that it raises, on every rank.
+
+    The others would wait for ever for a rank 0 that raised alone.
+    """
+    answer: list[Any] = [None, None]
+    if is_main():
+        try:
+            answer[0] = work()
+        except (ValueError, OSError) as error:
+            answer[1] = error
+    if in_group():
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

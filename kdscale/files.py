@@ -139,11 +139,13 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON", got=str(error)) from error
 
 
-def sha256_file(path: Path, chunk: int = 1 << 22) -> str:
-    digest = hashlib.sha256()
+def sha256_file(path: Path, size: int | None = None) -> str:
+    """Of the whole file, or of its first `size` bytes."""
+    digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
     with path.open("rb") as stream:
-        while block := stream.read(chunk):
+        while block := stream.read(min(left, 1 << 22)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
 
 

@@ -21,13 +21,17 @@ from kdscale import files
 from kdscale.config import TEACHER_TOKEN, Config
 from kdscale.data.loader import LoaderState, PackedLoader, eval_batches
 from kdscale.data.store import TokenStore
-from kdscale.dist import barrier, is_main, rank, world_size
+from kdscale.dist import barrier, is_main, on_main, rank, world_size
 from kdscale.distill import state
-from kdscale.distill.export import export_student, model_card
+from kdscale.distill.export import card_facts, export_checkpoint, model_card
+from kdscale.distill.fragments import Fragments
 from kdscale.distill.loop import Trainer
+from kdscale.distill.names import trained_tensors
 from kdscale.distill.observe import Observer, make_observer
 from kdscale.distill.optimizer import make_optimizer
+from kdscale.distill.pieces import PieceIndex, PieceReader
 from kdscale.distill.quiet import quiet
+from kdscale.distill.saver import Rules, Saver
 from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.validate import Validator
@@ -40,9 +44,7 @@ from kdscale.teacher import Teacher
 from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.served import ServedTeacher, ask_about, read_token
 from kdscale.teacher.targets import shared_vocabulary
-from kdscale.weights import checkpoint_identity
-
-_TAG = "deepspeed"
+from kdscale.weights import Checkpoint, checkpoint_identity
 
 
 def run(
@@ -64,17 +66,10 @@ def run(
         trainer.observer.close(error)
         raise
     finally:
+        trainer.saver.close()
         trainer.teacher.close()
     trainer.observer.close()
-    facts = _card_facts(cfg, trainer, session.dtype)
-    export_student(
-        session.student.model,
-        student_dir,
-        run_dir / "student",
-        full_fp32=_full_fp32,
-        card=model_card(facts),
-        max_shard_bytes=cfg.prune.max_shard_bytes,
-    )
+    on_main(lambda: _export(cfg, run_dir / "checkpoints", trainer.steps, student_dir, run_dir / "student"))
     reporter.say(f"distilled student: {run_dir / 'student'}")
 
 
@@ -84,7 +79,6 @@ class Session:
 
     trainer: Trainer
     student: StudentModule
-    dtype: torch.dtype
     start: LoaderState
 
 
@@ -113,24 +107,30 @@ def open_session(
     teacher, student = _load_pair(cfg, teacher_dir, student_dir, run_dir, dtype, device)
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
+        fragments = Fragments(engine, student.model)
+        source = Checkpoint.open(student_dir)
+        trained = trained_tensors(source, fragments.shapes, fragments.tied)  # before any work: all can be exported
         if dtype == torch.bfloat16:
-            _sharpen_masters(student.model, student_dir)
-    fingerprint = _fingerprint(cfg, stage, dtype, device, teacher_dir, student_dir, data_dir)
-    found = _find_checkpoint(run_dir / "checkpoints", fingerprint)
+            fragments.sharpen(source, trained)
+    checkpoints = run_dir / "checkpoints"
+    fingerprint = _fingerprint(cfg, dtype, device, teacher_dir, student_dir, data_dir)
+    found = state.find(checkpoints, fingerprint)
     for note in found.notes:
         reporter.say(note)
+    rules = Rules(cfg.distill.keep_checkpoints, cfg.distill.keep_every, cfg.distill.async_checkpoints)
+    saver = Saver(checkpoints, fragments, {"fingerprint": fingerprint, "zero_stage": stage}, rules, device)
     observer = partial(
         make_observer, cfg, teacher_dir=teacher_dir, student_dir=student_dir, run_dir=run_dir, device=device,
         dtype=dtype, step=found.step, reporter=reporter,
     )  # fmt: skip
-    trainer = _make_trainer(cfg, engine, teacher, data_dir, run_dir, device, fingerprint, reporter, observer)
+    trainer = _make_trainer(cfg, engine, teacher, data_dir, run_dir, device, saver, reporter, observer)
     start = LoaderState()
     if found.path is not None:
         with quiet(log_path):
-            _load_engine(engine, found.path)
-        start = trainer.restore(found.path)
-        reporter.say(f"going on from step {start.step} of {trainer.steps} ({found.path})")
-    return Session(trainer, student, dtype, start)
+            _load(fragments, found.path, found.manifest)
+        start = trainer.restore(found.manifest["state"])
+        reporter.say(f"going on from step {start.step} of {trainer.steps} ({found.path}{_rearranged(found, stage)})")
+    return Session(trainer, student, start)
 
 
 def shutdown() -> None:
@@ -238,27 +238,6 @@ def _make_engine(cfg: Config, student: StudentModule, stage: int, dtype: torch.d
     return engine
 
 
-def _sharpen_masters(model: Any, student_dir: Path) -> None:
-    """DeepSpeed makes the fp32 masters from bf16-rounded weights; put back the digits that the checkpoint has."""
-    from deepspeed.utils import safe_set_full_fp32_param
-    from safetensors import safe_open
-
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for shard in sorted(student_dir.glob("*.safetensors")):
-        with safe_open(str(shard), framework="pt") as stored:
-            for name in sorted(stored.keys()):
-                if name in parameters and stored.get_slice(name).get_dtype() == "F32":
-                    safe_set_full_fp32_param(parameters[name], stored.get_tensor(name))
-
-
-def _full_fp32(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole fp32 master weight of a parameter, gathered; the parameter itself where there is no master."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    whole = safe_get_full_fp32_param(parameter)
-    return parameter.detach() if whole is None else whole
-
-
 def _bad_gradient(model: Any) -> str:
     """The parameter nearest to the loss whose accumulated gradient is not finite, or ""."""
     from deepspeed.utils import safe_get_full_grad
@@ -272,55 +251,37 @@ def _bad_gradient(model: Any) -> str:
     return bad
 
 
-def _load_engine(engine: Any, path: Path) -> None:
-    """DeepSpeed's own state, without running code that a checkpoint file could carry."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler]):
-            loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-    if loaded is None:
-        raise CheckpointError(f"{path} could not be loaded", hint=f"remove {path} to go on from an earlier one")
+def _load(fragments: Fragments, path: Path, manifest: dict[str, Any]) -> None:
+    """This rank's part of a checkpoint that was written by any number of ranks at any stage; a collective call."""
+    index = PieceIndex(state.data_files(path, manifest), manifest["parameters"])
+    if index.shapes != fragments.shapes:
+        raise CheckpointError(f"{path}", expected="the student's parameters", got="others")
+    with PieceReader(index) as reader:
+        fragments.load(reader.fill, manifest["adam_step"])
 
 
-def _find_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> state.Found:
-    """Rank 0 looks and decides; the others take its word, or its error."""
-    answer: list[Any] = [None]
-    if is_main():
-        try:
-            answer[0] = state.find(folder, fingerprint)
-        except ValueError as error:  # every rank must raise it, or the others would wait for ever
-            answer[0] = error
-    if world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
+def _rearranged(found: state.Found, stage: int) -> str:
+    """Said of a checkpoint that another arrangement of ranks wrote."""
+    before, now = (found.manifest["ranks"], found.manifest["zero_stage"]), (world_size(), stage)
+    return "" if before == now else f", written by {before[0]} ranks at ZeRO {before[1]}, now {now[0]} at {now[1]}"
+
+
+def _export(cfg: Config, checkpoints: Path, step: int, student_dir: Path, out_dir: Path) -> None:
+    """The finished student, from the last checkpoint; rank 0 alone."""
+    path = state.step_dir(checkpoints, step)
+    manifest = state.verify(path, weights_only=True)
+    card = model_card(card_facts(cfg, manifest))
+    export_checkpoint(path, manifest, student_dir, out_dir, card=card, max_shard_bytes=cfg.prune.max_shard_bytes)
 
 
 def _fingerprint(
-    cfg: Config,
-    stage: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    teacher_dir: Path,
-    student_dir: Path,
-    data_dir: Path,
+    cfg: Config, dtype: torch.dtype, device: torch.device, teacher_dir: Path, student_dir: Path, data_dir: Path
 ) -> dict[str, Any]:
     """What a checkpoint depends on, by name, so that a refusal can say what differs. On rank 0 only."""
     if not is_main():
         return {}
     return {
-        "distill": {**cfg.distill.decisive(), "zero_stage": stage, "dtype": str(dtype).removeprefix("torch.")},
+        "distill": {**cfg.distill.decisive(), "dtype": str(dtype).removeprefix("torch.")},
         "seed": cfg.seed,
         "device": device.type,
         "teacher": checkpoint_identity(teacher_dir),
@@ -337,7 +298,7 @@ def _make_trainer(
     data_dir: Path,
     run_dir: Path,
     device: torch.device,
-    fingerprint: dict[str, Any],
+    saver: Saver,
     reporter: Reporter,
     observer: Callable[[PackedLoader], Observer],
 ) -> Trainer:
@@ -353,9 +314,6 @@ def _make_trainer(
     )
     held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
 
-    def save_engine(tmp: Path) -> None:
-        engine.save_checkpoint(str(tmp), tag=_TAG, save_latest=False)
-
     return Trainer(
         cfg=settings,
         engine=engine,
@@ -364,28 +322,9 @@ def _make_trainer(
         validator=Validator(list(held_out), teacher, device),
         device=device,
         steps=total_steps(settings.tokens, settings.seq_len, settings.global_batch),
-        run_dir=run_dir,
-        fingerprint=fingerprint,
-        save_engine=save_engine,
+        saver=saver,
+        seed=cfg.seed,
         bad_gradient=lambda: _bad_gradient(engine.module.model),
         observer=observer(loader),
         reporter=reporter,
     )
-
-
-def _card_facts(cfg: Config, trainer: Trainer, dtype: torch.dtype) -> dict[str, Any]:
-    loss = cfg.distill.loss
-    listed = "whole vocabulary" if loss.targets == "full" else f"teacher's top {loss.top_k}, tail: {loss.tail}"
-    return {
-        "teacher": Path(cfg.teacher.path).name,
-        "training tokens": trainer.steps * trainer.step_tokens,
-        "optimiser steps": trainer.steps,
-        "sequence length": cfg.distill.seq_len,
-        "sequences a step": cfg.distill.global_batch,
-        "loss": f"{loss.ce_weight:g}·CE + {1 - loss.ce_weight:g}·T²·{loss.divergence}, T = {loss.temperature:g}, "
-        f"{listed}",
-        "learning rate": f"{cfg.distill.optimizer.lr:g} → {cfg.distill.optimizer.min_lr:g}, cosine",
-        "computed in": f"{str(dtype).removeprefix('torch.')} with fp32 master weights",
-        "skipped steps": trainer.guard.total,
-        "seed": cfg.seed,
-    }

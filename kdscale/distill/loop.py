@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ import torch.distributed as dist
 from kdscale.config import DistillConfig
 from kdscale.data.loader import Batch, LoaderState, PackedLoader
 from kdscale.dist import all_reduce_sum, rank, world_size
-from kdscale.distill import state
 from kdscale.distill.guard import SkipGuard, stop_error, watch
 from kdscale.distill.observe import Observer, StepFacts
+from kdscale.distill.saver import Saver
 from kdscale.distill.schedules import cosine_lr
+from kdscale.distill.seeds import seed_step
 from kdscale.distill.signals import StopRequest, watch_signals
 from kdscale.distill.step import to_device, train_step
 from kdscale.distill.throughput import peak_memory
@@ -55,9 +55,8 @@ class Trainer:
     validator: Validator
     device: torch.device
     steps: int
-    run_dir: Path
-    fingerprint: dict[str, Any]
-    save_engine: Callable[[Path], None]  # this rank's share of the engine's state, a collective call
+    saver: Saver
+    seed: int
     bad_gradient: Callable[[], str]  # the parameter whose gradient is not finite, or ""
     observer: Observer
     reporter: Reporter
@@ -69,11 +68,9 @@ class Trainer:
     def step_tokens(self) -> int:
         return self.cfg.global_batch * self.cfg.seq_len
 
-    def restore(self, path: Path) -> LoaderState:
-        """This rank's own state from a checkpoint folder; the engine's was loaded before."""
-        saved = state.read_rank_state(path)
+    def restore(self, saved: dict[str, Any]) -> LoaderState:
+        """What a checkpoint's manifest says of the training; weights and optimiser were loaded before."""
         self.guard.restore(saved["guard"])
-        state.restore_rng(saved["rng"])
         return LoaderState.from_json(saved["loader"])
 
     def train(self, start: LoaderState) -> None:
@@ -85,11 +82,12 @@ class Trainer:
                 self._validate(0)
             for step, batches, after in self._remaining(start, self.steps):
                 signum = self._one_step(step, batches, stop, bar)
+                self.saver.poll()
                 finished = after.step
                 if finished % self.cfg.validate_every == 0 or finished == self.steps:
                     self._validate(finished)
                 if finished % self.cfg.checkpoint_every == 0 or finished == self.steps or signum:
-                    self._save(after)
+                    self._save(after, wait=finished == self.steps or bool(signum))
                 if signum and finished < self.steps:
                     raise Interrupted(signum, f"after training step {finished}, which is saved")
 
@@ -123,6 +121,7 @@ class Trainer:
 
     def _one_step(self, step: int, batches: Sequence[Batch], stop: StopRequest, bar: Bar) -> int:
         """Train, log, guard; returns the signal that some rank got (0: none)."""
+        seed_step(self.seed, step, rank())
         lr = cosine_lr(step, steps=self.steps, lr=self.cfg.optimizer.lr, min_lr=self.cfg.optimizer.min_lr,
                        warmup_steps=self.cfg.optimizer.warmup_steps)  # fmt: skip
         for group in self.engine.optimizer.param_groups:
@@ -180,15 +179,8 @@ class Trainer:
             f"top-1 agreement {100 * found['top1_agree']:.1f} %"
         )
 
-    def _save(self, after: LoaderState) -> None:
-        state.save(
-            self.run_dir / "checkpoints",
-            after.step,
-            write=self.save_engine,
-            state={"loader": after.to_json(), "guard": self.guard.state()},
-            fingerprint=self.fingerprint,
-            keep=self.cfg.keep_checkpoints,
-        )
+    def _save(self, after: LoaderState, wait: bool) -> None:
+        self.saver.save(after.step, {"state": {"loader": after.to_json(), "guard": self.guard.state()}}, wait)
 
     def _diagnose(self, batches: Sequence[Batch]) -> list[str]:
         """Run the batch again with hooks on every module of teacher and student; what every rank found."""

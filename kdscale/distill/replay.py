@@ -22,9 +22,11 @@ from kdscale.config import TEACHER_TOKEN, Config
 from kdscale.config_observe import ProfileConfig, SpikeConfig, TrackingConfig
 from kdscale.data.loader import PackedLoader
 from kdscale.data.store import TokenStore
+from kdscale.dist import rank
 from kdscale.distill import state
 from kdscale.distill.engine import Session, open_session
 from kdscale.distill.schedules import total_steps
+from kdscale.distill.seeds import seed_step
 from kdscale.distill.step import Clock, to_device, train_step
 from kdscale.errors import ConfigError
 from kdscale.losses import TERMS, per_token
@@ -138,6 +140,7 @@ def _examine(session: Session, step: int) -> dict[str, Any]:
     trainer = session.trainer
     sequences = _sequence_losses(session, step)
     batches = trainer.loader.step(step - 1)
+    seed_step(trainer.seed, step - 1, rank())
     totals = train_step(
         trainer.engine, trainer.teacher, batches, trainer.device, Clock(trainer.device), update=False
     ).tolist()
@@ -155,8 +158,8 @@ def _examine(session: Session, step: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _sequence_losses(session: Session, step: int) -> list[dict[str, Any]]:
-    """A forward for each sequence, in the global order; generators are put back, for the step that follows."""
-    trainer, kept, out = session.trainer, state.rng_state(), []
+    """A forward for each sequence, in the global order."""
+    trainer, out = session.trainer, []
     trainer.engine.eval()
     for about in trainer.loader.describe(step - 1):
         micro = to_device(trainer.loader.stack([about["number"]]), trainer.device)
@@ -165,7 +168,6 @@ def _sequence_losses(session: Session, step: int) -> list[dict[str, Any]]:
         means = per_token(terms.tolist(), max(about["labels"], 1))
         out.append({**about, **{name: _finite(means[name]) for name in TERMS}})
     trainer.engine.train()
-    state.restore_rng(kept)
     return out
 
 

@@ -62,7 +62,7 @@ def _searched(context: Context, search: Search) -> Plan:
 def what_matters(context: Context) -> Mapping[str, Any]:
     """What of the config the choice depends on besides `prune`: with probes, how they are distilled."""
     config = context.config
-    return {"distill": config.resolved()["distill"]} if config.prune.search.probe_tokens is not None else {}
+    return {"distill": config.distill.decisive()} if config.prune.search.probe_tokens is not None else {}
 
 
 def _ranked(context: Context, search: Search, candidates: list[Candidate]) -> list[Candidate]:

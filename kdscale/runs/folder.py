@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kdscale.config import TEACHER_TOKEN, Config, config_differences, dump_config, load_config
+from kdscale.config import TEACHER_TOKEN, Config, config_differences, dump_config, load_config, may_change
 from kdscale.errors import ConfigError, RunFolderError
 from kdscale.files import explain_os_errors, read_json, remove_leftovers, write_json, write_text
 
@@ -96,7 +96,8 @@ class RunFolder:
     def adopt_config(self, config: Config, accept_changes: bool) -> list[str]:
         """Store the resolved config; returns the fields that changed since the folder's last run.
 
-        Raises RunFolderError when the folder belongs to another config and the change was not accepted. Before any
+        Raises RunFolderError when the folder belongs to another config and the change was not accepted; how many ranks
+        compute it, and the like, may change without. Before any
         stage has begun there is nothing to protect, and a corrected config simply takes the place of the first.
         """
         changes: list[str] = []
@@ -110,8 +111,9 @@ class RunFolder:
                     hint="use another run_dir",
                 ) from error
             changes = config_differences(old.resolved(), config.resolved())
-            if changes and not accept_changes and self.stages.exists():
-                listed = "\n".join(f"  - {change}" for change in changes)
+            refused = [change for change in changes if not may_change(change)]
+            if refused and not accept_changes and self.stages.exists():
+                listed = "\n".join(f"  - {change}" for change in refused)
                 raise RunFolderError(
                     f"run folder {self.path} belongs to another config; it differs in\n{listed}",
                     hint="choose another folder with --set run_dir=..., or redo what they touch with --accept-changes",

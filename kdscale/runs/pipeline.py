@@ -21,8 +21,8 @@ from kdscale.tracking import check_trackers
 if TYPE_CHECKING:
     from kdscale.prune.plan import Plan
 
-# Bytes a parameter: a student on disk at most; a checkpoint's fp32 master, two Adam moments and working copy.
-_STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 16
+# Bytes a parameter: a student on disk at most; a checkpoint's fp32 master and two Adam moments.
+_STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 12
 
 _CODE = ("teacher.trust_remote_code",)
 
@@ -138,22 +138,23 @@ def _refuse_hopeless_paths(path: Path) -> None:
 def check_disk(context: Context) -> None:
     """Refuse before any work when the disk cannot hold what is still to be written.
 
-    Counted: the pruned and the final student, and keep+1 checkpoints.
+    Counted: the pruned and the final student, keep+1 checkpoints, and those that `keep_every` keeps.
     """
     run, config = context.run, context.config
     if (run.stages / "distill.json").exists():
         return
     params = _student_params(context)
-    checkpoints = (config.distill.keep_checkpoints + 1) * params * _CHECKPOINT_BYTES
+    settings, steps = config.distill, config.distill.tokens // (config.distill.global_batch * config.distill.seq_len)
+    count = settings.keep_checkpoints + 1 + (steps // settings.keep_every if settings.keep_every else 0)
     held = sum(item.stat().st_size for item in run.path.rglob("*") if item.is_file())
-    needed = 2 * params * _STUDENT_BYTES + checkpoints + (64 << 20) - held
+    needed = 2 * params * _STUDENT_BYTES + count * params * _CHECKPOINT_BYTES + (64 << 20) - held
     free = shutil.disk_usage(run.path).free
     if needed > free:
         raise RunFolderError(
             f"run folder {run.path} is on a disk without room",
-            expected=f"{needed / 1e9:.1f} GB free (two students and {config.distill.keep_checkpoints + 1} checkpoints)",
+            expected=f"{needed / 1e9:.1f} GB free (two students and {count} checkpoints)",
             got=f"{free / 1e9:.1f} GB",
-            hint="free some space, choose another run_dir, or lower distill.keep_checkpoints",
+            hint="free some space, choose another run_dir, lower distill.keep_checkpoints or raise distill.keep_every",
         )
 
 

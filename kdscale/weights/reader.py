@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from io import RawIOBase
@@ -144,6 +145,14 @@ class Checkpoint:
                 begin = entry.begin + row * row_bytes
                 _read_ahead(stream, begin, 2 * step * row_bytes)
                 yield _read(stream, entry, name, begin, begin + count * row_bytes).reshape(count, *entry.shape[1:])
+
+    def values(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Elements begin:end of the flattened tensor; only their bytes are read."""
+        entry, width = self._entry(name), self.itemsize(name)
+        if not 0 <= begin <= end <= math.prod(entry.shape):
+            raise CheckpointError(f"{self.path}: {name}", expected=f"element {end} within it", got=str(entry.shape))
+        with entry.file.open("rb", buffering=0) as stream:
+            return _read(stream, entry, name, entry.begin + begin * width, entry.begin + end * width)
 
     def position(self, name: str) -> tuple[int, int]:
         """(number of the file, offset in it) of the tensor's bytes: in this order every file is read once through."""

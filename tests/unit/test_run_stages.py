@@ -141,6 +141,13 @@ def test_the_folder_of_another_config_is_refused(tmp_path: Path) -> None:
         assert "--accept-changes" in str(caught.value)
         assert run.adopt_config(config(seed=1), accept_changes=True) == ["seed: 0 → 1"]
         assert run.adopt_config(config(seed=1), accept_changes=False) == []
+        # with how many ranks, and the like, a run is computed may change without a word of consent
+        other = config(seed=1, distill={"processes": 2, "zero_stage": 3})
+        changes = ["distill.processes: 1 → 2", "distill.zero_stage: 1 → 3"]
+        assert run.adopt_config(other, accept_changes=False) == changes
+        with pytest.raises(RunFolderError, match="seq_len: 512 → 64") as caught:
+            run.adopt_config(config(seed=1, distill={"seq_len": 64}), accept_changes=False)
+        assert "processes" not in str(caught.value)
 
 
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def make_config(tiny_llama_dir: Path) -> Callable[..., Config]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def distil(
     tiny_llama_dir: Path, student_dir: Path, data_dir: Path, make_config: Callable[..., Config]
 ) -> Callable[..., list[dict[str, Any]]]:
@@ -101,17 +101,17 @@ from kdscale.progress import Reporter
 tree, teacher, student, data, run_dir, die = json.loads(sys.argv[1])
 if die:
     when, step = die
-    real_step, real_seal, real_export = loop.Trainer._one_step, state._seal, engine.export_student
+    real_step, real_seal, real_export = loop.Trainer._one_step, state.seal, engine.export_checkpoint
     def one_step(self, number, *args):
         if when == "step" and number == step: os._exit(77)
         return real_step(self, number, *args)
-    def seal(tmp, final, number, fingerprint):
+    def seal(folder, number, facts):
         if when == "seal" and number == step: os._exit(77)
-        real_seal(tmp, final, number, fingerprint)
+        real_seal(folder, number, facts)
     def export(*args, **kwargs):
         if when == "export": os._exit(77)
         real_export(*args, **kwargs)
-    loop.Trainer._one_step, state._seal, engine.export_student = one_step, seal, export
+    loop.Trainer._one_step, state.seal, engine.export_checkpoint = one_step, seal, export
 code = 0
 try:
     engine.run(build_config(tree, "test"), teacher_dir=Path(teacher), student_dir=Path(student), data_dir=Path(data),

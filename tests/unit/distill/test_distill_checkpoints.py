@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import shutil
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from kdscale.distill import state
+from kdscale.distill import pieces, saver, state
+from kdscale.distill.pieces import Piece
+from kdscale.distill.seeds import seed_step
 from kdscale.errors import RunFolderError
 
 PRINT = {"seed": 1, "distill": {"seq_len": 8}}
 
 
-def save(folder, step, keep=5):
-    def write(tmp):
-        (tmp / "deepspeed").mkdir()
-        (tmp / "deepspeed" / "weights.pt").write_bytes(bytes([step]) * 100)
+class Values:
+    """What Fragments is for an engine: one parameter of 30 values, all of them `step`."""
 
-    return state.save(folder, step, write=write, state={"loader": {"step": step}}, fingerprint=PRINT, keep=keep)
+    def __init__(self):
+        self.shapes, self.tied, self.adam_step = {"w": (5, 6)}, {"head": "w"}, 7
+        self.pieces, self.value = [Piece("w", 0, 20), Piece("w", 20, 10)], 0.0
+
+    def blocks(self):
+        for _ in pieces.KINDS:
+            for piece in self.pieces:
+                yield torch.full((piece.length,), self.value)
+
+
+def make_saver(folder, keep=5, **rules):
+    values = Values()
+    return values, saver.Saver(folder, values, {"fingerprint": PRINT}, saver.Rules(keep, **rules), torch.device("cpu"))
+
+
+def save(folder, *steps, **rules):
+    values, made = make_saver(folder, **rules)
+    for step in steps:
+        values.value = float(step)
+        made.save(step, {"state": {"step": step}}, wait=True)
+    return state.step_dir(folder, steps[-1])
+
+
+def names(folder):
+    return [path.name for path in state.complete_steps(folder)]
 
 
 def test_newest_whole_one_is_found(tmp_path):
-    for step in (3, 6, 9):
-        save(tmp_path, step)
+    save(tmp_path, 3, 6, 9)
     found = state.find(tmp_path, PRINT)
     assert (found.path, found.step, found.notes) == (tmp_path / "step-00000009", 9, ())
-    assert state.read_rank_state(found.path)["loader"] == {"step": 9}
+    assert found.manifest["state"] == {"step": 9}
+    assert found.manifest["adam_step"] == 7
+    index = pieces.PieceIndex(state.data_files(found.path, found.manifest), found.manifest["parameters"])
+    with pieces.PieceReader(index) as reader:
+        reader.fill("exp_avg", Piece("w", 15, 10), out := torch.zeros(10))
+    assert out.tolist() == [9.0] * 10
 
 
 def test_no_folder_is_no_checkpoint(tmp_path):
-    assert state.find(tmp_path / "none", PRINT) == state.Found(None, 0, ())
+    assert state.find(tmp_path / "none", PRINT) == state.Found(None, {}, ())
 
 
 def flip(path):
     data = bytearray(path.read_bytes())
-    data[50] ^= 1
+    data[-5] ^= 1  # in the last moment
     path.write_bytes(data)
 
 
@@ -50,19 +80,31 @@ def drop(path):
 
 
 def lose_manifest(path):
-    (path.parents[1] / state.MANIFEST).unlink()
+    (path.parent / state.MANIFEST).unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, drop, lose_manifest])
+def change_manifest(path):
+    manifest = path.parent / state.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"adam_step": 7', '"adam_step": 8'))
+
+
+@pytest.mark.parametrize("damage", [flip, cut, drop, lose_manifest, change_manifest])
 def test_a_damaged_one_is_passed_over_and_named(tmp_path, damage):
-    for step in (3, 6):
-        save(tmp_path, step)
-    damage(tmp_path / "step-00000006" / "deepspeed" / "weights.pt")
+    save(tmp_path, 3, 6)
+    damage(tmp_path / "step-00000006" / "rank-00000.safetensors")
     found = state.find(tmp_path, PRINT)
     assert found.step == 3
     assert "step-00000006" in found.notes[0]
     save(tmp_path, 6)  # and can be written again over the damaged one
     assert state.find(tmp_path, PRINT).step == 6
+
+
+def test_weights_can_be_verified_without_the_moments(tmp_path):
+    path = save(tmp_path, 3)
+    flip(path / "rank-00000.safetensors")
+    assert state.verify(path, weights_only=True)["step"] == 3
+    about = state.read_manifest(path)["files"]["rank-00000.safetensors"]
+    assert about["bytes"] - about["weights_bytes"] == 2 * 30 * 4
 
 
 def test_a_half_written_one_is_not_seen(tmp_path):
@@ -73,9 +115,13 @@ def test_a_half_written_one_is_not_seen(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step, keep=2)
-    assert [path.name for path in state.complete_steps(tmp_path)] == ["step-00000004", "step-00000003"]
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert names(tmp_path) == ["step-00000004", "step-00000003"]
+
+
+def test_some_are_kept_for_ever(tmp_path):
+    save(tmp_path, *range(1, 9), keep=2, keep_every=3)
+    assert names(tmp_path) == ["step-00000008", "step-00000007", "step-00000006", "step-00000003"]
 
 
 def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):
@@ -85,9 +131,88 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):
     assert path.exists()
 
 
-def test_all_generators_go_on_where_they_were():
-    saved = state.rng_state()
-    first = (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
-    assert first != (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
-    state.restore_rng(saved)
-    assert first == (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
+# --- in the background
+
+
+@pytest.fixture
+def held_disk(monkeypatch):
+    """A disk that takes nothing until `set()`; with `fault`, it then refuses."""
+    gate, real = threading.Event(), saver.write_pieces
+    gate.fault = None
+
+    def write(*args):
+        assert gate.wait(20)
+        if gate.fault:
+            raise gate.fault
+        return real(*args)
+
+    monkeypatch.setattr(saver, "write_pieces", write)
+    return gate
+
+
+def wait_for(made):
+    made._pending.join(20)
+
+
+def test_training_goes_on_while_the_disk_works(tmp_path, held_disk):
+    values, made = make_saver(tmp_path, background=True)
+    values.value = 4.0
+    made.save(4, {}, wait=False)
+    values.value = 5.0  # the next step changes the weights
+    made.poll()
+    assert names(tmp_path) == []
+    held_disk.set()
+    wait_for(made)
+    assert names(tmp_path) == []  # sealed only where all ranks meet
+    made.poll()
+    assert names(tmp_path) == ["step-00000004"]
+    with pieces.PieceReader(pieces.PieceIndex([tmp_path / "step-00000004" / state.rank_file(0)], values.shapes)) as r:
+        r.fill("master", Piece("w", 0, 30), out := torch.zeros(30))
+    assert out.tolist() == [4.0] * 30
+
+
+def test_a_second_save_waits_for_the_first(tmp_path, held_disk):
+    _, made = make_saver(tmp_path, background=True)
+    made.save(1, {}, wait=False)
+    threading.Timer(0.05, held_disk.set).start()
+    made.save(2, {}, wait=True)
+    assert names(tmp_path) == ["step-00000002", "step-00000001"]
+
+
+def test_a_full_disk_is_an_error_at_the_next_step(tmp_path, held_disk):
+    held_disk.set()
+    save(tmp_path, 1)
+    held_disk.fault = OSError(errno.ENOSPC, "No space left on device")
+    _, made = make_saver(tmp_path, background=True)
+    made.save(2, {}, wait=False)
+    wait_for(made)
+    with pytest.raises(RunFolderError, match="rank 0: No space left on device"):
+        made.poll()
+    assert state.find(tmp_path, PRINT).step == 1
+
+
+def test_a_rank_that_leaves_does_not_seal(tmp_path, held_disk):
+    _, made = make_saver(tmp_path, background=True)
+    made.save(1, {}, wait=False)
+    made._pending._cancelled.set()
+    held_disk.set()
+    made.close()
+    made.poll()
+    assert names(tmp_path) == []
+
+
+def draw():
+    return (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
+
+
+def test_a_step_draws_the_same_numbers_every_time():
+    seed_step(1, 5, 0)
+    first = draw()
+    assert first != draw()
+    others = []
+    for other in ((2, 5, 0), (1, 6, 0), (1, 5, 1)):
+        seed_step(*other)
+        others.append(draw())
+    seed_step(1, 5, 0)
+    assert first == draw()
+    assert len({repr(one) for one in [first, *others]}) == 4

@@ -1,0 +1,161 @@
+"""This rank's fp32 masters and Adam moments inside a DeepSpeed engine, as pieces of the student's parameters.
+
+Everything here that knows how a ZeRO stage lays out its flat buffers (DeepSpeed 0.19: `_hp_mapping` at stages 1 and 2,
+`grad_position` at stage 3, optimiser state keyed by the flat buffer). It looks into the engine's objects and imports
+nothing of DeepSpeed. At stage 0 every rank has all of everything, and the ranks share the writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdscale.dist import rank, world_size
+from kdscale.distill.pieces import KINDS, Piece, share
+from kdscale.errors import CheckpointError, ConfigError
+from kdscale.weights import Checkpoint
+
+Fill = Callable[[str, Piece, torch.Tensor], None]
+_BLOCK = 1 << 24  # values that are read at once
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A piece lies in the flat buffer `key` from element `start`; the optimiser's state is found under `key` too."""
+
+    piece: Piece
+    key: torch.Tensor
+    start: int
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer.view(-1).narrow(0, self.start, self.piece.length)
+
+
+class Fragments:
+    """What one rank saves and loads. `shapes` are the trained parameters; `tied` maps other names to theirs.
+
+    Raises ConfigError when the optimiser's state is on NVMe, which is not supported.
+    """
+
+    def __init__(self, engine: Any, model: torch.nn.Module):
+        self._zero = engine.optimizer
+        self._stage = int(engine.zero_optimization_stage())
+        if getattr(self._zero, "swap_optimizer", False):
+            raise ConfigError(
+                "the optimiser's state on NVMe", expected="it on the device or in host memory",
+                hint="checkpoints of state on NVMe are not supported: offload it to host memory",
+            )  # fmt: skip
+        self._adam = self._zero.optimizer if self._stage else self._zero
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        names = {id(p): name for name, p in trained.items()}
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
+        every = model.named_parameters(remove_duplicate=False)
+        self.tied = {name: names[id(p)] for name, p in every if id(p) in names and names[id(p)] != name}
+        self._held = list(_held(self._zero, self._stage, trained, names))
+        wrong = {place.key.dtype for place in self._held} - {torch.float32}
+        if wrong:
+            raise ConfigError("the optimiser's master weights", expected="float32", got=str(wrong.pop()))
+        self._written = self._held if self._stage else _shared(self._held)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What this rank writes; over all ranks every value once."""
+        return [place.piece for place in self._written]
+
+    @property
+    def adam_step(self) -> int:
+        """Steps that Adam has taken (skipped ones are none); the same for all parameters and ranks."""
+        steps = {int(state["step"]) for place in self._held if (state := self._adam.state.get(place.key))}
+        if len(steps) > 1:
+            raise CheckpointError("Adam's step count", expected="one for all parameters", got=str(sorted(steps)))
+        return steps.pop() if steps else 0
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Views of the values to write, in the order of `write_pieces`; zeros for moments that do not exist yet."""
+        for kind in KINDS:
+            for place in self._written:
+                if kind == KINDS[0]:
+                    yield place.of(place.key.detach())
+                else:
+                    moment = self._adam.state.get(place.key, {}).get(kind)
+                    yield torch.zeros(place.piece.length) if moment is None else place.of(moment)
+
+    @torch.no_grad()
+    def load(self, fill: Fill, adam_step: int) -> None:
+        """Fill masters and moments of what this rank holds, then refresh the working copies; a collective call."""
+        buffers = {id(place.key): place.key for place in self._held}
+        for key in buffers.values():
+            self._adam.state[key] = {
+                "step": self._step_value(adam_step, key),
+                **{kind: torch.zeros_like(key.data) for kind in KINDS[1:]},
+            }
+        for kind in KINDS:
+            for place in self._held:
+                buffer = place.key.data if kind == KINDS[0] else self._adam.state[place.key][kind]
+                fill(kind, place.piece, place.of(buffer))
+        self._refresh()
+
+    @torch.no_grad()
+    def sharpen(self, source: Checkpoint, trained: Mapping[str, Piece]) -> None:
+        """Put back into the masters the digits that fp32 tensors of `source` have beyond bf16.
+
+        DeepSpeed makes masters from the rounded weights. Only what this rank holds is read. `trained`: what part of
+        which parameter each tensor is.
+        """
+        stored: dict[str, list[tuple[str, Piece]]] = {}
+        for name, piece in trained.items():
+            if source.spec(name).dtype == "F32":
+                stored.setdefault(piece.name, []).append((name, piece))
+        for place in self._held:
+            for name, there in stored.get(place.piece.name, []):
+                begin = max(place.piece.offset, there.offset)
+                end = min(place.piece.offset + place.piece.length, there.offset + there.length)
+                for at in range(begin, end, _BLOCK):
+                    values = source.values(name, at - there.offset, min(at + _BLOCK, end) - there.offset)
+                    place.of(place.key.data).narrow(0, at - place.piece.offset, values.numel()).copy_(values)
+
+    def _step_value(self, step: int, key: torch.Tensor) -> Any:
+        if not isinstance(self._adam, torch.optim.Adam):  # DeepSpeed's CPU Adam counts in an int
+            return step
+        return torch.tensor(float(step), device=key.device if self._adam.defaults["fused"] else "cpu")
+
+    def _refresh(self) -> None:
+        """Working copies from masters, as at the end of an optimiser step."""
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            self._zero.checkpoint_event_prologue()
+            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._zero.checkpoint_event_epilogue()
+
+
+def _held(zero: Any, stage: int, trained: dict[str, torch.nn.Parameter], names: dict[int, str]) -> Iterator[_Place]:
+    """Every piece of a trained parameter that this rank has in fp32, without the padding."""
+    if stage == 0:
+        for name, parameter in trained.items():
+            yield _Place(Piece(name, 0, parameter.numel()), parameter, 0)
+    elif stage < 3:
+        for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+            for parameter in group:
+                if (mapping := parameter._hp_mapping) is not None:
+                    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield _Place(Piece(names[id(parameter)], here.start, here.numel), flat, there.start)
+    else:
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            for parameter in group:
+                _, start, length = zero.grad_position[zero.get_param_id(parameter)]
+                begin = zero._get_param_partition_rank(parameter) * length
+                if begin < parameter.ds_numel:
+                    length = min(length, parameter.ds_numel - begin)
+                    yield _Place(Piece(names[id(parameter)], begin, length), flat, start)
+
+
+def _shared(held: list[_Place]) -> list[_Place]:
+    """This rank's share of what all ranks hold alike."""
+    places = {place.piece.name: place for place in held}
+    mine = share([place.piece for place in held], rank(), world_size())
+    return [_Place(piece, places[piece.name].key, piece.offset) for piece in mine]

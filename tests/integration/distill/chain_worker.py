@@ -1,0 +1,87 @@
+"""One run by changing numbers of ranks: `chain_worker.py JOB`, JOB a JSON object.
+
+A phase is {"ranks", "until", **fields of distill}: that many ranks take the run on and are killed when they begin step
+`until` (null: they finish it). The process imports everything once and forks the ranks, which is what makes it quick.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401 - imported once, before the forks
+import transformers  # noqa: F401
+
+from kdscale.config import build_config
+from kdscale.distill import engine, loop
+from kdscale.progress import Reporter
+
+KILLED = 77
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_main(job: dict[str, Any], phase: dict[str, Any], rank: int, port: int) -> int:
+    ranks, until = phase["ranks"], phase["until"]
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    real = loop.Trainer._one_step
+
+    def one_step(self: Any, number: int, *args: Any) -> int:
+        if number == until:
+            os._exit(KILLED)
+        return real(self, number, *args)
+
+    loop.Trainer._one_step = one_step  # type: ignore[method-assign]
+    tree = copy.deepcopy(job["config"])
+    changed = {key: value for key, value in phase.items() if key not in ("ranks", "until")}
+    tree["distill"].update(processes=ranks, micro_batch=1, **changed)
+    folders = {name: Path(job[name]) for name in ("teacher_dir", "student_dir", "data_dir", "run_dir")}
+    engine.run(build_config(tree, "test"), reporter=Reporter(), **folders)
+    engine.shutdown()
+    return 0
+
+
+def run_phase(job: dict[str, Any], phase: dict[str, Any]) -> list[int]:
+    port, children = free_port(), []
+    for rank in range(phase["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = rank_main(job, phase, rank, port)
+            except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+def main() -> int:
+    for job in json.loads(sys.argv[1]):
+        for phase in job["phases"]:
+            codes = run_phase(job, phase)
+            expected = 0 if phase["until"] is None else KILLED
+            if codes != [expected] * phase["ranks"]:
+                print(f"{phase}: exit codes {codes}", file=sys.stderr)
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)

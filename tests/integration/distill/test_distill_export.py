@@ -1,0 +1,150 @@
+"""`kdscale export`: the student of any checkpoint, from its files alone; and which tensor is which parameter."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+
+from kdscale.config import dump_config
+from kdscale.distill import loop, state
+from kdscale.distill.names import trained_tensors
+from kdscale.distill.pieces import Piece
+from kdscale.errors import CheckpointError, RunFolderError
+from kdscale.progress import Reporter
+from kdscale.runs.exporting import export_run
+from kdscale.weights import Checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
+QUIET = Reporter(quiet=True)
+# keeps what a run leaves: nothing may have been started that a plain file reader does not need
+CHILD = """
+import sys
+from pathlib import Path
+from kdscale.cli.main import app
+app(sys.argv[1:], standalone_mode=False)
+import torch.distributed as dist
+assert not dist.is_initialized()
+assert "deepspeed" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(distil, make_config, student_dir, tmp_path_factory):
+    """A run folder whose distillation ended after 8 steps."""
+    run, settings = tmp_path_factory.mktemp("ended"), {"checkpoint_every": 2, "keep_every": 4, "dtype": "bfloat16"}
+    distil(run, **settings)
+    shutil.copytree(student_dir, run / "pruned")
+    (run / "config.yaml").write_text(dump_config(make_config(**settings)))
+    return run
+
+
+@pytest.fixture
+def finished(ended, tmp_path):
+    """A copy of it to do something with."""
+    return shutil.copytree(ended, tmp_path / "run")
+
+
+def content(folder):
+    return {item.name: item.read_bytes() for item in sorted(folder.iterdir())}
+
+
+def test_the_newest_checkpoint_is_the_student(finished):
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, "export", str(finished)],
+        capture_output=True, text=True, check=False, timeout=100, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert content(finished / "exported" / "step-00000008") == content(finished / "student")
+
+
+def test_an_earlier_one_is_what_the_student_was_then(finished, tmp_path):
+    export_run(finished, 4, tmp_path / "out", QUIET)
+    was, then = load_file(tmp_path / "out/model.safetensors"), load_file(finished / "student/model.safetensors")
+    assert was.keys() == then.keys()
+    assert not any(torch.equal(was[name], then[name]) for name in was)
+    assert "| optimiser steps | 4 |" in (tmp_path / "out/README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_what_cannot_be_exported_is_refused(finished, tmp_path):
+    with pytest.raises(RunFolderError, match="no checkpoint of step 5") as caught:
+        export_run(finished, 5, None, QUIET)
+    assert "one of 8, 6, 4" in str(caught.value)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("do not touch")
+    with pytest.raises(RunFolderError, match="is there already"):
+        export_run(finished, None, tmp_path / "thesis", QUIET)
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        export_run(tmp_path, None, None, QUIET)
+    config = finished / "pruned" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(CheckpointError, match="the student that was distilled"):
+        export_run(finished, None, None, QUIET)
+
+
+def test_a_damaged_newest_one_is_passed_over_unless_it_was_asked_for(finished, tmp_path):
+    victim = state.step_dir(finished / "checkpoints", 8) / state.rank_file(0)
+    data = bytearray(victim.read_bytes())
+    data[5000] ^= 1
+    victim.write_bytes(data)
+    export_run(finished, None, tmp_path / "out", QUIET)
+    assert "| optimiser steps | 6 |" in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(CheckpointError, match="step-00000008"):
+        export_run(finished, 8, tmp_path / "other", QUIET)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(num_local_experts=3, intermediate_size=24),
+        Qwen3MoeConfig(num_experts=3, moe_intermediate_size=24, num_experts_per_tok=2),
+        OlmoeConfig(num_experts=3, intermediate_size=24, num_experts_per_tok=2, eos_token_id=1, pad_token_id=0),
+    ],
+    ids=["mixtral", "qwen3-moe", "olmoe"],
+)
+def test_every_tensor_of_a_mixture_is_found_in_the_fused_parameters(config, tmp_path):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config.update({**sizes, "num_key_value_heads": 2, "head_dim": 8, "layer_types": None})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    source, parameters = Checkpoint.open(tmp_path), dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    found = trained_tensors(source, shapes, {})
+    assert found.keys() == set(source.names)
+    for name, piece in found.items():
+        part = parameters[piece.name].detach().reshape(-1)[piece.offset : piece.offset + piece.length]
+        assert torch.equal(part, source.tensor(name).reshape(-1)), name
+
+
+def test_a_trained_parameter_that_would_not_be_written_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(2, 3), "experts.0.buffer": torch.zeros(2)}, tmp_path / "model.safetensors")
+    source = Checkpoint.open(tmp_path)
+    assert trained_tensors(source, {"a": (2, 3)}, {}) == {"a": Piece("a", 0, 6)}
+    with pytest.raises(CheckpointError, match=r"not \(wholly\) on disk"):
+        trained_tensors(source, {"a": (2, 3), "b": (2,)}, {})
+    with pytest.raises(CheckpointError, match="tensor a"):
+        trained_tensors(source, {"a": (3, 2)}, {})
+
+
+def test_a_model_whose_names_are_not_on_disk_is_refused_before_training(distil, student_dir, tmp_path, monkeypatch):
+    """With a name that the model does not have, its training would be lost: an error before the first step."""
+    other = tmp_path / "other"
+    shutil.copytree(student_dir, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["old.norm.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(loop.Trainer, "_one_step", lambda *args: pytest.fail("a step was taken"))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        distil(tmp_path / "run", student=other)
+    assert json.loads((other / "config.json").read_text())["model_type"] == "llama"

@@ -1,0 +1,111 @@
+"""A checkpoint belongs to no number of ranks and no ZeRO stage: the losses go on as in an unbroken run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from kdscale.distill import loop, state
+from kdscale.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[3]
+STEPS = 8
+# (ranks, ZeRO stage, killed when it begins this step); test_distill_stages.py has every pair of stages
+CHAINS = {
+    "float32": [(1, 1, 2), (2, 3, 5), (4, 0, None)],
+    "bfloat16": [(2, 3, 4), (1, 2, None)],
+}
+
+
+def losses(rows):
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory, tiny_llama_dir, student_dir, data_dir, make_config):
+    """dtype → run folder of each chain, all made by one process that forks the ranks."""
+    folders, jobs = {}, []
+    for dtype, chain in CHAINS.items():
+        folders[dtype] = tmp_path_factory.mktemp(dtype)
+        phases = [{"ranks": ranks, "zero_stage": stage, "until": until} for ranks, stage, until in chain]
+        # the last ranks write in the background
+        phases[-1]["async_checkpoints"] = True
+        config = make_config(dtype=dtype, checkpoint_every=1, validate_every=100).resolved()
+        places = {"teacher_dir": tiny_llama_dir, "student_dir": student_dir, "data_dir": data_dir}
+        places = {key: str(value) for key, value in places.items()}
+        jobs.append({"config": config, "run_dir": str(folders[dtype]), "phases": phases, **places})
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "chain_worker.py", json.dumps(jobs)],
+        capture_output=True, text=True, env=environment, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folders, done.stderr
+
+
+@pytest.mark.parametrize(("dtype", "loss_tolerance", "tolerance"), [("float32", 1e-5, 1e-5), ("bfloat16", 1e-2, 1e-2)])
+def test_the_losses_go_on_with_any_number_of_ranks_and_any_stage(
+    chained, distil, tmp_path, dtype, loss_tolerance, tolerance
+):
+    folders, said = chained
+    whole = distil(tmp_path, dtype=dtype, micro_batch=1, validate_every=100)
+    rows = list(read_metrics(folders[dtype] / "logs" / "metrics.jsonl"))
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert losses(rows) == pytest.approx(losses(whole), abs=loss_tolerance)
+    expected, got = (
+        load_file(tmp_path / "student/model.safetensors"),
+        load_file(folders[dtype] / "student/model.safetensors"),
+    )
+    assert expected.keys() == got.keys()
+    worst = max(float((expected[name] - got[name]).abs().max()) for name in expected)
+    assert worst < tolerance
+    ranks, stage, _ = CHAINS[dtype][-1]
+    before = CHAINS[dtype][-2]
+    assert f"written by {before[0]} ranks at ZeRO {before[1]}, now {ranks} at {stage}" in said
+
+
+def test_every_rank_has_a_file_and_all_of_them_make_up_the_student(chained):
+    folders, _ = chained
+    newest = state.complete_steps(folders["float32"] / "checkpoints")[0]
+    manifest = state.verify(newest)
+    assert list(manifest["files"]) == [state.rank_file(rank) for rank in range(4)]
+    sizes = [about["bytes"] for about in manifest["files"].values()]
+    assert max(sizes) < 1.5 * min(sizes)  # the writing is shared
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_checkpoint_in_the_background_changes_no_byte(distil, tmp_path, stage):
+    settings = {"zero_stage": stage, "checkpoint_every": 1}
+    distil(tmp_path / "one", **settings)
+    distil(tmp_path / "two", async_checkpoints=True, **settings)
+    one, two = (state.complete_steps(tmp_path / name / "checkpoints") for name in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two]
+    for left, right in zip(one, two, strict=True):
+        name = state.rank_file(0)
+        assert (left / name).read_bytes() == (right / name).read_bytes()
+
+
+def test_dropout_draws_the_same_after_a_resume(distil, tmp_path, monkeypatch):
+    """The tiny model has no dropout: here the learning rate of a step is drawn where dropout would draw."""
+    import torch
+
+    real_rate, real_step = loop.cosine_lr, loop.Trainer._one_step
+    monkeypatch.setattr(loop, "cosine_lr", lambda *args, **kwargs: real_rate(*args, **kwargs) * float(torch.rand(())))
+    whole = distil(tmp_path / "whole")
+
+    def die_at_5(self, number, *args):
+        if number == 5:
+            raise ZeroDivisionError
+        return real_step(self, number, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(loop.Trainer, "_one_step", die_at_5)
+        distil(tmp_path / "cut")
+    assert losses(distil(tmp_path / "cut")) == losses(whole)
