@@ -195,6 +195,8 @@ class DistillConfig(_Section):
     validate_every: Count = 50  # steps
     validate_tokens: Count = 8_192
     checkpoint_every: Count = 50  # steps
+    # a rank that makes no progress for so long ends itself; None: by device; 0: never
+    watchdog_seconds: Annotated[float, Field(ge=0.0)] | None = None
     keep_checkpoints: Count = 2
 
     @model_validator(mode="after")

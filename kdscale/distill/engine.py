@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from kdscale.distill.loop import Trainer
 from kdscale.distill.quiet import quiet
 from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
+from kdscale.distill.timeouts import group_timeout
 from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.heads import head_of
@@ -33,10 +35,11 @@ from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_d
 from kdscale.progress import Reporter
 from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.targets import shared_vocabulary
+from kdscale_launch.watchdog import enter
 
 _TAG = "deepspeed"
 # Settings that change no byte of the student; all others in cfg.distill are part of a checkpoint's fingerprint.
-_FREE_SETTINGS = {"validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints"}
+_FREE_SETTINGS = {"validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints", "watchdog_seconds"}
 
 
 def run(
@@ -56,7 +59,7 @@ def run(
     reporter = reporter if is_main() else Reporter(quiet=True)
     log_path = run_dir / "logs" / ("distill.log" if is_main() else f"distill-rank-{rank()}.log")
     with quiet(log_path):
-        _start_group(device)
+        _start_group(device, group_timeout(cfg))
     _check_world(cfg)
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
@@ -82,6 +85,7 @@ def run(
     finally:
         if trainer.metrics is not None:
             trainer.metrics.close()
+    enter("export")
     facts = _card_facts(cfg, trainer, dtype)
     export_student(
         student.model,
@@ -108,7 +112,7 @@ def shutdown() -> None:
     sys.stderr.flush()
 
 
-def _start_group(device: torch.device) -> None:
+def _start_group(device: torch.device, timeout: timedelta | None) -> None:
     """Join the launcher's group, or make one of a single process that needs no port."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -121,7 +125,7 @@ def _start_group(device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # A launcher says all three; job systems and other libraries leave a stray RANK behind.
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
             store = torch._C._distributed_c10d.HashStore()  # in memory: no port, nothing to collide with

@@ -26,6 +26,7 @@ from kdscale.losses import TERMS, per_token
 from kdscale.metrics import MetricsLog
 from kdscale.progress import Bar, Reporter
 from kdscale.teacher.online import OnlineTeacher
+from kdscale_launch.watchdog import at_step, enter
 
 _SIGNALS = (2, 15)  # SIGINT, SIGTERM
 
@@ -82,6 +83,7 @@ class Trainer:
     def _remaining(self, start: LoaderState) -> Any:
         stream = self.loader.batches(start)
         for step in range(start.step, self.steps):
+            enter("data")
             self.clock = Clock(self.device)
             batches, after = next(stream)
             yield step, batches, after
@@ -89,11 +91,13 @@ class Trainer:
     def _one_step(self, step: int, batches: Sequence[Batch], stop: StopRequest, bar: Bar) -> int:
         """Train, log, guard; returns the signal that some rank got (0: none)."""
         began = time.perf_counter()
+        at_step(step + 1, lambda: f"documents {show_documents(batches)}")
         lr = cosine_lr(step, steps=self.steps, lr=self.cfg.optimizer.lr, min_lr=self.cfg.optimizer.min_lr,
                        warmup_steps=self.cfg.optimizer.warmup_steps)  # fmt: skip
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         totals = train_step(self.engine, self.teacher, batches, self.device, self.clock)
+        enter("collective")
         flags = torch.tensor([float(stop.signum == signum) for signum in _SIGNALS], dtype=torch.float64)
         summed = all_reduce_sum(torch.cat([totals, flags.to(self.device)]))
         grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=self.device)
@@ -155,6 +159,7 @@ class Trainer:
         )
 
     def _save(self, after: LoaderState) -> None:
+        enter("checkpoint")
         state.save(
             self.run_dir / "checkpoints",
             after.step,
@@ -169,6 +174,7 @@ class Trainer:
         bad_loss = False
         with watch(self.teacher.model, "") as teacher, watch(self.engine.module.model, "") as student:
             for number, batch in enumerate(batches):
+                enter("diagnosis")
                 micro = to_device(batch, self.device)
                 targets = self.teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
                 loss_sum, _ = self.engine(micro, targets)

@@ -21,6 +21,8 @@ from kdscale_launch.wire import Message
 _TURN_SECONDS = 0.2
 _BEATS_A_DEADLINE = 4
 _SETTLE_SECONDS = 1.5  # how long to wait after the first failure for the one that caused it
+_HUNG_SETTLE_SECONDS = 5.0  # watchdogs of ranks that wait for each other end within their rounds, not at once
+_STACKS_SECONDS = 1.0
 _RETRY_SECONDS = 2.0
 _CLOSE_SECONDS = 2.0
 
@@ -116,7 +118,7 @@ class Cluster:
 
         A signal that came is passed on once; ranks then have `grace` seconds to save before they are killed.
         """
-        outcome = Outcome(self.hosts)
+        outcome = Outcome(self.hosts, log_dir=task.log_dir)
         running = set(self._remotes) - set(self.lost)
         for index, why in self.lost.items():
             outcome.failures.append(Failure(index, None, f"lost: {why}", "", time.monotonic()))
@@ -138,8 +140,12 @@ class Cluster:
                 self._tell(running, {"do": "signal", "signum": signal.SIGKILL if hard else self._received[0]})
                 end_at = min(end_at, now + (0.0 if hard else task.grace))
             elif outcome.failures and not forwarded:
-                end_at = min(end_at, now + _SETTLE_SECONDS)
-            if now >= end_at and give_up == float("inf"):
+                end_at = min(end_at, now + (_HUNG_SETTLE_SECONDS if outcome.failures[0].hung else _SETTLE_SECONDS))
+            if now >= end_at and not forwarded and not outcome.asked and outcome.wants_stacks:
+                self._tell(running, {"do": "stacks"})
+                outcome.asked = True
+                end_at = now + _STACKS_SECONDS
+            elif now >= end_at and give_up == float("inf"):
                 # Peers of a lost rank hang in a collective, where no Python signal handler runs: they get little time.
                 grace = 0.0 if forwarded else min(task.grace, 5.0)
                 self._tell(running, {"do": "end", "grace": grace})
@@ -177,8 +183,13 @@ class Cluster:
             case "exit":
                 outcome.said[message["rank"]] = message["tail"]
                 outcome.codes[message["rank"]] = message["code"]
-                if message["code"] and not self._received and not outcome.ending:
+                # without a handler for it yet, a rank dies of the request for its stacks: no failure of its own
+                asked = outcome.asked and message["code"] == -signal.SIGUSR1
+                if message["code"] and not asked and not self._received and not outcome.ending:
                     outcome.failures.append(Failure(index, message["rank"], "", message["tail"], now, message["code"]))
+            case "stopped" if not outcome.ending:
+                why = "stopped by a signal, it makes no progress"
+                outcome.failures.append(Failure(index, message["rank"], why, "", now))
             case "done":
                 running.discard(index)
             case "refused":

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     def forward(signum: int, frame: FrameType | None) -> None:
         child.send_signal(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, forward)
     while child.poll() is None:
         if os.getppid() != parent:
