@@ -16,7 +16,7 @@ from kdscale.config import DistillConfig
 from kdscale.data.loader import Batch, LoaderState, PackedLoader
 from kdscale.dist import all_reduce_sum, world_size
 from kdscale.distill import state
-from kdscale.distill.guard import SkipGuard, show_documents, stop_error, watch
+from kdscale.distill.guard import SkipGuard, by_rank, show_documents, stop_error, watch
 from kdscale.distill.schedules import cosine_lr
 from kdscale.distill.signals import StopRequest, watch_signals
 from kdscale.distill.step import PHASES, Clock, to_device, train_step
@@ -75,7 +75,8 @@ class Trainer:
                 finished = after.step
                 if finished % self.cfg.validate_every == 0 or finished == self.steps:
                     self._validate(finished)
-                if finished % self.cfg.checkpoint_every == 0 or finished == self.steps or signum:
+                due = self.guard.checkpoint_due(finished % self.cfg.checkpoint_every == 0)
+                if due or finished == self.steps or signum:
                     self._save(after)
                 if signum and finished < self.steps:
                     raise Interrupted(signum, f"after training step {finished}, which is saved")
@@ -196,4 +197,4 @@ class Trainer:
             found = f"forward is finite; first non-finite gradient: parameter {parameter}"
         everywhere: list[Any] = [None] * world_size()
         dist.all_gather_object(everywhere, found)
-        return list(dict.fromkeys(everywhere))
+        return by_rank(everywhere)
