@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -114,9 +114,18 @@ def launch_command(
     dead_after: DeadOption = 15.0,
     connect_timeout: ConnectOption = 30.0,
     host_timeout: Annotated[
-        float, _option("--host-timeout", "How long a restart waits for a lost host to come back.", _HOSTS, "SECONDS")
+        float,
+        _option(
+            "--host-timeout --node-timeout",
+            "How long a restart waits for a lost host to come back.",
+            _HOSTS,
+            "SECONDS",
+        ),
     ] = 300.0,
-    min_nodes: Annotated[int | None, _option("--min-nodes", "Go on with as few hosts as this.", _HOSTS)] = None,
+    min_nodes: Annotated[
+        int | None,
+        _option("--min-nodes", "Go on with as few hosts as this when others do not come back.", _HOSTS),
+    ] = None,
     export: ExportOption = None,
     slurm: Annotated[bool, _option("--slurm", "Render a batch script and submit it with sbatch.", _SYSTEMS)] = False,
     kubernetes: Annotated[
@@ -164,6 +173,7 @@ def launch_command(
         _check_min_nodes(min_nodes, len(hosts))
         asked = _request(config, set_, sum(host.slots for host in hosts), accept_changes, until)
         job = _job(asked, hosts, options, grace=grace, max_restarts=max_restarts, host_seconds=host_timeout)
+        job = _elastic(job, asked, min_nodes, python)
         if not dry_run and not skip_preflight and not _preflight(job, asked):
             raise typer.Exit(1)
         if launcher is Launcher.deepspeed:
@@ -179,6 +189,13 @@ def launch_command(
         pods = systems.PodOptions(image, namespace, tuple(volume or ()), tuple(secret or ()), gpus, grace, pytorchjob)
         _leave(systems.apply_kubernetes(common, pods, master_port or 29500))
     _leave(systems.run_torchrun(common, f"{master_addr or 'localhost'}:{master_port or 29400}"))
+
+
+def _elastic(job: HostsJob, asked: Request, min_nodes: int | None, python: str) -> HostsJob:
+    """The job with the commands for fewer hosts, all of them checked now."""
+    from kdscale.runs.launching import smaller_commands
+
+    return job if min_nodes is None else replace(job, smaller=smaller_commands(asked, job.hosts, min_nodes, python))
 
 
 def _leave(code: int) -> None:

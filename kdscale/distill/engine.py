@@ -64,7 +64,9 @@ def run(
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
     stage = _stage(cfg.distill.zero_stage, dtype, reporter)
+    enter("load")
     teacher, student = _load_pair(cfg, teacher_dir, student_dir, dtype, device)
+    enter("initialise")
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
         if dtype == torch.bfloat16:

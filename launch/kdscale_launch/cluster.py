@@ -66,14 +66,20 @@ class Cluster:
         self._beating.join()
         _close(list(self._remotes.values()))
 
-    def connect(self) -> dict[int, str]:
-        """Agents on all hosts, tried again until `connect_seconds` are over; by host index, why not."""
-        deadline = time.monotonic() + self.reach.connect_seconds
+    def connect(self, patience: Mapping[int, float] | None = None) -> dict[int, str]:
+        """Agents on all hosts, tried again until `connect_seconds` are over; by host index, why not.
+
+        `patience` is another number of seconds for some hosts, by index.
+        """
+        seconds = dict.fromkeys(range(len(self.hosts)), self.reach.connect_seconds) | dict(patience or {})
+        deadline = {index: time.monotonic() + limit for index, limit in seconds.items()}
         waiting = dict.fromkeys(range(len(self.hosts)), 0.0)  # host → when to try (again)
         ready: set[int] = set()
         trying: dict[int, Remote] = {}
         why: dict[int, str] = {}
-        while len(ready) < len(self.hosts) and time.monotonic() < deadline and not self._received:
+        while not self._received and any(
+            index not in ready and time.monotonic() < until for index, until in deadline.items()
+        ):
             for index in [i for i, at in waiting.items() if at <= time.monotonic()]:
                 del waiting[index]
                 trying[index] = Remote(index, self.hosts[index], self.reach.command(self.hosts[index]), self._events)
@@ -91,6 +97,16 @@ class Cluster:
                     waiting[remote.index] = time.monotonic() + _RETRY_SECONDS
         _close(list(trying.values()))
         return {index: why.get(index, "no answer") for index in range(len(self.hosts)) if index not in ready}
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Go on with these hosts alone, numbered anew in this order; the agents of the others leave."""
+        kept = [self._remotes[index] for index in indices]
+        _close([remote for remote in self._remotes.values() if remote not in kept])
+        self.hosts = tuple(self.hosts[index] for index in indices)
+        for number, remote in enumerate(kept):
+            remote.index = number
+        self._remotes = dict(enumerate(kept))
+        self.last_heard.clear()
 
     def clock_skews(self, pings: int = 5) -> dict[int, tuple[float, float]]:
         """Seconds by which each host's clock is ahead of this one's, and the uncertainty: half the best round trip."""

@@ -24,7 +24,7 @@ from kdscale_launch.job import HUNG_EXIT_CODE
 MARK = "kdscale watchdog:"
 WAITING = "waiting for other ranks"
 # Loading, saving and exporting have no steps to count, and take as long as the storage does.
-SLOW_PHASES = frozenset({"start", "checkpoint", "export"})
+SLOW_PHASES = frozenset({"start", "load", "initialise", "checkpoint", "export"})
 SLOW_FACTOR = 4
 _REPORT_SECONDS = 10.0  # a log on storage that hangs must not keep a rank that hangs
 _ROUND_SECONDS = 1.0
