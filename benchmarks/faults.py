@@ -190,14 +190,14 @@ class Breaker:
     def read(self) -> str:
         self.job.step()
         said = self.job.said()
-        for step in re.findall(r"going on from step (\d+)", said):
-            self.settle(int(step))
+        for step in re.findall(r"going on from step (\d+)|step (?=0/\d+: held-out)", said):
+            self.settle(int(step or 0))
         return said
 
     def settle(self, step: int) -> None:
         """Training goes on from `step`: what that lost belongs to the injections since it last did."""
+        limit = EVERY * (2 if any("damaged" in record["fault"] for record in self.pending) else 1)
         for record in self.pending:
-            limit = EVERY * (2 if "damaged" in record["fault"] else 1)
             self.note(**record, lost=self.job.reached - step, resumed=step, kept=self.job.reached - step <= limit)
         self.pending.clear()
         self.job.resumed = self.job.reached = step

@@ -199,9 +199,7 @@ class Cluster:
             case "exit":
                 outcome.said[message["rank"]] = message["tail"]
                 outcome.codes[message["rank"]] = message["code"]
-                # without a handler for it yet, a rank dies of the request for its stacks: no failure of its own
-                asked = outcome.asked and message["code"] == -signal.SIGUSR1
-                if message["code"] and not asked and not self._received and not outcome.ending:
+                if message["code"] and not self._received and not outcome.ending:
                     outcome.failures.append(Failure(index, message["rank"], "", message["tail"], now, message["code"]))
             case "stopped" if not outcome.ending:
                 why = "stopped by a signal, it makes no progress"

@@ -56,6 +56,7 @@ def _die_with(parent: int) -> Callable[[], None]:
 
     def ask() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the request for stacks, until the command has a handler for it
         if os.getppid() != parent:  # it died before the call
             os._exit(1)
 

@@ -19,6 +19,7 @@ _POLL_SECONDS = 0.2
 
 def main(arguments: Sequence[str]) -> int:
     parent, command = int(arguments[0]), list(arguments[1:])
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the request for stacks, until the command has a handler for it
     child = subprocess.Popen(command)
 
     def forward(signum: int, frame: FrameType | None) -> None:
