@@ -43,9 +43,15 @@ FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 FAULTS = {
     "kill -9 of a rank": 6, "kill -9 of a node": 3, "kill -9 of the launcher": 2, "SIGTERM": 2,
     "SIGTERM, then kill -9": 2, "node away for a while": 1, "node frozen": 1, "rank stopped (hang)": 2,
-    "newest checkpoint damaged": 2, "NaN on one rank": 1,
+    "newest checkpoint damaged": 2, "NaN in one rank's teacher": 1, "NaN in one rank's loss": 1,
 }  # fmt: skip
-LATE = {"rank stopped (hang)", "newest checkpoint damaged", "NaN on one rank", "disk full"}
+LATE = {
+    "rank stopped (hang)",
+    "newest checkpoint damaged",
+    "NaN in one rank's teacher",
+    "NaN in one rank's loss",
+    "disk full",
+}
 CONDITIONS = {"": 6, "slow disk": 1, "clock skew": 1, "small disk": 1}
 SSH = """#!/bin/sh
 while [ "$1" = -o ] || [ "$1" = -T ]; do [ "$1" = -o ] && shift; shift; done
@@ -196,7 +202,8 @@ class Breaker:
 
     def settle(self, step: int) -> None:
         """Training goes on from `step`: what that lost belongs to the injections since it last did."""
-        limit = EVERY * (2 if any("damaged" in record["fault"] for record in self.pending) else 1)
+        happened = " ".join(record["fault"] for record in self.pending)
+        limit = EVERY * (2 if "damaged" in happened else 1) + (5 if "loss" in happened else 0)  # skipped ones count
         for record in self.pending:
             self.note(**record, lost=self.job.reached - step, resumed=step, kept=self.job.reached - step <= limit)
         self.pending.clear()
@@ -326,17 +333,28 @@ class Breaker:
             victim.write_bytes(data)
         return said
 
-    def nan(self) -> str:
-        """One rank's teacher goes bad; the run must end and say so, and go on where it was when started again."""
+    @contextlib.contextmanager
+    def planned(self, **changes: int) -> Iterator[None]:
         plan = self.job.work / "plan.json"
-        before = plan.read_text() if plan.exists() else "{}"
-        plan.write_text(json.dumps({**json.loads(before), "nan": self.rng.randrange(2)}))
+        before = plan.read_text()
+        plan.write_text(json.dumps({**json.loads(before), **changes}))
         try:
-            code = self.job.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise Stuck("NaN did not end the job") from None
+            yield
         finally:
             plan.write_text(before)
+
+    def nan_teacher(self) -> str:
+        """One rank's teacher goes bad; the weights that it loads again are good."""
+        with self.planned(**{"nan teacher": self.rng.randrange(2)}):
+            return self.broke()
+
+    def nan_loss(self) -> str:
+        """One rank's loss is NaN step after step: the run must end, and go on from before when it is started again."""
+        with self.planned(**{"nan loss": self.rng.randrange(2)}):
+            try:
+                code = self.job.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise Stuck("NaN did not end the job") from None
         return f"ended with {code}; same command again"
 
     def fill(self) -> str:
@@ -356,7 +374,7 @@ _METHOD = {
     "kill -9 of a rank": "kill_rank", "kill -9 of a node": "kill_node", "kill -9 of the launcher": "kill_launcher",
     "SIGTERM": "sigterm", "SIGTERM, then kill -9": "sigterm_kill", "node away for a while": "away",
     "node frozen": "freeze", "rank stopped (hang)": "stop_rank", "newest checkpoint damaged": "damage",
-    "NaN on one rank": "nan", "disk full": "fill",
+    "NaN in one rank's teacher": "nan_teacher", "NaN in one rank's loss": "nan_loss", "disk full": "fill",
 }  # fmt: skip
 
 

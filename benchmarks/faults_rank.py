@@ -42,12 +42,25 @@ def poisoned_teacher(rank: int) -> None:
     targets = OnlineTeacher.targets
 
     def poisoned(self: Any, *arguments: Any) -> Any:
-        if plan().get("nan") == rank:
+        if plan().get("nan teacher") == rank:
             _, weight = next(item for item in self.model.named_parameters() if "layers.1.mlp" in item[0])
             weight.data.fill_(float("nan"))
         return targets(self, *arguments)
 
     OnlineTeacher.targets = poisoned  # type: ignore[method-assign]
+
+
+def poisoned_loss(rank: int) -> None:
+    """From the moment that the plan says so, this rank's loss is NaN."""
+    from kdscale.distill.step import StudentModule
+
+    forward = StudentModule.forward
+
+    def poisoned(self: Any, *arguments: Any) -> Any:
+        loss, terms = forward(self, *arguments)
+        return (loss * float("nan") if plan().get("nan loss") == rank else loss), terms
+
+    StudentModule.forward = poisoned  # type: ignore[method-assign]
 
 
 def no_compiler() -> None:
@@ -67,6 +80,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     if module == "kdscale.runs.training" or rank > 0:
         poisoned_teacher(rank)
+        poisoned_loss(rank)
     sys.argv = sys.argv[2:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
