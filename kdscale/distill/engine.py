@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from kdscale import files
-from kdscale.config import Config
+from kdscale.config import TEACHER_TOKEN, Config
 from kdscale.data.loader import LoaderState, PackedLoader, eval_batches
 from kdscale.data.store import TokenStore
 from kdscale.dist import barrier, is_main, rank, world_size
@@ -33,13 +34,14 @@ from kdscale.heads import head_of
 from kdscale.metrics import MetricsLog
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
+from kdscale.teacher import Teacher
 from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher.served import ServedTeacher, ask_about, read_token
 from kdscale.teacher.targets import shared_vocabulary
+from kdscale.weights import checkpoint_identity
 from kdscale_launch.watchdog import enter
 
 _TAG = "deepspeed"
-# Settings that change no byte of the student; all others in cfg.distill are part of a checkpoint's fingerprint.
-_FREE_SETTINGS = {"validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints", "watchdog_seconds"}
 
 
 def run(
@@ -65,7 +67,7 @@ def run(
     dtype = resolve_dtype(cfg.distill.dtype, device)
     stage = _stage(cfg.distill.zero_stage, dtype, reporter)
     enter("load")
-    teacher, student = _load_pair(cfg, teacher_dir, student_dir, dtype, device)
+    teacher, student = _load_pair(cfg, teacher_dir, student_dir, run_dir, dtype, device)
     enter("initialise")
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
@@ -85,6 +87,7 @@ def run(
     try:
         trainer.train(start)
     finally:
+        teacher.close()
         if trainer.metrics is not None:
             trainer.metrics.close()
     enter("export")
@@ -154,23 +157,37 @@ def _stage(stage: int, dtype: torch.dtype, reporter: Reporter) -> int:
 
 
 def _load_pair(
-    cfg: Config, teacher_dir: Path, student_dir: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[OnlineTeacher, StudentModule]:
+    cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[Teacher, StudentModule]:
     trust = cfg.teacher.trust_remote_code
-    loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
+    make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, dtype, device)
     student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
     tokens = load_tokenizer(teacher_dir, trust).get_vocab()
     if load_tokenizer(student_dir, trust).get_vocab() != tokens:
         raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
-    rows = [head_of(model).vocab for model in (loaded, student)]
-    vocab = shared_vocabulary(rows[0], rows[1], max(tokens.values()) + 1, str(student_dir))
+    vocab = shared_vocabulary(teacher_rows, head_of(student).vocab, max(tokens.values()) + 1, str(student_dir))
     if cfg.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss = cfg.distill.loss
-    teacher = OnlineTeacher(
+    return make_teacher(vocab), StudentModule(student.requires_grad_(True).train(), cfg.distill.loss, vocab)
+
+
+def _reach_teacher(
+    cfg: Config, teacher_dir: Path, run_dir: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[int], Teacher], int]:
+    """The teacher, given how many entries of the vocabulary both models share; and how many rows its head has."""
+    loss, served = cfg.distill.loss, cfg.distill.served
+    if cfg.distill.teacher_placement == "served":
+        token = read_token(Path(served.token_file) if served.token_file else run_dir / TEACHER_TOKEN)
+        about = ask_about(served.urls, token, checkpoint_identity(teacher_dir), served.timeout)
+        return lambda vocab: ServedTeacher(
+            served.urls, token, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab,
+            timeout=served.timeout, first=rank(),
+        ), int(about["rows"])  # fmt: skip
+    trust = cfg.teacher.trust_remote_code
+    loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
+    return lambda vocab: OnlineTeacher(
         loaded, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=loss.targets == "full"
-    )
-    return teacher, StudentModule(student.requires_grad_(True).train(), loss, vocab)
+    ), head_of(loaded).vocab
 
 
 class _GuardedAdamW(torch.optim.AdamW):
@@ -317,13 +334,11 @@ def _fingerprint(
     """What a checkpoint depends on, by name, so that a refusal can say what differs. On rank 0 only."""
     if not is_main():
         return {}
-    settings = {k: v for k, v in cfg.distill.model_dump(mode="json").items() if k not in _FREE_SETTINGS}
     return {
-        "distill": {**settings, "zero_stage": stage, "dtype": str(dtype).removeprefix("torch.")},
+        "distill": {**cfg.distill.decisive(), "zero_stage": stage, "dtype": str(dtype).removeprefix("torch.")},
         "seed": cfg.seed,
         "device": device.type,
-        "teacher": {f.name: f.stat().st_size for f in sorted(teacher_dir.glob("*.safetensors"))}
-        | {"config": files.sha256_file(teacher_dir / "config.json")},
+        "teacher": checkpoint_identity(teacher_dir),
         "student": {f.name: files.sha256_file(f) for f in sorted(student_dir.glob("*.safetensors"))}
         | {"config": files.sha256_file(student_dir / "config.json")},
         "data": files.sha256_file(data_dir / "manifest.json"),
@@ -333,7 +348,7 @@ def _fingerprint(
 def _make_trainer(
     cfg: Config,
     engine: Any,
-    teacher: OnlineTeacher,
+    teacher: Teacher,
     data_dir: Path,
     run_dir: Path,
     device: torch.device,
