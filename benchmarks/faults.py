@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -31,14 +30,11 @@ from typing import Any
 
 import faults_table
 import psutil
+from faults_job import EVERY, FAKETIME, GRACE, STEPS, Job, below, conditioned, prepare, signal_all, stage_of
 from two_hosts import tiny_config
 
-from kdscale.metrics import read_metrics
-
-EVERY, STEPS = 10, 120
-DEAD_AFTER, GRACE, AWAY = 10.0, 30.0, 15.0
+AWAY = 15.0
 PATIENCE = 300.0  # seconds in which any fault must be noticed, and in which a job must end after SIGTERM
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 # how often each comes in a round; `late` ones need a distillation that is under way
 FAULTS = {
     "kill -9 of a rank": 6, "kill -9 of a node": 3, "kill -9 of the launcher": 2, "SIGTERM": 2,
@@ -46,116 +42,14 @@ FAULTS = {
     "newest checkpoint damaged": 2, "NaN in one rank's teacher": 1, "NaN in one rank's loss": 1,
 }  # fmt: skip
 LATE = {
-    "rank stopped (hang)",
-    "newest checkpoint damaged",
-    "NaN in one rank's teacher",
-    "NaN in one rank's loss",
+    "rank stopped (hang)", "newest checkpoint damaged", "NaN in one rank's teacher", "NaN in one rank's loss",
     "disk full",
-}
+}  # fmt: skip
 CONDITIONS = {"": 6, "slow disk": 1, "clock skew": 1, "small disk": 1}
-SSH = """#!/bin/sh
-while [ "$1" = -o ] || [ "$1" = -T ]; do [ "$1" = -o ] && shift; shift; done
-[ -e {work}/away-$1 ] && {{ echo "no route to $1" >&2; exit 255; }}
-shift
-exec sh -c "$*"
-"""
-PYTHON = """#!/bin/sh
-if [ -e {work}/skew ] && [ "$RANK" = "$(cut -d' ' -f1 {work}/skew)" ]; then
-    export LD_PRELOAD={faketime} FAKETIME="$(cut -d' ' -f2 {work}/skew)" FAKETIME_DONT_FAKE_MONOTONIC=1
-fi
-case "$2" in
-    kdscale.runs.*) exec {python} {wrapper} "$@" ;;
-    *) exec {python} "$@" ;;
-esac
-"""
 
 
 class Stuck(Exception):  # noqa: N818 - says what happened
     """A fault that was not noticed, or a job that did not end in time."""
-
-
-class Job:
-    """One run folder and the launcher that works on it, started again by hand whenever it has ended."""
-
-    def __init__(self, work: Path, config: Path, run: Path, watchdog: float):
-        self.work, self.run = work, run
-        self.log = work / f"{run.name}.log"
-        self.log.write_text("")
-        settings = (f"run_dir={run}", f"distill.tokens={STEPS * 256}", f"distill.checkpoint_every={EVERY}",
-                    "distill.validate_every=60", f"distill.watchdog_seconds={watchdog}")  # fmt: skip
-        self.command = [
-            sys.executable, "-m", "kdscale.cli.main", "launch", str(config), "--hostfile", str(work / "hosts"),
-            "--ssh-command", str(work / "ssh"), "--python", str(work / "python"), "--master-addr", "127.0.0.1",
-            "--until", "distill", "--dead-after", str(DEAD_AFTER), "--grace", str(GRACE), "--skip-preflight",
-            "--max-restarts", "1000", *[part for item in settings for part in ("--set", item)],
-        ]  # fmt: skip
-        self.reached = self.resumed = 0
-        self._read = 0
-        self.start()
-
-    def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
-
-    def said(self) -> str:
-        """What is new in the launcher's log, and on which step training went on."""
-        with self.log.open("rb") as stream:
-            stream.seek(self._read)
-            data = stream.read()
-        data = data[: data.rfind(b"\n") + 1]
-        self._read += len(data)
-        return data.decode(errors="replace")
-
-    def step(self) -> int:
-        """The newest step in the metrics, from the end of the file."""
-        path = self.run / "logs" / "metrics.jsonl"
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4000))
-            found = re.findall(rb'"step": (\d+)', stream.read())
-            self.reached = max(self.reached, int(found[-1]) if found else 0)
-            return int(found[-1]) if found else 0
-        return 0
-
-    def tree(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return list(psutil.Process(self.process.pid).children(recursive=True))
-        return []
-
-    def agents(self) -> list[psutil.Process]:
-        return [process for process in self.tree() if "kdscale_launch.agent" in _words(process)]
-
-    def ranks(self, training: bool = False) -> list[psutil.Process]:
-        """Every process of a rank, or only those that distil."""
-        members = [p for p in self.tree() if {"kdscale.runs.member", "kdscale.runs.training"} & set(_words(p))]
-        return [p for p in members if not training or "kdscale.runs.training" in _words(p) or _rank(p) == 1]
-
-    def student(self) -> dict[str, str]:
-        folder = self.run / "student"
-        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
-
-    def curve(self) -> list[tuple[int, float]]:
-        rows = read_metrics(self.run / "logs" / "metrics.jsonl")
-        return [(int(row["step"]), row["loss"]) for row in rows if row["kind"] == "train"]
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
-
-
-def _rank(process: psutil.Process) -> int:
-    try:
-        return int(process.environ().get("RANK", -1))
-    except psutil.Error:
-        return -1
-
-
-def signal_all(processes: list[psutil.Process], signum: int) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signum)
 
 
 class Breaker:
@@ -253,7 +147,7 @@ class Breaker:
         if not agents:
             return self.kill_launcher()
         agent = self.rng.choice(agents)
-        signal_all([agent, *_below(agent)], signal.SIGKILL)
+        signal_all([agent, *below(agent)], signal.SIGKILL)
         return self.broke()
 
     def kill_launcher(self) -> str:
@@ -287,7 +181,7 @@ class Breaker:
             return self.kill_launcher()
         mark.touch()
         try:
-            signal_all([agents[index], *_below(agents[index])], signal.SIGKILL)
+            signal_all([agents[index], *below(agents[index])], signal.SIGKILL)
             said = self.broke()
             time.sleep(AWAY)
         finally:
@@ -299,7 +193,7 @@ class Breaker:
         agents = sorted(self.job.agents(), key=lambda agent: agent.pid)
         if len(agents) < 2:
             return self.kill_launcher()
-        frozen = [agents[1], *_below(agents[1])]
+        frozen = [agents[1], *below(agents[1])]
         signal_all(frozen, signal.SIGSTOP)
         try:
             return self.broke()
@@ -378,40 +272,6 @@ _METHOD = {
 }  # fmt: skip
 
 
-def _below(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return list(process.children(recursive=True))
-    except psutil.NoSuchProcess:
-        return []
-
-
-def stage_of(run: Path) -> str:
-    try:
-        stages = json.loads((run / "status.json").read_text())["stages"]
-    except (OSError, ValueError, KeyError):
-        return "start"
-    running = [name for name, entry in stages.items() if entry["state"] == "running"]
-    return running[-1] if running else "between stages"
-
-
-@contextlib.contextmanager
-def conditioned(work: Path, condition: str, rng: random.Random) -> Iterator[Path]:
-    """The folder in which this condition's run lives."""
-    plan, skew, small = work / "plan.json", work / "skew", work / "small"
-    plan.write_text(json.dumps({"slow": 0.2} if condition == "slow disk" else {}))
-    if condition == "clock skew":
-        skew.write_text(f"{rng.randrange(2)} {rng.choice(['+3h', '-3h', '+400d'])}\n")
-    if condition == "small disk":
-        small.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "kdscale-faults", str(small)], check=True)
-    try:
-        yield small if condition == "small disk" else work
-    finally:
-        skew.unlink(missing_ok=True)
-        if condition == "small disk":
-            subprocess.run(["umount", "-l", str(small)], check=True)
-
-
 def one_run(number: int, arguments: argparse.Namespace, config: Path, whole: Job, startup: float) -> int:
     """Break one run several times and compare its end; returns the number of injections."""
     work, rng = Path(arguments.work), random.Random(f"{arguments.seed}-{number}")
@@ -477,12 +337,7 @@ def main() -> int:
     work = Path(arguments.work)
     work.mkdir(parents=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # nothing is left running
-    wrapper = Path(__file__).with_name("faults_rank.py").absolute()
-    for name, text in (("ssh", SSH), ("python", PYTHON)):
-        (work / name).write_text(text.format(work=work, python=sys.executable, wrapper=wrapper, faketime=FAKETIME))
-        (work / name).chmod(0o755)
-    (work / "hosts").write_text("one slots=1\ntwo slots=1\n")
-    os.environ.update(KDSCALE_FAULT_PLAN=str(work / "plan.json"), KDSCALE_FAULT_PYTHON=str(work / "python"))
+    prepare(work)
     config = tiny_config(work)
     began = time.monotonic()
     whole = Job(work, config, work / "unbroken", arguments.watchdog)

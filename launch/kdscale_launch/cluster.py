@@ -199,7 +199,9 @@ class Cluster:
             case "exit":
                 outcome.said[message["rank"]] = message["tail"]
                 outcome.codes[message["rank"]] = message["code"]
-                if message["code"] and not self._received and not outcome.ending:
+                # a rank on its way out has no handler any more for the request for stacks: no failure of its own
+                asked = outcome.asked and message["code"] == -signal.SIGUSR1
+                if message["code"] and not asked and not self._received and not outcome.ending:
                     outcome.failures.append(Failure(index, message["rank"], "", message["tail"], now, message["code"]))
             case "stopped" if not outcome.ending:
                 why = "stopped by a signal, it makes no progress"
