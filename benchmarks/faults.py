@@ -97,9 +97,13 @@ class Breaker:
     def settle(self, step: int) -> None:
         """Training goes on from `step`: what that lost belongs to the injections since it last did."""
         happened = " ".join(record["fault"] for record in self.pending)
-        limit = EVERY * (2 if "damaged" in happened else 1) + (5 if "loss" in happened else 0)  # skipped ones count
+        damaged = "damaged" in happened
+        limit = EVERY * (2 if damaged else 1) + (5 if "loss" in happened else 0)  # skipped ones count
+        lost = self.job.reached - step
         for record in self.pending:
-            self.note(**record, lost=self.job.reached - step, resumed=step, kept=self.job.reached - step <= limit)
+            # what a damaged checkpoint costs is not another fault's
+            beside = {"beside": "damage"} if damaged and "damaged" not in record["fault"] else {}
+            self.note(**record, **beside, lost=lost, resumed=step, kept=lost <= limit)
         self.pending.clear()
         self.job.resumed = self.job.reached = step
 

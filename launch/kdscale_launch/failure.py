@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -75,8 +76,12 @@ class Outcome:
 
     @property
     def saved(self) -> bool:
-        """After SIGTERM: every rank said that it stopped with its work saved, or had already ended well."""
-        return not self.failures and all(code in (0, STOPPED_EXIT_CODE) for code in self.codes.values())
+        """After SIGTERM: every rank said that it stopped with its work saved, had ended well, or had not begun yet.
+
+        A rank's first act is to catch the signal: one that dies of it was still being loaded.
+        """
+        fine = (0, STOPPED_EXIT_CODE, -signal.SIGTERM)
+        return not self.failures and all(code in fine for code in self.codes.values())
 
     @property
     def stopped(self) -> bool:

@@ -225,15 +225,22 @@ def test_an_error_that_would_come_again_is_not_tried_again(reach, tmp_path):
 
 SAVES = """
 import os, signal, sys, time
-def stop(number, frame): open("saved-" + os.environ["RANK"], "w").close(); sys.exit({code})
+def stop(number, frame): open("saved-" + os.environ["RANK"], "w").close(); {leave}
 signal.signal(signal.SIGTERM, stop)
 open("ready-" + os.environ["RANK"], "w").close()
 while True: time.sleep(0.05)
 """
 
 
-@pytest.mark.parametrize(("rank_code", "job_code"), [(STOPPED_EXIT_CODE, STOPPED_EXIT_CODE), (3, 128 + signal.SIGTERM)])
-def test_sigterm_lets_every_rank_save(reach, tmp_path, wait_for, rank_code, job_code):
+@pytest.mark.parametrize(
+    ("leave", "job_code"),
+    [
+        (f"sys.exit({STOPPED_EXIT_CODE})", STOPPED_EXIT_CODE),
+        ("signal.signal(15, signal.SIG_DFL), os.kill(os.getpid(), 15)", STOPPED_EXIT_CODE),  # it had not begun yet
+        ("sys.exit(3)", 128 + signal.SIGTERM),
+    ],
+)
+def test_sigterm_lets_every_rank_save(reach, tmp_path, wait_for, leave, job_code):
     received: list[int] = []
 
     def stop() -> None:
@@ -242,11 +249,11 @@ def test_sigterm_lets_every_rank_save(reach, tmp_path, wait_for, rank_code, job_
 
     thread = threading.Thread(target=stop)
     thread.start()
-    code, said = run(job(reach, tmp_path, SAVES.format(code=rank_code), max_restarts=3), received)
+    code, said = run(job(reach, tmp_path, SAVES.format(leave=leave), max_restarts=3), received)
     thread.join()
     assert code == job_code
     assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
-    assert ("not every rank stopped" in said) == (rank_code == 3)
+    assert ("not every rank stopped" in said) == (job_code != STOPPED_EXIT_CODE)
 
 
 def test_a_rank_stopped_from_elsewhere_leaves_the_job_to_be_started_again(reach, tmp_path):
