@@ -100,10 +100,10 @@ class Breaker:
         damaged = "damaged" in happened
         limit = EVERY * (2 if damaged else 1) + (5 if "loss" in happened else 0)  # skipped ones count
         lost = self.job.reached - step
-        for record in self.pending:
-            # what a damaged checkpoint costs is not another fault's
-            beside = {"beside": "damage"} if damaged and "damaged" not in record["fault"] else {}
-            self.note(**record, **beside, lost=lost, resumed=step, kept=lost <= limit)
+        for index, record in enumerate(self.pending):
+            # the first one ended the training; those after it hit a job that had not gone on yet
+            own = "damaged" in record["fault"] if damaged else index == 0
+            self.note(**record, lost=lost if own else 0, resumed=step, kept=lost <= limit)
         self.pending.clear()
         self.job.resumed = self.job.reached = step
 

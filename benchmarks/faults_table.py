@@ -26,7 +26,7 @@ def show(path: Path) -> int:
     )
     for (fault, condition), found in sorted(groups.items()):
         seconds = sorted(row["noticed"] for row in found)
-        lost = max((row["lost"] for row in found if row["lost"] is not None and "beside" not in row), default=0)
+        lost = max((row["lost"] for row in found if row["lost"] is not None), default=0)
         early = sum(row["stage"] != "distill" for row in found)
         outcomes = ", ".join(f"{what} ({count})" for what, count in Counter(row["outcome"] for row in found).items())
         print(f"| {fault} | {condition or '–'} | {len(found)} | {early} | {seconds[len(seconds) // 2]:.1f}, "
