@@ -156,7 +156,7 @@ def conditioned(work: Path, condition: str, rng: random.Random) -> Iterator[Path
         skew.write_text(f"{rng.randrange(2)} {rng.choice(['+3h', '-3h', '+400d'])}\n")
     if condition == "small disk":
         small.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "kdscale-faults", str(small)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "kdscale-faults", str(small)], check=True)
     try:
         yield small if condition == "small disk" else work
     finally:
