@@ -19,7 +19,6 @@ from kdscale.metrics import read_metrics
 
 EVERY, STEPS = 10, 120  # a checkpoint every so many steps; all steps of a run
 DEAD_AFTER, GRACE = 10.0, 30.0
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 SSH = """#!/bin/sh
 while [ "$1" = -o ] || [ "$1" = -T ]; do [ "$1" = -o ] && shift; shift; done
 [ -e {work}/away-$1 ] && {{ echo "no route to $1" >&2; exit 255; }}
@@ -27,9 +26,6 @@ shift
 exec sh -c "$*"
 """
 PYTHON = """#!/bin/sh
-if [ -e {work}/skew ] && [ "$RANK" = "$(cut -d' ' -f1 {work}/skew)" ]; then
-    export LD_PRELOAD={faketime} FAKETIME="$(cut -d' ' -f2 {work}/skew)" FAKETIME_DONT_FAKE_MONOTONIC=1
-fi
 case "$2" in
     kdscale.runs.*) exec {python} {wrapper} "$@" ;;
     *) exec {python} "$@" ;;
@@ -141,7 +137,7 @@ def prepare(work: Path) -> None:
     """The stand-ins for ssh and for the ranks' interpreter, the hosts, and where ranks learn of their faults."""
     wrapper = Path(__file__).with_name("faults_rank.py").absolute()
     for name, text in (("ssh", SSH), ("python", PYTHON)):
-        (work / name).write_text(text.format(work=work, python=sys.executable, wrapper=wrapper, faketime=FAKETIME))
+        (work / name).write_text(text.format(work=work, python=sys.executable, wrapper=wrapper))
         (work / name).chmod(0o755)
     (work / "hosts").write_text("one slots=1\ntwo slots=1\n")
     os.environ.update(KDSCALE_FAULT_PLAN=str(work / "plan.json"), KDSCALE_FAULT_PYTHON=str(work / "python"))
@@ -150,16 +146,15 @@ def prepare(work: Path) -> None:
 @contextlib.contextmanager
 def conditioned(work: Path, condition: str, rng: random.Random) -> Iterator[Path]:
     """The folder in which this condition's run lives."""
-    plan, skew, small = work / "plan.json", work / "skew", work / "small"
-    plan.write_text(json.dumps({"slow": 0.2} if condition == "slow disk" else {}))
-    if condition == "clock skew":
-        skew.write_text(f"{rng.randrange(2)} {rng.choice(['+3h', '-3h', '+400d'])}\n")
+    plan, small = work / "plan.json", work / "small"
+    ahead = {"skew": [rng.randrange(2), rng.choice([3, -3, 24 * 400]) * 3600]}
+    wanted = {"slow disk": {"slow": 0.2}, "clock skew": ahead}
+    plan.write_text(json.dumps(wanted.get(condition, {})))
     if condition == "small disk":
         small.mkdir(exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "kdscale-faults", str(small)], check=True)
     try:
         yield small if condition == "small disk" else work
     finally:
-        skew.unlink(missing_ok=True)
         if condition == "small disk":
             subprocess.run(["umount", "-l", str(small)], check=True)

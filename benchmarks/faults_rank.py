@@ -35,6 +35,13 @@ def slow_disk(seconds: float) -> None:
     os.fsync = slow  # type: ignore[assignment]
 
 
+def skewed_clock(seconds: float) -> None:
+    """The wall clock is so far ahead. libfaketime would reach C code too, but breaks Python's sleeps and waits."""
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: now_ns() + int(seconds * 1e9)
+
+
 def poisoned_teacher(rank: int) -> None:
     """From the moment that the plan says so, this rank's teacher has NaN in one weight matrix."""
     from kdscale.teacher.online import OnlineTeacher
@@ -78,6 +85,9 @@ def main() -> None:
     if "slow" in wanted:
         slow_disk(float(wanted["slow"]))
     rank = int(os.environ.get("RANK", "0"))
+    skewed, seconds = wanted.get("skew", (-1, 0))
+    if skewed == rank:
+        skewed_clock(seconds)
     if module == "kdscale.runs.training" or rank > 0:
         poisoned_teacher(rank)
         poisoned_loss(rank)
