@@ -15,8 +15,12 @@ _MARGIN_SECONDS = 60.0
 
 def watchdog_seconds(cfg: Config) -> float:
     """`distill.watchdog_seconds`, or the device's default; 0 means no watchdog."""
-    given = cfg.distill.watchdog_seconds
-    return _DEFAULT_SECONDS.get(resolve_device(cfg.runtime.device).type, 300.0) if given is None else given
+    settings = cfg.distill
+    if settings.watchdog_seconds is not None:
+        return settings.watchdog_seconds
+    usual = _DEFAULT_SECONDS.get(resolve_device(cfg.runtime.device).type, 300.0)
+    # a teacher on other machines has its own limit, and its own error when it is over
+    return max(usual, settings.served.timeout + _MARGIN_SECONDS) if settings.teacher_placement == "served" else usual
 
 
 def group_timeout(cfg: Config) -> timedelta | None:

@@ -24,3 +24,12 @@ def test_watchdog_and_collectives(given, seconds):
     else:
         assert timeout is None
     assert "watchdog_seconds" not in config.distill.decisive()  # another value goes on from the same checkpoint
+
+
+def test_a_served_teachers_own_limit_comes_first():
+    served = {"teacher_placement": "served", "served": {"urls": ["http://host:1"], "timeout": 4000.0}}
+    tree = {
+        "name": "t", "run_dir": "unused", "teacher": {"path": "none"}, "prune": {"target_params": "50%"},
+        "distill": served, "runtime": {"device": "cpu"},
+    }  # fmt: skip
+    assert watchdog_seconds(build_config(tree, "test")) > 4000.0
