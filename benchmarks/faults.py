@@ -65,7 +65,8 @@ class Breaker:
         if late or self.rng.random() < 0.5:
             first = EVERY * 2 + 1 if late else 1
             target = min(max(first, self.job.resumed + self.rng.randint(1, 2 * EVERY)), STEPS - 3)
-            here = self.until(lambda: self.job.step() >= target and self.training(), 900)
+            # the steps in the file count once training has gone on since the last injection
+            here = self.until(lambda: not self.pending and self.job.step() >= target and self.training(), 900)
             time.sleep(self.rng.uniform(0.0, 0.3))
         else:
             at = self.since + self.rng.uniform(0.0, 1.2 * self.startup)
