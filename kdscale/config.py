@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from kdscale.config_observe import ProfileConfig, SpikeConfig, TrackingConfig
 from kdscale.errors import ConfigError
 from kdscale.files import sha256_json
 from kdscale.units import TARGETS, parse_count, parse_target
@@ -213,6 +214,10 @@ class DistillConfig(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     guard: GuardConfig = GuardConfig()
+    spikes: SpikeConfig = SpikeConfig()
+    profile: ProfileConfig = ProfileConfig()
+    # what one rank's device can do a second, for MFU; null: by the GPU's name, and no MFU on a CPU
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
     validate_every: Count = 50  # steps
     validate_tokens: Count = 8_192
     checkpoint_every: Count = 50  # steps
@@ -245,7 +250,7 @@ class DistillConfig(_Section):
 
 _FREE_SETTINGS = {
     "teacher_placement", "served", "validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints",
-    "watchdog_seconds",
+    "watchdog_seconds", "spikes", "profile", "peak_flops",
 }  # fmt: skip
 
 
@@ -301,6 +306,7 @@ class Config(_Section):
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
     # run before the config's own prune and distill, each from the student of the one before
     steps: tuple[StepConfig, ...] = Field(strict=False, default=())
 

@@ -25,8 +25,8 @@ class MetricsLog:
 
             self._board = SummaryWriter(str(tensorboard_dir), purge_step=resume_step + 1)
 
-    def write(self, kind: str, step: int, **values: float | int | str) -> None:
-        """One row: `kind` is "train" or "validation"; numbers also go to TensorBoard as kind/name."""
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One row of JSON values: `kind` is "train" or "validation"; numbers also go to TensorBoard as kind/name."""
         self._stream.write(_line({"kind": kind, "step": step, **values}))
         self._stream.flush()
         if self._board is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,6 +95,21 @@ class PackedLoader:
         first = step * self._global + self._rank * share
         sequences = [self.sequence(number) for number in range(first, first + share)]
         return [_stack(sequences[i : i + self._micro]) for i in range(0, share, self._micro)]
+
+    def describe(self, step: int) -> list[dict[str, Any]]:
+        """The sequences of all ranks' batch of optimiser step `step`: number, labels, documents and their sources."""
+        out = []
+        for number in range(step * self._global, (step + 1) * self._global):
+            sequence = self.sequence(number)
+            out.append(
+                {
+                    "number": number,
+                    "labels": int((sequence.labels_S != IGNORE).sum()),
+                    "documents": list(sequence.document_ids),
+                    "sources": [self._split.source_labels[self._split.labels_D[i]] for i in sequence.document_ids],
+                }
+            )
+        return out
 
     def stack(self, numbers: Sequence[int]) -> Batch:
         """One batch of the sequences with these numbers in the global order."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from kdscale.dist import barrier, is_main, rank, world_size
 from kdscale.distill import state
 from kdscale.distill.export import export_student, model_card
 from kdscale.distill.loop import Trainer
+from kdscale.distill.observe import Observer, make_observer
 from kdscale.distill.quiet import quiet
 from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
@@ -31,7 +34,6 @@ from kdscale.distill.timeouts import group_timeout
 from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.heads import head_of
-from kdscale.metrics import MetricsLog
 from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
 from kdscale.teacher import Teacher
@@ -52,13 +54,52 @@ def run(
     Goes on from the newest whole checkpoint in `run_dir`/checkpoints. Raises Interrupted (after saving) on SIGINT and
     SIGTERM, TrainingError when steps keep being non-finite, RunFolderError on a checkpoint of another run.
     """
+    reporter = reporter if is_main() else Reporter(quiet=True)
+    session = open_session(
+        cfg, teacher_dir=teacher_dir, student_dir=student_dir, data_dir=data_dir, run_dir=run_dir, reporter=reporter
+    )
+    trainer = session.trainer
+    try:
+        trainer.train(session.start)
+    except BaseException as error:
+        trainer.observer.close(error)
+        raise
+    finally:
+        trainer.teacher.close()
+    trainer.observer.close()
+    enter("export")
+    facts = _card_facts(cfg, trainer, session.dtype)
+    export_student(
+        session.student.model,
+        student_dir,
+        run_dir / "student",
+        full_fp32=_full_fp32,
+        card=model_card(facts),
+        max_shard_bytes=cfg.prune.max_shard_bytes,
+    )
+    reporter.say(f"distilled student: {run_dir / 'student'}")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank, ready to train from `start`: group, models, engine and checkpoint are loaded."""
+
+    trainer: Trainer
+    student: StudentModule
+    dtype: torch.dtype
+    start: LoaderState
+
+
+def open_session(
+    cfg: Config, *, teacher_dir: Path, student_dir: Path, data_dir: Path, run_dir: Path, reporter: Reporter
+) -> Session:
+    """Join the group and load everything, from the newest whole checkpoint in `run_dir`/checkpoints if there is one."""
     device = resolve_device(cfg.runtime.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     # the ranks that share this machine's cores, of which a job on several machines has fewer than ranks
     set_threads(cfg.runtime.threads, int(os.environ.get("LOCAL_WORLD_SIZE", cfg.distill.processes)))
-    reporter = reporter if is_main() else Reporter(quiet=True)
     log_path = run_dir / "logs" / ("distill.log" if is_main() else f"distill-rank-{rank()}.log")
     with quiet(log_path):
         _start_group(device, group_timeout(cfg))
@@ -77,30 +118,18 @@ def run(
     found = _find_checkpoint(run_dir / "checkpoints", fingerprint)
     for note in found.notes:
         reporter.say(note)
-    trainer = _make_trainer(cfg, engine, teacher, data_dir, run_dir, device, fingerprint, found.step, reporter)
+    observer = partial(
+        make_observer, cfg, teacher_dir=teacher_dir, student_dir=student_dir, run_dir=run_dir, device=device,
+        dtype=dtype, step=found.step, reporter=reporter,
+    )  # fmt: skip
+    trainer = _make_trainer(cfg, engine, teacher, data_dir, run_dir, device, fingerprint, reporter, observer)
     start = LoaderState()
     if found.path is not None:
         with quiet(log_path):
             _load_engine(engine, found.path)
         start = trainer.restore(found.path)
         reporter.say(f"going on from step {start.step} of {trainer.steps} ({found.path})")
-    try:
-        trainer.train(start)
-    finally:
-        teacher.close()
-        if trainer.metrics is not None:
-            trainer.metrics.close()
-    enter("export")
-    facts = _card_facts(cfg, trainer, dtype)
-    export_student(
-        student.model,
-        student_dir,
-        run_dir / "student",
-        full_fp32=_full_fp32,
-        card=model_card(facts),
-        max_shard_bytes=cfg.prune.max_shard_bytes,
-    )
-    reporter.say(f"distilled student: {run_dir / 'student'}")
+    return Session(trainer, student, dtype, start)
 
 
 def shutdown() -> None:
@@ -353,8 +382,8 @@ def _make_trainer(
     run_dir: Path,
     device: torch.device,
     fingerprint: dict[str, Any],
-    step: int,
     reporter: Reporter,
+    observer: Callable[[PackedLoader], Observer],
 ) -> Trainer:
     settings, store = cfg.distill, TokenStore.open(data_dir)
     loader = PackedLoader(
@@ -367,7 +396,6 @@ def _make_trainer(
         world=world_size(),
     )
     held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
-    logs = run_dir / "logs"
 
     def save_engine(tmp: Path) -> None:
         engine.save_checkpoint(str(tmp), tag=_TAG, save_latest=False)
@@ -384,7 +412,7 @@ def _make_trainer(
         fingerprint=fingerprint,
         save_engine=save_engine,
         bad_gradient=lambda: _bad_gradient(engine.module.model),
-        metrics=MetricsLog(logs / "metrics.jsonl", step, logs / "tensorboard") if is_main() else None,
+        observer=observer(loader),
         reporter=reporter,
     )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,34 @@ import torch.distributed as dist
 
 from kdscale.config import DistillConfig
 from kdscale.data.loader import Batch, LoaderState, PackedLoader
-from kdscale.dist import all_reduce_sum, world_size
+from kdscale.dist import all_reduce_sum, rank, world_size
 from kdscale.distill import state
 from kdscale.distill.guard import SkipGuard, by_rank, show_documents, stop_error, watch
+from kdscale.distill.observe import Observer, StepFacts
 from kdscale.distill.schedules import cosine_lr
 from kdscale.distill.signals import StopRequest, watch_signals
-from kdscale.distill.step import PHASES, Clock, to_device, train_step
+from kdscale.distill.step import to_device, train_step
+from kdscale.distill.throughput import peak_memory
 from kdscale.distill.validate import Validator
 from kdscale.errors import Interrupted
 from kdscale.losses import TERMS, per_token
-from kdscale.metrics import MetricsLog
 from kdscale.progress import Bar, Reporter
 from kdscale.teacher import Teacher
 from kdscale_launch.watchdog import at_step, enter
 
 _SIGNALS = (2, 15)  # SIGINT, SIGTERM
+
+
+@dataclass(frozen=True)
+class _StepSums:
+    """A step's figures over all ranks; `memory` has a value a rank, `micro_sums` one a micro-batch of any rank."""
+
+    tokens: float
+    terms: list[float]
+    flags: list[float]
+    memory: list[float]
+    micro_sums: list[float]
+    grad_norm: float
 
 
 @dataclass
@@ -47,7 +60,7 @@ class Trainer:
     fingerprint: dict[str, Any]
     save_engine: Callable[[Path], None]  # this rank's share of the engine's state, a collective call
     bad_gradient: Callable[[], str]  # the parameter whose gradient is not finite, or ""
-    metrics: MetricsLog | None  # rank 0 only
+    observer: Observer
     reporter: Reporter
 
     def __post_init__(self) -> None:
@@ -68,10 +81,10 @@ class Trainer:
         """From optimiser step `start.step` to the end. Raises Interrupted or TrainingError."""
         done = start.step * self.step_tokens
         total = self.steps * self.step_tokens
-        with watch_signals() as stop, self.reporter.bar("distil", total, "tok", done) as bar:
+        with self._session("distil", total, done) as (stop, bar):
             if start.step == 0:
                 self._validate(0)
-            for step, batches, after in self._remaining(start):
+            for step, batches, after in self._remaining(start, self.steps):
                 signum = self._one_step(step, batches, stop, bar)
                 finished = after.step
                 if finished % self.cfg.validate_every == 0 or finished == self.steps:
@@ -82,14 +95,26 @@ class Trainer:
                 if signum and finished < self.steps:
                     raise Interrupted(signum, f"after training step {finished}, which is saved")
 
-    def _remaining(self, start: LoaderState) -> Any:
+    def advance(self, start: LoaderState, until: int) -> None:
+        """Train on to step `until` without validating or saving; the steps are those of `train`."""
+        with self._session("train on", until * self.step_tokens, start.step * self.step_tokens) as (stop, bar):
+            for step, batches, _ in self._remaining(start, until):
+                if signum := self._one_step(step, batches, stop, bar):
+                    raise Interrupted(signum)
+
+    @contextmanager
+    def _session(self, title: str, total: int, done: int) -> Iterator[tuple[StopRequest, Bar]]:
+        with watch_signals() as stop, self.observer.watching(), self.reporter.bar(title, total, "tok", done) as bar:
+            yield stop, bar
+
+    def _remaining(self, start: LoaderState, until: int) -> Any:
         """Steps still to be done. A step's batches are made one step early, so that a served teacher can begin."""
         stream = self.loader.batches(start)
         ahead: deque[tuple[list[Batch], LoaderState]] = deque()
-        for step in range(start.step, self.steps):
+        for step in range(start.step, until):
             enter("data")
-            self.clock = Clock(self.device)
-            while len(ahead) < min(2, self.steps - step):
+            self.observer.begin(step)
+            while len(ahead) < min(2, until - step):
                 ahead.append(self._announced(next(stream)))
             yield step, *ahead.popleft()
 
@@ -101,69 +126,60 @@ class Trainer:
 
     def _one_step(self, step: int, batches: Sequence[Batch], stop: StopRequest, bar: Bar) -> int:
         """Train, log, guard; returns the signal that some rank got (0: none)."""
-        began = time.perf_counter()
         at_step(step + 1, lambda: f"documents {show_documents(batches)}")
         lr = cosine_lr(step, steps=self.steps, lr=self.cfg.optimizer.lr, min_lr=self.cfg.optimizer.min_lr,
                        warmup_steps=self.cfg.optimizer.warmup_steps)  # fmt: skip
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        totals = train_step(self.engine, self.teacher, batches, self.device, self.clock)
+        totals = train_step(self.engine, self.teacher, batches, self.device, self.observer.clock)
         enter("collective")
-        flags = torch.tensor([float(stop.signum == signum) for signum in _SIGNALS], dtype=torch.float64)
-        summed = all_reduce_sum(torch.cat([totals, flags.to(self.device)]))
-        grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=self.device)
-        *sums, sigint, sigterm, norm = torch.cat([summed, grad_norm.reshape(1)]).tolist()  # the one host sync
+        flags = [float(stop.signum == signum) for signum in _SIGNALS]
+        sums = self._over_ranks(totals, flags)
         skipped = bool(self.engine.optimizer.overflow)
         self.guard.record(skipped)
-        means = per_token(sums[1:], max(sums[0], 1.0))
-        self._log_step(step, lr, means, norm, sums[0], skipped, batches, time.perf_counter() - began)
-        bar.advance(self.step_tokens, f"loss {means['loss']:.4f}")
-        if skipped:
-            self.reporter.say(
-                f"step {step + 1}: loss or gradient not finite, step skipped (documents {show_documents(batches)})"
-            )
-            if self.guard.exhausted:
-                raise stop_error(step + 1, self.guard, batches, self._diagnose(batches))
+        facts = StepFacts(
+            step=step,
+            lr=lr,
+            means=per_token(sums.terms, max(sums.tokens, 1.0)),
+            grad_norm=sums.grad_norm,
+            labels=int(sums.tokens),
+            skipped=skipped,
+            skipped_total=self.guard.total,
+            memory=sums.memory,
+            micro_sums=sums.micro_sums,
+        )
+        bar.advance(self.step_tokens, self.observer.end(facts))
+        if skipped and self.guard.exhausted:
+            raise stop_error(step + 1, self.guard, batches, self._diagnose(batches))
+        sigint, sigterm = sums.flags
         return _SIGNALS[1] if sigterm else _SIGNALS[0] if sigint else 0
 
-    def _log_step(
-        self,
-        step: int,
-        lr: float,
-        means: dict[str, float],
-        grad_norm: float,
-        tokens: float,
-        skipped: bool,
-        batches: Sequence[Batch],
-        seconds: float,
-    ) -> None:
-        if self.metrics is None:
-            return
-        values: dict[str, float | int | str] = {
-            "tokens": (step + 1) * self.step_tokens,
-            "labels": int(tokens),
-            "lr": lr,
-            **{name: means[name] for name in TERMS},
-            "grad_norm": grad_norm,
-            "tokens_per_second": self.step_tokens / seconds,
-            **{f"seconds_{phase}": value for phase, value in zip(PHASES, self._phase_seconds(), strict=True)},
-            "skipped": int(skipped),
-            "skipped_total": self.guard.total,
-        }
-        if skipped:  # JSON has no NaN
-            values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-            values["documents"] = show_documents(batches)
-        self.metrics.write("train", step + 1, **values)
+    def _over_ranks(self, totals: torch.Tensor, flags: Sequence[float]) -> _StepSums:
+        """Sum over ranks and bring to the host: the step's one collective of its own and its one host sync.
 
-    def _phase_seconds(self) -> list[float]:
-        return list(self.clock.seconds().values())
+        What is each rank's own goes along as a row a rank, all others zero: its peak memory and its micro-batches.
+        """
+        terms, world = 1 + len(TERMS), world_size()
+        own = torch.cat([totals.new_tensor([peak_memory(self.device)]), totals[terms:]])
+        rows = own.new_zeros(world, own.numel())
+        rows[rank()] = own
+        summed = all_reduce_sum(torch.cat([totals[:terms], totals.new_tensor(flags), rows.reshape(-1)]))
+        grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=self.device)
+        *values, norm = torch.cat([summed, grad_norm.reshape(1)]).tolist()
+        head = terms + len(flags)
+        each = [values[i : i + own.numel()] for i in range(head, len(values), own.numel())]
+        return _StepSums(
+            tokens=values[0],
+            terms=values[1:terms],
+            flags=values[terms:head],
+            memory=[row[0] for row in each],
+            micro_sums=[value for row in each for value in row[1:]],
+            grad_norm=norm,
+        )
 
     def _validate(self, step: int) -> None:
         found = self.validator.run(self.engine)
-        finite = {name: value for name, value in found.items() if math.isfinite(value)}
-        if self.metrics is not None:
-            labels = int(finite.pop("tokens"))
-            self.metrics.write("validation", step, tokens=step * self.step_tokens, labels=labels, **finite)
+        self.observer.validated(step, found)
         self.reporter.say(
             f"step {step}/{self.steps}: held-out loss {found['loss']:.4f} · perplexity {found['perplexity']:.2f} · "
             f"top-1 agreement {100 * found['top1_agree']:.1f} %"

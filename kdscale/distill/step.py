@@ -6,7 +6,7 @@ B sequences, S positions, N valid positions, H hidden size, K teacher's top entr
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from kdscale.teacher import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_launch.watchdog import enter
 
-PHASES = ("data", "teacher", "student", "backward", "optimiser")
+PHASES = ("data", "teacher", "student", "loss", "backward", "optimiser")
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class StudentModule(nn.Module):
         super().__init__()
         self.model = model
         self._loss, self._vocab_size = loss, vocab_size
+        self.at_hidden: Callable[[], None] = lambda: None  # called between the last hidden state and the loss
 
     def forward(self, micro: Micro, targets: TopKTargets | FullTargets) -> tuple[torch.Tensor, torch.Tensor]:
         """(summed loss, detached sums in the order of losses.TERMS)."""
         hidden_BSH = final_hidden(self.model, micro.input_ids_BS, micro.position_ids_BS)
+        self.at_hidden()
         head = head_of(self.model)
         if micro.rows_N.numel() == 0:  # every rank must still run a backward
             nothing = (hidden_BSH.sum() + head.weight_VH.sum()).float() * 0.0
@@ -83,11 +85,13 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self.restart()
-
-    def restart(self) -> None:
         self._marks: list[tuple[str, Any]] = []
+        self._began = time.perf_counter()
         self.mark("start")
+
+    def elapsed(self) -> float:
+        """Wall seconds since the clock was made."""
+        return time.perf_counter() - self._began
 
     def mark(self, phase: str) -> None:
         """Everything since the previous mark was `phase`."""
@@ -107,19 +111,27 @@ class Clock:
 
 
 def train_step(
-    engine: Any, teacher: Teacher, batches: Sequence[Batch], device: torch.device, clock: Clock
+    engine: Any,
+    teacher: Teacher,
+    batches: Sequence[Batch],
+    device: torch.device,
+    clock: Clock,
+    update: bool = True,
 ) -> torch.Tensor:
-    """Run one optimiser step through a DeepSpeed engine; returns [tokens, *TERMS] of this rank (fp64, on the device).
+    """Run one optimiser step through a DeepSpeed engine.
 
-    The loss is divided once by the tokens of the global batch. DeepSpeed averages gradients over ranks, which the
-    factor `world` undoes; its division by the accumulation steps is switched off.
+    Returns [tokens, *TERMS, *summed loss of each micro-batch] of this rank (fp64, on the device). The loss is divided
+    once by the tokens of the global batch. DeepSpeed averages gradients over ranks, which the factor `world` undoes;
+    its division by the accumulation steps is switched off. With `update=False` the accumulated gradients are left
+    where they are and the optimiser does nothing; the engine then cannot be trained any further.
     """
     tokens = torch.tensor(float(sum(batch.token_count for batch in batches)), dtype=torch.float64, device=device)
-    totals = torch.zeros(1 + len(TERMS), dtype=torch.float64, device=device)
+    totals = torch.zeros(1 + len(TERMS) + len(batches), dtype=torch.float64, device=device)
     totals[0] = tokens
     enter("collective")
     scale = world_size() / all_reduce_sum(tokens).clamp_min(1.0)
-    for batch in batches:
+    engine.module.at_hidden = lambda: clock.mark("student")
+    for number, batch in enumerate(batches):
         enter("data")
         micro = to_device(batch, device)
         clock.mark("data")
@@ -128,8 +140,9 @@ def train_step(
         clock.mark("teacher")
         enter("student")
         loss_sum, terms = engine(micro, targets)
-        totals[1:] += terms
-        clock.mark("student")
+        totals[1 : 1 + len(TERMS)] += terms
+        totals[1 + len(TERMS) + number] = loss_sum.detach()
+        clock.mark("loss")
         # A loss or target that is not finite must reach the gradients even where the backward would hide it: the factor
         # is exactly 1 for finite values and NaN otherwise, and a NaN gradient makes the optimiser skip the step.
         finite = 1.0 + 0.0 * (loss_sum.detach() + targets.probe())
@@ -137,6 +150,8 @@ def train_step(
         engine.backward(loss_sum * (scale.float() * finite), scale_wrt_gas=False)
         clock.mark("backward")
         enter("optimiser")
-        engine.step()
+        if update or number + 1 < len(batches):
+            engine.step()
         clock.mark("optimiser")
+    engine.module.at_hidden = lambda: None
     return totals

@@ -16,6 +16,7 @@ from kdscale.progress import Reporter
 from kdscale.runs import choose, work
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.stage import Context, Stage, run_stage
+from kdscale.tracking import check_trackers
 
 if TYPE_CHECKING:
     from kdscale.prune.plan import Plan
@@ -42,7 +43,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "distill", "distil the teacher into the student", ("seed", *_CODE), ("pruned", "data"), ("student",),
         work.distill, reads_teacher=True, derived=work.what_distillation_depends_on,
-        scratch=("checkpoints", "logs/metrics.jsonl", "logs/tensorboard"),
+        scratch=("checkpoints", "logs/metrics.jsonl", "logs/bad_batches.jsonl", "logs/tensorboard"),
     ),
     Stage(
         "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",),
@@ -79,6 +80,7 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     """
     run = RunFolder(Path(config.run_dir))
     _refuse_hopeless_paths(run.path)
+    check_trackers(config.tracking)
     teacher = check_teacher(config)
     plan_shapes(config, teacher)  # an impossible budget is found before anything is made
     with run.lock(), _signals_as_exceptions():

@@ -86,8 +86,9 @@ def probe_config(config: Config, teacher: Dims, candidate: Candidate, tokens: in
             "name": f"{config.name}-probe",
             "run_dir": f"{config.run_dir}/probes/" + "-".join(f"{axis}{size}" for axis, size in sizes.items()),
             "prune": {**tree["prune"], **dict.fromkeys(TARGETS), **cut, "search": search},
-            "distill": {**tree["distill"], "tokens": tokens, "keep_checkpoints": 1},
+            "distill": {**tree["distill"], "tokens": tokens, "keep_checkpoints": 1, "profile": {}},
             "steps": (),
+            "tracking": {},
         }
     )
 

@@ -62,6 +62,13 @@ def test_a_run_from_teacher_to_report(kdscale: Cli, tiny_config: Path) -> None:
     status = kdscale("status", run)
     assert status.out.count("done") == 7
 
+    kept = digests(run)
+    replayed = kdscale("replay", run, "--step", 7)
+    assert replayed.code == 0, replayed.err
+    assert "the same bits" in replayed.out and "not the same" not in replayed.out
+    assert len(json.loads((run / "replay" / "step-7.json").read_text())["sequences"]) == 4
+    assert {name: digest for name, digest in digests(run).items() if not name.startswith("replay/")} == kept
+
     (run / "student" / "model.safetensors").write_bytes(b"")
     assert kdscale("run", tiny_config).code == 0
     assert digests(run / "student") == before

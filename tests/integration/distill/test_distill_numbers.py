@@ -103,4 +103,5 @@ def test_two_processes_are_one(spawn, make_config, plain, tmp_path):
     rows = list(read_metrics(tmp_path / "logs" / "metrics.jsonl"))
     assert losses(rows) == pytest.approx(plain[0], abs=1e-4)
     assert_same_weights(weights(tmp_path), {name: p.detach() for name, p in plain[1].items()}, 2e-4)
+    assert all(row["seconds_communication"] > 0 for row in rows if row["kind"] == "train")
     assert all("Gloo" not in out and "DeepSpeed" not in out for out, _ in outputs)  # its chatter is in the log file

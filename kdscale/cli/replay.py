@@ -1,0 +1,65 @@
+"""`kdscale replay`: one training step again, alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdscale.cli.arguments import SetOption
+
+_SHOWN_GROUPS, _SHOWN_CHARS = 12, 72
+
+
+def replay_command(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the config it was made from.")],
+    step: Annotated[int, typer.Option("--step", min=1, help="The step, as the log and metrics.jsonl count them.")],
+    max_steps: Annotated[
+        int, typer.Option("--max-steps", min=0, help="Most steps to train again between a checkpoint and the step.")
+    ] = 200,
+    from_checkpoint_only: Annotated[
+        bool, typer.Option("--from-checkpoint-only", help="Use the nearest checkpoint's weights as they are.")
+    ] = False,
+    set_: SetOption = None,
+) -> None:
+    """Run one step of RUN again, alone: loss by sequence, gradient norm by layer, documents. The run is not changed."""
+    from kdscale.cli.shipped import find_config
+    from kdscale.config import load_config
+    from kdscale.progress import Reporter
+    from kdscale.runs.replaying import replay_step
+
+    folder = Path(run) if Path(run).is_dir() else Path(load_config(find_config(run), []).run_dir)
+    found, file = replay_step(
+        folder, step, overrides=set_ or (), max_steps=max_steps, nearest=from_checkpoint_only, reporter=Reporter()
+    )
+    _show(found)
+    print(f"written: {file}")
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table("sequence", "loss", "ce", "documents", "beginning", box=None, pad_edge=False, header_style="dim")
+    for item in sorted(found["sequences"], key=lambda one: (one["loss"] is not None, -(one["loss"] or 0.0))):
+        documents = ", ".join(f"{one['id']} ({one['source']})" for one in item["documents"])
+        beginning = " ".join(item["text"].split())[:_SHOWN_CHARS]
+        table.add_row(str(item["number"]), _number(item["loss"]), _number(item["ce"]), Text(documents), Text(beginning))
+    console.print(table)
+    groups = list(found["gradient_norms"].items())[:_SHOWN_GROUPS]
+    print("largest gradient norms: " + " · ".join(f"{name} {_number(norm)}" for name, norm in groups))
+    weights = "" if found["of_this_step"] else f" on the weights of step {found['weights_of_step']}"
+    print(f"step {found['step']}{weights}: loss {_number(found['loss'])}, gradient norm {_number(found['grad_norm'])}")
+    if found["logged_loss"] is None:
+        print("the log has no finite loss of this step to compare with")
+    else:
+        same = "the same bits" if found["same_bits"] else "not the same bits"
+        logged = f"loss {_number(found['logged_loss'])}, gradient norm {_number(found['logged_grad_norm'])}"
+        print(f"logged: {logged}; {same}")
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6g}"

@@ -1,0 +1,225 @@
+"""One step of a finished or running distillation again, alone, in one process and without touching the run.
+
+The newest checkpoint before the step is loaded, the steps between are trained again, then the step's whole global batch
+runs forward and backward and the optimiser does nothing. All that a run would write goes to a folder that is deleted.
+
+Imports deepspeed for the gradients, which it keeps in buffers of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdscale.config import TEACHER_TOKEN, Config
+from kdscale.config_observe import ProfileConfig, SpikeConfig, TrackingConfig
+from kdscale.data.loader import PackedLoader
+from kdscale.data.store import TokenStore
+from kdscale.distill import state
+from kdscale.distill.engine import Session, open_session
+from kdscale.distill.schedules import total_steps
+from kdscale.distill.step import Clock, to_device, train_step
+from kdscale.errors import ConfigError
+from kdscale.losses import TERMS, per_token
+from kdscale.metrics import read_metrics
+from kdscale.models import load_tokenizer
+from kdscale.progress import Reporter
+
+_HEAD_TOKENS = 48  # of a text that is shown
+_LAYER = re.compile(r"\.(\d+)\.")
+_PARTS = (("norm", ("norm", "ln_")), ("attention", ("attn", "attention")), ("ffn", ("mlp", "feed_forward", "moe")))
+
+
+@dataclass(frozen=True)
+class Folders:
+    """What a replay reads; `run` is never written to."""
+
+    run: Path
+    teacher: Path
+    student: Path  # the pruned one that the run began from
+    data: Path
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a replay begins: after step `step`, from `checkpoint` or (None) from the pruned student."""
+
+    checkpoint: Path | None
+    step: int
+
+
+def find_start(checkpoints: Path, step: int) -> Start:
+    """The newest whole checkpoint that was written before `step` (counted from 1) was trained."""
+    for path in state.complete_steps(checkpoints):
+        found = int(path.name.removeprefix("step-"))
+        if found < step:
+            return Start(path, found)
+    return Start(None, 0)
+
+
+def replay(
+    cfg: Config, folders: Folders, step: int, *, max_steps: int, nearest: bool, reporter: Reporter
+) -> dict[str, Any]:
+    """Step `step` (counted from 1, as in metrics.jsonl) again; returns JSON values.
+
+    With `nearest` the step runs on the weights of the nearest checkpoint before it, without training up to it. Raises
+    ConfigError when there is no such step, or when more than `max_steps` steps lie between checkpoint and step.
+    """
+    steps = total_steps(cfg.distill.tokens, cfg.distill.seq_len, cfg.distill.global_batch)
+    if not 1 <= step <= steps:
+        raise ConfigError("--step", expected=f"1 to {steps}, the steps of this run", got=str(step))
+    start = find_start(folders.run / "checkpoints", step)
+    _check_distance(start.step, step, max_steps, nearest)
+    with tempfile.TemporaryDirectory(prefix="kdscale-replay-") as scratch:
+        session = _open(cfg, folders, start, Path(scratch), reporter)
+        trainer = session.trainer
+        try:
+            # a damaged checkpoint is passed over, so the one that was loaded may be an earlier one
+            _check_distance(session.start.step, step, max_steps, nearest)
+            if not nearest and session.start.step < step - 1:
+                reporter.say(f"training again: steps {session.start.step + 1} to {step - 1}")
+                trainer.advance(session.start, step - 1)
+            found = _examine(session, step)
+        finally:
+            trainer.teacher.close()
+            trainer.observer.close()
+    weights_of = session.start.step if nearest else step - 1
+    return {
+        "step": step,
+        "weights_of_step": weights_of,
+        "of_this_step": weights_of == step - 1,
+        "checkpoint_step": session.start.step,
+        "processes_of_run": cfg.distill.processes,
+        **_compared(found, folders.run / "logs" / "metrics.jsonl", step),
+        **found,
+        "sequences": _with_texts(found["sequences"], cfg, folders, trainer.loader),
+    }
+
+
+def _check_distance(begin: int, step: int, max_steps: int, nearest: bool) -> None:
+    between = step - 1 - begin
+    if between > max_steps and not nearest:
+        raise ConfigError(
+            f"--step {step}",
+            expected=f"at most {max_steps} steps after a checkpoint",
+            got=f"{between} steps after the nearest one, which is of step {begin}",
+            hint=f"--max-steps {between} trains them again; --from-checkpoint-only runs the batch on the weights of "
+            f"step {begin}",
+        )
+
+
+def _open(cfg: Config, folders: Folders, start: Start, scratch: Path, reporter: Reporter) -> Session:
+    """The run's own start, with one rank and `scratch` as its run folder, in which the one checkpoint is a link."""
+    (scratch / "checkpoints").mkdir()
+    if start.checkpoint is not None:
+        (scratch / "checkpoints" / start.checkpoint.name).symlink_to(start.checkpoint.resolve())
+    served = cfg.distill.served
+    if served.token_file is None:
+        served = served.model_copy(update={"token_file": str(folders.run / TEACHER_TOKEN)})
+    quiet = {"processes": 1, "spikes": SpikeConfig(enabled=False), "profile": ProfileConfig(), "served": served}
+    alone = cfg.model_copy(
+        update={"distill": cfg.distill.model_copy(update=quiet), "tracking": TrackingConfig()}
+    )  # fmt: skip
+    return open_session(
+        alone, teacher_dir=folders.teacher, student_dir=folders.student, data_dir=folders.data, run_dir=scratch,
+        reporter=reporter,
+    )  # fmt: skip
+
+
+def _examine(session: Session, step: int) -> dict[str, Any]:
+    """Losses of every sequence on its own, then the step as it was: loss, gradient norms by parameter group."""
+    trainer = session.trainer
+    sequences = _sequence_losses(session, step)
+    batches = trainer.loader.step(step - 1)
+    totals = train_step(
+        trainer.engine, trainer.teacher, batches, trainer.device, Clock(trainer.device), update=False
+    ).tolist()
+    groups = _gradient_norms(session.student.model)
+    means = per_token(totals[1 : 1 + len(TERMS)], max(totals[0], 1.0))
+    return {
+        **{name: _finite(value) for name, value in means.items()},
+        "labels": int(totals[0]),
+        "grad_norm": _finite(math.sqrt(sum(norm * norm for norm in groups.values()))),
+        "gradient_clipping": trainer.cfg.optimizer.gradient_clipping,
+        "gradient_norms": {name: _finite(norm) for name, norm in groups.items()},
+        "sequences": sequences,
+    }
+
+
+@torch.no_grad()
+def _sequence_losses(session: Session, step: int) -> list[dict[str, Any]]:
+    """A forward for each sequence, in the global order; generators are put back, for the step that follows."""
+    trainer, kept, out = session.trainer, state.rng_state(), []
+    trainer.engine.eval()
+    for about in trainer.loader.describe(step - 1):
+        micro = to_device(trainer.loader.stack([about["number"]]), trainer.device)
+        targets = trainer.teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
+        _, terms = trainer.engine(micro, targets)
+        means = per_token(terms.tolist(), max(about["labels"], 1))
+        out.append({**about, **{name: _finite(means[name]) for name in TERMS}})
+    trainer.engine.train()
+    state.restore_rng(kept)
+    return out
+
+
+def _gradient_norms(model: Any) -> dict[str, float]:
+    """Euclidean norm of the accumulated gradient, before clipping, by layer and part of it, largest first."""
+    from deepspeed.utils import safe_get_full_grad
+
+    squares: dict[str, float] = defaultdict(float)
+    for name, parameter in model.named_parameters():
+        grad = safe_get_full_grad(parameter)
+        grad = parameter.grad if grad is None else grad
+        if grad is not None:
+            squares[parameter_group(name)] += float(grad.double().square().sum())
+    norms = {name: math.sqrt(value) if value >= 0 else math.nan for name, value in squares.items()}
+    return dict(sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf))
+
+
+def parameter_group(name: str) -> str:
+    """`layer 3 ffn` for model.layers.3.mlp.up_proj.weight; what is in no layer keeps its module's name."""
+    layer = _LAYER.search(name)
+    if layer is None:
+        return name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
+    part = next((part for part, marks in _PARTS if any(mark in name for mark in marks)), "other")
+    return f"layer {layer.group(1)} {part}"
+
+
+def _compared(found: dict[str, Any], metrics: Path, step: int) -> dict[str, Any]:
+    """What the log says of the step, and whether the replay's loss has the same bits; None where it says nothing."""
+    rows = [row for row in read_metrics(metrics) if row["kind"] == "train" and row["step"] == step]
+    logged = rows[-1] if rows else {}
+    same = found["loss"] == logged["loss"] if "loss" in logged else None
+    return {"logged_loss": logged.get("loss"), "logged_grad_norm": logged.get("grad_norm"), "same_bits": same}
+
+
+def _with_texts(
+    sequences: list[dict[str, Any]], cfg: Config, folders: Folders, loader: PackedLoader
+) -> list[dict[str, Any]]:
+    """The beginning of each sequence and of each of its documents, as text."""
+    tokenizer = load_tokenizer(folders.student, cfg.teacher.trust_remote_code)
+    split = TokenStore.open(folders.data).split("train")
+
+    def head(ids: Any) -> str:
+        return str(tokenizer.decode([int(i) for i in ids[:_HEAD_TOKENS]]))
+
+    out = []
+    for item in sequences:
+        documents = [
+            {"id": number, "source": source, "tokens": len(split.doc(number)), "text": head(split.doc(number))}
+            for number, source in zip(item["documents"], item["sources"], strict=True)
+        ]
+        rest = {key: value for key, value in item.items() if key not in ("documents", "sources")}
+        out.append({**rest, "text": head(loader.sequence(item["number"]).input_ids_S), "documents": documents})
+    return out
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
