@@ -170,7 +170,7 @@ def launch_command(
             hostfile, ssh_command, python, master_addr, master_port, dead_after, connect_timeout, exported
         )
         hosts = _hosts(hostfile)
-        _check_min_nodes(min_nodes, len(hosts))
+        _check_min_nodes(min_nodes, len(hosts), elastic=launcher is Launcher.ssh)
         asked = _request(config, set_, sum(host.slots for host in hosts), accept_changes, until)
         job = _job(asked, hosts, options, grace=grace, max_restarts=max_restarts, host_seconds=host_timeout)
         job = _elastic(job, asked, min_nodes, python)
@@ -180,7 +180,7 @@ def launch_command(
             _leave(systems.run_deepspeed(asked, job, hostfile, shlex.split(ssh_command)[1:], dry_run))
         _on_hosts(asked, job, dry_run)
         return
-    _check_min_nodes(min_nodes, nodes)
+    _check_min_nodes(min_nodes, nodes, elastic=False)
     asked = _request(config, set_, nodes * slots, accept_changes, until)
     common = systems.Common(asked, python, nodes, slots, max_restarts, exported, dry_run)
     if slurm:
@@ -202,14 +202,13 @@ def _leave(code: int) -> None:
     raise typer.Exit(code)
 
 
-def _check_min_nodes(min_nodes: int | None, nodes: int) -> None:
-    """Fewer hosts means another rank count, and a checkpoint holds one rank's share each."""
-    if min_nodes is not None and min_nodes != nodes:
+def _check_min_nodes(min_nodes: int | None, nodes: int, elastic: bool) -> None:
+    """Job systems and DeepSpeed's runner start a fixed number of nodes."""
+    if min_nodes is not None and not (1 if elastic else nodes) <= min_nodes <= nodes:
         raise ConfigError(
             f"--min-nodes {min_nodes}",
-            expected=f"{nodes}, the number of hosts",
-            got="a checkpoint can only be resumed with the number of ranks it was written by",
-            hint="leave --min-nodes out: a restart waits --host-timeout seconds for a lost host to come back",
+            expected=f"1 to {nodes}, the number of hosts" if elastic else f"{nodes}, the number of nodes",
+            hint=None if elastic else "fewer nodes need --hostfile and our own agents (--launcher ssh)",
         )
 
 

@@ -59,6 +59,16 @@ def test_hosts(dry: Launch, config: Path, tmp_path: Path) -> None:
         assert f"#   {variable}" in lines
 
 
+def test_fewer_hosts(dry: Launch, tmp_path: Path) -> None:
+    reach = ("--hostfile", str(tmp_path / "hosts"), "--min-nodes")
+    assert "# when hosts do not come back, also on 1 of 2" in dry(*reach, "1").splitlines()
+    assert "also on" not in dry(*reach, "2")
+    with pytest.raises(ConfigError, match="1 to 2, the number of hosts"):
+        dry(*reach, "3")
+    with pytest.raises(ConfigError, match="our own agents"):
+        dry(*reach, "1", "--launcher", "deepspeed")
+
+
 def test_deepspeed(dry: Launch, tmp_path: Path, config: Path) -> None:
     plain = config.rename(tmp_path / "plain.yaml")
     config.symlink_to(plain)
@@ -101,7 +111,7 @@ def test_torchrun(dry: Launch, config: Path) -> None:
         ((), "--hostfile, --slurm, --kubernetes, --torchrun"),
         (("--slurm", "--torchrun"), "got:      --slurm, --torchrun"),
         (("--slurm", "--nodes", "3"), r"global_batch \(8\) must be a multiple"),
-        (("--slurm", "--nodes", "2", "--min-nodes", "1"), "number of ranks"),
+        (("--slurm", "--nodes", "2", "--min-nodes", "1"), "fewer nodes need --hostfile"),
         (("--slurm", "--set", "distill.processes=2"), "number of slots"),
         (("--slurm", "--until", "prune"), "distill, eval, report"),
         (("--slurm", "--sbatch", "a b\nc"), "not an sbatch option"),
