@@ -232,6 +232,8 @@ class DistillConfig(_Section):
     validate_every: Count = 50  # steps
     validate_tokens: Count = 8_192
     checkpoint_every: Count = 50  # steps
+    # a rank that makes no progress for so long ends itself; None: by device; 0: never
+    watchdog_seconds: Annotated[float, Field(ge=0.0)] | None = None
     keep_checkpoints: Count = 2  # the newest
     keep_every: Count | None = None  # steps; these are kept for ever
     async_checkpoints: bool = False  # written behind the training's back, from a copy in host memory
@@ -272,8 +274,8 @@ class DistillConfig(_Section):
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 _FREE_SETTINGS = {
     "teacher_placement", "served", "processes", "micro_batch", "zero_stage", "gradient_checkpointing", "validate_every",
-    "validate_tokens", "checkpoint_every", "keep_checkpoints", "keep_every", "async_checkpoints", "spikes", "profile",
-    "peak_flops",
+    "validate_tokens", "checkpoint_every", "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds",
+    "spikes", "profile", "peak_flops",
 }  # fmt: skip
 
 

@@ -69,6 +69,12 @@ class LostRankError(KdscaleError):
     exit_code = 8
 
 
+class HungRankError(LostRankError):
+    """A rank that made no progress for distill.watchdog_seconds; its log has the stacks. Trying again may well work."""
+
+    exit_code = 9
+
+
 class Interrupted(BaseException):
     """Stopped on purpose by a signal (Ctrl-C, SIGTERM); what was finished is kept and the same command goes on.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -114,9 +114,18 @@ def launch_command(
     dead_after: DeadOption = 15.0,
     connect_timeout: ConnectOption = 30.0,
     host_timeout: Annotated[
-        float, _option("--host-timeout", "How long a restart waits for a lost host to come back.", _HOSTS, "SECONDS")
+        float,
+        _option(
+            "--host-timeout --node-timeout",
+            "How long a restart waits for a lost host to come back.",
+            _HOSTS,
+            "SECONDS",
+        ),
     ] = 300.0,
-    min_nodes: Annotated[int | None, _option("--min-nodes", "Go on with as few hosts as this.", _HOSTS)] = None,
+    min_nodes: Annotated[
+        int | None,
+        _option("--min-nodes", "Go on with as few hosts as this when others do not come back.", _HOSTS),
+    ] = None,
     export: ExportOption = None,
     slurm: Annotated[bool, _option("--slurm", "Render a batch script and submit it with sbatch.", _SYSTEMS)] = False,
     kubernetes: Annotated[
@@ -161,16 +170,17 @@ def launch_command(
             hostfile, ssh_command, python, master_addr, master_port, dead_after, connect_timeout, exported
         )
         hosts = _hosts(hostfile)
-        _check_min_nodes(min_nodes, len(hosts))
+        _check_min_nodes(min_nodes, len(hosts), elastic=launcher is Launcher.ssh)
         asked = _request(config, set_, sum(host.slots for host in hosts), accept_changes, until)
         job = _job(asked, hosts, options, grace=grace, max_restarts=max_restarts, host_seconds=host_timeout)
+        job = _elastic(job, asked, min_nodes, python)
         if not dry_run and not skip_preflight and not _preflight(job, asked):
             raise typer.Exit(1)
         if launcher is Launcher.deepspeed:
             _leave(systems.run_deepspeed(asked, job, hostfile, shlex.split(ssh_command)[1:], dry_run))
         _on_hosts(asked, job, dry_run)
         return
-    _check_min_nodes(min_nodes, nodes)
+    _check_min_nodes(min_nodes, nodes, elastic=False)
     asked = _request(config, set_, nodes * slots, accept_changes, until)
     common = systems.Common(asked, python, nodes, slots, max_restarts, exported, dry_run)
     if slurm:
@@ -181,18 +191,24 @@ def launch_command(
     _leave(systems.run_torchrun(common, f"{master_addr or 'localhost'}:{master_port or 29400}"))
 
 
+def _elastic(job: HostsJob, asked: Request, min_nodes: int | None, python: str) -> HostsJob:
+    """The job with the commands for fewer hosts, all of them checked now."""
+    from kdscale.runs.launching import smaller_commands
+
+    return job if min_nodes is None else replace(job, smaller=smaller_commands(asked, job.hosts, min_nodes, python))
+
+
 def _leave(code: int) -> None:
     raise typer.Exit(code)
 
 
-def _check_min_nodes(min_nodes: int | None, nodes: int) -> None:
-    """Fewer hosts means another rank count, and a checkpoint holds one rank's share each."""
-    if min_nodes is not None and min_nodes != nodes:
+def _check_min_nodes(min_nodes: int | None, nodes: int, elastic: bool) -> None:
+    """Job systems and DeepSpeed's runner start a fixed number of nodes."""
+    if min_nodes is not None and not (1 if elastic else nodes) <= min_nodes <= nodes:
         raise ConfigError(
             f"--min-nodes {min_nodes}",
-            expected=f"{nodes}, the number of hosts",
-            got="a checkpoint can only be resumed with the number of ranks it was written by",
-            hint="leave --min-nodes out: a restart waits --host-timeout seconds for a lost host to come back",
+            expected=f"1 to {nodes}, the number of hosts" if elastic else f"{nodes}, the number of nodes",
+            hint=None if elastic else "fewer nodes need --hostfile and our own agents (--launcher ssh)",
         )
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from kdscale.distill.quiet import quiet
 from kdscale.distill.saver import Rules, Saver
 from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
+from kdscale.distill.timeouts import group_timeout
 from kdscale.distill.validate import Validator
 from kdscale.distill.zero import check_machine, deepspeed_config
 from kdscale.errors import CheckpointError, ConfigError
@@ -45,6 +47,7 @@ from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.served import ServedTeacher, ask_about, read_token
 from kdscale.teacher.targets import shared_vocabulary
 from kdscale.weights import Checkpoint, checkpoint_identity
+from kdscale_launch.watchdog import enter
 
 
 def run(
@@ -69,6 +72,7 @@ def run(
         trainer.saver.close()
         trainer.teacher.close()
     trainer.observer.close()
+    enter("export")
     on_main(lambda: _export(cfg, run_dir / "checkpoints", trainer.steps, student_dir, run_dir / "student"))
     reporter.say(f"distilled student: {run_dir / 'student'}")
 
@@ -95,7 +99,7 @@ def open_session(
     check_machine(cfg.distill.zero, device.type)
     log_path = run_dir / "logs" / ("distill.log" if is_main() else f"distill-rank-{rank()}.log")
     with quiet(log_path):
-        _start_group(device)
+        _start_group(device, group_timeout(cfg))
         can_nvme = cfg.distill.zero.nvme_path is None or _has_async_io()
     if not can_nvme:
         hint = "install libaio's headers (libaio-dev), a C++ compiler and ninja, or offload to cpu"
@@ -104,7 +108,9 @@ def open_session(
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
     stage = _stage(cfg.distill.zero_stage, dtype, reporter)
+    enter("load")
     teacher, student = _load_pair(cfg, teacher_dir, student_dir, run_dir, dtype, device)
+    enter("initialise")
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
         fragments = Fragments(engine, student.model)
@@ -147,7 +153,7 @@ def shutdown() -> None:
     sys.stderr.flush()
 
 
-def _start_group(device: torch.device) -> None:
+def _start_group(device: torch.device, timeout: timedelta | None) -> None:
     """Join the launcher's group, or make one of a single process that needs no port."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -160,7 +166,7 @@ def _start_group(device: torch.device) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # A launcher says all three; job systems and other libraries leave a stray RANK behind.
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
             store = torch._C._distributed_c10d.HashStore()  # in memory: no port, nothing to collide with

@@ -24,6 +24,7 @@ class SkipGuard:
     def __init__(self, max_in_a_row: int):
         self._max = max_in_a_row
         self.in_a_row = self.total = 0
+        self._owed = False
 
     def record(self, skipped: bool) -> None:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
@@ -32,6 +33,17 @@ class SkipGuard:
     @property
     def exhausted(self) -> bool:
         return self.in_a_row >= self._max
+
+    def checkpoint_due(self, regular: bool) -> bool:
+        """Whether to save now; a regular checkpoint waits for the end of a streak of skipped steps.
+
+        A streak that ends the run may be one broken rank's: what it skipped is then trained again, from before it.
+        """
+        self._owed = self._owed or regular
+        if not self._owed or self.in_a_row:
+            return False
+        self._owed = False
+        return True
 
     def state(self) -> dict[str, int]:
         return {"in_a_row": self.in_a_row, "total": self.total}
@@ -98,6 +110,15 @@ def watch(module: nn.Module, prefix: str) -> Iterator[Findings]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def by_rank(findings: Sequence[str]) -> list[str]:
+    """What the ranks found, each finding once; with the ranks' numbers where they do not all agree."""
+    distinct = list(dict.fromkeys(finding for finding in findings if finding))
+    if len(set(findings)) < 2:
+        return distinct
+    ranks = {finding: ", ".join(str(r) for r, found in enumerate(findings) if found == finding) for finding in distinct}
+    return [f"rank {ranks[finding]}: {finding}" for finding in distinct]
 
 
 def stop_error(step: int, guard: SkipGuard, batches: Sequence[Any], findings: Sequence[str]) -> TrainingError:

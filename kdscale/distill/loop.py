@@ -15,7 +15,7 @@ import torch.distributed as dist
 from kdscale.config import DistillConfig
 from kdscale.data.loader import Batch, LoaderState, PackedLoader
 from kdscale.dist import all_reduce_sum, rank, world_size
-from kdscale.distill.guard import SkipGuard, stop_error, watch
+from kdscale.distill.guard import SkipGuard, by_rank, show_documents, stop_error, watch
 from kdscale.distill.observe import Observer, StepFacts
 from kdscale.distill.saver import Saver
 from kdscale.distill.schedules import cosine_lr
@@ -28,6 +28,7 @@ from kdscale.errors import Interrupted
 from kdscale.losses import TERMS, per_token
 from kdscale.progress import Bar, Reporter
 from kdscale.teacher import Teacher
+from kdscale_launch.watchdog import at_step, enter
 
 _SIGNALS = (2, 15)  # SIGINT, SIGTERM
 
@@ -86,7 +87,8 @@ class Trainer:
                 finished = after.step
                 if finished % self.cfg.validate_every == 0 or finished == self.steps:
                     self._validate(finished)
-                if finished % self.cfg.checkpoint_every == 0 or finished == self.steps or signum:
+                due = self.guard.checkpoint_due(finished % self.cfg.checkpoint_every == 0)
+                if due or finished == self.steps or signum:
                     self._save(after, wait=finished == self.steps or bool(signum))
                 if signum and finished < self.steps:
                     raise Interrupted(signum, f"after training step {finished}, which is saved")
@@ -108,6 +110,7 @@ class Trainer:
         stream = self.loader.batches(start)
         ahead: deque[tuple[list[Batch], LoaderState]] = deque()
         for step in range(start.step, until):
+            enter("data")
             self.observer.begin(step)
             while len(ahead) < min(2, until - step):
                 ahead.append(self._announced(next(stream)))
@@ -122,11 +125,13 @@ class Trainer:
     def _one_step(self, step: int, batches: Sequence[Batch], stop: StopRequest, bar: Bar) -> int:
         """Train, log, guard; returns the signal that some rank got (0: none)."""
         seed_step(self.seed, step, rank())
+        at_step(step + 1, lambda: f"documents {show_documents(batches)}")
         lr = cosine_lr(step, steps=self.steps, lr=self.cfg.optimizer.lr, min_lr=self.cfg.optimizer.min_lr,
                        warmup_steps=self.cfg.optimizer.warmup_steps)  # fmt: skip
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         totals = train_step(self.engine, self.teacher, batches, self.device, self.observer.clock)
+        enter("collective")
         flags = [float(stop.signum == signum) for signum in _SIGNALS]
         sums = self._over_ranks(totals, flags)
         skipped = bool(self.engine.optimizer.overflow)
@@ -180,6 +185,7 @@ class Trainer:
         )
 
     def _save(self, after: LoaderState, wait: bool) -> None:
+        enter("checkpoint")
         self.saver.save(after.step, {"state": {"loader": after.to_json(), "guard": self.guard.state()}}, wait)
 
     def _diagnose(self, batches: Sequence[Batch]) -> list[str]:
@@ -187,6 +193,7 @@ class Trainer:
         bad_loss = False
         with watch(self.teacher.model, "") as teacher, watch(self.engine.module.model, "") as student:
             for number, batch in enumerate(batches):
+                enter("diagnosis")
                 micro = to_device(batch, self.device)
                 targets = self.teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
                 loss_sum, _ = self.engine(micro, targets)
@@ -208,4 +215,4 @@ class Trainer:
             found = f"forward is finite; first non-finite gradient: parameter {parameter}"
         everywhere: list[Any] = [None] * world_size()
         dist.all_gather_object(everywhere, found)
-        return list(dict.fromkeys(everywhere))
+        return by_rank(everywhere)

@@ -20,6 +20,7 @@ from kdscale.heads import final_hidden, head_of
 from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
 from kdscale.teacher import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
+from kdscale_launch.watchdog import enter
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimiser")
 
@@ -127,13 +128,17 @@ def train_step(
     tokens = torch.tensor(float(sum(batch.token_count for batch in batches)), dtype=torch.float64, device=device)
     totals = torch.zeros(1 + len(TERMS) + len(batches), dtype=torch.float64, device=device)
     totals[0] = tokens
+    enter("collective")
     scale = world_size() / all_reduce_sum(tokens).clamp_min(1.0)
     engine.module.at_hidden = lambda: clock.mark("student")
     for number, batch in enumerate(batches):
+        enter("data")
         micro = to_device(batch, device)
         clock.mark("data")
+        enter("teacher")
         targets = teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
         clock.mark("teacher")
+        enter("student")
         loss_sum, terms = engine(micro, targets)
         totals[1 : 1 + len(TERMS)] += terms
         totals[1 + len(TERMS) + number] = loss_sum.detach()
@@ -141,8 +146,10 @@ def train_step(
         # A loss or target that is not finite must reach the gradients even where the backward would hide it: the factor
         # is exactly 1 for finite values and NaN otherwise, and a NaN gradient makes the optimiser skip the step.
         finite = 1.0 + 0.0 * (loss_sum.detach() + targets.probe())
+        enter("backward")
         engine.backward(loss_sum * (scale.float() * finite), scale_wrt_gas=False)
         clock.mark("backward")
+        enter("optimiser")
         if update or number + 1 < len(batches):
             engine.step()
         clock.mark("optimiser")

@@ -14,6 +14,7 @@ from kdscale.distill.step import to_device
 from kdscale.losses import TERMS, per_token
 from kdscale.teacher import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
+from kdscale_launch.watchdog import enter
 
 
 class Validator:
@@ -33,6 +34,7 @@ class Validator:
         totals = torch.zeros(1 + len(TERMS), dtype=torch.float64, device=self._device)
         engine.eval()
         for number, batch in enumerate(self._batches):
+            enter("validation")
             micro = to_device(batch, self._device)
             if number == len(self._targets):
                 self._targets.append(self._teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N))

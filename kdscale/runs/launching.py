@@ -81,6 +81,34 @@ def request(path: Path, overrides: Sequence[str], ranks: int, accept: bool, unti
     return Request(path, full, load_config(path, full), accept, until)
 
 
+def smaller_commands(
+    asked: Request, hosts: Sequence[Host], min_nodes: int, python: str = sys.executable
+) -> dict[int, tuple[str, ...]]:
+    """The command of a rank by the number of hosts, from `min_nodes` to one less than all.
+
+    Numbers whose ranks cannot share the batch are left out. Raises ConfigError when `min_nodes` is one of them, or when
+    the hosts have different numbers of slots.
+    """
+    slots = {host.slots for host in hosts}
+    if len(slots) > 1:
+        raise ConfigError(
+            f"--min-nodes {min_nodes}",
+            expected="the same number of slots on every host",
+            got=", ".join(f"{host.name}: {host.slots}" for host in hosts),
+        )
+    own = [item for item in asked.overrides if not item.startswith("distill.processes=")]
+    commands: dict[int, tuple[str, ...]] = {}
+    for number in range(min_nodes, len(hosts)):
+        try:
+            fewer = request(asked.path, own, total_slots(hosts[:number]), asked.accept_changes, asked.until)
+        except ConfigError as error:
+            if number == min_nodes:
+                raise ConfigError(f"--min-nodes {min_nodes} cannot be used", got=str(error)) from error
+        else:
+            commands[number] = ranks_command(fewer, python)
+    return commands
+
+
 def ranks_command(asked: Request, python: str = sys.executable) -> tuple[str, ...]:
     return (python, "-m", MEMBER, *asked.arguments)
 
@@ -118,6 +146,9 @@ def describe(job: HostsJob) -> str:
     port = str(job.master_port) if job.master_port else "(one that is free on the first host)"
     about = {"WORLD_SIZE": str(total_slots(job.hosts)), "MASTER_ADDR": address, "MASTER_PORT": port}
     lines += [f"#   {line}" for line in shown({**about, **job.env})]
+    if job.smaller:
+        counts = ", ".join(map(str, sorted(job.smaller)))
+        lines += [f"# when hosts do not come back, also on {counts} of {len(job.hosts)}"]
     lines += [f"# logs: {job.log_dir}/ATTEMPT/rank-N.log", f"# restarts: at most {job.max_restarts}"]
     return "\n".join(lines)
 

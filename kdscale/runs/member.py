@@ -7,6 +7,7 @@ MASTER_PORT, distil with it, and are done. Exit code 75 after SIGTERM: everythin
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    signal.signal(signal.SIGUSR1, _show_stacks)
     try:
         last = next((item.removeprefix(UNTIL) for item in arguments if item.startswith(UNTIL)), "report")
         config = load_config(Path(arguments[0]), [item for item in arguments[1:] if not item.startswith("--")])
@@ -56,6 +58,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _stop(number: int, _frame: object) -> NoReturn:
     raise Interrupted(number)
+
+
+def _show_stacks(number: int, _frame: object) -> None:
+    """The launcher asks every rank when one hangs; the distillation's watchdog and launcher answer for themselves."""
+    faulthandler.dump_traceback(all_threads=True)
 
 
 if __name__ == "__main__":

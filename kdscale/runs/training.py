@@ -19,6 +19,7 @@ from kdscale.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    HungRankError,
     Interrupted,
     KdscaleError,
     LostRankError,
@@ -50,15 +51,19 @@ def train(context: Context) -> Mapping[str, Any]:
 
 
 def _run_rank(config: Config, run: RunFolder, teacher: Path, reporter: Reporter) -> None:
+    from kdscale.dist import rank
     from kdscale.distill import engine
+    from kdscale.distill.timeouts import watchdog_seconds
+    from kdscale_launch.watchdog import watching
 
-    engine.run(
-        config, teacher_dir=teacher, student_dir=run.pruned, data_dir=run.data, run_dir=run.path, reporter=reporter
-    )
+    with watching(watchdog_seconds(config), rank()):
+        engine.run(
+            config, teacher_dir=teacher, student_dir=run.pruned, data_dir=run.data, run_dir=run.path, reporter=reporter
+        )
 
 
 def _launch(context: Context) -> None:
-    from kdscale_launch import JobSpec, LaunchError, RankFailed, run_local
+    from kdscale_launch import HUNG_EXIT_CODE, JobSpec, LaunchError, RankFailed, run_local
 
     place = _place(context.config)
     spec = JobSpec(
@@ -73,7 +78,8 @@ def _launch(context: Context) -> None:
         hint = f"the ranks' logs are in {context.run.logs}"
         if error.exit_code in FINAL_CODES:
             raise TrainingError(str(error), hint=hint) from error
-        raise LostRankError(str(error), hint=hint) from error
+        lost = HungRankError if error.exit_code == HUNG_EXIT_CODE else LostRankError
+        raise lost(str(error), hint=hint) from error
     except LaunchError as error:
         raise TrainingError("the ranks could not be started", got=str(error)) from error
     finally:

@@ -4,11 +4,12 @@ from kdscale_launch.cluster import Cluster, Task, signals_noted
 from kdscale_launch.failure import Failure, Outcome
 from kdscale_launch.hostfile import Host, parse_hostfile, read_hostfile, total_slots
 from kdscale_launch.hosts import HostsJob, JobFailed, run_hosts
-from kdscale_launch.job import STOPPED_EXIT_CODE, JobSpec, LaunchError, Place, RankFailed
+from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, LaunchError, Place, RankFailed
 from kdscale_launch.local import run_local
 from kdscale_launch.remote import Reach
 
 __all__ = [
+    "HUNG_EXIT_CODE",
     "STOPPED_EXIT_CODE",
     "Cluster",
     "Failure",

@@ -5,8 +5,8 @@ passes signals on, sends what one of them prints. When the launcher is gone (std
 seconds) it kills its ranks and leaves. Everything a rank needs, secrets too, comes over the pipe and is on no command
 line.
 
-Orders: hello, beat, ping, port, run, signal, end, leave. Reports: hello, beat, pong, port, started, output, exit, done,
-refused.
+Orders: hello, beat, ping, port, run, signal, stacks, end, leave. Reports: hello, beat, pong, port, started, output,
+stopped, exit, done, refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from kdscale_launch.job import LaunchError
 from kdscale_launch.local import free_port
-from kdscale_launch.processes import Process, signal_groups, start, tail
+from kdscale_launch.processes import Process, ask_for_stacks, is_stopped, signal_groups, start, tail
 from kdscale_launch.wire import Lines, Message, decode, encode
 
 _POLL_SECONDS = 0.1
@@ -93,6 +93,10 @@ class Agent:
                     self._say({"say": "refused", "why": str(error)})
             case "signal" if self._run is not None:
                 signal_groups(list(self._run.ranks.values()), int(order["signum"]))
+            case "stacks" if self._run is not None:
+                for rank in self._run.stopped():
+                    self._say({"say": "stopped", "rank": rank})
+                ask_for_stacks(list(self._run.ranks.values()))
             case "end" if self._run is not None:
                 self._run.end(float(order["grace"]))
             case "leave":
@@ -203,6 +207,10 @@ class Run:
         """What a rank left running in its own group ends with it."""
         with suppress(ProcessLookupError, PermissionError):  # nothing is left of the group
             os.killpg(process.pid, signal.SIGKILL)
+
+    def stopped(self) -> list[int]:
+        """Ranks that some signal has stopped: they live, and do nothing."""
+        return [rank for rank, process in self.ranks.items() if process.poll() is None and is_stopped(process.pid)]
 
     def end(self, grace: float) -> None:
         signal_groups(list(self.ranks.values()), signal.SIGTERM)

@@ -21,6 +21,8 @@ from kdscale_launch.wire import Message
 _TURN_SECONDS = 0.2
 _BEATS_A_DEADLINE = 4
 _SETTLE_SECONDS = 1.5  # how long to wait after the first failure for the one that caused it
+_HUNG_SETTLE_SECONDS = 5.0  # watchdogs of ranks that wait for each other end within their rounds, not at once
+_STACKS_SECONDS = 1.0
 _RETRY_SECONDS = 2.0
 _CLOSE_SECONDS = 2.0
 
@@ -64,14 +66,20 @@ class Cluster:
         self._beating.join()
         _close(list(self._remotes.values()))
 
-    def connect(self) -> dict[int, str]:
-        """Agents on all hosts, tried again until `connect_seconds` are over; by host index, why not."""
-        deadline = time.monotonic() + self.reach.connect_seconds
+    def connect(self, patience: Mapping[int, float] | None = None) -> dict[int, str]:
+        """Agents on all hosts, tried again until `connect_seconds` are over; by host index, why not.
+
+        `patience` is another number of seconds for some hosts, by index.
+        """
+        seconds = dict.fromkeys(range(len(self.hosts)), self.reach.connect_seconds) | dict(patience or {})
+        deadline = {index: time.monotonic() + limit for index, limit in seconds.items()}
         waiting = dict.fromkeys(range(len(self.hosts)), 0.0)  # host → when to try (again)
         ready: set[int] = set()
         trying: dict[int, Remote] = {}
         why: dict[int, str] = {}
-        while len(ready) < len(self.hosts) and time.monotonic() < deadline and not self._received:
+        while not self._received and any(
+            index not in ready and time.monotonic() < until for index, until in deadline.items()
+        ):
             for index in [i for i, at in waiting.items() if at <= time.monotonic()]:
                 del waiting[index]
                 trying[index] = Remote(index, self.hosts[index], self.reach.command(self.hosts[index]), self._events)
@@ -89,6 +97,16 @@ class Cluster:
                     waiting[remote.index] = time.monotonic() + _RETRY_SECONDS
         _close(list(trying.values()))
         return {index: why.get(index, "no answer") for index in range(len(self.hosts)) if index not in ready}
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Go on with these hosts alone, numbered anew in this order; the agents of the others leave."""
+        kept = [self._remotes[index] for index in indices]
+        _close([remote for remote in self._remotes.values() if remote not in kept])
+        self.hosts = tuple(self.hosts[index] for index in indices)
+        for number, remote in enumerate(kept):
+            remote.index = number
+        self._remotes = dict(enumerate(kept))
+        self.last_heard.clear()
 
     def clock_skews(self, pings: int = 5) -> dict[int, tuple[float, float]]:
         """Seconds by which each host's clock is ahead of this one's, and the uncertainty: half the best round trip."""
@@ -116,7 +134,7 @@ class Cluster:
 
         A signal that came is passed on once; ranks then have `grace` seconds to save before they are killed.
         """
-        outcome = Outcome(self.hosts)
+        outcome = Outcome(self.hosts, log_dir=task.log_dir)
         running = set(self._remotes) - set(self.lost)
         for index, why in self.lost.items():
             outcome.failures.append(Failure(index, None, f"lost: {why}", "", time.monotonic()))
@@ -138,8 +156,12 @@ class Cluster:
                 self._tell(running, {"do": "signal", "signum": signal.SIGKILL if hard else self._received[0]})
                 end_at = min(end_at, now + (0.0 if hard else task.grace))
             elif outcome.failures and not forwarded:
-                end_at = min(end_at, now + _SETTLE_SECONDS)
-            if now >= end_at and give_up == float("inf"):
+                end_at = min(end_at, now + (_HUNG_SETTLE_SECONDS if outcome.failures[0].hung else _SETTLE_SECONDS))
+            if now >= end_at and not forwarded and not outcome.asked and outcome.wants_stacks:
+                self._tell(running, {"do": "stacks"})
+                outcome.asked = True
+                end_at = now + _STACKS_SECONDS
+            elif now >= end_at and give_up == float("inf"):
                 # Peers of a lost rank hang in a collective, where no Python signal handler runs: they get little time.
                 grace = 0.0 if forwarded else min(task.grace, 5.0)
                 self._tell(running, {"do": "end", "grace": grace})
@@ -177,8 +199,13 @@ class Cluster:
             case "exit":
                 outcome.said[message["rank"]] = message["tail"]
                 outcome.codes[message["rank"]] = message["code"]
-                if message["code"] and not self._received and not outcome.ending:
+                # a rank on its way out has no handler any more for the request for stacks: no failure of its own
+                asked = outcome.asked and message["code"] == -signal.SIGUSR1
+                if message["code"] and not asked and not self._received and not outcome.ending:
                     outcome.failures.append(Failure(index, message["rank"], "", message["tail"], now, message["code"]))
+            case "stopped" if not outcome.ending:
+                why = "stopped by a signal, it makes no progress"
+                outcome.failures.append(Failure(index, message["rank"], why, "", now))
             case "done":
                 running.discard(index)
             case "refused":

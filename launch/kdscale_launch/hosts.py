@@ -10,16 +10,21 @@ from datetime import UTC, datetime
 
 from kdscale_launch.cluster import Cluster, Task
 from kdscale_launch.failure import Failure, Outcome
-from kdscale_launch.hostfile import Host
+from kdscale_launch.hostfile import Host, total_slots
 from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
 from kdscale_launch.remote import Reach
 
 _FENCE_MARGIN_SECONDS = 3.0
+_AWAY_SECONDS = 10.0  # how long a restart looks for a host that was already away at the last one
 
 
 @dataclass(frozen=True)
 class HostsJob:
-    """One command a rank on several hosts. `log_dir` gets a folder for each attempt with a file for each rank."""
+    """One command a rank on several hosts. `log_dir` gets a folder for each attempt with a file for each rank.
+
+    With `smaller`, commands by a smaller number of hosts, the job goes on with so many when others do not come back
+    within `host_seconds`, and with all of them again at the first restart that finds them.
+    """
 
     hosts: tuple[Host, ...]
     command: tuple[str, ...]
@@ -32,6 +37,7 @@ class HostsJob:
     max_restarts: int = 0
     host_seconds: float = 300.0  # how long a restart waits for a host to come back
     final_codes: frozenset[int] = frozenset()  # exit codes that another try would not change
+    smaller: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class JobFailed(LaunchError):  # noqa: N818 - says what happened
@@ -47,9 +53,10 @@ def run_hosts(job: HostsJob, received: Sequence[int], say: Callable[[str], None]
 
     `received` fills with signals (see `signals_noted`). Raises JobFailed with the first failing rank's error.
     """
+    away: dict[int, str] = {}
     for attempt in range(job.max_restarts + 1):
         last = attempt == job.max_restarts
-        outcome, quiet_since = _attempt(job, attempt, received, output)
+        outcome, quiet_since = _attempt(job, attempt, away, received, say, output)
         if received:
             return _stopped(outcome, received[0], say)
         if outcome.ok:
@@ -68,32 +75,57 @@ def run_hosts(job: HostsJob, received: Sequence[int], say: Callable[[str], None]
 
 
 def _attempt(
-    job: HostsJob, attempt: int, received: Sequence[int], output: Callable[[str], None]
+    job: HostsJob,
+    attempt: int,
+    away: dict[int, str],
+    received: Sequence[int],
+    say: Callable[[str], None],
+    output: Callable[[str], None],
 ) -> tuple[Outcome, float | None]:
-    """One try. Also: when the last host that was lost was last heard (None: none was lost)."""
+    """One try. Also: when the last host that was lost was last heard (None: none was lost).
+
+    `away` holds the hosts that the attempt before went on without, and why; it is brought up to date.
+    """
     reach = replace(job.reach, connect_seconds=job.host_seconds) if attempt else job.reach
     with Cluster(job.hosts, reach, received) as cluster:
-        unreachable = cluster.connect()
+        unreachable = cluster.connect({index: min(_AWAY_SECONDS, reach.connect_seconds) for index in away})
         if received:
             return Outcome(job.hosts, signum=received[0]), None
-        if unreachable:
-            listed = "\n".join(f"  - {job.hosts[i].name}: {why}" for i, why in unreachable.items())
-            raise JobFailed(f"hosts that cannot be reached after {reach.connect_seconds:g} s:\n{listed}", 1)
+        command = _fit(job, cluster, unreachable, say) if unreachable else job.command
+        if away and not unreachable:
+            say(f"all {len(job.hosts)} hosts are back")
+        away.clear()
+        away.update(unreachable)
         port = job.master_port or cluster.free_port()
         if port is None:
             outcome = Outcome(job.hosts, failures=[Failure(0, None, "does not answer", "", time.monotonic())])
             return outcome, cluster.last_heard.get(0)
         task = Task(
-            command=job.command,
+            command=command,
             env=job.env,
             log_dir=f"{job.log_dir}/{_attempt_name(attempt)}",
-            master_addr=job.master_addr or job.hosts[0].address,
+            # where rank 0 is has moved when the first host is away
+            master_addr=cluster.hosts[0].address if 0 in away else job.master_addr or job.hosts[0].address,
             master_port=port,
             grace=job.grace,
         )
         outcome = cluster.run(task, output)
         silent = [cluster.last_heard[index] for index in cluster.lost]
         return outcome, max(silent, default=None)
+
+
+def _fit(
+    job: HostsJob, cluster: Cluster, unreachable: Mapping[int, str], say: Callable[[str], None]
+) -> tuple[str, ...]:
+    """The command for as many of the hosts that were reached as one fits. Raises JobFailed when none does."""
+    listed = "\n".join(f"  - {job.hosts[index].name}: {why}" for index, why in unreachable.items())
+    reached = [index for index in range(len(job.hosts)) if index not in unreachable]
+    count = max((number for number in job.smaller if number <= len(reached)), default=0)
+    if not count:
+        raise JobFailed(f"hosts that cannot be reached after {cluster.reach.connect_seconds:g} s:\n{listed}", 1)
+    cluster.keep(reached[:count])
+    say(f"going on with {count} of {len(job.hosts)} hosts ({total_slots(cluster.hosts)} ranks), without\n{listed}")
+    return job.smaller[count]
 
 
 def _attempt_name(attempt: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+HUNG_EXIT_CODE = 9  # ended by its own watchdog
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything saved; the same command goes on
 
 
@@ -63,4 +64,6 @@ class RankFailed(LaunchError):  # noqa: N818 - says what happened
 
 
 def how_it_ended(exit_code: int) -> str:
+    if exit_code == HUNG_EXIT_CODE:
+        return f"hung: its watchdog ended it (exit code {exit_code})"
     return f"was killed by signal {-exit_code}" if exit_code < 0 else f"left with exit code {exit_code}"

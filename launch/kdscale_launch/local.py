@@ -13,10 +13,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kdscale_launch.job import STOPPED_EXIT_CODE, JobSpec, RankFailed
-from kdscale_launch.processes import Process, end_groups, signal_groups, start, tail
+from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, RankFailed
+from kdscale_launch.processes import (
+    Process,
+    ask_for_stacks,
+    end_groups,
+    is_stopped,
+    signal_groups,
+    start,
+    tail,
+)
+from kdscale_launch.watchdog import WAITING
 
 _POLL_SECONDS = 0.1
+_SETTLE_SECONDS = 5.0  # ranks that wait for each other hang for as long, but not to the second
+_STACKS_SECONDS = 1.0
 # A job system may signal every process of the job, and the launcher above passes the same signal on: that is one.
 SAME_SIGNAL_SECONDS = 2.0
 
@@ -89,12 +100,33 @@ def _forward_signals(ranks: Sequence[Process]) -> Iterator[list[int]]:
         received.append(signum)
         signal_groups(ranks, signum if len(received) == 1 else signal.SIGKILL)
 
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        ask_for_stacks(ranks)
+
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, pass_on)
     try:
         yield received
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def _hung(spec: JobSpec, ranks: Sequence[Process], first: int) -> RankFailed:
+    """Which of the ranks that stand still is the one that the others wait for; asks all for their stacks."""
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    stopped = [index for index, process in enumerate(ranks) if process.poll() is None and is_stopped(process.pid)]
+    if any(process.poll() is None for process in ranks):
+        ask_for_stacks(ranks)
+        time.sleep(_STACKS_SECONDS)
+    if stopped:
+        return RankFailed(spec.first_rank + stopped[0], HUNG_EXIT_CODE, "stopped by a signal, it makes no progress")
+    hung = [index for index, process in enumerate(ranks) if process.poll() == HUNG_EXIT_CODE]
+    causes = [index for index in hung if index > 0 and WAITING not in _said(spec, index)]  # the first has no log
+    found = (causes or hung or [first])[0]
+    return RankFailed(spec.first_rank + found, HUNG_EXIT_CODE, _said(spec, found))
 
 
 def _wait(spec: JobSpec, ranks: Sequence[Process], received: list[int]) -> int:
@@ -111,6 +143,8 @@ def _wait(spec: JobSpec, ranks: Sequence[Process], received: list[int]) -> int:
         elif failed is not None and codes[failed] == STOPPED_EXIT_CODE:
             received.append(signal.SIGTERM)  # it came to one rank from elsewhere, and all stop at the same step
         elif failed is not None:
+            if codes[failed] == HUNG_EXIT_CODE:
+                raise _hung(spec, ranks, failed)
             # Peers of a lost rank hang in a collective, where no Python signal handler runs: they get little time.
             end_groups(ranks, min(spec.grace_seconds, 5.0))
             raise RankFailed(spec.first_rank + failed, int(codes[failed] or 1), _said(spec, failed))

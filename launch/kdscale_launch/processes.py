@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def _die_with(parent: int) -> Callable[[], None]:
 
     def ask() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the request for stacks, until the command has a handler for it
         if os.getppid() != parent:  # it died before the call
             os._exit(1)
 
@@ -69,6 +71,31 @@ def signal_groups(processes: Sequence[Process], signum: int) -> None:
                 os.killpg(process.pid, signum)
             except ProcessLookupError:
                 continue  # ended between the two calls
+
+
+def ask_for_stacks(processes: Sequence[Process]) -> None:
+    """SIGUSR1 to each live process alone: what it started itself may not expect that signal."""
+    for process in processes:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGUSR1)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process or one that it started, however deep, was stopped by a signal (Linux; elsewhere False)."""
+    parents: dict[int, int] = {}
+    stopped: set[int] = set()
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended between the two calls
+            state, parent = entry.read_text().rsplit(")", 1)[1].split()[:2]
+            parents[int(entry.parent.name)] = int(parent)
+            stopped |= {int(entry.parent.name)} if state in "Tt" else set()
+    for child in stopped:
+        line = child
+        while line in parents:
+            if line == pid:
+                return True
+            line = parents[line]
+    return False
 
 
 def end_groups(processes: Sequence[Process], grace_seconds: float) -> None:

@@ -19,12 +19,13 @@ _POLL_SECONDS = 0.2
 
 def main(arguments: Sequence[str]) -> int:
     parent, command = int(arguments[0]), list(arguments[1:])
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the request for stacks, until the command has a handler for it
     child = subprocess.Popen(command)
 
     def forward(signum: int, frame: FrameType | None) -> None:
         child.send_signal(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, forward)
     while child.poll() is None:
         if os.getppid() != parent:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdscale.distill.guard import SkipGuard, show_documents, stop_error, watch
+from kdscale.distill.guard import SkipGuard, by_rank, show_documents, stop_error, watch
 
 
 def test_counts_in_a_row_and_in_all():
@@ -20,6 +20,22 @@ def test_counts_in_a_row_and_in_all():
     again.restore(guard.state())
     again.record(True)
     assert (again.total, again.exhausted) == (3, True)
+
+
+def test_a_checkpoint_waits_for_the_end_of_a_streak():
+    guard, saved = SkipGuard(9), []
+    for step, skipped in enumerate([False, True, True, False, False, True, False], start=1):
+        guard.record(skipped)
+        if guard.checkpoint_due(regular=step % 3 == 0):
+            saved.append(step)
+    assert saved == [4, 7]  # due at 3 and 6, both skipped
+
+
+def test_the_rank_that_found_something_else_is_named():
+    assert by_rank(["", "bad layer", ""]) == ["rank 1: bad layer"]
+    assert by_rank(["a", "b", "a"]) == ["rank 0, 2: a", "rank 1: b"]
+    assert by_rank(["a", "a"]) == ["a"]
+    assert by_rank([""]) == []
 
 
 def test_documents_are_named_once_and_not_by_the_hundred():

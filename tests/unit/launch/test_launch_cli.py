@@ -11,6 +11,8 @@ import pytest
 
 from kdscale.cli.main import app
 from kdscale.errors import ConfigError
+from kdscale.runs.launching import request, smaller_commands
+from kdscale_launch import Host
 
 HOSTS = "node-1 slots=1\nnode-2 slots=1\n"
 Launch = Callable[..., str]
@@ -57,6 +59,16 @@ def test_hosts(dry: Launch, config: Path, tmp_path: Path) -> None:
         assert f"#   {variable}" in lines
 
 
+def test_fewer_hosts(dry: Launch, tmp_path: Path) -> None:
+    reach = ("--hostfile", str(tmp_path / "hosts"), "--min-nodes")
+    assert "# when hosts do not come back, also on 1 of 2" in dry(*reach, "1").splitlines()
+    assert "also on" not in dry(*reach, "2")
+    with pytest.raises(ConfigError, match="1 to 2, the number of hosts"):
+        dry(*reach, "3")
+    with pytest.raises(ConfigError, match="our own agents"):
+        dry(*reach, "1", "--launcher", "deepspeed")
+
+
 def test_deepspeed(dry: Launch, tmp_path: Path, config: Path) -> None:
     plain = config.rename(tmp_path / "plain.yaml")
     config.symlink_to(plain)
@@ -99,7 +111,7 @@ def test_torchrun(dry: Launch, config: Path) -> None:
         ((), "--hostfile, --slurm, --kubernetes, --torchrun"),
         (("--slurm", "--torchrun"), "got:      --slurm, --torchrun"),
         (("--slurm", "--nodes", "3"), r"global_batch \(8\) must be a multiple"),
-        (("--slurm", "--nodes", "2", "--min-nodes", "1"), "number of ranks"),
+        (("--slurm", "--nodes", "2", "--min-nodes", "1"), "fewer nodes need --hostfile"),
         (("--slurm", "--set", "distill.processes=2"), "number of slots"),
         (("--slurm", "--until", "prune"), "distill, eval, report"),
         (("--slurm", "--sbatch", "a b\nc"), "not an sbatch option"),
@@ -111,3 +123,18 @@ def test_torchrun(dry: Launch, config: Path) -> None:
 def test_what_cannot_be_is_refused_at_once(dry: Launch, args: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dry(*args)
+
+
+def test_commands_for_fewer_hosts(config: Path) -> None:
+    hosts = [Host(f"node-{number}", 2) for number in range(4)]
+    asked = request(config, ["teacher.path=/a b"], 8, accept=False)
+    commands = smaller_commands(asked, hosts, 1, "py")
+    assert {number: words[-1] for number, words in commands.items()} == {  # 6 ranks cannot share 8 sequences
+        1: "distill.processes=2",
+        2: "distill.processes=4",
+    }
+    assert commands[1][-2] == "teacher.path=/a b"
+    with pytest.raises(ConfigError, match=r"(?s)--min-nodes 3 .*multiple"):
+        smaller_commands(asked, hosts, 3, "py")
+    with pytest.raises(ConfigError, match=r"(?s)same number of slots.*node-3: 1"):
+        smaller_commands(asked, [*hosts[:3], Host("node-3", 1)], 1, "py")

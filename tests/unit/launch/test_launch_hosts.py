@@ -225,15 +225,22 @@ def test_an_error_that_would_come_again_is_not_tried_again(reach, tmp_path):
 
 SAVES = """
 import os, signal, sys, time
-def stop(number, frame): open("saved-" + os.environ["RANK"], "w").close(); sys.exit({code})
+def stop(number, frame): open("saved-" + os.environ["RANK"], "w").close(); {leave}
 signal.signal(signal.SIGTERM, stop)
 open("ready-" + os.environ["RANK"], "w").close()
 while True: time.sleep(0.05)
 """
 
 
-@pytest.mark.parametrize(("rank_code", "job_code"), [(STOPPED_EXIT_CODE, STOPPED_EXIT_CODE), (3, 128 + signal.SIGTERM)])
-def test_sigterm_lets_every_rank_save(reach, tmp_path, wait_for, rank_code, job_code):
+@pytest.mark.parametrize(
+    ("leave", "job_code"),
+    [
+        (f"sys.exit({STOPPED_EXIT_CODE})", STOPPED_EXIT_CODE),
+        ("signal.signal(15, signal.SIG_DFL), os.kill(os.getpid(), 15)", STOPPED_EXIT_CODE),  # it had not begun yet
+        ("sys.exit(3)", 128 + signal.SIGTERM),
+    ],
+)
+def test_sigterm_lets_every_rank_save(reach, tmp_path, wait_for, leave, job_code):
     received: list[int] = []
 
     def stop() -> None:
@@ -242,16 +249,60 @@ def test_sigterm_lets_every_rank_save(reach, tmp_path, wait_for, rank_code, job_
 
     thread = threading.Thread(target=stop)
     thread.start()
-    code, said = run(job(reach, tmp_path, SAVES.format(code=rank_code), max_restarts=3), received)
+    code, said = run(job(reach, tmp_path, SAVES.format(leave=leave), max_restarts=3), received)
     thread.join()
     assert code == job_code
     assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
-    assert ("not every rank stopped" in said) == (rank_code == 3)
+    assert ("not every rank stopped" in said) == (job_code != STOPPED_EXIT_CODE)
 
 
 def test_a_rank_stopped_from_elsewhere_leaves_the_job_to_be_started_again(reach, tmp_path):
     code = f"import sys; sys.exit({STOPPED_EXIT_CODE})"
     assert run(job(reach, tmp_path, code))[0] == STOPPED_EXIT_CODE
+
+
+# --- fewer hosts
+
+SHRINKS = """
+import os, signal, sys
+seen = open("seen", "a")
+seen.write(os.environ["WORLD_SIZE"] + os.environ["RANK"] + " "); seen.flush()
+if os.environ["WORLD_SIZE"] == "1":
+    os.unlink("away-{lost}"); sys.exit("breaks again")
+if not os.path.exists("once"):
+    if os.environ["RANK"] != "{rank}": signal.pause()
+    open("once", "w"); open("away-{lost}", "w"); os.kill(os.getppid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def reach_with_absences(reach, tmp_path):
+    """A host whose `away-NAME` exists cannot be reached."""
+    script = Path(reach.ssh[0])
+    refusal = f'[ -e "{tmp_path}/away-$1" ] && {{ echo no route >&2; exit 255; }}'
+    text = script.read_text().replace("\nshift\n", f"\n{refusal}\nshift\n")
+    script.write_text(text)
+    return reach
+
+
+@pytest.mark.parametrize(("rank", "lost"), [(1, "two"), (0, "one")])
+def test_a_job_goes_on_with_fewer_hosts_and_with_all_when_they_are_back(reach_with_absences, tmp_path, rank, lost):
+    code = SHRINKS.format(rank=rank, lost=lost)
+    wanted = job(reach_with_absences, tmp_path, code, max_restarts=2, host_seconds=1.0, smaller={1: python(code)})
+    assert run(wanted)[0] == 0
+    said = (tmp_path / "seen").read_text().split()
+    assert sorted(said[:2]) == sorted(said[3:]) == ["20", "21"]
+    assert said[2] == "10"  # alone, as rank 0
+
+
+def test_it_says_which_hosts_it_goes_on_without(reach_with_absences, tmp_path):
+    (tmp_path / "away-two").touch()
+    reach = replace(reach_with_absences, connect_seconds=0.5)
+    code, said = run(job(reach, tmp_path, "pass", smaller={1: python("pass")}))
+    assert code == 0
+    assert said == "going on with 1 of 2 hosts (1 ranks), without\n  - two: no route"
+    with pytest.raises(JobFailed, match="two: no route"):
+        run(job(reach, tmp_path, "pass"))
 
 
 # --- what is executed

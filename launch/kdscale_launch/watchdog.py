@@ -1,0 +1,142 @@
+"""A rank that makes no progress says where it hangs, and leaves with an exit code of its own.
+
+Two clocks, neither of them in the training loop. A Python thread counts the time since the last `enter`; when it is
+over, it writes every thread's stack and one line that the launcher reads, and ends the process, wherever the main
+thread is. A C extension that keeps Python's lock would stop that thread too: each of its rounds re-arms faulthandler's
+own C timer, which then writes the stacks and leaves with 1. Standard library only.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from kdscale_launch.job import HUNG_EXIT_CODE
+
+MARK = "kdscale watchdog:"
+WAITING = "waiting for other ranks"
+# Loading, saving and exporting have no steps to count, and take as long as the storage does.
+SLOW_PHASES = frozenset({"start", "load", "initialise", "checkpoint", "export"})
+SLOW_FACTOR = 4
+_REPORT_SECONDS = 10.0  # a log on storage that hangs must not keep a rank that hangs
+_ROUND_SECONDS = 1.0
+_COLLECTIVE = re.compile(r"torch/distributed/|deepspeed/(comm|runtime/zero)/")
+_SHOWN_PARTS = 3
+
+
+class Watchdog:
+    """`seconds` without an `enter` are a hang; SLOW_FACTOR times as long in SLOW_PHASES."""
+
+    def __init__(self, seconds: float, rank: int):
+        self._seconds, self._rank = seconds, rank
+        self._phase, self._step = "start", 0
+        self._about: Callable[[], str] = str
+        self._beats = 0
+        self._over = threading.Event()
+        self._out = os.dup(2)  # where this rank's log goes now, whatever is redirected later
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def enter(self, phase: str) -> None:
+        self._phase = phase
+        self._beats += 1
+
+    def at_step(self, step: int, about: Callable[[], str]) -> None:
+        self._step, self._about = step, about
+        self._beats += 1
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        os.close(self._out)
+
+    @property
+    def _limit(self) -> float:
+        return self._seconds * (SLOW_FACTOR if self._phase in SLOW_PHASES else 1)
+
+    def _watch(self) -> None:
+        pause = min(_ROUND_SECONDS, self._seconds / 8)
+        seen, idle, before = -1, 0.0, time.monotonic()
+        while True:
+            faulthandler.dump_traceback_later(self._limit + 2 * pause, exit=True, file=self._out)
+            if self._over.wait(pause):
+                return
+            now = time.monotonic()
+            # a process that was stopped, and is let go on, gets its time back
+            idle, before = idle + min(now - before, 2 * pause), now
+            if self._beats != seen:
+                seen, idle = self._beats, 0.0
+            if idle > self._limit:
+                self._leave(idle)
+
+    def _leave(self, idle: float) -> None:
+        reporter = threading.Thread(target=self._report, args=(idle,), daemon=True)
+        reporter.start()
+        reporter.join(_REPORT_SECONDS)
+        os._exit(HUNG_EXIT_CODE)
+
+    def _report(self, idle: float) -> None:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        faulthandler.dump_traceback(file=self._out, all_threads=True)
+        os.write(self._out, f"{MARK} rank {self._rank} {self._sentence(frame, idle)}\n".encode())
+
+    def _sentence(self, frame: FrameType | None, idle: float) -> str:
+        where = f"{frame.f_code.co_name} ({_short(frame)})" if frame else "a main thread that has ended"
+        waits = f"; {WAITING}" if frame and _in_collective(frame) else ""
+        about = self._about()
+        documents = f", {about}" if about else ""
+        return (
+            f"hung in {where}: phase {self._phase}, step {self._step}{documents}, no progress for {idle:.0f} s{waits}"
+        )
+
+
+def _short(frame: FrameType) -> str:
+    return "/".join([*frame.f_code.co_filename.split("/")[-_SHOWN_PARTS:]]) + f":{frame.f_lineno}"
+
+
+def _in_collective(frame: FrameType) -> bool:
+    """Whether the innermost Python function belongs to a collective: then another rank is the one that hangs."""
+    return _COLLECTIVE.search(frame.f_code.co_filename) is not None
+
+
+_current: list[Watchdog] = []
+
+
+def enter(phase: str) -> None:
+    """Progress: this process is now in `phase`. Nothing happens where no watchdog runs."""
+    for watchdog in _current:
+        watchdog.enter(phase)
+
+
+def at_step(step: int, about: Callable[[], str]) -> None:
+    """Progress: optimiser step `step` begins; `about()` says what it works on, and is called only to report."""
+    for watchdog in _current:
+        watchdog.at_step(step, about)
+
+
+@contextmanager
+def watching(seconds: float, rank: int) -> Iterator[None]:
+    """Watch this process for the length of the block; with 0 seconds only show stacks on SIGUSR1. One at a time."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # by which a launcher asks for the stacks
+    watchdogs = [Watchdog(seconds, rank)] if seconds else []
+    for watchdog in watchdogs:
+        watchdog.start()
+    _current.extend(watchdogs)
+    try:
+        yield
+    finally:
+        _current.clear()
+        for watchdog in watchdogs:
+            watchdog.stop()
+        faulthandler.unregister(signal.SIGUSR1)
