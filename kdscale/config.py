@@ -188,6 +188,8 @@ class DistillConfig(_Section):
     processes: Count = 1
     dtype: Dtype = "auto"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    # the teacher's weights: whole on every rank, a share on each, or once in each host's memory
+    teacher_placement: Literal["replicated", "partitioned", "offloaded"] = "replicated"
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()

@@ -1,7 +1,7 @@
 """Distillation on DeepSpeed: start the group, build teacher, student and engine, train, export.
 
-The only file that imports deepspeed, and only when a run starts. A single CPU process is the smallest cluster: it
-runs the same code as a rank started by a launcher under RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+Only this file and zero3.py import deepspeed, and only when a run starts. A single CPU process is the smallest cluster:
+it runs the same code as a rank started by a launcher under RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from kdscale.dist import barrier, is_main, rank, world_size
 from kdscale.distill import state
 from kdscale.distill.export import export_student, model_card
 from kdscale.distill.loop import Trainer
+from kdscale.distill.pair import load_pair, whole_shape
 from kdscale.distill.quiet import quiet
 from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.heads import head_of
 from kdscale.metrics import MetricsLog
-from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
+from kdscale.models import resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
 from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.targets import shared_vocabulary
 
 _TAG = "deepspeed"
 # Settings that change no byte of the student; all others in cfg.distill are part of a checkpoint's fingerprint.
-_FREE_SETTINGS = {"validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints"}
+_FREE_SETTINGS = {"teacher_placement", "validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints"}
 
 
 def run(
@@ -61,7 +60,9 @@ def run(
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
     stage = _stage(cfg.distill.zero_stage, dtype, reporter)
-    teacher, student = _load_pair(cfg, teacher_dir, student_dir, dtype, device)
+    zero3 = _deepspeed_config(cfg, stage, dtype, device) if stage == 3 else None
+    with quiet(log_path):
+        teacher, student = load_pair(cfg, teacher_dir, student_dir, dtype, device, zero3)
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
         if dtype == torch.bfloat16:
@@ -147,26 +148,6 @@ def _stage(stage: int, dtype: torch.dtype, reporter: Reporter) -> int:
     return stage
 
 
-def _load_pair(
-    cfg: Config, teacher_dir: Path, student_dir: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[OnlineTeacher, StudentModule]:
-    trust = cfg.teacher.trust_remote_code
-    loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
-    student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
-    tokens = load_tokenizer(teacher_dir, trust).get_vocab()
-    if load_tokenizer(student_dir, trust).get_vocab() != tokens:
-        raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
-    rows = [head_of(model).vocab for model in (loaded, student)]
-    vocab = shared_vocabulary(rows[0], rows[1], max(tokens.values()) + 1, str(student_dir))
-    if cfg.distill.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loss = cfg.distill.loss
-    teacher = OnlineTeacher(
-        loaded, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=loss.targets == "full"
-    )
-    return teacher, StudentModule(student.requires_grad_(True).train(), loss, vocab)
-
-
 class _GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips and skips as DeepSpeed's ZeRO optimisers do; stage 0 has neither norm nor check of its own."""
 
@@ -197,8 +178,8 @@ def _make_engine(cfg: Config, student: StudentModule, stage: int, dtype: torch.d
     settings = cfg.distill.optimizer
     named = [item for item in student.named_parameters() if item[1].requires_grad]
     groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},  # norms and biases
+        {"params": [p for _, p in named if len(whole_shape(p)) >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for _, p in named if len(whole_shape(p)) < 2], "weight_decay": 0.0},  # norms and biases
     ]
     adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
     optimizer: torch.optim.Optimizer
