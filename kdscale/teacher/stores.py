@@ -21,6 +21,7 @@ from kdscale.teacher.layout import Layout, Table
 
 Pending = Callable[[], torch.Tensor]
 _BUFFERS = 2
+_PIECE_BYTES = 16 << 20
 
 
 class Store(Protocol):
@@ -74,10 +75,19 @@ class Partitioned:
         if self._ranks == 1:
             return lambda: shard
         # as bytes: the values pass unread, and no backend has to know their dtype
-        work = dist.all_gather_into_tensor(out.view(torch.uint8), shard.view(torch.uint8), async_op=True)
+        out_bytes, shard_bytes = out.view(torch.uint8), shard.view(torch.uint8)
+        if dist.get_backend() == "gloo":  # it gathers into memory of its own first: by pieces, not to need that twice
+            outs_R, size = out_bytes.chunk(self._ranks), max(1, _PIECE_BYTES // self._ranks)
+            works = [
+                dist.all_gather([part[at : at + size] for part in outs_R], shard_bytes[at : at + size], async_op=True)
+                for at in range(0, shard_bytes.numel(), size)
+            ]
+        else:
+            works = [dist.all_gather_into_tensor(out_bytes, shard_bytes, async_op=True)]
 
         def wait() -> torch.Tensor:
-            work.wait()
+            for work in works:
+                work.wait()
             return out
 
         return wait

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdscale.distill import loop
 from kdscale.metrics import read_metrics
+from kdscale_kernels import products
 
 WORKER = Path(__file__).parent / "pair_worker.py"
 ROOT = WORKER.parents[3]
@@ -67,16 +69,35 @@ def test_any_number_of_ranks_is_the_run_of_one_with_whole_models(ran, distil, tm
     assert any(len(set(step)) > 1 for step in zip(*counts, strict=True))
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the most bytes of any tensor that an operation returned."""
+class _Rows(TorchDispatchMode):
+    """Remembers the most rows of any tensor with a dimension as long as the vocabulary."""
 
-    def __init__(self):
+    def __init__(self, vocab):
         super().__init__()
-        self.bytes = 0
+        self.vocab, self.most = vocab, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for item in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(item, torch.Tensor):
-                self.bytes = max(self.bytes, item.nbytes)
+            if isinstance(item, torch.Tensor) and self.vocab in item.shape:
+                self.most = max(self.most, item.numel() // self.vocab)
         return out
+
+
+def test_no_tokens_by_vocabulary_and_no_teacher_between_steps(distil, tmp_path, monkeypatch):
+    """190 tokens a micro-batch, vocabulary 320: nothing has more rows than the heads have columns (96)."""
+    monkeypatch.setitem(products.CHUNK_BYTES, "cpu", 8 << 10)
+    train_step, tokens, left = loop.train_step, [], []
+
+    def look(engine, teacher, batches, *rest):
+        tokens.extend(batch.token_count for batch in batches)
+        out = train_step(engine, teacher, batches, *rest)
+        left.append(sum(parameter.numel() for parameter in teacher.model.parameters()))
+        return out
+
+    monkeypatch.setattr(loop, "train_step", look)
+    with _Rows(320) as rows:
+        distil(tmp_path, **{**SETTINGS, "tokens": 2 * 4 * 48, "micro_batch": 4})
+    assert rows.most == 96
+    assert min(tokens) > 150
+    assert left == [96, 96]  # the final norm
