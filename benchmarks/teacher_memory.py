@@ -3,7 +3,7 @@
     python benchmarks/teacher_memory.py --work /tmp/teacher-memory            # the table of docs/distillation.md
     python benchmarks/teacher_memory.py --work ... --layers 8 --ranks 2 --placements partitioned deepspeed
 
-Teachers are Llamas of hidden size 2048 in bf16: 8 layers are 1.0 GB, 16 layers 1.8 GB, of which embedding and head 262 MB.
+Teachers are Llamas of hidden size 2048 in bf16: 8 layers are 1.0 GB, 16 are 1.8 GB, 262 MB of them embedding and head.
 Every rank loads, then runs `--forwards` forwards of 64 tokens with top 64 of the head, while a thread reads
 /proc/self/status. Figures are what came on top of libraries and process group; `deepspeed` is its
 ZeRO-3 idiom for a frozen model (HfDeepSpeedConfig and from_pretrained).
@@ -133,7 +133,8 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
     if placement == "deepspeed":
         engine = deepspeed_teacher(path, world_size())
     else:
-        placed = place_teacher(path, placement, dtype=torch.bfloat16, device=torch.device("cpu"))  # type: ignore[arg-type]
+        where: Any = placement
+        placed = place_teacher(path, where, dtype=torch.bfloat16, device=torch.device("cpu"))
         teacher = OnlineTeacher(placed, top_k=TOP_K, temperature=1.0, vocab_size=placed.vocab)
     load = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     began, cpu = time.perf_counter(), time.process_time()

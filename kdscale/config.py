@@ -178,9 +178,30 @@ class GuardConfig(_Section):
     max_skipped_in_a_row: Count = 5
 
 
+TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file says nothing else
+
+
+class ServedConfig(_Section):
+    """Where `kdscale serve-teacher` answers, for distill.teacher_placement: served."""
+
+    urls: tuple[str, ...] = Field(strict=False, default=())  # http://HOST:PORT; several share the questions
+    token_file: str | None = None  # None: teacher.token in the run folder
+    timeout: Annotated[float, Field(gt=0.0)] = 600.0  # seconds without an answer from any of them
+
+    @model_validator(mode="after")
+    def _urls_are_urls(self) -> ServedConfig:
+        wrong = [url for url in self.urls if not url.startswith(("http://", "https://"))]
+        if wrong:
+            raise ValueError(f"urls: expected http://HOST:PORT, got {', '.join(wrong)}")
+        return self
+
+
 class DistillConfig(_Section):
     # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
     teacher: Literal["original", "previous"] = "original"
+    # whole on every rank, a share on each, once in each host's memory, or by kdscale serve-teacher on other machines
+    teacher_placement: Literal["replicated", "partitioned", "offloaded", "served"] = "replicated"
+    served: ServedConfig = ServedConfig()
     tokens: Count = 1_000_000
     seq_len: Count = 512
     global_batch: Count = 8  # sequences a step, over all ranks
@@ -188,8 +209,6 @@ class DistillConfig(_Section):
     processes: Count = 1
     dtype: Dtype = "auto"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    # the teacher's weights: whole on every rank, a share on each, or once in each host's memory
-    teacher_placement: Literal["replicated", "partitioned", "offloaded"] = "replicated"
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
@@ -207,6 +226,24 @@ class DistillConfig(_Section):
                 f"global_batch ({self.global_batch}) must be a multiple of micro_batch × processes ({share})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _served_is_somewhere(self) -> DistillConfig:
+        if self.teacher_placement == "served":
+            if not self.served.urls:
+                raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
+            if self.loss.targets == "full":
+                raise ValueError("teacher_placement: served sends the teacher's top K alone: use loss.targets: topk")
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the student's values depend on: all but where things run and what is watched or kept."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in _FREE_SETTINGS}
+
+
+_FREE_SETTINGS = {
+    "teacher_placement", "served", "validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints"
+}  # fmt: skip
 
 
 class EvalConfig(_Section):

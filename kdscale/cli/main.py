@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdscale.cli import launch
+from kdscale.cli import launch, serve
 from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption
 from kdscale.errors import ConfigError, Interrupted, KdscaleError
 
@@ -80,6 +80,7 @@ def report_command(config: ConfigArgument, set_: SetOption = None) -> None:
 
 app.command("launch")(launch.launch_command)
 app.command("preflight")(launch.preflight_command)
+app.command("serve-teacher")(serve.serve_teacher_command)
 
 
 @app.command("plan")

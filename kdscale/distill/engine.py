@@ -31,11 +31,10 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.metrics import MetricsLog
 from kdscale.models import resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
-from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher import Teacher
+from kdscale.weights import checkpoint_identity
 
 _TAG = "deepspeed"
-# Settings that change no byte of the student; all others in cfg.distill are part of a checkpoint's fingerprint.
-_FREE_SETTINGS = {"teacher_placement", "validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints"}
 
 
 def run(
@@ -62,7 +61,7 @@ def run(
     stage = _stage(cfg.distill.zero_stage, dtype, reporter)
     zero3 = _deepspeed_config(cfg, stage, dtype, device) if stage == 3 else None
     with quiet(log_path):
-        teacher, student = load_pair(cfg, teacher_dir, student_dir, dtype, device, zero3)
+        teacher, student = load_pair(cfg, teacher_dir, student_dir, run_dir, dtype, device, zero3)
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, dtype, device)
         if dtype == torch.bfloat16:
@@ -81,6 +80,7 @@ def run(
     try:
         trainer.train(start)
     finally:
+        teacher.close()
         if trainer.metrics is not None:
             trainer.metrics.close()
     facts = _card_facts(cfg, trainer, dtype)
@@ -292,13 +292,11 @@ def _fingerprint(
     """What a checkpoint depends on, by name, so that a refusal can say what differs. On rank 0 only."""
     if not is_main():
         return {}
-    settings = {k: v for k, v in cfg.distill.model_dump(mode="json").items() if k not in _FREE_SETTINGS}
     return {
-        "distill": {**settings, "zero_stage": stage, "dtype": str(dtype).removeprefix("torch.")},
+        "distill": {**cfg.distill.decisive(), "zero_stage": stage, "dtype": str(dtype).removeprefix("torch.")},
         "seed": cfg.seed,
         "device": device.type,
-        "teacher": {f.name: f.stat().st_size for f in sorted(teacher_dir.glob("*.safetensors"))}
-        | {"config": files.sha256_file(teacher_dir / "config.json")},
+        "teacher": checkpoint_identity(teacher_dir),
         "student": {f.name: files.sha256_file(f) for f in sorted(student_dir.glob("*.safetensors"))}
         | {"config": files.sha256_file(student_dir / "config.json")},
         "data": files.sha256_file(data_dir / "manifest.json"),
@@ -308,7 +306,7 @@ def _fingerprint(
 def _make_trainer(
     cfg: Config,
     engine: Any,
-    teacher: OnlineTeacher,
+    teacher: Teacher,
     data_dir: Path,
     run_dir: Path,
     device: torch.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from kdscale.errors import Interrupted
 from kdscale.losses import TERMS, per_token
 from kdscale.metrics import MetricsLog
 from kdscale.progress import Bar, Reporter
-from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher import Teacher
 
 _SIGNALS = (2, 15)  # SIGINT, SIGTERM
 
@@ -36,7 +37,7 @@ class Trainer:
 
     cfg: DistillConfig
     engine: Any
-    teacher: OnlineTeacher
+    teacher: Teacher
     loader: PackedLoader
     validator: Validator
     device: torch.device
@@ -80,11 +81,20 @@ class Trainer:
                     raise Interrupted(signum, f"after training step {finished}, which is saved")
 
     def _remaining(self, start: LoaderState) -> Any:
+        """Steps still to be done. A step's batches are made one step early, so that a served teacher can begin."""
         stream = self.loader.batches(start)
+        ahead: deque[tuple[list[Batch], LoaderState]] = deque()
         for step in range(start.step, self.steps):
             self.clock = Clock(self.device)
-            batches, after = next(stream)
-            yield step, batches, after
+            while len(ahead) < min(2, self.steps - step):
+                ahead.append(self._announced(next(stream)))
+            yield step, *ahead.popleft()
+
+    def _announced(self, item: tuple[list[Batch], LoaderState]) -> tuple[list[Batch], LoaderState]:
+        for batch in item[0]:
+            micro = to_device(batch, torch.device("cpu"))
+            self.teacher.expect(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
+        return item
 
     def _one_step(self, step: int, batches: Sequence[Batch], stop: StopRequest, bar: Bar) -> int:
         """Train, log, guard; returns the signal that some rank got (0: none)."""

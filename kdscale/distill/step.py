@@ -18,7 +18,7 @@ from kdscale.data.loader import Batch
 from kdscale.dist import all_reduce_sum, world_size
 from kdscale.heads import final_hidden, head_of
 from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
-from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 
 PHASES = ("data", "teacher", "student", "backward", "optimiser")
@@ -106,7 +106,7 @@ class Clock:
 
 
 def train_step(
-    engine: Any, teacher: OnlineTeacher, batches: Sequence[Batch], device: torch.device, clock: Clock
+    engine: Any, teacher: Teacher, batches: Sequence[Batch], device: torch.device, clock: Clock
 ) -> torch.Tensor:
     """Run one optimiser step through a DeepSpeed engine; returns [tokens, *TERMS] of this rank (fp64, on the device).
 

@@ -12,14 +12,14 @@ from kdscale.data.loader import Batch
 from kdscale.dist import all_reduce_sum, rank, world_size
 from kdscale.distill.step import to_device
 from kdscale.losses import TERMS, per_token
-from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 
 
 class Validator:
     """Every rank takes every world-th batch; all run the same number of forwards, which ZeRO-3 needs."""
 
-    def __init__(self, batches: Sequence[Batch], teacher: OnlineTeacher, device: torch.device):
+    def __init__(self, batches: Sequence[Batch], teacher: Teacher, device: torch.device):
         rounds = -(-len(batches) // world_size())
         mine = list(batches)[rank() :: world_size()]
         blank = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, -100))

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kdscale.config import Config, config_differences, dump_config, load_config
+from kdscale.config import TEACHER_TOKEN, Config, config_differences, dump_config, load_config
 from kdscale.errors import ConfigError, RunFolderError
 from kdscale.files import explain_os_errors, read_json, remove_leftovers, write_json, write_text
 
@@ -126,7 +126,7 @@ class RunFolder:
 
     def _is_foreign(self) -> bool:
         # a launcher writes the ranks' logs before the first rank gets here
-        return any(item.name not in (".lock", "logs") for item in self.path.iterdir())
+        return any(item.name not in (".lock", "logs", TEACHER_TOKEN) for item in self.path.iterdir())
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened, when, in which process."""

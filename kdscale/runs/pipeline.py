@@ -40,8 +40,9 @@ STAGES: tuple[Stage, ...] = (
         ("pruned",), work.prune_and_check, reads_teacher=True, resumable=True,
     ),
     Stage(
-        "distill", "distil the teacher into the student", ("distill", "seed", *_CODE), ("pruned", "data"), ("student",),
-        work.distill, reads_teacher=True, scratch=("checkpoints", "logs/metrics.jsonl", "logs/tensorboard"),
+        "distill", "distil the teacher into the student", ("seed", *_CODE), ("pruned", "data"), ("student",),
+        work.distill, reads_teacher=True, derived=work.what_distillation_depends_on,
+        scratch=("checkpoints", "logs/metrics.jsonl", "logs/tensorboard"),
     ),
     Stage(
         "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",),

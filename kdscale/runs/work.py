@@ -190,6 +190,10 @@ class _Share:
         self.scratch = self.scratch.part(f"rank-{dist.rank()}")
 
 
+def what_distillation_depends_on(context: Context) -> Facts:
+    return {"distill": context.config.distill.decisive()}
+
+
 def distill(context: Context) -> Facts:
     from kdscale.runs.training import train
 

@@ -29,6 +29,12 @@ class OnlineTeacher:
         self._top_k = min(top_k, vocab_size)
         self._temperature, self._vocab_size, self._whole = temperature, vocab_size, whole
 
+    def expect(self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor) -> None:
+        """Nothing to begin early: the same device trains the student."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
     @torch.no_grad()
     def targets(
         self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor

@@ -46,7 +46,7 @@ class Replicated:
     """The whole model on this rank's device."""
 
     def __init__(self, model: Any):
-        self.model, self.vocab = model, head_of(model).vocab
+        self.model, self.vocab = model.eval().requires_grad_(False), head_of(model).vocab
 
     @contextmanager
     def head(self) -> Iterator[Head]:
@@ -139,7 +139,7 @@ def place_teacher(
     """
     if placement == "replicated":
         options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        return Replicated(load_model(path, **options).requires_grad_(False))
+        return Replicated(load_model(path, **options))
     try:
         weights = Weights.open(path)
         model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)

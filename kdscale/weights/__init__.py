@@ -1,6 +1,6 @@
 """Checkpoint folders: read lazily, written shard by shard, found by path or hub id."""
 
-from kdscale.weights.reader import Checkpoint, TensorInfo, read_config
+from kdscale.weights.reader import Checkpoint, TensorInfo, checkpoint_identity, read_config
 from kdscale.weights.resolve import resolve_teacher
 from kdscale.weights.sidecars import check_tokenizer, copy_sidecars
 from kdscale.weights.writer import ShardWriter
@@ -10,6 +10,7 @@ __all__ = [
     "ShardWriter",
     "TensorInfo",
     "check_tokenizer",
+    "checkpoint_identity",
     "copy_sidecars",
     "read_config",
     "resolve_teacher",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kdscale.errors import CheckpointError
-from kdscale.files import read_json, safe_join
+from kdscale.files import read_json, safe_join, sha256_file
 from kdscale.weights.header import DTYPE_BYTES, DuplicateKeyError, TensorEntry, read_header, unique_keys
 
 if TYPE_CHECKING:
@@ -63,6 +63,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}", expected="a JSON object", got=type(config).__name__)
     return config
+
+
+def checkpoint_identity(folder: Path) -> dict[str, Any]:
+    """What tells checkpoints apart without reading their weights: config.json's hash, the weight files' sizes."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    return {**sizes, "config": sha256_file(folder / "config.json")}
 
 
 class Checkpoint:
