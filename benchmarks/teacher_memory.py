@@ -6,7 +6,7 @@
 Teachers are Llamas of hidden size 2048 in bf16: 8 layers are 1.0 GB, 16 are 1.8 GB, 262 MB of them embedding and head.
 Every rank loads, then runs `--forwards` forwards of 64 tokens with top 64 of the head, while a thread reads
 /proc/self/status. Figures are what came on top of libraries and process group; `deepspeed` is its
-ZeRO-3 idiom for a frozen model (HfDeepSpeedConfig and from_pretrained).
+ZeRO-3 idiom for a frozen model (HfDeepSpeedConfig and from_pretrained), `student` only loads, as a ZeRO-3 student.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACEMENTS = ("replicated", "offloaded", "partitioned", "deepspeed")
+PLACEMENTS = ("replicated", "offloaded", "partitioned", "deepspeed", "student")
 TOKENS, TOP_K = 64, 64
 _SAMPLE_SECONDS = 0.02
 
@@ -85,19 +85,22 @@ class Watch(threading.Thread):
         return self.peak
 
 
-def deepspeed_teacher(path: Path, world: int) -> Any:
+def zero3_settings(world: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": world,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def deepspeed_teacher(path: Path, settings: dict[str, Any]) -> Any:
     """The ZeRO-3 idiom: from_pretrained under HfDeepSpeedConfig, then an engine without an optimiser."""
     import deepspeed
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "train_batch_size": world,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
     kept = HfDeepSpeedConfig(settings)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     unset_hf_deepspeed_config()
@@ -116,13 +119,13 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
     from kdscale.teacher.placement import place_teacher
 
     torch.set_num_threads(1)
-    if placement == "deepspeed":
+    if placement in ("deepspeed", "student"):
         import deepspeed
         from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.init_process_group("gloo")
-    if placement == "deepspeed":
+    if placement in ("deepspeed", "student"):
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     dist.all_reduce(torch.zeros(1))
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
@@ -131,7 +134,13 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
     watch.start()
     began, cpu = time.perf_counter(), time.process_time()
     if placement == "deepspeed":
-        engine = deepspeed_teacher(path, world_size())
+        engine = deepspeed_teacher(path, zero3_settings(world_size()))
+    elif placement == "student":
+        from kdscale.distill.zero3 import load_zero3
+
+        student = load_zero3(path, zero3_settings(world_size()), dtype=torch.bfloat16, device=torch.device("cpu"))
+        assert not any(parameter.numel() for parameter in student.parameters())
+        forwards = 0
     else:
         where: Any = placement
         placed = place_teacher(path, where, dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -148,7 +157,8 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
             torch.logsumexp(logits.float(), -1)
         else:
             teacher.targets(ids_BS, positions_BS, torch.arange(TOKENS))
-    each = {"seconds": (time.perf_counter() - began) / forwards, "cpu": (time.process_time() - cpu) / forwards}
+    count = max(1, forwards)
+    each = {"seconds": (time.perf_counter() - began) / count, "cpu": (time.process_time() - cpu) / count}
     dist.barrier()
     found = {"rank": rank(), "base": sum(watch.base.values()), "peak": watch.finish()}
     print(json.dumps({**found, "load": load, "forward": each}), flush=True)

@@ -7,6 +7,7 @@ parameters one by one, before there is an engine. Neither of its documented ways
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def _partition(
         def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
             for parameter in param_list:
                 name, shape = known[id(parameter)]
-                parameter.data = torch.empty(shape, dtype=parameter.dtype, device=self.local_device)
+                parameter.data = _room(shape, parameter.dtype, self.local_device)
                 self._convert_to_deepspeed_param(parameter)
                 begin, end = self._own_range(parameter)
                 if begin < end:
@@ -62,3 +63,10 @@ def _partition(
             return begin, min(begin + size, parameter.ds_numel)
 
     FromFiles(module=model, config_dict_or_path=settings, dtype=next(model.parameters()).dtype)
+
+
+def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that goes back to the system at once: malloc would keep what was used, between partitions."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)

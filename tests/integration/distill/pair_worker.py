@@ -80,7 +80,7 @@ def look(model: Any, student_dir: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - what an engine imports, once for all forks
     import torch.utils.tensorboard
 
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from kdscale_kernels import products
 WORKER = Path(__file__).parent / "pair_worker.py"
 ROOT = WORKER.parents[3]
 WORLDS = (1, 2, 4)
-SETTINGS = {"tokens": 3 * 4 * 48, "micro_batch": 1, "zero_stage": 3, "teacher_placement": "partitioned"}
+SETTINGS = {"tokens": 2 * 4 * 48, "micro_batch": 1, "zero_stage": 3, "teacher_placement": "partitioned"}
 
 
 def losses(rows):
@@ -97,7 +97,7 @@ def test_no_tokens_by_vocabulary_and_no_teacher_between_steps(distil, tmp_path, 
 
     monkeypatch.setattr(loop, "train_step", look)
     with _Rows(320) as rows:
-        distil(tmp_path, **{**SETTINGS, "tokens": 2 * 4 * 48, "micro_batch": 4})
+        distil(tmp_path, **{**SETTINGS, "micro_batch": 4})
     assert rows.most == 96
     assert min(tokens) > 150
     assert left == [96, 96]  # the final norm
