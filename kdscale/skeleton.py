@@ -6,6 +6,7 @@ rotary frequencies in fp32), its parameters are on the meta device, and any rang
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,6 @@ class Weights:
                 pieces.append(_Piece(name, at, end))
                 at = end
             self._pieces[parameter] = pieces
-        self.tied = {
-            family.parameter(name): family.parameter(to) for name, to in family.tied(checkpoint.config).items()
-        }
 
     @classmethod
     def open(cls, path: Path) -> Weights:
@@ -102,7 +100,9 @@ def build_skeleton(weights: Weights, *, dtype: torch.dtype, trust_remote_code: b
     return model.eval()
 
 
-def replace_parameters(model: torch.nn.Module, make: Any) -> dict[str, torch.nn.Parameter]:
+def replace_parameters(
+    model: torch.nn.Module, make: Callable[[torch.nn.Parameter], torch.nn.Parameter]
+) -> dict[str, torch.nn.Parameter]:
     """Put `make(meta parameter)` in every parameter's place, once for tied ones; returns them by name."""
     made: dict[int, torch.nn.Parameter] = {}
     names = {id(value): name for name, value in model.named_parameters()}
