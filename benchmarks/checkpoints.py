@@ -113,6 +113,7 @@ def stall(arguments: argparse.Namespace) -> None:
     from kdscale.distill import engine as ours
     from kdscale.distill.fragments import Fragments
     from kdscale.distill.saver import Rules, Saver
+    from kdscale.distill.zero import deepspeed_config
     from kdscale.models import load_model
 
     cpu = torch.device("cpu")
@@ -121,7 +122,9 @@ def stall(arguments: argparse.Namespace) -> None:
     student = Student(load_model(arguments.model, dtype=torch.bfloat16, device=cpu).requires_grad_(True))
     tree = {"name": "made-up", "run_dir": "none", "teacher": {"path": "none"}, "prune": {"ffn": 64},
             "distill": {"global_batch": 1, "micro_batch": 1}}  # fmt: skip
-    engine = ours._make_engine(build_config(tree, "benchmark"), student, 1, torch.bfloat16, cpu)  # type: ignore[arg-type]
+    cfg = build_config(tree, "benchmark")
+    zero = deepspeed_config(cfg.distill, 1, bf16=True, device="cpu")
+    engine = ours._make_engine(cfg, student, 1, zero)  # type: ignore[arg-type]
 
     def train() -> float:
         began = time.perf_counter()

@@ -161,7 +161,9 @@ def child(case: dict[str, Any]) -> None:
     from kdscale.data.loader import Batch
     from kdscale.distill import engine as runner
     from kdscale.distill.step import StudentModule, to_device
+    from kdscale.distill.zero import deepspeed_config
     from kdscale.teacher.online import OnlineTeacher
+    from kdscale.teacher.placement import Replicated
 
     device, dtype = torch.device("cpu"), getattr(torch, case["dtype"])
     settings = {
@@ -179,12 +181,13 @@ def child(case: dict[str, Any]) -> None:
     baseline = anonymous()
 
     models = [LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype) for sizes in (TEACHER, STUDENT)]
-    teacher = OnlineTeacher(models[0], top_k=64, temperature=1.0, vocab_size=STUDENT["vocab_size"])
+    teacher = OnlineTeacher(Replicated(models[0]), top_k=64, temperature=1.0, vocab_size=STUDENT["vocab_size"])
     if case["checkpointing"]:
         models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = StudentModule(models[1].train(), cfg.distill.loss, STUDENT["vocab_size"])
     models.clear()
-    engine = runner._make_engine(cfg, student, case["stage"], dtype, device)
+    zero = deepspeed_config(cfg.distill, case["stage"], bf16=dtype == torch.bfloat16, device="cpu")
+    engine = runner._make_engine(cfg, student, case["stage"], zero)
     shape = (case["micro_batch"], case["seq_len"])
     positions = (torch.arange(case["seq_len"]) % (case["seq_len"] // 2)).expand(shape)  # two documents a sequence
     peaks = Peaks()

@@ -210,8 +210,8 @@ class ServedConfig(_Section):
 class DistillConfig(_Section):
     # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
     teacher: Literal["original", "previous"] = "original"
-    # replicated: whole on every rank; served: by kdscale serve-teacher on other machines
-    teacher_placement: Literal["replicated", "served"] = "replicated"
+    # whole on every rank, a share on each, once in each host's memory, or by kdscale serve-teacher on other machines
+    teacher_placement: Literal["replicated", "partitioned", "offloaded", "served"] = "replicated"
     served: ServedConfig = ServedConfig()
     tokens: Count = 1_000_000
     seq_len: Count = 512
@@ -268,14 +268,16 @@ class DistillConfig(_Section):
 
     def decisive(self) -> dict[str, Any]:
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if key not in _FREE_SETTINGS}
+        found = {key: value for key, value in self.model_dump(mode="json").items() if key not in _FREE_SETTINGS}
+        return {**found, "zero": {key: getattr(self.zero, key) for key in _QUANTIZED}}
 
 
+_QUANTIZED = ("quantized_weights", "quantized_gradients")  # of distill.zero: they change what is computed
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 _FREE_SETTINGS = {
     "teacher_placement", "served", "processes", "micro_batch", "zero_stage", "gradient_checkpointing", "validate_every",
     "validate_tokens", "checkpoint_every", "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds",
-    "spikes", "profile", "peak_flops",
+    "spikes", "profile", "peak_flops", "zero",
 }  # fmt: skip
 
 
@@ -430,7 +432,7 @@ def config_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def may_change(difference: str) -> bool:
     """Whether a line of `config_differences` is about a setting with which a run may go on, whatever its value."""
     section, field, *_ = [*difference.partition(": ")[0].split("."), ""]
-    return section == "distill" and field in _FREE_SETTINGS
+    return section == "distill" and field in _FREE_SETTINGS and not any(name in difference for name in _QUANTIZED)
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

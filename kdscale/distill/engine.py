@@ -1,7 +1,7 @@
 """Distillation on DeepSpeed: start the group, build teacher, student and engine, train, export.
 
-The only file that imports deepspeed, and only when a run starts. A single CPU process is the smallest cluster: it
-runs the same code as a rank started by a launcher under RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+Only this file and zero3.py import deepspeed, and only when a run starts. A single CPU process is the smallest cluster:
+it runs the same code as a rank started by a launcher under RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from kdscale import files
-from kdscale.config import TEACHER_TOKEN, Config
+from kdscale.config import Config
 from kdscale.data.loader import LoaderState, PackedLoader, eval_batches
 from kdscale.data.store import TokenStore
 from kdscale.dist import barrier, is_main, on_main, rank, world_size
@@ -30,6 +30,7 @@ from kdscale.distill.loop import Trainer
 from kdscale.distill.names import trained_tensors
 from kdscale.distill.observe import Observer, make_observer
 from kdscale.distill.optimizer import make_optimizer
+from kdscale.distill.pair import load_pair
 from kdscale.distill.pieces import PieceIndex, PieceReader
 from kdscale.distill.quiet import quiet
 from kdscale.distill.saver import Rules, Saver
@@ -39,13 +40,9 @@ from kdscale.distill.timeouts import group_timeout
 from kdscale.distill.validate import Validator
 from kdscale.distill.zero import check_machine, deepspeed_config
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.heads import head_of
-from kdscale.models import load_model, load_tokenizer, resolve_device, resolve_dtype, set_threads
+from kdscale.models import resolve_device, resolve_dtype, set_threads
 from kdscale.progress import Reporter
 from kdscale.teacher import Teacher
-from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.served import ServedTeacher, ask_about, read_token
-from kdscale.teacher.targets import shared_vocabulary
 from kdscale.weights import Checkpoint, checkpoint_identity
 from kdscale_launch.watchdog import enter
 
@@ -108,11 +105,15 @@ def open_session(
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
     stage = _stage(cfg.distill.zero_stage, dtype, reporter)
+    zero = deepspeed_config(cfg.distill, stage, bf16=dtype == torch.bfloat16, device=device.type)
     enter("load")
-    teacher, student = _load_pair(cfg, teacher_dir, student_dir, run_dir, dtype, device)
+    with quiet(log_path):
+        teacher, student = load_pair(
+            cfg, teacher_dir, student_dir, run_dir, dtype, device, zero if stage == 3 else None
+        )
     enter("initialise")
     with quiet(log_path):
-        engine = _make_engine(cfg, student, stage, dtype, device)
+        engine = _make_engine(cfg, student, stage, zero)
         fragments = Fragments(engine, student.model)
         source = Checkpoint.open(student_dir)
         trained = trained_tensors(source, fragments.shapes, fragments.tied)  # before any work: all can be exported
@@ -153,7 +154,7 @@ def shutdown() -> None:
     sys.stderr.flush()
 
 
-def _start_group(device: torch.device, timeout: timedelta | None) -> None:
+def _start_group(device: torch.device, timeout: timedelta | None = None) -> None:
     """Join the launcher's group, or make one of a single process that needs no port."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -198,47 +199,13 @@ def _stage(stage: int, dtype: torch.dtype, reporter: Reporter) -> int:
     return stage
 
 
-def _load_pair(
-    cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[Teacher, StudentModule]:
-    trust = cfg.teacher.trust_remote_code
-    make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, dtype, device)
-    student = load_model(student_dir, dtype=dtype, device=device, trust_remote_code=trust)
-    tokens = load_tokenizer(teacher_dir, trust).get_vocab()
-    if load_tokenizer(student_dir, trust).get_vocab() != tokens:
-        raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
-    vocab = shared_vocabulary(teacher_rows, head_of(student).vocab, max(tokens.values()) + 1, str(student_dir))
-    if cfg.distill.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return make_teacher(vocab), StudentModule(student.requires_grad_(True).train(), cfg.distill.loss, vocab)
-
-
-def _reach_teacher(
-    cfg: Config, teacher_dir: Path, run_dir: Path, dtype: torch.dtype, device: torch.device
-) -> tuple[Callable[[int], Teacher], int]:
-    """The teacher, given how many entries of the vocabulary both models share; and how many rows its head has."""
-    loss, served = cfg.distill.loss, cfg.distill.served
-    if cfg.distill.teacher_placement == "served":
-        token = read_token(Path(served.token_file) if served.token_file else run_dir / TEACHER_TOKEN)
-        about = ask_about(served.urls, token, checkpoint_identity(teacher_dir), served.timeout)
-        return lambda vocab: ServedTeacher(
-            served.urls, token, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab,
-            timeout=served.timeout, first=rank(),
-        ), int(about["rows"])  # fmt: skip
-    trust = cfg.teacher.trust_remote_code
-    loaded = load_model(teacher_dir, dtype=dtype, device=device, trust_remote_code=trust)
-    return lambda vocab: OnlineTeacher(
-        loaded, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=loss.targets == "full"
-    ), head_of(loaded).vocab
-
-
-def _make_engine(cfg: Config, student: StudentModule, stage: int, dtype: torch.dtype, device: torch.device) -> Any:
+def _make_engine(cfg: Config, student: StudentModule, stage: int, zero: dict[str, Any]) -> Any:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
         model=student,
         optimizer=make_optimizer(student, cfg.distill.optimizer, stage),
-        config=deepspeed_config(cfg.distill, stage, bf16=dtype == torch.bfloat16, device=device.type),
+        config=zero,
         dist_init_required=False,
     )
     return engine

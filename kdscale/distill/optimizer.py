@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kdscale.config import OptimizerConfig
+from kdscale.distill.zero3 import whole_shape
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -38,8 +39,8 @@ def make_optimizer(student: nn.Module, settings: OptimizerConfig, stage: int) ->
     """torch's fused AdamW: also for offloaded states, so that nothing is compiled at start."""
     named = [item for item in student.named_parameters() if item[1].requires_grad]
     groups = [
-        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},  # norms and biases
+        {"params": [p for _, p in named if len(whole_shape(p)) >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for _, p in named if len(whole_shape(p)) < 2], "weight_decay": 0.0},  # norms and biases
     ]
     adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
     if stage == 0:

@@ -25,6 +25,7 @@ from kdscale.models import load_model, resolve_device, resolve_dtype, set_thread
 from kdscale.progress import Reporter
 from kdscale.runs.pipeline import check_teacher
 from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher.placement import Replicated
 from kdscale.teacher.served import TOKEN_VARIABLE, read_token
 from kdscale.teacher.targets import TopKTargets
 from kdscale.teacher.wire import Question, encode_targets
@@ -85,7 +86,9 @@ class Answerer:
             body, vocab_size=self._embedded, max_positions=self._positions, max_tokens=self._max_tokens
         )
         with self._lock:
-            teacher = OnlineTeacher(self._model, top_k=top_k, temperature=temperature, vocab_size=vocab_size)
+            teacher = OnlineTeacher(
+                Replicated(self._model), top_k=top_k, temperature=temperature, vocab_size=vocab_size
+            )
             targets = teacher.targets(*(tensor.to(self._device) for tensor in question))
             assert isinstance(targets, TopKTargets)
             return encode_targets(targets)

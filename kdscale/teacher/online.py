@@ -11,16 +11,21 @@ from typing import Any
 
 import torch
 
-from kdscale.heads import final_hidden, head_of
+from kdscale.heads import final_hidden
+from kdscale.teacher.placement import PlacedTeacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_kernels import linear_topk_lse
 
 
 class OnlineTeacher:
-    """Wraps a loaded causal LM; frozen, in eval mode, never part of any gradient."""
+    """Wraps a placed causal LM; frozen, in eval mode, never part of any gradient.
 
-    def __init__(self, model: Any, *, top_k: int, temperature: float, vocab_size: int, whole: bool = False):
-        self.model = model.eval().requires_grad_(False)
+    For `whole` targets the teacher must have been placed with `keep_head`: they go on after `targets` returns.
+    """
+
+    def __init__(self, placed: PlacedTeacher, *, top_k: int, temperature: float, vocab_size: int, whole: bool = False):
+        self.model = placed.model
+        self._placed = placed
         self._top_k = min(top_k, vocab_size)
         self._temperature, self._vocab_size, self._whole = temperature, vocab_size, whole
 
@@ -37,16 +42,16 @@ class OnlineTeacher:
         """Targets of the flat positions `rows_N` only: rows without a label never reach the head."""
         hidden_BSH = final_hidden(self.model, input_ids_BS, position_ids_BS)
         hidden_NH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1]).index_select(0, rows_N)
-        head = head_of(self.model)
-        if self._whole:
-            return FullTargets(hidden_NH, head.detached())
-        top: Any = linear_topk_lse(
-            hidden_NH,
-            head.weight_VH,
-            self._top_k,
-            temperature=self._temperature,
-            bias_V=head.bias_V,
-            softcap=head.softcap,
-            vocab_size=self._vocab_size,
-        )
+        with self._placed.head() as head:
+            if self._whole:
+                return FullTargets(hidden_NH, head.detached())
+            top: Any = linear_topk_lse(
+                hidden_NH,
+                head.weight_VH,
+                self._top_k,
+                temperature=self._temperature,
+                bias_V=head.bias_V,
+                softcap=head.softcap,
+                vocab_size=self._vocab_size,
+            )
         return TopKTargets(top.ids_NK, top.logits_NK, top.lse_N, self._temperature, self._vocab_size)

@@ -1,6 +1,6 @@
 """A checkpoint folder, opened without reading its tensors: each is read when it is asked for, and only its bytes.
 
-torch is imported by `Checkpoint.tensor` alone, so that a plan can be made from shapes without it.
+torch is imported where tensors are read alone, so that a plan can be made from shapes without it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _CONVERT = (
 )
 _LISTED = 8  # names an error spells out before it says how many more there are
 _COMPARE_BYTES = 1 << 22
+_FILL_BYTES = 1 << 22
 
 
 class TensorInfo(NamedTuple):
@@ -154,6 +155,24 @@ class Checkpoint:
         with entry.file.open("rb", buffering=0) as stream:
             return _read(stream, entry, name, entry.begin + begin * width, entry.begin + end * width)
 
+    def fill(self, name: str, begin: int, out: torch.Tensor) -> None:
+        """Write the tensor's values `begin` to `begin + len(out)`, counted in storage order, into the flat `out`.
+
+        Only their bytes are read: straight into `out` where it has the dtype on disk, else in converted blocks.
+        """
+        entry = self._entry(name)
+        width = DTYPE_BYTES[entry.dtype]
+        direct = out.device.type == "cpu" and out.dtype == torch_dtype(entry.dtype)
+        step = out.numel() if direct else max(1, _FILL_BYTES // width)
+        with entry.file.open("rb", buffering=0) as stream:
+            for done in range(0, out.numel(), max(1, step)):
+                part = out[done : done + step]
+                first = entry.begin + (begin + done) * width
+                if direct:
+                    _read_into(stream, entry, name, first, part)
+                else:
+                    part.copy_(_read(stream, entry, name, first, first + part.numel() * width))
+
     def position(self, name: str) -> tuple[int, int]:
         """(number of the file, offset in it) of the tensor's bytes: in this order every file is read once through."""
         entry = self._entry(name)
@@ -236,17 +255,24 @@ def _read(stream: RawIOBase, entry: TensorEntry, name: str, begin: int, end: int
     import torch
 
     raw = torch.empty(end - begin, dtype=torch.uint8)
+    _read_into(stream, entry, name, begin, raw)
+    return raw.view(torch_dtype(entry.dtype))
+
+
+def _read_into(stream: RawIOBase, entry: TensorEntry, name: str, begin: int, out: torch.Tensor) -> None:
+    """Fill the flat, contiguous `out` with the bytes that start at `begin`."""
+    import torch
+
     stream.seek(begin)
-    view, count = raw.numpy().data, 0
+    view, count = out.view(torch.uint8).numpy().data, 0
     while count < len(view) and (more := stream.readinto(view[count:])):  # one read gives at most 2 GiB
         count += more
-    if count != raw.numel():
+    if count != len(view):
         raise CheckpointError(
             f"{entry.file} was changed while it was open: tensor {name} is cut short",
-            expected=f"{raw.numel():,} bytes",
+            expected=f"{len(view):,} bytes",
             got=f"{count:,} bytes",
         )
-    return raw.view(torch_dtype(entry.dtype))
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -1,0 +1,73 @@
+"""Teacher and student of one rank, loaded so that it holds what it keeps and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdscale.config import TEACHER_TOKEN, Config
+from kdscale.dist import rank
+from kdscale.distill.step import StudentModule
+from kdscale.distill.zero3 import load_zero3, whole_shape
+from kdscale.errors import CheckpointError
+from kdscale.models import load_model, load_tokenizer
+from kdscale.teacher import Teacher
+from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher.placement import place_teacher
+from kdscale.teacher.served import ServedTeacher, ask_about, read_token
+from kdscale.teacher.targets import shared_vocabulary
+from kdscale.weights import checkpoint_identity
+
+
+def load_pair(
+    cfg: Config,
+    teacher_dir: Path,
+    student_dir: Path,
+    run_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    zero3: dict[str, Any] | None,
+) -> tuple[Teacher, StudentModule]:
+    """Teacher as `distill.teacher_placement` says; student whole, or, given the DeepSpeed config of a ZeRO-3 run, its
+    share of each parameter. A collective call.
+
+    Raises CheckpointError when the two tokenizers differ or a model cannot be loaded, ConfigError for a teacher that
+    cannot be placed so.
+    """
+    trust = cfg.teacher.trust_remote_code
+    tokens = load_tokenizer(teacher_dir, trust).get_vocab()
+    if load_tokenizer(student_dir, trust).get_vocab() != tokens:
+        raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust}
+    make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, options)
+    if zero3 is None:
+        student: Any = load_model(student_dir, **options)
+    else:
+        student = load_zero3(student_dir, zero3, **options)
+    rows = whole_shape(student.get_output_embeddings().weight)[0]
+    vocab = shared_vocabulary(teacher_rows, rows, max(tokens.values()) + 1, str(student_dir))
+    if cfg.distill.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return make_teacher(vocab), StudentModule(student.requires_grad_(True).train(), cfg.distill.loss, vocab)
+
+
+def _reach_teacher(
+    cfg: Config, teacher_dir: Path, run_dir: Path, options: dict[str, Any]
+) -> tuple[Callable[[int], Teacher], int]:
+    """The teacher, given how many entries of the vocabulary both models share; and how many rows its head has."""
+    loss, served, placement = cfg.distill.loss, cfg.distill.served, cfg.distill.teacher_placement
+    if placement == "served":
+        token = read_token(Path(served.token_file) if served.token_file else run_dir / TEACHER_TOKEN)
+        about = ask_about(served.urls, token, checkpoint_identity(teacher_dir), served.timeout)
+        return lambda vocab: ServedTeacher(
+            served.urls, token, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab,
+            timeout=served.timeout, first=rank(),
+        ), int(about["rows"])  # fmt: skip
+    whole = loss.targets == "full"
+    placed = place_teacher(teacher_dir, placement, keep_head=whole, **options)
+    return lambda vocab: OnlineTeacher(
+        placed, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=whole
+    ), placed.vocab

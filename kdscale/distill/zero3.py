@@ -1,0 +1,77 @@
+"""A ZeRO-3 student from its files: each rank reads its partition of every parameter and nothing else.
+
+Beside engine.py the only file that imports deepspeed: the partitions are made by its `zero.Init`, which must know the
+parameters one by one, before there is an engine. Neither of its documented ways is right here: around
+`from_pretrained` it fails, and around a model's constructor it initialises anew and rounds rotary frequencies.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdscale.skeleton import Weights, build_skeleton, replace_parameters
+
+
+def load_zero3(
+    path: Path, settings: dict[str, Any], *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> Any:
+    """The causal LM at `path` with ZeRO-3 parameters as `deepspeed.initialize` with the config `settings` makes them.
+
+    Raises CheckpointError for a family that is not known and when config.json and the weights disagree.
+    """
+    weights = Weights.open(path)
+    model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    made = replace_parameters(model, lambda value: nn.Parameter(torch.empty(0, dtype=value.dtype, device=device)))
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            module._buffers[name] = None if value is None else value.to(device)
+    _partition(model, {id(parameter): (name, shapes[name]) for name, parameter in made.items()}, weights, settings)
+    return model
+
+
+def _partition(
+    model: nn.Module, known: dict[int, tuple[str, torch.Size]], weights: Weights, settings: dict[str, Any]
+) -> None:
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    class FromFiles(Init):
+        """Partitions empty parameters; the memory of the whole one is asked for, but only this rank's part is used."""
+
+        def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
+            for parameter in param_list:
+                name, shape = known[id(parameter)]
+                parameter.data = _room(shape, parameter.dtype, self.local_device)
+                self._convert_to_deepspeed_param(parameter)
+                begin, end = self._own_range(parameter)
+                if begin < end:
+                    weights.fill(name, begin, parameter.data.view(-1)[begin:end])
+                parameter.partition()
+
+        def _own_range(self, parameter: Any) -> tuple[int, int]:
+            """The values that `partition` will take; with hpZ's second copy in each node, all of them."""
+            if self.zero_param_process_group is not None:
+                return 0, parameter.ds_numel
+            size = self._aligned_size(parameter) // self._partition_world_size(parameter)
+            begin = min(size * self._partition_rank(parameter), parameter.ds_numel)
+            return begin, min(begin + size, parameter.ds_numel)
+
+    FromFiles(module=model, config_dict_or_path=settings, dtype=next(model.parameters()).dtype)
+
+
+def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that goes back to the system at once: malloc would keep what was used, between partitions."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, which ZeRO-3 keeps elsewhere while it is partitioned."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
