@@ -19,7 +19,7 @@ from kdscale_kernels.limits import sparse_limit
 from kdscale_kernels.made_in_forward import made_in_forward
 from kdscale_kernels.modes import Shape, layout_for
 from kdscale_kernels.problem import Problem
-from kdscale_kernels.products import compute_dtypes, grad_dtype_for
+from kdscale_kernels.products import compute_dtypes, grad_dtype_for, logits_may_be_narrow
 from kdscale_kernels.types import Backend, Divergence, LossOptions, Mode, SparseKL, Tail
 
 
@@ -98,6 +98,10 @@ def linear_sparse_kl(
         weight_sum=wanted[1] and weight_VH.dtype != accumulate,
         hidden_sum=wanted[0] and hidden_NH.dtype != accumulate,
         kept_bytes=grad_dtype_for(hidden_NH.device, operand, accumulate).itemsize * options.exponentials,
+        narrow=chosen == "torch"
+        and bias_V is None
+        and softcap is None
+        and logits_may_be_narrow(hidden_NH.device, operand),
     )
     problem = Problem(
         valid_M,
