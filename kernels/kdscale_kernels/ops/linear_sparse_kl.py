@@ -66,9 +66,9 @@ def linear_sparse_kl(
     scaled to sum to one); D is Σ w·log(w / q), with the gradient q·Σw - w. The teacher's logits then only mark empty
     slots and its first id.
 
-    Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live in fp32, a chunk or a slice (and
-    those that lean holds) at a time. One wait for the device, to count the valid rows (lean without Triton: two); none
-    in the results.
+    Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live in fp32 (lean on a CPU: bf16
+    where that costs the gradient nothing, narrow.py), a chunk or a slice (and those that lean holds) at a time. One
+    wait for the device, to count the valid rows (lean without Triton: two); none in the results.
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
