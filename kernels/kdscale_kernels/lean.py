@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from kdscale_kernels.made_in_forward import Made
+from kdscale_kernels.narrow import Kept as NarrowKept
+from kdscale_kernels.narrow import NarrowSteps
 from kdscale_kernels.problem import Problem
 from kdscale_kernels.products import Head
 from kdscale_kernels.rows import RowSums
@@ -21,14 +23,12 @@ def run_lean(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, proble
     into = _Gradients(hidden_NH, weight_VH, bias_V, problem)
     per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=problem.accumulate)
     size = problem.layout.rows
+    kind = _NarrowSlices if problem.layout.narrow else _WideSlices
     for begin in range(0, rows, size):
         block = slice(begin, min(begin + size, rows))
-        slices = _Slices(hidden_NH, weight_VH, bias_V, problem, block)
-        targets, labels_M = problem.targets.rows(block), problem.labels_M[block]
-        found = Found.empty(targets, labels_M, problem.vocab, problem.accumulate)
-        parts = [slices.read(index, found) for index in range(slices.count)]
-        stacked = Parts(*(torch.stack(field, 1) for field in zip(*parts, strict=True)))
-        sums, gradient = join(found, stacked, targets, labels_M, problem.options)
+        slices = kind(hidden_NH, weight_VH, bias_V, problem, block)
+        stacked = Parts(*(torch.stack(field, 1) for field in zip(*slices.read(), strict=True)))
+        sums, gradient = join(slices.found, stacked, slices.targets, slices.labels_M, problem.options)
         per_row[:, block] = torch.stack(sums)
         if any(problem.wanted):
             hidden_sum_MH = into.rows_of_hidden(slices.hidden_MH)
@@ -72,26 +72,24 @@ class _Gradients:
 
 
 class _Slices:
-    """The head's slices in order, their logits made when asked for; those of the last `held` once only."""
+    """The head's slices in order: `read` all, then `write` all. What makes dz is held for the last `layout.held`."""
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem, block: slice):
         self.problem, self.weight_VH, self.bias_V = problem, weight_VH, bias_V
         width = problem.layout.width
         self.edges = [*range(0, problem.vocab, width), problem.vocab]
         self.count = len(self.edges) - 1
-        self.held: dict[int, Kept] = {}
-        self.steps = SliceSteps(
-            problem.backend, problem.targets.rows(block), problem.labels_M[block], problem.options, self.edges
-        )
+        self.targets, self.labels_M = problem.targets.rows(block), problem.labels_M[block]
         rows_M, everything = problem.valid_M[block], hidden_NH.detach()
         self.hidden_MH = everything if rows_M.numel() == len(everything) else everything[rows_M]
-        self.operand_MH = self.head(0).cast(self.hidden_MH)
-        size = self.hidden_MH.shape[0] * width
-        self.buffer = hidden_NH.new_empty(size, dtype=problem.accumulate)
+        self.size = self.hidden_MH.shape[0] * width
         held = min(problem.layout.held, self.count) if any(problem.wanted) else 0
         # One block: many small ones would stay with the C library's allocator after the call.
-        shape = (held, problem.options.exponentials, size)
-        self.arena = hidden_NH.new_empty(shape, dtype=self.head(0).grad_dtype) if held else None
+        self.arena = self.new_empty((held, problem.options.exponentials, self.size), self.head(0).grad_dtype)
+        self.found = Found.empty(self.targets, self.labels_M, problem.vocab, problem.accumulate)
+
+    def new_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self.hidden_MH.new_empty(shape, dtype=dtype)
 
     def head(self, index: int) -> Head:
         first, stop = self.edges[index : index + 2]
@@ -99,23 +97,18 @@ class _Slices:
         problem = self.problem
         return Head(self.weight_VH[first:stop], bias_S, problem.operand, problem.accumulate, stop - first)
 
-    def read(self, index: int, found: Found) -> Parts:
-        first_kept = self.count - (self.arena.shape[0] if self.arena is not None else 0)
-        keep: list[Tensor] = []
-        if self.arena is not None and index >= first_kept:
-            keep = [self._shaped(flat, index) for flat in self.arena[index - first_kept]]
-        parts, kept = self.steps.read(self._logits(index), index, found, keep)
-        if kept is not None:
-            self.held[index] = kept
-        return parts
+    def read(self) -> list[Parts]:
+        """The tail's parts, slice by slice; the entries' logits are in `found` then."""
+        raise NotImplementedError
+
+    def dz(self, index: int, gradient: RowGradient) -> Tensor:
+        """Slice `index` of the logits' gradient [M,S], in the dtype that its products take."""
+        raise NotImplementedError
 
     def write(self, index: int, gradient: RowGradient, into: _Gradients, hidden_sum_MH: Tensor | None) -> None:
         """Slice `index` of the gradients."""
         head, (first, stop) = self.head(index), self.edges[index : index + 2]
-        if index in self.held:
-            dz_MS = self.steps.write_kept(self.held.pop(index), index, gradient)
-        else:
-            dz_MS = self.steps.write(self._logits(index), index, gradient, head.grad_dtype)
+        dz_MS = self.dz(index, gradient)
         if hidden_sum_MH is not None:
             hidden_sum_MH.add_(head.grad_hidden(dz_MS))
         if into.weight_VH is not None:
@@ -124,10 +117,71 @@ class _Slices:
             bias_S, dtype = into.bias_V[first:stop], self.problem.accumulate
             bias_S.copy_(dz_MS.sum(0, dtype=dtype) + (0.0 if into.first else bias_S.to(dtype)))
 
-    def _logits(self, index: int) -> Tensor:
-        return self.head(index).logits(self.operand_MH, self._shaped(self.buffer, index))
+    def place(self, index: int) -> Tensor | None:
+        """Where to keep slice `index`, [exponentials, M, S]; None: nowhere."""
+        first_kept = self.count - len(self.arena)
+        return None if index < first_kept else self.shaped(self.arena[index - first_kept], index)
 
-    def _shaped(self, flat: Tensor, index: int) -> Tensor:
-        """[M, S], contiguous at this slice's width: the last slice may be narrower."""
+    def shaped(self, flat: Tensor, index: int) -> Tensor:
+        """[..., M, S], contiguous at this slice's width: the last slice may be narrower."""
         rows, width = self.hidden_MH.shape[0], self.edges[index + 1] - self.edges[index]
-        return flat[: rows * width].view(rows, width)
+        return flat[..., : rows * width].unflatten(-1, (rows, width))
+
+
+class _WideSlices(_Slices):
+    """Logits with the products' fp32 results."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem, block: slice):
+        super().__init__(hidden_NH, weight_VH, bias_V, problem, block)
+        self.held: dict[int, Kept] = {}
+        self.steps = SliceSteps(problem.backend, self.targets, self.labels_M, problem.options, self.edges)
+        self.operand_MH = self.head(0).cast(self.hidden_MH)
+        self.buffer = self.new_empty((self.size,), problem.accumulate)
+
+    def read(self) -> list[Parts]:
+        return [self._read(index) for index in range(self.count)]
+
+    def _read(self, index: int) -> Parts:
+        place = self.place(index)
+        keep = [] if place is None else list(place)
+        parts, kept = self.steps.read(self._logits(index), index, self.found, keep)
+        if kept is not None:
+            self.held[index] = kept
+        return parts
+
+    def dz(self, index: int, gradient: RowGradient) -> Tensor:
+        if index in self.held:
+            return self.steps.write_kept(self.held.pop(index), index, gradient)
+        return self.steps.write(self._logits(index), index, gradient, self.head(index).grad_dtype)
+
+    def _logits(self, index: int) -> Tensor:
+        return self.head(index).logits(self.operand_MH, self.shaped(self.buffer, index))
+
+
+class _NarrowSlices(_Slices):
+    """Logits with the products' bf16 results (narrow.py has the why)."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem, block: slice):
+        super().__init__(hidden_NH, weight_VH, bias_V, problem, block)
+        self.hidden_MH = self.hidden_MH.to(problem.operand)
+        weight_VH = weight_VH.detach()[: problem.vocab].to(problem.operand)
+        self.steps = NarrowSteps(self.hidden_MH, weight_VH, self.targets, self.labels_M, problem.options, self.edges)
+        self.found = self.steps.found
+        self.held: dict[int, NarrowKept] = {}
+        again = len(self.arena) < self.count
+        shape = (problem.options.exponentials, self.size if again else 0)
+        self.buffer = self.new_empty(shape, problem.operand)
+
+    def read(self) -> list[Parts]:
+        return [*(self._read(index)[0] for index in range(self.count)), self.steps.label_part()]
+
+    def _read(self, index: int) -> tuple[Parts, NarrowKept]:
+        place = self.place(index)
+        parts, kept = self.steps.read(index, self.shaped(self.buffer, index) if place is None else place)
+        if place is not None:
+            self.held[index] = kept
+        return parts, kept
+
+    def dz(self, index: int, gradient: RowGradient) -> Tensor:
+        kept = self.held.pop(index) if index in self.held else self._read(index)[1]
+        return self.steps.write(kept, index, gradient)

@@ -45,6 +45,7 @@ class Shape:
     weight_sum: bool  # dW is wanted, and in another dtype than the accumulation's
     hidden_sum: bool  # likewise dX
     kept_bytes: int  # an entry that lean keeps for the gradient instead of computing its logit again
+    narrow: bool = False  # lean's logits come as bf16 (narrow.py)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Layout:
     rows: int = 1  # lean: rows of a block
     width: int = 0  # and entries of a slice
     held: int = 0  # lean: slices whose logits are kept for the gradient
+    narrow: bool = False  # lean: logits come as bf16
 
 
 def layout_for(shape: Shape, mode: Mode, workspace_bytes: int | None, chunk_bytes: int | None) -> Layout:
@@ -101,13 +103,19 @@ def _lean_block(shape: Shape, rows: int, workspace_bytes: int | None, chunk_byte
     slice_bytes = chunk_bytes or SLICE_BYTES.get(shape.device, SLICE_BYTES["cpu"])
     column_bytes = shape.item_bytes * rows
     # Per column of a slice: its logits, what the row step adds, dz in the products' dtype, the head's rows as fp32.
+    # Narrow logits are kept where they were made; what widens them is small.
     used = column_bytes * (shape.buffers + 1) + shape.item_bytes * shape.hidden * shape.head_copy
+    if shape.narrow:
+        used = shape.kept_bytes * rows
     # hidden states as an operand and dX in the accumulation dtype, and one slice's dX
     fixed = shape.item_bytes * rows * shape.hidden * (shape.head_copy + shape.hidden_sum) * 3 // 2
     free = max(0, workspace_bytes - fixed) if workspace_bytes is not None else slice_bytes * 2
-    width = min(slice_bytes // column_bytes, free // used)
+    width = min(slice_bytes // min(column_bytes, used), free // used)
     if width < shape.vocab:
         width = width // SLICE_STEP * SLICE_STEP
     width = max(1, min(shape.vocab, max(width, SLICE_STEP)))
-    held = max(0, free - used * width) // (shape.kept_bytes * rows * width)
-    return Layout("lean", rows=rows, width=width, held=min(held, -(-shape.vocab // width)))
+    slices, each = -(-shape.vocab // width), shape.kept_bytes * rows * width
+    held = min(slices, max(0, free - used * width) // each)
+    if shape.narrow and slices * each <= free:
+        held = slices
+    return Layout("lean", rows=rows, width=width, held=held, narrow=shape.narrow)

@@ -19,7 +19,7 @@ from kdscale_kernels.limits import sparse_limit
 from kdscale_kernels.made_in_forward import made_in_forward
 from kdscale_kernels.modes import Shape, layout_for
 from kdscale_kernels.problem import Problem
-from kdscale_kernels.products import compute_dtypes, grad_dtype_for
+from kdscale_kernels.products import compute_dtypes, grad_dtype_for, logits_may_be_narrow
 from kdscale_kernels.types import Backend, Divergence, LossOptions, Mode, SparseKL, Tail
 
 
@@ -66,9 +66,9 @@ def linear_sparse_kl(
     scaled to sum to one); D is Σ w·log(w / q), with the gradient q·Σw - w. The teacher's logits then only mark empty
     slots and its first id.
 
-    Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live in fp32, a chunk or a slice (and
-    those that lean holds) at a time. One wait for the device, to count the valid rows (lean without Triton: two); none
-    in the results.
+    Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live in fp32 (lean on a CPU: bf16
+    where that costs the gradient nothing, narrow.py), a chunk or a slice (and those that lean holds) at a time. One
+    wait for the device, to count the valid rows (lean without Triton: two); none in the results.
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
@@ -98,6 +98,10 @@ def linear_sparse_kl(
         weight_sum=wanted[1] and weight_VH.dtype != accumulate,
         hidden_sum=wanted[0] and hidden_NH.dtype != accumulate,
         kept_bytes=grad_dtype_for(hidden_NH.device, operand, accumulate).itemsize * options.exponentials,
+        narrow=chosen == "torch"
+        and bias_V is None
+        and softcap is None
+        and logits_may_be_narrow(hidden_NH.device, operand),
     )
     problem = Problem(
         valid_M,

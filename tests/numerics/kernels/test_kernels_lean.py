@@ -134,7 +134,7 @@ def test_the_gradients_are_finished_without_a_sum_over_all_of_the_head(make_prob
     with Sizes() as sizes:
         options = {"mode": "lean", "chunk_bytes": 64 * 256 * 4, "workspace_bytes": 1}
         kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels, **options).loss_sum.backward()
-    assert 64 * 128 <= sizes.largest <= 64 * 256 < 64 * 2048
+    assert 64 * 128 <= sizes.largest <= 64 * 640 < 64 * 2048  # the head's rows at 5 entries of 63 tokens are made fp32
 
 
 def shape_of(rows=2048, hidden=576, vocab=49152, device="cpu", narrow=True, grads=True):
