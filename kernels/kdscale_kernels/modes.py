@@ -7,7 +7,7 @@ chunks and so a [V, H] array in the accumulation dtype, and on a CPU the head is
 *lean* takes a slice of the vocabulary at a time, and all rows: each slice of dW is finished at once, in its own dtype,
 and no more than slices of logits and dX in fp32 are held. A row's softmax needs all slices before any gradient, so a
 slice is computed twice, but for those whose exponentials the budget lets it keep. Where two to four blocks of rows make
-all of them fit, it takes those instead, and every product once.
+all of them fit, it takes those instead, and every product once. On a CPU its logits may come as bf16 (narrow.py).
 """
 
 from __future__ import annotations

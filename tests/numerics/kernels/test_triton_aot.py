@@ -26,6 +26,7 @@ def compile_all(which, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # "all" is 416 compilations
 @pytest.mark.parametrize("which", ["few", "all"])
 def test_no_target_spills_or_asks_for_too_much_shared_memory(which, tmp_path):
     if which == "all" and not os.environ.get("KDSCALE_AOT_ALL"):
