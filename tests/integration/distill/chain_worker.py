@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import transformers  # noqa: F401
 from kdscale.config import build_config
 from kdscale.distill import engine, loop
 from kdscale.progress import Reporter
+from tests.integration.forks import fork_ranks
 
 KILLED = 77
 
@@ -53,28 +53,16 @@ def rank_main(job: dict[str, Any], phase: dict[str, Any], rank: int, port: int) 
     return 0
 
 
-def run_phase(job: dict[str, Any], phase: dict[str, Any]) -> list[int]:
-    port, children = free_port(), []
-    for rank in range(phase["ranks"]):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = rank_main(job, phase, rank, port)
-            except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+def run_phase(job: dict[str, Any], phase: dict[str, Any], expected: int) -> list[int]:
+    port = free_port()
+    return fork_ranks(phase["ranks"], lambda rank: rank_main(job, phase, rank, port), expected)
 
 
 def main() -> int:
     for job in json.loads(sys.argv[1]):
         for phase in job["phases"]:
-            codes = run_phase(job, phase)
             expected = 0 if phase["until"] is None else KILLED
+            codes = run_phase(job, phase, expected)
             if codes != [expected] * phase["ranks"]:
                 print(f"{phase}: exit codes {codes}", file=sys.stderr)
                 return 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from kdscale.config import build_config
 from kdscale.distill import engine, loop, pair
 from kdscale.models import load_model
 from kdscale.progress import Reporter
+from tests.integration.forks import fork_ranks
 
 
 def run_rank(arguments: dict[str, Any], world: int, rank: int) -> None:
@@ -87,22 +87,7 @@ def main() -> None:
     arguments = json.loads(Path(sys.argv[1]).read_text())
     load_model(Path(arguments["student"]), dtype=torch.float32, device=torch.device("cpu"))  # imports its modules
     for world in map(int, arguments["configs"]):
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if not child:
-                code = 1
-                try:
-                    run_rank(arguments, world, rank)
-                    code = 0
-                finally:
-                    if code:
-                        traceback.print_exception(sys.exception())
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        codes = fork_ranks(world, lambda rank, world=world: run_rank(arguments, world, rank))
         if any(codes):
             raise SystemExit(f"ranks ended with {codes}")
 

@@ -219,11 +219,15 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, mon
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after training step 2") as caught:
-        patch.setattr(loop, "train_step", interrupt)
-        distil(tmp_path / "cut")
-    assert caught.value.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after training step 2") as caught:
+            patch.setattr(loop, "train_step", interrupt)
+            distil(tmp_path / "cut")
+        assert caught.value.exit_code == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     distil(tmp_path / "cut")
     distil(tmp_path / "whole")
     assert student_bytes(tmp_path / "whole") == student_bytes(tmp_path / "cut")

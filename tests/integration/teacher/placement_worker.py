@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from kdscale.heads import final_hidden
 from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.placement import Gathered, PlacedTeacher, place_teacher
+from tests.integration.forks import fork_ranks
 
 CPU = torch.device("cpu")
 WORLDS = [1, 2, 4]
@@ -130,34 +130,14 @@ def run_rank(folder: Path, world: int, rank: int) -> None:
     dist.barrier()
 
 
-def fork_ranks(world: int, work: Any) -> None:
-    """Run work(rank) in `world` forks of this process; raises when one fails."""
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                work(rank)
-                code = 0
-            finally:
-                if code:
-                    traceback.print_exception(sys.exception())
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    if any(codes):
-        raise SystemExit(f"ranks ended with {codes}")
-
-
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     save_teachers(folder)
     for world in WORLDS:
-        fork_ranks(world, lambda rank, world=world: run_rank(folder, world, rank))
+        codes = fork_ranks(world, lambda rank, world=world: run_rank(folder, world, rank))
+        if any(codes):
+            raise SystemExit(f"ranks ended with {codes}")
 
 
 if __name__ == "__main__":
