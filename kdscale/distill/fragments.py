@@ -19,7 +19,6 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.weights import Checkpoint
 
 Fill = Callable[[str, Piece, torch.Tensor], None]
-_BLOCK = 1 << 24  # values that are read at once
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,9 @@ class Fragments:
             for name, there in stored.get(place.piece.name, []):
                 begin = max(place.piece.offset, there.offset)
                 end = min(place.piece.offset + place.piece.length, there.offset + there.length)
-                for at in range(begin, end, _BLOCK):
-                    values = source.values(name, at - there.offset, min(at + _BLOCK, end) - there.offset)
-                    place.of(place.key.data).narrow(0, at - place.piece.offset, values.numel()).copy_(values)
+                if begin < end:
+                    mine = place.of(place.key.data).narrow(0, begin - place.piece.offset, end - begin)
+                    source.fill(name, begin - there.offset, mine)
 
     def _step_value(self, step: int, key: torch.Tensor) -> Any:
         if not isinstance(self._adam, torch.optim.Adam):  # DeepSpeed's CPU Adam counts in an int

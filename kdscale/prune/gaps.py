@@ -34,7 +34,8 @@ from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
 
 ROLE = "down"
-# As in two_stream: a layer is taken to add its two sublayers' outputs to its input within these shares.
+# A layer's output counts as its input plus what its two sublayers put out within this share of the change and, for the
+# rounding of bf16, of the output.
 _PLAIN, _ROUNDING = 2e-2, 1e-2
 _SLOTS = 3  # a batch: the stream; u at the last gap's front; y − x there
 
@@ -168,6 +169,12 @@ class _Slots:
         return self._stream.layer(index)
 
 
+def is_plain(before: Tensor, added: Tensor, after: Tensor) -> bool:
+    """Whether a layer put out its input plus `added`, what its two sublayers did, and nothing else."""
+    change, output = (after.float() - before.float()).norm(), after.float().norm()
+    return bool((before.float() + added - after.float()).norm() <= _PLAIN * change + _ROUNDING * output)
+
+
 class _Front:
     """What the down projection in front of a gap reads and writes."""
 
@@ -184,8 +191,7 @@ class _Front:
         """(u [B, S, K], y less its bias [B, S, D] in fp32) of the batch that the layer was just run on."""
         read_BSK, wrote_BSD = self._seen[ROLE]
         added = self._seen["o"][1].float() + wrote_BSD.float()
-        change, output = (after_BSD.float() - before_BSD.float()), after_BSD.float()
-        if not (change - added).norm() <= _PLAIN * change.norm() + _ROUNDING * output.norm():
+        if not is_plain(before_BSD, added, after_BSD):
             raise ConfigError(
                 "prune.layer_repair: linear",
                 expected="layers that add the outputs of attention and MLP to their input",

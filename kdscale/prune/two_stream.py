@@ -32,7 +32,7 @@ from kdscale.progress import Reporter
 from kdscale.prune.compensate import TargetSums
 from kdscale.prune.expert_repair import Equations, kept_units, refit_experts
 from kdscale.prune.experts import Routing, call_of, routing_among, units_of
-from kdscale.prune.gaps import Repaired
+from kdscale.prune.gaps import Repaired, is_plain
 from kdscale.prune.repair import COMPENSATED, compensated_roles, fits_experts
 from kdscale.prune.residual import Residuals, Sample
 from kdscale.prune.slicing import Slicer
@@ -40,9 +40,6 @@ from kdscale.prune.states import ACTIVATION_BYTES, IN_MEMORY, LayerPass, Scratch
 from kdscale.prune.stream import LayerStream, OneLayer, TokenBatch
 from kdscale.weights import Checkpoint
 
-# A layer's output counts as its input plus what its two sublayers put out within this share of the change and, for the
-# rounding of bf16, of the output.
-_PLAIN, _ROUNDING = 2e-2, 1e-2
 _EMBEDDED = "embedded"  # the teacher's first states, until they stand beside the student's
 
 
@@ -290,8 +287,7 @@ class _LayerPair:
 
     def _is_plain(self, before: Tensor, after: Tensor) -> bool:
         added = self._output(False, "o") + self._output(False, "down")
-        change, output = (after.float() - before.float()).norm(), after.float().norm()
-        return bool((before.float() + added - after.float()).norm() <= _PLAIN * change + _ROUNDING * output)
+        return is_plain(before, added, after)
 
     def _target(self, role: str, theirs: Tensor, ours: Tensor, beta: float) -> Tensor:
         target = self._wanted(role)

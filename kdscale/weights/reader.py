@@ -147,20 +147,15 @@ class Checkpoint:
                 _read_ahead(stream, begin, 2 * step * row_bytes)
                 yield _read(stream, entry, name, begin, begin + count * row_bytes).reshape(count, *entry.shape[1:])
 
-    def values(self, name: str, begin: int, end: int) -> torch.Tensor:
-        """Elements begin:end of the flattened tensor; only their bytes are read."""
-        entry, width = self._entry(name), self.itemsize(name)
-        if not 0 <= begin <= end <= math.prod(entry.shape):
-            raise CheckpointError(f"{self.path}: {name}", expected=f"element {end} within it", got=str(entry.shape))
-        with entry.file.open("rb", buffering=0) as stream:
-            return _read(stream, entry, name, entry.begin + begin * width, entry.begin + end * width)
-
     def fill(self, name: str, begin: int, out: torch.Tensor) -> None:
         """Write the tensor's values `begin` to `begin + len(out)`, counted in storage order, into the flat `out`.
 
-        Only their bytes are read: straight into `out` where it has the dtype on disk, else in converted blocks.
+        Only their bytes are read: straight into `out` where it has the dtype on disk, else in converted blocks. Raises
+        CheckpointError when the tensor has no such values.
         """
-        entry = self._entry(name)
+        entry, end = self._entry(name), begin + out.numel()
+        if not 0 <= begin <= end <= math.prod(entry.shape):
+            raise CheckpointError(f"{self.path}: {name}", expected=f"value {end} within it", got=str(entry.shape))
         width = DTYPE_BYTES[entry.dtype]
         direct = out.device.type == "cpu" and out.dtype == torch_dtype(entry.dtype)
         step = out.numel() if direct else max(1, _FILL_BYTES // width)

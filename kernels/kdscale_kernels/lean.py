@@ -5,6 +5,8 @@ Legend: N rows, M valid rows of one block, H hidden size, V vocabulary, S entrie
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def run_lean(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, proble
     into = _Gradients(hidden_NH, weight_VH, bias_V, problem)
     per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=problem.accumulate)
     size = problem.layout.rows
-    kind = _NarrowSlices if problem.layout.narrow else _WideSlices
+    kind: type[_NarrowSlices | _WideSlices] = _NarrowSlices if problem.layout.narrow else _WideSlices
     for begin in range(0, rows, size):
         block = slice(begin, min(begin + size, rows))
         slices = kind(hidden_NH, weight_VH, bias_V, problem, block)
@@ -71,7 +73,7 @@ class _Gradients:
                 self.hidden_NH[rows_M] = sum_MH.to(self.hidden_NH.dtype)
 
 
-class _Slices:
+class _Slices(ABC):
     """The head's slices in order: `read` all, then `write` all. What makes dz is held for the last `layout.held`."""
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem, block: slice):
@@ -97,13 +99,13 @@ class _Slices:
         problem = self.problem
         return Head(self.weight_VH[first:stop], bias_S, problem.operand, problem.accumulate, stop - first)
 
+    @abstractmethod
     def read(self) -> list[Parts]:
         """The tail's parts, slice by slice; the entries' logits are in `found` then."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dz(self, index: int, gradient: RowGradient) -> Tensor:
         """Slice `index` of the logits' gradient [M,S], in the dtype that its products take."""
-        raise NotImplementedError
 
     def write(self, index: int, gradient: RowGradient, into: _Gradients, hidden_sum_MH: Tensor | None) -> None:
         """Slice `index` of the gradients."""
