@@ -64,7 +64,7 @@ class ImportanceConfig(_Section):
     micro_batch: Count = 4
     dtype: Dtype = "auto"
     processes: Count = 1  # ranks on this machine that share the calibration sequences, also in compensation
-    # of the calibration tokens, for prune.layer_method loss and angular, which keep a state a layer for each
+    # of the calibration tokens, for prune.layer_method loss (which keeps a state a layer for each) and angular
     layer_tokens: Count = 16_384
 
 
