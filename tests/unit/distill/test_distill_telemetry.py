@@ -16,6 +16,7 @@ from kdscale.distill.profiling import StepProfiler
 from kdscale.distill.replay import find_start, parameter_group
 from kdscale.distill.spikes import SpikeDetector, name_documents
 from kdscale.distill.throughput import ModelFlops, SpeedReport, peak_by_name, peak_flops, step_flops
+from kdscale.sizing.gpus import find_gpu, known_gpus
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
@@ -53,6 +54,11 @@ def test_a_mixture_counts_the_experts_a_token_is_routed_to():
 )  # fmt: skip
 def test_peaks_by_name(name, peak):
     assert peak_by_name(name) == peak
+
+
+def test_the_log_and_plan_run_have_one_peak_for_a_gpu():
+    gpus = [find_gpu(name) for name in known_gpus()]
+    assert {gpu.name: peak_by_name(gpu.name) for gpu in gpus} == {gpu.name: gpu.flops for gpu in gpus}
 
 
 def test_a_cpu_has_no_peak_of_its_own():
