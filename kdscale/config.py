@@ -12,26 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from kdscale.config_observe import ProfileConfig, SpikeConfig, TrackingConfig
-from kdscale.config_zero import ZeroConfig
+from kdscale.config_base import Count, Device, Dtype, Section
+from kdscale.config_distill import FREE_SETTINGS, QUANTIZED, DistillConfig
+from kdscale.config_observe import TrackingConfig
 from kdscale.errors import ConfigError
 from kdscale.files import sha256_json
-from kdscale.units import TARGETS, parse_count, parse_target
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-Dtype = Literal["auto", "float32", "bfloat16"]
-Device = Literal["auto", "cpu", "cuda"]
+from kdscale.units import TARGETS, parse_target
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, frozen=True)
-
-
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     """The model to shrink: a folder with config.json, tokenizer and safetensors, or a hub id (`org/name`)."""
 
     path: str = Field(min_length=1)
@@ -39,7 +32,7 @@ class TeacherConfig(_Section):
     trust_remote_code: bool = False
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """One source of text: `builtin:classics`, a .jsonl/.jsonl.gz/.txt file, a folder or glob of these, or `hf:NAME`."""
 
     path: str = Field(min_length=1)
@@ -48,7 +41,7 @@ class SourceConfig(_Section):
     weight: Annotated[int, Field(ge=1)] = 1  # how often each document is repeated an epoch
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(
         strict=False, min_length=1, default=(SourceConfig(path="builtin:classics"),)
     )
@@ -58,7 +51,7 @@ class DataConfig(_Section):
     max_document_tokens: Count | None = None
 
 
-class ImportanceConfig(_Section):
+class ImportanceConfig(Section):
     calibration_tokens: Count = 32_768
     seq_len: Count = 512
     micro_batch: Count = 4
@@ -76,7 +69,7 @@ LayerMethod = Literal["block_influence", "loss", "angular", "last"]
 LayerRepair = Literal["none", "linear"]
 
 
-class SearchConfig(_Section):
+class SearchConfig(Section):
     """How the shapes that meet a budget are compared; each kind of score is asked of fewer shapes than the last."""
 
     # this many of the best predicted shapes are run masked on calibration text; 0 goes by the prediction alone
@@ -89,7 +82,7 @@ class SearchConfig(_Section):
     context_tokens: Count = 256
 
 
-class PruneConfig(_Section):
+class PruneConfig(Section):
     """The budget and the axes. Fixed sizes win; axes left open are searched until the target is met."""
 
     # "4B" (absolute) or "50%" (of the teacher), of the parameters that `count` names
@@ -154,134 +147,7 @@ class PruneConfig(_Section):
         return next(((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None), None)
 
 
-class OptimizerConfig(_Section):
-    lr: Annotated[float, Field(gt=0.0)] = 1e-4
-    min_lr: Annotated[float, Field(ge=0.0)] = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
-    betas: tuple[float, float] = Field(strict=False, default=(0.9, 0.95))
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    gradient_clipping: Annotated[float, Field(gt=0.0)] = 1.0
-
-
-class LossConfig(_Section):
-    """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket, or on the whole vocabulary."""
-
-    targets: Literal["topk", "full"] = "topk"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"] = "forward_kl"
-    ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    top_k: Count = 64
-    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
-
-    @model_validator(mode="after")
-    def _whole_vocabulary_has_no_tail(self) -> LossConfig:
-        if self.targets == "full" and self.tail != "bucket":
-            raise ValueError(f"tail ({self.tail}) is about topk targets: leave it out with targets: full")
-        return self
-
-
-class GuardConfig(_Section):
-    """What to do about NaN and Inf: the step is skipped and counted; this many in a row end the run."""
-
-    max_skipped_in_a_row: Count = 5
-
-
-TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file says nothing else
-
-
-class ServedConfig(_Section):
-    """Where `kdscale serve-teacher` answers, for distill.teacher_placement: served."""
-
-    urls: tuple[str, ...] = Field(strict=False, default=())  # http://HOST:PORT; several share the questions
-    token_file: str | None = None  # None: teacher.token in the run folder
-    timeout: Annotated[float, Field(gt=0.0)] = 600.0  # seconds without an answer from any of them
-
-    @model_validator(mode="after")
-    def _urls_are_urls(self) -> ServedConfig:
-        wrong = [url for url in self.urls if not url.startswith(("http://", "https://"))]
-        if wrong:
-            raise ValueError(f"urls: expected http://HOST:PORT, got {', '.join(wrong)}")
-        return self
-
-
-class DistillConfig(_Section):
-    # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
-    teacher: Literal["original", "previous"] = "original"
-    # whole on every rank, a share on each, once in each host's memory, or by kdscale serve-teacher on other machines
-    teacher_placement: Literal["replicated", "partitioned", "offloaded", "served"] = "replicated"
-    served: ServedConfig = ServedConfig()
-    tokens: Count = 1_000_000
-    seq_len: Count = 512
-    global_batch: Count = 8  # sequences a step, over all ranks
-    micro_batch: Count = 4  # sequences a forward, a rank
-    processes: Count = 1
-    dtype: Dtype = "auto"
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    zero: ZeroConfig = ZeroConfig()
-    gradient_checkpointing: bool = False
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loss: LossConfig = LossConfig()
-    guard: GuardConfig = GuardConfig()
-    spikes: SpikeConfig = SpikeConfig()
-    profile: ProfileConfig = ProfileConfig()
-    # what one rank's device can do a second, for MFU; null: by the GPU's name, and no MFU on a CPU
-    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
-    validate_every: Count = 50  # steps
-    validate_tokens: Count = 8_192
-    checkpoint_every: Count = 50  # steps
-    # a rank that makes no progress for so long ends itself; None: by device; 0: never
-    watchdog_seconds: Annotated[float, Field(ge=0.0)] | None = None
-    keep_checkpoints: Count = 2  # the newest
-    keep_every: Count | None = None  # steps; these are kept for ever
-    async_checkpoints: bool = False  # written behind the training's back, from a copy in host memory
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> DistillConfig:
-        share = self.micro_batch * self.processes
-        if self.global_batch % share:
-            raise ValueError(
-                f"global_batch ({self.global_batch}) must be a multiple of micro_batch × processes ({share})"
-            )
-        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            raise ValueError(
-                f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every ({self.checkpoint_every})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _served_is_somewhere(self) -> DistillConfig:
-        if self.teacher_placement == "served":
-            if not self.served.urls:
-                raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
-            if self.loss.targets == "full":
-                raise ValueError("teacher_placement: served sends the teacher's top K alone: use loss.targets: topk")
-        return self
-
-    @model_validator(mode="after")
-    def _zero_can_do_it(self) -> DistillConfig:
-        if problems := self.zero.problems(self.zero_stage, self.processes):
-            raise ValueError("; ".join(problems))
-        return self
-
-    def decisive(self) -> dict[str, Any]:
-        """The settings that the student's values depend on: all but where things run and what is watched or kept."""
-        found = {key: value for key, value in self.model_dump(mode="json").items() if key not in _FREE_SETTINGS}
-        return {**found, "zero": {key: getattr(self.zero, key) for key in _QUANTIZED}}
-
-
-_QUANTIZED = ("quantized_weights", "quantized_gradients")  # of distill.zero: they change what is computed
-# With any values of these the student is the same up to rounding: a run may change them and go on.
-_FREE_SETTINGS = {
-    "teacher_placement", "served", "processes", "micro_batch", "zero_stage", "gradient_checkpointing", "validate_every",
-    "validate_tokens", "checkpoint_every", "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds",
-    "spikes", "profile", "peak_flops", "zero",
-}  # fmt: skip
-
-
-class EvalConfig(_Section):
+class EvalConfig(Section):
     tokens: Count = 16_384
     seq_len: Count = 512
     micro_batch: Count = 4
@@ -304,14 +170,14 @@ class EvalConfig(_Section):
     decode_tokens: Count = 32
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     device: Device = "auto"
     threads: Count | None = None  # CPU threads a process; None: cores / processes
     # calibration hidden states held in memory, a process; what is beyond goes to the run folder's disk
     activation_bytes: Count = 1_073_741_824
 
 
-class StepConfig(_Section):
+class StepConfig(Section):
     """One step on the way to the config's own student: what it says differently of prune and distill.
 
     The config's target and sizes are the last step's: none of them is inherited. All other fields are.
@@ -319,10 +185,10 @@ class StepConfig(_Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     prune: dict[str, Any]
-    distill: dict[str, Any] = {}
+    distill: dict[str, Any] = Field(default_factory=dict)
 
 
-class Config(_Section):
+class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str = Field(min_length=1)
     seed: Annotated[int, Field(ge=0)] = 0
@@ -432,7 +298,7 @@ def config_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def may_change(difference: str) -> bool:
     """Whether a line of `config_differences` is about a setting with which a run may go on, whatever its value."""
     section, field, *_ = [*difference.partition(": ")[0].split("."), ""]
-    return section == "distill" and field in _FREE_SETTINGS and not any(name in difference for name in _QUANTIZED)
+    return section == "distill" and field in FREE_SETTINGS and not any(name in difference for name in QUANTIZED)
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from kdscale.config_base import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, frozen=True)
-
-
-class SpikeConfig(_Section):
+class SpikeConfig(Section):
     """A spike is a loss above the median of the last 16 + factor · σ; σ from the last `window` differences of steps."""
 
     enabled: bool = True
@@ -20,7 +18,7 @@ class SpikeConfig(_Section):
     after: Annotated[int, Field(ge=4)] = 16  # losses that must be known before anything counts as a spike
 
 
-class ProfileConfig(_Section):
+class ProfileConfig(Section):
     """torch.profiler around the steps `first` to `last`, counted from 1 as in the log; null: no profile."""
 
     steps: tuple[int, int] | None = Field(strict=False, default=None)
@@ -36,25 +34,25 @@ class ProfileConfig(_Section):
         return self
 
 
-class WandbConfig(_Section):
+class WandbConfig(Section):
     project: str = Field(min_length=1, default="kdscale")
     entity: str | None = None
     mode: Literal["online", "offline"] = "online"
     tags: tuple[str, ...] = Field(strict=False, default=())
 
 
-class MlflowConfig(_Section):
+class MlflowConfig(Section):
     # a server, `sqlite:///file.db`, or a folder; null: what MLFLOW_TRACKING_URI says
     uri: str | None = None
     experiment: str = Field(min_length=1, default="kdscale")
 
 
-class TrackioConfig(_Section):
+class TrackioConfig(Section):
     project: str = Field(min_length=1, default="kdscale")
     space: str | None = None  # a Hugging Face space that shows the run; null: this machine only
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """Trackers that get what metrics.jsonl gets, through their own libraries; null: not used."""
 
     wandb: WandbConfig | None = None

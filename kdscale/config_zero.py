@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from kdscale.units import parse_count
+from kdscale.config_base import Count, Section
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Value = bool | int | float | str
@@ -65,10 +65,8 @@ OWNED: dict[str, str] = {
 }
 
 
-class ZeroConfig(BaseModel):
+class ZeroConfig(Section):
     """Offload, ZeRO++ and bucket sizes. What a stage cannot do is refused (see `problems`)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, frozen=True)
 
     # fp32 masters, Adam's moments and its step in host memory (stages 1 to 3) or on NVMe (stage 3)
     offload_optimizer: OffloadDevice = "none"
@@ -81,9 +79,9 @@ class ZeroConfig(BaseModel):
     quantized_weights: bool = False
     quantized_gradients: bool = False
     # elements a collective takes at a time; None: 500M with GPUs, 50M on a CPU
-    reduce_bucket: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] | None = None
-    allgather_bucket: Annotated[int, BeforeValidator(parse_count), Field(gt=0)] | None = None
-    extra: dict[str, Value] = {}
+    reduce_bucket: Count | None = None
+    allgather_bucket: Count | None = None
+    extra: dict[str, Value] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _holds_together(self) -> ZeroConfig:

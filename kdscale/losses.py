@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kdscale.config import LossConfig
+from kdscale.config_distill import LossConfig
 from kdscale.heads import Head
 from kdscale_kernels import linear_full_kl, linear_sparse_kl
 

@@ -27,6 +27,7 @@ from kdscale.distill import state
 from kdscale.distill.export import card_facts, export_checkpoint, model_card
 from kdscale.distill.fragments import Fragments
 from kdscale.distill.loop import Trainer
+from kdscale.distill.mesh import Mesh
 from kdscale.distill.names import trained_tensors
 from kdscale.distill.observe import Observer, make_observer
 from kdscale.distill.optimizer import make_optimizer
@@ -275,15 +276,15 @@ def _make_trainer(
     reporter: Reporter,
     observer: Callable[[PackedLoader], Observer],
 ) -> Trainer:
-    settings, store = cfg.distill, TokenStore.open(data_dir)
+    settings, store, mesh = cfg.distill, TokenStore.open(data_dir), Mesh.of(cfg.distill)
     loader = PackedLoader(
         store.split("train"),
         settings.seq_len,
         settings.global_batch,
         settings.micro_batch,
         cfg.seed,
-        rank=rank(),
-        world=world_size(),
+        rank=mesh.data_rank,
+        world=mesh.data,
     )
     held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
 

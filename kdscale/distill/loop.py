@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kdscale.config import DistillConfig
+from kdscale.config_distill import DistillConfig
 from kdscale.data.loader import Batch, LoaderState, PackedLoader
 from kdscale.dist import all_reduce_sum, rank, world_size
 from kdscale.distill.guard import SkipGuard, by_rank, show_documents, stop_error, watch

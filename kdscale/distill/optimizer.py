@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.config import OptimizerConfig
+from kdscale.config_distill import OptimizerConfig
 from kdscale.distill.zero3 import whole_shape
 
 

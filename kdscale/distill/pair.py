@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from kdscale.config import TEACHER_TOKEN, Config
+from kdscale.config import Config
+from kdscale.config_distill import TEACHER_TOKEN
 from kdscale.dist import rank
 from kdscale.distill.step import StudentModule
 from kdscale.distill.zero3 import load_zero3, whole_shape

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from kdscale.config import TEACHER_TOKEN, Config
+from kdscale.config import Config
+from kdscale.config_distill import TEACHER_TOKEN
 from kdscale.config_observe import ProfileConfig, SpikeConfig, TrackingConfig
 from kdscale.data.loader import PackedLoader
 from kdscale.data.store import TokenStore

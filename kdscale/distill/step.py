@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.config import LossConfig
+from kdscale.config_distill import LossConfig
 from kdscale.data.loader import Batch
 from kdscale.dist import all_reduce_sum, world_size
 from kdscale.heads import final_hidden, head_of

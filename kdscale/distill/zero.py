@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from kdscale.config import DistillConfig
+from kdscale.config_distill import DistillConfig
 from kdscale.config_zero import OffloadDevice, ZeroConfig
 from kdscale.errors import ConfigError
 
@@ -15,7 +15,7 @@ BUCKET = {"cuda": 500_000_000, "cpu": 50_000_000}
 
 def deepspeed_config(cfg: DistillConfig, stage: int, *, bf16: bool, device: str) -> dict[str, Any]:
     """`stage` is the one in effect (stage 0 in bf16 runs as 1), `device` "cuda" or "cpu"."""
-    share = cfg.micro_batch * cfg.processes
+    share = cfg.micro_batch * cfg.data_parallel
     return {
         "train_micro_batch_size_per_gpu": cfg.micro_batch,
         "gradient_accumulation_steps": cfg.global_batch // share,

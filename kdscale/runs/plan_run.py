@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from kdscale.config import Config, DistillConfig
+from kdscale.config import Config
+from kdscale.config_distill import DistillConfig
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.runs.folder import RunFolder

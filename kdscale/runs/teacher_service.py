@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kdscale
-from kdscale.config import TEACHER_TOKEN, Config
+from kdscale.config import Config
+from kdscale.config_distill import TEACHER_TOKEN
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import atomic_path
 from kdscale.heads import head_of

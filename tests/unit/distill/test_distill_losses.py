@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from kdscale.config import LossConfig
+from kdscale.config_distill import LossConfig
 from kdscale.heads import Head
 from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
 from kdscale_kernels import linear_topk_lse, reference

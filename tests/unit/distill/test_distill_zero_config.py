@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kdscale.config import DistillConfig, build_config
+from kdscale.config import build_config
+from kdscale.config_distill import DistillConfig
 from kdscale.config_zero import OWNED, PASSED_THROUGH
 from kdscale.distill.zero import deepspeed_config
 from kdscale.errors import ConfigError

@@ -1,0 +1,58 @@
+"""How the ranks divide the work: over sequences of the batch, positions of a sequence, parts of the layers.
+
+Rank (d·S + s)·T + t: the T ranks that share layers are neighbours (they talk most), then the S ranks that share a
+sequence, then the D groups that take sequences of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdscale.config_distill import DistillConfig
+from kdscale.dist import rank
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the three axes, and where `rank` stands on each."""
+
+    data: int
+    sequence: int
+    tensor: int
+    rank: int
+
+    @classmethod
+    def of(cls, cfg: DistillConfig) -> Mesh:
+        """This process's place."""
+        return cls(cfg.data_parallel, cfg.sequence_parallel, cfg.tensor_parallel, rank())
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // (self.sequence * self.tensor)
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank // self.tensor % self.sequence
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def sequence_ranks(self) -> list[list[int]]:
+        """Every group of ranks that share sequences; all ranks make all groups, in this order."""
+        block = self.sequence * self.tensor
+        return [
+            [d * block + s * self.tensor + t for s in range(self.sequence)]
+            for d in range(self.data)
+            for t in range(self.tensor)
+        ]
+
+    @property
+    def tensor_ranks(self) -> list[list[int]]:
+        """Every group of ranks that share layers."""
+        return [list(range(first, first + self.tensor)) for first in range(0, self.world, self.tensor)]
+
+    @property
+    def world(self) -> int:
+        return self.data * self.sequence * self.tensor

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from kdscale.config_distill import DistillConfig
+from kdscale.distill.mesh import Mesh
+
+SIZES = st.integers(1, 4)
+
+
+@given(SIZES, SIZES, SIZES)
+def test_every_rank_is_in_one_group_of_each_kind_at_its_own_place(data: int, sequence: int, tensor: int) -> None:
+    mesh = Mesh(data, sequence, tensor, 0)
+    for groups, place in ((mesh.sequence_ranks, "sequence_rank"), (mesh.tensor_ranks, "tensor_rank")):
+        assert sorted(rank for group in groups for rank in group) == list(range(mesh.world))
+        for group in groups:
+            members = [replace(mesh, rank=rank) for rank in group]
+            assert [getattr(member, place) for member in members] == list(range(len(group)))
+            assert len({member.data_rank for member in members}) == 1
+
+
+def test_the_batch_is_shared_by_the_groups_that_take_sequences_of_their_own() -> None:
+    cfg = DistillConfig(processes=8, sequence_parallel=2, tensor_parallel=2, micro_batch=4, global_batch=8)
+    assert cfg.data_parallel == 2
+    with pytest.raises(ValidationError, match=r"micro_batch × data-parallel ranks \(6\)"):
+        DistillConfig(processes=4, sequence_parallel=2, micro_batch=3, global_batch=8)
+    with pytest.raises(ValidationError, match=r"multiple of sequence_parallel × tensor_parallel \(3\)"):
+        DistillConfig(processes=4, tensor_parallel=3)
