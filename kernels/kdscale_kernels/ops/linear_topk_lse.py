@@ -63,20 +63,27 @@ def linear_topk_lse(
         buffer = torch.empty(chunks[0].stop if chunks else 0, vocab, dtype=accumulate, device=device)
         for chunk in chunks:
             z_CV = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
-            if chosen == "triton":
-                from kdscale_kernels.triton_topk import topk_lse_rows
-
-                result.ids_NK[chunk], result.logits_NK[chunk], result.lse_N[chunk] = topk_lse_rows(
-                    z_CV, k, temperature, softcap
-                )
-                continue
-            if softcap is not None:
-                cap_(z_CV, softcap)
-            result.ids_NK[chunk], result.logits_NK[chunk] = topk_rows(z_CV, k)
-            top_C = result.logits_NK[chunk, 0]
-            z_CV.sub_(top_C[:, None]).div_(options.temperature).exp_()
-            result.lse_N[chunk] = top_C / options.temperature + z_CV.sum(1).log()
+            found = topk_lse_step(z_CV, k, options, chosen)
+            result.ids_NK[chunk], result.logits_NK[chunk], result.lse_N[chunk] = found
     return result
+
+
+def topk_lse_step(z_CV: Tensor, k: int, options: LossOptions, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [C,k], logits [C,k], logsumexp(z / T) [C]) of raw logits, which are destroyed; ties as in topk_rows.
+
+    A row of -inf alone has a log-sum-exp of -inf.
+    """
+    if backend == "triton":
+        from kdscale_kernels.triton_topk import topk_lse_rows
+
+        return topk_lse_rows(z_CV, k, options.temperature, options.softcap)
+    if options.softcap is not None:
+        cap_(z_CV, options.softcap)
+    ids_CK, values_CK = topk_rows(z_CV, k)
+    top_C = values_CK[:, 0]
+    shift_C = top_C.masked_fill(top_C == float("-inf"), 0.0)  # a shard's row may be nothing but -inf
+    z_CV.sub_(shift_C[:, None]).div_(options.temperature).exp_()
+    return ids_CK, values_CK, top_C / options.temperature + z_CV.sum(1).log()
 
 
 def topk_rows(z_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
