@@ -22,10 +22,10 @@ from kdscale_kernels.dispatch import choose_backend
 from kdscale_kernels.groups import Claim, Shard, agree
 from kdscale_kernels.limits import sparse_limit
 from kdscale_kernels.made_in_forward import Made, made_in_forward
-from kdscale_kernels.ops.linear_topk_lse import topk_rows
 from kdscale_kernels.products import Head, compute_dtypes, row_chunks
 from kdscale_kernels.rows import RowSums, cap_
 from kdscale_kernels.shards import ShardHead, joined_lse, shard_rows_step, shifted
+from kdscale_kernels.topk import topk_rows
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")
