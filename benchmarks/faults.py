@@ -33,8 +33,10 @@ import psutil
 from faults_job import EVERY, GRACE, STEPS, Job, below, conditioned, prepare, signal_all, stage_of
 from two_hosts import tiny_config
 
+from kdscale_launch.watchdog import SLOW_FACTOR
+
 AWAY = 15.0
-PATIENCE = 300.0  # seconds in which any fault must be noticed, and in which a job must end after SIGTERM
+PATIENCE = 300.0  # seconds in which any fault must be noticed, and in which a job must end after SIGTERM; at least
 # how often each comes in a round; `late` ones need a distillation that is under way
 FAULTS = {
     "kill -9 of a rank": 6, "kill -9 of a node": 3, "kill -9 of the launcher": 2, "SIGTERM": 2,
@@ -59,6 +61,8 @@ class Breaker:
         self.job, self.condition, self.rng, self.startup, self.note = job, condition, rng, startup, note
         self.pending: list[dict[str, Any]] = []  # injections whose loss shows when training goes on
         self.since = time.monotonic()  # of the last (re)start
+        # a rank that stops while it saves has SLOW_FACTOR times as long
+        self.patience = max(PATIENCE, SLOW_FACTOR * job.watchdog + 60.0)
 
     def moment(self, late: bool) -> bool:
         """Wait for a random moment; False when the job ended before it came."""
@@ -122,7 +126,7 @@ class Breaker:
 
     def broke(self) -> str:
         """The launcher saw it and starts again, or ended with an error."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         said = ""
         while "starting again from the last checkpoint" not in said:
             said += self.read()
@@ -136,7 +140,7 @@ class Breaker:
 
     def gone(self, processes: list[psutil.Process]) -> None:
         """All of them have ended; nothing is left to write into the run folder."""
-        _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
+        _, alive = psutil.wait_procs(processes, timeout=self.patience)
         if alive:
             raise Stuck(f"{len(alive)} processes were left running")
 
@@ -251,7 +255,7 @@ class Breaker:
         """One rank's loss is NaN step after step: the run must end, and go on from before when it is started again."""
         with self.planned(**{"nan loss": self.rng.randrange(2)}):
             try:
-                code = self.job.process.wait(PATIENCE)
+                code = self.job.process.wait(self.patience)
             except subprocess.TimeoutExpired:
                 raise Stuck("NaN did not end the job") from None
         return f"ended with {code}; same command again"

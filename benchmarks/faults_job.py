@@ -37,7 +37,7 @@ class Job:
     """One run folder and the launcher that works on it, started again by hand whenever it has ended."""
 
     def __init__(self, work: Path, config: Path, run: Path, watchdog: float):
-        self.work, self.run = work, run
+        self.work, self.run, self.watchdog = work, run, watchdog
         self.log = work / f"{run.name}.log"
         self.log.write_text("")
         settings = (f"run_dir={run}", f"distill.tokens={STEPS * 256}", f"distill.checkpoint_every={EVERY}",
