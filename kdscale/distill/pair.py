@@ -12,7 +12,8 @@ from kdscale.config import Config
 from kdscale.config_distill import TEACHER_TOKEN
 from kdscale.dist import rank
 from kdscale.distill.step import StudentModule
-from kdscale.distill.tensor import Split, check_tensor, load_split, tensor_group
+from kdscale.distill.tensor import Split, load_split, tensor_group
+from kdscale.distill.tensor_check import check_models
 from kdscale.distill.zero3 import load_zero3, whole_shape, zero3_parts
 from kdscale.errors import CheckpointError
 from kdscale.models import load_model, load_tokenizer
@@ -40,7 +41,7 @@ def load_pair(
     Raises CheckpointError when the two tokenizers differ or a model cannot be loaded, ConfigError for a teacher that
     cannot be placed so, or a model that cannot be split.
     """
-    check_tensor(cfg.distill, {"teacher": teacher_dir, "student": student_dir})
+    check_models(cfg.distill.tensor_parallel, {"teacher": teacher_dir, "student": student_dir})
     trust = cfg.teacher.trust_remote_code
     tokens = load_tokenizer(teacher_dir, trust).get_vocab()
     if load_tokenizer(student_dir, trust).get_vocab() != tokens:

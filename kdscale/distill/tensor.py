@@ -25,41 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kdscale.config_distill import DistillConfig
 from kdscale.distill.parts import Part
-from kdscale.errors import ConfigError
-from kdscale.families import load_family
 from kdscale.heads import VocabShard
 from kdscale.skeleton import Weights, build_skeleton, replace_parameters
-from kdscale.weights import read_config
 
-# Separate q, k, v, gate and up projections, norms that are replicated or of one head: what tests show to be right.
-FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 _ATTENTION, _COLUMN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROW = ("o_proj", "down_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
 _BLOCK_VALUES = 1 << 22  # of one read of rows of which columns are kept
-
-
-def check_tensor(cfg: DistillConfig, folders: Mapping[str, Path]) -> None:
-    """Raises ConfigError for models that cannot be split so, from config.json alone. `folders`: by what is in them."""
-    size = cfg.tensor_parallel
-    if size == 1:
-        return
-    for what, folder in folders.items():
-        config = read_config(folder)
-        if config.get("model_type") not in FAMILIES:
-            raise ConfigError(
-                "distill.tensor_parallel", expected=f"a {what} of one of {', '.join(FAMILIES)}",
-                got=str(config.get("model_type")), hint="other families: tensor_parallel: 1, and ZeRO-3 for memory",
-            )  # fmt: skip
-        dims = load_family(config, str(folder / "config.json")).dims(config)
-        for name in ("kv_heads", "ffn", "vocab"):
-            if getattr(dims, name) < size:
-                raise ConfigError(
-                    "distill.tensor_parallel", expected=f"at most the {what}'s {name}, {getattr(dims, name)}",
-                    got=str(size), hint="fewer ranks a layer",
-                )  # fmt: skip
 
 
 @dataclass(frozen=True)
