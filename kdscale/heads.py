@@ -41,6 +41,14 @@ class Head:
         return Head(self.weight_VH.detach(), bias_V, self.softcap)
 
 
+@dataclass(frozen=True)
+class VocabShard:
+    """Says of a head's rows that they are those from `first_id` on; the ranks of `group` have the others."""
+
+    first_id: int
+    group: Any
+
+
 def head_of(model: Any) -> Head:
     """The head of a transformers causal LM. Read inside a module's forward, so that ZeRO-3 gathers the weight."""
     linear = model.get_output_embeddings()

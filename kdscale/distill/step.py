@@ -16,7 +16,7 @@ from torch import nn
 from kdscale.config_distill import LossConfig
 from kdscale.data.loader import Batch
 from kdscale.dist import all_reduce_sum, world_size
-from kdscale.heads import final_hidden, head_of
+from kdscale.heads import VocabShard, final_hidden, head_of
 from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
 from kdscale.teacher import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
@@ -44,12 +44,15 @@ def to_device(batch: Batch, device: torch.device) -> Micro:
 
 
 class StudentModule(nn.Module):
-    """Hidden states and loss in one forward, called only through the engine, so that ZeRO-3 gathers the head too."""
+    """Hidden states and loss in one forward, called only through the engine, so that ZeRO-3 gathers the head too.
 
-    def __init__(self, model: Any, loss: LossConfig, vocab_size: int):
+    `shard`: what part of the head the model has, where tensor-parallel ranks share it.
+    """
+
+    def __init__(self, model: Any, loss: LossConfig, vocab_size: int, shard: VocabShard | None = None):
         super().__init__()
         self.model = model
-        self._loss, self._vocab_size = loss, vocab_size
+        self._loss, self._vocab_size, self._shard = loss, vocab_size, shard
         self.at_hidden: Callable[[], None] = lambda: None  # called between the last hidden state and the loss
 
     def forward(self, micro: Micro, targets: TopKTargets | FullTargets) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,6 +80,7 @@ class StudentModule(nn.Module):
             bias_V=head.bias_V,
             softcap=head.softcap,
             vocab_size=self._vocab_size,
+            shard=self._shard,
         )
 
 
@@ -124,6 +128,9 @@ def train_step(
     once by the tokens of the global batch. DeepSpeed averages gradients over ranks, which the factor `world` undoes;
     its division by the accumulation steps is switched off. With `update=False` the accumulated gradients are left
     where they are and the optimiser does nothing; the engine then cannot be trained any further.
+
+    Of T tensor-parallel ranks each counts the tokens that all of them have, and DeepSpeed averages over world / T
+    ranks: T cancels in the factor.
     """
     tokens = torch.tensor(float(sum(batch.token_count for batch in batches)), dtype=torch.float64, device=device)
     totals = torch.zeros(1 + len(TERMS) + len(batches), dtype=torch.float64, device=device)
