@@ -1,4 +1,4 @@
-"""Runs over several ranks, of which some share layers: `tensor_worker.py JOBS.json`.
+"""Runs over several ranks, of which some share layers: `parallel_worker.py JOBS.json`.
 
 A job is {"run_dir", "student_dir", "teacher_dir", "data_dir", "phases"}; a phase is a config of `ranks` processes and
 the step `until` which they are killed when they begin it (null: they finish). Libraries are imported once and every
