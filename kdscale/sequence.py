@@ -98,23 +98,23 @@ class Exchange:
     """
 
     def __init__(self, group: Any, ranks: int, position_ids_BS: torch.Tensor):
-        self._group, self._ranks, self._positions_BS = group, ranks, position_ids_BS
+        self.ranks, self._group, self._positions_BS = ranks, group, position_ids_BS
         self._masks: dict[int | None, torch.Tensor | None] = {}
 
     def heads(self, x_BAPD: torch.Tensor) -> torch.Tensor:
         """All positions of this rank's share of the heads: [B, A/R, S, D] from [B, A, P, D]."""
         batch, heads, own, size = x_BAPD.shape
-        parted = x_BAPD.view(batch, self._ranks, heads // self._ranks, own, size).movedim(1, 0)
+        parted = x_BAPD.view(batch, self.ranks, heads // self.ranks, own, size).movedim(1, 0)
         swapped = _Swap.apply(parted, self._group)
-        return swapped.permute(1, 2, 0, 3, 4).reshape(batch, heads // self._ranks, self._ranks * own, size)
+        return swapped.permute(1, 2, 0, 3, 4).reshape(batch, heads // self.ranks, self.ranks * own, size)
 
     def positions(self, x_BASD: torch.Tensor) -> torch.Tensor:
         """Back to all heads of this rank's positions: [B, P, A, D] from [B, A/R, S, D]."""
         batch, heads, length, size = x_BASD.shape
-        own = length // self._ranks
-        parted = x_BASD.view(batch, heads, self._ranks, own, size).movedim(2, 0)
+        own = length // self.ranks
+        parted = x_BASD.view(batch, heads, self.ranks, own, size).movedim(2, 0)
         swapped = _Swap.apply(parted, self._group)
-        return swapped.permute(1, 3, 0, 2, 4).reshape(batch, own, self._ranks * heads, size)
+        return swapped.permute(1, 3, 0, 2, 4).reshape(batch, own, self.ranks * heads, size)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """[B,1,S,S], true where a query sees a key; None where the causal triangle alone says it. Made once a window.
@@ -155,6 +155,8 @@ class _Swap(torch.autograd.Function):
 
 def _swap(x_R: torch.Tensor, group: Any) -> torch.Tensor:
     x_R = x_R.contiguous()
+    if len(x_R) == 1:
+        return x_R
     out_R = torch.empty_like(x_R)
     dist.all_to_all_single(out_R, x_R, group=group)
     return out_R
@@ -178,7 +180,7 @@ def _attend(
             "distill.sequence_parallel", expected="attention without a mask or soft-cap of its own",
             got=type(module).__name__, hint="sequence_parallel: 1 for this family",
         )  # fmt: skip
-    ranks, kv_heads = ulysses._ranks, key_BGPD.shape[1]
+    ranks, kv_heads = ulysses.ranks, key_BGPD.shape[1]
     if kv_heads < ranks:  # each is needed by so many ranks
         key_BGPD, value_BGPD = (x.repeat_interleave(ranks // kv_heads, 1) for x in (key_BGPD, value_BGPD))
     query, key, value = (ulysses.heads(x) for x in (query_BAPD, key_BGPD, value_BGPD))
