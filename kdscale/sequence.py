@@ -12,9 +12,7 @@ size, N rows with a label.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +20,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from kdscale.errors import ConfigError
-from kdscale.families import load_family
 from kdscale.heads import final_hidden
-from kdscale.weights import read_config
 
 _NAME = "kdscale_ulysses"  # in transformers' registry of attention functions
 
@@ -70,27 +66,6 @@ class SequenceShare:
         return hidden_BPH, rows_N // length * own + rows_N % length - self.rank * own
 
 
-def check_models(ranks: int, seq_len: int, folders: Mapping[str, Path]) -> None:
-    """Raises ConfigError for a length or a model, by its config.json, that `ranks` ranks cannot share.
-
-    `folders`: by what is in them ("teacher").
-    """
-    if ranks == 1:
-        return
-    field = "distill.sequence_parallel"
-    if seq_len % ranks:
-        raise ConfigError(field, expected=f"a divisor of distill.seq_len ({seq_len})", got=str(ranks))
-    for what, folder in folders.items():
-        config = read_config(folder)
-        dims = load_family(config, str(folder / "config.json")).dims(config)
-        if dims.heads % ranks:
-            raise ConfigError(field, expected=f"a divisor of the {what}'s {dims.heads} query heads", got=str(ranks))
-        if dims.kv_heads % ranks and ranks % dims.kv_heads:
-            raise ConfigError(
-                field, expected=f"a divisor or a multiple of the {what}'s {dims.kv_heads} kv heads", got=str(ranks)
-            )
-
-
 class Exchange:
     """One micro-batch's exchanges between `ranks` ranks, and its masks; `position_ids_BS` are of whole sequences.
 
@@ -99,7 +74,7 @@ class Exchange:
 
     def __init__(self, group: Any, ranks: int, position_ids_BS: torch.Tensor):
         self.ranks, self._group, self._positions_BS = ranks, group, position_ids_BS
-        self._masks: dict[int | None, torch.Tensor | None] = {}
+        self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = {}
 
     def heads(self, x_BAPD: torch.Tensor) -> torch.Tensor:
         """All positions of this rank's share of the heads: [B, A/R, S, D] from [B, A, P, D]."""
@@ -116,16 +91,26 @@ class Exchange:
         swapped = _Swap.apply(parted, self._group)
         return swapped.permute(1, 3, 0, 2, 4).reshape(batch, own, self.ranks * heads, size)
 
-    def mask(self, window: int | None) -> torch.Tensor | None:
-        """[B,1,S,S], true where a query sees a key; None where the causal triangle alone says it. Made once a window.
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """[B,1,S,S] to add to the scores: 0 where a query sees a key, else -inf; None where the triangle says it.
 
-        Documents are packed: where a position does not follow the one before it, another document begins.
+        Documents are packed: where a position does not follow the one before it, another document begins. Made once for
+        all layers of a window: of a boolean mask torch would make, and keep for the backward, one such array a layer.
         """
-        if window not in self._masks:
-            self._masks[window] = self._make_mask(window)
-        return self._masks[window]
+        key = (window, dtype)
+        if key not in self._masks:
+            seen_BSS = self._seen(window)
+            self._masks[key] = (
+                None
+                if seen_BSS is None
+                else torch.zeros(seen_BSS.shape, dtype=dtype, device=seen_BSS.device)
+                .masked_fill_(~seen_BSS, float("-inf"))
+                .unsqueeze(1)
+            )
+        return self._masks[key]
 
-    def _make_mask(self, window: int | None) -> torch.Tensor | None:
+    def _seen(self, window: int | None) -> torch.Tensor | None:
+        """[B,S,S], or None for one document a row and no window."""
         position_BS = self._positions_BS
         begins_BS = torch.zeros_like(position_BS, dtype=torch.bool)
         begins_BS[:, 1:] = position_BS[:, 1:] != position_BS[:, :-1] + 1
@@ -136,8 +121,7 @@ class Exchange:
         document_BS = begins_BS.cumsum(1)
         place_S = torch.arange(length, device=position_BS.device)
         behind_SS = place_S[:, None] - place_S
-        seen_SS = (behind_SS >= 0) & (behind_SS < window)
-        return (seen_SS & (document_BS[:, :, None] == document_BS[:, None]))[:, None]
+        return (document_BS[:, :, None] == document_BS[:, None]) & (behind_SS >= 0) & (behind_SS < window)
 
 
 class _Swap(torch.autograd.Function):
@@ -187,7 +171,7 @@ def _attend(
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
-    mask = ulysses.mask(sliding_window)
+    mask = ulysses.mask(sliding_window, query.dtype)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
     )

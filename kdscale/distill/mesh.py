@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -52,11 +53,11 @@ class Mesh:
             for t in range(self.tensor)
         ]
 
-    def sequence_share(self) -> SequenceShare:
-        """This rank's part of every sequence. A collective call: it makes the groups."""
+    def sequence_share(self, timeout: timedelta | None) -> SequenceShare:
+        """This rank's part of every sequence. A collective call: it makes groups whose calls wait for `timeout`."""
         if self.sequence == 1:
             return SequenceShare()
-        groups = [dist.new_group(ranks) for ranks in self.sequence_ranks]
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in self.sequence_ranks]
         mine = next(i for i, ranks in enumerate(self.sequence_ranks) if self.rank in ranks)
         return SequenceShare(self.sequence_rank, self.sequence, groups[mine])
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from kdscale import sequence
 from kdscale.config import Config
 from kdscale.config_distill import TEACHER_TOKEN
 from kdscale.dist import rank
+from kdscale.distill import sequence_check
 from kdscale.distill.mesh import Mesh
 from kdscale.distill.step import StudentModule
 from kdscale.distill.tensor import Split, load_split, tensor_group
 from kdscale.distill.tensor_check import check_models
+from kdscale.distill.timeouts import group_timeout
 from kdscale.distill.zero3 import load_zero3, whole_shape, zero3_parts
 from kdscale.errors import CheckpointError
 from kdscale.models import load_model, load_tokenizer
@@ -46,14 +47,14 @@ def load_pair(
     """
     folders = {"teacher": teacher_dir, "student": student_dir}
     check_models(cfg.distill.tensor_parallel, folders)
-    sequence.check_models(cfg.distill.sequence_parallel, cfg.distill.seq_len, folders)
+    sequence_check.check_models(cfg.distill.sequence_parallel, cfg.distill.seq_len, folders)
     trust = cfg.teacher.trust_remote_code
     tokens = load_tokenizer(teacher_dir, trust).get_vocab()
     if load_tokenizer(student_dir, trust).get_vocab() != tokens:
         raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust}
     group = tensor_group(cfg.distill.tensor_parallel) if cfg.distill.tensor_parallel > 1 else None
-    share = Mesh.of(cfg.distill).sequence_share()
+    share = Mesh.of(cfg.distill).sequence_share(group_timeout(cfg))
     make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, options, group, share)
     student: Any
     split = None

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kdscale.data.loader import Batch
 from kdscale.distill.mesh import Mesh
+from kdscale.distill.sequence_check import check_models
 from kdscale.errors import ConfigError
-from kdscale.sequence import Exchange, check_models
+from kdscale.sequence import Exchange
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
@@ -30,15 +31,19 @@ def test_a_query_sees_what_is_near_before_it_in_its_document(lengths, window):
         [k <= q and document_S[k] == document_S[q] and q - k < (window or length) for k in range(length)]
         for q in range(length)
     ])  # fmt: skip
-    mask = Exchange(None, 1, position_1S).mask(window)
-    assert torch.equal(torch.ones(length, length).tril().bool() if mask is None else mask[0, 0], want)
+    mask = Exchange(None, 1, position_1S).mask(window, torch.float32)
+    seen = torch.ones(length, length).tril().bool() if mask is None else mask[0, 0] == 0.0
+    assert torch.equal(seen, want)
+    assert mask is None or torch.equal(mask[0, 0] == float("-inf"), ~want)
 
 
 def test_one_document_needs_no_mask():
     exchange = Exchange(None, 1, positions([16]))
-    assert exchange.mask(None) is exchange.mask(16) is None
-    assert exchange.mask(4) is not None
-    assert exchange.mask(4) is exchange.mask(4)
+    assert exchange.mask(None, torch.float32) is exchange.mask(16, torch.float32) is None
+    once = exchange.mask(4, torch.bfloat16)
+    assert once is not None
+    assert once is exchange.mask(4, torch.bfloat16)
+    assert once.dtype == torch.bfloat16
 
 
 @given(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 5))
@@ -79,3 +84,9 @@ def test_what_cannot_be_shared_is_refused(tmp_path, ranks, seq_len, heads, kv_he
     with pytest.raises(ConfigError, match=told):
         check_models(ranks, seq_len, {"teacher": tmp_path})
     check_models(1, seq_len, {"teacher": tmp_path})
+
+
+def test_a_soft_capped_attention_is_refused_before_a_weight_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "attn_logit_softcapping": 50.0}))
+    with pytest.raises(ConfigError, match="no soft-cap"):
+        check_models(2, 64, {"teacher": tmp_path})
