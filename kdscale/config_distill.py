@@ -117,6 +117,21 @@ class DistillConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _layers_can_be_shared(self) -> DistillConfig:
+        if self.tensor_parallel > 1:
+            for name, unsupported in (
+                ("sequence_parallel above 1", self.sequence_parallel > 1),
+                ("loss.targets: full", self.loss.targets == "full"),
+                ("teacher_placement: served", self.teacher_placement == "served"),
+                ("zero.hpz_partition_size above 1", self.zero.hpz_partition_size > 1),
+                ("zero.quantized_weights", self.zero.quantized_weights),
+                ("zero.quantized_gradients", self.zero.quantized_gradients),
+            ):
+                if unsupported:
+                    raise ValueError(f"tensor_parallel ({self.tensor_parallel}) does not go with {name}")
+        return self
+
+    @model_validator(mode="after")
     def _served_is_somewhere(self) -> DistillConfig:
         if self.teacher_placement == "served":
             if not self.served.urls:

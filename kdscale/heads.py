@@ -41,6 +41,14 @@ class Head:
         return Head(self.weight_VH.detach(), bias_V, self.softcap)
 
 
+@dataclass(frozen=True)
+class VocabShard:
+    """Says of a head's rows that they are those from `first_id` on; the ranks of `group` have the others."""
+
+    first_id: int
+    group: Any
+
+
 def head_of(model: Any) -> Head:
     """The head of a transformers causal LM. Read inside a module's forward, so that ZeRO-3 gathers the weight."""
     linear = model.get_output_embeddings()
@@ -59,14 +67,17 @@ def logit_scale(model: Any) -> float:
     return float(factor or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0) / float(divisor or 1.0)
 
 
-def final_hidden(model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor | None = None) -> torch.Tensor:
+def final_hidden(
+    model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor | None = None, **to_attention: Any
+) -> torch.Tensor:
     """The hidden states that enter the head, times the scale of its logits, [B, S, H].
 
     Without an attention mask and without a cache transformers derives the block-diagonal causal mask from positions
-    that restart at 0, so packed documents do not see each other.
+    that restart at 0, so packed documents do not see each other. `to_attention` goes on to every layer's attention
+    function.
     """
     output = model.base_model(
-        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False
+        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False, **to_attention
     )
     hidden_BSH: torch.Tensor = output.last_hidden_state
     scale = logit_scale(model)

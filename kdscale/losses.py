@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from kdscale.config_distill import LossConfig
-from kdscale.heads import Head
-from kdscale_kernels import linear_full_kl, linear_sparse_kl
+from kdscale.heads import Head, VocabShard
+from kdscale_kernels import linear_full_kl, linear_sparse_kl, vocab_parallel_sparse_kl
 
 # What `distillation_loss` reports beside the loss, in this order; sums over rows.
 TERMS = ("loss", "kd", "ce", "teacher_mass", "tail_mass", "top1_agree")
@@ -34,29 +34,31 @@ def distillation_loss(
     bias_V: torch.Tensor | None = None,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    shard: VocabShard | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss (fp32 scalar, differentiable) and the detached sums named by TERMS (fp32, no host sync).
 
     `teacher_lse_N` is logsumexp(z / T) over the teacher's whole vocabulary at the loss's temperature T.
-    No N×V tensor is made: the kernel walks the rows in chunks.
+    No N×V tensor is made: the kernel walks the rows in chunks. With `shard`, weight and bias are that part of the head,
+    a collective call of its group; the same sums on every rank, and the gradient of the hidden states is whole.
     """
-    out: Any = linear_sparse_kl(
-        hidden_NH,
-        weight_VH,
-        ids_NK,
-        teacher_logits_NK,
-        teacher_lse_N,
-        labels_N=labels_N,
-        ce_weight=loss.ce_weight,
-        temperature=loss.temperature,
-        divergence=loss.divergence,
-        jsd_beta=loss.jsd_beta,
-        skew=loss.skew,
-        tail=loss.tail,
-        bias_V=bias_V,
-        softcap=softcap,
-        vocab_size=vocab_size,
-    )
+    operands = (hidden_NH, weight_VH, ids_NK, teacher_logits_NK, teacher_lse_N)
+    options: dict[str, Any] = {
+        "labels_N": labels_N,
+        "ce_weight": loss.ce_weight,
+        "temperature": loss.temperature,
+        "divergence": loss.divergence,
+        "jsd_beta": loss.jsd_beta,
+        "skew": loss.skew,
+        "tail": loss.tail,
+        "softcap": softcap,
+        "vocab_size": vocab_size,
+    }
+    out: Any
+    if shard is None:
+        out = linear_sparse_kl(*operands, bias_V=bias_V, **options)
+    else:
+        out = vocab_parallel_sparse_kl(*operands, bias_Vs=bias_V, first_id=shard.first_id, group=shard.group, **options)
     sums = (out.loss_sum, out.kd_sum, out.ce_sum, out.teacher_mass_sum, out.student_tail_sum, out.top1_agree_sum)
     return out.loss_sum, torch.stack([term.detach().float() for term in sums])
 

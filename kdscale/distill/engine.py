@@ -37,6 +37,7 @@ from kdscale.distill.quiet import quiet
 from kdscale.distill.saver import Rules, Saver
 from kdscale.distill.schedules import total_steps
 from kdscale.distill.step import StudentModule
+from kdscale.distill.tensor import Split
 from kdscale.distill.timeouts import group_timeout
 from kdscale.distill.validate import Validator
 from kdscale.distill.zero import check_machine, deepspeed_config
@@ -109,13 +110,13 @@ def open_session(
     zero = deepspeed_config(cfg.distill, stage, bf16=dtype == torch.bfloat16, device=device.type)
     enter("load")
     with quiet(log_path):
-        teacher, student = load_pair(
+        teacher, student, split = load_pair(
             cfg, teacher_dir, student_dir, run_dir, dtype, device, zero if stage == 3 else None
         )
     enter("initialise")
     with quiet(log_path):
-        engine = _make_engine(cfg, student, stage, zero)
-        fragments = Fragments(engine, student.model)
+        engine = _make_engine(cfg, student, stage, zero, split)
+        fragments = Fragments(engine, student.model, split)
         source = Checkpoint.open(student_dir)
         trained = trained_tensors(source, fragments.shapes, fragments.tied)  # before any work: all can be exported
         if dtype == torch.bfloat16:
@@ -126,7 +127,13 @@ def open_session(
     for note in found.notes:
         reporter.say(note)
     rules = Rules(cfg.distill.keep_checkpoints, cfg.distill.keep_every, cfg.distill.async_checkpoints)
-    saver = Saver(checkpoints, fragments, {"fingerprint": fingerprint, "zero_stage": stage}, rules, device)
+    saver = Saver(
+        checkpoints,
+        fragments,
+        {"fingerprint": fingerprint, "zero_stage": stage, "tensor_parallel": cfg.distill.tensor_parallel},
+        rules,
+        device,
+    )
     observer = partial(
         make_observer, cfg, teacher_dir=teacher_dir, student_dir=student_dir, run_dir=run_dir, device=device,
         dtype=dtype, step=found.step, reporter=reporter,
@@ -137,7 +144,8 @@ def open_session(
         with quiet(log_path):
             _load(fragments, found.path, found.manifest)
         start = trainer.restore(found.manifest["state"])
-        reporter.say(f"going on from step {start.step} of {trainer.steps} ({found.path}{_rearranged(found, stage)})")
+        rearranged = _rearranged(found, stage, cfg.distill.tensor_parallel)
+        reporter.say(f"going on from step {start.step} of {trainer.steps} ({found.path}{rearranged})")
     return Session(trainer, student, start)
 
 
@@ -200,15 +208,22 @@ def _stage(stage: int, dtype: torch.dtype, reporter: Reporter) -> int:
     return stage
 
 
-def _make_engine(cfg: Config, student: StudentModule, stage: int, zero: dict[str, Any]) -> Any:
+def _make_engine(cfg: Config, student: StudentModule, stage: int, zero: dict[str, Any], split: Split | None) -> Any:
     import deepspeed
+
+    group = None
+    if split is not None:
+        group = split.head.group
+        setattr(student, "ds_autotp_parsed", True)  # noqa: B010 - DeepSpeed need not split what is split
 
     engine, *_ = deepspeed.initialize(
         model=student,
-        optimizer=make_optimizer(student, cfg.distill.optimizer, stage),
+        optimizer=make_optimizer(student, cfg.distill.optimizer, stage, group),
         config=zero,
         dist_init_required=False,
     )
+    if split is not None:
+        engine.first_dataloader_check.remove()  # cannot compare dataclasses; the vocab-parallel loss compares calls
     return engine
 
 
@@ -234,10 +249,16 @@ def _load(fragments: Fragments, path: Path, manifest: dict[str, Any]) -> None:
         fragments.load(reader.fill, manifest["adam_step"])
 
 
-def _rearranged(found: state.Found, stage: int) -> str:
+def _rearranged(found: state.Found, stage: int, tensor: int) -> str:
     """Said of a checkpoint that another arrangement of ranks wrote."""
-    before, now = (found.manifest["ranks"], found.manifest["zero_stage"]), (world_size(), stage)
-    return "" if before == now else f", written by {before[0]} ranks at ZeRO {before[1]}, now {now[0]} at {now[1]}"
+    manifest = found.manifest
+    before = _arrangement(manifest["ranks"], manifest["zero_stage"], manifest.get("tensor_parallel", 1))
+    now = _arrangement(world_size(), stage, tensor)
+    return "" if before == now else f", written by {before}, now {now}"
+
+
+def _arrangement(ranks: int, stage: int, tensor: int) -> str:
+    return f"{ranks} ranks at ZeRO {stage}" + (f" with {tensor} a layer" if tensor > 1 else "")
 
 
 def _export(cfg: Config, checkpoints: Path, step: int, student_dir: Path, out_dir: Path) -> None:
@@ -285,6 +306,7 @@ def _make_trainer(
         cfg.seed,
         rank=mesh.data_rank,
         world=mesh.data,
+        part=(mesh.sequence_rank, mesh.sequence),
     )
     held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
 
@@ -293,7 +315,7 @@ def _make_trainer(
         engine=engine,
         teacher=teacher,
         loader=loader,
-        validator=Validator(list(held_out), teacher, device),
+        validator=Validator(list(held_out), teacher, device, mesh),
         device=device,
         steps=total_steps(settings.tokens, settings.seq_len, settings.global_batch),
         saver=saver,

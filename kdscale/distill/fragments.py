@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from kdscale.dist import rank, world_size
+from kdscale.distill.parts import Part, split_name
 from kdscale.distill.pieces import KINDS, Piece, share
+from kdscale.distill.tensor import Split
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.weights import Checkpoint
 
@@ -36,10 +39,11 @@ class _Place:
 class Fragments:
     """What one rank saves and loads. `shapes` are the trained parameters; `tied` maps other names to theirs.
 
-    Raises ConfigError when the optimiser's state is on NVMe, which is not supported.
+    With `split` pieces are of this rank's parts (parts.py), and `shapes` still of the whole parameters. Raises
+    ConfigError when the optimiser's state is on NVMe, which is not supported.
     """
 
-    def __init__(self, engine: Any, model: torch.nn.Module):
+    def __init__(self, engine: Any, model: torch.nn.Module, split: Split | None = None):
         self._zero = engine.optimizer
         self._stage = int(engine.zero_optimization_stage())
         if getattr(self._zero, "swap_optimizer", False):
@@ -53,11 +57,19 @@ class Fragments:
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
         every = model.named_parameters(remove_duplicate=False)
         self.tied = {name: names[id(p)] for name, p in every if id(p) in names and names[id(p)] != name}
+        ranks = 1
+        if split is not None:
+            ranks = dist.get_world_size(split.head.group)
+            self.shapes |= split.shapes
+            names |= {id(p): split.parts[name].named(name) for name, p in trained.items() if name in split.parts}
         self._held = list(_held(self._zero, self._stage, trained, names))
         wrong = {place.key.dtype for place in self._held} - {torch.float32}
         if wrong:
             raise ConfigError("the optimiser's master weights", expected="float32", got=str(wrong.pop()))
-        self._written = self._held if self._stage else _shared(self._held)
+        # a parameter that tensor-parallel ranks have whole is written by the first of them
+        self._written = [place for place in self._held if rank() % ranks == 0 or split_name(place.piece.name)[1]]
+        if self._stage == 0:
+            self._written = _shared(self._written, rank() // ranks, world_size() // ranks)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -109,12 +121,15 @@ class Fragments:
             if source.spec(name).dtype == "F32":
                 stored.setdefault(piece.name, []).append((name, piece))
         for place in self._held:
-            for name, there in stored.get(place.piece.name, []):
-                begin = max(place.piece.offset, there.offset)
-                end = min(place.piece.offset + place.piece.length, there.offset + there.length)
-                if begin < end:
-                    mine = place.of(place.key.data).narrow(0, begin - place.piece.offset, end - begin)
-                    source.fill(name, begin - there.offset, mine)
+            whole, part = split_name(place.piece.name)
+            values, shape = place.of(place.key.data), self.shapes[whole]
+            part = part or Part(0, 0, shape[0] if shape else 1)
+            for run in part.runs(shape, place.piece.offset, place.piece.length):
+                for name, there in stored.get(whole, []):
+                    begin, end = max(run.begin, there.offset), min(run.begin + run.length, there.offset + there.length)
+                    if begin < end:
+                        mine = values.narrow(0, run.at + begin - run.begin, end - begin)
+                        source.fill(name, begin - there.offset, mine)
 
     def _step_value(self, step: int, key: torch.Tensor) -> Any:
         if not isinstance(self._adam, torch.optim.Adam):  # DeepSpeed's CPU Adam counts in an int
@@ -135,8 +150,8 @@ class Fragments:
 def _held(zero: Any, stage: int, trained: dict[str, torch.nn.Parameter], names: dict[int, str]) -> Iterator[_Place]:
     """Every piece of a trained parameter that this rank has in fp32, without the padding."""
     if stage == 0:
-        for name, parameter in trained.items():
-            yield _Place(Piece(name, 0, parameter.numel()), parameter, 0)
+        for parameter in trained.values():
+            yield _Place(Piece(names[id(parameter)], 0, parameter.numel()), parameter, 0)
     elif stage < 3:
         for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
             for parameter in group:
@@ -153,8 +168,8 @@ def _held(zero: Any, stage: int, trained: dict[str, torch.nn.Parameter], names: 
                     yield _Place(Piece(names[id(parameter)], begin, length), flat, start)
 
 
-def _shared(held: list[_Place]) -> list[_Place]:
-    """This rank's share of what all ranks hold alike."""
+def _shared(held: list[_Place], index: int, count: int) -> list[_Place]:
+    """The `index`-th of `count` ranks' share of what they hold alike."""
     places = {place.piece.name: place for place in held}
-    mine = share([place.piece for place in held], rank(), world_size())
+    mine = share([place.piece for place in held], index, count)
     return [_Place(piece, places[piece.name].key, piece.offset) for piece in mine]

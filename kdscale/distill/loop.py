@@ -16,6 +16,7 @@ from kdscale.config_distill import DistillConfig
 from kdscale.data.loader import Batch, LoaderState, PackedLoader
 from kdscale.dist import all_reduce_sum, rank, world_size
 from kdscale.distill.guard import SkipGuard, by_rank, show_documents, stop_error, watch
+from kdscale.distill.mesh import Mesh
 from kdscale.distill.observe import Observer, StepFacts
 from kdscale.distill.saver import Saver
 from kdscale.distill.schedules import cosine_lr
@@ -64,6 +65,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.guard = SkipGuard(self.cfg.guard.max_skipped_in_a_row)
+        self._mesh = Mesh.of(self.cfg)
 
     @property
     def step_tokens(self) -> int:
@@ -124,7 +126,7 @@ class Trainer:
 
     def _one_step(self, step: int, batches: Sequence[Batch], stop: StopRequest, bar: Bar) -> int:
         """Train, log, guard; returns the signal that some rank got (0: none)."""
-        seed_step(self.seed, step, rank())
+        seed_step(self.seed, step, rank() // self._mesh.tensor)  # tensor ranks drop the same hidden units
         at_step(step + 1, lambda: f"documents {show_documents(batches)}")
         lr = cosine_lr(step, steps=self.steps, lr=self.cfg.optimizer.lr, min_lr=self.cfg.optimizer.min_lr,
                        warmup_steps=self.cfg.optimizer.warmup_steps)  # fmt: skip
@@ -157,12 +159,13 @@ class Trainer:
         """Sum over ranks and bring to the host: the step's one collective of its own and its one host sync.
 
         What is each rank's own goes along as a row a rank, all others zero: its peak memory and its micro-batches.
+        Tensor-parallel ranks have the same batch and the same sums, which count once.
         """
-        terms, world = 1 + len(TERMS), world_size()
+        terms, world, tensor = 1 + len(TERMS), world_size(), self._mesh.tensor
         own = torch.cat([totals.new_tensor([peak_memory(self.device)]), totals[terms:]])
         rows = own.new_zeros(world, own.numel())
         rows[rank()] = own
-        summed = all_reduce_sum(torch.cat([totals[:terms], totals.new_tensor(flags), rows.reshape(-1)]))
+        summed = all_reduce_sum(torch.cat([totals[:terms] / tensor, totals.new_tensor(flags), rows.reshape(-1)]))
         grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=self.device)
         *values, norm = torch.cat([summed, grad_norm.reshape(1)]).tolist()
         head = terms + len(flags)
@@ -172,7 +175,7 @@ class Trainer:
             terms=values[1:terms],
             flags=values[terms:head],
             memory=[row[0] for row in each],
-            micro_sums=[value for row in each for value in row[1:]],
+            micro_sums=self._mesh.by_data([row[1:] for row in each]),
             grad_norm=norm,
         )
 

@@ -12,19 +12,23 @@ from kdscale.distill.zero3 import whole_shape
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips and skips as DeepSpeed's ZeRO optimisers do; stage 0 has neither norm nor check of its own."""
+    """AdamW that clips and skips as DeepSpeed's ZeRO optimisers do; stage 0 has neither norm nor check of its own.
+
+    `group`: tensor-parallel ranks, whose parameters marked `tensor_model_parallel` are parts and the others equal.
+    """
 
     overflow = False
     _global_grad_norm: torch.Tensor | float = 0.0
 
-    def __init__(self, groups: Any, max_norm: float, **settings: Any):
+    def __init__(self, groups: Any, max_norm: float, group: Any = None, **settings: Any):
         super().__init__(groups, **settings)
-        self._max_norm = max_norm
+        self._max_norm, self._group = max_norm, group
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in trained]
+        norm = self._norm(trained)
         self._global_grad_norm = norm
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
@@ -34,9 +38,22 @@ class GuardedAdamW(torch.optim.AdamW):
             grad.div_(share)
         super().step(closure)
 
+    def _norm(self, trained: list[Any]) -> torch.Tensor:
+        if self._group is None:
+            return torch.nn.utils.get_total_norm([p.grad for p in trained])
+        split, whole = ([p.grad for p in trained if p.tensor_model_parallel == mark] for mark in (True, False))
+        square = torch.nn.utils.get_total_norm(split).square()
+        torch.distributed.all_reduce(square, group=self._group)
+        return (square + torch.nn.utils.get_total_norm(whole).square()).sqrt()
 
-def make_optimizer(student: nn.Module, settings: OptimizerConfig, stage: int) -> torch.optim.Optimizer:
-    """torch's fused AdamW: also for offloaded states, so that nothing is compiled at start."""
+
+def make_optimizer(
+    student: nn.Module, settings: OptimizerConfig, stage: int, group: Any = None
+) -> torch.optim.Optimizer:
+    """torch's fused AdamW: also for offloaded states, so that nothing is compiled at start.
+
+    `group`: the tensor-parallel ranks, if any.
+    """
     named = [item for item in student.named_parameters() if item[1].requires_grad]
     groups = [
         {"params": [p for _, p in named if len(whole_shape(p)) >= 2], "weight_decay": settings.weight_decay},
@@ -44,5 +61,5 @@ def make_optimizer(student: nn.Module, settings: OptimizerConfig, stage: int) ->
     ]
     adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
     if stage == 0:
-        return GuardedAdamW(groups, settings.gradient_clipping, **adam)
+        return GuardedAdamW(groups, settings.gradient_clipping, group, **adam)
     return torch.optim.AdamW(groups, **adam)

@@ -1,8 +1,9 @@
 """The tensors of a checkpoint: pieces of flattened parameters, and which bytes of which files hold any other piece.
 
 A rank's file is a safetensors file of one-dimensional fp32 tensors, each named `kind:offset:parameter`: elements offset
-onwards of the flattened parameter, all fp32 master weights first, then Adam's two moments. Nothing in it depends on
-DeepSpeed, the number of ranks or the ZeRO stage; any reader of safetensors can use it.
+onwards of the flattened parameter, all fp32 master weights first, then Adam's two moments. Tensor-parallel ranks write
+pieces of their parts of parameters, flattened by themselves (`kind:offset:parameter@1:0:96`, parts.py). Nothing in it
+depends on DeepSpeed, the number of ranks or the ZeRO stage; any reader of safetensors can use it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from types import TracebackType
 import torch
 
 from kdscale import files
+from kdscale.distill.parts import Part, locate, split_name, tiles
 from kdscale.errors import CheckpointError
 from kdscale.weights import TensorInfo
 from kdscale.weights.header import read_header
@@ -27,12 +29,13 @@ from kdscale.weights.writer import plan_shards
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 _BYTES = 4  # of an fp32 value
+_OPEN_FILES = 64
 _BLOCK_BYTES = 1 << 26  # of one write, one hash update and one copy to a device
 
 
 @dataclass(frozen=True, order=True)
 class Piece:
-    """Elements `offset` … `offset + length` of the flattened parameter `name`."""
+    """Elements `offset` … `offset + length` of the flattened parameter, or part of one, `name`."""
 
     name: str
     offset: int
@@ -136,39 +139,67 @@ class PieceIndex:
 
     def __init__(self, paths: Sequence[Path], shapes: Mapping[str, Sequence[int]]):
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._stored: dict[tuple[str, str], list[Stored]] = {(kind, name): [] for kind in KINDS for name in self.shapes}
+        self._parts: dict[str, dict[str, Part]] = {
+            name: {} for name in self.shapes
+        }  # of each parameter, by their names
+        self._stored: dict[tuple[str, str], list[Stored]] = {}
         for path in paths:
             for key, entry in read_header(path).items():
                 kind, _, rest = key.partition(":")
                 offset, _, name = rest.partition(":")
-                if (kind, name) not in self._stored or not offset.isdecimal():
+                whole, part = split_name(name)
+                if kind not in KINDS or whole not in self.shapes or not offset.isdecimal():
                     raise CheckpointError(f"{path}", expected="pieces of the student's parameters", got=f"tensor {key}")
                 length = (entry.end - entry.begin) // _BYTES
                 if entry.dtype != "F32" or entry.shape != (length,):
                     raise CheckpointError(f"{path}: {key}", expected="flat F32", got=f"{entry.dtype}{entry.shape}")
-                self._stored[kind, name].append(Stored(int(offset), length, path, entry.begin))
-        for (kind, name), stored in self._stored.items():
+                self._stored.setdefault((kind, name), []).append(Stored(int(offset), length, path, entry.begin))
+                self._parts[whole][name] = part or _all_of(self.shapes[whole])
+        for whole in self.shapes:
+            self._check(whole, str(paths[0].parent) if paths else "checkpoint")
+
+    def _check(self, whole: str, where: str) -> None:
+        shape, parts = self.shapes[whole], self._parts[whole] or {whole: _all_of(self.shapes[whole])}
+        if list(parts) != [whole] and not tiles(list(parts.values()), shape):
+            got = ", ".join(sorted(parts))[:200]
+            raise CheckpointError(f"{where}: {whole}", expected=f"parts that are all of {list(shape)}", got=got)
+        for (name, part), kind in itertools.product(parts.items(), KINDS):
+            stored = self._stored.setdefault((kind, name), [])
             stored.sort(key=lambda item: item.offset)
             ends = [0, *(item.offset + item.length for item in stored)]
-            starts = [*(item.offset for item in stored), math.prod(self.shapes[name])]
+            values = math.prod(shape if name == whole else part.shape(shape))
+            starts = [*(item.offset for item in stored), values]
             if ends != starts:
                 raise CheckpointError(
-                    f"{paths[0].parent if paths else 'checkpoint'}: {kind} of {name}",
-                    expected=f"{starts[-1]} values, each once",
+                    f"{where}: {kind} of {name}",
+                    expected=f"{values} values, each once",
                     got=f"pieces {[(item.offset, item.length) for item in stored]}"[:200],
                 )
 
     def plan(self, kind: str, piece: Piece) -> list[Read]:
         """The reads that make up `piece`, in order. Raises CheckpointError when it is not part of the checkpoint."""
-        if (kind, piece.name) not in self._stored:
+        whole, part = split_name(piece.name)
+        if kind not in KINDS or whole not in self.shapes:
             raise CheckpointError(f"the checkpoint has no parameter {piece.name}")
-        stored, end = self._stored[kind, piece.name], piece.offset + piece.length
-        if end > math.prod(self.shapes[piece.name]):
+        shape, end = self.shapes[whole], piece.offset + piece.length
+        if end > math.prod(part.shape(shape) if part else shape):
             raise CheckpointError(
                 f"parameter {piece.name} in the checkpoint",
                 expected=f"at least {end:,} values",
-                got=str(list(self.shapes[piece.name])),
+                got=str(list(shape)),
             )
+        if piece.name in self._parts[whole]:
+            return self._reads(kind, piece)
+        by_part, reads = {part: name for name, part in self._parts[whole].items()}, []
+        for run in (part or _all_of(shape)).runs(shape, piece.offset, piece.length):
+            for there, (begin, at, length) in locate(list(by_part), shape, run.begin, run.length):
+                for read in self._reads(kind, Piece(by_part[there], begin, length)):
+                    reads.append(replace(read, at=run.at + at + read.at))
+        return reads
+
+    def _reads(self, kind: str, piece: Piece) -> list[Read]:
+        """The reads that make up a piece of a part that is in the checkpoint."""
+        stored, end = self._stored[kind, piece.name], piece.offset + piece.length
         first = bisect.bisect_right(stored, piece.offset, key=lambda item: item.offset) - 1
         reads = []
         for item in itertools.takewhile(lambda item: item.offset < end, stored[max(first, 0) :]):
@@ -179,28 +210,30 @@ class PieceIndex:
         return reads
 
 
+def _all_of(shape: Sequence[int]) -> Part:
+    return Part(0, 0, shape[0] if shape else 1)
+
+
 class PieceReader:
-    """Reads pieces straight into tensors; a context manager. The file that was read last stays open."""
+    """Reads pieces straight into tensors; a context manager. The last files stay open: parts take turns row by row."""
 
     def __init__(self, index: PieceIndex):
         self._index = index
-        self._open: tuple[Path, RawIOBase] | None = None
+        self._open: dict[Path, RawIOBase] = {}
 
     def fill(self, kind: str, piece: Piece, out: torch.Tensor) -> None:
         """Fill the flat tensor `out`, on any device and of any float dtype, with a piece of its length.
 
         Raises CheckpointError when a file has shrunk or gone since its header was read.
         """
-        for read in self._index.plan(kind, piece):
-            target = out.narrow(0, read.at, read.length)
-            if target.device.type == "cpu" and target.dtype == torch.float32:
-                self._read(read.file, read.begin, target)
-                continue
-            step = _BLOCK_BYTES // _BYTES
-            for at in range(0, read.length, step):
-                block = torch.empty(min(step, read.length - at))
-                self._read(read.file, read.begin + _BYTES * at, block)
-                target.narrow(0, at, block.numel()).copy_(block)
+        if out.device.type == "cpu" and out.dtype == torch.float32:
+            for read in self._index.plan(kind, piece):
+                self._read(read.file, read.begin, out.narrow(0, read.at, read.length))
+            return
+        for at in range(0, piece.length, _BLOCK_BYTES // _BYTES):
+            block = torch.empty(min(_BLOCK_BYTES // _BYTES, piece.length - at))
+            self.fill(kind, Piece(piece.name, piece.offset + at, block.numel()), block)
+            out.narrow(0, at, block.numel()).copy_(block)
 
     def _read(self, path: Path, begin: int, out: torch.Tensor) -> None:
         stream = self._stream(path)
@@ -213,18 +246,19 @@ class PieceReader:
             left = left[count:]
 
     def _stream(self, path: Path) -> RawIOBase:
-        if self._open is None or self._open[0] != path:
-            self.close()
+        if path not in self._open:
+            if len(self._open) == _OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
             try:
-                self._open = (path, path.open("rb", buffering=0))
+                self._open[path] = path.open("rb", buffering=0)
             except FileNotFoundError:
                 raise CheckpointError(f"{path} is gone", hint="it was removed by rotation; try a newer one") from None
-        return self._open[1]
+        return self._open[path]
 
     def close(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
+        for stream in self._open.values():
+            stream.close()
+        self._open.clear()
 
     def __enter__(self) -> PieceReader:
         return self

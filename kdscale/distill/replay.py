@@ -126,12 +126,13 @@ def _open(cfg: Config, folders: Folders, start: Start, scratch: Path, reporter: 
     served = cfg.distill.served
     if served.token_file is None:
         served = served.model_copy(update={"token_file": str(folders.run / TEACHER_TOKEN)})
-    quiet = {"processes": 1, "spikes": SpikeConfig(enabled=False), "profile": ProfileConfig(), "served": served}
-    alone = cfg.model_copy(
+    alone = {"processes": 1, "sequence_parallel": 1, "tensor_parallel": 1}
+    quiet = {**alone, "spikes": SpikeConfig(enabled=False), "profile": ProfileConfig(), "served": served}
+    one = cfg.model_copy(
         update={"distill": cfg.distill.model_copy(update=quiet), "tracking": TrackingConfig()}
     )  # fmt: skip
     return open_session(
-        alone, teacher_dir=folders.teacher, student_dir=folders.student, data_dir=folders.data, run_dir=scratch,
+        one, teacher_dir=folders.teacher, student_dir=folders.student, data_dir=folders.data, run_dir=scratch,
         reporter=reporter,
     )  # fmt: skip
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from kdscale.data.loader import Batch
-from kdscale.dist import all_reduce_sum, rank, world_size
+from kdscale.dist import all_reduce_sum
+from kdscale.distill.mesh import Mesh
 from kdscale.distill.step import to_device
 from kdscale.losses import TERMS, per_token
 from kdscale.teacher import Teacher
@@ -18,11 +19,13 @@ from kdscale_launch.watchdog import enter
 
 
 class Validator:
-    """Every rank takes every world-th batch; all run the same number of forwards, which ZeRO-3 needs."""
+    """Every data-parallel rank takes every so-many-th batch; all run as many forwards, which ZeRO-3 needs."""
 
-    def __init__(self, batches: Sequence[Batch], teacher: Teacher, device: torch.device):
-        rounds = -(-len(batches) // world_size())
-        mine = list(batches)[rank() :: world_size()]
+    def __init__(self, batches: Sequence[Batch], teacher: Teacher, device: torch.device, mesh: Mesh):
+        rounds = -(-len(batches) // mesh.data)
+        mine = list(batches)[mesh.data_rank :: mesh.data]
+        mine = [batch.part(mesh.sequence_rank, mesh.sequence) for batch in mine]
+        self._mesh = mesh
         blank = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, -100))
         self._batches = mine + [blank] * (rounds - len(mine))
         self._teacher, self._device = teacher, device
@@ -42,5 +45,5 @@ class Validator:
             totals[1:] += terms
             totals[0] += batch.token_count
         engine.train()
-        tokens, *sums = all_reduce_sum(totals).tolist()
+        tokens, *sums = (all_reduce_sum(totals) / self._mesh.tensor).tolist()  # tensor ranks have the same
         return {**per_token(sums, max(tokens, 1.0)), "tokens": tokens}

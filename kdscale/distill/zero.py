@@ -16,7 +16,9 @@ BUCKET = {"cuda": 500_000_000, "cpu": 50_000_000}
 def deepspeed_config(cfg: DistillConfig, stage: int, *, bf16: bool, device: str) -> dict[str, Any]:
     """`stage` is the one in effect (stage 0 in bf16 runs as 1), `device` "cuda" or "cpu"."""
     share = cfg.micro_batch * cfg.data_parallel
+    tensor = {"tensor_parallel": {"autotp_size": cfg.tensor_parallel}} if cfg.tensor_parallel > 1 else {}
     return {
+        **tensor,
         "train_micro_batch_size_per_gpu": cfg.micro_batch,
         "gradient_accumulation_steps": cfg.global_batch // share,
         # never left to DeepSpeed's silent default; at stage 0 our own optimiser clips

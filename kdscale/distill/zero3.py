@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdscale.distill.tensor import Materialise, Split, data_group, fill_part
 from kdscale.skeleton import Weights, build_skeleton, replace_parameters
 
 
@@ -27,19 +28,26 @@ def load_zero3(
     """
     weights = Weights.open(path)
     model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
-    shapes = {name: value.shape for name, value in model.named_parameters()}
-    made = replace_parameters(model, lambda value: nn.Parameter(torch.empty(0, dtype=value.dtype, device=device)))
     for module in model.modules():
         for name, value in module._buffers.items():
             module._buffers[name] = None if value is None else value.to(device)
-    _partition(model, {id(parameter): (name, shapes[name]) for name, parameter in made.items()}, weights, settings)
+    _partition(model, None, weights, settings, device)
     return model
 
 
+def zero3_parts(settings: dict[str, Any], device: torch.device) -> Materialise:
+    """For tensor.load_split: this rank's part of each parameter, partitioned over the ranks that have the same."""
+    return lambda model, split, weights: _partition(model, split, weights, settings, device)
+
+
 def _partition(
-    model: nn.Module, known: dict[int, tuple[str, torch.Size]], weights: Weights, settings: dict[str, Any]
+    model: nn.Module, split: Split | None, weights: Weights, settings: dict[str, Any], device: torch.device
 ) -> None:
     from deepspeed.runtime.zero.partition_parameters import Init
+
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    made = replace_parameters(model, lambda value: nn.Parameter(torch.empty(0, dtype=value.dtype, device=device)))
+    known = {id(parameter): (name, shapes[name]) for name, parameter in made.items()}
 
     class FromFiles(Init):
         """Partitions empty parameters; the memory of the whole one is asked for, but only this rank's part is used."""
@@ -51,7 +59,10 @@ def _partition(
                 self._convert_to_deepspeed_param(parameter)
                 begin, end = self._own_range(parameter)
                 if begin < end:
-                    weights.fill(name, begin, parameter.data.view(-1)[begin:end])
+                    part, whole = None, tuple(shape)
+                    if split is not None and name in split.parts:
+                        part, whole = split.parts[name], split.shapes[name]
+                    fill_part(weights, name, part, whole, begin, parameter.data.view(-1)[begin:end])
                 parameter.partition()
 
         def _own_range(self, parameter: Any) -> tuple[int, int]:
@@ -62,7 +73,12 @@ def _partition(
             begin = min(size * self._partition_rank(parameter), parameter.ds_numel)
             return begin, min(begin + size, parameter.ds_numel)
 
-    FromFiles(module=model, config_dict_or_path=settings, dtype=next(model.parameters()).dtype)
+    FromFiles(
+        module=model,
+        data_parallel_group=None if split is None else data_group(),
+        config_dict_or_path=settings,
+        dtype=next(model.parameters()).dtype,
+    )
 
 
 def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

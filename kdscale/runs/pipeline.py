@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from kdscale.config import Config
+from kdscale.distill import sequence_check, tensor_check
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
 from kdscale.progress import Reporter
@@ -82,7 +83,13 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     _refuse_hopeless_paths(run.path)
     check_trackers(config.tracking)
     teacher = check_teacher(config)
-    plan_shapes(config, teacher)  # an impossible budget is found before anything is made
+    plans = plan_shapes(config, teacher)  # an impossible budget is found before anything is made
+    distill = config.distill
+    tensor_check.check_models(distill.tensor_parallel, {"teacher": teacher})
+    sequence_check.check_models(distill.sequence_parallel, distill.seq_len, {"teacher": teacher})
+    for plan in plans:
+        tensor_check.check_dims(distill.tensor_parallel, "student", plan.student.dims())
+        sequence_check.check_dims(distill.sequence_parallel, "student", plan.student.dims())
     with run.lock(), _signals_as_exceptions():
         changes = run.adopt_config(config, accept_changes)
         for change in changes:

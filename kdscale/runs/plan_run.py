@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from kdscale.config import Config
 from kdscale.config_distill import DistillConfig
+from kdscale.distill.tensor_check import FAMILIES
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.runs.folder import RunFolder
@@ -77,7 +78,10 @@ def plan_run(
     )
     if job.item_bytes == 4:
         notes.append("distill.dtype is float32: the FLOP/s of a GPU's table are of bf16, several times too many")
-    found = compare(job, cluster, batch, rates, stages=stages, placements=placements or known)
+    found = compare(
+        job, cluster, batch, rates, stages=stages, placements=placements or known,
+        tensor=_tensor_sizes(config, teacher_dir, job),
+    )  # fmt: skip
     return RunPlan(job, cluster, rates, batch, tokens or settings.tokens, where, found, notes)
 
 
@@ -86,6 +90,15 @@ def _placements(config: Config) -> list[Placement]:
     taken = get_args(DistillConfig.model_fields["teacher_placement"].annotation)
     whole = config.distill.loss.targets == "full"
     return [name for name in PLACEMENTS if name in taken and not (whole and name == "served")]
+
+
+def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
+    """Numbers of ranks, neighbours in a node, that can share the layers of both models."""
+    known = read_config(teacher_dir).get("model_type") in FAMILIES
+    if not known or config.distill.loss.targets == "full":
+        return []
+    most = min(job.student.kv_heads, job.teacher.kv_heads)
+    return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]
 
 
 def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, str]:
@@ -147,6 +160,7 @@ def snippet(plan: RunPlan) -> str:
     zero += ["    offload_parameters: cpu"] if setting.offload_parameters else []
     zero += [f"    hpz_partition_size: {setting.hpz}"] if setting.hpz > 1 else []
     lines += ["  zero:", *zero] if zero else []
+    lines += [f"  tensor_parallel: {setting.tensor}"] if setting.tensor > 1 else []
     lines += [f"  gradient_checkpointing: {str(setting.checkpointing).lower()}"]
     lines += [f"  teacher_placement: {setting.placement}"]
     if setting.placement == "served":
@@ -176,7 +190,7 @@ def _candidate_json(one: Candidate, tokens: int, chosen: bool) -> dict[str, Any]
         "chosen": chosen, "fits": one.fits, "reason": one.reason, "zero_stage": setting.stage,
         "teacher_placement": setting.placement, "offload_optimizer": setting.offload_optimizer,
         "offload_parameters": setting.offload_parameters, "hpz_partition_size": setting.hpz,
-        "gradient_checkpointing": setting.checkpointing,
+        "gradient_checkpointing": setting.checkpointing, "tensor_parallel": setting.tensor,
         "micro_batch": setting.micro_batch, "accumulation": setting.accumulation, "gpu_bytes": one.memory.total,
         "parts": one.memory.parts, "fullest": one.memory.moment, "host_bytes_a_rank": one.memory.host,
         "seconds": one.speed.seconds, "tokens_per_second": one.speed.tokens_per_second, "mfu": one.speed.mfu,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdscale.sizing.shape import ModelShape
+from kdscale.sizing.tensor import shared
 
 Placement = Literal["replicated", "partitioned", "offloaded", "served"]
 Device = Literal["cuda", "cpu"]
@@ -57,6 +58,7 @@ class Setting:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     hpz: int = 1
+    tensor: int = 1  # ranks that share each layer
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Memory:
 
 def peak(job: Job, setting: Setting) -> Memory:
     """The fullest of four moments: teacher's forward, student's loss, end of the backward, optimiser's step."""
+    job = shared(job, setting.tensor)
     kept = {
         "student weights": _weights(job, setting),
         "masters and Adam": 0.0 if setting.offload_optimizer else _states(job, setting),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kdscale.sizing.gpus import Cluster
 from kdscale.sizing.memory import Job, Setting
 from kdscale.sizing.shape import ModelShape
+from kdscale.sizing.tensor import layer_seconds, shared
 
 # Products of few rows are bound by launches and by reading the weights: half of the share at so many tokens. Assumed.
 _HALF_AT_TOKENS = 256
@@ -49,6 +50,8 @@ def forward_flops(model: ModelShape, seq_len: int) -> float:
 
 def estimate(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Speed:
     """The loss's three products are counted with the student's head."""
+    waiting = layer_seconds(job, setting, cluster) / rates.links
+    job = shared(job, setting.tensor)
     tokens = setting.micro_batch * setting.accumulation * job.seq_len  # of one rank
     rows = setting.micro_batch * job.seq_len
     peak = cluster.gpu.flops * rates.compute * rows / (rows + _HALF_AT_TOKENS)
@@ -60,7 +63,7 @@ def estimate(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Spee
     seconds = {
         "teacher": 0.0 if served else max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates)),
         "student": max(tokens * (3 * student + again) / peak, hidden),
-        "communication": shown,
+        "communication": shown + waiting,
         "optimiser": _optimizer_seconds(job, setting, cluster),
     }
     step = sum(seconds.values())

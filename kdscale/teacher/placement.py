@@ -43,10 +43,10 @@ class PlacedTeacher(Protocol):
 
 
 class Replicated:
-    """The whole model on this rank's device."""
+    """The model on this rank's device: whole, or a rank's part of it, whose head then has `vocab` rows in all."""
 
-    def __init__(self, model: Any):
-        self.model, self.vocab = model.eval().requires_grad_(False), head_of(model).vocab
+    def __init__(self, model: Any, vocab: int | None = None):
+        self.model, self.vocab = model.eval().requires_grad_(False), vocab or head_of(model).vocab
 
     @contextmanager
     def head(self) -> Iterator[Head]:

@@ -68,7 +68,7 @@ def test_the_losses_go_on_with_any_number_of_ranks_and_any_stage(
     assert worst < tolerance
     ranks, stage, _ = CHAINS[dtype][-1]
     before = CHAINS[dtype][-2]
-    assert f"written by {before[0]} ranks at ZeRO {before[1]}, now {ranks} at {stage}" in said
+    assert f"written by {before[0]} ranks at ZeRO {before[1]}, now {ranks} ranks at ZeRO {stage}" in said
 
 
 def test_every_rank_has_a_file_and_all_of_them_make_up_the_student(chained):

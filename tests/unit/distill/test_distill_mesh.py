@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -25,9 +26,26 @@ def test_every_rank_is_in_one_group_of_each_kind_at_its_own_place(data: int, seq
 
 
 def test_the_batch_is_shared_by_the_groups_that_take_sequences_of_their_own() -> None:
-    cfg = DistillConfig(processes=8, sequence_parallel=2, tensor_parallel=2, micro_batch=4, global_batch=8)
-    assert cfg.data_parallel == 2
+    for axis in ("sequence_parallel", "tensor_parallel"):
+        cfg = DistillConfig(processes=8, **{axis: 4}, micro_batch=4, global_batch=8)
+        assert cfg.data_parallel == 2
     with pytest.raises(ValidationError, match=r"micro_batch × data-parallel ranks \(6\)"):
         DistillConfig(processes=4, sequence_parallel=2, micro_batch=3, global_batch=8)
     with pytest.raises(ValidationError, match=r"multiple of sequence_parallel × tensor_parallel \(3\)"):
         DistillConfig(processes=4, tensor_parallel=3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sequence_parallel": 2},
+        {"loss": {"targets": "full"}},
+        {"teacher_placement": "served", "served": {"urls": ["http://teacher"]}},
+        {"zero_stage": 3, "zero": {"hpz_partition_size": 2}},
+        {"zero_stage": 3, "zero": {"quantized_weights": True}},
+        {"zero_stage": 3, "zero": {"quantized_gradients": True}},
+    ],
+)
+def test_what_ranks_that_share_layers_cannot_do_is_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"tensor_parallel \(2\) does not go with"):
+        DistillConfig(processes=8, global_batch=8, micro_batch=1, tensor_parallel=2, **other)

@@ -17,9 +17,10 @@ from kdscale.families import load_family
 from kdscale.runs.plan_run import plan_run, snippet, to_json
 from kdscale.sizing.choose import compare
 from kdscale.sizing.gpus import GIB, Cluster, find_gpu, known_gpus
-from kdscale.sizing.memory import Job, Setting
+from kdscale.sizing.memory import Job, Setting, peak
 from kdscale.sizing.shape import ModelShape
 from kdscale.sizing.speed import Rates, estimate, forward_flops
+from kdscale.sizing.tensor import layer_seconds
 
 TEACHERS = Path(__file__).resolve().parents[2] / "fixtures" / "teachers"
 NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))
@@ -145,3 +146,29 @@ def test_gpus_are_known_by_name() -> None:
     assert {"a100-40", "a100-80", "h100", "h200", "b200", "mi300x"} <= set(known_gpus())
     with pytest.raises(ConfigError, match="a100-40, a100-80"):
         find_gpu("h1000")
+
+
+def test_layers_are_shared_only_where_nothing_fits_otherwise() -> None:
+    fitting = compare(job(), cluster(), 256, Rates(), tensor=(2, 4))
+    assert {one.setting.tensor for one in fitting} == {1}
+    found = compare(job(seq_len=73_728), cluster(), 8, Rates(), placements=("replicated",), tensor=(2, 4, 8))
+    assert not any(one.fits for one in found if one.setting.tensor == 1)
+    chosen = found[0]
+    assert chosen.fits
+    assert chosen.setting.tensor == 2  # the fewest that fit
+    assert chosen.setting.micro_batch * chosen.setting.accumulation * 8 // chosen.setting.tensor == 8
+
+
+def test_ranks_that_share_layers_hold_less_and_wait_for_each_other() -> None:
+    alone, two = (Setting(2, 1, 1, False, "replicated", tensor=size) for size in (1, 2))
+    one, half = (peak(job(), setting).parts for setting in (alone, two))
+    assert half["student weights"] == pytest.approx(one["student weights"] / 2, rel=1e-3)
+    assert half["teacher"] == pytest.approx(one["teacher"] / 2, rel=1e-3)
+    assert half["masters and Adam"] == pytest.approx(one["masters and Adam"], rel=1e-3)  # over all ranks either way
+    assert one["activations"] / 2 < half["activations"] < one["activations"]  # hidden states and norms are whole
+    fast, slow = (estimate(job(), setting, cluster(), Rates()) for setting in (alone, two))
+    assert slow.seconds["student"] == pytest.approx(fast.seconds["student"] / 2, rel=1e-3)
+    weights = job().item_bytes * job().student.params
+    assert layer_seconds(job(), alone, cluster()) == 0
+    assert slow.seconds["communication"] > cluster().collective(weights / 2) * 2 / Rates().links  # ZeRO's part of it
+    assert slow.tokens_per_second < fast.tokens_per_second

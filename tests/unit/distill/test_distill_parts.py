@@ -1,0 +1,96 @@
+"""Parts of parameters, however they were cut, read back as any other parts, or as the whole."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdscale.distill.parts import Part, split_name
+from kdscale.distill.pieces import KINDS, Piece, PieceIndex, PieceReader, write_pieces
+from kdscale.errors import CheckpointError
+
+NAME = "layer.weight"
+
+
+@st.composite
+def splits(draw, shape):
+    """Pieces of the whole parameter, or of parts of it, that are all of it."""
+    dim = draw(st.sampled_from([None, *range(len(shape))]))
+    parts = [None]
+    if dim is not None:
+        inner = st.integers(1, shape[dim] - 1) if shape[dim] > 1 else st.nothing()
+        cuts = sorted({0, shape[dim], *draw(st.lists(inner, max_size=2) if shape[dim] > 1 else st.just([]))})
+        parts = [Part(dim, begin, end) for begin, end in itertools.pairwise(cuts)]
+    pieces = []
+    for part in parts:
+        size = math.prod(part.shape(shape) if part else shape)
+        places = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=2))})
+        name = part.named(NAME) if part else NAME
+        pieces += [Piece(name, begin, end - begin) for begin, end in itertools.pairwise(places)]
+    return pieces
+
+
+@st.composite
+def cases(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=2)))
+    return shape, draw(splits(shape)), draw(splits(shape))
+
+
+def values_of(whole, piece):
+    _, part = split_name(piece.name)
+    kept = whole if part is None else whole.narrow(part.dim, part.begin, part.end - part.begin)
+    return kept.reshape(-1)[piece.offset : piece.offset + piece.length]
+
+
+def write(folder, wholes, pieces):
+    blocks = [values_of(wholes[kind], piece).clone() for kind in KINDS for piece in pieces]
+    write_pieces(folder / "f", pieces, blocks)
+    return [folder / "f"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases())
+def test_any_parts_read_back_as_any_others(tmp_path_factory, case):
+    shape, old, new = case
+    wholes = {kind: torch.rand(shape, generator=torch.Generator().manual_seed(i)) for i, kind in enumerate(KINDS)}
+    index = PieceIndex(write(tmp_path_factory.mktemp("parts"), wholes, old), {NAME: shape})
+    with PieceReader(index) as reader:
+        for piece, kind in itertools.product(new, KINDS):
+            expected = values_of(wholes[kind], piece)
+            for dtype in (torch.float32, torch.float64):  # straight into place, and by way of a block
+                got = torch.full((piece.length,), torch.nan, dtype=dtype)
+                reader.fill(kind, piece, got)
+                assert torch.equal(got.float(), expected)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [Part(0, 0, 2)],
+        [Part(0, 0, 2), Part(0, 3, 4)],
+        [Part(0, 0, 3), Part(0, 2, 4)],
+        [Part(0, 0, 2), Part(1, 0, 3)],
+        [Part(0, 0, 5)],
+    ],
+    ids=["short", "hole", "overlap", "both ways", "long"],
+)
+def test_parts_that_are_not_all_of_a_parameter_are_refused(tmp_path, parts):
+    pieces = [Piece(part.named("w"), 0, math.prod(part.shape((4, 3)))) for part in parts]
+    blocks = [torch.zeros(piece.length) for _ in KINDS for piece in pieces]
+    write_pieces(tmp_path / "f", pieces, blocks)
+    with pytest.raises(CheckpointError, match=r"(?s)parts that are all of \[4, 3\].*w@0:0:"):
+        PieceIndex([tmp_path / "f"], {"w": (4, 3)})
+
+
+def test_a_part_that_is_stored_is_read_in_one_go_and_columns_of_it_row_by_row(tmp_path):
+    halves = [Piece(Part(1, begin, begin + 2).named("w"), 0, 6) for begin in (0, 2)]
+    blocks = [torch.zeros(6) for _ in KINDS for _ in halves]
+    write_pieces(tmp_path / "f", halves, blocks)
+    index = PieceIndex([tmp_path / "f"], {"w": (3, 4)})
+    assert len(index.plan("master", halves[1])) == 1
+    assert [read.length for read in index.plan("master", Piece("w@1:1:3", 0, 6))] == [1] * 6
