@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -111,9 +111,16 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
 
 
 def guarded(stage: Stage, context: Context) -> bool:
-    """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up."""
+    """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up.
+
+    A stage that makes no progress for `runtime.watchdog_seconds` ends the process with exit code 9 (see `watching`).
+    """
+    from kdscale_launch.watchdog import watching
+
+    # the distillation's ranks have their own: this process may be one of them
+    seconds = 0.0 if stage.name == "distill" else context.config.runtime.watchdog_seconds
     try:
-        with explain_os_errors(context.run.path):
+        with explain_os_errors(context.run.path), watching(seconds, 0) if seconds else nullcontext():
             return run_stage(stage, context)
     except Interrupted as stop:
         context.run.set_status(stage.name, "interrupted", reason=str(stop))
