@@ -19,15 +19,20 @@ from tests.integration.prune.family_table import save_teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 VOCAB, HIDDEN = 320, 96
-# name → phases of (ranks, of which so many share layers, ZeRO stage, killed when it begins this step)
+WHERE = {"gradient_checkpointing": True, "teacher_placement": "partitioned", "async_checkpoints": True}
+OFFLOADED = {"zero": {"offload_optimizer": "cpu"}, "teacher_placement": "offloaded"}
+# name → phases of (ranks, of which so many share layers, ZeRO stage, killed when it begins this step, other settings)
 RUNS = {
-    "one": [(1, 1, 1, None)],
-    "two": [(2, 2, 1, None)],
-    "two, killed": [(2, 2, 1, 3), (2, 2, 1, None)],
-    "data and tensor": [(4, 2, 2, None)],
-    "there and back": [(2, 2, 0, 2), (1, 1, 2, 3), (4, 2, 3, None)],
+    "one": [(1, 1, 1, None, {})],
+    "two": [(2, 2, 1, None, {})],
+    "two, killed": [(2, 2, 1, 3, {}), (2, 2, 1, None, {})],
+    "data and tensor": [(4, 2, 2, None, WHERE)],
+    "there and back": [(2, 2, 0, 2, {}), (1, 1, 2, 3, {}), (2, 2, 2, 4, OFFLOADED), (4, 2, 3, None, {})],
 }
 UNTIED = {"one, untied": RUNS["one"], "two, untied": RUNS["two"]}
+# one step that changes next to nothing
+STILL = {"dtype": "bfloat16", "tokens": 4 * 48, "optimizer": {"lr": 1e-8, "min_lr": 0.0}}
+BF16 = {"bf16": [(2, 2, 1, None, STILL)]}
 # sizes that two ranks do not divide
 UNEVEN = {
     "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "hidden_size": 36, "intermediate_size": 47,
@@ -61,10 +66,10 @@ def done(tmp_path_factory, tiny_llama_dir, student_dir, untied_dir, data_dir, ma
     models["uneven"] = str(save_teacher("llama", folder / "uneven", **UNEVEN))
     places = {"teacher_dir": str(tiny_llama_dir), "data_dir": str(data_dir)}
     runs = []
-    for name, phases in {**RUNS, **UNTIED}.items():
+    for name, phases in {**RUNS, **UNTIED, **BF16}.items():
         listed = []
-        for ranks, tensor, stage, until in phases:
-            config = make_config(processes=ranks, tensor_parallel=tensor, zero_stage=stage, **SETTINGS)
+        for ranks, tensor, stage, until, more in phases:
+            config = make_config(processes=ranks, tensor_parallel=tensor, zero_stage=stage, **{**SETTINGS, **more})
             listed.append({"config": config.resolved(), "until": until})
         student = untied_dir if name in UNTIED else student_dir
         runs.append({"run_dir": str(folder / name), "student_dir": str(student), "phases": listed, **places})
@@ -126,6 +131,13 @@ def test_no_rank_has_logits_or_a_gradient_of_the_whole_vocabulary(done):
 def test_a_killed_run_goes_on_to_the_same_bytes(done):
     left, right = (done / name / "student" / "model.safetensors" for name in ("two", "two, killed"))
     assert left.read_bytes() == right.read_bytes()
+
+
+def test_masters_of_parts_have_the_digits_that_bf16_rounds_away(done, student_dir):
+    (row,) = rows_of(done / "bf16")
+    assert row["loss"] == pytest.approx(rows_of(done / "one")[0]["loss"], abs=2e-2)
+    got, want = (load_file(folder / "model.safetensors") for folder in (done / "bf16" / "student", student_dir))
+    assert max(float((got[key] - want[key]).abs().max()) for key in want) < 1e-7
 
 
 def test_each_rank_writes_its_parts_and_the_first_what_all_have(done):
