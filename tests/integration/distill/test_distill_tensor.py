@@ -19,15 +19,22 @@ from tests.integration.prune.family_table import save_teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 VOCAB, HIDDEN = 320, 96
-# name → phases of (ranks, of which so many share layers, ZeRO stage, killed when it begins this step)
+WHERE = {"gradient_checkpointing": True, "teacher_placement": "partitioned", "async_checkpoints": True}
+OFFLOADED = {"zero": {"offload_optimizer": "cpu"}, "teacher_placement": "offloaded"}
+# name → phases of (ranks, of which so many share layers, ZeRO stage, killed when it begins this step, other settings)
 RUNS = {
-    "one": [(1, 1, 1, None)],
-    "two": [(2, 2, 1, None)],
-    "two, killed": [(2, 2, 1, 3), (2, 2, 1, None)],
-    "data and tensor": [(4, 2, 2, None)],
-    "there and back": [(2, 2, 0, 2), (1, 1, 2, 3), (4, 2, 3, None)],
+    "one": [(1, 1, 1, None, {})],
+    "data and tensor": [(4, 2, 2, None, WHERE)],
+    "there and back": [(2, 2, 0, 2, {}), (1, 1, 2, 3, {}), (4, 2, 3, None, OFFLOADED)],
 }
-UNTIED = {"one, untied": RUNS["one"], "two, untied": RUNS["two"]}
+UNTIED = {
+    "one, untied": [(1, 1, 1, None, {})],
+    "two, untied": [(2, 2, 1, None, {})],
+    "two, untied, killed": [(2, 2, 1, 3, {}), (2, 2, 1, None, {})],
+}
+# one step that changes next to nothing
+STILL = {"dtype": "bfloat16", "tokens": 4 * 48, "optimizer": {"lr": 1e-8, "min_lr": 0.0}}
+BF16 = {"bf16": [(2, 2, 1, None, STILL)]}
 # sizes that two ranks do not divide
 UNEVEN = {
     "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "hidden_size": 36, "intermediate_size": 47,
@@ -61,10 +68,10 @@ def done(tmp_path_factory, tiny_llama_dir, student_dir, untied_dir, data_dir, ma
     models["uneven"] = str(save_teacher("llama", folder / "uneven", **UNEVEN))
     places = {"teacher_dir": str(tiny_llama_dir), "data_dir": str(data_dir)}
     runs = []
-    for name, phases in {**RUNS, **UNTIED}.items():
+    for name, phases in {**RUNS, **UNTIED, **BF16}.items():
         listed = []
-        for ranks, tensor, stage, until in phases:
-            config = make_config(processes=ranks, tensor_parallel=tensor, zero_stage=stage, **SETTINGS)
+        for ranks, tensor, stage, until, more in phases:
+            config = make_config(processes=ranks, tensor_parallel=tensor, zero_stage=stage, **{**SETTINGS, **more})
             listed.append({"config": config.resolved(), "until": until})
         student = untied_dir if name in UNTIED else student_dir
         runs.append({"run_dir": str(folder / name), "student_dir": str(student), "phases": listed, **places})
@@ -116,7 +123,7 @@ def test_no_rank_has_logits_or_a_gradient_of_the_whole_vocabulary(done):
         return [shape for shape in shapes if VOCAB in shape]
 
     assert whole(seen(done / "one", 0, 0)["shapes"])  # such shapes would be seen
-    for name in ("two", "two, untied"):
+    for name in ("there and back", "two, untied"):
         for rank in range(2):
             shapes = seen(done / name, 0, rank)["shapes"]
             assert [VOCAB // 2, HIDDEN] in shapes
@@ -124,12 +131,19 @@ def test_no_rank_has_logits_or_a_gradient_of_the_whole_vocabulary(done):
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(done):
-    left, right = (done / name / "student" / "model.safetensors" for name in ("two", "two, killed"))
+    left, right = (done / name / "student" / "model.safetensors" for name in ("two, untied", "two, untied, killed"))
     assert left.read_bytes() == right.read_bytes()
 
 
+def test_masters_of_parts_have_the_digits_that_bf16_rounds_away(done, student_dir):
+    (row,) = rows_of(done / "bf16")
+    assert row["loss"] == pytest.approx(rows_of(done / "one")[0]["loss"], abs=2e-2)
+    got, want = (load_file(folder / "model.safetensors") for folder in (done / "bf16" / "student", student_dir))
+    assert max(float((got[key] - want[key]).abs().max()) for key in want) < 1e-7
+
+
 def test_each_rank_writes_its_parts_and_the_first_what_all_have(done):
-    path = state.step_dir(done / "two" / "checkpoints", 1)
+    path = state.step_dir(done / "two, untied" / "checkpoints", 1)
     first, second = (load_file(path / state.rank_file(rank)) for rank in range(2))
     assert "master:0:model.layers.0.mlp.down_proj.weight@1:0:64" in first
     assert "master:0:model.layers.0.mlp.down_proj.weight@1:64:128" in second
