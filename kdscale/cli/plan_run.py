@@ -179,6 +179,7 @@ def _row(one: Candidate, plan: RunPlan) -> tuple[str, ...]:
     offloaded = "Adam, weights" if setting.offload_parameters else "Adam" if setting.offload_optimizer else ""
     stage = f"{setting.stage} hpZ" if setting.hpz > 1 else str(setting.stage)
     stage += f" T={setting.tensor}" if setting.tensor > 1 else ""
+    stage += f" S={setting.sequence}" if setting.sequence > 1 else ""
     verdict = "chosen" if one is plan.chosen else one.reason
     return (
         stage, setting.placement, offloaded, "yes" if setting.checkpointing else "",

@@ -80,7 +80,7 @@ def plan_run(
         notes.append("distill.dtype is float32: the FLOP/s of a GPU's table are of bf16, several times too many")
     found = compare(
         job, cluster, batch, rates, stages=stages, placements=placements or known,
-        tensor=_tensor_sizes(config, teacher_dir, job),
+        tensor=_tensor_sizes(config, teacher_dir, job), sequence=_sequence_sizes(teacher_dir, job),
     )  # fmt: skip
     return RunPlan(job, cluster, rates, batch, tokens or settings.tokens, where, found, notes)
 
@@ -99,6 +99,22 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
         return []
     most = min(job.student.kv_heads, job.teacher.kv_heads)
     return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]
+
+
+def _sequence_sizes(teacher_dir: Path, job: Job) -> list[int]:
+    """Numbers of ranks, neighbours in a node, that can share the sequences of both models."""
+    if read_config(teacher_dir).get("attn_logit_softcapping"):
+        return []
+    return [
+        size
+        for size in (2, 4, 8)
+        if job.ranks_per_node % size == 0
+        and job.seq_len % size == 0
+        and all(
+            m.heads % size == 0 and (m.kv_heads % size == 0 or size % m.kv_heads == 0)
+            for m in (job.student, job.teacher)
+        )
+    ]
 
 
 def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, str]:
@@ -161,6 +177,7 @@ def snippet(plan: RunPlan) -> str:
     zero += [f"    hpz_partition_size: {setting.hpz}"] if setting.hpz > 1 else []
     lines += ["  zero:", *zero] if zero else []
     lines += [f"  tensor_parallel: {setting.tensor}"] if setting.tensor > 1 else []
+    lines += [f"  sequence_parallel: {setting.sequence}"] if setting.sequence > 1 else []
     lines += [f"  gradient_checkpointing: {str(setting.checkpointing).lower()}"]
     lines += [f"  teacher_placement: {setting.placement}"]
     if setting.placement == "served":
@@ -191,6 +208,7 @@ def _candidate_json(one: Candidate, tokens: int, chosen: bool) -> dict[str, Any]
         "teacher_placement": setting.placement, "offload_optimizer": setting.offload_optimizer,
         "offload_parameters": setting.offload_parameters, "hpz_partition_size": setting.hpz,
         "gradient_checkpointing": setting.checkpointing, "tensor_parallel": setting.tensor,
+        "sequence_parallel": setting.sequence,
         "micro_batch": setting.micro_batch, "accumulation": setting.accumulation, "gpu_bytes": one.memory.total,
         "parts": one.memory.parts, "fullest": one.memory.moment, "host_bytes_a_rank": one.memory.host,
         "seconds": one.speed.seconds, "tokens_per_second": one.speed.tokens_per_second, "mfu": one.speed.mfu,

@@ -40,18 +40,26 @@ def compare(
     stages: Collection[int] = (1, 2, 3),
     placements: Collection[Placement] = PLACEMENTS,
     tensor: Collection[int] = (),
+    sequence: Collection[int] = (),
 ) -> list[Candidate]:
     """The chosen one first, if any fits, then the others by speed, served teachers last, then those that do not fit.
 
     `global_batch` sequences a step must be a multiple of the ranks. Of the micro-batches of a setting the fastest that
     fits is kept, or the smallest when none does. A served teacher needs GPUs beyond the cluster's, so it is chosen
-    only where nothing else fits or nothing else is asked for. Layers are shared by the fewest of `tensor` ranks with
-    which anything fits, where nothing fits without.
+    only where nothing else fits or nothing else is asked for. Where nothing fits, sequences are shared by the fewest of
+    `sequence` ranks with which anything does; where nothing does then, layers by the fewest of `tensor`.
     """
     found = [
         _best_micro_batch(job, setting, cluster, global_batch // job.ranks, rates)
         for setting in _settings(job, stages, placements)
     ]
+    for size in sorted(sequence):
+        if any(one.fits for one in found):
+            break
+        found += [
+            _best_micro_batch(job, replace(setting, sequence=size), cluster, global_batch * size // job.ranks, rates)
+            for setting in _settings(job, stages, placements)
+        ]
     for size in sorted(tensor):
         if any(one.fits for one in found):
             break

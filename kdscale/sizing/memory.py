@@ -59,6 +59,11 @@ class Setting:
     offload_parameters: bool = False
     hpz: int = 1
     tensor: int = 1  # ranks that share each layer
+    sequence: int = 1  # ranks that share each sequence
+
+    def rows(self, job: Job) -> int:
+        """Positions of a micro-batch that one rank has."""
+        return self.micro_batch * job.seq_len // self.sequence
 
 
 @dataclass(frozen=True)
@@ -239,41 +244,52 @@ def layer_bytes(job: Job, model: ModelShape) -> float:
     """What autograd saves in one layer, a token (counted on Llama and Qwen3 with sdpa, packed text, exactly).
 
     Each norm: its input as fp32, the normalised and the scaled value, (4 + 2b)·H, and 4 of its root. Attention: q, k
-    and v (kv heads repeated, since packed text has a mask) and its output, 4b·A, the mask in the weights' dtype, b·S,
-    and the log-sum-exp, 4 a head. A gated ffn: gate, its activation, up, product, 4b·F; others 2b·F.
+    and v (kv heads repeated, since packed text has a mask) and its output, 4b·A, and the log-sum-exp, 4 a head; not the
+    mask. A gated ffn: gate, its activation, up, product, 4b·F; others 2b·F.
     """
     b = job.item_bytes
     norms = 2 * ((4 + 2 * b) * model.hidden + 4)
     if model.qk_norm:
         groups = model.heads + model.kv_heads
         norms += (4 + b) * groups * model.head_dim + 4 * groups
-    attention = 4 * b * model.attention + b * job.seq_len + 4 * model.heads
+    attention = 4 * b * model.attention + 4 * model.heads
     return norms + attention + (4 if model.gated else 2) * b * model.ffn
 
 
 def saved_bytes(job: Job, setting: Setting) -> float:
     """All that waits for the backward: every layer, or with checkpointing every layer's input, b·H, and one layer."""
-    tokens, model = setting.micro_batch * job.seq_len, job.student
+    tokens, model = setting.rows(job), job.student
     last = (4 + 2 * job.item_bytes) * model.hidden + 3 * job.item_bytes * model.head_dim + 12  # norm, rotary, ids
-    boolean_mask = setting.micro_batch * job.seq_len**2
+    masks = _masks(job, setting, 0 if setting.checkpointing else model.layers)
     if setting.checkpointing:
-        return tokens * (job.item_bytes * model.hidden * model.layers + last) + boolean_mask
-    return tokens * (layer_bytes(job, model) * model.layers + last) + boolean_mask
+        return tokens * (job.item_bytes * model.hidden * model.layers + last) + masks
+    return tokens * (layer_bytes(job, model) * model.layers + last) + masks
+
+
+def _masks(job: Job, setting: Setting, layers: int) -> float:
+    """S² booleans, and b·S² in each of `layers` layers (counted).
+
+    Ranks that share a sequence have one of those for all layers (kdscale/sequence.py), and share none of it.
+    """
+    square = setting.micro_batch * job.seq_len**2
+    return float(square * (1 + job.item_bytes * (layers if setting.sequence == 1 else 1)))
 
 
 def backward_bytes(job: Job, setting: Setting) -> float:
     """Gradients of activations on their way through one layer, and that layer, if it is computed again."""
-    tokens, model = setting.micro_batch * job.seq_len, job.student
+    tokens, model = setting.rows(job), job.student
     again = layer_bytes(job, model) if setting.checkpointing else 0.0
-    return tokens * (job.item_bytes * 2 * (model.ffn + model.hidden) + again)
+    mask = job.item_bytes * setting.micro_batch * job.seq_len**2 if setting.checkpointing else 0.0
+    return tokens * (job.item_bytes * 2 * (model.ffn + model.hidden) + again) + (mask if setting.sequence == 1 else 0.0)
 
 
 def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
     """A forward without gradients, at its widest: three ffn arrays or seven attention arrays or three fp32 norm arrays
     beside two hidden states; the mask as booleans and in the weights' dtype."""
-    tokens, b = setting.micro_batch * job.seq_len, job.item_bytes
+    tokens, b = setting.rows(job), job.item_bytes
     widest = max(3 * b * model.ffn, 7 * b * model.attention, 12 * model.hidden)
-    return tokens * (2 * b * model.hidden + widest + (1 + b) * job.seq_len)
+    mask = setting.micro_batch * job.seq_len**2 * (1 + b)
+    return tokens * (2 * b * model.hidden + widest) + mask
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
@@ -281,7 +297,7 @@ def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
 
 def loss_bytes(job: Job, setting: Setting) -> float:
     """linear_sparse_kl's workspace and the gradients that it makes in the forward (read: kdscale_kernels/modes.py)."""
-    rows, model, b = setting.micro_batch * job.seq_len, job.student, job.item_bytes
+    rows, model, b = setting.rows(job), job.student, job.item_bytes
     chunk, fast = loss_mode(job, rows)
     hidden = rows * model.hidden
     inputs = b * hidden * 2  # the rows that have a label, and their gradient
@@ -297,7 +313,7 @@ def loss_bytes(job: Job, setting: Setting) -> float:
 
 def _kept_loss_bytes(job: Job, setting: Setting) -> float:
     """The loss's gradients from the forward until the backward has scaled them: dX, and dW in fp32 (lean: as W)."""
-    rows = setting.micro_batch * job.seq_len
+    rows = setting.rows(job)
     _, fast = loss_mode(job, rows)
     return 2 * job.item_bytes * rows * job.student.hidden + (4 if fast else job.item_bytes) * job.student.head
 
@@ -317,7 +333,7 @@ def loss_mode(job: Job, rows: int) -> tuple[float, bool]:
 
 def _teacher_head_bytes(job: Job, setting: Setting) -> float:
     """linear_topk_lse: a chunk of logits, on a CPU an fp32 copy of the head, and the targets."""
-    rows, model = setting.micro_batch * job.seq_len, job.teacher
+    rows, model = setting.rows(job), job.teacher
     hidden = job.item_bytes * rows * model.hidden
     if job.top_k is None:
         return float(hidden)

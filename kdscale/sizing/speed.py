@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from kdscale.sizing.gpus import Cluster
 from kdscale.sizing.memory import Job, Setting
+from kdscale.sizing.sequence import exchange_seconds
 from kdscale.sizing.shape import ModelShape
 from kdscale.sizing.tensor import layer_seconds, shared
 
@@ -50,10 +51,10 @@ def forward_flops(model: ModelShape, seq_len: int) -> float:
 
 def estimate(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Speed:
     """The loss's three products are counted with the student's head."""
-    waiting = layer_seconds(job, setting, cluster) / rates.links
+    waiting = (layer_seconds(job, setting, cluster) + exchange_seconds(job, setting, cluster)) / rates.links
     job = shared(job, setting.tensor)
-    tokens = setting.micro_batch * setting.accumulation * job.seq_len  # of one rank
-    rows = setting.micro_batch * job.seq_len
+    rows = setting.rows(job)
+    tokens = rows * setting.accumulation  # of one rank
     peak = cluster.gpu.flops * rates.compute * rows / (rows + _HALF_AT_TOKENS)
     student = forward_flops(job.student, job.seq_len)
     teacher = forward_flops(job.teacher, job.seq_len)

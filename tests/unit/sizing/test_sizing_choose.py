@@ -18,6 +18,7 @@ from kdscale.runs.plan_run import plan_run, snippet, to_json
 from kdscale.sizing.choose import compare
 from kdscale.sizing.gpus import GIB, Cluster, find_gpu, known_gpus
 from kdscale.sizing.memory import Job, Setting, peak
+from kdscale.sizing.sequence import exchange_seconds
 from kdscale.sizing.shape import ModelShape
 from kdscale.sizing.speed import Rates, estimate, forward_flops
 from kdscale.sizing.tensor import layer_seconds
@@ -172,3 +173,24 @@ def test_ranks_that_share_layers_hold_less_and_wait_for_each_other() -> None:
     assert layer_seconds(job(), alone, cluster()) == 0
     assert slow.seconds["communication"] > cluster().collective(weights / 2) * 2 / Rates().links  # ZeRO's part of it
     assert slow.tokens_per_second < fast.tokens_per_second
+
+
+def test_sequences_are_shared_only_where_nothing_fits_otherwise() -> None:
+    fitting = compare(job(), cluster(), 256, Rates(), sequence=(2, 4), tensor=(2, 4))
+    assert {(one.setting.sequence, one.setting.tensor) for one in fitting} == {(1, 1)}
+    found = compare(job(seq_len=98_304), cluster(), 8, Rates(), sequence=(2, 4, 8), tensor=(2,))
+    assert not any(one.fits for one in found if one.setting.sequence == 1)
+    assert found[0].fits
+    assert found[0].setting.tensor == 1
+    assert found[0].setting.micro_batch * found[0].setting.accumulation * 8 // found[0].setting.sequence == 8
+
+
+def test_ranks_that_share_sequences_hold_fewer_activations_and_exchange_them() -> None:
+    alone, two = (Setting(3, 1, 1, False, "replicated", sequence=size) for size in (1, 2))
+    one, half = (peak(job(), setting).parts for setting in (alone, two))
+    assert half["student weights"] == one["student weights"]  # over all ranks either way
+    assert half["activations"] < one["activations"] / 2  # and one mask for all layers
+    fast, slow = (estimate(job(), setting, cluster(), Rates()) for setting in (alone, two))
+    assert exchange_seconds(job(), alone, cluster()) == 0
+    assert slow.seconds["communication"] > fast.seconds["communication"]
+    assert fast.tokens_per_second > slow.tokens_per_second > fast.tokens_per_second / 2
