@@ -8,7 +8,8 @@ stays on this machine. Runs follow one another, each from an empty folder and br
 every finished run is one line of the output file. A run counts as right when its student has the bytes, and its metrics
 the steps and losses, of the unbroken run. Faults: see FAULTS. Conditions hold for a whole run: a slow disk (each fsync
 takes 0.2 s longer), a clock that is hours or a year off on one rank (as Python reads it), a small disk that is
-filled to the last byte (needs root, for a tmpfs).
+filled to the last byte (needs root, for a tmpfs), a node that goes for good (its run must equal the unbroken
+one's within rounding: one rank sums in another order than two).
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from typing import Any
 
 import faults_table
 import psutil
-from faults_job import EVERY, GRACE, STEPS, Job, below, conditioned, prepare, signal_all, stage_of
+from faults_job import EVERY, GRACE, STEPS, Job, alike, below, conditioned, prepare, signal_all, stage_of
 from two_hosts import tiny_config
 
+from kdscale_launch.watchdog import SLOW_FACTOR
+
 AWAY = 15.0
-PATIENCE = 300.0  # seconds in which any fault must be noticed, and in which a job must end after SIGTERM
+PATIENCE = 300.0  # seconds in which any fault must be noticed, and in which a job must end after SIGTERM; at least
 # how often each comes in a round; `late` ones need a distillation that is under way
 FAULTS = {
     "kill -9 of a rank": 6, "kill -9 of a node": 3, "kill -9 of the launcher": 2, "SIGTERM": 2,
@@ -43,9 +46,10 @@ FAULTS = {
 }  # fmt: skip
 LATE = {
     "rank stopped (hang)", "newest checkpoint damaged", "NaN in one rank's teacher", "NaN in one rank's loss",
-    "disk full",
+    "disk full", "node gone for good",
 }  # fmt: skip
-CONDITIONS = {"": 6, "slow disk": 1, "clock skew": 1, "small disk": 1}
+CONDITIONS = {"": 6, "slow disk": 1, "clock skew": 1, "small disk": 1, "one node left": 1}
+ONE_LEFT = ("--min-nodes", "1", "--node-timeout", "10")
 
 
 class Stuck(Exception):  # noqa: N818 - says what happened
@@ -59,6 +63,8 @@ class Breaker:
         self.job, self.condition, self.rng, self.startup, self.note = job, condition, rng, startup, note
         self.pending: list[dict[str, Any]] = []  # injections whose loss shows when training goes on
         self.since = time.monotonic()  # of the last (re)start
+        # a rank that stops while it saves has SLOW_FACTOR times as long
+        self.patience = max(PATIENCE, SLOW_FACTOR * job.watchdog + 60.0)
 
     def moment(self, late: bool) -> bool:
         """Wait for a random moment; False when the job ended before it came."""
@@ -122,7 +128,7 @@ class Breaker:
 
     def broke(self) -> str:
         """The launcher saw it and starts again, or ended with an error."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         said = ""
         while "starting again from the last checkpoint" not in said:
             said += self.read()
@@ -136,7 +142,7 @@ class Breaker:
 
     def gone(self, processes: list[psutil.Process]) -> None:
         """All of them have ended; nothing is left to write into the run folder."""
-        _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
+        _, alive = psutil.wait_procs(processes, timeout=self.patience)
         if alive:
             raise Stuck(f"{len(alive)} processes were left running")
 
@@ -192,6 +198,13 @@ class Breaker:
         finally:
             mark.unlink()
         return said
+
+    def leave(self) -> str:
+        """The second node dies and is not seen again in this run."""
+        (self.job.work / "away-two").touch()
+        agents = sorted(self.job.agents(), key=lambda agent: agent.pid)
+        signal_all([agents[1], *below(agents[1])], signal.SIGKILL)
+        return self.broke()
 
     def freeze(self) -> str:
         """The second node stands still and wakes up when the job has gone on without it."""
@@ -251,7 +264,7 @@ class Breaker:
         """One rank's loss is NaN step after step: the run must end, and go on from before when it is started again."""
         with self.planned(**{"nan loss": self.rng.randrange(2)}):
             try:
-                code = self.job.process.wait(PATIENCE)
+                code = self.job.process.wait(self.patience)
             except subprocess.TimeoutExpired:
                 raise Stuck("NaN did not end the job") from None
         return f"ended with {code}; same command again"
@@ -274,6 +287,7 @@ _METHOD = {
     "SIGTERM": "sigterm", "SIGTERM, then kill -9": "sigterm_kill", "node away for a while": "away",
     "node frozen": "freeze", "rank stopped (hang)": "stop_rank", "newest checkpoint damaged": "damage",
     "NaN in one rank's teacher": "nan_teacher", "NaN in one rank's loss": "nan_loss", "disk full": "fill",
+    "node gone for good": "leave",
 }  # fmt: skip
 
 
@@ -286,6 +300,9 @@ def one_run(number: int, arguments: argparse.Namespace, config: Path, whole: Job
     faults = dict.fromkeys(arguments.faults, 1) if arguments.faults else dict(FAULTS)
     if condition == "small disk":
         faults = {"disk full": 3, "kill -9 of a rank": 1}
+    alone = condition == "one node left"
+    if alone:
+        faults = {"node gone for good": 1}
     done = 0
 
     def note(**record: Any) -> None:
@@ -294,17 +311,19 @@ def one_run(number: int, arguments: argparse.Namespace, config: Path, whole: Job
             out.write(json.dumps(line) + "\n")
 
     with conditioned(work, condition, rng) as folder:
-        job = Job(work, config, folder / f"run-{arguments.seed}-{number}", arguments.watchdog)
+        job = Job(
+            work, config, folder / f"run-{arguments.seed}-{number}", arguments.watchdog, ONE_LEFT if alone else ()
+        )
         breaker = Breaker(job, condition, rng, startup, note)
         try:
-            for _ in range(rng.randint(6, 12)):
+            for _ in range(1 if alone else rng.randint(6, 12)):
                 fault = rng.choices(list(faults), list(faults.values()))[0]
                 if not breaker.moment(fault in LATE):
                     break
                 breaker.inject(fault)
                 done += 1
             finish(breaker)
-            same = job.student() == whole.student() and job.curve() == whole.curve()
+            same = alike(job, whole) if alone else job.student() == whole.student() and job.curve() == whole.curve()
             note(kind="run", condition=condition, injections=done, same=same)
         except Stuck as problem:
             for record in breaker.pending:
@@ -315,6 +334,7 @@ def one_run(number: int, arguments: argparse.Namespace, config: Path, whole: Job
             tree = job.tree()
             job.process.kill()
             signal_all(tree, signal.SIGKILL)
+            (work / "away-two").unlink(missing_ok=True)
         if same:
             shutil.rmtree(job.run)
             job.log.unlink()

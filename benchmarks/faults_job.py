@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -12,8 +13,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
+from safetensors.torch import load_file
 
 from kdscale.metrics import read_metrics
 
@@ -36,8 +39,8 @@ esac
 class Job:
     """One run folder and the launcher that works on it, started again by hand whenever it has ended."""
 
-    def __init__(self, work: Path, config: Path, run: Path, watchdog: float):
-        self.work, self.run = work, run
+    def __init__(self, work: Path, config: Path, run: Path, watchdog: float, options: tuple[str, ...] = ()):
+        self.work, self.run, self.watchdog = work, run, watchdog
         self.log = work / f"{run.name}.log"
         self.log.write_text("")
         settings = (f"run_dir={run}", f"distill.tokens={STEPS * 256}", f"distill.checkpoint_every={EVERY}",
@@ -46,7 +49,7 @@ class Job:
             sys.executable, "-m", "kdscale.cli.main", "launch", str(config), "--hostfile", str(work / "hosts"),
             "--ssh-command", str(work / "ssh"), "--python", str(work / "python"), "--master-addr", "127.0.0.1",
             "--until", "distill", "--dead-after", str(DEAD_AFTER), "--grace", str(GRACE), "--skip-preflight",
-            "--max-restarts", "1000", *[part for item in settings for part in ("--set", item)],
+            "--max-restarts", "1000", *options, *[part for item in settings for part in ("--set", item)],
         ]  # fmt: skip
         self.reached = self.resumed = 0
         self._read = 0
@@ -92,9 +95,24 @@ class Job:
         folder = self.run / "student"
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
 
+    def weights(self) -> dict[str, Any]:
+        return dict(load_file(self.run / "student" / "model.safetensors"))
+
     def curve(self) -> list[tuple[int, float]]:
         rows = read_metrics(self.run / "logs" / "metrics.jsonl")
         return [(int(row["step"]), row["loss"]) for row in rows if row["kind"] == "train"]
+
+
+def alike(job: Job, whole: Job) -> bool:
+    """The same documents in the same order, summed otherwise: fp32 losses and weights within rounding."""
+    mine, want = dict(job.curve()), dict(whole.curve())
+    ours, theirs = job.weights(), whole.weights()
+    near = all(math.isclose(loss, want[step], rel_tol=1e-4) for step, loss in mine.items())
+    return (
+        mine.keys() == want.keys()
+        and near
+        and all(tensor.allclose(theirs[name], rtol=1e-3, atol=1e-4) for name, tensor in ours.items())
+    )
 
 
 def words(process: psutil.Process) -> list[str]:

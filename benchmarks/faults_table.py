@@ -33,8 +33,8 @@ def show(path: Path) -> int:
               f"{seconds[-1]:.1f} | {lost} | {outcomes} |")  # fmt: skip
     bad = [row for row in injections if not row["kept"]] + [row for row in runs if not row["same"]]
     same = sum(row["same"] for row in runs)
-    print(f"\n{len(injections)} injections in {len(runs)} finished runs; {same} students and curves with the unbroken "
-          f"run's bytes; {len(bad)} lines that are not as they should be")  # fmt: skip
+    print(f"\n{len(injections)} injections in {len(runs)} finished runs; {same} students and curves equal to the "
+          f"unbroken run's (with one node left: within rounding); {len(bad)} lines that should not be")  # fmt: skip
     for row in bad:
         print(json.dumps(row))
     return min(1, len(bad))

@@ -173,6 +173,9 @@ class EvalConfig(Section):
 class RuntimeConfig(Section):
     device: Device = "auto"
     threads: Count | None = None  # CPU threads a process; None: cores / processes
+    # seconds without progress after which a stage other than the distillation counts as hung, four times as many while
+    # it loads; 0: none does
+    watchdog_seconds: Annotated[float, Field(ge=0.0)] = 3600.0
     # calibration hidden states held in memory, a process; what is beyond goes to the run folder's disk
     activation_bytes: Count = 1_073_741_824
 

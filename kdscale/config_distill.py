@@ -142,7 +142,10 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _zero_can_do_it(self) -> DistillConfig:
-        if problems := self.zero.problems(self.zero_stage, self.processes):
+        problems = self.zero.problems(self.zero_stage, self.processes)
+        if self.async_checkpoints and self.zero.offload_optimizer == "nvme":
+            problems.append("async_checkpoints would hold in host memory what zero.offload_optimizer puts on NVMe")
+        if problems:
             raise ValueError("; ".join(problems))
         return self
 

@@ -70,7 +70,7 @@ class LostRankError(KdscaleError):
 
 
 class HungRankError(LostRankError):
-    """A rank that made no progress for distill.watchdog_seconds; its log has the stacks. Trying again may well work."""
+    """A rank that made no progress while its watchdog waited; its log has the stacks. Trying again may well work."""
 
     exit_code = 9
 

@@ -67,14 +67,17 @@ def logit_scale(model: Any) -> float:
     return float(factor or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0) / float(divisor or 1.0)
 
 
-def final_hidden(model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor | None = None) -> torch.Tensor:
+def final_hidden(
+    model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor | None = None, **to_attention: Any
+) -> torch.Tensor:
     """The hidden states that enter the head, times the scale of its logits, [B, S, H].
 
     Without an attention mask and without a cache transformers derives the block-diagonal causal mask from positions
-    that restart at 0, so packed documents do not see each other.
+    that restart at 0, so packed documents do not see each other. `to_attention` goes on to every layer's attention
+    function.
     """
     output = model.base_model(
-        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False
+        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False, **to_attention
     )
     hidden_BSH: torch.Tensor = output.last_hidden_state
     scale = logit_scale(model)

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.progress import TimeRemainingColumn as EtaColumn
 from rich.text import Text
 
+from kdscale_launch.watchdog import beat, enter
+
 _LINE_EVERY_SECONDS = 10.0
 _RATE_LINES = 6
 
@@ -40,6 +42,7 @@ class Bar:
             self._task = bars.add_task(title, total=total, completed=int(done), unit=unit, note="")
 
     def advance(self, amount: float, note: str = "") -> None:
+        beat()
         self._done += amount
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, advance=amount, note=note)
@@ -74,6 +77,7 @@ class Reporter:
     @contextmanager
     def bar(self, title: str, total: float, unit: str = "tok", done: float = 0) -> Iterator[Bar]:
         """A bar over `total` units, `done` of them already done (a resumed stage)."""
+        enter(title)
         if self.console.is_terminal and not self.console.quiet:
             text, share = TextColumn("{task.description:<22}"), TextColumn("{task.percentage:>3.0f} %")
             note = TextColumn("{task.fields[note]}", style="dim")

@@ -175,6 +175,9 @@ def _own(op: str, make: Callable[..., Tensor], device: torch.device) -> list[Con
     if op == "linear_sparse_kl":
         for mib in (32, 512) if device.type == "cpu" else (450, 4096):
             variants[f"workspace {mib} MiB"] = {"workspace_bytes": mib << 20}
+        if device.type == "cuda":  # each chunk reads and writes all of an fp32 dW: fewer, larger ones may be worth it
+            for gib in (2, 4):
+                variants[f"fast, chunks of {gib} GiB"] = {"mode": "fast", "chunk_bytes": gib << 30}
     return [
         Contestant(op, "kdscale", mode, "sparse KL", functools.partial(make, **options), package="kdscale")
         for mode, options in variants.items()

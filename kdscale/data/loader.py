@@ -10,7 +10,7 @@ Dimension letters: B sequences, S seq_len.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,16 @@ class Batch:
         """Valid labels."""
         return int((self.labels_BS != IGNORE).sum())
 
+    def part(self, number: int, parts: int) -> Batch:
+        """The same sequences with the labels of one of `parts` equal runs of positions; the others are another's."""
+        if parts == 1:
+            return self
+        own = self.labels_BS.shape[1] // parts
+        labels_BS = torch.full_like(self.labels_BS, IGNORE)
+        cut = slice(number * own, (number + 1) * own)
+        labels_BS[:, cut] = self.labels_BS[:, cut]
+        return replace(self, labels_BS=labels_BS)
+
 
 @dataclass(frozen=True)
 class LoaderState:
@@ -56,7 +66,11 @@ class LoaderState:
 
 
 class PackedLoader:
-    """Training batches of one rank. Raises ConfigError when the batch does not divide, DataError on too little text."""
+    """Training batches of one rank: the `rank`-th of `world` shares of each step's sequences.
+
+    Of their labels those of the `part` (number, of how many) are its own. Raises ConfigError when the batch does not
+    divide, DataError on too little text.
+    """
 
     def __init__(
         self,
@@ -68,6 +82,7 @@ class PackedLoader:
         rank: int = 0,
         world: int = 1,
         shuffle: bool = True,
+        part: tuple[int, int] = (0, 1),
     ):
         if not 0 <= rank < world:
             raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
@@ -79,6 +94,7 @@ class PackedLoader:
             )
         self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
         self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
+        self._part = part
         self.epoch_sequences = epoch_sequences(split, seq_len)
         self._order: tuple[int, EpochOrder] | None = None  # of the epoch last asked for
 
@@ -94,7 +110,7 @@ class PackedLoader:
         share = self._global // self._world
         first = step * self._global + self._rank * share
         sequences = [self.sequence(number) for number in range(first, first + share)]
-        return [_stack(sequences[i : i + self._micro]) for i in range(0, share, self._micro)]
+        return [_stack(sequences[i : i + self._micro]).part(*self._part) for i in range(0, share, self._micro)]
 
     def describe(self, step: int) -> list[dict[str, Any]]:
         """The sequences of all ranks' batch of optimiser step `step`: number, labels, documents and their sources."""

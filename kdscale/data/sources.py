@@ -20,6 +20,7 @@ from typing import IO, Any
 from kdscale.config import SourceConfig
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import sha256_file
+from kdscale_launch.watchdog import beat
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _BOM = b"\xef\xbb\xbf"
@@ -48,6 +49,7 @@ def read_documents(source: SourceConfig) -> Iterator[Document]:
     """
     records = _read_hub(source) if source.path.startswith("hf:") else _read_files(source)
     for index, (text, label) in enumerate(records):
+        beat()
         yield Document(text, label, index)
 
 

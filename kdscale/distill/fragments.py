@@ -7,8 +7,9 @@ nothing of DeepSpeed. At stage 0 every rank has all of everything, and the ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from kdscale.dist import rank, world_size
 from kdscale.distill.parts import Part, split_name
 from kdscale.distill.pieces import KINDS, Piece, share
+from kdscale.distill.swapped import Swapped
 from kdscale.distill.tensor import Split
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.weights import Checkpoint
@@ -39,18 +41,13 @@ class _Place:
 class Fragments:
     """What one rank saves and loads. `shapes` are the trained parameters; `tied` maps other names to theirs.
 
-    With `split` pieces are of this rank's parts (parts.py), and `shapes` still of the whole parameters. Raises
-    ConfigError when the optimiser's state is on NVMe, which is not supported.
+    With `split` pieces are of this rank's parts (parts.py), and `shapes` still of the whole parameters.
     """
 
     def __init__(self, engine: Any, model: torch.nn.Module, split: Split | None = None):
         self._zero = engine.optimizer
         self._stage = int(engine.zero_optimization_stage())
-        if getattr(self._zero, "swap_optimizer", False):
-            raise ConfigError(
-                "the optimiser's state on NVMe", expected="it on the device or in host memory",
-                hint="checkpoints of state on NVMe are not supported: offload it to host memory",
-            )  # fmt: skip
+        self._swapped = Swapped(self._zero)
         self._adam = self._zero.optimizer if self._stage else self._zero
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = {id(p): name for name, p in trained.items()}
@@ -87,26 +84,26 @@ class Fragments:
     def blocks(self) -> Iterator[torch.Tensor]:
         """Views of the values to write, in the order of `write_pieces`; zeros for moments that do not exist yet."""
         for kind in KINDS:
-            for place in self._written:
-                if kind == KINDS[0]:
-                    yield place.of(place.key.detach())
-                else:
-                    moment = self._adam.state.get(place.key, {}).get(kind)
-                    yield torch.zeros(place.piece.length) if moment is None else place.of(moment)
+            for key, places in _by_buffer(self._written):
+                with self._swapped.there(key):
+                    values = key.detach() if kind == KINDS[0] else self._adam.state.get(key, {}).get(kind)
+                    for place in places:
+                        yield torch.zeros(place.piece.length) if values is None else place.of(values)
 
     @torch.no_grad()
     def load(self, fill: Fill, adam_step: int) -> None:
         """Fill masters and moments of what this rank holds, then refresh the working copies; a collective call."""
-        buffers = {id(place.key): place.key for place in self._held}
-        for key in buffers.values():
-            self._adam.state[key] = {
-                "step": self._step_value(adam_step, key),
-                **{kind: torch.zeros_like(key.data) for kind in KINDS[1:]},
-            }
-        for kind in KINDS:
-            for place in self._held:
-                buffer = place.key.data if kind == KINDS[0] else self._adam.state[place.key][kind]
-                fill(kind, place.piece, place.of(buffer))
+        self._swapped.forget_moments()
+        for key, places in _by_buffer(self._held):
+            with self._swapped.there(key, write=True):
+                self._adam.state[key] = {
+                    "step": self._step_value(adam_step, key),
+                    **{kind: torch.zeros_like(key.data) for kind in KINDS[1:]},
+                }
+                for kind in KINDS:
+                    for place in places:
+                        buffer = key.data if kind == KINDS[0] else self._adam.state[key][kind]
+                        fill(kind, place.piece, place.of(buffer))
         self._refresh()
 
     @torch.no_grad()
@@ -120,16 +117,21 @@ class Fragments:
         for name, piece in trained.items():
             if source.spec(name).dtype == "F32":
                 stored.setdefault(piece.name, []).append((name, piece))
-        for place in self._held:
-            whole, part = split_name(place.piece.name)
-            values, shape = place.of(place.key.data), self.shapes[whole]
-            part = part or Part(0, 0, shape[0] if shape else 1)
-            for run in part.runs(shape, place.piece.offset, place.piece.length):
-                for name, there in stored.get(whole, []):
-                    begin, end = max(run.begin, there.offset), min(run.begin + run.length, there.offset + there.length)
-                    if begin < end:
-                        mine = values.narrow(0, run.at + begin - run.begin, end - begin)
-                        source.fill(name, begin - there.offset, mine)
+        for key, places in _by_buffer([p for p in self._held if split_name(p.piece.name)[0] in stored]):
+            with self._swapped.there(key, write=True):
+                for place in places:
+                    self._sharpen(place, source, stored)
+
+    def _sharpen(self, place: _Place, source: Checkpoint, stored: Mapping[str, list[tuple[str, Piece]]]) -> None:
+        whole, part = split_name(place.piece.name)
+        values, shape = place.of(place.key.data), self.shapes[whole]
+        part = part or Part(0, 0, shape[0] if shape else 1)
+        for run in part.runs(shape, place.piece.offset, place.piece.length):
+            for name, there in stored[whole]:
+                begin, end = max(run.begin, there.offset), min(run.begin + run.length, there.offset + there.length)
+                if begin < end:
+                    mine = values.narrow(0, run.at + begin - run.begin, end - begin)
+                    source.fill(name, begin - there.offset, mine)
 
     def _step_value(self, step: int, key: torch.Tensor) -> Any:
         if not isinstance(self._adam, torch.optim.Adam):  # DeepSpeed's CPU Adam counts in an int
@@ -142,9 +144,17 @@ class Fragments:
             self._zero.update_lp_params()
         elif self._stage == 3:
             self._zero.checkpoint_event_prologue()
-            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
-                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            for group, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+                with self._swapped.there(flat):
+                    self._zero._reassign_or_swap_out_partitioned_parameters(group)
             self._zero.checkpoint_event_epilogue()
+
+
+def _by_buffer(places: Sequence[_Place]) -> Iterator[tuple[torch.Tensor, list[_Place]]]:
+    """Runs of places in one buffer: a buffer that is not in memory is then read once."""
+    for _, run in groupby(places, key=lambda place: id(place.key)):
+        together = list(run)
+        yield together[0].key, together
 
 
 def _held(zero: Any, stage: int, trained: dict[str, torch.nn.Parameter], names: dict[int, str]) -> Iterator[_Place]:

@@ -175,7 +175,7 @@ class Trainer:
             terms=values[1:terms],
             flags=values[terms:head],
             memory=[row[0] for row in each],
-            micro_sums=[value for row in each[::tensor] for value in row[1:]],
+            micro_sums=self._mesh.by_data([row[1:] for row in each]),
             grad_norm=norm,
         )
 

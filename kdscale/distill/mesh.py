@@ -6,10 +6,15 @@ sequence, then the D groups that take sequences of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
 
 from kdscale.config_distill import DistillConfig
 from kdscale.dist import rank
+from kdscale.sequence import SequenceShare
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,30 @@ class Mesh:
             for t in range(self.tensor)
         ]
 
+    def sequence_share(self, timeout: timedelta | None) -> SequenceShare:
+        """This rank's part of every sequence. A collective call: it makes groups whose calls wait for `timeout`."""
+        if self.sequence == 1:
+            return SequenceShare()
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in self.sequence_ranks]
+        mine = next(i for i, ranks in enumerate(self.sequence_ranks) if self.rank in ranks)
+        return SequenceShare(self.sequence_rank, self.sequence, groups[mine])
+
     @property
     def tensor_ranks(self) -> list[list[int]]:
         """Every group of ranks that share layers."""
         return [list(range(first, first + self.tensor)) for first in range(0, self.world, self.tensor)]
+
+    def by_data(self, rows: Sequence[Sequence[float]]) -> list[float]:
+        """Sums of the micro-batches of all groups that take sequences of their own, from a row of them a rank.
+
+        Ranks that share a sequence have parts of its sum, those that share layers all have the same.
+        """
+        block = self.sequence * self.tensor
+        return [
+            sum(parts)
+            for first in range(0, self.world, block)
+            for parts in zip(*rows[first : first + block : self.tensor], strict=True)
+        ]
 
     @property
     def world(self) -> int:

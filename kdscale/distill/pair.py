@@ -11,12 +11,16 @@ import torch
 from kdscale.config import Config
 from kdscale.config_distill import TEACHER_TOKEN
 from kdscale.dist import rank
+from kdscale.distill import sequence_check
+from kdscale.distill.mesh import Mesh
 from kdscale.distill.step import StudentModule
 from kdscale.distill.tensor import Split, load_split, tensor_group
 from kdscale.distill.tensor_check import check_models
+from kdscale.distill.timeouts import group_timeout
 from kdscale.distill.zero3 import load_zero3, whole_shape, zero3_parts
 from kdscale.errors import CheckpointError
 from kdscale.models import load_model, load_tokenizer
+from kdscale.sequence import SequenceShare
 from kdscale.teacher import Teacher
 from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.placement import PlacedTeacher, Replicated, place_teacher
@@ -41,14 +45,17 @@ def load_pair(
     Raises CheckpointError when the two tokenizers differ or a model cannot be loaded, ConfigError for a teacher that
     cannot be placed so, or a model that cannot be split.
     """
-    check_models(cfg.distill.tensor_parallel, {"teacher": teacher_dir, "student": student_dir})
+    folders = {"teacher": teacher_dir, "student": student_dir}
+    check_models(cfg.distill.tensor_parallel, folders)
+    sequence_check.check_models(cfg.distill.sequence_parallel, cfg.distill.seq_len, folders)
     trust = cfg.teacher.trust_remote_code
     tokens = load_tokenizer(teacher_dir, trust).get_vocab()
     if load_tokenizer(student_dir, trust).get_vocab() != tokens:
         raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust}
     group = tensor_group(cfg.distill.tensor_parallel) if cfg.distill.tensor_parallel > 1 else None
-    make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, options, group)
+    share = Mesh.of(cfg.distill).sequence_share(group_timeout(cfg))
+    make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, options, group, share)
     student: Any
     split = None
     if group is not None:
@@ -62,13 +69,14 @@ def load_pair(
     vocab = shared_vocabulary(teacher_rows, rows, max(tokens.values()) + 1, str(student_dir))
     if cfg.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    share.prepare(student)
     student = student.requires_grad_(True).train()
     shard = split.head if split else None
-    return make_teacher(vocab), StudentModule(student, cfg.distill.loss, vocab, shard), split
+    return make_teacher(vocab), StudentModule(student, cfg.distill.loss, vocab, shard, share), split
 
 
 def _reach_teacher(
-    cfg: Config, teacher_dir: Path, run_dir: Path, options: dict[str, Any], group: Any
+    cfg: Config, teacher_dir: Path, run_dir: Path, options: dict[str, Any], group: Any, share: SequenceShare
 ) -> tuple[Callable[[int], Teacher], int]:
     """The teacher, given how many entries of the vocabulary both models share; and how many rows its head has."""
     loss, served, placement = cfg.distill.loss, cfg.distill.served, cfg.distill.teacher_placement
@@ -87,6 +95,7 @@ def _reach_teacher(
         placed, shard = Replicated(model, split.vocab), split.head
     else:
         placed = place_teacher(teacher_dir, placement, keep_head=whole, **options)
+    share.prepare(placed.model)
     return lambda vocab: OnlineTeacher(
-        placed, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=whole, shard=shard
+        placed, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=whole, shard=shard, share=share
     ), placed.vocab

@@ -6,7 +6,7 @@ folder without a manifest in order is never loaded, whatever was killed and when
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from kdscale.errors import CheckpointError, RunFolderError
 MANIFEST = "manifest.json"
 FORMAT = 2
 _PARTIAL = ".partial-"
+_DAMAGED = "damaged-"
 
 
 def step_dir(folder: Path, step: int) -> Path:
@@ -48,10 +49,26 @@ def seal(folder: Path, step: int, facts: Mapping[str, Any]) -> Path:
 
 
 def rotate(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Remove checkpoints but the newest `keep` and those of every `keep_every`-th step."""
-    for old in complete_steps(folder)[keep:]:
+    """Remove checkpoints but the newest `keep` and those of every `keep_every`-th step.
+
+    What was set aside as damaged goes when `keep` others are there.
+    """
+    whole = complete_steps(folder)
+    for old in whole[keep:]:
         if keep_every is None or step_of(old) % keep_every:
             _remove(old)
+    if len(whole) >= keep:
+        for damaged in folder.glob(f"{_DAMAGED}*"):
+            _remove(damaged)
+
+
+def _set_aside(damaged: Sequence[Path]) -> None:
+    """Out of the sequence: it would count as one of those to keep, and push out the good one before it."""
+    for path in damaged:
+        aside = path.with_name(f"{_DAMAGED}{path.name}")
+        _remove(aside)
+        path.replace(aside)
+        files.fsync_dir(path.parent)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -88,19 +105,23 @@ class Found:
 def find(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
     """The newest checkpoint whose files match its manifest; path None when there is none. A collective call.
 
-    The ranks share the hashing. `fingerprint` is rank 0's. Raises RunFolderError on every rank when a whole checkpoint
-    belongs to another run: it is neither used nor overwritten.
+    Those passed over are renamed to damaged-…. The ranks share the hashing. `fingerprint` is rank 0's. Raises
+    RunFolderError on every rank when a whole checkpoint belongs to another run: it is neither used nor overwritten.
     """
     candidates, notes = on_main(lambda: _candidates(folder))
+    damaged: list[Path] = []
+    found: Path | None = None
+    manifest: dict[str, Any] = {}
     for path in candidates:
         problems = [problem for problem in gather(_problem(path)) if problem]
-        if problems:
-            notes.append(f"{problems[0]}; passed over")
-            continue
-        manifest = read_manifest(path)
-        on_main(partial(_refuse_other_run, path, manifest["fingerprint"], fingerprint))
-        return Found(path, manifest, tuple(notes))
-    return Found(None, {}, tuple(notes))
+        if not problems:
+            found, manifest = path, read_manifest(path)
+            on_main(partial(_refuse_other_run, path, manifest["fingerprint"], fingerprint))
+            break
+        damaged.append(path)
+        notes.append(f"{problems[0]}; passed over and renamed to {_DAMAGED}{path.name}")
+    on_main(partial(_set_aside, damaged))
+    return Found(found, manifest, tuple(notes))
 
 
 def _candidates(folder: Path) -> tuple[list[Path], list[str]]:

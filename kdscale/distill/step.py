@@ -16,8 +16,9 @@ from torch import nn
 from kdscale.config_distill import LossConfig
 from kdscale.data.loader import Batch
 from kdscale.dist import all_reduce_sum, world_size
-from kdscale.heads import VocabShard, final_hidden, head_of
+from kdscale.heads import VocabShard, head_of
 from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
+from kdscale.sequence import SequenceShare
 from kdscale.teacher import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_launch.watchdog import enter
@@ -27,7 +28,7 @@ PHASES = ("data", "teacher", "student", "loss", "backward", "optimiser")
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-batch on the device; `rows_N` are the flat positions that have a label."""
+    """One micro-batch of whole sequences on the device; `rows_N` are the flat positions that have a label here."""
 
     input_ids_BS: torch.Tensor
     position_ids_BS: torch.Tensor
@@ -46,24 +47,32 @@ def to_device(batch: Batch, device: torch.device) -> Micro:
 class StudentModule(nn.Module):
     """Hidden states and loss in one forward, called only through the engine, so that ZeRO-3 gathers the head too.
 
-    `shard`: what part of the head the model has, where tensor-parallel ranks share it.
+    `shard`: what part of the head the model has, where tensor-parallel ranks share it; `share`: what part of each
+    sequence is this rank's.
     """
 
-    def __init__(self, model: Any, loss: LossConfig, vocab_size: int, shard: VocabShard | None = None):
+    def __init__(
+        self,
+        model: Any,
+        loss: LossConfig,
+        vocab_size: int,
+        shard: VocabShard | None = None,
+        share: SequenceShare | None = None,
+    ):
         super().__init__()
-        self.model = model
+        self.model, self._share = model, share or SequenceShare()
         self._loss, self._vocab_size, self._shard = loss, vocab_size, shard
         self.at_hidden: Callable[[], None] = lambda: None  # called between the last hidden state and the loss
 
     def forward(self, micro: Micro, targets: TopKTargets | FullTargets) -> tuple[torch.Tensor, torch.Tensor]:
         """(summed loss, detached sums in the order of losses.TERMS)."""
-        hidden_BSH = final_hidden(self.model, micro.input_ids_BS, micro.position_ids_BS)
+        hidden_BPH, rows_N = self._share.hidden(self.model, micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
         self.at_hidden()
         head = head_of(self.model)
         if micro.rows_N.numel() == 0:  # every rank must still run a backward
-            nothing = (hidden_BSH.sum() + head.weight_VH.sum()).float() * 0.0
+            nothing = (hidden_BPH.sum() + head.weight_VH.sum()).float() * 0.0
             return nothing, nothing.detach().expand(len(TERMS))
-        hidden_NH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1]).index_select(0, micro.rows_N)
+        hidden_NH = hidden_BPH.reshape(-1, hidden_BPH.shape[-1]).index_select(0, rows_N)
         if isinstance(targets, FullTargets):
             teacher, vocab = targets.head, self._vocab_size
             return full_distillation_loss(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from kdscale.config import Config
-from kdscale.distill.tensor_check import check_dims, check_models
+from kdscale.distill import sequence_check, tensor_check
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
 from kdscale.progress import Reporter
@@ -84,9 +84,12 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     check_trackers(config.tracking)
     teacher = check_teacher(config)
     plans = plan_shapes(config, teacher)  # an impossible budget is found before anything is made
-    check_models(config.distill.tensor_parallel, {"teacher": teacher})
+    distill = config.distill
+    tensor_check.check_models(distill.tensor_parallel, {"teacher": teacher})
+    sequence_check.check_models(distill.sequence_parallel, distill.seq_len, {"teacher": teacher})
     for plan in plans:
-        check_dims(config.distill.tensor_parallel, "student", plan.student.dims())
+        tensor_check.check_dims(distill.tensor_parallel, "student", plan.student.dims())
+        sequence_check.check_dims(distill.sequence_parallel, "student", plan.student.dims())
     with run.lock(), _signals_as_exceptions():
         changes = run.adopt_config(config, accept_changes)
         for change in changes:
@@ -108,9 +111,16 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
 
 
 def guarded(stage: Stage, context: Context) -> bool:
-    """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up."""
+    """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up.
+
+    A stage that makes no progress for `runtime.watchdog_seconds` ends the process with exit code 9 (see `watching`).
+    """
+    from kdscale_launch.watchdog import watching
+
+    # the distillation's ranks have their own: this process may be one of them
+    seconds = 0.0 if stage.name == "distill" else context.config.runtime.watchdog_seconds
     try:
-        with explain_os_errors(context.run.path):
+        with explain_os_errors(context.run.path), watching(seconds, 0) if seconds else nullcontext():
             return run_stage(stage, context)
     except Interrupted as stop:
         context.run.set_status(stage.name, "interrupted", reason=str(stop))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdscale.config import load_config
-from kdscale.errors import Interrupted, KdscaleError
+from kdscale.errors import HungRankError, Interrupted, KdscaleError
 from kdscale.progress import Reporter
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.stage import Context
@@ -19,7 +19,8 @@ from kdscale.runs.stage import Context
 if TYPE_CHECKING:
     import torch
 
-_ERRORS = {kind.exit_code: kind for kind in KdscaleError.__subclasses__()}
+_ERRORS: dict[int, type[KdscaleError]] = {kind.exit_code: kind for kind in KdscaleError.__subclasses__()}
+_ERRORS[HungRankError.exit_code] = HungRankError
 
 
 def launch(stage: str, context: Context, processes: int) -> None:
@@ -57,12 +58,14 @@ def join(device: torch.device) -> torch.device:
 
 def main() -> int:
     from kdscale.runs.work import RANK_WORK
+    from kdscale_launch.watchdog import watching
 
     stage, (folder, teacher, source) = sys.argv[1], map(Path, sys.argv[2:5])
     run = RunFolder(folder)
-    reporter = Reporter(quiet=os.environ["RANK"] != "0")
+    config, reporter = load_config(run.config), Reporter(quiet=os.environ["RANK"] != "0")
     try:
-        RANK_WORK[stage](Context(load_config(run.config), run, teacher, reporter, source))
+        with watching(config.runtime.watchdog_seconds, int(os.environ["RANK"])):
+            RANK_WORK[stage](Context(config, run, teacher, reporter, source))
     except KdscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from kdscale.heads import VocabShard, final_hidden
+from kdscale.heads import VocabShard
+from kdscale.sequence import SequenceShare
 from kdscale.teacher.placement import PlacedTeacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_kernels import linear_topk_lse, vocab_parallel_topk_lse
@@ -22,7 +23,7 @@ class OnlineTeacher:
 
     For `whole` targets the teacher must have been placed with `keep_head`: they go on after `targets` returns.
     `shard`: what part of the head this rank has, where tensor-parallel ranks share the model; they all get the same
-    targets.
+    targets. `share`: what part of each sequence is this rank's.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class OnlineTeacher:
         vocab_size: int,
         whole: bool = False,
         shard: VocabShard | None = None,
+        share: SequenceShare | None = None,
     ):
-        self.model, self._shard = placed.model, shard
+        self.model, self._shard, self._share = placed.model, shard, share or SequenceShare()
         self._placed = placed
         self._top_k = min(top_k, vocab_size)
         self._temperature, self._vocab_size, self._whole = temperature, vocab_size, whole
@@ -51,8 +53,8 @@ class OnlineTeacher:
         self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor
     ) -> TopKTargets | FullTargets:
         """Targets of the flat positions `rows_N` only: rows without a label never reach the head."""
-        hidden_BSH = final_hidden(self.model, input_ids_BS, position_ids_BS)
-        hidden_NH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1]).index_select(0, rows_N)
+        hidden_BPH, own_N = self._share.hidden(self.model, input_ids_BS, position_ids_BS, rows_N)
+        hidden_NH = hidden_BPH.reshape(-1, hidden_BPH.shape[-1]).index_select(0, own_N)
         with self._placed.head() as head:
             if self._whole:
                 return FullTargets(hidden_NH, head.detached())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join, sha256_file
 from kdscale.weights.header import DTYPE_BYTES, DuplicateKeyError, TensorEntry, read_header, unique_keys
+from kdscale_launch.watchdog import beat
 
 if TYPE_CHECKING:
     import torch
@@ -258,10 +259,12 @@ def _read_into(stream: RawIOBase, entry: TensorEntry, name: str, begin: int, out
     """Fill the flat, contiguous `out` with the bytes that start at `begin`."""
     import torch
 
+    beat()
     stream.seek(begin)
     view, count = out.view(torch.uint8).numpy().data, 0
     while count < len(view) and (more := stream.readinto(view[count:])):  # one read gives at most 2 GiB
         count += more
+        beat()
     if count != len(view):
         raise CheckpointError(
             f"{entry.file} was changed while it was open: tensor {name} is cut short",

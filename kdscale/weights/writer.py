@@ -26,6 +26,7 @@ from kdscale.errors import CheckpointError, RunFolderError
 from kdscale.files import explain_os_errors, fsync_dir, fsync_file, read_json, write_json
 from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES
 from kdscale.weights.reader import INDEX_FILE, SINGLE_FILE, TensorInfo, torch_dtype
+from kdscale_launch.watchdog import beat
 
 if TYPE_CHECKING:
     import torch
@@ -266,6 +267,7 @@ def _write_all(stream: RawIOBase, block: torch.Tensor) -> None:
     left = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     while left:
         left = left[stream.write(left[:_WRITE_BYTES]) :]
+        beat()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

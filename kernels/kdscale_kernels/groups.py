@@ -51,10 +51,10 @@ class Claim:
 _SAME = ("vocab_size", "valid rows", "entries a row", "a gradient of hidden", "options, dtypes or chunk_bytes")
 
 
-def agree(claim: Claim | ValueError, device: torch.device, group: Any) -> Shard:
+def agree(claim: Claim | Exception, device: torch.device, group: Any) -> Shard:
     """One small all-gather. The same ValueError on every rank unless the shards cover 0..vocab once and calls match.
 
-    A rank whose own arguments are wrong hands in its ValueError: it is raised there, and the others are told,
+    A rank whose own arguments are wrong hands in the exception: it is raised there, and the others are told,
     where they would otherwise wait in the first collective. Waits for the device once.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -62,7 +62,7 @@ def agree(claim: Claim | ValueError, device: torch.device, group: Any) -> Shard:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("group: this process is not a member of the group it passed")
-    if isinstance(claim, ValueError):
+    if isinstance(claim, Exception):
         row = [0] * (3 + len(_SAME))
     else:
         checksum = zlib.crc32(repr(claim.settings).encode())
@@ -70,7 +70,7 @@ def agree(claim: Claim | ValueError, device: torch.device, group: Any) -> Shard:
     table = torch.empty(ranks, len(row), dtype=torch.int64, device=device)
     dist.all_gather(list(table), torch.tensor(row, dtype=torch.int64, device=device), group=group)
     columns = list(zip(*table.tolist(), strict=True))
-    if isinstance(claim, ValueError):
+    if isinstance(claim, Exception):
         raise claim
     if 0 in columns[0]:
         raise ValueError(f"rank {columns[0].index(0)} of the group refused its arguments; its own error says why")

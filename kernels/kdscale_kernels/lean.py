@@ -14,7 +14,7 @@ from kdscale_kernels.made_in_forward import Made
 from kdscale_kernels.narrow import Kept as NarrowKept
 from kdscale_kernels.narrow import NarrowSteps
 from kdscale_kernels.problem import Problem
-from kdscale_kernels.products import Head
+from kdscale_kernels.products import Head, grad_dtype_for
 from kdscale_kernels.rows import RowSums
 from kdscale_kernels.slices import Found, Kept, Parts, RowGradient, SliceSteps, join
 
@@ -26,9 +26,10 @@ def run_lean(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, proble
     per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=problem.accumulate)
     size = problem.layout.rows
     kind: type[_NarrowSlices | _WideSlices] = _NarrowSlices if problem.layout.narrow else _WideSlices
+    arena = _arena(hidden_NH, min(rows, size), problem)
     for begin in range(0, rows, size):
         block = slice(begin, min(begin + size, rows))
-        slices = kind(hidden_NH, weight_VH, bias_V, problem, block)
+        slices = kind(hidden_NH, weight_VH, bias_V, problem, block, arena)
         stacked = Parts(*(torch.stack(field, 1) for field in zip(*slices.read(), strict=True)))
         sums, gradient = join(slices.found, stacked, slices.targets, slices.labels_M, problem.options)
         per_row[:, block] = torch.stack(sums)
@@ -38,6 +39,17 @@ def run_lean(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, proble
                 slices.write(index, gradient, into, hidden_sum_MH)
             into.place(hidden_sum_MH, problem.valid_M[block])
     return Made(per_row.sum(1).unbind(), into.hidden_NH, into.weight_VH, into.bias_V)
+
+
+def _arena(hidden_NH: Tensor, rows: int, problem: Problem) -> Tensor:
+    """[slices held, exponentials, M·S] for what is kept of the logits; one for all blocks of rows.
+
+    Memory from the system is cleared page by page as it is first written: a tenth of the time of a call on a CPU.
+    """
+    layout = problem.layout
+    held = min(layout.held, -(-problem.vocab // layout.width)) if any(problem.wanted) else 0
+    dtype = grad_dtype_for(hidden_NH.device, problem.operand, problem.accumulate)
+    return hidden_NH.new_empty((held, problem.options.exponentials, rows * layout.width), dtype=dtype)
 
 
 class _Gradients:
@@ -76,8 +88,16 @@ class _Gradients:
 class _Slices(ABC):
     """The head's slices in order: `read` all, then `write` all. What makes dz is held for the last `layout.held`."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem, block: slice):
-        self.problem, self.weight_VH, self.bias_V = problem, weight_VH, bias_V
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        problem: Problem,
+        block: slice,
+        arena: Tensor,
+    ):
+        self.problem, self.weight_VH, self.bias_V, self.arena = problem, weight_VH, bias_V, arena
         width = problem.layout.width
         self.edges = [*range(0, problem.vocab, width), problem.vocab]
         self.count = len(self.edges) - 1
@@ -85,10 +105,8 @@ class _Slices(ABC):
         rows_M, everything = problem.valid_M[block], hidden_NH.detach()
         self.hidden_MH = everything if rows_M.numel() == len(everything) else everything[rows_M]
         self.size = self.hidden_MH.shape[0] * width
-        held = min(problem.layout.held, self.count) if any(problem.wanted) else 0
-        # One block: many small ones would stay with the C library's allocator after the call.
-        self.arena = self.new_empty((held, problem.options.exponentials, self.size), self.head(0).grad_dtype)
         self.found = Found.empty(self.targets, self.labels_M, problem.vocab, problem.accumulate)
+        self.start(problem)
 
     def new_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self.hidden_MH.new_empty(shape, dtype=dtype)
@@ -98,6 +116,10 @@ class _Slices(ABC):
         bias_S = None if self.bias_V is None else self.bias_V[first:stop]
         problem = self.problem
         return Head(self.weight_VH[first:stop], bias_S, problem.operand, problem.accumulate, stop - first)
+
+    @abstractmethod
+    def start(self, problem: Problem) -> None:
+        """Make ready for `read`."""
 
     @abstractmethod
     def read(self) -> list[Parts]:
@@ -133,8 +155,7 @@ class _Slices(ABC):
 class _WideSlices(_Slices):
     """Logits with the products' fp32 results."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem, block: slice):
-        super().__init__(hidden_NH, weight_VH, bias_V, problem, block)
+    def start(self, problem: Problem) -> None:
         self.held: dict[int, Kept] = {}
         self.steps = SliceSteps(problem.backend, self.targets, self.labels_M, problem.options, self.edges)
         self.operand_MH = self.head(0).cast(self.hidden_MH)
@@ -163,10 +184,9 @@ class _WideSlices(_Slices):
 class _NarrowSlices(_Slices):
     """Logits with the products' bf16 results (narrow.py has the why)."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: Problem, block: slice):
-        super().__init__(hidden_NH, weight_VH, bias_V, problem, block)
+    def start(self, problem: Problem) -> None:
         self.hidden_MH = self.hidden_MH.to(problem.operand)
-        weight_VH = weight_VH.detach()[: problem.vocab].to(problem.operand)
+        weight_VH = self.weight_VH.detach()[: problem.vocab].to(problem.operand)
         self.steps = NarrowSteps(self.hidden_MH, weight_VH, self.targets, self.labels_M, problem.options, self.edges)
         self.found = self.steps.found
         self.held: dict[int, NarrowKept] = {}

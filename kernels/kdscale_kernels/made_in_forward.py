@@ -53,9 +53,12 @@ class _MadeInForward(torch.autograd.Function):
 
 
 def scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """gradient · factor, rounded once, to dtype; without a second full-precision copy."""
+    """gradient · factor, rounded once, to dtype, without a second full-precision copy; on a CPU itself times one."""
     if gradient is None:
         return None
+    # read on a CPU alone: on a device it would wait
+    if gradient.device.type == "cpu" and gradient.dtype == dtype and float(factor) == 1.0:
+        return gradient
     return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))
 
 

@@ -30,7 +30,7 @@ from kdscale_kernels.types import LossOptions
 _NEG_INF = float("-inf")
 # One fp32 array of the steps on a few rows: it stays in a cache, and is enough work for all threads to be worth waking
 # (256 KiB: 1.7 times the wall time on two threads).
-_CACHED_BYTES = 2 << 20
+CACHED_BYTES = 2 << 20
 # Nats. Up to here a logit above its shift is off by no more than 2⁻⁸ of its exponential, as a bf16 probability may be.
 _RISE = 2.0
 
@@ -38,8 +38,8 @@ _RISE = 2.0
 def exact_logits(hidden_MH: Tensor, weight_VH: Tensor, ids_MK: Tensor) -> Tensor:
     """hidden · weight[ids] [M,K] in fp32, some rows (of long ones, some entries) at a time."""
     (rows, entries), hidden = ids_MK.shape, hidden_MH.shape[1]
-    step_k = max(1, min(entries, _CACHED_BYTES // (4 * hidden)))
-    step = max(1, _CACHED_BYTES // (4 * hidden * step_k))
+    step_k = max(1, min(entries, CACHED_BYTES // (4 * hidden)))
+    step = max(1, CACHED_BYTES // (4 * hidden * step_k))
     out_MK = hidden_MH.new_empty((rows, entries), dtype=torch.float32)
     for row in range(0, rows, step):
         hidden_B1H = hidden_MH[row : row + step, None].float()
@@ -92,7 +92,7 @@ class NarrowSteps:
         self.found = Found(support_MK, self.label_M, top1_M)
         self.outside_M = ~((targets.ids_NK == labels_M[:, None]) & targets.used_NK).any(1)
         widest = max(stop - first for first, stop in pairwise(edges))
-        self.step = max(1, min(len(hidden_MH), _CACHED_BYTES // (4 * widest)))
+        self.step = max(1, min(len(hidden_MH), CACHED_BYTES // (4 * widest)))
         self.scratch = [hidden_MH.new_empty(self.step * widest, dtype=torch.float32) for _ in range(2)]
 
     def label_part(self) -> Parts:
@@ -152,11 +152,11 @@ class NarrowSteps:
             torch.amax(z_BS, 1, out=made.top_C[part])
             made.top_C[part] += shift_R[part]
             if T != 1.0:
-                _softmax(z_BS, soft_BS, made.one_C[part])
+                softmax_and_sum(z_BS, soft_BS, made.one_C[part])
                 if len(keep) > 1:
                     keep[1, part] = soft_BS
                 z_BS.div_(T)
-            _softmax(z_BS, soft_BS, made.tempered_C[part])
+            softmax_and_sum(z_BS, soft_BS, made.tempered_C[part])
             keep[0, part] = soft_BS
         if T == 1.0:
             made.one_C.copy_(made.tempered_C)
@@ -207,7 +207,7 @@ class NarrowSteps:
             yield part, first, second
 
 
-def _softmax(z_BS: Tensor, out_BS: Tensor, sum_B: Tensor) -> None:
+def softmax_and_sum(z_BS: Tensor, out_BS: Tensor, sum_B: Tensor) -> None:
     """softmax(z), and the sum of exp(z - max) in sum_B: one over the largest probability."""
     torch.softmax(z_BS, 1, out=out_BS)
     torch.amax(out_BS, 1, out=sum_B)

@@ -41,19 +41,6 @@ class ShardHead(Head):
         super().__init__(weight_VsH, bias_Vs, operand, accumulate, self.width)
 
 
-def shifted(z_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """(row maxima, z minus them in place; a row of -inf stays)."""
-    top_C = z_CV.amax(1)
-    return top_C, z_CV.sub_(top_C.masked_fill(top_C == _NEG_INF, 0.0)[:, None])
-
-
-def joined_lse(tops_CR: Tensor, sums_CR: Tensor, temperature: float) -> Tensor:
-    """logsumexp(z / T) [C] from each rank's maximum and its sum of exp((z - maximum) / T)."""
-    top_C = tops_CR.amax(1)
-    gap_CR = tops_CR - top_C.masked_fill(top_C == _NEG_INF, 0.0)[:, None]
-    return top_C / temperature + (torch.exp(gap_CR / temperature) * sums_CR).sum(1).log()
-
-
 def shard_rows_step(
     z_CV: Tensor,
     targets: Targets,

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdscale_kernels.rows_full import FullRowSums
-from kdscale_kernels.triton_rows import _cap, _is_nan, _load_one, _terms, warps_for
+from kdscale_kernels.triton_rows import _cap, _is_nan, _load_one, _online, _terms, warps_for
 from kdscale_kernels.types import LossOptions
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -62,13 +62,7 @@ def _sweep(z_ptr, vocab, inv_t, softcap, TEMPERED: tl.constexpr, SOFTCAP: tl.con
         block_top = tl.max(z, 0)
         block_first = tl.min(tl.where(z == block_top, start + cols_V, _MAX_INT), 0)
         first = tl.where(block_top > top, block_first, first)
-        new_top = tl.maximum(top, block_top)
-        shift = tl.where(new_top == _NEG_INF, 0.0, new_top)
-        one_sum = one_sum * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), 0)
-        if TEMPERED:
-            scaled = tempered_sum * tl.exp((top - shift) * inv_t)
-            tempered_sum = scaled + tl.sum(tl.exp((z - shift) * inv_t), 0)
-        top = new_top
+        top, one_sum, tempered_sum = _online(z, top, one_sum, tempered_sum, inv_t, TEMPERED)
     lse_one = tl.where(top == _NEG_INF, float("nan"), top + tl.log(one_sum))
     lse = lse_one
     if TEMPERED:

@@ -120,6 +120,18 @@ def _load_tail(z_ptr, cols, vocab, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _online(z, top, one_sum, tempered_sum, inv_t, TEMPERED: tl.constexpr):
+    """One block more of an online log-sum-exp: (maximum, Σexp(z - maximum), Σexp((z - maximum) / T) if TEMPERED)."""
+    new_top = tl.maximum(top, tl.max(z, 0))
+    shift = tl.where(new_top == _NEG_INF, 0.0, new_top)
+    one_sum = one_sum * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), 0)
+    if TEMPERED:
+        scaled = tempered_sum * tl.exp((top - shift) * inv_t)
+        tempered_sum = scaled + tl.sum(tl.exp((z - shift) * inv_t), 0)
+    return new_top, one_sum, tempered_sum
+
+
+@triton.jit
 def _load_one(z_ptr, place, inside, softcap, SOFTCAP: tl.constexpr):
     """One logit, capped; NaN where the place is outside the vocabulary, so that a bad id poisons its row."""
     z = tl.load(z_ptr + place, mask=inside, other=float("nan")).to(tl.float32)
@@ -193,13 +205,7 @@ def sparse_kl_rows_kernel(
     tempered_sum = tl.full((), 0.0, tl.float32)
     for start in range(0, vocab, BLOCK_V):
         z, _ = _load_tail(z_ptr, start + cols_V, vocab, softcap, SOFTCAP)
-        new_top = tl.maximum(top, tl.max(z, 0))
-        shift = tl.where(new_top == _NEG_INF, 0.0, new_top)
-        one_sum = one_sum * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), 0)
-        if TEMPERED:
-            scaled = tempered_sum * tl.exp((top - shift) * inv_t)
-            tempered_sum = scaled + tl.sum(tl.exp((z - shift) * inv_t), 0)
-        top = new_top
+        top, one_sum, tempered_sum = _online(z, top, one_sum, tempered_sum, inv_t, TEMPERED)
     if not TEMPERED:
         tempered_sum = one_sum
 

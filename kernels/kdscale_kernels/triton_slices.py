@@ -21,7 +21,7 @@ from torch import Tensor
 from kdscale_kernels.limits import MAX_ENTRIES
 from kdscale_kernels.slices import Found, Kept, Parts, RowGradient
 from kdscale_kernels.targets import Targets
-from kdscale_kernels.triton_rows import _MASKED, _NEG_INF, Tile, _cap, _load_tail, warps_for
+from kdscale_kernels.triton_rows import _MASKED, _NEG_INF, Tile, _cap, _load_tail, _online, warps_for
 from kdscale_kernels.types import LossOptions
 
 # For up to max_k entries a row. A slice is far narrower than a vocabulary: small blocks waste less of its last one.
@@ -91,13 +91,7 @@ def read_slice_kernel(
     tempered_sum = tl.full((), 0.0, tl.float32)
     for start in range(0, width, BLOCK_S):
         z, _ = _load_tail(z_ptr, start + cols_S, width, softcap, SOFTCAP)
-        new_top = tl.maximum(top, tl.max(z, 0))
-        shift = tl.where(new_top == _NEG_INF, 0.0, new_top)
-        one_sum = one_sum * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), 0)
-        if TEMPERED:
-            scaled = tempered_sum * tl.exp((top - shift) * inv_t)
-            tempered_sum = scaled + tl.sum(tl.exp((z - shift) * inv_t), 0)
-        top = new_top
+        top, one_sum, tempered_sum = _online(z, top, one_sum, tempered_sum, inv_t, TEMPERED)
     if not TEMPERED:
         tempered_sum = one_sum
     tl.store(parts_ptr + c, top)

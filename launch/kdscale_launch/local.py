@@ -23,7 +23,7 @@ from kdscale_launch.processes import (
     start,
     tail,
 )
-from kdscale_launch.watchdog import WAITING
+from kdscale_launch.watchdog import WAITING, beat
 
 _POLL_SECONDS = 0.1
 _SETTLE_SECONDS = 5.0  # ranks that wait for each other hang for as long, but not to the second
@@ -150,6 +150,7 @@ def _wait(spec: JobSpec, ranks: Sequence[Process], received: list[int]) -> int:
             raise RankFailed(spec.first_rank + failed, int(codes[failed] or 1), _said(spec, failed))
         elif all(code == 0 for code in codes):
             return 0
+        beat()  # ranks that hang have watchdogs of their own
         time.sleep(_POLL_SECONDS)
 
 

@@ -37,7 +37,8 @@ class Watchdog:
 
     def __init__(self, seconds: float, rank: int):
         self._seconds, self._rank = seconds, rank
-        self._phase, self._step = "start", 0
+        self._phase = "start"
+        self._step: int | None = None  # stages before the distillation have none
         self._about: Callable[[], str] = str
         self._beats = 0
         self._over = threading.Event()
@@ -46,6 +47,9 @@ class Watchdog:
 
     def enter(self, phase: str) -> None:
         self._phase = phase
+        self._beats += 1
+
+    def beat(self) -> None:
         self._beats += 1
 
     def at_step(self, step: int, about: Callable[[], str]) -> None:
@@ -95,10 +99,8 @@ class Watchdog:
         where = f"{frame.f_code.co_name} ({_short(frame)})" if frame else "a main thread that has ended"
         waits = f"; {WAITING}" if frame and _in_collective(frame) else ""
         about = self._about()
-        documents = f", {about}" if about else ""
-        return (
-            f"hung in {where}: phase {self._phase}, step {self._step}{documents}, no progress for {idle:.0f} s{waits}"
-        )
+        step = f", step {self._step}{f', {about}' if about else ''}" if self._step is not None else ""
+        return f"hung in {where}: phase {self._phase}{step}, no progress for {idle:.0f} s{waits}"
 
 
 def _short(frame: FrameType) -> str:
@@ -117,6 +119,12 @@ def enter(phase: str) -> None:
     """Progress: this process is now in `phase`. Nothing happens where no watchdog runs."""
     for watchdog in _current:
         watchdog.enter(phase)
+
+
+def beat() -> None:
+    """Progress within the phase: another block, layer or document. Cheap enough for each of them."""
+    for watchdog in _current:
+        watchdog.beat()
 
 
 def at_step(step: int, about: Callable[[], str]) -> None:

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from kdscale_kernels import checks
 from kdscale_kernels import targets as target_lists
-from kdscale_kernels.dispatch import choose_backend
+from kdscale_kernels.dispatch import BackendUnavailableError, choose_backend
 from kdscale_kernels.groups import Claim, Shard, agree
-from kdscale_kernels.limits import sparse_limit
+from kdscale_kernels.limits import sparse_limit, topk_limit
 from kdscale_kernels.made_in_forward import Made, made_in_forward
-from kdscale_kernels.ops.linear_topk_lse import topk_rows
-from kdscale_kernels.products import Head, compute_dtypes, row_chunks
-from kdscale_kernels.rows import RowSums, cap_
-from kdscale_kernels.shards import ShardHead, joined_lse, shard_rows_step, shifted
+from kdscale_kernels.ops.linear_topk_lse import topk_lse_step
+from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
+from kdscale_kernels.rows import RowSums
+from kdscale_kernels.shards import ShardHead, shard_rows_step
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")
@@ -43,19 +43,21 @@ def vocab_parallel_topk_lse(
     temperature: float = 1.0,
     bias_Vs: Tensor | None = None,
     softcap: float | None = None,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> TopKLse:
     """linear_topk_lse for a head split over the ranks of `group` (None: the default group); the same on every rank.
 
     hidden_NH [N,H]: equal on all ranks. weight_VsH [Vs,H], bias_Vs [Vs]: this rank's vocabulary entries first_id to
     first_id + Vs; shards may differ in size, and rows past vocab_size (the whole vocabulary's, not the shard's) are
-    padding. ids are those of the whole vocabulary. Each rank sends its k best of a chunk in one all-gather. Logits
-    live as [rows, Vs] chunks within chunk_bytes on the rank with the largest shard; no gradients.
-    Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
+    padding. ids are those of the whole vocabulary. Each rank sends its k best of a chunk, and its log-sum-exp, in one
+    all-gather. Logits live as [rows, Vs] chunks within chunk_bytes (None: 64 MiB on a CPU, 1 GiB on CUDA) on the rank
+    with the largest shard; no gradients. Each rank picks its backend by its own shard.
+    Raises ValueError on every rank for arguments that do not fit together, or where another rank's backend cannot run
+    (there: BackendUnavailableError); RuntimeError without a process group.
     """
-    choose_backend(backend, cannot="vocab_parallel_topk_lse has no Triton form")
-    claim: Claim | ValueError
+    claim: Claim | ValueError | BackendUnavailableError
+    chosen, chunk_bytes = "torch", chunk_bytes_for(chunk_bytes, hidden_NH.device)
     try:
         checks.check_linear(hidden_NH, weight_VsH, bias_Vs)
         options = LossOptions(temperature=temperature, softcap=softcap)
@@ -64,11 +66,13 @@ def vocab_parallel_topk_lse(
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
         settings = (options, operand, chunk_bytes)
         claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, hidden_NH.shape[0], k, False, settings)
-    except ValueError as error:
+        cannot = topk_limit(claim.used, min(k, claim.used), accumulate)
+        chosen = choose_backend(backend, hidden_NH.device, cannot=cannot)
+    except (ValueError, BackendUnavailableError) as error:
         claim = error
     shard = agree(claim, hidden_NH.device, group)
     k, rows = min(k, vocab_size), hidden_NH.shape[0]
-    buffers = 1 + (softcap is not None)
+    buffers = 1 + (softcap is not None)  # for Triton too, which needs one: all ranks must cut the rows alike
     chunks = row_chunks(rows, shard.widest, chunk_bytes, buffers=buffers, item_bytes=accumulate.itemsize)
     result = TopKLse(
         torch.empty(rows, k, dtype=torch.int64, device=hidden_NH.device),
@@ -80,32 +84,29 @@ def vocab_parallel_topk_lse(
         buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=accumulate)
         for chunk in chunks:
             z_CV = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
-            if softcap is not None:
-                cap_(z_CV, softcap)
-            if head.empty:
-                z_CV.fill_(_NEG_INF)
-            for field, value in zip(result, _joined_topk(z_CV, k, shard, temperature), strict=True):
+            found = _joined_topk(z_CV, k, shard, options, chosen)
+            for field, value in zip(result, found, strict=True):
                 field[chunk] = value
     return result
 
 
-def _joined_topk(z_CV: Tensor, k: int, shard: Shard, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, logits [C,k], lse [C]) of the whole vocabulary, from each rank's k best. Destroys z_CV."""
+def _joined_topk(
+    z_CV: Tensor, k: int, shard: Shard, options: LossOptions, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, logits [C,k], lse [C]) of the whole vocabulary, from each rank's k best. z_CV is raw, and destroyed."""
     rows, mine = z_CV.shape[0], min(k, shard.used)
-    # fp64 holds ids and fp32 logits exactly, so one array carries both. Slots a small shard leaves open sort last.
-    sent_CJ = torch.full((rows, 2 * k + 2), _NEG_INF, dtype=torch.float64, device=z_CV.device)
+    # fp64 holds ids and fp32 logits exactly, so one array carries all. Slots a small shard leaves open sort last.
+    sent_CJ = torch.full((rows, 2 * k + 1), _NEG_INF, dtype=torch.float64, device=z_CV.device)
     sent_CJ[:, :k] = shard.vocab
     if mine:
-        ids_CK, sent_CJ[:, k : k + mine] = topk_rows(z_CV, mine)
+        ids_CK, sent_CJ[:, k : k + mine], sent_CJ[:, -1] = topk_lse_step(z_CV, mine, options, backend)
         sent_CJ[:, :mine] = ids_CK + shard.first_id
-    top_C, z_CV = shifted(z_CV)
-    sent_CJ[:, -2], sent_CJ[:, -1] = top_C, z_CV.div_(temperature).exp_().sum(1)
     all_RCJ = sent_CJ.new_empty(shard.ranks, *sent_CJ.shape)
     dist.all_gather(list(all_RCJ), sent_CJ, group=shard.group)
     ids_CJ, values_CJ = (all_RCJ[:, :, part].transpose(0, 1).flatten(1) for part in (slice(0, k), slice(k, 2 * k)))
     ids_CJ, by_id_CJ = ids_CJ.sort(dim=1, stable=True)
     values_CJ, by_value_CJ = values_CJ.gather(1, by_id_CJ).sort(dim=1, descending=True, stable=True)
-    lse_C = joined_lse(all_RCJ[:, :, -2].T, all_RCJ[:, :, -1].T, temperature)
+    lse_C = torch.logsumexp(all_RCJ[:, :, -1], 0)
     return ids_CJ.gather(1, by_value_CJ)[:, :k].long(), values_CJ[:, :k], lse_C
 
 
@@ -130,7 +131,7 @@ def vocab_parallel_sparse_kl(
     target_weights_NK: Tensor | None = None,
     bias_Vs: Tensor | None = None,
     softcap: float | None = None,
-    chunk_bytes: int = 64 << 20,
+    chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKL:
     """linear_sparse_kl for a head split over the ranks of `group`: the same sums, bit for bit, on every rank.
@@ -144,10 +145,12 @@ def vocab_parallel_sparse_kl(
     weight_VsH and bias_Vs stay local. Partial sums meet in fp32 as shards.py describes; there is no
     shared row constant that could be too far off: a shard whose tail lies e^-200 below another's keeps its own scale.
     Gradients are made in the forward pass; one backward. Two waits for the device a call (valid rows, agreement).
-    Raises ValueError on every rank for arguments that do not fit together, RuntimeError without a process group.
+    chunk_bytes None: 64 MiB of logits on a CPU, 1 GiB on CUDA.
+    Raises ValueError on every rank for arguments that do not fit together, or where another rank's backend cannot run
+    (there: BackendUnavailableError); RuntimeError without a process group.
     """
-    claim: Claim | ValueError
-    chosen = "torch"
+    claim: Claim | ValueError | BackendUnavailableError
+    chosen, chunk_bytes = "torch", chunk_bytes_for(chunk_bytes, hidden_NH.device)
     grad_on = torch.is_grad_enabled()
     wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VsH, bias_Vs))
     try:
@@ -167,7 +170,7 @@ def vocab_parallel_sparse_kl(
         settings = (options, operand, chunk_bytes)
         sizes = (valid_M.numel(), ids_NK.shape[1])
         claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, *sizes, wanted[0], settings)
-    except ValueError as error:
+    except (ValueError, BackendUnavailableError) as error:
         claim = error
     shard = agree(claim, hidden_NH.device, group)
     targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab_size, temperature, weights_MK)

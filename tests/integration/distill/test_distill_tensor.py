@@ -78,7 +78,7 @@ def done(tmp_path_factory, tiny_llama_dir, student_dir, untied_dir, data_dir, ma
     (folder / "jobs.json").write_text(json.dumps({"models": models, "runs": runs}))
     path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
     ended = subprocess.run(
-        [sys.executable, Path(__file__).parent / "tensor_worker.py", folder / "jobs.json"],
+        [sys.executable, Path(__file__).parent / "parallel_worker.py", folder / "jobs.json"],
         capture_output=True, text=True, timeout=280, check=False,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip

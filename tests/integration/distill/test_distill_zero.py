@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from kdscale.distill import loop
@@ -61,6 +66,85 @@ def test_an_offloaded_run_resumes_to_the_same_bytes(distil, tmp_path, monkeypatc
     distil(tmp_path / "broken", **settings)
     whole, broken = ((tmp_path / run / "student" / "model.safetensors").read_bytes() for run in ("whole", "broken"))
     assert whole == broken
+
+
+class FileHandle:
+    """Stands in for DeepSpeed's asynchronous handle, which needs libaio: the same files, written at once."""
+
+    def __init__(self, **settings):
+        self._pinned, self._done = set(), 0
+
+    def new_cpu_locked_tensor(self, numel, example):
+        made = torch.zeros(numel, dtype=example.dtype)
+        self._pinned.add(made.untyped_storage().data_ptr())
+        return made
+
+    def free_cpu_locked_tensor(self, tensor):
+        self._pinned.discard(tensor.untyped_storage().data_ptr())
+
+    def is_pinned(self, tensor):
+        return tensor.untyped_storage().data_ptr() in self._pinned
+
+    def async_pwrite(self, buffer, path, offset):
+        buffer.detach().numpy().tofile(path)
+        self._done += 1
+        return 0
+
+    def async_pread(self, buffer, path, offset):
+        buffer.detach().numpy()[:] = np.fromfile(path, np.float32, buffer.numel())
+        self._done += 1
+        return 0
+
+    def wait(self):
+        done, self._done = self._done, 0
+        return done
+
+
+@pytest.fixture
+def nvme(tmp_path, monkeypatch):
+    """Options that put the optimiser's state on a disk, in sub-groups as small as the tiny student's."""
+    from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+
+    from kdscale.distill import engine
+
+    class Builder:
+        def load(self):
+            return SimpleNamespace(aio_handle=FileHandle)
+
+    def is_swappable(self, tensor=None, numel=None):
+        return (numel if tensor is None else tensor.numel()) >= 4096
+
+    monkeypatch.setattr(partitioned_optimizer_swapper, "AsyncIOBuilder", Builder)
+    monkeypatch.setattr(OptimizerSwapper, "is_swappable_tensor", is_swappable)
+    monkeypatch.setattr(engine, "_has_async_io", lambda: True)
+    return {"offload_optimizer": "nvme", "nvme_path": str(tmp_path), "extra": {"sub_group_size": 50_000}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_state_on_nvme_changes_no_bit_and_resumes_to_the_same_bytes(distil, nvme, tmp_path, monkeypatch, dtype):
+    settings = {"zero_stage": 3, "dtype": dtype, "tokens": 4 * 4 * 48, "checkpoint_every": 2}
+    plain = distil(tmp_path / "plain", **settings, zero={"extra": nvme["extra"]})
+    whole = distil(tmp_path / "whole", **settings, zero=nvme)
+    files = list(tmp_path.rglob("*.tensor.swp"))
+    assert sum("exp_avg" in file.name for file in files) >= 4  # more than one sub-group, both moments
+    real = loop.Trainer._one_step
+
+    def die_at_3(self, number, *args):
+        if number == 3:
+            raise ZeroDivisionError
+        return real(self, number, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_one_step", die_at_3)
+    with pytest.raises(ZeroDivisionError):
+        distil(tmp_path / "broken", **settings, zero=nvme)
+    monkeypatch.setattr(loop.Trainer, "_one_step", real)
+    distil(tmp_path / "broken", **settings, zero={"extra": nvme["extra"]})  # written from NVMe, read into memory
+    shutil.copytree(tmp_path / "plain", tmp_path / "other", ignore=shutil.ignore_patterns("student", "step-4"))
+    distil(tmp_path / "other", **settings, zero=nvme)  # and the other way round
+    assert [row["loss"] for row in whole] == [row["loss"] for row in plain]
+    names = ("plain", "whole", "broken", "other")
+    assert len({(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in names}) == 1
 
 
 @pytest.mark.parametrize("option", ["quantized_weights", "quantized_gradients"])

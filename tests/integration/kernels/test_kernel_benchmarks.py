@@ -114,6 +114,7 @@ def test_peak_memory_of_the_bare_product_is_its_logits(ran: Ran) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(660)  # it compiles every kernel
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nothing_that_is_installed_fails_on_a_gpu(tmp_path: Path) -> None:
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))

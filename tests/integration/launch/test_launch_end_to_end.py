@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from kdscale.metrics import read_metrics
 
@@ -50,8 +52,13 @@ def ends(process: subprocess.Popen[str], code: int) -> str:
     return said
 
 
+def curve(run: Path) -> list[tuple[int, float]]:
+    rows = read_metrics(run / "logs" / "metrics.jsonl")
+    return [(int(row["step"]), row["loss"]) for row in rows if row["kind"] == "train"]
+
+
 def steps(run: Path) -> list[int]:
-    return [int(row["step"]) for row in read_metrics(run / "logs" / "metrics.jsonl") if row["kind"] == "train"]
+    return [step for step, _ in curve(run)]
 
 
 def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -62,11 +69,14 @@ def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> Non
         time.sleep(0.005)  # between two looks
 
 
-def rank_one(launcher: subprocess.Popen[str]) -> psutil.Process:
-    """The second host's rank: started by an agent, which was started by the stand-in for ssh."""
-    ranks = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "kdscale.runs.member" in p.cmdline()]
-    (found,) = [process for process in ranks if process.environ()["RANK"] == "1"]
+def the_rank(number: int, launcher: subprocess.Popen[str]) -> psutil.Process:
+    """Started by an agent, which was started by the stand-in for ssh."""
+    (found,) = [process for process in ranks(launcher) if process.environ()["RANK"] == str(number)]
     return found
+
+
+def ranks(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [p for p in psutil.Process(launcher.pid).children(recursive=True) if "kdscale.runs.member" in p.cmdline()]
 
 
 def student(run: Path) -> dict[str, bytes]:
@@ -85,7 +95,7 @@ def test_a_broken_job_starts_again_and_ends_with_the_unbroken_ones_student(start
     shutil.copytree(whole, broken, ignore=left_out)  # everything before the distillation
     process = start("broken", "--skip-preflight", "--accept-changes", "--max-restarts", "1")
     wait_for_steps(broken, 8, process)
-    rank_one(process).kill()
+    the_rank(1, process).kill()
     said = ends(process, 0)
     assert "host two, rank 1: was killed by signal 9" in said
     assert "restart 1 of 1" in said
@@ -95,6 +105,37 @@ def test_a_broken_job_starts_again_and_ends_with_the_unbroken_ones_student(start
     assert len(list((broken / "logs" / "ranks").glob("*/rank-1.log"))) == 2
 
     assert "done before" in ends(start("broken", "--skip-preflight"), 0)  # the second host is sent home
+
+
+@pytest.mark.slow
+def test_a_host_that_stays_away_is_done_without_and_used_again(start: Start, tiny_config: Path, fake_ssh: Path) -> None:
+    folder = tiny_config.parent
+    away = folder / "away-two"
+    refusal = f'[ -e "{folder}/away-$1" ] && {{ echo no route >&2; exit 255; }}'
+    fake_ssh.write_text(fake_ssh.read_text().replace("\nshift\n", f"\n{refusal}\nshift\n"))
+    settings = ("--skip-preflight", "--min-nodes", "1", "--node-timeout", "1", "--dead-after", "3", "--set",
+                "distill.zero_stage=3")  # fmt: skip
+    ends(start("whole", *settings), 0)
+
+    process = start("elastic", *settings)
+    elastic = folder / "elastic"
+    wait_for_steps(elastic, 5, process)
+    away.touch()
+    the_rank(1, process).parent().kill()  # its agent: the whole host is gone, and stays so
+    here = len(steps(elastic))
+    wait_for_steps(elastic, here + 4, process)
+    assert len(ranks(process)) == 1
+    away.unlink()
+    the_rank(0, process).kill()
+    said = ends(process, 0)
+    assert "host two: lost: the connection ended" in said
+    assert "going on with 1 of 2 hosts (1 ranks)" in said
+    assert "all 2 hosts are back" in said
+    assert steps(elastic) == steps(folder / "whole") == list(range(1, 31))
+    # the same documents in every step
+    assert dict(curve(elastic)) == pytest.approx(dict(curve(folder / "whole")), rel=1e-5)
+    weights, want = (load_file(folder / name / "student" / "model.safetensors") for name in ("elastic", "whole"))
+    assert all(torch.allclose(tensor, want[name], rtol=1e-4, atol=1e-5) for name, tensor in weights.items())
 
 
 def test_a_waiting_rank_leaves_with_75_on_sigterm(tiny_config: Path, kdscale_environment: dict[str, str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-from kdscale_launch import HUNG_EXIT_CODE, Cluster, Host, Reach, Task
+from kdscale_launch import HUNG_EXIT_CODE, Cluster, Host, HostsJob, Reach, Task, run_hosts
 
 ROOT = Path(__file__).resolve().parents[3]
 STOPS = """
@@ -47,3 +48,39 @@ def test_a_rank_that_stops_is_named_and_killed_and_the_others_do_not_wait_for_ev
     assert outcome.codes[0] == HUNG_EXIT_CODE
     assert "most recent call first" in (tmp_path / "logs" / "rank-0.log").read_text()
     assert not Path("/proc", (tmp_path / "stopped").read_text()).exists()
+
+
+# Stands in for the package `datasets`: the first try's stream stalls for ever, the second one's does not.
+STALLS = """
+import os
+def load_dataset(name, config, split, streaming):
+    for number in range(40):
+        if number == 7 and not os.path.exists("stalled"):
+            open("stalled", "w").close()
+            os.read(os.pipe()[0], 1)
+        yield {"text": f"Record {number} of a stream that says {number * number} and little else."}
+"""
+
+
+def test_a_download_that_stalls_is_named_and_the_job_starts_again(
+    tmp_path: Path, tiny_config: Path, fake_ssh: Path, kdscale_environment: dict[str, str]
+) -> None:
+    (tmp_path / "datasets.py").write_text(STALLS)
+    path = os.pathsep.join([str(tmp_path), kdscale_environment["PYTHONPATH"]])
+    settings = ("data.sources=[{path: 'hf:stalls'}]", "runtime.watchdog_seconds=8", "importance.calibration_tokens=64")
+    job = HostsJob(
+        (Host("one", 1),),
+        (sys.executable, "-m", "kdscale.runs.member", str(tiny_config), "--until=data", *settings),
+        Reach(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0),
+        log_dir=str(tmp_path / "logs"), env={"OMP_NUM_THREADS": "1", "PYTHONPATH": path}, master_addr="127.0.0.1",
+        grace=0.5, max_restarts=1,
+    )  # fmt: skip
+    said: list[str] = []
+    assert run_hosts(job, [], said.append, lambda text: None) == 0
+    text = "\n".join(said)
+    assert "host one, rank 0: hung in load_dataset (" in text
+    assert "phase Tokenizing, no progress for" in text
+    assert "restart 1 of 1" in text
+    (first, _) = sorted((tmp_path / "logs").glob("*/rank-0.log"))
+    assert "read_documents" in first.read_text()  # the whole stack
+    assert (tmp_path / "run" / "data" / "manifest.json").exists()

@@ -107,6 +107,26 @@ def test_backward_twice_with_retained_graph(make_problem):
     torch.testing.assert_close(twice, 2.0 * once)
 
 
+def test_a_loss_taken_as_it_is_twice_adds_up(make_problem):
+    """A factor of one hands the gradient on without a copy: what .grad holds must still be its own."""
+    p, q = (make_problem().cast(torch.float32) for _ in range(2))
+    loss = loss_of(p)
+    for last in (False, False, True):
+        loss.backward(retain_graph=not last)
+    (3.0 * loss_of(q)).backward()
+    torch.testing.assert_close(p.weight.grad, q.weight.grad)
+    torch.testing.assert_close(p.hidden.grad, q.hidden.grad)
+
+
+def test_a_factor_of_one_makes_no_copy(make_problem):
+    """On a CPU the weight's gradient is the one array that the forward made."""
+    p = make_problem().cast(torch.float32)
+    loss = loss_of(p)
+    made = loss.grad_fn.saved_tensors[1].data_ptr()
+    loss.backward()
+    assert p.weight.grad.data_ptr() == made
+
+
 def test_double_backward_is_refused(make_problem):
     p = make_problem().cast(torch.float32)
     with pytest.raises(RuntimeError, match="differentiated once only"):

@@ -18,8 +18,14 @@ import kdscale_kernels as kk
 from kdscale_kernels import reference
 
 INF = float("inf")
-SPANS = {2: [(0, 70), (70, 203)], 4: [(120, 203), (0, 3), (3, 60), (60, 120)]}  # uneven; not in the order of ranks
+CUDA = torch.cuda.is_available()
+SPANS = {  # uneven; not in the order of ranks
+    1: [(0, 203)],
+    2: [(0, 70), (70, 203)],
+    4: [(120, 203), (0, 3), (3, 60), (60, 120)],
+}
 PADDED = {
+    1: [(0, 203)],
     2: [(0, 196), (196, 203)],
     4: [(0, 80), (80, 150), (150, 192), (192, 203)],
 }  # vocab_size 190: a shard of padding
@@ -66,6 +72,39 @@ def single(student, teacher, k):
         "chunk_bytes": 1 << 20,
         "options": {},
     }
+
+
+def triton_cases(make_problem, world):
+    """What the Triton kernels run of both ops: in the interpreter over gloo, on GPUs over NCCL."""
+    cases, triton = {}, {"backend": "triton"}
+    head = {"temperature": 3.0, "softcap": 4.0}
+    for noise, options in ((None, {"ce_weight": 0.3, **head}), (0.05, {"divergence": "jsd"})):
+        tempered = {key: options[key] for key in head if key in options}
+        p = make_problem(rows=6, noise=noise, with_bias=True, **tempered).cast(torch.float32, grad=False)
+        more = {"chunk_bytes": 4 * 133 * 4, "options": options} | triton
+        cases[world, "triton", noise] = case_of(p, SPANS[world], bias=True, **more)
+    p = make_problem(rows=4).cast(torch.float32, grad=False)
+    for k, options in ((5, head), (100, {}), (400, {})):  # 100: more than some shards have
+        cases[world, "triton topk", k] = case_of(p, SPANS[world], bias=True, k=k, options=options) | triton
+    weight = p.weight.clone()
+    weight[190:] = torch.nan
+    padded = case_of(p, PADDED[world], vocab_size=190) | triton | {"weight": weight}
+    cases[world, "triton padded topk"] = padded | {"k": 9}
+    cases[world, "triton padded"] = padded | {
+        "options": {"ce_weight": 0.3},
+        "targets": make_problem(rows=4, vocab_size=190).cast(torch.float32).targets,
+        "labels": p.labels.clamp(max=189),
+    }
+    ties = torch.arange(203)[:, None].expand(-1, 24) // 40 / 24.0
+    flat = {"hidden": torch.ones(2, 24), "weight": ties.clone()}
+    cases[world, "triton ties"] = case_of(p, SPANS[world], k=50) | triton | flat
+    broken = p.weight.clone()
+    broken[150, 0] = torch.nan
+    cases[world, "triton nan topk"] = case_of(p, SPANS[world], k=4) | triton | {"weight": broken}
+    p = make_problem(rows=3, hidden=8, vocab=1536).cast(torch.float32, grad=False)
+    wide = [(1536 // world * r, 1536 // world * (r + 1)) for r in range(world)]
+    cases[world, "triton groups"] = case_of(p, wide, vocab_size=1536, k=4) | triton
+    return cases
 
 
 def build_cases(make_problem):
@@ -115,34 +154,63 @@ def build_cases(make_problem):
         gap = [(a + (a > 3), b) for a, b in SPANS[world]]
         cases[world, "gap"] = case_of(p, gap)
         cases[world, "unlike"] = case_of(p, SPANS[world], by_rank={1: {"chunk_bytes": 12345}})
+        p = make_problem(rows=4).cast(torch.float64, grad=False)
+        cases[world, "no backend"] = case_of(p, SPANS[world], by_rank={1: {"backend": "triton"}})
+        cases[world, "no topk backend"] = cases[world, "no backend"] | {"k": 3}
         cases[world, "refused"] = case_of(p, SPANS[world], by_rank={1: {"bias_Vs": torch.zeros(2)}})
     return cases
 
 
-@pytest.fixture(scope="module")
-def ran(make_problem, tmp_path_factory):
-    """{case: (the case, each rank's result in order of the group's ranks)}."""
-    folder, cases = tmp_path_factory.mktemp("vocab-parallel"), build_cases(make_problem)
+def launch(folder, cases, world, device):
+    """Each rank's results by case."""
     torch.save(cases, folder / "cases.pt")
     roots = [str(Path(kk.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(roots)}
     worker = Path(__file__).with_name("vocab_parallel_worker.py")
-    arguments = [str(folder / "store"), str(folder / "cases.pt"), str(folder)]
+    arguments = [str(folder / "store"), str(folder / "cases.pt"), str(folder), device]
     ranks = [
-        subprocess.Popen([sys.executable, str(worker), str(rank), "4", *arguments], env=env, stderr=subprocess.PIPE)
-        for rank in range(4)
+        subprocess.Popen(
+            [sys.executable, str(worker), str(rank), str(world), *arguments], env=env, stderr=subprocess.PIPE
+        )
+        for rank in range(world)
     ]
     try:
         said = [process.communicate(timeout=150)[1].decode() for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    assert [process.returncode for process in ranks] == [0] * 4, "\n".join(said)
-    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(4)]
+    assert [process.returncode for process in ranks] == [0] * world, "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def ran(make_problem, tmp_path_factory):
+    """{case: (the case, each rank's result in order of the group's ranks)}."""
+    cases = build_cases(make_problem)
+    if triton_runs("cpu"):
+        cases |= triton_cases(make_problem, 2) | triton_cases(make_problem, 4)
+    found = launch(tmp_path_factory.mktemp("vocab-parallel"), cases, 4, "cpu")
     return {
         name: (case, [found[rank][name] for rank in ((1, 3) if name[0] == 2 else range(4))])
         for name, case in cases.items()
     }
+
+
+@pytest.fixture(scope="module")
+def ran_on_gpus(make_problem, tmp_path_factory):
+    """The same of the Triton cases, over NCCL on as many GPUs as there are (1, 2 or 4)."""
+    world = max(n for n in (1, 2, 4) if n <= torch.cuda.device_count())
+    cases = triton_cases(make_problem, world)
+    found = launch(tmp_path_factory.mktemp("vocab-parallel-gpu"), cases, world, "cuda")
+    return {name: (case, [rank[name] for rank in found]) for name, case in cases.items()}
+
+
+def triton_runs(device):
+    """Whether backend="triton" can run on this device in this process."""
+    try:
+        return kk.choose_backend("triton", device) == "triton"
+    except kk.BackendUnavailableError:
+        return False
 
 
 def whole_gradients(case, results):
@@ -304,6 +372,8 @@ def test_no_rows_by_vocabulary_array(ran, world):
 @pytest.mark.parametrize(
     ("name", "own", "others"),
     [
+        ("no backend", "backend='triton': .*fp64", "rank 1 of the group refused"),
+        ("no topk backend", "backend='triton': .*fp64", "rank 1 of the group refused"),
         ("gap", r"cover 0\.\.203 once", r"cover 0\.\.203 once"),
         ("unlike", "same on all ranks", "same on all ranks"),
         ("refused", "bias_V", "rank 1 of the group refused"),
@@ -321,3 +391,45 @@ def test_no_process_group_is_a_readable_error(make_problem, monkeypatch):
     p = make_problem().cast(torch.float32)
     with pytest.raises(RuntimeError, match="init_process_group"):
         kk.vocab_parallel_topk_lse(p.hidden, p.weight, 3, first_id=0, vocab_size=203)
+
+
+def check_triton(ran, world):
+    for noise in (None, 0.05):
+        check_against_truth(ran, (world, "triton", noise), 1e-4)
+    for k in (5, 100, 400):
+        check_topk(*ran[world, "triton topk", k])
+    check_topk(*ran[world, "triton groups"])
+    check_topk(*ran[world, "triton ties"])
+    check_topk(*ran[world, "triton padded topk"], vocab_size=190)
+    assert all(r["top"][2].isnan().all() for r in ran[world, "triton nan topk"][1])
+    case, results = ran[world, "triton padded"]
+    want, want_grads = truth(case | {"weight": case["weight"].nan_to_num(0.0)})
+    assert float(results[0]["sums"]["loss_sum"]) == pytest.approx(float(want.loss_sum.detach()), rel=1e-5)
+    for mine, theirs in zip(whole_gradients(case, results)[:2], want_grads[:2], strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def check_topk(case, results, **options):
+    want = kk.linear_topk_lse(
+        case["hidden"], case["weight"], case["k"], bias_V=case["bias"], backend="torch", **case["options"], **options
+    )
+    for result in results:
+        ids, logits, lse = result["top"]
+        assert torch.equal(ids, want.ids_NK)
+        torch.testing.assert_close(logits, want.logits_NK, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse, want.lse_N, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_triton_kernels_equal_the_whole_heads(ran, world):
+    if not triton_runs("cpu"):
+        pytest.skip("needs triton's interpreter: TRITON_INTERPRET=1 set before triton is imported")
+    check_triton(ran, world)
+
+
+@pytest.mark.gpu
+def test_triton_kernels_equal_the_whole_heads_over_nccl(request):
+    if not CUDA or not triton_runs("cuda"):
+        pytest.skip("needs a CUDA device and triton")
+    found = request.getfixturevalue("ran_on_gpus")
+    check_triton(found, next(iter(found))[0])

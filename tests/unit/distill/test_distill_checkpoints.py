@@ -99,6 +99,24 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, damage):
     assert state.find(tmp_path, PRINT).step == 6
 
 
+def test_a_damaged_one_does_not_push_a_good_one_out(tmp_path):
+    """Else two damages in a row would leave nothing, however many are kept."""
+    flip(save(tmp_path, 10, 20, 25, keep=2) / "rank-00000.safetensors")
+    assert state.find(tmp_path, PRINT).step == 20
+    assert names(tmp_path) == ["step-00000020"]
+    assert (tmp_path / "damaged-step-00000025").is_dir()
+    flip(save(tmp_path, 30, keep=2) / "rank-00000.safetensors")
+    assert not (tmp_path / "damaged-step-00000025").exists()
+    assert state.find(tmp_path, PRINT).step == 20
+
+
+def test_all_damaged_is_as_none(tmp_path):
+    flip(save(tmp_path, 3) / "rank-00000.safetensors")
+    found = state.find(tmp_path, PRINT)
+    assert (found.path, found.step, len(found.notes)) == (None, 0, 1)
+    assert save(tmp_path, 3) == state.find(tmp_path, PRINT).path
+
+
 def test_weights_can_be_verified_without_the_moments(tmp_path):
     path = save(tmp_path, 3)
     flip(path / "rank-00000.safetensors")

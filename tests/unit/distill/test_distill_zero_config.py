@@ -25,6 +25,10 @@ def distill(**settings: Any) -> DistillConfig:
         ({"zero_stage": 2, "zero": {"offload_parameters": "cpu"}}, "offload_parameters needs zero_stage 3, got 2"),
         ({"zero_stage": 3, "zero": {"offload_optimizer": "nvme"}}, "needs a folder on a local NVMe disk"),
         ({"zero_stage": 1, "zero": {"offload_optimizer": "nvme", "nvme_path": "/x"}}, "nvme needs zero_stage 3"),
+        (
+            {"zero_stage": 3, "async_checkpoints": True, "zero": {"offload_optimizer": "nvme", "nvme_path": "/x"}},
+            "async_checkpoints would hold",
+        ),
         ({"zero_stage": 3, "zero": {"offload_optimizer": "cpu", "nvme_path": "/x"}}, "nothing is offloaded to nvme"),
         ({"zero_stage": 3, "zero": {"hpz_partition_size": 2}}, r"hpz_partition_size \(2\) must divide processes \(1\)"),
         ({"zero_stage": 1, "zero": {"quantized_gradients": True}}, "quantized_gradients needs zero_stage 3"),

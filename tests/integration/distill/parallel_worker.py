@@ -1,5 +1,6 @@
-"""Ranks of which some share layers: `tensor_worker.py JOBS.json`, JOBS {"models": {name: folder}, "runs": [...]}.
+"""Ranks of which some share layers or sequences: `parallel_worker.py JOBS.json`.
 
+JOBS is {"models": {name: folder}, "runs": [...]}.
 Models: what two ranks that share one find, beside the whole model; into FOLDER/found-RANK.json. A run is {"run_dir",
 "student_dir", "teacher_dir", "data_dir", "phases"}; a phase is a config and the step `until` which its ranks are killed
 when they begin it (null: they finish). What a rank saw in its first step is in RUN_DIR/seen-PHASE-RANK.json. Libraries
