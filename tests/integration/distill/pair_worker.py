@@ -31,9 +31,9 @@ def run_rank(arguments: dict[str, Any], world: int, rank: int) -> None:
     student_dir = Path(arguments["student"])
 
     def load_and_look(*args: Any) -> Any:
-        teacher, student = load_pair(*args)
+        teacher, student, split = load_pair(*args)
         (folder / f"loaded-{world}-{rank}.json").write_text(json.dumps(look(student.model, student_dir)))
-        return teacher, student
+        return teacher, student, split
 
     train_step, counts = loop.train_step, []
 

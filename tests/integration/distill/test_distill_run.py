@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kdscale import sequence
 from kdscale.distill import loop, state, step
 from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingError
 from kdscale.metrics import read_metrics
@@ -150,8 +151,8 @@ def test_a_bad_gradient_is_found_where_the_forward_is_clean(distil, tmp_path, mo
         def backward(ctx, grad):
             return grad * float("inf")
 
-    real = step.final_hidden
-    monkeypatch.setattr(step, "final_hidden", lambda *args: Blow.apply(real(*args)))
+    real = sequence.final_hidden
+    monkeypatch.setattr(sequence, "final_hidden", lambda *args: Blow.apply(real(*args)))
     with pytest.raises(TrainingError, match=r"forward is finite; first non-finite gradient: .*model\.norm"):
         distil(tmp_path, guard={"max_skipped_in_a_row": 2})
 
