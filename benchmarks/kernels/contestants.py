@@ -22,7 +22,7 @@ import kdscale_kernels as kk
 BOTH, BACKWARD, FORWARD = ("forward", "forward+backward"), ("forward+backward",), ("forward",)
 OURS = ("kdscale", "auto")
 
-Make = Callable[[Problem], Tensor | None]
+Make = Callable[[Problem], Tensor | tuple[Tensor, ...]]
 
 
 class NotHereError(RuntimeError):
@@ -114,10 +114,6 @@ def eager_on_logits(p: Problem) -> Tensor:
     return eager_loss(logits(p), p)
 
 
-def eager_topk(p: Problem) -> None:
-    eager_targets(p)
-
-
 def eager_targets(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         z_NV = F.linear(p.teacher_NH, p.weight_VH)
@@ -143,8 +139,8 @@ def ours_sparse(p: Problem, **options: object) -> Tensor:
     return call(p.hidden_NH, p.weight_VH, *targets, labels_N=p.labels_N, **options).loss_sum
 
 
-def ours_topk(p: Problem) -> None:
-    kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1])
+def ours_topk(p: Problem) -> tuple[Tensor, ...]:
+    return kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1])
 
 
 def ours_end_to_end(p: Problem, **options: object) -> Tensor:
@@ -185,10 +181,13 @@ def _own(op: str, make: Callable[..., Tensor], device: torch.device) -> list[Con
 
 
 def _compiled(op: str, mode: str, loss: str | None, make: Make, **options: Any) -> Contestant:
-    def run(problem: Problem) -> Tensor | None:
+    def run(problem: Problem) -> Tensor | tuple[Tensor, ...]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return compiled(make)(problem)
+            made = compiled(make)(problem)
+        if made is None:
+            raise TypeError(f"{op}: a compiled function without a result is compiled to nothing")
+        return made
 
     return Contestant(op, "torch.compile", mode, loss, run, compiled=True, **options)
 
@@ -216,8 +215,8 @@ def own_and_torch(device: torch.device) -> list[Contestant]:
     topk = [
         Contestant(op, "kdscale", "auto", None, ours_topk, FORWARD, package="kdscale"),
         Contestant(op, "bare products", "", None, teacher_product, FORWARD),
-        Contestant(op, "eager torch", "", None, eager_topk, FORWARD),
-        _compiled(op, "", None, eager_topk, directions=FORWARD),
+        Contestant(op, "eager torch", "", None, eager_targets, FORWARD),
+        _compiled(op, "", None, eager_targets, directions=FORWARD),
     ]
     op, needs = "sparse_kl", "student_logits"
     on_logits = [
