@@ -14,7 +14,7 @@ from kdscale_kernels.made_in_forward import Made
 from kdscale_kernels.narrow import Kept as NarrowKept
 from kdscale_kernels.narrow import NarrowSteps
 from kdscale_kernels.problem import Problem
-from kdscale_kernels.products import Head, grad_dtype_for
+from kdscale_kernels.products import Head
 from kdscale_kernels.rows import RowSums
 from kdscale_kernels.slices import Found, Kept, Parts, RowGradient, SliceSteps, join
 
@@ -26,7 +26,7 @@ def run_lean(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, proble
     per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=problem.accumulate)
     size = problem.layout.rows
     kind: type[_NarrowSlices | _WideSlices] = _NarrowSlices if problem.layout.narrow else _WideSlices
-    arena = _arena(hidden_NH, min(rows, size), problem)
+    arena = _arena(hidden_NH, weight_VH, min(rows, size), problem)
     for begin in range(0, rows, size):
         block = slice(begin, min(begin + size, rows))
         slices = kind(hidden_NH, weight_VH, bias_V, problem, block, arena)
@@ -41,14 +41,14 @@ def run_lean(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, proble
     return Made(per_row.sum(1).unbind(), into.hidden_NH, into.weight_VH, into.bias_V)
 
 
-def _arena(hidden_NH: Tensor, rows: int, problem: Problem) -> Tensor:
+def _arena(hidden_NH: Tensor, weight_VH: Tensor, rows: int, problem: Problem) -> Tensor:
     """[slices held, exponentials, M·S] for what is kept of the logits; one for all blocks of rows.
 
     Memory from the system is cleared page by page as it is first written: a tenth of the time of a call on a CPU.
     """
     layout = problem.layout
     held = min(layout.held, -(-problem.vocab // layout.width)) if any(problem.wanted) else 0
-    dtype = grad_dtype_for(hidden_NH.device, problem.operand, problem.accumulate)
+    dtype = Head(weight_VH, None, problem.operand, problem.accumulate, 0).grad_dtype
     return hidden_NH.new_empty((held, problem.options.exponentials, rows * layout.width), dtype=dtype)
 
 
@@ -134,7 +134,7 @@ class _Slices(ABC):
         head, (first, stop) = self.head(index), self.edges[index : index + 2]
         dz_MS = self.dz(index, gradient)
         if hidden_sum_MH is not None:
-            hidden_sum_MH.add_(head.grad_hidden(dz_MS))
+            head.add_grad_hidden(dz_MS, hidden_sum_MH)
         if into.weight_VH is not None:
             head.grad_weight(dz_MS, self.hidden_MH, into.weight_VH[first:stop], first=into.first)
         if into.bias_V is not None:

@@ -141,6 +141,14 @@ class Head:
         with _bf16_inside(self.bf16_inside):
             return torch.mm(dz_CV, self.weight_VH)
 
+    def add_grad_hidden(self, dz_CV: Tensor, into_CH: Tensor) -> None:
+        """into += dz · weight, in the accumulation dtype; on CUDA without an array of the product."""
+        if self.native and _ADDMM_TAKES_FP32:
+            dz_CV = dz_CV.to(self.operand)
+            torch.addmm(into_CH, dz_CV, self.weight_VH, out_dtype=self.accumulate, out=into_CH)
+        else:
+            into_CH.add_(self.grad_hidden(dz_CV))
+
     def grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, out_VH: Tensor, *, first: bool) -> None:
         """out = dzᵀ · hidden (out += for later blocks of rows), rounded to out's dtype each time."""
         if dz_CV.dtype == self.grad_dtype == self.operand == out_VH.dtype:

@@ -71,9 +71,9 @@ def make_problem() -> Callable[..., Problem]:
     return _make
 
 
-def _mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def _mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
     assert a.dtype == b.dtype == torch.bfloat16
-    result = torch.matmul(a.float(), b.float()).to(out_dtype)
+    result = torch.matmul(a.float(), b.float()).to(out_dtype or a.dtype)
     return result if out is None else out.copy_(result)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdscale_kernels as kk
-from kdscale_kernels import modes, reference
+from kdscale_kernels import lean, modes, reference
 from kdscale_kernels.modes import CPU_WORKSPACE, MOST_BLOCKS, Shape, layout_for
 
 FIELDS = ("loss_sum", "kd_sum", "ce_sum", "teacher_mass_sum", "student_tail_sum", "top1_agree_sum")
@@ -55,6 +55,21 @@ def test_lean_equals_the_twin(make_problem, monkeypatch, noise, options, budget,
         torch.testing.assert_close(getattr(got, field).double(), getattr(want, field), rtol=tol, atol=tol)
     for mine, theirs in zip(grads, want_grads, strict=True):
         assert float((mine.double() - theirs).norm() / theirs.norm()) < tol
+
+
+@pytest.mark.parametrize("adds_in_place", [True, False])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_cuda_route_of_lean_equals_the_twin(make_problem, monkeypatch, cuda_products, budget, adds_in_place):
+    """With the products that only CUDA has replaced by what they compute."""
+    allow(budget, monkeypatch)
+    problem = make_problem(noise=0.05, with_bias=True, dtype=torch.bfloat16)
+    want, want_grads = run(reference, problem.cast(torch.float64), ce_weight=0.2)
+    extra = {"mode": "lean", "chunk_bytes": 11 * 128 * 4, "workspace_bytes": BUDGETS[budget]}
+    with cuda_products(lean, adds_in_place):
+        got, grads = run(kk, problem.cast(torch.bfloat16), ce_weight=0.2, **extra)
+    torch.testing.assert_close(got.loss_sum.double(), want.loss_sum, rtol=6e-3, atol=6e-3)
+    for mine, theirs in zip(grads, want_grads, strict=True):
+        assert float((mine.double() - theirs).norm() / theirs.norm()) < 6e-3
 
 
 @pytest.mark.parametrize("noise", [0.3, 0.05])
