@@ -29,7 +29,7 @@ else
   echo "== no GPU: tests and kernels are left out" && failed+=(tests kernels)
 fi
 if python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("trl") is None)'; then
-  part trl python benchmarks/trl_gkd.py --teacher "$teacher" --text "$text" --batch "${BATCH:-8}" --length "${LENGTH:-1024}"
+  part trl python benchmarks/distill/trl_gkd.py --teacher "$teacher" --text "$text" --batch "${BATCH:-8}" --length "${LENGTH:-1024}"
 else
   echo "== trl is not installed: left out"
 fi

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from kdscale.config.root import Config
+
+
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
+
+
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one field, e.g. prune.target_params=4B. Repeatable."),
 ]
+
+
 AcceptOption = Annotated[
     bool,
     typer.Option("--accept-changes", help="The run folder belongs to another config: redo what the changes touch."),
 ]
+
+
+def load(name: str, overrides: list[str] | None) -> Config:
+    from kdscale.config.load import find_config, load_config
+
+    return load_config(find_config(name), overrides or [])

@@ -16,7 +16,7 @@ from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption
 from kdscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kdscale.runs.launching import Request
+    from kdscale.jobs.launch import Request
     from kdscale_launch import Host, HostsJob
 
 _HOSTS, _SYSTEMS = "Hosts over ssh", "Job systems"
@@ -193,7 +193,7 @@ def launch_command(
 
 def _elastic(job: HostsJob, asked: Request, min_nodes: int | None, python: str) -> HostsJob:
     """The job with the commands for fewer hosts, all of them checked now."""
-    from kdscale.runs.launching import smaller_commands
+    from kdscale.jobs.launch import smaller_commands
 
     return job if min_nodes is None else replace(job, smaller=smaller_commands(asked, job.hosts, min_nodes, python))
 
@@ -222,14 +222,14 @@ def _hosts(hostfile: Path) -> tuple[Host, ...]:
 
 
 def _request(config: str, overrides: Sequence[str] | None, ranks: int, accept: bool, until: str = "report") -> Request:
-    from kdscale.cli.shipped import find_config
-    from kdscale.runs.launching import request
+    from kdscale.config.load import find_config
+    from kdscale.jobs.launch import request
 
     return request(find_config(config), overrides or (), ranks, accept, until)
 
 
 def _job(asked: Request, hosts: Sequence[Host], options: HostOptions, **settings: float | int) -> HostsJob:
-    from kdscale.runs.launching import hosts_job, python_path
+    from kdscale.jobs.launch import hosts_job, python_path
     from kdscale_launch import Reach
 
     reach = Reach(
@@ -248,22 +248,22 @@ def _job(asked: Request, hosts: Sequence[Host], options: HostOptions, **settings
 
 def _preflight(job: HostsJob, asked: Request) -> bool:
     """Show what every host says; whether the job can start."""
-    from kdscale.cli import show
+    from kdscale.cli import tables
     from kdscale.errors import Interrupted
-    from kdscale.runs.launching import survey
+    from kdscale.jobs.launch import survey
     from kdscale_launch import signals_noted
 
     with signals_noted() as received:
         found = survey(job, asked, received)
     if received:
         raise Interrupted(received[0])
-    show.preflight(found)
+    tables.preflight(found)
     return all(finding.state != "bad" for finding in found)
 
 
 def _on_hosts(asked: Request, job: HostsJob, dry_run: bool) -> None:
-    from kdscale.cli import show
-    from kdscale.runs.launching import describe, run
+    from kdscale.cli import tables
+    from kdscale.jobs.launch import describe, run
     from kdscale_launch import STOPPED_EXIT_CODE, signals_noted
 
     if dry_run:
@@ -280,5 +280,5 @@ def _on_hosts(asked: Request, job: HostsJob, dry_run: bool) -> None:
         print("stopped with everything saved; run the same command again to go on", file=sys.stderr)
     folder = Path(asked.config.run_dir)
     if code == 0 and folder.exists():  # the launcher itself need not see the shared storage
-        show.results(folder, asked.until)
+        tables.results(folder, asked.until)
     _leave(code)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from kdscale.errors import ConfigError, RunFolderError
 from kdscale.files import write_text
-from kdscale.runs.launching import MEMBER, Request, preflight_command, python_path, rank_defaults, ranks_command
-from kdscale.runs.training import FINAL_CODES
-from kdscale_launch import HostsJob, LaunchError, others, slurm
-from kdscale_launch import kubernetes as kube
-from kdscale_launch.forward import forwarded, public, shown
+from kdscale.jobs.launch import MEMBER, Request, preflight_command, python_path, rank_defaults, ranks_command
+from kdscale.runtime.exits import FINAL_CODES
+from kdscale_launch import HostsJob, LaunchError
+from kdscale_launch.environment import forwarded, public, shown
+from kdscale_launch.systems import kubernetes as kube
+from kdscale_launch.systems import slurm, torchrun_deepspeed
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def run_deepspeed(asked: Request, job: HostsJob, hostfile: Path, ssh_options: Se
     if job.master_port == 0 or not job.master_addr:
         raise ConfigError("--launcher deepspeed", expected="--master-addr and --master-port")
     try:
-        command = others.deepspeed(
+        command = torchrun_deepspeed.deepspeed(
             job.reach.python, MEMBER, asked.arguments, hostfile=str(hostfile.absolute()),
             master_addr=job.master_addr, master_port=job.master_port,
         )  # fmt: skip
     except LaunchError as error:
         raise ConfigError(str(error)) from error
-    environment = others.deepspeed_environment(shlex.join(ssh_options), str(env_file), job.reach.dead_after)
-    text = others.env_file(public(job.env))
+    environment = torchrun_deepspeed.deepspeed_environment(shlex.join(ssh_options), str(env_file), job.reach.dead_after)
+    text = torchrun_deepspeed.env_file(public(job.env))
     if dry_run:
         print(f"# {env_file}\n{text}")
     else:
@@ -143,11 +144,11 @@ def _volume(text: str) -> tuple[str, str]:
 
 
 def run_torchrun(common: Common, endpoint: str) -> int:
-    command = others.torchrun(
+    command = torchrun_deepspeed.torchrun(
         common.python, MEMBER, common.asked.arguments, nodes=common.nodes, slots=common.slots, endpoint=endpoint,
         job_id=f"kdscale-{common.asked.config.name}", max_restarts=common.max_restarts,
     )  # fmt: skip
-    return _execute(command, {**rank_defaults(), **others.TORCHRUN_ENVIRONMENT}, common.dry_run)
+    return _execute(command, {**rank_defaults(), **torchrun_deepspeed.TORCHRUN_ENVIRONMENT}, common.dry_run)
 
 
 def _execute(

@@ -24,10 +24,9 @@ def replay_command(
     set_: SetOption = None,
 ) -> None:
     """Run one step of RUN again, alone: loss by sequence, gradient norm by layer, documents. The run is not changed."""
-    from kdscale.cli.shipped import find_config
-    from kdscale.config import load_config
-    from kdscale.progress import Reporter
-    from kdscale.runs.replaying import replay_step
+    from kdscale.config.load import find_config, load_config
+    from kdscale.distill.replay import replay_step
+    from kdscale.runtime.progress import Reporter
 
     folder = Path(run) if Path(run).is_dir() else Path(load_config(find_config(run), []).run_dir)
     found, file = replay_step(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdscale.data.store import TokenSplit
+from kdscale.data.token_store import TokenSplit
 from kdscale.errors import DataError
 
 IGNORE = -100

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
-from kdscale.config import SourceConfig
+from kdscale.config.data import SourceConfig
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import sha256_file
 from kdscale_launch.watchdog import beat

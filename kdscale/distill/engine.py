@@ -19,32 +19,34 @@ import torch
 import torch.distributed as dist
 
 from kdscale import files
-from kdscale.config import Config
-from kdscale.data.loader import LoaderState, PackedLoader, eval_batches
-from kdscale.data.store import TokenStore
-from kdscale.dist import barrier, is_main, on_main, rank, world_size
-from kdscale.distill import state
-from kdscale.distill.export import card_facts, export_checkpoint, model_card
-from kdscale.distill.fragments import Fragments
-from kdscale.distill.loop import Trainer
-from kdscale.distill.mesh import Mesh
-from kdscale.distill.names import trained_tensors
-from kdscale.distill.observe import Observer, make_observer
+from kdscale.config.root import Config
+from kdscale.data.batches import LoaderState, PackedLoader
+from kdscale.data.heldout import eval_batches
+from kdscale.data.token_store import TokenStore
+from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.distill.checkpoint.rank_files import PieceIndex, PieceReader
+from kdscale.distill.checkpoint.saver import Rules, Saver
+from kdscale.distill.checkpoint.zero_state import Fragments
+from kdscale.distill.export import export_checkpoint
+from kdscale.distill.load_models import load_pair
 from kdscale.distill.optimizer import make_optimizer
-from kdscale.distill.pair import load_pair
-from kdscale.distill.pieces import PieceIndex, PieceReader
-from kdscale.distill.quiet import quiet
-from kdscale.distill.saver import Rules, Saver
-from kdscale.distill.schedules import total_steps
+from kdscale.distill.parallel.deepspeed_config import check_machine, deepspeed_config
+from kdscale.distill.parallel.mesh import Mesh
+from kdscale.distill.parallel.tensor_parallel import Split
+from kdscale.distill.schedule import total_steps
 from kdscale.distill.step import StudentModule
-from kdscale.distill.tensor import Split
-from kdscale.distill.timeouts import group_timeout
+from kdscale.distill.telemetry.observer import Observer, make_observer
+from kdscale.distill.trainer import Trainer
 from kdscale.distill.validate import Validator
-from kdscale.distill.zero import check_machine, deepspeed_config
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.models import resolve_device, resolve_dtype, set_threads
-from kdscale.progress import Reporter
-from kdscale.teacher import Teacher
+from kdscale.models.parameter_map import trained_tensors
+from kdscale.packaging.model_card import card_facts, model_card
+from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
+from kdscale.runtime.library_output import quiet
+from kdscale.runtime.progress import Reporter
+from kdscale.runtime.ranks import barrier, is_main, on_main, rank, world_size
+from kdscale.runtime.timeouts import group_timeout
+from kdscale.teacher.source import Teacher
 from kdscale.weights import Checkpoint, checkpoint_identity
 from kdscale_launch.watchdog import enter
 
@@ -123,7 +125,7 @@ def open_session(
             fragments.sharpen(source, trained)
     checkpoints = run_dir / "checkpoints"
     fingerprint = _fingerprint(cfg, dtype, device, teacher_dir, student_dir, data_dir)
-    found = state.find(checkpoints, fingerprint)
+    found = checkpoint_folder.find(checkpoints, fingerprint)
     for note in found.notes:
         reporter.say(note)
     rules = Rules(cfg.distill.keep_checkpoints, cfg.distill.keep_every, cfg.distill.async_checkpoints)
@@ -242,14 +244,14 @@ def _bad_gradient(model: Any) -> str:
 
 def _load(fragments: Fragments, path: Path, manifest: dict[str, Any]) -> None:
     """This rank's part of a checkpoint that was written by any number of ranks at any stage; a collective call."""
-    index = PieceIndex(state.data_files(path, manifest), manifest["parameters"])
+    index = PieceIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
     if index.shapes != fragments.shapes:
         raise CheckpointError(f"{path}", expected="the student's parameters", got="others")
     with PieceReader(index) as reader:
         fragments.load(reader.fill, manifest["adam_step"])
 
 
-def _rearranged(found: state.Found, stage: int, tensor: int) -> str:
+def _rearranged(found: checkpoint_folder.Found, stage: int, tensor: int) -> str:
     """Said of a checkpoint that another arrangement of ranks wrote."""
     manifest = found.manifest
     before = _arrangement(manifest["ranks"], manifest["zero_stage"], manifest.get("tensor_parallel", 1))
@@ -263,8 +265,8 @@ def _arrangement(ranks: int, stage: int, tensor: int) -> str:
 
 def _export(cfg: Config, checkpoints: Path, step: int, student_dir: Path, out_dir: Path) -> None:
     """The finished student, from the last checkpoint; rank 0 alone."""
-    path = state.step_dir(checkpoints, step)
-    manifest = state.verify(path, weights_only=True)
+    path = checkpoint_folder.step_dir(checkpoints, step)
+    manifest = checkpoint_folder.verify(path, weights_only=True)
     card = model_card(card_facts(cfg, manifest))
     export_checkpoint(path, manifest, student_dir, out_dir, card=card, max_shard_bytes=cfg.prune.max_shard_bytes)
 

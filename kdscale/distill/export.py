@@ -7,7 +7,6 @@ bytes: nothing here depends on the time, the machine, the number of ranks or the
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,11 +16,14 @@ from typing import Any
 import torch
 
 from kdscale import files
-from kdscale.config import Config
-from kdscale.distill import state
-from kdscale.distill.names import trained_tensors
-from kdscale.distill.pieces import KINDS, Piece, PieceIndex, PieceReader
-from kdscale.errors import TrainingError
+from kdscale.config.load import load_config
+from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.distill.checkpoint.rank_files import KINDS, PieceIndex, PieceReader
+from kdscale.errors import CheckpointError, RunFolderError, TrainingError
+from kdscale.files import sha256_file
+from kdscale.models.parameter_map import Piece, trained_tensors
+from kdscale.runs.folder import RunFolder
+from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars
 
 _BLOCK_BYTES = 1 << 26
@@ -37,7 +39,7 @@ def export_checkpoint(
     on NaN or Inf.
     """
     source = Checkpoint.open(source_dir)
-    index = PieceIndex(state.data_files(path, manifest), manifest["parameters"])
+    index = PieceIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
     trained = trained_tensors(source, index.shapes, manifest["tied"])
     with files.atomic_dir(out_dir) as tmp:
         shutil.copyfile(source_dir / "config.json", tmp / "config.json")
@@ -68,36 +70,51 @@ def _blocks(
         yield values.to(dtype).reshape(count, *shape[1:]) if shape else values.to(dtype).reshape(())
 
 
-def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model card says of a checkpoint of the run of `cfg`."""
-    settings, loss, step = cfg.distill, cfg.distill.loss, int(manifest["step"])
-    listed = "whole vocabulary" if loss.targets == "full" else f"teacher's top {loss.top_k}, tail: {loss.tail}"
-    return {
-        "teacher": Path(cfg.teacher.path).name,
-        "training tokens": step * settings.global_batch * settings.seq_len,
-        "optimiser steps": step,
-        "sequence length": settings.seq_len,
-        "sequences a step": settings.global_batch,
-        "loss": f"{loss.ce_weight:g}·CE + {1 - loss.ce_weight:g}·T²·{loss.divergence}, T = {loss.temperature:g}, "
-        f"{listed}",
-        "learning rate": f"{settings.optimizer.lr:g} → {settings.optimizer.min_lr:g}, cosine",
-        "computed in": f"{manifest['fingerprint']['distill']['dtype']} with fp32 master weights",
-        "skipped steps": manifest["state"]["guard"]["total"],
-        "seed": cfg.seed,
-    }
+def export_run(path: Path, step: int | None, out: Path | None, reporter: Reporter) -> Path:
+    """Write the student of checkpoint `step` (the newest that verifies) of a run folder; returns where.
+
+    Takes no lock: the run may go on meanwhile. `out` is RUN/exported/step-N unless given. Raises RunFolderError when
+    there is no such run or checkpoint or `out` is in use, CheckpointError when the checkpoint asked for is damaged.
+    """
+    from kdscale.distill.checkpoint import folder as checkpoint_folder
+    from kdscale.packaging.model_card import card_facts, model_card
+
+    run = RunFolder(path)
+    if not run.config.exists():
+        raise RunFolderError(f"{path} is not a run folder", expected="a run that has begun to distil")
+    config = load_config(run.config)
+    checkpoint, manifest = _choose(run, step, reporter)
+    target = out or run.path / "exported" / checkpoint.name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFolderError(f"{target} is there already", hint="remove it, or choose another folder with --out")
+    if manifest["fingerprint"]["student"]["config"] != sha256_file(run.pruned / "config.json"):
+        raise CheckpointError(f"{run.pruned}", expected="the student that was distilled", got="another config.json")
+    card = model_card(card_facts(config, manifest))
+    limit = config.prune.max_shard_bytes
+    export_checkpoint(checkpoint, manifest, run.pruned, target, card=card, max_shard_bytes=limit)
+    reporter.say(f"student of step {checkpoint_folder.step_of(checkpoint)}: {target}")
+    return target
 
 
-def model_card(facts: dict[str, Any]) -> str:
-    """README.md of the student: what it was made from and how. `facts` are shown in their order."""
-    rows = "\n".join(f"| {name} | {_plain(value)} |" for name, value in facts.items())
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [kdscale, pruned, distilled]\n---\n\n"
-        "# Distilled student\n\nPruned from a teacher and distilled on the teacher's top-K probabilities with kdscale. "
-        "A standard checkpoint: load it with `AutoModelForCausalLM.from_pretrained`. The teacher's licence and the "
-        "licence of the training text apply.\n\n"
-        f"| | |\n|---|---|\n{rows}\n"
-    )
+def _choose(run: RunFolder, step: int | None, reporter: Reporter) -> tuple[Path, Mapping[str, Any]]:
+    """The checkpoint and its manifest, its master weights verified."""
+    from kdscale.distill.checkpoint import folder as checkpoint_folder
 
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    there = checkpoint_folder.complete_steps(run.checkpoints)
+    steps = [checkpoint_folder.step_of(item) for item in there]
+    if not there or (step is not None and step not in steps):
+        raise RunFolderError(
+            f"{run.checkpoints} has no checkpoint" + (f" of step {step}" if step is not None else ""),
+            expected=f"one of {', '.join(map(str, steps))}" if steps else "one that is sealed",
+            hint="distill.keep_every keeps some for ever" if steps else None,
+        )
+    if step is not None:
+        there = [there[steps.index(step)]]
+    for checkpoint in there:
+        try:
+            return checkpoint, checkpoint_folder.verify(checkpoint, weights_only=True)
+        except CheckpointError as error:
+            if checkpoint == there[-1]:
+                raise
+            reporter.say(f"{error.what}: {error.got}; passed over")
+    raise AssertionError("unreachable: the last one is returned or raises")

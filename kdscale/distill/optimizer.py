@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.config_distill import OptimizerConfig
-from kdscale.distill.zero3 import whole_shape
+from kdscale.config.distill import OptimizerConfig
+from kdscale.distill.parallel.zero3_loading import whole_shape
 
 
 class GuardedAdamW(torch.optim.AdamW):

@@ -12,31 +12,40 @@ import math
 import re
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdscale.config import Config
-from kdscale.config_distill import TEACHER_TOKEN
-from kdscale.config_observe import ProfileConfig, SpikeConfig, TrackingConfig
-from kdscale.data.loader import PackedLoader
-from kdscale.data.store import TokenStore
-from kdscale.dist import rank
-from kdscale.distill import state
+from kdscale.config.load import load_config
+from kdscale.config.root import Config
+from kdscale.config.targets import TEACHER_TOKEN
+from kdscale.config.telemetry import ProfileConfig, SpikeConfig, TrackingConfig
+from kdscale.data.batches import PackedLoader
+from kdscale.data.token_store import TokenStore
+from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.engine import Session, open_session
-from kdscale.distill.schedules import total_steps
-from kdscale.distill.seeds import seed_step
-from kdscale.distill.step import Clock, to_device, train_step
-from kdscale.errors import ConfigError
-from kdscale.losses import TERMS, per_token
-from kdscale.metrics import read_metrics
-from kdscale.models import load_tokenizer
-from kdscale.progress import Reporter
+from kdscale.distill.objectives.token_divergence import TERMS, per_token
+from kdscale.distill.schedule import seed_step, total_steps
+from kdscale.distill.step import to_device, train_step
+from kdscale.distill.telemetry.clock import Clock
+from kdscale.errors import ConfigError, RunFolderError
+from kdscale.files import explain_os_errors, write_json
+from kdscale.models.loading import load_tokenizer
+from kdscale.runs.folder import RunFolder
+from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.progress import Reporter
+from kdscale.runtime.ranks import rank
+from kdscale.weights import resolve_teacher
 
 _HEAD_TOKENS = 48  # of a text that is shown
+
+
 _LAYER = re.compile(r"\.(\d+)\.")
+
+
 _PARTS = (("norm", ("norm", "ln_")), ("attention", ("attn", "attention")), ("ffn", ("mlp", "feed_forward", "moe")))
 
 
@@ -60,7 +69,7 @@ class Start:
 
 def find_start(checkpoints: Path, step: int) -> Start:
     """The newest whole checkpoint that was written before `step` (counted from 1) was trained."""
-    for path in state.complete_steps(checkpoints):
+    for path in checkpoint_folder.complete_steps(checkpoints):
         found = int(path.name.removeprefix("step-"))
         if found < step:
             return Start(path, found)
@@ -227,3 +236,44 @@ def _with_texts(
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def replay_step(
+    folder: Path, step: int, *, overrides: Sequence[str], max_steps: int, nearest: bool, reporter: Reporter
+) -> tuple[dict[str, Any], Path]:
+    """Run one training step of `folder` again; returns what was found and the file it is in.
+
+    Writes nothing else there and takes no lock, so it may be called while the run goes on elsewhere. Raises
+    RunFolderError when the folder is no run, or has not come to the distillation.
+    """
+    run = RunFolder(folder)
+    if not run.config.exists():
+        raise RunFolderError(f"{folder} is not a run folder", expected="a folder with config.yaml")
+    config = load_config(run.config, overrides)
+    for part in (run.pruned / "config.json", run.data / "manifest.json"):
+        if not part.exists():
+            raise RunFolderError(f"{folder}: no step was trained yet", expected=str(part), got="no such file")
+    teacher = distilled_from(run, config, resolve_teacher(config.teacher))
+
+    found = replay(
+        config, Folders(run.path, teacher, run.pruned, run.data), step, max_steps=max_steps, nearest=nearest,
+        reporter=reporter,
+    )  # fmt: skip
+    file = run.path / "replay" / f"step-{step}.json"
+    with explain_os_errors(file):
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, found)
+    return found, file
+
+
+def distilled_from(run: RunFolder, config: Config, teacher: Path) -> Path:
+    """Whose distribution the student learned: with `distill.teacher: previous` the student of the step before."""
+    if config.distill.teacher == "original":
+        return teacher
+    if config.steps:
+        steps, before = run.steps, len(config.steps)
+    elif run.path.resolve().parent.name == "steps":
+        steps, before = run.path.resolve().parent, int(run.path.resolve().name.split("-")[0]) - 1
+    else:
+        return teacher
+    return next((RunFolder(path).student for path in steps.glob(f"{before}-*")), teacher)

@@ -5,7 +5,6 @@ B sequences, S positions, N valid positions, H hidden size, K teacher's top entr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.config_distill import LossConfig
-from kdscale.data.loader import Batch
-from kdscale.dist import all_reduce_sum, world_size
-from kdscale.heads import VocabShard, head_of
-from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
-from kdscale.sequence import SequenceShare
-from kdscale.teacher import Teacher
+from kdscale.config.objectives import LossConfig
+from kdscale.data.batches import Batch
+from kdscale.distill.objectives.token_divergence import TERMS, distillation_loss, full_distillation_loss
+from kdscale.distill.telemetry.clock import Clock
+from kdscale.models.head import VocabShard, head_of
+from kdscale.models.sequence_parallel import SequenceShare
+from kdscale.runtime.ranks import all_reduce_sum, world_size
+from kdscale.teacher.source import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_launch.watchdog import enter
-
-PHASES = ("data", "teacher", "student", "loss", "backward", "optimiser")
 
 
 @dataclass(frozen=True)
@@ -91,36 +89,6 @@ class StudentModule(nn.Module):
             vocab_size=self._vocab_size,
             shard=self._shard,
         )
-
-
-class Clock:
-    """Seconds by phase. On a GPU the marks are events, read after the step's one host sync."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []
-        self._began = time.perf_counter()
-        self.mark("start")
-
-    def elapsed(self) -> float:
-        """Wall seconds since the clock was made."""
-        return time.perf_counter() - self._began
-
-    def mark(self, phase: str) -> None:
-        """Everything since the previous mark was `phase`."""
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((phase, event))
-        else:
-            self._marks.append((phase, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        """Totals by phase; the caller has already waited for the device."""
-        totals = dict.fromkeys(PHASES, 0.0)
-        for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
-            totals[phase] += before.elapsed_time(after) / 1000 if self._cuda else after - before
-        return totals
 
 
 def train_step(

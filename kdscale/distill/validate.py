@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from kdscale.data.loader import Batch
-from kdscale.dist import all_reduce_sum
-from kdscale.distill.mesh import Mesh
+from kdscale.data.batches import Batch
+from kdscale.distill.objectives.token_divergence import TERMS, per_token
+from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.step import to_device
-from kdscale.losses import TERMS, per_token
-from kdscale.teacher import Teacher
+from kdscale.runtime.ranks import all_reduce_sum
+from kdscale.teacher.source import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_launch.watchdog import enter
 

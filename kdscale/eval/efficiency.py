@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from kdscale.config import EvalConfig
+from kdscale.config.evaluate import EvalConfig
 from kdscale.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kdscale.progress import Reporter
+    from kdscale.runtime.progress import Reporter
 
 REPEATS = 5
 _KV_BYTES_PER_VALUE = 2  # bf16, what a server would keep, whatever dtype the evaluation ran in
@@ -212,7 +212,8 @@ def _pieces_of_work(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Load and warm up, then `repeats` rounds, each yielding {}; last the figures."""
     import torch
 
-    from kdscale.models import load_model, resolve_device, resolve_dtype, set_threads
+    from kdscale.models.loading import load_model
+    from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 
     threads = set_threads(options.threads)
     device = resolve_device(options.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdscale.errors import CheckpointError
-from kdscale.heads import Head, final_hidden, head_of
+from kdscale.models.head import Head, final_hidden, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

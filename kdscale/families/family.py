@@ -29,6 +29,8 @@ from kdscale.families.schema import (
 )
 
 Config = Mapping[str, Any]
+
+
 # Counted as embedding parameters: tables that grow with the vocabulary or the context, not with the depth.
 EMBEDDING_ROLES = ("embed", "position_embed", "head", "head_bias")
 
@@ -350,3 +352,7 @@ def _dotted(config: Any, path: str) -> Any:
     for part in path.split("."):
         config = config.get(part) if isinstance(config, Mapping) else None
     return config
+
+
+# What a shape is made of; `head_dim` and `vocab` never change and are folded into the coefficients.
+SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models

@@ -17,21 +17,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdscale.config import PruneConfig
-from kdscale.dist import is_writer
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
 from kdscale.files import remove_leftovers, remove_tree, write_json
-from kdscale.progress import Reporter
-from kdscale.prune.expert_repair import expert_name
-from kdscale.prune.gaps import ROLE, Repaired, gaps, repaired_gaps
+from kdscale.models.hidden_states import IN_MEMORY, Scratch
+from kdscale.models.layer_stream import LayerStream, TokenBatch
+from kdscale.prune.compensation.experts import expert_name
+from kdscale.prune.compensation.layer_gaps import ROLE, Repaired, gaps, repaired_gaps
+from kdscale.prune.compensation.one_stream import compensated_layers, compensated_roles
+from kdscale.prune.compensation.recovered_error import Residuals
+from kdscale.prune.compensation.two_stream import two_stream_layers
 from kdscale.prune.plan import Plan
-from kdscale.prune.repair import compensated_layers, compensated_roles
-from kdscale.prune.residual import Residuals
 from kdscale.prune.slicing import Slicer
-from kdscale.prune.states import IN_MEMORY, Scratch
-from kdscale.prune.stream import LayerStream, TokenBatch
-from kdscale.prune.two_stream import two_stream_layers
+from kdscale.runtime.progress import Reporter
+from kdscale.runtime.ranks import is_writer
 from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars
 
 _BLOCK_BYTES = 1 << 22  # small enough to stay in the processor's cache from reading to writing

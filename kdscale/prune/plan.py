@@ -16,14 +16,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdscale.config import Compensation, LayerRepair, PruneConfig
+from kdscale.config.prune import Compensation, LayerRepair
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
+from kdscale.families.family import SHAPE_AXES
 from kdscale.files import write_text
-from kdscale.prune.cost import SHAPE_AXES
 
 Size = Annotated[int, Field(ge=1)]
+
+
 Indices = list[int]
+
+
 _INT_LIST = re.compile(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]")
 
 
@@ -226,18 +230,6 @@ class Plan(_Part):
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not UTF-8 text", got=str(error)) from error
         return cls.from_json(text, str(path), config=config, family=family)
-
-
-def make_plan(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
-    """Choose the student's shape and the kept units by prediction alone.
-
-    `scores`: arrays as importance.py writes them (see `search.Scores`); None decides shapes only and keeps the first
-    units. Raises ConfigError when the budget cannot be met, a size is not allowed or scores are missing.
-    """
-    from kdscale.prune.search import Search
-
-    search = Search(dict(config), family, scores, cfg)
-    return search.plan(*search.shortlist())
 
 
 def consistency_problems(plan: Plan) -> list[str]:

@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kdscale.config import Config, config_differences, dump_config, load_config, may_change
-from kdscale.config_distill import TEACHER_TOKEN
+from kdscale.config.load import config_differences, dump_config, load_config, may_change
+from kdscale.config.root import Config
+from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.errors import ConfigError, RunFolderError
 from kdscale.files import explain_os_errors, read_json, remove_leftovers, write_json, write_text
 

@@ -80,3 +80,37 @@ def _table() -> dict[str, Gpu]:
         key: Gpu(**{k: v for k, v in row.items() if k != "memory_gib"}, memory=row["memory_gib"] * GIB)
         for key, row in data["gpus"].items()
     }
+
+
+# Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets; the first name that is part of the device's
+# name counts, so longer names come first.
+_PEAK_BF16: dict[str, float] = {
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+
+
+def peak_by_name(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU, from the name the driver gives it."""
+    words = name.replace("-", " ")
+    return next((peak for key, peak in _PEAK_BF16.items() if f" {key} " in f" {words} "), None)

@@ -5,78 +5,31 @@ K kv_heads · head_dim, V vocabulary, L layers, S positions a sequence, N = micr
 
 Every formula says where it is from: *counted* (tensors that autograd saved, or bytes that a process held), *read* (in
 the source of DeepSpeed 0.19.8 or of this project), *paper* (ZeRO, arXiv 1910.02054), or *assumed*. Offloaded bytes are
-counted for the host. benchmarks/plan_run_check.py holds the sum against measured peaks.
+counted for the host. benchmarks/distill/plan_cluster_check.py holds the sum against measured peaks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
-from kdscale.sizing.shape import ModelShape
-from kdscale.sizing.tensor import shared
-
-Placement = Literal["replicated", "partitioned", "offloaded", "served"]
-Device = Literal["cuda", "cpu"]
+from kdscale.sizing.job import Job, Memory, Setting
+from kdscale.sizing.model_shape import ModelShape
+from kdscale.sizing.parallel import shared
 
 # kdscale_kernels.products.CHUNK_BYTES and modes.CPU_WORKSPACE, FEWEST_ROWS, SLICE_BYTES; a test compares
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+
+
 CPU_WORKSPACE, FEWEST_ROWS = 104 << 20, 64
+
+
 # DeepSpeed's defaults (read): parameters of a stage-3 student that stay gathered, and those fetched ahead.
 MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
+
+
 SUB_GROUP = 1_000_000_000
+
+
 # Assumed, not measured: CUDA context and NCCL's buffers; fragments of the caching allocator and this model's own error.
 CONTEXT_BYTES, MARGIN = 1.5 * (1 << 30), 0.10
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained and on how many ranks; `label_share`: positions that have a label, 1 in packed text."""
-
-    student: ModelShape
-    teacher: ModelShape
-    seq_len: int
-    ranks: int
-    ranks_per_node: int
-    item_bytes: int = 2
-    top_k: int | None = 64  # None: the whole vocabulary
-    loss_buffers: int = 1  # [rows, V] arrays of the loss: LossOptions.buffers
-    validate_tokens: int = 0
-    reduce_bucket: int = 500_000_000
-    device: Device = "cuda"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a plan chooses."""
-
-    stage: int
-    micro_batch: int
-    accumulation: int
-    checkpointing: bool
-    placement: Placement
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    hpz: int = 1
-    tensor: int = 1  # ranks that share each layer
-    sequence: int = 1  # ranks that share each sequence
-
-    def rows(self, job: Job) -> int:
-        """Positions of a micro-batch that one rank has."""
-        return self.micro_batch * job.seq_len // self.sequence
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes by component at the fullest moment of a step, which `moment` names; `host` are of one rank's share."""
-
-    parts: dict[str, float]
-    moment: str
-    host: float
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
 
 
 def peak(job: Job, setting: Setting) -> Memory:
@@ -269,7 +222,7 @@ def saved_bytes(job: Job, setting: Setting) -> float:
 def _masks(job: Job, setting: Setting, layers: int) -> float:
     """S² booleans, and b·S² in each of `layers` layers (counted).
 
-    Ranks that share a sequence have one of those for all layers (kdscale/sequence.py), and share none of it.
+    Ranks that share a sequence have one of those for all layers (models/sequence_parallel.py), and share none of it.
     """
     square = setting.micro_batch * job.seq_len**2
     return float(square * (1 + job.item_bytes * (layers if setting.sequence == 1 else 1)))
@@ -296,7 +249,7 @@ def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
 
 
 def loss_bytes(job: Job, setting: Setting) -> float:
-    """linear_sparse_kl's workspace and the gradients that it makes in the forward (read: kdscale_kernels/modes.py)."""
+    """linear_sparse_kl's workspace and the gradients that it makes in the forward (read: fused/memory_plan.py)."""
     rows, model, b = setting.rows(job), job.student, job.item_bytes
     chunk, fast = loss_mode(job, rows)
     hidden = rows * model.hidden

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kdscale.sizing.flops import forward_flops
 from kdscale.sizing.gpus import Cluster
-from kdscale.sizing.memory import Job, Setting
-from kdscale.sizing.sequence import exchange_seconds
-from kdscale.sizing.shape import ModelShape
-from kdscale.sizing.tensor import layer_seconds, shared
+from kdscale.sizing.job import Job, Setting
+from kdscale.sizing.parallel import exchange_seconds, layer_seconds, shared
 
 # Products of few rows are bound by launches and by reading the weights: half of the share at so many tokens. Assumed.
 _HALF_AT_TOKENS = 256
+
+
 # Adam reads gradient, master and two moments and writes the three and the weight: 16 + 12 + 2 bytes a parameter.
 _ADAM_BYTES = 30
 
@@ -41,12 +42,6 @@ class Speed:
     @property
     def step(self) -> float:
         return sum(self.seconds.values())
-
-
-def forward_flops(model: ModelShape, seq_len: int) -> float:
-    """A token: 2 a parameter it is multiplied with (the head's too), and 4·S·A a layer for attention over the whole
-    square, which is what kernels compute under the mask of packed text (PaLM, arXiv 2204.02311, appendix B)."""
-    return 2.0 * model.products + 4.0 * seq_len * model.attention * model.layers
 
 
 def estimate(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Speed:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from kdscale.heads import VocabShard
-from kdscale.sequence import SequenceShare
-from kdscale.teacher.placement import PlacedTeacher
+from kdscale.models.head import VocabShard
+from kdscale.models.sequence_parallel import SequenceShare
+from kdscale.teacher.placement.placed import PlacedTeacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_kernels import linear_topk_lse, vocab_parallel_topk_lse
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kdscale.errors import CheckpointError
-from kdscale.heads import Head
+from kdscale.models.head import Head
 
 
 @dataclass(frozen=True)

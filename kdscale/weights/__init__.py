@@ -1,7 +1,7 @@
 """Checkpoint folders: read lazily, written shard by shard, found by path or hub id."""
 
+from kdscale.weights.locate import resolve_teacher
 from kdscale.weights.reader import Checkpoint, TensorInfo, checkpoint_identity, read_config
-from kdscale.weights.resolve import resolve_teacher
 from kdscale.weights.sidecars import check_tokenizer, copy_sidecars
 from kdscale.weights.writer import ShardWriter
 

@@ -1,6 +1,6 @@
 """Distillation losses that never hold rows × vocabulary logits, for anybody's training loop. See docs/kernels.md."""
 
-from kdscale_kernels.dispatch import BackendUnavailableError, choose_backend
+from kdscale_kernels.backend import BackendUnavailableError, choose_backend
 from kdscale_kernels.ops.linear_full_kl import linear_full_kl
 from kdscale_kernels.ops.linear_sparse_kl import linear_sparse_kl
 from kdscale_kernels.ops.linear_topk_lse import linear_topk_lse

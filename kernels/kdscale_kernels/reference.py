@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdscale_kernels.targets import TEACHER_TAIL_FLOOR
+from kdscale_kernels.rows.teacher_entries import TEACHER_TAIL_FLOOR
 from kdscale_kernels.types import Divergence, FullKL, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")

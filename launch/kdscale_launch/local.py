@@ -14,15 +14,7 @@ from types import FrameType
 from typing import Any
 
 from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, RankFailed
-from kdscale_launch.processes import (
-    Process,
-    ask_for_stacks,
-    end_groups,
-    is_stopped,
-    signal_groups,
-    start,
-    tail,
-)
+from kdscale_launch.processes import Process, ask_for_stacks, end_groups, is_stopped, signal_groups, start, tail
 from kdscale_launch.watchdog import WAITING, beat
 
 _POLL_SECONDS = 0.1

@@ -29,7 +29,7 @@ def start(command: Sequence[str], env: Mapping[str, str], cwd: Path | str | None
     """
     full = list(command)
     if not sys.platform.startswith("linux"):
-        full = [sys.executable, "-m", "kdscale_launch.watch", str(os.getpid()), *full]
+        full = [sys.executable, "-m", "kdscale_launch.parent_watch", str(os.getpid()), *full]
     try:
         return subprocess.Popen(
             full,

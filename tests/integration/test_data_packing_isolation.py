@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdscale.config import SourceConfig
-from kdscale.data.loader import PackedLoader, eval_batches
-from kdscale.data.store import TokenStore
-from kdscale.data.tokens import document_end_id
-from kdscale.progress import Reporter
+from kdscale.config.data import SourceConfig
+from kdscale.data.batches import PackedLoader
+from kdscale.data.heldout import eval_batches
+from kdscale.data.token_store import TokenStore
+from kdscale.data.tokenizing import document_end_id
+from kdscale.runtime.progress import Reporter
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdscale.config import EvalConfig
+from kdscale.config.evaluate import EvalConfig
 from kdscale.errors import CheckpointError
-from kdscale.eval import efficiency, table
-from kdscale.progress import Reporter
+from kdscale.eval import efficiency
+from kdscale.report import comparison
+from kdscale.runtime.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 CONFIG = EvalConfig(prefill_tokens=16, decode_tokens=4)
@@ -83,7 +84,7 @@ def test_speeds_that_differ_by_noise_are_alike() -> None:
     models = {
         name: {"efficiency": {"decode_tokens_per_second": v}, "size": {"parameters": v}} for name, v in speeds.items()
     }
-    rows = {row["key"]: row for row in table.comparison({"models": models})}
+    rows = {row["key"]: row for row in comparison.comparison({"models": models})}
     assert rows["decode_tokens_per_second"]["best"] == ["pruned", "distilled"]
     assert rows["parameters"]["best"] == ["teacher"]
     assert rows["decode_tokens_per_second"]["cells"]["pruned"]["ratio"] == 2.0
@@ -98,7 +99,7 @@ def test_speeds_that_differ_by_noise_are_alike() -> None:
     ],
 )  # fmt: skip
 def test_figures_are_written_for_people(form: str, value: float, text: str) -> None:
-    assert table.written(value, form) == text
+    assert comparison.written(value, form) == text
 
 
 def test_the_command_prints_one_json_line(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kdscale.config import build_config, dump_config
+from kdscale.config.load import build_config, dump_config
 from kdscale.errors import CheckpointError, RunFolderError
-from kdscale.eval.report import write_report
 from kdscale.families import load_family
-from kdscale.prune.plan import make_plan
+from kdscale.prune.search.shapes import make_plan
+from kdscale.report.html import write_report
 
 SECTIONS = (
     "side-by-side", "samples", "distillation", "pruning", "what-was-cut", "importance", "repair",
@@ -232,14 +232,14 @@ def test_a_damaged_file_is_named(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_report_needs_no_torch() -> None:
-    code = "import sys; import kdscale.eval.report; raise SystemExit('torch' in sys.modules)"
+    code = "import sys; import kdscale.report.html; raise SystemExit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
 def test_experts_have_a_row_and_a_map_of_their_own() -> None:
-    from kdscale.eval.gather import _kept, _shape
-    from kdscale.eval.plots import importance
+    from kdscale.report.facts import _kept, _shape
+    from kdscale.report.plots import importance
 
     lists = {"ffn": [[0], [0], [1], [1]], "heads": [[0], [0]], "kv_heads": [[0], [0]], "hidden": [0, 1]}
     plan = {

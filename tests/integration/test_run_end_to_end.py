@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdscale.metrics import read_metrics
+from kdscale.runs.metrics_log import read_metrics
 
 Cli = Callable[..., Any]
 

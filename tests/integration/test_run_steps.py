@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdscale.runs.stage import digest_file
+from kdscale.runs.digests import digest_file
 
 STEPS = """
 steps:

@@ -12,14 +12,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdscale.config import EvalConfig, RuntimeConfig, SourceConfig
-from kdscale.data.loader import Batch, eval_batches
-from kdscale.data.store import TokenStore
+from kdscale.config.data import SourceConfig
+from kdscale.config.evaluate import EvalConfig
+from kdscale.config.root import RuntimeConfig
+from kdscale.data.batches import Batch
+from kdscale.data.heldout import eval_batches
+from kdscale.data.token_store import TokenStore
 from kdscale.errors import CheckpointError
-from kdscale.eval.metrics import Settings, evaluate, score_models
+from kdscale.eval.quality import Settings, evaluate, score_models
 from kdscale.eval.samples import Sampling
 from kdscale.eval.summary import bits_per_byte, mean_and_error, summarise
-from kdscale.progress import Reporter
+from kdscale.runtime.progress import Reporter
 
 QUIET = Reporter(quiet=True)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kdscale.runs import doctor
-from kdscale.runs.doctor import Finding
+from kdscale.jobs import doctor
+from kdscale.jobs.doctor import Finding
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOLLM = ROOT / "tests" / "fixtures" / "teachers" / "smollm2-135m-instruct"
@@ -45,7 +45,7 @@ def run(*args: str, code: str | None = None) -> subprocess.CompletedProcess[str]
         ("launch", "demo", "--torchrun", "--slots", "2", "--set", "distill.micro_batch=1", "--dry-run"),
         ("--version",),
         ("plan", "demo", "--shapes-only", "--set", f"teacher.path={SMOLLM}"),
-        ("plan-run", "demo", "--set", f"teacher.path={SMOLLM}"),
+        ("plan-cluster", "demo", "--set", f"teacher.path={SMOLLM}"),
     ],
 )
 def test_these_commands_load_nothing_heavy(args: tuple[str, ...]) -> None:
@@ -61,10 +61,10 @@ def test_a_plan_of_shapes_shows_what_becomes_of_the_model() -> None:
     assert "704" in done.stdout
 
 
-def test_plan_run_prints_what_fits_and_writes_the_lines(tmp_path: Path) -> None:
+def test_plan_cluster_prints_what_fits_and_writes_the_lines(tmp_path: Path) -> None:
     file = tmp_path / "planned.yaml"
     done = run(
-        "plan-run", "demo", "--set", f"teacher.path={SMOLLM}", "--gpus-per-node", "2", "--tokens", "10B", "--gpu",
+        "plan-cluster", "demo", "--set", f"teacher.path={SMOLLM}", "--gpus-per-node", "2", "--tokens", "10B", "--gpu",
         "h200", "--stage", "2", "--write", str(file),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -86,8 +86,8 @@ def test_plan_run_prints_what_fits_and_writes_the_lines(tmp_path: Path) -> None:
         (("run", "demo", "--set", "teacher.path=/nowhere"), "teacher.path"),
         (("status", "no-such-run"), "no-such-run"),
         (("get-teacher", "gpt-9", "/tmp/x"), "gpt-9"),
-        (("plan-run", "demo", "--gpu", "h1000"), "h100, h200"),
-        (("plan-run", "demo", "--gpu-memory", "many"), "--gpu-memory"),
+        (("plan-cluster", "demo", "--gpu", "h1000"), "h100, h200"),
+        (("plan-cluster", "demo", "--gpu-memory", "many"), "--gpu-memory"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_two(args: tuple[str, ...], needle: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdscale.config import build_config, config_differences, dump_config, load_config
+from kdscale.config.load import build_config, config_differences, dump_config, load_config
 from kdscale.errors import ConfigError
 from kdscale.units import parse_count, parse_target
 

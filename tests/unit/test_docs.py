@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from kdscale.config import Config
+from kdscale.config.root import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 

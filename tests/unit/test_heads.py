@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdscale.heads import final_hidden, head_of
+from kdscale.models.head import final_hidden, head_of
 from tests.integration.prune.family_table import tiny_config
 
 

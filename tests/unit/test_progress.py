@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from kdscale import progress
-from kdscale.progress import Reporter
+from kdscale.runtime import progress
+from kdscale.runtime.progress import Reporter
 
 
 def test_a_terminal_gets_a_bar_with_rate_time_left_and_note() -> None:

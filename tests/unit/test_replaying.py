@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from kdscale.config import Config, build_config
+from kdscale.config.load import build_config
+from kdscale.config.root import Config
+from kdscale.distill.replay import distilled_from, replay_step
 from kdscale.errors import RunFolderError
-from kdscale.progress import Reporter
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.replaying import distilled_from, replay_step
+from kdscale.runtime.progress import Reporter
 
 TEACHER = Path("teacher")
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kdscale.config import Config, build_config
+from kdscale.config.load import build_config
+from kdscale.config.root import Config
 from kdscale.errors import RunFolderError
 from kdscale.files import write_text
-from kdscale.progress import Reporter
+from kdscale.pipeline.stage import Context, Stage, run_stage
+from kdscale.runs.digests import digest_file
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.stage import Context, Stage, digest_file, run_stage
+from kdscale.runtime.progress import Reporter
 
 
 def config(**fields: Any) -> Config:

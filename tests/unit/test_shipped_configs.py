@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from kdscale.cli.shipped import config_folder, find_config
-from kdscale.config import Config, load_config
+from kdscale.config.load import config_folder, find_config, load_config
+from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
-from kdscale.prune.plan import Plan, make_plan
-from kdscale.runs.pipeline import plan_shapes
+from kdscale.pipeline.checks import plan_shapes
+from kdscale.prune.plan import Plan
+from kdscale.prune.search.shapes import make_plan
 
 TEACHERS = Path(__file__).resolve().parents[1] / "fixtures" / "teachers"
 NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from kdscale.config import Config, build_config
+from kdscale.config.load import build_config
+from kdscale.config.root import Config
+from kdscale.distill.telemetry.trackers import IDS_FILE, Trackers, check_trackers, open_trackers
 from kdscale.errors import ConfigError
 from kdscale.files import read_json
-from kdscale.tracking import IDS_FILE, Trackers, check_trackers, open_trackers
 
 
 def config(run_dir: Path, **tracking: Any) -> Config:
@@ -147,8 +148,8 @@ def test_failures_are_said_once_and_five_in_a_row_end_it(failures: int, taken: l
 
 def test_training_never_waits_for_a_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tracker that hangs: rows beyond the queue are dropped, closing gives up, both are said."""
-    monkeypatch.setattr("kdscale.tracking._QUEUE_ROWS", 2)
-    monkeypatch.setattr("kdscale.tracking._CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("kdscale.distill.telemetry.trackers._QUEUE_ROWS", 2)
+    monkeypatch.setattr("kdscale.distill.telemetry.trackers._CLOSE_SECONDS", 0.05)
     entered, free = threading.Event(), threading.Event()
 
     class Hanging(Failing):

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdscale_kernels import checks
-from kdscale_kernels.dispatch import choose_backend
-from kdscale_kernels.limits import full_limit
-from kdscale_kernels.made_in_forward import Made, made_in_forward
-from kdscale_kernels.products import GradientSums, Head, chunk_bytes_for, compute_dtypes, row_chunks
-from kdscale_kernels.rows_full import FullRowSums, full_buffers, run_full_rows_step
+from kdscale_kernels.backend import choose_backend
+from kdscale_kernels.fused.autograd import Made, made_in_forward
+from kdscale_kernels.fused.products import GradientSums, Head, chunk_bytes_for, compute_dtypes, row_chunks
+from kdscale_kernels.ops import arguments
+from kdscale_kernels.row_steps import run_full_rows_step
+from kdscale_kernels.rows.limits import full_limit
+from kdscale_kernels.rows.results import FullRowSums
+from kdscale_kernels.rows.torch_full import full_buffers
 from kdscale_kernels.types import Backend, Divergence, FullKL, LossOptions
 
 
@@ -60,9 +62,9 @@ def linear_full_kl(
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, softcap=softcap, skew=skew)
     if teacher_softcap is not None and not teacher_softcap > 0.0:
         raise ValueError(f"teacher_softcap: expected None or a positive number, got {teacher_softcap!r}")
-    checks.check_linear(hidden_NH, weight_VH, bias_V)
-    checks.check_linear(teacher_hidden_NG, teacher_weight_VG, teacher_bias_V, "teacher_")
-    checks.check_two_models(hidden_NH, teacher_hidden_NG, labels_N)
+    arguments.check_linear(hidden_NH, weight_VH, bias_V)
+    arguments.check_linear(teacher_hidden_NG, teacher_weight_VG, teacher_bias_V, "teacher_")
+    arguments.check_two_models(hidden_NH, teacher_hidden_NG, labels_N)
     vocab = _shared_vocab(vocab_size, weight_VH.shape[0], teacher_weight_VG.shape[0])
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     teacher_operand, teacher_accumulate = compute_dtypes(teacher_hidden_NG, teacher_weight_VG)
@@ -71,7 +73,7 @@ def linear_full_kl(
     chosen = choose_backend(backend, hidden_NH.device, cannot=full_limit(accumulate))
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M = labels_N[valid_M].long()
-    checks.check_label_values(labels_M, vocab)
+    arguments.check_label_values(labels_M, vocab)
     grad_on = torch.is_grad_enabled()
     problem = _Problem(
         valid_M,
@@ -165,4 +167,4 @@ def _shared_vocab(vocab_size: int | None, student: int, teacher: int) -> int:
             f"vocab_size: the heads have {student} (student) and {teacher} (teacher) rows; "
             "name the number of real entries both share"
         )
-    return checks.resolve_vocab(vocab_size, min(student, teacher), "the smaller head")
+    return arguments.resolve_vocab(vocab_size, min(student, teacher), "the smaller head")

@@ -10,16 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdscale_kernels import checks
-from kdscale_kernels import targets as target_lists
-from kdscale_kernels.dispatch import choose_backend
-from kdscale_kernels.fast import run_fast
-from kdscale_kernels.lean import run_lean
-from kdscale_kernels.limits import sparse_limit
-from kdscale_kernels.made_in_forward import made_in_forward
-from kdscale_kernels.modes import Shape, layout_for
-from kdscale_kernels.problem import Problem
-from kdscale_kernels.products import compute_dtypes, grad_dtype_for, logits_may_be_narrow
+from kdscale_kernels.backend import choose_backend
+from kdscale_kernels.fused.autograd import made_in_forward
+from kdscale_kernels.fused.memory_plan import Problem, Shape, layout_for
+from kdscale_kernels.fused.products import compute_dtypes, grad_dtype_for, logits_may_be_narrow
+from kdscale_kernels.fused.row_chunks import run_fast
+from kdscale_kernels.fused.vocab_slices import run_lean
+from kdscale_kernels.ops import arguments
+from kdscale_kernels.rows import teacher_entries as target_lists
+from kdscale_kernels.rows.limits import sparse_limit
 from kdscale_kernels.types import Backend, Divergence, LossOptions, Mode, SparseKL, Tail
 
 
@@ -72,19 +71,19 @@ def linear_sparse_kl(
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
-    checks.check_linear(hidden_NH, weight_VH, bias_V)
-    checks.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
-    checks.check_weights(ids_NK, target_weights_NK, tail)
-    checks.check_same_device(hidden_NH, ids_NK)
-    vocab = checks.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
+    arguments.check_linear(hidden_NH, weight_VH, bias_V)
+    arguments.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+    arguments.check_weights(ids_NK, target_weights_NK, tail)
+    arguments.check_same_device(hidden_NH, ids_NK)
+    vocab = arguments.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     chosen = choose_backend(backend, hidden_NH.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
     logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
     weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
-    checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
-    checks.check_weight_values(weights_MK, logits_MK)
+    arguments.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
+    arguments.check_weight_values(weights_MK, logits_MK)
     grad_on = torch.is_grad_enabled()
     wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V))
     shape = Shape(

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdscale_kernels import checks
-from kdscale_kernels.dispatch import choose_backend
-from kdscale_kernels.limits import topk_limit
-from kdscale_kernels.narrow_topk import NARROW_BYTES, narrow_fits, narrow_topk_lse
-from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, logits_may_be_narrow, row_chunks
-from kdscale_kernels.rows import cap_
-from kdscale_kernels.topk import topk_rows
+from kdscale_kernels.backend import choose_backend
+from kdscale_kernels.fused.bf16_topk import NARROW_BYTES, narrow_fits, narrow_topk_lse
+from kdscale_kernels.fused.products import Head, chunk_bytes_for, compute_dtypes, logits_may_be_narrow, row_chunks
+from kdscale_kernels.ops import arguments
+from kdscale_kernels.rows.limits import topk_limit
+from kdscale_kernels.rows.torch_sparse import cap_
+from kdscale_kernels.rows.torch_topk import topk_rows
 from kdscale_kernels.types import Backend, LossOptions, TopKLse
 
 
@@ -39,11 +39,11 @@ def linear_topk_lse(
     on a CPU, 1 GiB on CUDA. No gradients.
     A NaN logit makes its row's lse NaN. Raises ValueError for arguments that do not fit together.
     """
-    checks.check_linear(hidden_NH, weight_VH, bias_V)
+    arguments.check_linear(hidden_NH, weight_VH, bias_V)
     options = LossOptions(temperature=temperature, softcap=softcap)
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
-    vocab = checks.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
+    vocab = arguments.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
     k = min(k, vocab)
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     device = hidden_NH.device
@@ -77,7 +77,7 @@ def topk_lse_step(z_CV: Tensor, k: int, options: LossOptions, backend: str) -> t
     A row of -inf alone has a log-sum-exp of -inf.
     """
     if backend == "triton":
-        from kdscale_kernels.triton_topk import topk_lse_rows
+        from kdscale_kernels.triton_kernels.topk import topk_lse_rows
 
         return topk_lse_rows(z_CV, k, options.temperature, options.softcap)
     if options.softcap is not None:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdscale_kernels import checks
-from kdscale_kernels import targets as target_lists
-from kdscale_kernels.dispatch import choose_backend
-from kdscale_kernels.limits import sparse_limit
-from kdscale_kernels.made_in_forward import refuse_double_backward, scale
-from kdscale_kernels.products import chunk_bytes_for, row_chunks
-from kdscale_kernels.rows import RowSums, run_rows_step
+from kdscale_kernels.backend import choose_backend
+from kdscale_kernels.fused.autograd import refuse_double_backward, scale
+from kdscale_kernels.fused.products import chunk_bytes_for, row_chunks
+from kdscale_kernels.ops import arguments
+from kdscale_kernels.row_steps import run_rows_step
+from kdscale_kernels.rows import teacher_entries as target_lists
+from kdscale_kernels.rows.limits import sparse_limit
+from kdscale_kernels.rows.results import RowSums
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
 
 
@@ -51,18 +52,18 @@ def sparse_kl(
     options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
     if logits_NV.dim() != 2 or not logits_NV.is_floating_point() or logits_NV.shape[1] == 0:
         raise ValueError(f"logits_NV: expected a 2-D floating tensor, got {logits_NV.dtype} {tuple(logits_NV.shape)}")
-    checks.check_targets(logits_NV.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
-    checks.check_weights(ids_NK, target_weights_NK, tail)
-    checks.check_same_device(logits_NV, ids_NK)
-    vocab = checks.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
+    arguments.check_targets(logits_NV.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+    arguments.check_weights(ids_NK, target_weights_NK, tail)
+    arguments.check_same_device(logits_NV, ids_NK)
+    vocab = arguments.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
     accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     chosen = choose_backend(backend, logits_NV.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
     logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
     weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
-    checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
-    checks.check_weight_values(weights_MK, logits_MK)
+    arguments.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
+    arguments.check_weight_values(weights_MK, logits_MK)
     targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK)
     want_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     chunk_bytes = chunk_bytes_for(chunk_bytes, logits_NV.device)
@@ -107,7 +108,7 @@ def _run(source_NV: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
 
 def _run_over_logits(source_NV: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     """As _run, for the Triton kernel: one launch that reads the logits where they are and writes the gradient there."""
-    from kdscale_kernels.triton_rows import rows_step_triton
+    from kdscale_kernels.triton_kernels.sparse import rows_step_triton
 
     grad_NV = source_NV if call.inplace else source_NV.clone(memory_format=torch.contiguous_format)
     per_row, _ = rows_step_triton(

@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdscale_kernels import checks
-from kdscale_kernels import targets as target_lists
-from kdscale_kernels.dispatch import BackendUnavailableError, choose_backend
-from kdscale_kernels.groups import Claim, Shard, agree
-from kdscale_kernels.limits import sparse_limit, topk_limit
-from kdscale_kernels.made_in_forward import Made, made_in_forward
+from kdscale_kernels.backend import BackendUnavailableError, choose_backend
+from kdscale_kernels.fused.autograd import Made, made_in_forward
+from kdscale_kernels.fused.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
+from kdscale_kernels.fused.shard_agreement import Claim, Shard, agree
+from kdscale_kernels.fused.shard_rows import ShardHead, shard_rows_step
+from kdscale_kernels.ops import arguments
 from kdscale_kernels.ops.linear_topk_lse import topk_lse_step
-from kdscale_kernels.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
-from kdscale_kernels.rows import RowSums
-from kdscale_kernels.shards import ShardHead, shard_rows_step
+from kdscale_kernels.rows import teacher_entries as target_lists
+from kdscale_kernels.rows.limits import sparse_limit, topk_limit
+from kdscale_kernels.rows.results import RowSums
 from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")
@@ -59,7 +59,7 @@ def vocab_parallel_topk_lse(
     claim: Claim | ValueError | BackendUnavailableError
     chosen, chunk_bytes = "torch", chunk_bytes_for(chunk_bytes, hidden_NH.device)
     try:
-        checks.check_linear(hidden_NH, weight_VsH, bias_Vs)
+        arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
         options = LossOptions(temperature=temperature, softcap=softcap)
         if k < 1:
             raise ValueError(f"k: expected at least 1, got {k}")
@@ -155,17 +155,17 @@ def vocab_parallel_sparse_kl(
     wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VsH, bias_Vs))
     try:
         options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
-        checks.check_linear(hidden_NH, weight_VsH, bias_Vs)
-        checks.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
-        checks.check_weights(ids_NK, target_weights_NK, tail)
-        checks.check_same_device(hidden_NH, ids_NK)
+        arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
+        arguments.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
+        arguments.check_weights(ids_NK, target_weights_NK, tail)
+        arguments.check_same_device(hidden_NH, ids_NK)
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
         valid_M = (labels_N != ignore_index).nonzero()[:, 0]
         labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
         logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
         weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
-        checks.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab_size)
-        checks.check_weight_values(weights_MK, logits_MK)
+        arguments.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab_size)
+        arguments.check_weight_values(weights_MK, logits_MK)
         chosen = choose_backend(backend, hidden_NH.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
         settings = (options, operand, chunk_bytes)
         sizes = (valid_M.numel(), ids_NK.shape[1])

@@ -17,9 +17,9 @@ from typing import Any
 import deepspeed  # noqa: F401 - imported once, before the forks
 import transformers  # noqa: F401
 
-from kdscale.config import build_config
-from kdscale.distill import engine, loop
-from kdscale.progress import Reporter
+from kdscale.config.load import build_config
+from kdscale.distill import engine, trainer
+from kdscale.runtime.progress import Reporter
 from tests.integration.forks import fork_ranks
 
 KILLED = 77
@@ -36,14 +36,14 @@ def rank_main(job: dict[str, Any], phase: dict[str, Any], rank: int, port: int) 
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    real = loop.Trainer._one_step
+    real = trainer.Trainer._one_step
 
     def one_step(self: Any, number: int, *args: Any) -> int:
         if number == until:
             os._exit(KILLED)
         return real(self, number, *args)
 
-    loop.Trainer._one_step = one_step  # type: ignore[method-assign]
+    trainer.Trainer._one_step = one_step  # type: ignore[method-assign]
     tree = copy.deepcopy(job["config"])
     changed = {key: value for key, value in phase.items() if key not in ("ranks", "until")}
     tree["distill"].update(processes=ranks, micro_batch=1, **changed)

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kdscale.config import Config, SourceConfig, build_config
-from kdscale.data.store import TokenStore
-from kdscale.metrics import read_metrics
-from kdscale.models import load_tokenizer
-from kdscale.progress import Reporter
+from kdscale.config.data import SourceConfig
+from kdscale.config.load import build_config
+from kdscale.config.root import Config
+from kdscale.data.token_store import TokenStore
+from kdscale.models.loading import load_tokenizer
+from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
-from kdscale.config import dump_config
-from kdscale.distill import loop, state
-from kdscale.distill.names import trained_tensors
-from kdscale.distill.pieces import Piece
+from kdscale.config.load import dump_config
+from kdscale.distill import trainer
+from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.distill.export import export_run
 from kdscale.errors import CheckpointError, RunFolderError
-from kdscale.progress import Reporter
-from kdscale.runs.exporting import export_run
+from kdscale.models.parameter_map import Piece, trained_tensors
+from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -93,7 +93,7 @@ def test_what_cannot_be_exported_is_refused(finished, tmp_path):
 
 
 def test_a_damaged_newest_one_is_passed_over_unless_it_was_asked_for(finished, tmp_path):
-    victim = state.step_dir(finished / "checkpoints", 8) / state.rank_file(0)
+    victim = checkpoint_folder.step_dir(finished / "checkpoints", 8) / checkpoint_folder.rank_file(0)
     data = bytearray(victim.read_bytes())
     data[5000] ^= 1
     victim.write_bytes(data)
@@ -144,7 +144,7 @@ def test_a_model_whose_names_are_not_on_disk_is_refused_before_training(distil, 
     tensors = load_file(other / "model.safetensors")
     tensors["old.norm.weight"] = tensors.pop("model.norm.weight")
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(loop.Trainer, "_one_step", lambda *args: pytest.fail("a step was taken"))
+    monkeypatch.setattr(trainer.Trainer, "_one_step", lambda *args: pytest.fail("a step was taken"))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
         distil(tmp_path / "run", student=other)
     assert json.loads((other / "config.json").read_text())["model_type"] == "llama"

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from kdscale.data.loader import PackedLoader
-from kdscale.data.store import TokenStore
-from kdscale.distill.schedules import cosine_lr
-from kdscale.metrics import read_metrics
-from kdscale.models import load_model
+from kdscale.data.batches import PackedLoader
+from kdscale.data.token_store import TokenStore
+from kdscale.distill.schedule import cosine_lr
+from kdscale.models.loading import load_model
+from kdscale.runs.metrics_log import read_metrics
 
 
 def losses(rows):

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdscale.distill import loop
-from kdscale.metrics import read_metrics
-from kdscale_kernels import products
+from kdscale.distill import step, trainer
+from kdscale.runs.metrics_log import read_metrics
+from kdscale_kernels.fused import products
 
 WORKER = Path(__file__).parent / "pair_worker.py"
 ROOT = WORKER.parents[3]
@@ -87,7 +87,7 @@ class _Rows(TorchDispatchMode):
 def test_no_tokens_by_vocabulary_and_no_teacher_between_steps(distil, tmp_path, monkeypatch):
     """190 tokens a micro-batch, vocabulary 320: nothing has more rows than the heads have columns (96)."""
     monkeypatch.setitem(products.CHUNK_BYTES, "cpu", 8 << 10)
-    train_step, tokens, left = loop.train_step, [], []
+    train_step, tokens, left = step.train_step, [], []
 
     def look(engine, teacher, batches, *rest):
         tokens.extend(batch.token_count for batch in batches)
@@ -95,7 +95,7 @@ def test_no_tokens_by_vocabulary_and_no_teacher_between_steps(distil, tmp_path, 
         left.append(sum(parameter.numel() for parameter in teacher.model.parameters()))
         return out
 
-    monkeypatch.setattr(loop, "train_step", look)
+    monkeypatch.setattr(trainer, "train_step", look)
     with _Rows(320) as rows:
         distil(tmp_path, **{**SETTINGS, "micro_batch": 4})
     assert rows.most == 96

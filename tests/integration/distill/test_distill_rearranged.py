@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from kdscale.distill import loop, state
-from kdscale.metrics import read_metrics
+from kdscale.distill import schedule, trainer
+from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 8
@@ -73,9 +74,9 @@ def test_the_losses_go_on_with_any_number_of_ranks_and_any_stage(
 
 def test_every_rank_has_a_file_and_all_of_them_make_up_the_student(chained):
     folders, _ = chained
-    newest = state.complete_steps(folders["float32"] / "checkpoints")[0]
-    manifest = state.verify(newest)
-    assert list(manifest["files"]) == [state.rank_file(rank) for rank in range(4)]
+    newest = checkpoint_folder.complete_steps(folders["float32"] / "checkpoints")[0]
+    manifest = checkpoint_folder.verify(newest)
+    assert list(manifest["files"]) == [checkpoint_folder.rank_file(rank) for rank in range(4)]
     sizes = [about["bytes"] for about in manifest["files"].values()]
     assert max(sizes) < 1.5 * min(sizes)  # the writing is shared
 
@@ -85,10 +86,10 @@ def test_a_checkpoint_in_the_background_changes_no_byte(distil, tmp_path, stage)
     settings = {"zero_stage": stage, "checkpoint_every": 1}
     distil(tmp_path / "one", **settings)
     distil(tmp_path / "two", async_checkpoints=True, **settings)
-    one, two = (state.complete_steps(tmp_path / name / "checkpoints") for name in ("one", "two"))
+    one, two = (checkpoint_folder.complete_steps(tmp_path / name / "checkpoints") for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two]
     for left, right in zip(one, two, strict=True):
-        name = state.rank_file(0)
+        name = checkpoint_folder.rank_file(0)
         assert (left / name).read_bytes() == (right / name).read_bytes()
 
 
@@ -96,8 +97,10 @@ def test_dropout_draws_the_same_after_a_resume(distil, tmp_path, monkeypatch):
     """The tiny model has no dropout: here the learning rate of a step is drawn where dropout would draw."""
     import torch
 
-    real_rate, real_step = loop.cosine_lr, loop.Trainer._one_step
-    monkeypatch.setattr(loop, "cosine_lr", lambda *args, **kwargs: real_rate(*args, **kwargs) * float(torch.rand(())))
+    real_rate, real_step = schedule.cosine_lr, trainer.Trainer._one_step
+    monkeypatch.setattr(
+        trainer, "cosine_lr", lambda *args, **kwargs: real_rate(*args, **kwargs) * float(torch.rand(()))
+    )
     whole = distil(tmp_path / "whole")
 
     def die_at_5(self, number, *args):
@@ -106,6 +109,6 @@ def test_dropout_draws_the_same_after_a_resume(distil, tmp_path, monkeypatch):
         return real_step(self, number, *args)
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(loop.Trainer, "_one_step", die_at_5)
+        patch.setattr(trainer.Trainer, "_one_step", die_at_5)
         distil(tmp_path / "cut")
     assert losses(distil(tmp_path / "cut")) == losses(whole)

@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdscale import sequence
-from kdscale.distill import loop, state, step
+from kdscale.distill import step
+from kdscale.distill import trainer as loop
+from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.distill.objectives import token_divergence
 from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingError
-from kdscale.metrics import read_metrics
+from kdscale.models import head, sequence_parallel
+from kdscale.runs.metrics_log import read_metrics
 
 PURE_KD = {
     "loss": {"top_k": 32},
@@ -98,7 +101,7 @@ def snapshot(trainer):
 )
 def test_a_bad_step_leaves_no_trace(distil, tmp_path, monkeypatch, stage, dtype):
     """NaN in one micro-batch's loss at step 3 (of 8): skipped, counted, nothing of student or optimiser moves."""
-    calls, real_loss, real_step, same = [0], step.distillation_loss, loop.Trainer._one_step, {}
+    calls, real_loss, real_step, same = [0], token_divergence.distillation_loss, loop.Trainer._one_step, {}
 
     def loss(*args, **kwargs):
         total, terms = real_loss(*args, **kwargs)
@@ -151,8 +154,8 @@ def test_a_bad_gradient_is_found_where_the_forward_is_clean(distil, tmp_path, mo
         def backward(ctx, grad):
             return grad * float("inf")
 
-    real = sequence.final_hidden
-    monkeypatch.setattr(sequence, "final_hidden", lambda *args: Blow.apply(real(*args)))
+    real = head.final_hidden
+    monkeypatch.setattr(sequence_parallel, "final_hidden", lambda *args: Blow.apply(real(*args)))
     with pytest.raises(TrainingError, match=r"forward is finite; first non-finite gradient: .*model\.norm"):
         distil(tmp_path, guard={"max_skipped_in_a_row": 2})
 
@@ -204,14 +207,14 @@ def test_sigterm_saves_and_leaves(spawn, make_config, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "SIGTERM" in said
-    saved = state.complete_steps(tmp_path / "checkpoints")
+    saved = checkpoint_folder.complete_steps(tmp_path / "checkpoints")
     assert len(saved) == 1
     last = [row["step"] for row in read_metrics(log) if row["kind"] == "train"][-1]
-    assert state.verify(saved[0])["step"] == last
+    assert checkpoint_folder.verify(saved[0])["step"] == last
 
 
 def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, monkeypatch):
-    real = loop.train_step
+    real = step.train_step
     calls = [0]
 
     def interrupt(*args):
@@ -237,8 +240,8 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, mon
 def test_a_torn_newest_checkpoint_is_passed_over(distil, tmp_path):
     distil(tmp_path)
     expected = student_bytes(tmp_path)
-    newest = state.complete_steps(tmp_path / "checkpoints")[0]
-    victim = newest / state.rank_file(0)
+    newest = checkpoint_folder.complete_steps(tmp_path / "checkpoints")[0]
+    victim = newest / checkpoint_folder.rank_file(0)
     victim.write_bytes(victim.read_bytes()[:-100])
     shutil.rmtree(tmp_path / "student")
     rows = distil(tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from kdscale.metrics import read_metrics
+from kdscale.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 # name → phases of (ranks, of which so many share a sequence, killed when it begins this step, other settings)

@@ -13,13 +13,13 @@ import pytest
 import torch
 import uvicorn
 
-from kdscale.config import build_config
+from kdscale.config.load import build_config
 from kdscale.errors import CheckpointError, ConfigError, LostRankError
-from kdscale.models import load_model
-from kdscale.runs import teacher_service
+from kdscale.jobs import serve_teacher
+from kdscale.models.loading import load_model
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.teacher_service import Answerer, make_app, make_token
-from kdscale.teacher.served import ServedTeacher
+from kdscale.teacher.remote import ServedTeacher
+from kdscale.teacher.server import Answerer, make_app, make_token
 
 TOKEN = "a-token-of-the-test"
 _TREE: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
@@ -30,7 +30,7 @@ def service(tiny_llama_dir: Path) -> Iterator[str]:
     """The address of a running service."""
     model = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
     app = make_app(Answerer(model, tiny_llama_dir, device=torch.device("cpu"), max_tokens=4096), TOKEN)
-    listener = teacher_service._listen("127.0.0.1", 0)
+    listener = serve_teacher._listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kdscale.distill import engine as kdscale_engine
-from kdscale.distill.fragments import Fragments
-from kdscale.distill.pieces import KINDS, PieceIndex, PieceReader, write_pieces
+from kdscale.distill.checkpoint.rank_files import KINDS, PieceIndex, PieceReader, write_pieces
+from kdscale.distill.checkpoint.zero_state import Fragments
 
 WAYS = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
 STEPS = 3

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kdscale.distill import state
-from kdscale.distill.tensor_check import FAMILIES, check_models
+from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.distill.parallel.checks import FAMILIES, check_tensor_parallel
 from kdscale.errors import ConfigError
-from kdscale.metrics import read_metrics
+from kdscale.runs.metrics_log import read_metrics
 from tests.integration.prune.family_table import save_teacher
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -143,8 +143,8 @@ def test_masters_of_parts_have_the_digits_that_bf16_rounds_away(done, student_di
 
 
 def test_each_rank_writes_its_parts_and_the_first_what_all_have(done):
-    path = state.step_dir(done / "two, untied" / "checkpoints", 1)
-    first, second = (load_file(path / state.rank_file(rank)) for rank in range(2))
+    path = checkpoint_folder.step_dir(done / "two, untied" / "checkpoints", 1)
+    first, second = (load_file(path / checkpoint_folder.rank_file(rank)) for rank in range(2))
     assert "master:0:model.layers.0.mlp.down_proj.weight@1:0:64" in first
     assert "master:0:model.layers.0.mlp.down_proj.weight@1:64:128" in second
     assert "master:0:model.norm.weight" in first
@@ -177,7 +177,7 @@ def test_ranks_need_not_divide_heads_units_or_vocabulary(done):
 def test_other_families_and_too_many_ranks_are_refused_by_name(tmp_path, tiny_llama_dir):
     other = save_teacher("gpt_neox", tmp_path / "neox")
     with pytest.raises(ConfigError, match=r"(?s)tensor_parallel.*a teacher of one of gemma2, .*gpt_neox"):
-        check_models(2, {"teacher": other})
+        check_tensor_parallel(2, {"teacher": other})
     with pytest.raises(ConfigError, match=r"(?s)at most the student's kv_heads, 2.*got: +3"):
-        check_models(3, {"student": tiny_llama_dir})
-    check_models(1, {"teacher": other})
+        check_tensor_parallel(3, {"student": tiny_llama_dir})
+    check_tensor_parallel(1, {"teacher": other})

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdscale.data.loader import PackedLoader
-from kdscale.data.store import TokenStore
+from kdscale.data.batches import PackedLoader
+from kdscale.data.token_store import TokenStore
 from kdscale.distill import replay as replaying
 from kdscale.distill import step
-from kdscale.distill.step import PHASES
-from kdscale.distill.throughput import ModelFlops, step_flops
+from kdscale.distill.objectives import token_divergence
+from kdscale.distill.telemetry.clock import PHASES
 from kdscale.errors import ConfigError
-from kdscale.progress import Reporter
+from kdscale.runtime.progress import Reporter
+from kdscale.sizing.flops import ModelFlops, step_flops
 from kdscale.weights import read_config
 
 BAD_STEP, PEAK = 7, 1e11  # the step (from 1) that one sequence spoils
@@ -36,7 +37,7 @@ def spoilt(loader, monkeypatch) -> int:
     """The number of the sequence whose loss is high, wherever it appears as the last one of its micro-batch."""
     number = (BAD_STEP - 1) * 4 + 3
     labels_S = torch.from_numpy(loader.sequence(number).labels_S)
-    bad_N, real = labels_S[labels_S != -100], step.distillation_loss
+    bad_N, real = labels_S[labels_S != -100], token_divergence.distillation_loss
 
     def loss(*args, **kwargs):
         total, terms = real(*args, **kwargs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdscale.distill import loop
+from kdscale.distill import trainer
 from kdscale.errors import ConfigError
 
 CASES = {
@@ -52,17 +52,17 @@ def test_an_offloaded_run_resumes_to_the_same_bytes(distil, tmp_path, monkeypatc
     settings = {"zero_stage": 3, "dtype": "bfloat16", "tokens": 4 * 4 * 48, "checkpoint_every": 2,
                 "zero": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}}  # fmt: skip
     distil(tmp_path / "whole", **settings)
-    real = loop.Trainer._one_step
+    real = trainer.Trainer._one_step
 
     def die_at_3(self, number, *args):
         if number == 3:
             raise ZeroDivisionError
         return real(self, number, *args)
 
-    monkeypatch.setattr(loop.Trainer, "_one_step", die_at_3)
+    monkeypatch.setattr(trainer.Trainer, "_one_step", die_at_3)
     with pytest.raises(ZeroDivisionError):
         distil(tmp_path / "broken", **settings)
-    monkeypatch.setattr(loop.Trainer, "_one_step", real)
+    monkeypatch.setattr(trainer.Trainer, "_one_step", real)
     distil(tmp_path / "broken", **settings)
     whole, broken = ((tmp_path / run / "student" / "model.safetensors").read_bytes() for run in ("whole", "broken"))
     assert whole == broken
@@ -128,17 +128,17 @@ def test_state_on_nvme_changes_no_bit_and_resumes_to_the_same_bytes(distil, nvme
     whole = distil(tmp_path / "whole", **settings, zero=nvme)
     files = list(tmp_path.rglob("*.tensor.swp"))
     assert sum("exp_avg" in file.name for file in files) >= 4  # more than one sub-group, both moments
-    real = loop.Trainer._one_step
+    real = trainer.Trainer._one_step
 
     def die_at_3(self, number, *args):
         if number == 3:
             raise ZeroDivisionError
         return real(self, number, *args)
 
-    monkeypatch.setattr(loop.Trainer, "_one_step", die_at_3)
+    monkeypatch.setattr(trainer.Trainer, "_one_step", die_at_3)
     with pytest.raises(ZeroDivisionError):
         distil(tmp_path / "broken", **settings, zero=nvme)
-    monkeypatch.setattr(loop.Trainer, "_one_step", real)
+    monkeypatch.setattr(trainer.Trainer, "_one_step", real)
     distil(tmp_path / "broken", **settings, zero={"extra": nvme["extra"]})  # written from NVMe, read into memory
     shutil.copytree(tmp_path / "plain", tmp_path / "other", ignore=shutil.ignore_patterns("student", "step-4"))
     distil(tmp_path / "other", **settings, zero=nvme)  # and the other way round

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from kdscale import sequence
 from kdscale.errors import ConfigError
 from kdscale.families import supported_types
-from kdscale.heads import final_hidden
-from kdscale.sequence import Exchange, SequenceShare
+from kdscale.models import sequence_parallel
+from kdscale.models.head import final_hidden
+from kdscale.models.sequence_parallel import Exchange, SequenceShare
 from tests.integration.prune.family_table import tiny_config
 
 REFUSED = {"gemma2"}  # soft-capped attention
@@ -58,5 +58,5 @@ def test_a_model_with_an_attention_of_its_own_is_refused():
 
 def test_it_is_registered_under_a_name_of_ours_alone():
     SequenceShare(0, 2).prepare(tiny_model("llama"))
-    assert AttentionInterface()[sequence._NAME] is sequence._attend
-    assert AttentionInterface()["sdpa"] is not sequence._attend
+    assert AttentionInterface()[sequence_parallel._NAME] is sequence_parallel._attend
+    assert AttentionInterface()["sdpa"] is not sequence_parallel._attend

@@ -1,4 +1,4 @@
-"""benchmarks/trl_gkd.py: its losses against TRL's formula written out, its table, and a round of it where trl is."""
+"""benchmarks/distill/trl_gkd.py: its losses against TRL's formula, its table, and a round of it where trl is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "trl_gkd.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "distill" / "trl_gkd.py"
 VOCAB = 320
 
 

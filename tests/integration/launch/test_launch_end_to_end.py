@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdscale.metrics import read_metrics
+from kdscale.runs.metrics_log import read_metrics
 
 HOSTS = "one slots=1\ntwo slots=1\n"
 Start = Callable[..., subprocess.Popen[str]]
@@ -76,7 +76,7 @@ def the_rank(number: int, launcher: subprocess.Popen[str]) -> psutil.Process:
 
 
 def ranks(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(launcher.pid).children(recursive=True) if "kdscale.runs.member" in p.cmdline()]
+    return [p for p in psutil.Process(launcher.pid).children(recursive=True) if "kdscale.jobs.rank" in p.cmdline()]
 
 
 def student(run: Path) -> dict[str, bytes]:
@@ -143,7 +143,7 @@ def test_a_waiting_rank_leaves_with_75_on_sigterm(tiny_config: Path, kdscale_env
         nobody.bind(("127.0.0.1", 0))
         place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         place["MASTER_PORT"] = str(nobody.getsockname()[1])
-        command = [sys.executable, "-m", "kdscale.runs.member", str(tiny_config), "distill.processes=2"]
+        command = [sys.executable, "-m", "kdscale.jobs.rank", str(tiny_config), "distill.processes=2"]
         process = subprocess.Popen(command, env={**kdscale_environment, **place})
         caught = 1 << (signal.SIGTERM - 1)
         while not int(_status(process.pid)["SigCgt"], 16) & caught:  # until its handler is in place

@@ -70,7 +70,7 @@ def test_a_download_that_stalls_is_named_and_the_job_starts_again(
     settings = ("data.sources=[{path: 'hf:stalls'}]", "runtime.watchdog_seconds=8", "importance.calibration_tokens=64")
     job = HostsJob(
         (Host("one", 1),),
-        (sys.executable, "-m", "kdscale.runs.member", str(tiny_config), "--until=data", *settings),
+        (sys.executable, "-m", "kdscale.jobs.rank", str(tiny_config), "--until=data", *settings),
         Reach(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0),
         log_dir=str(tmp_path / "logs"), env={"OMP_NUM_THREADS": "1", "PYTHONPATH": path}, master_addr="127.0.0.1",
         grace=0.5, max_restarts=1,

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from kdscale.config import ImportanceConfig, PruneConfig
+from kdscale.config.prune import ImportanceConfig, PruneConfig
 from kdscale.families import Family, load_family
-from kdscale.progress import Reporter
-from kdscale.prune import importance
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.plan import Plan, make_plan
+from kdscale.prune.importance import collect
+from kdscale.prune.plan import Plan
+from kdscale.prune.search.shapes import make_plan
+from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ class Teacher:
 
     def scores(self, out: Path, **prune: Any) -> dict[str, Any]:
         cfg, silent = ImportanceConfig(dtype="float32"), Reporter(quiet=True)
-        return importance.run(self.checkpoint, self.family, self.batches, cfg, PruneConfig(**prune), out, CPU, silent)
+        return collect.run(self.checkpoint, self.family, self.batches, cfg, PruneConfig(**prune), out, CPU, silent)
 
     def prune(self, out: Path, scores: dict[str, Any] | None = None, **prune: Any) -> Plan:
         """Importance, plan and apply into `out`."""

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import save_file
 
-from kdscale.prune.importance import gather
-from kdscale.prune.states import Scratch
-from kdscale.prune.stream import LayerStream
-from kdscale.runs.work import open_teacher
+from kdscale.models.hidden_states import Scratch
+from kdscale.models.layer_stream import LayerStream
+from kdscale.models.loading import open_teacher
+from kdscale.prune.importance.collect import gather
 
 AXES = ("ffn", "heads", "kv_heads", "hidden", "layers")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from kdscale.config import load_config
-from kdscale.progress import Reporter
-from kdscale.runs.pipeline import run_until
+from kdscale.config.load import load_config
+from kdscale.pipeline.runner import run_until
+from kdscale.runtime.progress import Reporter
 
 OPEN = ("prune.ffn=null", "prune.heads=null", "prune.tolerance=0.1")
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, DataError, SelfCheckError
-from kdscale.models import load_model
-from kdscale.prune import apply, check
+from kdscale.models.loading import load_model
+from kdscale.prune import apply, self_check
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.plan import make_plan
+from kdscale.prune.search.shapes import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.weights import Checkpoint
 
@@ -44,7 +44,7 @@ def test_a_plan_that_cuts_nothing_copies_every_byte(teacher, tmp_path):
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_axis_passes_the_self_check(teacher, tmp_path, cut, compensate):
     plan = teacher.prune(tmp_path / "student", **CUTS[cut], compensate=compensate)
-    figures = check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+    figures = self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
     assert max(figures.values()) < 1e-5
     config = load_model(tmp_path / "student", dtype=torch.float32, device=torch.device("cpu")).config
     assert (config.hidden_size, config.intermediate_size) == (plan.student.hidden, plan.student.ffn)
@@ -59,7 +59,7 @@ def test_every_axis_passes_the_self_check(teacher, tmp_path, cut, compensate):
 def test_other_families_pass_it_too(other_teachers, tmp_path, kind, cut):
     teacher = other_teachers(kind)
     plan = teacher.prune(tmp_path / "student", **cut, max_shard_bytes=100_000)
-    figures = check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+    figures = self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
     assert max(figures.values()) < 1e-5
     assert (tmp_path / "student" / "model.safetensors.index.json").is_file()
 
@@ -81,7 +81,7 @@ def test_an_off_by_one_slice_is_caught(teacher, tmp_path, monkeypatch, axis, nam
 
     monkeypatch.setattr(Slicer, "kept", wrong)
     with pytest.raises(SelfCheckError) as caught:
-        check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
+        self_check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
     where = "the embedding" if axis == "hidden" else "teacher layer 1 "
     assert where in str(caught.value)
     assert f"axis: {named}" in str(caught.value)
@@ -91,7 +91,7 @@ def test_a_forgotten_norm_factor_is_caught(teacher, tmp_path, monkeypatch):
     plan = teacher.prune(tmp_path / "student", hidden=72)
     monkeypatch.setattr("kdscale.prune.slicing.is_hidden_norm", lambda spec: False)
     with pytest.raises(SelfCheckError, match="teacher layer 0"):
-        check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
+        self_check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
 
 
 def test_a_damaged_file_is_caught(teacher, tmp_path):
@@ -101,7 +101,7 @@ def test_a_damaged_file_is_caught(teacher, tmp_path):
     tensors["model.layers.2.mlp.up_proj.weight"][3, 3] += 0.5
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(SelfCheckError, match=r"layers\.2\.mlp\.up_proj"):
-        check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+        self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
 
 
 def test_a_model_that_does_not_load_cleanly_is_caught(teacher, tmp_path):
@@ -111,24 +111,24 @@ def test_a_model_that_does_not_load_cleanly_is_caught(teacher, tmp_path):
     del tensors["model.layers.1.input_layernorm.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(SelfCheckError, match="missing_keys"):
-        check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+        self_check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
 
 
 @pytest.mark.parametrize("kind", ["biased", "qwen3"])
 def test_a_student_too_large_to_load_whole_is_reloaded_from_its_files(other_teachers, tmp_path, monkeypatch, kind):
     teacher = other_teachers(kind)
     teacher.prune(tmp_path / "student", ffn=32, hidden=48, max_shard_bytes=100_000)
-    whole = check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
-    monkeypatch.setattr(check, "_WHOLE_BYTES", 0)
+    whole = self_check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+    monkeypatch.setattr(self_check, "_WHOLE_BYTES", 0)
     seen: list = []
-    load = check._plain_load
+    load = self_check._plain_load
 
     def spy(*args, **settings):
         seen.append(load(*args, **settings))
         return seen[-1]
 
-    monkeypatch.setattr(check, "_plain_load", spy)
-    figures = check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+    monkeypatch.setattr(self_check, "_plain_load", spy)
+    figures = self_check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
     assert all(parameter.is_meta for parameter in seen[0].model.layers.parameters())
     assert figures.keys() == whole.keys()
     assert max(figures.values()) < 1e-5
@@ -137,7 +137,7 @@ def test_a_student_too_large_to_load_whole_is_reloaded_from_its_files(other_teac
     del tensors["model.norm.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises((SelfCheckError, CheckpointError)):
-        check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
+        self_check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
 
 
 def test_the_same_plan_gives_the_same_bytes(teacher, tmp_path):
@@ -154,7 +154,7 @@ def test_large_tensors_pass_in_blocks_of_rows(teacher, other_teachers, tmp_path,
     monkeypatch.setattr(apply, "_BLOCK_BYTES", rows * 4 * one.family.dims(one.config).hidden)
     plan = one.prune(tmp_path / "student", ffn=32, kv_heads=1, heads=2, hidden=48, layers=2, compensate="none")
     student = Checkpoint.open(tmp_path / "student")
-    check.files_equal_slices(one.checkpoint, one.family, plan, student)
+    self_check.files_equal_slices(one.checkpoint, one.family, plan, student)
 
 
 @pytest.mark.parametrize("cut", [{"ffn": 64}, {"heads": 2}, {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3}])
@@ -202,7 +202,7 @@ def test_a_pruned_folder_can_be_pruned_again(teacher, tmp_path):
     teacher.prune(tmp_path / "first", **CUTS["all"], compensate="none")
     again = type(teacher)(tmp_path / "first")
     plan = again.prune(tmp_path / "second", ffn=32, compensate="none")
-    check.self_check(again.checkpoint, again.family, plan, tmp_path / "second", teacher.ids)
+    self_check.self_check(again.checkpoint, again.family, plan, tmp_path / "second", teacher.ids)
     shutil.rmtree(tmp_path / "first")
     load_model(tmp_path / "second", dtype=torch.float32, device=torch.device("cpu"))
 

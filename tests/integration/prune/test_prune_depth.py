@@ -9,18 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdscale.config import ImportanceConfig, PruneConfig
+from kdscale.config.prune import ImportanceConfig, PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.models import load_model
-from kdscale.progress import Reporter
-from kdscale.prune import check, importance
+from kdscale.models.hidden_states import Scratch
+from kdscale.models.layer_stream import LayerStream
+from kdscale.models.loading import load_model
+from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.depth import next_tokens
-from kdscale.prune.gaps import gaps, repaired_gaps
-from kdscale.prune.plan import make_plan
+from kdscale.prune.compensation.layer_gaps import gaps, repaired_gaps
+from kdscale.prune.importance import collect
+from kdscale.prune.importance.layer_scores import next_tokens
+from kdscale.prune.search.shapes import make_plan
 from kdscale.prune.slicing import Slicer
-from kdscale.prune.states import Scratch
-from kdscale.prune.stream import LayerStream
+from kdscale.runtime.progress import Reporter
 
 CPU = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def test_angles_are_those_of_the_whole_model(teacher, tmp_path):
 
 def test_only_the_layer_tokens_are_used(teacher, tmp_path):
     def score(batches, tokens):
-        return importance.run(
+        return collect.run(
             teacher.checkpoint, teacher.family, batches, ImportanceConfig(dtype="float32", layer_tokens=tokens),
             PruneConfig(layers=2, layer_method="angular"), None, CPU, Reporter(quiet=True),
         )["layers.angular"]  # fmt: skip
@@ -112,7 +113,7 @@ def test_a_killed_pass_over_layers_goes_on(teacher, tmp_path, monkeypatch, metho
             return read(self, index)
 
         monkeypatch.setattr(LayerStream, "layer", spy)
-        return importance.run(
+        return collect.run(
             teacher.checkpoint, teacher.family, teacher.batches, ImportanceConfig(dtype="float32"),
             PruneConfig(**prune), None, CPU, Reporter(quiet=True), scratch,
         )  # fmt: skip
@@ -135,7 +136,7 @@ def test_every_method_writes_a_checked_student(teacher, tmp_path, method, repair
     plan = teacher.prune(tmp_path / "out", layers=2, layer_method=method, layer_repair=repair)
     assert plan.methods.layers == method
     assert plan.methods.layer_repair == repair
-    check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "out", teacher.ids)
+    self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "out", teacher.ids)
 
 
 def _joined(batches):
@@ -219,7 +220,7 @@ def test_repair_goes_with_a_width_cut_and_with_kills(teacher, tmp_path, monkeypa
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list((tmp_path / "scratch").glob("gaps"))
-    check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "out", teacher.ids)
+    self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "out", teacher.ids)
 
 
 def test_repair_brings_the_student_closer_on_its_calibration_text(teacher, tmp_path):

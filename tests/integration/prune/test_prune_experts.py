@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.files import read_json
-from kdscale.models import load_model
-from kdscale.progress import Reporter
-from kdscale.prune import check
+from kdscale.models.hidden_states import Scratch
+from kdscale.models.loading import load_model
+from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.expert_repair import Equations, refit_experts
-from kdscale.prune.plan import Plan, make_plan
-from kdscale.prune.residual import Residuals
+from kdscale.prune.compensation.experts import Equations, refit_experts
+from kdscale.prune.compensation.recovered_error import Residuals
+from kdscale.prune.plan import Plan
+from kdscale.prune.search.shapes import make_plan
 from kdscale.prune.slicing import Slicer
-from kdscale.prune.states import Scratch
+from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import random_scores, save_teacher
 
 CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def test_ridge_fits_each_expert_on_the_tokens_that_the_kept_ones_get(teacher_of,
                 want = least_squares(equations[expert], prior)
                 assert (want - prior).norm() > 0.1 * prior.norm()
                 assert (downs(after, position, place) - want).norm() < 1e-4 * want.norm()
-    check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+    self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
     rows = [row for row in read_json(tmp_path / "repair.json")["layers"] if row["role"] == "down"]
     assert [row["layer"] for row in rows] == plan.kept.layers
     assert all(row["after"] < 0.9 * row["before"] for row in rows)
@@ -176,7 +177,7 @@ def test_two_stream_divides_the_target_among_the_kept_experts(teacher_of, tmp_pa
                 want = least_squares(equations[e], prior)
                 assert (downs(after, position, place) - want).norm() < 1e-4 * want.norm(), (position, e)
                 own.experts.down_proj.data[place] = want.float()
-    check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+    self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
 
 
 @pytest.mark.parametrize("compensate", ["ridge", "two_stream"])

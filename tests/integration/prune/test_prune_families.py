@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.families import load_family, supported_types
-from kdscale.models import load_model
-from kdscale.prune import check
-from kdscale.prune.masked import score_masked
-from kdscale.prune.plan import make_plan
+from kdscale.models.loading import load_model
+from kdscale.prune import self_check
+from kdscale.prune.search.masked import score_masked
+from kdscale.prune.search.shapes import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.weights import Checkpoint
 from tests.integration.prune.family_table import cuts_of, edit_config, random_scores, save_teacher
@@ -50,7 +50,7 @@ def names_shapes_and_identity(teacher, out: Path) -> None:
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value.view(torch.uint8), after[name].view(torch.uint8)), name
-    figures = check.reload_parity(out, teacher.family, teacher.ids)
+    figures = self_check.reload_parity(out, teacher.family, teacher.ids)
     assert max(figures.values()) < 1e-5
 
 
@@ -58,14 +58,14 @@ def masked_is_sliced(teacher, cut: dict[str, int]) -> None:
     scores = random_scores(teacher.config, teacher.family)
     plan = make_plan(teacher.config, teacher.family, scores, PruneConfig(**cut))
     assert set(cut) <= set(plan.cut_axes())
-    figures = check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
+    figures = self_check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
     assert max(figures.values()) < 1e-5, cut
 
 
 def self_checked_student(teacher, out: Path, compensate: str) -> None:
     """Importance of the teacher's own, all axes cut, and what a user's run checks: masks, files, reload, decoding."""
     plan = teacher.prune(out, **cuts_of(teacher.family)["all"], compensate=compensate)
-    figures = check.self_check(teacher.checkpoint, teacher.family, plan, out, teacher.ids)
+    figures = self_check.self_check(teacher.checkpoint, teacher.family, plan, out, teacher.ids)
     assert max(figures.values()) < 1e-5
     student = teacher.family.student_config(teacher.config, plan.student.dims(), plan.kept.layers)
     model = load_model(out, dtype=torch.float32, device=CPU)
@@ -125,7 +125,7 @@ def test_layers_keep_their_kind_when_the_config_leaves_it_to_transformers(teache
     scores["layers.block_influence"][:] = [1.0, 3.0, 0.5, 2.0]
     plan = make_plan(teacher.config, teacher.family, scores, PruneConfig(layers=2))
     assert plan.kept.layers == [1, 3]
-    check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
+    self_check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
     student = teacher.family.student_config(teacher.config, plan.student.dims(), plan.kept.layers)
     assert student.get("layer_types", ["full_attention"] * 2) == ["full_attention"] * 2
     assert student.get("no_rope_layers", [0, 0]) == [0, 0]
@@ -146,7 +146,7 @@ def test_more_tokens_than_learned_positions_are_refused(teacher_of):
     teacher = teacher_of("gpt2")
     plan = make_plan(teacher.config, teacher.family, None, PruneConfig(ffn=24))
     with pytest.raises(DataError, match=r"128 positions of transformer\.wpe\.weight"):
-        check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, torch.zeros(1, 129, dtype=torch.long))
+        self_check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, torch.zeros(1, 129, dtype=torch.long))
 
 
 def test_heads_that_predict_several_tokens_are_left_out_with_a_notice(tmp_path):
@@ -169,7 +169,7 @@ def test_the_embedding_multiplier_is_folded(tmp_path, teacher_class, tied):
     """Gemma multiplies by √hidden of its own config: what enters the student's first layer is the teacher's."""
     teacher = teacher_class(save_teacher("gemma2", tmp_path / "teacher", tie_word_embeddings=tied))
     plan = teacher.prune(tmp_path / "student", hidden=24, compensate="none")
-    check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
+    self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "student", teacher.ids)
     models = [load_model(p, dtype=torch.float32, device=CPU) for p in (teacher.checkpoint.path, tmp_path / "student")]
     with torch.no_grad():
         theirs, ours = (model.get_input_embeddings()(teacher.ids) for model in models)
@@ -323,4 +323,4 @@ def test_a_search_stays_with_shapes_that_the_family_has(teacher_of):
     cfg = PruneConfig(target_params="50%", axes=("ffn", "kv_heads", "hidden"), hidden_divisor=8, ffn_divisor=8)
     plan = make_plan(teacher.config, teacher.family, random_scores(teacher.config, teacher.family), cfg)
     assert plan.student.hidden == plan.student.heads * 8 < 32
-    check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)
+    self_check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, DataError
-from kdscale.models import load_model
-from kdscale.prune.plan import make_plan
-from kdscale.prune.ranking import load_scores
+from kdscale.models.loading import load_model
+from kdscale.prune.importance.ranking import load_scores
+from kdscale.prune.search.shapes import make_plan
 from kdscale.weights import Checkpoint
 
 ALL = {"target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers")}
@@ -145,7 +145,7 @@ def test_missing_and_damaged_scores(tmp_path):
 
 
 def test_removal_costs_come_from_the_whole_models_gram_matrices(teacher, tmp_path):
-    from kdscale.prune.obs import head_removal_costs, removal_costs
+    from kdscale.prune.importance.optimal_brain_surgeon import head_removal_costs, removal_costs
 
     cut = {"ffn": 64, "heads": 4, "ffn_method": "obs", "head_method": "obs", "ridge_lambda": 0.03}
     scores = teacher.scores(tmp_path, **cut)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import DataError
-from kdscale.progress import Reporter
+from kdscale.models.hidden_states import Scratch, States
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.masked import score_masked
-from kdscale.prune.plan import make_plan
-from kdscale.prune.states import Scratch, States
+from kdscale.prune.search.masked import score_masked
+from kdscale.prune.search.shapes import make_plan
+from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import save_teacher
 
 SHAPES = [

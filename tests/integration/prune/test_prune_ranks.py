@@ -12,15 +12,16 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
-from kdscale.config import Config, dump_config, load_config
+from kdscale.config.load import dump_config, load_config
+from kdscale.config.root import Config
 from kdscale.errors import DataError
 from kdscale.files import write_text
-from kdscale.progress import Reporter
-from kdscale.prune.importance import gather
-from kdscale.runs import ranks, work
+from kdscale.pipeline import rank_main, spawn
+from kdscale.pipeline.runner import run_until
+from kdscale.pipeline.stage import Context
+from kdscale.prune.importance.collect import gather
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.pipeline import run_until
-from kdscale.runs.stage import Context
+from kdscale.runtime.progress import Reporter
 from kdscale_launch import JobSpec, RankFailed, run_local
 
 WORKER = Path(__file__).with_name("rank_worker.py")
@@ -42,9 +43,9 @@ def test_a_lost_rank_is_resumed_and_the_scores_are_those_of_one_process(teacher,
         run_local(JobSpec(command, 2, tmp_path / "logs", env=kdscale_environment, grace_seconds=1.0))
 
     with pytest.raises(RankFailed):
-        ranks(2)
+        spawn(2)
     assert not (tmp_path / "out.txt").exists()
-    ranks(-1)
+    spawn(-1)
     assert (tmp_path / "out.txt").read_text() == "2 3"
     one, two = (load_file(tmp_path / f"out.{rank}.safetensors") for rank in range(2))
     assert one.keys() == expected.keys()
@@ -80,7 +81,7 @@ def test_more_ranks_than_batches(tiny_config, tmp_path):
     run_until(config, "data", Reporter(quiet=True))
     context = Context(config, RunFolder(tmp_path / "run"), Path(config.teacher.path), Reporter(quiet=True))
     with pytest.raises(DataError, match=r"importance\.processes"):
-        work.RANK_WORK["importance"](context)
+        rank_main.RANK_WORK["importance"](context)
 
 
 def test_ranks_prune_the_model_of_the_step_before(tiny_config, tmp_path, monkeypatch):
@@ -93,10 +94,10 @@ def test_ranks_prune_the_model_of_the_step_before(tiny_config, tmp_path, monkeyp
     context = Context(config, run, Path(config.teacher.path), Reporter(quiet=True), before)
     jobs: list[JobSpec] = []
     monkeypatch.setattr("kdscale_launch.run_local", lambda spec: jobs.append(spec) or 0)
-    ranks.launch("importance", context, 2)
+    spawn.launch("importance", context, 2)
     seen: list[Context] = []
-    monkeypatch.setitem(work.RANK_WORK, "importance", seen.append)
+    monkeypatch.setitem(rank_main.RANK_WORK, "importance", seen.append)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(sys, "argv", ["ranks", *jobs[0].command[3:]])
-    assert ranks.main() == 0
+    assert rank_main.main() == 0
     assert (seen[0].source, seen[0].teacher, seen[0].config) == (before, context.teacher, config)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdscale.config import PruneConfig
-from kdscale.progress import Reporter
+from kdscale.config.prune import PruneConfig
+from kdscale.models.layer_stream import LayerStream
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.plan import make_plan
-from kdscale.prune.residual import Residuals
-from kdscale.prune.stream import LayerStream
+from kdscale.prune.compensation.recovered_error import Residuals
+from kdscale.prune.search.shapes import make_plan
+from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
 SHAPE = {"ffn": 64, "heads": 4, "layers": 3}

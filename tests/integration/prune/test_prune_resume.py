@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from kdscale.config import Config, ImportanceConfig, PruneConfig, load_config
-from kdscale.progress import Reporter
-from kdscale.prune import importance
+from kdscale.config.load import load_config
+from kdscale.config.prune import ImportanceConfig, PruneConfig
+from kdscale.config.root import Config
+from kdscale.models.hidden_states import Scratch
+from kdscale.models.layer_pass import LayerPass
+from kdscale.models.layer_stream import LayerStream
+from kdscale.pipeline.runner import run_until
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.plan import make_plan
-from kdscale.prune.states import LayerPass, Scratch
-from kdscale.prune.stream import LayerStream
-from kdscale.runs.pipeline import run_until
+from kdscale.prune.importance import collect
+from kdscale.prune.search.shapes import make_plan
+from kdscale.runtime.progress import Reporter
 
 ALL = {"target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers")}
 CUT = {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3}
@@ -59,7 +62,7 @@ def test_importance_goes_on_at_the_last_finished_layer(teacher, tmp_path, monkey
     def run() -> dict[str, np.ndarray]:
         cfg, silent = ImportanceConfig(dtype="float32"), Reporter(quiet=True)
         cpu = torch.device("cpu")
-        return importance.run(
+        return collect.run(
             teacher.checkpoint, teacher.family, teacher.batches, cfg, PruneConfig(**ALL), tmp_path / "scores", cpu,
             silent, scratch,
         )  # fmt: skip

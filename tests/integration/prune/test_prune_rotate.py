@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families.family import TensorSpec
-from kdscale.models import load_model
-from kdscale.progress import Reporter
-from kdscale.prune import check
+from kdscale.models.loading import load_model
+from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.plan import Plan, make_plan
-from kdscale.prune.ranking import load_scores
-from kdscale.prune.rotate import ROTATION, RotatedTeacher, choose, turned, unrotatable, untied
+from kdscale.prune.importance.ranking import load_scores
+from kdscale.prune.plan import Plan
+from kdscale.prune.rotation import ROTATION, RotatedTeacher, turned, unrotatable, untied
+from kdscale.prune.search.hidden_basis import choose
+from kdscale.prune.search.shapes import make_plan
+from kdscale.runtime.progress import Reporter
 
 CPU = torch.device("cpu")
 
@@ -69,7 +71,7 @@ def test_a_student_of_principal_components_passes_every_check(teacher, other_tea
     folder = _write(one, plan, rotated, tmp_path / "student", **cut)
     text = plan.to_json()
     assert Plan.from_json(text, config=rotated.config, family=one.family) == plan
-    check.self_check(rotated, one.family, plan, folder, one.ids)
+    self_check.self_check(rotated, one.family, plan, folder, one.ids)
 
 
 def test_principal_components_are_nearer_to_the_teacher_than_channels(teacher, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdscale.models import load_model
-from kdscale.prune import check
+from kdscale.models.loading import load_model
+from kdscale.prune import self_check
 
 CPU = torch.device("cpu")
 PLAIN = {"ridge_lambda": 0.03, "compensate": "two_stream"}
@@ -107,7 +107,7 @@ def test_the_streamed_weights_are_those_of_a_whole_model_pass(teacher, other_tea
     for name, weight in expected.items():
         error = (written[name] - weight).norm() / weight.norm()
         assert error < 1e-4, f"{name}: {error}"
-    check.self_check(one.checkpoint, one.family, plan, tmp_path / "student", one.ids)
+    self_check.self_check(one.checkpoint, one.family, plan, tmp_path / "student", one.ids)
 
 
 def test_the_students_stream_ends_nearer_to_the_teachers(teacher, tmp_path):

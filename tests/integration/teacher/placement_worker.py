@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kdscale.heads import final_hidden
+from kdscale.models.head import final_hidden
 from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.placement import Gathered, PlacedTeacher, place_teacher
+from kdscale.teacher.placement.placed import Gathered, PlacedTeacher, place_teacher
 from tests.integration.forks import fork_ranks
 
 CPU = torch.device("cpu")

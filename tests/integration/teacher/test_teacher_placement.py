@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.teacher.placement import place_teacher
+from kdscale.teacher.placement.placed import place_teacher
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = Path(__file__).parent / "placement_worker.py"
@@ -70,17 +70,18 @@ def test_a_teacher_that_cannot_be_placed_is_refused_before_its_weights_are_read(
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path, tiny_llama_dir, monkeypatch):
-    from kdscale.teacher import placement
+    from kdscale.models import skeleton
+    from kdscale.teacher.placement import placed
 
     for file in tiny_llama_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    real = placement.build_skeleton
+    real = skeleton.build_skeleton
 
     def cut(*args, **kwargs):
         with (tmp_path / "model.safetensors").open("r+b") as stream:
             stream.truncate(100_000)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(placement, "build_skeleton", cut)
+    monkeypatch.setattr(placed, "build_skeleton", cut)
     with pytest.raises(CheckpointError, match="cut short"):
         place_teacher(tmp_path, "partitioned", dtype=torch.float32, device=CPU)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdscale_kernels import products, reference
+from kdscale_kernels import reference
+from kdscale_kernels.fused import products
 
 
 class Problem(NamedTuple):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import kdscale_kernels as kk
-from kdscale_kernels import reference, rows_full
+from kdscale_kernels import reference
+from kdscale_kernels.rows import torch_full
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl")
 SUMS = ("loss_sum", "tokens", "kd_sum", "ce_sum", "teacher_ce_sum", "top1_agree_sum")
@@ -82,7 +83,7 @@ def test_no_further_from_the_truth_than_plain_code(divergence, noise, temperatur
     truth, mine = p.cast(torch.float64), p.cast(dtype)
     want = call(reference, truth, **options)
     want.loss_sum.backward()
-    got = call(kk, mine, chunk_bytes=3 * 4 * 203 * rows_full.full_buffers(203, "torch"), **options)
+    got = call(kk, mine, chunk_bytes=3 * 4 * 203 * torch_full.full_buffers(203, "torch"), **options)
     got.loss_sum.backward()
     plain = naive(p, dtype, **options)
     for field in SUMS:
@@ -101,7 +102,7 @@ def test_no_further_from_the_truth_than_plain_code(divergence, noise, temperatur
 @pytest.mark.parametrize("softcaps", [(None, None), (3.0, None), (2.0, 4.0)])
 def test_fp64_equals_the_twin(monkeypatch, divergence, noise, temperature, ce_weight, softcaps):
     """Biases, soft-caps on either side, heads padded to different sizes, several blocks of columns and chunks."""
-    monkeypatch.setattr(rows_full, "BLOCK_COLUMNS", 64)
+    monkeypatch.setattr(torch_full, "BLOCK_COLUMNS", 64)
     options = {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight, "vocab_size": 190}
     options |= {"bias": True, "softcap": softcaps[0], "teacher_softcap": softcaps[1], "skew": 0.2}
     p, twin = (make_pair(noise=noise, teacher_vocab=210).cast(torch.float64) for _ in range(2))
@@ -289,13 +290,13 @@ def test_same_bits_twice(dtype):
 def test_no_grad_and_frozen_sides_make_no_gradient(monkeypatch):
     p = make_pair().cast(torch.float32)
     wanted = []
-    step = rows_full.full_rows_step
+    step = torch_full.full_rows_step
 
     def spy(*args, **options):
         wanted.append(options["want_grad"])
         return step(*args, **options)
 
-    monkeypatch.setattr(rows_full, "full_rows_step", spy)
+    monkeypatch.setattr(torch_full, "full_rows_step", spy)
     with torch.no_grad():
         quiet = call(kk, p)
     assert not quiet.loss_sum.requires_grad

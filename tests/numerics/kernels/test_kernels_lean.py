@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kdscale_kernels as kk
-from kdscale_kernels import lean, modes, reference
-from kdscale_kernels.modes import CPU_WORKSPACE, MOST_BLOCKS, Shape, layout_for
+from kdscale_kernels import reference
+from kdscale_kernels.fused import memory_plan, vocab_slices
+from kdscale_kernels.fused.memory_plan import CPU_WORKSPACE, MOST_BLOCKS, Shape, layout_for
 
 FIELDS = ("loss_sum", "kd_sum", "ce_sum", "teacher_mass_sum", "student_tail_sum", "top1_agree_sum")
 LOSSES = [
@@ -30,7 +31,7 @@ BUDGETS = {"none kept": 1, "one kept": 18_000, "two blocks": 18_000, "all kept":
 
 
 def allow(budget, patch):
-    patch.setattr(modes, "MOST_BLOCKS", 1 if budget == "one kept" else MOST_BLOCKS)
+    patch.setattr(memory_plan, "MOST_BLOCKS", 1 if budget == "one kept" else MOST_BLOCKS)
 
 
 def run(module, p, **options):
@@ -65,7 +66,7 @@ def test_the_cuda_route_of_lean_equals_the_twin(make_problem, monkeypatch, cuda_
     problem = make_problem(noise=0.05, with_bias=True, dtype=torch.bfloat16)
     want, want_grads = run(reference, problem.cast(torch.float64), ce_weight=0.2)
     extra = {"mode": "lean", "chunk_bytes": 11 * 128 * 4, "workspace_bytes": BUDGETS[budget]}
-    with cuda_products(lean, adds_in_place):
+    with cuda_products(vocab_slices, adds_in_place):
         got, grads = run(kk, problem.cast(torch.bfloat16), ce_weight=0.2, **extra)
     torch.testing.assert_close(got.loss_sum.double(), want.loss_sum, rtol=6e-3, atol=6e-3)
     for mine, theirs in zip(grads, want_grads, strict=True):

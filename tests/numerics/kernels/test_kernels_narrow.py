@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import narrow, products, reference
+from kdscale_kernels import reference
+from kdscale_kernels.fused import bf16_slices, products
 
 FIELDS = ("loss_sum", "kd_sum", "ce_sum", "teacher_mass_sum", "student_tail_sum", "top1_agree_sum")
 LOSSES = [
@@ -29,8 +30,8 @@ def narrow_anywhere(monkeypatch):
     """Also where the CPU has no bf16 instructions, and never without using it."""
     monkeypatch.setattr(products, "_cpu_has_bf16", lambda: True)
     calls = []
-    read = narrow.NarrowSteps.read
-    monkeypatch.setattr(narrow.NarrowSteps, "read", lambda *args: calls.append(1) or read(*args))
+    read = bf16_slices.NarrowSteps.read
+    monkeypatch.setattr(bf16_slices.NarrowSteps, "read", lambda *args: calls.append(1) or read(*args))
     yield
     assert calls
 
@@ -68,8 +69,8 @@ def test_rows_far_above_their_shift_are_made_again(make_problem, monkeypatch):
     problem = make_problem(rows=40, vocab=1031, spread=1.5, dtype=torch.bfloat16)
     _, want = run(reference, problem.cast(torch.float64), ce_weight=0.3)
     errors = []
-    for rise in (narrow._RISE, float("inf")):
-        monkeypatch.setattr(narrow, "_RISE", rise)
+    for rise in (bf16_slices._RISE, float("inf")):
+        monkeypatch.setattr(bf16_slices, "_RISE", rise)
         _, grads = lean(problem.cast(torch.bfloat16), ce_weight=0.3)
         errors.append(max(error(*pair) for pair in zip(grads, want, strict=True)))
     assert errors[0] < 4.5e-3 < errors[1]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import products, reference
+from kdscale_kernels import reference
+from kdscale_kernels.fused import bf16_topk, products
 from kdscale_kernels.ops import linear_topk_lse as op
 
 VOCAB = 16_421  # not a multiple of a group
@@ -17,7 +18,7 @@ def narrow_anywhere(monkeypatch):
     """Also where the CPU has no bf16 instructions, and never without using it. Gives the rows that were in doubt."""
     monkeypatch.setattr(products, "_cpu_has_bf16", lambda: True)
     doubtful = []
-    narrow = op.narrow_topk_lse
+    narrow = bf16_topk.narrow_topk_lse
 
     def spied(*args):
         found, rows_C = narrow(*args)

@@ -7,7 +7,7 @@ import torch
 
 import kdscale_kernels as kk
 from kdscale_kernels import reference
-from kdscale_kernels.topk import topk_rows
+from kdscale_kernels.rows.torch_topk import topk_rows
 
 
 @pytest.mark.parametrize(("vocab", "k"), [(5, 9), (203, 1), (203, 203), (4099, 7), (8192, 16), (64, 64)])

@@ -183,7 +183,7 @@ def test_bad_arguments_are_named(make_problem, change, match):
 
 
 def test_triton_is_refused_and_the_choice_logged_once(make_problem, caplog, monkeypatch):
-    monkeypatch.setattr("kdscale_kernels.dispatch._said", set())
+    monkeypatch.setattr("kdscale_kernels.backend._said", set())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     p = make_problem().cast(torch.float32)
     with pytest.raises(

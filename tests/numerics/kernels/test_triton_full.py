@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import dispatch, reference
-from kdscale_kernels.rows_full import full_rows_step
+from kdscale_kernels import backend, reference
+from kdscale_kernels.rows.torch_full import full_rows_step
 from kdscale_kernels.types import LossOptions
 
 full_op = importlib.import_module("kdscale_kernels.ops.linear_full_kl")  # the package shows the function of that name
 
 triton = pytest.importorskip("triton", reason="triton is not installed (the dev extra installs it on Linux)")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and dispatch._body_is_interpreted()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and backend._body_is_interpreted()
 INF, NAN = float("inf"), float("nan")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl")
 
@@ -58,7 +58,7 @@ def chunk(*, rows=4, vocab=301, matched=None, seed=0):
 
 def run(z, teacher, labels, options, device, *, teacher_softcap=None, want_grad=True, grad_dtype=None):
     """(sums, dz, the teacher's logits afterwards) on the CPU."""
-    from kdscale_kernels.triton_full import full_rows_step_triton
+    from kdscale_kernels.triton_kernels.full import full_rows_step_triton
 
     z, teacher = z.to(device).clone(), teacher.to(device).clone()
     sums, dz = full_rows_step_triton(
@@ -238,7 +238,7 @@ def test_what_triton_cannot_do_is_refused_by_name(device):
     labels = torch.zeros(4, dtype=torch.int64, device=device)
     with pytest.raises(kk.BackendUnavailableError, match="fp64"):
         kk.linear_full_kl(x, w, x, w, labels_N=labels, backend="triton")
-    from kdscale_kernels.triton_full import full_rows_step_triton
+    from kdscale_kernels.triton_kernels.full import full_rows_step_triton
 
     z = torch.zeros(4, 30, device=device)
     with pytest.raises(ValueError, match="teacher_CV: expected fp32"):

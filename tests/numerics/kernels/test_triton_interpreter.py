@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import dispatch, fast, reference, targets
-from kdscale_kernels.rows import rows_step
+from kdscale_kernels import backend as dispatch
+from kdscale_kernels import reference
+from kdscale_kernels.fused import row_chunks
+from kdscale_kernels.rows import teacher_entries
+from kdscale_kernels.rows.torch_sparse import rows_step
 from kdscale_kernels.types import LossOptions
 
 triton = pytest.importorskip("triton", reason="triton is not installed (the dev extra installs it on Linux)")
@@ -171,7 +174,7 @@ def test_narrow_gradients_reach_the_products(make_problem, device, cuda_products
 
     problem = make_problem(rows=9, hidden=32, vocab=300, k=6, noise=noise, spread=0.35, dtype=torch.bfloat16, seed=3)
     p, twin = problem.cast(torch.bfloat16), problem.cast(torch.float64)
-    with cuda_products(fast, adds_in_place):
+    with cuda_products(row_chunks, adds_in_place):
         options = {"labels_N": p.labels, "bias_V": p.bias, "ce_weight": 0.2}
         kk.linear_sparse_kl(
             p.hidden, p.weight, *p.targets, **options, backend="triton", chunk_bytes=3 * 4 * 300
@@ -190,10 +193,10 @@ def chunk(device, *, rows=5, vocab=301, k=6, temperature=1.0, seed=0, matched=No
     z = torch.randn(rows, vocab, generator=gen) * 2
     z = z if matched is None else teacher + matched * z
     values, ids = teacher.topk(k, 1)
-    prepared = targets.prepare(ids, values, (teacher / temperature).logsumexp(1), vocab, temperature)
+    prepared = teacher_entries.prepare(ids, values, (teacher / temperature).logsumexp(1), vocab, temperature)
     labels = torch.randint(0, vocab, (rows,), generator=gen)
     labels[0] = ids[0, 0]
-    return z.to(device), targets.Targets(*(t.to(device) for t in prepared)), labels.to(device)
+    return z.to(device), teacher_entries.Targets(*(t.to(device) for t in prepared)), labels.to(device)
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
@@ -201,13 +204,13 @@ def chunk(device, *, rows=5, vocab=301, k=6, temperature=1.0, seed=0, matched=No
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_narrow_gradient_lies_over_the_logits(device, divergence, matched, softcap):
     """bf16 dz in the first half of each fp32 row: as right as bf16 can be, in the same memory."""
-    from kdscale_kernels.triton_rows import rows_step_triton
+    from kdscale_kernels.triton_kernels.sparse import rows_step_triton
 
     z, prepared, labels = chunk(device, matched=matched)
     options = LossOptions(ce_weight=0.3, divergence=divergence, softcap=softcap)
     wide = z.double()
     want_sums = torch.stack(
-        rows_step(wide, targets.Targets(*(_wide(t) for t in prepared)), labels, options, want_grad=True)
+        rows_step(wide, teacher_entries.Targets(*(_wide(t) for t in prepared)), labels, options, want_grad=True)
     )
     sums, dz = rows_step_triton(z, prepared, labels, options, want_grad=True, grad_dtype=torch.bfloat16)
     assert dz.dtype == torch.bfloat16
@@ -223,7 +226,7 @@ def _wide(tensor):
 
 @pytest.mark.parametrize("grad_dtype", [None, torch.bfloat16])
 def test_same_bits_twice_and_rows_do_not_depend_on_each_other(device, grad_dtype):
-    from kdscale_kernels.triton_rows import rows_step_triton
+    from kdscale_kernels.triton_kernels.sparse import rows_step_triton
 
     z, prepared, labels = chunk(device, rows=4)
     options = LossOptions(ce_weight=0.3, divergence="jsd", temperature=2.0)
@@ -251,7 +254,7 @@ def test_same_bits_twice_and_rows_do_not_depend_on_each_other(device, grad_dtype
 @pytest.mark.parametrize("where", ["support", "tail", "label", "id", "teacher"])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 def test_nan_or_bad_id_poisons_its_row_only(device, tail, where, ce_weight):
-    from kdscale_kernels.triton_rows import rows_step_triton
+    from kdscale_kernels.triton_kernels.sparse import rows_step_triton
 
     z, prepared, labels = chunk(device)
     taken = {*prepared.ids_NK[2].tolist(), int(labels[2])}
@@ -281,7 +284,7 @@ def test_nan_or_bad_id_poisons_its_row_only(device, tail, where, ce_weight):
 
 def test_tails_that_underflow(device):
     """Student tail e^-200, teacher tail 0, -inf in the student's tail, a soft-cap over -inf: as fp64 has them."""
-    from kdscale_kernels.triton_rows import rows_step_triton
+    from kdscale_kernels.triton_kernels.sparse import rows_step_triton
 
     rows = [
         ([100.0, 99.0, -100.0, -100.0], [2.0, 1.0, 0.5, 0.5]),
@@ -296,11 +299,16 @@ def test_tails_that_underflow(device):
         wide = student.double()
         lse = teacher.double().logsumexp(1)
         options = LossOptions(divergence=divergence, softcap=softcap)
-        want = rows_step(wide, targets.prepare(ids, values.double(), lse, 4, 1.0), labels, options, want_grad=True)
-        narrow = targets.Targets(
-            *(t.float() if t.is_floating_point() else t for t in targets.prepare(ids, values.double(), lse, 4, 1.0))
+        want = rows_step(
+            wide, teacher_entries.prepare(ids, values.double(), lse, 4, 1.0), labels, options, want_grad=True
         )
-        narrow = targets.Targets(*(t.to(device) for t in narrow))
+        narrow = teacher_entries.Targets(
+            *(
+                t.float() if t.is_floating_point() else t
+                for t in teacher_entries.prepare(ids, values.double(), lse, 4, 1.0)
+            )
+        )
+        narrow = teacher_entries.Targets(*(t.to(device) for t in narrow))
         sums, dz = rows_step_triton(student.to(device).clone(), narrow, labels.to(device), options, want_grad=True)
         assert sums.isfinite().all()
         torch.testing.assert_close(sums[0].double().cpu(), want.loss_C, rtol=1e-4, atol=1e-5)
@@ -360,7 +368,7 @@ def test_sparse_kl_over_the_logits(make_problem, device, inplace, dtype):
 @pytest.mark.parametrize("step", [None, 0.5, 5.0])
 def test_topk_is_exact_with_lower_ids_first(device, vocab, k, step):
     """step rounds the logits to a grid, so that ties fall inside, between and across groups."""
-    from kdscale_kernels.triton_topk import topk_lse_rows
+    from kdscale_kernels.triton_kernels.topk import topk_lse_rows
 
     z = torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab)) * 2
     z = z if step is None else (z / step).round() * step + 0.0 * z
@@ -375,7 +383,7 @@ def test_topk_is_exact_with_lower_ids_first(device, vocab, k, step):
 
 
 def test_topk_of_nan_rows_and_none(device):
-    from kdscale_kernels.triton_topk import topk_lse_rows
+    from kdscale_kernels.triton_kernels.topk import topk_lse_rows
 
     z = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
     z[1, 77] = NAN

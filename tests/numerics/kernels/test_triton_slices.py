@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import dispatch, reference
-from kdscale_kernels.targets import prepare
+from kdscale_kernels import backend as dispatch
+from kdscale_kernels import reference
+from kdscale_kernels.rows.teacher_entries import prepare
 from kdscale_kernels.types import LossOptions
 
 triton = pytest.importorskip("triton", reason="triton is not installed (the dev extra installs it on Linux)")
@@ -69,7 +70,9 @@ def test_lean_equals_the_twin(make_problem, device, options, budget, noise):
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_bf16_gradient_over_fp32_logits(make_problem, device, kept):
     """What only a device's products ask for, tried on the steps themselves."""
-    from kdscale_kernels.slices import Found, Parts, SliceSteps, join
+    from kdscale_kernels.row_steps import SliceSteps
+    from kdscale_kernels.rows.results import Found, Parts
+    from kdscale_kernels.rows.torch_slices import join
 
     p = make_problem(rows=5, noise=0.3)
     options = LossOptions(ce_weight=0.3, temperature=2.0)
@@ -98,7 +101,7 @@ def test_same_bits_twice(make_problem, device):
 
 
 def test_an_id_outside_the_vocabulary_poisons_its_row(make_problem, device):
-    from kdscale_kernels.slices import Found
+    from kdscale_kernels.rows.results import Found
 
     p = make_problem(rows=5)
     targets = prepare(p.ids, p.logits, p.lse, 203, 1.0)

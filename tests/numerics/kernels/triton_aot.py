@@ -21,8 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdscale_kernels import triton_full, triton_rows, triton_slices, triton_topk
-from kdscale_kernels.limits import GROUP
+from kdscale_kernels.rows.limits import GROUP
+from kdscale_kernels.triton_kernels import full as triton_full
+from kdscale_kernels.triton_kernels import slices, sparse, topk
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -106,35 +107,31 @@ def full_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, s
 def builds(which: str) -> Iterator[Build]:
     for name, constants, types in full_variants(which):
         yield Build(triton_full.full_kl_rows_kernel, f"full_kl: {name}", constants, triton_full.TILE.warps, types)
-    for tile, (name, flags, types) in itertools.product(triton_rows.TILES, loss_variants(which)):
+    for tile, (name, flags, types) in itertools.product(sparse.TILES, loss_variants(which)):
         constants = {**flags, "BLOCK_V": tile.block_v, "BLOCK_K": tile.max_k}
-        yield Build(
-            triton_rows.sparse_kl_rows_kernel, f"sparse_kl K<={tile.max_k}: {name}", constants, tile.warps, types
-        )
+        yield Build(sparse.sparse_kl_rows_kernel, f"sparse_kl K<={tile.max_k}: {name}", constants, tile.warps, types)
     yield from slice_builds()
     for capped in (False, True):
-        constants = {"SOFTCAP": capped, "GROUP": GROUP, "BLOCK_G": triton_topk.SWEEP_TILE.groups}
+        constants = {"SOFTCAP": capped, "GROUP": GROUP, "BLOCK_G": topk.SWEEP_TILE.groups}
         name = "lse_groups" + (": soft-cap" if capped else "")
-        yield Build(triton_topk.lse_groups_kernel, name, constants, triton_topk.SWEEP_TILE.warps, {})
-    for tile, grouped in itertools.product(triton_topk.SELECT_TILES, (False, True)):
+        yield Build(topk.lse_groups_kernel, name, constants, topk.SWEEP_TILE.warps, {})
+    for tile, grouped in itertools.product(topk.SELECT_TILES, (False, True)):
         constants = {"HAS_GROUPS": grouped, "GROUP": GROUP, "BLOCK_J": tile.max_j}
         name = f"select J<={tile.max_j}" + (": groups" if grouped else "")
-        yield Build(triton_topk.select_kernel, name, constants, tile.warps, {})
+        yield Build(topk.select_kernel, name, constants, tile.warps, {})
 
 
 def slice_builds() -> Iterator[Build]:
     """The lean mode's two bodies, plainest and fullest, with what is kept and without."""
-    for tile, full, kept in itertools.product(triton_slices.SLICE_TILES, (False, True), (False, True)):
+    for tile, full, kept in itertools.product(slices.SLICE_TILES, (False, True), (False, True)):
         blocks = {"BLOCK_S": tile.block_v, "BLOCK_K": tile.max_k, "SOFTCAP": full}
         name = ("CE, T, soft-cap" if full else "plain") + (", kept" if kept else "")
         reading = {**blocks, "TEMPERED": full, "KEEP": kept, "KEEP_ONE": full and kept}
         narrow = {"tempered_ptr": "*bf16", "one_ptr": "*bf16"}
-        yield Build(triton_slices.read_slice_kernel, f"read_slice K<={tile.max_k}: {name}", reading, tile.warps, narrow)
+        yield Build(slices.read_slice_kernel, f"read_slice K<={tile.max_k}: {name}", reading, tile.warps, narrow)
         writing = {**blocks, "HAS_CE": full, "TWO": full, "KEPT": kept, "NARROW": not kept}
         narrow = {"dz_ptr": "*bf16"} | ({"z_ptr": "*bf16", "one_ptr": "*bf16"} if kept else {})
-        yield Build(
-            triton_slices.write_slice_kernel, f"write_slice K<={tile.max_k}: {name}", writing, tile.warps, narrow
-        )
+        yield Build(slices.write_slice_kernel, f"write_slice K<={tile.max_k}: {name}", writing, tile.warps, narrow)
 
 
 def compile_for(build: Build, target: GPUTarget) -> Any:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from kdscale.prune.obs import head_removal_costs, removal_costs
+from kdscale.prune.importance.optimal_brain_surgeon import head_removal_costs, removal_costs
 
 RIDGE = 1e-3
 
@@ -68,7 +68,7 @@ def test_a_unit_that_others_replace_goes_first_however_strong():
 def test_units_taken_together_cost_little_more_than_one_by_one(monkeypatch):
     gram, weight = _problem(192, 40, seed=3)
     order = torch.argsort(removal_costs(gram.float(), weight.float(), RIDGE), stable=True).tolist()
-    monkeypatch.setattr("kdscale.prune.obs._BLOCKS", 192)
+    monkeypatch.setattr("kdscale.prune.importance.optimal_brain_surgeon._BLOCKS", 192)
     single = torch.argsort(removal_costs(gram.float(), weight.float(), RIDGE), stable=True).tolist()
     assert _error(gram, weight, order[:96]) <= 1.02 * _error(gram, weight, single[:96])
     energy = torch.argsort(gram.diagonal() * weight.square().sum(0)).tolist()

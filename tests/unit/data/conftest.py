@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from kdscale.data.store import TokenSplit
-from kdscale.progress import Reporter
+from kdscale.data.token_store import TokenSplit
+from kdscale.runtime.progress import Reporter
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdscale.data.loader import Batch, LoaderState, PackedLoader, eval_batches
+from kdscale.data.batches import Batch, LoaderState, PackedLoader
+from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORE
 from kdscale.errors import ConfigError, DataError
 

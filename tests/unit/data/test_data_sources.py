@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kdscale.config import SourceConfig
+from kdscale.config.data import SourceConfig
 from kdscale.data.sources import builtin_names, describe_source, read_documents, source_files
 from kdscale.errors import ConfigError, DataError
 

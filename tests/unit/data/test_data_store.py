@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdscale.config import SourceConfig
-from kdscale.data import store as store_module
-from kdscale.data.store import TokenStore
+from kdscale.config.data import SourceConfig
+from kdscale.data import token_store as store_module
+from kdscale.data import tokenizing
+from kdscale.data.token_store import TokenStore
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import remove_leftovers
 
@@ -150,7 +151,7 @@ def test_bad_last_line_is_found_before_tokenizing(build, write_jsonl, tiny_texts
     path = write_jsonl("a.jsonl", tiny_texts)
     with path.open("a") as stream:
         stream.write("{oops\n")
-    monkeypatch.setattr(store_module.BatchEncoder, "encode", lambda *_: pytest.fail("tokenized before checking"))
+    monkeypatch.setattr(tokenizing.BatchEncoder, "encode", lambda *_: pytest.fail("tokenized before checking"))
     with pytest.raises(DataError, match=f"line {len(tiny_texts) + 1} is not valid JSON"):
         build(path)
 

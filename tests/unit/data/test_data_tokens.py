@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from kdscale.data.tokens import BatchEncoder, document_end_id
+from kdscale.data.tokenizing import BatchEncoder, document_end_id
 from kdscale.errors import DataError
 
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from kdscale.distill import pieces, saver, state
-from kdscale.distill.pieces import Piece
-from kdscale.distill.seeds import seed_step
+from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.distill.checkpoint import rank_files, saver
+from kdscale.distill.checkpoint.rank_files import PieceIndex, PieceReader
+from kdscale.distill.schedule import seed_step
 from kdscale.errors import RunFolderError
+from kdscale.models.parameter_map import Piece
 
 PRINT = {"seed": 1, "distill": {"seq_len": 8}}
 
@@ -27,7 +29,7 @@ class Values:
         self.pieces, self.value = [Piece("w", 0, 20), Piece("w", 20, 10)], 0.0
 
     def blocks(self):
-        for _ in pieces.KINDS:
+        for _ in rank_files.KINDS:
             for piece in self.pieces:
                 yield torch.full((piece.length,), self.value)
 
@@ -42,27 +44,27 @@ def save(folder, *steps, **rules):
     for step in steps:
         values.value = float(step)
         made.save(step, {"state": {"step": step}}, wait=True)
-    return state.step_dir(folder, steps[-1])
+    return checkpoint_folder.step_dir(folder, steps[-1])
 
 
 def names(folder):
-    return [path.name for path in state.complete_steps(folder)]
+    return [path.name for path in checkpoint_folder.complete_steps(folder)]
 
 
 def test_newest_whole_one_is_found(tmp_path):
     save(tmp_path, 3, 6, 9)
-    found = state.find(tmp_path, PRINT)
+    found = checkpoint_folder.find(tmp_path, PRINT)
     assert (found.path, found.step, found.notes) == (tmp_path / "step-00000009", 9, ())
     assert found.manifest["state"] == {"step": 9}
     assert found.manifest["adam_step"] == 7
-    index = pieces.PieceIndex(state.data_files(found.path, found.manifest), found.manifest["parameters"])
-    with pieces.PieceReader(index) as reader:
+    index = PieceIndex(checkpoint_folder.data_files(found.path, found.manifest), found.manifest["parameters"])
+    with PieceReader(index) as reader:
         reader.fill("exp_avg", Piece("w", 15, 10), out := torch.zeros(10))
     assert out.tolist() == [9.0] * 10
 
 
 def test_no_folder_is_no_checkpoint(tmp_path):
-    assert state.find(tmp_path / "none", PRINT) == state.Found(None, {}, ())
+    assert checkpoint_folder.find(tmp_path / "none", PRINT) == checkpoint_folder.Found(None, {}, ())
 
 
 def flip(path):
@@ -80,11 +82,11 @@ def drop(path):
 
 
 def lose_manifest(path):
-    (path.parent / state.MANIFEST).unlink()
+    (path.parent / checkpoint_folder.MANIFEST).unlink()
 
 
 def change_manifest(path):
-    manifest = path.parent / state.MANIFEST
+    manifest = path.parent / checkpoint_folder.MANIFEST
     manifest.write_text(manifest.read_text().replace('"adam_step": 7', '"adam_step": 8'))
 
 
@@ -92,43 +94,43 @@ def change_manifest(path):
 def test_a_damaged_one_is_passed_over_and_named(tmp_path, damage):
     save(tmp_path, 3, 6)
     damage(tmp_path / "step-00000006" / "rank-00000.safetensors")
-    found = state.find(tmp_path, PRINT)
+    found = checkpoint_folder.find(tmp_path, PRINT)
     assert found.step == 3
     assert "step-00000006" in found.notes[0]
     save(tmp_path, 6)  # and can be written again over the damaged one
-    assert state.find(tmp_path, PRINT).step == 6
+    assert checkpoint_folder.find(tmp_path, PRINT).step == 6
 
 
 def test_a_damaged_one_does_not_push_a_good_one_out(tmp_path):
     """Else two damages in a row would leave nothing, however many are kept."""
     flip(save(tmp_path, 10, 20, 25, keep=2) / "rank-00000.safetensors")
-    assert state.find(tmp_path, PRINT).step == 20
+    assert checkpoint_folder.find(tmp_path, PRINT).step == 20
     assert names(tmp_path) == ["step-00000020"]
     assert (tmp_path / "damaged-step-00000025").is_dir()
     flip(save(tmp_path, 30, keep=2) / "rank-00000.safetensors")
     assert not (tmp_path / "damaged-step-00000025").exists()
-    assert state.find(tmp_path, PRINT).step == 20
+    assert checkpoint_folder.find(tmp_path, PRINT).step == 20
 
 
 def test_all_damaged_is_as_none(tmp_path):
     flip(save(tmp_path, 3) / "rank-00000.safetensors")
-    found = state.find(tmp_path, PRINT)
+    found = checkpoint_folder.find(tmp_path, PRINT)
     assert (found.path, found.step, len(found.notes)) == (None, 0, 1)
-    assert save(tmp_path, 3) == state.find(tmp_path, PRINT).path
+    assert save(tmp_path, 3) == checkpoint_folder.find(tmp_path, PRINT).path
 
 
 def test_weights_can_be_verified_without_the_moments(tmp_path):
     path = save(tmp_path, 3)
     flip(path / "rank-00000.safetensors")
-    assert state.verify(path, weights_only=True)["step"] == 3
-    about = state.read_manifest(path)["files"]["rank-00000.safetensors"]
+    assert checkpoint_folder.verify(path, weights_only=True)["step"] == 3
+    about = checkpoint_folder.read_manifest(path)["files"]["rank-00000.safetensors"]
     assert about["bytes"] - about["weights_bytes"] == 2 * 30 * 4
 
 
 def test_a_half_written_one_is_not_seen(tmp_path):
     save(tmp_path, 3)
     shutil.copytree(tmp_path / "step-00000003", tmp_path / ".partial-step-00000006")
-    assert state.find(tmp_path, PRINT).step == 3
+    assert checkpoint_folder.find(tmp_path, PRINT).step == 3
     assert not (tmp_path / ".partial-step-00000006").exists()
 
 
@@ -145,7 +147,7 @@ def test_some_are_kept_for_ever(tmp_path):
 def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):
     path = save(tmp_path, 3)
     with pytest.raises(RunFolderError, match=r"distill.seq_len: 8 → 16"):
-        state.find(tmp_path, {"seed": 1, "distill": {"seq_len": 16}})
+        checkpoint_folder.find(tmp_path, {"seed": 1, "distill": {"seq_len": 16}})
     assert path.exists()
 
 
@@ -155,7 +157,7 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):
 @pytest.fixture
 def held_disk(monkeypatch):
     """A disk that takes nothing until `set()`; with `fault`, it then refuses."""
-    gate, real = threading.Event(), saver.write_pieces
+    gate, real = threading.Event(), rank_files.write_pieces
     gate.fault = None
 
     def write(*args):
@@ -184,7 +186,7 @@ def test_training_goes_on_while_the_disk_works(tmp_path, held_disk):
     assert names(tmp_path) == []  # sealed only where all ranks meet
     made.poll()
     assert names(tmp_path) == ["step-00000004"]
-    with pieces.PieceReader(pieces.PieceIndex([tmp_path / "step-00000004" / state.rank_file(0)], values.shapes)) as r:
+    with PieceReader(PieceIndex([tmp_path / "step-00000004" / checkpoint_folder.rank_file(0)], values.shapes)) as r:
         r.fill("master", Piece("w", 0, 30), out := torch.zeros(30))
     assert out.tolist() == [4.0] * 30
 
@@ -206,7 +208,7 @@ def test_a_full_disk_is_an_error_at_the_next_step(tmp_path, held_disk):
     wait_for(made)
     with pytest.raises(RunFolderError, match="rank 0: No space left on device"):
         made.poll()
-    assert state.find(tmp_path, PRINT).step == 1
+    assert checkpoint_folder.find(tmp_path, PRINT).step == 1
 
 
 def test_a_rank_that_leaves_does_not_seal(tmp_path, held_disk):

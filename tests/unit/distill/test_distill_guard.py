@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdscale.distill.guard import SkipGuard, by_rank, show_documents, stop_error, watch
+from kdscale.distill.non_finite import SkipGuard, by_rank, show_documents, stop_error, watch
 
 
 def test_counts_in_a_row_and_in_all():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from kdscale.config_distill import LossConfig
-from kdscale.heads import Head
-from kdscale.losses import TERMS, distillation_loss, full_distillation_loss
+from kdscale.config.objectives import LossConfig
+from kdscale.distill.objectives.token_divergence import TERMS, distillation_loss, full_distillation_loss
+from kdscale.models.head import Head
 from kdscale_kernels import linear_topk_lse, reference
 
 DIVERGENCES = get_args(LossConfig.model_fields["divergence"].annotation)

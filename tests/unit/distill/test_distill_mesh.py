@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from kdscale.config_distill import DistillConfig
-from kdscale.distill.mesh import Mesh
+from kdscale.config.distill import DistillConfig
+from kdscale.distill.parallel.mesh import Mesh
 
 SIZES = st.integers(1, 4)
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdscale.distill.parts import Part, split_name
-from kdscale.distill.pieces import KINDS, Piece, PieceIndex, PieceReader, write_pieces
+from kdscale.distill.checkpoint.rank_files import KINDS, PieceIndex, PieceReader, write_pieces
+from kdscale.distill.parallel.tensor_slices import Part, split_name
 from kdscale.errors import CheckpointError
+from kdscale.models.parameter_map import Piece
 
 NAME = "layer.weight"
 

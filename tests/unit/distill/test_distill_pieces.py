@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kdscale.distill.pieces import KINDS, Piece, PieceIndex, PieceReader, WriteCancelled, share, write_pieces
+from kdscale.distill.checkpoint.rank_files import KINDS, PieceIndex, PieceReader, WriteCancelled, share, write_pieces
 from kdscale.errors import CheckpointError
+from kdscale.models.parameter_map import Piece
 
 SHAPES = st.lists(st.lists(st.integers(0, 7), max_size=3), min_size=1, max_size=5).map(
     lambda shapes: {f"layer.{i}:weight": tuple(shape) for i, shape in enumerate(shapes)}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdscale.distill.schedules import cosine_lr, total_steps
+from kdscale.distill.schedule import cosine_lr, total_steps
 
 
 @given(steps=st.integers(1, 400), warmup=st.integers(0, 500), lr=st.floats(1e-6, 1.0), share=st.floats(0.0, 1.0))

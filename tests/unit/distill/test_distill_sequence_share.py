@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdscale.data.loader import Batch
-from kdscale.distill.mesh import Mesh
-from kdscale.distill.sequence_check import check_models
+from kdscale.data.batches import Batch
+from kdscale.distill.parallel.checks import check_sequence_parallel
+from kdscale.distill.parallel.mesh import Mesh
 from kdscale.errors import ConfigError
-from kdscale.sequence import Exchange
+from kdscale.models.sequence_parallel import Exchange
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 
@@ -82,11 +82,11 @@ def test_what_cannot_be_shared_is_refused(tmp_path, ranks, seq_len, heads, kv_he
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=told):
-        check_models(ranks, seq_len, {"teacher": tmp_path})
-    check_models(1, seq_len, {"teacher": tmp_path})
+        check_sequence_parallel(ranks, seq_len, {"teacher": tmp_path})
+    check_sequence_parallel(1, seq_len, {"teacher": tmp_path})
 
 
 def test_a_soft_capped_attention_is_refused_before_a_weight_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "attn_logit_softcapping": 50.0}))
     with pytest.raises(ConfigError, match="no soft-cap"):
-        check_models(2, 64, {"teacher": tmp_path})
+        check_sequence_parallel(2, 64, {"teacher": tmp_path})

@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdscale.config_observe import ProfileConfig, SpikeConfig
-from kdscale.distill import collectives
-from kdscale.distill.collectives import CollectiveTimer
-from kdscale.distill.profiling import StepProfiler
+from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 from kdscale.distill.replay import find_start, parameter_group
-from kdscale.distill.spikes import SpikeDetector, name_documents
-from kdscale.distill.throughput import ModelFlops, SpeedReport, peak_by_name, peak_flops, step_flops
-from kdscale.sizing.gpus import find_gpu, known_gpus
+from kdscale.distill.telemetry import collectives
+from kdscale.distill.telemetry.collectives import CollectiveTimer
+from kdscale.distill.telemetry.profiling import StepProfiler
+from kdscale.distill.telemetry.spikes import SpikeDetector, name_documents
+from kdscale.distill.telemetry.throughput import SpeedReport, peak_flops
+from kdscale.sizing.flops import ModelFlops, step_flops
+from kdscale.sizing.gpus import find_gpu, known_gpus, peak_by_name
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
@@ -56,7 +57,7 @@ def test_peaks_by_name(name, peak):
     assert peak_by_name(name) == peak
 
 
-def test_the_log_and_plan_run_have_one_peak_for_a_gpu():
+def test_the_log_and_plan_cluster_have_one_peak_for_a_gpu():
     gpus = [find_gpu(name) for name in known_gpus()]
     assert {gpu.name: peak_by_name(gpu.name) for gpu in gpus} == {gpu.name: gpu.flops for gpu in gpus}
 

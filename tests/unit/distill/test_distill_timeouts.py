@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kdscale.config import build_config
-from kdscale.distill.timeouts import group_timeout, watchdog_seconds
+from kdscale.config.load import build_config
+from kdscale.runtime.timeouts import group_timeout, watchdog_seconds
 from kdscale_launch.watchdog import SLOW_FACTOR
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from kdscale.config import build_config
-from kdscale.config_distill import DistillConfig
-from kdscale.config_zero import OWNED, PASSED_THROUGH
-from kdscale.distill.zero import deepspeed_config
+from kdscale.config.distill import DistillConfig
+from kdscale.config.load import build_config
+from kdscale.config.zero import OWNED, PASSED_THROUGH
+from kdscale.distill.parallel.deepspeed_config import deepspeed_config
 from kdscale.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kdscale.cli.main import app
 from kdscale.errors import ConfigError
-from kdscale.runs.launching import request, smaller_commands
+from kdscale.jobs.launch import request, smaller_commands
 from kdscale_launch import Host
 
 HOSTS = "node-1 slots=1\nnode-2 slots=1\n"
@@ -54,7 +54,7 @@ def test_hosts(dry: Launch, config: Path, tmp_path: Path) -> None:
     assert [words[-2] for words in connections] == ["node-1", "node-2"]
     assert all(words[-1].endswith("/v/py -m kdscale_launch.agent") for words in connections)
     rank = next(line for line in lines if line.startswith("/v/py"))
-    assert shlex.split(rank)[2:] == ["kdscale.runs.member", str(config), "teacher.path=/a b", "distill.processes=2"]
+    assert shlex.split(rank)[2:] == ["kdscale.jobs.rank", str(config), "teacher.path=/a b", "distill.processes=2"]
     for variable in ("WORLD_SIZE=2", "MASTER_ADDR=node-1", "MASTER_PORT=7", "HF_TOKEN=***"):
         assert f"#   {variable}" in lines
 

@@ -327,5 +327,5 @@ def test_no_secret_is_on_a_command_line(cluster, tmp_path):
     outcome = cluster.run(task(code, tmp_path, env={"HF_TOKEN": "hf_0"}))
     line, token = outcome.said[0].rsplit(" ", 1)
     assert token == "hf_0"
-    assert "kdscale_launch.agent" in line
+    assert "kdscale_launch.hosts.agent" in line
     assert "hf_0" not in line

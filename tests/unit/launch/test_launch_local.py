@@ -122,7 +122,8 @@ def test_the_watcher_of_other_systems_ends_an_orphan(tmp_path):
     code = (
         "import subprocess, sys, os, time\n"
         'child = \'import os, time; open("t", "w").write(str(os.getpid())); os.rename("t", "pid"); time.sleep(60)\'\n'
-        "subprocess.Popen([sys.executable, '-S', '-m', 'kdscale_launch.watch', str(os.getpid()), sys.executable, '-S', "
+        "subprocess.Popen([sys.executable, '-S', '-m', 'kdscale_launch.parent_watch', str(os.getpid()), "
+        "sys.executable, '-S', "
         "'-c', child])\n"
         "time.sleep(60)\n"
     )

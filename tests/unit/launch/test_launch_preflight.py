@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from kdscale.distill.signals import watch_signals
-from kdscale.runs import preflight
+from kdscale.jobs import preflight
+from kdscale.runtime.signals import watch_signals
 from kdscale_launch import Place
-from kdscale_launch.environment import release, wait_for_master
 from kdscale_launch.local import free_port
+from kdscale_launch.rendezvous import release, wait_for_master
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -121,14 +121,14 @@ def test_rank_0_does_not_wait_for_ranks_that_never_come() -> None:
 
 def test_the_same_signal_at_once_again_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("kdscale.distill.signals._SAME_SIGNAL_SECONDS", 60.0)
+    monkeypatch.setattr("kdscale.runtime.signals._SAME_SIGNAL_SECONDS", 60.0)
     before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
     try:
         with watch_signals() as request:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
             assert (request.signum, calls) == (signal.SIGTERM, [])
-            monkeypatch.setattr("kdscale.distill.signals._SAME_SIGNAL_SECONDS", 0.0)
+            monkeypatch.setattr("kdscale.runtime.signals._SAME_SIGNAL_SECONDS", 0.0)
             signal.raise_signal(signal.SIGTERM)  # later: now it does what it did before
             assert calls == [signal.SIGTERM]
     finally:

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdscale_launch import Host, LaunchError, others, parse_hostfile, slurm
-from kdscale_launch import kubernetes as kube
-from kdscale_launch.environment import choose_interface, place_from, take_place
-from kdscale_launch.failure import Failure, Outcome, last_error
-from kdscale_launch.forward import forwarded, public, shown
-from kdscale_launch.hostfile import first_ranks
+from kdscale_launch import Host, LaunchError, parse_hostfile
+from kdscale_launch.environment import forwarded, public, shown
+from kdscale_launch.hosts.failure import Failure, Outcome, last_error
+from kdscale_launch.hosts.hostfile import first_ranks
+from kdscale_launch.rendezvous import choose_interface, place_from, take_place
+from kdscale_launch.systems import kubernetes as kube
+from kdscale_launch.systems import slurm, torchrun_deepspeed
 
 
 def test_a_hostfile_in_deepspeeds_format():
@@ -211,7 +212,7 @@ def test_the_slurm_header():
 @pytest.fixture
 def pods() -> kube.KubernetesJob:
     return kube.KubernetesJob(
-        "kdscale-x", 4, 8, "registry/image:1", ("python", "-m", "kdscale.runs.member", "/data/c.yaml"), "/data/logs",
+        "kdscale-x", 4, 8, "registry/image:1", ("python", "-m", "kdscale.jobs.rank", "/data/c.yaml"), "/data/logs",
         "/data", volumes={"claim": "/data"}, secrets=("hf",), gpus=8, env={"HF_HOME": "/data/hf"},
         final_codes=frozenset({2, 3}),
     )  # fmt: skip
@@ -264,7 +265,8 @@ def test_a_node_starts_its_share_of_the_ranks(tmp_path):
     code = "import os; open('r' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in " \
            "('LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')))"  # fmt: skip
     launch = Path(__file__).resolve().parents[3] / "launch"
-    command = [sys.executable, "-S", "-m", "kdscale_launch.node", "--nodes", "3", "--slots", "2", "--node-rank-from",
+    command = [sys.executable, "-S", "-m", "kdscale_launch.systems.node", "--nodes", "3", "--slots", "2",
+        "--node-rank-from",
                "JOB_COMPLETION_INDEX", "--log-dir", "logs", "--master-addr", "first", "--master-port", "9", "--",
                sys.executable, "-S", "-c", code]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(launch), "JOB_COMPLETION_INDEX": "2"}
@@ -278,17 +280,18 @@ def test_a_node_starts_its_share_of_the_ranks(tmp_path):
 
 
 def test_torchrun_meets_over_c10d():
-    command = others.torchrun("py", "kdscale.runs.member", ("c.yaml", "a=b c"), nodes=2, slots=4, endpoint="n1:29400",
+    command = torchrun_deepspeed.torchrun("py", "kdscale.jobs.rank", ("c.yaml", "a=b c"), nodes=2, slots=4,
+        endpoint="n1:29400",
                               job_id="x", max_restarts=5)  # fmt: skip
-    assert command[-4:] == ["--module", "kdscale.runs.member", "c.yaml", "a=b c"]
+    assert command[-4:] == ["--module", "kdscale.jobs.rank", "c.yaml", "a=b c"]
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:29400"} <= set(command)
-    assert others.TORCHRUN_ENVIRONMENT == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert torchrun_deepspeed.TORCHRUN_ENVIRONMENT == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def test_deepspeeds_runner_gets_nothing_that_its_shell_would_change():
     reach = {"hostfile": "/h", "master_addr": "a", "master_port": 1}
-    assert "--no_local_rank" in others.deepspeed("py", "m", ("c.yaml",), **reach)
+    assert "--no_local_rank" in torchrun_deepspeed.deepspeed("py", "m", ("c.yaml",), **reach)
     with pytest.raises(LaunchError, match="use --launcher ssh"):
-        others.deepspeed("py", "m", ("c.yaml", "name=$(reboot)"), **reach)
-    environment = others.deepspeed_environment("-F config", "/e", 15.0)
+        torchrun_deepspeed.deepspeed("py", "m", ("c.yaml", "name=$(reboot)"), **reach)
+    environment = torchrun_deepspeed.deepspeed_environment("-F config", "/e", 15.0)
     assert environment["PDSH_SSH_ARGS_APPEND"] == "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -F config"

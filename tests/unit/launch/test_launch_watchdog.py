@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kdscale_launch import HUNG_EXIT_CODE, Cluster, Host, JobSpec, RankFailed, Task, run_local
-from kdscale_launch.failure import Failure
+from kdscale_launch.hosts.failure import Failure
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(LAUNCH)}

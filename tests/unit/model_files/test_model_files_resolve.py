@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from kdscale.config import TeacherConfig
+from kdscale.config.root import TeacherConfig
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.weights import check_tokenizer, copy_sidecars, resolve_teacher
 

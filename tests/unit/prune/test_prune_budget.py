@@ -9,13 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdscale.capacity import Capacity
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.prune.cost import SHAPE_AXES, CostModel
-from kdscale.prune.latency import LatencyModel, Timing
-from kdscale.prune.plan import Plan, make_plan
-from kdscale.prune.search import Search
+from kdscale.families.family import SHAPE_AXES
+from kdscale.prune.plan import Plan
+from kdscale.prune.search.cost import CostModel
+from kdscale.prune.search.latency import LatencyModel, Timing
+from kdscale.prune.search.shapes import Search, make_plan
+from kdscale.sizing.capacity import Capacity
 from kdscale.units import parse_target
 
 AXES = ("ffn", "heads", "kv_heads", "hidden", "layers")

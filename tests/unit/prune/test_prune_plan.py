@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.prune.plan import Plan, make_plan
+from kdscale.prune.plan import Plan
+from kdscale.prune.search.shapes import make_plan
 
 
 @pytest.fixture

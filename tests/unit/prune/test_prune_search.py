@@ -12,13 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims
-from kdscale.prune.cost import SHAPE_AXES, CostModel
-from kdscale.prune.gaps import gaps
-from kdscale.prune.plan import Plan, make_plan
-from kdscale.prune.ranking import Ranking
+from kdscale.families.family import SHAPE_AXES
+from kdscale.prune.compensation.layer_gaps import gaps
+from kdscale.prune.importance.ranking import Ranking
+from kdscale.prune.plan import Plan
+from kdscale.prune.search.cost import CostModel
+from kdscale.prune.search.shapes import make_plan
 
 AXES = ("ffn", "heads", "kv_heads", "hidden", "layers")
 _settings = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -228,6 +230,6 @@ def test_published_8b_shapes_and_speed(llama8b_config):
 
 
 def test_planning_does_not_import_torch():
-    code = "import sys, kdscale.prune.plan, kdscale.prune.search, kdscale.prune.ranking; print('torch' in sys.modules)"
+    code = "import sys, kdscale.prune.plan, kdscale.prune.search.shapes, kdscale.prune.importance.ranking; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

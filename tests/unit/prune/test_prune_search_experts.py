@@ -7,12 +7,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from kdscale.config import PruneConfig
+from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Family, load_family
-from kdscale.prune.cost import SHAPE_AXES, CostModel
-from kdscale.prune.plan import Plan, make_plan
-from kdscale.prune.search import Search
+from kdscale.families.family import SHAPE_AXES
+from kdscale.prune.plan import Plan
+from kdscale.prune.search.cost import CostModel
+from kdscale.prune.search.shapes import Search, make_plan
 
 PER_TOKEN = 3
 

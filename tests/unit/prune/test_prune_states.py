@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdscale.errors import CheckpointError
-from kdscale.prune.states import Scratch, States
+from kdscale.models.hidden_states import Scratch, States
 
 SHAPE = (2, 5, 8)
 BYTES = 2 * 5 * 8 * 2  # bf16

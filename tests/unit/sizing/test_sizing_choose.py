@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from kdscale.cli.shipped import config_folder, find_config
-from kdscale.config import build_config, load_config
+from kdscale.config.load import build_config, config_folder, find_config, load_config
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
-from kdscale.runs.plan_run import plan_run, snippet, to_json
-from kdscale.sizing.choose import compare
+from kdscale.jobs.cluster_plan import plan_cluster, snippet, to_json
+from kdscale.sizing.compare import compare
+from kdscale.sizing.flops import forward_flops
 from kdscale.sizing.gpus import GIB, Cluster, find_gpu, known_gpus
-from kdscale.sizing.memory import Job, Setting, peak
-from kdscale.sizing.sequence import exchange_seconds
-from kdscale.sizing.shape import ModelShape
-from kdscale.sizing.speed import Rates, estimate, forward_flops
-from kdscale.sizing.tensor import layer_seconds
+from kdscale.sizing.job import Job, Setting
+from kdscale.sizing.memory import peak
+from kdscale.sizing.model_shape import ModelShape
+from kdscale.sizing.parallel import exchange_seconds, layer_seconds
+from kdscale.sizing.speed import Rates, estimate
 
 TEACHERS = Path(__file__).resolve().parents[2] / "fixtures" / "teachers"
 NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))
@@ -108,7 +108,7 @@ def test_host_memory_limits_what_can_be_offloaded() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_config_takes_the_lines_that_are_planned_for_it(name: str, gpu: str, tmp_path: Path) -> None:
     config = load_config(find_config(name), [f"run_dir={tmp_path}"])
-    plan = plan_run(config, TEACHERS / Path(config.teacher.path).name, cluster(2, gpu=gpu), Rates())
+    plan = plan_cluster(config, TEACHERS / Path(config.teacher.path).name, cluster(2, gpu=gpu), Rates())
     assert plan.chosen is not None
     changes = YAML(typ="safe").load(snippet(plan))["distill"]
     tree = config.resolved()
@@ -123,21 +123,21 @@ def test_every_shipped_config_takes_the_lines_that_are_planned_for_it(name: str,
 def test_nothing_fits_is_an_error_with_the_least_that_would_be_needed(tmp_path: Path) -> None:
     config = load_config(find_config("llama3.1-8b-to-4.5b-width"), [f"run_dir={tmp_path}"])
     tiny = replace(cluster(host=8), gpu=replace(H100, memory=8 * GIB))
-    plan = plan_run(config, TEACHERS / "Llama-3.1-8B", tiny, Rates(), placements=("replicated",))
+    plan = plan_cluster(config, TEACHERS / "Llama-3.1-8B", tiny, Rates(), placements=("replicated",))
     assert plan.chosen is None
     with pytest.raises(ConfigError, match="no setting fits"):
         snippet(plan)
 
 
 def test_the_student_is_the_one_that_was_planned(tmp_path: Path) -> None:
-    from kdscale.prune.plan import make_plan
+    from kdscale.prune.search.shapes import make_plan
 
     config = load_config(find_config("demo"), [f"run_dir={tmp_path}"])
     teacher = json.loads((TEACHERS / "smollm2-135m-instruct" / "config.json").read_text())
     other = config.prune.model_copy(update={"ffn": 512, "target_params": None})
     made = make_plan(teacher, load_family(teacher, "t"), None, other)
     made.save(tmp_path / "plan.json")
-    plan = plan_run(config, TEACHERS / "smollm2-135m-instruct", cluster(gpus=1), Rates())
+    plan = plan_cluster(config, TEACHERS / "smollm2-135m-instruct", cluster(gpus=1), Rates())
     assert plan.student_from == "plan.json"
     assert plan.job.student.params == made.student_params.total
     assert plan.job.student.ffn == 512

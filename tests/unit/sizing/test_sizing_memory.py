@@ -11,8 +11,9 @@ import pytest
 
 from kdscale.families import load_family
 from kdscale.sizing import memory
-from kdscale.sizing.memory import Job, Setting, peak
-from kdscale.sizing.shape import ModelShape
+from kdscale.sizing.job import Job, Setting
+from kdscale.sizing.memory import peak
+from kdscale.sizing.model_shape import ModelShape
 
 TEACHERS = Path(__file__).resolve().parents[2] / "fixtures" / "teachers"
 
@@ -127,7 +128,7 @@ def test_layers_save_for_the_backward_what_the_model_says(model_type: str, dtype
 @pytest.mark.parametrize("vocab", [1_000, 8_192, 49_152])
 @pytest.mark.parametrize("rows", [50, 512, 4_096])
 def test_the_loss_runs_in_the_mode_that_the_kernels_choose(rows: int, vocab: int, item_bytes: int) -> None:
-    from kdscale_kernels.modes import Shape, layout_for
+    from kdscale_kernels.fused.memory_plan import Shape, layout_for
 
     model = replace(LLAMA, hidden=576, vocab=vocab)
     narrow = item_bytes == 2
@@ -141,11 +142,11 @@ def test_the_loss_runs_in_the_mode_that_the_kernels_choose(rows: int, vocab: int
 def test_constants_are_those_of_the_libraries() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from kdscale.distill.zero import BUCKET
-    from kdscale_kernels import modes, products
+    from kdscale.distill.parallel.deepspeed_config import BUCKET
+    from kdscale_kernels.fused import memory_plan, products
 
     assert memory.CHUNK_BYTES == products.CHUNK_BYTES
-    assert (modes.CPU_WORKSPACE, modes.FEWEST_ROWS["cpu"]) == (memory.CPU_WORKSPACE, memory.FEWEST_ROWS)
+    assert (memory_plan.CPU_WORKSPACE, memory_plan.FEWEST_ROWS["cpu"]) == (memory.CPU_WORKSPACE, memory.FEWEST_ROWS)
     zero = DeepSpeedZeroConfig(stage=3)
     assert (zero.max_live_parameters, zero.prefetch_bucket_size) == (memory.MAX_LIVE, memory.PREFETCH)
     assert zero.sub_group_size == memory.SUB_GROUP

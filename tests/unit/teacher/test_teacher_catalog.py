@@ -14,10 +14,10 @@ import torch
 
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.files import sha256_file
-from kdscale.models import load_model, load_tokenizer
-from kdscale.progress import Reporter
-from kdscale.teacher import catalog
-from kdscale.teacher.catalog import MANIFEST, NAMES, CatalogEntry, get_teacher
+from kdscale.models.loading import load_model, load_tokenizer
+from kdscale.packaging import catalog
+from kdscale.packaging.catalog import MANIFEST, NAMES, CatalogEntry, get_teacher
+from kdscale.runtime.progress import Reporter
 
 gguf = pytest.importorskip("gguf")
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS = 64, 4, 2, 16, 96, 2

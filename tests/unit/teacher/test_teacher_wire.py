@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from kdscale.errors import DataError
+from kdscale.teacher.messages import Question, decode_targets, encode_targets
 from kdscale.teacher.targets import TopKTargets
-from kdscale.teacher.wire import Question, decode_targets, encode_targets
 
 _LIMITS = {"vocab_size": 50, "max_positions": 16, "max_tokens": 64}
 

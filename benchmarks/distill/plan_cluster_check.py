@@ -1,0 +1,215 @@
+"""Is the memory that `kdscale plan-cluster` predicts the memory that training takes? Measured on CPU processes.
+
+    python benchmarks/distill/plan_cluster_check.py [--only NAME ...] [--moments]
+
+Each case starts its ranks over gloo, builds a teacher and a student of random weights, trains a few steps through the
+same teacher, student module, optimiser and DeepSpeed engine as a run, and compares the peak of the process's anonymous
+resident memory, beyond what it held after all imports, with kdscale.sizing.memory. One line a case; leaves with 1 when
+one is further off than --tolerance. `MALLOC_MMAP_THRESHOLD_` is set for the ranks, so that freed tensors go back to
+the system and a peak is what tensors took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+STUDENT = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 6,
+           "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": False}  # fmt: skip
+TEACHER = {**STUDENT, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
+           "num_key_value_heads": 4}  # fmt: skip
+# stage, ranks, dtype and what else differs from: micro_batch 1, accumulation 2, 512 positions, no checkpointing
+CASES: dict[str, dict[str, Any]] = {
+    "stage 1, 1 rank": {"stage": 1, "ranks": 1},
+    "stage 2, 1 rank": {"stage": 2, "ranks": 1},
+    "stage 3, 1 rank": {"stage": 3, "ranks": 1},
+    "stage 1, 2 ranks": {"stage": 1, "ranks": 2},
+    "stage 2, 2 ranks": {"stage": 2, "ranks": 2},
+    "stage 3, 2 ranks": {"stage": 3, "ranks": 2},
+    "stage 0, fp32, 1 rank": {"stage": 0, "ranks": 1, "dtype": "float32"},
+    "stage 2, fp32, 1 rank": {"stage": 2, "ranks": 1, "dtype": "float32"},
+    "stage 1, 1 rank, no accumulation": {"stage": 1, "ranks": 1, "accumulation": 1},
+    "stage 2, 2 ranks, 2,048 tokens": {"stage": 2, "ranks": 2, "micro_batch": 4},
+    "the same with checkpointing": {"stage": 2, "ranks": 2, "micro_batch": 4, "checkpointing": True},
+    "stage 2, 1 rank, Adam offloaded": {"stage": 2, "ranks": 1, "offload": True},
+}
+DEFAULTS = {"micro_batch": 1, "accumulation": 2, "seq_len": 512, "dtype": "bfloat16", "checkpointing": False}
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.child:
+        child(json.loads(arguments.child))
+        return 0
+    chosen = {name: case for name, case in CASES.items() if not arguments.only or name in arguments.only}
+    worst = 0.0
+    print(f"{'case':38} {'predicted':>9} {'measured':>9} {'error':>7}  at")
+    for name, case in chosen.items():
+        full = {**DEFAULTS, **case, "steps": arguments.steps}
+        predicted, moment, parts = predict(full)
+        ranks = measure(full)
+        measured = max(row["peak"] for row in ranks)
+        error = predicted / measured - 1
+        worst = max(worst, abs(error))
+        print(f"{name:38} {predicted / 1e6:6.0f} MB {measured / 1e6:6.0f} MB {error:+7.1%}  {moment}", flush=True)
+        if arguments.moments:
+            print("   predicted", {key: round(value / 1e6) for key, value in parts.items()})
+            print("   measured ", {key: round(value / 1e6) for key, value in ranks[0]["moments"].items()}, flush=True)
+    print(f"largest error {worst:.1%}")
+    return int(worst > arguments.tolerance)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--moments", action="store_true", help="show components and the peak of each part of a step")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--tolerance", type=float, default=0.15)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def shape(sizes: dict[str, Any]) -> Any:
+    from kdscale.families import load_family
+    from kdscale.sizing.model_shape import ModelShape
+
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes}
+    return ModelShape.of(config, load_family(config, "benchmark"))
+
+
+def predict(case: dict[str, Any]) -> tuple[float, str, dict[str, float]]:
+    from kdscale.distill.parallel.deepspeed_config import BUCKET
+    from kdscale.sizing import job, memory
+
+    job = job.Job(
+        shape(STUDENT), shape(TEACHER), seq_len=case["seq_len"], ranks=case["ranks"], ranks_per_node=case["ranks"],
+        item_bytes=2 if case["dtype"] == "bfloat16" else 4, reduce_bucket=BUCKET["cpu"], device="cpu",
+    )  # fmt: skip
+    setting = job.Setting(
+        case["stage"], case["micro_batch"], case["accumulation"], case["checkpointing"], "replicated",
+        offload_optimizer=case.get("offload", False),
+    )  # fmt: skip
+    found = memory.peak(job, setting)
+    # the host's memory and a CPU rank's are the same
+    return found.total + found.host, found.moment, {**found.parts, "host": found.host}
+
+
+def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    root = Path(__file__).resolve().parents[2]
+    paths = os.pathsep.join(
+        [*(str(root / part) for part in (".", "kernels", "launch")), os.environ.get("PYTHONPATH", "")]
+    )
+    common = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
+              "MALLOC_MMAP_THRESHOLD_": "65536", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "WORLD_SIZE": str(case["ranks"]), "LOCAL_WORLD_SIZE": str(case["ranks"]),
+              "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    command = [sys.executable, __file__, "--child", json.dumps(case)]
+    ranks = [
+        subprocess.Popen(
+            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(case["ranks"])
+    ]  # fmt: skip
+    answers = [rank.communicate() for rank in ranks]
+    for rank, (_, errors) in zip(ranks, answers, strict=True):
+        if rank.returncode:
+            raise SystemExit(f"a rank ended with {rank.returncode}:\n{errors[-3000:]}")
+    return [json.loads(out.strip().splitlines()[-1]) for out, _ in answers]
+
+
+def anonymous() -> int:
+    """Bytes of this process's resident anonymous memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("/proc/self/status has no RssAnon: this benchmark needs Linux")
+
+
+class Peaks:
+    """The largest anonymous memory seen since the current moment began, by moment; looked at every two milliseconds."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+        self.moment: str | None = None
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            moment, now = self.moment, anonymous()
+            if moment is not None:
+                self.found[moment] = max(self.found.get(moment, 0), now)
+            time.sleep(0.002)
+
+
+def child(case: dict[str, Any]) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from kdscale.config.load import build_config
+    from kdscale.data.batches import Batch
+    from kdscale.distill import engine as runner
+    from kdscale.distill.parallel.deepspeed_config import deepspeed_config
+    from kdscale.distill.step import StudentModule, to_device
+    from kdscale.teacher.online import OnlineTeacher
+    from kdscale.teacher.placement.placed import Replicated
+
+    device, dtype = torch.device("cpu"), getattr(torch, case["dtype"])
+    settings = {
+        "seq_len": case["seq_len"], "micro_batch": case["micro_batch"], "processes": case["ranks"],
+        "global_batch": case["micro_batch"] * case["ranks"] * case["accumulation"], "zero_stage": case["stage"],
+        "zero": {"offload_optimizer": "cpu" if case.get("offload") else "none"},
+    }  # fmt: skip
+    tree = {"name": "b", "run_dir": "b", "teacher": {"path": "b"}, "prune": {"ffn": 8}, "distill": settings}
+    cfg = build_config(tree, "benchmark")
+    runner._start_group(device)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warm = torch.nn.Linear(64, 64, dtype=dtype)  # the thread pools and oneDNN's own buffers
+    warm(torch.ones(8, 64, dtype=dtype)).sum().backward()
+    baseline = anonymous()
+
+    models = [LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype) for sizes in (TEACHER, STUDENT)]
+    teacher = OnlineTeacher(Replicated(models[0]), top_k=64, temperature=1.0, vocab_size=STUDENT["vocab_size"])
+    if case["checkpointing"]:
+        models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student = StudentModule(models[1].train(), cfg.distill.loss, STUDENT["vocab_size"])
+    models.clear()
+    zero = deepspeed_config(cfg.distill, case["stage"], bf16=dtype == torch.bfloat16, device="cpu")
+    engine = runner._make_engine(cfg, student, case["stage"], zero)
+    shape = (case["micro_batch"], case["seq_len"])
+    positions = (torch.arange(case["seq_len"]) % (case["seq_len"] // 2)).expand(shape)  # two documents a sequence
+    peaks = Peaks()
+    for _ in range(case["steps"]):
+        for _ in range(case["accumulation"]):
+            ids = torch.randint(0, STUDENT["vocab_size"], shape)
+            micro = to_device(Batch(ids, positions, ids.roll(-1, 1), []), device)
+            peaks.moment = "teacher"
+            targets = teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
+            peaks.moment = "student"
+            loss, _ = engine(micro, targets)
+            peaks.moment = "backward"
+            engine.backward(loss / ids.numel(), scale_wrt_gas=False)
+            del loss, targets
+            peaks.moment = "step"
+            engine.step()
+    peaks.moment = None
+    moments = {name: size - baseline for name, size in peaks.found.items()}
+    print(json.dumps({"peak": max(moments.values()), "moments": moments}), flush=True)
+    runner.shutdown()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

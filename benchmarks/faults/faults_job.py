@@ -1,0 +1,178 @@
+"""One job under benchmarks/faults/faults.py: its launcher, its processes, what it has written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors.torch import load_file
+
+from kdscale.runs.metrics_log import read_metrics
+
+EVERY, STEPS = 10, 120  # a checkpoint every so many steps; all steps of a run
+DEAD_AFTER, GRACE = 10.0, 30.0
+SSH = """#!/bin/sh
+while [ "$1" = -o ] || [ "$1" = -T ]; do [ "$1" = -o ] && shift; shift; done
+[ -e {work}/away-$1 ] && {{ echo "no route to $1" >&2; exit 255; }}
+shift
+exec sh -c "$*"
+"""
+PYTHON = """#!/bin/sh
+case "$2" in
+    kdscale.runs.*) exec {python} {wrapper} "$@" ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+
+
+class Job:
+    """One run folder and the launcher that works on it, started again by hand whenever it has ended."""
+
+    def __init__(self, work: Path, config: Path, run: Path, watchdog: float, options: tuple[str, ...] = ()):
+        self.work, self.run, self.watchdog = work, run, watchdog
+        self.log = work / f"{run.name}.log"
+        self.log.write_text("")
+        settings = (f"run_dir={run}", f"distill.tokens={STEPS * 256}", f"distill.checkpoint_every={EVERY}",
+                    "distill.validate_every=60", f"distill.watchdog_seconds={watchdog}")  # fmt: skip
+        self.command = [
+            sys.executable, "-m", "kdscale.cli.main", "launch", str(config), "--hostfile", str(work / "hosts"),
+            "--ssh-command", str(work / "ssh"), "--python", str(work / "python"), "--master-addr", "127.0.0.1",
+            "--until", "distill", "--dead-after", str(DEAD_AFTER), "--grace", str(GRACE), "--skip-preflight",
+            "--max-restarts", "1000", *options, *[part for item in settings for part in ("--set", item)],
+        ]  # fmt: skip
+        self.reached = self.resumed = 0
+        self._read = 0
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
+
+    def said(self) -> str:
+        """What is new in the launcher's log, and on which step training went on."""
+        with self.log.open("rb") as stream:
+            stream.seek(self._read)
+            data = stream.read()
+        data = data[: data.rfind(b"\n") + 1]
+        self._read += len(data)
+        return data.decode(errors="replace")
+
+    def step(self) -> int:
+        """The newest step in the metrics, from the end of the file."""
+        path = self.run / "logs" / "metrics.jsonl"
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4000))
+            found = re.findall(rb'"step": (\d+)', stream.read())
+            self.reached = max(self.reached, int(found[-1]) if found else 0)
+            return int(found[-1]) if found else 0
+        return 0
+
+    def tree(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return list(psutil.Process(self.process.pid).children(recursive=True))
+        return []
+
+    def agents(self) -> list[psutil.Process]:
+        return [process for process in self.tree() if "kdscale_launch.hosts.agent" in words(process)]
+
+    def ranks(self, training: bool = False) -> list[psutil.Process]:
+        """Every process of a rank, or only those that distil."""
+        members = [p for p in self.tree() if {"kdscale.jobs.rank", "kdscale.pipeline.stages.distill"} & set(words(p))]
+        return [p for p in members if not training or "kdscale.pipeline.stages.distill" in words(p) or rank_of(p) == 1]
+
+    def student(self) -> dict[str, str]:
+        folder = self.run / "student"
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+
+    def weights(self) -> dict[str, Any]:
+        return dict(load_file(self.run / "student" / "model.safetensors"))
+
+    def curve(self) -> list[tuple[int, float]]:
+        rows = read_metrics(self.run / "logs" / "metrics.jsonl")
+        return [(int(row["step"]), row["loss"]) for row in rows if row["kind"] == "train"]
+
+
+def alike(job: Job, whole: Job) -> bool:
+    """The same documents in the same order, summed otherwise: fp32 losses and weights within rounding."""
+    mine, want = dict(job.curve()), dict(whole.curve())
+    ours, theirs = job.weights(), whole.weights()
+    near = all(math.isclose(loss, want[step], rel_tol=1e-4) for step, loss in mine.items())
+    return (
+        mine.keys() == want.keys()
+        and near
+        and all(tensor.allclose(theirs[name], rtol=1e-3, atol=1e-4) for name, tensor in ours.items())
+    )
+
+
+def words(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def rank_of(process: psutil.Process) -> int:
+    try:
+        return int(process.environ().get("RANK", -1))
+    except psutil.Error:
+        return -1
+
+
+def signal_all(processes: list[psutil.Process], signum: int) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signum)
+
+
+def below(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def stage_of(run: Path) -> str:
+    try:
+        stages = json.loads((run / "status.json").read_text())["stages"]
+    except (OSError, ValueError, KeyError):
+        return "start"
+    running = [name for name, entry in stages.items() if entry["state"] == "running"]
+    return running[-1] if running else "between stages"
+
+
+def prepare(work: Path) -> None:
+    """The stand-ins for ssh and for the ranks' interpreter, the hosts, and where ranks learn of their faults."""
+    wrapper = Path(__file__).with_name("faults_rank.py").absolute()
+    for name, text in (("ssh", SSH), ("python", PYTHON)):
+        (work / name).write_text(text.format(work=work, python=sys.executable, wrapper=wrapper))
+        (work / name).chmod(0o755)
+    (work / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    os.environ.update(KDSCALE_FAULT_PLAN=str(work / "plan.json"), KDSCALE_FAULT_PYTHON=str(work / "python"))
+
+
+@contextlib.contextmanager
+def conditioned(work: Path, condition: str, rng: random.Random) -> Iterator[Path]:
+    """The folder in which this condition's run lives."""
+    plan, small = work / "plan.json", work / "small"
+    ahead = {"skew": [rng.randrange(2), rng.choice([3, -3, 24 * 400]) * 3600]}
+    wanted = {"slow disk": {"slow": 0.2}, "clock skew": ahead}
+    plan.write_text(json.dumps(wanted.get(condition, {})))
+    if condition == "small disk":
+        small.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "kdscale-faults", str(small)], check=True)
+    try:
+        yield small if condition == "small disk" else work
+    finally:
+        if condition == "small disk":
+            subprocess.run(["umount", "-l", str(small)], check=True)

@@ -1,0 +1,99 @@
+"""Runs a rank under benchmarks/faults/faults.py: `faults_rank.py -m MODULE ARGUMENT...`, with faults from outside.
+
+Runs the module as `python -m` would, after it has replaced what a fault needs. Which, and on which rank, stands in the
+file that KDSCALE_FAULT_PLAN names. kdscale itself knows nothing of this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PLAN = Path(os.environ["KDSCALE_FAULT_PLAN"])
+
+
+def plan() -> dict[str, Any]:
+    try:
+        return dict(json.loads(PLAN.read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def slow_disk(seconds: float) -> None:
+    """Every fsync takes so much longer."""
+    fsync = os.fsync
+
+    def slow(handle: int) -> None:
+        time.sleep(seconds)
+        fsync(handle)
+
+    os.fsync = slow  # type: ignore[assignment]
+
+
+def skewed_clock(seconds: float) -> None:
+    """The wall clock is so far ahead. libfaketime would reach C code too, but breaks Python's sleeps and waits."""
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: now_ns() + int(seconds * 1e9)
+
+
+def poisoned_teacher(rank: int) -> None:
+    """From the moment that the plan says so, this rank's teacher has NaN in one weight matrix."""
+    from kdscale.teacher.online import OnlineTeacher
+
+    targets = OnlineTeacher.targets
+
+    def poisoned(self: Any, *arguments: Any) -> Any:
+        if plan().get("nan teacher") == rank:
+            _, weight = next(item for item in self.model.named_parameters() if "layers.1.mlp" in item[0])
+            weight.data.fill_(float("nan"))
+        return targets(self, *arguments)
+
+    OnlineTeacher.targets = poisoned  # type: ignore[method-assign]
+
+
+def poisoned_loss(rank: int) -> None:
+    """From the moment that the plan says so, this rank's loss is NaN."""
+    from kdscale.distill.step import StudentModule
+
+    forward = StudentModule.forward
+
+    def poisoned(self: Any, *arguments: Any) -> Any:
+        loss, terms = forward(self, *arguments)
+        return (loss * float("nan") if plan().get("nan loss") == rank else loss), terms
+
+    StudentModule.forward = poisoned  # type: ignore[method-assign]
+
+
+def no_compiler() -> None:
+    """DeepSpeed calls torch.compile at import for an optimiser that no run uses: seconds of CPU at each restart."""
+    import torch
+
+    torch.compile = lambda model=None, **_: model if model is not None else lambda found: found  # type: ignore[assignment]
+
+
+def main() -> None:
+    module = sys.argv[2]
+    no_compiler()
+    sys.executable = os.environ["KDSCALE_FAULT_PYTHON"]  # by which rank 0 starts its training
+    wanted = plan()
+    if "slow" in wanted:
+        slow_disk(float(wanted["slow"]))
+    rank = int(os.environ.get("RANK", "0"))
+    skewed, seconds = wanted.get("skew", (-1, 0))
+    if skewed == rank:
+        skewed_clock(seconds)
+    if module == "kdscale.pipeline.stages.distill" or rank > 0:
+        poisoned_teacher(rank)
+        poisoned_loss(rank)
+    sys.argv = sys.argv[2:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""`kdscale plan-cluster`: ZeRO stage, teacher placement and batch for a cluster, with memory, speed and days."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdscale.cli.arguments import ConfigArgument, SetOption
+from kdscale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdscale.jobs.cluster_plan import RunPlan
+    from kdscale.sizing.compare import Candidate
+    from kdscale.sizing.gpus import Gpu
+
+
+_SHOWN, _SERVED, _REJECTED = 6, 2, 4
+
+
+_ASSUMED = "Assumptions"
+
+
+def plan_cluster_command(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="How many nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs, and so ranks, a node.")] = 8,
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200, b200 or mi300x.")
+    ] = "h100",
+    gpu_memory: Annotated[
+        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Instead of the GPU's own, e.g. 80GiB.")
+    ] = None,
+    host_memory: Annotated[str, typer.Option("--host-memory", metavar="SIZE", help="Of a node.")] = "1TiB",
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", metavar="N", help="Budget for the days. Default: distill.tokens.")
+    ] = None,
+    stage: Annotated[
+        list[int] | None, typer.Option("--stage", min=1, max=3, help="Compare this ZeRO stage only. Repeatable.")
+    ] = None,
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option("--teacher", metavar="PLACEMENT", help="Compare this teacher_placement only. Repeatable."),
+    ] = None,
+    flops: Annotated[
+        float | None, typer.Option("--flops", help="bf16 FLOP/s of a GPU.", rich_help_panel=_ASSUMED)
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option("--bandwidth", help="Bytes/s a GPU between nodes, one way.", rich_help_panel=_ASSUMED),
+    ] = None,
+    compute_share: Annotated[
+        float,
+        typer.Option("--compute-share", min=0.01, max=1.0, help="Of the FLOP/s, while computing.",
+                     rich_help_panel=_ASSUMED),
+    ] = 0.40,
+    link_share: Annotated[
+        float,
+        typer.Option("--link-share", min=0.01, max=1.0, help="Of links' bandwidth.", rich_help_panel=_ASSUMED),
+    ] = 0.70,
+    everything: Annotated[bool, typer.Option("--all", help="Show every setting that was compared.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="FILE", help="Write the YAML lines to a file.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Which ZeRO stage, teacher placement and micro-batch to use on a cluster, from shapes alone; starts nothing.
+
+    Memory, tokens a second and days are estimates: docs/distributed.md says from what. Exit code 2 if nothing fits.
+    """
+    from kdscale.config.load import find_config, load_config
+    from kdscale.files import write_text
+    from kdscale.jobs.cluster_plan import plan_cluster, snippet, to_json
+    from kdscale.sizing.gpus import Cluster, find_gpu
+    from kdscale.sizing.speed import Rates
+    from kdscale.units import parse_count
+    from kdscale.weights import resolve_teacher
+
+    loaded = load_config(find_config(config), set_ or [])
+    budget = parse_count(tokens) if tokens else None
+    if tokens and not (isinstance(budget, int) and budget > 0):
+        raise ConfigError("--tokens", expected="a count such as 10B", got=tokens)
+    cluster = Cluster(
+        _gpu(find_gpu(gpu), gpu_memory, flops, bandwidth), nodes, gpus_per_node, _bytes("--host-memory", host_memory)
+    )
+    chosen: Any = {"stages": stage or (1, 2, 3), "placements": teacher or None, "tokens": budget}
+    source = resolve_teacher(loaded.teacher, config_only=True)
+    plan = plan_cluster(loaded, source, cluster, Rates(compute_share, link_share), **chosen)
+    if json_:
+        import json
+
+        typer.echo(json.dumps(to_json(plan), indent=2))
+    else:
+        _show(plan, everything)
+    lines = snippet(plan)  # raises when nothing fits
+    if write is not None:
+        write_text(write, lines)
+    if not json_:
+        typer.echo(lines, nl=False)
+
+
+def _gpu(found: Gpu, memory: str | None, flops: float | None, bandwidth: float | None) -> Gpu:
+    for name, value in (("--flops", flops), ("--bandwidth", bandwidth)):
+        if value is not None and not value > 0:
+            raise ConfigError(name, expected="a positive number", got=str(value))
+    return replace(
+        found,
+        memory=_bytes("--gpu-memory", memory) if memory else found.memory,
+        flops=flops or found.flops,
+        network=bandwidth or found.network,
+    )
+
+
+def _bytes(option: str, text: str) -> float:
+    from kdscale.units import parse_target
+
+    try:
+        kind, value = parse_target(text, "bytes")
+    except ValueError as error:
+        raise ConfigError(option, expected="a size such as 80GiB", got=repr(text)) from error
+    if kind == "fraction" or value <= 0:
+        raise ConfigError(option, expected="a size such as 80GiB", got=repr(text))
+    return value
+
+
+def _show(plan: RunPlan, everything: bool) -> None:
+    from rich.console import Console
+
+    from kdscale.cli.tables import table
+    from kdscale.sizing.gpus import GIB
+
+    console, cluster, job = Console(), plan.cluster, plan.job
+    console.print(
+        f"teacher {_billions(job.teacher.params)}, student {_billions(job.student.params)} ({plan.student_from}), "
+        f"{job.seq_len} positions, {plan.global_batch} sequences a step\n{cluster.nodes} × {cluster.gpus_per_node} "
+        f"{cluster.gpu.name}, {cluster.gpu.memory / GIB:.1f} GiB · assumed: {plan.rates.compute:.0%} of "
+        f"{cluster.gpu.flops / 1e12:.0f} TFLOP/s, {plan.rates.links:.0%} of links",
+        highlight=False,
+    )
+    for note in plan.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    columns = ("stage", "teacher", "offloaded", "ckpt", "micro × acc", "GiB", "tokens/s", "MFU", "time", "")
+    rows = [_row(one, plan) for one in _selected(plan, everything)]
+    console.print(table(f"{len(plan.candidates)} settings compared", columns, rows, right_from=None))
+    one = plan.chosen
+    if one is None:
+        return
+    parts = [(name, f"{size / GIB:.2f}") for name, size in sorted(one.memory.parts.items(), key=lambda item: -item[1])]
+    rows_ = [*parts, ("sum", f"{one.memory.total / GIB:.2f}")]
+    rows_ += (
+        [("host memory, a node", f"{one.memory.host * cluster.gpus_per_node / GIB:.2f}")] if one.memory.host else []
+    )
+    console.print(table(f"GiB a GPU at the fullest moment ({one.memory.moment})", ("", ""), rows_, right_from=1))
+    seconds = [(name, f"{value:.2f}") for name, value in one.speed.seconds.items() if value]
+    console.print(table("Seconds a step", ("", ""), [*seconds, ("sum", f"{one.speed.step:.2f}")], right_from=1))
+
+
+def _selected(plan: RunPlan, everything: bool) -> list[Candidate]:
+    if everything:
+        return plan.candidates
+    served = [one for one in plan.candidates if one.fits and one.setting.placement == "served"]
+    fit = [one for one in plan.candidates if one.fits and one not in served]
+    rest = [one for one in plan.candidates if not one.fits]
+    return fit[:_SHOWN] + served[:_SERVED] + rest[: _REJECTED if fit else _SHOWN]
+
+
+def _duration(days: float) -> str:
+    for unit, size in (("d", 1.0), ("h", 1 / 24), ("min", 1 / 1440)):
+        if days >= 2 * size:
+            return f"{days / size:,.0f} {unit}"
+    return f"{days * 86_400:.0f} s"
+
+
+def _row(one: Candidate, plan: RunPlan) -> tuple[str, ...]:
+    from kdscale.sizing.gpus import GIB
+
+    setting = one.setting
+    offloaded = "Adam, weights" if setting.offload_parameters else "Adam" if setting.offload_optimizer else ""
+    stage = f"{setting.stage} hpZ" if setting.hpz > 1 else str(setting.stage)
+    stage += f" T={setting.tensor}" if setting.tensor > 1 else ""
+    stage += f" S={setting.sequence}" if setting.sequence > 1 else ""
+    verdict = "chosen" if one is plan.chosen else one.reason
+    return (
+        stage, setting.placement, offloaded, "yes" if setting.checkpointing else "",
+        f"{setting.micro_batch} × {setting.accumulation}", f"{one.memory.total / GIB:.1f}",
+        f"{one.speed.tokens_per_second:,.0f}", f"{one.speed.mfu:.0%}", _duration(one.days(plan.tokens)), verdict,
+    )  # fmt: skip
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

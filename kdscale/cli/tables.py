@@ -1,0 +1,199 @@
+"""What the commands print: tables for people, made from the run folder's JSON files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kdscale.config.load import load_config
+from kdscale.errors import RunFolderError
+from kdscale.files import read_json
+from kdscale.jobs.doctor import Finding, State
+from kdscale.pipeline.stage import Stage
+from kdscale.pipeline.stages.registry import STAGE_NAMES, STAGES
+from kdscale.runs.folder import RunFolder
+from kdscale.runs.metrics_log import read_metrics
+from kdscale.sizing.capacity import Capacity
+
+_MARK = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
+
+
+_STATE = {
+    "done": "[green]done[/]", "running": "[cyan]running[/]", "failed": "[red]failed[/]",
+    "interrupted": "[yellow]interrupted[/]", "waiting": "[dim]waiting[/]", "stopped": "[yellow]stopped[/]",
+}  # fmt: skip
+
+
+def _print(table: Table) -> None:
+    Console(soft_wrap=False).print(table)
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    right_from: int | None = None,
+    nowrap: bool = False,
+) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(
+            column, no_wrap=nowrap, justify="right" if right_from is not None and index >= right_from else "left"
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def findings(found: Sequence[Finding], conclusions: Sequence[Finding]) -> None:
+    for title, lines in (("This machine", found), ("What follows", conclusions)):
+        _print(table(title, ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in lines]))
+
+
+def preflight(found: Sequence[Finding]) -> None:
+    """What every host said before a job."""
+    _print(table("Preflight", ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in found]))
+
+
+def _mark(state: State) -> str:
+    return _MARK[state]
+
+
+def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None:
+    """The shape before and after, what it means in parameters, and what else was compared."""
+    _candidates(plan_json)
+    teacher, student = plan_json["teacher"], plan_json["student"]
+    rows = [(axis, str(teacher[axis]), str(student[axis])) for axis in teacher if axis != "vocab"]
+    for kind in ("total", "non_embedding", "active"):
+        before, after = (plan_json[f"{who}_params"].get(kind) for who in ("teacher", "student"))
+        if before is None:  # a dense model has none that a token leaves out
+            continue
+        rows.append((f"{kind.replace('_', '-')} parameters", f"{before / 1e6:,.1f} M", f"{after / 1e6:,.1f} M"))
+    _print(
+        table(f"Shape of step {step}" if step else "Student's shape", ("", "teacher", "student"), rows, right_from=1)
+    )
+    before, after = (plan_json[f"{who}_params"]["total"] for who in ("teacher", "student"))
+    capacity = Capacity(before, after, distill_tokens)
+    for warning in [*plan_json.get("warnings", []), *capacity.warnings()]:
+        Console().print(f"note: {warning}", style="yellow", highlight=False)
+
+
+def _candidates(plan_json: dict[str, Any]) -> None:
+    """The shapes that met the budget; columns that say the same of all of them or of none are left out."""
+    rows = plan_json["candidates"]
+    if len(rows) == 1:
+        return
+    cuttable = [axis for axis in plan_json["student"] if axis in rows[0] and len({row[axis] for row in rows}) > 1]
+    score = "balance" if plan_json["methods"]["search"] == "balanced" else "predicted"
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {axis: _reader(axis) for axis in cuttable}
+    columns |= {
+        "params": lambda row: _short(row["params"]).replace("G", "B"),
+        "active": lambda row: _short(row["active"]).replace("G", "B") if row.get("active") else "",
+        "on disk": lambda row: f"{_short(row['bytes'])}B",
+        "KV/tok": lambda row: f"{_short(row['kv_bytes'])}B",
+        "decode": lambda row: "" if row["decode_ms"] is None else f"{row['decode_ms']:.3g}ms",
+        "prefill": lambda row: "" if row["prefill_ms"] is None else f"{row['prefill_ms']:.3g}ms",
+        score: lambda row: f"{row['score']:.3f}",
+        "KL": lambda row: f"{row['masked']['kl']:.4f}" if row["masked"] else "",
+        "loss": lambda row: f"{row['masked']['loss']:.4f}" if row["masked"] else "",
+        "probe": lambda row: f"{row['probes'][-1]['loss']:.4f}" if row["probes"] else "",
+        "": lambda row: "chosen" if row is rows[0] else "",
+    }
+    if any(row["decode_ms"] for row in rows):  # eighty columns hold only so much
+        del columns["on disk"], columns["KV/tok"]
+    if any(row["masked"] for row in rows):
+        Console().print("KL, loss: masked runs on calibration text, nats a token", style="dim", highlight=False)
+    shown = {title: cell for title, cell in columns.items() if any(cell(row) for row in rows)}
+    asked = plan_json["target"]["asked"]
+    title = f"{plan_json['candidates_tried']:,} shapes meet {asked}; the best {len(rows)}"
+    _print(
+        table(title, tuple(shown), [[cell(row) for cell in shown.values()] for row in rows], right_from=0, nowrap=True)
+    )
+
+
+def _reader(axis: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: str(row[axis])
+
+
+def _short(value: float) -> str:
+    """`2.05B`, `46.1k`: narrow enough for a table of ten columns on eighty."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def results(folder: Path, last_stage: str) -> None:
+    """After a command: the plan, or the final figures and where everything is."""
+    run = RunFolder(folder)
+    if last_stage == "plan":
+        plan(read_json(run.plan), load_config(run.config).distill.tokens)
+    if last_stage in ("eval", "report") and (run.eval / "eval.json").exists():
+        _side_by_side(read_json(run.eval / "eval.json"))
+    if last_stage == "report":
+        places = [("student (standard checkpoint)", run.student), ("pruned, not distilled", run.pruned)]
+        places += [("report", run.report / "report.html"), ("figures", run.report / "report.json")]
+        places += [("training curve", run.logs / "metrics.jsonl")]
+        _places([(name, path) for name, path in places if path.exists()])
+
+
+def _places(places: Sequence[tuple[str, Path]]) -> None:
+    """One line a path, however long: a path cut short, as a table would, cannot be copied."""
+    console = Console(soft_wrap=True)
+    console.print("Where everything is", style="bold")
+    width = max(len(name) for name, _ in places)
+    for name, path in places:
+        console.print(f"{name:<{width}}  {path}", highlight=False, markup=False)
+
+
+def _side_by_side(evaluation: dict[str, Any]) -> None:
+    models = {name: evaluation["models"][name]["quality"] for name in ("teacher", "pruned", "distilled")}
+    shown = (
+        ("perplexity", "perplexity", "{:.2f}"),
+        ("bits per byte", "bits_per_byte", "{:.4f}"),
+        ("KL to the teacher", "kl_to_teacher", "{:.4f}"),
+        ("top-1 agreement", "top1_agreement", "{:.1%}"),
+    )
+    rows = [
+        (title, *("" if quality[key] is None else form.format(quality[key]) for quality in models.values()))
+        for title, key, form in shown
+    ]
+    _print(table("Held-out text", ("", *models), rows, right_from=1))
+
+
+def status(folder: Path) -> None:
+    """How far each stage is, and the training curve's last figures. Raises RunFolderError when it is no run."""
+    run = RunFolder(folder)
+    if not run.config.exists():
+        raise RunFolderError(
+            f"{folder} is not a run folder", expected="a folder with config.yaml", hint="check the path"
+        )
+    for step in sorted(run.steps.glob("*/config.yaml")):
+        _stages(RunFolder(step.parent), STAGES[1 : STAGE_NAMES.index("distill") + 1])
+    _stages(run, STAGES)
+
+
+def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
+    recorded = read_json(run.status)["stages"] if run.status.exists() else {}
+    alive = run.in_use()
+    rows = []
+    for stage in stages:
+        entry = recorded.get(stage.name, {"state": "waiting"})
+        state = entry["state"]
+        if state == "running" and not alive:
+            state = "stopped"
+        facts = " · ".join(f"{name} {value}" for name, value in entry.get("facts", {}).items())
+        detail = facts or entry.get("reason", "").splitlines()[0:1] or ""
+        seconds = f"{entry['seconds']:.1f} s" if "seconds" in entry else ""
+        rows.append((stage.name, _STATE[state], seconds, detail if isinstance(detail, str) else detail[0]))
+    _print(table(str(run.path), ("stage", "state", "time", ""), rows))
+    last = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "train"][-1:]
+    for row in last:
+        shown = {
+            key: value for key, value in row.items() if key in ("step", "tokens", "loss", "lr", "tokens_per_second")
+        }
+        Console().print("training: " + " · ".join(f"{key} {value:g}" for key, value in shown.items()), highlight=False)

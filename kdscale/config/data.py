@@ -1,0 +1,28 @@
+"""`data`: the text to train and measure on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kdscale.config.fields import Count, Section
+
+
+class SourceConfig(Section):
+    """One source of text: `builtin:classics`, a .jsonl/.jsonl.gz/.txt file, a folder or glob of these, or `hf:NAME`."""
+
+    path: str = Field(min_length=1)
+    field: str = "text"
+    split: str = "train"  # only for hf:
+    weight: Annotated[int, Field(ge=1)] = 1  # how often each document is repeated an epoch
+
+
+class DataConfig(Section):
+    sources: tuple[SourceConfig, ...] = Field(
+        strict=False, min_length=1, default=(SourceConfig(path="builtin:classics"),)
+    )
+    # Documents are assigned to held-out by a hash of their text, so the split never moves when sources are added.
+    heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
+    heldout_sources: tuple[SourceConfig, ...] = Field(strict=False, default=())  # if given, replaces the fraction
+    max_document_tokens: Count | None = None

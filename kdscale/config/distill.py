@@ -1,0 +1,136 @@
+"""`distill`: the distillation, from the teacher's place to what is kept on disk."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kdscale.config.fields import Count, Dtype, Section
+from kdscale.config.objectives import LossConfig
+from kdscale.config.targets import ServedConfig
+from kdscale.config.telemetry import ProfileConfig, SpikeConfig
+from kdscale.config.zero import ZeroConfig
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    min_lr: Annotated[float, Field(ge=0.0)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    betas: tuple[float, float] = Field(strict=False, default=(0.9, 0.95))
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    gradient_clipping: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class GuardConfig(Section):
+    """What to do about NaN and Inf: the step is skipped and counted; this many in a row end the run."""
+
+    max_skipped_in_a_row: Count = 5
+
+
+class DistillConfig(Section):
+    # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
+    teacher: Literal["original", "previous"] = "original"
+    # whole on every rank, a share on each, once in each host's memory, or by kdscale serve-teacher on other machines
+    teacher_placement: Literal["replicated", "partitioned", "offloaded", "served"] = "replicated"
+    served: ServedConfig = ServedConfig()
+    tokens: Count = 1_000_000
+    seq_len: Count = 512
+    global_batch: Count = 8  # sequences a step, over all ranks
+    micro_batch: Count = 4  # sequences a forward, a rank
+    processes: Count = 1  # in all: data × sequence × tensor parallel ranks
+    sequence_parallel: Count = 1  # ranks that share a sequence's positions
+    tensor_parallel: Count = 1  # ranks that share each layer's heads and units, and the vocabulary
+    dtype: Dtype = "auto"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    zero: ZeroConfig = ZeroConfig()
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    guard: GuardConfig = GuardConfig()
+    spikes: SpikeConfig = SpikeConfig()
+    profile: ProfileConfig = ProfileConfig()
+    # what one rank's device can do a second, for MFU; null: by the GPU's name, and no MFU on a CPU
+    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
+    validate_every: Count = 50  # steps
+    validate_tokens: Count = 8_192
+    checkpoint_every: Count = 50  # steps
+    # a rank that makes no progress for so long ends itself; None: by device; 0: never
+    watchdog_seconds: Annotated[float, Field(ge=0.0)] | None = None
+    keep_checkpoints: Count = 2  # the newest
+    keep_every: Count | None = None  # steps; these are kept for ever
+    async_checkpoints: bool = False  # written behind the training's back, from a copy in host memory
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> DistillConfig:
+        split = self.sequence_parallel * self.tensor_parallel
+        if self.processes % split:
+            raise ValueError(
+                f"processes ({self.processes}) must be a multiple of sequence_parallel × tensor_parallel ({split})"
+            )
+        share = self.micro_batch * self.data_parallel
+        if self.global_batch % share:
+            ranks = "processes" if split == 1 else "data-parallel ranks"
+            raise ValueError(
+                f"global_batch ({self.global_batch}) must be a multiple of micro_batch × {ranks} ({share})"
+            )
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every ({self.checkpoint_every})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_can_be_shared(self) -> DistillConfig:
+        if self.tensor_parallel > 1:
+            for name, unsupported in (
+                ("sequence_parallel above 1", self.sequence_parallel > 1),
+                ("loss.targets: full", self.loss.targets == "full"),
+                ("teacher_placement: served", self.teacher_placement == "served"),
+                ("zero.hpz_partition_size above 1", self.zero.hpz_partition_size > 1),
+                ("zero.quantized_weights", self.zero.quantized_weights),
+                ("zero.quantized_gradients", self.zero.quantized_gradients),
+            ):
+                if unsupported:
+                    raise ValueError(f"tensor_parallel ({self.tensor_parallel}) does not go with {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _served_is_somewhere(self) -> DistillConfig:
+        if self.teacher_placement == "served":
+            if not self.served.urls:
+                raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
+            if self.loss.targets == "full":
+                raise ValueError("teacher_placement: served sends the teacher's top K alone: use loss.targets: topk")
+        return self
+
+    @model_validator(mode="after")
+    def _zero_can_do_it(self) -> DistillConfig:
+        problems = self.zero.problems(self.zero_stage, self.processes)
+        if self.async_checkpoints and self.zero.offload_optimizer == "nvme":
+            problems.append("async_checkpoints would hold in host memory what zero.offload_optimizer puts on NVMe")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of ranks that each take sequences of their own."""
+        return self.processes // (self.sequence_parallel * self.tensor_parallel)
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the student's values depend on: all but where things run and what is watched or kept."""
+        found = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
+        return {**found, "zero": {key: getattr(self.zero, key) for key in QUANTIZED}}
+
+
+QUANTIZED = ("quantized_weights", "quantized_gradients")  # of distill.zero: they change what is computed
+
+
+# With any values of these the student is the same up to rounding: a run may change them and go on.
+FREE_SETTINGS = {
+    "teacher_placement", "served", "processes", "sequence_parallel", "tensor_parallel", "micro_batch", "zero_stage",
+    "gradient_checkpointing", "validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints", "keep_every",
+    "async_checkpoints", "watchdog_seconds", "spikes", "profile", "peak_flops", "zero",
+}  # fmt: skip

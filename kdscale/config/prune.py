@@ -1,0 +1,116 @@
+"""`importance` and `prune`: what is measured, what is cut, and how the shape is found."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kdscale.config.fields import Count, Dtype, Section
+from kdscale.units import TARGETS, parse_target
+
+
+class ImportanceConfig(Section):
+    calibration_tokens: Count = 32_768
+    seq_len: Count = 512
+    micro_batch: Count = 4
+    dtype: Dtype = "auto"
+    processes: Count = 1  # ranks on this machine that share the calibration sequences, also in compensation
+    # of the calibration tokens, for prune.layer_method loss (which keeps a state a layer for each) and angular
+    layer_tokens: Count = 16_384
+
+
+FfnMethod = Literal["output_energy", "activation", "obs"]
+
+
+HeadMethod = Literal["output_energy", "activation", "obs"]
+
+
+HiddenMethod = Literal["auto", "pca", "activation"]
+
+
+Compensation = Literal["none", "ridge", "two_stream"]
+
+
+LayerMethod = Literal["block_influence", "loss", "angular", "last"]
+
+
+LayerRepair = Literal["none", "linear"]
+
+
+class SearchConfig(Section):
+    """How the shapes that meet a budget are compared; each kind of score is asked of fewer shapes than the last."""
+
+    # this many of the best predicted shapes are run masked on calibration text; 0 goes by the prediction alone
+    masked_candidates: Annotated[int, Field(ge=0, le=64)] = 8
+    masked_tokens: Count = 4_096
+    # distil this many tokens into each finalist, keep the better half, double; None: no probes
+    probe_tokens: Count | None = None
+    probe_candidates: Annotated[int, Field(ge=2, le=16)] = 4
+    # what a latency is measured at: a prompt this long, and one more token after it
+    context_tokens: Count = 256
+
+
+class PruneConfig(Section):
+    """The budget and the axes. Fixed sizes win; axes left open are searched until the target is met."""
+
+    # "4B" (absolute) or "50%" (of the teacher), of the parameters that `count` names
+    target_params: str | None = None
+    # upper limits instead: "8GiB" of weights on disk, "32KiB" of 16-bit KV cache a token, "12ms" a decoded token or a
+    # prompt; each may also be a share of the teacher's
+    target_bytes: str | None = None
+    target_kv_bytes: str | None = None
+    target_decode: str | None = None
+    target_prefill: str | None = None
+    count: Literal["non_embedding", "total"] = "total"
+    tolerance: Annotated[float, Field(gt=0.0, le=0.2)] = 0.03
+    # axes that may be cut when a target is given; sizes given below are fixed and need not be listed
+    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts"], ...] = Field(
+        strict=False, default=("ffn", "heads")
+    )
+    hidden: Count | None = None
+    ffn: Count | None = None
+    heads: Count | None = None
+    kv_heads: Count | None = None
+    layers: Count | None = None
+    experts: Count | None = None  # of a mixture of experts; how many each token is routed to does not change
+    # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
+    hidden_divisor: Count | None = None
+    ffn_divisor: Count | None = None
+    experts_divisor: Count | None = None  # None: 8 from 64 experts on, 1 below
+    ffn_method: FfnMethod = "output_energy"
+    head_method: HeadMethod = "output_energy"
+    # auto: pca (the residual stream turned into its principal components) where the family allows, else activation
+    hidden_method: HiddenMethod = "auto"
+    layer_method: LayerMethod = "block_influence"
+    # drop one contiguous run of layers (Llama-3.1 → 4B depth recipe) instead of the lowest-scored layers anywhere
+    # (angular knows no other way)
+    contiguous_layers: bool | None = None
+    # linear: the down projection before dropped layers is refitted to give what they gave as well
+    layer_repair: LayerRepair = "none"
+    compensate: Compensation = "two_stream"
+    # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
+    stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    ridge_lambda: Annotated[float, Field(gt=0.0)] = 1e-2
+    max_shard_bytes: Count = 5_000_000_000
+    search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _target_parses(self) -> PruneConfig:
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one target, not {' and '.join(given)}; sizes may be fixed beside it")
+        if given:
+            parse_target(getattr(self, given[0]), TARGETS[given[0]])
+        elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
+            raise ValueError(
+                "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
+            )
+        if self.layer_method == "angular" and self.contiguous_layers is False:
+            raise ValueError("layer_method=angular drops one contiguous block; leave contiguous_layers out")
+        return self
+
+    @property
+    def target(self) -> tuple[str, str] | None:
+        """The target that was given, as (field, text)."""
+        return next(((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None), None)

@@ -1,0 +1,115 @@
+"""The whole configuration: typed, strict, one place.
+
+Precedence: the defaults below < the YAML file < `--set dotted.key=value`. Everything is checked before any work: an
+unknown key, a wrong type or a value out of range is one ConfigError that names every offending field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from kdscale.config.data import DataConfig
+from kdscale.config.distill import DistillConfig
+from kdscale.config.evaluate import EvalConfig
+from kdscale.config.fields import Count, Device, Section, explain_error
+from kdscale.config.prune import ImportanceConfig, PruneConfig
+from kdscale.config.telemetry import TrackingConfig
+from kdscale.files import sha256_json
+from kdscale.units import TARGETS
+
+
+class TeacherConfig(Section):
+    """The model to shrink: a folder with config.json, tokenizer and safetensors, or a hub id (`org/name`)."""
+
+    path: str = Field(min_length=1)
+    revision: str | None = None  # only for a hub id
+    trust_remote_code: bool = False
+
+
+class RuntimeConfig(Section):
+    device: Device = "auto"
+    threads: Count | None = None  # CPU threads a process; None: cores / processes
+    # seconds without progress after which a stage other than the distillation counts as hung, four times as many while
+    # it loads; 0: none does
+    watchdog_seconds: Annotated[float, Field(ge=0.0)] = 3600.0
+    # calibration hidden states held in memory, a process; what is beyond goes to the run folder's disk
+    activation_bytes: Count = 1_073_741_824
+
+
+class StepConfig(Section):
+    """One step on the way to the config's own student: what it says differently of prune and distill.
+
+    The config's target and sizes are the last step's: none of them is inherited. All other fields are.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    prune: dict[str, Any]
+    distill: dict[str, Any] = Field(default_factory=dict)
+
+
+class Config(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str = Field(min_length=1)
+    seed: Annotated[int, Field(ge=0)] = 0
+    teacher: TeacherConfig
+    data: DataConfig = DataConfig()
+    importance: ImportanceConfig = ImportanceConfig()
+    prune: PruneConfig
+    distill: DistillConfig = DistillConfig()
+    eval: EvalConfig = EvalConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    # run before the config's own prune and distill, each from the student of the one before
+    steps: tuple[StepConfig, ...] = Field(strict=False, default=())
+
+    @model_validator(mode="after")
+    def _steps_are_configs(self) -> Config:
+        names = [step.name for step in self.steps]
+        if len(set(names)) < len(names):
+            raise ValueError(f"steps: every name once, got {', '.join(names)}")
+        for index, step in enumerate(self.steps):
+            try:
+                self.step(index)
+            except ValidationError as error:
+                raise ValueError(
+                    f"steps ({step.name}): " + "; ".join(explain_error(item, Config) for item in error.errors())
+                ) from error
+        return self
+
+    def step(self, index: int) -> Config:
+        """The config of one of the steps: a run of its own under `steps/` in the run folder, on the same text."""
+        step, tree = self.steps[index], self.resolved()
+        inherited = {key: value for key, value in tree["prune"].items() if key not in _NOT_INHERITED}
+        return Config.model_validate(
+            {
+                **tree,
+                "name": f"{self.name}-{step.name}",
+                "run_dir": f"{self.run_dir}/steps/{index + 1}-{step.name}",
+                "prune": _merged(inherited, step.prune),
+                "distill": _merged(tree["distill"], step.distill),
+                "steps": (),
+            }
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, every default written out: what is stored as run/config.yaml and hashed."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self, *sections: str) -> str:
+        """Hash of the named top-level sections (all of them when none is named)."""
+        plain = self.resolved()
+        return sha256_json({key: plain[key] for key in sections or sorted(plain)})
+
+
+# What makes one step's student another size than the next one's.
+_NOT_INHERITED = {*TARGETS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts"}
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return out

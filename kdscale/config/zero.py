@@ -1,0 +1,131 @@
+"""`distill.zero`: what of DeepSpeed's ZeRO a config may set beyond the stage, checked before DeepSpeed is loaded.
+
+The keys that this project depends on (stage, offload, bucket sizes) have fields of their own; the others of DeepSpeed's
+`zero_optimization` pass through `extra`, by name and type.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kdscale.config.fields import Count, Section
+
+OffloadDevice = Literal["none", "cpu", "nvme"]
+
+
+Value = bool | int | float | str
+
+
+# Keys of DeepSpeed's `zero_optimization` (0.18, 0.19) that change speed or memory only, with the type each must have.
+PASSED_THROUGH: dict[str, type] = {
+    "allgather_partitions": bool,
+    "contiguous_gradients": bool,
+    "enable_sanity_checks": bool,
+    "ignore_unused_parameters": bool,
+    "log_trace_cache_warnings": bool,
+    "memory_efficient_linear": bool,
+    "overlap_comm": bool,
+    "reduce_scatter": bool,
+    "round_robin_gradients": bool,
+    "stage3_allgather_sequential": bool,
+    "stage3_max_live_parameters": int,
+    "stage3_max_reuse_distance": int,
+    "stage3_model_persistence_threshold": int,
+    "stage3_module_granularity_threshold": int,
+    "stage3_param_persistence_threshold": int,
+    "stage3_prefetch_bucket_size": int,
+    "stage3_use_all_reduce_for_fetch_params": bool,
+    "sub_group_size": int,
+    "use_multi_rank_bucket_allreduce": bool,
+}
+
+
+# Keys that people know from DeepSpeed's JSON, and where a kdscale config says the same.
+OWNED: dict[str, str] = {
+    "stage": "distill.zero_stage",
+    "offload_optimizer": "distill.zero.offload_optimizer",
+    "cpu_offload": "distill.zero.offload_optimizer",
+    "offload_param": "distill.zero.offload_parameters",
+    "cpu_offload_param": "distill.zero.offload_parameters",
+    "cpu_offload_use_pin_memory": "distill.zero.pin_memory",
+    "pin_memory": "distill.zero.pin_memory",
+    "zero_hpz_partition_size": "distill.zero.hpz_partition_size",
+    "zero_quantized_weights": "distill.zero.quantized_weights",
+    "zero_quantized_gradients": "distill.zero.quantized_gradients",
+    "reduce_bucket_size": "distill.zero.reduce_bucket",
+    "allgather_bucket_size": "distill.zero.allgather_bucket",
+    "gradient_clipping": "distill.optimizer.gradient_clipping",
+    "optimizer": "distill.optimizer",
+    "scheduler": "distill.optimizer.warmup_steps and min_lr",
+    "bf16": "distill.dtype",
+    "fp16": "distill.dtype (fp16 is not offered: bfloat16 needs no loss scale)",
+    "train_batch_size": "distill.global_batch",
+    "train_micro_batch_size_per_gpu": "distill.micro_batch",
+    "gradient_accumulation_steps": "distill.global_batch, which is micro_batch × processes × accumulation",
+    "compute_grad_norm": "nothing: the norm is always needed, for clipping and to skip bad steps",
+    "zero_quantized_nontrainable_weights": "nothing: the student has no frozen weights",
+}
+
+
+class ZeroConfig(Section):
+    """Offload, ZeRO++ and bucket sizes. What a stage cannot do is refused (see `problems`)."""
+
+    # fp32 masters, Adam's moments and its step in host memory (stages 1 to 3) or on NVMe (stage 3)
+    offload_optimizer: OffloadDevice = "none"
+    offload_parameters: OffloadDevice = "none"  # stage 3: each rank's share of the weights
+    nvme_path: str | None = None  # a folder on a local NVMe disk
+    pin_memory: bool = True  # of what is offloaded to host memory; without effect where training runs on a CPU
+    # ZeRO++ (arXiv 2306.10209), stage 3: weights kept whole in each group of so many ranks, so that the backward
+    # gathers within it; int8 weights in the forward's gather; int4 gradients in the reduction
+    hpz_partition_size: Annotated[int, Field(ge=1)] = 1
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
+    # elements a collective takes at a time; None: 500M with GPUs, 50M on a CPU
+    reduce_bucket: Count | None = None
+    allgather_bucket: Count | None = None
+    extra: dict[str, Value] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> ZeroConfig:
+        for key, value in self.extra.items():
+            _check_extra(key, value)
+        to_nvme = [n for n in ("offload_optimizer", "offload_parameters") if getattr(self, n) == "nvme"]
+        if to_nvme and not self.nvme_path:
+            raise ValueError(f"nvme_path: {to_nvme[0]} nvme needs a folder on a local NVMe disk")
+        if self.nvme_path and not to_nvme:
+            raise ValueError("nvme_path: nothing is offloaded to nvme")
+        return self
+
+    def problems(self, stage: int, processes: int) -> list[str]:
+        """What cannot be done at this ZeRO stage with so many ranks, one sentence each."""
+        out = []
+        if self.offload_optimizer != "none" and stage == 0:
+            out.append("zero.offload_optimizer needs zero_stage 1, 2 or 3, got 0")
+        for name, wanted in (
+            ("offload_optimizer nvme", self.offload_optimizer == "nvme"),
+            ("offload_parameters", self.offload_parameters != "none"),
+            ("hpz_partition_size", self.hpz_partition_size > 1),
+            ("quantized_weights", self.quantized_weights),
+            ("quantized_gradients", self.quantized_gradients),
+        ):
+            if wanted and stage != 3:
+                out.append(f"zero.{name} needs zero_stage 3, got {stage}")
+        if processes % self.hpz_partition_size:
+            out.append(f"zero.hpz_partition_size ({self.hpz_partition_size}) must divide processes ({processes})")
+        return out
+
+
+def _check_extra(key: str, value: Value) -> None:
+    if key in OWNED:
+        raise ValueError(f"extra.{key}: set by {OWNED[key]}")
+    if key not in PASSED_THROUGH:
+        near = difflib.get_close_matches(key, PASSED_THROUGH, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"extra.{key}: no key of zero_optimization that may be passed through{hint}")
+    wanted = PASSED_THROUGH[key]
+    if type(value) is not wanted or (wanted is int and isinstance(value, int) and value < 0):
+        said = "true or false" if wanted is bool else "an integer of 0 or more"
+        raise ValueError(f"extra.{key}: expected {said}, got {value!r}")

@@ -1,0 +1,148 @@
+"""Batches of packed sequences: for training (resumable, the same for any number of processes) and for measuring.
+
+The global order is an endless list of sequences, epoch after epoch; optimiser step n takes the sequences
+n·global_batch … (n+1)·global_batch − 1. Rank r of w takes the r-th w-th part of each step. Which tokens a step trains
+on therefore depends on nothing but (split, seed, seq_len, global_batch, n), and a state is only n.
+
+Dimension letters: B sequences, S seq_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdscale.data.packing import IGNORE, EpochOrder, PackedSequence, epoch_sequences, packed_sequence
+from kdscale.data.token_store import TokenSplit
+from kdscale.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Int64 tensors (B, S). Labels are already shifted: labels[b, t] is what follows input_ids[b, t], or -100."""
+
+    input_ids_BS: Tensor
+    position_ids_BS: Tensor
+    labels_BS: Tensor
+    document_ids: list[int]  # of all rows, in order; a document on two rows appears twice
+    text_bytes: int = 0  # UTF-8 bytes of the text of the labels; only eval_batches fills it in
+
+    @property
+    def token_count(self) -> int:
+        """Valid labels."""
+        return int((self.labels_BS != IGNORE).sum())
+
+    def part(self, number: int, parts: int) -> Batch:
+        """The same sequences with the labels of one of `parts` equal runs of positions; the others are another's."""
+        if parts == 1:
+            return self
+        own = self.labels_BS.shape[1] // parts
+        labels_BS = torch.full_like(self.labels_BS, IGNORE)
+        cut = slice(number * own, (number + 1) * own)
+        labels_BS[:, cut] = self.labels_BS[:, cut]
+        return replace(self, labels_BS=labels_BS)
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Optimiser steps already taken."""
+
+    step: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    @classmethod
+    def from_json(cls, value: dict[str, int]) -> LoaderState:
+        step = value.get("step") if isinstance(value, dict) else None
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0 or len(value) != 1:
+            raise DataError("the data loader's saved state is damaged", expected='{"step": n}', got=repr(value))
+        return cls(step)
+
+
+class PackedLoader:
+    """Training batches of one rank: the `rank`-th of `world` shares of each step's sequences.
+
+    Of their labels those of the `part` (number, of how many) are its own. Raises ConfigError when the batch does not
+    divide, DataError on too little text.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+        part: tuple[int, int] = (0, 1),
+    ):
+        if not 0 <= rank < world:
+            raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
+        if global_batch % (micro_batch * world):
+            raise ConfigError(
+                "distill.global_batch",
+                expected=f"a multiple of micro_batch × processes ({micro_batch} × {world})",
+                got=str(global_batch),
+            )
+        self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
+        self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
+        self._part = part
+        self.epoch_sequences = epoch_sequences(split, seq_len)
+        self._order: tuple[int, EpochOrder] | None = None  # of the epoch last asked for
+
+    def batches(self, state: LoaderState | None = None) -> Iterator[tuple[list[Batch], LoaderState]]:
+        """Without end: the micro-batches of one optimiser step, and the state after it."""
+        step = (state or LoaderState()).step
+        while True:
+            yield self.step(step), LoaderState(step + 1)
+            step += 1
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimiser step `step`."""
+        share = self._global // self._world
+        first = step * self._global + self._rank * share
+        sequences = [self.sequence(number) for number in range(first, first + share)]
+        return [_stack(sequences[i : i + self._micro]).part(*self._part) for i in range(0, share, self._micro)]
+
+    def describe(self, step: int) -> list[dict[str, Any]]:
+        """The sequences of all ranks' batch of optimiser step `step`: number, labels, documents and their sources."""
+        out = []
+        for number in range(step * self._global, (step + 1) * self._global):
+            sequence = self.sequence(number)
+            out.append(
+                {
+                    "number": number,
+                    "labels": int((sequence.labels_S != IGNORE).sum()),
+                    "documents": list(sequence.document_ids),
+                    "sources": [self._split.source_labels[self._split.labels_D[i]] for i in sequence.document_ids],
+                }
+            )
+        return out
+
+    def stack(self, numbers: Sequence[int]) -> Batch:
+        """One batch of the sequences with these numbers in the global order."""
+        return _stack([self.sequence(number) for number in numbers])
+
+    def sequence(self, number: int) -> PackedSequence:
+        """Sequence `number` of the endless global order."""
+        epoch, within = divmod(number, self.epoch_sequences)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, EpochOrder(self._split, self._seed, epoch, self._shuffle)
+        return packed_sequence(self._split, self._order[1], within, self._seq_len)
+
+
+def _stack(sequences: Sequence[PackedSequence]) -> Batch:
+    return Batch(
+        input_ids_BS=torch.from_numpy(np.stack([s.input_ids_S for s in sequences])),
+        position_ids_BS=torch.from_numpy(np.stack([s.position_ids_S for s in sequences])),
+        labels_BS=torch.from_numpy(np.stack([s.labels_S for s in sequences])),
+        document_ids=[document for s in sequences for document in s.document_ids],
+    )

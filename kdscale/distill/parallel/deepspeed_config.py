@@ -1,0 +1,72 @@
+"""The dictionary that DeepSpeed is initialised with, from a config. Pure: imports neither deepspeed nor torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kdscale.config.distill import DistillConfig
+from kdscale.config.zero import OffloadDevice, ZeroConfig
+from kdscale.errors import ConfigError
+
+# Elements a collective takes at a time; stage 2 and 3 allocate a buffer of so many.
+BUCKET = {"cuda": 500_000_000, "cpu": 50_000_000}
+
+
+def deepspeed_config(cfg: DistillConfig, stage: int, *, bf16: bool, device: str) -> dict[str, Any]:
+    """`stage` is the one in effect (stage 0 in bf16 runs as 1), `device` "cuda" or "cpu"."""
+    share = cfg.micro_batch * cfg.data_parallel
+    tensor = {"tensor_parallel": {"autotp_size": cfg.tensor_parallel}} if cfg.tensor_parallel > 1 else {}
+    return {
+        **tensor,
+        "train_micro_batch_size_per_gpu": cfg.micro_batch,
+        "gradient_accumulation_steps": cfg.global_batch // share,
+        # never left to DeepSpeed's silent default; at stage 0 our own optimiser clips
+        "gradient_clipping": cfg.optimizer.gradient_clipping if stage else 0.0,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "zero_optimization": zero_optimization(cfg.zero, stage, device),
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def zero_optimization(zero: ZeroConfig, stage: int, device: str) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`: what is at its default there is left out, but for the bucket sizes."""
+    out: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": zero.reduce_bucket or BUCKET[device],
+        "allgather_bucket_size": zero.allgather_bucket or BUCKET[device],
+    }
+    pinned = zero.pin_memory and device == "cuda"
+    if zero.offload_optimizer != "none":
+        out["offload_optimizer"] = _offload(zero.offload_optimizer, zero.nvme_path, pinned)
+    if zero.offload_parameters != "none":
+        out["offload_param"] = _offload(zero.offload_parameters, zero.nvme_path, pinned)
+    if zero.hpz_partition_size > 1:
+        out["zero_hpz_partition_size"] = zero.hpz_partition_size
+    for key, wanted in (
+        ("zero_quantized_weights", zero.quantized_weights),
+        ("zero_quantized_gradients", zero.quantized_gradients),
+    ):
+        if wanted:
+            out[key] = True
+    return {**out, **zero.extra}
+
+
+def _offload(device: OffloadDevice, nvme_path: str | None, pinned: bool) -> dict[str, Any]:
+    out: dict[str, Any] = {"device": device, "pin_memory": pinned}
+    return {**out, "nvme_path": nvme_path} if device == "nvme" else out
+
+
+def check_machine(zero: ZeroConfig, device: str) -> None:
+    """Raises ConfigError for what this machine cannot do, before a weight is read; `problems` has seen the rest."""
+    for name in ("quantized_weights", "quantized_gradients"):
+        if getattr(zero, name) and device != "cuda":
+            raise ConfigError(
+                f"distill.zero.{name}", expected="GPUs", got="a CPU, for which DeepSpeed has no quantiser"
+            )
+    if zero.nvme_path is not None and not os.access(zero.nvme_path, os.W_OK | os.X_OK):
+        raise ConfigError(
+            "distill.zero.nvme_path", expected="a folder that can be written to", got=zero.nvme_path,
+            hint="make the folder on every node",
+        )  # fmt: skip

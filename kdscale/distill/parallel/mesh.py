@@ -1,0 +1,83 @@
+"""How the ranks divide the work: over sequences of the batch, positions of a sequence, parts of the layers.
+
+Rank (d·S + s)·T + t: the T ranks that share layers are neighbours (they talk most), then the S ranks that share a
+sequence, then the D groups that take sequences of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from kdscale.config.distill import DistillConfig
+from kdscale.models.sequence_parallel import SequenceShare
+from kdscale.runtime.ranks import rank
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the three axes, and where `rank` stands on each."""
+
+    data: int
+    sequence: int
+    tensor: int
+    rank: int
+
+    @classmethod
+    def of(cls, cfg: DistillConfig) -> Mesh:
+        """This process's place."""
+        return cls(cfg.data_parallel, cfg.sequence_parallel, cfg.tensor_parallel, rank())
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // (self.sequence * self.tensor)
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.rank // self.tensor % self.sequence
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
+
+    @property
+    def sequence_ranks(self) -> list[list[int]]:
+        """Every group of ranks that share sequences; all ranks make all groups, in this order."""
+        block = self.sequence * self.tensor
+        return [
+            [d * block + s * self.tensor + t for s in range(self.sequence)]
+            for d in range(self.data)
+            for t in range(self.tensor)
+        ]
+
+    def sequence_share(self, timeout: timedelta | None) -> SequenceShare:
+        """This rank's part of every sequence. A collective call: it makes groups whose calls wait for `timeout`."""
+        if self.sequence == 1:
+            return SequenceShare()
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in self.sequence_ranks]
+        mine = next(i for i, ranks in enumerate(self.sequence_ranks) if self.rank in ranks)
+        return SequenceShare(self.sequence_rank, self.sequence, groups[mine])
+
+    @property
+    def tensor_ranks(self) -> list[list[int]]:
+        """Every group of ranks that share layers."""
+        return [list(range(first, first + self.tensor)) for first in range(0, self.world, self.tensor)]
+
+    def by_data(self, rows: Sequence[Sequence[float]]) -> list[float]:
+        """Sums of the micro-batches of all groups that take sequences of their own, from a row of them a rank.
+
+        Ranks that share a sequence have parts of its sum, those that share layers all have the same.
+        """
+        block = self.sequence * self.tensor
+        return [
+            sum(parts)
+            for first in range(0, self.world, block)
+            for parts in zip(*rows[first : first + block : self.tensor], strict=True)
+        ]
+
+    @property
+    def world(self) -> int:
+        return self.data * self.sequence * self.tensor

@@ -1,0 +1,94 @@
+"""A ZeRO-3 student from its files: each rank reads its partition of every parameter and nothing else.
+
+Beside engine.py the only file that imports deepspeed: the partitions are made by its `zero.Init`, which must know the
+parameters one by one, before there is an engine. Neither of its documented ways is right here: around
+`from_pretrained` it fails, and around a model's constructor it initialises anew and rounds rotary frequencies.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdscale.distill.parallel.tensor_parallel import Materialise, Split, data_group, fill_part
+from kdscale.models.parameter_map import Weights
+from kdscale.models.skeleton import build_skeleton, replace_parameters
+
+
+def load_zero3(
+    path: Path, settings: dict[str, Any], *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> Any:
+    """The causal LM at `path` with ZeRO-3 parameters as `deepspeed.initialize` with the config `settings` makes them.
+
+    Raises CheckpointError for a family that is not known and when config.json and the weights disagree.
+    """
+    weights = Weights.open(path)
+    model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            module._buffers[name] = None if value is None else value.to(device)
+    _partition(model, None, weights, settings, device)
+    return model
+
+
+def zero3_parts(settings: dict[str, Any], device: torch.device) -> Materialise:
+    """For tensor.load_split: this rank's part of each parameter, partitioned over the ranks that have the same."""
+    return lambda model, split, weights: _partition(model, split, weights, settings, device)
+
+
+def _partition(
+    model: nn.Module, split: Split | None, weights: Weights, settings: dict[str, Any], device: torch.device
+) -> None:
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    made = replace_parameters(model, lambda value: nn.Parameter(torch.empty(0, dtype=value.dtype, device=device)))
+    known = {id(parameter): (name, shapes[name]) for name, parameter in made.items()}
+
+    class FromFiles(Init):
+        """Partitions empty parameters; the memory of the whole one is asked for, but only this rank's part is used."""
+
+        def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
+            for parameter in param_list:
+                name, shape = known[id(parameter)]
+                parameter.data = _room(shape, parameter.dtype, self.local_device)
+                self._convert_to_deepspeed_param(parameter)
+                begin, end = self._own_range(parameter)
+                if begin < end:
+                    part, whole = None, tuple(shape)
+                    if split is not None and name in split.parts:
+                        part, whole = split.parts[name], split.shapes[name]
+                    fill_part(weights, name, part, whole, begin, parameter.data.view(-1)[begin:end])
+                parameter.partition()
+
+        def _own_range(self, parameter: Any) -> tuple[int, int]:
+            """The values that `partition` will take; with hpZ's second copy in each node, all of them."""
+            if self.zero_param_process_group is not None:
+                return 0, parameter.ds_numel
+            size = self._aligned_size(parameter) // self._partition_world_size(parameter)
+            begin = min(size * self._partition_rank(parameter), parameter.ds_numel)
+            return begin, min(begin + size, parameter.ds_numel)
+
+    FromFiles(
+        module=model,
+        data_parallel_group=None if split is None else data_group(),
+        config_dict_or_path=settings,
+        dtype=next(model.parameters()).dtype,
+    )
+
+
+def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that goes back to the system at once: malloc would keep what was used, between partitions."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, which ZeRO-3 keeps elsewhere while it is partitioned."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

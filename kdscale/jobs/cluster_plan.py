@@ -1,0 +1,216 @@
+"""`kdscale plan-cluster`: the shapes of teacher and student, the settings compared, and the lines to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from kdscale.config.distill import DistillConfig
+from kdscale.config.root import Config
+from kdscale.distill.parallel.checks import FAMILIES
+from kdscale.errors import ConfigError
+from kdscale.families import load_family
+from kdscale.pipeline.checks import plan_shapes
+from kdscale.runs.folder import RunFolder
+from kdscale.sizing.compare import PLACEMENTS, Candidate, compare
+from kdscale.sizing.gpus import GIB, Cluster
+from kdscale.sizing.job import Job, Placement
+from kdscale.sizing.model_shape import ModelShape
+from kdscale.sizing.speed import Rates
+from kdscale.weights import read_config
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What was compared for which job; `candidates` as `compare` orders them, `notes` for the user."""
+
+    job: Job
+    cluster: Cluster
+    rates: Rates
+    global_batch: int
+    tokens: int
+    student_from: str
+    candidates: list[Candidate]
+    notes: list[str]
+
+    @property
+    def chosen(self) -> Candidate | None:
+        return self.candidates[0] if self.candidates[0].fits else None
+
+
+def plan_cluster(
+    config: Config,
+    teacher_dir: Path,
+    cluster: Cluster,
+    rates: Rates,
+    *,
+    tokens: int | None = None,
+    stages: Collection[int] = (1, 2, 3),
+    placements: Collection[Placement] | None = None,
+) -> RunPlan:
+    """Compare settings for the config's own distillation; reads config.json and plan.json only.
+
+    Raises ConfigError for a placement that this version's config does not have, or a budget that cannot be met.
+    """
+    known = _placements(config)
+    if placements is not None and (unknown := set(placements) - set(known)):
+        raise ConfigError("--teacher " + ", ".join(sorted(unknown)), expected=" or ".join(known))
+    settings, notes = config.distill, []
+    teacher, student, where = _shapes(config, teacher_dir)
+    batch = -(-settings.global_batch // cluster.ranks) * cluster.ranks
+    if batch != settings.global_batch:
+        notes.append(
+            f"global_batch {settings.global_batch} is no multiple of {cluster.ranks} ranks: {batch} is planned"
+        )
+    loss = settings.loss
+    job = Job(
+        student,
+        teacher,
+        seq_len=settings.seq_len,
+        ranks=cluster.ranks,
+        ranks_per_node=cluster.gpus_per_node,
+        item_bytes=4 if settings.dtype == "float32" else 2,
+        top_k=None if loss.targets == "full" else loss.top_k,
+        validate_tokens=settings.validate_tokens,
+        reduce_bucket=settings.zero.reduce_bucket or 500_000_000,
+    )
+    if job.item_bytes == 4:
+        notes.append("distill.dtype is float32: the FLOP/s of a GPU's table are of bf16, several times too many")
+    found = compare(
+        job, cluster, batch, rates, stages=stages, placements=placements or known,
+        tensor=_tensor_sizes(config, teacher_dir, job), sequence=_sequence_sizes(teacher_dir, job),
+    )  # fmt: skip
+    return RunPlan(job, cluster, rates, batch, tokens or settings.tokens, where, found, notes)
+
+
+def _placements(config: Config) -> list[Placement]:
+    """Those that this version's config takes; a served teacher knows its top K only."""
+    taken = get_args(DistillConfig.model_fields["teacher_placement"].annotation)
+    whole = config.distill.loss.targets == "full"
+    return [name for name in PLACEMENTS if name in taken and not (whole and name == "served")]
+
+
+def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
+    """Numbers of ranks, neighbours in a node, that can share the layers of both models."""
+    known = read_config(teacher_dir).get("model_type") in FAMILIES
+    if not known or config.distill.loss.targets == "full":
+        return []
+    most = min(job.student.kv_heads, job.teacher.kv_heads)
+    return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]
+
+
+def _sequence_sizes(teacher_dir: Path, job: Job) -> list[int]:
+    """Numbers of ranks, neighbours in a node, that can share the sequences of both models."""
+    if read_config(teacher_dir).get("attn_logit_softcapping"):
+        return []
+    return [
+        size
+        for size in (2, 4, 8)
+        if job.ranks_per_node % size == 0
+        and job.seq_len % size == 0
+        and all(
+            m.heads % size == 0 and (m.kv_heads % size == 0 or size % m.kv_heads == 0)
+            for m in (job.student, job.teacher)
+        )
+    ]
+
+
+def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, str]:
+    """Teacher and student, and where the student's sizes are from: pruned/, plan.json, or the config's target."""
+    run = RunFolder(Path(config.run_dir))
+    source = read_config(teacher_dir)
+    plans = plan_shapes(config, teacher_dir)
+    if config.steps and config.distill.teacher == "previous" and len(plans) > len(config.steps):
+        first = source
+        for plan in plans[:-1]:
+            family = load_family(first, str(teacher_dir))
+            first = family.student_config(first, plan.student.dims(), plan.kept.layers)
+        teacher = _shape(first, "the step before")
+    else:
+        teacher = _shape(source, str(teacher_dir / "config.json"))
+    if (run.pruned / "config.json").exists():
+        return teacher, _shape(read_config(run.pruned), str(run.pruned)), "the pruned student"
+    if not config.steps and run.plan.exists():
+        return teacher, _planned(source, run.plan, teacher_dir), "plan.json"
+    if len(plans) <= len(config.steps):  # a latency target is measured, so there is no shape yet
+        return teacher, teacher, "the teacher's sizes, until kdscale plan has measured latencies"
+    model = source
+    for plan in plans:
+        model = load_family(model, str(teacher_dir)).student_config(model, plan.student.dims(), plan.kept.layers)
+    return teacher, _shape(model, "the student"), "the config's target"
+
+
+def _planned(source: dict[str, Any], path: Path, teacher_dir: Path) -> ModelShape:
+    from kdscale.prune.plan import Plan
+
+    plan = Plan.load(path)
+    family = load_family(source, str(teacher_dir))
+    shape = _shape(family.student_config(source, plan.student.dims(), plan.kept.layers), str(path))
+    # a turned teacher has a head of its own where it had a tied one
+    return replace(
+        shape, params=plan.student_params.total, tied=shape.tied and shape.params == plan.student_params.total
+    )
+
+
+def _shape(config: dict[str, Any], where: str) -> ModelShape:
+    return ModelShape.of(config, load_family(config, where))
+
+
+def snippet(plan: RunPlan) -> str:
+    """YAML of the chosen setting's fields, to go into the config. Raises ConfigError when nothing fits."""
+    one = plan.chosen
+    if one is None:
+        least = plan.candidates[0]
+        raise ConfigError(
+            "no setting fits",
+            expected=f"at most {plan.cluster.gpu.memory / GIB:.0f} GiB a GPU",
+            got=f"at least {least.memory.total / GIB:.0f} GiB ({least.reason})",
+            hint="more GPUs, shorter sequences, or a smaller student",
+        )
+    setting = one.setting
+    lines = ["distill:", f"  processes: {plan.job.ranks}", f"  global_batch: {plan.global_batch}"]
+    lines += [f"  micro_batch: {setting.micro_batch}", f"  zero_stage: {setting.stage}"]
+    zero = ["    offload_optimizer: cpu"] if setting.offload_optimizer else []
+    zero += ["    offload_parameters: cpu"] if setting.offload_parameters else []
+    zero += [f"    hpz_partition_size: {setting.hpz}"] if setting.hpz > 1 else []
+    lines += ["  zero:", *zero] if zero else []
+    lines += [f"  tensor_parallel: {setting.tensor}"] if setting.tensor > 1 else []
+    lines += [f"  sequence_parallel: {setting.sequence}"] if setting.sequence > 1 else []
+    lines += [f"  gradient_checkpointing: {str(setting.checkpointing).lower()}"]
+    lines += [f"  teacher_placement: {setting.placement}"]
+    if setting.placement == "served":
+        lines += ["  served:", "    urls: []  # where kdscale serve-teacher answers"]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(plan: RunPlan) -> dict[str, Any]:
+    """Everything that the table shows, and the parts it is made of."""
+    return {
+        "cluster": {
+            "gpu": plan.cluster.gpu.name, "nodes": plan.cluster.nodes, "gpus_per_node": plan.cluster.gpus_per_node,
+            "gpu_memory": plan.cluster.gpu.memory, "flops": plan.cluster.gpu.flops,
+            "host_memory": plan.cluster.host_memory,
+        },
+        "assumed": {"compute": plan.rates.compute, "links": plan.rates.links},
+        "teacher_params": plan.job.teacher.params, "student_params": plan.job.student.params,
+        "student_from": plan.student_from, "seq_len": plan.job.seq_len, "global_batch": plan.global_batch,
+        "tokens": plan.tokens, "notes": plan.notes,
+        "candidates": [_candidate_json(one, plan.tokens, one is plan.chosen) for one in plan.candidates],
+    }  # fmt: skip
+
+
+def _candidate_json(one: Candidate, tokens: int, chosen: bool) -> dict[str, Any]:
+    setting = one.setting
+    return {
+        "chosen": chosen, "fits": one.fits, "reason": one.reason, "zero_stage": setting.stage,
+        "teacher_placement": setting.placement, "offload_optimizer": setting.offload_optimizer,
+        "offload_parameters": setting.offload_parameters, "hpz_partition_size": setting.hpz,
+        "gradient_checkpointing": setting.checkpointing, "tensor_parallel": setting.tensor,
+        "sequence_parallel": setting.sequence,
+        "micro_batch": setting.micro_batch, "accumulation": setting.accumulation, "gpu_bytes": one.memory.total,
+        "parts": one.memory.parts, "fullest": one.memory.moment, "host_bytes_a_rank": one.memory.host,
+        "seconds": one.speed.seconds, "tokens_per_second": one.speed.tokens_per_second, "mfu": one.speed.mfu,
+        "days": one.days(tokens),
+    }  # fmt: skip

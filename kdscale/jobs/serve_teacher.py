@@ -1,0 +1,56 @@
+"""`kdscale serve-teacher`: start the teacher server and listen."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from kdscale.config.root import Config
+from kdscale.config.targets import TEACHER_TOKEN
+from kdscale.errors import ConfigError
+from kdscale.models.loading import load_model
+from kdscale.pipeline.checks import check_teacher
+from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
+from kdscale.runtime.progress import Reporter
+from kdscale.teacher.server import Answerer, make_app, make_token
+
+
+def start(config: Config, *, host: str, port: int, token_file: Path | None, max_tokens: int) -> None:
+    """Load the run's teacher and answer until SIGINT or SIGTERM; what is being computed is finished first."""
+    import uvicorn
+
+    listener = _listen(host, port)  # before the model: a port that is taken is known at once
+    file = token_file or Path(config.run_dir) / TEACHER_TOKEN
+    token = make_token(file)
+    teacher_dir = check_teacher(config)
+    device = resolve_device(config.runtime.device)
+    set_threads(config.runtime.threads)
+    dtype = resolve_dtype(config.distill.dtype, device)
+    model = load_model(
+        teacher_dir, dtype=dtype, device=device, trust_remote_code=config.teacher.trust_remote_code
+    ).requires_grad_(False)
+    app = make_app(Answerer(model, teacher_dir, device=device, max_tokens=max_tokens), token)
+    reporter = Reporter()
+    reporter.say(f"{teacher_dir} in {str(dtype).removeprefix('torch.')} on {device}, token in {file}")
+    shown = f"[{host}]" if ":" in host else host
+    reporter.say(f"answering at http://{shown}:{listener.getsockname()[1]}; Ctrl-C ends it")
+    if host not in ("127.0.0.1", "::1", "localhost"):
+        reporter.say("questions and answers are not encrypted: keep this port inside your cluster's network")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
+    server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()  # who asks while the model is loaded waits
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            "--host and --port", expected="an address of this machine and a free port",
+            got=f"{host}:{port}: {error.strerror or error}", hint="--port 0 takes a free one",
+        ) from error  # fmt: skip
+    return listener

@@ -1,0 +1,142 @@
+"""NEWDOC."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdscale.files import atomic_path, read_json, write_json
+from kdscale.models.hidden_states import IN_MEMORY, Scratch, States
+from kdscale.runtime import ranks
+
+
+class LayerPass:
+    """The calibration batches carried through a model's layers in order; one layer in memory at a time.
+
+        walk = LayerPass(stream, batches, scratch)
+        for layer in walk.layers():            # from the first unfinished one on
+            ...register hooks on the layer...
+            walk.run(layer)                    # every batch through it
+            walk.finish({"score": ...})        # its result is kept; a kill from here on resumes with the next layer
+        walk.results                           # one dict a layer, also of those done by a killed process
+
+    `running` holds tensors that are not one layer's but sums over the layers: fill it as you like between `layers` and
+    `finish`; after a kill it has what it had when the last layer was finished.
+
+    With several ranks each has batches and a scratch folder of its own; a kill leaves all of them at the same layer.
+    `advance(tokens, layer number)` is called after every batch.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        batches: Sequence[Any],
+        scratch: Scratch = IN_MEMORY,
+        advance: Callable[[int, int], None] | None = None,
+    ):
+        self.stream, self.batches = stream, batches
+        self.results: list[dict[str, Tensor]] = []
+        self.running: dict[str, Tensor] = {}
+        self._scratch, self._advance = scratch, advance
+        done = ranks.all_reduce_min(max(self._finished(), default=0))
+        if done:
+            self._resume(done)
+        else:
+            self._clear()
+            self.states: States = stream.embed(batches, scratch)
+
+    @property
+    def done(self) -> int:
+        """How many layers are finished."""
+        return len(self.results)
+
+    def layers(self, stop: int | None = None) -> Iterator[Any]:
+        """The unfinished layers below `stop` in order; each is released when the next one is asked for."""
+        for index in range(self.done, self.stream.dims.layers if stop is None else stop):
+            layer = self.stream.layer(index)
+            yield layer
+            layer.release()
+            assert self.done == index + 1, "finish() was not called"
+
+    def run(self, layer: Any, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Every batch through `layer`; `see(before_BSD, after_BSD)` is shown what goes in and what comes out."""
+        for index, batch in enumerate(self.batches):
+            with torch.inference_mode():
+                before_BSD = self.states[index]
+                after_BSD = layer(before_BSD, batch.position_ids_BS.to(self.stream.device))
+                if see is not None:
+                    see(before_BSD, after_BSD)
+            self.states[index] = after_BSD
+            if self._advance is not None:
+                self._advance(batch.input_ids_BS.numel(), layer.index)
+
+    def finish(self, result: dict[str, Tensor] | None = None) -> None:
+        """Keep the result of the layer that was run last, and where the pass is."""
+        from safetensors.torch import save_file
+
+        self.results.append({name: value.detach().cpu().contiguous() for name, value in (result or {}).items()})
+        folder, done = self._scratch.folder, self.done
+        if folder is None:
+            return
+        with atomic_path(self._layer_file(done - 1)) as tmp:
+            save_file(self.results[-1], tmp)
+        if self.running:
+            with atomic_path(self._running_file(done)) as tmp:
+                save_file(self.running, tmp)
+        slots = self.states.save(folder / f"states-{done}.bin")
+        write_json(folder / f"progress-{done}.json", {"version": 1, "states": slots})
+        ranks.barrier()  # the states of the layer before may go once every rank has these
+        self._remove(done - 1)
+
+    def close(self) -> None:
+        """Remove the files; the results stay."""
+        self._clear()
+
+    def _finished(self) -> list[int]:
+        """For how many layers there is a complete set of files."""
+        folder = self._scratch.folder
+        if folder is None or not folder.exists():
+            return []
+        found = (re.fullmatch(r"progress-(\d+)\.json", item.name) for item in folder.iterdir())
+        return [int(match[1]) for match in found if match]
+
+    def _resume(self, done: int) -> None:
+        from safetensors.torch import load_file
+
+        folder = self._scratch.folder
+        assert folder is not None
+        progress = read_json(folder / f"progress-{done}.json")
+        self.results = [load_file(self._layer_file(index)) for index in range(done)]
+        if self._running_file(done).exists():
+            self.running = load_file(self._running_file(done), device=str(self.stream.device))
+        self.states = States.load(folder / f"states-{done}.bin", progress["states"], self._scratch, self.stream.device)
+        for other in self._finished():
+            if other != done:
+                self._remove(other)
+
+    def _layer_file(self, index: int) -> Path:
+        assert self._scratch.folder is not None
+        return self._scratch.folder / f"layer-{index}.safetensors"
+
+    def _running_file(self, done: int) -> Path:
+        assert self._scratch.folder is not None
+        return self._scratch.folder / f"running-{done}.safetensors"
+
+    def _remove(self, done: int) -> None:
+        assert self._scratch.folder is not None
+        for name in (f"progress-{done}.json", f"states-{done}.bin", f"running-{done}.safetensors"):
+            (self._scratch.folder / name).unlink(missing_ok=True)  # the claim before what it claims
+
+    def _clear(self) -> None:
+        folder = self._scratch.folder
+        if folder is not None and folder.exists():
+            for done in self._finished():
+                self._remove(done)
+            for pattern in ("states-*.bin", "spool.bin", "layer-*.safetensors", "running-*.safetensors"):
+                for item in folder.glob(pattern):
+                    item.unlink()

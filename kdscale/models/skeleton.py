@@ -1,0 +1,59 @@
+"""A transformers model without its weights, and where each of its parameters lies in the checkpoint's files.
+
+For those who keep only part of a model: the module tree is real, its buffers too (computed as the constructor does it,
+rotary frequencies in fp32), its parameters are on the meta device, and any range of any of them can be read alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kdscale.errors import CheckpointError
+from kdscale.models.parameter_map import Weights
+
+
+def build_skeleton(weights: Weights, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The causal LM that `load_model` would load, in eval mode, its parameters on the meta device, heads tied.
+
+    Raises CheckpointError when a parameter has no place in the checkpoint, or would not be in `dtype`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    path = weights.checkpoint.path
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    found = dict(model.named_parameters())
+    wrong = sorted(set(found) ^ weights.names())
+    wrong += [name for name, value in found.items() if name not in wrong and value.numel() != weights.numel(name)]
+    wrong += [name for name, value in found.items() if value.dtype != dtype]
+    if wrong or (dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules_strict", None)):
+        raise CheckpointError(
+            f"{path} cannot be loaded in parts",
+            expected=f"every parameter in the checkpoint and in {str(dtype).removeprefix('torch.')}",
+            got=", ".join(wrong[:8]) or "modules that transformers keeps in float32",
+        )
+    return model.eval()
+
+
+def replace_parameters(
+    model: torch.nn.Module, make: Callable[[torch.nn.Parameter], torch.nn.Parameter]
+) -> dict[str, torch.nn.Parameter]:
+    """Put `make(meta parameter)` in every parameter's place, once for tied ones; returns them by name."""
+    made: dict[int, torch.nn.Parameter] = {}
+    names = {id(value): name for name, value in model.named_parameters()}
+    by_name = {}
+    for module in model.modules():
+        for attribute, value in list(module._parameters.items()):
+            if value is None:
+                continue
+            if id(value) not in made:
+                made[id(value)] = by_name[names[id(value)]] = make(value)
+            module._parameters[attribute] = made[id(value)]
+    return by_name

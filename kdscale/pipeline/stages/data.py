@@ -1,0 +1,29 @@
+"""The data stage: tokenise the text."""
+
+from __future__ import annotations
+
+from kdscale.pipeline.stage import Context, Facts
+
+
+def tokenize(context: Context) -> Facts:
+    from kdscale.data.token_store import TokenStore
+    from kdscale.data.tokenizing import document_end_id
+    from kdscale.families import load_family
+    from kdscale.models.loading import load_tokenizer
+    from kdscale.weights import read_config
+
+    data = context.config.data
+    tokenizer = load_tokenizer(context.teacher, context.config.teacher.trust_remote_code)
+    teacher_config = read_config(context.teacher)
+    store = TokenStore.build(
+        context.run.data,
+        data.sources,
+        tokenizer,
+        eos_id=document_end_id(tokenizer),
+        reporter=context.reporter,
+        heldout_fraction=data.heldout_fraction,
+        heldout_sources=data.heldout_sources,
+        vocab_size=load_family(teacher_config, str(context.teacher)).dims(teacher_config).vocab,
+        max_document_tokens=data.max_document_tokens,
+    )
+    return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}

@@ -1,0 +1,46 @@
+"""The importance stage: score everything that the config may cut."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from kdscale.files import atomic_dir, read_json
+from kdscale.models.loading import open_teacher
+from kdscale.pipeline.spawn import RankShare, on_ranks
+from kdscale.pipeline.stage import Context, Facts
+
+
+def axes_to_score(context: Context) -> Facts:
+    """The axes that the config may cut: all that importance depends on of the pruning settings."""
+    from kdscale.prune.axes import openable_axes
+    from kdscale.prune.importance.ranking import depth_methods, obs_axes
+
+    teacher, family = open_teacher(context.source)
+    obs = obs_axes(context.config.prune)
+    axes: dict[str, Any] = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
+    if "layers" in axes["axes"] and (depth := depth_methods(context.config.prune)):
+        axes["depth"] = depth
+    return {**axes, "obs": [*obs, context.config.prune.ridge_lambda]} if obs else axes
+
+
+def measure_importance(context: Context) -> Facts:
+    from kdscale.prune.importance.ranking import SUMMARY_FILE
+
+    on_ranks("importance", importance_rank, context)
+    summary = read_json(context.run.importance / SUMMARY_FILE)
+    return {"tokens": f"{summary['tokens']:,}", "scores": ", ".join(summary["arrays"]) or "none needed"}
+
+
+def importance_rank(context: Context) -> None:
+    from kdscale.prune.importance.collect import run
+    from kdscale.runtime.ranks import is_writer
+
+    config = context.config
+    share = RankShare(context, "importance")
+    teacher, family = open_teacher(context.source, context.reporter)
+    with atomic_dir(context.run.importance) if is_writer() else nullcontext() as out:
+        run(
+            teacher, family, share.batches, config.importance, config.prune, out, share.device, context.reporter,
+            share.scratch,
+        )  # fmt: skip

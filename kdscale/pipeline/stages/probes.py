@@ -1,0 +1,105 @@
+"""Successive halving: the finalists of the search are pruned and distilled for a few tokens, the better half for twice
+as many, until one is left.
+
+A probe is a run inside the run, in `probes/<shape>/`, with the stages, seeds and resuming of any other; it shares the
+text and the importance scores, learns with the config's own distillation settings, and is judged by the held-out loss
+its last validation logs. A round's runs all begin anew, so that each learning-rate schedule is a whole one. Only
+`result-<tokens>.json` stays: a finished probe is never repeated while what it was made from is the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdscale.config.root import Config
+from kdscale.errors import TrainingError
+from kdscale.files import read_json, remove_tree, sha256_json, write_json
+from kdscale.pipeline.stage import Context
+from kdscale.runs.digests import digest_tree
+from kdscale.runs.folder import RunFolder
+from kdscale.runs.metrics_log import read_metrics
+from kdscale.units import TARGETS
+
+if TYPE_CHECKING:
+    from kdscale.families import Dims
+    from kdscale.prune.plan import Candidate
+
+
+def by_probes(context: Context, teacher: Dims, candidates: list[Candidate]) -> list[Candidate]:
+    """`candidates` with the finalists' probes recorded, the winner first and the earliest dropped last of them."""
+    search = context.config.prune.search
+    assert search.probe_tokens is not None
+    alive, rest = candidates[: search.probe_candidates], candidates[search.probe_candidates :]
+    tokens = search.probe_tokens
+    while len(alive) > 1:
+        context.reporter.say(f"  probes: {len(alive)} shapes, {tokens:,} tokens each")
+        alive = sorted((_probed(context, teacher, one, tokens) for one in alive), key=lambda one: one.probes[-1].loss)
+        half = (len(alive) + 1) // 2
+        alive, rest = alive[:half], [*alive[half:], *rest]
+        tokens *= 2
+    return [*alive, *rest]
+
+
+def _probed(context: Context, teacher: Dims, candidate: Candidate, tokens: int) -> Candidate:
+    """The candidate with one more probe, run now or read from the last time."""
+    from kdscale.families.family import SHAPE_AXES
+    from kdscale.prune.plan import Probe
+
+    config = probe_config(context.config, teacher, candidate, tokens)
+    folder = Path(config.run_dir)
+    name = " ".join(f"{axis}={size}" for axis in SHAPE_AXES if (size := getattr(candidate, axis)))
+    result, made_from = folder / f"result-{tokens}.json", _fingerprint(context, config)
+    if not (result.exists() and read_json(result)["made_from"] == made_from):
+        context.reporter.say(f"  probe of {name}")
+        loss = _run(context, config)
+        write_json(result, {"shape": name, "tokens": tokens, "loss": loss, "made_from": made_from})
+    loss = read_json(result)["loss"]
+    for item in ("pruned", "student", "checkpoints"):  # gigabytes that the result no longer needs
+        remove_tree(folder / item)
+    context.reporter.say(f"  probe of {name}: held-out loss {loss:.4f} after {tokens:,} tokens")
+    return candidate.model_copy(update={"probes": [*candidate.probes, Probe(tokens=tokens, loss=loss)]})
+
+
+def _run(context: Context, config: Config) -> float:
+    assert context.run_inner is not None
+    shared = {"data": context.run.data, "importance": context.run.importance}
+    context.run_inner(context, config, ("plan", "prune", "distill"), shared)
+    run = RunFolder(Path(config.run_dir))
+    rows = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "validation"]
+    if not rows or "loss" not in rows[-1]:
+        raise TrainingError(f"the probe in {run.path} has no finite held-out loss", hint="lower distill.optimizer.lr")
+    return float(rows[-1]["loss"])
+
+
+def probe_config(config: Config, teacher: Dims, candidate: Candidate, tokens: int) -> Config:
+    """The run of one probe: the candidate's sizes given, no search, `tokens` to distil."""
+    from kdscale.families.family import SHAPE_AXES
+
+    tree: dict[str, Any] = config.resolved()
+    sizes = {axis: getattr(candidate, axis) for axis in SHAPE_AXES}
+    cut = {axis: size if size < getattr(teacher, axis) else None for axis, size in sizes.items()}
+    search = {**tree["prune"]["search"], "probe_tokens": None}
+    return Config.model_validate(
+        {
+            **tree,
+            "name": f"{config.name}-probe",
+            "run_dir": f"{config.run_dir}/probes/" + "-".join(f"{axis}{size}" for axis, size in sizes.items() if size),
+            "prune": {**tree["prune"], **dict.fromkeys(TARGETS), **cut, "search": search},
+            "distill": {**tree["distill"], "tokens": tokens, "keep_checkpoints": 1, "profile": {}},
+            "steps": (),
+            "tracking": {},
+        }
+    )
+
+
+def _fingerprint(context: Context, config: Config) -> str:
+    """Of all that the probe's loss depends on."""
+    run = context.run
+    files = {
+        "source": digest_tree(context.source),
+        "teacher": digest_tree(context.distilled_from),
+        "importance": digest_tree(run.importance),
+        "data": digest_tree(run.data),
+    }
+    return sha256_json({"config": config.fingerprint("prune", "importance", "distill", "seed"), "files": files})

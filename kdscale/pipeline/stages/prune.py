@@ -1,0 +1,82 @@
+"""The prune stage: write the pruned student and check it against the masked teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdscale.errors import SelfCheckError
+from kdscale.files import read_json, remove_tree, replace_dir, write_json
+from kdscale.models.loading import open_teacher
+from kdscale.pipeline.spawn import RankShare, on_ranks
+from kdscale.pipeline.stage import Context, Facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_CHECK_ROWS, _CHECK_TOKENS = 2, 96
+
+
+SELF_CHECK_FILE = "self_check.json"
+
+
+def prune_and_check(context: Context) -> Facts:
+    on_ranks("prune", prune_rank, context)
+    figures = read_json(context.run.logs / SELF_CHECK_FILE)
+    return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
+
+
+def prune_rank(context: Context) -> None:
+    from kdscale.prune.apply import apply_plan
+    from kdscale.prune.compensation.recovered_error import Residuals
+    from kdscale.prune.importance.ranking import load_scores
+    from kdscale.prune.plan import Plan
+    from kdscale.prune.rotation import turned
+    from kdscale.prune.self_check import self_check
+    from kdscale.runtime.device import resolve_dtype
+    from kdscale.runtime.ranks import is_writer
+
+    config, run = context.config, context.run
+    share = RankShare(context, "prune")
+    teacher, family = open_teacher(context.source)
+    if Plan.load(run.plan).methods.hidden == "pca":
+        teacher = turned(teacher, family, load_scores(run.importance))
+    plan = Plan.load(run.plan, config=teacher.config, family=family)
+    residuals = None
+    if is_writer():
+        residuals = Residuals(run.repair)
+        residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
+    student = run.work / "prune" / "student"  # becomes run.pruned when it has passed the check
+    apply_plan(
+        teacher,
+        family,
+        plan,
+        student,
+        config.prune,
+        batches=share.batches,
+        dtype=resolve_dtype(config.importance.dtype, share.device),
+        device=share.device,
+        reporter=context.reporter,
+        scratch=share.scratch,
+        residuals=residuals,
+    )
+    if not is_writer():
+        return
+    try:
+        figures = self_check(teacher, family, plan, student, _check_ids(run.data, config.seed), device=share.device)
+    except SelfCheckError:
+        remove_tree(run.work / "prune")  # nothing of it is to be taken up again
+        raise
+    write_json(run.logs / SELF_CHECK_FILE, figures)
+    replace_dir(student, run.pruned)
+
+
+def _check_ids(data: Path, seed: int) -> Tensor:
+    """A few rows of held-out text for the self-check, as whole documents without padding."""
+    from kdscale.data.heldout import eval_batches
+    from kdscale.data.token_store import TokenStore
+
+    heldout = TokenStore.open(data).split("heldout")
+    (batch, *_) = eval_batches(heldout, _CHECK_TOKENS, _CHECK_ROWS, _CHECK_ROWS * _CHECK_TOKENS, seed)
+    return batch.input_ids_BS

@@ -1,0 +1,212 @@
+"""Compensation inside the experts of a mixture: each expert's down projection is refitted on the tokens that it gets.
+
+An expert's output counts w times for a token whose routing weight is w, so its equations are weighted by it: with a
+the units of expert e that stay and y_e its whole output, as the teacher has them at the same token,
+
+    W'_e = argmin Σ ‖w a W'ᵀ − w (y_e + r)‖² + λ‖W' − W_kept‖²
+
+over the tokens that the *student's* router sends to it: the one with the kept experts' rows, since a token whose
+expert goes is served by others. With `ridge` r = 0 and everything is read in the teacher's stream. With `two_stream`
+the student's stream gives equations too, and r is what the kept experts together leave open of the sublayer's target y:
+r = (y − Σ w y_e) / Σ w, the same for all experts of a token.
+
+Memory: the experts' inputs are recorded within the byte budget of the pass, and experts are fitted in groups whose sums
+fit into it. An expert without tokens keeps its sliced weight; so does any, in the directions that its tokens lack.
+
+N tokens · n tokens of one expert · T experts a token · D hidden · D' kept hidden · F ffn of one expert · K kept units
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdscale.families import Family
+from kdscale.models.experts import call_of, routing_among, units_of
+from kdscale.models.hidden_states import Scratch, States
+from kdscale.models.layer_stream import OneLayer
+from kdscale.prune.compensation.recovered_error import Residuals
+from kdscale.prune.compensation.regression import TargetSums
+from kdscale.prune.slicing import Slicer
+from kdscale.runtime.ranks import all_reduce_sum
+
+_FOLDER = "experts"
+
+
+class Equations(NamedTuple):
+    """What the regression of one expert is given: `x_nK` times its new weight is to be `target_nD`.
+
+    `whole_nF`: the units of which `x_nK` are those that stay, None where `x_nK` is the student's own.
+    """
+
+    expert: int
+    x_nK: Tensor
+    target_nD: Tensor
+    whole_nF: Tensor | None
+
+
+# The equations of some experts, one batch of calibration tokens after the other.
+Sweep = Callable[[Sequence[int]], Iterator[Equations]]
+
+
+def expert_name(role: str, expert: int | None) -> str:
+    """The key of a compensated weight: the role, with the teacher's number of the expert that it belongs to."""
+    return role if expert is None else f"{role}.{expert}"
+
+
+class ExpertInputs:
+    """Records what a layer's experts read while the layer is run, within a quarter of the pass's bytes."""
+
+    def __init__(self, layer: OneLayer, family: Family, scratch: Scratch, device: torch.device):
+        self.experts: Any = layer.site(family.sites.experts)
+        self._router = layer.site(family.sites.router)
+        quarter = replace(scratch.part(_FOLDER), activation_bytes=scratch.activation_bytes // 4)
+        self._inputs = States(quarter, device)
+        self._handle = self.experts.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, _module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        self._inputs.append(call_of(args, kwargs)[0])
+
+    def stop(self) -> None:
+        self._handle.remove()
+
+    def sweep(self, slicer: Slicer, position: int) -> Sweep:
+        """For one student's experts, in the teacher's stream."""
+        kept, experts = slicer.plan.kept.experts[position], self.experts
+        rows_D = torch.tensor(slicer.plan.kept.hidden, device=experts.down_proj.device)
+
+        def equations(group: Sequence[int]) -> Iterator[Equations]:
+            for hidden_ND in self._inputs:
+                routing = routing_among(self._router, kept, hidden_ND)
+                for expert in group:
+                    token_n, weight_n = routing.of(expert)
+                    units_nF = units_of(experts, expert, hidden_ND[token_n]).float() * weight_n[:, None]
+                    target_nD = units_nF @ experts.down_proj[expert][rows_D].float().T
+                    units = kept_units(slicer, position, expert, units_nF.device)
+                    yield Equations(expert, units_nF[:, units], target_nD, units_nF)
+
+        return equations
+
+
+def ridge_experts(
+    layer: OneLayer,
+    slicer: Slicer,
+    position: int,
+    run: Callable[[], None],
+    ridge: float,
+    device: torch.device,
+    scratch: Scratch,
+    residuals: Residuals | None = None,
+) -> dict[str, Tensor]:
+    """The experts of the teacher's `layer`, fitted on what they read while `run` takes it over the calibration tokens.
+
+    See `refit_experts` for what comes back.
+    """
+    inputs = ExpertInputs(layer, slicer.family, scratch, device)
+    run()
+    inputs.stop()
+    sweep, room = inputs.sweep(slicer, position), scratch.activation_bytes
+    with torch.inference_mode():
+        return refit_experts(inputs.experts, slicer, position, sweep, ridge, room, residuals)
+
+
+def refit_experts(
+    experts: Any,
+    slicer: Slicer,
+    position: int,
+    sweep: Sweep,
+    ridge: float,
+    room: int,
+    residuals: Residuals | None = None,
+) -> dict[str, Tensor]:
+    """`down.<the teacher's expert>` → its weight [D', K], fp32 on the CPU. `experts`: the teacher's module.
+
+    All ranks must go through this. `room`: bytes for the sums of the experts that are fitted in one sweep (at least one
+    is). Raises SelfCheckError when a regression is not finite.
+    """
+    plan = slicer.plan
+    kept, width = plan.kept.experts[position], plan.student.ffn
+    layer = plan.kept.layers[position]
+    each = 4 * width * (width + 2 * plan.student.hidden)  # XᵀX, XᵀE and the prior
+    step = max(1, room // each)
+    rows_D = torch.tensor(plan.kept.hidden, device=experts.down_proj.device)
+    lost = _Lost(experts, slicer, position)
+    out: dict[str, Tensor] = {}
+    for begin in range(0, len(kept), step):
+        group = kept[begin : begin + step]
+        sums = {
+            expert: TargetSums(
+                experts.down_proj[expert][rows_D][:, kept_units(slicer, position, expert, rows_D.device)]
+            )
+            for expert in group
+        }
+        for equations in sweep(group):
+            sums[equations.expert].add(equations.x_nK, equations.target_nD)
+            lost.see(equations)
+        for expert in group:
+            one = sums.pop(expert)
+            one.reduce()
+            solved_DK = one.solve(ridge, f"expert {expert} of the teacher's layer {layer}")
+            lost.close(expert, solved_DK)
+            out[expert_name("down", expert)] = solved_DK.cpu()
+    figures = lost.figures()
+    if residuals is not None:
+        residuals.record(layer, "down", figures)
+    return out
+
+
+def kept_units(slicer: Slicer, position: int, expert: int, device: torch.device) -> Tensor:
+    return torch.tensor(slicer.plan.kept.ffn_of(position, expert), device=device)
+
+
+class _Lost:
+    """How much of the experts' outputs the cut loses and the regression wins back, on a few tokens of each.
+
+    As residual.py has it for one projection, over the weighted outputs of all kept experts. Also how many of them had
+    fewer tokens than kept units, so that the sliced weight decides where no token was.
+    """
+
+    _ROWS = 64
+
+    def __init__(self, experts: Any, slicer: Slicer, position: int):
+        self._experts, self._slicer, self._position = experts, slicer, position
+        self._rows: dict[int, Tensor] = {}
+        self._tokens: dict[int, int] = dict.fromkeys(slicer.plan.kept.experts[position], 0)
+        self._squares = torch.zeros(3, dtype=torch.float64)  # before, after, the whole output
+
+    def see(self, equations: Equations) -> None:
+        if equations.whole_nF is None:
+            return
+        self._tokens[equations.expert] += len(equations.whole_nF)
+        have = self._rows.get(equations.expert, equations.whole_nF[:0])
+        self._rows[equations.expert] = torch.cat([have, equations.whole_nF[: self._ROWS - len(have)]])
+
+    def close(self, expert: int, solved_DK: Tensor) -> None:
+        x_nF = self._rows.pop(expert, None)
+        if x_nF is None:
+            return
+        rows_D = torch.tensor(self._slicer.plan.kept.hidden, device=x_nF.device)
+        units = kept_units(self._slicer, self._position, expert, x_nF.device)
+        weight_DF = self._experts.down_proj[expert][rows_D].float()
+        whole_nD = x_nF @ weight_DF.T
+        before_nD, after_nD = (x_nF[:, units] @ w.T for w in (weight_DF[:, units], solved_DK.to(x_nF.device)))
+        parts = (before_nD - whole_nD, after_nD - whole_nD, whole_nD)
+        self._squares += torch.stack([part.double().square().sum() for part in parts]).cpu()
+
+    def figures(self) -> dict[str, object]:
+        before, after, whole = self._squares.sqrt().tolist()
+        whole = whole or 1.0
+        plan = self._slicer.plan
+        tokens_e = all_reduce_sum(torch.tensor(list(self._tokens.values()), device=self._experts.down_proj.device))
+        return {
+            "before": before / whole,
+            "after": after / whole,
+            "kept": plan.student.ffn,
+            "of": plan.teacher.ffn,
+            "experts": len(self._tokens),
+            "short_of_tokens": int((tokens_e < plan.student.ffn).sum()),
+        }

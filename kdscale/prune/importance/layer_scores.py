@@ -1,0 +1,183 @@
+"""Scores of whole layers that need more than what enters and leaves each one; gathered only when the config asks.
+
+- `loss`: how much the teacher's loss on calibration text rises with one layer taken out (nats a token; ShortGPT's and
+  LLM-Streamline's "perplexity" criterion). L + 1 copies of the hidden states go through the layers side by side: copy
+  l + 1 starts as the whole model's states before layer l, and skips it. Each layer is read once; the cost is
+  (L + 1)/2 forward passes and L + 1 passes of the head.
+- `angular`: arccos(cos)/π between what enters layer l and what enters layer m, the mean over tokens, for every pair
+  (Gromov et al., arXiv 2403.17887, equation 6, which takes the last token of a sequence only; here up to 2,048 of all).
+  One forward pass.
+
+`loss` keeps L + 1 states a token, on disk beyond the budget of `scratch`; both go on at the last finished layer.
+
+L layers · B batch · S sequence · N = B·S tokens · R sampled tokens · D hidden · V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdscale.errors import DataError
+from kdscale.models.hidden_states import IN_MEMORY, Scratch, States
+from kdscale.models.layer_pass import LayerPass
+from kdscale.models.layer_stream import LayerStream, OneLayer, TokenBatch
+from kdscale.runtime.ranks import all_reduce_sum, world_size
+from kdscale_kernels import linear_sparse_kl
+
+_IGNORED = -100
+
+
+_SAMPLED = 2_048  # tokens a rank with a state kept at every layer: 0.5 GB for 32 layers of 4,096 in bf16
+
+
+def depth_scores(
+    stream: LayerStream,
+    batches: Sequence[TokenBatch],
+    methods: Sequence[str],
+    advance: Callable[[int, int], None] | None = None,
+    scratch: Scratch = IN_MEMORY,
+) -> dict[str, Tensor]:
+    """`layers.loss` [L] and `layers.angular` [L, L + 1] (entry m of row l; 0 for m ≤ l), for those of `methods`.
+
+    `layers.loss` is not negative: if taking some layer out lowers the loss, all values are raised by the largest fall.
+    The files stay in `scratch` for a caller that is killed later; `Scratch.folder` is the caller's to remove.
+    Raises DataError when no token has a next one in its document.
+    """
+    out: dict[str, Tensor] = {}
+    if "loss" in methods:
+        losses = _losses(stream, batches, advance, scratch.part("loss"))
+        rise_L = losses[1:] - losses[0]
+        out["layers.loss"] = rise_L - rise_L.min().clamp_max(0.0)
+    if "angular" in methods:
+        out["layers.angular"] = _angles(stream, batches, advance, scratch.part("angular"))
+    return out
+
+
+def first_tokens(batches: Sequence[TokenBatch], tokens: int) -> Sequence[TokenBatch]:
+    """This rank's share of about `tokens`: whole batches, and at least one."""
+    taken: list[TokenBatch] = []
+    for batch in batches:
+        taken.append(batch)
+        if sum(one.input_ids_BS.numel() for one in taken) * world_size() >= tokens:
+            break
+    return taken
+
+
+class _Copies:
+    """A LayerStream whose batches have L + 1 states each: LayerPass then spools and resumes all of them."""
+
+    def __init__(self, stream: LayerStream):
+        self.dims, self.device, self._stream = stream.dims, stream.device, stream
+        self.copies = stream.dims.layers + 1
+
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> States:
+        entered, states = self._stream.embedding(), States(scratch, self.device)
+        with torch.inference_mode():
+            for batch in batches:
+                state_BSD = entered(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device))
+                for _ in range(self.copies):
+                    states.append(state_BSD)
+        return states
+
+    def layer(self, index: int) -> OneLayer:
+        return self._stream.layer(index)
+
+
+def _losses(
+    stream: LayerStream,
+    batches: Sequence[TokenBatch],
+    advance: Callable[[int, int], None] | None,
+    scratch: Scratch,
+) -> Tensor:
+    """Mean next-token loss of the whole model and of the model without each layer, [L + 1] in fp64."""
+    copies = _Copies(stream)
+    walk = LayerPass(copies, batches, scratch)
+    for layer in walk.layers():
+        for index, batch in enumerate(batches):
+            positions_BS, first = batch.position_ids_BS.to(stream.device), index * copies.copies
+            with torch.inference_mode():
+                walk.states[first + layer.index + 1] = walk.states[first]  # it goes on without this layer
+                for copy in range(layer.index + 1):
+                    walk.states[first + copy] = layer(walk.states[first + copy], positions_BS)
+            if advance is not None:
+                advance(batch.input_ids_BS.numel(), layer.index)
+        walk.finish()
+    return _head_losses(stream, batches, walk.states, copies.copies)
+
+
+def _head_losses(stream: LayerStream, batches: Sequence[TokenBatch], states: States, copies: int) -> Tensor:
+    norm, (head, scale) = stream.final_norm(), stream.output_head()
+    sums = torch.zeros(copies + 1, dtype=torch.float64)  # the last one counts tokens
+    for index, batch in enumerate(batches):
+        labels_N = next_tokens(batch).flatten().to(stream.device)
+        sums[-1] += int((labels_N != _IGNORED).sum())
+        for copy in range(copies):
+            with torch.inference_mode():
+                hidden_ND = norm(states[index * copies + copy]).flatten(0, -2) * scale
+            sums[copy] += _cross_entropy(hidden_ND, labels_N, head)
+    sums = all_reduce_sum(sums)
+    if not sums[-1]:
+        raise DataError("the calibration text has no token with a next one", hint="raise importance.seq_len")
+    return sums[:-1] / sums[-1]
+
+
+def _cross_entropy(hidden_ND: Tensor, labels_N: Tensor, head: Any) -> float:
+    """Summed over labelled tokens, by the kernel, which never has N × V numbers."""
+    ids_N1 = labels_N.clamp_min(0).unsqueeze(1)
+    nothing_N1 = hidden_ND.new_zeros(ids_N1.shape, dtype=torch.float32)  # no distillation target: only ce_sum is read
+    with torch.no_grad():
+        out: Any = linear_sparse_kl(
+            hidden_ND, head.weight_VH, ids_N1, nothing_N1, nothing_N1.squeeze(1), labels_N=labels_N,
+            ignore_index=_IGNORED, ce_weight=1.0, bias_V=head.bias_V, softcap=head.softcap,
+        )  # fmt: skip
+    return float(out.ce_sum)
+
+
+def next_tokens(batch: TokenBatch) -> Tensor:
+    """Labels [B, S]: the next token of the same document, −100 where there is none."""
+    labels_BS = torch.full_like(batch.input_ids_BS, _IGNORED)
+    same_document = batch.position_ids_BS[:, 1:] != 0
+    labels_BS[:, :-1] = batch.input_ids_BS[:, 1:].where(same_document, torch.tensor(_IGNORED))
+    return labels_BS
+
+
+def _angles(
+    stream: LayerStream,
+    batches: Sequence[TokenBatch],
+    advance: Callable[[int, int], None] | None,
+    scratch: Scratch,
+) -> Tensor:
+    """[L, L + 1], fp64: from what enters layer l to what enters layer m; column L is what leaves the last one."""
+    layers, tokens = stream.dims.layers, sum(batch.input_ids_BS.numel() for batch in batches)
+    walk = LayerPass(stream, batches, scratch, advance)
+    for layer in walk.layers():
+        walk.running[f"entered-{layer.index}"] = _sampled(walk.states, tokens)
+        walk.run(layer)
+        after_RD = _sampled(walk.states, tokens)
+        sums_L = torch.zeros(layers + 1, dtype=torch.float64)  # from each layer's input; the last one counts
+        for start in range(layer.index + 1):
+            sums_L[start] = _angle_sum(walk.running[f"entered-{start}"], after_RD)
+        sums_L[-1] = len(after_RD)
+        sums_L = all_reduce_sum(sums_L)
+        walk.finish({"to": sums_L[:-1] / sums_L[-1]})
+    columns = [torch.zeros(layers, dtype=torch.float64), *(found["to"] for found in walk.results)]
+    return torch.stack(columns, dim=1)
+
+
+def _sampled(states: States, tokens: int) -> Tensor:
+    """Hidden states of up to `_SAMPLED` of all `tokens`, evenly spaced, [R, D]: the same tokens at every layer."""
+    step, seen, picked = max(1, -(-tokens // _SAMPLED)), 0, list[Tensor]()
+    for state_BSD in states:
+        flat_ND = state_BSD.flatten(0, 1)
+        picked.append(flat_ND[-seen % step :: step])
+        seen += len(flat_ND)
+    return torch.cat(picked)
+
+
+def _angle_sum(before_RD: Tensor, after_RD: Tensor) -> float:
+    cosine_R = nn.functional.cosine_similarity(before_RD.float(), after_RD.float(), dim=-1)
+    return float(cosine_R.clamp(-1.0, 1.0).double().arccos().sum() / torch.pi)

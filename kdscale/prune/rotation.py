@@ -1,0 +1,143 @@
+"""The teacher in the basis of its residual stream's principal components: the same function, channels sorted by use.
+
+RMSNorm without its gain commutes with rotations: ‖Rx‖ = ‖x‖. So fold each norm's gain into the matrices that read it,
+turn every reader and writer of the residual stream by an orthogonal R, and the model computes what it did
+(SliceGPT, arXiv 2401.15024, section 3). With R the eigenvectors of the stream's covariance the leading channels carry
+most of it, and cutting the hidden axis is keeping the first d' channels: a student that is still a plain model of its
+family. SliceGPT turns each block by a matrix of its own and pays with one more matrix on every skip connection; one R
+for all needs none.
+
+The head reads what the final norm's gain scales and the embedding does not, so a tied head gets a weight of its own.
+
+D hidden · V vocabulary · R orthogonal [D, D], its rows the new channels
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdscale.errors import ConfigError
+from kdscale.families import Family, TensorSpec
+from kdscale.weights import Checkpoint, TensorInfo
+
+# Which norm a reader of the residual stream comes after, by role.
+_AFTER = dict.fromkeys(("q", "k", "v", "qkv"), "attn_norm") | {"head": "final_norm"}
+
+
+_NORMS = ("attn_norm", "ffn_norm", "final_norm")
+
+
+ROTATION = "hidden.rotation"  # R among the importance scores
+
+
+_BLOCK_ROWS = 8192  # of a tensor that are in fp64 at a time
+
+
+def unrotatable(family: Family, config: Mapping[str, Any]) -> str | None:
+    """Why this model cannot be turned, or None: the stream may only meet plain RMSNorms, each before a sublayer."""
+    for name, spec in family.tensors(dict(config)).items():
+        over_hidden = spec.axes == ("hidden",)
+        if over_hidden and spec.role.endswith("norm") and spec.role not in _NORMS:
+            return f"{name} is a norm that is not right before the matrices that read it"
+        if over_hidden and spec.role.endswith("norm_bias"):
+            return f"{name} belongs to a LayerNorm, which does not commute with rotations"
+        if spec.role == "position_embed":
+            return f"{name} adds learned positions to the stream"
+    if family.data.norm.kind != "rms" or family.data.norm.gain != "weight":
+        return f"the norms of {family.name} are not a plain RMSNorm times a weight"
+    return None
+
+
+class RotatedTeacher(Checkpoint):
+    """A checkpoint whose tensors are read turned; config and names are those of the turned (untied) model."""
+
+    def __init__(self, teacher: Checkpoint, family: Family, rotation_DD: Tensor):
+        """Raises ConfigError when the family cannot be turned or the matrix is not orthogonal of the right size."""
+        if reason := unrotatable(family, teacher.config):
+            raise ConfigError("prune.hidden_method: pca", expected="a model that can be rotated", got=reason)
+        hidden = family.dims(teacher.config).hidden
+        if rotation_DD.shape != (hidden, hidden) or not _orthogonal(rotation_DD):
+            raise ConfigError("hidden.rotation in the importance scores", expected=f"orthogonal [{hidden}, {hidden}]")
+        super().__init__(teacher.path, untied(teacher.config, family), teacher._entries, teacher.files)
+        self._teacher, self._rotation_DD = teacher, rotation_DD
+        self._specs = family.tensors(self.config)
+        self._tied = family.tied(teacher.config)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._specs)
+
+    def spec(self, name: str) -> TensorInfo:
+        return self._teacher.spec(self._tied.get(name, name))
+
+    def itemsize(self, name: str) -> int:
+        return self._teacher.itemsize(self._tied.get(name, name))
+
+    def position(self, name: str) -> tuple[int, int]:
+        return self._teacher.position(self._tied.get(name, name))
+
+    def blocks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
+        """As Checkpoint.blocks; what writes to the stream mixes all its rows and comes whole."""
+        spec = self._specs[name]
+        if "hidden" not in spec.axes or spec.axes[0] == "hidden":
+            yield self.tensor(name)
+            return
+        reads_DD = self._reads(name, spec)
+        for block in self._teacher.blocks(self._tied.get(name, name), max_bytes):
+            yield (block.double() @ reads_DD).to(block.dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        """The turned tensor in the dtype on disk, computed in fp64."""
+        spec = self._specs[name]
+        plain = self._teacher.tensor(self._tied.get(name, name))
+        if "hidden" not in spec.axes:
+            return plain
+        if spec.role in _NORMS:
+            return torch.ones_like(plain)
+        if spec.axes[0] == "hidden":  # writers and their biases
+            return (self._rotation_DD.double() @ plain.double()).to(plain.dtype)
+        reads_DD = self._reads(name, spec)
+        return torch.cat([(block.double() @ reads_DD).to(plain.dtype) for block in plain.split(_BLOCK_ROWS)])
+
+    def _reads(self, name: str, spec: TensorSpec) -> Tensor:
+        """What a matrix whose columns are the stream is multiplied by, fp64."""
+        turn_DD = self._rotation_DD.double().T
+        return turn_DD if spec.role == "embed" else self._gain(name, spec)[:, None] * turn_DD
+
+    def _gain(self, name: str, spec: TensorSpec) -> Tensor:
+        """The gain of the norm that feeds this reader."""
+        norm = _AFTER.get(spec.role, "ffn_norm")
+        found = [other for other, s in self._specs.items() if s.role == norm and s.layer == spec.layer]
+        assert len(found) == 1, f"{name} reads one norm, found {found}"
+        return self._teacher.tensor(found[0]).double()
+
+
+def turned(teacher: Checkpoint, family: Family, scores: Mapping[str, Any]) -> RotatedTeacher:
+    """The teacher in the basis that importance found. Raises ConfigError when `scores` have none."""
+    if ROTATION not in scores:
+        raise ConfigError(
+            f"the importance scores lack {ROTATION!r}",
+            expected="scores for a plan that cuts the hidden axis",
+            got=", ".join(sorted(scores)) or "none",
+            hint="run the importance stage again with this config",
+        )
+    return RotatedTeacher(teacher, family, torch.from_numpy(np.asarray(scores[ROTATION], dtype=np.float32).copy()))
+
+
+def untied(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The same config with a head of its own."""
+    out = copy.deepcopy(dict(config))
+    for flag in {tie.when for tie in family.data.ties}:
+        out[family.data.flags[flag].field] = False
+    return out
+
+
+def _orthogonal(matrix_DD: Tensor) -> bool:
+    eye = torch.eye(len(matrix_DD), dtype=torch.float64)
+    return bool((matrix_DD.double() @ matrix_DD.double().T - eye).abs().max() < 1e-4)

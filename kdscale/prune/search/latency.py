@@ -1,0 +1,157 @@
+"""Decode and prefill latency of shapes on this machine, without a checkpoint of any of them.
+
+A model of random weights with a few layers of the shape is built and timed with all of them and with half of them: the
+difference is the time of a layer, the remainder that of everything else (embedding, norm, head). Enough layers are
+taken that their weights do not fit into a processor's cache, which would make decoding look faster than it is. Times of
+other shapes come from a non-negative linear model over products of dimensions, fitted to a few spread-out shapes; its
+leave-one-out error is the error bar.
+
+R shapes · P features
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from kdscale.families import Dims
+from kdscale.files import read_json, write_json
+from kdscale.prune.search.budget import Floats, Shapes
+
+Kind = Literal["decode", "prefill"]
+
+
+KINDS: tuple[Kind, Kind] = ("decode", "prefill")
+
+
+_LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads")
+
+
+_DESIGN_SHAPES = 8
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one shape at its fastest: `layer` and `rest` by kind; `spread`: interquartile range, a share."""
+
+    layer: dict[str, float]
+    rest: dict[str, float]
+    spread: dict[str, float]
+
+    def total(self, kind: Kind, layers: int) -> float:
+        return self.layer[kind] * layers + self.rest[kind]
+
+
+class LatencyModel:
+    """`budget.Speeds` from timings of a few shapes; `time_shape` measures one (dims → Timing) and is called once each.
+
+    Timings are kept in `cache` (a JSON file) under `machine`, so that the same shapes are not timed again.
+    """
+
+    def __init__(self, time_shape: Callable[[Dims], Timing], machine: str, cache: Path | None = None):
+        self._time_shape, self._machine, self._cache = time_shape, machine, cache
+        self._timed: dict[str, Timing] = {}
+        if cache is not None and cache.exists():
+            stored = read_json(cache)
+            if stored.get("machine") == machine:
+                self._timed = {key: Timing(**value) for key, value in stored["shapes"].items()}
+        self._known: dict[Dims, Timing] = {}
+        self._weights: dict[str, Floats] = {}
+        self.error: dict[str, float] = {}
+
+    def timing(self, dims: Dims) -> Timing:
+        """Measured now, or before on the same machine."""
+        key = f"hidden={dims.hidden} ffn={dims.ffn} heads={dims.heads} kv_heads={dims.kv_heads}"
+        key += f" experts={dims.experts}" if dims.experts else ""
+        if key not in self._timed:
+            self._timed[key] = self._time_shape(dims)
+            if self._cache is not None:
+                shapes = {name: vars(timing) for name, timing in self._timed.items()}
+                write_json(self._cache, {"machine": self._machine, "shapes": shapes})
+        self._known[dims] = self._timed[key]
+        return self._timed[key]
+
+    def fit(self, teacher: Dims, shapes: Shapes, advance: Callable[[float, str], None] = lambda *_: None) -> None:
+        """Time the teacher's shape and a few of `shapes` that differ most, and fit the model to them."""
+        features_RP = _features(shapes)
+        teacher_P = _features({axis: np.array([getattr(teacher, axis)]) for axis in shapes})
+        scale_P = teacher_P[0]
+        chosen = _spread_out(features_RP / scale_P, teacher_P[0] / scale_P, _DESIGN_SHAPES - 1)
+        designs = [teacher]
+        designs += [teacher.replace(**{axis: int(values[i]) for axis, values in shapes.items()}) for i in chosen]
+        timings = []
+        for dims in designs:
+            timings.append(self.timing(dims))
+            advance(1, f"hidden {dims.hidden}, ffn {dims.ffn}, heads {dims.heads}")
+        design_RP = np.concatenate([teacher_P, features_RP[chosen]])
+        for kind in KINDS:
+            layer_R = np.array([timing.layer[kind] for timing in timings])
+            rest_R = np.array([timing.rest[kind] for timing in timings])
+            hidden_R2 = design_RP[:, [0, -1]]
+            self._weights[f"{kind}.layer"] = _nonnegative_fit(design_RP / scale_P, layer_R) / scale_P
+            self._weights[f"{kind}.rest"] = _nonnegative_fit(hidden_R2 / scale_P[[0, -1]], rest_R) / scale_P[[0, -1]]
+            self.error[kind] = _left_out_error(design_RP / scale_P, layer_R)
+
+    def milliseconds(self, kind: Kind, shapes: Shapes) -> Floats:
+        """Predicted by the fitted model; of layer shapes that were timed, the timing."""
+        features_RP = _features(shapes)
+        layer_R = features_RP @ self._weights[f"{kind}.layer"]
+        rest_R: Floats = features_RP[:, [0, -1]] @ self._weights[f"{kind}.rest"]
+        total_R = rest_R + layer_R * shapes["layers"]
+        for dims, timing in self._known.items():
+            same_R = np.all([shapes[axis] == getattr(dims, axis) for axis in _LAYER_AXES], axis=0)
+            total_R[same_R] = timing.rest[kind] + timing.layer[kind] * shapes["layers"][same_R]
+        return total_R
+
+
+def _features(shapes: Shapes) -> Floats:
+    """[R, P]: what a layer's time may be proportional to; the first is 1 and the last the hidden size."""
+    hidden, ffn, heads, kv_heads = (shapes[a].astype(np.float64) for a in ("hidden", "ffn", "heads", "kv_heads"))
+    columns = [np.ones_like(hidden), hidden * ffn, hidden * heads, hidden * kv_heads, heads, hidden]
+    return np.stack(columns, axis=1)
+
+
+def _spread_out(rows_RP: Floats, first_P: Floats, count: int) -> list[int]:
+    """Greedily the rows that add most to det(XᵀX) (D-optimal design); distinct layer shapes only."""
+    _, unique = np.unique(rows_RP.round(9), axis=0, return_index=True)
+    pool = unique[:: max(1, len(unique) // 2000)]
+    inverse_PP = np.linalg.inv(np.outer(first_P, first_P) + 1e-6 * np.eye(len(first_P)))
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(pool)):
+        gain_R = np.einsum("rp,pq,rq->r", rows_RP[pool], inverse_PP, rows_RP[pool])
+        gain_R[np.isin(pool, chosen)] = -1
+        best = int(pool[int(gain_R.argmax())])
+        chosen.append(best)
+        row_P = rows_RP[best]
+        moved_P = inverse_PP @ row_P
+        inverse_PP = inverse_PP - np.outer(moved_P, moved_P) / (1 + row_P @ moved_P)
+    return chosen
+
+
+def _nonnegative_fit(rows_RP: Floats, values_R: Floats) -> Floats:
+    """Least squares of relative errors with weights ≥ 0: the most negative weight is dropped until none is."""
+    scale_R = 1 / np.maximum(values_R, 1e-6)
+    weights_P = np.zeros(rows_RP.shape[1])
+    active = list(range(rows_RP.shape[1]))
+    while active:
+        found, *_ = np.linalg.lstsq(rows_RP[:, active] * scale_R[:, None], values_R * scale_R, rcond=1e-9)
+        if found.min() >= 0:
+            weights_P[active] = found
+            break
+        active.pop(int(found.argmin()))
+    return weights_P
+
+
+def _left_out_error(rows_RP: Floats, values_R: Floats) -> float:
+    """Median relative error of predicting each shape from the others."""
+    errors = []
+    for out in range(len(values_R)):
+        kept = np.arange(len(values_R)) != out
+        predicted = float(rows_RP[out] @ _nonnegative_fit(rows_RP[kept], values_R[kept]))
+        errors.append(abs(predicted / max(float(values_R[out]), 1e-9) - 1))
+    return float(statistics.median(errors))

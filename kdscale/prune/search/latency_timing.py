@@ -1,0 +1,121 @@
+"""Timing of one shape: random weights of that shape, decoded and prefilled on this machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kdscale.families import Dims, Family
+from kdscale.prune.search.latency import Timing
+
+_REPEATS, _DECODED = 5, 6
+
+
+_MIN_WEIGHT_BYTES = 128 << 20  # more than the last-level cache of most processors
+
+
+# ---- measuring: everything below needs torch ----
+
+
+def measurer(
+    config: Mapping[str, Any], family: Family, *, device: Any, dtype: Any, context_tokens: int
+) -> Callable[[Dims], Timing]:
+    """What `LatencyModel` times shapes with, on `device` in `dtype`."""
+    return lambda dims: _time_shape(dict(config), family, dims, device, dtype, context_tokens)
+
+
+def machine_name(device: Any, dtype: Any, threads: int, context_tokens: int) -> str:
+    """Timings are only comparable under the same one."""
+    import platform
+
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{platform.node()} {name}, {threads} threads, {dtype}, torch {torch.__version__}, {context_tokens} tokens"
+
+
+def _time_shape(
+    config: dict[str, Any], family: Family, dims: Dims, device: Any, dtype: Any, context_tokens: int
+) -> Timing:
+    import torch
+
+    per_layer = sum(math.prod(s.shape) for s in family.layer_tensors(_cut(config, family, dims, 1), 0).values())
+    wanted = -(-_MIN_WEIGHT_BYTES // (per_layer * dtype.itemsize))
+    most = family.dims(config).layers
+    whole = min(most, max(2, wanted))
+    half = max(1, whole // 2)
+    model = _random_model(_cut(config, family, dims, whole), device, dtype)
+    parent_path, _, leaf = family.sites.layers.rpartition(".")
+    parent, layers = model.get_submodule(parent_path), list(model.get_submodule(family.sites.layers).children())
+    ids_1S = torch.randint(dims.vocab, (1, context_tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    seconds: dict[int, list[tuple[float, float]]] = {whole: [], half: []}
+    for repeat in range(_REPEATS + 1):
+        for count in sorted({whole, half}):
+            setattr(parent, leaf, torch.nn.ModuleList(layers[:count]))
+            model.config.num_hidden_layers = count
+            timed = _time_once(model, ids_1S)
+            if repeat:  # the first one warms up
+                seconds[count].append(timed)
+    return _timing(seconds, whole, half)
+
+
+def _timing(seconds: Mapping[int, Sequence[tuple[float, float]]], whole: int, half: int) -> Timing:
+    layer, rest, spread = {}, {}, {}
+    for index, kind in enumerate(("prefill", "decode")):
+        all_whole = [1000 * pair[index] for pair in seconds[whole]]
+        low, _, high = statistics.quantiles(all_whole, n=4)
+        # The fastest repeat: what else runs on the machine only ever adds time, and other shapes were timed in other
+        # minutes.
+        best, halved = min(all_whole), min(1000 * pair[index] for pair in seconds[half])
+        # Even so the difference can drown in noise; a layer still takes part of the time.
+        one = max((best - halved) / (whole - half), 0.2 * best / whole) if whole > half else best
+        layer[kind] = min(one, best / whole)
+        rest[kind] = best - whole * layer[kind]
+        spread[kind] = (high - low) / best
+    return Timing(layer, rest, spread)
+
+
+def _time_once(model: Any, ids_1S: Any) -> tuple[float, float]:
+    """Seconds of the prompt, and of one further token."""
+    import torch
+
+    def now() -> float:
+        if ids_1S.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with torch.inference_mode():
+        start = now()
+        out = model(input_ids=ids_1S, use_cache=True, logits_to_keep=1)
+        prefilled = now()
+        for _ in range(_DECODED):
+            out = model(input_ids=ids_1S[:, :1], past_key_values=out.past_key_values, use_cache=True)
+        return prefilled - start, (now() - prefilled) / _DECODED
+
+
+def _cut(config: dict[str, Any], family: Family, dims: Dims, layers: int) -> dict[str, Any]:
+    return family.student_config(config, dims.replace(layers=layers), list(range(layers)))
+
+
+def _random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
+    """Built on the meta device; every parameter a repeated block of small random numbers, which is quick to fill."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **fields), dtype=dtype, attn_implementation="sdpa"
+        )
+    block = (0.02 * torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))).to(device, dtype)
+    filled = {}
+    for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        filled[name] = block.repeat(-(-count // block.numel()))[:count].view(parameter.shape)
+    model.load_state_dict(filled, strict=False, assign=True)
+    model.tie_weights()
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,264 @@
+"""From the files of a run folder to the facts of its report: plain values, no models, no torch.
+
+Whatever stage has not run yet is simply not there; `missing` names it and the report says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from kdscale import units
+from kdscale.errors import RunFolderError
+from kdscale.files import read_json
+from kdscale.report import comparison as table
+from kdscale.report import pruning_facts
+from kdscale.runs.metrics_log import read_metrics
+
+SCHEMA_VERSION = 1
+
+
+AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
+
+
+_AXIS_TITLES = {
+    "layers": "Layers",
+    "hidden": "Hidden size",
+    "ffn": "FFN width",
+    "heads": "Query heads",
+    "kv_heads": "KV heads",
+    "experts": "Experts",
+    "head_dim": "Head dimension",
+    "vocab": "Vocabulary",
+}
+
+
+_STAGE_ORDER = ("data", "importance", "plan", "prune", "distill", "eval", "report")
+
+
+_PARTS = ("config", "plan", "importance", "distillation", "evaluation")
+
+
+def gather(run_dir: Path) -> dict[str, Any]:
+    """Everything the report shows, JSON-ready. Raises RunFolderError when `run_dir` is no folder, CheckpointError for
+    a file in it that is damaged."""
+    if not run_dir.is_dir():
+        raise RunFolderError(f"run folder {run_dir} does not exist", hint="kdscale run CONFIG makes one")
+    config = _config(run_dir / "config.yaml")
+    plan = _optional(run_dir / "plan.json")
+    evaluation = _optional(run_dir / "eval" / "eval.json")
+    rows = list(read_metrics(run_dir / "logs" / "metrics.jsonl"))
+    importance = _importance(run_dir / "importance")
+    parts = dict(zip(_PARTS, (config, plan, importance, rows, evaluation), strict=True))
+    comparison = table.comparison(evaluation) if evaluation else None
+    steps = pruning_facts.steps(run_dir, plan)
+    original = pruning_facts.original(plan, steps) if plan else None
+    components = pruning_facts.components(plan, run_dir / "pruned") if plan else None
+    facts: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "name": (config or {}).get("name") or run_dir.name,
+        "missing": [name for name, value in parts.items() if not value],
+        "comparison": comparison,
+        "evaluation": evaluation,
+        "shape": _shape(plan) if plan else None,
+        "components": components,
+        "expected": pruning_facts.expected(plan, components) if plan else None,
+        "cumulative": pruning_facts.cumulative(plan, importance) if plan and importance else None,
+        "repair": pruning_facts.repair(run_dir),
+        "perplexity": pruning_facts.perplexity(plan, evaluation),
+        "capacity": pruning_facts.capacity(plan, original, config) if plan and original else None,
+        "steps": steps,
+        "original_params": original,
+        "plan": {key: value for key, value in plan.items() if key != "kept"} if plan else None,
+        "kept": _kept(plan) if plan else None,
+        "importance": importance,
+        "curves": _curves(rows) if rows else None,
+        "stages": _stages(run_dir / "stages"),
+        "config": config,
+        "student_path": f"{(config or {}).get('run_dir') or run_dir.name}/student",
+        "has_student": (run_dir / "student" / "config.json").exists(),
+    }
+    facts["verdict"] = _verdict(facts)
+    facts["headline"] = _headline(facts)
+    facts["warnings"] = _warnings(facts)
+    return facts
+
+
+def for_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without the score of every single unit, which stay in their own file; sums a layer are kept."""
+    importance = facts["importance"]
+    if importance is None:
+        return dict(facts)
+    short = {"file": "importance/scores.safetensors", "scored": sorted(importance["scores"])}
+    return {**facts, "importance": {**short, "made": importance["made"]}}
+
+
+def _optional(path: Path) -> Any:
+    return read_json(path) if path.exists() else None
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path} cannot be read", expected="the resolved config", got=str(error)) from error
+    return tree if isinstance(tree, dict) else None
+
+
+def _importance(folder: Path) -> dict[str, Any] | None:
+    """Scores as nested lists, `axis.method` → [layers, units] or [units], as energies, and how they were made."""
+    path = folder / "scores.safetensors"
+    if not path.exists():
+        return None
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise RunFolderError(f"{path} is damaged", got=str(error), hint="run the importance stage again") from error
+    # Activation scores are L2 norms; squared they add up like the energies do, and "share" means one thing everywhere.
+    scores = {
+        name: (array.astype("float64") ** (2 if name.endswith(".activation") else 1)).tolist()
+        for name, array in sorted(arrays.items())
+        if array.ndim in {1, 2} and array.size
+    }
+    return {"scores": scores, "made": _optional(folder / "scores.json")} if scores else None
+
+
+def _shape(plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    before, after, methods = plan["teacher"], plan["student"], plan.get("methods", {})
+    retained = plan.get("retained", {})
+    return [
+        {
+            "axis": axis,
+            "title": title,
+            "teacher": before[axis],
+            "student": after[axis],
+            "kept": after[axis] / before[axis],
+            "method": methods.get(axis),
+            "importance_kept": retained.get(axis),
+        }
+        for axis, title in _AXIS_TITLES.items()
+        if before.get(axis) and axis in after  # a dense model has no experts
+    ]
+
+
+def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Kept layers, which heads and kv heads each keeps, and how many units on each axis."""
+    kept = plan["kept"]
+    per_layer = [
+        {"layer": layer, **{axis: len(kept[axis][position]) for axis in ("ffn", "heads", "kv_heads")}}
+        for position, layer in enumerate(kept["layers"])
+    ]
+    which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads", "experts") if axis in kept}
+    return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Columns of the training log, by kind; values that are no finite numbers (a skipped step) are left out."""
+    out: dict[str, Any] = {
+        kind: [
+            {key: row[key] for key in ("step", "tokens", "loss", "perplexity") if _finite(row.get(key))}
+            for row in rows
+            if row["kind"] == kind
+        ]
+        for kind in ("train", "validation")
+    }
+    train = [row for row in rows if row["kind"] == "train"]
+    # A validation row counts the tokens it was measured on; on the chart it stands at the tokens trained on by then.
+    per_step = out["train"][-1]["tokens"] / out["train"][-1]["step"] if out["train"] else None
+    for point in out["validation"]:
+        if per_step is None:
+            point.pop("tokens", None)
+        else:
+            point["tokens"] = round(point["step"] * per_step)
+    speeds = sorted(row["tokens_per_second"] for row in train)
+    out["tokens_per_second"] = speeds[len(speeds) // 2] if speeds else None
+    out["skipped_steps"] = sum(row["skipped"] for row in train)
+    return out
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _stages(folder: Path) -> list[dict[str, Any]]:
+    """What the stage manifests say, in the order of the pipeline."""
+    found = {path.stem: read_json(path) for path in folder.glob("*.json") if "." not in path.stem}
+    order = [name for name in _STAGE_ORDER if name in found] + sorted(set(found) - set(_STAGE_ORDER))
+    keys = ("seconds", "finished", "facts", "versions")
+    return [{"stage": name, **{key: found[name].get(key) for key in keys}} for name in order]
+
+
+def _verdict(facts: Mapping[str, Any]) -> str:
+    """One sentence: what was kept and what it cost."""
+    parts = []
+    plan, evaluation = facts["plan"], facts["evaluation"]
+    if plan:
+        kept, whole = plan["student_params"]["non_embedding"], facts["original_params"]["non_embedding"]
+        parts.append(f"{units.count(kept)} of {units.count(whole)} non-embedding parameters kept")
+    if evaluation:
+        values = {name: model["quality"]["perplexity"] for name, model in evaluation["models"].items()}
+        students = [units.significant(values[name]) for name in ("pruned", "distilled") if name in values]
+        teacher = f"teacher {units.significant(values['teacher'])}"
+        parts.append(f"perplexity {' → '.join(students)} ({teacher})" if students else f"perplexity of the {teacher}")
+    return "; ".join(parts) if parts else "Nothing has been measured in this run yet"
+
+
+def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A few figures a reader takes away."""
+    out: list[dict[str, str]] = []
+    plan, evaluation = facts["plan"], facts["evaluation"]
+    if plan:
+        whole = facts["original_params"]["total"]
+        kept = plan["student_params"]["total"]
+        told = f"{units.count(kept)} of the teacher’s {units.count(whole)}"
+        out.append(_tile("Parameters", f"{kept / whole:.0%}", told))
+    if not evaluation:
+        return out
+    models = evaluation["models"]
+    student = next((models[name] for name in ("distilled", "pruned") if name in models), None)
+    if student is None:
+        return out
+    ratio = student["quality"]["perplexity"] / models["teacher"]["quality"]["perplexity"]
+    out.append(_tile("Perplexity", f"{ratio:.2f}×", "the teacher’s, on held-out text"))
+    if (closed := evaluation.get("gap_closed")) is not None:
+        out.append(_tile("Gap closed", f"{closed:.0%}", "of the loss that pruning cost, by distilling"))
+    if student.get("efficiency") and models["teacher"].get("efficiency"):
+        key = "decode_tokens_per_second"
+        gain = student["efficiency"][key] / models["teacher"]["efficiency"][key]
+        out.append(_tile("Decode speed", f"{gain:.2f}×", f"{student['efficiency'][key]:.0f} tokens/s on this machine"))
+    cache = student["size"]["kv_cache_bytes_per_token"] / models["teacher"]["size"]["kv_cache_bytes_per_token"]
+    out.append(_tile("KV cache", f"{cache:.0%}", f"{units.size(student['size']['kv_cache_bytes_per_token'])} a token"))
+    return out
+
+
+def _tile(title: str, value: str, note: str) -> dict[str, str]:
+    return {"title": title, "value": value, "note": note}
+
+
+def _warnings(facts: Mapping[str, Any]) -> list[str]:
+    out = list((facts["plan"] or {}).get("warnings", []))
+    out += (facts["capacity"] or {}).get("warnings", [])
+    evaluation, curves = facts["evaluation"], facts["curves"]
+    if evaluation and (gap := evaluation["differences"].get("distilled_minus_pruned")):
+        error = gap["ce_standard_error"]
+        if gap["ce"] >= 0:
+            out.append(
+                "Distillation did not lower the held-out loss: the distilled student is no better than the pruned."
+            )
+        elif error and abs(gap["ce"]) < 2 * error:
+            out.append("The gain from distillation is within two standard errors: evaluate on more tokens.")
+    if evaluation and any(m.get("efficiency", {}).get("interleaved") is False for m in evaluation["models"].values()):
+        out.append("The models did not fit in memory together, so their speeds were measured one after another.")
+    if curves and curves["skipped_steps"]:
+        out.append(f"{curves['skipped_steps']} training steps were skipped for NaN or Inf.")
+    return out

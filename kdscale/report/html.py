@@ -1,0 +1,127 @@
+"""The report of a run: report.json (every figure) and one report.html that needs nothing but a browser.
+
+Reads files only. Everything shown is escaped: prompts, answers, names and paths are other people's text.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from ruamel.yaml import YAML
+
+from kdscale import units
+from kdscale.files import write_json, write_text
+from kdscale.report import plots, pruning_plots
+from kdscale.report.facts import for_json, gather
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+_MODEL_TITLES = {"teacher": "Teacher", "pruned": "Pruned", "distilled": "Distilled"}
+
+
+_PART_NOTES = {
+    "config": "no resolved config in this folder",
+    "plan": "no plan yet: the student’s shape is not known",
+    "importance": "no importance scores yet",
+    "distillation": "not distilled yet",
+    "evaluation": "not evaluated yet",
+}
+
+
+def write_report(run_dir: Path, out_dir: Path) -> Path:
+    """Write report.json and report.html into `out_dir`; returns the page's path.
+
+    A run that is not finished gives a report that says what is missing. Raises RunFolderError when `run_dir` is no
+    folder, and RunFolderError or CheckpointError for a damaged file in it.
+    """
+    facts = gather(run_dir)
+    page = render(facts)
+    write_json(out_dir / "report.json", for_json(facts))
+    write_text(out_dir / "report.html", page)
+    return out_dir / "report.html"
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The page for the facts that `gather` found. Equal facts give equal bytes."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "count": units.count,
+        "size": units.size,
+        "duration": units.duration,
+        "share": lambda value: f"{100 * value:.0f} %",
+        "figure": _plain_figure,
+    }
+    evaluation = facts["evaluation"] or {}
+    present = [name for name in _MODEL_TITLES if name in evaluation.get("models", {})]
+    return environment.get_template("report.html.j2").render(
+        facts=facts,
+        missing=[_PART_NOTES[name] for name in facts["missing"]],
+        models=[(name, _MODEL_TITLES[name]) for name in present],
+        groups=_groups(facts["comparison"] or []),
+        curves=plots.curves(facts),
+        importance=plots.importance(facts),
+        cumulative=pruning_plots.cumulative(facts),
+        repair=pruning_plots.repair(facts),
+        candidates=pruning_plots.candidates(facts),
+        made=_how_made(facts),
+        config_text=_yaml(facts["config"]) if facts["config"] else "",
+    )
+
+
+def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    out: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        out.setdefault(row["group"], []).append(row)
+    return out
+
+
+def _how_made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and value pairs: what a reader needs to judge or repeat the figures."""
+    out: list[tuple[str, str]] = []
+    config, evaluation = facts["config"] or {}, facts["evaluation"]
+    if teacher := config.get("teacher", {}).get("path"):
+        out.append(("Teacher", str(teacher)))
+    if sources := config.get("data", {}).get("sources"):
+        out.append(("Text", ", ".join(str(source.get("path")) for source in sources)))
+    if facts["curves"] and facts["curves"]["train"]:
+        last = facts["curves"]["train"][-1]
+        speed = facts["curves"]["tokens_per_second"]
+        told = f"{last['tokens']:,} tokens in {last['step']:,} steps" if "tokens" in last else f"{last['step']:,} steps"
+        out.append(("Distilled on", told + (f", {units.significant(speed)} tokens/s" if speed else "")))
+    if evaluation:
+        made = evaluation["settings"]
+        text = f", {made['bytes']:,} bytes" if made.get("bytes") else ""
+        out.append(("Evaluated on", f"{made['tokens']:,} held-out tokens{text}, sequences of {made['seq_len']}"))
+        out.append(("Evaluated in", f"{made['dtype']} on {made['device_name']}, {made['threads']} CPU threads"))
+    if config.get("seed") is not None:
+        out.append(("Seed", str(config["seed"])))
+    versions: dict[str, str] = {}
+    for stage in facts["stages"]:
+        versions |= stage["versions"] or {}
+    if not versions and evaluation:
+        versions = {name: evaluation["settings"][name] for name in ("torch", "transformers")}
+    if versions:
+        out.append(("Versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))))
+    return out
+
+
+def _plain_figure(value: Any) -> str:
+    if isinstance(value, float):
+        return units.significant(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    stream = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(dict(tree), stream)
+    return stream.getvalue()

@@ -1,0 +1,215 @@
+"""The facts of the pruning section, from plan.json, scores, headers and configs: plain values, no models, no torch.
+
+L layers · U units
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdscale.files import read_json
+from kdscale.runs.metrics_log import read_metrics
+from kdscale.sizing.capacity import Capacity
+
+_POINTS = 48
+
+
+_CONTEXT = 4096
+
+
+COMPONENTS = {
+    "embedding": "Embedding", "attention": "Attention", "ffn": "Feed-forward", "norm": "Norms",
+    "head": "Output head", "other": "Other",
+}  # fmt: skip
+
+
+_BY_ROLE = {
+    "embed": "embedding",
+    "position_embed": "embedding",
+    "head": "head",
+    "o": "attention",
+    "down": "ffn",
+    "router": "ffn",
+}
+
+
+def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | None:
+    """Parameters and bytes by component, teacher's and student's, from the student's headers; None without a student.
+
+    The teacher's tensors are expanded from the student's config with the teacher's sizes put back, in the dtypes that
+    the student's have, which are the teacher's.
+    """
+    if not (pruned / "config.json").exists():
+        return None
+    from kdscale.families import load_family
+    from kdscale.weights import Checkpoint
+
+    student = Checkpoint.open(pruned)
+    family = load_family(student.config, str(pruned / "config.json"))
+    teacher_config = dict(student.config)
+    for axis, field in family.data.dims.items():
+        if field.field is not None and axis in plan["teacher"]:
+            teacher_config[field.name_in(teacher_config)] = plan["teacher"][axis]
+    sizes: dict[str, dict[str, dict[str, int]]] = {}
+    itemsize: dict[str, int] = {}
+    for who, config in (("student", student.config), ("teacher", teacher_config)):
+        for name, spec in family.tensors(config).items():
+            if who == "student":
+                itemsize[spec.role] = student.itemsize(name)
+            part = sizes.setdefault(_component(spec.role, spec.axes), {w: _none() for w in ("teacher", "student")})
+            count = math.prod(spec.shape)
+            part[who]["parameters"] += count
+            part[who]["bytes"] += count * itemsize[spec.role]
+    return [{"component": key, "title": title, **sizes[key]} for key, title in COMPONENTS.items() if key in sizes]
+
+
+def _none() -> dict[str, int]:
+    return {"parameters": 0, "bytes": 0}
+
+
+def _component(role: str, axes: tuple[str, ...]) -> str:
+    if "norm" in role:
+        return "norm"
+    inside = " ".join(axes)
+    if "heads" in inside:
+        return "attention"
+    if "ffn" in inside or "experts" in inside:
+        return "ffn"
+    return _BY_ROLE.get(role.removesuffix("_bias"), "other")
+
+
+def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[str, Any]:
+    """Axis → share of importance (mean, low, high over the kept layers) that a share of the best units holds."""
+    out: dict[str, Any] = {}
+    layers = plan["kept"]["layers"]
+    for axis in ("ffn", "heads", "kv_heads", "hidden"):
+        name = f"{axis}.{plan['methods'].get(axis)}"
+        values = importance["scores"].get(name)
+        if values is None:
+            continue
+        score_LU = np.atleast_2d(np.asarray(values, dtype=np.float64))
+        if score_LU.ndim != 2 or not np.isfinite(score_LU).all():
+            continue
+        if axis != "hidden":
+            score_LU = score_LU[layers]
+        units = score_LU.shape[1]
+        counts = np.unique(np.linspace(0, units, min(units, _POINTS) + 1).round().astype(int))
+        sums_LU = np.cumsum(-np.sort(-score_LU, axis=1), axis=1)
+        totals_L = np.maximum(sums_LU[:, -1], np.finfo(float).tiny)
+        shares = [sums_LU[:, count - 1] / totals_L if count else np.zeros(len(totals_L)) for count in counts]
+        out[axis] = {
+            "units": (counts / units).tolist(),
+            "mean": [float(share.mean()) for share in shares],
+            "low": [float(share.min()) for share in shares],
+            "high": [float(share.max()) for share in shares],
+            "kept_units": plan["student"][axis] / plan["teacher"][axis],
+            "kept_importance": plan["retained"].get(axis),
+        }
+    return out
+
+
+def repair(run_dir: Path) -> dict[str, Any] | None:
+    """The residuals that the repair pass recorded; None when it did not run."""
+    path = run_dir / "repair.json"
+    found = read_json(path) if path.exists() else None
+    return found if found and found["layers"] else None
+
+
+def expected(plan: Mapping[str, Any], parts: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Memory and speed by arithmetic: what a memory-bound decode and a compute-bound prefill would gain.
+
+    One token of decode reads every weight once, but of an untied embedding only a row; prefill does two operations a
+    weight of the layers for each token, the head once a prompt. Real gains are smaller where something else counts.
+    """
+    shapes = {who: plan[who] for who in ("teacher", "student")}
+    kv = {who: 4 * s["layers"] * s["kv_heads"] * s["head_dim"] for who, s in shapes.items()}
+    out: dict[str, Any] = {"kv_bytes_per_token": kv, "context_tokens": _CONTEXT}
+    out["kv_bytes"] = {who: value * _CONTEXT for who, value in kv.items()}
+    timed = plan["candidates"][0].get("decode_ms")
+    out["timed_ms"] = {k: plan["candidates"][0][f"{k}_ms"] for k in ("decode", "prefill")} if timed else None
+    if parts is None:
+        return out
+    weights = {who: sum(part[who]["bytes"] for part in parts) for who in shapes}
+    by_name = {part["component"]: part for part in parts}
+    untied = "head" in by_name
+    skipped = {who: by_name["embedding"][who]["bytes"] if untied else 0 for who in shapes}
+    read = {who: weights[who] - skipped[who] for who in shapes}
+    layers = {
+        who: sum(part[who]["parameters"] for name, part in by_name.items() if name not in ("embedding", "head"))
+        for who in shapes
+    }
+    return out | {
+        "weight_bytes": weights,
+        "decode_speedup": read["teacher"] / read["student"],
+        "prefill_speedup": layers["teacher"] / layers["student"],
+    }
+
+
+def perplexity(plan: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Before and after the cut, no training: evaluated where that was done, else of the masked run; None if neither."""
+    if evaluation and {"teacher", "pruned"} <= set(evaluation["models"]):
+        models = evaluation["models"]
+        return {
+            "before": models["teacher"]["quality"]["perplexity"],
+            "after": models["pruned"]["quality"]["perplexity"],
+            "on": f"{evaluation['settings']['tokens']:,} held-out tokens",
+        }
+    masked = plan["candidates"][0].get("masked") if plan else None
+    if not masked:
+        return None
+    return {
+        "before": math.exp(masked["teacher_loss"]),
+        "after": math.exp(masked["loss"]),
+        "on": f"{masked['tokens']:,} calibration tokens, run masked",
+    }
+
+
+def steps(run_dir: Path, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What each step of a progressive run cut and how its distillation went; empty for a run of one step."""
+    folders = sorted((run_dir / "steps").glob("*/plan.json"), key=lambda path: int(path.parent.name.partition("-")[0]))
+    if not folders:
+        return []
+    found = [(path.parent.name.partition("-")[2], path.parent, read_json(path)) for path in folders]
+    if plan is not None:
+        found.append(("this student", run_dir, plan))
+    return [_step(name, folder, made) for name, folder, made in found]
+
+
+def _step(name: str, folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    rows = list(read_metrics(folder / "logs" / "metrics.jsonl"))
+    validation = [row["perplexity"] for row in rows if row["kind"] == "validation" and "perplexity" in row]
+    trained = [row["tokens"] for row in rows if row["kind"] == "train"]
+    cut = [axis for axis in plan["student"] if plan["student"][axis] < plan["teacher"][axis]]
+    return {
+        "name": name,
+        "cut": {axis: [plan["teacher"][axis], plan["student"][axis]] for axis in cut},
+        "teacher_params": plan["teacher_params"],
+        "student_params": plan["student_params"],
+        "tokens": trained[-1] if trained else None,
+        "perplexity_before": validation[0] if validation else None,
+        "perplexity_after": validation[-1] if len(validation) > 1 else None,
+    }
+
+
+def original(plan: Mapping[str, Any], found: list[dict[str, Any]]) -> dict[str, int]:
+    """The parameters of the teacher that the whole run began with."""
+    params: dict[str, int] = found[0]["teacher_params"] if found else plan["teacher_params"]
+    return params
+
+
+def capacity(
+    plan: Mapping[str, Any], whole: Mapping[str, int], config: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The ratios behind the capacity warning, to the model distilled from; None without a token budget."""
+    settings = (config or {}).get("distill", {})
+    tokens = settings.get("tokens")
+    if not isinstance(tokens, int):
+        return None
+    teacher = plan["teacher_params"] if settings.get("teacher") == "previous" else whole
+    before, after = teacher["total"], plan["student_params"]["total"]
+    return Capacity(before, after, tokens).to_json()

@@ -1,0 +1,140 @@
+"""From a drawing to inline SVG that takes its colours and fonts from the page it stands in.
+
+matplotlib draws with stand-in colours; they are then replaced by CSS variables, so that one drawing serves the light
+and the dark scheme. Text stays text. The same drawing gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
+
+
+BEFORE, AFTER, ACCENT = "#050505", "#060606", "#070707"
+
+
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    PAPER: "var(--card)",
+    BEFORE: "var(--teacher)",
+    AFTER: "var(--distilled)",
+    ACCENT: "var(--pruned)",
+}
+
+
+_INCH = 72.0
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of the report: both drawings, and what they show in words."""
+
+    title: str
+    caption: str
+    alt: str
+    wide: str
+    narrow: str
+
+
+def make_plot(
+    title: str,
+    caption: str,
+    alt: str,
+    draw: Callable[[Any, bool], None],
+    wide: tuple[int, int],
+    narrow: tuple[int, int],
+) -> Plot:
+    return Plot(title, caption, alt, _svg(draw, wide, False), _svg(draw, narrow, True))
+
+
+def style(axes: Any, grid: bool = True) -> None:
+    """The look all plots share."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_facecolor("none")
+    axes.tick_params(length=3)
+    if grid:
+        axes.grid(axis="y", linewidth=0.8)
+        axes.set_axisbelow(True)
+
+
+def integers(most: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=most, integer=True)
+
+
+def count_formatter() -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    from kdscale.units import compact
+
+    return FuncFormatter(lambda value, _: compact(value))
+
+
+def _svg(draw: Callable[[Any, bool], None], size: tuple[int, int], narrow: bool) -> str:
+    """Draw at `size` in CSS pixels and make the SVG fit for a page: no metadata, no foreign ids, colours from CSS."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "kdscale",
+        "font.size": 10.5,
+        "axes.titlesize": 11,
+        "axes.labelsize": 10,
+        "xtick.labelsize": 9.5,
+        "ytick.labelsize": 9.5,
+        "text.color": INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": GRID,
+        "axes.titlecolor": INK,
+        "xtick.color": GRID,
+        "ytick.color": GRID,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED,
+        "grid.color": GRID,
+        "figure.constrained_layout.use": True,
+    }
+    stream = io.StringIO()
+    # rc_context from matplotlib's own defaults: a user's matplotlibrc must not change the report.
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(style)
+        figure = Figure(figsize=(size[0] / _INCH, size[1] / _INCH), facecolor="none")
+        FigureCanvasSVG(figure)
+        draw(figure, narrow)
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return _for_page(stream.getvalue())
+
+
+def _for_page(svg: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+    for stand_in, variable in _VARIABLES.items():
+        svg = svg.replace(stand_in, variable)
+    # Fonts come from the page; and ids must be unique over all plots of a page.
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    salt = f"{np.uint32(hash_of(svg)):08x}"
+    return re.sub(r'(id="|href="#|url\(#)', lambda match: f"{match[1]}p{salt}-", svg)
+
+
+def hash_of(text: str) -> int:
+    """A small stable hash (FNV-1a, 32 bits): Python's own differs from process to process."""
+    value = 2166136261
+    for byte in text.encode():
+        value = ((value ^ byte) * 16777619) & 0xFFFFFFFF
+    return value

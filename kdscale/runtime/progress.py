@@ -1,0 +1,92 @@
+"""Progress a person can read: a bar with rate and time left on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as EtaColumn
+from rich.text import Text
+
+from kdscale_launch.watchdog import beat, enter
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+_RATE_LINES = 6
+
+
+class _RateColumn(ProgressColumn):
+    """`1,234 tok/s`, over the recent past; empty until there is a rate."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="cyan")
+
+
+class Bar:
+    """One task's progress; `advance` takes the units done since the last call and an optional note to show."""
+
+    def __init__(self, title: str, total: float, unit: str, done: float, bars: Progress | None, console: Console):
+        self._title, self._total, self._unit = title, total, unit
+        self._console, self._bars = console, bars
+        self._done = done
+        self._started = time.monotonic()
+        # (time, done) at the last few lines: the rate shown is the recent one, as on a terminal
+        self._marks: deque[tuple[float, float]] = deque([(self._started, done)], maxlen=_RATE_LINES)
+        self._task: TaskID | None = None
+        if bars is not None:
+            self._task = bars.add_task(title, total=total, completed=int(done), unit=unit, note="")
+
+    def advance(self, amount: float, note: str = "") -> None:
+        beat()
+        self._done += amount
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, advance=amount, note=note)
+        elif time.monotonic() - self._marks[-1][0] >= _LINE_EVERY_SECONDS:
+            self._console.print(self._line(note), highlight=False)
+            self._marks.append((time.monotonic(), self._done))
+
+    def _line(self, note: str) -> str:
+        then, before = self._marks[0]
+        rate = (self._done - before) / max(time.monotonic() - then, 1e-9)
+        left = f"{(self._total - self._done) / rate / 60:.1f} min left" if rate > 0 else "no rate yet"
+        share = f"{100 * self._done / self._total:.0f} %" if self._total else ""
+        return f"{self._title}: {share} · {rate:,.0f} {self._unit}/s · {left}" + (f" · {note}" if note else "")
+
+    def finish(self, note: str = "") -> None:
+        if self._bars is None:
+            seconds = time.monotonic() - self._started
+            self._console.print(
+                f"{self._title}: done in {seconds:.1f} s" + (f" · {note}" if note else ""), highlight=False
+            )
+
+
+class Reporter:
+    """Where a stage says how far it is. `quiet=True` (other ranks than 0, tests) says nothing."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(file=sys.stderr, soft_wrap=True, quiet=quiet)
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False, markup=False)
+
+    @contextmanager
+    def bar(self, title: str, total: float, unit: str = "tok", done: float = 0) -> Iterator[Bar]:
+        """A bar over `total` units, `done` of them already done (a resumed stage)."""
+        enter(title)
+        if self.console.is_terminal and not self.console.quiet:
+            text, share = TextColumn("{task.description:<22}"), TextColumn("{task.percentage:>3.0f} %")
+            note = TextColumn("{task.fields[note]}", style="dim")
+            columns = (text, BarColumn(), share, _RateColumn(), EtaColumn(compact=True), TimeElapsedColumn(), note)
+            with Progress(*columns, console=self.console) as bars:
+                yield Bar(title, total, unit, done, bars, self.console)
+        else:
+            bar = Bar(title, total, unit, done, None, self.console)
+            yield bar
+            bar.finish()

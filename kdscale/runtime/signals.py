@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave. The second one ends the process at once.
+
+The same signal again within two seconds is still the first: a job system signals every process of a job, and the
+launcher above passes on what it got.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from kdscale.errors import Interrupted
+
+_SAME_SIGNAL_SECONDS = 2.0
+
+
+class StopRequest:
+    """`signum` is 0 until a signal came."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+
+@contextmanager
+def watch_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a flag for the length of the block. Outside the main thread nothing is caught."""
+    request = StopRequest()
+    previous: dict[int, Any] = {}
+    first = [0.0]
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not request.signum:
+            request.signum, first[0] = signum, now
+        elif signum != request.signum or now - first[0] > _SAME_SIGNAL_SECONDS:
+            for caught, handler in previous.items():
+                signal.signal(caught, handler)
+            os.kill(os.getpid(), signum)  # now it does what it did before
+
+    if threading.current_thread() is threading.main_thread():
+        previous.update({caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield request
+    finally:
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """SIGINT and SIGTERM become Interrupted wherever the work happens to be, so that temporary folders are removed."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,121 @@
+"""A teacher's weights as units that can live elsewhere: its decoder layers, its embedding table and its head's.
+
+What is left (final norm, learned positions, a norm after the embedding) is small and stays on every rank.
+
+V vocabulary (rows of a table), H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdscale.models.parameter_map import Weights
+from kdscale.models.skeleton import replace_parameters
+
+# In values: kernels choose their path by alignment, and a view must compute the bits of a tensor of its own.
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Values `begin` to `end` of a unit are this parameter's."""
+
+    parameter: nn.Parameter
+    name: str
+    shape: torch.Size
+    begin: int
+    end: int
+
+
+@dataclass
+class Unit:
+    """One decoder layer as `numel` values in a row."""
+
+    module: nn.Module
+    slots: list[_Slot] = field(default_factory=list)
+    numel: int = 0
+
+    def add(self, name: str, parameter: nn.Parameter, shape: torch.Size) -> None:
+        begin = -(-self.numel // _ALIGN) * _ALIGN
+        self.numel = begin + shape.numel()
+        self.slots.append(_Slot(parameter, name, shape, begin, self.numel))
+
+    def fill(self, weights: Weights, begin: int, out: torch.Tensor) -> None:
+        """Values `begin` to `begin + len(out)` into `out`; what belongs to no parameter is left as it is."""
+        for slot in self.slots:
+            low, high = max(begin, slot.begin), min(begin + out.numel(), slot.end)
+            if low < high:
+                weights.fill(slot.name, low - slot.begin, out[low - begin : high - begin])
+
+    def attach(self, flat: torch.Tensor) -> None:
+        """Point the module's parameters at the unit's values."""
+        for slot in self.slots:
+            slot.parameter.data = flat[slot.begin : slot.end].view(slot.shape)
+
+    def detach(self, nothing: torch.Tensor) -> None:
+        for slot in self.slots:
+            slot.parameter.data = nothing
+
+
+@dataclass(eq=False)
+class Table:
+    """An embedding or head [V,H]: looked up by rows, or needed whole."""
+
+    parameter: nn.Parameter
+    name: str
+    vocab: int
+    width: int
+
+    def fill(self, weights: Weights, first: int, out_RH: torch.Tensor) -> None:
+        """Rows `first` to `first + R`; rows past the table's end are left as they are."""
+        rows = max(0, min(self.vocab - first, out_RH.shape[0]))
+        if rows:
+            weights.fill(self.name, first * self.width, out_RH[:rows].view(-1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`embed` is None when the head is the same table and is kept; `head` is None when it is kept."""
+
+    layers: list[Unit]
+    embed: Table | None
+    head: Table | None
+
+    @property
+    def tables(self) -> list[Table]:
+        """Every table once: a tied head is the embedding's."""
+        return list(dict.fromkeys(table for table in (self.embed, self.head) if table is not None))
+
+
+def lay_out(model: Any, weights: Weights, device: torch.device, keep_head: bool) -> Layout:
+    """Put empty parameters into a skeleton's layers and tables, and load all that stays on every rank.
+
+    `keep_head`: the head's weight stays too, for those who take it away with them.
+    """
+    shapes = {name: (value.shape, value.dtype) for name, value in model.named_parameters()}
+    made = replace_parameters(
+        model, lambda value: nn.Parameter(torch.empty(0, dtype=value.dtype, device=device), requires_grad=False)
+    )
+    sites = weights.family.sites
+    embed_weight, head_weight = (model.get_submodule(path).weight for path in (sites.embed, sites.head))
+    away = [weight for weight in (embed_weight, head_weight) if not (keep_head and weight is head_weight)]
+    layers = [Unit(module) for module in model.get_submodule(sites.layers)]
+    tables: dict[int, Table] = {}
+    for name, parameter in made.items():
+        shape, dtype = shapes[name]
+        if name.startswith(f"{sites.layers}."):
+            layers[int(name.removeprefix(f"{sites.layers}.").partition(".")[0])].add(name, parameter, shape)
+        elif any(parameter is weight for weight in away):
+            tables[id(parameter)] = Table(parameter, name, shape[0], shape[1])
+        else:
+            flat = torch.empty(shape.numel(), dtype=dtype, device=device)
+            weights.fill(name, 0, flat)
+            parameter.data = flat.view(shape)
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            module._buffers[name] = None if value is None else value.to(device)
+    return Layout(layers, tables.get(id(embed_weight)), tables.get(id(head_weight)))

@@ -1,0 +1,156 @@
+"""A frozen teacher whose weights live elsewhere and come layer by layer, each while the one before it computes.
+
+`replicated` keeps the whole model on every rank; `partitioned` keeps 1/world of every weight on each; `offloaded` keeps
+one copy in each host's memory. All give the bits of the whole model. The embedding is never whole anywhere: only the
+rows of the batch's tokens are fetched. The head is whole only inside `head()`.
+
+B sequences, S positions, N = B·S tokens, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from kdscale.errors import CheckpointError, ConfigError
+from kdscale.models.head import Head, head_of
+from kdscale.models.loading import load_model
+from kdscale.models.parameter_map import Weights
+from kdscale.models.skeleton import build_skeleton
+from kdscale.teacher.placement.layout import Layout, Table, lay_out
+from kdscale.teacher.placement.weight_stores import Offloaded, Partitioned, Pending, Store
+
+Placement = Literal["replicated", "partitioned", "offloaded"]
+
+
+class PlacedTeacher(Protocol):
+    """A frozen causal LM to run forward, wherever its weights are.
+
+    `vocab` is the rows of its head. When the weights are partitioned all ranks must run the same number of forwards,
+    each followed by one `head()`; their batches may differ in size.
+    """
+
+    model: Any
+    vocab: int
+
+    def head(self) -> AbstractContextManager[Head]:
+        """The head, whole within the block (and after it, too, if the teacher was placed with `keep_head`)."""
+        ...
+
+
+class Replicated:
+    """The model on this rank's device: whole, or a rank's part of it, whose head then has `vocab` rows in all."""
+
+    def __init__(self, model: Any, vocab: int | None = None):
+        self.model, self.vocab = model.eval().requires_grad_(False), vocab or head_of(model).vocab
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        yield head_of(self.model)
+
+
+class Gathered:
+    """A skeleton whose layers are filled by hooks from a store, just before they run, and emptied after."""
+
+    def __init__(self, model: Any, layout: Layout, store: Store, vocab: int):
+        self.model, self.vocab = model, vocab
+        self._layout, self._store = layout, store
+        self._nothing = torch.empty(0, dtype=model.dtype, device=model.device)
+        self._coming: dict[int, Pending] = {}  # by layer; the head comes after the last one
+        for index, unit in enumerate(layout.layers):
+            unit.module.register_forward_pre_hook(self._enter_layer(index), prepend=True)
+            unit.module.register_forward_hook(self._leave_layer(index))
+        if layout.embed is not None:
+            embedding = model.get_input_embeddings()
+            embedding.register_forward_pre_hook(self._look_up(layout.embed), prepend=True)
+            embedding.register_forward_hook(self._leave_table(layout.embed))
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        table = self._layout.head
+        if table is None:
+            yield head_of(self.model)
+            return
+        self._begin(len(self._layout.layers))
+        table.parameter.data = self._coming.pop(len(self._layout.layers))()
+        try:
+            yield head_of(self.model)
+        finally:
+            table.parameter.data = self._nothing
+
+    def _begin(self, index: int) -> None:
+        """Start to bring layer `index`, or the head after the last one, unless it is under way."""
+        if index in self._coming:
+            return
+        if index < len(self._layout.layers):
+            self._coming[index] = self._store.start(index)
+        elif self._layout.head is not None:
+            self._coming[index] = self._store.start_table(self._layout.head)
+
+    def _enter_layer(self, index: int) -> Any:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            self._begin(index)
+            self._layout.layers[index].attach(self._coming.pop(index)())
+            self._begin(index + 1)
+
+        return hook
+
+    def _leave_layer(self, index: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+            self._layout.layers[index].detach(self._nothing)
+
+        return hook
+
+    def _look_up(self, table: Table) -> Any:
+        """Give the embedding a table of just the rows it is asked for, and ask it for them in order."""
+
+        def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            ids_BS, *rest = args
+            self._begin(0)
+            table.parameter.data = self._store.rows(table, ids_BS.reshape(-1))
+            return torch.arange(ids_BS.numel(), device=ids_BS.device).view(ids_BS.shape), *rest
+
+        return hook
+
+    def _leave_table(self, table: Table) -> Any:
+        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+            table.parameter.data = self._nothing
+
+        return hook
+
+
+def place_teacher(
+    path: Path,
+    placement: Placement,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    keep_head: bool = False,
+) -> PlacedTeacher:
+    """Load the causal LM at `path` so that this rank holds what `placement` says; a collective call.
+
+    `keep_head`: the head's weight is whole on every rank all the time. Raises ConfigError for a model that cannot be
+    placed other than replicated, before any weight is read, and CheckpointError for one that cannot be loaded.
+    """
+    if placement == "replicated":
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        return Replicated(load_model(path, **options))
+    try:
+        weights = Weights.open(path)
+        model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        raise ConfigError(
+            "distill.teacher_placement",
+            expected=f"a teacher that can be {placement}: float weights of a family kdscale knows",
+            got=f"{error.what}: {error.got}" if error.got else error.what,
+            hint="replicated loads whatever transformers loads",
+        ) from error
+    layout = lay_out(model, weights, device, keep_head)
+    store: Store = (Partitioned if placement == "partitioned" else Offloaded)(layout, weights, dtype, device)
+    return Gathered(model, layout, store, weights.family.dims(weights.checkpoint.config).vocab)

@@ -1,0 +1,192 @@
+"""A teacher that runs elsewhere: its targets are asked for over HTTP (kdscale.teacher.server answers).
+
+Questions are sent ahead: while the student trains on one step, the teacher works on the next. Several services share
+the questions in turn; one that does not answer is passed over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kdscale.errors import CheckpointError, ConfigError, LostRankError
+from kdscale.teacher.messages import Question, decode_targets
+from kdscale.teacher.targets import TopKTargets
+
+if TYPE_CHECKING:
+    import httpx
+
+
+TOKEN_VARIABLE = "KDSCALE_TEACHER_TOKEN"
+
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between rounds over all services
+
+
+_CONNECT_SECONDS = 5.0
+
+
+_AHEAD = 2  # questions a rank has under way at once: one being computed, one waiting
+
+
+class ServedTeacher:
+    """Asks one or more services; used as teacher.online.OnlineTeacher is, but holds no weights."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        token: str,
+        *,
+        top_k: int,
+        temperature: float,
+        vocab_size: int,
+        timeout: float,
+        first: int = 0,
+    ):
+        """`timeout`: seconds without any answer from any service until LostRankError; `first`: where a rank starts
+        in the list of urls, so that ranks spread over the services."""
+        self.model = nn.Module()  # there is nothing here whose layers could be watched
+        self._top_k, self._temperature, self._vocab_size = min(top_k, vocab_size), temperature, vocab_size
+        self._timeout = timeout
+        self._clients = [_client(url, token, timeout) for url in urls]
+        self._turn = itertools.count(first)
+        self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="teacher")
+        self._under_way: dict[bytes, Future[bytes]] = {}
+
+    def expect(self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor) -> None:
+        """Send a question now whose targets will be asked for later."""
+        body = Question(input_ids_BS, position_ids_BS, rows_N).encode()
+        if rows_N.numel() and body not in self._under_way:
+            self._under_way[body] = self._pool.submit(self._ask, body)
+
+    def targets(self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor) -> TopKTargets:
+        """Targets of the flat positions `rows_N`, on their device. Raises LostRankError when no service answers."""
+        body = Question(input_ids_BS, position_ids_BS, rows_N).encode()
+        settings: dict[str, Any] = {
+            "temperature": self._temperature, "vocab_size": self._vocab_size, "top_k": self._top_k
+        }  # fmt: skip
+        if rows_N.numel() == 0:
+            none_NK = torch.empty(0, self._top_k, device=rows_N.device)
+            return TopKTargets(none_NK.long(), none_NK, none_NK[:, 0], self._temperature, self._vocab_size)
+        coming = self._under_way.pop(body, None)
+        answer = self._ask(body) if coming is None else coming.result()
+        found = decode_targets(answer, rows=rows_N.numel(), **settings)
+        ids_NK, logits_NK, lse_N = (t.to(rows_N.device) for t in (found.ids_NK, found.logits_NK, found.lse_N))
+        return TopKTargets(ids_NK, logits_NK, lse_N, self._temperature, self._vocab_size)
+
+    def close(self) -> None:
+        """Take back what nobody waits for any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for client in self._clients:
+            client.close()
+
+    def _ask(self, body: bytes) -> bytes:
+        import httpx
+
+        asked = {"top_k": self._top_k, "temperature": self._temperature, "vocab_size": self._vocab_size}
+        give_up, pause, last = time.monotonic() + self._timeout, _FIRST_PAUSE, ""
+        first = next(self._turn)
+        while True:
+            for offset in range(len(self._clients)):
+                client = self._clients[(first + offset) % len(self._clients)]
+                try:
+                    answer = client.post("/targets", params=asked, content=body)
+                except httpx.TransportError as error:
+                    last = f"{client.base_url}: {type(error).__name__}: {error}"
+                    continue
+                if answer.is_success:
+                    return answer.content
+                if answer.status_code < 500:  # asking again would not help
+                    raise _refused(answer)
+                last = f"{client.base_url}: {answer.status_code} {answer.text}"
+            if time.monotonic() > give_up:
+                raise LostRankError(
+                    "no teacher service answers",
+                    expected=f"an answer within {self._timeout:.0f} s (distill.served.timeout)",
+                    got=last,
+                    hint="see whether kdscale serve-teacher still runs there",
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def read_token(file: Path) -> str:
+    """The token of the environment, or of a file. Raises ConfigError when there is none."""
+    given = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if given:
+        return given
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "distill.served.token_file",
+            expected="the token that kdscale serve-teacher wrote",
+            got=f"{file}: {error}",
+            hint=f"copy it here, or set {TOKEN_VARIABLE}",
+        ) from error
+    if not token:
+        raise ConfigError("distill.served.token_file", expected="a token", got=f"{file} is empty")
+    return token
+
+
+def ask_about(urls: Sequence[str], token: str, expected: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """What the services say of themselves; all must serve the checkpoint `expected` (its identity, by name).
+
+    Raises ConfigError for a wrong address or token, CheckpointError when one serves another teacher.
+    """
+    import httpx
+
+    found: dict[str, Any] = {}
+    for url in urls:
+        with _client(url, token, timeout) as client:
+            try:
+                answer = client.get("/about")
+            except httpx.TransportError as error:
+                raise ConfigError(
+                    "distill.served.urls",
+                    expected=f"a teacher service at {url}",
+                    got=f"{type(error).__name__}: {error}",
+                    hint="start it with kdscale serve-teacher CONFIG, and name a host that the ranks can reach",
+                ) from error
+        if not answer.is_success:
+            raise _refused(answer)
+        found = answer.json()
+        differing = [key for key, value in expected.items() if found.get("teacher", {}).get(key) != value]
+        if differing:
+            raise CheckpointError(
+                f"the teacher at {url}",
+                expected="the teacher of this run",
+                got=f"another one: {', '.join(differing)} differ",
+                hint="start the service with this run's config",
+            )
+    return found
+
+
+def _client(url: str, token: str, timeout: float) -> httpx.Client:
+    import httpx
+
+    return httpx.Client(
+        base_url=url,
+        headers={"authorization": f"Bearer {token}"},
+        timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout)),
+        trust_env=False,  # a proxy that is meant for the web has no business between ranks
+    )
+
+
+def _refused(answer: httpx.Response) -> ConfigError:
+    if answer.status_code in (401, 403):
+        return ConfigError(
+            "distill.served.token_file",
+            expected=f"the token of the service at {answer.url.host}",
+            got="a token that it does not accept",
+            hint="copy the file that kdscale serve-teacher named at its start",
+        )
+    return ConfigError(f"the teacher service at {answer.url.host} refused a question", got=answer.text)

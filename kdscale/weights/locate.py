@@ -1,0 +1,101 @@
+"""Where the teacher is: a folder here, or a hub model that is downloaded (weights, configs and tokenizer only)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kdscale.config.root import TeacherConfig
+from kdscale.errors import CheckpointError, ConfigError
+
+_HUB = "hf:"  # as in data.sources
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+# Root files of the standard layout; never code, pickles or the other formats that some repositories carry beside it.
+_ALLOW = [
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+]
+
+
+_IGNORE = ["*/*", ".*"]
+
+
+def resolve_teacher(teacher: TeacherConfig, config_only: bool = False) -> Path:
+    """The folder of the teacher; `hf:org/name` is downloaded, or only its config.json when `config_only`.
+
+    Without the prefix a path is a path: a mistyped one, or one that is not there yet, never turns into a request to
+    the hub.
+
+    Raises ConfigError when the path does not exist or is not a folder, CheckpointError when the hub does not give it.
+    """
+    if teacher.path.startswith(_HUB):
+        return _download(teacher.path.removeprefix(_HUB), teacher.revision, ["config.json"] if config_only else _ALLOW)
+    path = _expand(teacher.path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ConfigError(
+            "teacher.path",
+            expected="a folder with config.json, tokenizer and safetensors",
+            got=f"the file {path}",
+            hint="convert GGUF and other single-file formats to a Hugging Face folder first",
+        )
+    raise ConfigError(
+        "teacher.path",
+        expected="an existing folder, or hf:org/name for a model from the hub",
+        got=f"{teacher.path!r}, which does not exist" + _nearest(path),
+        hint="check the path; the demo's teacher comes from `kdscale get-teacher smollm2-135m-instruct FOLDER`",
+    )
+
+
+def _expand(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~name of a user who is not known here: then it is a path that does not exist
+        return Path(text)
+
+
+def _nearest(path: Path) -> str:
+    """The deepest folder of the path that does exist, so that the mistyped part is seen at once."""
+    for parent in path.parents:
+        if parent.is_dir() and str(parent) != ".":
+            return f" (the folder {parent} does)"
+    return ""
+
+
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"teacher.path: hub model {name}" + (f" at revision {revision}" if revision else "")
+    # Connections that break off raise the HTTP client's own errors, and which client the library uses has changed
+    # (requests, httpx, httpx2): its base is the first base of the library's.
+    client_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
+    unreachable = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError, client_error)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_IGNORE))
+    except errors.HFValidationError as error:
+        raise ConfigError("teacher.path", expected="a folder, or hf:org/name", got=str(error)) from error
+    except errors.GatedRepoError as error:
+        hint = "accept its licence on the hub and log in with `hf auth login`, then run again"
+        raise CheckpointError(f"{where} is gated", got="access refused", hint=hint) from error
+    except errors.RepositoryNotFoundError as error:
+        hint = "check the spelling; a private model needs `hf auth login`; a local folder is given without hf:"
+        raise CheckpointError(f"{where} does not exist or is private", hint=hint) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{where} does not exist", hint="check teacher.revision") from error
+    except unreachable as error:
+        raise CheckpointError(
+            f"{where} cannot be downloaded and is not in the local cache",
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            hint="check the network and HF_HUB_OFFLINE, or give a local folder",
+        ) from error

@@ -1,0 +1,75 @@
+"""What a step over rows of logits returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdscale_kernels.rows.teacher_entries import Targets
+
+
+class RowSums(NamedTuple):
+    """Per-row results of one chunk, each [C]."""
+
+    loss_C: Tensor
+    kd_C: Tensor
+    ce_C: Tensor
+    teacher_mass_C: Tensor
+    student_tail_C: Tensor
+    agree_C: Tensor
+
+
+class FullRowSums(NamedTuple):
+    """Per-row results of one chunk, each [C]."""
+
+    loss_C: Tensor
+    kd_C: Tensor
+    ce_C: Tensor
+    teacher_ce_C: Tensor
+    agree_C: Tensor
+
+
+class Found(NamedTuple):
+    """The student's capped logits at a row's entries, its label and the teacher's first id; filled slice by slice."""
+
+    support_CK: Tensor
+    label_C: Tensor
+    top1_C: Tensor
+
+    @classmethod
+    def empty(cls, targets: Targets, labels_C: Tensor, vocab: int, dtype: torch.dtype) -> Found:
+        """Zeros, so that ranks can add theirs up; NaN at ids outside the vocabulary, to poison their rows."""
+        ids = (targets.ids_NK, labels_C, targets.top1_N)
+        zeros = [torch.zeros(i.shape, dtype=dtype, device=i.device) for i in ids]
+        return cls(*(z.masked_fill_((i < 0) | (i >= vocab), float("nan")) for z, i in zip(zeros, ids, strict=True)))
+
+
+class Parts(NamedTuple):
+    """One slice's share of a row's tail, each [C] (stacked over slices: [C, R])."""
+
+    top_C: Tensor  # the largest logit
+    one_C: Tensor  # sum of exp(z - top)
+    tempered_C: Tensor  # sum of exp((z - top) / T)
+
+
+class RowGradient(NamedTuple):
+    """What a row's gradient is made of, wherever the slice."""
+
+    values_CK: Tensor  # over the entries, the label's -ce_weight and the soft-cap's slope included
+    tail_C: Tensor
+    a_C: Tensor
+    lse_C: Tensor
+    b: float  # ce_weight, or 0 where one exponential is both softmaxes
+    label_C: Tensor | None  # added at the label outside the entries: -ce_weight times the soft-cap's slope
+
+
+class Kept(NamedTuple):
+    """A slice as read_slice leaves it for write_kept: exponentials, rounded only as dz itself will be.
+
+    A row's dz is a constant times exp((z - top) / T), plus another times exp(z - top) where T != 1 and there is CE.
+    """
+
+    exponentials: tuple[Tensor, ...]  # one or two [C, S]
+    top_C: Tensor

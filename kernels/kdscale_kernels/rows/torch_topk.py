@@ -1,0 +1,54 @@
+"""The largest values of rows that are there, in torch.
+
+Legend: C rows, V columns, K values wanted, G groups of E columns, J entries searched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdscale_kernels.rows.limits import GROUP
+
+
+def topk_rows(z_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(ids, values) [C,k] of the k largest a row; equal values come in order of id, NaN first.
+
+    One entry more than asked for is searched: only where it equals the last one kept can the library's choice among
+    equals matter, and those rows are sorted in full.
+    """
+    if k == z_CV.shape[1]:
+        values_CK, ids_CK = torch.sort(z_CV, dim=1, descending=True, stable=True)
+        return ids_CK, values_CK
+    ids_CM = largest(z_CV, k + 1).sort(1).values
+    values_CM, order_CM = torch.sort(z_CV.gather(1, ids_CM), dim=1, descending=True, stable=True)
+    last_C, next_C = values_CM[:, k - 1], values_CM[:, k]
+    ids_CK, values_CK = ids_CM.gather(1, order_CM[:, :k]), values_CM[:, :k]
+    tied = ((last_C == next_C) | next_C.isnan()).nonzero()[:, 0]
+    if tied.numel():
+        values_TV, ids_TV = torch.sort(z_CV[tied], dim=1, descending=True, stable=True)
+        ids_CK[tied], values_CK[tied] = ids_TV[:, :k], values_TV[:, :k]
+    return ids_CK, values_CK
+
+
+def largest(z_CV: Tensor, count: int) -> Tensor:
+    """Ids [C,count] of the largest values of a row in any order, ties as they come.
+
+    The `count` groups of columns with the largest maxima hold them: a value outside has `count` that are no smaller,
+    one in each. So only what is in those groups (and the columns left over) is searched, in the same way. A group's
+    members lie V/E apart, so that the maxima are those of whole rows of columns.
+    """
+    vocab = z_CV.shape[1]
+    size = min(GROUP, vocab // (4 * count))
+    if size < 8:
+        return z_CV.topk(count, dim=1, sorted=False).indices
+    groups = vocab // size
+    grouped_CEG = z_CV[:, : groups * size].unflatten(1, (size, groups))
+    group_CM = grouped_CEG.amax(1).topk(count, dim=1, sorted=False).indices
+    found_CJ = grouped_CEG.gather(2, group_CM[:, None].expand(-1, size, -1)).flatten(1)
+    if groups * size < vocab:
+        found_CJ = torch.cat([found_CJ, z_CV[:, groups * size :]], 1)
+    best_CM = largest(found_CJ, count)
+    member_CM, place_CM = best_CM // count, best_CM % count
+    ids_CM = member_CM * groups + group_CM.gather(1, place_CM)
+    return torch.where(best_CM < size * count, ids_CM, best_CM - size * count + groups * size)

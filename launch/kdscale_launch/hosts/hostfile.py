@@ -1,0 +1,74 @@
+"""DeepSpeed's hostfile: `host slots=N` a line; comments from #."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdscale_launch.job import LaunchError
+
+_LINE = re.compile(r"^(\S+)\s+slots=(\d+)$")
+
+
+# What ssh may be given as a destination. No leading dash: ssh would take it for an option.
+_NAME = re.compile(r"^(?:[A-Za-z0-9._-]+@)?[A-Za-z0-9][A-Za-z0-9.:_%-]*$")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine and how many ranks (GPUs) it takes."""
+
+    name: str
+    slots: int
+
+    @property
+    def address(self) -> str:
+        """The name without a user."""
+        return self.name.rpartition("@")[2]
+
+
+def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
+    """The hosts in order; the first is where rank 0 runs. Raises LaunchError naming every wrong line."""
+    hosts: list[Host] = []
+    problems: list[str] = []
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = raw.partition("#")[0].strip()
+        if not line:
+            continue
+        match = _LINE.match(line)
+        if match is None:
+            problems.append(f"line {number}: expected `host slots=N`, got {line!r}")
+        elif not _NAME.match(match[1]):
+            problems.append(f"line {number}: {match[1]!r} is not a host name")
+        elif int(match[2]) < 1:
+            problems.append(f"line {number}: {match[1]} has no slots")
+        elif any(host.name == match[1] for host in hosts):
+            problems.append(f"line {number}: {match[1]} is listed twice")
+        else:
+            hosts.append(Host(match[1], int(match[2])))
+    if not hosts and not problems:
+        problems.append("it lists no host")
+    if problems:
+        raise LaunchError(f"{origin} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return tuple(hosts)
+
+
+def read_hostfile(path: Path) -> tuple[Host, ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LaunchError(f"hostfile {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LaunchError(f"hostfile {path} is not UTF-8 text") from error
+    return parse_hostfile(text, str(path))
+
+
+def total_slots(hosts: Sequence[Host]) -> int:
+    return sum(host.slots for host in hosts)
+
+
+def first_ranks(hosts: Sequence[Host]) -> list[int]:
+    """The first global rank of each host."""
+    return [total_slots(hosts[:index]) for index in range(len(hosts))]

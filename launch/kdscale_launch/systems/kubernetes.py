@@ -1,0 +1,135 @@
+"""Kubernetes objects: an indexed Job with a headless Service, or Kubeflow's PyTorchJob. Plain values, no client."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
+
+# The name becomes pod names (name-index-random) and a DNS label.
+_NAME = re.compile(r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")
+
+
+_INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KubernetesJob:
+    """`volumes`: claim → where it is mounted. `secrets`: Secrets whose keys become environment variables."""
+
+    name: str
+    nodes: int
+    slots: int
+    image: str
+    command: tuple[str, ...]
+    log_dir: str
+    cwd: str
+    python: str = "python"
+    namespace: str = "default"
+    env: Mapping[str, str] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    volumes: Mapping[str, str] = field(default_factory=dict)
+    gpus: int = 0  # a pod
+    port: int = 29500
+    max_restarts: int = 3
+    grace: float = 60.0
+    final_codes: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name):
+            raise LaunchError(
+                f"not a Kubernetes name: {self.name!r}; lower-case letters, digits and dashes, at most 40"
+            )
+
+
+def indexed_job(job: KubernetesJob) -> list[Object]:
+    """A headless Service, which gives pods names before they are ready, and a Job with one pod a node."""
+    labels = {"app.kubernetes.io/name": "kdscale", "app.kubernetes.io/instance": job.name}
+    service: Object = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": job.name, "namespace": job.namespace, "labels": labels},
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": labels,
+            "ports": [{"name": "master", "port": job.port}],
+        },
+    }
+    pod = {**_pod(job, _INDEX_VARIABLE, f"{job.name}-0.{job.name}"), "restartPolicy": "Never", "subdomain": job.name}
+    rules: list[Object] = [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
+    rules += [_on_codes("Ignore", frozenset({STOPPED_EXIT_CODE}))]
+    rules += [_on_codes("FailJob", job.final_codes)] if job.final_codes else []
+    run: Object = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": job.name, "namespace": job.namespace, "labels": labels},
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": job.nodes,
+            "parallelism": job.nodes,
+            "backoffLimit": job.max_restarts * job.nodes,  # when one pod breaks, the others follow
+            "podFailurePolicy": {"rules": rules},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    }
+    return [service, run]
+
+
+def pytorch_job(job: KubernetesJob) -> list[Object]:
+    """Kubeflow's training operator (v1): it sets RANK (of the pod), MASTER_ADDR and MASTER_PORT itself."""
+    pod = _pod(job, "RANK", None)
+    replica: Object = {"restartPolicy": "OnFailure", "template": {"spec": pod}}
+    kinds: Object = {"Master": {"replicas": 1, **replica}}
+    if job.nodes > 1:
+        kinds["Worker"] = {"replicas": job.nodes - 1, **replica}
+    return [
+        {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "metadata": {"name": job.name, "namespace": job.namespace},
+            "spec": {"runPolicy": {"backoffLimit": job.max_restarts * job.nodes}, "pytorchReplicaSpecs": kinds},
+        }
+    ]
+
+
+def as_list(objects: list[Object]) -> Object:
+    """One document for `kubectl apply -f`."""
+    return {"apiVersion": "v1", "kind": "List", "items": objects}
+
+
+def _on_codes(action: str, codes: frozenset[int]) -> Object:
+    return {"action": action, "onExitCodes": {"operator": "In", "values": sorted(codes)}}
+
+
+def _pod(job: KubernetesJob, index_variable: str, master: str | None) -> Object:
+    node = [job.python, "-m", "kdscale_launch.systems.node", "--nodes", str(job.nodes), "--slots", str(job.slots)]
+    node += ["--node-rank-from", index_variable, "--log-dir", job.log_dir, "--grace", f"{job.grace:g}"]
+    node += ["--master-addr", master, "--master-port", str(job.port)] if master else []
+    limits = {"nvidia.com/gpu": str(job.gpus)} if job.gpus else {}
+    container: Object = {
+        "name": "pytorch",  # the name that a PyTorchJob insists on
+        "image": job.image,
+        "command": [*node, "--", *job.command],
+        "workingDir": job.cwd,
+        "env": [{"name": name, "value": value} for name, value in job.env.items()],
+        "envFrom": [{"secretRef": {"name": name}} for name in job.secrets],
+        "resources": {"limits": limits} if limits else {},
+        "volumeMounts": [
+            {"name": f"claim-{number}", "mountPath": path} for number, path in enumerate(job.volumes.values())
+        ],
+    }
+    # Ranks exchange through /dev/shm, of which containers get 64 MB unless told otherwise.
+    volumes: list[Object] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+    container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
+    volumes += [
+        {"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim}}
+        for number, claim in enumerate(job.volumes)
+    ]
+    return {"terminationGracePeriodSeconds": int(job.grace) + 30, "containers": [container], "volumes": volumes}
