@@ -230,6 +230,7 @@ def test_published_8b_shapes_and_speed(llama8b_config):
 
 
 def test_planning_does_not_import_torch():
-    code = "import sys, kdscale.prune.plan, kdscale.prune.search.shapes, kdscale.prune.importance.ranking; print('torch' in sys.modules)"
+    modules = "kdscale.prune.plan, kdscale.prune.search.shapes, kdscale.prune.importance.ranking"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
