@@ -75,6 +75,18 @@ class HungRankError(LostRankError):
     exit_code = 9
 
 
+class TeacherServiceError(KdscaleError):
+    """A question to the teacher service, or an answer from it, that does not hold what it must."""
+
+    exit_code = 10
+
+
+class MachineLimitError(KdscaleError):
+    """This machine refuses memory: too little of it, or a limit on locked or shared memory. Another may not."""
+
+    exit_code = 11
+
+
 class Interrupted(BaseException):
     """Stopped on purpose by a signal (Ctrl-C, SIGTERM); what was finished is kept and the same command goes on.
 

@@ -13,13 +13,14 @@ from kdscale.errors import (
     Interrupted,
     RunFolderError,
     SelfCheckError,
+    TeacherServiceError,
     TrainingError,
 )
 
-# Exit codes of user errors that say more than "a rank is gone"; the launcher does not try these again.
-FINAL_CODES = frozenset(
-    kind.exit_code for kind in (ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError)
-)
+_FINAL = (ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError, TeacherServiceError)
+
+# Exit codes of errors that another try would not mend: the launcher does not start these ranks again.
+FINAL_CODES = frozenset(error.exit_code for error in _FINAL)
 
 
 def exit_code_of(stop: Interrupted) -> int:

@@ -1,7 +1,7 @@
 """Host memory for weights that are only read: one copy for all ranks of a host, page-locked where a GPU reads it.
 
-The ranks of one host map one anonymous file (memfd), which is gone with its last user and needs no room on any disk.
-Where that cannot be (another system than Linux, or a launcher that says nothing of local ranks) each rank has its own.
+The ranks of a host map one anonymous file (memfd). It needs no room on any disk and disappears with its last user.
+Where ranks cannot share (a system other than Linux, or a launcher that sets no LOCAL_RANK) each rank has its own copy.
 """
 
 from __future__ import annotations
@@ -13,73 +13,98 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kdscale.errors import CheckpointError
+from kdscale.errors import MachineLimitError
 from kdscale.runtime.ranks import barrier, rank, world_size
+
+_HINT = "distill.teacher_placement: partitioned needs neither shared nor locked memory"
 
 
 class HostMemory:
     """`nbytes` zero bytes, `bytes` as a flat uint8 tensor. Making one is a collective call.
 
-    Every rank of a host fills what it finds in `mine(n)` and then calls `ready`.
+    Every rank of a host fills the items of `indices_to_fill(n)` and then calls `wait_until_filled`.
+    Raises MachineLimitError when the machine refuses the memory, or refuses to share or to page-lock it.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
-        self._local, self._locals = _place()
-        self._map = _shared(nbytes, self._local) if self._locals > 1 else mmap.mmap(-1, nbytes)
+        self._local_rank, self._local_ranks = _local_position()
+        if self._local_ranks > 1:
+            self._map = _map_shared(nbytes, self._local_rank)
+        else:
+            self._map = _map(-1, nbytes)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         if device.type == "cuda":
-            _lock(self.bytes)
+            _page_lock(self.bytes)
 
-    def mine(self, count: int) -> range:
-        """Which of `count` things this rank has to fill."""
-        return range(self._local, count, self._locals)
+    def indices_to_fill(self, count: int) -> range:
+        """Which of `count` items this rank has to fill."""
+        return range(self._local_rank, count, self._local_ranks)
 
-    def ready(self) -> None:
-        """Return when every rank has filled its part."""
+    def wait_until_filled(self) -> None:
+        """Return when every rank has filled its items. A collective call."""
         barrier()
 
 
-def _place() -> tuple[int, int]:
+def _local_position() -> tuple[int, int]:
     """(number of this rank on its host, ranks that share the host's memory)."""
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if world_size() == 1 or not hasattr(os, "memfd_create") or not 0 <= local < count:
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world_size() == 1 or not hasattr(os, "memfd_create") or not 0 <= local_rank < count:
         return 0, 1
-    return local, count
+    return local_rank, count
 
 
-def _shared(nbytes: int, local: int) -> mmap.mmap:
-    """A mapping of the file that local rank 0 makes; the others open it under its process's name."""
-    made = os.memfd_create("kdscale-teacher") if local == 0 else None
-    if made is not None:
-        os.ftruncate(made, nbytes)
-    names: list[str] = [""] * world_size()
-    dist.all_gather_object(names, f"/proc/{os.getpid()}/fd/{made}" if made is not None else "")
-    leader = Path(names[rank() - local])
+def _map(descriptor: int, nbytes: int) -> mmap.mmap:
+    """Map a file, or with descriptor -1 memory of this process alone."""
     try:
-        if made is None:
-            with leader.open("r+b", buffering=0) as stream:
-                return mmap.mmap(stream.fileno(), nbytes)
-        return mmap.mmap(made, nbytes)
+        return mmap.mmap(descriptor, nbytes)
     except OSError as error:
-        raise CheckpointError(
-            f"the teacher's memory at {leader} cannot be shared",
-            expected="ranks of one host that see each other's processes",
+        raise MachineLimitError(
+            "the teacher does not fit into this host's memory", expected=f"{nbytes:,} bytes", got=str(error), hint=_HINT
+        ) from error
+
+
+def _map_shared(nbytes: int, local_rank: int) -> mmap.mmap:
+    """Map the anonymous file that local rank 0 makes; the others open it by the name it has in that rank's /proc."""
+    descriptor = _make_file(nbytes) if local_rank == 0 else None
+    names: list[str] = [""] * world_size()
+    dist.all_gather_object(names, f"/proc/{os.getpid()}/fd/{descriptor}" if descriptor is not None else "")
+    file = Path(names[rank() - local_rank])
+    try:
+        if descriptor is not None:
+            return _map(descriptor, nbytes)
+        with file.open("r+b", buffering=0) as stream:
+            return _map(stream.fileno(), nbytes)
+    except OSError as error:
+        raise MachineLimitError(
+            f"the teacher's memory at {file} cannot be shared",
+            expected="ranks of one host that can open each other's files in /proc",
             got=str(error),
-            hint="distill.teacher_placement: partitioned needs no shared memory",
+            hint=_HINT,
         ) from error
     finally:
-        barrier()  # the name is good while its maker has the file open
-        if made is not None:
-            os.close(made)
+        barrier()  # the name is valid only while local rank 0 has the file open
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _lock(memory: torch.Tensor) -> None:
-    """Page-lock, so that copies to the GPU run beside it."""
+def _make_file(nbytes: int) -> int:
+    try:
+        descriptor = os.memfd_create("kdscale-teacher")
+        os.ftruncate(descriptor, nbytes)
+    except OSError as error:
+        raise MachineLimitError(
+            "no shared memory for the teacher", expected=f"{nbytes:,} bytes", got=str(error), hint=_HINT
+        ) from error
+    return descriptor
+
+
+def _page_lock(memory: torch.Tensor) -> None:
+    """Page-lock, so that the GPU computes while weights are copied to it."""
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if code:
-        raise CheckpointError(
+        raise MachineLimitError(
             "the teacher's host memory cannot be page-locked",
             expected=f"{memory.numel():,} bytes",
             got=f"CUDA error {code}",
-            hint="raise the limit of locked memory (ulimit -l), or use distill.teacher_placement: partitioned",
+            hint=f"raise the limit of locked memory (ulimit -l); {_HINT}",
         )

@@ -143,13 +143,13 @@ class Offloaded:
             table: part[: table.vocab * table.width].view(table.vocab, table.width)
             for table, part in zip(layout.tables, parts[len(layout.layers) :], strict=True)
         }
-        for index in self._memory.mine(len(parts)):
+        for index in self._memory.indices_to_fill(len(parts)):
             if index < len(layout.layers):
                 layout.layers[index].fill(weights, 0, self._layers[index])
             else:
                 table = layout.tables[index - len(layout.layers)]
                 table.fill(weights, 0, self._tables[table])
-        self._memory.ready()
+        self._memory.wait_until_filled()
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             widest = max(part.numel() for part in self._layers)
