@@ -10,13 +10,14 @@ from __future__ import annotations
 import signal
 
 
-class KdscaleError(ValueError):
-    """Base of all errors that are the user's to mend.
+class KdscaleError(Exception):
+    """Base of all errors that a user can do something about; not a ValueError, so no broad handler takes it for one.
 
     `what` names the thing (a config field, a file); `expected`, `got` and `hint` are optional sentences.
     """
 
     exit_code = 1
+    worth_retrying = False  # whether the same command may work when a launcher starts it again
 
     def __init__(self, what: str, *, expected: str | None = None, got: str | None = None, hint: str | None = None):
         self.what, self.expected, self.got, self.hint = what, expected, got, hint
@@ -67,6 +68,7 @@ class LostRankError(KdscaleError):
     """A rank that ended without an error of ours: killed, or cut off from the others. Trying again may well work."""
 
     exit_code = 8
+    worth_retrying = True
 
 
 class HungRankError(LostRankError):
@@ -75,16 +77,36 @@ class HungRankError(LostRankError):
     exit_code = 9
 
 
-class TeacherServiceError(KdscaleError):
-    """A question to the teacher service, or an answer from it, that does not hold what it must."""
+class ServiceError(KdscaleError):
+    """A request that an address refuses or cannot answer, or an answer that does not hold what it must."""
 
     exit_code = 10
 
 
-class MachineLimitError(KdscaleError):
-    """This machine refuses memory: too little of it, or a limit on locked or shared memory. Another may not."""
+class MachineError(KdscaleError):
+    """This machine lacks what was asked for: memory that may be locked or shared, a program, a device.
+
+    Another machine, or this one later, may have it.
+    """
 
     exit_code = 11
+    worth_retrying = True
+
+
+class FileError(KdscaleError):
+    """A file that is missing, cut short, or not what its name says."""
+
+    exit_code = 12
+
+
+# Every error that has an exit code of its own: what a process that only sees the code raises in its place.
+ERRORS_BY_CODE: dict[int, type[KdscaleError]] = {
+    error.exit_code: error
+    for error in (
+        ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError, LostRankError,
+        HungRankError, ServiceError, MachineError, FileError,
+    )
+}  # fmt: skip
 
 
 class Interrupted(BaseException):

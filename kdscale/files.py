@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kdscale.errors import CheckpointError, RunFolderError
+from kdscale.errors import CheckpointError, FileError, KdscaleError, RunFolderError
 
 _TMP_MARK = ".partial-"
 _HINT_BY_ERRNO = {
@@ -129,14 +129,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises CheckpointError naming the file when it is missing or not JSON."""
+def read_json(path: Path, error: type[KdscaleError] = FileError) -> Any:
+    """The content of a JSON file. Raises `error`, naming the file, when it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", expected="a JSON file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON", got=str(error)) from error
+        raise error(f"{path} is missing", expected="a JSON file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise error(f"{path} is not valid JSON", got=str(problem)) from problem
 
 
 def sha256_file(path: Path, size: int | None = None) -> str:

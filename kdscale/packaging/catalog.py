@@ -121,7 +121,7 @@ def _already_there(folder: Path, name: str, dtype: str) -> bool:
             expected="no folder, or one made by this command",
             hint="choose another folder",
         )
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, CheckpointError)
     if manifest.get("version") != _MANIFEST_VERSION or manifest.get("name") != name or manifest.get("dtype") != dtype:
         raise ConfigError(
             f"{folder} holds another teacher",

@@ -6,21 +6,10 @@ import os
 import signal
 import sys
 
-from kdscale.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    Interrupted,
-    RunFolderError,
-    SelfCheckError,
-    TeacherServiceError,
-    TrainingError,
-)
+from kdscale.errors import ERRORS_BY_CODE, Interrupted
 
-_FINAL = (ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError, TeacherServiceError)
-
-# Exit codes of errors that another try would not mend: the launcher does not start these ranks again.
-FINAL_CODES = frozenset(error.exit_code for error in _FINAL)
+# Exit codes after which a launcher does not start the job again: the same command would end the same way.
+FINAL_CODES = frozenset(code for code, error in ERRORS_BY_CODE.items() if not error.worth_retrying)
 
 
 def exit_code_of(stop: Interrupted) -> int:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from kdscale.errors import KdscaleError
+
 T = TypeVar("T")
 
 
@@ -73,7 +75,7 @@ def on_main(work: Callable[[], T]) -> T:
     if is_main():
         try:
             answer[0] = work()
-        except (ValueError, OSError) as error:
+        except (KdscaleError, OSError) as error:
             answer[1] = error
     if in_group():
         dist.broadcast_object_list(answer, src=0)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from kdscale.errors import TeacherServiceError
+from kdscale.errors import ServiceError
 from kdscale.teacher.targets import TopKTargets
 
 # Token ids and positions are below 2³¹ in every model there is; half the bytes of torch's int64.
@@ -30,14 +30,14 @@ class Question(NamedTuple):
 
     @classmethod
     def decode(cls, body: bytes, *, vocab_size: int, max_positions: int, max_tokens: int) -> Question:
-        """Check everything that a forward would trust. Raises TeacherServiceError."""
+        """Check everything that a forward would trust. Raises ServiceError."""
         tensors = _load(body, cls._fields, dict.fromkeys(cls._fields, _INT))
         ids_BS, positions_BS, rows_N = (tensors[name].long() for name in cls._fields)
         if ids_BS.ndim != 2 or positions_BS.shape != ids_BS.shape or rows_N.ndim != 1 or ids_BS.numel() == 0:
             shapes = ", ".join(str(tuple(tensors[name].shape)) for name in cls._fields)
-            raise TeacherServiceError("a question to the teacher", expected="shapes [B, S], [B, S], [N]", got=shapes)
+            raise ServiceError("a question to the teacher", expected="shapes [B, S], [B, S], [N]", got=shapes)
         if ids_BS.numel() > max_tokens:
-            raise TeacherServiceError(
+            raise ServiceError(
                 "a question to the teacher",
                 expected=f"at most {max_tokens} tokens",
                 got=str(ids_BS.numel()),
@@ -61,13 +61,13 @@ def encode_targets(targets: TopKTargets) -> bytes:
 
 
 def decode_targets(body: bytes, *, rows: int, temperature: float, vocab_size: int, top_k: int) -> TopKTargets:
-    """Targets of `rows` rows on the CPU. Raises TeacherServiceError when the answer is not what was asked for."""
+    """Targets of `rows` rows on the CPU. Raises ServiceError when the answer is not what was asked for."""
     dtypes = {"ids_NK": _INT, "logits_NK": torch.float32, "lse_N": torch.float32}
     tensors = _load(body, tuple(dtypes), dtypes)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {"ids_NK": (rows, top_k), "logits_NK": (rows, top_k), "lse_N": (rows,)}
     if shapes != expected:
-        raise TeacherServiceError("an answer of the teacher service", expected=str(expected), got=str(shapes))
+        raise ServiceError("an answer of the teacher service", expected=str(expected), got=str(shapes))
     _check_range("ids_NK", tensors["ids_NK"], vocab_size)
     return TopKTargets(tensors["ids_NK"].long(), tensors["logits_NK"], tensors["lse_N"], temperature, vocab_size)
 
@@ -76,16 +76,14 @@ def _load(body: bytes, names: tuple[str, ...], dtypes: dict[str, torch.dtype]) -
     try:
         tensors = load(body)
     except SafetensorError as error:
-        raise TeacherServiceError(
-            "a message of the teacher service", expected="safetensors bytes", got=str(error)
-        ) from error
+        raise ServiceError("a message of the teacher service", expected="safetensors bytes", got=str(error)) from error
     found = {name: tensor.dtype for name, tensor in tensors.items()}
     if found != {name: dtypes[name] for name in names}:
-        raise TeacherServiceError("a message of the teacher service", expected=str(dtypes), got=str(found))
+        raise ServiceError("a message of the teacher service", expected=str(dtypes), got=str(found))
     return tensors
 
 
 def _check_range(name: str, tensor: torch.Tensor, stop: int) -> None:
     if tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < stop):
         low, high = int(tensor.min()), int(tensor.max())
-        raise TeacherServiceError(f"{name} of a message", expected=f"0 to {stop - 1}", got=f"{low} to {high}")
+        raise ServiceError(f"{name} of a message", expected=f"0 to {stop - 1}", got=f"{low} to {high}")

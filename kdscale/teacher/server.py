@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kdscale
-from kdscale.errors import TeacherServiceError
+from kdscale.errors import ServiceError
 from kdscale.files import atomic_path
 from kdscale.models.head import head_of
 from kdscale.teacher.messages import Question, encode_targets
@@ -75,9 +75,9 @@ class Answerer:
         }
 
     def answer(self, body: bytes, top_k: int, temperature: float, vocab_size: int) -> bytes:
-        """Raises TeacherServiceError for a question that cannot be asked of this teacher."""
+        """Raises ServiceError for a question that cannot be asked of this teacher."""
         if not (0 < top_k <= min(_MAX_TOP_K, vocab_size) and vocab_size <= self._rows and temperature > 0.0):
-            raise TeacherServiceError(
+            raise ServiceError(
                 "a question to the teacher",
                 expected=f"top_k up to {_MAX_TOP_K}, vocab_size up to {self._rows}, a positive temperature",
                 got=f"top_k {top_k}, vocab_size {vocab_size}, temperature {temperature}",
@@ -119,7 +119,7 @@ def make_app(answerer: Answerer, token: str) -> Starlette:
             return PlainTextResponse("top_k, temperature and vocab_size are needed, as numbers", 422)
         try:
             made = await run_in_threadpool(answerer.answer, bytes(body), *settings)
-        except TeacherServiceError as error:
+        except ServiceError as error:
             return PlainTextResponse(str(error), 422)
         return Response(made, media_type="application/octet-stream")
 

@@ -61,7 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises CheckpointError when it is missing or not a JSON object."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and *.safetensors")
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}", expected="a JSON object", got=type(config).__name__)
     return config

@@ -64,7 +64,7 @@ def check_tokenizer(path: Path, vocab_size: int) -> int:
             expected="a fast tokenizer",
             hint="save one beside the model: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
         )
-    read_json(file)
+    read_json(file, CheckpointError)
     try:
         vocab = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises bare Exception for whatever it cannot parse
@@ -98,7 +98,7 @@ def _added_later(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    value = read_json(file)
+    value = read_json(file, CheckpointError)
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}", expected="a JSON object", got=type(value).__name__)
     return value

@@ -143,7 +143,7 @@ class ShardWriter:
         """What an earlier writer of this very layout committed here; nothing when the layout or a file is another."""
         if self._journal is None or not self._journal.exists():
             return set()
-        found = read_json(self._journal)
+        found = read_json(self._journal, CheckpointError)
         for i, shard in enumerate(self.shards):
             # a writer that was killed between renaming and forgetting its journal left files with their final names
             if self.files[i].exists() and not self._temporary(i).exists():

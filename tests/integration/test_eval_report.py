@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kdscale.config.load import build_config, dump_config
-from kdscale.errors import CheckpointError, RunFolderError
+from kdscale.errors import FileError, RunFolderError
 from kdscale.families import load_family
 from kdscale.prune.search.shapes import make_plan
 from kdscale.report.html import write_report
@@ -225,7 +225,7 @@ def test_an_unfinished_run_says_what_is_missing(run: Path, tmp_path: Path, gone:
 
 def test_a_damaged_file_is_named(run: Path, tmp_path: Path) -> None:
     (run / "eval" / "eval.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"eval\.json"):
+    with pytest.raises(FileError, match=r"eval\.json"):
         write_report(run, tmp_path / "out")
     with pytest.raises(RunFolderError, match="does not exist"):
         write_report(tmp_path / "nowhere", tmp_path / "out")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdscale.errors import CheckpointError, RunFolderError
+from kdscale.errors import CheckpointError, FileError, RunFolderError
 from kdscale.files import atomic_dir, atomic_path, explain_os_errors, read_json, remove_leftovers, safe_join, write_json
 
 
@@ -77,7 +77,7 @@ def test_names_that_would_leave_are_refused(name: str) -> None:
 
 def test_json_that_is_not(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"bad\.json is not valid JSON"):
+    with pytest.raises(FileError, match=r"bad\.json is not valid JSON"):
         read_json(tmp_path / "bad.json")
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(FileError, match="missing"):
         read_json(tmp_path / "none.json")

@@ -159,7 +159,7 @@ def _refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """manifest.json of a checkpoint folder. Raises CheckpointError when it is damaged or of another format."""
-    manifest = files.read_json(path / MANIFEST)
+    manifest = files.read_json(path / MANIFEST, CheckpointError)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{path}", expected=f"manifest format {FORMAT}", got=f"manifest format {found}")

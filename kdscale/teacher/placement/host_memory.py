@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kdscale.errors import MachineLimitError
+from kdscale.errors import MachineError
 from kdscale.runtime.ranks import barrier, rank, world_size
 
 _HINT = "distill.teacher_placement: partitioned needs neither shared nor locked memory"
@@ -23,7 +23,7 @@ class HostMemory:
     """`nbytes` zero bytes, `bytes` as a flat uint8 tensor. Making one is a collective call.
 
     Every rank of a host fills the items of `indices_to_fill(n)` and then calls `wait_until_filled`.
-    Raises MachineLimitError when the machine refuses the memory, or refuses to share or to page-lock it.
+    Raises MachineError when the machine refuses the memory, or refuses to share or to page-lock it.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
@@ -58,7 +58,7 @@ def _map(descriptor: int, nbytes: int) -> mmap.mmap:
     try:
         return mmap.mmap(descriptor, nbytes)
     except OSError as error:
-        raise MachineLimitError(
+        raise MachineError(
             "the teacher does not fit into this host's memory", expected=f"{nbytes:,} bytes", got=str(error), hint=_HINT
         ) from error
 
@@ -75,7 +75,7 @@ def _map_shared(nbytes: int, local_rank: int) -> mmap.mmap:
         with file.open("r+b", buffering=0) as stream:
             return _map(stream.fileno(), nbytes)
     except OSError as error:
-        raise MachineLimitError(
+        raise MachineError(
             f"the teacher's memory at {file} cannot be shared",
             expected="ranks of one host that can open each other's files in /proc",
             got=str(error),
@@ -92,7 +92,7 @@ def _make_file(nbytes: int) -> int:
         descriptor = os.memfd_create("kdscale-teacher")
         os.ftruncate(descriptor, nbytes)
     except OSError as error:
-        raise MachineLimitError(
+        raise MachineError(
             "no shared memory for the teacher", expected=f"{nbytes:,} bytes", got=str(error), hint=_HINT
         ) from error
     return descriptor
@@ -102,7 +102,7 @@ def _page_lock(memory: torch.Tensor) -> None:
     """Page-lock, so that the GPU computes while weights are copied to it."""
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if code:
-        raise MachineLimitError(
+        raise MachineError(
             "the teacher's host memory cannot be page-locked",
             expected=f"{memory.numel():,} bytes",
             got=f"CUDA error {code}",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from kdscale.errors import TeacherServiceError
+from kdscale.errors import ServiceError
 from kdscale.teacher.messages import Question, decode_targets, encode_targets
 from kdscale.teacher.targets import TopKTargets
 
@@ -47,7 +47,7 @@ def test_a_question_arrives_as_it_was_sent(sequences: int, positions: int, seed:
     ],
 )
 def test_a_question_that_a_forward_cannot_take_is_refused(changed: dict[str, torch.Tensor], message: str) -> None:
-    with pytest.raises(TeacherServiceError, match=message):
+    with pytest.raises(ServiceError, match=message):
         Question.decode(_question(**changed).encode(), **_LIMITS)
 
 
@@ -55,7 +55,7 @@ def test_a_question_that_a_forward_cannot_take_is_refused(changed: dict[str, tor
     "body", [b"", b"\xff" * 40, save({"input_ids_BS": torch.zeros(1, 1)}), _question().encode()[:-1]]
 )
 def test_bytes_that_are_no_question_are_refused(body: bytes) -> None:
-    with pytest.raises(TeacherServiceError):
+    with pytest.raises(ServiceError):
         Question.decode(body, **_LIMITS)
 
 
@@ -75,7 +75,7 @@ def test_targets_arrive_with_the_bits_that_were_computed() -> None:
 
 def test_targets_of_another_question_are_refused() -> None:
     body = encode_targets(_targets())
-    with pytest.raises(TeacherServiceError, match="lse_N"):
+    with pytest.raises(ServiceError, match="lse_N"):
         decode_targets(body, rows=2, temperature=2.0, vocab_size=50, top_k=4)
-    with pytest.raises(TeacherServiceError, match="0 to 3"):
+    with pytest.raises(ServiceError, match="0 to 3"):
         decode_targets(body, rows=3, temperature=2.0, vocab_size=4, top_k=4)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdscale.errors import CheckpointError, MachineLimitError
+from kdscale.errors import CheckpointError, MachineError
 from kdscale.runtime.exits import FINAL_CODES
 from kdscale.teacher.placement import host_memory
 from kdscale.teacher.placement.host_memory import HostMemory
@@ -42,13 +42,13 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_launcher_tries_again_where_memory_was_refused() -> None:
-    assert MachineLimitError.exit_code not in FINAL_CODES
-    assert not issubclass(MachineLimitError, CheckpointError)
+    assert MachineError.exit_code not in FINAL_CODES
+    assert not issubclass(MachineError, CheckpointError)
 
 
 def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "mmap", refuse(errno.ENOMEM))
-    with pytest.raises(MachineLimitError, match=r"fit into this host's memory(.|\n)*4,096 bytes(.|\n)*allocate memory"):
+    with pytest.raises(MachineError, match=r"fit into this host's memory(.|\n)*4,096 bytes(.|\n)*allocate memory"):
         HostMemory(4096, CPU)
 
 
@@ -56,7 +56,7 @@ def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("function", ["memfd_create", "ftruncate"])
 def test_no_room_for_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     monkeypatch.setattr(os, function, refuse(errno.ENOSPC))
-    with pytest.raises(MachineLimitError, match=r"shared memory(.|\n)*No space left(.|\n)*partitioned"):
+    with pytest.raises(MachineError, match=r"shared memory(.|\n)*No space left(.|\n)*partitioned"):
         HostMemory(4096, CPU)
 
 
@@ -72,12 +72,12 @@ def test_files_that_ranks_cannot_open_are_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(host_memory, "rank", lambda: 1)
     monkeypatch.setattr(dist, "all_gather_object", lambda names, _: names.__setitem__(0, "/proc/0/fd/9"))
-    with pytest.raises(MachineLimitError, match=r"/proc/0/fd/9 cannot be shared"):
+    with pytest.raises(MachineError, match=r"/proc/0/fd/9 cannot be shared"):
         HostMemory(4096, CPU)
 
 
 def test_a_limit_on_locked_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: 2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    with pytest.raises(MachineLimitError, match=r"page-locked(.|\n)*CUDA error 2(.|\n)*ulimit -l"):
+    with pytest.raises(MachineError, match=r"page-locked(.|\n)*CUDA error 2(.|\n)*ulimit -l"):
         HostMemory(4096, torch.device("cuda"))
