@@ -29,7 +29,7 @@ import torch
 
 from kdscale.config.load import build_config, dump_config
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.checkpoint.rank_files import KINDS, write_pieces
+from kdscale.distill.checkpoint.rank_files import QUANTITIES, write_rank_file
 from kdscale.files import fsync_file, sha256_file
 from kdscale.models.parameter_map import Piece
 from kdscale.weights import ShardWriter, TensorInfo
@@ -88,7 +88,7 @@ def make_run(run: Path, tensors: int, ranks: int) -> None:
     listed = {}
     for number, pieces in enumerate(held):
         if pieces:
-            facts = write_pieces(tmp / checkpoint_folder.rank_file(number), pieces, values(pieces))
+            facts = write_rank_file(tmp / checkpoint_folder.rank_file(number), pieces, values(pieces))
             listed[checkpoint_folder.rank_file(number)] = vars(facts)
     fingerprint = {"distill": {"dtype": "float32"}, "student": {"config": sha256_file(run / "pruned" / "config.json")}}
     own = {"state": {"guard": {"total": 0}}, "adam_step": 1, "ranks": ranks, "parameters": shapes, "tied": {}}
@@ -96,7 +96,7 @@ def make_run(run: Path, tensors: int, ranks: int) -> None:
 
 
 def values(pieces: list[Piece]) -> Iterator[torch.Tensor]:
-    for _ in KINDS:
+    for _ in QUANTITIES:
         for piece in pieces:
             yield torch.rand(piece.length)
 
@@ -112,8 +112,8 @@ class Student(torch.nn.Module):
 
 def stall(arguments: argparse.Namespace) -> None:
     from kdscale.distill import engine as ours
-    from kdscale.distill.checkpoint.saver import Rules, Saver
-    from kdscale.distill.checkpoint.zero_state import Fragments
+    from kdscale.distill.checkpoint.saver import SavePolicy, Saver
+    from kdscale.distill.checkpoint.zero_state import ZeroState
     from kdscale.distill.parallel.deepspeed_config import deepspeed_config
     from kdscale.models.loading import load_model
 
@@ -135,9 +135,9 @@ def stall(arguments: argparse.Namespace) -> None:
 
     train()
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in student.parameters()), "step": round(train(), 2)}
-    fragments = Fragments(engine, student.model)
+    fragments = ZeroState(engine, student.model)
     savers = {
-        name: Saver(arguments.work / name, fragments, {}, Rules(1, background=name == "background"), cpu)
+        name: Saver(arguments.work / name, fragments, {}, SavePolicy(1, background=name == "background"), cpu)
         for name in ("spot", "background")
     }
     for step in range(1, 3):  # in turn, as other work on the machine comes and goes

@@ -163,7 +163,7 @@ def child(case: dict[str, Any]) -> None:
     from kdscale.distill.parallel.deepspeed_config import deepspeed_config
     from kdscale.distill.step import StudentModule, to_device
     from kdscale.teacher.online import OnlineTeacher
-    from kdscale.teacher.placement.placed import Replicated
+    from kdscale.teacher.placement.placed import ReplicatedTeacher
 
     device, dtype = torch.device("cpu"), getattr(torch, case["dtype"])
     settings = {
@@ -181,7 +181,7 @@ def child(case: dict[str, Any]) -> None:
     baseline = anonymous()
 
     models = [LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype) for sizes in (TEACHER, STUDENT)]
-    teacher = OnlineTeacher(Replicated(models[0]), top_k=64, temperature=1.0, vocab_size=STUDENT["vocab_size"])
+    teacher = OnlineTeacher(ReplicatedTeacher(models[0]), top_k=64, temperature=1.0, vocab_size=STUDENT["vocab_size"])
     if case["checkpointing"]:
         models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     student = StudentModule(models[1].train(), cfg.distill.loss, STUDENT["vocab_size"])

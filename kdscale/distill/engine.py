@@ -24,15 +24,15 @@ from kdscale.data.batches import LoaderState, PackedLoader
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.checkpoint.rank_files import PieceIndex, PieceReader
-from kdscale.distill.checkpoint.saver import Rules, Saver
-from kdscale.distill.checkpoint.zero_state import Fragments
+from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader
+from kdscale.distill.checkpoint.saver import SavePolicy, Saver
+from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.distill.export import export_checkpoint
 from kdscale.distill.load_models import load_pair
 from kdscale.distill.optimizer import make_optimizer
 from kdscale.distill.parallel.deepspeed_config import check_machine, deepspeed_config
 from kdscale.distill.parallel.mesh import Mesh
-from kdscale.distill.parallel.tensor_parallel import Split
+from kdscale.distill.parallel.tensor_parallel import ModelSlices
 from kdscale.distill.schedule import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.telemetry.observer import Observer, make_observer
@@ -118,17 +118,17 @@ def open_session(
     enter("initialise")
     with quiet(log_path):
         engine = _make_engine(cfg, student, stage, zero, split)
-        fragments = Fragments(engine, student.model, split)
+        fragments = ZeroState(engine, student.model, split)
         source = Checkpoint.open(student_dir)
         trained = trained_tensors(source, fragments.shapes, fragments.tied)  # before any work: all can be exported
         if dtype == torch.bfloat16:
-            fragments.sharpen(source, trained)
+            fragments.restore_precision(source, trained)
     checkpoints = run_dir / "checkpoints"
     fingerprint = _fingerprint(cfg, dtype, device, teacher_dir, student_dir, data_dir)
-    found = checkpoint_folder.find(checkpoints, fingerprint)
+    found = checkpoint_folder.find_latest(checkpoints, fingerprint)
     for note in found.notes:
         reporter.say(note)
-    rules = Rules(cfg.distill.keep_checkpoints, cfg.distill.keep_every, cfg.distill.async_checkpoints)
+    rules = SavePolicy(cfg.distill.keep_checkpoints, cfg.distill.keep_every, cfg.distill.async_checkpoints)
     saver = Saver(
         checkpoints,
         fragments,
@@ -210,7 +210,9 @@ def _stage(stage: int, dtype: torch.dtype, reporter: Reporter) -> int:
     return stage
 
 
-def _make_engine(cfg: Config, student: StudentModule, stage: int, zero: dict[str, Any], split: Split | None) -> Any:
+def _make_engine(
+    cfg: Config, student: StudentModule, stage: int, zero: dict[str, Any], split: ModelSlices | None
+) -> Any:
     import deepspeed
 
     group = None
@@ -242,16 +244,16 @@ def _bad_gradient(model: Any) -> str:
     return bad
 
 
-def _load(fragments: Fragments, path: Path, manifest: dict[str, Any]) -> None:
+def _load(fragments: ZeroState, path: Path, manifest: dict[str, Any]) -> None:
     """This rank's part of a checkpoint that was written by any number of ranks at any stage; a collective call."""
-    index = PieceIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
+    index = RankFileIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
     if index.shapes != fragments.shapes:
         raise CheckpointError(f"{path}", expected="the student's parameters", got="others")
-    with PieceReader(index) as reader:
+    with RankFileReader(index) as reader:
         fragments.load(reader.fill, manifest["adam_step"])
 
 
-def _rearranged(found: checkpoint_folder.Found, stage: int, tensor: int) -> str:
+def _rearranged(found: checkpoint_folder.LatestCheckpoint, stage: int, tensor: int) -> str:
     """Said of a checkpoint that another arrangement of ranks wrote."""
     manifest = found.manifest
     before = _arrangement(manifest["ranks"], manifest["zero_stage"], manifest.get("tensor_parallel", 1))

@@ -18,7 +18,7 @@ import torch
 from kdscale import files
 from kdscale.config.load import load_config
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.checkpoint.rank_files import KINDS, PieceIndex, PieceReader
+from kdscale.distill.checkpoint.rank_files import QUANTITIES, RankFileIndex, RankFileReader
 from kdscale.errors import CheckpointError, RunFolderError, TrainingError
 from kdscale.files import sha256_file
 from kdscale.models.parameter_map import Piece, trained_tensors
@@ -39,14 +39,14 @@ def export_checkpoint(
     on NaN or Inf.
     """
     source = Checkpoint.open(source_dir)
-    index = PieceIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
+    index = RankFileIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
     trained = trained_tensors(source, index.shapes, manifest["tied"])
     with files.atomic_dir(out_dir) as tmp:
         shutil.copyfile(source_dir / "config.json", tmp / "config.json")
         copy_sidecars(source_dir, tmp)
         (tmp / "README.md").write_text(card, encoding="utf-8")
         specs = {name: source.spec(name) for name in source.names}
-        with ShardWriter(tmp, specs, max_shard_bytes) as writer, PieceReader(index) as reader:
+        with ShardWriter(tmp, specs, max_shard_bytes) as writer, RankFileReader(index) as reader:
             for name in source.names:
                 if name in trained:
                     blocks = _blocks(reader, trained[name], specs[name].shape, writer.dtype(name), name)
@@ -56,7 +56,7 @@ def export_checkpoint(
 
 
 def _blocks(
-    reader: PieceReader, piece: Piece, shape: tuple[int, ...], dtype: torch.dtype, name: str
+    reader: RankFileReader, piece: Piece, shape: tuple[int, ...], dtype: torch.dtype, name: str
 ) -> Iterator[torch.Tensor]:
     """A tensor of `shape` in blocks of whole rows. Raises TrainingError on a value that is not finite."""
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
@@ -64,7 +64,7 @@ def _blocks(
     for row in range(0, rows, step):
         count = min(step, rows - row)
         values = torch.empty(count * width)
-        reader.fill(KINDS[0], Piece(piece.name, piece.offset + row * width, count * width), values)
+        reader.fill(QUANTITIES[0], Piece(piece.name, piece.offset + row * width, count * width), values)
         if not bool(torch.isfinite(values).all()):
             raise TrainingError(f"the distilled tensor {name} has NaN or infinite values; the student was not written")
         yield values.to(dtype).reshape(count, *shape[1:]) if shape else values.to(dtype).reshape(())
@@ -100,7 +100,7 @@ def _choose(run: RunFolder, step: int | None, reporter: Reporter) -> tuple[Path,
     """The checkpoint and its manifest, its master weights verified."""
     from kdscale.distill.checkpoint import folder as checkpoint_folder
 
-    there = checkpoint_folder.complete_steps(run.checkpoints)
+    there = checkpoint_folder.sealed_checkpoints(run.checkpoints)
     steps = [checkpoint_folder.step_of(item) for item in there]
     if not there or (step is not None and step not in steps):
         raise RunFolderError(

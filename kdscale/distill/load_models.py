@@ -12,8 +12,8 @@ from kdscale.config.root import Config
 from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.distill.parallel.checks import check_sequence_parallel, check_tensor_parallel
 from kdscale.distill.parallel.mesh import Mesh
-from kdscale.distill.parallel.tensor_parallel import Split, load_split, tensor_group
-from kdscale.distill.parallel.zero3_loading import load_zero3, whole_shape, zero3_parts
+from kdscale.distill.parallel.tensor_parallel import ModelSlices, load_sliced_model, tensor_group
+from kdscale.distill.parallel.zero3_loading import full_shape, load_zero3, zero3_materialiser
 from kdscale.distill.step import StudentModule
 from kdscale.errors import CheckpointError
 from kdscale.models.loading import load_model, load_tokenizer
@@ -21,8 +21,8 @@ from kdscale.models.sequence_parallel import SequenceShare
 from kdscale.runtime.ranks import rank
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.placement.placed import PlacedTeacher, Replicated, place_teacher
-from kdscale.teacher.remote import ServedTeacher, ask_about, read_token
+from kdscale.teacher.placement.placed import PlacedTeacher, ReplicatedTeacher, place_teacher
+from kdscale.teacher.remote import ServedTeacher, check_services, read_token
 from kdscale.teacher.source import Teacher
 from kdscale.teacher.targets import shared_vocabulary
 from kdscale.weights import checkpoint_identity
@@ -36,7 +36,7 @@ def load_pair(
     dtype: torch.dtype,
     device: torch.device,
     zero3: dict[str, Any] | None,
-) -> tuple[Teacher, StudentModule, Split | None]:
+) -> tuple[Teacher, StudentModule, ModelSlices | None]:
     """Teacher as `distill.teacher_placement` says; student whole, or, given the DeepSpeed config of a ZeRO-3 run, its
     share of each parameter; with `distill.tensor_parallel` of what this rank has of each, which is said. A collective
     call.
@@ -58,13 +58,13 @@ def load_pair(
     student: Any
     split = None
     if group is not None:
-        materialise = None if zero3 is None else zero3_parts(zero3, device)
-        student, split = load_split(student_dir, group, materialise=materialise, **options)
+        materialise = None if zero3 is None else zero3_materialiser(zero3, device)
+        student, split = load_sliced_model(student_dir, group, materialise=materialise, **options)
     elif zero3 is None:
         student = load_model(student_dir, **options)
     else:
         student = load_zero3(student_dir, zero3, **options)
-    rows = split.vocab if split else whole_shape(student.get_output_embeddings().weight)[0]
+    rows = split.vocab if split else full_shape(student.get_output_embeddings().weight)[0]
     vocab = shared_vocabulary(teacher_rows, rows, max(tokens.values()) + 1, str(student_dir))
     if cfg.distill.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -81,7 +81,7 @@ def _reach_teacher(
     loss, served, placement = cfg.distill.loss, cfg.distill.served, cfg.distill.teacher_placement
     if placement == "served":
         token = read_token(Path(served.token_file) if served.token_file else run_dir / TEACHER_TOKEN)
-        about = ask_about(served.urls, token, checkpoint_identity(teacher_dir), served.timeout)
+        about = check_services(served.urls, token, checkpoint_identity(teacher_dir), served.timeout)
         return lambda vocab: ServedTeacher(
             served.urls, token, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab,
             timeout=served.timeout, first=rank(),
@@ -90,8 +90,8 @@ def _reach_teacher(
     placed: PlacedTeacher
     shard = None
     if placement == "replicated" and group is not None:
-        model, split = load_split(teacher_dir, group, **options)
-        placed, shard = Replicated(model, split.vocab), split.head
+        model, split = load_sliced_model(teacher_dir, group, **options)
+        placed, shard = ReplicatedTeacher(model, split.vocab), split.head
     else:
         placed = place_teacher(teacher_dir, placement, keep_head=whole, **options)
     share.prepare(placed.model)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kdscale.config.distill import OptimizerConfig
-from kdscale.distill.parallel.zero3_loading import whole_shape
+from kdscale.distill.parallel.zero3_loading import full_shape
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -56,8 +56,8 @@ def make_optimizer(
     """
     named = [item for item in student.named_parameters() if item[1].requires_grad]
     groups = [
-        {"params": [p for _, p in named if len(whole_shape(p)) >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for _, p in named if len(whole_shape(p)) < 2], "weight_decay": 0.0},  # norms and biases
+        {"params": [p for _, p in named if len(full_shape(p)) >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for _, p in named if len(full_shape(p)) < 2], "weight_decay": 0.0},  # norms and biases
     ]
     adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
     if stage == 0:

@@ -69,7 +69,7 @@ class Start:
 
 def find_start(checkpoints: Path, step: int) -> Start:
     """The newest whole checkpoint that was written before `step` (counted from 1) was trained."""
-    for path in checkpoint_folder.complete_steps(checkpoints):
+    for path in checkpoint_folder.sealed_checkpoints(checkpoints):
         found = int(path.name.removeprefix("step-"))
         if found < step:
             return Start(path, found)

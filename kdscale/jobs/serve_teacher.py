@@ -12,7 +12,7 @@ from kdscale.models.loading import load_model
 from kdscale.pipeline.checks import check_teacher
 from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.progress import Reporter
-from kdscale.teacher.server import Answerer, make_app, make_token
+from kdscale.teacher.server import TeacherService, make_app, make_token
 
 
 def start(config: Config, *, host: str, port: int, token_file: Path | None, max_tokens: int) -> None:
@@ -29,7 +29,7 @@ def start(config: Config, *, host: str, port: int, token_file: Path | None, max_
     model = load_model(
         teacher_dir, dtype=dtype, device=device, trust_remote_code=config.teacher.trust_remote_code
     ).requires_grad_(False)
-    app = make_app(Answerer(model, teacher_dir, device=device, max_tokens=max_tokens), token)
+    app = make_app(TeacherService(model, teacher_dir, device=device, max_tokens=max_tokens), token)
     reporter = Reporter()
     reporter.say(f"{teacher_dir} in {str(dtype).removeprefix('torch.')} on {device}, token in {file}")
     shown = f"[{host}]" if ":" in host else host

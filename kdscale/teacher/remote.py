@@ -137,7 +137,7 @@ def read_token(file: Path) -> str:
     return token
 
 
-def ask_about(urls: Sequence[str], token: str, expected: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+def check_services(urls: Sequence[str], token: str, expected: Mapping[str, Any], timeout: float) -> dict[str, Any]:
     """What the services say of themselves; all must serve the checkpoint `expected` (its identity, by name).
 
     Raises ConfigError for a wrong address or token, CheckpointError when one serves another teacher.

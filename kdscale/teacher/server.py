@@ -21,7 +21,7 @@ from kdscale.files import atomic_path
 from kdscale.models.head import head_of
 from kdscale.teacher.messages import Question, encode_targets
 from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.placement.placed import Replicated
+from kdscale.teacher.placement.placed import ReplicatedTeacher
 from kdscale.teacher.remote import TOKEN_VARIABLE, read_token
 from kdscale.teacher.targets import TopKTargets
 from kdscale.weights import checkpoint_identity
@@ -48,7 +48,7 @@ def make_token(file: Path) -> str:
     return read_token(file)
 
 
-class Answerer:
+class TeacherService:
     """The model and the lock in front of it."""
 
     def __init__(self, model: Any, teacher_dir: Path, *, device: torch.device, max_tokens: int):
@@ -87,14 +87,14 @@ class Answerer:
         )
         with self._lock:
             teacher = OnlineTeacher(
-                Replicated(self._model), top_k=top_k, temperature=temperature, vocab_size=vocab_size
+                ReplicatedTeacher(self._model), top_k=top_k, temperature=temperature, vocab_size=vocab_size
             )
             targets = teacher.targets(*(tensor.to(self._device) for tensor in question))
             assert isinstance(targets, TopKTargets)
             return encode_targets(targets)
 
 
-def make_app(answerer: Answerer, token: str) -> Starlette:
+def make_app(answerer: TeacherService, token: str) -> Starlette:
     """The HTTP side alone; everything but the token's check and the body's size is `answerer`'s."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool

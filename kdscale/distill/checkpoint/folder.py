@@ -59,7 +59,7 @@ def rotate(folder: Path, keep: int, keep_every: int | None) -> None:
 
     What was set aside as damaged goes when `keep` others are there.
     """
-    whole = complete_steps(folder)
+    whole = sealed_checkpoints(folder)
     for old in whole[keep:]:
         if keep_every is None or step_of(old) % keep_every:
             _remove(old)
@@ -86,7 +86,7 @@ def _remove(checkpoint: Path) -> None:
         files.remove_tree(aside)
 
 
-def complete_steps(folder: Path) -> list[Path]:
+def sealed_checkpoints(folder: Path) -> list[Path]:
     """Step folders that have a manifest, newest first; their hashes are not looked at."""
     return sorted((path.parent for path in folder.glob(f"step-*/{MANIFEST}")), reverse=True)
 
@@ -96,7 +96,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Found:
+class LatestCheckpoint:
     """A checkpoint that verified and its manifest; `notes` say what was passed over on the way to it."""
 
     path: Path | None
@@ -108,7 +108,7 @@ class Found:
         return int(self.manifest["step"]) if self.path is not None else 0
 
 
-def find(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
+def find_latest(folder: Path, fingerprint: Mapping[str, Any]) -> LatestCheckpoint:
     """The newest checkpoint whose files match its manifest; path None when there is none. A collective call.
 
     Those passed over are renamed to damaged-…. The ranks share the hashing. `fingerprint` is rank 0's. Raises
@@ -127,14 +127,14 @@ def find(folder: Path, fingerprint: Mapping[str, Any]) -> Found:
         damaged.append(path)
         notes.append(f"{problems[0]}; passed over and renamed to {_DAMAGED}{path.name}")
     on_main(partial(_set_aside, damaged))
-    return Found(found, manifest, tuple(notes))
+    return LatestCheckpoint(found, manifest, tuple(notes))
 
 
 def _candidates(folder: Path) -> tuple[list[Path], list[str]]:
     if not folder.is_dir():
         return [], []
     files.remove_leftovers(folder)
-    whole = complete_steps(folder)
+    whole = sealed_checkpoints(folder)
     return whole, [f"{torn}: no manifest, passed over" for torn in sorted(set(folder.glob("step-*")) - set(whole))]
 
 

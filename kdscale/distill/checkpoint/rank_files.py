@@ -21,14 +21,14 @@ from types import TracebackType
 import torch
 
 from kdscale import files
-from kdscale.distill.parallel.tensor_slices import Part, locate, split_name, tiles
+from kdscale.distill.parallel.tensor_slices import TensorSlice, locate, parse_slice_name, tiles
 from kdscale.errors import CheckpointError
 from kdscale.models.parameter_map import Piece
 from kdscale.weights import TensorInfo
 from kdscale.weights.header import read_header
 from kdscale.weights.writer import plan_shards
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+QUANTITIES = ("master", "exp_avg", "exp_avg_sq")
 
 
 _BYTES = 4  # of an fp32 value
@@ -40,7 +40,7 @@ _OPEN_FILES = 64
 _BLOCK_BYTES = 1 << 26  # of one write, one hash update and one copy to a device
 
 
-def share(pieces: Iterable[Piece], index: int, count: int) -> list[Piece]:
+def cut_evenly(pieces: Iterable[Piece], index: int, count: int) -> list[Piece]:
     """The `index`-th of `count` near-equal parts of `pieces`, laid end to end and cut where a part ends."""
     pieces = list(pieces)
     total, at, out = sum(piece.length for piece in pieces), 0, []
@@ -54,7 +54,7 @@ def share(pieces: Iterable[Piece], index: int, count: int) -> list[Piece]:
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class WrittenFile:
     """Size and SHA-256 of a file, and of the part of it that ends with the last master weight."""
 
     bytes: int
@@ -64,22 +64,24 @@ class FileFacts:
 
 
 class WriteCancelled(Exception):  # noqa: N818 - not an error
-    """`write_pieces` was told to stop."""
+    """`write_rank_file` was told to stop."""
 
 
-def write_pieces(
+def write_rank_file(
     path: Path,
     pieces: Sequence[Piece],
     blocks: Iterable[torch.Tensor],
     cancelled: Callable[[], bool] = lambda: False,
-) -> FileFacts:
+) -> WrittenFile:
     """Write one rank's file, hashed on the way and flushed to the disk. `blocks` are the fp32 values: every piece of
     the first kind, then every piece of the next, on any device.
 
     Raises OSError, and WriteCancelled as soon as `cancelled()`; the file is then incomplete.
     """
     specs = {
-        f"{kind}:{piece.offset}:{piece.name}": TensorInfo((piece.length,), "F32") for kind in KINDS for piece in pieces
+        f"{kind}:{piece.offset}:{piece.name}": TensorInfo((piece.length,), "F32")
+        for kind in QUANTITIES
+        for piece in pieces
     }
     (layout,) = plan_shards(specs, 1 << 62)
     digest = hashlib.sha256(layout.header)
@@ -100,7 +102,7 @@ def write_pieces(
                 weights_sha256 = digest.hexdigest()
         assert written == layout.size
         files.fsync_file(path)
-    return FileFacts(written, digest.hexdigest(), weights_bytes, weights_sha256)
+    return WrittenFile(written, digest.hexdigest(), weights_bytes, weights_sha256)
 
 
 def _write(stream: RawIOBase, left: memoryview) -> None:
@@ -109,7 +111,7 @@ def _write(stream: RawIOBase, left: memoryview) -> None:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRange:
     """A piece in a file: its values begin at byte `begin`."""
 
     offset: int
@@ -128,7 +130,7 @@ class Read:
     length: int
 
 
-class PieceIndex:
+class RankFileIndex:
     """Where everything is in the files of one checkpoint, from their headers alone.
 
     `shapes` are the parameters that the checkpoint says it holds. Raises CheckpointError unless the files hold every
@@ -137,21 +139,21 @@ class PieceIndex:
 
     def __init__(self, paths: Sequence[Path], shapes: Mapping[str, Sequence[int]]):
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._parts: dict[str, dict[str, Part]] = {
+        self._parts: dict[str, dict[str, TensorSlice]] = {
             name: {} for name in self.shapes
         }  # of each parameter, by their names
-        self._stored: dict[tuple[str, str], list[Stored]] = {}
+        self._stored: dict[tuple[str, str], list[StoredRange]] = {}
         for path in paths:
             for key, entry in read_header(path).items():
                 kind, _, rest = key.partition(":")
                 offset, _, name = rest.partition(":")
-                whole, part = split_name(name)
-                if kind not in KINDS or whole not in self.shapes or not offset.isdecimal():
+                whole, part = parse_slice_name(name)
+                if kind not in QUANTITIES or whole not in self.shapes or not offset.isdecimal():
                     raise CheckpointError(f"{path}", expected="pieces of the student's parameters", got=f"tensor {key}")
                 length = (entry.end - entry.begin) // _BYTES
                 if entry.dtype != "F32" or entry.shape != (length,):
                     raise CheckpointError(f"{path}: {key}", expected="flat F32", got=f"{entry.dtype}{entry.shape}")
-                self._stored.setdefault((kind, name), []).append(Stored(int(offset), length, path, entry.begin))
+                self._stored.setdefault((kind, name), []).append(StoredRange(int(offset), length, path, entry.begin))
                 self._parts[whole][name] = part or _all_of(self.shapes[whole])
         for whole in self.shapes:
             self._check(whole, str(paths[0].parent) if paths else "checkpoint")
@@ -161,7 +163,7 @@ class PieceIndex:
         if list(parts) != [whole] and not tiles(list(parts.values()), shape):
             got = ", ".join(sorted(parts))[:200]
             raise CheckpointError(f"{where}: {whole}", expected=f"parts that are all of {list(shape)}", got=got)
-        for (name, part), kind in itertools.product(parts.items(), KINDS):
+        for (name, part), kind in itertools.product(parts.items(), QUANTITIES):
             stored = self._stored.setdefault((kind, name), [])
             stored.sort(key=lambda item: item.offset)
             ends = [0, *(item.offset + item.length for item in stored)]
@@ -176,8 +178,8 @@ class PieceIndex:
 
     def plan(self, kind: str, piece: Piece) -> list[Read]:
         """The reads that make up `piece`, in order. Raises CheckpointError when it is not part of the checkpoint."""
-        whole, part = split_name(piece.name)
-        if kind not in KINDS or whole not in self.shapes:
+        whole, part = parse_slice_name(piece.name)
+        if kind not in QUANTITIES or whole not in self.shapes:
             raise CheckpointError(f"the checkpoint has no parameter {piece.name}")
         shape, end = self.shapes[whole], piece.offset + piece.length
         if end > math.prod(part.shape(shape) if part else shape):
@@ -208,14 +210,14 @@ class PieceIndex:
         return reads
 
 
-def _all_of(shape: Sequence[int]) -> Part:
-    return Part(0, 0, shape[0] if shape else 1)
+def _all_of(shape: Sequence[int]) -> TensorSlice:
+    return TensorSlice(0, 0, shape[0] if shape else 1)
 
 
-class PieceReader:
+class RankFileReader:
     """Reads pieces straight into tensors; a context manager. The last files stay open: parts take turns row by row."""
 
-    def __init__(self, index: PieceIndex):
+    def __init__(self, index: RankFileIndex):
         self._index = index
         self._open: dict[Path, RawIOBase] = {}
 
@@ -258,7 +260,7 @@ class PieceReader:
             stream.close()
         self._open.clear()
 
-    def __enter__(self) -> PieceReader:
+    def __enter__(self) -> RankFileReader:
         return self
 
     def __exit__(

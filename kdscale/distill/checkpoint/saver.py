@@ -16,8 +16,8 @@ import torch
 
 from kdscale import files
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.checkpoint.rank_files import FileFacts, write_pieces
-from kdscale.distill.checkpoint.zero_state import Fragments
+from kdscale.distill.checkpoint.rank_files import WrittenFile, write_rank_file
+from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.errors import RunFolderError
 from kdscale.runtime.ranks import all_reduce_sum, gather, on_main, rank, world_size
 
@@ -25,7 +25,7 @@ _CLOSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Rules:
+class SavePolicy:
     """Which checkpoints stay, and whether they are written in the background."""
 
     keep: int
@@ -39,7 +39,9 @@ class Saver:
     `facts` go into every manifest (rank 0's count). Raises RunFolderError on all ranks when any rank could not write.
     """
 
-    def __init__(self, folder: Path, fragments: Fragments, facts: dict[str, Any], rules: Rules, device: torch.device):
+    def __init__(
+        self, folder: Path, fragments: ZeroState, facts: dict[str, Any], rules: SavePolicy, device: torch.device
+    ):
         self._folder, self._fragments, self._facts, self._rules = folder, fragments, facts, rules
         self._device = device
         self._pending: _Write | None = None
@@ -52,7 +54,7 @@ class Saver:
         facts |= {"parameters": self._fragments.shapes, "tied": self._fragments.tied}
         background = self._rules.background and not wait
         blocks, copied = self._copy() if background else (self._fragments.blocks(), None)
-        self._pending = _Write(self._folder, step, facts, self._fragments.pieces, blocks, copied)
+        self._pending = _Write(self._folder, step, facts, self._fragments.ranges, blocks, copied)
         if background:
             self._pending.start()
         else:
@@ -75,7 +77,7 @@ class Saver:
             return
         write, self._pending = self._pending, None
         write.wait()
-        answers: list[tuple[FileFacts | None, str]] = gather((write.facts, _told(write.error)))
+        answers: list[tuple[WrittenFile | None, str]] = gather((write.facts, _told(write.error)))
         failures = [f"rank {number}: {told}" for number, (_, told) in enumerate(answers) if told]
         if failures:
             raise RunFolderError(
@@ -85,7 +87,7 @@ class Saver:
             ) from write.error
         on_main(lambda: self._seal(write, [facts for facts, _ in answers if facts is not None]))
 
-    def _seal(self, write: _Write, written: list[FileFacts]) -> None:
+    def _seal(self, write: _Write, written: list[WrittenFile]) -> None:
         listed = {
             checkpoint_folder.rank_file(number): asdict(facts) for number, facts in enumerate(written) if facts.bytes
         }
@@ -103,7 +105,7 @@ class Saver:
         """This rank's values in host memory. From a GPU the copies are queued behind the step, not waited for."""
         cuda = self._device.type == "cuda"
         if self._host is None:
-            size = 3 * sum(piece.length for piece in self._fragments.pieces)
+            size = 3 * sum(piece.length for piece in self._fragments.ranges)
             self._host = torch.empty(size, pin_memory=cuda)
         at, out = 0, []
         for block in self._fragments.blocks():
@@ -126,7 +128,7 @@ class _Write(threading.Thread):
     def __init__(self, folder: Path, step: int, manifest: dict[str, Any], pieces: Any, blocks: Any, copied: Any = None):
         super().__init__(name=f"checkpoint-{step}", daemon=True)
         self.step, self.manifest = step, manifest
-        self.facts: FileFacts | None = None
+        self.facts: WrittenFile | None = None
         self.error: Exception | None = None
         self._folder, self._pieces, self._blocks, self._copied = folder, pieces, blocks, copied
         self._cancelled = threading.Event()
@@ -139,15 +141,15 @@ class _Write(threading.Thread):
         finally:
             self._blocks = ()
 
-    def _written(self) -> FileFacts:
+    def _written(self) -> WrittenFile:
         if self._copied is not None:
             self._copied.synchronize()
         tmp = checkpoint_folder.partial_dir(self._folder, self.step)
         with files.explain_os_errors(tmp):
             tmp.mkdir(parents=True, exist_ok=True)
             if not self._pieces:
-                return FileFacts(0, "", 0, "")
-            return write_pieces(
+                return WrittenFile(0, "", 0, "")
+            return write_rank_file(
                 tmp / checkpoint_folder.rank_file(rank()), self._pieces, self._blocks, self._cancelled.is_set
             )
 

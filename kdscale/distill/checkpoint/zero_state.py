@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kdscale.distill.checkpoint.rank_files import KINDS, share
-from kdscale.distill.parallel.tensor_parallel import Split
-from kdscale.distill.parallel.tensor_slices import Part, split_name
+from kdscale.distill.checkpoint.rank_files import QUANTITIES, cut_evenly
+from kdscale.distill.parallel.tensor_parallel import ModelSlices
+from kdscale.distill.parallel.tensor_slices import TensorSlice, parse_slice_name
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.parameter_map import Piece
 from kdscale.runtime.ranks import rank, world_size
@@ -39,16 +39,16 @@ class _Place:
         return buffer.view(-1).narrow(0, self.start, self.piece.length)
 
 
-class Fragments:
+class ZeroState:
     """What one rank saves and loads. `shapes` are the trained parameters; `tied` maps other names to theirs.
 
     With `split` pieces are of this rank's parts (parts.py), and `shapes` still of the whole parameters.
     """
 
-    def __init__(self, engine: Any, model: torch.nn.Module, split: Split | None = None):
+    def __init__(self, engine: Any, model: torch.nn.Module, split: ModelSlices | None = None):
         self._zero = engine.optimizer
         self._stage = int(engine.zero_optimization_stage())
-        self._swapped = Swapped(self._zero)
+        self._swapped = NvmeBuffers(self._zero)
         self._adam = self._zero.optimizer if self._stage else self._zero
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = {id(p): name for name, p in trained.items()}
@@ -59,18 +59,18 @@ class Fragments:
         if split is not None:
             ranks = dist.get_world_size(split.head.group)
             self.shapes |= split.shapes
-            names |= {id(p): split.parts[name].named(name) for name, p in trained.items() if name in split.parts}
+            names |= {id(p): split.slices[name].named(name) for name, p in trained.items() if name in split.slices}
         self._held = list(_held(self._zero, self._stage, trained, names))
         wrong = {place.key.dtype for place in self._held} - {torch.float32}
         if wrong:
             raise ConfigError("the optimiser's master weights", expected="float32", got=str(wrong.pop()))
         # a parameter that tensor-parallel ranks have whole is written by the first of them
-        self._written = [place for place in self._held if rank() % ranks == 0 or split_name(place.piece.name)[1]]
+        self._written = [place for place in self._held if rank() % ranks == 0 or parse_slice_name(place.piece.name)[1]]
         if self._stage == 0:
             self._written = _shared(self._written, rank() // ranks, world_size() // ranks)
 
     @property
-    def pieces(self) -> list[Piece]:
+    def ranges(self) -> list[Piece]:
         """What this rank writes; over all ranks every value once."""
         return [place.piece for place in self._written]
 
@@ -83,11 +83,11 @@ class Fragments:
         return steps.pop() if steps else 0
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """Views of the values to write, in the order of `write_pieces`; zeros for moments that do not exist yet."""
-        for kind in KINDS:
+        """Views of the values to write, in the order of `write_rank_file`; zeros for moments that do not exist yet."""
+        for kind in QUANTITIES:
             for key, places in _by_buffer(self._written):
                 with self._swapped.there(key):
-                    values = key.detach() if kind == KINDS[0] else self._adam.state.get(key, {}).get(kind)
+                    values = key.detach() if kind == QUANTITIES[0] else self._adam.state.get(key, {}).get(kind)
                     for place in places:
                         yield torch.zeros(place.piece.length) if values is None else place.of(values)
 
@@ -99,16 +99,16 @@ class Fragments:
             with self._swapped.there(key, write=True):
                 self._adam.state[key] = {
                     "step": self._step_value(adam_step, key),
-                    **{kind: torch.zeros_like(key.data) for kind in KINDS[1:]},
+                    **{kind: torch.zeros_like(key.data) for kind in QUANTITIES[1:]},
                 }
-                for kind in KINDS:
+                for kind in QUANTITIES:
                     for place in places:
-                        buffer = key.data if kind == KINDS[0] else self._adam.state[key][kind]
+                        buffer = key.data if kind == QUANTITIES[0] else self._adam.state[key][kind]
                         fill(kind, place.piece, place.of(buffer))
         self._refresh()
 
     @torch.no_grad()
-    def sharpen(self, source: Checkpoint, trained: Mapping[str, Piece]) -> None:
+    def restore_precision(self, source: Checkpoint, trained: Mapping[str, Piece]) -> None:
         """Put back into the masters the digits that fp32 tensors of `source` have beyond bf16.
 
         DeepSpeed makes masters from the rounded weights. Only what this rank holds is read. `trained`: what part of
@@ -118,15 +118,15 @@ class Fragments:
         for name, piece in trained.items():
             if source.spec(name).dtype == "F32":
                 stored.setdefault(piece.name, []).append((name, piece))
-        for key, places in _by_buffer([p for p in self._held if split_name(p.piece.name)[0] in stored]):
+        for key, places in _by_buffer([p for p in self._held if parse_slice_name(p.piece.name)[0] in stored]):
             with self._swapped.there(key, write=True):
                 for place in places:
                     self._sharpen(place, source, stored)
 
     def _sharpen(self, place: _Place, source: Checkpoint, stored: Mapping[str, list[tuple[str, Piece]]]) -> None:
-        whole, part = split_name(place.piece.name)
+        whole, part = parse_slice_name(place.piece.name)
         values, shape = place.of(place.key.data), self.shapes[whole]
-        part = part or Part(0, 0, shape[0] if shape else 1)
+        part = part or TensorSlice(0, 0, shape[0] if shape else 1)
         for run in part.runs(shape, place.piece.offset, place.piece.length):
             for name, there in stored[whole]:
                 begin, end = max(run.begin, there.offset), min(run.begin + run.length, there.offset + there.length)
@@ -182,11 +182,11 @@ def _held(zero: Any, stage: int, trained: dict[str, torch.nn.Parameter], names: 
 def _shared(held: list[_Place], index: int, count: int) -> list[_Place]:
     """The `index`-th of `count` ranks' share of what they hold alike."""
     places = {place.piece.name: place for place in held}
-    mine = share([place.piece for place in held], index, count)
+    mine = cut_evenly([place.piece for place in held], index, count)
     return [_Place(piece, places[piece.name].key, piece.offset) for piece in mine]
 
 
-class Swapped:
+class NvmeBuffers:
     """The flat fp32 buffers of `zero` that are on NVMe between steps; none where nothing is swapped."""
 
     def __init__(self, zero: Any):

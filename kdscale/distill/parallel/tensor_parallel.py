@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kdscale.distill.parallel.tensor_slices import Part
+from kdscale.distill.parallel.tensor_slices import TensorSlice
 from kdscale.models.head import VocabShard
 from kdscale.models.parameter_map import Weights
 from kdscale.models.skeleton import build_skeleton, replace_parameters
@@ -43,10 +43,10 @@ _BLOCK_VALUES = 1 << 22  # of one read of rows of which columns are kept
 
 
 @dataclass(frozen=True)
-class Split:
+class ModelSlices:
     """What of a model this rank holds: `parts` and whole `shapes` of the parameters that are split, by name."""
 
-    parts: Mapping[str, Part]
+    slices: Mapping[str, TensorSlice]
     shapes: Mapping[str, tuple[int, ...]]
     head: VocabShard
     vocab: int  # rows of the whole head
@@ -72,10 +72,10 @@ def data_group() -> Any:
     return groups.get_data_parallel_group()
 
 
-Materialise = Callable[[Any, "Split", Weights], None]
+Materialise = Callable[[Any, "ModelSlices", Weights], None]
 
 
-def load_split(
+def load_sliced_model(
     path: Path,
     group: Any,
     *,
@@ -83,7 +83,7 @@ def load_split(
     device: torch.device,
     trust_remote_code: bool = False,
     materialise: Materialise | None = None,
-) -> tuple[Any, Split]:
+) -> tuple[Any, ModelSlices]:
     """The causal LM at `path` with this rank's part of every layer, and what part that is; no rank reads it whole.
 
     `materialise` gives the parameters their values, where they are not simply to be read into memory (ZeRO-3).
@@ -103,8 +103,8 @@ def load_split(
     return model, split
 
 
-def fill_part(
-    weights: Weights, name: str, part: Part | None, shape: tuple[int, ...], begin: int, out: torch.Tensor
+def fill_slice(
+    weights: Weights, name: str, part: TensorSlice | None, shape: tuple[int, ...], begin: int, out: torch.Tensor
 ) -> None:
     """Values `begin` onwards of `part` of parameter `name`, whole of `shape`, into the flat `out`."""
     if part is None or part.dim == 0:
@@ -122,19 +122,19 @@ def fill_part(
         at += kept.numel()
 
 
-def _read(model: Any, split: Split, weights: Weights, device: torch.device) -> None:
+def _read(model: Any, split: ModelSlices, weights: Weights, device: torch.device) -> None:
     made = replace_parameters(
         model, lambda value: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device=device))
     )
     for name, parameter in made.items():
         shape = split.shapes.get(name, tuple(parameter.shape))
-        fill_part(weights, name, split.parts.get(name), shape, 0, parameter.data.view(-1))
+        fill_slice(weights, name, split.slices.get(name), shape, 0, parameter.data.view(-1))
 
 
-def _mark(model: Any, split: Split, group: Any) -> None:
+def _mark(model: Any, split: ModelSlices, group: Any) -> None:
     """Say to DeepSpeed which parameters are split, and sum the gradients of those that see only this rank's heads."""
     for name, parameter in model.named_parameters():
-        parameter.tensor_model_parallel = name in split.parts
+        parameter.tensor_model_parallel = name in split.slices
         if name.rsplit(".", 2)[-2] in _HEAD_NORMS:
             parameter.register_hook(lambda grad: _summed(grad, group))
 
@@ -145,7 +145,7 @@ def _summed(grad: torch.Tensor, group: Any) -> torch.Tensor:
     return total
 
 
-def _split_modules(model: Any, group: Any, weights: Weights) -> Split:
+def _split_modules(model: Any, group: Any, weights: Weights) -> ModelSlices:
     """Put AutoTP's layers in the place of linears, and make embedding and head this rank's rows; all on meta."""
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
     from deepspeed.module_inject.tp_shard import AutoTPMeta
@@ -153,7 +153,7 @@ def _split_modules(model: Any, group: Any, weights: Weights) -> Split:
     dims = weights.family.dims(weights.checkpoint.config)
     whole = {name: tuple(value.shape) for name, value in model.named_parameters()}
     by_heads, evenly = AutoTPMeta(num_kv_heads=dims.kv_heads), AutoTPMeta()
-    parts: dict[str, Part] = {}
+    parts: dict[str, TensorSlice] = {}
     for name, module in list(model.named_modules()):
         kind = name.rsplit(".", 1)[-1]
         if kind not in _COLUMN + _ROW or not isinstance(module, nn.Linear):
@@ -176,18 +176,18 @@ def _split_modules(model: Any, group: Any, weights: Weights) -> Split:
     for name, value in model.named_parameters():
         if name in parts and tuple(value.shape) != parts[name].shape(shapes[name]):
             raise AssertionError(f"{name}: AutoTP made {tuple(value.shape)} of {shapes[name]}, not {parts[name]}")
-    return Split(parts, shapes, VocabShard(rows.begin, group), dims.vocab)
+    return ModelSlices(parts, shapes, VocabShard(rows.begin, group), dims.vocab)
 
 
-def _part(total: int, dim: int, group: Any, meta: Any) -> Part:
+def _part(total: int, dim: int, group: Any, meta: Any) -> TensorSlice:
     """This rank's share by AutoTP's own rule: kv heads with their queries, or units; the first ranks have one more."""
     from deepspeed.module_inject.tp_shard import get_shard_size_list
 
     sizes, mine = get_shard_size_list(total, dist.get_world_size(group), meta), dist.get_rank(group)
-    return Part(dim, sum(sizes[:mine]), sum(sizes[: mine + 1]))
+    return TensorSlice(dim, sum(sizes[:mine]), sum(sizes[: mine + 1]))
 
 
-def _look_up_own_rows(embedding: Any, rows: Part, group: Any) -> None:
+def _look_up_own_rows(embedding: Any, rows: TensorSlice, group: Any) -> None:
     """The embedding of every token: from the rank that has its row, zeros from the others, summed.
 
     Wraps the module's own forward, so that a family's scale is applied as it is in the whole model.

@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, order=True)
-class Part:
+class TensorSlice:
     """Rows (dim 0) or columns (dim 1) `begin` to `end` of a parameter; a vector has rows alone."""
 
     dim: int
@@ -51,15 +51,15 @@ class Part:
             at += count
 
 
-def split_name(name: str) -> tuple[str, Part | None]:
+def parse_slice_name(name: str) -> tuple[str, TensorSlice | None]:
     """(parameter, part of it; None: all of it) from the name of either."""
     match = _NAME.fullmatch(name)
     if match is None:
         return name, None
-    return match[1], Part(*map(int, match.groups()[1:]))
+    return match[1], TensorSlice(*map(int, match.groups()[1:]))
 
 
-def tiles(parts: Sequence[Part], whole: Sequence[int]) -> bool:
+def tiles(parts: Sequence[TensorSlice], whole: Sequence[int]) -> bool:
     """Whether `parts` are all of a parameter of shape `whole`, each row or column once."""
     dims = {part.dim for part in parts}
     if len(dims) != 1 or max(dims) >= len(whole):
@@ -68,7 +68,9 @@ def tiles(parts: Sequence[Part], whole: Sequence[int]) -> bool:
     return [0, *(part.end for part in ordered)] == [*(part.begin for part in ordered), whole[dims.pop()]]
 
 
-def locate(parts: Sequence[Part], whole: Sequence[int], begin: int, length: int) -> Iterator[tuple[Part, Run]]:
+def locate(
+    parts: Sequence[TensorSlice], whole: Sequence[int], begin: int, length: int
+) -> Iterator[tuple[TensorSlice, Run]]:
     """Which parts hold values `begin` to `begin + length` of a parameter: (part, run from it to the range), in order.
 
     `parts` must be all of the parameter.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.distill.parallel.tensor_parallel import Materialise, Split, data_group, fill_part
+from kdscale.distill.parallel.tensor_parallel import Materialise, ModelSlices, data_group, fill_slice
 from kdscale.models.parameter_map import Weights
 from kdscale.models.skeleton import build_skeleton, replace_parameters
 
@@ -36,13 +36,13 @@ def load_zero3(
     return model
 
 
-def zero3_parts(settings: dict[str, Any], device: torch.device) -> Materialise:
-    """For tensor.load_split: this rank's part of each parameter, partitioned over the ranks that have the same."""
+def zero3_materialiser(settings: dict[str, Any], device: torch.device) -> Materialise:
+    """For `load_sliced_model`: partition this rank's slice of each parameter over the ranks that hold the same one."""
     return lambda model, split, weights: _partition(model, split, weights, settings, device)
 
 
 def _partition(
-    model: nn.Module, split: Split | None, weights: Weights, settings: dict[str, Any], device: torch.device
+    model: nn.Module, split: ModelSlices | None, weights: Weights, settings: dict[str, Any], device: torch.device
 ) -> None:
     from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -61,9 +61,9 @@ def _partition(
                 begin, end = self._own_range(parameter)
                 if begin < end:
                     part, whole = None, tuple(shape)
-                    if split is not None and name in split.parts:
-                        part, whole = split.parts[name], split.shapes[name]
-                    fill_part(weights, name, part, whole, begin, parameter.data.view(-1)[begin:end])
+                    if split is not None and name in split.slices:
+                        part, whole = split.slices[name], split.shapes[name]
+                    fill_slice(weights, name, part, whole, begin, parameter.data.view(-1)[begin:end])
                 parameter.partition()
 
         def _own_range(self, parameter: Any) -> tuple[int, int]:
@@ -89,6 +89,6 @@ def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.
     return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
 
 
-def whole_shape(parameter: torch.Tensor) -> torch.Size:
+def full_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of a parameter, which ZeRO-3 keeps elsewhere while it is partitioned."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

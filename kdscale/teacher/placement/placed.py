@@ -22,8 +22,8 @@ from kdscale.models.head import Head, head_of
 from kdscale.models.loading import load_model
 from kdscale.models.parameter_map import Weights
 from kdscale.models.skeleton import build_skeleton
-from kdscale.teacher.placement.layout import Layout, Table, lay_out
-from kdscale.teacher.placement.weight_stores import Offloaded, Partitioned, Pending, Store
+from kdscale.teacher.placement.movable_weights import MovableTable, MovableWeights, make_movable
+from kdscale.teacher.placement.weight_stores import OffloadedStore, PartitionedStore, Pending, WeightStore
 
 Placement = Literal["replicated", "partitioned", "offloaded"]
 
@@ -43,7 +43,7 @@ class PlacedTeacher(Protocol):
         ...
 
 
-class Replicated:
+class ReplicatedTeacher:
     """The model on this rank's device: whole, or a rank's part of it, whose head then has `vocab` rows in all."""
 
     def __init__(self, model: Any, vocab: int | None = None):
@@ -54,30 +54,30 @@ class Replicated:
         yield head_of(self.model)
 
 
-class Gathered:
+class StreamedTeacher:
     """A skeleton whose layers are filled by hooks from a store, just before they run, and emptied after."""
 
-    def __init__(self, model: Any, layout: Layout, store: Store, vocab: int):
+    def __init__(self, model: Any, movable: MovableWeights, store: WeightStore, vocab: int):
         self.model, self.vocab = model, vocab
-        self._layout, self._store = layout, store
+        self._movable, self._store = movable, store
         self._nothing = torch.empty(0, dtype=model.dtype, device=model.device)
         self._coming: dict[int, Pending] = {}  # by layer; the head comes after the last one
-        for index, unit in enumerate(layout.layers):
+        for index, unit in enumerate(movable.layers):
             unit.module.register_forward_pre_hook(self._enter_layer(index), prepend=True)
             unit.module.register_forward_hook(self._leave_layer(index))
-        if layout.embed is not None:
+        if movable.embed is not None:
             embedding = model.get_input_embeddings()
-            embedding.register_forward_pre_hook(self._look_up(layout.embed), prepend=True)
-            embedding.register_forward_hook(self._leave_table(layout.embed))
+            embedding.register_forward_pre_hook(self._look_up(movable.embed), prepend=True)
+            embedding.register_forward_hook(self._leave_table(movable.embed))
 
     @contextmanager
     def head(self) -> Iterator[Head]:
-        table = self._layout.head
+        table = self._movable.head
         if table is None:
             yield head_of(self.model)
             return
-        self._begin(len(self._layout.layers))
-        table.parameter.data = self._coming.pop(len(self._layout.layers))()
+        self._begin(len(self._movable.layers))
+        table.parameter.data = self._coming.pop(len(self._movable.layers))()
         try:
             yield head_of(self.model)
         finally:
@@ -87,26 +87,26 @@ class Gathered:
         """Start to bring layer `index`, or the head after the last one, unless it is under way."""
         if index in self._coming:
             return
-        if index < len(self._layout.layers):
-            self._coming[index] = self._store.start(index)
-        elif self._layout.head is not None:
-            self._coming[index] = self._store.start_table(self._layout.head)
+        if index < len(self._movable.layers):
+            self._coming[index] = self._store.start_layer(index)
+        elif self._movable.head is not None:
+            self._coming[index] = self._store.start_table(self._movable.head)
 
     def _enter_layer(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: Any) -> None:
             self._begin(index)
-            self._layout.layers[index].attach(self._coming.pop(index)())
+            self._movable.layers[index].attach(self._coming.pop(index)())
             self._begin(index + 1)
 
         return hook
 
     def _leave_layer(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            self._layout.layers[index].detach(self._nothing)
+            self._movable.layers[index].detach(self._nothing)
 
         return hook
 
-    def _look_up(self, table: Table) -> Any:
+    def _look_up(self, table: MovableTable) -> Any:
         """Give the embedding a table of just the rows it is asked for, and ask it for them in order."""
 
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -117,7 +117,7 @@ class Gathered:
 
         return hook
 
-    def _leave_table(self, table: Table) -> Any:
+    def _leave_table(self, table: MovableTable) -> Any:
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
             table.parameter.data = self._nothing
 
@@ -140,7 +140,7 @@ def place_teacher(
     """
     if placement == "replicated":
         options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        return Replicated(load_model(path, **options))
+        return ReplicatedTeacher(load_model(path, **options))
     try:
         weights = Weights.open(path)
         model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -151,6 +151,8 @@ def place_teacher(
             got=f"{error.what}: {error.got}" if error.got else error.what,
             hint="replicated loads whatever transformers loads",
         ) from error
-    layout = lay_out(model, weights, device, keep_head)
-    store: Store = (Partitioned if placement == "partitioned" else Offloaded)(layout, weights, dtype, device)
-    return Gathered(model, layout, store, weights.family.dims(weights.checkpoint.config).vocab)
+    movable = make_movable(model, weights, device, keep_head)
+    store: WeightStore = (PartitionedStore if placement == "partitioned" else OffloadedStore)(
+        movable, weights, dtype, device
+    )
+    return StreamedTeacher(model, movable, store, weights.family.dims(weights.checkpoint.config).vocab)

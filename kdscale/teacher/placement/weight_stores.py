@@ -17,7 +17,7 @@ import torch.distributed as dist
 from kdscale.models.parameter_map import Weights
 from kdscale.runtime.ranks import rank, world_size
 from kdscale.teacher.placement.host_memory import HostMemory
-from kdscale.teacher.placement.layout import Layout, Table
+from kdscale.teacher.placement.movable_weights import MovableTable, MovableWeights
 
 Pending = Callable[[], torch.Tensor]
 
@@ -28,37 +28,37 @@ _BUFFERS = 2
 _PIECE_BYTES = 16 << 20
 
 
-class Store(Protocol):
-    def start(self, layer: int) -> Pending:
+class WeightStore(Protocol):
+    def start_layer(self, layer: int) -> Pending:
         """Begin to bring a layer; the result waits and gives its values. At most two layers are under way or in use."""
         ...
 
-    def start_table(self, table: Table) -> Pending:
+    def start_table(self, table: MovableTable) -> Pending:
         """Begin to bring a whole table; the result waits and gives it, [V,H]."""
         ...
 
-    def rows(self, table: Table, ids_N: torch.Tensor) -> torch.Tensor:
+    def rows(self, table: MovableTable, ids_N: torch.Tensor) -> torch.Tensor:
         """The rows of these ids, [N,H]."""
         ...
 
 
-class Partitioned:
+class PartitionedStore:
     """Every rank holds 1/R of each layer and of each table, read from the files byte by byte as it needs.
 
     `start`, `start_table` and `rows` are collective: all ranks make the same calls in the same order. N may differ.
     """
 
-    def __init__(self, layout: Layout, weights: Weights, dtype: torch.dtype, device: torch.device):
+    def __init__(self, movable: MovableWeights, weights: Weights, dtype: torch.dtype, device: torch.device):
         self._ranks, self._rank = world_size(), rank()
         # Layers come in beside whatever else the ranks say to each other: not in one line with it.
         self._group = dist.new_group() if self._ranks > 1 else None
         self._shards = []
-        for unit in layout.layers:
+        for unit in movable.layers:
             shard = torch.zeros(-(-unit.numel // self._ranks), dtype=dtype, device=device)
             unit.fill(weights, self._rank * shard.numel(), shard)
             self._shards.append(shard)
         self._tables = {}
-        for table in layout.tables:
+        for table in movable.tables:
             rows = -(-table.vocab // self._ranks)
             self._tables[table] = torch.zeros(rows, table.width, dtype=dtype, device=device)
             table.fill(weights, self._rank * rows, self._tables[table])
@@ -67,11 +67,11 @@ class Partitioned:
             torch.empty(widest if self._ranks > 1 else 0, dtype=dtype, device=device) for _ in range(_BUFFERS)
         ]
 
-    def start(self, layer: int) -> Pending:
+    def start_layer(self, layer: int) -> Pending:
         shard = self._shards[layer]
         return self._gather(shard, self._buffers[layer % _BUFFERS][: shard.numel() * self._ranks])
 
-    def start_table(self, table: Table) -> Pending:
+    def start_table(self, table: MovableTable) -> Pending:
         shard_RH = self._tables[table]
         size = shard_RH.numel() * self._ranks if self._ranks > 1 else 0
         wait = self._gather(shard_RH.view(-1), shard_RH.new_empty(size))
@@ -98,7 +98,7 @@ class Partitioned:
 
         return wait
 
-    def rows(self, table: Table, ids_N: torch.Tensor) -> torch.Tensor:
+    def rows(self, table: MovableTable, ids_N: torch.Tensor) -> torch.Tensor:
         """Ids go to all ranks, rows come back from their owners: N·H values travel instead of V·H."""
         shard_RH = self._tables[table]
         if self._ranks == 1:
@@ -126,28 +126,28 @@ class Partitioned:
         return rows_NH
 
 
-class Offloaded:
+class OffloadedStore:
     """The whole teacher in the host's memory, one copy for the ranks of a host; on a CPU it is used where it lies.
 
     To a GPU layers are copied on a stream of their own.
     """
 
-    def __init__(self, layout: Layout, weights: Weights, dtype: torch.dtype, device: torch.device):
+    def __init__(self, movable: MovableWeights, weights: Weights, dtype: torch.dtype, device: torch.device):
         self._device = device
-        sizes = [unit.numel for unit in layout.layers] + [table.vocab * table.width for table in layout.tables]
+        sizes = [unit.numel for unit in movable.layers] + [table.vocab * table.width for table in movable.tables]
         sizes = [-(-size // 64) * 64 for size in sizes]
         self._memory = HostMemory(sum(sizes) * dtype.itemsize, device)
         parts = self._memory.bytes.view(dtype).split(sizes)
-        self._layers = parts[: len(layout.layers)]
+        self._layers = parts[: len(movable.layers)]
         self._tables = {
             table: part[: table.vocab * table.width].view(table.vocab, table.width)
-            for table, part in zip(layout.tables, parts[len(layout.layers) :], strict=True)
+            for table, part in zip(movable.tables, parts[len(movable.layers) :], strict=True)
         }
         for index in self._memory.indices_to_fill(len(parts)):
-            if index < len(layout.layers):
-                layout.layers[index].fill(weights, 0, self._layers[index])
+            if index < len(movable.layers):
+                movable.layers[index].fill(weights, 0, self._layers[index])
             else:
-                table = layout.tables[index - len(layout.layers)]
+                table = movable.tables[index - len(movable.layers)]
                 table.fill(weights, 0, self._tables[table])
         self._memory.wait_until_filled()
         if device.type == "cuda":
@@ -155,13 +155,13 @@ class Offloaded:
             widest = max(part.numel() for part in self._layers)
             self._buffers = [torch.empty(widest, dtype=dtype, device=device) for _ in range(_BUFFERS)]
 
-    def start(self, layer: int) -> Pending:
+    def start_layer(self, layer: int) -> Pending:
         source = self._layers[layer]
         if self._device.type == "cpu":
             return lambda: source
         return self._copy(source, self._buffers[layer % _BUFFERS][: source.numel()])
 
-    def start_table(self, table: Table) -> Pending:
+    def start_table(self, table: MovableTable) -> Pending:
         source_VH = self._tables[table]
         if self._device.type == "cpu":
             return lambda: source_VH
@@ -180,5 +180,5 @@ class Offloaded:
 
         return wait
 
-    def rows(self, table: Table, ids_N: torch.Tensor) -> torch.Tensor:
+    def rows(self, table: MovableTable, ids_N: torch.Tensor) -> torch.Tensor:
         return self._tables[table][ids_N.cpu()].to(self._device)

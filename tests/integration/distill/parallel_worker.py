@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdscale.config.load import build_config
 from kdscale.config.objectives import LossConfig
 from kdscale.distill import engine, step, trainer
-from kdscale.distill.parallel.tensor_parallel import load_split, tensor_group
+from kdscale.distill.parallel.tensor_parallel import load_sliced_model, tensor_group
 from kdscale.distill.step import Micro, StudentModule
 from kdscale.models.loading import load_model
 from kdscale.runtime.progress import Reporter
 from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.placement.placed import Replicated
+from kdscale.teacher.placement.placed import ReplicatedTeacher
 from kdscale.teacher.targets import TopKTargets
 from tests.integration.forks import fork_ranks
 
@@ -64,7 +64,7 @@ def compare_models(models: dict[str, str], folder: Path, rank: int) -> None:
     group, found = tensor_group(2), {}
     for name, path in models.items():
         whole = load_model(Path(path), **LOADED).train()
-        part, split = load_split(Path(path), group, **LOADED)
+        part, split = load_sliced_model(Path(path), group, **LOADED)
         found[name] = compare(whole.requires_grad_(True), part.requires_grad_(True).train(), split)
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -91,18 +91,18 @@ def compare(whole: Any, part: Any, split: Any) -> dict[str, Any]:
     parameters, errors = dict(whole.named_parameters()), {}
     for name, parameter in part.named_parameters():
         want, got = parameters[name].grad, parameter.grad
-        if name in split.parts:
-            cut = split.parts[name]
+        if name in split.slices:
+            cut = split.slices[name]
             want = want.narrow(cut.dim, cut.begin, cut.end - cut.begin)
         errors[name] = float((got - want).abs().max() / parameters[name].grad.abs().max())
     asked = (micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
     options: dict[str, Any] = {"top_k": K, "temperature": 1.0, "vocab_size": vocab}
-    expected: Any = OnlineTeacher(Replicated(whole), **options).targets(*asked)
-    answer: Any = OnlineTeacher(Replicated(part, vocab), shard=split.head, **options).targets(*asked)
+    expected: Any = OnlineTeacher(ReplicatedTeacher(whole), **options).targets(*asked)
+    answer: Any = OnlineTeacher(ReplicatedTeacher(part, vocab), shard=split.head, **options).targets(*asked)
     return {
         "loss": [float(alone.detach()), float(shared.detach())],
         "errors": errors,
-        "whole": [name for name in parameters if name not in split.parts],
+        "whole": [name for name in parameters if name not in split.slices],
         "held": {name: list(value.shape) for name, value in part.named_parameters()},
         "targets": float((answer.logits_NK - expected.logits_NK).abs().max()),
         "lse": float((answer.lse_N - expected.lse_N).abs().max()),

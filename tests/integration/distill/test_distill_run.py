@@ -207,7 +207,7 @@ def test_sigterm_saves_and_leaves(spawn, make_config, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "SIGTERM" in said
-    saved = checkpoint_folder.complete_steps(tmp_path / "checkpoints")
+    saved = checkpoint_folder.sealed_checkpoints(tmp_path / "checkpoints")
     assert len(saved) == 1
     last = [row["step"] for row in read_metrics(log) if row["kind"] == "train"][-1]
     assert checkpoint_folder.verify(saved[0])["step"] == last
@@ -240,7 +240,7 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, mon
 def test_a_torn_newest_checkpoint_is_passed_over(distil, tmp_path):
     distil(tmp_path)
     expected = student_bytes(tmp_path)
-    newest = checkpoint_folder.complete_steps(tmp_path / "checkpoints")[0]
+    newest = checkpoint_folder.sealed_checkpoints(tmp_path / "checkpoints")[0]
     victim = newest / checkpoint_folder.rank_file(0)
     victim.write_bytes(victim.read_bytes()[:-100])
     shutil.rmtree(tmp_path / "student")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from kdscale.models.head import final_hidden
 from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.placement.placed import Gathered, PlacedTeacher, place_teacher
+from kdscale.teacher.placement.placed import PlacedTeacher, StreamedTeacher, place_teacher
 from tests.integration.forks import fork_ranks
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def held(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def most_held(placed: Gathered, rank: int) -> int:
+def most_held(placed: StreamedTeacher, rank: int) -> int:
     """The most values that parameters held at once during a forward."""
     most = [0]
     for module in placed.model.modules():
@@ -114,7 +114,7 @@ def compare(folder: Path, rank: int) -> dict[str, Any]:
             "whole": held(plain.model),
             "resident": held(placed.model),
             "most": most_held(placed, rank),
-            "layer": max(unit.numel for unit in placed._layout.layers),
+            "layer": max(unit.numel for unit in placed._movable.layers),
             "head": placed.vocab * placed.model.config.hidden_size,
             "stored": stored(store) if partitioned else 0,
             "buffers": sum(buffer.numel() for buffer in store._buffers) if partitioned else 0,

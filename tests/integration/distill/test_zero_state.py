@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kdscale.distill import engine as kdscale_engine
-from kdscale.distill.checkpoint.rank_files import KINDS, PieceIndex, PieceReader, write_pieces
-from kdscale.distill.checkpoint.zero_state import Fragments
+from kdscale.distill.checkpoint.rank_files import QUANTITIES, RankFileIndex, RankFileReader, write_rank_file
+from kdscale.distill.checkpoint.zero_state import ZeroState
 
 WAYS = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
 STEPS = 3
@@ -42,7 +42,7 @@ def make(way, dtype, seed):
     }  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=0.05, fused=True)
     made, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    return made, Fragments(made, model)
+    return made, ZeroState(made, model)
 
 
 def train(made, first):
@@ -64,22 +64,22 @@ def test_every_stage_goes_on_from_every_other(tmp_path, dtype):
         made, fragments = make(old, dtype, seed=0)
         train(made, 0)
         path = tmp_path / f"{old}"
-        write_pieces(path, fragments.pieces, fragments.blocks())
+        write_rank_file(path, fragments.ranges, fragments.blocks())
         assert fragments.adam_step == STEPS
         assert fragments.tied == {"head.weight": "embed.weight"}
         assert fragments.shapes["embed.weight"] == (13, 6)
-        index, saved = PieceIndex([path], fragments.shapes), path.read_bytes()
+        index, saved = RankFileIndex([path], fragments.shapes), path.read_bytes()
         whole = train(made, STEPS)
         for new in ways if dtype == torch.float32 else (old, ways[number - 1], ways[number - 2]):
             other, loaded = make(new, dtype, seed=1)
-            with PieceReader(index) as reader:
+            with RankFileReader(index) as reader:
                 loaded.load(reader.fill, STEPS)
             assert loaded.adam_step == STEPS
             again = tmp_path / "again"
-            write_pieces(again, loaded.pieces, loaded.blocks())
-            values = PieceReader(index), PieceReader(PieceIndex([again], fragments.shapes))
-            for kind in KINDS:
-                for piece in fragments.pieces:
+            write_rank_file(again, loaded.ranges, loaded.blocks())
+            values = RankFileReader(index), RankFileReader(RankFileIndex([again], fragments.shapes))
+            for kind in QUANTITIES:
+                for piece in fragments.ranges:
                     left, right = torch.zeros(piece.length), torch.ones(piece.length)
                     values[0].fill(kind, piece, left)
                     values[1].fill(kind, piece, right)

@@ -19,7 +19,7 @@ from kdscale.jobs import serve_teacher
 from kdscale.models.loading import load_model
 from kdscale.runs.folder import RunFolder
 from kdscale.teacher.remote import ServedTeacher
-from kdscale.teacher.server import Answerer, make_app, make_token
+from kdscale.teacher.server import TeacherService, make_app, make_token
 
 TOKEN = "a-token-of-the-test"
 _TREE: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
@@ -29,7 +29,7 @@ _TREE: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, 
 def service(tiny_llama_dir: Path) -> Iterator[str]:
     """The address of a running service."""
     model = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
-    app = make_app(Answerer(model, tiny_llama_dir, device=torch.device("cpu"), max_tokens=4096), TOKEN)
+    app = make_app(TeacherService(model, tiny_llama_dir, device=torch.device("cpu"), max_tokens=4096), TOKEN)
     listener = serve_teacher._listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -102,7 +102,7 @@ def test_before_any_training_the_address_the_token_and_the_teacher_are_checked(
         distil(tmp_path / "b", **_served(str(wrong), service))
     with pytest.raises(ConfigError, match=r"kdscale serve-teacher wrote"):
         distil(tmp_path / "c", **_served(str(tmp_path / "none"), service))
-    monkeypatch.setattr(Answerer, "about", lambda _self: {"teacher": {"config": "0" * 64}, "rows": 64})
+    monkeypatch.setattr(TeacherService, "about", lambda _self: {"teacher": {"config": "0" * 64}, "rows": 64})
     with pytest.raises(CheckpointError, match="another one"):
         distil(tmp_path / "d", **_served(token_file, service))
 

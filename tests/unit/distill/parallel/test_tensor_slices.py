@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdscale.distill.checkpoint.rank_files import KINDS, PieceIndex, PieceReader, write_pieces
-from kdscale.distill.parallel.tensor_slices import Part, split_name
+from kdscale.distill.checkpoint.rank_files import QUANTITIES, RankFileIndex, RankFileReader, write_rank_file
+from kdscale.distill.parallel.tensor_slices import TensorSlice, parse_slice_name
 from kdscale.errors import CheckpointError
 from kdscale.models.parameter_map import Piece
 
@@ -26,7 +26,7 @@ def splits(draw, shape):
     if dim is not None:
         inner = st.integers(1, shape[dim] - 1) if shape[dim] > 1 else st.nothing()
         cuts = sorted({0, shape[dim], *draw(st.lists(inner, max_size=2) if shape[dim] > 1 else st.just([]))})
-        parts = [Part(dim, begin, end) for begin, end in itertools.pairwise(cuts)]
+        parts = [TensorSlice(dim, begin, end) for begin, end in itertools.pairwise(cuts)]
     pieces = []
     for part in parts:
         size = math.prod(part.shape(shape) if part else shape)
@@ -43,14 +43,14 @@ def cases(draw):
 
 
 def values_of(whole, piece):
-    _, part = split_name(piece.name)
+    _, part = parse_slice_name(piece.name)
     kept = whole if part is None else whole.narrow(part.dim, part.begin, part.end - part.begin)
     return kept.reshape(-1)[piece.offset : piece.offset + piece.length]
 
 
 def write(folder, wholes, pieces):
-    blocks = [values_of(wholes[kind], piece).clone() for kind in KINDS for piece in pieces]
-    write_pieces(folder / "f", pieces, blocks)
+    blocks = [values_of(wholes[kind], piece).clone() for kind in QUANTITIES for piece in pieces]
+    write_rank_file(folder / "f", pieces, blocks)
     return [folder / "f"]
 
 
@@ -58,10 +58,10 @@ def write(folder, wholes, pieces):
 @given(cases())
 def test_any_parts_read_back_as_any_others(tmp_path_factory, case):
     shape, old, new = case
-    wholes = {kind: torch.rand(shape, generator=torch.Generator().manual_seed(i)) for i, kind in enumerate(KINDS)}
-    index = PieceIndex(write(tmp_path_factory.mktemp("parts"), wholes, old), {NAME: shape})
-    with PieceReader(index) as reader:
-        for piece, kind in itertools.product(new, KINDS):
+    wholes = {kind: torch.rand(shape, generator=torch.Generator().manual_seed(i)) for i, kind in enumerate(QUANTITIES)}
+    index = RankFileIndex(write(tmp_path_factory.mktemp("parts"), wholes, old), {NAME: shape})
+    with RankFileReader(index) as reader:
+        for piece, kind in itertools.product(new, QUANTITIES):
             expected = values_of(wholes[kind], piece)
             for dtype in (torch.float32, torch.float64):  # straight into place, and by way of a block
                 got = torch.full((piece.length,), torch.nan, dtype=dtype)
@@ -72,26 +72,26 @@ def test_any_parts_read_back_as_any_others(tmp_path_factory, case):
 @pytest.mark.parametrize(
     "parts",
     [
-        [Part(0, 0, 2)],
-        [Part(0, 0, 2), Part(0, 3, 4)],
-        [Part(0, 0, 3), Part(0, 2, 4)],
-        [Part(0, 0, 2), Part(1, 0, 3)],
-        [Part(0, 0, 5)],
+        [TensorSlice(0, 0, 2)],
+        [TensorSlice(0, 0, 2), TensorSlice(0, 3, 4)],
+        [TensorSlice(0, 0, 3), TensorSlice(0, 2, 4)],
+        [TensorSlice(0, 0, 2), TensorSlice(1, 0, 3)],
+        [TensorSlice(0, 0, 5)],
     ],
     ids=["short", "hole", "overlap", "both ways", "long"],
 )
 def test_parts_that_are_not_all_of_a_parameter_are_refused(tmp_path, parts):
     pieces = [Piece(part.named("w"), 0, math.prod(part.shape((4, 3)))) for part in parts]
-    blocks = [torch.zeros(piece.length) for _ in KINDS for piece in pieces]
-    write_pieces(tmp_path / "f", pieces, blocks)
+    blocks = [torch.zeros(piece.length) for _ in QUANTITIES for piece in pieces]
+    write_rank_file(tmp_path / "f", pieces, blocks)
     with pytest.raises(CheckpointError, match=r"(?s)parts that are all of \[4, 3\].*w@0:0:"):
-        PieceIndex([tmp_path / "f"], {"w": (4, 3)})
+        RankFileIndex([tmp_path / "f"], {"w": (4, 3)})
 
 
 def test_a_part_that_is_stored_is_read_in_one_go_and_columns_of_it_row_by_row(tmp_path):
-    halves = [Piece(Part(1, begin, begin + 2).named("w"), 0, 6) for begin in (0, 2)]
-    blocks = [torch.zeros(6) for _ in KINDS for _ in halves]
-    write_pieces(tmp_path / "f", halves, blocks)
-    index = PieceIndex([tmp_path / "f"], {"w": (3, 4)})
+    halves = [Piece(TensorSlice(1, begin, begin + 2).named("w"), 0, 6) for begin in (0, 2)]
+    blocks = [torch.zeros(6) for _ in QUANTITIES for _ in halves]
+    write_rank_file(tmp_path / "f", halves, blocks)
+    index = RankFileIndex([tmp_path / "f"], {"w": (3, 4)})
     assert len(index.plan("master", halves[1])) == 1
     assert [read.length for read in index.plan("master", Piece("w@1:1:3", 0, 6))] == [1] * 6

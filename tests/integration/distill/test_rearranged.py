@@ -17,7 +17,7 @@ from kdscale.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 8
-# (ranks, ZeRO stage, killed when it begins this step); test_distill_stages.py has every pair of stages
+# (ranks, ZeRO stage, killed when it begins this step); test_zero_state.py has every pair of stages
 CHAINS = {
     "float32": [(1, 1, 2), (2, 3, 5), (4, 0, None)],
     "bfloat16": [(2, 3, 4), (1, 2, None)],
@@ -74,7 +74,7 @@ def test_the_losses_go_on_with_any_number_of_ranks_and_any_stage(
 
 def test_every_rank_has_a_file_and_all_of_them_make_up_the_student(chained):
     folders, _ = chained
-    newest = checkpoint_folder.complete_steps(folders["float32"] / "checkpoints")[0]
+    newest = checkpoint_folder.sealed_checkpoints(folders["float32"] / "checkpoints")[0]
     manifest = checkpoint_folder.verify(newest)
     assert list(manifest["files"]) == [checkpoint_folder.rank_file(rank) for rank in range(4)]
     sizes = [about["bytes"] for about in manifest["files"].values()]
@@ -86,7 +86,7 @@ def test_a_checkpoint_in_the_background_changes_no_byte(distil, tmp_path, stage)
     settings = {"zero_stage": stage, "checkpoint_every": 1}
     distil(tmp_path / "one", **settings)
     distil(tmp_path / "two", async_checkpoints=True, **settings)
-    one, two = (checkpoint_folder.complete_steps(tmp_path / name / "checkpoints") for name in ("one", "two"))
+    one, two = (checkpoint_folder.sealed_checkpoints(tmp_path / name / "checkpoints") for name in ("one", "two"))
     assert [path.name for path in one] == [path.name for path in two]
     for left, right in zip(one, two, strict=True):
         name = checkpoint_folder.rank_file(0)

@@ -32,7 +32,7 @@ class _Slot:
 
 
 @dataclass
-class Unit:
+class MovableLayer:
     """One decoder layer as `numel` values in a row."""
 
     module: nn.Module
@@ -62,7 +62,7 @@ class Unit:
 
 
 @dataclass(eq=False)
-class Table:
+class MovableTable:
     """An embedding or head [V,H]: looked up by rows, or needed whole."""
 
     parameter: nn.Parameter
@@ -78,20 +78,20 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MovableWeights:
     """`embed` is None when the head is the same table and is kept; `head` is None when it is kept."""
 
-    layers: list[Unit]
-    embed: Table | None
-    head: Table | None
+    layers: list[MovableLayer]
+    embed: MovableTable | None
+    head: MovableTable | None
 
     @property
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[MovableTable]:
         """Every table once: a tied head is the embedding's."""
         return list(dict.fromkeys(table for table in (self.embed, self.head) if table is not None))
 
 
-def lay_out(model: Any, weights: Weights, device: torch.device, keep_head: bool) -> Layout:
+def make_movable(model: Any, weights: Weights, device: torch.device, keep_head: bool) -> MovableWeights:
     """Put empty parameters into a skeleton's layers and tables, and load all that stays on every rank.
 
     `keep_head`: the head's weight stays too, for those who take it away with them.
@@ -103,14 +103,14 @@ def lay_out(model: Any, weights: Weights, device: torch.device, keep_head: bool)
     sites = weights.family.sites
     embed_weight, head_weight = (model.get_submodule(path).weight for path in (sites.embed, sites.head))
     away = [weight for weight in (embed_weight, head_weight) if not (keep_head and weight is head_weight)]
-    layers = [Unit(module) for module in model.get_submodule(sites.layers)]
-    tables: dict[int, Table] = {}
+    layers = [MovableLayer(module) for module in model.get_submodule(sites.layers)]
+    tables: dict[int, MovableTable] = {}
     for name, parameter in made.items():
         shape, dtype = shapes[name]
         if name.startswith(f"{sites.layers}."):
             layers[int(name.removeprefix(f"{sites.layers}.").partition(".")[0])].add(name, parameter, shape)
         elif any(parameter is weight for weight in away):
-            tables[id(parameter)] = Table(parameter, name, shape[0], shape[1])
+            tables[id(parameter)] = MovableTable(parameter, name, shape[0], shape[1])
         else:
             flat = torch.empty(shape.numel(), dtype=dtype, device=device)
             weights.fill(name, 0, flat)
@@ -118,4 +118,4 @@ def lay_out(model: Any, weights: Weights, device: torch.device, keep_head: bool)
     for module in model.modules():
         for name, value in module._buffers.items():
             module._buffers[name] = None if value is None else value.to(device)
-    return Layout(layers, tables.get(id(embed_weight)), tables.get(id(head_weight)))
+    return MovableWeights(layers, tables.get(id(embed_weight)), tables.get(id(head_weight)))

@@ -13,7 +13,7 @@ import torch
 
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.checkpoint import rank_files, saver
-from kdscale.distill.checkpoint.rank_files import PieceIndex, PieceReader
+from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader
 from kdscale.distill.schedule import seed_step
 from kdscale.errors import RunFolderError
 from kdscale.models.parameter_map import Piece
@@ -22,21 +22,23 @@ PRINT = {"seed": 1, "distill": {"seq_len": 8}}
 
 
 class Values:
-    """What Fragments is for an engine: one parameter of 30 values, all of them `step`."""
+    """What ZeroState is for an engine: one parameter of 30 values, all of them `step`."""
 
     def __init__(self):
         self.shapes, self.tied, self.adam_step = {"w": (5, 6)}, {"head": "w"}, 7
-        self.pieces, self.value = [Piece("w", 0, 20), Piece("w", 20, 10)], 0.0
+        self.ranges, self.value = [Piece("w", 0, 20), Piece("w", 20, 10)], 0.0
 
     def blocks(self):
-        for _ in rank_files.KINDS:
-            for piece in self.pieces:
+        for _ in rank_files.QUANTITIES:
+            for piece in self.ranges:
                 yield torch.full((piece.length,), self.value)
 
 
 def make_saver(folder, keep=5, **rules):
     values = Values()
-    return values, saver.Saver(folder, values, {"fingerprint": PRINT}, saver.Rules(keep, **rules), torch.device("cpu"))
+    return values, saver.Saver(
+        folder, values, {"fingerprint": PRINT}, saver.SavePolicy(keep, **rules), torch.device("cpu")
+    )
 
 
 def save(folder, *steps, **rules):
@@ -48,23 +50,23 @@ def save(folder, *steps, **rules):
 
 
 def names(folder):
-    return [path.name for path in checkpoint_folder.complete_steps(folder)]
+    return [path.name for path in checkpoint_folder.sealed_checkpoints(folder)]
 
 
 def test_newest_whole_one_is_found(tmp_path):
     save(tmp_path, 3, 6, 9)
-    found = checkpoint_folder.find(tmp_path, PRINT)
+    found = checkpoint_folder.find_latest(tmp_path, PRINT)
     assert (found.path, found.step, found.notes) == (tmp_path / "step-00000009", 9, ())
     assert found.manifest["state"] == {"step": 9}
     assert found.manifest["adam_step"] == 7
-    index = PieceIndex(checkpoint_folder.data_files(found.path, found.manifest), found.manifest["parameters"])
-    with PieceReader(index) as reader:
+    index = RankFileIndex(checkpoint_folder.data_files(found.path, found.manifest), found.manifest["parameters"])
+    with RankFileReader(index) as reader:
         reader.fill("exp_avg", Piece("w", 15, 10), out := torch.zeros(10))
     assert out.tolist() == [9.0] * 10
 
 
 def test_no_folder_is_no_checkpoint(tmp_path):
-    assert checkpoint_folder.find(tmp_path / "none", PRINT) == checkpoint_folder.Found(None, {}, ())
+    assert checkpoint_folder.find_latest(tmp_path / "none", PRINT) == checkpoint_folder.LatestCheckpoint(None, {}, ())
 
 
 def flip(path):
@@ -94,29 +96,29 @@ def change_manifest(path):
 def test_a_damaged_one_is_passed_over_and_named(tmp_path, damage):
     save(tmp_path, 3, 6)
     damage(tmp_path / "step-00000006" / "rank-00000.safetensors")
-    found = checkpoint_folder.find(tmp_path, PRINT)
+    found = checkpoint_folder.find_latest(tmp_path, PRINT)
     assert found.step == 3
     assert "step-00000006" in found.notes[0]
     save(tmp_path, 6)  # and can be written again over the damaged one
-    assert checkpoint_folder.find(tmp_path, PRINT).step == 6
+    assert checkpoint_folder.find_latest(tmp_path, PRINT).step == 6
 
 
 def test_a_damaged_one_does_not_push_a_good_one_out(tmp_path):
     """Else two damages in a row would leave nothing, however many are kept."""
     flip(save(tmp_path, 10, 20, 25, keep=2) / "rank-00000.safetensors")
-    assert checkpoint_folder.find(tmp_path, PRINT).step == 20
+    assert checkpoint_folder.find_latest(tmp_path, PRINT).step == 20
     assert names(tmp_path) == ["step-00000020"]
     assert (tmp_path / "damaged-step-00000025").is_dir()
     flip(save(tmp_path, 30, keep=2) / "rank-00000.safetensors")
     assert not (tmp_path / "damaged-step-00000025").exists()
-    assert checkpoint_folder.find(tmp_path, PRINT).step == 20
+    assert checkpoint_folder.find_latest(tmp_path, PRINT).step == 20
 
 
 def test_all_damaged_is_as_none(tmp_path):
     flip(save(tmp_path, 3) / "rank-00000.safetensors")
-    found = checkpoint_folder.find(tmp_path, PRINT)
+    found = checkpoint_folder.find_latest(tmp_path, PRINT)
     assert (found.path, found.step, len(found.notes)) == (None, 0, 1)
-    assert save(tmp_path, 3) == checkpoint_folder.find(tmp_path, PRINT).path
+    assert save(tmp_path, 3) == checkpoint_folder.find_latest(tmp_path, PRINT).path
 
 
 def test_weights_can_be_verified_without_the_moments(tmp_path):
@@ -130,7 +132,7 @@ def test_weights_can_be_verified_without_the_moments(tmp_path):
 def test_a_half_written_one_is_not_seen(tmp_path):
     save(tmp_path, 3)
     shutil.copytree(tmp_path / "step-00000003", tmp_path / ".partial-step-00000006")
-    assert checkpoint_folder.find(tmp_path, PRINT).step == 3
+    assert checkpoint_folder.find_latest(tmp_path, PRINT).step == 3
     assert not (tmp_path / ".partial-step-00000006").exists()
 
 
@@ -147,7 +149,7 @@ def test_some_are_kept_for_ever(tmp_path):
 def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):
     path = save(tmp_path, 3)
     with pytest.raises(RunFolderError, match=r"distill.seq_len: 8 → 16"):
-        checkpoint_folder.find(tmp_path, {"seed": 1, "distill": {"seq_len": 16}})
+        checkpoint_folder.find_latest(tmp_path, {"seed": 1, "distill": {"seq_len": 16}})
     assert path.exists()
 
 
@@ -157,7 +159,7 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path):
 @pytest.fixture
 def held_disk(monkeypatch):
     """A disk that takes nothing until `set()`; with `fault`, it then refuses."""
-    gate, real = threading.Event(), rank_files.write_pieces
+    gate, real = threading.Event(), rank_files.write_rank_file
     gate.fault = None
 
     def write(*args):
@@ -166,7 +168,7 @@ def held_disk(monkeypatch):
             raise gate.fault
         return real(*args)
 
-    monkeypatch.setattr(saver, "write_pieces", write)
+    monkeypatch.setattr(saver, "write_rank_file", write)
     return gate
 
 
@@ -186,7 +188,9 @@ def test_training_goes_on_while_the_disk_works(tmp_path, held_disk):
     assert names(tmp_path) == []  # sealed only where all ranks meet
     made.poll()
     assert names(tmp_path) == ["step-00000004"]
-    with PieceReader(PieceIndex([tmp_path / "step-00000004" / checkpoint_folder.rank_file(0)], values.shapes)) as r:
+    with RankFileReader(
+        RankFileIndex([tmp_path / "step-00000004" / checkpoint_folder.rank_file(0)], values.shapes)
+    ) as r:
         r.fill("master", Piece("w", 0, 30), out := torch.zeros(30))
     assert out.tolist() == [4.0] * 30
 
@@ -208,7 +212,7 @@ def test_a_full_disk_is_an_error_at_the_next_step(tmp_path, held_disk):
     wait_for(made)
     with pytest.raises(RunFolderError, match="rank 0: No space left on device"):
         made.poll()
-    assert checkpoint_folder.find(tmp_path, PRINT).step == 1
+    assert checkpoint_folder.find_latest(tmp_path, PRINT).step == 1
 
 
 def test_a_rank_that_leaves_does_not_seal(tmp_path, held_disk):

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kdscale.distill.checkpoint.rank_files import KINDS, PieceIndex, PieceReader, WriteCancelled, share, write_pieces
+from kdscale.distill.checkpoint.rank_files import (
+    QUANTITIES,
+    RankFileIndex,
+    RankFileReader,
+    WriteCancelled,
+    cut_evenly,
+    write_rank_file,
+)
 from kdscale.errors import CheckpointError
 from kdscale.models.parameter_map import Piece
 
@@ -42,7 +49,7 @@ def values_of(shapes):
     generator = torch.Generator().manual_seed(0)
     return {
         (kind, name): torch.rand(math.prod(shape), generator=generator)
-        for kind in KINDS
+        for kind in QUANTITIES
         for name, shape in shapes.items()
     }
 
@@ -51,9 +58,9 @@ def write_all(folder, values, ranks):
     paths = []
     for number, held in enumerate(ranks):
         if held:
-            blocks = (values[kind, p.name][p.offset : p.offset + p.length] for kind in KINDS for p in held)
+            blocks = (values[kind, p.name][p.offset : p.offset + p.length] for kind in QUANTITIES for p in held)
             paths.append(folder / f"rank-{number}.safetensors")
-            write_pieces(paths[-1], held, blocks)
+            write_rank_file(paths[-1], held, blocks)
     return paths
 
 
@@ -63,12 +70,12 @@ def test_any_partition_reads_back_as_any_other(tmp_path_factory, case):
     shapes, old, new = case
     folder = tmp_path_factory.mktemp("pieces")
     values = values_of(shapes)
-    index = PieceIndex(write_all(folder, values, old), shapes)
+    index = RankFileIndex(write_all(folder, values, old), shapes)
     got = {key: torch.full_like(value, torch.nan) for key, value in values.items()}
-    with PieceReader(index) as reader:
+    with RankFileReader(index) as reader:
         for held in new:
             for piece in held:
-                for kind in KINDS:
+                for kind in QUANTITIES:
                     reader.fill(kind, piece, got[kind, piece.name][piece.offset : piece.offset + piece.length])
     assert all(torch.equal(got[key], values[key]) for key in values)
 
@@ -76,7 +83,7 @@ def test_any_partition_reads_back_as_any_other(tmp_path_factory, case):
 @given(cases(), st.integers(1, 5))
 def test_shares_are_near_equal_and_make_up_the_whole(case, count):
     held = [piece for rank in case[1] for piece in rank]
-    parts = [share(held, index, count) for index in range(count)]
+    parts = [cut_evenly(held, index, count) for index in range(count)]
     sizes = [sum(piece.length for piece in part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
 
@@ -89,7 +96,7 @@ def test_shares_are_near_equal_and_make_up_the_whole(case, count):
 def test_only_the_bytes_of_a_piece_are_read(tmp_path):
     shapes = {"w": (100,)}
     paths = write_all(tmp_path, values_of(shapes), [[Piece("w", 0, 40)], [Piece("w", 40, 60)]])
-    reads = PieceIndex(paths, shapes).plan("exp_avg", Piece("w", 30, 25))
+    reads = RankFileIndex(paths, shapes).plan("exp_avg", Piece("w", 30, 25))
     assert [(read.file.name, read.at, read.length) for read in reads] == [
         ("rank-0.safetensors", 0, 10), ("rank-1.safetensors", 10, 15),
     ]  # fmt: skip
@@ -99,12 +106,12 @@ def test_any_reader_of_safetensors_can_use_it(tmp_path):
     values = values_of({"w": (6,)})
     (path,) = write_all(tmp_path, values, [[Piece("w", 0, 4), Piece("w", 4, 2)]])
     loaded = load_file(path)
-    assert sorted(loaded) == sorted(f"{kind}:{offset}:w" for kind in KINDS for offset in (0, 4))
+    assert sorted(loaded) == sorted(f"{kind}:{offset}:w" for kind in QUANTITIES for offset in (0, 4))
     assert torch.equal(loaded["exp_avg_sq:4:w"], values["exp_avg_sq", "w"][4:])
 
 
 def test_masters_come_before_the_moments(tmp_path):
-    facts = write_pieces(tmp_path / "f", [Piece("w", 0, 4)], [torch.full((4,), float(i)) for i in range(3)])
+    facts = write_rank_file(tmp_path / "f", [Piece("w", 0, 4)], [torch.full((4,), float(i)) for i in range(3)])
     tail = (tmp_path / "f").read_bytes()[facts.weights_bytes - 16 :]
     assert torch.frombuffer(bytearray(tail), dtype=torch.float32).tolist() == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
 
@@ -123,30 +130,30 @@ def test_files_that_do_not_make_up_the_parameters_are_refused(tmp_path, ranks, s
     values = values_of({"w": (6,), "v": (2,)})
     paths = write_all(tmp_path, values, ranks)
     with pytest.raises(CheckpointError, match=said):
-        PieceIndex(paths, {"w": (6,)})
+        RankFileIndex(paths, {"w": (6,)})
 
 
 def test_other_tensors_are_refused(tmp_path):
     save_file({"master:0:w": torch.zeros(2, 3)}, tmp_path / "f")
     with pytest.raises(CheckpointError, match="flat F32"):
-        PieceIndex([tmp_path / "f"], {"w": (6,)})
+        RankFileIndex([tmp_path / "f"], {"w": (6,)})
 
 
 def test_a_file_that_shrinks_or_goes_is_named(tmp_path):
     shapes = {"w": (6,)}
     (path,) = write_all(tmp_path, values_of(shapes), [[Piece("w", 0, 6)]])
-    index, out = PieceIndex([path], shapes), torch.zeros(6)
+    index, out = RankFileIndex([path], shapes), torch.zeros(6)
     path.write_bytes(path.read_bytes()[:-4])
-    with PieceReader(index) as reader, pytest.raises(CheckpointError, match="4 bytes too few"):
+    with RankFileReader(index) as reader, pytest.raises(CheckpointError, match="4 bytes too few"):
         reader.fill("exp_avg_sq", Piece("w", 0, 6), out)
     path.unlink()
-    with PieceReader(index) as reader, pytest.raises(CheckpointError, match="is gone"):
+    with RankFileReader(index) as reader, pytest.raises(CheckpointError, match="is gone"):
         reader.fill("master", Piece("w", 0, 6), out)
-    with PieceReader(index) as reader, pytest.raises(CheckpointError, match="at least 7 values"):
+    with RankFileReader(index) as reader, pytest.raises(CheckpointError, match="at least 7 values"):
         reader.fill("master", Piece("w", 1, 6), out)
 
 
 def test_a_write_can_be_given_up(tmp_path):
     answers = iter([False, True])
     with pytest.raises(WriteCancelled):
-        write_pieces(tmp_path / "f", [Piece("w", 0, 4)], [torch.zeros(4)] * 3, lambda: next(answers))
+        write_rank_file(tmp_path / "f", [Piece("w", 0, 4)], [torch.zeros(4)] * 3, lambda: next(answers))
