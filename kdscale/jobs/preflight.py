@@ -1,6 +1,6 @@
 """Whether several hosts can run one job: what each host reports, and what the reports say together.
 
-`python -m kdscale.runs.preflight probe|shared|clean|collective ...` runs on the hosts and prints one JSON line; `judge`
+`python -m kdscale.jobs.preflight probe|shared|clean|collective ...` runs on the hosts and prints one JSON line; `judge`
 compares what came back. Nothing is left on disk.
 """
 

@@ -9,12 +9,11 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kdscale.errors import CheckpointError
 from kdscale.families import dropped_heads
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kdscale.families import Family

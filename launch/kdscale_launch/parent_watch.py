@@ -1,4 +1,4 @@
-"""`python -m kdscale_launch.watch PARENT_PID COMMAND...`: run a command that must not outlive another process.
+"""`python -m kdscale_launch.parent_watch PARENT_PID COMMAND...`: run a command that must not outlive another process.
 
 For systems whose kernel has no parent-death signal. Watches the parent from outside, kills the command when it is gone,
 passes signals on and leaves with the command's exit code.

@@ -1,4 +1,4 @@
-"""`python -m kdscale_launch.agent`: what the launcher starts on each host, over ssh.
+"""`python -m kdscale_launch.hosts.agent`: what the launcher starts on each host, over ssh.
 
 It takes orders as JSON lines on stdin and reports on stdout: runs the host's ranks in process groups of their own,
 passes signals on, sends what one of them prints. When the launcher is gone (stdin closed, or silence for `dead_after`

@@ -1,4 +1,4 @@
-"""`python -m kdscale_launch.node ... -- COMMAND`: the ranks of one node of a larger job, where no launcher reaches in.
+"""`python -m kdscale_launch.systems.node ... -- COMMAND`: the ranks of one node of a job, where no launcher reaches in.
 
 For pods, or by hand on each host. Ends with the ranks' error, and with 75 when they were stopped and saved.
 """

@@ -96,10 +96,10 @@ def distil(
 _CHILD = """
 import os, sys, json
 from pathlib import Path
-from kdscale.config import build_config
+from kdscale.config.load import build_config
 from kdscale.distill import engine, loop, state
 from kdscale.errors import Interrupted, KdscaleError
-from kdscale.progress import Reporter
+from kdscale.runtime.progress import Reporter
 tree, teacher, student, data, run_dir, die = json.loads(sys.argv[1])
 if die:
     when, step = die

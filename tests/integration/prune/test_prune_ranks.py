@@ -43,9 +43,9 @@ def test_a_lost_rank_is_resumed_and_the_scores_are_those_of_one_process(teacher,
         run_local(JobSpec(command, 2, tmp_path / "logs", env=kdscale_environment, grace_seconds=1.0))
 
     with pytest.raises(RankFailed):
-        spawn(2)
+        ranks(2)
     assert not (tmp_path / "out.txt").exists()
-    spawn(-1)
+    ranks(-1)
     assert (tmp_path / "out.txt").read_text() == "2 3"
     one, two = (load_file(tmp_path / f"out.{rank}.safetensors") for rank in range(2))
     assert one.keys() == expected.keys()

@@ -152,9 +152,9 @@ def test_other_files_than_the_pass_knows_are_begun_anew(teacher, tmp_path):
 _CHILD = """
 import sys
 from pathlib import Path
-from kdscale.config import load_config
-from kdscale.progress import Reporter
-from kdscale.runs.pipeline import run_until
+from kdscale.config.load import load_config
+from kdscale.runtime.progress import Reporter
+from kdscale.pipeline.runner import run_until
 run_until(load_config(Path(sys.argv[1])), "prune", Reporter(quiet=True))
 """
 

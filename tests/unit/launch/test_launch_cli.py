@@ -52,7 +52,7 @@ def test_hosts(dry: Launch, config: Path, tmp_path: Path) -> None:
     lines = printed.splitlines()
     connections = [shlex.split(line) for line in lines if line.startswith("ssh ")]
     assert [words[-2] for words in connections] == ["node-1", "node-2"]
-    assert all(words[-1].endswith("/v/py -m kdscale_launch.agent") for words in connections)
+    assert all(words[-1].endswith("/v/py -m kdscale_launch.hosts.agent") for words in connections)
     rank = next(line for line in lines if line.startswith("/v/py"))
     assert shlex.split(rank)[2:] == ["kdscale.jobs.rank", str(config), "teacher.path=/a b", "distill.processes=2"]
     for variable in ("WORLD_SIZE=2", "MASTER_ADDR=node-1", "MASTER_PORT=7", "HF_TOKEN=***"):
