@@ -31,7 +31,7 @@ from kdscale.config.load import build_config, dump_config
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.checkpoint.rank_files import QUANTITIES, write_rank_file
 from kdscale.files import fsync_file, sha256_file
-from kdscale.models.parameter_map import Piece
+from kdscale.models.parameter_map import ParameterRange
 from kdscale.weights import ShardWriter, TensorInfo
 
 ROWS, COLUMNS = 8192, 4096  # of a tensor: 128 MiB
@@ -81,7 +81,7 @@ def make_run(run: Path, tensors: int, ranks: int) -> None:
     for name in shapes:
         cuts = sorted([0, ROWS * COLUMNS, *(rng.randrange(1, ROWS * COLUMNS) for _ in range(7))])
         for begin, end in itertools.pairwise(cuts):
-            rng.choice(held).append(Piece(name, begin, end - begin))
+            rng.choice(held).append(ParameterRange(name, begin, end - begin))
     folder = run / "checkpoints"
     tmp = checkpoint_folder.partial_dir(folder, 1)
     tmp.mkdir(parents=True)
@@ -95,7 +95,7 @@ def make_run(run: Path, tensors: int, ranks: int) -> None:
     checkpoint_folder.seal(folder, 1, {"fingerprint": fingerprint, **own, "files": listed})
 
 
-def values(pieces: list[Piece]) -> Iterator[torch.Tensor]:
+def values(pieces: list[ParameterRange]) -> Iterator[torch.Tensor]:
     for _ in QUANTITIES:
         for piece in pieces:
             yield torch.rand(piece.length)

@@ -30,7 +30,7 @@ def one_rank(folder: Path, length: int, store: Path) -> None:
     from kdscale.distill.parallel.checks import check_sequence_parallel
     from kdscale.distill.step import Micro, StudentModule
     from kdscale.models.loading import load_model
-    from kdscale.models.sequence_parallel import SequenceShare
+    from kdscale.models.sequence_parallel import SequenceSlice
     from kdscale.teacher.targets import TopKTargets
 
     torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def one_rank(folder: Path, length: int, store: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     dist.all_reduce(torch.zeros(1))
     model = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu")).train()
-    share = SequenceShare(rank, ranks, dist.group.WORLD) if ranks > 1 else SequenceShare()
+    share = SequenceSlice(rank, ranks, dist.group.WORLD) if ranks > 1 else SequenceSlice()
     share.prepare(model)
     vocab, own = model.config.vocab_size, length // ranks
     student = StudentModule(model, LossConfig(), vocab, share=share)

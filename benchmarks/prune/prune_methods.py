@@ -35,7 +35,7 @@ from kdscale.models.loading import load_model, load_tokenizer, open_teacher
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance import collect
 from kdscale.prune.importance.ranking import load_scores
-from kdscale.prune.rotation import turned
+from kdscale.prune.rotation import rotated_teacher
 from kdscale.prune.search.hidden_basis import choose
 from kdscale.prune.search.shapes import make_plan
 from kdscale.runtime.device import resolve_dtype, set_threads
@@ -88,7 +88,7 @@ def main() -> None:
             started = time.monotonic()
             plan = choose(teacher, family, scores, cfg, make_plan)
             if plan.methods.hidden == "pca":
-                teacher = turned(teacher, family, scores)
+                teacher = rotated_teacher(teacher, family, scores)
             out = work / "student"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()

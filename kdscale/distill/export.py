@@ -21,7 +21,7 @@ from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.checkpoint.rank_files import QUANTITIES, RankFileIndex, RankFileReader
 from kdscale.errors import CheckpointError, RunFolderError, TrainingError
 from kdscale.files import sha256_file
-from kdscale.models.parameter_map import Piece, trained_tensors
+from kdscale.models.parameter_map import ParameterRange, trained_tensors
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars
@@ -56,7 +56,7 @@ def export_checkpoint(
 
 
 def _blocks(
-    reader: RankFileReader, piece: Piece, shape: tuple[int, ...], dtype: torch.dtype, name: str
+    reader: RankFileReader, piece: ParameterRange, shape: tuple[int, ...], dtype: torch.dtype, name: str
 ) -> Iterator[torch.Tensor]:
     """A tensor of `shape` in blocks of whole rows. Raises TrainingError on a value that is not finite."""
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
@@ -64,7 +64,7 @@ def _blocks(
     for row in range(0, rows, step):
         count = min(step, rows - row)
         values = torch.empty(count * width)
-        reader.fill(QUANTITIES[0], Piece(piece.name, piece.offset + row * width, count * width), values)
+        reader.fill(QUANTITIES[0], ParameterRange(piece.name, piece.offset + row * width, count * width), values)
         if not bool(torch.isfinite(values).all()):
             raise TrainingError(f"the distilled tensor {name} has NaN or infinite values; the student was not written")
         yield values.to(dtype).reshape(count, *shape[1:]) if shape else values.to(dtype).reshape(())

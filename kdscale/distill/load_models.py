@@ -17,7 +17,7 @@ from kdscale.distill.parallel.zero3_loading import full_shape, load_zero3, zero3
 from kdscale.distill.step import StudentModule
 from kdscale.errors import CheckpointError
 from kdscale.models.loading import load_model, load_tokenizer
-from kdscale.models.sequence_parallel import SequenceShare
+from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.runtime.ranks import rank
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.online import OnlineTeacher
@@ -75,7 +75,7 @@ def load_pair(
 
 
 def _reach_teacher(
-    cfg: Config, teacher_dir: Path, run_dir: Path, options: dict[str, Any], group: Any, share: SequenceShare
+    cfg: Config, teacher_dir: Path, run_dir: Path, options: dict[str, Any], group: Any, share: SequenceSlice
 ) -> tuple[Callable[[int], Teacher], int]:
     """The teacher, given how many entries of the vocabulary both models share; and how many rows its head has."""
     loss, served, placement = cfg.distill.loss, cfg.distill.served, cfg.distill.teacher_placement

@@ -17,7 +17,7 @@ from kdscale.data.batches import Batch
 from kdscale.distill.objectives.token_divergence import TERMS, distillation_loss, full_distillation_loss
 from kdscale.distill.telemetry.clock import Clock
 from kdscale.models.head import VocabShard, head_of
-from kdscale.models.sequence_parallel import SequenceShare
+from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.runtime.ranks import all_reduce_sum, world_size
 from kdscale.teacher.source import Teacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
@@ -55,10 +55,10 @@ class StudentModule(nn.Module):
         loss: LossConfig,
         vocab_size: int,
         shard: VocabShard | None = None,
-        share: SequenceShare | None = None,
+        share: SequenceSlice | None = None,
     ):
         super().__init__()
-        self.model, self._share = model, share or SequenceShare()
+        self.model, self._share = model, share or SequenceSlice()
         self._loss, self._vocab_size, self._shard = loss, vocab_size, shard
         self.at_hidden: Callable[[], None] = lambda: None  # called between the last hidden state and the loss
 

@@ -24,6 +24,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from kdscale.config.evaluate import EvalConfig
 from kdscale.errors import CheckpointError
+from kdscale.families import load_family
+from kdscale.weights import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,28 +50,19 @@ def sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
         "parameters": total,
         "embedding_parameters": outer,
         "non_embedding_parameters": total - outer,
-        "components": _components(model),
+        "components": _components(model, path),
         "weight_bytes": weight_bytes(path),
         "kv_cache_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * _KV_BYTES_PER_VALUE,
     }
 
 
-def _components(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters by what they do, told from the names of the modules that hold them."""
-    words = (("norm", ("norm", "ln_")), ("attention", ("attn", "attention")), ("ffn", ("mlp", "feed_forward", "moe")))
-    embedding, head = (
-        {id(p) for p in layer.parameters()} if layer is not None else set()
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
+def _components(model: PreTrainedModel, path: Path) -> dict[str, int]:
+    """Parameters by what they do in the model, as its family says; a tied weight counts once, as the embedding."""
+    config = read_config(path)
+    components = load_family(config, str(path / "config.json")).parameter_components(config)
     out = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)
-    for name, parameter in model.named_parameters():  # a tied weight comes once, as the embedding
-        if id(parameter) in embedding:
-            component = "embedding"
-        elif id(parameter) in head:
-            component = "head"
-        else:
-            component = next((part for part, marks in words if any(mark in name for mark in marks)), "other")
-        out[component] += parameter.numel()
+    for name, parameter in model.named_parameters():
+        out[components.get(name, "other")] += parameter.numel()
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdscale.errors import CheckpointError
-from kdscale.models.head import Head, final_hidden, head_of
+from kdscale.models.head import OutputHead, final_hidden, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,17 +42,17 @@ class TokenStats:
         return TokenStats(**{name: joined(name) for name in fields})  # type: ignore[arg-type]
 
 
-def checked_head(model: PreTrainedModel, name: str) -> Head:
-    """The model's output head. Raises CheckpointError when a trial shows that it does more than `Head` describes."""
+def checked_head(model: PreTrainedModel, name: str) -> OutputHead:
+    """The model's output head. Raises CheckpointError when a trial shows that it does more than `OutputHead` says."""
     head = head_of(model)
     _check_head(model, head, name)
     return head
 
 
 def token_stats(
-    teacher: Head,
+    teacher: OutputHead,
     teacher_hidden_NH: Tensor,
-    students: Sequence[tuple[Head, Tensor]],
+    students: Sequence[tuple[OutputHead, Tensor]],
     labels_N: Tensor,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[TokenStats, list[TokenStats]]:
@@ -71,7 +71,7 @@ def token_stats(
     return TokenStats.concatenate(of_teacher), [TokenStats.concatenate(parts) for parts in of_students]
 
 
-def check_same_vocabulary(heads: Iterable[tuple[str, Head]]) -> None:
+def check_same_vocabulary(heads: Iterable[tuple[str, OutputHead]]) -> None:
     """Raises CheckpointError: KL and agreement have no meaning between different vocabularies."""
     sizes = {name: head.vocab for name, head in heads}
     if len(set(sizes.values())) > 1:
@@ -98,7 +98,7 @@ def _stats(logprob_CV: Tensor, label_C1: Tensor, teacher_CV: Tensor | None) -> T
 
 
 @torch.inference_mode()
-def _check_head(model: PreTrainedModel, head: Head, name: str) -> None:
+def _check_head(model: PreTrainedModel, head: OutputHead, name: str) -> None:
     ids_BS = torch.arange(8, device=model.device)[None] % head.vocab
     expected_SV = model(input_ids=ids_BS, use_cache=False).logits[0].float()
     got_SV = head.logits(final_hidden(model, ids_BS)[0])

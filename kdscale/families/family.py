@@ -15,8 +15,10 @@ from typing import Any
 
 from kdscale.errors import CheckpointError
 from kdscale.families.schema import (
+    COMPONENT_OF,
     EXPERT,
     LAYER,
+    Component,
     Constraint,
     DimField,
     FamilyData,
@@ -31,8 +33,8 @@ from kdscale.families.schema import (
 Config = Mapping[str, Any]
 
 
-# Counted as embedding parameters: tables that grow with the vocabulary or the context, not with the depth.
-EMBEDDING_ROLES = ("embed", "position_embed", "head", "head_bias")
+# What a shape is made of; `head_dim` and `vocab` never change in a student.
+SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,16 @@ class TensorSpec:
     role: str
     parameter: str
     expert: int | None = None
+
+    @property
+    def component(self) -> Component:
+        """Which part of the model this is: embedding, attention, ffn (experts and router too), norm or head."""
+        return COMPONENT_OF[self.role]
+
+    @property
+    def counts_as_embedding(self) -> bool:
+        """Whether this grows with the vocabulary or the context, not with the depth: embeddings and the head."""
+        return self.component in ("embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -180,6 +192,10 @@ class Family:
         before, _, after = self._groups(config)
         return {t.name: _spec(t, sizes, None) for t in (*before, *after)}
 
+    def parameter_components(self, config: Config) -> dict[str, Component]:
+        """Parameter of the transformers model → which part of the model it is (`TensorSpec.component`)."""
+        return {spec.parameter: spec.component for spec in self.tensors(config).values()}
+
     def _sizes(self, config: Config) -> dict[str, int]:
         """What axes may name: the dimensions and the family's other sizes."""
         return asdict(self.dims(config)) | {name: self.fixed_size(name, config) for name in self.data.sizes}
@@ -224,8 +240,8 @@ class Family:
 
     def count_params(self, config: Config) -> ParamCount:
         outer, dims = self.outer_tensors(config), self.dims(config)
-        embedding = sum(math.prod(spec.shape) for spec in outer.values() if spec.role in EMBEDDING_ROLES)
-        rest = sum(math.prod(spec.shape) for spec in outer.values() if spec.role not in EMBEDDING_ROLES)
+        embedding = sum(math.prod(spec.shape) for spec in outer.values() if spec.counts_as_embedding)
+        rest = sum(math.prod(spec.shape) for spec in outer.values() if not spec.counts_as_embedding)
         one_layer = self.layer_tensors(config, 0).values()
         rest += sum(math.prod(spec.shape) for spec in one_layer) * dims.layers
         experts = sum(math.prod(spec.shape) for spec in one_layer if spec.expert is not None) * dims.layers
@@ -352,7 +368,3 @@ def _dotted(config: Any, path: str) -> Any:
     for part in path.split("."):
         config = config.get(part) if isinstance(config, Mapping) else None
     return config
-
-
-# What a shape is made of; `head_dim` and `vocab` never change and are folded into the coefficients.
-SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models

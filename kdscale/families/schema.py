@@ -17,14 +17,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 DimName = Literal["hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "experts"]
 DIMS: tuple[str, ...] = DimName.__args__  # type: ignore[attr-defined]
-ROLES = (
-    *("embed", "position_embed", "embed_norm", "embed_norm_bias"),
-    *("attn_norm", "attn_norm_bias", "q", "q_bias", "q_norm", "k", "k_bias", "k_norm", "v", "v_bias"),
-    *("qkv", "qkv_bias", "o", "o_bias", "attn_post_norm", "attn_post_norm_bias"),
-    *("ffn_norm", "ffn_norm_bias", "gate", "gate_bias", "up", "up_bias", "gate_up", "gate_up_bias"),
-    *("down", "down_bias", "ffn_post_norm", "ffn_post_norm_bias", "router"),
-    *("final_norm", "final_norm_bias", "head", "head_bias"),
-)
+# What a tensor does in the model, by component; a name of one tensor in each layer (or outside the layers) is its role.
+Component = Literal["embedding", "attention", "ffn", "norm", "head"]
+_NORMS = ("embed_norm", "attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm")
+_ROLES_OF: dict[Component, tuple[str, ...]] = {
+    "embedding": ("embed", "position_embed"),
+    "attention": ("q", "q_bias", "k", "k_bias", "v", "v_bias", "qkv", "qkv_bias", "o", "o_bias"),
+    "ffn": ("gate", "gate_bias", "up", "up_bias", "gate_up", "gate_up_bias", "down", "down_bias", "router"),
+    "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in ("q_norm", "k_norm"))),
+    "head": ("head", "head_bias"),
+}
+COMPONENT_OF: dict[str, Component] = {role: component for component, roles in _ROLES_OF.items() for role in roles}
 LAYER, EXPERT = "{layer}", "{expert}"
 _FACTOR = re.compile(r"[a-z_]+|[1-9][0-9]*")
 _EXPRESSION = re.compile(
@@ -57,8 +60,8 @@ def _axis(text: str) -> str:
 
 
 def _role(text: str) -> str:
-    if text not in ROLES:
-        raise ValueError(f"no such role; roles are {', '.join(ROLES)}")
+    if text not in COMPONENT_OF:
+        raise ValueError(f"no such role; roles are {', '.join(COMPONENT_OF)}")
     return text
 
 

@@ -21,20 +21,20 @@ class Routing(NamedTuple):
         return token_n, self.weights_NT[token_n, slot_n].float()
 
 
-def call_of(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Routing]:
+def experts_call(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Routing]:
     """What a module of experts is called with: (hidden_ND, who goes where)."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
     given = dict(zip(names, args, strict=False)) | kwargs
     return given[names[0]], Routing(given[names[1]], given[names[2]])
 
 
-def units_of(experts: Any, expert: int, hidden_nD: Tensor) -> Tensor:
+def expert_units(experts: Any, expert: int, hidden_nD: Tensor) -> Tensor:
     """What the down projection of `expert` reads: [n, F]."""
     units: Tensor = experts._apply_gate(nn.functional.linear(hidden_nD, experts.gate_up_proj[expert]))
     return units
 
 
-def routing_among(router: nn.Module, kept: Sequence[int], hidden_ND: Tensor) -> Routing:
+def routing_among_kept(router: nn.Module, kept: Sequence[int], hidden_ND: Tensor) -> Routing:
     """Where the router sends tokens when it has only the `kept` experts to choose from, by the teacher's numbers.
 
     It is the student's router: fewer rows, and the family's own rule for what the chosen ones count.

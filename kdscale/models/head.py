@@ -17,7 +17,7 @@ from kdscale.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """Scaled hidden states → logits, as the model itself does it: `softcap(h Wᵀ + b)`."""
 
     weight_VH: torch.Tensor
@@ -35,10 +35,10 @@ class Head:
             logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
         return logits_CV
 
-    def detached(self) -> Head:
+    def detached(self) -> OutputHead:
         """The head alone, so that the rest of its model can leave memory (a tied weight is the embedding itself)."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
-        return Head(self.weight_VH.detach(), bias_V, self.softcap)
+        return OutputHead(self.weight_VH.detach(), bias_V, self.softcap)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class VocabShard:
     group: Any
 
 
-def head_of(model: Any) -> Head:
+def head_of(model: Any) -> OutputHead:
     """The head of a transformers causal LM. Read inside a module's forward, so that ZeRO-3 gathers the weight."""
     linear = model.get_output_embeddings()
     if linear is None:
@@ -57,7 +57,7 @@ def head_of(model: Any) -> Head:
     bias_V, scale = getattr(linear, "bias", None), logit_scale(model)
     if bias_V is not None and scale != 1.0:
         bias_V = bias_V * scale
-    return Head(linear.weight, bias_V, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
+    return OutputHead(linear.weight, bias_V, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
 
 
 def logit_scale(model: Any) -> float:

@@ -39,7 +39,7 @@ class Scratch:
     folder: Path | None = None
     activation_bytes: int = ACTIVATION_BYTES
 
-    def part(self, name: str) -> Scratch:
+    def subfolder(self, name: str) -> Scratch:
         """A folder of its own inside this one, for one of several passes or ranks."""
         return self if self.folder is None else replace(self, folder=self.folder / name)
 
@@ -54,7 +54,7 @@ class _Slot(NamedTuple):
     nbytes: int
 
 
-class States:
+class HiddenStates:
     """A list of tensors, one [B, S, D] a batch, whose sizes never change; indexing and assignment as with a list.
 
     The first ones stay in memory (on `device`) while the budget lasts; the others are read from and written to a file.
@@ -127,7 +127,7 @@ class States:
     @classmethod
     def load(
         cls, path: Path, slots: Sequence[dict[str, Any]], scratch: Scratch, device: torch.device | None = None
-    ) -> States:
+    ) -> HiddenStates:
         """What `save` wrote. Raises CheckpointError when the file is not as long as `slots` say."""
         states = cls(scratch, device)
         states._file = path

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdscale.files import atomic_path, read_json, write_json
-from kdscale.models.hidden_states import IN_MEMORY, Scratch, States
+from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.runtime import ranks
 
 
@@ -48,7 +48,7 @@ class LayerPass:
             self._resume(done)
         else:
             self._clear()
-            self.states: States = stream.embed(batches, scratch)
+            self.states: HiddenStates = stream.embed(batches, scratch)
 
     @property
     def done(self) -> int:
@@ -114,7 +114,9 @@ class LayerPass:
         self.results = [load_file(self._layer_file(index)) for index in range(done)]
         if self._running_file(done).exists():
             self.running = load_file(self._running_file(done), device=str(self.stream.device))
-        self.states = States.load(folder / f"states-{done}.bin", progress["states"], self._scratch, self.stream.device)
+        self.states = HiddenStates.load(
+            folder / f"states-{done}.bin", progress["states"], self._scratch, self.stream.device
+        )
         for other in self._finished():
             if other != done:
                 self._remove(other)

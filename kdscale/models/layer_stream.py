@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
-from kdscale.models.head import Head, head_of, logit_scale
-from kdscale.models.hidden_states import IN_MEMORY, Scratch, States
+from kdscale.models.head import OutputHead, head_of, logit_scale
+from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.parameter_map import assemble
 
 
@@ -36,7 +36,7 @@ class TokenBatch(Protocol):
 TensorSource = Callable[[str], Tensor]
 
 
-class OneLayer:
+class DecoderLayer:
     """One decoder layer with its weights, inside the shell of a whole model that has no other weights."""
 
     def __init__(self, shell: nn.Module, family: Family, index: int):
@@ -96,7 +96,7 @@ class LayerStream:
 
         return enter
 
-    def layer(self, index: int) -> OneLayer:
+    def layer(self, index: int) -> DecoderLayer:
         """Layer `index` with its tensors just read. `release` it before asking for the next one."""
         shell = self._shell(index)
         sites = self.family.sites
@@ -111,9 +111,9 @@ class LayerStream:
         replace_module(shell, sites.final_norm, nn.Identity())  # the hidden state leaves the layer as it is
         if sites.rotary:
             shell.get_submodule(sites.rotary).to(self.device)
-        return OneLayer(shell, self.family, index)
+        return DecoderLayer(shell, self.family, index)
 
-    def layers(self) -> Iterator[OneLayer]:
+    def layers(self) -> Iterator[DecoderLayer]:
         """All layers in order; each is released when the next one is asked for."""
         for index in range(self.dims.layers):
             layer = self.layer(index)
@@ -125,7 +125,7 @@ class LayerStream:
         self._fill(shell, self._outer("final_norm", "final_norm_bias"), self.family.sites.final_norm)
         return shell.get_submodule(self.family.sites.final_norm)
 
-    def output_head(self) -> tuple[Head, float]:
+    def output_head(self) -> tuple[OutputHead, float]:
         """The head, and what its input is multiplied by before it (heads.py)."""
         shell, path = self._shell(0), self.family.sites.head
         specs = self._outer("head", "head_bias")
@@ -139,14 +139,14 @@ class LayerStream:
         head, scale = self.output_head()
         return lambda hidden: head.logits(hidden * scale)
 
-    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> States:
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> HiddenStates:
         """The hidden states that enter the first layer, one [B, S, D] a batch.
 
         Raises DataError for a sequence with more positions than the model has learned.
         """
         for name, spec in self._outer("position_embed").items():
             check_positions(name, spec, [batch.position_ids_BS for batch in batches])
-        enter, states = self.embedding(), States(scratch, self.device)
+        enter, states = self.embedding(), HiddenStates(scratch, self.device)
         with torch.inference_mode():
             for batch in batches:
                 states.append(enter(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device)))

@@ -25,7 +25,7 @@ _GATE, _UP = ("gate_proj", "w1"), ("up_proj", "w3")
 
 
 @dataclass(frozen=True, order=True)
-class Piece:
+class ParameterRange:
     """Elements `offset` … `offset + length` of the flattened parameter, or part of one, `name`."""
 
     name: str
@@ -33,13 +33,15 @@ class Piece:
     length: int
 
 
-def trained_tensors(source: Checkpoint, shapes: Mapping[str, Shape], tied: Mapping[str, str]) -> dict[str, Piece]:
+def trained_tensors(
+    source: Checkpoint, shapes: Mapping[str, Shape], tied: Mapping[str, str]
+) -> dict[str, ParameterRange]:
     """The piece that each tensor of `source` is; tensors that are of no trained parameter (buffers) are left out.
 
     `tied`: other names of a parameter. Raises CheckpointError when a trained parameter is not whole among the tensors
     of `source`, or one has another shape: its training would be lost without a word.
     """
-    found: dict[str, Piece] = {}
+    found: dict[str, ParameterRange] = {}
     for name in source.names:
         place = _place(tied.get(name, name), shapes)
         if place is not None:
@@ -48,7 +50,7 @@ def trained_tensors(source: Checkpoint, shapes: Mapping[str, Shape], tied: Mappi
                 raise CheckpointError(
                     f"{source.path}: tensor {name}", expected=str(list(shape)), got=str(list(source.spec(name).shape))
                 )
-            found[name] = Piece(parameter, offset, math.prod(shape))
+            found[name] = ParameterRange(parameter, offset, math.prod(shape))
     values = dict.fromkeys(shapes, 0)
     for piece in set(found.values()):
         values[piece.name] += piece.length
@@ -109,8 +111,8 @@ class _Piece:
     end: int
 
 
-class Weights:
-    """A checkpoint by the names of the model's parameters; make one with `Weights.open`.
+class ParameterReader:
+    """A checkpoint by the names of the model's parameters; make one with `ParameterReader.open`.
 
     A parameter is one tensor on disk or several back to back: those that a family fuses along the first dimension, and
     the experts of a mixture, which the model stacks. Either way its values, in storage order, are theirs in order.
@@ -132,7 +134,7 @@ class Weights:
             self._pieces[parameter] = pieces
 
     @classmethod
-    def open(cls, path: Path) -> Weights:
+    def open(cls, path: Path) -> ParameterReader:
         """Reads headers only. Raises CheckpointError for a family that is not known, for quantised weights, and when
         config.json and the weights disagree."""
         checkpoint = Checkpoint.open(path)

@@ -26,7 +26,7 @@ _NAME = "kdscale_ulysses"  # in transformers' registry of attention functions
 
 
 @dataclass(frozen=True)
-class SequenceShare:
+class SequenceSlice:
     """What this rank has of every sequence: the `rank`-th of `ranks` equal runs of positions."""
 
     rank: int = 0

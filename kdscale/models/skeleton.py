@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from kdscale.errors import CheckpointError
-from kdscale.models.parameter_map import Weights
+from kdscale.models.parameter_map import ParameterReader
 
 
-def build_skeleton(weights: Weights, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def build_skeleton(weights: ParameterReader, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The causal LM that `load_model` would load, in eval mode, its parameters on the meta device, heads tied.
 
     Raises CheckpointError when a parameter has no place in the checkpoint, or would not be in `dtype`.
@@ -57,3 +57,10 @@ def replace_parameters(
                 made[id(value)] = by_name[names[id(value)]] = make(value)
             module._parameters[attribute] = made[id(value)]
     return by_name
+
+
+def move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Move every buffer of `model` (rotary frequencies and the like) to `device`; parameters stay where they are."""
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            module._buffers[name] = None if value is None else value.to(device)

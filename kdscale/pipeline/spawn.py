@@ -89,4 +89,4 @@ class RankShare:
             )
         self.device = join(self.device)
         self.batches = self.batches[ranks.rank() :: processes]
-        self.scratch = self.scratch.part(f"rank-{ranks.rank()}")
+        self.scratch = self.scratch.subfolder(f"rank-{ranks.rank()}")

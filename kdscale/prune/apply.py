@@ -24,9 +24,9 @@ from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_stream import LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import expert_name
-from kdscale.prune.compensation.layer_gaps import ROLE, Repaired, gaps, repaired_gaps
+from kdscale.prune.compensation.layer_gaps import ROLE, RepairedWeights, find_gaps, repaired_gaps
 from kdscale.prune.compensation.one_stream import compensated_layers, compensated_roles
-from kdscale.prune.compensation.recovered_error import Residuals
+from kdscale.prune.compensation.recovered_error import RecoveredErrors
 from kdscale.prune.compensation.two_stream import two_stream_layers
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import Slicer
@@ -58,7 +58,7 @@ def apply_plan(
     device: torch.device | None = None,
     reporter: Reporter | None = None,
     scratch: Scratch = IN_MEMORY,
-    residuals: Residuals | None = None,
+    residuals: RecoveredErrors | None = None,
 ) -> None:
     """Write the student to the folder `out_dir`.
 
@@ -71,17 +71,17 @@ def apply_plan(
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
-    compensates, mends = bool(compensated_roles(plan, slicer)), bool(gaps(plan))
+    compensates, mends = bool(compensated_roles(plan, slicer)), bool(find_gaps(plan))
     if (compensates or mends) and not sum(batch.input_ids_BS.numel() for batch in batches):
         needs, field = ("compensation", "compensate") if compensates else ("the repair of layer gaps", "layer_repair")
         raise DataError(f"{needs} needs calibration tokens", hint=f"or set prune.{field}=none")
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
-    mended = repaired_gaps(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_GAPS))
+    mended = repaired_gaps(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.subfolder(_GAPS))
     kind = two_stream_layers if plan.methods.compensate == "two_stream" else compensated_layers
     repair = partial(kind, mended=mended)
     if not is_writer():
         if compensates:
-            for _ in repair(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS)):
+            for _ in repair(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.subfolder(_PASS)):
                 raise AssertionError("only the rank that writes is given weights")
         mended.close()
         return
@@ -97,7 +97,7 @@ def apply_plan(
         if compensates:
             if scratch.folder is not None and not writer.written:
                 remove_tree(scratch.folder / _PASS)  # the layers that it has done are not in these files
-            solved = repair(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.part(_PASS), residuals)
+            solved = repair(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.subfolder(_PASS), residuals)
             _write(writer, teacher, slicer, (pair for pair in pairs if pair.position is None))
             writer.commit()
             for position, changed in solved:
@@ -114,7 +114,7 @@ def apply_plan(
     copy_sidecars(teacher.path, out_dir)
 
 
-def _mended(mended: Repaired, position: int | None) -> dict[str, Tensor]:
+def _mended(mended: RepairedWeights, position: int | None) -> dict[str, Tensor]:
     weight = None if position is None else mended.get(position)
     return {} if weight is None else {ROLE: weight}
 

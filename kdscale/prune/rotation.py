@@ -39,8 +39,8 @@ ROTATION = "hidden.rotation"  # R among the importance scores
 _BLOCK_ROWS = 8192  # of a tensor that are in fp64 at a time
 
 
-def unrotatable(family: Family, config: Mapping[str, Any]) -> str | None:
-    """Why this model cannot be turned, or None: the stream may only meet plain RMSNorms, each before a sublayer."""
+def rotation_obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
+    """Why this model cannot be rotated, or None: the stream may only meet plain RMSNorms, each before a sublayer."""
     for name, spec in family.tensors(dict(config)).items():
         over_hidden = spec.axes == ("hidden",)
         if over_hidden and spec.role.endswith("norm") and spec.role not in _NORMS:
@@ -55,16 +55,16 @@ def unrotatable(family: Family, config: Mapping[str, Any]) -> str | None:
 
 
 class RotatedTeacher(Checkpoint):
-    """A checkpoint whose tensors are read turned; config and names are those of the turned (untied) model."""
+    """A checkpoint whose tensors are read rotated; config and names are those of the rotated (untied) model."""
 
     def __init__(self, teacher: Checkpoint, family: Family, rotation_DD: Tensor):
-        """Raises ConfigError when the family cannot be turned or the matrix is not orthogonal of the right size."""
-        if reason := unrotatable(family, teacher.config):
+        """Raises ConfigError when the family cannot be rotated or the matrix is not orthogonal of the right size."""
+        if reason := rotation_obstacle(family, teacher.config):
             raise ConfigError("prune.hidden_method: pca", expected="a model that can be rotated", got=reason)
         hidden = family.dims(teacher.config).hidden
         if rotation_DD.shape != (hidden, hidden) or not _orthogonal(rotation_DD):
             raise ConfigError("hidden.rotation in the importance scores", expected=f"orthogonal [{hidden}, {hidden}]")
-        super().__init__(teacher.path, untied(teacher.config, family), teacher._entries, teacher.files)
+        super().__init__(teacher.path, untied_config(teacher.config, family), teacher._entries, teacher.files)
         self._teacher, self._rotation_DD = teacher, rotation_DD
         self._specs = family.tensors(self.config)
         self._tied = family.tied(teacher.config)
@@ -93,7 +93,7 @@ class RotatedTeacher(Checkpoint):
             yield (block.double() @ reads_DD).to(block.dtype)
 
     def tensor(self, name: str) -> Tensor:
-        """The turned tensor in the dtype on disk, computed in fp64."""
+        """The rotated tensor in the dtype on disk, computed in fp64."""
         spec = self._specs[name]
         plain = self._teacher.tensor(self._tied.get(name, name))
         if "hidden" not in spec.axes:
@@ -118,7 +118,7 @@ class RotatedTeacher(Checkpoint):
         return self._teacher.tensor(found[0]).double()
 
 
-def turned(teacher: Checkpoint, family: Family, scores: Mapping[str, Any]) -> RotatedTeacher:
+def rotated_teacher(teacher: Checkpoint, family: Family, scores: Mapping[str, Any]) -> RotatedTeacher:
     """The teacher in the basis that importance found. Raises ConfigError when `scores` have none."""
     if ROTATION not in scores:
         raise ConfigError(
@@ -130,7 +130,7 @@ def turned(teacher: Checkpoint, family: Family, scores: Mapping[str, Any]) -> Ro
     return RotatedTeacher(teacher, family, torch.from_numpy(np.asarray(scores[ROTATION], dtype=np.float32).copy()))
 
 
-def untied(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def untied_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The same config with a head of its own."""
     out = copy.deepcopy(dict(config))
     for flag in {tie.when for tie in family.data.ties}:

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
-from kdscale.models.layer_stream import LayerStream, OneLayer
-from kdscale.prune.compensation.layer_gaps import ROLE, gaps
+from kdscale.models.layer_stream import DecoderLayer, LayerStream
+from kdscale.prune.compensation.layer_gaps import ROLE, find_gaps
 from kdscale.prune.compensation.one_stream import compensated_roles
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import Slicer
@@ -143,7 +143,7 @@ def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student:
     """Every tensor on disk is the teacher's slice, bit for bit, or (compensated) finite. Raises SelfCheckError."""
     slicer = Slicer(teacher.config, family, plan)
     changed = compensated_roles(plan, slicer)
-    mended = {gap.position for gap in gaps(plan)}
+    mended = {gap.position for gap in find_gaps(plan)}
     for position, source, target, spec in _all_pairs(slicer):
         if spec.role in changed or (spec.role == ROLE and position in mended):
             good = all(bool(torch.isfinite(block).all()) for block in student.blocks(target, _BLOCK_BYTES))
@@ -274,7 +274,7 @@ class _Mask:
         folded = family.data.embed_multiplier == "sqrt_hidden" and bool(family.tied(config))
         self.head_factor = math.sqrt(plan.teacher.hidden / plan.student.hidden) if folded else 1.0
 
-    def attach(self, layer: OneLayer, position: int) -> None:
+    def attach(self, layer: DecoderLayer, position: int) -> None:
         plan, sites = self._plan, self._family.sites
         heads_QH = self._wide(plan.kept.heads[position], plan.teacher.heads)
         layer.site(sites.heads).register_forward_pre_hook(_scale_input(heads_QH))
@@ -320,7 +320,7 @@ class _Mask:
         module.register_forward_hook(leave)
         return module
 
-    def _experts(self, layer: OneLayer, position: int) -> None:
+    def _experts(self, layer: DecoderLayer, position: int) -> None:
         """Columns of units that go are zeroed in each kept expert; the router has the kept experts to choose from."""
         plan, sites = self._plan, self._family.sites
         kept = plan.kept.experts[position]
@@ -387,7 +387,7 @@ def _all_pairs(slicer: Slicer) -> Iterator[tuple[int | None, str, str, Any]]:
             yield position, source, target, spec
 
 
-def _record(layer: OneLayer, family: Family, seen: dict[str, Tensor]) -> None:
+def _record(layer: DecoderLayer, family: Family, seen: dict[str, Tensor]) -> None:
     """Keep what the two projections into the residual stream put out; registered last, so after any mask."""
 
     def keep(name: str) -> Callable[[Any, Any, Tensor], None]:

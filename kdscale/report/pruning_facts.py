@@ -28,16 +28,6 @@ COMPONENTS = {
 }  # fmt: skip
 
 
-_BY_ROLE = {
-    "embed": "embedding",
-    "position_embed": "embedding",
-    "head": "head",
-    "o": "attention",
-    "down": "ffn",
-    "router": "ffn",
-}
-
-
 def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | None:
     """Parameters and bytes by component, teacher's and student's, from the student's headers; None without a student.
 
@@ -61,7 +51,7 @@ def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | 
         for name, spec in family.tensors(config).items():
             if who == "student":
                 itemsize[spec.role] = student.itemsize(name)
-            part = sizes.setdefault(_component(spec.role, spec.axes), {w: _none() for w in ("teacher", "student")})
+            part = sizes.setdefault(spec.component, {w: _none() for w in ("teacher", "student")})
             count = math.prod(spec.shape)
             part[who]["parameters"] += count
             part[who]["bytes"] += count * itemsize[spec.role]
@@ -70,17 +60,6 @@ def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | 
 
 def _none() -> dict[str, int]:
     return {"parameters": 0, "bytes": 0}
-
-
-def _component(role: str, axes: tuple[str, ...]) -> str:
-    if "norm" in role:
-        return "norm"
-    inside = " ".join(axes)
-    if "heads" in inside:
-        return "attention"
-    if "ffn" in inside or "experts" in inside:
-        return "ffn"
-    return _BY_ROLE.get(role.removesuffix("_bias"), "other")
 
 
 def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdscale.families import load_family
-from kdscale.families.family import EMBEDDING_ROLES
 from kdscale.sizing.model_shape import ModelShape
 
 
@@ -31,7 +30,7 @@ class ModelFlops:
         matrices = sum(
             math.prod(spec.shape)
             for spec in family.tensors(dict(config)).values()
-            if spec.role not in EMBEDDING_ROLES and len(spec.shape) > 1
+            if not spec.counts_as_embedding and len(spec.shape) > 1
         )
         attention = 4 * dims.layers * dims.heads * dims.head_dim * seq_len  # QKᵀ and AV
         return cls(2.0 * (matrices - (count.total - count.active)) + attention, 2.0 * dims.hidden * dims.vocab)

@@ -37,9 +37,7 @@ class ModelShape:
         dims, count = family.dims(config), family.count_params(config)
         roles = {spec.role for spec in family.layer_tensors(config, 0).values()}
         tables = sum(
-            math.prod(spec.shape)
-            for spec in family.outer_tensors(config).values()
-            if spec.role in ("embed", "position_embed")
+            math.prod(spec.shape) for spec in family.outer_tensors(config).values() if spec.component == "embedding"
         )
         tied = bool(family.tied(config))
         return cls(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdscale.models.head import VocabShard
-from kdscale.models.sequence_parallel import SequenceShare
+from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.teacher.placement.placed import PlacedTeacher
 from kdscale.teacher.targets import FullTargets, TopKTargets
 from kdscale_kernels import linear_topk_lse, vocab_parallel_topk_lse
@@ -35,9 +35,9 @@ class OnlineTeacher:
         vocab_size: int,
         whole: bool = False,
         shard: VocabShard | None = None,
-        share: SequenceShare | None = None,
+        share: SequenceSlice | None = None,
     ):
-        self.model, self._shard, self._share = placed.model, shard, share or SequenceShare()
+        self.model, self._shard, self._share = placed.model, shard, share or SequenceSlice()
         self._placed = placed
         self._top_k = min(top_k, vocab_size)
         self._temperature, self._vocab_size, self._whole = temperature, vocab_size, whole

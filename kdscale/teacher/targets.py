@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kdscale.errors import CheckpointError
-from kdscale.models.head import Head
+from kdscale.models.head import OutputHead
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FullTargets:
     """All that a teacher says about N rows: what enters its head, [N,G], and the head itself, [V,G], by reference."""
 
     hidden_NG: torch.Tensor
-    head: Head
+    head: OutputHead
 
     def probe(self) -> torch.Tensor:
         """A number that is finite only if the targets are."""

@@ -36,7 +36,7 @@ _WRITE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardPlan:
     """One file to be: its name, its header (length and padding included) and where each tensor goes."""
 
     file: str
@@ -47,7 +47,7 @@ class Shard:
 
 def plan_shards(
     specs: Mapping[str, TensorInfo], max_shard_bytes: int, metadata: Mapping[str, str] | None = None
-) -> list[Shard]:
+) -> list[ShardPlan]:
     """Fill shards in the order of `specs`; a tensor larger than `max_shard_bytes` has a shard of its own.
 
     Raises ValueError for an unknown dtype, no tensors or a non-positive limit.
@@ -74,7 +74,7 @@ def _nbytes(name: str, spec: TensorInfo) -> int:
     return math.prod(spec.shape) * DTYPE_BYTES[spec.dtype]
 
 
-def _shard(file: str, names: Sequence[str], specs: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Shard:
+def _shard(file: str, names: Sequence[str], specs: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> ShardPlan:
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     at, begins = 0, {}
     # wide dtypes first: every tensor then starts on a multiple of its own width, which readers that map files need
@@ -88,7 +88,7 @@ def _shard(file: str, names: Sequence[str], specs: Mapping[str, TensorInfo], met
         raise ValueError(f"{file}: a header of {len(text):,} bytes; lower max_shard_bytes")
     start = LENGTH_BYTES + len(text)
     raw = len(text).to_bytes(LENGTH_BYTES, "little") + text
-    return Shard(file, raw, {name: start + begin for name, begin in begins.items()}, start + at)
+    return ShardPlan(file, raw, {name: start + begin for name, begin in begins.items()}, start + at)
 
 
 class ShardWriter:

@@ -23,7 +23,7 @@ import torch
 from kdscale import files
 from kdscale.distill.parallel.tensor_slices import TensorSlice, locate, parse_slice_name, tiles
 from kdscale.errors import CheckpointError
-from kdscale.models.parameter_map import Piece
+from kdscale.models.parameter_map import ParameterRange
 from kdscale.weights import TensorInfo
 from kdscale.weights.header import read_header
 from kdscale.weights.writer import plan_shards
@@ -40,7 +40,7 @@ _OPEN_FILES = 64
 _BLOCK_BYTES = 1 << 26  # of one write, one hash update and one copy to a device
 
 
-def cut_evenly(pieces: Iterable[Piece], index: int, count: int) -> list[Piece]:
+def cut_evenly(pieces: Iterable[ParameterRange], index: int, count: int) -> list[ParameterRange]:
     """The `index`-th of `count` near-equal parts of `pieces`, laid end to end and cut where a part ends."""
     pieces = list(pieces)
     total, at, out = sum(piece.length for piece in pieces), 0, []
@@ -48,7 +48,7 @@ def cut_evenly(pieces: Iterable[Piece], index: int, count: int) -> list[Piece]:
     for piece in pieces:
         begin, end = max(low, at), min(high, at + piece.length)
         if begin < end:
-            out.append(Piece(piece.name, piece.offset + begin - at, end - begin))
+            out.append(ParameterRange(piece.name, piece.offset + begin - at, end - begin))
         at += piece.length
     return out
 
@@ -69,7 +69,7 @@ class WriteCancelled(Exception):  # noqa: N818 - not an error
 
 def write_rank_file(
     path: Path,
-    pieces: Sequence[Piece],
+    pieces: Sequence[ParameterRange],
     blocks: Iterable[torch.Tensor],
     cancelled: Callable[[], bool] = lambda: False,
 ) -> WrittenFile:
@@ -176,7 +176,7 @@ class RankFileIndex:
                     got=f"pieces {[(item.offset, item.length) for item in stored]}"[:200],
                 )
 
-    def plan(self, kind: str, piece: Piece) -> list[Read]:
+    def plan(self, kind: str, piece: ParameterRange) -> list[Read]:
         """The reads that make up `piece`, in order. Raises CheckpointError when it is not part of the checkpoint."""
         whole, part = parse_slice_name(piece.name)
         if kind not in QUANTITIES or whole not in self.shapes:
@@ -193,11 +193,11 @@ class RankFileIndex:
         by_part, reads = {part: name for name, part in self._parts[whole].items()}, []
         for run in (part or _all_of(shape)).runs(shape, piece.offset, piece.length):
             for there, (begin, at, length) in locate(list(by_part), shape, run.begin, run.length):
-                for read in self._reads(kind, Piece(by_part[there], begin, length)):
+                for read in self._reads(kind, ParameterRange(by_part[there], begin, length)):
                     reads.append(replace(read, at=run.at + at + read.at))
         return reads
 
-    def _reads(self, kind: str, piece: Piece) -> list[Read]:
+    def _reads(self, kind: str, piece: ParameterRange) -> list[Read]:
         """The reads that make up a piece of a part that is in the checkpoint."""
         stored, end = self._stored[kind, piece.name], piece.offset + piece.length
         first = bisect.bisect_right(stored, piece.offset, key=lambda item: item.offset) - 1
@@ -221,7 +221,7 @@ class RankFileReader:
         self._index = index
         self._open: dict[Path, RawIOBase] = {}
 
-    def fill(self, kind: str, piece: Piece, out: torch.Tensor) -> None:
+    def fill(self, kind: str, piece: ParameterRange, out: torch.Tensor) -> None:
         """Fill the flat tensor `out`, on any device and of any float dtype, with a piece of its length.
 
         Raises CheckpointError when a file has shrunk or gone since its header was read.
@@ -232,7 +232,7 @@ class RankFileReader:
             return
         for at in range(0, piece.length, _BLOCK_BYTES // _BYTES):
             block = torch.empty(min(_BLOCK_BYTES // _BYTES, piece.length - at))
-            self.fill(kind, Piece(piece.name, piece.offset + at, block.numel()), block)
+            self.fill(kind, ParameterRange(piece.name, piece.offset + at, block.numel()), block)
             out.narrow(0, at, block.numel()).copy_(block)
 
     def _read(self, path: Path, begin: int, out: torch.Tensor) -> None:

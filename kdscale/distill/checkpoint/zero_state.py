@@ -20,18 +20,18 @@ from kdscale.distill.checkpoint.rank_files import QUANTITIES, cut_evenly
 from kdscale.distill.parallel.tensor_parallel import ModelSlices
 from kdscale.distill.parallel.tensor_slices import TensorSlice, parse_slice_name
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.models.parameter_map import Piece
+from kdscale.models.parameter_map import ParameterRange
 from kdscale.runtime.ranks import rank, world_size
 from kdscale.weights import Checkpoint
 
-Fill = Callable[[str, Piece, torch.Tensor], None]
+Fill = Callable[[str, ParameterRange, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
 class _Place:
     """A piece lies in the flat buffer `key` from element `start`; the optimiser's state is found under `key` too."""
 
-    piece: Piece
+    piece: ParameterRange
     key: torch.Tensor
     start: int
 
@@ -70,7 +70,7 @@ class ZeroState:
             self._written = _shared(self._written, rank() // ranks, world_size() // ranks)
 
     @property
-    def ranges(self) -> list[Piece]:
+    def ranges(self) -> list[ParameterRange]:
         """What this rank writes; over all ranks every value once."""
         return [place.piece for place in self._written]
 
@@ -108,13 +108,13 @@ class ZeroState:
         self._refresh()
 
     @torch.no_grad()
-    def restore_precision(self, source: Checkpoint, trained: Mapping[str, Piece]) -> None:
+    def restore_precision(self, source: Checkpoint, trained: Mapping[str, ParameterRange]) -> None:
         """Put back into the masters the digits that fp32 tensors of `source` have beyond bf16.
 
         DeepSpeed makes masters from the rounded weights. Only what this rank holds is read. `trained`: what part of
         which parameter each tensor is.
         """
-        stored: dict[str, list[tuple[str, Piece]]] = {}
+        stored: dict[str, list[tuple[str, ParameterRange]]] = {}
         for name, piece in trained.items():
             if source.spec(name).dtype == "F32":
                 stored.setdefault(piece.name, []).append((name, piece))
@@ -123,7 +123,9 @@ class ZeroState:
                 for place in places:
                     self._sharpen(place, source, stored)
 
-    def _sharpen(self, place: _Place, source: Checkpoint, stored: Mapping[str, list[tuple[str, Piece]]]) -> None:
+    def _sharpen(
+        self, place: _Place, source: Checkpoint, stored: Mapping[str, list[tuple[str, ParameterRange]]]
+    ) -> None:
         whole, part = parse_slice_name(place.piece.name)
         values, shape = place.of(place.key.data), self.shapes[whole]
         part = part or TensorSlice(0, 0, shape[0] if shape else 1)
@@ -162,13 +164,13 @@ def _held(zero: Any, stage: int, trained: dict[str, torch.nn.Parameter], names: 
     """Every piece of a trained parameter that this rank has in fp32, without the padding."""
     if stage == 0:
         for parameter in trained.values():
-            yield _Place(Piece(names[id(parameter)], 0, parameter.numel()), parameter, 0)
+            yield _Place(ParameterRange(names[id(parameter)], 0, parameter.numel()), parameter, 0)
     elif stage < 3:
         for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
             for parameter in group:
                 if (mapping := parameter._hp_mapping) is not None:
                     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield _Place(Piece(names[id(parameter)], here.start, here.numel), flat, there.start)
+                    yield _Place(ParameterRange(names[id(parameter)], here.start, here.numel), flat, there.start)
     else:
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
             for parameter in group:
@@ -176,7 +178,7 @@ def _held(zero: Any, stage: int, trained: dict[str, torch.nn.Parameter], names: 
                 begin = zero._get_param_partition_rank(parameter) * length
                 if begin < parameter.ds_numel:
                     length = min(length, parameter.ds_numel - begin)
-                    yield _Place(Piece(names[id(parameter)], begin, length), flat, start)
+                    yield _Place(ParameterRange(names[id(parameter)], begin, length), flat, start)
 
 
 def _shared(held: list[_Place], index: int, count: int) -> list[_Place]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kdscale.config.objectives import LossConfig
-from kdscale.models.head import Head, VocabShard
+from kdscale.models.head import OutputHead, VocabShard
 from kdscale_kernels import linear_full_kl, linear_sparse_kl, vocab_parallel_sparse_kl
 
 # What `distillation_loss` reports beside the loss, in this order; sums over rows.
@@ -65,9 +65,9 @@ def distillation_loss(
 
 def full_distillation_loss(
     hidden_NH: torch.Tensor,
-    student: Head,
+    student: OutputHead,
     teacher_hidden_NG: torch.Tensor,
-    teacher: Head,
+    teacher: OutputHead,
     labels_N: torch.Tensor,
     loss: LossConfig,
     *,

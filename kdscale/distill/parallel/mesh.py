@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from kdscale.config.distill import DistillConfig
-from kdscale.models.sequence_parallel import SequenceShare
+from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.runtime.ranks import rank
 
 
@@ -53,13 +53,13 @@ class Mesh:
             for t in range(self.tensor)
         ]
 
-    def sequence_share(self, timeout: timedelta | None) -> SequenceShare:
+    def sequence_share(self, timeout: timedelta | None) -> SequenceSlice:
         """This rank's part of every sequence. A collective call: it makes groups whose calls wait for `timeout`."""
         if self.sequence == 1:
-            return SequenceShare()
+            return SequenceSlice()
         groups = [dist.new_group(ranks, timeout=timeout) for ranks in self.sequence_ranks]
         mine = next(i for i, ranks in enumerate(self.sequence_ranks) if self.rank in ranks)
-        return SequenceShare(self.sequence_rank, self.sequence, groups[mine])
+        return SequenceSlice(self.sequence_rank, self.sequence, groups[mine])
 
     @property
     def tensor_ranks(self) -> list[list[int]]:

@@ -27,8 +27,8 @@ from torch import nn
 
 from kdscale.distill.parallel.tensor_slices import TensorSlice
 from kdscale.models.head import VocabShard
-from kdscale.models.parameter_map import Weights
-from kdscale.models.skeleton import build_skeleton, replace_parameters
+from kdscale.models.parameter_map import ParameterReader
+from kdscale.models.skeleton import build_skeleton, move_buffers, replace_parameters
 
 _ATTENTION, _COLUMN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
@@ -72,7 +72,7 @@ def data_group() -> Any:
     return groups.get_data_parallel_group()
 
 
-Materialise = Callable[[Any, "ModelSlices", Weights], None]
+Materialise = Callable[[Any, "ModelSlices", ParameterReader], None]
 
 
 def load_sliced_model(
@@ -89,12 +89,10 @@ def load_sliced_model(
     `materialise` gives the parameters their values, where they are not simply to be read into memory (ZeRO-3).
     Raises CheckpointError when config.json and the weights disagree.
     """
-    weights = Weights.open(path)
+    weights = ParameterReader.open(path)
     model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
     split = _split_modules(model, group, weights)
-    for module in model.modules():
-        for name, value in module._buffers.items():
-            module._buffers[name] = None if value is None else value.to(device)
+    move_buffers(model, device)
     if materialise is None:
         _read(model, split, weights, device)
     else:
@@ -104,7 +102,7 @@ def load_sliced_model(
 
 
 def fill_slice(
-    weights: Weights, name: str, part: TensorSlice | None, shape: tuple[int, ...], begin: int, out: torch.Tensor
+    weights: ParameterReader, name: str, part: TensorSlice | None, shape: tuple[int, ...], begin: int, out: torch.Tensor
 ) -> None:
     """Values `begin` onwards of `part` of parameter `name`, whole of `shape`, into the flat `out`."""
     if part is None or part.dim == 0:
@@ -122,7 +120,7 @@ def fill_slice(
         at += kept.numel()
 
 
-def _read(model: Any, split: ModelSlices, weights: Weights, device: torch.device) -> None:
+def _read(model: Any, split: ModelSlices, weights: ParameterReader, device: torch.device) -> None:
     made = replace_parameters(
         model, lambda value: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device=device))
     )
@@ -145,7 +143,7 @@ def _summed(grad: torch.Tensor, group: Any) -> torch.Tensor:
     return total
 
 
-def _split_modules(model: Any, group: Any, weights: Weights) -> ModelSlices:
+def _split_modules(model: Any, group: Any, weights: ParameterReader) -> ModelSlices:
     """Put AutoTP's layers in the place of linears, and make embedding and head this rank's rows; all on meta."""
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
     from deepspeed.module_inject.tp_shard import AutoTPMeta

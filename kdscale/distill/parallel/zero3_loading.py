@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from kdscale.distill.parallel.tensor_parallel import Materialise, ModelSlices, data_group, fill_slice
-from kdscale.models.parameter_map import Weights
-from kdscale.models.skeleton import build_skeleton, replace_parameters
+from kdscale.models.parameter_map import ParameterReader
+from kdscale.models.skeleton import build_skeleton, move_buffers, replace_parameters
 
 
 def load_zero3(
@@ -27,11 +27,9 @@ def load_zero3(
 
     Raises CheckpointError for a family that is not known and when config.json and the weights disagree.
     """
-    weights = Weights.open(path)
+    weights = ParameterReader.open(path)
     model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
-    for module in model.modules():
-        for name, value in module._buffers.items():
-            module._buffers[name] = None if value is None else value.to(device)
+    move_buffers(model, device)
     _partition(model, None, weights, settings, device)
     return model
 
@@ -42,7 +40,11 @@ def zero3_materialiser(settings: dict[str, Any], device: torch.device) -> Materi
 
 
 def _partition(
-    model: nn.Module, split: ModelSlices | None, weights: Weights, settings: dict[str, Any], device: torch.device
+    model: nn.Module,
+    split: ModelSlices | None,
+    weights: ParameterReader,
+    settings: dict[str, Any],
+    device: torch.device,
 ) -> None:
     from deepspeed.runtime.zero.partition_parameters import Init
 

@@ -41,7 +41,7 @@ def search_plan(context: Context, scores: Mapping[str, Any]) -> Plan:
     tied = family.tied(teacher.config)
 
     def make(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
-        # a turned teacher has a head where a tied one has none: of the embedding's dtype
+        # a rotated teacher has a head where a tied one has none: of the embedding's dtype
         search = Search(dict(config), family, scores, cfg, lambda name: teacher.itemsize(tied.get(name, name)))
         return _searched(context, search)
 
@@ -81,7 +81,7 @@ def _ranked(context: Context, search: Search, candidates: list[Candidate]) -> li
 def by_masked_score(context: Context, search: Search, candidates: list[Candidate]) -> list[Candidate]:
     """Run the best predicted candidates masked and put them in order of their divergence from the teacher."""
     from kdscale.models.hidden_states import Scratch
-    from kdscale.prune.rotation import turned
+    from kdscale.prune.rotation import rotated_teacher
     from kdscale.prune.search.masked import score_masked
     from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 
@@ -90,7 +90,7 @@ def by_masked_score(context: Context, search: Search, candidates: list[Candidate
     device = resolve_device(config.runtime.device)
     teacher, family = loading.open_teacher(context.source)
     if search.cfg.hidden_method == "pca":
-        teacher = turned(teacher, family, search.scores or {})
+        teacher = rotated_teacher(teacher, family, search.scores or {})
     chosen = candidates[: config.prune.search.masked_candidates]
     found = score_masked(
         teacher,

@@ -29,10 +29,10 @@ def prune_and_check(context: Context) -> Facts:
 
 def prune_rank(context: Context) -> None:
     from kdscale.prune.apply import apply_plan
-    from kdscale.prune.compensation.recovered_error import Residuals
+    from kdscale.prune.compensation.recovered_error import RecoveredErrors
     from kdscale.prune.importance.ranking import load_scores
     from kdscale.prune.plan import Plan
-    from kdscale.prune.rotation import turned
+    from kdscale.prune.rotation import rotated_teacher
     from kdscale.prune.self_check import self_check
     from kdscale.runtime.device import resolve_dtype
     from kdscale.runtime.ranks import is_writer
@@ -41,11 +41,11 @@ def prune_rank(context: Context) -> None:
     share = RankShare(context, "prune")
     teacher, family = open_teacher(context.source)
     if Plan.load(run.plan).methods.hidden == "pca":
-        teacher = turned(teacher, family, load_scores(run.importance))
+        teacher = rotated_teacher(teacher, family, load_scores(run.importance))
     plan = Plan.load(run.plan, config=teacher.config, family=family)
     residuals = None
     if is_writer():
-        residuals = Residuals(run.repair)
+        residuals = RecoveredErrors(run.repair)
         residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
     student = run.work / "prune" / "student"  # becomes run.pruned when it has passed the check
     apply_plan(

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from kdscale.families import Family
-from kdscale.models.experts import call_of, routing_among, units_of
-from kdscale.models.hidden_states import Scratch, States
-from kdscale.models.layer_stream import OneLayer
-from kdscale.prune.compensation.recovered_error import Residuals
+from kdscale.models.experts import expert_units, experts_call, routing_among_kept
+from kdscale.models.hidden_states import HiddenStates, Scratch
+from kdscale.models.layer_stream import DecoderLayer
+from kdscale.prune.compensation.recovered_error import RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.slicing import Slicer
 from kdscale.runtime.ranks import all_reduce_sum
@@ -61,15 +61,15 @@ def expert_name(role: str, expert: int | None) -> str:
 class ExpertInputs:
     """Records what a layer's experts read while the layer is run, within a quarter of the pass's bytes."""
 
-    def __init__(self, layer: OneLayer, family: Family, scratch: Scratch, device: torch.device):
+    def __init__(self, layer: DecoderLayer, family: Family, scratch: Scratch, device: torch.device):
         self.experts: Any = layer.site(family.sites.experts)
         self._router = layer.site(family.sites.router)
-        quarter = replace(scratch.part(_FOLDER), activation_bytes=scratch.activation_bytes // 4)
-        self._inputs = States(quarter, device)
+        quarter = replace(scratch.subfolder(_FOLDER), activation_bytes=scratch.activation_bytes // 4)
+        self._inputs = HiddenStates(quarter, device)
         self._handle = self.experts.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, _module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        self._inputs.append(call_of(args, kwargs)[0])
+        self._inputs.append(experts_call(args, kwargs)[0])
 
     def stop(self) -> None:
         self._handle.remove()
@@ -81,10 +81,10 @@ class ExpertInputs:
 
         def equations(group: Sequence[int]) -> Iterator[Equations]:
             for hidden_ND in self._inputs:
-                routing = routing_among(self._router, kept, hidden_ND)
+                routing = routing_among_kept(self._router, kept, hidden_ND)
                 for expert in group:
                     token_n, weight_n = routing.of(expert)
-                    units_nF = units_of(experts, expert, hidden_ND[token_n]).float() * weight_n[:, None]
+                    units_nF = expert_units(experts, expert, hidden_ND[token_n]).float() * weight_n[:, None]
                     target_nD = units_nF @ experts.down_proj[expert][rows_D].float().T
                     units = kept_units(slicer, position, expert, units_nF.device)
                     yield Equations(expert, units_nF[:, units], target_nD, units_nF)
@@ -93,14 +93,14 @@ class ExpertInputs:
 
 
 def ridge_experts(
-    layer: OneLayer,
+    layer: DecoderLayer,
     slicer: Slicer,
     position: int,
     run: Callable[[], None],
     ridge: float,
     device: torch.device,
     scratch: Scratch,
-    residuals: Residuals | None = None,
+    residuals: RecoveredErrors | None = None,
 ) -> dict[str, Tensor]:
     """The experts of the teacher's `layer`, fitted on what they read while `run` takes it over the calibration tokens.
 
@@ -121,7 +121,7 @@ def refit_experts(
     sweep: Sweep,
     ridge: float,
     room: int,
-    residuals: Residuals | None = None,
+    residuals: RecoveredErrors | None = None,
 ) -> dict[str, Tensor]:
     """`down.<the teacher's expert>` → its weight [D', K], fp32 on the CPU. `experts`: the teacher's module.
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.files import atomic_path, remove_tree
-from kdscale.models.hidden_states import IN_MEMORY, Scratch, States
+from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass
-from kdscale.models.layer_stream import LayerStream, OneLayer, TokenBatch
+from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import Slicer
@@ -53,7 +53,7 @@ class Gap(NamedTuple):
     last: int  # the last dropped layer behind it
 
 
-def gaps(plan: Plan) -> list[Gap]:
+def find_gaps(plan: Plan) -> list[Gap]:
     """Those that `plan` repairs, in order. Layers dropped before the first kept one have nothing in front of them."""
     if plan.methods.layer_repair == "none":
         return []
@@ -62,13 +62,13 @@ def gaps(plan: Plan) -> list[Gap]:
     return [Gap(position, layer, after - 1) for position, (layer, after) in pairs if after > layer + 1]
 
 
-def check_family(sites: Any, name: str) -> None:
+def check_repairable(sites: Any, name: str) -> None:
     """Raises ConfigError for a mixture of experts: no single projection is the last thing added to its stream."""
     if not sites.ffn:
         raise ConfigError("prune.layer_repair: linear", expected="a dense model", got=f"the experts of {name}")
 
 
-class Repaired:
+class RepairedWeights:
     """The refitted down projections, as they are on disk, by the student's layer; in files where there is a folder."""
 
     def __init__(self, folder: Path | None):
@@ -112,17 +112,17 @@ def repaired_gaps(
     teacher: Checkpoint,
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
-) -> Repaired:
+) -> RepairedWeights:
     """One pass over the teacher, up to the last gap; every rank gets the weights of all their batches.
 
     In memory: a layer, one regression ([K, K] and [D', K]) and hidden states within the budget of `scratch`, of which a
     token has D + K + 2 D' numbers (in bf16). With a folder a killed call goes on at the first unfinished layer.
     Raises ConfigError for a layer that does more than add its sublayers' outputs (post-norms, residual multipliers).
     """
-    found, repaired = gaps(slicer.plan), Repaired(scratch.folder)
+    found, repaired = find_gaps(slicer.plan), RepairedWeights(scratch.folder)
     if not found:
         return repaired
-    check_family(slicer.family.sites, slicer.family.name)
+    check_repairable(slicer.family.sites, slicer.family.name)
     fronts, ends = {gap.layer: gap for gap in found}, {gap.last: gap for gap in found}
     kept_D = torch.tensor(slicer.plan.kept.hidden, device=stream.device)
     tokens, depth = sum(batch.input_ids_BS.numel() for batch in batches), found[-1].last + 1
@@ -160,8 +160,8 @@ class _Slots:
         self.dims, self.device, self._stream = stream.dims, stream.device, stream
         self._inputs, self._outputs = slicer.plan.student.ffn, slicer.plan.student.hidden
 
-    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> States:
-        entered, states = self._stream.embedding(), States(scratch, self.device)
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
+        entered, states = self._stream.embedding(), HiddenStates(scratch, self.device)
         with torch.inference_mode():
             for batch in batches:
                 state_BSD = entered(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device))
@@ -170,7 +170,7 @@ class _Slots:
                 states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._outputs, dtype=torch.float32))
         return states
 
-    def layer(self, index: int) -> OneLayer:
+    def layer(self, index: int) -> DecoderLayer:
         return self._stream.layer(index)
 
 
@@ -183,7 +183,7 @@ def is_plain(before: Tensor, added: Tensor, after: Tensor) -> bool:
 class _Front:
     """What the down projection in front of a gap reads and writes."""
 
-    def __init__(self, layer: OneLayer, slicer: Slicer, position: int):
+    def __init__(self, layer: DecoderLayer, slicer: Slicer, position: int):
         sites, kept = slicer.family.sites, slicer.kept("ffn", position)
         self._layer = layer.index
         self._kept_K = slice(None) if kept is None else torch.tensor(kept)

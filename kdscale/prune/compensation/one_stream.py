@@ -12,10 +12,10 @@ from torch import Tensor
 from kdscale.config.prune import PruneConfig
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_pass import LayerPass
-from kdscale.models.layer_stream import LayerStream, OneLayer, TokenBatch
+from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import ridge_experts
-from kdscale.prune.compensation.layer_gaps import ROLE, Repaired
-from kdscale.prune.compensation.recovered_error import Residuals, Sample
+from kdscale.prune.compensation.layer_gaps import ROLE, RepairedWeights
+from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import RidgeSums
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import Slicer
@@ -47,8 +47,8 @@ def compensated_layers(
     teacher: Checkpoint,
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
-    residuals: Residuals | None = None,
-    mended: Repaired | None = None,
+    residuals: RecoveredErrors | None = None,
+    mended: RepairedWeights | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(the student's layer, role → compensated weight: fp32 on the CPU, cut to the kept hidden rows), layer by layer.
     A role of the experts of a mixture is followed by the expert's number (expert_repair.py).
@@ -103,7 +103,7 @@ def compensated_layers(
 
 
 def _attach(
-    layer: OneLayer, slicer: Slicer, position: int, device: torch.device, skip: Sequence[str]
+    layer: DecoderLayer, slicer: Slicer, position: int, device: torch.device, skip: Sequence[str]
 ) -> dict[str, RidgeSums]:
     sites = slicer.family.sites
     out: dict[str, RidgeSums] = {}
@@ -119,9 +119,9 @@ def _attach(
     return out
 
 
-def _sample(layer: OneLayer, slicer: Slicer, sums: dict[str, RidgeSums], batches: int) -> dict[str, Sample]:
+def _sample(layer: DecoderLayer, slicer: Slicer, sums: dict[str, RidgeSums], batches: int) -> dict[str, InputSample]:
     """A few rows of what each compensated projection reads, for the report's residuals."""
-    out = {role: Sample(batches) for role in sums}
+    out = {role: InputSample(batches) for role in sums}
     for role, sample in out.items():
         path = slicer.family.sites.ffn if role == "down" else slicer.family.sites.heads
         layer.site(path).register_forward_pre_hook(lambda _module, args, seen=sample: seen.see(args[0]))
@@ -142,7 +142,7 @@ def _solve(
     ridge: float,
     teacher: Checkpoint,
     device: torch.device,
-    record: tuple[Residuals | None, dict[str, Sample]] = (None, {}),
+    record: tuple[RecoveredErrors | None, dict[str, InputSample]] = (None, {}),
 ) -> dict[str, Tensor]:
     residuals, samples = record
     hidden = slicer.kept("hidden", None)

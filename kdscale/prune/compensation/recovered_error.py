@@ -19,7 +19,7 @@ from kdscale.files import read_json, write_json
 _ROWS = 512
 
 
-class Residuals:
+class RecoveredErrors:
     """Collects rows of every compensated projection and writes them to `path` after each; goes on from what is there.
 
     The file: {"version": 1, "layers": [{"layer": the teacher's, "role": "down" or "o", "before", "after": relative
@@ -42,7 +42,9 @@ class Residuals:
         self._rows = {key: row for key, row in self._rows.items() if key[0] in layers}
         self._write()
 
-    def add(self, layer: int, role: str, sample: Sample, weight_DU: Tensor, kept: Tensor, solved_DK: Tensor) -> None:
+    def add(
+        self, layer: int, role: str, sample: InputSample, weight_DU: Tensor, kept: Tensor, solved_DK: Tensor
+    ) -> None:
         """Record one projection: its whole weight, the inputs that stay, and the weight it was given."""
         x_NU = sample.rows_NU().to(weight_DU.device)
         weight_DU = weight_DU.float()
@@ -63,7 +65,7 @@ class Residuals:
             write_json(self._path, {"version": 1, "layers": self.rows})
 
 
-class Sample:
+class InputSample:
     """Up to 512 rows of what one projection reads, spread over the batches it is shown."""
 
     def __init__(self, batches: int):

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from kdscale.config.prune import PruneConfig
 from kdscale.files import remove_tree
-from kdscale.models.experts import Routing, call_of, routing_among, units_of
-from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, Scratch, States
+from kdscale.models.experts import Routing, expert_units, experts_call, routing_among_kept
+from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass
-from kdscale.models.layer_stream import LayerStream, OneLayer, TokenBatch
+from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts
-from kdscale.prune.compensation.layer_gaps import Repaired, is_plain
+from kdscale.prune.compensation.layer_gaps import RepairedWeights, is_plain
 from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts
-from kdscale.prune.compensation.recovered_error import Residuals, Sample
+from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.slicing import Slicer
 from kdscale.runtime.progress import Reporter
@@ -52,8 +52,8 @@ def two_stream_layers(
     teacher: Checkpoint,
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
-    residuals: Residuals | None = None,
-    mended: Repaired | None = None,
+    residuals: RecoveredErrors | None = None,
+    mended: RepairedWeights | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """As `repair.compensated_layers`, of which it is the other kind: (the student's layer, role → weight).
 
@@ -98,11 +98,11 @@ class _BothStreams:
             device=stream.device,
         )
 
-    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> States:
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
         # one embedding in memory at a time
-        aside = replace(scratch.part(_EMBEDDED), activation_bytes=scratch.activation_bytes // 4)
+        aside = replace(scratch.subfolder(_EMBEDDED), activation_bytes=scratch.activation_bytes // 4)
         theirs = self._theirs.embed(batches, aside)
-        enter, states = self._ours.embedding(), States(scratch, self.device)
+        enter, states = self._ours.embedding(), HiddenStates(scratch, self.device)
         with torch.inference_mode():
             for batch, wide in zip(batches, theirs, strict=True):
                 ids, positions = batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device)
@@ -137,7 +137,12 @@ class _LayerPair:
     """One layer of the teacher and, if it is kept, the student's at the same place."""
 
     def __init__(
-        self, theirs: OneLayer, ours: OneLayer | None, slicer: Slicer, position: int | None, device: torch.device
+        self,
+        theirs: DecoderLayer,
+        ours: DecoderLayer | None,
+        slicer: Slicer,
+        position: int | None,
+        device: torch.device,
     ):
         self.index, self.position = theirs.index, position
         self._theirs, self._ours, self._slicer = theirs, ours, slicer
@@ -167,10 +172,10 @@ class _LayerPair:
 
     def fit(
         self,
-        states: States,
+        states: HiddenStates,
         batches: Sequence[TokenBatch],
         cfg: PruneConfig,
-        residuals: Residuals | None,
+        residuals: RecoveredErrors | None,
         mended: Tensor | None = None,
         room: int = ACTIVATION_BYTES,
     ) -> dict[str, Tensor]:
@@ -200,10 +205,10 @@ class _LayerPair:
     def _refit(
         self,
         role: str,
-        states: States,
+        states: HiddenStates,
         batches: Sequence[TokenBatch],
         cfg: PruneConfig,
-        residuals: Residuals | None,
+        residuals: RecoveredErrors | None,
     ) -> Tensor:
         assert self._ours is not None
         module, transposed = self._ours.site(self._paths[role]), self._slicer.family.transposed(role)
@@ -211,7 +216,7 @@ class _LayerPair:
         inputs = self._slicer.kept(COMPENSATED[role], self.position)
         assert inputs is not None
         inputs_K = torch.tensor(inputs, device=weight_DK.device)
-        sums, sample = TargetSums(weight_DK), Sample(len(batches))
+        sums, sample = TargetSums(weight_DK), InputSample(len(batches))
         offset = 0.0 if bias_D is None else bias_D.float()
         for target in self._targets(role, states, batches, cfg.stream_correction):
             sample.see(self._seen[False, role][0])
@@ -226,7 +231,7 @@ class _LayerPair:
         module.weight.data = on_disk.to(weight_DK.dtype)
         return on_disk.cpu()
 
-    def _targets(self, role: str, states: States, batches: Sequence[TokenBatch], beta: float) -> Iterator[Tensor]:
+    def _targets(self, role: str, states: HiddenStates, batches: Sequence[TokenBatch], beta: float) -> Iterator[Tensor]:
         """Both layers run on one batch after the other: what the student's projection is to put out, [B, S, D']."""
         for index, batch in enumerate(batches):
             before = states[index]
@@ -237,10 +242,10 @@ class _LayerPair:
 
     def _refit_experts(
         self,
-        states: States,
+        states: HiddenStates,
         batches: Sequence[TokenBatch],
         cfg: PruneConfig,
-        residuals: Residuals | None,
+        residuals: RecoveredErrors | None,
         room: int,
     ) -> dict[str, Tensor]:
         assert self._ours is not None and self.position is not None
@@ -264,7 +269,7 @@ class _LayerPair:
         kept = slicer.plan.kept.experts[self.position]
         (theirs_ND, _), (ours_ND, ours) = self._calls[False], self._calls[True]
         router = self._theirs.site(slicer.family.sites.router)
-        in_theirs = routing_among(router, kept, theirs_ND)
+        in_theirs = routing_among_kept(router, kept, theirs_ND)
         in_ours = Routing(torch.tensor(kept, device=ours_ND.device)[ours.chosen_NT], ours.weights_NT)
         wanted_ND = self._wanted("down").flatten(0, -2)
         for routing, target, mine in ((in_theirs, wanted_ND, False), (in_ours, target_ND, True)):
@@ -273,10 +278,10 @@ class _LayerPair:
             for expert in group:
                 token_n, weight_n = routing.of(expert)
                 weight_n1 = weight_n[:, None]
-                units_nF = units_of(whole, expert, theirs_ND[token_n]).float() * weight_n1
+                units_nF = expert_units(whole, expert, theirs_ND[token_n]).float() * weight_n1
                 output_nD = units_nF @ whole.down_proj[expert][self._kept_D].float().T
                 if mine:
-                    x_nK = units_of(cut, kept.index(expert), ours_ND[token_n]).float() * weight_n1
+                    x_nK = expert_units(cut, kept.index(expert), ours_ND[token_n]).float() * weight_n1
                 else:
                     x_nK = units_nF[:, kept_units(slicer, self.position, expert, units_nF.device)]
                 yield Equations(expert, x_nK, output_nD + weight_n1 * left_ND[token_n], None if mine else units_nF)
@@ -312,7 +317,7 @@ class _LayerPair:
         def keep(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             out = output if isinstance(output, Tensor) else output[0]
             if experts:  # called with rows of tokens
-                self._calls[mine] = call_of(args, kwargs)
+                self._calls[mine] = experts_call(args, kwargs)
                 out = out.unflatten(0, self._shape)
             self._seen[mine, role] = (self._calls[mine][0] if experts else args[0], out)
 

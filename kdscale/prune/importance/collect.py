@@ -34,12 +34,12 @@ from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_pass import LayerPass
 from kdscale.models.layer_stream import LayerStream, TokenBatch
 from kdscale.prune.axes import openable_axes
-from kdscale.prune.compensation.layer_gaps import check_family
+from kdscale.prune.compensation.layer_gaps import check_repairable
 from kdscale.prune.importance.hidden_covariance import ResidualCovariance, components
 from kdscale.prune.importance.layer_scores import depth_scores, first_tokens
 from kdscale.prune.importance.ranking import SCORES_FILE, SUMMARY_FILE, depth_methods, obs_axes
 from kdscale.prune.importance.unit_scores import NormStats, UnitStats
-from kdscale.prune.rotation import ROTATION, unrotatable
+from kdscale.prune.rotation import ROTATION, rotation_obstacle
 from kdscale.runtime.device import resolve_dtype
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import all_reduce_sum
@@ -78,7 +78,7 @@ def run(
             "prune.ffn_method: obs", expected="a dense model", got=f"the experts of {family.name}", hint="output_energy"
         )
     if "layers" in axes and prune_cfg.layer_repair == "linear":
-        check_family(family.sites, family.name)
+        check_repairable(family.sites, family.name)
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     asked = depth_methods(prune_cfg) if "layers" in axes else []
     found: dict[str, Tensor] = {}
@@ -99,7 +99,7 @@ def run(
         scores = gather(stream, batches, axes, advance, scratch, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
     scores |= {name: value.numpy().astype(np.float32) for name, value in found.items()}
     for name in asked:
-        if (folder := scratch.part(name).folder) is not None:
+        if (folder := scratch.subfolder(name).folder) is not None:
             remove_tree(folder)  # until here, so that a kill in the second pass did not cost the first one
     for name, values in scores.items():
         if not np.isfinite(values).all():
@@ -128,7 +128,7 @@ def gather(
     `obs`, `ridge`: see UnitStats.
     """
     family, norms = stream.family, NormStats(stream.dims.hidden)
-    turns = "hidden" in axes and unrotatable(family, stream.config) is None
+    turns = "hidden" in axes and rotation_obstacle(family, stream.config) is None
     covariance = ResidualCovariance(stream.dims.hidden, stream.device) if turns else None
     walk = LayerPass(stream, batches, scratch, advance)
     for layer in walk.layers():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdscale.models.experts import call_of, units_of
+from kdscale.models.experts import expert_units, experts_call
 from kdscale.runtime.ranks import all_reduce_sum
 
 
@@ -49,12 +49,12 @@ class ExpertStats:
         }
 
     def _see(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        hidden_ND, routing = call_of(args, kwargs)
+        hidden_ND, routing = experts_call(args, kwargs)
         for expert in range(len(self._norms_E)):
             token_n, weight_n = routing.of(expert)
             if not len(token_n):
                 continue
-            units_nF = units_of(module, expert, hidden_ND[token_n])
+            units_nF = expert_units(module, expert, hidden_ND[token_n])
             output_nD = nn.functional.linear(units_nF, module.down_proj[expert]).float()
             self._norms_E[expert] += (output_nD.norm(dim=-1) * weight_n).sum().double()
             self._squares_EF[expert] += (units_nF.float() * weight_n[:, None]).square().sum(0).double()

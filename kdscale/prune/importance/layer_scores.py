@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.errors import DataError
-from kdscale.models.hidden_states import IN_MEMORY, Scratch, States
+from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass
-from kdscale.models.layer_stream import LayerStream, OneLayer, TokenBatch
+from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.runtime.ranks import all_reduce_sum, world_size
 from kdscale_kernels import linear_sparse_kl
 
@@ -49,11 +49,11 @@ def depth_scores(
     """
     out: dict[str, Tensor] = {}
     if "loss" in methods:
-        losses = _losses(stream, batches, advance, scratch.part("loss"))
+        losses = _losses(stream, batches, advance, scratch.subfolder("loss"))
         rise_L = losses[1:] - losses[0]
         out["layers.loss"] = rise_L - rise_L.min().clamp_max(0.0)
     if "angular" in methods:
-        out["layers.angular"] = _angles(stream, batches, advance, scratch.part("angular"))
+        out["layers.angular"] = _angles(stream, batches, advance, scratch.subfolder("angular"))
     return out
 
 
@@ -74,8 +74,8 @@ class _Copies:
         self.dims, self.device, self._stream = stream.dims, stream.device, stream
         self.copies = stream.dims.layers + 1
 
-    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> States:
-        entered, states = self._stream.embedding(), States(scratch, self.device)
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
+        entered, states = self._stream.embedding(), HiddenStates(scratch, self.device)
         with torch.inference_mode():
             for batch in batches:
                 state_BSD = entered(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device))
@@ -83,7 +83,7 @@ class _Copies:
                     states.append(state_BSD)
         return states
 
-    def layer(self, index: int) -> OneLayer:
+    def layer(self, index: int) -> DecoderLayer:
         return self._stream.layer(index)
 
 
@@ -109,7 +109,7 @@ def _losses(
     return _head_losses(stream, batches, walk.states, copies.copies)
 
 
-def _head_losses(stream: LayerStream, batches: Sequence[TokenBatch], states: States, copies: int) -> Tensor:
+def _head_losses(stream: LayerStream, batches: Sequence[TokenBatch], states: HiddenStates, copies: int) -> Tensor:
     norm, (head, scale) = stream.final_norm(), stream.output_head()
     sums = torch.zeros(copies + 1, dtype=torch.float64)  # the last one counts tokens
     for index, batch in enumerate(batches):
@@ -168,7 +168,7 @@ def _angles(
     return torch.stack(columns, dim=1)
 
 
-def _sampled(states: States, tokens: int) -> Tensor:
+def _sampled(states: HiddenStates, tokens: int) -> Tensor:
     """Hidden states of up to `_SAMPLED` of all `tokens`, evenly spaced, [R, D]: the same tokens at every layer."""
     step, seen, picked = max(1, -(-tokens // _SAMPLED)), 0, list[Tensor]()
     for state_BSD in states:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.families import Dims, Family
-from kdscale.models.layer_stream import OneLayer
+from kdscale.models.layer_stream import DecoderLayer
 from kdscale.prune.importance.expert_scores import ExpertStats
 from kdscale.prune.importance.optimal_brain_surgeon import head_removal_costs, removal_costs
 from kdscale.runtime.ranks import all_reduce_sum
@@ -30,7 +30,7 @@ class UnitStats:
     def __init__(
         self,
         dims: Dims,
-        layer: OneLayer,
+        layer: DecoderLayer,
         family: Family,
         axes: Sequence[str],
         obs: Sequence[str] = (),

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdscale.families import Family
-from kdscale.families.family import EMBEDDING_ROLES
 from kdscale.families.schema import axis_blocks
 
 Count = Literal["total", "non_embedding"]
@@ -72,7 +71,7 @@ class CostModel:
                 factors = [factor for block in blocks for factor in block]
                 coefficient = math.prod(fixed.get(f, f if isinstance(f, int) else 1) for f in factors)
                 axes = [f for f in factors if isinstance(f, str) and f not in fixed]
-                sums[tuple(sorted(once + axes)), spec.role in EMBEDDING_ROLES, bytes_each, of_experts] += coefficient
+                sums[tuple(sorted(once + axes)), spec.counts_as_embedding, bytes_each, of_experts] += coefficient
         terms = [
             _Term(total / dims.layers if "layers" in axes else total, axes, embedding, bytes_each, of_experts)
             for (axes, embedding, bytes_each, of_experts), total in sorted(sums.items())

@@ -10,7 +10,7 @@ from kdscale.errors import ConfigError
 from kdscale.families import Family
 from kdscale.prune.axes import openable_axes
 from kdscale.prune.plan import Plan
-from kdscale.prune.rotation import unrotatable, untied
+from kdscale.prune.rotation import rotation_obstacle, untied_config
 from kdscale.weights import Checkpoint
 
 MakePlan = Callable[[Mapping[str, Any], Family, Mapping[str, Any] | None, PruneConfig], Plan]
@@ -27,13 +27,15 @@ def choose(
     """
     hidden = family.dims(teacher.config).hidden
     cuts = "hidden" in openable_axes(cfg, family.dims(teacher.config))
-    reason = unrotatable(family, teacher.config) if cuts and cfg.hidden_method != "activation" else None
+    reason = rotation_obstacle(family, teacher.config) if cuts and cfg.hidden_method != "activation" else None
     if reason and cfg.hidden_method == "pca":
         hint = "set prune.hidden_method=activation"
         raise ConfigError("prune.hidden_method: pca", expected="a model that can be rotated", got=reason, hint=hint)
     if not cuts or reason or cfg.hidden_method == "activation":
         return make_plan(teacher.config, family, scores, cfg.model_copy(update={"hidden_method": "activation"}))
-    plan = make_plan(untied(teacher.config, family), family, scores, cfg.model_copy(update={"hidden_method": "pca"}))
+    plan = make_plan(
+        untied_config(teacher.config, family), family, scores, cfg.model_copy(update={"hidden_method": "pca"})
+    )
     if plan.student.hidden == hidden:
         axes = tuple(axis for axis in cfg.axes if axis != "hidden")
         return make_plan(teacher.config, family, scores, cfg.model_copy(update={"axes": axes}))

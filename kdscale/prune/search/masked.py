@@ -20,8 +20,8 @@ from torch import Tensor
 from kdscale.errors import DataError, SelfCheckError
 from kdscale.families import Family, TensorSpec
 from kdscale.files import remove_tree
-from kdscale.models.hidden_states import IN_MEMORY, Scratch, States
-from kdscale.models.layer_stream import LayerStream, OneLayer, TokenBatch
+from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
+from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import ExpertInputs, expert_name, refit_experts
 from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts
 from kdscale.prune.compensation.regression import RidgeSums
@@ -69,10 +69,10 @@ def score_masked(
     if any(run.roles for run in runs) and not sum(batch.input_ids_BS.numel() for batch in calibration):
         raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
     calibrate = list(calibration) if any(run.roles for run in runs) else []
-    states = whole.embed(batches, share.part("teacher"))
-    calibration_states = whole.embed(calibrate, share.part("calibration"))
+    states = whole.embed(batches, share.subfolder("teacher"))
+    calibration_states = whole.embed(calibrate, share.subfolder("calibration"))
     for number, run in enumerate(runs):
-        run.states = run.stream.embed(batches, share.part(f"candidate-{number}"))
+        run.states = run.stream.embed(batches, share.subfolder(f"candidate-{number}"))
     layers = whole.dims.layers
     with torch.inference_mode(), reporter.bar("masked candidates", layers, unit="layer") as bar:
         for index in range(layers):
@@ -119,7 +119,7 @@ class _Student:
         self.slicer = Slicer(shared.config, family, plan)
         self.roles = compensated_roles(plan, self.slicer)
         self.stream = LayerStream(self.slicer.student_config, family, self._tensor, dtype=dtype, device=device)
-        self.states = States()
+        self.states = HiddenStates()
         self._where: dict[str, tuple[int | None, str, TensorSpec]] = {
             target: (None, source, spec) for source, target, spec in self.slicer.outer()
         }
@@ -179,11 +179,11 @@ class _Student:
 
 
 def _read(
-    layer: OneLayer,
+    layer: DecoderLayer,
     family: Family,
     runs: Sequence[_Student],
     batches: Sequence[TokenBatch],
-    states: States,
+    states: HiddenStates,
     scratch: Scratch,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], ExpertInputs | None]:
@@ -218,7 +218,7 @@ def _adder(grams: dict[str, Tensor], role: str) -> Callable[[Any, tuple[Tensor, 
     return add
 
 
-def _advance(layer: OneLayer, states: States, batches: Sequence[TokenBatch], device: torch.device) -> None:
+def _advance(layer: DecoderLayer, states: HiddenStates, batches: Sequence[TokenBatch], device: torch.device) -> None:
     for index, batch in enumerate(batches):
         states[index] = layer(states[index], batch.position_ids_BS.to(device))
 
@@ -226,7 +226,7 @@ def _advance(layer: OneLayer, states: States, batches: Sequence[TokenBatch], dev
 def _losses(
     whole: LayerStream,
     runs: Sequence[_Student],
-    states: States,
+    states: HiddenStates,
     batches: Sequence[LabelledBatch],
     device: torch.device,
 ) -> list[Masked]:

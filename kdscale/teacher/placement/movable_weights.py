@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.models.parameter_map import Weights
-from kdscale.models.skeleton import replace_parameters
+from kdscale.models.parameter_map import ParameterReader
+from kdscale.models.skeleton import move_buffers, replace_parameters
 
 # In values: kernels choose their path by alignment, and a view must compute the bits of a tensor of its own.
 _ALIGN = 64
@@ -44,7 +44,7 @@ class MovableLayer:
         self.numel = begin + shape.numel()
         self.slots.append(_Slot(parameter, name, shape, begin, self.numel))
 
-    def fill(self, weights: Weights, begin: int, out: torch.Tensor) -> None:
+    def fill(self, weights: ParameterReader, begin: int, out: torch.Tensor) -> None:
         """Values `begin` to `begin + len(out)` into `out`; what belongs to no parameter is left as it is."""
         for slot in self.slots:
             low, high = max(begin, slot.begin), min(begin + out.numel(), slot.end)
@@ -70,7 +70,7 @@ class MovableTable:
     vocab: int
     width: int
 
-    def fill(self, weights: Weights, first: int, out_RH: torch.Tensor) -> None:
+    def fill(self, weights: ParameterReader, first: int, out_RH: torch.Tensor) -> None:
         """Rows `first` to `first + R`; rows past the table's end are left as they are."""
         rows = max(0, min(self.vocab - first, out_RH.shape[0]))
         if rows:
@@ -91,7 +91,7 @@ class MovableWeights:
         return list(dict.fromkeys(table for table in (self.embed, self.head) if table is not None))
 
 
-def make_movable(model: Any, weights: Weights, device: torch.device, keep_head: bool) -> MovableWeights:
+def make_movable(model: Any, weights: ParameterReader, device: torch.device, keep_head: bool) -> MovableWeights:
     """Put empty parameters into a skeleton's layers and tables, and load all that stays on every rank.
 
     `keep_head`: the head's weight stays too, for those who take it away with them.
@@ -115,7 +115,5 @@ def make_movable(model: Any, weights: Weights, device: torch.device, keep_head: 
             flat = torch.empty(shape.numel(), dtype=dtype, device=device)
             weights.fill(name, 0, flat)
             parameter.data = flat.view(shape)
-    for module in model.modules():
-        for name, value in module._buffers.items():
-            module._buffers[name] = None if value is None else value.to(device)
+    move_buffers(model, device)
     return MovableWeights(layers, tables.get(id(embed_weight)), tables.get(id(head_weight)))

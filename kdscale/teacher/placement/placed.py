@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.models.head import Head, head_of
+from kdscale.models.head import OutputHead, head_of
 from kdscale.models.loading import load_model
-from kdscale.models.parameter_map import Weights
+from kdscale.models.parameter_map import ParameterReader
 from kdscale.models.skeleton import build_skeleton
 from kdscale.teacher.placement.movable_weights import MovableTable, MovableWeights, make_movable
 from kdscale.teacher.placement.weight_stores import OffloadedStore, PartitionedStore, Pending, WeightStore
@@ -38,7 +38,7 @@ class PlacedTeacher(Protocol):
     model: Any
     vocab: int
 
-    def head(self) -> AbstractContextManager[Head]:
+    def head(self) -> AbstractContextManager[OutputHead]:
         """The head, whole within the block (and after it, too, if the teacher was placed with `keep_head`)."""
         ...
 
@@ -50,7 +50,7 @@ class ReplicatedTeacher:
         self.model, self.vocab = model.eval().requires_grad_(False), vocab or head_of(model).vocab
 
     @contextmanager
-    def head(self) -> Iterator[Head]:
+    def head(self) -> Iterator[OutputHead]:
         yield head_of(self.model)
 
 
@@ -71,7 +71,7 @@ class StreamedTeacher:
             embedding.register_forward_hook(self._leave_table(movable.embed))
 
     @contextmanager
-    def head(self) -> Iterator[Head]:
+    def head(self) -> Iterator[OutputHead]:
         table = self._movable.head
         if table is None:
             yield head_of(self.model)
@@ -142,7 +142,7 @@ def place_teacher(
         options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         return ReplicatedTeacher(load_model(path, **options))
     try:
-        weights = Weights.open(path)
+        weights = ParameterReader.open(path)
         model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         raise ConfigError(

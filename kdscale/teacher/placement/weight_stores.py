@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from kdscale.models.parameter_map import Weights
+from kdscale.models.parameter_map import ParameterReader
 from kdscale.runtime.ranks import rank, world_size
 from kdscale.teacher.placement.host_memory import HostMemory
 from kdscale.teacher.placement.movable_weights import MovableTable, MovableWeights
@@ -48,7 +48,7 @@ class PartitionedStore:
     `start`, `start_table` and `rows` are collective: all ranks make the same calls in the same order. N may differ.
     """
 
-    def __init__(self, movable: MovableWeights, weights: Weights, dtype: torch.dtype, device: torch.device):
+    def __init__(self, movable: MovableWeights, weights: ParameterReader, dtype: torch.dtype, device: torch.device):
         self._ranks, self._rank = world_size(), rank()
         # Layers come in beside whatever else the ranks say to each other: not in one line with it.
         self._group = dist.new_group() if self._ranks > 1 else None
@@ -132,7 +132,7 @@ class OffloadedStore:
     To a GPU layers are copied on a stream of their own.
     """
 
-    def __init__(self, movable: MovableWeights, weights: Weights, dtype: torch.dtype, device: torch.device):
+    def __init__(self, movable: MovableWeights, weights: ParameterReader, dtype: torch.dtype, device: torch.device):
         self._device = device
         sizes = [unit.numel for unit in movable.layers] + [table.vocab * table.width for table in movable.tables]
         sizes = [-(-size // 64) * 64 for size in sizes]

@@ -19,7 +19,7 @@ from kdscale.distill import trainer
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.export import export_run
 from kdscale.errors import CheckpointError, RunFolderError
-from kdscale.models.parameter_map import Piece, trained_tensors
+from kdscale.models.parameter_map import ParameterRange, trained_tensors
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
@@ -130,7 +130,7 @@ def test_a_trained_parameter_that_would_not_be_written_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     save_file({"a": torch.zeros(2, 3), "experts.0.buffer": torch.zeros(2)}, tmp_path / "model.safetensors")
     source = Checkpoint.open(tmp_path)
-    assert trained_tensors(source, {"a": (2, 3)}, {}) == {"a": Piece("a", 0, 6)}
+    assert trained_tensors(source, {"a": (2, 3)}, {}) == {"a": ParameterRange("a", 0, 6)}
     with pytest.raises(CheckpointError, match=r"not \(wholly\) on disk"):
         trained_tensors(source, {"a": (2, 3), "b": (2,)}, {})
     with pytest.raises(CheckpointError, match="tensor a"):

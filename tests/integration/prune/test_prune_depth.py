@@ -16,7 +16,7 @@ from kdscale.models.layer_stream import LayerStream
 from kdscale.models.loading import load_model
 from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.compensation.layer_gaps import gaps, repaired_gaps
+from kdscale.prune.compensation.layer_gaps import find_gaps, repaired_gaps
 from kdscale.prune.importance import collect
 from kdscale.prune.importance.layer_scores import next_tokens
 from kdscale.prune.search.shapes import make_plan
@@ -210,7 +210,7 @@ def test_repair_goes_with_a_width_cut_and_with_kills(teacher, tmp_path, monkeypa
         return calls
 
     whole = run(tmp_path / "whole", Scratch(), -1)
-    depth = gaps(plan)[-1].last + 1
+    depth = find_gaps(plan)[-1].last + 1
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", scratch, depth)  # in the repair's last layer
     with pytest.raises(KeyboardInterrupt):

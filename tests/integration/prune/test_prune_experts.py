@@ -19,7 +19,7 @@ from kdscale.models.loading import load_model
 from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.compensation.experts import Equations, refit_experts
-from kdscale.prune.compensation.recovered_error import Residuals
+from kdscale.prune.compensation.recovered_error import RecoveredErrors
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.shapes import make_plan
 from kdscale.prune.slicing import Slicer
@@ -112,7 +112,7 @@ def test_ridge_fits_each_expert_on_the_tokens_that_the_kept_ones_get(teacher_of,
     teacher = teacher_of(model_type)
     cut = {name: value for name, value in CUT.items() if "hidden" not in name or model_type != "olmoe"}
     plan, cfg = plan_of(teacher, "ridge", layers=2, **cut)
-    residuals = Residuals(tmp_path / "repair.json")
+    residuals = RecoveredErrors(tmp_path / "repair.json")
     after = written(teacher, plan, cfg, tmp_path / "student", residuals=residuals)
     model = load_model(teacher.checkpoint.path, dtype=torch.float32, device=CPU)
     inputs, rows_D = run(model, teacher.batches), plan.kept.hidden
@@ -206,7 +206,7 @@ def test_an_expert_without_tokens_keeps_its_slice_and_is_counted(teacher_of):
                 kept = plan.kept.ffn_of(0, expert)
                 yield Equations(expert, whole[:, kept], whole @ experts.down_proj[expert].T, whole)
 
-    residuals = Residuals()
+    residuals = RecoveredErrors()
     with torch.inference_mode():
         found = refit_experts(experts, slicer, 0, sweep, RIDGE, 1 << 20, residuals)
         for expert in range(4):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import DataError
-from kdscale.models.hidden_states import Scratch, States
+from kdscale.models.hidden_states import HiddenStates, Scratch
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.search.masked import score_masked
 from kdscale.prune.search.shapes import make_plan
@@ -105,8 +105,10 @@ def test_states_on_the_disk_give_the_same_scores_and_go_away(
     cuts = [{"ffn": 24, "heads": 2}, {"ffn": 40}]
     plans = [make_plan(teacher.config, teacher.family, None, PruneConfig(**cut)) for cut in cuts]
     folders = set()
-    put = States._put
-    monkeypatch.setattr(States, "_put", lambda self, *given: (folders.add(self._spool.parent.name), put(self, *given)))
+    put = HiddenStates._put
+    monkeypatch.setattr(
+        HiddenStates, "_put", lambda self, *given: (folders.add(self._spool.parent.name), put(self, *given))
+    )
     given = (teacher.checkpoint, teacher.family, plans, labelled)
     settings = {"calibration": teacher.batches, "ridge": 1e-2}
     plain = score_masked(*given, **settings)

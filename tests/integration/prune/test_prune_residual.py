@@ -1,4 +1,4 @@
-"""Residuals in the report are those of the weights that were written."""
+"""Recovered errors in the report are those of the weights that were written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from kdscale.config.prune import PruneConfig
 from kdscale.models.layer_stream import LayerStream
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.compensation.recovered_error import Residuals
+from kdscale.prune.compensation.recovered_error import RecoveredErrors
 from kdscale.prune.search.shapes import make_plan
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
@@ -21,7 +21,7 @@ SHAPE = {"ffn": 64, "heads": 4, "layers": 3}
 def test_recorded_errors_are_those_of_the_files(teacher, tmp_path: Path) -> None:
     cfg = PruneConfig(**SHAPE)
     plan = make_plan(teacher.config, teacher.family, teacher.scores(tmp_path / "scores", **SHAPE), cfg)
-    residuals, out = Residuals(tmp_path / "repair.json"), tmp_path / "out"
+    residuals, out = RecoveredErrors(tmp_path / "repair.json"), tmp_path / "out"
     out.mkdir()
     apply_plan(
         teacher.checkpoint, teacher.family, plan, out, cfg,
@@ -31,7 +31,7 @@ def test_recorded_errors_are_those_of_the_files(teacher, tmp_path: Path) -> None
     assert [(row["layer"], row["role"]) for row in rows] == [
         (layer, role) for layer in plan.kept.layers for role in ("down", "o")
     ]
-    assert Residuals(tmp_path / "repair.json").rows == rows
+    assert RecoveredErrors(tmp_path / "repair.json").rows == rows
 
     position = 1
     stream = LayerStream(
@@ -56,4 +56,4 @@ def test_recorded_errors_are_those_of_the_files(teacher, tmp_path: Path) -> None
     assert (row["kept"], row["of"]) == (64, 128)
 
     residuals.keep_layers(plan.kept.layers[:1])
-    assert {row["layer"] for row in Residuals(tmp_path / "repair.json").rows} == {plan.kept.layers[0]}
+    assert {row["layer"] for row in RecoveredErrors(tmp_path / "repair.json").rows} == {plan.kept.layers[0]}

@@ -140,7 +140,7 @@ def test_other_files_than_the_pass_knows_are_begun_anew(teacher, tmp_path):
     stream = LayerStream(
         teacher.config, teacher.family, teacher.checkpoint.tensor, dtype=torch.float32, device=torch.device("cpu")
     )
-    walk = LayerPass(stream, teacher.batches, scratch.part("compensation"))
+    walk = LayerPass(stream, teacher.batches, scratch.subfolder("compensation"))
     for layer in walk.layers(2):
         walk.run(layer)
         walk.finish()

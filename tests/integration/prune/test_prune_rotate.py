@@ -1,4 +1,4 @@
-"""The turned teacher is the teacher, and its first channels are the ones to keep."""
+"""The rotated teacher is the teacher, and its first channels are the ones to keep."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance.ranking import load_scores
 from kdscale.prune.plan import Plan
-from kdscale.prune.rotation import ROTATION, RotatedTeacher, turned, unrotatable, untied
+from kdscale.prune.rotation import ROTATION, RotatedTeacher, rotated_teacher, rotation_obstacle, untied_config
 from kdscale.prune.search.hidden_basis import choose
 from kdscale.prune.search.shapes import make_plan
 from kdscale.runtime.progress import Reporter
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def _plan(teacher, tmp_path, **prune) -> tuple[Plan, RotatedTeacher]:
     scores = teacher.scores(tmp_path / "scores", **prune)
     plan = choose(teacher.checkpoint, teacher.family, scores, PruneConfig(**prune), make_plan)
-    return plan, turned(teacher.checkpoint, teacher.family, scores)
+    return plan, rotated_teacher(teacher.checkpoint, teacher.family, scores)
 
 
 def _write(teacher, plan, rotated, folder, **prune):
@@ -109,10 +109,10 @@ def test_methods_and_what_they_need(teacher, tmp_path):
     )
     missing = {name: value for name, value in scores.items() if name != ROTATION}
     with pytest.raises(ConfigError, match=r"hidden\.rotation"):
-        turned(teacher.checkpoint, teacher.family, missing)
+        rotated_teacher(teacher.checkpoint, teacher.family, missing)
     skewed = scores | {ROTATION: scores[ROTATION] * 1.01}
     with pytest.raises(ConfigError, match="orthogonal"):
-        turned(teacher.checkpoint, teacher.family, skewed)
+        rotated_teacher(teacher.checkpoint, teacher.family, skewed)
     assert set(load_scores(tmp_path)) == set(scores)
 
 
@@ -146,12 +146,12 @@ def test_families_that_cannot_be_turned(teacher, tmp_path, role, axes, reason):
         tied=family.tied,
         tensors=lambda config: family.tensors(config) | extra,
     )
-    assert unrotatable(family, teacher.config) is None
-    assert reason in unrotatable(other, teacher.config)
+    assert rotation_obstacle(family, teacher.config) is None
+    assert reason in rotation_obstacle(other, teacher.config)
     scores = teacher.scores(tmp_path, hidden=72)
     with pytest.raises(ConfigError, match="hidden_method=activation"):
         choose(teacher.checkpoint, other, scores, PruneConfig(hidden=72, hidden_method="pca"), make_plan)
     seen = []
     choose(teacher.checkpoint, other, scores, PruneConfig(hidden=72), lambda *args: seen.append(args))
     assert seen[0][3].hidden_method == "activation"
-    assert untied(teacher.config, family) | teacher.config == teacher.config
+    assert untied_config(teacher.config, family) | teacher.config == teacher.config

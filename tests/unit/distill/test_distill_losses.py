@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from kdscale.config.objectives import LossConfig
 from kdscale.distill.objectives.token_divergence import TERMS, distillation_loss, full_distillation_loss
-from kdscale.models.head import Head
+from kdscale.models.head import OutputHead
 from kdscale_kernels import linear_topk_lse, reference
 
 DIVERGENCES = get_args(LossConfig.model_fields["divergence"].annotation)
@@ -40,7 +40,7 @@ def test_the_loss_over_the_whole_vocabulary_is_the_one_the_config_names(divergen
     )
     labels = torch.randint(0, 40, (5,), generator=gen)
     loss = LossConfig(targets="full", divergence=divergence, ce_weight=0.3, temperature=2.0, jsd_beta=0.2, skew=0.4)
-    heads = Head(weight, bias, softcap=4.0), Head(teacher_weight, teacher_bias, softcap=3.0)
+    heads = OutputHead(weight, bias, softcap=4.0), OutputHead(teacher_weight, teacher_bias, softcap=3.0)
     total, terms = full_distillation_loss(hidden, heads[0], teacher_hidden, heads[1], labels, loss, vocab_size=40)
     want = reference.linear_full_kl(
         hidden,

@@ -16,7 +16,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims
 from kdscale.families.family import SHAPE_AXES
-from kdscale.prune.compensation.layer_gaps import gaps
+from kdscale.prune.compensation.layer_gaps import find_gaps
 from kdscale.prune.importance.ranking import Ranking
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.cost import CostModel
@@ -140,8 +140,8 @@ def test_gaps_are_the_dropped_layers_with_a_kept_one_in_front(small_config, smal
     scores = small_scores | {"layers.block_influence": np.array([0.1, 0.9, 0.2, 0.9, 0.3, 0.1])}
     plan = make_plan(small_config, small_family, scores, PruneConfig(layers=3, layer_repair="linear"))
     assert plan.kept.layers == [1, 3, 4]
-    assert gaps(plan) == [(0, 1, 2), (2, 4, 5)]
-    assert gaps(make_plan(small_config, small_family, scores, PruneConfig(layers=3))) == []
+    assert find_gaps(plan) == [(0, 1, 2), (2, 4, 5)]
+    assert find_gaps(make_plan(small_config, small_family, scores, PruneConfig(layers=3))) == []
 
 
 def test_the_search_takes_the_best_scored_candidate(small_config, small_family, small_scores):

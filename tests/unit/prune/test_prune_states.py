@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdscale.errors import CheckpointError
-from kdscale.models.hidden_states import Scratch, States
+from kdscale.models.hidden_states import HiddenStates, Scratch
 
 SHAPE = (2, 5, 8)
 BYTES = 2 * 5 * 8 * 2  # bf16
@@ -19,8 +19,8 @@ def _values(seed: int, count: int = 4) -> list[torch.Tensor]:
     return [torch.randn(SHAPE, generator=generator).bfloat16() for _ in range(count)]
 
 
-def _filled(scratch: Scratch, values: list[torch.Tensor]) -> States:
-    states = States(scratch)
+def _filled(scratch: Scratch, values: list[torch.Tensor]) -> HiddenStates:
+    states = HiddenStates(scratch)
     for value in values:
         states.append(value)
     return states
@@ -49,12 +49,14 @@ def test_saved_states_are_read_by_another_process_with_another_budget(tmp_path: 
     states = _filled(Scratch(tmp_path, budget), _values(1))
     slots = states.save(tmp_path / "one.bin")
     states[1] = _values(2)[1]  # after the save: not part of it
-    again = States.load(tmp_path / "one.bin", slots, Scratch(tmp_path / "other", later))
+    again = HiddenStates.load(tmp_path / "one.bin", slots, Scratch(tmp_path / "other", later))
     assert all(map(torch.equal, again, _values(1)))
     expected = [*_values(1)[:1], _values(2)[1], *_values(1)[2:]]
     assert all(map(torch.equal, states, expected))
     states.save(tmp_path / "two.bin")  # three of them only in memory or in the first file
-    assert all(map(torch.equal, States.load(tmp_path / "two.bin", slots, Scratch(tmp_path / "o", later)), expected))
+    assert all(
+        map(torch.equal, HiddenStates.load(tmp_path / "two.bin", slots, Scratch(tmp_path / "o", later)), expected)
+    )
 
 
 def test_without_a_folder_everything_is_in_memory() -> None:
@@ -68,6 +70,6 @@ def test_a_file_that_is_cut_short_is_noticed(tmp_path: Path) -> None:
     with (tmp_path / "one.bin").open("r+b") as stream:
         stream.truncate(3 * BYTES)
     with pytest.raises(CheckpointError, match=r"one\.bin"):
-        States.load(tmp_path / "one.bin", slots, Scratch(tmp_path, 0))
+        HiddenStates.load(tmp_path / "one.bin", slots, Scratch(tmp_path, 0))
     with pytest.raises(CheckpointError, match="cut short"):
         states[3]

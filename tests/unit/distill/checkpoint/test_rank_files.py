@@ -20,7 +20,7 @@ from kdscale.distill.checkpoint.rank_files import (
     write_rank_file,
 )
 from kdscale.errors import CheckpointError
-from kdscale.models.parameter_map import Piece
+from kdscale.models.parameter_map import ParameterRange
 
 SHAPES = st.lists(st.lists(st.integers(0, 7), max_size=3), min_size=1, max_size=5).map(
     lambda shapes: {f"layer.{i}:weight": tuple(shape) for i, shape in enumerate(shapes)}
@@ -35,7 +35,7 @@ def partitions(draw, shapes):
         size = math.prod(shape)
         cuts = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))})
         for begin, end in itertools.pairwise(cuts):
-            draw(st.sampled_from(ranks)).append(Piece(name, begin, end - begin))
+            draw(st.sampled_from(ranks)).append(ParameterRange(name, begin, end - begin))
     return ranks
 
 
@@ -95,8 +95,8 @@ def test_shares_are_near_equal_and_make_up_the_whole(case, count):
 
 def test_only_the_bytes_of_a_piece_are_read(tmp_path):
     shapes = {"w": (100,)}
-    paths = write_all(tmp_path, values_of(shapes), [[Piece("w", 0, 40)], [Piece("w", 40, 60)]])
-    reads = RankFileIndex(paths, shapes).plan("exp_avg", Piece("w", 30, 25))
+    paths = write_all(tmp_path, values_of(shapes), [[ParameterRange("w", 0, 40)], [ParameterRange("w", 40, 60)]])
+    reads = RankFileIndex(paths, shapes).plan("exp_avg", ParameterRange("w", 30, 25))
     assert [(read.file.name, read.at, read.length) for read in reads] == [
         ("rank-0.safetensors", 0, 10), ("rank-1.safetensors", 10, 15),
     ]  # fmt: skip
@@ -104,14 +104,14 @@ def test_only_the_bytes_of_a_piece_are_read(tmp_path):
 
 def test_any_reader_of_safetensors_can_use_it(tmp_path):
     values = values_of({"w": (6,)})
-    (path,) = write_all(tmp_path, values, [[Piece("w", 0, 4), Piece("w", 4, 2)]])
+    (path,) = write_all(tmp_path, values, [[ParameterRange("w", 0, 4), ParameterRange("w", 4, 2)]])
     loaded = load_file(path)
     assert sorted(loaded) == sorted(f"{kind}:{offset}:w" for kind in QUANTITIES for offset in (0, 4))
     assert torch.equal(loaded["exp_avg_sq:4:w"], values["exp_avg_sq", "w"][4:])
 
 
 def test_masters_come_before_the_moments(tmp_path):
-    facts = write_rank_file(tmp_path / "f", [Piece("w", 0, 4)], [torch.full((4,), float(i)) for i in range(3)])
+    facts = write_rank_file(tmp_path / "f", [ParameterRange("w", 0, 4)], [torch.full((4,), float(i)) for i in range(3)])
     tail = (tmp_path / "f").read_bytes()[facts.weights_bytes - 16 :]
     assert torch.frombuffer(bytearray(tail), dtype=torch.float32).tolist() == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
 
@@ -119,10 +119,10 @@ def test_masters_come_before_the_moments(tmp_path):
 @pytest.mark.parametrize(
     ("ranks", "said"),
     [
-        ([[Piece("w", 0, 4)]], "each once"),
-        ([[Piece("w", 0, 4)], [Piece("w", 5, 1)]], "each once"),
-        ([[Piece("w", 0, 4)], [Piece("w", 3, 3)]], "each once"),
-        ([[Piece("w", 0, 6)], [Piece("v", 0, 2)]], "pieces of the student's parameters"),
+        ([[ParameterRange("w", 0, 4)]], "each once"),
+        ([[ParameterRange("w", 0, 4)], [ParameterRange("w", 5, 1)]], "each once"),
+        ([[ParameterRange("w", 0, 4)], [ParameterRange("w", 3, 3)]], "each once"),
+        ([[ParameterRange("w", 0, 6)], [ParameterRange("v", 0, 2)]], "pieces of the student's parameters"),
     ],
     ids=["short", "hole", "overlap", "foreign"],
 )
@@ -141,19 +141,19 @@ def test_other_tensors_are_refused(tmp_path):
 
 def test_a_file_that_shrinks_or_goes_is_named(tmp_path):
     shapes = {"w": (6,)}
-    (path,) = write_all(tmp_path, values_of(shapes), [[Piece("w", 0, 6)]])
+    (path,) = write_all(tmp_path, values_of(shapes), [[ParameterRange("w", 0, 6)]])
     index, out = RankFileIndex([path], shapes), torch.zeros(6)
     path.write_bytes(path.read_bytes()[:-4])
     with RankFileReader(index) as reader, pytest.raises(CheckpointError, match="4 bytes too few"):
-        reader.fill("exp_avg_sq", Piece("w", 0, 6), out)
+        reader.fill("exp_avg_sq", ParameterRange("w", 0, 6), out)
     path.unlink()
     with RankFileReader(index) as reader, pytest.raises(CheckpointError, match="is gone"):
-        reader.fill("master", Piece("w", 0, 6), out)
+        reader.fill("master", ParameterRange("w", 0, 6), out)
     with RankFileReader(index) as reader, pytest.raises(CheckpointError, match="at least 7 values"):
-        reader.fill("master", Piece("w", 1, 6), out)
+        reader.fill("master", ParameterRange("w", 1, 6), out)
 
 
 def test_a_write_can_be_given_up(tmp_path):
     answers = iter([False, True])
     with pytest.raises(WriteCancelled):
-        write_rank_file(tmp_path / "f", [Piece("w", 0, 4)], [torch.zeros(4)] * 3, lambda: next(answers))
+        write_rank_file(tmp_path / "f", [ParameterRange("w", 0, 4)], [torch.zeros(4)] * 3, lambda: next(answers))

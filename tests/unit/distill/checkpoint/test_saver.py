@@ -16,7 +16,7 @@ from kdscale.distill.checkpoint import rank_files, saver
 from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader
 from kdscale.distill.schedule import seed_step
 from kdscale.errors import RunFolderError
-from kdscale.models.parameter_map import Piece
+from kdscale.models.parameter_map import ParameterRange
 
 PRINT = {"seed": 1, "distill": {"seq_len": 8}}
 
@@ -26,7 +26,7 @@ class Values:
 
     def __init__(self):
         self.shapes, self.tied, self.adam_step = {"w": (5, 6)}, {"head": "w"}, 7
-        self.ranges, self.value = [Piece("w", 0, 20), Piece("w", 20, 10)], 0.0
+        self.ranges, self.value = [ParameterRange("w", 0, 20), ParameterRange("w", 20, 10)], 0.0
 
     def blocks(self):
         for _ in rank_files.QUANTITIES:
@@ -61,7 +61,7 @@ def test_newest_whole_one_is_found(tmp_path):
     assert found.manifest["adam_step"] == 7
     index = RankFileIndex(checkpoint_folder.data_files(found.path, found.manifest), found.manifest["parameters"])
     with RankFileReader(index) as reader:
-        reader.fill("exp_avg", Piece("w", 15, 10), out := torch.zeros(10))
+        reader.fill("exp_avg", ParameterRange("w", 15, 10), out := torch.zeros(10))
     assert out.tolist() == [9.0] * 10
 
 
@@ -191,7 +191,7 @@ def test_training_goes_on_while_the_disk_works(tmp_path, held_disk):
     with RankFileReader(
         RankFileIndex([tmp_path / "step-00000004" / checkpoint_folder.rank_file(0)], values.shapes)
     ) as r:
-        r.fill("master", Piece("w", 0, 30), out := torch.zeros(30))
+        r.fill("master", ParameterRange("w", 0, 30), out := torch.zeros(30))
     assert out.tolist() == [4.0] * 30
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kdscale.distill.checkpoint.rank_files import QUANTITIES, RankFileIndex, RankFileReader, write_rank_file
 from kdscale.distill.parallel.tensor_slices import TensorSlice, parse_slice_name
 from kdscale.errors import CheckpointError
-from kdscale.models.parameter_map import Piece
+from kdscale.models.parameter_map import ParameterRange
 
 NAME = "layer.weight"
 
@@ -32,7 +32,7 @@ def splits(draw, shape):
         size = math.prod(part.shape(shape) if part else shape)
         places = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=2))})
         name = part.named(NAME) if part else NAME
-        pieces += [Piece(name, begin, end - begin) for begin, end in itertools.pairwise(places)]
+        pieces += [ParameterRange(name, begin, end - begin) for begin, end in itertools.pairwise(places)]
     return pieces
 
 
@@ -81,7 +81,7 @@ def test_any_parts_read_back_as_any_others(tmp_path_factory, case):
     ids=["short", "hole", "overlap", "both ways", "long"],
 )
 def test_parts_that_are_not_all_of_a_parameter_are_refused(tmp_path, parts):
-    pieces = [Piece(part.named("w"), 0, math.prod(part.shape((4, 3)))) for part in parts]
+    pieces = [ParameterRange(part.named("w"), 0, math.prod(part.shape((4, 3)))) for part in parts]
     blocks = [torch.zeros(piece.length) for _ in QUANTITIES for piece in pieces]
     write_rank_file(tmp_path / "f", pieces, blocks)
     with pytest.raises(CheckpointError, match=r"(?s)parts that are all of \[4, 3\].*w@0:0:"):
@@ -89,9 +89,9 @@ def test_parts_that_are_not_all_of_a_parameter_are_refused(tmp_path, parts):
 
 
 def test_a_part_that_is_stored_is_read_in_one_go_and_columns_of_it_row_by_row(tmp_path):
-    halves = [Piece(TensorSlice(1, begin, begin + 2).named("w"), 0, 6) for begin in (0, 2)]
+    halves = [ParameterRange(TensorSlice(1, begin, begin + 2).named("w"), 0, 6) for begin in (0, 2)]
     blocks = [torch.zeros(6) for _ in QUANTITIES for _ in halves]
     write_rank_file(tmp_path / "f", halves, blocks)
     index = RankFileIndex([tmp_path / "f"], {"w": (3, 4)})
     assert len(index.plan("master", halves[1])) == 1
-    assert [read.length for read in index.plan("master", Piece("w@1:1:3", 0, 6))] == [1] * 6
+    assert [read.length for read in index.plan("master", ParameterRange("w@1:1:3", 0, 6))] == [1] * 6
