@@ -136,12 +136,12 @@ def importance(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from kdscale.config.prune import ImportanceConfig, PruneConfig
-    from kdscale.prune.importance.collect import run
+    from kdscale.prune.importance.collect import score_teacher
     from kdscale.runtime.progress import Reporter
 
     checkpoint, family = opened(arguments.teacher)
     torch.set_num_threads(arguments.threads)
-    run(
+    score_teacher(
         checkpoint,
         family,
         batches(arguments),

@@ -120,7 +120,7 @@ def needed(cfg: PruneConfig) -> list[str]:
 def score(folder: Path, batches: list[Any], cfg: PruneConfig, out: Path, layer_tokens: int) -> dict[str, Any]:
     teacher, family = open_teacher(folder)
     silent = Reporter(quiet=True)
-    collect.run(teacher, family, batches, ImportanceConfig(layer_tokens=layer_tokens), cfg, out, CPU, silent)
+    collect.score_teacher(teacher, family, batches, ImportanceConfig(layer_tokens=layer_tokens), cfg, out, CPU, silent)
     return dict(load_scores(out))
 
 

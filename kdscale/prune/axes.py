@@ -1,4 +1,4 @@
-"""The axes that pruning can cut, and the kinds of budget."""
+"""The axes that pruning can cut, and which of them a budget can make smaller."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from kdscale.errors import ConfigError
 from kdscale.families import Dims
 from kdscale.families.family import SHAPE_AXES
 
-Kind = Literal["params", "bytes", "kv_bytes", "decode", "prefill"]
+BudgetKind = Literal["params", "bytes", "kv_bytes", "decode", "prefill"]
 
 
-# A budget that an axis has no influence on must not cut it. How many experts there are changes no latency that the
-# model of it knows: a token goes to as many as before.
-_TIMED = ("hidden", "ffn", "heads", "kv_heads", "layers")
+# The number of experts changes no latency that the latency model knows: a token is routed to as many as before.
+_LATENCY_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers")
 
 
-_ONLY: dict[Kind, tuple[str, ...]] = {"kv_bytes": ("kv_heads", "layers"), "decode": _TIMED, "prefill": _TIMED}
+# The axes that change the cost, for budgets that do not depend on all of them: the search leaves the other axes alone.
+_AXES_OF_BUDGET: dict[BudgetKind, tuple[str, ...]] = {
+    "kv_bytes": ("kv_heads", "layers"),
+    "decode": _LATENCY_AXES,
+    "prefill": _LATENCY_AXES,
+}
 
 
-def kind_of(cfg: PruneConfig) -> Kind | None:
-    """What the config's target limits; None when only sizes are given."""
+def target_kind(cfg: PruneConfig) -> BudgetKind | None:
+    """What the target in `cfg` limits; None when the config gives only sizes."""
     if cfg.target is None:
         return None
     kind: Any = cfg.target[0].removeprefix("target_")
@@ -29,20 +33,22 @@ def kind_of(cfg: PruneConfig) -> Kind | None:
 
 
 def budget_axes(cfg: PruneConfig) -> tuple[str, ...]:
-    """The axes of the config that its target can make smaller. Raises ConfigError when there is none."""
-    kind = kind_of(cfg)
+    """The axes of `cfg` whose size changes what its target limits. Raises ConfigError when there is none."""
+    kind = target_kind(cfg)
     if kind is None:
         return ()
-    useful = tuple(axis for axis in cfg.axes if axis in _ONLY.get(kind, cfg.axes))
+    useful = tuple(axis for axis in cfg.axes if axis in _AXES_OF_BUDGET.get(kind, cfg.axes))
     if cfg.axes and not useful:
-        raise ConfigError(
-            "prune.axes", expected=f"{' or '.join(_ONLY[kind])} for prune.target_{kind}", got=", ".join(cfg.axes)
-        )
+        needed = " or ".join(_AXES_OF_BUDGET[kind])
+        raise ConfigError("prune.axes", expected=f"{needed} for prune.target_{kind}", got=", ".join(cfg.axes))
     return useful
 
 
 def openable_axes(cfg: PruneConfig, dims: Dims) -> tuple[str, ...]:
-    """Axes that this config may cut: given a size below the teacher's, or open to the search. What importance needs."""
+    """The axes that `cfg` may cut in a teacher of `dims`: set to a smaller size, or open to the search.
+
+    The importance stage scores these axes.
+    """
     given = {axis: getattr(cfg, axis) for axis in SHAPE_AXES}
     cut = {axis for axis, size in given.items() if size is not None and size < getattr(dims, axis)}
     if cfg.target is not None:

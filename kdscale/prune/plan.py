@@ -31,11 +31,11 @@ Indices = list[int]
 _INT_LIST = re.compile(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]")
 
 
-class _Part(BaseModel):
+class _PlanSection(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Shape(_Part):
+class PlannedDims(_PlanSection):
     """The sizes of one model; `head_dim` and `vocab` are never cut."""
 
     hidden: Size
@@ -48,14 +48,14 @@ class Shape(_Part):
     experts: Annotated[int, Field(ge=0)] = 0  # 0 in dense models
 
     @classmethod
-    def of(cls, dims: Dims) -> Shape:
+    def of(cls, dims: Dims) -> PlannedDims:
         return cls(**{name: getattr(dims, name) for name in cls.model_fields})
 
     def dims(self) -> Dims:
         return Dims(**self.model_dump())
 
 
-class Kept(_Part):
+class KeptUnits(_PlanSection):
     """Indices in the teacher that stay; `ffn`, `heads`, `kv_heads`, `experts`: one list for each kept layer, in their
     order. In a mixture of experts `ffn` has one list for each kept layer and kept expert, layer by layer."""
 
@@ -74,7 +74,7 @@ class Kept(_Part):
         return self.ffn[position * len(experts) + experts.index(expert)]
 
 
-class Methods(_Part):
+class Methods(_PlanSection):
     """Which score ranked each axis; `uncut` where nothing was removed, `first` where there were no scores."""
 
     ffn: str
@@ -88,14 +88,14 @@ class Methods(_Part):
     search: str
 
 
-class Params(_Part):
+class ParamCounts(_PlanSection):
     total: Size
     embedding: Annotated[int, Field(ge=0)]
     non_embedding: Size
     active: Size | None = None  # what one token uses, of a mixture of experts; None in dense models
 
 
-class Target(_Part):
+class PlanTarget(_PlanSection):
     """What was asked and how near the plan is: `wanted` and `cost` in the unit of `kind`, `off_by` as a share.
 
     `reached` is the student's parameter count by `count`, whatever the target is.
@@ -112,7 +112,7 @@ class Target(_Part):
     share_of_teacher: float
 
 
-class Masked(_Part):
+class MaskedScore(_PlanSection):
     """A shape run in memory on calibration text before it was ever written: nats a token, and what was run."""
 
     loss: float
@@ -122,14 +122,14 @@ class Masked(_Part):
     compensate: str
 
 
-class Probe(_Part):
+class ProbeResult(_PlanSection):
     """Held-out loss (the distillation's own, nats a token) after a short distillation."""
 
     tokens: Size
     loss: float
 
 
-class Candidate(_Part):
+class ShapeCandidate(_PlanSection):
     """One shape that met the budget, and every score it was given; `params` as `target.count` counts them."""
 
     hidden: Size
@@ -139,40 +139,40 @@ class Candidate(_Part):
     layers: Size
     experts: Annotated[int, Field(ge=0)] = 0
     params: Size
-    active: Size | None = None  # as in Params
+    active: Size | None = None  # as in ParamCounts
     bytes: Size
     kv_bytes: Size
     decode_ms: float | None = None
     prefill_ms: float | None = None
     latency_spread: float | None = None  # of repeated timings, as a share; None where the times are predicted
     score: float
-    masked: Masked | None = None
-    probes: list[Probe] = []
+    masked: MaskedScore | None = None
+    probes: list[ProbeResult] = []
 
     def sizes(self) -> Any:
         """In the order of cost.SHAPE_AXES."""
         return tuple(getattr(self, axis) for axis in SHAPE_AXES)
 
 
-class Plan(_Part):
+class Plan(_PlanSection):
     """Everything that apply needs, and the record of how it was chosen."""
 
     version: Literal[1] = 1
     model_type: str
-    teacher: Shape
-    student: Shape
-    kept: Kept
+    teacher: PlannedDims
+    student: PlannedDims
+    kept: KeptUnits
     # Factor on every norm weight over the hidden axis. The mean square over fewer, stronger channels is higher, so a
     # sliced norm shrinks its output: √(d/d') undoes it to first order. 1.0 where hidden is not cut.
     norm_scale: Annotated[float, Field(gt=0.0)]
     methods: Methods
-    teacher_params: Params
-    student_params: Params
-    target: Target
+    teacher_params: ParamCounts
+    student_params: ParamCounts
+    target: PlanTarget
     # Share of the teacher's importance that stays, per axis; `score` is search.py's.
     # None without scores.
     retained: dict[str, float | None]
-    candidates: list[Candidate]
+    candidates: list[ShapeCandidate]
     candidates_tried: Annotated[int, Field(ge=1)]
     warnings: list[str]
 
@@ -266,12 +266,12 @@ def consistency_problems(plan: Plan) -> list[str]:
 def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> list[str]:
     """What in the plan does not fit this teacher or what the family allows."""
     plain = dict(config)
-    actual = Shape.of(family.dims(plain))
+    actual = PlannedDims.of(family.dims(plain))
     if plan.model_type != plain.get("model_type"):
         return [f"model_type: expected {plain.get('model_type')!r}, got {plan.model_type!r}"]
     out = [
         f"teacher.{axis}: expected {getattr(actual, axis)} (the checkpoint's), got {getattr(plan.teacher, axis)}"
-        for axis in Shape.model_fields
+        for axis in PlannedDims.model_fields
         if getattr(actual, axis) != getattr(plan.teacher, axis)
     ]
     if out:
@@ -283,7 +283,7 @@ def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> l
         counted = count_params(model, family)
         out += [
             f"{field}.{name}: expected {getattr(counted, name)}, got {getattr(getattr(plan, field), name)}"
-            for name in Params.model_fields
+            for name in ParamCounts.model_fields
             if getattr(counted, name) != getattr(getattr(plan, field), name)
         ]
     reached = getattr(plan.student_params, plan.target.count)
@@ -292,9 +292,9 @@ def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> l
     return out
 
 
-def count_params(config: Mapping[str, Any], family: Family) -> Params:
+def count_params(config: Mapping[str, Any], family: Family) -> ParamCounts:
     counted = family.count_params(dict(config))
-    return Params(
+    return ParamCounts(
         total=counted.total,
         embedding=counted.embedding,
         non_embedding=counted.non_embedding,
@@ -315,7 +315,7 @@ def _index_problems(name: str, indices: Sequence[int], count: int, limit: int) -
 
 
 def _group_problems(
-    name: str, heads: Sequence[int], groups: Sequence[int], teacher: Shape, student: Shape
+    name: str, heads: Sequence[int], groups: Sequence[int], teacher: PlannedDims, student: PlannedDims
 ) -> list[str]:
     """Grouped-query attention needs the same number of query heads in every kept kv group, and none elsewhere."""
     per_group, want = teacher.heads // teacher.kv_heads, student.heads // student.kv_heads

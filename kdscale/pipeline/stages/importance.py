@@ -33,14 +33,14 @@ def measure_importance(context: Context) -> Facts:
 
 
 def importance_rank(context: Context) -> None:
-    from kdscale.prune.importance.collect import run
+    from kdscale.prune.importance.collect import score_teacher
     from kdscale.runtime.ranks import is_writer
 
     config = context.config
     share = RankShare(context, "importance")
     teacher, family = open_teacher(context.source, context.reporter)
     with atomic_dir(context.run.importance) if is_writer() else nullcontext() as out:
-        run(
+        score_teacher(
             teacher, family, share.batches, config.importance, config.prune, out, share.device, context.reporter,
             share.scratch,
         )  # fmt: skip

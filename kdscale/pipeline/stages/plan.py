@@ -15,11 +15,11 @@ from kdscale.pipeline import calibration
 from kdscale.pipeline.calibration import scoring_batches
 from kdscale.pipeline.stage import Context, Facts
 from kdscale.pipeline.stages.probes import by_probes
-from kdscale.prune.search.latency import KINDS
+from kdscale.prune.search.latency import LATENCY_KINDS
 
 if TYPE_CHECKING:
     from kdscale.families import Family
-    from kdscale.prune.plan import Candidate, Plan
+    from kdscale.prune.plan import Plan, ShapeCandidate
     from kdscale.prune.search.latency import LatencyModel
     from kdscale.prune.search.shapes import Search
 
@@ -49,9 +49,9 @@ def search_plan(context: Context, scores: Mapping[str, Any]) -> Plan:
 
 
 def _searched(context: Context, search: Search) -> Plan:
-    from kdscale.prune.axes import kind_of
+    from kdscale.prune.axes import target_kind
 
-    if kind_of(search.cfg) not in ("decode", "prefill"):
+    if target_kind(search.cfg) not in ("decode", "prefill"):
         candidates, tried = search.shortlist()
         return search.plan(_ranked(context, search, candidates), tried)
     model = measured_latencies(context, search)
@@ -68,7 +68,7 @@ def what_matters(context: Context) -> Mapping[str, Any]:
     return {"distill": config.distill.decisive()} if config.prune.search.probe_tokens is not None else {}
 
 
-def _ranked(context: Context, search: Search, candidates: list[Candidate]) -> list[Candidate]:
+def _ranked(context: Context, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
     """In order of the dearest score that the config asks for."""
     settings = context.config.prune.search
     if len(candidates) > 1 and settings.masked_candidates:
@@ -78,7 +78,7 @@ def _ranked(context: Context, search: Search, candidates: list[Candidate]) -> li
     return candidates
 
 
-def by_masked_score(context: Context, search: Search, candidates: list[Candidate]) -> list[Candidate]:
+def by_masked_score(context: Context, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
     """Run the best predicted candidates masked and put them in order of their divergence from the teacher."""
     from kdscale.models.hidden_states import Scratch
     from kdscale.prune.rotation import rotated_teacher
@@ -110,7 +110,7 @@ def by_masked_score(context: Context, search: Search, candidates: list[Candidate
     return [*scored, *candidates[len(chosen) :]]
 
 
-def _divergence(candidate: Candidate) -> float:
+def _divergence(candidate: ShapeCandidate) -> float:
     assert candidate.masked is not None
     return candidate.masked.kl
 
@@ -135,19 +135,19 @@ def measured_latencies(context: Context, search: Search) -> LatencyModel:
 
 
 def _by_measured_time(
-    search: Search, model: LatencyModel, candidates: list[Candidate], context: Context
-) -> tuple[list[Candidate], list[Candidate]]:
+    search: Search, model: LatencyModel, candidates: list[ShapeCandidate], context: Context
+) -> tuple[list[ShapeCandidate], list[ShapeCandidate]]:
     """Time the best candidates: those that keep the limit within their own spread; the others, fastest first."""
     budget = search.budget
     assert budget is not None
     assert budget.kind in ("decode", "prefill")
     kind = budget.kind
-    within: list[Candidate] = []
-    over: list[Candidate] = []
+    within: list[ShapeCandidate] = []
+    over: list[ShapeCandidate] = []
     for candidate in candidates[:_TIMED_CANDIDATES]:
         dims = search.student_dims(candidate.sizes())
         timing = model.timing(dims)
-        times = {f"{each}_ms": timing.total(each, dims.layers) for each in KINDS}
+        times = {f"{each}_ms": timing.total(each, dims.layers) for each in LATENCY_KINDS}
         spread = timing.spread[kind]
         found = candidate.model_copy(update={**times, "latency_spread": spread})
         keeps = times[f"{kind}_ms"] <= budget.wanted * (1 + min(spread, _TIMING_NOISE))

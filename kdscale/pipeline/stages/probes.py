@@ -23,10 +23,10 @@ from kdscale.units import TARGETS
 
 if TYPE_CHECKING:
     from kdscale.families import Dims
-    from kdscale.prune.plan import Candidate
+    from kdscale.prune.plan import ShapeCandidate
 
 
-def by_probes(context: Context, teacher: Dims, candidates: list[Candidate]) -> list[Candidate]:
+def by_probes(context: Context, teacher: Dims, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
     """`candidates` with the finalists' probes recorded, the winner first and the earliest dropped last of them."""
     search = context.config.prune.search
     assert search.probe_tokens is not None
@@ -41,10 +41,10 @@ def by_probes(context: Context, teacher: Dims, candidates: list[Candidate]) -> l
     return [*alive, *rest]
 
 
-def _probed(context: Context, teacher: Dims, candidate: Candidate, tokens: int) -> Candidate:
+def _probed(context: Context, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> ShapeCandidate:
     """The candidate with one more probe, run now or read from the last time."""
     from kdscale.families.family import SHAPE_AXES
-    from kdscale.prune.plan import Probe
+    from kdscale.prune.plan import ProbeResult
 
     config = probe_config(context.config, teacher, candidate, tokens)
     folder = Path(config.run_dir)
@@ -58,7 +58,7 @@ def _probed(context: Context, teacher: Dims, candidate: Candidate, tokens: int) 
     for item in ("pruned", "student", "checkpoints"):  # gigabytes that the result no longer needs
         remove_tree(folder / item)
     context.reporter.say(f"  probe of {name}: held-out loss {loss:.4f} after {tokens:,} tokens")
-    return candidate.model_copy(update={"probes": [*candidate.probes, Probe(tokens=tokens, loss=loss)]})
+    return candidate.model_copy(update={"probes": [*candidate.probes, ProbeResult(tokens=tokens, loss=loss)]})
 
 
 def _run(context: Context, config: Config) -> float:
@@ -72,7 +72,7 @@ def _run(context: Context, config: Config) -> float:
     return float(rows[-1]["loss"])
 
 
-def probe_config(config: Config, teacher: Dims, candidate: Candidate, tokens: int) -> Config:
+def probe_config(config: Config, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> Config:
     """The run of one probe: the candidate's sizes given, no search, `tokens` to distil."""
     from kdscale.families.family import SHAPE_AXES
 

@@ -46,7 +46,7 @@ from kdscale.runtime.ranks import all_reduce_sum
 from kdscale.weights import Checkpoint
 
 
-def run(
+def score_teacher(
     teacher: Checkpoint,
     family: Family,
     batches: Sequence[TokenBatch],
@@ -96,7 +96,7 @@ def run(
         def advance(count: int, layer: int) -> None:
             bar.advance(count / dims.layers, f"layer {layer + 1}/{dims.layers}")
 
-        scores = gather(stream, batches, axes, advance, scratch, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
+        scores = collect_scores(stream, batches, axes, advance, scratch, obs_axes(prune_cfg), prune_cfg.ridge_lambda)
     scores |= {name: value.numpy().astype(np.float32) for name, value in found.items()}
     for name in asked:
         if (folder := scratch.subfolder(name).folder) is not None:
@@ -112,7 +112,7 @@ def run(
     return scores
 
 
-def gather(
+def collect_scores(
     stream: LayerStream,
     batches: Sequence[TokenBatch],
     axes: Sequence[str],
@@ -121,7 +121,7 @@ def gather(
     obs: Sequence[str] = (),
     ridge: float = 1e-2,
 ) -> dict[str, np.ndarray]:
-    """The scores of `run`, from any stream; `advance(tokens, layer)` is called after each batch in each layer.
+    """The scores of `score_teacher` from any stream; calls `advance(tokens, layer)` after each batch of each layer.
 
     With several ranks `batches` are this rank's share, and every rank gets the scores over all of them. With a folder
     in `scratch` a killed call is taken up again at the first layer that it had not finished.

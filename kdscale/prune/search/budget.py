@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.prune.axes import Kind, kind_of
+from kdscale.prune.axes import BudgetKind, target_kind
 from kdscale.prune.search.cost import CostModel
 from kdscale.units import TARGETS, parse_target
 
@@ -40,7 +40,7 @@ class Costs:
     cfg: PruneConfig
     speeds: Speeds | None = None
 
-    def of(self, kind: Kind, shapes: Shapes) -> Floats:
+    def of(self, kind: BudgetKind, shapes: Shapes) -> Floats:
         """Cost of each shape in `kind`'s unit. Raises ConfigError for a latency that nobody measured."""
         if kind == "params":
             return self.model.params(shapes, self.cfg.count).astype(np.float64)
@@ -60,7 +60,7 @@ class Costs:
 class Budget:
     """The config's target, resolved against its teacher: `wanted` is in the unit of `kind`."""
 
-    kind: Kind
+    kind: BudgetKind
     asked: str
     wanted: float
     tolerance: float
@@ -68,7 +68,7 @@ class Budget:
     @classmethod
     def of(cls, cfg: PruneConfig, costs: Costs, teacher: Shapes, counted_as: str) -> Budget | None:
         """None without a target. Raises ConfigError when the teacher meets it as it is."""
-        kind = kind_of(cfg)
+        kind = target_kind(cfg)
         if kind is None or cfg.target is None:
             return None
         field, asked = cfg.target
@@ -110,7 +110,7 @@ class Budget:
         )
 
 
-UNITS: dict[Kind, str] = {
+UNITS: dict[BudgetKind, str] = {
     "params": "parameters",
     "bytes": "bytes on disk",
     "kv_bytes": "bytes of 16-bit KV cache a token",

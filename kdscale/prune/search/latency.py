@@ -23,10 +23,10 @@ from kdscale.families import Dims
 from kdscale.files import read_json, write_json
 from kdscale.prune.search.budget import Floats, Shapes
 
-Kind = Literal["decode", "prefill"]
+LatencyKind = Literal["decode", "prefill"]
 
 
-KINDS: tuple[Kind, Kind] = ("decode", "prefill")
+LATENCY_KINDS: tuple[LatencyKind, LatencyKind] = ("decode", "prefill")
 
 
 _LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads")
@@ -43,7 +43,7 @@ class Timing:
     rest: dict[str, float]
     spread: dict[str, float]
 
-    def total(self, kind: Kind, layers: int) -> float:
+    def total(self, kind: LatencyKind, layers: int) -> float:
         return self.layer[kind] * layers + self.rest[kind]
 
 
@@ -89,7 +89,7 @@ class LatencyModel:
             timings.append(self.timing(dims))
             advance(1, f"hidden {dims.hidden}, ffn {dims.ffn}, heads {dims.heads}")
         design_RP = np.concatenate([teacher_P, features_RP[chosen]])
-        for kind in KINDS:
+        for kind in LATENCY_KINDS:
             layer_R = np.array([timing.layer[kind] for timing in timings])
             rest_R = np.array([timing.rest[kind] for timing in timings])
             hidden_R2 = design_RP[:, [0, -1]]
@@ -97,7 +97,7 @@ class LatencyModel:
             self._weights[f"{kind}.rest"] = _nonnegative_fit(hidden_R2 / scale_P[[0, -1]], rest_R) / scale_P[[0, -1]]
             self.error[kind] = _left_out_error(design_RP / scale_P, layer_R)
 
-    def milliseconds(self, kind: Kind, shapes: Shapes) -> Floats:
+    def milliseconds(self, kind: LatencyKind, shapes: Shapes) -> Floats:
         """Predicted by the fitted model; of layer shapes that were timed, the timing."""
         features_RP = _features(shapes)
         layer_R = features_RP @ self._weights[f"{kind}.layer"]

@@ -25,7 +25,7 @@ from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import ExpertInputs, expert_name, refit_experts
 from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts
 from kdscale.prune.compensation.regression import RidgeSums
-from kdscale.prune.plan import Masked, Plan
+from kdscale.prune.plan import MaskedScore, Plan
 from kdscale.prune.slicing import Slicer
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
@@ -52,7 +52,7 @@ def score_masked(
     device: torch.device | None = None,
     reporter: Reporter | None = None,
     scratch: Scratch = IN_MEMORY,
-) -> list[Masked]:
+) -> list[MaskedScore]:
     """Loss and KL of each plan's student on `batches`, in nats a token.
 
     `calibration` and `ridge` (λ) are what plans that compensate regress on, whichever way they do. Hidden states beyond
@@ -229,7 +229,7 @@ def _losses(
     states: HiddenStates,
     batches: Sequence[LabelledBatch],
     device: torch.device,
-) -> list[Masked]:
+) -> list[MaskedScore]:
     """Sums over all labelled tokens, a chunk of rows of logits at a time."""
     theirs = _Output(whole)
     ours = [_Output(run.stream) for run in runs]
@@ -253,7 +253,7 @@ def _losses(
         if not torch.isfinite(torch.tensor([loss, divergence])).all():
             raise SelfCheckError("a candidate's masked loss is not finite", hint="try importance.dtype=float32")
         out.append(
-            Masked(
+            MaskedScore(
                 loss=loss / count,
                 kl=divergence / count,
                 teacher_loss=teacher_ce / count,

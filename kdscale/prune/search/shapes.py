@@ -23,7 +23,7 @@ from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.families.family import SHAPE_AXES
 from kdscale.prune import plan as plans
-from kdscale.prune.axes import Kind, budget_axes, openable_axes
+from kdscale.prune.axes import BudgetKind, budget_axes, openable_axes
 from kdscale.prune.importance.ranking import Ranking
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.budget import Budget, Costs, Floats, Speeds
@@ -106,10 +106,10 @@ class Search:
         rows = np.asarray(shapes, dtype=np.int64)
         return {axis: rows[:, index] for index, axis in enumerate(SHAPE_AXES)}
 
-    def cost(self, kind: Kind, sizes: Sizes) -> float:
+    def cost(self, kind: BudgetKind, sizes: Sizes) -> float:
         return float(self.costs.of(kind, self.columns([sizes]))[0])
 
-    def shortlist(self) -> tuple[list[plans.Candidate], int]:
+    def shortlist(self) -> tuple[list[plans.ShapeCandidate], int]:
         """The best candidates, best first, and how many shapes met the budget.
 
         One shape for each combination of the axes besides ffn comes first: neighbours that differ by one step of ffn
@@ -226,15 +226,15 @@ class Search:
             raise ConfigError("prune.axes", expected="at least one shape that the family allows", got=str(cfg.axes))
         return np.array(rows, dtype=np.int64)
 
-    def candidate(self, sizes: Sizes) -> plans.Candidate:
+    def candidate(self, sizes: Sizes) -> plans.ShapeCandidate:
         figures: dict[str, Any] = dict(zip(SHAPE_AXES, sizes, strict=True))
-        counts: tuple[Kind, ...] = ("params", "bytes", "kv_bytes")
-        times: tuple[Kind, ...] = ("decode", "prefill")
+        counts: tuple[BudgetKind, ...] = ("params", "bytes", "kv_bytes")
+        times: tuple[BudgetKind, ...] = ("decode", "prefill")
         figures |= {kind: int(self.cost(kind, sizes)) for kind in counts}
         if self.family.experts_per_token:
             figures["active"] = int(self.costs.model.active(self.columns([sizes]))[0])
         figures |= {f"{kind}_ms": self.cost(kind, sizes) for kind in times if self.speeds is not None}
-        return plans.Candidate(**figures, score=self.score(sizes))
+        return plans.ShapeCandidate(**figures, score=self.score(sizes))
 
     def score(self, sizes: Sizes) -> float:
         score = self.retained(sizes)["score"]
@@ -271,7 +271,7 @@ class Search:
         out["score"] = math.exp(-sum(weights[axis] * share for axis, share in lost.items())) if known else None
         return out
 
-    def chosen_by(self, candidate: plans.Candidate) -> str:
+    def chosen_by(self, candidate: plans.ShapeCandidate) -> str:
         """The last ranking that this candidate came first in."""
         if self.budget is None:
             return "sizes_given"
@@ -281,7 +281,7 @@ class Search:
             return "masked"
         return "retained_importance" if self.ranking.has_scores else "balanced"
 
-    def plan(self, candidates: list[plans.Candidate], tried: int) -> plans.Plan:
+    def plan(self, candidates: list[plans.ShapeCandidate], tried: int) -> plans.Plan:
         """The plan for the first of `candidates`, which are all recorded in it."""
         sizes: Sizes = candidates[0].sizes()
         teacher, student, ranking = self.teacher, self.student_dims(sizes), self.ranking
@@ -290,7 +290,7 @@ class Search:
         experts = [ranking.experts(layer, student.experts) for layer in layers] if student.experts else []
         mlps: list[Sequence[int | None]] = [*experts] if experts else [[None]] * len(layers)
         per_group = student.heads // student.kv_heads
-        kept = plans.Kept(
+        kept = plans.KeptUnits(
             layers=layers,
             hidden=ranking.hidden(student.hidden),
             ffn=[
@@ -314,14 +314,14 @@ class Search:
         corrected = self.cfg.compensate != "none" and student.hidden < teacher.hidden
         plan = plans.Plan(
             model_type=str(self.config["model_type"]),
-            teacher=plans.Shape.of(teacher),
-            student=plans.Shape.of(student),
+            teacher=plans.PlannedDims.of(teacher),
+            student=plans.PlannedDims.of(student),
             kept=kept,
             norm_scale=math.sqrt(teacher.hidden / student.hidden) if corrected else 1.0,
             methods=self.methods(student, self.chosen_by(first)),
             teacher_params=whole,
             student_params=params,
-            target=plans.Target(
+            target=plans.PlanTarget(
                 kind=budget.kind if budget else None,
                 asked=budget.asked if budget else None,
                 count=self.cfg.count,

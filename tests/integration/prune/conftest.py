@@ -44,7 +44,9 @@ class Teacher:
 
     def scores(self, out: Path, **prune: Any) -> dict[str, Any]:
         cfg, silent = ImportanceConfig(dtype="float32"), Reporter(quiet=True)
-        return collect.run(self.checkpoint, self.family, self.batches, cfg, PruneConfig(**prune), out, CPU, silent)
+        return collect.score_teacher(
+            self.checkpoint, self.family, self.batches, cfg, PruneConfig(**prune), out, CPU, silent
+        )
 
     def prune(self, out: Path, scores: dict[str, Any] | None = None, **prune: Any) -> Plan:
         """Importance, plan and apply into `out`."""

@@ -86,7 +86,7 @@ def test_angles_are_those_of_the_whole_model(teacher, tmp_path):
 
 def test_only_the_layer_tokens_are_used(teacher, tmp_path):
     def score(batches, tokens):
-        return collect.run(
+        return collect.score_teacher(
             teacher.checkpoint, teacher.family, batches, ImportanceConfig(dtype="float32", layer_tokens=tokens),
             PruneConfig(layers=2, layer_method="angular"), None, CPU, Reporter(quiet=True),
         )["layers.angular"]  # fmt: skip
@@ -113,7 +113,7 @@ def test_a_killed_pass_over_layers_goes_on(teacher, tmp_path, monkeypatch, metho
             return read(self, index)
 
         monkeypatch.setattr(LayerStream, "layer", spy)
-        return collect.run(
+        return collect.score_teacher(
             teacher.checkpoint, teacher.family, teacher.batches, ImportanceConfig(dtype="float32"),
             PruneConfig(**prune), None, CPU, Reporter(quiet=True), scratch,
         )  # fmt: skip

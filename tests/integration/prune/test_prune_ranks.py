@@ -19,7 +19,7 @@ from kdscale.files import write_text
 from kdscale.pipeline import rank_main, spawn
 from kdscale.pipeline.runner import run_until
 from kdscale.pipeline.stage import Context
-from kdscale.prune.importance.collect import gather
+from kdscale.prune.importance.collect import collect_scores
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 from kdscale_launch import JobSpec, RankFailed, run_local
@@ -36,7 +36,7 @@ def _worker():
 
 def test_a_lost_rank_is_resumed_and_the_scores_are_those_of_one_process(teacher, tmp_path, kdscale_environment):
     worker, folder = _worker(), teacher.checkpoint.path
-    expected = gather(worker.stream(folder), worker.batches(), worker.AXES)
+    expected = collect_scores(worker.stream(folder), worker.batches(), worker.AXES)
 
     def ranks(last: int) -> None:
         command = (sys.executable, str(WORKER), str(folder), str(tmp_path / "s"), str(tmp_path / "out"), str(last))

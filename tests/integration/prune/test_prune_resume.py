@@ -62,7 +62,7 @@ def test_importance_goes_on_at_the_last_finished_layer(teacher, tmp_path, monkey
     def run() -> dict[str, np.ndarray]:
         cfg, silent = ImportanceConfig(dtype="float32"), Reporter(quiet=True)
         cpu = torch.device("cpu")
-        return collect.run(
+        return collect.score_teacher(
             teacher.checkpoint, teacher.family, teacher.batches, cfg, PruneConfig(**ALL), tmp_path / "scores", cpu,
             silent, scratch,
         )  # fmt: skip
