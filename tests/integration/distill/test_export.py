@@ -1,4 +1,4 @@
-"""`kdscale export`: the student of any checkpoint, from its files alone; and which tensor is which parameter."""
+"""`kdscale export`: the student of any checkpoint, from its files alone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from kdscale.config.load import dump_config
 from kdscale.distill import trainer
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.export import export_run
 from kdscale.errors import CheckpointError, RunFolderError
-from kdscale.models.parameter_map import ParameterRange, trained_tensors
 from kdscale.runtime.progress import Reporter
-from kdscale.weights import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 QUIET = Reporter(quiet=True)
@@ -101,40 +99,6 @@ def test_a_damaged_newest_one_is_passed_over_unless_it_was_asked_for(finished, t
     assert "| optimiser steps | 6 |" in (tmp_path / "out/README.md").read_text()
     with pytest.raises(CheckpointError, match="step-00000008"):
         export_run(finished, 8, tmp_path / "other", QUIET)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        MixtralConfig(num_local_experts=3, intermediate_size=24),
-        Qwen3MoeConfig(num_experts=3, moe_intermediate_size=24, num_experts_per_tok=2),
-        OlmoeConfig(num_experts=3, intermediate_size=24, num_experts_per_tok=2, eos_token_id=1, pad_token_id=0),
-    ],
-    ids=["mixtral", "qwen3-moe", "olmoe"],
-)
-def test_every_tensor_of_a_mixture_is_found_in_the_fused_parameters(config, tmp_path):
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config.update({**sizes, "num_key_value_heads": 2, "head_dim": 8, "layer_types": None})
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path)
-    source, parameters = Checkpoint.open(tmp_path), dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    found = trained_tensors(source, shapes, {})
-    assert found.keys() == set(source.names)
-    for name, piece in found.items():
-        part = parameters[piece.name].detach().reshape(-1)[piece.offset : piece.offset + piece.length]
-        assert torch.equal(part, source.tensor(name).reshape(-1)), name
-
-
-def test_a_trained_parameter_that_would_not_be_written_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    save_file({"a": torch.zeros(2, 3), "experts.0.buffer": torch.zeros(2)}, tmp_path / "model.safetensors")
-    source = Checkpoint.open(tmp_path)
-    assert trained_tensors(source, {"a": (2, 3)}, {}) == {"a": ParameterRange("a", 0, 6)}
-    with pytest.raises(CheckpointError, match=r"not \(wholly\) on disk"):
-        trained_tensors(source, {"a": (2, 3), "b": (2,)}, {})
-    with pytest.raises(CheckpointError, match="tensor a"):
-        trained_tensors(source, {"a": (3, 2)}, {})
 
 
 def test_a_model_whose_names_are_not_on_disk_is_refused_before_training(distil, student_dir, tmp_path, monkeypatch):

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdscale import families
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.families import load_family, supported_types
 from kdscale.models.loading import load_model
+from kdscale.models.parameter_map import trained_tensors
 from kdscale.prune import self_check
 from kdscale.prune.search.masked import score_masked
 from kdscale.prune.search.shapes import make_plan
@@ -104,6 +106,63 @@ def test_one_new_file_is_a_new_family(teacher_class, tmp_path, monkeypatch, mode
     for cut in cuts_of(teacher.family).values():
         masked_is_sliced(teacher, cut)
     self_checked_student(teacher, tmp_path / "student", "ridge")
+
+
+@pytest.fixture
+def curious_moe(tmp_path, monkeypatch) -> str:
+    """A mixture whose names on disk nobody has: transformers is told how to read them, kdscale by one JSON alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
+
+    class CuriousMoeConfig(MixtralConfig):
+        model_type = "curious_moe"
+
+    class CuriousMoeForCausalLM(MixtralForCausalLM):
+        config_class = CuriousMoeConfig
+
+    AutoConfig.register("curious_moe", CuriousMoeConfig, exist_ok=True)
+    AutoModelForCausalLM.register(CuriousMoeConfig, CuriousMoeForCausalLM, exist_ok=True)
+    merge, join = MergeModulelist(dim=0), Concatenate(dim=1)
+    conversion_mapping.register_checkpoint_conversion_mapping(
+        "curious_moe",
+        [
+            WeightRenaming(".guild.porter.", ".mlp.gate."),
+            WeightConverter(
+                [".guild.smiths.*.anvil", ".guild.smiths.*.bellows"], ".mlp.experts.gate_up_proj", [merge, join]
+            ),
+            WeightConverter([".guild.smiths.*.quench"], ".mlp.experts.down_proj", [merge]),
+        ],
+        overwrite=True,
+    )
+    text = (Path(families.__file__).parent / "mixtral.json").read_text()
+    experts = "block_sparse_moe.experts.{expert}"
+    for old, new in {
+        '"mixtral"': '"curious_moe"',
+        "MixtralForCausalLM": "CuriousMoeForCausalLM",
+        "block_sparse_moe.gate.weight": "guild.porter.weight",
+        f"{experts}.w1.weight": "guild.smiths.{expert}.anvil",
+        f"{experts}.w3.weight": "guild.smiths.{expert}.bellows",
+        f"{experts}.w2.weight": "guild.smiths.{expert}.quench",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "curious_moe.json").write_text(text)
+    monkeypatch.setenv("KDSCALE_FAMILIES", str(tmp_path / "own"))
+    return "curious_moe"
+
+
+def test_experts_of_any_name_are_pruned_and_found_by_distillation(curious_moe, teacher_class, tmp_path):
+    teacher = teacher_class(save_teacher(curious_moe, tmp_path / "teacher"))
+    assert "model.layers.0.guild.smiths.3.anvil" in teacher.checkpoint.names
+    self_checked_student(teacher, tmp_path / "student", "ridge")
+    student = Checkpoint.open(tmp_path / "student")
+    parameters = dict(load_model(student.path, dtype=torch.float32, device=CPU).named_parameters())
+    trained = trained_tensors(student, {name: tuple(value.shape) for name, value in parameters.items()}, {})
+    assert trained.keys() == set(student.names)
+    for name, span in trained.items():
+        values = parameters[span.name].detach().flatten()[span.offset : span.offset + span.length]
+        assert torch.equal(values, student.tensor(name).flatten()), name
 
 
 def test_a_folder_of_families_that_is_not_there_is_named(monkeypatch, tmp_path):
