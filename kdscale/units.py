@@ -1,4 +1,4 @@
-"""Counts, sizes and times as people write them in a config: `4B`, `8GiB`, `12ms`, `50%`."""
+"""Counts, sizes and times: read from a config (`4B`, `8GiB`, `12ms`, `50%`) and written for people."""
 
 from __future__ import annotations
 
@@ -6,26 +6,10 @@ import math
 import re
 from typing import Any, Literal
 
-_COUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)\s*$")
-
-
-_SCALE = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-
-
-def parse_count(value: Any) -> Any:
-    """`4B` → 4_000_000_000, `250k` → 250_000; integers pass, the rest is left to pydantic to refuse."""
-    if isinstance(value, str) and (match := _COUNT.match(value)):
-        exact = float(match[1]) * _SCALE[match[2].lower()]
-        if exact == int(exact):
-            return int(exact)
-    return value
-
-
 Unit = Literal["count", "bytes", "milliseconds"]
 
-
-# The fields that name a budget, and what each is counted in; at most one is given.
-TARGETS: dict[str, Unit] = {
+# The config fields that give a budget, and what each is counted in; at most one of them is set.
+BUDGET_FIELDS: dict[str, Unit] = {
     "target_params": "count",
     "target_bytes": "bytes",
     "target_kv_bytes": "bytes",
@@ -33,13 +17,11 @@ TARGETS: dict[str, Unit] = {
     "target_prefill": "milliseconds",
 }
 
-
+_COUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)\s*$")
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*$")
-
-
 _TIME = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*$")
-
-
+_COUNT_SCALES = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}  # largest first
+_BYTE_SCALES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 _EXAMPLES = {
     "count": "a count such as 4B or 135M",
     "bytes": "a size such as 8GiB or 32KiB",
@@ -47,18 +29,28 @@ _EXAMPLES = {
 }
 
 
-def parse_target(text: str, unit: Unit = "count") -> tuple[Literal["absolute", "fraction"], float]:
+def parse_count(value: Any) -> Any:
+    """`4B` → 4_000_000_000, `250k` → 250_000. Anything else is returned as it is, for pydantic to accept or refuse."""
+    if isinstance(value, str) and (match := _COUNT.match(value)):
+        scale = {key.lower(): scale for key, scale in _COUNT_SCALES.items()}.get(match[2].lower(), 1.0)
+        count = float(match[1]) * scale
+        if count == int(count):
+            return int(count)
+    return value
+
+
+def parse_budget(text: str, unit: Unit = "count") -> tuple[Literal["absolute", "fraction"], float]:
     """`4B` → ("absolute", 4e9); `8GiB` → ("absolute", 2**33); `12ms` → ("absolute", 12.0); `50%` → ("fraction", 0.5).
 
-    Raises ValueError.
+    Raises ValueError for anything else, with an example of what the unit expects.
     """
     if text.strip().endswith("%"):
         try:
-            share = float(text.strip()[:-1]) / 100
+            fraction = float(text.strip()[:-1]) / 100
         except ValueError:
-            share = -1.0
-        if 0 < share < 1:
-            return "fraction", share
+            fraction = -1.0
+        if 0 < fraction < 1:
+            return "fraction", fraction
     elif unit == "count":
         if isinstance(count := parse_count(text), int) and count > 0:
             return "absolute", float(count)
@@ -71,28 +63,22 @@ def parse_target(text: str, unit: Unit = "count") -> tuple[Literal["absolute", "
     raise ValueError(f"expected {_EXAMPLES[unit]}, or a share such as 50%, got {text!r}")
 
 
-def significant(value: float) -> str:
-    """Three figures: 23.9, 1,234, 0.0123."""
-    return f"{value:,.{_decimals(value)}f}"
+def format_number(value: float) -> str:
+    """An int in full, a float to three significant figures: `1,234,567`, `23.9`, `0.0123`."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{decimals(value)}f}"
 
 
-def count(value: float) -> str:
-    """`134.5 M`, `8.03 B`."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * limit:  # what would be written as 1000 of the smaller unit
-            return f"{_short(value / limit)} {unit}"
-    return f"{value:,.0f}"
+def format_count(value: float, digits: int = 3) -> str:
+    """`8.03 B`, `135 M`; `134.5 M` with four digits."""
+    return _scaled(value, _COUNT_SCALES, digits) or f"{value:,.0f}"
 
 
-def size(value: float) -> str:
+def format_size(value: float) -> str:
     """Bytes in decimal units: `269 MB`, `23.0 kB`."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= 0.9995 * limit:  # what would be written as 1000 of the smaller unit
-            return f"{_short(value / limit)} {unit}"
-    return f"{value:,.0f} B"
+    return _scaled(value, _BYTE_SCALES, 3) or f"{value:,.0f} B"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`4.2 s`, `3 min 20 s`, `2 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -102,19 +88,50 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _short(value: float) -> str:
-    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+def compact_count(value: float, digits: int = 3) -> str:
+    """For ticks and narrow columns: `2.05B`, `1.5M`, `250k`."""
+    return _compact(value, _COUNT_SCALES, digits) or f"{value:.{digits}g}"
 
 
-def _decimals(value: float) -> int:
-    if not value or abs(value) >= 100:
+def compact_size(value: float) -> str:
+    """Bytes for narrow columns: `2.05GB`, `46.1kB`."""
+    return _compact(value, _BYTE_SCALES, 3) or f"{value:.0f}B"
+
+
+def compact_duration(seconds: float) -> str:
+    """In the largest unit of which there are two: `12 d`, `47 h`, `30 min`, `50 s`."""
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def decimals(value: float, digits: int = 3) -> int:
+    """How many decimals show `digits` significant figures of `value`."""
+    if not value or abs(value) >= 10 ** (digits - 1):
         return 0
-    return max(0, 2 - math.floor(math.log10(abs(value))))
+    return max(0, digits - 1 - math.floor(math.log10(abs(value))))
 
 
-def compact(value: float) -> str:
-    """For the ticks of an axis: `250k`, `1.5M`, `94M`."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.4g}{unit}"
-    return f"{value:.4g}"
+def _scaled(value: float, scales: dict[str, float], digits: int) -> str | None:
+    """`value` in the largest unit that leaves at least 1 of it, or None below the smallest unit."""
+    for unit, scale in scales.items():
+        if value >= _rounds_up_to(scale, digits):
+            number = value / scale
+            places = next(
+                places for places in range(digits) if number >= _rounds_up_to(10 ** (digits - 1 - places), digits)
+            )
+            return f"{number:.{places}f} {unit}"
+    return None
+
+
+def _compact(value: float, scales: dict[str, float], digits: int) -> str | None:
+    for unit, scale in scales.items():
+        if abs(value) >= _rounds_up_to(scale, digits):
+            return f"{max(abs(value) / scale, 1.0) * math.copysign(1, value):.{digits}g}{unit}"
+    return None
+
+
+def _rounds_up_to(limit: float, digits: int) -> float:
+    """The smallest value that is written as `limit`: 999.5 k is 1.00 M with three digits."""
+    return limit * (1 - 0.5 * 10.0**-digits)

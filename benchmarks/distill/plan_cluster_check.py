@@ -97,7 +97,7 @@ def predict(case: dict[str, Any]) -> tuple[float, str, dict[str, float]]:
         case["stage"], case["micro_batch"], case["accumulation"], case["checkpointing"], "replicated",
         offload_optimizer=case.get("offload", False),
     )  # fmt: skip
-    found = memory.peak(job, setting)
+    found = memory.peak_memory(job, setting)
     # the host's memory and a CPU rank's are the same
     return found.total + found.host, found.moment, {**found.parts, "host": found.host}
 

@@ -13,7 +13,7 @@ from kdscale.errors import ConfigError
 
 if TYPE_CHECKING:
     from kdscale.jobs.cluster_plan import RunPlan
-    from kdscale.sizing.compare import Candidate
+    from kdscale.sizing.compare import ComparedSetting
     from kdscale.sizing.gpus import Gpu
 
 
@@ -74,7 +74,7 @@ def plan_cluster_command(
     from kdscale.config.load import find_config, load_config
     from kdscale.files import write_text
     from kdscale.jobs.cluster_plan import plan_cluster, snippet, to_json
-    from kdscale.sizing.gpus import Cluster, find_gpu
+    from kdscale.sizing.gpus import GpuCluster, find_gpu
     from kdscale.sizing.speed import Rates
     from kdscale.units import parse_count
     from kdscale.weights import resolve_teacher
@@ -83,7 +83,7 @@ def plan_cluster_command(
     budget = parse_count(tokens) if tokens else None
     if tokens and not (isinstance(budget, int) and budget > 0):
         raise ConfigError("--tokens", expected="a count such as 10B", got=tokens)
-    cluster = Cluster(
+    cluster = GpuCluster(
         _gpu(find_gpu(gpu), gpu_memory, flops, bandwidth), nodes, gpus_per_node, _bytes("--host-memory", host_memory)
     )
     chosen: Any = {"stages": stage or (1, 2, 3), "placements": teacher or None, "tokens": budget}
@@ -115,10 +115,10 @@ def _gpu(found: Gpu, memory: str | None, flops: float | None, bandwidth: float |
 
 
 def _bytes(option: str, text: str) -> float:
-    from kdscale.units import parse_target
+    from kdscale.units import parse_budget
 
     try:
-        kind, value = parse_target(text, "bytes")
+        kind, value = parse_budget(text, "bytes")
     except ValueError as error:
         raise ConfigError(option, expected="a size such as 80GiB", got=repr(text)) from error
     if kind == "fraction" or value <= 0:
@@ -131,12 +131,14 @@ def _show(plan: RunPlan, everything: bool) -> None:
 
     from kdscale.cli.tables import table
     from kdscale.sizing.gpus import GIB
+    from kdscale.units import compact_count
 
     console, cluster, job = Console(), plan.cluster, plan.job
     console.print(
-        f"teacher {_billions(job.teacher.params)}, student {_billions(job.student.params)} ({plan.student_from}), "
-        f"{job.seq_len} positions, {plan.global_batch} sequences a step\n{cluster.nodes} × {cluster.gpus_per_node} "
-        f"{cluster.gpu.name}, {cluster.gpu.memory / GIB:.1f} GiB · assumed: {plan.rates.compute:.0%} of "
+        f"teacher {compact_count(job.teacher.params)}, student {compact_count(job.student.params)} "
+        f"({plan.student_from}), {job.seq_len} positions, {plan.global_batch} sequences a step\n"
+        f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}, {cluster.gpu.memory / GIB:.1f} GiB · "
+        f"assumed: {plan.rates.compute:.0%} of "
         f"{cluster.gpu.flops / 1e12:.0f} TFLOP/s, {plan.rates.links:.0%} of links",
         highlight=False,
     )
@@ -158,7 +160,7 @@ def _show(plan: RunPlan, everything: bool) -> None:
     console.print(table("Seconds a step", ("", ""), [*seconds, ("sum", f"{one.speed.step:.2f}")], right_from=1))
 
 
-def _selected(plan: RunPlan, everything: bool) -> list[Candidate]:
+def _selected(plan: RunPlan, everything: bool) -> list[ComparedSetting]:
     if everything:
         return plan.candidates
     served = [one for one in plan.candidates if one.fits and one.setting.placement == "served"]
@@ -167,15 +169,9 @@ def _selected(plan: RunPlan, everything: bool) -> list[Candidate]:
     return fit[:_SHOWN] + served[:_SERVED] + rest[: _REJECTED if fit else _SHOWN]
 
 
-def _duration(days: float) -> str:
-    for unit, size in (("d", 1.0), ("h", 1 / 24), ("min", 1 / 1440)):
-        if days >= 2 * size:
-            return f"{days / size:,.0f} {unit}"
-    return f"{days * 86_400:.0f} s"
-
-
-def _row(one: Candidate, plan: RunPlan) -> tuple[str, ...]:
+def _row(one: ComparedSetting, plan: RunPlan) -> tuple[str, ...]:
     from kdscale.sizing.gpus import GIB
+    from kdscale.units import compact_duration
 
     setting = one.setting
     offloaded = "Adam, weights" if setting.offload_parameters else "Adam" if setting.offload_optimizer else ""
@@ -186,9 +182,6 @@ def _row(one: Candidate, plan: RunPlan) -> tuple[str, ...]:
     return (
         stage, setting.placement, offloaded, "yes" if setting.checkpointing else "",
         f"{setting.micro_batch} × {setting.accumulation}", f"{one.memory.total / GIB:.1f}",
-        f"{one.speed.tokens_per_second:,.0f}", f"{one.speed.mfu:.0%}", _duration(one.days(plan.tokens)), verdict,
+        f"{one.speed.tokens_per_second:,.0f}", f"{one.speed.mfu:.0%}",
+        compact_duration(one.seconds(plan.tokens)), verdict,
     )  # fmt: skip
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

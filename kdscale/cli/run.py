@@ -76,7 +76,7 @@ def plan_command(
 ) -> None:
     """Choose the student's shape and every index that is kept, and show what else was compared."""
     from kdscale.cli import tables
-    from kdscale.units import TARGETS
+    from kdscale.units import BUDGET_FIELDS
 
     targets = {
         "target_params": target_params, "target_bytes": target_bytes, "target_kv_bytes": target_kv_bytes,
@@ -84,7 +84,7 @@ def plan_command(
     }  # fmt: skip
     overrides = list(set_ or [])
     if any(value is not None for value in targets.values()):  # takes the place of the config's target
-        overrides += [f"prune.{name}={targets[name] or 'null'}" for name in TARGETS]
+        overrides += [f"prune.{name}={targets[name] or 'null'}" for name in BUDGET_FIELDS]
     for key, value in (("masked_candidates", masked), ("probe_tokens", probe_tokens)):
         overrides += [] if value is None else [f"prune.search.{key}={value}"]
     if shapes_only:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kdscale.config.fields import Count, Dtype, Section
-from kdscale.units import TARGETS, parse_target
+from kdscale.units import BUDGET_FIELDS, parse_budget
 
 
 class ImportanceConfig(Section):
@@ -97,11 +97,11 @@ class PruneConfig(Section):
 
     @model_validator(mode="after")
     def _target_parses(self) -> PruneConfig:
-        given = [name for name in TARGETS if getattr(self, name) is not None]
+        given = [name for name in BUDGET_FIELDS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one target, not {' and '.join(given)}; sizes may be fixed beside it")
         if given:
-            parse_target(getattr(self, given[0]), TARGETS[given[0]])
+            parse_budget(getattr(self, given[0]), BUDGET_FIELDS[given[0]])
         elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
             raise ValueError(
                 "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
@@ -113,4 +113,4 @@ class PruneConfig(Section):
     @property
     def target(self) -> tuple[str, str] | None:
         """The target that was given, as (field, text)."""
-        return next(((name, getattr(self, name)) for name in TARGETS if getattr(self, name) is not None), None)
+        return next(((name, getattr(self, name)) for name in BUDGET_FIELDS if getattr(self, name) is not None), None)

@@ -17,7 +17,7 @@ from kdscale.config.fields import Count, Device, Section, explain_error
 from kdscale.config.prune import ImportanceConfig, PruneConfig
 from kdscale.config.telemetry import TrackingConfig
 from kdscale.files import sha256_json
-from kdscale.units import TARGETS
+from kdscale.units import BUDGET_FIELDS
 
 
 class TeacherConfig(Section):
@@ -104,7 +104,7 @@ class Config(Section):
 
 
 # What makes one step's student another size than the next one's.
-_NOT_INHERITED = {*TARGETS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts"}
+_NOT_INHERITED = {*BUDGET_FIELDS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts"}
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdscale.data.packing import IGNORE, EpochOrder, PackedSequence, epoch_sequences, packed_sequence
+from kdscale.data.packing import IGNORED_LABEL, EpochOrder, PackedSequence, epoch_sequences, packed_sequence
 from kdscale.data.token_store import TokenSplit
 from kdscale.errors import ConfigError, DataError
 
@@ -35,14 +35,14 @@ class Batch:
     @property
     def token_count(self) -> int:
         """Valid labels."""
-        return int((self.labels_BS != IGNORE).sum())
+        return int((self.labels_BS != IGNORED_LABEL).sum())
 
     def part(self, number: int, parts: int) -> Batch:
         """The same sequences with the labels of one of `parts` equal runs of positions; the others are another's."""
         if parts == 1:
             return self
         own = self.labels_BS.shape[1] // parts
-        labels_BS = torch.full_like(self.labels_BS, IGNORE)
+        labels_BS = torch.full_like(self.labels_BS, IGNORED_LABEL)
         cut = slice(number * own, (number + 1) * own)
         labels_BS[:, cut] = self.labels_BS[:, cut]
         return replace(self, labels_BS=labels_BS)
@@ -120,7 +120,7 @@ class PackedLoader:
             out.append(
                 {
                     "number": number,
-                    "labels": int((sequence.labels_S != IGNORE).sum()),
+                    "labels": int((sequence.labels_S != IGNORED_LABEL).sum()),
                     "documents": list(sequence.document_ids),
                     "sources": [self._split.source_labels[self._split.labels_D[i]] for i in sequence.document_ids],
                 }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kdscale.data.batches import Batch
-from kdscale.data.packing import IGNORE, seeded_order
+from kdscale.data.packing import IGNORED_LABEL, seeded_order
 from kdscale.data.token_store import TokenSplit
 
 
@@ -64,7 +64,7 @@ def _place(split: TokenSplit, document: int, take: int, rows: list[_Row], seq_le
         ids = np.full(seq_len, split.eos_id, dtype=np.int64)
         # each padding token is a document of its own (position 0), so it neither sees nor is seen
         zeros = [np.zeros(seq_len, dtype=np.int64) for _ in range(2)]
-        row = _Row(ids, zeros[0], np.full(seq_len, IGNORE, np.int64), zeros[1], [])
+        row = _Row(ids, zeros[0], np.full(seq_len, IGNORED_LABEL, np.int64), zeros[1], [])
         rows.append(row)
     tokens, sizes = split.doc(document), split.doc_token_bytes(document)
     piece = slice(row.filled, row.filled + take)

@@ -18,7 +18,7 @@ import numpy as np
 from kdscale.data.token_store import TokenSplit
 from kdscale.errors import DataError
 
-IGNORE = -100
+IGNORED_LABEL = -100  # the label of a position that is not scored; torch's default ignore_index
 
 
 class PackedSequence(NamedTuple):
@@ -89,6 +89,6 @@ def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: 
 
 
 def _next_tokens(tokens: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Labels of tokens[first:last]: the token after each, IGNORE after the document's last."""
+    """Labels of tokens[first:last]: the token after each, IGNORED_LABEL after the document's last."""
     following = tokens[first + 1 : last + 1].astype(np.int64)
-    return following if following.size == last - first else np.append(following, IGNORE)
+    return following if following.size == last - first else np.append(following, IGNORED_LABEL)

@@ -14,6 +14,7 @@ from torch import nn
 
 from kdscale.config.objectives import LossConfig
 from kdscale.data.batches import Batch
+from kdscale.data.packing import IGNORED_LABEL
 from kdscale.distill.objectives.token_divergence import TERMS, distillation_loss, full_distillation_loss
 from kdscale.distill.telemetry.clock import Clock
 from kdscale.models.head import VocabShard, head_of
@@ -37,7 +38,7 @@ class Micro:
 def to_device(batch: Batch, device: torch.device) -> Micro:
     """Rows are picked on the CPU, before the copy: a boolean index on a GPU would wait for it."""
     labels_M = batch.labels_BS.reshape(-1)
-    rows_N = (labels_M != -100).nonzero().squeeze(1)
+    rows_N = (labels_M != IGNORED_LABEL).nonzero().squeeze(1)
     tensors = (batch.input_ids_BS, batch.position_ids_BS, rows_N, labels_M[rows_N])
     return Micro(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kdscale.data.batches import Batch
+from kdscale.data.packing import IGNORED_LABEL
 from kdscale.distill.objectives.token_divergence import TERMS, per_token
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.step import to_device
@@ -26,7 +27,7 @@ class Validator:
         mine = list(batches)[mesh.data_rank :: mesh.data]
         mine = [batch.part(mesh.sequence_rank, mesh.sequence) for batch in mine]
         self._mesh = mesh
-        blank = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, -100))
+        blank = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, IGNORED_LABEL))
         self._batches = mine + [blank] * (rounds - len(mine))
         self._teacher, self._device = teacher, device
         self._targets: list[TopKTargets | FullTargets] = []

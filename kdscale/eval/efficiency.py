@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from kdscale.config.evaluate import EvalConfig
 from kdscale.errors import CheckpointError
 from kdscale.families import load_family
+from kdscale.sizing.model_shape import kv_bytes_per_token
 from kdscale.weights import read_config
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from kdscale.runtime.progress import Reporter
 
 REPEATS = 5
-_KV_BYTES_PER_VALUE = 2  # bf16, what a server would keep, whatever dtype the evaluation ran in
 _SHARE_OF_FREE_MEMORY = 0.6
 
 
@@ -43,30 +43,24 @@ def sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
     vocabulary = {id(p): p.numel() for layer in (embedding, head) if layer is not None for p in layer.parameters()}
     everything = {id(p): p.numel() for p in model.parameters()}
     total, outer = sum(everything.values()), sum(vocabulary.values())
-    config: Any = model.config.get_text_config()
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = read_config(path)
+    family = load_family(config, str(path / "config.json"))
+    dims, component_of = family.dims(config), family.parameter_components(config)
+    components = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)
+    for name, parameter in model.named_parameters():  # a tied weight comes once, as the embedding
+        components[component_of.get(name, "other")] += parameter.numel()
     return {
         "parameters": total,
         "embedding_parameters": outer,
         "non_embedding_parameters": total - outer,
-        "components": _components(model, path),
+        "components": components,
         "weight_bytes": weight_bytes(path),
-        "kv_cache_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * _KV_BYTES_PER_VALUE,
+        "kv_cache_bytes_per_token": kv_bytes_per_token(dims.layers, dims.kv_heads, dims.head_dim),
     }
 
 
-def _components(model: PreTrainedModel, path: Path) -> dict[str, int]:
-    """Parameters by what they do in the model, as its family says; a tied weight counts once, as the embedding."""
-    config = read_config(path)
-    components = load_family(config, str(path / "config.json")).parameter_components(config)
-    out = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)
-    for name, parameter in model.named_parameters():
-        out[components.get(name, "other")] += parameter.numel()
-    return out
-
-
 def weight_bytes(path: Path) -> int:
+    """Bytes of the weight files of a checkpoint folder, shards included."""
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.root import RuntimeConfig
+from kdscale.data.packing import IGNORED_LABEL
 from kdscale.errors import CheckpointError, DataError, KdscaleError
 from kdscale.eval import efficiency
 from kdscale.eval.samples import Sampling, continue_prompts
-from kdscale.eval.summary import Scores, compare, gap_closed, summarise
+from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, summarise
 from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabulary, checked_head, token_stats
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.head import final_hidden
@@ -187,7 +188,7 @@ def score_models(
                         (head, _valid_hidden(model, batch, settings.device))
                         for head, model in zip(heads, loaded.values(), strict=True)
                     ]
-                    labels = batch.labels_BS[batch.labels_BS != -100].to(settings.device)
+                    labels = batch.labels_BS[batch.labels_BS != IGNORED_LABEL].to(settings.device)
                     with torch.inference_mode():
                         own, theirs = token_stats(teacher_head, teacher_NH, scored, labels, settings.chunk_bytes)
                     for name, stats in zip((TEACHER, *pair), (own, *theirs), strict=True):
@@ -221,7 +222,7 @@ def _scored_tokens(batches: Sequence[EvalBatch]) -> tuple[np.ndarray, np.ndarray
         starts_BS[:, 0] = True
         cluster_BS = (starts_BS.flatten().cumsum(0) - 1).view_as(starts_BS) + first
         first = int(cluster_BS.max()) + 1
-        valid_BS = batch.labels_BS != -100
+        valid_BS = batch.labels_BS != IGNORED_LABEL
         labels.append(batch.labels_BS[valid_BS].numpy())
         clusters.append(cluster_BS[valid_BS].numpy())
     if not labels or not sum(map(len, labels)):
@@ -237,7 +238,7 @@ def _valid_hidden(model: PreTrainedModel, batch: EvalBatch, device: torch.device
     """Final hidden states of the scored positions only, [N of this batch, H]."""
     with torch.inference_mode():
         hidden_BSH = final_hidden(model, batch.input_ids_BS.to(device), batch.position_ids_BS.to(device))
-    return hidden_BSH[(batch.labels_BS != -100).to(device)]
+    return hidden_BSH[(batch.labels_BS != IGNORED_LABEL).to(device)]
 
 
 def _spool_hidden(
@@ -330,7 +331,7 @@ def _describe(
         "sample_tokens": cfg.sample_tokens,
         "sample_temperature": cfg.sample_temperature,
         "sample_top_p": cfg.sample_top_p,
-        "calibration_bins": 15,
+        "calibration_bins": CALIBRATION_BINS,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }

@@ -249,11 +249,6 @@ class Family:
         idle = experts // dims.experts * (dims.experts - (self._per_token or 0)) if experts else 0
         return ParamCount(embedding + rest, embedding, rest, embedding + rest - idle)
 
-    def kv_cache_bytes_per_token(self, config: Config, bytes_per_value: int = 2) -> int:
-        """Bytes of keys and values that one token of context costs, all layers (full attention)."""
-        dims = self.dims(config)
-        return 2 * dims.layers * dims.kv_heads * dims.head_dim * bytes_per_value
-
     # -- the student ---------------------------------------------------------------------------------------------------
 
     def student_config(self, config: Config, dims: Dims, kept_layers: Sequence[int]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.pipeline.checks import plan_shapes
 from kdscale.runs.folder import RunFolder
-from kdscale.sizing.compare import PLACEMENTS, Candidate, compare
-from kdscale.sizing.gpus import GIB, Cluster
-from kdscale.sizing.job import Job, Placement
+from kdscale.sizing.compare import PLACEMENTS, ComparedSetting, compare
+from kdscale.sizing.gpus import GIB, GpuCluster
+from kdscale.sizing.job import Job, TeacherPlacement
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.speed import Rates
 from kdscale.weights import read_config
@@ -27,28 +27,28 @@ class RunPlan:
     """What was compared for which job; `candidates` as `compare` orders them, `notes` for the user."""
 
     job: Job
-    cluster: Cluster
+    cluster: GpuCluster
     rates: Rates
     global_batch: int
     tokens: int
     student_from: str
-    candidates: list[Candidate]
+    candidates: list[ComparedSetting]
     notes: list[str]
 
     @property
-    def chosen(self) -> Candidate | None:
+    def chosen(self) -> ComparedSetting | None:
         return self.candidates[0] if self.candidates[0].fits else None
 
 
 def plan_cluster(
     config: Config,
     teacher_dir: Path,
-    cluster: Cluster,
+    cluster: GpuCluster,
     rates: Rates,
     *,
     tokens: int | None = None,
     stages: Collection[int] = (1, 2, 3),
-    placements: Collection[Placement] | None = None,
+    placements: Collection[TeacherPlacement] | None = None,
 ) -> RunPlan:
     """Compare settings for the config's own distillation; reads config.json and plan.json only.
 
@@ -85,7 +85,7 @@ def plan_cluster(
     return RunPlan(job, cluster, rates, batch, tokens or settings.tokens, where, found, notes)
 
 
-def _placements(config: Config) -> list[Placement]:
+def _placements(config: Config) -> list[TeacherPlacement]:
     """Those that this version's config takes; a served teacher knows its top K only."""
     taken = get_args(DistillConfig.model_fields["teacher_placement"].annotation)
     whole = config.distill.loss.targets == "full"
@@ -201,7 +201,7 @@ def to_json(plan: RunPlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _candidate_json(one: Candidate, tokens: int, chosen: bool) -> dict[str, Any]:
+def _candidate_json(one: ComparedSetting, tokens: int, chosen: bool) -> dict[str, Any]:
     setting = one.setting
     return {
         "chosen": chosen, "fits": one.fits, "reason": one.reason, "zero_stage": setting.stage,
@@ -212,5 +212,5 @@ def _candidate_json(one: Candidate, tokens: int, chosen: bool) -> dict[str, Any]
         "micro_batch": setting.micro_batch, "accumulation": setting.accumulation, "gpu_bytes": one.memory.total,
         "parts": one.memory.parts, "fullest": one.memory.moment, "host_bytes_a_rank": one.memory.host,
         "seconds": one.speed.seconds, "tokens_per_second": one.speed.tokens_per_second, "mfu": one.speed.mfu,
-        "days": one.days(tokens),
+        "days": one.seconds(tokens) / 86_400,
     }  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdscale.units import _decimals, count, significant, size
+from kdscale.units import decimals, format_count, format_number, format_size
 
 MODELS = ("teacher", "pruned", "distilled")
 
@@ -98,7 +98,7 @@ def written(value: float, form: str) -> str:
         return f"{value:.3f}"
     if form == "percent":
         return f"{100 * value:.1f} %"
-    return {"count": count, "size": size, "significant": significant}[form](value)
+    return {"count": format_count, "size": format_size, "significant": lambda v: format_number(float(v))}[form](value)
 
 
 def written_error(error: float, value: float, form: str) -> str:
@@ -106,4 +106,4 @@ def written_error(error: float, value: float, form: str) -> str:
         return f"{100 * error:.1f}"
     if form == "fixed3":
         return f"{error:.3f}"
-    return f"{error:.{_decimals(value)}f}"
+    return f"{error:.{decimals(value)}f}"

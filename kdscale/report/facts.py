@@ -204,11 +204,11 @@ def _verdict(facts: Mapping[str, Any]) -> str:
     plan, evaluation = facts["plan"], facts["evaluation"]
     if plan:
         kept, whole = plan["student_params"]["non_embedding"], facts["original_params"]["non_embedding"]
-        parts.append(f"{units.count(kept)} of {units.count(whole)} non-embedding parameters kept")
+        parts.append(f"{units.format_count(kept)} of {units.format_count(whole)} non-embedding parameters kept")
     if evaluation:
         values = {name: model["quality"]["perplexity"] for name, model in evaluation["models"].items()}
-        students = [units.significant(values[name]) for name in ("pruned", "distilled") if name in values]
-        teacher = f"teacher {units.significant(values['teacher'])}"
+        students = [units.format_number(values[name]) for name in ("pruned", "distilled") if name in values]
+        teacher = f"teacher {units.format_number(values['teacher'])}"
         parts.append(f"perplexity {' → '.join(students)} ({teacher})" if students else f"perplexity of the {teacher}")
     return "; ".join(parts) if parts else "Nothing has been measured in this run yet"
 
@@ -220,7 +220,7 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     if plan:
         whole = facts["original_params"]["total"]
         kept = plan["student_params"]["total"]
-        told = f"{units.count(kept)} of the teacher’s {units.count(whole)}"
+        told = f"{units.format_count(kept)} of the teacher’s {units.format_count(whole)}"
         out.append(_tile("Parameters", f"{kept / whole:.0%}", told))
     if not evaluation:
         return out
@@ -237,7 +237,9 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         gain = student["efficiency"][key] / models["teacher"]["efficiency"][key]
         out.append(_tile("Decode speed", f"{gain:.2f}×", f"{student['efficiency'][key]:.0f} tokens/s on this machine"))
     cache = student["size"]["kv_cache_bytes_per_token"] / models["teacher"]["size"]["kv_cache_bytes_per_token"]
-    out.append(_tile("KV cache", f"{cache:.0%}", f"{units.size(student['size']['kv_cache_bytes_per_token'])} a token"))
+    out.append(
+        _tile("KV cache", f"{cache:.0%}", f"{units.format_size(student['size']['kv_cache_bytes_per_token'])} a token")
+    )
     return out
 
 

@@ -53,9 +53,9 @@ def render(facts: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "count": units.count,
-        "size": units.size,
-        "duration": units.duration,
+        "count": units.format_count,
+        "size": units.format_size,
+        "duration": units.format_duration,
         "share": lambda value: f"{100 * value:.0f} %",
         "figure": _plain_figure,
     }
@@ -95,7 +95,7 @@ def _how_made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         last = facts["curves"]["train"][-1]
         speed = facts["curves"]["tokens_per_second"]
         told = f"{last['tokens']:,} tokens in {last['step']:,} steps" if "tokens" in last else f"{last['step']:,} steps"
-        out.append(("Distilled on", told + (f", {units.significant(speed)} tokens/s" if speed else "")))
+        out.append(("Distilled on", told + (f", {units.format_number(speed)} tokens/s" if speed else "")))
     if evaluation:
         made = evaluation["settings"]
         text = f", {made['bytes']:,} bytes" if made.get("bytes") else ""
@@ -114,9 +114,7 @@ def _how_made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _plain_figure(value: Any) -> str:
-    if isinstance(value, float):
-        return units.significant(value)
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return units.format_number(value) if isinstance(value, int | float) else str(value)
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:

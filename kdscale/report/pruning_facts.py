@@ -15,6 +15,7 @@ import numpy as np
 from kdscale.files import read_json
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
+from kdscale.sizing.model_shape import kv_bytes_per_token
 
 _POINTS = 48
 
@@ -106,7 +107,7 @@ def expected(plan: Mapping[str, Any], parts: list[dict[str, Any]] | None) -> dic
     weight of the layers for each token, the head once a prompt. Real gains are smaller where something else counts.
     """
     shapes = {who: plan[who] for who in ("teacher", "student")}
-    kv = {who: 4 * s["layers"] * s["kv_heads"] * s["head_dim"] for who, s in shapes.items()}
+    kv = {who: kv_bytes_per_token(s["layers"], s["kv_heads"], s["head_dim"]) for who, s in shapes.items()}
     out: dict[str, Any] = {"kv_bytes_per_token": kv, "context_tokens": _CONTEXT}
     out["kv_bytes"] = {who: value * _CONTEXT for who, value in kv.items()}
     timed = plan["candidates"][0].get("decode_ms")

@@ -75,9 +75,9 @@ def integers(most: int) -> Any:
 def count_formatter() -> Any:
     from matplotlib.ticker import FuncFormatter
 
-    from kdscale.units import compact
+    from kdscale.units import compact_count
 
-    return FuncFormatter(lambda value, _: compact(value))
+    return FuncFormatter(lambda value, _: compact_count(value, digits=4))
 
 
 def _svg(draw: Callable[[Any, bool], None], size: tuple[int, int], narrow: bool) -> str:

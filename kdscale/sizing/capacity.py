@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kdscale.units import compact_count
+
 OPTIMAL_RATIO = 2.5
 
 
@@ -47,16 +49,16 @@ class Capacity:
         if self.ratio <= _WARN_RATIO:
             return []
         budget = (
-            f"{_count(self.tokens)} distillation tokens are {self.tokens_per_parameter:.2g} a parameter of the student "
-            f"(published recipes use about {_PUBLISHED_TOKENS_PER_PARAMETER:.0f})"
+            f"{compact_count(self.tokens)} distillation tokens are {self.tokens_per_parameter:.2g} a parameter of the "
+            f"student (published recipes use about {_PUBLISHED_TOKENS_PER_PARAMETER:.0f})"
         )
         few = self.tokens_per_parameter < _PUBLISHED_TOKENS_PER_PARAMETER
         return [
             f"capacity gap: the teacher has {self.ratio:.1f} times the student's parameters "
-            f"({_count(self.teacher_params)} to {_count(self.student_params)}). A teacher about {OPTIMAL_RATIO} times "
-            "as large as its student was measured to be best (arXiv 2311.07052). "
+            f"({compact_count(self.teacher_params)} to {compact_count(self.student_params)}). A teacher about "
+            f"{OPTIMAL_RATIO} times as large as its student was measured to be best (arXiv 2311.07052). "
             f"{budget}{', too few to make up for it' if few else ', which narrows the gap (arXiv 2502.08606)'}. "
-            f"Consider a step in between at {_count(self.gap_closes_at)} or less (steps: in the config)."
+            f"Consider a step in between at {compact_count(self.gap_closes_at)} or less (steps: in the config)."
         ]
 
     def to_json(self) -> dict[str, object]:
@@ -69,10 +71,3 @@ class Capacity:
             "tokens_per_parameter": self.tokens_per_parameter,
             "warnings": self.warnings(),
         }
-
-
-def _count(value: float) -> str:
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.0f}"

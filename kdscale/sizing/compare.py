@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from kdscale.sizing.gpus import GIB, Cluster
-from kdscale.sizing.job import Job, Memory, Placement, Setting
-from kdscale.sizing.memory import peak
-from kdscale.sizing.speed import Rates, Speed, estimate
+from kdscale.sizing.gpus import GIB, GpuCluster
+from kdscale.sizing.job import Job, Memory, Setting, TeacherPlacement
+from kdscale.sizing.memory import peak_memory
+from kdscale.sizing.speed import Rates, StepEstimate, estimate_step
 
-PLACEMENTS: tuple[Placement, ...] = ("replicated", "partitioned", "offloaded", "served")
+PLACEMENTS: tuple[TeacherPlacement, ...] = ("replicated", "partitioned", "offloaded", "served")
 
 
 MOST_SEQUENCES = 64  # of a micro-batch
@@ -25,30 +25,31 @@ HOST_RESERVE = 6 * GIB
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ComparedSetting:
     """A setting, what it takes, and in `reason` why it is not the one ("" for the one that is chosen)."""
 
     setting: Setting
     memory: Memory
-    speed: Speed
+    speed: StepEstimate
     reason: str
     fits: bool
 
-    def days(self, tokens: int) -> float:
-        return tokens / self.speed.tokens_per_second / 86_400
+    def seconds(self, tokens: int) -> float:
+        """How long `tokens` tokens of training take."""
+        return tokens / self.speed.tokens_per_second
 
 
 def compare(
     job: Job,
-    cluster: Cluster,
+    cluster: GpuCluster,
     global_batch: int,
     rates: Rates,
     *,
     stages: Collection[int] = (1, 2, 3),
-    placements: Collection[Placement] = PLACEMENTS,
+    placements: Collection[TeacherPlacement] = PLACEMENTS,
     tensor: Collection[int] = (),
     sequence: Collection[int] = (),
-) -> list[Candidate]:
+) -> list[ComparedSetting]:
     """The chosen one first, if any fits, then the others by speed, served teachers last, then those that do not fit.
 
     `global_batch` sequences a step must be a multiple of the ranks. Of the micro-batches of a setting the fastest that
@@ -90,7 +91,7 @@ def compare(
     return [chosen, *others, *rest]
 
 
-def _settings(job: Job, stages: Collection[int], placements: Collection[Placement]) -> list[Setting]:
+def _settings(job: Job, stages: Collection[int], placements: Collection[TeacherPlacement]) -> list[Setting]:
     offloads = [(False, False), (True, False), (True, True)]
     groups = [1] if job.ranks == job.ranks_per_node else [1, job.ranks_per_node]
     return [
@@ -107,8 +108,8 @@ def _settings(job: Job, stages: Collection[int], placements: Collection[Placemen
     ]
 
 
-def _best_micro_batch(job: Job, setting: Setting, cluster: Cluster, sequences: int, rates: Rates) -> Candidate:
-    best: Candidate | None = None
+def _best_micro_batch(job: Job, setting: Setting, cluster: GpuCluster, sequences: int, rates: Rates) -> ComparedSetting:
+    best: ComparedSetting | None = None
     for size in range(1, min(sequences, MOST_SEQUENCES) + 1):
         if sequences % size:
             continue
@@ -119,18 +120,18 @@ def _best_micro_batch(job: Job, setting: Setting, cluster: Cluster, sequences: i
     return best
 
 
-def _judge(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Candidate:
-    memory, speed = peak(job, setting), estimate(job, setting, cluster, rates)
+def _judge(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> ComparedSetting:
+    memory, speed = peak_memory(job, setting), estimate_step(job, setting, cluster, rates)
     reasons = []
     if memory.total > cluster.gpu.memory:
         reasons.append(f"does not fit: {memory.total / GIB:.0f} GiB of {cluster.gpu.memory / GIB:.0f}")
     host = (memory.host + HOST_RESERVE) * cluster.gpus_per_node
     if host > cluster.host_memory and memory.host:
         reasons.append(f"needs {host / GIB:.0f} GiB of the host's {cluster.host_memory / GIB:.0f}")
-    return Candidate(setting, memory, speed, "; ".join(reasons), not reasons)
+    return ComparedSetting(setting, memory, speed, "; ".join(reasons), not reasons)
 
 
-def _complication(one: Candidate) -> tuple[int, ...]:
+def _complication(one: ComparedSetting) -> tuple[int, ...]:
     setting = one.setting
     return (
         setting.offload_parameters + setting.offload_optimizer,
@@ -141,7 +142,7 @@ def _complication(one: Candidate) -> tuple[int, ...]:
     )
 
 
-def _why_not(one: Candidate, chosen: Candidate) -> str:
+def _why_not(one: ComparedSetting, chosen: ComparedSetting) -> str:
     if one.setting.placement == "served":
         peak_flops = f"{one.speed.teacher_flops / 1e15:.1f} PFLOP/s"
         return f"the teacher needs GPUs of its own, {peak_flops} of them"

@@ -1,8 +1,11 @@
-"""Floating-point operations of a forward pass and of a training step."""
+"""Floating-point operations of a forward pass and of a training step, and the share of a GPU's peak that they are.
+
+Model FLOPs are what the mathematics needs, whatever is recomputed or done twice: a multiply-add is 2, a backward pass
+is twice its forward (PaLM, arXiv 2204.02311, appendix B). `kdscale plan-cluster` and the training log both count here.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +23,23 @@ class ModelFlops:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], seq_len: int) -> ModelFlops:
-        """From the shapes in config.json. Of a mixture, the experts that a token is routed to.
+        """From the sizes in a config.json. Raises CheckpointError for a config its family refuses."""
+        return cls.of_shape(ModelShape.of(config, load_family(dict(config), "config.json")), seq_len)
 
-        Attention counts every position of the sequence, as PaLM does, though the causal mask and the borders between
-        packed documents need less than half of them.
+    @classmethod
+    def of_shape(cls, shape: ModelShape, seq_len: int) -> ModelFlops:
+        """Two a weight of each product, and 4·S·A a layer for the products QKᵀ and AV.
+
+        Attention counts every position of the sequence, as PaLM does and as kernels compute under the mask of packed
+        text, though the causal mask and the borders between documents need less than half of them.
         """
-        family = load_family(dict(config), "config.json")
-        dims, count = family.dims(dict(config)), family.count_params(dict(config))
-        matrices = sum(
-            math.prod(spec.shape)
-            for spec in family.tensors(dict(config)).values()
-            if not spec.counts_as_embedding and len(spec.shape) > 1
-        )
-        attention = 4 * dims.layers * dims.heads * dims.head_dim * seq_len  # QKᵀ and AV
-        return cls(2.0 * (matrices - (count.total - count.active)) + attention, 2.0 * dims.hidden * dims.vocab)
+        attention = 4.0 * shape.layers * shape.attention * seq_len
+        return cls(2.0 * (shape.products - shape.head) + attention, 2.0 * shape.head)
+
+    @property
+    def forward(self) -> float:
+        """Of one token that has a label."""
+        return self.per_token + self.per_label
 
 
 def step_flops(teacher: ModelFlops | None, student: ModelFlops, tokens: float, labels: float) -> float:
@@ -45,7 +51,6 @@ def step_flops(teacher: ModelFlops | None, student: ModelFlops, tokens: float, l
     return sum(times * (tokens * model.per_token + labels * model.per_label) for times, model in forwards)
 
 
-def forward_flops(model: ModelShape, seq_len: int) -> float:
-    """A token: 2 a parameter it is multiplied with (the head's too), and 4·S·A a layer for attention over the whole
-    square, which is what kernels compute under the mask of packed text (PaLM, arXiv 2204.02311, appendix B)."""
-    return 2.0 * model.products + 4.0 * seq_len * model.attention * model.layers
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation: `flops` of a step beside what GPUs of `peak` FLOP/s, added up, could do in `seconds`."""
+    return flops / seconds / peak

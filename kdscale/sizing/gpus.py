@@ -1,4 +1,4 @@
-"""The GPUs that a plan knows by name (gpus.json), and a cluster of them."""
+"""The GPUs that gpus.json knows, by a short name or by their driver's name, and a cluster of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from kdscale.errors import ConfigError
 
@@ -29,7 +30,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class GpuCluster:
     """`host_memory` bytes a node, `host_bandwidth` bytes/s a node (what an offloaded Adam runs at)."""
 
     gpu: Gpu
@@ -40,6 +41,7 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
+        """One a GPU."""
         return self.nodes * self.gpus_per_node
 
     def collective(self, whole: float) -> float:
@@ -58,11 +60,12 @@ class Cluster:
 
 
 def known_gpus() -> list[str]:
+    """The names that `find_gpu` takes."""
     return sorted(_table())
 
 
 def find_gpu(name: str) -> Gpu:
-    """Raises ConfigError for a name that is not in gpus.json."""
+    """A GPU by its short name, such as `h100`. Raises ConfigError for a name that is not in gpus.json."""
     try:
         return _table()[name.lower()]
     except KeyError:
@@ -75,42 +78,23 @@ def find_gpu(name: str) -> Gpu:
 
 @cache
 def _table() -> dict[str, Gpu]:
-    data = json.loads((Path(__file__).parent / "gpus.json").read_text(encoding="utf-8"))
-    return {
-        key: Gpu(**{k: v for k, v in row.items() if k != "memory_gib"}, memory=row["memory_gib"] * GIB)
-        for key, row in data["gpus"].items()
-    }
+    out = {}
+    for key, row in _data()["gpus"].items():
+        flops = peak_by_name(row["name"])
+        assert flops is not None, f"gpus.json has no peak for {row['name']}"
+        bandwidths = {field: row[field] for field in ("hbm", "link", "network", "pcie")}
+        out[key] = Gpu(row["name"], flops, row["memory_gib"] * GIB, **bandwidths)
+    return out
 
 
-# Dense bf16 FLOP/s with fp32 accumulation, from the makers' data sheets; the first name that is part of the device's
-# name counts, so longer names come first.
-_PEAK_BF16: dict[str, float] = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-    "MI250X": 383e12,
-}
+@cache
+def _data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((Path(__file__).parent / "gpus.json").read_text(encoding="utf-8"))
+    return data
 
 
 def peak_by_name(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU, from the name the driver gives it."""
+    """Dense bf16 FLOP/s of a GPU from the name that its driver gives it; None for one that gpus.json does not list."""
     words = name.replace("-", " ")
-    return next((peak for key, peak in _PEAK_BF16.items() if f" {key} " in f" {words} "), None)
+    peaks: dict[str, float] = _data()["peak_flops"]
+    return next((peak for key, peak in peaks.items() if f" {key} " in f" {words} "), None)

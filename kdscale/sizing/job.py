@@ -7,7 +7,7 @@ from typing import Literal
 
 from kdscale.sizing.model_shape import ModelShape
 
-Placement = Literal["replicated", "partitioned", "offloaded", "served"]
+TeacherPlacement = Literal["replicated", "partitioned", "offloaded", "served"]
 
 
 Device = Literal["cuda", "cpu"]
@@ -38,7 +38,7 @@ class Setting:
     micro_batch: int
     accumulation: int
     checkpointing: bool
-    placement: Placement
+    placement: TeacherPlacement
     offload_optimizer: bool = False
     offload_parameters: bool = False
     hpz: int = 1

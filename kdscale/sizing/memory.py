@@ -32,7 +32,7 @@ SUB_GROUP = 1_000_000_000
 CONTEXT_BYTES, MARGIN = 1.5 * (1 << 30), 0.10
 
 
-def peak(job: Job, setting: Setting) -> Memory:
+def peak_memory(job: Job, setting: Setting) -> Memory:
     """The fullest of four moments: teacher's forward, student's loss, end of the backward, optimiser's step."""
     job = shared(job, setting.tensor)
     kept = {

@@ -8,14 +8,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdscale.families import Family
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_Number = TypeVar("_Number", int, "NDArray[np.int64]")
+
+
+def kv_bytes_per_token(layers: _Number, kv_heads: _Number, head_dim: int) -> _Number:
+    """Bytes of the keys and values of one token of context, all layers, full attention.
+
+    In 16 bits, as a server keeps them, whatever dtype the model runs in.
+    """
+    return 2 * 2 * layers * kv_heads * head_dim
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Counts are of parameters. `layer` is the largest layer; `products` what one token is multiplied with."""
+    """Counts are of parameters. `layer` is the largest layer.
+
+    `products` are the weights of the matrix products that one token goes through, the output head included: no norms,
+    no biases, no looked-up embeddings, and of a mixture only the experts that the token is routed to.
+    """
 
     params: int
     layer: int
@@ -36,18 +54,18 @@ class ModelShape:
         """Exact where the family's file is. Raises CheckpointError for a config the family refuses."""
         dims, count = family.dims(config), family.count_params(config)
         roles = {spec.role for spec in family.layer_tensors(config, 0).values()}
-        tables = sum(
-            math.prod(spec.shape) for spec in family.outer_tensors(config).values() if spec.component == "embedding"
-        )
-        tied = bool(family.tied(config))
+        matrices = [
+            spec for spec in family.tensors(config).values() if not spec.counts_as_embedding and len(spec.shape) > 1
+        ]
+        of_experts = sum(math.prod(spec.shape) for spec in matrices if spec.expert is not None)
+        idle = of_experts // dims.experts * (dims.experts - family.experts_per_token) if of_experts else 0
         return cls(
             params=count.total,
             layer=max(
                 sum(math.prod(spec.shape) for spec in family.layer_tensors(config, layer).values())
                 for layer in range(dims.layers)
             ),
-            # rows of the embedding are looked up, not multiplied; a tied head is the same tensor, multiplied
-            products=count.active - tables + (dims.vocab * dims.hidden if tied else 0),
+            products=sum(math.prod(spec.shape) for spec in matrices) - idle + dims.vocab * dims.hidden,
             layers=dims.layers,
             hidden=dims.hidden,
             ffn=dims.ffn * max(1, family.experts_per_token),
@@ -55,13 +73,14 @@ class ModelShape:
             head_dim=dims.head_dim,
             kv_heads=dims.kv_heads,
             vocab=dims.vocab,
-            tied=tied,
+            tied=bool(family.tied(config)),
             gated=bool(roles & {"gate", "gate_up"}),
             qk_norm="q_norm" in roles,
         )
 
     @property
     def head(self) -> int:
+        """Parameters of the output head."""
         return self.vocab * self.hidden
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kdscale.sizing.gpus import Cluster
+from kdscale.sizing.gpus import GpuCluster
 from kdscale.sizing.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _part(model: ModelShape, size: int) -> ModelShape:
     )
 
 
-def layer_seconds(job: Job, setting: Setting, cluster: Cluster) -> float:
+def tensor_parallel_seconds(job: Job, setting: Setting, cluster: GpuCluster) -> float:
     """Seconds at full bandwidth that a step's layers wait for each other's sums (read: DeepSpeed's module_inject).
 
     An all-reduce of the hidden states after attention and after the ffn, and in the backward one for each projection
@@ -59,7 +59,7 @@ def layer_seconds(job: Job, setting: Setting, cluster: Cluster) -> float:
     return 2 * times * group.collective(sizes)
 
 
-def exchange_seconds(job: Job, setting: Setting, cluster: Cluster) -> float:
+def sequence_parallel_seconds(job: Job, setting: Setting, cluster: GpuCluster) -> float:
     """Seconds at full bandwidth of a step's exchanges around attention (read: kdscale/models/sequence_parallel.py).
 
     Each layer sends queries, keys, values and outputs, 2·A + 2·K numbers a token, forward and backward, and with

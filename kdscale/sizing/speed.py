@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdscale.sizing.flops import forward_flops
-from kdscale.sizing.gpus import Cluster
+from kdscale.sizing.flops import ModelFlops, mfu, step_flops
+from kdscale.sizing.gpus import GpuCluster
 from kdscale.sizing.job import Job, Setting
-from kdscale.sizing.parallel import exchange_seconds, layer_seconds, shared
+from kdscale.sizing.parallel import sequence_parallel_seconds, shared, tensor_parallel_seconds
 
 # Products of few rows are bound by launches and by reading the weights: half of the share at so many tokens. Assumed.
 _HALF_AT_TOKENS = 256
@@ -31,8 +31,8 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """`mfu`: FLOPs that the step needs (not those computed again) over peak. `seconds`: of a step, by part."""
+class StepEstimate:
+    """`seconds` of a step by component, and what follows from their sum; `mfu` as the training log has it."""
 
     seconds: dict[str, float]
     tokens_per_second: float
@@ -41,21 +41,24 @@ class Speed:
 
     @property
     def step(self) -> float:
+        """Seconds of a whole step."""
         return sum(self.seconds.values())
 
 
-def estimate(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Speed:
-    """The loss's three products are counted with the student's head."""
-    waiting = (layer_seconds(job, setting, cluster) + exchange_seconds(job, setting, cluster)) / rates.links
+def estimate_step(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> StepEstimate:
+    """The time of one step. The loss's three products are counted with the student's head."""
+    waiting = (
+        tensor_parallel_seconds(job, setting, cluster) + sequence_parallel_seconds(job, setting, cluster)
+    ) / rates.links
+    served, all_ranks_peak = setting.placement == "served", cluster.gpu.flops * job.ranks
+    models = [ModelFlops.of_shape(shape, job.seq_len) for shape in (job.student, job.teacher)]
     job = shared(job, setting.tensor)
     rows = setting.rows(job)
     tokens = rows * setting.accumulation  # of one rank
     peak = cluster.gpu.flops * rates.compute * rows / (rows + _HALF_AT_TOKENS)
-    student = forward_flops(job.student, job.seq_len)
-    teacher = forward_flops(job.teacher, job.seq_len)
+    student, teacher = (ModelFlops.of_shape(shape, job.seq_len).forward for shape in (job.student, job.teacher))
     again = student - 2.0 * job.student.head if setting.checkpointing else 0.0
     hidden, shown = _student_transfers(job, setting, cluster, rates)
-    served = setting.placement == "served"
     seconds = {
         "teacher": 0.0 if served else max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates)),
         "student": max(tokens * (3 * student + again) / peak, hidden),
@@ -63,12 +66,13 @@ def estimate(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> Spee
         "optimiser": _optimizer_seconds(job, setting, cluster),
     }
     step = sum(seconds.values())
-    needed = 3 * student + (0.0 if served else teacher)
-    rate = tokens * job.ranks / step
-    return Speed(seconds, rate, needed * tokens / step / cluster.gpu.flops, rate * teacher)
+    step_tokens = tokens * job.ranks  # packed text: every token has a label
+    needed = step_flops(None if served else models[1], models[0], step_tokens, step_tokens)
+    rate = step_tokens / step
+    return StepEstimate(seconds, rate, mfu(needed, step, all_ranks_peak), rate * models[1].forward)
 
 
-def _student_transfers(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> tuple[float, float]:
+def _student_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> tuple[float, float]:
     """(seconds while computing, seconds beside it) of a step's collectives.
 
     Bytes as in ZeRO (arXiv 1910.02054, section 7): stage 0 an all-reduce, stage 1 and 2 reduce and gather once the
@@ -85,7 +89,7 @@ def _student_transfers(job: Job, setting: Setting, cluster: Cluster, rates: Rate
     return 0.0, once * (1 + times if setting.stage == 2 else 2)
 
 
-def _teacher_transfers(job: Job, setting: Setting, cluster: Cluster, rates: Rates) -> float:
+def _teacher_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> float:
     """Every forward brings the whole teacher: over all ranks' shards, or from the host's memory to each GPU."""
     whole = job.item_bytes * job.teacher.params * setting.accumulation
     if setting.placement == "partitioned":
@@ -93,7 +97,7 @@ def _teacher_transfers(job: Job, setting: Setting, cluster: Cluster, rates: Rate
     return whole / cluster.gpu.pcie if setting.placement == "offloaded" else 0.0
 
 
-def _optimizer_seconds(job: Job, setting: Setting, cluster: Cluster) -> float:
+def _optimizer_seconds(job: Job, setting: Setting, cluster: GpuCluster) -> float:
     """Adam is bound by memory; offloaded, by the host's, with gradients down (every micro-batch) and weights up."""
     share = job.student.params / (job.ranks if setting.stage else 1)
     if not setting.offload_optimizer:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdscale.config.load import build_config, config_differences, dump_config, load_config
 from kdscale.errors import ConfigError
-from kdscale.units import parse_count, parse_target
+from kdscale.units import parse_budget, parse_count
 
 MINIMAL: dict[str, Any] = {
     "name": "t", "run_dir": "runs/t", "teacher": {"path": "teachers/t"}, "prune": {"target_params": "50%"}
@@ -110,13 +110,13 @@ def test_a_malformed_override(tmp_path: Path, override: str) -> None:
 def test_counts_with_suffixes(number: int, suffix: str) -> None:
     scale = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[suffix]
     assert parse_count(f"{number}{suffix}") == number * scale
-    assert parse_target(f"{number}{suffix}") == ("absolute", float(number * scale))
+    assert parse_budget(f"{number}{suffix}") == ("absolute", float(number * scale))
 
 
 @given(st.text(max_size=8))
 def test_parse_target_parses_or_refuses(text: str) -> None:
     try:
-        kind, value = parse_target(text)
+        kind, value = parse_budget(text)
     except ValueError:
         return
     assert value > 0

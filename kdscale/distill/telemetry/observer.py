@@ -23,7 +23,7 @@ from kdscale.distill.telemetry.trackers import Trackers, open_trackers
 from kdscale.runs.metrics_log import MetricsLog, read_metrics
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_main, rank, world_size
-from kdscale.sizing.flops import ModelFlops, step_flops
+from kdscale.sizing.flops import ModelFlops, mfu, step_flops
 from kdscale.weights import read_config
 
 COMMUNICATION = "communication"
@@ -56,7 +56,7 @@ class Speed:
     def mfu(self, labels: int, seconds: float) -> float | None:
         if self.peak is None:
             return None
-        return step_flops(self.teacher, self.student, self.tokens, labels) / seconds / self.peak
+        return mfu(step_flops(self.teacher, self.student, self.tokens, labels), seconds, self.peak)
 
 
 @dataclass(frozen=True)

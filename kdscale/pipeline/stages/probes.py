@@ -19,7 +19,7 @@ from kdscale.pipeline.stage import Context
 from kdscale.runs.digests import digest_tree
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import read_metrics
-from kdscale.units import TARGETS
+from kdscale.units import BUDGET_FIELDS
 
 if TYPE_CHECKING:
     from kdscale.families import Dims
@@ -85,7 +85,7 @@ def probe_config(config: Config, teacher: Dims, candidate: ShapeCandidate, token
             **tree,
             "name": f"{config.name}-probe",
             "run_dir": f"{config.run_dir}/probes/" + "-".join(f"{axis}{size}" for axis, size in sizes.items() if size),
-            "prune": {**tree["prune"], **dict.fromkeys(TARGETS), **cut, "search": search},
+            "prune": {**tree["prune"], **dict.fromkeys(BUDGET_FIELDS), **cut, "search": search},
             "distill": {**tree["distill"], "tokens": tokens, "keep_checkpoints": 1, "profile": {}},
             "steps": (),
             "tracking": {},

@@ -21,15 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdscale.data.packing import IGNORED_LABEL
 from kdscale.errors import DataError
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.runtime.ranks import all_reduce_sum, world_size
 from kdscale_kernels import linear_sparse_kl
-
-_IGNORED = -100
-
 
 _SAMPLED = 2_048  # tokens a rank with a state kept at every layer: 0.5 GB for 32 layers of 4,096 in bf16
 
@@ -114,7 +112,7 @@ def _head_losses(stream: LayerStream, batches: Sequence[TokenBatch], states: Hid
     sums = torch.zeros(copies + 1, dtype=torch.float64)  # the last one counts tokens
     for index, batch in enumerate(batches):
         labels_N = next_tokens(batch).flatten().to(stream.device)
-        sums[-1] += int((labels_N != _IGNORED).sum())
+        sums[-1] += int((labels_N != IGNORED_LABEL).sum())
         for copy in range(copies):
             with torch.inference_mode():
                 hidden_ND = norm(states[index * copies + copy]).flatten(0, -2) * scale
@@ -132,16 +130,16 @@ def _cross_entropy(hidden_ND: Tensor, labels_N: Tensor, head: Any) -> float:
     with torch.no_grad():
         out: Any = linear_sparse_kl(
             hidden_ND, head.weight_VH, ids_N1, nothing_N1, nothing_N1.squeeze(1), labels_N=labels_N,
-            ignore_index=_IGNORED, ce_weight=1.0, bias_V=head.bias_V, softcap=head.softcap,
+            ignore_index=IGNORED_LABEL, ce_weight=1.0, bias_V=head.bias_V, softcap=head.softcap,
         )  # fmt: skip
     return float(out.ce_sum)
 
 
 def next_tokens(batch: TokenBatch) -> Tensor:
     """Labels [B, S]: the next token of the same document, −100 where there is none."""
-    labels_BS = torch.full_like(batch.input_ids_BS, _IGNORED)
+    labels_BS = torch.full_like(batch.input_ids_BS, IGNORED_LABEL)
     same_document = batch.position_ids_BS[:, 1:] != 0
-    labels_BS[:, :-1] = batch.input_ids_BS[:, 1:].where(same_document, torch.tensor(_IGNORED))
+    labels_BS[:, :-1] = batch.input_ids_BS[:, 1:].where(same_document, torch.tensor(IGNORED_LABEL))
     return labels_BS
 
 

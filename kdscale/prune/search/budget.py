@@ -18,7 +18,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.prune.axes import BudgetKind, target_kind
 from kdscale.prune.search.cost import CostModel
-from kdscale.units import TARGETS, parse_target
+from kdscale.units import BUDGET_FIELDS, parse_budget
 
 Floats = NDArray[np.float64]
 
@@ -72,10 +72,10 @@ class Budget:
         if kind is None or cfg.target is None:
             return None
         field, asked = cfg.target
-        form, value = parse_target(asked, TARGETS[field])
+        form, value = parse_budget(asked, BUDGET_FIELDS[field])
         whole = float(costs.of(kind, teacher)[0])
         wanted = value * whole if form == "fraction" else value
-        if TARGETS[field] != "milliseconds":
+        if BUDGET_FIELDS[field] != "milliseconds":
             wanted = float(max(round(wanted), 1))
         if wanted >= whole:
             unit = f"{counted_as} parameters" if kind == "params" else UNITS[kind]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kdscale.families import Family
 from kdscale.families.schema import axis_blocks
+from kdscale.sizing.model_shape import kv_bytes_per_token
 
 Count = Literal["total", "non_embedding"]
 
@@ -93,9 +94,9 @@ class CostModel:
         """Bytes of all tensors on disk, without the files' headers (some kilobytes)."""
         return _sum(shapes, [(term, term.itemsize) for term in self.terms])
 
-    def kv_bytes(self, shapes: Mapping[str, Ints], bytes_per_value: int = 2) -> Ints:
-        """Keys and values that one token of context costs over all layers, full attention."""
-        return 2 * bytes_per_value * self.head_dim * shapes["layers"] * shapes["kv_heads"]
+    def kv_bytes(self, shapes: Mapping[str, Ints]) -> Ints:
+        """Bytes of 16-bit keys and values that one token of context costs over all layers, full attention."""
+        return kv_bytes_per_token(shapes["layers"], shapes["kv_heads"], self.head_dim)
 
 
 def _sum(shapes: Mapping[str, Ints], terms: list[tuple[_Term, int]]) -> Ints:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kdscale.data.batches import Batch, LoaderState, PackedLoader
 from kdscale.data.heldout import eval_batches
-from kdscale.data.packing import IGNORE
+from kdscale.data.packing import IGNORED_LABEL
 from kdscale.errors import ConfigError, DataError
 
 LENGTHS = [7, 30, 2, 12, 19, 5, 44, 3, 9, 16]
@@ -66,7 +66,7 @@ def test_batch_types(make_split):
     (batch,), state = next(PackedLoader(make_split(LENGTHS), 8, 2, 2, seed=0).batches())
     assert state == LoaderState(1)
     assert {t.dtype for t in (batch.input_ids_BS, batch.position_ids_BS, batch.labels_BS)} == {torch.int64}
-    assert batch.token_count == sum(label != IGNORE for row in batch.labels_BS.tolist() for label in row)
+    assert batch.token_count == sum(label != IGNORED_LABEL for row in batch.labels_BS.tolist() for label in row)
 
 
 def test_refusals(make_split):
@@ -93,10 +93,10 @@ def test_eval_counts_are_exact(make_split):
         assert sum(b.token_count for b in batches) == min(max_tokens, available)
         assert [b.input_ids_BS.shape[0] for b in batches[:-1]] == [micro] * (len(batches) - 1)
         for batch in batches:
-            labels = batch.labels_BS[batch.labels_BS != IGNORE]
+            labels = batch.labels_BS[batch.labels_BS != IGNORED_LABEL]
             # the fixture's tokens stand for (value mod 5) bytes
             assert batch.text_bytes == int((labels % 5).sum())
-            followed = batch.labels_BS != IGNORE
+            followed = batch.labels_BS != IGNORED_LABEL
             assert torch.equal(batch.labels_BS[followed], batch.input_ids_BS[followed] + 1)
             assert torch.equal(batch.position_ids_BS[followed], batch.input_ids_BS[followed] % 1000)
             assert not batch.position_ids_BS[~followed].any(), "padding is made of documents of one token"

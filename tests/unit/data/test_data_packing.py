@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdscale.data.packing import IGNORE, EpochOrder, epoch_sequences, packed_sequence, seeded_order
+from kdscale.data.packing import IGNORED_LABEL, EpochOrder, epoch_sequences, packed_sequence, seeded_order
 from kdscale.errors import DataError
 
 lengths_lists = st.lists(st.integers(2, 40), min_size=1, max_size=12)
@@ -49,7 +49,7 @@ def test_labels_and_positions(make_split):
             for t, (token, position, label) in enumerate(zip(*window[:3], strict=True)):
                 document, k = divmod(int(token), 1000)
                 last = k == lengths[document - 1] - 1
-                assert label == (IGNORE if last else token + 1), "the next token of the same document"
+                assert label == (IGNORED_LABEL if last else token + 1), "the next token of the same document"
                 starts = t == 0 or k == 0
                 assert position == (0 if starts else window.position_ids_S[t - 1] + 1)
                 documents += [document - 1] if starts else []
@@ -64,7 +64,7 @@ def test_window_cuts_keep_the_label_across_the_edge(make_split):
     split = make_split([50])
     order = EpochOrder(split, 0, 0)
     labels = np.concatenate([packed_sequence(split, order, i, 10).labels_S for i in range(5)])
-    assert labels.tolist() == [*range(1001, 1050), IGNORE]
+    assert labels.tolist() == [*range(1001, 1050), IGNORED_LABEL]
 
 
 def test_order_is_a_permutation_pinned_for_ever():

@@ -60,6 +60,7 @@ def test_peaks_by_name(name, peak):
 def test_the_log_and_plan_cluster_have_one_peak_for_a_gpu():
     gpus = [find_gpu(name) for name in known_gpus()]
     assert {gpu.name: peak_by_name(gpu.name) for gpu in gpus} == {gpu.name: gpu.flops for gpu in gpus}
+    assert find_gpu("h200").flops == 989e12
 
 
 def test_a_cpu_has_no_peak_of_its_own():

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import kdscale.families
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import Dims, TensorSpec, load_family, read_families, supported_types
+from kdscale.sizing.model_shape import kv_bytes_per_token
 
 _SIZES = {"hidden": 48, "ffn": 80, "layers": 3, "heads": 6, "kv_heads": 2, "vocab": 96, "experts": 4}
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -287,7 +288,8 @@ def test_student_config_refuses_wrong_layers_and_sizes() -> None:
 
 def test_kv_cache_counts_keys_and_values_of_all_layers() -> None:
     config = _config("llama")  # 3 layers, 2 kv heads of 8 dimensions, two bytes a value
-    assert load_family(config, "config.json").kv_cache_bytes_per_token(config) == 2 * 3 * 2 * 8 * 2
+    dims = load_family(config, "config.json").dims(config)
+    assert kv_bytes_per_token(dims.layers, dims.kv_heads, dims.head_dim) == 2 * 3 * 2 * 8 * 2
 
 
 def _broken_family(tmp_path: Path, **changes: Any) -> Path:

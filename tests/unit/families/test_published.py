@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kdscale.families import load_family
+from kdscale.sizing.model_shape import kv_bytes_per_token
 
 
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
@@ -64,4 +65,5 @@ def test_cache_of_published_models(name: str, kibibytes: int) -> None:
     """Two bytes a value, keys and values, all layers."""
     model_type, sizes, _ = PUBLISHED[name]
     config = {"model_type": model_type, **sizes}
-    assert load_family(config, "config.json").kv_cache_bytes_per_token(config) == kibibytes * 1024
+    dims = load_family(config, "config.json").dims(config)
+    assert kv_bytes_per_token(dims.layers, dims.kv_heads, dims.head_dim) == kibibytes * 1024

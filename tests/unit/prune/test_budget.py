@@ -17,7 +17,7 @@ from kdscale.prune.search.cost import CostModel
 from kdscale.prune.search.latency import LatencyModel, Timing
 from kdscale.prune.search.shapes import Search, make_plan
 from kdscale.sizing.capacity import Capacity
-from kdscale.units import parse_target
+from kdscale.units import parse_budget
 
 AXES = ("ffn", "heads", "kv_heads", "hidden", "layers")
 LIMITS = ("target_bytes", "target_kv_bytes", "target_decode", "target_prefill")
@@ -108,7 +108,7 @@ def test_bytes_are_those_of_each_tensor_in_its_own_dtype(small_config, small_fam
         int(np.prod(spec.shape)) * itemsize(name) for name, spec in small_family.tensors(small_config).items()
     )
     assert int(cost.bytes(shape)[0]) == expected
-    assert int(cost.kv_bytes(shape)[0]) == small_family.kv_cache_bytes_per_token(small_config)
+    assert int(cost.kv_bytes(shape)[0]) == 4 * dims.layers * dims.kv_heads * dims.head_dim
 
 
 def test_a_kv_budget_leaves_alone_what_it_cannot_shrink(small_config, small_family):
@@ -144,8 +144,8 @@ def test_a_size_given_is_one_recorded_candidate(small_config, small_family, smal
     ],
 )  # fmt: skip
 def test_sizes_and_times(text, unit, expected):
-    assert parse_target(text, unit) == ("absolute", expected)
-    assert parse_target("50%", unit) == ("fraction", 0.5)
+    assert parse_budget(text, unit) == ("absolute", expected)
+    assert parse_budget("50%", unit) == ("fraction", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_sizes_and_times(text, unit, expected):
 )
 def test_no_sizes_and_no_times(text, unit):
     with pytest.raises(ValueError, match="expected a"):
-        parse_target(text, unit)
+        parse_budget(text, unit)
 
 
 def test_one_target_at_a_time():

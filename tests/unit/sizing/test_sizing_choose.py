@@ -15,13 +15,13 @@ from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.jobs.cluster_plan import plan_cluster, snippet, to_json
 from kdscale.sizing.compare import compare
-from kdscale.sizing.flops import forward_flops
-from kdscale.sizing.gpus import GIB, Cluster, find_gpu, known_gpus
+from kdscale.sizing.flops import ModelFlops, mfu, step_flops
+from kdscale.sizing.gpus import GIB, GpuCluster, find_gpu, known_gpus, peak_by_name
 from kdscale.sizing.job import Job, Setting
-from kdscale.sizing.memory import peak
+from kdscale.sizing.memory import peak_memory
 from kdscale.sizing.model_shape import ModelShape
-from kdscale.sizing.parallel import exchange_seconds, layer_seconds
-from kdscale.sizing.speed import Rates, estimate
+from kdscale.sizing.parallel import sequence_parallel_seconds, tensor_parallel_seconds
+from kdscale.sizing.speed import Rates, estimate_step
 
 TEACHERS = Path(__file__).resolve().parents[2] / "fixtures" / "teachers"
 NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))
@@ -33,16 +33,38 @@ def llama() -> ModelShape:
     return ModelShape.of(config, load_family(config, "llama"))
 
 
-def cluster(nodes: int = 1, gpus: int = 8, gpu: str = "h100", host: float = 1024) -> Cluster:
-    return Cluster(find_gpu(gpu), nodes, gpus, host * GIB)
+def cluster(nodes: int = 1, gpus: int = 8, gpu: str = "h100", host: float = 1024) -> GpuCluster:
+    return GpuCluster(find_gpu(gpu), nodes, gpus, host * GIB)
 
 
 def job(ranks: int = 8, **more: Any) -> Job:
     return Job(**{"student": llama(), "teacher": llama(), "seq_len": 4096, "ranks": ranks, "ranks_per_node": 8, **more})
 
 
-def test_flops_are_two_a_parameter_and_attention() -> None:
-    assert forward_flops(llama(), 4096) == 2 * (8_030_261_248 - 128_256 * 4096) + 4 * 4096 * 4096 * 32
+def forward(seq_len: int) -> float:
+    return ModelFlops.of_shape(llama(), seq_len).forward
+
+
+def test_flops_are_two_a_weight_of_the_products_and_attention() -> None:
+    products = 8_030_261_248 - 128_256 * 4096 - 65 * 4096  # no looked-up rows, no norms
+    assert forward(4096) == 2 * products + 4 * 4096 * 4096 * 32
+
+
+@pytest.mark.parametrize("placement", ["replicated", "served"])
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_the_planned_mfu_is_what_the_log_would_say_of_such_a_step(placement: Any, tensor: int) -> None:
+    """The log counts from config.json and from the GPU's driver name."""
+    from kdscale.distill.telemetry.observer import Speed
+
+    setting = Setting(1, 2, 3, False, placement, tensor=tensor)
+    planned = estimate_step(job(), setting, cluster(), Rates())
+    config = json.loads((TEACHERS / "Llama-3.1-8B" / "config.json").read_text())
+    flops, peak = ModelFlops.of(config, 4096), peak_by_name("NVIDIA H100 80GB HBM3")
+    assert peak is not None
+    tokens = 8 // tensor * 2 * 3 * 4096
+    logged = Speed(tokens, None if placement == "served" else flops, flops, 8 * peak)
+    assert planned.mfu == logged.mfu(tokens, planned.step)
+    assert mfu(step_flops(None, flops, 10, 10), 2.0, 1.0) == 15 * flops.forward
 
 
 def test_a_collective_takes_as_long_as_its_slower_links() -> None:
@@ -55,23 +77,22 @@ def test_compute_is_what_the_flops_say_and_checkpointing_adds_a_forward() -> Non
     rates = Rates(compute=0.5)
     seconds = {}
     for checkpointing in (False, True):
-        speed = estimate(job(), Setting(1, 1, 4, checkpointing, "replicated"), cluster(), rates)
+        speed = estimate_step(job(), Setting(1, 1, 4, checkpointing, "replicated"), cluster(), rates)
         seconds[checkpointing] = speed.seconds["student"]
         assert speed.tokens_per_second == pytest.approx(8 * 4 * 4096 / speed.step)
         assert 0 < speed.mfu < 0.5
     slow = 4096 / (4096 + 256)
-    forward = forward_flops(llama(), 4096)
-    assert seconds[False] == pytest.approx(4 * 4096 * 3 * forward / (989e12 * 0.5 * slow))
-    recomputed = 4 * 4096 * (forward - 2 * 128_256 * 4096) / (989e12 * 0.5 * slow)
+    assert seconds[False] == pytest.approx(4 * 4096 * 3 * forward(4096) / (989e12 * 0.5 * slow))
+    recomputed = 4 * 4096 * (forward(4096) - 2 * 128_256 * 4096) / (989e12 * 0.5 * slow)
     assert seconds[True] - seconds[False] == pytest.approx(recomputed)
 
 
 def test_stage_2_reduces_in_every_micro_batch_and_hpz_spares_the_network() -> None:
-    one = {s: estimate(job(), Setting(s, 1, 8, True, "replicated"), cluster(), Rates()) for s in (1, 2)}
+    one = {s: estimate_step(job(), Setting(s, 1, 8, True, "replicated"), cluster(), Rates()) for s in (1, 2)}
     assert one[2].seconds["communication"] == pytest.approx(one[1].seconds["communication"] * 9 / 2)
     slow = replace(cluster(4), gpu=replace(H100, network=1e9))
     far, near = (
-        estimate(job(32), Setting(3, 1, 1, False, "replicated", hpz=h), slow, Rates()).seconds["student"]
+        estimate_step(job(32), Setting(3, 1, 1, False, "replicated", hpz=h), slow, Rates()).seconds["student"]
         for h in (1, 8)
     )
     assert near < far * 0.75
@@ -162,15 +183,15 @@ def test_layers_are_shared_only_where_nothing_fits_otherwise() -> None:
 
 def test_ranks_that_share_layers_hold_less_and_wait_for_each_other() -> None:
     alone, two = (Setting(2, 1, 1, False, "replicated", tensor=size) for size in (1, 2))
-    one, half = (peak(job(), setting).parts for setting in (alone, two))
+    one, half = (peak_memory(job(), setting).parts for setting in (alone, two))
     assert half["student weights"] == pytest.approx(one["student weights"] / 2, rel=1e-3)
     assert half["teacher"] == pytest.approx(one["teacher"] / 2, rel=1e-3)
     assert half["masters and Adam"] == pytest.approx(one["masters and Adam"], rel=1e-3)  # over all ranks either way
     assert one["activations"] / 2 < half["activations"] < one["activations"]  # hidden states and norms are whole
-    fast, slow = (estimate(job(), setting, cluster(), Rates()) for setting in (alone, two))
+    fast, slow = (estimate_step(job(), setting, cluster(), Rates()) for setting in (alone, two))
     assert slow.seconds["student"] == pytest.approx(fast.seconds["student"] / 2, rel=1e-3)
     weights = job().item_bytes * job().student.params
-    assert layer_seconds(job(), alone, cluster()) == 0
+    assert tensor_parallel_seconds(job(), alone, cluster()) == 0
     assert slow.seconds["communication"] > cluster().collective(weights / 2) * 2 / Rates().links  # ZeRO's part of it
     assert slow.tokens_per_second < fast.tokens_per_second
 
@@ -187,10 +208,10 @@ def test_sequences_are_shared_only_where_nothing_fits_otherwise() -> None:
 
 def test_ranks_that_share_sequences_hold_fewer_activations_and_exchange_them() -> None:
     alone, two = (Setting(3, 1, 1, False, "replicated", sequence=size) for size in (1, 2))
-    one, half = (peak(job(), setting).parts for setting in (alone, two))
+    one, half = (peak_memory(job(), setting).parts for setting in (alone, two))
     assert half["student weights"] == one["student weights"]  # over all ranks either way
     assert half["activations"] < one["activations"] / 2  # and one mask for all layers
-    fast, slow = (estimate(job(), setting, cluster(), Rates()) for setting in (alone, two))
-    assert exchange_seconds(job(), alone, cluster()) == 0
+    fast, slow = (estimate_step(job(), setting, cluster(), Rates()) for setting in (alone, two))
+    assert sequence_parallel_seconds(job(), alone, cluster()) == 0
     assert slow.seconds["communication"] > fast.seconds["communication"]
     assert fast.tokens_per_second > slow.tokens_per_second > fast.tokens_per_second / 2

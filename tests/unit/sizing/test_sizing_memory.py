@@ -12,7 +12,7 @@ import pytest
 from kdscale.families import load_family
 from kdscale.sizing import memory
 from kdscale.sizing.job import Job, Setting
-from kdscale.sizing.memory import peak
+from kdscale.sizing.memory import peak_memory
 from kdscale.sizing.model_shape import ModelShape
 
 TEACHERS = Path(__file__).resolve().parents[2] / "fixtures" / "teachers"
@@ -36,14 +36,14 @@ def setting(stage: int = 1, **more: Any) -> Setting:
 def test_llama_8b_has_its_published_counts() -> None:
     assert LLAMA.params == P
     assert LLAMA.layer == 218_112_000
-    assert LLAMA.products == P - 128_256 * 4096  # the embedding is looked up
+    assert LLAMA.products == P - 128_256 * 4096 - 65 * 4096  # the embedding is looked up, norms are no products
     assert (LLAMA.gated, LLAMA.tied, LLAMA.qk_norm) == (True, False, False)
 
 
 def test_a_tied_head_is_multiplied_once_and_qwen3_norms_its_heads() -> None:
     smollm, qwen = shape("smollm2-135m-instruct"), shape("Qwen3-8B")
     assert smollm.tied
-    assert smollm.products == smollm.params == 134_515_008
+    assert smollm.products == smollm.params - 61 * 576 == 134_515_008 - 61 * 576  # two norms a layer, and the last
     assert qwen.qk_norm
 
 
@@ -52,7 +52,7 @@ def test_a_tied_head_is_multiplied_once_and_qwen3_norms_its_heads() -> None:
     [(1, 2 * P, 12 * P / 8), (2, 2 * P, 12 * P / 8), (3, 2 * P / 8, 12 * P / 8)],
 )
 def test_zero_divides_what_its_stage_says(stage: int, weights: float, states: float) -> None:
-    parts = peak(JOB, setting(stage)).parts
+    parts = peak_memory(JOB, setting(stage)).parts
     assert parts["student weights"] == weights
     assert parts["masters and Adam"] == states
     assert parts["teacher"] == 2 * P
@@ -60,12 +60,12 @@ def test_zero_divides_what_its_stage_says(stage: int, weights: float, states: fl
 
 def test_fp32_copies_its_weights_at_stage_1_and_2_only() -> None:
     job = replace(JOB, item_bytes=4)
-    states = {stage: peak(job, setting(stage)).parts["masters and Adam"] for stage in (0, 1, 2, 3)}
+    states = {stage: peak_memory(job, setting(stage)).parts["masters and Adam"] for stage in (0, 1, 2, 3)}
     assert states == {0: 8 * P, 1: 12 * P / 8, 2: 12 * P / 8, 3: 8 * P / 8}
 
 
 def test_offload_moves_states_to_the_host_and_the_teacher_is_there_once_a_node() -> None:
-    found = peak(JOB, setting(3, offload_optimizer=True, offload_parameters=True, placement="offloaded"))
+    found = peak_memory(JOB, setting(3, offload_optimizer=True, offload_parameters=True, placement="offloaded"))
     assert "masters and Adam" not in found.parts
     assert "student weights" not in found.parts
     assert "teacher" not in found.parts
@@ -74,17 +74,17 @@ def test_offload_moves_states_to_the_host_and_the_teacher_is_there_once_a_node()
 
 def test_a_partitioned_teacher_is_flat_in_its_depth_but_for_its_share() -> None:
     deep = replace(JOB, teacher=replace(LLAMA, params=4 * P, layers=128))
-    totals = [peak(job, setting(3, placement="partitioned")).total for job in (JOB, deep)]
+    totals = [peak_memory(job, setting(3, placement="partitioned")).total for job in (JOB, deep)]
     assert totals[1] - totals[0] == pytest.approx(1.1 * 2 * 3 * P / 8)
 
 
 def test_hpz_keeps_a_second_copy_in_each_group() -> None:
     job = replace(JOB, ranks=32)
-    assert peak(job, setting(3, hpz=8)).parts["student weights"] == 2 * P / 32 + 2 * P / 8
+    assert peak_memory(job, setting(3, hpz=8)).parts["student weights"] == 2 * P / 32 + 2 * P / 8
 
 
 def test_gradients_that_wait_are_whole_at_stage_1() -> None:
-    once, often = (peak(JOB, setting(1, accumulation=a)).parts.get("gradients", 0) for a in (1, 4))
+    once, often = (peak_memory(JOB, setting(1, accumulation=a)).parts.get("gradients", 0) for a in (1, 4))
     assert often - once > P
 
 
