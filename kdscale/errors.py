@@ -64,6 +64,12 @@ class SelfCheckError(KdscaleError):
     exit_code = 7
 
 
+class MissingProgramError(KdscaleError):
+    """A program that is not installed or cannot be started: ssh, sbatch, kubectl, the Python of a host."""
+
+    exit_code = 13
+
+
 class LostRankError(KdscaleError):
     """A rank that ended without an error of ours: killed, or cut off from the others. Trying again may well work."""
 

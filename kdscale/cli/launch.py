@@ -16,7 +16,7 @@ from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption
 from kdscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kdscale.jobs.launch import Request
+    from kdscale.jobs.launch import LaunchRequest
     from kdscale_launch import Host, HostsJob
 
 _HOSTS, _SYSTEMS = "Hosts over ssh", "Job systems"
@@ -191,11 +191,15 @@ def launch_command(
     _leave(systems.run_torchrun(common, f"{master_addr or 'localhost'}:{master_port or 29400}"))
 
 
-def _elastic(job: HostsJob, asked: Request, min_nodes: int | None, python: str) -> HostsJob:
+def _elastic(job: HostsJob, asked: LaunchRequest, min_nodes: int | None, python: str) -> HostsJob:
     """The job with the commands for fewer hosts, all of them checked now."""
-    from kdscale.jobs.launch import smaller_commands
+    from kdscale.jobs.launch import commands_for_fewer_hosts
 
-    return job if min_nodes is None else replace(job, smaller=smaller_commands(asked, job.hosts, min_nodes, python))
+    return (
+        job
+        if min_nodes is None
+        else replace(job, smaller=commands_for_fewer_hosts(asked, job.hosts, min_nodes, python))
+    )
 
 
 def _leave(code: int) -> None:
@@ -221,18 +225,20 @@ def _hosts(hostfile: Path) -> tuple[Host, ...]:
         raise ConfigError(str(error)) from error
 
 
-def _request(config: str, overrides: Sequence[str] | None, ranks: int, accept: bool, until: str = "report") -> Request:
+def _request(
+    config: str, overrides: Sequence[str] | None, ranks: int, accept: bool, until: str = "report"
+) -> LaunchRequest:
     from kdscale.config.load import find_config
     from kdscale.jobs.launch import request
 
     return request(find_config(config), overrides or (), ranks, accept, until)
 
 
-def _job(asked: Request, hosts: Sequence[Host], options: HostOptions, **settings: float | int) -> HostsJob:
+def _job(asked: LaunchRequest, hosts: Sequence[Host], options: HostOptions, **settings: float | int) -> HostsJob:
     from kdscale.jobs.launch import hosts_job, python_path
-    from kdscale_launch import Reach
+    from kdscale_launch import SshSettings
 
-    reach = Reach(
+    reach = SshSettings(
         python=options.python,
         cwd=str(Path.cwd()),
         pythonpath=python_path(),
@@ -246,25 +252,25 @@ def _job(asked: Request, hosts: Sequence[Host], options: HostOptions, **settings
     )  # fmt: skip
 
 
-def _preflight(job: HostsJob, asked: Request) -> bool:
+def _preflight(job: HostsJob, asked: LaunchRequest) -> bool:
     """Show what every host says; whether the job can start."""
     from kdscale.cli import tables
     from kdscale.errors import Interrupted
-    from kdscale.jobs.launch import survey
-    from kdscale_launch import signals_noted
+    from kdscale.jobs.launch import run_preflight
+    from kdscale_launch import collect_signals
 
-    with signals_noted() as received:
-        found = survey(job, asked, received)
+    with collect_signals() as received:
+        found = run_preflight(job, asked, received)
     if received:
         raise Interrupted(received[0])
     tables.preflight(found)
-    return all(finding.state != "bad" for finding in found)
+    return all(finding.severity != "bad" for finding in found)
 
 
-def _on_hosts(asked: Request, job: HostsJob, dry_run: bool) -> None:
+def _on_hosts(asked: LaunchRequest, job: HostsJob, dry_run: bool) -> None:
     from kdscale.cli import tables
     from kdscale.jobs.launch import describe, run
-    from kdscale_launch import STOPPED_EXIT_CODE, signals_noted
+    from kdscale_launch import STOPPED_EXIT_CODE, collect_signals
 
     if dry_run:
         print(describe(job))
@@ -274,7 +280,7 @@ def _on_hosts(asked: Request, job: HostsJob, dry_run: bool) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    with signals_noted() as received:
+    with collect_signals() as received:
         code = run(job, received, lambda text: print(text, file=sys.stderr, flush=True), output)
     if code == STOPPED_EXIT_CODE:
         print("stopped with everything saved; run the same command again to go on", file=sys.stderr)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from kdscale.errors import ConfigError, RunFolderError
 from kdscale.files import write_text
-from kdscale.jobs.launch import MEMBER, Request, preflight_command, python_path, rank_defaults, ranks_command
+from kdscale.jobs.launch import RANK_MODULE, LaunchRequest, preflight_command, python_path, rank_command, rank_defaults
 from kdscale.runtime.exits import FINAL_CODES
 from kdscale_launch import HostsJob, LaunchError
-from kdscale_launch.environment import forwarded, public, shown
+from kdscale_launch.environment import forwarded_variables, masked_lines, without_secrets
 from kdscale_launch.systems import kubernetes as kube
 from kdscale_launch.systems import slurm, torchrun_deepspeed
 
@@ -26,7 +26,7 @@ from kdscale_launch.systems import slurm, torchrun_deepspeed
 class Common:
     """What all job systems are told."""
 
-    asked: Request
+    asked: LaunchRequest
     python: str
     nodes: int
     slots: int
@@ -37,8 +37,12 @@ class Common:
     def environment(self) -> dict[str, str]:
         """Forwarded variables without secrets: they would stand in a script or manifest for all to read."""
         path = python_path()
-        found = {**rank_defaults(), **forwarded(os.environ, self.export), **({"PYTHONPATH": path} if path else {})}
-        return public(found)
+        found = {
+            **rank_defaults(),
+            **forwarded_variables(os.environ, self.export),
+            **({"PYTHONPATH": path} if path else {}),
+        }
+        return without_secrets(found)
 
 
 @dataclass(frozen=True)
@@ -52,20 +56,22 @@ class PodOptions:
     pytorchjob: bool
 
 
-def run_deepspeed(asked: Request, job: HostsJob, hostfile: Path, ssh_options: Sequence[str], dry_run: bool) -> int:
+def run_deepspeed(
+    asked: LaunchRequest, job: HostsJob, hostfile: Path, ssh_options: Sequence[str], dry_run: bool
+) -> int:
     """DeepSpeed's runner, watched by nobody but itself; started again after failures."""
     env_file = asked.logs / "deepspeed_env"
     if job.master_port == 0 or not job.master_addr:
         raise ConfigError("--launcher deepspeed", expected="--master-addr and --master-port")
     try:
         command = torchrun_deepspeed.deepspeed(
-            job.reach.python, MEMBER, asked.arguments, hostfile=str(hostfile.absolute()),
+            job.reach.python, RANK_MODULE, asked.arguments, hostfile=str(hostfile.absolute()),
             master_addr=job.master_addr, master_port=job.master_port,
         )  # fmt: skip
     except LaunchError as error:
         raise ConfigError(str(error)) from error
     environment = torchrun_deepspeed.deepspeed_environment(shlex.join(ssh_options), str(env_file), job.reach.dead_after)
-    text = torchrun_deepspeed.env_file(public(job.env))
+    text = torchrun_deepspeed.env_file(without_secrets(job.env))
     if dry_run:
         print(f"# {env_file}\n{text}")
     else:
@@ -80,7 +86,7 @@ def submit_slurm(common: Common, time_limit: str, warn: int, directives: tuple[s
         name=f"kdscale-{common.asked.config.name}",
         nodes=common.nodes,
         slots=common.slots,
-        command=ranks_command(common.asked, common.python),
+        command=rank_command(common.asked, common.python),
         check=probe if check else (),
         cwd=str(Path.cwd()),
         output=str(common.asked.logs / "slurm-%j.out"),
@@ -113,7 +119,7 @@ def apply_kubernetes(common: Common, pods: PodOptions, port: int) -> int:
             nodes=common.nodes,
             slots=common.slots,
             image=pods.image,
-            command=ranks_command(common.asked, common.python),
+            command=rank_command(common.asked, common.python),
             python=common.python,
             log_dir=str(common.asked.logs / "ranks"),
             cwd=str(Path.cwd()),
@@ -145,7 +151,7 @@ def _volume(text: str) -> tuple[str, str]:
 
 def run_torchrun(common: Common, endpoint: str) -> int:
     command = torchrun_deepspeed.torchrun(
-        common.python, MEMBER, common.asked.arguments, nodes=common.nodes, slots=common.slots, endpoint=endpoint,
+        common.python, RANK_MODULE, common.asked.arguments, nodes=common.nodes, slots=common.slots, endpoint=endpoint,
         job_id=f"kdscale-{common.asked.config.name}", max_restarts=common.max_restarts,
     )  # fmt: skip
     return _execute(command, {**rank_defaults(), **torchrun_deepspeed.TORCHRUN_ENVIRONMENT}, common.dry_run)
@@ -155,7 +161,7 @@ def _execute(
     command: Sequence[str], environment: Mapping[str, str], dry_run: bool, stdin: str | None = None, tries: int = 1
 ) -> int:
     """Print the command with the variables it is given, and run it. Returns its exit code."""
-    print(shlex.join([*(["env", *shown(environment)] if environment else []), *command]), flush=True)
+    print(shlex.join([*(["env", *masked_lines(environment)] if environment else []), *command]), flush=True)
     if dry_run:
         return 0
     code = 0

@@ -50,7 +50,7 @@ def doctor_command(
     findings = examine(folder)
     conclusions = verdicts(findings)
     tables.findings(findings, conclusions)
-    if any(item.state == "bad" for item in conclusions):
+    if any(item.severity == "bad" for item in conclusions):
         raise typer.Exit(1)
 
 

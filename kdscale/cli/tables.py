@@ -12,7 +12,7 @@ from rich.table import Table
 from kdscale.config.load import load_config
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
-from kdscale.jobs.doctor import Finding, State
+from kdscale.jobs.doctor import Finding, Severity
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGE_NAMES, STAGES
 from kdscale.runs.folder import RunFolder
@@ -51,16 +51,16 @@ def table(
 
 def findings(found: Sequence[Finding], conclusions: Sequence[Finding]) -> None:
     for title, lines in (("This machine", found), ("What follows", conclusions)):
-        _print(table(title, ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in lines]))
+        _print(table(title, ("", "", ""), [(line.topic, _mark(line.severity), line.text) for line in lines]))
 
 
 def preflight(found: Sequence[Finding]) -> None:
     """What every host said before a job."""
-    _print(table("Preflight", ("", "", ""), [(line.topic, _mark(line.state), line.found) for line in found]))
+    _print(table("Preflight", ("", "", ""), [(line.topic, _mark(line.severity), line.text) for line in found]))
 
 
-def _mark(state: State) -> str:
-    return _MARK[state]
+def _mark(severity: Severity) -> str:
+    return _MARK[severity]
 
 
 def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None:

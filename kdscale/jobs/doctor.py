@@ -18,7 +18,7 @@ from typing import Literal
 
 import psutil
 
-State = Literal["ok", "note", "bad"]
+Severity = Literal["ok", "note", "bad"]
 
 
 _MIN_TORCH = (2, 6)
@@ -35,8 +35,8 @@ class Finding:
     """One line: what was looked at, what was found, and whether it is fine, worth knowing, or in the way."""
 
     topic: str
-    state: State
-    found: str
+    severity: Severity
+    text: str
 
 
 def examine(folder: Path) -> list[Finding]:
@@ -49,11 +49,11 @@ def examine(folder: Path) -> list[Finding]:
 
 def verdicts(findings: list[Finding]) -> list[Finding]:
     """What will and what won't work, from the findings."""
-    bad = [finding.topic for finding in findings if finding.state == "bad"]
+    bad = [finding.topic for finding in findings if finding.severity == "bad"]
     by_topic = {finding.topic: finding for finding in findings}
     core = Finding("kdscale run", "bad" if bad else "ok", f"mend first: {', '.join(bad)}" if bad else "will work")
     gpu = by_topic["device"]
-    has_gpu = gpu.found.startswith("cuda")
+    has_gpu = gpu.text.startswith("cuda")
     slow = "CPU only: right for the demo and small models, not for billions of parameters"
     where = Finding("speed", "ok" if has_gpu else "note", "on the GPU" if has_gpu else slow)
     gguf = importlib.util.find_spec("gguf") is not None
@@ -83,8 +83,8 @@ def _torch() -> list[Finding]:
 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    state: State = "ok" if version >= _MIN_TORCH else "bad"
-    out = [Finding("torch", state, f"{torch.__version__} ({build})")]
+    severity: Severity = "ok" if version >= _MIN_TORCH else "bad"
+    out = [Finding("torch", severity, f"{torch.__version__} ({build})")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
@@ -131,9 +131,9 @@ def _compiler() -> list[Finding]:
 
 def _memory() -> list[Finding]:
     memory = psutil.virtual_memory()
-    state: State = "ok" if memory.total >= 0.9 * _DEMO_MEMORY_BYTES else "note"
+    severity: Severity = "ok" if memory.total >= 0.9 * _DEMO_MEMORY_BYTES else "note"
     text = f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free (the demo needs up to 8 GB)"
-    return [Finding("memory", state, text)]
+    return [Finding("memory", severity, text)]
 
 
 def _disk(folder: Path) -> list[Finding]:
@@ -141,8 +141,8 @@ def _disk(folder: Path) -> list[Finding]:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    state: State = "ok" if free >= _DEMO_DISK_BYTES else "note"
-    out = [Finding("disk", state, f"{free / 1e9:.1f} GB free at {existing} (the demo needs about 6 GB)")]
+    severity: Severity = "ok" if free >= _DEMO_DISK_BYTES else "note"
+    out = [Finding("disk", severity, f"{free / 1e9:.1f} GB free at {existing} (the demo needs about 6 GB)")]
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass

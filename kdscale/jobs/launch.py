@@ -18,11 +18,22 @@ from kdscale.errors import ConfigError, KdscaleError
 from kdscale.jobs import preflight
 from kdscale.jobs.doctor import Finding
 from kdscale.runtime.exits import FINAL_CODES
-from kdscale_launch import Cluster, Host, HostsJob, JobFailed, LaunchError, Outcome, Reach, Task, run_hosts, total_slots
-from kdscale_launch.environment import forwarded, shown
+from kdscale_launch import (
+    Host,
+    HostConnections,
+    HostsJob,
+    JobFailed,
+    LaunchError,
+    Outcome,
+    SshSettings,
+    Task,
+    run_hosts,
+    total_slots,
+)
+from kdscale_launch.environment import forwarded_variables, masked_lines
 from kdscale_launch.hosts.hostfile import first_ranks
 
-MEMBER = "kdscale.jobs.rank"
+RANK_MODULE = "kdscale.jobs.rank"
 
 
 UNTIL = ("distill", "eval", "report")
@@ -31,7 +42,7 @@ UNTIL = ("distill", "eval", "report")
 _PROBE_SECONDS = 180.0
 
 
-class LaunchFailed(KdscaleError):  # noqa: N818 - says what happened
+class LaunchedJobError(KdscaleError):
     """A job that ended with an error; its exit code is that of the rank that failed first."""
 
     def __init__(self, message: str, exit_code: int):
@@ -40,7 +51,7 @@ class LaunchFailed(KdscaleError):  # noqa: N818 - says what happened
 
 
 @dataclass(frozen=True)
-class Request:
+class LaunchRequest:
     """What was asked for: the config as given on the command line, and the same resolved for this many ranks."""
 
     path: Path
@@ -65,18 +76,18 @@ class Request:
         return Path(self.config.run_dir).absolute() / "logs"
 
 
-def request(path: Path, overrides: Sequence[str], ranks: int, accept: bool, until: str = "report") -> Request:
+def request(path: Path, overrides: Sequence[str], ranks: int, accept: bool, until: str = "report") -> LaunchRequest:
     """The config with `distill.processes` set to `ranks`. Raises ConfigError when they cannot share the batch."""
     if until not in UNTIL:
         raise ConfigError("--until", expected=f"one of {', '.join(UNTIL)}", got=until)
     if any(item.partition("=")[0] == "distill.processes" for item in overrides):
         raise ConfigError("--set distill.processes", expected="no such setting: it is the number of slots")
     full = (*overrides, f"distill.processes={ranks}")
-    return Request(path, full, load_config(path, full), accept, until)
+    return LaunchRequest(path, full, load_config(path, full), accept, until)
 
 
-def smaller_commands(
-    asked: Request, hosts: Sequence[Host], min_nodes: int, python: str = sys.executable
+def commands_for_fewer_hosts(
+    asked: LaunchRequest, hosts: Sequence[Host], min_nodes: int, python: str = sys.executable
 ) -> dict[int, tuple[str, ...]]:
     """The command of a rank by the number of hosts, from `min_nodes` to one less than all.
 
@@ -99,15 +110,15 @@ def smaller_commands(
             if number == min_nodes:
                 raise ConfigError(f"--min-nodes {min_nodes} cannot be used", got=str(error)) from error
         else:
-            commands[number] = ranks_command(fewer, python)
+            commands[number] = rank_command(fewer, python)
     return commands
 
 
-def ranks_command(asked: Request, python: str = sys.executable) -> tuple[str, ...]:
-    return (python, "-m", MEMBER, *asked.arguments)
+def rank_command(asked: LaunchRequest, python: str = sys.executable) -> tuple[str, ...]:
+    return (python, "-m", RANK_MODULE, *asked.arguments)
 
 
-def preflight_command(asked: Request, python: str, what: str, argument: str) -> tuple[str, ...]:
+def preflight_command(asked: LaunchRequest, python: str, what: str, argument: str) -> tuple[str, ...]:
     return (python, "-m", "kdscale.jobs.preflight", what, argument, asked.file, *asked.overrides)
 
 
@@ -117,13 +128,15 @@ def python_path() -> str:
     return os.pathsep.join(str(Path(part).absolute()) for part in parts if part)
 
 
-def hosts_job(asked: Request, hosts: Sequence[Host], reach: Reach, export: Sequence[str], **settings: Any) -> HostsJob:
+def hosts_job(
+    asked: LaunchRequest, hosts: Sequence[Host], reach: SshSettings, export: Sequence[str], **settings: Any
+) -> HostsJob:
     return HostsJob(
         hosts=tuple(hosts),
-        command=ranks_command(asked, reach.python),
+        command=rank_command(asked, reach.python),
         reach=reach,
         log_dir=str(asked.logs / "ranks"),
-        env={**rank_defaults(), **forwarded(os.environ, export), "PYTHONPATH": reach.pythonpath},
+        env={**rank_defaults(), **forwarded_variables(os.environ, export), "PYTHONPATH": reach.pythonpath},
         final_codes=FINAL_CODES,
         **settings,
     )
@@ -139,7 +152,7 @@ def describe(job: HostsJob) -> str:
     lines += ["# with, beside RANK, LOCAL_RANK and LOCAL_WORLD_SIZE, these variables:"]
     port = str(job.master_port) if job.master_port else "(one that is free on the first host)"
     about = {"WORLD_SIZE": str(total_slots(job.hosts)), "MASTER_ADDR": address, "MASTER_PORT": port}
-    lines += [f"#   {line}" for line in shown({**about, **job.env})]
+    lines += [f"#   {line}" for line in masked_lines({**about, **job.env})]
     if job.smaller:
         counts = ", ".join(map(str, sorted(job.smaller)))
         lines += [f"# when hosts do not come back, also on {counts} of {len(job.hosts)}"]
@@ -153,28 +166,30 @@ def rank_defaults() -> dict[str, str]:
 
 
 def run(job: HostsJob, received: Sequence[int], say: Callable[[str], None], output: Callable[[str], None]) -> int:
-    """See `run_hosts`. Raises LaunchFailed."""
+    """See `run_hosts`. Raises LaunchedJobError."""
     try:
         return run_hosts(job, received, say, output)
     except JobFailed as error:
-        raise LaunchFailed(f"{error}\n  to do:    the ranks' logs are in {job.log_dir}", error.exit_code) from error
+        raise LaunchedJobError(f"{error}\n  to do:    the ranks' logs are in {job.log_dir}", error.exit_code) from error
     except LaunchError as error:
         raise ConfigError(str(error)) from error
 
 
-def survey(job: HostsJob, asked: Request, received: Sequence[int], collective_seconds: float = 60.0) -> list[Finding]:
+def run_preflight(
+    job: HostsJob, asked: LaunchRequest, received: Sequence[int], collective_seconds: float = 60.0
+) -> list[Finding]:
     """Preflight: every host is asked, then all ranks add up a number. Findings in the order they were made."""
-    with Cluster(job.hosts, job.reach, received) as cluster:
+    with HostConnections(job.hosts, job.reach, received) as cluster:
         unreachable = cluster.connect()
         findings = [_reached(job.hosts, unreachable)]
         if unreachable or received:
             return findings
         base = Task(command=(), env=job.env, ranks=False, deadline=_PROBE_SECONDS)
-        surveyor = _Surveyor(cluster, base, asked, job.reach.python)
+        preflight_on_hosts = _PreflightOnHosts(cluster, base, asked, job.reach.python)
         skews = {job.hosts[index].name: skew for index, skew in cluster.clock_skews().items()}
-        findings += surveyor.probe(skews)
-        if all(finding.state != "bad" for finding in findings):
-            findings += [surveyor.collective(job, collective_seconds)]
+        findings += preflight_on_hosts.probe(skews)
+        if all(finding.severity != "bad" for finding in findings):
+            findings += [preflight_on_hosts.collective(job, collective_seconds)]
         return findings
 
 
@@ -185,10 +200,10 @@ def _reached(hosts: Sequence[Host], unreachable: Mapping[int, str]) -> Finding:
     )
 
 
-class _Surveyor:
+class _PreflightOnHosts:
     """Runs preflight's commands on the hosts and reads their answers."""
 
-    def __init__(self, cluster: Cluster, base: Task, asked: Request, python: str):
+    def __init__(self, cluster: HostConnections, base: Task, asked: LaunchRequest, python: str):
         self._cluster, self._base, self._asked, self._python = cluster, base, asked, python
         self._mark = uuid.uuid4().hex[:12]
 

@@ -189,9 +189,9 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
     import torch.distributed as dist
 
     from kdscale.runtime.device import resolve_device
-    from kdscale_launch.rendezvous import choose_interface
+    from kdscale_launch.rendezvous import set_gloo_interface
 
-    choose_interface(os.environ)
+    set_gloo_interface(os.environ)
     device = resolve_device(load_config(Path(config_path), list(overrides)).runtime.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -29,7 +29,13 @@ ACCEPT, UNTIL = "--accept-changes", "--until="
 
 def main(arguments: Sequence[str]) -> int:
     from kdscale_launch import LaunchError
-    from kdscale_launch.rendezvous import choose_interface, place_from, release, take_place, wait_for_master
+    from kdscale_launch.rendezvous import (
+        parse_rank_place,
+        release_waiting_ranks,
+        set_gloo_interface,
+        take_rank_place,
+        wait_for_rank_0,
+    )
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
@@ -37,14 +43,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         last = next((item.removeprefix(UNTIL) for item in arguments if item.startswith(UNTIL)), "report")
         config = load_config(Path(arguments[0]), [item for item in arguments[1:] if not item.startswith("--")])
-        choose_interface(os.environ)
+        set_gloo_interface(os.environ)
         if os.environ.get("RANK") == "0":
-            os.environ[PLACE_VARIABLE] = take_place(os.environ)
+            os.environ[PLACE_VARIABLE] = take_rank_place(os.environ)
             run_until(config, last, Reporter(), accept_changes=ACCEPT in arguments)
             if PLACE_VARIABLE in os.environ:
-                release(place_from(os.environ[PLACE_VARIABLE]))
+                release_waiting_ranks(parse_rank_place(os.environ[PLACE_VARIABLE]))
             return 0
-        if not wait_for_master(os.environ):
+        if not wait_for_rank_0(os.environ):
             return 0
         return run_as_rank(RunFolder(Path(config.run_dir)), config, check_teacher(config))
     except KdscaleError as error:

@@ -16,7 +16,7 @@ FORWARDED = (
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 
 
-def forwarded(environment: Mapping[str, str], extra: Iterable[str] = ()) -> dict[str, str]:
+def forwarded_variables(environment: Mapping[str, str], extra: Iterable[str] = ()) -> dict[str, str]:
     """The variables of `environment` that are on the list or named in `extra` (names or patterns)."""
     patterns = (*FORWARDED, *extra)
     return {
@@ -30,11 +30,11 @@ def is_secret(name: str) -> bool:
     return _SECRET.search(name) is not None
 
 
-def public(environment: Mapping[str, str]) -> dict[str, str]:
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """Without what must not be seen on a command line, in a log or in a rendered file."""
     return {name: value for name, value in environment.items() if not is_secret(name)}
 
 
-def shown(environment: Mapping[str, str]) -> list[str]:
+def masked_lines(environment: Mapping[str, str]) -> list[str]:
     """`NAME=value` lines with secrets masked."""
     return [f"{name}={'***' if is_secret(name) else value}" for name, value in environment.items()]

@@ -11,7 +11,7 @@ STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything saved;
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Where this machine's ranks stand in a job that spans several machines."""
 
     first_rank: int
@@ -37,7 +37,7 @@ class JobSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
     grace_seconds: float = 60.0
-    place: Place | None = None
+    place: RankPlace | None = None
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -60,10 +60,10 @@ class RankFailed(LaunchError):  # noqa: N818 - says what happened
     def __init__(self, rank: int, exit_code: int, log_tail: str):
         self.rank, self.exit_code, self.log_tail = rank, exit_code, log_tail
         shown = f"; the end of what it said:\n{log_tail}" if log_tail else ""
-        super().__init__(f"rank {rank} {how_it_ended(exit_code)}{shown}")
+        super().__init__(f"rank {rank} {describe_exit(exit_code)}{shown}")
 
 
-def how_it_ended(exit_code: int) -> str:
+def describe_exit(exit_code: int) -> str:
     if exit_code == HUNG_EXIT_CODE:
         return f"hung: its watchdog ended it (exit code {exit_code})"
     return f"was killed by signal {-exit_code}" if exit_code < 0 else f"left with exit code {exit_code}"

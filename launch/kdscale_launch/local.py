@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, RankFailed
-from kdscale_launch.processes import Process, ask_for_stacks, end_groups, is_stopped, signal_groups, start, tail
+from kdscale_launch.processes import Process, end_groups, is_stopped, request_stacks, signal_groups, start, tail
 from kdscale_launch.watchdog import WAITING, beat
 
 _POLL_SECONDS = 0.1
@@ -93,7 +93,7 @@ def _forward_signals(ranks: Sequence[Process]) -> Iterator[list[int]]:
         signal_groups(ranks, signum if len(received) == 1 else signal.SIGKILL)
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
-        ask_for_stacks(ranks)
+        request_stacks(ranks)
 
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
     previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, pass_on)
@@ -111,7 +111,7 @@ def _hung(spec: JobSpec, ranks: Sequence[Process], first: int) -> RankFailed:
         time.sleep(_POLL_SECONDS)
     stopped = [index for index, process in enumerate(ranks) if process.poll() is None and is_stopped(process.pid)]
     if any(process.poll() is None for process in ranks):
-        ask_for_stacks(ranks)
+        request_stacks(ranks)
         time.sleep(_STACKS_SECONDS)
     if stopped:
         return RankFailed(spec.first_rank + stopped[0], HUNG_EXIT_CODE, "stopped by a signal, it makes no progress")

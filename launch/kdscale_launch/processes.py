@@ -73,7 +73,7 @@ def signal_groups(processes: Sequence[Process], signum: int) -> None:
                 continue  # ended between the two calls
 
 
-def ask_for_stacks(processes: Sequence[Process]) -> None:
+def request_stacks(processes: Sequence[Process]) -> None:
     """SIGUSR1 to each live process alone: what it started itself may not expect that signal."""
     for process in processes:
         if process.poll() is None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict
 from typing import Any
 
-from kdscale_launch.job import LaunchError, Place
+from kdscale_launch.job import LaunchError, RankPlace
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -34,13 +34,13 @@ _NOTHING_TO_DO = b"kdscale: nothing to do\n"
 _NAME_SECONDS = 300.0  # a cluster's name service may learn of rank 0's machine late
 
 
-def take_place(environment: MutableMapping[str, str]) -> str:
-    """Remove torch's variables from `environment` and return them as the text that `place_from` reads.
+def take_rank_place(environment: MutableMapping[str, str]) -> str:
+    """Remove torch's variables from `environment` and return them as the text that `parse_rank_place` reads.
 
     Libraries that find RANK and WORLD_SIZE behave as parts of a group, which the single-process stages are not.
     """
     _require(environment)
-    place = Place(
+    place = RankPlace(
         first_rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
         master_addr=environment["MASTER_ADDR"],
@@ -53,11 +53,11 @@ def take_place(environment: MutableMapping[str, str]) -> str:
     return json.dumps(asdict(place))
 
 
-def place_from(text: str) -> Place:
-    return Place(**json.loads(text))
+def parse_rank_place(text: str) -> RankPlace:
+    return RankPlace(**json.loads(text))
 
 
-def wait_for_master(environment: Mapping[str, str]) -> bool:
+def wait_for_rank_0(environment: Mapping[str, str]) -> bool:
     """Whether there is work: True when rank 0 listens on MASTER_ADDR:MASTER_PORT for the distill stage, False when it
     says there that the stage was done before.
 
@@ -87,7 +87,7 @@ def _told_to_leave(door: socket.socket) -> bool:
         return False
 
 
-def release(place: Place, seconds: float = 300.0) -> None:
+def release_waiting_ranks(place: RankPlace, seconds: float = 300.0) -> None:
     """On rank 0, when there was nothing to distil: send the waiting ranks home, each as it knocks."""
     deadline = time.monotonic() + seconds
     with socket.create_server(("", place.master_port)) as server:
@@ -101,7 +101,7 @@ def release(place: Place, seconds: float = 300.0) -> None:
                 visitor.sendall(_NOTHING_TO_DO)
 
 
-def choose_interface(environment: MutableMapping[str, str]) -> None:
+def set_gloo_interface(environment: MutableMapping[str, str]) -> None:
     """Set GLOO_SOCKET_IFNAME, where nobody did, to the interface through which this host reaches rank 0.
 
     Left alone, gloo takes the interface of the host's own name, which on many machines is the loopback.

@@ -101,16 +101,16 @@ def test_doctor_finds_what_is_here(tmp_path: Path) -> None:
     findings = {finding.topic: finding for finding in doctor.examine(tmp_path)}
     import torch
 
-    assert torch.__version__ in findings["torch"].found
+    assert torch.__version__ in findings["torch"].text
     assert {"python", "device", "deepspeed", "triton", "memory", "disk", "loopback port"} <= set(findings)
-    assert all(item.state != "bad" for item in findings.values())
+    assert all(item.severity != "bad" for item in findings.values())
 
 
 def test_doctor_says_what_is_in_the_way() -> None:
     findings = [Finding("torch", "bad", "not installed"), Finding("device", "note", "unknown without torch")]
     core, *_ = doctor.verdicts(findings)
-    assert (core.state, core.found) == ("bad", "mend first: torch")
+    assert (core.severity, core.text) == ("bad", "mend first: torch")
 
 
 def test_doctor_reports_an_unwritable_folder() -> None:
-    assert any(item.topic == "write access" and item.state == "bad" for item in doctor.examine(Path("/proc/x")))
+    assert any(item.topic == "write access" and item.severity == "bad" for item in doctor.examine(Path("/proc/x")))

@@ -82,11 +82,11 @@ def _launch(context: Context) -> None:
 
 def _place(config: Config) -> Any:
     """Where rank 0 stands among the ranks of the job it was started in; None when the job is this machine's alone."""
-    from kdscale_launch.rendezvous import place_from
+    from kdscale_launch.rendezvous import parse_rank_place
 
     if PLACE_VARIABLE not in os.environ:
         return None
-    place = place_from(os.environ[PLACE_VARIABLE])
+    place = parse_rank_place(os.environ[PLACE_VARIABLE])
     if place.world_size != config.distill.processes:
         raise ConfigError(
             "distill.processes",

@@ -24,10 +24,10 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from kdscale_launch.hosts.messages import Lines, Message, decode, encode
+from kdscale_launch.hosts.messages import LineBuffer, Message, decode, encode
 from kdscale_launch.job import LaunchError
 from kdscale_launch.local import free_port
-from kdscale_launch.processes import Process, ask_for_stacks, is_stopped, signal_groups, start, tail
+from kdscale_launch.processes import Process, is_stopped, request_stacks, signal_groups, start, tail
 
 _POLL_SECONDS = 0.1
 
@@ -48,7 +48,7 @@ class Agent:
         self._stdin, self._stdout = stdin, stdout
         for handle in (stdin, stdout):  # a write to a dead link must not stop the clock
             os.set_blocking(handle, False)
-        self._lines = Lines()
+        self._lines = LineBuffer()
         self._waiting = bytearray()
         self._dead_after = 60.0
         self._heard = self._beat = time.monotonic()
@@ -102,7 +102,7 @@ class Agent:
             case "stacks" if self._run is not None:
                 for rank in self._run.stopped():
                     self._say({"say": "stopped", "rank": rank})
-                ask_for_stacks(list(self._run.ranks.values()))
+                request_stacks(list(self._run.ranks.values()))
             case "end" if self._run is not None:
                 self._run.end(float(order["grace"]))
             case "leave":

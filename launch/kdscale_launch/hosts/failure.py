@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kdscale_launch.hosts.hostfile import Host
-from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, how_it_ended
+from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, describe_exit
 from kdscale_launch.watchdog import MARK, WAITING
 
 # What a healthy rank says when another one has gone: an effect, not the cause.
@@ -117,7 +117,7 @@ class Outcome:
     def _headline(self, failure: Failure) -> str:
         host = "" if failure.host is None else f"host {self.hosts[failure.host].name}"
         rank = "" if failure.rank is None else f"rank {failure.rank}"
-        what = failure.why or failure.hung or how_it_ended(failure.code)
+        what = failure.why or failure.hung or describe_exit(failure.code)
         if failure.hung and self.log_dir:
             what += f"; stack in {self.log_dir}/rank-{failure.rank}.log"
         return f"{', '.join(part for part in (host, rank) if part) or 'the job'}: {what}"

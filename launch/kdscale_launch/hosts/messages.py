@@ -21,7 +21,7 @@ def decode(line: bytes) -> Message | None:
     return message if isinstance(message, dict) and ("do" in message or "say" in message) else None
 
 
-class Lines:
+class LineBuffer:
     """Bytes in, whole lines out."""
 
     def __init__(self) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from kdscale_launch.hosts.cluster import Cluster, Task
+from kdscale_launch.hosts.connections import HostConnections, Task
 from kdscale_launch.hosts.failure import Failure, Outcome
 from kdscale_launch.hosts.hostfile import Host, total_slots
-from kdscale_launch.hosts.ssh import Reach
+from kdscale_launch.hosts.ssh import SshSettings
 from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
 
 _FENCE_MARGIN_SECONDS = 3.0
@@ -30,7 +30,7 @@ class HostsJob:
 
     hosts: tuple[Host, ...]
     command: tuple[str, ...]
-    reach: Reach
+    reach: SshSettings
     log_dir: str
     env: Mapping[str, str] = field(default_factory=dict)
     master_addr: str = ""  # default: the first host's name
@@ -53,7 +53,7 @@ class JobFailed(LaunchError):  # noqa: N818 - says what happened
 def run_hosts(job: HostsJob, received: Sequence[int], say: Callable[[str], None], output: Callable[[str], None]) -> int:
     """Run to the end; 0, 75 after a SIGTERM that all ranks survived saved, or 128 + the signal that stopped it.
 
-    `received` fills with signals (see `signals_noted`). Raises JobFailed with the first failing rank's error.
+    `received` fills with signals (see `collect_signals`). Raises JobFailed with the first failing rank's error.
     """
     away: dict[int, str] = {}
     for attempt in range(job.max_restarts + 1):
@@ -89,7 +89,7 @@ def _attempt(
     `away` holds the hosts that the attempt before went on without, and why; it is brought up to date.
     """
     reach = replace(job.reach, connect_seconds=job.host_seconds) if attempt else job.reach
-    with Cluster(job.hosts, reach, received) as cluster:
+    with HostConnections(job.hosts, reach, received) as cluster:
         unreachable = cluster.connect({index: min(_AWAY_SECONDS, reach.connect_seconds) for index in away})
         if received:
             return Outcome(job.hosts, signum=received[0]), None
@@ -117,7 +117,7 @@ def _attempt(
 
 
 def _fit(
-    job: HostsJob, cluster: Cluster, unreachable: Mapping[int, str], say: Callable[[str], None]
+    job: HostsJob, cluster: HostConnections, unreachable: Mapping[int, str], say: Callable[[str], None]
 ) -> tuple[str, ...]:
     """The command for as many of the hosts that were reached as one fits. Raises JobFailed when none does."""
     listed = "\n".join(f"  - {job.hosts[index].name}: {why}" for index, why in unreachable.items())

@@ -15,12 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kdscale_launch.hosts.hostfile import Host
-from kdscale_launch.hosts.messages import Lines, Message, decode, encode
+from kdscale_launch.hosts.messages import LineBuffer, Message, decode, encode
 from kdscale_launch.job import LaunchError
 
 
 @dataclass(frozen=True)
-class Reach:
+class SshSettings:
     """How hosts are reached and how long silence may last."""
 
     python: str
@@ -42,10 +42,12 @@ class Reach:
         return [*self.ssh, *flags, "-T", host.name, f"cd {shlex.quote(self.cwd)} && exec {agent}"]
 
 
-class Remote:
+class AgentConnection:
     """One ssh process with an agent at its other end."""
 
-    def __init__(self, index: int, host: Host, command: Sequence[str], events: queue.Queue[tuple[Remote, Message]]):
+    def __init__(
+        self, index: int, host: Host, command: Sequence[str], events: queue.Queue[tuple[AgentConnection, Message]]
+    ):
         self.index, self.host = index, host
         self.heard = time.monotonic()
         self._sending = threading.Lock()
@@ -64,7 +66,7 @@ class Remote:
 
     def _read_out(self) -> None:
         assert self.process.stdout is not None
-        lines = Lines()
+        lines = LineBuffer()
         while data := os.read(self.process.stdout.fileno(), 1 << 16):
             for line in lines.feed(data):
                 if message := decode(line):

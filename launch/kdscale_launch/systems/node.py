@@ -1,4 +1,4 @@
-"""`python -m kdscale_launch.systems.node ... -- COMMAND`: the ranks of one node of a job, where no launcher reaches in.
+"""`python -m kdscale_launch.systems.node ... -- COMMAND`: start the ranks of one node of a larger job.
 
 For pods, or by hand on each host. Ends with the ranks' error, and with 75 when they were stopped and saved.
 """
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdscale_launch.job import STOPPED_EXIT_CODE, JobSpec, LaunchError, Place, RankFailed
+from kdscale_launch.job import STOPPED_EXIT_CODE, JobSpec, LaunchError, RankFailed, RankPlace
 from kdscale_launch.local import run_local
 
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"{given.node_rank_from} must hold this node's rank, 0 to {given.nodes - 1}; got {node!r}")
     if not given.master_addr or not given.master_port:
         parser.error("--master-addr and --master-port, or MASTER_ADDR and MASTER_PORT, say where rank 0 is")
-    place = Place(int(node) * given.slots, given.nodes * given.slots, given.master_addr, given.master_port)
+    place = RankPlace(int(node) * given.slots, given.nodes * given.slots, given.master_addr, given.master_port)
     spec = JobSpec(tuple(given.command), given.slots, given.log_dir, grace_seconds=given.grace, place=place)
     try:
         code = run_local(spec)

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from kdscale_launch import HUNG_EXIT_CODE, Cluster, Host, HostsJob, Reach, Task, run_hosts
+from kdscale_launch import HUNG_EXIT_CODE, Host, HostConnections, HostsJob, SshSettings, Task, run_hosts
 
 ROOT = Path(__file__).resolve().parents[3]
 STOPS = """
@@ -27,9 +27,9 @@ os._exit(0)
 
 
 def test_a_rank_that_stops_is_named_and_killed_and_the_others_do_not_wait_for_ever(tmp_path, fake_ssh):
-    reach = Reach(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0)
+    reach = SshSettings(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0)
     env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with Cluster([Host("one", 1), Host("two", 1)], reach) as cluster:
+    with HostConnections([Host("one", 1), Host("two", 1)], reach) as cluster:
         assert cluster.connect() == {}
         port = cluster.free_port()
         assert port is not None
@@ -71,7 +71,7 @@ def test_a_download_that_stalls_is_named_and_the_job_starts_again(
     job = HostsJob(
         (Host("one", 1),),
         (sys.executable, "-m", "kdscale.jobs.rank", str(tiny_config), "--until=data", *settings),
-        Reach(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0),
+        SshSettings(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0),
         log_dir=str(tmp_path / "logs"), env={"OMP_NUM_THREADS": "1", "PYTHONPATH": path}, master_addr="127.0.0.1",
         grace=0.5, max_restarts=1,
     )  # fmt: skip

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from kdscale_launch import Cluster, Host, Reach
+from kdscale_launch import Host, HostConnections, SshSettings
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 
 
 @pytest.fixture
-def reach(tmp_path: Path, fake_ssh: Path) -> Reach:
-    return Reach(
+def reach(tmp_path: Path, fake_ssh: Path) -> SshSettings:
+    return SshSettings(
         python=sys.executable, cwd=str(tmp_path), pythonpath=str(LAUNCH), ssh=(str(fake_ssh),), dead_after=5.0,
         connect_seconds=20.0,
     )  # fmt: skip
 
 
 @pytest.fixture
-def cluster(reach: Reach) -> Iterator[Cluster]:
+def cluster(reach: SshSettings) -> Iterator[HostConnections]:
     """Two hosts, one slot on the first and two on the second."""
-    with Cluster([Host("one", 1), Host("two", 2)], reach) as cluster:
+    with HostConnections([Host("one", 1), Host("two", 2)], reach) as cluster:
         assert cluster.connect() == {}
         yield cluster
 

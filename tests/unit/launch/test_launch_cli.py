@@ -11,7 +11,7 @@ import pytest
 
 from kdscale.cli.main import app
 from kdscale.errors import ConfigError
-from kdscale.jobs.launch import request, smaller_commands
+from kdscale.jobs.launch import commands_for_fewer_hosts, request
 from kdscale_launch import Host
 
 HOSTS = "node-1 slots=1\nnode-2 slots=1\n"
@@ -128,13 +128,13 @@ def test_what_cannot_be_is_refused_at_once(dry: Launch, args: tuple[str, ...], m
 def test_commands_for_fewer_hosts(config: Path) -> None:
     hosts = [Host(f"node-{number}", 2) for number in range(4)]
     asked = request(config, ["teacher.path=/a b"], 8, accept=False)
-    commands = smaller_commands(asked, hosts, 1, "py")
+    commands = commands_for_fewer_hosts(asked, hosts, 1, "py")
     assert {number: words[-1] for number, words in commands.items()} == {  # 6 ranks cannot share 8 sequences
         1: "distill.processes=2",
         2: "distill.processes=4",
     }
     assert commands[1][-2] == "teacher.path=/a b"
     with pytest.raises(ConfigError, match=r"(?s)--min-nodes 3 .*multiple"):
-        smaller_commands(asked, hosts, 3, "py")
+        commands_for_fewer_hosts(asked, hosts, 3, "py")
     with pytest.raises(ConfigError, match=r"(?s)same number of slots.*node-3: 1"):
-        smaller_commands(asked, [*hosts[:3], Host("node-3", 1)], 1, "py")
+        commands_for_fewer_hosts(asked, [*hosts[:3], Host("node-3", 1)], 1, "py")

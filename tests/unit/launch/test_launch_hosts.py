@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kdscale_launch import STOPPED_EXIT_CODE, Cluster, Host, HostsJob, JobFailed, Task, run_hosts
+from kdscale_launch import STOPPED_EXIT_CODE, Host, HostConnections, HostsJob, JobFailed, Task, run_hosts
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 HOSTS = (Host("one", 1), Host("two", 1))
@@ -116,7 +116,7 @@ import os, signal, time
 if os.environ["RANK"] == "1": open("agent", "w").write(str(os.getppid())); os.kill(os.getppid(), signal.SIGSTOP)
 time.sleep(100)
 """
-    with Cluster(HOSTS, replace(reach, dead_after=2.0)) as cluster:
+    with HostConnections(HOSTS, replace(reach, dead_after=2.0)) as cluster:
         assert cluster.connect() == {}
         try:
             outcome = cluster.run(task(code, tmp_path, grace=0.5))
@@ -126,7 +126,7 @@ time.sleep(100)
 
 
 def test_a_host_lost_before_the_command_is_a_failure(reach, tmp_path, wait_for):
-    with Cluster(HOSTS, reach) as cluster:
+    with HostConnections(HOSTS, reach) as cluster:
         assert cluster.connect() == {}
         victim = task("import os; print(os.getppid())", tmp_path, ranks=False)
         os.kill(int(cluster.run(victim).said[1]), signal.SIGKILL)
@@ -150,7 +150,7 @@ def test_a_terminal_that_takes_no_output_does_not_end_the_job(reach, tmp_path):
             paused.append(text)
             time.sleep(3.5)  # Ctrl-S, or a pager: much longer than silence may last
 
-    with Cluster(HOSTS, replace(reach, dead_after=1.5)) as cluster:
+    with HostConnections(HOSTS, replace(reach, dead_after=1.5)) as cluster:
         assert cluster.connect() == {}
         outcome = cluster.run(task("import time; print(1, flush=True); time.sleep(3)", tmp_path), output)
     assert paused
@@ -158,15 +158,16 @@ def test_a_terminal_that_takes_no_output_does_not_end_the_job(reach, tmp_path):
 
 
 def test_hosts_that_cannot_be_reached_say_why(reach):
-    with Cluster([Host("here", 1), Host("gone-7", 1)], replace(reach, connect_seconds=1.0)) as cluster:
+    with HostConnections([Host("here", 1), Host("gone-7", 1)], replace(reach, connect_seconds=1.0)) as cluster:
         assert cluster.connect() == {1: "ssh: connect to host gone-7: no route"}
 
 
 def test_ranks_end_when_the_launcher_is_killed(reach, tmp_path, alive, wait_for):
     launcher = f"""
-from kdscale_launch import Cluster, Host, Reach, Task
+from kdscale_launch import HostConnections, Host, SshSettings, Task
 child = "import os, time; open('t', 'w').write(str(os.getpid())); os.rename('t', 'pid'); time.sleep(100)"
-with Cluster([Host("one", 1)], Reach({sys.executable!r}, {str(tmp_path)!r}, {str(LAUNCH)!r}, {reach.ssh!r})) as cluster:
+settings = SshSettings({sys.executable!r}, {str(tmp_path)!r}, {str(LAUNCH)!r}, {reach.ssh!r})
+with HostConnections([Host("one", 1)], settings) as cluster:
     cluster.connect()
     cluster.run(Task(({sys.executable!r}, "-S", "-c", child), log_dir={str(tmp_path)!r}))
 """
@@ -316,7 +317,7 @@ def test_the_remote_command_survives_two_shells(reach, tmp_path):
     assert name == "one"
     assert shlex.split(remote)[:2] == ["cd", str(folder)]
     assert "ServerAliveInterval=1" in flags
-    with Cluster([Host("one", 1)], odd) as cluster:
+    with HostConnections([Host("one", 1)], odd) as cluster:
         assert cluster.connect() == {}
         outcome = cluster.run(Task(python("import os; print(os.getcwd())"), ranks=False))
         assert outcome.said == {0: str(folder)}

@@ -13,9 +13,9 @@ import pytest
 
 from kdscale.jobs import preflight
 from kdscale.runtime.signals import watch_signals
-from kdscale_launch import Place
+from kdscale_launch import RankPlace
 from kdscale_launch.local import free_port
-from kdscale_launch.rendezvous import release, wait_for_master
+from kdscale_launch.rendezvous import release_waiting_ranks, wait_for_rank_0
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def report(**changes: Any) -> dict[str, Any]:
 
 def bad(reports: dict[str, Any], skews: dict[str, tuple[float, float]] | None = None) -> dict[str, str]:
     found = preflight.judge(reports, dict.fromkeys(reports, 2), skews or dict.fromkeys(reports, (0.0, 0.001)))
-    return {finding.topic: finding.found for finding in found if finding.state == "bad"}
+    return {finding.topic: finding.text for finding in found if finding.severity == "bad"}
 
 
 def test_equal_hosts_are_fine() -> None:
@@ -74,7 +74,7 @@ def test_marks_prove_a_shared_folder(tmp_path: Path, tiny_llama_dir: Path) -> No
     assert one["config"] != other["config"]
     assert one["teacher"] == other["teacher"]
     assert preflight.shared(["m-0", "m-1"], str(config), [], seconds=0.0) == ["m-1"]
-    assert preflight.judge_shared({"a": ["b"], "b": []}).state == "bad"
+    assert preflight.judge_shared({"a": ["b"], "b": []}).severity == "bad"
     preflight.clean(["m-0", "m-1"], str(config), [])
     assert list((tmp_path / "run" / "logs").iterdir()) == []
 
@@ -92,7 +92,7 @@ def door(port: int) -> dict[str, str]:
 
 def test_ranks_wait_until_rank_0_listens() -> None:
     port, answers = free_port(), []
-    waiting = threading.Thread(target=lambda: answers.append(wait_for_master(door(port))))
+    waiting = threading.Thread(target=lambda: answers.append(wait_for_rank_0(door(port))))
     waiting.start()
     with socket.create_server(("127.0.0.1", port)):
         waiting.join(20)
@@ -101,10 +101,10 @@ def test_ranks_wait_until_rank_0_listens() -> None:
 
 def test_ranks_are_sent_home_when_there_is_nothing_to_distil() -> None:
     port, answers = free_port(), []
-    waiting = [threading.Thread(target=lambda: answers.append(wait_for_master(door(port)))) for _ in range(2)]
+    waiting = [threading.Thread(target=lambda: answers.append(wait_for_rank_0(door(port)))) for _ in range(2)]
     for thread in waiting:
         thread.start()
-    release(Place(0, 3, "127.0.0.1", port), seconds=20.0)
+    release_waiting_ranks(RankPlace(0, 3, "127.0.0.1", port), seconds=20.0)
     for thread in waiting:
         thread.join(20)
     assert answers == [False, False]
@@ -112,7 +112,7 @@ def test_ranks_are_sent_home_when_there_is_nothing_to_distil() -> None:
 
 def test_rank_0_does_not_wait_for_ranks_that_never_come() -> None:
     began = time.monotonic()
-    release(Place(0, 3, "127.0.0.1", free_port()), seconds=0.2)
+    release_waiting_ranks(RankPlace(0, 3, "127.0.0.1", free_port()), seconds=0.2)
     assert time.monotonic() - began < 10
 
 

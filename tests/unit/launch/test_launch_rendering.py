@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdscale_launch import Host, LaunchError, parse_hostfile
-from kdscale_launch.environment import forwarded, public, shown
+from kdscale_launch.environment import forwarded_variables, masked_lines, without_secrets
 from kdscale_launch.hosts.failure import Failure, Outcome, last_error
 from kdscale_launch.hosts.hostfile import first_ranks
-from kdscale_launch.rendezvous import choose_interface, place_from, take_place
+from kdscale_launch.rendezvous import parse_rank_place, set_gloo_interface, take_rank_place
 from kdscale_launch.systems import kubernetes as kube
 from kdscale_launch.systems import slurm, torchrun_deepspeed
 
@@ -62,33 +62,33 @@ def test_no_hostfile_smuggles_an_option_or_a_shell_word_in(text):
 
 def test_only_listed_variables_are_sent_and_secrets_are_masked():
     environment = {"PATH": "/x", "HF_TOKEN": "t", "HF_HOME": "/h", "OMP_NUM_THREADS": "2", "MY_FLAG": "1"}
-    assert forwarded(environment) == {"HF_HOME": "/h", "HF_TOKEN": "t", "OMP_NUM_THREADS": "2"}
-    assert "MY_FLAG" in forwarded(environment, ["MY_*"])
-    assert public(forwarded(environment)) == {"HF_HOME": "/h", "OMP_NUM_THREADS": "2"}
-    assert "HF_TOKEN=***" in shown(forwarded(environment))
+    assert forwarded_variables(environment) == {"HF_HOME": "/h", "HF_TOKEN": "t", "OMP_NUM_THREADS": "2"}
+    assert "MY_FLAG" in forwarded_variables(environment, ["MY_*"])
+    assert without_secrets(forwarded_variables(environment)) == {"HF_HOME": "/h", "OMP_NUM_THREADS": "2"}
+    assert "HF_TOKEN=***" in masked_lines(forwarded_variables(environment))
 
 
 def test_a_place_is_taken_out_of_the_environment_and_read_back():
     environment = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
                    "MASTER_PORT": "77", "HOME": "/h"}  # fmt: skip
-    place = place_from(take_place(environment))
+    place = parse_rank_place(take_rank_place(environment))
     assert environment == {"HOME": "/h"}
     assert (place.first_rank, place.world_size, place.local_world_size) == (0, 4, 2)
     assert (place.master_addr, place.master_port) == ("a", 77)
     with pytest.raises(LaunchError, match="WORLD_SIZE"):
-        take_place({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+        take_rank_place({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its interfaces")
 def test_gloo_is_given_the_interface_that_leads_to_rank_0():
     environment = {"MASTER_ADDR": "127.0.0.1"}
-    choose_interface(environment)
+    set_gloo_interface(environment)
     assert environment["GLOO_SOCKET_IFNAME"] == "lo"
     given = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}
-    choose_interface(given)
+    set_gloo_interface(given)
     assert given["GLOO_SOCKET_IFNAME"] == "ib0"
     nowhere = {"MASTER_ADDR": "no-such-host.invalid"}
-    choose_interface(nowhere)
+    set_gloo_interface(nowhere)
     assert "GLOO_SOCKET_IFNAME" not in nowhere
 
 

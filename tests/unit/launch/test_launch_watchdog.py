@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kdscale_launch import HUNG_EXIT_CODE, Cluster, Host, JobSpec, RankFailed, Task, run_local
+from kdscale_launch import HUNG_EXIT_CODE, Host, HostConnections, JobSpec, RankFailed, Task, run_local
 from kdscale_launch.hosts.failure import Failure
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
@@ -87,7 +87,7 @@ with watching(0, rank):
 @pytest.fixture
 def hosts(reach, tmp_path):
     settings = replace(reach, pythonpath=str(LAUNCH))
-    with Cluster([Host("one", 1), Host("two", 1)], settings) as cluster:
+    with HostConnections([Host("one", 1), Host("two", 1)], settings) as cluster:
         assert cluster.connect() == {}
         yield cluster
 

@@ -15,7 +15,7 @@ from typing import Any
 from kdscale_launch.hosts.failure import Failure, Outcome
 from kdscale_launch.hosts.hostfile import Host, first_ranks, total_slots
 from kdscale_launch.hosts.messages import Message
-from kdscale_launch.hosts.ssh import Reach, Remote
+from kdscale_launch.hosts.ssh import AgentConnection, SshSettings
 from kdscale_launch.local import SAME_SIGNAL_SECONDS
 
 _TURN_SECONDS = 0.2
@@ -54,20 +54,20 @@ class Task:
     deadline: float = float("inf")  # seconds
 
 
-class Cluster:
+class HostConnections:
     """Agents on all hosts. Use as a context manager: leaving it ends whatever still runs there."""
 
-    def __init__(self, hosts: Sequence[Host], reach: Reach, received: Sequence[int] = ()):
+    def __init__(self, hosts: Sequence[Host], reach: SshSettings, received: Sequence[int] = ()):
         self.hosts, self.reach = tuple(hosts), reach
-        self._received = received  # signals that came; filled by the handler of `signals_noted`
-        self._events: queue.Queue[tuple[Remote, Message]] = queue.Queue()
-        self._remotes: dict[int, Remote] = {}
+        self._received = received  # signals that came; filled by the handler of `collect_signals`
+        self._events: queue.Queue[tuple[AgentConnection, Message]] = queue.Queue()
+        self._remotes: dict[int, AgentConnection] = {}
         self.lost: dict[int, str] = {}
         self.last_heard: dict[int, float] = {}
         self._over = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> HostConnections:
         self._beating.start()
         return self
 
@@ -87,14 +87,16 @@ class Cluster:
         deadline = {index: time.monotonic() + limit for index, limit in seconds.items()}
         waiting = dict.fromkeys(range(len(self.hosts)), 0.0)  # host → when to try (again)
         ready: set[int] = set()
-        trying: dict[int, Remote] = {}
+        trying: dict[int, AgentConnection] = {}
         why: dict[int, str] = {}
         while not self._received and any(
             index not in ready and time.monotonic() < until for index, until in deadline.items()
         ):
             for index in [i for i, at in waiting.items() if at <= time.monotonic()]:
                 del waiting[index]
-                trying[index] = Remote(index, self.hosts[index], self.reach.command(self.hosts[index]), self._events)
+                trying[index] = AgentConnection(
+                    index, self.hosts[index], self.reach.command(self.hosts[index]), self._events
+                )
                 trying[index].send({"do": "hello", "dead_after": self.reach.dead_after})
                 why.setdefault(index, "no answer")
             for remote, message in self._turn():
@@ -241,9 +243,9 @@ class Cluster:
                     missing.discard(remote.index)
                     yield remote.index, message
 
-    def _turn(self) -> list[tuple[Remote, Message]]:
+    def _turn(self) -> list[tuple[AgentConnection, Message]]:
         """Wait a moment for reports, and add a `lost` report for hosts that fell silent or closed."""
-        out: list[tuple[Remote, Message]] = []
+        out: list[tuple[AgentConnection, Message]] = []
         try:
             out.append(self._events.get(timeout=_TURN_SECONDS))
             while True:
@@ -269,12 +271,12 @@ class Cluster:
             for remote in list(self._remotes.values()):
                 remote.send({"do": "beat"})
 
-    def _lose(self, remote: Remote, why: str) -> Message:
+    def _lose(self, remote: AgentConnection, why: str) -> Message:
         self.lost[remote.index] = why
         return {"say": "lost", "why": why}
 
 
-def _close(remotes: Sequence[Remote]) -> None:
+def _close(remotes: Sequence[AgentConnection]) -> None:
     """All at once: dead links must not add up."""
     for remote in remotes:
         remote.hang_up()
@@ -284,7 +286,7 @@ def _close(remotes: Sequence[Remote]) -> None:
 
 
 @contextmanager
-def signals_noted() -> Iterator[list[int]]:
+def collect_signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM are only noted, in this list; whoever waits looks at it. Main thread only.
 
     The same one within two seconds counts once: job systems signal a job's processes and their parents.
