@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 TEACHER := teachers/smollm2-135m-instruct
 
-.PHONY: demo test lint types imports pytest format clean
+# make docs: the documentation, in site/index.html.
+.PHONY: demo test docs lint types imports pytest format clean
 
 demo:
 	@$(PYTHON) .ci/bootstrap.py $(VENV) gguf
@@ -16,6 +17,11 @@ demo:
 test:
 	@$(PYTHON) .ci/bootstrap.py $(VENV) dev
 	@$(MAKE) --no-print-directory lint types imports pytest
+
+docs:
+	@$(PYTHON) .ci/bootstrap.py $(VENV) docs
+	@$(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
 
 lint:
 	$(BIN)/ruff check .
@@ -35,4 +41,4 @@ format:
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

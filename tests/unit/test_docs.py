@@ -2,46 +2,94 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pydantic import BaseModel
+import typer
 
-from kdscale.config.root import Config
+from kdscale.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(DOCS.rglob("*.md"))]
+CURRENT = [page for page in PAGES if page.name != "LOG.md"]  # the log keeps the names of its day
+CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+FENCED = re.compile(r"^( *)```.*?^\1```", re.DOTALL | re.MULTILINE)
 
 
-def fields(model: type[BaseModel], prefix: str = "") -> list[str]:
-    out: list[str] = []
-    for name, field in model.model_fields.items():
-        inner = [arg for arg in getattr(field.annotation, "__args__", ()) if isinstance(arg, type)]
-        nested = next(
-            (kind for kind in (field.annotation, *inner) if isinstance(kind, type) and issubclass(kind, BaseModel)),
-            None,
-        )
-        out += fields(nested, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
-    return out
+def _load_generate() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "_generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_every_field_is_documented_and_every_documented_field_exists() -> None:
-    text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    listed = set(
-        re.findall(
-            r"`([a-z_]+(?:\.[a-z_]+)*)`",
-            "\n".join(row.split("|")[1] for row in text.splitlines() if row.startswith("| `")),
-        )
-    )
-    known = {name.replace("heldout_sources.", "sources.") for name in fields(Config)}
-    assert known - listed == set()
-    assert listed - known - {"data.sources", "data.heldout_sources"} == set()
+generate = _load_generate()
+COMMANDS: Any = typer.main.get_command(app)
 
 
-@pytest.mark.parametrize(
-    "page", sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
-)
-def test_links_between_pages_lead_somewhere(page: str) -> None:
-    path = ROOT / page
-    for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-        assert (path.parent / target).exists(), f"{page} links to {target}"
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def test_every_config_field_is_documented_and_every_documented_field_exists() -> None:
+    listed = generate.documented_fields((DOCS / "reference" / "config.md").read_text(encoding="utf-8"))
+    assert len(listed) == len(set(listed))
+    # the fields of a held-out source are those of a source
+    known = {name.replace("heldout_sources.", "sources.") for name in generate.config_fields()}
+    assert known ^ set(listed) == set()
+
+
+def test_the_built_config_page_has_the_defaults_and_the_allowed_words() -> None:
+    text = "| field | meaning |\n|---|---|\n| `distill.tokens` | Training tokens. |\n| `prune.compensate` | How. |"
+    built = generate.with_defaults(text).splitlines()
+    assert built[0] == "| field | default | meaning |"
+    assert built[2] == "| `distill.tokens` | 1,000,000 | Training tokens. |"
+    assert built[3].startswith("| `prune.compensate` | two_stream | How. One of ") and "`ridge`" in built[3]
+
+
+def test_the_page_of_commands_has_every_command_with_its_options() -> None:
+    text = generate.commands()
+    for name, command in COMMANDS.commands.items():
+        section = text.split(f"## kdscale {name}\n")[1].split("\n## ")[0]
+        assert all(item.opts[0] in section for item in command.params if item.opts[0].startswith("--"))
+    assert str(ROOT) not in text, "a path of this machine in the docs"
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=_name)
+def test_pages_name_commands_tables_and_files_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join(match[0].strip("`") for match in CODE.finditer(text))
+    named = set(re.findall(r"^ *kdscale ([a-z][a-z-]+)", code, re.MULTILINE))
+    assert named - set(COMMANDS.commands) == set()
+    assert set(generate.MARKER.findall(text)) - set(generate.TABLES) == set()
+    paths = re.findall(r"(?<![\w/.-])((?:kdscale|kernels|launch|benchmarks|tests|configs|docs)/[\w/.-]*\w)", text)
+    for name in paths:
+        assert (ROOT / name).exists() or (ROOT / "kernels" / name).exists(), f"{name} does not exist"
+
+
+def test_every_family_has_a_row() -> None:
+    text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
+    for path in (ROOT / "kdscale" / "families").glob("*.json"):
+        assert f"| `{path.name}` |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_lead_to_pages_and_headings_that_exist(page: Path) -> None:
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^):]+)\)", text)):
+        linked = (page.parent / target).resolve() if target else page
+        assert linked.exists(), f"links to {target}"
+        assert not anchor or anchor in _anchors(linked), f"{target} has no heading #{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as MkDocs makes them; those of generated tables included."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    text = generate.MARKER.sub(lambda match: generate.TABLES[match[1]](), text)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}

@@ -1,0 +1,180 @@
+"""MkDocs hook: fills in what the pages take from the code, so that it cannot fall behind.
+
+On the page of the config each row `| `field` | meaning |` gets the field's default and the values it allows. Elsewhere
+`<!-- generated: NAME -->` becomes the table NAME of `TABLES`. tests/unit/test_docs.py uses the same functions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELD_ROW = re.compile(r"^\| (`[a-z_.]+`(?:, `[a-z_.]+`)*) \| (.*) \|$")
+MARKER = re.compile(r"<!-- generated: ([a-z-]+) -->")
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Called by MkDocs for every page: the page's text with defaults and tables filled in."""
+    if page.file.src_uri == "reference/config.md":
+        markdown = with_defaults(markdown)
+    return MARKER.sub(lambda match: TABLES[match[1]](), markdown)
+
+
+def config_fields() -> dict[str, FieldInfo]:
+    """Every field of the config by its dotted name; fields of the sections in a list carry the list's name."""
+    from kdscale.config.root import Config
+
+    return dict(_fields(Config, ""))
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is None or get_origin(field.annotation) is tuple:
+            yield f"{prefix}{name}", field
+        if section is not None:
+            yield from _fields(section, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone, in a list or as `Section | None`."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def documented_fields(markdown: str) -> list[str]:
+    """The dotted names in the first column of the config page's tables."""
+    rows = (FIELD_ROW.match(line) for line in markdown.splitlines())
+    return [name for row in rows if row for name in re.findall(r"`([a-z_.]+)`", row[1])]
+
+
+def with_defaults(markdown: str) -> str:
+    """The config page with a column of defaults, and the allowed words after each meaning."""
+    known, lines = config_fields(), []
+    for line in markdown.splitlines():
+        row = FIELD_ROW.match(line)
+        if row:
+            fields = [known[name] for name in re.findall(r"`([a-z_.]+)`", row[1])]
+            defaults = list(dict.fromkeys(_default(field) for field in fields))
+            allowed = list(dict.fromkeys(word for field in fields for word in _words(field.annotation)))
+            tail = f" One of {', '.join(f'`{word}`' for word in allowed)}." if allowed else ""
+            lines.append(f"| {row[1]} | {', '.join(defaults)} | {row[2]}{tail} |")
+        else:
+            lines.append(
+                {"| field | meaning |": "| field | default | meaning |", "|---|---|": "|---|---|---|"}.get(line, line)
+            )
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return _plain(field.get_default(call_default_factory=True))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, int):
+        return f"{value:,}" if value >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return f"{len(value)} texts" if len(str(value)) > 99 else f"[{', '.join(_plain(item) for item in value)}]"
+    # a section in a list is shown by the field that tells it from others
+    return getattr(value, "path", None) or getattr(value, "name", None) or str(value)
+
+
+def _words(annotation: Any) -> Iterable[str]:
+    """The words of every Literal in an annotation."""
+    if get_origin(annotation) is Literal:
+        return [word for word in get_args(annotation) if isinstance(word, str)]
+    return [word for inner in get_args(annotation) if inner is not None for word in _words(inner)]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def commands() -> str:
+    """Every command of `kdscale`: what it does, its arguments and its options."""
+    from kdscale.cli.main import app
+
+    group: Any = typer.main.get_command(app)
+    return "\n\n".join(_command(name, group.commands[name]) for name in group.commands)
+
+
+def _command(name: str, command: Any) -> str:
+    arguments = [item for item in command.params if item.param_type_name == "argument"]
+    usage = " ".join(_upper(item) if item.required else f"[{_upper(item)}]" for item in arguments)
+    rows = [
+        (_flags(item), (item.help or "").replace("|", "\\|") + _default_of_option(item))
+        for item in command.params
+        if item.name != "help"
+    ]
+    return "\n".join(
+        [
+            f"## kdscale {name}",
+            "",
+            f"    kdscale {name} {usage}",
+            "",
+            (command.help or "").strip(),
+            "",
+            table(("option", "meaning"), rows),
+        ]
+    )
+
+
+def _flags(item: Any) -> str:
+    if item.param_type_name == "argument":
+        return f"`{_upper(item)}`"
+    takes = "" if item.is_flag else f" {item.metavar or 'VALUE'}"
+    return f"`{', '.join(item.opts)}{takes}`".replace("<", "").replace(">", "")
+
+
+def _upper(argument: Any) -> str:
+    return re.sub(r"[{}]", "", argument.metavar or argument.name).upper()
+
+
+def _default_of_option(item: Any) -> str:
+    if item.default is None or isinstance(item.default, bool) or "Default" in (item.help or ""):
+        return ""
+    # the interpreter differs from machine to machine
+    shown = "the Python that runs kdscale" if item.default == sys.executable else f"`{item.default}`"
+    return f" Default: {shown}."
+
+
+def stages() -> str:
+    """Every stage of a run, in order."""
+    from kdscale.pipeline.stages.registry import STAGES
+
+    return table(("stage", "what it does"), [(f"`{stage.name}`", stage.title) for stage in STAGES])
+
+
+def gpus() -> str:
+    """GPUs that `kdscale plan-cluster` knows by name."""
+    entries = json.loads((ROOT / "kdscale" / "sizing" / "gpus.json").read_text(encoding="utf-8"))["gpus"]
+    return table(("name", "GPU"), [(f"`{name}`", entry["name"]) for name, entry in entries.items()])
+
+
+def zero_keys() -> str:
+    """Keys of DeepSpeed's `zero_optimization` that `distill.zero.extra` takes."""
+    from kdscale.config.zero import PASSED_THROUGH
+
+    return ", ".join(f"`{key}`" for key in PASSED_THROUGH)
+
+
+TABLES: dict[str, Callable[[], str]] = {"commands": commands, "stages": stages, "gpus": gpus, "zero-keys": zero_keys}
