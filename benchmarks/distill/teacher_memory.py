@@ -1,12 +1,13 @@
 """Peak memory a rank of a placed teacher, on a CPU with gloo: makes random teachers and measures fresh processes.
 
-    python benchmarks/distill/teacher_memory.py --work /tmp/teacher-memory  # the table of docs/distillation.md
+    python benchmarks/distill/teacher_memory.py --work /tmp/teacher-memory
     python benchmarks/distill/teacher_memory.py --work ... --layers 8 --ranks 2 --placements partitioned deepspeed
 
-Teachers are Llamas of hidden size 2048 in bf16: 8 layers are 1.0 GB, 16 are 1.8 GB, 262 MB of them embedding and head.
-Every rank loads, then runs `--forwards` forwards of 64 tokens with top 64 of the head, while a thread reads
-/proc/self/status. Figures are what came on top of libraries and process group; `deepspeed` is its
-ZeRO-3 idiom for a frozen model (HfDeepSpeedConfig and from_pretrained), `student` only loads, as a ZeRO-3 student.
+The first makes the table of docs/explanation/measured-distillation.md. Teachers are Llamas of hidden size 2048 in bf16:
+8 layers are 1.0 GB, 16 are 1.8 GB, 262 MB of them embedding and head. Every rank loads, then runs `--forwards` forwards
+of 64 tokens with top 64 of the head, while a thread reads /proc/self/status. Figures are what came on top of libraries
+and process group; `deepspeed` is its ZeRO-3 idiom for a frozen model (HfDeepSpeedConfig and from_pretrained), `student`
+only loads, as a ZeRO-3 student.
 """
 
 from __future__ import annotations

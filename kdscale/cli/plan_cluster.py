@@ -69,7 +69,7 @@ def plan_cluster_command(
 ) -> None:  # fmt: skip
     """Which ZeRO stage, teacher placement and micro-batch to use on a cluster, from shapes alone; starts nothing.
 
-    Memory, tokens a second and days are estimates: docs/distributed.md says from what. Exit code 2 if nothing fits.
+    Memory, tokens a second and days are estimates (docs/explanation/memory-and-speed.md). Exit code 2 if nothing fits.
     """
     from kdscale.config.load import find_config, load_config
     from kdscale.files import write_text

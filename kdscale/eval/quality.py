@@ -3,7 +3,7 @@
 Letters: B sequences of a batch, S their length, N scored tokens, H hidden size, V vocabulary.
 
 The teacher runs once; what its head reads is spooled to disk and serves every student, so that a student and its
-sibling are the most that is ever in memory. Definitions of all figures: docs/evaluation.md.
+sibling are the most that is ever in memory. Definitions of all figures: docs/reference/figures.md.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
             f"{where}: model_type",
             expected="one of " + ", ".join(sorted(by_type)),
             got=repr(model_type) if "model_type" in config_dict else "no such field",
-            hint="docs/families.md says how to add a family",
+            hint="docs/how-to/add-a-family.md says how to add a family",
         )
     data = by_type[model_type]
     names = config_dict.get("architectures")

@@ -89,7 +89,7 @@ def trained_tensors(
             f"{source.path}: parameters that are trained but not (wholly) on disk",
             expected="the names of the model's parameters",
             got=", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else ""),
-            hint="distillation supports the families that docs/families.md lists",
+            hint="distillation supports the families that docs/reference/families.md lists",
         )
     for name, shape in shapes.items():
         if on_disk[name] != tuple(shape):

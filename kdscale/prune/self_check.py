@@ -40,7 +40,7 @@ from kdscale.weights import Checkpoint
 from kdscale.weights.reader import torch_dtype
 
 # Largest difference allowed of any token, as a share of its norm. fp32 sums taken in another order measure below 1e-5
-# after 30 layers of a real model; docs/pruning.md has what one wrong unit measures.
+# after 30 layers of a real model; docs/explanation/pruning.md has what one wrong unit measures.
 TOLERANCE = 2e-4
 
 

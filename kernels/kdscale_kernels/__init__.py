@@ -1,4 +1,4 @@
-"""Distillation losses that never hold rows × vocabulary logits, for anybody's training loop. See docs/kernels.md."""
+"""Distillation losses without rows × vocabulary logits, for anybody's training loop. See docs/reference/kernels.md."""
 
 from kdscale_kernels.backend import BackendUnavailableError, choose_backend
 from kdscale_kernels.ops.linear_full_kl import linear_full_kl

@@ -72,6 +72,13 @@ def test_pages_name_commands_tables_and_files_that_exist(page: Path) -> None:
         assert (ROOT / name).exists() or (ROOT / "kernels" / name).exists(), f"{name} does not exist"
 
 
+def test_the_code_points_to_pages_that_exist() -> None:
+    for folder in ("kdscale", "kernels", "launch", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(encoding="utf-8")):
+                assert (ROOT / name).exists() or name.startswith("docs/gguf"), f"{path} points to {name}"
+
+
 def test_every_family_has_a_row() -> None:
     text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
     for path in (ROOT / "kdscale" / "families").glob("*.json"):

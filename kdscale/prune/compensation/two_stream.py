@@ -2,9 +2,9 @@
 
 `repair.compensated_layers` fits each layer as if everything before it were the teacher. It is not: errors add up from
 layer to layer, and a later layer reads something it was never fitted on. Fitted on the student's stream alone, layers
-answer noisy inputs with too little, and the next ones get less still: far worse (docs/pruning.md). So both are
-equations of one regression. Teacher and student run side by side, a layer at a time; for each projection into the
-residual stream, attention first, with x_T and x_S what the teacher and the student read at the kept inputs:
+answer noisy inputs with too little, and the next ones get less still: far worse (docs/explanation/measured-pruning.md).
+So both are equations of one regression. Teacher and student run side by side, a layer at a time; for each projection
+into the residual stream, attention first, with x_T and x_S what the teacher and the student read at the kept inputs:
 
     W' = argmin ‖x_T W'ᵀ − y_T‖² + ‖x_S W'ᵀ − (y_T + β(r_T − r_S))‖² + λ‖W' − W_kept‖²
 

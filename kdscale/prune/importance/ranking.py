@@ -139,7 +139,7 @@ class Ranking:
             if self.cfg.layer_method == "angular":  # by the angle that each layer turns on its own
                 energy = energy.diagonal(1)
             # The first layer turns the embedding around (0.99 on SmolLM2, where most layers have 0.04): in a plain sum
-            # it would make dropping any other look free (docs/pruning.md has what shapes of equal size measure).
+            # it would make dropping any other look free (docs/explanation/measured-pruning.md).
             return _share(np.minimum(energy, np.median(energy)), layers)
         if axis == "hidden":
             return _share(energy, _top(energy, count))

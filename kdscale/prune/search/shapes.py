@@ -43,9 +43,10 @@ _REAL_STEP, _SMALL_STEP = 256, 32
 _MANY_EXPERTS, _EXPERTS_STEP = 64, 8
 
 
-# Rise of log-perplexity for each share of an axis' importance that is lost, on SmolLM2-135M (docs/pruning.md): near
-# linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a guess. No
-# mixture of experts was measured: an expert is taken for ffn units that no regression gives back.
+# Rise of log-perplexity for each share of an axis' importance that is lost, on SmolLM2-135M
+# (docs/explanation/measured-pruning.md): near linear over the cuts measured. For another model the order of magnitude
+# holds, the exact ranking is a guess. No mixture of experts was measured: an expert is taken for ffn units that no
+# regression gives back.
 _DAMAGE: dict[str, dict[str, float]] = {
     "two_stream": {"ffn": 3.3, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},
     "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "hidden": 23.0, "layers": 5.1, "experts": 6.5},

@@ -3,9 +3,9 @@
 Legend: N rows, C rows of one chunk, H hidden size, V vocabulary.
 
 A bf16 product on a CPU rounds its result to bf16, which ruins distillation gradients once the student is near its
-teacher (docs/kernels.md has the figures). oneDNN can instead take fp32 operands, with leave to multiply them as bf16,
-and keep the fp32 sums: on operands that came from bf16 this is exact and never slower than the plain fp32 product.
-The gradient products round dz to bf16, as any bf16 training step does.
+teacher (figures: docs/explanation/measured-kernels.md). oneDNN can instead take fp32 operands, with leave to multiply
+them as bf16, and keep the fp32 sums: on operands that came from bf16 this is exact and never slower than the plain fp32
+product. The gradient products round dz to bf16, as any bf16 training step does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The example in docs/kernels.md runs, by hand and under transformers' Trainer, and learns."""
+"""The example in docs/how-to/use-the-kernels.md runs, by hand and under transformers' Trainer, and learns."""
 
 from __future__ import annotations
 
