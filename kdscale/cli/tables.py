@@ -18,6 +18,7 @@ from kdscale.pipeline.stages.registry import STAGE_NAMES, STAGES
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
+from kdscale.units import compact_count, compact_size, format_count, format_duration, format_number
 
 _MARK = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
 
@@ -39,6 +40,7 @@ def table(
     right_from: int | None = None,
     nowrap: bool = False,
 ) -> Table:
+    """A table in the look of all commands; columns from number `right_from` on are aligned to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(
@@ -49,14 +51,15 @@ def table(
     return table
 
 
-def findings(found: Sequence[Finding], conclusions: Sequence[Finding]) -> None:
-    for title, lines in (("This machine", found), ("What follows", conclusions)):
+def findings(machine: Sequence[Finding], conclusions: Sequence[Finding]) -> None:
+    """What `kdscale doctor` has learned of this machine, and what follows for a run on it."""
+    for title, lines in (("This machine", machine), ("What follows", conclusions)):
         _print(table(title, ("", "", ""), [(line.topic, _mark(line.severity), line.text) for line in lines]))
 
 
-def preflight(found: Sequence[Finding]) -> None:
-    """What every host said before a job."""
-    _print(table("Preflight", ("", "", ""), [(line.topic, _mark(line.severity), line.text) for line in found]))
+def preflight(answers: Sequence[Finding]) -> None:
+    """What every host answered before a job."""
+    _print(table("Preflight", ("", "", ""), [(line.topic, _mark(line.severity), line.text) for line in answers]))
 
 
 def _mark(severity: Severity) -> str:
@@ -68,11 +71,10 @@ def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None
     _candidates(plan_json)
     teacher, student = plan_json["teacher"], plan_json["student"]
     rows = [(axis, str(teacher[axis]), str(student[axis])) for axis in teacher if axis != "vocab"]
-    for kind in ("total", "non_embedding", "active"):
-        before, after = (plan_json[f"{who}_params"].get(kind) for who in ("teacher", "student"))
-        if before is None:  # a dense model has none that a token leaves out
-            continue
-        rows.append((f"{kind.replace('_', '-')} parameters", f"{before / 1e6:,.1f} M", f"{after / 1e6:,.1f} M"))
+    for counted in ("total", "non_embedding", "active"):
+        before, after = (plan_json[f"{who}_params"].get(counted) for who in ("teacher", "student"))
+        if before is not None:  # a dense model has none that a token leaves out
+            rows.append((f"{counted.replace('_', '-')} parameters", format_count(before, 4), format_count(after, 4)))
     _print(
         table(f"Shape of step {step}" if step else "Student's shape", ("", "teacher", "student"), rows, right_from=1)
     )
@@ -91,10 +93,10 @@ def _candidates(plan_json: dict[str, Any]) -> None:
     score = "balance" if plan_json["methods"]["search"] == "balanced" else "predicted"
     columns: dict[str, Callable[[dict[str, Any]], str]] = {axis: _reader(axis) for axis in cuttable}
     columns |= {
-        "params": lambda row: _short(row["params"]).replace("G", "B"),
-        "active": lambda row: _short(row["active"]).replace("G", "B") if row.get("active") else "",
-        "on disk": lambda row: f"{_short(row['bytes'])}B",
-        "KV/tok": lambda row: f"{_short(row['kv_bytes'])}B",
+        "params": lambda row: compact_count(row["params"]),
+        "active": lambda row: compact_count(row["active"]) if row.get("active") else "",
+        "on disk": lambda row: compact_size(row["bytes"]),
+        "KV/tok": lambda row: compact_size(row["kv_bytes"]),
         "decode": lambda row: "" if row["decode_ms"] is None else f"{row['decode_ms']:.3g}ms",
         "prefill": lambda row: "" if row["prefill_ms"] is None else f"{row['prefill_ms']:.3g}ms",
         score: lambda row: f"{row['score']:.3f}",
@@ -117,14 +119,6 @@ def _candidates(plan_json: dict[str, Any]) -> None:
 
 def _reader(axis: str) -> Callable[[dict[str, Any]], str]:
     return lambda row: str(row[axis])
-
-
-def _short(value: float) -> str:
-    """`2.05B`, `46.1k`: narrow enough for a table of ten columns on eighty."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.0f}"
 
 
 def results(folder: Path, last_stage: str) -> None:
@@ -151,7 +145,8 @@ def _places(places: Sequence[tuple[str, Path]]) -> None:
 
 
 def _side_by_side(evaluation: dict[str, Any]) -> None:
-    models = {name: evaluation["models"][name]["quality"] for name in ("teacher", "pruned", "distilled")}
+    """Quality of every evaluated model, in the order of the evaluation."""
+    models = {name: model["quality"] for name, model in evaluation["models"].items()}
     shown = (
         ("perplexity", "perplexity", "{:.2f}"),
         ("bits per byte", "bits_per_byte", "{:.4f}"),
@@ -178,6 +173,7 @@ def status(folder: Path) -> None:
 
 
 def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
+    """One line a stage, and one of the training if it has begun."""
     recorded = read_json(run.status)["stages"] if run.status.exists() else {}
     alive = run.in_use()
     rows = []
@@ -186,14 +182,24 @@ def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
         state = entry["state"]
         if state == "running" and not alive:
             state = "stopped"
-        facts = " · ".join(f"{name} {value}" for name, value in entry.get("facts", {}).items())
-        detail = facts or entry.get("reason", "").splitlines()[0:1] or ""
-        seconds = f"{entry['seconds']:.1f} s" if "seconds" in entry else ""
-        rows.append((stage.name, _STATE[state], seconds, detail if isinstance(detail, str) else detail[0]))
+        facts = [
+            f"{name} {value if isinstance(value, str) else format_number(value)}"
+            for name, value in entry.get("facts", {}).items()
+        ]
+        detail = " · ".join(facts) or next(iter(entry.get("reason", "").splitlines()), "")
+        seconds = format_duration(entry["seconds"]) if "seconds" in entry else ""
+        rows.append((stage.name, _STATE[state], seconds, detail))
     _print(table(str(run.path), ("stage", "state", "time", ""), rows))
-    last = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "train"][-1:]
-    for row in last:
-        shown = {
-            key: value for key, value in row.items() if key in ("step", "tokens", "loss", "lr", "tokens_per_second")
-        }
-        Console().print("training: " + " · ".join(f"{key} {value:g}" for key, value in shown.items()), highlight=False)
+    trained = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "train"]
+    if trained:
+        Console().print(f"training: {_training(trained[-1])}", highlight=False)
+
+
+def _training(row: dict[str, Any]) -> str:
+    """The last row of the training log in words; columns that it lacks are left out."""
+    texts = {
+        "step": f"step {row.get('step', 0):,}", "tokens": f"{row.get('tokens', 0):,} tokens",
+        "loss": f"loss {row.get('loss', 0):.4f}", "lr": f"learning rate {row.get('lr', 0):.3g}",
+        "tokens_per_second": f"{format_number(float(row.get('tokens_per_second', 0)))} tokens/s",
+    }  # fmt: skip
+    return " · ".join(text for key, text in texts.items() if key in row)

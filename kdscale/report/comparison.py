@@ -1,4 +1,4 @@
-"""The side-by-side table, and how figures are written. No torch."""
+"""The side-by-side table of whatever models were evaluated, and how its figures are written. No torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 from kdscale.units import decimals, format_count, format_number, format_size
 
-MODELS = ("teacher", "pruned", "distilled")
-
+TEACHER = "teacher"  # what the others are compared with, where it is there
 
 _TIMING_NOISE = 0.03  # speeds nearer to each other than this are called alike
 
@@ -29,7 +28,7 @@ class Figure:
 
 
 FIGURES = (
-    Figure("Quality", "quality", "perplexity", "Perplexity", "significant", "lower", "perplexity_standard_error"),
+    Figure("Quality", "quality", "perplexity", "Perplexity", "number", "lower", "perplexity_standard_error"),
     Figure("Quality", "quality", "bits_per_byte", "Bits per byte", "fixed3", "lower"),
     Figure("Quality", "quality", "ce", "Cross-entropy, nats a token", "fixed3", "lower", "ce_standard_error"),
     Figure("Quality", "quality", "kl_to_teacher", "KL to the teacher, nats a token", "fixed3", "lower",
@@ -42,19 +41,32 @@ FIGURES = (
     Figure("Size", "size", "non_embedding_parameters", "Non-embedding parameters", "count", "lower"),
     Figure("Size", "size", "weight_bytes", "Weights on disk", "size", "lower"),
     Figure("Size", "size", "kv_cache_bytes_per_token", "KV cache a token, 16-bit", "size", "lower"),
-    Figure("Speed and memory", "efficiency", "prefill_tokens_per_second", "Prefill, tokens/s", "significant", "higher"),
-    Figure("Speed and memory", "efficiency", "decode_tokens_per_second", "Decode, tokens/s", "significant", "higher"),
+    Figure("Speed and memory", "efficiency", "prefill_tokens_per_second", "Prefill, tokens/s", "number", "higher"),
+    Figure("Speed and memory", "efficiency", "decode_tokens_per_second", "Decode, tokens/s", "number", "higher"),
     Figure("Speed and memory", "efficiency", "peak_memory_bytes", "Peak memory", "size", "lower"),
 )  # fmt: skip
 
 
+def model_title(name: str) -> str:
+    """A model's name in eval.json as a column title: `distilled` → `Distilled`."""
+    return name.replace("_", " ").capitalize()
+
+
+def students(evaluation: Mapping[str, Any]) -> list[str]:
+    """The evaluated models that are not the teacher, in the order of the evaluation; the last is the run's result."""
+    return [name for name in evaluation["models"] if name != TEACHER]
+
+
 def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows with value, standard error, ratio to the teacher and written form a model; `best` names the best models."""
+    """Rows of the table: value, standard error, ratio to the teacher and text for each model, and the best models.
+
+    A model without the figure has no cell; a ratio is None where there is no teacher to compare with.
+    """
     rows = []
     for figure in FIGURES:
         cells: dict[str, Any] = {}
-        for name in MODELS:
-            section = evaluation["models"].get(name, {}).get(figure.section, {})
+        for name, model in evaluation["models"].items():
+            section = model.get(figure.section, {})
             if (value := section.get(figure.key)) is None:
                 continue
             error = section.get(figure.error) if figure.error else None
@@ -66,7 +78,7 @@ def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         if not cells:
             continue
-        teacher = cells.get("teacher", {}).get("value")
+        teacher = cells.get(TEACHER, {}).get("value")
         for cell in cells.values():
             cell["ratio"] = cell["value"] / teacher if figure.ratio and teacher else None
         rows.append(
@@ -88,22 +100,24 @@ def _best(cells: Mapping[str, Any], better: str | None, alike: float) -> list[st
         return []
     values = {name: cell["value"] for name, cell in cells.items()}
     top = min(values.values()) if better == "lower" else max(values.values())
-    wanted = next(cells[name]["text"] for name, value in values.items() if value == top)
-    names = [name for name in cells if cells[name]["text"] == wanted or abs(values[name] - top) <= alike * abs(top)]
+    best_text = next(cells[name]["text"] for name, value in values.items() if value == top)
+    names = [name for name in cells if cells[name]["text"] == best_text or abs(values[name] - top) <= alike * abs(top)]
     return names if len(names) < len(cells) else []
 
 
 def written(value: float, form: str) -> str:
+    """A figure as a person reads it; `form` is number, fixed3, percent, count or size."""
     if form == "fixed3":
         return f"{value:.3f}"
     if form == "percent":
         return f"{100 * value:.1f} %"
-    return {"count": format_count, "size": format_size, "significant": lambda v: format_number(float(v))}[form](value)
+    if form == "number":
+        return format_number(float(value))
+    return format_count(value) if form == "count" else format_size(value)
 
 
 def written_error(error: float, value: float, form: str) -> str:
+    """A standard error with as many decimals as its value is written with."""
     if form == "percent":
         return f"{100 * error:.1f}"
-    if form == "fixed3":
-        return f"{error:.3f}"
-    return f"{error:.{decimals(value)}f}"
+    return f"{error:.{3 if form == 'fixed3' else decimals(value)}f}"

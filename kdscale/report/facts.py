@@ -1,6 +1,7 @@
 """From the files of a run folder to the facts of its report: plain values, no models, no torch.
 
-Whatever stage has not run yet is simply not there; `missing` names it and the report says so.
+Stages, evaluated models and log columns are those that the folder holds. What has not been made yet is None, `missing`
+names it, and the report says so.
 """
 
 from __future__ import annotations
@@ -16,14 +17,11 @@ from ruamel.yaml.error import YAMLError
 from kdscale import units
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
-from kdscale.report import comparison as table
 from kdscale.report import pruning_facts
+from kdscale.report.comparison import TEACHER, comparison, model_title, students
 from kdscale.runs.metrics_log import read_metrics
 
 SCHEMA_VERSION = 1
-
-
-AXES = ("layers", "hidden", "ffn", "heads", "kv_heads")
 
 
 _AXIS_TITLES = {
@@ -38,32 +36,29 @@ _AXIS_TITLES = {
 }
 
 
-_STAGE_ORDER = ("data", "importance", "plan", "prune", "distill", "eval", "report")
-
-
-_PARTS = ("config", "plan", "importance", "distillation", "evaluation")
-
-
 def gather(run_dir: Path) -> dict[str, Any]:
-    """Everything the report shows, JSON-ready. Raises RunFolderError when `run_dir` is no folder, CheckpointError for
-    a file in it that is damaged."""
+    """Everything the report shows, JSON-ready.
+
+    Raises RunFolderError when `run_dir` is no folder, and FileError or CheckpointError for a damaged file in it.
+    """
     if not run_dir.is_dir():
         raise RunFolderError(f"run folder {run_dir} does not exist", hint="kdscale run CONFIG makes one")
     config = _config(run_dir / "config.yaml")
     plan = _optional(run_dir / "plan.json")
     evaluation = _optional(run_dir / "eval" / "eval.json")
-    rows = list(read_metrics(run_dir / "logs" / "metrics.jsonl"))
+    log_rows = list(read_metrics(run_dir / "logs" / "metrics.jsonl"))
     importance = _importance(run_dir / "importance")
-    parts = dict(zip(_PARTS, (config, plan, importance, rows, evaluation), strict=True))
-    comparison = table.comparison(evaluation) if evaluation else None
+    results = {
+        "config": config, "plan": plan, "importance": importance, "distillation": log_rows, "evaluation": evaluation,
+    }  # fmt: skip
     steps = pruning_facts.steps(run_dir, plan)
     original = pruning_facts.original(plan, steps) if plan else None
     components = pruning_facts.components(plan, run_dir / "pruned") if plan else None
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": (config or {}).get("name") or run_dir.name,
-        "missing": [name for name, value in parts.items() if not value],
-        "comparison": comparison,
+        "missing": [name for name, result in results.items() if not result],
+        "comparison": comparison(evaluation) if evaluation else None,
         "evaluation": evaluation,
         "shape": _shape(plan) if plan else None,
         "components": components,
@@ -77,8 +72,8 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "plan": {key: value for key, value in plan.items() if key != "kept"} if plan else None,
         "kept": _kept(plan) if plan else None,
         "importance": importance,
-        "curves": _curves(rows) if rows else None,
-        "stages": _stages(run_dir / "stages"),
+        "curves": _curves(log_rows) if log_rows else None,
+        "stages": _stages(run_dir),
         "config": config,
         "student_path": f"{(config or {}).get('run_dir') or run_dir.name}/student",
         "has_student": (run_dir / "student" / "config.json").exists(),
@@ -190,56 +185,67 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _stages(folder: Path) -> list[dict[str, Any]]:
-    """What the stage manifests say, in the order of the pipeline."""
-    found = {path.stem: read_json(path) for path in folder.glob("*.json") if "." not in path.stem}
-    order = [name for name in _STAGE_ORDER if name in found] + sorted(set(found) - set(_STAGE_ORDER))
+def _stages(run_dir: Path) -> list[dict[str, Any]]:
+    """What the manifests of finished stages say, in the order of status.json, which the run wrote as it went."""
+    manifests = {path.stem: read_json(path) for path in (run_dir / "stages").glob("*.json") if "." not in path.stem}
+    status = list((_optional(run_dir / "status.json") or {}).get("stages", {}))
+
+    def position(name: str) -> tuple[int, str, str]:
+        at = status.index(name) if name in status else len(status)
+        return at, manifests[name].get("finished") or "", name
+
     keys = ("seconds", "finished", "facts", "versions")
-    return [{"stage": name, **{key: found[name].get(key) for key in keys}} for name in order]
+    return [
+        {"stage": name, **{key: manifests[name].get(key) for key in keys}} for name in sorted(manifests, key=position)
+    ]
 
 
 def _verdict(facts: Mapping[str, Any]) -> str:
     """One sentence: what was kept and what it cost."""
-    parts = []
+    clauses = []
     plan, evaluation = facts["plan"], facts["evaluation"]
     if plan:
-        kept, whole = plan["student_params"]["non_embedding"], facts["original_params"]["non_embedding"]
-        parts.append(f"{units.format_count(kept)} of {units.format_count(whole)} non-embedding parameters kept")
+        kept, before = plan["student_params"]["non_embedding"], facts["original_params"]["non_embedding"]
+        clauses.append(f"{units.format_count(kept)} of {units.format_count(before)} non-embedding parameters kept")
     if evaluation:
-        values = {name: model["quality"]["perplexity"] for name, model in evaluation["models"].items()}
-        students = [units.format_number(values[name]) for name in ("pruned", "distilled") if name in values]
-        teacher = f"teacher {units.format_number(values['teacher'])}"
-        parts.append(f"perplexity {' → '.join(students)} ({teacher})" if students else f"perplexity of the {teacher}")
-    return "; ".join(parts) if parts else "Nothing has been measured in this run yet"
+        perplexity = {
+            name: units.format_number(float(model["quality"]["perplexity"]))
+            for name, model in evaluation["models"].items()
+        }
+        after = " → ".join(perplexity[name] for name in students(evaluation))
+        teacher = f"teacher {perplexity[TEACHER]}" if TEACHER in perplexity else ""
+        if after:
+            clauses.append(f"perplexity {after}" + (f" ({teacher})" if teacher else ""))
+        elif teacher:
+            clauses.append(f"perplexity of the {teacher}")
+    return "; ".join(clauses) if clauses else "Nothing has been measured in this run yet"
 
 
 def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A few figures a reader takes away."""
+    """A few figures a reader takes away: of the run's last model, beside the teacher where it was evaluated too."""
     out: list[dict[str, str]] = []
     plan, evaluation = facts["plan"], facts["evaluation"]
     if plan:
-        whole = facts["original_params"]["total"]
-        kept = plan["student_params"]["total"]
-        told = f"{units.format_count(kept)} of the teacher’s {units.format_count(whole)}"
-        out.append(_tile("Parameters", f"{kept / whole:.0%}", told))
-    if not evaluation:
+        before, kept = facts["original_params"]["total"], plan["student_params"]["total"]
+        note = f"{units.format_count(kept)} of the teacher’s {units.format_count(before)}"
+        out.append(_tile("Parameters", f"{kept / before:.0%}", note))
+    if not evaluation or not students(evaluation):
         return out
-    models = evaluation["models"]
-    student = next((models[name] for name in ("distilled", "pruned") if name in models), None)
-    if student is None:
-        return out
-    ratio = student["quality"]["perplexity"] / models["teacher"]["quality"]["perplexity"]
-    out.append(_tile("Perplexity", f"{ratio:.2f}×", "the teacher’s, on held-out text"))
+    name = students(evaluation)[-1]
+    student, teacher = evaluation["models"][name], evaluation["models"].get(TEACHER)
+    if teacher is not None:
+        ratio = student["quality"]["perplexity"] / teacher["quality"]["perplexity"]
+        note = f"the teacher’s, on held-out text ({model_title(name).lower()})"
+        out.append(_tile("Perplexity", f"{ratio:.2f}×", note))
     if (closed := evaluation.get("gap_closed")) is not None:
         out.append(_tile("Gap closed", f"{closed:.0%}", "of the loss that pruning cost, by distilling"))
-    if student.get("efficiency") and models["teacher"].get("efficiency"):
-        key = "decode_tokens_per_second"
-        gain = student["efficiency"][key] / models["teacher"]["efficiency"][key]
-        out.append(_tile("Decode speed", f"{gain:.2f}×", f"{student['efficiency'][key]:.0f} tokens/s on this machine"))
-    cache = student["size"]["kv_cache_bytes_per_token"] / models["teacher"]["size"]["kv_cache_bytes_per_token"]
-    out.append(
-        _tile("KV cache", f"{cache:.0%}", f"{units.format_size(student['size']['kv_cache_bytes_per_token'])} a token")
-    )
+    if teacher is None:
+        return out
+    if student.get("efficiency") and teacher.get("efficiency"):
+        speed, teacher_speed = (model["efficiency"]["decode_tokens_per_second"] for model in (student, teacher))
+        out.append(_tile("Decode speed", f"{speed / teacher_speed:.2f}×", f"{speed:.0f} tokens/s on this machine"))
+    cache, teacher_cache = (model["size"]["kv_cache_bytes_per_token"] for model in (student, teacher))
+    out.append(_tile("KV cache", f"{cache / teacher_cache:.0%}", f"{units.format_size(cache)} a token"))
     return out
 
 

@@ -6,6 +6,7 @@ Reads files only. Everything shown is escaped: prompts, answers, names and paths
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from ruamel.yaml import YAML
 from kdscale import units
 from kdscale.files import write_json, write_text
 from kdscale.report import plots, pruning_plots
+from kdscale.report.comparison import TEACHER, model_title
 from kdscale.report.facts import for_json, gather
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
-_MODEL_TITLES = {"teacher": "Teacher", "pruned": "Pruned", "distilled": "Distilled"}
+# Classes of report.css.j2: models with a colour of their own, and those that other models take in turn.
+_MODEL_CLASSES = ("teacher", "pruned", "distilled")
+_OTHER_CLASSES = ("other-1", "other-2", "other-3")
 
 
-_PART_NOTES = {
+_MISSING_NOTES = {
     "config": "no resolved config in this folder",
     "plan": "no plan yet: the student’s shape is not known",
     "importance": "no importance scores yet",
@@ -37,7 +41,7 @@ def write_report(run_dir: Path, out_dir: Path) -> Path:
     """Write report.json and report.html into `out_dir`; returns the page's path.
 
     A run that is not finished gives a report that says what is missing. Raises RunFolderError when `run_dir` is no
-    folder, and RunFolderError or CheckpointError for a damaged file in it.
+    folder, and FileError, CheckpointError or RunFolderError for a damaged file in it.
     """
     facts = gather(run_dir)
     page = render(facts)
@@ -59,12 +63,11 @@ def render(facts: Mapping[str, Any]) -> str:
         "share": lambda value: f"{100 * value:.0f} %",
         "figure": _plain_figure,
     }
-    evaluation = facts["evaluation"] or {}
-    present = [name for name in _MODEL_TITLES if name in evaluation.get("models", {})]
     return environment.get_template("report.html.j2").render(
         facts=facts,
-        missing=[_PART_NOTES[name] for name in facts["missing"]],
-        models=[(name, _MODEL_TITLES[name]) for name in present],
+        teacher=TEACHER,
+        missing=[_MISSING_NOTES[name] for name in facts["missing"]],
+        models=_models(facts["evaluation"]),
         groups=_groups(facts["comparison"] or []),
         curves=plots.curves(facts),
         importance=plots.importance(facts),
@@ -74,6 +77,16 @@ def render(facts: Mapping[str, Any]) -> str:
         made=_how_made(facts),
         config_text=_yaml(facts["config"]) if facts["config"] else "",
     )
+
+
+def _models(evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """The evaluated models in their order: name, column title, and the class that colours them."""
+    names = list(evaluation["models"]) if evaluation else []
+    others = itertools.cycle(_OTHER_CLASSES)
+    return [
+        {"name": name, "title": model_title(name), "css": name if name in _MODEL_CLASSES else next(others)}
+        for name in names
+    ]
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -73,14 +73,20 @@ def _nearest(path: Path) -> str:
     return ""
 
 
+def hub_connection_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub cannot be reached or does not answer."""
+    from huggingface_hub import errors
+
+    # Connections that break off raise the HTTP client's own errors, and which client the library uses has changed
+    # (requests, httpx, httpx2): its base is the first base of the library's.
+    client_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
+    return (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError, client_error)
+
+
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     where = f"teacher.path: hub model {name}" + (f" at revision {revision}" if revision else "")
-    # Connections that break off raise the HTTP client's own errors, and which client the library uses has changed
-    # (requests, httpx, httpx2): its base is the first base of the library's.
-    client_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
-    unreachable = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError, client_error)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=_IGNORE))
     except errors.HFValidationError as error:
@@ -93,7 +99,7 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
         raise CheckpointError(f"{where} does not exist or is private", hint=hint) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{where} does not exist", hint="check teacher.revision") from error
-    except unreachable as error:
+    except hub_connection_errors() as error:
         raise CheckpointError(
             f"{where} cannot be downloaded and is not in the local cache",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,

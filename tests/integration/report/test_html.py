@@ -150,6 +150,38 @@ def test_a_finished_run(run: Path, tmp_path: Path) -> None:
         assert figure in text, figure
 
 
+@pytest.mark.parametrize(
+    "names", [("teacher", "distilled"), ("teacher", "pruned", "distilled", "quantized_int4"), ("a", "b")]
+)
+def test_the_report_takes_any_list_of_models(run: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Names and order come from the evaluation; what compares models is shown where the models are there."""
+    measured = evaluation()
+    models = {name: {**measured["models"]["pruned"], "path": name} for name in names}
+    samples = [{"prompt": "p", "outputs": {name: f"{name} goes on" for name in names}}]
+    (run / "eval" / "eval.json").write_text(
+        json.dumps({**measured, "models": models, "samples": samples, "differences": {}, "gap_closed": None})
+    )
+    text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
+    titles = [name.replace("_", " ").capitalize() for name in names]
+    assert re.findall(r'<th scope="col" class="number"><span class="dot [\w-]+"></span>(.*?)</th>', text) == titles
+    assert re.findall(r"<p>(\w+) goes on</p>", text) == list(names)
+    assert "Gap closed" not in text
+    assert ("the ratio to the teacher" in text) == ("teacher" in names)
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(facts["comparison"][0]["cells"]) == list(names)
+    assert ("Perplexity" in [tile["title"] for tile in facts["headline"]]) == ("teacher" in names)
+
+
+def test_stages_that_the_report_does_not_know_come_in_the_order_of_the_run(run: Path, tmp_path: Path) -> None:
+    manifest = json.loads((run / "stages" / "prune.json").read_text())
+    for name in ("quantize", "align"):
+        (run / "stages" / f"{name}.json").write_text(json.dumps(manifest | {"stage": name, "facts": {"bits": 4}}))
+    (run / "status.json").write_text(json.dumps({"stages": {"align": {}, "prune": {}, "quantize": {}}}))
+    write_report(run, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [stage["stage"] for stage in facts["stages"]] == ["align", "prune", "quantize"]
+
+
 def test_the_pruning_section_shows_every_kind_of_score(run: Path, tmp_path: Path) -> None:
     plan = json.loads((run / "plan.json").read_text())
     (only,) = plan["candidates"]
@@ -233,7 +265,7 @@ def test_a_damaged_file_is_named(run: Path, tmp_path: Path) -> None:
 
 def test_the_report_needs_no_torch() -> None:
     code = "import sys; import kdscale.report.html; raise SystemExit('torch' in sys.modules)"
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 

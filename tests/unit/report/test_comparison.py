@@ -1,0 +1,54 @@
+"""The side-by-side table: any list of models, in the order of the evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdscale.report.comparison import comparison, model_title, students, written
+
+
+def rows(**models: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["key"]: row for row in comparison({"models": models})}
+
+
+def test_speeds_that_differ_by_noise_are_alike() -> None:
+    speeds = {"teacher": 10.0, "pruned": 20.0, "distilled": 19.7}
+    models = {
+        name: {"efficiency": {"decode_tokens_per_second": v}, "size": {"parameters": v}} for name, v in speeds.items()
+    }
+    table = rows(**models)
+    assert table["decode_tokens_per_second"]["best"] == ["pruned", "distilled"]
+    assert table["parameters"]["best"] == ["teacher"]
+    assert table["decode_tokens_per_second"]["cells"]["pruned"]["ratio"] == 2.0
+
+
+def test_the_columns_are_the_models_of_the_evaluation() -> None:
+    models = {name: {"size": {"parameters": size}} for name, size in
+              {"teacher": 8, "pruned": 4, "distilled": 4, "quantized_int4": 1}.items()}  # fmt: skip
+    cells = rows(**models)["parameters"]["cells"]
+    assert {name: cell["ratio"] for name, cell in cells.items()} == {
+        "teacher": 1.0, "pruned": 0.5, "distilled": 0.5, "quantized_int4": 0.125,
+    }  # fmt: skip
+    assert list(cells) == list(models)
+    assert rows(**models)["parameters"]["best"] == ["quantized_int4"]
+    assert students({"models": models}) == ["pruned", "distilled", "quantized_int4"]
+    assert model_title("quantized_int4") == "Quantized int4"
+
+
+def test_without_the_teacher_there_are_no_ratios() -> None:
+    table = rows(a={"size": {"parameters": 2}}, b={"size": {"parameters": 3}})
+    assert {cell["ratio"] for cell in table["parameters"]["cells"].values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        ("count", 134_515_008, "135 M"), ("count", 8_030_261_248, "8.03 B"), ("count", 999_999, "1.00 M"),
+        ("size", 23_040, "23.0 kB"), ("size", 269_060_552, "269 MB"), ("number", 23.94, "23.9"),
+        ("number", 62_683.2, "62,683"), ("number", 0.01234, "0.0123"), ("percent", 0.512, "51.2 %"),
+    ],
+)  # fmt: skip
+def test_figures_are_written_for_people(form: str, value: float, text: str) -> None:
+    assert written(value, form) == text
