@@ -88,8 +88,8 @@ class Job:
 
     def ranks(self, training: bool = False) -> list[psutil.Process]:
         """Every process of a rank, or only those that distil."""
-        members = [p for p in self.tree() if {"kdscale.jobs.rank", "kdscale.pipeline.stages.distill"} & set(words(p))]
-        return [p for p in members if not training or "kdscale.pipeline.stages.distill" in words(p) or rank_of(p) == 1]
+        members = [p for p in self.tree() if {"kdscale.jobs.rank", "kdscale.pipeline.rank_main"} & set(words(p))]
+        return [p for p in members if not training or "kdscale.pipeline.rank_main" in words(p) or rank_of(p) == 1]
 
     def student(self) -> dict[str, str]:
         folder = self.run / "student"

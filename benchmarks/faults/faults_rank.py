@@ -88,7 +88,7 @@ def main() -> None:
     skewed, seconds = wanted.get("skew", (-1, 0))
     if skewed == rank:
         skewed_clock(seconds)
-    if module == "kdscale.pipeline.stages.distill" or rank > 0:
+    if module == "kdscale.pipeline.rank_main" or rank > 0:
         poisoned_teacher(rank)
         poisoned_loss(rank)
     sys.argv = sys.argv[2:]

@@ -190,7 +190,7 @@ def inject(fault: str, job: Job, hosts: list[HostInNamespace], process: subproce
     if fault == "checkpoint":
         kill(victim.of("kdscale.jobs.rank"))
         # only when rank 0's training has ended is the newest checkpoint certain; the restart takes longer than this
-        wait(lambda: not hosts[0].of("kdscale.pipeline.stages.distill"), 60, "rank 0 to end")
+        wait(lambda: not hosts[0].of("kdscale.pipeline.rank_main"), 60, "rank 0 to end")
         newest = max((job.run / "checkpoints").glob("step-*"))
         biggest = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
         biggest.write_bytes(biggest.read_bytes()[:-64])

@@ -11,35 +11,37 @@ import typer
 
 from kdscale.cli import launch, models, plan_cluster, replay, run
 from kdscale.errors import ConfigError, Interrupted, KdscaleError
-
-app = typer.Typer(
-    name="kdscale",
-    help="Prune a language model to a budget, distil the teacher back into it, and show the result.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
+from kdscale.pipeline.stages.registry import STAGES
+from kdscale.runtime.exits import leave
 
 
-for _name, _stage, _help in (
-    ("run", "report", "Run every stage: importance, plan, prune, distil, evaluate, report. Finished ones are kept."),
-    ("importance", "importance", "Measure what each part of the teacher contributes."),
-    ("prune", "prune", "Write the pruned student (and whatever it still needs) and check it."),
-    ("distill", "distill", "Distil the teacher into the pruned student; resumes where it was."),
-    ("eval", "eval", "Measure teacher, pruned and distilled side by side on held-out text."),
-):
-    app.command(_name)(run.stage_command(_stage, _help))
-for _name, _command in (
-    ("plan", run.plan_command), ("report", run.report_command), ("status", run.status_command),
-    ("launch", launch.launch_command), ("preflight", launch.preflight_command), ("replay", replay.replay_command),
-    ("plan-cluster", plan_cluster.plan_cluster_command), ("get-teacher", models.get_teacher_command),
-    ("serve-teacher", models.serve_teacher_command), ("export", models.export_command),
-):  # fmt: skip
-    app.command(_name)(_command)
+def make_app() -> typer.Typer:
+    """The command line: `run`, a command for every stage that has a help text, and those that are no stages."""
+    app = typer.Typer(
+        name="kdscale",
+        help="Prune a language model to a budget, distil the teacher back into it, and show the result.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+    )
+    app.callback()(_root)
+    names = ", ".join(STAGES)
+    app.command("run")(run.stage_command(list(STAGES)[-1], f"Run every stage: {names}. Finished ones are kept."))
+    own_options = {"plan": run.plan_command, "report": run.report_command}
+    for stage in STAGES.values():
+        if stage.help:
+            app.command(stage.name, help=stage.help)(own_options.get(stage.name) or run.stage_command(stage.name))
+    for name, command in (
+        ("status", run.status_command), ("launch", launch.launch_command), ("preflight", launch.preflight_command),
+        ("replay", replay.replay_command), ("plan-cluster", plan_cluster.plan_cluster_command),
+        ("get-teacher", models.get_teacher_command), ("serve-teacher", models.serve_teacher_command),
+        ("export", models.export_command), ("doctor", doctor_command),
+    ):  # fmt: skip
+        app.command(name)(command)
+    return app
 
 
-@app.command("doctor")
 def doctor_command(
     folder: Annotated[Path, typer.Argument(help="Where runs will be written.")] = Path("runs"),
 ) -> None:
@@ -62,7 +64,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
@@ -77,7 +78,7 @@ def main() -> None:
     # on the same cores: on two busy cores a forward pass was measured 8 times faster with waiting threads asleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        code = app(standalone_mode=False) or 0
+        code = make_app()(standalone_mode=False) or 0
     except typer.Abort:
         code = 130
     except KdscaleError as error:
@@ -93,16 +94,7 @@ def main() -> None:
             raise
         show_error()
         code = getattr(error, "exit_code", ConfigError.exit_code)
-    _leave(code)
-
-
-def _leave(code: int) -> None:
-    """End without running C++ destructors: with DeepSpeed and gloo loaded, one exit in ten aborts after all is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "deepspeed" in sys.modules:
-        os._exit(code)
-    sys.exit(code)
+    leave(code)
 
 
 if __name__ == "__main__":

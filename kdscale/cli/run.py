@@ -25,7 +25,9 @@ def _run_until(stage: str, name: str, overrides: list[str] | None, accept: bool)
     tables.results(Path(config.run_dir), stage)
 
 
-def stage_command(stage: str, help_text: str) -> Callable[..., None]:
+def stage_command(stage: str, help_text: str | None = None) -> Callable[..., None]:
+    """A command that brings a run up to `stage`."""
+
     def command(config: ConfigArgument, set_: SetOption = None, accept_changes: AcceptOption = False) -> None:
         _run_until(stage, config, set_, accept_changes)
 

@@ -14,7 +14,7 @@ from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding, Severity
 from kdscale.pipeline.stage import Stage
-from kdscale.pipeline.stages.registry import STAGE_NAMES, STAGES
+from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
@@ -168,13 +168,13 @@ def status(folder: Path) -> None:
             f"{folder} is not a run folder", expected="a folder with config.yaml", hint="check the path"
         )
     for step in sorted(run.steps.glob("*/config.yaml")):
-        _stages(RunFolder(step.parent), STAGES[1 : STAGE_NAMES.index("distill") + 1])
-    _stages(run, STAGES)
+        _stages(RunFolder(step.parent), [stage for stage in STAGES.values() if stage.in_steps])
+    _stages(run, list(STAGES.values()))
 
 
 def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
     """One line a stage, and one of the training if it has begun."""
-    recorded = read_json(run.status)["stages"] if run.status.exists() else {}
+    recorded = read_json(run.status, RunFolderError)["stages"] if run.status.exists() else {}
     alive = run.in_use()
     rows = []
     for stage in stages:

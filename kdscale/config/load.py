@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,32 @@ def dump_config(config: Config) -> str:
     return stream.getvalue()
 
 
-def config_differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Dotted fields in which two resolved configs differ, as `field: old → new`."""
+@dataclass(frozen=True)
+class Difference:
+    """A dotted field in which two trees of plain values differ."""
+
+    field: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old} → {self.new}"
+
+
+def config_differences(old: Any, new: Any, prefix: str = "") -> list[Difference]:
+    """The fields in which two resolved configs, or other trees of plain values, differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        out: list[str] = []
+        out: list[Difference] = []
         for key in sorted({*old, *new}):
             out += config_differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         return out
-    return [] if old == new else [f"{prefix}: {old} → {new}"]
+    return [] if old == new else [Difference(prefix, old, new)]
 
 
-def may_change(difference: str) -> bool:
-    """Whether a line of `config_differences` is about a setting with which a run may go on, whatever its value."""
-    section, field, *_ = [*difference.partition(": ")[0].split("."), ""]
-    return section == "distill" and field in FREE_SETTINGS and not any(name in difference for name in QUANTIZED)
+def may_change(field: str) -> bool:
+    """Whether a run may go on with another value of this dotted field: the student does not depend on it."""
+    section, *names = field.split(".")
+    return section == "distill" and bool(names) and names[0] in FREE_SETTINGS and names[-1] not in QUANTIZED
 
 
 def _parse_yaml(text: str, origin: str) -> Any:

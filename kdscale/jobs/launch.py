@@ -17,6 +17,7 @@ from kdscale.config.root import Config
 from kdscale.errors import ConfigError, KdscaleError
 from kdscale.jobs import preflight
 from kdscale.jobs.doctor import Finding
+from kdscale.pipeline.stages.registry import job_targets
 from kdscale.runtime.exits import FINAL_CODES
 from kdscale_launch import (
     Host,
@@ -34,9 +35,6 @@ from kdscale_launch.environment import forwarded_variables, masked_lines
 from kdscale_launch.hosts.hostfile import first_ranks
 
 RANK_MODULE = "kdscale.jobs.rank"
-
-
-UNTIL = ("distill", "eval", "report")
 
 
 _PROBE_SECONDS = 180.0
@@ -78,8 +76,8 @@ class LaunchRequest:
 
 def request(path: Path, overrides: Sequence[str], ranks: int, accept: bool, until: str = "report") -> LaunchRequest:
     """The config with `distill.processes` set to `ranks`. Raises ConfigError when they cannot share the batch."""
-    if until not in UNTIL:
-        raise ConfigError("--until", expected=f"one of {', '.join(UNTIL)}", got=until)
+    if until not in job_targets():
+        raise ConfigError("--until", expected=f"one of {', '.join(job_targets())}", got=until)
     if any(item.partition("=")[0] == "distill.processes" for item in overrides):
         raise ConfigError("--set distill.processes", expected="no such setting: it is the number of slots")
     full = (*overrides, f"distill.processes={ranks}")

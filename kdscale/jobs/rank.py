@@ -18,8 +18,10 @@ from typing import NoReturn
 from kdscale.config.load import load_config
 from kdscale.errors import ConfigError, Interrupted, KdscaleError
 from kdscale.pipeline.checks import check_teacher
+from kdscale.pipeline.rank_main import run_as_rank
 from kdscale.pipeline.runner import run_until
-from kdscale.pipeline.stages.distill import PLACE_VARIABLE, run_as_rank
+from kdscale.pipeline.spawn import PLACE_VARIABLE
+from kdscale.pipeline.stage import StageContext
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of, leave
 from kdscale.runtime.progress import Reporter
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if not wait_for_rank_0(os.environ):
             return 0
-        return run_as_rank(RunFolder(Path(config.run_dir)), config, check_teacher(config))
+        run = RunFolder(Path(config.run_dir))
+        return run_as_rank("distill", StageContext(config, run, check_teacher(config), Reporter()))
     except KdscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

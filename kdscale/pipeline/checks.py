@@ -1,36 +1,25 @@
-"""What is checked before any work: the teacher, the plan of shapes, the disk."""
+"""What is checked before any work: the teacher, the shapes, what ranks can share, the disk."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError, RunFolderError
-from kdscale.models import loading
-from kdscale.pipeline.stage import Context
+from kdscale.models.loading import open_teacher
+from kdscale.pipeline.stage import Stage, StageContext, manifest_path
 
 if TYPE_CHECKING:
     from kdscale.prune.plan import Plan
 
-
-# Bytes a parameter: a student on disk at most; a checkpoint's fp32 master and two Adam moments.
-_STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 12
+_MARGIN_BYTES = 64 << 20  # logs, reports and what else is small
 
 
-def check_teacher(config: Config) -> Path:
-    """Everything about the teacher that can be known without reading its weights. Returns its folder."""
-    from kdscale.weights import check_tokenizer, resolve_teacher
-
-    folder = resolve_teacher(config.teacher)
-    checkpoint, family = loading.open_teacher(folder)
-    check_tokenizer(folder, family.dims(checkpoint.config).vocab)
-    return folder
-
-
-def _refuse_hopeless_paths(path: Path) -> None:
-    """The nearest existing parent must be a folder."""
+def check_run_dir(path: Path) -> None:
+    """Raises ConfigError when the nearest existing parent of a run folder is a file."""
     parent = path
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
@@ -38,40 +27,14 @@ def _refuse_hopeless_paths(path: Path) -> None:
         raise ConfigError("run_dir", expected="a folder (new or empty)", got=f"{parent} is a file")
 
 
-def check_disk(context: Context) -> None:
-    """Refuse before any work when the disk cannot hold what is still to be written.
+def check_teacher(config: Config) -> Path:
+    """Everything about the teacher that can be known without reading its weights. Returns its folder."""
+    from kdscale.weights import check_tokenizer, resolve_teacher
 
-    Counted: the pruned and the final student, keep+1 checkpoints, and those that `keep_every` keeps.
-    """
-    run, config = context.run, context.config
-    if (run.stages / "distill.json").exists():
-        return
-    params = _student_params(context)
-    settings, steps = config.distill, config.distill.tokens // (config.distill.global_batch * config.distill.seq_len)
-    count = settings.keep_checkpoints + 1 + (steps // settings.keep_every if settings.keep_every else 0)
-    held = sum(item.stat().st_size for item in run.path.rglob("*") if item.is_file())
-    needed = 2 * params * _STUDENT_BYTES + count * params * _CHECKPOINT_BYTES + (64 << 20) - held
-    free = shutil.disk_usage(run.path).free
-    if needed > free:
-        raise RunFolderError(
-            f"run folder {run.path} is on a disk without room",
-            expected=f"{needed / 1e9:.1f} GB free (two students and {count} checkpoints)",
-            got=f"{free / 1e9:.1f} GB",
-            hint="free some space, choose another run_dir, lower distill.keep_checkpoints or raise distill.keep_every",
-        )
-
-
-def _student_params(context: Context) -> int:
-    """Parameters of the student: from the plan, or from a plan of shapes only before there is one."""
-    from kdscale.prune.plan import Plan
-
-    if context.run.plan.exists():
-        return Plan.load(context.run.plan).student_params.total
-    plans = plan_shapes(context.config, context.source)
-    if len(plans) == len(context.config.steps) + 1:
-        return plans[-1].student_params.total
-    teacher, family = loading.open_teacher(context.source)  # under a latency target: no larger than the teacher
-    return family.count_params(teacher.config).total
+    folder = resolve_teacher(config.teacher)
+    checkpoint, family = open_teacher(folder)
+    check_tokenizer(folder, family.dims(checkpoint.config).vocab)
+    return folder
 
 
 def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
@@ -84,11 +47,69 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
     from kdscale.prune.search.shapes import make_plan
     from kdscale.weights import read_config
 
-    model, out = read_config(teacher), []
-    for one in (*(config.step(index) for index in range(len(config.steps))), config):
-        if one.prune.target_decode is not None or one.prune.target_prefill is not None:
+    model, plans = read_config(teacher), []
+    for step in (*(config.step(index) for index in range(len(config.steps))), config):
+        if step.prune.target_decode is not None or step.prune.target_prefill is not None:
             break
         family = load_family(model, str(teacher / "config.json"))
-        out.append(make_plan(model, family, None, one.prune))
-        model = family.student_config(model, out[-1].student.dims(), out[-1].kept.layers)
-    return out
+        plans.append(make_plan(model, family, None, step.prune))
+        model = family.student_config(model, plans[-1].student.dims(), plans[-1].kept.layers)
+    return plans
+
+
+def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) -> None:
+    """Raises ConfigError when ranks cannot share the teacher or a planned student as the config says."""
+    from kdscale.distill.parallel.checks import (
+        check_sequence_dims,
+        check_sequence_parallel,
+        check_tensor_dims,
+        check_tensor_parallel,
+    )
+
+    distill = config.distill
+    check_tensor_parallel(distill.tensor_parallel, {"teacher": teacher})
+    check_sequence_parallel(distill.sequence_parallel, distill.seq_len, {"teacher": teacher})
+    for plan in plans:
+        check_tensor_dims(distill.tensor_parallel, "student", plan.student.dims())
+        check_sequence_dims(distill.sequence_parallel, "student", plan.student.dims())
+
+
+def student_parameters(context: StageContext, plans: Sequence[Plan]) -> int:
+    """Parameters of the student: from the plan on disk, or from the planned shapes before there is one."""
+    from kdscale.prune.plan import Plan
+
+    if context.run.plan.exists():
+        return Plan.load(context.run.plan).student_params.total
+    if len(plans) == len(context.config.steps) + 1:
+        return plans[-1].student_params.total
+    teacher, family = open_teacher(context.model_to_prune)  # under a latency target: no larger than the teacher
+    return family.count_params(teacher.config).total
+
+
+def check_disk(context: StageContext, stages: Iterable[Stage], student_params: int) -> None:
+    """Raises RunFolderError, before any work, when the disk cannot hold what the stages have yet to write.
+
+    A stage that is finished needs nothing more; of an unfinished one, what its killed try has written counts.
+    """
+    run = context.run
+    needed = {}
+    for stage in stages:
+        if stage.disk_bytes is None or manifest_path(stage, run).exists():
+            continue
+        written = [run.at(artifact) for artifact in (*stage.writes, *stage.resumes_from)] + [run.work / stage.name]
+        needed[stage.name] = max(0, stage.disk_bytes(context, student_params) - sum(map(_bytes_under, written)))
+    total, free = sum(needed.values()) + _MARGIN_BYTES, shutil.disk_usage(run.path).free
+    if needed and total > free:
+        listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items())
+        raise RunFolderError(
+            f"run folder {run.path} is on a disk without room",
+            expected=f"{total / 1e9:.1f} GB free ({listed})",
+            got=f"{free / 1e9:.1f} GB",
+            hint="free some space, choose another run_dir, lower distill.keep_checkpoints or raise distill.keep_every",
+        )
+
+
+def _bytes_under(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())

@@ -1,4 +1,4 @@
-"""The stages of a run, in order, and the one function that brings a run up to a given stage."""
+"""Brings a run up to a given stage, and runs inside it: the steps on the way to the student, and probes."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdscale.config.root import Config
-from kdscale.distill.parallel.checks import (
-    check_sequence_dims,
-    check_sequence_parallel,
-    check_tensor_dims,
-    check_tensor_parallel,
-)
 from kdscale.distill.telemetry.trackers import check_trackers
 from kdscale.errors import Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
-from kdscale.pipeline.checks import _refuse_hopeless_paths, check_disk, check_teacher, plan_shapes
-from kdscale.pipeline.stage import Context, Stage, run_stage
-from kdscale.pipeline.stages.registry import STAGE_NAMES, STAGES
+from kdscale.pipeline.checks import (
+    check_disk,
+    check_run_dir,
+    check_shared_models,
+    check_teacher,
+    plan_shapes,
+    student_parameters,
+)
+from kdscale.pipeline.stage import Stage, StageContext, run_stage
+from kdscale.pipeline.stages.registry import STAGES, stages_until
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
-from kdscale.runtime.signals import _signals_as_exceptions
+from kdscale.runtime.signals import signals_as_exceptions
 
 
 def report_so_far(config: Config, reporter: Reporter) -> bool:
     """Write the report of whatever the run folder holds; returns whether anything had to be done.
 
-    Runs no other stage: what is missing is said in the report. Raises RunFolderError when there is no such run.
+    Runs no other stage: the report says what is missing. Raises RunFolderError when there is no such run.
     """
     run = RunFolder(Path(config.run_dir))
     if not run.config.exists():
         raise RunFolderError(
             f"{run.path} is not a run folder", expected="a run to report on", hint="kdscale run CONFIG makes one"
         )
-    with run.lock(), _signals_as_exceptions():
-        context = Context(config, run, run.path, reporter)  # the report reads no teacher
-        return guarded(STAGES[-1], context)
+    with run.lock(), signals_as_exceptions():
+        context = StageContext(config, run, run.path, reporter)  # the report reads no teacher
+        return _guarded(STAGES["report"], context)
 
 
 def run_until(config: Config, last: str, reporter: Reporter, accept_changes: bool = False) -> bool:
@@ -48,43 +49,43 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     Safe to kill at any instant and to call again. Raises KdscaleError subclasses, and Interrupted on a signal.
     """
     run = RunFolder(Path(config.run_dir))
-    _refuse_hopeless_paths(run.path)
+    check_run_dir(run.path)
     check_trackers(config.tracking)
     teacher = check_teacher(config)
-    plans = plan_shapes(config, teacher)  # an impossible budget is found before anything is made
-    distill = config.distill
-    check_tensor_parallel(distill.tensor_parallel, {"teacher": teacher})
-    check_sequence_parallel(distill.sequence_parallel, distill.seq_len, {"teacher": teacher})
-    for plan in plans:
-        check_tensor_dims(distill.tensor_parallel, "student", plan.student.dims())
-        check_sequence_dims(distill.sequence_parallel, "student", plan.student.dims())
-    with run.lock(), _signals_as_exceptions():
-        changes = run.adopt_config(config, accept_changes)
-        for change in changes:
-            reporter.say(f"  config changed: {change}")
-        for folder in (run.logs, run.checkpoints, run.stages):
-            if folder.exists():
-                remove_leftovers(folder)
-        context = Context(config, run, teacher, reporter, run_inner=run_inner)
-        check_disk(context)
-        did = False
-        for stage in STAGES[: STAGE_NAMES.index(last) + 1]:
-            if stage.name == STAGE_NAMES[1] and config.steps:
-                changed, context = run_steps(context)
-                did |= changed
-            did |= guarded(stage, context)
-        return did
+    plans = plan_shapes(config, teacher)  # an impossible budget is noticed before anything is made
+    check_shared_models(config, teacher, plans)
+    stages = stages_until(last)
+    with run.lock(), signals_as_exceptions():
+        context = StageContext(config, run, teacher, reporter, run_inner=_run_inner)
+        _adopt_config(context, accept_changes)
+        check_disk(context, stages, student_parameters(context, plans))
+        changed = False
+        for stage in stages:
+            if stage.in_steps and config.steps and context.pruned_from is None:
+                steps_changed, context = _run_steps(context)
+                changed |= steps_changed
+            changed |= _guarded(stage, context)
+        return changed
 
 
-def guarded(stage: Stage, context: Context) -> bool:
-    """Run one stage; whatever ends it early is on record in status.json and events.jsonl before it goes on up.
+def _adopt_config(context: StageContext, accept_changes: bool) -> None:
+    """Store the config in the run folder, report what changed, and clear what killed processes left half-written."""
+    run = context.run
+    for change in run.adopt_config(context.config, accept_changes):
+        context.reporter.say(f"  config changed: {change}")
+    for folder in (run.logs, run.checkpoints, run.stages):
+        if folder.exists():
+            remove_leftovers(folder)
+
+
+def _guarded(stage: Stage, context: StageContext) -> bool:
+    """Run one stage; whatever ends it early is recorded in status.json and events.jsonl before it is raised further.
 
     A stage that makes no progress for `runtime.watchdog_seconds` ends the process with exit code 9 (see `watching`).
     """
     from kdscale_launch.watchdog import watching
 
-    # the distillation's ranks have their own: this process may be one of them
-    seconds = 0.0 if stage.name == "distill" else context.config.runtime.watchdog_seconds
+    seconds = 0.0 if stage.watches_itself else context.config.runtime.watchdog_seconds
     try:
         with explain_os_errors(context.run.path), watching(seconds, 0) if seconds else nullcontext():
             return run_stage(stage, context)
@@ -96,38 +97,35 @@ def guarded(stage: Stage, context: Context) -> bool:
         raise
 
 
-def run_steps(context: Context) -> tuple[bool, Context]:
+def _run_steps(context: StageContext) -> tuple[bool, StageContext]:
     """Bring all steps up to date; whether there was anything to do, and the context in which the run goes on."""
-    did = False
+    changed, count = False, len(context.config.steps) + 1
+    stages = tuple(stage.name for stage in STAGES.values() if stage.in_steps)
     for index, step in enumerate(context.config.steps):
-        context.reporter.say(f"⇒ step {index + 1} of {len(context.config.steps) + 1}: {step.name}")
+        context.reporter.say(f"⇒ step {index + 1} of {count}: {step.name}")
         config = context.config.step(index)
-        did |= run_inner(context, config, ("importance", "plan", "prune", "distill"), {"data": context.run.data})
+        changed |= _run_inner(context, config, stages, {"data": context.run.data})
         context = replace(context, pruned_from=RunFolder(Path(config.run_dir)).student)
-    context.reporter.say(f"⇒ step {len(context.config.steps) + 1} of {len(context.config.steps) + 1}")
-    return did, context
+    context.reporter.say(f"⇒ step {count} of {count}")
+    return changed, context
 
 
-def run_inner(outer: Context, config: Config, stages: tuple[str, ...], shared: Mapping[str, Path]) -> bool:
+def _run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], shared: Mapping[str, Path]) -> bool:
     """Run these stages of a run inside `outer`, which prunes the same model; `shared`: outputs of the outer run.
 
     Shared outputs are links: tokenised text is made once, and can be hundreds of gigabytes.
     """
-    run, did = RunFolder(Path(config.run_dir)), False
-    inner = replace(outer, config=config, run=run, pruned_from=outer.source)
+    run, changed = RunFolder(Path(config.run_dir)), False
+    inner = replace(outer, config=config, run=run, pruned_from=outer.model_to_prune)
     with run.lock():
-        for change in run.adopt_config(inner.config, accept_changes=True):
-            inner.reporter.say(f"  config changed: {change}")
-        for folder in (run.logs, run.checkpoints, run.stages):
-            if folder.exists():
-                remove_leftovers(folder)
+        _adopt_config(inner, accept_changes=True)
         for name, target in shared.items():
             link = run.path / name
             if not link.is_symlink():
                 link.symlink_to(os.path.relpath(target.resolve(), run.path.resolve()), target_is_directory=True)
-        check_disk(inner)
-        for stage in STAGES:
-            if stage.name in stages:
-                did |= guarded(stage, inner)
+        rows = [STAGES[name] for name in STAGES if name in stages]
+        check_disk(inner, rows, student_parameters(inner, plan_shapes(config, inner.model_to_prune)))
+        for stage in rows:
+            changed |= _guarded(stage, inner)
     gc.collect()  # the engine of a finished distillation is in reference cycles, and the next step needs its memory
-    return did
+    return changed

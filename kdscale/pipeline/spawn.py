@@ -7,45 +7,118 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from kdscale.errors import DataError, HungRankError, Interrupted, KdscaleError
+from kdscale.errors import ERRORS_BY_CODE, ConfigError, DataError, Interrupted, LostRankError, MachineError
 from kdscale.pipeline.calibration import calibration_batches
-from kdscale.pipeline.stage import Context
+from kdscale.pipeline.stage import StageContext
 
 if TYPE_CHECKING:
     import torch
 
+    from kdscale.data.batches import Batch
+    from kdscale.models.hidden_states import Scratch
 
-_ERRORS: dict[int, type[KdscaleError]] = {kind.exit_code: kind for kind in KdscaleError.__subclasses__()}
+RANK_MODULE = "kdscale.pipeline.rank_main"
+# Rank 0's torch variables while it runs the single-process stages, which must not take them for their own.
+PLACE_VARIABLE = "KDSCALE_PLACE"
 
 
-_ERRORS[HungRankError.exit_code] = HungRankError
+def run_on_ranks(
+    stage: str,
+    run_rank: Callable[[StageContext], None],
+    context: StageContext,
+    processes: int,
+    across_job: bool = False,
+) -> None:
+    """Run `run_rank` here when `processes` is 1, or in that many ranks, and wait for them.
 
-
-def launch(stage: str, context: Context, processes: int) -> None:
-    """Run the rank function of `stage` in `processes` ranks and wait. Raises what the first rank that failed raised."""
+    `across_job`: a process that was itself started as rank 0 of a larger job (kdscale.jobs.rank) starts rank 0 alone;
+    the other ranks are started elsewhere. Raises what the first rank that failed raised, and Interrupted on a signal.
+    """
+    place = _place_in_job(processes) if across_job else None
+    if processes == 1 and place is None:
+        run_rank(context)
+        return
     from kdscale_launch import JobSpec, LaunchError, RankFailed, run_local
 
-    folders = map(str, (context.run.path, context.teacher, context.source))
+    folders = map(str, (context.run.path, context.teacher, context.model_to_prune))
     spec = JobSpec(
-        command=(sys.executable, "-m", "kdscale.pipeline.rank_main", stage, *folders),
-        processes=processes,
+        command=(sys.executable, "-m", RANK_MODULE, stage, *folders),
+        processes=1 if place else processes,
         log_dir=context.run.logs,
+        place=place,
     )
     try:
         code = run_local(spec)
     except RankFailed as error:
-        kind = _ERRORS.get(error.exit_code, KdscaleError)
-        raise kind(str(error), hint=f"the ranks' logs are in {context.run.logs}") from error
+        error_type = ERRORS_BY_CODE.get(error.exit_code, LostRankError)
+        raise error_type(str(error), hint=f"the ranks' logs are in {context.run.logs}") from error
     except LaunchError as error:
-        raise KdscaleError("the ranks could not be started", got=str(error)) from error
+        raise MachineError("the ranks could not be started", got=str(error)) from error
+    finally:
+        if across_job:
+            os.environ.pop(PLACE_VARIABLE, None)  # the place is taken: no rank waits for rank 0 any more
     if code > 128:
         raise Interrupted(code - 128)
 
 
-def join(device: torch.device) -> torch.device:
+def _place_in_job(processes: int) -> Any:
+    """Where rank 0 stands among the ranks of the job it was started in; None when this machine is the whole job."""
+    from kdscale_launch.rendezvous import parse_rank_place
+
+    if PLACE_VARIABLE not in os.environ:
+        return None
+    place = parse_rank_place(os.environ[PLACE_VARIABLE])
+    if place.world_size != processes:
+        raise ConfigError(
+            "distill.processes",
+            expected=f"{place.world_size}, as many as the launcher started",
+            got=str(processes),
+            hint="kdscale launch sets it to the number of slots",
+        )
+    return place
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """This rank's device, its calibration batches, and a folder for what the stage resumes from."""
+
+    device: torch.device
+    batches: Sequence[Batch]
+    scratch: Scratch
+
+
+def join_calibration(context: StageContext, stage: str) -> RankShare:
+    """Join the stage's group, if there are several processes, and take this rank's share of the calibration batches.
+
+    Raises DataError when there are more ranks than batches.
+    """
+    from kdscale.models.hidden_states import Scratch
+    from kdscale.runtime.device import resolve_device, set_threads
+    from kdscale.runtime.ranks import rank
+
+    config, processes = context.config, context.config.importance.processes
+    set_threads(config.runtime.threads, processes)
+    device = resolve_device(config.runtime.device)
+    batches = calibration_batches(config, context.run.data)
+    scratch = Scratch(context.run.work / stage, config.runtime.activation_bytes)
+    if processes == 1:
+        return RankShare(device, batches, scratch)
+    if len(batches) < processes:
+        raise DataError(
+            "importance.processes is more than there are calibration batches",
+            expected=f"at most {len(batches)}",
+            got=str(processes),
+            hint="raise importance.calibration_tokens or lower importance.micro_batch",
+        )
+    device = _join_group(device)
+    return RankShare(device, batches[rank() :: processes], scratch.subfolder(f"rank-{rank()}"))
+
+
+def _join_group(device: torch.device) -> torch.device:
     """Join the launcher's group; returns this rank's device. Statistics on the CPU and on GPUs are both reduced."""
     import torch
     import torch.distributed as dist
@@ -55,38 +128,3 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-def on_ranks(stage: str, run_rank: Callable[[Context], None], context: Context) -> None:
-    """Run `run_rank` here, or in as many processes as `importance.processes` says."""
-    if context.config.importance.processes == 1:
-        run_rank(context)
-    else:
-        launch(stage, context, context.config.importance.processes)
-
-
-class RankShare:
-    """What is this rank's: its device, its calibration batches, and a folder for what the stage resumes from."""
-
-    def __init__(self, context: Context, stage: str):
-        from kdscale.models.hidden_states import Scratch
-        from kdscale.runtime import ranks
-        from kdscale.runtime.device import resolve_device, set_threads
-
-        config, processes = context.config, context.config.importance.processes
-        set_threads(config.runtime.threads, processes)
-        self.device = resolve_device(config.runtime.device)
-        self.batches = calibration_batches(config, context.run.data)
-        self.scratch = Scratch(context.run.work / stage, config.runtime.activation_bytes)
-        if processes == 1:
-            return
-        if len(self.batches) < processes:
-            raise DataError(
-                "importance.processes is more than there are calibration batches",
-                expected=f"at most {len(self.batches)}",
-                got=str(processes),
-                hint="raise importance.calibration_tokens or lower importance.micro_batch",
-            )
-        self.device = join(self.device)
-        self.batches = self.batches[ranks.rank() :: processes]
-        self.scratch = self.scratch.subfolder(f"rank-{ranks.rank()}")

@@ -13,18 +13,42 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kdscale.config.load import config_differences, dump_config, load_config, may_change
+from kdscale.config.load import Difference, config_differences, dump_config, load_config, may_change
 from kdscale.config.root import Config
 from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.errors import ConfigError, RunFolderError
 from kdscale.files import explain_os_errors, read_json, remove_leftovers, write_json, write_text
 
 
+@dataclass(frozen=True)
+class Artifact:
+    """A file or folder that a stage leaves; `path` is relative to the run folder."""
+
+    path: str
+
+
+DATA = Artifact("data")
+IMPORTANCE = Artifact("importance")
+PLAN = Artifact("plan.json")
+PRUNED = Artifact("pruned")
+PRUNED_CONFIG = Artifact("pruned/config.json")
+REPAIR = Artifact("repair.json")
+CHECKPOINTS = Artifact("checkpoints")
+STUDENT = Artifact("student")
+EVAL = Artifact("eval")
+REPORT = Artifact("report")
+METRICS = Artifact("logs/metrics.jsonl")
+BAD_BATCHES = Artifact("logs/bad_batches.jsonl")
+TENSORBOARD = Artifact("logs/tensorboard")
+
+
 def now() -> str:
+    """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -47,17 +71,16 @@ class RunFolder:
         self.logs = path / "logs"
         self.stages = path / "stages"
         self.work = path / "work"
-        self.data = path / "data"
-        self.importance = path / "importance"
-        self.plan = path / "plan.json"
         self.speed = path / "speed.json"
-        self.pruned = path / "pruned"
-        self.repair = path / "repair.json"
-        self.checkpoints = path / "checkpoints"
-        self.student = path / "student"
-        self.eval = path / "eval"
-        self.report = path / "report"
         self.steps = path / "steps"
+        self.data, self.importance, self.plan = self.at(DATA), self.at(IMPORTANCE), self.at(PLAN)
+        self.pruned, self.repair, self.student = self.at(PRUNED), self.at(REPAIR), self.at(STUDENT)
+        self.checkpoints, self.metrics = self.at(CHECKPOINTS), self.at(METRICS)
+        self.eval, self.report = self.at(EVAL), self.at(REPORT)
+
+    def at(self, artifact: Artifact) -> Path:
+        """Where an artifact of this run is, or will be."""
+        return self.path / artifact.path
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -95,14 +118,14 @@ class RunFolder:
         finally:
             os.close(handle)
 
-    def adopt_config(self, config: Config, accept_changes: bool) -> list[str]:
+    def adopt_config(self, config: Config, accept_changes: bool) -> list[Difference]:
         """Store the resolved config; returns the fields that changed since the folder's last run.
 
-        Raises RunFolderError when the folder belongs to another config and the change was not accepted; how many ranks
-        compute it, and the like, may change without. Before any
-        stage has begun there is nothing to protect, and a corrected config simply takes the place of the first.
+        Raises RunFolderError when the folder belongs to another config and the change was not accepted. The number of
+        ranks, and other settings that the student does not depend on, may change without. Before any stage has begun
+        there is nothing to protect, and a corrected config simply takes the place of the first.
         """
-        changes: list[str] = []
+        changes: list[Difference] = []
         if self.config.exists():
             try:
                 old = load_config(self.config)
@@ -113,7 +136,7 @@ class RunFolder:
                     hint="use another run_dir",
                 ) from error
             changes = config_differences(old.resolved(), config.resolved())
-            refused = [change for change in changes if not may_change(change)]
+            refused = [change for change in changes if not may_change(change.field)]
             if refused and not accept_changes and self.stages.exists():
                 listed = "\n".join(f"  - {change}" for change in refused)
                 raise RunFolderError(
@@ -139,7 +162,7 @@ class RunFolder:
 
     def set_status(self, stage: str, state: str, **fields: Any) -> None:
         """Record a stage's state (running, done, failed, interrupted) for `kdscale status` and other watchers."""
-        current = read_json(self.status) if self.status.exists() else {"stages": {}}
+        current = read_json(self.status, RunFolderError) if self.status.exists() else {"stages": {}}
         current["stages"][stage] = {"state": state, "time": now(), **fields}
         write_json(self.status, current)
         self.event(state, stage=stage, **fields)

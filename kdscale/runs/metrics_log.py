@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kdscale.files import atomic_path
+
+_SYNC_SECONDS = 5.0  # the most that a power cut takes from a log whose writer does not call `sync` itself
+
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl`; a resumed run first cuts what a killed one wrote past its last checkpoint."""
+    """Appends rows to `metrics.jsonl`; a resumed run first cuts what a killed one wrote past its last checkpoint.
 
-    def __init__(self, path: Path, resume_step: int = 0, tensorboard_dir: Path | None = None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        tmp = path.with_name(path.name + ".tmp")
-        tmp.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        tmp.replace(path)
-        self._stream = path.open("a", encoding="utf-8")
+    Lines that cannot be read are kept where they are, and reported through `say`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int = 0,
+        tensorboard_dir: Path | None = None,
+        say: Callable[[str], None] = lambda message: None,
+    ):
+        kept = []
+        for number, line, row in _lines(path):
+            if row is None:
+                say(f"{path}: line {number} is damaged; it is kept, and left out of every plot")
+            if row is None or row["step"] <= resume_step:
+                kept.append(line)
+        with atomic_path(path) as tmp:
+            tmp.write_bytes(b"".join(line + b"\n" for line in kept))
+        self._stream = path.open("ab")
+        self._synced = time.monotonic()
         self._board: Any = None
         if tensorboard_dir is not None:
             from torch.utils.tensorboard.writer import SummaryWriter
@@ -27,30 +45,47 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row of JSON values: `kind` is "train" or "validation"; numbers also go to TensorBoard as kind/name."""
-        self._stream.write(_line({"kind": kind, "step": step, **values}))
+        self._stream.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
         self._stream.flush()
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            self.sync()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        """Make the rows so far survive a power cut; called before a checkpoint, which a resume cuts the log to."""
         os.fsync(self._stream.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Flush everything to the disk and let go of the files."""
+        self.sync()
         self._stream.close()
         if self._board is not None:
             self._board.close()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a kill cut short is left out."""
+    """The rows of a metrics file; lines that are damaged, or that a kill cut short, are left out."""
+    return (row for _, _, row in _lines(path) if row is not None)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """Each line with its number from 1 and its row, None for one that is damaged; without a last line cut by a kill."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    *lines, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        yield number, line, _row(line)
+    if last and (row := _row(last)) is not None:  # whole but for its newline
+        yield len(lines) + 1, last, row
 
 
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row) + "\n"
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row else None

@@ -53,7 +53,7 @@ def watch_signals() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
+def signals_as_exceptions() -> Iterator[None]:
     """SIGINT and SIGTERM become Interrupted wherever the work happens to be, so that temporary folders are removed."""
 
     def stop(number: int, _frame: object) -> NoReturn:

@@ -126,4 +126,4 @@ def test_parse_target_parses_or_refuses(text: str) -> None:
 def test_differences_name_dotted_fields() -> None:
     old = build_config(MINIMAL, "x").resolved()
     new = build_config({**MINIMAL, "seed": 3, "distill": {"optimizer": {"lr": 1e-3}}}, "x").resolved()
-    assert config_differences(old, new) == ["distill.optimizer.lr: 0.0001 → 0.001", "seed: 0 → 3"]
+    assert list(map(str, config_differences(old, new))) == ["distill.optimizer.lr: 0.0001 → 0.001", "seed: 0 → 3"]

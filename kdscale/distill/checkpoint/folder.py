@@ -152,7 +152,7 @@ def _refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]
         raise RunFolderError(
             f"{path} is a checkpoint of another run",
             expected="the same settings, data, teacher and student",
-            got="; ".join(differences[:8]),
+            got="; ".join(map(str, differences[:8])),
             hint=f"choose another run folder, or remove {path.parent} to distil from the beginning",
         )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from kdscale.pipeline.stage import Context, Facts
+from kdscale.pipeline.stage import Facts, StageContext
 
 
-def tokenize(context: Context) -> Facts:
+def tokenize(context: StageContext) -> Facts:
+    """Tokenise the text into the token store, training and held-out part."""
     from kdscale.data.token_store import TokenStore
     from kdscale.data.tokenizing import document_end_id
     from kdscale.families import load_family

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from kdscale.files import atomic_dir
-from kdscale.pipeline.stage import Context, Facts
+from kdscale.pipeline.stage import Facts, StageContext
 
 
-def evaluate(context: Context) -> Facts:
+def evaluate(context: StageContext) -> Facts:
+    """Measure teacher, pruned and distilled student."""
     from kdscale.eval import quality
 
     run, config = context.run, context.config

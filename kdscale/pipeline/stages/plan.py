@@ -13,7 +13,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.models import loading
 from kdscale.pipeline import calibration
 from kdscale.pipeline.calibration import scoring_batches
-from kdscale.pipeline.stage import Context, Facts
+from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.pipeline.stages.probes import by_probes
 from kdscale.prune.search.latency import LATENCY_KINDS
 
@@ -32,12 +32,12 @@ _TIMED_CANDIDATES = 5
 _TIMING_NOISE = 0.05
 
 
-def search_plan(context: Context, scores: Mapping[str, Any]) -> Plan:
+def search_plan(context: StageContext, scores: Mapping[str, Any]) -> Plan:
     """The plan of this run. Raises ConfigError when the budget cannot be met."""
     from kdscale.prune.search.hidden_basis import choose
     from kdscale.prune.search.shapes import Search
 
-    teacher, family = loading.open_teacher(context.source)
+    teacher, family = loading.open_teacher(context.model_to_prune)
     tied = family.tied(teacher.config)
 
     def make(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
@@ -48,7 +48,7 @@ def search_plan(context: Context, scores: Mapping[str, Any]) -> Plan:
     return choose(teacher, family, scores, context.config.prune, make)
 
 
-def _searched(context: Context, search: Search) -> Plan:
+def _searched(context: StageContext, search: Search) -> Plan:
     from kdscale.prune.axes import target_kind
 
     if target_kind(search.cfg) not in ("decode", "prefill"):
@@ -62,13 +62,13 @@ def _searched(context: Context, search: Search) -> Plan:
     return _timed(search.plan([*chosen, *others], tried), model)
 
 
-def what_matters(context: Context) -> Mapping[str, Any]:
+def what_matters(context: StageContext) -> Mapping[str, Any]:
     """What of the config the choice depends on besides `prune`: with probes, how they are distilled."""
     config = context.config
     return {"distill": config.distill.decisive()} if config.prune.search.probe_tokens is not None else {}
 
 
-def _ranked(context: Context, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
+def _ranked(context: StageContext, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
     """In order of the dearest score that the config asks for."""
     settings = context.config.prune.search
     if len(candidates) > 1 and settings.masked_candidates:
@@ -78,7 +78,7 @@ def _ranked(context: Context, search: Search, candidates: list[ShapeCandidate]) 
     return candidates
 
 
-def by_masked_score(context: Context, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
+def by_masked_score(context: StageContext, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
     """Run the best predicted candidates masked and put them in order of their divergence from the teacher."""
     from kdscale.models.hidden_states import Scratch
     from kdscale.prune.rotation import rotated_teacher
@@ -88,7 +88,7 @@ def by_masked_score(context: Context, search: Search, candidates: list[ShapeCand
     config = context.config
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
-    teacher, family = loading.open_teacher(context.source)
+    teacher, family = loading.open_teacher(context.model_to_prune)
     if search.cfg.hidden_method == "pca":
         teacher = rotated_teacher(teacher, family, search.scores or {})
     chosen = candidates[: config.prune.search.masked_candidates]
@@ -115,7 +115,7 @@ def _divergence(candidate: ShapeCandidate) -> float:
     return candidate.masked.kl
 
 
-def measured_latencies(context: Context, search: Search) -> LatencyModel:
+def measured_latencies(context: StageContext, search: Search) -> LatencyModel:
     """A latency model for the shapes the search may choose, fitted to a few that are timed here and now."""
     from kdscale.prune.search.latency import LatencyModel
     from kdscale.prune.search.latency_timing import machine_name, measurer
@@ -135,7 +135,7 @@ def measured_latencies(context: Context, search: Search) -> LatencyModel:
 
 
 def _by_measured_time(
-    search: Search, model: LatencyModel, candidates: list[ShapeCandidate], context: Context
+    search: Search, model: LatencyModel, candidates: list[ShapeCandidate], context: StageContext
 ) -> tuple[list[ShapeCandidate], list[ShapeCandidate]]:
     """Time the best candidates: those that keep the limit within their own spread; the others, fastest first."""
     budget = search.budget
@@ -177,7 +177,7 @@ def _timed(plan: Plan, model: LatencyModel) -> Plan:
     return plan
 
 
-def choose_plan(context: Context) -> Facts:
+def choose_plan(context: StageContext) -> Facts:
     from kdscale.prune.importance.ranking import load_scores
 
     plan = search_plan(context, load_scores(context.run.importance))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kdscale.config.root import Config
 from kdscale.errors import TrainingError
 from kdscale.files import read_json, remove_tree, sha256_json, write_json
-from kdscale.pipeline.stage import Context
+from kdscale.pipeline.stage import StageContext
 from kdscale.runs.digests import digest_tree
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import read_metrics
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kdscale.prune.plan import ShapeCandidate
 
 
-def by_probes(context: Context, teacher: Dims, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
+def by_probes(context: StageContext, teacher: Dims, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
     """`candidates` with the finalists' probes recorded, the winner first and the earliest dropped last of them."""
     search = context.config.prune.search
     assert search.probe_tokens is not None
@@ -41,7 +41,7 @@ def by_probes(context: Context, teacher: Dims, candidates: list[ShapeCandidate])
     return [*alive, *rest]
 
 
-def _probed(context: Context, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> ShapeCandidate:
+def _probed(context: StageContext, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> ShapeCandidate:
     """The candidate with one more probe, run now or read from the last time."""
     from kdscale.families.family import SHAPE_AXES
     from kdscale.prune.plan import ProbeResult
@@ -61,7 +61,7 @@ def _probed(context: Context, teacher: Dims, candidate: ShapeCandidate, tokens: 
     return candidate.model_copy(update={"probes": [*candidate.probes, ProbeResult(tokens=tokens, loss=loss)]})
 
 
-def _run(context: Context, config: Config) -> float:
+def _run(context: StageContext, config: Config) -> float:
     assert context.run_inner is not None
     shared = {"data": context.run.data, "importance": context.run.importance}
     context.run_inner(context, config, ("plan", "prune", "distill"), shared)
@@ -93,12 +93,12 @@ def probe_config(config: Config, teacher: Dims, candidate: ShapeCandidate, token
     )
 
 
-def _fingerprint(context: Context, config: Config) -> str:
+def _fingerprint(context: StageContext, config: Config) -> str:
     """Of all that the probe's loss depends on."""
     run = context.run
     files = {
-        "source": digest_tree(context.source),
-        "teacher": digest_tree(context.distilled_from),
+        "source": digest_tree(context.model_to_prune),
+        "teacher": digest_tree(context.model_to_learn_from),
         "importance": digest_tree(run.importance),
         "data": digest_tree(run.data),
     }

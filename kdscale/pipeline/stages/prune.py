@@ -8,26 +8,32 @@ from typing import TYPE_CHECKING
 from kdscale.errors import SelfCheckError
 from kdscale.files import read_json, remove_tree, replace_dir, write_json
 from kdscale.models.loading import open_teacher
-from kdscale.pipeline.spawn import RankShare, on_ranks
-from kdscale.pipeline.stage import Context, Facts
+from kdscale.pipeline.spawn import join_calibration, run_on_ranks
+from kdscale.pipeline.stage import Facts, StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 _CHECK_ROWS, _CHECK_TOKENS = 2, 96
-
+_STUDENT_BYTES = 4  # a parameter of the student on disk, at most
 
 SELF_CHECK_FILE = "self_check.json"
 
 
-def prune_and_check(context: Context) -> Facts:
-    on_ranks("prune", prune_rank, context)
+def disk_bytes(context: StageContext, student_params: int) -> int:
+    """The pruned student."""
+    return student_params * _STUDENT_BYTES
+
+
+def prune_and_check(context: StageContext) -> Facts:
+    """Write the pruned student on as many processes as the config asks for, and check it."""
+    run_on_ranks("prune", prune_rank, context, context.config.importance.processes)
     figures = read_json(context.run.logs / SELF_CHECK_FILE)
     return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
 
 
-def prune_rank(context: Context) -> None:
+def prune_rank(context: StageContext) -> None:
+    """Prune as one rank; the first rank writes the student, checks it and gives it its name."""
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.compensation.recovered_error import RecoveredErrors
     from kdscale.prune.importance.ranking import load_scores
@@ -38,8 +44,8 @@ def prune_rank(context: Context) -> None:
     from kdscale.runtime.ranks import is_writer
 
     config, run = context.config, context.run
-    share = RankShare(context, "prune")
-    teacher, family = open_teacher(context.source)
+    share = join_calibration(context, "prune")
+    teacher, family = open_teacher(context.model_to_prune)
     if Plan.load(run.plan).methods.hidden == "pca":
         teacher = rotated_teacher(teacher, family, load_scores(run.importance))
     plan = Plan.load(run.plan, config=teacher.config, family=family)

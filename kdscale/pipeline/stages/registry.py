@@ -1,42 +1,80 @@
-"""All stages of a run, in order."""
+"""All stages of a run, in order: one row each.
+
+The commands, `--until`, status, steps, ranks, the disk check and the report's order all come from this table. A new
+stage is a row here and one file beside this one (and a section of the config, if it has settings).
+"""
 
 from __future__ import annotations
 
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages import data, distill, evaluate, importance, plan, prune, report
+from kdscale.runs import folder
 
-_CODE = ("teacher.trust_remote_code",)
+_CODE = "teacher.trust_remote_code"
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="data", title="tokenise the text", run=data.tokenize,
+            config=("data",), model="teacher", writes=(folder.DATA,),
+        ),
+        Stage(
+            name="importance", title="measure importance", help="Measure what each part of the teacher contributes.",
+            run=importance.measure_importance, run_rank=importance.importance_rank,
+            config=("importance", "seed", _CODE), depends_on=importance.axes_to_score, model="model_to_prune",
+            reads=(folder.DATA,), writes=(folder.IMPORTANCE,), resumable=True, in_steps=True,
+        ),
+        Stage(
+            name="plan", title="choose the student's shape",
+            help="Choose the student's shape and every index that is kept, and show what else was compared.",
+            run=plan.choose_plan, config=("prune",), depends_on=plan.what_matters, model="model_to_prune",
+            reads=(folder.IMPORTANCE,), writes=(folder.PLAN,), hand_editable=True, in_steps=True,
+        ),
+        Stage(
+            name="prune", title="prune and check",
+            help="Write the pruned student (and whatever it still needs) and check it.",
+            run=prune.prune_and_check, run_rank=prune.prune_rank,
+            config=("prune", "importance", "seed", _CODE), model="model_to_prune",
+            reads=(folder.PLAN, folder.IMPORTANCE, folder.DATA), writes=(folder.PRUNED,),
+            disk_bytes=prune.disk_bytes, resumable=True, in_steps=True,
+        ),
+        Stage(
+            name="distill", title="distil the teacher into the student",
+            help="Distil the teacher into the pruned student; resumes where it was.",
+            run=distill.distill, run_rank=distill.distill_rank,
+            config=("seed", _CODE), depends_on=distill.what_distillation_depends_on, model="model_to_learn_from",
+            reads=(folder.PRUNED, folder.DATA), writes=(folder.STUDENT,),
+            resumes_from=(folder.CHECKPOINTS, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD),
+            disk_bytes=distill.disk_bytes, in_steps=True, across_job=True, watches_itself=True,
+        ),
+        Stage(
+            name="eval", title="evaluate side by side",
+            help="Measure teacher, pruned and distilled side by side on held-out text.",
+            run=evaluate.evaluate, config=("eval", "seed", _CODE), model="teacher",
+            reads=(folder.PRUNED, folder.STUDENT, folder.DATA), writes=(folder.EVAL,),
+        ),
+        Stage(
+            name="report", title="write the report",
+            help="Write report.html and report.json of what there is so far; starts no other stage.",
+            run=report.write_report, config=("name",),
+            reads=(
+                folder.PLAN, folder.IMPORTANCE, folder.PRUNED_CONFIG, folder.REPAIR, folder.EVAL, folder.METRICS,
+            ),
+            writes=(folder.REPORT,),
+        ),
+    )
+}  # fmt: skip
 
 
-STAGES: tuple[Stage, ...] = (
-    Stage("data", "tokenise the text", ("data",), (), ("data",), data.tokenize, reads_teacher=True),
-    Stage(
-        "importance", "measure importance", ("importance", "seed", *_CODE), ("data",), ("importance",),
-        importance.measure_importance, reads_teacher=True, derived=importance.axes_to_score, resumable=True,
-    ),
-    Stage(
-        "plan", "choose the student's shape", ("prune",), ("importance",), ("plan.json",), plan.choose_plan,
-        reads_teacher=True, hand_editable=True, derived=plan.what_matters,
-    ),
-    Stage(
-        "prune", "prune and check", ("prune", "importance", "seed", *_CODE), ("plan.json", "importance", "data"),
-        ("pruned",), prune.prune_and_check, reads_teacher=True, resumable=True,
-    ),
-    Stage(
-        "distill", "distil the teacher into the student", ("seed", *_CODE), ("pruned", "data"), ("student",),
-        distill.distill, reads_teacher=True, derived=distill.what_distillation_depends_on,
-        scratch=("checkpoints", "logs/metrics.jsonl", "logs/bad_batches.jsonl", "logs/tensorboard"),
-    ),
-    Stage(
-        "eval", "evaluate side by side", ("eval", "seed", *_CODE), ("pruned", "student", "data"), ("eval",),
-        evaluate.evaluate, reads_teacher=True,
-    ),
-    Stage(
-        "report", "write the report", ("name",),
-        ("plan.json", "importance", "pruned/config.json", "repair.json", "eval", "logs/metrics.jsonl"), ("report",),
-        report.write_report,
-    ),
-)  # fmt: skip
+def stages_until(last: str) -> list[Stage]:
+    """The stages that bring a run up to `last`, in order."""
+    names = list(STAGES)
+    return [STAGES[name] for name in names[: names.index(last) + 1]]
 
 
-STAGE_NAMES = tuple(stage.name for stage in STAGES)
+def job_targets() -> tuple[str, ...]:
+    """The stages up to which a job of many ranks can run: the first that needs all ranks, and those after it."""
+    names = list(STAGES)
+    first = next(index for index, name in enumerate(names) if STAGES[name].across_job)
+    return tuple(names[first:])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from kdscale.files import atomic_dir
-from kdscale.pipeline.stage import Context, Facts
+from kdscale.pipeline.stage import Facts, StageContext
 
 
-def write_report(context: Context) -> Facts:
+def write_report(context: StageContext) -> Facts:
+    """Write the report of whatever the run folder holds."""
     from kdscale.report.html import write_report as write
 
     with atomic_dir(context.run.report) as tmp:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from kdscale.config.load import dump_config, load_config
 from kdscale.config.root import Config
 from kdscale.errors import DataError
 from kdscale.files import write_text
-from kdscale.pipeline import rank_main, spawn
+from kdscale.pipeline import rank_main
 from kdscale.pipeline.runner import run_until
-from kdscale.pipeline.stage import Context
+from kdscale.pipeline.spawn import run_on_ranks
+from kdscale.pipeline.stage import StageContext
+from kdscale.pipeline.stages.registry import STAGES
 from kdscale.prune.importance.collect import collect_scores
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
@@ -79,9 +82,9 @@ def test_two_processes_make_the_student_of_one(tiny_config, tmp_path, kdscale_en
 def test_more_ranks_than_batches(tiny_config, tmp_path):
     config = _config(tiny_config, tmp_path / "run", "importance.processes=5")
     run_until(config, "data", Reporter(quiet=True))
-    context = Context(config, RunFolder(tmp_path / "run"), Path(config.teacher.path), Reporter(quiet=True))
+    context = StageContext(config, RunFolder(tmp_path / "run"), Path(config.teacher.path), Reporter(quiet=True))
     with pytest.raises(DataError, match=r"importance\.processes"):
-        rank_main.RANK_WORK["importance"](context)
+        STAGES["importance"].run_rank(context)
 
 
 def test_ranks_prune_the_model_of_the_step_before(tiny_config, tmp_path, monkeypatch):
@@ -91,13 +94,12 @@ def test_ranks_prune_the_model_of_the_step_before(tiny_config, tmp_path, monkeyp
     config = _config(tiny_config, run.path, "importance.processes=2")
     write_text(run.config, dump_config(config))
     before = tmp_path / "step-1" / "student"
-    context = Context(config, run, Path(config.teacher.path), Reporter(quiet=True), before)
+    context = StageContext(config, run, Path(config.teacher.path), Reporter(quiet=True), before)
     jobs: list[JobSpec] = []
     monkeypatch.setattr("kdscale_launch.run_local", lambda spec: jobs.append(spec) or 0)
-    spawn.launch("importance", context, 2)
-    seen: list[Context] = []
-    monkeypatch.setitem(rank_main.RANK_WORK, "importance", seen.append)
+    run_on_ranks("importance", print, context, 2)
+    seen: list[StageContext] = []
+    monkeypatch.setitem(STAGES, "importance", replace(STAGES["importance"], run_rank=seen.append))
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(sys, "argv", ["ranks", *jobs[0].command[3:]])
-    assert rank_main.main() == 0
-    assert (seen[0].source, seen[0].teacher, seen[0].config) == (before, context.teacher, config)
+    assert rank_main.main(jobs[0].command[3:]) == 0
+    assert (seen[0].model_to_prune, seen[0].teacher, seen[0].config) == (before, context.teacher, config)

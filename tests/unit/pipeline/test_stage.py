@@ -13,9 +13,9 @@ from kdscale.config.load import build_config
 from kdscale.config.root import Config
 from kdscale.errors import RunFolderError
 from kdscale.files import write_text
-from kdscale.pipeline.stage import Context, Stage, run_stage
+from kdscale.pipeline.stage import Stage, StageContext, run_stage
 from kdscale.runs.digests import digest_file
-from kdscale.runs.folder import RunFolder
+from kdscale.runs.folder import Artifact, RunFolder
 from kdscale.runtime.progress import Reporter
 
 
@@ -35,20 +35,17 @@ class Bench:
         self.run.path.mkdir()
         self.calls: list[str] = []
         self.first = Stage(
-            "first", "the first", ("seed",), (), ("a.json",), self._work("first", "a.json"), reads_teacher=True
-        )
+            name="first", title="the first", run=self._work("first", "a.json"),
+            config=("seed",), model="teacher", writes=(Artifact("a.json"),),
+        )  # fmt: skip
         self.second = Stage(
-            "second",
-            "the second",
-            ("distill",),
-            ("a.json",),
-            ("b",),
-            self._work("second", "b/x"),
-            scratch=("scratch", "curve"),
-        )
+            name="second", title="the second", run=self._work("second", "b/x"),
+            config=("distill",), reads=(Artifact("a.json"),), writes=(Artifact("b"),),
+            resumes_from=(Artifact("scratch"), Artifact("curve")),
+        )  # fmt: skip
 
     def _work(self, name: str, output: str) -> Any:
-        def work(context: Context) -> Mapping[str, Any]:
+        def work(context: StageContext) -> Mapping[str, Any]:
             self.calls.append(name)
             write_text(context.run.path / output, f"{name} {context.config.seed}")
             return {"calls": len(self.calls)}
@@ -57,7 +54,7 @@ class Bench:
 
     def go(self, settings: Config | None = None) -> list[str]:
         self.calls.clear()
-        context = Context(
+        context = StageContext(
             settings or config(), self.run, self.run.path.parent / "teacher", Reporter(console=self.console)
         )
         for stage in (self.first, self.second):
@@ -84,7 +81,7 @@ def test_a_changed_setting_repeats_the_stages_it_touches(bench: Bench) -> None:
 
 
 def test_what_is_derived_from_the_settings_counts_like_a_setting(bench: Bench) -> None:
-    bench.first = Stage(**{**vars(bench.first), "fields": (), "derived": lambda c: {"even": c.config.seed % 2 == 0}})
+    bench.first = Stage(**{**vars(bench.first), "config": (), "depends_on": lambda c: {"even": c.config.seed % 2 == 0}})
     bench.go()
     assert bench.go(config(seed=2)) == []
     assert bench.go(config(seed=3)) == ["first", "second"]
@@ -114,13 +111,13 @@ def test_an_output_edited_by_hand_is_kept_and_noticed_downstream(bench: Bench) -
 
 
 def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> None:
-    def dies(context: Context) -> Mapping[str, Any]:
+    def dies(context: StageContext) -> Mapping[str, Any]:
         write_text(context.run.path / "scratch" / "step", "1")
         write_text(context.run.path / "curve", "1")
         raise KeyboardInterrupt
 
     whole = bench.second
-    bench.second = Stage(**{**vars(whole), "work": dies})
+    bench.second = Stage(**{**vars(whole), "run": dies})
     with pytest.raises(KeyboardInterrupt):
         bench.go()
     bench.second = whole
@@ -131,22 +128,25 @@ def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> Non
     assert not (bench.run.path / "curve").exists()
 
 
+def changes(run: RunFolder, settings: Config, accept: bool = False) -> list[str]:
+    return [str(difference) for difference in run.adopt_config(settings, accept_changes=accept)]
+
+
 def test_the_folder_of_another_config_is_refused(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with run.lock():
         assert run.adopt_config(config(), accept_changes=False) == []
-        assert run.adopt_config(config(seed=2), accept_changes=False) == ["seed: 0 → 2"]  # nothing has begun yet
-        assert run.adopt_config(config(), accept_changes=False) == ["seed: 2 → 0"]
+        assert changes(run, config(seed=2)) == ["seed: 0 → 2"]  # nothing has begun yet
+        assert changes(run, config()) == ["seed: 2 → 0"]
         run.stages.mkdir()
         with pytest.raises(RunFolderError, match="seed: 0 → 1") as caught:
             run.adopt_config(config(seed=1), accept_changes=False)
         assert "--accept-changes" in str(caught.value)
-        assert run.adopt_config(config(seed=1), accept_changes=True) == ["seed: 0 → 1"]
+        assert changes(run, config(seed=1), accept=True) == ["seed: 0 → 1"]
         assert run.adopt_config(config(seed=1), accept_changes=False) == []
         # with how many ranks, and the like, a run is computed may change without a word of consent
         other = config(seed=1, distill={"processes": 2, "zero_stage": 3})
-        changes = ["distill.processes: 1 → 2", "distill.zero_stage: 1 → 3"]
-        assert run.adopt_config(other, accept_changes=False) == changes
+        assert changes(run, other) == ["distill.processes: 1 → 2", "distill.zero_stage: 1 → 3"]
         with pytest.raises(RunFolderError, match="seq_len: 512 → 64") as caught:
             run.adopt_config(config(seed=1, distill={"seq_len": 64}), accept_changes=False)
         assert "processes" not in str(caught.value)

@@ -1,0 +1,76 @@
+"""metrics.jsonl: a torn last line is a kill; any other damaged line is kept and reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kdscale.runs.metrics_log import MetricsLog, read_metrics
+
+
+def write_rows(path: Path, count: int) -> list[bytes]:
+    log = MetricsLog(path)
+    for step in range(1, count + 1):
+        log.write("train", step, loss=1.0 / step)
+    log.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def steps(path: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(path)]
+
+
+def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "metrics.jsonl"
+    write_rows(path, 5)
+    MetricsLog(path, resume_step=3).close()
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_last_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = write_rows(path, 3)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:10])
+    assert steps(path) == [1, 2]
+    said: list[str] = []
+    MetricsLog(path, resume_step=9, say=said.append).close()
+    assert path.read_bytes() == b"".join(lines[:2])
+    assert said == []
+    path.write_bytes(b"".join(lines).rstrip(b"\n"))  # whole but for the newline
+    assert steps(path) == [1, 2, 3]
+
+
+def test_a_damaged_line_loses_no_other_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = write_rows(path, 10)
+    for damage in (
+        b"{ nonsense\n",
+        b"\xff\xfe\x00\n",
+        b"[1, 2]\n",
+        b'{"kind": "train"}\n',
+        b'{"step": "x", "kind": 1}\n',
+    ):
+        path.write_bytes(b"".join([*lines[:4], damage, *lines[5:]]))
+        assert steps(path) == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+        said: list[str] = []
+        log = MetricsLog(path, resume_step=9, say=said.append)
+        log.write("train", 10, loss=0.5)
+        log.close()
+        assert path.read_bytes().splitlines(keepends=True)[:9] == [*lines[:4], damage, *lines[5:9]]
+        assert json.loads(path.read_bytes().splitlines()[-1])["loss"] == 0.5
+        assert len(said) == 1 and "line 5 is damaged" in said[0]
+
+
+def test_rows_are_on_the_disk_when_a_checkpoint_is_sealed(tmp_path: Path, monkeypatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    before = len(synced)
+    log.write("train", 1, loss=1.0)
+    assert len(synced) == before
+    log.sync()
+    assert len(synced) == before + 1
+    monkeypatch.setattr("kdscale.runs.metrics_log._SYNC_SECONDS", 0.0)
+    log.write("train", 2, loss=1.0)
+    assert len(synced) == before + 2
+    log.close()
