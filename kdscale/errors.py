@@ -110,7 +110,7 @@ ERRORS_BY_CODE: dict[int, type[KdscaleError]] = {
     error.exit_code: error
     for error in (
         ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError, LostRankError,
-        HungRankError, ServiceError, MachineError, FileError,
+        HungRankError, ServiceError, MachineError, FileError, MissingProgramError,
     )
 }  # fmt: skip
 
