@@ -164,6 +164,22 @@ def stages() -> str:
     return table(("stage", "what it does"), [(f"`{stage.name}`", stage.title) for stage in STAGES])
 
 
+def exit_codes() -> str:
+    """What the exit codes of the commands mean."""
+    from kdscale import errors
+
+    classes = sorted(_subclasses(errors.KdscaleError), key=lambda error: error.exit_code)
+    rows = [
+        (str(error.exit_code), (error.__doc__ or "").splitlines()[0], "yes" if error.worth_retrying else "no")
+        for error in classes
+    ]
+    return table(("code", "meaning", "does `kdscale launch` try again?"), rows)
+
+
+def _subclasses(cls: Any) -> list[Any]:
+    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
+
+
 def gpus() -> str:
     """GPUs that `kdscale plan-cluster` knows by name."""
     entries = json.loads((ROOT / "kdscale" / "sizing" / "gpus.json").read_text(encoding="utf-8"))["gpus"]
@@ -177,4 +193,10 @@ def zero_keys() -> str:
     return ", ".join(f"`{key}`" for key in PASSED_THROUGH)
 
 
-TABLES: dict[str, Callable[[], str]] = {"commands": commands, "stages": stages, "gpus": gpus, "zero-keys": zero_keys}
+TABLES: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "stages": stages,
+    "exit-codes": exit_codes,
+    "gpus": gpus,
+    "zero-keys": zero_keys,
+}
