@@ -111,10 +111,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def commands() -> str:
     """Every command of `kdscale`: what it does, its arguments and its options."""
-    from kdscale.cli.main import app
+    return "\n\n".join(_command(name, command) for name, command in command_objects().items())
 
-    group: Any = typer.main.get_command(app)
-    return "\n\n".join(_command(name, group.commands[name]) for name in group.commands)
+
+def command_objects() -> dict[str, Any]:
+    """Every command of `kdscale` by name, as typer builds it."""
+    from kdscale.cli.main import make_app
+
+    group: Any = typer.main.get_command(make_app())
+    return dict(group.commands)
 
 
 def _command(name: str, command: Any) -> str:
@@ -161,7 +166,11 @@ def stages() -> str:
     """Every stage of a run, in order."""
     from kdscale.pipeline.stages.registry import STAGES
 
-    return table(("stage", "what it does"), [(f"`{stage.name}`", stage.title) for stage in STAGES])
+    def named(artifacts: Iterable[Any]) -> str:
+        return ", ".join(f"`{artifact.path}`" for artifact in artifacts)
+
+    rows = [(f"`{stage.name}`", stage.title, named(stage.reads), named(stage.writes)) for stage in STAGES.values()]
+    return table(("stage", "what it does", "reads", "writes"), rows)
 
 
 def exit_codes() -> str:
