@@ -54,7 +54,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_threads(threads: int | None, processes: int = 1) -> int:
-    """Set the CPU threads of this process: `threads`, or the usable cores divided by `processes`; returns the number."""
+    """Set this process's CPU threads: `threads`, or the usable cores divided by `processes`; returns the number."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     count = threads or max(1, cores // processes)
     torch.set_num_threads(count)
