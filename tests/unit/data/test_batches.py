@@ -119,7 +119,7 @@ def test_eval_bits_per_byte_of_a_uniform_model(make_split):
     split = make_split(LENGTHS)
     (batch,) = eval_batches(split, 16, 100, 10**6)
     nats = batch.token_count * math.log(320)
-    scored = [t for n, d in ((n, d) for d, n in enumerate(LENGTHS)) for t in split.doc(d)[1 : min(n, 17)]]
+    scored = [t for n, d in ((n, d) for d, n in enumerate(LENGTHS)) for t in split.document_tokens(d)[1 : min(n, 17)]]
     assert batch.token_count == len(scored)
     bits_per_byte = nats / (math.log(2) * batch.text_bytes)
     assert bits_per_byte == pytest.approx(len(scored) * math.log2(320) / sum(int(t) % 5 for t in scored))
