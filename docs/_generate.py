@@ -202,10 +202,18 @@ def zero_keys() -> str:
     return ", ".join(f"`{key}`" for key in PASSED_THROUGH)
 
 
+def free_settings() -> str:
+    """Fields of `distill` that a run may change and go on."""
+    from kdscale.config.distill import FREE_SETTINGS
+
+    return ", ".join(f"`{name}`" for name in sorted(FREE_SETTINGS))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
     "stages": stages,
     "exit-codes": exit_codes,
+    "free-settings": free_settings,
     "gpus": gpus,
     "zero-keys": zero_keys,
 }

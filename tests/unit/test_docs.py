@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kdscale.families.schema import COMPONENT_OF, FamilyData
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -80,6 +82,16 @@ def test_every_family_has_a_row() -> None:
     text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
     for path in (ROOT / "kdscale" / "families").glob("*.json"):
         assert f"| `{path.name}` |" in text
+
+
+def test_every_key_and_role_of_a_family_file_is_explained() -> None:
+    section = (DOCS / "reference" / "families.md").read_text(encoding="utf-8").split("## Keys of a family file")[1]
+    keys = re.findall(
+        r"`([a-z_]+)`", "\n".join(row.split("|")[1] for row in re.findall(r"^\| .*", section, re.MULTILINE))
+    )
+    assert set(FamilyData.model_fields) - set(keys) == set()
+    roles = {role.removesuffix("_bias") for role in COMPONENT_OF}
+    assert roles - set(re.findall(r"`([a-z_]+)`", section)) == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
