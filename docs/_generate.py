@@ -202,6 +202,17 @@ def zero_keys() -> str:
     return ", ".join(f"`{key}`" for key in PASSED_THROUGH)
 
 
+def divergences() -> str:
+    """Every divergence between teacher and student."""
+    from kdscale_kernels import DIVERGENCES
+
+    rows = [
+        (f"`{name}`", row.formula, f"{row.parameter}, default {row.default:g}" if row.parameter else "", row.source)
+        for name, row in DIVERGENCES.items()
+    ]
+    return table(("name", "formula", "parameter", "source"), rows)
+
+
 def free_settings() -> str:
     """Fields of `distill` that a run may change and go on."""
     from kdscale.config.distill import FREE_SETTINGS
@@ -212,6 +223,7 @@ def free_settings() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
     "stages": stages,
+    "divergences": divergences,
     "exit-codes": exit_codes,
     "free-settings": free_settings,
     "gpus": gpus,

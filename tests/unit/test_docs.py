@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import kdscale_kernels
 from kdscale.families.schema import COMPONENT_OF, FamilyData
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,12 @@ def test_every_family_has_a_row() -> None:
     text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
     for path in (ROOT / "kdscale" / "families").glob("*.json"):
         assert f"| `{path.name}` |" in text
+
+
+def test_every_function_of_the_kernels_is_listed() -> None:
+    text = (DOCS / "reference" / "kernels.md").read_text(encoding="utf-8")
+    functions = {name for name in kdscale_kernels.__all__ if name.islower()} - {"choose_backend"}
+    assert functions - set(re.findall(r"`([a-z_]+)`", text)) == set()
 
 
 def test_every_key_and_role_of_a_family_file_is_explained() -> None:
