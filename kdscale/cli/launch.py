@@ -1,4 +1,4 @@
-"""`kdscale launch` and `kdscale preflight`: a run on several hosts, or rendered for a job system."""
+"""`kdscale launch` and `kdscale preflight`: a run on several hosts, by ssh or through a job system."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _HOSTS, _SYSTEMS = "Hosts over ssh", "Job systems"
 
 
 class Launcher(StrEnum):
+    """What starts the ranks on the hosts of a hostfile."""
+
     ssh = "ssh"
     deepspeed = "deepspeed"
 
@@ -32,15 +34,15 @@ def _option(names: str, text: str, panel: str, metavar: str | None = None) -> ob
 
 
 HostfileOption = Annotated[
-    Path | None, _option("--hostfile -H", "Hosts in DeepSpeed's format: `name slots=N` a line.", _HOSTS, "FILE")
+    Path | None, _option("--hostfile -H", "Hosts in DeepSpeed's format: one `name slots=N` per line.", _HOSTS, "FILE")
 ]
 LauncherOption = Annotated[Launcher, _option("--launcher", "Our own agents over ssh, or DeepSpeed's runner.", _HOSTS)]
-SshOption = Annotated[str, _option("--ssh-command", "What to call instead of ssh, with its options.", _HOSTS)]
-PythonOption = Annotated[str, _option("--python", "The interpreter on the hosts.", _HOSTS, "PATH")]
+SshOption = Annotated[str, _option("--ssh-command", "The command to use instead of ssh, with its options.", _HOSTS)]
+PythonOption = Annotated[str, _option("--python", "The Python interpreter on the hosts.", _HOSTS, "PATH")]
 AddressOption = Annotated[
     str, _option("--master-addr", "Where ranks find rank 0. Default: the first host's name.", _HOSTS, "ADDRESS")
 ]
-PortOption = Annotated[int, _option("--master-port", "Rank 0's port. Default: one that is free there.", _HOSTS)]
+PortOption = Annotated[int, _option("--master-port", "Rank 0's port. Default: a free one.", _HOSTS)]
 DeadOption = Annotated[
     float, _option("--dead-after", "Seconds of silence after which a host counts as lost.", _HOSTS, "SECONDS")
 ]
@@ -54,7 +56,7 @@ ExportOption = Annotated[
 
 @dataclass(frozen=True)
 class HostOptions:
-    """Everything about reaching hosts that both commands take."""
+    """The options for reaching hosts, which both commands take."""
 
     hostfile: Path
     ssh_command: str
@@ -64,6 +66,31 @@ class HostOptions:
     dead_after: float
     connect_timeout: float
     export: tuple[str, ...]
+
+    def hosts(self) -> tuple[Host, ...]:
+        """The hosts of the hostfile. Raises ConfigError when it cannot be used."""
+        from kdscale.jobs.launch import launcher_errors
+        from kdscale_launch import read_hostfile
+
+        with launcher_errors():
+            return read_hostfile(self.hostfile)
+
+    def job(self, request: LaunchRequest, hosts: Sequence[Host], **settings: float | int) -> HostsJob:
+        """The request as a job on these hosts; `settings` are HostsJob's."""
+        from kdscale.jobs.launch import hosts_job, python_path
+        from kdscale_launch import SshSettings
+
+        ssh = SshSettings(
+            python=self.python,
+            cwd=str(Path.cwd()),
+            pythonpath=python_path(),
+            program=tuple(shlex.split(self.ssh_command)),
+            dead_after=self.dead_after,
+            connect_seconds=self.connect_timeout,
+        )
+        return hosts_job(
+            request, hosts, ssh, self.export, master_addr=self.master_addr, master_port=self.master_port, **settings
+        )
 
 
 def preflight_command(
@@ -78,15 +105,15 @@ def preflight_command(
     connect_timeout: ConnectOption = 30.0,
     export: ExportOption = None,
 ) -> None:
-    """Check on every host whether the config can run there together. Exit code 1 when something is in the way."""
+    """Check whether the hosts can run the config together. Exit code 1 when something is in the way."""
     if hostfile is None:
-        raise ConfigError("kdscale preflight", expected="--hostfile FILE")
+        raise ConfigError("kdscale preflight", expected="--hostfile FILE", got="none")
     options = HostOptions(
         hostfile, ssh_command, python, master_addr, master_port, dead_after, connect_timeout, tuple(export or ())
     )
-    hosts = _hosts(hostfile)
-    asked = _request(config, set_, sum(host.slots for host in hosts), accept=False)
-    if not _preflight(_job(asked, hosts, options), asked):
+    hosts = options.hosts()
+    request = _request(config, set_, sum(host.slots for host in hosts), accept_changes=False)
+    if not _preflight(options.job(request, hosts), request):
         raise typer.Exit(1)
 
 
@@ -95,11 +122,12 @@ def launch_command(
     set_: SetOption = None,
     accept_changes: AcceptOption = False,
     until: Annotated[
-        str, typer.Option("--until", metavar="STAGE", help="Stop after distill, eval or report.")
+        str, typer.Option("--until", metavar="STAGE", help="The last stage: distill, eval or report.")
     ] = "report",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run; run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
     max_restarts: Annotated[
-        int, typer.Option("--max-restarts", min=0, help="How often a broken job starts again from its last checkpoint.")
+        int,
+        typer.Option("--max-restarts", min=0, help="How often a broken job starts again from its last checkpoint."),
     ] = 3,
     grace: Annotated[
         float, typer.Option("--grace", metavar="SECONDS", help="How long ranks may take to save after SIGTERM.")
@@ -127,18 +155,19 @@ def launch_command(
         _option("--min-nodes", "Go on with as few hosts as this when others do not come back.", _HOSTS),
     ] = None,
     export: ExportOption = None,
-    slurm: Annotated[bool, _option("--slurm", "Render a batch script and submit it with sbatch.", _SYSTEMS)] = False,
+    slurm: Annotated[bool, _option("--slurm", "Write a batch script and submit it with sbatch.", _SYSTEMS)] = False,
     kubernetes: Annotated[
-        bool, _option("--kubernetes", "Render an indexed Job and apply it with kubectl.", _SYSTEMS)
+        bool, _option("--kubernetes", "Make an indexed Job and apply it with kubectl.", _SYSTEMS)
     ] = False,
     pytorchjob: Annotated[
         bool, _option("--pytorchjob", "With --kubernetes: a Kubeflow PyTorchJob instead.", _SYSTEMS)
     ] = False,
     torchrun: Annotated[
-        bool, _option("--torchrun", "Run this node's share under torchrun; the same command on every node.", _SYSTEMS)
+        bool,
+        _option("--torchrun", "Run this node's ranks under torchrun; same command on every node.", _SYSTEMS),
     ] = False,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="How many nodes.", rich_help_panel=_SYSTEMS)] = 1,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Ranks a node.", rich_help_panel=_SYSTEMS)] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.", rich_help_panel=_SYSTEMS)] = 1,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Ranks per node.", rich_help_panel=_SYSTEMS)] = 1,
     time_limit: Annotated[str, _option("--time", "Slurm's time limit.", _SYSTEMS, "D-HH:MM:SS")] = "",
     sbatch: Annotated[
         list[str] | None, _option("--sbatch", "Another sbatch option, e.g. partition=gpu. Repeatable.", _SYSTEMS)
@@ -151,9 +180,9 @@ def launch_command(
     secret: Annotated[
         list[str] | None, _option("--secret", "A Secret whose keys become variables. Repeatable.", _SYSTEMS)
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs a pod.", rich_help_panel=_SYSTEMS)] = 0,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs per pod.", rich_help_panel=_SYSTEMS)] = 0,
 ) -> None:
-    """Run every stage with the distillation spread over several machines; resumes, restarts, and ends as one.
+    """Run every stage, with the distillation spread over several machines; resumes, restarts, and ends as one job.
 
     Give one of --hostfile, --slurm, --kubernetes and --torchrun. The run folder must be on storage that all machines
     share. Exit code 75: stopped by SIGTERM with everything saved.
@@ -169,45 +198,39 @@ def launch_command(
         options = HostOptions(
             hostfile, ssh_command, python, master_addr, master_port, dead_after, connect_timeout, exported
         )
-        hosts = _hosts(hostfile)
+        hosts = options.hosts()
         _check_min_nodes(min_nodes, len(hosts), elastic=launcher is Launcher.ssh)
-        asked = _request(config, set_, sum(host.slots for host in hosts), accept_changes, until)
-        job = _job(asked, hosts, options, grace=grace, max_restarts=max_restarts, host_seconds=host_timeout)
-        job = _elastic(job, asked, min_nodes, python)
-        if not dry_run and not skip_preflight and not _preflight(job, asked):
+        request = _request(config, set_, sum(host.slots for host in hosts), accept_changes, until)
+        job = options.job(request, hosts, grace_seconds=grace, max_restarts=max_restarts, host_seconds=host_timeout)
+        job = _with_fewer_hosts(job, request, min_nodes, python)
+        if not dry_run and not skip_preflight and not _preflight(job, request):
             raise typer.Exit(1)
         if launcher is Launcher.deepspeed:
-            _leave(systems.run_deepspeed(asked, job, hostfile, shlex.split(ssh_command)[1:], dry_run))
-        _on_hosts(asked, job, dry_run)
-        return
+            raise typer.Exit(systems.run_deepspeed(request, job, hostfile, shlex.split(ssh_command)[1:], dry_run))
+        raise typer.Exit(_run_on_hosts(request, job, dry_run))
     _check_min_nodes(min_nodes, nodes, elastic=False)
-    asked = _request(config, set_, nodes * slots, accept_changes, until)
-    common = systems.Common(asked, python, nodes, slots, max_restarts, exported, dry_run)
+    request = _request(config, set_, nodes * slots, accept_changes, until)
+    job_options = systems.JobOptions(request, python, nodes, slots, max_restarts, exported, dry_run)
     if slurm:
-        _leave(systems.submit_slurm(common, time_limit, int(grace), tuple(sbatch or ()), check=not skip_preflight))
+        directives, check = tuple(sbatch or ()), not skip_preflight
+        raise typer.Exit(systems.submit_slurm(job_options, time_limit, int(grace), directives, check))
     if kubernetes:
         pods = systems.PodOptions(image, namespace, tuple(volume or ()), tuple(secret or ()), gpus, grace, pytorchjob)
-        _leave(systems.apply_kubernetes(common, pods, master_port or 29500))
-    _leave(systems.run_torchrun(common, f"{master_addr or 'localhost'}:{master_port or 29400}"))
+        raise typer.Exit(systems.apply_kubernetes(job_options, pods, master_port or 29500))
+    raise typer.Exit(systems.run_torchrun(job_options, f"{master_addr or 'localhost'}:{master_port or 29400}"))
 
 
-def _elastic(job: HostsJob, asked: LaunchRequest, min_nodes: int | None, python: str) -> HostsJob:
-    """The job with the commands for fewer hosts, all of them checked now."""
+def _with_fewer_hosts(job: HostsJob, request: LaunchRequest, min_nodes: int | None, python: str) -> HostsJob:
+    """The job with the commands for fewer hosts, all of which are checked now."""
     from kdscale.jobs.launch import commands_for_fewer_hosts
 
-    return (
-        job
-        if min_nodes is None
-        else replace(job, smaller=commands_for_fewer_hosts(asked, job.hosts, min_nodes, python))
-    )
-
-
-def _leave(code: int) -> None:
-    raise typer.Exit(code)
+    if min_nodes is None:
+        return job
+    return replace(job, fewer_hosts=commands_for_fewer_hosts(request, job.hosts, min_nodes, python))
 
 
 def _check_min_nodes(min_nodes: int | None, nodes: int, elastic: bool) -> None:
-    """Job systems and DeepSpeed's runner start a fixed number of nodes."""
+    """Raise ConfigError for an impossible --min-nodes; job systems and DeepSpeed's runner start a fixed number."""
     if min_nodes is not None and not (1 if elastic else nodes) <= min_nodes <= nodes:
         raise ConfigError(
             f"--min-nodes {min_nodes}",
@@ -216,75 +239,52 @@ def _check_min_nodes(min_nodes: int | None, nodes: int, elastic: bool) -> None:
         )
 
 
-def _hosts(hostfile: Path) -> tuple[Host, ...]:
-    from kdscale_launch import LaunchError, read_hostfile
-
-    try:
-        return read_hostfile(hostfile)
-    except LaunchError as error:
-        raise ConfigError(str(error)) from error
-
-
 def _request(
-    config: str, overrides: Sequence[str] | None, ranks: int, accept: bool, until: str = "report"
+    config: str, overrides: Sequence[str] | None, ranks: int, accept_changes: bool, until: str = "report"
 ) -> LaunchRequest:
     from kdscale.config.load import find_config
-    from kdscale.jobs.launch import request
+    from kdscale.jobs.launch import make_request
 
-    return request(find_config(config), overrides or (), ranks, accept, until)
-
-
-def _job(asked: LaunchRequest, hosts: Sequence[Host], options: HostOptions, **settings: float | int) -> HostsJob:
-    from kdscale.jobs.launch import hosts_job, python_path
-    from kdscale_launch import SshSettings
-
-    reach = SshSettings(
-        python=options.python,
-        cwd=str(Path.cwd()),
-        pythonpath=python_path(),
-        ssh=tuple(shlex.split(options.ssh_command)),
-        dead_after=options.dead_after,
-        connect_seconds=options.connect_timeout,
-    )
-    return hosts_job(
-        asked, hosts, reach, options.export, master_addr=options.master_addr, master_port=options.master_port,
-        **settings,
-    )  # fmt: skip
+    return make_request(find_config(config), overrides or (), ranks, accept_changes, until)
 
 
-def _preflight(job: HostsJob, asked: LaunchRequest) -> bool:
-    """Show what every host says; whether the job can start."""
+def _preflight(job: HostsJob, request: LaunchRequest) -> bool:
+    """Show what the hosts report; returns whether the job can start. Raises Interrupted on a signal."""
     from kdscale.cli import tables
     from kdscale.errors import Interrupted
     from kdscale.jobs.launch import run_preflight
     from kdscale_launch import collect_signals
 
-    with collect_signals() as received:
-        found = run_preflight(job, asked, received)
-    if received:
-        raise Interrupted(received[0])
-    tables.preflight(found)
-    return all(finding.severity != "bad" for finding in found)
+    with collect_signals() as received_signals:
+        findings = run_preflight(job, request, received_signals)
+    if received_signals:
+        raise Interrupted(received_signals[0])
+    tables.preflight(findings)
+    return all(finding.severity != "bad" for finding in findings)
 
 
-def _on_hosts(asked: LaunchRequest, job: HostsJob, dry_run: bool) -> None:
+def _run_on_hosts(request: LaunchRequest, job: HostsJob, dry_run: bool) -> int:
+    """Run the job and show its results, or with `dry_run` only describe it; returns the exit code."""
     from kdscale.cli import tables
-    from kdscale.jobs.launch import describe, run
+    from kdscale.jobs.launch import describe_job, run_job
     from kdscale_launch import STOPPED_EXIT_CODE, collect_signals
 
     if dry_run:
-        print(describe(job))
-        return
+        print(describe_job(job))
+        return 0
+
+    def report(message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
 
     def output(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    with collect_signals() as received:
-        code = run(job, received, lambda text: print(text, file=sys.stderr, flush=True), output)
+    with collect_signals() as received_signals:
+        code = run_job(job, received_signals, report, output)
     if code == STOPPED_EXIT_CODE:
-        print("stopped with everything saved; run the same command again to go on", file=sys.stderr)
-    folder = Path(asked.config.run_dir)
-    if code == 0 and folder.exists():  # the launcher itself need not see the shared storage
-        tables.results(folder, asked.until)
-    _leave(code)
+        report("stopped with everything saved; run the same command again to go on")
+    folder = Path(request.config.run_dir)
+    if code == 0 and folder.exists():  # the launching machine need not see the shared storage
+        tables.results(folder, request.until)
+    return code

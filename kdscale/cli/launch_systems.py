@@ -1,4 +1,4 @@
-"""Launching through something else: DeepSpeed's runner, Slurm, Kubernetes, torchrun. Prints, or prints and executes."""
+"""Launching through another program: DeepSpeed's runner, Slurm, Kubernetes or torchrun. Prints what it executes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdscale.errors import ConfigError, RunFolderError
+from kdscale.errors import ConfigError, MissingProgramError
 from kdscale.files import write_text
-from kdscale.jobs.launch import RANK_MODULE, LaunchRequest, preflight_command, python_path, rank_command, rank_defaults
+from kdscale.jobs.launch import RANK_MODULE, LaunchRequest, launcher_errors, python_path, rank_defaults
 from kdscale.runtime.exits import FINAL_CODES
-from kdscale_launch import HostsJob, LaunchError
+from kdscale_launch import HostsJob
 from kdscale_launch.environment import forwarded_variables, masked_lines, without_secrets
+from kdscale_launch.job import shell_exit_code
 from kdscale_launch.systems import kubernetes as kube
 from kdscale_launch.systems import slurm, torchrun_deepspeed
 
 
 @dataclass(frozen=True)
-class Common:
-    """What all job systems are told."""
+class JobOptions:
+    """The options that Slurm, Kubernetes and torchrun share."""
 
-    asked: LaunchRequest
+    request: LaunchRequest
     python: str
     nodes: int
     slots: int
@@ -34,19 +35,22 @@ class Common:
     export: tuple[str, ...]
     dry_run: bool
 
+    @property
+    def rank_command(self) -> tuple[str, ...]:
+        """The command of every rank."""
+        return self.request.rank_command(self.python)
+
     def environment(self) -> dict[str, str]:
-        """Forwarded variables without secrets: they would stand in a script or manifest for all to read."""
+        """Forwarded variables without secrets, which everyone could read in a script or a manifest."""
         path = python_path()
-        found = {
-            **rank_defaults(),
-            **forwarded_variables(os.environ, self.export),
-            **({"PYTHONPATH": path} if path else {}),
-        }
-        return without_secrets(found)
+        variables = {**rank_defaults(), **forwarded_variables(os.environ, self.export)}
+        return without_secrets({**variables, **({"PYTHONPATH": path} if path else {})})
 
 
 @dataclass(frozen=True)
 class PodOptions:
+    """The options of Kubernetes alone; `volumes` are CLAIM:/PATH."""
+
     image: str
     namespace: str
     volumes: tuple[str, ...]
@@ -57,20 +61,18 @@ class PodOptions:
 
 
 def run_deepspeed(
-    asked: LaunchRequest, job: HostsJob, hostfile: Path, ssh_options: Sequence[str], dry_run: bool
+    request: LaunchRequest, job: HostsJob, hostfile: Path, ssh_options: Sequence[str], dry_run: bool
 ) -> int:
-    """DeepSpeed's runner, watched by nobody but itself; started again after failures."""
-    env_file = asked.logs / "deepspeed_env"
+    """Run the job under DeepSpeed's runner, again after failures; returns the exit code."""
+    env_file = request.logs / "deepspeed_env"
     if job.master_port == 0 or not job.master_addr:
-        raise ConfigError("--launcher deepspeed", expected="--master-addr and --master-port")
-    try:
+        raise ConfigError("--launcher deepspeed", expected="--master-addr and --master-port", got="none")
+    with launcher_errors():
         command = torchrun_deepspeed.deepspeed(
-            job.reach.python, RANK_MODULE, asked.arguments, hostfile=str(hostfile.absolute()),
+            job.ssh.python, RANK_MODULE, request.arguments, hostfile=str(hostfile.absolute()),
             master_addr=job.master_addr, master_port=job.master_port,
         )  # fmt: skip
-    except LaunchError as error:
-        raise ConfigError(str(error)) from error
-    environment = torchrun_deepspeed.deepspeed_environment(shlex.join(ssh_options), str(env_file), job.reach.dead_after)
+    environment = torchrun_deepspeed.deepspeed_environment(shlex.join(ssh_options), str(env_file), job.ssh.dead_after)
     text = torchrun_deepspeed.env_file(without_secrets(job.env))
     if dry_run:
         print(f"# {env_file}\n{text}")
@@ -79,88 +81,90 @@ def run_deepspeed(
     return _execute(command, environment, dry_run, tries=job.max_restarts + 1)
 
 
-def submit_slurm(common: Common, time_limit: str, warn: int, directives: tuple[str, ...], check: bool) -> int:
-    """The script goes into the run folder's logs and from there to sbatch."""
-    probe = preflight_command(common.asked, common.python, "collective", "120")
+def submit_slurm(options: JobOptions, time_limit: str, warn: int, directives: tuple[str, ...], check: bool) -> int:
+    """Write the script into the run folder's logs and submit it, with `check` after a collective over all ranks."""
+    collective = options.request.preflight_command(options.python, "collective", "120")
     job = slurm.SlurmJob(
-        name=f"kdscale-{common.asked.config.name}",
-        nodes=common.nodes,
-        slots=common.slots,
-        command=rank_command(common.asked, common.python),
-        check=probe if check else (),
+        name=f"kdscale-{options.request.config.name}",
+        nodes=options.nodes,
+        slots=options.slots,
+        command=options.rank_command,
+        check=collective if check else (),
         cwd=str(Path.cwd()),
-        output=str(common.asked.logs / "slurm-%j.out"),
-        env=common.environment(),
+        output=str(options.request.logs / "slurm-%j.out"),
+        env=options.environment(),
         time_limit=time_limit,
         warn_seconds=warn,
-        max_restarts=common.max_restarts,
+        max_restarts=options.max_restarts,
         final_codes=FINAL_CODES,
         directives=directives,
     )
-    try:
+    with launcher_errors("--sbatch"):
         script = slurm.render(job)
-    except LaunchError as error:
-        raise ConfigError("--sbatch", got=str(error)) from error
-    path = common.asked.logs / "job.sbatch"
-    if common.dry_run:
+    path = options.request.logs / "job.sbatch"
+    if options.dry_run:
         print(script)
     else:
-        write_text(path, script)  # and the folder for Slurm's output, without which the job would not start
-    return _execute(["sbatch", "--parsable", str(path)], {}, common.dry_run)
+        write_text(path, script)  # also makes the folder for Slurm's output, without which no job starts
+    return _execute(["sbatch", "--parsable", str(path)], {}, options.dry_run)
 
 
-def apply_kubernetes(common: Common, pods: PodOptions, port: int) -> int:
+def apply_kubernetes(options: JobOptions, pods: PodOptions, port: int) -> int:
+    """Make the objects and give them to kubectl; returns its exit code."""
     if not pods.image:
-        raise ConfigError("--kubernetes", expected="--image, a container image with kdscale in it")
+        raise ConfigError("--kubernetes", expected="--image, a container image with kdscale in it", got="none")
     volumes = dict(_volume(text) for text in pods.volumes)
-    try:
+    with launcher_errors("--kubernetes"):
         job = kube.KubernetesJob(
-            name=re.sub(r"[^a-z0-9-]+", "-", f"kdscale-{common.asked.config.name}".lower())[:40].strip("-"),
-            nodes=common.nodes,
-            slots=common.slots,
+            name=re.sub(r"[^a-z0-9-]+", "-", f"kdscale-{options.request.config.name}".lower())[:40].strip("-"),
+            nodes=options.nodes,
+            slots=options.slots,
             image=pods.image,
-            command=rank_command(common.asked, common.python),
-            python=common.python,
-            log_dir=str(common.asked.logs / "ranks"),
+            command=options.rank_command,
+            python=options.python,
+            log_dir=str(options.request.logs / "ranks"),
             cwd=str(Path.cwd()),
             namespace=pods.namespace,
-            env=common.environment(),
+            env=options.environment(),
             secrets=pods.secrets,
             volumes=volumes,
             gpus=pods.gpus,
             port=port,
-            max_restarts=common.max_restarts,
+            max_restarts=options.max_restarts,
             grace=pods.grace,
             final_codes=FINAL_CODES,
         )
-    except LaunchError as error:
-        raise ConfigError("--kubernetes", got=str(error)) from error
     objects = kube.pytorch_job(job) if pods.pytorchjob else kube.indexed_job(job)
     manifest = json.dumps(kube.as_list(objects), indent=2)
-    if common.dry_run:
+    if options.dry_run:
         print(manifest)
-    return _execute(["kubectl", "apply", "-f", "-"], {}, common.dry_run, stdin=manifest)
+    return _execute(["kubectl", "apply", "-f", "-"], {}, options.dry_run, stdin=manifest)
 
 
 def _volume(text: str) -> tuple[str, str]:
+    """Claim and mount path of CLAIM:/PATH."""
     claim, colon, path = text.partition(":")
     if not colon or not claim or not path.startswith("/"):
-        raise ConfigError(f"--volume {text}", expected="CLAIM:/PATH")
+        raise ConfigError("--volume", expected="CLAIM:/PATH", got=text)
     return claim, path
 
 
-def run_torchrun(common: Common, endpoint: str) -> int:
+def run_torchrun(options: JobOptions, endpoint: str) -> int:
+    """Run this node's ranks under torchrun; the nodes meet at `endpoint` (host:port). Returns the exit code."""
     command = torchrun_deepspeed.torchrun(
-        common.python, RANK_MODULE, common.asked.arguments, nodes=common.nodes, slots=common.slots, endpoint=endpoint,
-        job_id=f"kdscale-{common.asked.config.name}", max_restarts=common.max_restarts,
+        options.python, RANK_MODULE, options.request.arguments, nodes=options.nodes, slots=options.slots,
+        endpoint=endpoint, job_id=f"kdscale-{options.request.config.name}", max_restarts=options.max_restarts,
     )  # fmt: skip
-    return _execute(command, {**rank_defaults(), **torchrun_deepspeed.TORCHRUN_ENVIRONMENT}, common.dry_run)
+    return _execute(command, {**rank_defaults(), **torchrun_deepspeed.TORCHRUN_ENVIRONMENT}, options.dry_run)
 
 
 def _execute(
     command: Sequence[str], environment: Mapping[str, str], dry_run: bool, stdin: str | None = None, tries: int = 1
 ) -> int:
-    """Print the command with the variables it is given, and run it. Returns its exit code."""
+    """Print the command with its variables, and run it up to `tries` times. Returns its exit code.
+
+    Raises MissingProgramError when it cannot be started.
+    """
     print(shlex.join([*(["env", *masked_lines(environment)] if environment else []), *command]), flush=True)
     if dry_run:
         return 0
@@ -169,8 +173,8 @@ def _execute(
         try:
             done = subprocess.run(list(command), env={**os.environ, **environment}, input=stdin, text=True, check=False)
         except OSError as error:
-            raise RunFolderError(f"cannot start {command[0]}", got=str(error.strerror)) from error
-        code = done.returncode if done.returncode >= 0 else 128 - done.returncode
+            raise MissingProgramError(f"cannot start {command[0]}", got=str(error.strerror)) from error
+        code = shell_exit_code(done.returncode)
         if code == 0 or code in FINAL_CODES:
             break
         if number + 1 < tries:

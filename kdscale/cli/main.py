@@ -49,9 +49,9 @@ def doctor_command(
     from kdscale.cli import tables
     from kdscale.jobs.doctor import examine, verdicts
 
-    findings = examine(folder)
-    conclusions = verdicts(findings)
-    tables.findings(findings, conclusions)
+    examination = examine(folder)
+    conclusions = verdicts(examination)
+    tables.findings(examination.findings, conclusions)
     if any(item.severity == "bad" for item in conclusions):
         raise typer.Exit(1)
 

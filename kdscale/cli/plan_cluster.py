@@ -12,31 +12,29 @@ from kdscale.cli.arguments import ConfigArgument, SetOption
 from kdscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kdscale.jobs.cluster_plan import RunPlan
+    from kdscale.jobs.cluster_plan import ClusterPlan
     from kdscale.sizing.compare import ComparedSetting
     from kdscale.sizing.gpus import Gpu
 
 
-_SHOWN, _SERVED, _REJECTED = 6, 2, 4
-
-
+_SHOWN, _SERVED, _REJECTED = 6, 2, 4  # settings shown: that fit, that fit with a served teacher, that do not fit
 _ASSUMED = "Assumptions"
 
 
 def plan_cluster_command(
     config: ConfigArgument,
     set_: SetOption = None,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="How many nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs, and so ranks, a node.")] = 8,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs (and ranks) per node.")] = 8,
     gpu: Annotated[
         str, typer.Option("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200, b200 or mi300x.")
     ] = "h100",
     gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Instead of the GPU's own, e.g. 80GiB.")
+        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of a GPU, e.g. 80GiB.")
     ] = None,
-    host_memory: Annotated[str, typer.Option("--host-memory", metavar="SIZE", help="Of a node.")] = "1TiB",
+    host_memory: Annotated[str, typer.Option("--host-memory", metavar="SIZE", help="Memory of a node.")] = "1TiB",
     tokens: Annotated[
-        str | None, typer.Option("--tokens", metavar="N", help="Budget for the days. Default: distill.tokens.")
+        str | None, typer.Option("--tokens", metavar="N", help="Tokens to train on. Default: distill.tokens.")
     ] = None,
     stage: Annotated[
         list[int] | None, typer.Option("--stage", min=1, max=3, help="Compare this ZeRO stage only. Repeatable.")
@@ -50,16 +48,17 @@ def plan_cluster_command(
     ] = None,
     bandwidth: Annotated[
         float | None,
-        typer.Option("--bandwidth", help="Bytes/s a GPU between nodes, one way.", rich_help_panel=_ASSUMED),
+        typer.Option("--bandwidth", help="Bytes/s between nodes, per GPU and one way.", rich_help_panel=_ASSUMED),
     ] = None,
     compute_share: Annotated[
         float,
-        typer.Option("--compute-share", min=0.01, max=1.0, help="Of the FLOP/s, while computing.",
+        typer.Option("--compute-share", min=0.01, max=1.0, help="Share of the FLOP/s that computing reaches.",
                      rich_help_panel=_ASSUMED),
     ] = 0.40,
     link_share: Annotated[
         float,
-        typer.Option("--link-share", min=0.01, max=1.0, help="Of links' bandwidth.", rich_help_panel=_ASSUMED),
+        typer.Option("--link-share", min=0.01, max=1.0, help="Share of the bandwidth that links reach.",
+                     rich_help_panel=_ASSUMED),
     ] = 0.70,
     everything: Annotated[bool, typer.Option("--all", help="Show every setting that was compared.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -67,9 +66,9 @@ def plan_cluster_command(
         Path | None, typer.Option("--write", metavar="FILE", help="Write the YAML lines to a file.")
     ] = None,
 ) -> None:  # fmt: skip
-    """Which ZeRO stage, teacher placement and micro-batch to use on a cluster, from shapes alone; starts nothing.
+    """Find the ZeRO stage, teacher placement and micro-batch for a cluster, from shapes alone; starts nothing.
 
-    Memory, tokens a second and days are estimates (docs/explanation/memory-and-speed.md). Exit code 2 if nothing fits.
+    Memory, tokens per second and days are estimates (docs/explanation/memory-and-speed.md). Exit code 2: nothing fits.
     """
     from kdscale.config.load import find_config, load_config
     from kdscale.files import write_text
@@ -102,19 +101,21 @@ def plan_cluster_command(
         typer.echo(lines, nl=False)
 
 
-def _gpu(found: Gpu, memory: str | None, flops: float | None, bandwidth: float | None) -> Gpu:
+def _gpu(listed: Gpu, memory: str | None, flops: float | None, bandwidth: float | None) -> Gpu:
+    """The listed GPU with what the options replace. Raises ConfigError for a size or number that is not one."""
     for name, value in (("--flops", flops), ("--bandwidth", bandwidth)):
         if value is not None and not value > 0:
             raise ConfigError(name, expected="a positive number", got=str(value))
     return replace(
-        found,
-        memory=_bytes("--gpu-memory", memory) if memory else found.memory,
-        flops=flops or found.flops,
-        network=bandwidth or found.network,
+        listed,
+        memory=_bytes("--gpu-memory", memory) if memory else listed.memory,
+        flops=flops or listed.flops,
+        network=bandwidth or listed.network,
     )
 
 
 def _bytes(option: str, text: str) -> float:
+    """The size that an option gives. Raises ConfigError."""
     from kdscale.units import parse_budget
 
     try:
@@ -126,7 +127,8 @@ def _bytes(option: str, text: str) -> float:
     return value
 
 
-def _show(plan: RunPlan, everything: bool) -> None:
+def _show(plan: ClusterPlan, everything: bool) -> None:
+    """Print the compared settings, and where the chosen one's memory and time go."""
     from rich.console import Console
 
     from kdscale.cli.tables import table
@@ -136,7 +138,7 @@ def _show(plan: RunPlan, everything: bool) -> None:
     console, cluster, job = Console(), plan.cluster, plan.job
     console.print(
         f"teacher {compact_count(job.teacher.params)}, student {compact_count(job.student.params)} "
-        f"({plan.student_from}), {job.seq_len} positions, {plan.global_batch} sequences a step\n"
+        f"({plan.student_from}), {job.seq_len} positions, {plan.global_batch} sequences per step\n"
         f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}, {cluster.gpu.memory / GIB:.1f} GiB · "
         f"assumed: {plan.rates.compute:.0%} of "
         f"{cluster.gpu.flops / 1e12:.0f} TFLOP/s, {plan.rates.links:.0%} of links",
@@ -145,43 +147,43 @@ def _show(plan: RunPlan, everything: bool) -> None:
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     columns = ("stage", "teacher", "offloaded", "ckpt", "micro × acc", "GiB", "tokens/s", "MFU", "time", "")
-    rows = [_row(one, plan) for one in _selected(plan, everything)]
-    console.print(table(f"{len(plan.candidates)} settings compared", columns, rows, right_from=None))
-    one = plan.chosen
-    if one is None:
+    rows = [_row(compared, plan) for compared in _selected(plan, everything)]
+    console.print(table(f"{len(plan.settings)} settings compared", columns, rows, right_from=None))
+    chosen = plan.chosen
+    if chosen is None:
         return
-    parts = [(name, f"{size / GIB:.2f}") for name, size in sorted(one.memory.parts.items(), key=lambda item: -item[1])]
-    rows_ = [*parts, ("sum", f"{one.memory.total / GIB:.2f}")]
-    rows_ += (
-        [("host memory, a node", f"{one.memory.host * cluster.gpus_per_node / GIB:.2f}")] if one.memory.host else []
-    )
-    console.print(table(f"GiB a GPU at the fullest moment ({one.memory.moment})", ("", ""), rows_, right_from=1))
-    seconds = [(name, f"{value:.2f}") for name, value in one.speed.seconds.items() if value]
-    console.print(table("Seconds a step", ("", ""), [*seconds, ("sum", f"{one.speed.step:.2f}")], right_from=1))
+    memory = chosen.memory
+    sizes = [*sorted(memory.parts.items(), key=lambda item: -item[1]), ("sum", memory.total)]
+    sizes += [("host memory per node", memory.host * cluster.gpus_per_node)] if memory.host else []
+    in_gib = [(name, f"{size / GIB:.2f}") for name, size in sizes]
+    console.print(table(f"GiB per GPU at the fullest moment ({memory.moment})", ("", ""), in_gib, right_from=1))
+    seconds = [(name, f"{value:.2f}") for name, value in chosen.speed.seconds.items() if value]
+    console.print(table("Seconds per step", ("", ""), [*seconds, ("sum", f"{chosen.speed.step:.2f}")], right_from=1))
 
 
-def _selected(plan: RunPlan, everything: bool) -> list[ComparedSetting]:
+def _selected(plan: ClusterPlan, everything: bool) -> list[ComparedSetting]:
+    """The settings to show: all of them, or the best of those that fit and a few that do not."""
     if everything:
-        return plan.candidates
-    served = [one for one in plan.candidates if one.fits and one.setting.placement == "served"]
-    fit = [one for one in plan.candidates if one.fits and one not in served]
-    rest = [one for one in plan.candidates if not one.fits]
+        return plan.settings
+    served = [compared for compared in plan.settings if compared.fits and compared.setting.placement == "served"]
+    fit = [compared for compared in plan.settings if compared.fits and compared not in served]
+    rest = [compared for compared in plan.settings if not compared.fits]
     return fit[:_SHOWN] + served[:_SERVED] + rest[: _REJECTED if fit else _SHOWN]
 
 
-def _row(one: ComparedSetting, plan: RunPlan) -> tuple[str, ...]:
+def _row(compared: ComparedSetting, plan: ClusterPlan) -> tuple[str, ...]:
     from kdscale.sizing.gpus import GIB
     from kdscale.units import compact_duration
 
-    setting = one.setting
+    setting = compared.setting
     offloaded = "Adam, weights" if setting.offload_parameters else "Adam" if setting.offload_optimizer else ""
     stage = f"{setting.stage} hpZ" if setting.hpz > 1 else str(setting.stage)
     stage += f" T={setting.tensor}" if setting.tensor > 1 else ""
     stage += f" S={setting.sequence}" if setting.sequence > 1 else ""
-    verdict = "chosen" if one is plan.chosen else one.reason
+    verdict = "chosen" if compared is plan.chosen else compared.reason
     return (
         stage, setting.placement, offloaded, "yes" if setting.checkpointing else "",
-        f"{setting.micro_batch} × {setting.accumulation}", f"{one.memory.total / GIB:.1f}",
-        f"{one.speed.tokens_per_second:,.0f}", f"{one.speed.mfu:.0%}",
-        compact_duration(one.seconds(plan.tokens)), verdict,
+        f"{setting.micro_batch} × {setting.accumulation}", f"{compared.memory.total / GIB:.1f}",
+        f"{compared.speed.tokens_per_second:,.0f}", f"{compared.speed.mfu:.0%}",
+        compact_duration(compared.seconds(plan.tokens)), verdict,
     )  # fmt: skip

@@ -23,8 +23,8 @@ from kdscale.weights import read_config
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """What was compared for which job; `candidates` as `compare` orders them, `notes` for the user."""
+class ClusterPlan:
+    """The settings compared for a job, best first; `notes` are for the user."""
 
     job: Job
     cluster: GpuCluster
@@ -32,12 +32,13 @@ class RunPlan:
     global_batch: int
     tokens: int
     student_from: str
-    candidates: list[ComparedSetting]
+    settings: list[ComparedSetting]
     notes: list[str]
 
     @property
     def chosen(self) -> ComparedSetting | None:
-        return self.candidates[0] if self.candidates[0].fits else None
+        """The best setting; None when nothing fits."""
+        return self.settings[0] if self.settings[0].fits else None
 
 
 def plan_cluster(
@@ -49,60 +50,60 @@ def plan_cluster(
     tokens: int | None = None,
     stages: Collection[int] = (1, 2, 3),
     placements: Collection[TeacherPlacement] | None = None,
-) -> RunPlan:
-    """Compare settings for the config's own distillation; reads config.json and plan.json only.
+) -> ClusterPlan:
+    """Compare settings for the config's distillation on `cluster`; reads config.json and plan.json only.
 
     Raises ConfigError for a placement that this version's config does not have, or a budget that cannot be met.
     """
     known = _placements(config)
     if placements is not None and (unknown := set(placements) - set(known)):
         raise ConfigError("--teacher " + ", ".join(sorted(unknown)), expected=" or ".join(known))
-    settings, notes = config.distill, []
-    teacher, student, where = _shapes(config, teacher_dir)
-    batch = -(-settings.global_batch // cluster.ranks) * cluster.ranks
-    if batch != settings.global_batch:
+    distill, notes = config.distill, []
+    teacher, student, student_from = _shapes(config, teacher_dir)
+    batch = -(-distill.global_batch // cluster.ranks) * cluster.ranks
+    if batch != distill.global_batch:
         notes.append(
-            f"global_batch {settings.global_batch} is no multiple of {cluster.ranks} ranks: {batch} is planned"
+            f"global_batch {distill.global_batch} is not a multiple of {cluster.ranks} ranks: planned with {batch}"
         )
-    loss = settings.loss
+    loss = distill.loss
     job = Job(
         student,
         teacher,
-        seq_len=settings.seq_len,
+        seq_len=distill.seq_len,
         ranks=cluster.ranks,
         ranks_per_node=cluster.gpus_per_node,
-        item_bytes=4 if settings.dtype == "float32" else 2,
+        item_bytes=4 if distill.dtype == "float32" else 2,
         top_k=None if loss.targets == "full" else loss.top_k,
-        validate_tokens=settings.validate_tokens,
-        reduce_bucket=settings.zero.reduce_bucket or 500_000_000,
+        validate_tokens=distill.validate_tokens,
+        reduce_bucket=distill.zero.reduce_bucket or 500_000_000,
     )
     if job.item_bytes == 4:
-        notes.append("distill.dtype is float32: the FLOP/s of a GPU's table are of bf16, several times too many")
-    found = compare(
+        notes.append("distill.dtype is float32: the GPU's FLOP/s are of bf16, so speeds are several times too high")
+    settings = compare(
         job, cluster, batch, rates, stages=stages, placements=placements or known,
         tensor=_tensor_sizes(config, teacher_dir, job), sequence=_sequence_sizes(teacher_dir, job),
     )  # fmt: skip
-    return RunPlan(job, cluster, rates, batch, tokens or settings.tokens, where, found, notes)
+    return ClusterPlan(job, cluster, rates, batch, tokens or distill.tokens, student_from, settings, notes)
 
 
 def _placements(config: Config) -> list[TeacherPlacement]:
-    """Those that this version's config takes; a served teacher knows its top K only."""
-    taken = get_args(DistillConfig.model_fields["teacher_placement"].annotation)
-    whole = config.distill.loss.targets == "full"
-    return [name for name in PLACEMENTS if name in taken and not (whole and name == "served")]
+    """The placements that this version's config accepts; a served teacher sends its top K only."""
+    accepted = get_args(DistillConfig.model_fields["teacher_placement"].annotation)
+    full = config.distill.loss.targets == "full"
+    return [name for name in PLACEMENTS if name in accepted and not (full and name == "served")]
 
 
 def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
-    """Numbers of ranks, neighbours in a node, that can share the layers of both models."""
-    known = read_config(teacher_dir).get("model_type") in FAMILIES
-    if not known or config.distill.loss.targets == "full":
+    """Numbers of ranks of one node that can share the layers of both models."""
+    supported = read_config(teacher_dir).get("model_type") in FAMILIES
+    if not supported or config.distill.loss.targets == "full":
         return []
     most = min(job.student.kv_heads, job.teacher.kv_heads)
     return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]
 
 
 def _sequence_sizes(teacher_dir: Path, job: Job) -> list[int]:
-    """Numbers of ranks, neighbours in a node, that can share the sequences of both models."""
+    """Numbers of ranks of one node that can share the sequences of both models."""
     if read_config(teacher_dir).get("attn_logit_softcapping"):
         return []
     return [
@@ -118,7 +119,7 @@ def _sequence_sizes(teacher_dir: Path, job: Job) -> list[int]:
 
 
 def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, str]:
-    """Teacher and student, and where the student's sizes are from: pruned/, plan.json, or the config's target."""
+    """Shapes of teacher and student, and where the student's sizes come from, for people to read."""
     run = RunFolder(Path(config.run_dir))
     source = read_config(teacher_dir)
     plans = plan_shapes(config, teacher_dir)
@@ -133,7 +134,7 @@ def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, 
     if (run.pruned / "config.json").exists():
         return teacher, _shape(read_config(run.pruned), str(run.pruned)), "the pruned student"
     if not config.steps and run.plan.exists():
-        return teacher, _planned(source, run.plan, teacher_dir), "plan.json"
+        return teacher, _planned_student(source, run.plan, teacher_dir), "plan.json"
     if len(plans) <= len(config.steps):  # a latency target is measured, so there is no shape yet
         return teacher, teacher, "the teacher's sizes, until kdscale plan has measured latencies"
     model = source
@@ -142,13 +143,14 @@ def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, 
     return teacher, _shape(model, "the student"), "the config's target"
 
 
-def _planned(source: dict[str, Any], path: Path, teacher_dir: Path) -> ModelShape:
+def _planned_student(source: dict[str, Any], path: Path, teacher_dir: Path) -> ModelShape:
+    """The student's shape as plan.json has it."""
     from kdscale.prune.plan import Plan
 
     plan = Plan.load(path)
     family = load_family(source, str(teacher_dir))
     shape = _shape(family.student_config(source, plan.student.dims(), plan.kept.layers), str(path))
-    # a turned teacher has a head of its own where it had a tied one
+    # rotating the teacher's hidden states gives it a head of its own where it had a tied one
     return replace(
         shape, params=plan.student_params.total, tied=shape.tied and shape.params == plan.student_params.total
     )
@@ -158,18 +160,17 @@ def _shape(config: dict[str, Any], where: str) -> ModelShape:
     return ModelShape.of(config, load_family(config, where))
 
 
-def snippet(plan: RunPlan) -> str:
-    """YAML of the chosen setting's fields, to go into the config. Raises ConfigError when nothing fits."""
-    one = plan.chosen
-    if one is None:
-        least = plan.candidates[0]
+def snippet(plan: ClusterPlan) -> str:
+    """The chosen setting as YAML for the config. Raises ConfigError when nothing fits."""
+    if plan.chosen is None:
+        least = plan.settings[0]
         raise ConfigError(
             "no setting fits",
-            expected=f"at most {plan.cluster.gpu.memory / GIB:.0f} GiB a GPU",
+            expected=f"at most {plan.cluster.gpu.memory / GIB:.0f} GiB per GPU",
             got=f"at least {least.memory.total / GIB:.0f} GiB ({least.reason})",
             hint="more GPUs, shorter sequences, or a smaller student",
         )
-    setting = one.setting
+    setting = plan.chosen.setting
     lines = ["distill:", f"  processes: {plan.job.ranks}", f"  global_batch: {plan.global_batch}"]
     lines += [f"  micro_batch: {setting.micro_batch}", f"  zero_stage: {setting.stage}"]
     zero = ["    offload_optimizer: cpu"] if setting.offload_optimizer else []
@@ -181,12 +182,12 @@ def snippet(plan: RunPlan) -> str:
     lines += [f"  gradient_checkpointing: {str(setting.checkpointing).lower()}"]
     lines += [f"  teacher_placement: {setting.placement}"]
     if setting.placement == "served":
-        lines += ["  served:", "    urls: []  # where kdscale serve-teacher answers"]
+        lines += ["  served:", "    urls: []  # the addresses that kdscale serve-teacher prints"]
     return "\n".join(lines) + "\n"
 
 
-def to_json(plan: RunPlan) -> dict[str, Any]:
-    """Everything that the table shows, and the parts it is made of."""
+def to_json(plan: ClusterPlan) -> dict[str, Any]:
+    """Everything that the tables show, as JSON values: bytes, seconds, tokens per second."""
     return {
         "cluster": {
             "gpu": plan.cluster.gpu.name, "nodes": plan.cluster.nodes, "gpus_per_node": plan.cluster.gpus_per_node,
@@ -197,20 +198,21 @@ def to_json(plan: RunPlan) -> dict[str, Any]:
         "teacher_params": plan.job.teacher.params, "student_params": plan.job.student.params,
         "student_from": plan.student_from, "seq_len": plan.job.seq_len, "global_batch": plan.global_batch,
         "tokens": plan.tokens, "notes": plan.notes,
-        "candidates": [_candidate_json(one, plan.tokens, one is plan.chosen) for one in plan.candidates],
+        "settings": [_setting_json(compared, plan.tokens, compared is plan.chosen) for compared in plan.settings],
     }  # fmt: skip
 
 
-def _candidate_json(one: ComparedSetting, tokens: int, chosen: bool) -> dict[str, Any]:
-    setting = one.setting
+def _setting_json(compared: ComparedSetting, tokens: int, chosen: bool) -> dict[str, Any]:
+    setting, memory, speed = compared.setting, compared.memory, compared.speed
     return {
-        "chosen": chosen, "fits": one.fits, "reason": one.reason, "zero_stage": setting.stage,
+        "chosen": chosen, "fits": compared.fits, "reason": compared.reason, "zero_stage": setting.stage,
         "teacher_placement": setting.placement, "offload_optimizer": setting.offload_optimizer,
         "offload_parameters": setting.offload_parameters, "hpz_partition_size": setting.hpz,
         "gradient_checkpointing": setting.checkpointing, "tensor_parallel": setting.tensor,
         "sequence_parallel": setting.sequence,
-        "micro_batch": setting.micro_batch, "accumulation": setting.accumulation, "gpu_bytes": one.memory.total,
-        "parts": one.memory.parts, "fullest": one.memory.moment, "host_bytes_a_rank": one.memory.host,
-        "seconds": one.speed.seconds, "tokens_per_second": one.speed.tokens_per_second, "mfu": one.speed.mfu,
-        "days": one.seconds(tokens) / 86_400,
+        "micro_batch": setting.micro_batch, "accumulation": setting.accumulation,
+        "gpu_bytes": memory.total, "gpu_bytes_by_component": memory.parts, "fullest_moment": memory.moment,
+        "host_bytes_per_rank": memory.host,
+        "seconds": speed.seconds, "tokens_per_second": speed.tokens_per_second, "mfu": speed.mfu,
+        "days": compared.seconds(tokens) / 86_400,
     }  # fmt: skip

@@ -1,7 +1,7 @@
-"""Whether several hosts can run one job: what each host reports, and what the reports say together.
+"""Whether several hosts can run one job: what each host reports, and what the reports show together.
 
-`python -m kdscale.jobs.preflight probe|shared|clean|collective ...` runs on the hosts and prints one JSON line; `judge`
-compares what came back. Nothing is left on disk.
+`python -m kdscale.jobs.preflight COMMAND ARGUMENT CONFIG [KEY=VALUE ...]` runs on the hosts and prints one JSON line;
+`compare_reports` compares what came back. Nothing is left on disk.
 """
 
 from __future__ import annotations
@@ -9,108 +9,109 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import kdscale
 from kdscale.config.load import load_config
-from kdscale.errors import KdscaleError
+from kdscale.errors import ConfigError, KdscaleError, SelfCheckError
 from kdscale.jobs.doctor import Finding
-
-_PACKAGES = ("torch", "transformers", "deepspeed", "safetensors", "tokenizers", "numpy")
-
+from kdscale.runtime.exits import leave
+from kdscale.runtime.versions import PACKAGES, version_of, versions
 
 _MARK = ".preflight-"
-
-
 _MIN_FREE_BYTES = 1 << 30
-
-
 _MAX_SKEW_SECONDS = 5.0
-
-
 _COLLECTIVE_MEGABYTES = 4
-
 
 Report = Mapping[str, Any]
 
 
-def judge(
+# --- on the launching machine
+
+
+def compare_reports(
     reports: Mapping[str, Report], slots: Mapping[str, int], skews: Mapping[str, tuple[float, float]]
 ) -> list[Finding]:
-    """What the hosts' probes (by host name) say together. The first host is the reference for what must be equal."""
-    out = []
-    for topic in ("python", "kdscale", "source", *_PACKAGES):
-        out.append(_same(topic, {host: str(report["versions"].get(topic)) for host, report in reports.items()}))
+    """What the reports (by host name) show together. The first host is the reference for what must be equal.
+
+    `skews` are seconds by which a host's clock is ahead, and the uncertainty.
+    """
+    findings = []
+    for topic in ("python", "kdscale", "source", *PACKAGES):
+        findings.append(_compare(topic, {host: report["versions"].get(topic) for host, report in reports.items()}))
     broken = {host: report["config_error"] for host, report in reports.items() if report["config_error"]}
     if broken:
-        out.append(Finding("config", "bad", _listed(broken)))
+        findings.append(Finding("config", "bad", _by_host(broken)))
     else:
-        out.append(_same("config", {host: report["config"][:12] for host, report in reports.items()}))
-        out.append(_same("teacher", {host: report["teacher"] for host, report in reports.items()}))
+        findings.append(_compare("config", {host: report["config"][:12] for host, report in reports.items()}))
+        findings.append(_compare("teacher", {host: report["teacher"] for host, report in reports.items()}))
         unwritable = {host: report["write_error"] for host, report in reports.items() if report["write_error"]}
-        out.append(Finding("run folder", "bad" if unwritable else "ok", _listed(unwritable) or "writable everywhere"))
-        out += _room(reports)
-    return [*out, *_devices(reports, slots), _clocks(skews)]
+        text = _by_host(unwritable) or "writable everywhere"
+        findings.append(Finding("run folder", "bad" if unwritable else "ok", text))
+        findings.append(_check_free_space(reports))
+    return [*findings, _check_devices(reports, slots), _check_clocks(skews)]
 
 
-def judge_shared(missing: Mapping[str, Sequence[str]]) -> Finding:
-    """`missing`: for each host, the hosts whose mark it does not see."""
-    bad = {host: f"does not see what {', '.join(names)} wrote" for host, names in missing.items() if names}
-    return Finding("shared folder", "bad" if bad else "ok", _listed(bad) or "what one host writes all others read")
+def check_shared_folder(missing: Mapping[str, Sequence[str]]) -> Finding:
+    """Whether all hosts see one folder; `missing` lists, for each host, the hosts whose mark it does not see."""
+    problems = {host: f"does not see what {', '.join(writers)} wrote" for host, writers in missing.items() if writers}
+    text = _by_host(problems) or "every host reads what the others write"
+    return Finding("shared folder", "bad" if problems else "ok", text)
 
 
-def _same(topic: str, values: Mapping[str, str]) -> Finding:
+def _compare(topic: str, values: Mapping[str, str | None]) -> Finding:
     first, reference = next(iter(values.items()))
-    others = {host: value for host, value in values.items() if value != reference}
-    if others:
-        return Finding(topic, "bad", f"{_listed(others)}; {first} has {reference}")
-    return Finding(topic, "bad" if reference == "None" else "ok", reference)
+    shown = {host: value or "not installed" for host, value in values.items()}
+    different = {host: text for host, text in shown.items() if values[host] != reference}
+    if different:
+        return Finding(topic, "bad", f"{_by_host(different)}; {first} has {shown[first]}")
+    return Finding(topic, "ok" if reference else "bad", shown[first])
 
 
-def _room(reports: Mapping[str, Report]) -> list[Finding]:
-    least = min(reports, key=lambda host: reports[host]["free_bytes"])
-    free = reports[least]["free_bytes"]
-    return [Finding("disk", "ok" if free > _MIN_FREE_BYTES else "bad", f"{free / 1e9:.1f} GB free ({least})")]
+def _check_free_space(reports: Mapping[str, Report]) -> Finding:
+    host = min(reports, key=lambda host: reports[host]["free_bytes"])
+    free = reports[host]["free_bytes"]
+    return Finding("disk", "ok" if free > _MIN_FREE_BYTES else "bad", f"{free / 1e9:.1f} GB free ({host})")
 
 
-def _devices(reports: Mapping[str, Report], slots: Mapping[str, int]) -> list[Finding]:
+def _check_devices(reports: Mapping[str, Report], slots: Mapping[str, int]) -> Finding:
     gpus = {host: int(report["gpus"]) for host, report in reports.items()}
     if not any(gpus.values()):
         cores = {host: int(report["cores"]) for host, report in reports.items()}
         full = {host: f"{slots[host]} slots on {n} cores" for host, n in cores.items() if slots[host] > n}
-        return [Finding("devices", "note" if full else "ok", _listed(full) or "no GPU anywhere: ranks run on the CPU")]
+        return Finding("devices", "note" if full else "ok", _by_host(full) or "no GPU anywhere: ranks run on the CPU")
     short = {host: f"{slots[host]} slots, {n} GPUs visible" for host, n in gpus.items() if slots[host] > n}
-    return [Finding("devices", "bad" if short else "ok", _listed(short) or f"{sum(gpus.values())} GPUs")]
+    return Finding("devices", "bad" if short else "ok", _by_host(short) or f"{sum(gpus.values())} GPUs")
 
 
-def _clocks(skews: Mapping[str, tuple[float, float]]) -> Finding:
+def _check_clocks(skews: Mapping[str, tuple[float, float]]) -> Finding:
     if not skews:
         return Finding("clocks", "bad", "no host answered")
-    worst = max(skews, key=lambda host: abs(skews[host][0]))
-    seconds, uncertainty = skews[worst]
+    seconds, uncertainty = max(skews.values(), key=lambda skew: abs(skew[0]))
     far = {host: f"{skew:+.1f} s" for host, (skew, unsure) in skews.items() if abs(skew) - unsure > _MAX_SKEW_SECONDS}
     good = f"within {1000 * abs(seconds):.1f} ± {1000 * uncertainty:.1f} ms"
-    return Finding("clocks", "bad" if far else "ok", _listed(far) or good)
+    return Finding("clocks", "bad" if far else "ok", _by_host(far) or good)
 
 
-def _listed(by_host: Mapping[str, str]) -> str:
-    return "; ".join(f"{host}: {value}" for host, value in by_host.items())
+def _by_host(texts: Mapping[str, str]) -> str:
+    return "; ".join(f"{host}: {text}" for host, text in texts.items())
+
+
+# --- on each host
 
 
 def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What this host is and has; leaves `mark` in the run folder's logs for the other hosts to find."""
+    """A report of this host; leaves `mark` in the run folder's logs for the other hosts to see."""
     report: dict[str, Any] = {
-        "versions": _versions(),
+        "versions": {**versions(), **{name: version_of(name) for name in PACKAGES}, "source": _source_digest()},
         "cores": os.cpu_count(),
-        "gpus": _gpus(),
+        "gpus": _count_gpus(),
         "config_error": None,
         "write_error": None,
         "free_bytes": 0,
@@ -135,38 +136,32 @@ def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, An
     return report
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "kdscale": kdscale.__version__}
+def _source_digest() -> str:
+    """A digest of kdscale's own source, which differs between checkouts of one version."""
     digest = hashlib.sha256()
     package = Path(kdscale.__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    found["source"] = digest.hexdigest()[:12]
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return digest.hexdigest()[:12]
 
 
-def _gpus() -> int:
+def _count_gpus() -> int:
     if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
-        return 0
+        return 0  # without loading torch
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def shared(marks: Sequence[str], config_path: str, overrides: Sequence[str], seconds: float = 5.0) -> list[str]:
-    """The marks of other hosts that cannot be read here, after a moment for a network file system to catch up."""
-    logs = Path(load_config(Path(config_path), list(overrides)).run_dir).absolute() / "logs"
+def unseen_marks(marks: Sequence[str], config_path: str, overrides: Sequence[str], seconds: float = 5.0) -> list[str]:
+    """The marks that cannot be read here, after `seconds` for a network file system to catch up."""
+    logs = _logs(config_path, overrides)
     deadline = time.monotonic() + seconds
     while True:
         list(logs.iterdir())  # makes NFS look again
-        missing = [mark for mark in marks if not _holds(logs / f"{_MARK}{mark}", mark)]
-        if not missing or time.monotonic() > deadline:
-            return missing
+        unseen = [mark for mark in marks if not _holds(logs / f"{_MARK}{mark}", mark)]
+        if not unseen or time.monotonic() > deadline:
+            return unseen
         time.sleep(0.1)
 
 
@@ -177,14 +172,19 @@ def _holds(path: Path, text: str) -> bool:
         return False
 
 
-def clean(marks: Sequence[str], config_path: str, overrides: Sequence[str]) -> None:
-    logs = Path(load_config(Path(config_path), list(overrides)).run_dir).absolute() / "logs"
+def remove_marks(marks: Sequence[str], config_path: str, overrides: Sequence[str]) -> None:
+    """Delete the marks from the run folder's logs."""
+    logs = _logs(config_path, overrides)
     for mark in marks:
         (logs / f"{_MARK}{mark}").unlink(missing_ok=True)
 
 
+def _logs(config_path: str, overrides: Sequence[str]) -> Path:
+    return Path(load_config(Path(config_path), list(overrides)).run_dir).absolute() / "logs"
+
+
 def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> dict[str, float]:
-    """One all_reduce over all ranks within `seconds`; its time in ms and MB/s for 4 MB."""
+    """One all_reduce over all ranks within `seconds`; its time in ms, and MB/s for 4 MB. Raises SelfCheckError."""
     import torch
     import torch.distributed as dist
 
@@ -197,13 +197,13 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=seconds))
-    one = torch.ones(1, device=device)
-    dist.all_reduce(one)
-    if int(one.item()) != dist.get_world_size():
-        raise SystemExit(f"all_reduce of ones over {dist.get_world_size()} ranks gave {one.item()}")
+    ones = torch.ones(1, device=device)
+    dist.all_reduce(ones)
+    if int(ones.item()) != dist.get_world_size():
+        raise SelfCheckError("all_reduce of ones", expected=str(dist.get_world_size()), got=str(ones.item()))
     began = time.perf_counter()
-    dist.all_reduce(one)
-    float(one.item())
+    dist.all_reduce(ones)
+    float(ones.item())
     trip = time.perf_counter() - began
     block = torch.ones(_COLLECTIVE_MEGABYTES << 18, device=device)
     began = time.perf_counter()
@@ -215,21 +215,31 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
     return {"milliseconds": 1000 * trip, "megabytes_per_second": rate}
 
 
+# Each takes its argument, the config's path and the overrides. `probe` runs as one command on all hosts: what the
+# launcher sets on each tells their marks apart.
+_COMMANDS: dict[str, Callable[[str, str, Sequence[str]], Any]] = {
+    "probe": lambda mark, config, settings: probe(f"{mark}-{os.environ['KDSCALE_HOST_INDEX']}", config, settings),
+    "shared": lambda marks, config, settings: unseen_marks(marks.split(","), config, settings),
+    "clean": lambda marks, config, settings: remove_marks(marks.split(","), config, settings),
+    "collective": lambda seconds, config, settings: collective(float(seconds), config, settings),
+}
+
+
 def main(arguments: Sequence[str]) -> int:
-    what, argument, config, *overrides = arguments
-    if what == "probe":
-        # one command serves all hosts; what the launcher sets on each tells their marks apart
-        answer: Any = probe(f"{argument}-{os.environ['KDSCALE_HOST_INDEX']}", config, overrides)
-    elif what == "shared":
-        answer = shared(argument.split(","), config, overrides)
-    elif what == "clean":
-        clean(argument.split(","), config, overrides)
-        answer = None
-    else:
-        answer = collective(float(argument), config, overrides)
+    """Run one command and print its answer as JSON; returns the exit code."""
+    try:
+        if len(arguments) < 3 or arguments[0] not in _COMMANDS:
+            usage = f"{' | '.join(_COMMANDS)}, then ARGUMENT CONFIG [KEY=VALUE ...]"
+            given = " ".join(arguments) or "nothing"
+            raise ConfigError("python -m kdscale.jobs.preflight", expected=usage, got=given)
+        command, argument, config, *overrides = arguments
+        answer = _COMMANDS[command](argument, config, overrides)
+    except KdscaleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     print(json.dumps(answer), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

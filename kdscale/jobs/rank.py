@@ -1,8 +1,8 @@
 """`python -m kdscale.jobs.rank CONFIG [--until=STAGE] [--accept-changes] [KEY=VALUE ...]`: one rank of a job.
 
 Every rank runs the same command under RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Rank 0 is `kdscale
-run`: it takes the single-process stages and starts rank 0 of the distill stage. The others wait until rank 0 listens on
-MASTER_PORT, distil with it, and are done. Exit code 75 after SIGTERM: everything is saved, start the job again.
+run`: it runs the single-process stages and starts rank 0 of the distill stage. The other ranks wait until rank 0
+listens on MASTER_PORT, distil with it, and leave. Exit code 75 after SIGTERM: everything is saved, start the job again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from kdscale.config.load import load_config
+from kdscale.config.root import Config
 from kdscale.errors import ConfigError, Interrupted, KdscaleError
 from kdscale.pipeline.checks import check_teacher
 from kdscale.pipeline.rank_main import run_as_rank
 from kdscale.pipeline.runner import run_until
 from kdscale.pipeline.spawn import PLACE_VARIABLE
 from kdscale.pipeline.stage import StageContext
+from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of, leave
 from kdscale.runtime.progress import Reporter
@@ -30,32 +32,15 @@ ACCEPT, UNTIL = "--accept-changes", "--until="
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run this process's rank to the end; returns the exit code."""
     from kdscale_launch import LaunchError
-    from kdscale_launch.rendezvous import (
-        parse_rank_place,
-        release_waiting_ranks,
-        set_gloo_interface,
-        take_rank_place,
-        wait_for_rank_0,
-    )
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     signal.signal(signal.SIGUSR1, _show_stacks)
     try:
-        last = next((item.removeprefix(UNTIL) for item in arguments if item.startswith(UNTIL)), "report")
-        config = load_config(Path(arguments[0]), [item for item in arguments[1:] if not item.startswith("--")])
-        set_gloo_interface(os.environ)
-        if os.environ.get("RANK") == "0":
-            os.environ[PLACE_VARIABLE] = take_rank_place(os.environ)
-            run_until(config, last, Reporter(), accept_changes=ACCEPT in arguments)
-            if PLACE_VARIABLE in os.environ:
-                release_waiting_ranks(parse_rank_place(os.environ[PLACE_VARIABLE]))
-            return 0
-        if not wait_for_rank_0(os.environ):
-            return 0
-        run = RunFolder(Path(config.run_dir))
-        return run_as_rank("distill", StageContext(config, run, check_teacher(config), Reporter()))
+        config, until, accept_changes = _parse(arguments)
+        return _run_rank(config, until, accept_changes)
     except KdscaleError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -67,12 +52,48 @@ def main(arguments: Sequence[str]) -> int:
         return exit_code_of(stop)
 
 
+def _parse(arguments: Sequence[str]) -> tuple[Config, str, bool]:
+    """The config, the last stage, and whether changes are accepted. Raises ConfigError for anything unknown."""
+    options = [item for item in arguments if item.startswith("--")]
+    config, *overrides = [item for item in arguments if not item.startswith("--")] or [""]
+    until = next((item.removeprefix(UNTIL) for item in options if item.startswith(UNTIL)), "report")
+    if not config or any(item != ACCEPT and not item.startswith(UNTIL) for item in options):
+        usage = "CONFIG [--until=STAGE] [--accept-changes] [KEY=VALUE ...]"
+        given = " ".join(arguments) or "nothing"
+        raise ConfigError("python -m kdscale.jobs.rank", expected=usage, got=given)
+    if until not in STAGES:
+        raise ConfigError("--until", expected=f"one of {', '.join(STAGES)}", got=until)
+    return load_config(Path(config), overrides), until, ACCEPT in options
+
+
+def _run_rank(config: Config, until: str, accept_changes: bool) -> int:
+    from kdscale_launch.rendezvous import (
+        parse_rank_place,
+        release_waiting_ranks,
+        set_gloo_interface,
+        take_rank_place,
+        wait_for_rank_0,
+    )
+
+    set_gloo_interface(os.environ)
+    if os.environ.get("RANK") == "0":
+        os.environ[PLACE_VARIABLE] = take_rank_place(os.environ)
+        run_until(config, until, Reporter(), accept_changes=accept_changes)
+        if PLACE_VARIABLE in os.environ:  # the distill stage had nothing to do
+            release_waiting_ranks(parse_rank_place(os.environ[PLACE_VARIABLE]))
+        return 0
+    if not wait_for_rank_0(os.environ):
+        return 0
+    run = RunFolder(Path(config.run_dir))
+    return run_as_rank("distill", StageContext(config, run, check_teacher(config), Reporter()))
+
+
 def _stop(number: int, _frame: object) -> NoReturn:
     raise Interrupted(number)
 
 
 def _show_stacks(number: int, _frame: object) -> None:
-    """The launcher asks every rank when one hangs; the distillation's watchdog and launcher answer for themselves."""
+    """The launcher asks every rank when one hangs; the distillation's watchdog and launcher have their own handlers."""
     faulthandler.dump_traceback(all_threads=True)
 
 

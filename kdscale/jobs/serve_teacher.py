@@ -16,12 +16,16 @@ from kdscale.teacher.server import TeacherService, make_app, make_token
 
 
 def start(config: Config, *, host: str, port: int, token_file: Path | None, max_tokens: int) -> None:
-    """Load the run's teacher and answer until SIGINT or SIGTERM; what is being computed is finished first."""
+    """Load the run's teacher and answer until SIGINT or SIGTERM; a request in progress is finished first.
+
+    `token_file` is read, or written with a new token; None is teacher.token in the run folder. Raises ConfigError for
+    an address or port that cannot be used.
+    """
     import uvicorn
 
-    listener = _listen(host, port)  # before the model: a port that is taken is known at once
-    file = token_file or Path(config.run_dir) / TEACHER_TOKEN
-    token = make_token(file)
+    listener = _listen(host, port)  # before the model is loaded: a port that is taken is reported at once
+    token_path = token_file or Path(config.run_dir) / TEACHER_TOKEN
+    token = make_token(token_path)
     teacher_dir = check_teacher(config)
     device = resolve_device(config.runtime.device)
     set_threads(config.runtime.threads)
@@ -31,22 +35,23 @@ def start(config: Config, *, host: str, port: int, token_file: Path | None, max_
     ).requires_grad_(False)
     app = make_app(TeacherService(model, teacher_dir, device=device, max_tokens=max_tokens), token)
     reporter = Reporter()
-    reporter.say(f"{teacher_dir} in {str(dtype).removeprefix('torch.')} on {device}, token in {file}")
-    shown = f"[{host}]" if ":" in host else host
-    reporter.say(f"answering at http://{shown}:{listener.getsockname()[1]}; Ctrl-C ends it")
+    reporter.say(f"{teacher_dir} in {str(dtype).removeprefix('torch.')} on {device}, token in {token_path}")
+    url_host = f"[{host}]" if ":" in host else host
+    reporter.say(f"answering at http://{url_host}:{listener.getsockname()[1]}; Ctrl-C stops it")
     if host not in ("127.0.0.1", "::1", "localhost"):
-        reporter.say("questions and answers are not encrypted: keep this port inside your cluster's network")
+        reporter.say("requests and answers are not encrypted: keep this port inside your cluster's network")
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
     server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; requests that come while the model is loaded wait in its queue."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()  # who asks while the model is loaded waits
+        listener.listen()
     except OSError as error:
         listener.close()
         raise ConfigError(

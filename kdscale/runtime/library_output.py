@@ -1,4 +1,4 @@
-"""Send what libraries print to a log file instead of the console."""
+"""Keep the libraries' chatter out of the console and in a log file."""
 
 from __future__ import annotations
 

@@ -15,17 +15,14 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number in the group, or in the environment that a launcher set; 0 without either."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes work on the job."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this is rank 0."""
     return rank() == 0
 
 
@@ -40,24 +37,23 @@ def is_writer() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all ranks; nothing with one."""
-    if in_group():
+    if dist.is_initialized() and world_size() > 1:
         dist.barrier()
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """`value` summed over all ranks, in place; itself with one rank."""
-    if in_group():
+    if dist.is_initialized() and world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
 def all_reduce_min(value: int) -> int:
     """The smallest of all ranks' values."""
-    if in_group():
-        smallest = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        return int(smallest)
+    if dist.is_initialized() and world_size() > 1:
+        found = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
     return value
 
 
@@ -65,20 +61,20 @@ def gather(value: Any) -> list[Any]:
     """Every rank's small `value`, in the order of ranks, on every rank."""
     if not in_group():
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
-def on_main(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0; every rank returns its result, or raises its KdscaleError or OSError.
+def on_main(work: Callable[[], T]) -> T:
+    """What rank 0's `work()` returns, or the error of the user or the file system that it raises, on every rank.
 
-    If rank 0 raised alone, the others would wait for it for ever.
+    The others would wait for ever for a rank 0 that raised alone.
     """
     answer: list[Any] = [None, None]
     if is_main():
         try:
-            answer[0] = function()
+            answer[0] = work()
         except (KdscaleError, OSError) as error:
             answer[1] = error
     if in_group():

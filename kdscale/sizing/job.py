@@ -1,4 +1,4 @@
-"""What a training job asks for and what it gets: the terms that memory and speed are computed in."""
+"""What a job asks for and what it gets: the terms that memory and speed are computed in."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Literal
 from kdscale.sizing.model_shape import ModelShape
 
 TeacherPlacement = Literal["replicated", "partitioned", "offloaded", "served"]
+
+
 Device = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, and on how many ranks. Text is packed, so every position has a label."""
+    """What is trained and on how many ranks; `label_share`: positions that have a label, 1 in packed text."""
 
     student: ModelShape
     teacher: ModelShape
@@ -30,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a cluster plan chooses: how a step's work and memory are laid out over the ranks."""
+    """What a plan chooses."""
 
     stage: int
     micro_batch: int
@@ -50,10 +52,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU by component at the fullest moment of a step, which `moment` names.
-
-    `host` are the bytes of one rank in its host's memory.
-    """
+    """Bytes by component at the fullest moment of a step, which `moment` names; `host` are of one rank's share."""
 
     parts: dict[str, float]
     moment: str
@@ -61,5 +60,4 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes of one GPU."""
         return sum(self.parts.values())

@@ -1,16 +1,25 @@
-"""Start the ranks of a job and see to it that all of them end. Standard library only."""
+"""Start the ranks of a job, watch them, and make sure that all of them end. Standard library only."""
 
 from kdscale_launch.hosts.connections import HostConnections, Task, collect_signals
 from kdscale_launch.hosts.failure import Failure, Outcome
 from kdscale_launch.hosts.hostfile import Host, parse_hostfile, read_hostfile, total_slots
 from kdscale_launch.hosts.restarts import HostsJob, JobFailed, run_hosts
 from kdscale_launch.hosts.ssh import SshSettings
-from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, LaunchError, RankFailed, RankPlace
+from kdscale_launch.job import (
+    HUNG_EXIT_CODE,
+    STOPPED_EXIT_CODE,
+    CannotStart,
+    JobSpec,
+    LaunchError,
+    RankFailed,
+    RankPlace,
+)
 from kdscale_launch.local import run_local
 
 __all__ = [
     "HUNG_EXIT_CODE",
     "STOPPED_EXIT_CODE",
+    "CannotStart",
     "Failure",
     "Host",
     "HostConnections",

@@ -14,49 +14,57 @@ from types import FrameType
 from typing import Any
 
 from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, RankFailed
-from kdscale_launch.processes import Process, end_groups, is_stopped, request_stacks, signal_groups, start, tail
+from kdscale_launch.processes import (
+    Process,
+    end_groups,
+    is_stopped,
+    read_tail,
+    request_stacks,
+    signal_groups,
+    start_process,
+)  # fmt: skip
 from kdscale_launch.watchdog import WAITING, beat
 
 _POLL_SECONDS = 0.1
-_SETTLE_SECONDS = 5.0  # ranks that wait for each other hang for as long, but not to the second
+_SETTLE_SECONDS = 5.0  # ranks that wait for each other hang for about as long, not to the second
 _STACKS_SECONDS = 1.0
-# A job system may signal every process of the job, and the launcher above passes the same signal on: that is one.
+# A job system may signal every process of the job, and the launcher above passes the same signal on: that counts once.
 SAME_SIGNAL_SECONDS = 2.0
 
 
 def run_local(spec: JobSpec) -> int:
-    """Run the job to its end and return 0, or the exit code that all ranks share after SIGINT or SIGTERM.
+    """Run the job to its end; returns 0, or the exit code that all ranks share after SIGINT or SIGTERM.
 
-    SIGINT and SIGTERM are passed on to every rank, which may then take `grace_seconds` to save; a second one kills.
-    Raises RankFailed for the first rank that fails, after the others were ended, and LaunchError when the command
-    cannot be started. Must be called from the main thread (signal handlers, and the kernel's parent-death signal).
+    SIGINT and SIGTERM are passed on to every rank, which then has `grace_seconds` to save; a second signal kills.
+    Raises RankFailed for the first rank that fails, after the others were ended, and CannotStart. Must be called from
+    the main thread (signal handlers, and the kernel's parent-death signal).
     """
     port = spec.place.master_port if spec.place else free_port()
     with ExitStack() as stack:
         ranks: list[Process] = []
         stack.callback(end_groups, ranks, 0.0)  # whatever happens, nothing is left running
-        received = stack.enter_context(_forward_signals(ranks))
+        received_signals = stack.enter_context(_forward_signals(ranks))
         for index in range(spec.processes):
-            ranks.append(_start(spec, index, port, stack))
-        return _wait(spec, ranks, received)
+            ranks.append(_start_rank(spec, index, port, stack))
+        return _wait(spec, ranks, received_signals)
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A TCP port that was free on `address` (empty: on all) a moment ago."""
+    """A TCP port that was free on `address` (empty: on all addresses) a moment ago."""
     with socket.socket() as probe:
         probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
 def rank_environment(spec: JobSpec, index: int, port: int) -> dict[str, str]:
-    """The environment that torch.distributed's env:// and DeepSpeed read, for the `index`-th rank of this machine."""
+    """The environment that torch.distributed's env:// and DeepSpeed read, for this machine's rank number `index`."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
-    own = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback)} if spec.place is None else {}
+    gloo = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback)} if spec.place is None else {}
     world = spec.place.world_size if spec.place else spec.processes
     local_world = (spec.place.local_world_size if spec.place else None) or spec.processes
     return {
         **os.environ,
-        **own,
+        **gloo,
         **spec.env,
         "RANK": str(spec.first_rank + index),
         "LOCAL_RANK": str((spec.place.first_local_rank if spec.place else 0) + index),
@@ -68,20 +76,21 @@ def rank_environment(spec: JobSpec, index: int, port: int) -> dict[str, str]:
 
 
 def log_file(spec: JobSpec, index: int) -> Path:
+    """Where this machine's rank number `index` writes its output; the first one writes to the terminal instead."""
     return spec.log_dir / f"rank-{spec.first_rank + index}.log"
 
 
-def _start(spec: JobSpec, index: int, port: int, stack: ExitStack) -> Process:
+def _start_rank(spec: JobSpec, index: int, port: int, stack: ExitStack) -> Process:
     output: Any = None
     if index > 0:
         spec.log_dir.mkdir(parents=True, exist_ok=True)
         output = stack.enter_context(log_file(spec, index).open("wb"))
-    return start(spec.command, rank_environment(spec, index, port), spec.cwd, output)
+    return start_process(spec.command, rank_environment(spec, index, port), spec.cwd, output)
 
 
 @contextmanager
 def _forward_signals(ranks: Sequence[Process]) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on; the list holds those that came."""
+    """Pass SIGINT, SIGTERM and SIGUSR1 on to the ranks; the list collects the first two."""
     received: list[int] = []
     first = [0.0]
 
@@ -92,11 +101,11 @@ def _forward_signals(ranks: Sequence[Process]) -> Iterator[list[int]]:
         received.append(signum)
         signal_groups(ranks, signum if len(received) == 1 else signal.SIGKILL)
 
-    def pass_on(signum: int, frame: FrameType | None) -> None:
+    def forward_stack_request(signum: int, frame: FrameType | None) -> None:
         request_stacks(ranks)
 
     previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
-    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, pass_on)
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, forward_stack_request)
     try:
         yield received
     finally:
@@ -104,8 +113,34 @@ def _forward_signals(ranks: Sequence[Process]) -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def _hung(spec: JobSpec, ranks: Sequence[Process], first: int) -> RankFailed:
-    """Which of the ranks that stand still is the one that the others wait for; asks all for their stacks."""
+def _wait(spec: JobSpec, ranks: Sequence[Process], received_signals: list[int]) -> int:
+    """See `run_local`."""
+    deadline = float("inf")
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = next((index for index, code in enumerate(codes) if code not in (None, 0)), None)
+        if received_signals:
+            deadline = min(deadline, time.monotonic() + spec.grace_seconds)
+            if all(code is not None for code in codes):
+                return _code_after_signal(spec, codes, received_signals[0])
+            if time.monotonic() > deadline:
+                signal_groups(ranks, signal.SIGKILL)
+        elif failed is not None and codes[failed] == STOPPED_EXIT_CODE:
+            received_signals.append(signal.SIGTERM)  # one rank got it from elsewhere, and all stop at the same step
+        elif failed is not None:
+            if codes[failed] == HUNG_EXIT_CODE:
+                raise _find_hung_rank(spec, ranks, failed)
+            # Peers of a lost rank hang in a collective, where no Python signal handler runs: they get little time.
+            end_groups(ranks, min(spec.grace_seconds, 5.0))
+            raise RankFailed(spec.first_rank + failed, int(codes[failed] or 1), _log_tail(spec, failed))
+        elif all(code == 0 for code in codes):
+            return 0
+        beat()  # ranks that hang have watchdogs of their own
+        time.sleep(_POLL_SECONDS)
+
+
+def _find_hung_rank(spec: JobSpec, ranks: Sequence[Process], first: int) -> RankFailed:
+    """The error of the rank that the others wait for, once `first` has hung; asks all ranks for their stacks."""
     deadline = time.monotonic() + _SETTLE_SECONDS
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -116,45 +151,20 @@ def _hung(spec: JobSpec, ranks: Sequence[Process], first: int) -> RankFailed:
     if stopped:
         return RankFailed(spec.first_rank + stopped[0], HUNG_EXIT_CODE, "stopped by a signal, it makes no progress")
     hung = [index for index, process in enumerate(ranks) if process.poll() == HUNG_EXIT_CODE]
-    causes = [index for index in hung if index > 0 and WAITING not in _said(spec, index)]  # the first has no log
-    found = (causes or hung or [first])[0]
-    return RankFailed(spec.first_rank + found, HUNG_EXIT_CODE, _said(spec, found))
+    causes = [index for index in hung if index > 0 and WAITING not in _log_tail(spec, index)]  # the first has no log
+    culprit = (causes or hung or [first])[0]
+    return RankFailed(spec.first_rank + culprit, HUNG_EXIT_CODE, _log_tail(spec, culprit))
 
 
-def _wait(spec: JobSpec, ranks: Sequence[Process], received: list[int]) -> int:
-    deadline = float("inf")
-    while True:
-        codes = [process.poll() for process in ranks]
-        failed = next((index for index, code in enumerate(codes) if code not in (None, 0)), None)
-        if received:
-            deadline = min(deadline, time.monotonic() + spec.grace_seconds)
-            if all(code is not None for code in codes):
-                return _stopped_code(spec, codes, received[0])
-            if time.monotonic() > deadline:
-                signal_groups(ranks, signal.SIGKILL)
-        elif failed is not None and codes[failed] == STOPPED_EXIT_CODE:
-            received.append(signal.SIGTERM)  # it came to one rank from elsewhere, and all stop at the same step
-        elif failed is not None:
-            if codes[failed] == HUNG_EXIT_CODE:
-                raise _hung(spec, ranks, failed)
-            # Peers of a lost rank hang in a collective, where no Python signal handler runs: they get little time.
-            end_groups(ranks, min(spec.grace_seconds, 5.0))
-            raise RankFailed(spec.first_rank + failed, int(codes[failed] or 1), _said(spec, failed))
-        elif all(code == 0 for code in codes):
-            return 0
-        beat()  # ranks that hang have watchdogs of their own
-        time.sleep(_POLL_SECONDS)
-
-
-def _stopped_code(spec: JobSpec, codes: Sequence[int | None], signum: int) -> int:
-    """The exit code after a signal: the ranks' own when they agree; an error of one of them wins."""
+def _code_after_signal(spec: JobSpec, codes: Sequence[int | None], signum: int) -> int:
+    """The exit code after a signal: the ranks' own when they agree. Raises RankFailed for a rank with an error."""
     expected = {0, 128 + signum, -signum, -signal.SIGKILL, STOPPED_EXIT_CODE}
     for index, code in enumerate(codes):
         if code not in expected:
-            raise RankFailed(spec.first_rank + index, int(code or 1), _said(spec, index))
+            raise RankFailed(spec.first_rank + index, int(code or 1), _log_tail(spec, index))
     return 0 if all(code == 0 for code in codes) else 128 + signum
 
 
-def _said(spec: JobSpec, index: int) -> str:
-    """The end of a rank's log; the first one has already said it on the terminal."""
-    return "" if index == 0 else tail(log_file(spec, index))
+def _log_tail(spec: JobSpec, index: int) -> str:
+    """The end of a rank's log; empty for the first, which printed to the terminal."""
+    return "" if index == 0 else read_tail(log_file(spec, index))

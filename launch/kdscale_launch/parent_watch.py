@@ -1,7 +1,7 @@
 """`python -m kdscale_launch.parent_watch PARENT_PID COMMAND...`: run a command that must not outlive another process.
 
-For systems whose kernel has no parent-death signal. Watches the parent from outside, kills the command when it is gone,
-passes signals on and leaves with the command's exit code.
+For systems whose kernel has no parent-death signal. It watches the parent, kills the command when the parent is gone,
+passes signals on, and leaves with the command's exit code.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from kdscale_launch.job import shell_exit_code
+
 _POLL_SECONDS = 0.2
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run `arguments[1:]` until it ends or the process `arguments[0]` does; returns its exit code."""
     parent, command = int(arguments[0]), list(arguments[1:])
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the request for stacks, until the command has a handler for it
     child = subprocess.Popen(command)
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         if os.getppid() != parent:
             child.kill()
         time.sleep(_POLL_SECONDS)
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+    return shell_exit_code(child.returncode)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Processes that are started in groups of their own, and ended by group: never by name, never anybody else's."""
+"""Processes that start in groups of their own and are ended by group: never by name, never anybody else's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdscale_launch.job import LaunchError
+from kdscale_launch.job import CannotStart
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.05
@@ -22,28 +22,26 @@ _TAIL_BYTES = 8000
 Process = subprocess.Popen[bytes]
 
 
-def start(command: Sequence[str], env: Mapping[str, str], cwd: Path | str | None, output: Any) -> Process:
+def start_process(command: Sequence[str], env: Mapping[str, str], cwd: Path | str | None, output: Any) -> Process:
     """Start `command` in its own process group, such that it dies with this process, however that ends.
 
-    `output` takes stdout and stderr (None: this process's own). Raises LaunchError when it cannot be started.
+    `output` takes stdout and stderr (None: this process's own). Raises CannotStart.
     """
-    full = list(command)
-    if not sys.platform.startswith("linux"):
-        full = [sys.executable, "-m", "kdscale_launch.parent_watch", str(os.getpid()), *full]
+    linux = sys.platform.startswith("linux")
+    watch = [] if linux else [sys.executable, "-m", "kdscale_launch.parent_watch", str(os.getpid())]
     try:
         return subprocess.Popen(
-            full,
+            [*watch, *command],
             env=dict(env),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
-            preexec_fn=_die_with(os.getpid()) if sys.platform.startswith("linux") else None,  # noqa: PLW1509
+            preexec_fn=_die_with(os.getpid()) if linux else None,  # noqa: PLW1509
         )
     except OSError as error:
-        where = f" in {cwd}" if cwd is not None else ""
-        raise LaunchError(f"cannot start {command[0]!r}{where}: {error.strerror}") from error
+        raise CannotStart(command[0], error, cwd) from error
 
 
 def _die_with(parent: int) -> Callable[[], None]:
@@ -57,31 +55,29 @@ def _die_with(parent: int) -> Callable[[], None]:
     def ask() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the request for stacks, until the command has a handler for it
-        if os.getppid() != parent:  # it died before the call
+        if os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
     return ask
 
 
 def signal_groups(processes: Sequence[Process], signum: int) -> None:
-    """To each live process's whole group, so that its own children (data workers, compilers) get it too."""
+    """Send a signal to each live process's whole group: its own children (data workers, compilers) get it too."""
     for process in processes:
         if process.poll() is None:
-            try:
+            with suppress(ProcessLookupError):  # it ended between the two calls
                 os.killpg(process.pid, signum)
-            except ProcessLookupError:
-                continue  # ended between the two calls
 
 
 def request_stacks(processes: Sequence[Process]) -> None:
-    """SIGUSR1 to each live process alone: what it started itself may not expect that signal."""
+    """Send SIGUSR1 to each live process, not to its group: its children may not expect that signal."""
     for process in processes:
         if process.poll() is None:
             os.kill(process.pid, signal.SIGUSR1)
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process or one that it started, however deep, was stopped by a signal (Linux; elsewhere False)."""
+    """Whether a process, or any descendant of it, was stopped by a signal (on Linux; elsewhere False)."""
     parents: dict[int, int] = {}
     stopped: set[int] = set()
     for entry in Path("/proc").glob("[0-9]*/stat"):
@@ -89,17 +85,17 @@ def is_stopped(pid: int) -> bool:
             state, parent = entry.read_text().rsplit(")", 1)[1].split()[:2]
             parents[int(entry.parent.name)] = int(parent)
             stopped |= {int(entry.parent.name)} if state in "Tt" else set()
-    for child in stopped:
-        line = child
-        while line in parents:
-            if line == pid:
+    for process in stopped:
+        ancestor = process
+        while ancestor in parents:
+            if ancestor == pid:
                 return True
-            line = parents[line]
+            ancestor = parents[ancestor]
     return False
 
 
 def end_groups(processes: Sequence[Process], grace_seconds: float) -> None:
-    """SIGTERM, `grace_seconds` to leave, SIGKILL; returns when all are gone."""
+    """SIGTERM, `grace_seconds` to leave, then SIGKILL; returns when all processes are gone."""
     if grace_seconds > 0:
         signal_groups(processes, signal.SIGTERM)
         deadline = time.monotonic() + grace_seconds
@@ -110,8 +106,8 @@ def end_groups(processes: Sequence[Process], grace_seconds: float) -> None:
         process.wait()
 
 
-def tail(path: Path, limit: int = _TAIL_BYTES) -> str:
-    """The end of a log file; empty when there is none."""
+def read_tail(path: Path, limit: int = _TAIL_BYTES) -> str:
+    """The last `limit` bytes of a log file as text; empty when there is no file."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""A rank's place in torch's environment variables: read, taken out of the way, and waited for."""
+"""Where a rank stands among the others: torch's variables read and set aside, and how ranks wait for rank 0."""
 
 from __future__ import annotations
 
@@ -13,33 +13,22 @@ from typing import Any
 
 from kdscale_launch.job import LaunchError, RankPlace
 
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-_TAKEN = (*_NEEDED, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-
-
+_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _SIOCGIFADDR = 0x8915
-
-
-_KNOCK_SECONDS = 1.0
-
-
-_SPEAK_SECONDS = 1.0
-
-
+_RETRY_SECONDS = 1.0
+_GREETING_SECONDS = 1.0
 _NOTHING_TO_DO = b"kdscale: nothing to do\n"
-
-
 _NAME_SECONDS = 300.0  # a cluster's name service may learn of rank 0's machine late
 
 
 def take_rank_place(environment: MutableMapping[str, str]) -> str:
-    """Remove torch's variables from `environment` and return them as the text that `parse_rank_place` reads.
+    """Remove torch's variables from `environment`; returns them as the text that `parse_rank_place` reads.
 
     Libraries that find RANK and WORLD_SIZE behave as parts of a group, which the single-process stages are not.
+    Raises LaunchError when a variable is missing or not a number.
     """
-    _require(environment)
+    _check_variables(environment)
     place = RankPlace(
         first_rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
@@ -48,61 +37,62 @@ def take_rank_place(environment: MutableMapping[str, str]) -> str:
         first_local_rank=int(environment.get("LOCAL_RANK", "0")),
         local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
     )
-    for name in _TAKEN:
+    for name in {*_REQUIRED, *_NUMBERS}:
         environment.pop(name, None)
     return json.dumps(asdict(place))
 
 
 def parse_rank_place(text: str) -> RankPlace:
+    """The place that `take_rank_place` wrote as text."""
     return RankPlace(**json.loads(text))
 
 
 def wait_for_rank_0(environment: Mapping[str, str]) -> bool:
-    """Whether there is work: True when rank 0 listens on MASTER_ADDR:MASTER_PORT for the distill stage, False when it
-    says there that the stage was done before.
+    """Wait until rank 0 listens on MASTER_ADDR:MASTER_PORT; False when it answers that the stage was done before.
 
     Waits as long as it takes: rank 0 may prune for hours, and whoever started the ranks ends them when one fails.
+    Raises LaunchError for a missing variable, or a name that cannot be resolved for _NAME_SECONDS.
     """
-    _require(environment)
+    _check_variables(environment)
     address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    named_by = time.monotonic() + _NAME_SECONDS
+    name_deadline = time.monotonic() + _NAME_SECONDS
     while True:
         try:
-            with socket.create_connection(address, timeout=5.0) as door:
-                return not _told_to_leave(door)
+            with socket.create_connection(address, timeout=5.0) as connection:
+                return not _told_to_leave(connection)
         except socket.gaierror as error:
-            if time.monotonic() > named_by:
+            if time.monotonic() > name_deadline:
                 raise LaunchError(f"MASTER_ADDR {address[0]} cannot be resolved: {error.strerror}") from error
         except OSError:
-            named_by = float("inf")  # the name is known, nothing listens yet
-        time.sleep(_KNOCK_SECONDS)
+            name_deadline = float("inf")  # the name is known, nothing listens yet
+        time.sleep(_RETRY_SECONDS)
 
 
-def _told_to_leave(door: socket.socket) -> bool:
-    """torch's store waits for its client to speak first; `release` speaks at once."""
-    door.settimeout(_SPEAK_SECONDS)
+def _told_to_leave(connection: socket.socket) -> bool:
+    """torch's store waits for its client to speak first; `release_waiting_ranks` speaks at once."""
+    connection.settimeout(_GREETING_SECONDS)
     try:
-        return door.recv(len(_NOTHING_TO_DO)) == _NOTHING_TO_DO
+        return connection.recv(len(_NOTHING_TO_DO)) == _NOTHING_TO_DO
     except OSError:
         return False
 
 
 def release_waiting_ranks(place: RankPlace, seconds: float = 300.0) -> None:
-    """On rank 0, when there was nothing to distil: send the waiting ranks home, each as it knocks."""
+    """On rank 0, when there is nothing to distil: tell each waiting rank to leave, as it connects."""
     deadline = time.monotonic() + seconds
     with socket.create_server(("", place.master_port)) as server:
         for _ in range(place.world_size - 1):
             server.settimeout(max(0.1, deadline - time.monotonic()))
             try:
-                visitor, _ = server.accept()
+                connection, _ = server.accept()
             except TimeoutError:
                 return
-            with visitor:
-                visitor.sendall(_NOTHING_TO_DO)
+            with connection:
+                connection.sendall(_NOTHING_TO_DO)
 
 
 def set_gloo_interface(environment: MutableMapping[str, str]) -> None:
-    """Set GLOO_SOCKET_IFNAME, where nobody did, to the interface through which this host reaches rank 0.
+    """Set GLOO_SOCKET_IFNAME, unless it is set, to the interface through which this host reaches rank 0.
 
     Left alone, gloo takes the interface of the host's own name, which on many machines is the loopback.
     """
@@ -112,33 +102,34 @@ def set_gloo_interface(environment: MutableMapping[str, str]) -> None:
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface through which this host reaches `address`; None when that cannot be told (not Linux)."""
+    """The network interface through which this host reaches `address`; None when it is unknown, or not on Linux."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # sends nothing: it only asks the routing table
-            own = probe.getsockname()[0]
+            own_address = probe.getsockname()[0]
     except OSError:
         return None
     if not sys.platform.startswith("linux"):
         return None
-    for _, name in socket.if_nameindex():
-        if _address_of(name) == own:
-            return name
-    return None
+    return next((name for _, name in socket.if_nameindex() if _address_of(name) == own_address), None)
 
 
 def _address_of(interface: str) -> str | None:
+    """The IPv4 address of an interface; None when it has none."""
     import fcntl
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         request: Any = struct.pack("256s", interface.encode()[:15])
         try:
             return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
-        except OSError:  # an interface without an IPv4 address
+        except OSError:
             return None
 
 
-def _require(environment: Mapping[str, str]) -> None:
-    missing = [name for name in _NEEDED if name not in environment]
-    if missing:
+def _check_variables(environment: Mapping[str, str]) -> None:
+    """Raise LaunchError, naming them, when variables are missing or not numbers."""
+    if missing := [name for name in _REQUIRED if name not in environment]:
         raise LaunchError(f"a launcher must set {', '.join(missing)}")
+    for name in _NUMBERS:
+        if not environment.get(name, "0").isdigit():
+            raise LaunchError(f"{name}: expected a number, got {environment[name]!r}; whoever starts the ranks sets it")

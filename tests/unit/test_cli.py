@@ -1,4 +1,4 @@
-"""The command line's promises: quick where it can be, one message for a mistake, and a doctor that tells the truth."""
+"""The command line's promises: quick where it can be, and one message for a mistake."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from kdscale.jobs import doctor
-from kdscale.jobs.doctor import Finding
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOLLM = ROOT / "tests" / "fixtures" / "teachers" / "smollm2-135m-instruct"
@@ -95,22 +92,3 @@ def test_mistakes_are_one_message_and_exit_code_two(args: tuple[str, ...], needl
     assert done.returncode == 2, done.stderr
     assert needle in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_doctor_finds_what_is_here(tmp_path: Path) -> None:
-    findings = {finding.topic: finding for finding in doctor.examine(tmp_path)}
-    import torch
-
-    assert torch.__version__ in findings["torch"].text
-    assert {"python", "device", "deepspeed", "triton", "memory", "disk", "loopback port"} <= set(findings)
-    assert all(item.severity != "bad" for item in findings.values())
-
-
-def test_doctor_says_what_is_in_the_way() -> None:
-    findings = [Finding("torch", "bad", "not installed"), Finding("device", "note", "unknown without torch")]
-    core, *_ = doctor.verdicts(findings)
-    assert (core.severity, core.text) == ("bad", "mend first: torch")
-
-
-def test_doctor_reports_an_unwritable_folder() -> None:
-    assert any(item.topic == "write access" and item.severity == "bad" for item in doctor.examine(Path("/proc/x")))

@@ -1,4 +1,4 @@
-"""Which models ranks can share by tensor or by sequence: checks of config.json, before any work and without torch."""
+"""Which models ranks can share by tensor or by sequence, from config.json alone, before any work. No torch here."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from kdscale.errors import ConfigError
 from kdscale.families import Dims, load_family
 from kdscale.weights import read_config
 
-# Families that tests show to be right: q, k, v, gate and up are separate; norms are replicated or of one head.
+# Separate q, k, v, gate and up projections, norms that are replicated or of one head: what tests show to be right.
 FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 def check_tensor_parallel(size: int, folders: Mapping[str, Path]) -> None:
-    """Check that `size` ranks can share the layers of each model, and raise ConfigError otherwise.
-
-    `folders`: the model folders, by role ("teacher", "student").
-    """
+    """Raises ConfigError for a model that `size` ranks cannot share. `folders`: by what is in them ("teacher")."""
     if size == 1:
         return
     for what, folder in folders.items():
@@ -31,7 +28,7 @@ def check_tensor_parallel(size: int, folders: Mapping[str, Path]) -> None:
 
 
 def check_tensor_dims(size: int, what: str, dims: Dims) -> None:
-    """Raise ConfigError when a model has fewer kv heads, ffn units or tokens than ranks; they need not divide."""
+    """Raises ConfigError when there are fewer kv heads, ffn units or tokens than ranks; they need not divide."""
     for name in ("kv_heads", "ffn", "vocab"):
         if getattr(dims, name) < size:
             raise ConfigError(
@@ -44,7 +41,7 @@ _FIELD = "distill.sequence_parallel"
 
 
 def check_sequence_parallel(ranks: int, seq_len: int, folders: Mapping[str, Path]) -> None:
-    """Check that `ranks` ranks can share sequences of `seq_len` in each model, and raise ConfigError otherwise."""
+    """Raises ConfigError for a length or a model that `ranks` ranks cannot share. `folders`: by what is in them."""
     if ranks == 1:
         return
     if seq_len % ranks:
@@ -62,7 +59,7 @@ def check_sequence_parallel(ranks: int, seq_len: int, folders: Mapping[str, Path
 
 
 def check_sequence_dims(ranks: int, what: str, dims: Dims) -> None:
-    """Raise ConfigError when the heads cannot be divided; kv heads are repeated when there are fewer than ranks."""
+    """Raises ConfigError when the heads cannot be divided; fewer kv heads than ranks are repeated."""
     if dims.heads % ranks:
         expected = f"a divisor of the {what}'s {dims.heads} query heads"
     elif dims.kv_heads % ranks and ranks % dims.kv_heads:

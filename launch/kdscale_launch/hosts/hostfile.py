@@ -1,4 +1,4 @@
-"""DeepSpeed's hostfile: `host slots=N` a line; comments from #."""
+"""DeepSpeed's hostfile: one `host slots=N` per line, comments from #."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 from kdscale_launch.job import LaunchError
 
 _LINE = re.compile(r"^(\S+)\s+slots=(\d+)$")
-
-
 # What ssh may be given as a destination. No leading dash: ssh would take it for an option.
 _NAME = re.compile(r"^(?:[A-Za-z0-9._-]+@)?[A-Za-z0-9][A-Za-z0-9.:_%-]*$")
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and how many ranks (GPUs) it takes."""
+    """A machine and the number of ranks (GPUs) it takes."""
 
     name: str
     slots: int
@@ -30,7 +28,7 @@ class Host:
 
 
 def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
-    """The hosts in order; the first is where rank 0 runs. Raises LaunchError naming every wrong line."""
+    """The hosts in order; rank 0 runs on the first. Raises LaunchError naming every wrong line."""
     hosts: list[Host] = []
     problems: list[str] = []
     for number, raw in enumerate(text.splitlines(), 1):
@@ -56,6 +54,7 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
+    """The hosts of a file. Raises LaunchError when it cannot be read or has a wrong line."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -66,6 +65,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
 
 def total_slots(hosts: Sequence[Host]) -> int:
+    """The number of ranks on all hosts together."""
     return sum(host.slots for host in hosts)
 
 

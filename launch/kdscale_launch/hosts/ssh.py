@@ -1,4 +1,4 @@
-"""How a host is reached: one ssh process with an agent at its other end."""
+"""How the launcher reaches a host: one ssh process with an agent at its other end."""
 
 from __future__ import annotations
 
@@ -16,90 +16,88 @@ from dataclasses import dataclass
 
 from kdscale_launch.hosts.hostfile import Host
 from kdscale_launch.hosts.messages import LineBuffer, Message, decode, encode
-from kdscale_launch.job import LaunchError
+from kdscale_launch.job import CannotStart
 
 
 @dataclass(frozen=True)
 class SshSettings:
-    """How hosts are reached and how long silence may last."""
+    """How hosts are reached, and how long they may be silent. `python` and `cwd` are paths on the hosts."""
 
     python: str
     cwd: str
     pythonpath: str = ""
-    ssh: tuple[str, ...] = ("ssh",)
+    program: tuple[str, ...] = ("ssh",)
     dead_after: float = 15.0  # seconds without a sign of life after which a host counts as lost
     connect_seconds: float = 30.0
 
     def command(self, host: Host) -> list[str]:
-        """What is executed here to get an agent there. The remote shell sees one quoted string, and no secret."""
+        """The local command that starts an agent on `host`. The remote shell gets one quoted string and no secret."""
         alive = max(1, int(self.dead_after / 3))
         options = {
             "BatchMode": "yes", "ConnectTimeout": "10", "ServerAliveInterval": str(alive), "ServerAliveCountMax": "3",
         }  # fmt: skip
-        flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
+        flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
         path = ["env", f"PYTHONPATH={self.pythonpath}"] if self.pythonpath else []
         agent = shlex.join([*path, self.python, "-m", "kdscale_launch.hosts.agent"])
-        return [*self.ssh, *flags, "-T", host.name, f"cd {shlex.quote(self.cwd)} && exec {agent}"]
+        return [*self.program, *flags, "-T", host.name, f"cd {shlex.quote(self.cwd)} && exec {agent}"]
 
 
 class AgentConnection:
-    """One ssh process with an agent at its other end."""
+    """One ssh process; puts (itself, report) into `reports` until the connection ends. Raises CannotStart."""
 
     def __init__(
-        self, index: int, host: Host, command: Sequence[str], events: queue.Queue[tuple[AgentConnection, Message]]
+        self, index: int, host: Host, command: Sequence[str], reports: queue.Queue[tuple[AgentConnection, Message]]
     ):
         self.index, self.host = index, host
-        self.heard = time.monotonic()
-        self._sending = threading.Lock()
-        self.stderr: deque[str] = deque(maxlen=20)
+        self.last_heard = time.monotonic()
+        self._send_lock = threading.Lock()
+        self._stderr: deque[str] = deque(maxlen=20)
         try:
             self.process = subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 start_new_session=True,
             )  # fmt: skip
         except OSError as error:
-            raise LaunchError(f"cannot start {command[0]!r}: {error.strerror}") from error
-        self._events = events
-        self._complaints = threading.Thread(target=self._read_err, daemon=True)
-        self._complaints.start()
-        threading.Thread(target=self._read_out, daemon=True).start()
+            raise CannotStart(command[0], error) from error
+        self._reports = reports
+        self._stderr_reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._stderr_reader.start()
+        threading.Thread(target=self._read_reports, daemon=True).start()
 
-    def _read_out(self) -> None:
+    def _read_reports(self) -> None:
         assert self.process.stdout is not None
         lines = LineBuffer()
         while data := os.read(self.process.stdout.fileno(), 1 << 16):
             for line in lines.feed(data):
                 if message := decode(line):
-                    self._events.put((self, message))
-        self._complaints.join(1.0)  # ssh says why on stderr
-        self._events.put((self, {"say": "closed", "why": self.complaint()}))
+                    self._reports.put((self, message))
+        self._stderr_reader.join(1.0)  # ssh prints the reason on stderr
+        reason = "; ".join(line for line in self._stderr if line)[-600:] or "the connection ended without a message"
+        self._reports.put((self, {"report": "closed", "reason": reason}))
 
-    def _read_err(self) -> None:
+    def _read_stderr(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.stderr.append(line.decode("utf-8", "replace").rstrip())
+            self._stderr.append(line.decode("utf-8", "replace").rstrip())
 
-    def complaint(self) -> str:
-        return "; ".join(line for line in self.stderr if line)[-600:] or "the connection ended without a message"
-
-    def send(self, message: Message) -> None:
+    def send(self, order: Message) -> None:
+        """Send an order. A connection that has ended is reported by its reader, not here."""
         assert self.process.stdin is not None
-        # ValueError: closed by us. Of a connection that ended its reader tells.
-        with self._sending, suppress(OSError, ValueError):
-            self.process.stdin.write(encode(message))
+        with self._send_lock, suppress(OSError, ValueError):  # ValueError: this side has closed it
+            self.process.stdin.write(encode(order))
             self.process.stdin.flush()
 
     def hang_up(self) -> None:
-        """The agent's stdin closes: it ends its ranks and leaves."""
+        """Close the agent's stdin, on which it ends its ranks and leaves."""
         assert self.process.stdin is not None
-        with self._sending, suppress(OSError):  # what could not be flushed is for nobody
+        with self._send_lock, suppress(OSError):  # nobody needs what could not be flushed
             self.process.stdin.close()
 
-    def close(self, until: float) -> None:
-        """Hang up, and give ssh until then (monotonic) to leave by itself."""
+    def close(self, deadline: float) -> None:
+        """Hang up, and kill ssh if it has not left by `deadline` (on time.monotonic's clock)."""
         self.hang_up()
         try:
-            self.process.wait(max(0.0, until - time.monotonic()))
+            self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

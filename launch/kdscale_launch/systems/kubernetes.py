@@ -1,4 +1,4 @@
-"""Kubernetes objects: an indexed Job with a headless Service, or Kubeflow's PyTorchJob. Plain values, no client."""
+"""Kubernetes objects as plain values: an indexed Job with a headless Service, or Kubeflow's PyTorchJob."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
 
 # The name becomes pod names (name-index-random) and a DNS label.
 _NAME = re.compile(r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")
-
-
 _INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
-
 
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class KubernetesJob:
-    """`volumes`: claim → where it is mounted. `secrets`: Secrets whose keys become environment variables."""
+    """What the pods run. `volumes` maps a claim to its mount path; `secrets` become environment variables.
+
+    Raises LaunchError for a name that Kubernetes would refuse.
+    """
 
     name: str
     nodes: int
@@ -35,7 +35,7 @@ class KubernetesJob:
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     volumes: Mapping[str, str] = field(default_factory=dict)
-    gpus: int = 0  # a pod
+    gpus: int = 0  # per pod
     port: int = 29500
     max_restarts: int = 3
     grace: float = 60.0
@@ -49,7 +49,7 @@ class KubernetesJob:
 
 
 def indexed_job(job: KubernetesJob) -> list[Object]:
-    """A headless Service, which gives pods names before they are ready, and a Job with one pod a node."""
+    """A headless Service, which names pods before they are ready, and a Job with one pod per node."""
     labels = {"app.kubernetes.io/name": "kdscale", "app.kubernetes.io/instance": job.name}
     service: Object = {
         "apiVersion": "v1",
@@ -64,9 +64,9 @@ def indexed_job(job: KubernetesJob) -> list[Object]:
     }
     pod = {**_pod(job, _INDEX_VARIABLE, f"{job.name}-0.{job.name}"), "restartPolicy": "Never", "subdomain": job.name}
     rules: list[Object] = [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-    rules += [_on_codes("Ignore", frozenset({STOPPED_EXIT_CODE}))]
-    rules += [_on_codes("FailJob", job.final_codes)] if job.final_codes else []
-    run: Object = {
+    rules += [_rule_for_codes("Ignore", frozenset({STOPPED_EXIT_CODE}))]
+    rules += [_rule_for_codes("FailJob", job.final_codes)] if job.final_codes else []
+    indexed: Object = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": job.name, "namespace": job.namespace, "labels": labels},
@@ -74,27 +74,27 @@ def indexed_job(job: KubernetesJob) -> list[Object]:
             "completionMode": "Indexed",
             "completions": job.nodes,
             "parallelism": job.nodes,
-            "backoffLimit": job.max_restarts * job.nodes,  # when one pod breaks, the others follow
+            "backoffLimit": job.max_restarts * job.nodes,  # when one pod breaks, the others do too
             "podFailurePolicy": {"rules": rules},
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
-    return [service, run]
+    return [service, indexed]
 
 
 def pytorch_job(job: KubernetesJob) -> list[Object]:
-    """Kubeflow's training operator (v1): it sets RANK (of the pod), MASTER_ADDR and MASTER_PORT itself."""
+    """A job for Kubeflow's training operator (v1), which sets RANK (of the pod), MASTER_ADDR and MASTER_PORT itself."""
     pod = _pod(job, "RANK", None)
     replica: Object = {"restartPolicy": "OnFailure", "template": {"spec": pod}}
-    kinds: Object = {"Master": {"replicas": 1, **replica}}
+    replicas: Object = {"Master": {"replicas": 1, **replica}}
     if job.nodes > 1:
-        kinds["Worker"] = {"replicas": job.nodes - 1, **replica}
+        replicas["Worker"] = {"replicas": job.nodes - 1, **replica}
     return [
         {
             "apiVersion": "kubeflow.org/v1",
             "kind": "PyTorchJob",
             "metadata": {"name": job.name, "namespace": job.namespace},
-            "spec": {"runPolicy": {"backoffLimit": job.max_restarts * job.nodes}, "pytorchReplicaSpecs": kinds},
+            "spec": {"runPolicy": {"backoffLimit": job.max_restarts * job.nodes}, "pytorchReplicaSpecs": replicas},
         }
     ]
 
@@ -104,11 +104,12 @@ def as_list(objects: list[Object]) -> Object:
     return {"apiVersion": "v1", "kind": "List", "items": objects}
 
 
-def _on_codes(action: str, codes: frozenset[int]) -> Object:
+def _rule_for_codes(action: str, codes: frozenset[int]) -> Object:
     return {"action": action, "onExitCodes": {"operator": "In", "values": sorted(codes)}}
 
 
 def _pod(job: KubernetesJob, index_variable: str, master: str | None) -> Object:
+    """A pod that starts its node's ranks; without `master`, they find rank 0 through MASTER_ADDR and MASTER_PORT."""
     node = [job.python, "-m", "kdscale_launch.systems.node", "--nodes", str(job.nodes), "--slots", str(job.slots)]
     node += ["--node-rank-from", index_variable, "--log-dir", job.log_dir, "--grace", f"{job.grace:g}"]
     node += ["--master-addr", master, "--master-port", str(job.port)] if master else []
@@ -125,7 +126,7 @@ def _pod(job: KubernetesJob, index_variable: str, master: str | None) -> Object:
             {"name": f"claim-{number}", "mountPath": path} for number, path in enumerate(job.volumes.values())
         ],
     }
-    # Ranks exchange through /dev/shm, of which containers get 64 MB unless told otherwise.
+    # Ranks exchange data through /dev/shm, of which containers get 64 MB by default.
     volumes: list[Object] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
     volumes += [

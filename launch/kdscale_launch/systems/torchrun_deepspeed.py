@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from kdscale_launch.job import LaunchError
 
-# Without it torch 2.13's workers share the rendezvous store and hang, or fail to reconnect, when they are restarted.
+# Without it, torch 2.13's workers share the rendezvous store and, when restarted, hang or fail to reconnect.
 TORCHRUN_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -15,7 +15,7 @@ def torchrun(
     python: str, module: str, arguments: tuple[str, ...], *, nodes: int, slots: int, endpoint: str, job_id: str,
     max_restarts: int,
 ) -> list[str]:  # fmt: skip
-    """To be run on every node: they meet at `endpoint` (host:port), and all are restarted when a rank breaks."""
+    """The command for every node: the nodes meet at `endpoint` (host:port), and all restart when a rank breaks."""
     return [
         python, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={slots}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint={endpoint}", f"--rdzv-id={job_id}", f"--max-restarts={max_restarts}", "--module", module,
@@ -26,9 +26,9 @@ def torchrun(
 def deepspeed(
     python: str, module: str, arguments: tuple[str, ...], *, hostfile: str, master_addr: str, master_port: int
 ) -> list[str]:
-    """DeepSpeed's runner over pdsh, run once. `--no_local_rank`: our ranks read the environment only. `--no_ssh_check`:
-    its check knows nothing of our ssh options.
+    """The command of DeepSpeed's runner over pdsh, to be run once.
 
+    `--no_local_rank`: our ranks read the environment only. `--no_ssh_check`: its check ignores our ssh options.
     Raises LaunchError for an argument that a shell would change: the runner passes them through one unquoted.
     """
     for argument in arguments:
@@ -42,11 +42,11 @@ def deepspeed(
 
 
 def deepspeed_environment(ssh_options: str, env_file: str, dead_after: float) -> dict[str, str]:
-    """What DeepSpeed's runner and pdsh read: keep-alives that end a dead link, and the file of variables to forward."""
+    """What DeepSpeed's runner and pdsh read: keep-alives that end a dead link, and the file of forwarded variables."""
     alive = f"-o ServerAliveInterval={max(1, int(dead_after / 3))} -o ServerAliveCountMax=3"
     return {"PDSH_SSH_ARGS_APPEND": f"{alive} {ssh_options}".strip(), "DS_ENV_FILE": env_file}
 
 
 def env_file(environment: Mapping[str, str]) -> str:
-    """DeepSpeed's `.deepspeed_env`: NAME=value lines, which it pastes into a remote shell's `export`."""
+    """The text of `.deepspeed_env`: NAME=value lines, which DeepSpeed pastes into a remote shell's `export`."""
     return "".join(f"{name}={shlex.quote(value)}\n" for name, value in environment.items())

@@ -16,19 +16,19 @@ LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 
 
 @pytest.fixture
-def reach(tmp_path: Path, fake_ssh: Path) -> SshSettings:
+def ssh(tmp_path: Path, fake_ssh: Path) -> SshSettings:
     return SshSettings(
-        python=sys.executable, cwd=str(tmp_path), pythonpath=str(LAUNCH), ssh=(str(fake_ssh),), dead_after=5.0,
+        python=sys.executable, cwd=str(tmp_path), pythonpath=str(LAUNCH), program=(str(fake_ssh),), dead_after=5.0,
         connect_seconds=20.0,
     )  # fmt: skip
 
 
 @pytest.fixture
-def cluster(reach: SshSettings) -> Iterator[HostConnections]:
+def connections(ssh: SshSettings) -> Iterator[HostConnections]:
     """Two hosts, one slot on the first and two on the second."""
-    with HostConnections([Host("one", 1), Host("two", 2)], reach) as cluster:
-        assert cluster.connect() == {}
-        yield cluster
+    with HostConnections([Host("one", 1), Host("two", 2)], ssh) as connections:
+        assert connections.connect() == {}
+        yield connections
 
 
 @pytest.fixture

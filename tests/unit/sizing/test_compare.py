@@ -138,7 +138,7 @@ def test_every_shipped_config_takes_the_lines_that_are_planned_for_it(name: str,
     one = plan.chosen.setting
     assert distill.processes == 16
     assert distill.micro_batch * one.accumulation * 16 == distill.global_batch
-    assert json.loads(json.dumps(to_json(plan)))["candidates"][0]["chosen"]
+    assert json.loads(json.dumps(to_json(plan)))["settings"][0]["chosen"]
 
 
 def test_nothing_fits_is_an_error_with_the_least_that_would_be_needed(tmp_path: Path) -> None:

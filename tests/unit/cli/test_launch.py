@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kdscale.cli.main import app
-from kdscale.errors import ConfigError
-from kdscale.jobs.launch import commands_for_fewer_hosts, request
+from kdscale.cli.main import make_app
+from kdscale.errors import ConfigError, MissingProgramError
+from kdscale.jobs.launch import commands_for_fewer_hosts, make_request
 from kdscale_launch import Host
 
 HOSTS = "node-1 slots=1\nnode-2 slots=1\n"
@@ -36,7 +36,7 @@ def dry(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setenv("PYTHONPATH", "")
 
     def launch(*args: str) -> str:
-        assert not app(["launch", str(config), *args, "--dry-run"], standalone_mode=False)
+        assert not make_app()(["launch", str(config), *args, "--dry-run"], standalone_mode=False)
         assert not (tmp_path / "run").exists()
         printed = capsys.readouterr().out
         assert "hf_secret" not in printed
@@ -60,23 +60,23 @@ def test_hosts(dry: Launch, config: Path, tmp_path: Path) -> None:
 
 
 def test_fewer_hosts(dry: Launch, tmp_path: Path) -> None:
-    reach = ("--hostfile", str(tmp_path / "hosts"), "--min-nodes")
-    assert "# when hosts do not come back, also on 1 of 2" in dry(*reach, "1").splitlines()
-    assert "also on" not in dry(*reach, "2")
+    ssh = ("--hostfile", str(tmp_path / "hosts"), "--min-nodes")
+    assert "# when hosts do not come back, also on 1 of 2" in dry(*ssh, "1").splitlines()
+    assert "also on" not in dry(*ssh, "2")
     with pytest.raises(ConfigError, match="1 to 2, the number of hosts"):
-        dry(*reach, "3")
+        dry(*ssh, "3")
     with pytest.raises(ConfigError, match="our own agents"):
-        dry(*reach, "1", "--launcher", "deepspeed")
+        dry(*ssh, "1", "--launcher", "deepspeed")
 
 
 def test_deepspeed(dry: Launch, tmp_path: Path, config: Path) -> None:
     plain = config.rename(tmp_path / "plain.yaml")
     config.symlink_to(plain)
-    reach = ("--hostfile", str(tmp_path / "hosts"), "--launcher", "deepspeed")
+    ssh = ("--hostfile", str(tmp_path / "hosts"), "--launcher", "deepspeed")
     with pytest.raises(ConfigError, match="--master-port"):
-        dry(*reach)
+        dry(*ssh)
     with pytest.raises(ConfigError, match="cannot pass the argument"):  # the blank in the config's name
-        dry(*reach, "--master-addr", "node-1", "--master-port", "7")
+        dry(*ssh, "--master-addr", "node-1", "--master-port", "7")
 
 
 def test_slurm(dry: Launch) -> None:
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_refused_at_once(dry: Launch, args: tuple[str, ...], m
 
 def test_commands_for_fewer_hosts(config: Path) -> None:
     hosts = [Host(f"node-{number}", 2) for number in range(4)]
-    asked = request(config, ["teacher.path=/a b"], 8, accept=False)
+    asked = make_request(config, ["teacher.path=/a b"], 8, accept_changes=False)
     commands = commands_for_fewer_hosts(asked, hosts, 1, "py")
     assert {number: words[-1] for number, words in commands.items()} == {  # 6 ranks cannot share 8 sequences
         1: "distill.processes=2",
@@ -138,3 +138,23 @@ def test_commands_for_fewer_hosts(config: Path) -> None:
         commands_for_fewer_hosts(asked, hosts, 3, "py")
     with pytest.raises(ConfigError, match=r"(?s)same number of slots.*node-3: 1"):
         commands_for_fewer_hosts(asked, [*hosts[:3], Host("node-3", 1)], 1, "py")
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("launch", ("--hostfile", "hosts", "--ssh-command", "no-such-ssh", "--skip-preflight")),
+        ("launch", ("--slurm",)),
+        ("launch", ("--kubernetes", "--image", "image")),
+        ("preflight", ("--hostfile", "hosts", "--ssh-command", "no-such-ssh")),
+    ],
+)
+def test_a_program_that_is_missing_is_named_and_is_not_an_error_of_the_run_folder(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: tuple[str, ...]
+) -> None:
+    (tmp_path / "hosts").write_text("node-1 slots=1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingProgramError, match=r"no-such-ssh|sbatch|kubectl") as caught:
+        make_app()([command, str(config), *options], standalone_mode=False)
+    assert caught.value.exit_code == 13

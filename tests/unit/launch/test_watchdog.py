@@ -85,16 +85,16 @@ with watching(0, rank):
 
 
 @pytest.fixture
-def hosts(reach, tmp_path):
-    settings = replace(reach, pythonpath=str(LAUNCH))
-    with HostConnections([Host("one", 1), Host("two", 1)], settings) as cluster:
-        assert cluster.connect() == {}
-        yield cluster
+def hosts(ssh, tmp_path):
+    settings = replace(ssh, pythonpath=str(LAUNCH))
+    with HostConnections([Host("one", 1), Host("two", 1)], settings) as connections:
+        assert connections.connect() == {}
+        yield connections
 
 
 def task(code: str, tmp_path: Path) -> Task:
     command = (sys.executable, "-S", "-c", PREAMBLE + ALL_REDUCE + code)
-    return Task(command, log_dir=str(tmp_path / "logs"), master_addr="127.0.0.1", master_port=1, grace=0.5)
+    return Task(command, log_dir=str(tmp_path / "logs"), master_addr="127.0.0.1", master_port=1, grace_seconds=0.5)
 
 
 def test_the_rank_that_the_others_wait_for_is_named_first(hosts, tmp_path):
@@ -142,7 +142,7 @@ with watching(0, rank):
     os.kill(os.getpid(), 9) if rank else waits_for_a_token()
 """
     outcome = hosts.run(task(code, tmp_path))
-    assert [(failure.rank, failure.code) for failure in outcome.failures] == [(1, -signal.SIGKILL)]
+    assert [(failure.rank, failure.exit_code) for failure in outcome.failures] == [(1, -signal.SIGKILL)]
     assert "in waits_for_a_token" in (tmp_path / "logs" / "rank-0.log").read_text()
 
 

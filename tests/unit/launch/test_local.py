@@ -20,24 +20,6 @@ def python_job(tmp_path: Path, code: str, processes: int = 2, **kwargs) -> JobSp
     return JobSpec((sys.executable, "-S", "-c", code), processes, tmp_path / "logs", cwd=tmp_path, **kwargs)
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    stat = Path(f"/proc/{pid}/stat")
-    return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
-
-
-def wait_for(condition, seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def test_ranks_get_their_environment(tmp_path):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "EXTRA")
     code = f"import os; open('seen-' + os.environ['RANK'], 'w').write(' '.join(os.environ[n] for n in {names}))"
@@ -48,7 +30,7 @@ def test_ranks_get_their_environment(tmp_path):
     assert all(row[5] == "x" for row in seen)
 
 
-def test_one_failure_ends_all_and_is_shown(tmp_path):
+def test_one_failure_ends_all_and_is_shown(tmp_path, alive):
     code = (
         "import os, sys, time\n"
         "if os.environ['RANK'] == '1': sys.exit('rank one has no disk')\n"
@@ -92,7 +74,7 @@ sys.exit(run_local(JobSpec((sys.executable, "-S", "-c", child, sys.argv[1]), 2, 
 """
 
 
-def start_launcher(tmp_path: Path, manner: str) -> tuple[subprocess.Popen[bytes], list[int]]:
+def start_launcher(tmp_path: Path, manner: str, wait_for) -> tuple[subprocess.Popen[bytes], list[int]]:
     launcher = subprocess.Popen(
         [sys.executable, "-S", "-c", LAUNCHER, manner], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(LAUNCH)}
     )
@@ -102,8 +84,8 @@ def start_launcher(tmp_path: Path, manner: str) -> tuple[subprocess.Popen[bytes]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signals_reach_every_rank_once(tmp_path, signum):
-    launcher, pids = start_launcher(tmp_path, "polite")
+def test_signals_reach_every_rank_once(tmp_path, signum, alive, wait_for):
+    launcher, pids = start_launcher(tmp_path, "polite", wait_for)
     launcher.send_signal(signum)
     assert launcher.wait(15) == 128 + signum
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [str(int(signum))] * 2
@@ -111,14 +93,14 @@ def test_signals_reach_every_rank_once(tmp_path, signum):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses the kernel's parent-death signal")
-def test_ranks_die_with_a_killed_launcher(tmp_path):
-    launcher, pids = start_launcher(tmp_path, "polite")
+def test_ranks_die_with_a_killed_launcher(tmp_path, alive, wait_for):
+    launcher, pids = start_launcher(tmp_path, "polite", wait_for)
     launcher.kill()
     launcher.wait(15)
     assert wait_for(lambda: not any(alive(pid) for pid in pids))
 
 
-def test_the_watcher_of_other_systems_ends_an_orphan(tmp_path):
+def test_the_watcher_of_other_systems_ends_an_orphan(tmp_path, alive, wait_for):
     code = (
         "import subprocess, sys, os, time\n"
         'child = \'import os, time; open("t", "w").write(str(os.getpid())); os.rename("t", "pid"); time.sleep(60)\'\n'

@@ -27,16 +27,16 @@ os._exit(0)
 
 
 def test_a_rank_that_stops_is_named_and_killed_and_the_others_do_not_wait_for_ever(tmp_path, fake_ssh):
-    reach = SshSettings(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0)
+    ssh = SshSettings(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0)
     env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with HostConnections([Host("one", 1), Host("two", 1)], reach) as cluster:
-        assert cluster.connect() == {}
-        port = cluster.free_port()
+    with HostConnections([Host("one", 1), Host("two", 1)], ssh) as connections:
+        assert connections.connect() == {}
+        port = connections.free_port()
         assert port is not None
-        outcome = cluster.run(
+        outcome = connections.run(
             Task(
                 (sys.executable, "-c", STOPS), env, log_dir=str(tmp_path / "logs"), master_addr="127.0.0.1",
-                master_port=port, grace=0.5,
+                master_port=port, grace_seconds=0.5,
             )
         )  # fmt: skip
     text = outcome.describe()
@@ -45,7 +45,7 @@ def test_a_rank_that_stops_is_named_and_killed_and_the_others_do_not_wait_for_ev
     assert "hung in all_reduce (torch/distributed/distributed_c10d.py" in hung
     assert "phase collective, step 4, documents 7" in hung
     assert "waiting for other ranks" in hung
-    assert outcome.codes[0] == HUNG_EXIT_CODE
+    assert outcome.exit_codes[0] == HUNG_EXIT_CODE
     assert "most recent call first" in (tmp_path / "logs" / "rank-0.log").read_text()
     assert not Path("/proc", (tmp_path / "stopped").read_text()).exists()
 
@@ -73,7 +73,7 @@ def test_a_download_that_stalls_is_named_and_the_job_starts_again(
         (sys.executable, "-m", "kdscale.jobs.rank", str(tiny_config), "--until=data", *settings),
         SshSettings(sys.executable, str(tmp_path), str(ROOT / "launch"), (str(fake_ssh),), connect_seconds=60.0),
         log_dir=str(tmp_path / "logs"), env={"OMP_NUM_THREADS": "1", "PYTHONPATH": path}, master_addr="127.0.0.1",
-        grace=0.5, max_restarts=1,
+        grace_seconds=0.5, max_restarts=1,
     )  # fmt: skip
     said: list[str] = []
     assert run_hosts(job, [], said.append, lambda text: None) == 0

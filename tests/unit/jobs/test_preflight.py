@@ -1,0 +1,99 @@
+"""What preflight concludes from made-up reports, its commands on this machine, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdscale.jobs import preflight
+from kdscale.runtime.versions import version_of
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    versions = dict.fromkeys(("python", "kdscale", "source", "torch", "transformers", "deepspeed", "safetensors",
+                              "tokenizers", "numpy"), "1.0") | changes.pop("versions", {})  # fmt: skip
+    return {
+        "versions": versions, "cores": 8, "gpus": 0, "config": "c" * 64, "config_error": None, "teacher": "t",
+        "write_error": None, "free_bytes": 10**12, **changes,
+    }  # fmt: skip
+
+
+def bad(reports: dict[str, Any], skews: dict[str, tuple[float, float]] | None = None) -> dict[str, str]:
+    skews = skews or dict.fromkeys(reports, (0.0, 0.001))
+    findings = preflight.compare_reports(reports, dict.fromkeys(reports, 2), skews)
+    return {finding.topic: finding.text for finding in findings if finding.severity == "bad"}
+
+
+def test_equal_hosts_are_fine() -> None:
+    assert bad({"a": report(), "b": report()}) == {}
+
+
+@pytest.mark.parametrize(
+    ("other", "topic", "text"),
+    [
+        (report(versions={"torch": "2.0"}), "torch", "b: 2.0; a has 1.0"),
+        (report(versions={"deepspeed": None}), "deepspeed", "b: not installed; a has 1.0"),
+        (report(versions={"source": "x"}), "source", "b: x; a has 1.0"),
+        (report(config="d" * 64), "config", "b: dddddddddddd; a has cccccccccccc"),
+        (report(config_error="no file"), "config", "b: no file"),
+        (report(teacher="u"), "teacher", "b: u; a has t"),
+        (report(write_error="read-only"), "run folder", "b: read-only"),
+        (report(free_bytes=10), "disk", "0.0 GB free (b)"),
+        (report(gpus=8), "devices", "a: 2 slots, 0 GPUs visible"),
+    ],
+)
+def test_what_differs_is_named_with_its_host(other: dict[str, Any], topic: str, text: str) -> None:
+    assert bad({"a": report(), "b": other}) == {topic: text}
+
+
+def test_a_package_that_is_missing_everywhere_is_bad() -> None:
+    none = report(versions={"deepspeed": None})
+    assert list(bad({"a": none, "b": none})) == ["deepspeed"]
+
+
+def test_a_clock_is_wrong_only_beyond_what_was_measured() -> None:
+    hosts = {"a": report(), "b": report()}
+    assert bad(hosts, {"a": (0.0, 0.1), "b": (-7.0, 0.1)}) == {"clocks": "b: -7.0 s"}
+    assert bad(hosts, {"a": (0.0, 0.1), "b": (-7.0, 3.0)}) == {}
+
+
+def test_marks_prove_a_shared_folder(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"name: x\nrun_dir: {tmp_path}/run\nteacher: {{path: {tiny_llama_dir}}}\nprune: {{ffn: 64}}\n")
+    one = preflight.probe("m-0", str(config), [])
+    other = preflight.probe("m-1", str(config), [f"run_dir={tmp_path}/elsewhere"])
+    assert (one["config_error"], one["write_error"]) == (None, None)
+    assert one["config"] != other["config"]
+    assert one["teacher"] == other["teacher"]
+    assert preflight.unseen_marks(["m-0", "m-1"], str(config), [], seconds=0.0) == ["m-1"]
+    assert preflight.check_shared_folder({"a": ["b"], "b": []}).severity == "bad"
+    preflight.remove_marks(["m-0", "m-1"], str(config), [])
+    assert list((tmp_path / "run" / "logs").iterdir()) == []
+
+
+def test_a_config_that_cannot_be_read_is_reported_not_raised(tmp_path: Path) -> None:
+    assert "does not exist" in preflight.probe("m", str(tmp_path / "none.yaml"), [])["config_error"]
+
+
+@pytest.mark.parametrize("arguments", [("colective", "60", "CONFIG"), ("probe", "mark"), ()])
+def test_an_unknown_command_is_refused_with_the_known_ones(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "collective", lambda *_: pytest.fail("the collective ran"))
+    assert preflight.main(arguments) == 2
+    assert "probe | shared | clean | collective" in capsys.readouterr().err
+
+
+def test_an_answer_is_one_json_line(
+    tmp_path: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"name: x\nrun_dir: {tmp_path}/run\nteacher: {{path: {tiny_llama_dir}}}\nprune: {{ffn: 64}}\n")
+    monkeypatch.setenv("KDSCALE_HOST_INDEX", "3")
+    assert preflight.main(["probe", "m", str(config)]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["torch"] == version_of("torch")
+    assert preflight.main(["shared", "m-3", str(config)]) == 0
+    assert json.loads(capsys.readouterr().out) == []

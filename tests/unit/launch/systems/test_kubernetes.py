@@ -1,0 +1,60 @@
+"""Kubernetes objects, held against the published schema."""
+
+from __future__ import annotations
+
+import pytest
+
+from kdscale_launch import LaunchError
+from kdscale_launch.systems import kubernetes as kube
+
+
+@pytest.fixture
+def pods() -> kube.KubernetesJob:
+    return kube.KubernetesJob(
+        "kdscale-x", 4, 8, "registry/image:1", ("python", "-m", "kdscale.jobs.rank", "/data/c.yaml"), "/data/logs",
+        "/data", volumes={"claim": "/data"}, secrets=("hf",), gpus=8, env={"HF_HOME": "/data/hf"},
+        final_codes=frozenset({2, 3}),
+    )  # fmt: skip
+
+
+def test_an_indexed_job_finds_its_first_pod_by_name(pods):
+    service, job = kube.indexed_job(pods)
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"]  # ranks meet before any pod is ready
+    assert service["spec"]["selector"].items() <= spec["template"]["metadata"]["labels"].items()
+    command = pod["containers"][0]["command"]
+    assert command[command.index("--master-addr") + 1] == "kdscale-x-0.kdscale-x"
+    assert command[command.index("--") + 1 :] == list(pods.command)
+    mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    ignored = [rule for rule in spec["podFailurePolicy"]["rules"] if rule["action"] == "Ignore"]
+    assert {"operator": "In", "values": [75]} in [rule.get("onExitCodes") for rule in ignored]
+
+
+def test_kubernetes_objects_hold_to_the_published_schema(pods):
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate carries the schema")
+    version = validate.latest_version()
+    for item in kube.indexed_job(pods):
+        validate.validate(item, version, strict=True)
+    broken = kube.indexed_job(pods)[1]
+    broken["spec"]["completion"] = 3
+    with pytest.raises(validate.ValidationError):
+        validate.validate(broken, version, strict=True)
+
+
+def test_a_pytorchjob_has_one_master_and_leaves_the_address_to_the_operator(pods):
+    (job,) = kube.pytorch_job(pods)
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert (replicas["Master"]["replicas"], replicas["Worker"]["replicas"]) == (1, 3)
+    container = replicas["Worker"]["template"]["spec"]["containers"][0]
+    assert container["name"] == "pytorch"
+    assert "--master-addr" not in container["command"]
+
+
+@pytest.mark.parametrize("name", ["Big", "a_b", "-a", "a" * 60, ""])
+def test_a_name_that_kubernetes_would_refuse_is_refused_here(name):
+    with pytest.raises(LaunchError, match="not a Kubernetes name"):
+        kube.KubernetesJob(name, 1, 1, "i", ("p",), "/l", "/")

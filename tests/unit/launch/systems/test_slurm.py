@@ -1,0 +1,115 @@
+"""The Slurm script, executed with stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdscale_launch import LaunchError
+from kdscale_launch.systems import slurm
+
+SCONTROL = '#!/bin/sh\n[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$@" >> requeued\n'
+SRUN = """#!/bin/bash
+shift
+pids=()
+trap 'kill -TERM "${pids[@]}"' TERM
+for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=0 "$@" & pids+=($!); done
+code=0
+for pid in "${pids[@]}"; do
+    wait "$pid"; this=$?
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid"; this=$?; done
+    [ "$this" -gt "$code" ] && code=$this
+done
+exit $code
+"""
+
+
+@pytest.fixture
+def slurm_script(tmp_path: Path):
+    """Runs a rendered script for two ranks of `code`; gives the process."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+
+    def start(code: str, restarts_so_far: int = 0, **settings) -> subprocess.Popen[str]:
+        job = slurm.SlurmJob(
+            "kdscale-x", 2, 1, (sys.executable, "-S", "-c", code, "a b", "$HOME"), str(tmp_path), "log", **settings
+        )
+        script = tmp_path / "job.sbatch"
+        script.write_text(slurm.render(job))
+        environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "12345",
+                       "SLURM_RESTART_COUNT": str(restarts_so_far)}  # fmt: skip
+        return subprocess.Popen(["bash", str(script)], env=environment, text=True, stdout=subprocess.PIPE)
+
+    return start
+
+
+def test_slurm_ranks_get_torchs_environment_and_untouched_arguments(slurm_script, tmp_path):
+    code = """
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "HF_HOME")
+json.dump([os.environ[n] for n in names] + sys.argv[1:], open("rank-" + os.environ["RANK"], "w"))
+"""
+    process = slurm_script(code, env={"HF_HOME": "/a b"})
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    seen = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
+    assert seen == [[str(rank), "0", "2", "1", "n1", "22345", "/a b", "a b", "$HOME"] for rank in range(2)]
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "so_far", "requeued"), [(75, 9, True), (1, 0, True), (1, 2, False), (4, 0, False), (137, 1, True)]
+)
+def test_slurm_requeues_what_another_try_can_mend(slurm_script, tmp_path, exit_code, so_far, requeued):
+    process = slurm_script(f"import sys; sys.exit({exit_code})", so_far, max_restarts=2, final_codes=frozenset({2, 4}))
+    process.communicate(timeout=30)
+    assert process.returncode == exit_code
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 12345\n"
+
+
+def test_slurms_warning_reaches_the_ranks_and_requeues(slurm_script, tmp_path):
+    code = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+open("ready-" + os.environ["RANK"], "w").close()
+while True: time.sleep(0.05)
+"""
+    process = slurm_script(code)
+    deadline = time.monotonic() + 20
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in range(2)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "requeued" in said
+    assert (tmp_path / "requeued").exists()
+
+
+def test_a_failed_check_keeps_the_job_from_starting(slurm_script, tmp_path):
+    check = (sys.executable, "-S", "-c", "import sys; sys.exit(3)")
+    process = slurm_script("open('started', 'w')", check=check)
+    process.communicate(timeout=30)
+    assert process.returncode == 3
+    assert not (tmp_path / "started").exists()
+
+
+def test_the_slurm_header():
+    job = slurm.SlurmJob("kdscale-x", 4, 8, ("python",), "/w", "/o", time_limit="1-00:00:00", warn_seconds=120,
+                         directives=("partition=gpu", "exclusive"))  # fmt: skip
+    lines = slurm.render(job).splitlines()
+    for option in ("nodes=4", "ntasks-per-node=8", "requeue", "signal=B:TERM@120", "time=1-00:00:00", "exclusive"):
+        assert f"#SBATCH --{option}" in lines
+    with pytest.raises(LaunchError, match="not an sbatch option"):
+        slurm.render(slurm.SlurmJob("x", 1, 1, ("p",), "/", "/o", directives=("a\nreboot",)))

@@ -1,0 +1,74 @@
+"""A rank's place in the environment, the network interface it uses, and how ranks wait for rank 0."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+
+import pytest
+
+from kdscale_launch import LaunchError, RankPlace
+from kdscale_launch.local import free_port
+from kdscale_launch.rendezvous import (
+    parse_rank_place,
+    release_waiting_ranks,
+    set_gloo_interface,
+    take_rank_place,
+    wait_for_rank_0,
+)  # fmt: skip
+
+
+def test_a_place_is_taken_out_of_the_environment_and_read_back():
+    environment = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
+                   "MASTER_PORT": "77", "HOME": "/h"}  # fmt: skip
+    place = parse_rank_place(take_rank_place(environment))
+    assert environment == {"HOME": "/h"}
+    assert (place.first_rank, place.world_size, place.local_world_size) == (0, 4, 2)
+    assert (place.master_addr, place.master_port) == ("a", 77)
+    with pytest.raises(LaunchError, match="WORLD_SIZE"):
+        take_rank_place({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its interfaces")
+def test_gloo_is_given_the_interface_that_leads_to_rank_0():
+    environment = {"MASTER_ADDR": "127.0.0.1"}
+    set_gloo_interface(environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    given = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}
+    set_gloo_interface(given)
+    assert given["GLOO_SOCKET_IFNAME"] == "ib0"
+    nowhere = {"MASTER_ADDR": "no-such-host.invalid"}
+    set_gloo_interface(nowhere)
+    assert "GLOO_SOCKET_IFNAME" not in nowhere
+
+
+def door(port: int) -> dict[str, str]:
+    return {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def test_ranks_wait_until_rank_0_listens() -> None:
+    port, answers = free_port(), []
+    waiting = threading.Thread(target=lambda: answers.append(wait_for_rank_0(door(port))))
+    waiting.start()
+    with socket.create_server(("127.0.0.1", port)):
+        waiting.join(20)
+    assert answers == [True]
+
+
+def test_ranks_are_sent_home_when_there_is_nothing_to_distil() -> None:
+    port, answers = free_port(), []
+    waiting = [threading.Thread(target=lambda: answers.append(wait_for_rank_0(door(port)))) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    release_waiting_ranks(RankPlace(0, 3, "127.0.0.1", port), seconds=20.0)
+    for thread in waiting:
+        thread.join(20)
+    assert answers == [False, False]
+
+
+def test_rank_0_does_not_wait_for_ranks_that_never_come() -> None:
+    began = time.monotonic()
+    release_waiting_ranks(RankPlace(0, 3, "127.0.0.1", free_port()), seconds=0.2)
+    assert time.monotonic() - began < 10
