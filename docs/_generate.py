@@ -111,10 +111,15 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def commands() -> str:
     """Every command of `kdscale`: what it does, its arguments and its options."""
-    from kdscale.cli.main import app
+    return "\n\n".join(_command(name, command) for name, command in command_objects().items())
 
-    group: Any = typer.main.get_command(app)
-    return "\n\n".join(_command(name, group.commands[name]) for name in group.commands)
+
+def command_objects() -> dict[str, Any]:
+    """Every command of `kdscale` by name, as typer builds it."""
+    from kdscale.cli.main import make_app
+
+    group: Any = typer.main.get_command(make_app())
+    return dict(group.commands)
 
 
 def _command(name: str, command: Any) -> str:
@@ -161,7 +166,27 @@ def stages() -> str:
     """Every stage of a run, in order."""
     from kdscale.pipeline.stages.registry import STAGES
 
-    return table(("stage", "what it does"), [(f"`{stage.name}`", stage.title) for stage in STAGES])
+    def named(artifacts: Iterable[Any]) -> str:
+        return ", ".join(f"`{artifact.path}`" for artifact in artifacts)
+
+    rows = [(f"`{stage.name}`", stage.title, named(stage.reads), named(stage.writes)) for stage in STAGES.values()]
+    return table(("stage", "what it does", "reads", "writes"), rows)
+
+
+def exit_codes() -> str:
+    """What the exit codes of the commands mean."""
+    from kdscale import errors
+
+    classes = sorted(_subclasses(errors.KdscaleError), key=lambda error: error.exit_code)
+    rows = [
+        (str(error.exit_code), (error.__doc__ or "").splitlines()[0], "yes" if error.worth_retrying else "no")
+        for error in classes
+    ]
+    return table(("code", "meaning", "does `kdscale launch` try again?"), rows)
+
+
+def _subclasses(cls: Any) -> list[Any]:
+    return [found for child in cls.__subclasses__() for found in (child, *_subclasses(child))]
 
 
 def gpus() -> str:
@@ -177,4 +202,30 @@ def zero_keys() -> str:
     return ", ".join(f"`{key}`" for key in PASSED_THROUGH)
 
 
-TABLES: dict[str, Callable[[], str]] = {"commands": commands, "stages": stages, "gpus": gpus, "zero-keys": zero_keys}
+def divergences() -> str:
+    """Every divergence between teacher and student."""
+    from kdscale_kernels import DIVERGENCES
+
+    rows = [
+        (f"`{name}`", row.formula, f"{row.parameter}, default {row.default:g}" if row.parameter else "", row.source)
+        for name, row in DIVERGENCES.items()
+    ]
+    return table(("name", "formula", "parameter", "source"), rows)
+
+
+def free_settings() -> str:
+    """Fields of `distill` that a run may change and go on."""
+    from kdscale.config.distill import FREE_SETTINGS
+
+    return ", ".join(f"`{name}`" for name in sorted(FREE_SETTINGS))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "stages": stages,
+    "divergences": divergences,
+    "exit-codes": exit_codes,
+    "free-settings": free_settings,
+    "gpus": gpus,
+    "zero-keys": zero_keys,
+}

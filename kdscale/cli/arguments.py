@@ -26,6 +26,7 @@ AcceptOption = Annotated[
 
 
 def load(name: str, overrides: list[str] | None) -> Config:
+    """The config of a path or a shipped name, with overrides. Raises ConfigError."""
     from kdscale.config.load import find_config, load_config
 
     return load_config(find_config(name), overrides or [])

@@ -1,4 +1,4 @@
-"""`kdscale replay`: one training step again, alone."""
+"""`kdscale replay`: run one training step of a run again, alone."""
 
 from __future__ import annotations
 
@@ -29,34 +29,39 @@ def replay_command(
     from kdscale.runtime.progress import Reporter
 
     folder = Path(run) if Path(run).is_dir() else Path(load_config(find_config(run), []).run_dir)
-    found, file = replay_step(
+    result, file = replay_step(
         folder, step, overrides=set_ or (), max_steps=max_steps, nearest=from_checkpoint_only, reporter=Reporter()
     )
-    _show(found)
+    _show(result)
     print(f"written: {file}")
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(result: dict[str, Any]) -> None:
+    """Print the sequences, worst first, then the gradient norms and how the loss compares with the log."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
     table = Table("sequence", "loss", "ce", "documents", "beginning", box=None, pad_edge=False, header_style="dim")
-    for item in sorted(found["sequences"], key=lambda one: (one["loss"] is not None, -(one["loss"] or 0.0))):
-        documents = ", ".join(f"{one['id']} ({one['source']})" for one in item["documents"])
-        beginning = " ".join(item["text"].split())[:_SHOWN_CHARS]
-        table.add_row(str(item["number"]), _number(item["loss"]), _number(item["ce"]), Text(documents), Text(beginning))
+    worst_first = sorted(result["sequences"], key=lambda entry: (entry["loss"] is not None, -(entry["loss"] or 0.0)))
+    for entry in worst_first:
+        documents = ", ".join(f"{document['id']} ({document['source']})" for document in entry["documents"])
+        beginning = " ".join(entry["text"].split())[:_SHOWN_CHARS]
+        figures = (str(entry["number"]), _number(entry["loss"]), _number(entry["ce"]))
+        table.add_row(*figures, Text(documents), Text(beginning))
     console.print(table)
-    groups = list(found["gradient_norms"].items())[:_SHOWN_GROUPS]
+    groups = list(result["gradient_norms"].items())[:_SHOWN_GROUPS]
     print("largest gradient norms: " + " · ".join(f"{name} {_number(norm)}" for name, norm in groups))
-    weights = "" if found["of_this_step"] else f" on the weights of step {found['weights_of_step']}"
-    print(f"step {found['step']}{weights}: loss {_number(found['loss'])}, gradient norm {_number(found['grad_norm'])}")
-    if found["logged_loss"] is None:
+    weights = "" if result["of_this_step"] else f" on the weights of step {result['weights_of_step']}"
+    print(
+        f"step {result['step']}{weights}: loss {_number(result['loss'])}, gradient norm {_number(result['grad_norm'])}"
+    )
+    if result["logged_loss"] is None:
         print("the log has no finite loss of this step to compare with")
     else:
-        same = "the same bits" if found["same_bits"] else "not the same bits"
-        logged = f"loss {_number(found['logged_loss'])}, gradient norm {_number(found['logged_grad_norm'])}"
+        same = "the same bits" if result["same_bits"] else "not the same bits"
+        logged = f"loss {_number(result['logged_loss'])}, gradient norm {_number(result['logged_grad_norm'])}"
         print(f"logged: {logged}; {same}")
 
 

@@ -19,10 +19,14 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
+    """What is trained and measured on, and how documents are held out."""
+
     sources: tuple[SourceConfig, ...] = Field(
         strict=False, min_length=1, default=(SourceConfig(path="builtin:classics"),)
     )
-    # Documents are assigned to held-out by a hash of their text, so the split never moves when sources are added.
+    # Held-out documents are chosen by a hash of their text, so the split stays the same when sources are added.
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
-    heldout_sources: tuple[SourceConfig, ...] = Field(strict=False, default=())  # if given, replaces the fraction
+    heldout_sources: tuple[SourceConfig, ...] = Field(
+        strict=False, default=()
+    )  # if given, used instead of the fraction
     max_document_tokens: Count | None = None

@@ -10,6 +10,8 @@ from kdscale.config.fields import Count, Dtype, Section
 
 
 class EvalConfig(Section):
+    """How much held-out text is scored, what the samples continue, and how speed is measured."""
+
     tokens: Count = 16_384
     seq_len: Count = 512
     micro_batch: Count = 4
@@ -24,7 +26,7 @@ class EvalConfig(Section):
         ),
     )
     sample_tokens: Count = 48
-    # 0 is greedy, which small models answer with loops; the draws are seeded and the same for all three models
+    # 0 is greedy, with which small models tend to loop; the draws are seeded and the same for every model
     sample_temperature: Annotated[float, Field(ge=0.0)] = 0.7
     sample_top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     efficiency: bool = True

@@ -73,6 +73,7 @@ def build_config(tree: dict[str, Any], origin: str) -> Config:
 
 
 def dump_config(config: Config) -> str:
+    """The resolved config as YAML."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False

@@ -7,19 +7,24 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kdscale.config.fields import Count, Section
+from kdscale_kernels.divergence import Divergence
 
 
 class LossConfig(Section):
     """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket, or on the whole vocabulary."""
 
     targets: Literal["topk", "full"] = "topk"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"] = "forward_kl"
+    divergence: str = "forward_kl"  # a row of kdscale_kernels.DIVERGENCES
+    divergence_parameter: float | None = None  # its β or s; None: the default of that row
     ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_k: Count = 64
-    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    skew: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
+
+    @model_validator(mode="after")
+    def _divergence_is_known(self) -> LossConfig:
+        Divergence(self.divergence, self.divergence_parameter)
+        return self
 
     @model_validator(mode="after")
     def _whole_vocabulary_has_no_tail(self) -> LossConfig:

@@ -29,12 +29,14 @@ class TeacherConfig(Section):
 
 
 class RuntimeConfig(Section):
+    """Where and how a process runs; the student does not depend on it, up to rounding."""
+
     device: Device = "auto"
     threads: Count | None = None  # CPU threads a process; None: cores / processes
     # seconds without progress after which a stage other than the distillation counts as hung, four times as many while
-    # it loads; 0: none does
+    # it loads; 0: never
     watchdog_seconds: Annotated[float, Field(ge=0.0)] = 3600.0
-    # calibration hidden states held in memory, a process; what is beyond goes to the run folder's disk
+    # bytes of calibration hidden states a process holds in memory; the rest goes to the run folder's disk
     activation_bytes: Count = 1_073_741_824
 
 
@@ -50,6 +52,8 @@ class StepConfig(Section):
 
 
 class Config(Section):
+    """A run: the teacher, the text, what to prune, how to distil, what to measure."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: str = Field(min_length=1)
     seed: Annotated[int, Field(ge=0)] = 0
@@ -103,7 +107,7 @@ class Config(Section):
         return sha256_json({key: plain[key] for key in sections or sorted(plain)})
 
 
-# What makes one step's student another size than the next one's.
+# Fields that set a step's size: a step says its own, and does not take the config's.
 _NOT_INHERITED = {*BUDGET_FIELDS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts"}
 
 

@@ -1,7 +1,7 @@
-"""`distill.zero`: what of DeepSpeed's ZeRO a config may set beyond the stage, checked before DeepSpeed is loaded.
+"""`distill.zero`: the options of DeepSpeed's ZeRO besides the stage, checked before DeepSpeed is loaded.
 
-The keys that this project depends on (stage, offload, bucket sizes) have fields of their own; the others of DeepSpeed's
-`zero_optimization` pass through `extra`, by name and type.
+The keys that this project depends on (stage, offload, bucket sizes) have fields of their own; other keys of DeepSpeed's
+`zero_optimization` pass through `extra`, checked by name and type.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from pydantic import Field, model_validator
 from kdscale.config.fields import Count, Section
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
+ExtraValue = bool | int | float | str
 
-
-Value = bool | int | float | str
-
-
-# Keys of DeepSpeed's `zero_optimization` (0.18, 0.19) that change speed or memory only, with the type each must have.
+# Keys of DeepSpeed's `zero_optimization` (0.18, 0.19) that change only speed or memory, with the type each must have.
 PASSED_THROUGH: dict[str, type] = {
     "allgather_partitions": bool,
     "contiguous_gradients": bool,
@@ -42,8 +39,7 @@ PASSED_THROUGH: dict[str, type] = {
     "use_multi_rank_bucket_allreduce": bool,
 }
 
-
-# Keys that people know from DeepSpeed's JSON, and where a kdscale config says the same.
+# Keys that people know from DeepSpeed's JSON, and where a kdscale config sets the same.
 OWNED: dict[str, str] = {
     "stage": "distill.zero_stage",
     "offload_optimizer": "distill.zero.offload_optimizer",
@@ -71,28 +67,28 @@ OWNED: dict[str, str] = {
 
 
 class ZeroConfig(Section):
-    """Offload, ZeRO++ and bucket sizes. What a stage cannot do is refused (see `problems`)."""
+    """Offload, ZeRO++ and bucket sizes. `problems` says what a stage cannot do."""
 
     # fp32 masters, Adam's moments and its step in host memory (stages 1 to 3) or on NVMe (stage 3)
     offload_optimizer: OffloadDevice = "none"
     offload_parameters: OffloadDevice = "none"  # stage 3: each rank's share of the weights
     nvme_path: str | None = None  # a folder on a local NVMe disk
     pin_memory: bool = True  # of what is offloaded to host memory; without effect where training runs on a CPU
-    # ZeRO++ (arXiv 2306.10209), stage 3: weights kept whole in each group of so many ranks, so that the backward
-    # gathers within it; int8 weights in the forward's gather; int4 gradients in the reduction
+    # ZeRO++ (arXiv 2306.10209), stage 3: each group of this many ranks keeps all weights, so that the backward gathers
+    # within it; int8 weights in the forward's gather; int4 gradients in the reduction
     hpz_partition_size: Annotated[int, Field(ge=1)] = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
-    # elements a collective takes at a time; None: 500M with GPUs, 50M on a CPU
+    # elements per collective; None: 500M with GPUs, 50M on a CPU
     reduce_bucket: Count | None = None
     allgather_bucket: Count | None = None
-    extra: dict[str, Value] = Field(default_factory=dict)
+    extra: dict[str, ExtraValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _holds_together(self) -> ZeroConfig:
         for key, value in self.extra.items():
             _check_extra(key, value)
-        to_nvme = [n for n in ("offload_optimizer", "offload_parameters") if getattr(self, n) == "nvme"]
+        to_nvme = [name for name in ("offload_optimizer", "offload_parameters") if getattr(self, name) == "nvme"]
         if to_nvme and not self.nvme_path:
             raise ValueError(f"nvme_path: {to_nvme[0]} nvme needs a folder on a local NVMe disk")
         if self.nvme_path and not to_nvme:
@@ -100,7 +96,7 @@ class ZeroConfig(Section):
         return self
 
     def problems(self, stage: int, processes: int) -> list[str]:
-        """What cannot be done at this ZeRO stage with so many ranks, one sentence each."""
+        """What these settings cannot do at this ZeRO stage with this many ranks, one sentence each."""
         out = []
         if self.offload_optimizer != "none" and stage == 0:
             out.append("zero.offload_optimizer needs zero_stage 1, 2 or 3, got 0")
@@ -118,14 +114,14 @@ class ZeroConfig(Section):
         return out
 
 
-def _check_extra(key: str, value: Value) -> None:
+def _check_extra(key: str, value: ExtraValue) -> None:
     if key in OWNED:
         raise ValueError(f"extra.{key}: set by {OWNED[key]}")
     if key not in PASSED_THROUGH:
         near = difflib.get_close_matches(key, PASSED_THROUGH, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"extra.{key}: no key of zero_optimization that may be passed through{hint}")
-    wanted = PASSED_THROUGH[key]
-    if type(value) is not wanted or (wanted is int and isinstance(value, int) and value < 0):
-        said = "true or false" if wanted is bool else "an integer of 0 or more"
-        raise ValueError(f"extra.{key}: expected {said}, got {value!r}")
+        raise ValueError(f"extra.{key}: not a key of zero_optimization that may be passed through{hint}")
+    value_type = PASSED_THROUGH[key]
+    if type(value) is not value_type or (value_type is int and isinstance(value, int) and value < 0):
+        expected = "true or false" if value_type is bool else "an integer of 0 or more"
+        raise ValueError(f"extra.{key}: expected {expected}, got {value!r}")

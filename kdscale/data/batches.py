@@ -1,8 +1,8 @@
 """Batches of packed sequences: for training (resumable, the same for any number of processes) and for measuring.
 
 The global order is an endless list of sequences, epoch after epoch; optimiser step n takes the sequences
-n·global_batch … (n+1)·global_batch − 1. Rank r of w takes the r-th w-th part of each step. Which tokens a step trains
-on therefore depends on nothing but (split, seed, seq_len, global_batch, n), and a state is only n.
+n·global_batch … (n+1)·global_batch − 1, and each rank takes one run of these, in the order of the ranks. Which tokens a
+step trains on therefore depends on nothing but (split, seed, seq_len, global_batch, n), and the loader's state is n.
 
 Dimension letters: B sequences, S seq_len.
 """
@@ -24,7 +24,7 @@ from kdscale.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Batch:
-    """Int64 tensors (B, S). Labels are already shifted: labels[b, t] is what follows input_ids[b, t], or -100."""
+    """Int64 tensors (B, S); labels[b, t] is the token that follows input_ids[b, t], or IGNORED_LABEL."""
 
     input_ids_BS: Tensor
     position_ids_BS: Tensor
@@ -34,31 +34,36 @@ class Batch:
 
     @property
     def token_count(self) -> int:
-        """Valid labels."""
+        """How many labels are not ignored."""
         return int((self.labels_BS != IGNORED_LABEL).sum())
 
-    def part(self, number: int, parts: int) -> Batch:
-        """The same sequences with the labels of one of `parts` equal runs of positions; the others are another's."""
-        if parts == 1:
+    def with_label_slice(self, number: int, slices: int) -> Batch:
+        """The same sequences with only the labels of slice `number` of `slices` equal runs of positions.
+
+        Ranks that share a sequence hold all of its tokens, and each of them one slice of its labels.
+        """
+        if slices == 1:
             return self
-        own = self.labels_BS.shape[1] // parts
+        width = self.labels_BS.shape[1] // slices
         labels_BS = torch.full_like(self.labels_BS, IGNORED_LABEL)
-        cut = slice(number * own, (number + 1) * own)
-        labels_BS[:, cut] = self.labels_BS[:, cut]
+        positions = slice(number * width, (number + 1) * width)
+        labels_BS[:, positions] = self.labels_BS[:, positions]
         return replace(self, labels_BS=labels_BS)
 
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Optimiser steps already taken."""
+    """Where a loader is: optimiser steps already taken."""
 
     step: int = 0
 
     def to_json(self) -> dict[str, int]:
+        """For a checkpoint's manifest."""
         return {"step": self.step}
 
     @classmethod
     def from_json(cls, value: dict[str, int]) -> LoaderState:
+        """What `to_json` gave. Raises DataError for anything else."""
         step = value.get("step") if isinstance(value, dict) else None
         if not isinstance(step, int) or isinstance(step, bool) or step < 0 or len(value) != 1:
             raise DataError("the data loader's saved state is damaged", expected='{"step": n}', got=repr(value))
@@ -66,10 +71,10 @@ class LoaderState:
 
 
 class PackedLoader:
-    """Training batches of one rank: the `rank`-th of `world` shares of each step's sequences.
+    """Training batches of one of `world` ranks, each of which takes an equal run of every step's sequences.
 
-    Of their labels those of the `part` (number, of how many) are its own. Raises ConfigError when the batch does not
-    divide, DataError on too little text.
+    `label_slice` (number, of how many) says which of their labels are its own. Raises ConfigError when the batch does
+    not divide by the ranks, and DataError when there is less than one sequence of text.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class PackedLoader:
         rank: int = 0,
         world: int = 1,
         shuffle: bool = True,
-        part: tuple[int, int] = (0, 1),
+        label_slice: tuple[int, int] = (0, 1),
     ):
         if not 0 <= rank < world:
             raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
@@ -94,12 +99,12 @@ class PackedLoader:
             )
         self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
         self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
-        self._part = part
+        self._label_slice = label_slice
         self.epoch_sequences = epoch_sequences(split, seq_len)
         self._order: tuple[int, EpochOrder] | None = None  # of the epoch last asked for
 
     def batches(self, state: LoaderState | None = None) -> Iterator[tuple[list[Batch], LoaderState]]:
-        """Without end: the micro-batches of one optimiser step, and the state after it."""
+        """The micro-batches of each optimiser step and the state after it, without end."""
         step = (state or LoaderState()).step
         while True:
             yield self.step(step), LoaderState(step + 1)
@@ -107,10 +112,13 @@ class PackedLoader:
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimiser step `step`."""
-        share = self._global // self._world
-        first = step * self._global + self._rank * share
-        sequences = [self.sequence(number) for number in range(first, first + share)]
-        return [_stack(sequences[i : i + self._micro]).part(*self._part) for i in range(0, share, self._micro)]
+        per_rank = self._global // self._world
+        first = step * self._global + self._rank * per_rank
+        sequences = [self.sequence(number) for number in range(first, first + per_rank)]
+        return [
+            _stack(sequences[i : i + self._micro]).with_label_slice(*self._label_slice)
+            for i in range(0, per_rank, self._micro)
+        ]
 
     def describe(self, step: int) -> list[dict[str, Any]]:
         """The sequences of all ranks' batch of optimiser step `step`: number, labels, documents and their sources."""

@@ -14,7 +14,7 @@ from kdscale.data.token_store import TokenSplit
 
 
 @dataclass
-class _Row:
+class _EvalRow:
     """A row of an eval batch being filled; every array is (S,)."""
 
     ids: np.ndarray
@@ -26,29 +26,29 @@ class _Row:
 
 
 def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: int, seed: int = 0) -> list[Batch]:
-    """Held-out batches with exactly `max_tokens` valid labels, or all there are when the text has fewer.
+    """Held-out batches with exactly `max_tokens` labels that count, or all there are when the text has fewer.
 
     Documents are taken in turn from every source, in a seeded order within each, and of each only its first
-    `seq_len` + 1 tokens, so that a small `max_tokens` still covers many documents. Rows are filled first fit, so that a
-    document is never cut by a row's end; the rest of a row is padding with label -100. Deterministic; only as many rows
-    as needed. `text_bytes` of a batch is the UTF-8 length of exactly the text its labels stand for (an end-of-text
-    label is 0 bytes).
+    `seq_len` + 1 tokens, so that a small `max_tokens` still covers many documents. Rows are filled first fit, so that
+    the end of a row never cuts a document; the rest of a row is padding with IGNORED_LABEL. Deterministic, and with no
+    more rows than needed. `text_bytes` of a batch is the UTF-8 length of exactly the text its labels stand for (an
+    end-of-text label is 0 bytes).
 
     Raises DataError on the train split, which keeps no bytes per token.
     """
-    rows: list[_Row] = []
+    rows: list[_EvalRow] = []
     left = max_tokens
-    for document in _spread(split, seed):
+    for document in _documents_in_turn(split, seed):
         if left <= 0:
             break
-        take = min(len(split.doc(document)) - 1, seq_len, left)  # positions with a label
-        _place(split, document, take, rows, seq_len)
+        take = min(len(split.document_tokens(document)) - 1, seq_len, left)  # positions with a label
+        _add_to_first_fit(split, document, take, rows, seq_len)
         left -= take
     return [_eval_batch(rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)]
 
 
-def _spread(split: TokenSplit, seed: int) -> Iterator[int]:
-    """Document numbers: round robin over the sources, a seeded order within each."""
+def _documents_in_turn(split: TokenSplit, seed: int) -> Iterator[int]:
+    """Document numbers: one from each source in turn, in a seeded order within each source."""
     order = seeded_order(split.documents, seed, 0)
     queues = [order[split.labels_D[order] == label] for label in np.unique(split.labels_D)]
     for turn in range(max((queue.size for queue in queues), default=0)):
@@ -57,26 +57,26 @@ def _spread(split: TokenSplit, seed: int) -> Iterator[int]:
                 yield int(queue[turn])
 
 
-def _place(split: TokenSplit, document: int, take: int, rows: list[_Row], seq_len: int) -> None:
+def _add_to_first_fit(split: TokenSplit, document: int, take: int, rows: list[_EvalRow], seq_len: int) -> None:
     """Put the first `take` tokens of a document, each with the next as its label, into the first row with room."""
     row = next((row for row in rows if row.filled + take <= seq_len), None)
     if row is None:
         ids = np.full(seq_len, split.eos_id, dtype=np.int64)
         # each padding token is a document of its own (position 0), so it neither sees nor is seen
         zeros = [np.zeros(seq_len, dtype=np.int64) for _ in range(2)]
-        row = _Row(ids, zeros[0], np.full(seq_len, IGNORED_LABEL, np.int64), zeros[1], [])
+        row = _EvalRow(ids, zeros[0], np.full(seq_len, IGNORED_LABEL, np.int64), zeros[1], [])
         rows.append(row)
-    tokens, sizes = split.doc(document), split.doc_token_bytes(document)
-    piece = slice(row.filled, row.filled + take)
-    row.ids[piece] = tokens[:take]
-    row.positions[piece] = np.arange(take)
-    row.labels[piece] = tokens[1 : take + 1]
-    row.sizes[piece] = sizes[1 : take + 1]
+    tokens, sizes = split.document_tokens(document), split.document_token_bytes(document)
+    place = slice(row.filled, row.filled + take)
+    row.ids[place] = tokens[:take]
+    row.positions[place] = np.arange(take)
+    row.labels[place] = tokens[1 : take + 1]
+    row.sizes[place] = sizes[1 : take + 1]
     row.documents.append(document)
     row.filled += take
 
 
-def _eval_batch(rows: Sequence[_Row]) -> Batch:
+def _eval_batch(rows: Sequence[_EvalRow]) -> Batch:
     return Batch(
         input_ids_BS=torch.from_numpy(np.stack([row.ids for row in rows])),
         position_ids_BS=torch.from_numpy(np.stack([row.positions for row in rows])),

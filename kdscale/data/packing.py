@@ -31,9 +31,10 @@ class PackedSequence(NamedTuple):
 
 
 def seeded_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(count), the same for ever: sorted by SplitMix64 (Steele et al. 2014) of the index.
+    """A permutation of range(count), the same in every version: indices sorted by their SplitMix64 hash.
 
-    Not numpy's Generator, whose streams may change between versions: a resumed run must see the same order.
+    Not numpy's Generator, whose streams may change between versions: a resumed run must see the same order. Source:
+    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     key = _splitmix64(_splitmix64(np.asarray([seed], np.uint64)) ^ np.uint64(epoch))
     return np.argsort(_splitmix64(np.arange(count, dtype=np.uint64) ^ key), kind="stable")
@@ -56,7 +57,7 @@ class EpochOrder:
 
 
 def epoch_sequences(split: TokenSplit, seq_len: int) -> int:
-    """Whole windows in an epoch. Raises DataError when there is not one."""
+    """How many full windows an epoch has. Raises DataError when there is not one."""
     tokens = int((split.lengths * split.weights_D.astype(np.int64)).sum())
     if tokens < seq_len:
         raise DataError(
@@ -76,12 +77,12 @@ def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: 
     filled = 0
     while filled < seq_len:
         document, start = int(order.documents_R[slot]), int(order.starts_R1[slot])
-        tokens = split.doc(document)
+        tokens = split.document_tokens(document)
         first, last = max(begin - start, 0), min(end - start, tokens.size)
-        piece = slice(filled, filled + last - first)
-        ids[piece] = tokens[first:last]
-        positions[piece] = np.arange(last - first)
-        labels[piece] = _next_tokens(tokens, first, last)
+        place = slice(filled, filled + last - first)
+        ids[place] = tokens[first:last]
+        positions[place] = np.arange(last - first)
+        labels[place] = _next_tokens(tokens, first, last)
         documents.append(document)
         filled += last - first
         slot += 1

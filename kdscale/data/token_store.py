@@ -9,8 +9,8 @@
     folder/heldout/token_bytes.bin            (tokens) uint32: UTF-8 bytes of each token, for bits per byte
 
 A document is encoded without special tokens and ends with one end-of-text token (0 bytes of text). Held-out documents
-are chosen by the hash of their text: the choice never moves when sources are added, and equal texts never fall on both
-sides.
+are chosen by the hash of their text: a document stays on its side when sources are added, and equal texts never fall on
+both sides.
 """
 
 from __future__ import annotations
@@ -34,16 +34,9 @@ from kdscale.runtime.progress import Bar, Reporter
 
 SPLITS = ("train", "heldout")
 
-
 _VERSION = 1
-
-
 _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 2_000_000  # whichever comes first; bounds memory for long documents
-
-
-_SHORTEST_PIECE = 4
-
-
+_SHORTEST_PIECE = 4  # tokens; the least that data.max_document_tokens may be
 _MAX_LABELS, _MAX_WEIGHT = 1 << 16, (1 << 16) - 1
 
 
@@ -64,17 +57,19 @@ class TokenSplit:
 
     @property
     def bytes(self) -> int:
+        """UTF-8 bytes of the text of all documents."""
         return int(self.bytes_D.sum())
 
     @property
     def lengths(self) -> np.ndarray:
+        """Tokens of each document, (D,)."""
         return np.diff(self.offsets_D1)
 
-    def doc(self, i: int) -> np.ndarray:
+    def document_tokens(self, i: int) -> np.ndarray:
         """Token ids of document `i`, end-of-text included (except in all but the last piece of a cut document)."""
         return self.tokens_T[self.offsets_D1[i] : self.offsets_D1[i + 1]]
 
-    def doc_token_bytes(self, i: int) -> np.ndarray:
+    def document_token_bytes(self, i: int) -> np.ndarray:
         """UTF-8 bytes of each token of document `i`. Raises DataError on the train split, which keeps none."""
         if self.token_bytes_T is None:
             raise DataError("bytes of single tokens are kept for the held-out split only")
@@ -89,7 +84,11 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> TokenStore:
-        """Raises DataError: no manifest (never finished), another version, a file of the wrong size."""
+        """The store in `folder`.
+
+        Raises DataError where there is no manifest (it was never finished), for another version of the format, and for
+        a file of the wrong size.
+        """
         if not (folder / "manifest.json").is_file():
             raise DataError(f"{folder} holds no finished token store", expected="manifest.json", hint="build it again")
         manifest = read_json(folder / "manifest.json")
@@ -103,7 +102,7 @@ class TokenStore:
         return cls(folder, manifest)
 
     def split(self, name: str) -> TokenSplit:
-        """`train` or `heldout`."""
+        """The split `train` or `heldout`, memory-mapped."""
         if name not in SPLITS:
             raise ConfigError(f"split {name!r}", expected=" or ".join(SPLITS))
         facts, folder = self.manifest["splits"][name], self.folder / name
@@ -137,15 +136,15 @@ class TokenStore:
         vocab_size: int | None = None,
         max_document_tokens: int | None = None,
     ) -> TokenStore:
-        """Read, split, tokenize and write; `folder` appears whole or not at all (an old one is replaced).
+        """Read, split, tokenize and write; `folder` appears complete or not at all (an old one is replaced).
 
-        `tokenizer` is a fast transformers tokenizer; `eos_id` ends each document (see tokens.document_end_id).
+        `tokenizer` is a fast transformers tokenizer; `eos_id` ends each document (see tokenizing.document_end_id).
         `vocab_size` is the model's: ids beyond it are refused. `heldout_sources`, when given, replaces the fraction.
         Documents longer than `max_document_tokens` are cut into equal pieces, each a document of its own. Documents
-        of fewer than two tokens have nothing to predict and are dropped and counted.
+        of fewer than two tokens have nothing to predict; they are left out and counted.
 
-        Raises DataError: unreadable sources, an empty split, ids beyond the vocabulary. Every local file is read and
-        checked before anything is tokenized.
+        Raises DataError for unreadable sources, an empty split and ids beyond the vocabulary. Every local file is read
+        and checked before anything is tokenized.
         """
         if max_document_tokens is not None and max_document_tokens < _SHORTEST_PIECE:
             raise ConfigError(
@@ -157,11 +156,11 @@ class TokenStore:
         encoder = BatchEncoder(tokenizer)
         vocab = vocab_size if vocab_size is not None else max(tokenizer.get_vocab().values()) + 1
         _check_vocab(eos_id, vocab)
-        plan = _survey(sources, heldout_sources, heldout_fraction)
-        with atomic_dir(folder) as tmp, reporter.bar("Tokenizing", plan.text_bytes, "B") as bar:
-            build = _Build(tmp, encoder, eos_id, vocab, max_document_tokens, bar)
-            build.add_all(plan)
-            write_json(tmp / "manifest.json", build.finish(plan))
+        survey = _survey(sources, heldout_sources, heldout_fraction)
+        with atomic_dir(folder) as tmp, reporter.bar("Tokenizing", survey.text_bytes, "B") as bar:
+            builder = _StoreBuilder(tmp, encoder, eos_id, vocab, max_document_tokens, bar)
+            builder.add_all(survey)
+            write_json(tmp / "manifest.json", builder.finish(survey))
         store = cls.open(folder)
         reporter.say(_summary(store.manifest))
         return store
@@ -169,7 +168,7 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class _Survey:
-    """What reading every local source once, without tokenizing, has shown."""
+    """What one reading of every local source, without tokenizing, has found out."""
 
     sources: tuple[SourceConfig, ...]
     heldout_sources: tuple[SourceConfig, ...]
@@ -184,7 +183,7 @@ class _Survey:
 
 
 def _survey(sources: Sequence[SourceConfig], heldout: Sequence[SourceConfig], fraction: float) -> _Survey:
-    """Read every local source to its end, so that the last bad line is found before the first document is tokenized."""
+    """Read every local source to its end, so that every bad line is reported before anything is tokenized."""
     size, hashes = 0, set()
     for source in heldout:
         for document in read_documents(source):
@@ -201,36 +200,38 @@ def _survey(sources: Sequence[SourceConfig], heldout: Sequence[SourceConfig], fr
     return _Survey(tuple(sources), tuple(heldout), fraction, frozenset(hashes), size, description)
 
 
-class _Build:
-    """Tokenizes batch after batch into the two splits' files."""
+class _StoreBuilder:
+    """Tokenizes batch after batch into the two splits' files; `max_tokens` is the longest a document may be."""
 
-    def __init__(self, folder: Path, encoder: BatchEncoder, eos_id: int, vocab: int, longest: int | None, bar: Bar):
-        self._encoder, self._eos_id, self._vocab, self._longest, self._bar = encoder, eos_id, vocab, longest, bar
+    def __init__(self, folder: Path, encoder: BatchEncoder, eos_id: int, vocab: int, max_tokens: int | None, bar: Bar):
+        self._encoder, self._eos_id, self._vocab, self._max_tokens, self._bar = encoder, eos_id, vocab, max_tokens, bar
         self._dtype = "uint16" if vocab <= 1 << 16 else "uint32"
         self._folder = folder
         self._splits = {name: _SplitWriter(folder / name, self._dtype, keep_bytes=name == "heldout") for name in SPLITS}
         self._labels: dict[str, int] = {}
         self._dropped: Counter[str] = Counter(short=0, train_text_is_held_out=0)
 
-    def add_all(self, plan: _Survey) -> None:
-        train = ((s.weight, d) for s in plan.sources for d in read_documents(s))
-        held = ((1, d) for s in plan.heldout_sources for d in read_documents(s))
-        if plan.heldout_sources:
-            self._add(held, lambda _: "heldout")
-            self._add(train, lambda text_hash: None if text_hash in plan.heldout_hashes else "train")
+    def add_all(self, survey: _Survey) -> None:
+        """Tokenize all documents, each into its split."""
+        train = ((s.weight, d) for s in survey.sources for d in read_documents(s))
+        held_out = ((1, d) for s in survey.heldout_sources for d in read_documents(s))
+        if survey.heldout_sources:
+            self._add(held_out, lambda _: "heldout")
+            self._add(train, lambda text_hash: None if text_hash in survey.heldout_hashes else "train")
         else:
-            self._add(train, lambda text_hash: "heldout" if plan.in_heldout(text_hash) else "train")
+            self._add(train, lambda text_hash: "heldout" if survey.in_heldout(text_hash) else "train")
 
-    def finish(self, plan: _Survey) -> dict[str, Any]:
+    def finish(self, survey: _Survey) -> dict[str, Any]:
+        """Close the files; returns the manifest. Raises DataError for a split without documents."""
         splits = {name: writer.close() for name, writer in self._splits.items()}
         for name, facts in splits.items():
             if not facts["documents"]:
-                others = sum(other["documents"] for other in splits.values())
-                read = ", ".join(source.path for source in (*plan.sources, *plan.heldout_sources))
+                in_other_split = sum(split["documents"] for split in splits.values())
+                read = ", ".join(source.path for source in (*survey.sources, *survey.heldout_sources))
                 raise DataError(
                     f"no document of {read} is left for the {name} split",
                     expected="at least one document of two tokens or more in each split",
-                    got="; ".join([f"{others} in the other split", *_left_out(self._dropped)]),
+                    got="; ".join([f"{in_other_split} in the other split", *_left_out(self._dropped)]),
                     hint="give more documents (a .txt file is one document), set data.heldout_sources, "
                     "or change data.heldout_fraction",
                 )
@@ -240,13 +241,13 @@ class _Build:
             "dtype": self._dtype,
             "eos_id": self._eos_id,
             "vocab_size": self._vocab,
-            "max_document_tokens": self._longest,
+            "max_document_tokens": self._max_tokens,
             "tokenizer_sha256": self._encoder.sha256,
             "source_labels": list(self._labels),
             "splits": splits,
             "dropped": dict(self._dropped),
             "files": {item.relative_to(self._folder).as_posix(): item.stat().st_size for item in files},
-            **plan.description,
+            **survey.description,
         }
 
     def _add(self, documents: Iterable[tuple[int, Document]], split_of: Callable[[bytes], str | None]) -> None:
@@ -257,10 +258,10 @@ class _Build:
                 if split is None:
                     self._dropped["train_text_is_held_out"] += 1
                 else:
-                    self._add_one(document, text, self._splits[split], weight if split == "train" else 1)
+                    self._add_document(document, text, self._splits[split], weight if split == "train" else 1)
             self._bar.advance(sum(len(document.text.encode("utf-8")) for _, document in batch))
 
-    def _add_one(self, document: Document, text: EncodedText, writer: _SplitWriter, weight: int) -> None:
+    def _add_document(self, document: Document, text: EncodedText, writer: _SplitWriter, weight: int) -> None:
         if text.ids.size and (worst := int(text.ids.max())) >= self._vocab:
             _check_vocab(worst, self._vocab)
         ids, sizes = np.append(text.ids, self._eos_id), np.append(text.bytes, 0)
@@ -270,7 +271,7 @@ class _Build:
         label = self._labels.setdefault(document.source, len(self._labels))
         if label >= _MAX_LABELS:
             raise DataError("too many different source labels", expected=f"at most {_MAX_LABELS}")
-        pieces = -(-ids.size // self._longest) if self._longest else 1
+        pieces = -(-ids.size // self._max_tokens) if self._max_tokens else 1
         for piece_ids, piece_sizes in zip(np.array_split(ids, pieces), np.array_split(sizes, pieces), strict=True):
             writer.add(piece_ids, piece_sizes, label, weight)
 

@@ -1,9 +1,9 @@
 """Text to token ids, and how many UTF-8 bytes of the text each token stands for.
 
-Bits per byte is nats / (ln 2 · bytes of the scored text), so the bytes have to be those of exactly the scored tokens.
-For a byte-level tokenizer each token is a known string of bytes, also where it ends inside a character. For any other,
-the character offsets give the bytes, and a character spread over several tokens counts at the first of them; in both
-cases a document's bytes add up to its text's.
+Bits per byte is nats / (ln 2 · bytes of the scored text), so the bytes must be those of exactly the scored tokens. With
+a byte-level tokenizer each token is a known string of bytes, even where it ends inside a character. With any other, the
+character offsets give the bytes, and a character spread over several tokens counts at the first of them. Either way a
+document's bytes add up to those of its text.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class BatchEncoder:
         self._token_bytes_V = _byte_level_lengths(self._tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Ids and bytes of each text, in order."""
         return [self._with_bytes(text, e) for text, e in zip(texts, self._encode_batch(texts), strict=True)]
 
     def _encode_batch(self, texts: Sequence[str]) -> list[Any]:

@@ -310,7 +310,7 @@ def _make_trainer(
         cfg.seed,
         rank=mesh.data_rank,
         world=mesh.data,
-        part=(mesh.sequence_rank, mesh.sequence),
+        label_slice=(mesh.sequence_rank, mesh.sequence),
     )
     held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
 

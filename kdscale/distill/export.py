@@ -1,8 +1,8 @@
-"""A student as a standard checkpoint, made from a training checkpoint's files alone.
+"""A student as a standard model folder, made from the files of a training checkpoint alone.
 
-No process group, no model, no engine: fp32 masters are read block by block from the ranks' files and rounded once to
-the dtype each tensor has in the pruned student; the optimiser's moments are not touched. Equal weights give equal
-bytes: nothing here depends on the time, the machine, the number of ranks or the ZeRO stage.
+No process group, model or engine is needed: fp32 masters are read block by block from the ranks' files and rounded once
+to the dtype that each tensor has in the pruned student; the optimiser's moments are not read. Equal weights give equal
+bytes, whatever the time, the machine, the number of ranks or the ZeRO stage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from kdscale import files
 from kdscale.config.load import load_config
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.checkpoint.rank_files import QUANTITIES, RankFileIndex, RankFileReader
+from kdscale.distill.checkpoint.rank_files import MASTER, RankFileIndex, RankFileReader
 from kdscale.errors import CheckpointError, RunFolderError, TrainingError
 from kdscale.files import sha256_file
 from kdscale.models.parameter_map import ParameterRange, trained_tensors
@@ -32,11 +32,11 @@ _BLOCK_BYTES = 1 << 26
 def export_checkpoint(
     path: Path, manifest: Mapping[str, Any], source_dir: Path, out_dir: Path, *, card: str, max_shard_bytes: int
 ) -> None:
-    """Write the student of checkpoint `path` (`manifest`: what state.verify returned) to `out_dir`.
+    """Write the student of checkpoint `path` to `out_dir`; `manifest` is what `folder.verify` returned.
 
-    Names, dtypes, config and sidecars are those of the pruned student `source_dir`; a tensor there that was not trained
-    is copied. Memory: a few blocks of 64 MiB. Raises CheckpointError when the two do not belong together, TrainingError
-    on NaN or Inf.
+    Names, dtypes, config and sidecars are those of the pruned student `source_dir`; its tensors that were not trained
+    are copied. Memory: a few blocks of 64 MiB. Raises CheckpointError when the two do not belong together,
+    TrainingError on NaN or Inf.
     """
     source = Checkpoint.open(source_dir)
     index = RankFileIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
@@ -56,34 +56,33 @@ def export_checkpoint(
 
 
 def _blocks(
-    reader: RankFileReader, piece: ParameterRange, shape: tuple[int, ...], dtype: torch.dtype, name: str
+    reader: RankFileReader, span: ParameterRange, shape: tuple[int, ...], dtype: torch.dtype, name: str
 ) -> Iterator[torch.Tensor]:
-    """A tensor of `shape` in blocks of whole rows. Raises TrainingError on a value that is not finite."""
+    """Read a tensor of `shape` in blocks of whole rows. Raises TrainingError on a value that is not finite."""
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
     step = max(1, _BLOCK_BYTES // 4 // max(width, 1))
     for row in range(0, rows, step):
         count = min(step, rows - row)
         values = torch.empty(count * width)
-        reader.fill(QUANTITIES[0], ParameterRange(piece.name, piece.offset + row * width, count * width), values)
+        reader.fill(MASTER, ParameterRange(span.name, span.offset + row * width, count * width), values)
         if not bool(torch.isfinite(values).all()):
             raise TrainingError(f"the distilled tensor {name} has NaN or infinite values; the student was not written")
         yield values.to(dtype).reshape(count, *shape[1:]) if shape else values.to(dtype).reshape(())
 
 
 def export_run(path: Path, step: int | None, out: Path | None, reporter: Reporter) -> Path:
-    """Write the student of checkpoint `step` (the newest that verifies) of a run folder; returns where.
+    """Write the student of checkpoint `step` (None: the newest that verifies) of a run folder; returns its folder.
 
-    Takes no lock: the run may go on meanwhile. `out` is RUN/exported/step-N unless given. Raises RunFolderError when
-    there is no such run or checkpoint or `out` is in use, CheckpointError when the checkpoint asked for is damaged.
+    It takes no lock, so the run may go on. `out` is RUN/exported/step-N by default. Raises RunFolderError when there is
+    no such run or checkpoint or `out` is in use, CheckpointError when the checkpoint asked for is damaged.
     """
-    from kdscale.distill.checkpoint import folder as checkpoint_folder
     from kdscale.packaging.model_card import card_facts, model_card
 
     run = RunFolder(path)
     if not run.config.exists():
         raise RunFolderError(f"{path} is not a run folder", expected="a run that has begun to distil")
     config = load_config(run.config)
-    checkpoint, manifest = _choose(run, step, reporter)
+    checkpoint, manifest = _find_checkpoint(run, step, reporter)
     target = out or run.path / "exported" / checkpoint.name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} is there already", hint="remove it, or choose another folder with --out")
@@ -96,25 +95,23 @@ def export_run(path: Path, step: int | None, out: Path | None, reporter: Reporte
     return target
 
 
-def _choose(run: RunFolder, step: int | None, reporter: Reporter) -> tuple[Path, Mapping[str, Any]]:
-    """The checkpoint and its manifest, its master weights verified."""
-    from kdscale.distill.checkpoint import folder as checkpoint_folder
-
-    there = checkpoint_folder.sealed_checkpoints(run.checkpoints)
-    steps = [checkpoint_folder.step_of(item) for item in there]
-    if not there or (step is not None and step not in steps):
+def _find_checkpoint(run: RunFolder, step: int | None, reporter: Reporter) -> tuple[Path, Mapping[str, Any]]:
+    """A checkpoint whose master weights verify, and its manifest."""
+    checkpoints = checkpoint_folder.sealed_checkpoints(run.checkpoints)
+    steps = [checkpoint_folder.step_of(path) for path in checkpoints]
+    if not checkpoints or (step is not None and step not in steps):
         raise RunFolderError(
             f"{run.checkpoints} has no checkpoint" + (f" of step {step}" if step is not None else ""),
             expected=f"one of {', '.join(map(str, steps))}" if steps else "one that is sealed",
-            hint="distill.keep_every keeps some for ever" if steps else None,
+            hint="distill.keep_every keeps some of them" if steps else None,
         )
     if step is not None:
-        there = [there[steps.index(step)]]
-    for checkpoint in there:
+        checkpoints = [checkpoints[steps.index(step)]]
+    for checkpoint in checkpoints:
         try:
             return checkpoint, checkpoint_folder.verify(checkpoint, weights_only=True)
         except CheckpointError as error:
-            if checkpoint == there[-1]:
+            if checkpoint == checkpoints[-1]:
                 raise
-            reporter.say(f"{error.what}: {error.got}; passed over")
+            reporter.say(f"{error.what}: {error.got}; skipped")
     raise AssertionError("unreachable: the last one is returned or raises")

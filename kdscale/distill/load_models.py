@@ -53,7 +53,7 @@ def load_pair(
         raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust}
     group = tensor_group(cfg.distill.tensor_parallel) if cfg.distill.tensor_parallel > 1 else None
-    share = Mesh.of(cfg.distill).sequence_share(group_timeout(cfg))
+    share = Mesh.of(cfg.distill).sequence_slice(group_timeout(cfg))
     make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, options, group, share)
     student: Any
     split = None

@@ -226,7 +226,12 @@ def _with_texts(
     out = []
     for item in sequences:
         documents = [
-            {"id": number, "source": source, "tokens": len(split.doc(number)), "text": head(split.doc(number))}
+            {
+                "id": number,
+                "source": source,
+                "tokens": len(split.document_tokens(number)),
+                "text": head(split.document_tokens(number)),
+            }
             for number, source in zip(item["documents"], item["sources"], strict=True)
         ]
         rest = {key: value for key, value in item.items() if key not in ("documents", "sources")}

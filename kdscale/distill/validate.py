@@ -25,7 +25,7 @@ class Validator:
     def __init__(self, batches: Sequence[Batch], teacher: Teacher, device: torch.device, mesh: Mesh):
         rounds = -(-len(batches) // mesh.data)
         mine = list(batches)[mesh.data_rank :: mesh.data]
-        mine = [batch.part(mesh.sequence_rank, mesh.sequence) for batch in mine]
+        mine = [batch.with_label_slice(mesh.sequence_rank, mesh.sequence) for batch in mine]
         self._mesh = mesh
         blank = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, IGNORED_LABEL))
         self._batches = mine + [blank] * (rounds - len(mine))

@@ -12,7 +12,7 @@ from kdscale.errors import ConfigError
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes: on a GPU the most that torch has had allocated there, else the process's largest resident set."""
+    """Bytes: the most that torch has allocated on a GPU; on a CPU the process's largest resident set."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
@@ -54,7 +54,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_threads(threads: int | None, processes: int = 1) -> int:
-    """CPU threads of this process: as asked, else the usable cores shared out over `processes`; returns the number."""
+    """Set this process's CPU threads: `threads`, or the usable cores divided by `processes`; returns the number."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     count = threads or max(1, cores // processes)
     torch.set_num_threads(count)

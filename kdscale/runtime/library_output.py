@@ -1,4 +1,4 @@
-"""Keep the libraries' chatter out of the console and in a log file."""
+"""Send what libraries print to a log file instead of the console."""
 
 from __future__ import annotations
 

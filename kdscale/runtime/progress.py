@@ -1,4 +1,4 @@
-"""Progress a person can read: a bar with rate and time left on a terminal, a line now and then in a log file."""
+"""Progress for people: a bar with rate and time left on a terminal, a line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from rich.text import Text
 from kdscale_launch.watchdog import beat, enter
 
 _LINE_EVERY_SECONDS = 10.0
-
-
 _RATE_LINES = 6
 
 
 class _RateColumn(ProgressColumn):
-    """`1,234 tok/s`, over the recent past; empty until there is a rate."""
+    """`1,234 tok/s`, of the last few seconds; empty until there is a rate."""
 
     def render(self, task: Task) -> Text:
+        """The rate of a task."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="cyan")
 
@@ -44,6 +43,7 @@ class Bar:
             self._task = bars.add_task(title, total=total, completed=int(done), unit=unit, note="")
 
     def advance(self, amount: float, note: str = "") -> None:
+        """Count `amount` more units as done, and tell the watchdog that there is progress."""
         beat()
         self._done += amount
         if self._bars is not None and self._task is not None:
@@ -60,6 +60,7 @@ class Bar:
         return f"{self._title}: {share} · {rate:,.0f} {self._unit}/s · {left}" + (f" · {note}" if note else "")
 
     def finish(self, note: str = "") -> None:
+        """Print the last line, where there is no terminal."""
         if self._bars is None:
             seconds = time.monotonic() - self._started
             self._console.print(
@@ -68,12 +69,13 @@ class Bar:
 
 
 class Reporter:
-    """Where a stage says how far it is. `quiet=True` (other ranks than 0, tests) says nothing."""
+    """Prints how far a stage is. `quiet=True` (ranks other than 0, tests) prints nothing."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None):
         self.console = console or Console(file=sys.stderr, soft_wrap=True, quiet=quiet)
 
     def say(self, message: str) -> None:
+        """Print a line, without markup."""
         self.console.print(message, highlight=False, markup=False)
 
     @contextmanager

@@ -15,14 +15,17 @@ T = TypeVar("T")
 
 
 def rank() -> int:
+    """This process's number in the group, or in the environment that a launcher set; 0 without either."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """How many processes work on the job."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
+    """Whether this is rank 0."""
     return rank() == 0
 
 
@@ -37,23 +40,24 @@ def is_writer() -> bool:
 
 
 def barrier() -> None:
-    if dist.is_initialized() and world_size() > 1:
+    """Wait for all ranks; nothing with one."""
+    if in_group():
         dist.barrier()
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """`value` summed over all ranks, in place; itself with one rank."""
-    if dist.is_initialized() and world_size() > 1:
+    if in_group():
         dist.all_reduce(value)
     return value
 
 
 def all_reduce_min(value: int) -> int:
     """The smallest of all ranks' values."""
-    if dist.is_initialized() and world_size() > 1:
-        found = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
-        return int(found)
+    if in_group():
+        smallest = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
     return value
 
 
@@ -61,20 +65,20 @@ def gather(value: Any) -> list[Any]:
     """Every rank's small `value`, in the order of ranks, on every rank."""
     if not in_group():
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """What rank 0's `work()` returns, or the error of the user or the file system that it raises, on every rank.
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0; every rank returns its result, or raises its KdscaleError or OSError.
 
-    The others would wait for ever for a rank 0 that raised alone.
+    If rank 0 raised alone, the others would wait for it for ever.
     """
     answer: list[Any] = [None, None]
     if is_main():
         try:
-            answer[0] = work()
+            answer[0] = function()
         except (KdscaleError, OSError) as error:
             answer[1] = error
     if in_group():

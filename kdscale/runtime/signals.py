@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave. The second one ends the process at once.
+"""Ctrl-C and SIGTERM: finish the step, save, leave. A second signal ends the process at once.
 
-The same signal again within two seconds is still the first: a job system signals every process of a job, and the
-launcher above passes on what it got.
+The same signal within two seconds counts as the first one: a job system signals every process of a job, and the
+launcher passes the signal on once more.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SAME_SIGNAL_SECONDS = 2.0
 
 
 class StopRequest:
-    """`signum` is 0 until a signal came."""
+    """Whether the process was asked to stop: `signum` is 0 until a signal arrives."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -29,7 +29,7 @@ class StopRequest:
 
 @contextmanager
 def watch_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a flag for the length of the block. Outside the main thread nothing is caught."""
+    """Turn SIGINT and SIGTERM into a flag while the block runs. Outside the main thread no signal is caught."""
     request = StopRequest()
     previous: dict[int, Any] = {}
     first = [0.0]
@@ -41,7 +41,7 @@ def watch_signals() -> Iterator[StopRequest]:
         elif signum != request.signum or now - first[0] > _SAME_SIGNAL_SECONDS:
             for caught, handler in previous.items():
                 signal.signal(caught, handler)
-            os.kill(os.getpid(), signum)  # now it does what it did before
+            os.kill(os.getpid(), signum)  # now the handler from before the block runs
 
     if threading.current_thread() is threading.main_thread():
         previous.update({caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)})
@@ -54,7 +54,7 @@ def watch_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """SIGINT and SIGTERM become Interrupted wherever the work happens to be, so that temporary folders are removed."""
+    """Raise Interrupted on SIGINT and SIGTERM, wherever the code is, so that temporary folders are removed."""
 
     def stop(number: int, _frame: object) -> NoReturn:
         raise Interrupted(number)

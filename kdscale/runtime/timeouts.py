@@ -1,4 +1,4 @@
-"""How long a rank may stand still, and how long a collective may wait."""
+"""How long a rank may make no progress, and how long a collective operation may wait."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from kdscale_launch.watchdog import SLOW_FACTOR
 
 # A micro-batch of a real model takes seconds on a GPU and may take many minutes on a CPU.
 _DEFAULT_SECONDS = {"cuda": 300.0, "cpu": 1800.0}
-
-
 _MARGIN_SECONDS = 60.0
 
 
@@ -21,11 +19,11 @@ def watchdog_seconds(cfg: Config) -> float:
     if settings.watchdog_seconds is not None:
         return settings.watchdog_seconds
     usual = _DEFAULT_SECONDS.get(resolve_device(cfg.runtime.device).type, 300.0)
-    # a teacher on other machines has its own limit, and its own error when it is over
+    # a teacher on other machines has a limit of its own, whose error says more
     return max(usual, settings.served.timeout + _MARGIN_SECONDS) if settings.teacher_placement == "served" else usual
 
 
 def group_timeout(cfg: Config) -> timedelta | None:
-    """How long a collective may wait: longer than any watchdog, which says more. None is torch's own default."""
+    """How long a collective may wait: longer than any watchdog, whose message says more. None: torch's default."""
     seconds = watchdog_seconds(cfg)
     return timedelta(seconds=SLOW_FACTOR * seconds + _MARGIN_SECONDS) if seconds else None

@@ -15,17 +15,15 @@ from kdscale.units import compact_count
 
 OPTIMAL_RATIO = 2.5
 
-
-# The law is a fit over discrete teachers: a ratio somewhat above it is not yet a reason to worry.
+# The law is a fit over discrete teachers: a ratio somewhat above it is no reason to worry yet.
 _WARN_RATIO = 3.0
-
 
 _PUBLISHED_TOKENS_PER_PARAMETER = 20.0
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """`ratio`: teacher's parameters to the student's; `tokens_per_parameter`: distillation tokens to the student's."""
+    """The sizes of a teacher and its student, and the distillation tokens that are planned."""
 
     teacher_params: int
     student_params: int
@@ -33,19 +31,21 @@ class Capacity:
 
     @property
     def ratio(self) -> float:
+        """The teacher's parameters to the student's."""
         return self.teacher_params / self.student_params
 
     @property
     def tokens_per_parameter(self) -> float:
+        """Distillation tokens to the student's parameters."""
         return self.tokens / self.student_params
 
     @property
     def gap_closes_at(self) -> int:
-        """The size of an in-between student from which the ratio to the teacher is the published optimum."""
+        """Parameters of an in-between student to which the teacher has the ratio that was measured to be best."""
         return round(self.teacher_params / OPTIMAL_RATIO)
 
     def warnings(self) -> list[str]:
-        """One sentence a concern, with what it was computed from; empty when there is none."""
+        """One message for each concern, with the figures behind it; empty where there is none."""
         if self.ratio <= _WARN_RATIO:
             return []
         budget = (
@@ -62,6 +62,7 @@ class Capacity:
         ]
 
     def to_json(self) -> dict[str, object]:
+        """The figures and the warnings, for report.json."""
         return {
             "teacher_params": self.teacher_params,
             "student_params": self.student_params,

@@ -1,8 +1,8 @@
-"""Every setting that a job could run with, which fit, which is fastest, and why the others are not taken."""
+"""Every setting that a job could run with: which ones fit, which is the fastest, and why the others are not chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from kdscale.sizing.gpus import GIB, GpuCluster
@@ -15,18 +15,16 @@ PLACEMENTS: tuple[TeacherPlacement, ...] = ("replicated", "partitioned", "offloa
 
 MOST_SEQUENCES = 64  # of a micro-batch
 
-
-# Of speeds that differ by no more than this the simplest setting is taken: the model is not better than that.
+# Among speeds that differ by no more than this the simplest setting wins: the model is not more exact than that.
 _TIE = 0.02
 
-
-# What a process needs of its host beside what is offloaded: CUDA libraries, pinned staging, the loader. Assumed.
+# Host memory that a process needs beside what is offloaded: CUDA libraries, pinned staging, the loader. Assumed.
 HOST_RESERVE = 6 * GIB
 
 
 @dataclass(frozen=True)
 class ComparedSetting:
-    """A setting, what it takes, and in `reason` why it is not the one ("" for the one that is chosen)."""
+    """A setting, what it takes, and in `reason` why it is not chosen ("" for the chosen one)."""
 
     setting: Setting
     memory: Memory
@@ -50,48 +48,53 @@ def compare(
     tensor: Collection[int] = (),
     sequence: Collection[int] = (),
 ) -> list[ComparedSetting]:
-    """The chosen one first, if any fits, then the others by speed, served teachers last, then those that do not fit.
+    """The chosen setting first, if any fits, then the others by speed, served teachers last, then what does not fit.
 
-    `global_batch` sequences a step must be a multiple of the ranks. Of the micro-batches of a setting the fastest that
-    fits is kept, or the smallest when none does. A served teacher needs GPUs beyond the cluster's, so it is chosen
-    only where nothing else fits or nothing else is asked for. Where nothing fits, sequences are shared by the fewest of
-    `sequence` ranks with which anything does; where nothing does then, layers by the fewest of `tensor`.
+    `global_batch` sequences a step must be a multiple of the ranks. Of each setting's micro-batches the fastest that
+    fits is kept, or the smallest where none fits. A served teacher needs GPUs beyond the cluster's, so it is chosen
+    only where nothing else fits or nothing else is asked for. Where nothing fits at all, ranks share sequences, by the
+    smallest of the `sequence` sizes with which something fits; where that is not enough, they share layers (`tensor`).
     """
-    found = [
-        _best_micro_batch(job, setting, cluster, global_batch // job.ranks, rates)
-        for setting in _settings(job, stages, placements)
-    ]
+
+    def best(setting: Setting, ranks_sharing: int = 1) -> ComparedSetting:
+        return _best_micro_batch(job, setting, cluster, global_batch * ranks_sharing // job.ranks, rates)
+
+    settings = _settings(job, stages, placements)
+    compared = [best(setting) for setting in settings]
     for size in sorted(sequence):
-        if any(one.fits for one in found):
+        if any(candidate.fits for candidate in compared):
             break
-        found += [
-            _best_micro_batch(job, replace(setting, sequence=size), cluster, global_batch * size // job.ranks, rates)
-            for setting in _settings(job, stages, placements)
-        ]
+        compared += [best(replace(setting, sequence=size), size) for setting in settings]
     for size in sorted(tensor):
-        if any(one.fits for one in found):
+        if any(candidate.fits for candidate in compared):
             break
-        found += [
-            _best_micro_batch(job, replace(setting, tensor=size), cluster, global_batch * size // job.ranks, rates)
-            for setting in _settings(job, stages, placements)
+        compared += [
+            best(replace(setting, tensor=size), size)
+            for setting in settings
             if setting.placement == "replicated" and setting.hpz == 1
         ]
+    return _ordered(compared)
+
+
+def _ordered(compared: Sequence[ComparedSetting]) -> list[ComparedSetting]:
+    """In the order that `compare` gives, with the reason why each one that fits is not chosen."""
     fit = sorted(
-        (one for one in found if one.fits),
-        key=lambda one: (one.setting.placement == "served", -one.speed.tokens_per_second),
+        (candidate for candidate in compared if candidate.fits),
+        key=lambda candidate: (candidate.setting.placement == "served", -candidate.speed.tokens_per_second),
     )
-    rest = sorted((one for one in found if not one.fits), key=lambda one: one.memory.total)
-    own = [one for one in fit if one.setting.placement != "served"] or fit
-    if not own:
-        return rest
-    fastest = own[0].speed.tokens_per_second
-    tied = [one for one in own if one.speed.tokens_per_second >= fastest * (1 - _TIE)]
-    chosen = min(tied, key=_complication)
-    others = [replace(one, reason=_why_not(one, chosen)) for one in fit if one is not chosen]
-    return [chosen, *others, *rest]
+    too_large = sorted((item for item in compared if not item.fits), key=lambda item: item.memory.total)
+    eligible = [candidate for candidate in fit if candidate.setting.placement != "served"] or fit
+    if not eligible:
+        return too_large
+    fastest = eligible[0].speed.tokens_per_second
+    tied = [candidate for candidate in eligible if candidate.speed.tokens_per_second >= fastest * (1 - _TIE)]
+    chosen = min(tied, key=_complexity)
+    rejected = [replace(item, reason=_why_not(item, chosen)) for item in fit if item is not chosen]
+    return [chosen, *rejected, *too_large]
 
 
 def _settings(job: Job, stages: Collection[int], placements: Collection[TeacherPlacement]) -> list[Setting]:
+    """Every combination that makes sense, with a micro-batch of one sequence."""
     offloads = [(False, False), (True, False), (True, True)]
     groups = [1] if job.ranks == job.ranks_per_node else [1, job.ranks_per_node]
     return [
@@ -100,22 +103,23 @@ def _settings(job: Job, stages: Collection[int], placements: Collection[TeacherP
         if not (placement == "partitioned" and job.ranks == 1)
         for stage in stages
         for offload in offloads
-        # weights leave the GPU at stage 3 only; stage 2 and 3 of one rank partition nothing
+        # only stage 3 can offload weights; with one rank, stages 2 and 3 partition nothing
         if not (offload[1] and stage != 3) and not (job.ranks == 1 and stage > 1 and not offload[1])
-        # a second copy of the weights in each node: where there are several nodes, and weights on the GPU
+        # hpZ keeps a second copy of the weights in each node: worth it with several nodes and weights on the GPU
         for hpz in (groups if stage == 3 and not offload[1] else [1])
         for checkpointing in (False, True)
     ]
 
 
 def _best_micro_batch(job: Job, setting: Setting, cluster: GpuCluster, sequences: int, rates: Rates) -> ComparedSetting:
+    """The fastest micro-batch that fits `sequences` a rank and step, or the smallest where none fits."""
     best: ComparedSetting | None = None
     for size in range(1, min(sequences, MOST_SEQUENCES) + 1):
         if sequences % size:
             continue
-        one = _judge(job, replace(setting, micro_batch=size, accumulation=sequences // size), cluster, rates)
-        if best is None or (one.fits and one.speed.tokens_per_second > best.speed.tokens_per_second):
-            best = one
+        candidate = _judge(job, replace(setting, micro_batch=size, accumulation=sequences // size), cluster, rates)
+        if best is None or (candidate.fits and candidate.speed.tokens_per_second > best.speed.tokens_per_second):
+            best = candidate
     assert best is not None
     return best
 
@@ -131,8 +135,8 @@ def _judge(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> Com
     return ComparedSetting(setting, memory, speed, "; ".join(reasons), not reasons)
 
 
-def _complication(one: ComparedSetting) -> tuple[int, ...]:
-    setting = one.setting
+def _complexity(candidate: ComparedSetting) -> tuple[int, ...]:
+    setting = candidate.setting
     return (
         setting.offload_parameters + setting.offload_optimizer,
         setting.hpz > 1,
@@ -142,9 +146,9 @@ def _complication(one: ComparedSetting) -> tuple[int, ...]:
     )
 
 
-def _why_not(one: ComparedSetting, chosen: ComparedSetting) -> str:
-    if one.setting.placement == "served":
-        peak_flops = f"{one.speed.teacher_flops / 1e15:.1f} PFLOP/s"
+def _why_not(rejected: ComparedSetting, chosen: ComparedSetting) -> str:
+    if rejected.setting.placement == "served":
+        peak_flops = f"{rejected.speed.teacher_flops / 1e15:.1f} PFLOP/s"
         return f"the teacher needs GPUs of its own, {peak_flops} of them"
-    slower = 1 - one.speed.tokens_per_second / chosen.speed.tokens_per_second
+    slower = 1 - rejected.speed.tokens_per_second / chosen.speed.tokens_per_second
     return f"{slower:.0%} slower" if slower > _TIE else "no faster, and less simple"

@@ -15,48 +15,45 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """FLOP/s of dense bf16 products, bytes of memory, bytes/s: HBM, to a GPU of its node, to another node, to the host.
-
-    Bandwidths are one way and a GPU.
-    """
+    """One kind of GPU; bandwidths are in bytes/s, in one direction, per GPU."""
 
     name: str
-    flops: float
-    memory: float
+    flops: float  # a second, of dense bf16 products
+    memory: float  # bytes
     hbm: float
-    link: float
-    network: float
-    pcie: float
+    link: float  # to another GPU of its node
+    network: float  # to another node
+    pcie: float  # to its host
 
 
 @dataclass(frozen=True)
 class GpuCluster:
-    """`host_memory` bytes a node, `host_bandwidth` bytes/s a node (what an offloaded Adam runs at)."""
+    """Nodes of GPUs of one kind."""
 
     gpu: Gpu
     nodes: int
     gpus_per_node: int
-    host_memory: float
-    host_bandwidth: float = 200e9
+    host_memory: float  # bytes a node
+    host_bandwidth: float = 200e9  # bytes/s a node: what an offloaded Adam runs at
 
     @property
     def ranks(self) -> int:
         """One a GPU."""
         return self.nodes * self.gpus_per_node
 
-    def collective(self, whole: float) -> float:
-        """Seconds at full bandwidth in which every rank gathers (or reduce-scatters) `whole` bytes over all ranks.
+    def collective(self, size: float) -> float:
+        """Seconds at full bandwidth in which every rank gathers (or reduce-scatters) `size` bytes over all ranks.
 
         Each GPU takes (ranks - 1)/ranks of it over its links, each node (nodes - 1)/nodes through all its network
         cards together; the slower of the two sets the time.
         """
-        inside = whole * (self.ranks - 1) / self.ranks / self.gpu.link if self.gpus_per_node > 1 else 0.0
-        across = whole * (self.nodes - 1) / self.nodes / (self.gpus_per_node * self.gpu.network)
+        inside = size * (self.ranks - 1) / self.ranks / self.gpu.link if self.gpus_per_node > 1 else 0.0
+        across = size * (self.nodes - 1) / self.nodes / (self.gpus_per_node * self.gpu.network)
         return max(inside, across)
 
-    def within_node(self, whole: float) -> float:
-        """As `collective`, among the GPUs of one node."""
-        return replace(self, nodes=1).collective(whole)
+    def within_node(self, size: float) -> float:
+        """Seconds as `collective` counts them, among the GPUs of one node."""
+        return replace(self, nodes=1).collective(size)
 
 
 def known_gpus() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a job asks for and what it gets: the terms that memory and speed are computed in."""
+"""What a training job asks for and what it gets: the terms that memory and speed are computed in."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Literal
 from kdscale.sizing.model_shape import ModelShape
 
 TeacherPlacement = Literal["replicated", "partitioned", "offloaded", "served"]
-
-
 Device = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained and on how many ranks; `label_share`: positions that have a label, 1 in packed text."""
+    """What is trained, and on how many ranks. Text is packed, so every position has a label."""
 
     student: ModelShape
     teacher: ModelShape
@@ -32,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan chooses."""
+    """What a cluster plan chooses: how a step's work and memory are laid out over the ranks."""
 
     stage: int
     micro_batch: int
@@ -52,7 +50,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by component at the fullest moment of a step, which `moment` names; `host` are of one rank's share."""
+    """Bytes of one GPU by component at the fullest moment of a step, which `moment` names.
+
+    `host` are the bytes of one rank in its host's memory.
+    """
 
     parts: dict[str, float]
     moment: str
@@ -60,4 +61,5 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes of one GPU."""
         return sum(self.parts.values())

@@ -1,32 +1,28 @@
-"""Bytes a GPU (or CPU process) holds at the peak of a training step, by component. The one place of the memory model.
+"""Bytes that a GPU (or CPU process) holds at the peak of a training step, by component.
 
 Letters: P parameters, W ranks, b bytes of a weight (2 in bf16, 4 in fp32), H hidden, F ffn, A heads · head_dim,
 K kv_heads · head_dim, V vocabulary, L layers, S positions a sequence, N = micro-batch · S.
 
-Every formula says where it is from: *counted* (tensors that autograd saved, or bytes that a process held), *read* (in
-the source of DeepSpeed 0.19.8 or of this project), *paper* (ZeRO, arXiv 1910.02054), or *assumed*. Offloaded bytes are
-counted for the host. benchmarks/distill/plan_cluster_check.py holds the sum against measured peaks.
+Every formula names its source: *counted* (tensors that autograd saved, or bytes that a process held), *read* (in the
+source of DeepSpeed 0.19.8 or of this project), *paper* (ZeRO, arXiv 1910.02054), or *assumed*. Offloaded bytes count
+for the host. benchmarks/distill/plan_cluster_check.py compares the sum with measured peaks.
 """
 
 from __future__ import annotations
 
 from kdscale.sizing.job import Job, Memory, Setting
 from kdscale.sizing.model_shape import ModelShape
-from kdscale.sizing.parallel import shared
+from kdscale.sizing.parallel import job_of_tensor_rank
 
-# kdscale_kernels.products.CHUNK_BYTES and modes.CPU_WORKSPACE, FEWEST_ROWS, SLICE_BYTES; a test compares
+# The same as in kdscale_kernels (fused/products.py, fused/memory_plan.py), which may not be imported; a test compares.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
-
 CPU_WORKSPACE, FEWEST_ROWS = 104 << 20, 64
-
 
 # DeepSpeed's defaults (read): parameters of a stage-3 student that stay gathered, and those fetched ahead.
 MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
 
-
 SUB_GROUP = 1_000_000_000
-
 
 # Assumed, not measured: CUDA context and NCCL's buffers; fragments of the caching allocator and this model's own error.
 CONTEXT_BYTES, MARGIN = 1.5 * (1 << 30), 0.10
@@ -34,7 +30,7 @@ CONTEXT_BYTES, MARGIN = 1.5 * (1 << 30), 0.10
 
 def peak_memory(job: Job, setting: Setting) -> Memory:
     """The fullest of four moments: teacher's forward, student's loss, end of the backward, optimiser's step."""
-    job = shared(job, setting.tensor)
+    job = job_of_tensor_rank(job, setting.tensor)
     kept = {
         "student weights": _weights(job, setting),
         "masters and Adam": 0.0 if setting.offload_optimizer else _states(job, setting),
@@ -80,16 +76,19 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
         },
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {**kept, **moments[moment]}
+    components = {**kept, **moments[moment]}
     if job.device == "cuda":
-        parts["context and margin"] = CONTEXT_BYTES + MARGIN * sum(parts.values())
-    return Memory({name: size for name, size in parts.items() if size}, moment, host_bytes(job, setting))
+        components["context and margin"] = CONTEXT_BYTES + MARGIN * sum(components.values())
+    return Memory({name: size for name, size in components.items() if size}, moment, host_bytes(job, setting))
 
 
 def host_bytes(job: Job, setting: Setting) -> float:
-    """Host memory of one rank's share of what is offloaded (read): masters, moments and fp32 gradients (16 bytes), at
-    stage 1 and 2 a copy of the weights to send back, and the gradients that micro-batches add up (at stage 3 always);
-    weights; of a teacher in host memory one copy a node."""
+    """Host memory of what one rank offloads (read).
+
+    Of the optimiser: masters, moments and fp32 gradients, 16 bytes a parameter; at stages 1 and 2 a copy of the weights
+    to send back; and the gradients that micro-batches add up (at stage 3 always). Then the weights, and of a teacher in
+    host memory one copy a node.
+    """
     params, out = job.student.params / job.ranks, 0.0
     if setting.offload_optimizer:
         copies = (setting.stage < 3) + (setting.stage == 3 or setting.accumulation > 1)
@@ -106,11 +105,11 @@ def host_bytes(job: Job, setting: Setting) -> float:
 
 def _weights(job: Job, setting: Setting) -> float:
     """b·P, or b·P/W at stage 3 (paper); hpZ keeps a second copy, over the ranks of its group (arXiv 2306.10209)."""
-    whole = job.item_bytes * job.student.params
+    weights = job.item_bytes * job.student.params
     if setting.stage < 3:
-        return whole
-    second = whole / setting.hpz if setting.hpz > 1 else 0.0
-    return second + (0.0 if setting.offload_parameters else whole / job.ranks)
+        return weights
+    second = weights / setting.hpz if setting.hpz > 1 else 0.0
+    return second + (0.0 if setting.offload_parameters else weights / job.ranks)
 
 
 def _states(job: Job, setting: Setting) -> float:
@@ -124,46 +123,49 @@ def _states(job: Job, setting: Setting) -> float:
 
 def _teacher_weights(job: Job, setting: Setting) -> float:
     """b·P on every rank, or b·P/W; nothing where it is in host memory or elsewhere."""
-    whole = job.item_bytes * job.teacher.params
-    return {"replicated": whole, "partitioned": whole / job.ranks}.get(setting.placement, 0.0)
+    weights = job.item_bytes * job.teacher.params
+    return {"replicated": weights, "partitioned": weights / job.ranks}.get(setting.placement, 0.0)
 
 
 def _validation(job: Job) -> float:
-    """Teacher's targets of the held-out text are kept on the device (read: distill/validate.py): ids, logits, LSE."""
-    mine = job.validate_tokens / job.ranks
-    return mine * (job.teacher.hidden * job.item_bytes if job.top_k is None else job.top_k * 12 + 4)
+    """Targets of the held-out text, kept on the device: ids, logits, log-sum-exp (read in distill/validate.py)."""
+    tokens = job.validate_tokens / job.ranks
+    return tokens * (job.teacher.hidden * job.item_bytes if job.top_k is None else job.top_k * 12 + 4)
 
 
 # -- gradients and buckets ---------------------------------------------------------------------------------------------
 
 
 def _gradients(job: Job, setting: Setting) -> float:
-    """At the end of the last backward. Stage 1 hands all but its own share on from the bucket (read), unless earlier
-    micro-batches of the step have left whole gradients; stage 2 and 3 hold b·P/W."""
-    whole = job.item_bytes * job.student.params
+    """Gradients at the end of the last backward.
+
+    Stage 1 keeps its own b·P/W and hands on the rest from the bucket (read), unless earlier micro-batches of the step
+    have left all of them; stages 2 and 3 hold b·P/W.
+    """
+    gradients = job.item_bytes * job.student.params
     if setting.stage == 0 or (setting.stage == 1 and setting.accumulation > 1):
-        return whole
-    return 0.0 if setting.offload_optimizer else whole / job.ranks
+        return gradients
+    return 0.0 if setting.offload_optimizer else gradients / job.ranks
 
 
 def _standing_gradients(job: Job, setting: Setting) -> float:
     """Gradients of earlier micro-batches while a later one runs; stage 3 has its buffer at all times (read)."""
-    whole = job.item_bytes * job.student.params
+    gradients = job.item_bytes * job.student.params
     if setting.stage == 3:
-        return 0.0 if setting.offload_optimizer else whole / job.ranks
+        return 0.0 if setting.offload_optimizer else gradients / job.ranks
     if setting.accumulation == 1:
         return 0.0
-    return whole if setting.stage < 2 else 0.0 if setting.offload_optimizer else whole / job.ranks
+    return gradients if setting.stage < 2 else 0.0 if setting.offload_optimizer else gradients / job.ranks
 
 
 def _step_gradients(job: Job, setting: Setting) -> float:
     """The optimiser's own gradients: fp32, and at stage 1 and 2 the flattened share beside them (read)."""
-    share = job.student.params / job.ranks
+    params = job.student.params / job.ranks
     if setting.stage == 0:
         return 0.0
     if setting.stage == 3:
-        return 4 * min(share, SUB_GROUP)
-    return (4 + (job.item_bytes if job.item_bytes == 2 else 0)) * share
+        return 4 * min(params, SUB_GROUP)
+    return (4 + (job.item_bytes if job.item_bytes == 2 else 0)) * params
 
 
 def _bucket(job: Job, setting: Setting) -> float:
@@ -173,7 +175,7 @@ def _bucket(job: Job, setting: Setting) -> float:
     return 0.0 if setting.stage == 0 and job.ranks == 1 else float(job.item_bytes * elements * buffers)
 
 
-# -- weights that are whole for a while --------------------------------------------------------------------------------
+# -- weights gathered for a while --------------------------------------------------------------------------------
 
 
 def _gathered(job: Job, setting: Setting) -> float:
@@ -184,7 +186,7 @@ def _gathered(job: Job, setting: Setting) -> float:
 
 
 def _teacher_gathered(job: Job, setting: Setting) -> float:
-    """Two layers, one computed with while the next one comes, and the head for the loss (read: teacher/stores.py)."""
+    """Two layers, one in use while the next is fetched, and the head (read in teacher/placement/weight_stores.py)."""
     if setting.placement not in ("partitioned", "offloaded"):
         return 0.0
     return float(job.item_bytes * (2 * job.teacher.layer + job.teacher.head))
@@ -210,7 +212,7 @@ def layer_bytes(job: Job, model: ModelShape) -> float:
 
 
 def saved_bytes(job: Job, setting: Setting) -> float:
-    """All that waits for the backward: every layer, or with checkpointing every layer's input, b·H, and one layer."""
+    """What waits for the backward: all layers' activations, or with checkpointing each layer's input, b·H."""
     tokens, model = setting.rows(job), job.student
     last = (4 + 2 * job.item_bytes) * model.hidden + 3 * job.item_bytes * model.head_dim + 12  # norm, rotary, ids
     masks = _masks(job, setting, 0 if setting.checkpointing else model.layers)
@@ -229,7 +231,7 @@ def _masks(job: Job, setting: Setting, layers: int) -> float:
 
 
 def backward_bytes(job: Job, setting: Setting) -> float:
-    """Gradients of activations on their way through one layer, and that layer, if it is computed again."""
+    """Gradients of the activations of one layer, and with checkpointing that layer's activations, computed again."""
     tokens, model = setting.rows(job), job.student
     again = layer_bytes(job, model) if setting.checkpointing else 0.0
     mask = job.item_bytes * setting.micro_batch * job.seq_len**2 if setting.checkpointing else 0.0
@@ -237,8 +239,11 @@ def backward_bytes(job: Job, setting: Setting) -> float:
 
 
 def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
-    """A forward without gradients, at its widest: three ffn arrays or seven attention arrays or three fp32 norm arrays
-    beside two hidden states; the mask as booleans and in the weights' dtype."""
+    """A forward without gradients at its widest moment.
+
+    Two hidden states, the mask as booleans and in the weights' dtype, and the largest of three ffn arrays, seven
+    attention arrays and three fp32 norm arrays.
+    """
     tokens, b = setting.rows(job), job.item_bytes
     widest = max(3 * b * model.ffn, 7 * b * model.attention, 12 * model.hidden)
     mask = setting.micro_batch * job.seq_len**2 * (1 + b)
@@ -272,7 +277,7 @@ def _kept_loss_bytes(job: Job, setting: Setting) -> float:
 
 
 def loss_mode(job: Job, rows: int) -> tuple[float, bool]:
-    """(bytes of a chunk of logits, whether the fast mode runs): kdscale_kernels.modes.layout_for in "auto"."""
+    """(bytes of a chunk of logits, whether the fast mode runs): as kdscale_kernels plans it in "auto"."""
     chunk = float(CHUNK_BYTES[job.device])
     if job.device == "cuda":
         return chunk, True

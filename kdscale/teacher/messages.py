@@ -1,4 +1,4 @@
-"""What travels between a teacher that is served and the ranks that ask it: safetensors bytes, nothing executable.
+"""The messages between the teacher service and the ranks that ask it: safetensors bytes, nothing executable.
 
 B sequences, S positions, N rows asked for, K entries.
 """
@@ -14,23 +14,24 @@ from safetensors.torch import load, save
 from kdscale.errors import ServiceError
 from kdscale.teacher.targets import TopKTargets
 
-# Token ids and positions are below 2³¹ in every model there is; half the bytes of torch's int64.
+# Token ids and positions are below 2³¹ in every model, and this takes half the bytes of torch's int64.
 _INT = torch.int32
 
 
 class Question(NamedTuple):
-    """Which positions' targets are wanted; `rows_N` are flat positions of the batch."""
+    """A batch, and the flat positions `rows_N` of it whose targets are wanted."""
 
     input_ids_BS: torch.Tensor
     position_ids_BS: torch.Tensor
     rows_N: torch.Tensor
 
     def encode(self) -> bytes:
+        """The body of a request."""
         return save({name: tensor.to("cpu", _INT).contiguous() for name, tensor in self._asdict().items()})
 
     @classmethod
     def decode(cls, body: bytes, *, vocab_size: int, max_positions: int, max_tokens: int) -> Question:
-        """Check everything that a forward would trust. Raises ServiceError."""
+        """Read a request and check everything that a forward relies on. Raises ServiceError."""
         tensors = _load(body, cls._fields, dict.fromkeys(cls._fields, _INT))
         ids_BS, positions_BS, rows_N = (tensors[name].long() for name in cls._fields)
         if ids_BS.ndim != 2 or positions_BS.shape != ids_BS.shape or rows_N.ndim != 1 or ids_BS.numel() == 0:
@@ -50,7 +51,7 @@ class Question(NamedTuple):
 
 
 def encode_targets(targets: TopKTargets) -> bytes:
-    """ids as int32, logits and log-sum-exp as they are: what arrives has the bits that were computed."""
+    """The body of an answer: ids as int32, logits and log-sum-exp bit for bit."""
     return save(
         {
             "ids_NK": targets.ids_NK.to("cpu", _INT).contiguous(),
@@ -61,7 +62,7 @@ def encode_targets(targets: TopKTargets) -> bytes:
 
 
 def decode_targets(body: bytes, *, rows: int, temperature: float, vocab_size: int, top_k: int) -> TopKTargets:
-    """Targets of `rows` rows on the CPU. Raises ServiceError when the answer is not what was asked for."""
+    """Read an answer of `rows` rows, on the CPU. Raises ServiceError when it is not what was asked for."""
     dtypes = {"ids_NK": _INT, "logits_NK": torch.float32, "lse_N": torch.float32}
     tensors = _load(body, tuple(dtypes), dtypes)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -77,9 +78,9 @@ def _load(body: bytes, names: tuple[str, ...], dtypes: dict[str, torch.dtype]) -
         tensors = load(body)
     except SafetensorError as error:
         raise ServiceError("a message of the teacher service", expected="safetensors bytes", got=str(error)) from error
-    found = {name: tensor.dtype for name, tensor in tensors.items()}
-    if found != {name: dtypes[name] for name in names}:
-        raise ServiceError("a message of the teacher service", expected=str(dtypes), got=str(found))
+    received = {name: tensor.dtype for name, tensor in tensors.items()}
+    if received != {name: dtypes[name] for name in names}:
+        raise ServiceError("a message of the teacher service", expected=str(dtypes), got=str(received))
     return tensors
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdscale_kernels.divergence import Divergence
+from kdscale_kernels.rows.divergences import TORCH_DIVERGENCES
 from kdscale_kernels.rows.teacher_entries import TEACHER_TAIL_FLOOR
-from kdscale_kernels.types import Divergence, FullKL, SparseKL, Tail, TopKLse
+from kdscale_kernels.types import FullKL, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")
 
@@ -59,9 +61,7 @@ def linear_sparse_kl(
     ignore_index: int = -100,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     tail: Tail = "bucket",
     target_weights_NK: Tensor | None = None,
     softcap: float | None = None,
@@ -78,8 +78,6 @@ def linear_sparse_kl(
         ce_weight=ce_weight,
         temperature=temperature,
         divergence=divergence,
-        jsd_beta=jsd_beta,
-        skew=skew,
         tail=tail,
         target_weights_NK=target_weights_NK,
         softcap=softcap,
@@ -97,9 +95,7 @@ def sparse_kl(
     ignore_index: int = -100,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     tail: Tail = "bucket",
     target_weights_NK: Tensor | None = None,
     softcap: float | None = None,
@@ -127,7 +123,7 @@ def sparse_kl(
         logq_V = torch.log_softmax(z_V / temperature, 0)
         outside_V = torch.ones_like(z_V, dtype=torch.bool)
         outside_V[ids_S] = False
-        kd = kd + _row_divergence(logp_S, logq_V[ids_S], logq_V[outside_V], divergence, jsd_beta, skew, tail)
+        kd = kd + _row_divergence(logp_S, logq_V[ids_S], logq_V[outside_V], Divergence.of(divergence), tail)
         ce = ce - torch.log_softmax(z_V, 0)[labels_N[row]]
         mass = mass + logp_S.exp().sum()
         tails = tails + logq_V[outside_V].detach().exp().sum()
@@ -142,33 +138,17 @@ def _row_divergence(
     logq_S: Tensor,
     logq_outside: Tensor,
     divergence: Divergence,
-    jsd_beta: float,
-    skew: float,
     tail: Tail,
 ) -> Tensor:
     if tail == "renormalised":
         logp_S, logq_S = logp_S.log_softmax(0), logq_S.log_softmax(0)
     elif tail == "bucket" and logq_outside.numel():
         logp_tail = torch.log(-torch.expm1(torch.logsumexp(logp_S, 0).clamp(max=0.0)))
-        if divergence == "reverse_kl":
+        if divergence.info.floors_teacher_tail:
             logp_tail = logp_tail.clamp(min=math.log(TEACHER_TAIL_FLOOR))
         logp_S = torch.cat([logp_S, logp_tail[None]])
         logq_S = torch.cat([logq_S, torch.logsumexp(logq_outside, 0)[None]])
-    if divergence == "forward_kl":
-        return _kl(logp_S, logq_S)
-    if divergence == "reverse_kl":
-        return _kl(logq_S, logp_S)
-    if divergence == "skewed_forward_kl":
-        return _kl(logp_S, torch.logaddexp(logp_S + math.log(skew), logq_S + math.log1p(-skew)))
-    if divergence == "skewed_reverse_kl":
-        return _kl(logq_S, torch.logaddexp(logq_S + math.log(skew), logp_S + math.log1p(-skew)))
-    logm_S = torch.logaddexp(logp_S + math.log(jsd_beta), logq_S + math.log1p(-jsd_beta))
-    return jsd_beta * _kl(logp_S, logm_S) + (1.0 - jsd_beta) * _kl(logq_S, logm_S)
-
-
-def _kl(logp_S: Tensor, logq_S: Tensor) -> Tensor:
-    some_S = logp_S.detach() != _NEG_INF
-    return (logp_S[some_S].exp() * (logp_S[some_S] - logq_S[some_S])).sum()
+    return TORCH_DIVERGENCES[divergence.name].definition(logp_S, logq_S, divergence.parameter)
 
 
 def linear_full_kl(
@@ -181,9 +161,7 @@ def linear_full_kl(
     ignore_index: int = -100,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     bias_V: Tensor | None = None,
     teacher_bias_V: Tensor | None = None,
     softcap: float | None = None,
@@ -199,7 +177,7 @@ def linear_full_kl(
     kd = student.sum() * 0.0 if not len(student) else student.new_zeros(())
     for z_V, teacher_V in zip(student, teacher, strict=True):
         logp_V, logq_V = (torch.log_softmax(logits / temperature, 0) for logits in (teacher_V, z_V))
-        kd = kd + _row_divergence(logp_V, logq_V, logq_V[:0], divergence, jsd_beta, skew, "bucket")
+        kd = kd + _row_divergence(logp_V, logq_V, logq_V[:0], Divergence.of(divergence), "bucket")
     ce = torch.nn.functional.cross_entropy(student, labels_M, reduction="sum")
     teacher_ce = torch.nn.functional.cross_entropy(teacher, labels_M, reduction="sum")
     agree = (student.argmax(1) == teacher.argmax(1)).sum().to(student.dtype)

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
+from kdscale_kernels.divergence import DIVERGENCES, FORWARD_KL, Divergence
+
 Tail = Literal["bucket", "truncated", "renormalised", "sampled"]
 Backend = Literal["auto", "torch", "triton"]
 Mode = Literal["auto", "fast", "lean"]
@@ -55,27 +56,21 @@ class LossOptions:
 
     ce_weight: float = 0.0
     temperature: float = 1.0
-    divergence: Divergence = "forward_kl"
-    jsd_beta: float = 0.5
+    divergence: Divergence = FORWARD_KL
     tail: Tail = "bucket"
     softcap: float | None = None
-    skew: float = 0.1
 
     def __post_init__(self) -> None:
+        weighted = [name for name, info in DIVERGENCES.items() if info.takes_weights]
         _require(0.0 <= self.ce_weight <= 1.0, "ce_weight", "a number from 0 to 1", self.ce_weight)
         _require(0.0 < self.temperature < float("inf"), "temperature", "a positive, finite number", self.temperature)
-        _require(
-            self.divergence in get_args(Divergence), "divergence", " | ".join(get_args(Divergence)), self.divergence
-        )
-        _require(0.0 < self.jsd_beta < 1.0, "jsd_beta", "a number strictly between 0 and 1", self.jsd_beta)
         _require(self.tail in get_args(Tail), "tail", " | ".join(get_args(Tail)), self.tail)
         _require(
-            self.tail != "sampled" or self.divergence == "forward_kl",
+            self.tail != "sampled" or self.divergence.info.takes_weights,
             "divergence",
-            "forward_kl with tail='sampled' (the others need the teacher's probabilities)",
-            self.divergence,
+            f"{' | '.join(weighted)} with tail='sampled' (the others need the teacher's probabilities)",
+            self.divergence.name,
         )
-        _require(0.0 < self.skew < 1.0, "skew", "a number strictly between 0 and 1", self.skew)
         _require(self.softcap is None or self.softcap > 0.0, "softcap", "None or a positive number", self.softcap)
 
     @property

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from kdscale.cli.main import app
+import kdscale_kernels
+from kdscale.families.schema import COMPONENT_OF, FamilyData
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -29,7 +29,7 @@ def _load_generate() -> Any:
 
 
 generate = _load_generate()
-COMMANDS: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = generate.command_objects()
 
 
 def _name(page: Path) -> str:
@@ -54,7 +54,7 @@ def test_the_built_config_page_has_the_defaults_and_the_allowed_words() -> None:
 
 def test_the_page_of_commands_has_every_command_with_its_options() -> None:
     text = generate.commands()
-    for name, command in COMMANDS.commands.items():
+    for name, command in COMMANDS.items():
         section = text.split(f"## kdscale {name}\n")[1].split("\n## ")[0]
         assert all(item.opts[0] in section for item in command.params if item.opts[0].startswith("--"))
     assert str(ROOT) not in text, "a path of this machine in the docs"
@@ -65,7 +65,7 @@ def test_pages_name_commands_tables_and_files_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     code = "\n".join(match[0].strip("`") for match in CODE.finditer(text))
     named = set(re.findall(r"^ *kdscale ([a-z][a-z-]+)", code, re.MULTILINE))
-    assert named - set(COMMANDS.commands) == set()
+    assert named - set(COMMANDS) == set()
     assert set(generate.MARKER.findall(text)) - set(generate.TABLES) == set()
     paths = re.findall(r"(?<![\w/.-])((?:kdscale|kernels|launch|benchmarks|tests|configs|docs)/[\w/.-]*\w)", text)
     for name in paths:
@@ -83,6 +83,22 @@ def test_every_family_has_a_row() -> None:
     text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
     for path in (ROOT / "kdscale" / "families").glob("*.json"):
         assert f"| `{path.name}` |" in text
+
+
+def test_every_function_of_the_kernels_is_listed() -> None:
+    text = (DOCS / "reference" / "kernels.md").read_text(encoding="utf-8")
+    functions = {name for name in kdscale_kernels.__all__ if name.islower()} - {"choose_backend"}
+    assert functions - set(re.findall(r"`([a-z_]+)`", text)) == set()
+
+
+def test_every_key_and_role_of_a_family_file_is_explained() -> None:
+    section = (DOCS / "reference" / "families.md").read_text(encoding="utf-8").split("## Keys of a family file")[1]
+    keys = re.findall(
+        r"`([a-z_]+)`", "\n".join(row.split("|")[1] for row in re.findall(r"^\| .*", section, re.MULTILINE))
+    )
+    assert set(FamilyData.model_fields) - set(keys) == set()
+    roles = {role.removesuffix("_bias") for role in COMPONENT_OF}
+    assert roles - set(re.findall(r"`([a-z_]+)`", section)) == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)

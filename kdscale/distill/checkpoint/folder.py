@@ -1,7 +1,7 @@
-"""Checkpoint folders that are whole or absent: a file a rank, and a manifest of hashes that is written last.
+"""Checkpoint folders that are complete or absent: one file per rank, and a manifest of hashes that is written last.
 
-All ranks write into the same hidden temporary folder; rank 0 writes the manifest and gives the folder its name. A
-folder without a manifest in order is never loaded, whatever was killed and when.
+All ranks write into the same hidden temporary folder; then rank 0 writes the manifest and gives the folder its name
+(it seals the checkpoint). A folder without a valid manifest is never loaded, whatever was killed and when.
 """
 
 from __future__ import annotations
@@ -18,58 +18,55 @@ from kdscale.errors import CheckpointError, RunFolderError
 from kdscale.runtime.ranks import gather, on_main, rank, world_size
 
 MANIFEST = "manifest.json"
-
-
 FORMAT = 2
 
-
 _PARTIAL = ".partial-"
-
-
 _DAMAGED = "damaged-"
 
 
 def step_dir(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps is, or will be."""
     return folder / f"step-{step:08d}"
 
 
 def partial_dir(folder: Path, step: int) -> Path:
-    """Where the files of a checkpoint are written; `files.remove_leftovers` removes what a killed run left."""
+    """Where the files of a checkpoint are written. `files.remove_leftovers` removes what a killed run left there."""
     return folder / f"{_PARTIAL}{step_dir(folder, step).name}"
 
 
 def rank_file(number: int) -> str:
+    """The name of a rank's file."""
     return f"rank-{number:05d}.safetensors"
 
 
 def seal(folder: Path, step: int, facts: Mapping[str, Any]) -> Path:
-    """Turn the finished files of a step into a checkpoint: manifest, then name. `facts` are the manifest's own part."""
+    """Turn the finished files of a step into a checkpoint: write the manifest, then rename. `facts` go into it."""
     final, tmp = step_dir(folder, step), partial_dir(folder, step)
     manifest = {"format": FORMAT, "step": step, **facts}
     files.write_json(tmp / MANIFEST, {**manifest, "sha256": files.sha256_json(manifest)})
     files.fsync_dir(tmp)
-    _remove(final)  # only there when it did not verify, or when the same step is saved again
+    _remove(final)  # exists only when it did not verify, or when the same step is saved again
     tmp.replace(final)
     files.fsync_dir(folder)
     return final
 
 
 def rotate(folder: Path, keep: int, keep_every: int | None) -> None:
-    """Remove checkpoints but the newest `keep` and those of every `keep_every`-th step.
+    """Remove all checkpoints except the newest `keep` and those of every `keep_every`-th step.
 
-    What was set aside as damaged goes when `keep` others are there.
+    Damaged ones that were set aside are removed as soon as there are `keep` good ones.
     """
-    whole = sealed_checkpoints(folder)
-    for old in whole[keep:]:
+    sealed = sealed_checkpoints(folder)
+    for old in sealed[keep:]:
         if keep_every is None or step_of(old) % keep_every:
             _remove(old)
-    if len(whole) >= keep:
+    if len(sealed) >= keep:
         for damaged in folder.glob(f"{_DAMAGED}*"):
             _remove(damaged)
 
 
 def _set_aside(damaged: Sequence[Path]) -> None:
-    """Out of the sequence: it would count as one of those to keep, and push out the good one before it."""
+    """Rename damaged checkpoints: otherwise each would count as one to keep, and push out the good one before it."""
     for path in damaged:
         aside = path.with_name(f"{_DAMAGED}{path.name}")
         _remove(aside)
@@ -78,7 +75,7 @@ def _set_aside(damaged: Sequence[Path]) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Not in place: a removal that is cut short must not leave a folder that looks like a checkpoint."""
+    """Rename, then remove: a removal that is cut short must not leave a folder that looks like a checkpoint."""
     if checkpoint.exists():
         aside = checkpoint.with_name(f"{_PARTIAL}old-{checkpoint.name}")
         files.remove_tree(aside)
@@ -87,17 +84,18 @@ def _remove(checkpoint: Path) -> None:
 
 
 def sealed_checkpoints(folder: Path) -> list[Path]:
-    """Step folders that have a manifest, newest first; their hashes are not looked at."""
+    """Step folders that have a manifest, newest first; their hashes are not checked."""
     return sorted((path.parent for path in folder.glob(f"step-*/{MANIFEST}")), reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was saved, from its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
 class LatestCheckpoint:
-    """A checkpoint that verified and its manifest; `notes` say what was passed over on the way to it."""
+    """The newest checkpoint that verified, or no path; `notes` name the newer ones that were skipped, and why."""
 
     path: Path | None
     manifest: dict[str, Any]
@@ -105,43 +103,45 @@ class LatestCheckpoint:
 
     @property
     def step(self) -> int:
+        """The number of steps it was saved after; 0 without one."""
         return int(self.manifest["step"]) if self.path is not None else 0
 
 
 def find_latest(folder: Path, fingerprint: Mapping[str, Any]) -> LatestCheckpoint:
-    """The newest checkpoint whose files match its manifest; path None when there is none. A collective call.
+    """Find the newest checkpoint whose files match its manifest. A collective call; each rank hashes some of the files.
 
-    Those passed over are renamed to damaged-…. The ranks share the hashing. `fingerprint` is rank 0's. Raises
-    RunFolderError on every rank when a whole checkpoint belongs to another run: it is neither used nor overwritten.
+    Damaged ones are renamed to damaged-…. Only rank 0's `fingerprint` counts. Raises RunFolderError on every rank when
+    the checkpoint belongs to another run: it is neither used nor overwritten.
     """
     candidates, notes = on_main(lambda: _candidates(folder))
     damaged: list[Path] = []
-    found: Path | None = None
+    latest: Path | None = None
     manifest: dict[str, Any] = {}
     for path in candidates:
         problems = [problem for problem in gather(_problem(path)) if problem]
         if not problems:
-            found, manifest = path, read_manifest(path)
+            latest, manifest = path, read_manifest(path)
             on_main(partial(_refuse_other_run, path, manifest["fingerprint"], fingerprint))
             break
         damaged.append(path)
-        notes.append(f"{problems[0]}; passed over and renamed to {_DAMAGED}{path.name}")
+        notes.append(f"{problems[0]}; skipped and renamed to {_DAMAGED}{path.name}")
     on_main(partial(_set_aside, damaged))
-    return LatestCheckpoint(found, manifest, tuple(notes))
+    return LatestCheckpoint(latest, manifest, tuple(notes))
 
 
 def _candidates(folder: Path) -> tuple[list[Path], list[str]]:
+    """(checkpoints, newest first; notes about step folders that are none)."""
     if not folder.is_dir():
         return [], []
     files.remove_leftovers(folder)
-    whole = sealed_checkpoints(folder)
-    return whole, [f"{torn}: no manifest, passed over" for torn in sorted(set(folder.glob("step-*")) - set(whole))]
+    sealed = sealed_checkpoints(folder)
+    return sealed, [f"{path}: no manifest, skipped" for path in sorted(set(folder.glob("step-*")) - set(sealed))]
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files."""
+    """What is wrong with the files of a checkpoint that this rank hashes, or None."""
     try:
-        verify(path, part=rank(), parts=world_size())
+        verify(path, first=rank(), stride=world_size())
     except CheckpointError as error:
         return f"{error.what}: {error.got}"
     return None
@@ -160,31 +160,32 @@ def _refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]
 def read_manifest(path: Path) -> dict[str, Any]:
     """manifest.json of a checkpoint folder. Raises CheckpointError when it is damaged or of another format."""
     manifest = files.read_json(path / MANIFEST, CheckpointError)
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path}", expected=f"manifest format {FORMAT}", got=f"manifest format {found}")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{path}", expected=f"manifest format {FORMAT}", got=f"manifest format {version}")
     if manifest.pop("sha256", None) != files.sha256_json(manifest):
         raise CheckpointError(f"{path}", expected="the manifest that was written", got=f"{MANIFEST} was changed")
     return dict(manifest)
 
 
 def data_files(path: Path, manifest: Mapping[str, Any]) -> list[Path]:
+    """The ranks' files that a manifest lists."""
     return [files.safe_join(path, name) for name in manifest["files"]]
 
 
-def verify(path: Path, *, part: int = 0, parts: int = 1, weights_only: bool = False) -> dict[str, Any]:
-    """The manifest, after size and hash of every `parts`-th file from `part` on were compared with it.
+def verify(path: Path, *, first: int = 0, stride: int = 1, weights_only: bool = False) -> dict[str, Any]:
+    """Compare size and hash of every `stride`-th file from `first` on with the manifest; returns the manifest.
 
     `weights_only`: hash no further than the last master weight of each file. Raises CheckpointError.
     """
     manifest = read_manifest(path)
-    for file in data_files(path, manifest)[part::parts]:
-        about = manifest["files"][file.name]
-        if not file.is_file() or file.stat().st_size != about["bytes"]:
+    for file in data_files(path, manifest)[first::stride]:
+        entry = manifest["files"][file.name]
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
             raise CheckpointError(
-                f"{path}", expected=f"{file.name} of {about['bytes']} bytes", got=f"{file.name} is incomplete"
+                f"{path}", expected=f"{file.name} of {entry['bytes']} bytes", got=f"{file.name} is incomplete"
             )
         size, digest = ("weights_bytes", "weights_sha256") if weights_only else ("bytes", "sha256")
-        if files.sha256_file(file, about[size]) != about[digest]:
+        if files.sha256_file(file, entry[size]) != entry[digest]:
             raise CheckpointError(f"{path}", expected="the bytes that were written", got=f"{file.name} was changed")
     return manifest

@@ -1,9 +1,10 @@
-"""The tensors of a checkpoint: pieces of flattened parameters, and which bytes of which files hold any other piece.
+"""Files of a checkpoint: how one rank writes its values, and which bytes of which files hold any range of a parameter.
 
-A rank's file is a safetensors file of one-dimensional fp32 tensors, each named `kind:offset:parameter`: elements offset
-onwards of the flattened parameter, all fp32 master weights first, then Adam's two moments. Tensor-parallel ranks write
-pieces of their parts of parameters, flattened by themselves (`kind:offset:parameter@1:0:96`, parts.py). Nothing in it
-depends on DeepSpeed, the number of ranks or the ZeRO stage; any reader of safetensors can use it.
+A rank's file is a safetensors file of one-dimensional fp32 tensors, each named `quantity:offset:parameter`: the values
+from element `offset` of the flattened parameter. All master weights come first, then Adam's two moments.
+Tensor-parallel ranks write ranges of slices, flattened by themselves (`quantity:offset:parameter@1:0:96`,
+tensor_slices.py). The format depends neither on DeepSpeed nor on the number of ranks or the ZeRO stage; any reader of
+safetensors can use it.
 """
 
 from __future__ import annotations
@@ -21,41 +22,37 @@ from types import TracebackType
 import torch
 
 from kdscale import files
-from kdscale.distill.parallel.tensor_slices import TensorSlice, locate, parse_slice_name, tiles
+from kdscale.distill.parallel.tensor_slices import TensorSlice, cover_parameter, parse_slice_name, ranges_in_slices
 from kdscale.errors import CheckpointError
 from kdscale.models.parameter_map import ParameterRange
 from kdscale.weights import TensorInfo
 from kdscale.weights.header import read_header
 from kdscale.weights.writer import plan_shards
 
-QUANTITIES = ("master", "exp_avg", "exp_avg_sq")
-
+MASTER = "master"  # the fp32 weight
+QUANTITIES = (MASTER, "exp_avg", "exp_avg_sq")  # what is kept of each value
 
 _BYTES = 4  # of an fp32 value
-
-
 _OPEN_FILES = 64
+_BLOCK_VALUES = 1 << 24  # of one write, one hash update and one copy to a device: 64 MiB
 
 
-_BLOCK_BYTES = 1 << 26  # of one write, one hash update and one copy to a device
-
-
-def cut_evenly(pieces: Iterable[ParameterRange], index: int, count: int) -> list[ParameterRange]:
-    """The `index`-th of `count` near-equal parts of `pieces`, laid end to end and cut where a part ends."""
-    pieces = list(pieces)
-    total, at, out = sum(piece.length for piece in pieces), 0, []
+def cut_evenly(ranges: Iterable[ParameterRange], index: int, count: int) -> list[ParameterRange]:
+    """Lay the ranges end to end and cut them into `count` near-equal stretches; what is in the `index`-th."""
+    ranges = list(ranges)
+    total, at, out = sum(span.length for span in ranges), 0, []
     low, high = total * index // count, total * (index + 1) // count
-    for piece in pieces:
-        begin, end = max(low, at), min(high, at + piece.length)
+    for span in ranges:
+        begin, end = max(low, at), min(high, at + span.length)
         if begin < end:
-            out.append(ParameterRange(piece.name, piece.offset + begin - at, end - begin))
-        at += piece.length
+            out.append(ParameterRange(span.name, span.offset + begin - at, end - begin))
+        at += span.length
     return out
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """Size and SHA-256 of a file, and of the part of it that ends with the last master weight."""
+    """Size and SHA-256 of a file, and of its beginning up to the last master weight."""
 
     bytes: int
     sha256: str
@@ -69,32 +66,29 @@ class WriteCancelled(Exception):  # noqa: N818 - not an error
 
 def write_rank_file(
     path: Path,
-    pieces: Sequence[ParameterRange],
+    ranges: Sequence[ParameterRange],
     blocks: Iterable[torch.Tensor],
     cancelled: Callable[[], bool] = lambda: False,
 ) -> WrittenFile:
-    """Write one rank's file, hashed on the way and flushed to the disk. `blocks` are the fp32 values: every piece of
-    the first kind, then every piece of the next, on any device.
+    """Write one rank's file, hash it on the way and flush it to the disk.
 
+    `blocks` are the fp32 values on any device: every range of the first quantity, then every range of the next.
     Raises OSError, and WriteCancelled as soon as `cancelled()`; the file is then incomplete.
     """
-    specs = {
-        f"{kind}:{piece.offset}:{piece.name}": TensorInfo((piece.length,), "F32")
-        for kind in QUANTITIES
-        for piece in pieces
-    }
+    specs = {f"{name}:{span.offset}:{span.name}": TensorInfo((span.length,), "F32")
+             for name in QUANTITIES for span in ranges}  # fmt: skip
     (layout,) = plan_shards(specs, 1 << 62)
     digest = hashlib.sha256(layout.header)
-    weights_bytes, weights_sha256 = len(layout.header) + _BYTES * sum(piece.length for piece in pieces), ""
+    weights_bytes, weights_sha256 = len(layout.header) + _BYTES * sum(span.length for span in ranges), ""
     with path.open("wb", buffering=0) as stream:
         _write(stream, memoryview(layout.header))
         written = len(layout.header)
         for block in blocks:
             assert block.dtype == torch.float32
-            for part in block.detach().reshape(-1).split(_BLOCK_BYTES // _BYTES):
+            for chunk in block.detach().reshape(-1).split(_BLOCK_VALUES):
                 if cancelled():
                     raise WriteCancelled(path)
-                raw = part.cpu().contiguous().numpy().data.cast("B")
+                raw = chunk.cpu().contiguous().numpy().data.cast("B")
                 digest.update(raw)
                 _write(stream, raw)
                 written += len(raw)
@@ -112,7 +106,7 @@ def _write(stream: RawIOBase, left: memoryview) -> None:
 
 @dataclass(frozen=True)
 class StoredRange:
-    """A piece in a file: its values begin at byte `begin`."""
+    """Values `offset` to `offset + length` of a parameter or slice; they begin at byte `begin` of `file`."""
 
     offset: int
     length: int
@@ -121,12 +115,12 @@ class StoredRange:
 
 
 @dataclass(frozen=True)
-class Read:
-    """`length` values from byte `begin` of `file` go to element `at` of what is being put together."""
+class FileRead:
+    """`length` values from byte `begin` of `file` go to element `target` of the tensor that is put together."""
 
     file: Path
     begin: int
-    at: int
+    target: int
     length: int
 
 
@@ -134,105 +128,109 @@ class RankFileIndex:
     """Where everything is in the files of one checkpoint, from their headers alone.
 
     `shapes` are the parameters that the checkpoint says it holds. Raises CheckpointError unless the files hold every
-    element of each of them exactly once, in all three kinds, and nothing else.
+    value of each of them exactly once, in all three quantities, and nothing else.
     """
 
     def __init__(self, paths: Sequence[Path], shapes: Mapping[str, Sequence[int]]):
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._parts: dict[str, dict[str, TensorSlice]] = {
-            name: {} for name in self.shapes
-        }  # of each parameter, by their names
-        self._stored: dict[tuple[str, str], list[StoredRange]] = {}
+        self._slices: dict[str, dict[str, TensorSlice]] = {name: {} for name in self.shapes}  # parameter → slice name →
+        self._stored: dict[tuple[str, str], list[StoredRange]] = {}  # by (quantity, slice name)
         for path in paths:
-            for key, entry in read_header(path).items():
-                kind, _, rest = key.partition(":")
-                offset, _, name = rest.partition(":")
-                whole, part = parse_slice_name(name)
-                if kind not in QUANTITIES or whole not in self.shapes or not offset.isdecimal():
-                    raise CheckpointError(f"{path}", expected="pieces of the student's parameters", got=f"tensor {key}")
-                length = (entry.end - entry.begin) // _BYTES
-                if entry.dtype != "F32" or entry.shape != (length,):
-                    raise CheckpointError(f"{path}: {key}", expected="flat F32", got=f"{entry.dtype}{entry.shape}")
-                self._stored.setdefault((kind, name), []).append(StoredRange(int(offset), length, path, entry.begin))
-                self._parts[whole][name] = part or _all_of(self.shapes[whole])
-        for whole in self.shapes:
-            self._check(whole, str(paths[0].parent) if paths else "checkpoint")
+            self._add_file(path)
+        for parameter in self.shapes:
+            self._check_complete(parameter, str(paths[0].parent) if paths else "checkpoint")
 
-    def _check(self, whole: str, where: str) -> None:
-        shape, parts = self.shapes[whole], self._parts[whole] or {whole: _all_of(self.shapes[whole])}
-        if list(parts) != [whole] and not tiles(list(parts.values()), shape):
-            got = ", ".join(sorted(parts))[:200]
-            raise CheckpointError(f"{where}: {whole}", expected=f"parts that are all of {list(shape)}", got=got)
-        for (name, part), kind in itertools.product(parts.items(), QUANTITIES):
-            stored = self._stored.setdefault((kind, name), [])
-            stored.sort(key=lambda item: item.offset)
-            ends = [0, *(item.offset + item.length for item in stored)]
-            values = math.prod(shape if name == whole else part.shape(shape))
-            starts = [*(item.offset for item in stored), values]
-            if ends != starts:
+    def _add_file(self, path: Path) -> None:
+        for key, entry in read_header(path).items():
+            quantity, _, rest = key.partition(":")
+            offset, _, name = rest.partition(":")
+            parameter, tensor_slice = parse_slice_name(name)
+            if quantity not in QUANTITIES or parameter not in self.shapes or not offset.isdecimal():
+                raise CheckpointError(f"{path}", expected="ranges of the student's parameters", got=f"tensor {key}")
+            length = (entry.end - entry.begin) // _BYTES
+            if entry.dtype != "F32" or entry.shape != (length,):
+                raise CheckpointError(f"{path}: {key}", expected="flat F32", got=f"{entry.dtype}{entry.shape}")
+            stored = self._stored.setdefault((quantity, name), [])
+            stored.append(StoredRange(int(offset), length, path, entry.begin))
+            self._slices[parameter][name] = tensor_slice or TensorSlice.all_rows(self.shapes[parameter])
+
+    def _check_complete(self, parameter: str, where: str) -> None:
+        shape = self.shapes[parameter]
+        slices = self._slices[parameter] or {parameter: TensorSlice.all_rows(shape)}
+        if list(slices) != [parameter] and not cover_parameter(list(slices.values()), shape):
+            got = ", ".join(sorted(slices))[:200]
+            raise CheckpointError(
+                f"{where}: {parameter}", expected=f"slices that make up all of {list(shape)}", got=got
+            )
+        for (name, tensor_slice), quantity in itertools.product(slices.items(), QUANTITIES):
+            stored = self._stored.setdefault((quantity, name), [])
+            stored.sort(key=lambda entry: entry.offset)
+            values = math.prod(shape if name == parameter else tensor_slice.shape(shape))
+            ends = [0, *(entry.offset + entry.length for entry in stored)]
+            if ends != [*(entry.offset for entry in stored), values]:
                 raise CheckpointError(
-                    f"{where}: {kind} of {name}",
+                    f"{where}: {quantity} of {name}",
                     expected=f"{values} values, each once",
-                    got=f"pieces {[(item.offset, item.length) for item in stored]}"[:200],
+                    got=f"ranges {[(entry.offset, entry.length) for entry in stored]}"[:200],
                 )
 
-    def plan(self, kind: str, piece: ParameterRange) -> list[Read]:
-        """The reads that make up `piece`, in order. Raises CheckpointError when it is not part of the checkpoint."""
-        whole, part = parse_slice_name(piece.name)
-        if kind not in QUANTITIES or whole not in self.shapes:
-            raise CheckpointError(f"the checkpoint has no parameter {piece.name}")
-        shape, end = self.shapes[whole], piece.offset + piece.length
-        if end > math.prod(part.shape(shape) if part else shape):
+    def plan(self, quantity: str, span: ParameterRange) -> list[FileRead]:
+        """The reads that make up a range of a parameter or of any slice of it, in order.
+
+        Raises CheckpointError when it is not in the checkpoint.
+        """
+        parameter, tensor_slice = parse_slice_name(span.name)
+        if quantity not in QUANTITIES or parameter not in self.shapes:
+            raise CheckpointError(f"the checkpoint has no parameter {span.name}")
+        shape, end = self.shapes[parameter], span.offset + span.length
+        if end > math.prod(tensor_slice.shape(shape) if tensor_slice else shape):
             raise CheckpointError(
-                f"parameter {piece.name} in the checkpoint",
-                expected=f"at least {end:,} values",
-                got=str(list(shape)),
+                f"parameter {span.name} in the checkpoint", expected=f"at least {end:,} values", got=str(list(shape))
             )
-        if piece.name in self._parts[whole]:
-            return self._reads(kind, piece)
-        by_part, reads = {part: name for name, part in self._parts[whole].items()}, []
-        for run in (part or _all_of(shape)).runs(shape, piece.offset, piece.length):
-            for there, (begin, at, length) in locate(list(by_part), shape, run.begin, run.length):
-                for read in self._reads(kind, ParameterRange(by_part[there], begin, length)):
-                    reads.append(replace(read, at=run.at + at + read.at))
+        if span.name in self._slices[parameter]:
+            return self._reads(quantity, span)
+        names, reads = {stored: name for name, stored in self._slices[parameter].items()}, []
+        for needed in (tensor_slice or TensorSlice.all_rows(shape)).ranges(shape, span.offset, span.length):
+            for holder, copied in ranges_in_slices(list(names), shape, needed.source, needed.length):
+                for read in self._reads(quantity, ParameterRange(names[holder], copied.source, copied.length)):
+                    reads.append(replace(read, target=needed.target + copied.target + read.target))
         return reads
 
-    def _reads(self, kind: str, piece: ParameterRange) -> list[Read]:
-        """The reads that make up a piece of a part that is in the checkpoint."""
-        stored, end = self._stored[kind, piece.name], piece.offset + piece.length
-        first = bisect.bisect_right(stored, piece.offset, key=lambda item: item.offset) - 1
+    def _reads(self, quantity: str, span: ParameterRange) -> list[FileRead]:
+        """The reads that make up a range of a parameter or slice that was stored under this very name."""
+        stored, end = self._stored[quantity, span.name], span.offset + span.length
+        first = bisect.bisect_right(stored, span.offset, key=lambda entry: entry.offset) - 1
         reads = []
-        for item in itertools.takewhile(lambda item: item.offset < end, stored[max(first, 0) :]):
-            begin, stop = max(item.offset, piece.offset), min(item.offset + item.length, end)
+        for entry in itertools.takewhile(lambda entry: entry.offset < end, stored[max(first, 0) :]):
+            begin, stop = max(entry.offset, span.offset), min(entry.offset + entry.length, end)
             if begin < stop:
-                at = item.begin + _BYTES * (begin - item.offset)
-                reads.append(Read(item.file, at, begin - piece.offset, stop - begin))
+                byte = entry.begin + _BYTES * (begin - entry.offset)
+                reads.append(FileRead(entry.file, byte, begin - span.offset, stop - begin))
         return reads
-
-
-def _all_of(shape: Sequence[int]) -> TensorSlice:
-    return TensorSlice(0, 0, shape[0] if shape else 1)
 
 
 class RankFileReader:
-    """Reads pieces straight into tensors; a context manager. The last files stay open: parts take turns row by row."""
+    """Reads ranges of parameters straight into tensors; a context manager.
+
+    The files used last stay open, because neighbouring slices take turns row by row.
+    """
 
     def __init__(self, index: RankFileIndex):
         self._index = index
         self._open: dict[Path, RawIOBase] = {}
 
-    def fill(self, kind: str, piece: ParameterRange, out: torch.Tensor) -> None:
-        """Fill the flat tensor `out`, on any device and of any float dtype, with a piece of its length.
+    def fill(self, quantity: str, span: ParameterRange, out: torch.Tensor) -> None:
+        """Fill the flat tensor `out`, on any device and of any float dtype, with a range of its length.
 
         Raises CheckpointError when a file has shrunk or gone since its header was read.
         """
         if out.device.type == "cpu" and out.dtype == torch.float32:
-            for read in self._index.plan(kind, piece):
-                self._read(read.file, read.begin, out.narrow(0, read.at, read.length))
+            for read in self._index.plan(quantity, span):
+                self._read(read.file, read.begin, out.narrow(0, read.target, read.length))
             return
-        for at in range(0, piece.length, _BLOCK_BYTES // _BYTES):
-            block = torch.empty(min(_BLOCK_BYTES // _BYTES, piece.length - at))
-            self.fill(kind, ParameterRange(piece.name, piece.offset + at, block.numel()), block)
+        for at in range(0, span.length, _BLOCK_VALUES):
+            block = torch.empty(min(_BLOCK_VALUES, span.length - at))
+            self.fill(quantity, ParameterRange(span.name, span.offset + at, block.numel()), block)
             out.narrow(0, at, block.numel()).copy_(block)
 
     def _read(self, path: Path, begin: int, out: torch.Tensor) -> None:
@@ -252,10 +250,13 @@ class RankFileReader:
             try:
                 self._open[path] = path.open("rb", buffering=0)
             except FileNotFoundError:
-                raise CheckpointError(f"{path} is gone", hint="it was removed by rotation; try a newer one") from None
+                raise CheckpointError(
+                    f"{path} is gone", hint="a newer checkpoint has replaced it; try a newer one"
+                ) from None
         return self._open[path]
 
     def close(self) -> None:
+        """Close the files that are still open."""
         for stream in self._open.values():
             stream.close()
         self._open.clear()
@@ -264,6 +265,6 @@ class RankFileReader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()

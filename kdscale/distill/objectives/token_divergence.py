@@ -16,7 +16,7 @@ import torch
 
 from kdscale.config.objectives import LossConfig
 from kdscale.models.head import OutputHead, VocabShard
-from kdscale_kernels import linear_full_kl, linear_sparse_kl, vocab_parallel_sparse_kl
+from kdscale_kernels import Divergence, linear_full_kl, linear_sparse_kl, vocab_parallel_sparse_kl
 
 # What `distillation_loss` reports beside the loss, in this order; sums over rows.
 TERMS = ("loss", "kd", "ce", "teacher_mass", "tail_mass", "top1_agree")
@@ -47,9 +47,7 @@ def distillation_loss(
         "labels_N": labels_N,
         "ce_weight": loss.ce_weight,
         "temperature": loss.temperature,
-        "divergence": loss.divergence,
-        "jsd_beta": loss.jsd_beta,
-        "skew": loss.skew,
+        "divergence": Divergence(loss.divergence, loss.divergence_parameter),
         "tail": loss.tail,
         "softcap": softcap,
         "vocab_size": vocab_size,
@@ -85,9 +83,7 @@ def full_distillation_loss(
         labels_N=labels_N,
         ce_weight=loss.ce_weight,
         temperature=loss.temperature,
-        divergence=loss.divergence,
-        jsd_beta=loss.jsd_beta,
-        skew=loss.skew,
+        divergence=Divergence(loss.divergence, loss.divergence_parameter),
         bias_V=student.bias_V,
         teacher_bias_V=teacher.bias_V,
         softcap=student.softcap,

@@ -1,4 +1,4 @@
-"""Which models ranks can share by tensor or by sequence, from config.json alone, before any work. No torch here."""
+"""Which models ranks can share by tensor or by sequence: checks of config.json, before any work and without torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from kdscale.errors import ConfigError
 from kdscale.families import Dims, load_family
 from kdscale.weights import read_config
 
-# Separate q, k, v, gate and up projections, norms that are replicated or of one head: what tests show to be right.
+# Families that tests show to be right: q, k, v, gate and up are separate; norms are replicated or of one head.
 FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 def check_tensor_parallel(size: int, folders: Mapping[str, Path]) -> None:
-    """Raises ConfigError for a model that `size` ranks cannot share. `folders`: by what is in them ("teacher")."""
+    """Check that `size` ranks can share the layers of each model, and raise ConfigError otherwise.
+
+    `folders`: the model folders, by role ("teacher", "student").
+    """
     if size == 1:
         return
     for what, folder in folders.items():
@@ -28,7 +31,7 @@ def check_tensor_parallel(size: int, folders: Mapping[str, Path]) -> None:
 
 
 def check_tensor_dims(size: int, what: str, dims: Dims) -> None:
-    """Raises ConfigError when there are fewer kv heads, ffn units or tokens than ranks; they need not divide."""
+    """Raise ConfigError when a model has fewer kv heads, ffn units or tokens than ranks; they need not divide."""
     for name in ("kv_heads", "ffn", "vocab"):
         if getattr(dims, name) < size:
             raise ConfigError(
@@ -41,7 +44,7 @@ _FIELD = "distill.sequence_parallel"
 
 
 def check_sequence_parallel(ranks: int, seq_len: int, folders: Mapping[str, Path]) -> None:
-    """Raises ConfigError for a length or a model that `ranks` ranks cannot share. `folders`: by what is in them."""
+    """Check that `ranks` ranks can share sequences of `seq_len` in each model, and raise ConfigError otherwise."""
     if ranks == 1:
         return
     if seq_len % ranks:
@@ -59,7 +62,7 @@ def check_sequence_parallel(ranks: int, seq_len: int, folders: Mapping[str, Path
 
 
 def check_sequence_dims(ranks: int, what: str, dims: Dims) -> None:
-    """Raises ConfigError when the heads cannot be divided; fewer kv heads than ranks are repeated."""
+    """Raise ConfigError when the heads cannot be divided; kv heads are repeated when there are fewer than ranks."""
     if dims.heads % ranks:
         expected = f"a divisor of the {what}'s {dims.heads} query heads"
     elif dims.kv_heads % ranks and ranks % dims.kv_heads:

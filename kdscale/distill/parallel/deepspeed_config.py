@@ -1,4 +1,4 @@
-"""The dictionary that DeepSpeed is initialised with, from a config. Pure: imports neither deepspeed nor torch."""
+"""The dictionary that DeepSpeed is initialised with, made from a config without deepspeed or torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from kdscale.config.distill import DistillConfig
 from kdscale.config.zero import OffloadDevice, ZeroConfig
 from kdscale.errors import ConfigError
 
-# Elements a collective takes at a time; stage 2 and 3 allocate a buffer of so many.
+# Elements per collective; stages 2 and 3 allocate a buffer of that many.
 BUCKET = {"cuda": 500_000_000, "cpu": 50_000_000}
 
 
 def deepspeed_config(cfg: DistillConfig, stage: int, *, bf16: bool, device: str) -> dict[str, Any]:
-    """`stage` is the one in effect (stage 0 in bf16 runs as 1), `device` "cuda" or "cpu"."""
-    share = cfg.micro_batch * cfg.data_parallel
+    """The config of the engine. `stage` is the one in effect (stage 0 in bf16 runs as 1), `device` "cuda" or "cpu"."""
     tensor = {"tensor_parallel": {"autotp_size": cfg.tensor_parallel}} if cfg.tensor_parallel > 1 else {}
     return {
         **tensor,
         "train_micro_batch_size_per_gpu": cfg.micro_batch,
-        "gradient_accumulation_steps": cfg.global_batch // share,
-        # never left to DeepSpeed's silent default; at stage 0 our own optimiser clips
+        "gradient_accumulation_steps": cfg.global_batch // (cfg.micro_batch * cfg.data_parallel),
+        # DeepSpeed has a default of its own; at stage 0 our optimiser clips
         "gradient_clipping": cfg.optimizer.gradient_clipping if stage else 0.0,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "zero_optimization": zero_optimization(cfg.zero, stage, device),
@@ -31,7 +30,7 @@ def deepspeed_config(cfg: DistillConfig, stage: int, *, bf16: bool, device: str)
 
 
 def zero_optimization(zero: ZeroConfig, stage: int, device: str) -> dict[str, Any]:
-    """DeepSpeed's `zero_optimization`: what is at its default there is left out, but for the bucket sizes."""
+    """DeepSpeed's `zero_optimization`: only what differs from its defaults, and the bucket sizes."""
     out: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": zero.reduce_bucket or BUCKET[device],
@@ -59,7 +58,10 @@ def _offload(device: OffloadDevice, nvme_path: str | None, pinned: bool) -> dict
 
 
 def check_machine(zero: ZeroConfig, device: str) -> None:
-    """Raises ConfigError for what this machine cannot do, before a weight is read; `problems` has seen the rest."""
+    """Raise ConfigError for what this machine cannot do, before any weight is read.
+
+    `ZeroConfig.problems` checks what does not depend on the machine.
+    """
     for name in ("quantized_weights", "quantized_gradients"):
         if getattr(zero, name) and device != "cuda":
             raise ConfigError(

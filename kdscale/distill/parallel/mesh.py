@@ -1,7 +1,7 @@
-"""How the ranks divide the work: over sequences of the batch, positions of a sequence, parts of the layers.
+"""How the ranks divide the work: over sequences of the batch, positions of a sequence, slices of the layers.
 
-Rank (d·S + s)·T + t: the T ranks that share layers are neighbours (they talk most), then the S ranks that share a
-sequence, then the D groups that take sequences of their own.
+Rank (d·S + s)·T + t: the T ranks that share layers are neighbours, because they exchange most; then come the S ranks
+that share a sequence, then the D groups that take sequences of their own.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ class Mesh:
 
     @classmethod
     def of(cls, cfg: DistillConfig) -> Mesh:
-        """This process's place."""
+        """The mesh of a config, with this process's rank."""
         return cls(cfg.data_parallel, cfg.sequence_parallel, cfg.tensor_parallel, rank())
 
     @property
     def data_rank(self) -> int:
+        """Which of the groups that take sequences of their own this rank is in."""
         return self.rank // (self.sequence * self.tensor)
 
     @property
     def sequence_rank(self) -> int:
+        """Which positions of its sequences this rank takes."""
         return self.rank // self.tensor % self.sequence
 
     @property
     def tensor_rank(self) -> int:
+        """Which slice of each layer this rank holds."""
         return self.rank % self.tensor
 
     @property
     def sequence_ranks(self) -> list[list[int]]:
-        """Every group of ranks that share sequences; all ranks make all groups, in this order."""
+        """Every group of ranks that share sequences; all ranks must make all groups, in this order."""
         block = self.sequence * self.tensor
         return [
             [d * block + s * self.tensor + t for s in range(self.sequence)]
@@ -53,13 +56,13 @@ class Mesh:
             for t in range(self.tensor)
         ]
 
-    def sequence_share(self, timeout: timedelta | None) -> SequenceSlice:
-        """This rank's part of every sequence. A collective call: it makes groups whose calls wait for `timeout`."""
+    def sequence_slice(self, timeout: timedelta | None) -> SequenceSlice:
+        """This rank's positions of every sequence. A collective call: it makes groups that wait for `timeout`."""
         if self.sequence == 1:
             return SequenceSlice()
         groups = [dist.new_group(ranks, timeout=timeout) for ranks in self.sequence_ranks]
-        mine = next(i for i, ranks in enumerate(self.sequence_ranks) if self.rank in ranks)
-        return SequenceSlice(self.sequence_rank, self.sequence, groups[mine])
+        group = next(group for group, ranks in zip(groups, self.sequence_ranks, strict=True) if self.rank in ranks)
+        return SequenceSlice(self.sequence_rank, self.sequence, group)
 
     @property
     def tensor_ranks(self) -> list[list[int]]:
@@ -67,9 +70,9 @@ class Mesh:
         return [list(range(first, first + self.tensor)) for first in range(0, self.world, self.tensor)]
 
     def by_data(self, rows: Sequence[Sequence[float]]) -> list[float]:
-        """Sums of the micro-batches of all groups that take sequences of their own, from a row of them a rank.
+        """Sums of the micro-batches of every group that takes sequences of its own, from one row of sums per rank.
 
-        Ranks that share a sequence have parts of its sum, those that share layers all have the same.
+        Ranks that share a sequence each have a part of its sum; ranks that share layers all have the same sum.
         """
         block = self.sequence * self.tensor
         return [
@@ -80,4 +83,5 @@ class Mesh:
 
     @property
     def world(self) -> int:
+        """The number of ranks."""
         return self.data * self.sequence * self.tensor

@@ -1,15 +1,13 @@
-"""A causal LM whose layers, embedding and head are split over the ranks of a tensor-parallel group.
+"""A causal LM whose layers, embedding and head are sliced over the ranks of a tensor-parallel group.
 
-DeepSpeed's tensor parallelism (AutoTP) does the work: its column- and row-parallel linears with their collectives, its
-process groups, and its ZeRO optimisers, which then partition and average over the data-parallel group alone and count a
-split parameter's norm on every tensor rank and a whole one's once. Not used is its walk over a model, because
+DeepSpeed's tensor parallelism (AutoTP) gives the column- and row-parallel linears with their collectives, the process
+groups, and ZeRO optimisers that partition and average over the data-parallel group alone and count a sliced parameter's
+norm on every tensor rank and an unsliced one's once. Its walk over a model is not used, because
 
-- it splits weights that every rank has loaded whole; here the modules are split without their weights (meta), and each
-  rank reads its own rows and columns from the files;
+- it slices weights that every rank has loaded whole; here the modules are sliced before they have weights (meta), and
+  each rank reads its own rows and columns from the files;
 - its heads compute logits, gathered or for a loss of its own; here the loss reads the head's rows (vocab-parallel);
-- its split embedding refuses the scaled embeddings of Gemma 2.
-
-Imports deepspeed for those layers and groups, which are needed before there is an engine.
+- its sliced embedding refuses the scaled embeddings of Gemma 2.
 
 B sequences, S positions, H hidden size, V vocabulary.
 """
@@ -30,21 +28,16 @@ from kdscale.models.head import VocabShard
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.models.skeleton import build_skeleton, move_buffers, replace_parameters
 
-_ATTENTION, _COLUMN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-
-
-_ROW = ("o_proj", "down_proj")
-
-
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # linears whose output is sliced
+_ROW = ("o_proj", "down_proj")  # linears whose input is sliced
 _HEAD_NORMS = ("q_norm", "k_norm")
-
-
-_BLOCK_VALUES = 1 << 22  # of one read of rows of which columns are kept
+_BLOCK_VALUES = 1 << 22  # of one read of whole rows of which some columns are kept
 
 
 @dataclass(frozen=True)
 class ModelSlices:
-    """What of a model this rank holds: `parts` and whole `shapes` of the parameters that are split, by name."""
+    """What this rank holds of a model: `slices` and whole `shapes` of the sliced parameters, by name."""
 
     slices: Mapping[str, TensorSlice]
     shapes: Mapping[str, tuple[int, ...]]
@@ -53,9 +46,9 @@ class ModelSlices:
 
 
 def tensor_group(size: int) -> Any:
-    """This rank's tensor-parallel group, from DeepSpeed, which makes it and the data-parallel one once a process.
+    """This rank's tensor-parallel group. A collective call.
 
-    A collective call. Its mesh has the tensor axis innermost, as mesh.Mesh has.
+    DeepSpeed makes it and the data-parallel one once per process, with the tensor axis innermost, as mesh.Mesh has it.
     """
     from deepspeed.module_inject.layers import set_autotp_mode
     from deepspeed.utils import groups
@@ -66,13 +59,13 @@ def tensor_group(size: int) -> Any:
 
 
 def data_group() -> Any:
-    """The ranks that hold the same parts as this one; after `tensor_group`."""
+    """The ranks that hold the same slices as this one; call `tensor_group` first."""
     from deepspeed.utils import groups
 
     return groups.get_data_parallel_group()
 
 
-Materialise = Callable[[Any, "ModelSlices", ParameterReader], None]
+Materialise = Callable[[Any, ModelSlices, ParameterReader], None]
 
 
 def load_sliced_model(
@@ -84,55 +77,64 @@ def load_sliced_model(
     trust_remote_code: bool = False,
     materialise: Materialise | None = None,
 ) -> tuple[Any, ModelSlices]:
-    """The causal LM at `path` with this rank's part of every layer, and what part that is; no rank reads it whole.
+    """The causal LM at `path` with this rank's slice of every layer, and what slices these are.
 
-    `materialise` gives the parameters their values, where they are not simply to be read into memory (ZeRO-3).
-    Raises CheckpointError when config.json and the weights disagree.
+    No rank reads the whole model. `materialise` gives the parameters their values where they are not simply to be read
+    into memory (ZeRO-3). Raises CheckpointError when config.json and the weights disagree.
     """
     weights = ParameterReader.open(path)
     model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
-    split = _split_modules(model, group, weights)
+    slices = _slice_modules(model, group, weights)
     move_buffers(model, device)
     if materialise is None:
-        _read(model, split, weights, device)
+        _read(model, slices, weights, device)
     else:
-        materialise(model, split, weights)
-    _mark(model, split, group)
-    return model, split
+        materialise(model, slices, weights)
+    _mark(model, slices, group)
+    return model, slices
 
 
 def fill_slice(
-    weights: ParameterReader, name: str, part: TensorSlice | None, shape: tuple[int, ...], begin: int, out: torch.Tensor
+    weights: ParameterReader,
+    name: str,
+    tensor_slice: TensorSlice | None,
+    shape: tuple[int, ...],
+    begin: int,
+    out: torch.Tensor,
 ) -> None:
-    """Values `begin` onwards of `part` of parameter `name`, whole of `shape`, into the flat `out`."""
-    if part is None or part.dim == 0:
-        first = 0 if part is None else next(part.runs(shape, 0, 0)).begin
+    """Read values `begin` onwards of a slice of parameter `name` into the flat `out`.
+
+    `shape` is that of the whole parameter; without a slice it is read from itself.
+    """
+    if tensor_slice is None or tensor_slice.dim == 0:
+        first = 0 if tensor_slice is None else next(tensor_slice.ranges(shape, 0, 0)).source
         weights.fill(name, first + begin, out)
         return
-    rows, width, at = max(1, _BLOCK_VALUES // shape[1]), part.end - part.begin, 0
+    rows, width, at = max(1, _BLOCK_VALUES // shape[1]), tensor_slice.end - tensor_slice.begin, 0
     while at < out.numel():
         row, skipped = divmod(begin + at, width)
         count = min(rows, -(-(skipped + out.numel() - at) // width))
         block = torch.empty(count * shape[1], dtype=out.dtype)
         weights.fill(name, row * shape[1], block)
-        kept = block.view(count, shape[1])[:, part.begin : part.end].reshape(-1)[skipped : skipped + out.numel() - at]
+        columns = block.view(count, shape[1])[:, tensor_slice.begin : tensor_slice.end]
+        kept = columns.reshape(-1)[skipped : skipped + out.numel() - at]
         out[at : at + kept.numel()].copy_(kept)
         at += kept.numel()
 
 
-def _read(model: Any, split: ModelSlices, weights: ParameterReader, device: torch.device) -> None:
-    made = replace_parameters(
+def _read(model: Any, slices: ModelSlices, weights: ParameterReader, device: torch.device) -> None:
+    parameters = replace_parameters(
         model, lambda value: nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device=device))
     )
-    for name, parameter in made.items():
-        shape = split.shapes.get(name, tuple(parameter.shape))
-        fill_slice(weights, name, split.slices.get(name), shape, 0, parameter.data.view(-1))
+    for name, parameter in parameters.items():
+        shape = slices.shapes.get(name, tuple(parameter.shape))
+        fill_slice(weights, name, slices.slices.get(name), shape, 0, parameter.data.view(-1))
 
 
-def _mark(model: Any, split: ModelSlices, group: Any) -> None:
-    """Say to DeepSpeed which parameters are split, and sum the gradients of those that see only this rank's heads."""
+def _mark(model: Any, slices: ModelSlices, group: Any) -> None:
+    """Tell DeepSpeed which parameters are sliced; sum the gradients of norms that see only this rank's heads."""
     for name, parameter in model.named_parameters():
-        parameter.tensor_model_parallel = name in split.slices
+        parameter.tensor_model_parallel = name in slices.slices
         if name.rsplit(".", 2)[-2] in _HEAD_NORMS:
             parameter.register_hook(lambda grad: _summed(grad, group))
 
@@ -143,52 +145,62 @@ def _summed(grad: torch.Tensor, group: Any) -> torch.Tensor:
     return total
 
 
-def _split_modules(model: Any, group: Any, weights: ParameterReader) -> ModelSlices:
-    """Put AutoTP's layers in the place of linears, and make embedding and head this rank's rows; all on meta."""
-    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+def _slice_modules(model: Any, group: Any, weights: ParameterReader) -> ModelSlices:
+    """Replace linears with AutoTP's, and cut embedding and head to this rank's rows; all on meta."""
     from deepspeed.module_inject.tp_shard import AutoTPMeta
 
     dims = weights.family.dims(weights.checkpoint.config)
-    whole = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    model_shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     by_heads, evenly = AutoTPMeta(num_kv_heads=dims.kv_heads), AutoTPMeta()
-    parts: dict[str, TensorSlice] = {}
-    for name, module in list(model.named_modules()):
-        kind = name.rsplit(".", 1)[-1]
-        if kind not in _COLUMN + _ROW or not isinstance(module, nn.Linear):
-            continue
-        meta, dim = by_heads if kind in _ATTENTION else evenly, int(kind in _ROW)
-        parts[f"{name}.weight"] = _part(whole[f"{name}.weight"][dim], dim, group, meta)
-        if module.bias is not None and dim == 0:
-            parts[f"{name}.bias"] = parts[f"{name}.weight"]
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, kind, (LinearAllreduce if dim else LinearLayer)(module, group, tp_meta=meta))
+    slices = _slice_linears(model, group, model_shapes, by_heads, evenly)
+    rows = _rank_slice(dims.vocab, 0, group, evenly)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = _part(dims.vocab, 0, group, evenly)
     names = {id(value): name for name, value in model.named_parameters()}
     for value in (embedding.weight, head.weight, head.bias):
-        if value is not None and names[id(value)] not in parts:  # a tied head is split with the embedding
-            parts[names[id(value)]] = rows
+        if value is not None and names[id(value)] not in slices:  # a tied head is sliced with the embedding
+            slices[names[id(value)]] = rows
             value.data = value.data[rows.begin : rows.end]
     _look_up_own_rows(embedding, rows, group)
-    shapes = {name: whole[name] for name in parts}
+    shapes = {name: model_shapes[name] for name in slices}
     for name, value in model.named_parameters():
-        if name in parts and tuple(value.shape) != parts[name].shape(shapes[name]):
-            raise AssertionError(f"{name}: AutoTP made {tuple(value.shape)} of {shapes[name]}, not {parts[name]}")
-    return ModelSlices(parts, shapes, VocabShard(rows.begin, group), dims.vocab)
+        if name in slices and tuple(value.shape) != slices[name].shape(shapes[name]):
+            raise AssertionError(f"{name}: AutoTP made {tuple(value.shape)} of {shapes[name]}, not {slices[name]}")
+    return ModelSlices(slices, shapes, VocabShard(rows.begin, group), dims.vocab)
 
 
-def _part(total: int, dim: int, group: Any, meta: Any) -> TensorSlice:
-    """This rank's share by AutoTP's own rule: kv heads with their queries, or units; the first ranks have one more."""
+def _slice_linears(
+    model: Any, group: Any, shapes: Mapping[str, tuple[int, ...]], by_heads: Any, evenly: Any
+) -> dict[str, TensorSlice]:
+    """Replace the linears of attention and feed-forward; returns the slices of their weights and biases."""
+    from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+
+    slices: dict[str, TensorSlice] = {}
+    for name, module in list(model.named_modules()):
+        parent, _, role = name.rpartition(".")
+        if role not in _COLUMN + _ROW or not isinstance(module, nn.Linear):
+            continue
+        meta, dim = by_heads if role in _ATTENTION else evenly, int(role in _ROW)
+        slices[f"{name}.weight"] = _rank_slice(shapes[f"{name}.weight"][dim], dim, group, meta)
+        if module.bias is not None and dim == 0:
+            slices[f"{name}.bias"] = slices[f"{name}.weight"]
+        setattr(
+            model.get_submodule(parent), role, (LinearAllreduce if dim else LinearLayer)(module, group, tp_meta=meta)
+        )
+    return slices
+
+
+def _rank_slice(total: int, dim: int, group: Any, meta: Any) -> TensorSlice:
+    """This rank's slice by AutoTP's rule: kv heads with their queries, or units; the first ranks have one more."""
     from deepspeed.module_inject.tp_shard import get_shard_size_list
 
-    sizes, mine = get_shard_size_list(total, dist.get_world_size(group), meta), dist.get_rank(group)
-    return TensorSlice(dim, sum(sizes[:mine]), sum(sizes[: mine + 1]))
+    sizes, position = get_shard_size_list(total, dist.get_world_size(group), meta), dist.get_rank(group)
+    return TensorSlice(dim, sum(sizes[:position]), sum(sizes[: position + 1]))
 
 
 def _look_up_own_rows(embedding: Any, rows: TensorSlice, group: Any) -> None:
-    """The embedding of every token: from the rank that has its row, zeros from the others, summed.
+    """Let the embedding sum, over the ranks, the row that one of them has and the zeros of the others.
 
-    Wraps the module's own forward, so that a family's scale is applied as it is in the whole model.
+    It calls the module's own forward, so that a family's scale is applied as it is in the whole model.
     """
     from deepspeed.module_inject.layers import RowParallel
 
@@ -199,8 +211,8 @@ def _look_up_own_rows(embedding: Any, rows: TensorSlice, group: Any) -> None:
 
     def look_up(ids_BS: torch.Tensor) -> torch.Tensor:
         elsewhere_BS = (ids_BS < rows.begin) | (ids_BS >= rows.end)
-        found_BSH = forward((ids_BS - rows.begin).masked_fill(elsewhere_BS, 0))
-        summed: torch.Tensor = RowParallel.apply(group, found_BSH.masked_fill(elsewhere_BS[..., None], 0.0), False)
+        own_BSH = forward((ids_BS - rows.begin).masked_fill(elsewhere_BS, 0))
+        summed: torch.Tensor = RowParallel.apply(group, own_BSH.masked_fill(elsewhere_BS[..., None], 0.0), False)
         return summed
 
     embedding.forward = look_up

@@ -1,8 +1,8 @@
 """A ZeRO-3 student from its files: each rank reads its partition of every parameter and nothing else.
 
-Beside engine.py the only file that imports deepspeed: the partitions are made by its `zero.Init`, which must know the
-parameters one by one, before there is an engine. Neither of its documented ways is right here: around
-`from_pretrained` it fails, and around a model's constructor it initialises anew and rounds rotary frequencies.
+DeepSpeed's `zero.Init` makes the partitions, one parameter after the other, before there is an engine. Neither of its
+documented uses works here: around `from_pretrained` it fails, and around a model's constructor it initialises anew and
+rounds rotary frequencies.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def load_zero3(
 
 def zero3_materialiser(settings: dict[str, Any], device: torch.device) -> Materialise:
     """For `load_sliced_model`: partition this rank's slice of each parameter over the ranks that hold the same one."""
-    return lambda model, split, weights: _partition(model, split, weights, settings, device)
+    return lambda model, slices, weights: _partition(model, slices, weights, settings, device)
 
 
 def _partition(
     model: nn.Module,
-    split: ModelSlices | None,
+    slices: ModelSlices | None,
     weights: ParameterReader,
     settings: dict[str, Any],
     device: torch.device,
@@ -49,27 +49,27 @@ def _partition(
     from deepspeed.runtime.zero.partition_parameters import Init
 
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    made = replace_parameters(model, lambda value: nn.Parameter(torch.empty(0, dtype=value.dtype, device=device)))
-    known = {id(parameter): (name, shapes[name]) for name, parameter in made.items()}
+    empty = replace_parameters(model, lambda value: nn.Parameter(torch.empty(0, dtype=value.dtype, device=device)))
+    names = {id(parameter): name for name, parameter in empty.items()}
 
     class FromFiles(Init):
-        """Partitions empty parameters; the memory of the whole one is asked for, but only this rank's part is used."""
+        """Partitions empty parameters. It maps memory for the whole one, but touches only this rank's part of it."""
 
         def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
             for parameter in param_list:
-                name, shape = known[id(parameter)]
-                parameter.data = _room(shape, parameter.dtype, self.local_device)
+                name = names[id(parameter)]
+                parameter.data = _empty(shapes[name], parameter.dtype, self.local_device)
                 self._convert_to_deepspeed_param(parameter)
                 begin, end = self._own_range(parameter)
                 if begin < end:
-                    part, whole = None, tuple(shape)
-                    if split is not None and name in split.slices:
-                        part, whole = split.slices[name], split.shapes[name]
-                    fill_slice(weights, name, part, whole, begin, parameter.data.view(-1)[begin:end])
+                    tensor_slice, shape = None, tuple(shapes[name])
+                    if slices is not None and name in slices.slices:
+                        tensor_slice, shape = slices.slices[name], slices.shapes[name]
+                    fill_slice(weights, name, tensor_slice, shape, begin, parameter.data.view(-1)[begin:end])
                 parameter.partition()
 
         def _own_range(self, parameter: Any) -> tuple[int, int]:
-            """The values that `partition` will take; with hpZ's second copy in each node, all of them."""
+            """The values that `partition` takes; with hpZ's second copy in each node, all of them."""
             if self.zero_param_process_group is not None:
                 return 0, parameter.ds_numel
             size = self._aligned_size(parameter) // self._partition_world_size(parameter)
@@ -78,19 +78,19 @@ def _partition(
 
     FromFiles(
         module=model,
-        data_parallel_group=None if split is None else data_group(),
+        data_parallel_group=None if slices is None else data_group(),
         config_dict_or_path=settings,
         dtype=next(model.parameters()).dtype,
     )
 
 
-def _room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that goes back to the system at once: malloc would keep what was used, between partitions."""
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An empty tensor whose memory goes back to the system at once; malloc would keep it for the next partition."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The shape of a parameter, which ZeRO-3 keeps elsewhere while it is partitioned."""
+    """The shape of the whole parameter, which ZeRO-3 keeps in `ds_shape` while the parameter is partitioned."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

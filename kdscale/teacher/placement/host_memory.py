@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,49 +55,40 @@ def _local_position() -> tuple[int, int]:
     return local_rank, count
 
 
+@contextmanager
+def _explain_refusal(what: str, expected: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(what, expected=expected, got=str(error), hint=_HINT) from error
+
+
 def _map(descriptor: int, nbytes: int) -> mmap.mmap:
     """Map a file, or with descriptor -1 memory of this process alone."""
-    try:
+    with _explain_refusal("the teacher does not fit into this host's memory", f"{nbytes:,} bytes"):
         return mmap.mmap(descriptor, nbytes)
-    except OSError as error:
-        raise MachineError(
-            "the teacher does not fit into this host's memory", expected=f"{nbytes:,} bytes", got=str(error), hint=_HINT
-        ) from error
 
 
 def _map_shared(nbytes: int, local_rank: int) -> mmap.mmap:
     """Map the anonymous file that local rank 0 makes; the others open it by the name it has in that rank's /proc."""
-    descriptor = _make_file(nbytes) if local_rank == 0 else None
+    descriptor = None
+    if local_rank == 0:
+        with _explain_refusal("no shared memory for the teacher", f"{nbytes:,} bytes"):
+            descriptor = os.memfd_create("kdscale-teacher")
+            os.ftruncate(descriptor, nbytes)
     names: list[str] = [""] * world_size()
     dist.all_gather_object(names, f"/proc/{os.getpid()}/fd/{descriptor}" if descriptor is not None else "")
     file = Path(names[rank() - local_rank])
     try:
         if descriptor is not None:
             return _map(descriptor, nbytes)
-        with file.open("r+b", buffering=0) as stream:
+        what, expected = f"the teacher's memory at {file} cannot be shared", "ranks that can open each other's /proc"
+        with _explain_refusal(what, expected), file.open("r+b", buffering=0) as stream:
             return _map(stream.fileno(), nbytes)
-    except OSError as error:
-        raise MachineError(
-            f"the teacher's memory at {file} cannot be shared",
-            expected="ranks of one host that can open each other's files in /proc",
-            got=str(error),
-            hint=_HINT,
-        ) from error
     finally:
         barrier()  # the name is valid only while local rank 0 has the file open
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _make_file(nbytes: int) -> int:
-    try:
-        descriptor = os.memfd_create("kdscale-teacher")
-        os.ftruncate(descriptor, nbytes)
-    except OSError as error:
-        raise MachineError(
-            "no shared memory for the teacher", expected=f"{nbytes:,} bytes", got=str(error), hint=_HINT
-        ) from error
-    return descriptor
 
 
 def _page_lock(memory: torch.Tensor) -> None:

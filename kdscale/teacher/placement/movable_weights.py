@@ -1,8 +1,8 @@
-"""A teacher's weights as units that can live elsewhere: its decoder layers, its embedding table and its head's.
+"""The weights of a teacher that can be kept elsewhere: its decoder layers, its embedding table and its head's.
 
-What is left (final norm, learned positions, a norm after the embedding) is small and stays on every rank.
+The others (final norm, learned positions, a norm after the embedding) are small and stay on every rank.
 
-V vocabulary (rows of a table), H hidden size.
+V vocabulary (rows of a table), R rows, H hidden size.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import nn
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.models.skeleton import move_buffers, replace_parameters
 
-# In values: kernels choose their path by alignment, and a view must compute the bits of a tensor of its own.
+# Values: kernels choose their code by alignment, and a view must give the bits that a separate tensor gives.
 _ALIGN = 64
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Values `begin` to `end` of a unit are this parameter's."""
+    """Values `begin` to `end` of a layer belong to this parameter."""
 
     parameter: nn.Parameter
     name: str
@@ -33,37 +33,39 @@ class _Slot:
 
 @dataclass
 class MovableLayer:
-    """One decoder layer as `numel` values in a row."""
+    """One decoder layer whose parameters lie behind each other in one flat tensor of `numel` values."""
 
     module: nn.Module
     slots: list[_Slot] = field(default_factory=list)
     numel: int = 0
 
     def add(self, name: str, parameter: nn.Parameter, shape: torch.Size) -> None:
+        """Append a parameter, aligned."""
         begin = -(-self.numel // _ALIGN) * _ALIGN
         self.numel = begin + shape.numel()
         self.slots.append(_Slot(parameter, name, shape, begin, self.numel))
 
     def fill(self, weights: ParameterReader, begin: int, out: torch.Tensor) -> None:
-        """Values `begin` to `begin + len(out)` into `out`; what belongs to no parameter is left as it is."""
+        """Read values `begin` to `begin + len(out)` into `out`; gaps between parameters are left as they are."""
         for slot in self.slots:
             low, high = max(begin, slot.begin), min(begin + out.numel(), slot.end)
             if low < high:
                 weights.fill(slot.name, low - slot.begin, out[low - begin : high - begin])
 
     def attach(self, flat: torch.Tensor) -> None:
-        """Point the module's parameters at the unit's values."""
+        """Point the module's parameters at the layer's values."""
         for slot in self.slots:
             slot.parameter.data = flat[slot.begin : slot.end].view(slot.shape)
 
-    def detach(self, nothing: torch.Tensor) -> None:
+    def detach(self, empty: torch.Tensor) -> None:
+        """Take the values away from the module's parameters."""
         for slot in self.slots:
-            slot.parameter.data = nothing
+            slot.parameter.data = empty
 
 
 @dataclass(eq=False)
 class MovableTable:
-    """An embedding or head [V,H]: looked up by rows, or needed whole."""
+    """The table [V,H] of an embedding or a head: looked up by rows, or needed whole."""
 
     parameter: nn.Parameter
     name: str
@@ -71,7 +73,7 @@ class MovableTable:
     width: int
 
     def fill(self, weights: ParameterReader, first: int, out_RH: torch.Tensor) -> None:
-        """Rows `first` to `first + R`; rows past the table's end are left as they are."""
+        """Read rows `first` to `first + R`; rows past the table's end are left as they are."""
         rows = max(0, min(self.vocab - first, out_RH.shape[0]))
         if rows:
             weights.fill(self.name, first * self.width, out_RH[:rows].view(-1))
@@ -79,7 +81,7 @@ class MovableTable:
 
 @dataclass(frozen=True)
 class MovableWeights:
-    """`embed` is None when the head is the same table and is kept; `head` is None when it is kept."""
+    """What can be kept elsewhere. `head` is None when it stays; `embed` too when the head is the same table."""
 
     layers: list[MovableLayer]
     embed: MovableTable | None
@@ -87,29 +89,30 @@ class MovableWeights:
 
     @property
     def tables(self) -> list[MovableTable]:
-        """Every table once: a tied head is the embedding's."""
+        """Every table once; a tied head's is the embedding's."""
         return list(dict.fromkeys(table for table in (self.embed, self.head) if table is not None))
 
 
 def make_movable(model: Any, weights: ParameterReader, device: torch.device, keep_head: bool) -> MovableWeights:
     """Put empty parameters into a skeleton's layers and tables, and load all that stays on every rank.
 
-    `keep_head`: the head's weight stays too, for those who take it away with them.
+    `keep_head`: the head's weight stays too, for targets that refer to it.
     """
     shapes = {name: (value.shape, value.dtype) for name, value in model.named_parameters()}
-    made = replace_parameters(
+    parameters = replace_parameters(
         model, lambda value: nn.Parameter(torch.empty(0, dtype=value.dtype, device=device), requires_grad=False)
     )
     sites = weights.family.sites
     embed_weight, head_weight = (model.get_submodule(path).weight for path in (sites.embed, sites.head))
-    away = [weight for weight in (embed_weight, head_weight) if not (keep_head and weight is head_weight)]
+    movable = [weight for weight in (embed_weight, head_weight) if not (keep_head and weight is head_weight)]
     layers = [MovableLayer(module) for module in model.get_submodule(sites.layers)]
     tables: dict[int, MovableTable] = {}
-    for name, parameter in made.items():
+    for name, parameter in parameters.items():
         shape, dtype = shapes[name]
         if name.startswith(f"{sites.layers}."):
-            layers[int(name.removeprefix(f"{sites.layers}.").partition(".")[0])].add(name, parameter, shape)
-        elif any(parameter is weight for weight in away):
+            index = int(name.removeprefix(f"{sites.layers}.").partition(".")[0])
+            layers[index].add(name, parameter, shape)
+        elif any(parameter is weight for weight in movable):
             tables[id(parameter)] = MovableTable(parameter, name, shape[0], shape[1])
         else:
             flat = torch.empty(shape.numel(), dtype=dtype, device=device)

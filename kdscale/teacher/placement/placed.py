@@ -1,8 +1,8 @@
-"""A frozen teacher whose weights live elsewhere and come layer by layer, each while the one before it computes.
+"""A frozen teacher, wherever its weights are kept; layers kept elsewhere come while the layer before them computes.
 
 `replicated` keeps the whole model on every rank; `partitioned` keeps 1/world of every weight on each; `offloaded` keeps
-one copy in each host's memory. All give the bits of the whole model. The embedding is never whole anywhere: only the
-rows of the batch's tokens are fetched. The head is whole only inside `head()`.
+one copy in each host's memory. All three give the same bits. Where weights are kept elsewhere, only the embedding rows
+of the batch's tokens are fetched, and the head is whole only inside `head()`.
 
 B sequences, S positions, N = B·S tokens, V vocabulary, H hidden size.
 """
@@ -29,39 +29,40 @@ Placement = Literal["replicated", "partitioned", "offloaded"]
 
 
 class PlacedTeacher(Protocol):
-    """A frozen causal LM to run forward, wherever its weights are.
+    """A frozen causal LM to run forward; `vocab` is the number of rows of its head.
 
-    `vocab` is the rows of its head. When the weights are partitioned all ranks must run the same number of forwards,
-    each followed by one `head()`; their batches may differ in size.
+    When the weights are partitioned, all ranks must run the same number of forwards, each followed by one `head()`;
+    their batches may differ in size.
     """
 
     model: Any
     vocab: int
 
     def head(self) -> AbstractContextManager[OutputHead]:
-        """The head, whole within the block (and after it, too, if the teacher was placed with `keep_head`)."""
+        """The whole head, within the block; after it, too, when the teacher was placed with `keep_head`."""
         ...
 
 
 class ReplicatedTeacher:
-    """The model on this rank's device: whole, or a rank's part of it, whose head then has `vocab` rows in all."""
+    """The model on this rank's device: whole, or this rank's slices of it (the whole head has `vocab` rows)."""
 
     def __init__(self, model: Any, vocab: int | None = None):
         self.model, self.vocab = model.eval().requires_grad_(False), vocab or head_of(model).vocab
 
     @contextmanager
     def head(self) -> Iterator[OutputHead]:
+        """The head, which is always there."""
         yield head_of(self.model)
 
 
 class StreamedTeacher:
-    """A skeleton whose layers are filled by hooks from a store, just before they run, and emptied after."""
+    """A skeleton with hooks that fill each layer from a store just before it runs, and empty it afterwards."""
 
     def __init__(self, model: Any, movable: MovableWeights, store: WeightStore, vocab: int):
         self.model, self.vocab = model, vocab
         self._movable, self._store = movable, store
-        self._nothing = torch.empty(0, dtype=model.dtype, device=model.device)
-        self._coming: dict[int, Pending] = {}  # by layer; the head comes after the last one
+        self._empty = torch.empty(0, dtype=model.dtype, device=model.device)
+        self._coming: dict[int, Pending] = {}  # by layer; the head's index follows the last layer's
         for index, unit in enumerate(movable.layers):
             unit.module.register_forward_pre_hook(self._enter_layer(index), prepend=True)
             unit.module.register_forward_hook(self._leave_layer(index))
@@ -72,6 +73,7 @@ class StreamedTeacher:
 
     @contextmanager
     def head(self) -> Iterator[OutputHead]:
+        """The head, fetched for the block unless it stays on every rank."""
         table = self._movable.head
         if table is None:
             yield head_of(self.model)
@@ -81,10 +83,10 @@ class StreamedTeacher:
         try:
             yield head_of(self.model)
         finally:
-            table.parameter.data = self._nothing
+            table.parameter.data = self._empty
 
     def _begin(self, index: int) -> None:
-        """Start to bring layer `index`, or the head after the last one, unless it is under way."""
+        """Start to fetch layer `index`, or the head after the last layer, unless it is on its way."""
         if index in self._coming:
             return
         if index < len(self._movable.layers):
@@ -102,12 +104,12 @@ class StreamedTeacher:
 
     def _leave_layer(self, index: int) -> Any:
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            self._movable.layers[index].detach(self._nothing)
+            self._movable.layers[index].detach(self._empty)
 
         return hook
 
     def _look_up(self, table: MovableTable) -> Any:
-        """Give the embedding a table of just the rows it is asked for, and ask it for them in order."""
+        """Give the embedding a table of only the rows it is asked for, and ask it for them in order."""
 
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             ids_BS, *rest = args
@@ -119,7 +121,7 @@ class StreamedTeacher:
 
     def _leave_table(self, table: MovableTable) -> Any:
         def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            table.parameter.data = self._nothing
+            table.parameter.data = self._empty
 
         return hook
 
@@ -135,8 +137,9 @@ def place_teacher(
 ) -> PlacedTeacher:
     """Load the causal LM at `path` so that this rank holds what `placement` says; a collective call.
 
-    `keep_head`: the head's weight is whole on every rank all the time. Raises ConfigError for a model that cannot be
-    placed other than replicated, before any weight is read, and CheckpointError for one that cannot be loaded.
+    `keep_head`: the head's weight is whole on every rank all the time. Raises ConfigError, before any weight is read,
+    for a model that can only be replicated; CheckpointError for one that cannot be loaded; MachineError when the host
+    refuses the memory.
     """
     if placement == "replicated":
         options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
+from kdscale_kernels.divergence import Divergence
 from kdscale_kernels.fused.autograd import Made, made_in_forward
 from kdscale_kernels.fused.products import GradientSums, Head, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.ops import arguments
@@ -21,7 +22,7 @@ from kdscale_kernels.row_steps import run_full_rows_step
 from kdscale_kernels.rows.limits import full_limit
 from kdscale_kernels.rows.results import FullRowSums
 from kdscale_kernels.rows.torch_full import full_buffers
-from kdscale_kernels.types import Backend, Divergence, FullKL, LossOptions
+from kdscale_kernels.types import Backend, FullKL, LossOptions
 
 
 def linear_full_kl(
@@ -34,9 +35,7 @@ def linear_full_kl(
     ignore_index: int = -100,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     bias_V: Tensor | None = None,
     teacher_bias_V: Tensor | None = None,
     softcap: float | None = None,
@@ -49,8 +48,8 @@ def linear_full_kl(
 
     hidden_NH [N,H], weight_VH [V,H], bias_V [V]: the student's; floating, mixed dtypes are promoted, autocast obeyed.
     teacher_hidden_NG [N,G], teacher_weight_VG [V,G], teacher_bias_V [V]: the teacher's, a constant with its own dtypes.
-    labels_N [N]: already shifted; rows equal to ignore_index count for nothing. Divergences, jsd_beta and skew as in
-    linear_sparse_kl; the cross-entropy is at temperature 1. Heads of different (padded) sizes need vocab_size, the
+    labels_N [N]: already shifted; rows equal to ignore_index count for nothing. divergence as in linear_sparse_kl;
+    the cross-entropy is at temperature 1. Heads of different (padded) sizes need vocab_size, the
     number of entries that both have. chunk_bytes None: 64 MiB on a CPU, 1 GiB on CUDA, for both logits together.
 
     Reverse KL is infinite, and its gradient not a number, where the teacher forbids (logit -inf) what the student does
@@ -59,7 +58,7 @@ def linear_full_kl(
     rows. Raises ValueError for arguments that do not fit together and, on a CPU, for labels out of range and teacher
     rows without a log-sum-exp; elsewhere those turn the loss into NaN or are the device's own error.
     """
-    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, softcap=softcap, skew=skew)
+    options = LossOptions(ce_weight, temperature, Divergence.of(divergence), softcap=softcap)
     if teacher_softcap is not None and not teacher_softcap > 0.0:
         raise ValueError(f"teacher_softcap: expected None or a positive number, got {teacher_softcap!r}")
     arguments.check_linear(hidden_NH, weight_VH, bias_V)
@@ -70,7 +69,7 @@ def linear_full_kl(
     teacher_operand, teacher_accumulate = compute_dtypes(teacher_hidden_NG, teacher_weight_VG)
     if torch.float64 in (accumulate, teacher_accumulate):
         operand = teacher_operand = accumulate = torch.float64
-    chosen = choose_backend(backend, hidden_NH.device, cannot=full_limit(accumulate))
+    chosen = choose_backend(backend, hidden_NH.device, cannot=full_limit(options.divergence, accumulate))
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M = labels_N[valid_M].long()
     arguments.check_label_values(labels_M, vocab)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
+from kdscale_kernels.divergence import Divergence
 from kdscale_kernels.fused.autograd import made_in_forward
 from kdscale_kernels.fused.memory_plan import Problem, Shape, layout_for
 from kdscale_kernels.fused.products import compute_dtypes, grad_dtype_for, logits_may_be_narrow
@@ -19,7 +20,7 @@ from kdscale_kernels.fused.vocab_slices import run_lean
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.rows import teacher_entries as target_lists
 from kdscale_kernels.rows.limits import sparse_limit
-from kdscale_kernels.types import Backend, Divergence, LossOptions, Mode, SparseKL, Tail
+from kdscale_kernels.types import Backend, LossOptions, Mode, SparseKL, Tail
 
 
 def linear_sparse_kl(
@@ -33,9 +34,7 @@ def linear_sparse_kl(
     ignore_index: int = -100,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     tail: Tail = "bucket",
     target_weights_NK: Tensor | None = None,
     bias_V: Tensor | None = None,
@@ -59,8 +58,8 @@ def linear_sparse_kl(
     at once (modes.py); "auto" is fast where that fits in workspace_bytes, the memory beyond inputs and gradients (None:
     104 MiB on a CPU, unlimited on CUDA). chunk_bytes: logits of a fast chunk or a lean slice (None: as measured best).
 
-    skew s: "skewed_forward_kl" is KL(p ‖ s·p + (1-s)·q), "skewed_reverse_kl" KL(q ‖ s·q + (1-s)·p) (DistiLLM, arXiv
-    2402.03898). tail="sampled" (RS-KD, arXiv 2503.16870): the ids were drawn from the teacher, repeats allowed, and
+    divergence: a name in DIVERGENCES (which has formulas and sources), or a Divergence with its parameter.
+    tail="sampled" (RS-KD, arXiv 2503.16870): the ids were drawn from the teacher, repeats allowed, and
     target_weights_NK [N,K] are their importance weights w (in proportion to p / the probability of the draw, usually
     scaled to sum to one); D is Σ w·log(w / q), with the gradient q·Σw - w. The teacher's logits then only mark empty
     slots and its first id.
@@ -70,14 +69,16 @@ def linear_sparse_kl(
     wait for the device, to count the valid rows (lean without Triton: two); none in the results.
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
-    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
+    options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
     arguments.check_linear(hidden_NH, weight_VH, bias_V)
     arguments.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
     arguments.check_weights(ids_NK, target_weights_NK, tail)
     arguments.check_same_device(hidden_NH, ids_NK)
     vocab = arguments.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
-    chosen = choose_backend(backend, hidden_NH.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
+    chosen = choose_backend(
+        backend, hidden_NH.device, cannot=sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+    )
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
     logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
+from kdscale_kernels.divergence import Divergence
 from kdscale_kernels.fused.autograd import refuse_double_backward, scale
 from kdscale_kernels.fused.products import chunk_bytes_for, row_chunks
 from kdscale_kernels.ops import arguments
@@ -18,7 +19,7 @@ from kdscale_kernels.row_steps import run_rows_step
 from kdscale_kernels.rows import teacher_entries as target_lists
 from kdscale_kernels.rows.limits import sparse_limit
 from kdscale_kernels.rows.results import RowSums
-from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail
+from kdscale_kernels.types import Backend, LossOptions, SparseKL, Tail
 
 
 def sparse_kl(
@@ -31,9 +32,7 @@ def sparse_kl(
     ignore_index: int = -100,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     tail: Tail = "bucket",
     target_weights_NK: Tensor | None = None,
     softcap: float | None = None,
@@ -49,7 +48,7 @@ def sparse_kl(
     are bf16 already carry their rounding; prefer linear_sparse_kl where the head is at hand.
     Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
     """
-    options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
+    options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
     if logits_NV.dim() != 2 or not logits_NV.is_floating_point() or logits_NV.shape[1] == 0:
         raise ValueError(f"logits_NV: expected a 2-D floating tensor, got {logits_NV.dtype} {tuple(logits_NV.shape)}")
     arguments.check_targets(logits_NV.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
@@ -57,7 +56,9 @@ def sparse_kl(
     arguments.check_same_device(logits_NV, ids_NK)
     vocab = arguments.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
     accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    chosen = choose_backend(backend, logits_NV.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
+    chosen = choose_backend(
+        backend, logits_NV.device, cannot=sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+    )
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
     logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)

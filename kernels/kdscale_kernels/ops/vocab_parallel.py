@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdscale_kernels.backend import BackendUnavailableError, choose_backend
+from kdscale_kernels.divergence import Divergence
 from kdscale_kernels.fused.autograd import Made, made_in_forward
 from kdscale_kernels.fused.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.fused.shard_agreement import Claim, Shard, agree
@@ -26,7 +27,7 @@ from kdscale_kernels.ops.linear_topk_lse import topk_lse_step
 from kdscale_kernels.rows import teacher_entries as target_lists
 from kdscale_kernels.rows.limits import sparse_limit, topk_limit
 from kdscale_kernels.rows.results import RowSums
-from kdscale_kernels.types import Backend, Divergence, LossOptions, SparseKL, Tail, TopKLse
+from kdscale_kernels.types import Backend, LossOptions, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")
 
@@ -124,9 +125,7 @@ def vocab_parallel_sparse_kl(
     ignore_index: int = -100,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
+    divergence: Divergence | str = "forward_kl",
     tail: Tail = "bucket",
     target_weights_NK: Tensor | None = None,
     bias_Vs: Tensor | None = None,
@@ -154,7 +153,7 @@ def vocab_parallel_sparse_kl(
     grad_on = torch.is_grad_enabled()
     wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VsH, bias_Vs))
     try:
-        options = LossOptions(ce_weight, temperature, divergence, jsd_beta, tail, softcap, skew)
+        options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
         arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
         arguments.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
         arguments.check_weights(ids_NK, target_weights_NK, tail)
@@ -166,7 +165,9 @@ def vocab_parallel_sparse_kl(
         weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
         arguments.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab_size)
         arguments.check_weight_values(weights_MK, logits_MK)
-        chosen = choose_backend(backend, hidden_NH.device, cannot=sparse_limit(ids_NK.shape[1], accumulate))
+        chosen = choose_backend(
+            backend, hidden_NH.device, cannot=sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+        )
         settings = (options, operand, chunk_bytes)
         sizes = (valid_M.numel(), ids_NK.shape[1])
         claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, *sizes, wanted[0], settings)

@@ -1,15 +1,17 @@
-"""Divergences between two short lists of buckets, with their gradients in closed form.
+"""The torch maths of the divergences, between two short lists of buckets or over a whole vocabulary.
 
-Legend: C rows, B buckets (the K teacher entries, then the tail as the last one).
+Legend: C rows, B buckets (the K teacher entries, then the tail as the last one; or entries of the vocabulary).
 
-For student log-probabilities lq and u = dD/dlq, the gradient with respect to the (tempered) logits of the buckets is
-g = u - q·Σu. Each function returns D and g. A bucket of weight zero contributes zero: 0·log 0 is selected away before
-it can become NaN, while a NaN input stays NaN.
+For student log-probabilities log q and u = dD/dlog q, the gradient with respect to the (tempered) logits of the buckets
+is u - q·Σu. A bucket of weight zero contributes zero: 0·log 0 is selected away before it can become NaN, while a NaN
+input stays NaN. The formulas and their sources are in the table of divergence.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,66 +20,120 @@ from kdscale_kernels.rows.teacher_entries import TEACHER_TAIL_FLOOR
 from kdscale_kernels.types import LossOptions
 
 
+class Buckets(NamedTuple):
+    """What a divergence compares."""
+
+    logp_CB: Tensor  # the teacher's log-probabilities
+    logq_CB: Tensor  # the student's
+    counted_CB: Tensor | None  # False: the bucket takes no part; None: all count
+    complete: bool  # q sums to one over the buckets that count: a multiple of q in u moves no gradient
+
+    @property
+    def p_CB(self) -> Tensor:  # noqa: N802
+        """The teacher's probabilities; zero where the bucket does not count."""
+        return self._counted(self.logp_CB.exp())
+
+    @property
+    def q_CB(self) -> Tensor:  # noqa: N802
+        """The student's probabilities; zero where the bucket does not count."""
+        return self._counted(self.logq_CB.exp())
+
+    def _counted(self, weight_CB: Tensor) -> Tensor:
+        return weight_CB if self.counted_CB is None else weight_CB.masked_fill(~self.counted_CB, 0.0)
+
+
+class TorchDivergence(NamedTuple):
+    """A divergence in torch, twice: as it is trained with and, for the tests, as its definition reads."""
+
+    terms: Callable[[Buckets, float], tuple[Tensor, Tensor]]  # (terms of D [C,B], u [C,B]), given the parameter
+    definition: Callable[[Tensor, Tensor, float], Tensor]  # D of two lists of log-probabilities; for autograd
+
+
 def divergence(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """(D [C], dD/dy [C,B]) summed over the buckets marked in counted_CB.
+    """(D [C], dD/dy [C,B] by the tempered logits y), summed over the buckets marked in counted_CB.
 
     logq_CB are the log-probabilities of a distribution that sums to one over all B buckets. Truncated tails count
     only the support, so neither side sums to one over the counted buckets and D may be negative.
-    Sources: forward/reverse KL; generalised JSD as in GKD (Agarwal et al. 2024, section 3): with M = β·P + (1-β)·Q,
-    β·KL(P‖M) + (1-β)·KL(Q‖M), P the teacher; skewed KL as in DistiLLM (Ko et al. 2024, arXiv 2402.03898, section 3.1).
     """
-    q_CB = logq_CB.exp()
-    sums_to_one = options.tail in ("bucket", "renormalised")
-    if options.divergence == "reverse_kl" and options.tail == "bucket":
+    info, complete = options.divergence.info, options.tail in ("bucket", "renormalised")
+    if info.floors_teacher_tail and options.tail == "bucket":
         logp_tail_C1 = logp_CB[:, -1:].clamp(min=math.log(TEACHER_TAIL_FLOOR))
         logp_CB = torch.cat([logp_CB[:, :-1], logp_tail_C1], 1)
-    terms_CB, u_CB = terms(logp_CB, logq_CB, counted_CB, options)
-    if options.divergence == "reverse_kl" and not sums_to_one:
-        u_CB = u_CB + _counted(q_CB, counted_CB)
-    # Σp is one by definition unless truncated; its rounding error must not reach the gradient.
-    known = options.divergence == "forward_kl" and sums_to_one
-    total_C1: Tensor | float = -1.0 if known else u_CB.sum(1, keepdim=True)
-    return terms_CB.sum(1), u_CB - q_CB * total_C1
+    terms_CB, u_CB = terms(Buckets(logp_CB, logq_CB, counted_CB, complete), options)
+    # A sum that is known must not bring its rounding error into the gradient.
+    known = info.gradient_sum if complete else None
+    total_C1 = u_CB.sum(1, keepdim=True) if known is None else known
+    return terms_CB.sum(1), u_CB - logq_CB.exp() * total_C1
 
 
-def terms(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """(terms of D [C,B], u [C,B]) of any buckets (counted_CB None: all count), a whole row's or a part of it.
-
-    Reverse KL leaves out of u the q that d(q·log q) adds: where all buckets count, a multiple of q drops out of
-    u - q·Σu.
-    """
-    if options.divergence == "forward_kl":
-        p_CB = _counted(logp_CB.exp(), counted_CB)
-        return _weighted(p_CB, logp_CB - logq_CB), -p_CB
-    if options.divergence == "reverse_kl":
-        terms_CB = _weighted(_counted(logq_CB.exp(), counted_CB), logq_CB - logp_CB)
-        return terms_CB, terms_CB
-    if options.divergence != "jsd":
-        return _skewed(logp_CB, logq_CB, counted_CB, options)
-    beta = options.jsd_beta
-    logm_CB = torch.logaddexp(logp_CB + math.log(beta), logq_CB + math.log1p(-beta))
-    u_CB = (1.0 - beta) * _weighted(_counted(logq_CB.exp(), counted_CB), logq_CB - logm_CB)
-    return beta * _weighted(_counted(logp_CB.exp(), counted_CB), logp_CB - logm_CB) + u_CB, u_CB
+def terms(buckets: Buckets, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """(terms of D [C,B], u [C,B]) of any buckets, those of a whole row or of a part of it."""
+    return TORCH_DIVERGENCES[options.divergence.name].terms(buckets, options.divergence.parameter)
 
 
-def _skewed(logp_CB: Tensor, logq_CB: Tensor, counted_CB: Tensor | None, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """(terms, dD/dlog q) of KL(P ‖ s·P + (1-s)·Q), or of KL(Q ‖ s·Q + (1-s)·P): no bucket's ratio exceeds 1/s."""
-    forward, log_own, log_other = (
-        options.divergence == "skewed_forward_kl",
-        math.log(options.skew),
-        math.log1p(-options.skew),
-    )
-    first_CB, second_CB = (logp_CB, logq_CB) if forward else (logq_CB, logp_CB)
-    logm_CB = torch.logaddexp(first_CB + log_own, second_CB + log_other)
-    weight_CB = _counted(first_CB.exp(), counted_CB)
-    terms_CB = _weighted(weight_CB, first_CB - logm_CB)
-    share_CB = _weighted(weight_CB, torch.exp(second_CB + log_other - logm_CB))  # of the mixture that is the second's
-    return terms_CB, -share_CB if forward else terms_CB + share_CB
+def _forward_kl(buckets: Buckets, _: float) -> tuple[Tensor, Tensor]:
+    p_CB = buckets.p_CB
+    return _weighted(p_CB, buckets.logp_CB - buckets.logq_CB), -p_CB
 
 
-def _counted(weight_CB: Tensor, counted_CB: Tensor | None) -> Tensor:
-    return weight_CB if counted_CB is None else weight_CB.masked_fill(~counted_CB, 0.0)
+def _reverse_kl(buckets: Buckets, _: float) -> tuple[Tensor, Tensor]:
+    q_CB = buckets.q_CB
+    terms_CB = _weighted(q_CB, buckets.logq_CB - buckets.logp_CB)
+    return terms_CB, terms_CB if buckets.complete else terms_CB + q_CB
+
+
+def _jsd(buckets: Buckets, beta: float) -> tuple[Tensor, Tensor]:
+    logp_CB, logq_CB = buckets.logp_CB, buckets.logq_CB
+    logm_CB = log_mixture(logp_CB, logq_CB, beta)
+    u_CB = (1.0 - beta) * _weighted(buckets.q_CB, logq_CB - logm_CB)
+    return beta * _weighted(buckets.p_CB, logp_CB - logm_CB) + u_CB, u_CB
+
+
+def _skewed_forward_kl(buckets: Buckets, skew: float) -> tuple[Tensor, Tensor]:
+    terms_CB, share_CB = _skewed(buckets.logp_CB, buckets.logq_CB, buckets.p_CB, skew)
+    return terms_CB, -share_CB
+
+
+def _skewed_reverse_kl(buckets: Buckets, skew: float) -> tuple[Tensor, Tensor]:
+    terms_CB, share_CB = _skewed(buckets.logq_CB, buckets.logp_CB, buckets.q_CB, skew)
+    return terms_CB, terms_CB + share_CB
+
+
+def _skewed(first_CB: Tensor, second_CB: Tensor, weight_CB: Tensor, skew: float) -> tuple[Tensor, Tensor]:
+    """(terms of KL(first ‖ mixture), weight times the second's share of the mixture): no ratio exceeds 1/skew."""
+    logm_CB = log_mixture(first_CB, second_CB, skew)
+    share_CB = _weighted(weight_CB, torch.exp(second_CB + math.log1p(-skew) - logm_CB))
+    return _weighted(weight_CB, first_CB - logm_CB), share_CB
+
+
+def log_mixture(first_CB: Tensor, second_CB: Tensor, share: float) -> Tensor:
+    """log(share·exp(first) + (1 - share)·exp(second))."""
+    return torch.logaddexp(first_CB + math.log(share), second_CB + math.log1p(-share))
 
 
 def _weighted(weight_CB: Tensor, log_ratio_CB: Tensor) -> Tensor:
     return torch.where(weight_CB == 0.0, torch.zeros_like(weight_CB), weight_CB * log_ratio_CB)
+
+
+def kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """Σ p·log(p / q) as its definition reads; entries with p = 0 contribute nothing."""
+    some = logp.detach() != float("-inf")
+    return (logp[some].exp() * (logp[some] - logq[some])).sum()
+
+
+def _jsd_definition(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    logm = log_mixture(logp, logq, beta)
+    return beta * kl(logp, logm) + (1.0 - beta) * kl(logq, logm)
+
+
+TORCH_DIVERGENCES: dict[str, TorchDivergence] = {
+    "forward_kl": TorchDivergence(_forward_kl, lambda logp, logq, _: kl(logp, logq)),
+    "reverse_kl": TorchDivergence(_reverse_kl, lambda logp, logq, _: kl(logq, logp)),
+    "jsd": TorchDivergence(_jsd, _jsd_definition),
+    "skewed_forward_kl": TorchDivergence(
+        _skewed_forward_kl, lambda logp, logq, skew: kl(logp, log_mixture(logp, logq, skew))
+    ),
+    "skewed_reverse_kl": TorchDivergence(
+        _skewed_reverse_kl, lambda logp, logq, skew: kl(logq, log_mixture(logq, logp, skew))
+    ),
+}

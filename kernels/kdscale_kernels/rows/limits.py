@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from kdscale_kernels.divergence import Divergence
+
 # Columns a group: V/G group maxima and K·G candidates are searched instead of V logits. 64 measured best of 16, 32, 64
 # on a CPU at V=49152, K=64 (27, 31 and 53 ms for 512 rows; torch.topk over the whole row 39).
 GROUP = 64
@@ -19,26 +21,27 @@ MAX_ENTRIES = 4096
 MAX_CANDIDATES = 8192
 
 
-def full_limit(accumulate: torch.dtype) -> str | None:
-    """Why a full-vocabulary loss has no Triton form, or None."""
-    if accumulate == torch.float64:
-        return "the Triton kernels compute in fp32, and these tensors are fp64"
-    return None
+_FP64 = "the Triton kernels compute in fp32, and these tensors are fp64"
 
 
-def sparse_limit(entries: int, accumulate: torch.dtype) -> str | None:
-    """Why a sparse loss has no Triton form, or None."""
+def full_limit(divergence: Divergence, accumulate: torch.dtype) -> str | None:
+    """Why a full-vocabulary loss cannot run in Triton, or None."""
     if accumulate == torch.float64:
-        return "the Triton kernels compute in fp32, and these tensors are fp64"
-    if entries > MAX_ENTRIES:
+        return _FP64
+    return None if divergence.info.has_triton else f"the divergence {divergence.name} is written in torch only"
+
+
+def sparse_limit(divergence: Divergence, entries: int, accumulate: torch.dtype) -> str | None:
+    """Why a sparse loss cannot run in Triton, or None."""
+    if entries > MAX_ENTRIES and accumulate != torch.float64:
         return f"the Triton kernels take at most {MAX_ENTRIES} entries a row, and there are {entries}"
-    return None
+    return full_limit(divergence, accumulate)
 
 
 def topk_limit(vocab: int, k: int, accumulate: torch.dtype) -> str | None:
-    """Why a top-k has no Triton form, or None."""
+    """Why a top-k cannot run in Triton, or None."""
     if accumulate == torch.float64:
-        return "the Triton kernels compute in fp32, and these tensors are fp64"
+        return _FP64
     groups = -(-vocab // GROUP)
     if vocab <= MAX_CANDIDATES or (groups <= MAX_CANDIDATES and k * GROUP <= MAX_CANDIDATES):
         return None

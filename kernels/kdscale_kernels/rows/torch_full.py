@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdscale_kernels.rows.divergences import terms
+from kdscale_kernels.rows.divergences import Buckets, terms
 from kdscale_kernels.rows.results import FullRowSums
 from kdscale_kernels.rows.torch_sparse import mix
 from kdscale_kernels.types import LossOptions
@@ -50,13 +50,13 @@ def full_rows_step(
     for columns in _blocks(z_CV):
         logq_CB = z_CV[:, columns] / T - lse_C[:, None]
         logp_CB = teacher_CV[:, columns] / T - teacher_lse_C[:, None]
-        terms_CB, u_CB = terms(logp_CB, logq_CB, None, options)
+        terms_CB, u_CB = terms(Buckets(logp_CB, logq_CB, None, True), options)
         kd_C += terms_CB.sum(1)
         if want_grad:
             total_C += u_CB.sum(1)
             teacher_CV[:, columns] = u_CB
-    if options.divergence == "forward_kl":
-        total_C.fill_(-1.0)  # Σp is one; its rounding error must not reach the gradient
+    if (known := options.divergence.info.gradient_sum) is not None:
+        total_C.fill_(known)  # its rounding error must not reach the gradient
     if want_grad:
         _write_gradient(z_CV, teacher_CV, total_C, lse_C, lse_one_C, options)
         if options.ce_weight > 0.0:

@@ -348,9 +348,9 @@ def rows_step_triton(
             entries,
             float(options.temperature),
             float(options.ce_weight),
-            float(options.skew if options.divergence.startswith("skewed") else options.jsd_beta),
+            float(options.divergence.parameter),
             float(options.softcap or 1.0),
-            DIVERGENCE=options.divergence,
+            DIVERGENCE=options.divergence.name,
             # sampled targets have no tail either; their weights are in logp_NK
             TAIL="truncated" if options.tail == "sampled" else options.tail,
             HAS_KD=options.ce_weight < 1.0,

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdscale.config.load import build_config
 from kdscale.config.objectives import LossConfig
-from kdscale.distill import engine, step, trainer
+from kdscale.distill import engine, trainer
 from kdscale.distill.parallel.tensor_parallel import load_sliced_model, tensor_group
 from kdscale.distill.step import Micro, StudentModule
 from kdscale.models.loading import load_model
@@ -112,7 +112,7 @@ def compare(whole: Any, part: Any, split: Any) -> dict[str, Any]:
 def run_rank(job: dict[str, Any], number: int, rank: int) -> int:
     phase, folder = job["phases"][number], Path(job["run_dir"])
     join(folder, str(number), rank, phase["config"]["distill"]["processes"])
-    real_step, real_train = trainer.Trainer._one_step, step.train_step
+    real_step, real_train = trainer.Trainer._one_step, trainer.train_step
     counts: list[int] = []
 
     def one_step(self: Any, step: int, *args: Any) -> int:
@@ -130,7 +130,7 @@ def run_rank(job: dict[str, Any], number: int, rank: int) -> int:
         (folder / f"seen-{number}-{rank}.json").write_text(json.dumps(seen))
         return totals
 
-    trainer.Trainer._one_step, step.train_step = one_step, train_step  # type: ignore[method-assign]
+    trainer.Trainer._one_step, trainer.train_step = one_step, train_step  # type: ignore[method-assign]
     folders = {name: Path(job[name]) for name in ("teacher_dir", "student_dir", "data_dir", "run_dir")}
     engine.run(build_config(phase["config"], "test"), reporter=Reporter(quiet=True), **folders)
     dist.barrier()

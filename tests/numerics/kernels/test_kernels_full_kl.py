@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 import kdscale_kernels as kk
-from kdscale_kernels import reference, row_steps
+from kdscale_kernels import DIVERGENCES, Divergence, reference, row_steps
 from kdscale_kernels.rows import torch_full
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl")
 SUMS = ("loss_sum", "tokens", "kd_sum", "ce_sum", "teacher_ce_sum", "top1_agree_sum")
 INF, NAN = float("inf"), float("nan")
 
@@ -79,7 +78,11 @@ def distance(got, want):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_further_from_the_truth_than_plain_code(divergence, noise, temperature, ce_weight, dtype):
     p = make_pair(noise=noise, dtype=dtype)
-    options = {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight, "jsd_beta": 0.3}
+    options = {
+        "divergence": Divergence(divergence, {"jsd": 0.3}.get(divergence)),
+        "temperature": temperature,
+        "ce_weight": ce_weight,
+    }
     truth, mine = p.cast(torch.float64), p.cast(dtype)
     want = call(reference, truth, **options)
     want.loss_sum.backward()
@@ -103,8 +106,9 @@ def test_no_further_from_the_truth_than_plain_code(divergence, noise, temperatur
 def test_fp64_equals_the_twin(monkeypatch, divergence, noise, temperature, ce_weight, softcaps):
     """Biases, soft-caps on either side, heads padded to different sizes, several blocks of columns and chunks."""
     monkeypatch.setattr(torch_full, "BLOCK_COLUMNS", 64)
+    divergence = Divergence(divergence, 0.2 if "skewed" in divergence else None)
     options = {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight, "vocab_size": 190}
-    options |= {"bias": True, "softcap": softcaps[0], "teacher_softcap": softcaps[1], "skew": 0.2}
+    options |= {"bias": True, "softcap": softcaps[0], "teacher_softcap": softcaps[1]}
     p, twin = (make_pair(noise=noise, teacher_vocab=210).cast(torch.float64) for _ in range(2))
     got, want = call(kk, p, chunk_bytes=190 * 8 * 24, **options), call(reference, twin, **options)
     for side in (got, want):

@@ -15,7 +15,7 @@ import kdscale_kernels as kk
 
 LOSSES = {
     "mixed": {"ce_weight": 0.3, "temperature": 2.0},
-    "skewed": {"divergence": "skewed_forward_kl", "skew": 0.2},
+    "skewed": {"divergence": kk.Divergence("skewed_forward_kl", 0.2)},
     "sampled": {"tail": "sampled", "ce_weight": 0.2},
     "on logits": {"divergence": "skewed_reverse_kl"},
 }

@@ -15,7 +15,7 @@ LOSSES = [
     {"temperature": 0.5},
     {"temperature": 2.5, "ce_weight": 0.4},
     {"divergence": "reverse_kl", "ce_weight": 0.2, "temperature": 2.0},
-    {"divergence": "jsd", "jsd_beta": 0.3},
+    {"divergence": kk.Divergence("jsd", 0.3)},
     {"divergence": "skewed_reverse_kl", "ce_weight": 0.5},
     {"tail": "truncated", "ce_weight": 1.0},
     {"tail": "renormalised"},

@@ -113,7 +113,7 @@ def test_skews_equal_the_twin(make_problem, divergence, skew, tail):
     found = []
     for module in (kk, reference):
         p = make_problem(noise=0.3).cast(torch.float64)
-        found.append(results(module, p, p.targets, False, divergence=divergence, skew=skew, tail=tail))
+        found.append(results(module, p, p.targets, False, divergence=kk.Divergence(divergence, skew), tail=tail))
     torch.testing.assert_close(found[0][0].loss_sum, found[1][0].loss_sum, rtol=1e-9, atol=1e-11)
     for mine, theirs in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-11)
@@ -125,7 +125,7 @@ def test_skews_equal_the_twin(make_problem, divergence, skew, tail):
 def test_a_small_skew_tends_to_the_plain_divergence(make_problem, skewed, plain):
     p = make_problem(noise=0.3).cast(torch.float64)
     options = {"labels_N": p.labels}
-    near = kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, divergence=skewed, skew=1e-7, **options)
+    near = kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, divergence=kk.Divergence(skewed, 1e-7), **options)
     exact = kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, divergence=plain, **options)
     torch.testing.assert_close(near.kd_sum, exact.kd_sum, rtol=1e-4, atol=1e-5)
 
@@ -134,7 +134,11 @@ def test_a_small_skew_tends_to_the_plain_divergence(make_problem, skewed, plain)
 @pytest.mark.parametrize(
     "mode",
     [
-        *({"divergence": d, "tail": t, "skew": 0.2} for d in SKEWED for t in ("bucket", "truncated", "renormalised")),
+        *(
+            {"divergence": kk.Divergence(d, 0.2), "tail": t}
+            for d in SKEWED
+            for t in ("bucket", "truncated", "renormalised")
+        ),
         {"tail": "sampled"},
     ],
 )

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import reference
+from kdscale_kernels import DIVERGENCES, reference
 
-DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
 MODES = list(itertools.product(DIVERGENCES, ["bucket", "truncated", "renormalised"], [0.0, 0.3, 1.0]))
 HEADS = [
     {"temperature": 1.0},

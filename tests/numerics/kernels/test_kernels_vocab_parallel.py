@@ -38,7 +38,7 @@ LOSSES = {
     "truncated": {"tail": "truncated", "divergence": "jsd"},
     "renormalised": {"tail": "renormalised"},
     "hard": {"ce_weight": 1.0},
-    "skewed": {"divergence": "skewed_reverse_kl", "skew": 0.3, "ce_weight": 0.2},
+    "skewed": {"divergence": kk.Divergence("skewed_reverse_kl", 0.3), "ce_weight": 0.2},
     "sampled": {"tail": "sampled", "temperature": 1.5, "target_weights_NK": torch.rand(11, 7, generator=GEN).double()},
 }
 TOPS = {"top": {}, "tempered": {"temperature": 3.0, "softcap": 4.0}}

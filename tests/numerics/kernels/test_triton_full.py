@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import backend, reference
+from kdscale_kernels import DIVERGENCES, Divergence, backend, reference
 from kdscale_kernels.rows.torch_full import full_rows_step
 from kdscale_kernels.types import LossOptions
 
@@ -25,7 +25,6 @@ triton = pytest.importorskip("triton", reason="triton is not installed (the dev 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and backend._body_is_interpreted()
 INF, NAN = float("inf"), float("nan")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl")
 
 pytestmark = [
     pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]),
@@ -89,7 +88,9 @@ def truth(z, teacher, labels, options, *, teacher_softcap=None):
 def test_every_loss_equals_fp64(device, divergence, matched, temperature, ce_weight, softcaps):
     """301 columns: a full block and part of one. bf16 dz lies over the logits, as right as bf16 can be."""
     z, teacher, labels = chunk(matched=matched)
-    options = LossOptions(ce_weight, temperature, divergence, 0.3, softcap=softcaps[0])
+    options = LossOptions(
+        ce_weight, temperature, Divergence(divergence, {"jsd": 0.3}.get(divergence)), softcap=softcaps[0]
+    )
     want_sums, want_dz = truth(z, teacher, labels, options, teacher_softcap=softcaps[1])
     for grad_dtype in (None, torch.bfloat16):
         sums, dz, after = run(z, teacher, labels, options, device, teacher_softcap=softcaps[1], grad_dtype=grad_dtype)
@@ -105,7 +106,7 @@ def test_every_loss_equals_fp64(device, divergence, matched, temperature, ce_wei
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_same_bits_twice_and_rows_do_not_depend_on_each_other(device, divergence, grad_dtype):
     z, teacher, labels = chunk()
-    options = LossOptions(ce_weight=0.3, divergence=divergence, temperature=2.0)
+    options = LossOptions(ce_weight=0.3, divergence=Divergence(divergence), temperature=2.0)
     sums, dz, _ = run(z, teacher, labels, options, device, grad_dtype=grad_dtype)
     again = run(z, teacher, labels, options, device, grad_dtype=grad_dtype)
     assert torch.equal(sums, again[0])
@@ -123,7 +124,7 @@ def test_what_is_not_a_number_poisons_its_row_only(device, divergence, ce_weight
     z, teacher, labels = chunk(rows=8)
     z[0, 270], z[1, 7], z[2] = NAN, INF, -INF
     teacher[3, 7], teacher[4], labels[5] = NAN, -INF, 999
-    sums, dz, _ = run(z, teacher, labels, LossOptions(ce_weight, divergence=divergence), device)
+    sums, dz, _ = run(z, teacher, labels, LossOptions(ce_weight, divergence=Divergence(divergence)), device)
     poisoned = [True] * 3 + [ce_weight < 1.0] * 2 + [ce_weight > 0.0, False, False]
     assert sums[0].isnan().tolist() == poisoned
     assert dz.isnan().all(1).tolist() == dz.isnan().any(1).tolist() == poisoned
@@ -144,7 +145,7 @@ def test_forbidden_and_vanishing_entries(device):
         kept = [row for i, row in enumerate(rows) if i != 1 or divergence != "reverse_kl"]  # infinite there
         z, teacher = (torch.tensor(side) for side in zip(*kept, strict=True))
         labels = torch.zeros(len(kept), dtype=torch.int64)
-        options = LossOptions(ce_weight, temperature, divergence)
+        options = LossOptions(ce_weight, temperature, Divergence(divergence))
         want_sums, want_dz = truth(z, teacher, labels, options)
         sums, dz, _ = run(z, teacher, labels, options, device)
         assert want_sums.isfinite().all()
@@ -159,7 +160,7 @@ def test_odd_vocabularies_ties_and_no_rows(device, vocab):
     z, teacher, labels = chunk(vocab=vocab)
     z[0], teacher[0] = 1.0, 2.0  # every id is a maximum: the first one is id 0 on both sides
     z[1, -1], teacher[1, -1] = 99.0, 98.0
-    options = LossOptions(ce_weight=0.2, divergence="jsd")
+    options = LossOptions(ce_weight=0.2, divergence=Divergence("jsd"))
     want_sums, want_dz = truth(z, teacher, labels, options)
     sums, dz, _ = run(z, teacher, labels, options, device)
     torch.testing.assert_close(sums.double(), want_sums, rtol=1e-4, atol=1e-5)

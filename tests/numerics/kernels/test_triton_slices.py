@@ -23,7 +23,7 @@ LOSSES = [
     {"ce_weight": 0.3},
     {"temperature": 2.5, "ce_weight": 0.4},
     {"temperature": 2.5, "ce_weight": 0.4, "softcap": 5.0},
-    {"divergence": "jsd", "jsd_beta": 0.3, "softcap": 5.0, "vocab_size": 190},
+    {"divergence": kk.Divergence("jsd", 0.3), "softcap": 5.0, "vocab_size": 190},
     {"tail": "truncated", "ce_weight": 1.0},
     {"tail": "renormalised", "divergence": "skewed_forward_kl"},
 ]

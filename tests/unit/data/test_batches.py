@@ -119,7 +119,23 @@ def test_eval_bits_per_byte_of_a_uniform_model(make_split):
     split = make_split(LENGTHS)
     (batch,) = eval_batches(split, 16, 100, 10**6)
     nats = batch.token_count * math.log(320)
-    scored = [t for n, d in ((n, d) for d, n in enumerate(LENGTHS)) for t in split.doc(d)[1 : min(n, 17)]]
+    scored = [t for n, d in ((n, d) for d, n in enumerate(LENGTHS)) for t in split.document_tokens(d)[1 : min(n, 17)]]
     assert batch.token_count == len(scored)
     bits_per_byte = nats / (math.log(2) * batch.text_bytes)
     assert bits_per_byte == pytest.approx(len(scored) * math.log2(320) / sum(int(t) % 5 for t in scored))
+
+
+@given(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 6]), st.integers(0, 5))
+def test_every_label_is_in_one_slice(rows, slices, seed):
+    gen = torch.Generator().manual_seed(seed)
+    labels = torch.where(
+        torch.rand(rows, 12, generator=gen) < 0.3, -100, torch.randint(0, 9, (rows, 12), generator=gen)
+    )
+    batch = Batch(labels.clone(), labels.clone(), labels, [])
+    batches = [batch.with_label_slice(number, slices) for number in range(slices)]
+    assert sum(sliced.token_count for sliced in batches) == batch.token_count
+    assert torch.equal(torch.stack([sliced.labels_BS for sliced in batches]).amax(0), labels)
+    for number, sliced in enumerate(batches):
+        columns = (sliced.labels_BS != -100).any(0).nonzero().flatten()
+        assert all(number * 12 // slices <= int(c) < (number + 1) * 12 // slices for c in columns)
+        assert torch.equal(sliced.input_ids_BS, batch.input_ids_BS)

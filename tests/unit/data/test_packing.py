@@ -33,7 +33,7 @@ def test_every_token_once_an_epoch_but_the_tail(make_split):
         weights = data.draw(st.lists(st.integers(1, 3), min_size=len(lengths), max_size=len(lengths)))
         split = make_split(lengths, weights)
         seen = Counter(int(t) for w in windows(split, seed, epoch, seq_len) for t in w.input_ids_S)
-        full = Counter({int(t): weights[d] for d in range(len(lengths)) for t in split.doc(d)})
+        full = Counter({int(t): weights[d] for d in range(len(lengths)) for t in split.document_tokens(d)})
         assert not seen - full
         assert (full - seen).total() == full.total() % seq_len
 

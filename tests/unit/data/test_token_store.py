@@ -37,8 +37,8 @@ def build(tmp_path: Path, tokenizer: Any, reporter: Any):
 
 def documents(store: TokenStore, tokenizer: Any, split: str) -> list[str]:
     part = store.split(split)
-    assert all(part.doc(i)[-1] == 0 for i in range(part.documents))
-    return [tokenizer.decode(part.doc(i)[:-1]) for i in range(part.documents)]
+    assert all(part.document_tokens(i)[-1] == 0 for i in range(part.documents))
+    return [tokenizer.decode(part.document_tokens(i)[:-1]) for i in range(part.documents)]
 
 
 def test_every_document_is_in_one_split(build, write_jsonl, tiny_texts, tokenizer):
@@ -55,9 +55,9 @@ def test_every_document_is_in_one_split(build, write_jsonl, tiny_texts, tokenize
         assert split.bytes == store.manifest["splits"][name]["bytes"]
         assert split.tokens == split.lengths.sum() == store.manifest["splits"][name]["tokens"]
     heldout = store.split("heldout")
-    assert [int(heldout.doc_token_bytes(i).sum()) for i in range(heldout.documents)] == heldout.bytes_D.tolist()
+    assert [int(heldout.document_token_bytes(i).sum()) for i in range(heldout.documents)] == heldout.bytes_D.tolist()
     with pytest.raises(DataError):
-        store.split("train").doc_token_bytes(0)
+        store.split("train").document_token_bytes(0)
     with pytest.raises(ConfigError):
         store.split("test")
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdscale.distill.schedule import cosine_lr, total_steps
+from kdscale.distill.schedule import cosine_lr, seed_step, total_steps
 
 
 @given(steps=st.integers(1, 400), warmup=st.integers(0, 500), lr=st.floats(1e-6, 1.0), share=st.floats(0.0, 1.0))
@@ -36,3 +39,20 @@ def test_a_floor_above_the_peak_is_the_peak():
 @pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (4096, 1), (4097, 2), (1_000_000, 245)])
 def test_total_steps_covers_the_tokens(tokens, steps):
     assert total_steps(tokens, 512, 8) == steps
+
+
+def draw():
+    return (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
+
+
+def test_a_step_draws_the_same_numbers_every_time():
+    seed_step(1, 5, 0)
+    first = draw()
+    assert first != draw()
+    of_other_steps = []
+    for seed, step, rank in ((2, 5, 0), (1, 6, 0), (1, 5, 1)):
+        seed_step(seed, step, rank)
+        of_other_steps.append(draw())
+    seed_step(1, 5, 0)
+    assert first == draw()
+    assert len({repr(numbers) for numbers in [first, *of_other_steps]}) == 4

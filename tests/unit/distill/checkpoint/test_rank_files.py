@@ -97,7 +97,7 @@ def test_only_the_bytes_of_a_piece_are_read(tmp_path):
     shapes = {"w": (100,)}
     paths = write_all(tmp_path, values_of(shapes), [[ParameterRange("w", 0, 40)], [ParameterRange("w", 40, 60)]])
     reads = RankFileIndex(paths, shapes).plan("exp_avg", ParameterRange("w", 30, 25))
-    assert [(read.file.name, read.at, read.length) for read in reads] == [
+    assert [(read.file.name, read.target, read.length) for read in reads] == [
         ("rank-0.safetensors", 0, 10), ("rank-1.safetensors", 10, 15),
     ]  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_masters_come_before_the_moments(tmp_path):
         ([[ParameterRange("w", 0, 4)]], "each once"),
         ([[ParameterRange("w", 0, 4)], [ParameterRange("w", 5, 1)]], "each once"),
         ([[ParameterRange("w", 0, 4)], [ParameterRange("w", 3, 3)]], "each once"),
-        ([[ParameterRange("w", 0, 6)], [ParameterRange("v", 0, 2)]], "pieces of the student's parameters"),
+        ([[ParameterRange("w", 0, 6)], [ParameterRange("v", 0, 2)]], "ranges of the student's parameters"),
     ],
     ids=["short", "hole", "overlap", "foreign"],
 )

@@ -49,3 +49,8 @@ def test_the_batch_is_shared_by_the_groups_that_take_sequences_of_their_own() ->
 def test_what_ranks_that_share_layers_cannot_do_is_refused(other: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"tensor_parallel \(2\) does not go with"):
         DistillConfig(processes=8, global_batch=8, micro_batch=1, tensor_parallel=2, **other)
+
+
+def test_sums_of_micro_batches_add_up_over_a_sequence_and_count_once_over_a_layer() -> None:
+    rows = [[1.0, 10.0], [1.0, 10.0], [2.0, 20.0], [2.0, 20.0], [3.0, 30.0], [3.0, 30.0], [4.0, 40.0], [4.0, 40.0]]
+    assert Mesh(2, 2, 2, 0).by_data(rows) == [3.0, 30.0, 7.0, 70.0]

@@ -84,7 +84,7 @@ def test_parts_that_are_not_all_of_a_parameter_are_refused(tmp_path, parts):
     pieces = [ParameterRange(part.named("w"), 0, math.prod(part.shape((4, 3)))) for part in parts]
     blocks = [torch.zeros(piece.length) for _ in QUANTITIES for piece in pieces]
     write_rank_file(tmp_path / "f", pieces, blocks)
-    with pytest.raises(CheckpointError, match=r"(?s)parts that are all of \[4, 3\].*w@0:0:"):
+    with pytest.raises(CheckpointError, match=r"(?s)slices that make up all of \[4, 3\].*w@0:0:"):
         RankFileIndex([tmp_path / "f"], {"w": (4, 3)})
 
 
