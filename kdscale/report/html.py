@@ -29,11 +29,11 @@ _OTHER_CLASSES = ("other-1", "other-2", "other-3")
 
 
 _MISSING_NOTES = {
-    "config": "no resolved config in this folder",
-    "plan": "no plan yet: the student’s shape is not known",
-    "importance": "no importance scores yet",
-    "distillation": "not distilled yet",
-    "evaluation": "not evaluated yet",
+    "config": "This folder holds no resolved config.",
+    "plan": "There is no plan yet, so the student’s shape is not known.",
+    "importance": "There are no importance scores yet.",
+    "distillation": "The student has not been distilled yet.",
+    "evaluation": "No model has been evaluated yet.",
 }
 
 
