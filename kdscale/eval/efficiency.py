@@ -1,9 +1,9 @@
 """Size, speed and memory of a model as plain transformers runs it, batch of one, greedy.
 
-Peak memory is only clean in a process that never held anything else, and timings are only fair when the machine's
-moods hit all models alike. So each model gets a process of its own (`python -m kdscale.eval.efficiency MODEL_DIR`),
-all of them stay alive, and the parent lets them work strictly in turn, one round each at a time. Where the models do
-not fit in memory together they run one after another, and the result says so (`interleaved: false`).
+Peak memory is only exact in a process that never held anything else, and timings are only fair when other load on the
+machine slows all models alike. So each model gets a process of its own (`python -m kdscale.eval.efficiency MODEL_DIR`),
+all of them stay alive, and the parent lets them work strictly in turn, one round at a time. Where the models do not fit
+in memory together they run one after another, and the result says so (`interleaved: false`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def device_name(device: str) -> str:
-    """The GPU's or the processor's name, as far as the system tells."""
+    """The name of the GPU or of the processor, as the system gives it."""
     if device == "cuda":
         import torch
 
@@ -88,7 +88,7 @@ def measure(
     trust_remote_code: bool = False,
     repeats: int = REPEATS,
 ) -> dict[str, dict[str, Any]]:
-    """Speed and peak memory of each model. Raises CheckpointError with the child's own words when one fails."""
+    """Speed and peak memory of each model. Raises CheckpointError with the child's last output when one fails."""
     options = ["--device", device, "--dtype", cfg.dtype, "--threads", str(threads), "--repeats", str(repeats)]
     options += ["--prefill-tokens", str(cfg.prefill_tokens), "--decode-tokens", str(cfg.decode_tokens)]
     options += ["--trust-remote-code"] if trust_remote_code else []
@@ -98,8 +98,8 @@ def measure(
     with reporter.bar("speed and memory", len(models) * (repeats + 1), unit="round") as bar:
         for names in groups:
             with ExitStack() as stack:
-                workers = {name: stack.enter_context(_worker(models[name], options)) for name in names}
-                # Loading in turn too: a model that loads while another is timed would slow it down.
+                workers = {name: stack.enter_context(_start_worker(models[name], options)) for name in names}
+                # Load in turn too: a model that loads while another is timed would slow it down.
                 for name, worker in workers.items():
                     worker.take_turn()
                     bar.advance(1, name)
@@ -115,12 +115,14 @@ def measure(
 
 @dataclass(frozen=True)
 class _Worker:
+    """The process that measures one model."""
+
     path: Path
     process: subprocess.Popen[str]
     errors: IO[str]
 
     def take_turn(self) -> dict[str, Any]:
-        """Let the process do its next piece of work and wait for the one line it answers with."""
+        """Let the process do its next round and wait for the one line that it answers with."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -131,12 +133,14 @@ class _Worker:
             line = ""
         if not line:
             self.errors.seek(0)
-            raise CheckpointError(f"measuring {self.path} failed", got=self.errors.read().strip()[-2000:] or "no word")
+            raise CheckpointError(
+                f"measuring {self.path} failed", got=self.errors.read().strip()[-2000:] or "no output"
+            )
         return json.loads(line)
 
 
 @contextmanager
-def _worker(path: Path, options: list[str]) -> Iterator[_Worker]:
+def _start_worker(path: Path, options: list[str]) -> Iterator[_Worker]:
     command = [sys.executable, "-m", "kdscale.eval.efficiency", str(path), "--in-turns", *options]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
@@ -150,14 +154,14 @@ def _worker(path: Path, options: list[str]) -> Iterator[_Worker]:
 
 
 def _child_environment() -> dict[str, str]:
-    """The parent's own module path, so that the child finds kdscale wherever the parent found it."""
+    """The parent's environment and module path, so that the child finds kdscale where the parent found it."""
     import os
 
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
 
 
 def _fit_together(models: Mapping[str, Path], dtype: str, device: str) -> bool:
-    """Whether all models fit beside each other. Weight files may be 2 bytes a value and the run 4: count twice."""
+    """Whether all models fit in memory together. A run in fp32 takes twice the bytes of 16-bit weight files."""
     needed = sum(weight_bytes(path) for path in models.values()) * (1 if dtype == "bfloat16" else 2)
     if device == "cuda":
         import torch
@@ -168,11 +172,8 @@ def _fit_together(models: Mapping[str, Path], dtype: str, device: str) -> bool:
     return needed < _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
 
 
-# ---- inside the child ----
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Measure one model and print one JSON line; `--in-turns` waits for a line on stdin before each piece of work."""
+    """Measure one model and print one JSON line; `--in-turns` waits for a line on stdin before each round."""
     parser = argparse.ArgumentParser(prog="python -m kdscale.eval.efficiency", description=main.__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -184,18 +185,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--in-turns", action="store_true")
     options = parser.parse_args(arguments)
-    pieces = _pieces_of_work(options)
+    rounds = _rounds(options)
     answer: dict[str, Any] = {}
     while not answer:
         if options.in_turns and not sys.stdin.readline():
             return  # the parent has gone
-        answer = next(pieces)
+        answer = next(rounds)
         if options.in_turns and not answer:
             print("{}", flush=True)
     print(json.dumps(answer), flush=True)
 
 
-def _pieces_of_work(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Load and warm up, then `repeats` rounds, each yielding {}; last the figures."""
     import torch
 
@@ -213,12 +214,12 @@ def _pieces_of_work(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     prompt_1S = torch.randint(vocab, (1, options.prefill_tokens), generator=generator).to(device)
     _time_round(model, prompt_1S, min(4, options.decode_tokens))
     yield {}
-    rounds = []
+    timed = []
     for _ in range(options.repeats):
-        rounds.append(_time_round(model, prompt_1S, options.decode_tokens))
+        timed.append(_time_round(model, prompt_1S, options.decode_tokens))
         yield {}
-    prefill = [options.prefill_tokens / seconds for seconds, _ in rounds]
-    decode = [options.decode_tokens / seconds for _, seconds in rounds]
+    prefill = [options.prefill_tokens / seconds for seconds, _ in timed]
+    decode = [options.decode_tokens / seconds for _, seconds in timed]
     yield {
         "prefill_tokens_per_second": statistics.median(prefill),
         "prefill_tokens_per_second_range": [min(prefill), max(prefill)],
@@ -256,7 +257,7 @@ def _time_round(model: PreTrainedModel, prompt_1S: Any, decode_tokens: int) -> t
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes this process ever held: resident set on the CPU, allocated by torch on CUDA."""
+    """The most bytes that this process ever held: its resident set, or on CUDA what torch allocated."""
     if device == "cuda":
         import torch
 

@@ -1,9 +1,9 @@
-"""Teacher, pruned and distilled on the same held-out tokens: quality, size, speed and samples in one JSON file.
+"""The teacher and any students on the same held-out tokens: quality, size, speed and samples in one JSON file.
 
 Letters: B sequences of a batch, S their length, N scored tokens, H hidden size, V vocabulary.
 
-The teacher runs once; what its head reads is spooled to disk and serves every student, so that a student and its
-sibling are the most that is ever in memory. Definitions of all figures: docs/reference/figures.md.
+The teacher runs once. The hidden states that its head reads are written to disk and compared with every student's, so
+that no more than two students are in memory at a time. Definitions of all figures: docs/reference/figures.md.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from torch import Tensor
 
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.root import RuntimeConfig
+from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
-from kdscale.errors import CheckpointError, DataError, KdscaleError
+from kdscale.data.token_store import TokenStore
+from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.eval import efficiency
 from kdscale.eval.samples import Sampling, continue_prompts
 from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, summarise
 from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabulary, checked_head, token_stats
 from kdscale.files import explain_os_errors, write_json
-from kdscale.models.head import final_hidden
+from kdscale.models.head import OutputHead, final_hidden
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.progress import Bar, Reporter
@@ -42,13 +44,11 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION = 1
-
-
 TEACHER = "teacher"
 
 
 class EvalBatch(Protocol):
-    """What scoring needs of a data batch: int64 [B, S], labels already shifted, −100 where nothing is scored."""
+    """What scoring needs of a data batch: int64 [B, S], labels shifted, IGNORED_LABEL where nothing is scored."""
 
     @property
     def input_ids_BS(self) -> Tensor: ...  # noqa: N802
@@ -64,7 +64,9 @@ class EvalBatch(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScoringOptions:
+    """How models are loaded and scored."""
+
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool = False
@@ -72,8 +74,8 @@ class Settings:
 
 
 @dataclass
-class Prompting:
-    """Prompts every model continues while it is loaded, and where the answers go."""
+class SampleTexts:
+    """The prompts that every model continues while it is loaded, and in `outputs` what each has written."""
 
     prompts: Sequence[str] = ()
     tokens: int = 0
@@ -94,30 +96,26 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `models` ("teacher" and any students, in the order to show) and write `out_path`; returns what it wrote.
 
-    Raises DataError when nothing is held out, CheckpointError for models that do not load or do not compare.
+    Raises ConfigError without a teacher, DataError when nothing is held out, and CheckpointError for models that do not
+    load or cannot be compared.
     """
-    from kdscale.data.heldout import eval_batches
-    from kdscale.data.token_store import TokenStore
-
     if TEACHER not in models:
-        raise KdscaleError("evaluation needs the teacher", got=", ".join(models))
+        raise ConfigError(
+            "the models to evaluate", expected="one named teacher, to compare with", got=", ".join(models)
+        )
     started = time.monotonic()
     threads = set_threads(runtime.threads)
     device = resolve_device(runtime.device)
-    settings = Settings(device, resolve_dtype(cfg.dtype, device), trust_remote_code)
+    options = ScoringOptions(device, resolve_dtype(cfg.dtype, device), trust_remote_code)
     split = TokenStore.open(data_dir).split("heldout")
-    batches = list(eval_batches(split, cfg.seq_len, cfg.micro_batch, cfg.tokens))
+    batches = eval_batches(split, cfg.seq_len, cfg.micro_batch, cfg.tokens)
     tokenizer = load_tokenizer(models[TEACHER], trust_remote_code)
-    prompting = Prompting(cfg.prompts, cfg.sample_tokens, tokenizer, Sampling(cfg.sample_temperature, cfg.sample_top_p))
+    samples = SampleTexts(cfg.prompts, cfg.sample_tokens, tokenizer, Sampling(cfg.sample_temperature, cfg.sample_top_p))
 
-    scores, sizes = score_models(models, batches, settings, reporter, prompting)
+    scores, sizes = score_models(models, batches, options, reporter, samples)
     text_bytes = sum(batch.text_bytes for batch in batches)
     measured: dict[str, dict[str, Any]] = {
-        name: {
-            "path": str(models[name]),
-            "quality": summarise(score, text_bytes),
-            "size": sizes[name],
-        }
+        name: {"path": str(models[name]), "quality": summarise(score, text_bytes), "size": sizes[name]}
         for name, score in scores.items()
     }
     quality_seconds = time.monotonic() - started
@@ -129,12 +127,12 @@ def evaluate(
             measured[name]["efficiency"] = figures
     result = {
         "schema_version": SCHEMA_VERSION,
-        "settings": _describe(cfg, settings, threads, batches, scores[TEACHER], text_bytes),
+        "settings": _describe(cfg, options, threads, batches, scores[TEACHER], text_bytes),
         "models": measured,
         "differences": compare(scores),
         "gap_closed": gap_closed({name: figures["quality"]["ce"] for name, figures in measured.items()}),
         "samples": [
-            {"prompt": prompt, "outputs": {name: texts[i] for name, texts in prompting.outputs.items()}}
+            {"prompt": prompt, "outputs": {name: texts[i] for name, texts in samples.outputs.items()}}
             for i, prompt in enumerate(cfg.prompts)
         ],
         "seconds": {"quality_and_samples": quality_seconds, "total": time.monotonic() - started},
@@ -144,7 +142,7 @@ def evaluate(
 
 
 def headline(result: Mapping[str, Any]) -> dict[str, str]:
-    """The few figures worth a line on the terminal: perplexity of each model, and the share of the gap closed."""
+    """What the terminal shows of an evaluation: each model's perplexity, and how much of the gap was closed."""
     out = {
         f"{name} perplexity": f"{figures['quality']['perplexity']:,.2f}" for name, figures in result["models"].items()
     }
@@ -156,52 +154,69 @@ def headline(result: Mapping[str, Any]) -> dict[str, str]:
 def score_models(
     models: Mapping[str, Path],
     batches: Sequence[EvalBatch],
-    settings: Settings,
+    options: ScoringOptions,
     reporter: Reporter,
-    prompting: Prompting | None = None,
+    samples: SampleTexts | None = None,
 ) -> tuple[dict[str, Scores], dict[str, dict[str, int]]]:
-    """Per-token statistics and size of each model, in the order of `models`. Students are scored two at a time."""
-    prompting = prompting or Prompting()
+    """Per-token statistics and size of each model, in the order of `models`. Students are scored two at a time.
+
+    Raises CheckpointError for a model whose loss is not finite or whose vocabulary differs from the teacher's.
+    """
+    samples = samples or SampleTexts()
     labels_N, cluster_N = _scored_tokens(batches)
     students = [name for name in models if name != TEACHER]
-    pairs: list[list[str]] = [students[i : i + 2] for i in range(0, len(students), 2)] or [[]]
-    work = sum(batch.input_ids_BS.numel() for batch in batches)
-    total = work * (1 + len(students)) + len(models) * len(prompting.prompts) * prompting.tokens
-    found: dict[str, Scores] = {}
+    positions = sum(batch.input_ids_BS.numel() for batch in batches)
+    total = positions * (1 + len(students)) + len(models) * len(samples.prompts) * samples.tokens
+    scores: dict[str, Scores] = {}
     sizes: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory(prefix="kdscale-eval-") as folder, reporter.bar("evaluate", total) as bar:
-        spool = Path(folder) / "teacher-hidden"
-        with _loaded(TEACHER, models, settings) as teacher:
-            teacher_head = checked_head(teacher, TEACHER).detached()
-            shapes = _spool_hidden(teacher, batches, spool, settings.device, bar)
+        with _loaded([TEACHER], models, options) as loaded:
+            teacher = loaded.pop(TEACHER)
+            head = checked_head(teacher, TEACHER).detached()
+            hidden_states = _HiddenStates.write(teacher, batches, Path(folder) / "teacher-hidden", options.device, bar)
             sizes[TEACHER] = efficiency.sizes(teacher, models[TEACHER])
-            _prompt(teacher, TEACHER, prompting, bar)
+            _continue_prompts(teacher, TEACHER, samples, bar)
             del teacher
-        for pair in pairs:
-            parts: dict[str, list[TokenStats]] = {name: [] for name in (TEACHER, *pair)}
-            with _load_pair(pair, models, settings) as loaded:
-                heads = [checked_head(model, name) for name, model in loaded.items()]
-                check_same_vocabulary([(TEACHER, teacher_head), *zip(pair, heads, strict=True)])
-                hidden_of_teacher = _unspool_hidden(spool, shapes, teacher_head.weight_VH)
-                for batch, teacher_NH in zip(batches, hidden_of_teacher, strict=True):
-                    scored = [
-                        (head, _valid_hidden(model, batch, settings.device))
-                        for head, model in zip(heads, loaded.values(), strict=True)
-                    ]
-                    labels = batch.labels_BS[batch.labels_BS != IGNORED_LABEL].to(settings.device)
-                    with torch.inference_mode():
-                        own, theirs = token_stats(teacher_head, teacher_NH, scored, labels, settings.chunk_bytes)
-                    for name, stats in zip((TEACHER, *pair), (own, *theirs), strict=True):
-                        parts[name].append(stats)
-                    bar.advance(batch.input_ids_BS.numel() * len(pair))
+        for pair in [students[i : i + 2] for i in range(0, len(students), 2)] or [[]]:
+            with _loaded(pair, models, options) as loaded:
+                stats = _score_pair(loaded, (head, hidden_states), batches, options, bar)
                 for name in pair:
                     sizes[name] = efficiency.sizes(loaded[name], models[name])
-                    _prompt(loaded[name], name, prompting, bar)
-            found |= {n: _finite(n, Scores(TokenStats.concatenate(p), labels_N, cluster_N)) for n, p in parts.items()}
-    return {name: found[name] for name in models}, {name: sizes[name] for name in models}
+                    _continue_prompts(loaded[name], name, samples, bar)
+            scores |= {name: _checked(name, Scores(value, labels_N, cluster_N)) for name, value in stats.items()}
+    return {name: scores[name] for name in models}, {name: sizes[name] for name in models}
 
 
-def _finite(name: str, scores: Scores) -> Scores:
+def _score_pair(
+    students: Mapping[str, PreTrainedModel],
+    teacher: tuple[OutputHead, _HiddenStates],
+    batches: Sequence[EvalBatch],
+    options: ScoringOptions,
+    bar: Bar,
+) -> dict[str, TokenStats]:
+    """Statistics of all scored tokens, of the teacher and of each loaded student."""
+    teacher_head, teacher_hidden = teacher
+    heads = [checked_head(model, name) for name, model in students.items()]
+    check_same_vocabulary([(TEACHER, teacher_head), *zip(students, heads, strict=True)])
+    by_batch: dict[str, list[TokenStats]] = {name: [] for name in (TEACHER, *students)}
+    for batch, teacher_NH in zip(batches, teacher_hidden.read(teacher_head.weight_VH), strict=True):
+        student_hidden = [
+            (head, _scored_hidden(model, batch, options.device))
+            for head, model in zip(heads, students.values(), strict=True)
+        ]
+        labels_N = batch.labels_BS[batch.labels_BS != IGNORED_LABEL].to(options.device)
+        with torch.inference_mode():
+            of_teacher, of_students = token_stats(
+                teacher_head, teacher_NH, student_hidden, labels_N, options.chunk_bytes
+            )
+        for name, stats in zip(by_batch, (of_teacher, *of_students), strict=True):
+            by_batch[name].append(stats)
+        bar.advance(batch.input_ids_BS.numel() * len(students))
+    return {name: TokenStats.concatenate(stats) for name, stats in by_batch.items()}
+
+
+def _checked(name: str, scores: Scores) -> Scores:
+    """The scores, if every loss is finite."""
     if not bool(torch.isfinite(scores.stats.ce_N).all()):
         raise CheckpointError(
             f"the {name} model gives a loss that is not finite",
@@ -212,9 +227,9 @@ def _finite(name: str, scores: Scores) -> Scores:
 
 
 def _scored_tokens(batches: Sequence[EvalBatch]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of all scored tokens and the running number of the document piece each belongs to, int64 [N] both.
+    """Labels of all scored tokens and the number of the document piece that each belongs to, both int64 [N].
 
-    A piece is a run of one document within a sequence (positions restart at 0): the unit of the standard errors.
+    A piece is a run of one document within a sequence (positions restart at 0): standard errors are over pieces.
     """
     labels, clusters, first = [], [], 0
     for batch in batches:
@@ -234,66 +249,68 @@ def _scored_tokens(batches: Sequence[EvalBatch]) -> tuple[np.ndarray, np.ndarray
     return np.concatenate(labels), np.concatenate(clusters)
 
 
-def _valid_hidden(model: PreTrainedModel, batch: EvalBatch, device: torch.device) -> Tensor:
+def _scored_hidden(model: PreTrainedModel, batch: EvalBatch, device: torch.device) -> Tensor:
     """Final hidden states of the scored positions only, [N of this batch, H]."""
     with torch.inference_mode():
         hidden_BSH = final_hidden(model, batch.input_ids_BS.to(device), batch.position_ids_BS.to(device))
     return hidden_BSH[(batch.labels_BS != IGNORED_LABEL).to(device)]
 
 
-def _spool_hidden(
-    model: PreTrainedModel, batches: Sequence[EvalBatch], path: Path, device: torch.device, bar: Bar
-) -> list[int]:
-    """Write what the teacher's head reads to `path`, batch after batch; returns the rows of each batch."""
-    rows = []
-    with explain_os_errors(path), path.open("wb") as stream:
-        for batch in batches:
-            hidden_NH = _valid_hidden(model, batch, device).cpu().contiguous()
-            hidden_NH.view(torch.uint8).numpy().tofile(stream)
-            rows.append(len(hidden_NH))
-            bar.advance(batch.input_ids_BS.numel(), "teacher")
-    return rows
+@dataclass(frozen=True)
+class _HiddenStates:
+    """A file with a model's hidden states at the scored positions, and how many rows each batch has."""
+
+    path: Path
+    rows: list[int]
+
+    @classmethod
+    def write(
+        cls, model: PreTrainedModel, batches: Sequence[EvalBatch], path: Path, device: torch.device, bar: Bar
+    ) -> _HiddenStates:
+        """Run the model over all batches."""
+        rows = []
+        with explain_os_errors(path), path.open("wb") as stream:
+            for batch in batches:
+                hidden_NH = _scored_hidden(model, batch, device).cpu().contiguous()
+                hidden_NH.view(torch.uint8).numpy().tofile(stream)
+                rows.append(len(hidden_NH))
+                bar.advance(batch.input_ids_BS.numel(), "teacher")
+        return cls(path, rows)
+
+    def read(self, like_VH: Tensor) -> Iterator[Tensor]:
+        """Hidden states [N, H] of one batch after another, with the dtype, device and H of the head's weight."""
+        hidden, dtype = like_VH.shape[1], like_VH.dtype
+        with self.path.open("rb") as stream:
+            for rows in self.rows:
+                raw = bytearray(stream.read(rows * hidden * dtype.itemsize))
+                # An empty buffer cannot be a tensor's storage.
+                flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+                yield flat.view(rows, hidden).to(like_VH.device)
 
 
-def _unspool_hidden(path: Path, rows: Sequence[int], like_VH: Tensor) -> Iterator[Tensor]:
-    hidden, dtype = like_VH.shape[1], like_VH.dtype
-    with path.open("rb") as stream:
-        for count in rows:
-            raw = bytearray(stream.read(count * hidden * dtype.itemsize))
-            # An empty buffer cannot be a tensor's storage.
-            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-            yield flat.view(count, hidden).to(like_VH.device)
-
-
-def _prompt(model: PreTrainedModel, name: str, prompting: Prompting, bar: Bar) -> None:
-    if prompting.prompts:
-        prompting.outputs[name] = continue_prompts(
+def _continue_prompts(model: PreTrainedModel, name: str, samples: SampleTexts, bar: Bar) -> None:
+    if samples.prompts:
+        samples.outputs[name] = continue_prompts(
             model,
-            prompting.tokenizer,
-            prompting.prompts,
-            prompting.tokens,
-            prompting.sampling,
-            lambda made: bar.advance(made, "samples"),
+            samples.tokenizer,
+            samples.prompts,
+            samples.tokens,
+            samples.sampling,
+            lambda tokens: bar.advance(tokens, "samples"),
         )
 
 
 @contextmanager
-def _loaded(name: str, models: Mapping[str, Path], settings: Settings) -> Iterator[PreTrainedModel]:
-    with _load_pair([name], models, settings) as loaded:
-        yield loaded.pop(name)
-
-
-@contextmanager
-def _load_pair(
-    names: Sequence[str], models: Mapping[str, Path], settings: Settings
+def _loaded(
+    names: Sequence[str], models: Mapping[str, Path], options: ScoringOptions
 ) -> Iterator[dict[str, PreTrainedModel]]:
-    """Load up to two models; when the block ends their memory is given back before anything else is loaded."""
+    """Load up to two models; when the block ends their memory is free before anything else is loaded."""
     loaded = {
         name: load_model(
             models[name],
-            dtype=settings.dtype,
-            device=settings.device,
-            trust_remote_code=settings.trust_remote_code,
+            dtype=options.dtype,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
         )
         for name in names
     }
@@ -302,18 +319,19 @@ def _load_pair(
     finally:
         loaded.clear()
         gc.collect()
-        if settings.device.type == "cuda":
+        if options.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def _describe(
     cfg: EvalConfig,
-    settings: Settings,
+    options: ScoringOptions,
     threads: int,
     batches: Sequence[EvalBatch],
     scores: Scores,
     text_bytes: int,
 ) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the figures."""
     import transformers
 
     return {
@@ -324,9 +342,9 @@ def _describe(
         "sequences": sum(len(batch.input_ids_BS) for batch in batches),
         "seq_len": cfg.seq_len,
         "micro_batch": cfg.micro_batch,
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "device": settings.device.type,
-        "device_name": efficiency.device_name(settings.device.type),
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "device": options.device.type,
+        "device_name": efficiency.device_name(options.device.type),
         "threads": threads,
         "sample_tokens": cfg.sample_tokens,
         "sample_temperature": cfg.sample_temperature,

@@ -1,4 +1,4 @@
-"""The same prompts continued by every model: no chat template, no repetition penalty, nothing picked."""
+"""The same prompts continued by every model, without chat template, repetition penalty or choice of answers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: the most likely one at temperature 0, else from the nucleus that holds `top_p`."""
+    """How the next token is drawn: the most likely one at temperature 0, else by nucleus sampling.
+
+    Source: Holtzman et al. 2020, arXiv 1904.09751, section 3.1.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
 
     def chooser(self) -> Callable[[Tensor], int]:
-        """Logits [V] to a token id. One generator a chooser: the same draws for every model and on every run."""
+        """From logits [V] to a token id. Each has its own generator: all models and all runs get the same draws."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def choose(logits_V: Tensor) -> int:
@@ -39,9 +42,9 @@ class Sampling:
 
 @torch.inference_mode()
 def next_tokens(model: PreTrainedModel, input_ids_1S: Tensor, sampling: Sampling) -> Iterator[int]:
-    """Next tokens, one at a time, with the model's own cache; never ends by itself.
+    """Next tokens, one at a time and without end, with the model's own KV cache.
 
-    The generation config of the checkpoint is deliberately not read: it may sample or penalise repetition.
+    The checkpoint's generation config is ignored on purpose: it may sample or penalise repetition.
     """
     caller: Any = model
     choose = sampling.chooser()
@@ -63,7 +66,7 @@ def continue_prompts(
 ) -> list[str]:
     """The text each prompt is continued with: at most `tokens` tokens, fewer when the model ends the text.
 
-    Raises DataError for a prompt that is empty after tokenization. `done` is told of tokens as they are made.
+    `done` is called with the number of tokens after each one. Raises DataError for a prompt without tokens.
     """
     ends = _end_ids(model, tokenizer)
     continuations = []
@@ -90,7 +93,7 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
 
 
 def _decode_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], made: list[int]) -> str:
-    """Decode the whole, cut off the prompt: decoding the new tokens alone loses a leading space in some tokenizers."""
+    """Decode prompt and answer together, then cut off the prompt: some tokenizers drop a leading space otherwise."""
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    whole, before = str(tokenizer.decode(prompt_ids + made, **options)), str(tokenizer.decode(prompt_ids, **options))
-    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(made, **options))
+    text, prompt = str(tokenizer.decode(prompt_ids + made, **options)), str(tokenizer.decode(prompt_ids, **options))
+    return text[len(prompt) :] if text.startswith(prompt) else str(tokenizer.decode(made, **options))

@@ -19,13 +19,15 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Scores:
+    """All scored tokens of one model."""
+
     stats: TokenStats
     labels_N: np.ndarray
     cluster_N: np.ndarray  # running number of the document piece of each token
 
 
 def summarise(scores: Scores, text_bytes: int) -> dict[str, Any]:
-    """Every quality figure of one model. `text_bytes`: UTF-8 bytes of the text that the scored tokens stand for."""
+    """All quality figures of one model. `text_bytes`: UTF-8 bytes of the text that the scored tokens stand for."""
     stats = scores.stats
     ce_N = _double(stats.ce_N)
     ce, ce_error = mean_and_error(ce_N, scores.cluster_N)
@@ -52,7 +54,7 @@ def summarise(scores: Scores, text_bytes: int) -> dict[str, Any]:
 def compare(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
     """Cross-entropy differences between every two models, later minus earlier, with paired standard errors.
 
-    Both models saw the same tokens, so the difference is known far better than either figure.
+    Both models scored the same tokens, so their difference is known far better than either figure.
     """
     names = list(scores)
     pairs = [(late, early) for i, late in enumerate(names) for early in names[:i]]
@@ -65,14 +67,14 @@ def compare(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
 
 
 def gap_closed(ce: Mapping[str, float]) -> float | None:
-    """The share of the loss that pruning cost which distillation won back; None without all three, or with no cost."""
+    """How much of the loss that pruning cost distillation won back; None without all three models or without a cost."""
     if not {"teacher", "pruned", "distilled"} <= set(ce) or ce["pruned"] <= ce["teacher"]:
         return None
     return (ce["pruned"] - ce["distilled"]) / (ce["pruned"] - ce["teacher"])
 
 
 def mean_and_error(value_N: np.ndarray, cluster_N: np.ndarray) -> tuple[float, float | None]:
-    """Mean over tokens and its standard error with documents as the independent units; None with a single document.
+    """Mean over tokens, and its standard error over document pieces (None when there is only one).
 
     The mean is a ratio Σ_d s_d / Σ_d n_d of sums over documents, so its error is the ratio estimator's
     (Cochran, Sampling Techniques, 3rd ed., §6.4): √(D/(D−1) · Σ_d (s_d − mean·n_d)²) / N.
@@ -88,15 +90,15 @@ def mean_and_error(value_N: np.ndarray, cluster_N: np.ndarray) -> tuple[float, f
 
 
 def bits_per_byte(ce_N: np.ndarray, text_bytes: int) -> float | None:
-    """Σ nats / (ln 2 · UTF-8 bytes); None when the tokens stand for no text at all."""
+    """Σ nats / (ln 2 · UTF-8 bytes); None where the tokens stand for no text at all."""
     return float(ce_N.sum()) / (math.log(2) * text_bytes) if text_bytes else None
 
 
 def calibration_error(stats: TokenStats, bins: int = CALIBRATION_BINS) -> float:
     """Expected calibration error of the most likely token: Σ_b n_b/N · |accuracy_b − confidence_b|, equal-width bins.
 
-    The multi-class metric of torchmetrics would keep N×V probabilities; top-1 calibration is the binary metric on
-    (confidence, was it right). Source: Guo et al. 2017, arXiv 1706.04599, §2.
+    Source: Guo et al. 2017, arXiv 1706.04599, section 2. Computed as the binary metric on (confidence, correct): the
+    multi-class metric of torchmetrics would keep N×V probabilities.
     """
     from torchmetrics.functional.classification import binary_calibration_error
 

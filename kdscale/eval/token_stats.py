@@ -1,7 +1,7 @@
-"""What an evaluation needs to know about each token, read from final hidden states a few rows at a time.
+"""What an evaluation needs to know about each token, computed from final hidden states a few rows at a time.
 
 Letters: N scored tokens, C tokens of one chunk, H hidden size of a model, V vocabulary.
-No N×V tensor is ever made: a chunk of C rows is turned into five numbers a token and thrown away.
+No N×V tensor is ever made: a chunk of C rows of logits is turned into five numbers a token and freed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHUNK_BYTES = 32 << 20  # of one fp32 logits chunk; about six such buffers are a
 
 @dataclass(frozen=True)
 class TokenStats:
-    """One value a scored token, on the CPU. `kl_N` and `agrees_N` compare with the teacher; None for the teacher."""
+    """One value per scored token, on the CPU. `kl_N` and `agrees_N` compare with the teacher; None for the teacher."""
 
     ce_N: Tensor  # nats, −log q(label)
     confidence_N: Tensor  # probability of the most likely token
@@ -33,9 +33,11 @@ class TokenStats:
     agrees_N: Tensor | None = None  # bool: same most likely token as the teacher
 
     @staticmethod
-    def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
+    def concatenate(chunks: Sequence[TokenStats]) -> TokenStats:
+        """The statistics of all tokens of `chunks`, in their order."""
+
         def joined(name: str) -> Tensor | None:
-            values = [getattr(part, name) for part in parts]
+            values = [getattr(chunk, name) for chunk in chunks]
             return None if not values or values[0] is None else torch.cat(values)
 
         fields = ("ce_N", "confidence_N", "correct_N", "kl_N", "agrees_N")
@@ -56,23 +58,23 @@ def token_stats(
     labels_N: Tensor,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[TokenStats, list[TokenStats]]:
-    """Score the teacher and every student (its head, its own hidden states [N, H]) on the same N labels."""
+    """Score the teacher and every student (its head and its own hidden states [N, H]) on the same N labels."""
     rows = max(1, chunk_bytes // (4 * teacher.vocab))
     of_teacher: list[TokenStats] = []
     of_students: list[list[TokenStats]] = [[] for _ in students]
     for start in range(0, len(labels_N), rows):
-        part = slice(start, start + rows)
-        label_C1 = labels_N[part, None]
-        teacher_CV = torch.log_softmax(teacher.logits(teacher_hidden_NH[part]), dim=-1)
+        chunk = slice(start, start + rows)
+        label_C1 = labels_N[chunk, None]
+        teacher_CV = torch.log_softmax(teacher.logits(teacher_hidden_NH[chunk]), dim=-1)
         of_teacher.append(_stats(teacher_CV, label_C1, None))
         for (head, hidden_NH), collected in zip(students, of_students, strict=True):
-            student_CV = torch.log_softmax(head.logits(hidden_NH[part]), dim=-1)
+            student_CV = torch.log_softmax(head.logits(hidden_NH[chunk]), dim=-1)
             collected.append(_stats(student_CV, label_C1, teacher_CV))
-    return TokenStats.concatenate(of_teacher), [TokenStats.concatenate(parts) for parts in of_students]
+    return TokenStats.concatenate(of_teacher), [TokenStats.concatenate(chunks) for chunks in of_students]
 
 
 def check_same_vocabulary(heads: Iterable[tuple[str, OutputHead]]) -> None:
-    """Raises CheckpointError: KL and agreement have no meaning between different vocabularies."""
+    """Raises CheckpointError for vocabularies of different sizes, between which KL and agreement mean nothing."""
     sizes = {name: head.vocab for name, head in heads}
     if len(set(sizes.values())) > 1:
         raise CheckpointError(

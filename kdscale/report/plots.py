@@ -167,8 +167,8 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
     if shares:
         low = min(shares, key=lambda layer: shares[layer])
         told = (
-            f" The units left of the line stay; they hold {min(shares.values()):.0%} to {max(shares.values()):.0%} of a "
-            f"layer’s importance, the least in layer {low}."
+            f" The units left of the line stay; they hold {min(shares.values()):.0%} to {max(shares.values()):.0%} of "
+            f"a layer’s importance, the least in layer {low}."
         )
     return make_plot(
         f"Feed-forward units · {_method(name)}",

@@ -1,8 +1,5 @@
-"""How fast a distillation is beside what the device could do: model FLOPs, peak FLOP/s, MFU, memory, time by phase.
-
-Model FLOPs are what the mathematics needs, whatever is recomputed or done twice: a multiply-add is 2, a backward pass
-is twice its forward (PaLM, arXiv 2204.02311, appendix B).
-"""
+"""How fast a distillation runs: the device's peak for MFU (FLOPs are counted in kdscale/sizing/flops.py), and a line of
+tokens/s, MFU, time by phase and memory for the log."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from kdscale.sizing.gpus import peak_by_name
 
 
 def peak_flops(given: float | None, device: torch.device, dtype: torch.dtype) -> float | None:
-    """What one rank's device can do a second: the config's word, else by the GPU's name in bf16; None: not known."""
+    """FLOP/s of one rank's device: what the config says, else by the GPU's name in bf16; None where it is not known."""
     if given is not None:
         return given
     if device.type != "cuda" or dtype != torch.bfloat16:
@@ -23,31 +20,32 @@ def peak_flops(given: float | None, device: torch.device, dtype: torch.dtype) ->
 
 
 class SpeedReport:
-    """Adds up steps and says in one line how fast they were and where the time went."""
+    """Adds up steps, and writes one line on how fast they were and where the time went."""
 
     def __init__(self) -> None:
         self._clear()
 
     def _clear(self) -> None:
-        self._tokens = self._flops_share = self._seconds = 0.0
+        self._tokens = self._mfu_seconds = self._seconds = 0.0
         self._phases: dict[str, float] = {}
 
     def add(self, tokens: float, seconds: float, phases: Mapping[str, float], mfu: float | None) -> None:
+        """Count one step; `phases` are its seconds by phase."""
         self._tokens += tokens
         self._seconds += seconds
-        self._flops_share += (mfu or 0.0) * seconds
+        self._mfu_seconds += (mfu or 0.0) * seconds
         for name, value in phases.items():
             self._phases[name] = self._phases.get(name, 0.0) + value
 
     def line(self, inside: str, memory: float) -> str:
-        """The line; empty before the first step. `inside` is a phase that lies within the others."""
+        """The line on all steps since the last one; empty without any. `inside` is a phase within the others."""
         if not self._seconds:
             return ""
-        shares = {name: f"{name} {100 * value / self._seconds:.0f} %" for name, value in self._phases.items()}
-        within = shares.pop(inside, "")
-        parts = [f"{self._tokens / self._seconds:,.0f} tok/s"]
-        parts += [f"MFU {100 * self._flops_share / self._seconds:.1f} %"] if self._flops_share else []
-        parts += [", ".join(shares.values())]
-        parts += [f"{within} (within these)"] if self._phases.get(inside) else []
+        texts = {name: f"{name} {100 * value / self._seconds:.0f} %" for name, value in self._phases.items()}
+        within = texts.pop(inside, "")
+        figures = [f"{self._tokens / self._seconds:,.0f} tok/s"]
+        figures += [f"MFU {100 * self._mfu_seconds / self._seconds:.1f} %"] if self._mfu_seconds else []
+        figures += [", ".join(texts.values())]
+        figures += [f"{within} (within these)"] if self._phases.get(inside) else []
         self._clear()
-        return " · ".join([*parts, f"peak memory a rank {memory / 1e9:.2f} GB"])
+        return " · ".join([*figures, f"peak memory a rank {memory / 1e9:.2f} GB"])

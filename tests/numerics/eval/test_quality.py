@@ -19,7 +19,7 @@ from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
 from kdscale.errors import CheckpointError
-from kdscale.eval.quality import Settings, evaluate, score_models
+from kdscale.eval.quality import ScoringOptions, evaluate, score_models
 from kdscale.eval.samples import Sampling
 from kdscale.eval.summary import bits_per_byte, mean_and_error, summarise
 from kdscale.runtime.progress import Reporter
@@ -69,7 +69,7 @@ def naive_logprobs(folder: Path, batches: list[Batch]) -> torch.Tensor:
 
 
 def test_every_figure_is_what_whole_logits_give(models: dict[str, Path], batches: list[Batch]) -> None:
-    settings = Settings(torch.device("cpu"), torch.float32, chunk_bytes=320 * 4 * 7)  # seven rows a chunk
+    settings = ScoringOptions(torch.device("cpu"), torch.float32, chunk_bytes=320 * 4 * 7)  # seven rows a chunk
     scores, _ = score_models(models, batches, settings, QUIET)
     text_bytes = sum(batch.text_bytes for batch in batches)
     labels = torch.cat([batch.labels_BS[batch.labels_BS != -100] for batch in batches])
@@ -102,7 +102,7 @@ def test_scored_bytes_are_those_of_the_text(store: TokenStore, batches: list[Bat
 
 
 def test_figures_do_not_depend_on_the_batch_size(models: dict[str, Path], store: TokenStore) -> None:
-    settings = Settings(torch.device("cpu"), torch.float32)
+    settings = ScoringOptions(torch.device("cpu"), torch.float32)
     found = []
     for micro_batch in (1, 3):
         batches = list(eval_batches(store.split("heldout"), 48, micro_batch, 400))
@@ -149,7 +149,7 @@ def test_a_model_with_nan_is_refused(models: dict[str, Path], batches: list[Batc
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
     model.save_pretrained(tmp_path)
-    settings = Settings(torch.device("cpu"), torch.float32)
+    settings = ScoringOptions(torch.device("cpu"), torch.float32)
     with pytest.raises(CheckpointError, match="pruned model gives a loss that is not finite"):
         score_models({**models, "pruned": tmp_path}, batches, settings, QUIET)
 
