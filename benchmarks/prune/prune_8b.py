@@ -157,7 +157,7 @@ def importance(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from kdscale.config.prune import PruneConfig
-    from kdscale.prune.importance.ranking import load_scores
+    from kdscale.prune.importance.scores_file import load_scores
     from kdscale.prune.search.shapes import make_plan
 
     checkpoint, family = opened(arguments.teacher)

@@ -34,7 +34,7 @@ from kdscale.files import write_json
 from kdscale.models.loading import load_model, load_tokenizer, open_teacher
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance import collect
-from kdscale.prune.importance.ranking import load_scores
+from kdscale.prune.importance.scores_file import load_scores
 from kdscale.prune.rotation import rotated_teacher
 from kdscale.prune.search.hidden_basis import choose
 from kdscale.prune.search.shapes import make_plan

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from kdscale.config.criteria import Criterion, FfnMethod, HeadMethod, HiddenMethod, LayerMethod, criterion
 from kdscale.config.fields import Count, Dtype, Section
 from kdscale.units import BUDGET_FIELDS, parse_budget
 
@@ -20,19 +21,7 @@ class ImportanceConfig(Section):
     layer_tokens: Count = 16_384
 
 
-FfnMethod = Literal["output_energy", "activation", "obs"]
-
-
-HeadMethod = Literal["output_energy", "activation", "obs"]
-
-
-HiddenMethod = Literal["auto", "pca", "activation"]
-
-
 Compensation = Literal["none", "ridge", "two_stream"]
-
-
-LayerMethod = Literal["block_influence", "loss", "angular", "last"]
 
 
 LayerRepair = Literal["none", "linear"]
@@ -106,11 +95,27 @@ class PruneConfig(Section):
             raise ValueError(
                 "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
             )
-        if self.layer_method == "angular" and self.contiguous_layers is False:
-            raise ValueError("layer_method=angular drops one contiguous block; leave contiguous_layers out")
+        if self.criterion("layers").scores_blocks and self.contiguous_layers is False:
+            raise ValueError(
+                f"layer_method={self.layer_method} drops one contiguous block; leave contiguous_layers out"
+            )
         return self
 
     @property
     def target(self) -> tuple[str, str] | None:
         """The target that was given, as (field, text)."""
         return next(((name, getattr(self, name)) for name in BUDGET_FIELDS if getattr(self, name) is not None), None)
+
+    def criterion(self, axis: str) -> Criterion:
+        """The criterion that ranks `axis`.
+
+        `hidden_method: auto` stands for `pca` or `activation` only once the family is known (search/hidden_basis.py
+        decides); until then it means `activation`, the first row of the axis.
+        """
+        method = {
+            "ffn": self.ffn_method,
+            "heads": self.head_method,
+            "hidden": None if self.hidden_method == "auto" else self.hidden_method,
+            "layers": self.layer_method,
+        }.get(axis)
+        return criterion(axis, method)

@@ -47,7 +47,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
     plan = _optional(run_dir / "plan.json")
     evaluation = _optional(run_dir / "eval" / "eval.json")
     log_rows = list(read_metrics(run_dir / "logs" / "metrics.jsonl"))
-    importance = _importance(run_dir / "importance")
+    importance = pruning_facts.importance(run_dir / "importance")
     results = {
         "config": config, "plan": plan, "importance": importance, "distillation": log_rows, "evaluation": evaluation,
     }  # fmt: skip
@@ -105,27 +105,6 @@ def _config(path: Path) -> dict[str, Any] | None:
     except (YAMLError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{path} cannot be read", expected="the resolved config", got=str(error)) from error
     return tree if isinstance(tree, dict) else None
-
-
-def _importance(folder: Path) -> dict[str, Any] | None:
-    """Scores as nested lists, `axis.method` → [layers, units] or [units], as energies, and how they were made."""
-    path = folder / "scores.safetensors"
-    if not path.exists():
-        return None
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        arrays = load_file(path)
-    except SafetensorError as error:
-        raise RunFolderError(f"{path} is damaged", got=str(error), hint="run the importance stage again") from error
-    # Activation scores are L2 norms; squared they add up like the energies do, and "share" means one thing everywhere.
-    scores = {
-        name: (array.astype("float64") ** (2 if name.endswith(".activation") else 1)).tolist()
-        for name, array in sorted(arrays.items())
-        if array.ndim in {1, 2} and array.size
-    }
-    return {"scores": scores, "made": _optional(folder / "scores.json")} if scores else None
 
 
 def _shape(plan: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -12,21 +12,25 @@ from kdscale.pipeline.stage import Facts, StageContext
 
 
 def axes_to_score(context: StageContext) -> Facts:
-    """The axes that the config may cut: all that importance depends on of the pruning settings."""
+    """What importance depends on of the pruning settings: the axes that may be cut, and the expensive criteria."""
     from kdscale.prune.axes import openable_axes
-    from kdscale.prune.importance.ranking import depth_methods, obs_axes
+    from kdscale.prune.importance.ranking import criteria_to_measure
 
+    cfg = context.config.prune
     teacher, family = open_teacher(context.model_to_prune)
-    obs = obs_axes(context.config.prune)
-    axes: dict[str, Any] = {"axes": list(openable_axes(context.config.prune, family.dims(teacher.config)))}
-    if "layers" in axes["axes"] and (depth := depth_methods(context.config.prune)):
-        axes["depth"] = depth
-    return {**axes, "obs": [*obs, context.config.prune.ridge_lambda]} if obs else axes
+    axes = openable_axes(cfg, family.dims(teacher.config))
+    asked = [row for row in criteria_to_measure(cfg, axes) if row.on_request]
+    facts: dict[str, Any] = {"axes": list(axes)}
+    if asked:
+        facts["criteria"] = [row.name for row in asked]
+    if any(row.needs_gram for row in asked):
+        facts["ridge_lambda"] = cfg.ridge_lambda
+    return facts
 
 
 def measure_importance(context: StageContext) -> Facts:
-    """Score everything that the config may cut, on as many processes as it asks for."""
-    from kdscale.prune.importance.ranking import SUMMARY_FILE
+    """Run the importance pass on all ranks; returns how many tokens it saw and which scores there are."""
+    from kdscale.prune.importance.scores_file import SUMMARY_FILE
 
     run_on_ranks("importance", importance_rank, context, context.config.importance.processes)
     summary = read_json(context.run.importance / SUMMARY_FILE)

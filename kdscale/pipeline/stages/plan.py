@@ -178,7 +178,7 @@ def _timed(plan: Plan, model: LatencyModel) -> Plan:
 
 
 def choose_plan(context: StageContext) -> Facts:
-    from kdscale.prune.importance.ranking import load_scores
+    from kdscale.prune.importance.scores_file import load_scores
 
     plan = search_plan(context, load_scores(context.run.importance))
     plan.save(context.run.plan)

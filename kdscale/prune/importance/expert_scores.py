@@ -1,13 +1,14 @@
-"""Scores of a mixture of experts: what each expert, and each ffn unit of each expert, adds to the sublayer's output.
+"""What each expert of a mixture, and each ffn unit of each expert, adds to the sublayer's output.
 
 transformers keeps the experts of a layer in one module with stacked weights and calls it with the tokens, the experts
-that the router chose for each and their weights. What the units put out is computed here once more from those.
+that the router chose for each token and their weights. The units' outputs are computed here once more from those.
 
-N tokens · n tokens of one expert · T experts a token · E experts · D hidden · F ffn of one expert
+N tokens · n tokens of one expert · E experts · D hidden · F ffn units of one expert
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,13 +18,10 @@ from kdscale.models.experts import expert_units, experts_call
 from kdscale.runtime.ranks import all_reduce_sum
 
 
-class ExpertStats:
-    """Sums over the tokens that each expert got, every one multiplied by its routing weight w:
+class ExpertSums:
+    """Sums over the tokens that each expert gets, fp64 and over all ranks; read them when all tokens have run.
 
-    - `experts.output_norm` [E]: Σ w·‖expert(x)‖;
-    - `ffn.output_energy` [E, F]: Σ ‖w · a_f · W_down,f‖², the unit's share of the output;
-    - `ffn.activation` [E, F]: √Σ (w · a_f)². Not by sequence as in dense layers: an expert gets tokens, not sequences;
-    - `ffn.expert_tokens` [E]: how many it got, no score: few are little to compensate from.
+    Unlike in dense layers nothing is averaged over a sequence: an expert gets tokens, not sequences.
     """
 
     def __init__(self, experts: Any):
@@ -33,22 +31,30 @@ class ExpertStats:
         self._norms_E = torch.zeros(count, dtype=torch.float64, device=device)
         self._squares_EF = torch.zeros(count, width, dtype=torch.float64, device=device)
         self._tokens_E = torch.zeros(count, dtype=torch.float64, device=device)
+        experts.register_forward_pre_hook(self._add, with_kwargs=True)
 
-    def attach(self) -> Any:
-        return self._experts.register_forward_pre_hook(self._see, with_kwargs=True)
+    @cached_property
+    def norms_E(self) -> Tensor:  # noqa: N802
+        """Σ routing weight · ‖expert output‖."""
+        return all_reduce_sum(self._norms_E)
 
-    def scores(self) -> dict[str, Tensor]:
-        """Over the tokens of all ranks, fp64."""
-        norms_E, squares_EF = all_reduce_sum(self._norms_E), all_reduce_sum(self._squares_EF)
-        columns_EF = self._experts.down_proj.float().square().sum(1).double()
-        return {
-            "experts.output_norm": norms_E,
-            "ffn.activation": squares_EF.sqrt(),
-            "ffn.expert_tokens": all_reduce_sum(self._tokens_E),
-            "ffn.output_energy": squares_EF * columns_EF,
-        }
+    @cached_property
+    def squares_EF(self) -> Tensor:  # noqa: N802
+        """Σ (routing weight · unit)², over the inputs of the expert's down projection."""
+        return all_reduce_sum(self._squares_EF)
 
-    def _see(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    @cached_property
+    def tokens_E(self) -> Tensor:  # noqa: N802
+        """How many tokens the expert got."""
+        return all_reduce_sum(self._tokens_E)
+
+    @property
+    def columns_EF(self) -> Tensor:  # noqa: N802
+        """Squared norms of the columns of each expert's down projection."""
+        columns_EF: Tensor = self._experts.down_proj.float().square().sum(1).double()
+        return columns_EF
+
+    def _add(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden_ND, routing = experts_call(args, kwargs)
         for expert in range(len(self._norms_E)):
             token_n, weight_n = routing.of(expert)

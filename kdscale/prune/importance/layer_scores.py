@@ -1,14 +1,13 @@
-"""Scores of whole layers that need more than what enters and leaves each one; gathered only when the config asks.
+"""The scores of whole layers (the rows of `kdscale.config.criteria`).
 
-- `loss`: how much the teacher's loss on calibration text rises with one layer taken out (nats a token; ShortGPT's and
-  LLM-Streamline's "perplexity" criterion). L + 1 copies of the hidden states go through the layers side by side: copy
-  l + 1 starts as the whole model's states before layer l, and skips it. Each layer is read once; the cost is
-  (L + 1)/2 forward passes and L + 1 passes of the head.
-- `angular`: arccos(cos)/π between what enters layer l and what enters layer m, the mean over tokens, for every pair
-  (Gromov et al., arXiv 2403.17887, equation 6, which takes the last token of a sequence only; here up to 2,048 of all).
-  One forward pass.
+- `block_influence` is collected in the pass that scores the other axes.
+- `loss`: L + 1 copies of the hidden states go through the layers side by side. Copy l + 1 starts as the whole model's
+  states before layer l, and skips that layer. Each layer is read once; the cost is (L + 1)/2 forward passes and L + 1
+  passes of the head. The copies are on disk beyond the memory budget of `scratch`.
+- `angular`: arccos(cos)/π between what enters layer l and what enters layer m, the mean over up to 2,048 tokens of all,
+  for every pair. One forward pass.
 
-`loss` keeps L + 1 states a token, on disk beyond the budget of `scratch`; both go on at the last finished layer.
+The last two have a pass of their own, which a killed run resumes at the first layer that it had not finished.
 
 L layers · B batch · S sequence · N = B·S tokens · R sampled tokens · D hidden · V vocabulary
 """
@@ -23,36 +22,46 @@ from torch import Tensor, nn
 
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.errors import DataError
-from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
+from kdscale.models.hidden_states import HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
+from kdscale.prune.importance.layer_context import Collector, LayerContext
 from kdscale.runtime.ranks import all_reduce_sum, world_size
 from kdscale_kernels import linear_sparse_kl
+
+Advance = Callable[[int, int], None]  # (tokens, layer): called after each batch of each layer
+
 
 _SAMPLED = 2_048  # tokens a rank with a state kept at every layer: 0.5 GB for 32 layers of 4,096 in bf16
 
 
-def depth_scores(
-    stream: LayerStream,
-    batches: Sequence[TokenBatch],
-    methods: Sequence[str],
-    advance: Callable[[int, int], None] | None = None,
-    scratch: Scratch = IN_MEMORY,
-) -> dict[str, Tensor]:
-    """`layers.loss` [L] and `layers.angular` [L, L + 1] (entry m of row l; 0 for m ≤ l), for those of `methods`.
+def block_influence(layer: LayerContext) -> Collector:
+    """One number: 1 − the mean cosine between what enters the layer and what leaves it."""
+    sum_count = torch.zeros(2, dtype=torch.float64)
 
-    `layers.loss` is not negative: if taking some layer out lowers the loss, all values are raised by the largest fall.
-    The files stay in `scratch` for a caller that is killed later; `Scratch.folder` is the caller's to remove.
+    def add(before_BSD: Tensor, after_BSD: Tensor) -> None:
+        cosine_BS = nn.functional.cosine_similarity(before_BSD.float(), after_BSD.float(), dim=-1)
+        sum_count.add_(torch.tensor([float(cosine_BS.double().sum()), cosine_BS.numel()], dtype=torch.float64))
+
+    def influence() -> Tensor:
+        total, count = all_reduce_sum(sum_count)
+        return 1 - total / count
+
+    layer.watch(add)
+    return influence
+
+
+def losses_without_a_layer(
+    stream: LayerStream, batches: Sequence[TokenBatch], advance: Advance | None, scratch: Scratch
+) -> Tensor:
+    """[L]: rise of the loss without each layer.
+
+    Not negative: if taking some layer out lowers the loss, all values are raised by the largest fall.
     Raises DataError when no token has a next one in its document.
     """
-    out: dict[str, Tensor] = {}
-    if "loss" in methods:
-        losses = _losses(stream, batches, advance, scratch.subfolder("loss"))
-        rise_L = losses[1:] - losses[0]
-        out["layers.loss"] = rise_L - rise_L.min().clamp_max(0.0)
-    if "angular" in methods:
-        out["layers.angular"] = _angles(stream, batches, advance, scratch.subfolder("angular"))
-    return out
+    losses = _losses(stream, batches, advance, scratch)
+    rise_L = losses[1:] - losses[0]
+    return rise_L - rise_L.min().clamp_max(0.0)
 
 
 def first_tokens(batches: Sequence[TokenBatch], tokens: int) -> Sequence[TokenBatch]:
@@ -60,7 +69,7 @@ def first_tokens(batches: Sequence[TokenBatch], tokens: int) -> Sequence[TokenBa
     taken: list[TokenBatch] = []
     for batch in batches:
         taken.append(batch)
-        if sum(one.input_ids_BS.numel() for one in taken) * world_size() >= tokens:
+        if sum(earlier.input_ids_BS.numel() for earlier in taken) * world_size() >= tokens:
             break
     return taken
 
@@ -85,12 +94,7 @@ class _Copies:
         return self._stream.layer(index)
 
 
-def _losses(
-    stream: LayerStream,
-    batches: Sequence[TokenBatch],
-    advance: Callable[[int, int], None] | None,
-    scratch: Scratch,
-) -> Tensor:
+def _losses(stream: LayerStream, batches: Sequence[TokenBatch], advance: Advance | None, scratch: Scratch) -> Tensor:
     """Mean next-token loss of the whole model and of the model without each layer, [L + 1] in fp64."""
     copies = _Copies(stream)
     walk = LayerPass(copies, batches, scratch)
@@ -143,13 +147,10 @@ def next_tokens(batch: TokenBatch) -> Tensor:
     return labels_BS
 
 
-def _angles(
-    stream: LayerStream,
-    batches: Sequence[TokenBatch],
-    advance: Callable[[int, int], None] | None,
-    scratch: Scratch,
+def angular_distances(
+    stream: LayerStream, batches: Sequence[TokenBatch], advance: Advance | None, scratch: Scratch
 ) -> Tensor:
-    """[L, L + 1], fp64: from what enters layer l to what enters layer m; column L is what leaves the last one."""
+    """[L, L + 1]: from what enters layer l to what enters layer m, 0 for m ≤ l; column L is what leaves the model."""
     layers, tokens = stream.dims.layers, sum(batch.input_ids_BS.numel() for batch in batches)
     walk = LayerPass(stream, batches, scratch, advance)
     for layer in walk.layers():
@@ -162,7 +163,7 @@ def _angles(
         sums_L[-1] = len(after_RD)
         sums_L = all_reduce_sum(sums_L)
         walk.finish({"to": sums_L[:-1] / sums_L[-1]})
-    columns = [torch.zeros(layers, dtype=torch.float64), *(found["to"] for found in walk.results)]
+    columns = [torch.zeros(layers, dtype=torch.float64), *(result["to"] for result in walk.results)]
     return torch.stack(columns, dim=1)
 
 

@@ -1,56 +1,43 @@
-"""From scores to kept units, and how much of the importance a shape keeps. numpy only.
+"""From scores to kept units, and the share of the importance that a shape keeps. numpy only.
 
-Every score is turned into a non-negative share of something that adds up (energy): output energies as they are,
-activation scores squared (they are L2 norms), block influences as they are. So "retained" means one thing on every
-axis: the part of the sum that the kept units hold.
+Ranking works on energies (`ImportanceScores.energy`): numbers that add up. So "retained" means one thing on every axis:
+the part of the sum that the kept units hold.
 
-L layers · E experts · F ffn units (of an expert) · Q query heads · K kv heads · G = Q/K query heads a group · D hidden
+L layers · E experts · F ffn units (of an expert) · Q query heads · K kv heads · G = Q/K query heads per group
+D hidden
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdscale.config import criteria
+from kdscale.config.criteria import Criterion
 from kdscale.config.prune import PruneConfig
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import ConfigError
 from kdscale.families import Dims
-
-SCORES_FILE, SUMMARY_FILE = "scores.safetensors", "scores.json"
-
+from kdscale.prune.importance.scores_file import ImportanceScores
 
 Floats = NDArray[np.float64]
 
 
-# Scores of importance.py that are L2 norms rather than energies.
-_AMPLITUDES = ("ffn.activation", "heads.activation", "hidden.activation", "experts.output_norm")
+def criteria_to_measure(cfg: PruneConfig, axes: Sequence[str]) -> list[Criterion]:
+    """The criteria of the axes that may be cut: the cheap ones, and of the expensive ones those that `cfg` ranks by."""
+    scored = {*axes, *_ranked_together(axes)}
+    return [
+        row
+        for row in criteria.CRITERIA
+        if row.axis in scored and (not row.on_request or row == cfg.criterion(row.axis))
+    ]
 
 
-def score_name(axis: str, cfg: PruneConfig) -> str:
-    """The array in scores.safetensors that ranks `axis` under this config."""
-    return {
-        "ffn": f"ffn.{cfg.ffn_method}",
-        "heads": f"heads.{cfg.head_method}",
-        "kv_heads": "kv_heads.output_energy",
-        # auto has been resolved by rotate.choose; alone it means channels as they are
-        "hidden": "hidden.pca" if cfg.hidden_method == "pca" else "hidden.activation",
-        "experts": "experts.output_norm",
-        "layers": f"layers.{cfg.layer_method}",
-    }[axis]
-
-
-def depth_methods(cfg: PruneConfig) -> list[str]:
-    """Scores of layers that cost a pass of their own; they are gathered only when the config ranks by them."""
-    return [cfg.layer_method] if cfg.layer_method in ("loss", "angular") else []
-
-
-def obs_axes(cfg: PruneConfig) -> list[str]:
-    """Axes whose removal costs the config ranks by; they are gathered only then."""
-    return [axis for axis, method in (("ffn", cfg.ffn_method), ("heads", cfg.head_method)) if method == "obs"]
+def _ranked_together(axes: Sequence[str]) -> set[str]:
+    """Cutting kv heads also chooses among the query heads that read the kept ones, and the other way round."""
+    return {"heads", "kv_heads"} if {"heads", "kv_heads"} & set(axes) else set()
 
 
 class Ranking:
@@ -60,37 +47,48 @@ class Ranking:
         """`needed`: axes that may be cut. Raises ConfigError when a score they need is missing or malformed."""
         self.dims, self.cfg, self.has_scores = dims, cfg, scores is not None
         self._energy: dict[str, Floats] = {}
+        blocks = cfg.criterion("layers").scores_blocks
         shapes = {
             "ffn": (dims.layers, dims.experts, dims.ffn) if dims.experts else (dims.layers, dims.ffn),
             "experts": (dims.layers, dims.experts),
             "heads": (dims.layers, dims.heads),
             "kv_heads": (dims.layers, dims.kv_heads),
             "hidden": (dims.hidden,),
-            "layers": (dims.layers, dims.layers + 1) if cfg.layer_method == "angular" else (dims.layers,),
+            "layers": (dims.layers, dims.layers + 1) if blocks else (dims.layers,),
         }
-        # Cutting kv heads also chooses among the query heads that stay beside them.
-        wanted = {*needed, "heads"} if "kv_heads" in needed else set(needed)
-        for axis in sorted(wanted) if scores is not None else []:
-            name = score_name(axis, cfg)
-            if name != "layers.last":
-                self._energy[axis] = _energy(name, scores or {}, shapes[axis])
+        if scores is None:
+            return
+        measured = scores if isinstance(scores, ImportanceScores) else ImportanceScores(scores)
+        for axis in sorted({*needed, "heads"} if "kv_heads" in needed else needed):
+            row = cfg.criterion(axis)
+            if row.collect is not None:
+                self._energy[axis] = _checked_energy(row.name, measured, shapes[axis])
 
     def method(self, axis: str) -> str:
-        if axis == "layers" and (self.cfg.layer_method == "last" or not self.has_scores):
+        """What ranked `axis`, as the plan records it; `first` and `last` where there are no scores."""
+        row = self.cfg.criterion(axis)
+        if axis == "layers" and (row.collect is None or not self.has_scores):
             return "last"
         if not self.has_scores:
             return "first"
-        block = axis == "layers" and self.cfg.contiguous_layers and self.cfg.layer_method != "angular"
-        return ("contiguous_" if block else "") + _method(axis, self.cfg)
+        block = axis == "layers" and self.cfg.contiguous_layers and not row.scores_blocks
+        return f"contiguous_{row.method}" if block else row.method
+
+    def damage(self, axis: str, usual: float) -> float:
+        """How much a lost share of `axis` raises the log-perplexity: the criterion's own weight or the `usual` one."""
+        damage = self.cfg.criterion(axis).damage
+        return usual if damage is None else damage
 
     def layers(self, count: int) -> list[int]:
-        """Kept layers. Without scores, or with layer_method `last`: all but the last ones before the final layer, the
-        region that arXiv 2408.11796 (section 3.2) drops as one block."""
+        """Kept layers.
+
+        Without scores: all but the last ones before the final layer, as arXiv 2408.11796 (section 3.2) drops them.
+        """
         total, drop = self.dims.layers, self.dims.layers - count
         scores = self._energy.get("layers")
         if scores is None:
             start = max(total - 1 - drop, 0)
-        elif self.cfg.layer_method == "angular":
+        elif self.cfg.criterion("layers").scores_blocks:
             start = int(np.argmin([scores[layer, layer + drop] for layer in range(count + 1)]))
         elif self.cfg.contiguous_layers:
             sums = np.concatenate([[0.0], np.cumsum(scores)])
@@ -100,6 +98,7 @@ class Ranking:
         return [layer for layer in range(total) if not start <= layer < start + drop]
 
     def hidden(self, count: int) -> list[int]:
+        """Kept channels."""
         energy = self._energy.get("hidden")
         return list(range(count)) if energy is None else _top(energy, count)
 
@@ -111,10 +110,12 @@ class Ranking:
         return _top(energy[layer] if expert is None else energy[layer, expert], count)
 
     def experts(self, layer: int, count: int) -> list[int]:
+        """Kept experts."""
         energy = self._energy.get("experts")
         return list(range(count)) if energy is None else _top(energy[layer], count)
 
     def kv_heads(self, layer: int, count: int) -> list[int]:
+        """Kept kv heads."""
         energy = self._energy.get("kv_heads")
         return list(range(count)) if energy is None else _top(energy[layer], count)
 
@@ -136,8 +137,8 @@ class Ranking:
             return None
         energy = self._energy[axis]
         if axis == "layers":
-            if self.cfg.layer_method == "angular":  # by the angle that each layer turns on its own
-                energy = energy.diagonal(1)
+            if self.cfg.criterion("layers").scores_blocks:
+                energy = energy.diagonal(1)  # the blocks of one layer
             # The first layer turns the embedding around (0.99 on SmolLM2, where most layers have 0.04): in a plain sum
             # it would make dropping any other look free (docs/explanation/measured-pruning.md).
             return _share(np.minimum(energy, np.median(energy)), layers)
@@ -154,16 +155,12 @@ class Ranking:
         return float(np.mean([_share(energy[layer], units) for layer, units in zip(layers, kept, strict=True)]))
 
 
-def _method(axis: str, cfg: PruneConfig) -> str:
-    return score_name(axis, cfg).partition(".")[2]
-
-
-def _energy(name: str, scores: Mapping[str, Any], shape: tuple[int, ...]) -> Floats:
-    if name not in scores:
+def _checked_energy(name: str, scores: ImportanceScores, shape: tuple[int, ...]) -> Floats:
+    if name not in scores or name not in scores.units:
         raise ConfigError(
-            f"the importance scores lack {name!r}",
+            f"the importance scores lack {name!r}" + (" with its unit" if name in scores else ""),
             expected="scores for every axis that may be cut",
-            got=", ".join(sorted(scores)) or "none",
+            got=", ".join(sorted(scores.units)) or "none",
             hint="run the importance stage again with this config",
         )
     values = np.asarray(scores[name], dtype=np.float64)
@@ -174,7 +171,7 @@ def _energy(name: str, scores: Mapping[str, Any], shape: tuple[int, ...]) -> Flo
             got=f"shape {values.shape}, min {values.min() if values.size else None}",
             hint="run the importance stage again with this teacher",
         )
-    return values**2 if name in _AMPLITUDES else values
+    return scores.energy(name)
 
 
 def _top(energy: Floats, count: int) -> list[int]:
@@ -185,17 +182,3 @@ def _top(energy: Floats, count: int) -> list[int]:
 def _share(energy: Floats, kept: list[int]) -> float:
     total = float(energy.sum())
     return float(energy[kept].sum()) / total if total > 0 else len(kept) / len(energy)
-
-
-def load_scores(folder: Path) -> dict[str, NDArray[np.float32]]:
-    """The arrays of `importance.run` in `folder`. Raises CheckpointError when they are missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = folder / SCORES_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing", expected="importance scores", hint="run kdscale importance first")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged", got=str(error), hint="run kdscale importance again") from error

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import save_file
 
+from kdscale.config.prune import PruneConfig
 from kdscale.models.hidden_states import Scratch
 from kdscale.models.layer_stream import LayerStream
 from kdscale.models.loading import open_teacher
 from kdscale.prune.importance.collect import collect_scores
 
 AXES = ("ffn", "heads", "kv_heads", "hidden", "layers")
+CONFIG = PruneConfig(target_params="50%", axes=AXES)
 
 
 def batches() -> list[SimpleNamespace]:
@@ -49,7 +51,7 @@ def main() -> None:
         return read(index)
 
     source.layer = spy
-    scores = collect_scores(source, batches()[rank::world], AXES, scratch=Scratch(folder / f"rank-{rank}", 1))
+    scores = collect_scores(source, batches()[rank::world], AXES, CONFIG, scratch=Scratch(folder / f"rank-{rank}", 1))
     if rank == 0:
         out.with_suffix(".txt").write_text(" ".join(map(str, seen)))
     save_file(scores, out.with_suffix(f".{rank}.safetensors"))

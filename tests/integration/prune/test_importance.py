@@ -12,7 +12,7 @@ import torch
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, DataError
 from kdscale.models.loading import load_model
-from kdscale.prune.importance.ranking import load_scores
+from kdscale.prune.importance.scores_file import load_scores
 from kdscale.prune.search.shapes import make_plan
 from kdscale.weights import Checkpoint
 

@@ -74,6 +74,7 @@ def run(tmp_path: Path, tiny_llama_dir: Path) -> Path:
     scores = {name: rng.random((4, count), dtype=np.float32) for name, count in units.items()}
     save_file(scores, folder / "importance" / "scores.safetensors")
     summary = {"version": 1, "tokens": 512, "dtype": "float32", "axes": ["ffn", "heads"], "layers": []}
+    summary["units"] = {name: "norm" if name.endswith("activation") else "energy" for name in units}
     (folder / "importance" / "scores.json").write_text(json.dumps(summary))
     teacher = json.loads((tiny_llama_dir / "config.json").read_text())
     make_plan(teacher, load_family(teacher, "t"), scores, config.prune).save(folder / "plan.json")
@@ -224,6 +225,9 @@ def test_the_plots_mark_every_axis_that_was_cut(run: Path, tmp_path: Path, tiny_
     scores = load_file(run / "importance" / "scores.safetensors")
     scores["kv_heads.output_energy"] = np.random.default_rng(2).random((4, 2), dtype=np.float32)
     save_file(scores, run / "importance" / "scores.safetensors")
+    summary = json.loads((run / "importance" / "scores.json").read_text())
+    summary["units"]["kv_heads.output_energy"] = "energy"
+    (run / "importance" / "scores.json").write_text(json.dumps(summary))
     make_plan(teacher, load_family(teacher, "t"), scores, config.prune).save(run / "plan.json")
     text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
     assert "Crosses mark the 12 of 24 that were cut" in text  # query heads

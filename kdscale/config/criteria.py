@@ -1,0 +1,176 @@
+"""The criteria that rank what pruning keeps: one row a criterion, with its paper.
+
+Everything else reads this table: the methods that the config accepts, what the importance stage measures, the unit
+written beside the scores, the ranking, the predicted damage and the docs. A new criterion is one row here and the
+function that `collect` names. The table is here because the config cannot import `kdscale.prune`; for the same reason
+`collect` is a name, which the importance stage looks up. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+# Energies add up: the share of a set of units is their sum over the sum of all. Norms are square roots of energies.
+Unit = Literal["energy", "norm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """One way to score the units of one axis; the larger score stays."""
+
+    axis: str
+    method: str
+    title: str  # what is scored, in one line
+    source: str  # the paper, or where the choice was measured
+    unit: Unit = "energy"
+    # "module:function". The function is given a LayerContext before each layer runs and returns a Collector, or None
+    # where the criterion does not apply. With `own_pass` it is given (stream, batches, advance, scratch) and returns
+    # the scores of all layers. None: the criterion needs no scores.
+    collect: str | None
+    # "module:function" that turns the sum over all norms into named arrays; for the hidden axis, which has one order
+    # for the whole model. None: the sum is the score.
+    finish: str | None = None
+    needs_gram: bool = False  # needs the Gram matrix of a sublayer's whole input: measured only if the config asks
+    own_pass: bool = False  # needs a pass of its own through the model: measured only if the config asks
+    scores_blocks: bool = False  # [L, L + 1]: entry (l, m) scores the block of layers l to m - 1, dropped as one
+    # Rise of log-perplexity for a lost share of 1, where it differs from the axis' usual one (prune/search/scoring.py).
+    damage: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The array's name among the importance scores, `axis.method`."""
+        return f"{self.axis}.{self.method}"
+
+    @property
+    def on_request(self) -> bool:
+        """Whether it is expensive, and so measured only when the config ranks by it."""
+        return self.needs_gram or self.own_pass
+
+
+_UNITS = "kdscale.prune.importance.unit_scores"
+_LAYERS = "kdscale.prune.importance.layer_scores"
+_HIDDEN = "kdscale.prune.importance.hidden_scores"
+_MINITRON = "Minitron, arXiv 2407.14679, section 2.2"
+_WANDA = "Wanda, arXiv 2306.11695, squared and summed over the weights of a unit"
+_OBS = "Optimal Brain Surgeon: Hassibi and Stork 1993; SparseGPT, arXiv 2301.00774"
+
+# The first row of an axis is what ranks it where the config has no choice.
+CRITERIA: tuple[Criterion, ...] = (
+    Criterion(
+        axis="ffn", method="output_energy", collect=f"{_UNITS}:ffn_output_energy",
+        title="Σ over tokens of ‖W_unit · x_unit‖², the unit's share of the sublayer's output", source=_WANDA,
+    ),
+    Criterion(
+        axis="ffn", method="activation", unit="norm", collect=f"{_UNITS}:ffn_activation",
+        title="mean of |x| over the sequence, L2 norm over the samples", source=_MINITRON,
+    ),
+    Criterion(
+        axis="ffn", method="obs", needs_gram=True, collect=f"{_UNITS}:ffn_removal_costs",
+        title="what removing the unit costs when the other units are refitted", source=_OBS,
+    ),
+    Criterion(
+        axis="heads", method="output_energy", collect=f"{_UNITS}:heads_output_energy",
+        title="Σ over tokens of ‖W_head · x_head‖², the head's share of the sublayer's output", source=_WANDA,
+    ),
+    Criterion(
+        axis="heads", method="activation", unit="norm", collect=f"{_UNITS}:heads_activation",
+        title="mean of ‖x_head‖ over the sequence, L2 norm over the samples", source=_MINITRON,
+    ),
+    Criterion(
+        axis="heads", method="obs", needs_gram=True, collect=f"{_UNITS}:heads_removal_costs",
+        title="what removing the head costs when the other heads are refitted", source=_OBS,
+    ),
+    Criterion(
+        axis="kv_heads", method="output_energy", collect=f"{_UNITS}:kv_heads_output_energy",
+        title="Σ over tokens of ‖W_group · x_group‖² of all query heads that read the kv head", source=_WANDA,
+    ),
+    Criterion(
+        axis="hidden", method="activation", unit="norm", collect=f"{_HIDDEN}:norm_activation",
+        title="mean of |norm output| over the sequence, L2 norm over the samples, summed over the norms",
+        source=_MINITRON,
+    ),
+    Criterion(
+        axis="hidden", method="pca", collect=f"{_HIDDEN}:residual_covariance", finish=f"{_HIDDEN}:components",
+        damage=31.0, title="energy along the principal components of the residual stream, which become the channels",
+        source="SliceGPT, arXiv 2401.15024, section 3, with one rotation for the whole model",
+    ),
+    Criterion(
+        axis="layers", method="block_influence", collect=f"{_LAYERS}:block_influence",
+        title="1 − mean cosine between what enters and what leaves the layer", source="ShortGPT, arXiv 2403.03853",
+    ),
+    Criterion(
+        axis="layers", method="loss", own_pass=True, collect=f"{_LAYERS}:losses_without_a_layer",
+        title="rise of the loss without the layer, in nats per token",
+        source="the perplexity criterion of ShortGPT (arXiv 2403.03853) and LLM-Streamline",
+    ),
+    Criterion(
+        axis="layers", method="angular", own_pass=True, scores_blocks=True, collect=f"{_LAYERS}:angular_distances",
+        title="angle between what enters the first and what leaves the last layer of a block",
+        source="Gromov et al., arXiv 2403.17887, equation 6, over many tokens of a sequence instead of the last",
+    ),
+    Criterion(
+        axis="layers", method="last", collect=None,
+        title="no score: drops the last layers before the final one", source="arXiv 2408.11796, section 3.2",
+    ),
+    Criterion(
+        axis="experts", method="output_norm", unit="norm", collect=f"{_UNITS}:experts_output_norm",
+        title="Σ over the expert's tokens of routing weight · ‖expert output‖",
+        source="REAP, arXiv 2510.13999, with a sum over the tokens instead of a mean",
+    ),
+)  # fmt: skip
+
+
+AXIS_TITLES = {
+    "layers": "Layers",
+    "hidden": "Hidden channels",
+    "ffn": "Feed-forward units",
+    "heads": "Query heads",
+    "kv_heads": "KV heads",
+    "experts": "Experts",
+}
+
+
+def methods(axis: str) -> list[str]:
+    """The methods that can rank `axis`."""
+    return [row.method for row in CRITERIA if row.axis == axis]
+
+
+def criterion(axis: str, method: str | None = None) -> Criterion:
+    """The row for `axis` and `method`; without a method the axis' first row. Raises KeyError for unknown ones."""
+    for row in CRITERIA:
+        if row.axis == axis and method in (None, row.method):
+            return row
+    raise KeyError(f"{axis}.{method}")
+
+
+def _method_of(axis: str, also: Sequence[str] = ()) -> AfterValidator:
+    def check(method: str) -> str:
+        known = [*also, *methods(axis)]
+        if method not in known:
+            raise ValueError(f"expected one of {', '.join(known)}")
+        return method
+
+    return AfterValidator(check)
+
+
+# The table is read at validation, so that a row added to it is accepted at once.
+FfnMethod = Annotated[str, _method_of("ffn")]
+
+
+HeadMethod = Annotated[str, _method_of("heads")]
+
+
+HiddenMethod = Annotated[str, _method_of("hidden", also=("auto",))]
+
+
+LayerMethod = Annotated[str, _method_of("layers")]
+
+
+def criteria_table() -> str:
+    """All criteria as a Markdown table, for the docs."""
+    rows = [f"| {row.axis} | `{row.method}` | {row.unit} | {row.title} | {row.source} |" for row in CRITERIA]
+    return "\n".join(["| axis | method | unit | what it is | source |", "|---|---|---|---|---|", *rows]) + "\n"

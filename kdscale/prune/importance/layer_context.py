@@ -1,0 +1,125 @@
+"""What a criterion sees of one layer while the calibration tokens run through it, and the sums that criteria share.
+
+All sums are fp32 within a batch and fp64 across batches, whatever the weights are in; Gram matrices stay in fp32.
+
+B batch · S sequence · D hidden · U inputs of a sublayer's last projection (ffn units, or heads · head_dim)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor, nn
+
+from kdscale.models.layer_stream import DecoderLayer, LayerStream
+from kdscale.prune.importance.expert_scores import ExpertSums
+from kdscale.runtime.ranks import all_reduce_sum
+
+Sublayer = Literal["ffn", "heads"]
+T = TypeVar("T")
+
+# Called when all tokens have run through the layer; returns the finished score over the tokens of all ranks.
+Collector = Callable[[], Tensor]
+
+_PROJECTION_ROLES: dict[Sublayer, str] = {"ffn": "down", "heads": "o"}
+
+
+class LayerContext:
+    """One layer of the teacher, or with `layer=None` the final norm alone.
+
+    `norms`: the norms over the residual stream. `ridge`: the regularisation of criteria that refit
+    (`prune.ridge_lambda`). `model_wide`: one dictionary for all layers of a pass, for `once`.
+    """
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        layer: DecoderLayer | None,
+        norms: Sequence[nn.Module],
+        ridge: float,
+        model_wide: dict[str, Any],
+    ):
+        self.family, self.config, self.dims, self.device = stream.family, stream.config, stream.dims, stream.device
+        self.norms, self.ridge = norms, ridge
+        self._layer, self._model_wide = layer, model_wide
+        self._statistics: dict[Sublayer, dict[str, Callable[[Tensor], Tensor]]] = {}
+        self._sums: dict[tuple[Sublayer, str], Tensor] = {}
+        self._reduced: set[tuple[Sublayer, str]] = set()
+        self._grams: dict[Sublayer, Tensor | None] = {}
+        self._experts: ExpertSums | None = None
+        self._watchers: list[Callable[[Tensor, Tensor], None]] = []
+
+    def weight(self, sublayer: Sublayer) -> Tensor:
+        """The weight of the sublayer's last projection, [outputs, inputs] in fp32."""
+        weight = self._projection(sublayer).weight
+        assert isinstance(weight, Tensor)
+        return weight.float().T if self.family.transposed(_PROJECTION_ROLES[sublayer]) else weight.float()
+
+    def sum_over_batches(self, sublayer: Sublayer, name: str, statistic: Callable[[Tensor], Tensor]) -> Collector:
+        """Sum `statistic` of the sublayer's input [B, S, U] over all batches and ranks, in fp64.
+
+        Criteria that ask for the same `name` share one sum.
+        """
+        self._hook(sublayer)
+        self._statistics[sublayer].setdefault(name, statistic)
+        return lambda: self._total(sublayer, name)
+
+    def gram(self, sublayer: Sublayer) -> Collector:
+        """Sum xᵀx of the sublayer's input [U, U] over all batches and ranks, in fp32. The sum is given out once."""
+        self._hook(sublayer)
+        self._grams[sublayer] = None
+        return lambda: self._take_gram(sublayer)
+
+    def experts(self) -> ExpertSums | None:
+        """The sums over each expert's tokens; None in a dense model."""
+        if self._experts is None and self._layer is not None and self.family.sites.experts:
+            self._experts = ExpertSums(self._layer.site(self.family.sites.experts))
+        return self._experts
+
+    def watch(self, watcher: Callable[[Tensor, Tensor], None]) -> None:
+        """Call `watcher(before_BSD, after_BSD)` with the hidden states around the layer, for every batch."""
+        self._watchers.append(watcher)
+
+    def see(self, before_BSD: Tensor, after_BSD: Tensor) -> None:
+        """Show one batch to all watchers."""
+        for watcher in self._watchers:
+            watcher(before_BSD, after_BSD)
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What `make()` returned for the first layer: for answers that hold for the whole model."""
+        if key not in self._model_wide:
+            self._model_wide[key] = make()
+        answer: T = self._model_wide[key]
+        return answer
+
+    def _projection(self, sublayer: Sublayer) -> nn.Module:
+        assert self._layer is not None
+        return self._layer.site(self.family.sites.ffn if sublayer == "ffn" else self.family.sites.heads)
+
+    def _hook(self, sublayer: Sublayer) -> None:
+        if sublayer not in self._statistics:
+            self._statistics[sublayer] = {}
+            self._projection(sublayer).register_forward_pre_hook(lambda _, args: self._add(sublayer, args[0].float()))
+
+    def _add(self, sublayer: Sublayer, x_BSU: Tensor) -> None:
+        for name, statistic in self._statistics[sublayer].items():
+            value, key = statistic(x_BSU).double(), (sublayer, name)
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        if sublayer in self._grams:
+            x_NU, gram_UU = x_BSU.flatten(0, 1), self._grams[sublayer]
+            if gram_UU is None:
+                gram_UU = self._grams[sublayer] = x_NU.new_zeros(x_NU.shape[1], x_NU.shape[1])
+            gram_UU.addmm_(x_NU.T, x_NU)
+
+    def _total(self, sublayer: Sublayer, name: str) -> Tensor:
+        key = (sublayer, name)
+        if key not in self._reduced:
+            self._sums[key] = all_reduce_sum(self._sums[key])
+            self._reduced.add(key)
+        return self._sums[key]
+
+    def _take_gram(self, sublayer: Sublayer) -> Tensor:
+        gram_UU = self._grams.pop(sublayer)
+        assert gram_UU is not None, "no batch has run through the layer"
+        return all_reduce_sum(gram_UU)
