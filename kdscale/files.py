@@ -1,7 +1,7 @@
-"""Files that are either whole or absent, and paths that stay where they belong.
+"""Files that are either complete or absent, and paths that stay inside their folder.
 
-Everything kdscale leaves on disk goes through here: written under a temporary name in the same folder, flushed to the
-disk, renamed. A reader can then trust any file that carries its final name, whatever was killed and when.
+Everything that kdscale leaves on disk is written under a temporary name in the same folder, flushed to the disk and
+renamed. A reader can trust any file that has its final name, whatever was killed and when.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HINT_BY_ERRNO = {
 
 @contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals (full, read-only, forbidden) into errors that say what to do."""
+    """Turn the operating system's errors (full, read-only, forbidden) into a RunFolderError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -50,6 +50,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
+    """Make the content of `path` survive a power cut."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
@@ -85,7 +86,7 @@ def atomic_dir(path: Path) -> Iterator[Path]:
 
 
 def replace_dir(new: Path, path: Path) -> None:
-    """Give the finished folder `new` the name `path` on the same file system, in the place of what is there."""
+    """Rename the finished folder `new` to `path` on the same file system, replacing what is there."""
     with explain_os_errors(path):
         for item in sorted(new.rglob("*")):
             if item.is_file():
@@ -93,7 +94,7 @@ def replace_dir(new: Path, path: Path) -> None:
         for folder in [new, *(item for item in new.rglob("*") if item.is_dir())]:
             fsync_dir(folder)
         if path.exists():
-            # A folder cannot be replaced in one step: the old one steps aside, so that `path` is never half new.
+            # A folder cannot be replaced in one step: the old one is renamed first, so that `path` is never half new.
             old = path.with_name(f"{_TMP_MARK}{os.getpid()}-old-{path.name}")
             path.replace(old)
             new.replace(path)
@@ -104,7 +105,7 @@ def replace_dir(new: Path, path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a file or a folder with all in it; nothing happens when it is not there."""
+    """Delete a file, or a folder with everything in it; do nothing where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -112,20 +113,21 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Delete what killed processes left half-written directly under `folder`; returns what was removed."""
-    left = list(folder.glob(f"{_TMP_MARK}*"))
-    for item in left:
+    """Delete what killed processes left half written directly under `folder`; returns what was removed."""
+    leftovers = list(folder.glob(f"{_TMP_MARK}*"))
+    for item in leftovers:
         remove_tree(item)
-    return left
+    return leftovers
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8; the file appears complete or not at all."""
     with atomic_path(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Two spaces, final newline, keys in the order given (a reader's order); NaN and Infinity are refused."""
+    """Write JSON: two spaces, a final newline, keys in their order. Raises ValueError for NaN and Infinity."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -140,7 +142,7 @@ def read_json(path: Path, error: type[KdscaleError] = FileError) -> Any:
 
 
 def sha256_file(path: Path, size: int | None = None) -> str:
-    """Of the whole file, or of its first `size` bytes."""
+    """Hex digest of a file, or of its first `size` bytes."""
     digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
     with path.open("rb") as stream:
         while block := stream.read(min(left, 1 << 22)):
@@ -150,13 +152,14 @@ def sha256_file(path: Path, size: int | None = None) -> str:
 
 
 def sha256_json(value: Any) -> str:
+    """Hex digest of a JSON value; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def safe_join(folder: Path, name: str) -> Path:
     """`folder / name`, refused when `name` (from a manifest we did not write) would leave `folder`.
 
-    The check is on the name alone: a hub cache's own entries are symbolic links to a blob store beside the folder.
+    Only the name is checked, not where links lead: entries of a hub cache are links to a store beside the folder.
     """
     parts = PurePosixPath(name.replace("\\", "/"))
     if not name or parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute():

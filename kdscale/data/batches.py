@@ -116,7 +116,7 @@ class PackedLoader:
         first = step * self._global + self._rank * per_rank
         sequences = [self.sequence(number) for number in range(first, first + per_rank)]
         return [
-            _stack(sequences[i : i + self._micro]).with_label_slice(*self._label_slice)
+            stack_sequences(sequences[i : i + self._micro]).with_label_slice(*self._label_slice)
             for i in range(0, per_rank, self._micro)
         ]
 
@@ -137,7 +137,7 @@ class PackedLoader:
 
     def stack(self, numbers: Sequence[int]) -> Batch:
         """One batch of the sequences with these numbers in the global order."""
-        return _stack([self.sequence(number) for number in numbers])
+        return stack_sequences([self.sequence(number) for number in numbers])
 
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""
@@ -147,10 +147,12 @@ class PackedLoader:
         return packed_sequence(self._split, self._order[1], within, self._seq_len)
 
 
-def _stack(sequences: Sequence[PackedSequence]) -> Batch:
+def stack_sequences(sequences: Sequence[PackedSequence], text_bytes: int = 0) -> Batch:
+    """One batch of these sequences, in their order."""
     return Batch(
         input_ids_BS=torch.from_numpy(np.stack([s.input_ids_S for s in sequences])),
         position_ids_BS=torch.from_numpy(np.stack([s.position_ids_S for s in sequences])),
         labels_BS=torch.from_numpy(np.stack([s.labels_S for s in sequences])),
         document_ids=[document for s in sequences for document in s.document_ids],
+        text_bytes=text_bytes,
     )

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from kdscale.data.batches import Batch
-from kdscale.data.packing import IGNORED_LABEL, seeded_order
+from kdscale.data.batches import Batch, stack_sequences
+from kdscale.data.packing import IGNORED_LABEL, PackedSequence, seeded_order
 from kdscale.data.token_store import TokenSplit
 
 
@@ -77,10 +76,5 @@ def _add_to_first_fit(split: TokenSplit, document: int, take: int, rows: list[_E
 
 
 def _eval_batch(rows: Sequence[_EvalRow]) -> Batch:
-    return Batch(
-        input_ids_BS=torch.from_numpy(np.stack([row.ids for row in rows])),
-        position_ids_BS=torch.from_numpy(np.stack([row.positions for row in rows])),
-        labels_BS=torch.from_numpy(np.stack([row.labels for row in rows])),
-        document_ids=[document for row in rows for document in row.documents],
-        text_bytes=sum(int(row.sizes.sum()) for row in rows),
-    )
+    sequences = [PackedSequence(row.ids, row.positions, row.labels, row.documents) for row in rows]
+    return stack_sequences(sequences, text_bytes=sum(int(row.sizes.sum()) for row in rows))

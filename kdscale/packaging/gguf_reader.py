@@ -45,26 +45,32 @@ _LAYER = {
 _CONTROL_TOKEN = 3  # gguf token type: special, never split, left out of decoded text
 
 
+def gguf_reader_class() -> Any:
+    """The package gguf's GGUFReader. Raises ConfigError where the package is not installed."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ConfigError(
+            "this teacher comes as a GGUF file",
+            expected="the package `gguf`",
+            got=str(error),
+            hint="pip install kdscale[gguf]",
+        ) from error
+    return GGUFReader
+
+
 class GgufLlama:
     """One opened GGUF file. Raises ConfigError without the `gguf` package, CheckpointError on another architecture."""
 
     def __init__(self, path: Path):
-        try:
-            from gguf import GGUFReader
-        except ImportError as error:
-            raise ConfigError(
-                "reading a GGUF teacher",
-                expected="the package `gguf`",
-                got=str(error),
-                hint="pip install kdscale[gguf]",
-            ) from error
         self.path = path
+        reader_class = gguf_reader_class()
         try:
-            self._reader = GGUFReader(path)
+            self._reader = reader_class(path)
         except (ValueError, IndexError, OSError) as error:
             raise CheckpointError(f"{path} is not a readable GGUF file", got=str(error)) from error
-        if (found := self.field("general.architecture")) != "llama":
-            raise CheckpointError(f"{path} cannot be converted", expected="architecture llama", got=repr(found))
+        if (architecture := self.field("general.architecture")) != "llama":
+            raise CheckpointError(f"{path} cannot be converted", expected="architecture llama", got=repr(architecture))
 
     def field(self, key: str) -> Any:
         """A metadata value as plain Python. Raises CheckpointError when the file does not carry it."""
@@ -124,17 +130,17 @@ class GgufLlama:
         return out
 
     def tokenizer(self) -> Tokenizer:
-        """The byte-level BPE tokenizer. Raises CheckpointError on a pre-tokenizer we do not know exactly.
+        """The byte-level BPE tokenizer. Raises CheckpointError for a pre-tokenizer other than `smollm`.
 
         The pre-tokenizer decides the splits that the merges were learned on, and GGUF carries only its name. `smollm`
-        is: every digit on its own, then GPT-2's byte-level regex.
+        splits off every digit, then applies GPT-2's byte-level regex.
         """
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        kind, splitter = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre")
-        if (kind, splitter) != ("gpt2", "smollm"):
+        model, splitter = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre")
+        if (model, splitter) != ("gpt2", "smollm"):
             raise CheckpointError(
-                f"{self.path}: unknown tokenizer", expected="gpt2 with pre-tokenizer smollm", got=f"{kind}, {splitter}"
+                f"{self.path}: unknown tokenizer", expected="gpt2 with pre-tokenizer smollm", got=f"{model}, {splitter}"
             )
         tokens, types = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type")
         merges = [tuple(merge.split(" ")) for merge in self.field("tokenizer.ggml.merges")]
@@ -146,7 +152,7 @@ class GgufLlama:
             ]
         )
         tokenizer.decoder = decoders.ByteLevel()
-        special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
+        special = [token for token, token_type in zip(tokens, types, strict=True) if token_type == _CONTROL_TOKEN]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         return tokenizer
 
@@ -182,7 +188,7 @@ def write_checkpoint(gguf: GgufLlama, folder: Path, dtype: str, eos_ids: list[in
 
 
 def _check_reload(folder: Path, gguf: GgufLlama) -> None:
-    """AutoTokenizer must give back the tokenizer we built: same splits on digits and words, and exact round trips."""
+    """Check that AutoTokenizer loads what was built: it splits alike, and text comes back exactly."""
     from kdscale.models.loading import load_tokenizer
 
     loaded, built = load_tokenizer(folder), gguf.tokenizer()

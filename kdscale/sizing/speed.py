@@ -41,7 +41,7 @@ class StepEstimate:
 
     @property
     def step(self) -> float:
-        """Seconds of a whole step."""
+        """Seconds of one step."""
         return sum(self.seconds.values())
 
 
