@@ -236,6 +236,10 @@ class Family:
         axes = next((t.axes for t in self.data.tensors if t.role == role), None)
         return axes is not None and role in ("o", "down") and axes[-1] == "hidden"
 
+    def output_by_input(self, role: str, weight: Any) -> Any:
+        """A projection as it is stored → [output, input], or back: a transposed view where that differs."""
+        return weight.T if self.transposed(role) else weight
+
     # -- figures -------------------------------------------------------------------------------------------------------
 
     def count_params(self, config: Config) -> ParamCount:

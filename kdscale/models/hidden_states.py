@@ -1,11 +1,4 @@
-"""The calibration hidden states between two layers, in memory up to a budget and on disk beyond it, and the pass over
-the layers that uses them and can be taken up again after a kill.
-
-Files in the scratch folder, for the layers done so far (k of them):
-  states-<k>.bin             the states that leave layer k−1, batch after batch, raw
-  running-<k>.safetensors    sums over the layers so far
-  layer-<i>.safetensors      what the pass found out about layer i, for each i < k
-  progress-<k>.json          where each batch is in states-<k>.bin; written last, so that its presence means "whole"
+"""The calibration hidden states between two layers: in memory up to a budget, in a file beyond it.
 
 B batch · S sequence · D hidden
 """

@@ -1,29 +1,81 @@
-"""NEWDOC."""
+"""A walk through a model, one layer in memory at a time; after a kill it goes on at the first unfinished layer.
+
+Whatever embeds batches and gives layers can be walked (`LayerSource`): a model read from its files, a teacher and its
+student side by side, several copies of one model.
+
+Files in the scratch folder, for the layers done so far (k of them):
+  states-<k>.bin             the hidden states that leave layer k−1, batch after batch, raw
+  running-<k>.safetensors    sums over the layers so far
+  layer-<i>.safetensors      the result of layer i, for each i < k
+  progress-<k>.json          where each batch is in states-<k>.bin; written last: only then is the set complete
+
+B batch · S sequence · D hidden
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from kdscale.files import atomic_path, read_json, write_json
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
+from kdscale.models.layer_stream import TokenBatch
 from kdscale.runtime import ranks
+from kdscale.runtime.progress import Bar
 
 
-class LayerPass:
+class Layer(Protocol):
+    """One layer of a model with its weights in memory, until it is released."""
+
+    @property
+    def index(self) -> int: ...
+
+    def __call__(self, hidden_BSD: Tensor, position_ids_BS: Tensor, /) -> Tensor: ...
+
+    def release(self) -> None: ...
+
+
+Layer_co = TypeVar("Layer_co", bound=Layer, covariant=True)
+
+
+class LayerSource(Protocol[Layer_co]):
+    """A model of `depth` layers whose weights and hidden states are on `device`."""
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch, /) -> HiddenStates:
+        """What enters the first layer: one tensor a batch, or several where whoever walks runs the layers alone."""
+
+    def layer(self, index: int, /) -> Layer_co:
+        """Layer `index`; the one before it is released by then."""
+
+
+Advance = Callable[[int, int], None]  # (tokens of a batch, index of the layer that it went through)
+
+
+def layer_progress(bar: Bar, depth: int) -> Advance:
+    """Moves `bar`, whose total is the tokens of one pass, by each batch's share in each of `depth` layers."""
+    return lambda tokens, layer: bar.advance(tokens / depth, f"layer {layer + 1}/{depth}")
+
+
+class LayerPass(Generic[Layer_co]):
     """The calibration batches carried through a model's layers in order; one layer in memory at a time.
 
-        walk = LayerPass(stream, batches, scratch)
+        walk = LayerPass(source, batches, scratch)
         for layer in walk.layers():            # from the first unfinished one on
             ...register hooks on the layer...
             walk.run(layer)                    # every batch through it
             walk.finish({"score": ...})        # its result is kept; a kill from here on resumes with the next layer
-        walk.results                           # one dict a layer, also of those done by a killed process
+        walk.results                           # one dict per layer, also of those done by a killed process
 
     `running` holds tensors that are not one layer's but sums over the layers: fill it as you like between `layers` and
     `finish`; after a kill it has what it had when the last layer was finished.
@@ -34,12 +86,12 @@ class LayerPass:
 
     def __init__(
         self,
-        stream: Any,
-        batches: Sequence[Any],
+        source: LayerSource[Layer_co],
+        batches: Sequence[TokenBatch],
         scratch: Scratch = IN_MEMORY,
-        advance: Callable[[int, int], None] | None = None,
+        advance: Advance | None = None,
     ):
-        self.stream, self.batches = stream, batches
+        self.source, self.batches = source, batches
         self.results: list[dict[str, Tensor]] = []
         self.running: dict[str, Tensor] = {}
         self._scratch, self._advance = scratch, advance
@@ -48,27 +100,27 @@ class LayerPass:
             self._resume(done)
         else:
             self._clear()
-            self.states: HiddenStates = stream.embed(batches, scratch)
+            self.states: HiddenStates = source.embed(batches, scratch)
 
     @property
     def done(self) -> int:
         """How many layers are finished."""
         return len(self.results)
 
-    def layers(self, stop: int | None = None) -> Iterator[Any]:
+    def layers(self, stop: int | None = None) -> Iterator[Layer_co]:
         """The unfinished layers below `stop` in order; each is released when the next one is asked for."""
-        for index in range(self.done, self.stream.dims.layers if stop is None else stop):
-            layer = self.stream.layer(index)
+        for index in range(self.done, self.source.depth if stop is None else stop):
+            layer = self.source.layer(index)
             yield layer
             layer.release()
             assert self.done == index + 1, "finish() was not called"
 
-    def run(self, layer: Any, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
-        """Every batch through `layer`; `see(before_BSD, after_BSD)` is shown what goes in and what comes out."""
+    def run(self, layer: Layer, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Send every batch through `layer`; `see(before_BSD, after_BSD)` is shown what goes in and what comes out."""
         for index, batch in enumerate(self.batches):
             with torch.inference_mode():
                 before_BSD = self.states[index]
-                after_BSD = layer(before_BSD, batch.position_ids_BS.to(self.stream.device))
+                after_BSD = layer(before_BSD, batch.position_ids_BS.to(self.source.device))
                 if see is not None:
                     see(before_BSD, after_BSD)
             self.states[index] = after_BSD
@@ -113,9 +165,9 @@ class LayerPass:
         progress = read_json(folder / f"progress-{done}.json")
         self.results = [load_file(self._layer_file(index)) for index in range(done)]
         if self._running_file(done).exists():
-            self.running = load_file(self._running_file(done), device=str(self.stream.device))
+            self.running = load_file(self._running_file(done), device=str(self.source.device))
         self.states = HiddenStates.load(
-            folder / f"states-{done}.bin", progress["states"], self._scratch, self.stream.device
+            folder / f"states-{done}.bin", progress["states"], self._scratch, self.source.device
         )
         for other in self._finished():
             if other != done:

@@ -78,6 +78,11 @@ class LayerStream:
         self.dtype, self.device = dtype, device
         self.dims = family.dims(config)
 
+    @property
+    def depth(self) -> int:
+        """How many layers the model has."""
+        return self.dims.layers
+
     def embedding(self) -> Callable[[Tensor, Tensor], Tensor]:
         """(token ids, position ids) → what enters the first layer: the model itself, without layers and final norm."""
         shell, sites = self._shell(0), self.family.sites
@@ -140,17 +145,24 @@ class LayerStream:
         return lambda hidden: head.logits(hidden * scale)
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> HiddenStates:
-        """The hidden states that enter the first layer, one [B, S, D] a batch.
+        """The hidden states that enter the first layer, one [B, S, D] per batch; raises as `embedded` does."""
+        states = HiddenStates(scratch, self.device)
+        for state_BSD in self.embedded(batches):
+            states.append(state_BSD)
+        return states
+
+    def embedded(self, batches: Sequence[TokenBatch]) -> Iterator[Tensor]:
+        """The same batch after batch, for a caller that keeps them in another way.
 
         Raises DataError for a sequence with more positions than the model has learned.
         """
         for name, spec in self._outer("position_embed").items():
             check_positions(name, spec, [batch.position_ids_BS for batch in batches])
-        enter, states = self.embedding(), HiddenStates(scratch, self.device)
-        with torch.inference_mode():
-            for batch in batches:
-                states.append(enter(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device)))
-        return states
+        enter = self.embedding()
+        for batch in batches:
+            with torch.inference_mode():
+                state_BSD = enter(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device))
+            yield state_BSD
 
     def _outer(self, *roles: str) -> dict[str, TensorSpec]:
         outer = self.family.outer_tensors(self.config)

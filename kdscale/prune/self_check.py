@@ -21,7 +21,7 @@ B batch · S sequence · D teacher hidden · V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
-from kdscale.prune.compensation.layer_gaps import ROLE, find_gaps
+from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, find_gaps
 from kdscale.prune.compensation.one_stream import compensated_roles
 from kdscale.prune.plan import Plan
-from kdscale.prune.slicing import Slicer
+from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.weights import Checkpoint
 from kdscale.weights.reader import torch_dtype
 
@@ -43,23 +43,15 @@ from kdscale.weights.reader import torch_dtype
 # after 30 layers of a real model; docs/explanation/pruning.md has what one wrong unit measures.
 TOLERANCE = 2e-4
 
-
 # Tokens whose vector nearly vanishes are held to a share of the typical norm instead of their own.
 _FLOOR = 1e-2
 
-
 # Students above this size in fp32 are reloaded in the files' dtype with their layers left on the disk, as transformers
 # offers it, so that the check needs no more memory than pruning does. In bf16 decoding with a cache rounds otherwise.
-_WHOLE_BYTES = 2 << 30
-
-
+_IN_MEMORY_BYTES = 2 << 30
 _CACHED_TOLERANCE_16BIT = 0.1
 
-
 _BLOCK_BYTES = 1 << 25
-
-
-_FIGURES = dict[str, float]
 
 
 class IdsBatch:
@@ -79,8 +71,11 @@ def self_check(
     *,
     device: torch.device | None = None,
     tolerance: float = TOLERANCE,
-) -> _FIGURES:
-    """Both checks and the files' contents. Returns the largest relative differences. Raises SelfCheckError."""
+) -> dict[str, float]:
+    """Run both checks and compare the files' contents.
+
+    Returns the largest relative differences, by check. Raises SelfCheckError when one of them is too large.
+    """
     student = Checkpoint.open(student_dir)
     student.verify_against(family)
     files_equal_slices(teacher, family, plan, student)
@@ -96,56 +91,64 @@ def masked_equals_sliced(
     *,
     device: torch.device | None = None,
     tolerance: float = TOLERANCE,
-) -> _FIGURES:
-    """Masked teacher == sliced student, after the embedding, every sublayer and the head.
+) -> dict[str, float]:
+    """Compare the masked teacher with the sliced student after the embedding, every sublayer and the head.
 
     Returns {"masked_vs_sliced": largest relative difference of the logits}. Raises SelfCheckError naming the first
     layer and axis that disagree.
     """
     slicer = Slicer(teacher.config, family, plan)
-    device = device or torch.device("cpu")
-    whole = LayerStream(teacher.config, family, teacher.tensor, dtype=torch.float32, device=device)
-    cut = LayerStream(
-        slicer.student_config, family, _sliced_source(teacher, slicer), dtype=torch.float32, device=device
-    )
+    device, dtype = device or torch.device("cpu"), torch.float32
+    sliced = SlicedStudent(slicer, _unrounded(teacher, slicer))
+    teacher_stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
+    student_stream = LayerStream(slicer.student_config, family, sliced.tensor, dtype=dtype, device=device)
     mask, batch = _Mask(teacher.config, plan, family, device), IdsBatch(input_ids_BS)
     positions = batch.position_ids_BS.to(device)
     compare = _Comparison(tolerance, torch.tensor(plan.kept.hidden, device=device))
     with torch.inference_mode():
-        theirs, ours = whole.embed([batch])[0] * mask.hidden_D, cut.embed([batch])[0]
-        compare.hidden("the embedding", "hidden", theirs, ours)
+        masked, student = teacher_stream.embed([batch])[0] * mask.hidden_D, student_stream.embed([batch])[0]
+        compare.hidden("the embedding", "hidden", masked, student)
         for position, layer_index in enumerate(plan.kept.layers):
-            seen_theirs: dict[str, Tensor] = {}
-            seen_ours: dict[str, Tensor] = {}
-            layer = whole.layer(layer_index)
+            outputs: list[dict[str, Tensor]] = [{}, {}]
+            layer = teacher_stream.layer(layer_index)
             mask.attach(layer, position)
-            _record(layer, family, seen_theirs)
-            theirs = layer(theirs, positions)
+            _record(layer, family, outputs[0])
+            masked = layer(masked, positions)
             layer.release()
-            layer = cut.layer(position)
-            _record(layer, family, seen_ours)
-            ours = layer(ours, positions)
+            layer = student_stream.layer(position)
+            _record(layer, family, outputs[1])
+            student = layer(student, positions)
             layer.release()
             where = f"teacher layer {layer_index} (student layer {position})"
             mlp = "experts / ffn" if family.sites.experts else "ffn"
             for site, axis in (("heads", "heads / kv_heads"), ("ffn", mlp)):
-                compare.hidden(f"{where}, {axis} output", axis, seen_theirs[site], seen_ours[site])
-            compare.hidden(where, "layers", theirs, ours)
-        norm = mask.final_norm(whole.final_norm())
-        theirs, ours = norm(theirs), cut.final_norm()(ours)
-        compare.hidden("the final norm", "hidden", theirs, ours)
-        logits = whole.head()(theirs * mask.head_factor)
-        share = compare.equal("the logits", "hidden", logits, cut.head()(ours))
-    return {"masked_vs_sliced": share}
+                compare.hidden(f"{where}, {axis} output", axis, outputs[0][site], outputs[1][site])
+            compare.hidden(where, "layers", masked, student)
+        norm = mask.final_norm(teacher_stream.final_norm())
+        masked, student = norm(masked), student_stream.final_norm()(student)
+        compare.hidden("the final norm", "hidden", masked, student)
+        logits = teacher_stream.head()(masked * mask.head_factor)
+        difference = compare.equal("the logits", "hidden", logits, student_stream.head()(student))
+    return {"masked_vs_sliced": difference}
+
+
+def _unrounded(teacher: Checkpoint, slicer: Slicer) -> Callable[[str], Tensor]:
+    """Reads the teacher; in fp32 what a factor is applied to: rounding to the file's dtype is not a slicing error."""
+    rescaled = {
+        tensor.source
+        for tensor in slicer.tensors()
+        if (tensor.spec.role == "embed" and slicer.embed_factor != 1.0) or tensor.spec.role.endswith("norm")
+    }
+    return lambda name: teacher.tensor(name).float() if name in rescaled else teacher.tensor(name)
 
 
 def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student: Checkpoint) -> None:
     """Every tensor on disk is the teacher's slice, bit for bit, or (compensated) finite. Raises SelfCheckError."""
     slicer = Slicer(teacher.config, family, plan)
     changed = compensated_roles(plan, slicer)
-    mended = {gap.position for gap in find_gaps(plan)}
-    for position, source, target, spec in _all_pairs(slicer):
-        if spec.role in changed or (spec.role == ROLE and position in mended):
+    repaired = {gap.position for gap in find_gaps(plan)}
+    for source, target, spec, position in slicer.tensors():
+        if spec.role in changed or (spec.role == REPAIRED_ROLE and position in repaired):
             good = all(bool(torch.isfinite(block).all()) for block in student.blocks(target, _BLOCK_BYTES))
         else:
             good = _is_written(student, target, slicer.slice(teacher.tensor(source), spec, position))
@@ -154,9 +157,9 @@ def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student:
 
 
 def _is_written(student: Checkpoint, name: str, expected: Tensor) -> bool:
-    """Bit for bit, a block of rows of the file in memory at a time."""
-    found = student.spec(name)
-    if found.shape != tuple(expected.shape) or torch_dtype(found.dtype) != expected.dtype:
+    """Whether a tensor of the file is `expected` bit for bit; reads a block of rows at a time."""
+    on_disk = student.spec(name)
+    if on_disk.shape != tuple(expected.shape) or torch_dtype(on_disk.dtype) != expected.dtype:
         return False
     begin = 0
     for block in student.blocks(name, _BLOCK_BYTES):
@@ -173,50 +176,48 @@ def reload_parity(
     *,
     device: torch.device | None = None,
     tolerance: float = TOLERANCE,
-) -> _FIGURES:
-    """Plain transformers on the folder against our own pass over its files; cached against uncached decoding.
+) -> dict[str, float]:
+    """Compare plain transformers on the folder with kdscale's pass over its files, and cached with uncached decoding.
 
     Returns {"reload_vs_streamed", "cached_vs_uncached"}. Raises SelfCheckError.
     """
     device = device or torch.device("cpu")
     student = Checkpoint.open(student_dir)
-    whole = 4 * family.count_params(student.config).total <= _WHOLE_BYTES
-    dtype = torch.float32 if whole else torch_dtype(student.spec(student.names[-1]).dtype)
+    in_memory = 4 * family.count_params(student.config).total <= _IN_MEMORY_BYTES
+    dtype = torch.float32 if in_memory else torch_dtype(student.spec(student.names[-1]).dtype)
     batch, compare = IdsBatch(input_ids_BS), _Comparison(tolerance, None)
     stream = LayerStream(student.config, family, student.tensor, dtype=dtype, device=device)
     with TemporaryDirectory(dir=student_dir.parent) as offload, torch.inference_mode():
-        if whole:
+        if in_memory:
             model = _plain_load(student_dir, dtype=dtype).to(device)
         else:
-            places = _places(student_dir, family, device)
-            model = _plain_load(student_dir, dtype=dtype, device_map=places, offload_folder=offload)
+            device_map = _layers_on_disk(student_dir, family, device)
+            model = _plain_load(student_dir, dtype=dtype, device_map=device_map, offload_folder=offload)
         states: list[Tensor] = []
-        layers = model.get_submodule(family.sites.layers)
-        for layer in layers.children():
-            layer.register_forward_hook(lambda _m, _a, out: states.append(out if isinstance(out, Tensor) else out[0]))
+        for module in model.get_submodule(family.sites.layers).children():
+            module.register_forward_hook(lambda _m, _a, out: states.append(out if isinstance(out, Tensor) else out[0]))
         reloaded = model(input_ids=batch.input_ids_BS.to(device), use_cache=False).logits
         hidden = stream.embed([batch])[0]
-        for index, one in enumerate(stream.layers()):
-            hidden = one(hidden, batch.position_ids_BS.to(device))
-            compare.equal(f"reloaded layer {index}", "layers", states[index], hidden)
-        share = compare.equal(
-            "the reloaded model's logits", "all", reloaded, stream.head()(stream.final_norm()(hidden))
-        )
+        for layer in stream.layers():
+            hidden = layer(hidden, batch.position_ids_BS.to(device))
+            compare.equal(f"reloaded layer {layer.index}", "layers", states[layer.index], hidden)
+        streamed = stream.head()(stream.final_norm()(hidden))
+        difference = compare.equal("the reloaded model's logits", "all", reloaded, streamed)
         rounded = dtype.itemsize < 4
         compare = _Comparison(max(tolerance, _CACHED_TOLERANCE_16BIT) if rounded else tolerance, None)
         cached = _cached_decoding(model, batch.input_ids_BS[:1].to(device), compare)
-    return {"reload_vs_streamed": share, "cached_vs_uncached": cached}
+    return {"reload_vs_streamed": difference, "cached_vs_uncached": cached}
 
 
-def _places(folder: Path, family: Family, device: torch.device) -> dict[str, Any]:
-    """A device_map: the layers on the disk, all that is outside them on `device`."""
+def _layers_on_disk(folder: Path, family: Family, device: torch.device) -> dict[str, Any]:
+    """A device_map for transformers: the layers on the disk, all that is outside them on `device`."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
     layers = f"{family.sites.layers}."
-    places: dict[str, Any] = {
+    device_map: dict[str, Any] = {
         name: "disk"
         for name, _ in model.named_modules()
         if name.count(".") == layers.count(".") and name.startswith(layers)
@@ -224,8 +225,8 @@ def _places(folder: Path, family: Family, device: torch.device) -> dict[str, Any
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own and not name.startswith(layers):
-            places[name] = device.type if device.index is None else device.index
-    return places
+            device_map[name] = device.type if device.index is None else device.index
+    return device_map
 
 
 def _plain_load(folder: Path, **settings: Any) -> Any:
@@ -246,7 +247,7 @@ def _plain_load(folder: Path, **settings: Any) -> Any:
 
 
 def _cached_decoding(model: Any, input_ids_BS: Tensor, compare: _Comparison, steps: int = 3) -> float:
-    """Greedy decoding with a cache gives, step for step, the logits of one pass without it."""
+    """Compare the logits of greedy decoding with a cache, step for step, with those of one pass without it."""
     out = model.generate(
         input_ids_BS,
         attention_mask=torch.ones_like(input_ids_BS),
@@ -260,8 +261,8 @@ def _cached_decoding(model: Any, input_ids_BS: Tensor, compare: _Comparison, ste
     )
     cached_SV = torch.stack([step[0] for step in out.logits])
     start = input_ids_BS.shape[1]
-    whole_SV = model(input_ids=out.sequences[:, :-1], use_cache=False).logits[0, start - 1 :]
-    return compare.equal("decoding with a cache", "all", whole_SV, cached_SV)
+    uncached_SV = model(input_ids=out.sequences[:, :-1], use_cache=False).logits[0, start - 1 :]
+    return compare.equal("decoding with a cache", "all", uncached_SV, cached_SV)
 
 
 class _Mask:
@@ -275,8 +276,9 @@ class _Mask:
         self.head_factor = math.sqrt(plan.teacher.hidden / plan.student.hidden) if folded else 1.0
 
     def attach(self, layer: DecoderLayer, position: int) -> None:
+        """Silence, in a layer of the teacher, what the student's layer `position` does not have."""
         plan, sites = self._plan, self._family.sites
-        heads_QH = self._wide(plan.kept.heads[position], plan.teacher.heads)
+        heads_QH = self._head_indicator(plan.kept.heads[position], plan.teacher.heads)
         layer.site(sites.heads).register_forward_pre_hook(_scale_input(heads_QH))
         if sites.ffn:
             ffn_F = self._indicator(plan.kept.ffn[position], plan.teacher.ffn)
@@ -288,7 +290,7 @@ class _Mask:
         keep = {
             "hidden": self.hidden_D,
             "heads*head_dim": heads_QH,
-            "kv_heads*head_dim": self._wide(plan.kept.kv_heads[position], plan.teacher.kv_heads),
+            "kv_heads*head_dim": self._head_indicator(plan.kept.kv_heads[position], plan.teacher.kv_heads),
         }
         prefix = self._family.layer_prefix(layer.index)
         for spec in self._family.layer_tensors(self._config, layer.index).values():
@@ -332,7 +334,7 @@ class _Mask:
         router.weight.data = router.weight.data[numbers]
         router.register_forward_hook(lambda _module, _args, output: (*output[:-1], numbers[output[-1]]))
 
-    def _wide(self, kept: list[int], size: int) -> Tensor:
+    def _head_indicator(self, kept: list[int], size: int) -> Tensor:
         return self._indicator(kept, size).repeat_interleave(self._plan.teacher.head_dim)
 
     def _indicator(self, kept: list[int], size: int) -> Tensor:
@@ -347,44 +349,24 @@ class _Comparison:
     def __init__(self, tolerance: float, kept_hidden: Tensor | None):
         self._tolerance, self._kept = tolerance, kept_hidden
 
-    def hidden(self, where: str, axis: str, theirs_BSD: Tensor, ours: Tensor) -> float:
-        """As `equal`, with `theirs` at the teacher's width."""
+    def hidden(self, where: str, axis: str, masked_BSD: Tensor, student: Tensor) -> float:
+        """Compare hidden states, of which the masked ones have the teacher's width."""
         assert self._kept is not None
-        return self.equal(where, axis, theirs_BSD[..., self._kept], ours)
+        return self.equal(where, axis, masked_BSD[..., self._kept], student)
 
-    def equal(self, where: str, axis: str, theirs: Tensor, ours: Tensor) -> float:
-        norms = theirs.norm(dim=-1)
+    def equal(self, where: str, axis: str, expected: Tensor, got: Tensor) -> float:
+        """The largest difference of any token's vector, as a share of its norm. Raises SelfCheckError if too large."""
+        norms = expected.norm(dim=-1)
         floor = (_FLOOR * norms.median()).clamp_min(torch.finfo(norms.dtype).tiny)
-        share = float(((theirs - ours).norm(dim=-1) / norms.maximum(floor)).max())
-        if not (math.isfinite(share) and share <= self._tolerance):
+        difference = float(((expected - got).norm(dim=-1) / norms.maximum(floor)).max())
+        if not (math.isfinite(difference) and difference <= self._tolerance):
             raise SelfCheckError(
                 f"self-check failed at {where} (axis: {axis})",
                 expected=f"every token's vector equal within {self._tolerance:g} of its norm",
-                got=f"a relative difference of {share:.4g}",
+                got=f"a relative difference of {difference:.4g}",
                 hint="the pruned model was not kept; please report this with plan.json",
             )
-        return share
-
-
-def _sliced_source(teacher: Checkpoint, slicer: Slicer) -> Callable[[str], Tensor]:
-    where = {target: (position, source, spec) for position, source, target, spec in _all_pairs(slicer)}
-
-    def tensor(name: str) -> Tensor:
-        position, source, spec = where[name]
-        whole = teacher.tensor(source)
-        if (spec.role == "embed" and slicer.embed_factor != 1.0) or spec.role.endswith("norm"):
-            whole = whole.float()  # before a factor is applied: rounding it to the file's dtype is not a slicing error
-        return slicer.slice(whole, spec, position)
-
-    return tensor
-
-
-def _all_pairs(slicer: Slicer) -> Iterator[tuple[int | None, str, str, Any]]:
-    for source, target, spec in slicer.outer():
-        yield None, source, target, spec
-    for position in range(slicer.plan.student.layers):
-        for source, target, spec in slicer.layer(position):
-            yield position, source, target, spec
+        return difference
 
 
 def _record(layer: DecoderLayer, family: Family, seen: dict[str, Tensor]) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,19 @@ from kdscale.families import Family, TensorSpec
 from kdscale.families.schema import axis_blocks
 from kdscale.prune.plan import Plan
 
-_WHOLE = ("head_dim", "vocab")
+_NEVER_CUT = ("head_dim", "vocab")
+
+
+class SlicedTensor(NamedTuple):
+    """A tensor of the student, `target` on disk, and the teacher's it is cut from: `source`, which `spec` describes.
+
+    `position` is the student's layer, None outside the layers.
+    """
+
+    source: str
+    target: str
+    spec: TensorSpec
+    position: int | None
 
 
 class Slicer:
@@ -34,34 +46,45 @@ class Slicer:
         self.embed_factor = embed_factor(family, plan)
         self.final_factor = final_factor(config, family, plan)
 
-    def outer(self) -> Iterator[tuple[str, str, TensorSpec]]:
-        """(teacher name, student name, teacher spec) of the tensors outside the layers."""
-        for name, spec in self.family.outer_tensors(self.teacher_config).items():
-            yield name, name, spec
+    def tensors(self) -> Iterator[SlicedTensor]:
+        """All tensors of the student: those outside the layers, then layer by layer."""
+        yield from self.outer()
+        for position in range(self.plan.student.layers):
+            yield from self.layer(position)
 
-    def layer(self, position: int) -> Iterator[tuple[str, str, TensorSpec]]:
-        """The same for the student's layer `position`, which the teacher may number otherwise; kept experts only."""
-        theirs = self.family.layer_tensors(self.teacher_config, self.plan.kept.layers[position])
-        ours = self.family.layer_tensors(self.student_config, position)
+    def outer(self) -> Iterator[SlicedTensor]:
+        """The tensors outside the layers."""
+        for name, spec in self.family.outer_tensors(self.teacher_config).items():
+            yield SlicedTensor(name, name, spec, None)
+
+    def layer(self, position: int) -> Iterator[SlicedTensor]:
+        """The tensors of the student's layer `position`, which the teacher may number otherwise; kept experts only."""
+        teacher = self.family.layer_tensors(self.teacher_config, self.plan.kept.layers[position])
+        student = self.family.layer_tensors(self.student_config, position)
         experts = self.kept("experts", position)
         stay = {
             name: spec
-            for name, spec in theirs.items()
+            for name, spec in teacher.items()
             if spec.expert is None or experts is None or spec.expert in experts
         }
-        for (source, spec), target in zip(stay.items(), ours, strict=True):
-            yield source, target, spec
+        for (source, spec), target in zip(stay.items(), student, strict=True):
+            yield SlicedTensor(source, target, spec, position)
 
     def slice(self, tensor: Tensor, spec: TensorSpec, position: int | None) -> Tensor:
-        """The student's part of `tensor`, in its dtype; the same tensor when nothing of it is cut.
+        """The student's part of `tensor`, in its dtype; the same tensor when nothing of it is cut or rescaled.
 
-        `position` is the student's layer, None outside the layers. Gains of norms over hidden get the plan's
-        `norm_scale`, and embeddings what their multiplier lost; both are multiplied in fp32.
+        `position` is the student's layer, None outside the layers.
         """
-        for dimension, axis in enumerate(spec.axes):
-            kept = self.kept(axis, position) if spec.expert is None else self.kept(axis, position, spec.expert)
-            if kept is not None:
-                tensor = tensor.index_select(dimension, torch.tensor(kept, device=tensor.device))
+        for dimension, indices in enumerate(self.kept_indices(spec, position)):
+            if indices is not None:
+                tensor = tensor.index_select(dimension, torch.tensor(indices, device=tensor.device))
+        return self.rescale(tensor, spec)
+
+    def rescale(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
+        """What the student's values are multiplied by, in fp32: the same tensor where that is 1.
+
+        Gains of norms over hidden get the plan's `norm_scale`, and embeddings what their multiplier lost.
+        """
         if is_hidden_norm(spec):
             factor = self.final_factor if spec.role == "final_norm" else self.plan.norm_scale
             added = 1.0 if self.family.data.norm.gain == "one_plus_weight" else 0.0
@@ -70,6 +93,10 @@ class Slicer:
         if spec.role == "embed" and self.embed_factor != 1.0:
             tensor = (tensor.float() * self.embed_factor).to(tensor.dtype)
         return tensor
+
+    def kept_indices(self, spec: TensorSpec, position: int | None) -> list[list[int] | None]:
+        """The indices that stay along each dimension of a teacher tensor; None: all of them."""
+        return [self.kept(axis, position, spec.expert) for axis in spec.axes]
 
     def kept(self, axis: str, position: int | None, expert: int | None = None) -> list[int] | None:
         """Indices that stay along `axis` (as the family names tensor dimensions); None: all of them.
@@ -90,7 +117,7 @@ class Slicer:
         return out
 
     def _is_cut(self, factor: str | int) -> bool:
-        if isinstance(factor, int) or factor in _WHOLE or factor in self.family.data.sizes:
+        if isinstance(factor, int) or factor in _NEVER_CUT or factor in self.family.data.sizes:
             return False
         return bool(getattr(self.plan.student, factor) < getattr(self.plan.teacher, factor))
 
@@ -105,6 +132,22 @@ class Slicer:
             return self.plan.kept.ffn_of(position, expert)
         units: list[int] = getattr(self.plan.kept, str(factor))[position]
         return units
+
+
+class SlicedStudent:
+    """The student's tensors by their names on disk, each sliced when it is asked for, without any regression.
+
+    `read` gives a tensor of the teacher by its name on disk (`Checkpoint.tensor`).
+    """
+
+    def __init__(self, slicer: Slicer, read: Callable[[str], Tensor]):
+        self.slicer, self._read = slicer, read
+        self.origins = {tensor.target: tensor for tensor in slicer.tensors()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the student; a TensorSource for a LayerStream."""
+        origin = self.origins[name]
+        return self.slicer.slice(self._read(origin.source), origin.spec, origin.position)
 
 
 def is_hidden_norm(spec: TensorSpec) -> bool:
@@ -124,5 +167,4 @@ def embed_factor(family: Family, plan: Plan) -> float:
 
 def final_factor(config: dict[str, Any], family: Family, plan: Plan) -> float:
     """What the final norm's gain is multiplied by: a tied head has its embedding's factor, which is taken out here."""
-    tied = any(name for name in family.tied(config))
-    return plan.norm_scale / embed_factor(family, plan) if tied else plan.norm_scale
+    return plan.norm_scale / embed_factor(family, plan) if family.tied(config) else plan.norm_scale

@@ -49,10 +49,10 @@ def prune_rank(context: StageContext) -> None:
     if Plan.load(run.plan).methods.hidden == "pca":
         teacher = rotated_teacher(teacher, family, load_scores(run.importance))
     plan = Plan.load(run.plan, config=teacher.config, family=family)
-    residuals = None
+    recovered = None
     if is_writer():
-        residuals = RecoveredErrors(run.repair)
-        residuals.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
+        recovered = RecoveredErrors(run.repair)
+        recovered.keep_layers(plan.kept.layers if plan.methods.compensate != "none" else [])
     student = run.work / "prune" / "student"  # becomes run.pruned when it has passed the check
     apply_plan(
         teacher,
@@ -65,7 +65,7 @@ def prune_rank(context: StageContext) -> None:
         device=share.device,
         reporter=context.reporter,
         scratch=share.scratch,
-        residuals=residuals,
+        recovered=recovered,
     )
     if not is_writer():
         return

@@ -35,21 +35,23 @@ from kdscale.prune.slicing import Slicer
 from kdscale.runtime.ranks import all_reduce_sum
 
 _FOLDER = "experts"
+_SAMPLED_ROWS = 64  # of each expert's inputs, for the errors in the report
 
 
 class Equations(NamedTuple):
     """What the regression of one expert is given: `x_nK` times its new weight is to be `target_nD`.
 
-    `whole_nF`: the units of which `x_nK` are those that stay, None where `x_nK` is the student's own.
+    `units_nF`: all units of the teacher's expert, of which `x_nK` are those that stay; None where `x_nK` are the
+    student's own.
     """
 
     expert: int
     x_nK: Tensor
     target_nD: Tensor
-    whole_nF: Tensor | None
+    units_nF: Tensor | None
 
 
-# The equations of some experts, one batch of calibration tokens after the other.
+# Yields the equations of some experts (by the teacher's numbers), one batch of calibration tokens after the other.
 Sweep = Callable[[Sequence[int]], Iterator[Equations]]
 
 
@@ -66,16 +68,17 @@ class ExpertInputs:
         self._router = layer.site(family.sites.router)
         quarter = replace(scratch.subfolder(_FOLDER), activation_bytes=scratch.activation_bytes // 4)
         self._inputs = HiddenStates(quarter, device)
-        self._handle = self.experts.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._handle = self.experts.register_forward_pre_hook(self._record, with_kwargs=True)
 
-    def _see(self, _module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def _record(self, _module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         self._inputs.append(experts_call(args, kwargs)[0])
 
     def stop(self) -> None:
+        """Record no more."""
         self._handle.remove()
 
     def sweep(self, slicer: Slicer, position: int) -> Sweep:
-        """For one student's experts, in the teacher's stream."""
+        """The equations of one student's experts, in the teacher's stream; `position` is the student's layer."""
         kept, experts = slicer.plan.kept.experts[position], self.experts
         rows_D = torch.tensor(slicer.plan.kept.hidden, device=experts.down_proj.device)
 
@@ -100,18 +103,18 @@ def ridge_experts(
     ridge: float,
     device: torch.device,
     scratch: Scratch,
-    residuals: RecoveredErrors | None = None,
+    recovered: RecoveredErrors | None = None,
 ) -> dict[str, Tensor]:
-    """The experts of the teacher's `layer`, fitted on what they read while `run` takes it over the calibration tokens.
+    """Fit the experts of the teacher's `layer` on what they read while `run` takes it over the calibration tokens.
 
-    See `refit_experts` for what comes back.
+    Returns what `refit_experts` does.
     """
     inputs = ExpertInputs(layer, slicer.family, scratch, device)
     run()
     inputs.stop()
     sweep, room = inputs.sweep(slicer, position), scratch.activation_bytes
     with torch.inference_mode():
-        return refit_experts(inputs.experts, slicer, position, sweep, ridge, room, residuals)
+        return refit_experts(inputs.experts, slicer, position, sweep, ridge, room, recovered)
 
 
 def refit_experts(
@@ -121,20 +124,21 @@ def refit_experts(
     sweep: Sweep,
     ridge: float,
     room: int,
-    residuals: RecoveredErrors | None = None,
+    recovered: RecoveredErrors | None = None,
 ) -> dict[str, Tensor]:
-    """`down.<the teacher's expert>` → its weight [D', K], fp32 on the CPU. `experts`: the teacher's module.
+    """Fit the kept experts of the student's layer `position` on the equations that `sweep` gives.
 
-    All ranks must go through this. `room`: bytes for the sums of the experts that are fitted in one sweep (at least one
+    Returns `down.<the teacher's expert>` → its weight [D', K], fp32 on the CPU. `experts`: the teacher's module. All
+    ranks must go through this. `room`: bytes for the sums of the experts that are fitted in one sweep (at least one
     is). Raises SelfCheckError when a regression is not finite.
     """
     plan = slicer.plan
     kept, width = plan.kept.experts[position], plan.student.ffn
     layer = plan.kept.layers[position]
-    each = 4 * width * (width + 2 * plan.student.hidden)  # XᵀX, XᵀE and the prior
-    step = max(1, room // each)
+    expert_bytes = 4 * width * (width + 2 * plan.student.hidden)  # XᵀX, XᵀE and the prior
+    step = max(1, room // expert_bytes)
     rows_D = torch.tensor(plan.kept.hidden, device=experts.down_proj.device)
-    lost = _Lost(experts, slicer, position)
+    errors = _ExpertErrors(experts, slicer, position)
     out: dict[str, Tensor] = {}
     for begin in range(0, len(kept), step):
         group = kept[begin : begin + step]
@@ -146,65 +150,67 @@ def refit_experts(
         }
         for equations in sweep(group):
             sums[equations.expert].add(equations.x_nK, equations.target_nD)
-            lost.see(equations)
+            errors.add(equations)
         for expert in group:
-            one = sums.pop(expert)
-            one.reduce()
-            solved_DK = one.solve(ridge, f"expert {expert} of the teacher's layer {layer}")
-            lost.close(expert, solved_DK)
+            regression = sums.pop(expert)
+            regression.reduce()
+            solved_DK = regression.solve(ridge, f"expert {expert} of the teacher's layer {layer}")
+            errors.measure(expert, solved_DK)
             out[expert_name("down", expert)] = solved_DK.cpu()
-    figures = lost.figures()
-    if residuals is not None:
-        residuals.record(layer, "down", figures)
+    figures = errors.figures()
+    if recovered is not None:
+        recovered.record(layer, "down", figures)
     return out
 
 
 def kept_units(slicer: Slicer, position: int, expert: int, device: torch.device) -> Tensor:
+    """The ffn units that stay in one of the teacher's experts, at the student's layer `position`."""
     return torch.tensor(slicer.plan.kept.ffn_of(position, expert), device=device)
 
 
-class _Lost:
+class _ExpertErrors:
     """How much of the experts' outputs the cut loses and the regression wins back, on a few tokens of each.
 
-    As residual.py has it for one projection, over the weighted outputs of all kept experts. Also how many of them had
-    fewer tokens than kept units, so that the sliced weight decides where no token was.
+    As recovered_error.py measures it for one projection, over the weighted outputs of all kept experts. Also counts the
+    experts that had fewer tokens than kept units, so that the sliced weight decides where no token was.
     """
-
-    _ROWS = 64
 
     def __init__(self, experts: Any, slicer: Slicer, position: int):
         self._experts, self._slicer, self._position = experts, slicer, position
         self._rows: dict[int, Tensor] = {}
         self._tokens: dict[int, int] = dict.fromkeys(slicer.plan.kept.experts[position], 0)
-        self._squares = torch.zeros(3, dtype=torch.float64)  # before, after, the whole output
+        self._squares = torch.zeros(3, dtype=torch.float64)  # of the error before and after, of the whole output
 
-    def see(self, equations: Equations) -> None:
-        if equations.whole_nF is None:
+    def add(self, equations: Equations) -> None:
+        """Count a batch of the teacher's equations and keep some of its rows; the student's are passed over."""
+        if equations.units_nF is None:
             return
-        self._tokens[equations.expert] += len(equations.whole_nF)
-        have = self._rows.get(equations.expert, equations.whole_nF[:0])
-        self._rows[equations.expert] = torch.cat([have, equations.whole_nF[: self._ROWS - len(have)]])
+        self._tokens[equations.expert] += len(equations.units_nF)
+        rows = self._rows.get(equations.expert, equations.units_nF[:0])
+        self._rows[equations.expert] = torch.cat([rows, equations.units_nF[: _SAMPLED_ROWS - len(rows)]])
 
-    def close(self, expert: int, solved_DK: Tensor) -> None:
+    def measure(self, expert: int, solved_DK: Tensor) -> None:
+        """Add one expert's errors, with its sliced and with its new weight; its rows are dropped."""
         x_nF = self._rows.pop(expert, None)
         if x_nF is None:
             return
         rows_D = torch.tensor(self._slicer.plan.kept.hidden, device=x_nF.device)
         units = kept_units(self._slicer, self._position, expert, x_nF.device)
         weight_DF = self._experts.down_proj[expert][rows_D].float()
-        whole_nD = x_nF @ weight_DF.T
+        output_nD = x_nF @ weight_DF.T
         before_nD, after_nD = (x_nF[:, units] @ w.T for w in (weight_DF[:, units], solved_DK.to(x_nF.device)))
-        parts = (before_nD - whole_nD, after_nD - whole_nD, whole_nD)
-        self._squares += torch.stack([part.double().square().sum() for part in parts]).cpu()
+        differences = (before_nD - output_nD, after_nD - output_nD, output_nD)
+        self._squares += torch.stack([values.double().square().sum() for values in differences]).cpu()
 
     def figures(self) -> dict[str, object]:
-        before, after, whole = self._squares.sqrt().tolist()
-        whole = whole or 1.0
+        """A row of RecoveredErrors for all experts together; a collective call."""
+        before, after, output = self._squares.sqrt().tolist()
+        output = output or 1.0
         plan = self._slicer.plan
         tokens_e = all_reduce_sum(torch.tensor(list(self._tokens.values()), device=self._experts.down_proj.device))
         return {
-            "before": before / whole,
-            "after": after / whole,
+            "before": before / output,
+            "after": after / output,
             "kept": plan.student.ffn,
             "of": plan.teacher.ffn,
             "experts": len(self._tokens),

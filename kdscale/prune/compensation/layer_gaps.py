@@ -10,12 +10,12 @@ over the calibration tokens of the teacher's stream. The student stays a plain m
 (arXiv 2505.02819, section 3) fits a D × D matrix T on y instead; T W is one of the W' that are searched here. A cut of
 ffn or hidden is made up for in the same regression.
 
-B batch · S sequence · D' kept hidden channels · K kept inputs
+B batch · S sequence · D hidden · D' kept hidden channels · K kept inputs
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
+from kdscale.families import Sites
 from kdscale.files import atomic_path, remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
-from kdscale.models.layer_pass import LayerPass
+from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.plan import Plan
@@ -34,27 +35,25 @@ from kdscale.prune.slicing import Slicer
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
-ROLE = "down"
-
+REPAIRED_ROLE = "down"
 
 # A layer's output counts as its input plus what its two sublayers put out within this share of the change and, for the
 # rounding of bf16, of the output.
-_PLAIN, _ROUNDING = 2e-2, 1e-2
+_OF_CHANGE, _OF_OUTPUT = 2e-2, 1e-2
 
-
-_SLOTS = 3  # a batch: the stream; u at the last gap's front; y − x there
+_TENSORS = 3  # that are kept per batch: the stream; u of the layer in front of the last gap; y − x there
 
 
 class Gap(NamedTuple):
-    """Dropped layers between two kept ones, or behind the last."""
+    """Dropped layers between two kept ones, or behind the last kept one."""
 
     position: int  # the student's layer in front
-    layer: int  # the same in the teacher
+    layer: int  # the same layer's number in the teacher
     last: int  # the last dropped layer behind it
 
 
 def find_gaps(plan: Plan) -> list[Gap]:
-    """Those that `plan` repairs, in order. Layers dropped before the first kept one have nothing in front of them."""
+    """The gaps that `plan` repairs, in order; none for layers dropped before the first kept one."""
     if plan.methods.layer_repair == "none":
         return []
     behind = [*plan.kept.layers[1:], plan.teacher.layers]
@@ -62,7 +61,7 @@ def find_gaps(plan: Plan) -> list[Gap]:
     return [Gap(position, layer, after - 1) for position, (layer, after) in pairs if after > layer + 1]
 
 
-def check_repairable(sites: Any, name: str) -> None:
+def check_repairable(sites: Sites, name: str) -> None:
     """Raises ConfigError for a mixture of experts: no single projection is the last thing added to its stream."""
     if not sites.ffn:
         raise ConfigError("prune.layer_repair: linear", expected="a dense model", got=f"the experts of {name}")
@@ -76,26 +75,29 @@ class RepairedWeights:
         self._held: dict[int, Tensor] = {}
 
     def put(self, position: int, weight: Tensor) -> None:
+        """Keep the weight of one layer."""
         from safetensors.torch import save_file
 
         if self._folder is None:
             self._held[position] = weight
             return
         with atomic_path(self._file(position)) as tmp:
-            save_file({ROLE: weight.contiguous()}, tmp)
+            save_file({REPAIRED_ROLE: weight.contiguous()}, tmp)
 
     def has(self, position: int) -> bool:
+        """Whether the student's layer `position` got a new weight."""
         return position in self._held if self._folder is None else self._file(position).exists()
 
-    def get(self, position: int) -> Tensor | None:
-        """fp32 on the CPU; None where there is no gap."""
+    def get(self, position: int | None) -> Tensor | None:
+        """A layer's new weight, fp32 on the CPU; None without a gap behind it, and for `position` None (no layer)."""
         from safetensors.torch import load_file
 
-        if not self.has(position):
+        if position is None or not self.has(position):
             return None
-        return self._held[position] if self._folder is None else load_file(self._file(position))[ROLE]
+        return self._held[position] if self._folder is None else load_file(self._file(position))[REPAIRED_ROLE]
 
     def close(self) -> None:
+        """Remove the files."""
         if self._folder is not None and self._folder.exists():
             remove_tree(self._folder)
 
@@ -113,74 +115,73 @@ def repaired_gaps(
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
 ) -> RepairedWeights:
-    """One pass over the teacher, up to the last gap; every rank gets the weights of all their batches.
+    """Refit what is in front of each gap, in one pass over the teacher; every rank gets the weights.
 
     In memory: a layer, one regression ([K, K] and [D', K]) and hidden states within the budget of `scratch`, of which a
-    token has D + K + 2 D' numbers (in bf16). With a folder a killed call goes on at the first unfinished layer.
-    Raises ConfigError for a layer that does more than add its sublayers' outputs (post-norms, residual multipliers).
+    token has D + K + 2 D' numbers (in bf16). With a folder a killed call resumes at the first unfinished layer. Raises
+    ConfigError for a layer that does more than add its sublayers' outputs (post-norms, residual multipliers).
     """
-    found, repaired = find_gaps(slicer.plan), RepairedWeights(scratch.folder)
-    if not found:
+    gaps, repaired = find_gaps(slicer.plan), RepairedWeights(scratch.folder)
+    if not gaps:
         return repaired
     check_repairable(slicer.family.sites, slicer.family.name)
-    fronts, ends = {gap.layer: gap for gap in found}, {gap.last: gap for gap in found}
+    front_of, end_of = {gap.layer: gap for gap in gaps}, {gap.last: gap for gap in gaps}
     kept_D = torch.tensor(slicer.plan.kept.hidden, device=stream.device)
-    tokens, depth = sum(batch.input_ids_BS.numel() for batch in batches), found[-1].last + 1
+    tokens, depth = sum(batch.input_ids_BS.numel() for batch in batches), gaps[-1].last + 1
     with reporter.bar("gap repair", total=tokens) as bar:
-        walk = LayerPass(_Slots(stream, slicer), batches, scratch)
+        advance = layer_progress(bar, depth)
+        walk = LayerPass(_WithGapInputs(stream, slicer), batches, scratch)
         for layer in walk.layers(depth):
-            front, end = fronts.get(layer.index), ends.get(layer.index)
-            probe = _Front(layer, slicer, front.position) if front else None
-            sums = TargetSums(_prior(slicer, teacher, end.position).to(stream.device)) if end else None
+            front, end = front_of.get(layer.index), end_of.get(layer.index)
+            probe = _FrontProbe(layer, slicer, front.position) if front else None
+            sums = TargetSums(_sliced_down(slicer, teacher, end.position).to(stream.device)) if end else None
             for index, batch in enumerate(batches):
-                slot = _SLOTS * index
+                first = _TENSORS * index
                 with torch.inference_mode():
-                    before_BSD = walk.states[slot]
+                    before_BSD = walk.states[first]
                     after_BSD = layer(before_BSD, batch.position_ids_BS.to(stream.device))
-                    walk.states[slot] = after_BSD
+                    walk.states[first] = after_BSD
                     if probe is not None:
-                        walk.states[slot + 1], added_BSD = probe.read(before_BSD, after_BSD)
-                        walk.states[slot + 2] = (added_BSD - after_BSD.float())[..., kept_D]
+                        walk.states[first + 1], added_BSD = probe.read(before_BSD, after_BSD)
+                        walk.states[first + 2] = (added_BSD - after_BSD.float())[..., kept_D]
                     if sums is not None:
-                        sums.add(walk.states[slot + 1], walk.states[slot + 2] + after_BSD.float()[..., kept_D])
-                bar.advance(batch.input_ids_BS.numel() / depth, f"layer {layer.index + 1}/{depth}")
+                        sums.add(walk.states[first + 1], walk.states[first + 2] + after_BSD.float()[..., kept_D])
+                advance(batch.input_ids_BS.numel(), layer.index)
             if sums is not None and end is not None:
                 sums.reduce()
                 with torch.inference_mode():
                     weight_DK = sums.solve(cfg.ridge_lambda, f"the gap behind layer {end.layer}").cpu()
-                repaired.put(end.position, weight_DK.T if slicer.family.transposed(ROLE) else weight_DK)
+                repaired.put(end.position, slicer.family.output_by_input(REPAIRED_ROLE, weight_DK))
             walk.finish()
     return repaired
 
 
-class _Slots:
-    """A LayerStream with room for what a gap's regression needs beside each batch's state."""
+class _WithGapInputs:
+    """A LayerSource with room for what a gap's regression needs beside each batch's hidden state."""
 
     def __init__(self, stream: LayerStream, slicer: Slicer):
-        self.dims, self.device, self._stream = stream.dims, stream.device, stream
+        self.depth, self.device, self._stream = stream.depth, stream.device, stream
         self._inputs, self._outputs = slicer.plan.student.ffn, slicer.plan.student.hidden
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
-        entered, states = self._stream.embedding(), HiddenStates(scratch, self.device)
-        with torch.inference_mode():
-            for batch in batches:
-                state_BSD = entered(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device))
-                states.append(state_BSD)
-                states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._inputs))
-                states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._outputs, dtype=torch.float32))
+        states = HiddenStates(scratch, self.device)
+        for state_BSD in self._stream.embedded(batches):
+            states.append(state_BSD)
+            states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._inputs))
+            states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._outputs, dtype=torch.float32))
         return states
 
     def layer(self, index: int) -> DecoderLayer:
         return self._stream.layer(index)
 
 
-def is_plain(before: Tensor, added: Tensor, after: Tensor) -> bool:
-    """Whether a layer put out its input plus `added`, what its two sublayers did, and nothing else."""
+def only_adds_sublayers(before: Tensor, added: Tensor, after: Tensor) -> bool:
+    """Whether a layer put out its input plus `added`, what its two sublayers put out, and nothing else."""
     change, output = (after.float() - before.float()).norm(), after.float().norm()
-    return bool((before.float() + added - after.float()).norm() <= _PLAIN * change + _ROUNDING * output)
+    return bool((before.float() + added - after.float()).norm() <= _OF_CHANGE * change + _OF_OUTPUT * output)
 
 
-class _Front:
+class _FrontProbe:
     """What the down projection in front of a gap reads and writes."""
 
     def __init__(self, layer: DecoderLayer, slicer: Slicer, position: int):
@@ -189,14 +190,17 @@ class _Front:
         self._kept_K = slice(None) if kept is None else torch.tensor(kept)
         self._bias_D = getattr(layer.site(sites.ffn), "bias", None)
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
-        for role, path in ((ROLE, sites.ffn), ("o", sites.heads)):
-            layer.site(path).register_forward_hook(self._keeper(role))
+        for role, path in ((REPAIRED_ROLE, sites.ffn), ("o", sites.heads)):
+            layer.site(path).register_forward_hook(self._recorder(role))
 
     def read(self, before_BSD: Tensor, after_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """(u [B, S, K], y less its bias [B, S, D] in fp32) of the batch that the layer was just run on."""
-        read_BSK, wrote_BSD = self._seen[ROLE]
+        """(u [B, S, K], y less its bias [B, S, D] in fp32) of the batch that the layer was just run on.
+
+        Raises ConfigError when the layer does more than add its sublayers' outputs to its input.
+        """
+        read_BSK, wrote_BSD = self._seen[REPAIRED_ROLE]
         added = self._seen["o"][1].float() + wrote_BSD.float()
-        if not is_plain(before_BSD, added, after_BSD):
+        if not only_adds_sublayers(before_BSD, added, after_BSD):
             raise ConfigError(
                 "prune.layer_repair: linear",
                 expected="layers that add the outputs of attention and MLP to their input",
@@ -206,15 +210,13 @@ class _Front:
         offset = 0.0 if self._bias_D is None else self._bias_D.float()
         return read_BSK[..., self._kept_K], wrote_BSD.float() - offset
 
-    def _keeper(self, role: str) -> Any:
-        def keep(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._seen[role] = (args[0], output)
-
-        return keep
+    def _recorder(self, role: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        return lambda _module, args, output: self._seen.__setitem__(role, (args[0], output))
 
 
-def _prior(slicer: Slicer, teacher: Checkpoint, position: int) -> Tensor:
-    """The sliced down projection [D', K]."""
-    source, spec = next((source, spec) for source, _, spec in slicer.layer(position) if spec.role == ROLE)
-    weight = slicer.slice(teacher.tensor(source), spec, position)
-    return weight.T if slicer.family.transposed(ROLE) else weight
+def _sliced_down(slicer: Slicer, teacher: Checkpoint, position: int) -> Tensor:
+    """The sliced down projection [D', K] of the student's layer `position`."""
+    down = next(tensor for tensor in slicer.layer(position) if tensor.spec.role == REPAIRED_ROLE)
+    weight = slicer.slice(teacher.tensor(down.source), down.spec, position)
+    sliced_DK: Tensor = slicer.family.output_by_input(REPAIRED_ROLE, weight)
+    return sliced_DK

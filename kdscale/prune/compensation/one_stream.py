@@ -1,20 +1,26 @@
-"""The pass that repairs what slicing removes: the teacher streamed again, each layer's regression solved in turn."""
+"""Compensation in the teacher's stream (`ridge`): each layer is fitted as if every layer before it were the teacher's.
+
+The teacher is streamed over the calibration tokens once more, and each layer's regressions (regression.py) are solved
+before the next layer is read.
+
+U inputs of a projection · D' kept hidden channels · K kept inputs
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdscale.config.prune import PruneConfig
+from kdscale.families import Sites
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
-from kdscale.models.layer_pass import LayerPass
+from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import ridge_experts
-from kdscale.prune.compensation.layer_gaps import ROLE, RepairedWeights
+from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import RidgeSums
 from kdscale.prune.plan import Plan
@@ -28,7 +34,7 @@ COMPENSATED = {"down": "ffn", "o": "heads*head_dim"}
 
 
 def compensated_roles(plan: Plan, slicer: Slicer) -> list[str]:
-    """Which projections this plan rewrites by regression: those with an input axis that is cut."""
+    """The projections that this plan rewrites by regression: those with an input axis that is cut."""
     if plan.methods.compensate == "none":
         return []
     return [role for role, axis in COMPENSATED.items() if slicer.kept(axis, 0) is not None]
@@ -39,6 +45,18 @@ def fits_experts(plan: Plan, slicer: Slicer) -> bool:
     return bool(slicer.family.sites.experts) and "down" in compensated_roles(plan, slicer)
 
 
+def projection_site(sites: Sites, role: str) -> str:
+    """The path of the module that holds the projection `role`; for `down` in a mixture, of its experts."""
+    return sites.heads if role == "o" else sites.mlp_output
+
+
+def kept_outputs(slicer: Slicer, role: str, weight: Tensor) -> Tensor:
+    """A teacher's projection as it is stored → [D', U], without the rows of channels that go."""
+    weight_DU = slicer.family.output_by_input(role, weight)
+    hidden = slicer.kept("hidden", None)
+    return weight_DU if hidden is None else weight_DU[torch.tensor(hidden, device=weight_DU.device)]
+
+
 def compensated_layers(
     stream: LayerStream,
     slicer: Slicer,
@@ -47,117 +65,101 @@ def compensated_layers(
     teacher: Checkpoint,
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
-    residuals: RecoveredErrors | None = None,
-    mended: RepairedWeights | None = None,
+    recovered: RecoveredErrors | None = None,
+    repaired: RepairedWeights | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(the student's layer, role → compensated weight: fp32 on the CPU, cut to the kept hidden rows), layer by layer.
-    A role of the experts of a mixture is followed by the expert's number (expert_repair.py).
+    """Yield (the student's layer, role → compensated weight), layer by layer; an expert's role ends with its number.
 
-    With several ranks `batches` are this rank's share; all of them must go through this, and the one that writes gets
-    the weights. A layer counts as done when the next one is asked for. With a folder in `scratch` a killed pass goes on
-    at the first layer that was not: the layers before it do not come again.
-    `residuals` are measured on the writer's share. Projections that `mended` has (gaps.py) are left out.
+    Weights are fp32 on the CPU, as they are on disk, and cut to the kept hidden channels. With several ranks `batches`
+    are this rank's share; all ranks must go through this, and the one that writes gets the weights. A layer is finished
+    when the next one is asked for; with a folder in `scratch` a killed pass resumes at the first unfinished layer.
+    `recovered` is measured on the writer's share. Projections that `repaired` has are left out. Raises SelfCheckError
+    when a regression is not finite.
     """
     plan = slicer.plan
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
     depth = plan.kept.layers[-1] + 1
     with reporter.bar("compensation", total=tokens) as bar:
-
-        def advance(count: int, layer: int) -> None:
-            bar.advance(count / depth, f"layer {layer + 1}/{depth}")
-
-        walk = LayerPass(stream, batches, scratch, advance)
+        walk = LayerPass(stream, batches, scratch, layer_progress(bar, depth))
         for layer in walk.layers(depth):
-            position = plan.kept.layers.index(layer.index) if layer.index in plan.kept.layers else None
-            skip = [ROLE] if position is not None and mended is not None and mended.has(position) else []
-            sums = _attach(layer, slicer, position, stream.device, skip) if position is not None else {}
-            samples = _sample(layer, slicer, sums, len(batches)) if residuals is not None else {}
-            experts: dict[str, Tensor] = {}
-            if position is not None and fits_experts(plan, slicer):
-                experts = ridge_experts(
-                    layer,
-                    slicer,
-                    position,
-                    partial(walk.run, layer),
-                    cfg.ridge_lambda,
-                    stream.device,
-                    scratch,
-                    residuals,
+            if layer.index not in plan.kept.layers:
+                walk.run(layer)
+                layer.release()
+                walk.finish()
+                continue
+            position = plan.kept.layers.index(layer.index)
+            skip = [REPAIRED_ROLE] if repaired is not None and repaired.has(position) else []
+            fits = _LayerFits(layer, slicer, position, len(batches), skip, recovered)
+            solved: dict[str, Tensor] = {}
+            if fits_experts(plan, slicer):
+                run = partial(walk.run, layer)
+                solved = ridge_experts(
+                    layer, slicer, position, run, cfg.ridge_lambda, stream.device, scratch, recovered
                 )
             else:
                 walk.run(layer)
             layer.release()
-            for one in sums.values():
-                one.reduce()
-            if position is not None and is_writer():
+            fits.reduce()
+            if is_writer():
                 with torch.inference_mode():
-                    solved = experts | _solve(
-                        slicer, position, sums, cfg.ridge_lambda, teacher, stream.device, (residuals, samples)
-                    )
-                sums.clear()
+                    solved |= fits.solve(teacher, cfg.ridge_lambda)
                 yield position, solved
-                del solved
-            sums.clear()
+            del solved, fits
             walk.finish()
         walk.close()
 
 
-def _attach(
-    layer: DecoderLayer, slicer: Slicer, position: int, device: torch.device, skip: Sequence[str]
-) -> dict[str, RidgeSums]:
-    sites = slicer.family.sites
-    out: dict[str, RidgeSums] = {}
-    for role in compensated_roles(slicer.plan, slicer):
-        if role in skip or (role == "down" and not sites.ffn):
-            continue  # mended already; the experts of a mixture: expert_repair.py
-        axis = COMPENSATED[role]
-        kept = slicer.kept(axis, position)
-        assert kept is not None
-        out[role] = sums = RidgeSums(kept, slicer.plan.teacher.dims().axis_size(axis), device)
-        path = sites.ffn if role == "down" else sites.heads
-        layer.site(path).register_forward_pre_hook(_adder(sums))
-    return out
+class _LayerFits:
+    """The regressions of one layer of the teacher: sums over what its projections read, then their new weights.
+
+    `skip`: roles that are not fitted. Down projections of experts are fitted elsewhere (experts.py).
+    """
+
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        slicer: Slicer,
+        position: int,
+        batches: int,
+        skip: Sequence[str],
+        recovered: RecoveredErrors | None,
+    ):
+        self._slicer, self._position, self._recovered = slicer, position, recovered
+        self._sums: dict[str, RidgeSums] = {}
+        self._samples: dict[str, InputSample] = {}
+        sites = slicer.family.sites
+        for role in compensated_roles(slicer.plan, slicer):
+            if role in skip or (role == "down" and sites.experts):
+                continue
+            axis, module = COMPENSATED[role], layer.site(projection_site(sites, role))
+            kept = slicer.kept(axis, position)
+            assert kept is not None
+            inputs = slicer.plan.teacher.dims().axis_size(axis)
+            sums = self._sums[role] = RidgeSums(kept, inputs, next(module.parameters()).device)
+            _on_input(module, sums.add)
+            if recovered is not None:
+                sample = self._samples[role] = InputSample(batches)
+                _on_input(module, sample.add)
+
+    def reduce(self) -> None:
+        """Sum over all ranks."""
+        for sums in self._sums.values():
+            sums.reduce()
+
+    def solve(self, teacher: Checkpoint, ridge: float) -> dict[str, Tensor]:
+        """Role → new weight as it is on disk, fp32 on the CPU; the sums are used up."""
+        slicer, out = self._slicer, dict[str, Tensor]()
+        for source, _, spec, _ in slicer.layer(self._position):
+            if (sums := self._sums.get(spec.role)) is None:
+                continue
+            weight_DU = kept_outputs(slicer, spec.role, teacher.tensor(source).to(sums.kept.device))
+            solved_DK = sums.solve(weight_DU, ridge, source).cpu()
+            if self._recovered is not None:
+                layer, sample = slicer.plan.kept.layers[self._position], self._samples[spec.role]
+                self._recovered.add(layer, spec.role, sample, weight_DU, sums.kept, solved_DK)
+            out[spec.role] = slicer.family.output_by_input(spec.role, solved_DK).contiguous()
+        return out
 
 
-def _sample(layer: DecoderLayer, slicer: Slicer, sums: dict[str, RidgeSums], batches: int) -> dict[str, InputSample]:
-    """A few rows of what each compensated projection reads, for the report's residuals."""
-    out = {role: InputSample(batches) for role in sums}
-    for role, sample in out.items():
-        path = slicer.family.sites.ffn if role == "down" else slicer.family.sites.heads
-        layer.site(path).register_forward_pre_hook(lambda _module, args, seen=sample: seen.see(args[0]))
-    return out
-
-
-def _adder(sums: RidgeSums) -> Any:
-    def add(_module: Any, args: tuple[Tensor, ...]) -> None:
-        sums.add(args[0])
-
-    return add
-
-
-def _solve(
-    slicer: Slicer,
-    position: int,
-    sums: dict[str, RidgeSums],
-    ridge: float,
-    teacher: Checkpoint,
-    device: torch.device,
-    record: tuple[RecoveredErrors | None, dict[str, InputSample]] = (None, {}),
-) -> dict[str, Tensor]:
-    residuals, samples = record
-    hidden = slicer.kept("hidden", None)
-    out: dict[str, Tensor] = {}
-    for source, _, spec in slicer.layer(position):
-        if spec.role not in sums:
-            continue
-        transposed = slicer.family.transposed(spec.role)
-        weight_DU = teacher.tensor(source).to(device)
-        weight_DU = weight_DU.T if transposed else weight_DU
-        if hidden is not None:  # rows of channels that go need no regression
-            weight_DU = weight_DU[torch.tensor(hidden, device=device)]
-        solved_DK = sums[spec.role].solve(weight_DU, ridge, source).cpu()
-        if residuals is not None:
-            layer, kept = slicer.plan.kept.layers[position], sums[spec.role].kept
-            residuals.add(layer, spec.role, samples[spec.role], weight_DU, kept, solved_DK)
-        out[spec.role] = solved_DK.T.contiguous() if transposed else solved_DK
-    return out
+def _on_input(module: nn.Module, see: Callable[[Tensor], None]) -> None:
+    module.register_forward_pre_hook(lambda _module, args: see(args[0]))

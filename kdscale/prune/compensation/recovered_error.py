@@ -20,10 +20,10 @@ _ROWS = 512
 
 
 class RecoveredErrors:
-    """Collects rows of every compensated projection and writes them to `path` after each; goes on from what is there.
+    """The errors of every compensated projection, written to `path` after each; begins with what is there already.
 
     The file: {"version": 1, "layers": [{"layer": the teacher's, "role": "down" or "o", "before", "after": relative
-    errors, "kept", "of": inputs}]}, by layer and role. Experts of a mixture are one row a layer, with "experts", how
+    errors, "kept", "of": inputs}]}, by layer and role. Experts of a mixture are one row per layer, with "experts", how
     many, and "short_of_tokens", how many of them had fewer tokens than kept inputs.
     """
 
@@ -35,6 +35,7 @@ class RecoveredErrors:
 
     @property
     def rows(self) -> list[dict[str, object]]:
+        """All rows, by layer and role."""
         return [self._rows[key] for key in sorted(self._rows)]
 
     def keep_layers(self, layers: list[int]) -> None:
@@ -45,18 +46,18 @@ class RecoveredErrors:
     def add(
         self, layer: int, role: str, sample: InputSample, weight_DU: Tensor, kept: Tensor, solved_DK: Tensor
     ) -> None:
-        """Record one projection: its whole weight, the inputs that stay, and the weight it was given."""
+        """Record one projection: the teacher's weight, the inputs that stay, and the weight that the student got."""
         x_NU = sample.rows_NU().to(weight_DU.device)
         weight_DU = weight_DU.float()
-        whole_ND = x_NU @ weight_DU.T
-        norm = whole_ND.norm().clamp_min(torch.finfo(torch.float32).tiny)
+        output_ND = x_NU @ weight_DU.T
+        norm = output_ND.norm().clamp_min(torch.finfo(torch.float32).tiny)
         x_NK = x_NU[:, kept]
-        before = float((x_NK @ weight_DU[:, kept].T - whole_ND).norm() / norm)
-        after = float((x_NK @ solved_DK.to(x_NK).T - whole_ND).norm() / norm)
+        before = float((x_NK @ weight_DU[:, kept].T - output_ND).norm() / norm)
+        after = float((x_NK @ solved_DK.to(x_NK).T - output_ND).norm() / norm)
         self.record(layer, role, {"before": before, "after": after, "kept": len(kept), "of": weight_DU.shape[1]})
 
     def record(self, layer: int, role: str, figures: dict[str, object]) -> None:
-        """As `add`, with figures that were measured elsewhere."""
+        """Record figures that were measured elsewhere."""
         self._rows[layer, role] = {"layer": layer, "role": role, **figures}
         self._write()
 
@@ -66,20 +67,21 @@ class RecoveredErrors:
 
 
 class InputSample:
-    """Up to 512 rows of what one projection reads, spread over the batches it is shown."""
+    """Up to 512 rows of what one projection reads, spread evenly over `batches` batches."""
 
     def __init__(self, batches: int):
-        self._each = max(1, -(-_ROWS // max(batches, 1)))
+        self._rows_per_batch = max(1, -(-_ROWS // max(batches, 1)))
         self._taken: list[Tensor] = []
         self._count = 0
 
-    def see(self, x: Tensor) -> None:
-        """`x`: [..., U] of one batch."""
+    def add(self, x: Tensor) -> None:
+        """Take some rows of one batch, `x`: [..., U]."""
         x_NU = x.flatten(0, -2)
-        rows = min(self._each, _ROWS - self._count, len(x_NU))
+        rows = min(self._rows_per_batch, _ROWS - self._count, len(x_NU))
         if rows > 0:
             self._taken.append(x_NU[:: max(1, len(x_NU) // rows)][:rows].float())
             self._count += rows
 
     def rows_NU(self) -> Tensor:  # noqa: N802
+        """The rows taken so far, [N, U] in fp32."""
         return torch.cat(self._taken)

@@ -15,14 +15,45 @@ N tokens · D outputs · U inputs · K kept inputs · R removed inputs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdscale.errors import SelfCheckError
 from kdscale.runtime.ranks import all_reduce_sum, in_group
 
 _REMOVED_BLOCK = 1024  # rows of G_RK that are in fp64 at a time
+
+
+def add_product(total_AB: Tensor | None, a_NA: Tensor, b_NB: Tensor) -> Tensor:
+    """`total_AB` (None: zeros) plus aᵀb, in fp32 and in place: how Gram matrices are summed over tokens."""
+    if total_AB is None:
+        total_AB = torch.zeros(a_NA.shape[1], b_NB.shape[1], device=a_NA.device)
+    a_float = a_NA.float()
+    return total_AB.addmm_(a_float.T, a_float if b_NB is a_NA else b_NB.float())
+
+
+class GramHooks:
+    """Σ xᵀx [U, U] in fp32 of what modules read, by name, over the batches that pass while the hooks are there."""
+
+    def __init__(self) -> None:
+        self.grams: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def attach(self, name: str, module: nn.Module) -> None:
+        """Sum what `module` reads from now on under `name`."""
+
+        def see(_module: Any, args: tuple[Tensor, ...]) -> None:
+            x_NU = args[0].flatten(0, -2)
+            self.grams[name] = add_product(self.grams.get(name), x_NU, x_NU)
+
+        self._handles.append(module.register_forward_pre_hook(see))
+
+    def detach(self) -> None:
+        """Take the hooks away; the sums stay."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class RidgeSums:
@@ -42,26 +73,24 @@ class RidgeSums:
 
     @classmethod
     def of_gram(cls, kept: Sequence[int], gram_UU: Tensor) -> RidgeSums:
-        """From Σ xᵀx over the whole input, for several choices of `kept` on one pass."""
+        """The sums from Σ xᵀx over all inputs, for several choices of `kept` on one pass."""
         sums = cls(kept, len(gram_UU), gram_UU.device)
         sums._gram_KK = gram_UU[sums.kept][:, sums.kept]
         sums._gram_RK = gram_UU[sums.removed][:, sums.kept]
         return sums
 
     def add(self, x: Tensor) -> None:
-        """`x`: [..., U], what the layer reads."""
+        """Count a batch of what the layer reads, `x`: [..., U]."""
         self._rows.append(x.detach().flatten(0, -2))
         if self._gram_KK is not None or sum(map(len, self._rows)) > len(self.kept):
             self._fold()
 
     def reduce(self) -> None:
         """Sum over all ranks; each then has what one process would have from all their tokens."""
-        if not in_group():
-            return
-        self._fold()
-        assert self._gram_KK is not None and self._gram_RK is not None
-        all_reduce_sum(self._gram_KK)
-        all_reduce_sum(self._gram_RK)
+        if in_group():
+            gram_KK, gram_RK = self._fold()
+            all_reduce_sum(gram_KK)
+            all_reduce_sum(gram_RK)
 
     def solve(self, weight_DU: Tensor, ridge: float, what: str) -> Tensor:
         """The compensated weight [D, K] in fp32; the sums are used up. Raises SelfCheckError, naming `what`.
@@ -72,27 +101,22 @@ class RidgeSums:
         moved_DK = (
             self._moved_from_grams(weight_DU, ridge) if self._gram_KK is not None else self._moved(weight_DU, ridge)
         )
-        # A layer that never fired leaves nothing to regress on: the sliced weight is the answer.
-        if moved_DK is None:
+        if moved_DK is None:  # a layer that never fired leaves nothing to regress on: the sliced weight is the answer
             return weight_DU[:, self.kept].float()
-        weight_DK = moved_DK.add_(weight_DU[:, self.kept]).float()
-        if not torch.isfinite(weight_DK).all():
-            raise SelfCheckError(
-                f"compensation of {what} is not finite", hint="raise prune.ridge_lambda or set prune.compensate=none"
-            )
-        return weight_DK
+        return _checked(moved_DK.add_(weight_DU[:, self.kept]).float(), what)
 
-    def _fold(self) -> None:
-        """Turn rows into sums."""
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        """Turn rows into sums: G_KK, G_RK."""
         if self._gram_KK is None or self._gram_RK is None:
             kept, removed = len(self.kept), len(self.removed)
             self._gram_KK = torch.zeros(kept, kept, device=self.kept.device)
             self._gram_RK = torch.zeros(removed, kept, device=self.kept.device)
         for x_NU in self._rows:
-            x_NK, x_NR = x_NU[:, self.kept].float(), x_NU[:, self.removed].float()
-            self._gram_KK.addmm_(x_NK.T, x_NK)
-            self._gram_RK.addmm_(x_NR.T, x_NK)
+            x_NK = x_NU[:, self.kept]
+            add_product(self._gram_KK, x_NK, x_NK)
+            add_product(self._gram_RK, x_NU[:, self.removed], x_NK)
         self._rows.clear()
+        return self._gram_KK, self._gram_RK
 
     def _moved_from_grams(self, weight_DU: Tensor, ridge: float) -> Tensor | None:
         """W_R G_RK (G_KK + λI)⁻¹ in fp64; None when G_KK is zero."""
@@ -149,7 +173,7 @@ class TargetSums:
     """
 
     def __init__(self, prior_DK: Tensor):
-        """`prior_DK`: W_0."""
+        """Start with no rows; `prior_DK` is W_0."""
         self._prior_DK = prior_DK.float()
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._count = 0
@@ -157,7 +181,7 @@ class TargetSums:
         self._cross_DK: Tensor | None = None
 
     def add(self, x: Tensor, target: Tensor) -> None:
-        """`x`: [..., K]; `target`: [..., D]."""
+        """Count a batch of inputs `x` [..., K] and of what the layer is to put out for them, `target` [..., D]."""
         x_NK, target_ND = x.detach().flatten(0, -2), target.detach().flatten(0, -2)
         self._rows.append((x_NK, target_ND.float() - x_NK.float() @ self._prior_DK.T))
         self._count += len(x_NK)
@@ -181,12 +205,7 @@ class TargetSums:
             gram_KK, cross_DK = self._fold()
             self._gram_KK = self._cross_DK = None
             moved_DK = self._solved(gram_KK.double(), cross_DK.double(), ridge, None)
-        weight_DK = (self._prior_DK + moved_DK).float()
-        if not torch.isfinite(weight_DK).all():
-            raise SelfCheckError(
-                f"compensation of {what} is not finite", hint="raise prune.ridge_lambda or set prune.compensate=none"
-            )
-        return weight_DK
+        return _checked((self._prior_DK + moved_DK).float(), what)
 
     def _solved(self, gram: Tensor, left: Tensor, ridge: float, x_NK: Tensor | None) -> Tensor:
         penalty = ridge * gram.trace() / self._prior_DK.shape[1]
@@ -197,13 +216,22 @@ class TargetSums:
         return moved if x_NK is None else moved @ x_NK
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        """Turn rows into sums."""
+        """Turn rows into sums: XᵀX, EᵀX."""
         outputs, inputs = self._prior_DK.shape
         if self._gram_KK is None or self._cross_DK is None:
             self._gram_KK = self._prior_DK.new_zeros(inputs, inputs)
             self._cross_DK = self._prior_DK.new_zeros(outputs, inputs)
         for x_NK, error_ND in self._rows:
-            self._gram_KK.addmm_(x_NK.float().T, x_NK.float())
-            self._cross_DK.addmm_(error_ND.T, x_NK.float())
+            add_product(self._gram_KK, x_NK, x_NK)
+            add_product(self._cross_DK, error_ND, x_NK)
         self._rows.clear()
         return self._gram_KK, self._cross_DK
+
+
+def _checked(weight_DK: Tensor, what: str) -> Tensor:
+    """`weight_DK`, or SelfCheckError when it has NaN or infinite values."""
+    if not torch.isfinite(weight_DK).all():
+        raise SelfCheckError(
+            f"compensation of {what} is not finite", hint="raise prune.ridge_lambda or set prune.compensate=none"
+        )
+    return weight_DK

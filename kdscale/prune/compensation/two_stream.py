@@ -1,47 +1,48 @@
 """Compensation in both streams: each projection is refitted on what the teacher and what the student read there.
 
-`repair.compensated_layers` fits each layer as if everything before it were the teacher. It is not: errors add up from
-layer to layer, and a later layer reads something it was never fitted on. Fitted on the student's stream alone, layers
-answer noisy inputs with too little, and the next ones get less still: far worse (docs/explanation/measured-pruning.md).
-So both are equations of one regression. Teacher and student run side by side, a layer at a time; for each projection
-into the residual stream, attention first, with x_T and x_S what the teacher and the student read at the kept inputs:
+`ridge` (one_stream.py) fits each layer as if everything before it were the teacher. It is not: errors add up from layer
+to layer, and a later layer reads something it was never fitted on. Fitted on the student's stream alone, layers answer
+noisy inputs with too little, and the next ones get less still: far worse (docs/explanation/measured-pruning.md). So
+both are equations of one regression. Teacher and student run side by side, a layer at a time; for each projection into
+the residual stream, attention first, with x_T and x_S what the teacher and the student read at the kept inputs:
 
     W' = argmin ‖x_T W'ᵀ − y_T‖² + ‖x_S W'ᵀ − (y_T + β(r_T − r_S))‖² + λ‖W' − W_kept‖²
 
 y_T is what the teacher's sublayer adds and r_T − r_S how far the student's residual stream is behind before it: the
 asymmetric target of GPTAQ (arXiv 2504.02692) plus a share β of the error so far.
 
-In a mixture the experts' share of the sublayer's target is divided among the kept ones: expert_repair.py.
+In a mixture the experts' part of the sublayer's target is divided among the kept ones (experts.py).
 
-B batch · S sequence · N = B·S tokens · n tokens of one expert · D' kept hidden channels · K kept inputs
+B batch · S sequence · N = B·S tokens · n tokens of one expert · D hidden · D' kept hidden · U inputs · K kept inputs
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdscale.config.prune import PruneConfig
 from kdscale.files import remove_tree
 from kdscale.models.experts import Routing, expert_units, experts_call, routing_among_kept
 from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStates, Scratch
-from kdscale.models.layer_pass import LayerPass
+from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts
-from kdscale.prune.compensation.layer_gaps import RepairedWeights, is_plain
-from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts
+from kdscale.prune.compensation.layer_gaps import RepairedWeights, only_adds_sublayers
+from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts, projection_site
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
-from kdscale.prune.slicing import Slicer
+from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_writer
 from kdscale.weights import Checkpoint
 
-_EMBEDDED = "embedded"  # the teacher's first states, until they stand beside the student's
+_EMBEDDED = "embedded"  # folder of the teacher's first states, until they stand beside the student's
+_TEACHER, _STUDENT = "teacher", "student"
 
 
 def two_stream_layers(
@@ -52,48 +53,45 @@ def two_stream_layers(
     teacher: Checkpoint,
     reporter: Reporter,
     scratch: Scratch = IN_MEMORY,
-    residuals: RecoveredErrors | None = None,
-    mended: RepairedWeights | None = None,
+    recovered: RecoveredErrors | None = None,
+    repaired: RepairedWeights | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """As `repair.compensated_layers`, of which it is the other kind: (the student's layer, role → weight).
+    """Yield (the student's layer, role → compensated weight), on the same terms as `one_stream.compensated_layers`.
 
     β is `cfg.stream_correction`. It applies where a layer adds its two sublayers' outputs to its input and nothing else
     (no norm or factor between), and is taken as 0 elsewhere. In memory: a layer of each model, one regression, and the
     hidden states of both within the budget of `scratch`.
     """
     plan = slicer.plan
-    both = _BothStreams(stream, slicer, teacher)
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
     depth = plan.kept.layers[-1] + 1
     with reporter.bar("compensation", total=tokens) as bar:
-
-        def advance(count: int, layer: int) -> None:
-            bar.advance(count / depth, f"layer {layer + 1}/{depth}")
-
-        walk = LayerPass(both, batches, scratch, advance)
-        for pair in walk.layers(depth):
-            if pair.position is not None:
+        source = _BothModels(stream, slicer, teacher)
+        walk = LayerPass(source, batches, scratch, layer_progress(bar, depth))
+        for layer in walk.layers(depth):
+            if layer.position is not None:
                 with torch.inference_mode():
-                    done = None if mended is None else mended.get(pair.position)
-                    solved = pair.fit(walk.states, batches, cfg, residuals, done, scratch.activation_bytes)
+                    done = None if repaired is None else repaired.get(layer.position)
+                    task = _Task(walk.states, batches, cfg, recovered, scratch.activation_bytes)
+                    solved = layer.fit(task, done)
                 if is_writer():
-                    yield pair.position, solved
-                del solved
-            walk.run(pair)
+                    yield layer.position, solved
+                del solved, task
+            walk.run(layer)
             walk.finish()
         walk.close()
 
 
-class _BothStreams:
-    """Teacher and student as one stream for LayerPass: a token's state is the teacher's D numbers and our D'."""
+class _BothModels:
+    """Teacher and student as one LayerSource: a token's state is the teacher's D numbers and the student's D'."""
 
     def __init__(self, stream: LayerStream, slicer: Slicer, teacher: Checkpoint):
-        self.dims, self.device, self._slicer = stream.dims, stream.device, slicer
-        self._theirs = stream
-        self._ours = LayerStream(
+        self.depth, self.device, self._slicer = stream.depth, stream.device, slicer
+        self._teacher = stream
+        self._student = LayerStream(
             slicer.student_config,
             slicer.family,
-            sliced_source(teacher, slicer),
+            SlicedStudent(slicer, teacher.tensor).tensor,
             dtype=stream.dtype,
             device=stream.device,
         )
@@ -101,231 +99,200 @@ class _BothStreams:
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
         # one embedding in memory at a time
         aside = replace(scratch.subfolder(_EMBEDDED), activation_bytes=scratch.activation_bytes // 4)
-        theirs = self._theirs.embed(batches, aside)
-        enter, states = self._ours.embedding(), HiddenStates(scratch, self.device)
-        with torch.inference_mode():
-            for batch, wide in zip(batches, theirs, strict=True):
-                ids, positions = batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device)
-                states.append(torch.cat([wide, enter(ids, positions)], dim=-1))
+        teacher_states, states = self._teacher.embed(batches, aside), HiddenStates(scratch, self.device)
+        for teacher_BSD, student_BSD in zip(teacher_states, self._student.embedded(batches), strict=True):
+            with torch.inference_mode():
+                states.append(torch.cat([teacher_BSD, student_BSD], dim=-1))
         if aside.folder is not None:
             remove_tree(aside.folder)
         return states
 
-    def layer(self, index: int) -> _LayerPair:
+    def layer(self, index: int) -> _BothLayers:
         kept = self._slicer.plan.kept.layers
         position = kept.index(index) if index in kept else None
-        ours = None if position is None else self._ours.layer(position)
-        return _LayerPair(self._theirs.layer(index), ours, self._slicer, position, self.device)
+        student = None if position is None else self._student.layer(position)
+        return _BothLayers(self._teacher.layer(index), student, self._slicer, position, self.device)
 
 
-def sliced_source(teacher: Checkpoint, slicer: Slicer) -> Callable[[str], Tensor]:
-    """The plainly sliced student, tensor by tensor."""
-    where: dict[str, tuple[str, Any, int | None]] = {
-        target: (source, spec, None) for source, target, spec in slicer.outer()
-    }
-    for position in range(slicer.plan.student.layers):
-        where |= {target: (source, spec, position) for source, target, spec in slicer.layer(position)}
+@dataclass(frozen=True)
+class _Task:
+    """What a layer is fitted on. `room`: bytes for the sums of the experts that are fitted at a time."""
 
-    def tensor(name: str) -> Tensor:
-        source, spec, position = where[name]
-        return slicer.slice(teacher.tensor(source), spec, position)
-
-    return tensor
+    states: HiddenStates  # that enter the layer
+    batches: Sequence[TokenBatch]
+    cfg: PruneConfig
+    recovered: RecoveredErrors | None
+    room: int = ACTIVATION_BYTES
 
 
-class _LayerPair:
-    """One layer of the teacher and, if it is kept, the student's at the same place."""
+class _BothLayers:
+    """One layer of the teacher and, if it is kept, the student's at the same place (`position`)."""
 
     def __init__(
         self,
-        theirs: DecoderLayer,
-        ours: DecoderLayer | None,
+        teacher: DecoderLayer,
+        student: DecoderLayer | None,
         slicer: Slicer,
         position: int | None,
         device: torch.device,
     ):
-        self.index, self.position = theirs.index, position
-        self._theirs, self._ours, self._slicer = theirs, ours, slicer
+        self.index, self.position = teacher.index, position
+        self._teacher, self._student, self._slicer = teacher, student, slicer
         self._kept_D = torch.tensor(slicer.plan.kept.hidden, device=device)
-        sites = slicer.family.sites
-        self._paths = {"o": sites.heads, "down": sites.mlp_output}
-        self._seen: dict[tuple[bool, str], tuple[Tensor, Tensor]] = {}
-        self._calls: dict[bool, tuple[Tensor, Routing]] = {}  # of the experts of a mixture
-        self._shape: tuple[int, ...] = ()
+        self._paths = {role: projection_site(slicer.family.sites, role) for role in ("o", "down")}
+        self._seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (model, role) → what it read and put out
+        self._calls: dict[str, tuple[Tensor, Routing]] = {}  # of the experts of a mixture, by model
+        self._batch_shape: tuple[int, ...] = ()
         self._handles = [
-            one.site(path).register_forward_hook(self._keeper(mine, role), with_kwargs=True)
-            for mine, one in ((False, theirs), (True, ours))
-            if one is not None
+            layer.site(path).register_forward_hook(self._recorder(model, role), with_kwargs=True)
+            for model, layer in ((_TEACHER, teacher), (_STUDENT, student))
+            if layer is not None
             for role, path in self._paths.items()
         ]
 
     def __call__(self, both: Tensor, positions_BS: Tensor) -> Tensor:
-        theirs, ours = self._split(both)
-        self._shape = tuple(positions_BS.shape)
-        after = ours if self._ours is None else self._ours(ours, positions_BS)
-        return torch.cat([self._theirs(theirs, positions_BS), after], dim=-1)
+        teacher, student = self._split(both)
+        self._batch_shape = tuple(positions_BS.shape)
+        after = student if self._student is None else self._student(student, positions_BS)
+        return torch.cat([self._teacher(teacher, positions_BS), after], dim=-1)
 
     def release(self) -> None:
-        self._theirs.release()
-        if self._ours is not None:
-            self._ours.release()
+        self._teacher.release()
+        if self._student is not None:
+            self._student.release()
 
-    def fit(
-        self,
-        states: HiddenStates,
-        batches: Sequence[TokenBatch],
-        cfg: PruneConfig,
-        residuals: RecoveredErrors | None,
-        mended: Tensor | None = None,
-        room: int = ACTIVATION_BYTES,
-    ) -> dict[str, Tensor]:
-        """Refit the projections that are cut, in the order in which they add to the stream; not a `mended` down.
+    def fit(self, task: _Task, repaired: Tensor | None = None) -> dict[str, Tensor]:
+        """Refit the projections that are cut, in the order in which they add to the stream.
 
-        `room`: bytes for the sums of the experts of a mixture that are fitted at a time.
+        Returns role → weight as it is on disk, fp32 on the CPU; the student's layer has the new weights from then on.
+        `repaired`: the down projection, if it was refitted elsewhere.
         """
         slicer = self._slicer
         roles = compensated_roles(slicer.plan, slicer)
         out: dict[str, Tensor] = {}
         if "o" in roles:
-            out["o"] = self._refit("o", states, batches, cfg, residuals)
-        if mended is not None:
-            assert self._ours is not None
-            module: Any = self._ours.site(self._paths["down"])
-            module.weight.data = mended.to(module.weight)
+            out["o"] = self._refit("o", task)
+        if repaired is not None:
+            assert self._student is not None
+            module: Any = self._student.site(self._paths["down"])
+            module.weight.data = repaired.to(module.weight)
         elif fits_experts(slicer.plan, slicer):
-            out |= self._refit_experts(states, batches, cfg, residuals, room)
+            out |= self._refit_experts(task)
         elif "down" in roles:
-            out["down"] = self._refit("down", states, batches, cfg, residuals)
+            out["down"] = self._refit("down", task)
         for handle in self._handles:
             handle.remove()
         self._seen.clear()
         self._calls.clear()
         return out
 
-    def _refit(
-        self,
-        role: str,
-        states: HiddenStates,
-        batches: Sequence[TokenBatch],
-        cfg: PruneConfig,
-        residuals: RecoveredErrors | None,
-    ) -> Tensor:
-        assert self._ours is not None
-        module, transposed = self._ours.site(self._paths[role]), self._slicer.family.transposed(role)
-        weight_DK, bias_D = _weight(module, transposed), getattr(module, "bias", None)
-        inputs = self._slicer.kept(COMPENSATED[role], self.position)
-        assert inputs is not None
-        inputs_K = torch.tensor(inputs, device=weight_DK.device)
-        sums, sample = TargetSums(weight_DK), InputSample(len(batches))
+    def _refit(self, role: str, task: _Task) -> Tensor:
+        assert self._student is not None
+        family, module = self._slicer.family, self._student.site(self._paths[role])
+        weight_DK, bias_D = family.output_by_input(role, module.weight), getattr(module, "bias", None)
+        kept = self._slicer.kept(COMPENSATED[role], self.position)
+        assert kept is not None
+        inputs_K = torch.tensor(kept, device=weight_DK.device)
+        sums, sample = TargetSums(weight_DK), InputSample(len(task.batches))
         offset = 0.0 if bias_D is None else bias_D.float()
-        for target in self._targets(role, states, batches, cfg.stream_correction):
-            sample.see(self._seen[False, role][0])
-            sums.add(self._seen[False, role][0][..., inputs_K], self._wanted(role) - offset)
-            sums.add(self._seen[True, role][0], target - offset)
+        for target in self._targets(role, task):
+            sample.add(self._seen[_TEACHER, role][0])
+            sums.add(self._seen[_TEACHER, role][0][..., inputs_K], self._teacher_output(role) - offset)
+            sums.add(self._seen[_STUDENT, role][0], target - offset)
         sums.reduce()
-        solved_DK = sums.solve(cfg.ridge_lambda, f"{self._paths[role]} of the student's layer {self.position}")
-        if residuals is not None:
-            whole_DU = _weight(self._theirs.site(self._paths[role]), transposed)[self._kept_D]
-            residuals.add(self.index, role, sample, whole_DU, inputs_K, solved_DK)
-        on_disk = solved_DK.T.contiguous() if transposed else solved_DK
+        solved_DK = sums.solve(task.cfg.ridge_lambda, f"{self._paths[role]} of the student's layer {self.position}")
+        if task.recovered is not None:
+            teacher_module = self._teacher.site(self._paths[role])
+            weight_DU = family.output_by_input(role, teacher_module.weight)[self._kept_D]
+            task.recovered.add(self.index, role, sample, weight_DU, inputs_K, solved_DK)
+        on_disk: Tensor = family.output_by_input(role, solved_DK).contiguous()
         module.weight.data = on_disk.to(weight_DK.dtype)
         return on_disk.cpu()
 
-    def _targets(self, role: str, states: HiddenStates, batches: Sequence[TokenBatch], beta: float) -> Iterator[Tensor]:
-        """Both layers run on one batch after the other: what the student's projection is to put out, [B, S, D']."""
-        for index, batch in enumerate(batches):
-            before = states[index]
+    def _targets(self, role: str, task: _Task) -> Iterator[Tensor]:
+        """Run both layers batch after batch; yields what the student's projection is to put out: [B, S, D']."""
+        for index, batch in enumerate(task.batches):
+            before = task.states[index]
             after = self(before, batch.position_ids_BS.to(before.device))
-            theirs, ours = self._split(before)
-            plain = self._is_plain(theirs, self._split(after)[0])
-            yield self._target(role, theirs, ours, beta if plain else 0.0)
+            teacher, student = self._split(before)
+            added = self._output(_TEACHER, "o") + self._output(_TEACHER, "down")
+            plain = only_adds_sublayers(teacher, added, self._split(after)[0])
+            yield self._target(role, teacher, student, task.cfg.stream_correction if plain else 0.0)
 
-    def _refit_experts(
-        self,
-        states: HiddenStates,
-        batches: Sequence[TokenBatch],
-        cfg: PruneConfig,
-        residuals: RecoveredErrors | None,
-        room: int,
-    ) -> dict[str, Tensor]:
-        assert self._ours is not None and self.position is not None
+    def _target(self, role: str, teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+        target = self._teacher_output(role)
+        if beta:
+            behind = teacher.float()[..., self._kept_D] - student.float()
+            if role == "down":
+                behind += self._teacher_output("o") - self._output(_STUDENT, "o")
+            target = target + beta * behind
+        return target
+
+    def _refit_experts(self, task: _Task) -> dict[str, Tensor]:
+        assert self._student is not None and self.position is not None
         path = self._slicer.family.sites.experts
-        whole: Any = self._theirs.site(path)
-        cut: Any = self._ours.site(path)
+        teacher_experts: Any = self._teacher.site(path)
+        student_experts: Any = self._student.site(path)
 
         def sweep(group: Sequence[int]) -> Iterator[Equations]:
-            for target in self._targets("down", states, batches, cfg.stream_correction):
-                yield from self._equations(group, whole, cut, target.flatten(0, -2))
+            for target in self._targets("down", task):
+                yield from self._equations(group, teacher_experts, student_experts, target.flatten(0, -2))
 
-        out = refit_experts(whole, self._slicer, self.position, sweep, cfg.ridge_lambda, room, residuals)
-        for place, weight_DK in enumerate(out.values()):  # in the order of the student's experts
-            cut.down_proj.data[place] = weight_DK.to(cut.down_proj)
+        ridge = task.cfg.ridge_lambda
+        out = refit_experts(teacher_experts, self._slicer, self.position, sweep, ridge, task.room, task.recovered)
+        for number, weight_DK in enumerate(out.values()):  # in the order of the student's experts
+            student_experts.down_proj.data[number] = weight_DK.to(student_experts.down_proj)
         return out
 
-    def _equations(self, group: Sequence[int], whole: Any, cut: Any, target_ND: Tensor) -> Iterator[Equations]:
+    def _equations(
+        self, group: Sequence[int], teacher_experts: Any, student_experts: Any, target_ND: Tensor
+    ) -> Iterator[Equations]:
         """Those of the experts in `group` for the batch that both layers were run on last, from both streams."""
         assert self.position is not None
         slicer = self._slicer
         kept = slicer.plan.kept.experts[self.position]
-        (theirs_ND, _), (ours_ND, ours) = self._calls[False], self._calls[True]
-        router = self._theirs.site(slicer.family.sites.router)
-        in_theirs = routing_among_kept(router, kept, theirs_ND)
-        in_ours = Routing(torch.tensor(kept, device=ours_ND.device)[ours.chosen_NT], ours.weights_NT)
-        wanted_ND = self._wanted("down").flatten(0, -2)
-        for routing, target, mine in ((in_theirs, wanted_ND, False), (in_ours, target_ND, True)):
-            mixed_ND = whole.forward(theirs_ND, *routing)[:, self._kept_D].float()  # not through the hooks
+        (teacher_ND, _), (student_ND, student_routing) = self._calls[_TEACHER], self._calls[_STUDENT]
+        router = self._teacher.site(slicer.family.sites.router)
+        in_teacher = routing_among_kept(router, kept, teacher_ND)
+        numbers = torch.tensor(kept, device=student_ND.device)
+        in_student = Routing(numbers[student_routing.chosen_NT], student_routing.weights_NT)
+        output_ND = self._teacher_output("down").flatten(0, -2)
+        for routing, target, model in ((in_teacher, output_ND, _TEACHER), (in_student, target_ND, _STUDENT)):
+            mixed_ND = teacher_experts.forward(teacher_ND, *routing)[:, self._kept_D].float()  # not through the hooks
             left_ND = (target - mixed_ND) / routing.weights_NT.float().sum(-1, keepdim=True)
             for expert in group:
                 token_n, weight_n = routing.of(expert)
                 weight_n1 = weight_n[:, None]
-                units_nF = expert_units(whole, expert, theirs_ND[token_n]).float() * weight_n1
-                output_nD = units_nF @ whole.down_proj[expert][self._kept_D].float().T
-                if mine:
-                    x_nK = expert_units(cut, kept.index(expert), ours_ND[token_n]).float() * weight_n1
-                else:
+                units_nF = expert_units(teacher_experts, expert, teacher_ND[token_n]).float() * weight_n1
+                output_nD = units_nF @ teacher_experts.down_proj[expert][self._kept_D].float().T
+                target_nD = output_nD + weight_n1 * left_ND[token_n]
+                if model == _TEACHER:
                     x_nK = units_nF[:, kept_units(slicer, self.position, expert, units_nF.device)]
-                yield Equations(expert, x_nK, output_nD + weight_n1 * left_ND[token_n], None if mine else units_nF)
+                    yield Equations(expert, x_nK, target_nD, units_nF)
+                else:
+                    units_nK = expert_units(student_experts, kept.index(expert), student_ND[token_n])
+                    yield Equations(expert, units_nK.float() * weight_n1, target_nD, None)
 
     def _split(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        teacher, student = self._slicer.plan.teacher.hidden, self._slicer.plan.student.hidden
-        theirs, ours = both.split([teacher, student], dim=-1)
-        return theirs, ours
+        sizes = [self._slicer.plan.teacher.hidden, self._slicer.plan.student.hidden]
+        teacher, student = both.split(sizes, dim=-1)
+        return teacher, student
 
-    def _is_plain(self, before: Tensor, after: Tensor) -> bool:
-        added = self._output(False, "o") + self._output(False, "down")
-        return is_plain(before, added, after)
-
-    def _target(self, role: str, theirs: Tensor, ours: Tensor, beta: float) -> Tensor:
-        target = self._wanted(role)
-        if beta:
-            behind = theirs.float()[..., self._kept_D] - ours.float()
-            if role == "down":
-                behind += self._output(False, "o")[..., self._kept_D] - self._output(True, "o")
-            target = target + beta * behind
-        return target
-
-    def _wanted(self, role: str) -> Tensor:
+    def _teacher_output(self, role: str) -> Tensor:
         """y_T on the channels that stay."""
-        return self._output(False, role)[..., self._kept_D]
+        return self._output(_TEACHER, role)[..., self._kept_D]
 
-    def _output(self, mine: bool, role: str) -> Tensor:
-        return self._seen[mine, role][1].float()
+    def _output(self, model: str, role: str) -> Tensor:
+        return self._seen[model, role][1].float()
 
-    def _keeper(self, mine: bool, role: str) -> Callable[[Any, Any, Any, Any], None]:
+    def _recorder(self, model: str, role: str) -> Callable[[Any, Any, Any, Any], None]:
         experts = role == "down" and bool(self._slicer.family.sites.experts)
 
-        def keep(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def record(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             out = output if isinstance(output, Tensor) else output[0]
             if experts:  # called with rows of tokens
-                self._calls[mine] = experts_call(args, kwargs)
-                out = out.unflatten(0, self._shape)
-            self._seen[mine, role] = (self._calls[mine][0] if experts else args[0], out)
+                self._calls[model] = experts_call(args, kwargs)
+                out = out.unflatten(0, self._batch_shape)
+            self._seen[model, role] = (self._calls[model][0] if experts else args[0], out)
 
-        return keep
-
-
-def _weight(module: nn.Module, transposed: bool) -> Tensor:
-    """[outputs, inputs]"""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if transposed else weight
+        return record

@@ -78,16 +78,14 @@ class _Copies:
     """A LayerStream whose batches have L + 1 states each: LayerPass then spools and resumes all of them."""
 
     def __init__(self, stream: LayerStream):
-        self.dims, self.device, self._stream = stream.dims, stream.device, stream
-        self.copies = stream.dims.layers + 1
+        self.depth, self.device, self._stream = stream.depth, stream.device, stream
+        self.copies = stream.depth + 1
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
-        entered, states = self._stream.embedding(), HiddenStates(scratch, self.device)
-        with torch.inference_mode():
-            for batch in batches:
-                state_BSD = entered(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device))
-                for _ in range(self.copies):
-                    states.append(state_BSD)
+        states = HiddenStates(scratch, self.device)
+        for state_BSD in self._stream.embedded(batches):
+            for _ in range(self.copies):
+                states.append(state_BSD)
         return states
 
     def layer(self, index: int) -> DecoderLayer:

@@ -10,23 +10,29 @@ B batch · S sequence · N scored tokens · D hidden · U inputs of a projection
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kdscale.errors import DataError, SelfCheckError
-from kdscale.families import Family, TensorSpec
+from kdscale.families import Family
 from kdscale.files import remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import ExpertInputs, expert_name, refit_experts
-from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts
-from kdscale.prune.compensation.regression import RidgeSums
+from kdscale.prune.compensation.one_stream import (
+    COMPENSATED,
+    compensated_roles,
+    fits_experts,
+    kept_outputs,
+    projection_site,
+)
+from kdscale.prune.compensation.regression import GramHooks, RidgeSums
 from kdscale.prune.plan import MaskedScore, Plan
-from kdscale.prune.slicing import Slicer
+from kdscale.prune.slicing import SlicedStudent, SlicedTensor, Slicer
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
@@ -120,17 +126,15 @@ class _Student:
         self.roles = compensated_roles(plan, self.slicer)
         self.stream = LayerStream(self.slicer.student_config, family, self._tensor, dtype=dtype, device=device)
         self.states = HiddenStates()
-        self._where: dict[str, tuple[int | None, str, TensorSpec]] = {
-            target: (None, source, spec) for source, target, spec in self.slicer.outer()
-        }
+        self._sliced = SlicedStudent(self.slicer, shared.tensor)
         self._solved: dict[str, Tensor] = {}
 
     def _tensor(self, name: str) -> Tensor:
-        position, source, spec = self._where[name]
-        if (solved := self._solved.get(expert_name(spec.role, spec.expert))) is not None:
+        origin = self._sliced.origins[name]
+        if (solved := self._solved.get(expert_name(origin.spec.role, origin.spec.expert))) is not None:
             # rounded to the dtype on disk, as the student's file would be
-            return solved.to(self._shared.tensor(source).dtype)
-        return self.slicer.slice(self._shared.tensor(source), spec, position)
+            return solved.to(self._shared.tensor(origin.source).dtype)
+        return self._sliced.tensor(name)
 
     def advance(
         self,
@@ -148,13 +152,10 @@ class _Student:
         if index not in self.plan.kept.layers:
             return
         position = self.plan.kept.layers.index(index)
-        pairs = list(self.slicer.layer(position))
-        outer = {name: value for name, value in self._where.items() if value[0] is None}  # outside the layers
-        self._where = {**outer, **{target: (position, source, spec) for source, target, spec in pairs}}
         self._solved = {
-            spec.role: self._solve(spec.role, position, source, grams)
-            for source, _, spec in pairs
-            if spec.role in grams and spec.role in self.roles
+            tensor.spec.role: self._solve(tensor, grams[tensor.spec.role])
+            for tensor in self.slicer.layer(position)
+            if tensor.spec.role in grams and tensor.spec.role in self.roles
         }
         if inputs is not None and fits_experts(self.plan, self.slicer):
             sweep = inputs.sweep(self.slicer, position)
@@ -164,18 +165,16 @@ class _Student:
         _advance(layer, self.states, batches, device)
         layer.release()
 
-    def _solve(self, role: str, position: int, source: str, grams: dict[str, Tensor]) -> Tensor:
-        kept = self.slicer.kept(COMPENSATED[role], position)
+    def _solve(self, tensor: SlicedTensor, gram_UU: Tensor) -> Tensor:
+        role = tensor.spec.role
+        kept = self.slicer.kept(COMPENSATED[role], tensor.position)
         assert kept is not None
-        gram_UU = grams[role]
         sums = RidgeSums.of_gram(kept, gram_UU)
-        transposed = self.slicer.family.transposed(role)
-        weight_DU = self._shared.tensor(source).to(gram_UU.device)
-        weight_DU = weight_DU.T if transposed else weight_DU
-        if (hidden := self.slicer.kept("hidden", None)) is not None:
-            weight_DU = weight_DU[torch.tensor(hidden, device=gram_UU.device)]
-        solved_DK = sums.solve(weight_DU, self._ridge, source).cpu()
-        return solved_DK.T if transposed else solved_DK
+        weight_DU = kept_outputs(self.slicer, role, self._shared.tensor(tensor.source).to(gram_UU.device))
+        on_disk: Tensor = self.slicer.family.output_by_input(
+            role, sums.solve(weight_DU, self._ridge, tensor.source).cpu()
+        )
+        return on_disk
 
 
 def _read(
@@ -191,31 +190,17 @@ def _read(
     Gram matrices would be many, what they read. Moves `states` on."""
     here = [run for run in runs if layer.index in run.plan.kept.layers]
     roles = sorted({role for run in here for role in run.roles})
-    grams: dict[str, Tensor] = {}
-    handles = []
-    inputs = None
+    sums, inputs = GramHooks(), None
     if any(fits_experts(run.plan, run.slicer) for run in here):
         roles.remove("down")
         inputs = ExpertInputs(layer, family, scratch, device)
     for role in roles:
-        path = family.sites.ffn if role == "down" else family.sites.heads
-        handles.append(layer.site(path).register_forward_pre_hook(_adder(grams, role)))
+        sums.attach(role, layer.site(projection_site(family.sites, role)))
     _advance(layer, states, batches, device)
-    for handle in handles:
-        handle.remove()
+    sums.detach()
     if inputs is not None:
         inputs.stop()
-    return grams, inputs
-
-
-def _adder(grams: dict[str, Tensor], role: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-    def add(_module: Any, args: tuple[Tensor, ...]) -> None:
-        x_NU = args[0].flatten(0, -2).float()
-        if role not in grams:
-            grams[role] = x_NU.new_zeros(x_NU.shape[1], x_NU.shape[1])
-        grams[role].addmm_(x_NU.T, x_NU)
-
-    return add
+    return sums.grams, inputs
 
 
 def _advance(layer: DecoderLayer, states: HiddenStates, batches: Sequence[TokenBatch], device: torch.device) -> None:

@@ -72,8 +72,8 @@ def test_an_off_by_one_slice_is_caught(teacher, tmp_path, monkeypatch, axis, nam
     plan = teacher.prune(tmp_path / "student", ffn=64, kv_heads=1, heads=2, hidden=64, compensate="none")
     right = Slicer.kept
 
-    def wrong(self, name, position):
-        kept = right(self, name, position)
+    def wrong(self, name, position, expert=None):
+        kept = right(self, name, position, expert)
         if name != axis or kept is None or position not in (1, None):
             return kept
         limit = self.plan.teacher.dims().axis_size(axis)
@@ -119,7 +119,7 @@ def test_a_student_too_large_to_load_whole_is_reloaded_from_its_files(other_teac
     teacher = other_teachers(kind)
     teacher.prune(tmp_path / "student", ffn=32, hidden=48, max_shard_bytes=100_000)
     whole = self_check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
-    monkeypatch.setattr(self_check, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(self_check, "_IN_MEMORY_BYTES", 0)
     seen: list = []
     load = self_check._plain_load
 
@@ -164,7 +164,7 @@ def test_compensation_brings_each_projection_nearer_to_the_teachers(teacher, tmp
     slicer = Slicer(teacher.config, teacher.family, plan)
     student = load_file(tmp_path / "ridge" / "model.safetensors")
     for position in range(plan.student.layers):
-        for source, target, spec in slicer.layer(position):
+        for source, target, spec, _ in slicer.layer(position):
             if spec.role not in ("down", "o") or slicer.kept(spec.axes[1], position) is None:
                 continue
             kept, rows = slicer.kept(spec.axes[1], position), slicer.kept("hidden", None)

@@ -112,8 +112,8 @@ def test_ridge_fits_each_expert_on_the_tokens_that_the_kept_ones_get(teacher_of,
     teacher = teacher_of(model_type)
     cut = {name: value for name, value in CUT.items() if "hidden" not in name or model_type != "olmoe"}
     plan, cfg = plan_of(teacher, "ridge", layers=2, **cut)
-    residuals = RecoveredErrors(tmp_path / "repair.json")
-    after = written(teacher, plan, cfg, tmp_path / "student", residuals=residuals)
+    recovered = RecoveredErrors(tmp_path / "repair.json")
+    after = written(teacher, plan, cfg, tmp_path / "student", recovered=recovered)
     model = load_model(teacher.checkpoint.path, dtype=torch.float32, device=CPU)
     inputs, rows_D = run(model, teacher.batches), plan.kept.hidden
     with torch.no_grad():
@@ -206,13 +206,13 @@ def test_an_expert_without_tokens_keeps_its_slice_and_is_counted(teacher_of):
                 kept = plan.kept.ffn_of(0, expert)
                 yield Equations(expert, whole[:, kept], whole @ experts.down_proj[expert].T, whole)
 
-    residuals = RecoveredErrors()
+    recovered = RecoveredErrors()
     with torch.inference_mode():
-        found = refit_experts(experts, slicer, 0, sweep, RIDGE, 1 << 20, residuals)
+        found = refit_experts(experts, slicer, 0, sweep, RIDGE, 1 << 20, recovered)
         for expert in range(4):
             sliced = experts.down_proj[expert][:, plan.kept.ffn_of(0, expert)]
             assert torch.equal(found[f"down.{expert}"], sliced) == (expert == 2)
-    (row,) = residuals.rows
+    (row,) = recovered.rows
     assert (row["experts"], row["short_of_tokens"]) == (4, 2)
 
 

@@ -21,13 +21,13 @@ SHAPE = {"ffn": 64, "heads": 4, "layers": 3}
 def test_recorded_errors_are_those_of_the_files(teacher, tmp_path: Path) -> None:
     cfg = PruneConfig(**SHAPE)
     plan = make_plan(teacher.config, teacher.family, teacher.scores(tmp_path / "scores", **SHAPE), cfg)
-    residuals, out = RecoveredErrors(tmp_path / "repair.json"), tmp_path / "out"
+    recovered, out = RecoveredErrors(tmp_path / "repair.json"), tmp_path / "out"
     out.mkdir()
     apply_plan(
         teacher.checkpoint, teacher.family, plan, out, cfg,
-        batches=teacher.batches, reporter=Reporter(quiet=True), residuals=residuals,
+        batches=teacher.batches, reporter=Reporter(quiet=True), recovered=recovered,
     )  # fmt: skip
-    rows = residuals.rows
+    rows = recovered.rows
     assert [(row["layer"], row["role"]) for row in rows] == [
         (layer, role) for layer in plan.kept.layers for role in ("down", "o")
     ]
@@ -55,5 +55,5 @@ def test_recorded_errors_are_those_of_the_files(teacher, tmp_path: Path) -> None
     assert row["after"] < row["before"]
     assert (row["kept"], row["of"]) == (64, 128)
 
-    residuals.keep_layers(plan.kept.layers[:1])
+    recovered.keep_layers(plan.kept.layers[:1])
     assert {row["layer"] for row in RecoveredErrors(tmp_path / "repair.json").rows} == {plan.kept.layers[0]}
