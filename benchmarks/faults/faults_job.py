@@ -18,9 +18,13 @@ from typing import Any
 import psutil
 from safetensors.torch import load_file
 
+from kdscale.jobs.launch import RANK_MODULE
+from kdscale.pipeline import rank_main
 from kdscale.runs.metrics_log import read_metrics
+from kdscale_launch.hosts import agent
 
-EVERY, STEPS = 10, 120  # a checkpoint every so many steps; all steps of a run
+EVERY, STEPS = 10, 120  # steps between checkpoints; steps of a run
+TRAINING_MODULE = rank_main.__name__  # of rank 0's training; the other ranks train in RANK_MODULE
 DEAD_AFTER, GRACE = 10.0, 30.0
 SSH = """#!/bin/sh
 while [ "$1" = -o ] || [ "$1" = -T ]; do [ "$1" = -o ] && shift; shift; done
@@ -30,14 +34,14 @@ exec sh -c "$*"
 """
 PYTHON = """#!/bin/sh
 case "$2" in
-    kdscale.runs.*) exec {python} {wrapper} "$@" ;;
+    {rank}|{training}) exec {python} {wrapper} "$@" ;;
     *) exec {python} "$@" ;;
 esac
 """
 
 
-class Job:
-    """One run folder and the launcher that works on it, started again by hand whenever it has ended."""
+class FaultyJob:
+    """One run folder and the launcher that trains into it, started again whenever it has ended."""
 
     def __init__(self, work: Path, config: Path, run: Path, watchdog: float, options: tuple[str, ...] = ()):
         self.work, self.run, self.watchdog = work, run, watchdog
@@ -56,11 +60,12 @@ class Job:
         self.start()
 
     def start(self) -> None:
+        """Start the launcher."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
 
     def said(self) -> str:
-        """What is new in the launcher's log, and on which step training went on."""
+        """The lines that the launcher has logged since the last call."""
         with self.log.open("rb") as stream:
             stream.seek(self._read)
             data = stream.read()
@@ -69,53 +74,59 @@ class Job:
         return data.decode(errors="replace")
 
     def step(self) -> int:
-        """The newest step in the metrics, from the end of the file."""
+        """The newest step in the metrics log, read from the end of the file."""
         path = self.run / "logs" / "metrics.jsonl"
         with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 4000))
-            found = re.findall(rb'"step": (\d+)', stream.read())
-            self.reached = max(self.reached, int(found[-1]) if found else 0)
-            return int(found[-1]) if found else 0
+            steps = re.findall(rb'"step": (\d+)', stream.read())
+            newest = int(steps[-1]) if steps else 0
+            self.reached = max(self.reached, newest)
+            return newest
         return 0
 
     def tree(self) -> list[psutil.Process]:
+        """Every process below the launcher."""
         with contextlib.suppress(psutil.NoSuchProcess):
             return list(psutil.Process(self.process.pid).children(recursive=True))
         return []
 
     def agents(self) -> list[psutil.Process]:
-        return [process for process in self.tree() if "kdscale_launch.hosts.agent" in words(process)]
+        """The agents of the two hosts."""
+        return [process for process in self.tree() if agent.__name__ in command_line(process)]
 
     def ranks(self, training: bool = False) -> list[psutil.Process]:
         """Every process of a rank, or only those that distil."""
-        members = [p for p in self.tree() if {"kdscale.jobs.rank", "kdscale.pipeline.rank_main"} & set(words(p))]
-        return [p for p in members if not training or "kdscale.pipeline.rank_main" in words(p) or rank_of(p) == 1]
+        ranks = [p for p in self.tree() if {RANK_MODULE, TRAINING_MODULE} & set(command_line(p))]
+        return [p for p in ranks if not training or TRAINING_MODULE in command_line(p) or rank_of(p) == 1]
 
     def student(self) -> dict[str, str]:
+        """SHA-256 of every file of the student, by name."""
         folder = self.run / "student"
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
 
     def weights(self) -> dict[str, Any]:
+        """The student's tensors by name."""
         return dict(load_file(self.run / "student" / "model.safetensors"))
 
     def curve(self) -> list[tuple[int, float]]:
+        """Step and loss of every training row."""
         rows = read_metrics(self.run / "logs" / "metrics.jsonl")
         return [(int(row["step"]), row["loss"]) for row in rows if row["kind"] == "train"]
 
 
-def alike(job: Job, whole: Job) -> bool:
-    """The same documents in the same order, summed otherwise: fp32 losses and weights within rounding."""
-    mine, want = dict(job.curve()), dict(whole.curve())
-    ours, theirs = job.weights(), whole.weights()
-    near = all(math.isclose(loss, want[step], rel_tol=1e-4) for step, loss in mine.items())
+def equal_within_rounding(job: FaultyJob, unbroken: FaultyJob) -> bool:
+    """Whether fp32 losses and weights agree within rounding: the same documents in the same order, summed otherwise."""
+    losses, expected = dict(job.curve()), dict(unbroken.curve())
+    weights = unbroken.weights()
     return (
-        mine.keys() == want.keys()
-        and near
-        and all(tensor.allclose(theirs[name], rtol=1e-3, atol=1e-4) for name, tensor in ours.items())
+        losses.keys() == expected.keys()
+        and all(math.isclose(loss, expected[step], rel_tol=1e-4) for step, loss in losses.items())
+        and all(tensor.allclose(weights[name], rtol=1e-3, atol=1e-4) for name, tensor in job.weights().items())
     )
 
 
-def words(process: psutil.Process) -> list[str]:
+def command_line(process: psutil.Process) -> list[str]:
+    """Empty when the process has ended."""
     try:
         return list(process.cmdline())
     except psutil.Error:
@@ -123,6 +134,7 @@ def words(process: psutil.Process) -> list[str]:
 
 
 def rank_of(process: psutil.Process) -> int:
+    """RANK in the environment of the process; -1 without one."""
     try:
         return int(process.environ().get("RANK", -1))
     except psutil.Error:
@@ -130,12 +142,14 @@ def rank_of(process: psutil.Process) -> int:
 
 
 def signal_all(processes: list[psutil.Process], signum: int) -> None:
+    """Send a signal to those that are still alive."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signum)
 
 
-def below(process: psutil.Process) -> list[psutil.Process]:
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """All processes below this one; empty when it has ended."""
     try:
         return list(process.children(recursive=True))
     except psutil.NoSuchProcess:
@@ -143,6 +157,7 @@ def below(process: psutil.Process) -> list[psutil.Process]:
 
 
 def stage_of(run: Path) -> str:
+    """The stage that is running, from status.json."""
     try:
         stages = json.loads((run / "status.json").read_text())["stages"]
     except (OSError, ValueError, KeyError):
@@ -152,18 +167,20 @@ def stage_of(run: Path) -> str:
 
 
 def prepare(work: Path) -> None:
-    """The stand-ins for ssh and for the ranks' interpreter, the hosts, and where ranks learn of their faults."""
+    """Write the stand-ins for ssh and the ranks' interpreter, the hosts, and where ranks read their faults."""
     wrapper = Path(__file__).with_name("faults_rank.py").absolute()
     for name, text in (("ssh", SSH), ("python", PYTHON)):
-        (work / name).write_text(text.format(work=work, python=sys.executable, wrapper=wrapper))
+        (work / name).write_text(
+            text.format(work=work, python=sys.executable, wrapper=wrapper, rank=RANK_MODULE, training=TRAINING_MODULE)
+        )
         (work / name).chmod(0o755)
     (work / "hosts").write_text("one slots=1\ntwo slots=1\n")
     os.environ.update(KDSCALE_FAULT_PLAN=str(work / "plan.json"), KDSCALE_FAULT_PYTHON=str(work / "python"))
 
 
 @contextlib.contextmanager
-def conditioned(work: Path, condition: str, rng: random.Random) -> Iterator[Path]:
-    """The folder in which this condition's run lives."""
+def with_condition(work: Path, condition: str, rng: random.Random) -> Iterator[Path]:
+    """Set up a condition; yields the folder for its run."""
     plan, small = work / "plan.json", work / "small"
     ahead = {"skew": [rng.randrange(2), rng.choice([3, -3, 24 * 400]) * 3600]}
     wanted = {"slow disk": {"slow": 0.2}, "clock skew": ahead}

@@ -1,7 +1,7 @@
 """Runs a rank under benchmarks/faults/faults.py: `faults_rank.py -m MODULE ARGUMENT...`, with faults from outside.
 
-Runs the module as `python -m` would, after it has replaced what a fault needs. Which, and on which rank, stands in the
-file that KDSCALE_FAULT_PLAN names. kdscale itself knows nothing of this.
+Runs the module as `python -m` would, after replacing what a fault needs. The file that KDSCALE_FAULT_PLAN names says
+which fault, and on which rank. kdscale itself knows nothing of this.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ PLAN = Path(os.environ["KDSCALE_FAULT_PLAN"])
 
 
 def plan() -> dict[str, Any]:
+    """The faults that are planned now."""
     try:
         return dict(json.loads(PLAN.read_text()))
     except FileNotFoundError:
@@ -25,7 +26,7 @@ def plan() -> dict[str, Any]:
 
 
 def slow_disk(seconds: float) -> None:
-    """Every fsync takes so much longer."""
+    """Make every fsync take `seconds` longer."""
     fsync = os.fsync
 
     def slow(handle: int) -> None:
@@ -36,14 +37,14 @@ def slow_disk(seconds: float) -> None:
 
 
 def skewed_clock(seconds: float) -> None:
-    """The wall clock is so far ahead. libfaketime would reach C code too, but breaks Python's sleeps and waits."""
+    """Set the wall clock `seconds` ahead. libfaketime would reach C code too, but breaks Python's sleeps and waits."""
     now, now_ns = time.time, time.time_ns
     time.time = lambda: now() + seconds
     time.time_ns = lambda: now_ns() + int(seconds * 1e9)
 
 
 def poisoned_teacher(rank: int) -> None:
-    """From the moment that the plan says so, this rank's teacher has NaN in one weight matrix."""
+    """Put NaN into one weight matrix of this rank's teacher once the plan says so."""
     from kdscale.teacher.online import OnlineTeacher
 
     targets = OnlineTeacher.targets
@@ -58,7 +59,7 @@ def poisoned_teacher(rank: int) -> None:
 
 
 def poisoned_loss(rank: int) -> None:
-    """From the moment that the plan says so, this rank's loss is NaN."""
+    """Make this rank's loss NaN once the plan says so."""
     from kdscale.distill.step import StudentModule
 
     forward = StudentModule.forward
@@ -71,21 +72,22 @@ def poisoned_loss(rank: int) -> None:
 
 
 def no_compiler() -> None:
-    """DeepSpeed calls torch.compile at import for an optimiser that no run uses: seconds of CPU at each restart."""
+    """Skip torch.compile, which DeepSpeed calls at import for an optimiser that no run uses: seconds per restart."""
     import torch
 
-    torch.compile = lambda model=None, **_: model if model is not None else lambda found: found  # type: ignore[assignment]
+    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore[assignment]
 
 
 def main() -> None:
+    """Replace what the planned faults need, and run the module."""
     module = sys.argv[2]
     no_compiler()
-    sys.executable = os.environ["KDSCALE_FAULT_PYTHON"]  # by which rank 0 starts its training
-    wanted = plan()
-    if "slow" in wanted:
-        slow_disk(float(wanted["slow"]))
+    sys.executable = os.environ["KDSCALE_FAULT_PYTHON"]  # rank 0 starts its training with it
+    planned = plan()
+    if "slow" in planned:
+        slow_disk(float(planned["slow"]))
     rank = int(os.environ.get("RANK", "0"))
-    skewed, seconds = wanted.get("skew", (-1, 0))
+    skewed, seconds = planned.get("skew", (-1, 0))
     if skewed == rank:
         skewed_clock(seconds)
     if module == "kdscale.pipeline.rank_main" or rank > 0:

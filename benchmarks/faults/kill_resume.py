@@ -2,8 +2,8 @@
 
     python benchmarks/faults/kill_resume.py demo --kills 10 --set distill.tokens=20k --work /tmp/kills
 
-The moments are drawn uniformly from the unbroken run's wall time, so every stage is hit about as often as it is long.
-Prints one line a kill (when, in which stage, at which training step) and leaves with 1 when any file of the student
+The moments are drawn uniformly from the unbroken run's wall time, so every stage is hit in proportion to its length.
+Prints one line per kill (when, in which stage, at which training step) and leaves with 1 when any file of the student
 differs.
 """
 
@@ -23,22 +23,23 @@ from pathlib import Path
 
 
 def main() -> int:
+    """Run, kill, resume, compare; returns the exit code."""
     arguments = parse()
     work = Path(arguments.work)
     unbroken, broken = work / "unbroken", work / "broken"
     started = time.monotonic()
     run_to_the_end(arguments, unbroken)
-    whole = time.monotonic() - started
-    print(f"unbroken run: {whole:.0f} s", flush=True)
+    unbroken_seconds = time.monotonic() - started
+    print(f"unbroken run: {unbroken_seconds:.0f} s", flush=True)
     rng = random.Random(arguments.seed)
     kills = wrong = 0
     while kills < arguments.kills:
-        seconds = rng.uniform(1.0, whole * 0.6)
+        seconds = rng.uniform(1.0, unbroken_seconds * 0.6)
         if kill_after(arguments, broken, seconds):
             kills += 1
             print(f"kill {kills:2d} after {seconds:6.1f} s in {where(broken)}", flush=True)
         else:
-            # Ended before it could be killed: its student counts, and the next kills meet a run from its beginning.
+            # It ended before it could be killed: compare its student, and kill the next run from its beginning on.
             wrong += compare(unbroken, broken)
             shutil.rmtree(broken)
     run_to_the_end(arguments, broken)
@@ -56,12 +57,14 @@ def parse() -> argparse.Namespace:
 
 
 def command(arguments: argparse.Namespace, run: Path) -> list[str]:
+    """The `kdscale run` command into `run`."""
     settings = [*arguments.set, f"run_dir={run}"]
     flags = [part for setting in settings for part in ("--set", setting)]
     return [sys.executable, "-m", "kdscale.cli.main", "run", arguments.config, *flags]
 
 
 def run_to_the_end(arguments: argparse.Namespace, run: Path) -> None:
+    """Run the config into `run`, without a kill."""
     done = subprocess.run(command(arguments, run), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the run in {run} failed with exit code {done.returncode}:\n{done.stderr}")
@@ -84,7 +87,7 @@ def kill_after(arguments: argparse.Namespace, run: Path, seconds: float) -> bool
 
 
 def where(run: Path) -> str:
-    """Stage and training step at which the run stands, from its own files."""
+    """The stage that the run is in and its rows of metrics, from its own files."""
     status = run / "status.json"
     stages = json.loads(status.read_text())["stages"] if status.exists() else {}
     running = [name for name, entry in stages.items() if entry["state"] == "running"]
@@ -94,6 +97,7 @@ def where(run: Path) -> str:
 
 
 def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below the folder, by relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -102,9 +106,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def compare(unbroken: Path, broken: Path) -> int:
-    want, got = digests(unbroken / "student"), digests(broken / "student")
-    differing = sorted(name for name in {*want, *got} if want.get(name) != got.get(name))
-    print(f"student: {len(want)} files, {len(differing)} differ {differing or ''}", flush=True)
+    """Print how many of the student's files differ; returns 1 when any does."""
+    expected, actual = digests(unbroken / "student"), digests(broken / "student")
+    differing = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
+    print(f"student: {len(expected)} files, {len(differing)} differ {differing or ''}", flush=True)
     return 1 if differing else 0
 
 
