@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from kill_resume import digests
 from safetensors.torch import load_file
 
 from kdscale.jobs.launch import RANK_MODULE
@@ -101,8 +101,7 @@ class FaultyJob:
 
     def student(self) -> dict[str, str]:
         """SHA-256 of every file of the student, by name."""
-        folder = self.run / "student"
-        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+        return digests(self.run / "student")
 
     def weights(self) -> dict[str, Any]:
         """The student's tensors by name."""

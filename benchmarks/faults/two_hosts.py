@@ -1,19 +1,18 @@
-"""Two hosts in network namespaces with an sshd each; a run launched over both, and one broken in every way it can be.
+"""Launch a run over two hosts in network namespaces, each with an sshd; then break it in seven ways and compare.
 
     sudo python benchmarks/faults/two_hosts.py --work /tmp/two-hosts  # a tiny random model, seven faults
     sudo python benchmarks/faults/two_hosts.py --work /tmp/hosts --config C.yaml --faults host --set distill.tokens=60k
 
 Needs root, iproute2 and openssh-server. The hosts share this machine's disk and CPUs; their networks, sshds and process
-groups are their own. For every fault: what was seen, the step it went on from, seconds until it trained beyond the step
-it had reached, and whether the student has the bytes of the unbroken run. `--single` compares the loss curve with one
-process's. Leaves with 1 when anything differs.
+groups are their own. Prints for every fault what happened, the step from which training went on, the seconds until it
+passed the step it had reached, and whether the student has the bytes of the unbroken run. `--single` compares the loss
+curve with that of one process. Leaves with 1 when anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -25,8 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kill_resume import digests
+
 from kdscale.config.load import load_config
+from kdscale.jobs.launch import RANK_MODULE
+from kdscale.pipeline import rank_main
 from kdscale.runs.metrics_log import read_metrics
+from kdscale_launch.hosts import agent
 
 BRIDGE, NETWORK, SSH_PORT = "kdbr0", "10.77.0", 2222
 DEAD_AFTER = 8.0
@@ -34,6 +38,7 @@ FAULTS = ("rank", "agent", "host", "link", "launcher", "sigterm", "checkpoint")
 
 
 def sh(*command: str, check: bool = True) -> str:
+    """What the command prints; ends this program when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if check and done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr.strip()}")
@@ -41,7 +46,7 @@ def sh(*command: str, check: bool = True) -> str:
 
 
 class HostInNamespace:
-    """One host: a namespace on the bridge, an sshd with keys of its own."""
+    """One host: a network namespace on the bridge with an sshd that has keys of its own."""
 
     def __init__(self, number: int, work: Path):
         self.name, self.address = f"kdhost{number}", f"{NETWORK}.{number + 1}"
@@ -50,6 +55,7 @@ class HostInNamespace:
         self.sshd: subprocess.Popen[bytes] | None = None
 
     def build(self, authorised: Path) -> None:
+        """Make the namespace and its link, and start the sshd."""
         self.folder.mkdir(parents=True)
         sh("ip", "netns", "add", self.name)
         sh("ip", "link", "add", self.link, "type", "veth", "peer", "name", self.peer)
@@ -68,15 +74,17 @@ class HostInNamespace:
         self.boot()
 
     def boot(self) -> None:
+        """Start the sshd."""
         Path("/run/sshd").mkdir(exist_ok=True)
         command = ["ip", "netns", "exec", self.name, "/usr/sbin/sshd", "-D", "-f", str(self.folder / "sshd_config")]
         self.sshd = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def pids(self) -> list[int]:
+        """All processes of this host."""
         return [int(pid) for pid in sh("ip", "netns", "pids", self.name, check=False).split()]
 
-    def of(self, word: str) -> list[int]:
-        """Processes of this host whose command line holds `word`."""
+    def pids_of(self, word: str) -> list[int]:
+        """The processes of this host with `word` in their command line."""
         return [pid for pid in self.pids() if word in _command_line(pid)]
 
     def kill_everything(self) -> None:
@@ -87,6 +95,7 @@ class HostInNamespace:
             self.sshd.wait()
 
     def network(self, state: str) -> None:
+        """Set the link `up` or `down`."""
         sh("ip", "link", "set", self.link, state)
 
     def destroy(self) -> None:
@@ -103,7 +112,7 @@ def _command_line(pid: int) -> str:
 
 @contextlib.contextmanager
 def two_hosts(work: Path) -> Iterator[tuple[list[HostInNamespace], list[str]]]:
-    """The hosts and the arguments with which kdscale launch reaches them."""
+    """Build two hosts; yields them and the options by which kdscale launch reaches them."""
     hosts = [HostInNamespace(1, work), HostInNamespace(2, work)]
     try:
         sh("ip", "link", "add", BRIDGE, "type", "bridge")
@@ -127,7 +136,7 @@ def two_hosts(work: Path) -> Iterator[tuple[list[HostInNamespace], list[str]]]:
         sh("ip", "link", "del", BRIDGE, check=False)
 
 
-class Job:
+class TwoHostRun:
     """One `kdscale launch` into its own run folder."""
 
     def __init__(self, arguments: argparse.Namespace, name: str, reach: list[str]):
@@ -137,45 +146,50 @@ class Job:
             "--dead-after", str(DEAD_AFTER), "--skip-preflight", *settings(arguments, self.run),
         ]  # fmt: skip
         self.log = Path(arguments.work) / f"{name}.log"
-        self.restarted: subprocess.Popen[bytes] | None = None  # by hand, after the launcher itself was gone
+        self.restarted: subprocess.Popen[bytes] | None = None  # the second launcher, after a fault that ended the first
 
     def start(self) -> subprocess.Popen[bytes]:
+        """Start the launcher."""
         with self.log.open("ab") as log:
             return subprocess.Popen(self.command, stdout=log, stderr=log)
 
     def steps(self) -> int:
+        """The newest step in the metrics log."""
         rows = read_metrics(self.run / "logs" / "metrics.jsonl")
         return max((int(row["step"]) for row in rows if row["kind"] == "train"), default=0)
 
     def losses(self) -> list[float]:
+        """The loss of every step."""
         return [row["loss"] for row in read_metrics(self.run / "logs" / "metrics.jsonl") if row["kind"] == "train"]
 
     def student(self) -> dict[str, str]:
-        folder = self.run / "student"
-        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+        """SHA-256 of every file of the student, by name."""
+        return digests(self.run / "student")
 
 
 def settings(arguments: argparse.Namespace, run: Path) -> list[str]:
-    return [part for item in (*arguments.set, f"run_dir={run}") for part in ("--set", item)]
+    """`--set` options for a run in this folder."""
+    return [word for item in (*arguments.set, f"run_dir={run}") for word in ("--set", item)]
 
 
 def wait(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """Wait for the condition; returns the seconds it took. Ends this program after `seconds`."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() - began > seconds:
-            raise SystemExit(f"waited {seconds:.0f} s in vain for: {what}")
+            raise SystemExit(f"still waiting after {seconds:.0f} s for {what}")
         time.sleep(0.05)
     return time.monotonic() - began
 
 
-def inject(fault: str, job: Job, hosts: list[HostInNamespace], process: subprocess.Popen[bytes]) -> str:
-    """Break it; returns what was seen. The second host is the one that suffers."""
+def inject(fault: str, job: TwoHostRun, hosts: list[HostInNamespace], process: subprocess.Popen[bytes]) -> str:
+    """Inject the fault, on the second host; returns what happened."""
     victim = hosts[1]
     if fault == "rank":
-        return f"killed {kill(victim.of('kdscale.jobs.rank'))}"
+        return f"killed {kill(victim.pids_of(RANK_MODULE))}"
     if fault == "agent":
-        kill(victim.of("kdscale_launch.hosts.agent"))
-        seconds = wait(lambda: not victim.of("kdscale.jobs.rank"), 30, "the agent's rank to die with it")
+        kill(victim.pids_of(agent.__name__))
+        seconds = wait(lambda: not victim.pids_of(RANK_MODULE), 30, "the agent's rank to die with it")
         return f"its rank ended after {seconds:.1f} s"
     if fault == "host":
         victim.kill_everything()
@@ -184,39 +198,41 @@ def inject(fault: str, job: Job, hosts: list[HostInNamespace], process: subproce
         return "every process of the host killed; sshd back after 3 s"
     if fault == "link":
         victim.network("down")
-        seconds = wait(lambda: not victim.of("kdscale"), 60, "the cut-off host's agent to end its rank")
+        seconds = wait(lambda: not victim.pids_of("kdscale"), 60, "the cut-off host's agent to end its rank")
         victim.network("up")
         return f"cut-off rank ended after {seconds:.1f} s, then link up"
     if fault == "checkpoint":
-        kill(victim.of("kdscale.jobs.rank"))
-        # only when rank 0's training has ended is the newest checkpoint certain; the restart takes longer than this
-        wait(lambda: not hosts[0].of("kdscale.pipeline.rank_main"), 60, "rank 0 to end")
+        kill(victim.pids_of(RANK_MODULE))
+        # the newest checkpoint is final only when rank 0's training has ended; the restart takes longer than this
+        wait(lambda: not hosts[0].pids_of(rank_main.__name__), 60, "rank 0 to end")
         newest = max((job.run / "checkpoints").glob("step-*"))
         biggest = max(newest.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
         biggest.write_bytes(biggest.read_bytes()[:-64])
         return f"rank killed, {newest.name} damaged"
     process.send_signal(signal.SIGKILL if fault == "launcher" else signal.SIGTERM)
     code = process.wait()
-    ended = wait(lambda: not any(host.of("kdscale") for host in hosts), 60, "everything to end")
+    ended = wait(lambda: not any(host.pids_of("kdscale") for host in hosts), 60, "everything to end")
     job.restarted = job.start()
     return f"launcher left with {code}, hosts empty {ended:.1f} s later, same command again"
 
 
 def kill(pids: list[int]) -> list[int]:
+    """Kill these processes; ends this program when there are none."""
     if not pids:
-        raise SystemExit("nothing to kill: the fault would prove nothing")
+        raise SystemExit("there is no process to kill")
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     return pids
 
 
-def broken_run(fault: str, job: Job, hosts: list[HostInNamespace], at: int) -> dict[str, object]:
+def broken_run(fault: str, job: TwoHostRun, hosts: list[HostInNamespace], at: int) -> dict[str, object]:
+    """Run the job, break it at step `at`, and wait for its end; returns a row of figures."""
     process = job.start()
     wait(lambda: job.steps() >= at or process.poll() is not None, 900, f"step {at}")
     if process.poll() is not None:
         raise SystemExit(f"the run ended before its fault; see {job.log}")
     before, began = job.steps(), time.monotonic()
-    seen = inject(fault, job, hosts, process)
+    event = inject(fault, job, hosts, process)
     reached = max(before, job.steps())
     process = job.restarted or process
     wait(lambda: job.steps() > reached or process.poll() is not None, 600, "training to go on")
@@ -224,14 +240,14 @@ def broken_run(fault: str, job: Job, hosts: list[HostInNamespace], at: int) -> d
     code = process.wait()
     went_on = [int(step) for step in re.findall(r"going on from step (\d+)", job.log.read_text(errors="replace"))]
     return {
-        "fault": fault, "at step": reached, "seen": seen, "went on from step": went_on,
+        "fault": fault, "at step": reached, "event": event, "went on from step": went_on,
         "training again after": round(seconds, 1), "exit code": code,
     }  # fmt: skip
 
 
-def single_process(arguments: argparse.Namespace, unbroken: Job) -> float:
-    """The largest difference between the two-host loss curve and one process's."""
-    job = Job(arguments, "single", [])
+def single_process(arguments: argparse.Namespace, unbroken: TwoHostRun) -> float:
+    """The largest relative difference between the loss curves of two hosts and of one process."""
+    job = TwoHostRun(arguments, "single", [])
     command = [sys.executable, "-m", "kdscale.cli.main", "distill", arguments.config, *settings(arguments, job.run)]
     with job.log.open("ab") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True)
@@ -240,33 +256,35 @@ def single_process(arguments: argparse.Namespace, unbroken: Job) -> float:
 
 
 def main() -> int:
+    """Run unbroken and broken; returns the exit code."""
     arguments = parse()
     work = Path(arguments.work)
     if os.geteuid() != 0 or not shutil.which("ip") or not Path("/usr/sbin/sshd").exists():
         raise SystemExit("needs root, iproute2 (ip) and openssh-server (/usr/sbin/sshd)")
     work.mkdir(parents=True)
     arguments.config = arguments.config or str(tiny_config(work))
-    wrong = 0
+    differing = 0
     with two_hosts(work) as (hosts, reach):
-        whole = Job(arguments, "unbroken", reach)
+        unbroken = TwoHostRun(arguments, "unbroken", reach)
         began = time.monotonic()
-        if code := whole.start().wait():
-            raise SystemExit(f"the unbroken run left with {code}; see {whole.log}")
-        want, steps = whole.student(), whole.steps()
+        if code := unbroken.start().wait():
+            raise SystemExit(f"the unbroken run left with {code}; see {unbroken.log}")
+        expected, steps = unbroken.student(), unbroken.steps()
         print(
-            f"unbroken run: {time.monotonic() - began:.0f} s, {steps} steps, loss {whole.losses()[-1]:.5f}", flush=True
+            f"unbroken run: {time.monotonic() - began:.0f} s, {steps} steps, loss {unbroken.losses()[-1]:.5f}",
+            flush=True,
         )
         if arguments.single:
-            far = single_process(arguments, whole)
-            print(f"one process: loss differs by at most {far:.2e} (relative) over {steps} steps", flush=True)
-            wrong += far > arguments.tolerance
+            difference = single_process(arguments, unbroken)
+            print(f"one process: loss differs by at most {difference:.2e} (relative) over {steps} steps", flush=True)
+            differing += difference > arguments.tolerance
         for fault in arguments.faults:
-            job = Job(arguments, f"broken-{fault}", reach)
+            job = TwoHostRun(arguments, f"broken-{fault}", reach)
             row = broken_run(fault, job, hosts, arguments.at or steps // 2)
-            same = job.student() == want if row["exit code"] == 0 else False
+            same = job.student() == expected if row["exit code"] == 0 else False
             print(json.dumps({**row, "student": "same bytes" if same else "DIFFERS"}), flush=True)
-            wrong += not same
-    return min(1, wrong)
+            differing += not same
+    return min(1, differing)
 
 
 def parse() -> argparse.Namespace:
