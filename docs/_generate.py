@@ -31,9 +31,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def config_fields() -> dict[str, FieldInfo]:
     """Every field of the config by its dotted name; fields of the sections in a list carry the list's name."""
+    from kdscale.config.objectives import OBJECTIVES
     from kdscale.config.root import Config
 
-    return dict(_fields(Config, ""))
+    fields = dict(_fields(Config, ""))
+    for settings in OBJECTIVES.values():
+        fields |= _fields(settings, "distill.objectives.")
+    return fields
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:

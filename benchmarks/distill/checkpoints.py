@@ -111,21 +111,22 @@ class Student(torch.nn.Module):
 
 
 def stall(arguments: argparse.Namespace) -> None:
-    from kdscale.distill import engine as ours
     from kdscale.distill.checkpoint.saver import SavePolicy, Saver
     from kdscale.distill.checkpoint.zero_state import ZeroState
+    from kdscale.distill.engine import make_engine
     from kdscale.distill.parallel.deepspeed_config import deepspeed_config
+    from kdscale.distill.parallel.process_group import join_group
     from kdscale.models.loading import load_model
 
     cpu = torch.device("cpu")
     torch.set_num_threads(1)
-    ours._start_group(cpu)
+    join_group(cpu)
     student = Student(load_model(arguments.model, dtype=torch.bfloat16, device=cpu).requires_grad_(True))
     tree = {"name": "made-up", "run_dir": "none", "teacher": {"path": "none"}, "prune": {"ffn": 64},
             "distill": {"global_batch": 1, "micro_batch": 1}}  # fmt: skip
     cfg = build_config(tree, "benchmark")
     zero = deepspeed_config(cfg.distill, 1, bf16=True, device="cpu")
-    engine = ours._make_engine(cfg, student, 1, zero)  # type: ignore[arg-type]
+    engine = make_engine(cfg, student, 1, zero, None)  # type: ignore[arg-type]
 
     def train() -> float:
         began = time.perf_counter()

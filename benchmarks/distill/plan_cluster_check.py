@@ -158,9 +158,12 @@ def child(case: dict[str, Any]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from kdscale.config.load import build_config
+    from kdscale.config.targets import Needs
     from kdscale.data.batches import Batch
-    from kdscale.distill import engine as runner
+    from kdscale.distill.engine import make_engine
+    from kdscale.distill.objectives.base import Objectives
     from kdscale.distill.parallel.deepspeed_config import deepspeed_config
+    from kdscale.distill.parallel.process_group import join_group, leave_group
     from kdscale.distill.step import StudentModule, to_device
     from kdscale.teacher.online import OnlineTeacher
     from kdscale.teacher.placement.placed import ReplicatedTeacher
@@ -173,7 +176,7 @@ def child(case: dict[str, Any]) -> None:
     }  # fmt: skip
     tree = {"name": "b", "run_dir": "b", "teacher": {"path": "b"}, "prune": {"ffn": 8}, "distill": settings}
     cfg = build_config(tree, "benchmark")
-    runner._start_group(device)
+    join_group(device)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warm = torch.nn.Linear(64, 64, dtype=dtype)  # the thread pools and oneDNN's own buffers
@@ -181,24 +184,24 @@ def child(case: dict[str, Any]) -> None:
     baseline = anonymous()
 
     models = [LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype) for sizes in (TEACHER, STUDENT)]
-    teacher = OnlineTeacher(ReplicatedTeacher(models[0]), top_k=64, temperature=1.0, vocab_size=STUDENT["vocab_size"])
+    teacher = OnlineTeacher(ReplicatedTeacher(models[0]), Needs(top_k=64), vocab_size=STUDENT["vocab_size"])
     if case["checkpointing"]:
         models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    student = StudentModule(models[1].train(), cfg.distill.loss, STUDENT["vocab_size"])
+    student = StudentModule(models[1].train(), Objectives(cfg.distill.objectives), STUDENT["vocab_size"])
     models.clear()
     zero = deepspeed_config(cfg.distill, case["stage"], bf16=dtype == torch.bfloat16, device="cpu")
-    engine = runner._make_engine(cfg, student, case["stage"], zero)
+    engine = make_engine(cfg, student, case["stage"], zero, None)
     shape = (case["micro_batch"], case["seq_len"])
     positions = (torch.arange(case["seq_len"]) % (case["seq_len"] // 2)).expand(shape)  # two documents a sequence
     peaks = Peaks()
     for _ in range(case["steps"]):
         for _ in range(case["accumulation"]):
             ids = torch.randint(0, STUDENT["vocab_size"], shape)
-            micro = to_device(Batch(ids, positions, ids.roll(-1, 1), []), device)
+            micro_batch = to_device(Batch(ids, positions, ids.roll(-1, 1), []), device)
             peaks.moment = "teacher"
-            targets = teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
+            targets = teacher.targets(micro_batch)
             peaks.moment = "student"
-            loss, _ = engine(micro, targets)
+            (loss,), _ = engine(micro_batch, targets)
             peaks.moment = "backward"
             engine.backward(loss / ids.numel(), scale_wrt_gas=False)
             del loss, targets
@@ -207,7 +210,7 @@ def child(case: dict[str, Any]) -> None:
     peaks.moment = None
     moments = {name: size - baseline for name, size in peaks.found.items()}
     print(json.dumps({"peak": max(moments.values()), "moments": moments}), flush=True)
-    runner.shutdown()
+    leave_group()
     os._exit(0)
 
 

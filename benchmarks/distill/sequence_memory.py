@@ -26,12 +26,14 @@ def one_rank(folder: Path, length: int, store: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from kdscale.config.objectives import LossConfig
+    from kdscale.config.objectives import TokenDivergenceConfig
+    from kdscale.distill.objectives.base import Objectives
     from kdscale.distill.parallel.checks import check_sequence_parallel
-    from kdscale.distill.step import Micro, StudentModule
+    from kdscale.distill.step import StudentModule
     from kdscale.models.loading import load_model
     from kdscale.models.sequence_parallel import SequenceSlice
-    from kdscale.teacher.targets import TopKTargets
+    from kdscale.teacher.source import MicroBatch
+    from kdscale.teacher.targets import Targets, TopKTargets
 
     torch.set_num_threads(1)
     ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
@@ -42,18 +44,19 @@ def one_rank(folder: Path, length: int, store: Path) -> None:
     share = SequenceSlice(rank, ranks, dist.group.WORLD) if ranks > 1 else SequenceSlice()
     share.prepare(model)
     vocab, own = model.config.vocab_size, length // ranks
-    student = StudentModule(model, LossConfig(), vocab, share=share)
+    student = StudentModule(model, Objectives([TokenDivergenceConfig()]), vocab, sequence_slice=share)
     gen = torch.Generator().manual_seed(1)
     ids_BS = torch.randint(0, vocab, (1, length), generator=gen)
     position_BS = torch.arange(length)[None] % (length // 2 + 100)
     rows_N = torch.arange(rank * own, (rank + 1) * own)
     logits_NK = torch.randn(length, 64, generator=gen).sort(1, descending=True).values[rows_N]
     ids_NK = (torch.randint(0, vocab // 64, (length, 64), generator=gen) * 64 + torch.arange(64))[rows_N]
-    targets = TopKTargets(ids_NK, logits_NK, logits_NK.logsumexp(1) + 0.3, 1.0, vocab)
+    top_k = TopKTargets(ids_NK, logits_NK, logits_NK.logsumexp(1) + 0.3, 1.0, vocab)
+    targets = Targets(rows=len(ids_NK), top_k=top_k)
     watch = Watch()
     watch.start()
     began = time.perf_counter()
-    loss_sum, _ = student(Micro(ids_BS, position_BS, rows_N, ids_BS[0, rows_N]), targets)
+    (loss_sum,), _ = student(MicroBatch(ids_BS, position_BS, rows_N, ids_BS[0, rows_N]), targets)
     (loss_sum / length).backward()
     seconds = time.perf_counter() - began
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)

@@ -114,10 +114,12 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
     import torch
     import torch.distributed as dist
 
+    from kdscale.config.targets import Needs
     from kdscale.models.head import final_hidden  # noqa: F401
     from kdscale.runtime.ranks import rank, world_size
     from kdscale.teacher.online import OnlineTeacher
     from kdscale.teacher.placement.placed import place_teacher
+    from kdscale.teacher.source import MicroBatch
 
     torch.set_num_threads(1)
     if placement in ("deepspeed", "student"):
@@ -145,7 +147,7 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
     else:
         where: Any = placement
         placed = place_teacher(path, where, dtype=torch.bfloat16, device=torch.device("cpu"))
-        teacher = OnlineTeacher(placed, top_k=TOP_K, temperature=1.0, vocab_size=placed.vocab)
+        teacher = OnlineTeacher(placed, Needs(top_k=TOP_K), vocab_size=placed.vocab)
     load = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     began, cpu = time.perf_counter(), time.process_time()
     for number in range(forwards):
@@ -157,7 +159,7 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
             torch.topk(logits.float(), TOP_K)
             torch.logsumexp(logits.float(), -1)
         else:
-            teacher.targets(ids_BS, positions_BS, torch.arange(TOKENS))
+            teacher.targets(MicroBatch(ids_BS, positions_BS, torch.arange(TOKENS), ids_BS[0]))
     count = max(1, forwards)
     each = {"seconds": (time.perf_counter() - began) / count, "cpu": (time.process_time() - cpu) / count}
     dist.barrier()

@@ -65,8 +65,9 @@ def poisoned_loss(rank: int) -> None:
     forward = StudentModule.forward
 
     def poisoned(self: Any, *arguments: Any) -> Any:
-        loss, terms = forward(self, *arguments)
-        return (loss * float("nan") if plan().get("nan loss") == rank else loss), terms
+        losses, figures = forward(self, *arguments)
+        factor = float("nan") if plan().get("nan loss") == rank else 1.0
+        return tuple(loss * factor for loss in losses), figures
 
     StudentModule.forward = poisoned  # type: ignore[method-assign]
 

@@ -342,7 +342,7 @@ distill:
   dtype: float32
   zero_stage: 3
   optimizer: {{lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 2}}
-  loss: {{top_k: 16}}
+  objectives: [{{name: token_divergence, top_k: 16}}]
   validate_every: 20
   validate_tokens: 128
   checkpoint_every: 5

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kdscale.config.fields import Count, Dtype, Section
-from kdscale.config.objectives import LossConfig
-from kdscale.config.targets import ServedConfig
+from kdscale.config.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
+from kdscale.config.targets import Needs, ServedConfig, Source, check_source, combined, known_placement, source_of
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 from kdscale.config.zero import ZeroConfig
 
 
 class OptimizerConfig(Section):
+    """AdamW with a linear warm-up and a cosine decay."""
+
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
     min_lr: Annotated[float, Field(ge=0.0)] = 1e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 40
@@ -30,10 +32,12 @@ class GuardConfig(Section):
 
 
 class DistillConfig(Section):
+    """How the student is trained, on how many processes, and what is kept of it."""
+
     # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
     teacher: Literal["original", "previous"] = "original"
-    # whole on every rank, a share on each, once in each host's memory, or by kdscale serve-teacher on other machines
-    teacher_placement: Literal["replicated", "partitioned", "offloaded", "served"] = "replicated"
+    # chooses the source of targets (config.targets.SOURCES) and where it keeps the teacher's weights
+    teacher_placement: Annotated[str, AfterValidator(known_placement)] = "replicated"
     served: ServedConfig = ServedConfig()
     tokens: Count = 1_000_000
     seq_len: Count = 512
@@ -47,7 +51,8 @@ class DistillConfig(Section):
     zero: ZeroConfig = ZeroConfig()
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
-    loss: LossConfig = LossConfig()
+    # their weighted sum is the loss
+    objectives: tuple[ObjectiveEntry, ...] = Field(strict=False, default=(TokenDivergenceConfig(),))
     guard: GuardConfig = GuardConfig()
     spikes: SpikeConfig = SpikeConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -82,27 +87,33 @@ class DistillConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _objectives_get_their_targets(self) -> DistillConfig:
+        check_objectives(self.objectives)
+        check_source(self.teacher_placement, self.needs)
+        if self.teacher_placement == "served" and not self.served.urls:
+            raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
+        return self
+
+    @model_validator(mode="after")
     def _layers_can_be_shared(self) -> DistillConfig:
         if self.tensor_parallel > 1:
             for name, unsupported in (
                 ("sequence_parallel above 1", self.sequence_parallel > 1),
-                ("loss.targets: full", self.loss.targets == "full"),
-                ("teacher_placement: served", self.teacher_placement == "served"),
+                ("objectives on the teacher's whole vocabulary (targets: full)", self.needs.full),
+                (f"teacher_placement: {self.teacher_placement}", not self.source.in_process),
                 ("zero.hpz_partition_size above 1", self.zero.hpz_partition_size > 1),
                 ("zero.quantized_weights", self.zero.quantized_weights),
                 ("zero.quantized_gradients", self.zero.quantized_gradients),
             ):
                 if unsupported:
                     raise ValueError(f"tensor_parallel ({self.tensor_parallel}) does not go with {name}")
-        return self
-
-    @model_validator(mode="after")
-    def _served_is_somewhere(self) -> DistillConfig:
-        if self.teacher_placement == "served":
-            if not self.served.urls:
-                raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
-            if self.loss.targets == "full":
-                raise ValueError("teacher_placement: served sends the teacher's top K alone: use loss.targets: topk")
+        if self.sequence_parallel > 1:
+            for entry in self.objectives:
+                if entry.count == "sequences":  # no rank has all labels of a sequence
+                    raise ValueError(
+                        f"sequence_parallel ({self.sequence_parallel}) does not go with {entry.name}, which counts "
+                        "whole sequences"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -115,14 +126,24 @@ class DistillConfig(Section):
         return self
 
     @property
+    def needs(self) -> Needs:
+        """The parts of the teacher's targets that the objectives read."""
+        return combined(entry.needs for entry in self.objectives)
+
+    @property
+    def source(self) -> Source:
+        """Where the targets come from."""
+        return source_of(self.teacher_placement)
+
+    @property
     def data_parallel(self) -> int:
         """Groups of ranks that each take sequences of their own."""
         return self.processes // (self.sequence_parallel * self.tensor_parallel)
 
     def decisive(self) -> dict[str, Any]:
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
-        found = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
-        return {**found, "zero": {key: getattr(self.zero, key) for key in QUANTIZED}}
+        decisive = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
+        return {**decisive, "zero": {key: getattr(self.zero, key) for key in QUANTIZED}}
 
 
 QUANTIZED = ("quantized_weights", "quantized_gradients")  # of distill.zero: they change what is computed

@@ -1,18 +1,74 @@
-"""`distill.loss`: what the student is trained on."""
+"""`distill.objectives`: what the student is trained on, and the names under which a run logs it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kdscale.config.fields import Count, Section
+from kdscale.config.targets import Needs
 from kdscale_kernels.divergence import Divergence
 
 
-class LossConfig(Section):
+@dataclass(frozen=True)
+class Term:
+    """A figure of an objective: a sum over a step, logged under `name` as the mean per token (or per sequence)."""
+
+    name: str
+    title: str  # as plots and messages call it
+    unit: str = ""  # "fraction" is shown in per cent
+    headline: bool = False  # part of the message after a validation
+    exponential: Term | None = None  # logged at validations too: exp of the mean
+
+    def text(self, mean: float) -> str:
+        """The figure in words: `top-1 agreement 51.3 %`."""
+        return f"{self.title} " + (f"{100 * mean:.1f} %" if self.unit == "fraction" else f"{mean:.2f}")
+
+
+LOSS = Term("loss", "loss", "nats")  # the weighted sum of all objectives; every run logs it
+
+
+class ObjectiveConfig(Section):
+    """One entry of distill.objectives: what all of them have.
+
+    A new objective is a subclass with its settings, a row of OBJECTIVES, and a file with its implementation.
+    """
+
+    implementation: ClassVar[str]  # "module:class", called with the entry; imported when a training starts
+    terms: ClassVar[tuple[Term, ...]]  # what it reports beside its loss, in this order
+    count: ClassVar[Literal["tokens", "sequences"]] = "tokens"  # its loss is a mean over these
+
+    name: str
+    weight: Annotated[float, Field(gt=0.0)] = 1.0  # in the sum of all objectives
+
+    @property
+    def needs(self) -> Needs:
+        """The parts of the teacher's targets that it reads."""
+        return Needs()
+
+    @property
+    def formula(self) -> str:
+        """What is minimised, in one line, for the model card."""
+        return self.name
+
+
+class TokenDivergenceConfig(ObjectiveConfig):
     """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket, or on the whole vocabulary."""
 
+    implementation = "kdscale.distill.objectives.token_divergence:TokenDivergence"
+    terms = (
+        Term("kd", "divergence from the teacher", "nats"),
+        Term("ce", "cross-entropy", "nats", exponential=Term("perplexity", "perplexity", headline=True)),
+        Term("teacher_mass", "teacher's probability of its top K", "fraction"),
+        Term("tail_mass", "student's probability outside the top K", "fraction"),
+        Term("top1_agree", "top-1 agreement", "fraction", headline=True),
+    )
+
+    name: Literal["token_divergence"] = "token_divergence"
     targets: Literal["topk", "full"] = "topk"
     divergence: str = "forward_kl"  # a row of kdscale_kernels.DIVERGENCES
     divergence_parameter: float | None = None  # its β or s; None: the default of that row
@@ -22,12 +78,61 @@ class LossConfig(Section):
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
 
     @model_validator(mode="after")
-    def _divergence_is_known(self) -> LossConfig:
+    def _divergence_is_known(self) -> TokenDivergenceConfig:
         Divergence(self.divergence, self.divergence_parameter)
         return self
 
     @model_validator(mode="after")
-    def _whole_vocabulary_has_no_tail(self) -> LossConfig:
+    def _whole_vocabulary_has_no_tail(self) -> TokenDivergenceConfig:
         if self.targets == "full" and self.tail != "bucket":
             raise ValueError(f"tail ({self.tail}) is about topk targets: leave it out with targets: full")
         return self
+
+    @property
+    def needs(self) -> Needs:
+        """The teacher's top K at this temperature, or its whole distribution."""
+        return Needs(full=True) if self.targets == "full" else Needs(top_k=self.top_k, temperature=self.temperature)
+
+    @property
+    def formula(self) -> str:
+        """`0.2·CE + 0.8·T²·forward_kl, T = 1, teacher's top 64, tail: bucket`."""
+        listed = "whole vocabulary" if self.targets == "full" else f"teacher's top {self.top_k}, tail: {self.tail}"
+        parts = f"{self.ce_weight:g}·CE + {1 - self.ce_weight:g}·T²·{self.divergence}"
+        return f"{parts}, T = {self.temperature:g}, {listed}"
+
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"token_divergence": TokenDivergenceConfig}
+
+
+def _objective(entry: Any) -> ObjectiveConfig:
+    """An entry of distill.objectives with the settings of the objective it names."""
+    if isinstance(entry, ObjectiveConfig):
+        return entry
+    known = ", ".join(OBJECTIVES)
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise ValueError(f"expected a mapping with the name of an objective ({known})")
+    settings = OBJECTIVES.get(str(entry["name"]))
+    if settings is None:
+        raise ValueError(f"name: expected one of {known}, got {entry['name']!r}")
+    for key in entry:
+        if key not in settings.model_fields and (near := difflib.get_close_matches(key, settings.model_fields, n=1)):
+            raise ValueError(f"{key}: unknown key (did you mean {near[0]!r}?)")
+    return settings.model_validate(entry)
+
+
+ObjectiveEntry = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_objective)]
+
+
+def log_columns(entries: Sequence[ObjectiveConfig]) -> list[Term]:
+    """The columns that every step logs for these objectives: the loss, each one's own if there are several, terms."""
+    own = [Term(entry.name, f"loss of {entry.name}") for entry in entries] if len(entries) > 1 else []
+    return [LOSS, *own, *(term for entry in entries for term in entry.terms)]
+
+
+def check_objectives(entries: Sequence[ObjectiveConfig]) -> None:
+    """Raises ValueError unless every column of the log has one meaning."""
+    if not entries:
+        raise ValueError("objectives: expected at least one")
+    names = [term.name for term in log_columns(entries)]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"objectives: each may appear once, and no two may report the same; twice: {doubled}")

@@ -1,7 +1,10 @@
-"""`distill.served`: where the teacher's answers come from when it runs in another process."""
+"""What a student learns from: the parts of a teacher's targets, the sources that give them, `distill.served`."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -9,6 +12,124 @@ from pydantic import Field, model_validator
 from kdscale.config.fields import Section
 
 TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file says nothing else
+
+ANY_NUMBER = sys.maxsize  # of top-K entries: as many as are asked for
+ALL_LAYERS = range(sys.maxsize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Parts of the targets: those that an objective needs, or those that a source gives.
+
+    Layers are the teacher's, counted from 0.
+    """
+
+    top_k: int = 0  # most likely tokens per position; of a source: the most it gives
+    temperature: float = 1.0  # of the top K's log-sum-exp; a source gives any
+    full: bool = False  # the distribution over the whole vocabulary
+    hidden_layers: Sequence[int] = ()  # hidden states after these layers
+    attention_layers: Sequence[int] = ()  # attention of these layers
+
+    def missing_from(self, gives: Needs) -> str:
+        """The parts needed here that a source with `gives` lacks, in words; "" when it gives all of them."""
+        layers = {
+            name: [layer for layer in getattr(self, name) if layer not in getattr(gives, name)]
+            for name in ("hidden_layers", "attention_layers")
+        }
+        missing = [f"the top {self.top_k} tokens (it gives {gives.top_k or 'none'})"] * (self.top_k > gives.top_k)
+        missing += ["the distribution over the whole vocabulary"] * (self.full and not gives.full)
+        missing += [f"hidden states of layers {layers['hidden_layers']}"] * bool(layers["hidden_layers"])
+        missing += [f"attention of layers {layers['attention_layers']}"] * bool(layers["attention_layers"])
+        return ", ".join(missing)
+
+    def in_words(self) -> str:
+        """These parts, for messages and the model card: `the teacher's top-K probabilities`."""
+        learnt = ["top-K probabilities"] * (self.top_k > 0)
+        learnt += ["probabilities over the whole vocabulary"] * self.full
+        learnt += ["hidden states"] * bool(self.hidden_layers) + ["attention"] * bool(self.attention_layers)
+        return "the teacher's " + ", ".join(learnt) if learnt else "text alone"
+
+
+def combined(needs: Iterable[Needs]) -> Needs:
+    """What satisfies all of `needs`. Raises ValueError when their top-K targets have different temperatures."""
+    needs = list(needs)
+    temperatures = sorted({item.temperature for item in needs if item.top_k})
+    if len(temperatures) > 1:
+        raise ValueError(
+            "objectives on the teacher's top K must have one temperature, got " + " and ".join(map(str, temperatures))
+        )
+    return Needs(
+        top_k=max((item.top_k for item in needs), default=0),
+        temperature=temperatures[0] if temperatures else 1.0,
+        full=any(item.full for item in needs),
+        hidden_layers=sorted({layer for item in needs for layer in item.hidden_layers}),
+        attention_layers=sorted({layer for item in needs for layer in item.attention_layers}),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A source of targets, as the config knows it: one row of SOURCES.
+
+    `open` names the function ("module:function") that opens it, with a teacher.source.SourceRequest; it is imported
+    only then.
+    """
+
+    name: str
+    gives: Needs
+    placements: tuple[str, ...]  # the values of distill.teacher_placement that choose this source
+    open: str
+    in_process: bool = True  # the ranks run the teacher themselves (and may share its layers), with their FLOPs
+
+
+SOURCES: dict[str, Source] = {
+    row.name: row
+    for row in (
+        Source(
+            name="online",
+            gives=Needs(top_k=ANY_NUMBER, full=True),
+            # whole on every rank; a share on each rank; once in each host's memory
+            placements=("replicated", "partitioned", "offloaded"),
+            open="kdscale.teacher.online:open_online",
+        ),
+        Source(
+            name="served",
+            gives=Needs(top_k=4096),
+            placements=("served",),
+            open="kdscale.teacher.remote:open_served",
+            in_process=False,
+        ),
+    )
+}
+
+
+def placements() -> list[str]:
+    """Every value of distill.teacher_placement."""
+    return [placement for source in SOURCES.values() for placement in source.placements]
+
+
+def source_of(placement: str) -> Source:
+    """The source that a value of distill.teacher_placement chooses. Raises ValueError for an unknown one."""
+    for source in SOURCES.values():
+        if placement in source.placements:
+            return source
+    raise ValueError(f"expected one of {', '.join(placements())}")
+
+
+def known_placement(placement: str) -> str:
+    """`placement`, checked. Raises ValueError."""
+    source_of(placement)
+    return placement
+
+
+def check_source(placement: str, needs: Needs) -> None:
+    """Raises ValueError when the source that `placement` chooses lacks something of `needs`; names those that do."""
+    if missing := needs.missing_from(source_of(placement).gives):
+        able = [other for other in placements() if not needs.missing_from(source_of(other).gives)]
+        raise ValueError(
+            f"teacher_placement: {placement} does not give what the objectives need: {missing}; "
+            + (f"use {' or '.join(able)}" if able else "no source of targets does")
+        )
 
 
 class ServedConfig(Section):

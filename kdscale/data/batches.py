@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,13 @@ from torch import Tensor
 from kdscale.data.packing import IGNORED_LABEL, EpochOrder, PackedSequence, epoch_sequences, packed_sequence
 from kdscale.data.token_store import TokenSplit
 from kdscale.errors import ConfigError, DataError
+
+
+class SequenceKey(NamedTuple):
+    """Which sequence: `number` in the order in which the split ("train" or "heldout") is read."""
+
+    split: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,17 @@ class Batch:
     labels_BS: Tensor
     document_ids: list[int]  # of all rows, in order; a document on two rows appears twice
     text_bytes: int = 0  # UTF-8 bytes of the text of the labels; only eval_batches fills it in
+    sequences: tuple[SequenceKey, ...] = ()  # of the rows, in order
 
     @property
     def token_count(self) -> int:
         """How many labels are not ignored."""
         return int((self.labels_BS != IGNORED_LABEL).sum())
+
+    @property
+    def sequence_count(self) -> int:
+        """How many sequences have a label that is not ignored."""
+        return int((self.labels_BS != IGNORED_LABEL).any(1).sum())
 
     def with_label_slice(self, number: int, slices: int) -> Batch:
         """The same sequences with only the labels of slice `number` of `slices` equal runs of positions.
@@ -114,10 +127,9 @@ class PackedLoader:
         """This rank's micro-batches of optimiser step `step`."""
         per_rank = self._global // self._world
         first = step * self._global + self._rank * per_rank
-        sequences = [self.sequence(number) for number in range(first, first + per_rank)]
         return [
-            stack_sequences(sequences[i : i + self._micro]).with_label_slice(*self._label_slice)
-            for i in range(0, per_rank, self._micro)
+            self.stack(range(number, number + self._micro)).with_label_slice(*self._label_slice)
+            for number in range(first, first + per_rank, self._micro)
         ]
 
     def describe(self, step: int) -> list[dict[str, Any]]:
@@ -137,7 +149,8 @@ class PackedLoader:
 
     def stack(self, numbers: Sequence[int]) -> Batch:
         """One batch of the sequences with these numbers in the global order."""
-        return stack_sequences([self.sequence(number) for number in numbers])
+        keys = [SequenceKey("train", number) for number in numbers]
+        return stack_sequences([self.sequence(number) for number in numbers], keys)
 
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""
@@ -147,7 +160,9 @@ class PackedLoader:
         return packed_sequence(self._split, self._order[1], within, self._seq_len)
 
 
-def stack_sequences(sequences: Sequence[PackedSequence], text_bytes: int = 0) -> Batch:
+def stack_sequences(
+    sequences: Sequence[PackedSequence], keys: Sequence[SequenceKey] = (), text_bytes: int = 0
+) -> Batch:
     """One batch of these sequences, in their order."""
     return Batch(
         input_ids_BS=torch.from_numpy(np.stack([s.input_ids_S for s in sequences])),
@@ -155,4 +170,5 @@ def stack_sequences(sequences: Sequence[PackedSequence], text_bytes: int = 0) ->
         labels_BS=torch.from_numpy(np.stack([s.labels_S for s in sequences])),
         document_ids=[document for s in sequences for document in s.document_ids],
         text_bytes=text_bytes,
+        sequences=tuple(keys),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kdscale.data.batches import Batch, stack_sequences
+from kdscale.data.batches import Batch, SequenceKey, stack_sequences
 from kdscale.data.packing import IGNORED_LABEL, PackedSequence, seeded_order
 from kdscale.data.token_store import TokenSplit
 
@@ -43,7 +43,7 @@ def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: 
         take = min(len(split.document_tokens(document)) - 1, seq_len, left)  # positions with a label
         _add_to_first_fit(split, document, take, rows, seq_len)
         left -= take
-    return [_eval_batch(rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)]
+    return [_eval_batch(rows[i : i + micro_batch], i) for i in range(0, len(rows), micro_batch)]
 
 
 def _documents_in_turn(split: TokenSplit, seed: int) -> Iterator[int]:
@@ -75,6 +75,7 @@ def _add_to_first_fit(split: TokenSplit, document: int, take: int, rows: list[_E
     row.filled += take
 
 
-def _eval_batch(rows: Sequence[_EvalRow]) -> Batch:
+def _eval_batch(rows: Sequence[_EvalRow], first: int) -> Batch:
     sequences = [PackedSequence(row.ids, row.positions, row.labels, row.documents) for row in rows]
-    return stack_sequences(sequences, text_bytes=sum(int(row.sizes.sum()) for row in rows))
+    keys = [SequenceKey("heldout", first + number) for number in range(len(rows))]
+    return stack_sequences(sequences, keys, text_bytes=sum(int(row.sizes.sum()) for row in rows))

@@ -1,100 +1,106 @@
-"""Teacher and student of one rank, loaded so that it holds what it keeps and no more."""
+"""The source of targets and the student of one rank, loaded so that the rank holds what it keeps and no more."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdscale.config.root import Config
-from kdscale.config.targets import TEACHER_TOKEN
+from kdscale.distill.objectives.base import Objectives
 from kdscale.distill.parallel.checks import check_sequence_parallel, check_tensor_parallel
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.tensor_parallel import ModelSlices, load_sliced_model, tensor_group
 from kdscale.distill.parallel.zero3_loading import full_shape, load_zero3, zero3_materialiser
 from kdscale.distill.step import StudentModule
-from kdscale.errors import CheckpointError
+from kdscale.errors import CheckpointError, ConfigError
+from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
-from kdscale.models.sequence_parallel import SequenceSlice
-from kdscale.runtime.ranks import rank
 from kdscale.runtime.timeouts import group_timeout
-from kdscale.teacher.online import OnlineTeacher
-from kdscale.teacher.placement.placed import PlacedTeacher, ReplicatedTeacher, place_teacher
-from kdscale.teacher.remote import ServedTeacher, check_services, read_token
-from kdscale.teacher.source import Teacher
+from kdscale.teacher.source import SourceRequest, TargetSource, open_source
 from kdscale.teacher.targets import shared_vocabulary
-from kdscale.weights import checkpoint_identity
 
 
-def load_pair(
-    cfg: Config,
-    teacher_dir: Path,
-    student_dir: Path,
-    run_dir: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    zero3: dict[str, Any] | None,
-) -> tuple[Teacher, StudentModule, ModelSlices | None]:
-    """Teacher as `distill.teacher_placement` says; student whole, or, given the DeepSpeed config of a ZeRO-3 run, its
-    share of each parameter; with `distill.tensor_parallel` of what this rank has of each, which is said. A collective
-    call.
+@dataclass(frozen=True)
+class Models:
+    """What a rank trains with; `slices` says which part of the student it holds, where ranks share its layers."""
 
-    Raises CheckpointError when the two tokenizers differ or a model cannot be loaded, ConfigError for a teacher that
-    cannot be placed so, or a model that cannot be split.
+    source: TargetSource
+    student: StudentModule
+    slices: ModelSlices | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How models are loaded on this rank; `zero3` is the DeepSpeed config of a ZeRO-3 run."""
+
+    dtype: torch.dtype
+    device: torch.device
+    zero3: dict[str, Any] | None
+
+
+def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, loading: Loading) -> Models:
+    """Open the source of targets and load the student: whole, or this rank's part of it. A collective call.
+
+    Raises CheckpointError when the two tokenizers differ or a model cannot be loaded, ConfigError for a source that
+    cannot give the targets, a teacher that cannot be placed so, or a model that cannot be split.
     """
-    folders = {"teacher": teacher_dir, "student": student_dir}
-    check_tensor_parallel(cfg.distill.tensor_parallel, folders)
-    check_sequence_parallel(cfg.distill.sequence_parallel, cfg.distill.seq_len, folders)
-    trust = cfg.teacher.trust_remote_code
-    tokens = load_tokenizer(teacher_dir, trust).get_vocab()
-    if load_tokenizer(student_dir, trust).get_vocab() != tokens:
-        raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust}
-    group = tensor_group(cfg.distill.tensor_parallel) if cfg.distill.tensor_parallel > 1 else None
-    share = Mesh.of(cfg.distill).sequence_slice(group_timeout(cfg))
-    make_teacher, teacher_rows = _reach_teacher(cfg, teacher_dir, run_dir, options, group, share)
-    student: Any
-    split = None
-    if group is not None:
-        materialise = None if zero3 is None else zero3_materialiser(zero3, device)
-        student, split = load_sliced_model(student_dir, group, materialise=materialise, **options)
-    elif zero3 is None:
-        student = load_model(student_dir, **options)
-    else:
-        student = load_zero3(student_dir, zero3, **options)
-    rows = split.vocab if split else full_shape(student.get_output_embeddings().weight)[0]
-    vocab = shared_vocabulary(teacher_rows, rows, max(tokens.values()) + 1, str(student_dir))
-    if cfg.distill.gradient_checkpointing:
+    settings, trust = cfg.distill, cfg.teacher.trust_remote_code
+    tokenizer_size = _check_models(cfg, teacher_dir, student_dir)
+    group = tensor_group(settings.tensor_parallel) if settings.tensor_parallel > 1 else None
+    sequence_slice = Mesh.of(settings).sequence_slice(group_timeout(cfg))
+    options = {"dtype": loading.dtype, "device": loading.device, "trust_remote_code": trust}
+    opened = open_source(
+        SourceRequest(
+            cfg, settings.needs, teacher_dir, run_dir, loading.dtype, loading.device, sequence_slice,
+            load_split=None if group is None else _split_loader(group, options),
+        )
+    )  # fmt: skip
+    student, slices = _load_student(student_dir, group, loading, options)
+    rows = slices.vocab if slices else full_shape(student.get_output_embeddings().weight)[0]
+    vocab_size = shared_vocabulary(opened.rows, rows, tokenizer_size, str(student_dir))
+    if settings.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    share.prepare(student)
+    sequence_slice.prepare(student)
     student = student.requires_grad_(True).train()
-    shard = split.head if split else None
-    return make_teacher(vocab), StudentModule(student, cfg.distill.loss, vocab, shard, share), split
+    source, shard = opened.start(vocab_size), slices.head if slices else None
+    if missing := settings.needs.missing_from(source.gives):
+        placement = f"distill.teacher_placement: {settings.teacher_placement}"
+        raise ConfigError(placement, expected=f"a source that gives {missing}", got=source.gives.in_words())
+    return Models(
+        source, StudentModule(student, Objectives(settings.objectives), vocab_size, shard, sequence_slice), slices
+    )
 
 
-def _reach_teacher(
-    cfg: Config, teacher_dir: Path, run_dir: Path, options: dict[str, Any], group: Any, share: SequenceSlice
-) -> tuple[Callable[[int], Teacher], int]:
-    """The teacher, given how many entries of the vocabulary both models share; and how many rows its head has."""
-    loss, served, placement = cfg.distill.loss, cfg.distill.served, cfg.distill.teacher_placement
-    if placement == "served":
-        token = read_token(Path(served.token_file) if served.token_file else run_dir / TEACHER_TOKEN)
-        about = check_services(served.urls, token, checkpoint_identity(teacher_dir), served.timeout)
-        return lambda vocab: ServedTeacher(
-            served.urls, token, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab,
-            timeout=served.timeout, first=rank(),
-        ), int(about["rows"])  # fmt: skip
-    whole = loss.targets == "full"
-    placed: PlacedTeacher
-    shard = None
-    if placement == "replicated" and group is not None:
-        model, split = load_sliced_model(teacher_dir, group, **options)
-        placed, shard = ReplicatedTeacher(model, split.vocab), split.head
-    else:
-        placed = place_teacher(teacher_dir, placement, keep_head=whole, **options)
-    share.prepare(placed.model)
-    return lambda vocab: OnlineTeacher(
-        placed, top_k=loss.top_k, temperature=loss.temperature, vocab_size=vocab, whole=whole, shard=shard, share=share
-    ), placed.vocab
+def _check_models(cfg: Config, teacher_dir: Path, student_dir: Path) -> int:
+    """Check from config.json and tokenizer alone that the ranks can share both models; how many tokens there are."""
+    folders, settings = {"teacher": teacher_dir, "student": student_dir}, cfg.distill
+    check_tensor_parallel(settings.tensor_parallel, folders)
+    check_sequence_parallel(settings.sequence_parallel, settings.seq_len, folders)
+    teacher_tokens, student_tokens = (
+        load_tokenizer(folder, cfg.teacher.trust_remote_code).get_vocab() for folder in folders.values()
+    )
+    if student_tokens != teacher_tokens:
+        raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
+    return max(teacher_tokens.values()) + 1
+
+
+def _split_loader(group: Any, options: dict[str, Any]) -> Callable[[Path], tuple[Any, int, VocabShard]]:
+    def load_split(path: Path) -> tuple[Any, int, VocabShard]:
+        model, slices = load_sliced_model(path, group, **options)
+        return model, slices.vocab, slices.head
+
+    return load_split
+
+
+def _load_student(path: Path, group: Any, loading: Loading, options: dict[str, Any]) -> tuple[Any, ModelSlices | None]:
+    """The student and, where tensor-parallel ranks share it, which part of it this is."""
+    if group is not None:
+        materialise = None if loading.zero3 is None else zero3_materialiser(loading.zero3, loading.device)
+        return load_sliced_model(path, group, materialise=materialise, **options)
+    if loading.zero3 is not None:
+        return load_zero3(path, loading.zero3, **options), None
+    return load_model(path, **options), None

@@ -1,7 +1,7 @@
-"""What happens when a loss or a gradient is NaN or infinite.
+"""Steps whose loss or gradient is NaN or infinite.
 
-The optimiser leaves weights and its own state (Adam's step count too) untouched; the step is counted here with the
-documents of its batch; too many in a row end the run with the name of the layer where it starts.
+The optimiser leaves the weights and its own state (Adam's step count too) as they were. Such steps are counted here;
+too many in a row end the run with a message that names the documents and the layer of the first bad value.
 """
 
 from __future__ import annotations
@@ -19,36 +19,40 @@ _SHOWN_DOCUMENTS = 12
 
 
 class SkipGuard:
-    """Counts skipped steps. `state` and `restore` make it part of a checkpoint."""
+    """Counts skipped steps, at most `max_in_a_row` of them; `state` and `restore` make it part of a checkpoint."""
 
     def __init__(self, max_in_a_row: int):
-        self._max = max_in_a_row
+        self._max_in_a_row = max_in_a_row
         self.in_a_row = self.total = 0
-        self._owed = False
+        self._checkpoint_due = False
 
     def record(self, skipped: bool) -> None:
+        """Count a step."""
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.total += skipped
 
     @property
     def exhausted(self) -> bool:
-        return self.in_a_row >= self._max
+        """Whether the run must end."""
+        return self.in_a_row >= self._max_in_a_row
 
     def checkpoint_due(self, regular: bool) -> bool:
         """Whether to save now; a regular checkpoint waits for the end of a streak of skipped steps.
 
         A streak that ends the run may be one broken rank's: what it skipped is then trained again, from before it.
         """
-        self._owed = self._owed or regular
-        if not self._owed or self.in_a_row:
+        self._checkpoint_due = self._checkpoint_due or regular
+        if not self._checkpoint_due or self.in_a_row:
             return False
-        self._owed = False
+        self._checkpoint_due = False
         return True
 
     def state(self) -> dict[str, int]:
+        """JSON values for a checkpoint's manifest."""
         return {"in_a_row": self.in_a_row, "total": self.total}
 
     def restore(self, state: dict[str, int]) -> None:
+        """Go on from what `state` returned."""
         self.in_a_row, self.total = int(state["in_a_row"]), int(state["total"])
 
 
@@ -70,35 +74,35 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _bad(tensor: torch.Tensor) -> bool:
+def _non_finite(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
 
 
-class Findings:
-    """What the hooks of `watch` saw first; empty strings while everything is finite."""
+class FirstNonFinite:
+    """The module whose output, and the one whose output's gradient, was the first not to be finite; "" for none."""
 
     def __init__(self) -> None:
         self.forward = self.backward = ""
 
 
 @contextmanager
-def watch(module: nn.Module, prefix: str) -> Iterator[Findings]:
+def watch(module: nn.Module, prefix: str) -> Iterator[FirstNonFinite]:
     """Find the first module whose output, and the first whose output's gradient, is not finite.
 
     Modules report when they return, so an inner module comes before the block around it, and in the backward pass the
     one nearest to the loss comes first.
     """
-    found = Findings()
+    first = FirstNonFinite()
 
     def hook_for(name: str) -> Callable[..., None]:
         def look_back(grad: torch.Tensor) -> None:
-            if not found.backward and _bad(grad):
-                found.backward = name
+            if not first.backward and _non_finite(grad):
+                first.backward = name
 
         def look(_module: nn.Module, _args: Any, output: Any) -> None:
             for tensor in _tensors(output):
-                if not found.forward and _bad(tensor):
-                    found.forward = name
+                if not first.forward and _non_finite(tensor):
+                    first.forward = name
                 if tensor.requires_grad:
                     tensor.register_hook(look_back)
 
@@ -106,24 +110,40 @@ def watch(module: nn.Module, prefix: str) -> Iterator[Findings]:
 
     handles = [sub.register_forward_hook(hook_for(f"{prefix}{name}")) for name, sub in module.named_modules() if name]
     try:
-        yield found
+        yield first
     finally:
         for handle in handles:
             handle.remove()
 
 
-def by_rank(findings: Sequence[str]) -> list[str]:
-    """What the ranks found, each finding once; with the ranks' numbers where they do not all agree."""
-    distinct = list(dict.fromkeys(finding for finding in findings if finding))
-    if len(set(findings)) < 2:
+def first_non_finite(teacher: FirstNonFinite, student: FirstNonFinite, finite_loss: bool, parameter: str) -> str:
+    """What one rank found when it ran a batch again, in words; "" when everything was finite.
+
+    `parameter` is the one nearest to the loss whose gradient is not finite, or "".
+    """
+    if teacher.forward:
+        return f"first non-finite value: output of the teacher's {teacher.forward}"
+    if student.forward:
+        return f"first non-finite value: output of the student's {student.forward}"
+    if not finite_loss:
+        return "every layer's output is finite, the loss is not"
+    if student.backward:
+        return f"forward is finite; first non-finite gradient: output of the student's {student.backward}"
+    return f"forward is finite; first non-finite gradient: parameter {parameter}" if parameter else ""
+
+
+def by_rank(causes: Sequence[str]) -> list[str]:
+    """What the ranks found, in order of rank, each cause once; with the ranks' numbers where they do not all agree."""
+    distinct = list(dict.fromkeys(cause for cause in causes if cause))
+    if len(set(causes)) < 2:
         return distinct
-    ranks = {finding: ", ".join(str(r) for r, found in enumerate(findings) if found == finding) for finding in distinct}
-    return [f"rank {ranks[finding]}: {finding}" for finding in distinct]
+    ranks = {cause: ", ".join(str(r) for r, other in enumerate(causes) if other == cause) for cause in distinct}
+    return [f"rank {ranks[cause]}: {cause}" for cause in distinct]
 
 
-def stop_error(step: int, guard: SkipGuard, batches: Sequence[Any], findings: Sequence[str]) -> TrainingError:
+def stop_error(step: int, guard: SkipGuard, batches: Sequence[Any], causes: Sequence[str]) -> TrainingError:
     """The message that ends a run: which step, which documents, where the first non-finite value appears."""
-    where = "; ".join(finding for finding in findings if finding)
+    where = "; ".join(cause for cause in causes if cause)
     return TrainingError(
         f"distillation stopped at step {step}: {guard.in_a_row} steps in a row had a non-finite loss or gradient",
         expected="finite values",

@@ -14,10 +14,11 @@ from kdscale.distill.parallel.zero3_loading import full_shape
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips and skips as DeepSpeed's ZeRO optimisers do; stage 0 has neither norm nor check of its own.
 
-    `group`: tensor-parallel ranks, whose parameters marked `tensor_model_parallel` are parts and the others equal.
+    `group`: the tensor-parallel ranks, which hold slices of the parameters marked `tensor_model_parallel` and copies of
+    the others.
     """
 
-    overflow = False
+    overflow = False  # whether the last step was skipped
     _global_grad_norm: torch.Tensor | float = 0.0
 
     def __init__(self, groups: Any, max_norm: float, group: Any = None, **settings: Any):
@@ -26,6 +27,7 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """Clip and update; without a finite gradient norm nothing changes. `closure` is not called."""
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in trained]
         norm = self._norm(trained)
@@ -33,26 +35,27 @@ class GuardedAdamW(torch.optim.AdamW):
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
             return
-        share = ((norm + 1e-6) / self._max_norm).clamp(min=1.0)
+        divisor = ((norm + 1e-6) / self._max_norm).clamp(min=1.0)
         for grad in grads:
-            grad.div_(share)
+            grad.div_(divisor)
         super().step(closure)
 
     def _norm(self, trained: list[Any]) -> torch.Tensor:
         if self._group is None:
             return torch.nn.utils.get_total_norm([p.grad for p in trained])
-        split, whole = ([p.grad for p in trained if p.tensor_model_parallel == mark] for mark in (True, False))
-        square = torch.nn.utils.get_total_norm(split).square()
+        sliced, copied = ([p.grad for p in trained if p.tensor_model_parallel == mark] for mark in (True, False))
+        square = torch.nn.utils.get_total_norm(sliced).square()
         torch.distributed.all_reduce(square, group=self._group)
-        return (square + torch.nn.utils.get_total_norm(whole).square()).sqrt()
+        return (square + torch.nn.utils.get_total_norm(copied).square()).sqrt()
 
 
 def make_optimizer(
     student: nn.Module, settings: OptimizerConfig, stage: int, group: Any = None
 ) -> torch.optim.Optimizer:
-    """torch's fused AdamW: also for offloaded states, so that nothing is compiled at start.
+    """AdamW over the student's parameters; at ZeRO stage 0 one that clips and skips by itself.
 
-    `group`: the tensor-parallel ranks, if any.
+    torch's fused AdamW serves offloaded states too, so that nothing is compiled at start. `group`: the tensor-parallel
+    ranks, if any.
     """
     named = [item for item in student.named_parameters() if item[1].requires_grad]
     groups = [

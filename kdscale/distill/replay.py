@@ -25,9 +25,9 @@ from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig, TrackingConfig
 from kdscale.data.batches import PackedLoader
 from kdscale.data.token_store import TokenStore
+from kdscale.distill import engine
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.engine import Session, open_session
-from kdscale.distill.objectives.token_divergence import TERMS, per_token
 from kdscale.distill.schedule import seed_step, total_steps
 from kdscale.distill.step import to_device, train_step
 from kdscale.distill.telemetry.clock import Clock
@@ -100,7 +100,7 @@ def replay(
                 trainer.advance(session.start, step - 1)
             found = _examine(session, step)
         finally:
-            trainer.teacher.close()
+            trainer.source.close()
             trainer.observer.close()
     weights_of = session.start.step if nearest else step - 1
     return {
@@ -140,10 +140,7 @@ def _open(cfg: Config, folders: Folders, start: Start, scratch: Path, reporter: 
     one = cfg.model_copy(
         update={"distill": cfg.distill.model_copy(update=quiet), "tracking": TrackingConfig()}
     )  # fmt: skip
-    return open_session(
-        one, teacher_dir=folders.teacher, student_dir=folders.student, data_dir=folders.data, run_dir=scratch,
-        reporter=reporter,
-    )  # fmt: skip
+    return open_session(one, engine.Folders(folders.teacher, folders.student, folders.data, scratch), reporter)
 
 
 def _examine(session: Session, step: int) -> dict[str, Any]:
@@ -153,10 +150,10 @@ def _examine(session: Session, step: int) -> dict[str, Any]:
     batches = trainer.loader.step(step - 1)
     seed_step(trainer.seed, step - 1, rank())
     totals = train_step(
-        trainer.engine, trainer.teacher, batches, trainer.device, Clock(trainer.device), update=False
+        trainer.engine, trainer.source, batches, trainer.device, Clock(trainer.device), update=False
     ).tolist()
     groups = _gradient_norms(session.student.model)
-    means = per_token(totals[1 : 1 + len(TERMS)], max(totals[0], 1.0))
+    means = trainer.objectives.means(totals)
     return {
         **{name: _finite(value) for name, value in means.items()},
         "labels": int(totals[0]),
@@ -173,11 +170,10 @@ def _sequence_losses(session: Session, step: int) -> list[dict[str, Any]]:
     trainer, out = session.trainer, []
     trainer.engine.eval()
     for about in trainer.loader.describe(step - 1):
-        micro = to_device(trainer.loader.stack([about["number"]]), trainer.device)
-        targets = trainer.teacher.targets(micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
-        _, terms = trainer.engine(micro, targets)
-        means = per_token(terms.tolist(), max(about["labels"], 1))
-        out.append({**about, **{name: _finite(means[name]) for name in TERMS}})
+        micro_batch = to_device(trainer.loader.stack([about["number"]]), trainer.device)
+        _, figures = trainer.engine(micro_batch, trainer.source.targets(micro_batch))
+        means = trainer.objectives.means([about["labels"], 1.0, *figures.tolist()])
+        out.append({**about, **{name: _finite(means[name]) for name in trainer.objectives.columns}})
     trainer.engine.train()
     return out
 

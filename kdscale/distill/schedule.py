@@ -1,4 +1,4 @@
-"""Pure functions of the step number, so that a resumed run cannot be on another schedule than an unbroken one."""
+"""Steps, learning rate and seeds: pure functions of the step number, so that a resumed run is on the same schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def total_steps(tokens: int, seq_len: int, global_batch: int) -> int:
-    """Optimiser steps that see at least `tokens` positions."""
+    """Optimiser steps in which the student sees at least `tokens` positions."""
     return max(1, math.ceil(tokens / (seq_len * global_batch)))
 
 
@@ -25,8 +25,8 @@ def cosine_lr(step: int, *, steps: int, warmup_steps: int, lr: float, min_lr: fl
     warm = min(warmup_steps, steps // 2)
     if step < warm:
         return lr * (step + 1) / warm
-    share = min(1.0, (step - warm + 1) / max(1, steps - warm))
-    return floor + (lr - floor) * 0.5 * (1.0 + math.cos(math.pi * share))
+    progress = min(1.0, (step - warm + 1) / max(1, steps - warm))
+    return floor + (lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

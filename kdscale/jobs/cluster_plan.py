@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from kdscale.config.distill import DistillConfig
 from kdscale.config.root import Config
+from kdscale.config.targets import source_of
 from kdscale.distill.parallel.checks import FAMILIES
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
@@ -65,7 +65,7 @@ def plan_cluster(
         notes.append(
             f"global_batch {distill.global_batch} is not a multiple of {cluster.ranks} ranks: planned with {batch}"
         )
-    loss = distill.loss
+    needs = distill.needs
     job = Job(
         student,
         teacher,
@@ -73,7 +73,7 @@ def plan_cluster(
         ranks=cluster.ranks,
         ranks_per_node=cluster.gpus_per_node,
         item_bytes=4 if distill.dtype == "float32" else 2,
-        top_k=None if loss.targets == "full" else loss.top_k,
+        top_k=None if needs.full else needs.top_k,
         validate_tokens=distill.validate_tokens,
         reduce_bucket=distill.zero.reduce_bucket or 500_000_000,
     )
@@ -87,16 +87,15 @@ def plan_cluster(
 
 
 def _placements(config: Config) -> list[TeacherPlacement]:
-    """The placements that this version's config accepts; a served teacher sends its top K only."""
-    accepted = get_args(DistillConfig.model_fields["teacher_placement"].annotation)
-    full = config.distill.loss.targets == "full"
-    return [name for name in PLACEMENTS if name in accepted and not (full and name == "served")]
+    """The placements from which the config's objectives can get their targets."""
+    needs = config.distill.needs
+    return [name for name in PLACEMENTS if not needs.missing_from(source_of(name).gives)]
 
 
 def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     """Numbers of ranks of one node that can share the layers of both models."""
     supported = read_config(teacher_dir).get("model_type") in FAMILIES
-    if not supported or config.distill.loss.targets == "full":
+    if not supported or config.distill.needs.full:
         return []
     most = min(job.student.kv_heads, job.teacher.kv_heads)
     return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]

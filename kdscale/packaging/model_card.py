@@ -11,17 +11,18 @@ from kdscale.config.root import Config
 
 
 def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model card says of a checkpoint of the run of `cfg`."""
-    settings, loss, step = cfg.distill, cfg.distill.loss, int(manifest["step"])
-    listed = "whole vocabulary" if loss.targets == "full" else f"teacher's top {loss.top_k}, tail: {loss.tail}"
+    """What the model card says of a checkpoint (with this manifest) of the run of `cfg`."""
+    settings, step = cfg.distill, int(manifest["step"])
+    several = len(settings.objectives) > 1
+    losses = [f"{entry.weight:g} × ({entry.formula})" if several else entry.formula for entry in settings.objectives]
     return {
         "teacher": Path(cfg.teacher.path).name,
         "training tokens": step * settings.global_batch * settings.seq_len,
         "optimiser steps": step,
         "sequence length": settings.seq_len,
         "sequences a step": settings.global_batch,
-        "loss": f"{loss.ce_weight:g}·CE + {1 - loss.ce_weight:g}·T²·{loss.divergence}, T = {loss.temperature:g}, "
-        f"{listed}",
+        "learnt from": settings.needs.in_words(),
+        "loss": " + ".join(losses),
         "learning rate": f"{settings.optimizer.lr:g} → {settings.optimizer.min_lr:g}, cosine",
         "computed in": f"{manifest['fingerprint']['distill']['dtype']} with fp32 master weights",
         "skipped steps": manifest["state"]["guard"]["total"],
@@ -30,11 +31,11 @@ def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_card(facts: dict[str, Any]) -> str:
-    """README.md of the student: what it was made from and how. `facts` are shown in their order."""
+    """README.md of the student: what it was made from and how; `facts` are shown in their order."""
     rows = "\n".join(f"| {name} | {_plain(value)} |" for name, value in facts.items())
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [kdscale, pruned, distilled]\n---\n\n"
-        "# Distilled student\n\nPruned from a teacher and distilled on the teacher's top-K probabilities with kdscale. "
+        f"# Distilled student\n\nPruned from a teacher and distilled on {facts['learnt from']} with kdscale. "
         "A standard checkpoint: load it with `AutoModelForCausalLM.from_pretrained`. The teacher's licence and the "
         "licence of the training text apply.\n\n"
         f"| | |\n|---|---|\n{rows}\n"

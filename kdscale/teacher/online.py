@@ -1,69 +1,94 @@
-"""The teacher in the same process: forward to the final hidden state, then top-K and log-sum-exp through its own head.
+"""The teacher in the same process: a forward to the final hidden states, then its own head.
 
-With whole=True the hidden state itself is the target, and the head goes with it.
-
-B sequences, S positions, N valid positions, H hidden size, V vocabulary, K entries.
+B sequences, S positions, P positions of this rank, N valid positions, H hidden size, V vocabulary, K entries.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from kdscale.models.head import VocabShard
+from kdscale.config.targets import Needs
+from kdscale.models.head import OutputHead, VocabShard
 from kdscale.models.sequence_parallel import SequenceSlice
-from kdscale.teacher.placement.placed import PlacedTeacher
-from kdscale.teacher.targets import FullTargets, TopKTargets
+from kdscale.teacher.placement.placed import PlacedTeacher, Placement, ReplicatedTeacher, place_teacher
+from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
+from kdscale.teacher.targets import FullTargets, Targets, TopKTargets
 from kdscale_kernels import linear_topk_lse, vocab_parallel_topk_lse
 
 
 class OnlineTeacher:
-    """Wraps a placed causal LM; frozen, in eval mode, never part of any gradient.
+    """A placed causal LM, frozen and in eval mode, never part of any gradient; it gives what `gives` lists.
 
-    For `whole` targets the teacher must have been placed with `keep_head`: they go on after `targets` returns.
-    `shard`: what part of the head this rank has, where tensor-parallel ranks share the model; they all get the same
-    targets. `share`: what part of each sequence is this rank's.
+    For full targets the teacher must have been placed with `keep_head`: they are used after `targets` returns.
+    `shard`: the part of the head that this rank has, where tensor-parallel ranks share the model; all of them get the
+    same targets. `sequence_slice`: the positions of each sequence that are this rank's.
     """
 
     def __init__(
         self,
         placed: PlacedTeacher,
+        gives: Needs,
         *,
-        top_k: int,
-        temperature: float,
         vocab_size: int,
-        whole: bool = False,
         shard: VocabShard | None = None,
-        share: SequenceSlice | None = None,
+        sequence_slice: SequenceSlice | None = None,
     ):
-        self.model, self._shard, self._share = placed.model, shard, share or SequenceSlice()
-        self._placed = placed
-        self._top_k = min(top_k, vocab_size)
-        self._temperature, self._vocab_size, self._whole = temperature, vocab_size, whole
+        self.model, self.gives = placed.model, gives
+        self._placed, self._vocab_size = placed, vocab_size
+        self._shard, self._sequence_slice = shard, sequence_slice or SequenceSlice()
 
-    def expect(self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor) -> None:
-        """Nothing to begin early: the same device trains the student."""
+    def prefetch(self, batch: MicroBatch) -> None:
+        """Do nothing: the same device trains the student."""
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: the model goes with this object."""
 
     @torch.no_grad()
-    def targets(
-        self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor
-    ) -> TopKTargets | FullTargets:
-        """Targets of the flat positions `rows_N` only: rows without a label never reach the head."""
-        hidden_BPH, own_N = self._share.hidden(self.model, input_ids_BS, position_ids_BS, rows_N)
+    def targets(self, batch: MicroBatch) -> Targets:
+        """The targets of the batch's rows; no other position reaches the head."""
+        hidden_BPH, own_N = self._sequence_slice.hidden(
+            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N
+        )
         hidden_NH = hidden_BPH.reshape(-1, hidden_BPH.shape[-1]).index_select(0, own_N)
         with self._placed.head() as head:
-            if self._whole:
-                return FullTargets(hidden_NH, head.detached())
-            options: dict[str, Any] = {"temperature": self._temperature, "softcap": head.softcap}
-            options |= {"vocab_size": self._vocab_size}
-            top: Any
-            if (shard := self._shard) is None:
-                top = linear_topk_lse(hidden_NH, head.weight_VH, self._top_k, bias_V=head.bias_V, **options)
-            else:
-                options |= {"first_id": shard.first_id, "group": shard.group, "bias_Vs": head.bias_V}
-                top = vocab_parallel_topk_lse(hidden_NH, head.weight_VH, self._top_k, **options)
-        return TopKTargets(top.ids_NK, top.logits_NK, top.lse_N, self._temperature, self._vocab_size)
+            return Targets(
+                rows=batch.rows,
+                top_k=self._top_k(hidden_NH, head) if self.gives.top_k else None,
+                full=FullTargets(hidden_NH, head.detached()) if self.gives.full else None,
+            )
+
+    def _top_k(self, hidden_NH: torch.Tensor, head: OutputHead) -> TopKTargets:
+        temperature, count = self.gives.temperature, min(self.gives.top_k, self._vocab_size)
+        options: dict[str, Any] = {
+            "temperature": temperature, "softcap": head.softcap, "vocab_size": self._vocab_size
+        }  # fmt: skip
+        top: Any
+        if (shard := self._shard) is None:
+            top = linear_topk_lse(hidden_NH, head.weight_VH, count, bias_V=head.bias_V, **options)
+        else:
+            options |= {"first_id": shard.first_id, "group": shard.group, "bias_Vs": head.bias_V}
+            top = vocab_parallel_topk_lse(hidden_NH, head.weight_VH, count, **options)
+        return TopKTargets(top.ids_NK, top.logits_NK, top.lse_N, temperature, self._vocab_size)
+
+
+def open_online(request: SourceRequest) -> OpenedSource:
+    """The teacher on this rank's device, its weights where distill.teacher_placement says. A collective call."""
+    placement, shard = cast(Placement, request.cfg.distill.teacher_placement), None
+    placed: PlacedTeacher
+    if placement == "replicated" and request.load_split is not None:
+        model, rows, shard = request.load_split(request.teacher_dir)
+        placed = ReplicatedTeacher(model, rows)
+    else:
+        placed = place_teacher(
+            request.teacher_dir, placement, keep_head=request.needs.full, dtype=request.dtype, device=request.device,
+            trust_remote_code=request.cfg.teacher.trust_remote_code,
+        )  # fmt: skip
+    request.sequence_slice.prepare(placed.model)
+    return OpenedSource(
+        placed.vocab,
+        lambda vocab_size: OnlineTeacher(
+            placed, request.needs, vocab_size=vocab_size, shard=shard, sequence_slice=request.sequence_slice
+        ),
+    )

@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from kdscale.config.targets import TEACHER_TOKEN, Needs
 from kdscale.errors import CheckpointError, ConfigError, LostRankError
+from kdscale.runtime.ranks import rank
 from kdscale.teacher.messages import Question, decode_targets
-from kdscale.teacher.targets import TopKTargets
+from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
+from kdscale.teacher.targets import Targets, TopKTargets
+from kdscale.weights import checkpoint_identity
 
 if TYPE_CHECKING:
     import httpx
@@ -44,43 +48,45 @@ class ServedTeacher:
         self,
         urls: Sequence[str],
         token: str,
+        gives: Needs,
         *,
-        top_k: int,
-        temperature: float,
         vocab_size: int,
         timeout: float,
         first: int = 0,
     ):
         """`timeout`: seconds without any answer from any service until LostRankError; `first`: where a rank starts
         in the list of urls, so that ranks spread over the services."""
-        self.model = nn.Module()  # there is nothing here whose layers could be watched
-        self._top_k, self._temperature, self._vocab_size = min(top_k, vocab_size), temperature, vocab_size
+        self.model, self.gives = nn.Module(), gives  # there is nothing here whose layers could be watched
+        self._top_k, self._temperature, self._vocab_size = min(gives.top_k, vocab_size), gives.temperature, vocab_size
         self._timeout = timeout
         self._clients = [_client(url, token, timeout) for url in urls]
         self._turn = itertools.count(first)
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="teacher")
         self._under_way: dict[bytes, Future[bytes]] = {}
 
-    def expect(self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor) -> None:
+    def prefetch(self, batch: MicroBatch) -> None:
         """Send a question now whose targets will be asked for later."""
-        body = Question(input_ids_BS, position_ids_BS, rows_N).encode()
-        if rows_N.numel() and body not in self._under_way:
+        body = _question(batch)
+        if batch.rows and body not in self._under_way:
             self._under_way[body] = self._pool.submit(self._ask, body)
 
-    def targets(self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor) -> TopKTargets:
-        """Targets of the flat positions `rows_N`, on their device. Raises LostRankError when no service answers."""
-        body = Question(input_ids_BS, position_ids_BS, rows_N).encode()
+    def targets(self, batch: MicroBatch) -> Targets:
+        """Targets of the batch's rows, on their device. Raises LostRankError when no service answers."""
         settings: dict[str, Any] = {
             "temperature": self._temperature, "vocab_size": self._vocab_size, "top_k": self._top_k
         }  # fmt: skip
-        if rows_N.numel() == 0:
-            none_NK = torch.empty(0, self._top_k, device=rows_N.device)
-            return TopKTargets(none_NK.long(), none_NK, none_NK[:, 0], self._temperature, self._vocab_size)
+        device = batch.rows_N.device
+        if batch.rows == 0:
+            none_NK = torch.empty(0, self._top_k, device=device)
+            nothing = TopKTargets(none_NK.long(), none_NK, none_NK[:, 0], self._temperature, self._vocab_size)
+            return Targets(rows=0, top_k=nothing)
+        body = _question(batch)
         coming = self._under_way.pop(body, None)
         answer = self._ask(body) if coming is None else coming.result()
-        found = decode_targets(answer, rows=rows_N.numel(), **settings)
-        ids_NK, logits_NK, lse_N = (t.to(rows_N.device) for t in (found.ids_NK, found.logits_NK, found.lse_N))
-        return TopKTargets(ids_NK, logits_NK, lse_N, self._temperature, self._vocab_size)
+        sent = decode_targets(answer, rows=batch.rows, **settings)
+        ids_NK, logits_NK, lse_N = (t.to(device) for t in (sent.ids_NK, sent.logits_NK, sent.lse_N))
+        top_k = TopKTargets(ids_NK, logits_NK, lse_N, self._temperature, self._vocab_size)
+        return Targets(rows=batch.rows, top_k=top_k)
 
     def close(self) -> None:
         """Take back what nobody waits for any more."""
@@ -116,6 +122,23 @@ class ServedTeacher:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _question(batch: MicroBatch) -> bytes:
+    return Question(batch.input_ids_BS, batch.position_ids_BS, batch.rows_N).encode()
+
+
+def open_served(request: SourceRequest) -> OpenedSource:
+    """The services of distill.served. Raises ConfigError, or CheckpointError when one serves another teacher."""
+    served = request.cfg.distill.served
+    token = read_token(Path(served.token_file) if served.token_file else request.run_dir / TEACHER_TOKEN)
+    about = check_services(served.urls, token, checkpoint_identity(request.teacher_dir), served.timeout)
+    return OpenedSource(
+        int(about["rows"]),
+        lambda vocab_size: ServedTeacher(
+            served.urls, token, request.needs, vocab_size=vocab_size, timeout=served.timeout, first=rank()
+        ),
+    )
 
 
 def read_token(file: Path) -> str:

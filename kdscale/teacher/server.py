@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kdscale
+from kdscale.config.targets import SOURCES, Needs
 from kdscale.errors import ServiceError
 from kdscale.files import atomic_path
 from kdscale.models.head import head_of
@@ -23,7 +24,7 @@ from kdscale.teacher.messages import Question, encode_targets
 from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.placement.placed import ReplicatedTeacher
 from kdscale.teacher.remote import TOKEN_VARIABLE, read_token
-from kdscale.teacher.targets import TopKTargets
+from kdscale.teacher.source import MicroBatch
 from kdscale.weights import checkpoint_identity
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _BODY_BYTES_A_TOKEN = 12  # three int32 a position, and the header below
 _HEADER_BYTES = 4096
 
 
-_MAX_TOP_K = 4096
+_MAX_TOP_K = SOURCES["served"].gives.top_k
 
 
 def make_token(file: Path) -> str:
@@ -86,12 +87,12 @@ class TeacherService:
             body, vocab_size=self._embedded, max_positions=self._positions, max_tokens=self._max_tokens
         )
         with self._lock:
-            teacher = OnlineTeacher(
-                ReplicatedTeacher(self._model), top_k=top_k, temperature=temperature, vocab_size=vocab_size
-            )
-            targets = teacher.targets(*(tensor.to(self._device) for tensor in question))
-            assert isinstance(targets, TopKTargets)
-            return encode_targets(targets)
+            needs = Needs(top_k=top_k, temperature=temperature)
+            teacher = OnlineTeacher(ReplicatedTeacher(self._model), needs, vocab_size=vocab_size)
+            ids_BS, position_ids_BS, rows_N = (tensor.to(self._device) for tensor in question)
+            answer = teacher.targets(MicroBatch(ids_BS, position_ids_BS, rows_N, torch.full_like(rows_N, -100)))
+            assert answer.top_k is not None
+            return encode_targets(answer.top_k)
 
 
 def make_app(answerer: TeacherService, token: str) -> Starlette:

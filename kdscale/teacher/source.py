@@ -1,27 +1,95 @@
-"""Teachers: whoever gives targets for a micro-batch, in this process or elsewhere."""
+"""Sources of targets: whoever says what the student shall learn, in this process or elsewhere.
+
+A new source is a row of config.targets.SOURCES and a file with the function that the row names.
+
+B sequences, S positions, N rows (flat positions with a label).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-    from kdscale.teacher.targets import FullTargets, TopKTargets
+from kdscale.config.root import Config
+from kdscale.config.targets import Needs
+from kdscale.models.head import VocabShard
+from kdscale.models.sequence_parallel import SequenceSlice
+from kdscale.teacher.targets import Targets
 
 
-class Teacher(Protocol):
-    """What the training loop asks of a teacher. B sequences, S positions, N rows with a label."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole sequences on a device; `rows_N` are the flat positions that have a label on this rank.
 
-    model: Any  # the module whose layers a diagnosis watches; an empty one where the model is elsewhere
+    `sequences` says which sequences these are, by split ("train", "heldout") and number: the key of stored targets.
+    """
 
-    def expect(self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor) -> None:
-        """These targets will be asked for soon; whoever can begin already does."""
+    input_ids_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
+    rows_N: torch.Tensor
+    labels_N: torch.Tensor
+    sequences: tuple[tuple[str, int], ...] = ()
 
-    def targets(
-        self, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor
-    ) -> TopKTargets | FullTargets:
-        """Targets of the flat positions `rows_N`."""
+    @property
+    def rows(self) -> int:
+        """N, without waiting for the device."""
+        return self.rows_N.numel()
+
+
+class TargetSource(Protocol):
+    """What the training asks of a source of targets."""
+
+    gives: Needs  # the parts that its Targets have
+    model: Any  # the module whose layers are searched for a NaN; an empty one when the model is elsewhere
+
+    def prefetch(self, batch: MicroBatch) -> None:
+        """Learn that the targets of `batch` (on the CPU) will be asked for soon. A source may begin to work on them."""
+
+    def targets(self, batch: MicroBatch) -> Targets:
+        """The targets of the rows of `batch`, on its device. Raises LostRankError when the source is gone."""
 
     def close(self) -> None:
-        """No more questions."""
+        """Free what the source holds; nothing is asked of it any more."""
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """What a source is opened with.
+
+    `load_split` loads a model in parts, one for each tensor-parallel rank, and returns (model, rows of the whole head,
+    this rank's part of the head); None when ranks do not share layers.
+    """
+
+    cfg: Config
+    needs: Needs
+    teacher_dir: Path
+    run_dir: Path
+    dtype: torch.dtype
+    device: torch.device
+    sequence_slice: SequenceSlice
+    load_split: Callable[[Path], tuple[Any, int, VocabShard]] | None
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source that is there, before student and teacher have agreed on a vocabulary.
+
+    `start` takes the number of tokens that both know; `rows` is how many the teacher's head has.
+    """
+
+    rows: int
+    start: Callable[[int], TargetSource]
+
+
+def open_source(request: SourceRequest) -> OpenedSource:
+    """Open the source that the config chooses. A collective call.
+
+    Raises ConfigError, CheckpointError or ServiceError when it cannot give the targets.
+    """
+    opened: OpenedSource = resolve_name(request.cfg.distill.source.open)(request)
+    return opened

@@ -1,11 +1,12 @@
-"""What a teacher says about a position, whoever the teacher is: its top K entries and the mass of all the rest.
+"""What a source of targets says about the rows of a micro-batch.
 
 N rows (valid positions), K entries, G teacher's hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,10 +16,10 @@ from kdscale.models.head import OutputHead
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """Sparse teacher targets for N rows.
+    """The K most likely tokens of N rows, most likely first.
 
-    `ids_NK` (int64) are the K most likely tokens, `logits_NK` (fp32) their raw logits, `lse_N` (fp32) logsumexp(z / T)
-    over the whole vocabulary, so that p_k = exp(z_k / T − lse) needs no renormalisation and the tail is 1 − Σ p_k.
+    `ids_NK` (int64) are the tokens, `logits_NK` (fp32) their raw logits, `lse_N` (fp32) logsumexp(z / T) over the whole
+    vocabulary, so that p_k = exp(z_k / T − lse) needs no renormalisation and the tail is 1 − Σ p_k.
     """
 
     ids_NK: torch.Tensor
@@ -27,25 +28,42 @@ class TopKTargets:
     temperature: float
     vocab_size: int
 
-    @property
-    def rows(self) -> int:
-        return self.ids_NK.shape[0]
-
-    def probe(self) -> torch.Tensor:
-        """A number that is finite only if the targets are."""
-        return self.lse_N.sum()
+    def first(self, count: int) -> TopKTargets:
+        """The `count` most likely tokens alone; all of them when there are no more."""
+        if self.ids_NK.shape[1] <= count:
+            return self
+        ids_NK, logits_NK = (entries[:, :count].contiguous() for entries in (self.ids_NK, self.logits_NK))
+        return TopKTargets(ids_NK, logits_NK, self.lse_N, self.temperature, self.vocab_size)
 
 
 @dataclass(frozen=True)
 class FullTargets:
-    """All that a teacher says about N rows: what enters its head, [N,G], and the head itself, [V,G], by reference."""
+    """The distribution over the whole vocabulary: what enters the teacher's head, [N,G], and the head, by reference."""
 
     hidden_NG: torch.Tensor
     head: OutputHead
 
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The parts of the targets of `rows` rows that were asked for; what was not is None or empty.
+
+    `hidden_NG` has the hidden states after a teacher's layer, `attention` its attention, by layer.
+    """
+
+    rows: int
+    top_k: TopKTargets | None = None
+    full: FullTargets | None = None
+    hidden_NG: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
     def probe(self) -> torch.Tensor:
-        """A number that is finite only if the targets are."""
-        return self.hidden_NG.sum(dtype=torch.float32)
+        """A scalar (fp32) that is finite only if every part of the targets is."""
+        parts = [self.top_k.lse_N] if self.top_k is not None else []
+        parts += [self.full.hidden_NG] if self.full is not None else []
+        parts += [*self.hidden_NG.values(), *self.attention.values()]
+        sums = [part.sum(dtype=torch.float32) for part in parts]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else torch.zeros(())
 
 
 def shared_vocabulary(teacher_rows: int, student_rows: int, tokenizer_size: int, student_dir: str) -> int:

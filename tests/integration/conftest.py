@@ -56,7 +56,7 @@ distill:
   micro_batch: 2
   dtype: float32
   optimizer: {{lr: 1.0e-3, min_lr: 1.0e-4, warmup_steps: 2}}
-  loss: {{top_k: 16}}
+  objectives: [{{name: token_divergence, top_k: 16}}]
   validate_every: 5
   validate_tokens: 128
   checkpoint_every: 3

@@ -1,102 +1,89 @@
-"""The distillation loss from final hidden states: a thin layer over `kdscale_kernels`.
+"""Token-level distillation from final hidden states: a thin layer over `kdscale_kernels`.
 
 N rows (valid positions), H and G student's and teacher's hidden size, V vocabulary, K teacher's top entries.
 
 loss = α·CE + (1−α)·T²·D(teacher ‖ student), with D on the teacher's top K entries and one tail bucket, or on the whole
-vocabulary. Everything here is a SUM over rows; dividing by the tokens of the global batch happens once, in
-distill/step.py.
+vocabulary. No N×V tensor is made: the kernels walk the rows in chunks.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from kdscale.config.objectives import LossConfig
-from kdscale.models.head import OutputHead, VocabShard
+from kdscale.config.objectives import TokenDivergenceConfig
+from kdscale.distill.objectives.base import StudentOutput
+from kdscale.teacher.source import MicroBatch
+from kdscale.teacher.targets import FullTargets, Targets, TopKTargets
 from kdscale_kernels import Divergence, linear_full_kl, linear_sparse_kl, vocab_parallel_sparse_kl
 
-# What `distillation_loss` reports beside the loss, in this order; sums over rows.
-TERMS = ("loss", "kd", "ce", "teacher_mass", "tail_mass", "top1_agree")
+
+class TokenDivergence:
+    """The objective `token_divergence`. Its sums are fp32, without a host sync."""
+
+    def __init__(self, settings: TokenDivergenceConfig):
+        self._settings = settings
+        self._options: dict[str, Any] = {
+            "ce_weight": settings.ce_weight,
+            "temperature": settings.temperature,
+            "divergence": Divergence(settings.divergence, settings.divergence_parameter),
+        }
+
+    def __call__(
+        self, student: StudentOutput, targets: Targets, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(summed loss, sums of kd, ce, teacher_mass, tail_mass, top1_agree)."""
+        if self._settings.targets == "full":
+            assert targets.full is not None
+            return self._on_whole_vocabulary(student, targets.full, batch)
+        assert targets.top_k is not None
+        return self._on_top_k(student, targets.top_k.first(self._settings.top_k), batch)
+
+    def _on_top_k(
+        self, student: StudentOutput, top_k: TopKTargets, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """With a shard of the head this is a collective call; all its ranks get the same sums, and the whole gradient
+        of the hidden states."""
+        operands = (student.hidden_NH, student.head.weight_VH, top_k.ids_NK, top_k.logits_NK, top_k.lse_N)
+        options: dict[str, Any] = {
+            **self._options,
+            "labels_N": batch.labels_N,
+            "tail": self._settings.tail,
+            "softcap": student.head.softcap,
+            "vocab_size": student.vocab_size,
+        }
+        out: Any
+        if (shard := student.shard) is None:
+            out = linear_sparse_kl(*operands, bias_V=student.head.bias_V, **options)
+        else:
+            options |= {"bias_Vs": student.head.bias_V, "first_id": shard.first_id, "group": shard.group}
+            out = vocab_parallel_sparse_kl(*operands, **options)
+        return _sums(out, out.teacher_mass_sum, out.student_tail_sum)
+
+    def _on_whole_vocabulary(
+        self, student: StudentOutput, full: FullTargets, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """There is no tail here, and no mass outside it.
+
+        The teacher's head is multiplied here, and again each time that targets which were kept (validation) are used.
+        """
+        out: Any = linear_full_kl(
+            student.hidden_NH,
+            student.head.weight_VH,
+            full.hidden_NG,
+            full.head.weight_VH,
+            labels_N=batch.labels_N,
+            bias_V=student.head.bias_V,
+            teacher_bias_V=full.head.bias_V,
+            softcap=student.head.softcap,
+            teacher_softcap=full.head.softcap,
+            vocab_size=student.vocab_size,
+            **self._options,
+        )
+        return _sums(out, out.tokens, torch.zeros_like(out.loss_sum))
 
 
-def distillation_loss(
-    hidden_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    ids_NK: torch.Tensor,
-    teacher_logits_NK: torch.Tensor,
-    teacher_lse_N: torch.Tensor,
-    labels_N: torch.Tensor,
-    loss: LossConfig,
-    *,
-    bias_V: torch.Tensor | None = None,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    shard: VocabShard | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss (fp32 scalar, differentiable) and the detached sums named by TERMS (fp32, no host sync).
-
-    `teacher_lse_N` is logsumexp(z / T) over the teacher's whole vocabulary at the loss's temperature T.
-    No N×V tensor is made: the kernel walks the rows in chunks. With `shard`, weight and bias are that part of the head,
-    a collective call of its group; the same sums on every rank, and the gradient of the hidden states is whole.
-    """
-    operands = (hidden_NH, weight_VH, ids_NK, teacher_logits_NK, teacher_lse_N)
-    options: dict[str, Any] = {
-        "labels_N": labels_N,
-        "ce_weight": loss.ce_weight,
-        "temperature": loss.temperature,
-        "divergence": Divergence(loss.divergence, loss.divergence_parameter),
-        "tail": loss.tail,
-        "softcap": softcap,
-        "vocab_size": vocab_size,
-    }
-    out: Any
-    if shard is None:
-        out = linear_sparse_kl(*operands, bias_V=bias_V, **options)
-    else:
-        out = vocab_parallel_sparse_kl(*operands, bias_Vs=bias_V, first_id=shard.first_id, group=shard.group, **options)
-    sums = (out.loss_sum, out.kd_sum, out.ce_sum, out.teacher_mass_sum, out.student_tail_sum, out.top1_agree_sum)
+def _sums(out: Any, teacher_mass: torch.Tensor, tail_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = (out.kd_sum, out.ce_sum, teacher_mass, tail_mass, out.top1_agree_sum)
     return out.loss_sum, torch.stack([term.detach().float() for term in sums])
-
-
-def full_distillation_loss(
-    hidden_NH: torch.Tensor,
-    student: OutputHead,
-    teacher_hidden_NG: torch.Tensor,
-    teacher: OutputHead,
-    labels_N: torch.Tensor,
-    loss: LossConfig,
-    *,
-    vocab_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As distillation_loss, with the divergence over the whole vocabulary: there is no tail, and no mass outside it.
-
-    The teacher's head is multiplied here, and again each time that targets which were kept (validation) are used.
-    """
-    out: Any = linear_full_kl(
-        hidden_NH,
-        student.weight_VH,
-        teacher_hidden_NG,
-        teacher.weight_VH,
-        labels_N=labels_N,
-        ce_weight=loss.ce_weight,
-        temperature=loss.temperature,
-        divergence=Divergence(loss.divergence, loss.divergence_parameter),
-        bias_V=student.bias_V,
-        teacher_bias_V=teacher.bias_V,
-        softcap=student.softcap,
-        teacher_softcap=teacher.softcap,
-        vocab_size=vocab_size,
-    )
-    none = torch.zeros_like(out.loss_sum)
-    sums = (out.loss_sum, out.kd_sum, out.ce_sum, out.tokens, none, out.top1_agree_sum)
-    return out.loss_sum, torch.stack([term.detach().float() for term in sums])
-
-
-def per_token(sums: list[float], tokens: float) -> dict[str, float]:
-    """Means over tokens by name, from sums in the order of TERMS, with the perplexity that the CE implies."""
-    means = {name: value / tokens for name, value in zip(TERMS, sums, strict=True)}
-    means["perplexity"] = math.exp(min(means["ce"], 80.0)) if math.isfinite(means["ce"]) else math.nan
-    return means

@@ -11,7 +11,7 @@ PHASES = ("data", "teacher", "student", "loss", "backward", "optimiser")
 
 
 class Clock:
-    """Seconds by phase. On a GPU the marks are events, read after the step's one host sync."""
+    """Seconds per phase of a step. On a GPU the marks are events, read after the step's one host sync."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -24,7 +24,7 @@ class Clock:
         return time.perf_counter() - self._began
 
     def mark(self, phase: str) -> None:
-        """Everything since the previous mark was `phase`."""
+        """Count the time since the previous mark as `phase`."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -33,7 +33,7 @@ class Clock:
             self._marks.append((phase, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Totals by phase; the caller has already waited for the device."""
+        """Seconds per phase; the caller has already waited for the device."""
         totals = dict.fromkeys(PHASES, 0.0)
         for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
             totals[phase] += before.elapsed_time(after) / 1000 if self._cuda else after - before

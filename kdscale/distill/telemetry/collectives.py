@@ -1,10 +1,10 @@
-"""Seconds this rank spends in collectives, without waiting for the device and without a profiler.
+"""Seconds that this rank spends in collectives, measured without waiting for the device and without a profiler.
 
 On a CPU: from the call of a collective to its result, as the calling thread sees it. On a GPU: the same as the calling
 stream sees it, from two events around the call (and around a later `wait`), read after the step's host sync. Waiting
-for slower ranks is part of it; what a stream of its own hides behind computation is too, where that stream calls.
+for slower ranks counts; so does a collective on a stream of its own, even when computation hides it.
 
-Imports deepspeed because its collectives go through a backend object that takes torch's functions when it is made.
+DeepSpeed's collectives are wrapped too: its backend object took torch's functions before these were wrapped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DEEPSPEED_NAMES = (*_NAMES, "all_gather_base", "all_gather_coalesced", "all_red
 
 
 class CollectiveTimer:
-    """`with timer.installed():` around the training; `seconds()` reads and forgets what was measured since."""
+    """Measures collectives `with timer.installed()`; `seconds()` returns the time since its last call."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
@@ -37,8 +37,8 @@ class CollectiveTimer:
         self._inside = threading.local()  # a collective made of others counts once; autograd has threads of its own
 
     def seconds(self) -> float:
-        """Since the last call. On a GPU the caller has already waited for the device; a span that another stream has
-        not finished yet is counted next time."""
+        """Seconds since the last call. On a GPU the caller has already waited for the device; a span that another
+        stream has not finished yet is counted next time."""
         spans, self._spans = self._spans, []
         if not self._cuda:
             return float(sum(after - before for before, after in spans))
@@ -54,7 +54,7 @@ class CollectiveTimer:
         return event
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` with every call measured; a handle that it returns is measured when it is waited for."""
+        """`function` with every call measured, and with it the `wait` of a handle that it returns."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if getattr(self._inside, "yes", False):
@@ -75,21 +75,20 @@ class CollectiveTimer:
         """Measure torch.distributed's collectives and DeepSpeed's, in this process, until the block ends."""
         from deepspeed.comm import comm
 
-        kept: list[tuple[Any, str, Any]] = []
-        for name in _NAMES:
-            kept.append((dist, name, getattr(dist, name)))
-            setattr(dist, name, self.timed(getattr(dist, name)))
+        originals = {name: getattr(dist, name) for name in _NAMES}
+        for name, function in originals.items():
+            setattr(dist, name, self.timed(function))
         backend = comm.cdb
-        mine = [name for name in _DEEPSPEED_NAMES if backend is not None and hasattr(backend, name)]
-        for name in mine:
+        methods = [name for name in _DEEPSPEED_NAMES if backend is not None and hasattr(backend, name)]
+        for name in methods:
             setattr(backend, name, self.timed(getattr(backend, name)))
         try:
             yield
         finally:
-            for owner, name, function in kept:
-                setattr(owner, name, function)
-            for name in mine:
-                delattr(backend, name)  # the class's own method shows again
+            for name, function in originals.items():
+                setattr(dist, name, function)
+            for name in methods:
+                delattr(backend, name)  # uncovers the method of its class
 
 
 class _Handle:

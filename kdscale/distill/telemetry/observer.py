@@ -1,4 +1,4 @@
-"""Everything that watches a distillation: the step's clock, metrics, spikes, trackers, the profiler."""
+"""What watches a distillation: the step's clock, the log, spikes, trackers, the profiler."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from kdscale.config.objectives import log_columns
 from kdscale.config.root import Config
 from kdscale.data.batches import PackedLoader
-from kdscale.distill.objectives.token_divergence import TERMS
 from kdscale.distill.telemetry.clock import Clock
 from kdscale.distill.telemetry.collectives import CollectiveTimer
 from kdscale.distill.telemetry.profiling import StepProfiler
@@ -26,14 +26,14 @@ from kdscale.runtime.ranks import is_main, rank, world_size
 from kdscale.sizing.flops import ModelFlops, mfu, step_flops
 from kdscale.weights import read_config
 
-COMMUNICATION = "communication"
+COMMUNICATION = "communication"  # a phase that lies within the others
 
 
 @dataclass(frozen=True)
 class StepFacts:
-    """One optimiser step over all ranks; `step` counts from 0, `micro_sums` are losses in the global order."""
+    """One optimiser step over all ranks."""
 
-    step: int
+    step: int  # from 0
     lr: float
     means: Mapping[str, float]
     grad_norm: float
@@ -41,19 +41,20 @@ class StepFacts:
     skipped: bool
     skipped_total: int
     memory: Sequence[float]  # peak bytes, by rank
-    micro_sums: Sequence[float]
+    micro_sums: Sequence[float]  # summed losses of the micro-batches of all ranks, in the global order
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What MFU is made of; `peak` is that of all ranks together, None where it is not known."""
+class StepWork:
+    """What a step computes, for tokens/s and MFU; `peak` FLOP/s are those of all ranks, None where not known."""
 
     tokens: int  # a step, global
-    teacher: ModelFlops | None  # None: it works elsewhere
+    teacher: ModelFlops | None  # None: it runs elsewhere
     student: ModelFlops
     peak: float | None
 
     def mfu(self, labels: int, seconds: float) -> float | None:
+        """Model FLOPs utilisation of a step with `labels` that took `seconds`; None without a peak."""
         if self.peak is None:
             return None
         return mfu(step_flops(self.teacher, self.student, self.tokens, labels), seconds, self.peak)
@@ -70,51 +71,56 @@ class Records:
 
 
 class Observer:
-    """`begin` before a step's batch is drawn, `clock` in it, `end` after its host sync; `records` on rank 0 only."""
+    """Called `begin` before a step's batch is drawn, then `end` after its host sync; `clock` is marked in between.
+
+    `columns` of the objectives are logged at every step. `records` is None on all ranks but 0.
+    """
 
     def __init__(
         self,
         device: torch.device,
-        speed: Speed,
+        work: StepWork,
         profiler: StepProfiler,
         loader: PackedLoader,
         reporter: Reporter,
+        columns: Sequence[str],
         records: Records | None,
     ):
-        self._device, self._speed, self._profiler, self._loader = device, speed, profiler, loader
-        self._reporter, self._records = reporter, records
+        self._device, self._work, self._profiler, self._loader = device, work, profiler, loader
+        self._reporter, self._columns, self._records = reporter, columns, records
         self._collectives, self._report = CollectiveTimer(device), SpeedReport()
         self._memory = 0.0
         self._step = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around all steps: collectives are timed inside."""
+        """Time the collectives of all steps inside the block."""
         with self._collectives.installed():
             yield
 
     def begin(self, step: int) -> None:
+        """Start the clock of `step` (from 0), and the profiler if it is one of its steps."""
         self._step = step + 1
         self._profiler.begin(step + 1)
         self._collectives.seconds()  # what validation and checkpoints spent is no part of the step
         self.clock = Clock(self._device)
 
     def end(self, facts: StepFacts) -> str:
-        """Write the step down; returns the note for the progress bar."""
+        """Log the step; returns the note for the progress bar."""
         seconds = self.clock.elapsed()
         phases = {**self.clock.seconds(), COMMUNICATION: self._collectives.seconds()}
-        self._say_files(self._profiler.end(facts.step + 1))
-        mfu = self._speed.mfu(facts.labels, seconds)
+        self._report_profile(self._profiler.end(facts.step + 1))
+        mfu = self._work.mfu(facts.labels, seconds)
         self._memory = max(facts.memory)
-        self._report.add(self._speed.tokens, seconds, phases, mfu)
+        self._report.add(self._work.tokens, seconds, phases, mfu)
         if self._records is not None:
             values: dict[str, Any] = {
-                "tokens": (facts.step + 1) * self._speed.tokens,
+                "tokens": (facts.step + 1) * self._work.tokens,
                 "labels": facts.labels,
                 "lr": facts.lr,
-                **{name: facts.means[name] for name in TERMS},
+                **{name: facts.means[name] for name in self._columns},
                 "grad_norm": facts.grad_norm,
-                "tokens_per_second": self._speed.tokens / seconds,
+                "tokens_per_second": self._work.tokens / seconds,
                 **({} if mfu is None else {"mfu": mfu}),
                 "seconds": seconds,
                 **{f"seconds_{phase}": value for phase, value in phases.items()},
@@ -125,46 +131,43 @@ class Observer:
             }
             values |= self._bad_batch(facts, self._records)
             self._write("train", facts.step + 1, values)
-        share = "" if mfu is None else f" · MFU {100 * mfu:.1f} %"
-        return f"loss {facts.means['loss']:.4f}{share}"
+        return f"loss {facts.means['loss']:.4f}" + ("" if mfu is None else f" · MFU {100 * mfu:.1f} %")
 
-    def validated(self, step: int, found: Mapping[str, float]) -> None:
-        """Write a validation down, and say how fast the steps since the last one were."""
+    def validated(self, step: int, means: Mapping[str, float]) -> None:
+        """Log a validation (`means` of Validator.run) and report the speed of the steps since the last one."""
         if self._records is not None:
-            rest = {name: value for name, value in found.items() if name != "tokens"}
-            labels = int(found["tokens"])
-            self._write("validation", step, {"tokens": step * self._speed.tokens, "labels": labels, **rest})
+            columns = {name: value for name, value in means.items() if name != "tokens"}
+            labels = int(means["tokens"])
+            self._write("validation", step, {"tokens": step * self._work.tokens, "labels": labels, **columns})
         if line := self._report.line(COMMUNICATION, self._memory):
             self._reporter.say(f"step {step}: {line}")
 
     def close(self, error: BaseException | None = None) -> None:
-        """Finish files and trackers; `error` is what ended the training early."""
-        self._say_files(self._profiler.close(self._step))
+        """Close files and trackers; `error` is what ended the training early."""
+        self._report_profile(self._profiler.close(self._step))
         if self._records is not None:
             self._records.metrics.close()
             self._records.bad_batches.close()
             self._records.trackers.close(failed=error is not None)
 
     def _bad_batch(self, facts: StepFacts, records: Records) -> dict[str, Any]:
-        """Look whether the loss spiked or was not finite; the batch goes to bad_batches.jsonl, a word to the log."""
+        """Log the batch to bad_batches.jsonl, and report it, if the loss spiked or was not finite; extra columns."""
         spike = records.spikes.look(facts.means["loss"])
         if spike is None and not facts.skipped:
             return {}
         rows = describe_batch(self._loader, facts.step, facts.micro_sums)
         documents, step = name_documents(rows), facts.step + 1
         if spike is None:
-            what: dict[str, Any] = {}
+            records.bad_batches.write("skipped", step, micro_batches=rows)
             self._reporter.say(f"step {step}: loss or gradient not finite, step skipped (documents {documents})")
-        else:
-            what = {"spike": 1, "spike_limit": spike.limit}
-            self._reporter.say(
-                f"step {step}: loss {spike.loss:.4f} is out of line (median {spike.median:.4f}, limit "
-                f"{spike.limit:.4f}); documents {documents}; `kdscale replay RUN --step {step}` runs it again alone"
-            )
-        kind = "skipped" if spike is None else "spike"
-        fields = {} if spike is None else {"loss": spike.loss, "median": spike.median, "limit": spike.limit}
-        records.bad_batches.write(kind, step, **fields, micro_batches=rows)
-        return {**what, "documents": documents}
+            return {"documents": documents}
+        fields = {"loss": spike.loss, "median": spike.median, "limit": spike.limit}
+        records.bad_batches.write("spike", step, **fields, micro_batches=rows)
+        self._reporter.say(
+            f"step {step}: loss {spike.loss:.4f} is out of line (median {spike.median:.4f}, limit "
+            f"{spike.limit:.4f}); documents {documents}; `kdscale replay RUN --step {step}` runs it again alone"
+        )
+        return {"spike": 1, "spike_limit": spike.limit, "documents": documents}
 
     def _write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         assert self._records is not None
@@ -172,7 +175,7 @@ class Observer:
         self._records.metrics.write(kind, step, **finite)
         self._records.trackers.log(kind, step, finite)
 
-    def _say_files(self, paths: Sequence[Path]) -> None:
+    def _report_profile(self, paths: Sequence[Path]) -> None:
         if paths:
             self._reporter.say("profile: " + ", ".join(map(str, paths)))
 
@@ -189,14 +192,15 @@ def make_observer(
     step: int,
     reporter: Reporter,
 ) -> Observer:
-    """The observer of a run that goes on after `step` steps. A tracker that cannot start is said, never raised."""
+    """The observer of a run that goes on after `step` steps.
+
+    A tracker that fails to start is reported and disabled; training goes on.
+    """
     settings, logs = cfg.distill, run_dir / "logs"
     peak = peak_flops(settings.peak_flops, device, dtype)
-    speed = Speed(
+    work = StepWork(
         tokens=settings.global_batch * settings.seq_len,
-        teacher=None
-        if settings.teacher_placement == "served"
-        else ModelFlops.of(read_config(teacher_dir), settings.seq_len),
+        teacher=ModelFlops.of(read_config(teacher_dir), settings.seq_len) if settings.source.in_process else None,
         student=ModelFlops.of(read_config(student_dir), settings.seq_len),
         peak=None if peak is None else peak * world_size(),
     )
@@ -212,4 +216,5 @@ def make_observer(
             spikes=SpikeDetector(settings.spikes, known),
         )
     profiler = StepProfiler(settings.profile, logs / "profile", rank(), device)
-    return Observer(device, speed, profiler, loader, reporter, records)
+    columns = [term.name for term in log_columns(settings.objectives)]
+    return Observer(device, work, profiler, loader, reporter, columns, records)

@@ -15,7 +15,7 @@ _ROWS = 50
 
 
 class StepProfiler:
-    """Profiles the configured steps, from drawing the batch to the log; does nothing at all in the others."""
+    """Profiles the configured steps of the configured ranks, from drawing the batch to the log."""
 
     def __init__(self, settings: ProfileConfig, folder: Path, rank: int, device: torch.device):
         wanted = settings.steps is not None and (settings.ranks == "all" or rank == 0)
@@ -24,7 +24,7 @@ class StepProfiler:
         self._running: Any = None
 
     def begin(self, step: int) -> None:
-        """Before anything of `step` (counted from 1) is done. A run that resumes in between profiles what is left."""
+        """Called before `step` (counted from 1). A run that resumes within the profiled steps profiles the rest."""
         if self._first <= step <= self._last and self._running is None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
             self._began = step
@@ -37,24 +37,24 @@ class StepProfiler:
             self._running.start()
 
     def end(self, step: int) -> list[Path]:
-        """After `step`; the files written, when it was the last one."""
+        """Called after `step`; returns the files written if it was the last profiled one."""
         if self._running is None or step < self._last:
             return []
         return self.close(step)
 
     def close(self, step: int) -> list[Path]:
-        """Stop and write what was seen, also when the run ends before the last profiled step."""
+        """Stop and write the profile, also when the run ends before the last profiled step; returns the files."""
         if self._running is None:
             return []
-        done, self._running = self._running, None
-        done.stop()
+        finished, self._running = self._running, None
+        finished.stop()
         stem = f"steps-{self._began}-{step}-rank-{self._rank}"
         trace, table = self._folder / f"{stem}.trace.json", self._folder / f"{stem}.operators.txt"
         with explain_os_errors(trace):
             self._folder.mkdir(parents=True, exist_ok=True)
             with atomic_path(trace) as tmp:
-                done.export_chrome_trace(str(tmp))
-            averages = done.key_averages(group_by_input_shape=self._settings.shapes)
+                finished.export_chrome_trace(str(tmp))
+            averages = finished.key_averages(group_by_input_shape=self._settings.shapes)
             order = "self_device_time_total" if self._cuda else "self_cpu_time_total"
             write_text(table, averages.table(sort_by=order, row_limit=_ROWS) + "\n")
         return [trace, table]

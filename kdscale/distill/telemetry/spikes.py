@@ -1,4 +1,4 @@
-"""Is this step's loss out of line, and which documents was it trained on."""
+"""Spikes of the loss, and the documents that such a step was trained on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 _CENTRE = 16  # newest losses whose median is where the next one is expected
 
 
-_LEAST_SPREAD = 0.01  # of the median: a loss that hardly moves has no spread worth the name
+_LEAST_SPREAD = 0.01  # of the median: the spread of a loss that hardly moves is taken to be this
 
 
 _SHOWN_DOCUMENTS = 12
@@ -35,11 +35,11 @@ class Spike:
 
 
 class SpikeDetector:
-    """Median of the last 16 losses, and the spread of one step that the last `window` differences between steps imply.
+    """Compares a loss with the median of the last 16 and the spread of the last `window` differences between steps.
 
     Medians, so that a few spikes move neither; differences, because early in a run the losses of a window spread far
-    by falling alone, which would hide a spike. `known` are losses of earlier steps, oldest first: a resumed run sees
-    what an unbroken one would.
+    by falling alone, which would hide a spike. `known` are losses of earlier steps, oldest first, so that a resumed run
+    sees what an unbroken one would.
     """
 
     def __init__(self, settings: SpikeConfig, known: Iterable[float] = ()):
@@ -47,7 +47,7 @@ class SpikeDetector:
         self._losses: deque[float] = deque(known, maxlen=settings.window)
 
     def look(self, loss: float) -> Spike | None:
-        """Compare a step's loss with those before it, then count it among them (unless it is not finite)."""
+        """The spike, if a step's loss is one; then count the loss among those before the next (unless not finite)."""
         if not self._settings.enabled or not math.isfinite(loss):
             return None
         spike = None
@@ -63,30 +63,30 @@ class SpikeDetector:
 
 
 def describe_batch(loader: PackedLoader, step: int, micro_sums: Sequence[float]) -> list[dict[str, Any]]:
-    """The global batch of optimiser step `step` (from 0), a row a micro-batch of any rank, in the global order.
+    """The global batch of optimiser step `step` (from 0): one row per micro-batch of any rank, in the global order.
 
-    `micro_sums` are the summed losses of the micro-batches in that order. A row holds the sequences' numbers, their
-    documents with the source of each, and the loss a token (None when it is not finite).
+    `micro_sums` are the summed losses of the micro-batches in that order. A row has the sequences' numbers, their
+    documents with the source of each, and the loss per token (None when it is not finite).
     """
     sequences = loader.describe(step)
-    each = len(sequences) // len(micro_sums)
+    size = len(sequences) // len(micro_sums)
     rows = []
     for number, total in enumerate(micro_sums):
-        mine = sequences[number * each : (number + 1) * each]
-        mean = total / max(sum(item["labels"] for item in mine), 1)
-        rows.append({"loss": mean if math.isfinite(mean) else None, "sequences": mine})
+        micro_batch = sequences[number * size : (number + 1) * size]
+        mean = total / max(sum(item["labels"] for item in micro_batch), 1)
+        rows.append({"loss": mean if math.isfinite(mean) else None, "sequences": micro_batch})
     return rows
 
 
 def name_documents(rows: Sequence[dict[str, Any]]) -> str:
-    """`3 (books), 17 (web)`: the documents of these micro-batches, each once, the highest loss first, at most a dozen.
+    """`3 (books), 17 (web)`: the documents of these micro-batches, each once, at most a dozen.
 
-    A micro-batch whose loss is not finite comes before all others.
+    Those of the highest loss come first, and before them those of a loss that is not finite.
     """
     ordered = sorted(rows, key=lambda row: -math.inf if row["loss"] is None else -row["loss"])
-    found: dict[int, str] = {}
+    sources: dict[int, str] = {}  # by document
     for row in ordered:
         for item in row["sequences"]:
-            found.update(zip(item["documents"], item["sources"], strict=True))
-    more = f" and {len(found) - _SHOWN_DOCUMENTS} more" if len(found) > _SHOWN_DOCUMENTS else ""
-    return ", ".join(f"{name} ({source})" for name, source in list(found.items())[:_SHOWN_DOCUMENTS]) + more
+            sources.update(zip(item["documents"], item["sources"], strict=True))
+    more = f" and {len(sources) - _SHOWN_DOCUMENTS} more" if len(sources) > _SHOWN_DOCUMENTS else ""
+    return ", ".join(f"{document} ({source})" for document, source in [*sources.items()][:_SHOWN_DOCUMENTS]) + more

@@ -1,7 +1,7 @@
-"""The rows of metrics.jsonl for Weights & Biases, MLflow and trackio, each through its own library.
+"""Sends the rows of metrics.jsonl to Weights & Biases, MLflow and trackio, each through its own library.
 
-A run folder remembers the id of its run in each tracker, so a restart goes on with it. Rows wait in a queue for a
-thread: training never waits for a tracker, and a tracker that fails is said and, when it fails on and on, left out.
+The run folder keeps the id of its run in each tracker, so a restart continues that run. A thread sends the rows, so
+training never waits for a tracker. A tracker that fails is reported; after five failures in a row it is disabled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IDS_FILE = "tracking.json"
 _QUEUE_ROWS = 10_000
 
 
-_FAILURES = 5  # in a row, after which a tracker is left out
+_FAILURES = 5  # in a row, after which a tracker is disabled
 
 
 _CLOSE_SECONDS = 60.0
@@ -38,17 +38,19 @@ _MLFLOW_BATCH = 100  # params a request may hold
 
 
 class Tracker(Protocol):
-    """One run in one tracker. All calls but the constructor come from one thread."""
+    """One run in one tracker. All calls but the constructor come from one thread; any of them may raise."""
 
     run_id: str
 
-    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Send a row; `kind` is "train" or "validation"."""
 
-    def close(self, failed: bool) -> None: ...
+    def close(self, failed: bool) -> None:
+        """End the run there."""
 
 
 def check_trackers(settings: TrackingConfig) -> None:
-    """Raises ConfigError when the library of a configured tracker is not installed; imports none of them."""
+    """Raise ConfigError when the library of a configured tracker is not installed; import none of them."""
     for name in TrackingConfig.model_fields:
         if getattr(settings, name) is not None and importlib.util.find_spec(name) is None:
             raise ConfigError(
@@ -58,7 +60,7 @@ def check_trackers(settings: TrackingConfig) -> None:
 
 
 class WandbTracker:
-    """A step is a value of its own, not wandb's: rows that a restart logs again would be refused as too old."""
+    """Weights & Biases. Our step is a column: wandb's own step would refuse rows that a restart logs again."""
 
     def __init__(self, settings: WandbConfig, run_id: str | None, name: str, facts: Mapping[str, Any], folder: Path):
         import wandb
@@ -70,7 +72,7 @@ class WandbTracker:
             tags=list(settings.tags),
             name=name,
             id=run_id or secrets.token_hex(4),
-            resume="allow" if settings.mode == "online" else None,  # offline runs of one id meet in `wandb sync`
+            resume="allow" if settings.mode == "online" else None,  # `wandb sync` joins offline runs of one id
             dir=str(folder),
             config=dict(facts),
         )
@@ -86,7 +88,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """Through the client, which has no current run: mlflow's own is a matter of the thread."""
+    """MLflow, through its client: mlflow.log_metric would use the current run of the calling thread."""
 
     def __init__(self, settings: MlflowConfig, run_id: str | None, name: str, facts: Mapping[str, Any], folder: Path):
         from mlflow.entities import Metric, Param
@@ -117,7 +119,7 @@ class MlflowTracker:
 
 
 class TrackioTracker:
-    """A run's name is its id there."""
+    """trackio, where a run's name is its id."""
 
     def __init__(self, settings: TrackioConfig, run_id: str | None, name: str, facts: Mapping[str, Any], folder: Path):
         import trackio
@@ -135,36 +137,41 @@ class TrackioTracker:
         self._run.finish()
 
 
-_KINDS: dict[str, Callable[..., Tracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker, "trackio": TrackioTracker}
+_TRACKERS: dict[str, Callable[..., Tracker]] = {
+    "wandb": WandbTracker,
+    "mlflow": MlflowTracker,
+    "trackio": TrackioTracker,
+}
 
 
 def open_trackers(cfg: Config, logs: Path, say: Callable[[str], None]) -> Trackers:
-    """Start, or go on with, the run in every configured tracker; one that cannot start is said and left out.
+    """Start or continue the run in every configured tracker.
 
-    The ids are in `logs`/tracking.json. Another config than the one they were made with begins new runs.
+    A tracker that fails to start is reported and disabled. The runs' ids are in `logs`/tracking.json; a changed config
+    starts new runs.
     """
-    made_from, stored = sha256_json(cfg.resolved()), logs / IDS_FILE
+    config_hash, stored = sha256_json(cfg.resolved()), logs / IDS_FILE
     known = read_json(stored) if stored.exists() else {}
-    ids: dict[str, str] = dict(known["runs"]) if known.get("config") == made_from else {}
+    ids: dict[str, str] = dict(known["runs"]) if known.get("config") == config_hash else {}
     facts = {**cfg.resolved(), "versions": _versions()}
-    found: dict[str, Tracker] = {}
-    for name, make in _KINDS.items():
+    trackers: dict[str, Tracker] = {}
+    for name, make in _TRACKERS.items():
         settings = getattr(cfg.tracking, name)
         if settings is None:
             continue
         try:
-            found[name] = make(settings, ids.get(name), cfg.name, facts, logs)
-        except Exception as error:  # noqa: BLE001 (a foreign library's; its failure is no reason not to train)
-            say(f"warning: {name} could not start and gets nothing: {_short(error)}")
+            trackers[name] = make(settings, ids.get(name), cfg.name, facts, logs)
+        except Exception as error:  # noqa: BLE001 (of a foreign library; training goes on without it)
+            say(f"warning: {name} could not start and is disabled: {_short(error)}")
             continue
-        ids[name] = found[name].run_id
-    if found:
-        write_json(stored, {"config": made_from, "runs": ids})
-    return Trackers(found, say)
+        ids[name] = trackers[name].run_id
+    if trackers:
+        write_json(stored, {"config": config_hash, "runs": ids})
+    return Trackers(trackers, say)
 
 
 class Trackers:
-    """Hands rows to a thread that hands them to every tracker. Without trackers there is no thread."""
+    """Queues rows for a thread that sends them to every tracker. Without trackers there is no thread."""
 
     def __init__(self, trackers: Mapping[str, Tracker], say: Callable[[str], None]):
         self._say = say
@@ -173,11 +180,11 @@ class Trackers:
         self._dropped, self._failed = 0, False
         self._thread: threading.Thread | None = None
         if trackers:
-            self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
+            self._thread = threading.Thread(target=self._send_rows, name="trackers", daemon=True)
             self._thread.start()
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers only; returns at once. Rows beyond a full queue are counted and said at the end."""
+        """Queue the numbers among `values`; returns at once. Rows that find the queue full are dropped and counted."""
         if self._thread is None:
             return
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
@@ -187,7 +194,7 @@ class Trackers:
             self._dropped += 1
 
     def close(self, failed: bool = False) -> None:
-        """Send what waits and end the runs there; a tracker that hangs is left behind after a minute."""
+        """Send what is queued and end the runs there, waiting at most a minute for a tracker that hangs."""
         if self._thread is None:
             return
         self._failed = failed
@@ -203,27 +210,28 @@ class Trackers:
             self._say(f"warning: {self._dropped} rows were not sent: {', '.join(self._trackers)} took too long")
         self._thread = None
 
-    def _work(self) -> None:
-        bad = dict.fromkeys(self._trackers, 0)
+    def _send_rows(self) -> None:
+        failures = dict.fromkeys(self._trackers, 0)  # in a row
         while (row := self._rows.get()) is not None:
-            for name in [name for name, failures in bad.items() if failures < _FAILURES]:
-                bad[name] = bad[name] + 1 if self._failed_at(name, bad[name], *row) else 0
+            for name in [name for name, count in failures.items() if count < _FAILURES]:
+                failures[name] = 0 if self._send(name, failures[name], *row) else failures[name] + 1
         for name, tracker in self._trackers.items():
             try:
                 tracker.close(self._failed)
             except Exception as error:  # noqa: BLE001 (as above)
                 self._say(f"warning: {name} could not be finished: {_short(error)}")
 
-    def _failed_at(self, name: str, before: int, kind: str, step: int, values: Mapping[str, float]) -> bool:
+    def _send(self, name: str, failures: int, kind: str, step: int, values: Mapping[str, float]) -> bool:
+        """Whether the tracker took the row; the first and the last of its failures in a row are reported."""
         try:
             self._trackers[name].log(kind, step, values)
         except Exception as error:  # noqa: BLE001 (as above)
-            if before == 0:
+            if failures == 0:
                 self._say(f"warning: {name} did not take {kind} step {step}: {_short(error)}")
-            elif before + 1 == _FAILURES:
-                self._say(f"warning: {name} failed {_FAILURES} times in a row and gets nothing more")
-            return True
-        return False
+            elif failures + 1 == _FAILURES:
+                self._say(f"warning: {name} failed {_FAILURES} times in a row and is disabled")
+            return False
+        return True
 
 
 def _named(kind: str, values: Mapping[str, float]) -> dict[str, float]:

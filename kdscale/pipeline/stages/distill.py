@@ -44,6 +44,7 @@ def _perplexity(row: dict[str, Any]) -> str:
 def distill_rank(context: StageContext) -> None:
     """Train as one rank, under a watchdog of its own."""
     from kdscale.distill import engine
+    from kdscale.distill.parallel.process_group import leave_group
     from kdscale.runtime.ranks import in_group, rank
     from kdscale.runtime.timeouts import watchdog_seconds
     from kdscale_launch.watchdog import watching
@@ -59,4 +60,4 @@ def distill_rank(context: StageContext) -> None:
             reporter=context.reporter,
         )
     if in_group():  # only after success: a rank that failed alone would wait here for others that wait for it
-        engine.shutdown()
+        leave_group()

@@ -19,6 +19,7 @@ import transformers  # noqa: F401
 
 from kdscale.config.load import build_config
 from kdscale.distill import engine, trainer
+from kdscale.distill.parallel.process_group import leave_group
 from kdscale.runtime.progress import Reporter
 from tests.integration.forks import fork_ranks
 
@@ -49,7 +50,7 @@ def rank_main(job: dict[str, Any], phase: dict[str, Any], rank: int, port: int) 
     tree["distill"].update(processes=ranks, micro_batch=1, **changed)
     folders = {name: Path(job[name]) for name in ("teacher_dir", "student_dir", "data_dir", "run_dir")}
     engine.run(build_config(tree, "test"), reporter=Reporter(), **folders)
-    engine.shutdown()
+    leave_group()
     return 0
 
 

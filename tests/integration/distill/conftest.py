@@ -63,7 +63,8 @@ def make_config(tiny_llama_dir: Path) -> Callable[..., Config]:
     def make(**distill: Any) -> Config:
         settings = {
             "tokens": 8 * 4 * 48, "seq_len": 48, "global_batch": 4, "micro_batch": 2, "dtype": "float32",
-            "optimizer": {"lr": 3e-3, "warmup_steps": 2, "weight_decay": 0.1}, "loss": {"top_k": 16, "ce_weight": 0.2},
+            "optimizer": {"lr": 3e-3, "warmup_steps": 2, "weight_decay": 0.1},
+            "objectives": [{"name": "token_divergence", "top_k": 16, "ce_weight": 0.2}],
             "validate_every": 4, "validate_tokens": 200, "checkpoint_every": 3, **distill,
         }  # fmt: skip
         tree = {
@@ -97,23 +98,26 @@ _CHILD = """
 import os, sys, json
 from pathlib import Path
 from kdscale.config.load import build_config
-from kdscale.distill import engine, loop, state
+from kdscale.distill import engine
+from kdscale.distill.checkpoint import folder
+from kdscale.distill.parallel.process_group import leave_group
+from kdscale.distill.trainer import Trainer
 from kdscale.errors import Interrupted, KdscaleError
 from kdscale.runtime.progress import Reporter
 tree, teacher, student, data, run_dir, die = json.loads(sys.argv[1])
 if die:
     when, step = die
-    real_step, real_seal, real_export = loop.Trainer._one_step, state.seal, engine.export_checkpoint
+    real_step, real_seal = Trainer._one_step, folder.seal
     def one_step(self, number, *args):
         if when == "step" and number == step: os._exit(77)
         return real_step(self, number, *args)
-    def seal(folder, number, facts):
+    def seal(path, number, facts):
         if when == "seal" and number == step: os._exit(77)
-        real_seal(folder, number, facts)
+        real_seal(path, number, facts)
     def export(*args, **kwargs):
         if when == "export": os._exit(77)
         real_export(*args, **kwargs)
-    loop.Trainer._one_step, state.seal, engine.export_checkpoint = one_step, seal, export
+    Trainer._one_step, folder.seal, engine.export_checkpoint = one_step, seal, export
 code = 0
 try:
     engine.run(build_config(tree, "test"), teacher_dir=Path(teacher), student_dir=Path(student), data_dir=Path(data),
@@ -121,7 +125,7 @@ try:
 except (KdscaleError, Interrupted) as error:
     print(error, file=sys.stderr)
     code = error.exit_code
-engine.shutdown()
+leave_group()
 os._exit(code)
 """
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from kdscale.config.load import build_config
-from kdscale.distill import engine, trainer
+from kdscale.distill import engine, load_models, trainer
 from kdscale.models.loading import load_model
 from kdscale.runtime.progress import Reporter
 from tests.integration.forks import fork_ranks
@@ -27,13 +27,13 @@ def run_rank(arguments: dict[str, Any], world: int, rank: int) -> None:
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / f"store-{world}"), world), rank=rank,
                             world_size=world)  # fmt: skip
-    load_pair = engine.load_pair
+    load = load_models.load
     student_dir = Path(arguments["student"])
 
     def load_and_look(*args: Any) -> Any:
-        teacher, student, split = load_pair(*args)
-        (folder / f"loaded-{world}-{rank}.json").write_text(json.dumps(look(student.model, student_dir)))
-        return teacher, student, split
+        models = load(*args)
+        (folder / f"loaded-{world}-{rank}.json").write_text(json.dumps(look(models.student.model, student_dir)))
+        return models
 
     train_step, counts = trainer.train_step, []
 
@@ -41,7 +41,7 @@ def run_rank(arguments: dict[str, Any], world: int, rank: int) -> None:
         counts.append(sum(batch.token_count for batch in args[2]))
         return train_step(*args)
 
-    engine.load_pair, trainer.train_step = load_and_look, count_and_train
+    load_models.load, trainer.train_step = load_and_look, count_and_train
     (folder / str(world)).mkdir(exist_ok=True)
     config = build_config(arguments["configs"][str(world)], "test")
     engine.run(

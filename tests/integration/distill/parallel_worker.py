@@ -21,15 +21,19 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdscale.config.load import build_config
-from kdscale.config.objectives import LossConfig
+from kdscale.config.objectives import TokenDivergenceConfig
+from kdscale.config.targets import Needs
 from kdscale.distill import engine, trainer
+from kdscale.distill.objectives.base import Objectives
+from kdscale.distill.parallel.process_group import join_group
 from kdscale.distill.parallel.tensor_parallel import load_sliced_model, tensor_group
-from kdscale.distill.step import Micro, StudentModule
+from kdscale.distill.step import StudentModule
 from kdscale.models.loading import load_model
 from kdscale.runtime.progress import Reporter
 from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.placement.placed import ReplicatedTeacher
-from kdscale.teacher.targets import TopKTargets
+from kdscale.teacher.source import MicroBatch
+from kdscale.teacher.targets import Targets, TopKTargets
 from tests.integration.forks import fork_ranks
 
 KILLED = 77
@@ -60,7 +64,7 @@ def join(folder: Path, name: str, rank: int, world: int) -> None:
 
 def compare_models(models: dict[str, str], folder: Path, rank: int) -> None:
     join(folder, "models", rank, 2)
-    engine._start_group(torch.device("cpu"))
+    join_group(torch.device("cpu"))
     group, found = tensor_group(2), {}
     for name, path in models.items():
         whole = load_model(Path(path), **LOADED).train()
@@ -74,7 +78,7 @@ def compare(whole: Any, part: Any, split: Any) -> dict[str, Any]:
     """Loss, largest error of a gradient by its largest value, which parameters are whole, the teacher's targets."""
     generator = torch.Generator().manual_seed(3)
     vocab = split.vocab
-    micro = Micro(
+    batch = MicroBatch(
         torch.randint(vocab, (B, S), generator=generator),
         torch.cat([torch.arange(10), torch.arange(S - 10)]).repeat(B, 1),
         torch.arange(0, B * S, 2),
@@ -82,10 +86,11 @@ def compare(whole: Any, part: Any, split: Any) -> dict[str, Any]:
     )
     logits_NV = torch.randn(B * S // 2, vocab, generator=generator) * 2
     logits_NK, ids_NK = logits_NV.topk(K)
-    targets = TopKTargets(ids_NK, logits_NK, logits_NV.logsumexp(-1), 1.0, vocab)
-    loss = LossConfig(top_k=K, ce_weight=0.3)
-    alone, _ = StudentModule(whole, loss, vocab)(micro, targets)
-    shared, _ = StudentModule(part, loss, vocab, split.head)(micro, targets)
+    top_k = TopKTargets(ids_NK, logits_NK, logits_NV.logsumexp(-1), 1.0, vocab)
+    targets = Targets(rows=len(ids_NK), top_k=top_k)
+    objectives = Objectives([TokenDivergenceConfig(top_k=K, ce_weight=0.3)])
+    (alone,), _ = StudentModule(whole, objectives, vocab)(batch, targets)
+    (shared,), _ = StudentModule(part, objectives, vocab, split.head)(batch, targets)
     alone.backward()
     shared.backward()
     parameters, errors = dict(whole.named_parameters()), {}
@@ -95,10 +100,10 @@ def compare(whole: Any, part: Any, split: Any) -> dict[str, Any]:
             cut = split.slices[name]
             want = want.narrow(cut.dim, cut.begin, cut.end - cut.begin)
         errors[name] = float((got - want).abs().max() / parameters[name].grad.abs().max())
-    asked = (micro.input_ids_BS, micro.position_ids_BS, micro.rows_N)
-    options: dict[str, Any] = {"top_k": K, "temperature": 1.0, "vocab_size": vocab}
-    expected: Any = OnlineTeacher(ReplicatedTeacher(whole), **options).targets(*asked)
-    answer: Any = OnlineTeacher(ReplicatedTeacher(part, vocab), shard=split.head, **options).targets(*asked)
+    needs = Needs(top_k=K)
+    expected: Any = OnlineTeacher(ReplicatedTeacher(whole), needs, vocab_size=vocab).targets(batch).top_k
+    split_teacher = OnlineTeacher(ReplicatedTeacher(part, vocab), needs, vocab_size=vocab, shard=split.head)
+    answer: Any = split_teacher.targets(batch).top_k
     return {
         "loss": [float(alone.detach()), float(shared.detach())],
         "errors": errors,

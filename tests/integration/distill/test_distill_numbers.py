@@ -35,6 +35,7 @@ def assert_same_weights(left, right, tolerance):
 def plain(tiny_llama_dir, student_dir, data_dir, make_config):
     """The same run written out with full logits, plain AdamW and no DeepSpeed."""
     cfg = make_config().distill
+    loss_settings = cfg.objectives[0]
     teacher = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
     student = load_model(student_dir, dtype=torch.float32, device=torch.device("cpu")).train()
     loader = PackedLoader(TokenStore.open(data_dir).split("train"), cfg.seq_len, cfg.global_batch, cfg.global_batch, 5)
@@ -52,12 +53,12 @@ def plain(tiny_llama_dir, student_dir, data_dir, make_config):
         with torch.no_grad():
             logp_teacher = teacher(**inputs).logits.reshape(-1, 320)[valid].log_softmax(-1)
         logp = student(**inputs).logits.reshape(-1, 320)[valid].log_softmax(-1)
-        p, ids = logp_teacher.exp().topk(cfg.loss.top_k)
+        p, ids = logp_teacher.exp().topk(loss_settings.top_k)
         q = logp.exp().gather(1, ids)
         kd = (p * (p.log() - q.log())).sum(-1)
         kd = kd + (1 - p.sum(-1)) * ((1 - p.sum(-1)).log() - (1 - q.sum(-1)).log())
         ce = F.nll_loss(logp, batch.labels_BS.reshape(-1)[valid], reduction="none")
-        loss = (cfg.loss.ce_weight * ce + (1 - cfg.loss.ce_weight) * kd).mean()
+        loss = (loss_settings.ce_weight * ce + (1 - loss_settings.ce_weight) * kd).mean()
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.optimizer.gradient_clipping)

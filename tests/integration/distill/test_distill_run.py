@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdscale.distill import step
 from kdscale.distill import trainer as loop
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.objectives import token_divergence
+from kdscale.distill.objectives.token_divergence import TokenDivergence
 from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingError
 from kdscale.models import head, sequence_parallel
 from kdscale.runs.metrics_log import read_metrics
 
 PURE_KD = {
-    "loss": {"top_k": 32},
+    "objectives": [{"name": "token_divergence", "top_k": 32}],
     "tokens": 30 * 8 * 48,
     "global_batch": 8,
     "optimizer": {"lr": 1e-3, "warmup_steps": 5},
@@ -49,7 +49,7 @@ def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype):
 
 @pytest.mark.parametrize(("dtype", "stage"), [("bfloat16", 1), ("float32", 3)])
 def test_the_student_moves_towards_the_whole_of_the_teacher(distil, tmp_path, dtype, stage):
-    settings = PURE_KD | {"loss": {"targets": "full"}, "tokens": 10 * 8 * 48}
+    settings = PURE_KD | {"objectives": [{"name": "token_divergence", "targets": "full"}], "tokens": 10 * 8 * 48}
     rows = distil(tmp_path, dtype=dtype, zero_stage=stage, **settings)
     validation = [row["kd"] for row in rows if row["kind"] == "validation"]
     assert validation[-1] < 0.9 * validation[0]
@@ -101,10 +101,10 @@ def snapshot(trainer):
 )
 def test_a_bad_step_leaves_no_trace(distil, tmp_path, monkeypatch, stage, dtype):
     """NaN in one micro-batch's loss at step 3 (of 8): skipped, counted, nothing of student or optimiser moves."""
-    calls, real_loss, real_step, same = [0], token_divergence.distillation_loss, loop.Trainer._one_step, {}
+    calls, real_loss, real_step, same = [0], TokenDivergence.__call__, loop.Trainer._one_step, {}
 
-    def loss(*args, **kwargs):
-        total, terms = real_loss(*args, **kwargs)
+    def loss(*args):
+        total, terms = real_loss(*args)
         if total.requires_grad:
             calls[0] += 1
             if calls[0] == 6:  # second micro-batch of the third step
@@ -119,7 +119,7 @@ def test_a_bad_step_leaves_no_trace(distil, tmp_path, monkeypatch, stage, dtype)
         same[number] = len(before) == len(after) and all(map(torch.equal, before, after))
         return out
 
-    monkeypatch.setattr(step, "distillation_loss", loss)
+    monkeypatch.setattr(TokenDivergence, "__call__", loss)
     monkeypatch.setattr(loop.Trainer, "_one_step", one_step)
     rows = [r for r in distil(tmp_path, zero_stage=stage, dtype=dtype) if r["kind"] == "train"]
     assert [number for number, equal in same.items() if equal] == [2]

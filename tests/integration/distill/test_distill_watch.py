@@ -11,8 +11,7 @@ import torch
 from kdscale.data.batches import PackedLoader
 from kdscale.data.token_store import TokenStore
 from kdscale.distill import replay as replaying
-from kdscale.distill import step
-from kdscale.distill.objectives import token_divergence
+from kdscale.distill.objectives.token_divergence import TokenDivergence
 from kdscale.distill.telemetry.clock import PHASES
 from kdscale.errors import ConfigError
 from kdscale.runtime.progress import Reporter
@@ -37,15 +36,13 @@ def spoilt(loader, monkeypatch) -> int:
     """The number of the sequence whose loss is high, wherever it appears as the last one of its micro-batch."""
     number = (BAD_STEP - 1) * 4 + 3
     labels_S = torch.from_numpy(loader.sequence(number).labels_S)
-    bad_N, real = labels_S[labels_S != -100], token_divergence.distillation_loss
+    bad_N, real = labels_S[labels_S != -100], TokenDivergence.__call__
 
-    def loss(*args, **kwargs):
-        total, terms = real(*args, **kwargs)
-        if torch.equal(args[5][-len(bad_N) :], bad_N):
-            return total + 1e4, terms + torch.tensor([1e4, *[0.0] * (len(terms) - 1)])
-        return total, terms
+    def loss(self, student, targets, batch):
+        total, terms = real(self, student, targets, batch)
+        return (total + 1e4 if torch.equal(batch.labels_N[-len(bad_N) :], bad_N) else total), terms
 
-    monkeypatch.setattr(step, "distillation_loss", loss)
+    monkeypatch.setattr(TokenDivergence, "__call__", loss)
     return number
 
 

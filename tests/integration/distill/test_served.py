@@ -14,12 +14,14 @@ import torch
 import uvicorn
 
 from kdscale.config.load import build_config
+from kdscale.config.targets import Needs
 from kdscale.errors import CheckpointError, ConfigError, LostRankError
 from kdscale.jobs import serve_teacher
 from kdscale.models.loading import load_model
 from kdscale.runs.folder import RunFolder
 from kdscale.teacher.remote import ServedTeacher
 from kdscale.teacher.server import TeacherService, make_app, make_token
+from kdscale.teacher.source import MicroBatch
 
 TOKEN = "a-token-of-the-test"
 _TREE: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
@@ -71,22 +73,23 @@ def test_a_served_teacher_gives_the_same_student(
 
 
 def test_a_service_that_does_not_answer_is_passed_over(service: str, unused: str) -> None:
-    ids_BS = torch.tensor([[1, 2, 3, 4]])
-    question = ids_BS, torch.arange(4)[None], torch.tensor([0, 2])
+    batch = MicroBatch(torch.tensor([[1, 2, 3, 4]]), torch.arange(4)[None], torch.tensor([0, 2]), torch.tensor([2, 4]))
     answers = []
     for urls in ([service], [unused, service]):
-        teacher = ServedTeacher(urls, TOKEN, top_k=5, temperature=1.0, vocab_size=64, timeout=30.0)
-        teacher.expect(*question)
-        answers.append(teacher.targets(*question))
+        teacher = ServedTeacher(urls, TOKEN, Needs(top_k=5), vocab_size=64, timeout=30.0)
+        teacher.prefetch(batch)
+        answers.append(teacher.targets(batch).top_k)
         teacher.close()
     assert torch.equal(answers[0].logits_NK, answers[1].logits_NK)
     assert torch.equal(answers[0].ids_NK, answers[1].ids_NK)
 
 
 def test_no_service_at_all_is_a_lost_rank_not_a_hang(unused: str) -> None:
-    teacher = ServedTeacher([unused], TOKEN, top_k=5, temperature=1.0, vocab_size=64, timeout=0.01)
+    teacher = ServedTeacher([unused], TOKEN, Needs(top_k=5), vocab_size=64, timeout=0.01)
     with pytest.raises(LostRankError, match=r"distill\.served\.timeout"):
-        teacher.targets(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), torch.tensor([0]))
+        teacher.targets(
+            MicroBatch(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), torch.tensor([0]), torch.tensor([2]))
+        )
     teacher.close()
 
 
@@ -137,8 +140,12 @@ def test_a_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
         ({"teacher_placement": "served"}, r"needs served\.urls"),
         ({"served": {"urls": ["localhost:80"]}}, "http://HOST:PORT"),
         (
-            {"teacher_placement": "served", "served": {"urls": ["http://h:1"]}, "loss": {"targets": "full"}},
-            "top K alone",
+            {
+                "teacher_placement": "served",
+                "served": {"urls": ["http://h:1"]},
+                "objectives": [{"name": "token_divergence", "targets": "full"}],
+            },
+            "whole vocabulary; use replicated or partitioned or offloaded",
         ),
     ],
 )

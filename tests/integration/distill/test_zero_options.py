@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdscale.distill import trainer
+from kdscale.distill import engine, trainer
 from kdscale.errors import ConfigError
 
 CASES = {
@@ -106,8 +106,6 @@ def nvme(tmp_path, monkeypatch):
     from deepspeed.runtime.swap_tensor import partitioned_optimizer_swapper
     from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 
-    from kdscale.distill import engine
-
     class Builder:
         def load(self):
             return SimpleNamespace(aio_handle=FileHandle)
@@ -117,7 +115,7 @@ def nvme(tmp_path, monkeypatch):
 
     monkeypatch.setattr(partitioned_optimizer_swapper, "AsyncIOBuilder", Builder)
     monkeypatch.setattr(OptimizerSwapper, "is_swappable_tensor", is_swappable)
-    monkeypatch.setattr(engine, "_has_async_io", lambda: True)
+    monkeypatch.setattr(engine, "has_async_io", lambda: True)
     return {"offload_optimizer": "nvme", "nvme_path": str(tmp_path), "extra": {"sub_group_size": 50_000}}
 
 
@@ -160,9 +158,7 @@ def test_an_nvme_folder_that_is_not_there_is_refused(distil, tmp_path):
 
 
 def test_nvme_without_its_library_is_refused(distil, tmp_path, monkeypatch):
-    from kdscale.distill import engine
-
-    monkeypatch.setattr(engine, "_has_async_io", lambda: False)
+    monkeypatch.setattr(engine, "has_async_io", lambda: False)
     zero = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path)}
     with pytest.raises(ConfigError, match="async_io"):
         distil(tmp_path, student=tmp_path / "no-such-student", zero_stage=3, zero=zero)

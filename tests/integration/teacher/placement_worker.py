@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from kdscale.config.targets import Needs
 from kdscale.models.head import final_hidden
 from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.placement.placed import PlacedTeacher, StreamedTeacher, place_teacher
+from kdscale.teacher.source import MicroBatch
 from tests.integration.forks import fork_ranks
 
 CPU = torch.device("cpu")
@@ -55,11 +57,13 @@ def batches(rank: int) -> list[tuple[torch.Tensor, ...]]:
 
 
 def said(placed: PlacedTeacher, whole: bool, rank: int) -> list[torch.Tensor]:
-    teacher = OnlineTeacher(placed, top_k=9, temperature=2.0, vocab_size=VOCAB - 2, whole=whole)
+    needs = Needs(full=True) if whole else Needs(top_k=9, temperature=2.0)
+    teacher = OnlineTeacher(placed, needs, vocab_size=VOCAB - 2)
     out: list[torch.Tensor] = []
     for ids_BS, positions_BS, rows_N in batches(rank):
-        found: Any = teacher.targets(ids_BS, positions_BS, rows_N)
-        out += [found.hidden_NG, found.head.weight_VH] if whole else [found.ids_NK, found.logits_NK, found.lse_N]
+        targets: Any = teacher.targets(MicroBatch(ids_BS, positions_BS, rows_N, rows_N))
+        full, top_k = targets.full, targets.top_k
+        out += [full.hidden_NG, full.head.weight_VH] if whole else [top_k.ids_NK, top_k.logits_NK, top_k.lse_N]
     return out
 
 

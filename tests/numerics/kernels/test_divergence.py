@@ -10,8 +10,12 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale.config.objectives import LossConfig
-from kdscale.distill.objectives.token_divergence import distillation_loss
+from kdscale.config.objectives import TokenDivergenceConfig
+from kdscale.distill.objectives.base import StudentOutput
+from kdscale.distill.objectives.token_divergence import TokenDivergence
+from kdscale.models.head import OutputHead
+from kdscale.teacher.source import MicroBatch
+from kdscale.teacher.targets import Targets, TopKTargets
 from kdscale_kernels import reference
 from kdscale_kernels.divergence import DIVERGENCES, Divergence, DivergenceInfo
 from kdscale_kernels.rows.divergences import TORCH_DIVERGENCES, TorchDivergence
@@ -103,8 +107,10 @@ def test_a_new_row_is_trained_with_over_the_whole_vocabulary_and_by_its_name_in_
     torch.testing.assert_close(losses[0].loss_sum, losses[1].loss_sum, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(p.hidden.grad, twin.hidden.grad, rtol=1e-8, atol=1e-11)
 
-    config = LossConfig(divergence="alpha", divergence_parameter=0.6)
-    total, _ = distillation_loss(p.hidden, p.weight, *p.targets, p.labels, config)
+    objective = TokenDivergence(TokenDivergenceConfig(divergence="alpha", divergence_parameter=0.6))
+    student = StudentOutput(p.hidden, OutputHead(p.weight), len(p.weight))
+    targets = Targets(rows=len(p.labels), top_k=TopKTargets(*p.targets, 1.0, len(p.weight)))
+    total, _ = objective(student, targets, MicroBatch(p.labels, p.labels, p.labels, p.labels))
     want = reference.linear_sparse_kl(
         p.hidden, p.weight, *p.targets, labels_N=p.labels, divergence=Divergence("alpha", 0.6)
     )

@@ -39,7 +39,7 @@ def test_the_batch_is_shared_by_the_groups_that_take_sequences_of_their_own() ->
     "other",
     [
         {"sequence_parallel": 2},
-        {"loss": {"targets": "full"}},
+        {"objectives": [{"name": "token_divergence", "targets": "full"}]},
         {"teacher_placement": "served", "served": {"urls": ["http://teacher"]}},
         {"zero_stage": 3, "zero": {"hpz_partition_size": 2}},
         {"zero_stage": 3, "zero": {"quantized_weights": True}},

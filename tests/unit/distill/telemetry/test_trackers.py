@@ -1,4 +1,4 @@
-"""Trackers: what they are told, that they go on after a restart, and that none of their failures ends a training."""
+"""Trackers: what they are sent, that a restart continues their runs, and that no failure of theirs ends a training."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_another_config_is_another_run(tmp_path: Path, wandb: Recorder) -> None:
     assert wandb.of("finish") == [{"exit_code": 1}] * 2
 
 
-def test_one_that_cannot_start_is_said_and_the_others_go_on(
+def test_one_that_fails_to_start_is_reported_and_the_others_go_on(
     tmp_path: Path, wandb: Recorder, trackio: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**_: Any) -> Any:
@@ -111,7 +111,7 @@ def test_one_that_cannot_start_is_said_and_the_others_go_on(
     trackers = open_trackers(config(tmp_path, wandb={}, trackio={}), tmp_path, said.append)
     trackers.log("train", 1, {"loss": 1.0})
     trackers.close()
-    assert said == ["warning: wandb could not start and gets nothing: ConnectionError: no route"]
+    assert said == ["warning: wandb could not start and is disabled: ConnectionError: no route"]
     assert len(trackio.of("log")) == 1
     assert set(read_json(tmp_path / IDS_FILE)["runs"]) == {"trackio"}
 
@@ -133,7 +133,7 @@ class Failing:
 
 
 @pytest.mark.parametrize(("failures", "taken"), [(3, [4, 5, 6, 7]), (5, [])])
-def test_failures_are_said_once_and_five_in_a_row_end_it(failures: int, taken: list[int]) -> None:
+def test_failures_are_reported_once_and_five_in_a_row_disable_it(failures: int, taken: list[int]) -> None:
     said: list[str] = []
     tracker = Failing(failures)
     trackers = Trackers({"mlflow": tracker}, said.append)
@@ -142,12 +142,12 @@ def test_failures_are_said_once_and_five_in_a_row_end_it(failures: int, taken: l
     trackers.close()
     assert tracker.taken == taken
     expected = ["warning: mlflow did not take train step 1: TimeoutError: step 1"]
-    expected += ["warning: mlflow failed 5 times in a row and gets nothing more"] if failures == 5 else []
+    expected += ["warning: mlflow failed 5 times in a row and is disabled"] if failures == 5 else []
     assert said == [*expected, "warning: mlflow could not be finished: OSError: gone"]
 
 
 def test_training_never_waits_for_a_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tracker that hangs: rows beyond the queue are dropped, closing gives up, both are said."""
+    """A tracker that hangs: rows beyond the queue are dropped, closing gives up, both are reported."""
     monkeypatch.setattr("kdscale.distill.telemetry.trackers._QUEUE_ROWS", 2)
     monkeypatch.setattr("kdscale.distill.telemetry.trackers._CLOSE_SECONDS", 0.05)
     entered, free = threading.Event(), threading.Event()

@@ -1,0 +1,108 @@
+"""Objectives: what the student is trained on, and the weighted sum of several.
+
+N rows (valid positions), H student's hidden size, V vocabulary, F figures that an objective reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any, Protocol
+
+import torch
+
+from kdscale.config.objectives import LOSS, ObjectiveConfig, log_columns
+from kdscale.models.head import OutputHead, VocabShard
+from kdscale.teacher.source import MicroBatch
+from kdscale.teacher.targets import Targets
+
+COUNTS = ("tokens", "sequences")  # what a loss can be a mean over
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """The student's side of a micro-batch: final hidden states of the rows, and the head that reads them.
+
+    `vocab_size` is how many rows of the head the teacher knows too. `shard`: the part of the head that this rank has,
+    where tensor-parallel ranks share it.
+    """
+
+    hidden_NH: torch.Tensor
+    head: OutputHead
+    vocab_size: int
+    shard: VocabShard | None = None
+
+
+class Objective(Protocol):
+    """One loss; made from its entry in distill.objectives, which has its name, needs, terms and count."""
+
+    def __call__(
+        self, student: StudentOutput, targets: Targets, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss summed over what the entry counts (fp32 scalar, differentiable) and the detached sums of `terms`.
+
+        Nothing is divided here: step.py divides once, by the count of the global batch. N is at least 1.
+        """
+
+
+class Objectives:
+    """The objectives of a run: computed together, weighted, and read back as means by the names of the log's columns.
+
+    `figures` vectors hold, for each objective, its loss and then its terms. Raises ConfigError when an objective cannot
+    be had.
+    """
+
+    def __init__(self, entries: Sequence[ObjectiveConfig]):
+        self.entries = tuple(entries)
+        self.columns = [term.name for term in log_columns(entries)]
+        self.width = sum(1 + len(entry.terms) for entry in entries)
+        self._objectives: list[Objective] = [resolve_name(entry.implementation)(entry) for entry in entries]
+
+    def __call__(
+        self, student: StudentOutput, targets: Targets, batch: MicroBatch
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """(each objective's summed loss, all figures [F], fp32, detached)."""
+        losses, figures = [], []
+        for objective in self._objectives:
+            loss, terms = objective(student, targets, batch)
+            losses.append(loss)
+            figures += [loss.detach().float().reshape(1), terms]
+        return tuple(losses), torch.cat(figures)
+
+    def of_nothing(self, zero: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """What a micro-batch without rows gives; `zero` depends on the parameters, for a backward on every rank."""
+        return (zero,) * len(self.entries), zero.detach().expand(self.width)
+
+    def weighted(self, losses: Sequence[torch.Tensor], tokens_per_sequence: torch.Tensor) -> torch.Tensor:
+        """The weighted sum, scaled so that dividing it by the tokens makes every loss a mean over what it counts."""
+        total: Any = None
+        for entry, loss in zip(self.entries, losses, strict=True):
+            scaled = loss if entry.weight == 1.0 else loss * entry.weight
+            scaled = scaled if entry.count == "tokens" else scaled * tokens_per_sequence
+            total = scaled if total is None else total + scaled
+        return total
+
+    def means(self, values: Sequence[float]) -> dict[str, float]:
+        """Means by column from [tokens, sequences, *figures], and exponentials of means (the perplexity)."""
+        counts = {name: max(value, 1.0) for name, value in zip(COUNTS, values, strict=False)}
+        left = list(values[len(COUNTS) :])
+        losses, terms = {}, {}
+        for entry in self.entries:
+            count = counts[entry.count]
+            losses[entry.name] = left.pop(0) / count
+            for term in entry.terms:
+                mean = terms[term.name] = left.pop(0) / count
+                if term.exponential is not None:
+                    terms[term.exponential.name] = math.exp(min(mean, 80.0)) if math.isfinite(mean) else math.nan
+        weighted = [losses[entry.name] if entry.weight == 1.0 else losses[entry.name] * entry.weight
+                    for entry in self.entries]  # fmt: skip
+        own = losses if len(losses) > 1 else {}
+        return {LOSS.name: sum(weighted[1:], weighted[0]), **own, **terms}
+
+    def headline(self, means: dict[str, float]) -> str:
+        """The loss and the terms worth a message: `loss 1.2345 · perplexity 66.01 · top-1 agreement 51.2 %`."""
+        terms = [item for entry in self.entries for term in entry.terms for item in (term, term.exponential) if item]
+        shown = [term.text(means[term.name]) for term in terms if term.headline]
+        return " · ".join([f"{LOSS.title} {means[LOSS.name]:.4f}", *shown])

@@ -1,0 +1,99 @@
+"""Several objectives as one loss: weights, what each is a mean over, the columns of the log."""
+
+from __future__ import annotations
+
+import math
+from pkgutil import resolve_name
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+
+from kdscale.config.objectives import OBJECTIVES, ObjectiveConfig, Term, TokenDivergenceConfig
+from kdscale.distill.objectives.base import Objectives, StudentOutput
+from kdscale.models.head import OutputHead
+from kdscale.teacher.source import MicroBatch
+from kdscale.teacher.targets import Targets
+
+
+class NormConfig(ObjectiveConfig):
+    implementation = f"{__name__}:Norm"
+    terms = (Term("largest", "largest value"), Term("odds", "log odds", exponential=Term("odds_ratio", "odds")))
+    name: Literal["norm"] = "norm"
+
+
+class PerSequenceConfig(ObjectiveConfig):
+    implementation = f"{__name__}:PerSequence"
+    terms = ()
+    count: ClassVar[Literal["tokens", "sequences"]] = "sequences"
+    name: Literal["per_sequence"] = "per_sequence"
+
+
+class Norm:
+    def __init__(self, settings: NormConfig):
+        self.settings = settings
+
+    def __call__(self, student: StudentOutput, targets: Targets, batch: MicroBatch) -> Any:
+        figures = torch.stack([student.hidden_NH.max(), torch.tensor(0.5) * len(batch.labels_N)])
+        return student.hidden_NH.square().sum(), figures.detach()
+
+
+class PerSequence:
+    def __init__(self, settings: PerSequenceConfig):
+        self.settings = settings
+
+    def __call__(self, student: StudentOutput, targets: Targets, batch: MicroBatch) -> Any:
+        return student.hidden_NH.abs().sum(), torch.empty(0)
+
+
+def computed(objectives: Objectives) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    hidden_NH = torch.tensor([[1.0, 2.0], [3.0, 5.0]], requires_grad=True)
+    rows = torch.arange(2)
+    batch = MicroBatch(rows[None], rows[None], rows, rows)
+    losses, figures = objectives(StudentOutput(hidden_NH, OutputHead(torch.eye(2)), 2), Targets(rows=2), batch)
+    return losses, figures, hidden_NH
+
+
+def test_the_sum_is_weighted_and_each_loss_is_a_mean_over_what_it_counts() -> None:
+    objectives = Objectives([NormConfig(weight=0.5), PerSequenceConfig()])
+    losses, figures, hidden_NH = computed(objectives)
+    assert objectives.columns == ["loss", "norm", "per_sequence", "largest", "odds"]
+    # 2 tokens in 4 sequences: dividing by the tokens makes the second loss a mean over sequences
+    total = objectives.weighted(losses, torch.tensor(2 / 4))
+    (total / 2).backward()
+    means = objectives.means([2.0, 4.0, *figures.tolist()])
+    assert means["norm"] == 39 / 2
+    assert means["per_sequence"] == 11 / 4
+    assert means["loss"] == 0.5 * 39 / 2 + 11 / 4 == float(total.detach()) / 2
+    assert (means["largest"], means["odds"], means["odds_ratio"]) == (2.5, 0.5, math.exp(0.5))
+    torch.testing.assert_close(hidden_NH.grad, (0.5 * 2 * hidden_NH.detach()) / 2 + 1 / 4)
+
+
+def test_one_objective_of_weight_one_is_left_as_it_is() -> None:
+    objectives = Objectives([NormConfig()])
+    (loss,), figures, _ = computed(objectives)
+    assert objectives.weighted((loss,), torch.tensor(0.3)) is loss
+    assert objectives.columns == ["loss", "largest", "odds"]
+    assert objectives.means([2.0, 1.0, *figures.tolist()])["loss"] == 39 / 2
+
+
+def test_a_micro_batch_without_rows_has_figures_and_a_graph() -> None:
+    objectives = Objectives([NormConfig(), PerSequenceConfig()])
+    weight = torch.ones(3, requires_grad=True)
+    losses, figures = objectives.of_nothing(weight.sum() * 0.0)
+    objectives.weighted(losses, torch.tensor(1.0)).backward()
+    assert weight.grad is not None and not weight.grad.any()
+    assert figures.tolist() == [0.0] * objectives.width == [0.0] * 4
+
+
+def test_the_message_after_a_validation_says_what_the_terms_are() -> None:
+    objectives = Objectives([TokenDivergenceConfig()])
+    means = objectives.means([2.0, 1.0, 2.5, 1.0, 2 * math.log(66.0), 1.9, 0.1, 1.026])
+    assert objectives.headline(means) == "loss 1.2500 · perplexity 66.00 · top-1 agreement 51.3 %"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_row_of_the_table_can_be_made(name: str) -> None:
+    settings = OBJECTIVES[name]()  # type: ignore[call-arg]
+    assert settings.name == name
+    assert callable(resolve_name(settings.implementation)(settings))

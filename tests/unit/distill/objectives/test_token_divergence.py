@@ -1,0 +1,107 @@
+"""Every setting of the objective token_divergence reaches the kernel."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from kdscale.config.objectives import TokenDivergenceConfig
+from kdscale.distill.objectives.base import StudentOutput
+from kdscale.distill.objectives.token_divergence import TokenDivergence
+from kdscale.models.head import OutputHead
+from kdscale.teacher.source import MicroBatch
+from kdscale.teacher.targets import FullTargets, Targets, TopKTargets
+from kdscale_kernels import DIVERGENCES, Divergence, linear_topk_lse, reference
+
+
+def settings_of(divergence, **fields):
+    """Settings whose parameter is not the default, where the divergence has one."""
+    parameter = 0.2 if DIVERGENCES[divergence].parameter else None
+    return TokenDivergenceConfig(
+        divergence=divergence, divergence_parameter=parameter, ce_weight=0.3, temperature=2.0, **fields
+    )
+
+
+def kernel_options(settings) -> dict[str, Any]:
+    """Every setting that the kernels take, by their names."""
+    fields = {field: getattr(settings, field) for field in TokenDivergenceConfig.model_fields}
+    fields["divergence"] = Divergence(settings.divergence, fields.pop("divergence_parameter"))
+    return {name: value for name, value in fields.items() if name not in ("name", "weight", "targets", "top_k")}
+
+
+def batch_of(labels_N):
+    nothing = torch.empty(0, dtype=torch.long)
+    return MicroBatch(nothing, nothing, nothing, labels_N)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", get_args(TokenDivergenceConfig.model_fields["tail"].annotation))
+@pytest.mark.parametrize("given", [7, 9], ids=["as many entries as asked for", "more, for another objective"])
+def test_the_loss_is_the_one_the_config_names(divergence, tail, given):
+    gen = torch.Generator().manual_seed(0)
+    teacher, student, head = (torch.randn(*shape, generator=gen) for shape in ((5, 6), (5, 6), (40, 6)))
+    labels = torch.randint(0, 40, (5,), generator=gen)
+    settings = settings_of(divergence, tail=tail, top_k=7)
+    top_k = TopKTargets(*linear_topk_lse(teacher, head, given, temperature=2.0), 2.0, 40)
+    total, terms = TokenDivergence(settings)(
+        StudentOutput(student, OutputHead(head), 40), Targets(rows=5, top_k=top_k), batch_of(labels)
+    )
+    want = reference.linear_sparse_kl(
+        student, head, *linear_topk_lse(teacher, head, 7, temperature=2.0), labels_N=labels, **kernel_options(settings)
+    )
+    torch.testing.assert_close(total, want.loss_sum)
+    torch.testing.assert_close(terms[0], want.kd_sum)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_loss_over_the_whole_vocabulary_is_the_one_the_config_names(divergence):
+    gen = torch.Generator().manual_seed(0)
+    shapes = ((5, 6), (44, 6), (44,), (5, 9), (40, 9), (40,))
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = (
+        torch.randn(*shape, generator=gen) for shape in shapes
+    )
+    labels = torch.randint(0, 40, (5,), generator=gen)
+    settings = settings_of(divergence, targets="full")
+    student = StudentOutput(hidden, OutputHead(weight, bias, softcap=4.0), 40)
+    full = FullTargets(teacher_hidden, OutputHead(teacher_weight, teacher_bias, softcap=3.0))
+    total, terms = TokenDivergence(settings)(student, Targets(rows=5, full=full), batch_of(labels))
+    want = reference.linear_full_kl(
+        hidden,
+        weight,
+        teacher_hidden,
+        teacher_weight,
+        labels_N=labels,
+        bias_V=bias,
+        teacher_bias_V=teacher_bias,
+        softcap=4.0,
+        teacher_softcap=3.0,
+        vocab_size=40,
+        **{name: value for name, value in kernel_options(settings).items() if name != "tail"},
+    )
+    torch.testing.assert_close(total, want.loss_sum)
+    # all of the teacher's mass, and no tail
+    sums = torch.stack([want.kd_sum, want.ce_sum, torch.tensor(5.0), torch.tensor(0.0)])
+    torch.testing.assert_close(terms[:4], sums)
+    assert [term.name for term in settings.terms[:4]] == ["kd", "ce", "teacher_mass", "tail_mass"]
+
+
+def test_a_tail_beside_the_whole_vocabulary_is_refused():
+    with pytest.raises(ValidationError, match=r"tail \(truncated\) is about topk targets"):
+        TokenDivergenceConfig(targets="full", tail="truncated")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"divergence": "kl"}, r"divergence: expected forward_kl \| .*, got 'kl'"),
+        ({"divergence": "jsd", "divergence_parameter": 1.0}, "divergence_parameter: expected beta of jsd"),
+        ({"divergence": "skewed_reverse_kl", "divergence_parameter": 0.0}, "divergence_parameter: expected skew of"),
+        ({"divergence_parameter": 0.3}, "divergence_parameter: forward_kl takes none"),
+    ],
+)
+def test_a_divergence_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        TokenDivergenceConfig(**fields)
