@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from kdscale.errors import CheckpointError
+from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.schema import (
     COMPONENT_OF,
     EXPERT,
@@ -258,7 +258,7 @@ class Family:
     def student_config(self, config: Config, dims: Dims, kept_layers: Sequence[int]) -> dict[str, Any]:
         """The teacher's config with the student's sizes written out and its per-layer fields cut to `kept_layers`.
 
-        Raises CheckpointError for sizes the family refuses, ValueError for layers that are not an ascending selection
+        Raises ConfigError for sizes the family refuses, ValueError for layers that are not an ascending selection
         of the teacher's or do not match `dims.layers`, or a head_dim or vocab that differs from the teacher's.
         """
         teacher = self.dims(config)
@@ -268,7 +268,7 @@ class Family:
         if (dims.head_dim, dims.vocab) != (teacher.head_dim, teacher.vocab):
             raise ValueError("head_dim and vocab never change")
         if wrong := self.violations(dims):
-            raise CheckpointError(f"no {self.name} model has these sizes", got="; ".join(wrong))
+            raise ConfigError(f"no {self.name} model has the student's sizes", got="; ".join(wrong))
         student = copy.deepcopy(dict(config))
         for name, field in self.data.dims.items():
             if field.field is not None:

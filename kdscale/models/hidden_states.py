@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdscale.errors import CheckpointError
+from kdscale.errors import FileError
 from kdscale.files import explain_os_errors, fsync_file
 
 ACTIVATION_BYTES = 1 << 30
@@ -91,7 +91,7 @@ class HiddenStates:
             while count < slot.nbytes and (more := stream.readinto(view[count:])):
                 count += more
         if count != slot.nbytes:
-            raise CheckpointError(f"{file} is cut short", expected=f"{slot.nbytes:,} bytes", got=f"{count:,}")
+            raise _damaged(file, slot.nbytes, count)
         return raw.view(slot.dtype).reshape(slot.shape).to(self._device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
@@ -121,7 +121,7 @@ class HiddenStates:
     def load(
         cls, path: Path, slots: Sequence[dict[str, Any]], scratch: Scratch, device: torch.device | None = None
     ) -> HiddenStates:
-        """What `save` wrote. Raises CheckpointError when the file is not as long as `slots` say."""
+        """Open what `save` wrote. Raises FileError when the file is not as long as `slots` say."""
         states = cls(scratch, device)
         states._file = path
         offset = 0
@@ -131,7 +131,7 @@ class HiddenStates:
             states._slots.append(_Slot(tuple(slot["shape"]), dtype, offset, nbytes))
             offset += nbytes
         if path.stat().st_size != offset:
-            raise CheckpointError(f"{path}", expected=f"{offset:,} bytes", got=f"{path.stat().st_size:,}")
+            raise _damaged(path, offset, path.stat().st_size)
         for index, one in enumerate(states._slots):
             if states._in_memory + one.nbytes > scratch.activation_bytes:
                 break
@@ -150,3 +150,8 @@ class HiddenStates:
                 stream.seek(self._slots[index].offset)
                 while raw:
                     raw = raw[stream.write(raw) :]
+
+
+def _damaged(file: Path, expected: int, got: int) -> FileError:
+    hint = f"remove the folder {file.parent} and run the stage again: it starts over"
+    return FileError(f"{file} is cut short", expected=f"{expected:,} bytes", got=f"{got:,} bytes", hint=hint)

@@ -1,18 +1,13 @@
-"""Where the teacher is: a folder here, or a hub model that is downloaded (weights, configs and tokenizer only)."""
+"""Finds the teacher: a local folder, or a hub model that is downloaded (weights, configs and tokenizer only)."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from kdscale.config.root import TeacherConfig
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import ConfigError, ServiceError
 
 _HUB = "hf:"  # as in data.sources
-
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 # Root files of the standard layout; never code, pickles or the other formats that some repositories carry beside it.
 _ALLOW = [
@@ -25,18 +20,14 @@ _ALLOW = [
     "LICENSE*",
     "NOTICE*",
 ]
-
-
 _IGNORE = ["*/*", ".*"]
 
 
 def resolve_teacher(teacher: TeacherConfig, config_only: bool = False) -> Path:
-    """The folder of the teacher; `hf:org/name` is downloaded, or only its config.json when `config_only`.
+    """Return the teacher's folder; `hf:org/name` is downloaded, or only its config.json when `config_only`.
 
-    Without the prefix a path is a path: a mistyped one, or one that is not there yet, never turns into a request to
-    the hub.
-
-    Raises ConfigError when the path does not exist or is not a folder, CheckpointError when the hub does not give it.
+    Without the prefix a path is a path: a mistyped one never turns into a request to the hub. Raises ConfigError when
+    the path does not exist or is not a folder, ServiceError when the hub refuses the model or cannot be reached.
     """
     if teacher.path.startswith(_HUB):
         return _download(teacher.path.removeprefix(_HUB), teacher.revision, ["config.json"] if config_only else _ALLOW)
@@ -93,14 +84,14 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
         raise ConfigError("teacher.path", expected="a folder, or hf:org/name", got=str(error)) from error
     except errors.GatedRepoError as error:
         hint = "accept its licence on the hub and log in with `hf auth login`, then run again"
-        raise CheckpointError(f"{where} is gated", got="access refused", hint=hint) from error
+        raise ServiceError(f"{where} is gated", got="access refused", hint=hint) from error
     except errors.RepositoryNotFoundError as error:
         hint = "check the spelling; a private model needs `hf auth login`; a local folder is given without hf:"
-        raise CheckpointError(f"{where} does not exist or is private", hint=hint) from error
+        raise ServiceError(f"{where} does not exist or is private", hint=hint) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{where} does not exist", hint="check teacher.revision") from error
+        raise ServiceError(f"{where} does not exist", hint="check teacher.revision") from error
     except hub_connection_errors() as error:
-        raise CheckpointError(
+        raise ServiceError(
             f"{where} cannot be downloaded and is not in the local cache",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
             hint="check the network and HF_HUB_OFFLINE, or give a local folder",

@@ -152,11 +152,11 @@ class Checkpoint:
         """Write the tensor's values `begin` to `begin + len(out)`, counted in storage order, into the flat `out`.
 
         Only their bytes are read: straight into `out` where it has the dtype on disk, else in converted blocks. Raises
-        CheckpointError when the tensor has no such values.
+        ValueError when the tensor has no such values.
         """
         entry, end = self._entry(name), begin + out.numel()
         if not 0 <= begin <= end <= math.prod(entry.shape):
-            raise CheckpointError(f"{self.path}: {name}", expected=f"value {end} within it", got=str(entry.shape))
+            raise ValueError(f"{name} of shape {entry.shape} has no values {begin} to {end}")
         width = DTYPE_BYTES[entry.dtype]
         direct = out.device.type == "cpu" and out.dtype == torch_dtype(entry.dtype)
         step = out.numel() if direct else max(1, _FILL_BYTES // width)

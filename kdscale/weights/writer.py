@@ -1,11 +1,11 @@
-"""Writing a checkpoint's tensors one at a time, straight to their place in their file.
+"""Writes a checkpoint's tensors one at a time, straight to their place in their file.
 
 Names, shapes and dtypes are known before the first tensor, so every header and every offset is too: nothing is
 buffered but the tensor (or the block of one) at hand, tensors may come in any order, and equal tensors give equal
 bytes. Files carry a temporary name until all of them are complete; the index is renamed last.
 
-With a journal a killed writer's work is taken up again: `commit` puts what was written so far on the disk and its names
-into the journal, and a new writer of the same layout in the same folder starts from there.
+With a journal a killed writer's work can be resumed: `commit` puts what was written so far on the disk and its names
+into the journal, and a new writer of the same shards in the same folder starts from there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from kdscale.errors import CheckpointError, RunFolderError
+from kdscale.errors import RunFolderError, SelfCheckError
 from kdscale.files import explain_os_errors, fsync_dir, fsync_file, read_json, write_json
 from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES
 from kdscale.weights.reader import INDEX_FILE, SINGLE_FILE, TensorInfo, torch_dtype
@@ -37,7 +37,7 @@ _WRITE_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One file to be: its name, its header (length and padding included) and where each tensor goes."""
+    """One file that will be written: its name, its header (length and padding included) and where each tensor goes."""
 
     file: str
     header: bytes
@@ -48,7 +48,7 @@ class ShardPlan:
 def plan_shards(
     specs: Mapping[str, TensorInfo], max_shard_bytes: int, metadata: Mapping[str, str] | None = None
 ) -> list[ShardPlan]:
-    """Fill shards in the order of `specs`; a tensor larger than `max_shard_bytes` has a shard of its own.
+    """Divide tensors into shards in the order of `specs`; one larger than `max_shard_bytes` has a shard of its own.
 
     Raises ValueError for an unknown dtype, no tensors or a non-positive limit.
     """
@@ -95,9 +95,9 @@ class ShardWriter:
     """Writes the tensors of `specs` into `folder` in the standard layout; a context manager that closes on success.
 
     One file `model.safetensors`, or `model-00001-of-0000N.safetensors` ... and their index. An exception inside the
-    `with` block leaves none of them; with a `journal` (a file outside `folder`) it leaves what was committed, `written`
-    are the names that an earlier writer had, and they cannot be added again. One process at a time may write.
-    Raises RunFolderError at once when the disk has no room for all tensors.
+    `with` block leaves none of them. With a `journal` (a file outside `folder`) it leaves what was committed; then
+    `written` are the names that an earlier writer committed, and they cannot be added again. One process at a time may
+    write. Raises RunFolderError at once when the disk has no room for all tensors.
     """
 
     def __init__(
@@ -110,19 +110,19 @@ class ShardWriter:
     ):
         self.folder, self._specs = folder, dict(specs)
         self.shards = plan_shards(self._specs, max_shard_bytes, metadata)
-        self._place = {name: (i, at) for i, shard in enumerate(self.shards) for name, at in shard.offsets.items()}
+        self._position = {name: (i, at) for i, shard in enumerate(self.shards) for name, at in shard.offsets.items()}
         self._closed = False
         self._journal = journal
         self._dirty: set[int] = set()
         with explain_os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.written = self._journalled()
+            self.written = self._committed_before()
             self._left = set(self._specs) - self.written
             if not self.written:
-                self._lay_out()
+                self._create_files()
 
-    def _lay_out(self) -> None:
-        """Every file at its full size, with its header and holes for the tensors."""
+    def _create_files(self) -> None:
+        """Create every file at its full size, with its header and holes for the tensors."""
         for i in range(len(self.shards)):
             self._temporary(i).unlink(missing_ok=True)
         need, free = sum(shard.size for shard in self.shards), shutil.disk_usage(self.folder).free
@@ -139,20 +139,20 @@ class ShardWriter:
                 stream.truncate(shard.size)
         self._dirty.update(range(len(self.shards)))
 
-    def _journalled(self) -> set[str]:
-        """What an earlier writer of this very layout committed here; nothing when the layout or a file is another."""
+    def _committed_before(self) -> set[str]:
+        """What an earlier writer of these very shards committed here; nothing when a header or a file differs."""
         if self._journal is None or not self._journal.exists():
             return set()
-        found = read_json(self._journal, CheckpointError)
+        journal = read_json(self._journal)
         for i, shard in enumerate(self.shards):
             # a writer that was killed between renaming and forgetting its journal left files with their final names
             if self.files[i].exists() and not self._temporary(i).exists():
                 self.files[i].replace(self._temporary(i))
             if not self._temporary(i).exists() or self._temporary(i).stat().st_size != shard.size:
                 return set()
-        return set(found["written"]) if found["layout"] == self._layout() else set()
+        return set(journal["written"]) if journal["layout"] == self._headers_hash() else set()
 
-    def _layout(self) -> str:
+    def _headers_hash(self) -> str:
         return hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
 
     @property
@@ -161,24 +161,24 @@ class ShardWriter:
         return [self.folder / shard.file for shard in self.shards]
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor must be in to be written under `name`."""
+        """The dtype that a tensor must have to be written under `name`."""
         return torch_dtype(self._specs[name].dtype)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor. Raises CheckpointError unless it was announced with this shape and dtype, once."""
+        """Write one tensor. Raises SelfCheckError unless it was announced with this shape and dtype, once."""
         self.add_blocks(name, [tensor])
 
     def add_blocks(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
         """Write one tensor that comes as blocks of its rows, in order; only one block has to be in memory.
 
-        Raises CheckpointError unless the rows together are what was announced.
+        Raises SelfCheckError unless the rows together are what was announced.
         """
         if name not in self._left:
             got = "the second tensor of this name" if name in self._specs else "a name that was not announced"
-            raise CheckpointError(f"{self.folder}: cannot write {name}", got=got)
+            raise SelfCheckError(f"{self.folder}: cannot write {name}", got=got)
         spec = self._specs[name]
-        index, at = self._place[name]
-        end, rows, came = at + _nbytes(name, spec), 0, TensorInfo((), "nothing")
+        index, at = self._position[name]
+        end, rows, got_so_far = at + _nbytes(name, spec), 0, TensorInfo((), "nothing")
         with (
             explain_os_errors(self.folder / self.shards[index].file),
             self._temporary(index).open("r+b", buffering=0) as stream,
@@ -186,13 +186,14 @@ class ShardWriter:
             stream.seek(at)
             for block in blocks:
                 rows += block.shape[0] if block.ndim else 0
-                came = TensorInfo((rows, *block.shape[1:]) if block.ndim else (), _dtype_name(block.dtype))
-                if (came.shape[1:], came.dtype) != (spec.shape[1:], spec.dtype) or at + block.nbytes > end:
-                    raise CheckpointError(f"{self.folder}: cannot write {name}", expected=str(spec), got=str(came))
+                got_so_far = TensorInfo((rows, *block.shape[1:]) if block.ndim else (), _dtype_name(block.dtype))
+                wrong = (got_so_far.shape[1:], got_so_far.dtype) != (spec.shape[1:], spec.dtype)
+                if wrong or at + block.nbytes > end:
+                    break
                 _write_all(stream, block)
                 at += block.nbytes
-        if came != spec:
-            raise CheckpointError(f"{self.folder}: cannot write {name}", expected=str(spec), got=str(came))
+        if got_so_far != spec:
+            raise SelfCheckError(f"{self.folder}: cannot write {name}", expected=str(spec), got=str(got_so_far))
         self._left.remove(name)
         self._dirty.add(index)
 
@@ -204,15 +205,15 @@ class ShardWriter:
             for index in sorted(self._dirty):
                 fsync_file(self._temporary(index))
             self._dirty.clear()
-        write_json(self._journal, {"layout": self._layout(), "written": sorted(set(self._specs) - self._left)})
+        write_json(self._journal, {"layout": self._headers_hash(), "written": sorted(set(self._specs) - self._left)})
 
     def close(self) -> None:
-        """Flush and rename the files, then write the index. Raises CheckpointError when tensors have not come."""
+        """Flush and rename the files, then write the index. Raises SelfCheckError when a tensor was not written."""
         if self._closed:
             return
         if self._left:
             lost = sorted(self._left)
-            raise CheckpointError(
+            raise SelfCheckError(
                 f"{self.folder}: not all tensors were written",
                 expected=f"{len(self._specs)} tensors",
                 got=f"{len(self._specs) - len(lost)}; the first that is missing is {lost[0]}",
@@ -233,11 +234,11 @@ class ShardWriter:
         self._closed = True
         if len(self.shards) > 1:
             total = sum(_nbytes(name, spec) for name, spec in self._specs.items())
-            where = {name: self.shards[self._place[name][0]].file for name in self._specs}
+            where = {name: self.shards[self._position[name][0]].file for name in self._specs}
             write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
 
     def discard(self) -> None:
-        """Remove what was written so far; after `close`, or with a journal, it does nothing."""
+        """Remove what was written so far; does nothing after `close`, or with a journal."""
         if not self._closed and self._journal is None:
             for i in range(len(self.shards)):
                 self._temporary(i).unlink(missing_ok=True)
@@ -246,27 +247,27 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if error_type is None:
                 self.close()
         finally:
             self.discard()
 
     def _temporary(self, index: int) -> Path:
-        # what was journalled is for the next process to find, and not to be taken for a dead one's leftovers
+        # what a journal names is for the next process to resume, and must not look like a dead one's leftovers
         mark = ".unfinished" if self._journal else f".partial-{os.getpid()}"
         return self.folder / f"{mark}-{self.shards[index].file}"
 
 
 def _write_all(stream: RawIOBase, block: torch.Tensor) -> None:
-    """Every byte of `block`, in pieces: some systems refuse a single write of more than 2 GiB."""
+    """Write every byte of `block`, some at a time: some systems refuse a single write of more than 2 GiB."""
     import torch
 
-    left = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    while left:
-        left = left[stream.write(left[:_WRITE_BYTES]) :]
+    remaining = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    while remaining:
+        remaining = remaining[stream.write(remaining[:_WRITE_BYTES]) :]
         beat()
 
 

@@ -279,7 +279,7 @@ def test_student_config_refuses_wrong_layers_and_sizes() -> None:
             family.student_config(config, dims, kept)
     with pytest.raises(ValueError, match="never change"):
         family.student_config(config, dims.replace(head_dim=4), [0, 1, 2])
-    with pytest.raises(CheckpointError, match="not a multiple"):
+    with pytest.raises(ConfigError, match="not a multiple"):
         family.student_config(config, dims.replace(hidden=50), [0, 1, 2])
     broken = {**config, "layer_types": ["full_attention"]}
     with pytest.raises(CheckpointError, match="list of 3 entries"):

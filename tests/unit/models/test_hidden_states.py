@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdscale.errors import CheckpointError
+from kdscale.errors import FileError
 from kdscale.models.hidden_states import HiddenStates, Scratch
 
 SHAPE = (2, 5, 8)
@@ -69,7 +69,7 @@ def test_a_file_that_is_cut_short_is_noticed(tmp_path: Path) -> None:
     slots = states.save(tmp_path / "one.bin")
     with (tmp_path / "one.bin").open("r+b") as stream:
         stream.truncate(3 * BYTES)
-    with pytest.raises(CheckpointError, match=r"one\.bin"):
+    with pytest.raises(FileError, match=r"one\.bin"):
         HiddenStates.load(tmp_path / "one.bin", slots, Scratch(tmp_path, 0))
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(FileError, match="cut short"):
         states[3]

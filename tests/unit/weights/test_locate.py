@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import errors
 
 from kdscale.config.root import TeacherConfig
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import ConfigError, ServiceError
 from kdscale.weights import resolve_teacher
 
 
@@ -123,12 +123,12 @@ def test_hub_refusals_are_explained(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ServiceError, match=message):
         resolve_teacher(TeacherConfig(path="hf:org/name"))
 
 
 def test_offline_is_explained_by_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_HUB_OFFLINE is set for all tests: the real library refuses without a network request."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="not in the local cache"):
+    with pytest.raises(ServiceError, match="not in the local cache"):
         resolve_teacher(TeacherConfig(path="hf:no-such-org-here/no-such-model"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from kdscale.errors import CheckpointError, RunFolderError
+from kdscale.errors import RunFolderError, SelfCheckError
 from kdscale.weights import Checkpoint, ShardWriter, TensorInfo
 from kdscale.weights.writer import plan_shards
 
@@ -148,16 +148,16 @@ def test_transformers_reads_what_we_write(tiny_llama_dir: Path, tmp_path: Path) 
 def test_tensors_that_were_not_announced_are_refused(
     tmp_path: Path, name: str, tensor: torch.Tensor, message: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=message), ShardWriter(tmp_path, _TWO) as writer:
+    with pytest.raises(SelfCheckError, match=message), ShardWriter(tmp_path, _TWO) as writer:
         writer.add(name, tensor)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_when_a_tensor_is_missing_or_comes_twice(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="first that is missing is b"), ShardWriter(tmp_path, _TWO) as writer:
+    with pytest.raises(SelfCheckError, match="first that is missing is b"), ShardWriter(tmp_path, _TWO) as writer:
         writer.add("a", torch.zeros(2, 3))
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(CheckpointError, match="second tensor"), ShardWriter(tmp_path, _TWO) as writer:
+    with pytest.raises(SelfCheckError, match="second tensor"), ShardWriter(tmp_path, _TWO) as writer:
         writer.add("a", torch.zeros(2, 3))
         writer.add("a", torch.zeros(2, 3))
     assert list(tmp_path.iterdir()) == []
@@ -252,7 +252,7 @@ def test_blocks_of_rows_give_the_bytes_of_the_whole(tmp_path: Path, rows: int) -
     ],
 )
 def test_blocks_that_are_not_what_was_announced(tmp_path: Path, blocks: list[torch.Tensor]) -> None:
-    with pytest.raises(CheckpointError, match="cannot write a"), ShardWriter(tmp_path / "x", BLOCK_SPECS) as writer:
+    with pytest.raises(SelfCheckError, match="cannot write a"), ShardWriter(tmp_path / "x", BLOCK_SPECS) as writer:
         writer.add_blocks("a", blocks)
 
 
@@ -293,7 +293,7 @@ def test_a_journal_lets_another_writer_go_on(tmp_path: Path, limit: int, when: s
     with writer() as second:
         done = {"before a commit": {"a"}, "after a commit": {"a", "b"}, "after closing": {"a", "b", "c"}}[when]
         assert second.written == done
-        with pytest.raises(CheckpointError, match="the second tensor"):
+        with pytest.raises(SelfCheckError, match="the second tensor"):
             second.add("a", whole["a"])
         for name in BLOCK_SPECS.keys() - done:
             second.add(name, whole[name])
