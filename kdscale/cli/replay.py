@@ -43,12 +43,13 @@ def _show(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console()
-    table = Table("sequence", "loss", "ce", "documents", "beginning", box=None, pad_edge=False, header_style="dim")
+    losses = result["losses"]
+    table = Table("sequence", *losses, "documents", "beginning", box=None, pad_edge=False, header_style="dim")
     worst_first = sorted(result["sequences"], key=lambda entry: (entry["loss"] is not None, -(entry["loss"] or 0.0)))
     for entry in worst_first:
         documents = ", ".join(f"{document['id']} ({document['source']})" for document in entry["documents"])
         beginning = " ".join(entry["text"].split())[:_SHOWN_CHARS]
-        figures = (str(entry["number"]), _number(entry["loss"]), _number(entry["ce"]))
+        figures = (str(entry["number"]), *(_number(entry[name]) for name in losses))
         table.add_row(*figures, Text(documents), Text(beginning))
     console.print(table)
     groups = list(result["gradient_norms"].items())[:_SHOWN_GROUPS]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from kdscale.config.load import load_config
+from kdscale.config.objectives import log_columns
 from kdscale.config.root import Config
 from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig, TrackingConfig
@@ -161,6 +162,7 @@ def _examine(session: Session, step: int) -> dict[str, Any]:
         "gradient_clipping": trainer.cfg.optimizer.gradient_clipping,
         "gradient_norms": {name: _finite(norm) for name, norm in groups.items()},
         "sequences": sequences,
+        "losses": [term.name for term in log_columns(trainer.cfg.objectives) if term.unit != "fraction"],
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kdscale.config.load import build_config
 from kdscale.config.root import Config
-from kdscale.distill.replay import distilled_from, replay_step
+from kdscale.distill.replay import distilled_from, find_start, parameter_group, replay_step
 from kdscale.errors import RunFolderError
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
@@ -48,3 +48,24 @@ def test_a_folder_that_has_trained_nothing_is_refused(tmp_path: Path) -> None:
     run.adopt_config(config(tmp_path, "original"), accept_changes=False)
     with pytest.raises(RunFolderError, match="no step was trained yet"):
         replay_step(tmp_path, 1, **settings)
+
+
+def test_parameter_groups() -> None:
+    names = {
+        "model.embed_tokens.weight": "embed_tokens",
+        "model.layers.3.self_attn.q_proj.weight": "layer 3 attention",
+        "model.layers.3.mlp.up_proj.weight": "layer 3 ffn",
+        "model.layers.3.post_attention_layernorm.weight": "layer 3 norm",
+        "transformer.h.0.ln_1.bias": "layer 0 norm",
+        "lm_head.weight": "lm_head",
+    }
+    assert {name: parameter_group(name) for name in names} == names
+
+
+def test_a_replay_starts_at_the_newest_whole_checkpoint_before_its_step(tmp_path: Path) -> None:
+    for number in (3, 6, 9):
+        folder = tmp_path / f"step-{number:08d}"
+        folder.mkdir()
+        if number != 6:  # torn
+            (folder / "manifest.json").write_text("{}")
+    assert [find_start(tmp_path, step).step for step in (1, 3, 4, 9, 10)] == [0, 0, 3, 3, 9]

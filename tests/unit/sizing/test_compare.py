@@ -54,7 +54,7 @@ def test_flops_are_two_a_weight_of_the_products_and_attention() -> None:
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_the_planned_mfu_is_what_the_log_would_say_of_such_a_step(placement: Any, tensor: int) -> None:
     """The log counts from config.json and from the GPU's driver name."""
-    from kdscale.distill.telemetry.observer import Speed
+    from kdscale.distill.telemetry.observer import StepWork
 
     setting = Setting(1, 2, 3, False, placement, tensor=tensor)
     planned = estimate_step(job(), setting, cluster(), Rates())
@@ -62,7 +62,7 @@ def test_the_planned_mfu_is_what_the_log_would_say_of_such_a_step(placement: Any
     flops, peak = ModelFlops.of(config, 4096), peak_by_name("NVIDIA H100 80GB HBM3")
     assert peak is not None
     tokens = 8 // tensor * 2 * 3 * 4096
-    logged = Speed(tokens, None if placement == "served" else flops, flops, 8 * peak)
+    logged = StepWork(tokens, None if placement == "served" else flops, flops, 8 * peak)
     assert planned.mfu == logged.mfu(tokens, planned.step)
     assert mfu(step_flops(None, flops, 10, 10), 2.0, 1.0) == 15 * flops.forward
 

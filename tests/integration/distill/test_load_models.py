@@ -17,7 +17,7 @@ from kdscale.distill import step, trainer
 from kdscale.runs.metrics_log import read_metrics
 from kdscale_kernels.fused import products
 
-WORKER = Path(__file__).parent / "pair_worker.py"
+WORKER = Path(__file__).parent / "load_models_worker.py"
 ROOT = WORKER.parents[3]
 WORLDS = (1, 2, 4)
 SETTINGS = {"tokens": 2 * 4 * 48, "micro_batch": 1, "zero_stage": 3, "teacher_placement": "partitioned"}

@@ -1,4 +1,4 @@
-"""Runs of ZeRO-3 with a partitioned teacher over 1, 2 and 4 gloo processes: python pair_worker.py ARGUMENTS.json.
+"""Runs of ZeRO-3 with a partitioned teacher over 1, 2 and 4 gloo processes: load_models_worker.py ARGUMENTS.json.
 
 Libraries are imported once and every rank is a fork. Run WORLD is in FOLDER/WORLD; what a rank found when it had loaded
 the student is in FOLDER/loaded-WORLD-RANK.json, its labels a step in FOLDER/counts-WORLD-RANK.json.
