@@ -6,7 +6,6 @@ names it, and the report says so.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 from kdscale import units
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
-from kdscale.report import pruning_facts
+from kdscale.report import pruning_facts, training_facts
 from kdscale.report.comparison import TEACHER, comparison, model_title, students
 from kdscale.runs.metrics_log import read_metrics
 
@@ -72,7 +71,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "plan": {key: value for key, value in plan.items() if key != "kept"} if plan else None,
         "kept": _kept(plan) if plan else None,
         "importance": importance,
-        "curves": _curves(log_rows) if log_rows else None,
+        "curves": training_facts.curves(log_rows) if log_rows else None,
         "stages": _stages(run_dir),
         "config": config,
         "student_path": f"{(config or {}).get('run_dir') or run_dir.name}/student",
@@ -134,34 +133,6 @@ def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
     ]
     which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads", "experts") if axis in kept}
     return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
-
-
-def _curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Columns of the training log, by kind; values that are no finite numbers (a skipped step) are left out."""
-    out: dict[str, Any] = {
-        kind: [
-            {key: row[key] for key in ("step", "tokens", "loss", "perplexity") if _finite(row.get(key))}
-            for row in rows
-            if row["kind"] == kind
-        ]
-        for kind in ("train", "validation")
-    }
-    train = [row for row in rows if row["kind"] == "train"]
-    # A validation row counts the tokens it was measured on; on the chart it stands at the tokens trained on by then.
-    per_step = out["train"][-1]["tokens"] / out["train"][-1]["step"] if out["train"] else None
-    for point in out["validation"]:
-        if per_step is None:
-            point.pop("tokens", None)
-        else:
-            point["tokens"] = round(point["step"] * per_step)
-    speeds = sorted(row["tokens_per_second"] for row in train)
-    out["tokens_per_second"] = speeds[len(speeds) // 2] if speeds else None
-    out["skipped_steps"] = sum(row["skipped"] for row in train)
-    return out
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _stages(run_dir: Path) -> list[dict[str, Any]]:

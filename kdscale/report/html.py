@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 
 from kdscale import units
 from kdscale.files import write_json, write_text
-from kdscale.report import plots, pruning_plots
+from kdscale.report import importance_plots, pruning_plots, training_plots
 from kdscale.report.comparison import TEACHER, model_title
 from kdscale.report.facts import for_json, gather
 
@@ -69,8 +69,9 @@ def render(facts: Mapping[str, Any]) -> str:
         missing=[_MISSING_NOTES[name] for name in facts["missing"]],
         models=_models(facts["evaluation"]),
         groups=_groups(facts["comparison"] or []),
-        curves=plots.curves(facts),
-        importance=plots.importance(facts),
+        curves=training_plots.curves(facts),
+        terms=training_plots.terms(facts),
+        importance=importance_plots.importance(facts),
         cumulative=pruning_plots.cumulative(facts),
         repair=pruning_plots.repair(facts),
         candidates=pruning_plots.candidates(facts),
@@ -107,8 +108,8 @@ def _how_made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if facts["curves"] and facts["curves"]["train"]:
         last = facts["curves"]["train"][-1]
         speed = facts["curves"]["tokens_per_second"]
-        told = f"{last['tokens']:,} tokens in {last['step']:,} steps" if "tokens" in last else f"{last['step']:,} steps"
-        out.append(("Distilled on", told + (f", {units.format_number(speed)} tokens/s" if speed else "")))
+        text = f"{last['tokens']:,} tokens in {last['step']:,} steps" if "tokens" in last else f"{last['step']:,} steps"
+        out.append(("Distilled on", text + (f", {units.format_number(speed)} tokens/s" if speed else "")))
     if evaluation:
         made = evaluation["settings"]
         text = f", {made['bytes']:,} bytes" if made.get("bytes") else ""

@@ -275,7 +275,7 @@ def test_the_report_needs_no_torch() -> None:
 
 def test_experts_have_a_row_and_a_map_of_their_own() -> None:
     from kdscale.report.facts import _kept, _shape
-    from kdscale.report.plots import importance
+    from kdscale.report.importance_plots import importance
 
     lists = {"ffn": [[0], [0], [1], [1]], "heads": [[0], [0]], "kv_heads": [[0], [0]], "hidden": [0, 1]}
     plan = {

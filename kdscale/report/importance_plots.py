@@ -1,90 +1,25 @@
-"""The plots of the report, each in a wide and a narrow form (desktop, phone): loss curve and importance."""
+"""The plots of importance, one an axis.
+
+L layers · U units · C columns of a heat map
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from kdscale.report.svg import ACCENT, AFTER, GRID, INK, Plot, count_formatter, integers, make_plot, style
+from kdscale.report.svg import ACCENT, AFTER, GRID, Plot, integers, make_plot, style
 
 # Middle tones that are readable on white and on near-black; heat maps are images and cannot follow a variable.
 _HEAT_RGB = (0.16, 0.50, 0.73)
-
-
 _HEAT_COLUMNS = 96
 
 
-def curves(facts: Mapping[str, Any]) -> Plot | None:
-    """Training loss (each step and smoothed) and validation perplexity over tokens; None without points."""
-    found = facts["curves"]
-    if not found or not (found["train"] or found["validation"]):
-        return None
-    train = [p for p in found["train"] if "loss" in p]
-    validation = [p for p in found["validation"] if "perplexity" in p or "loss" in p]
-    key = "tokens" if all("tokens" in p for p in train + validation) else "step"
-    parts: list[str] = []
-    if train:
-        parts.append(f"training loss from {train[0]['loss']:.3f} to {_smooth([p['loss'] for p in train])[-1]:.3f}")
-    measure = "perplexity" if all("perplexity" in p for p in validation) else "loss"
-    if validation:
-        parts.append(f"validation {measure} from {validation[0][measure]:.3g} to {validation[-1][measure]:.3g}")
-    axis = ", on a log axis" if measure == "perplexity" else ""
-    panels = [(_draw_train, train), (_draw_validation, validation)]
-    shown = [(draw, points) for draw, points in panels if points]
-
-    def draw(figure: Any, narrow: bool) -> None:
-        grid = (len(shown), 1) if narrow else (1, len(shown))
-        for i, (panel, points) in enumerate(shown):
-            axes = figure.add_subplot(*grid, i + 1)
-            panel(axes, points, key, measure)
-            style(axes)
-            axes.set_xlabel("training tokens" if key == "tokens" else "step")
-            if key == "tokens":
-                axes.xaxis.set_major_formatter(count_formatter())
-
-    height = 250 * len(shown)
-    return make_plot(
-        "Loss curve",
-        f"Training: every step (faint) and the mean around it. Validation: held-out {measure}{axis}."
-        if len(shown) == 2
-        else "",
-        f"Line chart over {'tokens' if key == 'tokens' else 'steps'}: {'; '.join(parts)}.",
-        draw,
-        (880, 290),
-        (350, height),
-    )
-
-
-def _draw_train(axes: Any, points: Sequence[Mapping[str, float]], key: str, _: str) -> None:
-    x, y = [p[key] for p in points], [p["loss"] for p in points]
-    axes.plot(x, y, color=AFTER, alpha=0.3, linewidth=0.9)
-    axes.plot(x, _smooth(y), color=AFTER, linewidth=1.9)
-    axes.set_title("Training loss", loc="left")
-    _generous(axes, y)
-
-
-def _draw_validation(axes: Any, points: Sequence[Mapping[str, float]], key: str, measure: str) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    x, y = [p[key] for p in points], [p[measure] for p in points]
-    axes.plot(x, y, color=ACCENT, linewidth=1.9, marker="o", markersize=4, markeredgewidth=0)
-    axes.set_title(f"Validation {measure}", loc="left")
-    axes.annotate(f"{y[-1]:.3g}", (x[-1], y[-1]), xytext=(0, 7), textcoords="offset points", ha="right", color=INK)
-    if measure == "perplexity" and min(y) > 0:
-        axes.set_yscale("log")
-        low, high = min(y) / 1.08, max(y) * 1.08
-        axes.set_ylim(low, high)
-        axes.set_yticks(np.geomspace(min(y), max(y), 4) if max(y) > min(y) else [y[0]])
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.minorticks_off()
-
-
 def importance(facts: Mapping[str, Any]) -> list[Plot]:
-    """One plot an axis whose scores there are: layers, ffn, heads, kv heads, experts, hidden."""
+    """One plot for each axis that has scores: layers, ffn, heads, kv heads, experts, hidden."""
     made = facts["importance"]
     if not made:
         return []
@@ -163,17 +98,17 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
         for layer, kept in counts.items()
         if kept is not None
     }
-    told = ""
+    sentence = ""
     if shares:
         low = min(shares, key=lambda layer: shares[layer])
-        told = (
+        sentence = (
             f" The units left of the line stay; they hold {min(shares.values()):.0%} to {max(shares.values()):.0%} of "
             f"a layer’s importance, the least in layer {low}."
         )
     return make_plot(
         f"Feed-forward units · {_method(name)}",
-        f"Stronger colour: more important than the layer’s median unit (log scale, a tenth to ten times).{told}",
-        f"Heat map of {layers} layers by {units} feed-forward units sorted by importance.{told}",
+        f"Stronger colour: more important than the layer’s median unit (log scale, a tenth to ten times).{sentence}",
+        f"Heat map of {layers} layers by {units} feed-forward units sorted by importance.{sentence}",
         draw,
         (880, 90 + 9 * layers),
         (350, 90 + 9 * layers),
@@ -233,9 +168,14 @@ def _hidden(_: str, name: str, score_U: np.ndarray, facts: Mapping[str, Any]) ->
         style(axes)
         axes.xaxis.set_major_locator(integers(4 if narrow else 8))
 
-    told = f"{kept} of {len(ranked)} channels stay, the same in every layer."
+    sentence = f"{kept} of {len(ranked)} channels stay, the same in every layer."
     return make_plot(
-        f"Hidden channels · {_method(name)}", told, f"Curve of sorted scores. {told}", draw, (880, 230), (350, 210)
+        f"Hidden channels · {_method(name)}",
+        sentence,
+        f"Curve of sorted scores. {sentence}",
+        draw,
+        (880, 230),
+        (350, 210),
     )
 
 
@@ -245,21 +185,6 @@ def _heat(axes: Any, strength: np.ndarray, extent: tuple[float, float, float, fl
     rgba[..., :3] = _HEAT_RGB
     rgba[..., 3] = 0.06 + 0.94 * np.clip(strength, 0, 1)
     axes.imshow(rgba, aspect="auto", interpolation="nearest", extent=extent)
-
-
-def _generous(axes: Any, y: Sequence[float]) -> None:
-    """Leave a first, far-off step or two out of the scale, but never more than that."""
-    if len(y) >= 20:
-        low, high = float(np.min(y)), float(np.quantile(y, 0.985))
-        axes.set_ylim(low - 0.06 * (high - low), high + 0.1 * (high - low) + 1e-9)
-
-
-def _smooth(y: Sequence[float], share: float = 0.04) -> list[float]:
-    """Mean over the 4 % of the steps around each (at least 5); fewer, but as many on both sides, at the ends."""
-    reach = max(2, round(share * len(y) / 2))
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(y, dtype=np.float64))])
-    sides = [min(reach, i, len(y) - 1 - i) for i in range(len(y))]
-    return [(sums[i + side + 1] - sums[i - side]) / (2 * side + 1) for i, side in enumerate(sides)]
 
 
 def _method(name: str) -> str:
