@@ -1,4 +1,4 @@
-"""Make a virtual environment with kdscale in it, using the torch that is already there if it is good enough.
+"""Make a virtual environment with kdscale in it, on top of an installed torch if that is new enough.
 
     python3 .ci/bootstrap.py .venv [extra ...]
 
@@ -20,13 +20,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
-# The release that CI and the demo are run with when no torch is there yet; any torch from MIN_TORCH on is welcome.
+# The release to install where there is no torch yet; any installed torch from MIN_TORCH on is used as it is.
 TORCH = "2.13.0"
 MIN_TORCH = (2, 6)
 
 
 def main() -> int:
-    if sys.version_info < (3, 11):  # noqa: UP036 - this very check is for older ones
+    """Make or update the environment that the command line names; returns the exit code."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - older versions reach this check
         print(f"kdscale needs Python 3.11 or newer; this is {sys.version.split()[0]}. Try: make PYTHON=python3.12 ...")
         return 2
     target, extras = Path(sys.argv[1]), sorted(sys.argv[2:])
@@ -36,15 +37,17 @@ def main() -> int:
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return 0
     started = time.monotonic()
-    own = installed_torch()
+    outer_torch = installed_torch()
     if not python.exists():
-        print(f"making {target}" + (f" on top of the installed torch {own['version']}" if own else ""), flush=True)
-        venv.EnvBuilder(with_pip=True, system_site_packages=own is not None and not in_venv()).create(target)
-        if own is not None and in_venv():
-            # A venv cannot stack on a venv by itself: name the outer one's packages in a .pth file.
+        base = f" on top of the installed torch {outer_torch['version']}" if outer_torch else ""
+        print(f"making {target}{base}", flush=True)
+        share = outer_torch is not None and not in_venv()
+        venv.EnvBuilder(with_pip=True, system_site_packages=share).create(target)
+        if outer_torch is not None and in_venv():
+            # A venv does not see the packages of an outer venv: a .pth file names their folder.
             site = sysconfig.get_path("purelib", vars={"base": str(target), "platbase": str(target)})
-            (Path(site) / "outer-environment.pth").write_text(own["folder"] + "\n")
-    if own is None:
+            (Path(site) / "outer-environment.pth").write_text(outer_torch["folder"] + "\n")
+    if outer_torch is None:
         install_torch(python)
     spec = str(ROOT) + (f"[{','.join(extras)}]" if extras else "")
     print("installing kdscale and what it needs (a minute or two)", flush=True)
@@ -55,7 +58,7 @@ def main() -> int:
 
 
 def fingerprint() -> str:
-    """What the environment was made from; a change of any of it makes the next call install again."""
+    """A digest of what the environment is made from; the next call installs again when it changes."""
     digest = hashlib.sha256(sys.version.encode())
     for path in (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__)):
         digest.update(path.read_bytes())
@@ -64,6 +67,7 @@ def fingerprint() -> str:
 
 
 def in_venv() -> bool:
+    """Whether the Python that runs this is in a virtual environment."""
     return sys.prefix != sys.base_prefix
 
 
@@ -76,34 +80,35 @@ def installed_torch() -> dict[str, str] | None:
     probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if probe.returncode:
         return None
-    found: dict[str, str] = json.loads(probe.stdout.strip().splitlines()[-1])
-    version = tuple(int(part) for part in found["version"].split("+")[0].split(".")[:2])
-    return found if version >= MIN_TORCH else None
+    torch: dict[str, str] = json.loads(probe.stdout.strip().splitlines()[-1])
+    version = tuple(int(number) for number in torch["version"].split("+")[0].split(".")[:2])
+    return torch if version >= MIN_TORCH else None
 
 
 def install_torch(python: Path) -> None:
-    """A CUDA build where there is a GPU; else a CPU build where pip knows one; else whatever pip has.
+    """Install a CUDA build where there is a GPU; else a CPU build if pip knows one; else what pip has.
 
-    KDSCALE_TORCH_INDEX names a package index to take torch from (for a CPU build on a plain Linux machine, say).
+    KDSCALE_TORCH_INDEX names the package index for torch, for example one with CPU builds.
     """
-    have = subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False)
-    if have.returncode == 0:
+    probe = subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False)
+    if probe.returncode == 0:
         return
     index = os.environ.get("KDSCALE_TORCH_INDEX")
-    where = ["--index-url", index] if index else []
+    index_option = ["--index-url", index] if index else []
     has_gpu = shutil.which("nvidia-smi") is not None
-    tries = [f"torch=={TORCH}"] if has_gpu else [f"torch=={TORCH}+cpu", f"torch=={TORCH}"]
+    builds = [f"torch=={TORCH}"] if has_gpu else [f"torch=={TORCH}+cpu", f"torch=={TORCH}"]
     print(f"installing torch {TORCH} ({'GPU' if has_gpu else 'CPU'} machine)", flush=True)
-    for spec in tries[:-1]:
-        if pip(python, spec, *where, must=False):
+    for spec in builds[:-1]:
+        if pip(python, spec, *index_option, required=False):
             return
-    pip(python, tries[-1], *where)
+    pip(python, builds[-1], *index_option)
 
 
-def pip(python: Path, *args: str, must: bool = True) -> bool:
+def pip(python: Path, *args: str, required: bool = True) -> bool:
+    """Run pip install; returns whether it worked. Ends this program when a required package cannot be installed."""
     command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and must:
+    if done.returncode and required:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
         raise SystemExit(f"pip could not install {args[0]} (exit code {done.returncode}); see its message above")
     return done.returncode == 0

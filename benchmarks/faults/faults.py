@@ -30,7 +30,7 @@ from faults_job import EVERY, FaultyJob, equal_within_rounding, prepare, signal_
 from two_hosts import tiny_config
 
 CONDITIONS = {"": 6, "slow disk": 1, "clock skew": 1, "small disk": 1, "one node left": 1}  # how often each is chosen
-ONE_LEFT = ("--min-nodes", "1", "--node-timeout", "10")
+ONE_LEFT = ("--min-nodes", "1", "--host-timeout", "10")
 
 
 def broken_run(number: int, arguments: argparse.Namespace, config: Path, unbroken: FaultyJob, startup: float) -> int:

@@ -29,29 +29,28 @@ class Launcher(StrEnum):
     deepspeed = "deepspeed"
 
 
-def _option(names: str, text: str, panel: str, metavar: str | None = None) -> object:
-    return typer.Option(*names.split(), help=text, rich_help_panel=panel, metavar=metavar)
+def _option(
+    names: str, text: str, panel: str | None = None, metavar: str | None = None, minimum: int | None = None
+) -> object:
+    return typer.Option(*names.split(), help=text, rich_help_panel=panel, metavar=metavar, min=minimum)
 
 
+# fmt: off
+Repeatable = list[str] | None
 HostfileOption = Annotated[
-    Path | None, _option("--hostfile -H", "Hosts in DeepSpeed's format: one `name slots=N` per line.", _HOSTS, "FILE")
-]
-LauncherOption = Annotated[Launcher, _option("--launcher", "Our own agents over ssh, or DeepSpeed's runner.", _HOSTS)]
+    Path | None, _option("--hostfile -H", "Hosts in DeepSpeed's format: one `name slots=N` per line.", _HOSTS, "FILE")]
 SshOption = Annotated[str, _option("--ssh-command", "The command to use instead of ssh, with its options.", _HOSTS)]
 PythonOption = Annotated[str, _option("--python", "The Python interpreter on the hosts.", _HOSTS, "PATH")]
 AddressOption = Annotated[
-    str, _option("--master-addr", "Where ranks find rank 0. Default: the first host's name.", _HOSTS, "ADDRESS")
-]
+    str, _option("--master-addr", "Where ranks find rank 0. Default: the first host's name.", _HOSTS, "ADDRESS")]
 PortOption = Annotated[int, _option("--master-port", "Rank 0's port. Default: a free one.", _HOSTS)]
 DeadOption = Annotated[
-    float, _option("--dead-after", "Seconds of silence after which a host counts as lost.", _HOSTS, "SECONDS")
-]
+    float, _option("--dead-after", "Seconds of silence after which a host counts as lost.", _HOSTS, "SECONDS")]
 ConnectOption = Annotated[
-    float, _option("--connect-timeout", "How long the first connection to a host may take.", _HOSTS, "SECONDS")
-]
+    float, _option("--connect-timeout", "How long the first connection to a host may take.", _HOSTS, "SECONDS")]
 ExportOption = Annotated[
-    list[str] | None, _option("--export", "Send this environment variable too. Repeatable.", _HOSTS, "NAME")
-]
+    Repeatable, _option("--export", "Send this environment variable too. Repeatable.", _HOSTS, "NAME")]
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -121,20 +120,16 @@ def launch_command(
     config: ConfigArgument,
     set_: SetOption = None,
     accept_changes: AcceptOption = False,
-    until: Annotated[
-        str, typer.Option("--until", metavar="STAGE", help="The last stage: distill, eval or report.")
-    ] = "report",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print exactly what would run, and run nothing.")] = False,
+    until: Annotated[str, _option("--until", "The last stage: distill, eval or report.", None, "STAGE")] = "report",
+    dry_run: Annotated[bool, _option("--dry-run", "Print exactly what would run, and run nothing.")] = False,
     max_restarts: Annotated[
-        int,
-        typer.Option("--max-restarts", min=0, help="How often a broken job starts again from its last checkpoint."),
-    ] = 3,
+        int, _option("--max-restarts", "How often a broken job starts again from its last checkpoint.", minimum=0)] = 3,
     grace: Annotated[
-        float, typer.Option("--grace", metavar="SECONDS", help="How long ranks may take to save after SIGTERM.")
-    ] = 120.0,
-    skip_preflight: Annotated[bool, typer.Option("--skip-preflight", help="Do not check the hosts first.")] = False,
+        float, _option("--grace", "How long ranks may take to save after SIGTERM.", None, "SECONDS")] = 120.0,
+    skip_preflight: Annotated[bool, _option("--skip-preflight", "Do not check the hosts first.")] = False,
     hostfile: HostfileOption = None,
-    launcher: LauncherOption = Launcher.ssh,
+    launcher: Annotated[
+        Launcher, _option("--launcher", "Our own agents over ssh, or DeepSpeed's runner.", _HOSTS)] = Launcher.ssh,
     ssh_command: SshOption = "ssh",
     python: PythonOption = sys.executable,
     master_addr: AddressOption = "",
@@ -142,46 +137,33 @@ def launch_command(
     dead_after: DeadOption = 15.0,
     connect_timeout: ConnectOption = 30.0,
     host_timeout: Annotated[
-        float,
-        _option(
-            "--host-timeout --node-timeout",
-            "How long a restart waits for a lost host to come back.",
-            _HOSTS,
-            "SECONDS",
-        ),
+        float, _option("--host-timeout", "How long a restart waits for a lost host to come back.", _HOSTS, "SECONDS")
     ] = 300.0,
     min_nodes: Annotated[
-        int | None,
-        _option("--min-nodes", "Go on with as few hosts as this when others do not come back.", _HOSTS),
+        int | None, _option("--min-nodes", "Go on with as few hosts as this when others do not come back.", _HOSTS)
     ] = None,
     export: ExportOption = None,
     slurm: Annotated[bool, _option("--slurm", "Write a batch script and submit it with sbatch.", _SYSTEMS)] = False,
     kubernetes: Annotated[
-        bool, _option("--kubernetes", "Make an indexed Job and apply it with kubectl.", _SYSTEMS)
-    ] = False,
+        bool, _option("--kubernetes", "Make an indexed Job and apply it with kubectl.", _SYSTEMS)] = False,
     pytorchjob: Annotated[
-        bool, _option("--pytorchjob", "With --kubernetes: a Kubeflow PyTorchJob instead.", _SYSTEMS)
-    ] = False,
+        bool, _option("--pytorchjob", "With --kubernetes: a Kubeflow PyTorchJob instead.", _SYSTEMS)] = False,
     torchrun: Annotated[
-        bool,
-        _option("--torchrun", "Run this node's ranks under torchrun; same command on every node.", _SYSTEMS),
+        bool, _option("--torchrun", "Run this node's ranks under torchrun; same command on every node.", _SYSTEMS)
     ] = False,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.", rich_help_panel=_SYSTEMS)] = 1,
-    slots: Annotated[int, typer.Option("--slots", min=1, help="Ranks per node.", rich_help_panel=_SYSTEMS)] = 1,
+    nodes: Annotated[int, _option("--nodes", "Number of nodes.", _SYSTEMS, minimum=1)] = 1,
+    slots: Annotated[int, _option("--slots", "Ranks per node.", _SYSTEMS, minimum=1)] = 1,
     time_limit: Annotated[str, _option("--time", "Slurm's time limit.", _SYSTEMS, "D-HH:MM:SS")] = "",
     sbatch: Annotated[
-        list[str] | None, _option("--sbatch", "Another sbatch option, e.g. partition=gpu. Repeatable.", _SYSTEMS)
-    ] = None,
+        Repeatable, _option("--sbatch", "Another sbatch option, e.g. partition=gpu. Repeatable.", _SYSTEMS)] = None,
     image: Annotated[str, _option("--image", "The container image.", _SYSTEMS)] = "",
     namespace: Annotated[str, _option("--namespace", "The Kubernetes namespace.", _SYSTEMS)] = "default",
     volume: Annotated[
-        list[str] | None, _option("--volume", "Mount a volume claim. Repeatable.", _SYSTEMS, "CLAIM:/PATH")
-    ] = None,
+        Repeatable, _option("--volume", "Mount a volume claim. Repeatable.", _SYSTEMS, "CLAIM:/PATH")] = None,
     secret: Annotated[
-        list[str] | None, _option("--secret", "A Secret whose keys become variables. Repeatable.", _SYSTEMS)
-    ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs per pod.", rich_help_panel=_SYSTEMS)] = 0,
-) -> None:
+        Repeatable, _option("--secret", "A Secret whose keys become variables. Repeatable.", _SYSTEMS)] = None,
+    gpus: Annotated[int, _option("--gpus", "GPUs per pod.", _SYSTEMS, minimum=0)] = 0,
+) -> None:  # fmt: skip
     """Run every stage, with the distillation spread over several machines; resumes, restarts, and ends as one job.
 
     Give one of --hostfile, --slurm, --kubernetes and --torchrun. The run folder must be on storage that all machines

@@ -60,9 +60,7 @@ class PodOptions:
     pytorchjob: bool
 
 
-def run_deepspeed(
-    request: LaunchRequest, job: HostsJob, hostfile: Path, ssh_options: Sequence[str], dry_run: bool
-) -> int:
+def run_deepspeed(request: LaunchRequest, job: HostsJob, hostfile: Path, ssh_options: list[str], dry_run: bool) -> int:
     """Run the job under DeepSpeed's runner, again after failures; returns the exit code."""
     env_file = request.logs / "deepspeed_env"
     if job.master_port == 0 or not job.master_addr:
@@ -85,20 +83,11 @@ def submit_slurm(options: JobOptions, time_limit: str, warn: int, directives: tu
     """Write the script into the run folder's logs and submit it, with `check` after a collective over all ranks."""
     collective = options.request.preflight_command(options.python, "collective", "120")
     job = slurm.SlurmJob(
-        name=f"kdscale-{options.request.config.name}",
-        nodes=options.nodes,
-        slots=options.slots,
-        command=options.rank_command,
-        check=collective if check else (),
-        cwd=str(Path.cwd()),
-        output=str(options.request.logs / "slurm-%j.out"),
-        env=options.environment(),
-        time_limit=time_limit,
-        warn_seconds=warn,
-        max_restarts=options.max_restarts,
-        final_codes=FINAL_CODES,
-        directives=directives,
-    )
+        name=f"kdscale-{options.request.config.name}", nodes=options.nodes, slots=options.slots,
+        command=options.rank_command, check=collective if check else (), cwd=str(Path.cwd()),
+        output=str(options.request.logs / "slurm-%j.out"), env=options.environment(), time_limit=time_limit,
+        warn_seconds=warn, max_restarts=options.max_restarts, final_codes=FINAL_CODES, directives=directives,
+    )  # fmt: skip
     with launcher_errors("--sbatch"):
         script = slurm.render(job)
     path = options.request.logs / "job.sbatch"
@@ -117,23 +106,11 @@ def apply_kubernetes(options: JobOptions, pods: PodOptions, port: int) -> int:
     with launcher_errors("--kubernetes"):
         job = kube.KubernetesJob(
             name=re.sub(r"[^a-z0-9-]+", "-", f"kdscale-{options.request.config.name}".lower())[:40].strip("-"),
-            nodes=options.nodes,
-            slots=options.slots,
-            image=pods.image,
-            command=options.rank_command,
-            python=options.python,
-            log_dir=str(options.request.logs / "ranks"),
-            cwd=str(Path.cwd()),
-            namespace=pods.namespace,
-            env=options.environment(),
-            secrets=pods.secrets,
-            volumes=volumes,
-            gpus=pods.gpus,
-            port=port,
-            max_restarts=options.max_restarts,
-            grace=pods.grace,
-            final_codes=FINAL_CODES,
-        )
+            nodes=options.nodes, slots=options.slots, image=pods.image, command=options.rank_command,
+            log_dir=str(options.request.logs / "ranks"), cwd=str(Path.cwd()), python=options.python,
+            namespace=pods.namespace, env=options.environment(), secrets=pods.secrets, volumes=volumes, gpus=pods.gpus,
+            port=port, max_restarts=options.max_restarts, grace=pods.grace, final_codes=FINAL_CODES,
+        )  # fmt: skip
     objects = kube.pytorch_job(job) if pods.pytorchjob else kube.indexed_job(job)
     manifest = json.dumps(kube.as_list(objects), indent=2)
     if options.dry_run:

@@ -21,50 +21,39 @@ _SHOWN, _SERVED, _REJECTED = 6, 2, 4  # settings shown: that fit, that fit with 
 _ASSUMED = "Assumptions"
 
 
+def _option(
+    name: str, text: str, metavar: str | None = None, panel: str | None = None, at_least: float | None = None,
+    at_most: float | None = None,
+) -> object:  # fmt: skip
+    return typer.Option(name, help=text, metavar=metavar, rich_help_panel=panel, min=at_least, max=at_most)
+
+
 def plan_cluster_command(
     config: ConfigArgument,
     set_: SetOption = None,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs (and ranks) per node.")] = 8,
-    gpu: Annotated[
-        str, typer.Option("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200, b200 or mi300x.")
-    ] = "h100",
-    gpu_memory: Annotated[
-        str | None, typer.Option("--gpu-memory", metavar="SIZE", help="Memory of a GPU, e.g. 80GiB.")
-    ] = None,
-    host_memory: Annotated[str, typer.Option("--host-memory", metavar="SIZE", help="Memory of a node.")] = "1TiB",
-    tokens: Annotated[
-        str | None, typer.Option("--tokens", metavar="N", help="Tokens to train on. Default: distill.tokens.")
-    ] = None,
+    nodes: Annotated[int, _option("--nodes", "Number of nodes.", at_least=1)] = 1,
+    gpus_per_node: Annotated[int, _option("--gpus-per-node", "GPUs (and ranks) per node.", at_least=1)] = 8,
+    gpu: Annotated[str, _option("--gpu", "a100-40, a100-80, h100, h200, b200 or mi300x.", "NAME")] = "h100",
+    gpu_memory: Annotated[str | None, _option("--gpu-memory", "Memory of a GPU, e.g. 80GiB.", "SIZE")] = None,
+    host_memory: Annotated[str, _option("--host-memory", "Memory of a node.", "SIZE")] = "1TiB",
+    tokens: Annotated[str | None, _option("--tokens", "Tokens to train on. Default: distill.tokens.", "N")] = None,
     stage: Annotated[
-        list[int] | None, typer.Option("--stage", min=1, max=3, help="Compare this ZeRO stage only. Repeatable.")
+        list[int] | None, _option("--stage", "Compare this ZeRO stage only. Repeatable.", at_least=1, at_most=3)
     ] = None,
     teacher: Annotated[
-        list[str] | None,
-        typer.Option("--teacher", metavar="PLACEMENT", help="Compare this teacher_placement only. Repeatable."),
+        list[str] | None, _option("--teacher", "Compare this teacher_placement only. Repeatable.", "PLACEMENT")
     ] = None,
-    flops: Annotated[
-        float | None, typer.Option("--flops", help="bf16 FLOP/s of a GPU.", rich_help_panel=_ASSUMED)
-    ] = None,
+    flops: Annotated[float | None, _option("--flops", "bf16 FLOP/s of a GPU.", None, _ASSUMED)] = None,
     bandwidth: Annotated[
-        float | None,
-        typer.Option("--bandwidth", help="Bytes/s between nodes, per GPU and one way.", rich_help_panel=_ASSUMED),
-    ] = None,
+        float | None, _option("--bandwidth", "Bytes/s between nodes, per GPU and one way.", None, _ASSUMED)] = None,
     compute_share: Annotated[
-        float,
-        typer.Option("--compute-share", min=0.01, max=1.0, help="Share of the FLOP/s that computing reaches.",
-                     rich_help_panel=_ASSUMED),
+        float, _option("--compute-share", "Share of the FLOP/s that computing reaches.", None, _ASSUMED, 0.01, 1.0)
     ] = 0.40,
     link_share: Annotated[
-        float,
-        typer.Option("--link-share", min=0.01, max=1.0, help="Share of the bandwidth that links reach.",
-                     rich_help_panel=_ASSUMED),
-    ] = 0.70,
-    everything: Annotated[bool, typer.Option("--all", help="Show every setting that was compared.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    write: Annotated[
-        Path | None, typer.Option("--write", metavar="FILE", help="Write the YAML lines to a file.")
-    ] = None,
+        float, _option("--link-share", "Share of the bandwidth that links reach.", None, _ASSUMED, 0.01, 1.0)] = 0.70,
+    everything: Annotated[bool, _option("--all", "Show every setting that was compared.")] = False,
+    json_: Annotated[bool, _option("--json", "Print JSON instead of tables.")] = False,
+    write: Annotated[Path | None, _option("--write", "Write the YAML lines to a file.", "FILE")] = None,
 ) -> None:  # fmt: skip
     """Find the ZeRO stage, teacher placement and micro-batch for a cluster, from shapes alone; starts nothing.
 

@@ -20,21 +20,13 @@ from kdscale.jobs import preflight
 from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stages.registry import job_targets
 from kdscale.runtime.exits import FINAL_CODES
-from kdscale_launch import (
-    CannotStart,
-    Host,
-    HostConnections,
-    HostsJob,
-    JobFailed,
-    LaunchError,
-    Outcome,
-    SshSettings,
-    Task,
-    run_hosts,
-    total_slots,
-)  # fmt: skip
 from kdscale_launch.environment import forwarded_variables, masked_lines
-from kdscale_launch.hosts.hostfile import first_ranks
+from kdscale_launch.hosts.connections import HostConnections, Task
+from kdscale_launch.hosts.failure import Outcome
+from kdscale_launch.hosts.hostfile import Host, first_ranks, total_slots
+from kdscale_launch.hosts.restarts import HostsJob, JobFailed, run_hosts
+from kdscale_launch.hosts.ssh import SshSettings
+from kdscale_launch.job import CannotStart, LaunchError
 
 RANK_MODULE = "kdscale.jobs.rank"
 _PROBE_SECONDS = 180.0

@@ -67,22 +67,16 @@ def _parse(arguments: Sequence[str]) -> tuple[Config, str, bool]:
 
 
 def _run_rank(config: Config, until: str, accept_changes: bool) -> int:
-    from kdscale_launch.rendezvous import (
-        parse_rank_place,
-        release_waiting_ranks,
-        set_gloo_interface,
-        take_rank_place,
-        wait_for_rank_0,
-    )
+    from kdscale_launch import rendezvous
 
-    set_gloo_interface(os.environ)
+    rendezvous.set_gloo_interface(os.environ)
     if os.environ.get("RANK") == "0":
-        os.environ[PLACE_VARIABLE] = take_rank_place(os.environ)
+        os.environ[PLACE_VARIABLE] = rendezvous.take_rank_place(os.environ)
         run_until(config, until, Reporter(), accept_changes=accept_changes)
         if PLACE_VARIABLE in os.environ:  # the distill stage had nothing to do
-            release_waiting_ranks(parse_rank_place(os.environ[PLACE_VARIABLE]))
+            rendezvous.release_waiting_ranks(rendezvous.parse_rank_place(os.environ[PLACE_VARIABLE]))
         return 0
-    if not wait_for_rank_0(os.environ):
+    if not rendezvous.wait_for_rank_0(os.environ):
         return 0
     run = RunFolder(Path(config.run_dir))
     return run_as_rank("distill", StageContext(config, run, check_teacher(config), Reporter()))

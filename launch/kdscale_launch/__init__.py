@@ -5,21 +5,12 @@ from kdscale_launch.hosts.failure import Failure, Outcome
 from kdscale_launch.hosts.hostfile import Host, parse_hostfile, read_hostfile, total_slots
 from kdscale_launch.hosts.restarts import HostsJob, JobFailed, run_hosts
 from kdscale_launch.hosts.ssh import SshSettings
-from kdscale_launch.job import (
-    HUNG_EXIT_CODE,
-    STOPPED_EXIT_CODE,
-    CannotStart,
-    JobSpec,
-    LaunchError,
-    RankFailed,
-    RankPlace,
-)
+from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, LaunchError, RankFailed, RankPlace
 from kdscale_launch.local import run_local
 
 __all__ = [
     "HUNG_EXIT_CODE",
     "STOPPED_EXIT_CODE",
-    "CannotStart",
     "Failure",
     "Host",
     "HostConnections",

@@ -7,22 +7,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, RankFailed
-from kdscale_launch.processes import (
-    Process,
-    end_groups,
-    is_stopped,
-    read_tail,
-    request_stacks,
-    signal_groups,
-    start_process,
-)  # fmt: skip
+from kdscale_launch.processes import Process, end_groups, is_stopped, request_stacks, signal_groups, start_process, tail
 from kdscale_launch.watchdog import WAITING, beat
 
 _POLL_SECONDS = 0.1
@@ -30,6 +22,8 @@ _SETTLE_SECONDS = 5.0  # ranks that wait for each other hang for about as long, 
 _STACKS_SECONDS = 1.0
 # A job system may signal every process of the job, and the launcher above passes the same signal on: that counts once.
 SAME_SIGNAL_SECONDS = 2.0
+
+SignalHandler = Callable[[int, FrameType | None], None]
 
 
 def run_local(spec: JobSpec) -> int:
@@ -89,6 +83,17 @@ def _start_rank(spec: JobSpec, index: int, port: int, stack: ExitStack) -> Proce
 
 
 @contextmanager
+def signal_handlers(handlers: Mapping[signal.Signals, SignalHandler]) -> Iterator[None]:
+    """Handle these signals within the block, and restore the handlers before it. Main thread only."""
+    previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
 def _forward_signals(ranks: Sequence[Process]) -> Iterator[list[int]]:
     """Pass SIGINT, SIGTERM and SIGUSR1 on to the ranks; the list collects the first two."""
     received: list[int] = []
@@ -104,13 +109,9 @@ def _forward_signals(ranks: Sequence[Process]) -> Iterator[list[int]]:
     def forward_stack_request(signum: int, frame: FrameType | None) -> None:
         request_stacks(ranks)
 
-    previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
-    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, forward_stack_request)
-    try:
+    handlers = {signal.SIGINT: forward, signal.SIGTERM: forward, signal.SIGUSR1: forward_stack_request}
+    with signal_handlers(handlers):
         yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _wait(spec: JobSpec, ranks: Sequence[Process], received_signals: list[int]) -> int:
@@ -167,4 +168,4 @@ def _code_after_signal(spec: JobSpec, codes: Sequence[int | None], signum: int) 
 
 def _log_tail(spec: JobSpec, index: int) -> str:
     """The end of a rank's log; empty for the first, which printed to the terminal."""
-    return "" if index == 0 else read_tail(log_file(spec, index))
+    return "" if index == 0 else tail(log_file(spec, index))

@@ -106,7 +106,7 @@ def end_groups(processes: Sequence[Process], grace_seconds: float) -> None:
         process.wait()
 
 
-def read_tail(path: Path, limit: int = _TAIL_BYTES) -> str:
+def tail(path: Path, limit: int = _TAIL_BYTES) -> str:
     """The last `limit` bytes of a log file as text; empty when there is no file."""
     try:
         with path.open("rb") as stream:

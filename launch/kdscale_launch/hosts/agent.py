@@ -27,7 +27,7 @@ from pathlib import Path
 from kdscale_launch.hosts.messages import BEATS_PER_DEADLINE, LineBuffer, Message, decode, encode
 from kdscale_launch.job import LaunchError
 from kdscale_launch.local import free_port
-from kdscale_launch.processes import Process, is_stopped, read_tail, request_stacks, signal_groups, start_process
+from kdscale_launch.processes import Process, is_stopped, request_stacks, signal_groups, start_process, tail
 
 _POLL_SECONDS = 0.1
 _MAX_UNSENT_BYTES = 1 << 22  # a dead link must not fill the memory with a rank's output
@@ -199,7 +199,7 @@ class HostRanks:
                     if text := follower.read(to_the_end=rank_exit is not None and rank_exit[0] == rank):
                         self._reports.put({"report": "output", "rank": rank, "text": text})
             rank, code = rank_exit
-            log_tail = read_tail(self._log(rank)) if code else read_tail(self._log(rank), _MAX_READ_BYTES)
+            log_tail = tail(self._log(rank)) if code else tail(self._log(rank), _MAX_READ_BYTES)
             self._reports.put({"report": "exit", "rank": rank, "exit_code": code, "log_tail": log_tail})
 
     @staticmethod

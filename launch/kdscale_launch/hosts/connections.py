@@ -16,7 +16,7 @@ from kdscale_launch.hosts.failure import Failure, Outcome
 from kdscale_launch.hosts.hostfile import Host, first_ranks, total_slots
 from kdscale_launch.hosts.messages import BEATS_PER_DEADLINE, Message
 from kdscale_launch.hosts.ssh import AgentConnection, SshSettings
-from kdscale_launch.local import SAME_SIGNAL_SECONDS
+from kdscale_launch.local import SAME_SIGNAL_SECONDS, signal_handlers
 
 _POLL_SECONDS = 0.2
 _SETTLE_SECONDS = 1.5  # how long to wait after the first failure for the one that caused it
@@ -292,9 +292,5 @@ def collect_signals() -> Iterator[list[int]]:
             received.append(signum)
             last[0] = time.monotonic()
 
-    previous = {signum: signal.signal(signum, collect) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signal_handlers({signal.SIGINT: collect, signal.SIGTERM: collect}):
         yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -113,7 +113,7 @@ def test_a_host_that_stays_away_is_done_without_and_used_again(start: Start, tin
     away = folder / "away-two"
     refusal = f'[ -e "{folder}/away-$1" ] && {{ echo no route >&2; exit 255; }}'
     fake_ssh.write_text(fake_ssh.read_text().replace("\nshift\n", f"\n{refusal}\nshift\n"))
-    settings = ("--skip-preflight", "--min-nodes", "1", "--node-timeout", "1", "--dead-after", "3", "--set",
+    settings = ("--skip-preflight", "--min-nodes", "1", "--host-timeout", "1", "--dead-after", "3", "--set",
                 "distill.zero_stage=3")  # fmt: skip
     ends(start("whole", *settings), 0)
 
