@@ -74,11 +74,11 @@ class DistillConfig(Section):
             raise ValueError(
                 f"processes ({self.processes}) must be a multiple of sequence_parallel × tensor_parallel ({split})"
             )
-        share = self.micro_batch * self.data_parallel
-        if self.global_batch % share:
+        sequences = self.micro_batch * self.data_parallel
+        if self.global_batch % sequences:
             ranks = "processes" if split == 1 else "data-parallel ranks"
             raise ValueError(
-                f"global_batch ({self.global_batch}) must be a multiple of micro_batch × {ranks} ({share})"
+                f"global_batch ({self.global_batch}) must be a multiple of micro_batch × {ranks} ({sequences})"
             )
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise ValueError(
@@ -100,6 +100,7 @@ class DistillConfig(Section):
             for name, unsupported in (
                 ("sequence_parallel above 1", self.sequence_parallel > 1),
                 ("objectives on the teacher's whole vocabulary (targets: full)", self.needs.full),
+                *((f"the objective {entry.name}", not entry.reads_head_shards) for entry in self.objectives),
                 (f"teacher_placement: {self.teacher_placement}", not self.source.in_process),
                 ("zero.hpz_partition_size above 1", self.zero.hpz_partition_size > 1),
                 ("zero.quantized_weights", self.zero.quantized_weights),

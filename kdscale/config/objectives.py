@@ -41,6 +41,7 @@ class ObjectiveConfig(Section):
     implementation: ClassVar[str]  # "module:class", called with the entry; imported when a training starts
     terms: ClassVar[tuple[Term, ...]]  # what it reports beside its loss, in this order
     count: ClassVar[Literal["tokens", "sequences"]] = "tokens"  # its loss is a mean over these
+    reads_head_shards: ClassVar[bool] = False  # works where tensor-parallel ranks share the student's head
 
     name: str
     weight: Annotated[float, Field(gt=0.0)] = 1.0  # in the sum of all objectives
@@ -60,6 +61,7 @@ class TokenDivergenceConfig(ObjectiveConfig):
     """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket, or on the whole vocabulary."""
 
     implementation = "kdscale.distill.objectives.token_divergence:TokenDivergence"
+    reads_head_shards = True
     terms = (
         Term("kd", "divergence from the teacher", "nats"),
         Term("ce", "cross-entropy", "nats", exponential=Term("perplexity", "perplexity", headline=True)),
@@ -135,4 +137,4 @@ def check_objectives(entries: Sequence[ObjectiveConfig]) -> None:
         raise ValueError("objectives: expected at least one")
     names = [term.name for term in log_columns(entries)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"objectives: each may appear once, and no two may report the same; twice: {doubled}")
+        raise ValueError(f"objectives: each may appear once, and no two may log the same column; twice: {doubled}")

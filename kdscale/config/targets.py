@@ -32,22 +32,29 @@ class Needs:
 
     def missing_from(self, gives: Needs) -> str:
         """The parts needed here that a source with `gives` lacks, in words; "" when it gives all of them."""
-        layers = {
-            name: [layer for layer in getattr(self, name) if layer not in getattr(gives, name)]
-            for name in ("hidden_layers", "attention_layers")
-        }
-        missing = [f"the top {self.top_k} tokens (it gives {gives.top_k or 'none'})"] * (self.top_k > gives.top_k)
-        missing += ["the distribution over the whole vocabulary"] * (self.full and not gives.full)
-        missing += [f"hidden states of layers {layers['hidden_layers']}"] * bool(layers["hidden_layers"])
-        missing += [f"attention of layers {layers['attention_layers']}"] * bool(layers["attention_layers"])
+        missing = []
+        if self.top_k > gives.top_k:
+            missing.append(f"the top {self.top_k} tokens (it gives {gives.top_k or 'none'})")
+        if self.full and not gives.full:
+            missing.append("the distribution over the whole vocabulary")
+        for part, needed, given in (
+            ("hidden states", self.hidden_layers, gives.hidden_layers),
+            ("attention", self.attention_layers, gives.attention_layers),
+        ):
+            if layers := [layer for layer in needed if layer not in given]:
+                missing.append(f"{part} of layers {layers}")
         return ", ".join(missing)
 
     def in_words(self) -> str:
         """These parts, for messages and the model card: `the teacher's top-K probabilities`."""
-        learnt = ["top-K probabilities"] * (self.top_k > 0)
-        learnt += ["probabilities over the whole vocabulary"] * self.full
-        learnt += ["hidden states"] * bool(self.hidden_layers) + ["attention"] * bool(self.attention_layers)
-        return "the teacher's " + ", ".join(learnt) if learnt else "text alone"
+        parts = {
+            "top-K probabilities": self.top_k > 0,
+            "probabilities over the whole vocabulary": self.full,
+            "hidden states": bool(self.hidden_layers),
+            "attention": bool(self.attention_layers),
+        }
+        named = [part for part, wanted in parts.items() if wanted]
+        return "the teacher's " + ", ".join(named) if named else "text alone"
 
 
 def combined(needs: Iterable[Needs]) -> Needs:
@@ -88,7 +95,7 @@ SOURCES: dict[str, Source] = {
         Source(
             name="online",
             gives=Needs(top_k=ANY_NUMBER, full=True),
-            # whole on every rank; a share on each rank; once in each host's memory
+            # all weights on every rank; a slice on each rank; once in each host's memory
             placements=("replicated", "partitioned", "offloaded"),
             open="kdscale.teacher.online:open_online",
         ),

@@ -84,7 +84,9 @@ def _check_models(cfg: Config, teacher_dir: Path, student_dir: Path) -> int:
         load_tokenizer(folder, cfg.teacher.trust_remote_code).get_vocab() for folder in folders.values()
     )
     if student_tokens != teacher_tokens:
-        raise CheckpointError(f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another one")
+        raise CheckpointError(
+            f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another vocabulary"
+        )
     return max(teacher_tokens.values()) + 1
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from kdscale.errors import TrainingError
 
-_SHOWN_DOCUMENTS = 12
+_DOZEN = 12
 
 
 class SkipGuard:
@@ -59,8 +59,13 @@ class SkipGuard:
 def show_documents(batches: Sequence[Any]) -> str:
     """`3, 17, 20`: the documents of these micro-batches, each once, at most a dozen."""
     ids = list(dict.fromkeys(document for batch in batches for document in batch.document_ids))
-    more = f" and {len(ids) - _SHOWN_DOCUMENTS} more" if len(ids) > _SHOWN_DOCUMENTS else ""
-    return ", ".join(map(str, ids[:_SHOWN_DOCUMENTS])) + more
+    return first_dozen([str(document) for document in ids])
+
+
+def first_dozen(names: Sequence[str]) -> str:
+    """`3, 17 and 5 more`: at most a dozen of `names`, and how many are left."""
+    more = f" and {len(names) - _DOZEN} more" if len(names) > _DOZEN else ""
+    return ", ".join(names[:_DOZEN]) + more
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

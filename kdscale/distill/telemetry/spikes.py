@@ -12,6 +12,7 @@ from typing import Any
 
 from kdscale.config.telemetry import SpikeConfig
 from kdscale.data.batches import PackedLoader
+from kdscale.distill.non_finite import first_dozen
 
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
@@ -20,9 +21,6 @@ _CENTRE = 16  # newest losses whose median is where the next one is expected
 
 
 _LEAST_SPREAD = 0.01  # of the median: the spread of a loss that hardly moves is taken to be this
-
-
-_SHOWN_DOCUMENTS = 12
 
 
 @dataclass(frozen=True)
@@ -88,5 +86,4 @@ def name_documents(rows: Sequence[dict[str, Any]]) -> str:
     for row in ordered:
         for item in row["sequences"]:
             sources.update(zip(item["documents"], item["sources"], strict=True))
-    more = f" and {len(sources) - _SHOWN_DOCUMENTS} more" if len(sources) > _SHOWN_DOCUMENTS else ""
-    return ", ".join(f"{document} ({source})" for document, source in [*sources.items()][:_SHOWN_DOCUMENTS]) + more
+    return first_dozen([f"{document} ({source})" for document, source in sources.items()])

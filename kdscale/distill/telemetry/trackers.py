@@ -7,13 +7,11 @@ training never waits for a tracker. A tracker that fails is reported; after five
 from __future__ import annotations
 
 import importlib.util
-import platform
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +19,7 @@ from kdscale.config.root import Config
 from kdscale.config.telemetry import MlflowConfig, TrackingConfig, TrackioConfig, WandbConfig
 from kdscale.errors import ConfigError
 from kdscale.files import read_json, sha256_json, write_json
+from kdscale.runtime.versions import versions
 
 IDS_FILE = "tracking.json"
 
@@ -153,7 +152,7 @@ def open_trackers(cfg: Config, logs: Path, say: Callable[[str], None]) -> Tracke
     config_hash, stored = sha256_json(cfg.resolved()), logs / IDS_FILE
     known = read_json(stored) if stored.exists() else {}
     ids: dict[str, str] = dict(known["runs"]) if known.get("config") == config_hash else {}
-    facts = {**cfg.resolved(), "versions": _versions()}
+    facts = {**cfg.resolved(), "versions": versions()}
     trackers: dict[str, Tracker] = {}
     for name, make in _TRACKERS.items():
         settings = getattr(cfg.tracking, name)
@@ -247,17 +246,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _versions() -> dict[str, str]:
-    names: Sequence[str] = ("kdscale", "torch", "transformers", "deepspeed")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # a source tree that was never installed
-            found[name] = "not installed as a package"
-    return found
 
 
 def _short(error: Exception) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 
 from kdscale.config.load import build_config, dump_config, load_config
-from kdscale.config.objectives import TokenDivergenceConfig, log_columns
+from kdscale.config.objectives import ObjectiveConfig, TokenDivergenceConfig, log_columns
 from kdscale.config.root import Config
-from kdscale.config.targets import SOURCES, Needs, placements
+from kdscale.config.targets import SOURCES, Needs, combined, placements
 from kdscale.errors import ConfigError
 
 TOKENS = {"name": "token_divergence"}
@@ -69,6 +69,31 @@ def test_needs_of_layers_are_compared_too() -> None:
     assert wanted.missing_from(Needs(hidden_layers=range(9))) == "attention of layers [2]"
     assert wanted.missing_from(Needs(hidden_layers=[4])) == "hidden states of layers [1], attention of layers [2]"
     assert wanted.in_words() == "the teacher's hidden states, attention"
+
+
+class WholeHeadConfig(ObjectiveConfig):
+    implementation, terms = "none", ()
+    name: Literal["whole_head"] = "whole_head"
+
+
+class PerSequenceConfig(TokenDivergenceConfig):
+    count: ClassVar[Literal["tokens", "sequences"]] = "sequences"
+
+
+def test_ranks_that_share_a_model_need_objectives_that_can_do_it() -> None:
+    assert config(processes=2, tensor_parallel=2).distill.data_parallel == 1
+    with pytest.raises(ConfigError, match=r"tensor_parallel \(2\) does not go with the objective whole_head"):
+        config(processes=2, tensor_parallel=2, objectives=[WholeHeadConfig()])
+    with pytest.raises(ConfigError, match=r"sequence_parallel \(2\) does not go with token_divergence, which counts"):
+        config(processes=2, sequence_parallel=2, objectives=[PerSequenceConfig()])
+
+
+def test_objectives_on_the_top_k_share_a_temperature() -> None:
+    assert combined([Needs(top_k=8, temperature=2.0), Needs(top_k=16, temperature=2.0), Needs(full=True)]) == Needs(
+        top_k=16, temperature=2.0, full=True, hidden_layers=[], attention_layers=[]
+    )
+    with pytest.raises(ValueError, match=r"one temperature, got 1\.0 and 2\.0"):
+        combined([Needs(top_k=8, temperature=2.0), Needs(top_k=8)])
 
 
 def test_every_placement_chooses_one_source() -> None:
