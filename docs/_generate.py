@@ -206,6 +206,44 @@ def zero_keys() -> str:
     return ", ".join(f"`{key}`" for key in PASSED_THROUGH)
 
 
+def objectives() -> str:
+    """Every objective that distill.objectives can name, with the figures that it adds to the log."""
+    from kdscale.config.objectives import OBJECTIVES
+
+    rows = []
+    for name, settings in OBJECTIVES.items():
+        terms = [term for row in settings.terms for term in (row, row.exponential) if term]
+        figures = ", ".join(f"`{term.name}`: {term.title}" for term in terms)
+        rows.append((f"`{name}`", (settings.__doc__ or "").splitlines()[0], figures))
+    return table(("objective", "what is minimised", "figures in the log, per label"), rows)
+
+
+def sources() -> str:
+    """Every source of the teacher's targets, and the teacher placements that choose it."""
+    from kdscale.config.targets import ANY_NUMBER, SOURCES
+
+    def top_k(number: int) -> str:
+        return "any number" if number == ANY_NUMBER else f"up to {number}" if number else "none"
+
+    rows = [
+        (
+            f"`{row.name}`",
+            ", ".join(f"`{placement}`" for placement in row.placements),
+            top_k(row.gives.top_k),
+            "yes" if row.gives.full else "no",
+        )
+        for row in SOURCES.values()
+    ]
+    return table(("source", "`distill.teacher_placement`", "top K", "whole vocabulary"), rows)
+
+
+def criteria() -> str:
+    """Every importance criterion."""
+    from kdscale.config.criteria import criteria_table
+
+    return criteria_table().rstrip()
+
+
 def divergences() -> str:
     """Every divergence between teacher and student."""
     from kdscale_kernels import DIVERGENCES
@@ -225,6 +263,9 @@ def free_settings() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "criteria": criteria,
+    "objectives": objectives,
+    "sources": sources,
     "commands": commands,
     "stages": stages,
     "divergences": divergences,

@@ -172,5 +172,8 @@ LayerMethod = Annotated[str, _method_of("layers")]
 
 def criteria_table() -> str:
     """All criteria as a Markdown table, for the docs."""
-    rows = [f"| {row.axis} | `{row.method}` | {row.unit} | {row.title} | {row.source} |" for row in CRITERIA]
+    rows = []
+    for row in CRITERIA:
+        title = row.title.replace("|", "\\|")  # a bare | would begin a new column
+        rows.append(f"| {row.axis} | `{row.method}` | {row.unit} | {title} | {row.source} |")
     return "\n".join(["| axis | method | unit | what it is | source |", "|---|---|---|---|---|", *rows]) + "\n"

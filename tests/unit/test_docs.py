@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import kdscale_kernels
+from kdscale.config.targets import placements
 from kdscale.families.schema import COMPONENT_OF, FamilyData
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +84,11 @@ def test_every_family_has_a_row() -> None:
     text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
     for path in (ROOT / "kdscale" / "families").glob("*.json"):
         assert f"| `{path.name}` |" in text
+
+
+def test_every_teacher_placement_is_explained() -> None:
+    section = (DOCS / "reference" / "methods.md").read_text(encoding="utf-8").split("## Teacher placements")[1]
+    assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == set(placements())
 
 
 def test_every_function_of_the_kernels_is_listed() -> None:
