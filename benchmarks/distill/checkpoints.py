@@ -1,13 +1,13 @@
-"""What checkpoints cost: `export` measures kdscale export on made-up fragments, `stall` what a save costs training.
+"""What checkpoints cost: `export` measures kdscale export of a made-up checkpoint, `stall` what a save costs training.
 
     python benchmarks/distill/checkpoints.py export --work /tmp/c --gigabytes 1 --ranks 4
     python benchmarks/distill/checkpoints.py stall --work /tmp/c --model DIR
 
-`export` makes a student of that size (fp32) and a checkpoint of it, cut at random places and shared among the ranks,
-then exports it in a process of its own and prints that one's peak resident memory. `stall` times `Saver.save` on the
-spot and in the background (the first allocates the copy), and DeepSpeed's engine.save_checkpoint on the same engine,
-with the fsync and the hashing that it leaves out counted apart; twice in turn,
-each as [wall seconds, CPU seconds of the training thread].
+`export` makes a student of that size (fp32) and a checkpoint of it, cut at random places and spread over the ranks. It
+exports the student in another process and prints the peak resident memory of that process. `stall` times `Saver.save`
+on the spot and in the background (the first save allocates the copy) and DeepSpeed's engine.save_checkpoint on the same
+engine; fsync and hashing, which DeepSpeed leaves out, are counted apart. Each is done twice, in turn, and shown as
+[wall seconds, CPU seconds of the training thread].
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def export_child(arguments: argparse.Namespace) -> None:
 
 
 def make_run(run: Path, tensors: int, ranks: int) -> None:
-    """A run folder with a pruned student of zeros and one checkpoint of random pieces."""
+    """Make a run folder with a pruned student of zeros and one checkpoint of random ranges."""
     shapes = {f"model.layers.{i}.weight": (ROWS, COLUMNS) for i in range(tensors)}
     (run / "pruned").mkdir(parents=True)
     (run / "pruned" / "config.json").write_text("{}")
@@ -85,20 +85,20 @@ def make_run(run: Path, tensors: int, ranks: int) -> None:
     folder = run / "checkpoints"
     tmp = checkpoint_folder.partial_dir(folder, 1)
     tmp.mkdir(parents=True)
-    listed = {}
-    for number, pieces in enumerate(held):
-        if pieces:
-            facts = write_rank_file(tmp / checkpoint_folder.rank_file(number), pieces, values(pieces))
-            listed[checkpoint_folder.rank_file(number)] = vars(facts)
+    entries = {}
+    for number, ranges in enumerate(held):
+        if ranges:
+            written = write_rank_file(tmp / checkpoint_folder.rank_file(number), ranges, values(ranges))
+            entries[checkpoint_folder.rank_file(number)] = vars(written)
     fingerprint = {"distill": {"dtype": "float32"}, "student": {"config": sha256_file(run / "pruned" / "config.json")}}
     own = {"state": {"guard": {"total": 0}}, "adam_step": 1, "ranks": ranks, "parameters": shapes, "tied": {}}
-    checkpoint_folder.seal(folder, 1, {"fingerprint": fingerprint, **own, "files": listed})
+    checkpoint_folder.seal(folder, 1, {"fingerprint": fingerprint, **own, "files": entries})
 
 
-def values(pieces: list[ParameterRange]) -> Iterator[torch.Tensor]:
+def values(ranges: list[ParameterRange]) -> Iterator[torch.Tensor]:
     for _ in QUANTITIES:
-        for piece in pieces:
-            yield torch.rand(piece.length)
+        for span in ranges:
+            yield torch.rand(span.length)
 
 
 class Student(torch.nn.Module):
@@ -135,39 +135,39 @@ def stall(arguments: argparse.Namespace) -> None:
         return time.perf_counter() - began
 
     train()
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in student.parameters()), "step": round(train(), 2)}
-    fragments = ZeroState(engine, student.model)
+    results: dict[str, Any] = {"parameters": sum(p.numel() for p in student.parameters()), "step": round(train(), 2)}
+    zero_state = ZeroState(engine, student.model)
     savers = {
-        name: Saver(arguments.work / name, fragments, {}, SavePolicy(1, background=name == "background"), cpu)
+        name: Saver(arguments.work / name, zero_state, {}, SavePolicy(1, background=name == "background"), cpu)
         for name in ("spot", "background")
     }
-    for step in range(1, 3):  # in turn, as other work on the machine comes and goes
+    for step in range(1, 3):  # in turn, so that other work on the machine disturbs all alike
         for name, saver in savers.items():
             began = now()
             saver.save(step, {}, wait=False)
-            note(found, f"{name}: stall", began)
+            note(results, f"{name}: stall", began)
             saver.finish()
-            found[f"{name}: MB"] = megabytes(checkpoint_folder.step_dir(arguments.work / name, step))
+            results[f"{name}: MB"] = megabytes(checkpoint_folder.step_dir(arguments.work / name, step))
         began = now()
         engine.save_checkpoint(str(arguments.work / "deepspeed"), tag="it", save_latest=False)
-        note(found, "deepspeed: stall", began)
+        note(results, "deepspeed: stall", began)
         began = now()
         for item in (arguments.work / "deepspeed").rglob("*"):
             if item.is_file():
                 fsync_file(item)
                 sha256_file(item)
-        note(found, "deepspeed: fsync and hash", began)
-        found["deepspeed: MB"] = megabytes(arguments.work / "deepspeed")
-    print(json.dumps(found))
+        note(results, "deepspeed: fsync and hash", began)
+        results["deepspeed: MB"] = megabytes(arguments.work / "deepspeed")
+    print(json.dumps(results))
 
 
 def now() -> tuple[float, float]:
-    """Wall clock, and CPU time of this thread: the second hardly depends on what else the machine does."""
+    """Wall clock, and CPU time of this thread, which hardly depends on what else the machine does."""
     return time.perf_counter(), time.thread_time()
 
 
-def note(found: dict[str, Any], name: str, began: tuple[float, float]) -> None:
-    found.setdefault(name, []).append([round(end - start, 2) for start, end in zip(began, now(), strict=True)])
+def note(results: dict[str, Any], name: str, began: tuple[float, float]) -> None:
+    results.setdefault(name, []).append([round(end - start, 2) for start, end in zip(began, now(), strict=True)])
 
 
 def megabytes(folder: Path) -> int:

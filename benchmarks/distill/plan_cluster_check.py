@@ -1,12 +1,12 @@
-"""Is the memory that `kdscale plan-cluster` predicts the memory that training takes? Measured on CPU processes.
+"""Does training take the memory that `kdscale plan-cluster` predicts? Measured on CPU processes.
 
     python benchmarks/distill/plan_cluster_check.py [--only NAME ...] [--moments]
 
 Each case starts its ranks over gloo, builds a teacher and a student of random weights, trains a few steps through the
 same teacher, student module, optimiser and DeepSpeed engine as a run, and compares the peak of the process's anonymous
-resident memory, beyond what it held after all imports, with kdscale.sizing.memory. One line a case; leaves with 1 when
-one is further off than --tolerance. `MALLOC_MMAP_THRESHOLD_` is set for the ranks, so that freed tensors go back to
-the system and a peak is what tensors took.
+resident memory, beyond what it held after all imports, with kdscale.sizing.memory. It prints one line per case, and
+exits with 1 when an error is larger than --tolerance. `MALLOC_MMAP_THRESHOLD_` is set for the ranks, so that freed
+tensors go back to the system and a peak is what tensors took.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
+
+from rank_processes import memory_in_use, run_ranks
 
 STUDENT = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 6,
            "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": False}  # fmt: skip
 TEACHER = {**STUDENT, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
            "num_key_value_heads": 4}  # fmt: skip
-# stage, ranks, dtype and what else differs from: micro_batch 1, accumulation 2, 512 positions, no checkpointing
+# stage, ranks, dtype, and what differs from micro_batch 1, accumulation 2, 512 positions, no checkpointing
 CASES: dict[str, dict[str, Any]] = {
     "stage 1, 1 rank": {"stage": 1, "ranks": 1},
     "stage 2, 1 rank": {"stage": 2, "ranks": 1},
@@ -54,14 +52,17 @@ def main() -> int:
     print(f"{'case':38} {'predicted':>9} {'measured':>9} {'error':>7}  at")
     for name, case in chosen.items():
         full = {**DEFAULTS, **case, "steps": arguments.steps}
-        predicted, moment, parts = predict(full)
-        ranks = measure(full)
+        predicted, moment, components = predict(full)
+        ranks = run_ranks(
+            [__file__, "--child", json.dumps(full)], full["ranks"],
+            OMP_WAIT_POLICY="passive", MALLOC_MMAP_THRESHOLD_="65536",
+        )  # fmt: skip
         measured = max(row["peak"] for row in ranks)
         error = predicted / measured - 1
         worst = max(worst, abs(error))
         print(f"{name:38} {predicted / 1e6:6.0f} MB {measured / 1e6:6.0f} MB {error:+7.1%}  {moment}", flush=True)
         if arguments.moments:
-            print("   predicted", {key: round(value / 1e6) for key, value in parts.items()})
+            print("   predicted", {key: round(value / 1e6) for key, value in components.items()})
             print("   measured ", {key: round(value / 1e6) for key, value in ranks[0]["moments"].items()}, flush=True)
     print(f"largest error {worst:.1%}")
     return int(worst > arguments.tolerance)
@@ -97,59 +98,24 @@ def predict(case: dict[str, Any]) -> tuple[float, str, dict[str, float]]:
         case["stage"], case["micro_batch"], case["accumulation"], case["checkpointing"], "replicated",
         offload_optimizer=case.get("offload", False),
     )  # fmt: skip
-    found = memory.peak_memory(job, setting)
-    # the host's memory and a CPU rank's are the same
-    return found.total + found.host, found.moment, {**found.parts, "host": found.host}
-
-
-def measure(case: dict[str, Any]) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    root = Path(__file__).resolve().parents[2]
-    paths = os.pathsep.join(
-        [*(str(root / part) for part in (".", "kernels", "launch")), os.environ.get("PYTHONPATH", "")]
-    )
-    common = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-              "MALLOC_MMAP_THRESHOLD_": "65536", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "WORLD_SIZE": str(case["ranks"]), "LOCAL_WORLD_SIZE": str(case["ranks"]),
-              "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    command = [sys.executable, __file__, "--child", json.dumps(case)]
-    ranks = [
-        subprocess.Popen(
-            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(case["ranks"])
-    ]  # fmt: skip
-    answers = [rank.communicate() for rank in ranks]
-    for rank, (_, errors) in zip(ranks, answers, strict=True):
-        if rank.returncode:
-            raise SystemExit(f"a rank ended with {rank.returncode}:\n{errors[-3000:]}")
-    return [json.loads(out.strip().splitlines()[-1]) for out, _ in answers]
-
-
-def anonymous() -> int:
-    """Bytes of this process's resident anonymous memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("/proc/self/status has no RssAnon: this benchmark needs Linux")
+    peak = memory.peak_memory(job, setting)
+    # a CPU rank's memory is the host's
+    return peak.total + peak.host, peak.moment, {**peak.parts, "host": peak.host}
 
 
 class Peaks:
-    """The largest anonymous memory seen since the current moment began, by moment; looked at every two milliseconds."""
+    """The largest anonymous memory during each moment of a step, sampled every two milliseconds."""
 
     def __init__(self) -> None:
-        self.found: dict[str, int] = {}
+        self.largest: dict[str, int] = {}
         self.moment: str | None = None
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            moment, now = self.moment, anonymous()
+            moment, now = self.moment, memory_in_use()["anonymous"]
             if moment is not None:
-                self.found[moment] = max(self.found.get(moment, 0), now)
+                self.largest[moment] = max(self.largest.get(moment, 0), now)
             time.sleep(0.002)
 
 
@@ -181,7 +147,7 @@ def child(case: dict[str, Any]) -> None:
     torch.manual_seed(0)
     warm = torch.nn.Linear(64, 64, dtype=dtype)  # the thread pools and oneDNN's own buffers
     warm(torch.ones(8, 64, dtype=dtype)).sum().backward()
-    baseline = anonymous()
+    baseline = memory_in_use()["anonymous"]
 
     models = [LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype) for sizes in (TEACHER, STUDENT)]
     teacher = OnlineTeacher(ReplicatedTeacher(models[0]), Needs(top_k=64), vocab_size=STUDENT["vocab_size"])
@@ -208,7 +174,7 @@ def child(case: dict[str, Any]) -> None:
             peaks.moment = "step"
             engine.step()
     peaks.moment = None
-    moments = {name: size - baseline for name, size in peaks.found.items()}
+    moments = {name: size - baseline for name, size in peaks.largest.items()}
     print(json.dumps({"peak": max(moments.values()), "moments": moments}), flush=True)
     leave_group()
     os._exit(0)

@@ -1,13 +1,13 @@
-"""Peak memory a rank of a placed teacher, on a CPU with gloo: makes random teachers and measures fresh processes.
+"""Peak memory per rank of a placed teacher, on a CPU with gloo: makes random teachers and measures fresh processes.
 
     python benchmarks/distill/teacher_memory.py --work /tmp/teacher-memory
     python benchmarks/distill/teacher_memory.py --work ... --layers 8 --ranks 2 --placements partitioned deepspeed
 
 The first makes the table of docs/explanation/measured-distillation.md. Teachers are Llamas of hidden size 2048 in bf16:
 8 layers are 1.0 GB, 16 are 1.8 GB, 262 MB of them embedding and head. Every rank loads, then runs `--forwards` forwards
-of 64 tokens with top 64 of the head, while a thread reads /proc/self/status. Figures are what came on top of libraries
-and process group; `deepspeed` is its ZeRO-3 idiom for a frozen model (HfDeepSpeedConfig and from_pretrained), `student`
-only loads, as a ZeRO-3 student.
+of 64 tokens with the top 64 of the head, while a thread reads /proc/self/status. Figures leave out libraries and the
+process group. `deepspeed` is DeepSpeed's way to load a frozen model with ZeRO-3 (HfDeepSpeedConfig, from_pretrained);
+`student` only loads, as a ZeRO-3 student does.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from rank_processes import SOURCES, MemoryWatch, run_ranks
+
 PLACEMENTS = ("replicated", "offloaded", "partitioned", "deepspeed", "student")
 TOKENS, TOP_K = 64, 64
-_SAMPLE_SECONDS = 0.02
 
 
 def make_teacher(folder: Path, layers: int) -> Path:
@@ -53,37 +51,6 @@ def make_teacher(folder: Path, layers: int) -> Path:
             writer.add(name, (value + 1 if "norm" in name else value).bfloat16())
     (out / "config.json").write_text(json.dumps(config))
     return out
-
-
-class Watch(threading.Thread):
-    """The peaks of this process's memory, in bytes: anonymous, shared between processes, and mapped files."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.base = self._read()
-        self.peak = dict.fromkeys(self.base, 0)
-        self._stop_now = threading.Event()
-
-    @staticmethod
-    def _read() -> dict[str, int]:
-        """Counters: walking the page tables (smaps) fifty times a second would cost more than the work."""
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        names = {"anonymous": "RssAnon", "shared": "RssShmem", "files": "RssFile"}
-        return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
-
-    def look(self) -> None:
-        for name, value in self._read().items():
-            self.peak[name] = max(self.peak[name], value - self.base[name])
-
-    def run(self) -> None:
-        while not self._stop_now.wait(_SAMPLE_SECONDS):
-            self.look()
-
-    def finish(self) -> dict[str, int]:
-        self._stop_now.set()
-        self.join()
-        self.look()
-        return self.peak
 
 
 def zero3_settings(world: int) -> dict[str, Any]:
@@ -133,7 +100,7 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
     dist.all_reduce(torch.zeros(1))
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
-    watch = Watch()
+    watch = MemoryWatch()
     watch.start()
     began, cpu = time.perf_counter(), time.process_time()
     if placement == "deepspeed":
@@ -161,31 +128,11 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
         else:
             teacher.targets(MicroBatch(ids_BS, positions_BS, torch.arange(TOKENS), ids_BS[0]))
     count = max(1, forwards)
-    each = {"seconds": (time.perf_counter() - began) / count, "cpu": (time.process_time() - cpu) / count}
+    forward = {"seconds": (time.perf_counter() - began) / count, "cpu": (time.process_time() - cpu) / count}
     dist.barrier()
-    found = {"rank": rank(), "base": sum(watch.base.values()), "peak": watch.finish()}
-    print(json.dumps({**found, "load": load, "forward": each}), flush=True)
+    memory = {"rank": rank(), "base": sum(watch.base.values()), "peak": watch.finish()}
+    print(json.dumps({**memory, "load": load, "forward": forward}), flush=True)
     os._exit(0)
-
-
-def measure(path: Path, placement: str, ranks: int, forwards: int, port: int) -> list[dict[str, Any]]:
-    """The figures of every rank, each a new process."""
-    sources = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
-    env = {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-           "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-           "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}  # fmt: skip
-    command = [sys.executable, __file__, "--rank-of", str(path), "--placements", placement, "--forwards", str(forwards)]
-    started = [
-        subprocess.Popen(
-            command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    outputs = [process.communicate() for process in started]
-    if any(process.returncode for process in started):
-        raise SystemExit("\n".join(said[-2000:] for _, said in outputs))
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
 def main() -> None:
@@ -195,27 +142,35 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS[:3]))
     parser.add_argument("--forwards", type=int, default=2)
-    parser.add_argument("--port", type=int, default=29611)
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of is not None:
         one_rank(args.rank_of, args.placements[0], args.forwards)
         return
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "launch")]
+    sys.path[:0] = SOURCES
     print("| placement | layers | ranks | anonymous MB | shared MB | files MB | load s, CPU s | forward s, CPU s |")
     print("|---|---|---|---|---|---|---|---|")
     for layers in args.layers:
         path = make_teacher(args.work, layers)
         for placement in args.placements:
             for ranks in args.ranks:
-                rows = measure(path, placement, ranks, args.forwards, args.port)
+                command = [
+                    __file__,
+                    "--rank-of",
+                    str(path),
+                    "--placements",
+                    placement,
+                    "--forwards",
+                    str(args.forwards),
+                ]
+                rows = run_ranks(command, ranks, HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
                 most = {name: max(row["peak"][name] for row in rows) / 1e6 for name in rows[0]["peak"]}
-                load, each = ({key: max(row[part][key] for row in rows) for key in ("seconds", "cpu")}
-                              for part in ("load", "forward"))  # fmt: skip
+                load, forward = ({key: max(row[phase][key] for row in rows) for key in ("seconds", "cpu")}
+                                 for phase in ("load", "forward"))  # fmt: skip
                 print(
                     f"| {placement} | {layers} | {ranks} | {most['anonymous']:.0f} | {most['shared']:.0f} "
                     f"| {most['files']:.0f} | {load['seconds']:.1f}, {load['cpu']:.1f} "
-                    f"| {each['seconds']:.2f}, {each['cpu']:.2f} |",
+                    f"| {forward['seconds']:.2f}, {forward['cpu']:.2f} |",
                     flush=True,
                 )
 
