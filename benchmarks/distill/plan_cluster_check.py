@@ -88,13 +88,14 @@ def shape(sizes: dict[str, Any]) -> Any:
 
 def predict(case: dict[str, Any]) -> tuple[float, str, dict[str, float]]:
     from kdscale.distill.parallel.deepspeed_config import BUCKET
-    from kdscale.sizing import job, memory
+    from kdscale.sizing import memory
+    from kdscale.sizing.job import Job, Setting
 
-    job = job.Job(
+    job = Job(
         shape(STUDENT), shape(TEACHER), seq_len=case["seq_len"], ranks=case["ranks"], ranks_per_node=case["ranks"],
         item_bytes=2 if case["dtype"] == "bfloat16" else 4, reduce_bucket=BUCKET["cpu"], device="cpu",
     )  # fmt: skip
-    setting = job.Setting(
+    setting = Setting(
         case["stage"], case["micro_batch"], case["accumulation"], case["checkpointing"], "replicated",
         offload_optimizer=case.get("offload", False),
     )  # fmt: skip
