@@ -19,7 +19,7 @@ import torch.distributed as dist
 from kdscale.distill.checkpoint.rank_files import MASTER, QUANTITIES, cut_evenly
 from kdscale.distill.parallel.tensor_parallel import ModelSlices
 from kdscale.distill.parallel.tensor_slices import TensorSlice, parse_slice_name
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import ConfigError, SelfCheckError
 from kdscale.models.parameter_map import ParameterRange
 from kdscale.runtime.ranks import rank, world_size
 from kdscale.weights import Checkpoint
@@ -84,7 +84,7 @@ class ZeroState:
         """How many steps Adam has taken, without skipped ones; the same for all parameters and ranks."""
         steps = {int(state["step"]) for held in self._held if (state := self._adam.state.get(held.buffer))}
         if len(steps) > 1:
-            raise CheckpointError("Adam's step count", expected="one for all parameters", got=str(sorted(steps)))
+            raise SelfCheckError("Adam's step count", expected="one for all parameters", got=str(sorted(steps)))
         return steps.pop() if steps else 0
 
     def blocks(self) -> Iterator[torch.Tensor]:

@@ -61,15 +61,15 @@ def test_every_stage_goes_on_from_every_other(tmp_path, dtype):
     join_group(torch.device("cpu"))
     ways = WAYS if dtype == torch.float32 else WAYS[1:]  # stage 0 is not run in bf16
     for number, old in enumerate(ways):
-        made, fragments = make(old, dtype, seed=0)
+        made, state = make(old, dtype, seed=0)
         train(made, 0)
         path = tmp_path / f"{old}"
-        write_rank_file(path, fragments.ranges, fragments.blocks())
-        assert fragments.adam_step == STEPS
-        assert fragments.tied == {"head.weight": "embed.weight"}
-        assert fragments.shapes["embed.weight"] == (13, 6)
-        index, saved = RankFileIndex([path], fragments.shapes), path.read_bytes()
-        whole = train(made, STEPS)
+        write_rank_file(path, state.ranges, state.blocks())
+        assert state.adam_step == STEPS
+        assert state.tied == {"head.weight": "embed.weight"}
+        assert state.shapes["embed.weight"] == (13, 6)
+        index, saved = RankFileIndex([path], state.shapes), path.read_bytes()
+        unbroken = train(made, STEPS)
         for new in ways if dtype == torch.float32 else (old, ways[number - 1], ways[number - 2]):
             other, loaded = make(new, dtype, seed=1)
             with RankFileReader(index) as reader:
@@ -77,15 +77,15 @@ def test_every_stage_goes_on_from_every_other(tmp_path, dtype):
             assert loaded.adam_step == STEPS
             again = tmp_path / "again"
             write_rank_file(again, loaded.ranges, loaded.blocks())
-            values = RankFileReader(index), RankFileReader(RankFileIndex([again], fragments.shapes))
-            for kind in QUANTITIES:
-                for piece in fragments.ranges:
-                    left, right = torch.zeros(piece.length), torch.ones(piece.length)
-                    values[0].fill(kind, piece, left)
-                    values[1].fill(kind, piece, right)
-                    assert torch.equal(left, right), (old, new, kind, piece)
+            values = RankFileReader(index), RankFileReader(RankFileIndex([again], state.shapes))
+            for quantity in QUANTITIES:
+                for span in state.ranges:
+                    left, right = torch.zeros(span.length), torch.ones(span.length)
+                    values[0].fill(quantity, span, left)
+                    values[1].fill(quantity, span, right)
+                    assert torch.equal(left, right), (old, new, quantity, span)
             if new == old:
                 assert again.read_bytes() == saved
-                assert train(other, STEPS) == whole
+                assert train(other, STEPS) == unbroken
             else:
-                assert train(other, STEPS) == pytest.approx(whole, abs=1e-6 if dtype == torch.float32 else 1e-2)
+                assert train(other, STEPS) == pytest.approx(unbroken, abs=1e-6 if dtype == torch.float32 else 1e-2)

@@ -29,7 +29,7 @@ SHAPES = st.lists(st.lists(st.integers(0, 7), max_size=3), min_size=1, max_size=
 
 @st.composite
 def partitions(draw, shapes):
-    """A list of pieces a rank: every parameter cut at drawn places, every piece given to a drawn rank."""
+    """Ranges by rank: every parameter is cut at drawn places, and every range given to a drawn rank."""
     ranks = [[] for _ in range(draw(st.integers(1, 4)))]
     for name, shape in shapes.items():
         size = math.prod(shape)
@@ -48,8 +48,8 @@ def cases(draw):
 def values_of(shapes):
     generator = torch.Generator().manual_seed(0)
     return {
-        (kind, name): torch.rand(math.prod(shape), generator=generator)
-        for kind in QUANTITIES
+        (quantity, name): torch.rand(math.prod(shape), generator=generator)
+        for quantity in QUANTITIES
         for name, shape in shapes.items()
     }
 
@@ -58,7 +58,7 @@ def write_all(folder, values, ranks):
     paths = []
     for number, held in enumerate(ranks):
         if held:
-            blocks = (values[kind, p.name][p.offset : p.offset + p.length] for kind in QUANTITIES for p in held)
+            blocks = (values[quantity, p.name][p.offset : p.offset + p.length] for quantity in QUANTITIES for p in held)
             paths.append(folder / f"rank-{number}.safetensors")
             write_rank_file(paths[-1], held, blocks)
     return paths
@@ -68,32 +68,32 @@ def write_all(folder, values, ranks):
 @given(cases())
 def test_any_partition_reads_back_as_any_other(tmp_path_factory, case):
     shapes, old, new = case
-    folder = tmp_path_factory.mktemp("pieces")
+    folder = tmp_path_factory.mktemp("ranges")
     values = values_of(shapes)
     index = RankFileIndex(write_all(folder, values, old), shapes)
     got = {key: torch.full_like(value, torch.nan) for key, value in values.items()}
     with RankFileReader(index) as reader:
         for held in new:
-            for piece in held:
-                for kind in QUANTITIES:
-                    reader.fill(kind, piece, got[kind, piece.name][piece.offset : piece.offset + piece.length])
+            for span in held:
+                for quantity in QUANTITIES:
+                    reader.fill(quantity, span, got[quantity, span.name][span.offset : span.offset + span.length])
     assert all(torch.equal(got[key], values[key]) for key in values)
 
 
 @given(cases(), st.integers(1, 5))
-def test_shares_are_near_equal_and_make_up_the_whole(case, count):
-    held = [piece for rank in case[1] for piece in rank]
-    parts = [cut_evenly(held, index, count) for index in range(count)]
-    sizes = [sum(piece.length for piece in part) for part in parts]
+def test_stretches_are_near_equal_and_make_up_all_ranges(case, count):
+    held = [span for rank in case[1] for span in rank]
+    stretches = [cut_evenly(held, index, count) for index in range(count)]
+    sizes = [sum(span.length for span in stretch) for stretch in stretches]
     assert max(sizes) - min(sizes) <= 1
 
-    def elements(pieces):
-        return [(p.name, p.offset + i) for p in pieces for i in range(p.length)]
+    def elements(ranges):
+        return [(p.name, p.offset + i) for p in ranges for i in range(p.length)]
 
-    assert elements([piece for part in parts for piece in part]) == elements(held)
+    assert elements([span for stretch in stretches for span in stretch]) == elements(held)
 
 
-def test_only_the_bytes_of_a_piece_are_read(tmp_path):
+def test_only_the_bytes_of_a_range_are_read(tmp_path):
     shapes = {"w": (100,)}
     paths = write_all(tmp_path, values_of(shapes), [[ParameterRange("w", 0, 40)], [ParameterRange("w", 40, 60)]])
     reads = RankFileIndex(paths, shapes).plan("exp_avg", ParameterRange("w", 30, 25))
@@ -106,7 +106,7 @@ def test_any_reader_of_safetensors_can_use_it(tmp_path):
     values = values_of({"w": (6,)})
     (path,) = write_all(tmp_path, values, [[ParameterRange("w", 0, 4), ParameterRange("w", 4, 2)]])
     loaded = load_file(path)
-    assert sorted(loaded) == sorted(f"{kind}:{offset}:w" for kind in QUANTITIES for offset in (0, 4))
+    assert sorted(loaded) == sorted(f"{quantity}:{offset}:w" for quantity in QUANTITIES for offset in (0, 4))
     assert torch.equal(loaded["exp_avg_sq:4:w"], values["exp_avg_sq", "w"][4:])
 
 
@@ -153,7 +153,7 @@ def test_a_file_that_shrinks_or_goes_is_named(tmp_path):
         reader.fill("master", ParameterRange("w", 1, 6), out)
 
 
-def test_a_write_can_be_given_up(tmp_path):
+def test_a_write_can_be_cancelled(tmp_path):
     answers = iter([False, True])
     with pytest.raises(WriteCancelled):
         write_rank_file(tmp_path / "f", [ParameterRange("w", 0, 4)], [torch.zeros(4)] * 3, lambda: next(answers))

@@ -84,7 +84,7 @@ def test_all_that_may_pass_through_is_known_to_deepspeed() -> None:
     assert set(PASSED_THROUGH) <= known
     assert not set(PASSED_THROUGH) & set(OWNED)
     values = {bool: True, int: 3}
-    read = DeepSpeedZeroConfig(stage=3, **{key: values[kind] for key, kind in PASSED_THROUGH.items()})
+    read = DeepSpeedZeroConfig(stage=3, **{key: values[value_type] for key, value_type in PASSED_THROUGH.items()})
     assert read.sub_group_size == 3
 
 

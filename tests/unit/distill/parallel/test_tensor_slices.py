@@ -1,4 +1,4 @@
-"""Parts of parameters, however they were cut, read back as any other parts, or as the whole."""
+"""Slices of parameters, however they were cut, read back as any other slices, or as the whole parameter."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ NAME = "layer.weight"
 
 @st.composite
 def splits(draw, shape):
-    """Pieces of the whole parameter, or of parts of it, that are all of it."""
+    """Ranges of the whole parameter, or of slices of it, that are all of it."""
     dim = draw(st.sampled_from([None, *range(len(shape))]))
-    parts = [None]
+    slices = [None]
     if dim is not None:
         inner = st.integers(1, shape[dim] - 1) if shape[dim] > 1 else st.nothing()
         cuts = sorted({0, shape[dim], *draw(st.lists(inner, max_size=2) if shape[dim] > 1 else st.just([]))})
-        parts = [TensorSlice(dim, begin, end) for begin, end in itertools.pairwise(cuts)]
-    pieces = []
-    for part in parts:
-        size = math.prod(part.shape(shape) if part else shape)
+        slices = [TensorSlice(dim, begin, end) for begin, end in itertools.pairwise(cuts)]
+    ranges = []
+    for tensor_slice in slices:
+        size = math.prod(tensor_slice.shape(shape) if tensor_slice else shape)
         places = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=2))})
-        name = part.named(NAME) if part else NAME
-        pieces += [ParameterRange(name, begin, end - begin) for begin, end in itertools.pairwise(places)]
-    return pieces
+        name = tensor_slice.named(NAME) if tensor_slice else NAME
+        ranges += [ParameterRange(name, begin, end - begin) for begin, end in itertools.pairwise(places)]
+    return ranges
 
 
 @st.composite
@@ -42,35 +42,41 @@ def cases(draw):
     return shape, draw(splits(shape)), draw(splits(shape))
 
 
-def values_of(whole, piece):
-    _, part = parse_slice_name(piece.name)
-    kept = whole if part is None else whole.narrow(part.dim, part.begin, part.end - part.begin)
-    return kept.reshape(-1)[piece.offset : piece.offset + piece.length]
+def values_of(parameter, span):
+    _, tensor_slice = parse_slice_name(span.name)
+    kept = (
+        parameter
+        if tensor_slice is None
+        else parameter.narrow(tensor_slice.dim, tensor_slice.begin, tensor_slice.end - tensor_slice.begin)
+    )
+    return kept.reshape(-1)[span.offset : span.offset + span.length]
 
 
-def write(folder, wholes, pieces):
-    blocks = [values_of(wholes[kind], piece).clone() for kind in QUANTITIES for piece in pieces]
-    write_rank_file(folder / "f", pieces, blocks)
+def write(folder, parameters, ranges):
+    blocks = [values_of(parameters[quantity], span).clone() for quantity in QUANTITIES for span in ranges]
+    write_rank_file(folder / "f", ranges, blocks)
     return [folder / "f"]
 
 
 @settings(max_examples=80, deadline=None)
 @given(cases())
-def test_any_parts_read_back_as_any_others(tmp_path_factory, case):
+def test_any_slices_read_back_as_any_others(tmp_path_factory, case):
     shape, old, new = case
-    wholes = {kind: torch.rand(shape, generator=torch.Generator().manual_seed(i)) for i, kind in enumerate(QUANTITIES)}
-    index = RankFileIndex(write(tmp_path_factory.mktemp("parts"), wholes, old), {NAME: shape})
+    parameters = {
+        quantity: torch.rand(shape, generator=torch.Generator().manual_seed(i)) for i, quantity in enumerate(QUANTITIES)
+    }
+    index = RankFileIndex(write(tmp_path_factory.mktemp("slices"), parameters, old), {NAME: shape})
     with RankFileReader(index) as reader:
-        for piece, kind in itertools.product(new, QUANTITIES):
-            expected = values_of(wholes[kind], piece)
+        for span, quantity in itertools.product(new, QUANTITIES):
+            expected = values_of(parameters[quantity], span)
             for dtype in (torch.float32, torch.float64):  # straight into place, and by way of a block
-                got = torch.full((piece.length,), torch.nan, dtype=dtype)
-                reader.fill(kind, piece, got)
+                got = torch.full((span.length,), torch.nan, dtype=dtype)
+                reader.fill(quantity, span, got)
                 assert torch.equal(got.float(), expected)
 
 
 @pytest.mark.parametrize(
-    "parts",
+    "slices",
     [
         [TensorSlice(0, 0, 2)],
         [TensorSlice(0, 0, 2), TensorSlice(0, 3, 4)],
@@ -80,15 +86,17 @@ def test_any_parts_read_back_as_any_others(tmp_path_factory, case):
     ],
     ids=["short", "hole", "overlap", "both ways", "long"],
 )
-def test_parts_that_are_not_all_of_a_parameter_are_refused(tmp_path, parts):
-    pieces = [ParameterRange(part.named("w"), 0, math.prod(part.shape((4, 3)))) for part in parts]
-    blocks = [torch.zeros(piece.length) for _ in QUANTITIES for piece in pieces]
-    write_rank_file(tmp_path / "f", pieces, blocks)
+def test_slices_that_are_not_all_of_a_parameter_are_refused(tmp_path, slices):
+    ranges = [
+        ParameterRange(tensor_slice.named("w"), 0, math.prod(tensor_slice.shape((4, 3)))) for tensor_slice in slices
+    ]
+    blocks = [torch.zeros(span.length) for _ in QUANTITIES for span in ranges]
+    write_rank_file(tmp_path / "f", ranges, blocks)
     with pytest.raises(CheckpointError, match=r"(?s)slices that make up all of \[4, 3\].*w@0:0:"):
         RankFileIndex([tmp_path / "f"], {"w": (4, 3)})
 
 
-def test_a_part_that_is_stored_is_read_in_one_go_and_columns_of_it_row_by_row(tmp_path):
+def test_a_slice_that_is_stored_is_read_in_one_go_and_columns_of_it_row_by_row(tmp_path):
     halves = [ParameterRange(TensorSlice(1, begin, begin + 2).named("w"), 0, 6) for begin in (0, 2)]
     blocks = [torch.zeros(6) for _ in QUANTITIES for _ in halves]
     write_rank_file(tmp_path / "f", halves, blocks)
