@@ -1,19 +1,17 @@
-"""One step of a finished or running distillation again, alone, in one process and without touching the run.
+"""Runs one step of a finished or running distillation again: alone, in one process, without touching the run.
 
-The newest checkpoint before the step is loaded, the steps between are trained again, then the step's whole global batch
-runs forward and backward and the optimiser does nothing. All that a run would write goes to a folder that is deleted.
-
-Imports deepspeed for the gradients, which it keeps in buffers of its own.
+The newest checkpoint before the step is loaded, the steps in between are trained again, then the whole global batch of
+the step runs forward and backward, and the optimiser does nothing. All that a run would write goes to a temporary
+folder.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,61 +24,67 @@ from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig, TrackingConfig
 from kdscale.data.batches import PackedLoader
 from kdscale.data.token_store import TokenStore
-from kdscale.distill import engine
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.engine import Session, open_session
+from kdscale.distill.engine import Folders, Session, open_session
 from kdscale.distill.schedule import seed_step, total_steps
 from kdscale.distill.step import to_device, train_step
 from kdscale.distill.telemetry.clock import Clock
+from kdscale.distill.trainer import Trainer
 from kdscale.errors import ConfigError, RunFolderError
+from kdscale.families import load_family
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.loading import load_tokenizer
-from kdscale.runs.folder import RunFolder
+from kdscale.runs.folder import METRICS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import rank
-from kdscale.weights import resolve_teacher
+from kdscale.weights import read_config, resolve_teacher
 
-_HEAD_TOKENS = 48  # of a text that is shown
-
-
-_LAYER = re.compile(r"\.(\d+)\.")
+_SHOWN_TOKENS = 48  # of a text
 
 
-_PARTS = (("norm", ("norm", "ln_")), ("attention", ("attn", "attention")), ("ffn", ("mlp", "feed_forward", "moe")))
+def replay_step(
+    folder: Path, step: int, *, overrides: Sequence[str], max_steps: int, nearest: bool, reporter: Reporter
+) -> tuple[dict[str, Any], Path]:
+    """Run one training step of the run in `folder` again; returns the result and the file it is written to.
+
+    It writes nothing else there and takes no lock, so the run may go on meanwhile. Raises RunFolderError when the
+    folder is no run or has not begun to distil, and what `replay` raises.
+    """
+    run = RunFolder(folder)
+    if not run.config.exists():
+        raise RunFolderError(f"{folder} is not a run folder", expected="a folder with config.yaml")
+    config = load_config(run.config, overrides)
+    for needed in (run.pruned / "config.json", run.data / "manifest.json"):
+        if not needed.exists():
+            raise RunFolderError(f"{folder}: no step was trained yet", expected=str(needed), got="no such file")
+    teacher = distilled_from(run, config, resolve_teacher(config.teacher))
+    folders = Folders(teacher, run.pruned, run.data, run.path)
+    result = replay(config, folders, step, max_steps=max_steps, nearest=nearest, reporter=reporter)
+    file = run.path / "replay" / f"step-{step}.json"
+    with explain_os_errors(file):
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, result)
+    return result, file
 
 
-@dataclass(frozen=True)
-class Folders:
-    """What a replay reads; `run` is never written to."""
-
-    run: Path
-    teacher: Path
-    student: Path  # the pruned one that the run began from
-    data: Path
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a replay begins: after step `step`, from `checkpoint` or (None) from the pruned student."""
-
-    checkpoint: Path | None
-    step: int
-
-
-def find_start(checkpoints: Path, step: int) -> Start:
-    """The newest whole checkpoint that was written before `step` (counted from 1) was trained."""
-    for path in checkpoint_folder.sealed_checkpoints(checkpoints):
-        found = int(path.name.removeprefix("step-"))
-        if found < step:
-            return Start(path, found)
-    return Start(None, 0)
+def distilled_from(run: RunFolder, config: Config, teacher: Path) -> Path:
+    """The model whose distribution the student learned; with `distill.teacher: previous` the last step's student."""
+    if config.distill.teacher == "original":
+        return teacher
+    if config.steps:
+        steps, before = run.steps, len(config.steps)
+    elif run.path.resolve().parent.name == "steps":
+        steps, before = run.path.resolve().parent, int(run.path.resolve().name.split("-")[0]) - 1
+    else:
+        return teacher
+    return next((RunFolder(path).student for path in steps.glob(f"{before}-*")), teacher)
 
 
 def replay(
     cfg: Config, folders: Folders, step: int, *, max_steps: int, nearest: bool, reporter: Reporter
 ) -> dict[str, Any]:
-    """Step `step` (counted from 1, as in metrics.jsonl) again; returns JSON values.
+    """Run step `step` (counted from 1, as in metrics.jsonl) again; returns JSON values. `folders.run` is only read.
 
     With `nearest` the step runs on the weights of the nearest checkpoint before it, without training up to it. Raises
     ConfigError when there is no such step, or when more than `max_steps` steps lie between checkpoint and step.
@@ -88,18 +92,19 @@ def replay(
     steps = total_steps(cfg.distill.tokens, cfg.distill.seq_len, cfg.distill.global_batch)
     if not 1 <= step <= steps:
         raise ConfigError("--step", expected=f"1 to {steps}, the steps of this run", got=str(step))
-    start = find_start(folders.run / "checkpoints", step)
+    start = find_start(folders.checkpoints, step)
     _check_distance(start.step, step, max_steps, nearest)
     with tempfile.TemporaryDirectory(prefix="kdscale-replay-") as scratch:
-        session = _open(cfg, folders, start, Path(scratch), reporter)
+        session = _open_alone(cfg, folders, start, Path(scratch), reporter)
         trainer = session.trainer
         try:
-            # a damaged checkpoint is passed over, so the one that was loaded may be an earlier one
+            # a damaged checkpoint is skipped, so the loaded one may be older
             _check_distance(session.start.step, step, max_steps, nearest)
             if not nearest and session.start.step < step - 1:
                 reporter.say(f"training again: steps {session.start.step + 1} to {step - 1}")
                 trainer.advance(session.start, step - 1)
-            found = _examine(session, step)
+            sequences = _sequence_losses(trainer, step)
+            figures = _run_step(session, step, parameter_groups(folders.student))
         finally:
             trainer.source.close()
             trainer.observer.close()
@@ -110,10 +115,27 @@ def replay(
         "of_this_step": weights_of == step - 1,
         "checkpoint_step": session.start.step,
         "processes_of_run": cfg.distill.processes,
-        **_compared(found, folders.run / "logs" / "metrics.jsonl", step),
-        **found,
-        "sequences": _with_texts(found["sequences"], cfg, folders, trainer.loader),
+        **_compare_with_log(figures["loss"], folders.run / METRICS.path, step),
+        **figures,
+        "sequences": _add_texts(sequences, cfg, folders, trainer.loader),
+        "losses": [term.name for term in log_columns(cfg.distill.objectives) if term.unit != "fraction"],
     }
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """Where a replay begins: after step `step`, from `checkpoint` or (None) from the pruned student."""
+
+    checkpoint: Path | None
+    step: int
+
+
+def find_start(checkpoints: Path, step: int) -> StartPoint:
+    """The newest sealed checkpoint that was written before `step` (counted from 1) was trained."""
+    for path in checkpoint_folder.sealed_checkpoints(checkpoints):
+        if (checkpoint_step := checkpoint_folder.step_of(path)) < step:
+            return StartPoint(path, checkpoint_step)
+    return StartPoint(None, 0)
 
 
 def _check_distance(begin: int, step: int, max_steps: int, nearest: bool) -> None:
@@ -128,155 +150,111 @@ def _check_distance(begin: int, step: int, max_steps: int, nearest: bool) -> Non
         )
 
 
-def _open(cfg: Config, folders: Folders, start: Start, scratch: Path, reporter: Reporter) -> Session:
-    """The run's own start, with one rank and `scratch` as its run folder, in which the one checkpoint is a link."""
+def _open_alone(cfg: Config, folders: Folders, start: StartPoint, scratch: Path, reporter: Reporter) -> Session:
+    """Open a session as the run does, but with one rank, and with `scratch` as the run folder.
+
+    The checkpoint to begin from is linked into it.
+    """
     (scratch / "checkpoints").mkdir()
     if start.checkpoint is not None:
         (scratch / "checkpoints" / start.checkpoint.name).symlink_to(start.checkpoint.resolve())
     served = cfg.distill.served
     if served.token_file is None:
         served = served.model_copy(update={"token_file": str(folders.run / TEACHER_TOKEN)})
-    alone = {"processes": 1, "sequence_parallel": 1, "tensor_parallel": 1}
-    quiet = {**alone, "spikes": SpikeConfig(enabled=False), "profile": ProfileConfig(), "served": served}
-    one = cfg.model_copy(
-        update={"distill": cfg.distill.model_copy(update=quiet), "tracking": TrackingConfig()}
-    )  # fmt: skip
-    return open_session(one, engine.Folders(folders.teacher, folders.student, folders.data, scratch), reporter)
-
-
-def _examine(session: Session, step: int) -> dict[str, Any]:
-    """Losses of every sequence on its own, then the step as it was: loss, gradient norms by parameter group."""
-    trainer = session.trainer
-    sequences = _sequence_losses(session, step)
-    batches = trainer.loader.step(step - 1)
-    seed_step(trainer.seed, step - 1, rank())
-    totals = train_step(
-        trainer.engine, trainer.source, batches, trainer.device, Clock(trainer.device), update=False
-    ).tolist()
-    groups = _gradient_norms(session.student.model)
-    means = trainer.objectives.means(totals)
-    return {
-        **{name: _finite(value) for name, value in means.items()},
-        "labels": int(totals[0]),
-        "grad_norm": _finite(math.sqrt(sum(norm * norm for norm in groups.values()))),
-        "gradient_clipping": trainer.cfg.optimizer.gradient_clipping,
-        "gradient_norms": {name: _finite(norm) for name, norm in groups.items()},
-        "sequences": sequences,
-        "losses": [term.name for term in log_columns(trainer.cfg.objectives) if term.unit != "fraction"],
-    }
+    one_rank = {"processes": 1, "sequence_parallel": 1, "tensor_parallel": 1}
+    no_extras = {"spikes": SpikeConfig(enabled=False), "profile": ProfileConfig(), "served": served}
+    distill = cfg.distill.model_copy(update={**one_rank, **no_extras})
+    alone = cfg.model_copy(update={"distill": distill, "tracking": TrackingConfig()})
+    return open_session(alone, replace(folders, run=scratch), reporter)
 
 
 @torch.no_grad()
-def _sequence_losses(session: Session, step: int) -> list[dict[str, Any]]:
-    """A forward for each sequence, in the global order."""
-    trainer, out = session.trainer, []
+def _sequence_losses(trainer: Trainer, step: int) -> list[dict[str, Any]]:
+    """The losses of each sequence on its own, in the global order."""
+    out = []
     trainer.engine.eval()
     for about in trainer.loader.describe(step - 1):
         micro_batch = to_device(trainer.loader.stack([about["number"]]), trainer.device)
         _, figures = trainer.engine(micro_batch, trainer.source.targets(micro_batch))
         means = trainer.objectives.means([about["labels"], 1.0, *figures.tolist()])
-        out.append({**about, **{name: _finite(means[name]) for name in trainer.objectives.columns}})
+        out.append({**about, **{name: _finite_or_none(means[name]) for name in trainer.objectives.columns}})
     trainer.engine.train()
     return out
 
 
-def _gradient_norms(model: Any) -> dict[str, float]:
-    """Euclidean norm of the accumulated gradient, before clipping, by layer and part of it, largest first."""
+def _run_step(session: Session, step: int, groups: Mapping[str, str]) -> dict[str, Any]:
+    """Run the step as it was, without the update: losses, gradient norms by group of parameters."""
+    trainer = session.trainer
+    batches = trainer.loader.step(step - 1)
+    seed_step(trainer.seed, step - 1, rank())
+    totals = train_step(
+        trainer.engine, trainer.source, batches, trainer.device, Clock(trainer.device), update=False
+    ).tolist()
+    norms = _gradient_norms(session.student.model, groups)
+    return {
+        **{name: _finite_or_none(value) for name, value in trainer.objectives.means(totals).items()},
+        "labels": int(totals[0]),
+        "grad_norm": _finite_or_none(math.sqrt(sum(norm * norm for norm in norms.values()))),
+        "gradient_clipping": trainer.cfg.optimizer.gradient_clipping,
+        "gradient_norms": {name: _finite_or_none(norm) for name, norm in norms.items()},
+    }
+
+
+def parameter_groups(model_dir: Path) -> dict[str, str]:
+    """Parameter → group, such as `layer 3 ffn`; what is in no layer is a group by its module's name."""
+    config = read_config(model_dir)
+    specs = load_family(config, str(model_dir / "config.json")).tensors(config).values()
+    return {
+        spec.parameter: spec.parameter.split(".")[-2] if spec.layer is None else f"layer {spec.layer} {spec.component}"
+        for spec in specs
+    }
+
+
+def _gradient_norms(model: Any, groups: Mapping[str, str]) -> dict[str, float]:
+    """Euclidean norm of the accumulated gradient, before clipping, by group, largest first."""
     from deepspeed.utils import safe_get_full_grad
 
     squares: dict[str, float] = defaultdict(float)
     for name, parameter in model.named_parameters():
-        grad = safe_get_full_grad(parameter)
+        grad = safe_get_full_grad(parameter)  # DeepSpeed keeps gradients in buffers of its own
         grad = parameter.grad if grad is None else grad
         if grad is not None:
-            squares[parameter_group(name)] += float(grad.double().square().sum())
+            squares[groups.get(name, name)] += float(grad.double().square().sum())
     norms = {name: math.sqrt(value) if value >= 0 else math.nan for name, value in squares.items()}
     return dict(sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf))
 
 
-def parameter_group(name: str) -> str:
-    """`layer 3 ffn` for model.layers.3.mlp.up_proj.weight; what is in no layer keeps its module's name."""
-    layer = _LAYER.search(name)
-    if layer is None:
-        return name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
-    part = next((part for part, marks in _PARTS if any(mark in name for mark in marks)), "other")
-    return f"layer {layer.group(1)} {part}"
-
-
-def _compared(found: dict[str, Any], metrics: Path, step: int) -> dict[str, Any]:
+def _compare_with_log(loss: float | None, metrics: Path, step: int) -> dict[str, Any]:
     """What the log says of the step, and whether the replay's loss has the same bits; None where it says nothing."""
     rows = [row for row in read_metrics(metrics) if row["kind"] == "train" and row["step"] == step]
     logged = rows[-1] if rows else {}
-    same = found["loss"] == logged["loss"] if "loss" in logged else None
+    same = loss == logged["loss"] if "loss" in logged else None
     return {"logged_loss": logged.get("loss"), "logged_grad_norm": logged.get("grad_norm"), "same_bits": same}
 
 
-def _with_texts(
+def _add_texts(
     sequences: list[dict[str, Any]], cfg: Config, folders: Folders, loader: PackedLoader
 ) -> list[dict[str, Any]]:
-    """The beginning of each sequence and of each of its documents, as text."""
+    """Add the beginning of each sequence and of each of its documents, as text."""
     tokenizer = load_tokenizer(folders.student, cfg.teacher.trust_remote_code)
     split = TokenStore.open(folders.data).split("train")
 
-    def head(ids: Any) -> str:
-        return str(tokenizer.decode([int(i) for i in ids[:_HEAD_TOKENS]]))
+    def beginning(ids: Any) -> str:
+        return str(tokenizer.decode([int(i) for i in ids[:_SHOWN_TOKENS]]))
 
-    out = []
-    for item in sequences:
-        documents = [
-            {
-                "id": number,
-                "source": source,
-                "tokens": len(split.document_tokens(number)),
-                "text": head(split.document_tokens(number)),
-            }
-            for number, source in zip(item["documents"], item["sources"], strict=True)
-        ]
-        rest = {key: value for key, value in item.items() if key not in ("documents", "sources")}
-        out.append({**rest, "text": head(loader.sequence(item["number"]).input_ids_S), "documents": documents})
-    return out
+    def document(number: int, source: str) -> dict[str, Any]:
+        ids = split.document_tokens(number)
+        return {"id": number, "source": source, "tokens": len(ids), "text": beginning(ids)}
+
+    return [
+        {
+            **{key: value for key, value in entry.items() if key not in ("documents", "sources")},
+            "text": beginning(loader.sequence(entry["number"]).input_ids_S),
+            "documents": list(map(document, entry["documents"], entry["sources"])),
+        }
+        for entry in sequences
+    ]
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def replay_step(
-    folder: Path, step: int, *, overrides: Sequence[str], max_steps: int, nearest: bool, reporter: Reporter
-) -> tuple[dict[str, Any], Path]:
-    """Run one training step of `folder` again; returns what was found and the file it is in.
-
-    Writes nothing else there and takes no lock, so it may be called while the run goes on elsewhere. Raises
-    RunFolderError when the folder is no run, or has not come to the distillation.
-    """
-    run = RunFolder(folder)
-    if not run.config.exists():
-        raise RunFolderError(f"{folder} is not a run folder", expected="a folder with config.yaml")
-    config = load_config(run.config, overrides)
-    for part in (run.pruned / "config.json", run.data / "manifest.json"):
-        if not part.exists():
-            raise RunFolderError(f"{folder}: no step was trained yet", expected=str(part), got="no such file")
-    teacher = distilled_from(run, config, resolve_teacher(config.teacher))
-
-    found = replay(
-        config, Folders(run.path, teacher, run.pruned, run.data), step, max_steps=max_steps, nearest=nearest,
-        reporter=reporter,
-    )  # fmt: skip
-    file = run.path / "replay" / f"step-{step}.json"
-    with explain_os_errors(file):
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, found)
-    return found, file
-
-
-def distilled_from(run: RunFolder, config: Config, teacher: Path) -> Path:
-    """Whose distribution the student learned: with `distill.teacher: previous` the student of the step before."""
-    if config.distill.teacher == "original":
-        return teacher
-    if config.steps:
-        steps, before = run.steps, len(config.steps)
-    elif run.path.resolve().parent.name == "steps":
-        steps, before = run.path.resolve().parent, int(run.path.resolve().name.split("-")[0]) - 1
-    else:
-        return teacher
-    return next((RunFolder(path).student for path in steps.glob(f"{before}-*")), teacher)

@@ -1,7 +1,7 @@
-"""A teacher that runs elsewhere: its targets are asked for over HTTP (kdscale.teacher.server answers).
+"""Targets from a teacher that runs elsewhere: ranks ask for them over HTTP, kdscale.teacher.server answers.
 
-Questions are sent ahead: while the student trains on one step, the teacher works on the next. Several services share
-the questions in turn; one that does not answer is passed over.
+Questions are sent ahead: while the student trains on one step, the teacher works on the next. Several services take
+turns; one that does not answer is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kdscale.config.targets import TEACHER_TOKEN, Needs
-from kdscale.errors import CheckpointError, ConfigError, LostRankError
+from kdscale.errors import ConfigError, LostRankError, ServiceError
 from kdscale.runtime.ranks import rank
 from kdscale.teacher.messages import Question, decode_targets
 from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
@@ -31,18 +31,13 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "KDSCALE_TEACHER_TOKEN"
 
-
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between rounds over all services
-
-
 _CONNECT_SECONDS = 5.0
-
-
-_AHEAD = 2  # questions a rank has under way at once: one being computed, one waiting
+_AHEAD = 2  # open questions of a rank: one being computed, one waiting
 
 
 class ServedTeacher:
-    """Asks one or more services; used as teacher.online.OnlineTeacher is, but holds no weights."""
+    """A source of targets that asks one or more services and holds no weights."""
 
     def __init__(
         self,
@@ -54,9 +49,11 @@ class ServedTeacher:
         timeout: float,
         first: int = 0,
     ):
-        """`timeout`: seconds without any answer from any service until LostRankError; `first`: where a rank starts
-        in the list of urls, so that ranks spread over the services."""
-        self.model, self.gives = nn.Module(), gives  # there is nothing here whose layers could be watched
+        """`timeout`: seconds without an answer from any service until LostRankError.
+
+        `first`: where this rank starts in the list of urls, so that the ranks spread over the services.
+        """
+        self.model, self.gives = nn.Module(), gives  # no layers to search for a NaN
         self._top_k, self._temperature, self._vocab_size = min(gives.top_k, vocab_size), gives.temperature, vocab_size
         self._timeout = timeout
         self._clients = [_client(url, token, timeout) for url in urls]
@@ -65,7 +62,7 @@ class ServedTeacher:
         self._under_way: dict[bytes, Future[bytes]] = {}
 
     def prefetch(self, batch: MicroBatch) -> None:
-        """Send a question now whose targets will be asked for later."""
+        """Ask now for targets that will be needed later."""
         body = _question(batch)
         if batch.rows and body not in self._under_way:
             self._under_way[body] = self._pool.submit(self._ask, body)
@@ -89,7 +86,7 @@ class ServedTeacher:
         return Targets(rows=batch.rows, top_k=top_k)
 
     def close(self) -> None:
-        """Take back what nobody waits for any more."""
+        """Cancel the questions that nobody waits for, and close the connections."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for client in self._clients:
             client.close()
@@ -98,7 +95,7 @@ class ServedTeacher:
         import httpx
 
         asked = {"top_k": self._top_k, "temperature": self._temperature, "vocab_size": self._vocab_size}
-        give_up, pause, last = time.monotonic() + self._timeout, _FIRST_PAUSE, ""
+        deadline, pause, failure = time.monotonic() + self._timeout, _FIRST_PAUSE, ""
         first = next(self._turn)
         while True:
             for offset in range(len(self._clients)):
@@ -106,19 +103,19 @@ class ServedTeacher:
                 try:
                     answer = client.post("/targets", params=asked, content=body)
                 except httpx.TransportError as error:
-                    last = f"{client.base_url}: {type(error).__name__}: {error}"
+                    failure = f"{client.base_url}: {type(error).__name__}: {error}"
                     continue
                 if answer.is_success:
                     return answer.content
-                if answer.status_code < 500:  # asking again would not help
+                if answer.status_code < 500:  # the service would refuse it again
                     raise _refused(answer)
-                last = f"{client.base_url}: {answer.status_code} {answer.text}"
-            if time.monotonic() > give_up:
+                failure = f"{client.base_url}: {answer.status_code} {answer.text}"
+            if time.monotonic() > deadline:
                 raise LostRankError(
                     "no teacher service answers",
                     expected=f"an answer within {self._timeout:.0f} s (distill.served.timeout)",
-                    got=last,
-                    hint="see whether kdscale serve-teacher still runs there",
+                    got=failure,
+                    hint="check that kdscale serve-teacher still runs there",
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -129,7 +126,7 @@ def _question(batch: MicroBatch) -> bytes:
 
 
 def open_served(request: SourceRequest) -> OpenedSource:
-    """The services of distill.served. Raises ConfigError, or CheckpointError when one serves another teacher."""
+    """The services of distill.served. Raises ConfigError when they cannot be used."""
     served = request.cfg.distill.served
     token = read_token(Path(served.token_file) if served.token_file else request.run_dir / TEACHER_TOKEN)
     about = check_services(served.urls, token, checkpoint_identity(request.teacher_dir), served.timeout)
@@ -142,10 +139,9 @@ def open_served(request: SourceRequest) -> OpenedSource:
 
 
 def read_token(file: Path) -> str:
-    """The token of the environment, or of a file. Raises ConfigError when there is none."""
-    given = os.environ.get(TOKEN_VARIABLE, "").strip()
-    if given:
-        return given
+    """The token in the environment, or in `file`. Raises ConfigError when there is none."""
+    if token := os.environ.get(TOKEN_VARIABLE, "").strip():
+        return token
     try:
         token = file.read_text(encoding="utf-8").strip()
     except (FileNotFoundError, IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
@@ -161,13 +157,13 @@ def read_token(file: Path) -> str:
 
 
 def check_services(urls: Sequence[str], token: str, expected: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-    """What the services say of themselves; all must serve the checkpoint `expected` (its identity, by name).
+    """Check that all services serve the teacher whose checkpoint_identity is `expected`; what the last one reports.
 
-    Raises ConfigError for a wrong address or token, CheckpointError when one serves another teacher.
+    Raises ConfigError for a wrong address or token, or when one serves another teacher.
     """
     import httpx
 
-    found: dict[str, Any] = {}
+    about: dict[str, Any] = {}
     for url in urls:
         with _client(url, token, timeout) as client:
             try:
@@ -181,16 +177,16 @@ def check_services(urls: Sequence[str], token: str, expected: Mapping[str, Any],
                 ) from error
         if not answer.is_success:
             raise _refused(answer)
-        found = answer.json()
-        differing = [key for key, value in expected.items() if found.get("teacher", {}).get(key) != value]
+        about = answer.json()
+        differing = [key for key, value in expected.items() if about.get("teacher", {}).get(key) != value]
         if differing:
-            raise CheckpointError(
-                f"the teacher at {url}",
+            raise ConfigError(
+                f"distill.served.urls: the teacher at {url}",
                 expected="the teacher of this run",
                 got=f"another one: {', '.join(differing)} differ",
                 hint="start the service with this run's config",
             )
-    return found
+    return about
 
 
 def _client(url: str, token: str, timeout: float) -> httpx.Client:
@@ -200,11 +196,11 @@ def _client(url: str, token: str, timeout: float) -> httpx.Client:
         base_url=url,
         headers={"authorization": f"Bearer {token}"},
         timeout=httpx.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout)),
-        trust_env=False,  # a proxy that is meant for the web has no business between ranks
+        trust_env=False,  # a proxy for the web must not come between ranks
     )
 
 
-def _refused(answer: httpx.Response) -> ConfigError:
+def _refused(answer: httpx.Response) -> ConfigError | ServiceError:
     if answer.status_code in (401, 403):
         return ConfigError(
             "distill.served.token_file",
@@ -212,4 +208,4 @@ def _refused(answer: httpx.Response) -> ConfigError:
             got="a token that it does not accept",
             hint="copy the file that kdscale serve-teacher named at its start",
         )
-    return ConfigError(f"the teacher service at {answer.url.host} refused a question", got=answer.text)
+    return ServiceError(f"the teacher service at {answer.url.host} refused a question", got=answer.text)

@@ -1,7 +1,7 @@
-"""The teacher as a service: one process holds it and answers the ranks' questions (kdscale.teacher.remote asks).
+"""The teacher as a service: one process holds it and answers the questions of the ranks (kdscale.teacher.remote).
 
-GET /about says whose targets these are, POST /targets takes and gives safetensors bytes (kdscale.teacher.messages).
-Every request needs the token. One question is computed at a time; the others wait in line.
+GET /about describes the teacher; POST /targets takes and returns safetensors bytes (kdscale.teacher.messages). Every
+request needs the token. One question is computed at a time; the others wait.
 """
 
 from __future__ import annotations
@@ -31,17 +31,13 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 
-_BODY_BYTES_A_TOKEN = 12  # three int32 a position, and the header below
-
-
+_BODY_BYTES_PER_TOKEN = 12  # three int32 per position, besides the header
 _HEADER_BYTES = 4096
-
-
 _MAX_TOP_K = SOURCES["served"].gives.top_k
 
 
 def make_token(file: Path) -> str:
-    """The token in `file`, made and written for its owner alone when there is none yet."""
+    """The token in `file`. When there is none yet it is made, and written so that only its owner can read it."""
     if not file.exists() and not os.environ.get(TOKEN_VARIABLE):
         with atomic_path(file) as tmp:
             tmp.touch(mode=0o600)
@@ -50,7 +46,7 @@ def make_token(file: Path) -> str:
 
 
 class TeacherService:
-    """The model and the lock in front of it."""
+    """Holds the model and answers one question at a time."""
 
     def __init__(self, model: Any, teacher_dir: Path, *, device: torch.device, max_tokens: int):
         self._model, self._device, self._max_tokens = model, device, max_tokens
@@ -63,9 +59,11 @@ class TeacherService:
 
     @property
     def body_limit(self) -> int:
-        return self._max_tokens * _BODY_BYTES_A_TOKEN + _HEADER_BYTES
+        """The most bytes that a question may have."""
+        return self._max_tokens * _BODY_BYTES_PER_TOKEN + _HEADER_BYTES
 
     def about(self) -> dict[str, Any]:
+        """Which teacher this is and how it is served, as JSON values."""
         return {
             "kdscale": kdscale.__version__,
             "teacher": self._identity,
@@ -76,7 +74,7 @@ class TeacherService:
         }
 
     def answer(self, body: bytes, top_k: int, temperature: float, vocab_size: int) -> bytes:
-        """Raises ServiceError for a question that cannot be asked of this teacher."""
+        """The answer to a question, as bytes. Raises ServiceError for one that this teacher cannot answer."""
         if not (0 < top_k <= min(_MAX_TOP_K, vocab_size) and vocab_size <= self._rows and temperature > 0.0):
             raise ServiceError(
                 "a question to the teacher",
@@ -95,8 +93,8 @@ class TeacherService:
             return encode_targets(answer.top_k)
 
 
-def make_app(answerer: TeacherService, token: str) -> Starlette:
-    """The HTTP side alone; everything but the token's check and the body's size is `answerer`'s."""
+def make_app(service: TeacherService, token: str) -> Starlette:
+    """The HTTP application: it checks token and size, and passes questions to `service`."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
@@ -105,24 +103,24 @@ def make_app(answerer: TeacherService, token: str) -> Starlette:
     from starlette.routing import Route
 
     async def about(_request: Request) -> Response:
-        return JSONResponse(answerer.about())
+        return JSONResponse(service.about())
 
     async def targets(request: Request) -> Response:
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > answerer.body_limit:
-                return PlainTextResponse(f"a question of more than {answerer.body_limit} bytes", 413)
-        asked = request.query_params
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > service.body_limit:
+                return PlainTextResponse(f"a question of more than {service.body_limit} bytes", 413)
+        query = request.query_params
         try:
-            settings = int(asked["top_k"]), float(asked["temperature"]), int(asked["vocab_size"])
+            settings = int(query["top_k"]), float(query["temperature"]), int(query["vocab_size"])
         except (KeyError, ValueError):
             return PlainTextResponse("top_k, temperature and vocab_size are needed, as numbers", 422)
         try:
-            made = await run_in_threadpool(answerer.answer, bytes(body), *settings)
+            answer = await run_in_threadpool(service.answer, bytes(body), *settings)
         except ServiceError as error:
             return PlainTextResponse(str(error), 422)
-        return Response(made, media_type="application/octet-stream")
+        return Response(answer, media_type="application/octet-stream")
 
     routes = [Route("/about", about), Route("/targets", targets, methods=["POST"])]
     return Starlette(routes=routes, middleware=[Middleware(_OnlyWithToken, token=token)])
@@ -132,12 +130,12 @@ class _OnlyWithToken:
     """ASGI middleware: nothing behind it sees a request without the token."""
 
     def __init__(self, app: Any, token: str):
-        self._app, self._wanted = app, f"Bearer {token}".encode()
+        self._app, self._authorization = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._wanted):
+            header = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(header, self._authorization):
                 from starlette.responses import PlainTextResponse
 
                 refusal = PlainTextResponse("a valid token is needed", 401, headers={"www-authenticate": "Bearer"})

@@ -10,8 +10,9 @@ import torch
 
 from kdscale.data.batches import PackedLoader
 from kdscale.data.token_store import TokenStore
-from kdscale.distill import replay as replaying
+from kdscale.distill.engine import Folders
 from kdscale.distill.objectives.token_divergence import TokenDivergence
+from kdscale.distill.replay import replay
 from kdscale.distill.telemetry.clock import PHASES
 from kdscale.errors import ConfigError
 from kdscale.runtime.progress import Reporter
@@ -77,9 +78,9 @@ def test_a_bad_batch_is_named_and_can_be_run_again(
     assert about["micro_batches"][1]["loss"] > about["limit"] > about["micro_batches"][0]["loss"]
     assert spoilt in [item["number"] for item in about["micro_batches"][1]["sequences"]]
     # again, alone: the newest checkpoint before it is step 6's
-    before, folders = tree(tmp_path), replaying.Folders(tmp_path, tiny_llama_dir, student_dir, data_dir)
+    before, folders = tree(tmp_path), Folders(tiny_llama_dir, student_dir, data_dir, tmp_path)
     settings = {"nearest": False, "reporter": Reporter(quiet=True)}
-    found = replaying.replay(make_config(**WATCHED), folders, BAD_STEP, max_steps=0, **settings)
+    found = replay(make_config(**WATCHED), folders, BAD_STEP, max_steps=0, **settings)
     assert (found["checkpoint_step"], found["of_this_step"], found["same_bits"]) == (6, True, True)
     assert found["grad_norm"] == pytest.approx(rows[BAD_STEP - 1]["grad_norm"], rel=1e-4)
     assert found["gradient_norms"].keys() >= {"layer 0 attention", "layer 2 ffn", "embed_tokens"}
@@ -88,14 +89,12 @@ def test_a_bad_batch_is_named_and_can_be_run_again(
     assert [document["id"] for document in worst["documents"]] == bad["documents"]
     assert all(document["text"] for document in worst["documents"])
     # a step whose weights were never stored: the steps between are trained again, or it is refused, or said
-    early = replaying.replay(make_config(**WATCHED), folders, 2, max_steps=1, **settings)
+    early = replay(make_config(**WATCHED), folders, 2, max_steps=1, **settings)
     assert (early["checkpoint_step"], early["same_bits"]) == (0, True)
     with pytest.raises(ConfigError, match="1 steps after the nearest one, which is of step 0"):
-        replaying.replay(make_config(**WATCHED), folders, 2, max_steps=0, **settings)
-    nearest = replaying.replay(
-        make_config(**WATCHED), folders, 2, max_steps=0, nearest=True, reporter=Reporter(quiet=True)
-    )
+        replay(make_config(**WATCHED), folders, 2, max_steps=0, **settings)
+    nearest = replay(make_config(**WATCHED), folders, 2, max_steps=0, nearest=True, reporter=Reporter(quiet=True))
     assert (nearest["weights_of_step"], nearest["of_this_step"], nearest["same_bits"]) == (0, False, False)
     with pytest.raises(ConfigError, match="1 to 8"):
-        replaying.replay(make_config(**WATCHED), folders, 9, max_steps=9, **settings)
+        replay(make_config(**WATCHED), folders, 9, max_steps=9, **settings)
     assert tree(tmp_path) == before

@@ -15,8 +15,9 @@ from kdscale.config.targets import Needs, Source
 from kdscale.data.batches import PackedLoader
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
+from kdscale.distill.engine import Folders
 from kdscale.distill.objectives.base import StudentOutput
-from kdscale.distill.replay import Folders, replay
+from kdscale.distill.replay import replay
 from kdscale.errors import ConfigError
 from kdscale.models.head import final_hidden, head_of
 from kdscale.models.loading import load_model
@@ -82,7 +83,7 @@ def test_an_objective_is_added_by_a_row_and_a_class(
     card = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "0.5 × (0·CE + 1·T²·forward_kl, T = 1, whole vocabulary) + 1 × (hidden_match)" in card
     found = replay(
-        make_config(**settings), Folders(tmp_path / "run", tiny_llama_dir, student_dir, data_dir), 16,
+        make_config(**settings), Folders(tiny_llama_dir, student_dir, data_dir, tmp_path / "run"), 16,
         max_steps=1, nearest=False, reporter=Reporter(quiet=True),
     )  # fmt: skip
     assert found["same_bits"]

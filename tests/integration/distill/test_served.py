@@ -15,7 +15,7 @@ import uvicorn
 
 from kdscale.config.load import build_config
 from kdscale.config.targets import Needs
-from kdscale.errors import CheckpointError, ConfigError, LostRankError
+from kdscale.errors import ConfigError, LostRankError, ServiceError
 from kdscale.jobs import serve_teacher
 from kdscale.models.loading import load_model
 from kdscale.runs.folder import RunFolder
@@ -72,7 +72,7 @@ def test_a_served_teacher_gives_the_same_student(
     assert (tmp_path / "there" / weights).read_bytes() == (tmp_path / "here" / weights).read_bytes()
 
 
-def test_a_service_that_does_not_answer_is_passed_over(service: str, unused: str) -> None:
+def test_a_service_that_does_not_answer_is_skipped(service: str, unused: str) -> None:
     batch = MicroBatch(torch.tensor([[1, 2, 3, 4]]), torch.arange(4)[None], torch.tensor([0, 2]), torch.tensor([2, 4]))
     answers = []
     for urls in ([service], [unused, service]):
@@ -93,6 +93,14 @@ def test_no_service_at_all_is_a_lost_rank_not_a_hang(unused: str) -> None:
     teacher.close()
 
 
+def test_a_question_that_the_service_refuses_is_an_error_of_the_service(service: str) -> None:
+    teacher = ServedTeacher([service], TOKEN, Needs(top_k=5), vocab_size=10**6, timeout=30.0)
+    one_token = MicroBatch(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), torch.tensor([0]), torch.tensor([2]))
+    with pytest.raises(ServiceError, match=r"127\.0\.0\.1 refused a question(.|\n)*vocab_size 1000000"):
+        teacher.targets(one_token)
+    teacher.close()
+
+
 def test_before_any_training_the_address_the_token_and_the_teacher_are_checked(
     distil: Callable[..., Any], service: str, unused: str, token_file: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -106,7 +114,7 @@ def test_before_any_training_the_address_the_token_and_the_teacher_are_checked(
     with pytest.raises(ConfigError, match=r"kdscale serve-teacher wrote"):
         distil(tmp_path / "c", **_served(str(tmp_path / "none"), service))
     monkeypatch.setattr(TeacherService, "about", lambda _self: {"teacher": {"config": "0" * 64}, "rows": 64})
-    with pytest.raises(CheckpointError, match="another one"):
+    with pytest.raises(ConfigError, match="another one"):
         distil(tmp_path / "d", **_served(token_file, service))
 
 
