@@ -27,7 +27,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.models.loading import load_model, open_teacher
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.search.masked import score_masked
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.device import resolve_dtype, set_threads
 from kdscale.runtime.progress import Reporter
 

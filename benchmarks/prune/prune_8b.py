@@ -118,7 +118,7 @@ def sliced(arguments: argparse.Namespace) -> dict[str, Any]:
     """Apply without compensation; which units stay does not matter to the time, so the scores are random."""
     from kdscale.config.prune import PruneConfig
     from kdscale.prune.apply import apply_plan
-    from kdscale.prune.search.shapes import make_plan
+    from kdscale.prune.search.planning import make_plan
 
     checkpoint, family = opened(arguments.teacher)
     config = PruneConfig(**CUT, compensate="none")
@@ -158,7 +158,7 @@ def importance(arguments: argparse.Namespace) -> dict[str, Any]:
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from kdscale.config.prune import PruneConfig
     from kdscale.prune.importance.scores_file import load_scores
-    from kdscale.prune.search.shapes import make_plan
+    from kdscale.prune.search.planning import make_plan
 
     checkpoint, family = opened(arguments.teacher)
     config = PruneConfig(**CUT, compensate=arguments.compensate)

@@ -36,8 +36,8 @@ from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance import collect
 from kdscale.prune.importance.scores_file import load_scores
 from kdscale.prune.rotation import rotated_teacher
-from kdscale.prune.search.hidden_basis import choose
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.hidden_basis import hidden_bases
+from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.device import resolve_dtype, set_threads
 from kdscale.runtime.progress import Reporter
 
@@ -86,7 +86,10 @@ def main() -> None:
             if not set(needed(cfg)) <= set(scores):
                 scores |= score(folder, batches, cfg, work / "scores", arguments.layer_tokens)
             started = time.monotonic()
-            plan = choose(teacher, family, scores, cfg, make_plan)
+            for basis in hidden_bases(teacher.config, family, cfg):
+                plan = make_plan(basis.config, family, scores, basis.cfg)
+                if basis.suits(plan):
+                    break
             if plan.methods.hidden == "pca":
                 teacher = rotated_teacher(teacher, family, scores)
             out = work / "student"

@@ -44,7 +44,7 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
     cannot be met.
     """
     from kdscale.families import load_family
-    from kdscale.prune.search.shapes import make_plan
+    from kdscale.prune.search.planning import make_plan
     from kdscale.weights import read_config
 
     model, plans = read_config(teacher), []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
@@ -22,6 +22,26 @@ _AXES_OF_BUDGET: dict[BudgetKind, tuple[str, ...]] = {
     "decode": _LATENCY_AXES,
     "prefill": _LATENCY_AXES,
 }
+
+
+class Sizes(NamedTuple):
+    """The sizes of one shape, in the order of SHAPE_AXES."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    layers: int
+    experts: int  # 0 in dense models
+
+    @classmethod
+    def of(cls, dims: Dims) -> Sizes:
+        """The sizes of `dims` that pruning can change."""
+        return cls(*(getattr(dims, axis) for axis in SHAPE_AXES))
+
+    def dims(self, teacher: Dims) -> Dims:
+        """These sizes, with what never changes from the teacher."""
+        return teacher.replace(**self._asdict())
 
 
 def target_kind(cfg: PruneConfig) -> BudgetKind | None:

@@ -21,6 +21,7 @@ from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.families.family import SHAPE_AXES
 from kdscale.files import write_text
+from kdscale.prune.axes import Sizes
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -149,9 +150,9 @@ class ShapeCandidate(_PlanSection):
     masked: MaskedScore | None = None
     probes: list[ProbeResult] = []
 
-    def sizes(self) -> Any:
-        """In the order of cost.SHAPE_AXES."""
-        return tuple(getattr(self, axis) for axis in SHAPE_AXES)
+    def sizes(self) -> Sizes:
+        """The candidate's size on every axis."""
+        return Sizes(*(getattr(self, axis) for axis in SHAPE_AXES))
 
 
 class Plan(_PlanSection):

@@ -15,7 +15,7 @@ from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.pipeline.checks import plan_shapes
 from kdscale.prune.plan import Plan
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 
 TEACHERS = Path(__file__).resolve().parents[1] / "fixtures" / "teachers"
 NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))

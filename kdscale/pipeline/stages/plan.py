@@ -1,15 +1,13 @@
 """The plan stage: predicted scores of all shapes, masked runs of the best, short distillations of the finalists.
 
-Each ranking is dearer than the one before and sees fewer shapes. What every shape was given is in plan.json.
+Each ranking costs more than the one before and sees fewer shapes. plan.json records all scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kdscale.config.prune import PruneConfig
 from kdscale.models import loading
 from kdscale.pipeline import calibration
 from kdscale.pipeline.calibration import scoring_batches
@@ -18,7 +16,6 @@ from kdscale.pipeline.stages.probes import by_probes
 from kdscale.prune.search.latency import LATENCY_KINDS
 
 if TYPE_CHECKING:
-    from kdscale.families import Family
     from kdscale.prune.plan import Plan, ShapeCandidate
     from kdscale.prune.search.latency import LatencyModel
     from kdscale.prune.search.shapes import Search
@@ -34,32 +31,36 @@ _TIMING_NOISE = 0.05
 
 def search_plan(context: StageContext, scores: Mapping[str, Any]) -> Plan:
     """The plan of this run. Raises ConfigError when the budget cannot be met."""
-    from kdscale.prune.search.hidden_basis import choose
+    from kdscale.prune.search.hidden_basis import hidden_bases
     from kdscale.prune.search.shapes import Search
 
     teacher, family = loading.open_teacher(context.model_to_prune)
     tied = family.tied(teacher.config)
-
-    def make(config: Mapping[str, Any], family: Family, scores: Mapping[str, Any] | None, cfg: PruneConfig) -> Plan:
+    for basis in hidden_bases(teacher.config, family, context.config.prune):
         # a rotated teacher has a head where a tied one has none: of the embedding's dtype
-        search = Search(dict(config), family, scores, cfg, lambda name: teacher.itemsize(tied.get(name, name)))
-        return _searched(context, search)
+        search = Search(
+            basis.config, family, scores, basis.cfg, itemsize=lambda name: teacher.itemsize(tied.get(name, name))
+        )
+        plan = _plan_by_all_rankings(context, search)
+        if basis.suits(plan):
+            break
+    plan.warnings.extend(basis.warnings)
+    return plan
 
-    return choose(teacher, family, scores, context.config.prune, make)
 
-
-def _searched(context: StageContext, search: Search) -> Plan:
+def _plan_by_all_rankings(context: StageContext, search: Search) -> Plan:
     from kdscale.prune.axes import target_kind
+    from kdscale.prune.search.planning import build_plan
 
     if target_kind(search.cfg) not in ("decode", "prefill"):
         candidates, tried = search.shortlist()
-        return search.plan(_ranked(context, search, candidates), tried)
+        return build_plan(search, _ranked(context, search, candidates), tried)
     model = measured_latencies(context, search)
-    search = replace(search, speeds=model)
+    search = search.with_speeds(model)
     candidates, tried = search.shortlist()
-    within, others = _by_measured_time(search, model, candidates, context)
-    chosen = _ranked(context, search, within) if within else []
-    return _timed(search.plan([*chosen, *others], tried), model)
+    within, over = _by_measured_time(search, model, candidates, context)
+    ranked = _ranked(context, search, within) if within else []
+    return _timed(build_plan(search, [*ranked, *over], tried), model)
 
 
 def what_matters(context: StageContext) -> Mapping[str, Any]:
@@ -69,7 +70,7 @@ def what_matters(context: StageContext) -> Mapping[str, Any]:
 
 
 def _ranked(context: StageContext, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
-    """In order of the dearest score that the config asks for."""
+    """In order of the most expensive score that the config asks for."""
     settings = context.config.prune.search
     if len(candidates) > 1 and settings.masked_candidates:
         candidates = by_masked_score(context, search, candidates)
@@ -83,6 +84,7 @@ def by_masked_score(context: StageContext, search: Search, candidates: list[Shap
     from kdscale.models.hidden_states import Scratch
     from kdscale.prune.rotation import rotated_teacher
     from kdscale.prune.search.masked import score_masked
+    from kdscale.prune.search.planning import build_plan
     from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 
     config = context.config
@@ -91,11 +93,11 @@ def by_masked_score(context: StageContext, search: Search, candidates: list[Shap
     teacher, family = loading.open_teacher(context.model_to_prune)
     if search.cfg.hidden_method == "pca":
         teacher = rotated_teacher(teacher, family, search.scores or {})
-    chosen = candidates[: config.prune.search.masked_candidates]
-    found = score_masked(
+    best = candidates[: config.prune.search.masked_candidates]
+    scores = score_masked(
         teacher,
         family,
-        [search.plan([candidate], 1) for candidate in chosen],
+        [build_plan(search, [candidate], 1) for candidate in best],
         scoring_batches(config, context.run.data),
         calibration=calibration.calibration_batches(config, context.run.data),
         ridge=config.prune.ridge_lambda,
@@ -104,10 +106,10 @@ def by_masked_score(context: StageContext, search: Search, candidates: list[Shap
         reporter=context.reporter,
         scratch=Scratch(context.run.work / "masked", config.runtime.activation_bytes),
     )
-    pairs = zip(chosen, found, strict=True)
+    pairs = zip(best, scores, strict=True)
     scored = [candidate.model_copy(update={"masked": masked}) for candidate, masked in pairs]
     scored.sort(key=_divergence)
-    return [*scored, *candidates[len(chosen) :]]
+    return [*scored, *candidates[len(best) :]]
 
 
 def _divergence(candidate: ShapeCandidate) -> float:
@@ -119,6 +121,7 @@ def measured_latencies(context: StageContext, search: Search) -> LatencyModel:
     """A latency model for the shapes the search may choose, fitted to a few that are timed here and now."""
     from kdscale.prune.search.latency import LatencyModel
     from kdscale.prune.search.latency_timing import machine_name, measurer
+    from kdscale.prune.search.space import columns
     from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 
     config = context.config
@@ -130,14 +133,15 @@ def measured_latencies(context: StageContext, search: Search) -> LatencyModel:
     time_shape = measurer(search.config, search.family, device=device, dtype=dtype, context_tokens=tokens)
     model = LatencyModel(time_shape, machine, context.run.speed)
     with context.reporter.bar("latency of shapes", total=8, unit="shape") as bar:
-        model.fit(search.teacher, search.columns(search.enumerate()), bar.advance)
+        model.fit(search.teacher, columns(search.space.all()), bar.advance)
     return model
 
 
 def _by_measured_time(
     search: Search, model: LatencyModel, candidates: list[ShapeCandidate], context: StageContext
 ) -> tuple[list[ShapeCandidate], list[ShapeCandidate]]:
-    """Time the best candidates: those that keep the limit within their own spread; the others, fastest first."""
+    """Time the best candidates. Returns those that keep the limit within their own spread, and the others, the fastest
+    of the timed ones first."""
     budget = search.budget
     assert budget is not None
     assert budget.kind in ("decode", "prefill")
@@ -145,23 +149,23 @@ def _by_measured_time(
     within: list[ShapeCandidate] = []
     over: list[ShapeCandidate] = []
     for candidate in candidates[:_TIMED_CANDIDATES]:
-        dims = search.student_dims(candidate.sizes())
+        dims = candidate.sizes().dims(search.teacher)
         timing = model.timing(dims)
-        times = {f"{each}_ms": timing.total(each, dims.layers) for each in LATENCY_KINDS}
+        times = {f"{phase}_ms": timing.total(phase, dims.layers) for phase in LATENCY_KINDS}
         spread = timing.spread[kind]
-        found = candidate.model_copy(update={**times, "latency_spread": spread})
+        timed = candidate.model_copy(update={**times, "latency_spread": spread})
         keeps = times[f"{kind}_ms"] <= budget.wanted * (1 + min(spread, _TIMING_NOISE))
-        (within if keeps else over).append(found)
+        (within if keeps else over).append(timed)
         context.reporter.say(
             f"  {times[f'{kind}_ms']:.3g} ms ± {spread / 2:.0%}: hidden {dims.hidden}, ffn {dims.ffn}, "
             f"{dims.heads} heads, {dims.layers} layers"
         )
-    over.sort(key=lambda one: getattr(one, f"{kind}_ms"))
+    over.sort(key=lambda candidate: getattr(candidate, f"{kind}_ms"))
     return within, [*over, *candidates[_TIMED_CANDIDATES:]]
 
 
 def _timed(plan: Plan, model: LatencyModel) -> Plan:
-    """Say in the plan how far its latencies can be trusted."""
+    """Add to the plan's warnings how far its latencies can be trusted."""
     kind = plan.target.kind
     assert kind in ("decode", "prefill")
     first = plan.candidates[0]
@@ -178,6 +182,7 @@ def _timed(plan: Plan, model: LatencyModel) -> Plan:
 
 
 def choose_plan(context: StageContext) -> Facts:
+    """Write plan.json; returns the parameter counts before and after."""
     from kdscale.prune.importance.scores_file import load_scores
 
     plan = search_plan(context, load_scores(context.run.importance))

@@ -56,35 +56,44 @@ class Costs:
         return self.speeds.milliseconds(kind, shapes)
 
 
+_UNITS: dict[BudgetKind, str] = {
+    "bytes": "bytes on disk",
+    "kv_bytes": "bytes of 16-bit KV cache per token",
+    "decode": "ms per decoded token",
+    "prefill": "ms per prompt",
+}
+
+
 @dataclass(frozen=True)
 class Budget:
-    """The config's target, resolved against its teacher: `wanted` is in the unit of `kind`."""
+    """The config's target, resolved against its teacher: `wanted` is in `unit`."""
 
     kind: BudgetKind
     asked: str
     wanted: float
     tolerance: float
+    unit: str
 
     @classmethod
-    def of(cls, cfg: PruneConfig, costs: Costs, teacher: Shapes, counted_as: str) -> Budget | None:
+    def of(cls, cfg: PruneConfig, costs: Costs, teacher: Shapes) -> Budget | None:
         """None without a target. Raises ConfigError when the teacher meets it as it is."""
         kind = target_kind(cfg)
         if kind is None or cfg.target is None:
             return None
         field, asked = cfg.target
         form, value = parse_budget(asked, BUDGET_FIELDS[field])
-        whole = float(costs.of(kind, teacher)[0])
-        wanted = value * whole if form == "fraction" else value
+        teacher_cost = float(costs.of(kind, teacher)[0])
+        wanted = value * teacher_cost if form == "fraction" else value
         if BUDGET_FIELDS[field] != "milliseconds":
             wanted = float(max(round(wanted), 1))
-        if wanted >= whole:
-            unit = f"{counted_as} parameters" if kind == "params" else UNITS[kind]
+        unit = _UNITS.get(kind, f"{cfg.count.replace('_', '-')} parameters")
+        if wanted >= teacher_cost:
             raise ConfigError(
                 f"prune.{field}",
-                expected=f"fewer than the teacher's {_figure(whole)} {unit}",
+                expected=f"fewer than the teacher's {_figure(teacher_cost)} {unit}",
                 got=f"{asked} = {_figure(wanted)}",
             )
-        return cls(kind, asked, wanted, cfg.tolerance)
+        return cls(kind, asked, wanted, cfg.tolerance, unit)
 
     def near(self, costs: Floats) -> NDArray[np.bool_]:
         """Which costs meet the budget."""
@@ -95,28 +104,18 @@ class Budget:
             return below
         return below & (costs >= (1 - self.tolerance) * costs[below].max())
 
-    def impossible(self, costs: Floats, counted_as: str, axes: tuple[str, ...]) -> ConfigError:
-        """The refusal when no shape is near, with what can be reached."""
-        unit = f"{counted_as} parameters" if self.kind == "params" else UNITS[self.kind]
+    def impossible(self, costs: Floats, axes: tuple[str, ...]) -> ConfigError:
+        """The error for a budget that no shape meets; it names what can be reached."""
         below, above = costs[costs < self.wanted], costs[costs > self.wanted]
         nearest = [_figure(v) for v in ([below.max()] if len(below) else []) + ([above.min()] if len(above) else [])]
         what = f"within {self.tolerance:.0%} of a reachable size" if self.kind == "params" else "a reachable limit"
         return ConfigError(
             f"prune.target_{self.kind}",
-            expected=f"{what}, {_figure(costs.min())} to {_figure(costs.max())} {unit} "
+            expected=f"{what}, {_figure(costs.min())} to {_figure(costs.max())} {self.unit} "
             f"with axes {', '.join(axes) or '(none)'}",
             got=f"{self.asked} = {_figure(self.wanted)} (nearest reachable: {' and '.join(nearest)})",
             hint="change the target, open another axis in prune.axes, raise prune.tolerance or lower the divisors",
         )
-
-
-UNITS: dict[BudgetKind, str] = {
-    "params": "parameters",
-    "bytes": "bytes on disk",
-    "kv_bytes": "bytes of 16-bit KV cache a token",
-    "decode": "ms a decoded token",
-    "prefill": "ms a prompt",
-}
 
 
 def _figure(value: float) -> str:

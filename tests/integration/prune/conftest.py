@@ -15,7 +15,7 @@ from kdscale.families import Family, load_family
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance import collect
 from kdscale.prune.plan import Plan
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 

@@ -13,7 +13,7 @@ from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models.loading import load_model
 from kdscale.prune import apply, self_check
 from kdscale.prune.apply import apply_plan
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.weights import Checkpoint
 

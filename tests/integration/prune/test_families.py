@@ -20,7 +20,7 @@ from kdscale.models.loading import load_model
 from kdscale.models.parameter_map import trained_tensors
 from kdscale.prune import self_check
 from kdscale.prune.search.masked import score_masked
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.weights import Checkpoint
 from tests.integration.prune.family_table import cuts_of, edit_config, random_scores, save_teacher

@@ -13,7 +13,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, DataError
 from kdscale.models.loading import load_model
 from kdscale.prune.importance.scores_file import load_scores
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.weights import Checkpoint
 
 ALL = {"target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers")}

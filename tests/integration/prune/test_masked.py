@@ -15,7 +15,7 @@ from kdscale.errors import DataError
 from kdscale.models.hidden_states import HiddenStates, Scratch
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.search.masked import score_masked
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import save_teacher
 

@@ -19,7 +19,7 @@ from kdscale.prune.apply import apply_plan
 from kdscale.prune.compensation.layer_gaps import find_gaps, repaired_gaps
 from kdscale.prune.importance import collect
 from kdscale.prune.importance.layer_scores import next_tokens
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.runtime.progress import Reporter
 

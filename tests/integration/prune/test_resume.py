@@ -22,7 +22,7 @@ from kdscale.models.layer_stream import LayerStream
 from kdscale.pipeline.runner import run_until
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance import collect
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.progress import Reporter
 
 ALL = {"target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers")}

@@ -17,16 +17,26 @@ from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance.scores_file import load_scores
 from kdscale.prune.plan import Plan
 from kdscale.prune.rotation import ROTATION, RotatedTeacher, rotated_teacher, rotation_obstacle, untied_config
-from kdscale.prune.search.hidden_basis import choose
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.hidden_basis import hidden_bases
+from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.progress import Reporter
 
 CPU = torch.device("cpu")
 
 
+def _plan_in_basis(teacher, scores, **prune) -> Plan:
+    """As the plan stage does: the plan of the first basis that it suits."""
+    for basis in hidden_bases(teacher.config, teacher.family, PruneConfig(**prune)):
+        plan = make_plan(basis.config, teacher.family, scores, basis.cfg)
+        if basis.suits(plan):
+            break
+    plan.warnings.extend(basis.warnings)
+    return plan
+
+
 def _plan(teacher, tmp_path, **prune) -> tuple[Plan, RotatedTeacher]:
     scores = teacher.scores(tmp_path / "scores", **prune)
-    plan = choose(teacher.checkpoint, teacher.family, scores, PruneConfig(**prune), make_plan)
+    plan = _plan_in_basis(teacher, scores, **prune)
     return plan, rotated_teacher(teacher.checkpoint, teacher.family, scores)
 
 
@@ -99,14 +109,9 @@ def test_energies_fall_and_the_matrix_is_orthogonal_and_repeatable(teacher, tmp_
 
 def test_methods_and_what_they_need(teacher, tmp_path):
     scores = teacher.scores(tmp_path, hidden=72)
-    plain = choose(
-        teacher.checkpoint, teacher.family, scores, PruneConfig(hidden=72, hidden_method="activation"), make_plan
-    )
+    plain = _plan_in_basis(teacher, scores, hidden=72, hidden_method="activation")
     assert plain.methods.hidden == "activation"
-    assert (
-        plain.student_params.total
-        < choose(teacher.checkpoint, teacher.family, scores, PruneConfig(hidden=72), make_plan).student_params.total
-    )
+    assert plain.student_params.total < _plan_in_basis(teacher, scores, hidden=72).student_params.total
     missing = {name: value for name, value in scores.items() if name != ROTATION}
     with pytest.raises(ConfigError, match=r"hidden\.rotation"):
         rotated_teacher(teacher.checkpoint, teacher.family, missing)
@@ -122,7 +127,7 @@ def test_an_open_hidden_axis_that_the_search_leaves_whole_changes_nothing(teache
     for name in ("ffn.output_energy", "ffn.activation"):
         scores[name] = np.zeros_like(scores[name])  # any unit may go for nothing
         scores[name][:, :2] = 1
-    plan = choose(teacher.checkpoint, teacher.family, scores, PruneConfig(**prune), make_plan)
+    plan = _plan_in_basis(teacher, scores, **prune)
     assert plan.student.hidden == plan.teacher.hidden
     assert plan.methods.hidden == "uncut"
     assert Plan.from_json(plan.to_json(), config=teacher.config, family=teacher.family) == plan
@@ -136,7 +141,7 @@ def test_an_open_hidden_axis_that_the_search_leaves_whole_changes_nothing(teache
         ("position_embed", ("positions", "hidden"), "learned positions"),
     ],
 )
-def test_families_that_cannot_be_turned(teacher, tmp_path, role, axes, reason):
+def test_families_that_cannot_be_rotated(teacher, role, axes, reason):
     family = teacher.family
     extra = {"model.extra.weight": TensorSpec(shape=(96,), axes=axes, layer=None, role=role, parameter="extra")}
     other = SimpleNamespace(
@@ -148,10 +153,8 @@ def test_families_that_cannot_be_turned(teacher, tmp_path, role, axes, reason):
     )
     assert rotation_obstacle(family, teacher.config) is None
     assert reason in rotation_obstacle(other, teacher.config)
-    scores = teacher.scores(tmp_path, hidden=72)
     with pytest.raises(ConfigError, match="hidden_method=activation"):
-        choose(teacher.checkpoint, other, scores, PruneConfig(hidden=72, hidden_method="pca"), make_plan)
-    seen = []
-    choose(teacher.checkpoint, other, scores, PruneConfig(hidden=72), lambda *args: seen.append(args))
-    assert seen[0][3].hidden_method == "activation"
+        hidden_bases(teacher.config, other, PruneConfig(hidden=72, hidden_method="pca"))
+    (basis,) = hidden_bases(teacher.config, other, PruneConfig(hidden=72))
+    assert basis.cfg.hidden_method == "activation"
     assert untied_config(teacher.config, family) | teacher.config == teacher.config

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from kdscale.config.load import build_config, dump_config
 from kdscale.errors import FileError, RunFolderError
 from kdscale.families import load_family
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.report.html import write_report
 
 SECTIONS = (

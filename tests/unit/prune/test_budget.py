@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families.family import SHAPE_AXES
+from kdscale.prune.axes import Sizes
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.cost import CostModel
 from kdscale.prune.search.latency import LatencyModel, Timing
-from kdscale.prune.search.shapes import Search, make_plan
+from kdscale.prune.search.planning import build_plan, make_plan
+from kdscale.prune.search.shapes import Search
+from kdscale.prune.search.space import columns
 from kdscale.sizing.capacity import Capacity
 from kdscale.units import parse_budget
 
@@ -58,14 +61,14 @@ def test_every_candidate_keeps_budget_tolerance_and_divisors(
     scores = [round(item.score, 12) for item in candidates]
     assert scores == sorted(scores, reverse=True)
     teacher, kind = found.teacher, field.removeprefix("target_")
-    wanted = share / 100 * found.cost(kind, found.sizes_of(teacher))
+    wanted = share / 100 * found.cost(kind, Sizes.of(teacher))
     for item in candidates:
         cost = found.cost(kind, item.sizes())
         assert cost <= wanted * (1 + tolerance if field == "target_params" else 1) + 1
         assert item.ffn % (ffn_divisor or 32) == 0 or item.ffn == teacher.ffn
         assert item.hidden % (hidden_divisor or 32) == 0 or item.hidden == teacher.hidden
-        assert not small_family.violations(found.student_dims(item.sizes()))
-        plan = found.plan([item], tried)
+        assert not small_family.violations(item.sizes().dims(teacher))
+        plan = build_plan(found, [item], tried)
         assert plan.target.cost == pytest.approx(cost)
         assert Plan.from_json(plan.to_json(), config=small_config, family=small_family) == plan
 
@@ -90,9 +93,9 @@ def test_a_larger_budget_never_buys_a_smaller_model(small_config, small_family, 
 
 def test_costs_rise_with_every_axis(small_config, small_family):
     found = search(small_config, small_family, None, target_params="50%")
-    whole = found.sizes_of(found.teacher)
+    whole = Sizes.of(found.teacher)
     for index in range(SHAPE_AXES.index("experts")):
-        smaller = tuple(size // 2 if i == index else size for i, size in enumerate(whole))
+        smaller = Sizes(*(size // 2 if i == index else size for i, size in enumerate(whole)))
         for kind in ("params", "bytes", "decode", "prefill"):
             assert found.cost(kind, smaller) < found.cost(kind, whole)
 
@@ -172,7 +175,7 @@ def test_the_latency_model_finds_a_machine_that_is_linear(tmp_path, small_config
         )
 
     found = search(small_config, small_family, None, target_decode="50%", axes=AXES, tolerance=0.1)
-    shapes = found.columns(found.enumerate())
+    shapes = columns(found.space.all())
     model = LatencyModel(time_shape, "here", tmp_path / "speed.json")
     model.fit(found.teacher, shapes)
     expected = 0.02 + shapes["layers"] * (1e-5 * shapes["hidden"] * (shapes["ffn"] + 64 * shapes["heads"]) + 0.01)
@@ -184,7 +187,7 @@ def test_the_latency_model_finds_a_machine_that_is_linear(tmp_path, small_config
         {"decode": 7.0, "prefill": 9.0}, {"decode": 1.0, "prefill": 1.0}, {"decode": 0.0}
     )
     model.timing(odd)
-    assert model.milliseconds("decode", found.columns([found.sizes_of(odd)]))[0] == 7.0 * odd.layers + 1.0
+    assert model.milliseconds("decode", columns([Sizes.of(odd)]))[0] == 7.0 * odd.layers + 1.0
     again = LatencyModel(time_shape, "here", tmp_path / "speed.json")
     again.fit(found.teacher, shapes)
     assert len(timed) == 8  # from the file

@@ -9,7 +9,7 @@ import pytest
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.prune.plan import Plan
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from kdscale.prune.compensation.layer_gaps import find_gaps
 from kdscale.prune.importance.ranking import Ranking
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.cost import CostModel
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 
 AXES = ("ffn", "heads", "kv_heads", "hidden", "layers")
 _settings = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -230,7 +230,7 @@ def test_published_8b_shapes_and_speed(llama8b_config):
 
 
 def test_planning_does_not_import_torch():
-    modules = "kdscale.prune.plan, kdscale.prune.search.shapes, kdscale.prune.importance.ranking"
+    modules = "kdscale.prune.plan, kdscale.prune.search.planning, kdscale.prune.importance.ranking"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

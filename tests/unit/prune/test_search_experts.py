@@ -13,7 +13,8 @@ from kdscale.families import Family, load_family
 from kdscale.families.family import SHAPE_AXES
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.cost import CostModel
-from kdscale.prune.search.shapes import Search, make_plan
+from kdscale.prune.search.planning import make_plan
+from kdscale.prune.search.shapes import Search
 
 PER_TOKEN = 3
 
@@ -98,7 +99,7 @@ def test_experts_alone_keep_the_best_of_each_layer(config, family, scores):
 
 def test_the_divisor_of_the_config_counts(config, family):
     cfg = PruneConfig(target_params="60%", axes=("experts",), experts_divisor=4)
-    stays = {row[SHAPE_AXES.index("experts")] for row in Search(config, family, None, cfg).enumerate().tolist()}
+    stays = {row[SHAPE_AXES.index("experts")] for row in Search(config, family, None, cfg).space.all().tolist()}
     assert stays == set(range(4, config["num_experts"] + 1, 4))
 
 

@@ -151,7 +151,7 @@ def test_nothing_fits_is_an_error_with_the_least_that_would_be_needed(tmp_path: 
 
 
 def test_the_student_is_the_one_that_was_planned(tmp_path: Path) -> None:
-    from kdscale.prune.search.shapes import make_plan
+    from kdscale.prune.search.planning import make_plan
 
     config = load_config(find_config("demo"), [f"run_dir={tmp_path}"])
     teacher = json.loads((TEACHERS / "smollm2-135m-instruct" / "config.json").read_text())

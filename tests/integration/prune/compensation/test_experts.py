@@ -21,7 +21,7 @@ from kdscale.prune.apply import apply_plan
 from kdscale.prune.compensation.experts import Equations, refit_experts
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
 from kdscale.prune.plan import Plan
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import random_scores, save_teacher

@@ -11,7 +11,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.models.layer_stream import LayerStream
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
-from kdscale.prune.search.shapes import make_plan
+from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 

@@ -1,0 +1,140 @@
+"""Which shapes a student may have: the sizes that the config gives, and all shapes over the axes left open."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdscale.config.prune import PruneConfig
+from kdscale.errors import ConfigError
+from kdscale.families import Dims, Family
+from kdscale.families.family import SHAPE_AXES
+from kdscale.prune.axes import Sizes, budget_axes
+
+# From these teacher sizes on a step is 256, which suits tensor cores and tensor parallelism; below, 32.
+_REAL_HIDDEN, _REAL_FFN = 2048, 4096
+
+
+_REAL_STEP, _SMALL_STEP = 256, 32
+
+
+# The same for experts, which expert parallelism divides.
+_MANY_EXPERTS, _EXPERTS_STEP = 64, 8
+
+
+def columns(shapes: Any) -> dict[str, NDArray[np.int64]]:
+    """Shapes (rows in the order of SHAPE_AXES) as one array per axis."""
+    rows = np.asarray(shapes, dtype=np.int64)
+    return {axis: rows[:, index] for index, axis in enumerate(SHAPE_AXES)}
+
+
+class ShapeSpace:
+    """The shapes that students of one teacher may have under one config."""
+
+    def __init__(self, teacher: Dims, family: Family, cfg: PruneConfig):
+        self._teacher, self._family, self._cfg = teacher, family, cfg
+
+    def given(self) -> Sizes:
+        """The teacher's sizes with those that the config gives. Raises ConfigError for a size that is not allowed."""
+        teacher, cfg = self._teacher, self._cfg
+        budget_axes(cfg)  # refuses axes that have no influence on the target
+        if "experts" in cfg.axes and not teacher.experts:
+            raise ConfigError("prune.axes", expected="axes of a dense teacher", got=", ".join(cfg.axes))
+        for axis in SHAPE_AXES:
+            self._check_size(axis)
+        heads, kv_heads = self._given_heads()
+        sizes = Sizes(
+            cfg.hidden or teacher.hidden,
+            cfg.ffn or teacher.ffn,
+            heads,
+            kv_heads,
+            cfg.layers or teacher.layers,
+            cfg.experts or teacher.experts,
+        )
+        if wrong := self.violations(sizes):
+            fields = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(cfg, axis) is not None]
+            raise ConfigError(
+                ", ".join(fields) or "prune", expected="sizes that the family allows", got="; ".join(wrong)
+            )
+        return sizes
+
+    def violations(self, sizes: Sizes) -> list[str]:
+        """Why the family refuses this shape; empty when it does not."""
+        return self._family.violations(sizes.dims(self._teacher))
+
+    def all(self) -> NDArray[np.int64]:
+        """Every allowed shape over the open axes, one row per shape in the order of SHAPE_AXES.
+
+        Raises ConfigError when there is none.
+        """
+        cfg, teacher = self._cfg, self._teacher
+        hidden_step = cfg.hidden_divisor or (_REAL_STEP if teacher.hidden >= _REAL_HIDDEN else _SMALL_STEP)
+        ffn_step = cfg.ffn_divisor or (_REAL_STEP if teacher.ffn >= _REAL_FFN else _SMALL_STEP)
+        experts_step = cfg.experts_divisor or (_EXPERTS_STEP if teacher.experts >= _MANY_EXPERTS else 1)
+        experts = [n for n in self._options("experts", experts_step) if n >= self._family.experts_per_token]
+        rows = [
+            (hidden, ffn, heads, kv_heads, layers, kept_experts)
+            for hidden, (heads, kv_heads) in itertools.product(
+                self._options("hidden", hidden_step), self._head_options()
+            )
+            if not self._family.violations(teacher.replace(hidden=hidden, heads=heads, kv_heads=kv_heads))
+            for ffn, layers, kept_experts in itertools.product(
+                self._options("ffn", ffn_step), self._options("layers", 1), experts
+            )
+        ]
+        if not rows:
+            raise ConfigError("prune.axes", expected="at least one shape that the family allows", got=str(cfg.axes))
+        return np.array(rows, dtype=np.int64)
+
+    def _is_open(self, axis: str) -> bool:
+        return axis in budget_axes(self._cfg) and getattr(self._cfg, axis) is None
+
+    def _options(self, axis: str, step: int) -> list[int]:
+        """The sizes of one axis: the given one, the teacher's, or multiples of `step` up to the teacher's."""
+        limit: int = getattr(self._teacher, axis)
+        if not self._is_open(axis):
+            return [getattr(self._cfg, axis) or limit]
+        return sorted({*range(step, limit, step), limit})
+
+    def _head_options(self) -> list[tuple[int, int]]:
+        """(query heads, kv heads): as many query heads for every kv head."""
+        group, heads = self._teacher.heads // self._teacher.kv_heads, self._cfg.heads
+        pairs = []
+        for kv_heads in self._options("kv_heads", 1):
+            if heads is not None:
+                pairs += [(heads, kv_heads)] if heads % kv_heads == 0 and heads // kv_heads <= group else []
+            else:
+                pairs += [
+                    (kv_heads * n, kv_heads) for n in (range(1, group + 1) if self._is_open("heads") else [group])
+                ]
+        return pairs
+
+    def _check_size(self, axis: str) -> None:
+        size, limit = getattr(self._cfg, axis), getattr(self._teacher, axis)
+        if size is not None and size > limit:
+            most = f"at most the teacher's {limit}" if limit else "none: the teacher is no mixture of experts"
+            raise ConfigError(f"prune.{axis}", expected=most, got=str(size))
+        step = getattr(self._cfg, f"{axis}_divisor", None)
+        if size is not None and step is not None and size % step:
+            raise ConfigError(f"prune.{axis}", expected=f"a multiple of prune.{axis}_divisor ({step})", got=str(size))
+
+    def _given_heads(self) -> tuple[int, int]:
+        """The given or the teacher's (query heads, kv heads). Raises ConfigError when no kv heads go with the given."""
+        cfg, group = self._cfg, self._teacher.heads // self._teacher.kv_heads
+        kv_heads = cfg.kv_heads or self._teacher.kv_heads
+        heads = cfg.heads or kv_heads * group
+        if cfg.kv_heads is None and "kv_heads" not in cfg.axes and heads % kv_heads:
+            raise _bad_heads(heads, f"a multiple of the teacher's {kv_heads} kv heads")
+        if cfg.kv_heads is not None and (heads % kv_heads or heads // kv_heads > group):
+            raise _bad_heads(heads, f"1 to {group} query heads for each of {kv_heads} kv heads")
+        if heads % kv_heads:  # kv_heads is open: the search finds a count that divides
+            kv_heads = max(k for k in range(1, kv_heads + 1) if heads % k == 0 and heads // k <= group)
+        return heads, kv_heads
+
+
+def _bad_heads(heads: int, expected: str) -> ConfigError:
+    hint = "every kv group keeps the same number of query heads"
+    return ConfigError("prune.heads", expected=expected, got=str(heads), hint=hint)
