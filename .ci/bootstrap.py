@@ -33,8 +33,8 @@ def main() -> int:
     target, extras = Path(sys.argv[1]), sorted(sys.argv[2:])
     python = target / "bin" / "python"
     stamp = target / f".kdscale-{'-'.join(extras) or 'core'}"
-    wanted = fingerprint()
-    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+    current = fingerprint()
+    if python.exists() and stamp.exists() and stamp.read_text() == current:
         return 0
     started = time.monotonic()
     outer_torch = installed_torch()
@@ -52,7 +52,7 @@ def main() -> int:
     spec = str(ROOT) + (f"[{','.join(extras)}]" if extras else "")
     print("installing kdscale and what it needs (a minute or two)", flush=True)
     pip(python, "-e", spec, "-c", str(CONSTRAINTS))
-    stamp.write_text(wanted)
+    stamp.write_text(current)
     print(f"environment ready in {time.monotonic() - started:.0f} s", flush=True)
     return 0
 

@@ -182,8 +182,8 @@ def with_condition(work: Path, condition: str, rng: random.Random) -> Iterator[P
     """Set up a condition; yields the folder for its run."""
     plan, small = work / "plan.json", work / "small"
     ahead = {"skew": [rng.randrange(2), rng.choice([3, -3, 24 * 400]) * 3600]}
-    wanted = {"slow disk": {"slow": 0.2}, "clock skew": ahead}
-    plan.write_text(json.dumps(wanted.get(condition, {})))
+    faults = {"slow disk": {"slow": 0.2}, "clock skew": ahead}
+    plan.write_text(json.dumps(faults.get(condition, {})))
     if condition == "small disk":
         small.mkdir(exist_ok=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m", "kdscale-faults", str(small)], check=True)

@@ -108,10 +108,10 @@ def _bytes(option: str, text: str) -> float:
     from kdscale.units import parse_budget
 
     try:
-        kind, value = parse_budget(text, "bytes")
+        unit, value = parse_budget(text, "bytes")
     except ValueError as error:
         raise ConfigError(option, expected="a size such as 80GiB", got=repr(text)) from error
-    if kind == "fraction" or value <= 0:
+    if unit == "fraction" or value <= 0:
         raise ConfigError(option, expected="a size such as 80GiB", got=repr(text))
     return value
 

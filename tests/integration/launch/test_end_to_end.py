@@ -46,10 +46,10 @@ def start(tiny_config: Path, fake_ssh: Path, kdscale_environment: dict[str, str]
     return launch
 
 
-def ends(process: subprocess.Popen[str], code: int) -> str:
-    said, _ = process.communicate(timeout=250)
-    assert process.returncode == code, said
-    return said
+def output_at_end(process: subprocess.Popen[str], code: int) -> str:
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == code, output
+    return output
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
@@ -69,10 +69,10 @@ def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> Non
         time.sleep(0.005)  # between two looks
 
 
-def the_rank(number: int, launcher: subprocess.Popen[str]) -> psutil.Process:
+def rank_process(number: int, launcher: subprocess.Popen[str]) -> psutil.Process:
     """Started by an agent, which was started by the stand-in for ssh."""
-    (found,) = [process for process in ranks(launcher) if process.environ()["RANK"] == str(number)]
-    return found
+    (rank,) = [process for process in ranks(launcher) if process.environ()["RANK"] == str(number)]
+    return rank
 
 
 def ranks(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -85,26 +85,26 @@ def student(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_broken_job_starts_again_and_ends_with_the_unbroken_ones_student(start: Start, tiny_config: Path) -> None:
-    whole, broken = tiny_config.parent / "whole", tiny_config.parent / "broken"
-    said = ends(start("whole"), 0)
-    assert "collective" in said  # preflight ran, all ranks met
-    assert "bad" not in said
-    assert not list(whole.rglob(".preflight-*"))
+    unbroken, broken = tiny_config.parent / "unbroken", tiny_config.parent / "broken"
+    output = output_at_end(start("unbroken"), 0)
+    assert "collective" in output  # preflight ran, all ranks met
+    assert "bad" not in output
+    assert not list(unbroken.rglob(".preflight-*"))
 
     left_out = shutil.ignore_patterns("student", "checkpoints", "logs", "distill*.json")
-    shutil.copytree(whole, broken, ignore=left_out)  # everything before the distillation
+    shutil.copytree(unbroken, broken, ignore=left_out)  # everything before the distillation
     process = start("broken", "--skip-preflight", "--accept-changes", "--max-restarts", "1")
     wait_for_steps(broken, 8, process)
-    the_rank(1, process).kill()
-    said = ends(process, 0)
-    assert "host two, rank 1: was killed by signal 9" in said
-    assert "restart 1 of 1" in said
-    assert "going on from step" in said
-    assert steps(broken) == steps(whole) == list(range(1, 31))
-    assert student(broken) == student(whole)
+    rank_process(1, process).kill()
+    output = output_at_end(process, 0)
+    assert "host two, rank 1: was killed by signal 9" in output
+    assert "restart 1 of 1" in output
+    assert "going on from step" in output
+    assert steps(broken) == steps(unbroken) == list(range(1, 31))
+    assert student(broken) == student(unbroken)
     assert len(list((broken / "logs" / "ranks").glob("*/rank-1.log"))) == 2
 
-    assert "done before" in ends(start("broken", "--skip-preflight"), 0)  # the second host is sent home
+    assert "done before" in output_at_end(start("broken", "--skip-preflight"), 0)  # the second host is sent home
 
 
 @pytest.mark.slow
@@ -115,27 +115,27 @@ def test_a_host_that_stays_away_is_done_without_and_used_again(start: Start, tin
     fake_ssh.write_text(fake_ssh.read_text().replace("\nshift\n", f"\n{refusal}\nshift\n"))
     settings = ("--skip-preflight", "--min-nodes", "1", "--host-timeout", "1", "--dead-after", "3", "--set",
                 "distill.zero_stage=3")  # fmt: skip
-    ends(start("whole", *settings), 0)
+    output_at_end(start("unbroken", *settings), 0)
 
     process = start("elastic", *settings)
     elastic = folder / "elastic"
     wait_for_steps(elastic, 5, process)
     away.touch()
-    the_rank(1, process).parent().kill()  # its agent: the whole host is gone, and stays so
+    rank_process(1, process).parent().kill()  # its agent: the whole host is gone, and stays so
     here = len(steps(elastic))
     wait_for_steps(elastic, here + 4, process)
     assert len(ranks(process)) == 1
     away.unlink()
-    the_rank(0, process).kill()
-    said = ends(process, 0)
-    assert "host two: lost: the connection ended" in said
-    assert "going on with 1 of 2 hosts (1 ranks)" in said
-    assert "all 2 hosts are back" in said
-    assert steps(elastic) == steps(folder / "whole") == list(range(1, 31))
+    rank_process(0, process).kill()
+    output = output_at_end(process, 0)
+    assert "host two: lost: the connection ended" in output
+    assert "going on with 1 of 2 hosts (1 ranks)" in output
+    assert "all 2 hosts are back" in output
+    assert steps(elastic) == steps(folder / "unbroken") == list(range(1, 31))
     # the same documents in every step
-    assert dict(curve(elastic)) == pytest.approx(dict(curve(folder / "whole")), rel=1e-5)
-    weights, want = (load_file(folder / name / "student" / "model.safetensors") for name in ("elastic", "whole"))
-    assert all(torch.allclose(tensor, want[name], rtol=1e-4, atol=1e-5) for name, tensor in weights.items())
+    assert dict(curve(elastic)) == pytest.approx(dict(curve(folder / "unbroken")), rel=1e-5)
+    weights, expected = (load_file(folder / name / "student" / "model.safetensors") for name in ("elastic", "unbroken"))
+    assert all(torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-5) for name, tensor in weights.items())
 
 
 def test_a_waiting_rank_leaves_with_75_on_sigterm(tiny_config: Path, kdscale_environment: dict[str, str]) -> None:

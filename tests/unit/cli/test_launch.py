@@ -127,17 +127,17 @@ def test_what_cannot_be_is_refused_at_once(dry: Launch, args: tuple[str, ...], m
 
 def test_commands_for_fewer_hosts(config: Path) -> None:
     hosts = [Host(f"node-{number}", 2) for number in range(4)]
-    asked = make_request(config, ["teacher.path=/a b"], 8, accept_changes=False)
-    commands = commands_for_fewer_hosts(asked, hosts, 1, "py")
+    request = make_request(config, ["teacher.path=/a b"], 8, accept_changes=False)
+    commands = commands_for_fewer_hosts(request, hosts, 1, "py")
     assert {number: words[-1] for number, words in commands.items()} == {  # 6 ranks cannot share 8 sequences
         1: "distill.processes=2",
         2: "distill.processes=4",
     }
     assert commands[1][-2] == "teacher.path=/a b"
     with pytest.raises(ConfigError, match=r"(?s)--min-nodes 3 .*multiple"):
-        commands_for_fewer_hosts(asked, hosts, 3, "py")
+        commands_for_fewer_hosts(request, hosts, 3, "py")
     with pytest.raises(ConfigError, match=r"(?s)same number of slots.*node-3: 1"):
-        commands_for_fewer_hosts(asked, [*hosts[:3], Host("node-3", 1)], 1, "py")
+        commands_for_fewer_hosts(request, [*hosts[:3], Host("node-3", 1)], 1, "py")
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,14 @@ def task(code: str, tmp_path: Path, **settings) -> Task:
 
 def test_every_rank_gets_its_place_and_the_first_one_is_heard(connections, tmp_path):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "EXTRA")
-    heard = []
+    output = []
     code = f"import os; print(*(os.environ.get(n) for n in {names}))"
-    outcome = connections.run(task(code, tmp_path, env={"EXTRA": "it's $HOME"}), heard.append)
+    outcome = connections.run(task(code, tmp_path, env={"EXTRA": "it's $HOME"}), output.append)
     assert outcome.ok
     assert outcome.exit_codes == {0: 0, 1: 0, 2: 0}
     assert outcome.log_tails[0] == "0 0 3 1 127.0.0.1 it's $HOME"
     assert [outcome.log_tails[rank].split()[:4] for rank in (1, 2)] == [["1", "0", "3", "2"], ["2", "1", "3", "2"]]
-    assert "".join(heard).strip() == outcome.log_tails[0]
+    assert "".join(output).strip() == outcome.log_tails[0]
     assert (tmp_path / "logs" / "rank-2.log").read_text().strip() == outcome.log_tails[2]
 
 
@@ -132,10 +132,10 @@ def test_a_host_lost_before_the_command_is_a_failure(ssh, tmp_path, wait_for):
 
 
 def test_output_arrives_whole_however_much_there_is(connections, tmp_path):
-    heard = []
-    outcome = connections.run(task("for n in range(30_000): print('→ é', n)", tmp_path), heard.append)
+    output = []
+    outcome = connections.run(task("for n in range(30_000): print('→ é', n)", tmp_path), output.append)
     assert outcome.ok
-    assert "".join(heard) == "".join(f"→ é {n}\n" for n in range(30_000))
+    assert "".join(output) == "".join(f"→ é {n}\n" for n in range(30_000))
 
 
 def test_a_terminal_that_takes_no_output_does_not_end_the_job(ssh, tmp_path):

@@ -24,10 +24,10 @@ def job(ssh, tmp_path: Path, code: str, **settings) -> HostsJob:
     return HostsJob(HOSTS, python(code), ssh, str(tmp_path / "logs"), **settings)
 
 
-def run(wanted: HostsJob, received: list[int] | None = None) -> tuple[int, str]:
-    said: list[str] = []
-    code = run_hosts(wanted, received if received is not None else [], said.append, lambda text: None)
-    return code, "\n".join(said)
+def run(hosts_job: HostsJob, received: list[int] | None = None) -> tuple[int, str]:
+    messages: list[str] = []
+    code = run_hosts(hosts_job, received if received is not None else [], messages.append, lambda text: None)
+    return code, "\n".join(messages)
 
 
 BREAKS_TWICE = """
@@ -39,10 +39,10 @@ if os.environ["RANK"] == "1":
 
 
 def test_a_broken_job_starts_again(ssh, tmp_path):
-    code, said = run(job(ssh, tmp_path, BREAKS_TWICE, max_restarts=2))
+    code, messages = run(job(ssh, tmp_path, BREAKS_TWICE, max_restarts=2))
     assert code == 0
-    assert "restart 2 of 2" in said
-    assert "host two, rank 1: was killed by signal 9" in said
+    assert "restart 2 of 2" in messages
+    assert "host two, rank 1: was killed by signal 9" in messages
     assert len(list((tmp_path / "logs").glob("*/rank-1.log"))) == 3
 
 
@@ -86,11 +86,11 @@ def test_sigterm_lets_every_rank_save(ssh, tmp_path, wait_for, leave, job_code):
 
     thread = threading.Thread(target=stop)
     thread.start()
-    code, said = run(job(ssh, tmp_path, SAVES.format(leave=leave), max_restarts=3), received)
+    code, messages = run(job(ssh, tmp_path, SAVES.format(leave=leave), max_restarts=3), received)
     thread.join()
     assert code == job_code
     assert all((tmp_path / f"saved-{rank}").exists() for rank in range(2))
-    assert ("not every rank stopped" in said) == (job_code != STOPPED_EXIT_CODE)
+    assert ("not every rank stopped" in messages) == (job_code != STOPPED_EXIT_CODE)
 
 
 def test_a_rank_stopped_from_elsewhere_leaves_the_job_to_be_started_again(ssh, tmp_path):
@@ -125,18 +125,18 @@ def ssh_with_absences(ssh, tmp_path):
 @pytest.mark.parametrize(("rank", "lost"), [(1, "two"), (0, "one")])
 def test_a_job_goes_on_with_fewer_hosts_and_with_all_when_they_are_back(ssh_with_absences, tmp_path, rank, lost):
     code = SHRINKS.format(rank=rank, lost=lost)
-    wanted = job(ssh_with_absences, tmp_path, code, max_restarts=2, host_seconds=1.0, fewer_hosts={1: python(code)})
-    assert run(wanted)[0] == 0
-    said = (tmp_path / "seen").read_text().split()
-    assert sorted(said[:2]) == sorted(said[3:]) == ["20", "21"]
-    assert said[2] == "10"  # alone, as rank 0
+    elastic = job(ssh_with_absences, tmp_path, code, max_restarts=2, host_seconds=1.0, fewer_hosts={1: python(code)})
+    assert run(elastic)[0] == 0
+    seen = (tmp_path / "seen").read_text().split()
+    assert sorted(seen[:2]) == sorted(seen[3:]) == ["20", "21"]
+    assert seen[2] == "10"  # alone, as rank 0
 
 
 def test_it_says_which_hosts_it_goes_on_without(ssh_with_absences, tmp_path):
     (tmp_path / "away-two").touch()
     ssh = replace(ssh_with_absences, connect_seconds=5.0)  # host one's agent must have started by then
-    code, said = run(job(ssh, tmp_path, "pass", fewer_hosts={1: python("pass")}))
+    code, messages = run(job(ssh, tmp_path, "pass", fewer_hosts={1: python("pass")}))
     assert code == 0
-    assert said == "going on with 1 of 2 hosts (1 ranks), without\n  - two: no route"
+    assert messages == "going on with 1 of 2 hosts (1 ranks), without\n  - two: no route"
     with pytest.raises(JobFailed, match="two: no route"):
         run(job(replace(ssh, connect_seconds=0.5), tmp_path, "pass"))
