@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from kdscale.config.fields import Count, Dtype, Section
 from kdscale.config.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
-from kdscale.config.targets import Needs, ServedConfig, Source, check_source, combined, known_placement, source_of
+from kdscale.config.targets import Needs, ServedConfig, Source, check_source, combined, source_of
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 from kdscale.config.zero import ZeroConfig
 
@@ -37,7 +37,7 @@ class DistillConfig(Section):
     # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
     teacher: Literal["original", "previous"] = "original"
     # chooses the source of targets (config.targets.SOURCES) and where it keeps the teacher's weights
-    teacher_placement: Annotated[str, AfterValidator(known_placement)] = "replicated"
+    teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
     served: ServedConfig = ServedConfig()
     tokens: Count = 1_000_000
     seq_len: Count = 512

@@ -11,11 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from kdscale.units import parse_count
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-
-
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-
 Device = Literal["auto", "cpu", "cuda"]
 
 

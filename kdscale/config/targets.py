@@ -123,12 +123,6 @@ def source_of(placement: str) -> Source:
     raise ValueError(f"expected one of {', '.join(placements())}")
 
 
-def known_placement(placement: str) -> str:
-    """`placement`, checked. Raises ValueError."""
-    source_of(placement)
-    return placement
-
-
 def check_source(placement: str, needs: Needs) -> None:
     """Raises ValueError when the source that `placement` chooses lacks something of `needs`; names those that do."""
     if missing := needs.missing_from(source_of(placement).gives):

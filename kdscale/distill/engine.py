@@ -24,7 +24,7 @@ from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader
 from kdscale.distill.checkpoint.saver import SavePolicy, Saver
 from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.distill.export import export_checkpoint
-from kdscale.distill.load_models import Loading, Models
+from kdscale.distill.load_models import Models, RankSetup
 from kdscale.distill.optimizer import make_optimizer
 from kdscale.distill.parallel.deepspeed_config import check_machine, deepspeed_config
 from kdscale.distill.parallel.mesh import Mesh
@@ -89,17 +89,6 @@ class Folders:
 
 
 @dataclass(frozen=True)
-class RankSetup:
-    """How this rank computes; `deepspeed` is DeepSpeed's config, and what libraries print goes to `library_log`."""
-
-    device: torch.device
-    dtype: torch.dtype
-    zero_stage: int
-    deepspeed: dict[str, Any]
-    library_log: Path
-
-
-@dataclass(frozen=True)
 class TrainingEngine:
     """The DeepSpeed engine around the student, and its weights and optimiser state as a checkpoint has them."""
 
@@ -154,9 +143,8 @@ def join(cfg: Config, run_dir: Path, reporter: Reporter) -> RankSetup:
 def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     """The source of targets and the student, see load_models.load. A collective call."""
     enter("load")
-    loading = Loading(setup.dtype, setup.device, setup.deepspeed if setup.zero_stage == 3 else None)
     with quiet(setup.library_log):
-        return load_models.load(cfg, folders.teacher, folders.student, folders.run, loading)
+        return load_models.load(cfg, folders.teacher, folders.student, folders.run, setup)
 
 
 def build(cfg: Config, folders: Folders, setup: RankSetup, models: Models) -> TrainingEngine:

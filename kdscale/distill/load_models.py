@@ -34,15 +34,17 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Loading:
-    """How models are loaded on this rank; `zero3` is the DeepSpeed config of a ZeRO-3 run."""
+class RankSetup:
+    """How this rank computes; `deepspeed` is DeepSpeed's config, and what libraries print goes to `library_log`."""
 
-    dtype: torch.dtype
     device: torch.device
-    zero3: dict[str, Any] | None
+    dtype: torch.dtype
+    zero_stage: int
+    deepspeed: dict[str, Any]
+    library_log: Path
 
 
-def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, loading: Loading) -> Models:
+def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup: RankSetup) -> Models:
     """Open the source of targets and load the student: whole, or this rank's part of it. A collective call.
 
     Raises CheckpointError when the two tokenizers differ or a model cannot be loaded, ConfigError for a source that
@@ -52,14 +54,14 @@ def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, loadi
     tokenizer_size = _check_models(cfg, teacher_dir, student_dir)
     group = tensor_group(settings.tensor_parallel) if settings.tensor_parallel > 1 else None
     sequence_slice = Mesh.of(settings).sequence_slice(group_timeout(cfg))
-    options = {"dtype": loading.dtype, "device": loading.device, "trust_remote_code": trust}
+    options = {"dtype": setup.dtype, "device": setup.device, "trust_remote_code": trust}
     opened = open_source(
         SourceRequest(
-            cfg, settings.needs, teacher_dir, run_dir, loading.dtype, loading.device, sequence_slice,
+            cfg, settings.needs, teacher_dir, run_dir, setup.dtype, setup.device, sequence_slice,
             load_split=None if group is None else _split_loader(group, options),
         )
     )  # fmt: skip
-    student, slices = _load_student(student_dir, group, loading, options)
+    student, slices = _load_student(student_dir, group, setup, options)
     rows = slices.vocab if slices else full_shape(student.get_output_embeddings().weight)[0]
     vocab_size = shared_vocabulary(opened.rows, rows, tokenizer_size, str(student_dir))
     if settings.gradient_checkpointing:
@@ -98,11 +100,11 @@ def _split_loader(group: Any, options: dict[str, Any]) -> Callable[[Path], tuple
     return load_split
 
 
-def _load_student(path: Path, group: Any, loading: Loading, options: dict[str, Any]) -> tuple[Any, ModelSlices | None]:
+def _load_student(path: Path, group: Any, setup: RankSetup, options: dict[str, Any]) -> tuple[Any, ModelSlices | None]:
     """The student and, where tensor-parallel ranks share it, which part of it this is."""
     if group is not None:
-        materialise = None if loading.zero3 is None else zero3_materialiser(loading.zero3, loading.device)
+        materialise = zero3_materialiser(setup.deepspeed, setup.device) if setup.zero_stage == 3 else None
         return load_sliced_model(path, group, materialise=materialise, **options)
-    if loading.zero3 is not None:
-        return load_zero3(path, loading.zero3, **options), None
+    if setup.zero_stage == 3:
+        return load_zero3(path, setup.deepspeed, **options), None
     return load_model(path, **options), None

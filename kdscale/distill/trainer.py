@@ -107,7 +107,7 @@ class Trainer:
         with watch_signals() as stop, self.observer.watching(), self.reporter.bar(title, total, "tok", done) as bar:
             yield stop, bar
 
-    def _remaining(self, start: LoaderState, until: int) -> Any:
+    def _remaining(self, start: LoaderState, until: int) -> Iterator[tuple[int, list[Batch], LoaderState]]:
         """(step, batches, state after it) up to step `until`. Batches are made one step early, for the prefetch."""
         stream = self.loader.batches(start)
         ahead: deque[tuple[list[Batch], LoaderState]] = deque()

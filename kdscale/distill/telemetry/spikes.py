@@ -15,11 +15,7 @@ from kdscale.data.batches import PackedLoader
 from kdscale.distill.non_finite import first_dozen
 
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
-
-
 _CENTRE = 16  # newest losses whose median is where the next one is expected
-
-
 _LEAST_SPREAD = 0.01  # of the median: the spread of a loss that hardly moves is taken to be this
 
 

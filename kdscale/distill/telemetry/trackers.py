@@ -22,17 +22,9 @@ from kdscale.files import read_json, sha256_json, write_json
 from kdscale.runtime.versions import versions
 
 IDS_FILE = "tracking.json"
-
-
 _QUEUE_ROWS = 10_000
-
-
 _FAILURES = 5  # in a row, after which a tracker is disabled
-
-
 _CLOSE_SECONDS = 60.0
-
-
 _MLFLOW_BATCH = 100  # params a request may hold
 
 
