@@ -1,7 +1,7 @@
-"""What each model family looks like, as data: one JSON file a family. No torch here.
+"""Model families as data: one JSON file per family. Nothing here imports torch.
 
-The files of this folder are always known; those of the folders that the environment variable KDSCALE_FAMILIES names
-(separated as in PATH) come on top.
+The files of this folder are always known; the environment variable KDSCALE_FAMILIES names further folders (separated as
+in PATH).
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ FOLDERS = "KDSCALE_FAMILIES"
 
 
 def load_family(config_dict: dict[str, Any], where: str) -> Family:
-    """The family of a config.json, by its `model_type`; `where` names that file in errors.
+    """Return the family of a config.json, by its `model_type`; `where` names that file in errors.
 
-    Raises CheckpointError when the type is not supported (listing those that are), when the model is not a causal LM
-    of the family, or when its weights are quantised.
+    Raises CheckpointError when the type is not supported (the message lists those that are), when the model is not a
+    causal LM of the family, when a field has a value that the family file does not describe, or when the weights are
+    quantised.
     """
     model_type = config_dict.get("model_type")
     by_type = _families()
@@ -74,18 +75,18 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
 
 
 def dropped_heads(model_type: Any) -> dict[str, str]:
-    """Globs of tensors that a student does without, and what they are; none for a type without a family."""
+    """Glob of tensors that a student does without → what they are; empty for a type without a family."""
     data = _families().get(model_type) if isinstance(model_type, str) else None
     return {} if data is None else {drop.tensors: drop.what for drop in data.drops}
 
 
 def supported_types() -> list[str]:
-    """The model_type values that have a family, sorted."""
+    """All model_type values that have a family, sorted."""
     return sorted(_families())
 
 
 def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:
-    """model_type → family, from family files. Raises ConfigError naming the file and every field that is wrong."""
+    """Read family files into model_type → family. Raises ConfigError naming the file and every field that is wrong."""
     by_type: dict[str, FamilyData] = {}
     for file in sorted(files):
         try:
@@ -108,7 +109,7 @@ def _families() -> dict[str, FamilyData]:
 
 @cache
 def _read_folders(extra: str) -> dict[str, FamilyData]:
-    """The shipped files and those of the folders in `extra`. Raises ConfigError for a folder that is not there."""
+    """Read the shipped files and those of the folders in `extra`. Raises ConfigError for a folder that is missing."""
     folders = [Path(__file__).parent, *(Path(name) for name in extra.split(os.pathsep) if name)]
     for folder in folders:
         if not folder.is_dir():

@@ -51,10 +51,11 @@ class Dims:
     experts: int = 0
 
     def replace(self, **sizes: int) -> Dims:
+        """The same with other `sizes`."""
         return replace(self, **sizes)
 
     def axis_size(self, axis: str) -> int:
-        """Size of a tensor dimension from its axis: `ffn`, a product such as `heads*head_dim`, a sum `ffn | ffn`."""
+        """The size of a tensor dimension from its axis: `ffn`, a product `heads*head_dim`, a sum `ffn | ffn`."""
         return sum(block_size(block, asdict(self)) for block in axis_blocks(axis))
 
 
@@ -62,7 +63,8 @@ class Dims:
 class TensorSpec:
     """One tensor on disk: `axes[i]` names dimension i of `shape`; `layer` is None for embedding, final norm, head.
 
-    `parameter` is what transformers calls it in the model, `expert` whose it is in a mixture of experts.
+    `parameter` is the name in the transformers model of what it is (a part of), `expert` the number of the expert of a
+    mixture that it belongs to.
     """
 
     shape: tuple[int, ...]
@@ -97,9 +99,9 @@ class ParamCount:
 
 
 class Family:
-    """What one model family looks like on disk and in its config. `where` in errors is config.json's path.
+    """What one model family looks like on disk and in its config.
 
-    `config` is the teacher's: some rules depend on it.
+    `where` is the path of config.json, for errors; `config` is the teacher's, on which some rules depend.
     """
 
     def __init__(self, data: FamilyData, where: str, config: Config):
@@ -110,6 +112,7 @@ class Family:
 
     @property
     def name(self) -> str:
+        """The family's name, as in its file."""
         return self.data.name
 
     @property
@@ -119,12 +122,13 @@ class Family:
 
     @property
     def sites(self) -> Sites:
+        """The modules of the transformers model that pruning reads and changes."""
         return self.data.sites
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     def dims(self, config: Config) -> Dims:
-        """The model's sizes, with transformers' own defaults for absent and null fields.
+        """Read the model's sizes from a config, with transformers' own defaults for absent and null fields.
 
         Raises CheckpointError for a missing or non-positive field and for sizes that transformers would refuse.
         """
@@ -150,7 +154,7 @@ class Family:
         return value
 
     def violations(self, dims: Dims) -> list[str]:
-        """One sentence for each rule of the family that `dims` breaks; an empty list is a model that can be built."""
+        """One sentence for each rule of the family that `dims` breaks; empty when such a model can be built."""
         sizes, out = asdict(dims), []
         for rule in self._rules:
             if rule.by is not None and sizes[rule.dim] % sizes[rule.by]:
@@ -174,10 +178,10 @@ class Family:
         """Every tensor on disk in file order: embedding, layers, final norm, head (absent when tied)."""
         sizes, layers = self._sizes(config), self.dims(config).layers
         before, layered, after = self._groups(config)
-        found = {t.name: _spec(t, sizes, None) for t in before}
+        specs = {t.name: _spec(t, sizes, None) for t in before}
         for layer in range(layers):
-            found |= _layer_specs(layered, sizes, layer)
-        return found | {t.name: _spec(t, sizes, None) for t in after}
+            specs |= _layer_specs(layered, sizes, layer)
+        return specs | {t.name: _spec(t, sizes, None) for t in after}
 
     def layer_tensors(self, config: Config, layer: int) -> dict[str, TensorSpec]:
         """The tensors of one layer. Raises IndexError for a layer that the config does not have."""
@@ -201,7 +205,7 @@ class Family:
         return asdict(self.dims(config)) | {name: self.fixed_size(name, config) for name in self.data.sizes}
 
     def fixed_size(self, name: str, config: Config) -> int:
-        """One of the file's `sizes`, e.g. `positions`. Raises CheckpointError when it is no positive integer."""
+        """One of the family file's `sizes`, e.g. `positions`. Raises CheckpointError when it is no positive integer."""
         field = self.data.sizes[name]
         return self._size(DimField(field=field.field, absent=field.absent), config, {})
 
@@ -210,23 +214,23 @@ class Family:
         return f"{self.sites.layers}.{layer}."
 
     def tied(self, config: Config) -> dict[str, str]:
-        """Tensors that share another one's storage: `{"lm_head.weight": "model.embed_tokens.weight"}`, or none."""
+        """Tensor → the tensor whose storage it shares, e.g. `{"lm_head.weight": "model.embed_tokens.weight"}`."""
         return {tie.tensor: tie.to for tie in self.data.ties if self._flag(config, tie.when)}
 
     def ignored(self) -> tuple[str, ...]:
-        """Globs of names that old checkpoints carry and no model reads (rotary buffers)."""
+        """Globs of names that old checkpoints contain and no model reads (rotary buffers)."""
         return self.data.ignored
 
     def dropped(self) -> dict[str, str]:
-        """Globs of tensors that the student does without, and what they are."""
+        """Glob of tensors that the student does without → what they are."""
         return {drop.tensors: drop.what for drop in self.data.drops}
 
     def parameter(self, name: str) -> str:
-        """What transformers calls a tensor outside the layers, also one that a tie keeps off the disk."""
+        """The parameter of a tensor outside the layers, also of one that is not on disk because it is tied."""
         return next(t.loads_as or t.name for t in self.data.tensors if t.name == name)
 
     def full_name(self, name: str) -> str:
-        """The name in this file of a tensor from a checkpoint of the base model alone, which lacks the prefix."""
+        """A tensor's name as in the family file, for one of a checkpoint that lacks the prefix (of the base model)."""
         prefix = self.data.optional_prefix
         known = prefix is None or name.startswith(prefix) or any(name == t.name for t in self.data.tensors)
         return name if known else f"{prefix}{name}"
@@ -243,13 +247,14 @@ class Family:
     # -- figures -------------------------------------------------------------------------------------------------------
 
     def count_params(self, config: Config) -> ParamCount:
+        """Count parameters from the tensors on disk; a tied head counts once."""
         outer, dims = self.outer_tensors(config), self.dims(config)
         embedding = sum(math.prod(spec.shape) for spec in outer.values() if spec.counts_as_embedding)
         rest = sum(math.prod(spec.shape) for spec in outer.values() if not spec.counts_as_embedding)
         one_layer = self.layer_tensors(config, 0).values()
         rest += sum(math.prod(spec.shape) for spec in one_layer) * dims.layers
         experts = sum(math.prod(spec.shape) for spec in one_layer if spec.expert is not None) * dims.layers
-        # experts are alike, so the share that a token leaves out is a whole number
+        # experts are of one size, so what a token does not use is a whole number
         idle = experts // dims.experts * (dims.experts - (self._per_token or 0)) if experts else 0
         return ParamCount(embedding + rest, embedding, rest, embedding + rest - idle)
 
@@ -342,16 +347,16 @@ def _spec(
 
 
 def _layer_specs(templates: Sequence[TensorTemplate], sizes: Mapping[str, int], layer: int) -> dict[str, TensorSpec]:
-    """One layer's tensors in file order; the experts one after the other where the first of their tensors stands."""
-    found: dict[str, TensorSpec] = {}
+    """One layer's tensors in file order; experts follow one another in the place of the first of their tensors."""
+    specs: dict[str, TensorSpec] = {}
     of_experts = [t for t in templates if t.per_expert]
     for template in templates:
         if not template.per_expert:
-            found[_numbered(template.name, layer, None)] = _spec(template, sizes, layer)
+            specs[_numbered(template.name, layer, None)] = _spec(template, sizes, layer)
         elif template is of_experts[0]:
             for expert in range(sizes["experts"]):
-                found |= {_numbered(t.name, layer, expert): _spec(t, sizes, layer, expert) for t in of_experts}
-    return found
+                specs |= {_numbered(t.name, layer, expert): _spec(t, sizes, layer, expert) for t in of_experts}
+    return specs
 
 
 def _numbered(name: str, layer: int | None, expert: int | None) -> str:

@@ -1,7 +1,7 @@
-"""The shape of a family file: what `kdscale/families/*.json` may say, checked strictly.
+"""The schema of a family file (`kdscale/families/*.json`), checked strictly.
 
 A family file describes the tensors of one transformers architecture as they are on disk: a name template and one
-named axis a dimension. Nothing here imports torch, so that planning starts in a moment.
+named axis per dimension. Nothing here imports torch, so that planning starts in a moment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 DimName = Literal["hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "experts"]
 DIMS: tuple[str, ...] = DimName.__args__  # type: ignore[attr-defined]
-# What a tensor does in the model, by component; a name of one tensor in each layer (or outside the layers) is its role.
+# The role of a tensor names it within a layer or outside the layers; its component is the part of the model it is in.
 Component = Literal["embedding", "attention", "ffn", "norm", "head"]
 _NORMS = ("embed_norm", "attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm")
 _ROLES_OF: dict[Component, tuple[str, ...]] = {
@@ -34,13 +34,13 @@ _EXPRESSION = re.compile(
     r"(?P<dim>[a-z_]+)|(?P<top>[a-z_]+) // (?P<by>[a-z_]+)|(?P<times>[1-9][0-9]*) \* (?P<of>[a-z_]+)"
 )
 
-# An axis is blocks put one after the other; a block is a row-major product of dimensions and plain numbers.
+# An axis is a sequence of blocks; a block is a row-major product of dimensions and plain numbers.
 Blocks = tuple[tuple[str | int, ...], ...]
 
 
 @cache
 def axis_blocks(axis: str) -> Blocks:
-    """`heads*head_dim | kv_heads*head_dim` → (("heads", "head_dim"), ("kv_heads", "head_dim")). Raises ValueError."""
+    """Parse `heads*head_dim | kv_heads` into (("heads", "head_dim"), ("kv_heads",)). Raises ValueError."""
     blocks = []
     for block in axis.split("|"):
         factors = [factor.strip() for factor in block.split("*")]
@@ -51,6 +51,7 @@ def axis_blocks(axis: str) -> Blocks:
 
 
 def block_size(block: tuple[str | int, ...], sizes: Mapping[str, int]) -> int:
+    """The product that a block stands for, with the sizes of its dimensions."""
     return math.prod(factor if isinstance(factor, int) else sizes[factor] for factor in block)
 
 
@@ -74,7 +75,7 @@ def _expression(text: str) -> str:
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """A size from `hidden` and `heads`, e.g. `hidden // heads`."""
+    """Compute a size from `hidden` and `heads`, e.g. `hidden // heads`."""
     match = _EXPRESSION.fullmatch(expression)
     assert match
     if match["dim"]:
@@ -95,12 +96,12 @@ class _Strict(BaseModel):
 class DimField(_Strict):
     """Where a dimension is in config.json, and what transformers takes when it is absent or null.
 
-    Without a fallback a config without the field is refused. `always` instead of `field`: transformers has no field
-    for it and always takes this; sizes that break the equation are then no model of the family.
+    Without a fallback a config without the field is refused. `always` replaces `field` where transformers has no field
+    and always takes this; sizes that break the equation are then no model of the family.
     """
 
     field: Name | None = None
-    aliases: tuple[Name, ...] = Field(strict=False, default=())  # other names under which it is found
+    aliases: tuple[Name, ...] = Field(strict=False, default=())  # other names of the field
     absent: int | Expression | None = None
     null: Expression | None = None
     always: Expression | None = None
@@ -159,7 +160,7 @@ class Requirement(_Strict):
 
 
 class Pattern(_Strict):
-    """The list that an absent field stands for: `last` in every n-th layer, `others` elsewhere."""
+    """The list that an absent field stands for: `last` in every n-th layer, `others` in the other layers."""
 
     every: Annotated[int, Field(ge=1)]
     every_field: Name | None = None  # config field that overrides `every`
@@ -168,7 +169,7 @@ class Pattern(_Strict):
 
 
 class LayerList(_Strict):
-    """A config list with one entry a layer. Without `absent` there is nothing to cut when the field is absent."""
+    """A config list with one entry per layer. Without `absent` there is nothing to cut when the field is absent."""
 
     field: Name
     absent: Pattern | None = None
@@ -189,10 +190,10 @@ class Norm(_Strict):
 
 
 class TensorTemplate(_Strict):
-    """One tensor of the checkpoint, or one a layer (`{layer}`), or one a layer and expert (`{expert}`).
+    """One tensor of the checkpoint, or one per layer (`{layer}`), or one per layer and expert (`{expert}`).
 
     `loads_as` is the parameter's name in the transformers model where that differs: tensors of the same parameter are
-    put together along the first dimension in the order of the file, those of the experts then stacked.
+    joined along the first dimension in the order of the family file, and those of the experts then stacked.
     """
 
     name: Name
@@ -204,10 +205,12 @@ class TensorTemplate(_Strict):
 
     @property
     def per_layer(self) -> bool:
+        """Whether each layer has one."""
         return LAYER in self.name
 
     @property
     def per_expert(self) -> bool:
+        """Whether each expert of each layer has one."""
         return EXPERT in self.name
 
 
@@ -223,7 +226,7 @@ class Drop(_Strict):
     """Tensors that belong to the model but not to the student (heads that predict several tokens ahead)."""
 
     tensors: Name  # glob
-    what: Name  # said in the notice
+    what: Name  # its name in the notice to the user
     config: dict[str, int | bool | None] = Field(default={})  # fields of the student's config that say they are gone
 
 
@@ -260,7 +263,7 @@ class Sites(_Strict):
 
 
 class FamilyData(_Strict):
-    """One family file, cross-checked: every flag, tie, size and role that is referred to exists."""
+    """One family file, with every reference to a flag, tensor, size or role checked."""
 
     name: Name
     model_types: tuple[Name, ...] = Field(strict=False, min_length=1)
@@ -274,7 +277,7 @@ class FamilyData(_Strict):
     layer_lists: tuple[LayerList, ...] = Field(strict=False)
     layer_boundaries: tuple[LayerBoundary, ...] = Field(strict=False)
     norm: Norm = Norm()
-    # what the model multiplies its embeddings by and takes from its config's sizes, so that it changes with them
+    # what the model multiplies its embeddings by, where that follows from the config's sizes and changes with them
     embed_multiplier: Literal["sqrt_hidden"] | None = None
     optional_prefix: Name | None = None  # that checkpoints saved from the base model lack
     tensors: tuple[TensorTemplate, ...] = Field(strict=False, min_length=1)
@@ -318,13 +321,13 @@ class FamilyData(_Strict):
 
     @model_validator(mode="after")
     def _experts_agree(self) -> FamilyData:
-        there = {
+        given = {
             "dims.experts": "experts" in self.dims,
             "experts_per_token": self.experts_per_token is not None,
             "a tensor of each {expert}": any(t.per_expert for t in self.tensors),
             "sites.experts": bool(self.sites.experts),
         }
-        if len(set(there.values())) > 1:
-            lacks = ", ".join(what for what, found in there.items() if not found)
-            raise ValueError(f"a mixture of experts needs all of {', '.join(there)}; this file lacks {lacks}")
+        if len(set(given.values())) > 1:
+            lacks = ", ".join(what for what, is_given in given.items() if not is_given)
+            raise ValueError(f"a mixture of experts needs all of {', '.join(given)}; this file lacks {lacks}")
         return self

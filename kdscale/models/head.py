@@ -26,6 +26,7 @@ class OutputHead:
 
     @property
     def vocab(self) -> int:
+        """Rows of the weight."""
         return self.weight_VH.shape[0]
 
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
@@ -36,21 +37,24 @@ class OutputHead:
         return logits_CV
 
     def detached(self) -> OutputHead:
-        """The head alone, so that the rest of its model can leave memory (a tied weight is the embedding itself)."""
+        """A head that does not keep the rest of its model in memory (a tied weight is the embedding itself)."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
         return OutputHead(self.weight_VH.detach(), bias_V, self.softcap)
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Says of a head's rows that they are those from `first_id` on; the ranks of `group` have the others."""
+    """Marks a head that has the vocabulary's rows from `first_id` on; the ranks of `group` have the other rows."""
 
     first_id: int
     group: Any
 
 
 def head_of(model: Any) -> OutputHead:
-    """The head of a transformers causal LM. Read inside a module's forward, so that ZeRO-3 gathers the weight."""
+    """The head of a transformers causal LM; call it inside a module's forward, so that ZeRO-3 gathers the weight.
+
+    Raises CheckpointError for a model without a head.
+    """
     linear = model.get_output_embeddings()
     if linear is None:
         raise CheckpointError(f"{type(model).__name__} has no output head", expected="a causal language model")

@@ -17,8 +17,6 @@ from kdscale.errors import FileError
 from kdscale.files import explain_os_errors, fsync_file
 
 ACTIVATION_BYTES = 1 << 30
-
-
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -40,7 +38,9 @@ class Scratch:
 IN_MEMORY = Scratch()
 
 
-class _Slot(NamedTuple):
+class _Extent(NamedTuple):
+    """A tensor, and where its bytes are in the file."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
@@ -48,95 +48,96 @@ class _Slot(NamedTuple):
 
 
 class HiddenStates:
-    """A list of tensors, one [B, S, D] a batch, whose sizes never change; indexing and assignment as with a list.
+    """A list of tensors [B, S, D], one per batch, whose shapes never change; it is indexed and assigned like a list.
 
-    The first ones stay in memory (on `device`) while the budget lasts; the others are read from and written to a file.
-    `save` puts all of them into a file that `load` opens again, in this process or another one.
+    The first ones stay in memory (on `device`) while the budget of `scratch` lasts; the others are read from and
+    written to a file. `save` puts all of them into a file that `load` opens again, in this process or another one.
     """
 
     def __init__(self, scratch: Scratch = IN_MEMORY, device: torch.device | None = None):
         self._scratch, self._device = scratch, device or torch.device("cpu")
-        self._slots: list[_Slot] = []
+        self._extents: list[_Extent] = []
         self._memory: dict[int, Tensor] = {}
         self._in_memory = 0
-        self._file: Path | None = None  # what was saved last
-        self._fresh: set[int] = set()  # spooled since then, and so in the other file
+        self._file: Path | None = None  # what `save` wrote last
+        self._respooled: set[int] = set()  # written since then, and so in the spool file
         self._spool = None if scratch.folder is None else scratch.folder / "spool.bin"
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._extents)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
     def append(self, value: Tensor) -> None:
-        end = self._slots[-1].offset + self._slots[-1].nbytes if self._slots else 0
-        self._slots.append(_Slot(tuple(value.shape), value.dtype, end, value.nbytes))
+        """Add the tensor of one more batch."""
+        end = self._extents[-1].offset + self._extents[-1].nbytes if self._extents else 0
+        self._extents.append(_Extent(tuple(value.shape), value.dtype, end, value.nbytes))
         if self._spool is None or self._in_memory + value.nbytes <= self._scratch.activation_bytes:
             self._in_memory += value.nbytes
-            self._memory[len(self._slots) - 1] = value
+            self._memory[len(self._extents) - 1] = value
         else:
-            self[len(self._slots) - 1] = value
+            self[len(self._extents) - 1] = value
 
     def __getitem__(self, index: int) -> Tensor:
         if index in self._memory:
             return self._memory[index]
-        slot = self._slots[index]
-        file = self._spool if index in self._fresh else self._file
+        extent = self._extents[index]
+        file = self._spool if index in self._respooled else self._file
         assert file is not None
-        raw = torch.empty(slot.nbytes, dtype=torch.uint8)
+        raw = torch.empty(extent.nbytes, dtype=torch.uint8)
         with file.open("rb", buffering=0) as stream:
-            stream.seek(slot.offset)
+            stream.seek(extent.offset)
             view, count = raw.numpy().data, 0
-            while count < slot.nbytes and (more := stream.readinto(view[count:])):
+            while count < extent.nbytes and (more := stream.readinto(view[count:])):
                 count += more
-        if count != slot.nbytes:
-            raise _damaged(file, slot.nbytes, count)
-        return raw.view(slot.dtype).reshape(slot.shape).to(self._device)
+        if count != extent.nbytes:
+            raise _damaged(file, extent.nbytes, count)
+        return raw.view(extent.dtype).reshape(extent.shape).to(self._device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
-        slot = self._slots[index]
-        assert (tuple(value.shape), value.dtype) == (slot.shape, slot.dtype), "the states keep their shapes"
+        extent = self._extents[index]
+        assert (tuple(value.shape), value.dtype) == (extent.shape, extent.dtype), "hidden states keep their shapes"
         if index in self._memory:
             self._memory[index] = value
             return
         assert self._spool is not None
         self._put(index, value)
-        self._fresh.add(index)
+        self._respooled.add(index)
 
     def save(self, path: Path) -> list[dict[str, Any]]:
-        """Put everything into the file `path`, on the disk; returns where each tensor is, for `load`."""
-        assert self._spool is not None, "states without a folder cannot be saved"
+        """Write everything to the file `path` and flush it to the disk; returns the tensors' shapes, for `load`."""
+        assert self._spool is not None, "hidden states without a folder cannot be saved"
         for index in range(len(self)):
-            if index not in self._fresh:
+            if index not in self._respooled:
                 self._put(index, self[index])
         with explain_os_errors(path):
             fsync_file(self._spool)
             self._spool.replace(path)
         self._file = path
-        self._fresh.clear()
-        return [{"shape": list(slot.shape), "dtype": str(slot.dtype)} for slot in self._slots]
+        self._respooled.clear()
+        return [{"shape": list(extent.shape), "dtype": str(extent.dtype)} for extent in self._extents]
 
     @classmethod
     def load(
-        cls, path: Path, slots: Sequence[dict[str, Any]], scratch: Scratch, device: torch.device | None = None
+        cls, path: Path, tensors: Sequence[dict[str, Any]], scratch: Scratch, device: torch.device | None = None
     ) -> HiddenStates:
-        """Open what `save` wrote. Raises FileError when the file is not as long as `slots` say."""
+        """Open what `save` wrote. Raises FileError when the file is not as long as `tensors` (what it returned) say."""
         states = cls(scratch, device)
         states._file = path
         offset = 0
-        for slot in slots:
-            dtype = _DTYPES[slot["dtype"]]
-            nbytes = torch.Size(slot["shape"]).numel() * dtype.itemsize
-            states._slots.append(_Slot(tuple(slot["shape"]), dtype, offset, nbytes))
+        for tensor in tensors:
+            dtype = _DTYPES[tensor["dtype"]]
+            nbytes = torch.Size(tensor["shape"]).numel() * dtype.itemsize
+            states._extents.append(_Extent(tuple(tensor["shape"]), dtype, offset, nbytes))
             offset += nbytes
         if path.stat().st_size != offset:
             raise _damaged(path, offset, path.stat().st_size)
-        for index, one in enumerate(states._slots):
-            if states._in_memory + one.nbytes > scratch.activation_bytes:
+        for index, extent in enumerate(states._extents):
+            if states._in_memory + extent.nbytes > scratch.activation_bytes:
                 break
             states._memory[index] = states[index]
-            states._in_memory += one.nbytes
+            states._in_memory += extent.nbytes
         return states
 
     def _put(self, index: int, value: Tensor) -> None:
@@ -147,7 +148,7 @@ class HiddenStates:
                 self._spool.parent.mkdir(parents=True, exist_ok=True)
                 self._spool.touch()
             with self._spool.open("r+b", buffering=0) as stream:
-                stream.seek(self._slots[index].offset)
+                stream.seek(self._extents[index].offset)
                 while raw:
                     raw = raw[stream.write(raw) :]
 

@@ -77,11 +77,11 @@ class LayerPass(Generic[Layer_co]):
             walk.finish({"score": ...})        # its result is kept; a kill from here on resumes with the next layer
         walk.results                           # one dict per layer, also of those done by a killed process
 
-    `running` holds tensors that are not one layer's but sums over the layers: fill it as you like between `layers` and
+    `running` holds tensors that belong to no one layer, such as sums over the layers: fill it between `layers` and
     `finish`; after a kill it has what it had when the last layer was finished.
 
     With several ranks each has batches and a scratch folder of its own; a kill leaves all of them at the same layer.
-    `advance(tokens, layer number)` is called after every batch.
+    `advance` is called after every batch.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class LayerPass(Generic[Layer_co]):
                 self._advance(batch.input_ids_BS.numel(), layer.index)
 
     def finish(self, result: dict[str, Tensor] | None = None) -> None:
-        """Keep the result of the layer that was run last, and where the pass is."""
+        """Keep the result of the layer that was run last, and how far the pass is, so that a kill does not undo it."""
         from safetensors.torch import save_file
 
         self.results.append({name: value.detach().cpu().contiguous() for name, value in (result or {}).items()})
@@ -140,9 +140,9 @@ class LayerPass(Generic[Layer_co]):
         if self.running:
             with atomic_path(self._running_file(done)) as tmp:
                 save_file(self.running, tmp)
-        slots = self.states.save(folder / f"states-{done}.bin")
-        write_json(folder / f"progress-{done}.json", {"version": 1, "states": slots})
-        ranks.barrier()  # the states of the layer before may go once every rank has these
+        tensors = self.states.save(folder / f"states-{done}.bin")
+        write_json(folder / f"progress-{done}.json", {"version": 1, "states": tensors})
+        ranks.barrier()  # the files of the layer before may go once every rank has these
         self._remove(done - 1)
 
     def close(self) -> None:
@@ -154,8 +154,8 @@ class LayerPass(Generic[Layer_co]):
         folder = self._scratch.folder
         if folder is None or not folder.exists():
             return []
-        found = (re.fullmatch(r"progress-(\d+)\.json", item.name) for item in folder.iterdir())
-        return [int(match[1]) for match in found if match]
+        matches = (re.fullmatch(r"progress-(\d+)\.json", item.name) for item in folder.iterdir())
+        return [int(match[1]) for match in matches if match]
 
     def _resume(self, done: int) -> None:
         from safetensors.torch import load_file
@@ -184,7 +184,7 @@ class LayerPass(Generic[Layer_co]):
     def _remove(self, done: int) -> None:
         assert self._scratch.folder is not None
         for name in (f"progress-{done}.json", f"states-{done}.bin", f"running-{done}.safetensors"):
-            (self._scratch.folder / name).unlink(missing_ok=True)  # the claim before what it claims
+            (self._scratch.folder / name).unlink(missing_ok=True)  # progress first: it says that the others are there
 
     def _clear(self) -> None:
         folder = self._scratch.folder

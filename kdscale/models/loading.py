@@ -1,6 +1,6 @@
-"""Loading whole models and tokenizers through plain transformers, and the device and dtype they run in.
+"""Loads whole models and tokenizers through plain transformers.
 
-Safetensors only, no code from the checkpoint unless the user's flag says so, no hub unless the user named a hub id.
+Safetensors only; no code from the checkpoint unless the user's flag allows it; no request to the hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def load_model(
     path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A whole causal LM in eval mode. Raises CheckpointError when tensors are missing, unexpected or mismatched."""
+    """Load a causal LM in eval mode. Raises CheckpointError when tensors are missing, unexpected or mismatched."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -39,18 +39,18 @@ def load_model(
     )
     model, info = loaded
     heads = dropped_heads(model.config.model_type)  # neither transformers' model nor the student has them
-    found = {key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    found["unexpected_keys"] = {
-        name for name in found["unexpected_keys"] if not any(fnmatch.fnmatchcase(name, glob) for glob in heads)
+    complaints = {key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    complaints["unexpected_keys"] = {
+        name for name in complaints["unexpected_keys"] if not any(fnmatch.fnmatchcase(name, glob) for glob in heads)
     }
-    wrong = {key: sorted(map(str, names)) for key, names in found.items() if names}
+    wrong = {key: sorted(map(str, names)) for key, names in complaints.items() if names}
     if wrong:
         raise CheckpointError(f"{path} does not load cleanly", expected="every tensor exactly once", got=str(wrong))
     return model.to(device).eval()
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer. Raises CheckpointError when there is none."""
+    """Load the checkpoint's own tokenizer. Raises CheckpointError when there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -60,9 +60,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
 
 
 def open_teacher(folder: Path, reporter: Reporter | None = None) -> tuple[Checkpoint, Family]:
-    """The teacher with its family, its headers checked; reads no weights. Raises CheckpointError.
+    """Open the teacher and its family and check the headers; reads no weights. Raises CheckpointError.
 
-    With a `reporter` it says what of the checkpoint is left out.
+    `reporter`, if there is one, prints what of the checkpoint is left out.
     """
     from kdscale.families import load_family
     from kdscale.weights import Checkpoint

@@ -1,10 +1,10 @@
 """Sequence parallelism after DeepSpeed-Ulysses (arXiv 2309.14509), for any model that takes its attention from
-transformers' registry: each of R ranks has S/R positions of every sequence, and within attention all positions of its
-share of the heads; one exchange before each attention and one after it.
+transformers' registry. Each of R ranks has S/R positions of every sequence, and within attention all positions of 1/R
+of the heads; ranks exchange data once before each attention and once after it.
 
-DeepSpeed's own form for transformers (`UlyssesSPAttentionHF`) sees the borders of packed documents only with
-FlashAttention, has fixed shapes, and makes DeepSpeed divide gradients by stage; the exchange itself is a dozen lines.
-For DeepSpeed the ranks here are ordinary data-parallel ones with fewer labels each.
+DeepSpeed's own version for transformers (`UlyssesSPAttentionHF`) sees the borders of packed documents only with
+FlashAttention, needs fixed shapes, and makes DeepSpeed divide gradients by stage; the exchange itself is a dozen lines.
+To DeepSpeed the ranks here are ordinary data-parallel ones with fewer labels each.
 
 Legend: B sequences, S positions, P = S/R positions of one rank, A query heads, G key-value heads, D head size, H hidden
 size, N rows with a label.
@@ -34,7 +34,10 @@ class SequenceSlice:
     group: Any = None
 
     def prepare(self, model: Any) -> None:
-        """Let the model's attention exchange heads for positions. Raises ConfigError when its attention is its own."""
+        """Make the model's attention exchange heads for positions.
+
+        Raises ConfigError for a model whose attention is not torch's.
+        """
         if self.ranks == 1:
             return
         from transformers import AttentionInterface
@@ -52,9 +55,10 @@ class SequenceSlice:
     def hidden(
         self, model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor, rows_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(final hidden states [B,P,H] of this rank's positions, `rows_N` among them).
+        """Final hidden states [B, P, H] of this rank's positions, and `rows_N` as flat positions among them.
 
-        Whole sequences and flat positions in them come in; those of `rows_N` must be this rank's. A collective call.
+        The arguments are whole sequences and flat positions in them, of which `rows_N` must be this rank's. A
+        collective call.
         """
         if self.ranks == 1:
             return final_hidden(model, input_ids_BS, position_ids_BS), rows_N
@@ -67,9 +71,9 @@ class SequenceSlice:
 
 
 class Exchange:
-    """One micro-batch's exchanges between `ranks` ranks, and its masks; `position_ids_BS` are of whole sequences.
+    """One micro-batch's exchanges between `ranks` ranks, and its masks; `position_ids_BS` are those of whole sequences.
 
-    It goes to the attention function with the model's keyword arguments, which each layer hands on.
+    The model hands it to its attention function among the keyword arguments.
     """
 
     def __init__(self, group: Any, ranks: int, position_ids_BS: torch.Tensor):
@@ -77,25 +81,25 @@ class Exchange:
         self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = {}
 
     def heads(self, x_BAPD: torch.Tensor) -> torch.Tensor:
-        """All positions of this rank's share of the heads: [B, A/R, S, D] from [B, A, P, D]."""
+        """All positions of this rank's heads: [B, A/R, S, D] from [B, A, P, D]."""
         batch, heads, own, size = x_BAPD.shape
-        parted = x_BAPD.view(batch, self.ranks, heads // self.ranks, own, size).movedim(1, 0)
-        swapped = _Swap.apply(parted, self._group)
-        return swapped.permute(1, 2, 0, 3, 4).reshape(batch, heads // self.ranks, self.ranks * own, size)
+        chunks = x_BAPD.view(batch, self.ranks, heads // self.ranks, own, size).movedim(1, 0)
+        exchanged = _AllToAll.apply(chunks, self._group)
+        return exchanged.permute(1, 2, 0, 3, 4).reshape(batch, heads // self.ranks, self.ranks * own, size)
 
     def positions(self, x_BASD: torch.Tensor) -> torch.Tensor:
-        """Back to all heads of this rank's positions: [B, P, A, D] from [B, A/R, S, D]."""
+        """All heads of this rank's positions again: [B, P, A, D] from [B, A/R, S, D]."""
         batch, heads, length, size = x_BASD.shape
         own = length // self.ranks
-        parted = x_BASD.view(batch, heads, self.ranks, own, size).movedim(2, 0)
-        swapped = _Swap.apply(parted, self._group)
-        return swapped.permute(1, 3, 0, 2, 4).reshape(batch, own, self.ranks * heads, size)
+        chunks = x_BASD.view(batch, heads, self.ranks, own, size).movedim(2, 0)
+        exchanged = _AllToAll.apply(chunks, self._group)
+        return exchanged.permute(1, 3, 0, 2, 4).reshape(batch, own, self.ranks * heads, size)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """[B,1,S,S] to add to the scores: 0 where a query sees a key, else -inf; None where the triangle says it.
+        """[B, 1, S, S] to add to the scores: 0 where a query sees a key, else -inf; None where causality is all.
 
         Documents are packed: where a position does not follow the one before it, another document begins. Made once for
-        all layers of a window: of a boolean mask torch would make, and keep for the backward, one such array a layer.
+        all layers of a window: of a boolean mask torch would make, and keep for the backward, one such array per layer.
         """
         key = (window, dtype)
         if key not in self._masks:
@@ -110,7 +114,7 @@ class Exchange:
         return self._masks[key]
 
     def _seen(self, window: int | None) -> torch.Tensor | None:
-        """[B,S,S], or None for one document a row and no window."""
+        """[B, S, S], or None for one document per row and no window."""
         position_BS = self._positions_BS
         begins_BS = torch.zeros_like(position_BS, dtype=torch.bool)
         begins_BS[:, 1:] = position_BS[:, 1:] != position_BS[:, :-1] + 1
@@ -119,25 +123,25 @@ class Exchange:
         if window == length and not bool(begins_BS.any()):
             return None
         document_BS = begins_BS.cumsum(1)
-        place_S = torch.arange(length, device=position_BS.device)
-        behind_SS = place_S[:, None] - place_S
+        index_S = torch.arange(length, device=position_BS.device)
+        behind_SS = index_S[:, None] - index_S
         return (document_BS[:, :, None] == document_BS[:, None]) & (behind_SS >= 0) & (behind_SS < window)
 
 
-class _Swap(torch.autograd.Function):
-    """x[r] goes to rank r of the group, and theirs come back in its place. Its own inverse, and so its own gradient."""
+class _AllToAll(torch.autograd.Function):
+    """Send x[r] to rank r of the group and receive its x[own rank]: its own inverse, and so its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, x_R: torch.Tensor, group: Any) -> torch.Tensor:
         ctx.group = group
-        return _swap(x_R, group)
+        return _all_to_all(x_R, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _swap(gradients[0], ctx.group), None
+        return _all_to_all(gradients[0], ctx.group), None
 
 
-def _swap(x_R: torch.Tensor, group: Any) -> torch.Tensor:
+def _all_to_all(x_R: torch.Tensor, group: Any) -> torch.Tensor:
     x_R = x_R.contiguous()
     if len(x_R) == 1:
         return x_R
@@ -158,14 +162,14 @@ def _attend(
     ulysses: Exchange | None = None,
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: [B, P, A, D] from this rank's positions of all heads."""
+    """An attention function of transformers: [B, P, A, D] from this rank's positions of all heads."""
     if ulysses is None or attention_mask is not None or other.get("softcap") is not None:
         raise ConfigError(
             "distill.sequence_parallel", expected="attention without a mask or soft-cap of its own",
             got=type(module).__name__, hint="sequence_parallel: 1 for this family",
         )  # fmt: skip
     ranks, kv_heads = ulysses.ranks, key_BGPD.shape[1]
-    if kv_heads < ranks:  # each is needed by so many ranks
+    if kv_heads < ranks:  # several ranks need the same kv head
         key_BGPD, value_BGPD = (x.repeat_interleave(ranks // kv_heads, 1) for x in (key_BGPD, value_BGPD))
     query, key, value = (ulysses.heads(x) for x in (query_BAPD, key_BGPD, value_BGPD))
     shared = query.shape[1] // key.shape[1]

@@ -1,7 +1,7 @@
-"""A transformers model without its weights, and where each of its parameters lies in the checkpoint's files.
+"""A transformers model without its weights, for a process that keeps only a part of them.
 
-For those who keep only part of a model: the module tree is real, its buffers too (computed as the constructor does it,
-rotary frequencies in fp32), its parameters are on the meta device, and any range of any of them can be read alone.
+The module tree is real, its buffers too (computed as the constructor does it, rotary frequencies in fp32); its
+parameters are on the meta device, and a ParameterReader reads any range of any of them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from kdscale.models.parameter_map import ParameterReader
 
 
 def build_skeleton(weights: ParameterReader, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The causal LM that `load_model` would load, in eval mode, its parameters on the meta device, heads tied.
+    """Build the causal LM that `load_model` would load, in eval mode, with parameters on the meta device, heads tied.
 
-    Raises CheckpointError when a parameter has no place in the checkpoint, or would not be in `dtype`.
+    Raises CheckpointError when a parameter is not in the checkpoint, or would not be in `dtype`.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,10 +29,10 @@ def build_skeleton(weights: ParameterReader, *, dtype: torch.dtype, trust_remote
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
-    found = dict(model.named_parameters())
-    wrong = sorted(set(found) ^ weights.names())
-    wrong += [name for name, value in found.items() if name not in wrong and value.numel() != weights.numel(name)]
-    wrong += [name for name, value in found.items() if value.dtype != dtype]
+    parameters = dict(model.named_parameters())
+    wrong = sorted(set(parameters) ^ weights.names())
+    wrong += [name for name, value in parameters.items() if name not in wrong and value.numel() != weights.numel(name)]
+    wrong += [name for name, value in parameters.items() if value.dtype != dtype]
     if wrong or (dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules_strict", None)):
         raise CheckpointError(
             f"{path} cannot be loaded in parts",
@@ -45,7 +45,7 @@ def build_skeleton(weights: ParameterReader, *, dtype: torch.dtype, trust_remote
 def replace_parameters(
     model: torch.nn.Module, make: Callable[[torch.nn.Parameter], torch.nn.Parameter]
 ) -> dict[str, torch.nn.Parameter]:
-    """Put `make(meta parameter)` in every parameter's place, once for tied ones; returns them by name."""
+    """Replace every parameter by `make(meta parameter)`, tied ones by the same; returns the new ones by name."""
     made: dict[int, torch.nn.Parameter] = {}
     names = {id(value): name for name, value in model.named_parameters()}
     by_name = {}

@@ -1,8 +1,8 @@
-"""Safetensors headers, read and checked without touching the tensors.
+"""Reads and checks safetensors headers without touching the tensors.
 
-Layout of a file: 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes back to back. The
-library checks much of this when it opens a file; doing it here first gives errors that say what is wrong and what to
-do, before any work, and gives the offsets that a damaged index is checked against.
+Format of a file: 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes back to back. The
+library checks much of this when it opens a file; checking it here first gives errors that say what is wrong and what
+to do, before any work, and gives the offsets to read from.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class TensorEntry:
 
 
 class DuplicateKeyError(ValueError):
-    """A JSON object that has the same key twice: one of the two values would be lost without a word."""
+    """A JSON object that has the same key twice: one of the two values would be lost silently."""
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` that refuses repeated keys with DuplicateKeyError."""
-    found: dict[str, Any] = {}
+    """An `object_pairs_hook` for json that refuses repeated keys with DuplicateKeyError."""
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in values:
             raise DuplicateKeyError(f"{key!r} appears twice")
-        found[key] = value
-    return found
+        values[key] = value
+    return values
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, in file order.
+    """Read the entries of one safetensors file, in file order.
 
     Raises CheckpointError when the file is truncated, its header damaged, an offset outside the file, tensors overlap
     or leave holes, or a dtype is one that kdscale does not prune.
@@ -66,7 +66,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path}: the header is not a JSON object", got=type(header).__name__, hint=_AGAIN)
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, value, start) for name, value in header.items()}
-    _check_layout(path, entries, start, size)
+    _check_offsets(path, entries, start, size)
     return entries
 
 
@@ -115,8 +115,8 @@ def _is_counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _check_layout(path: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:
-    """Tensors must fill the file exactly: nothing beyond its end, no overlap, no hole."""
+def _check_offsets(path: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:
+    """Check that the tensors fill the file exactly: nothing beyond its end, no overlap, no hole."""
     at = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.end > size:

@@ -1,6 +1,6 @@
 """A checkpoint folder, opened without reading its tensors: each is read when it is asked for, and only its bytes.
 
-torch is imported where tensors are read alone, so that a plan can be made from shapes without it.
+torch is imported only where tensors are read, so that a plan can be made from shapes without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FILL_BYTES = 1 << 22
 
 
 class TensorInfo(NamedTuple):
-    """What is on disk: shape, and dtype by its safetensors name (F32, BF16, ...)."""
+    """The shape of a tensor on disk, and its dtype by its safetensors name (F32, BF16, ...)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -58,7 +58,7 @@ class ExpectedTensors(Protocol):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder. Raises CheckpointError when it is missing or not a JSON object."""
+    """Read config.json of a checkpoint folder. Raises CheckpointError when it is missing or not a JSON object."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and *.safetensors")
     config = read_json(folder / "config.json", CheckpointError)
@@ -103,6 +103,7 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
+        """All tensors, in file order."""
         return list(self._entries)
 
     @property
@@ -111,6 +112,7 @@ class Checkpoint:
         return sum(entry.end - entry.begin for entry in self._entries.values())
 
     def spec(self, name: str) -> TensorInfo:
+        """Shape and dtype of one tensor."""
         entry = self._entry(name)
         return TensorInfo(entry.shape, entry.dtype)
 
@@ -119,7 +121,7 @@ class Checkpoint:
         return DTYPE_BYTES[self._entry(name).dtype]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as it is on disk, in memory of its own on the CPU.
+        """Read one tensor as it is on disk, into memory of its own on the CPU.
 
         Reads just its bytes. The safetensors library would map the whole file privately instead, which the system
         refuses when the file is larger than memory, and which crashes the process when the file shrinks meanwhile.
@@ -129,9 +131,9 @@ class Checkpoint:
             return _read(stream, entry, name, entry.begin, entry.end).reshape(entry.shape)
 
     def blocks(self, name: str, max_bytes: int) -> Iterator[torch.Tensor]:
-        """The tensor in blocks of whole rows (of its first dimension), in order, each at most `max_bytes` if it can.
+        """Read one tensor in blocks of whole rows (of its first dimension), in order.
 
-        A block is gone from memory when the caller lets go of it: nothing is mapped.
+        A block has at most `max_bytes`, or is one row. It leaves memory when the caller drops it: nothing is mapped.
         """
         entry = self._entry(name)
         rows = entry.shape[0] if entry.shape else 1
@@ -162,15 +164,15 @@ class Checkpoint:
         step = out.numel() if direct else max(1, _FILL_BYTES // width)
         with entry.file.open("rb", buffering=0) as stream:
             for done in range(0, out.numel(), max(1, step)):
-                part = out[done : done + step]
+                target = out[done : done + step]
                 first = entry.begin + (begin + done) * width
                 if direct:
-                    _read_into(stream, entry, name, first, part)
+                    _read_into(stream, entry, name, first, target)
                 else:
-                    part.copy_(_read(stream, entry, name, first, first + part.numel() * width))
+                    target.copy_(_read(stream, entry, name, first, first + target.numel() * width))
 
     def position(self, name: str) -> tuple[int, int]:
-        """(number of the file, offset in it) of the tensor's bytes: in this order every file is read once through."""
+        """The number of the file and the offset of the tensor's bytes: this order reads every file once through."""
         entry = self._entry(name)
         return self.files.index(entry.file), entry.begin
 
@@ -178,9 +180,9 @@ class Checkpoint:
         """Check that names and shapes are the family's for this config; returns notices for the user.
 
         A stored copy of a tied tensor, old buffers that no model reads and heads that the student does without are
-        tolerated: they leave `names`, and a notice says so. Tensors of a checkpoint that lacks the base model's prefix
-        get their full names. Raises CheckpointError listing every missing, unexpected or differently shaped tensor, or
-        when a tensor that the config calls tied differs from the one it is tied to.
+        dropped from `names`, and a notice says so. Tensors of a checkpoint that lacks the base model's prefix get their
+        full names. Raises CheckpointError listing every missing, unexpected or differently shaped tensor, or when a
+        tensor that the config calls tied differs from the one it is tied to.
         """
         expected, tied = family.tensors(self.config), family.tied(self.config)
         self._entries = {family.full_name(name): entry for name, entry in self._entries.items()}
@@ -220,14 +222,14 @@ class Checkpoint:
         return self._entries[name]
 
     def _check_copy(self, name: str, original: str) -> None:
-        """A head of its own under a config that says tied: loaders disagree on which counts, so we do not guess."""
-        one, two = self._entries[name], self._entries[original]
-        same = (one.shape, one.dtype) == (two.shape, two.dtype)
-        with one.file.open("rb") as left, two.file.open("rb") as right:
-            left.seek(one.begin)
-            right.seek(two.begin)
-            for done in range(0, one.end - one.begin, _COMPARE_BYTES):
-                count = min(_COMPARE_BYTES, one.end - one.begin - done)
+        """Refuse a head that differs from the tensor it is tied to: loaders disagree on which counts."""
+        copy, tied_to = self._entries[name], self._entries[original]
+        same = (copy.shape, copy.dtype) == (tied_to.shape, tied_to.dtype)
+        with copy.file.open("rb") as left, tied_to.file.open("rb") as right:
+            left.seek(copy.begin)
+            right.seek(tied_to.begin)
+            for done in range(0, copy.end - copy.begin, _COMPARE_BYTES):
+                count = min(_COMPARE_BYTES, copy.end - copy.begin - done)
                 same = same and left.read(count) == right.read(count)
                 if not same:
                     break
@@ -241,13 +243,13 @@ class Checkpoint:
 
 
 def _read_ahead(stream: RawIOBase, begin: int, size: int) -> None:
-    """Have the system fetch these bytes while those before them are worked on."""
+    """Let the system fetch these bytes while the caller works on those before them."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(stream.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
 
 
 def _read(stream: RawIOBase, entry: TensorEntry, name: str, begin: int, end: int) -> torch.Tensor:
-    """Bytes begin:end of the tensor's file as one flat tensor of its dtype."""
+    """Read bytes begin:end of the tensor's file as one flat tensor of its dtype."""
     import torch
 
     raw = torch.empty(end - begin, dtype=torch.uint8)
@@ -314,7 +316,7 @@ def _read_sharded(folder: Path) -> tuple[dict[str, TensorEntry], list[Path]]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """tensor → shard. Raises CheckpointError for anything but an object of .safetensors names."""
+    """Read tensor → shard. Raises CheckpointError for anything but an object of .safetensors names."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, DuplicateKeyError) as error:
@@ -329,12 +331,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    """The right complaint for a folder that has neither model.safetensors nor an index."""
-    found = sorted(item.name for item in folder.iterdir())
+    """The error for a folder that has neither model.safetensors nor an index; it depends on what is there."""
+    files = sorted(item.name for item in folder.iterdir())
     expected = f"{SINGLE_FILE}, or {INDEX_FILE} and its shards"
-    tensors = [name for name in found if name.endswith(".safetensors")]
-    pickles = [name for name in found if any(fnmatch.fnmatchcase(name, glob) for glob in _PICKLES)]
-    if "adapter_config.json" in found:
+    tensors = [name for name in files if name.endswith(".safetensors")]
+    pickles = [name for name in files if any(fnmatch.fnmatchcase(name, glob) for glob in _PICKLES)]
+    if "adapter_config.json" in files:
         hint: str | None = "this is an adapter: merge it into its base model (merge_and_unload) and save that"
     elif tensors:
         hint = "the index is missing: download it again" if len(tensors) > 1 else f"is it to be named {SINGLE_FILE}?"

@@ -34,7 +34,7 @@ _CODE = ("*.py", "*.pyc", "*.so", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetens
 
 
 def copy_sidecars(src: Path, dst: Path) -> list[str]:
-    """Copy the files that a standard checkpoint has beside config.json and the weights; returns their names, sorted."""
+    """Copy the files that belong to a checkpoint beside config.json and the weights; returns their names, sorted."""
     names = {
         str(item.relative_to(src))
         for pattern in _SIDECARS
@@ -49,11 +49,11 @@ def copy_sidecars(src: Path, dst: Path) -> list[str]:
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> int:
-    """The largest token id + 1, checked to be at most `vocab_size`; `path` is a folder or its tokenizer.json.
+    """Check that the tokenizer fits a model of `vocab_size`; returns its largest token id + 1.
 
-    A larger embedding than the tokenizer needs is common (padding) and fine. A token without a row in the embedding
-    fails only when it is met, hours into a run, so it is looked for here; tokens that tokenizer_config.json and
-    added_tokens.json add at loading time count too. Raises CheckpointError.
+    `path` is a folder or its tokenizer.json. A larger embedding than the tokenizer needs is common (padding) and fine. A
+    token without a row in the embedding would fail only when it occurs, hours into a run. Tokens that
+    tokenizer_config.json and added_tokens.json add at loading time count too. Raises CheckpointError.
     """
     from tokenizers import Tokenizer
 
@@ -86,15 +86,15 @@ def check_tokenizer(path: Path, vocab_size: int) -> int:
 
 def _added_later(folder: Path) -> dict[str, tuple[int, str]]:
     """Tokens that transformers adds on top of tokenizer.json: token → (id, file that says so)."""
-    found: dict[str, tuple[int, str]] = {}
+    ids: dict[str, tuple[int, str]] = {}
     if (folder / "tokenizer_config.json").is_file():
         config = _object(folder / "tokenizer_config.json")
         for key, value in (config.get("added_tokens_decoder") or {}).items():
-            found[_content(value)] = (_id(key, folder / "tokenizer_config.json"), "tokenizer_config.json")
+            ids[_content(value)] = (_id(key, folder / "tokenizer_config.json"), "tokenizer_config.json")
     if (folder / "added_tokens.json").is_file():
         for token, key in _object(folder / "added_tokens.json").items():
-            found[token] = (_id(key, folder / "added_tokens.json"), "added_tokens.json")
-    return found
+            ids[token] = (_id(key, folder / "added_tokens.json"), "added_tokens.json")
+    return ids
 
 
 def _object(file: Path) -> dict[str, Any]:
