@@ -1,11 +1,11 @@
 """The teacher in the basis of its residual stream's principal components: the same function, channels sorted by use.
 
 RMSNorm without its gain commutes with rotations: ‖Rx‖ = ‖x‖. So fold each norm's gain into the matrices that read it,
-turn every reader and writer of the residual stream by an orthogonal R, and the model computes what it did
+rotate every reader and writer of the residual stream by an orthogonal R, and the model computes what it did before
 (SliceGPT, arXiv 2401.15024, section 3). With R the eigenvectors of the stream's covariance the leading channels carry
-most of it, and cutting the hidden axis is keeping the first d' channels: a student that is still a plain model of its
-family. SliceGPT turns each block by a matrix of its own and pays with one more matrix on every skip connection; one R
-for all needs none.
+most of it, and cutting the hidden axis means keeping the first d' channels: the student is still a plain model of its
+family. SliceGPT rotates each block by a matrix of its own and pays with one more matrix on every skip connection; one R
+for all blocks needs none.
 
 The head reads what the final norm's gain scales and the embedding does not, so a tied head gets a weight of its own.
 
@@ -27,20 +27,18 @@ from kdscale.families import Family, TensorSpec
 from kdscale.weights import Checkpoint, TensorInfo
 
 # Which norm a reader of the residual stream comes after, by role.
-_AFTER = dict.fromkeys(("q", "k", "v", "qkv"), "attn_norm") | {"head": "final_norm"}
-
-
+_NORM_BEFORE = dict.fromkeys(("q", "k", "v", "qkv"), "attn_norm") | {"head": "final_norm"}
 _NORMS = ("attn_norm", "ffn_norm", "final_norm")
 
-
 ROTATION = "hidden.rotation"  # R among the importance scores
-
-
 _BLOCK_ROWS = 8192  # of a tensor that are in fp64 at a time
 
 
 def rotation_obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
-    """Why this model cannot be rotated, or None: the stream may only meet plain RMSNorms, each before a sublayer."""
+    """Why this model cannot be rotated, or None.
+
+    The residual stream may only meet plain RMSNorms, each right before a sublayer or the head.
+    """
     for name, spec in family.tensors(dict(config)).items():
         over_hidden = spec.axes == ("hidden",)
         if over_hidden and spec.role.endswith("norm") and spec.role not in _NORMS:
@@ -58,7 +56,7 @@ class RotatedTeacher(Checkpoint):
     """A checkpoint whose tensors are read rotated; config and names are those of the rotated (untied) model."""
 
     def __init__(self, teacher: Checkpoint, family: Family, rotation_DD: Tensor):
-        """Raises ConfigError when the family cannot be rotated or the matrix is not orthogonal of the right size."""
+        """Wrap `teacher`; raises ConfigError when it cannot be rotated, or for a matrix that is no rotation of it."""
         if reason := rotation_obstacle(family, teacher.config):
             raise ConfigError("prune.hidden_method: pca", expected="a model that can be rotated", got=reason)
         hidden = family.dims(teacher.config).hidden
@@ -71,19 +69,23 @@ class RotatedTeacher(Checkpoint):
 
     @property
     def names(self) -> list[str]:
+        """All tensors of the rotated model, in the family's order."""
         return list(self._specs)
 
     def spec(self, name: str) -> TensorInfo:
+        """Shape and dtype of one tensor, as the teacher's; a tied head has its embedding's."""
         return self._teacher.spec(self._tied.get(name, name))
 
     def itemsize(self, name: str) -> int:
+        """Bytes a value of one tensor."""
         return self._teacher.itemsize(self._tied.get(name, name))
 
     def position(self, name: str) -> tuple[int, int]:
+        """Where the tensor's bytes are in the teacher's files."""
         return self._teacher.position(self._tied.get(name, name))
 
     def blocks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
-        """As Checkpoint.blocks; what writes to the stream mixes all its rows and comes whole."""
+        """Read one tensor in blocks as Checkpoint.blocks does, or at once where rotation mixes its rows."""
         spec = self._specs[name]
         if "hidden" not in spec.axes or spec.axes[0] == "hidden":
             yield self.tensor(name)
@@ -93,7 +95,7 @@ class RotatedTeacher(Checkpoint):
             yield (block.double() @ reads_DD).to(block.dtype)
 
     def tensor(self, name: str) -> Tensor:
-        """The rotated tensor in the dtype on disk, computed in fp64."""
+        """Read one tensor rotated, in the dtype on disk, computed in fp64."""
         spec = self._specs[name]
         plain = self._teacher.tensor(self._tied.get(name, name))
         if "hidden" not in spec.axes:
@@ -106,20 +108,22 @@ class RotatedTeacher(Checkpoint):
         return torch.cat([(block.double() @ reads_DD).to(plain.dtype) for block in plain.split(_BLOCK_ROWS)])
 
     def _reads(self, name: str, spec: TensorSpec) -> Tensor:
-        """What a matrix whose columns are the stream is multiplied by, fp64."""
-        turn_DD = self._rotation_DD.double().T
-        return turn_DD if spec.role == "embed" else self._gain(name, spec)[:, None] * turn_DD
+        """What a matrix whose columns are the stream's channels is multiplied by, fp64."""
+        rotation_DD = self._rotation_DD.double().T
+        return rotation_DD if spec.role == "embed" else self._gain(name, spec)[:, None] * rotation_DD
 
     def _gain(self, name: str, spec: TensorSpec) -> Tensor:
-        """The gain of the norm that feeds this reader."""
-        norm = _AFTER.get(spec.role, "ffn_norm")
-        found = [other for other, s in self._specs.items() if s.role == norm and s.layer == spec.layer]
-        assert len(found) == 1, f"{name} reads one norm, found {found}"
-        return self._teacher.tensor(found[0]).double()
+        """The gain of the norm whose output this matrix reads."""
+        role = _NORM_BEFORE.get(spec.role, "ffn_norm")
+        norms = [
+            norm for norm, norm_spec in self._specs.items() if (norm_spec.role, norm_spec.layer) == (role, spec.layer)
+        ]
+        assert len(norms) == 1, f"{name} reads one norm, not {norms}"
+        return self._teacher.tensor(norms[0]).double()
 
 
 def rotated_teacher(teacher: Checkpoint, family: Family, scores: Mapping[str, Any]) -> RotatedTeacher:
-    """The teacher in the basis that importance found. Raises ConfigError when `scores` have none."""
+    """The teacher in the basis that the importance stage measured. Raises ConfigError when `scores` have none."""
     if ROTATION not in scores:
         raise ConfigError(
             f"the importance scores lack {ROTATION!r}",
@@ -131,7 +135,7 @@ def rotated_teacher(teacher: Checkpoint, family: Family, scores: Mapping[str, An
 
 
 def untied_config(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The same config with a head of its own."""
+    """The same config with a head that is not tied to the embedding."""
     out = copy.deepcopy(dict(config))
     for flag in {tie.when for tie in family.data.ties}:
         out[family.data.flags[flag].field] = False

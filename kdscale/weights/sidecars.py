@@ -51,8 +51,8 @@ def copy_sidecars(src: Path, dst: Path) -> list[str]:
 def check_tokenizer(path: Path, vocab_size: int) -> int:
     """Check that the tokenizer fits a model of `vocab_size`; returns its largest token id + 1.
 
-    `path` is a folder or its tokenizer.json. A larger embedding than the tokenizer needs is common (padding) and fine. A
-    token without a row in the embedding would fail only when it occurs, hours into a run. Tokens that
+    `path` is a folder or its tokenizer.json. An embedding larger than the tokenizer needs is common (padding) and fine.
+    A token without a row in the embedding would fail only when it occurs, hours into a run. Tokens that
     tokenizer_config.json and added_tokens.json add at loading time count too. Raises CheckpointError.
     """
     from tokenizers import Tokenizer
