@@ -71,6 +71,8 @@ def test_pages_name_commands_tables_and_files_that_exist(page: Path) -> None:
     paths = re.findall(r"(?<![\w/.-])((?:kdscale|kernels|launch|benchmarks|tests|configs|docs)/[\w/.-]*\w)", text)
     for name in paths:
         assert (ROOT / name).exists() or (ROOT / "kernels" / name).exists(), f"{name} does not exist"
+    for name in re.findall(r"\bkdscale(?:_launch|_kernels)?(?:\.[a-z_]+)+", text):
+        assert importlib.util.find_spec(name), f"module {name} does not exist"
 
 
 def test_the_code_points_to_pages_that_exist() -> None:
@@ -95,6 +97,14 @@ def test_every_function_of_the_kernels_is_listed() -> None:
     text = (DOCS / "reference" / "kernels.md").read_text(encoding="utf-8")
     functions = {name for name in kdscale_kernels.__all__ if name.islower()} - {"choose_backend"}
     assert functions - set(re.findall(r"`([a-z_]+)`", text)) == set()
+
+
+def test_the_page_about_kernels_names_files_and_kernels_that_exist() -> None:
+    text = (DOCS / "explanation" / "kernels.md").read_text(encoding="utf-8")
+    package = ROOT / "kernels" / "kdscale_kernels"
+    source = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    assert [name for name in re.findall(r"`(\w+/\w+\.py)`", text) if not (package / name).exists()] == []
+    assert [name for name in re.findall(r"`(\w+_kernel)`", text) if f"def {name}(" not in source] == []
 
 
 def test_every_key_and_role_of_a_family_file_is_explained() -> None:
