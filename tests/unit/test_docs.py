@@ -82,6 +82,20 @@ def test_the_code_points_to_pages_that_exist() -> None:
                 assert (ROOT / name).exists() or name.startswith("docs/gguf"), f"{path} points to {name}"
 
 
+@pytest.mark.parametrize("page", CURRENT, ids=_name)
+def test_commands_on_pages_have_the_options_they_are_given(page: Path) -> None:
+    code = "\n".join(match[0].strip("`") for match in CODE.finditer(page.read_text(encoding="utf-8")))
+    for line in re.sub(r"\s*\\?\n {2,}|[ ]*#.*", " ", code).splitlines():
+        given = set(re.findall(r"(?<!\S)--[a-z][\w-]*", line))
+        if called := re.match(r" *kdscale ([a-z][a-z-]+)", line):
+            known = {option for item in COMMANDS[called[1]].params for option in item.opts} | {"--help"}
+            assert given <= known, line
+        elif script := re.search(r"python (\S+\.py)", line):
+            sources = [ROOT / script[1], *(ROOT / script[1]).parent.glob("*.py")]
+            text = "".join(path.read_text(encoding="utf-8") for path in sources)
+            assert [option for option in given if f'"{option}"' not in text] == [], line
+
+
 def test_every_family_has_a_row() -> None:
     text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
     for path in (ROOT / "kdscale" / "families").glob("*.json"):
