@@ -241,7 +241,7 @@ def _preflight(job: HostsJob, request: LaunchRequest) -> bool:
         findings = run_preflight(job, request, received_signals)
     if received_signals:
         raise Interrupted(received_signals[0])
-    tables.preflight(findings)
+    tables.findings("Preflight", findings)
     return all(finding.severity != "bad" for finding in findings)
 
 

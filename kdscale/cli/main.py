@@ -51,7 +51,8 @@ def doctor_command(
 
     examination = examine(folder)
     conclusions = verdicts(examination)
-    tables.findings(examination.findings, conclusions)
+    tables.findings("This machine", examination.findings)
+    tables.findings("What follows", conclusions)
     if any(item.severity == "bad" for item in conclusions):
         raise typer.Exit(1)
 

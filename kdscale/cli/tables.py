@@ -12,7 +12,7 @@ from rich.table import Table
 from kdscale.config.load import load_config
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
-from kdscale.jobs.doctor import Finding, Severity
+from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
@@ -21,7 +21,6 @@ from kdscale.sizing.capacity import Capacity
 from kdscale.units import compact_count, compact_size, format_count, format_duration, format_number
 
 _MARK = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
-
 
 _STATE = {
     "done": "[green]done[/]", "running": "[cyan]running[/]", "failed": "[red]failed[/]",
@@ -51,19 +50,9 @@ def table(
     return table
 
 
-def findings(machine: Sequence[Finding], conclusions: Sequence[Finding]) -> None:
-    """What `kdscale doctor` has learned of this machine, and what follows for a run on it."""
-    for title, lines in (("This machine", machine), ("What follows", conclusions)):
-        _print(table(title, ("", "", ""), [(line.topic, _mark(line.severity), line.text) for line in lines]))
-
-
-def preflight(answers: Sequence[Finding]) -> None:
-    """What every host answered before a job."""
-    _print(table("Preflight", ("", "", ""), [(line.topic, _mark(line.severity), line.text) for line in answers]))
-
-
-def _mark(severity: Severity) -> str:
-    return _MARK[severity]
+def findings(title: str, answers: Sequence[Finding]) -> None:
+    """What `kdscale doctor` or a job's preflight has learned."""
+    _print(table(title, ("", "", ""), [(line.topic, _MARK[line.severity], line.text) for line in answers]))
 
 
 def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None:
@@ -91,7 +80,10 @@ def _candidates(plan_json: dict[str, Any]) -> None:
         return
     cuttable = [axis for axis in plan_json["student"] if axis in rows[0] and len({row[axis] for row in rows}) > 1]
     score = "balance" if plan_json["methods"]["search"] == "balanced" else "predicted"
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {axis: _reader(axis) for axis in cuttable}
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        axis: lambda row, axis=axis: str(row[axis])  # type: ignore[misc]
+        for axis in cuttable
+    }
     columns |= {
         "params": lambda row: compact_count(row["params"]),
         "active": lambda row: compact_count(row["active"]) if row.get("active") else "",
@@ -115,10 +107,6 @@ def _candidates(plan_json: dict[str, Any]) -> None:
     _print(
         table(title, tuple(shown), [[cell(row) for cell in shown.values()] for row in rows], right_from=0, nowrap=True)
     )
-
-
-def _reader(axis: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: str(row[axis])
 
 
 def results(folder: Path, last_stage: str) -> None:

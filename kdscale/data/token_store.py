@@ -33,7 +33,6 @@ from kdscale.files import atomic_dir, read_json, write_json
 from kdscale.runtime.progress import Bar, Reporter
 
 SPLITS = ("train", "heldout")
-
 _VERSION = 1
 _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 2_000_000  # whichever comes first; bounds memory for long documents
 _SHORTEST_PIECE = 4  # tokens; the least that data.max_document_tokens may be

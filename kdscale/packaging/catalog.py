@@ -28,7 +28,6 @@ from kdscale.packaging.gguf_reader import GgufLlama, gguf_reader_class, write_ch
 from kdscale.runtime.progress import Reporter
 
 TeacherDtype = Literal["bfloat16", "float16", "float32"]
-
 MANIFEST = "kdscale_teacher.json"
 _MANIFEST_VERSION = 1
 _PIP_TIMEOUT_SECONDS = 1800

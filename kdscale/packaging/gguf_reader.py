@@ -28,7 +28,6 @@ _OUTER = {
     "output.weight": "lm_head.weight",
 }
 
-
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -40,7 +39,6 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
 
 _CONTROL_TOKEN = 3  # gguf token type: special, never split, left out of decoded text
 

@@ -9,7 +9,6 @@ from typing import Any
 from kdscale.units import decimals, format_count, format_number, format_size
 
 TEACHER = "teacher"  # what the others are compared with, where it is there
-
 _TIMING_NOISE = 0.03  # speeds nearer to each other than this are called alike
 
 

@@ -22,7 +22,6 @@ from kdscale.runs.metrics_log import read_metrics
 
 SCHEMA_VERSION = 1
 
-
 _AXIS_TITLES = {
     "layers": "Layers",
     "hidden": "Hidden size",

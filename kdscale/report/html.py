@@ -1,6 +1,6 @@
 """The report of a run: report.json (every figure) and one report.html that needs nothing but a browser.
 
-Reads files only. Everything shown is escaped: prompts, answers, names and paths are other people's text.
+Reads files only. Everything shown is escaped: prompts, answers, names and paths are not our own text.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,9 @@ from kdscale.report.facts import for_json, gather
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
-
 # Classes of report.css.j2: models with a colour of their own, and those that other models take in turn.
 _MODEL_CLASSES = ("teacher", "pruned", "distilled")
 _OTHER_CLASSES = ("other-1", "other-2", "other-3")
-
 
 _MISSING_NOTES = {
     "config": "This folder holds no resolved config.",
@@ -51,7 +50,7 @@ def write_report(run_dir: Path, out_dir: Path) -> Path:
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """The page for the facts that `gather` found. Equal facts give equal bytes."""
+    """The page for the facts that `gather` returns. Equal facts give equal bytes."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -68,7 +67,7 @@ def render(facts: Mapping[str, Any]) -> str:
         teacher=TEACHER,
         missing=[_MISSING_NOTES[name] for name in facts["missing"]],
         models=_models(facts["evaluation"]),
-        groups=_groups(facts["comparison"] or []),
+        groups={name: list(rows) for name, rows in itertools.groupby(facts["comparison"] or [], itemgetter("group"))},
         curves=training_plots.curves(facts),
         terms=training_plots.terms(facts),
         importance=importance_plots.importance(facts),
@@ -88,13 +87,6 @@ def _models(evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
         {"name": name, "title": model_title(name), "css": name if name in _MODEL_CLASSES else next(others)}
         for name in names
     ]
-
-
-def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    out: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        out.setdefault(row["group"], []).append(row)
-    return out
 
 
 def _how_made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

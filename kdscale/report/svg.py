@@ -1,7 +1,7 @@
-"""From a drawing to inline SVG that takes its colours and fonts from the page it stands in.
+"""From a drawing to inline SVG that takes its colours and fonts from the page around it.
 
-matplotlib draws with stand-in colours; they are then replaced by CSS variables, so that one drawing serves the light
-and the dark scheme. Text stays text. The same drawing gives the same bytes.
+matplotlib draws with stand-in colours that are then replaced by CSS variables, so that one drawing serves the light and
+the dark scheme. Text stays text. Equal drawings give equal bytes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from kdscale.units import compact_count
+
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
-
-
 BEFORE, AFTER, ACCENT = "#050505", "#060606", "#070707"
-
 
 _VARIABLES = {
     INK: "var(--ink)",
@@ -29,7 +28,6 @@ _VARIABLES = {
     AFTER: "var(--distilled)",
     ACCENT: "var(--pruned)",
 }
-
 
 _INCH = 72.0
 
@@ -53,6 +51,7 @@ def make_plot(
     wide: tuple[int, int],
     narrow: tuple[int, int],
 ) -> Plot:
+    """Draw twice: `wide` and `narrow` are sizes in CSS pixels; `draw` gets a figure and whether it is narrow."""
     return Plot(title, caption, alt, _svg(draw, wide, False), _svg(draw, narrow, True))
 
 
@@ -67,15 +66,15 @@ def style(axes: Any, grid: bool = True) -> None:
 
 
 def integers(most: int) -> Any:
+    """A locator of at most `most` whole-number ticks."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=most, integer=True)
 
 
 def count_formatter() -> Any:
+    """Ticks such as `250k` and `1.5M`."""
     from matplotlib.ticker import FuncFormatter
-
-    from kdscale.units import compact_count
 
     return FuncFormatter(lambda value, _: compact_count(value, digits=4))
 
@@ -128,11 +127,11 @@ def _for_page(svg: str) -> str:
         svg = svg.replace(stand_in, variable)
     # Fonts come from the page; and ids must be unique over all plots of a page.
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    salt = f"{np.uint32(hash_of(svg)):08x}"
+    salt = f"{np.uint32(_hash(svg)):08x}"
     return re.sub(r'(id="|href="#|url\(#)', lambda match: f"{match[1]}p{salt}-", svg)
 
 
-def hash_of(text: str) -> int:
+def _hash(text: str) -> int:
     """A small stable hash (FNV-1a, 32 bits): Python's own differs from process to process."""
     value = 2166136261
     for byte in text.encode():

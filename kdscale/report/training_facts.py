@@ -12,7 +12,6 @@ from kdscale.config.objectives import OBJECTIVES
 
 _MOST_POINTS = 240  # of a term's curve; more steps are averaged in groups
 _NOT_TERMS = {"kind", "step", "tokens", "labels", "loss"}
-
 Row = Mapping[str, Any]
 
 

@@ -17,7 +17,6 @@ OPTIMAL_RATIO = 2.5
 
 # The law is a fit over discrete teachers: a ratio somewhat above it is no reason to worry yet.
 _WARN_RATIO = 3.0
-
 _PUBLISHED_TOKENS_PER_PARAMETER = 20.0
 
 

@@ -11,8 +11,6 @@ from kdscale.sizing.memory import peak_memory
 from kdscale.sizing.speed import Rates, StepEstimate, estimate_step
 
 PLACEMENTS: tuple[TeacherPlacement, ...] = ("replicated", "partitioned", "offloaded", "served")
-
-
 MOST_SEQUENCES = 64  # of a micro-batch
 
 # Among speeds that differ by no more than this the simplest setting wins: the model is not more exact than that.

@@ -16,12 +16,10 @@ from kdscale.sizing.parallel import job_of_tensor_rank
 
 # The same as in kdscale_kernels (fused/products.py, fused/memory_plan.py), which may not be imported; a test compares.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-
 CPU_WORKSPACE, FEWEST_ROWS = 104 << 20, 64
 
 # DeepSpeed's defaults (read): parameters of a stage-3 student that stay gathered, and those fetched ahead.
 MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
-
 SUB_GROUP = 1_000_000_000
 
 # Assumed, not measured: CUDA context and NCCL's buffers; fragments of the caching allocator and this model's own error.
