@@ -14,6 +14,7 @@ from kdscale.pipeline.calibration import scoring_batches
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.pipeline.stages.probes import by_probes
 from kdscale.prune.search.latency import LATENCY_KINDS
+from kdscale.units import format_count
 
 if TYPE_CHECKING:
     from kdscale.prune.plan import Plan, ShapeCandidate
@@ -190,4 +191,4 @@ def choose_plan(context: StageContext) -> Facts:
     for warning in plan.warnings:
         context.reporter.say(f"  note: {warning}")
     before, after = plan.teacher_params.total, plan.student_params.total
-    return {"parameters": f"{before / 1e6:,.1f} M → {after / 1e6:,.1f} M"}
+    return {"parameters": f"{format_count(before, 4)} → {format_count(after, 4)}"}

@@ -18,7 +18,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.prune.axes import BudgetKind, target_kind
 from kdscale.prune.search.cost import CostModel
-from kdscale.units import BUDGET_FIELDS, parse_budget
+from kdscale.units import BUDGET_FIELDS, format_number, parse_budget
 
 Floats = NDArray[np.float64]
 
@@ -119,4 +119,4 @@ class Budget:
 
 
 def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.3g}"
+    return format_number(int(value) if value == int(value) else value)
