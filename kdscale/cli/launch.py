@@ -14,12 +14,14 @@ import typer
 
 from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption
 from kdscale.errors import ConfigError
+from kdscale.pipeline.stages.registry import job_targets
 
 if TYPE_CHECKING:
     from kdscale.jobs.launch import LaunchRequest
     from kdscale_launch import Host, HostsJob
 
 _HOSTS, _SYSTEMS = "Hosts over ssh", "Job systems"
+_STAGES = job_targets()
 
 
 class Launcher(StrEnum):
@@ -120,7 +122,7 @@ def launch_command(
     config: ConfigArgument,
     set_: SetOption = None,
     accept_changes: AcceptOption = False,
-    until: Annotated[str, _option("--until", "The last stage: distill, eval or report.", None, "STAGE")] = "report",
+    until: Annotated[str, _option("--until", f"The last stage: {', '.join(_STAGES)}.", None, "STAGE")] = _STAGES[-1],
     dry_run: Annotated[bool, _option("--dry-run", "Print exactly what would run, and run nothing.")] = False,
     max_restarts: Annotated[
         int, _option("--max-restarts", "How often a broken job starts again from its last checkpoint.", minimum=0)] = 3,
@@ -222,7 +224,7 @@ def _check_min_nodes(min_nodes: int | None, nodes: int, elastic: bool) -> None:
 
 
 def _request(
-    config: str, overrides: Sequence[str] | None, ranks: int, accept_changes: bool, until: str = "report"
+    config: str, overrides: Sequence[str] | None, ranks: int, accept_changes: bool, until: str = _STAGES[-1]
 ) -> LaunchRequest:
     from kdscale.config.load import find_config
     from kdscale.jobs.launch import make_request

@@ -10,6 +10,7 @@ import typer
 
 from kdscale.cli.arguments import ConfigArgument, SetOption
 from kdscale.errors import ConfigError
+from kdscale.sizing.gpus import known_gpus
 
 if TYPE_CHECKING:
     from kdscale.jobs.cluster_plan import ClusterPlan
@@ -33,7 +34,7 @@ def plan_cluster_command(
     set_: SetOption = None,
     nodes: Annotated[int, _option("--nodes", "Number of nodes.", at_least=1)] = 1,
     gpus_per_node: Annotated[int, _option("--gpus-per-node", "GPUs (and ranks) per node.", at_least=1)] = 8,
-    gpu: Annotated[str, _option("--gpu", "a100-40, a100-80, h100, h200, b200 or mi300x.", "NAME")] = "h100",
+    gpu: Annotated[str, _option("--gpu", f"One of {', '.join(known_gpus())}.", "NAME")] = "h100",
     gpu_memory: Annotated[str | None, _option("--gpu-memory", "Memory of a GPU, e.g. 80GiB.", "SIZE")] = None,
     host_memory: Annotated[str, _option("--host-memory", "Memory of a node.", "SIZE")] = "1TiB",
     tokens: Annotated[str | None, _option("--tokens", "Tokens to train on. Default: distill.tokens.", "N")] = None,

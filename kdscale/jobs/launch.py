@@ -29,6 +29,7 @@ from kdscale_launch.hosts.ssh import SshSettings
 from kdscale_launch.job import CannotStart, LaunchError
 
 RANK_MODULE = "kdscale.jobs.rank"
+LAST_STAGE = job_targets()[-1]
 _PROBE_SECONDS = 180.0
 
 
@@ -59,12 +60,12 @@ class LaunchRequest:
     overrides: tuple[str, ...]
     config: Config
     accept_changes: bool = False
-    until: str = "report"
+    until: str = LAST_STAGE
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """The arguments from which a rank resolves the same config."""
-        flags = [f"--until={self.until}"] if self.until != "report" else []
+        flags = [f"--until={self.until}"] if self.until != LAST_STAGE else []
         flags += ["--accept-changes"] if self.accept_changes else []
         return (self.file, *flags, *self.overrides)
 
@@ -88,7 +89,7 @@ class LaunchRequest:
 
 
 def make_request(
-    path: Path, overrides: Sequence[str], ranks: int, accept_changes: bool, until: str = "report"
+    path: Path, overrides: Sequence[str], ranks: int, accept_changes: bool, until: str = LAST_STAGE
 ) -> LaunchRequest:
     """The request with `distill.processes` set to `ranks`. Raises ConfigError when they cannot share the batch."""
     if until not in job_targets():

@@ -56,7 +56,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Config, str, bool]:
     """The config, the last stage, and whether changes are accepted. Raises ConfigError for anything unknown."""
     options = [item for item in arguments if item.startswith("--")]
     config, *overrides = [item for item in arguments if not item.startswith("--")] or [""]
-    until = next((item.removeprefix(UNTIL) for item in options if item.startswith(UNTIL)), "report")
+    until = next((item.removeprefix(UNTIL) for item in options if item.startswith(UNTIL)), list(STAGES)[-1])
     if not config or any(item != ACCEPT and not item.startswith(UNTIL) for item in options):
         usage = "CONFIG [--until=STAGE] [--accept-changes] [KEY=VALUE ...]"
         given = " ".join(arguments) or "nothing"
