@@ -9,7 +9,7 @@ from typing import Any
 
 from kdscale.config.root import Config
 from kdscale.config.targets import source_of
-from kdscale.distill.parallel.checks import FAMILIES
+from kdscale.distill.parallel.checks import unshareable_tensor
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.pipeline.checks import plan_shapes
@@ -94,8 +94,9 @@ def _placements(config: Config) -> list[TeacherPlacement]:
 
 def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     """Numbers of ranks of one node that can share the layers of both models."""
-    supported = read_config(teacher_dir).get("model_type") in FAMILIES
-    if not supported or config.distill.needs.full:
+    model = read_config(teacher_dir)
+    family = load_family(model, str(teacher_dir / "config.json"))
+    if unshareable_tensor(family, model) is not None or config.distill.needs.full:
         return []
     most = min(job.student.kv_heads, job.teacher.kv_heads)
     return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]

@@ -4,30 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from kdscale.errors import ConfigError
-from kdscale.families import Dims, load_family
+from kdscale.families import Dims, Family, load_family
 from kdscale.weights import read_config
 
-# Families that tests show to be right: q, k, v, gate and up are separate; norms are replicated or of one head.
-FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+# Roles of the linears whose output, or whose input, tensor-parallel ranks share; attention is shared by kv heads.
+SLICED_OUTPUT, SLICED_INPUT = ("q", "k", "v", "gate", "up"), ("o", "down")
+HEAD_NORMS = ("q_norm", "k_norm")
+_OUTSIDE_LAYERS = ("embed", "final_norm", "head", "head_bias")
+
+
+def unshareable_tensor(family: Family, config: dict[str, Any]) -> str | None:
+    """The first tensor that keeps ranks from sharing the layers of a model, or None.
+
+    Ranks can share separate q, k, v, o, gate, up and down projections; norms must be of one head or of all units.
+    """
+    for name, spec in family.tensors(config).items():
+        if spec.layer is None:
+            shareable = spec.role in _OUTSIDE_LAYERS
+        elif spec.component == "norm":
+            shareable = spec.role not in HEAD_NORMS or spec.axes == ("head_dim",)
+        else:
+            shareable = spec.role.removesuffix("_bias") in SLICED_OUTPUT + SLICED_INPUT
+        if not shareable:
+            return name
+    return None
 
 
 def check_tensor_parallel(size: int, folders: Mapping[str, Path]) -> None:
-    """Check that `size` ranks can share the layers of each model, and raise ConfigError otherwise.
+    """Check that `size` ranks can share the layers of each model in `folders` (by role: "teacher", "student").
 
-    `folders`: the model folders, by role ("teacher", "student").
+    Raises ConfigError when they cannot, CheckpointError for a family that is not known.
     """
     if size == 1:
         return
     for what, folder in folders.items():
         config = read_config(folder)
-        if config.get("model_type") not in FAMILIES:
+        family = load_family(config, str(folder / "config.json"))
+        if (name := unshareable_tensor(family, config)) is not None:
             raise ConfigError(
-                "distill.tensor_parallel", expected=f"a {what} of one of {', '.join(FAMILIES)}",
-                got=str(config.get("model_type")), hint="other families: tensor_parallel: 1, and ZeRO-3 for memory",
-            )  # fmt: skip
-        check_tensor_dims(size, what, load_family(config, str(folder / "config.json")).dims(config))
+                "distill.tensor_parallel",
+                expected=f"a {what} with separate q, k, v, gate and up projections, and norms of one head or all units",
+                got=f"{name} of {config['model_type']}",
+                hint="other models: tensor_parallel: 1, and zero_stage: 3 for memory",
+            )
+        check_tensor_dims(size, what, family.dims(config))
 
 
 def check_tensor_dims(size: int, what: str, dims: Dims) -> None:

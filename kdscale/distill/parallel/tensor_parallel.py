@@ -23,15 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kdscale.distill.parallel.checks import HEAD_NORMS, SLICED_INPUT, SLICED_OUTPUT
 from kdscale.distill.parallel.tensor_slices import TensorSlice
+from kdscale.families.schema import COMPONENT_OF
 from kdscale.models.head import VocabShard
+from kdscale.models.layer_stream import replace_module
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.models.skeleton import build_skeleton, move_buffers, replace_parameters
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # linears whose output is sliced
-_ROW = ("o_proj", "down_proj")  # linears whose input is sliced
-_HEAD_NORMS = ("q_norm", "k_norm")
 _BLOCK_VALUES = 1 << 22  # of one read of whole rows of which some columns are kept
 
 
@@ -84,13 +83,15 @@ def load_sliced_model(
     """
     weights = ParameterReader.open(path)
     model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
-    slices = _slice_modules(model, group, weights)
+    tensors = weights.family.tensors(weights.checkpoint.config).values()
+    roles = {spec.parameter: spec.role for spec in tensors}
+    slices = _slice_modules(model, group, weights, roles)
     move_buffers(model, device)
     if materialise is None:
         _read(model, slices, weights, device)
     else:
         materialise(model, slices, weights)
-    _mark(model, slices, group)
+    _mark(model, slices, group, roles)
     return model, slices
 
 
@@ -131,11 +132,11 @@ def _read(model: Any, slices: ModelSlices, weights: ParameterReader, device: tor
         fill_slice(weights, name, slices.slices.get(name), shape, 0, parameter.data.view(-1))
 
 
-def _mark(model: Any, slices: ModelSlices, group: Any) -> None:
+def _mark(model: Any, slices: ModelSlices, group: Any, roles: Mapping[str, str]) -> None:
     """Tell DeepSpeed which parameters are sliced; sum the gradients of norms that see only this rank's heads."""
     for name, parameter in model.named_parameters():
         parameter.tensor_model_parallel = name in slices.slices
-        if name.rsplit(".", 2)[-2] in _HEAD_NORMS:
+        if roles[name] in HEAD_NORMS:
             parameter.register_hook(lambda grad: _summed(grad, group))
 
 
@@ -145,14 +146,14 @@ def _summed(grad: torch.Tensor, group: Any) -> torch.Tensor:
     return total
 
 
-def _slice_modules(model: Any, group: Any, weights: ParameterReader) -> ModelSlices:
+def _slice_modules(model: Any, group: Any, weights: ParameterReader, roles: Mapping[str, str]) -> ModelSlices:
     """Replace linears with AutoTP's, and cut embedding and head to this rank's rows; all on meta."""
     from deepspeed.module_inject.tp_shard import AutoTPMeta
 
     dims = weights.family.dims(weights.checkpoint.config)
     model_shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
     by_heads, evenly = AutoTPMeta(num_kv_heads=dims.kv_heads), AutoTPMeta()
-    slices = _slice_linears(model, group, model_shapes, by_heads, evenly)
+    slices = _slice_linears(model, group, model_shapes, roles, by_heads, evenly)
     rows = _rank_slice(dims.vocab, 0, group, evenly)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(value): name for name, value in model.named_parameters()}
@@ -169,23 +170,26 @@ def _slice_modules(model: Any, group: Any, weights: ParameterReader) -> ModelSli
 
 
 def _slice_linears(
-    model: Any, group: Any, shapes: Mapping[str, tuple[int, ...]], by_heads: Any, evenly: Any
+    model: Any,
+    group: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    roles: Mapping[str, str],
+    by_heads: Any,
+    evenly: Any,
 ) -> dict[str, TensorSlice]:
     """Replace the linears of attention and feed-forward; returns the slices of their weights and biases."""
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 
     slices: dict[str, TensorSlice] = {}
     for name, module in list(model.named_modules()):
-        parent, _, role = name.rpartition(".")
-        if role not in _COLUMN + _ROW or not isinstance(module, nn.Linear):
+        role = roles.get(f"{name}.weight")
+        if role not in SLICED_OUTPUT + SLICED_INPUT:
             continue
-        meta, dim = by_heads if role in _ATTENTION else evenly, int(role in _ROW)
+        meta, dim = by_heads if COMPONENT_OF[role] == "attention" else evenly, int(role in SLICED_INPUT)
         slices[f"{name}.weight"] = _rank_slice(shapes[f"{name}.weight"][dim], dim, group, meta)
         if module.bias is not None and dim == 0:
             slices[f"{name}.bias"] = slices[f"{name}.weight"]
-        setattr(
-            model.get_submodule(parent), role, (LinearAllreduce if dim else LinearLayer)(module, group, tp_meta=meta)
-        )
+        replace_module(model, name, (LinearAllreduce if dim else LinearLayer)(module, group, tp_meta=meta))
     return slices
 
 

@@ -20,6 +20,11 @@ from kdscale.models.skeleton import move_buffers, replace_parameters
 _ALIGN = 64
 
 
+def aligned(values: int) -> int:
+    """The number of values rounded up to the alignment."""
+    return -(-values // _ALIGN) * _ALIGN
+
+
 @dataclass(frozen=True)
 class _Slot:
     """Values `begin` to `end` of a layer belong to this parameter."""
@@ -41,7 +46,7 @@ class MovableLayer:
 
     def add(self, name: str, parameter: nn.Parameter, shape: torch.Size) -> None:
         """Append a parameter, aligned."""
-        begin = -(-self.numel // _ALIGN) * _ALIGN
+        begin = aligned(self.numel)
         self.numel = begin + shape.numel()
         self.slots.append(_Slot(parameter, name, shape, begin, self.numel))
 

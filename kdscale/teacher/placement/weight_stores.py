@@ -17,7 +17,7 @@ import torch.distributed as dist
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.runtime.ranks import rank, world_size
 from kdscale.teacher.placement.host_memory import HostMemory
-from kdscale.teacher.placement.movable_weights import MovableTable, MovableWeights
+from kdscale.teacher.placement.movable_weights import MovableTable, MovableWeights, aligned
 
 Pending = Callable[[], torch.Tensor]
 
@@ -137,7 +137,7 @@ class OffloadedStore:
     def __init__(self, movable: MovableWeights, weights: ParameterReader, dtype: torch.dtype, device: torch.device):
         self._device = device
         sizes = [layer.numel for layer in movable.layers] + [table.vocab * table.width for table in movable.tables]
-        sizes = [-(-size // 64) * 64 for size in sizes]
+        sizes = [aligned(size) for size in sizes]
         self._memory = HostMemory(sum(sizes) * dtype.itemsize, device)
         regions = self._memory.bytes.view(dtype).split(sizes)
         self._layers = regions[: len(movable.layers)]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from kdscale.distill.parallel.checks import check_sequence_parallel
+from kdscale import families
+from kdscale.distill.parallel.checks import check_sequence_parallel, unshareable_tensor
 from kdscale.errors import ConfigError
+from kdscale.families import load_family, supported_types
+from tests.integration.prune.family_table import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,23 @@ def test_a_soft_capped_attention_is_refused_before_a_weight_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2", "attn_logit_softcapping": 50.0}))
     with pytest.raises(ConfigError, match="no soft-cap"):
         check_sequence_parallel(2, 64, {"teacher": tmp_path})
+
+
+SHAREABLE = ["gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
+
+
+@pytest.mark.parametrize("name", supported_types())
+def test_the_tensors_of_a_family_say_whether_ranks_can_share_its_layers(name):
+    config = tiny_config(name)
+    unshareable = unshareable_tensor(load_family(config, "test"), config)
+    assert (unshareable is None) == (name in SHAREABLE), unshareable
+
+
+def test_a_new_family_needs_no_change_of_the_code(tmp_path, monkeypatch):
+    """Other names of the same tensors: what they are for decides."""
+    text = (Path(families.__file__).parent / "llama.json").read_text()
+    text = text.replace('"llama"', '"renamed"').replace("_proj", "_matrix")
+    (tmp_path / "renamed.json").write_text(text)
+    monkeypatch.setenv("KDSCALE_FAMILIES", str(tmp_path))
+    config = {**tiny_config("llama"), "model_type": "renamed"}
+    assert unshareable_tensor(load_family(config, "test"), config) is None
