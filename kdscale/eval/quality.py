@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.root import RuntimeConfig
+from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenStore
@@ -45,22 +46,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 TEACHER = "teacher"
-
-
-class EvalBatch(Protocol):
-    """What scoring needs of a data batch: int64 [B, S], labels shifted, IGNORED_LABEL where nothing is scored."""
-
-    @property
-    def input_ids_BS(self) -> Tensor: ...  # noqa: N802
-
-    @property
-    def position_ids_BS(self) -> Tensor: ...  # noqa: N802
-
-    @property
-    def labels_BS(self) -> Tensor: ...  # noqa: N802
-
-    @property
-    def text_bytes(self) -> int: ...  # UTF-8 bytes of the text that the labels stand for
 
 
 @dataclass(frozen=True)
@@ -153,7 +138,7 @@ def headline(result: Mapping[str, Any]) -> dict[str, str]:
 
 def score_models(
     models: Mapping[str, Path],
-    batches: Sequence[EvalBatch],
+    batches: Sequence[Batch],
     options: ScoringOptions,
     reporter: Reporter,
     samples: SampleTexts | None = None,
@@ -190,7 +175,7 @@ def score_models(
 def _score_pair(
     students: Mapping[str, PreTrainedModel],
     teacher: tuple[OutputHead, _HiddenStates],
-    batches: Sequence[EvalBatch],
+    batches: Sequence[Batch],
     options: ScoringOptions,
     bar: Bar,
 ) -> dict[str, TokenStats]:
@@ -226,7 +211,7 @@ def _checked(name: str, scores: Scores) -> Scores:
     return scores
 
 
-def _scored_tokens(batches: Sequence[EvalBatch]) -> tuple[np.ndarray, np.ndarray]:
+def _scored_tokens(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
     """Labels of all scored tokens and the number of the document piece that each belongs to, both int64 [N].
 
     A piece is a run of one document within a sequence (positions restart at 0): standard errors are over pieces.
@@ -249,7 +234,7 @@ def _scored_tokens(batches: Sequence[EvalBatch]) -> tuple[np.ndarray, np.ndarray
     return np.concatenate(labels), np.concatenate(clusters)
 
 
-def _scored_hidden(model: PreTrainedModel, batch: EvalBatch, device: torch.device) -> Tensor:
+def _scored_hidden(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """Final hidden states of the scored positions only, [N of this batch, H]."""
     with torch.inference_mode():
         hidden_BSH = final_hidden(model, batch.input_ids_BS.to(device), batch.position_ids_BS.to(device))
@@ -265,7 +250,7 @@ class _HiddenStates:
 
     @classmethod
     def write(
-        cls, model: PreTrainedModel, batches: Sequence[EvalBatch], path: Path, device: torch.device, bar: Bar
+        cls, model: PreTrainedModel, batches: Sequence[Batch], path: Path, device: torch.device, bar: Bar
     ) -> _HiddenStates:
         """Run the model over all batches."""
         rows = []
@@ -327,7 +312,7 @@ def _describe(
     cfg: EvalConfig,
     options: ScoringOptions,
     threads: int,
-    batches: Sequence[EvalBatch],
+    batches: Sequence[Batch],
     scores: Scores,
     text_bytes: int,
 ) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from kdscale.config.root import RuntimeConfig
 from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
-from kdscale.errors import CheckpointError
-from kdscale.eval.quality import ScoringOptions, evaluate, score_models
+from kdscale.errors import CheckpointError, ConfigError
+from kdscale.eval.quality import ScoringOptions, evaluate, headline, score_models
 from kdscale.eval.samples import Sampling
 from kdscale.eval.summary import bits_per_byte, mean_and_error, summarise
 from kdscale.runtime.progress import Reporter
@@ -133,6 +133,21 @@ def test_a_whole_evaluation_compares_and_samples(models: dict[str, Path], store:
     generated = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
     expected = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert result["samples"][0]["outputs"]["teacher"] == expected
+
+
+def test_any_list_of_models_is_evaluated(
+    models: dict[str, Path], store: TokenStore, tmp_path: Path
+) -> None:
+    config = EvalConfig(tokens=100, seq_len=32, prompts=(), efficiency=False)
+    many = {"teacher": models["teacher"], **dict.fromkeys(("pruned", "distilled", "quantized"), models["pruned"])}
+    result = evaluate(many, store.folder, config, RuntimeConfig(threads=1), tmp_path / "eval.json", QUIET)
+    assert list(result["models"]) == list(many)
+    assert result["models"]["quantized"]["quality"] == result["models"]["pruned"]["quality"]
+    assert result["gap_closed"] == 0
+    assert len(result["differences"]) == 6
+    assert list(headline(result)) == [*(f"{name} perplexity" for name in many), "gap closed"]
+    with pytest.raises(ConfigError, match="one named teacher"):
+        evaluate({"pruned": models["pruned"]}, store.folder, config, RuntimeConfig(), tmp_path / "e.json", QUIET)
 
 
 def test_sampling_is_seeded_and_stays_in_the_nucleus() -> None:
