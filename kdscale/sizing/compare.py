@@ -60,11 +60,11 @@ def compare(
     settings = _settings(job, stages, placements)
     compared = [best(setting) for setting in settings]
     for size in sorted(sequence):
-        if any(candidate.fits for candidate in compared):
+        if any(option.fits for option in compared):
             break
         compared += [best(replace(setting, sequence=size), size) for setting in settings]
     for size in sorted(tensor):
-        if any(candidate.fits for candidate in compared):
+        if any(option.fits for option in compared):
             break
         compared += [
             best(replace(setting, tensor=size), size)
@@ -77,17 +77,17 @@ def compare(
 def _ordered(compared: Sequence[ComparedSetting]) -> list[ComparedSetting]:
     """In the order that `compare` gives, with the reason why each one that fits is not chosen."""
     fit = sorted(
-        (candidate for candidate in compared if candidate.fits),
-        key=lambda candidate: (candidate.setting.placement == "served", -candidate.speed.tokens_per_second),
+        (option for option in compared if option.fits),
+        key=lambda option: (option.setting.placement == "served", -option.speed.tokens_per_second),
     )
-    too_large = sorted((item for item in compared if not item.fits), key=lambda item: item.memory.total)
-    eligible = [candidate for candidate in fit if candidate.setting.placement != "served"] or fit
+    too_large = sorted((option for option in compared if not option.fits), key=lambda option: option.memory.total)
+    eligible = [option for option in fit if option.setting.placement != "served"] or fit
     if not eligible:
         return too_large
     fastest = eligible[0].speed.tokens_per_second
-    tied = [candidate for candidate in eligible if candidate.speed.tokens_per_second >= fastest * (1 - _TIE)]
+    tied = [option for option in eligible if option.speed.tokens_per_second >= fastest * (1 - _TIE)]
     chosen = min(tied, key=_complexity)
-    rejected = [replace(item, reason=_why_not(item, chosen)) for item in fit if item is not chosen]
+    rejected = [replace(option, reason=_why_not(option, chosen)) for option in fit if option is not chosen]
     return [chosen, *rejected, *too_large]
 
 
@@ -115,9 +115,9 @@ def _best_micro_batch(job: Job, setting: Setting, cluster: GpuCluster, sequences
     for size in range(1, min(sequences, MOST_SEQUENCES) + 1):
         if sequences % size:
             continue
-        candidate = _judge(job, replace(setting, micro_batch=size, accumulation=sequences // size), cluster, rates)
-        if best is None or (candidate.fits and candidate.speed.tokens_per_second > best.speed.tokens_per_second):
-            best = candidate
+        option = _judge(job, replace(setting, micro_batch=size, accumulation=sequences // size), cluster, rates)
+        if best is None or (option.fits and option.speed.tokens_per_second > best.speed.tokens_per_second):
+            best = option
     assert best is not None
     return best
 
@@ -133,8 +133,8 @@ def _judge(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> Com
     return ComparedSetting(setting, memory, speed, "; ".join(reasons), not reasons)
 
 
-def _complexity(candidate: ComparedSetting) -> tuple[int, ...]:
-    setting = candidate.setting
+def _complexity(option: ComparedSetting) -> tuple[int, ...]:
+    setting = option.setting
     return (
         setting.offload_parameters + setting.offload_optimizer,
         setting.hpz > 1,

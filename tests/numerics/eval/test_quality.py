@@ -135,9 +135,7 @@ def test_a_whole_evaluation_compares_and_samples(models: dict[str, Path], store:
     assert result["samples"][0]["outputs"]["teacher"] == expected
 
 
-def test_any_list_of_models_is_evaluated(
-    models: dict[str, Path], store: TokenStore, tmp_path: Path
-) -> None:
+def test_any_list_of_models_is_evaluated(models: dict[str, Path], store: TokenStore, tmp_path: Path) -> None:
     config = EvalConfig(tokens=100, seq_len=32, prompts=(), efficiency=False)
     many = {"teacher": models["teacher"], **dict.fromkeys(("pruned", "distilled", "quantized"), models["pruned"])}
     result = evaluate(many, store.folder, config, RuntimeConfig(threads=1), tmp_path / "eval.json", QUIET)
