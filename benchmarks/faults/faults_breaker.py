@@ -68,10 +68,10 @@ class Breaker:
     def read(self) -> str:
         """The new log lines; settles injections when one says that training goes on."""
         self.job.step()
-        said = self.job.said()
-        for step in re.findall(r"going on from step (\d+)|step (?=0/\d+: held-out)", said):
+        lines = self.job.new_lines()
+        for step in re.findall(r"going on from step (\d+)|step (?=0/\d+: held-out)", lines):
             self.settle(int(step or 0))
-        return said
+        return lines
 
     def settle(self, step: int) -> None:
         """Training goes on from `step`: the steps lost are due to the injections since it last did."""
@@ -102,11 +102,11 @@ class Breaker:
     def wait_for_restart(self) -> str:
         """Wait until the launcher starts the job again, or ends with an error. Raises Stuck."""
         deadline = time.monotonic() + self.patience
-        said = ""
-        while "starting again from the last checkpoint" not in said:
-            said += self.read()
+        lines = ""
+        while "starting again from the last checkpoint" not in lines:
+            lines += self.read()
             if self.job.process.poll() is not None:
-                said += self.read()
+                lines += self.read()
                 return f"ended with {self.job.process.returncode}"
             if time.monotonic() > deadline:
                 raise Stuck("not noticed")
@@ -162,28 +162,28 @@ class Breaker:
         """A node dies and cannot be reached for a while."""
         mark = self.job.work / f"away-{self.rng.choice(['one', 'two'])}"
         index = 0 if mark.name.endswith("one") else 1
-        agents = sorted(self.job.agents(), key=lambda agent: agent.pid)
+        agents = self.job.agents()
         if len(agents) < 2:
             return self.kill_launcher()
         mark.touch()
         try:
             signal_all([agents[index], *descendants(agents[index])], signal.SIGKILL)
-            said = self.wait_for_restart()
+            outcome = self.wait_for_restart()
             time.sleep(AWAY_SECONDS)
         finally:
             mark.unlink()
-        return said
+        return outcome
 
     def leave(self) -> str:
         """The second node dies and does not come back in this run."""
         (self.job.work / "away-two").touch()
-        agents = sorted(self.job.agents(), key=lambda agent: agent.pid)
+        agents = self.job.agents()
         signal_all([agents[1], *descendants(agents[1])], signal.SIGKILL)
         return self.wait_for_restart()
 
     def freeze(self) -> str:
         """The second node is stopped, and continued when the job has gone on without it."""
-        agents = sorted(self.job.agents(), key=lambda agent: agent.pid)
+        agents = self.job.agents()
         if len(agents) < 2:
             return self.kill_launcher()
         frozen = [agents[1], *descendants(agents[1])]
@@ -198,14 +198,14 @@ class Breaker:
         victims = self.job.ranks(training=True)
         victim = self.rng.choice(victims)
         victim.send_signal(signal.SIGSTOP)
-        said = self.wait_for_restart()
+        outcome = self.wait_for_restart()
         self.wait_for_end([victim])
-        return said
+        return outcome
 
     def damage(self) -> str:
         """A rank dies, and the newest checkpoint is damaged."""
         self.job.ranks(training=True)[0].kill()
-        said = self.wait_for_restart()
+        outcome = self.wait_for_restart()
         newest = max((self.job.run / "checkpoints").glob("step-*"))
         files = [path for path in newest.rglob("*") if path.is_file()]
         victim = self.rng.choice(files)
@@ -218,7 +218,7 @@ class Breaker:
             data = bytearray(victim.read_bytes())
             data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
             victim.write_bytes(data)
-        return said
+        return outcome
 
     @contextlib.contextmanager
     def planned(self, **changes: int) -> Iterator[None]:
@@ -252,10 +252,10 @@ class Breaker:
             while stream.write(b"\0" * 65536):
                 pass
         try:
-            said = self.wait_for_restart()
+            outcome = self.wait_for_restart()
         finally:
             filler.unlink()
-        return said
+        return outcome
 
 
 class Fault(NamedTuple):

@@ -64,7 +64,7 @@ class FaultyJob:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
 
-    def said(self) -> str:
+    def new_lines(self) -> str:
         """The lines that the launcher has logged since the last call."""
         with self.log.open("rb") as stream:
             stream.seek(self._read)
@@ -91,8 +91,9 @@ class FaultyJob:
         return []
 
     def agents(self) -> list[psutil.Process]:
-        """The agents of the two hosts."""
-        return [process for process in self.tree() if agent.__name__ in command_line(process)]
+        """The agents of the two hosts, in the order of the hosts."""
+        agents = [process for process in self.tree() if agent.__name__ in command_line(process)]
+        return sorted(agents, key=lambda process: process.pid)
 
     def ranks(self, training: bool = False) -> list[psutil.Process]:
         """Every process of a rank, or only those that distil."""

@@ -27,6 +27,13 @@ def bad(reports: dict[str, Any], skews: dict[str, tuple[float, float]] | None = 
     return {finding.topic: finding.text for finding in findings if finding.severity == "bad"}
 
 
+@pytest.fixture
+def config(tmp_path: Path, tiny_llama_dir: Path) -> str:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: x\nrun_dir: {tmp_path}/run\nteacher: {{path: {tiny_llama_dir}}}\nprune: {{ffn: 64}}\n")
+    return str(path)
+
+
 def test_equal_hosts_are_fine() -> None:
     assert bad({"a": report(), "b": report()}) == {}
 
@@ -60,17 +67,15 @@ def test_a_clock_is_wrong_only_beyond_what_was_measured() -> None:
     assert bad(hosts, {"a": (0.0, 0.1), "b": (-7.0, 3.0)}) == {}
 
 
-def test_marks_prove_a_shared_folder(tmp_path: Path, tiny_llama_dir: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text(f"name: x\nrun_dir: {tmp_path}/run\nteacher: {{path: {tiny_llama_dir}}}\nprune: {{ffn: 64}}\n")
-    one = preflight.probe("m-0", str(config), [])
-    other = preflight.probe("m-1", str(config), [f"run_dir={tmp_path}/elsewhere"])
+def test_marks_prove_a_shared_folder(tmp_path: Path, config: str) -> None:
+    one = preflight.probe("m-0", config, [])
+    other = preflight.probe("m-1", config, [f"run_dir={tmp_path}/elsewhere"])
     assert (one["config_error"], one["write_error"]) == (None, None)
     assert one["config"] != other["config"]
     assert one["teacher"] == other["teacher"]
-    assert preflight.unseen_marks(["m-0", "m-1"], str(config), [], seconds=0.0) == ["m-1"]
+    assert preflight.unseen_marks(["m-0", "m-1"], config, [], seconds=0.0) == ["m-1"]
     assert preflight.check_shared_folder({"a": ["b"], "b": []}).severity == "bad"
-    preflight.remove_marks(["m-0", "m-1"], str(config), [])
+    preflight.remove_marks(["m-0", "m-1"], config, [])
     assert list((tmp_path / "run" / "logs").iterdir()) == []
 
 
@@ -88,12 +93,10 @@ def test_an_unknown_command_is_refused_with_the_known_ones(
 
 
 def test_an_answer_is_one_json_line(
-    tmp_path: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text(f"name: x\nrun_dir: {tmp_path}/run\nteacher: {{path: {tiny_llama_dir}}}\nprune: {{ffn: 64}}\n")
     monkeypatch.setenv("KDSCALE_HOST_INDEX", "3")
-    assert preflight.main(["probe", "m", str(config)]) == 0
+    assert preflight.main(["probe", "m", config]) == 0
     assert json.loads(capsys.readouterr().out)["versions"]["torch"] == version_of("torch")
-    assert preflight.main(["shared", "m-3", str(config)]) == 0
+    assert preflight.main(["shared", "m-3", config]) == 0
     assert json.loads(capsys.readouterr().out) == []
