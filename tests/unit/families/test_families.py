@@ -106,6 +106,20 @@ def test_tensors_and_counts_are_those_of_transformers(model_type: str, variant: 
     assert counted.embedding == (1 if tied else 2) * _SIZES["vocab"] * _SIZES["hidden"] + positions
 
 
+@pytest.mark.parametrize("model_type", supported_types())
+def test_components_are_the_modules_that_parameters_are_in(model_type: str) -> None:
+    config = _config(model_type, **(_VARIANTS["biases"] if model_type == "llama" else {}))
+    family = load_family(config, "config.json")
+    sites, components = family.sites, family.parameter_components(config)
+    assert (components[f"{sites.embed}.weight"], components[f"{sites.final_norm}.weight"]) == ("embedding", "norm")
+    for spec in family.layer_tensors(config, 1).values():
+        path = spec.parameter.removeprefix(family.layer_prefix(1))
+        expected = "attention" if path.startswith(f"{sites.attention}.") else "ffn"
+        expected = "norm" if "norm" in path or path.startswith("ln_") else expected
+        assert components[spec.parameter] == spec.component == expected, path
+        assert not spec.counts_as_embedding
+
+
 @pytest.mark.parametrize("field", ["kv_heads", "head_dim"])
 @pytest.mark.parametrize("model_type", supported_types())
 def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, field: str) -> None:

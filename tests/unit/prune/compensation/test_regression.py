@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdscale.errors import SelfCheckError
-from kdscale.prune.compensation.regression import RidgeSums, solve_in_place
+from kdscale.prune.compensation.regression import GramHooks, RidgeSums, TargetSums, solve_in_place
 
 KEPT, INPUTS, OUTPUTS = [0, 2, 3, 6, 7, 9, 10, 11], 12, 5
 CPU = torch.device("cpu")
@@ -54,6 +54,39 @@ def test_silence_and_noise(tokens: int) -> None:
     broken.add(torch.full((tokens, INPUTS), torch.inf))
     with pytest.raises(SelfCheckError, match="compensation of it"):
         broken.solve(weight_DU, 1e-2, "it")
+
+
+@pytest.mark.parametrize("tokens", [4, 60])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e30])
+def test_equations_without_a_solution_name_the_layer_and_what_to_do(tokens: int, broken: float) -> None:
+    """NaN, infinite and overflowing sums have no factorisation: no LinAlgError may reach the user."""
+    x_NU, weight_DU = _case(tokens)
+    x_NU[1] = broken
+    ridge, target = RidgeSums(KEPT, INPUTS, CPU), TargetSums(weight_DU)
+    ridge.add(x_NU)
+    target.add(x_NU, x_NU @ weight_DU.T)
+    if tokens == 4 and broken == 1e30:  # rows stay rows, and are squared in fp64
+        assert torch.isfinite(ridge.solve(weight_DU, 1e-2, "layer 3")).all()
+        return
+    for solve in (lambda: ridge.solve(weight_DU, 1e-2, "layer 3"), lambda: target.solve(1e-2, "layer 3")):
+        with pytest.raises(SelfCheckError, match="compensation of layer 3 is not finite") as caught:
+            solve()
+        assert "prune.ridge_lambda" in str(caught.value.hint)
+
+
+def test_gram_hooks_sum_what_modules_read_while_they_are_attached() -> None:
+    layers, hooks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2)), GramHooks()
+    for name, layer in zip("ab", layers, strict=True):
+        hooks.attach(name, layer)
+    inputs = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(3)]
+    for x_BSU in inputs[:2]:
+        layers.bfloat16()[0](x_BSU)
+    hooks.detach()
+    layers[0](inputs[2])
+    rows_NU = torch.cat(inputs[:2]).flatten(0, 1).double()
+    assert hooks.grams.keys() == {"a"}
+    torch.testing.assert_close(hooks.grams["a"].double(), rows_NU.T @ rows_NU)
+    assert hooks.grams["a"].dtype == torch.float32
 
 
 def test_solved_where_it_lies() -> None:
