@@ -50,6 +50,11 @@ class LayerContext:
         self._experts: ExpertSums | None = None
         self._watchers: list[Callable[[Tensor, Tensor], None]] = []
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "the final norm" if self._layer is None else f"layer {self._layer.index}"
+
     def weight(self, sublayer: Sublayer) -> Tensor:
         """The weight of the sublayer's last projection, [outputs, inputs] in fp32."""
         weight = self._projection(sublayer).weight

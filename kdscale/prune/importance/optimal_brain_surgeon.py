@@ -13,11 +13,30 @@ D outputs · U inputs · B units removed together · W weight [D, U]
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from kdscale.errors import SelfCheckError
+
 # Units taken in one step: their joint removal is exact, only their choice is as of the step's start.
 _BLOCKS = 96
+
+
+@contextmanager
+def explain_singular(what: str) -> Iterator[None]:
+    """Turn a factorisation or solution that fails in the block into a SelfCheckError about `what`."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise SelfCheckError(
+            f"importance {what} cannot be computed",
+            expected="sums over the calibration tokens that are finite and can be inverted",
+            got=str(error).splitlines()[0],
+            hint="raise prune.ridge_lambda, try importance.dtype=float32, or choose another method than obs",
+        ) from error
 
 
 def removal_costs(gram_UU: Tensor, weight_DU: Tensor, ridge: float) -> Tensor:
@@ -26,7 +45,7 @@ def removal_costs(gram_UU: Tensor, weight_DU: Tensor, ridge: float) -> Tensor:
     A unit's score is what its removal adds to E, raised to at least that of every unit removed before it (a later
     removal can be cheaper than an earlier one by rounding or by the choice of blocks). So the sum over the kept units
     is the part of the layer's output that they still hold. `gram_UU` is not changed; `ridge` is λ as a share of its
-    mean diagonal. Raises torch.linalg.LinAlgError when G is not finite.
+    mean diagonal. Raises torch.linalg.LinAlgError when G is not finite (`explain_singular` is for that).
     """
     units = gram_UU.shape[0]
     if float(gram_UU.diagonal().mean()) == 0.0:  # a layer that never fired: any order will do

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdscale.prune.importance.layer_context import Collector, LayerContext
-from kdscale.prune.importance.optimal_brain_surgeon import head_removal_costs, removal_costs
+from kdscale.prune.importance.optimal_brain_surgeon import explain_singular, head_removal_costs, removal_costs
 
 
 def ffn_activation(layer: LayerContext) -> Collector:
@@ -35,7 +35,12 @@ def ffn_output_energy(layer: LayerContext) -> Collector:
 def ffn_removal_costs(layer: LayerContext) -> Collector:
     """[F]: see `optimal_brain_surgeon.removal_costs`. Dense models only."""
     gram = layer.gram("ffn")
-    return lambda: removal_costs(gram(), layer.weight("ffn"), layer.ridge)
+
+    def costs() -> Tensor:
+        with explain_singular(f"ffn.obs of {layer.name}"):
+            return removal_costs(gram(), layer.weight("ffn"), layer.ridge)
+
+    return costs
 
 
 def heads_activation(layer: LayerContext) -> Collector:
@@ -66,7 +71,12 @@ def heads_output_energy(layer: LayerContext) -> Collector:
 def heads_removal_costs(layer: LayerContext) -> Collector:
     """[Q]: see `optimal_brain_surgeon.head_removal_costs`."""
     gram, dims = layer.gram("heads"), layer.dims
-    return lambda: head_removal_costs(gram(), layer.weight("heads"), layer.ridge, dims.kv_heads, dims.head_dim)
+
+    def costs() -> Tensor:
+        with explain_singular(f"heads.obs of {layer.name}"):
+            return head_removal_costs(gram(), layer.weight("heads"), layer.ridge, dims.kv_heads, dims.head_dim)
+
+    return costs
 
 
 def kv_heads_output_energy(layer: LayerContext) -> Collector:

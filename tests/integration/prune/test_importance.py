@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kdscale.config.prune import PruneConfig
-from kdscale.errors import CheckpointError, DataError
+from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models.loading import load_model
 from kdscale.prune.importance.scores_file import load_scores
 from kdscale.prune.search.planning import make_plan
@@ -172,3 +174,16 @@ def test_removal_costs_come_from_the_whole_models_gram_matrices(teacher, tmp_pat
     plan = make_plan(teacher.config, teacher.family, scores, PruneConfig(**cut))
     assert plan.methods.ffn == plan.methods.heads == "obs"
     assert plan.kept.ffn[2] == sorted(np.argsort(-scores["ffn.obs"][2], kind="stable")[:64].tolist())
+
+
+@pytest.mark.parametrize("axis", ["ffn", "heads"])
+def test_sums_that_cannot_be_inverted_name_the_layer_and_what_to_do(teacher, teacher_class, tmp_path, axis):
+    """A teacher that overflows: no LinAlgError reaches the user."""
+    shutil.copytree(teacher.checkpoint.path, tmp_path / "teacher")
+    tensors = load_file(tmp_path / "teacher" / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    cut = {"ffn": {"ffn": 64, "ffn_method": "obs"}, "heads": {"heads": 4, "head_method": "obs"}}[axis]
+    with pytest.raises(SelfCheckError, match=rf"importance {axis}\.obs of layer 1 cannot be computed") as caught:
+        teacher_class(tmp_path / "teacher").scores(tmp_path / "scores", **cut)
+    assert "prune.ridge_lambda" in caught.value.hint
