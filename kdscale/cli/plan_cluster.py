@@ -146,9 +146,11 @@ def _show(plan: ClusterPlan, everything: bool) -> None:
     sizes = [*sorted(memory.parts.items(), key=lambda item: -item[1]), ("sum", memory.total)]
     sizes += [("host memory per node", memory.host * cluster.gpus_per_node)] if memory.host else []
     in_gib = [(name, f"{size / GIB:.2f}") for name, size in sizes]
-    console.print(table(f"GiB per GPU at the fullest moment ({memory.moment})", ("", ""), in_gib, right_from=1))
-    seconds = [(name, f"{value:.2f}") for name, value in chosen.speed.seconds.items() if value]
-    console.print(table("Seconds per step", ("", ""), [*seconds, ("sum", f"{chosen.speed.step:.2f}")], right_from=1))
+    console.print(table("", (f"GiB per GPU at the fullest moment ({memory.moment})", ""), in_gib, right_from=1))
+    speed = chosen.speed
+    phases = {**{name: value for name, value in speed.seconds.items() if value}, "sum": speed.step}
+    seconds = [(name, f"{value:.3g}") for name, value in phases.items()]
+    console.print(table("", ("Seconds per step", ""), seconds, right_from=1))
 
 
 def _selected(plan: ClusterPlan, everything: bool) -> list[ComparedSetting]:

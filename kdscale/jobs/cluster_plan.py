@@ -191,10 +191,10 @@ def to_json(plan: ClusterPlan) -> dict[str, Any]:
     return {
         "cluster": {
             "gpu": plan.cluster.gpu.name, "nodes": plan.cluster.nodes, "gpus_per_node": plan.cluster.gpus_per_node,
-            "gpu_memory": plan.cluster.gpu.memory, "flops": plan.cluster.gpu.flops,
-            "host_memory": plan.cluster.host_memory,
+            "gpu_memory_bytes": plan.cluster.gpu.memory, "gpu_flops_per_second": plan.cluster.gpu.flops,
+            "host_memory_bytes": plan.cluster.host_memory,
         },
-        "assumed": {"compute": plan.rates.compute, "links": plan.rates.links},
+        "assumed": {"share_of_flops": plan.rates.compute, "share_of_bandwidth": plan.rates.links},
         "teacher_params": plan.job.teacher.params, "student_params": plan.job.student.params,
         "student_from": plan.student_from, "seq_len": plan.job.seq_len, "global_batch": plan.global_batch,
         "tokens": plan.tokens, "notes": plan.notes,
@@ -213,6 +213,6 @@ def _setting_json(compared: ComparedSetting, tokens: int, chosen: bool) -> dict[
         "micro_batch": setting.micro_batch, "accumulation": setting.accumulation,
         "gpu_bytes": memory.total, "gpu_bytes_by_component": memory.parts, "fullest_moment": memory.moment,
         "host_bytes_per_rank": memory.host,
-        "seconds": speed.seconds, "tokens_per_second": speed.tokens_per_second, "mfu": speed.mfu,
+        "seconds_per_step": speed.seconds, "tokens_per_second": speed.tokens_per_second, "mfu": speed.mfu,
         "days": compared.seconds(tokens) / 86_400,
     }  # fmt: skip
