@@ -184,6 +184,7 @@ class Trainer:
 
     def _save(self, after: LoaderState, wait: bool) -> None:
         enter("checkpoint")
+        self.observer.sync()  # a resume expects every row up to the checkpoint's step
         self.saver.save(after.step, {"state": {"loader": after.to_json(), "guard": self.guard.state()}}, wait)
 
     def _diagnose(self, batches: Sequence[Batch]) -> list[str]:

@@ -142,6 +142,12 @@ class Observer:
         if line := self._report.line(COMMUNICATION, self._memory):
             self._reporter.say(f"step {step}: {line}")
 
+    def sync(self) -> None:
+        """Make the rows so far survive a power cut."""
+        if self._records is not None:
+            self._records.metrics.sync()
+            self._records.bad_batches.sync()
+
     def close(self, error: BaseException | None = None) -> None:
         """Close files and trackers; `error` is what ended the training early."""
         self._report_profile(self._profiler.close(self._step))
@@ -206,12 +212,12 @@ def make_observer(
     )
     records = None
     if is_main():
-        metrics = MetricsLog(logs / "metrics.jsonl", step, logs / "tensorboard")
+        metrics = MetricsLog(logs / "metrics.jsonl", step, logs / "tensorboard", reporter.say)
         rows = [row for row in read_metrics(logs / "metrics.jsonl") if row["kind"] == "train"]
         known = [row["loss"] for row in rows if "loss" in row and not row["skipped"]]
         records = Records(
             metrics=metrics,
-            bad_batches=MetricsLog(logs / "bad_batches.jsonl", step),
+            bad_batches=MetricsLog(logs / "bad_batches.jsonl", step, say=reporter.say),
             trackers=open_trackers(cfg, logs, reporter.say),
             spikes=SpikeDetector(settings.spikes, known),
         )
