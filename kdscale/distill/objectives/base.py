@@ -87,19 +87,18 @@ class Objectives:
     def means(self, values: Sequence[float]) -> dict[str, float]:
         """Means by column from [tokens, sequences, *figures], and exponentials of means (the perplexity)."""
         counts = {name: max(value, 1.0) for name, value in zip(COUNTS, values, strict=False)}
-        left = list(values[len(COUNTS) :])
-        losses, terms = {}, {}
+        figures = iter(values[len(COUNTS) :])
+        losses, terms, exponentials = {}, {}, {}
         for entry in self.entries:
-            count = counts[entry.count]
-            losses[entry.name] = left.pop(0) / count
+            losses[entry.name] = next(figures) / counts[entry.count]
             for term in entry.terms:
-                mean = terms[term.name] = left.pop(0) / count
+                mean = terms[term.name] = next(figures) / counts[entry.count]
                 if term.exponential is not None:
-                    terms[term.exponential.name] = math.exp(min(mean, 80.0)) if math.isfinite(mean) else math.nan
-        weighted = [losses[entry.name] if entry.weight == 1.0 else losses[entry.name] * entry.weight
-                    for entry in self.entries]  # fmt: skip
+                    exponential = math.exp(min(mean, 80.0)) if math.isfinite(mean) else math.nan
+                    exponentials[term.exponential.name] = exponential
+        weighted = [losses[e.name] if e.weight == 1.0 else losses[e.name] * e.weight for e in self.entries]
         own = losses if len(losses) > 1 else {}
-        return {LOSS.name: sum(weighted[1:], weighted[0]), **own, **terms}
+        return {LOSS.name: sum(weighted[1:], weighted[0]), **own, **terms, **exponentials}
 
     def headline(self, means: dict[str, float]) -> str:
         """The loss and the terms worth a message: `loss 1.2345 · perplexity 66.01 · top-1 agreement 51.2 %`."""
