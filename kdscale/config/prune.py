@@ -12,6 +12,8 @@ from kdscale.units import BUDGET_FIELDS, parse_budget
 
 
 class ImportanceConfig(Section):
+    """On how much text importance is measured, and how."""
+
     calibration_tokens: Count = 32_768
     seq_len: Count = 512
     micro_batch: Count = 4
@@ -28,25 +30,25 @@ LayerRepair = Literal["none", "linear"]
 
 
 class SearchConfig(Section):
-    """How the shapes that meet a budget are compared; each kind of score is asked of fewer shapes than the last."""
+    """How the shapes that meet a budget are compared; each score is more expensive and computed for fewer shapes."""
 
-    # this many of the best predicted shapes are run masked on calibration text; 0 goes by the prediction alone
+    # this many of the best predicted shapes are run masked on calibration text; 0: the prediction alone decides
     masked_candidates: Annotated[int, Field(ge=0, le=64)] = 8
     masked_tokens: Count = 4_096
-    # distil this many tokens into each finalist, keep the better half, double; None: no probes
+    # distil so many tokens into each finalist, keep the better half, double the tokens; None: no probes
     probe_tokens: Count | None = None
     probe_candidates: Annotated[int, Field(ge=2, le=16)] = 4
-    # what a latency is measured at: a prompt this long, and one more token after it
+    # latency is measured with a prompt this long, and for one more token after it
     context_tokens: Count = 256
 
 
 class PruneConfig(Section):
-    """The budget and the axes. Fixed sizes win; axes left open are searched until the target is met."""
+    """The budget and the axes. Sizes that are given are fixed; the search chooses the sizes of the open axes."""
 
     # "4B" (absolute) or "50%" (of the teacher), of the parameters that `count` names
     target_params: str | None = None
-    # upper limits instead: "8GiB" of weights on disk, "32KiB" of 16-bit KV cache a token, "12ms" a decoded token or a
-    # prompt; each may also be a share of the teacher's
+    # upper limits instead: "8GiB" of weights on disk, "32KiB" of 16-bit KV cache per token, "12ms" per decoded token or
+    # per prompt; each may also be a share of the teacher's
     target_bytes: str | None = None
     target_kv_bytes: str | None = None
     target_decode: str | None = None
@@ -69,13 +71,13 @@ class PruneConfig(Section):
     experts_divisor: Count | None = None  # None: 8 from 64 experts on, 1 below
     ffn_method: FfnMethod = "output_energy"
     head_method: HeadMethod = "output_energy"
-    # auto: pca (the residual stream turned into its principal components) where the family allows, else activation
+    # auto: pca (the residual stream rotated into its principal components) where the family allows it, else activation
     hidden_method: HiddenMethod = "auto"
     layer_method: LayerMethod = "block_influence"
-    # drop one contiguous run of layers (Llama-3.1 → 4B depth recipe) instead of the lowest-scored layers anywhere
-    # (angular knows no other way)
+    # drop one contiguous block of layers (as from Llama-3.1-8B to 4B by depth) instead of the lowest-scored layers
+    # anywhere; angular always drops one block
     contiguous_layers: bool | None = None
-    # linear: the down projection before dropped layers is refitted to give what they gave as well
+    # linear: the down projection before dropped layers is refitted to add what those layers added
     layer_repair: LayerRepair = "none"
     compensate: Compensation = "two_stream"
     # how much of the student's stream's error so far each projection is asked to undo (two_stream only)

@@ -1,8 +1,8 @@
 """The plan: which units stay, on every axis, and why. No torch, no weights; a file that a person may read and edit.
 
-`make_plan` decides, `apply` only executes. Whatever was edited in plan.json is checked before a weight is read:
+The search (prune/search) decides, `apply` only executes. An edited plan.json is checked before a weight is read:
 indices in range, sorted and unique; as many as the shape says; the same number of query heads in every kv group; a
-shape that the family allows; parameter counts that are those of the shape.
+shape that the family allows; the parameter counts of that shape.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _PlanSection(BaseModel):
 
 
 class PlannedDims(_PlanSection):
-    """The sizes of one model; `head_dim` and `vocab` are never cut."""
+    """The sizes of one model, as plan.json has them; `head_dim` and `vocab` are never cut."""
 
     hidden: Size
     ffn: Size
@@ -50,15 +50,20 @@ class PlannedDims(_PlanSection):
 
     @classmethod
     def of(cls, dims: Dims) -> PlannedDims:
+        """From the dimensions of a model."""
         return cls(**{name: getattr(dims, name) for name in cls.model_fields})
 
     def dims(self) -> Dims:
+        """As the dimensions of a model."""
         return Dims(**self.model_dump())
 
 
 class KeptUnits(_PlanSection):
-    """Indices in the teacher that stay; `ffn`, `heads`, `kv_heads`, `experts`: one list for each kept layer, in their
-    order. In a mixture of experts `ffn` has one list for each kept layer and kept expert, layer by layer."""
+    """The teacher's indices that stay.
+
+    `ffn`, `heads`, `kv_heads` and `experts` have one list per kept layer, in the order of the layers. In a mixture of
+    experts `ffn` has one list per kept expert of each kept layer, layer by layer.
+    """
 
     layers: Indices
     hidden: Indices
@@ -76,7 +81,10 @@ class KeptUnits(_PlanSection):
 
 
 class Methods(_PlanSection):
-    """Which score ranked each axis; `uncut` where nothing was removed, `first` where there were no scores."""
+    """The method that ranked each axis; `uncut` where nothing was removed, `first` where there were no scores.
+
+    `search` is the last ranking that chose the shape: sizes_given, balanced, retained_importance, masked or probes.
+    """
 
     ffn: str
     heads: str
@@ -90,6 +98,8 @@ class Methods(_PlanSection):
 
 
 class ParamCounts(_PlanSection):
+    """Parameters of one model; `embedding` includes the head."""
+
     total: Size
     embedding: Annotated[int, Field(ge=0)]
     non_embedding: Size
@@ -97,9 +107,10 @@ class ParamCounts(_PlanSection):
 
 
 class PlanTarget(_PlanSection):
-    """What was asked and how near the plan is: `wanted` and `cost` in the unit of `kind`, `off_by` as a share.
+    """What the config asked for and how near the plan is.
 
-    `reached` is the student's parameter count by `count`, whatever the target is.
+    `wanted` and `cost` are in the unit of `kind`, `off_by` is a share of `wanted`. `reached` is the student's parameter
+    count by `count`, whatever the target is.
     """
 
     kind: Literal["params", "bytes", "kv_bytes", "decode", "prefill"] | None
@@ -114,7 +125,7 @@ class PlanTarget(_PlanSection):
 
 
 class MaskedScore(_PlanSection):
-    """A shape run in memory on calibration text before it was ever written: nats a token, and what was run."""
+    """A shape run in memory on calibration text, before it is written: nats per token, and how it was run."""
 
     loss: float
     kl: float
@@ -124,14 +135,14 @@ class MaskedScore(_PlanSection):
 
 
 class ProbeResult(_PlanSection):
-    """Held-out loss (the distillation's own, nats a token) after a short distillation."""
+    """Held-out loss (the distillation's own, in nats per token) after a short distillation."""
 
     tokens: Size
     loss: float
 
 
 class ShapeCandidate(_PlanSection):
-    """One shape that met the budget, and every score it was given; `params` as `target.count` counts them."""
+    """One shape that met the budget, and all its scores; `params` as `target.count` counts them."""
 
     hidden: Size
     ffn: Size
@@ -156,7 +167,7 @@ class ShapeCandidate(_PlanSection):
 
 
 class Plan(_PlanSection):
-    """Everything that apply needs, and the record of how it was chosen."""
+    """Everything that `apply` needs, and the record of how it was chosen."""
 
     version: Literal[1] = 1
     model_type: str
@@ -170,8 +181,8 @@ class Plan(_PlanSection):
     teacher_params: ParamCounts
     student_params: ParamCounts
     target: PlanTarget
-    # Share of the teacher's importance that stays, per axis; `score` is search.py's.
-    # None without scores.
+    # Share of the teacher's importance that stays, by axis, and the predicted score (search/scoring.py); None without
+    # importance scores.
     retained: dict[str, float | None]
     candidates: list[ShapeCandidate]
     candidates_tried: Annotated[int, Field(ge=1)]
@@ -186,11 +197,12 @@ class Plan(_PlanSection):
         ]
 
     def to_json(self) -> str:
-        """One line for each list of indices, final newline."""
+        """The text of plan.json: one line per list of indices, final newline."""
         text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False, ensure_ascii=False)
         return _INT_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text) + "\n"
 
     def save(self, path: Path) -> None:
+        """Write plan.json."""
         write_text(path, self.to_json())
 
     @classmethod
@@ -202,28 +214,28 @@ class Plan(_PlanSection):
         config: Mapping[str, Any] | None = None,
         family: Family | None = None,
     ) -> Plan:
-        """Parse and check. With `config` and `family` also that the plan is for this teacher and this family.
+        """Parse and check; with `config` and `family` also check that the plan is for this teacher.
 
-        Raises ConfigError naming `where` and every field that is wrong.
+        Raises ConfigError with `where` and every field that is wrong.
         """
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
             problems = "\n".join(f"  - {_explain(item)}" for item in error.errors())
             raise ConfigError(f"{where} cannot be used:\n{problems}") from error
-        problems_found = consistency_problems(plan)
-        if not problems_found and config is not None and family is not None:
-            problems_found = teacher_problems(plan, config, family)
-        if problems_found:
+        contradictions = consistency_problems(plan)
+        if not contradictions and config is not None and family is not None:
+            contradictions = teacher_problems(plan, config, family)
+        if contradictions:
             raise ConfigError(
-                f"{where} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems_found),
+                f"{where} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in contradictions),
                 hint="undo the edit, or run kdscale plan again",
             )
         return plan
 
     @classmethod
     def load(cls, path: Path, *, config: Mapping[str, Any] | None = None, family: Family | None = None) -> Plan:
-        """Read plan.json. Raises ConfigError when it is missing, not UTF-8 or does not hold together."""
+        """Read plan.json. Raises ConfigError when it is missing, not UTF-8 or contradicts itself or the teacher."""
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -234,11 +246,11 @@ class Plan(_PlanSection):
 
 
 def consistency_problems(plan: Plan) -> list[str]:
-    """What in the plan contradicts itself, as `field: expected …, got …` lines."""
+    """Where the plan contradicts itself, as lines `field: expected …, got …`."""
     teacher, student, kept = plan.teacher, plan.student, plan.kept
     out = [
         f"student.{axis}: expected at most the teacher's {getattr(teacher, axis)}, got {getattr(student, axis)}"
-        for axis in ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")
+        for axis in SHAPE_AXES
         if getattr(student, axis) > getattr(teacher, axis)
     ]
     out += [
@@ -254,7 +266,7 @@ def consistency_problems(plan: Plan) -> list[str]:
         lists = getattr(kept, axis)
         many = student.layers * student.experts if axis == "ffn" and teacher.experts else student.layers
         if len(lists) != many:
-            out.append(f"kept.{axis}: expected {many} lists, one a kept layer, got {len(lists)}")
+            out.append(f"kept.{axis}: expected {many} lists, one per kept layer, got {len(lists)}")
         for position, indices in enumerate(lists):
             name = f"kept.{axis}[{position}]"
             out += _index_problems(name, indices, getattr(student, axis), getattr(teacher, axis))
@@ -265,7 +277,7 @@ def consistency_problems(plan: Plan) -> list[str]:
 
 
 def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> list[str]:
-    """What in the plan does not fit this teacher or what the family allows."""
+    """Where the plan does not fit this teacher or what the family allows, as lines `field: expected …, got …`."""
     plain = dict(config)
     actual = PlannedDims.of(family.dims(plain))
     if plan.model_type != plain.get("model_type"):
@@ -294,6 +306,7 @@ def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> l
 
 
 def count_params(config: Mapping[str, Any], family: Family) -> ParamCounts:
+    """The parameter counts of a model with this config, as plan.json has them."""
     counted = family.count_params(dict(config))
     return ParamCounts(
         total=counted.total,
@@ -319,17 +332,17 @@ def _group_problems(
     name: str, heads: Sequence[int], groups: Sequence[int], teacher: PlannedDims, student: PlannedDims
 ) -> list[str]:
     """Grouped-query attention needs the same number of query heads in every kept kv group, and none elsewhere."""
-    per_group, want = teacher.heads // teacher.kv_heads, student.heads // student.kv_heads
-    found = dict.fromkeys(groups, 0)
+    per_group, wanted = teacher.heads // teacher.kv_heads, student.heads // student.kv_heads
+    kept = dict.fromkeys(groups, 0)
     for head in heads:
         group = head // per_group
-        if group not in found:
+        if group not in kept:
             return [f"{name}: query head {head} reads kv head {group}, which is not kept"]
-        found[group] += 1
+        kept[group] += 1
     return [
-        f"{name}: expected {want} query heads in the group of kv head {group}, got {count}"
-        for group, count in found.items()
-        if count != want
+        f"{name}: expected {wanted} query heads in the group of kv head {group}, got {count}"
+        for group, count in kept.items()
+        if count != wanted
     ]
 
 

@@ -50,7 +50,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "config": config, "plan": plan, "importance": importance, "distillation": log_rows, "evaluation": evaluation,
     }  # fmt: skip
     steps = pruning_facts.steps(run_dir, plan)
-    original = pruning_facts.original(plan, steps) if plan else None
+    original = pruning_facts.original_params(plan, steps) if plan else None
     components = pruning_facts.components(plan, run_dir / "pruned") if plan else None
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,

@@ -1,4 +1,4 @@
-"""The facts of the pruning section, from plan.json, scores, headers and configs: plain values, no models, no torch.
+"""What the report's pruning section shows, from plan.json, scores, headers and configs: plain values, no torch.
 
 L layers · U units
 """
@@ -18,10 +18,10 @@ from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
 from kdscale.sizing.model_shape import kv_bytes_per_token
 
-_POINTS = 48
+_CURVE_POINTS = 48
 
 
-_CONTEXT = 4096
+_CONTEXT_TOKENS = 4096  # for the size of the KV cache
 
 
 COMPONENTS = {
@@ -31,10 +31,10 @@ COMPONENTS = {
 
 
 def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | None:
-    """Parameters and bytes by component, teacher's and student's, from the student's headers; None without a student.
+    """Parameters and bytes by component, of teacher and student; None while there is no pruned model.
 
-    The teacher's tensors are expanded from the student's config with the teacher's sizes put back, in the dtypes that
-    the student's have, which are the teacher's.
+    The student's are read from its headers. The teacher's are computed: the family's tensors for the student's config
+    with the teacher's sizes put back, in the student's dtypes, which pruning does not change.
     """
     if not (pruned / "config.json").exists():
         return None
@@ -53,15 +53,11 @@ def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | 
         for name, spec in family.tensors(config).items():
             if who == "student":
                 itemsize[spec.role] = student.itemsize(name)
-            part = sizes.setdefault(spec.component, {w: _none() for w in ("teacher", "student")})
-            count = math.prod(spec.shape)
-            part[who]["parameters"] += count
-            part[who]["bytes"] += count * itemsize[spec.role]
+            empty = {model: {"parameters": 0, "bytes": 0} for model in ("teacher", "student")}
+            size, count = sizes.setdefault(spec.component, empty)[who], math.prod(spec.shape)
+            size["parameters"] += count
+            size["bytes"] += count * itemsize[spec.role]
     return [{"component": key, "title": title, **sizes[key]} for key, title in COMPONENTS.items() if key in sizes]
-
-
-def _none() -> dict[str, int]:
-    return {"parameters": 0, "bytes": 0}
 
 
 def importance(folder: Path) -> dict[str, Any] | None:
@@ -93,7 +89,8 @@ def importance(folder: Path) -> dict[str, Any] | None:
 
 
 def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[str, Any]:
-    """Axis → share of importance (mean, low, high over the kept layers) that a share of the best units holds."""
+    """By axis: the share of the importance (mean, low, high over the kept layers) that a share of the best units
+    holds."""
     out: dict[str, Any] = {}
     layers = plan["kept"]["layers"]
     for axis in ("ffn", "heads", "kv_heads", "hidden"):
@@ -107,7 +104,7 @@ def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[s
         if axis != "hidden":
             score_LU = score_LU[layers]
         units = score_LU.shape[1]
-        counts = np.unique(np.linspace(0, units, min(units, _POINTS) + 1).round().astype(int))
+        counts = np.unique(np.linspace(0, units, min(units, _CURVE_POINTS) + 1).round().astype(int))
         sums_LU = np.cumsum(-np.sort(-score_LU, axis=1), axis=1)
         totals_L = np.maximum(sums_LU[:, -1], np.finfo(float).tiny)
         shares = [sums_LU[:, count - 1] / totals_L if count else np.zeros(len(totals_L)) for count in counts]
@@ -123,33 +120,33 @@ def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[s
 
 
 def repair(run_dir: Path) -> dict[str, Any] | None:
-    """The residuals that the repair pass recorded; None when it did not run."""
+    """The errors before and after compensation, by projection; None when nothing was compensated."""
     path = run_dir / "repair.json"
-    found = read_json(path) if path.exists() else None
-    return found if found and found["layers"] else None
+    errors = read_json(path) if path.exists() else None
+    return errors if errors and errors["layers"] else None
 
 
-def expected(plan: Mapping[str, Any], parts: list[dict[str, Any]] | None) -> dict[str, Any]:
+def expected(plan: Mapping[str, Any], components: list[dict[str, Any]] | None) -> dict[str, Any]:
     """Memory and speed by arithmetic: what a memory-bound decode and a compute-bound prefill would gain.
 
-    One token of decode reads every weight once, but of an untied embedding only a row; prefill does two operations a
-    weight of the layers for each token, the head once a prompt. Real gains are smaller where something else counts.
+    One token of decode reads every weight once, but of an untied embedding only a row. Prefill does two operations per
+    weight of the layers and token; the head runs once per prompt. Real gains are smaller where other costs count.
     """
     shapes = {who: plan[who] for who in ("teacher", "student")}
     kv = {who: kv_bytes_per_token(s["layers"], s["kv_heads"], s["head_dim"]) for who, s in shapes.items()}
-    out: dict[str, Any] = {"kv_bytes_per_token": kv, "context_tokens": _CONTEXT}
-    out["kv_bytes"] = {who: value * _CONTEXT for who, value in kv.items()}
+    out: dict[str, Any] = {"kv_bytes_per_token": kv, "context_tokens": _CONTEXT_TOKENS}
+    out["kv_bytes"] = {who: value * _CONTEXT_TOKENS for who, value in kv.items()}
     timed = plan["candidates"][0].get("decode_ms")
     out["timed_ms"] = {k: plan["candidates"][0][f"{k}_ms"] for k in ("decode", "prefill")} if timed else None
-    if parts is None:
+    if components is None:
         return out
-    weights = {who: sum(part[who]["bytes"] for part in parts) for who in shapes}
-    by_name = {part["component"]: part for part in parts}
+    weights = {who: sum(component[who]["bytes"] for component in components) for who in shapes}
+    by_name = {component["component"]: component for component in components}
     untied = "head" in by_name
     skipped = {who: by_name["embedding"][who]["bytes"] if untied else 0 for who in shapes}
     read = {who: weights[who] - skipped[who] for who in shapes}
     layers = {
-        who: sum(part[who]["parameters"] for name, part in by_name.items() if name not in ("embedding", "head"))
+        who: sum(size[who]["parameters"] for name, size in by_name.items() if name not in ("embedding", "head"))
         for who in shapes
     }
     return out | {
@@ -160,7 +157,7 @@ def expected(plan: Mapping[str, Any], parts: list[dict[str, Any]] | None) -> dic
 
 
 def perplexity(plan: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Before and after the cut, no training: evaluated where that was done, else of the masked run; None if neither."""
+    """Perplexity before and after the cut, without training: from the evaluation, else from the masked run."""
     if evaluation and {"teacher", "pruned"} <= set(evaluation["models"]):
         models = evaluation["models"]
         return {
@@ -179,14 +176,14 @@ def perplexity(plan: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | N
 
 
 def steps(run_dir: Path, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What each step of a progressive run cut and how its distillation went; empty for a run of one step."""
+    """What each step of a run in several steps cut, and how its distillation went; empty for a run of one step."""
     folders = sorted((run_dir / "steps").glob("*/plan.json"), key=lambda path: int(path.parent.name.partition("-")[0]))
     if not folders:
         return []
-    found = [(path.parent.name.partition("-")[2], path.parent, read_json(path)) for path in folders]
+    plans = [(path.parent.name.partition("-")[2], path.parent, read_json(path)) for path in folders]
     if plan is not None:
-        found.append(("this student", run_dir, plan))
-    return [_step(name, folder, made) for name, folder, made in found]
+        plans.append(("this student", run_dir, plan))
+    return [_step(name, folder, step_plan) for name, folder, step_plan in plans]
 
 
 def _step(name: str, folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,20 +202,23 @@ def _step(name: str, folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def original(plan: Mapping[str, Any], found: list[dict[str, Any]]) -> dict[str, int]:
-    """The parameters of the teacher that the whole run began with."""
-    params: dict[str, int] = found[0]["teacher_params"] if found else plan["teacher_params"]
+def original_params(plan: Mapping[str, Any], earlier: list[dict[str, Any]]) -> dict[str, int]:
+    """The parameter counts of the teacher that the first step of the run began with; `earlier`: see `steps`."""
+    params: dict[str, int] = earlier[0]["teacher_params"] if earlier else plan["teacher_params"]
     return params
 
 
 def capacity(
-    plan: Mapping[str, Any], whole: Mapping[str, int], config: Mapping[str, Any] | None
+    plan: Mapping[str, Any], original: Mapping[str, int], config: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The ratios behind the capacity warning, to the model distilled from; None without a token budget."""
+    """The ratios behind the capacity warning, of the student to the model it learns from; None without a token budget.
+
+    `original`: see `original_params`.
+    """
     settings = (config or {}).get("distill", {})
     tokens = settings.get("tokens")
     if not isinstance(tokens, int):
         return None
-    teacher = plan["teacher_params"] if settings.get("teacher") == "previous" else whole
+    teacher = plan["teacher_params"] if settings.get("teacher") == "previous" else original
     before, after = teacher["total"], plan["student_params"]["total"]
     return Capacity(before, after, tokens).to_json()

@@ -1,35 +1,32 @@
-"""The plots of the pruning section: cumulative importance, the repair's residuals, candidates."""
+"""The plots of the pruning section: cumulative importance, errors before and after compensation, candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdscale.config.criteria import AXIS_TITLES
 from kdscale.report.svg import ACCENT, AFTER, BEFORE, INK, MUTED, Plot, count_formatter, integers, make_plot, style
-
-_TITLES = {"ffn": "feed-forward", "heads": "query heads", "kv_heads": "kv heads", "hidden": "hidden"}
-
 
 _ROLES = {"down": "Feed-forward output (down)", "o": "Attention output (o)"}
 
 
 _SIZE_TITLES = {
-    "params": "parameters", "bytes": "bytes on disk", "kv_bytes": "KV-cache bytes a token",
-    "decode": "ms a token", "prefill": "ms a prompt",
+    "params": "parameters", "bytes": "bytes on disk", "kv_bytes": "KV-cache bytes per token",
+    "decode": "ms per token", "prefill": "ms per prompt",
 }  # fmt: skip
 
 
 def cumulative(facts: Mapping[str, Any]) -> Plot | None:
-    """Share of importance that the best units hold, one panel an axis; None without scores."""
-    found = facts["cumulative"]
-    if not found:
+    """Share of importance that the best units hold, one panel per axis; None without scores."""
+    if not facts["cumulative"]:
         return None
-    axes_found = list(found.items())
+    curves = list(facts["cumulative"].items())
 
     def draw(figure: Any, narrow: bool) -> None:
-        columns = 1 if narrow else len(axes_found)
-        rows = len(axes_found) if narrow else 1
-        for number, (axis, curve) in enumerate(axes_found):
+        columns = 1 if narrow else len(curves)
+        rows = len(curves) if narrow else 1
+        for number, (axis, curve) in enumerate(curves):
             axes = figure.add_subplot(rows, columns, number + 1)
             x = [100 * share for share in curve["units"]]
             axes.fill_between(
@@ -42,7 +39,7 @@ def cumulative(facts: Mapping[str, Any]) -> Plot | None:
                 if curve["kept_importance"] is not None:
                     kept = (100 * curve["kept_units"], 100 * curve["kept_importance"])
                     axes.plot(*kept, "o", color=ACCENT, markersize=6)
-            axes.set_title(_TITLES[axis], loc="left")
+            axes.set_title(AXIS_TITLES[axis], loc="left")
             axes.set_xlabel("% of units, best first")
             if number == 0 or narrow:
                 axes.set_ylabel("% of importance")
@@ -51,11 +48,11 @@ def cumulative(facts: Mapping[str, Any]) -> Plot | None:
             style(axes)
 
     told = []
-    for axis, curve in axes_found:
+    for axis, curve in curves:
         kept = curve["kept_importance"]
         if curve["kept_units"] < 1 and kept is not None:
-            told.append(f"{_TITLES[axis]} {curve['kept_units']:.0%} of the units hold {kept:.0%}")
-    sentence = f" Kept: {'; '.join(told)}." if told else ""
+            told.append(f"{AXIS_TITLES[axis]}: the kept {curve['kept_units']:.0%} hold {kept:.0%}")
+    sentence = f" {'; '.join(told)}." if told else ""
     dot = " The dot is what stays; heads are chosen inside their kv groups, which keeps a little less than the best."
     return make_plot(
         "Cumulative importance",
@@ -64,12 +61,12 @@ def cumulative(facts: Mapping[str, Any]) -> Plot | None:
         f"Curves of cumulative importance over units sorted by importance.{sentence}",
         draw,
         (880, 250),
-        (350, 230 * len(axes_found)),
+        (350, 230 * len(curves)),
     )
 
 
 def repair(facts: Mapping[str, Any]) -> Plot | None:
-    """Relative error of each rewritten projection, sliced and compensated; None when nothing was compensated."""
+    """Relative error of each compensated projection, before and after; None when nothing was compensated."""
     rows = facts["repair"]["layers"] if facts["repair"] else []
     roles = [role for role in _ROLES if any(row["role"] == role for row in rows)]
     if not roles:
@@ -78,9 +75,9 @@ def repair(facts: Mapping[str, Any]) -> Plot | None:
     def draw(figure: Any, narrow: bool) -> None:
         for number, role in enumerate(roles):
             axes = figure.add_subplot(*((len(roles), 1) if narrow else (1, len(roles))), number + 1)
-            mine = [row for row in rows if row["role"] == role]
-            layers = [row["layer"] for row in mine]
-            before, after = [100 * row["before"] for row in mine], [100 * row["after"] for row in mine]
+            of_role = [row for row in rows if row["role"] == role]
+            layers = [row["layer"] for row in of_role]
+            before, after = [100 * row["before"] for row in of_role], [100 * row["after"] for row in of_role]
             axes.vlines(layers, after, before, color=MUTED, alpha=0.35, linewidth=1.2)
             axes.plot(layers, before, "o", color=ACCENT, markersize=4.5, label="sliced")
             axes.plot(layers, after, "o", color=AFTER, markersize=4.5, label="compensated")
@@ -96,8 +93,8 @@ def repair(facts: Mapping[str, Any]) -> Plot | None:
 
     told = []
     for role in roles:
-        mine = [row for row in rows if row["role"] == role]
-        before, after = (sum(row[key] for row in mine) / len(mine) for key in ("before", "after"))
+        of_role = [row for row in rows if row["role"] == role]
+        before, after = (sum(row[key] for row in of_role) / len(of_role) for key in ("before", "after"))
         told.append(f"{role} {before:.0%} → {after:.0%}")
     return make_plot(
         "Residual error, layer by layer",
@@ -110,7 +107,7 @@ def repair(facts: Mapping[str, Any]) -> Plot | None:
 
 
 def candidates(facts: Mapping[str, Any]) -> Plot | None:
-    """Quality against size, one dot a shape, by the dearest score that was asked; None with fewer than two."""
+    """Quality against size, one dot per shape, by the most expensive score; None with fewer than two shapes."""
     plan = facts["plan"]
     tried = plan["candidates"] if plan else []
     if len(tried) < 2:
@@ -143,6 +140,7 @@ def candidates(facts: Mapping[str, Any]) -> Plot | None:
 
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> tuple[Any, str, str]:
+    """(a function that reads the score of a row, the score's name, which direction is better)"""
     if rows[0]["probes"]:
         return (lambda row: row["probes"][-1]["loss"] if row["probes"] else None), "loss after a probe", "lower"
     if rows[0]["masked"]:

@@ -120,7 +120,7 @@ def _divergence(candidate: ShapeCandidate) -> float:
 
 def measured_latencies(context: StageContext, search: Search) -> LatencyModel:
     """A latency model for the shapes the search may choose, fitted to a few that are timed here and now."""
-    from kdscale.prune.search.latency import LatencyModel
+    from kdscale.prune.search.latency import LatencyModel, TimingFile
     from kdscale.prune.search.latency_timing import machine_name, measurer
     from kdscale.prune.search.space import columns
     from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
@@ -132,7 +132,7 @@ def measured_latencies(context: StageContext, search: Search) -> LatencyModel:
     dtype = resolve_dtype(config.importance.dtype, device)
     machine = machine_name(device, dtype, threads, tokens)
     time_shape = measurer(search.config, search.family, device=device, dtype=dtype, context_tokens=tokens)
-    model = LatencyModel(time_shape, machine, context.run.speed)
+    model = LatencyModel(time_shape, TimingFile(machine, context.run.speed))
     with context.reporter.bar("latency of shapes", total=8, unit="shape") as bar:
         model.fit(search.teacher, columns(search.space.all()), bar.advance)
     return model

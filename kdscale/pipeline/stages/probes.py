@@ -1,10 +1,10 @@
-"""Successive halving: the finalists of the search are pruned and distilled for a few tokens, the better half for twice
-as many, until one is left.
+"""Probes: the best shapes are pruned and distilled for a few tokens, the better half of them for twice as many tokens,
+until one is left (successive halving: Jamieson and Talwalkar, arXiv 1502.07943).
 
-A probe is a run inside the run, in `probes/<shape>/`, with the stages, seeds and resuming of any other; it shares the
-text and the importance scores, learns with the config's own distillation settings, and is judged by the held-out loss
-its last validation logs. A round's runs all begin anew, so that each learning-rate schedule is a whole one. Only
-`result-<tokens>.json` stays: a finished probe is never repeated while what it was made from is the same.
+A probe is a run inside the run, in `probes/<shape>/`, with the stages, seeds and resuming of any other run. It shares
+the text and the importance scores of the outer run, learns with the config's own distillation settings, and counts by
+the held-out loss of its last validation. Every round starts from the pruned student again, so that each learning-rate
+schedule is complete. Only `result-<tokens>.json` stays: a finished probe is not repeated while its inputs are the same.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 
 
 def by_probes(context: StageContext, teacher: Dims, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
-    """`candidates` with the finalists' probes recorded, the winner first and the earliest dropped last of them."""
+    """`candidates` with the results of their probes: the winner first, then those that lasted longer first."""
     search = context.config.prune.search
     assert search.probe_tokens is not None
     alive, rest = candidates[: search.probe_candidates], candidates[search.probe_candidates :]
     tokens = search.probe_tokens
     while len(alive) > 1:
         context.reporter.say(f"  probes: {len(alive)} shapes, {tokens:,} tokens each")
-        alive = sorted((_probed(context, teacher, one, tokens) for one in alive), key=lambda one: one.probes[-1].loss)
+        probed = [_probed(context, teacher, candidate, tokens) for candidate in alive]
+        alive = sorted(probed, key=lambda candidate: candidate.probes[-1].loss)
         half = (len(alive) + 1) // 2
         alive, rest = alive[:half], [*alive[half:], *rest]
         tokens *= 2
@@ -42,7 +43,7 @@ def by_probes(context: StageContext, teacher: Dims, candidates: list[ShapeCandid
 
 
 def _probed(context: StageContext, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> ShapeCandidate:
-    """The candidate with one more probe, run now or read from the last time."""
+    """The candidate with one more probe, run now or read from its result file."""
     from kdscale.families.family import SHAPE_AXES
     from kdscale.prune.plan import ProbeResult
 
@@ -73,7 +74,7 @@ def _run(context: StageContext, config: Config) -> float:
 
 
 def probe_config(config: Config, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> Config:
-    """The run of one probe: the candidate's sizes given, no search, `tokens` to distil."""
+    """The config of one probe's run: the candidate's sizes are given, nothing is searched, `tokens` are distilled."""
     from kdscale.families.family import SHAPE_AXES
 
     tree: dict[str, Any] = config.resolved()
@@ -94,7 +95,7 @@ def probe_config(config: Config, teacher: Dims, candidate: ShapeCandidate, token
 
 
 def _fingerprint(context: StageContext, config: Config) -> str:
-    """Of all that the probe's loss depends on."""
+    """A hash of everything that the probe's loss depends on."""
     run = context.run
     files = {
         "source": digest_tree(context.model_to_prune),

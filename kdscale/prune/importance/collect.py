@@ -10,7 +10,7 @@ L layers · E experts · F ffn · Q query heads · K kv heads · D hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kdscale.errors import ConfigError, DataError, SelfCheckError
 from kdscale.families import Family
 from kdscale.files import remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
-from kdscale.models.layer_pass import LayerPass
+from kdscale.models.layer_pass import Advance, LayerPass, layer_progress
 from kdscale.models.layer_stream import LayerStream, TokenBatch
 from kdscale.prune.axes import openable_axes
 from kdscale.prune.compensation.layer_gaps import check_repairable
@@ -78,10 +78,12 @@ def score_teacher(
     for row in passes:
         sample = first_tokens(batches, cfg.layer_tokens)
         with reporter.bar(f"{row.axis} by {row.method}", total=_count(sample)) as bar:
-            values = look_up(row.collect)(stream, sample, _progress(bar, dims.layers), scratch.subfolder(row.method))
+            values = look_up(row.collect)(
+                stream, sample, layer_progress(bar, dims.layers), scratch.subfolder(row.method)
+            )
         scores[row.name] = values.numpy().astype(np.float32)
     with reporter.bar("importance", total=tokens) as bar:
-        scores |= collect_scores(stream, batches, axes, prune_cfg, _progress(bar, dims.layers), scratch)
+        scores |= collect_scores(stream, batches, axes, prune_cfg, layer_progress(bar, dims.layers), scratch)
     for row in passes:
         if (folder := scratch.subfolder(row.method).folder) is not None:
             remove_tree(folder)  # not before: a kill in the second pass must not cost the first one
@@ -102,7 +104,7 @@ def collect_scores(
     batches: Sequence[TokenBatch],
     axes: Sequence[str],
     cfg: PruneConfig,
-    advance: Callable[[int, int], None] | None = None,
+    advance: Advance | None = None,
     scratch: Scratch = IN_MEMORY,
 ) -> dict[str, np.ndarray]:
     """The scores of `axes` that need no pass of their own; calls `advance(tokens, layer)` after each batch.
@@ -158,11 +160,7 @@ def _collectors(criteria: Sequence[Criterion], context: LayerContext) -> dict[st
 def _add_to(running: dict[str, Tensor], collectors: dict[str, Collector]) -> None:
     for name, collector in collectors.items():
         value = collector()
-        running[name] = running[name].cpu() + value if name in running else value
-
-
-def _progress(bar: Any, layers: int) -> Callable[[int, int], None]:
-    return lambda tokens, layer: bar.advance(tokens / layers, f"layer {layer + 1}/{layers}")
+        running[name] = running[name].cpu() + value if name in running else value  # a resumed pass has it on the device
 
 
 def _count(batches: Sequence[TokenBatch]) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
+from kdscale.prune.compensation.regression import add_product
 from kdscale.prune.importance.expert_scores import ExpertSums
 from kdscale.runtime.ranks import all_reduce_sum
 
@@ -112,10 +113,8 @@ class LayerContext:
             value, key = statistic(x_BSU).double(), (sublayer, name)
             self._sums[key] = self._sums[key] + value if key in self._sums else value
         if sublayer in self._grams:
-            x_NU, gram_UU = x_BSU.flatten(0, 1), self._grams[sublayer]
-            if gram_UU is None:
-                gram_UU = self._grams[sublayer] = x_NU.new_zeros(x_NU.shape[1], x_NU.shape[1])
-            gram_UU.addmm_(x_NU.T, x_NU)
+            x_NU = x_BSU.flatten(0, 1)
+            self._grams[sublayer] = add_product(self._grams[sublayer], x_NU, x_NU)
 
     def _total(self, sublayer: Sublayer, name: str) -> Tensor:
         key = (sublayer, name)

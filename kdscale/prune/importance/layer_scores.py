@@ -14,7 +14,7 @@ L layers · B batch · S sequence · N = B·S tokens · R sampled tokens · D hi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,11 @@ from torch import Tensor, nn
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.errors import DataError
 from kdscale.models.hidden_states import HiddenStates, Scratch
-from kdscale.models.layer_pass import LayerPass
+from kdscale.models.layer_pass import Advance, LayerPass
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.importance.layer_context import Collector, LayerContext
 from kdscale.runtime.ranks import all_reduce_sum, world_size
 from kdscale_kernels import linear_sparse_kl
-
-Advance = Callable[[int, int], None]  # (tokens, layer): called after each batch of each layer
-
 
 _SAMPLED = 2_048  # tokens a rank with a state kept at every layer: 0.5 GB for 32 layers of 4,096 in bf16
 

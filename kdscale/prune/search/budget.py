@@ -1,7 +1,7 @@
 """What a student may cost: parameters, bytes on disk, KV-cache bytes, or milliseconds. numpy only.
 
 A parameter target is a size to hit, `tolerance` to either side. Every other target is a limit, because a file that is
-3 % too large for the memory it must fit into is useless: shapes above it are out, and of those below only the ones
+3 % too large for the memory it must fit into is useless: shapes above it are left out, and of those below only the ones
 within `tolerance` of the largest reachable cost are compared.
 """
 
@@ -27,9 +27,11 @@ Shapes = Mapping[str, NDArray[np.int64]]
 
 
 class Speeds(Protocol):
-    """Milliseconds of shapes on one machine; prune/latency.py measures them."""
+    """Latencies of shapes on one machine (`latency.LatencyModel`)."""
 
-    def milliseconds(self, kind: Literal["decode", "prefill"], shapes: Shapes) -> Floats: ...
+    def milliseconds(self, kind: Literal["decode", "prefill"], shapes: Shapes) -> Floats:
+        """Of each shape: of one decoded token, or of a prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Costs:
     speeds: Speeds | None = None
 
     def of(self, kind: BudgetKind, shapes: Shapes) -> Floats:
-        """Cost of each shape in `kind`'s unit. Raises ConfigError for a latency that nobody measured."""
+        """The cost of each shape in the unit of `kind`. Raises ConfigError for a latency that was not measured."""
         if kind == "params":
             return self.model.params(shapes, self.cfg.count).astype(np.float64)
         if kind == "bytes":

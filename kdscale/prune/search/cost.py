@@ -1,4 +1,4 @@
-"""Parameters, bytes on disk and KV-cache bytes of many shapes at once, from the family's tensor table. No torch.
+"""Parameters, bytes on disk and KV-cache bytes of many shapes at once, from the family's table of tensors. No torch.
 
 A count is a sum over tensors of products of dimensions, so one expansion of the table gives a formula that numpy
 evaluates for a hundred thousand shapes in milliseconds.
@@ -28,7 +28,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Term:
-    """`coefficient · Π axes`, once or once a layer."""
+    """`coefficient · Π axes`: the size of all tensors that grow with the same axes."""
 
     coefficient: float
     axes: tuple[str, ...]
@@ -39,7 +39,7 @@ class _Term:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Parameter count as a function of the shape; exact where all layers have the same tensors, else a mean layer."""
+    """Counts as functions of the shape; exact where all layers have the same tensors, else for a mean layer."""
 
     terms: tuple[_Term, ...]
     head_dim: int
@@ -52,10 +52,10 @@ class CostModel:
         family: Family,
         itemsize: Callable[[str], int] | None = None,
     ) -> CostModel:
-        """Expand the family's table once for this config. Raises CheckpointError for a config the family refuses.
+        """Expand the family's table once for this config. Raises CheckpointError for a config that the family refuses.
 
-        `itemsize`: bytes a value of each teacher tensor on disk, which the student's keep; by default what the config
-        says the weights are in.
+        `itemsize` gives the bytes per value of each teacher tensor on disk, which the student's tensors keep; by
+        default those of the dtype that the config names.
         """
         width = config_itemsize(config)
         dims = family.dims(dict(config))
@@ -80,12 +80,12 @@ class CostModel:
         return cls(tuple(terms), dims.head_dim, family.experts_per_token)
 
     def params(self, shapes: Mapping[str, Ints], count: Count) -> Ints:
-        """`shapes[axis]` are equally long arrays (or broadcastable); returns the counted parameters of each shape."""
+        """The counted parameters of each shape; `shapes[axis]` are arrays of one length (or that broadcast)."""
         counted = [term for term in self.terms if not (term.embedding and count == "non_embedding")]
         return _sum(shapes, [(term, 1) for term in counted])
 
     def active(self, shapes: Mapping[str, Ints]) -> Ints:
-        """Parameters that one token uses: all, but of a mixture's experts only those that it is routed to."""
+        """Parameters that one token uses: of a mixture's experts only those that it is routed to."""
         routed = {**shapes, "experts": np.minimum(shapes["experts"], self.experts_per_token)}
         used = [_sum(routed if term.of_experts else shapes, [(term, 1)]) for term in self.terms]
         return np.sum(used, axis=0, dtype=np.int64)
@@ -110,6 +110,6 @@ def _sum(shapes: Mapping[str, Ints], terms: list[tuple[_Term, int]]) -> Ints:
 
 
 def config_itemsize(config: Mapping[str, Any]) -> int:
-    """Bytes a weight by config.json's own word for its dtype; 2 (bf16) when it has none."""
+    """Bytes per weight in the dtype that config.json names; 2 (bf16) when it names none."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     return {"float32": 4, "float64": 8}.get(str(name).removeprefix("torch."), 2)

@@ -1,10 +1,10 @@
 """Decode and prefill latency of shapes on this machine, without a checkpoint of any of them.
 
 A model of random weights with a few layers of the shape is built and timed with all of them and with half of them: the
-difference is the time of a layer, the remainder that of everything else (embedding, norm, head). Enough layers are
-taken that their weights do not fit into a processor's cache, which would make decoding look faster than it is. Times of
-other shapes come from a non-negative linear model over products of dimensions, fitted to a few spread-out shapes; its
-leave-one-out error is the error bar.
+difference is the time of a layer, the remainder is the time of everything else (embedding, norm, head). There are
+enough layers that their weights do not fit into a processor's cache, which would make decoding look faster than it is.
+Times of other shapes come from a non-negative linear model over products of dimensions, fitted to a few shapes that
+differ most (D-optimal design); its leave-one-out error is the error bar.
 
 R shapes · P features
 """
@@ -37,47 +37,69 @@ _DESIGN_SHAPES = 8
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one shape at its fastest: `layer` and `rest` by kind; `spread`: interquartile range, a share."""
+    """Milliseconds of one shape at its fastest, by latency kind: of a layer and of the rest of the model.
+
+    `spread` is the interquartile range of repeated timings, as a share of the fastest.
+    """
 
     layer: dict[str, float]
     rest: dict[str, float]
     spread: dict[str, float]
 
     def total(self, kind: LatencyKind, layers: int) -> float:
+        """Milliseconds of a model of so many layers."""
         return self.layer[kind] * layers + self.rest[kind]
 
 
-class LatencyModel:
-    """`budget.Speeds` from timings of a few shapes; `time_shape` measures one (dims → Timing) and is called once each.
+class TimingFile:
+    """Timings of layer shapes on one machine, kept in a JSON file so that no shape is timed twice.
 
-    Timings are kept in `cache` (a JSON file) under `machine`, so that the same shapes are not timed again.
+    The timings of another machine (another `machine` name) in the file are ignored. Without a path nothing is kept.
     """
 
-    def __init__(self, time_shape: Callable[[Dims], Timing], machine: str, cache: Path | None = None):
-        self._time_shape, self._machine, self._cache = time_shape, machine, cache
-        self._timed: dict[str, Timing] = {}
-        if cache is not None and cache.exists():
-            stored = read_json(cache)
+    def __init__(self, machine: str, path: Path | None = None):
+        self._machine, self._path = machine, path
+        self._timings: dict[str, Timing] = {}
+        if path is not None and path.exists():
+            stored = read_json(path)
             if stored.get("machine") == machine:
-                self._timed = {key: Timing(**value) for key, value in stored["shapes"].items()}
-        self._known: dict[Dims, Timing] = {}
+                self._timings = {key: Timing(**value) for key, value in stored["shapes"].items()}
+
+    def get(self, dims: Dims) -> Timing | None:
+        """The timing of a shape with such layers, however many of them."""
+        return self._timings.get(_layer_key(dims))
+
+    def add(self, dims: Dims, timing: Timing) -> None:
+        """Keep a new timing, also in the file."""
+        self._timings[_layer_key(dims)] = timing
+        if self._path is not None:
+            shapes = {key: vars(known) for key, known in self._timings.items()}
+            write_json(self._path, {"machine": self._machine, "shapes": shapes})
+
+
+class LatencyModel:
+    """`budget.Speeds` from timings of a few shapes; `time_shape` times one shape, and `timings` keeps the results."""
+
+    def __init__(self, time_shape: Callable[[Dims], Timing], timings: TimingFile):
+        self._time_shape, self._timings = time_shape, timings
+        self._timed_here: dict[Dims, Timing] = {}
         self._weights: dict[str, Floats] = {}
         self.error: dict[str, float] = {}
 
     def timing(self, dims: Dims) -> Timing:
-        """Measured now, or before on the same machine."""
-        key = f"hidden={dims.hidden} ffn={dims.ffn} heads={dims.heads} kv_heads={dims.kv_heads}"
-        key += f" experts={dims.experts}" if dims.experts else ""
-        if key not in self._timed:
-            self._timed[key] = self._time_shape(dims)
-            if self._cache is not None:
-                shapes = {name: vars(timing) for name, timing in self._timed.items()}
-                write_json(self._cache, {"machine": self._machine, "shapes": shapes})
-        self._known[dims] = self._timed[key]
-        return self._timed[key]
+        """The timing of this shape, now or from the file; from now on it counts instead of the prediction."""
+        timing = self._timings.get(dims)
+        if timing is None:
+            timing = self._time_shape(dims)
+            self._timings.add(dims, timing)
+        self._timed_here[dims] = timing
+        return timing
 
     def fit(self, teacher: Dims, shapes: Shapes, advance: Callable[[float, str], None] = lambda *_: None) -> None:
-        """Time the teacher's shape and a few of `shapes` that differ most, and fit the model to them."""
+        """Time the teacher's shape and a few of `shapes` that differ most, and fit the model to them.
+
+        Calls `advance(1, shape)` after each one. `error` is then the median relative error of the prediction, by kind.
+        """
         features_RP = _features(shapes)
         teacher_P = _features({axis: np.array([getattr(teacher, axis)]) for axis in shapes})
         scale_P = teacher_P[0]
@@ -98,19 +120,24 @@ class LatencyModel:
             self.error[kind] = _left_out_error(design_RP / scale_P, layer_R)
 
     def milliseconds(self, kind: LatencyKind, shapes: Shapes) -> Floats:
-        """Predicted by the fitted model; of layer shapes that were timed, the timing."""
+        """Predicted by the fitted model; for layer shapes that were timed, the timing itself."""
         features_RP = _features(shapes)
         layer_R = features_RP @ self._weights[f"{kind}.layer"]
         rest_R: Floats = features_RP[:, [0, -1]] @ self._weights[f"{kind}.rest"]
         total_R = rest_R + layer_R * shapes["layers"]
-        for dims, timing in self._known.items():
+        for dims, timing in self._timed_here.items():
             same_R = np.all([shapes[axis] == getattr(dims, axis) for axis in _LAYER_AXES], axis=0)
             total_R[same_R] = timing.rest[kind] + timing.layer[kind] * shapes["layers"][same_R]
         return total_R
 
 
+def _layer_key(dims: Dims) -> str:
+    key = f"hidden={dims.hidden} ffn={dims.ffn} heads={dims.heads} kv_heads={dims.kv_heads}"
+    return key + (f" experts={dims.experts}" if dims.experts else "")
+
+
 def _features(shapes: Shapes) -> Floats:
-    """[R, P]: what a layer's time may be proportional to; the first is 1 and the last the hidden size."""
+    """[R, P]: what a layer's time may be proportional to; the first feature is 1 and the last the hidden size."""
     hidden, ffn, heads, kv_heads = (shapes[a].astype(np.float64) for a in ("hidden", "ffn", "heads", "kv_heads"))
     columns = [np.ones_like(hidden), hidden * ffn, hidden * heads, hidden * kv_heads, heads, hidden]
     return np.stack(columns, axis=1)
@@ -139,11 +166,11 @@ def _nonnegative_fit(rows_RP: Floats, values_R: Floats) -> Floats:
     weights_P = np.zeros(rows_RP.shape[1])
     active = list(range(rows_RP.shape[1]))
     while active:
-        found, *_ = np.linalg.lstsq(rows_RP[:, active] * scale_R[:, None], values_R * scale_R, rcond=1e-9)
-        if found.min() >= 0:
-            weights_P[active] = found
+        solution, *_ = np.linalg.lstsq(rows_RP[:, active] * scale_R[:, None], values_R * scale_R, rcond=1e-9)
+        if solution.min() >= 0:
+            weights_P[active] = solution
             break
-        active.pop(int(found.argmin()))
+        active.pop(int(solution.argmin()))
     return weights_P
 
 

@@ -11,24 +11,21 @@ from typing import Any
 from kdscale.families import Dims, Family
 from kdscale.prune.search.latency import Timing
 
-_REPEATS, _DECODED = 5, 6
+_REPEATS, _DECODED_TOKENS = 5, 6
 
 
 _MIN_WEIGHT_BYTES = 128 << 20  # more than the last-level cache of most processors
 
 
-# ---- measuring: everything below needs torch ----
-
-
 def measurer(
     config: Mapping[str, Any], family: Family, *, device: Any, dtype: Any, context_tokens: int
 ) -> Callable[[Dims], Timing]:
-    """What `LatencyModel` times shapes with, on `device` in `dtype`."""
+    """A function that times one shape on `device` in `dtype`, for `LatencyModel`."""
     return lambda dims: _time_shape(dict(config), family, dims, device, dtype, context_tokens)
 
 
 def machine_name(device: Any, dtype: Any, threads: int, context_tokens: int) -> str:
-    """Timings are only comparable under the same one."""
+    """What timings depend on besides the shape: only timings under the same name can be compared."""
     import platform
 
     import torch
@@ -44,42 +41,43 @@ def _time_shape(
 
     per_layer = sum(math.prod(s.shape) for s in family.layer_tensors(_cut(config, family, dims, 1), 0).values())
     wanted = -(-_MIN_WEIGHT_BYTES // (per_layer * dtype.itemsize))
-    most = family.dims(config).layers
-    whole = min(most, max(2, wanted))
-    half = max(1, whole // 2)
-    model = _random_model(_cut(config, family, dims, whole), device, dtype)
+    full = min(family.dims(config).layers, max(2, wanted))
+    half = max(1, full // 2)
+    model = _random_model(_cut(config, family, dims, full), device, dtype)
     parent_path, _, leaf = family.sites.layers.rpartition(".")
     parent, layers = model.get_submodule(parent_path), list(model.get_submodule(family.sites.layers).children())
     ids_1S = torch.randint(dims.vocab, (1, context_tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    seconds: dict[int, list[tuple[float, float]]] = {whole: [], half: []}
+    seconds: dict[int, list[tuple[float, float]]] = {full: [], half: []}
     for repeat in range(_REPEATS + 1):
-        for count in sorted({whole, half}):
+        for count in sorted({full, half}):
             setattr(parent, leaf, torch.nn.ModuleList(layers[:count]))
             model.config.num_hidden_layers = count
             timed = _time_once(model, ids_1S)
             if repeat:  # the first one warms up
                 seconds[count].append(timed)
-    return _timing(seconds, whole, half)
+    return _timing(seconds, full, half)
 
 
-def _timing(seconds: Mapping[int, Sequence[tuple[float, float]]], whole: int, half: int) -> Timing:
+def _timing(seconds: Mapping[int, Sequence[tuple[float, float]]], full: int, half: int) -> Timing:
+    """From the seconds (prefill, decode) of each repeat with `full` and with `half` of the layers."""
     layer, rest, spread = {}, {}, {}
     for index, kind in enumerate(("prefill", "decode")):
-        all_whole = [1000 * pair[index] for pair in seconds[whole]]
-        low, _, high = statistics.quantiles(all_whole, n=4)
+        full_times = [1000 * pair[index] for pair in seconds[full]]
+        low, _, high = statistics.quantiles(full_times, n=4)
         # The fastest repeat: what else runs on the machine only ever adds time, and other shapes were timed in other
         # minutes.
-        best, halved = min(all_whole), min(1000 * pair[index] for pair in seconds[half])
+        full_time, half_time = min(full_times), min(1000 * pair[index] for pair in seconds[half])
         # Even so the difference can drown in noise; a layer still takes part of the time.
-        one = max((best - halved) / (whole - half), 0.2 * best / whole) if whole > half else best
-        layer[kind] = min(one, best / whole)
-        rest[kind] = best - whole * layer[kind]
-        spread[kind] = (high - low) / best
+        difference = (full_time - half_time) / (full - half) if full > half else full_time
+        layer_time = max(difference, 0.2 * full_time / full)
+        layer[kind] = min(layer_time, full_time / full)
+        rest[kind] = full_time - full * layer[kind]
+        spread[kind] = (high - low) / full_time
     return Timing(layer, rest, spread)
 
 
 def _time_once(model: Any, ids_1S: Any) -> tuple[float, float]:
-    """Seconds of the prompt, and of one further token."""
+    """(seconds of the prompt, seconds of one token after it)"""
     import torch
 
     def now() -> float:
@@ -91,17 +89,18 @@ def _time_once(model: Any, ids_1S: Any) -> tuple[float, float]:
         start = now()
         out = model(input_ids=ids_1S, use_cache=True, logits_to_keep=1)
         prefilled = now()
-        for _ in range(_DECODED):
+        for _ in range(_DECODED_TOKENS):
             out = model(input_ids=ids_1S[:, :1], past_key_values=out.past_key_values, use_cache=True)
-        return prefilled - start, (now() - prefilled) / _DECODED
+        return prefilled - start, (now() - prefilled) / _DECODED_TOKENS
 
 
 def _cut(config: dict[str, Any], family: Family, dims: Dims, layers: int) -> dict[str, Any]:
+    """The config of a model of this shape with only its first layers."""
     return family.student_config(config, dims.replace(layers=layers), list(range(layers)))
 
 
 def _random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
-    """Built on the meta device; every parameter a repeated block of small random numbers, which is quick to fill."""
+    """A model whose parameters all repeat one block of small random numbers, which is quick to fill."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,9 +1,10 @@
-"""The loss of candidate students before any of them is written: all of them advance through the teacher side by side.
+"""The loss of candidate students before any of them is written: all of them go through the teacher side by side.
 
-Each teacher layer is read once. Every candidate that keeps it takes its slice of that layer in memory, is given the
-same regression that apply would solve (from one Gram matrix of the teacher's inputs, shared by all), and moves its own
-hidden states on. At the end: cross-entropy, and the KL divergence from the teacher's whole next-token distribution.
-In memory: one teacher layer, one candidate's layer, the Gram matrices of a layer, hidden states within a byte budget.
+Each teacher layer is read once. Every candidate that keeps the layer slices it in memory, solves the regression that
+apply would solve (from one Gram matrix of the teacher's inputs, shared by all candidates), and moves its own hidden
+states through it. At the end: cross-entropy, and the KL divergence from the teacher's next-token distribution over the
+whole vocabulary. In memory: one teacher layer, one candidate's layer, the Gram matrices of a layer, hidden states
+within a byte budget.
 
 B batch · S sequence · N scored tokens · D hidden · U inputs of a projection · V vocabulary
 """
@@ -59,64 +60,68 @@ def score_masked(
     reporter: Reporter | None = None,
     scratch: Scratch = IN_MEMORY,
 ) -> list[MaskedScore]:
-    """Loss and KL of each plan's student on `batches`, in nats a token.
+    """Loss and KL of each plan's student on `batches`, in nats per token.
 
-    `calibration` and `ridge` (λ) are what plans that compensate regress on, whichever way they do. Hidden states beyond
-    the byte budget of `scratch` lie in its folder, which is gone afterwards. Raises DataError without labels or without
-    calibration tokens that a plan needs, SelfCheckError when a loss is not finite.
+    Plans that compensate, in whichever way, are fitted here with one ridge regression on `calibration` with λ `ridge`.
+    Hidden states beyond the byte budget of `scratch` are in its folder, which is removed at the end. Raises DataError
+    without labels or without calibration tokens that a plan needs, SelfCheckError when a loss is not finite.
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     if not sum(int((batch.labels_BS >= 0).sum()) for batch in batches):
         raise DataError("there are no tokens to score candidates on", expected="at least one label")
     shared = _LayerCache(teacher)
-    whole = LayerStream(teacher.config, family, shared.tensor, dtype=dtype, device=device)
-    share = replace(scratch, activation_bytes=scratch.activation_bytes // (len(plans) + 2))
-    runs = [_Student(shared, family, plan, ridge, dtype, device) for plan in plans]
-    if any(run.roles for run in runs) and not sum(batch.input_ids_BS.numel() for batch in calibration):
+    teacher_stream = LayerStream(teacher.config, family, shared.tensor, dtype=dtype, device=device)
+    model_scratch = replace(scratch, activation_bytes=scratch.activation_bytes // (len(plans) + 2))
+    students = [_Student(shared, family, plan, ridge, dtype, device) for plan in plans]
+    if any(student.roles for student in students) and not sum(batch.input_ids_BS.numel() for batch in calibration):
         raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
-    calibrate = list(calibration) if any(run.roles for run in runs) else []
-    states = whole.embed(batches, share.subfolder("teacher"))
-    calibration_states = whole.embed(calibrate, share.subfolder("calibration"))
-    for number, run in enumerate(runs):
-        run.states = run.stream.embed(batches, share.subfolder(f"candidate-{number}"))
-    layers = whole.dims.layers
+    calibrate = list(calibration) if any(student.roles for student in students) else []
+    states = teacher_stream.embed(batches, model_scratch.subfolder("teacher"))
+    calibration_states = teacher_stream.embed(calibrate, model_scratch.subfolder("calibration"))
+    for number, student in enumerate(students):
+        student.states = student.stream.embed(batches, model_scratch.subfolder(f"candidate-{number}"))
+    layers = teacher_stream.dims.layers
     with torch.inference_mode(), reporter.bar("masked candidates", layers, unit="layer") as bar:
         for index in range(layers):
             shared.clear()
-            layer = whole.layer(index)
-            grams, inputs = _read(layer, family, runs, calibrate, calibration_states, share, device)
+            layer = teacher_stream.layer(index)
+            grams, inputs = _teacher_inputs(
+                layer, family, students, calibrate, calibration_states, model_scratch, device
+            )
             _advance(layer, states, batches, device)
-            if inputs is None:
+            if inputs is None:  # fitting experts still needs the layer's weights
                 layer.release()
-            for run in runs:
-                run.advance(index, grams, inputs, scratch.activation_bytes, batches, device)
+            for student in students:
+                student.advance(index, grams, inputs, scratch.activation_bytes, batches, device)
             layer.release()
             bar.advance(1, f"layer {index + 1}/{layers}")
         shared.clear()
-        found = _losses(whole, runs, states, batches, device)
+        scores = _losses(teacher_stream, students, states, batches, device)
     if scratch.folder is not None:
         remove_tree(scratch.folder)
-    return found
+    return scores
 
 
 class _LayerCache:
-    """The teacher's tensors, each read from disk once a layer however many candidates slice it."""
+    """The teacher's tensors, each read from disk once per layer, however many candidates slice it."""
 
     def __init__(self, teacher: Checkpoint):
         self.config, self._teacher = teacher.config, teacher
         self._held: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
+        """The teacher's tensor `name`, as it is on disk."""
         if name not in self._held:
             self._held[name] = self._teacher.tensor(name)
         return self._held[name]
 
     def clear(self) -> None:
+        """Forget the tensors of the layer."""
         self._held.clear()
 
 
 class _Student:
-    """One candidate: its slices, its regression and how far its hidden states are."""
+    """One candidate: its slices, its regression and its hidden states."""
 
     def __init__(
         self, shared: _LayerCache, family: Family, plan: Plan, ridge: float, dtype: torch.dtype, device: torch.device
@@ -141,13 +146,13 @@ class _Student:
         index: int,
         grams: dict[str, Tensor],
         inputs: ExpertInputs | None,
-        room: int,
+        fit_bytes: int,
         batches: Sequence[TokenBatch],
         device: torch.device,
     ) -> None:
-        """Through the student's version of the teacher's layer `index`, if it has one.
+        """Send the hidden states through the student's version of the teacher's layer `index`, if it has one.
 
-        `inputs`, `room`: what the layer's experts read, and the bytes for fitting them.
+        `inputs`, `fit_bytes`: what the layer's experts read, and the memory for fitting them.
         """
         if index not in self.plan.kept.layers:
             return
@@ -159,7 +164,7 @@ class _Student:
         }
         if inputs is not None and fits_experts(self.plan, self.slicer):
             sweep = inputs.sweep(self.slicer, position)
-            self._solved |= refit_experts(inputs.experts, self.slicer, position, sweep, self._ridge, room)
+            self._solved |= refit_experts(inputs.experts, self.slicer, position, sweep, self._ridge, fit_bytes)
         layer = self.stream.layer(position)
         self._solved = {}
         _advance(layer, self.states, batches, device)
@@ -177,21 +182,21 @@ class _Student:
         return on_disk
 
 
-def _read(
+def _teacher_inputs(
     layer: DecoderLayer,
     family: Family,
-    runs: Sequence[_Student],
+    students: Sequence[_Student],
     batches: Sequence[TokenBatch],
     states: HiddenStates,
     scratch: Scratch,
     device: torch.device,
 ) -> tuple[dict[str, Tensor], ExpertInputs | None]:
-    """Σ xᵀx (fp32) of what the compensated projections read in this layer, by role; for the experts of a mixture, whose
-    Gram matrices would be many, what they read. Moves `states` on."""
-    here = [run for run in runs if layer.index in run.plan.kept.layers]
-    roles = sorted({role for run in here for role in run.roles})
+    """What the compensated projections of this layer read: Gram matrices (fp32) by role, and the inputs themselves of a
+    mixture's experts, whose Gram matrices would be too many. Moves `states` through the layer."""
+    keeping = [student for student in students if layer.index in student.plan.kept.layers]
+    roles = sorted({role for student in keeping for role in student.roles})
     sums, inputs = GramHooks(), None
-    if any(fits_experts(run.plan, run.slicer) for run in here):
+    if any(fits_experts(student.plan, student.slicer) for student in keeping):
         roles.remove("down")
         inputs = ExpertInputs(layer, family, scratch, device)
     for role in roles:
@@ -209,44 +214,44 @@ def _advance(layer: DecoderLayer, states: HiddenStates, batches: Sequence[TokenB
 
 
 def _losses(
-    whole: LayerStream,
-    runs: Sequence[_Student],
+    teacher_stream: LayerStream,
+    students: Sequence[_Student],
     states: HiddenStates,
     batches: Sequence[LabelledBatch],
     device: torch.device,
 ) -> list[MaskedScore]:
-    """Sums over all labelled tokens, a chunk of rows of logits at a time."""
-    theirs = _Output(whole)
-    ours = [_Output(run.stream) for run in runs]
+    """Means over all labelled tokens, computed a chunk of rows of logits at a time."""
+    teacher_output = _Output(teacher_stream)
+    student_outputs = [_Output(student.stream) for student in students]
     count, teacher_ce = 0, 0.0
-    ce, kl = [0.0] * len(runs), [0.0] * len(runs)
-    rows = max(1, _LOGITS_AT_ONCE // whole.dims.vocab)
+    ce, kl = [0.0] * len(students), [0.0] * len(students)
+    rows = max(1, _LOGITS_AT_ONCE // teacher_stream.dims.vocab)
     for index, batch in enumerate(batches):
         labels = batch.labels_BS.flatten().to(device)
         valid = (labels >= 0).nonzero().flatten()
         count += len(valid)
         for chunk in valid.split(rows):
             targets_N1 = labels[chunk].unsqueeze(1)
-            log_p_NV = theirs.log_probabilities(states[index], chunk)
+            log_p_NV = teacher_output.log_probabilities(states[index], chunk)
             teacher_ce -= float(log_p_NV.gather(1, targets_N1).double().sum())
-            for number, run in enumerate(runs):
-                log_q_NV = ours[number].log_probabilities(run.states[index], chunk)
+            for number, student in enumerate(students):
+                log_q_NV = student_outputs[number].log_probabilities(student.states[index], chunk)
                 ce[number] -= float(log_q_NV.gather(1, targets_N1).double().sum())
                 kl[number] += float((log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum())
-    out = []
-    for run, loss, divergence in zip(runs, ce, kl, strict=True):
+    scores = []
+    for student, loss, divergence in zip(students, ce, kl, strict=True):
         if not torch.isfinite(torch.tensor([loss, divergence])).all():
             raise SelfCheckError("a candidate's masked loss is not finite", hint="try importance.dtype=float32")
-        out.append(
+        scores.append(
             MaskedScore(
                 loss=loss / count,
                 kl=divergence / count,
                 teacher_loss=teacher_ce / count,
                 tokens=count,
-                compensate="ridge" if run.roles else "none",  # whatever apply will use: one pass for all candidates
+                compensate="ridge" if student.roles else "none",  # also for two_stream: one pass for all candidates
             )
         )
-    return out
+    return scores
 
 
 class _Output:
@@ -256,5 +261,6 @@ class _Output:
         self._head, self._norm = stream.head(), stream.final_norm()
 
     def log_probabilities(self, state_BSD: Tensor, rows_N: Tensor) -> Tensor:
+        """[N, V] for the tokens `rows_N` of a batch."""
         hidden_ND = self._norm(state_BSD.flatten(0, 1)[rows_N])
         return torch.log_softmax(self._head(hidden_ND), dim=-1)

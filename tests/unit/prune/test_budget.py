@@ -15,7 +15,7 @@ from kdscale.families.family import SHAPE_AXES
 from kdscale.prune.axes import Sizes
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.cost import CostModel
-from kdscale.prune.search.latency import LatencyModel, Timing
+from kdscale.prune.search.latency import LatencyModel, Timing, TimingFile
 from kdscale.prune.search.planning import build_plan, make_plan
 from kdscale.prune.search.shapes import Search
 from kdscale.prune.search.space import columns
@@ -176,7 +176,7 @@ def test_the_latency_model_finds_a_machine_that_is_linear(tmp_path, small_config
 
     found = search(small_config, small_family, None, target_decode="50%", axes=AXES, tolerance=0.1)
     shapes = columns(found.space.all())
-    model = LatencyModel(time_shape, "here", tmp_path / "speed.json")
+    model = LatencyModel(time_shape, TimingFile("here", tmp_path / "speed.json"))
     model.fit(found.teacher, shapes)
     expected = 0.02 + shapes["layers"] * (1e-5 * shapes["hidden"] * (shapes["ffn"] + 64 * shapes["heads"]) + 0.01)
     np.testing.assert_allclose(model.milliseconds("decode", shapes), expected, rtol=1e-3)
@@ -188,10 +188,10 @@ def test_the_latency_model_finds_a_machine_that_is_linear(tmp_path, small_config
     )
     model.timing(odd)
     assert model.milliseconds("decode", columns([Sizes.of(odd)]))[0] == 7.0 * odd.layers + 1.0
-    again = LatencyModel(time_shape, "here", tmp_path / "speed.json")
+    again = LatencyModel(time_shape, TimingFile("here", tmp_path / "speed.json"))
     again.fit(found.teacher, shapes)
     assert len(timed) == 8  # from the file
-    LatencyModel(time_shape, "elsewhere", tmp_path / "speed.json").fit(found.teacher, shapes)
+    LatencyModel(time_shape, TimingFile("elsewhere", tmp_path / "speed.json")).fit(found.teacher, shapes)
     assert len(timed) == 16
 
 
