@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from kdscale.units import compact_count
 
@@ -127,13 +126,5 @@ def _for_page(svg: str) -> str:
         svg = svg.replace(stand_in, variable)
     # Fonts come from the page; and ids must be unique over all plots of a page.
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    salt = f"{np.uint32(_hash(svg)):08x}"
+    salt = f"{zlib.crc32(svg.encode()):08x}"
     return re.sub(r'(id="|href="#|url\(#)', lambda match: f"{match[1]}p{salt}-", svg)
-
-
-def _hash(text: str) -> int:
-    """A small stable hash (FNV-1a, 32 bits): Python's own differs from process to process."""
-    value = 2166136261
-    for byte in text.encode():
-        value = ((value ^ byte) * 16777619) & 0xFFFFFFFF
-    return value
