@@ -1,6 +1,6 @@
-"""Whether candidates come masked with ridge in the same order as the students that two_stream makes of them.
+"""Whether masked runs with ridge rank candidates in the same order as the students that two_stream makes of them.
 
-KL from the teacher on text that no regression saw, one JSON row a shape, and the rank correlations last.
+One JSON row per shape: the KL divergence from the teacher, on text that no regression saw; the rank correlations last.
 
     python benchmarks/prune/candidate_ranking.py TEACHER CORPUS --work /tmp/ranking
 
@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from prune_methods import CPU, positions, score, texts
+from prune_methods import CPU, measure_scores, positions, texts
 from torch import Tensor
 
 from kdscale.config.prune import PruneConfig
+from kdscale.data.packing import IGNORED_LABEL
 from kdscale.models.loading import load_model, open_teacher
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.search.masked import score_masked
@@ -50,17 +51,17 @@ def main() -> None:
     scored = [labelled(ids) for ids in heldout["all"].split(4)]
     teacher, family = open_teacher(folder)
     everything = PruneConfig(ffn=640, heads=6, kv_heads=2, layers=24)
-    scores = score(folder, batches, everything, work / "scores")
+    scores = measure_scores(folder, batches, everything, work / "scores")
     dtype = resolve_dtype("auto", CPU)
     plans = {
-        method: [make_plan(teacher.config, family, scores, PruneConfig(**one, compensate=method)) for one in SHAPES]
+        method: [make_plan(teacher.config, family, scores, PruneConfig(**shape, compensate=method)) for shape in SHAPES]
         for method in ("none", "ridge", "two_stream")
     }
     kl: dict[str, list[float]] = {}
     for method in ("none", "ridge"):
         started = time.monotonic()
-        found = score_masked(teacher, family, plans[method], scored, calibration=batches, ridge=1e-2, dtype=dtype)
-        kl[f"masked, {method}"] = [one.kl for one in found]
+        masked = score_masked(teacher, family, plans[method], scored, calibration=batches, ridge=1e-2, dtype=dtype)
+        kl[f"masked, {method}"] = [score.kl for score in masked]
         print(json.dumps({"masked": method, "seconds": round(time.monotonic() - started)}), flush=True)
     kl["student, two_stream"] = []
     for shape, plan in zip(SHAPES, plans["two_stream"], strict=True):
@@ -78,28 +79,29 @@ def main() -> None:
 
 
 def labelled(ids_BS: Tensor) -> Any:
-    labels = torch.cat([ids_BS[:, 1:], ids_BS.new_full((len(ids_BS), 1), -100)], dim=1)
-    return SimpleNamespace(input_ids_BS=ids_BS, position_ids_BS=positions(ids_BS), labels_BS=labels)
+    """A batch that is scored on every next token."""
+    labels_BS = torch.cat([ids_BS[:, 1:], ids_BS.new_full((len(ids_BS), 1), IGNORED_LABEL)], dim=1)
+    return SimpleNamespace(input_ids_BS=ids_BS, position_ids_BS=positions(ids_BS), labels_BS=labels_BS)
 
 
 @torch.inference_mode()
 def divergence(teacher: Path, student: Path, batches: list[Any]) -> float:
-    """KL(teacher ‖ student), nats a token."""
+    """KL(teacher ‖ student) in nats per token."""
     models = [load_model(path, dtype=resolve_dtype("auto", CPU), device=CPU) for path in (teacher, student)]
     total, count = 0.0, 0
     for batch in batches:
         for ids_S in batch.input_ids_BS:
-            theirs, ours = (
+            log_p_SV, log_q_SV = (
                 torch.log_softmax(model(input_ids=ids_S[None], use_cache=False).logits[0, :-1].float(), dim=-1)
                 for model in models
             )
-            total += float((theirs.exp() * (theirs - ours)).double().sum())
-            count += len(theirs)
+            total += float((log_p_SV.exp() * (log_p_SV - log_q_SV)).double().sum())
+            count += len(log_p_SV)
     return total / count
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's, without ties."""
+    """Spearman's rank correlation, for values without ties."""
     return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
 
 

@@ -4,9 +4,9 @@
     python benchmarks/prune/prune_methods.py TEACHER CORPUS --work /tmp/m --shape hidden=512 --as-mistral
     python benchmarks/prune/prune_methods.py TEACHER CORPUS --work /tmp/m --shape layers=24 --methods loss,loss+linear
 
-CORPUS is a .jsonl or .jsonl.gz of documents with a `source`; the first eighth of each source's documents (in a seeded
-order) is held out, the calibration text is drawn from the rest, one sequence from the start of a document, the sources
-taking turns. So is the held-out text, of all sources and of those named in --also.
+CORPUS is a .jsonl or .jsonl.gz of documents with a `source`. The first eighth of each source's documents (in a seeded
+order) is held out; the calibration text comes from the rest: one sequence from the start of a document, the sources
+taking turns. Held-out text comes in the same way from all sources, and from those named in --also.
 
 --as-mistral labels a Llama checkpoint as Mistral in a folder of links: the tensors, their names and the logits are the
 same, and MistralConfig takes a hidden size that its number of heads does not divide, which LlamaConfig refuses.
@@ -77,14 +77,14 @@ def main() -> None:
     batches = [SimpleNamespace(input_ids_BS=ids, position_ids_BS=positions(ids)) for ids in calibration.split(4)]
     dense = {name: perplexity(folder, ids) for name, ids in heldout.items()}
     show({"method": "teacher", "perplexity": dense, "calibration_tokens": calibration.numel()})
-    scores: dict[str, Any] = {}  # of the teacher, so good for every shape
+    scores: dict[str, Any] = {}  # scores of the teacher hold for every shape
     for shape in arguments.shape:
         sizes = {axis: int(size) for axis, size in (item.split("=") for item in shape.split(","))}
         for name in arguments.methods.split(","):
             cfg = PruneConfig(**sizes, **METHODS[name])
             teacher, family = open_teacher(folder)
             if not set(needed(cfg)) <= set(scores):
-                scores |= score(folder, batches, cfg, work / "scores", arguments.layer_tokens)
+                scores |= measure_scores(folder, batches, cfg, work / "scores", arguments.layer_tokens)
             started = time.monotonic()
             for basis in hidden_bases(teacher.config, family, cfg):
                 plan = make_plan(basis.config, family, scores, basis.cfg)
@@ -98,13 +98,13 @@ def main() -> None:
             dtype = resolve_dtype("auto", CPU)
             apply_plan(teacher, family, plan, out, cfg, batches=batches, dtype=dtype, reporter=Reporter(quiet=True))
             seconds = time.monotonic() - started
-            found = {text: perplexity(out, ids) for text, ids in heldout.items()}
+            student = {text: perplexity(out, ids) for text, ids in heldout.items()}
             show(
                 {
                     "shape": shape,
                     "method": name,
-                    "perplexity": found,
-                    "ratio": {text: found[text] / dense[text] for text in found},
+                    "perplexity": student,
+                    "ratio": {text: student[text] / dense[text] for text in student},
                     "layers": plan.kept.layers,
                     "non_embedding": plan.student_params.non_embedding,
                     "total": plan.student_params.total,
@@ -114,13 +114,15 @@ def main() -> None:
 
 
 def needed(cfg: PruneConfig) -> list[str]:
-    axes = ("ffn", "heads")
-    methods = {"ffn": cfg.ffn_method, "heads": cfg.head_method}
-    out = [f"{axis}.{methods[axis]}" for axis in axes if getattr(cfg, axis)] + (["hidden.pca"] if cfg.hidden else [])
-    return out + ([f"layers.{cfg.layer_method}"] if cfg.layers and cfg.layer_method != "last" else [])
+    """The score arrays that rank the axes that `cfg` cuts."""
+    criteria = [cfg.criterion(axis) for axis in ("ffn", "heads", "layers") if getattr(cfg, axis)]
+    return [row.name for row in criteria if row.collect] + (["hidden.pca"] if cfg.hidden else [])
 
 
-def score(folder: Path, batches: list[Any], cfg: PruneConfig, out: Path, layer_tokens: int) -> dict[str, Any]:
+def measure_scores(
+    folder: Path, batches: list[Any], cfg: PruneConfig, out: Path, layer_tokens: int = 16384
+) -> dict[str, Any]:
+    """The importance scores of the model in `folder`, by way of their files in `out`."""
     teacher, family = open_teacher(folder)
     silent = Reporter(quiet=True)
     collect.score_teacher(teacher, family, batches, ImportanceConfig(layer_tokens=layer_tokens), cfg, out, CPU, silent)
@@ -128,6 +130,7 @@ def score(folder: Path, batches: list[Any], cfg: PruneConfig, out: Path, layer_t
 
 
 def as_mistral(teacher: Path, folder: Path) -> Path:
+    """A folder of links to the teacher's files with a config that says Mistral."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for item in teacher.iterdir():
@@ -144,27 +147,27 @@ def as_mistral(teacher: Path, folder: Path) -> Path:
 def texts(arguments: argparse.Namespace, teacher: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """Calibration ids [N, S] and held-out ids by name."""
     tokenizer, length = load_tokenizer(teacher), arguments.seq_len
-    kinds: dict[str, list[str]] = {}
+    by_source: dict[str, list[str]] = {}
     for document in read_documents(SourceConfig(path=arguments.corpus)):
-        kinds.setdefault(document.source, []).append(document.text)
+        by_source.setdefault(document.source, []).append(document.text)
     rng = random.Random(arguments.seed)
     heldout, rest = {}, {}
-    for kind in sorted(kinds):
-        documents = kinds[kind]
+    for source in sorted(by_source):
+        documents = by_source[source]
         rng.shuffle(documents)
         border = len(documents) // 8
-        heldout[kind] = rows(tokenizer, documents[:border], length, arguments.heldout_rows)
-        share = -(-arguments.calibration_tokens // (length * len(kinds)))
-        rest[kind] = rows(tokenizer, documents[border:], length, share)
+        heldout[source] = rows(tokenizer, documents[:border], length, arguments.heldout_rows)
+        sequences = -(-arguments.calibration_tokens // (length * len(by_source)))
+        rest[source] = rows(tokenizer, documents[border:], length, sequences)
     turns = [ids[i] for i in range(max(map(len, rest.values()))) for ids in rest.values() if i < len(ids)]
     named = {"all": torch.cat(list(heldout.values()))}
     if arguments.also:
-        named["also"] = torch.cat([heldout[kind] for kind in arguments.also.split(",")])
+        named["also"] = torch.cat([heldout[source] for source in arguments.also.split(",")])
     return torch.stack(turns[: arguments.calibration_tokens // length]), named
 
 
 def rows(tokenizer: Any, documents: list[str], length: int, count: int) -> Tensor:
-    """The first `length` tokens of documents that have as many; short neighbours are read as one."""
+    """The first `length` tokens of `count` documents; short documents are joined with the next ones."""
     out: list[list[int]] = []
     ids: list[int] = []
     for text in documents:
@@ -178,11 +181,13 @@ def rows(tokenizer: Any, documents: list[str], length: int, count: int) -> Tenso
 
 
 def positions(ids_BS: Tensor) -> Tensor:
+    """Position ids of sequences with one document each."""
     return torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
 
 
 @torch.inference_mode()
 def perplexity(folder: Path, ids_NS: Tensor) -> float:
+    """Of the model in `folder` on the sequences."""
     model = load_model(folder, dtype=resolve_dtype("auto", CPU), device=CPU)
     total = 0.0
     for ids_BS in ids_NS.split(4):
@@ -192,6 +197,7 @@ def perplexity(folder: Path, ids_NS: Tensor) -> float:
 
 
 def show(row: dict[str, Any]) -> None:
+    """Print one JSON row."""
     print(json.dumps(row), flush=True)
 
 

@@ -156,9 +156,9 @@ class Ranking:
 
 
 def _checked_energy(name: str, scores: ImportanceScores, shape: tuple[int, ...]) -> Floats:
-    if name not in scores or name not in scores.units:
+    if name not in scores.units:
         raise ConfigError(
-            f"the importance scores lack {name!r}" + (" with its unit" if name in scores else ""),
+            f"the importance scores lack {name!r}",
             expected="scores for every axis that may be cut",
             got=", ".join(sorted(scores.units)) or "none",
             hint="run the importance stage again with this config",

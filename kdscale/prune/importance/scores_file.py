@@ -53,7 +53,10 @@ def write_scores(out_dir: Path, scores: ImportanceScores, summary: Mapping[str, 
 
 
 def load_scores(folder: Path) -> ImportanceScores:
-    """The scores that `write_scores` left in `folder`. Raises CheckpointError when they are missing or damaged."""
+    """The scores that `write_scores` left in `folder`.
+
+    Raises CheckpointError when they are missing, damaged or without units.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -64,7 +67,11 @@ def load_scores(folder: Path) -> ImportanceScores:
         arrays = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged", got=str(error), hint="run kdscale importance again") from error
-    return ImportanceScores(arrays, read_json(folder / SUMMARY_FILE).get("units", {}))
+    summary = read_json(folder / SUMMARY_FILE, CheckpointError)
+    if "units" not in summary:
+        hint = f"delete {folder} and run kdscale importance again"
+        raise CheckpointError(f"{folder / SUMMARY_FILE} has no units", expected="a unit for each score", hint=hint)
+    return ImportanceScores(arrays, summary["units"])
 
 
 def _row(values: NDArray[np.float32]) -> dict[str, float] | float:
