@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models.loading import load_model
-from kdscale.prune.importance.scores_file import load_scores
+from kdscale.prune.importance.scores_file import ImportanceScores, load_scores, write_scores
 from kdscale.prune.search.planning import make_plan
 from kdscale.weights import Checkpoint
 
@@ -143,6 +143,11 @@ def test_missing_and_damaged_scores(tmp_path):
         load_scores(tmp_path)
     (tmp_path / "scores.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(CheckpointError, match="damaged"):
+        load_scores(tmp_path)
+    write_scores(tmp_path, ImportanceScores({"ffn.output_energy": np.ones((2, 3), np.float32)}), {})
+    assert load_scores(tmp_path).units == {"ffn.output_energy": "energy"}
+    (tmp_path / "scores.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no units"):
         load_scores(tmp_path)
 
 

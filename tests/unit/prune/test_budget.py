@@ -15,11 +15,8 @@ from kdscale.families.family import SHAPE_AXES
 from kdscale.prune.axes import Sizes
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.cost import CostModel
-from kdscale.prune.search.latency import LatencyModel, Timing, TimingFile
 from kdscale.prune.search.planning import build_plan, make_plan
 from kdscale.prune.search.shapes import Search
-from kdscale.prune.search.space import columns
-from kdscale.sizing.capacity import Capacity
 from kdscale.units import parse_budget
 
 AXES = ("ffn", "heads", "kv_heads", "hidden", "layers")
@@ -164,50 +161,7 @@ def test_one_target_at_a_time():
         PruneConfig(target_params="4B", target_bytes="8GiB")
 
 
-def test_the_latency_model_finds_a_machine_that_is_linear(tmp_path, small_config, small_family):
-    timed = []
-
-    def time_shape(dims):
-        timed.append(dims)
-        one = 1e-5 * dims.hidden * (dims.ffn + 64 * dims.heads) + 0.01
-        return Timing(
-            {"decode": one, "prefill": 9 * one}, {"decode": 0.02, "prefill": 0.1}, {"decode": 0.0, "prefill": 0.0}
-        )
-
-    found = search(small_config, small_family, None, target_decode="50%", axes=AXES, tolerance=0.1)
-    shapes = columns(found.space.all())
-    model = LatencyModel(time_shape, TimingFile("here", tmp_path / "speed.json"))
-    model.fit(found.teacher, shapes)
-    expected = 0.02 + shapes["layers"] * (1e-5 * shapes["hidden"] * (shapes["ffn"] + 64 * shapes["heads"]) + 0.01)
-    np.testing.assert_allclose(model.milliseconds("decode", shapes), expected, rtol=1e-3)
-    assert model.error["decode"] < 1e-3
-    assert len(timed) == 8
-    odd = found.teacher.replace(ffn=96, heads=4, kv_heads=2)  # not what the fit says of it: its own timing counts
-    model._time_shape = lambda _: Timing(
-        {"decode": 7.0, "prefill": 9.0}, {"decode": 1.0, "prefill": 1.0}, {"decode": 0.0}
-    )
-    model.timing(odd)
-    assert model.milliseconds("decode", columns([Sizes.of(odd)]))[0] == 7.0 * odd.layers + 1.0
-    again = LatencyModel(time_shape, TimingFile("here", tmp_path / "speed.json"))
-    again.fit(found.teacher, shapes)
-    assert len(timed) == 8  # from the file
-    LatencyModel(time_shape, TimingFile("elsewhere", tmp_path / "speed.json")).fit(found.teacher, shapes)
-    assert len(timed) == 16
-
-
 def test_a_latency_without_measurements_says_how_to_get_them(small_config, small_family):
     with pytest.raises(ConfigError, match=r"prune\.target_decode") as caught:
         make_plan(small_config, small_family, None, PruneConfig(target_decode="50%"))
     assert "--shapes-only" in str(caught.value)
-
-
-def test_the_capacity_gap_is_computed_from_sizes_and_tokens():
-    assert Capacity(8_000_000_000, 4_500_000_000, 10**6).warnings() == []
-    (few,) = Capacity(8_000_000_000, 2_000_000_000, 2_000_000_000).warnings()
-    assert "4.0 times" in few
-    assert "2311.07052" in few
-    assert "1 a parameter" in few
-    assert "too few" in few
-    assert "3.2B" in few
-    (many,) = Capacity(8_000_000_000, 2_000_000_000, 94_000_000_000).warnings()
-    assert "narrows the gap" in many
