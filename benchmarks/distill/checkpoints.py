@@ -69,9 +69,11 @@ def export_child(arguments: argparse.Namespace) -> None:
 
 def make_run(run: Path, tensors: int, ranks: int) -> None:
     """Make a run folder with a pruned student of zeros and one checkpoint of random ranges."""
-    shapes = {f"model.layers.{i}.weight": (ROWS, COLUMNS) for i in range(tensors)}
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (ROWS, COLUMNS) for i in range(tensors)}
     (run / "pruned").mkdir(parents=True)
-    (run / "pruned" / "config.json").write_text("{}")
+    config = {"model_type": "llama", "num_hidden_layers": tensors, "intermediate_size": ROWS, "hidden_size": COLUMNS,
+              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}  # fmt: skip
+    (run / "pruned" / "config.json").write_text(json.dumps(config))
     with ShardWriter(run / "pruned", {name: TensorInfo(shape, "F32") for name, shape in shapes.items()}) as writer:
         for name, shape in shapes.items():
             writer.add(name, torch.zeros(shape))

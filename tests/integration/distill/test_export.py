@@ -27,8 +27,8 @@ QUIET = Reporter(quiet=True)
 CHILD = """
 import sys
 from pathlib import Path
-from kdscale.cli.main import app
-app(sys.argv[1:], standalone_mode=False)
+from kdscale.cli.main import make_app
+make_app()(sys.argv[1:], standalone_mode=False)
 import torch.distributed as dist
 assert not dist.is_initialized()
 assert "deepspeed" not in sys.modules and "transformers" not in sys.modules
