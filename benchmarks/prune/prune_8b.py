@@ -5,7 +5,7 @@
     python benchmarks/prune/prune_8b.py /tmp/teacher --work /tmp/p stages  # importance, plan, compensate and apply
     python benchmarks/prune/prune_8b.py /tmp/teacher --work /tmp/prune-8b load  # the student in plain transformers
 
-One JSON row a measurement on stdout. Every measured step is a process of its own, and its peak is the kernel's VmHWM,
+One JSON row per measurement on stdout. Every measured step is a process of its own, and its peak is the kernel's VmHWM,
 which counts mapped file pages too. `copy` takes turns between apply, whose student it removes, and `cp` of each shard
 followed by fsync, which apply does as well; it never has both on the disk. Both read files that were dropped from the
 page cache before. `stages` leaves the student for `load`.
@@ -133,6 +133,7 @@ def sliced(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def importance(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Score all axes that the cut needs."""
     import torch
 
     from kdscale.config.prune import ImportanceConfig, PruneConfig
@@ -142,32 +143,27 @@ def importance(arguments: argparse.Namespace) -> dict[str, Any]:
     checkpoint, family = opened(arguments.teacher)
     torch.set_num_threads(arguments.threads)
     score_teacher(
-        checkpoint,
-        family,
-        batches(arguments),
-        ImportanceConfig(dtype="bfloat16"),
-        PruneConfig(**CUT),
-        arguments.work / "importance",
-        torch.device("cpu"),
-        Reporter(),
-        scratch(arguments, "importance"),
-    )
+        checkpoint, family, batches(arguments), ImportanceConfig(dtype="bfloat16"), PruneConfig(**CUT),
+        arguments.work / "importance", torch.device("cpu"), Reporter(), scratch(arguments, "importance"),
+    )  # fmt: skip
     return {"tokens": arguments.tokens}
 
 
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Choose the units that stay."""
     from kdscale.config.prune import PruneConfig
     from kdscale.prune.importance.scores_file import load_scores
     from kdscale.prune.search.planning import make_plan
 
     checkpoint, family = opened(arguments.teacher)
     config = PruneConfig(**CUT, compensate=arguments.compensate)
-    found = make_plan(checkpoint.config, family, load_scores(arguments.work / "importance"), config)
-    found.save(arguments.work / "plan.json")
-    return {"parameters": found.student_params.total, "teacher_parameters": found.teacher_params.total}
+    pruning = make_plan(checkpoint.config, family, load_scores(arguments.work / "importance"), config)
+    pruning.save(arguments.work / "plan.json")
+    return {"parameters": pruning.student_params.total, "teacher_parameters": pruning.teacher_params.total}
 
 
 def compensated(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Apply the plan with compensation."""
     import torch
 
     from kdscale.config.prune import PruneConfig
@@ -177,19 +173,12 @@ def compensated(arguments: argparse.Namespace) -> dict[str, Any]:
 
     checkpoint, family = opened(arguments.teacher)
     torch.set_num_threads(arguments.threads)
-    chosen = Plan.load(arguments.work / "plan.json", config=checkpoint.config, family=family)
+    pruning = Plan.load(arguments.work / "plan.json", config=checkpoint.config, family=family)
     out = arguments.work / "student"
     apply_plan(
-        checkpoint,
-        family,
-        chosen,
-        out,
-        PruneConfig(**CUT),
-        batches=batches(arguments),
-        dtype=torch.bfloat16,
-        reporter=Reporter(),
-        scratch=scratch(arguments, "prune"),
-    )
+        checkpoint, family, pruning, out, PruneConfig(**CUT), batches=batches(arguments), dtype=torch.bfloat16,
+        reporter=Reporter(), scratch=scratch(arguments, "prune"),
+    )  # fmt: skip
     shutil.rmtree(arguments.work / "scratch")
     return {"tokens": arguments.tokens, "bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
 
@@ -236,13 +225,13 @@ def scratch(arguments: argparse.Namespace, name: str) -> Any:
 
 
 def batches(arguments: argparse.Namespace) -> list[Any]:
-    """Random tokens, one sequence a batch."""
+    """Random tokens, one sequence per batch."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 128_256, (arguments.tokens // arguments.seq_len, 1, arguments.seq_len), generator=generator)
     positions = torch.arange(arguments.seq_len)[None]
-    return [SimpleNamespace(input_ids_BS=one, position_ids_BS=positions) for one in ids]
+    return [SimpleNamespace(input_ids_BS=ids_1S, position_ids_BS=positions) for ids_1S in ids]
 
 
 if __name__ == "__main__":

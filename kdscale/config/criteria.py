@@ -9,7 +9,7 @@ function that `collect` names. The table is here because the config cannot impor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator
@@ -18,12 +18,13 @@ from pydantic import AfterValidator
 Unit = Literal["energy", "norm"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Criterion:
     """One way to score the units of one axis; the larger score stays."""
 
     axis: str
     method: str
+    _: KW_ONLY
     title: str  # what is scored, in one line
     source: str  # the paper, or where the choice was measured
     unit: Unit = "energy"
@@ -55,74 +56,45 @@ _UNITS = "kdscale.prune.importance.unit_scores"
 _LAYERS = "kdscale.prune.importance.layer_scores"
 _HIDDEN = "kdscale.prune.importance.hidden_scores"
 _MINITRON = "Minitron, arXiv 2407.14679, section 2.2"
-_WANDA = "Wanda, arXiv 2306.11695, squared and summed over the weights of a unit"
+_WANDA = "after Wanda, arXiv 2306.11695, for whole units"
 _OBS = "Optimal Brain Surgeon: Hassibi and Stork 1993; SparseGPT, arXiv 2301.00774"
 
 # The first row of an axis is what ranks it where the config has no choice.
 CRITERIA: tuple[Criterion, ...] = (
-    Criterion(
-        axis="ffn", method="output_energy", collect=f"{_UNITS}:ffn_output_energy",
-        title="Σ over tokens of ‖W_unit · x_unit‖², the unit's share of the sublayer's output", source=_WANDA,
-    ),
-    Criterion(
-        axis="ffn", method="activation", unit="norm", collect=f"{_UNITS}:ffn_activation",
-        title="mean of |x| over the sequence, L2 norm over the samples", source=_MINITRON,
-    ),
-    Criterion(
-        axis="ffn", method="obs", needs_gram=True, collect=f"{_UNITS}:ffn_removal_costs",
-        title="what removing the unit costs when the other units are refitted", source=_OBS,
-    ),
-    Criterion(
-        axis="heads", method="output_energy", collect=f"{_UNITS}:heads_output_energy",
-        title="Σ over tokens of ‖W_head · x_head‖², the head's share of the sublayer's output", source=_WANDA,
-    ),
-    Criterion(
-        axis="heads", method="activation", unit="norm", collect=f"{_UNITS}:heads_activation",
-        title="mean of ‖x_head‖ over the sequence, L2 norm over the samples", source=_MINITRON,
-    ),
-    Criterion(
-        axis="heads", method="obs", needs_gram=True, collect=f"{_UNITS}:heads_removal_costs",
-        title="what removing the head costs when the other heads are refitted", source=_OBS,
-    ),
-    Criterion(
-        axis="kv_heads", method="output_energy", collect=f"{_UNITS}:kv_heads_output_energy",
-        title="Σ over tokens of ‖W_group · x_group‖² of all query heads that read the kv head", source=_WANDA,
-    ),
-    Criterion(
-        axis="hidden", method="activation", unit="norm", collect=f"{_HIDDEN}:norm_activation",
-        title="mean of |norm output| over the sequence, L2 norm over the samples, summed over the norms",
-        source=_MINITRON,
-    ),
-    Criterion(
-        axis="hidden", method="pca", collect=f"{_HIDDEN}:residual_covariance", finish=f"{_HIDDEN}:components",
-        damage=31.0, title="energy along the principal components of the residual stream, which become the channels",
-        source="SliceGPT, arXiv 2401.15024, section 3, with one rotation for the whole model",
-    ),
-    Criterion(
-        axis="layers", method="block_influence", collect=f"{_LAYERS}:block_influence",
-        title="1 − mean cosine between what enters and what leaves the layer", source="ShortGPT, arXiv 2403.03853",
-    ),
-    Criterion(
-        axis="layers", method="loss", own_pass=True, collect=f"{_LAYERS}:losses_without_a_layer",
-        title="rise of the loss without the layer, in nats per token",
-        source="the perplexity criterion of ShortGPT (arXiv 2403.03853) and LLM-Streamline",
-    ),
-    Criterion(
-        axis="layers", method="angular", own_pass=True, scores_blocks=True, collect=f"{_LAYERS}:angular_distances",
-        title="angle between what enters the first and what leaves the last layer of a block",
-        source="Gromov et al., arXiv 2403.17887, equation 6, over many tokens of a sequence instead of the last",
-    ),
-    Criterion(
-        axis="layers", method="last", collect=None,
-        title="no score: drops the last layers before the final one", source="arXiv 2408.11796, section 3.2",
-    ),
-    Criterion(
-        axis="experts", method="output_norm", unit="norm", collect=f"{_UNITS}:experts_output_norm",
-        title="Σ over the expert's tokens of routing weight · ‖expert output‖",
-        source="REAP, arXiv 2510.13999, with a sum over the tokens instead of a mean",
-    ),
+    Criterion("ffn", "output_energy", collect=f"{_UNITS}:ffn_output_energy", source=_WANDA,
+              title="Σ over tokens of ‖W_unit · x_unit‖², the unit's share of the sublayer's output"),
+    Criterion("ffn", "activation", unit="norm", collect=f"{_UNITS}:ffn_activation", source=_MINITRON,
+              title="mean of |x| over the sequence, L2 norm over the samples"),
+    Criterion("ffn", "obs", needs_gram=True, collect=f"{_UNITS}:ffn_removal_costs", source=_OBS,
+              title="what removing the unit costs when the other units are refitted"),
+    Criterion("heads", "output_energy", collect=f"{_UNITS}:heads_output_energy", source=_WANDA,
+              title="Σ over tokens of ‖W_head · x_head‖², the head's share of the sublayer's output"),
+    Criterion("heads", "activation", unit="norm", collect=f"{_UNITS}:heads_activation", source=_MINITRON,
+              title="mean of ‖x_head‖ over the sequence, L2 norm over the samples"),
+    Criterion("heads", "obs", needs_gram=True, collect=f"{_UNITS}:heads_removal_costs", source=_OBS,
+              title="what removing the head costs when the other heads are refitted"),
+    Criterion("kv_heads", "output_energy", collect=f"{_UNITS}:kv_heads_output_energy", source=_WANDA,
+              title="Σ over tokens of ‖W_group · x_group‖² of all query heads that read the kv head"),
+    Criterion("hidden", "activation", unit="norm", collect=f"{_HIDDEN}:norm_activation", source=_MINITRON,
+              title="mean of |norm output| over the sequence, L2 norm over the samples, summed over the norms"),
+    Criterion("hidden", "pca", collect=f"{_HIDDEN}:residual_covariance", finish=f"{_HIDDEN}:components", damage=31.0,
+              title="energy along the principal components of the residual stream, which become the channels",
+              source="SliceGPT, arXiv 2401.15024, section 3, with one rotation for the whole model"),
+    Criterion("layers", "block_influence", collect=f"{_LAYERS}:block_influence",
+              title="1 − mean cosine between what enters and what leaves the layer",
+              source="ShortGPT, arXiv 2403.03853"),
+    Criterion("layers", "loss", own_pass=True, collect=f"{_LAYERS}:losses_without_a_layer",
+              title="rise of the loss without the layer, in nats per token",
+              source="the perplexity criterion of ShortGPT (arXiv 2403.03853) and LLM-Streamline"),
+    Criterion("layers", "angular", own_pass=True, scores_blocks=True, collect=f"{_LAYERS}:angular_distances",
+              title="angle between what enters the first and what leaves the last layer of a block",
+              source="Gromov et al., arXiv 2403.17887, equation 6, over many tokens of a sequence, not the last alone"),
+    Criterion("layers", "last", collect=None, title="no score: drops the last layers before the final one",
+              source="arXiv 2408.11796, section 3.2"),
+    Criterion("experts", "output_norm", unit="norm", collect=f"{_UNITS}:experts_output_norm",
+              title="Σ over the expert's tokens of routing weight · ‖expert output‖",
+              source="REAP, arXiv 2510.13999, with a sum over the tokens instead of a mean"),
 )  # fmt: skip
-
 
 AXIS_TITLES = {
     "layers": "Layers",
@@ -159,14 +131,8 @@ def _method_of(axis: str, also: Sequence[str] = ()) -> AfterValidator:
 
 # The table is read at validation, so that a row added to it is accepted at once.
 FfnMethod = Annotated[str, _method_of("ffn")]
-
-
 HeadMethod = Annotated[str, _method_of("heads")]
-
-
 HiddenMethod = Annotated[str, _method_of("hidden", also=("auto",))]
-
-
 LayerMethod = Annotated[str, _method_of("layers")]
 
 

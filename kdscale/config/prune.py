@@ -24,8 +24,6 @@ class ImportanceConfig(Section):
 
 
 Compensation = Literal["none", "ridge", "two_stream"]
-
-
 LayerRepair = Literal["none", "linear"]
 
 

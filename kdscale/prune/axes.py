@@ -11,10 +11,8 @@ from kdscale.families.family import SHAPE_AXES
 
 BudgetKind = Literal["params", "bytes", "kv_bytes", "decode", "prefill"]
 
-
 # The number of experts changes no latency that the latency model knows: a token is routed to as many as before.
 _LATENCY_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers")
-
 
 # The axes that change the cost, for budgets that do not depend on all of them: the search leaves the other axes alone.
 _AXES_OF_BUDGET: dict[BudgetKind, tuple[str, ...]] = {

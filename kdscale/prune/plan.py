@@ -24,11 +24,7 @@ from kdscale.files import write_text
 from kdscale.prune.axes import Sizes
 
 Size = Annotated[int, Field(ge=1)]
-
-
 Indices = list[int]
-
-
 _INT_LIST = re.compile(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kdscale.config.criteria import AXIS_TITLES
 from kdscale.report.svg import ACCENT, AFTER, GRID, Plot, integers, make_plot, style
 
 # Middle tones that are readable on white and on near-black; heat maps are images and cannot follow a variable.
@@ -139,10 +140,9 @@ def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any])
         axes.xaxis.set_major_locator(integers(6 if narrow else 12))
         axes.yaxis.set_major_locator(integers(6))
 
-    title = {"heads": "Query heads", "kv_heads": "KV heads", "experts": "Experts"}[axis]
     cut = f" Crosses mark the {gone} of {layers * units} that were cut." if gone else " None was cut."
     return make_plot(
-        f"{title} · {_method(name)}",
+        f"{AXIS_TITLES[axis]} · {_method(name)}",
         f"Stronger colour: more important, relative to the layer’s strongest {unit}.{cut}",
         f"Heat map of {units} {unit}s by {layers} layers.{cut}",
         draw,

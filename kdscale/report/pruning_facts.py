@@ -19,10 +19,7 @@ from kdscale.sizing.capacity import Capacity
 from kdscale.sizing.model_shape import kv_bytes_per_token
 
 _CURVE_POINTS = 48
-
-
 _CONTEXT_TOKENS = 4096  # for the size of the KV cache
-
 
 COMPONENTS = {
     "embedding": "Embedding", "attention": "Attention", "ffn": "Feed-forward", "norm": "Norms",

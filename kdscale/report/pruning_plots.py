@@ -10,7 +10,6 @@ from kdscale.report.svg import ACCENT, AFTER, BEFORE, INK, MUTED, Plot, count_fo
 
 _ROLES = {"down": "Feed-forward output (down)", "o": "Attention output (o)"}
 
-
 _SIZE_TITLES = {
     "params": "parameters", "bytes": "bytes on disk", "kv_bytes": "KV-cache bytes per token",
     "decode": "ms per token", "prefill": "ms per prompt",

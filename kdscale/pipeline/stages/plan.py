@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # Shapes that are timed themselves before one is taken under a latency target.
 _TIMED_CANDIDATES = 5
 
-
 # A timing this far above a limit still keeps it, if the repeats differ by as much: no more, or noise would be rewarded.
 _TIMING_NOISE = 0.05
 

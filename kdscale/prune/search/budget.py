@@ -21,8 +21,6 @@ from kdscale.prune.search.cost import CostModel
 from kdscale.units import BUDGET_FIELDS, format_number, parse_budget
 
 Floats = NDArray[np.float64]
-
-
 Shapes = Mapping[str, NDArray[np.int64]]
 
 

@@ -21,8 +21,6 @@ from kdscale.families.schema import axis_blocks
 from kdscale.sizing.model_shape import kv_bytes_per_token
 
 Count = Literal["total", "non_embedding"]
-
-
 Ints = NDArray[np.int64]
 
 

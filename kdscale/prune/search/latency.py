@@ -24,14 +24,8 @@ from kdscale.files import read_json, write_json
 from kdscale.prune.search.budget import Floats, Shapes
 
 LatencyKind = Literal["decode", "prefill"]
-
-
 LATENCY_KINDS: tuple[LatencyKind, LatencyKind] = ("decode", "prefill")
-
-
 _LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads")
-
-
 _DESIGN_SHAPES = 8
 
 
