@@ -100,7 +100,7 @@ def _candidates(plan_json: dict[str, Any]) -> None:
     if any(row["decode_ms"] for row in rows):  # eighty columns hold only so much
         del columns["on disk"], columns["KV/tok"]
     if any(row["masked"] for row in rows):
-        Console().print("KL, loss: masked runs on calibration text, nats a token", style="dim", highlight=False)
+        Console().print("KL, loss: masked runs on calibration text, nats per token", style="dim", highlight=False)
     shown = {title: cell for title, cell in columns.items() if any(cell(row) for row in rows)}
     asked = plan_json["target"]["asked"]
     title = f"{plan_json['candidates_tried']:,} shapes meet {asked}; the best {len(rows)}"
@@ -161,7 +161,7 @@ def status(folder: Path) -> None:
 
 
 def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
-    """One line a stage, and one of the training if it has begun."""
+    """One line per stage, and one of the training if it has begun."""
     recorded = read_json(run.status, RunFolderError)["stages"] if run.status.exists() else {}
     alive = run.in_use()
     rows = []

@@ -15,7 +15,7 @@ class SourceConfig(Section):
     path: str = Field(min_length=1)
     field: str = "text"
     split: str = "train"  # only for hf:
-    weight: Annotated[int, Field(ge=1)] = 1  # how often each document is repeated an epoch
+    weight: Annotated[int, Field(ge=1)] = 1  # how often each document is repeated per epoch
 
 
 class DataConfig(Section):

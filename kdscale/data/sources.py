@@ -1,8 +1,8 @@
 """Where text comes from: files, folders, globs, the text that ships with the package, and hub data sets by name.
 
 A `.txt` file is one document: blank lines in prose end paragraphs, not documents. A `.jsonl` or `.jsonl.gz` file is one
-document a line, its text in the configured field. Files are always read in sorted order, so that the same source gives
-the same documents in the same order on every machine.
+document per line, its text in the configured field. Files are always read in sorted order, so that the same source
+gives the same documents in the same order on every machine.
 """
 
 from __future__ import annotations

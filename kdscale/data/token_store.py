@@ -5,7 +5,7 @@
                           /offsets.bin        (documents + 1) int64: where each document starts
                           /bytes.bin          (documents) int64: UTF-8 bytes of each document's text
                           /labels.bin         (documents) uint16: index into the manifest's list of source labels
-                          /weights.bin        (documents) uint16: how often it is repeated an epoch
+                          /weights.bin        (documents) uint16: how often it is repeated per epoch
     folder/heldout/token_bytes.bin            (tokens) uint32: UTF-8 bytes of each token, for bits per byte
 
 A document is encoded without special tokens and ends with one end-of-text token (0 bytes of text). Held-out documents
@@ -276,7 +276,7 @@ class _StoreBuilder:
 
 
 class _SplitWriter:
-    """Appends documents to one split's files. Only 20 bytes a document stay in memory."""
+    """Appends documents to one split's files. Only 20 bytes per document stay in memory."""
 
     def __init__(self, folder: Path, dtype: str, keep_bytes: bool):
         folder.mkdir()

@@ -38,7 +38,7 @@ _SHARE_OF_FREE_MEMORY = 0.6
 
 
 def sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
-    """Parameters (tied ones once) by component, bytes of the weight files, 16-bit KV-cache bytes a token."""
+    """Parameters (tied ones once) by component, bytes of the weight files, 16-bit KV-cache bytes per token."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     vocabulary = {id(p): p.numel() for layer in (embedding, head) if layer is not None for p in layer.parameters()}
     everything = {id(p): p.numel() for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""From one value a token to the figures of a table, with standard errors over documents. Sums are fp64.
+"""From one value per token to the figures of a table, with standard errors over documents. Sums are fp64.
 
 Letters: N scored tokens, D document pieces (a run of one document in one sequence).
 """

@@ -1,7 +1,7 @@
 """What an evaluation needs to know about each token, computed from final hidden states a few rows at a time.
 
 Letters: N scored tokens, C tokens of one chunk, H hidden size of a model, V vocabulary.
-No N×V tensor is ever made: a chunk of C rows of logits is turned into five numbers a token and freed.
+No N×V tensor is ever made: a chunk of C rows of logits is turned into five numbers per token and freed.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         speed, teacher_speed = (model["efficiency"]["decode_tokens_per_second"] for model in (student, teacher))
         out.append(_tile("Decode speed", f"{speed / teacher_speed:.2f}×", f"{speed:.0f} tokens/s on this machine"))
     cache, teacher_cache = (model["size"]["kv_cache_bytes_per_token"] for model in (student, teacher))
-    out.append(_tile("KV cache", f"{cache / teacher_cache:.0%}", f"{units.format_size(cache)} a token"))
+    out.append(_tile("KV cache", f"{cache / teacher_cache:.0%}", f"{units.format_size(cache)} per token"))
     return out
 
 

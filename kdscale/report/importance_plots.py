@@ -1,4 +1,4 @@
-"""The plots of importance, one an axis.
+"""The plots of importance, one for each axis.
 
 L layers · U units · C columns of a heat map
 """

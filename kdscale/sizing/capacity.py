@@ -4,7 +4,7 @@ Published: along a row of teachers the best one for a student is about 2.5 times
 student ("Towards the Law of Capacity Gap in Distilling Language Models", arXiv 2311.07052; students pruned from
 teachers below 3B, confirmed at 7B). The gap is one of learning capacity rather than of parameters as such, and more
 distillation tokens narrow it ("Distillation Scaling Laws", arXiv 2502.08606). Minitron gave its 4.5B students of
-Llama-3.1-8B (a ratio of 1.8) 94B tokens, 21 a parameter (arXiv 2408.11796).
+Llama-3.1-8B (a ratio of 1.8) 94B tokens, 21 per parameter (arXiv 2408.11796).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Capacity:
         if self.ratio <= _WARN_RATIO:
             return []
         budget = (
-            f"{compact_count(self.tokens)} distillation tokens are {self.tokens_per_parameter:.2g} a parameter of the "
-            f"student (published recipes use about {_PUBLISHED_TOKENS_PER_PARAMETER:.0f})"
+            f"{compact_count(self.tokens)} distillation tokens are {self.tokens_per_parameter:.2g} per parameter of "
+            f"the student (published recipes use about {_PUBLISHED_TOKENS_PER_PARAMETER:.0f})"
         )
         few = self.tokens_per_parameter < _PUBLISHED_TOKENS_PER_PARAMETER
         return [

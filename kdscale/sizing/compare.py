@@ -48,7 +48,7 @@ def compare(
 ) -> list[ComparedSetting]:
     """The chosen setting first, if any fits, then the others by speed, served teachers last, then what does not fit.
 
-    `global_batch` sequences a step must be a multiple of the ranks. Of each setting's micro-batches the fastest that
+    `global_batch` sequences per step must be a multiple of the ranks. Of each setting's micro-batches the fastest that
     fits is kept, or the smallest where none fits. A served teacher needs GPUs beyond the cluster's, so it is chosen
     only where nothing else fits or nothing else is asked for. Where nothing fits at all, ranks share sequences, by the
     smallest of the `sequence` sizes with which something fits; where that is not enough, they share layers (`tensor`).
@@ -110,7 +110,7 @@ def _settings(job: Job, stages: Collection[int], placements: Collection[TeacherP
 
 
 def _best_micro_batch(job: Job, setting: Setting, cluster: GpuCluster, sequences: int, rates: Rates) -> ComparedSetting:
-    """The fastest micro-batch that fits `sequences` a rank and step, or the smallest where none fits."""
+    """The fastest micro-batch that fits `sequences` per rank and step, or the smallest where none fits."""
     best: ComparedSetting | None = None
     for size in range(1, min(sequences, MOST_SEQUENCES) + 1):
         if sequences % size:

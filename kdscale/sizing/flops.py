@@ -28,7 +28,7 @@ class ModelFlops:
 
     @classmethod
     def of_shape(cls, shape: ModelShape, seq_len: int) -> ModelFlops:
-        """Two a weight of each product, and 4·S·A a layer for the products QKᵀ and AV.
+        """Two per weight of each product, and 4·S·A per layer for the products QKᵀ and AV.
 
         Attention counts every position of the sequence, as PaLM does and as kernels compute under the mask of packed
         text, though the causal mask and the borders between documents need less than half of them.

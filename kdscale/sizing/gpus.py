@@ -33,8 +33,8 @@ class GpuCluster:
     gpu: Gpu
     nodes: int
     gpus_per_node: int
-    host_memory: float  # bytes a node
-    host_bandwidth: float = 200e9  # bytes/s a node: what an offloaded Adam runs at
+    host_memory: float  # bytes per node
+    host_bandwidth: float = 200e9  # bytes/s per node: what an offloaded Adam runs at
 
     @property
     def ranks(self) -> int:

@@ -83,9 +83,9 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
 def host_bytes(job: Job, setting: Setting) -> float:
     """Host memory of what one rank offloads (read).
 
-    Of the optimiser: masters, moments and fp32 gradients, 16 bytes a parameter; at stages 1 and 2 a copy of the weights
-    to send back; and the gradients that micro-batches add up (at stage 3 always). Then the weights, and of a teacher in
-    host memory one copy a node.
+    Of the optimiser: masters, moments and fp32 gradients, 16 bytes per parameter; at stages 1 and 2 a copy of the
+    weights to send back; and the gradients that micro-batches add up (at stage 3 always). Then the weights, and of a
+    teacher in host memory one copy per node.
     """
     params, out = job.student.params / job.ranks, 0.0
     if setting.offload_optimizer:
@@ -197,8 +197,8 @@ def layer_bytes(job: Job, model: ModelShape) -> float:
     """What autograd saves in one layer, a token (counted on Llama and Qwen3 with sdpa, packed text, exactly).
 
     Each norm: its input as fp32, the normalised and the scaled value, (4 + 2b)·H, and 4 of its root. Attention: q, k
-    and v (kv heads repeated, since packed text has a mask) and its output, 4b·A, and the log-sum-exp, 4 a head; not the
-    mask. A gated ffn: gate, its activation, up, product, 4b·F; others 2b·F.
+    and v (kv heads repeated, since packed text has a mask) and its output, 4b·A, and the log-sum-exp, 4 per head; not
+    the mask. A gated ffn: gate, its activation, up, product, 4b·F; others 2b·F.
     """
     b = job.item_bytes
     norms = 2 * ((4 + 2 * b) * model.hidden + 4)

@@ -1,4 +1,4 @@
-"""Seconds of a training step, tokens a second and MFU, from FLOPs and bytes over links.
+"""Seconds of a training step, tokens per second and MFU, from FLOPs and bytes over links.
 
 This predicts, it does not measure: products run at `Rates.compute` of the GPU's peak, collectives at `Rates.links` of
 their bandwidth. What overlaps is what DeepSpeed 0.19.8 overlaps: stage 3 gathers and reduces while it computes, and a
@@ -18,7 +18,7 @@ from kdscale.sizing.parallel import job_of_tensor_rank, sequence_parallel_second
 # `Rates.compute`. Assumed.
 _HALF_AT_TOKENS = 256
 
-# Adam reads gradient, master and two moments and writes the three and the weight: 16 + 12 + 2 bytes a parameter.
+# Adam reads gradient, master and two moments and writes the three and the weight: 16 + 12 + 2 bytes per parameter.
 _ADAM_BYTES = 30
 
 

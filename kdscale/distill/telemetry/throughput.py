@@ -48,4 +48,4 @@ class SpeedReport:
         figures += [", ".join(texts.values())]
         figures += [f"{within} (within these)"] if self._phases.get(inside) else []
         self._clear()
-        return " · ".join([*figures, f"peak memory a rank {memory / 1e9:.2f} GB"])
+        return " · ".join([*figures, f"peak memory per rank {memory / 1e9:.2f} GB"])

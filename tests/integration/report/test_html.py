@@ -198,7 +198,7 @@ def test_the_pruning_section_shows_every_kind_of_score(run: Path, tmp_path: Path
     ]  # fmt: skip
     (run / "repair.json").write_text(json.dumps({"version": 1, "layers": rows}))
     text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
-    for words in ("13ms a decoded token", "by short distillations", "12.5 ms", "0.7500", "2.5000", "down 50% → 25%"):
+    for words in ("13ms per decoded token", "by short distillations", "12.5 ms", "0.7500", "2.5000", "down 50% → 25%"):
         assert words in text, words
     facts = json.loads((tmp_path / "out" / "report.json").read_text())
     assert facts["repair"]["layers"] == rows

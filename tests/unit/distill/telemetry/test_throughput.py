@@ -22,6 +22,6 @@ def test_the_speed_line_is_about_the_steps_since_the_last_one():
     line = report.line("communication", 3e9)
     assert line == (
         "500 tok/s · MFU 50.0 % · teacher 50 %, backward 25 % · communication 10 % (within these) · "
-        "peak memory a rank 3.00 GB"
+        "peak memory per rank 3.00 GB"
     )
     assert report.line("communication", 0.0) == ""
