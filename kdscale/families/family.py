@@ -32,7 +32,6 @@ from kdscale.families.schema import (
 
 Config = Mapping[str, Any]
 
-
 # What a shape is made of; `head_dim` and `vocab` never change in a student.
 SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models
 

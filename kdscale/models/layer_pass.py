@@ -132,16 +132,16 @@ class LayerPass(Generic[Layer_co]):
         from safetensors.torch import save_file
 
         self.results.append({name: value.detach().cpu().contiguous() for name, value in (result or {}).items()})
-        folder, done = self._scratch.folder, self.done
-        if folder is None:
+        done = self.done
+        if self._scratch.folder is None:
             return
-        with atomic_path(self._layer_file(done - 1)) as tmp:
+        with atomic_path(self._file(f"layer-{done - 1}.safetensors")) as tmp:
             save_file(self.results[-1], tmp)
         if self.running:
-            with atomic_path(self._running_file(done)) as tmp:
+            with atomic_path(self._file(f"running-{done}.safetensors")) as tmp:
                 save_file(self.running, tmp)
-        tensors = self.states.save(folder / f"states-{done}.bin")
-        write_json(folder / f"progress-{done}.json", {"version": 1, "states": tensors})
+        tensors = self.states.save(self._file(f"states-{done}.bin"))
+        write_json(self._file(f"progress-{done}.json"), {"version": 1, "states": tensors})
         ranks.barrier()  # the files of the layer before may go once every rank has these
         self._remove(done - 1)
 
@@ -160,31 +160,24 @@ class LayerPass(Generic[Layer_co]):
     def _resume(self, done: int) -> None:
         from safetensors.torch import load_file
 
-        folder = self._scratch.folder
-        assert folder is not None
-        progress = read_json(folder / f"progress-{done}.json")
-        self.results = [load_file(self._layer_file(index)) for index in range(done)]
-        if self._running_file(done).exists():
-            self.running = load_file(self._running_file(done), device=str(self.source.device))
+        progress = read_json(self._file(f"progress-{done}.json"))
+        self.results = [load_file(self._file(f"layer-{index}.safetensors")) for index in range(done)]
+        if self._file(f"running-{done}.safetensors").exists():
+            self.running = load_file(self._file(f"running-{done}.safetensors"), device=str(self.source.device))
         self.states = HiddenStates.load(
-            folder / f"states-{done}.bin", progress["states"], self._scratch, self.source.device
+            self._file(f"states-{done}.bin"), progress["states"], self._scratch, self.source.device
         )
         for other in self._finished():
             if other != done:
                 self._remove(other)
 
-    def _layer_file(self, index: int) -> Path:
+    def _file(self, name: str) -> Path:
         assert self._scratch.folder is not None
-        return self._scratch.folder / f"layer-{index}.safetensors"
-
-    def _running_file(self, done: int) -> Path:
-        assert self._scratch.folder is not None
-        return self._scratch.folder / f"running-{done}.safetensors"
+        return self._scratch.folder / name
 
     def _remove(self, done: int) -> None:
-        assert self._scratch.folder is not None
         for name in (f"progress-{done}.json", f"states-{done}.bin", f"running-{done}.safetensors"):
-            (self._scratch.folder / name).unlink(missing_ok=True)  # progress first: it says that the others are there
+            self._file(name).unlink(missing_ok=True)  # progress first: it says that the others are there
 
     def _clear(self) -> None:
         folder = self._scratch.folder

@@ -21,7 +21,7 @@ from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_stream import LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import expert_name
-from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights, find_gaps, repaired_gaps
+from kdscale.prune.compensation.layer_gaps import RepairedWeights, find_gaps, repaired_gaps
 from kdscale.prune.compensation.one_stream import compensated_layers, compensated_roles
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
 from kdscale.prune.compensation.two_stream import two_stream_layers
@@ -111,20 +111,15 @@ def _write_student(
     if compensated is None:
         # a checkpoint has its layers one after the other, in whatever order: a layer at a time is made safe
         for position, group in groupby(tensors, key=lambda tensor: tensor.position):
-            _write(writer, teacher, slicer, group, _repaired_by_role(repaired, position))
+            _write(writer, teacher, slicer, group, repaired.get(position))
             writer.commit()
         return
     _write(writer, teacher, slicer, (tensor for tensor in tensors if tensor.position is None))
     writer.commit()
     for position, weights in compensated:
         of_layer = (tensor for tensor in tensors if tensor.position == position)
-        _write(writer, teacher, slicer, of_layer, weights | _repaired_by_role(repaired, position))
+        _write(writer, teacher, slicer, of_layer, weights | repaired.get(position))
         writer.commit()
-
-
-def _repaired_by_role(repaired: RepairedWeights, position: int | None) -> dict[str, Tensor]:
-    weight = repaired.get(position)
-    return {} if weight is None else {REPAIRED_ROLE: weight}
 
 
 def _write(

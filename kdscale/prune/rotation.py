@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kdscale.errors import ConfigError
 from kdscale.families import Family, TensorSpec
-from kdscale.weights import Checkpoint, TensorInfo
+from kdscale.weights import Checkpoint
+from kdscale.weights.header import TensorEntry
 
 # Which norm a reader of the residual stream comes after, by role.
 _NORM_BEFORE = dict.fromkeys(("q", "k", "v", "qkv"), "attn_norm") | {"head": "final_norm"}
@@ -72,17 +73,8 @@ class RotatedTeacher(Checkpoint):
         """All tensors of the rotated model, in the family's order."""
         return list(self._specs)
 
-    def spec(self, name: str) -> TensorInfo:
-        """Shape and dtype of one tensor, as the teacher's; a tied head has its embedding's."""
-        return self._teacher.spec(self._tied.get(name, name))
-
-    def itemsize(self, name: str) -> int:
-        """Bytes a value of one tensor."""
-        return self._teacher.itemsize(self._tied.get(name, name))
-
-    def position(self, name: str) -> tuple[int, int]:
-        """Where the tensor's bytes are in the teacher's files."""
-        return self._teacher.position(self._tied.get(name, name))
+    def _entry(self, name: str) -> TensorEntry:
+        return super()._entry(self._tied.get(name, name))  # a head of its own has its embedding's shape and dtype
 
     def blocks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
         """Read one tensor in blocks as Checkpoint.blocks does, or at once where rotation mixes its rows."""

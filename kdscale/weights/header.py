@@ -19,7 +19,6 @@ from kdscale.errors import CheckpointError
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_AGAIN = "download or copy the file again"
 
 
 @dataclass(frozen=True)
@@ -59,55 +58,48 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(raw, object_pairs_hook=unique_keys)
     except DuplicateKeyError as error:
-        raise CheckpointError(f"{path}: the header names a tensor twice", got=str(error), hint=_AGAIN) from error
+        raise _damaged(f"{path}: the header names a tensor twice", None, str(error)) from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not valid JSON", got=str(error), hint=_AGAIN) from error
+        raise _damaged(f"{path}: the header is not valid JSON", None, str(error)) from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object", got=type(header).__name__, hint=_AGAIN)
+        raise _damaged(f"{path}: the header is not a JSON object", None, type(header).__name__)
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, value, start) for name, value in header.items()}
     _check_offsets(path, entries, start, size)
     return entries
 
 
+def _damaged(what: str, expected: str | None, got: str) -> CheckpointError:
+    return CheckpointError(what, expected=expected, got=got, hint="download or copy the file again")
+
+
 def _read_json_bytes(path: Path, stream: BinaryIO, size: int) -> tuple[bytes, int]:
+    """The header's JSON, and where the tensors' bytes begin."""
     if size < LENGTH_BYTES:
-        raise CheckpointError(
-            f"{path} is not a safetensors file", expected="at least 8 bytes", got=f"{size} bytes", hint=_AGAIN
-        )
-    length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
-    if length > min(size - LENGTH_BYTES, MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file",
-            expected=f"a header of at most {min(size - LENGTH_BYTES, MAX_HEADER_BYTES):,} bytes",
-            got=f"a header length of {length:,} bytes",
-            hint=_AGAIN,
-        )
+        raise _damaged(f"{path} is not a safetensors file", "at least 8 bytes", f"{size} bytes")
+    length, limit = int.from_bytes(stream.read(LENGTH_BYTES), "little"), min(size - LENGTH_BYTES, MAX_HEADER_BYTES)
+    if length > limit:
+        what = f"{path} is damaged or not a safetensors file"
+        raise _damaged(what, f"a header of at most {limit:,} bytes", f"a header length of {length:,} bytes")
     return stream.read(length), LENGTH_BYTES + length
 
 
 def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
     where = f"{path}: tensor {name}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(where, expected="dtype, shape and data_offsets", got=repr(value), hint=_AGAIN)
+        raise _damaged(where, "dtype, shape and data_offsets", repr(value))
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(
-            where,
-            expected="dtype " + ", ".join(DTYPE_BYTES),
-            got=repr(dtype),
-            hint="quantised and integer checkpoints cannot be pruned: use the original float checkpoint",
-        )
+        hint = "quantised and integer checkpoints cannot be pruned: use the original float checkpoint"
+        raise CheckpointError(where, expected="dtype " + ", ".join(DTYPE_BYTES), got=repr(dtype), hint=hint)
     if not _is_counts(shape):
-        raise CheckpointError(where, expected="a shape of non-negative integers", got=repr(shape), hint=_AGAIN)
+        raise _damaged(where, "a shape of non-negative integers", repr(shape))
     if not _is_counts(offsets) or len(offsets) != 2:
-        raise CheckpointError(where, expected="two byte offsets", got=repr(offsets), hint=_AGAIN)
+        raise _damaged(where, "two byte offsets", repr(offsets))
     begin, end = offsets
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:
-        raise CheckpointError(
-            where, expected=f"{expected:,} bytes for {dtype}{shape}", got=f"{end - begin:,} bytes", hint=_AGAIN
-        )
+        raise _damaged(where, f"{expected:,} bytes for {dtype}{shape}", f"{end - begin:,} bytes")
     return TensorEntry(file=path, dtype=dtype, shape=tuple(shape), begin=start + begin, end=start + end)
 
 
@@ -120,21 +112,11 @@ def _check_offsets(path: Path, entries: dict[str, TensorEntry], start: int, size
     at = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.end > size:
-            raise CheckpointError(
-                f"{path} is truncated: tensor {name} ends beyond the file",
-                expected=f"at least {entry.end:,} bytes",
-                got=f"{size:,} bytes",
-                hint=_AGAIN,
-            )
+            what = f"{path} is truncated: tensor {name} ends beyond the file"
+            raise _damaged(what, f"at least {entry.end:,} bytes", f"{size:,} bytes")
         if entry.begin != at:
-            raise CheckpointError(
-                f"{path}: tensor {name} overlaps another one or leaves a hole",
-                expected=f"its bytes to start at {at:,}",
-                got=f"{entry.begin:,}",
-                hint=_AGAIN,
-            )
+            what = f"{path}: tensor {name} overlaps another one or leaves a hole"
+            raise _damaged(what, f"its bytes to start at {at:,}", f"{entry.begin:,}")
         at = entry.end
     if at != size:
-        raise CheckpointError(
-            f"{path} has bytes that belong to no tensor", expected=f"{at:,} bytes", got=f"{size:,} bytes", hint=_AGAIN
-        )
+        raise _damaged(f"{path} has bytes that belong to no tensor", f"{at:,} bytes", f"{size:,} bytes")

@@ -95,28 +95,6 @@ class ExpertInputs:
         return equations
 
 
-def ridge_experts(
-    layer: DecoderLayer,
-    slicer: Slicer,
-    position: int,
-    run: Callable[[], None],
-    ridge: float,
-    device: torch.device,
-    scratch: Scratch,
-    recovered: RecoveredErrors | None = None,
-) -> dict[str, Tensor]:
-    """Fit the experts of the teacher's `layer` on what they read while `run` takes it over the calibration tokens.
-
-    Returns what `refit_experts` does.
-    """
-    inputs = ExpertInputs(layer, slicer.family, scratch, device)
-    run()
-    inputs.stop()
-    sweep, room = inputs.sweep(slicer, position), scratch.activation_bytes
-    with torch.inference_mode():
-        return refit_experts(inputs.experts, slicer, position, sweep, ridge, room, recovered)
-
-
 def refit_experts(
     experts: Any,
     slicer: Slicer,

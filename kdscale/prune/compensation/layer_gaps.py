@@ -88,13 +88,13 @@ class RepairedWeights:
         """Whether the student's layer `position` got a new weight."""
         return position in self._held if self._folder is None else self._file(position).exists()
 
-    def get(self, position: int | None) -> Tensor | None:
-        """A layer's new weight, fp32 on the CPU; None without a gap behind it, and for `position` None (no layer)."""
+    def get(self, position: int | None) -> dict[str, Tensor]:
+        """Role → new weight of a layer, fp32 on the CPU; empty without a gap behind it, and for None (no layer)."""
         from safetensors.torch import load_file
 
         if position is None or not self.has(position):
-            return None
-        return self._held[position] if self._folder is None else load_file(self._file(position))[REPAIRED_ROLE]
+            return {}
+        return {REPAIRED_ROLE: self._held[position]} if self._folder is None else load_file(self._file(position))
 
     def close(self) -> None:
         """Remove the files."""

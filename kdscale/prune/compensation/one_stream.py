@@ -9,7 +9,6 @@ U inputs of a projection · D' kept hidden channels · K kept inputs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from kdscale.families import Sites
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
-from kdscale.prune.compensation.experts import ridge_experts
+from kdscale.prune.compensation.experts import ExpertInputs, refit_experts
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import RidgeSums
@@ -90,21 +89,21 @@ def compensated_layers(
             position = plan.kept.layers.index(layer.index)
             skip = [REPAIRED_ROLE] if repaired is not None and repaired.has(position) else []
             fits = _LayerFits(layer, slicer, position, len(batches), skip, recovered)
+            inputs = ExpertInputs(layer, slicer.family, scratch, stream.device) if fits_experts(plan, slicer) else None
+            walk.run(layer)
             solved: dict[str, Tensor] = {}
-            if fits_experts(plan, slicer):
-                run = partial(walk.run, layer)
-                solved = ridge_experts(
-                    layer, slicer, position, run, cfg.ridge_lambda, stream.device, scratch, recovered
-                )
-            else:
-                walk.run(layer)
+            if inputs is not None:
+                inputs.stop()
+                experts, sweep, room = inputs.experts, inputs.sweep(slicer, position), scratch.activation_bytes
+                with torch.inference_mode():
+                    solved = refit_experts(experts, slicer, position, sweep, cfg.ridge_lambda, room, recovered)
             layer.release()
             fits.reduce()
             if is_writer():
                 with torch.inference_mode():
                     solved |= fits.solve(teacher, cfg.ridge_lambda)
                 yield position, solved
-            del solved, fits
+            del solved, fits, inputs
             walk.finish()
         walk.close()
 

@@ -32,7 +32,7 @@ from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStat
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts
-from kdscale.prune.compensation.layer_gaps import RepairedWeights, only_adds_sublayers
+from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights, only_adds_sublayers
 from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts, projection_site
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
@@ -71,9 +71,9 @@ def two_stream_layers(
         for layer in walk.layers(depth):
             if layer.position is not None:
                 with torch.inference_mode():
-                    done = None if repaired is None else repaired.get(layer.position)
+                    down = None if repaired is None else repaired.get(layer.position).get(REPAIRED_ROLE)
                     task = _Task(walk.states, batches, cfg, recovered, scratch.activation_bytes)
-                    solved = layer.fit(task, done)
+                    solved = layer.fit(task, down)
                 if is_writer():
                     yield layer.position, solved
                 del solved, task
