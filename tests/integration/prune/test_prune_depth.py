@@ -1,26 +1,18 @@
-"""Scores of whole layers and the repair of gaps: equal to whole-model computations, and what a linear map can mend."""
+"""Scores of whole layers are those of whole-model computations, and every method writes a checked student."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from kdscale.config.prune import ImportanceConfig, PruneConfig
-from kdscale.errors import ConfigError
 from kdscale.models.hidden_states import Scratch
 from kdscale.models.layer_stream import LayerStream
 from kdscale.models.loading import load_model
 from kdscale.prune import self_check
-from kdscale.prune.apply import apply_plan
-from kdscale.prune.compensation.layer_gaps import find_gaps, repaired_gaps
 from kdscale.prune.importance import collect
 from kdscale.prune.importance.layer_scores import next_tokens
-from kdscale.prune.search.planning import make_plan
-from kdscale.prune.slicing import Slicer
 from kdscale.runtime.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -137,125 +129,3 @@ def test_every_method_writes_a_checked_student(teacher, tmp_path, method, repair
     assert plan.methods.layers == method
     assert plan.methods.layer_repair == repair
     self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "out", teacher.ids)
-
-
-def _joined(batches):
-    return SimpleNamespace(
-        input_ids_BS=torch.cat([batch.input_ids_BS for batch in batches]),
-        position_ids_BS=torch.cat([batch.position_ids_BS for batch in batches]),
-    )
-
-
-def test_a_block_that_a_linear_map_can_give_is_mended_exactly(teacher, tmp_path):
-    """Layers 1 and 2 take away 0.7 of what layer 0's MLP added, so 0.3 of its down projection gives what is left."""
-    folder = tmp_path / "teacher"
-    model = _model(teacher)
-    with torch.no_grad():
-        for layer in (1, 2):
-            model.model.layers[layer].self_attn.o_proj.weight.zero_()
-            model.model.layers[layer].mlp.down_proj.weight.zero_()
-    model.save_pretrained(folder)
-    silent = type(teacher)(folder)
-    silent.batches, read = teacher.batches, LayerStream.layer
-    layers = silent.family.dims(silent.config).layers
-    cfg = PruneConfig(layers=layers - 2, layer_method="last", layer_repair="linear")
-    plan = make_plan(silent.config, silent.family, None, cfg)
-    assert plan.kept.layers == [0, *range(3, layers)]
-    seen: dict[str, torch.Tensor] = {}
-
-    def linear(self, index):
-        layer = read(self, index)
-        if index == 0:
-            layer.site("mlp.down_proj").register_forward_hook(lambda _m, _a, out: seen.update(y=out))
-        if index == 1:
-            layer.module.register_forward_hook(lambda _m, _a, out: out - 0.7 * seen["y"])
-        return layer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerStream, "layer", linear)
-        batches = [_joined(silent.batches)]  # one batch, so that `seen` is of the batch that layer 1 is given
-        mended = repaired_gaps(
-            LayerStream(silent.config, silent.family, silent.checkpoint.tensor, dtype=torch.float32, device=CPU),
-            Slicer(silent.config, silent.family, plan), batches, PruneConfig(layers=2, ridge_lambda=1e-6),
-            silent.checkpoint, Reporter(quiet=True),
-        )  # fmt: skip
-    whole = silent.checkpoint.tensor("model.layers.0.mlp.down_proj.weight").float()
-    read_by_down = mended.get(0) - 0.3 * whole
-    assert float(read_by_down.norm() / whole.norm()) < 1e-3
-    assert mended.get(1) is None
-
-
-@pytest.mark.parametrize("compensate", ["two_stream", "ridge"])
-def test_repair_goes_with_a_width_cut_and_with_kills(teacher, tmp_path, monkeypatch, compensate):
-    prune = {"layers": 2, "ffn": 64, "heads": 4, "compensate": compensate, "layer_repair": "linear"}
-    cfg, scratch = PruneConfig(**prune), Scratch(tmp_path / "scratch", 30_000)
-    plan = make_plan(teacher.config, teacher.family, teacher.scores(tmp_path / "s", **prune), cfg)
-    read = LayerStream.layer
-
-    def run(out, scratch, die_at):
-        calls: list[int] = []
-
-        def spy(self, index):
-            calls.append(index)
-            if len(calls) == die_at:
-                raise KeyboardInterrupt
-            return read(self, index)
-
-        monkeypatch.setattr(LayerStream, "layer", spy)
-        silent = Reporter(quiet=True)
-        apply_plan(
-            teacher.checkpoint, teacher.family, plan, out, cfg, batches=teacher.batches, reporter=silent,
-            scratch=scratch,
-        )  # fmt: skip
-        return calls
-
-    whole = run(tmp_path / "whole", Scratch(), -1)
-    depth = find_gaps(plan)[-1].last + 1
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out", scratch, depth)  # in the repair's last layer
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out", scratch, 3)  # in the compensation
-    assert len(run(tmp_path / "out", scratch, -1)) < len(whole) - depth + 1
-    monkeypatch.undo()
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not list((tmp_path / "scratch").glob("gaps"))
-    self_check.self_check(teacher.checkpoint, teacher.family, plan, tmp_path / "out", teacher.ids)
-
-
-def test_repair_brings_the_student_closer_on_its_calibration_text(teacher, tmp_path):
-    whole = _model(teacher)
-    distance = {}
-    for repair in ("none", "linear"):
-        teacher.prune(tmp_path / repair, layers=2, layer_method="angular", layer_repair=repair, compensate="none")
-        student = load_model(tmp_path / repair, dtype=torch.float32, device=CPU)
-        batch = teacher.batches[0]
-        with torch.inference_mode():
-            ours, theirs = (
-                m.model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS).last_hidden_state
-                for m in (student, whole)
-            )
-        distance[repair] = float((ours - theirs).norm() / theirs.norm())
-    assert distance["linear"] < 0.97 * distance["none"]  # random layers: little of them is linear
-
-
-def test_layers_that_do_more_than_add_are_refused(tmp_path, teacher_class):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(1)
-    config = Gemma2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=320, max_position_embeddings=128, query_pre_attn_scalar=8,
-    )  # fmt: skip
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
-    with pytest.raises(ConfigError, match=r"prune\.layer_repair"):
-        teacher_class(tmp_path / "gemma").prune(tmp_path / "out", layers=2, layer_repair="linear")
-
-
-def test_nothing_is_mended_where_nothing_was_dropped(teacher, tmp_path):
-    plan = teacher.prune(tmp_path / "out", ffn=64, compensate="none", layer_repair="linear")
-    assert plan.methods.layer_repair == "none"
-    plain = teacher.prune(tmp_path / "plain", ffn=64, compensate="none")
-    assert plan.kept == plain.kept
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
