@@ -14,9 +14,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from contestants import Contestant, NotHereError, own_and_torch, step, teacher_product
+from inputs import ERROR_ROWS, REGIMES, Inputs, exact_gradients, make_inputs, relative_errors
 from peers import peers
-from problems import ERROR_ROWS, REGIMES, Problem, exact_gradients, make_problem, relative_errors
-from shapes import Shape
+from shapes import LossShape
 
 Result = TypeVar("Result")
 Key = tuple[str, str]
@@ -50,7 +50,7 @@ def synchronise(device: torch.device) -> None:
 class Setting:
     """What is common to all contestants of one measurement."""
 
-    shape: Shape
+    shape: LossShape
     dtype: torch.dtype
     device: torch.device
     direction: str
@@ -61,31 +61,31 @@ class Seconds(NamedTuple):
     cpu: float  # of all threads of this process; what a neighbour's load changes least
 
 
-class Stage:
+class Bench:
     """The inputs of one setting, made once for each kind of contestant."""
 
     def __init__(self, setting: Setting):
         self.setting = setting
-        self._problems: dict[str, Problem] = {}
+        self._inputs: dict[str, Inputs] = {}
 
-    def problem(self, contestant: Contestant) -> Problem:
+    def inputs(self, contestant: Contestant) -> Inputs:
         """Ready for one call: without gradients, and with logits of its own where they will be written over."""
         needs, setting = contestant.needs, self.setting
-        if needs not in self._problems:
-            self._problems[needs] = make_problem(setting.shape, setting.dtype, setting.device, needs=needs)
-        problem = self._problems[needs]
-        problem.forget_gradients()
+        if needs not in self._inputs:
+            self._inputs[needs] = make_inputs(setting.shape, setting.dtype, setting.device, needs=needs)
+        inputs = self._inputs[needs]
+        inputs.forget_gradients()
         if contestant.fresh_logits:
-            problem = problem.with_own_logits()
+            inputs = inputs.with_own_logits()
         synchronise(setting.device)
-        return problem
+        return inputs
 
     def seconds(self, contestant: Contestant) -> Seconds:
         """Of one call, from an idle device until the device is idle again."""
-        problem = self.problem(contestant)
-        spent = self._spent(lambda: step(contestant, problem, self.setting.direction))
+        inputs = self.inputs(contestant)
+        spent = self._spent(lambda: step(contestant, inputs, self.setting.direction))
         if contestant.less_product:
-            product = self._spent(lambda: teacher_product(problem))
+            product = self._spent(lambda: teacher_product(inputs))
             spent = Seconds(spent.wall - product.wall, spent.cpu - product.cpu)
         return spent
 
@@ -100,7 +100,7 @@ def interleaved(
     contestants: Sequence[Contestant], setting: Setting, rounds: int
 ) -> tuple[dict[Key, list[Seconds]], dict[Key, str]]:
     """(seconds of each round, what went wrong), by contestant; the first calls of each warm up and are not kept."""
-    stage = Stage(setting)
+    stage = Bench(setting)
     times: dict[Key, list[Seconds]] = {}
     wrong: dict[Key, str] = {}
     for contestant in contestants:
@@ -120,7 +120,7 @@ def interleaved(
     return times, wrong
 
 
-def _warm_up(stage: Stage, contestant: Contestant) -> None:
+def _warm_up(stage: Bench, contestant: Contestant) -> None:
     if contestant.absent:
         raise NotHereError(contestant.absent)
     for _ in range(1 + (contestant.compiled or stage.setting.device.type != "cpu")):
@@ -136,11 +136,11 @@ def gradient_errors(contestants: Sequence[Contestant], setting: Setting) -> dict
     found: dict[Key, dict[str, float]] = {}
     for needs in sorted({c.needs for c in contestants}):
         for regime, noise in REGIMES.items():
-            problem = make_problem(shape, setting.dtype, setting.device, noise, needs)
+            inputs = make_inputs(shape, setting.dtype, setting.device, noise, needs)
             compared = [c for c in contestants if c.loss and c.needs == needs and not c.absent]
-            exact = exact_gradients(problem, {c.loss for c in compared if c.loss})
+            exact = exact_gradients(inputs, {c.loss for c in compared if c.loss})
             for contestant in compared:
-                own = problem.with_own_logits() if contestant.fresh_logits else problem
+                own = inputs.with_own_logits() if contestant.fresh_logits else inputs
                 own.forget_gradients()
                 _, failure = attempt(lambda c=contestant, p=own: step(c, p, "forward+backward"))  # type: ignore[misc]
                 if failure:
@@ -148,6 +148,6 @@ def gradient_errors(contestants: Sequence[Contestant], setting: Setting) -> dict
                 errors = relative_errors(own, shape.n if contestant.mean else 1.0, exact[contestant.loss or ""])
                 named = zip(("dX", "dW"), errors, strict=False)
                 found.setdefault(contestant.key, {}).update({f"{what}_{regime}": e for what, e in named})
-            del problem, exact
+            del inputs, exact
             gc.collect()
     return found

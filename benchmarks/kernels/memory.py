@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from contestants import Contestant, step
-from measure import Setting, Stage, attempt, registry, synchronise
-from shapes import Shape
+from measure import Bench, Setting, attempt, registry, synchronise
+from shapes import LossShape
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -55,20 +55,20 @@ def _status_bytes(field: str) -> int:
 
 
 def _cpu(contestant: Contestant, setting: Setting) -> int:
-    stage = Stage(setting)
+    stage = Bench(setting)
     if contestant.compiled:
-        step(contestant, stage.problem(contestant), setting.direction)
+        step(contestant, stage.inputs(contestant), setting.direction)
     else:  # threads, imports and generated code, at a size that costs nothing
         v = min(setting.shape.v, 512)
-        little = Setting(Shape(8, setting.shape.h, v, min(setting.shape.k, v)), *_rest(setting))
-        step(contestant, Stage(little).problem(contestant), setting.direction)
-    problem = stage.problem(contestant)
+        little = Setting(LossShape(8, setting.shape.h, v, min(setting.shape.k, v)), *_rest(setting))
+        step(contestant, Bench(little).inputs(contestant), setting.direction)
+    inputs = stage.inputs(contestant)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text("5")  # forget the peak so far
     before = _status_bytes("VmRSS")
-    step(contestant, problem, setting.direction)
-    return max(0, _status_bytes("VmHWM") - before - _handed_back(problem))
+    step(contestant, inputs, setting.direction)
+    return max(0, _status_bytes("VmHWM") - before - _handed_back(inputs))
 
 
 def _rest(setting: Setting) -> tuple[torch.dtype, torch.device, str]:
@@ -76,19 +76,19 @@ def _rest(setting: Setting) -> tuple[torch.dtype, torch.device, str]:
 
 
 def _cuda(contestant: Contestant, setting: Setting) -> int:
-    stage = Stage(setting)
-    step(contestant, stage.problem(contestant), setting.direction)
-    problem = stage.problem(contestant)
+    stage = Bench(setting)
+    step(contestant, stage.inputs(contestant), setting.direction)
+    inputs = stage.inputs(contestant)
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(setting.device)
     before = torch.cuda.memory_allocated(setting.device)
-    step(contestant, problem, setting.direction)
+    step(contestant, inputs, setting.direction)
     synchronise(setting.device)
-    return torch.cuda.max_memory_allocated(setting.device) - before - _handed_back(problem)
+    return torch.cuda.max_memory_allocated(setting.device) - before - _handed_back(inputs)
 
 
-def _handed_back(problem: object) -> int:
+def _handed_back(inputs: object) -> int:
     """Bytes of dX and dW. The gradient of existing logits counts as memory: whether it needs any is the question."""
-    leaves = (problem.hidden_NH, problem.weight_VH)  # type: ignore[attr-defined]
+    leaves = (inputs.hidden_NH, inputs.weight_VH)  # type: ignore[attr-defined]
     return sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)

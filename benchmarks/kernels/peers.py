@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contestants import BACKWARD, Contestant
-from problems import Problem
+from inputs import Inputs
 from torch import Tensor
 
 BOTH_HEADS, STUDENT = "teacher_and_student", "linear_sparse_kl"
@@ -34,10 +34,10 @@ def _absent(package: str, module: str, device: torch.device, cuda_only: bool) ->
     return ""
 
 
-def liger_chunked(beta: float, chunk: int, compiled: bool) -> Callable[[Problem], Tensor]:
+def liger_chunked(beta: float, chunk: int, compiled: bool) -> Callable[[Inputs], Tensor]:
     """Liger's chunked distillation loss; beta 0 is forward KL over the whole vocabulary, its cheapest divergence."""
 
-    def make(p: Problem) -> Tensor:
+    def make(p: Inputs) -> Tensor:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         loss = LigerFusedLinearJSDLoss(
@@ -50,8 +50,8 @@ def liger_chunked(beta: float, chunk: int, compiled: bool) -> Callable[[Problem]
     return make
 
 
-def liger_jsd(beta: float) -> Callable[[Problem], Tensor]:
-    def make(p: Problem) -> Tensor:
+def liger_jsd(beta: float) -> Callable[[Inputs], Tensor]:
+    def make(p: Inputs) -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearJSD
 
         loss = LigerFusedLinearJSD(jsd_beta=beta)
@@ -60,14 +60,14 @@ def liger_jsd(beta: float) -> Callable[[Problem], Tensor]:
     return make
 
 
-def liger_kl_div(p: Problem) -> Tensor:
+def liger_kl_div(p: Inputs) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearKLDivLoss
 
     return LigerFusedLinearKLDivLoss(reduction="sum")(p.hidden_NH, p.weight_VH, p.teacher_probs_NV)
 
 
-def cut_cross_entropy(impl: str, eps: str | None) -> Callable[[Problem], Tensor]:
-    def make(p: Problem) -> Tensor:
+def cut_cross_entropy(impl: str, eps: str | None) -> Callable[[Inputs], Tensor]:
+    def make(p: Inputs) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
         return linear_cross_entropy(p.hidden_NH, p.weight_VH, p.labels_N, impl=impl, filter_eps=eps, reduction="sum")
@@ -75,8 +75,8 @@ def cut_cross_entropy(impl: str, eps: str | None) -> Callable[[Problem], Tensor]
     return make
 
 
-def torch_cross_entropy(chunked: bool) -> Callable[[Problem], Tensor]:
-    def make(p: Problem) -> Tensor:
+def torch_cross_entropy(chunked: bool) -> Callable[[Inputs], Tensor]:
+    def make(p: Inputs) -> Tensor:
         options = torch.nn.LinearCrossEntropyOptions() if chunked else None
         return F.linear_cross_entropy(p.hidden_NH, p.weight_VH, p.labels_N, reduction="sum", options=options)
 

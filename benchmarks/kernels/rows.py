@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from inputs import REGIMES
 from measure import Seconds
-from problems import REGIMES
 
 from kdscale import files
 

@@ -22,13 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from contestants import BACKWARD, BOTH, OURS, Contestant
+from contestants import BACKWARD, BOTH, KDSCALE, Contestant
 from measure import Key, Setting, gradient_errors, interleaved, registry
 from memory import peak_bytes
 from page import write_page
 from peers import version
 from rows import ERROR_COLUMNS, Row, add_times, write_csv
-from shapes import TABLES, Shape
+from shapes import TABLES, LossShape
 from verdicts import verdicts
 
 OPS = ("linear_sparse_kl", "teacher_and_student", "linear_topk_lse", "sparse_kl")
@@ -67,7 +67,7 @@ class Table:
             return found
         return [replace(c, absent=c.absent or "left out by --no-compile") if c.compiled else c for c in found]
 
-    def row(self, contestant: Contestant, shape: Shape, direction: str, failure: str) -> Row:
+    def row(self, contestant: Contestant, shape: LossShape, direction: str, failure: str) -> Row:
         status, _, reason = failure.partition(": ") if failure else ("ok", "", "")
         n, h, v, k = shape
         row = Row(
@@ -87,7 +87,7 @@ class Table:
         row.peer = f"{contestant.package} {version(contestant.package)}".strip()
         return row
 
-    def measure(self, op: str, shape: Shape) -> None:
+    def measure(self, op: str, shape: LossShape) -> None:
         contestants = self.contestants(op)
         torch.compiler.reset()  # or the limit of recompilations turns the later shapes into eager ones, silently
         errors: dict[Key, dict[str, float]] = {}
@@ -105,7 +105,7 @@ class Table:
             for contestant in taking_part:
                 row = self.row(contestant, shape, direction, wrong.get(contestant.key, ""))
                 if times.get(contestant.key):
-                    add_times(row, times[contestant.key], times.get(OURS), self.device.type == "cpu")
+                    add_times(row, times[contestant.key], times.get(KDSCALE), self.device.type == "cpu")
                 if row.status == "ok" and "peaks" in self.args.measure:
                     self.add_peak(row, contestant, setting)
                 if direction in BACKWARD:
@@ -166,7 +166,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         for op in args.ops:
-            table.measure(op, Shape(*shape))
+            table.measure(op, LossShape(*shape))
             write_csv(path, table.rows)  # after each op: an interrupted run keeps what it has
             write_page(path.with_suffix(".html"), table.rows, verdicts(table.rows), " ".join(sys.argv[1:]))
     for verdict in verdicts(table.rows):

@@ -22,7 +22,7 @@ TABLES: dict[str, list[tuple[int, int, int, int]]] = {
 }
 
 
-class Shape(NamedTuple):
+class LossShape(NamedTuple):
     n: int
     h: int
     v: int

@@ -90,7 +90,7 @@ def _gpu(table: _Table) -> Iterator[Verdict]:
         yield _judge(target, _quotient(ours, table.best("ratio_to_ours", op, "bare products")), 1.1)
     in_place = table.best("seconds_median", "sparse_kl", "kdscale", "in place")
     yield _judge("sparse_kl in place", _quotient(in_place, 1e-3), 3.3, " ms")
-    for mode, limit in (("lean", 0.45), ("fast", 1.2)):
+    for mode, limit in (("vocabulary slices", 0.45), ("row chunks", 1.2)):
         peak = _quotient(table.best("peak_bytes", STUDENT, "kdscale", mode), 1e9)
         yield _judge(f"peak memory, {mode}", peak, limit, " GB")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdscale_kernels.divergence import Divergence
 from kdscale_kernels.rows.divergences import TORCH_DIVERGENCES
 from kdscale_kernels.rows.teacher_entries import TEACHER_TAIL_FLOOR
-from kdscale_kernels.types import FullKL, SparseKL, Tail, TopKLse
+from kdscale_kernels.types import IGNORE_INDEX, FullKL, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")
 
@@ -58,7 +58,7 @@ def linear_sparse_kl(
     bias_V: Tensor | None = None,
     vocab_size: int | None = None,
     labels_N: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
@@ -92,7 +92,7 @@ def sparse_kl(
     teacher_lse_N: Tensor,
     *,
     labels_N: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
@@ -158,7 +158,7 @@ def linear_full_kl(
     teacher_weight_VG: Tensor,
     *,
     labels_N: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",

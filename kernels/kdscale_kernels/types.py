@@ -1,6 +1,6 @@
 """What the ops take and return.
 
-Legend: N rows (tokens), H hidden size, V vocabulary, K teacher entries kept a row.
+Legend: N rows (tokens), H hidden size, V vocabulary, K teacher entries kept per row.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import torch
 
 from kdscale_kernels.divergence import DIVERGENCES, FORWARD_KL, Divergence
 
+IGNORE_INDEX = -100  # the label of a row that takes no part, as in torch's cross_entropy
+
 Tail = Literal["bucket", "truncated", "renormalised", "sampled"]
 Backend = Literal["auto", "torch", "triton"]
-Mode = Literal["auto", "fast", "lean"]
+Mode = Literal["auto", "row_chunks", "vocab_slices"]
 
 
 class TopKLse(NamedTuple):
-    """The teacher's side: its K largest logits a row and the log-sum-exp over the whole vocabulary."""
+    """The teacher's side: the K largest logits of each row and the log-sum-exp over the whole vocabulary."""
 
     ids_NK: torch.Tensor  # int64, descending by logit; among equal logits the lower id comes first
     logits_NK: torch.Tensor  # fp32, as the head gives them (after bias and soft-cap, before temperature)
@@ -27,7 +29,7 @@ class TopKLse(NamedTuple):
 
 @dataclass(frozen=True)
 class SparseKL:
-    """Sums over the valid rows; only `loss_sum` carries a gradient. Nothing here waits for the device."""
+    """Sums over the valid rows; only `loss_sum` carries a gradient. None of them has waited for the device."""
 
     loss_sum: torch.Tensor  # fp32 scalar: sum of ce_weight * CE + (1 - ce_weight) * T^2 * D
     tokens: torch.Tensor  # int64 scalar: valid rows
@@ -40,7 +42,7 @@ class SparseKL:
 
 @dataclass(frozen=True)
 class FullKL:
-    """Sums over the valid rows; only `loss_sum` carries a gradient. Nothing here waits for the device."""
+    """Sums over the valid rows; only `loss_sum` carries a gradient. None of them has waited for the device."""
 
     loss_sum: torch.Tensor  # fp32 scalar: sum of ce_weight * CE + (1 - ce_weight) * T^2 * D
     tokens: torch.Tensor  # int64 scalar: valid rows
@@ -52,7 +54,7 @@ class FullKL:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The loss, as numbers; checked once when an op is called."""
+    """The loss as numbers, checked once when an op is called."""
 
     ce_weight: float = 0.0
     temperature: float = 1.0
@@ -74,13 +76,8 @@ class LossOptions:
         _require(self.softcap is None or self.softcap > 0.0, "softcap", "None or a positive number", self.softcap)
 
     @property
-    def buffers(self) -> int:
-        """fp32 [rows, V] buffers needed at once: logits, a second softmax when T != 1, the soft-cap's slope."""
-        return 1 + (self.temperature != 1.0) + (self.softcap is not None)
-
-    @property
     def exponentials(self) -> int:
-        """Softmaxes that a gradient in the tail is made of: a second one for CE beside a divergence at T != 1."""
+        """Softmaxes that a gradient in the tail consists of: a second one for CE beside a divergence at T != 1."""
         return 1 + (self.temperature != 1.0 and self.ce_weight > 0.0)
 
 

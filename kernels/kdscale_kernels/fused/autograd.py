@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 
-class Made(NamedTuple):
-    """What a loss's forward leaves: sums over the rows, the loss first, and the loss's gradients."""
+class ForwardResult(NamedTuple):
+    """What the forward pass of a loss returns: sums over the rows, the loss first, and the gradients of the loss."""
 
     sums: Sequence[Tensor]
     hidden_NH: Tensor | None
@@ -21,27 +21,32 @@ class Made(NamedTuple):
     bias_V: Tensor | None
 
 
-def made_in_forward(
-    op: str, run: Callable[[], Made], hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None
+def wants_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which of a loss's inputs need a gradient."""
+    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+
+
+def with_forward_gradients(
+    op: str, run: Callable[[], ForwardResult], hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """run()'s sums; the first is differentiable once with respect to the three inputs. Autocast is off within."""
-    outputs: tuple[Tensor, ...] = _MadeInForward.apply(hidden_NH, weight_VH, bias_V, op, run)
+    """Return the sums of run(); the first is differentiable once by the three inputs. Autocast is off while it runs."""
+    outputs: tuple[Tensor, ...] = _ForwardGradients.apply(hidden_NH, weight_VH, bias_V, op, run)
     return outputs
 
 
-class _MadeInForward(torch.autograd.Function):
+class _ForwardGradients(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, op: str, run: Callable[[], Made]
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, op: str, run: Callable[[], ForwardResult]
     ) -> tuple[Tensor, ...]:
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            made = run()
+            result = run()
         ctx.op = op
         ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.save_for_backward(made.hidden_NH, made.weight_VH, made.bias_V)
-        ctx.mark_non_differentiable(*made.sums[1:])
+        ctx.save_for_backward(result.hidden_NH, result.weight_VH, result.bias_V)
+        ctx.mark_non_differentiable(*result.sums[1:])
         ctx.set_materialize_grads(False)
-        return tuple(made.sums)
+        return tuple(result.sums)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -53,10 +58,10 @@ class _MadeInForward(torch.autograd.Function):
 
 
 def scale(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """gradient · factor, rounded once, to dtype, without a second full-precision copy; on a CPU itself times one."""
+    """gradient · factor, rounded once, to dtype, without a second full-precision copy; on a CPU no copy for 1."""
     if gradient is None:
         return None
-    # read on a CPU alone: on a device it would wait
+    # the factor is read on a CPU only: elsewhere that would wait for the device
     if gradient.device.type == "cpu" and gradient.dtype == dtype and float(factor) == 1.0:
         return gradient
     return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))

@@ -1,17 +1,18 @@
-"""Slices of bf16 logits on a CPU, for the lean mode: half the time of a product, and nothing the gradient would miss.
+"""Vocabulary slices of bf16 logits on a CPU: products in half the time, and nothing lost that the gradient needs.
 
-Legend: M rows of a block, B rows at once in cache, H hidden size, V vocabulary, S entries of one slice, K teacher
-entries, T temperature.
+Legend: M rows of a block, B rows at once in cache, R rows computed again, H hidden size, V vocabulary, S entries of one
+slice, K teacher entries, J = K + 1 (with the label), T temperature.
 
-torch 2.13 has no CPU product of bf16 operands with fp32 results; fp32 operands take twice as long. A logit rounded to
-bf16 is off by up to |z|·2⁻⁹, which ruins a student near its teacher in two places: at the entries, where q - p cancels,
-and in the log-sum-exp. So the logits of the entries and of the label are made apart, in fp32 (K + 1 dot products a
-row), and all others are rounded relative to a shift of the row: the product starts from -shift in its fp32 sum. With
-the shift near the largest of them, what carries the tail's mass is rounded by as little as dz itself will be, each
-entry by itself, so that the errors of the sum cancel; what is rounded by more, d nats below, counts exp(-d).
-The first shift is the mean of the row's entries (near which its tail begins if the student resembles its teacher),
-later ones are the largest logit so far; rows with a logit well above their shift are made again. Heads with a bias or
-a soft-cap are left to fp32 results: there the largest logits need not be those whose hidden · weight is near the shift.
+torch 2.13 has no CPU product of bf16 operands with fp32 results, and fp32 operands take twice as long. A logit rounded
+to bf16 is off by up to |z|·2⁻⁹, which ruins a student near its teacher in two places: at the entries, where q - p
+cancels, and in the log-sum-exp. So the logits of the entries and of the label are computed apart, in fp32 (K + 1 dot
+products per row), and all others are rounded relative to a shift of the row: the product starts from -shift in its fp32
+sum. With the shift near the largest logits, what carries the tail's mass is rounded by as little as dz itself will be,
+and each entry by itself, so that the errors of the sum cancel; a logit d nats below is rounded by more and counts
+exp(-d). The first shift is the mean of the row's entries (near which the tail begins if the student resembles its
+teacher), later ones are the largest logit so far; rows with a logit well above their shift are computed again. Heads
+with a bias or a soft-cap keep fp32 results: there the largest logits need not be those whose hidden · weight is near
+the shift.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdscale_kernels.rows.results import Found, Parts, RowGradient
-from kdscale_kernels.rows.teacher_entries import Targets
-from kdscale_kernels.rows.torch_slices import Places
+from kdscale_kernels.rows.results import EntryLogits, RowGradient, TailSums
+from kdscale_kernels.rows.teacher_entries import TeacherEntries
+from kdscale_kernels.rows.torch_slices import EntryPlaces
 from kdscale_kernels.types import LossOptions
 
 _NEG_INF = float("-inf")
@@ -55,8 +56,8 @@ def exact_logits(hidden_MH: Tensor, weight_VH: Tensor, ids_MK: Tensor) -> Tensor
     return out_MK
 
 
-class Entries(NamedTuple):
-    """Where a slice's entries and labels are, in it as one flat array."""
+class SliceEntries(NamedTuple):
+    """Where a slice's entries and labels lie in the slice as one flat array."""
 
     order: Tensor  # position in the flattened [M, K]
     support: Tensor
@@ -65,73 +66,73 @@ class Entries(NamedTuple):
     all: Tensor  # support and label
 
 
-class Kept(NamedTuple):
-    """A slice's softmaxes over its tail alone: bf16, with the log-sum-exps they are relative to."""
+class SliceSoftmaxes(NamedTuple):
+    """A slice's softmaxes over its tail alone, in bf16, with the log-sum-exps that they are relative to."""
 
     softmaxes: Tensor  # [1 or 2, M, S]: of z / T; of z, where its CE needs another
     tempered_M: Tensor
-    one_M: Tensor
-    entries: Entries
+    plain_M: Tensor
+    entries: SliceEntries
 
 
-class NarrowSteps:
-    """The row steps of a block of rows, slice by slice: `read` all slices in order, then `write` any."""
+class Bf16Slices:
+    """The sparse step for a block of rows, slice by slice: `read` all slices in order, then `write` any."""
 
     def __init__(
         self,
         hidden_MH: Tensor,
         weight_VH: Tensor,
-        targets: Targets,
+        teacher: TeacherEntries,
         labels_M: Tensor,
         options: LossOptions,
         edges: list[int],
     ):
         self.hidden_MH, self.weight_VH, self.edges, self.options = hidden_MH, weight_VH, edges, options
-        self.labels_M, self.places = labels_M, Places(targets, labels_M, edges)
-        z_MJ = exact_logits(hidden_MH, weight_VH, torch.cat([targets.ids_NK, labels_M[:, None]], 1))
+        self.labels_M, self.places = labels_M, EntryPlaces(teacher, labels_M, edges)
+        z_MJ = exact_logits(hidden_MH, weight_VH, torch.cat([teacher.ids_NK, labels_M[:, None]], 1))
         support_MK, self.label_M = z_MJ[:, :-1], z_MJ[:, -1]
-        sum_M = support_MK.masked_fill(~targets.used_NK, 0.0).sum(1)
-        self.shift_M, self.shifts = (sum_M / targets.used_NK.sum(1)).to(torch.bfloat16), list[Tensor]()
-        first_MK = targets.ids_NK == targets.top1_N[:, None]
+        sum_M = support_MK.masked_fill(~teacher.used_NK, 0.0).sum(1)
+        self.shift_M, self.shifts = (sum_M / teacher.used_NK.sum(1)).to(torch.bfloat16), list[Tensor]()
+        first_MK = teacher.ids_NK == teacher.top1_N[:, None]
         top1_M = support_MK.masked_fill(~first_MK, _NEG_INF).amax(1)
-        self.found = Found(support_MK, self.label_M, top1_M)
-        self.outside_M = ~((targets.ids_NK == labels_M[:, None]) & targets.used_NK).any(1)
+        self.entry_logits = EntryLogits(support_MK, self.label_M, top1_M)
+        self.outside_M = ~((teacher.ids_NK == labels_M[:, None]) & teacher.used_NK).any(1)
         widest = max(stop - first for first, stop in pairwise(edges))
         self.step = max(1, min(len(hidden_MH), CACHED_BYTES // (4 * widest)))
         self.scratch = [hidden_MH.new_empty(self.step * widest, dtype=torch.float32) for _ in range(2)]
 
-    def label_part(self) -> Parts:
-        """The label's share of the tail where it is no entry: masked out of its slice, it counts in fp32."""
-        one_M = self.outside_M.float()
-        return Parts(self.label_M.masked_fill(~self.outside_M, _NEG_INF), one_M, one_M)
+    def label_sums(self) -> TailSums:
+        """What the label adds to the tail where it is no entry: it is masked in its slice and counts in fp32."""
+        plain_M = self.outside_M.float()
+        return TailSums(self.label_M.masked_fill(~self.outside_M, _NEG_INF), plain_M, plain_M)
 
-    def read(self, index: int, keep: Tensor) -> tuple[Parts, Kept]:
-        """The parts of slice `index`'s tail, and its softmaxes in `keep`: [options.exponentials, M, S] of bf16.
+    def read(self, index: int, keep: Tensor) -> tuple[TailSums, SliceSoftmaxes]:
+        """The sums of slice `index` over its tail, and its softmaxes in `keep`: [options.exponentials, M, S] of bf16.
 
-        A second call for the same slice makes the same again.
+        A second call for the same slice gives the same again.
         """
         entries = self._entries(index)
         self._logits(index, self.hidden_MH, self._shift(index), keep[0]).view(-1)[entries.all] = _NEG_INF
-        parts = self._softmaxes(index, self._shift(index), keep)
+        sums = self._softmaxes(index, self._shift(index), keep)
         if index == len(self.shifts):
-            self._rise(index, keep, parts, entries.all)
-        none_M = parts.top_C == _NEG_INF  # nothing but entries: no softmax of it
+            self._rise(index, keep, sums, entries.all)
+        none_M = sums.top_C == _NEG_INF  # the slice holds only entries of this row: there is no softmax
         if bool(none_M.any()):
-            parts = Parts(parts.top_C, *(sum_M.masked_fill(none_M, 0.0) for sum_M in parts[1:]))
+            sums = TailSums(sums.top_C, *(sum_M.masked_fill(none_M, 0.0) for sum_M in sums[1:]))
             keep[:, none_M] = 0.0
-        finite_M = parts.top_C.masked_fill(none_M, 0.0)
-        tempered_M, one_M = (
+        finite_M = sums.top_C.masked_fill(none_M, 0.0)
+        tempered_M, plain_M = (
             (finite_M / T + sum_M.log()).masked_fill(none_M, 0.0)
-            for T, sum_M in ((self.options.temperature, parts.tempered_C), (1.0, parts.one_C))
+            for T, sum_M in ((self.options.temperature, sums.tempered_C), (1.0, sums.plain_C))
         )
-        return parts, Kept(keep, tempered_M, one_M, entries)
+        return sums, SliceSoftmaxes(keep, tempered_M, plain_M, entries)
 
     def _shift(self, index: int) -> Tensor:
         return self.shifts[index] if index < len(self.shifts) else self.shift_M
 
-    def _rise(self, index: int, keep: Tensor, parts: Parts, masked: Tensor) -> None:
-        """Again, with a shift that fits, where a row's largest logit is far above the one it was given."""
-        shift_M, top_M, width = self.shift_M, parts.top_C, keep.shape[2]
+    def _rise(self, index: int, keep: Tensor, sums: TailSums, masked: Tensor) -> None:
+        """Compute rows again, with a shift that fits, whose largest logit is far above the shift they had."""
+        shift_M, top_M, width = self.shift_M, sums.top_C, keep.shape[2]
         seen_M = torch.where(top_M.isfinite(), top_M, shift_M.float()).to(torch.bfloat16)
         high = (seen_M.float() - shift_M.float() > _RISE).nonzero()[:, 0]
         shift_M = shift_M.index_copy(0, high, seen_M[high])
@@ -141,42 +142,42 @@ class NarrowSteps:
             entry_R = place_M[masked // width]
             self._logits(index, self.hidden_MH[rows_R], shift_M[rows_R], again[0])
             again[0].view(-1)[(entry_R * width + masked % width)[entry_R >= 0]] = _NEG_INF
-            made = self._softmaxes(index, shift_M[rows_R], again)
+            sums_R = self._softmaxes(index, shift_M[rows_R], again)
             keep[:, rows_R] = again
-            for field_M, field_R in zip(parts, made, strict=True):
+            for field_M, field_R in zip(sums, sums_R, strict=True):
                 field_M[rows_R] = field_R
         self.shifts.append(shift_M)
         self.shift_M = torch.maximum(shift_M, seen_M) if index else seen_M
 
-    def _softmaxes(self, index: int, shift_R: Tensor, keep: Tensor) -> Parts:
-        """Of some rows' slice, from keep[0] (its logits less the shift) into `keep`."""
+    def _softmaxes(self, index: int, shift_R: Tensor, keep: Tensor) -> TailSums:
+        """Turn keep[0], a slice's logits less the shift, into softmaxes in `keep`; the sums of exponentials."""
         T = self.options.temperature
-        made = Parts(*shift_R.new_empty((3, len(shift_R)), dtype=torch.float32).unbind())
-        for part, z_BS, soft_BS in self._blocks(index, len(shift_R)):
-            z_BS.copy_(keep[0, part])
-            torch.amax(z_BS, 1, out=made.top_C[part])
-            made.top_C[part] += shift_R[part]
+        sums = TailSums(*shift_R.new_empty((3, len(shift_R)), dtype=torch.float32).unbind())
+        for block, z_BS, soft_BS in self._blocks(index, len(shift_R)):
+            z_BS.copy_(keep[0, block])
+            torch.amax(z_BS, 1, out=sums.top_C[block])
+            sums.top_C[block] += shift_R[block]
             if T != 1.0:
-                softmax_and_sum(z_BS, soft_BS, made.one_C[part])
+                softmax_and_sum(z_BS, soft_BS, sums.plain_C[block])
                 if len(keep) > 1:
-                    keep[1, part] = soft_BS
+                    keep[1, block] = soft_BS
                 z_BS.div_(T)
-            softmax_and_sum(z_BS, soft_BS, made.tempered_C[part])
-            keep[0, part] = soft_BS
+            softmax_and_sum(z_BS, soft_BS, sums.tempered_C[block])
+            keep[0, block] = soft_BS
         if T == 1.0:
-            made.one_C.copy_(made.tempered_C)
-        return made
+            sums.plain_C.copy_(sums.tempered_C)
+        return sums
 
-    def write(self, kept: Kept, index: int, gradient: RowGradient) -> Tensor:
-        """dz [M,S], over kept.softmaxes[0]."""
+    def write(self, kept: SliceSoftmaxes, index: int, gradient: RowGradient) -> Tensor:
+        """dz [M,S] of slice `index`, in the memory of kept.softmaxes[0]."""
         factor_M = gradient.a_C * torch.exp(kept.tempered_M - gradient.tail_C)
-        other_M = gradient.b * torch.exp(kept.one_M - gradient.lse_C)
+        other_M = gradient.b * torch.exp(kept.plain_M - gradient.lse_C)
         dz_MS = kept.softmaxes[0]
-        for part, dz_BS, other_BS in self._blocks(index, len(dz_MS)):
-            dz_BS.copy_(dz_MS[part]).mul_(factor_M[part, None])
+        for block, dz_BS, other_BS in self._blocks(index, len(dz_MS)):
+            dz_BS.copy_(dz_MS[block]).mul_(factor_M[block, None])
             if len(kept.softmaxes) > 1:
-                dz_BS.addcmul_(other_BS.copy_(kept.softmaxes[1][part]), other_M[part, None])
-            dz_MS[part] = dz_BS
+                dz_BS.addcmul_(other_BS.copy_(kept.softmaxes[1][block]), other_M[block, None])
+            dz_MS[block] = dz_BS
         entries, flat = kept.entries, dz_MS.view(-1)
         flat[entries.label] = self._label_values(gradient)[entries.label_rows].to(flat.dtype)
         flat[entries.support] = gradient.values_CK.flatten()[entries.order].to(flat.dtype)
@@ -190,30 +191,30 @@ class NarrowSteps:
         return value_M if gradient.label_C is None else value_M + gradient.label_C
 
     def _logits(self, index: int, hidden_RH: Tensor, shift_R: Tensor, out_RS: Tensor) -> Tensor:
-        """Logits less the shift, rounded to bf16."""
+        """Logits [R,S] of slice `index` less the shift, rounded to bf16."""
         weight_SH = self.weight_VH[self.edges[index] : self.edges[index + 1]]
         return torch.addmm(-shift_R[:, None], hidden_RH, weight_SH.T, out=out_RS)
 
-    def _entries(self, index: int) -> Entries:
+    def _entries(self, index: int) -> SliceEntries:
         first, stop = self.edges[index : index + 2]
         order, row, column = self.places.of(index)
         rows = (self.outside_M & (self.labels_M >= first) & (self.labels_M < stop)).nonzero()[:, 0]
         width = stop - first
         support, label = row * width + column, rows * width + self.labels_M[rows] - first
-        return Entries(order, support, rows, label, torch.cat([support, label]))
+        return SliceEntries(order, support, rows, label, torch.cat([support, label]))
 
     def _blocks(self, index: int, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(some of the rows, two fp32 arrays [B,S])."""
+        """Yield (some of the rows, two fp32 arrays [B,S])."""
         width = self.edges[index + 1] - self.edges[index]
         for begin in range(0, rows, self.step):
-            part = slice(begin, min(begin + self.step, rows))
-            shape = (part.stop - begin, width)
+            block = slice(begin, min(begin + self.step, rows))
+            shape = (block.stop - begin, width)
             first, second = (s[: shape[0] * width].view(shape) for s in self.scratch)
-            yield part, first, second
+            yield block, first, second
 
 
 def softmax_and_sum(z_BS: Tensor, out_BS: Tensor, sum_B: Tensor) -> None:
-    """softmax(z), and the sum of exp(z - max) in sum_B: one over the largest probability."""
+    """Write softmax(z) to out_BS, and the sum of exp(z - max), which is one over the largest probability, to sum_B."""
     torch.softmax(z_BS, 1, out=out_BS)
     torch.amax(out_BS, 1, out=sum_B)
     sum_B.reciprocal_()

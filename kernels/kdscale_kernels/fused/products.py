@@ -23,7 +23,7 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def chunk_bytes_for(chunk_bytes: int | None, device: torch.device) -> int:
-    """The caller's budget, or the device's usual one."""
+    """The caller's budget for a chunk of logits, or the device's usual one."""
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
 
 
@@ -52,7 +52,7 @@ def compute_dtypes(*tensors: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 @contextmanager
 def _bf16_inside(enabled: bool) -> Iterator[None]:
-    """Let oneDNN multiply fp32 operands as bf16 within the block. Process-wide in torch, so it is put back at once."""
+    """Let oneDNN multiply fp32 operands as bf16 within the block. The setting is process-wide, so it is restored."""
     setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if not enabled or not hasattr(setting, "fp32_precision"):  # torch < 2.9: plain fp32, slower and no less exact
         yield
@@ -72,26 +72,26 @@ def _cpu_has_bf16() -> bool:
 
 
 def _is_native(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether the library makes fp32 results of narrow operands."""
-    narrow = operand in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and narrow and hasattr(torch.ops.aten.mm, "dtype_out")
+    """Whether the library gives fp32 results for operands of two bytes."""
+    half = operand in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
-def logits_may_be_narrow(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether bf16 products with bf16 results are made here, and take half the time of those with fp32 results."""
+def bf16_logits_are_fast(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether bf16 products with bf16 results take half the time here of those with fp32 results."""
     return device.type == "cpu" and operand == torch.bfloat16 and _cpu_has_bf16()
 
 
 def grad_dtype_for(device: torch.device, operand: torch.dtype, accumulate: torch.dtype) -> torch.dtype:
-    """What the gradient products take dz in."""
-    return operand if _is_native(device, operand) or logits_may_be_narrow(device, operand) else accumulate
+    """The dtype in which the gradient products take dz."""
+    return operand if _is_native(device, operand) or bf16_logits_are_fast(device, operand) else accumulate
 
 
 # Before, addmm(out_dtype=fp32) wanted its addend in the operands' dtype (pytorch pull request 167931).
 _ADDMM_TAKES_FP32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
-class Head:
+class HeadProducts:
     """A language-model head, or some of its rows, ready for chunked products.
 
     On CUDA the operands stay as they are and the library is asked for fp32 results. On a CPU the logits need a bf16 or
@@ -111,11 +111,11 @@ class Head:
 
     @cached_property
     def weight_VH(self) -> Tensor:  # noqa: N802
-        """The operand of `logits`."""
+        """The head as an operand of `logits`."""
         return self.cast(self.given_VH)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """As an operand. fp32 -> bf16 is left to the product on a CPU, which rounds the same way without a copy."""
+        """A tensor as an operand. On a CPU fp32 -> bf16 is left to the product, which rounds alike without a copy."""
         if self.native:
             return tensor.to(self.operand)
         if self.operand == torch.float16 and tensor.dtype == torch.float32:
@@ -132,7 +132,7 @@ class Head:
         return out_CV if self.bias_V is None else out_CV.add_(self.bias_V)
 
     def grad_hidden(self, dz_CV: Tensor) -> Tensor:
-        """dz · weight → [C,H], in grad_dtype or the accumulation dtype."""
+        """dz · weight [C,H], in grad_dtype or the accumulation dtype."""
         dz_CV = dz_CV.to(self.grad_dtype)
         if self.native:
             return torch.mm(dz_CV, self.weight_VH, out_dtype=self.accumulate)
@@ -159,11 +159,11 @@ class Head:
                 out_VH.addmm_(dz_CV.T, hidden_CH)
             return
         if self.native:
-            made_VH = torch.mm(dz_CV.T.to(self.operand), hidden_CH.to(self.operand), out_dtype=self.accumulate)
+            product_VH = torch.mm(dz_CV.T.to(self.operand), hidden_CH.to(self.operand), out_dtype=self.accumulate)
         else:
             with _bf16_inside(self.bf16_inside):
-                made_VH = torch.mm(dz_CV.T.to(self.accumulate), self.cast(hidden_CH))
-        out_VH.copy_(made_VH if first else made_VH.add_(out_VH))
+                product_VH = torch.mm(dz_CV.T.to(self.accumulate), self.cast(hidden_CH))
+        out_VH.copy_(product_VH if first else product_VH.add_(out_VH))
 
     def add_grad_weight(self, dz_CV: Tensor, hidden_CH: Tensor, into_VH: Tensor, *, first: bool) -> None:
         """into += dzᵀ · hidden (into = for the first chunk), summed in the accumulation dtype."""
@@ -186,20 +186,23 @@ class Head:
 class GradientSums:
     """The sums of a loss's gradients over chunks of rows, in the accumulation dtype, for the inputs that want one."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, wanted: tuple[bool, ...], head: Head, rows: int):
-        """wanted: gradients of hidden, weight, bias; rows: how many will be added in all."""
+    def __init__(
+        self, hidden_NH: Tensor, weight_VH: Tensor, wants_grad: tuple[bool, ...], head: HeadProducts, rows: int
+    ):
+        """wants_grad: of hidden, weight, bias; rows: how many will be added in all."""
         dtype, vocab = head.accumulate, head.given_VH.shape[0]
         self.head, self.first = head, True
-        self.hidden_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=dtype) if wanted[0] else None
+        self.hidden_NH = hidden_NH.new_zeros(hidden_NH.shape, dtype=dtype) if wants_grad[0] else None
         self.weight_VH: Tensor | None = None
-        if wanted[1] and rows:  # the first chunk writes, later ones add: no pass over V·H to clear it
+        if wants_grad[1] and rows:  # the first chunk writes, later ones add: no pass over V·H to clear it
             self.weight_VH = hidden_NH.new_empty(weight_VH.shape, dtype=dtype)
             self.weight_VH[vocab:] = 0.0
-        elif wanted[1]:
+        elif wants_grad[1]:
             self.weight_VH = hidden_NH.new_zeros(weight_VH.shape, dtype=dtype)
-        self.bias_V = hidden_NH.new_zeros(weight_VH.shape[:1], dtype=dtype) if wanted[2] else None
+        self.bias_V = hidden_NH.new_zeros(weight_VH.shape[:1], dtype=dtype) if wants_grad[2] else None
 
     def add(self, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
+        """Add a chunk's gradients, given dz and the hidden states as an operand."""
         vocab = self.head.given_VH.shape[0]
         if self.hidden_NH is not None:
             self.hidden_NH[rows_C] = self.head.grad_hidden(dz_CV).to(self.hidden_NH.dtype)

@@ -1,4 +1,4 @@
-"""What the ranks of a vocabulary-split head agree on before the first collective, so that none waits for ever.
+"""What the ranks of a vocabulary-split head agree on before the first collective, so that no rank waits forever.
 
 Legend: R ranks of the group, Vs vocabulary rows of one rank's shard, M valid rows, K teacher entries.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Shard:
+class AgreedShard:
     """This rank's part of the head: entries first_id to first_id + used of the vocabulary; later rows are padding."""
 
     first_id: int
@@ -32,8 +32,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What one rank says of its call. Everything but the first two must be equal on all ranks."""
+class ShardClaim:
+    """What one rank tells the others about its call. Everything but the first two must be equal on all ranks."""
 
     first_id: int
     rows: int  # of the shard, padding included
@@ -45,17 +45,19 @@ class Claim:
 
     @property
     def used(self) -> int:
+        """Entries of the shard that lie in the vocabulary."""
         return min(self.rows, max(0, self.vocab - self.first_id))
 
 
 _SAME = ("vocab_size", "valid rows", "entries a row", "a gradient of hidden", "options, dtypes or chunk_bytes")
 
 
-def agree(claim: Claim | Exception, device: torch.device, group: Any) -> Shard:
-    """One small all-gather. The same ValueError on every rank unless the shards cover 0..vocab once and calls match.
+def agree(claim: ShardClaim | Exception, device: torch.device, group: Any) -> AgreedShard:
+    """This rank's shard, after one small all-gather. Waits for the device once.
 
-    A rank whose own arguments are wrong hands in the exception: it is raised there, and the others are told,
-    where they would otherwise wait in the first collective. Waits for the device once.
+    Raises the same ValueError on every rank unless the shards cover 0..vocab once and the calls match. A rank whose own
+    arguments are wrong hands in its exception: it is raised there, and the others, which would otherwise wait in the
+    first collective, raise ValueError.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("vocab-parallel ops need torch.distributed.init_process_group first")
@@ -78,7 +80,7 @@ def agree(claim: Claim | Exception, device: torch.device, group: Any) -> Shard:
         if len(set(values)) > 1:
             raise ValueError(f"{name}: expected the same on all ranks of the group, got {list(values)} in rank order")
     _check_cover(columns[1], columns[2], claim.vocab)
-    return Shard(claim.first_id, claim.used, claim.vocab, rank, ranks, group, max(columns[2]))
+    return AgreedShard(claim.first_id, claim.used, claim.vocab, rank, ranks, group, max(columns[2]))
 
 
 def _check_cover(first: tuple[int, ...], used: tuple[int, ...], vocab: int) -> None:

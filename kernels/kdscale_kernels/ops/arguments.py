@@ -6,8 +6,45 @@ made for CPU tensors only. Elsewhere a NaN target turns its loss into NaN and a 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from kdscale_kernels.rows.teacher_entries import TeacherEntries, prepare_entries
+
+
+class ValidRows(NamedTuple):
+    """The rows that take part in a sparse loss."""
+
+    index_M: Tensor  # which of the N rows
+    labels_M: Tensor
+    entries: TeacherEntries
+
+
+def valid_rows(
+    ids_NK: Tensor,
+    logits_NK: Tensor,
+    lse_N: Tensor,
+    weights_NK: Tensor | None,
+    labels_N: Tensor,
+    *,
+    ignore_index: int,
+    vocab: int,
+    temperature: float,
+    dtype: torch.dtype,
+) -> ValidRows:
+    """The rows whose label is not ignore_index, and their teacher entries in the accumulation dtype.
+
+    Waits once for the device. Raises ValueError for values that cannot be used (see the module's note).
+    """
+    index_M = (labels_N != ignore_index).nonzero()[:, 0]
+    labels_M, ids_MK = labels_N[index_M].long(), ids_NK[index_M].long()
+    logits_MK, lse_M = logits_NK[index_M].to(dtype), lse_N[index_M].to(dtype)
+    weights_MK = None if weights_NK is None else weights_NK[index_M].to(dtype)
+    check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
+    check_weight_values(weights_MK, logits_MK)
+    return ValidRows(index_M, labels_M, prepare_entries(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK))
 
 
 def resolve_vocab(vocab_size: int | None, rows: int, what: str) -> int:
@@ -20,7 +57,7 @@ def resolve_vocab(vocab_size: int | None, rows: int, what: str) -> int:
 
 
 def check_linear(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, prefix: str = "") -> None:
-    """Shapes, kinds and devices of a hidden state and its head."""
+    """Hidden states, head and bias have matching shapes, floating dtypes and one device."""
     for name, tensor in ((f"{prefix}hidden", hidden_NH), (f"{prefix}weight", weight_VH)):
         if tensor.dim() != 2 or not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a 2-D floating tensor, got {tensor.dtype} {tuple(tensor.shape)}")
@@ -36,7 +73,7 @@ def check_linear(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, pr
 
 
 def check_two_models(hidden_NH: Tensor, teacher_hidden_NG: Tensor, labels_N: Tensor) -> None:
-    """Both models' hidden states and the labels have the same rows on the same device."""
+    """Both models' hidden states and the labels have the same rows, on one device."""
     rows = hidden_NH.shape[0]
     if teacher_hidden_NG.shape[0] != rows:
         raise ValueError(f"teacher_hidden: expected [{rows}, G] to match hidden, got {list(teacher_hidden_NG.shape)}")
@@ -45,14 +82,15 @@ def check_two_models(hidden_NH: Tensor, teacher_hidden_NG: Tensor, labels_N: Ten
     check_same_device(hidden_NH, teacher_hidden_NG, labels_N)
 
 
-def check_same_device(first: Tensor, *others: Tensor) -> None:
-    for other in others:
-        if other.device != first.device:
-            raise ValueError(f"all tensors must be on one device: got {first.device} and {other.device}")
+def check_same_device(first: Tensor, *rest: Tensor) -> None:
+    """All tensors are on one device."""
+    for tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(f"expected all tensors on one device, got {first.device} and {tensor.device}")
 
 
 def check_targets(rows: int, ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, labels_N: Tensor) -> None:
-    """Shapes and kinds of the teacher's entries and the labels."""
+    """The teacher's entries and the labels have matching shapes, the right dtypes and one device."""
     if ids_NK.dim() != 2 or ids_NK.shape[0] != rows or ids_NK.shape[1] < 1:
         raise ValueError(f"ids_NK: expected [{rows}, K] with K >= 1, got {tuple(ids_NK.shape)}")
     for name, tensor, shape in (
@@ -72,7 +110,7 @@ def check_targets(rows: int, ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, l
 
 
 def check_weights(ids_NK: Tensor, weights_NK: Tensor | None, tail: str) -> None:
-    """Sampled targets come with weights, others without; values of those that count on a CPU only, as above."""
+    """Sampled targets come with weights [N,K], others without."""
     if (weights_NK is not None) != (tail == "sampled"):
         got = "none" if weights_NK is None else f"some with tail={tail!r}"
         raise ValueError(f"target_weights_NK: expected with tail='sampled' and only then, got {got}")
@@ -87,7 +125,7 @@ def check_weights(ids_NK: Tensor, weights_NK: Tensor | None, tail: str) -> None:
 
 
 def check_weight_values(weights_NK: Tensor | None, logits_NK: Tensor) -> None:
-    """Finite, not negative, not all zero; of the used slots of the rows that count; CPU only."""
+    """Weights of used slots in valid rows are finite, not negative and not all zero; on a CPU only."""
     if weights_NK is None or weights_NK.device.type != "cpu":
         return
     used_NK = weights_NK.masked_fill(logits_NK == float("-inf"), 0.0)
@@ -101,7 +139,7 @@ def check_weight_values(weights_NK: Tensor | None, logits_NK: Tensor) -> None:
 
 
 def check_target_values(ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, labels_N: Tensor, vocab: int) -> None:
-    """Values of the rows that count; CPU only (see the module's note)."""
+    """Teacher entries and labels of valid rows can be used; on a CPU only."""
     if ids_NK.device.type != "cpu":
         return
     used_NK = logits_NK != float("-inf")
@@ -123,7 +161,7 @@ def check_target_values(ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, labels
 
 
 def check_label_values(labels_N: Tensor, vocab: int) -> None:
-    """Of the rows that count; CPU only."""
+    """Labels of valid rows lie in the vocabulary; on a CPU only."""
     bad_N = (labels_N < 0) | (labels_N >= vocab)
     if labels_N.device.type == "cpu" and bool(bad_N.any()):
         raise ValueError(f"labels_N: expected ids from 0 to {vocab - 1} or ignore_index, got {int(labels_N[bad_N][0])}")

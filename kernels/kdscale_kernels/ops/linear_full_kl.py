@@ -15,14 +15,13 @@ from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
 from kdscale_kernels.divergence import Divergence
-from kdscale_kernels.fused.autograd import Made, made_in_forward
-from kdscale_kernels.fused.products import GradientSums, Head, chunk_bytes_for, compute_dtypes, row_chunks
+from kdscale_kernels.fused.autograd import ForwardResult, wants_gradients, with_forward_gradients
+from kdscale_kernels.fused.products import GradientSums, HeadProducts, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.ops import arguments
-from kdscale_kernels.row_steps import run_full_rows_step
+from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.limits import full_limit
 from kdscale_kernels.rows.results import FullRowSums
-from kdscale_kernels.rows.torch_full import full_buffers
-from kdscale_kernels.types import Backend, FullKL, LossOptions
+from kdscale_kernels.types import IGNORE_INDEX, Backend, FullKL, LossOptions
 
 
 def linear_full_kl(
@@ -32,7 +31,7 @@ def linear_full_kl(
     teacher_weight_VG: Tensor,
     *,
     labels_N: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
@@ -69,12 +68,12 @@ def linear_full_kl(
     teacher_operand, teacher_accumulate = compute_dtypes(teacher_hidden_NG, teacher_weight_VG)
     if torch.float64 in (accumulate, teacher_accumulate):
         operand = teacher_operand = accumulate = torch.float64
-    chosen = choose_backend(backend, hidden_NH.device, cannot=full_limit(options.divergence, accumulate))
+    limit = full_limit(options.divergence, accumulate)
+    steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
     valid_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M = labels_N[valid_M].long()
     arguments.check_label_values(labels_M, vocab)
-    grad_on = torch.is_grad_enabled()
-    problem = _Problem(
+    call = _FullCall(
         valid_M,
         labels_M,
         (teacher_hidden_NG.detach(), teacher_weight_VG, teacher_bias_V),
@@ -85,19 +84,19 @@ def linear_full_kl(
         chunk_bytes_for(chunk_bytes, hidden_NH.device),
         operand,
         accumulate,
-        chosen,
-        tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V)),
+        steps,
+        wants_gradients(hidden_NH, weight_VH, bias_V),
     )
-    loss, kd, ce, teacher_ce, agree = made_in_forward(
-        "linear_full_kl", lambda: _run(hidden_NH, weight_VH, bias_V, problem), hidden_NH, weight_VH, bias_V
+    loss, kd, ce, teacher_ce, agree = with_forward_gradients(
+        "linear_full_kl", lambda: _run(hidden_NH, weight_VH, bias_V, call), hidden_NH, weight_VH, bias_V
     )
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return FullKL(loss, tokens, kd, ce, teacher_ce, agree)
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """Everything the op needs that has no gradient."""
+class _FullCall:
+    """What a call of linear_full_kl needs beside its differentiable inputs."""
 
     valid_M: Tensor
     labels_M: Tensor
@@ -109,48 +108,47 @@ class _Problem:
     chunk_bytes: int
     operand: torch.dtype
     accumulate: torch.dtype
-    backend: str
-    wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
+    steps: RowSteps
+    wants_grad: tuple[bool, ...]  # gradients of hidden, weight, bias
 
 
-def _run(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, problem: _Problem) -> Made:
-    """Per-quantity sums over all valid rows, in the order of FullRowSums, and the gradients of the first of them."""
-    head = Head(weight_VH, bias_V, problem.operand, problem.accumulate, problem.vocab)
-    teacher_hidden_NG, teacher_weight_VG, teacher_bias_V = problem.teacher
-    teacher = Head(teacher_weight_VG, teacher_bias_V, problem.teacher_operand, problem.accumulate, problem.vocab)
-    rows, want_grad = problem.valid_M.numel(), any(problem.wanted)
-    gradients = GradientSums(hidden_NH, weight_VH, problem.wanted, head, rows)
+def _run(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, call: _FullCall) -> ForwardResult:
+    """The sums over all valid rows, in the order of FullRowSums, and the gradients of the loss."""
+    head = HeadProducts(weight_VH, bias_V, call.operand, call.accumulate, call.vocab)
+    teacher_hidden_NG, teacher_weight_VG, teacher_bias_V = call.teacher
+    teacher = HeadProducts(teacher_weight_VG, teacher_bias_V, call.teacher_operand, call.accumulate, call.vocab)
+    rows, want_grad = call.valid_M.numel(), any(call.wants_grad)
+    gradients = GradientSums(hidden_NH, weight_VH, call.wants_grad, head, rows)
     chunks = row_chunks(
         rows,
-        problem.vocab,
-        problem.chunk_bytes,
-        buffers=full_buffers(problem.vocab, problem.backend),
-        item_bytes=problem.accumulate.itemsize,
+        call.vocab,
+        call.chunk_bytes,
+        buffers=call.steps.full_buffers(call.vocab),
+        item_bytes=call.accumulate.itemsize,
     )
     size = chunks[0].stop if chunks else 0
-    z, teacher_z = (hidden_NH.new_empty((size, problem.vocab), dtype=problem.accumulate) for _ in range(2))
-    per_row = hidden_NH.new_empty((len(FullRowSums._fields), rows), dtype=problem.accumulate)
+    z, teacher_z = (hidden_NH.new_empty((size, call.vocab), dtype=call.accumulate) for _ in range(2))
+    per_row = hidden_NH.new_empty((len(FullRowSums._fields), rows), dtype=call.accumulate)
     for chunk in chunks:
-        rows_C, count = problem.valid_M[chunk], chunk.stop - chunk.start
+        rows_C, count = call.valid_M[chunk], chunk.stop - chunk.start
         hidden_CH = head.cast(hidden_NH.detach()[rows_C])
-        per_row[:, chunk], dz_CV = run_full_rows_step(
-            problem.backend,
+        per_row[:, chunk], dz_CV = call.steps.full(
             head.logits(hidden_CH, z[:count]),
             teacher.logits(teacher.cast(teacher_hidden_NG[rows_C]), teacher_z[:count]),
-            problem.labels_M[chunk],
-            problem.options,
-            teacher_softcap=problem.teacher_softcap,
+            call.labels_M[chunk],
+            call.options,
+            teacher_softcap=call.teacher_softcap,
             want_grad=want_grad,
-            grad_dtype=problem.operand if head.native else None,
+            grad_dtype=call.operand if head.native else None,
         )
         if want_grad:
             gradients.add(dz_CV, hidden_CH, rows_C)
     _check_teacher(per_row[FullRowSums._fields.index("teacher_ce_C")])
-    return Made(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
+    return ForwardResult(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
 
 
 def _check_teacher(teacher_ce_M: Tensor) -> None:
-    """CPU only: reading it would wait for a device."""
+    """Raise ValueError for teacher rows without a log-sum-exp; on a CPU only, as reading it would wait for a device."""
     if teacher_ce_M.device.type == "cpu" and bool(teacher_ce_M.isnan().any()):
         broken = teacher_ce_M.isnan().nonzero()[:, 0].tolist()
         raise ValueError(

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
-from kdscale_kernels.fused.bf16_topk import NARROW_BYTES, narrow_fits, narrow_topk_lse
-from kdscale_kernels.fused.products import Head, chunk_bytes_for, compute_dtypes, logits_may_be_narrow, row_chunks
+from kdscale_kernels.fused.bf16_topk import BF16_CHUNK_BYTES, bf16_candidates_fit, bf16_topk_lse
+from kdscale_kernels.fused.products import (
+    HeadProducts,
+    bf16_logits_are_fast,
+    chunk_bytes_for,
+    compute_dtypes,
+    row_chunks,
+)
 from kdscale_kernels.ops import arguments
+from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.limits import topk_limit
-from kdscale_kernels.rows.torch_sparse import cap_
-from kdscale_kernels.rows.torch_topk import topk_rows
 from kdscale_kernels.types import Backend, LossOptions, TopKLse
 
 
@@ -47,65 +52,51 @@ def linear_topk_lse(
     k = min(k, vocab)
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     device = hidden_NH.device
-    chosen = choose_backend(backend, device, cannot=topk_limit(vocab, k, accumulate))
+    steps = row_steps(choose_backend(backend, device, limit=topk_limit(vocab, k, accumulate)))
     budget = chunk_bytes_for(chunk_bytes, device)
     with torch.autocast(device.type, enabled=False):
-        head = Head(weight_VH, bias_V, operand, accumulate, vocab)
-        plain = bias_V is None and softcap is None
-        if chosen == "torch" and plain and logits_may_be_narrow(device, operand) and narrow_fits(vocab, k):
-            return _narrow(hidden_NH, head, k, options, budget)
-        return _wide(hidden_NH, head, k, options, budget, chosen)
+        head = HeadProducts(weight_VH, bias_V, operand, accumulate, vocab)
+        plain_head = bias_V is None and softcap is None
+        if steps.bf16_logits and plain_head and bf16_logits_are_fast(device, operand) and bf16_candidates_fit(vocab, k):
+            return _from_bf16_logits(hidden_NH, head, k, options, budget, steps)
+        return _from_fp32_logits(hidden_NH, head, k, options, budget, steps)
 
 
-def _wide(hidden_NH: Tensor, head: Head, k: int, options: LossOptions, budget: int, chosen: str) -> TopKLse:
+def _from_fp32_logits(
+    hidden_NH: Tensor, head: HeadProducts, k: int, options: LossOptions, budget: int, steps: RowSteps
+) -> TopKLse:
     """From logits with fp32 (or fp64) results."""
     result = _empty(hidden_NH, k, head.accumulate)
-    vocab, buffers = head.given_VH.shape[0], 1 + (options.softcap is not None and chosen == "torch")
+    vocab, buffers = head.given_VH.shape[0], steps.topk_buffers(options)
     chunks = row_chunks(len(hidden_NH), vocab, budget, buffers=buffers, item_bytes=head.accumulate.itemsize)
     buffer = hidden_NH.new_empty(chunks[0].stop if chunks else 0, vocab, dtype=head.accumulate)
     for chunk in chunks:
         z_CV = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
-        found = topk_lse_step(z_CV, k, options, chosen)
-        for part, made in zip(result, found, strict=True):
-            part[chunk] = made
+        for field, value in zip(result, steps.topk(z_CV, k, options), strict=True):
+            field[chunk] = value
     return result
 
 
-def topk_lse_step(z_CV: Tensor, k: int, options: LossOptions, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids [C,k], logits [C,k], logsumexp(z / T) [C]) of raw logits, which are destroyed; ties as in topk_rows.
-
-    A row of -inf alone has a log-sum-exp of -inf.
-    """
-    if backend == "triton":
-        from kdscale_kernels.triton_kernels.topk import topk_lse_rows
-
-        return topk_lse_rows(z_CV, k, options.temperature, options.softcap)
-    if options.softcap is not None:
-        cap_(z_CV, options.softcap)
-    ids_CK, values_CK = topk_rows(z_CV, k)
-    top_C = values_CK[:, 0]
-    shift_C = top_C.masked_fill(top_C == float("-inf"), 0.0)  # a shard's row may be nothing but -inf
-    z_CV.sub_(shift_C[:, None]).div_(options.temperature).exp_()
-    return ids_CK, values_CK, top_C / options.temperature + z_CV.sum(1).log()
-
-
-def _narrow(hidden_NH: Tensor, head: Head, k: int, options: LossOptions, budget: int) -> TopKLse:
-    """From bf16 logits (narrow_topk.py); rows in which those leave a doubt from fp32 ones."""
+def _from_bf16_logits(
+    hidden_NH: Tensor, head: HeadProducts, k: int, options: LossOptions, budget: int, steps: RowSteps
+) -> TopKLse:
+    """From bf16 logits (fused/bf16_topk.py); from fp32 ones for rows in which those leave a doubt."""
     result = _empty(hidden_NH, k, head.accumulate)
     weight_VH, doubtful = head.given_VH.to(head.operand), hidden_NH.new_empty(len(hidden_NH), dtype=torch.bool)
-    chunks = row_chunks(len(hidden_NH), len(weight_VH), min(budget, NARROW_BYTES), item_bytes=head.operand.itemsize)
+    chunks = row_chunks(len(hidden_NH), len(weight_VH), min(budget, BF16_CHUNK_BYTES), item_bytes=head.operand.itemsize)
     buffer = hidden_NH.new_empty(chunks[0].stop if chunks else 0, len(weight_VH), dtype=head.operand)
     for chunk in chunks:
         hidden_CH = hidden_NH[chunk].to(head.operand)
-        found, doubtful[chunk] = narrow_topk_lse(
+        top, doubtful[chunk] = bf16_topk_lse(
             hidden_CH, weight_VH, k, options.temperature, buffer[: chunk.stop - chunk.start]
         )
-        for part, made in zip(result, found, strict=True):
-            part[chunk] = made
+        for field, value in zip(result, top, strict=True):
+            field[chunk] = value
     rows_R = doubtful.nonzero()[:, 0]
     if rows_R.numel():
-        for part, made in zip(result, _wide(hidden_NH[rows_R], head, k, options, budget, "torch"), strict=True):
-            part[rows_R] = made
+        top = _from_fp32_logits(hidden_NH[rows_R], head, k, options, budget, steps)
+        for field, value in zip(result, top, strict=True):
+            field[rows_R] = value
     return result
 
 

@@ -15,11 +15,11 @@ from kdscale_kernels.divergence import Divergence
 from kdscale_kernels.fused.autograd import refuse_double_backward, scale
 from kdscale_kernels.fused.products import chunk_bytes_for, row_chunks
 from kdscale_kernels.ops import arguments
-from kdscale_kernels.row_steps import run_rows_step
-from kdscale_kernels.rows import teacher_entries as target_lists
+from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.limits import sparse_limit
 from kdscale_kernels.rows.results import RowSums
-from kdscale_kernels.types import Backend, LossOptions, SparseKL, Tail
+from kdscale_kernels.rows.teacher_entries import TeacherEntries
+from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, SparseKL, Tail
 
 
 def sparse_kl(
@@ -29,7 +29,7 @@ def sparse_kl(
     teacher_lse_N: Tensor,
     *,
     labels_N: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
@@ -56,49 +56,52 @@ def sparse_kl(
     arguments.check_same_device(logits_NV, ids_NK)
     vocab = arguments.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
     accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    chosen = choose_backend(
-        backend, logits_NV.device, cannot=sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+    limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+    steps = row_steps(choose_backend(backend, logits_NV.device, limit=limit))
+    valid = arguments.valid_rows(
+        ids_NK,
+        teacher_logits_NK,
+        teacher_lse_N,
+        target_weights_NK,
+        labels_N,
+        ignore_index=ignore_index,
+        vocab=vocab,
+        temperature=temperature,
+        dtype=accumulate,
     )
-    valid_M = (labels_N != ignore_index).nonzero()[:, 0]
-    labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
-    logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
-    weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
-    arguments.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab)
-    arguments.check_weight_values(weights_MK, logits_MK)
-    targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK)
     want_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     chunk_bytes = chunk_bytes_for(chunk_bytes, logits_NV.device)
-    call = _Call(targets, labels_M, valid_M, options, vocab, chunk_bytes, want_grad, inplace_grad, chosen)
+    call = _LogitsCall(*valid, options, vocab, chunk_bytes, want_grad, inplace_grad, steps)
     outputs = _SparseKL.apply(logits_NV, call)
-    tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=logits_NV.device)
+    tokens = torch.full((), valid.index_M.numel(), dtype=torch.int64, device=logits_NV.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
 
 
-class _Call(NamedTuple):
-    """Everything the op needs that has no gradient."""
+class _LogitsCall(NamedTuple):
+    """What a call of sparse_kl needs beside the logits."""
 
-    targets: target_lists.Targets
-    labels_M: Tensor
     valid_M: Tensor
+    labels_M: Tensor
+    entries: TeacherEntries
     options: LossOptions
     vocab: int
     chunk_bytes: int
     want_grad: bool
     inplace: bool
-    backend: str
+    steps: RowSteps
 
 
-def _run(source_NV: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
+def _run(source_NV: Tensor, call: _LogitsCall) -> tuple[Tensor, Tensor | None]:
     """(sums [6, M] in the order of RowSums, the gradient), chunk by chunk through a copy in the accumulation dtype."""
     grad_NV = (source_NV if call.inplace else torch.zeros_like(source_NV)) if call.want_grad else None
-    accumulate, rows = call.targets.logp_NK.dtype, call.valid_M.numel()
-    buffers = call.options.buffers if call.backend == "torch" else 1
+    accumulate, rows = call.entries.logp_NK.dtype, call.valid_M.numel()
+    buffers = call.steps.sparse_buffers(call.options)
     per_row = torch.empty(len(RowSums._fields), rows, dtype=accumulate, device=source_NV.device)
     for chunk in row_chunks(rows, call.vocab, call.chunk_bytes, buffers=buffers, item_bytes=accumulate.itemsize):
         rows_C = call.valid_M[chunk]
         z_CV = source_NV[rows_C, : call.vocab].to(accumulate)
-        per_row[:, chunk], dz_CV = run_rows_step(
-            call.backend, z_CV, call.targets.rows(chunk), call.labels_M[chunk], call.options, want_grad=call.want_grad
+        per_row[:, chunk], dz_CV = call.steps.sparse(
+            z_CV, call.entries.rows(chunk), call.labels_M[chunk], call.options, want_grad=call.want_grad
         )
         if grad_NV is not None:
             grad_NV[rows_C, : call.vocab] = dz_CV.to(grad_NV.dtype)
@@ -107,20 +110,18 @@ def _run(source_NV: Tensor, call: _Call) -> tuple[Tensor, Tensor | None]:
     return per_row, grad_NV
 
 
-def _run_over_logits(source_NV: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    """As _run, for the Triton kernel: one launch that reads the logits where they are and writes the gradient there."""
-    from kdscale_kernels.triton_kernels.sparse import rows_step_triton
-
+def _run_over_logits(source_NV: Tensor, call: _LogitsCall) -> tuple[Tensor, Tensor]:
+    """As _run, in one step that reads the logits where they are and writes the gradient there."""
     grad_NV = source_NV if call.inplace else source_NV.clone(memory_format=torch.contiguous_format)
-    per_row, _ = rows_step_triton(
-        grad_NV[:, : call.vocab], call.targets, call.labels_M, call.options, want_grad=True, rows_C=call.valid_M
+    per_row, _ = call.steps.sparse(
+        grad_NV[:, : call.vocab], call.entries, call.labels_M, call.options, want_grad=True, rows_C=call.valid_M
     )
     _clear_unused(grad_NV, call)
     return per_row, grad_NV
 
 
-def _clear_unused(grad_NV: Tensor, call: _Call) -> None:
-    """Zeros where logits took no part: padding columns and ignored rows (picked by index: no pass over all of N×V)."""
+def _clear_unused(grad_NV: Tensor, call: _LogitsCall) -> None:
+    """Write zeros where logits took no part: padding columns, and ignored rows by index, without a pass over N×V."""
     grad_NV[:, call.vocab :] = 0.0
     ignored_N = torch.ones(grad_NV.shape[0], dtype=torch.bool, device=grad_NV.device)
     ignored_N[call.valid_M] = False
@@ -129,9 +130,9 @@ def _clear_unused(grad_NV: Tensor, call: _Call) -> None:
 
 class _SparseKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, call: _Call) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits_NV: Tensor, call: _LogitsCall) -> tuple[Tensor, ...]:
         source_NV = logits_NV.detach()
-        over = call.backend == "triton" and call.want_grad and source_NV.dtype in (torch.float32, torch.bfloat16)
+        over = call.want_grad and source_NV.dtype in call.steps.in_place_dtypes
         grad_NV: Tensor | None
         if over and (not call.inplace or source_NV.stride(1) == 1):
             per_row, grad_NV = _run_over_logits(source_NV, call)

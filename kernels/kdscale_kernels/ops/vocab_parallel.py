@@ -3,8 +3,8 @@
 Legend: N rows, M valid rows, C rows of one chunk, H hidden size, Vs rows of this rank's shard, R ranks, K teacher
 entries, T temperature.
 
-Every rank holds the same hidden states and targets and its own rows of the head; shards.py says how a row's softmax is
-joined from them.
+Every rank holds the same hidden states and targets, and its own rows of the head. fused/shard_rows.py says how a row's
+softmax is joined from them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from kdscale_kernels.backend import BackendUnavailableError, choose_backend
 from kdscale_kernels.divergence import Divergence
-from kdscale_kernels.fused.autograd import Made, made_in_forward
-from kdscale_kernels.fused.products import Head, chunk_bytes_for, compute_dtypes, row_chunks
-from kdscale_kernels.fused.shard_agreement import Claim, Shard, agree
-from kdscale_kernels.fused.shard_rows import ShardHead, shard_rows_step
+from kdscale_kernels.fused.autograd import ForwardResult, wants_gradients, with_forward_gradients
+from kdscale_kernels.fused.products import HeadProducts, chunk_bytes_for, compute_dtypes, row_chunks
+from kdscale_kernels.fused.shard_agreement import AgreedShard, ShardClaim, agree
+from kdscale_kernels.fused.shard_rows import ShardProducts, shard_rows_step
 from kdscale_kernels.ops import arguments
-from kdscale_kernels.ops.linear_topk_lse import topk_lse_step
-from kdscale_kernels.rows import teacher_entries as target_lists
+from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.limits import sparse_limit, topk_limit
 from kdscale_kernels.rows.results import RowSums
-from kdscale_kernels.types import Backend, LossOptions, SparseKL, Tail, TopKLse
+from kdscale_kernels.rows.teacher_entries import TeacherEntries
+from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, SparseKL, Tail, TopKLse
 
 _NEG_INF = float("-inf")
 
@@ -57,8 +57,8 @@ def vocab_parallel_topk_lse(
     Raises ValueError on every rank for arguments that do not fit together, or where another rank's backend cannot run
     (there: BackendUnavailableError); RuntimeError without a process group.
     """
-    claim: Claim | ValueError | BackendUnavailableError
-    chosen, chunk_bytes = "torch", chunk_bytes_for(chunk_bytes, hidden_NH.device)
+    claim: ShardClaim | ValueError | BackendUnavailableError
+    steps, chunk_bytes = row_steps("torch"), chunk_bytes_for(chunk_bytes, hidden_NH.device)
     try:
         arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
         options = LossOptions(temperature=temperature, softcap=softcap)
@@ -67,13 +67,13 @@ def vocab_parallel_topk_lse(
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
         settings = (options, operand, chunk_bytes)
         claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, hidden_NH.shape[0], k, False, settings)
-        cannot = topk_limit(claim.used, min(k, claim.used), accumulate)
-        chosen = choose_backend(backend, hidden_NH.device, cannot=cannot)
+        limit = topk_limit(claim.used, min(k, claim.used), accumulate)
+        steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
     except (ValueError, BackendUnavailableError) as error:
         claim = error
     shard = agree(claim, hidden_NH.device, group)
     k, rows = min(k, vocab_size), hidden_NH.shape[0]
-    buffers = 1 + (softcap is not None)  # for Triton too, which needs one: all ranks must cut the rows alike
+    buffers = row_steps("torch").topk_buffers(options)  # Triton needs less, but all ranks must cut the rows alike
     chunks = row_chunks(rows, shard.widest, chunk_bytes, buffers=buffers, item_bytes=accumulate.itemsize)
     result = TopKLse(
         torch.empty(rows, k, dtype=torch.int64, device=hidden_NH.device),
@@ -81,30 +81,29 @@ def vocab_parallel_topk_lse(
         torch.empty(rows, dtype=accumulate, device=hidden_NH.device),
     )
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        head = ShardHead(weight_VsH, bias_Vs, operand, accumulate, shard)
+        head = ShardProducts(weight_VsH, bias_Vs, operand, accumulate, shard)
         buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=accumulate)
         for chunk in chunks:
             z_CV = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
-            found = _joined_topk(z_CV, k, shard, options, chosen)
-            for field, value in zip(result, found, strict=True):
+            for field, value in zip(result, _joined_topk(z_CV, k, shard, options, steps), strict=True):
                 field[chunk] = value
     return result
 
 
 def _joined_topk(
-    z_CV: Tensor, k: int, shard: Shard, options: LossOptions, backend: str
+    z_CV: Tensor, k: int, shard: AgreedShard, options: LossOptions, steps: RowSteps
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ids, logits [C,k], lse [C]) of the whole vocabulary, from each rank's k best. z_CV is raw, and destroyed."""
-    rows, mine = z_CV.shape[0], min(k, shard.used)
+    rows, own = z_CV.shape[0], min(k, shard.used)
     # fp64 holds ids and fp32 logits exactly, so one array carries all. Slots a small shard leaves open sort last.
     sent_CJ = torch.full((rows, 2 * k + 1), _NEG_INF, dtype=torch.float64, device=z_CV.device)
     sent_CJ[:, :k] = shard.vocab
-    if mine:
-        ids_CK, sent_CJ[:, k : k + mine], sent_CJ[:, -1] = topk_lse_step(z_CV, mine, options, backend)
-        sent_CJ[:, :mine] = ids_CK + shard.first_id
+    if own:
+        ids_CK, sent_CJ[:, k : k + own], sent_CJ[:, -1] = steps.topk(z_CV, own, options)
+        sent_CJ[:, :own] = ids_CK + shard.first_id
     all_RCJ = sent_CJ.new_empty(shard.ranks, *sent_CJ.shape)
     dist.all_gather(list(all_RCJ), sent_CJ, group=shard.group)
-    ids_CJ, values_CJ = (all_RCJ[:, :, part].transpose(0, 1).flatten(1) for part in (slice(0, k), slice(k, 2 * k)))
+    ids_CJ, values_CJ = (all_RCJ[:, :, j].transpose(0, 1).flatten(1) for j in (slice(0, k), slice(k, 2 * k)))
     ids_CJ, by_id_CJ = ids_CJ.sort(dim=1, stable=True)
     values_CJ, by_value_CJ = values_CJ.gather(1, by_id_CJ).sort(dim=1, descending=True, stable=True)
     lse_C = torch.logsumexp(all_RCJ[:, :, -1], 0)
@@ -122,7 +121,7 @@ def vocab_parallel_sparse_kl(
     vocab_size: int,
     group: Any = None,
     labels_N: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
@@ -141,17 +140,16 @@ def vocab_parallel_sparse_kl(
 
     The gradient of hidden_NH is already summed over the ranks (one all-reduce [C,H] a chunk, overlapped with the next
     chunk's products): nothing around the op may sum it again, as a tensor-parallel "copy to region" would. Those of
-    weight_VsH and bias_Vs stay local. Partial sums meet in fp32 as shards.py describes; there is no
+    weight_VsH and bias_Vs stay local. Partial sums meet in fp32 as fused/shard_rows.py describes; there is no
     shared row constant that could be too far off: a shard whose tail lies e^-200 below another's keeps its own scale.
     Gradients are made in the forward pass; one backward. Two waits for the device a call (valid rows, agreement).
     chunk_bytes None: 64 MiB of logits on a CPU, 1 GiB on CUDA.
     Raises ValueError on every rank for arguments that do not fit together, or where another rank's backend cannot run
     (there: BackendUnavailableError); RuntimeError without a process group.
     """
-    claim: Claim | ValueError | BackendUnavailableError
-    chosen, chunk_bytes = "torch", chunk_bytes_for(chunk_bytes, hidden_NH.device)
-    grad_on = torch.is_grad_enabled()
-    wanted = tuple(grad_on and t is not None and t.requires_grad for t in (hidden_NH, weight_VsH, bias_Vs))
+    claim: ShardClaim | ValueError | BackendUnavailableError
+    steps, chunk_bytes = row_steps("torch"), chunk_bytes_for(chunk_bytes, hidden_NH.device)
+    wants_grad = wants_gradients(hidden_NH, weight_VsH, bias_Vs)
     try:
         options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
         arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
@@ -159,31 +157,34 @@ def vocab_parallel_sparse_kl(
         arguments.check_weights(ids_NK, target_weights_NK, tail)
         arguments.check_same_device(hidden_NH, ids_NK)
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
-        valid_M = (labels_N != ignore_index).nonzero()[:, 0]
-        labels_M, ids_MK = labels_N[valid_M].long(), ids_NK[valid_M].long()
-        logits_MK, lse_M = teacher_logits_NK[valid_M].to(accumulate), teacher_lse_N[valid_M].to(accumulate)
-        weights_MK = None if target_weights_NK is None else target_weights_NK[valid_M].to(accumulate)
-        arguments.check_target_values(ids_MK, logits_MK, lse_M, labels_M, vocab_size)
-        arguments.check_weight_values(weights_MK, logits_MK)
-        chosen = choose_backend(
-            backend, hidden_NH.device, cannot=sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+        valid = arguments.valid_rows(
+            ids_NK,
+            teacher_logits_NK,
+            teacher_lse_N,
+            target_weights_NK,
+            labels_N,
+            ignore_index=ignore_index,
+            vocab=vocab_size,
+            temperature=temperature,
+            dtype=accumulate,
         )
+        limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+        steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
         settings = (options, operand, chunk_bytes)
-        sizes = (valid_M.numel(), ids_NK.shape[1])
-        claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, *sizes, wanted[0], settings)
+        sizes = (valid.index_M.numel(), ids_NK.shape[1])
+        claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, *sizes, wants_grad[0], settings)
     except (ValueError, BackendUnavailableError) as error:
         claim = error
     shard = agree(claim, hidden_NH.device, group)
-    targets = target_lists.prepare(ids_MK, logits_MK, lse_M, vocab_size, temperature, weights_MK)
-    call = _Call(valid_M, labels_M, targets, options, shard, chunk_bytes, operand, accumulate, chosen, wanted)
-    outputs = made_in_forward(
+    call = _ShardCall(*valid, options, shard, chunk_bytes, operand, accumulate, steps, wants_grad)
+    outputs = with_forward_gradients(
         "vocab_parallel_sparse_kl",
         lambda: _run(hidden_NH, weight_VsH, bias_Vs, call),
         hidden_NH,
         weight_VsH,
         bias_Vs,
     )
-    tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
+    tokens = torch.full((), valid.index_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
 
 
@@ -196,37 +197,37 @@ def _claim(
     entries: int,
     grad_hidden: bool,
     settings: object,
-) -> Claim:
+) -> ShardClaim:
     if vocab_size < 1:
         raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}")
     if first_id < 0:
         raise ValueError(f"first_id: expected 0 or more, got {first_id}")
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
-    return Claim(first_id, weight_VsH.shape[0], vocab_size, valid, entries, grad_hidden, settings)
+    return ShardClaim(first_id, weight_VsH.shape[0], vocab_size, valid, entries, grad_hidden, settings)
 
 
 @dataclass(frozen=True)
-class _Call:
-    """Everything the op needs that has no gradient."""
+class _ShardCall:
+    """What a call of vocab_parallel_sparse_kl needs beside its differentiable inputs."""
 
     valid_M: Tensor
     labels_M: Tensor
-    targets: target_lists.Targets
+    entries: TeacherEntries
     options: LossOptions
-    shard: Shard
+    shard: AgreedShard
     chunk_bytes: int
     operand: torch.dtype
     accumulate: torch.dtype
-    backend: str
-    wanted: tuple[bool, ...]  # gradients of hidden, weight, bias
+    steps: RowSteps
+    wants_grad: tuple[bool, ...]  # gradients of hidden, weight, bias
 
 
 class _Gradients:
-    """Sums of gradients over chunks. A chunk's dX is on its way round the ranks while the next chunk is computed."""
+    """Sums of gradients over chunks. A chunk's dX is summed over the ranks while the next chunk is computed."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VsH: Tensor, call: _Call):
-        hidden, weight, bias = call.wanted
+    def __init__(self, hidden_NH: Tensor, weight_VsH: Tensor, call: _ShardCall):
+        hidden, weight, bias = call.wants_grad
         dtype = call.accumulate
         self.hidden_NH = torch.zeros_like(hidden_NH, dtype=dtype) if hidden else None
         self.weight_VH = torch.zeros_like(weight_VsH, dtype=dtype) if weight else None
@@ -234,7 +235,8 @@ class _Gradients:
         self.shard = call.shard
         self.sending: tuple[Any, Tensor, Tensor] | None = None
 
-    def add(self, head: Head, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
+    def add(self, head: HeadProducts, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
+        """Add a chunk's gradients and start to sum its dX over the ranks."""
         if self.hidden_NH is not None:
             grad_CH = head.grad_hidden(dz_CV).to(self.hidden_NH.dtype)
             self.receive()
@@ -246,36 +248,37 @@ class _Gradients:
             self.bias_V[:used] += dz_CV.sum(0, dtype=self.bias_V.dtype)
 
     def receive(self) -> None:
+        """Wait for the dX that is being summed, and store it."""
         if self.sending is not None and self.hidden_NH is not None:
-            work, grad_CH, rows_C = self.sending
-            work.wait()
+            reduction, grad_CH, rows_C = self.sending
+            reduction.wait()
             self.hidden_NH[rows_C] = grad_CH
         self.sending = None
 
 
-def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _Call) -> Made:
+def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _ShardCall) -> ForwardResult:
     gradients = _Gradients(hidden_NH, weight_VsH, call)
-    head = ShardHead(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard)
+    head = ShardProducts(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard)
     rows, options = call.valid_M.numel(), call.options
-    itemsize = call.accumulate.itemsize
-    chunks = row_chunks(rows, call.shard.widest, call.chunk_bytes, buffers=options.buffers, item_bytes=itemsize)
+    itemsize, buffers = call.accumulate.itemsize, row_steps("torch").sparse_buffers(options)  # alike on all ranks
+    chunks = row_chunks(rows, call.shard.widest, call.chunk_bytes, buffers=buffers, item_bytes=itemsize)
     buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=call.accumulate)
     per_row = hidden_NH.new_empty((len(RowSums._fields), rows), dtype=call.accumulate)
-    grad_dtype = (head.operand if head.native else call.accumulate) if any(call.wanted) else None
+    grad_dtype = (head.operand if head.native else call.accumulate) if any(call.wants_grad) else None
     for chunk in chunks:
         rows_C = call.valid_M[chunk]
         hidden_CH = head.cast(hidden_NH.detach()[rows_C])
         sums, dz_CV = shard_rows_step(
             head.logits(hidden_CH, buffer[: chunk.stop - chunk.start]),
-            call.targets.rows(chunk),
+            call.entries.rows(chunk),
             call.labels_M[chunk],
             options,
             call.shard,
-            backend=call.backend,
+            steps=call.steps,
             grad_dtype=grad_dtype,
         )
         per_row[:, chunk] = torch.stack(sums)
-        if any(call.wanted):
+        if any(call.wants_grad):
             gradients.add(head, dz_CV, hidden_CH, rows_C)
     gradients.receive()
-    return Made(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
+    return ForwardResult(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)

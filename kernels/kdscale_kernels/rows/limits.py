@@ -1,6 +1,6 @@
 """What the Triton kernels take, known without importing triton.
 
-Legend: V vocabulary, K teacher entries kept a row.
+Legend: V vocabulary, K teacher entries kept per row.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ import torch
 
 from kdscale_kernels.divergence import Divergence
 
-# Columns a group: V/G group maxima and K·G candidates are searched instead of V logits. 64 measured best of 16, 32, 64
+# Columns per group: V/G group maxima and K·G candidates are searched instead of V logits. 64 was best of 16, 32, 64
 # on a CPU at V=49152, K=64 (27, 31 and 53 ms for 512 rows; torch.topk over the whole row 39).
 GROUP = 64
 
 
-# Entries a row and candidates of one selection that a program keeps in registers. 16384 candidates spill everywhere.
+# Entries per row, and candidates of one selection, that a program keeps in registers. 16384 candidates always spill.
 MAX_ENTRIES = 4096
-
-
 MAX_CANDIDATES = 8192
 
 
@@ -34,7 +32,7 @@ def full_limit(divergence: Divergence, accumulate: torch.dtype) -> str | None:
 def sparse_limit(divergence: Divergence, entries: int, accumulate: torch.dtype) -> str | None:
     """Why a sparse loss cannot run in Triton, or None."""
     if entries > MAX_ENTRIES and accumulate != torch.float64:
-        return f"the Triton kernels take at most {MAX_ENTRIES} entries a row, and there are {entries}"
+        return f"the Triton kernels take at most {MAX_ENTRIES} entries per row, and there are {entries}"
     return full_limit(divergence, accumulate)
 
 

@@ -1,4 +1,7 @@
-"""What a step over rows of logits returns."""
+"""What the steps over rows of logits return.
+
+Legend: C rows, S entries of one slice of the vocabulary, R slices, K teacher entries, T temperature.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdscale_kernels.rows.teacher_entries import Targets
+from kdscale_kernels.rows.teacher_entries import TeacherEntries
 
 
 class RowSums(NamedTuple):
-    """Per-row results of one chunk, each [C]."""
+    """Results of a sparse loss for each row of a chunk, each [C]."""
 
     loss_C: Tensor
     kd_C: Tensor
@@ -22,7 +25,7 @@ class RowSums(NamedTuple):
 
 
 class FullRowSums(NamedTuple):
-    """Per-row results of one chunk, each [C]."""
+    """Results of a full-vocabulary loss for each row of a chunk, each [C]."""
 
     loss_C: Tensor
     kd_C: Tensor
@@ -31,7 +34,7 @@ class FullRowSums(NamedTuple):
     agree_C: Tensor
 
 
-class Found(NamedTuple):
+class EntryLogits(NamedTuple):
     """The student's capped logits at a row's entries, its label and the teacher's first id; filled slice by slice."""
 
     support_CK: Tensor
@@ -39,34 +42,34 @@ class Found(NamedTuple):
     top1_C: Tensor
 
     @classmethod
-    def empty(cls, targets: Targets, labels_C: Tensor, vocab: int, dtype: torch.dtype) -> Found:
+    def empty(cls, entries: TeacherEntries, labels_C: Tensor, vocab: int, dtype: torch.dtype) -> EntryLogits:
         """Zeros, so that ranks can add theirs up; NaN at ids outside the vocabulary, to poison their rows."""
-        ids = (targets.ids_NK, labels_C, targets.top1_N)
+        ids = (entries.ids_NK, labels_C, entries.top1_N)
         zeros = [torch.zeros(i.shape, dtype=dtype, device=i.device) for i in ids]
         return cls(*(z.masked_fill_((i < 0) | (i >= vocab), float("nan")) for z, i in zip(zeros, ids, strict=True)))
 
 
-class Parts(NamedTuple):
-    """One slice's share of a row's tail, each [C] (stacked over slices: [C, R])."""
+class TailSums(NamedTuple):
+    """What one slice adds to a row's tail, each [C] (stacked over slices: [C, R])."""
 
     top_C: Tensor  # the largest logit
-    one_C: Tensor  # sum of exp(z - top)
+    plain_C: Tensor  # sum of exp(z - top)
     tempered_C: Tensor  # sum of exp((z - top) / T)
 
 
 class RowGradient(NamedTuple):
-    """What a row's gradient is made of, wherever the slice."""
+    """What a row's gradient is made of, in whichever slice."""
 
-    values_CK: Tensor  # over the entries, the label's -ce_weight and the soft-cap's slope included
+    values_CK: Tensor  # over the entries; the label's -ce_weight and the soft-cap's slope are in it
     tail_C: Tensor
     a_C: Tensor
     lse_C: Tensor
-    b: float  # ce_weight, or 0 where one exponential is both softmaxes
+    b: float  # ce_weight, or 0 where one exponential serves as both softmaxes
     label_C: Tensor | None  # added at the label outside the entries: -ce_weight times the soft-cap's slope
 
 
-class Kept(NamedTuple):
-    """A slice as read_slice leaves it for write_kept: exponentials, rounded only as dz itself will be.
+class SliceExponentials(NamedTuple):
+    """A slice as `read` leaves it for `write_kept`: exponentials, rounded no more than dz itself will be.
 
     A row's dz is a constant times exp((z - top) / T), plus another times exp(z - top) where T != 1 and there is CE.
     """

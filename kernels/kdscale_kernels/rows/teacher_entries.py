@@ -1,6 +1,6 @@
-"""The teacher's K entries a row, made safe to gather, mask and scatter with.
+"""The teacher's K entries per row, made safe to gather, mask and scatter with.
 
-Legend: N rows, K entries kept a row, V vocabulary.
+Legend: N rows, K entries kept per row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,25 +15,29 @@ from torch import Tensor
 TEACHER_TAIL_FLOOR = 2.0**-24
 
 
-class Targets(NamedTuple):
-    """Entries sorted by id. Unused slots (teacher logit -inf, or a repeated id) point at the row's first entry, so
-    that writing to all slots is well defined, and are False in used_NK."""
+class TeacherEntries(NamedTuple):
+    """The entries of each row, sorted by id.
+
+    Unused slots (teacher logit -inf, or a repeated id) are False in used_NK and point at the row's first entry, so that
+    writing to all slots is well defined.
+    """
 
     ids_NK: Tensor
     used_NK: Tensor
     logp_NK: Tensor  # log-probability at temperature T (sampled: log of the weight); -inf in unused slots
     logp_tail_N: Tensor  # of everything outside the entries; -inf when the entries are the whole vocabulary
     top1_N: Tensor
-    whole_N: Tensor  # True where the entries are the whole vocabulary
+    covers_vocab_N: Tensor  # True where the entries are the whole vocabulary
 
-    def rows(self, index: slice) -> Targets:
-        return Targets(*(field[index] for field in self))
+    def rows(self, index: slice) -> TeacherEntries:
+        """The entries of some rows."""
+        return TeacherEntries(*(field[index] for field in self))
 
 
-def prepare(
+def prepare_entries(
     ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, vocab: int, temperature: float, weights_NK: Tensor | None = None
-) -> Targets:
-    """Sort by id, drop repeats and empty slots, and temper. A row without any entry becomes NaN: never a silent zero.
+) -> TeacherEntries:
+    """Sort by id, drop repeats and empty slots, and temper. A row without any entry becomes NaN, not a silent zero.
 
     lse_N is logsumexp(z / temperature) over the teacher's vocabulary. With weights_NK (sampled targets) they stand in
     for the probabilities, those of a repeated id are added up, and there is no tail.
@@ -51,16 +55,18 @@ def prepare(
     logp_NK = logits_NK / temperature - lse_N.masked_fill(none_N, float("nan"))[:, None]
     # log(1 - mass) from the log of the mass; rounding may put it a hair above zero, which means no tail.
     logp_tail_N = torch.log(-torch.expm1(torch.logsumexp(logp_NK, 1).clamp(max=0.0)))
-    whole_N = used_NK.sum(1) >= vocab
+    covers_vocab_N = used_NK.sum(1) >= vocab
     if weights_NK is not None:
         weights_NK = _sum_repeats(keys_NK, weights_NK.gather(1, order_NK))
         logp_NK = weights_NK.masked_fill(none_N[:, None], float("nan")).log().masked_fill(~used_NK, float("-inf"))
         logp_tail_N = torch.full_like(logp_tail_N, float("-inf"))
-    return Targets(ids_NK, used_NK, logp_NK, logp_tail_N.masked_fill(whole_N, float("-inf")), top1_N, whole_N)
+    return TeacherEntries(
+        ids_NK, used_NK, logp_NK, logp_tail_N.masked_fill(covers_vocab_N, float("-inf")), top1_N, covers_vocab_N
+    )
 
 
 def _sum_repeats(keys_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """At the first of a run of equal keys (sorted), the run's sum, always added in one order: no atomics.
+    """At the first of each run of equal keys (sorted), the sum of its weights, always added in one order: no atomics.
 
     After a step of width w each slot holds the sum of the next 2·w slots that share its key.
     """

@@ -21,7 +21,7 @@ from kdscale_kernels.types import LossOptions
 BLOCK_COLUMNS = 2048
 
 
-def full_rows_step(
+def full_step(
     z_CV: Tensor,
     teacher_CV: Tensor,
     labels_C: Tensor,
@@ -39,10 +39,10 @@ def full_rows_step(
         if softcap is not None:
             logits_CV.div_(softcap).tanh_().mul_(softcap)
     label_C = z_CV.gather(1, labels_C[:, None])[:, 0]
-    lse_one_C, lse_C = _lse(z_CV, T)
-    teacher_lse_one_C, teacher_lse_C = _lse(teacher_CV, T)
-    ce_C = lse_one_C - label_C
-    teacher_ce_C = teacher_lse_one_C - teacher_CV.gather(1, labels_C[:, None])[:, 0]
+    plain_lse_C, lse_C = _lse(z_CV, T)
+    teacher_plain_lse_C, teacher_lse_C = _lse(teacher_CV, T)
+    ce_C = plain_lse_C - label_C
+    teacher_ce_C = teacher_plain_lse_C - teacher_CV.gather(1, labels_C[:, None])[:, 0]
     same_C = z_CV.argmax(1) == teacher_CV.argmax(1)
     agree_C = (same_C & ~(lse_C + teacher_lse_C).isnan()).to(z_CV.dtype)
 
@@ -58,7 +58,7 @@ def full_rows_step(
     if (known := options.divergence.info.gradient_sum) is not None:
         total_C.fill_(known)  # its rounding error must not reach the gradient
     if want_grad:
-        _write_gradient(z_CV, teacher_CV, total_C, lse_C, lse_one_C, options)
+        _write_gradient(z_CV, teacher_CV, total_C, lse_C, plain_lse_C, options)
         if options.ce_weight > 0.0:
             slope_C = 1.0 if options.softcap is None else 1.0 - (label_C / options.softcap) ** 2
             at_label_C = torch.full_like(label_C, -options.ce_weight) * slope_C
@@ -67,38 +67,38 @@ def full_rows_step(
 
 
 def _write_gradient(
-    z_CV: Tensor, u_CV: Tensor, total_C: Tensor, lse_C: Tensor, lse_one_C: Tensor, options: LossOptions
+    z_CV: Tensor, u_CV: Tensor, total_C: Tensor, lse_C: Tensor, plain_lse_C: Tensor, options: LossOptions
 ) -> None:
-    """z_CV (capped) <- dloss/dz, but for the label's -ce_weight. A part of weight zero takes no part: it may be NaN."""
+    """Turn z_CV (capped) into dz without the label's -ce_weight. A term of weight zero is left out: it may be NaN."""
     T, ce_weight = options.temperature, options.ce_weight
     for columns in _blocks(z_CV):
         z_CB = z_CV[:, columns]
         slope_CB = None if options.softcap is None else (z_CB / options.softcap).square_().neg_().add_(1.0)
-        one_CB = torch.exp(z_CB - lse_one_C[:, None]) if ce_weight > 0.0 else None
+        plain_CB = torch.exp(z_CB - plain_lse_C[:, None]) if ce_weight > 0.0 else None
         if ce_weight < 1.0:
-            q_CB = one_CB if one_CB is not None and T == 1.0 else torch.exp(z_CB / T - lse_C[:, None])
+            q_CB = plain_CB if plain_CB is not None and T == 1.0 else torch.exp(z_CB / T - lse_C[:, None])
             torch.sub(u_CV[:, columns], q_CB * total_C[:, None], out=z_CB).mul_((1.0 - ce_weight) * T)
-            if one_CB is not None:
-                z_CB.add_(one_CB, alpha=ce_weight)
-        elif one_CB is not None:
-            z_CB.copy_(one_CB)
+            if plain_CB is not None:
+                z_CB.add_(plain_CB, alpha=ce_weight)
+        elif plain_CB is not None:
+            z_CB.copy_(plain_CB)
         if slope_CB is not None:
             z_CB.mul_(slope_CB)
 
 
 def _lse(z_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """logsumexp by rows of z and of z / T. torch.logsumexp measured three times slower on a CPU than these steps."""
+    """logsumexp of each row of z and of z / T. torch.logsumexp measured three times slower on a CPU."""
     top_C1 = z_CV.amax(1, keepdim=True)
-    one_C1, tempered_C1 = torch.zeros_like(top_C1), torch.zeros_like(top_C1)
+    plain_C1, tempered_C1 = torch.zeros_like(top_C1), torch.zeros_like(top_C1)
     for columns in _blocks(z_CV):
         shifted_CB = z_CV[:, columns] - top_C1
-        one_C1 += torch.exp(shifted_CB).sum(1, keepdim=True)
+        plain_C1 += torch.exp(shifted_CB).sum(1, keepdim=True)
         if temperature != 1.0:
             tempered_C1 += shifted_CB.div_(temperature).exp_().sum(1, keepdim=True)
-    lse_one_C = (top_C1 + one_C1.log())[:, 0]
+    plain_lse_C = (top_C1 + plain_C1.log())[:, 0]
     if temperature == 1.0:
-        return lse_one_C, lse_one_C
-    return lse_one_C, (top_C1 / temperature + tempered_C1.log())[:, 0]
+        return plain_lse_C, plain_lse_C
+    return plain_lse_C, (top_C1 / temperature + tempered_C1.log())[:, 0]
 
 
 def _blocks(z_CV: Tensor) -> list[slice]:
@@ -106,6 +106,6 @@ def _blocks(z_CV: Tensor) -> list[slice]:
     return [slice(start, min(start + BLOCK_COLUMNS, vocab)) for start in range(0, vocab, BLOCK_COLUMNS)]
 
 
-def full_buffers(vocab: int, backend: str) -> int:
-    """Arrays [rows, V] held at once: both logits and, in torch, at most twelve blocks of columns."""
-    return 2 if backend == "triton" else 2 + -(-12 * min(BLOCK_COLUMNS, vocab) // vocab)
+def full_buffers(vocab: int) -> int:
+    """Arrays [C, V] held at once: the logits of both models and at most twelve blocks of columns."""
+    return 2 + -(-12 * min(BLOCK_COLUMNS, vocab) // vocab)

@@ -1,4 +1,4 @@
-"""The largest values of rows that are there, in torch.
+"""The largest logits of each row, and its log-sum-exp, in torch.
 
 Legend: C rows, V columns, K values wanted, G groups of E columns, J entries searched.
 """
@@ -9,6 +9,19 @@ import torch
 from torch import Tensor
 
 from kdscale_kernels.rows.limits import GROUP
+from kdscale_kernels.rows.torch_sparse import cap_
+from kdscale_kernels.types import LossOptions
+
+
+def topk_step(z_CV: Tensor, k: int, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [C,k], logits [C,k], logsumexp(z / T) [C]) of raw logits, which are destroyed; ties as in topk_rows."""
+    if options.softcap is not None:
+        cap_(z_CV, options.softcap)
+    ids_CK, values_CK = topk_rows(z_CV, k)
+    top_C = values_CK[:, 0]
+    shift_C = top_C.masked_fill(top_C == float("-inf"), 0.0)  # a shard's row may be nothing but -inf
+    z_CV.sub_(shift_C[:, None]).div_(options.temperature).exp_()
+    return ids_CK, values_CK, top_C / options.temperature + z_CV.sum(1).log()
 
 
 def topk_rows(z_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +49,7 @@ def largest(z_CV: Tensor, count: int) -> Tensor:
 
     The `count` groups of columns with the largest maxima hold them: a value outside has `count` that are no smaller,
     one in each. So only what is in those groups (and the columns left over) is searched, in the same way. A group's
-    members lie V/E apart, so that the maxima are those of whole rows of columns.
+    columns lie V/E apart, so that the maxima are those of whole rows of columns.
     """
     vocab = z_CV.shape[1]
     size = min(GROUP, vocab // (4 * count))
@@ -45,10 +58,10 @@ def largest(z_CV: Tensor, count: int) -> Tensor:
     groups = vocab // size
     grouped_CEG = z_CV[:, : groups * size].unflatten(1, (size, groups))
     group_CM = grouped_CEG.amax(1).topk(count, dim=1, sorted=False).indices
-    found_CJ = grouped_CEG.gather(2, group_CM[:, None].expand(-1, size, -1)).flatten(1)
+    searched_CJ = grouped_CEG.gather(2, group_CM[:, None].expand(-1, size, -1)).flatten(1)
     if groups * size < vocab:
-        found_CJ = torch.cat([found_CJ, z_CV[:, groups * size :]], 1)
-    best_CM = largest(found_CJ, count)
-    member_CM, place_CM = best_CM // count, best_CM % count
-    ids_CM = member_CM * groups + group_CM.gather(1, place_CM)
+        searched_CJ = torch.cat([searched_CJ, z_CV[:, groups * size :]], 1)
+    best_CM = largest(searched_CJ, count)
+    row_CM, place_CM = best_CM // count, best_CM % count
+    ids_CM = row_CM * groups + group_CM.gather(1, place_CM)
     return torch.where(best_CM < size * count, ids_CM, best_CM - size * count + groups * size)

@@ -1,15 +1,15 @@
 # mypy: allow-untyped-defs
 # (the arguments of jit bodies have no Python type)
-"""The row step of rows_full.py as one Triton kernel: both models' logits in, loss out, gradient over the student's.
+"""The step of rows/torch_full.py as one Triton kernel: both models' logits in, loss out, gradient over the student's.
 
 Legend: C rows (one program each), V vocabulary, T temperature.
 
 A program owns one row of each side. The first sweep keeps an online log-sum-exp (Milakov and Gimelshein 2018) of both,
 at T and, where T != 1, at 1, and the first id of each. The second sums the terms of the divergence and Σu. The last
-writes dz = u - q·Σu and the cross-entropy's part over the student's row. Σu is known to be -1 for forward KL, whose
-second and last sweep are therefore one. Nothing is added atomically: the same bits on every run.
+writes dz = u - q·Σu and the cross-entropy's part over the student's row. Where Σu is a known constant (-1 for forward
+KL) the second and the last sweep are one. Nothing is added atomically: the same bits on every run.
 
-A bf16 gradient lies in the first half of the row's bytes, as in triton_rows.py, with a barrier for each block.
+A bf16 gradient lies in the first half of the row's bytes, as in sparse.py, with a barrier for each block.
 """
 
 from __future__ import annotations
@@ -22,17 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kdscale_kernels.rows.results import FullRowSums
-from kdscale_kernels.triton_kernels.sparse import _cap, _is_nan, _load_one, _online, _terms, warps_for
+from kdscale_kernels.triton_kernels.common import MAX_INT, NEG_INF, add_block, cap, is_nan, load_logit, warps_for
+from kdscale_kernels.triton_kernels.divergences import divergence_terms
 from kdscale_kernels.types import LossOptions
-
-_NEG_INF = tl.constexpr(float("-inf"))
-
-
-_MAX_INT = tl.constexpr(0x7FFFFFFF)
 
 
 class Tile(NamedTuple):
-    """Columns read at a time, and warps a program."""
+    """Columns read at a time, and warps per program."""
 
     block_v: int
     warps: int
@@ -44,10 +40,10 @@ TILE = Tile(1024, 8)
 @triton.jit
 def _load(z_ptr, cols, vocab, softcap, SOFTCAP: tl.constexpr):
     """A block of a row, capped: (logits, -inf beyond the vocabulary; slope of the cap)."""
-    z = tl.load(z_ptr + cols, mask=cols < vocab, other=_NEG_INF)
+    z = tl.load(z_ptr + cols, mask=cols < vocab, other=NEG_INF)
     if SOFTCAP:
-        capped, slope = _cap(z, softcap)
-        return tl.where(cols < vocab, capped, _NEG_INF), slope
+        capped, slope = cap(z, softcap)
+        return tl.where(cols < vocab, capped, NEG_INF), slope
     return z, z
 
 
@@ -56,20 +52,20 @@ def _sweep(z_ptr, vocab, inv_t, softcap, TEMPERED: tl.constexpr, SOFTCAP: tl.con
     """(log-sum-exp at T = 1, at T, first id of the maximum) of one row."""
     cols_V = tl.arange(0, BLOCK_V)
     top = tl.full((), float("-inf"), tl.float32)
-    one_sum = tl.full((), 0.0, tl.float32)
+    plain_sum = tl.full((), 0.0, tl.float32)
     tempered_sum = tl.full((), 0.0, tl.float32)
     first = tl.full((), 0, tl.int32)
     for start in range(0, vocab, BLOCK_V):
         z, _ = _load(z_ptr, start + cols_V, vocab, softcap, SOFTCAP)
         block_top = tl.max(z, 0)
-        block_first = tl.min(tl.where(z == block_top, start + cols_V, _MAX_INT), 0)
+        block_first = tl.min(tl.where(z == block_top, start + cols_V, MAX_INT), 0)
         first = tl.where(block_top > top, block_first, first)
-        top, one_sum, tempered_sum = _online(z, top, one_sum, tempered_sum, inv_t, TEMPERED)
-    lse_one = tl.where(top == _NEG_INF, float("nan"), top + tl.log(one_sum))
-    lse = lse_one
+        top, plain_sum, tempered_sum = add_block(z, top, plain_sum, tempered_sum, inv_t, TEMPERED)
+    plain_lse = tl.where(top == NEG_INF, float("nan"), top + tl.log(plain_sum))
+    lse = plain_lse
     if TEMPERED:
-        lse = tl.where(top == _NEG_INF, float("nan"), top * inv_t + tl.log(tempered_sum))
-    return lse_one, lse, first
+        lse = tl.where(top == NEG_INF, float("nan"), top * inv_t + tl.log(tempered_sum))
+    return plain_lse, lse, first
 
 
 @triton.jit
@@ -86,17 +82,18 @@ def full_kl_rows_kernel(
     vocab,
     temperature,
     ce_weight,
-    beta,
+    parameter,
     softcap,
     teacher_softcap,
     DIVERGENCE: tl.constexpr,
+    GRADIENT_SUM: tl.constexpr,  # None: not a constant
     HAS_KD: tl.constexpr,
     HAS_CE: tl.constexpr,
     TEMPERED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TEACHER_SOFTCAP: tl.constexpr,
     WANT_GRAD: tl.constexpr,
-    NARROW: tl.constexpr,  # dz is narrower than z
+    BF16_GRAD: tl.constexpr,  # dz is narrower than z
     BLOCK_V: tl.constexpr,
 ):
     c = tl.program_id(0).to(tl.int64)
@@ -108,18 +105,18 @@ def full_kl_rows_kernel(
 
     label = tl.load(labels_ptr + c)
     label_inside = (label >= 0) & (label < vocab)
-    label_z = _load_one(z_ptr, label, label_inside, softcap, SOFTCAP)
-    teacher_label_z = _load_one(teacher_ptr, label, label_inside, teacher_softcap, TEACHER_SOFTCAP)
-    lse_one, lse, first = _sweep(z_ptr, vocab, inv_t, softcap, TEMPERED, SOFTCAP, BLOCK_V)
-    teacher_lse_one, teacher_lse, teacher_first = _sweep(
+    label_z = load_logit(z_ptr, label, label_inside, softcap, SOFTCAP)
+    teacher_label_z = load_logit(teacher_ptr, label, label_inside, teacher_softcap, TEACHER_SOFTCAP)
+    plain_lse, lse, first = _sweep(z_ptr, vocab, inv_t, softcap, TEMPERED, SOFTCAP, BLOCK_V)
+    teacher_plain_lse, teacher_lse, teacher_first = _sweep(
         teacher_ptr, vocab, inv_t, teacher_softcap, TEMPERED, TEACHER_SOFTCAP, BLOCK_V
     )
-    ce = lse_one - label_z
-    agree = (first == teacher_first) & ~_is_nan(lse + teacher_lse)
+    ce = plain_lse - label_z
+    agree = (first == teacher_first) & ~is_nan(lse + teacher_lse)
 
     # In one sweep with the gradient where Σu is known: u then never waits.
-    ONE_SWEEP: tl.constexpr = WANT_GRAD and (DIVERGENCE == "forward_kl" or not HAS_KD)
-    total = tl.full((), -1.0, tl.float32)
+    ONE_SWEEP: tl.constexpr = WANT_GRAD and (GRADIENT_SUM is not None or not HAS_KD)
+    total = tl.full((), 0.0 if GRADIENT_SUM is None else GRADIENT_SUM, tl.float32)
     terms_V = tl.full((BLOCK_V,), 0.0, tl.float32)
     if not ONE_SWEEP:
         u_V = tl.full((BLOCK_V,), 0.0, tl.float32)
@@ -128,10 +125,10 @@ def full_kl_rows_kernel(
             z, _ = _load(z_ptr, cols, vocab, softcap, SOFTCAP)
             t, _ = _load(teacher_ptr, cols, vocab, teacher_softcap, TEACHER_SOFTCAP)
             logq = z * inv_t - lse
-            terms, u = _terms(t * inv_t - teacher_lse, logq, cols < vocab, beta, DIVERGENCE, False)
+            terms, u = divergence_terms(t * inv_t - teacher_lse, logq, cols < vocab, parameter, DIVERGENCE, False)
             terms_V += terms
             u_V += u
-        if DIVERGENCE != "forward_kl":
+        if GRADIENT_SUM is None:
             total = tl.sum(u_V, 0)
 
     if WANT_GRAD:
@@ -141,17 +138,17 @@ def full_kl_rows_kernel(
             cols = start + cols_V
             z, slope = _load(z_ptr, cols, vocab, softcap, SOFTCAP)
             t, _ = _load(teacher_ptr, cols, vocab, teacher_softcap, TEACHER_SOFTCAP)
-            if NARROW:
+            if BF16_GRAD:
                 tl.debug_barrier()
             logq = z * inv_t - lse
-            terms, u = _terms(t * inv_t - teacher_lse, logq, cols < vocab, beta, DIVERGENCE, False)
+            terms, u = divergence_terms(t * inv_t - teacher_lse, logq, cols < vocab, parameter, DIVERGENCE, False)
             if ONE_SWEEP:
                 terms_V += terms
             dz = tl.full((BLOCK_V,), 0.0, tl.float32)
             if HAS_KD:
                 dz += kd_scale * (u - tl.exp(logq) * total)
             if HAS_CE:
-                dz += label_weight * tl.exp(z - lse_one) - tl.where(cols == label, ce_weight, 0.0)
+                dz += label_weight * tl.exp(z - plain_lse) - tl.where(cols == label, ce_weight, 0.0)
             if SOFTCAP:
                 dz *= slope
             tl.store(dz_ptr + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < vocab)
@@ -165,11 +162,11 @@ def full_kl_rows_kernel(
     tl.store(sums_ptr + c, loss)
     tl.store(sums_ptr + count + c, kd)
     tl.store(sums_ptr + 2 * count + c, ce)
-    tl.store(sums_ptr + 3 * count + c, teacher_lse_one - teacher_label_z)
+    tl.store(sums_ptr + 3 * count + c, teacher_plain_lse - teacher_label_z)
     tl.store(sums_ptr + 4 * count + c, agree.to(tl.float32))
 
 
-def full_rows_step_triton(
+def full_step(
     z_CV: Tensor,
     teacher_CV: Tensor,
     labels_C: Tensor,
@@ -179,7 +176,7 @@ def full_rows_step_triton(
     want_grad: bool,
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(sums [5, C] in the order of FullRowSums, dz): rows_full.full_rows_step for fp32 logits with unit column stride.
+    """RowSteps.full for fp32 logits with unit column stride.
 
     With want_grad the student's rows become dloss/dz: z_CV itself or, with grad_dtype bfloat16, a bf16 view of the
     first half of each row's bytes. The teacher's are left as they are. A label outside the vocabulary makes the
@@ -192,8 +189,8 @@ def full_rows_step_triton(
                 f"{name}: expected fp32 [{count}, {vocab}] rows of unit column stride, "
                 f"got {logits.dtype} {list(logits.shape)}, strides {logits.stride()}"
             )
-    narrow = grad_dtype == torch.bfloat16
-    dz_CV = z_CV.view(torch.bfloat16)[:, :vocab] if narrow else z_CV
+    bf16_grad = grad_dtype == torch.bfloat16
+    dz_CV = z_CV.view(torch.bfloat16)[:, :vocab] if bf16_grad else z_CV
     sums_5C = torch.empty(len(FullRowSums._fields), count, dtype=torch.float32, device=z_CV.device)
     if count == 0:
         return sums_5C, dz_CV
@@ -215,13 +212,14 @@ def full_rows_step_triton(
             float(options.softcap or 1.0),
             float(teacher_softcap or 1.0),
             DIVERGENCE=options.divergence.name,
+            GRADIENT_SUM=options.divergence.info.gradient_sum,
             HAS_KD=options.ce_weight < 1.0,
             HAS_CE=options.ce_weight > 0.0,
             TEMPERED=options.temperature != 1.0,
             SOFTCAP=options.softcap is not None,
             TEACHER_SOFTCAP=teacher_softcap is not None,
             WANT_GRAD=want_grad,
-            NARROW=narrow,
+            BF16_GRAD=bf16_grad,
             BLOCK_V=TILE.block_v if z_CV.device.type != "cpu" else min(TILE.block_v, 256),
             num_warps=warps_for(TILE.warps),
             num_stages=1,

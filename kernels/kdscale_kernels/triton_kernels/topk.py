@@ -22,23 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kdscale_kernels.rows.limits import GROUP, MAX_CANDIDATES, topk_limit
-from kdscale_kernels.triton_kernels.sparse import _cap, _is_nan, warps_for
-
-_NEG_INF = tl.constexpr(float("-inf"))
-
-
-_MAX_INT = tl.constexpr(0x7FFFFFFF)
+from kdscale_kernels.triton_kernels.common import MAX_INT, NEG_INF, cap, is_nan, warps_for
 
 
 class SweepTile(NamedTuple):
-    """Groups read at a time, and warps a program."""
+    """Groups read at a time, and warps per program."""
 
     groups: int
     warps: int
 
 
 class SelectTile(NamedTuple):
-    """For up to max_j candidates a row: warps a program."""
+    """For up to max_j candidates per row: warps per program."""
 
     max_j: int
     warps: int
@@ -74,16 +69,16 @@ def lse_groups_kernel(
     total = tl.full((), 0.0, tl.float32)
     for start in range(0, groups, BLOCK_G):
         cols = (start + g)[:, None] * GROUP + within[None, :]
-        z = tl.load(z_ptr + cols, mask=cols < vocab, other=_NEG_INF)
+        z = tl.load(z_ptr + cols, mask=cols < vocab, other=NEG_INF)
         if SOFTCAP:
-            z, _slope = _cap(z, softcap)
+            z, _slope = cap(z, softcap)
             tl.store(z_ptr + cols, z, mask=cols < vocab)
-            z = tl.where(cols < vocab, z, _NEG_INF)
+            z = tl.where(cols < vocab, z, NEG_INF)
         # A maximum may drop a NaN: as +inf it is kept, its group comes first, and the sum below becomes NaN.
-        maxima = tl.max(tl.where(_is_nan(z), float("inf"), z), 1)
+        maxima = tl.max(tl.where(is_nan(z), float("inf"), z), 1)
         tl.store(maxima_ptr + start + g, maxima, mask=start + g < groups)
         new_top = tl.maximum(top, tl.max(maxima, 0))
-        shift = tl.where(new_top == _NEG_INF, 0.0, new_top)
+        shift = tl.where(new_top == NEG_INF, 0.0, new_top)
         block = tl.sum(tl.sum(tl.exp((z - shift) * inv_t), 1), 0)
         total = total * tl.exp((top - shift) * inv_t) + block
         top = new_top
@@ -112,16 +107,16 @@ def select_kernel(
         column_J = group_J.to(tl.int32) * GROUP + j % GROUP
     valid_J = (j < count) & (column_J < columns)
     values_ptr += c * stride_values
-    value_J = tl.load(values_ptr + column_J, mask=valid_J, other=_NEG_INF)
+    value_J = tl.load(values_ptr + column_J, mask=valid_J, other=NEG_INF)
 
     # Integers in the order of the floats: -0 is 0, and any NaN comes first. Below every float: places without one.
     bits_J = tl.where(value_J == 0.0, 0.0, value_J).to(tl.int32, bitcast=True)
-    key_J = bits_J ^ ((bits_J >> 31) & _MAX_INT)
-    key_J = tl.where(_is_nan(value_J), _MAX_INT, key_J)
-    key_J = tl.where(valid_J, key_J, -_MAX_INT - 1)
+    key_J = bits_J ^ ((bits_J >> 31) & MAX_INT)
+    key_J = tl.where(is_nan(value_J), MAX_INT, key_J)
+    key_J = tl.where(valid_J, key_J, -MAX_INT - 1)
 
     at_least_zero = tl.sum((key_J >= 0).to(tl.int32), 0)
-    threshold = tl.where(at_least_zero >= keep, 0, -_MAX_INT - 1)
+    threshold = tl.where(at_least_zero >= keep, 0, -MAX_INT - 1)
     for step in range(31):
         higher = threshold | (1 << (30 - step))
         threshold = tl.where(tl.sum((key_J >= higher).to(tl.int32), 0) >= keep, higher, threshold)
@@ -134,7 +129,7 @@ def select_kernel(
     tl.store(kept_ptr + c * keep + place_J, value_J, mask=kept_J)
 
 
-def topk_lse_rows(z_CV: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def topk_step(z_CV: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """(ids [C,k] int64, logits [C,k], logsumexp(z / T) [C]) of fp32 logits, contiguous, within topk_limit.
 
     Descending by logit, lower id first among equals, NaN first. With a soft-cap z_CV is capped in place.

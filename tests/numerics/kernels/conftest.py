@@ -1,4 +1,4 @@
-"""A small distillation problem, random or matched (the student a hair from its teacher)."""
+"""A small distillation example, random or matched (the student a hair from its teacher)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdscale_kernels import reference
 from kdscale_kernels.fused import products
 
 
-class Problem(NamedTuple):
+class Example(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor
@@ -23,11 +23,11 @@ class Problem(NamedTuple):
     lse: Tensor
     labels: Tensor
 
-    def cast(self, dtype: torch.dtype, *, grad: bool = True) -> Problem:
+    def cast(self, dtype: torch.dtype, *, grad: bool = True) -> Example:
         """Fresh leaves: what the student owns in dtype; the teacher's numbers in fp32 (fp64 for an fp64 student)."""
         own = [t.detach().to(dtype).clone().requires_grad_(grad) for t in (self.hidden, self.weight, self.bias)]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return Problem(*own, self.ids, self.logits.to(wide), self.lse.to(wide), self.labels)
+        return Example(*own, self.ids, self.logits.to(wide), self.lse.to(wide), self.labels)
 
     @property
     def targets(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +46,7 @@ def _make(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **head: Any,
-) -> Problem:
+) -> Example:
     """noise None: teacher and student unrelated; else the student's hidden states are the teacher's plus noise."""
     gen = torch.Generator().manual_seed(seed)
 
@@ -64,11 +64,11 @@ def _make(
         labels[0] = top.ids_NK[0, 0]  # label inside the support
         labels[1] = (set(range(vocab)) - set(top.ids_NK[1].tolist())).pop() if k < vocab else 0  # and outside
         labels[3] = -100
-    return Problem(student, weight, bias, top.ids_NK, top.logits_NK, top.lse_N, labels)
+    return Example(student, weight, bias, top.ids_NK, top.logits_NK, top.lse_N, labels)
 
 
 @pytest.fixture(scope="session")
-def make_problem() -> Callable[..., Problem]:
+def make_example() -> Callable[..., Example]:
     return _make
 
 
@@ -83,7 +83,7 @@ def _addmm(c: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tens
     return out.add_(_mm(a, b, out_dtype=out_dtype))
 
 
-class _NativeHead(products.Head):
+class _NativeHead(products.HeadProducts):
     def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, operand: Any, accumulate: Any, vocab: int):
         super().__init__(weight_VH, bias_V, operand, accumulate, vocab)
         self.native, self.grad_dtype = True, operand
@@ -99,7 +99,7 @@ def cuda_products(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, bool], Any]
             patch.setattr(torch, "mm", _mm)
             patch.setattr(torch, "addmm", _addmm)
             patch.setattr(products, "_ADDMM_TAKES_FP32", adds_in_place)
-            patch.setattr(op_module, "Head", _NativeHead)
+            patch.setattr(op_module, "HeadProducts", _NativeHead)
             yield
 
     return replaced

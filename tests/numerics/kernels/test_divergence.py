@@ -82,9 +82,9 @@ def alpha(monkeypatch):
 @pytest.mark.parametrize("tail", ["bucket", "truncated", "renormalised"])
 @pytest.mark.parametrize("mode", get_args(Mode))
 @pytest.mark.usefixtures("alpha")
-def test_a_new_row_is_trained_with(make_problem, tail, mode):
+def test_a_new_row_is_trained_with(make_example, tail, mode):
     options = {"divergence": Divergence("alpha", 0.6), "tail": tail, "ce_weight": 0.3, "temperature": 1.5}
-    p, twin = (make_problem(noise=0.3, temperature=1.5).cast(torch.float64) for _ in range(2))
+    p, twin = (make_example(noise=0.3, temperature=1.5).cast(torch.float64) for _ in range(2))
     got = kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels, mode=mode, **options)
     want = reference.linear_sparse_kl(twin.hidden, twin.weight, *twin.targets, labels_N=twin.labels, **options)
     torch.testing.assert_close(got.loss_sum, want.loss_sum, rtol=1e-9, atol=1e-11)
@@ -95,8 +95,8 @@ def test_a_new_row_is_trained_with(make_problem, tail, mode):
 
 
 @pytest.mark.usefixtures("alpha")
-def test_a_new_row_is_trained_with_over_the_whole_vocabulary_and_by_its_name_in_a_config(make_problem):
-    p, twin = (make_problem(noise=0.3).cast(torch.float64) for _ in range(2))
+def test_a_new_row_is_trained_with_over_the_whole_vocabulary_and_by_its_name_in_a_config(make_example):
+    p, twin = (make_example(noise=0.3).cast(torch.float64) for _ in range(2))
     teacher = torch.randn(11, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     losses = [
         module.linear_full_kl(s.hidden, s.weight, teacher, s.weight.detach(), labels_N=s.labels, divergence="alpha")
@@ -118,8 +118,8 @@ def test_a_new_row_is_trained_with_over_the_whole_vocabulary_and_by_its_name_in_
 
 
 @pytest.mark.usefixtures("alpha")
-def test_a_row_without_triton_maths_says_so(make_problem):
+def test_a_row_without_triton_maths_says_so(make_example):
     pytest.importorskip("triton", reason="triton is not installed (the dev extra installs it on Linux)")
-    p = make_problem().cast(torch.float32)
+    p = make_example().cast(torch.float32)
     with pytest.raises(kk.BackendUnavailableError, match="the divergence alpha is written in torch only"):
         kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels, divergence="alpha", backend="triton")

@@ -128,15 +128,15 @@ def test_layers_save_for_the_backward_what_the_model_says(model_type: str, dtype
 @pytest.mark.parametrize("vocab", [1_000, 8_192, 49_152])
 @pytest.mark.parametrize("rows", [50, 512, 4_096])
 def test_the_loss_runs_in_the_mode_that_the_kernels_choose(rows: int, vocab: int, item_bytes: int) -> None:
-    from kdscale_kernels.fused.memory_plan import Shape, layout_for
+    from kdscale_kernels.fused.memory_plan import CallSize, plan_memory
 
     model = replace(LLAMA, hidden=576, vocab=vocab)
     narrow = item_bytes == 2
-    layout = layout_for(Shape(rows, 576, vocab, "cpu", 1, 4, narrow, narrow, narrow, 2), "auto", None, None)
+    plan = plan_memory(CallSize(rows, 576, vocab, "cpu", 1, 4, narrow, narrow, narrow, 2), "auto", None, None)
     chunk, fast = memory.loss_mode(Job(model, model, rows, 1, 1, item_bytes=item_bytes, device="cpu"), rows)
-    assert fast == (layout.mode == "fast")
+    assert fast == (plan.mode == "row_chunks")
     if fast:
-        assert chunk == layout.chunk_bytes
+        assert chunk == plan.chunk_bytes
 
 
 def test_constants_are_those_of_the_libraries() -> None:

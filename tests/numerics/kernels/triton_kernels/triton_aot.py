@@ -2,7 +2,7 @@
 
 A program of its own, because a process that interprets Triton cannot compile it:
 
-    PYTHONPATH=kernels python tests/numerics/kernels/triton_aot.py [few|all] [--table]
+    PYTHONPATH=kernels python tests/numerics/kernels/triton_kernels/triton_aot.py [few|all] [--table]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kdscale_kernels import DIVERGENCES
 from kdscale_kernels.rows.limits import GROUP
 from kdscale_kernels.triton_kernels import full as triton_full
 from kdscale_kernels.triton_kernels import slices, sparse, topk
@@ -33,12 +34,12 @@ TARGETS = {
 }
 TYPES = {
     **dict.fromkeys(("rows_ptr", "ids_ptr", "top1_ptr", "labels_ptr", "groups_ptr"), "*i64"),
-    **dict.fromkeys(("used_ptr", "whole_ptr"), "*i1"),
+    **dict.fromkeys(("used_ptr", "covers_vocab_ptr"), "*i1"),
     **dict.fromkeys(("z_ptr", "teacher_ptr", "dz_ptr", "logp_ptr", "logp_tail_ptr", "sums_ptr"), "*fp32"),
-    **dict.fromkeys(("lse_ptr", "maxima_ptr", "values_ptr", "kept_ptr", "tempered_ptr", "one_ptr"), "*fp32"),
-    **dict.fromkeys(("support_ptr", "found_label_ptr", "found_top1_ptr", "parts_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "maxima_ptr", "values_ptr", "kept_ptr", "tempered_ptr", "plain_ptr"), "*fp32"),
+    **dict.fromkeys(("support_ptr", "label_logit_ptr", "top1_logit_ptr", "tail_sums_ptr"), "*fp32"),
     **dict.fromkeys(("at_label_ptr", "a_ptr", "tail_ptr", "b_ptr"), "*fp32"),
-    **dict.fromkeys(("temperature", "ce_weight", "beta", "softcap", "teacher_softcap"), "fp32"),
+    **dict.fromkeys(("temperature", "ce_weight", "parameter", "softcap", "teacher_softcap"), "fp32"),
 }
 
 
@@ -50,58 +51,62 @@ class Build(NamedTuple):
     types: dict[str, str]
 
 
+def constants_of(divergence: str, *, sparse: bool = True) -> dict[str, Any]:
+    """What a loss's body is compiled with for a divergence."""
+    info = DIVERGENCES[divergence]
+    constants = {"DIVERGENCE": divergence, "GRADIENT_SUM": info.gradient_sum}
+    return constants | ({"FLOORS_TAIL": info.floors_teacher_tail} if sparse else {})
+
+
 def loss_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
     """(name, constants, pointer types): the plainest, the fullest, and what lies between."""
     plain = {
-        "DIVERGENCE": "forward_kl",
+        **constants_of("forward_kl"),
         "TAIL": "bucket",
         "HAS_KD": True,
         "HAS_CE": False,
         "TEMPERED": False,
         "SOFTCAP": False,
         "WANT_GRAD": True,
-        "NARROW": True,
+        "BF16_GRAD": True,
         "HAS_ROWS": False,
     }
-    narrow, same = {"dz_ptr": "*bf16"}, {"z_ptr": "*bf16", "dz_ptr": "*bf16"}
+    bf16, same = {"dz_ptr": "*bf16"}, {"z_ptr": "*bf16", "dz_ptr": "*bf16"}
     full = {**plain, "HAS_CE": True, "TEMPERED": True, "SOFTCAP": True}
-    yield "plain", plain, narrow
-    yield "jsd, CE, T, soft-cap", {**full, "DIVERGENCE": "jsd"}, narrow
-    yield "skewed reverse KL, CE, T, soft-cap", {**full, "DIVERGENCE": "skewed_reverse_kl"}, narrow
-    yield "bf16 in place, CE", {**plain, "HAS_CE": True, "NARROW": False, "HAS_ROWS": True}, same
+    yield "plain", plain, bf16
+    yield "jsd, CE, T, soft-cap", {**full, **constants_of("jsd")}, bf16
+    yield "skewed reverse KL, CE, T, soft-cap", {**full, **constants_of("skewed_reverse_kl")}, bf16
+    yield "bf16 in place, CE", {**plain, "HAS_CE": True, "BF16_GRAD": False, "HAS_ROWS": True}, same
     if which == "all":
-        yield "no gradient", {**full, "WANT_GRAD": False}, narrow
-        for divergence, tail in itertools.product(
-            ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"),
-            ("bucket", "truncated", "renormalised"),
-        ):
-            yield f"{divergence} {tail}, full", {**full, "DIVERGENCE": divergence, "TAIL": tail}, narrow
-        yield "fp32 in place, full", {**full, "NARROW": False, "HAS_ROWS": True}, {}
+        yield "no gradient", {**full, "WANT_GRAD": False}, bf16
+        for divergence, tail in itertools.product(DIVERGENCES, ("bucket", "truncated", "renormalised")):
+            yield f"{divergence} {tail}, full", {**full, **constants_of(divergence), "TAIL": tail}, bf16
+        yield "fp32 in place, full", {**full, "BF16_GRAD": False, "HAS_ROWS": True}, {}
 
 
 def full_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
     """As loss_variants, for linear_full_kl."""
     plain = {
-        "DIVERGENCE": "forward_kl",
+        **constants_of("forward_kl", sparse=False),
         "HAS_KD": True,
         "HAS_CE": False,
         "TEMPERED": False,
         "SOFTCAP": False,
         "TEACHER_SOFTCAP": False,
         "WANT_GRAD": True,
-        "NARROW": True,
+        "BF16_GRAD": True,
         "BLOCK_V": triton_full.TILE.block_v,
     }
-    narrow = {"dz_ptr": "*bf16"}
+    bf16 = {"dz_ptr": "*bf16"}
     full = {**plain, "HAS_CE": True, "TEMPERED": True, "SOFTCAP": True, "TEACHER_SOFTCAP": True}
-    yield "plain", plain, narrow
-    yield "jsd, CE, T, soft-caps", {**full, "DIVERGENCE": "jsd"}, narrow
-    yield "fp32 in place, CE", {**plain, "HAS_CE": True, "NARROW": False}, {}
+    yield "plain", plain, bf16
+    yield "jsd, CE, T, soft-caps", {**full, **constants_of("jsd", sparse=False)}, bf16
+    yield "fp32 in place, CE", {**plain, "HAS_CE": True, "BF16_GRAD": False}, {}
     if which == "all":
-        yield "no gradient", {**full, "WANT_GRAD": False}, narrow
-        for divergence in ("forward_kl", "reverse_kl", "skewed_forward_kl", "skewed_reverse_kl"):
-            yield f"{divergence}, full", {**full, "DIVERGENCE": divergence}, narrow
-        yield "CE alone", {**full, "DIVERGENCE": "jsd", "HAS_KD": False}, narrow
+        yield "no gradient", {**full, "WANT_GRAD": False}, bf16
+        for divergence in DIVERGENCES.keys() - {"jsd"}:
+            yield f"{divergence}, full", {**full, **constants_of(divergence, sparse=False)}, bf16
+        yield "CE alone", {**full, **constants_of("jsd", sparse=False), "HAS_KD": False}, bf16
 
 
 def builds(which: str) -> Iterator[Build]:
@@ -122,16 +127,16 @@ def builds(which: str) -> Iterator[Build]:
 
 
 def slice_builds() -> Iterator[Build]:
-    """The lean mode's two bodies, plainest and fullest, with what is kept and without."""
+    """The two bodies for vocabulary slices, plainest and fullest, with what is kept and without."""
     for tile, full, kept in itertools.product(slices.SLICE_TILES, (False, True), (False, True)):
         blocks = {"BLOCK_S": tile.block_v, "BLOCK_K": tile.max_k, "SOFTCAP": full}
         name = ("CE, T, soft-cap" if full else "plain") + (", kept" if kept else "")
-        reading = {**blocks, "TEMPERED": full, "KEEP": kept, "KEEP_ONE": full and kept}
-        narrow = {"tempered_ptr": "*bf16", "one_ptr": "*bf16"}
-        yield Build(slices.read_slice_kernel, f"read_slice K<={tile.max_k}: {name}", reading, tile.warps, narrow)
-        writing = {**blocks, "HAS_CE": full, "TWO": full, "KEPT": kept, "NARROW": not kept}
-        narrow = {"dz_ptr": "*bf16"} | ({"z_ptr": "*bf16", "one_ptr": "*bf16"} if kept else {})
-        yield Build(slices.write_slice_kernel, f"write_slice K<={tile.max_k}: {name}", writing, tile.warps, narrow)
+        reading = {**blocks, "TEMPERED": full, "KEEP": kept, "KEEP_PLAIN": full and kept}
+        bf16 = {"tempered_ptr": "*bf16", "plain_ptr": "*bf16"}
+        yield Build(slices.read_slice_kernel, f"read_slice K<={tile.max_k}: {name}", reading, tile.warps, bf16)
+        writing = {**blocks, "HAS_CE": full, "HAS_PLAIN": full, "KEPT": kept, "BF16_GRAD": not kept}
+        bf16 = {"dz_ptr": "*bf16"} | ({"z_ptr": "*bf16", "plain_ptr": "*bf16"} if kept else {})
+        yield Build(slices.write_slice_kernel, f"write_slice K<={tile.max_k}: {name}", writing, tile.warps, bf16)
 
 
 def compile_for(build: Build, target: GPUTarget) -> Any:
@@ -190,7 +195,7 @@ def main() -> None:
         if target.backend == "cuda":
             ptx = compiled.asm["ptx"]
             used |= {"barriers": ptx.count("bar.sync"), "vector_loads": len(re.findall(r"ld\.global\S*\.v[24]", ptx))}
-        record = {"name": build.name, "narrow": bool(build.constants.get("NARROW")), "target": label, **used}
+        record = {"name": build.name, "bf16_grad": bool(build.constants.get("BF16_GRAD")), "target": label, **used}
         if "--table" in sys.argv:
             rows.setdefault(build.name, []).append(f"{used['registers']} / {used['shared']}")
         else:

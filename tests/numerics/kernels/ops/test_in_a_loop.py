@@ -1,6 +1,6 @@
 """Every loss inside a small network: accumulation, checkpointing, autocast and a frozen head, alone and all at once.
 
-test_kernels_autograd.py asks the same of linear_sparse_kl's default alone, to the bit; here the gradients go on into a
+fused/test_autograd.py asks the same of linear_sparse_kl's default alone, to the bit; here the gradients go on into a
 body, and the losses are those with options of their own.
 """
 
@@ -60,8 +60,8 @@ def gradients(p, name, *, parts=1, checkpointed=False, autocast=False, frozen=Fa
 
 
 @pytest.fixture(scope="module")
-def problem(make_problem):
-    return make_problem(temperature=1.0).cast(torch.float32, grad=False)
+def example(make_example):
+    return make_example(temperature=1.0).cast(torch.float32, grad=False)
 
 
 def check(got, want, tol):
@@ -73,32 +73,32 @@ def check(got, want, tol):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("how", [{"parts": 4}, {"checkpointed": True}, {"parts": 3, "checkpointed": True}])
-def test_the_way_of_computing_changes_nothing(problem, name, how):
-    check(gradients(problem, name, **how), gradients(problem, name), 1e-5)
+def test_the_way_of_computing_changes_nothing(example, name, how):
+    check(gradients(example, name, **how), gradients(example, name), 1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_frozen_head_leaves_the_rest_as_it_is(problem, name):
-    whole = gradients(problem, name)
-    check(gradients(problem, name, frozen=True), {k: v for k, v in whole.items() if k.startswith("body")}, 1e-6)
+def test_a_frozen_head_leaves_the_rest_as_it_is(example, name):
+    whole = gradients(example, name)
+    check(gradients(example, name, frozen=True), {k: v for k, v in whole.items() if k.startswith("body")}, 1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_autocast_is_near_and_keeps_master_gradients(problem, name):
-    check(gradients(problem, name, autocast=True), gradients(problem, name), 3e-2)
+def test_autocast_is_near_and_keeps_master_gradients(example, name):
+    check(gradients(example, name, autocast=True), gradients(example, name), 3e-2)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_all_at_once(problem, name):
+def test_all_at_once(example, name):
     everything = {"autocast": True, "parts": 3, "checkpointed": True, "frozen": True}
-    check(gradients(problem, name, **everything), gradients(problem, name, autocast=True, frozen=True), 2e-2)
+    check(gradients(example, name, **everything), gradients(example, name, autocast=True, frozen=True), 2e-2)
 
 
-def test_teacher_side_under_autocast(problem):
+def test_teacher_side_under_autocast(example):
     """fp32 hidden states and head: what bf16 ones give, in fp32."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = kk.linear_topk_lse(problem.hidden, problem.weight, 7)
-    want = kk.linear_topk_lse(problem.hidden.bfloat16(), problem.weight.bfloat16(), 7)
+        got = kk.linear_topk_lse(example.hidden, example.weight, 7)
+    want = kk.linear_topk_lse(example.hidden.bfloat16(), example.weight.bfloat16(), 7)
     assert got.logits_NK.dtype == got.lse_N.dtype == torch.float32
     torch.testing.assert_close(got.logits_NK, want.logits_NK, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(got.lse_N, want.lse_N, rtol=1e-2, atol=1e-2)

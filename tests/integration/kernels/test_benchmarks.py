@@ -25,14 +25,15 @@ if __name__ == "__main__":
     import run
     from measure import Setting, registry
     from memory import peak_bytes
-    from shapes import Shape
+    from shapes import LossShape
 
     options = "--table tiny --no-compile --measure times errors --rounds 2 --out"
     sys.argv[1:] = [*options.split(), sys.argv[1]]
     run.main()
     cpu = torch.device("cpu")
     (products,) = [c for c in registry(cpu) if (c.op, c.name) == ("linear_sparse_kl", "bare products")]
-    peaks = [peak_bytes(products, Setting(Shape(n, 16, 16384, 8), torch.bfloat16, cpu, "forward")) for n in (256, 2048)]
+    settings = [Setting(LossShape(n, 16, 16384, 8), torch.bfloat16, cpu, "forward") for n in (256, 2048)]
+    peaks = [peak_bytes(products, setting) for setting in settings]
     expected = [[c.op, c.name, c.mode, direction] for c in registry(cpu) for direction in c.directions]
     print(json.dumps({"expected": expected, "peaks": peaks}))
 """
@@ -108,8 +109,8 @@ def test_page_is_well_formed_loads_nothing_and_draws_every_time(ran: Ran) -> Non
 
 
 def test_peak_memory_of_the_bare_product_is_its_logits(ran: Ran) -> None:
-    (small, problem), (large, other) = ran.peaks
-    assert problem == other == ""
+    (small, reason), (large, other_reason) = ran.peaks
+    assert reason == other_reason == ""
     assert large - small == pytest.approx((2048 - 256) * 16384 * 2, rel=0.1)
 
 

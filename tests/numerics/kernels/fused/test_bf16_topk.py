@@ -1,4 +1,4 @@
-"""linear_topk_lse from bf16 logits on a CPU (narrow_topk.py) against the fp64 twin."""
+"""linear_topk_lse from bf16 logits on a CPU against the fp64 twin."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ VOCAB = 16_421  # not a multiple of a group
 
 
 @pytest.fixture(autouse=True)
-def narrow_anywhere(monkeypatch):
+def bf16_anywhere(monkeypatch):
     """Also where the CPU has no bf16 instructions, and never without using it. Gives the rows that were in doubt."""
     monkeypatch.setattr(products, "_cpu_has_bf16", lambda: True)
     doubtful = []
-    narrow = bf16_topk.narrow_topk_lse
+    original = bf16_topk.bf16_topk_lse
 
     def spied(*args):
-        found, rows_C = narrow(*args)
+        top, rows_C = original(*args)
         doubtful.append(rows_C.clone())
-        return found, rows_C
+        return top, rows_C
 
-    monkeypatch.setattr(op, "narrow_topk_lse", spied)
+    monkeypatch.setattr(op, "bf16_topk_lse", spied)
     yield doubtful
     assert doubtful
 
@@ -46,12 +46,12 @@ def check(got, hidden, weight, k, temperature=1.0, lse=1e-3):
 
 @pytest.mark.parametrize("k", [1, 64, 300])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_equals_the_twin(narrow_anywhere, k, temperature):
+def test_equals_the_twin(bf16_anywhere, k, temperature):
     hidden, weight = models()
     got = kk.linear_topk_lse(hidden, weight, k, temperature=temperature, chunk_bytes=VOCAB * 2 * 10)
     check(got, hidden, weight, k, temperature)
-    assert [len(rows) for rows in narrow_anywhere] == [8, 8, 8]
-    assert int(torch.cat(narrow_anywhere).sum()) == 0  # or it tests the fallback
+    assert [len(rows) for rows in bf16_anywhere] == [8, 8, 8]
+    assert int(torch.cat(bf16_anywhere).sum()) == 0  # or it tests the fallback
 
 
 @pytest.mark.parametrize("spread", [0.02, 4.0])
@@ -68,22 +68,22 @@ def test_logits_far_above_what_the_sample_shows():
     check(kk.linear_topk_lse(hidden, weight, 64), hidden, weight, 64)
 
 
-def test_rows_in_doubt_are_made_again_in_fp32(narrow_anywhere):
+def test_rows_in_doubt_are_made_again_in_fp32(bf16_anywhere):
     """Equal logits across the edge: the lower ids are kept, as from fp32 logits."""
     hidden, weight = models()
     weight[12_000:12_400] = weight[50]
     hidden[:8] = (weight[50] * 4).bfloat16()  # their 401 largest logits are the same one
     hidden[8] = 0.0
     got = kk.linear_topk_lse(hidden, weight, 64)
-    assert torch.cat(narrow_anywhere)[:9].all()
-    assert not torch.cat(narrow_anywhere).all()
+    assert torch.cat(bf16_anywhere)[:9].all()
+    assert not torch.cat(bf16_anywhere).all()
     want = torch.tensor([50, *range(12_000, 12_063)])
     assert torch.equal(got.ids_NK[:8], want.expand(8, -1))
     assert torch.equal(got.ids_NK[8], torch.arange(64))
     check(got, hidden, weight, 64)
 
 
-def test_near_equals_below_the_rounding_are_ordered_by_their_fp32_values(narrow_anywhere):
+def test_near_equals_below_the_rounding_are_ordered_by_their_fp32_values(bf16_anywhere):
     """A thousand logits within a rounding of each other: without the doubt, entries would be missed."""
     hidden, weight = models(hidden=64)
     weight[4000:5000] = (
@@ -91,11 +91,11 @@ def test_near_equals_below_the_rounding_are_ordered_by_their_fp32_values(narrow_
     ).bfloat16()
     hidden[:4] = (weight[7] * 6).bfloat16()
     got = kk.linear_topk_lse(hidden, weight, 64)
-    assert torch.cat(narrow_anywhere)[:4].all()
+    assert torch.cat(bf16_anywhere)[:4].all()
     check(got, hidden, weight, 64)
 
 
-def test_nan_stays_in_its_row(narrow_anywhere):
+def test_nan_stays_in_its_row(bf16_anywhere):
     hidden, weight = models()
     hidden[3, 5] = float("nan")
     got = kk.linear_topk_lse(hidden, weight, 8)
@@ -119,11 +119,11 @@ def test_no_rows():
     kk.linear_topk_lse(weight[:1], weight, 8)
 
 
-def test_small_heads_and_those_with_a_bias_or_a_cap_keep_fp32_logits(narrow_anywhere):
+def test_small_heads_and_those_with_a_bias_or_a_cap_keep_fp32_logits(bf16_anywhere):
     hidden, weight = models()
     kk.linear_topk_lse(hidden, weight[:8000], 8)
     kk.linear_topk_lse(hidden, weight, 3000)
     kk.linear_topk_lse(hidden, weight, 8, softcap=30.0)
     kk.linear_topk_lse(hidden, weight, 8, bias_V=torch.zeros(VOCAB))
-    assert not narrow_anywhere
+    assert not bf16_anywhere
     kk.linear_topk_lse(hidden, weight, 8)

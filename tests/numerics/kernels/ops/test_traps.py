@@ -60,9 +60,9 @@ def test_teacher_tail_zero_adds_nothing():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("tail", ["bucket", "truncated", "renormalised"])
-def test_empty_and_repeated_slots_change_nothing(make_problem, divergence, tail):
+def test_empty_and_repeated_slots_change_nothing(make_example, divergence, tail):
     """Slots of -inf (with any id, even out of range) and repeats of an entry leave loss and gradient as they were."""
-    p = make_problem().cast(torch.float32)
+    p = make_example().cast(torch.float32)
     logits = (p.hidden @ p.weight.T).detach()
     options = {"divergence": divergence, "tail": tail, "ce_weight": 0.2}
     plain, plain_grad = run(logits, *p.targets, p.labels, **options)
@@ -76,8 +76,8 @@ def test_empty_and_repeated_slots_change_nothing(make_problem, divergence, tail)
 
 @pytest.mark.parametrize("tail", ["bucket", "truncated", "renormalised"])
 @pytest.mark.parametrize("in_support", [True, False])
-def test_nan_logit_poisons_its_row(make_problem, tail, in_support):
-    p = make_problem().cast(torch.float32)
+def test_nan_logit_poisons_its_row(make_example, tail, in_support):
+    p = make_example().cast(torch.float32)
     logits = (p.hidden @ p.weight.T).detach()
     column = int(p.ids[5, 2]) if in_support else int((set(range(203)) - set(p.ids[5].tolist())).pop())
     logits[5, column] = float("nan")
@@ -88,8 +88,8 @@ def test_nan_logit_poisons_its_row(make_problem, tail, in_support):
 
 
 @pytest.mark.parametrize("broken", [float("nan"), -INF])
-def test_teacher_row_without_numbers_is_a_readable_error(make_problem, broken):
-    p = make_problem().cast(torch.float32)
+def test_teacher_row_without_numbers_is_a_readable_error(make_example, broken):
+    p = make_example().cast(torch.float32)
     p.logits[4] = broken
     with pytest.raises(ValueError, match=r"teacher targets.*valid row 3"):
         kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels)
@@ -107,8 +107,8 @@ def test_minus_infinity_in_the_students_tail():
 
 @pytest.mark.parametrize(("rows", "vocab", "k"), [(1, 2, 1), (5, 41, 3), (7, 401, 33), (4, 64, 64), (3, 1271, 5)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_awkward_shapes(make_problem, rows, vocab, k, divergence):
-    p32 = make_problem(rows=rows, hidden=8, vocab=vocab, k=k, spread=0.5).cast(torch.float32)
+def test_awkward_shapes(make_example, rows, vocab, k, divergence):
+    p32 = make_example(rows=rows, hidden=8, vocab=vocab, k=k, spread=0.5).cast(torch.float32)
     p64 = p32.cast(torch.float64)
     for chunk_bytes in (1, 1 << 20):
         got = kk.linear_sparse_kl(
@@ -125,8 +125,8 @@ def test_awkward_shapes(make_problem, rows, vocab, k, divergence):
 
 
 @pytest.mark.parametrize("rows", [0, 6])
-def test_nothing_valid_gives_zero_and_zero_gradients(make_problem, rows):
-    p = make_problem(rows=rows).cast(torch.float32)
+def test_nothing_valid_gives_zero_and_zero_gradients(make_example, rows):
+    p = make_example(rows=rows).cast(torch.float32)
     p.labels[:] = -100
     result = kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels, ce_weight=0.5)
     result.loss_sum.backward()
@@ -137,8 +137,8 @@ def test_nothing_valid_gives_zero_and_zero_gradients(make_problem, rows):
     assert not p.hidden.grad.any()
 
 
-def test_padded_vocabulary_rows_take_no_part(make_problem):
-    p = make_problem(vocab=190).cast(torch.float32)
+def test_padded_vocabulary_rows_take_no_part(make_example):
+    p = make_example(vocab=190).cast(torch.float32)
     padded = torch.cat([p.weight.detach(), torch.full((13, 24), 1e4)]).requires_grad_()
     plain = kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels, ce_weight=0.5)
     sliced = kk.linear_sparse_kl(p.hidden, padded, *p.targets, labels_N=p.labels, ce_weight=0.5, vocab_size=190)
@@ -172,16 +172,16 @@ def test_padded_vocabulary_rows_take_no_part(make_problem):
         ({"bias_V": torch.zeros(3)}, "bias_V"),
     ],
 )
-def test_bad_arguments_are_named(make_problem, change, match):
-    p = make_problem().cast(torch.float32)
+def test_bad_arguments_are_named(make_example, change, match):
+    p = make_example().cast(torch.float32)
     with pytest.raises(ValueError, match=match):
         kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, **{"labels_N": p.labels, **change})
 
 
-def test_triton_is_refused_and_the_choice_logged_once(make_problem, caplog, monkeypatch):
-    monkeypatch.setattr("kdscale_kernels.backend._said", set())
+def test_triton_is_refused_and_the_choice_logged_once(make_example, caplog, monkeypatch):
+    monkeypatch.setattr("kdscale_kernels.backend._logged", set())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    p = make_problem().cast(torch.float32)
+    p = make_example().cast(torch.float32)
     with pytest.raises(
         kk.BackendUnavailableError, match=r"backend='triton': (triton is not installed|.*TRITON_INTERPRET)"
     ):

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (the dev extra installs it on Linux)")
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 

@@ -13,7 +13,7 @@ SKEWED = ["skewed_forward_kl", "skewed_reverse_kl"]
 
 
 def drawn(p, draws=12, seed=0):
-    """The problem's targets replaced by draws from the teacher's entries: (ids, logits, lse), weights; with repeats."""
+    """The example's targets replaced by draws from the teacher's entries: (ids, logits, lse), weights; with repeats."""
     gen = torch.Generator().manual_seed(seed)
     pick = torch.randint(0, p.ids.shape[1], (p.ids.shape[0], draws), generator=gen)
     weights = torch.rand(pick.shape, generator=gen, dtype=torch.float64) + 0.1
@@ -36,14 +36,14 @@ def results(module, p, targets, bias, **options):
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 @pytest.mark.parametrize("head", [{}, {"temperature": 2.5}, {"temperature": 0.7, "softcap": 5.0, "vocab_size": 190}])
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
-def test_sampled_targets_equal_the_twin(make_problem, noise, ce_weight, head, dtype, tol):
+def test_sampled_targets_equal_the_twin(make_example, noise, ce_weight, head, dtype, tol):
     bias = "softcap" in head
-    problem = make_problem(
+    example = make_example(
         noise=noise, with_bias=bias, dtype=dtype if dtype == torch.bfloat16 else torch.float32, **head
     )
     found = []
     for module, kind in ((kk, dtype), (reference, torch.float64)):
-        p = problem.cast(kind)
+        p = example.cast(kind)
         targets, weights = drawn(p)
         options = head | {"ce_weight": ce_weight, "tail": "sampled", "target_weights_NK": weights}
         found.append(
@@ -53,8 +53,8 @@ def test_sampled_targets_equal_the_twin(make_problem, noise, ce_weight, head, dt
     for field in ("loss_sum", "kd_sum", "ce_sum", "teacher_mass_sum", "student_tail_sum", "top1_agree_sum"):
         torch.testing.assert_close(getattr(got, field).double(), getattr(want, field), rtol=tol, atol=tol)
     assert len(got_grads) == len(want_grads) == 2 + bias
-    for mine, theirs in zip(got_grads, want_grads, strict=True):
-        assert float((mine.double() - theirs).norm() / theirs.norm()) < tol
+    for actual, expected in zip(got_grads, want_grads, strict=True):
+        assert float((actual.double() - expected).norm() / expected.norm()) < tol
 
 
 def test_sampled_gradient_is_softmax_times_mass_minus_weights():
@@ -74,9 +74,9 @@ def test_sampled_gradient_is_softmax_times_mass_minus_weights():
     torch.testing.assert_close(logits.grad, torch.softmax(logits.detach(), 1) * 1.4 - spread, rtol=1e-12, atol=1e-15)
 
 
-def test_the_mean_over_draws_is_the_gradient_of_the_full_kl(make_problem):
+def test_the_mean_over_draws_is_the_gradient_of_the_full_kl(make_example):
     """One draw of id i has probability p_i and weight 1: the expectation over i is exact for every K = V draw."""
-    p = make_problem(rows=3, vocab=21, k=21).cast(torch.float64)
+    p = make_example(rows=3, vocab=21, k=21).cast(torch.float64)
     (want,) = torch.autograd.grad(
         kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels).loss_sum, p.hidden
     )
@@ -90,8 +90,8 @@ def test_the_mean_over_draws_is_the_gradient_of_the_full_kl(make_problem):
     torch.testing.assert_close(mean, want, rtol=1e-9, atol=1e-10)
 
 
-def test_repeats_are_one_entry_with_the_sum_of_weights(make_problem):
-    p = make_problem().cast(torch.float32)
+def test_repeats_are_one_entry_with_the_sum_of_weights(make_example):
+    p = make_example().cast(torch.float32)
     (ids, logits, lse), weights = drawn(p, draws=33)
     logits[:] = 0.0
     spread = torch.zeros(11, 203, dtype=torch.float64).scatter_add_(1, ids, weights.double())
@@ -109,21 +109,21 @@ def test_repeats_are_one_entry_with_the_sum_of_weights(make_problem):
 @pytest.mark.parametrize("divergence", SKEWED)
 @pytest.mark.parametrize("skew", [0.01, 0.5, 0.95])
 @pytest.mark.parametrize("tail", ["bucket", "truncated", "renormalised"])
-def test_skews_equal_the_twin(make_problem, divergence, skew, tail):
+def test_skews_equal_the_twin(make_example, divergence, skew, tail):
     found = []
     for module in (kk, reference):
-        p = make_problem(noise=0.3).cast(torch.float64)
+        p = make_example(noise=0.3).cast(torch.float64)
         found.append(results(module, p, p.targets, False, divergence=kk.Divergence(divergence, skew), tail=tail))
     torch.testing.assert_close(found[0][0].loss_sum, found[1][0].loss_sum, rtol=1e-9, atol=1e-11)
-    for mine, theirs in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-11)
+    for actual, expected in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize(
     ("skewed", "plain"), [("skewed_forward_kl", "forward_kl"), ("skewed_reverse_kl", "reverse_kl")]
 )
-def test_a_small_skew_tends_to_the_plain_divergence(make_problem, skewed, plain):
-    p = make_problem(noise=0.3).cast(torch.float64)
+def test_a_small_skew_tends_to_the_plain_divergence(make_example, skewed, plain):
+    p = make_example(noise=0.3).cast(torch.float64)
     options = {"labels_N": p.labels}
     near = kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, divergence=kk.Divergence(skewed, 1e-7), **options)
     exact = kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, divergence=plain, **options)
@@ -142,8 +142,8 @@ def test_a_small_skew_tends_to_the_plain_divergence(make_problem, skewed, plain)
         {"tail": "sampled"},
     ],
 )
-def test_gradcheck(make_problem, module, mode):
-    p = make_problem(rows=4, hidden=5, vocab=13, k=3).cast(torch.float64)
+def test_gradcheck(make_example, module, mode):
+    p = make_example(rows=4, hidden=5, vocab=13, k=3).cast(torch.float64)
     if mode["tail"] == "sampled":
         mode = mode | {"target_weights_NK": torch.tensor([[0.5, 0.2, 0.4]], dtype=torch.float64).expand(4, 3)}
 
@@ -176,8 +176,8 @@ def test_vanishing_tails_stay_finite_and_equal_the_twin(divergence, far):
 
 @pytest.mark.parametrize("in_support", [True, False])
 @pytest.mark.parametrize("mode", [*({"divergence": d} for d in SKEWED), {"tail": "sampled"}])
-def test_nan_logit_poisons_its_row(make_problem, mode, in_support):
-    p = make_problem().cast(torch.float32)
+def test_nan_logit_poisons_its_row(make_example, mode, in_support):
+    p = make_example().cast(torch.float32)
     if "tail" in mode:
         mode = mode | {"target_weights_NK": torch.full((11, 7), 0.1)}
     logits = (p.hidden @ p.weight.T).detach()

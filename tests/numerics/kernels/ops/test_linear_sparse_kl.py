@@ -24,13 +24,13 @@ def close(got, want, tol):
     return bool(((got.double() - want.double()).abs().max() / scale) <= tol)
 
 
-def both(problem, dtype, head, **mode):
+def both(example, dtype, head, **mode):
     """(op's result, twin's) for the same stored numbers, each with gradients of hidden, weight and bias."""
     out = []
     head = dict(head)
     bias_used = head.pop("with_bias", False)
     for module, kind in ((kk, dtype), (reference, torch.float64)):
-        p = problem.cast(kind)
+        p = example.cast(kind)
         extra = {"chunk_bytes": 4 * 203 * 8} if module is kk else {}
         result = module.linear_sparse_kl(
             p.hidden,
@@ -50,61 +50,61 @@ def both(problem, dtype, head, **mode):
 @pytest.mark.parametrize(("divergence", "tail", "ce_weight"), MODES)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("noise", [None, 0.05])
-def test_fp64_equals_twin(make_problem, divergence, tail, ce_weight, head, noise):
-    problem = make_problem(noise=noise, **head)
+def test_fp64_equals_twin(make_example, divergence, tail, ce_weight, head, noise):
+    example = make_example(noise=noise, **head)
     (got, got_grads), (want, want_grads) = both(
-        problem, torch.float64, head, divergence=divergence, tail=tail, ce_weight=ce_weight
+        example, torch.float64, head, divergence=divergence, tail=tail, ce_weight=ce_weight
     )
     assert int(got.tokens) == int(want.tokens) == 10
     for field in ("loss_sum", "kd_sum", "ce_sum", "teacher_mass_sum", "student_tail_sum", "top1_agree_sum"):
         torch.testing.assert_close(getattr(got, field), getattr(want, field), rtol=1e-9, atol=1e-10)
     assert len(got_grads) == len(want_grads) == (3 if head.get("with_bias") else 2)
-    for mine, theirs in zip(got_grads, want_grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+    for actual, expected in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(("divergence", "tail", "ce_weight"), MODES)
 @pytest.mark.parametrize("noise", [None, 0.05])
-def test_fp32_near_twin(make_problem, divergence, tail, ce_weight, noise):
+def test_fp32_near_twin(make_example, divergence, tail, ce_weight, noise):
     head = {"temperature": 1.5}
-    problem = make_problem(noise=noise, **head)
+    example = make_example(noise=noise, **head)
     (got, got_grads), (want, want_grads) = both(
-        problem, torch.float32, head, divergence=divergence, tail=tail, ce_weight=ce_weight
+        example, torch.float32, head, divergence=divergence, tail=tail, ce_weight=ce_weight
     )
     assert close(got.loss_sum, want.loss_sum, 1e-4)
-    for mine, theirs in zip(got_grads, want_grads, strict=True):
-        assert mine.dtype == torch.float32
-        assert close(mine, theirs, 1e-4)
+    for actual, expected in zip(got_grads, want_grads, strict=True):
+        assert actual.dtype == torch.float32
+        assert close(actual, expected, 1e-4)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("noise", [None, 0.3, 0.05])
-def test_bf16_matched_gradients_keep_their_digits(make_problem, divergence, noise):
+def test_bf16_matched_gradients_keep_their_digits(make_example, divergence, noise):
     """bf16 operands, fp32 logits: the gradient stays within rounding of bf16; bf16 logits would lose it entirely."""
-    problem = make_problem(rows=32, hidden=64, vocab=1000, k=16, noise=noise, spread=0.35, dtype=torch.bfloat16, seed=3)
-    (_, got), (_, want) = both(problem, torch.bfloat16, {}, divergence=divergence)
-    for mine, theirs in zip(got, want, strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert float((mine.double() - theirs).norm() / theirs.norm()) < 5e-3
+    example = make_example(rows=32, hidden=64, vocab=1000, k=16, noise=noise, spread=0.35, dtype=torch.bfloat16, seed=3)
+    (_, got), (_, want) = both(example, torch.bfloat16, {}, divergence=divergence)
+    for actual, expected in zip(got, want, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert float((actual.double() - expected).norm() / expected.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_sparse_kl_on_logits(make_problem, inplace, temperature):
-    problem = make_problem(temperature=temperature).cast(torch.float32)
-    leaf = (problem.hidden @ problem.weight.T).detach().requires_grad_()
-    options = {"labels_N": problem.labels, "ce_weight": 0.4, "temperature": temperature, "vocab_size": 203}
+def test_sparse_kl_on_logits(make_example, inplace, temperature):
+    example = make_example(temperature=temperature).cast(torch.float32)
+    leaf = (example.hidden @ example.weight.T).detach().requires_grad_()
+    options = {"labels_N": example.labels, "ce_weight": 0.4, "temperature": temperature, "vocab_size": 203}
     logits = leaf * 1.0
-    (kk.sparse_kl(logits, *problem.targets, inplace_grad=inplace, **options).loss_sum * 0.5).backward()
+    (kk.sparse_kl(logits, *example.targets, inplace_grad=inplace, **options).loss_sum * 0.5).backward()
     wide = leaf.detach().double().requires_grad_()
-    (reference.sparse_kl(wide, *problem.targets, **options).loss_sum * 0.5).backward()
+    (reference.sparse_kl(wide, *example.targets, **options).loss_sum * 0.5).backward()
     assert close(leaf.grad, wide.grad, 1e-5)
     assert not leaf.grad[3].any()  # the ignored row
     assert torch.equal(logits, leaf) != inplace
 
 
-def test_sparse_kl_inplace_refuses_a_second_backward(make_problem):
-    p = make_problem().cast(torch.float32)
+def test_sparse_kl_inplace_refuses_a_second_backward(make_example):
+    p = make_example().cast(torch.float32)
     logits = (p.hidden @ p.weight.T) * 1.0
     loss = kk.sparse_kl(logits, *p.targets, labels_N=p.labels, inplace_grad=True).loss_sum
     loss.backward(retain_graph=True)
@@ -112,12 +112,12 @@ def test_sparse_kl_inplace_refuses_a_second_backward(make_problem):
         loss.backward()
 
 
-def test_gradcheck_of_the_twin(make_problem):
-    problem = make_problem(rows=4, hidden=5, vocab=13, k=3).cast(torch.float64)
+def test_gradcheck_of_the_twin(make_example):
+    example = make_example(rows=4, hidden=5, vocab=13, k=3).cast(torch.float64)
 
     def loss(hidden, weight):
         return reference.linear_sparse_kl(
-            hidden, weight, *problem.targets, labels_N=problem.labels, ce_weight=0.3, temperature=2.0, divergence="jsd"
+            hidden, weight, *example.targets, labels_N=example.labels, ce_weight=0.3, temperature=2.0, divergence="jsd"
         ).loss_sum
 
-    assert torch.autograd.gradcheck(loss, (problem.hidden, problem.weight))
+    assert torch.autograd.gradcheck(loss, (example.hidden, example.weight))

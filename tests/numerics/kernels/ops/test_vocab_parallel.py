@@ -74,16 +74,16 @@ def single(student, teacher, k):
     }
 
 
-def triton_cases(make_problem, world):
+def triton_cases(make_example, world):
     """What the Triton kernels run of both ops: in the interpreter over gloo, on GPUs over NCCL."""
     cases, triton = {}, {"backend": "triton"}
     head = {"temperature": 3.0, "softcap": 4.0}
     for noise, options in ((None, {"ce_weight": 0.3, **head}), (0.05, {"divergence": "jsd"})):
         tempered = {key: options[key] for key in head if key in options}
-        p = make_problem(rows=6, noise=noise, with_bias=True, **tempered).cast(torch.float32, grad=False)
+        p = make_example(rows=6, noise=noise, with_bias=True, **tempered).cast(torch.float32, grad=False)
         more = {"chunk_bytes": 4 * 133 * 4, "options": options} | triton
         cases[world, "triton", noise] = case_of(p, SPANS[world], bias=True, **more)
-    p = make_problem(rows=4).cast(torch.float32, grad=False)
+    p = make_example(rows=4).cast(torch.float32, grad=False)
     for k, options in ((5, head), (100, {}), (400, {})):  # 100: more than some shards have
         cases[world, "triton topk", k] = case_of(p, SPANS[world], bias=True, k=k, options=options) | triton
     weight = p.weight.clone()
@@ -92,7 +92,7 @@ def triton_cases(make_problem, world):
     cases[world, "triton padded topk"] = padded | {"k": 9}
     cases[world, "triton padded"] = padded | {
         "options": {"ce_weight": 0.3},
-        "targets": make_problem(rows=4, vocab_size=190).cast(torch.float32).targets,
+        "targets": make_example(rows=4, vocab_size=190).cast(torch.float32).targets,
         "labels": p.labels.clamp(max=189),
     }
     ties = torch.arange(203)[:, None].expand(-1, 24) // 40 / 24.0
@@ -101,34 +101,34 @@ def triton_cases(make_problem, world):
     broken = p.weight.clone()
     broken[150, 0] = torch.nan
     cases[world, "triton nan topk"] = case_of(p, SPANS[world], k=4) | triton | {"weight": broken}
-    p = make_problem(rows=3, hidden=8, vocab=1536).cast(torch.float32, grad=False)
+    p = make_example(rows=3, hidden=8, vocab=1536).cast(torch.float32, grad=False)
     wide = [(1536 // world * r, 1536 // world * (r + 1)) for r in range(world)]
     cases[world, "triton groups"] = case_of(p, wide, vocab_size=1536, k=4) | triton
     return cases
 
 
-def build_cases(make_problem):
+def build_cases(make_example):
     cases = {}
     for world in (2, 4):
         for name, options in LOSSES.items():
             head = {key: options[key] for key in ("temperature", "softcap") if key in options}
             for noise in (None, 0.05):
-                p = make_problem(noise=noise, with_bias=True, **head).cast(torch.float64, grad=False)
+                p = make_example(noise=noise, with_bias=True, **head).cast(torch.float64, grad=False)
                 cases[world, name, noise] = case_of(p, SPANS[world], bias=True, options=options)
         for name, options in TOPS.items():
-            p = make_problem().cast(torch.float64, grad=False)
+            p = make_example().cast(torch.float64, grad=False)
             for k in (5, 203, 400):
                 cases[world, "topk", name, k] = case_of(p, SPANS[world], bias=True, k=k, options=options)
-        p = make_problem(vocab_size=190).cast(torch.float64, grad=False)
+        p = make_example(vocab_size=190).cast(torch.float64, grad=False)
         padded = {"vocab_size": 190, "options": {"ce_weight": 0.3, "temperature": 2.0}}
         weight = p.weight.clone()
         weight[190:] = torch.nan  # nothing may come of the padding, not even times zero
         cases[world, "padded"] = case_of(p, PADDED[world], **padded) | {"weight": weight}
         cases[world, "padded topk"] = case_of(p, PADDED[world], vocab_size=190, k=9) | {"weight": weight}
 
-        p = make_problem(rows=40, hidden=64, vocab=203, k=16, noise=0.05, spread=0.35, dtype=torch.bfloat16, seed=3)
+        p = make_example(rows=40, hidden=64, vocab=203, k=16, noise=0.05, spread=0.35, dtype=torch.bfloat16, seed=3)
         cases[world, "bf16"] = case_of(p.cast(torch.bfloat16, grad=False), SPANS[world])
-        p = make_problem(rows=12, noise=0.1).cast(torch.float32, grad=False)
+        p = make_example(rows=12, noise=0.1).cast(torch.float32, grad=False)
         mixed = {"options": {"ce_weight": 0.3, "temperature": 2.0}}
         cases[world, "fp32"] = cases[world, "again"] = case_of(p, SPANS[world], **mixed)
         cases[world, "checkpointed"] = case_of(p, SPANS[world], checkpointed=True, **mixed)
@@ -144,7 +144,7 @@ def build_cases(make_problem):
         hidden = p.hidden.clone()
         hidden[5, 2] = torch.nan
         cases[world, "nan row"] = case_of(p, SPANS[world]) | {"hidden": hidden}
-        big = make_problem(rows=256, hidden=4, vocab=2048, k=4).cast(torch.float32, grad=False)
+        big = make_example(rows=256, hidden=4, vocab=2048, k=4).cast(torch.float32, grad=False)
         wide = [(2048 // world * r, 2048 // world * (r + 1)) for r in range(world)]
         cases[world, "large"] = case_of(big, wide, vocab_size=2048, chunk_bytes=16 * 2048 // world * 4)
         far = [100.0, 99.0, -100.0, -100.0, 60.0, -100.0]
@@ -154,7 +154,7 @@ def build_cases(make_problem):
         gap = [(a + (a > 3), b) for a, b in SPANS[world]]
         cases[world, "gap"] = case_of(p, gap)
         cases[world, "unlike"] = case_of(p, SPANS[world], by_rank={1: {"chunk_bytes": 12345}})
-        p = make_problem(rows=4).cast(torch.float64, grad=False)
+        p = make_example(rows=4).cast(torch.float64, grad=False)
         cases[world, "no backend"] = case_of(p, SPANS[world], by_rank={1: {"backend": "triton"}})
         cases[world, "no topk backend"] = cases[world, "no backend"] | {"k": 3}
         cases[world, "refused"] = case_of(p, SPANS[world], by_rank={1: {"bias_Vs": torch.zeros(2)}})
@@ -184,11 +184,11 @@ def launch(folder, cases, world, device):
 
 
 @pytest.fixture(scope="module")
-def ran(make_problem, tmp_path_factory):
+def ran(make_example, tmp_path_factory):
     """{case: (the case, each rank's result in order of the group's ranks)}."""
-    cases = build_cases(make_problem)
+    cases = build_cases(make_example)
     if triton_runs("cpu"):
-        cases |= triton_cases(make_problem, 2) | triton_cases(make_problem, 4)
+        cases |= triton_cases(make_example, 2) | triton_cases(make_example, 4)
     found = launch(tmp_path_factory.mktemp("vocab-parallel"), cases, 4, "cpu")
     return {
         name: (case, [found[rank][name] for rank in ((1, 3) if name[0] == 2 else range(4))])
@@ -197,10 +197,10 @@ def ran(make_problem, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ran_on_gpus(make_problem, tmp_path_factory):
+def ran_on_gpus(make_example, tmp_path_factory):
     """The same of the Triton cases, over NCCL on as many GPUs as there are (1, 2 or 4)."""
     world = max(n for n in (1, 2, 4) if n <= torch.cuda.device_count())
-    cases = triton_cases(make_problem, world)
+    cases = triton_cases(make_example, world)
     found = launch(tmp_path_factory.mktemp("vocab-parallel-gpu"), cases, world, "cuda")
     return {name: (case, [rank[name] for rank in found]) for name, case in cases.items()}
 
@@ -256,10 +256,10 @@ def check_against_truth(ran, name, tol):
     assert same_on_all(results)
     for field, got in results[0]["sums"].items():
         torch.testing.assert_close(got.double(), getattr(want, field).detach().double(), rtol=tol, atol=tol)
-    for mine, theirs in zip(whole_gradients(case, results), want_grads, strict=True):
-        assert (mine is None) == (theirs is None)
-        if theirs is not None:
-            torch.testing.assert_close(mine.double(), theirs, rtol=tol, atol=tol)
+    for actual, expected in zip(whole_gradients(case, results), want_grads, strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(actual.double(), expected, rtol=tol, atol=tol)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -310,9 +310,9 @@ def test_fp32_and_bf16_keep_their_digits(ran, world):
     check_against_truth(ran, (world, "fp32"), 1e-4)
     case, results = ran[world, "bf16"]
     _, want = truth(case)
-    for mine, theirs in zip(whole_gradients(case, results)[:2], want[:2], strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert float((mine.double() - theirs).norm() / theirs.norm()) < 5e-3
+    for actual, expected in zip(whole_gradients(case, results)[:2], want[:2], strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert float((actual.double() - expected).norm() / expected.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -386,9 +386,9 @@ def test_a_wrong_call_is_an_error_everywhere_and_hangs_nobody(ran, world, name, 
             raise ValueError(result["error"])
 
 
-def test_no_process_group_is_a_readable_error(make_problem, monkeypatch):
+def test_no_process_group_is_a_readable_error(make_example, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
-    p = make_problem().cast(torch.float32)
+    p = make_example().cast(torch.float32)
     with pytest.raises(RuntimeError, match="init_process_group"):
         kk.vocab_parallel_topk_lse(p.hidden, p.weight, 3, first_id=0, vocab_size=203)
 
@@ -405,8 +405,8 @@ def check_triton(ran, world):
     case, results = ran[world, "triton padded"]
     want, want_grads = truth(case | {"weight": case["weight"].nan_to_num(0.0)})
     assert float(results[0]["sums"]["loss_sum"]) == pytest.approx(float(want.loss_sum.detach()), rel=1e-5)
-    for mine, theirs in zip(whole_gradients(case, results)[:2], want_grads[:2], strict=True):
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(whole_gradients(case, results)[:2], want_grads[:2], strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def check_topk(case, results, **options):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import kdscale_kernels as kk
-from kdscale_kernels import DIVERGENCES, Divergence, reference, row_steps
-from kdscale_kernels.rows import torch_full
+from kdscale_kernels import DIVERGENCES, Divergence, reference
+from kdscale_kernels.rows import torch_full, torch_steps
 
 SUMS = ("loss_sum", "tokens", "kd_sum", "ce_sum", "teacher_ce_sum", "top1_agree_sum")
 INF, NAN = float("inf"), float("nan")
@@ -83,17 +83,17 @@ def test_no_further_from_the_truth_than_plain_code(divergence, noise, temperatur
         "temperature": temperature,
         "ce_weight": ce_weight,
     }
-    truth, mine = p.cast(torch.float64), p.cast(dtype)
+    truth, actual = p.cast(torch.float64), p.cast(dtype)
     want = call(reference, truth, **options)
     want.loss_sum.backward()
-    got = call(kk, mine, chunk_bytes=3 * 4 * 203 * torch_full.full_buffers(203, "torch"), **options)
+    got = call(kk, actual, chunk_bytes=3 * 4 * 203 * torch_full.full_buffers(203), **options)
     got.loss_sum.backward()
     plain = naive(p, dtype, **options)
     for field in SUMS:
         torch.testing.assert_close(
             getattr(got, field).detach().double(), getattr(want, field).detach().double(), rtol=2e-5, atol=2e-5
         )
-    for own, other, exact in zip(mine.leaves[:2], plain.leaves[:2], truth.leaves[:2], strict=True):
+    for own, other, exact in zip(actual.leaves[:2], plain.leaves[:2], truth.leaves[:2], strict=True):
         assert own.grad.dtype == dtype
         tolerance = 1e-5 if dtype == torch.float32 else 2e-3  # bf16: the last rounding, to the leaf's dtype
         assert distance(own.grad, exact.grad) <= distance(other.grad, exact.grad) + tolerance
@@ -115,8 +115,8 @@ def test_fp64_equals_the_twin(monkeypatch, divergence, noise, temperature, ce_we
         (side.loss_sum * 0.37).backward()
     for field in SUMS:
         torch.testing.assert_close(getattr(got, field), getattr(want, field), check_dtype=False)
-    for mine, theirs in zip(p.leaves, twin.leaves, strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-11)
+    for actual, expected in zip(p.leaves, twin.leaves, strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-9, atol=1e-11)
     assert not p.weight.grad[190:].any()
 
 
@@ -227,12 +227,12 @@ def test_infinite_losses_are_said_so():
 def test_awkward_shapes(rows, vocab, divergence):
     p = make_pair(rows=rows, hidden=6, vocab=vocab)
     for chunk_bytes in (1, 1 << 20):
-        mine, truth = p.cast(torch.float32), p.cast(torch.float64)
-        got = call(kk, mine, divergence=divergence, chunk_bytes=chunk_bytes, ce_weight=0.2)
+        actual, truth = p.cast(torch.float32), p.cast(torch.float64)
+        got = call(kk, actual, divergence=divergence, chunk_bytes=chunk_bytes, ce_weight=0.2)
         want = call(reference, truth, divergence=divergence, ce_weight=0.2)
         (got.loss_sum + want.loss_sum).backward()
         torch.testing.assert_close(got.loss_sum.double(), want.loss_sum, rtol=1e-4, atol=1e-5)
-        for own, exact in zip(mine.leaves[:2], truth.leaves[:2], strict=True):
+        for own, exact in zip(actual.leaves[:2], truth.leaves[:2], strict=True):
             torch.testing.assert_close(own.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -294,13 +294,13 @@ def test_same_bits_twice(dtype):
 def test_no_grad_and_frozen_sides_make_no_gradient(monkeypatch):
     p = make_pair().cast(torch.float32)
     wanted = []
-    step = torch_full.full_rows_step
+    step = torch_full.full_step
 
     def spy(*args, **options):
         wanted.append(options["want_grad"])
         return step(*args, **options)
 
-    monkeypatch.setattr(row_steps, "full_rows_step", spy)
+    monkeypatch.setattr(torch_steps, "full_step", spy)
     with torch.no_grad():
         quiet = call(kk, p)
     assert not quiet.loss_sum.requires_grad

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape
+from shapes import LossShape
 from torch import Tensor
 
 # Student = teacher + noise, in units of the hidden states' deviation; None: two unrelated models. Timed at 0.3.
@@ -21,7 +21,7 @@ ERROR_ROWS = 128
 
 
 @dataclass
-class Problem:
+class Inputs:
     """One batch. The teacher and the student share the head; hidden_NH and weight_VH are leaves that want gradients."""
 
     hidden_NH: Tensor
@@ -39,7 +39,7 @@ class Problem:
             if leaf is not None:
                 leaf.grad = None
 
-    def with_own_logits(self) -> Problem:
+    def with_own_logits(self) -> Inputs:
         """For a loss that writes over the logits."""
         assert self.student_logits_NV is not None
         return replace(self, student_logits_NV=self.student_logits_NV.detach().clone().requires_grad_())
@@ -51,9 +51,9 @@ class Problem:
         return self.hidden_NH.grad, self.weight_VH.grad
 
 
-def make_problem(
-    shape: Shape, dtype: torch.dtype, device: torch.device, noise: float | None = TIMED_NOISE, needs: str = ""
-) -> Problem:
+def make_inputs(
+    shape: LossShape, dtype: torch.dtype, device: torch.device, noise: float | None = TIMED_NOISE, needs: str = ""
+) -> Inputs:
     """needs: "student_logits" or "teacher_probs" adds that [N,V] tensor to the inputs."""
     gen = torch.Generator(device).manual_seed(0)
 
@@ -63,7 +63,7 @@ def make_problem(
     weight_VH = (randn(shape.v, shape.h) * (4.0 / math.sqrt(shape.h))).to(dtype)
     teacher_NH = randn(shape.n, shape.h).to(dtype)
     student_NH = randn(shape.n, shape.h) if noise is None else teacher_NH.float() + noise * randn(shape.n, shape.h)
-    problem = Problem(
+    inputs = Inputs(
         student_NH.to(dtype).requires_grad_(),
         weight_VH.requires_grad_(),
         teacher_NH,
@@ -72,10 +72,10 @@ def make_problem(
     )
     with torch.no_grad():
         if needs == "student_logits":
-            problem.student_logits_NV = F.linear(problem.hidden_NH, weight_VH).requires_grad_()
+            inputs.student_logits_NV = F.linear(inputs.hidden_NH, weight_VH).requires_grad_()
         if needs == "teacher_probs":
-            problem.teacher_probs_NV = F.linear(teacher_NH, weight_VH).float().softmax(1).to(dtype)
-    return problem
+            inputs.teacher_probs_NV = F.linear(teacher_NH, weight_VH).float().softmax(1).to(dtype)
+    return inputs
 
 
 def _targets(teacher_NH: Tensor, weight_VH: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,49 +90,49 @@ def _targets(teacher_NH: Tensor, weight_VH: Tensor, k: int) -> tuple[Tensor, Ten
     return ids, logits, lse
 
 
-def _sparse(q: Tensor, p: Tensor, problem: Problem) -> Tensor:
+def _sparse(q: Tensor, p: Tensor, inputs: Inputs) -> Tensor:
     """Forward KL on K+1 buckets; both tails are summed over what is outside, never subtracted from one."""
-    outside_NV = torch.ones_like(q, dtype=torch.bool).scatter_(1, problem.ids_NK, False)
-    logp_NK = problem.logits_NK.double() - problem.lse_N.double()[:, None]
+    outside_NV = torch.ones_like(q, dtype=torch.bool).scatter_(1, inputs.ids_NK, False)
+    logp_NK = inputs.logits_NK.double() - inputs.lse_N.double()[:, None]
     p_tail_N = -torch.expm1(logp_NK.logsumexp(1))
     q_tail_N = q.masked_fill(~outside_NV, -math.inf).logsumexp(1)
-    support = (logp_NK.exp() * (logp_NK - q.gather(1, problem.ids_NK))).sum()
+    support = (logp_NK.exp() * (logp_NK - q.gather(1, inputs.ids_NK))).sum()
     return support + (p_tail_N * (p_tail_N.log() - q_tail_N)).sum()
 
 
-def _jsd(q: Tensor, p: Tensor, problem: Problem) -> Tensor:
+def _jsd(q: Tensor, p: Tensor, inputs: Inputs) -> Tensor:
     m = torch.logaddexp(p, q) - math.log(2.0)
     return 0.5 * (p.exp() * (p - m)).sum() + 0.5 * (q.exp() * (q - m)).sum()
 
 
 # From the log-probabilities of both, [N,V] fp64, to the sum over rows.
-LOSSES: dict[str, Callable[[Tensor, Tensor, Problem], Tensor]] = {
+LOSSES: dict[str, Callable[[Tensor, Tensor, Inputs], Tensor]] = {
     "sparse KL": _sparse,
-    "full KL": lambda q, p, problem: (p.exp() * (p - q)).sum(),
+    "full KL": lambda q, p, inputs: (p.exp() * (p - q)).sum(),
     "full JSD": _jsd,
-    "CE": lambda q, p, problem: F.nll_loss(q, problem.labels_N, reduction="sum"),
+    "CE": lambda q, p, inputs: F.nll_loss(q, inputs.labels_N, reduction="sum"),
 }
 
 
-def exact_gradients(problem: Problem, losses: Iterable[str]) -> dict[str, tuple[Tensor, Tensor | None]]:
+def exact_gradients(inputs: Inputs, losses: Iterable[str]) -> dict[str, tuple[Tensor, Tensor | None]]:
     """By loss: (dX, dW), or (gradient of the logits, None); fp64, by autograd through the whole logits."""
-    weight_VH, hidden_NH = problem.weight_VH.detach().double(), problem.hidden_NH.detach().double()
-    given_NV = problem.student_logits_NV
+    weight_VH, hidden_NH = inputs.weight_VH.detach().double(), inputs.hidden_NH.detach().double()
+    given_NV = inputs.student_logits_NV
     z_NV = hidden_NH @ weight_VH.T if given_NV is None else given_NV.detach().double()
-    logp_NV = (problem.teacher_NH.double() @ weight_VH.T).log_softmax(1)
+    logp_NV = (inputs.teacher_NH.double() @ weight_VH.T).log_softmax(1)
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
     for loss in losses:
         leaf_NV = z_NV.clone().requires_grad_()
-        LOSSES[loss](leaf_NV.log_softmax(1), logp_NV, problem).backward()
+        LOSSES[loss](leaf_NV.log_softmax(1), logp_NV, inputs).backward()
         assert leaf_NV.grad is not None
         dz_NV = leaf_NV.grad
         found[loss] = (dz_NV @ weight_VH, dz_NV.T @ hidden_NH) if given_NV is None else (dz_NV, None)
     return found
 
 
-def relative_errors(problem: Problem, scale: float, exact: tuple[Tensor, Tensor | None]) -> list[float]:
+def relative_errors(inputs: Inputs, scale: float, exact: tuple[Tensor, Tensor | None]) -> list[float]:
     """Frobenius norm of the difference over that of the truth, for each gradient there is."""
-    pairs = zip(problem.gradients(), exact, strict=True)
+    pairs = zip(inputs.gradients(), exact, strict=True)
     return [
         ((got.double() * scale - want).norm() / want.norm()).item()
         for got, want in pairs

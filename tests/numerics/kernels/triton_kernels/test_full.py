@@ -1,6 +1,6 @@
 """The Triton kernel of linear_full_kl against fp64: in Triton's interpreter on a CPU, and the same table on a GPU.
 
-See test_triton_interpreter.py for what the interpreter does not see.
+See test_sparse.py for what the interpreter does not see.
 """
 
 from __future__ import annotations
@@ -8,42 +8,20 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
-import os
 
-import numpy as np
 import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale_kernels import DIVERGENCES, Divergence, backend, reference
-from kdscale_kernels.rows.torch_full import full_rows_step
+from kdscale_kernels import DIVERGENCES, Divergence, reference
+from kdscale_kernels.rows import torch_full
 from kdscale_kernels.types import LossOptions
 
 full_op = importlib.import_module("kdscale_kernels.ops.linear_full_kl")  # the package shows the function of that name
 
-triton = pytest.importorskip("triton", reason="triton is not installed (the dev extra installs it on Linux)")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and backend._body_is_interpreted()
 INF, NAN = float("inf"), float("nan")
 
-pytestmark = [
-    pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]),
-    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _can_run(device):
-    if device == "cuda" and (INTERPRETED or not torch.cuda.is_available()):
-        pytest.skip("needs a CUDA device and TRITON_INTERPRET unset")
-    if device == "cpu" and not INTERPRETED:
-        pytest.skip("on a machine with a GPU the interpreter runs only under TRITON_INTERPRET=1")
-    if device == "cpu" and _version(triton) < (3, 7) and _version(np) >= (2, 4):
-        pytest.skip("the interpreter of triton before 3.7 needs numpy before 2.4")
-
-
-def _version(module):
-    return tuple(int(part) for part in module.__version__.split(".")[:2])
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning")
 
 
 def chunk(*, rows=4, vocab=301, matched=None, seed=0):
@@ -57,10 +35,10 @@ def chunk(*, rows=4, vocab=301, matched=None, seed=0):
 
 def run(z, teacher, labels, options, device, *, teacher_softcap=None, want_grad=True, grad_dtype=None):
     """(sums, dz, the teacher's logits afterwards) on the CPU."""
-    from kdscale_kernels.triton_kernels.full import full_rows_step_triton
+    from kdscale_kernels.triton_kernels.full import full_step
 
     z, teacher = z.to(device).clone(), teacher.to(device).clone()
-    sums, dz = full_rows_step_triton(
+    sums, dz = full_step(
         z,
         teacher,
         labels.to(device),
@@ -75,7 +53,7 @@ def run(z, teacher, labels, options, device, *, teacher_softcap=None, want_grad=
 
 def truth(z, teacher, labels, options, *, teacher_softcap=None):
     z, teacher = z.double(), teacher.double()
-    sums = full_rows_step(z, teacher, labels, options, teacher_softcap=teacher_softcap, want_grad=True)
+    sums = torch_full.full_step(z, teacher, labels, options, teacher_softcap=teacher_softcap, want_grad=True)
     return torch.stack(sums), z
 
 
@@ -199,16 +177,16 @@ def test_the_op_equals_its_twin(device, divergence):
         )
         (0.37 * result.loss_sum).backward()
         results.append((result, [leaf.grad.double().cpu() for leaf in leaves]))
-    (got, mine), (want, theirs) = results
+    (got, actual), (want, expected) = results
     for field in ("loss_sum", "tokens", "kd_sum", "ce_sum", "teacher_ce_sum", "top1_agree_sum"):
         assert float(getattr(got, field).detach()) == pytest.approx(float(getattr(want, field).detach()), rel=1e-4)
-    for grad, exact in zip(mine, theirs, strict=True):
+    for grad, exact in zip(actual, expected, strict=True):
         torch.testing.assert_close(grad, exact, rtol=1e-3, atol=1e-4 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("noise", [None, 0.05])
-def test_narrow_gradients_reach_the_products(device, cuda_products, divergence, noise):
+def test_bf16_gradients_reach_the_products(device, cuda_products, divergence, noise):
     """The CUDA route end to end on a CPU: bf16 operands, fp32 logits of both models, bf16 dz over the student's."""
     if device != "cpu":
         pytest.skip("a GPU has these products")
@@ -216,7 +194,7 @@ def test_narrow_gradients_reach_the_products(device, cuda_products, divergence, 
     x, y = (torch.randn(9, 32, generator=gen) for _ in range(2))
     weight, bias = 0.35 * torch.randn(300, 32, generator=gen), torch.randn(300, generator=gen)
     x = x if noise is None else y + noise * x
-    narrow = [t.bfloat16() for t in (x, weight, bias, y)]
+    half = [t.bfloat16() for t in (x, weight, bias, y)]
     labels = torch.randint(0, 300, (9,), generator=gen)
     labels[2] = -100
     grads = []
@@ -224,14 +202,14 @@ def test_narrow_gradients_reach_the_products(device, cuda_products, divergence, 
         (kk, torch.bfloat16, {"backend": "triton", "chunk_bytes": 2 * 3 * 4 * 300}),
         (reference, torch.float64, {}),
     ):
-        leaves = [t.to(dtype, copy=True).requires_grad_() for t in narrow[:3]]
-        teacher = (narrow[3].to(dtype), narrow[1].to(dtype))
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in half[:3]]
+        teacher = (half[3].to(dtype), half[1].to(dtype))
         options = {"labels_N": labels, "bias_V": leaves[2], "ce_weight": 0.2, "divergence": divergence, **extra}
         with cuda_products(full_op, True) if op is kk else contextlib.nullcontext():
             op.linear_full_kl(*leaves[:2], *teacher, **options).loss_sum.backward()
         grads.append([leaf.grad.double() for leaf in leaves])
-    for mine, theirs in zip(*grads, strict=True):
-        assert float((mine - theirs).norm() / theirs.norm()) < 2e-2  # the interpreter truncates dz to bf16
+    for actual, expected in zip(*grads, strict=True):
+        assert float((actual - expected).norm() / expected.norm()) < 2e-2  # the interpreter truncates dz to bf16
 
 
 def test_what_triton_cannot_do_is_refused_by_name(device):
@@ -239,8 +217,8 @@ def test_what_triton_cannot_do_is_refused_by_name(device):
     labels = torch.zeros(4, dtype=torch.int64, device=device)
     with pytest.raises(kk.BackendUnavailableError, match="fp64"):
         kk.linear_full_kl(x, w, x, w, labels_N=labels, backend="triton")
-    from kdscale_kernels.triton_kernels.full import full_rows_step_triton
+    from kdscale_kernels.triton_kernels.full import full_step
 
     z = torch.zeros(4, 30, device=device)
     with pytest.raises(ValueError, match="teacher_CV: expected fp32"):
-        full_rows_step_triton(z, z.half(), labels, LossOptions(), teacher_softcap=None, want_grad=False)
+        full_step(z, z.half(), labels, LossOptions(), teacher_softcap=None, want_grad=False)

@@ -33,8 +33,8 @@ def loss_of(p, **options):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "ce_weight": 0.5, "softcap": 9.0}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_rows_by_vocabulary_array(make_problem, options, dtype):
-    p = make_problem(rows=256, hidden=4, vocab=2048, k=4).cast(dtype)
+def test_no_rows_by_vocabulary_array(make_example, options, dtype):
+    p = make_example(rows=256, hidden=4, vocab=2048, k=4).cast(dtype)
     chunk_bytes = 16 * 2048 * 4
     with Largest() as largest:
         kk.linear_topk_lse(p.hidden, p.weight, 4, chunk_bytes=chunk_bytes)
@@ -46,26 +46,26 @@ def test_no_rows_by_vocabulary_array(make_problem, options, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_twice(make_problem, dtype):
+def test_same_bits_twice(make_example, dtype):
     runs = []
     for _ in range(2):
-        p = make_problem(rows=40, noise=0.1).cast(dtype)
+        p = make_example(rows=40, noise=0.1).cast(dtype)
         loss = loss_of(p, ce_weight=0.3, temperature=2.0, chunk_bytes=8 * 203 * 4)
         loss.backward()
         runs.append((loss.detach(), p.hidden.grad, p.weight.grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_no_grad_makes_no_gradient(make_problem):
-    p = make_problem().cast(torch.float32)
+def test_no_grad_makes_no_gradient(make_example):
+    p = make_example().cast(torch.float32)
     with torch.no_grad():
         quiet = loss_of(p)
     assert not quiet.requires_grad
     torch.testing.assert_close(quiet, loss_of(p).detach())
 
 
-def test_frozen_weight_gets_none_and_costs_no_gradient_array(make_problem):
-    p = make_problem(rows=4, hidden=64, vocab=512).cast(torch.float32)
+def test_frozen_weight_gets_none_and_costs_no_gradient_array(make_example):
+    p = make_example(rows=4, hidden=64, vocab=512).cast(torch.float32)
     p.weight.requires_grad_(False)
     with Largest(p.weight) as largest:
         loss_of(p, chunk_bytes=2 * 512 * 4).backward()
@@ -74,8 +74,8 @@ def test_frozen_weight_gets_none_and_costs_no_gradient_array(make_problem):
     assert largest.numel < 512 * 64
 
 
-def test_accumulation_adds(make_problem):
-    p = make_problem(rows=12).cast(torch.float32)
+def test_accumulation_adds(make_example):
+    p = make_example(rows=12).cast(torch.float32)
     loss_of(p).backward()
     whole = p.weight.grad.clone()
     p.weight.grad = None
@@ -86,8 +86,8 @@ def test_accumulation_adds(make_problem):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_gives_the_same_gradients(make_problem, reentrant):
-    p, q = (make_problem().cast(torch.float32) for _ in range(2))
+def test_checkpointing_gives_the_same_gradients(make_example, reentrant):
+    p, q = (make_example().cast(torch.float32) for _ in range(2))
     loss_of(p).backward()
     checkpoint(
         lambda h, w: kk.linear_sparse_kl(h, w, *q.targets, labels_N=q.labels).loss_sum,
@@ -99,17 +99,17 @@ def test_checkpointing_gives_the_same_gradients(make_problem, reentrant):
     assert torch.equal(p.weight.grad, q.weight.grad)
 
 
-def test_backward_twice_with_retained_graph(make_problem):
-    p = make_problem().cast(torch.float32)
+def test_backward_twice_with_retained_graph(make_example):
+    p = make_example().cast(torch.float32)
     loss = loss_of(p)
     (once,) = torch.autograd.grad(loss, p.weight, retain_graph=True)
     (twice,) = torch.autograd.grad(loss * 2.0, p.weight)
     torch.testing.assert_close(twice, 2.0 * once)
 
 
-def test_a_loss_taken_as_it_is_twice_adds_up(make_problem):
+def test_a_loss_taken_as_it_is_twice_adds_up(make_example):
     """A factor of one hands the gradient on without a copy: what .grad holds must still be its own."""
-    p, q = (make_problem().cast(torch.float32) for _ in range(2))
+    p, q = (make_example().cast(torch.float32) for _ in range(2))
     loss = loss_of(p)
     for last in (False, False, True):
         loss.backward(retain_graph=not last)
@@ -118,24 +118,24 @@ def test_a_loss_taken_as_it_is_twice_adds_up(make_problem):
     torch.testing.assert_close(p.hidden.grad, q.hidden.grad)
 
 
-def test_a_factor_of_one_makes_no_copy(make_problem):
+def test_a_factor_of_one_makes_no_copy(make_example):
     """On a CPU the weight's gradient is the one array that the forward made."""
-    p = make_problem().cast(torch.float32)
+    p = make_example().cast(torch.float32)
     loss = loss_of(p)
     made = loss.grad_fn.saved_tensors[1].data_ptr()
     loss.backward()
     assert p.weight.grad.data_ptr() == made
 
 
-def test_double_backward_is_refused(make_problem):
-    p = make_problem().cast(torch.float32)
+def test_double_backward_is_refused(make_example):
+    p = make_example().cast(torch.float32)
     with pytest.raises(RuntimeError, match="differentiated once only"):
         torch.autograd.grad(loss_of(p), p.hidden, create_graph=True)
 
 
-def test_autocast_multiplies_in_bf16_and_keeps_master_gradients(make_problem):
+def test_autocast_multiplies_in_bf16_and_keeps_master_gradients(make_example):
     """fp32 weights under autocast: what rounded operands give, gradients in the parameters' own dtype."""
-    p = make_problem(rows=16, hidden=32, dtype=torch.float32).cast(torch.float32)
+    p = make_example(rows=16, hidden=32, dtype=torch.float32).cast(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = loss_of(p)
     loss.backward()
@@ -150,10 +150,10 @@ def test_autocast_multiplies_in_bf16_and_keeps_master_gradients(make_problem):
     assert float(error) < 2e-2
 
 
-def test_precision_setting_is_put_back(make_problem):
+def test_precision_setting_is_put_back(make_example):
     setting = getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(setting, "fp32_precision"):
         pytest.skip("torch before 2.9 has no such setting")
     before = setting.fp32_precision
-    loss_of(make_problem().cast(torch.bfloat16)).backward()
+    loss_of(make_example().cast(torch.bfloat16)).backward()
     assert setting.fp32_precision == before
