@@ -35,6 +35,8 @@ class ProfileConfig(Section):
 
 
 class WandbConfig(Section):
+    """Weights & Biases."""
+
     project: str = Field(min_length=1, default="kdscale")
     entity: str | None = None
     mode: Literal["online", "offline"] = "online"
@@ -42,18 +44,22 @@ class WandbConfig(Section):
 
 
 class MlflowConfig(Section):
+    """MLflow."""
+
     # a server, `sqlite:///file.db`, or a folder; null: what MLFLOW_TRACKING_URI says
     uri: str | None = None
     experiment: str = Field(min_length=1, default="kdscale")
 
 
 class TrackioConfig(Section):
+    """trackio."""
+
     project: str = Field(min_length=1, default="kdscale")
     space: str | None = None  # a Hugging Face space that shows the run; null: this machine only
 
 
 class TrackingConfig(Section):
-    """Trackers that get what metrics.jsonl gets, through their own libraries; null: not used."""
+    """Trackers to which the rows of metrics.jsonl are sent too, through their own libraries; null: not used."""
 
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None

@@ -72,9 +72,11 @@ class WandbTracker:
             self._run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Send a row with its step as a column."""
         self._run.log({f"{kind}/step": step, **_named(kind, values)})
 
     def close(self, failed: bool) -> None:
+        """Finish the run; a failed one is marked as such."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -101,11 +103,13 @@ class MlflowTracker:
         self.run_id = str(run_id)
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Send a row in one request."""
         now = int(time.time() * 1000)
         rows = [self._metric(key, value, now, step) for key, value in _named(kind, values).items()]
         self._client.log_batch(self.run_id, metrics=rows)
 
     def close(self, failed: bool) -> None:
+        """End the run as FINISHED or FAILED."""
         self._client.set_terminated(self.run_id, status="FAILED" if failed else "FINISHED")
 
 
@@ -122,9 +126,11 @@ class TrackioTracker:
         )  # fmt: skip
 
     def log(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Send a row."""
         self._run.log(_named(kind, values), step=step)
 
     def close(self, failed: bool) -> None:
+        """Finish the run; trackio knows no failed ones."""
         self._run.finish()
 
 
