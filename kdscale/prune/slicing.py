@@ -43,8 +43,11 @@ class Slicer:
         self._sizes = asdict(plan.teacher.dims()) | {
             name: family.fixed_size(name, config) for name in family.data.sizes
         }
-        self.embed_factor = embed_factor(family, plan)
-        self.final_factor = final_factor(config, family, plan)
+        # A model that multiplies embeddings by √hidden takes the smaller √ of the student: its file makes up for it.
+        scaled = family.data.embed_multiplier == "sqrt_hidden"
+        self.embed_factor = math.sqrt(plan.teacher.hidden / plan.student.hidden) if scaled else 1.0
+        # A tied head has its embedding's factor, which the final norm takes out again.
+        self.final_factor = plan.norm_scale / self.embed_factor if family.tied(config) else plan.norm_scale
 
     def tensors(self) -> Iterator[SlicedTensor]:
         """All tensors of the student: those outside the layers, then layer by layer."""
@@ -153,18 +156,3 @@ class SlicedStudent:
 def is_hidden_norm(spec: TensorSpec) -> bool:
     """Whether this is the gain of a norm over the residual stream (not a per-head one)."""
     return spec.role.endswith("_norm") and spec.axes == ("hidden",)
-
-
-def embed_factor(family: Family, plan: Plan) -> float:
-    """What the student's embeddings are multiplied by on disk, so that they enter its first layer as the teacher's do.
-
-    A model that multiplies them by √hidden takes the student's hidden size for it, √(d'/d) of the teacher's factor.
-    """
-    if family.data.embed_multiplier != "sqrt_hidden":
-        return 1.0
-    return math.sqrt(plan.teacher.hidden / plan.student.hidden)
-
-
-def final_factor(config: dict[str, Any], family: Family, plan: Plan) -> float:
-    """What the final norm's gain is multiplied by: a tied head has its embedding's factor, which is taken out here."""
-    return plan.norm_scale / embed_factor(family, plan) if family.tied(config) else plan.norm_scale
