@@ -52,13 +52,12 @@ class Question(NamedTuple):
 
 def encode_targets(targets: TopKTargets) -> bytes:
     """The body of an answer: ids as int32, logits and log-sum-exp bit for bit."""
-    return save(
-        {
-            "ids_NK": targets.ids_NK.to("cpu", _INT).contiguous(),
-            "logits_NK": targets.logits_NK.cpu().contiguous(),
-            "lse_N": targets.lse_N.cpu().contiguous(),
-        }
-    )
+    tensors = {
+        "ids_NK": targets.ids_NK.to("cpu", _INT),
+        "logits_NK": targets.logits_NK.cpu(),
+        "lse_N": targets.lse_N.cpu(),
+    }
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def decode_targets(body: bytes, *, rows: int, temperature: float, vocab_size: int, top_k: int) -> TopKTargets:

@@ -40,21 +40,15 @@ class ServedTeacher:
     """A source of targets that asks one or more services and holds no weights."""
 
     def __init__(
-        self,
-        urls: Sequence[str],
-        token: str,
-        gives: Needs,
-        *,
-        vocab_size: int,
-        timeout: float,
-        first: int = 0,
+        self, urls: Sequence[str], token: str, gives: Needs, *, vocab_size: int, timeout: float, first: int = 0
     ):
         """`timeout`: seconds without an answer from any service until LostRankError.
 
         `first`: where this rank starts in the list of urls, so that the ranks spread over the services.
         """
         self.model, self.gives = nn.Module(), gives  # no layers to search for a NaN
-        self._top_k, self._temperature, self._vocab_size = min(gives.top_k, vocab_size), gives.temperature, vocab_size
+        top_k = min(gives.top_k, vocab_size)
+        self._asked: dict[str, Any] = {"top_k": top_k, "temperature": gives.temperature, "vocab_size": vocab_size}
         self._timeout = timeout
         self._clients = [_client(url, token, timeout) for url in urls]
         self._turn = itertools.count(first)
@@ -69,21 +63,16 @@ class ServedTeacher:
 
     def targets(self, batch: MicroBatch) -> Targets:
         """Targets of the batch's rows, on their device. Raises LostRankError when no service answers."""
-        settings: dict[str, Any] = {
-            "temperature": self._temperature, "vocab_size": self._vocab_size, "top_k": self._top_k
-        }  # fmt: skip
-        device = batch.rows_N.device
+        device, temperature, vocab_size = batch.rows_N.device, self._asked["temperature"], self._asked["vocab_size"]
         if batch.rows == 0:
-            none_NK = torch.empty(0, self._top_k, device=device)
-            nothing = TopKTargets(none_NK.long(), none_NK, none_NK[:, 0], self._temperature, self._vocab_size)
-            return Targets(rows=0, top_k=nothing)
+            none_NK = torch.empty(0, self._asked["top_k"], device=device)
+            return Targets(rows=0, top_k=TopKTargets(none_NK.long(), none_NK, none_NK[:, 0], temperature, vocab_size))
         body = _question(batch)
         coming = self._under_way.pop(body, None)
         answer = self._ask(body) if coming is None else coming.result()
-        sent = decode_targets(answer, rows=batch.rows, **settings)
+        sent = decode_targets(answer, rows=batch.rows, **self._asked)
         ids_NK, logits_NK, lse_N = (t.to(device) for t in (sent.ids_NK, sent.logits_NK, sent.lse_N))
-        top_k = TopKTargets(ids_NK, logits_NK, lse_N, self._temperature, self._vocab_size)
-        return Targets(rows=batch.rows, top_k=top_k)
+        return Targets(rows=batch.rows, top_k=TopKTargets(ids_NK, logits_NK, lse_N, temperature, vocab_size))
 
     def close(self) -> None:
         """Cancel the questions that nobody waits for, and close the connections."""
@@ -94,14 +83,13 @@ class ServedTeacher:
     def _ask(self, body: bytes) -> bytes:
         import httpx
 
-        asked = {"top_k": self._top_k, "temperature": self._temperature, "vocab_size": self._vocab_size}
         deadline, pause, failure = time.monotonic() + self._timeout, _FIRST_PAUSE, ""
         first = next(self._turn)
         while True:
             for offset in range(len(self._clients)):
                 client = self._clients[(first + offset) % len(self._clients)]
                 try:
-                    answer = client.post("/targets", params=asked, content=body)
+                    answer = client.post("/targets", params=self._asked, content=body)
                 except httpx.TransportError as error:
                     failure = f"{client.base_url}: {type(error).__name__}: {error}"
                     continue

@@ -65,11 +65,9 @@ class WriteCancelled(Exception):  # noqa: N818 - not an error
 
 
 def write_rank_file(
-    path: Path,
-    ranges: Sequence[ParameterRange],
-    blocks: Iterable[torch.Tensor],
+    path: Path, ranges: Sequence[ParameterRange], blocks: Iterable[torch.Tensor],
     cancelled: Callable[[], bool] = lambda: False,
-) -> WrittenFile:
+) -> WrittenFile:  # fmt: skip
     """Write one rank's file, hash it on the way and flush it to the disk.
 
     `blocks` are the fp32 values on any device: every range of the first quantity, then every range of the next.
@@ -250,9 +248,7 @@ class RankFileReader:
             try:
                 self._open[path] = path.open("rb", buffering=0)
             except FileNotFoundError:
-                raise CheckpointError(
-                    f"{path} is gone", hint="a newer checkpoint has replaced it; try a newer one"
-                ) from None
+                raise CheckpointError(f"{path} is gone", hint="a newer checkpoint has replaced it: use that") from None
         return self._open[path]
 
     def close(self) -> None:

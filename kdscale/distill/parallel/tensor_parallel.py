@@ -83,8 +83,7 @@ def load_sliced_model(
     """
     weights = ParameterReader.open(path)
     model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
-    tensors = weights.family.tensors(weights.checkpoint.config).values()
-    roles = {spec.parameter: spec.role for spec in tensors}
+    roles = {spec.parameter: spec.role for spec in weights.family.tensors(weights.checkpoint.config).values()}
     slices = _slice_modules(model, group, weights, roles)
     move_buffers(model, device)
     if materialise is None:
@@ -96,13 +95,9 @@ def load_sliced_model(
 
 
 def fill_slice(
-    weights: ParameterReader,
-    name: str,
-    tensor_slice: TensorSlice | None,
-    shape: tuple[int, ...],
-    begin: int,
+    weights: ParameterReader, name: str, tensor_slice: TensorSlice | None, shape: tuple[int, ...], begin: int,
     out: torch.Tensor,
-) -> None:
+) -> None:  # fmt: skip
     """Read values `begin` onwards of a slice of parameter `name` into the flat `out`.
 
     `shape` is that of the whole parameter; without a slice it is read from itself.
@@ -152,9 +147,8 @@ def _slice_modules(model: Any, group: Any, weights: ParameterReader, roles: Mapp
 
     dims = weights.family.dims(weights.checkpoint.config)
     model_shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    by_heads, evenly = AutoTPMeta(num_kv_heads=dims.kv_heads), AutoTPMeta()
-    slices = _slice_linears(model, group, model_shapes, roles, by_heads, evenly)
-    rows = _rank_slice(dims.vocab, 0, group, evenly)
+    slices = _slice_linears(model, group, roles, dims.kv_heads)
+    rows = _rank_slice(dims.vocab, 0, group, AutoTPMeta())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(value): name for name, value in model.named_parameters()}
     for value in (embedding.weight, head.weight, head.bias):
@@ -169,24 +163,19 @@ def _slice_modules(model: Any, group: Any, weights: ParameterReader, roles: Mapp
     return ModelSlices(slices, shapes, VocabShard(rows.begin, group), dims.vocab)
 
 
-def _slice_linears(
-    model: Any,
-    group: Any,
-    shapes: Mapping[str, tuple[int, ...]],
-    roles: Mapping[str, str],
-    by_heads: Any,
-    evenly: Any,
-) -> dict[str, TensorSlice]:
+def _slice_linears(model: Any, group: Any, roles: Mapping[str, str], kv_heads: int) -> dict[str, TensorSlice]:
     """Replace the linears of attention and feed-forward; returns the slices of their weights and biases."""
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+    from deepspeed.module_inject.tp_shard import AutoTPMeta
 
+    by_heads, evenly = AutoTPMeta(num_kv_heads=kv_heads), AutoTPMeta()
     slices: dict[str, TensorSlice] = {}
     for name, module in list(model.named_modules()):
         role = roles.get(f"{name}.weight")
         if role not in SLICED_OUTPUT + SLICED_INPUT:
             continue
         meta, dim = by_heads if COMPONENT_OF[role] == "attention" else evenly, int(role in SLICED_INPUT)
-        slices[f"{name}.weight"] = _rank_slice(shapes[f"{name}.weight"][dim], dim, group, meta)
+        slices[f"{name}.weight"] = _rank_slice(module.weight.shape[dim], dim, group, meta)
         if module.bias is not None and dim == 0:
             slices[f"{name}.bias"] = slices[f"{name}.weight"]
         replace_module(model, name, (LinearAllreduce if dim else LinearLayer)(module, group, tp_meta=meta))

@@ -18,6 +18,7 @@ from torch import nn
 from kdscale.distill.parallel.tensor_parallel import Materialise, ModelSlices, data_group, fill_slice
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.models.skeleton import build_skeleton, move_buffers, replace_parameters
+from kdscale.teacher.placement.host_memory import explain_refusal
 
 
 def load_zero3(
@@ -25,7 +26,8 @@ def load_zero3(
 ) -> Any:
     """The causal LM at `path` with ZeRO-3 parameters as `deepspeed.initialize` with the config `settings` makes them.
 
-    Raises CheckpointError for a family that is not known and when config.json and the weights disagree.
+    Raises CheckpointError for a family that is not known and when config.json and the weights disagree, MachineError
+    when this machine refuses the memory for a parameter.
     """
     weights = ParameterReader.open(path)
     model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -40,12 +42,9 @@ def zero3_materialiser(settings: dict[str, Any], device: torch.device) -> Materi
 
 
 def _partition(
-    model: nn.Module,
-    slices: ModelSlices | None,
-    weights: ParameterReader,
-    settings: dict[str, Any],
+    model: nn.Module, slices: ModelSlices | None, weights: ParameterReader, settings: dict[str, Any],
     device: torch.device,
-) -> None:
+) -> None:  # fmt: skip
     from deepspeed.runtime.zero.partition_parameters import Init
 
     shapes = {name: value.shape for name, value in model.named_parameters()}
@@ -88,7 +87,9 @@ def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch
     """An empty tensor whose memory goes back to the system at once; malloc would keep it for the next partition."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
+    nbytes = shape.numel() * dtype.itemsize
+    with explain_refusal("no memory for a parameter of the student", f"{nbytes:,} bytes", hint="use more ranks"):
+        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:

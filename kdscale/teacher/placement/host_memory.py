@@ -56,16 +56,17 @@ def _local_position() -> tuple[int, int]:
 
 
 @contextmanager
-def _explain_refusal(what: str, expected: str) -> Iterator[None]:
+def explain_refusal(what: str, expected: str, hint: str = _HINT) -> Iterator[None]:
+    """Turn the operating system's refusal of memory into a MachineError."""
     try:
         yield
     except OSError as error:
-        raise MachineError(what, expected=expected, got=str(error), hint=_HINT) from error
+        raise MachineError(what, expected=expected, got=str(error), hint=hint) from error
 
 
 def _map(descriptor: int, nbytes: int) -> mmap.mmap:
     """Map a file, or with descriptor -1 memory of this process alone."""
-    with _explain_refusal("the teacher does not fit into this host's memory", f"{nbytes:,} bytes"):
+    with explain_refusal("the teacher does not fit into this host's memory", f"{nbytes:,} bytes"):
         return mmap.mmap(descriptor, nbytes)
 
 
@@ -73,7 +74,7 @@ def _map_shared(nbytes: int, local_rank: int) -> mmap.mmap:
     """Map the anonymous file that local rank 0 makes; the others open it by the name it has in that rank's /proc."""
     descriptor = None
     if local_rank == 0:
-        with _explain_refusal("no shared memory for the teacher", f"{nbytes:,} bytes"):
+        with explain_refusal("no shared memory for the teacher", f"{nbytes:,} bytes"):
             descriptor = os.memfd_create("kdscale-teacher")
             os.ftruncate(descriptor, nbytes)
     names: list[str] = [""] * world_size()
@@ -83,7 +84,7 @@ def _map_shared(nbytes: int, local_rank: int) -> mmap.mmap:
         if descriptor is not None:
             return _map(descriptor, nbytes)
         what, expected = f"the teacher's memory at {file} cannot be shared", "ranks that can open each other's /proc"
-        with _explain_refusal(what, expected), file.open("r+b", buffering=0) as stream:
+        with explain_refusal(what, expected), file.open("r+b", buffering=0) as stream:
             return _map(stream.fileno(), nbytes)
     finally:
         barrier()  # the name is valid only while local rank 0 has the file open

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kdscale.distill.parallel import zero3_loading
 from kdscale.errors import CheckpointError, MachineError
 from kdscale.runtime.exits import FINAL_CODES
 from kdscale.teacher.placement import host_memory
@@ -50,6 +51,12 @@ def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "mmap", refuse(errno.ENOMEM))
     with pytest.raises(MachineError, match=r"fit into this host's memory(.|\n)*4,096 bytes(.|\n)*allocate memory"):
         HostMemory(4096, CPU)
+
+
+def test_too_little_memory_for_a_parameter_of_a_zero3_student_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "mmap", refuse(errno.ENOMEM))
+    with pytest.raises(MachineError, match=r"parameter of the student(.|\n)*24 bytes(.|\n)*more ranks"):
+        zero3_loading._empty(torch.Size([2, 3]), torch.float32, CPU)
 
 
 @pytest.mark.usefixtures("two_ranks")
