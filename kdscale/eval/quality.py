@@ -292,10 +292,7 @@ def _loaded(
     """Load up to two models; when the block ends their memory is free before anything else is loaded."""
     loaded = {
         name: load_model(
-            models[name],
-            dtype=options.dtype,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
+            models[name], dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
         )
         for name in names
     }
@@ -309,12 +306,7 @@ def _loaded(
 
 
 def _describe(
-    cfg: EvalConfig,
-    options: ScoringOptions,
-    threads: int,
-    batches: Sequence[Batch],
-    scores: Scores,
-    text_bytes: int,
+    cfg: EvalConfig, options: ScoringOptions, threads: int, batches: Sequence[Batch], scores: Scores, text_bytes: int
 ) -> dict[str, Any]:
     """What a reader needs to judge or repeat the figures."""
     import transformers

