@@ -47,9 +47,9 @@ def test_every_candidate_keeps_budget_tolerance_and_divisors(
 ):
     given_ = {"axes": tuple(sorted(axes)), "tolerance": tolerance, field: f"{share}%"}
     given_ |= {"ffn_divisor": ffn_divisor, "hidden_divisor": hidden_divisor}
-    found = search(small_config, small_family, small_scores if scored else None, **given_)
+    searched = search(small_config, small_family, small_scores if scored else None, **given_)
     try:
-        candidates, tried = found.shortlist()
+        candidates, tried = searched.shortlist()
     except ConfigError as error:
         assert f"prune.{field}" in str(error) or "prune.axes" in str(error)
         return
@@ -57,15 +57,15 @@ def test_every_candidate_keeps_budget_tolerance_and_divisors(
     assert len({item.sizes() for item in candidates}) == len(candidates)
     scores = [round(item.score, 12) for item in candidates]
     assert scores == sorted(scores, reverse=True)
-    teacher, kind = found.teacher, field.removeprefix("target_")
-    wanted = share / 100 * found.cost(kind, Sizes.of(teacher))
+    teacher, kind = searched.teacher, field.removeprefix("target_")
+    wanted = share / 100 * searched.cost(kind, Sizes.of(teacher))
     for item in candidates:
-        cost = found.cost(kind, item.sizes())
+        cost = searched.cost(kind, item.sizes())
         assert cost <= wanted * (1 + tolerance if field == "target_params" else 1) + 1
         assert item.ffn % (ffn_divisor or 32) == 0 or item.ffn == teacher.ffn
         assert item.hidden % (hidden_divisor or 32) == 0 or item.hidden == teacher.hidden
         assert not small_family.violations(item.sizes().dims(teacher))
-        plan = build_plan(found, [item], tried)
+        plan = build_plan(searched, [item], tried)
         assert plan.target.cost == pytest.approx(cost)
         assert Plan.from_json(plan.to_json(), config=small_config, family=small_family) == plan
 
@@ -89,12 +89,12 @@ def test_a_larger_budget_never_buys_a_smaller_model(small_config, small_family, 
 
 
 def test_costs_rise_with_every_axis(small_config, small_family):
-    found = search(small_config, small_family, None, target_params="50%")
-    whole = Sizes.of(found.teacher)
+    searched = search(small_config, small_family, None, target_params="50%")
+    teacher = Sizes.of(searched.teacher)
     for index in range(SHAPE_AXES.index("experts")):
-        smaller = Sizes(*(size // 2 if i == index else size for i, size in enumerate(whole)))
+        smaller = Sizes(*(size // 2 if i == index else size for i, size in enumerate(teacher)))
         for kind in ("params", "bytes", "decode", "prefill"):
-            assert found.cost(kind, smaller) < found.cost(kind, whole)
+            assert searched.cost(kind, smaller) < searched.cost(kind, teacher)
 
 
 def test_bytes_are_those_of_each_tensor_in_its_own_dtype(small_config, small_family):

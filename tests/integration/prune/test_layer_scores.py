@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdscale.config.criteria import methods
 from kdscale.config.prune import ImportanceConfig, PruneConfig
 from kdscale.models.hidden_states import Scratch
 from kdscale.models.layer_stream import LayerStream
@@ -123,7 +124,7 @@ def test_a_killed_pass_over_layers_goes_on(teacher, tmp_path, monkeypatch, metho
 
 
 @pytest.mark.parametrize("repair", ["none", "linear"])
-@pytest.mark.parametrize("method", ["block_influence", "loss", "angular", "last"])
+@pytest.mark.parametrize("method", methods("layers"))
 def test_every_method_writes_a_checked_student(teacher, tmp_path, method, repair):
     plan = teacher.prune(tmp_path / "out", layers=2, layer_method=method, layer_repair=repair)
     assert plan.methods.layers == method
