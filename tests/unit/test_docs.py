@@ -12,6 +12,7 @@ import pytest
 import kdscale_kernels
 from kdscale.config.targets import placements
 from kdscale.families.schema import COMPONENT_OF, FamilyData
+from kdscale.runs import folder
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -76,8 +77,8 @@ def test_pages_name_commands_tables_and_files_that_exist(page: Path) -> None:
 
 
 def test_the_code_points_to_pages_that_exist() -> None:
-    for folder in ("kdscale", "kernels", "launch", "benchmarks"):
-        for path in (ROOT / folder).rglob("*.py"):
+    for source_root in ("kdscale", "kernels", "launch", "benchmarks"):
+        for path in (ROOT / source_root).rglob("*.py"):
             for name in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(encoding="utf-8")):
                 assert (ROOT / name).exists() or name.startswith("docs/gguf"), f"{path} points to {name}"
 
@@ -100,6 +101,12 @@ def test_every_family_has_a_row() -> None:
     text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
     for path in (ROOT / "kdscale" / "families").glob("*.json"):
         assert f"| `{path.name}` |" in text
+
+
+def test_every_artifact_of_a_stage_is_described() -> None:
+    text = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
+    for artifact in (value for value in vars(folder).values() if isinstance(value, folder.Artifact)):
+        assert f"`{artifact.path}" in text or f"`{artifact.path.split('/')[0]}/`" in text, artifact.path
 
 
 def test_every_teacher_placement_is_explained() -> None:
