@@ -152,8 +152,8 @@ def importance(arguments: argparse.Namespace) -> dict[str, Any]:
 def plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Choose the units that stay."""
     from kdscale.config.prune import PruneConfig
-    from kdscale.prune.importance.scores_file import load_scores
     from kdscale.prune.search.planning import make_plan
+    from kdscale.runs.importance_scores import load_scores
 
     checkpoint, family = opened(arguments.teacher)
     config = PruneConfig(**CUT, compensate=arguments.compensate)

@@ -34,10 +34,10 @@ from kdscale.files import write_json
 from kdscale.models.loading import load_model, load_tokenizer, open_teacher
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance import collect
-from kdscale.prune.importance.scores_file import load_scores
 from kdscale.prune.rotation import rotated_teacher
 from kdscale.prune.search.hidden_basis import hidden_bases
 from kdscale.prune.search.planning import make_plan
+from kdscale.runs.importance_scores import load_scores
 from kdscale.runtime.device import resolve_dtype, set_threads
 from kdscale.runtime.progress import Reporter
 

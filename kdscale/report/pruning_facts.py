@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from kdscale.errors import RunFolderError
 from kdscale.files import read_json
+from kdscale.runs.importance_scores import SCORES_FILE, SUMMARY_FILE, load_scores
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
 from kdscale.sizing.model_shape import kv_bytes_per_token
@@ -60,29 +60,14 @@ def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | 
 def importance(folder: Path) -> dict[str, Any] | None:
     """The importance scores as energies, `axis.method` → nested lists [layers, units] or [units], and their summary.
 
-    scores.json says which arrays are norms; those are squared, so that "share" means one thing on every plot. Arrays
-    without a unit are no scores. None while there are no scores. Raises RunFolderError for files that cannot be used.
+    Arrays without a unit are no scores. None while there are no scores. Raises CheckpointError for damaged files.
     """
-    path, summary = folder / "scores.safetensors", folder / "scores.json"
-    if not path.exists() or not summary.exists():
+    if not (folder / SCORES_FILE).exists() or not (folder / SUMMARY_FILE).exists():
         return None
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    made = read_json(summary, RunFolderError)
-    if "units" not in made:
-        hint = f"delete {folder} and run the importance stage again"
-        raise RunFolderError(f"{summary} has no units", expected="a unit for each score", hint=hint)
-    try:
-        arrays = load_file(path)
-    except SafetensorError as error:
-        raise RunFolderError(f"{path} is damaged", got=str(error), hint="run the importance stage again") from error
-    scores = {
-        name: (array.astype("float64") ** (2 if made["units"][name] == "norm" else 1)).tolist()
-        for name, array in sorted(arrays.items())
-        if name in made["units"] and array.ndim in {1, 2} and array.size
-    }
-    return {"scores": scores, "made": made} if scores else None
+    measured = load_scores(folder)
+    drawn = [name for name in sorted(measured) if name in measured.units and measured[name].ndim in {1, 2}]
+    scores = {name: measured.energy(name).tolist() for name in drawn if measured[name].size}
+    return {"scores": scores, "made": read_json(folder / SUMMARY_FILE)} if scores else None
 
 
 def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def axes_to_score(context: StageContext) -> Facts:
 
 def measure_importance(context: StageContext) -> Facts:
     """Run the importance pass on all ranks; returns how many tokens it saw and which scores there are."""
-    from kdscale.prune.importance.scores_file import SUMMARY_FILE
+    from kdscale.runs.importance_scores import SUMMARY_FILE
 
     run_on_ranks("importance", importance_rank, context, context.config.importance.processes)
     summary = read_json(context.run.importance / SUMMARY_FILE)

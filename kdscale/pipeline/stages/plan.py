@@ -183,7 +183,7 @@ def _timed(plan: Plan, model: LatencyModel) -> Plan:
 
 def choose_plan(context: StageContext) -> Facts:
     """Write plan.json; returns the parameter counts before and after."""
-    from kdscale.prune.importance.scores_file import load_scores
+    from kdscale.runs.importance_scores import load_scores
 
     plan = search_plan(context, load_scores(context.run.importance))
     plan.save(context.run.plan)

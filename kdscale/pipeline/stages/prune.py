@@ -36,10 +36,10 @@ def prune_rank(context: StageContext) -> None:
     """Prune as one rank; the first rank writes the student, checks it and gives it its name."""
     from kdscale.prune.apply import apply_plan
     from kdscale.prune.compensation.recovered_error import RecoveredErrors
-    from kdscale.prune.importance.scores_file import load_scores
     from kdscale.prune.plan import Plan
     from kdscale.prune.rotation import rotated_teacher
     from kdscale.prune.self_check import self_check
+    from kdscale.runs.importance_scores import load_scores
     from kdscale.runtime.device import resolve_dtype
     from kdscale.runtime.ranks import is_writer
 

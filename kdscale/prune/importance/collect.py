@@ -32,7 +32,7 @@ from kdscale.prune.compensation.layer_gaps import check_repairable
 from kdscale.prune.importance.layer_context import Collector, LayerContext
 from kdscale.prune.importance.layer_scores import first_tokens
 from kdscale.prune.importance.ranking import criteria_to_measure
-from kdscale.prune.importance.scores_file import ImportanceScores, write_scores
+from kdscale.runs.importance_scores import ImportanceScores, write_scores
 from kdscale.runtime.device import resolve_dtype
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import all_reduce_sum

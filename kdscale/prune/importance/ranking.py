@@ -20,7 +20,7 @@ from kdscale.config.criteria import Criterion
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims
-from kdscale.prune.importance.scores_file import ImportanceScores
+from kdscale.runs.importance_scores import ImportanceScores
 
 Floats = NDArray[np.float64]
 

@@ -15,8 +15,8 @@ from kdscale.config.load import load_config
 from kdscale.errors import ConfigError
 from kdscale.pipeline.runner import run_until
 from kdscale.prune.importance.layer_context import Collector, LayerContext
-from kdscale.prune.importance.scores_file import load_scores
 from kdscale.report.pruning_facts import importance
+from kdscale.runs.importance_scores import load_scores
 from kdscale.runtime.progress import Reporter
 
 

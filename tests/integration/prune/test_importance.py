@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models.loading import load_model
-from kdscale.prune.importance.scores_file import ImportanceScores, load_scores, write_scores
 from kdscale.prune.search.planning import make_plan
+from kdscale.runs.importance_scores import ImportanceScores, load_scores, write_scores
 from kdscale.weights import Checkpoint
 
 ALL = {"target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers")}

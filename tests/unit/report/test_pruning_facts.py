@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from kdscale.errors import RunFolderError
-from kdscale.prune.importance.scores_file import ImportanceScores, load_scores, write_scores
+from kdscale.errors import CheckpointError
 from kdscale.report.pruning_facts import cumulative, importance
+from kdscale.runs.importance_scores import ImportanceScores, load_scores, write_scores
 
 EXPERTS = {"experts.output_norm": np.array([[3.0, 1.0, 2.0], [0.5, 1.0, 2.0]], dtype=np.float32)}
 
@@ -41,7 +41,7 @@ def test_scores_without_units_are_refused(tmp_path):
     write_scores(tmp_path, ImportanceScores(EXPERTS), {})
     summary = json.loads((tmp_path / "scores.json").read_text())
     (tmp_path / "scores.json").write_text(json.dumps({k: v for k, v in summary.items() if k != "units"}))
-    with pytest.raises(RunFolderError, match="no units"):
+    with pytest.raises(CheckpointError, match="no units"):
         importance(tmp_path)
     (tmp_path / "scores.json").unlink()
     assert importance(tmp_path) is None
