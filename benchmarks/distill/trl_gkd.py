@@ -4,7 +4,7 @@
 
 Every contestant is a GKDTrainer on offline data (lmbda 0, beta 0: forward KL from the teacher, T = 1) with a student
 and an AdamW of its own; the teacher is shared. They differ in compute_loss alone: TRL's holds both models' logits of
-all positions and several arrays of their size; ours goes from hidden states to the loss. Steps take turns, so that
+all positions and several arrays of their size; kdscale's goes from hidden states to the loss. Steps take turns, so that
 whatever else the machine does slows all of them, and a ratio compares steps of one round. Memory is that of one step
 beyond models and optimizer state, in a process each. --student names a folder (`kdscale prune` writes one); without it
 the student is every second layer of the teacher. Needs `pip install trl` (tested with 1.16).
@@ -144,7 +144,7 @@ class Contestant:
         self.optimizer = self.trainer.create_optimizer()
 
     def step(self, ids_BS: Tensor) -> float:
-        """One optimizer step; the loss, in nats a token."""
+        """One optimizer step; the loss, in nats per token."""
         inputs = {"input_ids": ids_BS, "labels": ids_BS.clone(), "attention_mask": torch.ones_like(ids_BS)}
         tokens = torch.tensor(ids_BS[:, 1:].numel())
         self.trainer.model.train()
@@ -163,6 +163,7 @@ class Spent(NamedTuple):
 
 
 def timed(contestant: Contestant, ids_BS: Tensor) -> Spent:
+    """One step, from an idle device until it is idle again."""
     if ids_BS.is_cuda:
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
@@ -179,10 +180,10 @@ def table(spent: dict[str, list[Spent]], peaks: dict[str, float], tokens: int) -
     for name, rounds in spent.items():
         pairs = list(zip(spent[TRL], rounds, strict=True))
         wall, cpu = (
-            statistics.median(getattr(base, what) / getattr(mine, what) for base, mine in pairs)
+            statistics.median(getattr(base, what) / getattr(own, what) for base, own in pairs)
             for what in ("wall", "cpu")
         )
-        rate = tokens / statistics.median(one.wall for one in rounds)
+        rate = tokens / statistics.median(step.wall for step in rounds)
         peak = f"{peaks[name]:.2f} GiB" if name in peaks else "-"
         first, last = rounds[0].loss, rounds[-1].loss
         yield f"| {name} | {rate:.0f} | {wall:.2f} | {cpu:.2f} | {peak} | {first:.4f} | {last:.4f} |"
@@ -209,6 +210,7 @@ def _status_kib(field: str) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True, help="folder of a transformers model")
     parser.add_argument("--student", type=Path, help="folder of the student (default: every second layer)")
@@ -234,14 +236,15 @@ def build(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, Contest
         student = AutoModelForCausalLM.from_pretrained(args.student, dtype=dtype).to(device)
     else:
         student = half_as_deep(teacher)
-    found = {}
+    contestants = {}
     for name in names:
         own = copy.deepcopy(student).requires_grad_(True) if len(names) > 1 else student.requires_grad_(True)
-        found[name] = Contestant(own, teacher, losses(args.k)[name], tokenizer, args.lr)
-    return found, batches.to(device).unflatten(0, (args.rounds + 1, args.batch))
+        contestants[name] = Contestant(own, teacher, losses(args.k)[name], tokenizer, args.lr)
+    return contestants, batches.to(device).unflatten(0, (args.rounds + 1, args.batch))
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Step the contestants in turn and print their table."""
     args = parse(argv)
     contestants, batches = build(args, [args.only] if args.only else list(losses(args.k)))
     if args.only:

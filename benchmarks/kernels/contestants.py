@@ -52,6 +52,7 @@ class Contestant:
 
     @property
     def key(self) -> tuple[str, str]:
+        """What tells contestants of one op apart."""
         return self.name, self.mode
 
 
@@ -81,6 +82,7 @@ def products(inputs: Inputs, teacher: bool = False) -> None:
 
 
 def teacher_product(inputs: Inputs) -> None:
+    """The teacher's logits alone."""
     with torch.no_grad():
         F.linear(inputs.teacher_NH, inputs.weight_VH)
 
@@ -92,6 +94,7 @@ def copy_logits(inputs: Inputs) -> None:
 
 
 def logits(inputs: Inputs) -> Tensor:
+    """The student's logits that a loss on existing logits starts from."""
     assert inputs.student_logits_NV is not None
     return inputs.student_logits_NV
 
@@ -107,14 +110,17 @@ def eager_loss(z_NV: Tensor, p: Inputs) -> Tensor:
 
 
 def eager_sparse(p: Inputs) -> Tensor:
+    """The sparse KL from hidden states, in plain torch."""
     return eager_loss(F.linear(p.hidden_NH, p.weight_VH), p)
 
 
 def eager_on_logits(p: Inputs) -> Tensor:
+    """The sparse KL from existing logits, in plain torch."""
     return eager_loss(logits(p), p)
 
 
 def eager_targets(p: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's top-k and log-sum-exp, in plain torch."""
     with torch.no_grad():
         z_NV = F.linear(p.teacher_NH, p.weight_VH)
         top = z_NV.topk(p.ids_NK.shape[1], dim=1)
@@ -122,11 +128,13 @@ def eager_targets(p: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def eager_end_to_end(p: Inputs) -> Tensor:
+    """Both sides of the sparse KL, in plain torch."""
     ids, values, lse = eager_targets(p)
     return eager_sparse(replace(p, ids_NK=ids, logits_NK=values, lse_N=lse))
 
 
 def eager_full(p: Inputs) -> Tensor:
+    """Both sides of the full KL, in plain torch."""
     with torch.no_grad():
         logp_NV = F.linear(p.teacher_NH, p.weight_VH).float().log_softmax(1)
     logq_NV = F.linear(p.hidden_NH, p.weight_VH).float().log_softmax(1)
@@ -134,27 +142,32 @@ def eager_full(p: Inputs) -> Tensor:
 
 
 def kdscale_sparse(p: Inputs, **options: object) -> Tensor:
+    """linear_sparse_kl."""
     call: Callable[..., kk.SparseKL] = kk.linear_sparse_kl
     targets = (p.ids_NK, p.logits_NK, p.lse_N)
     return call(p.hidden_NH, p.weight_VH, *targets, labels_N=p.labels_N, **options).loss_sum
 
 
 def kdscale_topk(p: Inputs) -> tuple[Tensor, ...]:
+    """linear_topk_lse."""
     return kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1])
 
 
 def kdscale_end_to_end(p: Inputs, **options: object) -> Tensor:
+    """linear_topk_lse, then linear_sparse_kl."""
     targets = kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1])
     call: Callable[..., kk.SparseKL] = kk.linear_sparse_kl
     return call(p.hidden_NH, p.weight_VH, *targets, labels_N=p.labels_N, **options).loss_sum
 
 
 def kdscale_on_logits(p: Inputs, inplace_grad: bool = False) -> Tensor:
+    """sparse_kl."""
     targets = (p.ids_NK, p.logits_NK, p.lse_N)
     return kk.sparse_kl(logits(p), *targets, labels_N=p.labels_N, inplace_grad=inplace_grad).loss_sum
 
 
 def kdscale_full(p: Inputs) -> Tensor:
+    """linear_full_kl."""
     call: Callable[..., kk.FullKL] = kk.linear_full_kl
     return call(p.hidden_NH, p.weight_VH, p.teacher_NH, p.weight_VH.detach(), labels_N=p.labels_N).loss_sum
 

@@ -35,6 +35,7 @@ class Inputs:
     teacher_probs_NV: Tensor | None = None  # only for peers that want the teacher's whole distribution as an input
 
     def forget_gradients(self) -> None:
+        """Clear what the last call left in the leaves."""
         for leaf in (self.hidden_NH, self.weight_VH, self.student_logits_NV):
             if leaf is not None:
                 leaf.grad = None
@@ -120,14 +121,14 @@ def exact_gradients(inputs: Inputs, losses: Iterable[str]) -> dict[str, tuple[Te
     given_NV = inputs.student_logits_NV
     z_NV = hidden_NH @ weight_VH.T if given_NV is None else given_NV.detach().double()
     logp_NV = (inputs.teacher_NH.double() @ weight_VH.T).log_softmax(1)
-    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    gradients: dict[str, tuple[Tensor, Tensor | None]] = {}
     for loss in losses:
         leaf_NV = z_NV.clone().requires_grad_()
         LOSSES[loss](leaf_NV.log_softmax(1), logp_NV, inputs).backward()
         assert leaf_NV.grad is not None
         dz_NV = leaf_NV.grad
-        found[loss] = (dz_NV @ weight_VH, dz_NV.T @ hidden_NH) if given_NV is None else (dz_NV, None)
-    return found
+        gradients[loss] = (dz_NV @ weight_VH, dz_NV.T @ hidden_NH) if given_NV is None else (dz_NV, None)
+    return gradients
 
 
 def relative_errors(inputs: Inputs, scale: float, exact: tuple[Tensor, Tensor | None]) -> list[float]:

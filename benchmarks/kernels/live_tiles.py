@@ -49,14 +49,14 @@ def read_tokens(tokenizer: Any, text: Path, rows: int, length: int = 256) -> Ten
     with gzip.open(text, "rt", encoding="utf-8") as lines:
         documents = [json.loads(line)["text"] for line in lines]
     wanted = rows // length
-    found = []
+    sequences = []
     for document in documents[:: max(1, len(documents) // (4 * wanted))]:
         ids = tokenizer(document)["input_ids"]
         if len(ids) >= length:
-            found.append(ids[:length])
-        if len(found) == wanted:
-            return torch.tensor(found)
-    raise SystemExit(f"{text}: {len(found)} documents of {length} tokens, {wanted} wanted")
+            sequences.append(ids[:length])
+        if len(sequences) == wanted:
+            return torch.tensor(sequences)
+    raise SystemExit(f"{text}: {len(sequences)} documents of {length} tokens, {wanted} wanted")
 
 
 def without_ffn_units(model: Any, share: float) -> Any:
@@ -71,6 +71,7 @@ def without_ffn_units(model: Any, share: float) -> Any:
 
 @torch.no_grad()
 def hidden(model: Any, ids_BS: Tensor) -> Tensor:
+    """The model's last hidden states [N,H] in fp32."""
     return model.model(ids_BS).last_hidden_state.flatten(0, 1).float()
 
 
@@ -148,13 +149,14 @@ class Gradient:
             yield criterion, live_GJ, self.errors(live_GJ, tile)
         for power in range(6, 20):
             live_GJ = relative_GJ >= 2.0**-power
-            found = self.errors(live_GJ, tile)
-            if max(found) <= EPSILON:
-                yield f"largest that keeps ε: 2^-{power} of the row", live_GJ, found
+            errors = self.errors(live_GJ, tile)
+            if max(errors) <= EPSILON:
+                yield f"largest that keeps ε: 2^-{power} of the row", live_GJ, errors
                 return
 
 
 def main() -> None:
+    """Print the shares of live tiles and the errors of leaving the others out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("text", type=Path, help="jsonl.gz with a field text")

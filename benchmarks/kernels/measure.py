@@ -23,6 +23,7 @@ Key = tuple[str, str]
 
 
 def registry(device: torch.device) -> list[Contestant]:
+    """Everyone who takes part on this device."""
     return own_and_torch(device) + peers(device)
 
 
@@ -42,6 +43,7 @@ def attempt(action: Callable[[], Result]) -> tuple[Result | None, str]:
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -57,6 +59,8 @@ class Setting:
 
 
 class Seconds(NamedTuple):
+    """Time of one call."""
+
     wall: float
     cpu: float  # of all threads of this process; what a neighbour's load changes least
 
@@ -133,7 +137,7 @@ def gradient_errors(contestants: Sequence[Contestant], setting: Setting) -> dict
     {"dX_<regime>": error, ...}; a contestant that cannot run is left out (its row says why already).
     """
     shape = setting.shape._replace(n=min(setting.shape.n, ERROR_ROWS))
-    found: dict[Key, dict[str, float]] = {}
+    by_contestant: dict[Key, dict[str, float]] = {}
     for needs in sorted({c.needs for c in contestants}):
         for regime, noise in REGIMES.items():
             inputs = make_inputs(shape, setting.dtype, setting.device, noise, needs)
@@ -147,7 +151,7 @@ def gradient_errors(contestants: Sequence[Contestant], setting: Setting) -> dict
                     continue
                 errors = relative_errors(own, shape.n if contestant.mean else 1.0, exact[contestant.loss or ""])
                 named = zip(("dX", "dW"), errors, strict=False)
-                found.setdefault(contestant.key, {}).update({f"{what}_{regime}": e for what, e in named})
+                by_contestant.setdefault(contestant.key, {}).update({f"{what}_{regime}": e for what, e in named})
             del inputs, exact
             gc.collect()
-    return found
+    return by_contestant

@@ -30,13 +30,13 @@ def peak_bytes(contestant: Contestant, setting: Setting) -> tuple[int | None, st
         return None, f"no peak memory on {sys.platform}"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "kdscale_kernels"])
-    ours, theirs = context.Pipe(duplex=False)
-    found = (contestant.op, *contestant.key)
-    child = context.Process(target=_child, args=(theirs, found, setting))
+    parent_end, child_end = context.Pipe(duplex=False)
+    wanted_key = (contestant.op, *contestant.key)
+    child = context.Process(target=_child, args=(child_end, wanted_key, setting))
     child.start()
-    theirs.close()
+    child_end.close()
     try:
-        return ours.recv()
+        return parent_end.recv()
     except EOFError:
         child.join()
         return None, f"failed: the process ended with code {child.exitcode} (killed for memory?)"
@@ -44,8 +44,8 @@ def peak_bytes(contestant: Contestant, setting: Setting) -> tuple[int | None, st
         child.join()
 
 
-def _child(pipe: Connection, found: tuple[str, str, str], setting: Setting) -> None:
-    contestant = next(c for c in registry(setting.device) if (c.op, *c.key) == found)
+def _child(pipe: Connection, wanted_key: tuple[str, str, str], setting: Setting) -> None:
+    contestant = next(c for c in registry(setting.device) if (c.op, *c.key) == wanted_key)
     pipe.send(attempt(lambda: _cpu(contestant, setting)))
 
 

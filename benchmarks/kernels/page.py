@@ -47,11 +47,13 @@ td.n, th.n { text-align:right; font-variant-numeric:tabular-nums; } tr { border-
 """
 
 
-def write_page(path: Path, rows: Sequence[Row], found: Sequence[Verdict], command: str) -> None:
-    files.write_text(path, page(rows, found, command))
+def write_page(path: Path, rows: Sequence[Row], verdicts: Sequence[Verdict], command: str) -> None:
+    """Write the page of a table."""
+    files.write_text(path, page(rows, verdicts, command))
 
 
-def page(rows: Sequence[Row], found: Sequence[Verdict], command: str) -> str:
+def page(rows: Sequence[Row], verdicts: Sequence[Verdict], command: str) -> str:
+    """The page of a table as XHTML."""
     first = rows[0]
     threads = f", threads: {first.threads}" if first.threads != "" else ""
     peers = sorted({row.peer for row in rows if " " in row.peer and not row.peer.startswith(("torch ", "kdscale "))})
@@ -65,7 +67,7 @@ def page(rows: Sequence[Row], found: Sequence[Verdict], command: str) -> str:
     parts = [
         "<h1>kdscale_kernels against its peers</h1>",
         f'<p class="muted">{escape(" · ".join(about))}<br/>run.py {escape(command)}</p>',
-        _targets(found),
+        _targets(verdicts),
         "<p>Bars are medians; contestants take turns in one process, and a ratio compares calls of the same round "
         "(whiskers: 20 % to 80 % of the rounds). Ratio 1 is kdscale, auto. Memory is beyond the inputs and the "
         "gradients handed back (for existing logits: with their gradient). Blue: kdscale; orange: the bare library "
@@ -86,14 +88,14 @@ def page(rows: Sequence[Row], found: Sequence[Verdict], command: str) -> str:
     )
 
 
-def _targets(found: Sequence[Verdict]) -> str:
-    if not found:
+def _targets(verdicts: Sequence[Verdict]) -> str:
+    if not verdicts:
         return ""
     words = {True: ("good", "met"), False: ("bad", "missed"), None: ("muted", "not measured")}
     lines = "".join(
         f"<tr><td>{escape(v.target)}</td><td class='n'>{escape(v.limit)}</td><td class='n'>{escape(v.measured)}</td>"
         f"<td class='{words[v.met][0]}'>{words[v.met][1]}</td></tr>"
-        for v in found
+        for v in verdicts
     )
     head = "<tr><th>target</th><th class='n'>limit</th><th class='n'>measured</th><th></th></tr>"
     return f"<div class='card'><table>{head}{lines}</table></div>"

@@ -18,6 +18,7 @@ BOTH_HEADS, STUDENT = "teacher_and_student", "linear_sparse_kl"
 
 
 def version(package: str) -> str:
+    """The installed version of a package, or an empty string."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -51,6 +52,8 @@ def liger_chunked(beta: float, chunk: int, compiled: bool) -> Callable[[Inputs],
 
 
 def liger_jsd(beta: float) -> Callable[[Inputs], Tensor]:
+    """Liger's fused linear JSD, a Triton kernel; beta 0 is forward KL."""
+
     def make(p: Inputs) -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearJSD
 
@@ -61,12 +64,15 @@ def liger_jsd(beta: float) -> Callable[[Inputs], Tensor]:
 
 
 def liger_kl_div(p: Inputs) -> Tensor:
+    """Liger's fused linear KL, which takes the teacher's whole distribution as an input."""
     from liger_kernel.transformers import LigerFusedLinearKLDivLoss
 
     return LigerFusedLinearKLDivLoss(reduction="sum")(p.hidden_NH, p.weight_VH, p.teacher_probs_NV)
 
 
 def cut_cross_entropy(impl: str, eps: str | None) -> Callable[[Inputs], Tensor]:
+    """Cut Cross-Entropy (Wijmans et al. 2024) in one of its implementations."""
+
     def make(p: Inputs) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
@@ -76,6 +82,8 @@ def cut_cross_entropy(impl: str, eps: str | None) -> Callable[[Inputs], Tensor]:
 
 
 def torch_cross_entropy(chunked: bool) -> Callable[[Inputs], Tensor]:
+    """torch's own linear cross-entropy."""
+
     def make(p: Inputs) -> Tensor:
         options = torch.nn.LinearCrossEntropyOptions() if chunked else None
         return F.linear_cross_entropy(p.hidden_NH, p.weight_VH, p.labels_N, reduction="sum", options=options)

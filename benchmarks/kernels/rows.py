@@ -58,10 +58,12 @@ class Row:
 
     @property
     def shape(self) -> tuple[int, int, int, int, str]:
+        """N, H, V, K and dtype."""
         return self.N, self.H, self.V, self.K, self.dtype
 
     @property
     def label(self) -> str:
+        """The contestant and its mode, for people."""
         return f"{self.contestant}, {self.mode}" if self.mode else self.contestant
 
 
@@ -77,19 +79,20 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return tuple(float(f"{v:.4g}") for v in (statistics.median(values), low, high))  # type: ignore[return-value]
 
 
-def add_times(row: Row, seconds: Sequence[Seconds], ours: Sequence[Seconds] | None, on_cpu: bool) -> None:
-    """Fill in the times of each round; `ours` are those of kdscale (auto) in the same rounds."""
+def add_times(row: Row, seconds: Sequence[Seconds], kdscale: Sequence[Seconds] | None, on_cpu: bool) -> None:
+    """Fill in the times of each round; `kdscale` are those of its own contestant (auto) in the same rounds."""
     row.rounds = len(seconds)
     row.seconds_median, row.seconds_p20, row.seconds_p80 = quantiles([s.wall for s in seconds])
-    pairs = list(zip(seconds, ours or [], strict=False))
+    pairs = list(zip(seconds, kdscale or [], strict=False))
     if pairs:
-        row.ratio_to_ours, row.ratio_p20, row.ratio_p80 = quantiles([mine.wall / base.wall for mine, base in pairs])
+        row.ratio_to_ours, row.ratio_p20, row.ratio_p80 = quantiles([own.wall / base.wall for own, base in pairs])
     if on_cpu:
         row.cpu_seconds_median = quantiles([s.cpu for s in seconds])[0]
-        row.cpu_ratio_to_ours = quantiles([mine.cpu / base.cpu for mine, base in pairs])[0] if pairs else ""
+        row.cpu_ratio_to_ours = quantiles([own.cpu / base.cpu for own, base in pairs])[0] if pairs else ""
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows of a table, with a header."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()

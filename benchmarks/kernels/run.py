@@ -37,11 +37,12 @@ OUT = Path(__file__).resolve().parents[1] / "results"
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return (found[1].strip() if found else platform.processor()) or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return (match[1].strip() if match else platform.processor()) or platform.machine()
 
 
 class Table:
@@ -62,12 +63,14 @@ class Table:
         }
 
     def contestants(self, op: str) -> list[Contestant]:
-        found = [c for c in registry(self.device) if c.op == op]
+        """Who takes part in an op, given the options."""
+        contestants = [c for c in registry(self.device) if c.op == op]
         if not self.args.no_compile:
-            return found
-        return [replace(c, absent=c.absent or "left out by --no-compile") if c.compiled else c for c in found]
+            return contestants
+        return [replace(c, absent=c.absent or "left out by --no-compile") if c.compiled else c for c in contestants]
 
     def row(self, contestant: Contestant, shape: LossShape, direction: str, failure: str) -> Row:
+        """A row without numbers: ok, or why there are none."""
         status, _, reason = failure.partition(": ") if failure else ("ok", "", "")
         n, h, v, k = shape
         row = Row(
@@ -88,6 +91,7 @@ class Table:
         return row
 
     def measure(self, op: str, shape: LossShape) -> None:
+        """Add the rows of an op at one shape."""
         contestants = self.contestants(op)
         torch.compiler.reset()  # or the limit of recompilations turns the later shapes into eager ones, silently
         errors: dict[Key, dict[str, float]] = {}
@@ -115,6 +119,7 @@ class Table:
                 say_row(row)
 
     def add_peak(self, row: Row, contestant: Contestant, setting: Setting) -> None:
+        """Enter the peak memory of one contestant."""
         peak, failure = peak_bytes(contestant, setting)
         if peak is not None:
             row.peak_bytes = peak
@@ -122,10 +127,12 @@ class Table:
 
 
 def say(text: str) -> None:
+    """Print a line of progress."""
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
 def say_row(row: Row) -> None:
+    """Print what was measured for a row."""
     if row.status != "ok":
         say(f"    {row.label}: {row.status}: {row.reason}")
         return
@@ -136,6 +143,7 @@ def say_row(row: Row) -> None:
 
 
 def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--table", choices=sorted(TABLES), help="default: cpu or gpu, by device")
@@ -158,6 +166,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, write the table and its page, and judge the targets."""
     args = parse()
     table = Table(args)
     shapes = args.shape or TABLES[args.table or ("cpu" if table.device.type == "cpu" else "gpu")]

@@ -23,6 +23,8 @@ TABLES: dict[str, list[tuple[int, int, int, int]]] = {
 
 
 class LossShape(NamedTuple):
+    """One shape of a loss."""
+
     n: int
     h: int
     v: int

@@ -49,6 +49,7 @@ class Distiller(nn.Module):
 
 
 def tiny_model(hidden: int, layers: int, seed: int) -> PreTrainedModel:
+    """A random Llama of a few thousand parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -111,6 +112,7 @@ def trainer_loop(distiller: Distiller, steps: int) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> list[float]:
+    """Train, print and return the losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trainer", action="store_true", help="run under transformers.Trainer")
     parser.add_argument("--steps", type=int, default=30)

@@ -54,18 +54,18 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """The targets for the shapes that this table holds; a target whose rows are missing is "not measured"."""
     on_gpu = any(row.threads == "" for row in rows)
     shapes = {row.shape[:4] for row in rows}
-    found = []
+    judged = []
     if not on_gpu and CPU in shapes:
-        found += _cpu(_Table(rows, CPU))
+        judged += _cpu(_Table(rows, CPU))
     if on_gpu and REFERENCE in shapes:
-        found += _gpu(_Table(rows, REFERENCE))
+        judged += _gpu(_Table(rows, REFERENCE))
     if on_gpu and HALF in shapes:
         table = _Table(rows, HALF)
         liger = table.best("ratio_to_ours", BOTH, "Liger fused linear JSD")
-        found.append(_judge("time, N=8192: Liger fused linear JSD / teacher and student", liger, 3.5, at_least=True))
+        judged.append(_judge("time, N=8192: Liger fused linear JSD / teacher and student", liger, 3.5, at_least=True))
     own = [row for row in rows if (row.op, row.contestant, row.mode) == (STUDENT, "kdscale", "auto")]
     errors = [float(v) for row in own for column in ERROR_COLUMNS[2:] if (v := getattr(row, column)) != ""]
-    return [*found, _judge("gradient error, matched regimes, worst shape", max(errors, default=None), 5e-3)]
+    return [*judged, _judge("gradient error, matched regimes, worst shape", max(errors, default=None), 5e-3)]
 
 
 def _cpu(table: _Table) -> Iterator[Verdict]:

@@ -268,14 +268,14 @@ def loss_bytes(job: Job, setting: Setting) -> float:
 
 
 def _kept_loss_bytes(job: Job, setting: Setting) -> float:
-    """The loss's gradients from the forward until the backward has scaled them: dX, and dW in fp32 (lean: as W)."""
+    """The loss's gradients from the forward until the backward has scaled them: dX, and dW in fp32 (by vocabulary slices: as W)."""
     rows = setting.rows(job)
     _, fast = loss_mode(job, rows)
     return 2 * job.item_bytes * rows * job.student.hidden + (4 if fast else job.item_bytes) * job.student.head
 
 
 def loss_mode(job: Job, rows: int) -> tuple[float, bool]:
-    """(bytes of a chunk of logits, whether the fast mode runs): as kdscale_kernels plans it in "auto"."""
+    """(bytes of a chunk of logits, whether it goes by row chunks): as kdscale_kernels plans it in "auto"."""
     chunk = float(CHUNK_BYTES[job.device])
     if job.device == "cuda":
         return chunk, True

@@ -13,11 +13,7 @@ import torch
 from kdscale_kernels.types import Backend
 
 _log = logging.getLogger("kdscale_kernels")
-
-
 _logged: set[str] = set()
-
-
 MIN_TRITON = (3, 4)
 
 

@@ -1,4 +1,4 @@
-"""Plain torch twins of the ops: whole logits, autograd, any dtype. What the ops are tested against; not for training.
+"""Plain torch twins of the ops: all logits at once, autograd, any dtype. The ops are tested against them.
 
 Legend: N rows, V vocabulary, K teacher entries, T temperature.
 """
@@ -56,33 +56,11 @@ def linear_sparse_kl(
     teacher_lse_N: Tensor,
     *,
     bias_V: Tensor | None = None,
-    vocab_size: int | None = None,
-    labels_N: Tensor,
-    ignore_index: int = IGNORE_INDEX,
-    ce_weight: float = 0.0,
-    temperature: float = 1.0,
-    divergence: Divergence | str = "forward_kl",
-    tail: Tail = "bucket",
-    target_weights_NK: Tensor | None = None,
-    softcap: float | None = None,
+    **options: Any,
 ) -> SparseKL:
-    """Twin of kdscale_kernels.linear_sparse_kl."""
+    """Twin of kdscale_kernels.linear_sparse_kl; options as sparse_kl takes them."""
     logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)
-    return sparse_kl(
-        logits_NV,
-        ids_NK,
-        teacher_logits_NK,
-        teacher_lse_N,
-        labels_N=labels_N,
-        ignore_index=ignore_index,
-        ce_weight=ce_weight,
-        temperature=temperature,
-        divergence=divergence,
-        tail=tail,
-        target_weights_NK=target_weights_NK,
-        softcap=softcap,
-        vocab_size=vocab_size,
-    )
+    return sparse_kl(logits_NV, ids_NK, teacher_logits_NK, teacher_lse_N, **options)
 
 
 def sparse_kl(

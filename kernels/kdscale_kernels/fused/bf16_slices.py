@@ -30,13 +30,9 @@ from kdscale_kernels.rows.torch_slices import EntryPlaces
 from kdscale_kernels.types import LossOptions
 
 _NEG_INF = float("-inf")
-
-
 # One fp32 array of the steps on a few rows: it stays in a cache, and is enough work for all threads to be worth waking
 # (256 KiB: 1.7 times the wall time on two threads).
 CACHED_BYTES = 2 << 20
-
-
 # Nats. Up to here a logit above its shift is off by no more than 2⁻⁸ of its exponential, as a bf16 probability may be.
 _RISE = 2.0
 

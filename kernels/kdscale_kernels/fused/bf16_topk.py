@@ -24,8 +24,6 @@ BF16_CHUNK_BYTES = 24 << 20  # logits of a chunk: the steps after the product fi
 
 
 _SAMPLE = 4096  # columns that the shift is guessed from
-
-
 _SLACK = 2.0**-7  # of the distance from the shift; a rounding is at most half of that
 
 

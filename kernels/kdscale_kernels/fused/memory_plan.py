@@ -27,18 +27,10 @@ from kdscale_kernels.types import LossOptions, Mode
 # On a CPU, less than an eighth of what eager torch needs at N=2048 V=49152. There slices are no slower,
 # since their gradient products may be bf16 ones. A GPU has memory, and row chunks spare it a fourth product.
 CPU_WORKSPACE = 104 << 20
-
-
 # Slices that stay in a CPU's cache between the steps on them; on CUDA, wide enough for products at full speed.
 SLICE_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
-
-
 FEWEST_ROWS = {"cpu": 64, "cuda": 1024}  # in a chunk of rows: with fewer, dW's traffic costs more
-
-
 SLICE_STEP = 128
-
-
 # Each block after the first adds to a dW that is already rounded: a few times cost less than dz's own rounding.
 MOST_BLOCKS = 4
 

@@ -23,12 +23,8 @@ class ValidRows(NamedTuple):
 
 
 def valid_rows(
-    ids_NK: Tensor,
-    logits_NK: Tensor,
-    lse_N: Tensor,
-    weights_NK: Tensor | None,
+    targets: tuple[Tensor, Tensor, Tensor, Tensor | None],
     labels_N: Tensor,
-    *,
     ignore_index: int,
     vocab: int,
     temperature: float,
@@ -36,8 +32,10 @@ def valid_rows(
 ) -> ValidRows:
     """The rows whose label is not ignore_index, and their teacher entries in the accumulation dtype.
 
-    Waits once for the device. Raises ValueError for values that cannot be used (see the module's note).
+    targets: ids and logits [N,K], log-sum-exps [N], weights [N,K] or None. Waits for the device once.
+    Raises ValueError for values that cannot be used (see the module's note).
     """
+    ids_NK, logits_NK, lse_N, weights_NK = targets
     index_M = (labels_N != ignore_index).nonzero()[:, 0]
     labels_M, ids_MK = labels_N[index_M].long(), ids_NK[index_M].long()
     logits_MK, lse_M = logits_NK[index_M].to(dtype), lse_N[index_M].to(dtype)

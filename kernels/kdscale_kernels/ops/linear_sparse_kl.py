@@ -80,17 +80,8 @@ def linear_sparse_kl(
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
     steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
-    valid = arguments.valid_rows(
-        ids_NK,
-        teacher_logits_NK,
-        teacher_lse_N,
-        target_weights_NK,
-        labels_N,
-        ignore_index=ignore_index,
-        vocab=vocab,
-        temperature=temperature,
-        dtype=accumulate,
-    )
+    targets = (ids_NK, teacher_logits_NK, teacher_lse_N, target_weights_NK)
+    valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab, temperature, accumulate)
     wants_grad = wants_gradients(hidden_NH, weight_VH, bias_V)
     plain_head = bias_V is None and softcap is None
     size = CallSize(

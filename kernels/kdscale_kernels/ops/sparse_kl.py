@@ -58,17 +58,8 @@ def sparse_kl(
     accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
     steps = row_steps(choose_backend(backend, logits_NV.device, limit=limit))
-    valid = arguments.valid_rows(
-        ids_NK,
-        teacher_logits_NK,
-        teacher_lse_N,
-        target_weights_NK,
-        labels_N,
-        ignore_index=ignore_index,
-        vocab=vocab,
-        temperature=temperature,
-        dtype=accumulate,
-    )
+    targets = (ids_NK, teacher_logits_NK, teacher_lse_N, target_weights_NK)
+    valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab, temperature, accumulate)
     want_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     chunk_bytes = chunk_bytes_for(chunk_bytes, logits_NV.device)
     call = _LogitsCall(*valid, options, vocab, chunk_bytes, want_grad, inplace_grad, steps)

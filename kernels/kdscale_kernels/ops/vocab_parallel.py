@@ -157,17 +157,8 @@ def vocab_parallel_sparse_kl(
         arguments.check_weights(ids_NK, target_weights_NK, tail)
         arguments.check_same_device(hidden_NH, ids_NK)
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
-        valid = arguments.valid_rows(
-            ids_NK,
-            teacher_logits_NK,
-            teacher_lse_N,
-            target_weights_NK,
-            labels_N,
-            ignore_index=ignore_index,
-            vocab=vocab_size,
-            temperature=temperature,
-            dtype=accumulate,
-        )
+        targets = (ids_NK, teacher_logits_NK, teacher_lse_N, target_weights_NK)
+        valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab_size, temperature, accumulate)
         limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
         steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
         settings = (options, operand, chunk_bytes)

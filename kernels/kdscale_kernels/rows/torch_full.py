@@ -29,8 +29,9 @@ def full_step(
     *,
     teacher_softcap: float | None,
     want_grad: bool,
-) -> FullRowSums:
-    """Losses of a chunk of raw logits (fp32/fp64, contiguous). Both are destroyed; with want_grad z_CV becomes dz.
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RowSteps.full for fp32 or fp64 logits, contiguous, of both models, all destroyed; dz is in their dtype.
 
     options.softcap is the student's. NaN on either side, or a row of -inf, makes its row NaN.
     """
@@ -63,7 +64,8 @@ def full_step(
             slope_C = 1.0 if options.softcap is None else 1.0 - (label_C / options.softcap) ** 2
             at_label_C = torch.full_like(label_C, -options.ce_weight) * slope_C
             z_CV.scatter_add_(1, labels_C[:, None], at_label_C[:, None])
-    return FullRowSums(mix(options.ce_weight, ce_C, T * T * kd_C), kd_C, ce_C, teacher_ce_C, agree_C)
+    sums = FullRowSums(mix(options.ce_weight, ce_C, T * T * kd_C), kd_C, ce_C, teacher_ce_C, agree_C)
+    return torch.stack(sums), z_CV
 
 
 def _write_gradient(

@@ -22,9 +22,17 @@ _NEG_INF = float("-inf")
 
 
 def sparse_step(
-    z_CV: Tensor, entries: TeacherEntries, labels_C: Tensor, options: LossOptions, *, want_grad: bool
-) -> RowSums:
-    """Losses of a chunk of raw logits (fp32 or fp64, contiguous). z_CV is destroyed; with want_grad it becomes dz."""
+    z_CV: Tensor,
+    entries: TeacherEntries,
+    labels_C: Tensor,
+    options: LossOptions,
+    *,
+    want_grad: bool,
+    grad_dtype: torch.dtype | None = None,
+    rows_C: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RowSteps.sparse for fp32 or fp64 logits, contiguous; dz is in their dtype."""
+    assert rows_C is None, "torch has no in_place_dtypes"
     T, ce_weight = options.temperature, options.ce_weight
     slope_CV = cap_(z_CV, options.softcap) if options.softcap is not None else None
     support_CK = z_CV.gather(1, entries.ids_NK).masked_fill(~entries.used_NK, _NEG_INF)
@@ -47,7 +55,7 @@ def sparse_step(
     loss_C = mix(ce_weight, ce_C, T * T * kd_C)
     sums = RowSums(loss_C, kd_C, ce_C, entries.logp_NK.exp().sum(1), student_tail_C, agree_C)
     if not want_grad:
-        return sums
+        return torch.stack(sums), z_CV
 
     # An empty tail has sum 0 and only zeros to scale; anything else has sum >= 1 by the choice of shift.
     kd_scale = (1.0 - ce_weight) * T
@@ -67,7 +75,7 @@ def sparse_step(
         tempered_CV.scatter_add_(1, labels_C[:, None], torch.full_like(label_C, -ce_weight)[:, None])
     if slope_CV is not None:
         tempered_CV.addcmul_(tempered_CV, slope_CV, value=-1.0)
-    return sums
+    return torch.stack(sums), z_CV
 
 
 def cap_(z_CV: Tensor, softcap: float) -> Tensor:

@@ -14,11 +14,7 @@ import triton
 import triton.language as tl
 
 NEG_INF = tl.constexpr(float("-inf"))
-
-
 MAX_INT = tl.constexpr(0x7FFFFFFF)
-
-
 # Marks a masked place of a row with a soft-cap, where -inf is a logit like any other. The lowest bf16, also an fp32.
 MASKED = tl.constexpr(-3.3895313892515355e38)
 
@@ -45,11 +41,13 @@ def cap(z, softcap):
 
 @triton.jit
 def is_nan(x):
+    """Where x is NaN."""
     return x != x  # noqa: PLR0124 - only a NaN differs from itself
 
 
 @triton.jit
 def logaddexp(a, b):
+    """log(exp(a) + exp(b)), also of -inf."""
     top = tl.maximum(a, b)
     top = tl.where(top == NEG_INF, 0.0, top)
     return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
@@ -57,6 +55,7 @@ def logaddexp(a, b):
 
 @triton.jit
 def logsumexp(x_K):
+    """log Σ exp(x), also of -inf alone."""
     top = tl.max(x_K, 0)
     top = tl.where(top == NEG_INF, 0.0, top)
     return top + tl.log(tl.sum(tl.exp(x_K - top), 0))

@@ -96,6 +96,7 @@ def full_kl_rows_kernel(
     BF16_GRAD: tl.constexpr,  # dz is narrower than z
     BLOCK_V: tl.constexpr,
 ):
+    """One row of both models: the sums of its losses and, with WANT_GRAD, dz."""
     c = tl.program_id(0).to(tl.int64)
     z_ptr += c * stride_z
     teacher_ptr += c * stride_teacher

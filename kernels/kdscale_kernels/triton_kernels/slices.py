@@ -67,6 +67,7 @@ def read_slice_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """One row of a slice: its entries' logits, its tail sums and, with KEEP, its exponentials."""
     c = tl.program_id(0).to(tl.int64)
     z_ptr += c * stride_z
     cols_S = tl.arange(0, BLOCK_S)
@@ -145,6 +146,7 @@ def write_slice_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """One row of a slice: dz from the logits or, with KEPT, from the exponentials."""
     c = tl.program_id(0).to(tl.int64)
     z_ptr += c * stride_z
     plain_ptr += c * stride_z

@@ -41,8 +41,6 @@ from kdscale_kernels.triton_kernels.divergences import LOG_TAIL_FLOOR, divergenc
 from kdscale_kernels.types import LossOptions
 
 TILES = (Tile(256, 4096, 8), Tile(1024, 1024, 8), Tile(MAX_ENTRIES, 4096, 32))
-
-
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -82,6 +80,7 @@ def sparse_kl_rows_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """One row: the sums of its losses and, with WANT_GRAD, dz."""
     c = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + c) if HAS_ROWS else c
     z_ptr += row * stride_z

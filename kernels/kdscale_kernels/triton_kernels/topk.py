@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kdscale_kernels.rows.limits import GROUP, MAX_CANDIDATES, topk_limit
 from kdscale_kernels.triton_kernels.common import MAX_INT, NEG_INF, cap, is_nan, warps_for
+from kdscale_kernels.types import LossOptions
 
 
 class SweepTile(NamedTuple):
@@ -40,8 +41,6 @@ class SelectTile(NamedTuple):
 
 
 SWEEP_TILE = SweepTile(64, 8)
-
-
 SELECT_TILES = (SelectTile(1024, 4), SelectTile(4096, 8), SelectTile(MAX_CANDIDATES, 16))
 
 
@@ -59,6 +58,7 @@ def lse_groups_kernel(
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
+    """One row: its log-sum-exp and the maximum of each group of columns."""
     c = tl.program_id(0).to(tl.int64)
     z_ptr += c * stride_z
     maxima_ptr += c * groups
@@ -99,6 +99,7 @@ def select_kernel(
     GROUP: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
+    """One row: the K candidates that come first by (value descending, column ascending)."""
     c = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK_J)
     column_J = j
@@ -129,11 +130,8 @@ def select_kernel(
     tl.store(kept_ptr + c * keep + place_J, value_J, mask=kept_J)
 
 
-def topk_step(z_CV: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids [C,k] int64, logits [C,k], logsumexp(z / T) [C]) of fp32 logits, contiguous, within topk_limit.
-
-    Descending by logit, lower id first among equals, NaN first. With a soft-cap z_CV is capped in place.
-    """
+def topk_step(z_CV: Tensor, k: int, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """RowSteps.topk for fp32 logits, contiguous, within topk_limit. With a soft-cap z_CV is capped in place."""
     vocab = z_CV.shape[1]
     if (
         not z_CV.is_contiguous()
@@ -143,7 +141,7 @@ def topk_step(z_CV: Tensor, k: int, temperature: float, softcap: float | None) -
     ):
         raise ValueError(f"z_CV: expected contiguous fp32 and 1 <= k <= V, got {z_CV.dtype} {tuple(z_CV.shape)}, k={k}")
     with torch.cuda.device_of(z_CV):  # Triton launches on the current device, whatever the tensors are on
-        return _topk_lse(z_CV, k, temperature, softcap)
+        return _topk_lse(z_CV, k, options.temperature, options.softcap)
 
 
 def _topk_lse(z_CV: Tensor, k: int, temperature: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -300,7 +300,7 @@ def test_no_grad_and_frozen_sides_make_no_gradient(monkeypatch):
         wanted.append(options["want_grad"])
         return step(*args, **options)
 
-    monkeypatch.setattr(torch_steps, "full_step", spy)
+    monkeypatch.setattr(torch_steps.TorchRowSteps, "full", staticmethod(spy))
     with torch.no_grad():
         quiet = call(kk, p)
     assert not quiet.loss_sum.requires_grad

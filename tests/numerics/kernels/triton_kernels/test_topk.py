@@ -7,6 +7,7 @@ import torch
 
 import kdscale_kernels as kk
 from kdscale_kernels import reference
+from kdscale_kernels.types import LossOptions
 
 INF, NAN = float("inf"), float("nan")
 
@@ -24,7 +25,7 @@ def test_topk_is_exact_with_lower_ids_first(device, vocab, k, step):
     if vocab > 1:
         z[1, vocab // 2] = -INF
         z[2, ::2] *= 0.0  # of both signs, which are equal
-    ids, values, lse = topk_step(z.to(device).clone(), k, 1.5, None)
+    ids, values, lse = topk_step(z.to(device).clone(), k, LossOptions(temperature=1.5))
     want, order = torch.sort(z, dim=1, descending=True, stable=True)
     assert torch.equal(ids.cpu(), order[:, :k])
     assert torch.equal(values.cpu(), want[:, :k])
@@ -36,12 +37,12 @@ def test_topk_of_nan_rows_and_none(device):
 
     z = torch.randn(3, 300, generator=torch.Generator().manual_seed(1))
     z[1, 77] = NAN
-    ids, values, lse = topk_step(z.to(device), 4, 1.0, None)
+    ids, values, lse = topk_step(z.to(device), 4, LossOptions())
     assert lse[1].isnan()
     assert int(ids[1, 0]) == 77
     assert values[1, 0].isnan()
     assert lse[[0, 2]].isfinite().all()
-    ids, values, lse = topk_step(z[:0].to(device), 4, 1.0, None)
+    ids, values, lse = topk_step(z[:0].to(device), 4, LossOptions())
     assert (ids.shape, values.shape, lse.shape) == ((0, 4), (0, 4), (0,))
 
 
