@@ -268,7 +268,7 @@ def loss_bytes(job: Job, setting: Setting) -> float:
 
 
 def _kept_loss_bytes(job: Job, setting: Setting) -> float:
-    """The loss's gradients from the forward until the backward has scaled them: dX, and dW in fp32 (in slices: as W)."""
+    """The loss's gradients from the forward until the backward has scaled them: dX, and dW in fp32 (slices: as W)."""
     rows = setting.rows(job)
     _, fast = loss_mode(job, rows)
     return 2 * job.item_bytes * rows * job.student.hidden + (4 if fast else job.item_bytes) * job.student.head
