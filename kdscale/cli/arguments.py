@@ -9,15 +9,12 @@ import typer
 if TYPE_CHECKING:
     from kdscale.config.root import Config
 
-
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
-
 
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one field, e.g. prune.target_params=4B. Repeatable."),
 ]
-
 
 AcceptOption = Annotated[
     bool,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from kdscale.sizing.compare import ComparedSetting
     from kdscale.sizing.gpus import Gpu
 
-
 _SHOWN, _SERVED, _REJECTED = 6, 2, 4  # settings shown: that fit, that fit with a served teacher, that do not fit
 _ASSUMED = "Assumptions"
 

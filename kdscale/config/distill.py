@@ -149,7 +149,6 @@ class DistillConfig(Section):
 
 QUANTIZED = ("quantized_weights", "quantized_gradients")  # of distill.zero: they change what is computed
 
-
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {
     "teacher_placement", "served", "processes", "sequence_parallel", "tensor_parallel", "micro_batch", "zero_stage",

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-
 SCHEMA_VERSION = 1
 TEACHER = "teacher"
 

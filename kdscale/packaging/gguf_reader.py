@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",

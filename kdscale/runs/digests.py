@@ -6,8 +6,6 @@ import hashlib
 from pathlib import Path
 
 _WHOLE_FILE_BYTES = 1 << 22
-
-
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 

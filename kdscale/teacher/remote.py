@@ -28,7 +28,6 @@ from kdscale.weights import checkpoint_identity
 if TYPE_CHECKING:
     import httpx
 
-
 TOKEN_VARIABLE = "KDSCALE_TEACHER_TOKEN"
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between rounds over all services

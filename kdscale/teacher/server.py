@@ -30,7 +30,6 @@ from kdscale.weights import checkpoint_identity
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-
 _BODY_BYTES_PER_TOKEN = 12  # three int32 per position, besides the header
 _HEADER_BYTES = 4096
 _MAX_TOP_K = SOURCES["served"].gives.top_k

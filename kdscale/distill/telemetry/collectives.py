@@ -24,7 +24,6 @@ _NAMES = (
     "broadcast_object_list",
 )  # fmt: skip
 
-
 _DEEPSPEED_NAMES = (*_NAMES, "all_gather_base", "all_gather_coalesced", "all_reduce_coalesced", "inference_all_reduce")
 
 

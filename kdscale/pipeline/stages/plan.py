@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from kdscale.prune.search.latency import LatencyModel
     from kdscale.prune.search.shapes import Search
 
-
 # Shapes that are timed themselves before one is taken under a latency target.
 _TIMED_CANDIDATES = 5
 

@@ -12,8 +12,6 @@ from kdscale.families import Dims, Family
 from kdscale.prune.search.latency import Timing
 
 _REPEATS, _DECODED_TOKENS = 5, 6
-
-
 _MIN_WEIGHT_BYTES = 128 << 20  # more than the last-level cache of most processors
 
 

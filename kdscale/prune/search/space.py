@@ -16,11 +16,7 @@ from kdscale.prune.axes import Sizes, budget_axes
 
 # From these teacher sizes on a step is 256, which suits tensor cores and tensor parallelism; below, 32.
 _REAL_HIDDEN, _REAL_FFN = 2048, 4096
-
-
 _REAL_STEP, _SMALL_STEP = 256, 32
-
-
 # The same for experts, which expert parallelism divides.
 _MANY_EXPERTS, _EXPERTS_STEP = 64, 8
 

@@ -21,12 +21,8 @@ from kdscale_kernels.rows.torch_topk import largest
 from kdscale_kernels.types import TopKLse
 
 BF16_CHUNK_BYTES = 24 << 20  # logits of a chunk: the steps after the product find them in a cache
-
-
 _SAMPLE = 4096  # columns that the shift is guessed from
 _SLACK = 2.0**-7  # of the distance from the shift; a rounding is at most half of that
-
-
 _FP32_SLACK = 2.0**-14  # of the shift: sums in two orders
 
 

@@ -15,8 +15,6 @@ GROUP = 64
 # Entries per row, and candidates of one selection, that a program keeps in registers. 16384 candidates always spill.
 MAX_ENTRIES = 4096
 MAX_CANDIDATES = 8192
-
-
 _FP64 = "the Triton kernels compute in fp32, and these tensors are fp64"
 
 

@@ -34,8 +34,6 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "rope-scaling": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
 }
 _FAMILY_FILES = sorted(Path(kdscale.families.__file__).parent.glob("*.json"))
-
-
 _LLAMA = next(file for file in _FAMILY_FILES if file.stem == "llama")
 # also those of KDSCALE_FAMILIES
 _FAMILIES = {name: load_family({"model_type": name}, "config.json").data for name in supported_types()}
