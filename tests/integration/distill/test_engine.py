@@ -92,8 +92,8 @@ def test_bf16_is_never_run_at_stage_0(distil, tmp_path):
 
 def snapshot(trainer):
     """Every fp32 weight and all of Adam's state."""
-    fragments = trainer.saver._fragments
-    return [torch.tensor(fragments.adam_step), *(block.clone() for block in fragments.blocks())]
+    state = trainer.saver._zero_state
+    return [torch.tensor(state.adam_step), *(block.clone() for block in state.blocks())]
 
 
 @pytest.mark.parametrize(
