@@ -59,7 +59,7 @@ def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None
     """The shape before and after, what it means in parameters, and what else was compared."""
     _candidates(plan_json)
     teacher, student = plan_json["teacher"], plan_json["student"]
-    rows = [(axis, str(teacher[axis]), str(student[axis])) for axis in teacher if axis != "vocab"]
+    rows = [(axis, str(teacher[axis]), str(student[axis])) for axis in teacher if axis != "vocab" and teacher[axis]]
     for counted in ("total", "non_embedding", "active"):
         before, after = (plan_json[f"{who}_params"].get(counted) for who in ("teacher", "student"))
         if before is not None:  # a dense model has none that a token leaves out

@@ -56,6 +56,7 @@ def test_a_plan_of_shapes_shows_what_becomes_of_the_model() -> None:
     assert "134.5 M" in done.stdout
     assert "1536" in done.stdout
     assert "704" in done.stdout
+    assert "experts" not in done.stdout  # a dense model has none
 
 
 def test_plan_cluster_prints_what_fits_and_writes_the_lines(tmp_path: Path) -> None:
