@@ -1,4 +1,5 @@
-# make demo: from a bare Python 3.11+ to a distilled student and its report.   make test: everything CI checks.
+# make demo: from a bare Python 3.11+ to a distilled student and its report.   make quick: the same in a few minutes, on
+# little text.   make test: everything CI checks.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,12 +8,12 @@ WORKERS ?= 2
 TEACHER := teachers/smollm2-135m-instruct
 
 # make docs: the documentation, in site/index.html.
-.PHONY: demo test docs lint types imports pytest format clean
+.PHONY: quick demo test docs lint types imports pytest format clean
 
-demo:
+quick demo:
 	@$(PYTHON) .ci/bootstrap.py $(VENV) gguf
 	@$(BIN)/kdscale get-teacher smollm2-135m-instruct $(TEACHER)
-	@$(BIN)/kdscale run demo
+	@$(BIN)/kdscale run $@
 
 test:
 	@$(PYTHON) .ci/bootstrap.py $(VENV) dev

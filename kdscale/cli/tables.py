@@ -15,6 +15,7 @@ from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGES
+from kdscale.report.comparison import model_title, students, worsened
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
@@ -146,6 +147,10 @@ def _side_by_side(evaluation: dict[str, Any]) -> None:
         for title, key, form in shown
     ]
     _print(table("Held-out text", ("", *models), rows, right_from=1))
+    if worse := worsened(evaluation):
+        before, after = (model_title(students(evaluation)[at]).lower() for at in (0, -1))
+        text = f"worse in the {after} student than in the {before} one: {', '.join(worse)}"
+        Console().print(f"note: {text}", style="yellow", highlight=False)
 
 
 def status(folder: Path) -> None:

@@ -23,6 +23,7 @@ class Term:
     unit: str = ""  # "fraction" is shown in per cent
     headline: bool = False  # part of the message after a validation
     exponential: Term | None = None  # logged at validations too: exp of the mean
+    better: Literal["lower", "higher", ""] = ""  # of a distance to the teacher: which direction is nearer
 
     def text(self, mean: float) -> str:
         """The figure in words: `top-1 agreement 51.3 %`."""
@@ -63,11 +64,11 @@ class TokenDivergenceConfig(ObjectiveConfig):
     implementation = "kdscale.distill.objectives.token_divergence:TokenDivergence"
     reads_head_shards = True
     terms = (
-        Term("kd", "divergence from the teacher", "nats"),
+        Term("kd", "divergence from the teacher", "nats", better="lower"),
         Term("ce", "cross-entropy", "nats", exponential=Term("perplexity", "perplexity", headline=True)),
         Term("teacher_mass", "teacher's probability of its top K", "fraction"),
         Term("tail_mass", "student's probability outside the top K", "fraction"),
-        Term("top1_agree", "top-1 agreement", "fraction", headline=True),
+        Term("top1_agree", "top-1 agreement", "fraction", headline=True, better="higher"),
     )
 
     name: Literal["token_divergence"] = "token_divergence"

@@ -93,6 +93,26 @@ def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def worsened(evaluation: Mapping[str, Any]) -> list[str]:
+    """Every quality measure that is worse in the run's last student than in its first, the pruned one.
+
+    Each reads `KL to the teacher 1.310 → 1.590`. Values that are written alike count as equal.
+    """
+    names = students(evaluation)
+    if len(names) < 2:
+        return []
+    first, last = (evaluation["models"][name].get("quality", {}) for name in (names[0], names[-1]))
+    out = []
+    for figure in FIGURES:
+        before, after = first.get(figure.key), last.get(figure.key)
+        if figure.section != "quality" or before is None or after is None:
+            continue
+        texts = written(before, figure.form), written(after, figure.form)
+        if texts[0] != texts[1] and (after > before) == (figure.better == "lower"):
+            out.append(f"{figure.title.partition(',')[0]} {texts[0]} → {texts[1]}")
+    return out
+
+
 def _best(cells: Mapping[str, Any], better: str | None, alike: float) -> list[str]:
     """Models whose value is the best, as written or within `alike` of it; none where that is true of all."""
     if better is None or len(cells) < 2:

@@ -17,7 +17,7 @@ from kdscale import units
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.report import pruning_facts, training_facts
-from kdscale.report.comparison import TEACHER, comparison, model_title, students
+from kdscale.report.comparison import TEACHER, comparison, model_title, students, worsened
 from kdscale.runs.metrics_log import read_metrics
 
 SCHEMA_VERSION = 1
@@ -76,6 +76,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "student_path": f"{(config or {}).get('run_dir') or run_dir.name}/student",
         "has_student": (run_dir / "student" / "config.json").exists(),
     }
+    facts["worsened"] = worsened(evaluation) if evaluation else []
     facts["verdict"] = _verdict(facts)
     facts["headline"] = _headline(facts)
     facts["warnings"] = _warnings(facts)
@@ -188,6 +189,9 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         out.append(_tile("Perplexity", f"{ratio:.2f}×", note))
     if (closed := evaluation.get("gap_closed")) is not None:
         out.append(_tile("Gap closed", f"{closed:.0%}", "of the loss that pruning cost, by distilling"))
+    if worse := facts["worsened"]:
+        first = model_title(students(evaluation)[0]).lower()
+        out.append(_tile("Got worse", str(len(worse)), f"since {first}: {', '.join(worse)}"))
     if teacher is None:
         return out
     if student.get("efficiency") and teacher.get("efficiency"):
@@ -214,6 +218,9 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
             )
         elif error and abs(gap["ce"]) < 2 * error:
             out.append("The gain from distillation is within two standard errors: evaluate on more tokens.")
+    if facts["worsened"]:
+        before, after = (model_title(students(evaluation)[at]).lower() for at in (0, -1))
+        out.append(f"Worse in the {after} student than in the {before} one: {', '.join(facts['worsened'])}.")
     if evaluation and any(m.get("efficiency", {}).get("interleaved") is False for m in evaluation["models"].values()):
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
     if curves and curves["skipped_steps"]:

@@ -28,7 +28,7 @@ def plan_of(name: str) -> tuple[Config, dict[str, Any], Plan]:
 
 
 def test_the_promised_configs_ship() -> None:
-    assert {"demo", "llama3.1-8b-to-4.5b-width", "llama3.1-8b-to-4.5b-depth", "qwen3-8b-to-4b"} <= set(NAMES)
+    assert {"demo", "quick", "llama3.1-8b-to-4.5b-width", "llama3.1-8b-to-4.5b-depth", "qwen3-8b-to-4b"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,6 +51,13 @@ def test_transformers_builds_the_student_with_as_many_parameters(name: str) -> N
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(student["model_type"], **settings))
     assert sum(p.numel() for p in model.parameters()) == plan.student_params.total
+
+
+def test_the_quick_run_prunes_as_the_demo_does() -> None:
+    quick, demo = (load_config(find_config(name)) for name in ("quick", "demo"))
+    assert (quick.prune, quick.teacher) == (demo.prune, demo.teacher)
+    assert quick.run_dir != demo.run_dir
+    assert quick.distill.tokens < demo.distill.tokens / 10
 
 
 def test_the_published_shapes() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdscale.config.objectives import log_columns
+from kdscale.config.objectives import Term, log_columns
 from kdscale.config.root import Config
 from kdscale.data.batches import PackedLoader
 from kdscale.distill.telemetry.clock import Clock
@@ -73,7 +73,8 @@ class Records:
 class Observer:
     """Called `begin` before a step's batch is drawn, then `end` after its host sync; `clock` is marked in between.
 
-    `columns` of the objectives are logged at every step. `records` is None on all ranks but 0.
+    `terms`, the columns of the objectives, are logged at every step. `at_start` holds the first validation's figures;
+    empty before there is one. `records` is None on all ranks but 0.
     """
 
     def __init__(
@@ -83,11 +84,12 @@ class Observer:
         profiler: StepProfiler,
         loader: PackedLoader,
         reporter: Reporter,
-        columns: Sequence[str],
+        terms: Sequence[Term],
         records: Records | None,
+        at_start: Mapping[str, float],
     ):
         self._device, self._work, self._profiler, self._loader = device, work, profiler, loader
-        self._reporter, self._columns, self._records = reporter, columns, records
+        self._reporter, self._terms, self._records, self._at_start = reporter, terms, records, at_start
         self._collectives, self._report = CollectiveTimer(device), SpeedReport()
         self._memory = 0.0
         self._step = 0
@@ -118,7 +120,7 @@ class Observer:
                 "tokens": (facts.step + 1) * self._work.tokens,
                 "labels": facts.labels,
                 "lr": facts.lr,
-                **{name: facts.means[name] for name in self._columns},
+                **{name: facts.means[name] for name in (term.name for term in self._terms)},
                 "grad_norm": facts.grad_norm,
                 "tokens_per_second": self._work.tokens / seconds,
                 **({} if mfu is None else {"mfu": mfu}),
@@ -139,6 +141,12 @@ class Observer:
             columns = {name: value for name, value in means.items() if name != "tokens"}
             labels = int(means["tokens"])
             self._write("validation", step, {"tokens": step * self._work.tokens, "labels": labels, **columns})
+        self._at_start = self._at_start or dict(means)
+        if farther := farther_from_teacher(self._terms, self._at_start, means):
+            self._reporter.say(
+                f"step {step}: farther from the teacher than at the start, on held-out text: {', '.join(farther)} "
+                "(a lower distill.optimizer.lr, less ce_weight or more tokens may help)"
+            )
         if line := self._report.line(COMMUNICATION, self._memory):
             self._reporter.say(f"step {step}: {line}")
 
@@ -186,6 +194,22 @@ class Observer:
             self._reporter.say("profile: " + ", ".join(map(str, paths)))
 
 
+def farther_from_teacher(terms: Sequence[Term], start: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+    """Distances to the teacher that grew since `start`: `divergence from the teacher 1.31 → 1.59`.
+
+    Figures that read alike count as equal; one that is missing (it was not finite) is passed over.
+    """
+    out = []
+    for term in terms:
+        before, after = start.get(term.name, math.nan), now.get(term.name, math.nan)
+        nearer = after < before if term.better == "lower" else after > before
+        if not term.better or nearer or not (math.isfinite(before) and math.isfinite(after)):
+            continue
+        if term.text(before) != term.text(after):
+            out.append(f"{term.text(before)} → {term.text(after).removeprefix(term.title).strip()}")
+    return out
+
+
 def make_observer(
     cfg: Config,
     loader: PackedLoader,
@@ -210,11 +234,12 @@ def make_observer(
         student=ModelFlops.of(read_config(student_dir), settings.seq_len),
         peak=None if peak is None else peak * world_size(),
     )
-    records = None
+    records, at_start = None, {}
     if is_main():
         metrics = MetricsLog(logs / "metrics.jsonl", step, logs / "tensorboard", reporter.say)
         rows = [row for row in read_metrics(logs / "metrics.jsonl") if row["kind"] == "train"]
         known = [row["loss"] for row in rows if "loss" in row and not row["skipped"]]
+        at_start = next((row for row in read_metrics(logs / "metrics.jsonl") if row["kind"] == "validation"), {})
         records = Records(
             metrics=metrics,
             bad_batches=MetricsLog(logs / "bad_batches.jsonl", step, say=reporter.say),
@@ -222,5 +247,4 @@ def make_observer(
             spikes=SpikeDetector(settings.spikes, known),
         )
     profiler = StepProfiler(settings.profile, logs / "profile", rank(), device)
-    columns = [term.name for term in log_columns(settings.objectives)]
-    return Observer(device, work, profiler, loader, reporter, columns, records)
+    return Observer(device, work, profiler, loader, reporter, log_columns(settings.objectives), records, at_start)

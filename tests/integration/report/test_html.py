@@ -151,6 +151,18 @@ def test_a_finished_run(run: Path, tmp_path: Path) -> None:
         assert figure in text, figure
 
 
+def test_the_headline_and_the_warnings_name_what_got_worse(run: Path, tmp_path: Path) -> None:
+    measured = evaluation()
+    measured["models"]["distilled"]["quality"] |= {"kl_to_teacher": 1.2, "top1_agreement": 0.5}
+    (run / "eval" / "eval.json").write_text(json.dumps(measured))
+    text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
+    worse = "KL to the teacher 0.900 → 1.200, Top-1 agreement with the teacher 60.0 % → 50.0 %"
+    assert text.count(worse) == 2
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {"title": "Got worse", "value": "2", "note": f"since pruned: {worse}"} in facts["headline"]
+    assert f"Worse in the distilled student than in the pruned one: {worse}." in facts["warnings"]
+
+
 @pytest.mark.parametrize(
     "names", [("teacher", "distilled"), ("teacher", "pruned", "distilled", "quantized_int4"), ("a", "b")]
 )

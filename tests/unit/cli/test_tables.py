@@ -43,3 +43,15 @@ def test_the_results_are_those_of_all_models(run: Path, names: list[str], capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == names
     assert lines[2].split() == ["perplexity", *["37.75"] * len(names)]
+
+
+def test_the_results_name_what_got_worse(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = {
+        name: {"quality": QUALITY | {"kl_to_teacher": kl}} for name, kl in {"pruned": 1.31, "distilled": 1.59}.items()
+    }
+    (run / "eval" / "eval.json").write_text(json.dumps({"models": models}))
+    tables.results(run, "eval")
+    assert (
+        "worse in the distilled student than in the pruned one: KL to the teacher 1.310 → 1.590"
+        in capsys.readouterr().out
+    )

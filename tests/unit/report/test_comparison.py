@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kdscale.report.comparison import comparison, model_title, students, written
+from kdscale.report.comparison import comparison, model_title, students, worsened, written
 
 
 def rows(**models: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -52,3 +52,14 @@ def test_without_the_teacher_there_are_no_ratios() -> None:
 )  # fmt: skip
 def test_figures_are_written_for_people(form: str, value: float, text: str) -> None:
     assert written(value, form) == text
+
+
+def test_every_measure_that_got_worse_is_named() -> None:
+    """A lower loss hides neither a larger distance to the teacher nor a lower agreement."""
+    pruned = {"perplexity": 129.0, "ce": 4.86, "kl_to_teacher": 1.31, "top1_agreement": 0.455, "top1_accuracy": 0.3}
+    student = {"perplexity": 101.0, "ce": 4.62, "kl_to_teacher": 1.59, "top1_agreement": 0.366, "top1_accuracy": 0.3}
+    models = {name: {"quality": quality} for name, quality in {"pruned": pruned, "distilled": student}.items()}
+    assert worsened({"models": models}) == [
+        "KL to the teacher 1.310 → 1.590", "Top-1 agreement with the teacher 45.5 % → 36.6 %",
+    ]  # fmt: skip
+    assert worsened({"models": {"teacher": {"quality": pruned}, "distilled": models["distilled"]}}) == []
