@@ -43,7 +43,7 @@ def export_checkpoint(
     trained = trained_tensors(source, index.shapes, manifest["tied"])
     with files.atomic_dir(out_dir) as tmp:
         shutil.copyfile(source_dir / "config.json", tmp / "config.json")
-        copy_sidecars(source_dir, tmp)
+        copy_sidecars(source_dir, tmp, code=any(source_dir.glob("*.py")))  # pruning copied only trusted code
         (tmp / "README.md").write_text(card, encoding="utf-8")
         specs = {name: source.spec(name) for name in source.names}
         with ShardWriter(tmp, specs, max_shard_bytes) as writer, RankFileReader(index) as reader:

@@ -29,11 +29,12 @@ def check_run_dir(path: Path) -> None:
 
 def check_teacher(config: Config) -> Path:
     """Everything about the teacher that can be known without reading its weights. Returns its folder."""
-    from kdscale.weights import check_tokenizer, resolve_teacher
+    from kdscale.weights import check_tokenizer, resolve_teacher, sidecar_names
 
     folder = resolve_teacher(config.teacher)
     checkpoint, family = open_teacher(folder)
     check_tokenizer(folder, family.dims(checkpoint.config).vocab)
+    sidecar_names(folder, config.teacher.trust_remote_code)
     return folder
 
 

@@ -29,7 +29,7 @@ from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import SlicedTensor, Slicer
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_writer
-from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars
+from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars, without_own_classes
 
 _BLOCK_BYTES = 1 << 22  # small enough to stay in the processor's cache from reading to writing
 _JOURNAL, _PASS, _GAPS = "written.json", "compensation", "gaps"  # in the scratch folder
@@ -50,6 +50,7 @@ def apply_plan(
     reporter: Reporter | None = None,
     scratch: Scratch = IN_MEMORY,
     recovered: RecoveredErrors | None = None,
+    code: bool = False,
 ) -> None:
     """Write the student to the folder `out_dir`.
 
@@ -57,8 +58,8 @@ def apply_plan(
     is copied bit for bit. `batches` are needed when the plan compensates ffn or heads or repairs gaps; `dtype` and
     `device` are those of these passes, and `recovered` collects what each regression won back. With a folder in
     `scratch` a killed call is resumed, in the same `out_dir`, at the first layer that it had not finished. With several
-    ranks each has its share of `batches` and a `scratch` of its own, and one writes. Raises DataError when batches are
-    missing and SelfCheckError when a regression fails.
+    ranks each has its share of `batches` and a `scratch` of its own, and one writes. With `code` the teacher's own
+    classes go along. Raises DataError when batches are missing and SelfCheckError when a regression fails.
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
@@ -80,8 +81,11 @@ def apply_plan(
             if compensates and scratch.folder is not None and not writer.written:
                 remove_tree(scratch.folder / _PASS)  # the layers that it has done are not in these files
             _write_student(writer, teacher, slicer, repaired, compensated(recovered) if compensates else None)
-        write_json(out_dir / "config.json", slicer.student_config)
-        copy_sidecars(teacher.path, out_dir)
+        config = slicer.student_config if code else without_own_classes(slicer.student_config)
+        if config != slicer.student_config:
+            reporter.say("  note: the teacher's own code (auto_map) is left out: teacher.trust_remote_code is false")
+        write_json(out_dir / "config.json", config)
+        copy_sidecars(teacher.path, out_dir, code=code)
     elif compensates:
         for _ in compensated():
             raise AssertionError("only the rank that writes is given weights")

@@ -2,7 +2,7 @@
 
 from kdscale.weights.locate import resolve_teacher
 from kdscale.weights.reader import Checkpoint, TensorInfo, checkpoint_identity, read_config
-from kdscale.weights.sidecars import check_tokenizer, copy_sidecars
+from kdscale.weights.sidecars import check_tokenizer, copy_sidecars, sidecar_names, without_own_classes
 from kdscale.weights.writer import ShardWriter
 
 __all__ = [
@@ -14,4 +14,6 @@ __all__ = [
     "copy_sidecars",
     "read_config",
     "resolve_teacher",
+    "sidecar_names",
+    "without_own_classes",
 ]

@@ -1,4 +1,4 @@
-"""Finds the teacher: a local folder, or a hub model that is downloaded (weights, configs and tokenizer only)."""
+"""Finds the teacher: a local folder, or a hub model that is downloaded (what the student needs, nothing else)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,14 @@ from pathlib import Path
 
 from kdscale.config.root import TeacherConfig
 from kdscale.errors import ConfigError, ServiceError
+from kdscale.weights.reader import INDEX_FILE, SINGLE_FILE
+from kdscale.weights.sidecars import SIDECARS
 
 _HUB = "hf:"  # as in data.sources
 
-# Root files of the standard layout; never code, pickles or the other formats that some repositories carry beside it.
-_ALLOW = [
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-]
-_IGNORE = ["*/*", ".*"]
+# What a checkpoint's folder keeps; never pickles or the other formats that some repositories carry beside it.
+_ALLOW = ["config.json", SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors", *SIDECARS]
+_IGNORE = [".*", "*/model-*", "*/*.py"]
 
 
 def resolve_teacher(teacher: TeacherConfig, config_only: bool = False) -> Path:
@@ -30,7 +23,8 @@ def resolve_teacher(teacher: TeacherConfig, config_only: bool = False) -> Path:
     the path does not exist or is not a folder, ServiceError when the hub refuses the model or cannot be reached.
     """
     if teacher.path.startswith(_HUB):
-        return _download(teacher.path.removeprefix(_HUB), teacher.revision, ["config.json"] if config_only else _ALLOW)
+        files = _ALLOW + (["*.py"] if teacher.trust_remote_code else [])
+        return _download(teacher.path.removeprefix(_HUB), teacher.revision, ["config.json"] if config_only else files)
     path = _expand(teacher.path)
     if path.is_dir():
         return path

@@ -1,18 +1,21 @@
-"""The files beside the weights: tokenizer, chat template, generation defaults, licence."""
+"""The files beside the weights: tokenizer, chat template, generation defaults, licence, and code if it is trusted."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kdscale.errors import CheckpointError
-from kdscale.files import explain_os_errors, read_json
+from kdscale.files import explain_os_errors, read_json, write_json
 
-# By name, never by exclusion: code, pickles and whatever else a repository holds stay behind.
-_SIDECARS = (
+# By name, never by exclusion: code, pickles and whatever else a repository holds stay behind. Both what is downloaded
+# from a hub and what is copied into a student follow this list.
+SIDECARS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -31,21 +34,103 @@ _SIDECARS = (
     "USE_POLICY*",
 )
 _CODE = ("*.py", "*.pyc", "*.so", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetensors")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_AUTO_MAP = "auto_map"  # the field that names a checkpoint's own classes: {"AutoConfig": "module.Class"}
+_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 
 
-def copy_sidecars(src: Path, dst: Path) -> list[str]:
-    """Copy the files that belong to a checkpoint beside config.json and the weights; returns their names, sorted."""
+def sidecar_names(folder: Path, code: bool = False) -> list[str]:
+    """The files that belong to a checkpoint beside config.json and the weights, sorted.
+
+    With `code` also the modules that `auto_map` names in config.json and tokenizer_config.json, and what these import
+    from the same folder. Raises CheckpointError when a module is missing, and for a link that leads out of the folder
+    (to anything but the blobs of a hub's cache): its target would be published with the student.
+    """
     names = {
-        str(item.relative_to(src))
-        for pattern in _SIDECARS
-        for item in src.glob(pattern)
+        str(item.relative_to(folder))
+        for pattern in SIDECARS
+        for item in folder.glob(pattern)
         if item.is_file() and not any(fnmatch.fnmatch(item.name.lower(), glob) for glob in _CODE)
     }
+    if code:
+        names |= _code_files(folder)
+    for name in sorted(names):
+        if _leads_out_of(folder, folder / name):
+            raise CheckpointError(
+                f"{folder / name} is a link that leads out of its folder",
+                expected="a file of the checkpoint, which is copied into the student",
+                got=f"a link to {(folder / name).resolve()}",
+                hint="put a copy of the file in place of the link, or remove the link",
+            )
+    return sorted(names)
+
+
+def copy_sidecars(src: Path, dst: Path, *, code: bool = False) -> list[str]:
+    """Copy the files of `sidecar_names` from `src` to `dst`; returns their names.
+
+    Without `code` the copied tokenizer_config.json names no classes of the checkpoint's own.
+    """
+    names = sidecar_names(src, code)
     with explain_os_errors(dst):
-        for name in sorted(names):
+        for name in names:
             (dst / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(src / name, dst / name)  # a hub cache's entries are links: their content is what is copied
-    return sorted(names)
+    if not code and _TOKENIZER_CONFIG in names and _AUTO_MAP.encode() in (dst / _TOKENIZER_CONFIG).read_bytes():
+        write_json(dst / _TOKENIZER_CONFIG, without_own_classes(_object(dst / _TOKENIZER_CONFIG)))
+    return names
+
+
+def without_own_classes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without the field that names classes in the checkpoint's own code."""
+    return {name: value for name, value in config.items() if name != _AUTO_MAP}
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The modules that `auto_map` names, and recursively those that they import from the same folder."""
+    files: set[str] = set()
+    to_read = [
+        (module, f"{folder / name}: {_AUTO_MAP}")
+        for name in ("config.json", _TOKENIZER_CONFIG)
+        if (folder / name).is_file()
+        for module in _own_modules(folder / name)
+    ]
+    while to_read:
+        module, named_by = to_read.pop()
+        file = folder / f"{module}.py"
+        if file.name in files:
+            continue
+        if not file.is_file():
+            raise CheckpointError(
+                f"{named_by} names the module {module}, which is not there",
+                expected=str(file),
+                hint="download the file too, or set teacher.trust_remote_code=false",
+            )
+        files.add(file.name)
+        text = file.read_text(encoding="utf-8", errors="replace")
+        to_read += [(imported, str(file)) for imported in _RELATIVE_IMPORT.findall(text)]
+    return files
+
+
+def _own_modules(file: Path) -> list[str]:
+    """Modules in `auto_map` of one file; classes in another repository (`org/name--module.Class`) have none here."""
+    auto_map = _object(file).get(_AUTO_MAP) or {}
+    classes = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+    classes = [item for entry in classes for item in (entry if isinstance(entry, list) else [entry])]
+    modules = []
+    for name in classes:
+        if name is None or (isinstance(name, str) and "--" in name):
+            continue
+        if not isinstance(name, str) or not re.fullmatch(r"\w+\.\w+", name):
+            raise CheckpointError(f"{file}: {_AUTO_MAP}", expected='names like "module.Class"', got=repr(name))
+        modules.append(name.split(".")[0])
+    return modules
+
+
+def _leads_out_of(folder: Path, file: Path) -> bool:
+    """Whether a link leads elsewhere than into its own folder, or the blobs of the hub cache that it is in."""
+    root, target = folder.resolve(), file.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    return not target.is_relative_to(root) and target.parent != blobs
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> int:

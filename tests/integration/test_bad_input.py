@@ -203,6 +203,11 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(kdscale: Cli, tiny_config:
     assert not trace.exists()
     assert "Traceback" not in outcome.err
     assert not list((tiny_config.parent / "run").rglob("*.py"))
+    # whoever trusts the student's code can load it: nothing in it names code that stayed behind
+    assert outcome.code == 0, outcome.err
+    assert "own code (auto_map) is left out" in outcome.err
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in (tiny_config.parent / "run" / "pruned" / name).read_text()
 
 
 def test_the_folder_of_another_run(kdscale: Cli, tiny_config: Path) -> None:

@@ -66,6 +66,7 @@ def prune_rank(context: StageContext) -> None:
         reporter=context.reporter,
         scratch=share.scratch,
         recovered=recovered,
+        code=config.teacher.trust_remote_code,
     )
     if not is_writer():
         return
