@@ -32,6 +32,14 @@ from kdscale.families.schema import (
 
 Config = Mapping[str, Any]
 
+# No model comes near these: a larger number is damage or malice, and lists of so many tensors would take hours.
+_LARGEST = {
+    "hidden": 1 << 20, "ffn": 1 << 20, "heads": 1 << 14, "kv_heads": 1 << 14, "head_dim": 1 << 14, "layers": 1 << 12,
+    "vocab": 1 << 26, "experts": 1 << 14,
+}  # fmt: skip
+_LARGEST_SIZE = 1 << 26  # of the sizes that only some families have
+_MOST_EXPERTS = 1 << 18  # of all layers together
+
 # What a shape is made of; `head_dim` and `vocab` never change in a student.
 SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models
 
@@ -129,13 +137,16 @@ class Family:
     def dims(self, config: Config) -> Dims:
         """Read the model's sizes from a config, with transformers' own defaults for absent and null fields.
 
-        Raises CheckpointError for a missing or non-positive field and for sizes that transformers would refuse.
+        Raises CheckpointError for a missing, non-positive or absurdly large field and for sizes that transformers would
+        refuse.
         """
         sizes: dict[str, int] = {}
         # hidden and heads first: the others may fall back on them
         for name in sorted(self.data.dims, key=lambda dim: dim not in ("hidden", "heads")):
             sizes[name] = self._size(self.data.dims[name], config, sizes)
+            self._check_limit(name, sizes[name], _LARGEST[name])
         dims = Dims(**sizes)
+        self._check_limit("layers * experts", dims.layers * dims.experts, _MOST_EXPERTS)
         if wrong := self.violations(dims):
             raise CheckpointError(f"{self.where}: the sizes do not fit together", got="; ".join(wrong))
         return dims
@@ -144,6 +155,10 @@ class Family:
         if field.always is not None:
             return evaluate(field.always, sizes)
         name = field.name_in(config)
+        for alias in field.aliases:
+            if config.get(alias, config.get(name)) != config.get(name):
+                got = f"{config.get(name)!r} and {config[alias]!r}"
+                raise CheckpointError(f"{self.where}: {name} and {alias}", expected="equal values", got=got)
         value, fallback = config.get(name), field.null if name in config else field.absent
         if value is None and fallback is not None:
             value = fallback if isinstance(fallback, int) else evaluate(fallback, sizes)
@@ -151,6 +166,14 @@ class Family:
             got = repr(value) if name in config else "no such field"
             raise CheckpointError(f"{self.where}: {name}", expected="a positive integer", got=got)
         return value
+
+    def _check_limit(self, name: str, size: int, limit: int) -> None:
+        if size > limit:
+            field = self.data.dims.get(name)  # type: ignore[call-overload]
+            what = f"{self.where}: {field.field or name if field else name}"
+            raise CheckpointError(
+                what, expected=f"at most {limit:,}", got=f"{float(size):.3g}" if size < 10**300 else "more than 1e300"
+            )
 
     def violations(self, dims: Dims) -> list[str]:
         """One sentence for each rule of the family that `dims` breaks; empty when such a model can be built."""
@@ -276,18 +299,29 @@ class Family:
         student = copy.deepcopy(dict(config))
         for name, field in self.data.dims.items():
             if field.field is not None:
-                student[field.name_in(config)] = getattr(dims, name)
+                written = {field.name_in(config), *(alias for alias in field.aliases if alias in config)}
+                student |= dict.fromkeys(written, getattr(dims, name))
         for drop in self.data.drops:
             student |= {field: value for field, value in drop.config.items() if field in student}
         for entry in self.data.layer_lists:
             values = self._layer_list(entry, config, teacher.layers)
             if values is not None and len(kept) < teacher.layers:
                 student[entry.field] = [values[i] for i in kept]
+                self._drop_stale_interval(entry, student)
         if len(kept) < teacher.layers:
             for boundary in self.data.layer_boundaries:
                 border = config.get(boundary.field, boundary.absent)
                 student[boundary.field] = sum(layer < border for layer in kept)
         return student
+
+    def _drop_stale_interval(self, entry: LayerList, student: dict[str, Any]) -> None:
+        """Remove the fields that still say the list as one interval, where no interval gives the cut list."""
+        every_field = entry.absent.every_field if entry.absent else None
+        for name in (every_field, *entry.said_too):
+            if name in student:
+                plain = {**student, entry.field: None} | ({every_field: student[name]} if every_field else {})
+                if self._layer_list(entry, plain, len(student[entry.field])) != student[entry.field]:
+                    del student[name]
 
     def _layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:
         """One value a layer, as transformers takes them when the field is absent; None if there is nothing to cut."""

@@ -169,10 +169,14 @@ class Pattern(_Strict):
 
 
 class LayerList(_Strict):
-    """A config list with one entry per layer. Without `absent` there is nothing to cut when the field is absent."""
+    """A config list with one entry per layer. Without `absent` there is nothing to cut when the field is absent.
+
+    `said_too` are fields that give the interval of the list a second time, for older readers.
+    """
 
     field: Name
     absent: Pattern | None = None
+    said_too: tuple[Name, ...] = Field(strict=False, default=())
 
 
 class LayerBoundary(_Strict):

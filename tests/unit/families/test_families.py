@@ -282,6 +282,56 @@ def test_kept_layers_keep_their_kind_of_attention(data: st.DataObject, model_typ
     assert _hf_config(student).layer_types == [theirs[i] for i in kept]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "every_field", "said_too", "list_field"),
+    [
+        ("gemma3_text", "sliding_window_pattern", "_sliding_window_pattern", "layer_types"),
+        ("smollm3", "no_rope_layer_interval", "no_rope_layer_interval", "no_rope_layers"),
+    ],
+)
+def test_no_field_contradicts_the_cut_list(model_type: str, every_field: str, said_too: str, list_field: str) -> None:
+    config = _config(model_type, num_hidden_layers=6, **{every_field: 3, said_too: 3})
+    family = load_family(config, "config.json")
+    values = family.student_config(config, family.dims(config), range(6)).get(list_field) or [0, 0, 1] * 2
+    for kept, stays in (([0, 1, 2, 3], True), ([0, 1, 2, 3, 4, 5], True), ([0, 2, 3, 5], False), ([2, 4], False)):
+        student = family.student_config(config, family.dims(config).replace(layers=len(kept)), kept)
+        assert {every_field in student, said_too in student} == {stays}, kept
+        assert student.get(list_field) is None or len(student[list_field]) == len(kept) <= len(values)
+        ours, teachers = (getattr(_hf_config(one), list_field) for one in (student, config))
+        assert ours == [teachers[layer] for layer in kept]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "alias"),
+    [("mixtral", "num_local_experts", "num_experts"), ("gpt2", "n_layer", "num_hidden_layers")],
+)
+def test_a_size_that_is_given_twice_is_changed_twice(model_type: str, field: str, alias: str) -> None:
+    config = _config(model_type, **{field: 4, alias: 4})
+    family = load_family(config, "config.json")
+    dims = family.dims(config).replace(**{"experts" if model_type == "mixtral" else "layers": 2})
+    student = family.student_config(config, dims, range(dims.layers))
+    assert student[field] == student[alias] == 2
+    with pytest.raises(CheckpointError, match=f"{field} and {alias}"):
+        family.dims({**config, alias: 5})
+
+
+@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
+def test_absurd_sizes_are_refused_at_once(model_type: str) -> None:
+    for dim, field in _FAMILIES[model_type].dims.items():
+        if field.field is None:
+            continue
+        for size in (10**12, 10**4000):
+            config = _config(model_type, **{field.field: size})
+            with pytest.raises(CheckpointError, match="at most") as caught:
+                load_family(config, "config.json").tensors(config)
+            assert len(str(caught.value)) < 300, dim
+    if "experts" in _FAMILIES[model_type].dims:
+        experts = _FAMILIES[model_type].dims["experts"].field
+        config = _config(model_type, num_hidden_layers=4000, **{str(experts): 8000})
+        with pytest.raises(CheckpointError, match=r"layers \* experts"):
+            load_family(config, "config.json").dims(config)
+
+
 def test_student_config_refuses_wrong_layers_and_sizes() -> None:
     config = _config("llama")
     family = load_family(config, "config.json")
