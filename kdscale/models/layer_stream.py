@@ -20,6 +20,7 @@ from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
 from kdscale.models.head import OutputHead, head_of, logit_scale
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
+from kdscale.models.loading import explain_library_errors
 from kdscale.models.parameter_map import assemble
 
 
@@ -176,7 +177,7 @@ class LayerStream:
 
         config = self.family.student_config(self.config, self.dims.replace(layers=1), [index])
         model_type = config.pop("model_type")
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=self.dtype)
         return model.eval().requires_grad_(False)
 

@@ -6,10 +6,12 @@ Safetensors only; no code from the checkpoint unless the user's flag allows it; 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdscale.errors import CheckpointError
+from kdscale.errors import CheckpointError, KdscaleError
 from kdscale.families import dropped_heads
 
 if TYPE_CHECKING:
@@ -21,6 +23,59 @@ if TYPE_CHECKING:
     from kdscale.weights import Checkpoint
 
 
+@contextmanager
+def explain_library_errors(path: Path | str, what: str = "model") -> Iterator[None]:
+    """Turn whatever transformers raises while it builds `what` from the files in `path` into a CheckpointError.
+
+    The libraries raise nearly every class of exception for a value that they cannot use. Lack of memory stays as it is.
+    """
+    import torch
+
+    try:
+        yield
+    except (KdscaleError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:500]
+        raise CheckpointError(
+            f"{path}: transformers cannot build the {what} from these files",
+            expected=f"a {what} that plain transformers loads",
+            got=f"{type(error).__name__}: {text}" if text else type(error).__name__,
+            hint="correct the field that the message names, or download the files again",
+        ) from error
+
+
+def check_loadable(path: Path, trust_remote_code: bool = False) -> None:
+    """Build the model without its weights: finds, before any work, values that only transformers refuses.
+
+    Raises CheckpointError.
+    """
+    from transformers import GenerationConfig
+
+    model_on_meta(path, trust_remote_code=trust_remote_code)
+    if (path / "generation_config.json").is_file():
+        with explain_library_errors(path, "generation config"):
+            generation = GenerationConfig.from_pretrained(path, local_files_only=True)
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(generation, field)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(token) is int for token in ids):
+                where = f"{path / 'generation_config.json'}: {field}"
+                raise CheckpointError(where, expected="a token id or a list of them", got=repr(value))
+
+
+def model_on_meta(path: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal LM of a folder with its parameters on the meta device and its buffers computed as usual."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with explain_library_errors(path), init_empty_weights(include_buffers=False), no_init_weights():
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model
+
+
 def load_model(
     path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -29,14 +84,15 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    with explain_library_errors(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     heads = dropped_heads(model.config.model_type)  # neither transformers' model nor the student has them
     complaints = {key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -55,7 +111,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises bare Exception, e.g. for a class unfit for its vocabulary
         raise CheckpointError(f"{path} has no usable tokenizer", expected="tokenizer.json", got=str(error)) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kdscale.errors import CheckpointError
+from kdscale.models.loading import model_on_meta
 from kdscale.models.parameter_map import ParameterReader
 
 
@@ -20,14 +21,8 @@ def build_skeleton(weights: ParameterReader, *, dtype: torch.dtype, trust_remote
 
     Raises CheckpointError when a parameter is not in the checkpoint, or would not be in `dtype`.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
     path = weights.checkpoint.path
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: Any = model_on_meta(path, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     parameters = dict(model.named_parameters())
     wrong = sorted(set(parameters) ^ weights.names())

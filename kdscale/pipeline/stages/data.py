@@ -10,10 +10,11 @@ def tokenize(context: StageContext) -> Facts:
     from kdscale.data.token_store import TokenStore
     from kdscale.data.tokenizing import document_end_id
     from kdscale.families import load_family
-    from kdscale.models.loading import load_tokenizer
+    from kdscale.models.loading import check_loadable, load_tokenizer
     from kdscale.weights import read_config
 
     data = context.config.data
+    check_loadable(context.teacher, context.config.teacher.trust_remote_code)
     tokenizer = load_tokenizer(context.teacher, context.config.teacher.trust_remote_code)
     teacher_config = read_config(context.teacher)
     store = TokenStore.build(
