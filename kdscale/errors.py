@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import signal
 
+from kdscale.escaping import for_terminal
+
 
 class KdscaleError(Exception):
     """Base of all errors that a user can do something about; not a ValueError, so no broad handler takes it for one.
@@ -25,7 +27,7 @@ class KdscaleError(Exception):
         lines += [f"  expected: {expected}"] if expected else []
         lines += [f"  got:      {got}"] if got else []
         lines += [f"  to do:    {hint}"] if hint else []
-        super().__init__("\n".join(lines))
+        super().__init__(for_terminal("\n".join(lines)))
 
 
 class ConfigError(KdscaleError):

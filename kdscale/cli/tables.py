@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kdscale.config.load import load_config
 from kdscale.errors import RunFolderError
+from kdscale.escaping import for_terminal
 from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
@@ -41,13 +42,20 @@ def table(
     nowrap: bool = False,
 ) -> Table:
     """A table in the look of all commands; columns from number `right_from` on are aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+    table = Table(
+        title=for_terminal(title),
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=None,
+        pad_edge=False,
+    )
     for index, column in enumerate(columns):
         table.add_column(
             column, no_wrap=nowrap, justify="right" if right_from is not None and index >= right_from else "left"
         )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(for_terminal, row))
     return table
 
 
@@ -130,7 +138,7 @@ def _places(places: Sequence[tuple[str, Path]]) -> None:
     console.print("Where everything is", style="bold")
     width = max(len(name) for name, _ in places)
     for name, path in places:
-        console.print(f"{name:<{width}}  {path}", highlight=False, markup=False)
+        console.print(for_terminal(f"{name:<{width}}  {path}"), highlight=False, markup=False)
 
 
 def _side_by_side(evaluation: dict[str, Any]) -> None:

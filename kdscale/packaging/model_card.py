@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.config.root import Config
+from kdscale.escaping import for_markdown
 
 
 def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +33,10 @@ def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_card(facts: dict[str, Any]) -> str:
     """README.md of the student: what it was made from and how; `facts` are shown in their order."""
-    rows = "\n".join(f"| {name} | {_plain(value)} |" for name, value in facts.items())
+    rows = "\n".join(
+        f"| {name} | {for_markdown(value if isinstance(value, str) else json.dumps(value, sort_keys=True))} |"
+        for name, value in facts.items()
+    )
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [kdscale, pruned, distilled]\n---\n\n"
         f"# Distilled student\n\nPruned from a teacher and distilled on {facts['learnt from']} with kdscale. "
@@ -40,7 +44,3 @@ def model_card(facts: dict[str, Any]) -> str:
         "licence of the training text apply.\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.progress import TimeRemainingColumn as EtaColumn
 from rich.text import Text
 
+from kdscale.escaping import for_terminal
 from kdscale_launch.watchdog import beat, enter
 
 _LINE_EVERY_SECONDS = 10.0
@@ -75,8 +76,8 @@ class Reporter:
         self.console = console or Console(file=sys.stderr, soft_wrap=True, quiet=quiet)
 
     def say(self, message: str) -> None:
-        """Print a line, without markup."""
-        self.console.print(message, highlight=False, markup=False)
+        """Print a line, without markup; control characters are written out."""
+        self.console.print(for_terminal(message), highlight=False, markup=False)
 
     @contextmanager
     def bar(self, title: str, total: float, unit: str = "tok", done: float = 0) -> Iterator[Bar]:

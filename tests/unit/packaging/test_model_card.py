@@ -35,3 +35,9 @@ def test_the_card_names_what_was_learnt_from(settings: dict[str, Any], learnt_fr
     assert loss in text
     assert ("top-K" in text) == (settings.get("targets") != "full")
     assert "| teacher | big |" in text and "| skipped steps | 1 |" in text
+
+
+def test_a_name_cannot_leave_its_cell() -> None:
+    facts = {"teacher": "x| |\n\n# [go](http://evil)\x1b[2J", "learnt from": "text"}
+    (row,) = [line for line in model_card(facts).splitlines() if line.startswith("| teacher")]
+    assert row == r"| teacher | x\| \|  # \[go\](http:\/\/evil)\\x1b\[2J |"
