@@ -46,11 +46,17 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
     model_type = config_dict.get("model_type")
     by_type = _families()
     if not isinstance(model_type, str) or model_type not in by_type:
+        got, hint = repr(model_type)[:200], "docs/how-to/add-a-family.md says how to add a family"
+        if isinstance(nested := config_dict.get("text_config"), dict):
+            inner = nested.get("model_type")
+            got += f", a model of several modalities around a language model ({inner!r} in text_config)"
+            if isinstance(inner, str) and inner in by_type:
+                hint = f"save its language model alone, as {by_type[inner].architectures[0]}, and give that folder"
         raise CheckpointError(
             f"{where}: model_type",
             expected="one of " + ", ".join(sorted(by_type)),
-            got=repr(model_type) if "model_type" in config_dict else "no such field",
-            hint="docs/how-to/add-a-family.md says how to add a family",
+            got=got if "model_type" in config_dict else "no such field",
+            hint=hint,
         )
     data = by_type[model_type]
     names = config_dict.get("architectures")

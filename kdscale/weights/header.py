@@ -18,6 +18,7 @@ from kdscale.errors import CheckpointError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_MAX_DIMENSIONS, _MAX_COUNT = 8, 1 << 60
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -59,8 +60,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(raw, object_pairs_hook=unique_keys)
     except DuplicateKeyError as error:
         raise _damaged(f"{path}: the header names a tensor twice", None, str(error)) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _damaged(f"{path}: the header is not valid JSON", None, str(error)) from error
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
+        raise _damaged(f"{path}: the header is not valid JSON", None, str(error)[:200]) from error
     if not isinstance(header, dict):
         raise _damaged(f"{path}: the header is not a JSON object", None, type(header).__name__)
     header.pop("__metadata__", None)
@@ -87,15 +88,15 @@ def _read_json_bytes(path: Path, stream: BinaryIO, size: int) -> tuple[bytes, in
 def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
     where = f"{path}: tensor {name}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(where, "dtype, shape and data_offsets", repr(value))
+        raise _damaged(where, "dtype, shape and data_offsets", repr(value)[:200])
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         hint = "quantised and integer checkpoints cannot be pruned: use the original float checkpoint"
-        raise CheckpointError(where, expected="dtype " + ", ".join(DTYPE_BYTES), got=repr(dtype), hint=hint)
-    if not _is_counts(shape):
-        raise _damaged(where, "a shape of non-negative integers", repr(shape))
+        raise CheckpointError(where, expected="dtype " + ", ".join(DTYPE_BYTES), got=repr(dtype)[:200], hint=hint)
+    if not _is_counts(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise _damaged(where, f"a shape of at most {_MAX_DIMENSIONS} non-negative integers", repr(shape)[:200])
     if not _is_counts(offsets) or len(offsets) != 2:
-        raise _damaged(where, "two byte offsets", repr(offsets))
+        raise _damaged(where, "two byte offsets", repr(offsets)[:200])
     begin, end = offsets
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:
@@ -104,7 +105,7 @@ def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
 
 
 def _is_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _MAX_COUNT for value in values)
 
 
 def _check_offsets(path: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:

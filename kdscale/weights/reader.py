@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join, sha256_file
-from kdscale.weights.header import DTYPE_BYTES, DuplicateKeyError, TensorEntry, read_header, unique_keys
+from kdscale.weights.header import DTYPE_BYTES, TensorEntry, read_header, unique_keys
 from kdscale_launch.watchdog import beat
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class TensorInfo(NamedTuple):
 class _Spec(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def parameter(self) -> str: ...
+    @property
+    def expert(self) -> int | None: ...
 
 
 class ExpectedTensors(Protocol):
@@ -61,6 +65,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a checkpoint folder. Raises CheckpointError when it is missing or not a JSON object."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and *.safetensors")
+    if not (folder / "config.json").exists():
+        raise _no_config(folder)
     config = read_json(folder / "config.json", CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}", expected="a JSON object", got=type(config).__name__)
@@ -171,6 +177,17 @@ class Checkpoint:
                 else:
                     target.copy_(_read(stream, entry, name, first, first + target.numel() * width))
 
+    def check_finite(self) -> None:
+        """Read every tensor. Raises CheckpointError naming the first that has NaN or infinite values."""
+        import torch
+
+        for name in self.names:
+            if not all(bool(torch.isfinite(block).all()) for block in self.blocks(name, _FILL_BYTES)):
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} has NaN or infinite values",
+                    hint="download the checkpoint again; if it was trained to this state, use an earlier one",
+                )
+
     def position(self, name: str) -> tuple[int, int]:
         """The number of the file and the offset of the tensor's bytes: this order reads every file once through."""
         entry = self._entry(name)
@@ -181,11 +198,13 @@ class Checkpoint:
 
         A stored copy of a tied tensor, old buffers that no model reads and heads that the student does without are
         dropped from `names`, and a notice says so. Tensors of a checkpoint that lacks the base model's prefix get their
-        full names. Raises CheckpointError listing every missing, unexpected or differently shaped tensor, or when a
-        tensor that the config calls tied differs from the one it is tied to.
+        full names, and one that holds several of the family's (the experts of a layer, stacked) is read as these.
+        Raises CheckpointError listing every missing, unexpected or differently shaped tensor, or when a tensor that the
+        config calls tied differs from the one it is tied to.
         """
         expected, tied = family.tensors(self.config), family.tied(self.config)
         self._entries = {family.full_name(name): entry for name, entry in self._entries.items()}
+        self._split_joined(expected)
         heads = {
             what: {name for name in self._entries if name not in expected and fnmatch.fnmatchcase(name, glob)}
             for glob, what in family.dropped().items()
@@ -215,6 +234,27 @@ class Checkpoint:
         notices = [f"{name} is a stored copy of the tied {tied[name]}: ignored" for name in copies]
         notices += [f"{len(names)} tensors of the {what} are left out" for what, names in heads.items() if names]
         return notices + ([f"{len(buffers)} buffers that no model reads are ignored"] if buffers else [])
+
+    def _split_joined(self, expected: Mapping[str, _Spec]) -> None:
+        """Enter ranges of a tensor that is a whole parameter of the model as the tensors that the family has for it."""
+        joined: dict[str, list[str]] = {}
+        for name, spec in expected.items():
+            if name not in self._entries and spec.parameter in self._entries and spec.parameter not in expected:
+                joined.setdefault(spec.parameter, []).append(name)
+        for parameter, names in joined.items():
+            entry, specs = self._entries[parameter], [expected[name] for name in names]
+            experts = len({spec.expert for spec in specs})
+            rows, row_shape = sum(spec.shape[0] for spec in specs) // experts, specs[0].shape[1:]
+            shape = (rows, *row_shape) if specs[0].expert is None else (experts, rows, *row_shape)
+            if entry.shape != shape:
+                what = f"{self.path}: tensor {parameter}"
+                raise CheckpointError(what, expected=str(list(shape)), got=str(list(entry.shape)))
+            del self._entries[parameter]
+            begin = entry.begin
+            for name, spec in zip(names, specs, strict=True):
+                end = begin + math.prod(spec.shape) * DTYPE_BYTES[entry.dtype]
+                self._entries[name] = TensorEntry(entry.file, entry.dtype, spec.shape, begin, end)
+                begin = end
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
@@ -319,8 +359,8 @@ def _read_index(path: Path) -> dict[str, str]:
     """Read tensor → shard. Raises CheckpointError for anything but an object of .safetensors names."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, DuplicateKeyError) as error:
-        raise CheckpointError(f"{path} is not a valid index", got=str(error), hint="download it again") from error
+    except (ValueError, RecursionError) as error:  # DuplicateKeyError, and numbers of thousands of digits
+        raise CheckpointError(f"{path} is not a valid index", got=str(error)[:200], hint="download it again") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} is not a valid index", expected="a weight_map of tensor name to file name")
@@ -328,6 +368,24 @@ def _read_index(path: Path) -> dict[str, str]:
     if bad:
         raise CheckpointError(f"{path}: weight_map", expected="names of .safetensors files", got=_listed(bad))
     return weight_map
+
+
+def _no_config(folder: Path) -> CheckpointError:
+    """The error for a folder without config.json; it says what the folder is where that can be seen."""
+    expected, got, hint = "a folder with config.json and *.safetensors", None, None
+    below = sorted(path.parent for path in (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")))
+    if (folder / "adapter_config.json").is_file():
+        adapter = read_json(folder / "adapter_config.json", CheckpointError)
+        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
+        got = "an adapter" + (f" of {base}" if isinstance(base, str) else "")
+        hint = "merge it into its base model (merge_and_unload), save that and give its folder"
+    elif below:
+        hint = f"is it to be {below[0]}?"
+    elif any(folder.glob("*.gguf")):
+        got, hint = "GGUF files", "give the original Hugging Face folder"
+    elif (folder / "params.json").is_file():
+        got, hint = "a checkpoint in its author's own format", "give the model in the Hugging Face format"
+    return CheckpointError(f"{folder / 'config.json'} is missing", expected=expected, got=got, hint=hint)
 
 
 def _no_weights(folder: Path) -> CheckpointError:

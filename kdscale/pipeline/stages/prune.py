@@ -74,6 +74,7 @@ def prune_rank(context: StageContext) -> None:
         figures = self_check(teacher, family, plan, student, _check_ids(run.data, config.seed), device=share.device)
     except SelfCheckError:
         remove_tree(run.work / "prune")  # nothing of it is to be taken up again
+        teacher.check_finite()  # a weight that is no number equals nothing, not even itself
         raise
     write_json(run.logs / SELF_CHECK_FILE, figures)
     replace_dir(student, run.pruned)

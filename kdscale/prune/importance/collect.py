@@ -57,7 +57,8 @@ def score_teacher(
     `kv_heads.*` [L, K], `hidden.*` [D] and `hidden.rotation` [D, D] where the family can be rotated, `layers.*` [L] or
     [L, L + 1]; of a mixture of experts `ffn.*` [L, E, F], `experts.*` [L, E] and `ffn.expert_tokens` [L, E], which is
     no score: the fewer tokens an expert got, the less there is to compensate from.
-    Raises DataError without tokens and SelfCheckError when a score is not finite.
+    Raises DataError without tokens, CheckpointError when a weight is not finite, and SelfCheckError when only a score
+    is not.
     """
     dims = family.dims(teacher.config)
     axes = openable_axes(prune_cfg, dims)
@@ -89,7 +90,9 @@ def score_teacher(
             remove_tree(folder)  # not before: a kill in the second pass must not cost the first one
     for name, values in scores.items():
         if not np.isfinite(values).all():
-            raise SelfCheckError(f"importance {name} is not finite", hint="try importance.dtype=float32")
+            teacher.check_finite()
+            hint = "set importance.dtype=float32" if dtype != torch.float32 else "look for odd calibration text"
+            raise SelfCheckError(f"importance {name} is not finite", hint=hint)
     everyone = all_reduce_sum(torch.tensor([tokens, sum(len(batch.input_ids_BS) for batch in batches)]))
     measured = ImportanceScores(scores)
     if out_dir is not None:

@@ -232,6 +232,15 @@ def test_missing_size_and_odd_flag_are_named() -> None:
         ({"model_type": ["llama"]}, "model_type"),
         (_config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM"),
         (_config("llama", architectures="LlamaForCausalLM"), "architectures"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "alone, as Gemma3ForCausalLM"),
+        (
+            {"model_type": "llava", "text_config": {"model_type": "opt"}},
+            r"several modalities .* \('opt' in text_config",
+        ),
+        (_config("llama", rms_norm_eps=float("nan")), "rms_norm_eps\n  expected: a finite"),
+        (_config("llama", rope_scaling={"factor": float("inf")}), r"rope_scaling\.factor"),
+        (_config("llama", rope_parameters={"rope_theta": -1}), r"rope_theta\n  expected: a positive"),
+        (_config("llama", max_position_embeddings=0), "max_position_embeddings"),
         (_config("llama", quantization_config={"quant_method": "gptq"}), "quantis"),
     ],
 )

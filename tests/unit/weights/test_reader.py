@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from kdscale.errors import CheckpointError
 from kdscale.families import load_family
-from kdscale.weights import Checkpoint
+from kdscale.models.parameter_map import assemble
+from kdscale.weights import Checkpoint, read_config
 
 _INDEX = "model.safetensors.index.json"
 _EMBED = "model.embed_tokens.weight"
@@ -200,6 +201,19 @@ def test_folders_without_weights_or_config(model_dir: Callable[..., Path], tmp_p
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         Checkpoint.open(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(CheckpointError, match=r"an adapter of org/base\n.*merge_and_unload"):
+        Checkpoint.open(folder)
+    (tmp_path / "models--org--name" / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "models--org--name" / "snapshots" / "abc" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"is it to be .*snapshots/abc\?"):
+        Checkpoint.open(tmp_path / "models--org--name")
+    (tmp_path / "other").mkdir()
+    for file, message in (("x.gguf", "GGUF files"), ("params.json", "author's own format")):
+        (tmp_path / "other" / file).write_text("{}")
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint.open(tmp_path / "other")
+        (tmp_path / "other" / file).unlink()
     with pytest.raises(CheckpointError, match="not a folder"):
         Checkpoint.open(tmp_path / "nowhere")
 
@@ -238,6 +252,45 @@ def test_stored_copy_of_a_tied_head_is_dropped_if_it_is_a_copy(model_dir: Callab
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"differs from model\.embed_tokens"):
         _verified(folder)
+
+
+MIXTURE = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 3}
+
+
+def _stack_experts(folder: Path) -> None:
+    """Rewrite model.safetensors with each parameter as transformers keeps it in memory."""
+    config = read_config(folder)
+    specs = load_family(config, "config.json").tensors(config)
+    whole = Checkpoint.open(folder)
+    joined = {name: value.contiguous() for name, value in assemble(specs, whole.tensor).items()}
+    save_file(joined, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_experts_that_are_stacked_on_disk_are_read_as_single_ones(model_dir: Callable[..., Path]) -> None:
+    folder = model_dir(**MIXTURE)
+    apart, _ = _verified(folder)
+    tensors = {name: apart.tensor(name) for name in apart.names}
+    _stack_experts(folder)
+    stacked, notices = _verified(folder)
+    assert set(stacked.names) == set(tensors) and not notices
+    assert all(torch.equal(stacked.tensor(name), value) for name, value in tensors.items())
+    (folder / "config.json").write_text(json.dumps({**read_config(folder), "intermediate_size": 16}))
+    with pytest.raises(
+        CheckpointError, match=r"experts\.gate_up_proj\n  expected: \[3, 32, 8\]\n  got:      \[3, 24, 8\]"
+    ):
+        _verified(folder)
+
+
+def test_a_weight_that_is_no_number_is_named(model_dir: Callable[..., Path]) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    checkpoint, _ = _verified(model_dir())
+    checkpoint.check_finite()
+    entry = checkpoint._entry(name)
+    with entry.file.open("r+b") as stream:
+        stream.seek(entry.begin + 8)
+        stream.write(b"\x00\x00\xc0\x7f")
+    with pytest.raises(CheckpointError, match=f"tensor {name} has NaN"):
+        checkpoint.check_finite()
 
 
 def test_reading_a_tensor_costs_its_own_bytes_only(tmp_path: Path, raw_safetensors: Callable[..., bytes]) -> None:
