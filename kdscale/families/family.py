@@ -311,6 +311,9 @@ class Family:
         if len(kept) < teacher.layers:
             for boundary in self.data.layer_boundaries:
                 border = config.get(boundary.field, boundary.absent)
+                if type(border) is not int:
+                    what = f"{self.where}: {boundary.field}"
+                    raise CheckpointError(what, expected="a number of layers", got=repr(border))
                 student[boundary.field] = sum(layer < border for layer in kept)
         return student
 

@@ -121,7 +121,7 @@ def _own_modules(file: Path) -> list[str]:
         if name is None or (isinstance(name, str) and "--" in name):
             continue
         if not isinstance(name, str) or not re.fullmatch(r"\w+\.\w+", name):
-            raise CheckpointError(f"{file}: {_AUTO_MAP}", expected='names like "module.Class"', got=repr(name))
+            raise CheckpointError(f"{file}: {_AUTO_MAP}", expected='names like "module.Class"', got=repr(name)[:200])
         modules.append(name.split(".")[0])
     return modules
 
@@ -152,7 +152,9 @@ def check_tokenizer(path: Path, vocab_size: int) -> int:
     read_json(file, CheckpointError)
     try:
         vocab = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+    except BaseException as error:  # for what it cannot parse the library raises bare Exception, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{file} is not a usable tokenizer", got=str(error)) from error
     ids = {token: (number, file.name) for token, number in vocab.items()}
     ids |= _added_later(file.parent)
@@ -174,7 +176,11 @@ def _added_later(folder: Path) -> dict[str, tuple[int, str]]:
     ids: dict[str, tuple[int, str]] = {}
     if (folder / "tokenizer_config.json").is_file():
         config = _object(folder / "tokenizer_config.json")
-        for key, value in (config.get("added_tokens_decoder") or {}).items():
+        added = config.get("added_tokens_decoder") or {}
+        if not isinstance(added, dict):
+            where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+            raise CheckpointError(where, expected="an object", got=repr(added)[:200])
+        for key, value in added.items():
             ids[_content(value)] = (_id(key, folder / "tokenizer_config.json"), "tokenizer_config.json")
     if (folder / "added_tokens.json").is_file():
         for token, key in _object(folder / "added_tokens.json").items():
@@ -196,5 +202,5 @@ def _content(value: Any) -> str:
 def _id(key: Any, file: Path) -> int:
     try:
         return int(key)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{file}: added tokens", expected="integer ids", got=repr(key)) from None
