@@ -7,7 +7,6 @@ in PATH).
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from functools import cache
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.family import Dims, Family, ParamCount, TensorSpec
+from kdscale.families.limits import check_numbers
 from kdscale.families.schema import FamilyData, Sites
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 FOLDERS = "KDSCALE_FAMILIES"
-_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "max_position_embeddings")
 
 
 def load_family(config_dict: dict[str, Any], where: str) -> Family:
@@ -79,20 +78,8 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
                 got=repr(config_dict[rule.field]),
                 hint=rule.why,
             )
-    _check_numbers(config_dict, where)
+    check_numbers(config_dict, where)
     return Family(data, where, config_dict)
-
-
-def _check_numbers(value: Any, where: str, field: str = "") -> None:
-    """Raise CheckpointError for a number that no model can compute with, at any depth of the config."""
-    if isinstance(value, dict | list):
-        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_numbers(item, where, f"{field}.{name}" if field else str(name))
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise CheckpointError(f"{where}: {field}", expected="a finite number", got=repr(value))
-        if field.rpartition(".")[2] in _POSITIVE and value <= 0:
-            raise CheckpointError(f"{where}: {field}", expected="a positive number", got=repr(value))
 
 
 def dropped_heads(model_type: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.families.limits import LARGEST, MOST_EXPERTS, check_size
 from kdscale.families.schema import (
     COMPONENT_OF,
     EXPERT,
@@ -31,14 +32,6 @@ from kdscale.families.schema import (
 )
 
 Config = Mapping[str, Any]
-
-# No model comes near these: a larger number is damage or malice, and lists of so many tensors would take hours.
-_LARGEST = {
-    "hidden": 1 << 20, "ffn": 1 << 20, "heads": 1 << 14, "kv_heads": 1 << 14, "head_dim": 1 << 14, "layers": 1 << 12,
-    "vocab": 1 << 26, "experts": 1 << 14,
-}  # fmt: skip
-_LARGEST_SIZE = 1 << 26  # of the sizes that only some families have
-_MOST_EXPERTS = 1 << 18  # of all layers together
 
 # What a shape is made of; `head_dim` and `vocab` never change in a student.
 SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models
@@ -144,9 +137,9 @@ class Family:
         # hidden and heads first: the others may fall back on them
         for name in sorted(self.data.dims, key=lambda dim: dim not in ("hidden", "heads")):
             sizes[name] = self._size(self.data.dims[name], config, sizes)
-            self._check_limit(name, sizes[name], _LARGEST[name])
+            check_size(f"{self.where}: {self.data.dims[name].field or name}", sizes[name], LARGEST[name])
         dims = Dims(**sizes)
-        self._check_limit("layers * experts", dims.layers * dims.experts, _MOST_EXPERTS)
+        check_size(f"{self.where}: layers * experts", dims.layers * dims.experts, MOST_EXPERTS)
         if wrong := self.violations(dims):
             raise CheckpointError(f"{self.where}: the sizes do not fit together", got="; ".join(wrong))
         return dims
@@ -166,14 +159,6 @@ class Family:
             got = repr(value) if name in config else "no such field"
             raise CheckpointError(f"{self.where}: {name}", expected="a positive integer", got=got)
         return value
-
-    def _check_limit(self, name: str, size: int, limit: int) -> None:
-        if size > limit:
-            field = self.data.dims.get(name)  # type: ignore[call-overload]
-            what = f"{self.where}: {field.field or name if field else name}"
-            raise CheckpointError(
-                what, expected=f"at most {limit:,}", got=f"{float(size):.3g}" if size < 10**300 else "more than 1e300"
-            )
 
     def violations(self, dims: Dims) -> list[str]:
         """One sentence for each rule of the family that `dims` breaks; empty when such a model can be built."""

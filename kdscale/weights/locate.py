@@ -6,8 +6,8 @@ from pathlib import Path
 
 from kdscale.config.root import TeacherConfig
 from kdscale.errors import ConfigError, ServiceError
-from kdscale.weights.reader import INDEX_FILE, SINGLE_FILE
 from kdscale.weights.sidecars import SIDECARS
+from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE
 
 _HUB = "hf:"  # as in data.sources
 

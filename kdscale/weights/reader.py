@@ -17,20 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join, sha256_file
 from kdscale.weights.header import DTYPE_BYTES, TensorEntry, read_header, unique_keys
+from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE, listed, no_config, no_weights
 from kdscale_launch.watchdog import beat
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
-_CONVERT = (
-    "convert it once, in a sandbox if you do not trust its author (a pickle can run code when it is opened):\n"
-    "            AutoModelForCausalLM.from_pretrained({src!r}).save_pretrained({dst!r}, safe_serialization=True)\n"
-    "            AutoTokenizer.from_pretrained({src!r}).save_pretrained({dst!r})"
-)
-_LISTED = 8  # names an error spells out before it says how many more there are
 _COMPARE_BYTES = 1 << 22
 _FILL_BYTES = 1 << 22
 
@@ -66,7 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and *.safetensors")
     if not (folder / "config.json").exists():
-        raise _no_config(folder)
+        raise no_config(folder)
     config = read_json(folder / "config.json", CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}", expected="a JSON object", got=type(config).__name__)
@@ -103,7 +95,7 @@ class Checkpoint:
             if (path / INDEX_FILE).is_file():
                 entries, files = _read_sharded(path)
                 return cls(path, config, entries, files)
-            raise _no_weights(path)
+            raise no_weights(path)
         except PermissionError as error:
             raise CheckpointError(f"{error.filename or path} cannot be read", got="permission denied") from error
 
@@ -225,7 +217,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: config.json and the weights disagree",
                 expected=f"the {len(expected)} tensors that config.json describes",
-                got="; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in wrong.items() if names),
+                got="; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in wrong.items() if names),
                 hint="is it the right config.json? kdscale reads whole causal LMs, neither adapters nor base models",
             )
         for name in copies:
@@ -330,7 +322,7 @@ def _read_sharded(folder: Path) -> tuple[dict[str, TensorEntry], list[Path]]:
         raise CheckpointError(
             f"{folder}: shards are missing",
             expected=f"the {len(shards)} files that {INDEX_FILE} names",
-            got="no " + _listed(absent),
+            got="no " + listed(absent),
             hint="download them again",
         )
     entries: dict[str, TensorEntry] = {}
@@ -350,7 +342,7 @@ def _read_sharded(folder: Path) -> tuple[dict[str, TensorEntry], list[Path]]:
     lost = [f"{name} ({shard})" for name, shard in weight_map.items() if name not in entries]
     if lost:
         raise CheckpointError(
-            f"{folder}: tensors are not in the shard that {INDEX_FILE} names", got=_listed(lost), hint="download again"
+            f"{folder}: tensors are not in the shard that {INDEX_FILE} names", got=listed(lost), hint="download again"
         )
     return {name: entries[name] for name in weight_map}, list(shards.values())
 
@@ -366,48 +358,5 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is not a valid index", expected="a weight_map of tensor name to file name")
     bad = [name for name, file in weight_map.items() if not isinstance(file, str) or not file.endswith(".safetensors")]
     if bad:
-        raise CheckpointError(f"{path}: weight_map", expected="names of .safetensors files", got=_listed(bad))
+        raise CheckpointError(f"{path}: weight_map", expected="names of .safetensors files", got=listed(bad))
     return weight_map
-
-
-def _no_config(folder: Path) -> CheckpointError:
-    """The error for a folder without config.json; it says what the folder is where that can be seen."""
-    expected, got, hint = "a folder with config.json and *.safetensors", None, None
-    below = sorted(path.parent for path in (*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")))
-    if (folder / "adapter_config.json").is_file():
-        adapter = read_json(folder / "adapter_config.json", CheckpointError)
-        base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
-        got = "an adapter" + (f" of {base}" if isinstance(base, str) else "")
-        hint = "merge it into its base model (merge_and_unload), save that and give its folder"
-    elif below:
-        hint = f"is it to be {below[0]}?"
-    elif any(folder.glob("*.gguf")):
-        got, hint = "GGUF files", "give the original Hugging Face folder"
-    elif (folder / "params.json").is_file():
-        got, hint = "a checkpoint in its author's own format", "give the model in the Hugging Face format"
-    return CheckpointError(f"{folder / 'config.json'} is missing", expected=expected, got=got, hint=hint)
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    """The error for a folder that has neither model.safetensors nor an index; it depends on what is there."""
-    files = sorted(item.name for item in folder.iterdir())
-    expected = f"{SINGLE_FILE}, or {INDEX_FILE} and its shards"
-    tensors = [name for name in files if name.endswith(".safetensors")]
-    pickles = [name for name in files if any(fnmatch.fnmatchcase(name, glob) for glob in _PICKLES)]
-    if "adapter_config.json" in files:
-        hint: str | None = "this is an adapter: merge it into its base model (merge_and_unload) and save that"
-    elif tensors:
-        hint = "the index is missing: download it again" if len(tensors) > 1 else f"is it to be named {SINGLE_FILE}?"
-    elif pickles:
-        hint = _CONVERT.format(src=str(folder), dst=f"{folder}-safetensors")
-    else:
-        hint = None
-    got = _listed(tensors or pickles) if tensors or pickles else "no weight files"
-    if pickles and not tensors:
-        got = f"pickle files only, which are never opened: {got}"
-    return CheckpointError(f"{folder} has no weights that can be read", expected=expected, got=got, hint=hint)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

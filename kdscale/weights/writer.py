@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 from kdscale.errors import RunFolderError, SelfCheckError
 from kdscale.files import explain_os_errors, fsync_dir, fsync_file, read_json, write_json
 from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES
-from kdscale.weights.reader import INDEX_FILE, SINGLE_FILE, TensorInfo, torch_dtype
+from kdscale.weights.reader import TensorInfo, torch_dtype
+from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE
 from kdscale_launch.watchdog import beat
 
 if TYPE_CHECKING:

@@ -324,23 +324,6 @@ def test_a_size_that_is_given_twice_is_changed_twice(model_type: str, field: str
         family.dims({**config, alias: 5})
 
 
-@pytest.mark.parametrize("model_type", sorted(_FAMILIES))
-def test_absurd_sizes_are_refused_at_once(model_type: str) -> None:
-    for dim, field in _FAMILIES[model_type].dims.items():
-        if field.field is None:
-            continue
-        for size in (10**12, 10**4000):
-            config = _config(model_type, **{field.field: size})
-            with pytest.raises(CheckpointError, match="at most") as caught:
-                load_family(config, "config.json").tensors(config)
-            assert len(str(caught.value)) < 300, dim
-    if "experts" in _FAMILIES[model_type].dims:
-        experts = _FAMILIES[model_type].dims["experts"].field
-        config = _config(model_type, num_hidden_layers=4000, **{str(experts): 8000})
-        with pytest.raises(CheckpointError, match=r"layers \* experts"):
-            load_family(config, "config.json").dims(config)
-
-
 def test_student_config_refuses_wrong_layers_and_sizes() -> None:
     config = _config("llama")
     family = load_family(config, "config.json")
