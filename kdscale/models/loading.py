@@ -36,6 +36,8 @@ def explain_library_errors(path: Path | str, what: str = "model") -> Iterator[No
     except (KdscaleError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "allocate memory" in str(error):  # torch's own words where the CPU's memory is not enough
+            raise
         text = " ".join(str(error).split())[:500]
         raise CheckpointError(
             f"{path}: transformers cannot build the {what} from these files",

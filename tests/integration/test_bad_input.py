@@ -94,9 +94,15 @@ def no_tokenizer(teacher: Path) -> str:
     return "tokenizer"
 
 
+def linked_licence(teacher: Path) -> str:
+    (teacher.parent / "private-key").write_text("secret")
+    (teacher / "LICENSE").symlink_to(teacher.parent / "private-key")
+    return "leads out of its folder"
+
+
 DAMAGES = (
     truncated, corrupt_header, missing_shard, index_outside, pickled, other_shape, other_family, no_config, bad_config,
-    larger_tokenizer, no_tokenizer,
+    larger_tokenizer, no_tokenizer, linked_licence,
 )  # fmt: skip
 
 
@@ -108,6 +114,28 @@ def test_a_damaged_teacher(kdscale: Cli, tiny_config: Path, teacher: Path, damag
     assert needle in outcome.err
     assert "Traceback" not in outcome.err
     assert not (tiny_config.parent / "run").exists()  # found before anything was made
+
+
+def test_a_value_that_only_transformers_refuses(kdscale: Cli, tiny_config: Path, teacher: Path) -> None:
+    for file, field in (("config.json", "hidden_act"), ("generation_config.json", "early_stopping")):
+        before = (teacher / file).read_text()
+        edit_json(teacher / file, **{field: "no such thing"})
+        outcome = kdscale("prune", tiny_config, "--set", f"teacher.path={teacher}")
+        (teacher / file).write_text(before)
+        assert outcome.code == 3, outcome.err
+        assert "no such thing" in outcome.err and "Traceback" not in outcome.err
+        assert not (tiny_config.parent / "run" / "data").exists()  # before any work
+
+
+def test_a_weight_that_is_no_number(kdscale: Cli, tiny_config: Path, teacher: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    outcome = kdscale("prune", tiny_config, "--set", f"teacher.path={teacher}")
+    assert outcome.code == 3, outcome.err
+    assert "tensor model.layers.2.mlp.up_proj.weight has NaN" in outcome.err
 
 
 @pytest.mark.parametrize(
