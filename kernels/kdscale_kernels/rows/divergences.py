@@ -19,6 +19,9 @@ from torch import Tensor
 from kdscale_kernels.rows.teacher_entries import TEACHER_TAIL_FLOOR
 from kdscale_kernels.types import LossOptions
 
+# Of p / q in a mixture: above it the smaller of the two is nothing (e^-80), and exp of it is still an fp32 number.
+MAX_LOG_RATIO = 80.0
+
 
 class Buckets(NamedTuple):
     """What a divergence compares."""
@@ -83,10 +86,9 @@ def _reverse_kl(buckets: Buckets, _: float) -> tuple[Tensor, Tensor]:
 
 
 def _jsd(buckets: Buckets, beta: float) -> tuple[Tensor, Tensor]:
-    logp_CB, logq_CB = buckets.logp_CB, buckets.logq_CB
-    logm_CB = log_mixture(logp_CB, logq_CB, beta)
-    u_CB = (1.0 - beta) * _weighted(buckets.q_CB, logq_CB - logm_CB)
-    return beta * _weighted(buckets.p_CB, logp_CB - logm_CB) + u_CB, u_CB
+    over_p_CB, over_q_CB = log_mixture_ratios(buckets.logp_CB, buckets.logq_CB, beta)
+    u_CB = (beta - 1.0) * _weighted(buckets.q_CB, over_q_CB)
+    return u_CB - beta * _weighted(buckets.p_CB, over_p_CB), u_CB
 
 
 def _skewed_forward_kl(buckets: Buckets, skew: float) -> tuple[Tensor, Tensor]:
@@ -111,6 +113,20 @@ def log_mixture(first_CB: Tensor, second_CB: Tensor, share: float) -> Tensor:
     return torch.logaddexp(first_CB + math.log(share), second_CB + math.log1p(-share))
 
 
+def log_mixture_ratios(first: Tensor, second: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """(log(m / first), log(m / second)) for m = share·first + (1 - share)·second, given the logarithms of both.
+
+    m differs from the side with the larger share by a multiple of the smaller share, so that its ratio to that side
+    comes from log1p and expm1: log m less log q would leave nothing but rounding of a share of 1e-7.
+    """
+    if share > 0.5:
+        over_second, over_first = log_mixture_ratios(second, first, 1.0 - share)
+        return over_first, over_second
+    gap = (first - second).clamp(max=MAX_LOG_RATIO)
+    over_second = torch.log1p(share * torch.expm1(gap))
+    return over_second - gap, over_second
+
+
 def _weighted(weight_CB: Tensor, log_ratio_CB: Tensor) -> Tensor:
     return torch.where(weight_CB == 0.0, torch.zeros_like(weight_CB), weight_CB * log_ratio_CB)
 
@@ -122,8 +138,10 @@ def kl(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def _jsd_definition(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
-    logm = log_mixture(logp, logq, beta)
-    return beta * kl(logp, logm) + (1.0 - beta) * kl(logq, logm)
+    some_p, some_q = (log.detach() != float("-inf") for log in (logp, logq))
+    over_p, _ = log_mixture_ratios(logp[some_p], logq[some_p], beta)
+    _, over_q = log_mixture_ratios(logp[some_q], logq[some_q], beta)
+    return -beta * (logp[some_p].exp() * over_p).sum() - (1.0 - beta) * (logq[some_q].exp() * over_q).sum()
 
 
 TORCH_DIVERGENCES: dict[str, TorchDivergence] = {

@@ -83,6 +83,7 @@ def full_kl_rows_kernel(
     temperature,
     ce_weight,
     parameter,
+    rest,  # 1 - parameter, rounded once
     softcap,
     teacher_softcap,
     DIVERGENCE: tl.constexpr,
@@ -126,7 +127,7 @@ def full_kl_rows_kernel(
             z, _ = _load(z_ptr, cols, vocab, softcap, SOFTCAP)
             t, _ = _load(teacher_ptr, cols, vocab, teacher_softcap, TEACHER_SOFTCAP)
             logq = z * inv_t - lse
-            terms, u = divergence_terms(t * inv_t - teacher_lse, logq, cols < vocab, parameter, DIVERGENCE, False)
+            terms, u = divergence_terms(t * inv_t - teacher_lse, logq, cols < vocab, parameter, rest, DIVERGENCE, False)
             terms_V += terms
             u_V += u
         if GRADIENT_SUM is None:
@@ -142,7 +143,7 @@ def full_kl_rows_kernel(
             if BF16_GRAD:
                 tl.debug_barrier()
             logq = z * inv_t - lse
-            terms, u = divergence_terms(t * inv_t - teacher_lse, logq, cols < vocab, parameter, DIVERGENCE, False)
+            terms, u = divergence_terms(t * inv_t - teacher_lse, logq, cols < vocab, parameter, rest, DIVERGENCE, False)
             if ONE_SWEEP:
                 terms_V += terms
             dz = tl.full((BLOCK_V,), 0.0, tl.float32)
@@ -210,6 +211,7 @@ def full_step(
             float(options.temperature),
             float(options.ce_weight),
             float(options.divergence.parameter),
+            1.0 - options.divergence.parameter,
             float(options.softcap or 1.0),
             float(teacher_softcap or 1.0),
             DIVERGENCE=options.divergence.name,

@@ -65,6 +65,7 @@ def sparse_kl_rows_kernel(
     temperature,
     ce_weight,
     parameter,
+    rest,  # 1 - parameter, rounded once
     softcap,
     DIVERGENCE: tl.constexpr,
     GRADIENT_SUM: tl.constexpr,  # None: not a constant
@@ -137,8 +138,10 @@ def sparse_kl_rows_kernel(
     elif FLOORS_TAIL:
         logp_tail = tl.where(logp_tail < LOG_TAIL_FLOOR, LOG_TAIL_FLOOR, logp_tail)
     logq_K = tempered_K - lse
-    terms_K, u_K = divergence_terms(logp_K, logq_K, used_K, parameter, DIVERGENCE, TAIL == "truncated")
-    term_tail, u_tail = divergence_terms(logp_tail, logq_tail, count_tail, parameter, DIVERGENCE, TAIL == "truncated")
+    terms_K, u_K = divergence_terms(logp_K, logq_K, used_K, parameter, rest, DIVERGENCE, TAIL == "truncated")
+    term_tail, u_tail = divergence_terms(
+        logp_tail, logq_tail, count_tail, parameter, rest, DIVERGENCE, TAIL == "truncated"
+    )
     kd = tl.sum(terms_K, 0) + term_tail
     if GRADIENT_SUM is not None and TAIL != "truncated":
         u_sum = tl.full((), GRADIENT_SUM, tl.float32)  # known: its rounding error must not reach the gradient
@@ -245,6 +248,7 @@ def sparse_step(
             float(options.temperature),
             float(options.ce_weight),
             float(options.divergence.parameter),
+            1.0 - options.divergence.parameter,
             float(options.softcap or 1.0),
             DIVERGENCE=options.divergence.name,
             GRADIENT_SUM=options.divergence.info.gradient_sum,

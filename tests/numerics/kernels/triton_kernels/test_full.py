@@ -79,6 +79,17 @@ def test_every_loss_equals_fp64(device, divergence, matched, temperature, ce_wei
     torch.testing.assert_close(quiet, sums, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("beta", [1e-12, 1e-7, 1e-3, 1.0 - 1e-3, 1.0 - 1e-7])
+@pytest.mark.parametrize("matched", [None, 0.05])
+def test_jsd_keeps_its_digits_near_its_ends(device, beta, matched):
+    z, teacher, labels = chunk(matched=matched)
+    options = LossOptions(divergence=Divergence("jsd", beta))
+    want_sums, want_dz = truth(z, teacher, labels, options)
+    sums, dz, _ = run(z, teacher, labels, options, device)
+    torch.testing.assert_close(sums[1].double(), want_sums[1], rtol=1e-4, atol=0)
+    assert float((dz.double() - want_dz).norm() / want_dz.norm()) < 2e-5
+
+
 @pytest.mark.parametrize("grad_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_same_bits_twice_and_rows_do_not_depend_on_each_other(device, divergence, grad_dtype):

@@ -77,6 +77,11 @@ def test_every_loss_equals_its_twin(make_example, device, divergence, tail, nois
     check_against_twin(example, device, head={"temperature": temperature}, **mode)
 
 
+@pytest.mark.parametrize("beta", [1e-7, 1.0 - 1e-7])
+def test_jsd_keeps_its_digits_near_its_ends(make_example, device, beta):
+    check_against_twin(make_example(rows=5, noise=0.05), device, divergence=Divergence("jsd", beta))
+
+
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 def test_sampled_targets_equal_the_torch_path(make_example, device, ce_weight):
     example = make_example(rows=5, noise=0.3)

@@ -39,7 +39,7 @@ TYPES = {
     **dict.fromkeys(("lse_ptr", "maxima_ptr", "values_ptr", "kept_ptr", "tempered_ptr", "plain_ptr"), "*fp32"),
     **dict.fromkeys(("support_ptr", "label_logit_ptr", "top1_logit_ptr", "tail_sums_ptr"), "*fp32"),
     **dict.fromkeys(("at_label_ptr", "a_ptr", "tail_ptr", "b_ptr"), "*fp32"),
-    **dict.fromkeys(("temperature", "ce_weight", "parameter", "softcap", "teacher_softcap"), "fp32"),
+    **dict.fromkeys(("temperature", "ce_weight", "parameter", "rest", "softcap", "teacher_softcap"), "fp32"),
 }
 
 
