@@ -14,7 +14,7 @@ may be bf16 (bf16_slices.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -125,8 +125,7 @@ def _plan_block(size: CallSize, rows: int, workspace_bytes: int | None, chunk_by
     return MemoryPlan("vocab_slices", rows=rows, width=width, held=held, bf16_logits=size.bf16_logits)
 
 
-@dataclass(frozen=True)
-class SparseCall:
+class SparseCall(NamedTuple):
     """What a call of linear_sparse_kl needs beside its differentiable inputs."""
 
     valid_M: Tensor

@@ -8,14 +8,14 @@ models' logits, dX, dW), two chunks of logits at a time, never N×V.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
 from kdscale_kernels.divergence import Divergence
-from kdscale_kernels.fused.autograd import ForwardResult, wants_gradients, with_forward_gradients
+from kdscale_kernels.fused.autograd import ForwardResult, runs_eagerly, wants_gradients, with_forward_gradients
 from kdscale_kernels.fused.products import GradientSums, HeadProducts, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
@@ -24,6 +24,7 @@ from kdscale_kernels.rows.results import FullRowSums
 from kdscale_kernels.types import IGNORE_INDEX, Backend, FullKL, LossOptions
 
 
+@runs_eagerly
 def linear_full_kl(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -87,15 +88,12 @@ def linear_full_kl(
         steps,
         wants_gradients(hidden_NH, weight_VH, bias_V),
     )
-    loss, kd, ce, teacher_ce, agree = with_forward_gradients(
-        "linear_full_kl", lambda: _run(hidden_NH, weight_VH, bias_V, call), hidden_NH, weight_VH, bias_V
-    )
+    outputs = with_forward_gradients("linear_full_kl", _run, hidden_NH, weight_VH, bias_V, call)
     tokens = torch.full((), valid_M.numel(), dtype=torch.int64, device=hidden_NH.device)
-    return FullKL(loss, tokens, kd, ce, teacher_ce, agree)
+    return FullKL(outputs[0], tokens, *outputs[1:])
 
 
-@dataclass(frozen=True)
-class _FullCall:
+class _FullCall(NamedTuple):
     """What a call of linear_full_kl needs beside its differentiable inputs."""
 
     valid_M: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
 from kdscale_kernels.divergence import Divergence
-from kdscale_kernels.fused.autograd import wants_gradients, with_forward_gradients
+from kdscale_kernels.fused.autograd import runs_eagerly, wants_gradients, with_forward_gradients
 from kdscale_kernels.fused.memory_plan import CallSize, SparseCall, plan_memory
 from kdscale_kernels.fused.products import bf16_logits_are_fast, compute_dtypes, grad_dtype_for
 from kdscale_kernels.fused.row_chunks import run_row_chunks
@@ -24,6 +24,7 @@ from kdscale_kernels.rows.limits import sparse_limit
 from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, Mode, SparseKL, Tail
 
 
+@runs_eagerly
 def linear_sparse_kl(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -100,8 +101,6 @@ def linear_sparse_kl(
     plan = plan_memory(size, mode, workspace_bytes, chunk_bytes)
     call = SparseCall(*valid, options, vocab, plan, operand, accumulate, steps, wants_grad)
     run = run_vocab_slices if plan.mode == "vocab_slices" else run_row_chunks
-    outputs = with_forward_gradients(
-        "linear_sparse_kl", lambda: run(hidden_NH, weight_VH, bias_V, call), hidden_NH, weight_VH, bias_V
-    )
+    outputs = with_forward_gradients("linear_sparse_kl", run, hidden_NH, weight_VH, bias_V, call)
     tokens = torch.full((), valid.index_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])

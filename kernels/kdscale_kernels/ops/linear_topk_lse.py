@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
+from kdscale_kernels.fused.autograd import runs_eagerly
 from kdscale_kernels.fused.bf16_topk import BF16_CHUNK_BYTES, bf16_candidates_fit, bf16_topk_lse
 from kdscale_kernels.fused.products import (
     HeadProducts,
@@ -23,6 +24,7 @@ from kdscale_kernels.rows.limits import topk_limit
 from kdscale_kernels.types import Backend, LossOptions, TopKLse
 
 
+@runs_eagerly
 @torch.no_grad()
 def linear_topk_lse(
     hidden_NH: Tensor,

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from kdscale_kernels.backend import choose_backend
 from kdscale_kernels.divergence import Divergence
-from kdscale_kernels.fused.autograd import refuse_double_backward, scale
+from kdscale_kernels.fused.autograd import (
+    OnceDifferentiable,
+    in_torch_func,
+    keep,
+    kept_gradients,
+    refuse_double_backward,
+    runs_eagerly,
+    scale,
+)
 from kdscale_kernels.fused.products import chunk_bytes_for, row_chunks
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
@@ -22,6 +30,7 @@ from kdscale_kernels.rows.teacher_entries import TeacherEntries
 from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, SparseKL, Tail
 
 
+@runs_eagerly
 def sparse_kl(
     logits_NV: Tensor,
     ids_NK: Tensor,
@@ -54,6 +63,8 @@ def sparse_kl(
     arguments.check_targets(logits_NV.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
     arguments.check_weights(ids_NK, target_weights_NK, tail)
     arguments.check_same_device(logits_NV, ids_NK)
+    if inplace_grad and in_torch_func():
+        raise ValueError("inplace_grad: writes over the logits, which torch.func does not allow; leave it out there")
     vocab = arguments.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
     accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
     limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
@@ -62,10 +73,10 @@ def sparse_kl(
     valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab, temperature, accumulate)
     want_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     chunk_bytes = chunk_bytes_for(chunk_bytes, logits_NV.device)
-    call = _LogitsCall(*valid, options, vocab, chunk_bytes, want_grad, inplace_grad, steps)
+    call = _LogitsCall(*valid, options, vocab, chunk_bytes, want_grad, inplace_grad, steps, kept_gradients())
     outputs = _SparseKL.apply(logits_NV, call)
     tokens = torch.full((), valid.index_M.numel(), dtype=torch.int64, device=logits_NV.device)
-    return SparseKL(outputs[0], tokens, *outputs[1:])
+    return SparseKL(outputs[0], tokens, *outputs[1:-1])
 
 
 class _LogitsCall(NamedTuple):
@@ -80,6 +91,7 @@ class _LogitsCall(NamedTuple):
     want_grad: bool
     inplace: bool
     steps: RowSteps
+    kept: list[Tensor | None] | None
 
 
 def _run(source_NV: Tensor, call: _LogitsCall) -> tuple[Tensor, Tensor | None]:
@@ -119,9 +131,9 @@ def _clear_unused(grad_NV: Tensor, call: _LogitsCall) -> None:
     grad_NV.index_fill_(0, ignored_N.nonzero()[:, 0], 0.0)
 
 
-class _SparseKL(torch.autograd.Function):
+class _SparseKL(OnceDifferentiable):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, call: _LogitsCall) -> tuple[Tensor, ...]:
+    def forward(logits_NV: Tensor, call: _LogitsCall) -> tuple[Tensor | None, ...]:
         source_NV = logits_NV.detach()
         over = call.want_grad and source_NV.dtype in call.steps.in_place_dtypes
         grad_NV: Tensor | None
@@ -129,19 +141,21 @@ class _SparseKL(torch.autograd.Function):
             per_row, grad_NV = _run_over_logits(source_NV, call)
         else:
             per_row, grad_NV = _run(source_NV, call)
-        inplace = call.inplace
+        return (*per_row.sum(1).unbind(), *keep([None if call.inplace else grad_NV], call.kept))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        logits_NV, call = inputs
+        ctx.op, ctx.in_func, ctx.inplace = "sparse_kl", call.kept is None, call.inplace
         # Kept off save_for_backward when in place: an input whose version has moved on could not be saved.
-        ctx.inplace, ctx.grad_NV = inplace, grad_NV if inplace else None
-        if not inplace:
-            ctx.save_for_backward(grad_NV)
+        ctx.grad_NV = logits_NV.detach() if call.inplace else None
+        ctx.save_for_backward(*(output[-1:] if call.kept is None else call.kept))
         ctx.set_materialize_grads(False)
-        sums = per_row.sum(1).unbind()
-        ctx.mark_non_differentiable(*sums[1:])
-        return tuple(sums)
+        ctx.mark_non_differentiable(*output[1:-1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("sparse_kl")
+        refuse_double_backward(ctx, grad_outputs[-1:])
         factor = grad_outputs[0]
         if factor is None:
             return None, None

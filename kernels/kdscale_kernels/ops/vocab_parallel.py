@@ -9,8 +9,7 @@ softmax is joined from them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from kdscale_kernels.backend import BackendUnavailableError, choose_backend
 from kdscale_kernels.divergence import Divergence
-from kdscale_kernels.fused.autograd import ForwardResult, wants_gradients, with_forward_gradients
+from kdscale_kernels.fused.autograd import ForwardResult, runs_eagerly, wants_gradients, with_forward_gradients
 from kdscale_kernels.fused.products import HeadProducts, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.fused.shard_agreement import AgreedShard, ShardClaim, agree
 from kdscale_kernels.fused.shard_rows import ShardProducts, shard_rows_step
@@ -32,6 +31,7 @@ from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, SparseKL, 
 _NEG_INF = float("-inf")
 
 
+@runs_eagerly
 @torch.no_grad()
 def vocab_parallel_topk_lse(
     hidden_NH: Tensor,
@@ -110,6 +110,7 @@ def _joined_topk(
     return ids_CJ.gather(1, by_value_CJ)[:, :k].long(), values_CJ[:, :k], lse_C
 
 
+@runs_eagerly
 def vocab_parallel_sparse_kl(
     hidden_NH: Tensor,
     weight_VsH: Tensor,
@@ -168,13 +169,7 @@ def vocab_parallel_sparse_kl(
         claim = error
     shard = agree(claim, hidden_NH.device, group)
     call = _ShardCall(*valid, options, shard, chunk_bytes, operand, accumulate, steps, wants_grad)
-    outputs = with_forward_gradients(
-        "vocab_parallel_sparse_kl",
-        lambda: _run(hidden_NH, weight_VsH, bias_Vs, call),
-        hidden_NH,
-        weight_VsH,
-        bias_Vs,
-    )
+    outputs = with_forward_gradients("vocab_parallel_sparse_kl", _run, hidden_NH, weight_VsH, bias_Vs, call)
     tokens = torch.full((), valid.index_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
 
@@ -198,8 +193,7 @@ def _claim(
     return ShardClaim(first_id, weight_VsH.shape[0], vocab_size, valid, entries, grad_hidden, settings)
 
 
-@dataclass(frozen=True)
-class _ShardCall:
+class _ShardCall(NamedTuple):
     """What a call of vocab_parallel_sparse_kl needs beside its differentiable inputs."""
 
     valid_M: Tensor
