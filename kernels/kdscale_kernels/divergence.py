@@ -7,6 +7,7 @@ triton_kernels/divergences.py. Everything else (config, checks, messages, tests)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ class Divergence:
 
     def __init__(self, name: str, parameter: float | None = None):
         """Raises ValueError for an unknown name and for a parameter outside its range."""
-        if name not in DIVERGENCES:
+        if not isinstance(name, str) or name not in DIVERGENCES:
             raise ValueError(f"divergence: expected {' | '.join(DIVERGENCES)}, got {name!r}")
         info = DIVERGENCES[name]
         if info.parameter is None and parameter not in (None, 0.0):
             raise ValueError(f"divergence_parameter: {name} takes none, got {parameter!r}; leave it out")
-        if info.parameter is not None and parameter is not None and not 0.0 < parameter < 1.0:
+        good = parameter is None or (isinstance(parameter, Real) and 0.0 < parameter < 1.0)
+        if info.parameter is not None and not good:
             raise ValueError(
                 f"divergence_parameter: expected {info.parameter} of {name}, a number strictly between 0 and 1 "
                 f"(default {info.default:g}), got {parameter!r}"

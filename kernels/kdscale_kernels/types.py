@@ -5,8 +5,10 @@ Legend: N rows (tokens), H hidden size, V vocabulary, K teacher entries kept per
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from numbers import Real
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -64,8 +66,9 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         weighted = [name for name, info in DIVERGENCES.items() if info.takes_weights]
-        _require(0.0 <= self.ce_weight <= 1.0, "ce_weight", "a number from 0 to 1", self.ce_weight)
-        _require(0.0 < self.temperature < float("inf"), "temperature", "a positive, finite number", self.temperature)
+        good = isinstance(self.ce_weight, Real) and 0.0 <= self.ce_weight <= 1.0
+        _require(good, "ce_weight", "a number from 0 to 1", self.ce_weight)
+        require_positive("temperature", self.temperature)
         _require(self.tail in get_args(Tail), "tail", " | ".join(get_args(Tail)), self.tail)
         _require(
             self.tail != "sampled" or self.divergence.info.takes_weights,
@@ -73,12 +76,29 @@ class LossOptions:
             f"{' | '.join(weighted)} with tail='sampled' (the others need the teacher's probabilities)",
             self.divergence.name,
         )
-        _require(self.softcap is None or self.softcap > 0.0, "softcap", "None or a positive number", self.softcap)
+        if self.softcap is not None:
+            require_positive("softcap", self.softcap)
 
     @property
     def exponentials(self) -> int:
         """Softmaxes that a gradient in the tail consists of: a second one for CE beside a divergence at T != 1."""
         return 1 + (self.temperature != 1.0 and self.ce_weight > 0.0)
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Raise ValueError unless an argument is a positive, finite number."""
+    _require(isinstance(value, Real) and 0.0 < float(value) < float("inf"), name, "a positive, finite number", value)
+
+
+def integer(name: str, value: Any, least: int | None = None) -> int:
+    """An integer argument as an int; ValueError for what is none (4.0 too) and for less than `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    good = number is not None and not isinstance(value, bool) and (least is None or number >= least)
+    _require(good, name, "an integer" if least is None else f"an integer of at least {least}", value)
+    return number  # type: ignore[return-value]
 
 
 def _require(good: bool, field: str, expected: str, got: object) -> None:

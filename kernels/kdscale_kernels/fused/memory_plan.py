@@ -22,7 +22,7 @@ from torch import Tensor
 from kdscale_kernels.fused.products import chunk_bytes_for
 from kdscale_kernels.row_steps import RowSteps
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
-from kdscale_kernels.types import LossOptions, Mode
+from kdscale_kernels.types import LossOptions, Mode, integer
 
 # On a CPU, less than an eighth of what eager torch needs at N=2048 V=49152. There slices are no slower,
 # since their gradient products may be bf16 ones. A GPU has memory, and row chunks spare it a fourth product.
@@ -71,8 +71,8 @@ def plan_memory(size: CallSize, mode: Mode, workspace_bytes: int | None, chunk_b
     elsewhere), else slices, and keeps as many as fit. A budget too small for a single slice is exceeded.
     """
     for name, value in (("workspace_bytes", workspace_bytes), ("chunk_bytes", chunk_bytes)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected a positive number of bytes, got {value}")
+        if value is not None:
+            integer(name, value, 1)
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected {' | '.join(get_args(Mode))}, got {mode!r}")
     if workspace_bytes is None and size.device == "cpu":

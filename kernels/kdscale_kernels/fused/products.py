@@ -18,19 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdscale_kernels.types import integer
+
 # By device type. A CUDA device wants thousands of rows a chunk, since each chunk reads and writes all of an fp32 dW.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def chunk_bytes_for(chunk_bytes: int | None, device: torch.device) -> int:
-    """The caller's budget for a chunk of logits, or the device's usual one."""
-    return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
+    """The caller's budget for a chunk of logits, or the device's usual one. Raises ValueError for less than a byte."""
+    usual = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    return usual if chunk_bytes is None else integer("chunk_bytes", chunk_bytes, 1)
 
 
 def row_chunks(rows: int, vocab: int, chunk_bytes: int, *, buffers: int = 1, item_bytes: int = 4) -> list[slice]:
     """Slices covering `rows`, nearly equal, each within chunk_bytes for `buffers` arrays [slice, vocab] (>= 1 row)."""
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
     if rows == 0:
         return []
     most = max(1, chunk_bytes // (vocab * item_bytes * buffers))

@@ -21,7 +21,7 @@ from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.limits import full_limit
 from kdscale_kernels.rows.results import FullRowSums
-from kdscale_kernels.types import IGNORE_INDEX, Backend, FullKL, LossOptions
+from kdscale_kernels.types import IGNORE_INDEX, Backend, FullKL, LossOptions, integer, require_positive
 
 
 @runs_eagerly
@@ -48,9 +48,10 @@ def linear_full_kl(
 
     hidden_NH [N,H], weight_VH [V,H], bias_V [V]: the student's; floating, mixed dtypes are promoted, autocast obeyed.
     teacher_hidden_NG [N,G], teacher_weight_VG [V,G], teacher_bias_V [V]: the teacher's, a constant with its own dtypes.
-    labels_N [N]: already shifted; rows equal to ignore_index count for nothing. divergence as in linear_sparse_kl;
-    the cross-entropy is at temperature 1. Heads of different (padded) sizes need vocab_size, the
-    number of entries that both have. chunk_bytes None: 64 MiB on a CPU, 1 GiB on CUDA, for both logits together.
+    labels_N [N]: already shifted; rows equal to ignore_index count for nothing. All of these may have [B,S] in place
+    of N. divergence as in linear_sparse_kl; the cross-entropy is at temperature 1. Heads of different
+    (padded) sizes need vocab_size, the number of entries that both have. chunk_bytes None: 64 MiB on a CPU, 1 GiB on
+    CUDA, for both logits together.
 
     Reverse KL is infinite, and its gradient not a number, where the teacher forbids (logit -inf) what the student does
     not; forward KL is infinite the other way round, and its gradient finite. JSD and the skewed divergences are finite.
@@ -59,8 +60,11 @@ def linear_full_kl(
     rows without a log-sum-exp; elsewhere those turn the loss into NaN or are the device's own error.
     """
     options = LossOptions(ce_weight, temperature, Divergence.of(divergence), softcap=softcap)
-    if teacher_softcap is not None and not teacher_softcap > 0.0:
-        raise ValueError(f"teacher_softcap: expected None or a positive number, got {teacher_softcap!r}")
+    if teacher_softcap is not None:
+        require_positive("teacher_softcap", teacher_softcap)
+    _, hidden_NH, teacher_hidden_NG, labels_N = arguments.as_rows(
+        hidden_NH=hidden_NH, teacher_hidden_NG=teacher_hidden_NG, labels_N=labels_N
+    )
     arguments.check_linear(hidden_NH, weight_VH, bias_V)
     arguments.check_linear(teacher_hidden_NG, teacher_weight_VG, teacher_bias_V, "teacher_")
     arguments.check_two_models(hidden_NH, teacher_hidden_NG, labels_N)
@@ -71,7 +75,7 @@ def linear_full_kl(
         operand = teacher_operand = accumulate = torch.float64
     limit = full_limit(options.divergence, accumulate)
     steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
-    valid_M = (labels_N != ignore_index).nonzero()[:, 0]
+    valid_M = (labels_N != integer("ignore_index", ignore_index)).nonzero()[:, 0]
     labels_M = labels_N[valid_M].long()
     arguments.check_label_values(labels_M, vocab)
     call = _FullCall(

@@ -51,10 +51,10 @@ def linear_sparse_kl(
 
     hidden_NH [N,H], weight_VH [V,H], bias_V [V]: the student's; floating, mixed dtypes are promoted, autocast obeyed.
     ids_NK [N,K] integer, teacher_logits_NK [N,K], teacher_lse_N [N]: as linear_topk_lse gives them, the log-sum-exp at
-    this same temperature. A slot with logit -inf is empty. labels_N [N]: already shifted; rows equal to ignore_index
-    count for nothing. tail: "bucket" treats everything outside the K entries as one bucket, "truncated" leaves it out
-    of the sum (may be negative), "renormalised" rescales both sides to the K entries. vocab_size keeps the first
-    entries of a padded head.
+    this same temperature. A slot with logit -inf is empty; an id may repeat with the same logit. labels_N [N]:
+    already shifted; rows equal to ignore_index count for nothing. All of these may have [B,S] in place of N. tail:
+    "bucket" treats everything outside the K entries as one bucket, "truncated" leaves it out of the sum (may be
+    negative), "renormalised" rescales both sides to the K entries. vocab_size keeps the first entries of a padded head.
 
     mode: "row_chunks" takes chunks of rows and sums dW over them; "vocab_slices" takes slices of the vocabulary and
     finishes each slice of dW at once (fused/memory_plan.py); "auto" takes row chunks where they fit in workspace_bytes,
@@ -70,18 +70,25 @@ def linear_sparse_kl(
     Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live in fp32 (vocabulary slices on a
     CPU: in bf16 where that costs the gradient nothing, fused/bf16_slices.py), a chunk or a slice and those kept at a
     time. Waits once for the device, to count the valid rows (vocabulary slices without Triton: twice).
-    Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
+    Raises ValueError for arguments that do not fit together and, on a CPU, for ids out of range and targets that no
+    teacher gives: NaN, +inf, a log-sum-exp below its entries', an id with two logits; elsewhere the loss is then NaN.
     """
     options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
+    _, hidden_NH, *targets, labels_N = arguments.as_rows(
+        hidden_NH=hidden_NH,
+        ids_NK=ids_NK,
+        teacher_logits_NK=teacher_logits_NK,
+        teacher_lse_N=teacher_lse_N,
+        target_weights_NK=target_weights_NK,
+        labels_N=labels_N,
+    )
     arguments.check_linear(hidden_NH, weight_VH, bias_V)
-    arguments.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
-    arguments.check_weights(ids_NK, target_weights_NK, tail)
-    arguments.check_same_device(hidden_NH, ids_NK)
+    arguments.check_targets(hidden_NH.shape[0], targets, labels_N, tail)
+    arguments.check_same_device(hidden_NH, labels_N)
     vocab = arguments.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
-    limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+    limit = sparse_limit(options.divergence, targets[0].shape[1], accumulate)
     steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
-    targets = (ids_NK, teacher_logits_NK, teacher_lse_N, target_weights_NK)
     valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab, temperature, accumulate)
     wants_grad = wants_gradients(hidden_NH, weight_VH, bias_V)
     plain_head = bias_V is None and softcap is None

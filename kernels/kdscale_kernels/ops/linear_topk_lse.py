@@ -21,7 +21,7 @@ from kdscale_kernels.fused.products import (
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.limits import topk_limit
-from kdscale_kernels.types import Backend, LossOptions, TopKLse
+from kdscale_kernels.types import Backend, LossOptions, TopKLse, integer
 
 
 @runs_eagerly
@@ -41,17 +41,16 @@ def linear_topk_lse(
     """Top-k and log-sum-exp of softcap(hidden · weightᵀ + bias), fp32, within chunk_bytes of logits at once.
 
     hidden_NH [N,H] and weight_VH [V,H] in fp32, bf16, fp16 or fp64 (which is then computed in fp64). Returns ids [N,k]
-    (descending by logit, lower id first among equals), logits [N,k] and lse [N] = logsumexp(z / temperature). With
-    k >= V all V entries come back. vocab_size keeps the first entries only, for a padded head. chunk_bytes None: 64 MiB
-    on a CPU, 1 GiB on CUDA. No gradients.
-    A NaN logit makes its row's lse NaN. Raises ValueError for arguments that do not fit together.
+    (descending by logit, lower id first among equals), logits [N,k] and lse [N] = logsumexp(z / temperature), from
+    hidden states [B,S,H] as [B,S,k] and [B,S]. With k >= V all V entries come back. vocab_size keeps the first
+    entries only, for a padded head. chunk_bytes None: 64 MiB on a CPU, 1 GiB on CUDA. No gradients. A NaN
+    logit makes its row's lse NaN. Raises ValueError for arguments that do not fit together.
     """
-    arguments.check_linear(hidden_NH, weight_VH, bias_V)
     options = LossOptions(temperature=temperature, softcap=softcap)
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    shape, hidden_NH = arguments.as_rows(hidden_NH=hidden_NH)
+    arguments.check_linear(hidden_NH, weight_VH, bias_V)
     vocab = arguments.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
-    k = min(k, vocab)
+    k = min(integer("k", k, 1), vocab)
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     device = hidden_NH.device
     steps = row_steps(choose_backend(backend, device, limit=topk_limit(vocab, k, accumulate)))
@@ -59,9 +58,9 @@ def linear_topk_lse(
     with torch.autocast(device.type, enabled=False):
         head = HeadProducts(weight_VH, bias_V, operand, accumulate, vocab)
         plain_head = bias_V is None and softcap is None
-        if steps.bf16_logits and plain_head and bf16_logits_are_fast(device, operand) and bf16_candidates_fit(vocab, k):
-            return _from_bf16_logits(hidden_NH, head, k, options, budget, steps)
-        return _from_fp32_logits(hidden_NH, head, k, options, budget, steps)
+        bf16_logits = steps.bf16_logits and plain_head and bf16_logits_are_fast(device, operand)
+        run = _from_bf16_logits if bf16_logits and bf16_candidates_fit(vocab, k) else _from_fp32_logits
+        return arguments.in_shape(run(hidden_NH, head, k, options, budget, steps), shape)
 
 
 def _from_fp32_logits(

@@ -50,26 +50,35 @@ def sparse_kl(
     chunk_bytes: int | None = None,
     backend: Backend = "auto",
 ) -> SparseKL:
-    """linear_sparse_kl's loss from logits_NV [N,V] (floating); the other arguments are as there.
+    """linear_sparse_kl's loss from logits_NV [N,V] or [B,S,V] (floating); the other arguments are as there.
 
     The gradient takes one array of the logits' shape and dtype. With inplace_grad it is written over the logits: they
-    are gone after the call, backward can run once, and autograd raises if something else had saved them. Logits that
-    are bf16 already carry their rounding; prefer linear_sparse_kl where the head is at hand.
-    Raises ValueError for arguments that do not fit together and, on a CPU, for NaN targets and ids out of range.
+    are gone after the call (a slice [B,S,V] with gaps is copied first), backward can run once, and autograd raises if
+    something else had saved them. Logits that are bf16 already carry their rounding; prefer linear_sparse_kl where the
+    head is at hand.
+    Raises ValueError as linear_sparse_kl does.
     """
     options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
+    _, logits_NV, *targets, labels_N = arguments.as_rows(
+        logits_NV=logits_NV,
+        ids_NK=ids_NK,
+        teacher_logits_NK=teacher_logits_NK,
+        teacher_lse_N=teacher_lse_N,
+        target_weights_NK=target_weights_NK,
+        labels_N=labels_N,
+    )
     if logits_NV.dim() != 2 or not logits_NV.is_floating_point() or logits_NV.shape[1] == 0:
-        raise ValueError(f"logits_NV: expected a 2-D floating tensor, got {logits_NV.dtype} {tuple(logits_NV.shape)}")
-    arguments.check_targets(logits_NV.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
-    arguments.check_weights(ids_NK, target_weights_NK, tail)
-    arguments.check_same_device(logits_NV, ids_NK)
+        raise ValueError(
+            f"logits_NV: expected a floating tensor [N, V] or [B, S, V], got {logits_NV.dtype} {tuple(logits_NV.shape)}"
+        )
+    arguments.check_targets(logits_NV.shape[0], targets, labels_N, tail)
+    arguments.check_same_device(logits_NV, labels_N)
     if inplace_grad and in_torch_func():
         raise ValueError("inplace_grad: writes over the logits, which torch.func does not allow; leave it out there")
     vocab = arguments.resolve_vocab(vocab_size, logits_NV.shape[1], "logits")
     accumulate = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+    limit = sparse_limit(options.divergence, targets[0].shape[1], accumulate)
     steps = row_steps(choose_backend(backend, logits_NV.device, limit=limit))
-    targets = (ids_NK, teacher_logits_NK, teacher_lse_N, target_weights_NK)
     valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab, temperature, accumulate)
     want_grad = torch.is_grad_enabled() and logits_NV.requires_grad
     chunk_bytes = chunk_bytes_for(chunk_bytes, logits_NV.device)

@@ -26,7 +26,7 @@ from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.limits import sparse_limit, topk_limit
 from kdscale_kernels.rows.results import RowSums
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
-from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, SparseKL, Tail, TopKLse
+from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, SparseKL, Tail, TopKLse, integer
 
 _NEG_INF = float("-inf")
 
@@ -58,23 +58,24 @@ def vocab_parallel_topk_lse(
     (there: BackendUnavailableError); RuntimeError without a process group.
     """
     claim: ShardClaim | ValueError | BackendUnavailableError
-    steps, chunk_bytes = row_steps("torch"), chunk_bytes_for(chunk_bytes, hidden_NH.device)
+    steps = row_steps("torch")
     try:
-        arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
         options = LossOptions(temperature=temperature, softcap=softcap)
-        if k < 1:
-            raise ValueError(f"k: expected at least 1, got {k}")
+        vocab_size = integer("vocab_size", vocab_size, 1)
+        shape, hidden_NH = arguments.as_rows(hidden_NH=hidden_NH)
+        arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
+        k, budget = integer("k", k, 1), chunk_bytes_for(chunk_bytes, hidden_NH.device)
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
-        settings = (options, operand, chunk_bytes)
-        claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, hidden_NH.shape[0], k, False, settings)
+        settings = (options, operand, budget)
+        claim = _claim(first_id, weight_VsH, vocab_size, hidden_NH.shape[0], k, False, settings)
         limit = topk_limit(claim.used, min(k, claim.used), accumulate)
         steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
     except (ValueError, BackendUnavailableError) as error:
         claim = error
-    shard = agree(claim, hidden_NH.device, group)
+    shard = agree(claim, getattr(hidden_NH, "device", torch.device("cpu")), group)
     k, rows = min(k, vocab_size), hidden_NH.shape[0]
     buffers = row_steps("torch").topk_buffers(options)  # Triton needs less, but all ranks must cut the rows alike
-    chunks = row_chunks(rows, shard.widest, chunk_bytes, buffers=buffers, item_bytes=accumulate.itemsize)
+    chunks = row_chunks(rows, shard.widest, budget, buffers=buffers, item_bytes=accumulate.itemsize)
     result = TopKLse(
         torch.empty(rows, k, dtype=torch.int64, device=hidden_NH.device),
         torch.empty(rows, k, dtype=accumulate, device=hidden_NH.device),
@@ -87,7 +88,7 @@ def vocab_parallel_topk_lse(
             z_CV = head.logits(head.cast(hidden_NH[chunk]), buffer[: chunk.stop - chunk.start])
             for field, value in zip(result, _joined_topk(z_CV, k, shard, options, steps), strict=True):
                 field[chunk] = value
-    return result
+    return arguments.in_shape(result, shape)
 
 
 def _joined_topk(
@@ -149,26 +150,34 @@ def vocab_parallel_sparse_kl(
     (there: BackendUnavailableError); RuntimeError without a process group.
     """
     claim: ShardClaim | ValueError | BackendUnavailableError
-    steps, chunk_bytes = row_steps("torch"), chunk_bytes_for(chunk_bytes, hidden_NH.device)
-    wants_grad = wants_gradients(hidden_NH, weight_VsH, bias_Vs)
+    steps = row_steps("torch")
     try:
         options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
+        vocab_size = integer("vocab_size", vocab_size, 1)
+        _, hidden_NH, *targets, labels_N = arguments.as_rows(
+            hidden_NH=hidden_NH,
+            ids_NK=ids_NK,
+            teacher_logits_NK=teacher_logits_NK,
+            teacher_lse_N=teacher_lse_N,
+            target_weights_NK=target_weights_NK,
+            labels_N=labels_N,
+        )
         arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
-        arguments.check_targets(hidden_NH.shape[0], ids_NK, teacher_logits_NK, teacher_lse_N, labels_N)
-        arguments.check_weights(ids_NK, target_weights_NK, tail)
-        arguments.check_same_device(hidden_NH, ids_NK)
+        arguments.check_targets(hidden_NH.shape[0], targets, labels_N, tail)
+        arguments.check_same_device(hidden_NH, labels_N)
+        wants_grad = wants_gradients(hidden_NH, weight_VsH, bias_Vs)
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
-        targets = (ids_NK, teacher_logits_NK, teacher_lse_N, target_weights_NK)
+        budget = chunk_bytes_for(chunk_bytes, hidden_NH.device)
         valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab_size, temperature, accumulate)
-        limit = sparse_limit(options.divergence, ids_NK.shape[1], accumulate)
+        limit = sparse_limit(options.divergence, targets[0].shape[1], accumulate)
         steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
-        settings = (options, operand, chunk_bytes)
-        sizes = (valid.index_M.numel(), ids_NK.shape[1])
-        claim = _claim(first_id, weight_VsH, vocab_size, chunk_bytes, *sizes, wants_grad[0], settings)
+        settings = (options, operand, budget)
+        sizes = (valid.index_M.numel(), targets[0].shape[1])
+        claim = _claim(first_id, weight_VsH, vocab_size, *sizes, wants_grad[0], settings)
     except (ValueError, BackendUnavailableError) as error:
         claim = error
-    shard = agree(claim, hidden_NH.device, group)
-    call = _ShardCall(*valid, options, shard, chunk_bytes, operand, accumulate, steps, wants_grad)
+    shard = agree(claim, getattr(hidden_NH, "device", torch.device("cpu")), group)
+    call = _ShardCall(*valid, options, shard, budget, operand, accumulate, steps, wants_grad)
     outputs = with_forward_gradients("vocab_parallel_sparse_kl", _run, hidden_NH, weight_VsH, bias_Vs, call)
     tokens = torch.full((), valid.index_M.numel(), dtype=torch.int64, device=hidden_NH.device)
     return SparseKL(outputs[0], tokens, *outputs[1:])
@@ -178,19 +187,14 @@ def _claim(
     first_id: int,
     weight_VsH: Tensor,
     vocab_size: int,
-    chunk_bytes: int,
     valid: int,
     entries: int,
     grad_hidden: bool,
     settings: object,
 ) -> ShardClaim:
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}")
-    if first_id < 0:
-        raise ValueError(f"first_id: expected 0 or more, got {first_id}")
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {chunk_bytes}")
-    return ShardClaim(first_id, weight_VsH.shape[0], vocab_size, valid, entries, grad_hidden, settings)
+    return ShardClaim(
+        integer("first_id", first_id, 0), weight_VsH.shape[0], vocab_size, valid, entries, grad_hidden, settings
+    )
 
 
 class _ShardCall(NamedTuple):

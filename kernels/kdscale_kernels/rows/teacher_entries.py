@@ -15,6 +15,10 @@ from torch import Tensor
 TEACHER_TAIL_FLOOR = 2.0**-24
 
 
+# The entries' probabilities may sum to more than one by what bf16 rounds a log-sum-exp: relative to it, or to 1.
+MASS_SLACK = 2.0**-7
+
+
 class TeacherEntries(NamedTuple):
     """The entries of each row, sorted by id.
 
@@ -37,7 +41,10 @@ class TeacherEntries(NamedTuple):
 def prepare_entries(
     ids_NK: Tensor, logits_NK: Tensor, lse_N: Tensor, vocab: int, temperature: float, weights_NK: Tensor | None = None
 ) -> TeacherEntries:
-    """Sort by id, drop repeats and empty slots, and temper. A row without any entry becomes NaN, not a silent zero.
+    """Sort by id, drop repeats and empty slots, and temper.
+
+    A row that no teacher gives becomes NaN, without a wait for the device: one without any entry, with a logit or
+    log-sum-exp that is infinite, with two logits for one id, or with entries of more mass than one.
 
     lse_N is logsumexp(z / temperature) over the teacher's vocabulary. With weights_NK (sampled targets) they stand in
     for the probabilities, those of a repeated id are added up, and there is no tail.
@@ -46,19 +53,26 @@ def prepare_entries(
     keys_NK, order_NK = torch.sort(ids_NK.masked_fill(empty_NK, torch.iinfo(torch.int64).max), dim=1, stable=True)
     logits_NK = logits_NK.gather(1, order_NK)
     used_NK = ~empty_NK.gather(1, order_NK)
-    used_NK[:, 1:] &= keys_NK[:, 1:] != keys_NK[:, :-1]
+    repeat_NK = keys_NK[:, 1:] == keys_NK[:, :-1]
+    used_NK[:, 1:] &= ~repeat_NK
     none_N = ~used_NK[:, 0]
+    broken_N = none_N | (logits_NK == float("inf")).any(1) | ~lse_N.isfinite()
+    if weights_NK is None:
+        broken_N |= (repeat_NK & (logits_NK[:, 1:] != logits_NK[:, :-1])).any(1)
     first_N1 = keys_NK[:, :1].masked_fill(none_N[:, None], 0)
     ids_NK = torch.where(used_NK, keys_NK, first_N1)
     logits_NK = logits_NK.masked_fill(~used_NK, float("-inf"))
     top1_N = ids_NK.gather(1, logits_NK.argmax(1, keepdim=True))[:, 0]
-    logp_NK = logits_NK / temperature - lse_N.masked_fill(none_N, float("nan"))[:, None]
+    logp_NK = logits_NK / temperature - lse_N.masked_fill(broken_N, float("nan"))[:, None]
     # log(1 - mass) from the log of the mass; rounding may put it a hair above zero, which means no tail.
-    logp_tail_N = torch.log(-torch.expm1(torch.logsumexp(logp_NK, 1).clamp(max=0.0)))
+    log_mass_N = torch.logsumexp(logp_NK, 1)
+    logp_tail_N = torch.log(-torch.expm1(log_mass_N.clamp(max=0.0)))
+    above_one_N = log_mass_N > MASS_SLACK * lse_N.abs().clamp(min=1.0)
+    logp_NK = logp_NK.masked_fill(above_one_N[:, None], float("nan"))
     covers_vocab_N = used_NK.sum(1) >= vocab
     if weights_NK is not None:
         weights_NK = _sum_repeats(keys_NK, weights_NK.gather(1, order_NK))
-        logp_NK = weights_NK.masked_fill(none_N[:, None], float("nan")).log().masked_fill(~used_NK, float("-inf"))
+        logp_NK = weights_NK.masked_fill(broken_N[:, None], float("nan")).log().masked_fill(~used_NK, float("-inf"))
         logp_tail_N = torch.full_like(logp_tail_N, float("-inf"))
     return TeacherEntries(
         ids_NK, used_NK, logp_NK, logp_tail_N.masked_fill(covers_vocab_N, float("-inf")), top1_N, covers_vocab_N

@@ -1,6 +1,9 @@
-"""How the ops sit in a training loop: memory, determinism, no_grad, autocast, accumulation, checkpointing."""
+"""How the ops sit in a training loop: memory, determinism, autocast, checkpointing, torch.func, torch.compile."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +160,91 @@ def test_precision_setting_is_put_back(make_example):
     before = setting.fp32_precision
     loss_of(make_example().cast(torch.bfloat16)).backward()
     assert setting.fp32_precision == before
+
+
+def sparse(p, mode="auto"):
+    return lambda h, w: kk.linear_sparse_kl(h, w, *p.targets, labels_N=p.labels, mode=mode).loss_sum
+
+
+def targets_inside(p):
+    """The teacher's pass and the choice of rows lie within the transform."""
+    teacher = p.hidden.detach() + 1.0
+
+    def loss(h, w):
+        top = kk.linear_topk_lse(teacher, w.detach(), 7)
+        return kk.linear_sparse_kl(h, w, *top, labels_N=p.labels + 0, mode="vocab_slices").loss_sum
+
+    return loss
+
+
+def on_logits(p):
+    return lambda h, w: kk.sparse_kl(h @ w.T, *p.targets, labels_N=p.labels).loss_sum
+
+
+def full(p):
+    teacher = (p.hidden.detach() + 1.0, p.weight.detach().clone())
+    return lambda h, w: kk.linear_full_kl(h, w, *teacher, labels_N=p.labels).loss_sum
+
+
+LOSSES = {"sparse": sparse, "targets inside": targets_inside, "on logits": on_logits, "full": full}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_func_gives_what_backward_gives(make_example, loss, dtype):
+    p = make_example().cast(dtype)
+    function, h, w = LOSSES[loss](p), p.hidden.detach(), p.weight.detach()
+    function(p.hidden, p.weight).backward()
+    for got in (
+        torch.func.grad(function, argnums=(0, 1))(h, w),
+        torch.func.vjp(function, h, w)[1](torch.ones((), dtype=torch.float32)),
+        torch.func.grad(function, argnums=(0, 1))(p.hidden, p.weight),  # which require gradients outside as well
+    ):
+        assert torch.equal(got[0], p.hidden.grad)
+        assert torch.equal(got[1], p.weight.grad)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("transform", "match"),
+    [
+        (lambda f, h, w: torch.func.grad(lambda x: torch.func.grad(f)(x, w).square().sum())(h), "once only"),
+        (lambda f, h, w: torch.func.grad(f)(h.clone().requires_grad_(), w).sum().backward(), "once only"),
+        (lambda f, h, w: torch.func.jvp(f, (h, w), (h, w)), "forward-mode"),
+        (lambda f, h, w: torch.func.hessian(f)(h, w), r"forward-mode|vmap"),
+        (lambda f, h, w: torch.func.vmap(lambda x: f(x, w))(torch.stack([h, h])), "vmap"),
+        (lambda f, h, w: torch.func.vmap(torch.func.grad(f), in_dims=(None, 0))(h, torch.stack([w, w])), "vmap"),
+    ],
+)
+def test_what_torch_func_cannot_have_is_refused_in_words(make_example, loss, transform, match):
+    """Second derivatives would else be zero, without a word."""
+    p = make_example().cast(torch.float32)
+    with pytest.raises(RuntimeError, match=f"({match}).*reference"):
+        transform(LOSSES[loss](p), p.hidden.detach(), p.weight.detach())
+
+
+def test_logits_are_not_overwritten_in_torch_func(make_example):
+    p = make_example().cast(torch.float32)
+    with pytest.raises(ValueError, match=r"inplace_grad: .* leave it out"):
+        torch.func.grad(lambda z: kk.sparse_kl(z, *p.targets, labels_N=p.labels, inplace_grad=True).loss_sum)(
+            torch.zeros(11, 203)
+        )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_compiled_model_leaves_the_op_as_it_is(make_example, loss):
+    p = make_example().cast(torch.float32)
+    function = LOSSES[loss](p)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"torch\.compile cannot trace them: without fullgraph=True"):
+        torch.compile(function, backend="eager", fullgraph=True)(p.hidden, p.weight)
+    around = torch.compile(lambda h, w: function(h * 2.0, w) * 3.0, backend="eager")(p.hidden, p.weight)
+    assert torch.equal(around, function(p.hidden * 2.0, p.weight) * 3.0)
+
+
+def test_an_op_does_not_load_the_compiler():
+    code = (
+        "import sys, torch, kdscale_kernels as kk;"
+        "kk.linear_topk_lse(torch.ones(2, 3), torch.ones(4, 3), 1); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=True)
