@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +38,7 @@ def runs_eagerly(op: Callable[P, R]) -> Callable[P, R]:
     untraced: list[Callable[P, R]] = []
 
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        if any(_is_batched(leaf) for leaf in tree_leaves((args, kwargs))):
+        if any(_is_batched(value) for value in (*args, *kwargs.values())):
             raise refusal(op.__name__, "does not work under torch.func.vmap or hessian")
         return op(*args, **kwargs)
 
@@ -55,13 +54,13 @@ def runs_eagerly(op: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _is_batched(leaf: object) -> bool:
+def _is_batched(value: object) -> bool:
     """Whether a transform of torch.func has added a batch dimension, at any level."""
     functorch = torch._C._functorch
-    while isinstance(leaf, Tensor) and functorch.is_functorch_wrapped_tensor(leaf):
-        if functorch.is_batchedtensor(leaf):
+    while isinstance(value, Tensor) and functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
             return True
-        leaf = functorch.get_unwrapped(leaf)
+        value = functorch.get_unwrapped(value)
     return False
 
 

@@ -132,6 +132,11 @@ def build_cases(make_example):
         mixed = {"options": {"ce_weight": 0.3, "temperature": 2.0}}
         cases[world, "fp32"] = cases[world, "again"] = case_of(p, SPANS[world], **mixed)
         cases[world, "checkpointed"] = case_of(p, SPANS[world], checkpointed=True, **mixed)
+        batch = {name: t.unflatten(0, (3, 4)) for name, t in (("hidden", p.hidden.detach()), ("labels", p.labels))}
+        batch["targets"] = [t.unflatten(0, (3, 4)) for t in p.targets]
+        cases[world, "in batches"] = cases[world, "fp32"] | batch
+        cases[world, "fp32 topk"] = cases[world, "fp32"] | {"k": 5, "options": {}}
+        cases[world, "topk in batches"] = cases[world, "fp32 topk"] | batch
         cases[world, "frozen head"] = case_of(p, SPANS[world], frozen=True, **mixed)
         cases[world, "only the head"] = case_of(p, SPANS[world], grad_hidden=False, **mixed)
         ties = torch.arange(203)[:, None].expand(-1, 24) // 40 / 24.0
@@ -158,6 +163,8 @@ def build_cases(make_example):
         cases[world, "no backend"] = case_of(p, SPANS[world], by_rank={1: {"backend": "triton"}})
         cases[world, "no topk backend"] = cases[world, "no backend"] | {"k": 3}
         cases[world, "refused"] = case_of(p, SPANS[world], by_rank={1: {"bias_Vs": torch.zeros(2)}})
+        cases[world, "wrong type"] = case_of(p, SPANS[world], by_rank={1: {"vocab_size": "203"}})
+        cases[world, "no tensor"] = case_of(p, SPANS[world], by_rank={1: {"bias_Vs": [0.0]}})
     return cases
 
 
@@ -324,6 +331,16 @@ def test_same_bits_twice_and_when_checkpointed(ran, world):
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_sequences_of_a_batch_are_rows(ran, world):
+    for rows, batch in zip(ran[world, "fp32"][1], ran[world, "in batches"][1], strict=True):
+        assert all(torch.equal(rows["sums"][name], batch["sums"][name]) for name in rows["sums"])
+        assert torch.equal(rows["grads"][0].unflatten(0, (3, 4)), batch["grads"][0])
+        assert torch.equal(rows["grads"][1], batch["grads"][1])
+    for rows, batch in zip(ran[world, "fp32 topk"][1], ran[world, "topk in batches"][1], strict=True):
+        assert all(torch.equal(a.unflatten(0, (3, 4)), b) for a, b in zip(rows["top"], batch["top"], strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_only_what_is_wanted_is_made(ran, world):
     case, results = ran[world, "fp32"]
     hidden, weight, _ = whole_gradients(case, results)
@@ -377,6 +394,8 @@ def test_no_rows_by_vocabulary_array(ran, world):
         ("gap", r"cover 0\.\.203 once", r"cover 0\.\.203 once"),
         ("unlike", "same on all ranks", "same on all ranks"),
         ("refused", "bias_V", "rank 1 of the group refused"),
+        ("wrong type", "vocab_size: expected an integer of at least 1, got '203'", "rank 1 of the group refused"),
+        ("no tensor", "bias_V: expected a tensor, got list", "rank 1 of the group refused"),
     ],
 )
 def test_a_wrong_call_is_an_error_everywhere_and_hangs_nobody(ran, world, name, own, others):
