@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ def make_app() -> typer.Typer:
     app.callback()(_root)
     names = ", ".join(STAGES)
     app.command("run")(run.stage_command(list(STAGES)[-1], f"Run every stage: {names}. Finished ones are kept."))
-    own_options = {"plan": run.plan_command, "report": run.report_command}
+    own_options: dict[str, Callable[..., None]] = {"plan": run.plan_command, "report": run.report_command}
     for stage in STAGES.values():
         if stage.help:
             app.command(stage.name, help=stage.help)(own_options.get(stage.name) or run.stage_command(stage.name))

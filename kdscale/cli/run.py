@@ -47,7 +47,14 @@ def report_command(config: ConfigArgument, set_: SetOption = None) -> None:
 
 
 def plan_command(
-    config: ConfigArgument,
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A YAML file or a shipped config; may be left out with --teacher."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A model folder or hf:org/name, in place of the config's teacher."),
+    ] = None,
     set_: SetOption = None,
     accept_changes: AcceptOption = False,
     target_params: Annotated[
@@ -76,7 +83,10 @@ def plan_command(
         typer.Option("--shapes-only", help="Compare shapes by the teacher's config.json alone; write nothing."),
     ] = False,
 ) -> None:
-    """Choose the student's shape and every index that is kept, and show what else was compared."""
+    """Choose the student's shape and every index that is kept, and show what else was compared.
+
+    With --teacher and a target but no CONFIG, shapes are compared by the teacher's config.json alone.
+    """
     from kdscale.cli import tables
     from kdscale.units import BUDGET_FIELDS
 
@@ -89,14 +99,29 @@ def plan_command(
         overrides += [f"prune.{name}={targets[name] or 'null'}" for name in BUDGET_FIELDS]
     for key, value in (("masked_candidates", masked), ("probe_tokens", probe_tokens)):
         overrides += [] if value is None else [f"prune.search.{key}={value}"]
-    if shapes_only:
+    overrides += [] if teacher is None else [f"teacher.path={teacher}"]
+    if config is None and (teacher is None or not any(targets.values())):
+        raise ConfigError(
+            "kdscale plan", expected="a CONFIG, or --teacher MODEL and a target such as --target-params 50%"
+        )
+    if shapes_only or config is None:
+        from kdscale.config.load import build_config
         from kdscale.pipeline.checks import plan_shapes
         from kdscale.weights import resolve_teacher
 
-        loaded = load(config, overrides)
+        loaded = (
+            load(config, overrides)
+            if config
+            else build_config({"name": "plan", "run_dir": "runs/plan"}, "--teacher", overrides)
+        )
         found = plan_shapes(loaded, resolve_teacher(loaded.teacher, config_only=True))
         if len(found) <= len(loaded.steps):
-            raise ConfigError("--shapes-only", expected="a target that config.json tells", got="a latency")
+            raise ConfigError(
+                "--shapes-only",
+                expected="a target that config.json tells",
+                got="a latency",
+                hint="a latency is measured: give a CONFIG and leave out --shapes-only",
+            )
         for step, one in zip((*loaded.steps, None), found, strict=True):
             tokens = loaded.distill.tokens if step is None else loaded.step(loaded.steps.index(step)).distill.tokens
             tables.plan(one.model_dump(), tokens, step.name if step else "")
@@ -107,8 +132,16 @@ def plan_command(
 def status_command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the config it was made from.")],
 ) -> None:
-    """Show how far a run is."""
+    """Show how far a run is, how long it still takes, its results and where they are."""
     from kdscale.cli import tables
+    from kdscale.config.load import config_folder
 
     folder = Path(run)
+    shipped = config_folder() / f"{run.removesuffix('.yaml')}.yaml"
+    if not folder.exists() and not shipped.is_file():
+        runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+        raise ConfigError(
+            f"run folder {run} does not exist", expected="the folder of a run",
+            got=f"runs here: {', '.join(runs)}" if runs else "no runs in the folder runs/ here",
+        )  # fmt: skip
     tables.status(folder if folder.is_dir() else Path(load(run, None).run_dir))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdscale.config.load import load_config
-from kdscale.errors import RunFolderError
+from kdscale.errors import ConfigError, RunFolderError
 from kdscale.escaping import for_terminal
 from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding
@@ -28,6 +29,9 @@ _STATE = {
     "done": "[green]done[/]", "running": "[cyan]running[/]", "failed": "[red]failed[/]",
     "interrupted": "[yellow]interrupted[/]", "waiting": "[dim]waiting[/]", "stopped": "[yellow]stopped[/]",
 }  # fmt: skip
+
+
+_LAST_STEPS = 50  # whose median time a step tells how long the rest takes
 
 
 def _print(table: Table) -> None:
@@ -126,14 +130,16 @@ def results(folder: Path, last_stage: str) -> None:
     if last_stage in ("eval", "report") and (run.eval / "eval.json").exists():
         _side_by_side(read_json(run.eval / "eval.json"))
     if last_stage == "report":
-        places = [("student (standard checkpoint)", run.student), ("pruned, not distilled", run.pruned)]
-        places += [("report", run.report / "report.html"), ("figures", run.report / "report.json")]
-        places += [("training curve", run.logs / "metrics.jsonl")]
-        _places([(name, path) for name, path in places if path.exists()])
+        _places(run)
 
 
-def _places(places: Sequence[tuple[str, Path]]) -> None:
-    """One line a path, however long: a path cut short, as a table would, cannot be copied."""
+def _places(run: RunFolder) -> None:
+    """One line per path that exists, however long: a path cut short, as a table would, cannot be copied."""
+    named = [("student (standard checkpoint)", run.student), ("pruned, not distilled", run.pruned)]
+    named += [("report", run.report / "report.html"), ("figures", run.report / "report.json")]
+    places = [(name, path) for name, path in (*named, ("training curve", run.metrics)) if path.exists()]
+    if not places:
+        return
     console = Console(soft_wrap=True)
     console.print("Where everything is", style="bold")
     width = max(len(name) for name, _ in places)
@@ -162,7 +168,7 @@ def _side_by_side(evaluation: dict[str, Any]) -> None:
 
 
 def status(folder: Path) -> None:
-    """How far each stage is, and the training curve's last figures. Raises RunFolderError when it is no run."""
+    """How far each stage is, the time training still needs, results and paths. Raises RunFolderError for no run."""
     run = RunFolder(folder)
     if not run.config.exists():
         raise RunFolderError(
@@ -171,6 +177,7 @@ def status(folder: Path) -> None:
     for step in sorted(run.steps.glob("*/config.yaml")):
         _stages(RunFolder(step.parent), [stage for stage in STAGES.values() if stage.in_steps])
     _stages(run, list(STAGES.values()))
+    results(folder, "report")
 
 
 def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
@@ -191,9 +198,27 @@ def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
         seconds = format_duration(entry["seconds"]) if "seconds" in entry else ""
         rows.append((stage.name, _STATE[state], seconds, detail))
     _print(table(str(run.path), ("stage", "state", "time", ""), rows))
-    trained = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "train"]
+    trained = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
     if trained:
-        Console().print(f"training: {_training(trained[-1])}", highlight=False)
+        Console().print(f"training: {_training(trained[-1])}{_time_left(run, trained, alive)}", highlight=False)
+
+
+def _time_left(run: RunFolder, trained: Sequence[dict[str, Any]], alive: bool) -> str:
+    """` · 40 % done · 3 min 20 s left`, at the speed of the last steps; empty when all steps are done."""
+    try:
+        settings = load_config(run.config).distill
+    except ConfigError:  # a folder of another version still has a status, only without this
+        return ""
+    # as distill.schedule counts them, which would load torch
+    steps, done = -(-settings.tokens // (settings.global_batch * settings.seq_len)), trained[-1].get("step", 0)
+    if not 0 < done < steps:
+        return ""
+    seconds = [row["seconds"] for row in trained[-_LAST_STEPS:] if "seconds" in row]
+    text = f" · {done / steps:.0%} done"
+    if seconds:
+        left = format_duration((steps - done) * statistics.median(seconds))
+        text += f" · {left} left" + ("" if alive else " once it runs again")
+    return text
 
 
 def _training(row: dict[str, Any]) -> str:

@@ -58,13 +58,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = _parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} holds no settings", expected="a mapping", got=type(tree).__name__)
+    return build_config(tree, str(path), overrides)
+
+
+def build_config(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Apply overrides to a plain mapping and validate it. Raises ConfigError listing every field that is wrong."""
     for override in overrides:
         _apply_override(tree, override)
-    return build_config(tree, str(path))
-
-
-def build_config(tree: dict[str, Any], origin: str) -> Config:
-    """Validate a plain mapping. Raises ConfigError listing every field that is wrong."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

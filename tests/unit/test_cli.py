@@ -74,6 +74,17 @@ def test_plan_cluster_prints_what_fits_and_writes_the_lines(tmp_path: Path) -> N
     assert "  zero_stage: 2\n" in file.read_text()
 
 
+def test_a_teacher_and_a_target_are_enough_for_a_plan() -> None:
+    done = run("plan", "--teacher", str(SMOLLM), "--target-params", "50%", code=PROBE)
+    assert done.returncode == 0, done.stderr
+    assert "shapes meet" in done.stdout
+    assert "134.5 M" in done.stdout
+
+
+def test_the_status_of_no_run_says_nothing_of_configs() -> None:
+    assert "config" not in run("status", "no-such-run").stderr
+
+
 @pytest.mark.parametrize(
     ("args", "needle"),
     [
@@ -82,7 +93,9 @@ def test_plan_cluster_prints_what_fits_and_writes_the_lines(tmp_path: Path) -> N
         (("run", "no-such-config"), "shipped configs"),
         (("run", "demo", "--set", "seed=x"), "seed: input should be a valid integer"),
         (("run", "demo", "--set", "teacher.path=/nowhere"), "teacher.path"),
-        (("status", "no-such-run"), "no-such-run"),
+        (("status", "no-such-run"), "run folder no-such-run does not exist"),
+        (("plan",), "--teacher MODEL and a target"),
+        (("plan", "--teacher", str(SMOLLM), "--target-decode", "50%"), "give a CONFIG"),
         (("get-teacher", "gpt-9", "/tmp/x"), "gpt-9"),
         (("plan-cluster", "demo", "--gpu", "h1000"), "h100, h200"),
         (("plan-cluster", "demo", "--gpu-memory", "many"), "--gpu-memory"),

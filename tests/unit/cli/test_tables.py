@@ -55,3 +55,22 @@ def test_the_results_name_what_got_worse(run: Path, capsys: pytest.CaptureFixtur
         "worse in the distilled student than in the pruned one: KL to the teacher 1.310 → 1.590"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(("step", "text"), [(20, " · 50% done · 40.0 s left once it runs again"), (40, "")])
+def test_status_says_how_long_training_still_takes_and_where_results_are(
+    run: Path, step: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "config.yaml").write_text(
+        "name: t\nrun_dir: r\nteacher: {path: t}\nprune: {ffn: 8}\n"
+        "distill: {tokens: 633, seq_len: 8, global_batch: 2, micro_batch: 2}\n"
+    )
+    rows = [{"kind": "train", "step": at + 1, "loss": 1.5, "seconds": 2.0} for at in range(step)]
+    (run / "logs" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = {name: {"quality": QUALITY} for name in ("teacher", "distilled")}
+    (run / "eval" / "eval.json").write_text(json.dumps({"models": models}))
+    tables.status(run)
+    out = capsys.readouterr().out
+    assert f"training: step {step} · loss 1.5000{text}\n" in out
+    assert "perplexity" in out
+    assert f"training curve  {run / 'logs' / 'metrics.jsonl'}" in out
