@@ -78,20 +78,18 @@ class HostOptions:
 
     def job(self, request: LaunchRequest, hosts: Sequence[Host], **settings: float | int) -> HostsJob:
         """The request as a job on these hosts; `settings` are HostsJob's."""
-        from kdscale.jobs.launch import hosts_job, python_path
+        from kdscale.jobs.launch import hosts_job, launcher_errors, python_path
         from kdscale_launch import SshSettings
 
-        ssh = SshSettings(
-            python=self.python,
-            cwd=str(Path.cwd()),
-            pythonpath=python_path(),
-            program=tuple(shlex.split(self.ssh_command)),
-            dead_after=self.dead_after,
-            connect_seconds=self.connect_timeout,
-        )
-        return hosts_job(
-            request, hosts, ssh, self.export, master_addr=self.master_addr, master_port=self.master_port, **settings
-        )
+        with launcher_errors():
+            ssh = SshSettings(
+                python=self.python, cwd=str(Path.cwd()), pythonpath=python_path(),
+                program=tuple(shlex.split(self.ssh_command)), dead_after=self.dead_after,
+                connect_seconds=self.connect_timeout,
+            )  # fmt: skip
+            return hosts_job(
+                request, hosts, ssh, self.export, master_addr=self.master_addr, master_port=self.master_port, **settings
+            )
 
 
 def preflight_command(

@@ -17,7 +17,7 @@ from kdscale.files import write_text
 from kdscale.jobs.launch import RANK_MODULE, LaunchRequest, launcher_errors, python_path, rank_defaults
 from kdscale.runtime.exits import FINAL_CODES
 from kdscale_launch import HostsJob
-from kdscale_launch.environment import forwarded_variables, masked_lines, without_secrets
+from kdscale_launch.environment import forwarded_variables, masked_lines, without_credentials, without_secrets
 from kdscale_launch.job import shell_exit_code
 from kdscale_launch.systems import kubernetes as kube
 from kdscale_launch.systems import slurm, torchrun_deepspeed
@@ -41,10 +41,14 @@ class JobOptions:
         return self.request.rank_command(self.python)
 
     def environment(self) -> dict[str, str]:
-        """Forwarded variables without secrets, which everyone could read in a script or a manifest."""
+        """Forwarded variables without secrets, which everyone could read in a script or a manifest.
+
+        Names those that are left out. Raises ConfigError for a variable that no script can hold.
+        """
         path = python_path()
-        variables = {**rank_defaults(), **forwarded_variables(os.environ, self.export)}
-        return without_secrets({**variables, **({"PYTHONPATH": path} if path else {})})
+        with launcher_errors():
+            variables = {**rank_defaults(), **forwarded_variables(os.environ, self.export)}
+        return _written_variables({**variables, **({"PYTHONPATH": path} if path else {})})
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,18 @@ class PodOptions:
     pytorchjob: bool
 
 
+def _written_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables that may be written to a file; prints the names of the others."""
+    written = without_secrets(variables)
+    if left_out := sorted(set(variables) - set(written)):
+        print(
+            f"not written, because they may hold credentials: {', '.join(left_out)}; set them where the ranks start"
+            " (sbatch passes its environment on; a pod takes them from --secret)",
+            file=sys.stderr,
+        )
+    return written
+
+
 def run_deepspeed(request: LaunchRequest, job: HostsJob, hostfile: Path, ssh_options: list[str], dry_run: bool) -> int:
     """Run the job under DeepSpeed's runner, again after failures; returns the exit code."""
     env_file = request.logs / "deepspeed_env"
@@ -68,10 +84,10 @@ def run_deepspeed(request: LaunchRequest, job: HostsJob, hostfile: Path, ssh_opt
     with launcher_errors():
         command = torchrun_deepspeed.deepspeed(
             job.ssh.python, RANK_MODULE, request.arguments, hostfile=str(hostfile.absolute()),
-            master_addr=job.master_addr, master_port=job.master_port,
+            master_addr=job.master_addr, master_port=job.master_port, cwd=str(Path.cwd()),
         )  # fmt: skip
+        text = torchrun_deepspeed.env_file(_written_variables(job.env))
     environment = torchrun_deepspeed.deepspeed_environment(shlex.join(ssh_options), str(env_file), job.ssh.dead_after)
-    text = torchrun_deepspeed.env_file(without_secrets(job.env))
     if dry_run:
         print(f"# {env_file}\n{text}")
     else:
@@ -82,14 +98,15 @@ def run_deepspeed(request: LaunchRequest, job: HostsJob, hostfile: Path, ssh_opt
 def submit_slurm(options: JobOptions, time_limit: str, warn: int, directives: tuple[str, ...], check: bool) -> int:
     """Write the script into the run folder's logs and submit it, with `check` after a collective over all ranks."""
     collective = options.request.preflight_command(options.python, "collective", "120")
-    job = slurm.SlurmJob(
-        name=f"kdscale-{options.request.config.name}", nodes=options.nodes, slots=options.slots,
-        command=options.rank_command, check=collective if check else (), cwd=str(Path.cwd()),
-        output=str(options.request.logs / "slurm-%j.out"), env=options.environment(), time_limit=time_limit,
-        warn_seconds=warn, max_restarts=options.max_restarts, final_codes=FINAL_CODES, directives=directives,
-    )  # fmt: skip
-    with launcher_errors("--sbatch"):
-        script = slurm.render(job)
+    with launcher_errors("--slurm"):
+        job = slurm.SlurmJob(
+            name=f"kdscale-{options.request.config.name}", nodes=options.nodes, slots=options.slots,
+            command=options.rank_command, check=collective if check else (), cwd=str(Path.cwd()),
+            output=slurm.file_pattern(str(options.request.logs)) + "/slurm-%j.out", env=options.environment(),
+            time_limit=time_limit, warn_seconds=warn, max_restarts=options.max_restarts, final_codes=FINAL_CODES,
+            directives=directives,
+        )  # fmt: skip
+    script = slurm.render(job)
     path = options.request.logs / "job.sbatch"
     if options.dry_run:
         print(script)
@@ -128,10 +145,11 @@ def _volume(text: str) -> tuple[str, str]:
 
 def run_torchrun(options: JobOptions, endpoint: str) -> int:
     """Run this node's ranks under torchrun; the nodes meet at `endpoint` (host:port). Returns the exit code."""
-    command = torchrun_deepspeed.torchrun(
-        options.python, RANK_MODULE, options.request.arguments, nodes=options.nodes, slots=options.slots,
-        endpoint=endpoint, job_id=f"kdscale-{options.request.config.name}", max_restarts=options.max_restarts,
-    )  # fmt: skip
+    with launcher_errors():
+        command = torchrun_deepspeed.torchrun(
+            options.python, RANK_MODULE, options.request.arguments, nodes=options.nodes, slots=options.slots,
+            endpoint=endpoint, job_id=f"kdscale-{options.request.config.name}", max_restarts=options.max_restarts,
+        )  # fmt: skip
     return _execute(command, {**rank_defaults(), **torchrun_deepspeed.TORCHRUN_ENVIRONMENT}, options.dry_run)
 
 
@@ -142,7 +160,8 @@ def _execute(
 
     Raises MissingProgramError when it cannot be started.
     """
-    print(shlex.join([*(["env", *masked_lines(environment)] if environment else []), *command]), flush=True)
+    shown = shlex.join([*(["env", *masked_lines(environment)] if environment else []), *command])
+    print(without_credentials(shown), flush=True)
     if dry_run:
         return 0
     code = 0

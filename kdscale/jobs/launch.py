@@ -20,7 +20,7 @@ from kdscale.jobs import preflight
 from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stages.registry import job_targets
 from kdscale.runtime.exits import FINAL_CODES
-from kdscale_launch.environment import forwarded_variables, masked_lines
+from kdscale_launch.environment import check_text, forwarded_variables, masked_lines, without_credentials
 from kdscale_launch.hosts.connections import HostConnections, Task
 from kdscale_launch.hosts.failure import Outcome
 from kdscale_launch.hosts.hostfile import Host, first_ranks, total_slots
@@ -97,7 +97,11 @@ def make_request(
     if any(item.partition("=")[0] == "distill.processes" for item in overrides):
         raise ConfigError("--set distill.processes", expected="no such setting: it is the number of slots")
     resolved = (*overrides, f"distill.processes={ranks}")
-    return LaunchRequest(path, resolved, load_config(path, resolved), accept_changes, until)
+    config = load_config(path, resolved)
+    with launcher_errors():  # both end up in scripts, manifests and remote shells
+        check_text("config and --set", str(path.absolute()), *resolved)
+        check_text("run_dir", config.run_dir)
+    return LaunchRequest(path, resolved, config, accept_changes, until)
 
 
 def commands_for_fewer_hosts(
@@ -168,7 +172,7 @@ def describe_job(job: HostsJob) -> str:
         counts = ", ".join(map(str, sorted(job.fewer_hosts)))
         lines += [f"# when hosts do not come back, also on {counts} of {len(job.hosts)}"]
     lines += [f"# logs: {job.log_dir}/ATTEMPT/rank-N.log", f"# restarts: at most {job.max_restarts}"]
-    return "\n".join(lines)
+    return without_credentials("\n".join(lines))
 
 
 def run_job(

@@ -9,17 +9,20 @@ from pathlib import Path
 
 from kdscale_launch.job import LaunchError
 
-_LINE = re.compile(r"^(\S+)\s+slots=(\d+)$")
+_LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]{1,6})")
 # What ssh may be given as a destination. No leading dash: ssh would take it for an option.
-_NAME = re.compile(r"^(?:[A-Za-z0-9._-]+@)?[A-Za-z0-9][A-Za-z0-9.:_%-]*$")
+_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?[A-Za-z0-9][A-Za-z0-9.:_%-]*")
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and the number of ranks (GPUs) it takes."""
+    """A machine and the number of ranks (GPUs) it takes. Raises LaunchError for what is no host name."""
 
     name: str
     slots: int
+
+    def __post_init__(self) -> None:
+        check_host_name("host", self.name)
 
     @property
     def address(self) -> str:
@@ -31,14 +34,14 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
     """The hosts in order; rank 0 runs on the first. Raises LaunchError naming every wrong line."""
     hosts: list[Host] = []
     problems: list[str] = []
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.partition("#")[0].strip()
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = raw.partition("#")[0].strip(" \t\r")
         if not line:
             continue
-        match = _LINE.match(line)
+        match = _LINE.fullmatch(line)
         if match is None:
-            problems.append(f"line {number}: expected `host slots=N`, got {line!r}")
-        elif not _NAME.match(match[1]):
+            problems.append(f"line {number}: expected `host slots=N`, got {line[:200]!r}")
+        elif not _NAME.fullmatch(match[1]):
             problems.append(f"line {number}: {match[1]!r} is not a host name")
         elif int(match[2]) < 1:
             problems.append(f"line {number}: {match[1]} has no slots")
@@ -62,6 +65,12 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     except UnicodeDecodeError as error:
         raise LaunchError(f"hostfile {path} is not UTF-8 text") from error
     return parse_hostfile(text, str(path))
+
+
+def check_host_name(what: str, name: str) -> None:
+    """Raise LaunchError, naming `what`, for a text that is no host name or address, with or without a user."""
+    if not _NAME.fullmatch(name):
+        raise LaunchError(f"{what}: expected the name or address of a host, got {name[:200]!r}")
 
 
 def total_slots(hosts: Sequence[Host]) -> int:

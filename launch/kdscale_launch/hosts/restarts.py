@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from kdscale_launch.hosts.connections import HostConnections, Task
 from kdscale_launch.hosts.failure import Failure, Outcome
-from kdscale_launch.hosts.hostfile import Host, total_slots
+from kdscale_launch.hosts.hostfile import Host, check_host_name, total_slots
 from kdscale_launch.hosts.ssh import SshSettings
 from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
 
@@ -38,6 +38,10 @@ class HostsJob:
     host_seconds: float = 300.0  # how long a restart waits for a host to come back
     final_codes: frozenset[int] = frozenset()  # exit codes that another attempt would not change
     fewer_hosts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.master_addr:
+            check_host_name("--master-addr", self.master_addr)
 
     @property
     def first_address(self) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kdscale_launch.environment import check_text
 from kdscale_launch.hosts.hostfile import Host
 from kdscale_launch.hosts.messages import LineBuffer, Message, decode, encode
 from kdscale_launch.job import CannotStart
@@ -21,7 +22,10 @@ from kdscale_launch.job import CannotStart
 
 @dataclass(frozen=True)
 class SshSettings:
-    """How hosts are reached, and how long they may be silent. `python` and `cwd` are paths on the hosts."""
+    """How hosts are reached, and how long they may be silent. `python` and `cwd` are paths on the hosts.
+
+    Raises LaunchError for control characters, which not every remote shell can quote.
+    """
 
     python: str
     cwd: str
@@ -29,6 +33,9 @@ class SshSettings:
     program: tuple[str, ...] = ("ssh",)
     dead_after: float = 15.0  # seconds without a sign of life after which a host counts as lost
     connect_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_text("what the remote shell gets", self.python, self.cwd, self.pythonpath, *self.program)
 
     def command(self, host: Host) -> list[str]:
         """The local command that starts an agent on `host`. The remote shell gets one quoted string and no secret."""

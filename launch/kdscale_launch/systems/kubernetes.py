@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kdscale_launch.environment import check_text, check_variables
 from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
 
 # The name becomes pod names (name-index-random) and a DNS label.
-_NAME = re.compile(r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$")
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+_OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")  # namespaces, claims and Secrets
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]*")
 _INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 
 Object = dict[str, Any]
@@ -20,7 +23,7 @@ Object = dict[str, Any]
 class KubernetesJob:
     """What the pods run. `volumes` maps a claim to its mount path; `secrets` become environment variables.
 
-    Raises LaunchError for a name that Kubernetes would refuse.
+    Raises LaunchError for a name that Kubernetes would refuse, and for control characters anywhere.
     """
 
     name: str
@@ -42,10 +45,18 @@ class KubernetesJob:
     final_codes: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if not _NAME.match(self.name):
+        if not _NAME.fullmatch(self.name):
             raise LaunchError(
                 f"not a Kubernetes name: {self.name!r}; lower-case letters, digits and dashes, at most 40"
             )
+        for what, names in (("--namespace", [self.namespace]), ("--volume", self.volumes), ("--secret", self.secrets)):
+            if wrong := [name for name in names if not _OBJECT.fullmatch(name)]:
+                raise LaunchError(f"{what}: not a Kubernetes name: {wrong[0][:200]!r}")
+        if not _IMAGE.fullmatch(self.image):
+            raise LaunchError(f"--image: expected the name of a container image, got {self.image[:200]!r}")
+        paths = (self.log_dir, self.cwd, self.python, *self.volumes.values())
+        check_text("the Kubernetes manifest", *self.command, *paths)
+        check_variables(self.env)
 
 
 def indexed_job(job: KubernetesJob) -> list[Object]:
@@ -108,6 +119,11 @@ def _rule_for_codes(action: str, codes: frozenset[int]) -> Object:
     return {"action": action, "onExitCodes": {"operator": "In", "values": sorted(codes)}}
 
 
+def _literal(text: str) -> str:
+    """A word of a command or a variable's value that Kubernetes leaves as it is: it replaces $(NAME), and $$ by $."""
+    return text.replace("$", "$$")
+
+
 def _pod(job: KubernetesJob, index_variable: str, master: str | None) -> Object:
     """A pod that starts its node's ranks; without `master`, they find rank 0 through MASTER_ADDR and MASTER_PORT."""
     node = [job.python, "-m", "kdscale_launch.systems.node", "--nodes", str(job.nodes), "--slots", str(job.slots)]
@@ -117,9 +133,9 @@ def _pod(job: KubernetesJob, index_variable: str, master: str | None) -> Object:
     container: Object = {
         "name": "pytorch",  # the name that a PyTorchJob insists on
         "image": job.image,
-        "command": [*node, "--", *job.command],
+        "command": [_literal(word) for word in (*node, "--", *job.command)],
         "workingDir": job.cwd,
-        "env": [{"name": name, "value": value} for name, value in job.env.items()],
+        "env": [{"name": name, "value": _literal(value)} for name, value in job.env.items()],
         "envFrom": [{"secretRef": {"name": name}} for name in job.secrets],
         "resources": {"limits": limits} if limits else {},
         "volumeMounts": [

@@ -7,16 +7,23 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kdscale_launch.environment import check_text, check_variables
 from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
 
-_DIRECTIVE = re.compile(r"^[a-z][a-z-]*(=[^\n]*)?$")
+_DIRECTIVE = re.compile(r"[a-z][a-z-]*(=.*)?")
+_PLAIN = re.compile(r"[A-Za-z0-9_.,:;=@%/+-]+")
+_TIME = re.compile(r"[0-9]+(-[0-9]+(:[0-9]+){0,2}|(:[0-9]+){0,2})|UNLIMITED|INFINITE", re.IGNORECASE)
 # Each task takes its rank from Slurm; the command follows as arguments, which no shell parses again.
 _TASK = 'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"'
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What the script runs. `directives` are more sbatch options without dashes, such as `partition=gpu`."""
+    """What the script runs. `directives` are more sbatch options without dashes, such as `partition=gpu`.
+
+    `output` is the file for what the job prints, with Slurm's own %-patterns. Raises LaunchError for a time limit or a
+    directive that sbatch would not take, and for control characters anywhere.
+    """
 
     name: str
     nodes: int
@@ -32,18 +39,26 @@ class SlurmJob:
     final_codes: frozenset[int] = frozenset()
     directives: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for directive in self.directives:
+            if not _DIRECTIVE.fullmatch(directive):
+                raise LaunchError(f"not an sbatch option: {directive!r}; expected e.g. partition=gpu")
+        if self.time_limit and not _TIME.fullmatch(self.time_limit):
+            raise LaunchError(f"--time: expected D-HH:MM:SS, got {self.time_limit[:200]!r}")
+        if "\\" in self.output:
+            raise LaunchError(f"run_dir: Slurm cannot write its output under {self.output!r}, because of the backslash")
+        check_text("the Slurm script", self.name, self.cwd, self.output, *self.command, *self.check, *self.directives)
+        check_variables(self.env)
+
 
 def render(job: SlurmJob) -> str:
-    """The script. Raises LaunchError for a directive that is not an sbatch option."""
-    for directive in job.directives:
-        if not _DIRECTIVE.match(directive):
-            raise LaunchError(f"not an sbatch option: {directive!r}; expected e.g. partition=gpu")
+    """The script: every text that comes from outside is quoted."""
     options = [
         f"job-name={job.name}", f"nodes={job.nodes}", f"ntasks-per-node={job.slots}", "requeue", "open-mode=append",
         f"output={job.output}", f"signal=B:TERM@{job.warn_seconds}",
         *([f"time={job.time_limit}"] if job.time_limit else []), *job.directives,
     ]  # fmt: skip
-    header = "\n".join(f"#SBATCH --{option}" for option in options)
+    header = "\n".join(f"#SBATCH --{_quote_option(option)}" for option in options)
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in job.env.items())
     final = "|".join(str(code) for code in sorted(job.final_codes)) or "none"
     return _SCRIPT.format(
@@ -51,6 +66,20 @@ def render(job: SlurmJob) -> str:
         check=_srun(job.check) if job.check else ":", step=_srun(job.command), stopped=STOPPED_EXIT_CODE,
         restarts=job.max_restarts, final=final,
     )  # fmt: skip
+
+
+def _quote_option(option: str) -> str:
+    """An option as sbatch reads it back: in double quotes, a backslash takes the next character as it is."""
+    if _PLAIN.fullmatch(option):
+        return option
+    name, equals, value = option.partition("=")
+    escaped = value.replace("\\", r"\\").replace('"', r"\"")
+    return f'{name}{equals}"{escaped}"'
+
+
+def file_pattern(path: str) -> str:
+    """A path as the beginning of an output pattern of Slurm's, which would replace %j and the like in it."""
+    return path.replace("%", "%%")
 
 
 def _srun(command: tuple[str, ...]) -> str:

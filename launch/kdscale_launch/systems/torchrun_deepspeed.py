@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from kdscale_launch.environment import check_variables
+from kdscale_launch.hosts.hostfile import check_host_name
 from kdscale_launch.job import LaunchError
 
 # Without it, torch 2.13's workers share the rendezvous store and, when restarted, hang or fail to reconnect.
@@ -15,7 +17,11 @@ def torchrun(
     python: str, module: str, arguments: tuple[str, ...], *, nodes: int, slots: int, endpoint: str, job_id: str,
     max_restarts: int,
 ) -> list[str]:  # fmt: skip
-    """The command for every node: the nodes meet at `endpoint` (host:port), and all restart when a rank breaks."""
+    """The command for every node: the nodes meet at `endpoint` (host:port), and all restart when a rank breaks.
+
+    Raises LaunchError for an endpoint that is not a host and a port.
+    """
+    check_host_name("--master-addr", endpoint.rpartition(":")[0])
     return [
         python, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={slots}", "--rdzv-backend=c10d",
         f"--rdzv-endpoint={endpoint}", f"--rdzv-id={job_id}", f"--max-restarts={max_restarts}", "--module", module,
@@ -24,14 +30,22 @@ def torchrun(
 
 
 def deepspeed(
-    python: str, module: str, arguments: tuple[str, ...], *, hostfile: str, master_addr: str, master_port: int
+    python: str,
+    module: str,
+    arguments: tuple[str, ...],
+    *,
+    hostfile: str,
+    master_addr: str,
+    master_port: int,
+    cwd: str = "/",
 ) -> list[str]:
     """The command of DeepSpeed's runner over pdsh, to be run once.
 
     `--no_local_rank`: our ranks read the environment only. `--no_ssh_check`: its check ignores our ssh options.
-    Raises LaunchError for an argument that a shell would change: the runner passes them through one unquoted.
+    Raises LaunchError for what a shell would change, `cwd` too: the runner passes them through one unquoted.
     """
-    for argument in arguments:
+    check_host_name("--master-addr", master_addr)
+    for argument in (python, hostfile, cwd, *arguments):
         if shlex.quote(argument) != argument:
             raise LaunchError(f"DeepSpeed's launcher cannot pass the argument {argument!r}; use --launcher ssh")
     return [
@@ -48,5 +62,9 @@ def deepspeed_environment(ssh_options: str, env_file: str, dead_after: float) ->
 
 
 def env_file(environment: Mapping[str, str]) -> str:
-    """The text of `.deepspeed_env`: NAME=value lines, which DeepSpeed pastes into a remote shell's `export`."""
+    """The text of `.deepspeed_env`: NAME=value lines, which DeepSpeed pastes into a remote shell's `export`.
+
+    Raises LaunchError for a name or a value that would end the line or the command.
+    """
+    check_variables(environment)
     return "".join(f"{name}={shlex.quote(value)}\n" for name, value in environment.items())

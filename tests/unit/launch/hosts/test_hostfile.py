@@ -28,11 +28,21 @@ def test_a_hostfile_in_deepspeeds_format():
         ("-oProxyCommand=x slots=1", "is not a host name"),
         ("a;reboot slots=1", "is not a host name"),
         ("$(x) slots=1", "is not a host name"),
+        ("-v@h1 slots=1", "'-v@h1' is not a host name"),
+        ("h1\x0b slots=1", "expected `host slots=N`"),
+        ("a slots=\u0661", "expected `host slots=N`"),
+        ("a slots=" + "9" * 5000, "expected `host slots=N`"),
     ],
 )
 def test_a_bad_hostfile_is_refused_with_its_line(text, problem):
     with pytest.raises(LaunchError, match=problem.replace("(", r"\(").replace(")", r"\)").replace("$", r"\$")):
         parse_hostfile(text)
+
+
+@pytest.mark.parametrize("name", ["-v@h1", "-oProxyCommand=x", "h1\n", "h 1", ""])
+def test_no_host_has_a_name_that_ssh_takes_for_something_else(name):
+    with pytest.raises(LaunchError, match="expected the name or address of a host"):
+        Host(name, 1)
 
 
 @settings(max_examples=50, deadline=None)

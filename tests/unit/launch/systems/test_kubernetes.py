@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from kdscale_launch import LaunchError
@@ -58,3 +61,35 @@ def test_a_pytorchjob_has_one_master_and_leaves_the_address_to_the_operator(pods
 def test_a_name_that_kubernetes_would_refuse_is_refused_here(name):
     with pytest.raises(LaunchError, match="not a Kubernetes name"):
         kube.KubernetesJob(name, 1, 1, "i", ("p",), "/l", "/")
+
+
+def test_kubernetes_leaves_every_word_as_it_is(pods):
+    """Kubernetes replaces $(HF_TOKEN) in commands and values by the variable, and $$ by $."""
+    words = ("--x=$(HF_TOKEN)", "$$(HF_TOKEN)", "a$b$", "line: {y}")
+    _, job = kube.indexed_job(replace(pods, command=words, env={"HF_HOME": "$(HF_TOKEN)"}))
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert [_expanded(word) for word in container["command"][-4:]] == list(words)
+    assert _expanded(container["env"][0]["value"]) == "$(HF_TOKEN)"
+
+
+def _expanded(text: str) -> str:
+    """What Kubernetes makes of a word where HF_TOKEN is known: each match is the leftmost, as its own scanner does."""
+    return re.sub(r"\$\$|\$\(HF_TOKEN\)", lambda match: "$" if match[0] == "$$" else "hf_secret", text)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"namespace": "a\nb: c"}, "--namespace"),
+        ({"image": "image\n"}, "--image"),
+        ({"secrets": ("-x",)}, "--secret"),
+        ({"volumes": {"A b": "/x"}}, "--volume"),
+        ({"volumes": {"a": "/x\n"}}, "without line breaks"),
+        ({"command": ("p", "\x1b[2J")}, "without line breaks"),
+        ({"cwd": "/a\0b"}, "without line breaks"),
+        ({"env": {"A B": "1"}}, "letters, digits and _"),
+    ],
+)
+def test_texts_that_no_manifest_can_hold_are_refused(pods, changed, message):
+    with pytest.raises(LaunchError, match=message):
+        replace(pods, **changed)

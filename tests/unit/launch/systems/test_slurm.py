@@ -41,9 +41,10 @@ def slurm_script(tmp_path: Path):
         (tools / name).chmod(0o755)
 
     def start(code: str, restarts_so_far: int = 0, **settings) -> subprocess.Popen[str]:
-        job = slurm.SlurmJob(
-            "kdscale-x", 2, 1, (sys.executable, "-S", "-c", code, "a b", "$HOME"), str(tmp_path), "log", **settings
-        )
+        (tmp_path / "rank.py").write_text(code)
+        command = (sys.executable, "-S", str(tmp_path / "rank.py"), "a b", "$HOME")
+        defaults = {"name": "kdscale-x", "command": command, "output": "log"}
+        job = slurm.SlurmJob(nodes=2, slots=1, cwd=str(tmp_path), **{**defaults, **settings})
         script = tmp_path / "job.sbatch"
         script.write_text(slurm.render(job))
         environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "12345",
@@ -111,5 +112,75 @@ def test_the_slurm_header():
     lines = slurm.render(job).splitlines()
     for option in ("nodes=4", "ntasks-per-node=8", "requeue", "signal=B:TERM@120", "time=1-00:00:00", "exclusive"):
         assert f"#SBATCH --{option}" in lines
-    with pytest.raises(LaunchError, match="not an sbatch option"):
-        slurm.render(slurm.SlurmJob("x", 1, 1, ("p",), "/", "/o", directives=("a\nreboot",)))
+
+
+_NASTY = "a b;touch injected $(touch injected) `touch injected` 'q' \"d\" # %j -"
+
+
+def test_nothing_of_a_text_in_the_script_runs(slurm_script, tmp_path):
+    """Each text is one that a shell or sbatch would act on, if it were not quoted."""
+    code = (
+        "import json, os, sys; e = os.environ; json.dump([e['HF_HOME'], *sys.argv[1:]], open('seen-' + e['RANK'], 'w'))"
+    )
+    command = (sys.executable, "-S", "-c", code, _NASTY)
+    process = slurm_script("", name=_NASTY, command=command, check=command, output=_NASTY, env={"HF_HOME": _NASTY},
+                           directives=(f"comment={_NASTY}",))  # fmt: skip
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert json.loads((tmp_path / "seen-1").read_text()) == [_NASTY, _NASTY]
+    assert not list(tmp_path.rglob("injected"))
+
+
+def test_sbatch_reads_every_option_back_as_it_was_given():
+    job = slurm.SlurmJob(
+        "x", 1, 1, ("p",), "/", slurm.file_pattern("/a b'\"%j/c") + "/%j.out", directives=(r"comment=\" -",)
+    )
+    header = [line for line in slurm.render(job).splitlines() if line.startswith("#SBATCH ")]
+    assert [_sbatch_words(line.removeprefix("#SBATCH ")) for line in header][-4:] == [
+        ["--open-mode=append"],
+        ["--output=/a b'\"%%j/c/%j.out"],
+        ["--signal=B:TERM@300"],
+        [r"--comment=\" -"],
+    ]
+
+
+def _sbatch_words(line: str) -> list[str]:
+    """The words of an #SBATCH line, by Slurm's rules: quotes group, a backslash takes what follows as it is."""
+    words, word, quote, escaped = [], "", "", False
+    for character in line:
+        if escaped:
+            word, escaped = word + character, False
+        elif character == "\\":
+            escaped = True
+        elif character == quote:
+            quote = ""
+        elif not quote and character in "\"'":
+            quote = character
+        elif not quote and character.isspace():
+            words, word = [*words, word], ""
+        else:
+            word += character
+    return [*words, word]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"time_limit": "1:00\ntouch injected"}, "--time: expected D-HH:MM:SS"),
+        ({"time_limit": "1 --wrap=x"}, "--time: expected D-HH:MM:SS"),
+        ({"directives": ("a\nreboot",)}, "not an sbatch option"),
+        ({"directives": ("comment=a\n",)}, "not an sbatch option"),
+        ({"directives": ("comment=a\rb",)}, "without line breaks"),
+        ({"output": "/run\ntouch injected"}, "without line breaks"),
+        ({"output": "/run\\x"}, "backslash"),
+        ({"cwd": "/a\x1b[2J"}, "without line breaks"),
+        ({"command": ("p", "a\nb")}, "without line breaks"),
+        ({"check": ("p", "a\u2028b")}, "without line breaks"),
+        ({"env": {"HF_X=1; touch injected;": "1"}}, "letters, digits and _"),
+        ({"env": {"HF_X": "1\ntouch injected"}}, "environment variable HF_X"),
+    ],
+)
+def test_texts_that_no_script_can_hold_are_refused(changed, message):
+    settings = {"name": "x", "nodes": 1, "slots": 1, "command": ("p",), "cwd": "/", "output": "/o", **changed}
+    with pytest.raises(LaunchError, match=message):
+        slurm.SlurmJob(**settings)
