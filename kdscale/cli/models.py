@@ -20,6 +20,9 @@ def serve_teacher_command(
         Path | None, typer.Option(help="Where the token is, or is to be written. Default: teacher.token in the run.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one question.")] = 65_536,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Longest sequence of a question. Default: distill.seq_len.")
+    ] = None,
 ) -> None:
     """Answer the ranks' questions with the teacher of CONFIG, for distill.teacher_placement: served."""
     from importlib.util import find_spec
@@ -35,7 +38,7 @@ def serve_teacher_command(
     loaded = load_config(find_config(config), set_ or [])
     from kdscale.jobs.serve_teacher import start
 
-    start(loaded, host=host, port=port, token_file=token_file, max_tokens=max_tokens)
+    start(loaded, host=host, port=port, token_file=token_file, max_tokens=max_tokens, max_length=max_length)
 
 
 def export_command(

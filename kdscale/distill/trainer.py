@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from kdscale.config.distill import DistillConfig
 from kdscale.data.batches import Batch, LoaderState, PackedLoader
@@ -25,7 +24,7 @@ from kdscale.distill.validate import Validator
 from kdscale.errors import Interrupted
 from kdscale.runtime.device import peak_memory
 from kdscale.runtime.progress import Bar, Reporter
-from kdscale.runtime.ranks import all_reduce_sum, rank, world_size
+from kdscale.runtime.ranks import all_reduce_sum, gather, rank, world_size
 from kdscale.runtime.signals import StopRequest, watch_signals
 from kdscale.teacher.source import TargetSource
 from kdscale_launch.watchdog import at_step, enter
@@ -201,7 +200,4 @@ class Trainer:
                 if number + 1 < len(batches):  # at the last one a step would throw the gradients away
                     self.engine.step()
             parameter = self.bad_gradient()
-        cause = first_non_finite(teacher, student, finite_loss, parameter)
-        causes: list[Any] = [None] * world_size()
-        dist.all_gather_object(causes, cause)
-        return by_rank(causes)
+        return by_rank(gather(first_non_finite(teacher, student, finite_loss, parameter)))

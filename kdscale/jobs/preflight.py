@@ -189,6 +189,7 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
     import torch.distributed as dist
 
     from kdscale.runtime.device import resolve_device
+    from kdscale.runtime.ranks import join_launched_group
     from kdscale_launch.rendezvous import set_gloo_interface
 
     set_gloo_interface(os.environ)
@@ -196,7 +197,7 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=seconds))
+    join_launched_group("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=seconds))
     ones = torch.ones(1, device=device)
     dist.all_reduce(ones)
     if int(ones.item()) != dist.get_world_size():

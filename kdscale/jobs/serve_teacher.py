@@ -15,13 +15,15 @@ from kdscale.runtime.progress import Reporter
 from kdscale.teacher.server import TeacherService, make_app, make_token
 
 
-def start(config: Config, *, host: str, port: int, token_file: Path | None, max_tokens: int) -> None:
+def start(
+    config: Config, *, host: str, port: int, token_file: Path | None, max_tokens: int, max_length: int | None
+) -> None:
     """Load the run's teacher and answer until SIGINT or SIGTERM; a request in progress is finished first.
 
-    `token_file` is read, or written with a new token; None is teacher.token in the run folder. Raises ConfigError for
-    an address or port that cannot be used.
+    `token_file` is read, or written with a new token; None is teacher.token in the run folder. `max_length`: of a
+    question's sequences; None is distill.seq_len. Raises ConfigError for an address or port that cannot be used.
     """
-    import uvicorn
+    from kdscale.teacher.connections import make_server
 
     listener = _listen(host, port)  # before the model is loaded: a port that is taken is reported at once
     token_path = token_file or Path(config.run_dir) / TEACHER_TOKEN
@@ -33,15 +35,15 @@ def start(config: Config, *, host: str, port: int, token_file: Path | None, max_
     model = load_model(
         teacher_dir, dtype=dtype, device=device, trust_remote_code=config.teacher.trust_remote_code
     ).requires_grad_(False)
-    app = make_app(TeacherService(model, teacher_dir, device=device, max_tokens=max_tokens), token)
+    length = max_length or config.distill.seq_len
+    service = TeacherService(model, teacher_dir, device=device, max_tokens=max_tokens, max_length=length)
     reporter = Reporter()
     reporter.say(f"{teacher_dir} in {str(dtype).removeprefix('torch.')} on {device}, token in {token_path}")
     url_host = f"[{host}]" if ":" in host else host
     reporter.say(f"answering at http://{url_host}:{listener.getsockname()[1]}; Ctrl-C stops it")
     if host not in ("127.0.0.1", "::1", "localhost"):
         reporter.say("requests and answers are not encrypted: keep this port inside your cluster's network")
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
-    server.run(sockets=[listener])
+    make_server(make_app(service, token)).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -121,10 +121,11 @@ def join_calibration(context: StageContext, stage: str) -> RankShare:
 def _join_group(device: torch.device) -> torch.device:
     """Join the launcher's group; returns this rank's device. Statistics on the CPU and on GPUs are both reduced."""
     import torch
-    import torch.distributed as dist
+
+    from kdscale.runtime.ranks import join_launched_group
 
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    join_launched_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device

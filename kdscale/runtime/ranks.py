@@ -1,17 +1,52 @@
-"""Which process this is. One process without a launcher is simply rank 0 of 1."""
+"""Which process this is, and what it shares with the others. One process without a launcher is simply rank 0 of 1.
+
+Ranks exchange tensors and JSON only: whoever reaches a rank's port must not be able to send it a pickle, which is code.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
-from kdscale.errors import KdscaleError
+from kdscale.errors import ERRORS_BY_CODE, KdscaleError, MachineError, SelfCheckError
 
 T = TypeVar("T")
+
+_MOST_BYTES = 1 << 26
+
+
+def join_launched_group(backend: str, timeout: timedelta | None = None) -> None:
+    """Join the group of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `timeout` of its collectives (None: torch's).
+
+    torch's own store listens on every address of the machine; here rank 0 listens on MASTER_ADDR alone. Raises
+    MachineError when it cannot.
+    """
+    from kdscale_launch.job import LaunchError
+    from kdscale_launch.rendezvous import listen_as_rank_0
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens already
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    number, ranks, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    listener = None
+    if number == 0:
+        try:
+            listener = listen_as_rank_0(os.environ).detach()  # the store closes it
+        except LaunchError as error:
+            hint = "set MASTER_ADDR to an address of rank 0's host and MASTER_PORT to a port that is free on it"
+            raise MachineError("the ranks cannot meet", got=str(error), hint=hint) from error
+    address, timeout_of_store = os.environ["MASTER_ADDR"], timeout or default_pg_timeout
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, ranks, number == 0, timeout_of_store, master_listen_fd=listener
+    )
+    dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=timeout)
 
 
 def rank() -> int:
@@ -55,34 +90,86 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
 def all_reduce_min(value: int) -> int:
     """The smallest of all ranks' values."""
     if in_group():
-        smallest = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        smallest = torch.tensor(value, device=_device())
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return int(smallest)
     return value
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's small `value`, in the order of ranks, on every rank."""
+    """Every rank's small `value` of plain JSON types, in the order of ranks, on every rank."""
     if not in_group():
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    sent = json.dumps(value).encode()
+    sizes = [int(size) for size in _all_gather(torch.tensor([len(sent)], device=_device()))]
+    padded = torch.zeros(_checked(max(sizes)), dtype=torch.uint8, device=_device())
+    padded[: len(sent)] = _as_tensor(sent)
+    received = _all_gather(padded)
+    return [json.loads(_as_bytes(data[:size])) for data, size in zip(received, sizes, strict=True)]
 
 
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0; every rank returns its result, or raises its KdscaleError or OSError.
 
-    If rank 0 raised alone, the others would wait for it for ever.
+    The result is of plain JSON types. If rank 0 raised alone, the others would wait for it for ever.
     """
-    answer: list[Any] = [None, None]
+    if not in_group():
+        return function()
+    answer: dict[str, Any] = {}
+    failure: KdscaleError | OSError | None = None
     if is_main():
         try:
-            answer[0] = function()
-        except (KdscaleError, OSError) as error:
-            answer[1] = error
-    if in_group():
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
+            answer = {"result": function()}
+        except KdscaleError as error:
+            failure, parts = error, (error.what, error.expected, error.got, error.hint)
+            answer = {"exit_code": error.exit_code, "parts": parts}
+        except OSError as error:
+            file = None if error.filename is None else str(error.filename)
+            failure, answer = error, {"os_error": [error.errno, error.strerror or str(error), file]}
+    answer = _from_main(answer)
+    if failure is not None:
+        raise failure
+    if "parts" in answer:
+        what, expected, got, hint = answer["parts"]
+        raise ERRORS_BY_CODE.get(answer["exit_code"], KdscaleError)(what, expected=expected, got=got, hint=hint)
+    if "os_error" in answer:
+        raise OSError(*answer["os_error"])
+    result: T = answer["result"]
+    return result
+
+
+def _from_main(value: Any) -> Any:
+    """Rank 0's `value` of plain JSON types, on every rank."""
+    sent = json.dumps(value).encode() if is_main() else b""
+    size = torch.tensor([len(sent)], device=_device())
+    dist.broadcast(size, 0)
+    data = _as_tensor(sent) if is_main() else torch.empty(_checked(int(size)), dtype=torch.uint8, device=_device())
+    dist.broadcast(data, 0)
+    return json.loads(_as_bytes(data))
+
+
+def _all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's tensor of this shape."""
+    received = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(received, tensor)
+    return received
+
+
+def _device() -> str:
+    """Where the group's backend wants its tensors."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _as_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(_device())
+
+
+def _as_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().numpy().tobytes()
+
+
+def _checked(size: int) -> int:
+    """The size of a message from another rank. Raises SelfCheckError when no rank of ours would send it."""
+    if not 0 < size <= _MOST_BYTES:
+        raise SelfCheckError("a message between ranks", expected=f"1 to {_MOST_BYTES:,} bytes", got=f"{size:,}")
+    return size

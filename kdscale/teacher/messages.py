@@ -30,8 +30,11 @@ class Question(NamedTuple):
         return save({name: tensor.to("cpu", _INT).contiguous() for name, tensor in self._asdict().items()})
 
     @classmethod
-    def decode(cls, body: bytes, *, vocab_size: int, max_positions: int, max_tokens: int) -> Question:
-        """Read a request and check everything that a forward relies on. Raises ServiceError."""
+    def decode(cls, body: bytes, *, vocab_size: int, max_positions: int, max_tokens: int, max_length: int) -> Question:
+        """Read a request and check everything that a forward relies on, and what it costs. Raises ServiceError.
+
+        `max_length`: of a sequence, because a forward takes memory and time that grow with its square.
+        """
         tensors = _load(body, cls._fields, dict.fromkeys(cls._fields, _INT))
         ids_BS, positions_BS, rows_N = (tensors[name].long() for name in cls._fields)
         if ids_BS.ndim != 2 or positions_BS.shape != ids_BS.shape or rows_N.ndim != 1 or ids_BS.numel() == 0:
@@ -44,6 +47,15 @@ class Question(NamedTuple):
                 got=str(ids_BS.numel()),
                 hint="a smaller distill.micro_batch, or start the service with a larger --max-tokens",
             )
+        if ids_BS.shape[1] > max_length:
+            raise ServiceError(
+                "a question to the teacher",
+                expected=f"sequences of at most {max_length} tokens",
+                got=str(ids_BS.shape[1]),
+                hint="start the service with this run's config, or with a larger --max-length",
+            )
+        if len(rows_N) != len(rows_N.unique()):
+            raise ServiceError("a question to the teacher", expected="each row once", got="rows that repeat")
         _check_range("input_ids_BS", ids_BS, vocab_size)
         _check_range("position_ids_BS", positions_BS, max_positions)
         _check_range("rows_N", rows_N, ids_BS.numel())

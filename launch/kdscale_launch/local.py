@@ -53,12 +53,13 @@ def free_port(address: str = "127.0.0.1") -> int:
 def rank_environment(spec: JobSpec, index: int, port: int) -> dict[str, str]:
     """The environment that torch.distributed's env:// and DeepSpeed read, for this machine's rank number `index`."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
-    gloo = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback)} if spec.place is None else {}
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if spec.place is None else ()
+    interfaces = {name: os.environ.get(name, loopback) for name in names}  # nothing on this machine is for the network
     world = spec.place.world_size if spec.place else spec.processes
     local_world = (spec.place.local_world_size if spec.place else None) or spec.processes
     return {
         **os.environ,
-        **gloo,
+        **interfaces,
         **spec.env,
         "RANK": str(spec.first_rank + index),
         "LOCAL_RANK": str((spec.place.first_local_rank if spec.place else 0) + index),

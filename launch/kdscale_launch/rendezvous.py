@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import json
 import socket
 import struct
 import sys
 import time
 from collections.abc import Mapping, MutableMapping
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +23,54 @@ _RETRY_SECONDS = 1.0
 _GREETING_SECONDS = 1.0
 _NOTHING_TO_DO = b"kdscale: nothing to do\n"
 _NAME_SECONDS = 300.0  # a cluster's name service may learn of rank 0's machine late
+
+
+def listen_as_rank_0(environment: Mapping[str, str]) -> socket.socket:
+    """A socket that listens on MASTER_ADDR:MASTER_PORT and on no other address, for the store in which ranks meet.
+
+    It listens on every address of this machine, and says so, where the other hosts could not reach it otherwise:
+    MASTER_ADDR is a name that this host takes for the loopback, or an address that something else translates.
+    Raises LaunchError for a missing variable, or a port that cannot be used.
+    """
+    _check_variables(environment)
+    one_host = environment["WORLD_SIZE"] == environment.get("LOCAL_WORLD_SIZE", "1")
+    return _listen(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), one_host)
+
+
+def _listen(master_addr: str, port: int, one_host: bool) -> socket.socket:
+    """See `listen_as_rank_0`."""
+    loopback_is_meant = one_host or master_addr == "localhost" or _is_loopback(master_addr)
+    try:
+        resolved = socket.getaddrinfo(master_addr, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise LaunchError(f"MASTER_ADDR {master_addr} cannot be resolved: {error.strerror}") from error
+    for family, _, _, _, address in sorted(resolved):  # IPv4 first: gloo and NCCL prefer it too
+        if not loopback_is_meant and _is_loopback(str(address[0])):
+            continue
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(socket.SOMAXCONN)
+        except OSError as error:
+            listener.close()
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise LaunchError(f"rank 0 cannot listen on {master_addr}:{port}: {error.strerror}") from error
+        else:
+            return listener
+    print(
+        f"MASTER_ADDR {master_addr} is no address of this host that other hosts reach: rank 0 listens on port {port} of"
+        " all its addresses; give it an address of the network between the hosts, or let a firewall close that port",
+        file=sys.stderr,
+    )
+    return socket.create_server(("", port))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def take_rank_place(environment: MutableMapping[str, str]) -> str:
@@ -80,7 +131,8 @@ def _told_to_leave(connection: socket.socket) -> bool:
 def release_waiting_ranks(place: RankPlace, seconds: float = 300.0) -> None:
     """On rank 0, when there is nothing to distil: tell each waiting rank to leave, as it connects."""
     deadline = time.monotonic() + seconds
-    with socket.create_server(("", place.master_port)) as server:
+    one_host = place.world_size == (place.local_world_size or 1)
+    with closing(_listen(place.master_addr, place.master_port, one_host)) as server:
         for _ in range(place.world_size - 1):
             server.settimeout(max(0.1, deadline - time.monotonic()))
             try:

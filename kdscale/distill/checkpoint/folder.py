@@ -113,11 +113,11 @@ def find_latest(folder: Path, fingerprint: Mapping[str, Any]) -> LatestCheckpoin
     Damaged ones are renamed to damaged-…. Only rank 0's `fingerprint` counts. Raises RunFolderError on every rank when
     the checkpoint belongs to another run: it is neither used nor overwritten.
     """
-    candidates, notes = on_main(lambda: _candidates(folder))
+    names, notes = on_main(lambda: _candidates(folder))
     damaged: list[Path] = []
     latest: Path | None = None
     manifest: dict[str, Any] = {}
-    for path in candidates:
+    for path in (folder / name for name in names):
         problems = [problem for problem in gather(_problem(path)) if problem]
         if not problems:
             latest, manifest = path, read_manifest(path)
@@ -129,13 +129,14 @@ def find_latest(folder: Path, fingerprint: Mapping[str, Any]) -> LatestCheckpoin
     return LatestCheckpoint(latest, manifest, tuple(notes))
 
 
-def _candidates(folder: Path) -> tuple[list[Path], list[str]]:
-    """(checkpoints, newest first; notes about step folders that are none)."""
+def _candidates(folder: Path) -> tuple[list[str], list[str]]:
+    """(the names of checkpoints, newest first; notes about step folders that are none)."""
     if not folder.is_dir():
         return [], []
     files.remove_leftovers(folder)
     sealed = sealed_checkpoints(folder)
-    return sealed, [f"{path}: no manifest, skipped" for path in sorted(set(folder.glob("step-*")) - set(sealed))]
+    notes = [f"{path}: no manifest, skipped" for path in sorted(set(folder.glob("step-*")) - set(sealed))]
+    return [path.name for path in sealed], notes
 
 
 def _problem(path: Path) -> str | None:

@@ -78,7 +78,7 @@ class Saver:
             return
         write, self._pending = self._pending, None
         write.wait()
-        results: list[tuple[WrittenFile | None, str]] = gather((write.written, _message(write.error)))
+        results = gather([asdict(write.written) if write.written else None, _message(write.error)])
         failures = [f"rank {number}: {message}" for number, (_, message) in enumerate(results) if message]
         if failures:
             raise RunFolderError(
@@ -88,10 +88,8 @@ class Saver:
             ) from write.error
         on_main(lambda: self._seal(write, [written for written, _ in results if written is not None]))
 
-    def _seal(self, write: _WriteThread, written: list[WrittenFile]) -> None:
-        entries = {
-            checkpoint_folder.rank_file(number): asdict(file) for number, file in enumerate(written) if file.bytes
-        }
+    def _seal(self, write: _WriteThread, written: list[dict[str, Any]]) -> None:
+        entries = {checkpoint_folder.rank_file(n): entry for n, entry in enumerate(written) if entry["bytes"]}
         with files.explain_os_errors(self._folder):
             checkpoint_folder.seal(self._folder, write.step, {**write.manifest, "files": entries})
             checkpoint_folder.rotate(self._folder, self._policy.keep, self._policy.keep_every)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kdscale.errors import ConfigError
-from kdscale.runtime.ranks import barrier, world_size
+from kdscale.runtime.ranks import barrier, join_launched_group, world_size
 
 
 def join_group(device: torch.device, timeout: timedelta | None = None) -> None:
@@ -26,7 +26,7 @@ def join_group(device: torch.device, timeout: timedelta | None = None) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # A launcher sets all three; job systems and other libraries leave a stray RANK behind.
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-            dist.init_process_group(backend, timeout=timeout)
+            join_launched_group(backend, timeout)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
             store = torch._C._distributed_c10d.HashStore()  # in memory: no port, nothing to collide with

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from kdscale.errors import MachineError
-from kdscale.runtime.ranks import barrier, rank, world_size
+from kdscale.runtime.ranks import barrier, gather, rank, world_size
 
 _HINT = "distill.teacher_placement: partitioned needs neither shared nor locked memory"
 
@@ -77,8 +76,7 @@ def _map_shared(nbytes: int, local_rank: int) -> mmap.mmap:
         with explain_refusal("no shared memory for the teacher", f"{nbytes:,} bytes"):
             descriptor = os.memfd_create("kdscale-teacher")
             os.ftruncate(descriptor, nbytes)
-    names: list[str] = [""] * world_size()
-    dist.all_gather_object(names, f"/proc/{os.getpid()}/fd/{descriptor}" if descriptor is not None else "")
+    names = gather(f"/proc/{os.getpid()}/fd/{descriptor}" if descriptor is not None else "")
     file = Path(names[rank() - local_rank])
     try:
         if descriptor is not None:

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from kdscale.config.load import build_config
 from kdscale.config.targets import Needs
@@ -19,6 +18,7 @@ from kdscale.errors import ConfigError, LostRankError, ServiceError
 from kdscale.jobs import serve_teacher
 from kdscale.models.loading import load_model
 from kdscale.runs.folder import RunFolder
+from kdscale.teacher.connections import make_server
 from kdscale.teacher.remote import ServedTeacher
 from kdscale.teacher.server import TeacherService, make_app, make_token
 from kdscale.teacher.source import MicroBatch
@@ -31,9 +31,10 @@ _TREE: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, 
 def service(tiny_llama_dir: Path) -> Iterator[str]:
     """The address of a running service."""
     model = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
-    app = make_app(TeacherService(model, tiny_llama_dir, device=torch.device("cpu"), max_tokens=4096), TOKEN)
+    cpu = torch.device("cpu")
+    app = make_app(TeacherService(model, tiny_llama_dir, device=cpu, max_tokens=4096, max_length=1024), TOKEN)
     listener = serve_teacher._listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = make_server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -147,6 +148,8 @@ def test_a_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     [
         ({"teacher_placement": "served"}, r"needs served\.urls"),
         ({"served": {"urls": ["localhost:80"]}}, "http://HOST:PORT"),
+        ({"served": {"urls": ["http://user:pass@h:1"]}}, r"(?s)\A(?!.*pass@).*no user, password or token"),
+        ({"served": {"urls": ["http://h:1/?token=pass"]}}, r"(?s)\A(?!.*=pass).*no user, password or token"),
         (
             {
                 "teacher_placement": "served",

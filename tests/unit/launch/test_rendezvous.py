@@ -12,6 +12,7 @@ import pytest
 from kdscale_launch import LaunchError, RankPlace
 from kdscale_launch.local import free_port
 from kdscale_launch.rendezvous import (
+    listen_as_rank_0,
     parse_rank_place,
     release_waiting_ranks,
     set_gloo_interface,
@@ -66,6 +67,31 @@ def test_ranks_are_sent_home_when_there_is_nothing_to_distil() -> None:
     for thread in waiting:
         thread.join(20)
     assert answers == [False, False]
+
+
+@pytest.mark.parametrize("local", ["2", "1"])
+def test_rank_0_listens_where_it_was_told_to_and_nowhere_else(local: str) -> None:
+    environment = {**door(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local}
+    with listen_as_rank_0(environment) as listener:
+        assert listener.getsockname() == ("127.0.0.1", int(environment["MASTER_PORT"]))
+        with pytest.raises(LaunchError, match=r"cannot listen on 127\.0\.0\.1"):
+            listen_as_rank_0(environment)
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "192.0.2.1"])
+def test_an_address_that_the_other_hosts_would_not_reach_is_not_the_only_one(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Debian gives a host's own name the address 127.0.1.1; a cloud translates addresses that hosts do not have."""
+    environment = {**door(free_port("")), "WORLD_SIZE": "2", "MASTER_ADDR": "node-1"}
+    resolved = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, int(environment["MASTER_PORT"])))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: resolved)
+    with listen_as_rank_0(environment) as listener:
+        assert listener.getsockname()[0] == "0.0.0.0"
+    assert "all its addresses" in capsys.readouterr().err
+    if address == "127.0.1.1":
+        with listen_as_rank_0({**environment, "LOCAL_WORLD_SIZE": "2"}) as listener:
+            assert listener.getsockname()[0] == address
 
 
 def test_rank_0_does_not_wait_for_ranks_that_never_come() -> None:

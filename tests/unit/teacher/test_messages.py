@@ -12,7 +12,7 @@ from kdscale.errors import ServiceError
 from kdscale.teacher.messages import Question, decode_targets, encode_targets
 from kdscale.teacher.targets import TopKTargets
 
-_LIMITS = {"vocab_size": 50, "max_positions": 16, "max_tokens": 64}
+_LIMITS = {"vocab_size": 50, "max_positions": 16, "max_tokens": 64, "max_length": 14}
 
 
 def _question(**changed: torch.Tensor) -> Question:
@@ -43,6 +43,8 @@ def test_a_question_arrives_as_it_was_sent(sequences: int, positions: int, seed:
         ({"rows_N": torch.tensor([6])}, "0 to 5"),
         ({"position_ids_BS": torch.tensor([[0, 1, 2]])}, r"\[B, S\]"),
         ({"input_ids_BS": torch.zeros(0, 3), "position_ids_BS": torch.zeros(0, 3)}, r"\[B, S\]"),
+        ({"rows_N": torch.tensor([2, 0, 2])}, "each row once"),
+        ({"input_ids_BS": torch.zeros(1, 15), "position_ids_BS": torch.zeros(1, 15)}, "at most 14 tokens"),
         ({"input_ids_BS": torch.zeros(5, 13), "position_ids_BS": torch.zeros(5, 13)}, "at most 64"),
     ],
 )

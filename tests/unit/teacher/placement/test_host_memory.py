@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from kdscale.distill.parallel import zero3_loading
 from kdscale.errors import CheckpointError, MachineError
@@ -33,13 +32,10 @@ def refuse(code: int) -> Callable[..., Any]:
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process as rank 0 of two on a host."""
 
-    def all_gather(names: list[str], name: str) -> None:
-        names[:] = [name, ""]
-
     monkeypatch.setattr(host_memory, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "all_gather_object", all_gather)
+    monkeypatch.setattr(host_memory, "gather", lambda name: [name, ""])
 
 
 def test_the_launcher_tries_again_where_memory_was_refused() -> None:
@@ -78,7 +74,7 @@ def test_shared_memory_is_one_file_for_the_ranks_of_a_host() -> None:
 def test_files_that_ranks_cannot_open_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(host_memory, "rank", lambda: 1)
-    monkeypatch.setattr(dist, "all_gather_object", lambda names, _: names.__setitem__(0, "/proc/0/fd/9"))
+    monkeypatch.setattr(host_memory, "gather", lambda _: ["/proc/0/fd/9", ""])
     with pytest.raises(MachineError, match=r"/proc/0/fd/9 cannot be shared"):
         HostMemory(4096, CPU)
 
