@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 
 from kdscale.escaping import for_terminal
+from kdscale_launch.environment import without_credentials
 
 
 class KdscaleError(Exception):
@@ -27,7 +28,7 @@ class KdscaleError(Exception):
         lines += [f"  expected: {expected}"] if expected else []
         lines += [f"  got:      {got}"] if got else []
         lines += [f"  to do:    {hint}"] if hint else []
-        super().__init__(for_terminal("\n".join(lines)))
+        super().__init__(for_terminal(without_credentials("\n".join(lines))))
 
 
 class ConfigError(KdscaleError):

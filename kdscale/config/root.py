@@ -6,6 +6,7 @@ unknown key, a wrong type or a value out of range is one ConfigError that names 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -18,6 +19,7 @@ from kdscale.config.prune import ImportanceConfig, PruneConfig
 from kdscale.config.telemetry import TrackingConfig
 from kdscale.files import sha256_json
 from kdscale.units import BUDGET_FIELDS
+from kdscale_launch.environment import has_credentials
 
 
 class TeacherConfig(Section):
@@ -97,6 +99,16 @@ class Config(Section):
             }
         )
 
+    @model_validator(mode="after")
+    def _holds_no_credentials(self) -> Config:
+        """The config is written, hashed, reported and published: one check for every text in it."""
+        if fields := [field for field, text in _texts(self.resolved()) if has_credentials(text)]:
+            raise ValueError(
+                f"{', '.join(fields)}: a config is published with its run: no user, password or token in a URL; give"
+                " the address without it, and the secret in a variable or a file"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """Plain values, every default written out: what is stored as run/config.yaml and hashed."""
         return self.model_dump(mode="json")
@@ -109,6 +121,17 @@ class Config(Section):
 
 # Fields that set a step's size: a step says its own, and does not take the config's.
 _NOT_INHERITED = {*BUDGET_FIELDS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts"}
+
+
+def _texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a tree of plain values, with its dotted field; a mapping's keys count as texts too."""
+    if isinstance(value, str):
+        yield field, value
+    for key, item in value.items() if isinstance(value, dict) else ():
+        yield field, str(key)
+        yield from _texts(item, f"{field}.{key}" if field else str(key))
+    for item in value if isinstance(value, list) else ():
+        yield from _texts(item, field)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

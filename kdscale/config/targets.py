@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from kdscale.config.fields import Section
-from kdscale_launch.environment import has_credentials, without_credentials
+from kdscale_launch.environment import without_credentials
 
 TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file says nothing else
 
@@ -146,7 +146,4 @@ class ServedConfig(Section):
         wrong = [url for url in self.urls if not url.startswith(("http://", "https://"))]
         if wrong:
             raise ValueError(f"urls: expected http://HOST:PORT, got {without_credentials(', '.join(wrong))}")
-        if any(has_credentials(url) for url in self.urls):
-            raise ValueError("urls: a config is published with its run: no user, password or token in a URL; the"
-                             " service's token belongs in token_file")  # fmt: skip
         return self

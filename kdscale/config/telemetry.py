@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kdscale.config.fields import Section
-from kdscale_launch.environment import has_credentials
 
 
 class SpikeConfig(Section):
@@ -50,13 +49,6 @@ class MlflowConfig(Section):
     # a server, `sqlite:///file.db`, or a folder; null: what MLFLOW_TRACKING_URI says
     uri: str | None = None
     experiment: str = Field(min_length=1, default="kdscale")
-
-    @model_validator(mode="after")
-    def _uri_is_no_secret(self) -> MlflowConfig:
-        if has_credentials(self.uri or ""):
-            raise ValueError("uri: a config is published with its run: no user, password or token in a URL; leave it"
-                             " out and set MLFLOW_TRACKING_URI where the ranks start")  # fmt: skip
-        return self
 
 
 class TrackioConfig(Section):

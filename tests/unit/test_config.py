@@ -127,3 +127,21 @@ def test_differences_name_dotted_fields() -> None:
     old = build_config(MINIMAL, "x").resolved()
     new = build_config({**MINIMAL, "seed": 3, "distill": {"optimizer": {"lr": 1e-3}}}, "x").resolved()
     assert list(map(str, config_differences(old, new))) == ["distill.optimizer.lr: 0.0001 → 0.001", "seed: 0 → 3"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tracking", {"mlflow": {"uri": "postgresql://user:s3cret@db/mlflow"}}),
+        ("teacher", {"path": "https://s3cret@host/model"}),
+        ("distill", {"teacher_placement": "served", "served": {"urls": ["http://h:1/?api_key=s3cret"]}}),
+        ("distill", {"teacher_placement": "served", "served": {"urls": ["ftp://user:s3cret@h"]}}),
+        ("data", {"https://s3cret@h": 1}),
+        ("seed", "https://s3cret@h"),
+    ],
+)
+def test_a_config_holds_no_credentials_and_the_message_does_not_show_them(field: str, value: Any) -> None:
+    tree = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}, field: value}
+    with pytest.raises(ConfigError) as caught:
+        build_config(tree, "test")
+    assert "s3cret" not in str(caught.value)
