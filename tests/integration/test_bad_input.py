@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kdscale.errors import RunFolderError
 from kdscale.files import atomic_dir
+from kdscale.models.loading import load_model
 
 Cli = Callable[..., Any]
 
@@ -236,6 +238,26 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(kdscale: Cli, tiny_config:
     assert "own code (auto_map) is left out" in outcome.err
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in (tiny_config.parent / "run" / "pruned" / name).read_text()
+
+
+def test_code_that_is_trusted_goes_along(kdscale: Cli, tiny_config: Path, teacher: Path) -> None:
+    """The pruned student loads by its own classes, which need a helper beside them."""
+    (teacher / "helper.py").write_text("MARK = 7\n")
+    (teacher / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .helper import MARK\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    mark = MARK\n"
+    )
+    edit_json(teacher / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    trust = ("--set", "teacher.trust_remote_code=true")
+    outcome = kdscale("prune", tiny_config, "--set", f"teacher.path={teacher}", *trust)
+    assert outcome.code == 0, outcome.err
+    pruned = tiny_config.parent / "run" / "pruned"
+    assert sorted(file.name for file in pruned.glob("*.py")) == ["helper.py", "modeling_own.py"]
+    model = load_model(pruned, dtype=torch.float32, device=torch.device("cpu"), trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM" and model.mark == 7
+    (teacher / "helper.py").unlink()
+    outcome = kdscale("prune", tiny_config, "--set", f"teacher.path={teacher}", *trust)
+    assert outcome.code == 3 and "helper, which is not there" in outcome.err
 
 
 def test_the_folder_of_another_run(kdscale: Cli, tiny_config: Path) -> None:
