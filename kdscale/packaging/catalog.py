@@ -114,6 +114,8 @@ def _already_there(folder: Path, name: str, dtype: str) -> bool:
             hint="choose another folder",
         )
     manifest = read_json(folder / MANIFEST, CheckpointError)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged", hint=f"delete {folder} and run the command again")
     if manifest.get("version") != _MANIFEST_VERSION or manifest.get("name") != name or manifest.get("dtype") != dtype:
         raise ConfigError(
             f"{folder} holds another teacher",

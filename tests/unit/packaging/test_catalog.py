@@ -166,6 +166,10 @@ def test_second_call_verifies_and_downloads_nothing(shelf: Path, tmp_path: Path,
     config.write_text(config.read_text().replace("silu", "gelu"))
     with pytest.raises(CheckpointError, match=r"config.json is not as it was written"):
         get_teacher("tiny", out, QUIET)
+    for damaged in ("[]", "{}", '{"files": 3}'):
+        (out / MANIFEST).write_text(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            get_teacher("tiny", out, QUIET)
 
 
 def test_a_folder_of_the_users_is_never_overwritten(shelf: Path, tmp_path: Path):
