@@ -12,6 +12,8 @@ import signal
 from kdscale.escaping import for_terminal
 from kdscale_launch.environment import without_credentials
 
+_LONGEST_PART = 4000  # characters: a value that somebody else chose may be megabytes
+
 
 class KdscaleError(Exception):
     """Base of all errors that a user can do something about; not a ValueError, so no broad handler takes it for one.
@@ -23,12 +25,17 @@ class KdscaleError(Exception):
     worth_retrying = False  # whether the same command may work when a launcher starts it again
 
     def __init__(self, what: str, *, expected: str | None = None, got: str | None = None, hint: str | None = None):
+        what, expected, got, hint = (_cut(part) for part in (what, expected or "", got or "", hint or ""))
         self.what, self.expected, self.got, self.hint = what, expected, got, hint
         lines = [what]
         lines += [f"  expected: {expected}"] if expected else []
         lines += [f"  got:      {got}"] if got else []
         lines += [f"  to do:    {hint}"] if hint else []
         super().__init__(for_terminal(without_credentials("\n".join(lines))))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}… ({len(text):,} characters)"
 
 
 class ConfigError(KdscaleError):

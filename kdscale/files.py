@@ -10,7 +10,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -25,19 +27,58 @@ _HINT_BY_ERRNO = {
     errno.EROFS: "the file system is read-only: choose another folder with --set run_dir=...",
     errno.EACCES: "permission denied: choose another folder with --set run_dir=... or change its permissions",
     errno.EPERM: "operation not permitted: choose another folder with --set run_dir=... or change its permissions",
+    errno.EFBIG: "the file would be larger than `ulimit -f` or the file system allows: raise it, or choose another "
+    "folder with --set run_dir=...",
+}
+# How numpy and safetensors report a failed write, each without an errno of its own.
+_NUMPY_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+_SAFETENSORS_CODE = re.compile(r"\bcode: (\d+)")
+
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 64 << 20, 64
+_JSON_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
 }
 
 
 @contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors (full, read-only, forbidden) into a RunFolderError that says what to do."""
+    """Turn the system's errors (full, read-only, forbidden) while `path` is written into one that says what to do.
+
+    Raises RunFolderError, or FileError when the error names a file that is not under `path` (or beside it, where `path`
+    is a file): then it is an input that cannot be read.
+    """
     try:
         yield
-    except OSError as error:
-        hint = _HINT_BY_ERRNO.get(error.errno or 0)
+    except Exception as error:
+        code = _errno_of(error)
+        hint = _HINT_BY_ERRNO.get(code)
         if hint is None:
             raise
-        raise RunFolderError(f"cannot write {path}", got=os.strerror(error.errno or 0), hint=hint) from error
+        file = getattr(error, "filename", None)
+        if isinstance(file, str) and code in (errno.EACCES, errno.EPERM) and not _is_under(Path(file), path):
+            raise FileError(f"cannot read {file}", got=os.strerror(code), hint="change its permissions") from error
+        raise RunFolderError(f"cannot write {path}", got=os.strerror(code), hint=hint) from error
+
+
+def _errno_of(error: Exception) -> int:
+    """The system's error number behind an exception, 0 for none."""
+    if isinstance(error, OSError):
+        if error.errno is None and _NUMPY_SHORT_WRITE.search(str(error)):
+            return errno.ENOSPC
+        return error.errno or 0
+    if type(error).__name__ == "SafetensorError" and (match := _SAFETENSORS_CODE.search(str(error))):
+        return int(match[1])
+    return 0
+
+
+def _is_under(file: Path, path: Path) -> bool:
+    base = path if path.is_dir() else path.parent
+    return file.absolute().is_relative_to(base.absolute()) or file.resolve().is_relative_to(base.resolve())
 
 
 def fsync_dir(folder: Path) -> None:
@@ -131,14 +172,85 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, error: type[KdscaleError] = FileError) -> Any:
-    """The content of a JSON file. Raises `error`, naming the file, when it is missing or not JSON."""
+def read_bytes(path: Path, error: type[KdscaleError] = FileError, limit: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises `error`, naming the file, for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # without O_NONBLOCK the opening of a FIFO waits for somebody who writes to it
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            regular = stat.S_ISREG(os.fstat(handle).st_mode)
+            content = _read_up_to(handle, limit + 1) if regular else b""
+        finally:
+            os.close(handle)
     except FileNotFoundError:
-        raise error(f"{path} is missing", expected="a JSON file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise error(f"{path} is not valid JSON", got=str(problem)) from problem
+        raise error(f"{path} is missing", expected="a file") from None
+    except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
+        raise error(f"{path} cannot be read", got=getattr(problem, "strerror", None) or str(problem)) from problem
+    if not regular:
+        raise error(f"{path} is not a regular file", expected="a file")
+    if len(content) > limit:
+        raise error(f"{path} is too large", expected=f"at most {limit:,} bytes")
+    return content
+
+
+def _read_up_to(handle: int, size: int) -> bytes:
+    blocks = []
+    while size > 0 and (block := os.read(handle, min(size, 1 << 24))):
+        blocks.append(block)
+        size -= len(block)
+    return b"".join(blocks)
+
+
+def read_text(path: Path, error: type[KdscaleError] = FileError, limit: int = MAX_JSON_BYTES) -> str:
+    """The UTF-8 text of a regular file. Raises `error`, naming the file."""
+    try:
+        return read_bytes(path, error, limit).decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} is not UTF-8 text", got=str(problem)[:200]) from problem
+
+
+def read_json(
+    path: Path, error: type[KdscaleError] = FileError, *, expect: type = object, limit: int = MAX_JSON_BYTES
+) -> Any:
+    """The content of a JSON file, whose outermost value must be an `expect`.
+
+    Raises `error`, naming the file, when it is missing, no regular file, too large, too deep, not JSON or another type.
+    """
+    return parse_json(read_text(path, error, limit), str(path), error, expect=expect)
+
+
+def parse_json(text: str, where: str, error: type[KdscaleError] = FileError, *, expect: type = object) -> Any:
+    """The value of a JSON text, checked like a file that `read_json` reads; `where` names it in messages."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        got = "too many brackets" if isinstance(problem, RecursionError) else str(problem)[:200]
+        raise error(f"{where} is not valid JSON", got=got) from problem
+    if not isinstance(value, expect):
+        got = _JSON_NAMES.get(type(value), "null")
+        raise error(f"{where} holds something else", expected=_JSON_NAMES[expect], got=got)
+    if _is_deeper_than(value, MAX_JSON_DEPTH):
+        raise error(f"{where} is nested too deeply", expected=f"at most {MAX_JSON_DEPTH} levels")
+    return value
+
+
+def _is_deeper_than(value: Any, limit: int) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(limit):
+        containers = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [child for items in containers for child in items if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def set_aside(path: Path) -> Path:
+    """Rename damaged state of our own to `<name>.damaged`, so that it can be made again; returns the new path."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with explain_os_errors(path):
+        remove_tree(aside)
+        path.replace(aside)
+    return aside
 
 
 def sha256_file(path: Path, size: int | None = None) -> str:

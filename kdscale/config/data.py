@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdscale.config.fields import Count, Section
 
@@ -15,18 +15,24 @@ class SourceConfig(Section):
     path: str = Field(min_length=1)
     field: str = "text"
     split: str = "train"  # only for hf:
-    weight: Annotated[int, Field(ge=1)] = 1  # how often each document is repeated per epoch
+    weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # how often each document is repeated per epoch
+
+    @model_validator(mode="after")
+    def _hub_sets_have_names(self) -> SourceConfig:
+        if self.path.startswith("hf:") and not self.path.removeprefix("hf:").strip():
+            raise ValueError("path: expected hf:NAME, the name of a data set on the hub")
+        return self
 
 
 class DataConfig(Section):
     """What is trained and measured on, and how documents are held out."""
 
     sources: tuple[SourceConfig, ...] = Field(
-        strict=False, min_length=1, default=(SourceConfig(path="builtin:classics"),)
+        strict=False, min_length=1, max_length=1000, default=(SourceConfig(path="builtin:classics"),)
     )
     # Held-out documents are chosen by a hash of their text, so the split stays the same when sources are added.
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.05
     heldout_sources: tuple[SourceConfig, ...] = Field(
-        strict=False, default=()
+        strict=False, max_length=1000, default=()
     )  # if given, used instead of the fraction
     max_document_tokens: Count | None = None

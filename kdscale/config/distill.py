@@ -6,29 +6,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from kdscale.config.fields import Count, Dtype, Section
+from kdscale.config.fields import MOST, Count, Dtype, Few, Length, Seconds, Section
 from kdscale.config.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
 from kdscale.config.targets import Needs, ServedConfig, Source, check_source, combined, source_of
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 from kdscale.config.zero import ZeroConfig
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
 
 class OptimizerConfig(Section):
     """AdamW with a linear warm-up and a cosine decay."""
 
-    lr: Annotated[float, Field(gt=0.0)] = 1e-4
-    min_lr: Annotated[float, Field(ge=0.0)] = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
-    betas: tuple[float, float] = Field(strict=False, default=(0.9, 0.95))
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    gradient_clipping: Annotated[float, Field(gt=0.0)] = 1.0
+    lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-4
+    min_lr: Annotated[float, Field(ge=0.0, le=10.0)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 40
+    betas: tuple[Beta, Beta] = Field(strict=False, default=(0.9, 0.95))
+    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    gradient_clipping: Annotated[float, Field(gt=0.0, le=1e9)] = 1.0
 
 
 class GuardConfig(Section):
     """What to do about NaN and Inf: the step is skipped and counted; this many in a row end the run."""
 
-    max_skipped_in_a_row: Count = 5
+    max_skipped_in_a_row: Few = 5
 
 
 class DistillConfig(Section):
@@ -40,12 +42,12 @@ class DistillConfig(Section):
     teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
     served: ServedConfig = ServedConfig()
     tokens: Count = 1_000_000
-    seq_len: Count = 512
-    global_batch: Count = 8  # sequences a step, over all ranks
-    micro_batch: Count = 4  # sequences a forward, a rank
-    processes: Count = 1  # in all: data × sequence × tensor parallel ranks
-    sequence_parallel: Count = 1  # ranks that share a sequence's positions
-    tensor_parallel: Count = 1  # ranks that share each layer's heads and units, and the vocabulary
+    seq_len: Length = 512
+    global_batch: Length = 8  # sequences a step, over all ranks
+    micro_batch: Few = 4  # sequences a forward, a rank
+    processes: Few = 1  # in all: data × sequence × tensor parallel ranks
+    sequence_parallel: Few = 1  # ranks that share a sequence's positions
+    tensor_parallel: Few = 1  # ranks that share each layer's heads and units, and the vocabulary
     dtype: Dtype = "auto"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     zero: ZeroConfig = ZeroConfig()
@@ -57,15 +59,24 @@ class DistillConfig(Section):
     spikes: SpikeConfig = SpikeConfig()
     profile: ProfileConfig = ProfileConfig()
     # what one rank's device can do a second, for MFU; null: by the GPU's name, and no MFU on a CPU
-    peak_flops: Annotated[float, Field(gt=0.0)] | None = None
+    peak_flops: Annotated[float, Field(gt=0.0, le=1e18)] | None = None
     validate_every: Count = 50  # steps
     validate_tokens: Count = 8_192
     checkpoint_every: Count = 50  # steps
     # a rank that makes no progress for so long ends itself; None: by device; 0: never
-    watchdog_seconds: Annotated[float, Field(ge=0.0)] | None = None
-    keep_checkpoints: Count = 2  # the newest
+    watchdog_seconds: Seconds | None = None
+    keep_checkpoints: Few = 2  # the newest
     keep_every: Count | None = None  # steps; these are kept for ever
     async_checkpoints: bool = False  # written behind the training's back, from a copy in host memory
+
+    @model_validator(mode="after")
+    def _tokens_fill_a_step(self) -> DistillConfig:
+        if self.tokens < self.global_batch * self.seq_len:
+            raise ValueError(
+                f"tokens ({self.tokens:,}) must be at least one step, global_batch × seq_len "
+                f"({self.global_batch * self.seq_len:,})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> DistillConfig:

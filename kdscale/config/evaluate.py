@@ -6,18 +6,19 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kdscale.config.fields import Count, Dtype, Section
+from kdscale.config.fields import Count, Dtype, Few, Length, Section
 
 
 class EvalConfig(Section):
     """How much held-out text is scored, what the samples continue, and how speed is measured."""
 
     tokens: Count = 16_384
-    seq_len: Count = 512
-    micro_batch: Count = 4
+    seq_len: Length = 512
+    micro_batch: Few = 4
     dtype: Dtype = "float32"
-    prompts: tuple[str, ...] = Field(
+    prompts: tuple[Annotated[str, Field(min_length=1, max_length=100_000)], ...] = Field(
         strict=False,
+        max_length=64,
         default=(
             "The capital of France is",
             "Elizabeth was surprised, and said to her sister,",
@@ -25,10 +26,10 @@ class EvalConfig(Section):
             "A computer program is",
         ),
     )
-    sample_tokens: Count = 48
+    sample_tokens: Length = 48
     # 0 is greedy, with which small models tend to loop; the draws are seeded and the same for every model
-    sample_temperature: Annotated[float, Field(ge=0.0)] = 0.7
+    sample_temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 0.7
     sample_top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     efficiency: bool = True
-    prefill_tokens: Count = 256
-    decode_tokens: Count = 32
+    prefill_tokens: Length = 256
+    decode_tokens: Length = 32

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from kdscale.units import parse_count
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+# Every number has a finite range, so that no typing error becomes a hang, an overflow or an infinite learning rate.
+MOST = 10**15
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=MOST)]  # of tokens, bytes, parameters, steps
+Length = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=2**24)]  # positions, sizes of a model
+Few = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=2**16)]  # processes, sequences, checkpoints
+Seconds = Annotated[float, Field(ge=0.0, le=30 * 86_400.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -18,22 +26,57 @@ Device = Literal["auto", "cpu", "cuda"]
 class Section(BaseModel):
     """Strict and frozen: an unknown key or another type is an error, never a guess."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_default=True, frozen=True, allow_inf_nan=False, str_max_length=4096
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _no_control_characters(cls, value: Any, info: ValidationInfo) -> Any:
+        """Texts reach paths, scripts and terminals, where a newline or an escape sequence means something else."""
+        allowed = "\n\t" if info.field_name == "prompts" else ""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and any(
+                unicodedata.category(character) in ("Cc", "Cs") and character not in allowed for character in text
+            ):
+                raise ValueError("expected text without control characters")
+        return value
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+_short.maxlevel = 3
+_MOST_PROBLEMS = 30  # lines of one message
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to a length that can be read."""
+    try:
+        return _short.repr(value)[:400]
+    except ValueError:  # an integer of more digits than Python converts
+        return "a number too long to show"
+
+
+def explain_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line for each problem that pydantic found in a `model`, of the first few if there are many."""
+    items = error.errors(include_url=False, include_context=False)
+    lines = [explain_error(item, model) for item in items[:_MOST_PROBLEMS]]
+    return [*lines, f"and {len(items) - _MOST_PROBLEMS:,} more"] if len(items) > _MOST_PROBLEMS else lines
 
 
 def explain_error(item: Any, model: type[BaseModel]) -> str:
     """One line for one pydantic error of `model`: field, what was expected, what came, and the nearest known key."""
-    location = [str(part) for part in item["loc"]]
+    location = [str(part)[:80] for part in item["loc"]]
     field = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _known_keys(model, location[:-1]), n=1)
         return f"{field}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     if item["type"] == "missing":
         return f"{field}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ")
+    message = item["msg"].removeprefix("Value error, ")[:2000]
     message = message[:1].lower() + message[1:]
-    shown = item["input"]
-    came = "" if isinstance(shown, dict | BaseModel) else f", got {shown!r} ({type(shown).__name__})"
+    value = item["input"]
+    came = "" if isinstance(value, dict | BaseModel) else f", got {shown(value)} ({type(value).__name__})"
     return f"{field}: {message}{came}"
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from kdscale.config.fields import Count, Section
+from kdscale.config.fields import Length, Section
 from kdscale.config.targets import Needs
 from kdscale_kernels.divergence import Divergence
 
@@ -45,7 +45,7 @@ class ObjectiveConfig(Section):
     reads_head_shards: ClassVar[bool] = False  # works where tensor-parallel ranks share the student's head
 
     name: str
-    weight: Annotated[float, Field(gt=0.0)] = 1.0  # in the sum of all objectives
+    weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0  # in the sum of all objectives
 
     @property
     def needs(self) -> Needs:
@@ -74,10 +74,11 @@ class TokenDivergenceConfig(ObjectiveConfig):
     name: Literal["token_divergence"] = "token_divergence"
     targets: Literal["topk", "full"] = "topk"
     divergence: str = "forward_kl"  # a row of kdscale_kernels.DIVERGENCES
-    divergence_parameter: float | None = None  # its β or s; None: the default of that row
+    # its β or s; None: the default of that row
+    divergence_parameter: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    top_k: Count = 64
+    temperature: Annotated[float, Field(gt=1e-3, le=1e3)] = 1.0
+    top_k: Length = 64
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
 
     @model_validator(mode="after")

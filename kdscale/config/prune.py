@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kdscale.config.criteria import Criterion, FfnMethod, HeadMethod, HiddenMethod, LayerMethod, criterion
-from kdscale.config.fields import Count, Dtype, Section
+from kdscale.config.fields import Count, Dtype, Few, Length, Section
 from kdscale.units import BUDGET_FIELDS, parse_budget
 
 
@@ -15,12 +15,26 @@ class ImportanceConfig(Section):
     """On how much text importance is measured, and how."""
 
     calibration_tokens: Count = 32_768
-    seq_len: Count = 512
-    micro_batch: Count = 4
+    seq_len: Length = 512
+    micro_batch: Few = 4
     dtype: Dtype = "auto"
-    processes: Count = 1  # ranks on this machine that share the calibration sequences, also in compensation
+    processes: Few = 1  # ranks on this machine that share the calibration sequences, also in compensation
     # of the calibration tokens, for prune.layer_method loss (which keeps a state a layer for each) and angular
     layer_tokens: Count = 16_384
+
+    @model_validator(mode="after")
+    def _every_rank_gets_a_batch(self) -> ImportanceConfig:
+        if self.calibration_tokens < self.seq_len:
+            raise ValueError(
+                f"calibration_tokens ({self.calibration_tokens}) must be at least seq_len ({self.seq_len})"
+            )
+        batches = -(-self.calibration_tokens // (self.seq_len * self.micro_batch))
+        if self.processes > batches:
+            raise ValueError(
+                f"processes ({self.processes}) must be at most the calibration batches ({batches}): raise "
+                "calibration_tokens or lower micro_batch"
+            )
+        return self
 
 
 Compensation = Literal["none", "ridge", "two_stream"]
@@ -37,7 +51,7 @@ class SearchConfig(Section):
     probe_tokens: Count | None = None
     probe_candidates: Annotated[int, Field(ge=2, le=16)] = 4
     # latency is measured with a prompt this long, and for one more token after it
-    context_tokens: Count = 256
+    context_tokens: Length = 256
 
 
 class PruneConfig(Section):
@@ -57,16 +71,16 @@ class PruneConfig(Section):
     axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts"], ...] = Field(
         strict=False, default=("ffn", "heads")
     )
-    hidden: Count | None = None
-    ffn: Count | None = None
-    heads: Count | None = None
-    kv_heads: Count | None = None
-    layers: Count | None = None
-    experts: Count | None = None  # of a mixture of experts; how many each token is routed to does not change
+    hidden: Length | None = None
+    ffn: Length | None = None
+    heads: Length | None = None
+    kv_heads: Length | None = None
+    layers: Length | None = None
+    experts: Length | None = None  # of a mixture of experts; how many each token is routed to does not change
     # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
-    hidden_divisor: Count | None = None
-    ffn_divisor: Count | None = None
-    experts_divisor: Count | None = None  # None: 8 from 64 experts on, 1 below
+    hidden_divisor: Length | None = None
+    ffn_divisor: Length | None = None
+    experts_divisor: Length | None = None  # None: 8 from 64 experts on, 1 below
     ffn_method: FfnMethod = "output_energy"
     head_method: HeadMethod = "output_energy"
     # auto: pca (the residual stream rotated into its principal components) where the family allows it, else activation
@@ -80,7 +94,7 @@ class PruneConfig(Section):
     compensate: Compensation = "two_stream"
     # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
     stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    ridge_lambda: Annotated[float, Field(gt=0.0)] = 1e-2
+    ridge_lambda: Annotated[float, Field(gt=0.0, le=1e6)] = 1e-2
     max_shard_bytes: Count = 5_000_000_000
     search: SearchConfig = SearchConfig()
 

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from kdscale.config.data import DataConfig
 from kdscale.config.distill import DistillConfig
 from kdscale.config.evaluate import EvalConfig
-from kdscale.config.fields import Count, Device, Section, explain_error
+from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
 from kdscale.config.telemetry import TrackingConfig
 from kdscale.files import sha256_json
@@ -34,10 +34,10 @@ class RuntimeConfig(Section):
     """Where and how a process runs; the student does not depend on it, up to rounding."""
 
     device: Device = "auto"
-    threads: Count | None = None  # CPU threads a process; None: cores / processes
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # CPU threads a process; None: cores / processes
     # seconds without progress after which a stage other than the distillation counts as hung, four times as many while
     # it loads; 0: never
-    watchdog_seconds: Annotated[float, Field(ge=0.0)] = 3600.0
+    watchdog_seconds: Seconds = 3600.0
     # bytes of calibration hidden states a process holds in memory; the rest goes to the run folder's disk
     activation_bytes: Count = 1_073_741_824
 
@@ -48,7 +48,7 @@ class StepConfig(Section):
     The config's target and sizes are the last step's: none of them is inherited. All other fields are.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     prune: dict[str, Any]
     distill: dict[str, Any] = Field(default_factory=dict)
 
@@ -56,9 +56,9 @@ class StepConfig(Section):
 class Config(Section):
     """A run: the teacher, the text, what to prune, how to distil, what to measure."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     run_dir: str = Field(min_length=1)
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     teacher: TeacherConfig
     data: DataConfig = DataConfig()
     importance: ImportanceConfig = ImportanceConfig()
@@ -68,7 +68,7 @@ class Config(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
     # run before the config's own prune and distill, each from the student of the one before
-    steps: tuple[StepConfig, ...] = Field(strict=False, default=())
+    steps: tuple[StepConfig, ...] = Field(strict=False, max_length=64, default=())
 
     @model_validator(mode="after")
     def _steps_are_configs(self) -> Config:
@@ -79,9 +79,7 @@ class Config(Section):
             try:
                 self.step(index)
             except ValidationError as error:
-                raise ValueError(
-                    f"steps ({step.name}): " + "; ".join(explain_error(item, Config) for item in error.errors())
-                ) from error
+                raise ValueError(f"steps ({step.name}): " + "; ".join(explain_errors(error, Config))) from error
         return self
 
     def step(self, index: int) -> Config:

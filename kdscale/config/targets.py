@@ -139,7 +139,7 @@ class ServedConfig(Section):
 
     urls: tuple[str, ...] = Field(strict=False, default=())  # http://HOST:PORT; several share the questions
     token_file: str | None = None  # None: teacher.token in the run folder
-    timeout: Annotated[float, Field(gt=0.0)] = 600.0  # seconds without an answer from any of them
+    timeout: Annotated[float, Field(gt=0.0, le=30 * 86_400.0)] = 600.0  # seconds without an answer from any of them
 
     @model_validator(mode="after")
     def _urls_are_urls(self) -> ServedConfig:

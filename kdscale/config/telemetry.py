@@ -6,22 +6,25 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from kdscale.config.fields import Section
+from kdscale.config.fields import MOST, Section
 
 
 class SpikeConfig(Section):
     """A spike is a loss above the median of the last 16 + factor · σ; σ from the last `window` differences of steps."""
 
     enabled: bool = True
-    window: Annotated[int, Field(ge=8)] = 64
-    factor: Annotated[float, Field(gt=0.0)] = 8.0
-    after: Annotated[int, Field(ge=4)] = 16  # losses that must be known before anything counts as a spike
+    window: Annotated[int, Field(ge=8, le=100_000)] = 64
+    factor: Annotated[float, Field(gt=0.0, le=1e6)] = 8.0
+    after: Annotated[int, Field(ge=4, le=100_000)] = 16  # losses that must be known before anything counts as a spike
+
+
+Step = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class ProfileConfig(Section):
     """torch.profiler around the steps `first` to `last`, counted from 1 as in the log; null: no profile."""
 
-    steps: tuple[int, int] | None = Field(strict=False, default=None)
+    steps: tuple[Step, Step] | None = Field(strict=False, default=None)
     ranks: Literal["first", "all"] = "first"
     shapes: bool = False  # of every operator's inputs
     memory: bool = False
@@ -29,7 +32,7 @@ class ProfileConfig(Section):
 
     @model_validator(mode="after")
     def _steps_are_a_range(self) -> ProfileConfig:
-        if self.steps is not None and not 1 <= self.steps[0] <= self.steps[1]:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
             raise ValueError(f"steps must be [first, last] with 1 ≤ first ≤ last, got {list(self.steps)}")
         return self
 

@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from kdscale.config.fields import Count, Section
+from kdscale.config.fields import MOST, Count, Few, Section
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
-ExtraValue = bool | int | float | str
+# what each key may hold is checked by _check_extra
+ExtraValue = bool | Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, le=MOST)] | str
 
 # Keys of DeepSpeed's `zero_optimization` (0.18, 0.19) that change only speed or memory, with the type each must have.
 PASSED_THROUGH: dict[str, type] = {
@@ -76,7 +77,7 @@ class ZeroConfig(Section):
     pin_memory: bool = True  # of what is offloaded to host memory; without effect where training runs on a CPU
     # ZeRO++ (arXiv 2306.10209), stage 3: each group of this many ranks keeps all weights, so that the backward gathers
     # within it; int8 weights in the forward's gather; int4 gradients in the reduction
-    hpz_partition_size: Annotated[int, Field(ge=1)] = 1
+    hpz_partition_size: Few = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
     # elements per collective; None: 500M with GPUs, 50M on a CPU

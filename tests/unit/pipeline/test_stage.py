@@ -75,9 +75,9 @@ def test_finished_stages_are_not_repeated(bench: Bench) -> None:
 
 def test_a_changed_setting_repeats_the_stages_it_touches(bench: Bench) -> None:
     bench.go()
-    assert bench.go(config(distill={"tokens": 5})) == ["second"]
-    assert "config.distill.tokens: 1000000 → 5" in bench.console.export_text()
-    assert bench.go(config(seed=2, distill={"tokens": 5})) == ["first", "second"]
+    assert bench.go(config(distill={"tokens": 5000})) == ["second"]
+    assert "config.distill.tokens: 1000000 → 5000" in bench.console.export_text()
+    assert bench.go(config(seed=2, distill={"tokens": 5000})) == ["first", "second"]
 
 
 def test_what_is_derived_from_the_settings_counts_like_a_setting(bench: Bench) -> None:
@@ -123,7 +123,7 @@ def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> Non
     bench.second = whole
     bench.go()
     assert (bench.run.path / "scratch" / "step").exists()
-    bench.go(config(distill={"tokens": 5}))
+    bench.go(config(distill={"tokens": 5000}))
     assert not (bench.run.path / "scratch").exists()
     assert not (bench.run.path / "curve").exists()
 
