@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,12 +28,16 @@ _HINT_BY_ERRNO = {
     errno.EROFS: "the file system is read-only: choose another folder with --set run_dir=...",
     errno.EACCES: "permission denied: choose another folder with --set run_dir=... or change its permissions",
     errno.EPERM: "operation not permitted: choose another folder with --set run_dir=... or change its permissions",
+    **dict.fromkeys(
+        (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP),
+        "a file is in the place of a folder, or a folder in the place of a file: move it away",
+    ),
     errno.EFBIG: "the file would be larger than `ulimit -f` or the file system allows: raise it, or choose another "
     "folder with --set run_dir=...",
 }
 # How numpy and safetensors report a failed write, each without an errno of its own.
 _NUMPY_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
-_SAFETENSORS_CODE = re.compile(r"\bcode: (\d+)")
+_SAFETENSORS_CODE = re.compile(r"\b(?:code:|os error) (\d+)")
 
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 64 << 20, 64
 _JSON_NAMES = {
@@ -60,8 +65,10 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         if hint is None:
             raise
         file = getattr(error, "filename", None)
-        if isinstance(file, str) and code in (errno.EACCES, errno.EPERM) and not _is_under(Path(file), path):
-            raise FileError(f"cannot read {file}", got=os.strerror(code), hint="change its permissions") from error
+        if isinstance(file, str) and not _is_under(Path(file), path):
+            raise FileError(
+                f"cannot read {file}", got=os.strerror(code), hint="change its permissions, or name another file"
+            ) from error
         raise RunFolderError(f"cannot write {path}", got=os.strerror(code), hint=hint) from error
 
 
@@ -244,13 +251,39 @@ def _is_deeper_than(value: Any, limit: int) -> bool:
     return True
 
 
-def set_aside(path: Path) -> Path:
-    """Rename damaged state of our own to `<name>.damaged`, so that it can be made again; returns the new path."""
+def is_plain_or_absent(path: Path) -> bool:
+    """Whether `path` can be written as a file: no folder, FIFO or loop of links is in its place."""
+    return path.is_file() or not os.path.lexists(path)
+
+
+def set_aside(path: Path, say: Callable[[str], None] | None = None) -> None:
+    """Rename damaged state of our own to `<name>.damaged`, so that it can be made again, and report it."""
     aside = path.with_name(f"{path.name}.damaged")
     with explain_os_errors(path):
         remove_tree(aside)
         path.replace(aside)
-    return aside
+    (say or _to_stderr)(f"warning: {path} is damaged; it was renamed to {aside.name} and is made again")
+
+
+def read_own_json(path: Path, is_valid: Callable[[Any], bool], say: Callable[[str], None] | None = None) -> Any:
+    """JSON that kdscale itself wrote, or None where there is none or it is damaged.
+
+    A damaged file is set aside with a notice through `say` (standard error by default), so that it never stops a run.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        value = read_json(path)
+        if is_valid(value):
+            return value
+    except FileError:
+        pass
+    set_aside(path, say)
+    return None
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def sha256_file(path: Path, size: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,13 @@ AcceptOption = Annotated[
 
 
 def load(name: str, overrides: list[str] | None) -> Config:
-    """The config of a path or a shipped name, with overrides. Raises ConfigError."""
+    """The config of a path or a shipped name, with overrides. Raises ConfigError.
+
+    The config.yaml of a run folder stands for the run where it is now, also when the folder was moved.
+    """
     from kdscale.config.load import find_config, load_config
 
-    return load_config(find_config(name), overrides or [])
+    path, overrides = find_config(name), list(overrides or [])
+    if path.name == "config.yaml" and (path.parent / "events.jsonl").is_file():
+        overrides = [f"run_dir={json.dumps(str(path.parent))}", *overrides]
+    return load_config(path, overrides)

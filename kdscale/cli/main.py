@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,7 @@ def main() -> None:
     # Read by OpenMP when torch is loaded. Threads that wait by spinning starve each other as soon as anything else runs
     # on the same cores: on two busy cores a forward pass was measured 8 times faster with waiting threads asleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _open_standard_streams()
     try:
         code = make_app()(standalone_mode=False) or 0
     except typer.Abort:
@@ -89,6 +91,9 @@ def main() -> None:
     except Interrupted as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
         code = stop.exit_code
+    except BrokenPipeError:  # whoever read the output has gone, as in `kdscale status RUN | head -1`
+        _silence_standard_streams()
+        code = 128 + signal.SIGPIPE
     except Exception as error:
         # Wrong command lines (typer's own classes) print their usage themselves; the rest is a bug and keeps its trace.
         show_error = getattr(error, "show", None)
@@ -97,6 +102,27 @@ def main() -> None:
         show_error()
         code = getattr(error, "exit_code", ConfigError.exit_code)
     leave(code)
+
+
+def _open_standard_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) silent ones.
+
+    The next file that is opened would take their numbers, and what libraries print would land in it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (a number; as long as the process)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _silence_standard_streams() -> None:
+    """Send what is still to be printed nowhere: its flush at the exit would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kdscale.config.load import load_config
@@ -182,7 +183,7 @@ def status(folder: Path) -> None:
 
 def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
     """One line per stage, and one of the training if it has begun."""
-    recorded = read_json(run.status, RunFolderError)["stages"] if run.status.exists() else {}
+    recorded = run.recorded(lambda notice: Console().print(notice, style="yellow", highlight=False, markup=False))
     alive = run.in_use()
     rows = []
     for stage in stages:
@@ -196,7 +197,7 @@ def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
         ]
         detail = " · ".join(facts) or next(iter(entry.get("reason", "").splitlines()), "")
         seconds = format_duration(entry["seconds"]) if "seconds" in entry else ""
-        rows.append((stage.name, _STATE[state], seconds, detail))
+        rows.append((stage.name, _STATE[state], seconds, escape(detail)))
     _print(table(str(run.path), ("stage", "state", "time", ""), rows))
     trained = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
     if trained:

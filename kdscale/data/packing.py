@@ -56,9 +56,14 @@ class EpochOrder:
         self.starts_R1 = np.concatenate(([0], np.cumsum(split.lengths[self.documents_R])))
 
 
+def epoch_tokens(split: TokenSplit) -> int:
+    """Tokens of an epoch: each document as often as its source's weight says."""
+    return int((split.lengths * split.weights_D.astype(np.int64)).sum())
+
+
 def epoch_sequences(split: TokenSplit, seq_len: int) -> int:
     """How many full windows an epoch has. Raises DataError when there is not one."""
-    tokens = int((split.lengths * split.weights_D.astype(np.int64)).sum())
+    tokens = epoch_tokens(split)
     if tokens < seq_len:
         raise DataError(
             f"the training text has {tokens} tokens",

@@ -22,7 +22,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from kdscale.files import atomic_path, read_json, write_json
+from kdscale.files import atomic_path, read_json, read_own_json, write_json
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_stream import TokenBatch
 from kdscale.runtime import ranks
@@ -155,7 +155,8 @@ class LayerPass(Generic[Layer_co]):
         if folder is None or not folder.exists():
             return []
         matches = (re.fullmatch(r"progress-(\d+)\.json", item.name) for item in folder.iterdir())
-        return [int(match[1]) for match in matches if match]
+        done = [int(match[1]) for match in matches if match]
+        return [number for number in done if read_own_json(self._file(f"progress-{number}.json"), _is_progress)]
 
     def _resume(self, done: int) -> None:
         from safetensors.torch import load_file
@@ -187,3 +188,7 @@ class LayerPass(Generic[Layer_co]):
             for pattern in ("states-*.bin", "spool.bin", "layer-*.safetensors", "running-*.safetensors"):
                 for item in folder.glob(pattern):
                     item.unlink()
+
+
+def _is_progress(value: object) -> bool:
+    return isinstance(value, dict) and "states" in value

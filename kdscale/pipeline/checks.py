@@ -1,21 +1,62 @@
-"""What is checked before any work: the teacher, the shapes, what ranks can share, the disk."""
+"""What is checked before any work: the teacher, lengths, text, shapes, what ranks can share, the disk.
+
+Everything that can be known is checked in one pass, and all problems are reported at once.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdscale.config.root import Config
-from kdscale.errors import ConfigError, RunFolderError
+from kdscale.config.targets import TEACHER_TOKEN
+from kdscale.distill.telemetry.trackers import check_trackers
+from kdscale.errors import ConfigError, DataError, KdscaleError, RunFolderError
 from kdscale.models.loading import open_teacher
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path
+from kdscale.runs.folder import RunFolder
+from kdscale.runtime.progress import Reporter
 
 if TYPE_CHECKING:
     from kdscale.prune.plan import Plan
 
 _MARGIN_BYTES = 64 << 20  # logs, reports and what else is small
+
+
+def check_before_work(
+    config: Config, run: RunFolder, stages: Iterable[Stage], reporter: Reporter
+) -> tuple[Path, list[Plan]]:
+    """Check everything that can be known before `stages` run; returns the teacher's folder and the planned shapes.
+
+    Raises the one error, or one of the first error's class that lists them all.
+    """
+    errors: list[KdscaleError] = []
+
+    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except KdscaleError as error:
+            errors.append(error)
+            return None
+
+    attempt(check_run_dir, run.path)
+    attempt(check_trackers, config.tracking)
+    attempt(check_sources, config)
+    if any(stage.name == "distill" and not manifest_path(stage, run).exists() for stage in stages):
+        attempt(check_token, config, run)
+    teacher: Path | None = attempt(check_teacher, config)
+    plans: list[Plan] = []
+    if teacher is not None:
+        attempt(check_lengths, config, teacher, reporter)
+        plans = attempt(plan_shapes, config, teacher) or []  # an impossible budget is noticed before anything is made
+        attempt(check_shared_models, config, teacher, plans)
+    if len(errors) > 1:
+        raise type(errors[0])("\n".join(map(str, errors)))
+    if errors or teacher is None:
+        raise errors[0]
+    return teacher, plans
 
 
 def check_run_dir(path: Path) -> None:
@@ -36,6 +77,83 @@ def check_teacher(config: Config) -> Path:
     check_tokenizer(folder, family.dims(checkpoint.config).vocab)
     sidecar_names(folder, config.teacher.trust_remote_code)
     return folder
+
+
+def check_sources(config: Config) -> None:
+    """Raises DataError when a local source of text does not exist or holds no text files."""
+    from kdscale.data.sources import is_local, source_files
+
+    for source in (*config.data.sources, *config.data.heldout_sources):
+        if is_local(source):
+            source_files(source)
+
+
+def check_token(config: Config, run: RunFolder) -> None:
+    """Raises ConfigError when targets come from a service and there is no token to ask it with."""
+    if config.distill.teacher_placement == "served":
+        from kdscale.teacher.remote import read_token
+
+        token_file = config.distill.served.token_file
+        read_token(Path(token_file) if token_file else run.path / TEACHER_TOKEN)
+
+
+def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:
+    """Raises ConfigError for lengths beyond the teacher's learned positions, and for prompts without tokens.
+
+    Longer than max_position_embeddings is possible where positions are computed, and reported.
+    """
+    from tokenizers import Tokenizer
+
+    checkpoint, family = open_teacher(teacher)
+    tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    prompts = {prompt: len(tokenizer.encode(prompt).ids) for prompt in config.eval.prompts}
+    for prompt, tokens in prompts.items():
+        if not tokens:
+            raise ConfigError("eval.prompts", expected="some text to continue", got=f"{prompt!r}, which has no tokens")
+    learned = "positions" in family.data.sizes
+    limit = checkpoint.config.get("max_position_embeddings")
+    if learned:
+        limit = family.fixed_size("positions", checkpoint.config)
+    if not isinstance(limit, int):
+        return
+    lengths = _lengths(config, max(prompts.values(), default=0))
+    beyond = ", ".join(f"{name} = {length:,}" for name, length in lengths.items() if length > limit)
+    if beyond and learned:
+        raise ConfigError("lengths beyond the teacher's positions", expected=f"at most {limit:,} tokens", got=beyond)
+    if beyond:
+        reporter.say(f"  note: longer than the teacher's max_position_embeddings ({limit:,}): {beyond}")
+
+
+def _lengths(config: Config, prompt_tokens: int) -> dict[str, int]:
+    """How many positions the stages run a model on, by the fields that decide it."""
+    evaluation, search = config.eval, config.prune.search
+    lengths = {f"{name}.seq_len": getattr(config, name).seq_len for name in ("importance", "distill", "eval")}
+    for index, step in enumerate(config.steps):
+        lengths[f"distill.seq_len of step {step.name}"] = config.step(index).distill.seq_len
+    if evaluation.prompts:
+        lengths["eval.prompts + eval.sample_tokens"] = prompt_tokens + evaluation.sample_tokens
+    if evaluation.efficiency:
+        lengths["eval.prefill_tokens + eval.decode_tokens"] = evaluation.prefill_tokens + evaluation.decode_tokens
+    if config.prune.target_decode or config.prune.target_prefill:
+        lengths["prune.search.context_tokens + 1"] = search.context_tokens + 1
+    return lengths
+
+
+def check_text(config: Config, data: Path) -> None:
+    """Raises DataError when the tokenised text is too short for what the stages after `data` read of it."""
+    from kdscale.data.packing import epoch_tokens
+    from kdscale.data.token_store import TokenStore
+
+    tokens = epoch_tokens(TokenStore.open(data).split("train"))
+    needed = {"importance.calibration_tokens": config.importance.calibration_tokens}
+    needed |= {name: size for name, size in _lengths(config, 0).items() if name.startswith("distill.seq_len")}
+    if too_long := [f"{name} = {size:,}" for name, size in needed.items() if size > tokens]:
+        raise DataError(
+            f"the training text has {tokens:,} tokens, fewer than the config asks for",
+            expected=f"at most {tokens:,}",
+            got=", ".join(too_long),
+            hint="lower them, or add text to data.sources",
+        )
 
 
 def plan_shapes(config: Config, teacher: Path) -> list[Plan]:

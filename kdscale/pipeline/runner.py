@@ -10,18 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdscale.config.root import Config
-from kdscale.distill.telemetry.trackers import check_trackers
 from kdscale.errors import Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
-from kdscale.pipeline.checks import (
-    check_disk,
-    check_run_dir,
-    check_shared_models,
-    check_teacher,
-    plan_shapes,
-    student_parameters,
-)
-from kdscale.pipeline.stage import Stage, StageContext, run_stage
+from kdscale.pipeline.checks import check_before_work, check_disk, check_text, plan_shapes, student_parameters
+from kdscale.pipeline.stage import Stage, StageContext, manifest_path, refuse_to_lose_progress, run_stage
 from kdscale.pipeline.stages.registry import STAGES, stages_until
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
@@ -49,15 +41,13 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     Safe to kill at any instant and to call again. Raises KdscaleError subclasses, and Interrupted on a signal.
     """
     run = RunFolder(Path(config.run_dir))
-    check_run_dir(run.path)
-    check_trackers(config.tracking)
-    teacher = check_teacher(config)
-    plans = plan_shapes(config, teacher)  # an impossible budget is noticed before anything is made
-    check_shared_models(config, teacher, plans)
     stages = stages_until(last)
+    teacher, plans = check_before_work(config, run, stages, reporter)
     with run.lock(), signals_as_exceptions():
-        context = StageContext(config, run, teacher, reporter, run_inner=_run_inner)
+        context = StageContext(config, run, teacher, reporter, run_inner=_run_inner, accept_changes=accept_changes)
         _adopt_config(context, accept_changes)
+        if not accept_changes and not config.steps:
+            refuse_to_lose_progress(stages, context)
         check_disk(context, stages, student_parameters(context, plans))
         changed = False
         for stage in stages:
@@ -65,6 +55,8 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
                 steps_changed, context = _run_steps(context)
                 changed |= steps_changed
             changed |= _guarded(stage, context)
+            if stage.name == "data" and not all(manifest_path(later, run).exists() for later in stages):
+                check_text(config, run.data)
         return changed
 
 

@@ -7,20 +7,24 @@ inputs: nothing to do. Other inputs: the differences are named and the stage run
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from kdscale.config.load import config_differences
 from kdscale.config.root import Config
-from kdscale.files import read_json, remove_tree, write_json
-from kdscale.runs.digests import digest_tree
-from kdscale.runs.folder import Artifact, RunFolder, now
+from kdscale.errors import RunFolderError
+from kdscale.files import atomic_path, read_own_json, remove_tree, write_json
+from kdscale.runs.digests import digest_file, digest_tree
+from kdscale.runs.folder import PLAN, WEIGHTS, Artifact, Manifest, RunFolder, StageInputs, fits, now
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.versions import versions
 
+_LINE = 160  # characters of a reason to run a stage again
 Facts = Mapping[str, Any]
 ModelRole = Literal["teacher", "model_to_prune", "model_to_learn_from"]
 
@@ -44,6 +48,7 @@ class StageContext:
     reporter: Reporter
     pruned_from: Path | None = None  # with steps: the student of the step before; the teacher otherwise
     run_inner: InnerRunner | None = None  # set by the runner; a stage that runs other stages calls it
+    accept_changes: bool = False  # whether checkpoints of other inputs may be deleted
 
     @property
     def model_to_prune(self) -> Path:
@@ -68,6 +73,9 @@ class Stage:
     config: tuple[str, ...] = ()  # dotted config fields, or whole sections, that the result depends on
     depends_on: Callable[[StageContext], Facts] | None = None  # what of the config matters, where that is no field
     model: ModelRole | None = None  # the larger model that it reads
+    model_files: tuple[str, ...] = WEIGHTS  # globs of what it reads of that model
+    # brings the files that it copies from a model, and nothing is computed from, up to date: from where, and where to
+    copies: Callable[[StageContext], tuple[Path, Path]] | None = None
     reads: tuple[Artifact, ...] = ()
     writes: tuple[Artifact, ...]
     resumes_from: tuple[Artifact, ...] = ()  # what a killed try leaves for the next; useless once the inputs changed
@@ -86,10 +94,15 @@ def inputs_of(stage: Stage, context: StageContext) -> dict[str, Any]:
     if stage.depends_on is not None:
         made_from["derived"] = dict(stage.depends_on(context))
     if stage.model is not None:
-        made_from["files"]["teacher"] = digest_tree(getattr(context, stage.model))
+        made_from["files"]["teacher"] = digest_tree(getattr(context, stage.model), _files_read(stage, context))
     for artifact in stage.reads:
-        made_from["files"][artifact.path] = digest_tree(context.run.at(artifact))
+        made_from["files"][artifact.path] = digest_tree(context.run.at(artifact), artifact.only)
     return made_from
+
+
+def _files_read(stage: Stage, context: StageContext) -> tuple[str, ...]:
+    """Globs of the model's files that the stage reads; its code too, where the config allows that to run."""
+    return (*stage.model_files, *(["*.py"] if context.config.teacher.trust_remote_code else []))
 
 
 def _lookup(plain: dict[str, Any], dotted: str) -> Any:
@@ -104,25 +117,58 @@ def manifest_path(stage: Stage, run: RunFolder) -> Path:
     return run.stages / f"{stage.name}.json"
 
 
+def read_manifest(stage: Stage, run: RunFolder) -> dict[str, Any] | None:
+    """The manifest of a finished stage; None where there is none, or one that is damaged, which is set aside."""
+    manifest: dict[str, Any] | None = read_own_json(manifest_path(stage, run), fits(Manifest))
+    return manifest
+
+
 def why_stale(stage: Stage, context: StageContext, made_from: dict[str, Any]) -> list[str] | None:
     """None when the stage is finished and still holds; else the reasons to run it (empty: it never finished)."""
-    path = manifest_path(stage, context.run)
-    if not path.exists():
+    manifest = read_manifest(stage, context.run)
+    if manifest is None:
         return []
-    manifest = read_json(path)
-    reasons = [_short(str(difference)) for difference in config_differences(manifest["made_from"], made_from)]
+    return [
+        *changed_inputs(manifest["made_from"], made_from),
+        *changed_outputs(context.run, manifest, stage.hand_editable),
+    ] or None
+
+
+def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two results of `inputs_of`: a setting with both values, a file by its name."""
+    old, new = ({key: value for key, value in inputs.items() if key != "files"} for inputs in (before, now))
+    lines = [str(difference) for difference in config_differences(old, new)]
+    files_before, files_now = (_files_of(inputs) for inputs in (before, now))
+    for name in sorted({*files_before, *files_now}):
+        if name not in files_before:
+            lines.append(f"{name} is new")
+        elif name not in files_now:
+            lines.append(f"{name} is gone")
+        elif files_before[name] != files_now[name]:
+            lines.append(f"{name} was " + ("edited" if name == PLAN.path else "changed"))
+    return [line if len(line) <= _LINE else f"{line[: _LINE - 1]}…" for line in lines]
+
+
+def _files_of(inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Digests by path; an artifact that is a single file is called by its own name."""
+    return {
+        artifact if artifact == name else f"{artifact}/{name}": digest
+        for artifact, digests in inputs.get("files", {}).items()
+        for name, digest in digests.items()
+    }
+
+
+def changed_outputs(run: RunFolder, manifest: Mapping[str, Any], hand_editable: bool = False) -> list[str]:
+    """Which outputs are gone or are no longer what the stage left, one line each."""
+    reasons = []
     for name, digests in manifest["outputs"].items():
-        present = digest_tree(context.run.path / name) if (context.run.path / name).exists() else {}
+        present = digest_tree(run.path / name) if (run.path / name).exists() else {}
         if not present:
             reasons.append(f"{name} is gone")
-        elif present != digests and not stage.hand_editable:
+        elif present != digests and not hand_editable:
             changed = sorted(key for key in {*present, *digests} if present.get(key) != digests.get(key))
             reasons.append(f"{name} was changed after it was made ({', '.join(changed[:3])})")
-    return reasons or None
-
-
-def _short(line: str, width: int = 160) -> str:
-    return line if len(line) <= width else line[: width - 1] + "…"
+    return reasons
 
 
 def run_stage(stage: Stage, context: StageContext) -> bool:
@@ -131,11 +177,14 @@ def run_stage(stage: Stage, context: StageContext) -> bool:
     made_from = inputs_of(stage, context)
     reasons = why_stale(stage, context, made_from)
     if reasons is None:
-        reporter.say(f"✓ {stage.title}: done before{_listed(read_json(manifest_path(stage, run))['facts'])}")
+        manifest = read_manifest(stage, run)
+        assert manifest is not None
+        _renew_copies(stage, context, manifest)
+        reporter.say(f"✓ {stage.title}: done before{_listed(manifest['facts'])}")
         return False
     for reason in reasons:
         reporter.say(f"  {stage.title} is done again: {reason}")
-    _prepare_resuming(stage, run, made_from)
+    _prepare_resuming(stage, context, made_from)
     manifest_path(stage, run).unlink(missing_ok=True)
     run.set_status(stage.name, "running")
     started = time.monotonic()
@@ -149,6 +198,7 @@ def run_stage(stage: Stage, context: StageContext) -> bool:
             "stage": stage.name,
             "made_from": made_from,
             "outputs": {artifact.path: digest_tree(run.at(artifact)) for artifact in stage.writes},
+            "copied": _copied(stage, context),
             "facts": facts,
             "seconds": seconds,
             "finished": now(),
@@ -161,18 +211,77 @@ def run_stage(stage: Stage, context: StageContext) -> bool:
     return True
 
 
-def _prepare_resuming(stage: Stage, run: RunFolder, made_from: dict[str, Any]) -> None:
+def _prepare_resuming(stage: Stage, context: StageContext, made_from: dict[str, Any]) -> None:
     """Keep what a killed try left for resuming, but only if that try began from the same inputs."""
     if not stage.resumes_from and not stage.resumable:
         return
+    run = context.run
     marker = run.stages / f"{stage.name}.started.json"
-    before = read_json(marker) if marker.exists() else None
+    before = read_own_json(marker, fits(StageInputs))
     if before is not None and before != made_from:
+        if has_progress(stage, run) and not context.accept_changes:
+            raise checkpoints_in_the_way(stage, run, changed_inputs(before, made_from))
         for artifact in stage.resumes_from:
             remove_tree(run.at(artifact))
     if before != made_from:
         _remove_work(stage, run)
     write_json(marker, made_from)
+
+
+def has_progress(stage: Stage, run: RunFolder) -> bool:
+    """Whether the first artifact that the stage resumes from holds anything, which a redo would delete."""
+    return any(any(run.at(artifact).glob("*")) for artifact in stage.resumes_from[:1])
+
+
+def checkpoints_in_the_way(stage: Stage, run: RunFolder, changes: Sequence[str]) -> RunFolderError:
+    """The refusal to delete what a stage resumes from, because of `changes` of its inputs."""
+    listed = "\n".join(f"  - {change}" for change in [*changes[:8], *(["…"] if len(changes) > 8 else [])])
+    return RunFolderError(
+        f"{run.at(stage.resumes_from[0])} belongs to other inputs of “{stage.title}”:\n{listed}",
+        hint="undo the change, choose another folder with --set run_dir=..., or begin again with --accept-changes, "
+        "which deletes it",
+    )
+
+
+def refuse_to_lose_progress(stages: Iterable[Stage], context: StageContext) -> None:
+    """Raises RunFolderError, before any work, when changed inputs would cost checkpoints without --accept-changes."""
+    changes: list[str] = []
+    for stage in stages:
+        if changes and has_progress(stage, context.run):
+            raise checkpoints_in_the_way(stage, context.run, changes)
+        if (manifest := read_manifest(stage, context.run)) is not None:
+            changes += changed_inputs(manifest["made_from"], inputs_of(stage, context))
+
+
+def _copied(stage: Stage, context: StageContext) -> dict[str, str]:
+    """Digests of the files beside the weights in the folder that the stage copies from."""
+    if stage.copies is None:
+        return {}
+    source, _ = stage.copies(context)
+    weights = {item for pattern in WEIGHTS for item in source.glob(pattern)}
+    return {item.name: digest_file(item) for item in sorted(source.iterdir()) if item.is_file() and item not in weights}
+
+
+def _renew_copies(stage: Stage, context: StageContext, manifest: dict[str, Any]) -> None:
+    """Copy again what changed beside the weights of the larger model, such as a chat template: no reason to compute."""
+    copied = _copied(stage, context)
+    if stage.copies is None or copied == manifest.get("copied"):
+        return
+    from kdscale.weights import copy_sidecars
+
+    source, target = stage.copies(context)
+    renewed = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in copy_sidecars(source, Path(folder)):
+            new = Path(folder) / name
+            if not (target / name).is_file() or digest_file(target / name) != digest_file(new):
+                with atomic_path(target / name) as tmp:
+                    shutil.copyfile(new, tmp)
+                renewed.append(name)
+    outputs = {artifact.path: digest_tree(context.run.at(artifact)) for artifact in stage.writes}
+    write_json(manifest_path(stage, context.run), {**manifest, "outputs": outputs, "copied": copied})
+    if renewed:
+        context.reporter.say(f"  {target.name}: {', '.join(renewed)} copied again, as the original changed")
 
 
 def _remove_work(stage: Stage, run: RunFolder) -> None:

@@ -9,27 +9,36 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kdscale.config.criteria import methods
+from kdscale.config.fields import MOST, shown
 from kdscale.config.prune import Compensation, LayerRepair
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.families.family import SHAPE_AXES
-from kdscale.files import write_text
+from kdscale.files import read_text, write_text
 from kdscale.prune.axes import Sizes
 
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=MOST)]
+SearchResult = Literal["sizes_given", "balanced", "retained_importance", "masked", "probes"]
 Indices = list[int]
+_MOST_PROBLEMS = 30  # lines of one message
+_MAX_BYTES = 1 << 30  # of plan.json: every index of every expert of a large mixture
 _INT_LIST = re.compile(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]")
 
 
+_RETAINED = (*SHAPE_AXES, "score")
+
+
 class _PlanSection(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class PlannedDims(_PlanSection):
@@ -79,7 +88,7 @@ class KeptUnits(_PlanSection):
 class Methods(_PlanSection):
     """The method that ranked each axis; `uncut` where nothing was removed, `first` where there were no scores.
 
-    `search` is the last ranking that chose the shape: sizes_given, balanced, retained_importance, masked or probes.
+    `search` is the last ranking that chose the shape.
     """
 
     ffn: str
@@ -90,7 +99,15 @@ class Methods(_PlanSection):
     experts: str = "uncut"
     compensate: Compensation
     layer_repair: LayerRepair = "none"  # none where no layer was dropped
-    search: str
+    search: SearchResult
+
+    @model_validator(mode="after")
+    def _methods_are_known(self) -> Methods:
+        for axis in SHAPE_AXES:
+            known = ["uncut", "first", *methods(axis)]
+            if getattr(self, axis) not in known:
+                raise ValueError(f"{axis}: expected one of {', '.join(known)}, got {shown(getattr(self, axis))}")
+        return self
 
 
 class ParamCounts(_PlanSection):
@@ -172,7 +189,7 @@ class Plan(_PlanSection):
     kept: KeptUnits
     # Factor on every norm weight over the hidden axis. The mean square over fewer, stronger channels is higher, so a
     # sliced norm shrinks its output: √(d/d') undoes it to first order. 1.0 where hidden is not cut.
-    norm_scale: Annotated[float, Field(gt=0.0)]
+    norm_scale: Annotated[float, Field(gt=0.0, le=1e6)]
     methods: Methods
     teacher_params: ParamCounts
     student_params: ParamCounts
@@ -180,8 +197,8 @@ class Plan(_PlanSection):
     # Share of the teacher's importance that stays, by axis, and the predicted score (search/scoring.py); None without
     # importance scores.
     retained: dict[str, float | None]
-    candidates: list[ShapeCandidate]
-    candidates_tried: Annotated[int, Field(ge=1)]
+    candidates: Annotated[list[ShapeCandidate], Field(min_length=1)]  # the chosen one first
+    candidates_tried: Size
     warnings: list[str]
 
     def cut_axes(self) -> list[str]:
@@ -217,14 +234,16 @@ class Plan(_PlanSection):
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
-            problems = "\n".join(f"  - {_explain(item)}" for item in error.errors())
+            items = error.errors(include_url=False)[:_MOST_PROBLEMS]
+            problems = "\n".join(f"  - {_explain(item)}" for item in items)
             raise ConfigError(f"{where} cannot be used:\n{problems}") from error
         contradictions = consistency_problems(plan)
         if not contradictions and config is not None and family is not None:
             contradictions = teacher_problems(plan, config, family)
         if contradictions:
             raise ConfigError(
-                f"{where} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in contradictions),
+                f"{where} cannot be used:\n"
+                + "\n".join(f"  - {problem}" for problem in contradictions[:_MOST_PROBLEMS]),
                 hint="undo the edit, or run kdscale plan again",
             )
         return plan
@@ -232,13 +251,9 @@ class Plan(_PlanSection):
     @classmethod
     def load(cls, path: Path, *, config: Mapping[str, Any] | None = None, family: Family | None = None) -> Plan:
         """Read plan.json. Raises ConfigError when it is missing, not UTF-8 or contradicts itself or the teacher."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist", expected="a plan", hint="run kdscale plan first") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path} is not UTF-8 text", got=str(error)) from error
-        return cls.from_json(text, str(path), config=config, family=family)
+        if not os.path.lexists(path):
+            raise ConfigError(f"{path} does not exist", expected="a plan", hint="run kdscale plan first")
+        return cls.from_json(read_text(path, ConfigError, _MAX_BYTES), str(path), config=config, family=family)
 
 
 def consistency_problems(plan: Plan) -> list[str]:
@@ -256,6 +271,9 @@ def consistency_problems(plan: Plan) -> list[str]:
     ]
     if teacher.heads % teacher.kv_heads or student.heads % student.kv_heads:
         return [*out, f"student.heads: expected a multiple of kv_heads ({student.kv_heads}), got {student.heads}"]
+    out += [
+        f"retained: expected the axes and score, got {shown(name)}" for name in plan.retained if name not in _RETAINED
+    ]
     out += _index_problems("kept.layers", kept.layers, student.layers, teacher.layers)
     out += _index_problems("kept.hidden", kept.hidden, student.hidden, teacher.hidden)
     for axis in ("ffn", "heads", "kv_heads", *(["experts"] if teacher.experts else [])):
@@ -344,6 +362,6 @@ def _group_problems(
 
 def _explain(item: Any) -> str:
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".")
-    came = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
+    came = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {shown(item['input'])}"
     what = {"missing": "required, but not there", "extra_forbidden": "unknown key"}.get(item["type"], item["msg"])
     return f"{field or 'plan'}: {what}{came}"[:300]

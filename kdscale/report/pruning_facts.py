@@ -19,6 +19,7 @@ from kdscale.sizing.capacity import Capacity
 from kdscale.sizing.model_shape import kv_bytes_per_token
 
 _CURVE_POINTS = 48
+_MOST_NATS = 700.0  # of a loss whose exponential is still a number
 _CONTEXT_TOKENS = 4096  # for the size of the KV cache
 
 COMPONENTS = {
@@ -151,8 +152,8 @@ def perplexity(plan: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | N
     if not masked:
         return None
     return {
-        "before": math.exp(masked["teacher_loss"]),
-        "after": math.exp(masked["loss"]),
+        "before": math.exp(min(masked["teacher_loss"], _MOST_NATS)),
+        "after": math.exp(min(masked["loss"], _MOST_NATS)),
         "on": f"{masked['tokens']:,} calibration tokens, run masked",
     }
 
@@ -171,7 +172,7 @@ def steps(run_dir: Path, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]
 def _step(name: str, folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     rows = list(read_metrics(folder / "logs" / "metrics.jsonl"))
     validation = [row["perplexity"] for row in rows if row["kind"] == "validation" and "perplexity" in row]
-    trained = [row["tokens"] for row in rows if row["kind"] == "train"]
+    trained = [row["tokens"] for row in rows if row["kind"] == "train" and "tokens" in row]
     cut = [axis for axis in plan["student"] if plan["student"][axis] < plan["teacher"][axis]]
     return {
         "name": name,

@@ -28,17 +28,22 @@ def curves(rows: Sequence[Row]) -> dict[str, Any]:
         for name, kept in (("train", train), ("validation", validation))
     }
     # A validation row counts the tokens it was measured on; on the chart it stands at the tokens trained on by then.
-    tokens_per_step = out["train"][-1]["tokens"] / out["train"][-1]["step"] if out["train"] else None
+    tokens_per_step = _tokens_per_step(out["train"])
     for point in out["validation"]:
         if tokens_per_step is None:
             point.pop("tokens", None)
         else:
             point["tokens"] = round(point["step"] * tokens_per_step)
-    speeds = sorted(row["tokens_per_second"] for row in train)
+    speeds = sorted(row["tokens_per_second"] for row in train if "tokens_per_second" in row)
     out["tokens_per_second"] = speeds[len(speeds) // 2] if speeds else None
-    out["skipped_steps"] = sum(row["skipped"] for row in train)
+    out["skipped_steps"] = sum(row.get("skipped", 0) for row in train)
     out["terms"] = _terms(train, validation)
     return out
+
+
+def _tokens_per_step(points: Sequence[Row]) -> float | None:
+    counted = [point for point in points if point["step"] and "tokens" in point]
+    return counted[-1]["tokens"] / counted[-1]["step"] if counted else None
 
 
 def _terms(train: Sequence[Row], validation: Sequence[Row]) -> list[dict[str, Any]]:

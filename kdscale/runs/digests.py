@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 _WHOLE_FILE_BYTES = 1 << 22
@@ -26,8 +27,9 @@ def digest_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_tree(path: Path) -> dict[str, str]:
-    """Digest of every file under `path` (or of `path` itself), by relative name."""
+def digest_tree(path: Path, only: Sequence[str] | None = None) -> dict[str, str]:
+    """Digest of every file under `path` (or of `path` itself), by relative name; `only`: of what these globs match."""
     if path.is_file():
         return {path.name: digest_file(path)}
-    return {str(item.relative_to(path)): digest_file(item) for item in sorted(path.rglob("*")) if item.is_file()}
+    items = path.rglob("*") if only is None else {item for pattern in only for item in path.glob(pattern)}
+    return {str(item.relative_to(path)): digest_file(item) for item in sorted(items) if item.is_file()}

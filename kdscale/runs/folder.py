@@ -11,35 +11,59 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kdscale.config.load import Difference, config_differences, dump_config, load_config, may_change
 from kdscale.config.root import Config
 from kdscale.config.targets import TEACHER_TOKEN
-from kdscale.errors import ConfigError, RunFolderError
-from kdscale.files import explain_os_errors, read_json, remove_leftovers, write_json, write_text
+from kdscale.errors import ConfigError, FileError, RunFolderError
+from kdscale.files import (
+    explain_os_errors,
+    is_plain_or_absent,
+    read_json,
+    read_own_json,
+    remove_leftovers,
+    set_aside,
+    write_json,
+    write_text,
+)
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file or folder that a stage leaves; `path` is relative to the run folder."""
+    """A file or folder that a stage leaves; `path` is relative to the run folder.
+
+    `only`: globs of the files in it that a stage reads, where that is not all of them.
+    """
 
     path: str
+    only: tuple[str, ...] | None = None
 
 
 DATA = Artifact("data")
 IMPORTANCE = Artifact("importance")
 PLAN = Artifact("plan.json")
 PRUNED = Artifact("pruned")
+# What a model's values depend on. The tokenizer's files matter besides where text is read; licences, notices and chat
+# templates are copied along and decide nothing.
+WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "generation_config.json",
+)  # fmt: skip
+PRUNED_WEIGHTS = Artifact("pruned", WEIGHTS)
 PRUNED_CONFIG = Artifact("pruned/config.json")
 REPAIR = Artifact("repair.json")
 CHECKPOINTS = Artifact("checkpoints")
 STUDENT = Artifact("student")
+STUDENT_WEIGHTS = Artifact("student", WEIGHTS)
 EVAL = Artifact("eval")
 REPORT = Artifact("report")
 METRICS = Artifact("logs/metrics.jsonl")
@@ -58,6 +82,58 @@ def _try_lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
+class StageStatus(_Record):
+    """What status.json says about one stage."""
+
+    state: Literal["running", "done", "failed", "interrupted"]
+    time: str = ""
+    seconds: float = 0.0
+    facts: dict[str, str | int | float] = {}
+    reason: str = ""
+
+
+class Status(_Record):
+    """status.json."""
+
+    stages: dict[str, StageStatus]
+
+
+class StageInputs(_Record):
+    """What a stage was made from: settings, what was derived from them, and digests of files by artifact and name."""
+
+    config: dict[str, Any]
+    files: dict[str, dict[str, str]]
+    derived: dict[str, Any] = {}
+
+
+class Manifest(_Record):
+    """The manifest of a finished stage: what it was made from and what it left."""
+
+    made_from: StageInputs
+    outputs: dict[str, dict[str, str]]
+    facts: dict[str, str | int | float]
+    # digests of the files of the larger model that are copied to the output and decide nothing else
+    copied: dict[str, str] = {}
+    seconds: float = 0.0
+
+
+def fits(record: type[BaseModel]) -> Callable[[Any], bool]:
+    """A check of whether a JSON value is such a record."""
+
+    def check(value: Any) -> bool:
+        try:
+            record.model_validate(value)
+        except ValidationError:
+            return False
+        return True
+
+    return check
 
 
 class RunFolder:
@@ -92,8 +168,10 @@ class RunFolder:
             raise RunFolderError(f"run folder {self.path}", expected="a folder", got="a file")
         with explain_os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
         try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise RunFolderError(f"{self.path / '.lock'} is not a regular file", hint="remove it")
             if not _try_lock(handle):
                 owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise RunFolderError(
@@ -110,8 +188,8 @@ class RunFolder:
     def in_use(self) -> bool:
         """Whether a process holds the folder now."""
         try:
-            handle = os.open(self.path / ".lock", os.O_RDONLY)
-        except FileNotFoundError:
+            handle = os.open(self.path / ".lock", os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:  # nobody who can hold it
             return False
         try:
             return not _try_lock(handle)
@@ -155,14 +233,26 @@ class RunFolder:
         # a launcher writes the ranks' logs before the first rank gets here
         return any(item.name not in (".lock", "logs", TEACHER_TOKEN) for item in self.path.iterdir())
 
+    def recorded(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """The stages of status.json, by name; a damaged file counts as none, is left where it is and reported."""
+        if not os.path.lexists(self.status):
+            return {}
+        try:
+            return dict(Status.model_validate(read_json(self.status)).model_dump(exclude_unset=True)["stages"])
+        except (FileError, ValidationError):
+            say(f"warning: {self.status} is damaged; kdscale run makes it again")
+            return {}
+
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to events.jsonl: what happened, when, in which process."""
+        if not is_plain_or_absent(self.events):
+            set_aside(self.events)
         with explain_os_errors(self.events), self.events.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"time": now(), "event": kind, "pid": os.getpid(), **fields}) + "\n")
 
     def set_status(self, stage: str, state: str, **fields: Any) -> None:
         """Record a stage's state (running, done, failed, interrupted) for `kdscale status` and other watchers."""
-        current = read_json(self.status, RunFolderError) if self.status.exists() else {"stages": {}}
+        current = read_own_json(self.status, fits(Status)) or {"stages": {}}
         current["stages"][stage] = {"state": state, "time": now(), **fields}
         write_json(self.status, current)
         self.event(state, stage=stage, **fields)

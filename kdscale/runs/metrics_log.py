@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kdscale.files import atomic_path
+from kdscale.errors import FileError
+from kdscale.files import atomic_path, is_plain_or_absent, parse_json, read_bytes, set_aside
 
+_LISTS = ("documents", "micro_batches")  # the columns that are no figures
+_LARGEST, _LARGEST_FIGURE = 4 << 30, 1e300
 _SYNC_SECONDS = 5.0  # the most that a power cut takes from a log whose writer does not call `sync` itself
 
 
@@ -27,6 +30,8 @@ class MetricsLog:
         tensorboard_dir: Path | None = None,
         say: Callable[[str], None] = lambda message: None,
     ):
+        if not is_plain_or_absent(path):
+            set_aside(path, say)
         kept = []
         for number, line, row in _lines(path):
             if row is None:
@@ -74,9 +79,9 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """Each line with its number from 1 and its row, None for one that is damaged; without a last line cut by a kill."""
-    if not path.exists():
+    if not path.is_file():
         return
-    *lines, last = path.read_bytes().split(b"\n")
+    *lines, last = read_bytes(path, limit=_LARGEST).split(b"\n")
     for number, line in enumerate(lines, 1):
         yield number, line, _row(line)
     if last and (row := _row(last)) is not None:  # whole but for its newline
@@ -84,8 +89,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line: `kind`, `step` and figures; None for anything else."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = parse_json(line.decode("utf-8"), "row", expect=dict)
+    except (FileError, UnicodeDecodeError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row else None
+    figures = {name: value for name, value in row.items() if name != "kind" and name not in _LISTS}
+    sound = isinstance(row.get("kind"), str) and type(row.get("step")) is int and row["step"] >= 0
+    sound = sound and all(isinstance(row.get(name, []), list) for name in _LISTS)
+    return row if sound and all(map(_is_figure, figures.values())) else None
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float) and -_LARGEST_FIGURE < value < _LARGEST_FIGURE  # neither for NaN

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kdscale.errors import RunFolderError, SelfCheckError
-from kdscale.files import explain_os_errors, fsync_dir, fsync_file, read_json, write_json
+from kdscale.files import explain_os_errors, fsync_dir, fsync_file, read_own_json, write_json
 from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES
 from kdscale.weights.reader import TensorInfo, torch_dtype
 from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE
@@ -142,9 +142,9 @@ class ShardWriter:
 
     def _committed_before(self) -> set[str]:
         """What an earlier writer of these very shards committed here; nothing when a header or a file differs."""
-        if self._journal is None or not self._journal.exists():
+        journal = read_own_json(self._journal, _is_journal) if self._journal is not None else None
+        if journal is None:
             return set()
-        journal = read_json(self._journal)
         for i, shard in enumerate(self.shards):
             # a writer that was killed between renaming and forgetting its journal left files with their final names
             if self.files[i].exists() and not self._temporary(i).exists():
@@ -277,3 +277,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     return names.get(dtype, str(dtype))
+
+
+def _is_journal(value: object) -> bool:
+    """Whether a JSON value is what a writer's journal holds: the tensors written so far, and of which layout."""
+    if not isinstance(value, dict) or "layout" not in value or not isinstance(value.get("written"), list):
+        return False
+    return all(isinstance(name, str) for name in value["written"])

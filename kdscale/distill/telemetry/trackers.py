@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from kdscale.config.root import Config
 from kdscale.config.telemetry import MlflowConfig, TrackingConfig, TrackioConfig, WandbConfig
 from kdscale.errors import ConfigError
-from kdscale.files import read_json, sha256_json, write_json
+from kdscale.files import read_own_json, sha256_json, write_json
 from kdscale.runtime.versions import versions
 
 IDS_FILE = "tracking.json"
@@ -147,8 +147,9 @@ def open_trackers(cfg: Config, logs: Path, say: Callable[[str], None]) -> Tracke
     A tracker that fails to start is reported and disabled. The runs' ids are in `logs`/tracking.json; a changed config
     starts new runs.
     """
-    config_hash, stored = sha256_json(cfg.resolved()), logs / IDS_FILE
-    known = read_json(stored) if stored.exists() else {}
+    # a run folder that was moved goes on in the same runs
+    config_hash, stored = sha256_json({**cfg.resolved(), "run_dir": None}), logs / IDS_FILE
+    known = read_own_json(stored, _are_ids, say) or {}
     ids: dict[str, str] = dict(known["runs"]) if known.get("config") == config_hash else {}
     facts = {**cfg.resolved(), "versions": versions()}
     trackers: dict[str, Tracker] = {}
@@ -165,6 +166,12 @@ def open_trackers(cfg: Config, logs: Path, say: Callable[[str], None]) -> Tracke
     if trackers:
         write_json(stored, {"config": config_hash, "runs": ids})
     return Trackers(trackers, say)
+
+
+def _are_ids(value: Any) -> bool:
+    """Whether a JSON value is what `open_trackers` writes."""
+    runs = value.get("runs") if isinstance(value, dict) else None
+    return isinstance(runs, dict) and all(isinstance(run, str) for run in runs.values())
 
 
 class Trackers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from kdscale.pipeline.spawn import run_on_ranks
@@ -24,6 +25,11 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     steps = settings.tokens // (settings.global_batch * settings.seq_len)
     checkpoints = settings.keep_checkpoints + 1 + (steps // settings.keep_every if settings.keep_every else 0)
     return student_params * (_STUDENT_BYTES + checkpoints * _CHECKPOINT_BYTES)
+
+
+def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:
+    """Tokenizer, licence and the like come from the pruned student."""
+    return context.run.pruned, context.run.student
 
 
 def distill(context: StageContext) -> Facts:

@@ -9,15 +9,16 @@ schedule is complete. Only `result-<tokens>.json` stays: a finished probe is not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config.root import Config
 from kdscale.errors import TrainingError
-from kdscale.files import read_json, remove_tree, sha256_json, write_json
+from kdscale.files import read_json, read_own_json, remove_tree, sha256_json, write_json
 from kdscale.pipeline.stage import StageContext
 from kdscale.runs.digests import digest_tree
-from kdscale.runs.folder import RunFolder
+from kdscale.runs.folder import WEIGHTS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.units import BUDGET_FIELDS
 
@@ -51,7 +52,8 @@ def _probed(context: StageContext, teacher: Dims, candidate: ShapeCandidate, tok
     folder = Path(config.run_dir)
     name = " ".join(f"{axis}={size}" for axis in SHAPE_AXES if (size := getattr(candidate, axis)))
     result, made_from = folder / f"result-{tokens}.json", _fingerprint(context, config)
-    if not (result.exists() and read_json(result)["made_from"] == made_from):
+    known = read_own_json(result, _is_result)
+    if known is None or known["made_from"] != made_from:
         context.reporter.say(f"  probe of {name}")
         loss = _run(context, config)
         write_json(result, {"shape": name, "tokens": tokens, "loss": loss, "made_from": made_from})
@@ -62,10 +64,15 @@ def _probed(context: StageContext, teacher: Dims, candidate: ShapeCandidate, tok
     return candidate.model_copy(update={"probes": [*candidate.probes, ProbeResult(tokens=tokens, loss=loss)]})
 
 
+def _is_result(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("loss"), float) and "made_from" in value
+
+
 def _run(context: StageContext, config: Config) -> float:
     assert context.run_inner is not None
     shared = {"data": context.run.data, "importance": context.run.importance}
-    context.run_inner(context, config, ("plan", "prune", "distill"), shared)
+    # a probe is made from scratch whenever its inputs changed
+    context.run_inner(replace(context, accept_changes=True), config, ("plan", "prune", "distill"), shared)
     run = RunFolder(Path(config.run_dir))
     rows = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "validation"]
     if not rows or "loss" not in rows[-1]:
@@ -98,8 +105,8 @@ def _fingerprint(context: StageContext, config: Config) -> str:
     """A hash of everything that the probe's loss depends on."""
     run = context.run
     files = {
-        "source": digest_tree(context.model_to_prune),
-        "teacher": digest_tree(context.model_to_learn_from),
+        "source": digest_tree(context.model_to_prune, WEIGHTS),
+        "teacher": digest_tree(context.model_to_learn_from, WEIGHTS),
         "importance": digest_tree(run.importance),
         "data": digest_tree(run.data),
     }

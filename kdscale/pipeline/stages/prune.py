@@ -25,6 +25,11 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     return student_params * _STUDENT_BYTES
 
 
+def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:
+    """Tokenizer, licence and the like come from the model that is pruned."""
+    return context.model_to_prune, context.run.pruned
+
+
 def prune_and_check(context: StageContext) -> Facts:
     """Write the pruned student on as many processes as the config asks for, and check it."""
     run_on_ranks("prune", prune_rank, context, context.config.importance.processes)

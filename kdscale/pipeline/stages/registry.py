@@ -17,7 +17,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             name="data", title="tokenise the text", run=data.tokenize,
-            config=("data",), model="teacher", writes=(folder.DATA,),
+            config=("data",), model="teacher", model_files=("config.json", *folder.TOKENIZER), writes=(folder.DATA,),
         ),
         Stage(
             name="importance", title="measure importance", help="Measure what each part of the teacher contributes.",
@@ -36,7 +36,8 @@ STAGES: dict[str, Stage] = {
             help="Write the pruned student (and whatever it still needs) and check it.",
             run=prune.prune_and_check, run_rank=prune.prune_rank,
             config=("prune", "importance", "seed", _CODE), model="model_to_prune",
-            reads=(folder.PLAN, folder.IMPORTANCE, folder.DATA), writes=(folder.PRUNED,),
+            copies=prune.copied_from_and_to,
+            reads=(folder.PLAN, folder.IMPORTANCE, folder.DATA), writes=(folder.PRUNED, folder.REPAIR),
             disk_bytes=prune.disk_bytes, resumable=True, in_steps=True,
         ),
         Stage(
@@ -44,15 +45,17 @@ STAGES: dict[str, Stage] = {
             help="Distil the teacher into the pruned student; resumes where it was.",
             run=distill.distill, run_rank=distill.distill_rank,
             config=("seed", _CODE), depends_on=distill.what_distillation_depends_on, model="model_to_learn_from",
-            reads=(folder.PRUNED, folder.DATA), writes=(folder.STUDENT,),
+            copies=distill.copied_from_and_to,
+            reads=(folder.PRUNED_WEIGHTS, folder.DATA), writes=(folder.STUDENT,),
             resumes_from=(folder.CHECKPOINTS, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD),
             disk_bytes=distill.disk_bytes, in_steps=True, across_job=True, watches_itself=True,
         ),
         Stage(
             name="eval", title="evaluate side by side",
             help="Measure teacher, pruned and distilled side by side on held-out text.",
-            run=evaluate.evaluate, config=("eval", "seed", _CODE), model="teacher",
-            reads=(folder.PRUNED, folder.STUDENT, folder.DATA), writes=(folder.EVAL,),
+            run=evaluate.evaluate, config=("eval", "seed", _CODE),
+            model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
+            reads=(folder.PRUNED_WEIGHTS, folder.STUDENT_WEIGHTS, folder.DATA), writes=(folder.EVAL,),
         ),
         Stage(
             name="report", title="write the report",

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from kdscale.files import atomic_dir
-from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.errors import RunFolderError
+from kdscale.files import atomic_dir, read_json
+from kdscale.pipeline.stage import Facts, StageContext, changed_outputs
+from kdscale.runs.folder import EVAL, IMPORTANCE, REPAIR, Manifest, RunFolder, fits
+
+_SHOWN = {artifact.path for artifact in (IMPORTANCE, REPAIR, EVAL)}
 
 
 def write_report(context: StageContext) -> Facts:
     """Write the report of whatever the run folder holds."""
     from kdscale.report.html import write_report as write
 
+    _check_inputs(context.run)
+    for step in sorted(context.run.steps.glob("*")):
+        _check_inputs(RunFolder(step))
     with atomic_dir(context.run.report) as tmp:
         write(context.run.path, tmp)
     return {}
+
+
+def _check_inputs(run: RunFolder) -> None:
+    """Raises RunFolderError or ConfigError for a result that is no longer what its stage left."""
+    from kdscale.prune.plan import Plan
+
+    if run.plan.exists():
+        Plan.load(run.plan)
+    changes: list[str] = []
+    for path in sorted(run.stages.glob("*.json")):
+        if "." in path.stem:  # of a stage that has begun
+            continue
+        manifest = read_json(path, RunFolderError, expect=dict)
+        if not fits(Manifest)(manifest):
+            changes.append(f"stages/{path.name} is damaged")
+        else:  # what is gone is left out of the report
+            there = {
+                name: digests
+                for name, digests in manifest["outputs"].items()
+                if name in _SHOWN and (run.path / name).exists()
+            }
+            changes += changed_outputs(run, {"outputs": there})
+    if changes:
+        raise RunFolderError(
+            f"{run.path} holds results that were changed",
+            got="; ".join(changes[:8]),
+            hint="kdscale run CONFIG makes them again",
+        )

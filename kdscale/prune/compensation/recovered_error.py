@@ -10,11 +10,12 @@ N sampled tokens · D outputs · U inputs · K kept inputs
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdscale.files import read_json, write_json
+from kdscale.files import read_own_json, write_json
 
 _ROWS = 512
 
@@ -30,8 +31,9 @@ class RecoveredErrors:
     def __init__(self, path: Path | None = None):
         self._path = path
         self._rows: dict[tuple[int, str], dict[str, object]] = {}
-        if path is not None and path.exists():
-            self._rows = {(row["layer"], row["role"]): row for row in read_json(path)["layers"]}
+        known = read_own_json(path, _are_errors) if path is not None else None
+        if known is not None:
+            self._rows = {(row["layer"], row["role"]): row for row in known["layers"]}
 
     @property
     def rows(self) -> list[dict[str, object]]:
@@ -64,6 +66,14 @@ class RecoveredErrors:
     def _write(self) -> None:
         if self._path is not None:
             write_json(self._path, {"version": 1, "layers": self.rows})
+
+
+def _are_errors(value: Any) -> bool:
+    """Whether a JSON value is what `RecoveredErrors` writes."""
+    rows = value.get("layers") if isinstance(value, dict) else None
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and isinstance(row.get("layer"), int) and isinstance(row.get("role"), str) for row in rows
+    )
 
 
 class InputSample:

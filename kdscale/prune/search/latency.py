@@ -15,12 +15,12 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from kdscale.families import Dims
-from kdscale.files import read_json, write_json
+from kdscale.files import read_own_json, write_json
 from kdscale.prune.search.budget import Floats, Shapes
 
 LatencyKind = Literal["decode", "prefill"]
@@ -54,10 +54,9 @@ class TimingFile:
     def __init__(self, machine: str, path: Path | None = None):
         self._machine, self._path = machine, path
         self._timings: dict[str, Timing] = {}
-        if path is not None and path.exists():
-            stored = read_json(path)
-            if stored.get("machine") == machine:
-                self._timings = {key: Timing(**value) for key, value in stored["shapes"].items()}
+        stored = read_own_json(path, _are_timings) if path is not None else None
+        if stored is not None and stored["machine"] == machine:
+            self._timings = {key: Timing(**value) for key, value in stored["shapes"].items()}
 
     def get(self, dims: Dims) -> Timing | None:
         """The timing of a shape with such layers, however many of them."""
@@ -69,6 +68,22 @@ class TimingFile:
         if self._path is not None:
             shapes = {key: vars(known) for key, known in self._timings.items()}
             write_json(self._path, {"machine": self._machine, "shapes": shapes})
+
+
+def _are_timings(value: Any) -> bool:
+    """Whether a JSON value is what `TimingFile` writes."""
+    if not isinstance(value, dict) or not isinstance(value.get("shapes"), dict) or "machine" not in value:
+        return False
+    fields = set(Timing.__dataclass_fields__)
+    return all(
+        isinstance(shape, dict)
+        and set(shape) == fields
+        and all(
+            isinstance(part, dict) and all(isinstance(ms, int | float) for ms in part.values())
+            for part in shape.values()
+        )
+        for shape in value["shapes"].values()
+    )
 
 
 class LatencyModel:

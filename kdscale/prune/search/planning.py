@@ -19,6 +19,7 @@ from kdscale.prune.plan import (
     Plan,
     PlannedDims,
     PlanTarget,
+    SearchResult,
     ShapeCandidate,
     count_params,
 )
@@ -112,7 +113,7 @@ def _methods(search: Search, student: Dims, chosen: ShapeCandidate) -> Methods:
     return Methods(**by_axis, compensate=search.cfg.compensate, layer_repair=repair, search=last)
 
 
-def _last_ranking(search: Search, chosen: ShapeCandidate) -> str:
+def _last_ranking(search: Search, chosen: ShapeCandidate) -> SearchResult:
     """The last ranking that this candidate came first in."""
     if search.budget is None:
         return "sizes_given"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from kdscale.config.load import build_config
 from kdscale.config.root import Config
 from kdscale.errors import RunFolderError
 from kdscale.files import write_text
-from kdscale.pipeline.stage import Stage, StageContext, run_stage
+from kdscale.pipeline.stage import Stage, StageContext, refuse_to_lose_progress, run_stage
 from kdscale.runs.digests import digest_file
 from kdscale.runs.folder import Artifact, RunFolder
 from kdscale.runtime.progress import Reporter
@@ -35,7 +36,7 @@ class Bench:
         self.run.path.mkdir()
         self.calls: list[str] = []
         self.first = Stage(
-            name="first", title="the first", run=self._work("first", "a.json"),
+            name="first", title="the first", run=self._work("first", "a.json"), copies=self._folders,
             config=("seed",), model="teacher", writes=(Artifact("a.json"),),
         )  # fmt: skip
         self.second = Stage(
@@ -52,11 +53,18 @@ class Bench:
 
         return work
 
-    def go(self, settings: Config | None = None) -> list[str]:
-        self.calls.clear()
-        context = StageContext(
-            settings or config(), self.run, self.run.path.parent / "teacher", Reporter(console=self.console)
+    def _folders(self, context: StageContext) -> tuple[Path, Path]:
+        return context.teacher, self.run.path / "copies"
+
+    def context(self, settings: Config | None = None, accept_changes: bool = False) -> StageContext:
+        reporter = Reporter(console=self.console)
+        return StageContext(
+            settings or config(), self.run, self.run.path.parent / "teacher", reporter, accept_changes=accept_changes
         )
+
+    def go(self, settings: Config | None = None, accept_changes: bool = False) -> list[str]:
+        self.calls.clear()
+        context = self.context(settings, accept_changes)
         for stage in (self.first, self.second):
             run_stage(stage, context)
         return list(self.calls)
@@ -93,6 +101,66 @@ def test_a_changed_teacher_repeats_what_reads_it(bench: Bench) -> None:
     assert bench.go() == ["first"]  # the second stage's only input came out the same
 
 
+def test_what_no_stage_reads_of_the_teacher_changes_nothing_but_its_copies(bench: Bench) -> None:
+    teacher, copies = bench.run.path.parent / "teacher", bench.run.path / "copies"
+    (teacher / "LICENSE").write_text("old")
+    copies.mkdir()
+    bench.go()
+    for name in ("LICENSE", ".DS_Store", "chat_template.jinja", "README.md"):
+        (teacher / name).write_text("new")
+    assert bench.go() == []
+    assert sorted(item.name for item in copies.iterdir()) == ["LICENSE", "chat_template.jinja"]
+    assert (copies / "LICENSE").read_text() == "new"
+    assert "copied again" in bench.console.export_text()
+
+
+def test_checkpoints_are_refused_before_the_stages_that_come_before_them_run(bench: Bench) -> None:
+    bench.go()
+    write_text(bench.run.path / "scratch" / "step", "1")
+    (bench.run.path.parent / "teacher" / "config.json").write_text('{"other": 1}')
+    with pytest.raises(RunFolderError, match=r"teacher/config\.json was changed"):
+        refuse_to_lose_progress((bench.first, bench.second), bench.context())
+
+
+def test_damaged_manifests_are_set_aside_and_the_stage_is_done_again(bench: Bench) -> None:
+    for damage in ("[]", "{", "null", '{"made_from": 1}', "[" * 5000, ""):
+        bench.go()
+        (bench.run.stages / "first.json").write_text(damage)
+        assert bench.go() == ["first"], damage
+    bench.go()
+    (bench.run.stages / "first.json").unlink()
+    (bench.run.stages / "first.json").mkdir()
+    assert bench.go() == ["first"]
+    assert (bench.run.stages / "first.json.damaged").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["[]", "{", '{"stages": []}', '{"stages": {"first": {"state": "odd"}}}', "9" * 5000])
+def test_a_damaged_status_is_made_again(bench: Bench, damage: str) -> None:
+    bench.go()
+    bench.run.status.write_text(damage)
+    said: list[str] = []
+    assert bench.run.recorded(said.append) == {}
+    assert "damaged" in said[0] and bench.run.status.read_text() == damage
+    bench.go(config(seed=7))
+    assert bench.run.recorded(said.append)["first"]["state"] == "done"
+
+
+def test_events_that_cannot_be_appended_to_are_set_aside(bench: Bench) -> None:
+    os.mkfifo(bench.run.events)
+    bench.go()
+    assert bench.run.events.is_file()
+
+
+def test_a_moved_run_folder_goes_on(bench: Bench) -> None:
+    settings = config(run_dir=str(bench.run.path))
+    bench.run.adopt_config(settings, accept_changes=False)
+    bench.go(settings)
+    moved = bench.run.path.rename(bench.run.path.parent / "moved")
+    bench.run = RunFolder(moved)
+    bench.run.adopt_config(config(run_dir=str(moved)), accept_changes=False)
+    assert bench.go(config(run_dir=str(moved))) == []
+
+
 def test_a_damaged_or_missing_output_is_made_again(bench: Bench) -> None:
     bench.go()
     (bench.run.path / "b" / "x").write_text("cut")
@@ -107,6 +175,7 @@ def test_an_output_edited_by_hand_is_kept_and_noticed_downstream(bench: Bench) -
     bench.go()
     (bench.run.path / "a.json").write_text("edited")
     assert bench.go() == ["second"]
+    assert "the second is done again: a.json was changed" in bench.console.export_text()
     assert (bench.run.path / "a.json").read_text() == "edited"
 
 
@@ -123,7 +192,10 @@ def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> Non
     bench.second = whole
     bench.go()
     assert (bench.run.path / "scratch" / "step").exists()
-    bench.go(config(distill={"tokens": 5000}))
+    with pytest.raises(RunFolderError, match=r"tokens: 1000000 → 5000\n.*--accept-changes"):
+        bench.go(config(distill={"tokens": 5000}))
+    assert (bench.run.path / "scratch" / "step").exists()
+    bench.go(config(distill={"tokens": 5000}), accept_changes=True)
     assert not (bench.run.path / "scratch").exists()
     assert not (bench.run.path / "curve").exists()
 

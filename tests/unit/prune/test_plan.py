@@ -62,6 +62,13 @@ def _one_group(tree):
         (_put(["student_params", "total"], 1), "student_params.total"),
         (_put(["target", "reached"], 1), "target.reached"),
         (_put(["norm_scale"], 0.0), "norm_scale"),
+        (_put(["norm_scale"], float("inf")), "norm_scale"),
+        (_put(["methods", "search"], "guessed"), "methods.search"),
+        (_put(["methods", "ffn"], "guessed"), "methods"),
+        (_put(["candidates"], []), "candidates"),
+        (_put(["retained", "ffn"], float("nan")), "retained.ffn"),
+        (_put(["retained", "width"], 0.5), "retained"),
+        (_put(["candidates_tried"], 10**4000), "candidates_tried"),
         (_put(["version"], 2), "version"),
         (_put(["surprise"], 1), "surprise"),
         (lambda tree: tree.pop("kept"), "kept"),
@@ -72,6 +79,7 @@ def test_a_bad_edit_names_its_field(tree, small_config, small_family, edit, fiel
     with pytest.raises(ConfigError) as caught:
         Plan.from_json(json.dumps(tree), config=small_config, family=small_family)
     assert f"- {field}:" in str(caught.value)
+    assert len(str(caught.value)) < 2000
 
 
 def test_a_good_edit_is_taken(tree, small_config, small_family):

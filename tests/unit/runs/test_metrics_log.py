@@ -74,3 +74,19 @@ def test_rows_are_on_the_disk_when_a_checkpoint_is_sealed(tmp_path: Path, monkey
     log.write("train", 2, loss=1.0)
     assert len(synced) == before + 2
     log.close()
+
+
+def test_rows_of_the_wrong_kind_and_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"kind": "train", "step": 1, "loss": 2.0}\n'
+    bad = [b"[]", b"null", b"9" * 5000, b"[" * 5000, b'{"kind": "train", "step": true}', b'{"kind": 1, "step": 1}',
+           b'{"kind": "train", "step": 2, "loss": "x"}', b'{"kind": "train", "step": 2, "loss": NaN}',
+           b'{"kind": "train", "step": 2, "loss": []}', b'{"kind": "train", "step": -1}', b"\xff"]  # fmt: skip
+    path.write_bytes(b"\n".join(bad) + b"\n" + good)
+    assert [row["loss"] for row in read_metrics(path)] == [2.0]
+    path.unlink()
+    path.mkdir()
+    assert list(read_metrics(path)) == []
+    said: list[str] = []
+    MetricsLog(path, say=said.append).close()
+    assert path.is_file() and "damaged" in said[0]
