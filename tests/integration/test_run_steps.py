@@ -34,7 +34,8 @@ def test_two_steps_to_one_report(kdscale: Callable[..., Any], tiny_config: Path)
         stage: json.loads((run / "stages" / f"{stage}.json").read_text())["made_from"]["files"]["teacher"]
         for stage in ("data", "importance", "plan", "prune", "distill")
     }
-    assert made_from["distill"] == made_from["data"]  # learns from the original, ...
+    assert made_from["distill"]["config.json"] == made_from["data"]["config.json"]  # learns from the original, ...
+    assert made_from["distill"]["model.safetensors"] != made_from["prune"]["model.safetensors"]
     assert "generation_config.json" in made_from["data"]
     assert made_from["importance"] == made_from["plan"] == made_from["prune"] != made_from["data"]
     assert made_from["prune"]["model.safetensors"] == digest_file(

@@ -1,0 +1,61 @@
+"""The hostile cases of a test, how many there were, and a finished run to damage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hostile.nasty import COUNTS, HostileCases
+from tests.integration.conftest import TINY_CONFIG, kdscale, kdscale_environment  # noqa: F401 (fixtures)
+
+
+@pytest.fixture
+def hostile() -> Iterator[HostileCases]:
+    """Collects the cases of one test, and fails it at its end."""
+    cases = HostileCases()
+    yield cases
+    cases.report()
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """Hand the counts of a worker of pytest-xdist to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["hostile"] = dict(COUNTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up the counts of the workers."""
+    COUNTS.update(getattr(node, "workeroutput", {}).get("hostile", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many cases there were."""
+    if COUNTS["cases"]:
+        outcomes = ", ".join(f"{count:,.0f} {name}" for name, count in sorted(COUNTS.items()) if name != "cases")
+        terminalreporter.write_line(f"hostile input: {COUNTS['cases']:,} cases: {outcomes}")
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama_dir: Path,
+    tiny_texts: list[str],
+    kdscale: Any,  # noqa: F811
+) -> Path:
+    """The config of a whole tiny run; its run folder is beside it, and `pristine` is a copy of that."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "text").mkdir()
+    for index, text in enumerate(tiny_texts):
+        (folder / "text" / f"{index:02d}.txt").write_text(text, encoding="utf-8")
+    config = folder / "tiny.yaml"
+    config.write_text(TINY_CONFIG.format(folder=folder, teacher=tiny_llama_dir), encoding="utf-8")
+    outcome = kdscale("run", config, "--set", "eval.efficiency=false", "--set", "distill.tokens=768")
+    assert outcome.code == 0, outcome.err
+    config.write_text((folder / "run" / "config.yaml").read_text())
+    shutil.copytree(folder / "run", folder / "pristine", symlinks=True)
+    return config
