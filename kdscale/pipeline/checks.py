@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kdscale.config.root import Config
 from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.distill.telemetry.trackers import check_trackers
-from kdscale.errors import ConfigError, DataError, KdscaleError, RunFolderError
+from kdscale.errors import ConfigError, DataError, FileError, KdscaleError, RunFolderError
 from kdscale.models.loading import open_teacher
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path
 from kdscale.runs.folder import RunFolder
@@ -39,7 +39,9 @@ def check_before_work(
             return check(*arguments)
         except KdscaleError as error:
             errors.append(error)
-            return None
+        except OSError as error:  # of a name in the config: too long, a loop of links, forbidden
+            errors.append(FileError(f"{str(error.filename)[:200]} cannot be read", got=error.strerror))
+        return None
 
     attempt(check_run_dir, run.path)
     attempt(check_trackers, config.tracking)

@@ -76,17 +76,18 @@ def _value(tree: Any, path: tuple[Any, ...]) -> Any:
     return tree
 
 
+_BOMB = [f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in ("ab", "bc", "cd", "de", "ef", "fg", "gh")]
 YAML_TEXTS = {
-    "bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n"
-    + "".join(f"{new}: &{new} [{','.join([f'*{old}'] * 9)}]\n" for old, new in ("ab", "bc", "cd", "de", "ef", "fg", "gh")),
-    "brackets": "[" * 900, "braces": "{a: " * 900, "date": "d: 2020-99-99", "tag": "x: !!int abc",
-    "python": "x: !!python/object/apply:os.system [ls]", "digits": "x: " + "9" * 5000, "hex": "x: 0x" + "f" * 100_000,
-    "inside itself": "&a [*a]", "no key": "? [a]\n: b", "merge": "b: {<<: 3}", "many": "k: 1\n" * 15_000,
-    "binary": "x: !!binary abc", "surrogate": 'name: "\\ud800"', "long": "name: " + "a" * 200_000,
-    "key": "a" * 999 + ": 1", "dashes": "- " * 100_000, "quote": "'" * 100_001, "nul": "a: \x00", "two": "---\na: 1\n---\nb: 2",
-    "tabs": "\t" * 999,    "colons": ":" * 100_000, "sixty": "x: " + "1:" * 50_000 + "1", "version": "%YAML 9.9\n---\na: 1",
-    "stars": "*" * 999,    "anchors": "&a " * 1000, "infinity": "seed: .inf", "1e400": "distill: {optimizer: {lr: 1e400}}", "set": "!!set {a}",
-    "megabyte": "a: 1\n" * 300_000, "unknown keys": "".join(f"k{index}: 1\n" for index in range(5000)),
+    "bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(_BOMB), "brackets": "[" * 900, "braces": "{a: " * 900,
+    "date": "d: 2020-99-99", "tag": "x: !!int abc", "python": "x: !!python/object/apply:os.system [ls]",
+    "digits": "x: " + "9" * 5000, "hex": "x: 0x" + "f" * 100_000, "inside itself": "&a [*a]", "no key": "? [a]\n: b",
+    "merge": "b: {<<: 3}", "many": "k: 1\n" * 15_000, "binary": "x: !!binary abc", "surrogate": 'name: "\\ud800"',
+    "long": "name: " + "a" * 200_000, "key": "a" * 999 + ": 1", "dashes": "- " * 100_000, "quote": "'" * 100_001,
+    "nul": "a: \x00", "two": "---\na: 1\n---\nb: 2", "tabs": "\t" * 999, "colons": ":" * 100_000,
+    "sixty": "x: " + "1:" * 50_000 + "1", "version": "%YAML 9.9\n---\na: 1", "stars": "*" * 999,
+    "anchors": "&a " * 1000, "infinity": "seed: .inf", "1e400": "distill: {optimizer: {lr: 1e400}}",
+    "set": "!!set {a}", "megabyte": "a: 1\n" * 300_000,
+    "unknown keys": "".join(f"k{index}: 1\n" for index in range(5000)),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,21 @@ def test_a_folder_that_cannot_be_written(kdscale: Cli, tiny_config: Path) -> Non
     assert outcome.code == 5, outcome.err
     assert "/sys/kdscale-run" in outcome.err
     assert "run_dir" in outcome.err
+
+
+def test_a_closed_output(kdscale_environment: dict[str, str], tmp_path: Path) -> None:
+    """A reader that leaves early ends the command quietly; without any output at all it works as ever."""
+    (tmp_path / "config.yaml").write_text("")
+    command = f"{sys.executable} -m kdscale.cli.main"
+    for line, code in (
+        (f"{command} --help | true; exit ${{PIPESTATUS[0]}}", (0, 141)),
+        (f"{command} status {tmp_path} >&-", (0,)),
+        (f"{command} status {tmp_path} >&- 2>&-", (0,)),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, check=False, env=kdscale_environment, timeout=120
+        )
+        assert done.returncode in code and done.stderr == "", (line, done.returncode, done.stderr)
 
 
 @pytest.fixture

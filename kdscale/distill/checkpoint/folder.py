@@ -160,13 +160,36 @@ def _refuse_other_run(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """manifest.json of a checkpoint folder. Raises CheckpointError when it is damaged or of another format."""
-    manifest = files.read_json(path / MANIFEST, CheckpointError)
-    version = manifest.get("format") if isinstance(manifest, dict) else None
+    manifest = files.read_json(path / MANIFEST, CheckpointError, expect=dict)
+    version = manifest.get("format")
     if version != FORMAT:
-        raise CheckpointError(f"{path}", expected=f"manifest format {FORMAT}", got=f"manifest format {version}")
-    if manifest.pop("sha256", None) != files.sha256_json(manifest):
+        raise CheckpointError(
+            f"{path}", expected=f"manifest format {FORMAT}", got=f"manifest format {str(version)[:80]}"
+        )
+    written = manifest.pop("sha256", None)
+    try:
+        unchanged = written == files.sha256_json(manifest)
+    except ValueError:  # NaN, which kdscale never writes
+        unchanged = False
+    if not unchanged or not _is_complete(manifest):
         raise CheckpointError(f"{path}", expected="the manifest that was written", got=f"{MANIFEST} was changed")
     return dict(manifest)
+
+
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest with the right hash, which anybody can compute, holds what is read of it."""
+    entries = manifest.get("files")
+    shapes = {"step": int, "fingerprint": dict, "state": dict, "parameters": dict, "tied": dict, "adam_step": int}
+    return (
+        all(type(manifest.get(name)) is expected for name, expected in shapes.items())
+        and isinstance(entries, dict)
+        and all(
+            isinstance(entry, dict)
+            and all(type(entry.get(f"{part}bytes")) is int for part in ("", "weights_"))
+            and all(isinstance(entry.get(f"{part}sha256"), str) for part in ("", "weights_"))
+            for entry in entries.values()
+        )
+    )
 
 
 def data_files(path: Path, manifest: Mapping[str, Any]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader
 from kdscale.errors import RunFolderError
+from kdscale.files import sha256_json
 from kdscale.models.parameter_map import ParameterRange
 from tests.unit.distill.checkpoint.saving import FINGERPRINT, save, sealed_names
 
@@ -55,7 +57,32 @@ def change_manifest(path):
     manifest.write_text(manifest.read_text().replace('"adam_step": 7', '"adam_step": 8'))
 
 
-@pytest.mark.parametrize("damage", [flip, cut, drop, lose_manifest, change_manifest])
+def forged(**changes):
+    """Another content of the manifest with a hash that is right."""
+
+    def forge(path):
+        manifest = json.loads((path.parent / checkpoint_folder.MANIFEST).read_text())
+        del manifest["sha256"]
+        manifest |= changes
+        manifest["sha256"] = sha256_json(manifest)
+        (path.parent / checkpoint_folder.MANIFEST).write_text(json.dumps(manifest))
+
+    return forge
+
+
+def other_kind(text):
+    return lambda path: (path.parent / checkpoint_folder.MANIFEST).write_text(text)
+
+
+FORGERIES = [
+    forged(files=[]), forged(files={"rank-00000.safetensors": 1}), forged(files={"x": {"bytes": "1"}}),
+    forged(step="6"), forged(fingerprint=None), forged(parameters=[]), forged(adam_step=None), other_kind("[]"),
+    other_kind("null"), other_kind('{"format": 2, "sha256": NaN, "x": NaN}'), other_kind("[" * 5000),
+    other_kind("9" * 5000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [flip, cut, drop, lose_manifest, change_manifest, *FORGERIES])
 def test_a_damaged_one_is_skipped_and_named(tmp_path, damage):
     save(tmp_path, 3, 6)
     damage(tmp_path / "step-00000006" / "rank-00000.safetensors")
