@@ -17,9 +17,9 @@ BUDGET_FIELDS: dict[str, Unit] = {
     "target_prefill": "milliseconds",
 }
 
-_COUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKmMbBtT]?)\s*$")
-_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*$")
-_TIME = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*$")
+_COUNT = re.compile(r"^\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kKmMbBtT]?)\s*$")
+_BYTES = re.compile(r"^\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kKMGT]?)(i?)B?\s*$")
+_TIME = re.compile(r"^\s*(\d{1,20}(?:\.\d{1,20})?)\s*(ms|s)\s*$")
 _COUNT_SCALES = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3}  # largest first
 _BYTE_SCALES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 _EXAMPLES = {

@@ -14,9 +14,9 @@ from kdscale.units import parse_count
 
 # Every number has a finite range, so that no typing error becomes a hang, an overflow or an infinite learning rate.
 MOST = 10**15
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=MOST)]  # of tokens, bytes, parameters, steps
-Length = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=2**24)]  # positions, sizes of a model
-Few = Annotated[int, BeforeValidator(parse_count), Field(gt=0, le=2**16)]  # processes, sequences, checkpoints
+Count = Annotated[int, Field(gt=0, le=MOST), BeforeValidator(parse_count)]  # of tokens, bytes, parameters, steps
+Length = Annotated[int, Field(gt=0, le=2**24), BeforeValidator(parse_count)]  # positions, sizes of a model
+Few = Annotated[int, Field(gt=0, le=2**16), BeforeValidator(parse_count)]  # processes, sequences, checkpoints
 Seconds = Annotated[float, Field(ge=0.0, le=30 * 86_400.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Dtype = Literal["auto", "float32", "bfloat16"]
