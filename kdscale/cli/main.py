@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,9 +90,6 @@ def main() -> None:
     except Interrupted as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
         code = stop.exit_code
-    except BrokenPipeError:  # whoever read the output has gone, as in `kdscale status RUN | head -1`
-        _silence_standard_streams()
-        code = 128 + signal.SIGPIPE
     except Exception as error:
         # Wrong command lines (typer's own classes) print their usage themselves; the rest is a bug and keeps its trace.
         show_error = getattr(error, "show", None)
@@ -116,13 +112,6 @@ def _open_standard_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (a number; as long as the process)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-
-
-def _silence_standard_streams() -> None:
-    """Send what is still to be printed nowhere: its flush at the exit would fail once more."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
 
 
 if __name__ == "__main__":

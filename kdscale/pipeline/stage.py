@@ -272,7 +272,7 @@ def _renew_copies(stage: Stage, context: StageContext, manifest: dict[str, Any])
     source, target = stage.copies(context)
     renewed = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in copy_sidecars(source, Path(folder)):
+        for name in copy_sidecars(source, Path(folder), code=context.config.teacher.trust_remote_code):
             new = Path(folder) / name
             if not (target / name).is_file() or digest_file(target / name) != digest_file(new):
                 with atomic_path(target / name) as tmp:
