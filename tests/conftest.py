@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.hostile.nasty import COUNTS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -92,3 +95,22 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def pytest_sessionfinish(session: Any) -> None:
+    """Hand the counts of a worker of pytest-xdist to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["hostile"] = dict(COUNTS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add up the counts of the workers."""
+    COUNTS.update(getattr(node, "workeroutput", {}).get("hostile", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many cases of hostile input there were."""
+    if COUNTS["cases"]:
+        outcomes = ", ".join(f"{count:,.0f} {name}" for name, count in sorted(COUNTS.items()) if name != "cases")
+        terminalreporter.write_line(f"hostile input: {COUNTS['cases']:,} cases: {outcomes}")

@@ -1,4 +1,4 @@
-"""The hostile cases of a test, how many there were, and a finished run to damage."""
+"""The hostile cases of a test, and a finished run to damage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.hostile.nasty import COUNTS, HostileCases
+from tests.hostile.nasty import HostileCases
 from tests.integration.conftest import TINY_CONFIG, kdscale, kdscale_environment  # noqa: F401 (fixtures)
 
 
@@ -19,25 +19,6 @@ def hostile() -> Iterator[HostileCases]:
     cases = HostileCases()
     yield cases
     cases.report()
-
-
-def pytest_sessionfinish(session: Any) -> None:
-    """Hand the counts of a worker of pytest-xdist to the process that prints the summary."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["hostile"] = dict(COUNTS)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Add up the counts of the workers."""
-    COUNTS.update(getattr(node, "workeroutput", {}).get("hostile", {}))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print how many cases there were."""
-    if COUNTS["cases"]:
-        outcomes = ", ".join(f"{count:,.0f} {name}" for name, count in sorted(COUNTS.items()) if name != "cases")
-        terminalreporter.write_line(f"hostile input: {COUNTS['cases']:,} cases: {outcomes}")
 
 
 @pytest.fixture(scope="session")
