@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def fake_ssh(tmp_path: Path) -> Path:
     path.write_text(_STAY_HERE)
     path.chmod(0o755)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokenised text is shared within a module at most, and never with the user's runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDSCALE_CACHE", str(tmp_path_factory.mktemp("kdscale-cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

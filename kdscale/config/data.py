@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ class SourceConfig(Section):
 
     path: str = Field(min_length=1)
     field: str = "text"
+    source_field: str | None = "source"  # names where each record comes from; None: the file's name does
     split: str = "train"  # only for hf:
     weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # how often each document is repeated per epoch
 
@@ -36,3 +37,7 @@ class DataConfig(Section):
         strict=False, max_length=1000, default=()
     )  # if given, used instead of the fraction
     max_document_tokens: Count | None = None
+    # Whether what the tokenizer puts around a text (BOS) begins each document and each window that continues one.
+    add_special: Literal["auto", "never"] = "auto"
+    processes: Annotated[int, Field(ge=1, le=256)] | None = None  # that tokenise; None: one per core for much text
+    share: bool = True  # tokenised text with other runs of this user, in a cache folder

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdscale.data.batches import Batch, SequenceKey, stack_sequences
-from kdscale.data.packing import IGNORED_LABEL, PackedSequence, seeded_order
+from kdscale.data.packing import IGNORED_LABEL, PackedSequence, check_seq_len, seeded_order
 from kdscale.data.token_store import TokenSplit
 
 
@@ -27,20 +27,23 @@ class _EvalRow:
 def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: int, seed: int = 0) -> list[Batch]:
     """Held-out batches with exactly `max_tokens` labels that count, or all there are when the text has fewer.
 
-    Documents are taken in turn from every source, in a seeded order within each, and of each only its first
-    `seq_len` + 1 tokens, so that a small `max_tokens` still covers many documents. Rows are filled first fit, so that
-    the end of a row never cuts a document; the rest of a row is padding with IGNORED_LABEL. Deterministic, and with no
-    more rows than needed. `text_bytes` of a batch is the UTF-8 length of exactly the text its labels stand for (an
-    end-of-text label is 0 bytes).
+    Documents are taken in turn from every source, in a seeded order within each, and of each only as many tokens as
+    fit into one row after the split's prefix (unlabelled, 0 bytes), so that a small `max_tokens` still covers many
+    documents. Rows are filled first fit, so that the end of a row never cuts a document; the rest of a row is padding
+    with IGNORED_LABEL. Deterministic, and with no more rows than needed. `text_bytes` of a batch is the UTF-8 length of
+    exactly the text its labels stand for (an end-of-text label is 0 bytes).
 
     Raises DataError on the train split, which keeps no bytes per token.
     """
+    check_seq_len(split, seq_len)
     rows: list[_EvalRow] = []
     left = max_tokens
     for document in _documents_in_turn(split, seed):
         if left <= 0:
             break
-        take = min(len(split.document_tokens(document)) - 1, seq_len, left)  # positions with a label
+        take = min(
+            len(split.document_tokens(document)) - 1, seq_len - len(split.prefix_ids), left
+        )  # positions with a label
         _add_to_first_fit(split, document, take, rows, seq_len)
         left -= take
     return [_eval_batch(rows[i : i + micro_batch], i) for i in range(0, len(rows), micro_batch)]
@@ -49,16 +52,19 @@ def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: 
 def _documents_in_turn(split: TokenSplit, seed: int) -> Iterator[int]:
     """Document numbers: one from each source in turn, in a seeded order within each source."""
     order = seeded_order(split.documents, seed, 0)
-    queues = [order[split.labels_D[order] == label] for label in np.unique(split.labels_D)]
-    for turn in range(max((queue.size for queue in queues), default=0)):
-        for queue in queues:
-            if turn < queue.size:
-                yield int(queue[turn])
+    labels_D = split.labels_D[order]
+    sizes = np.bincount(labels_D)
+    queues = np.split(order[np.argsort(labels_D, kind="stable")], np.cumsum(sizes[sizes > 0])[:-1])
+    turn = 0
+    while queues := [queue for queue in queues if turn < queue.size]:
+        yield from (int(queue[turn]) for queue in queues)
+        turn += 1
 
 
 def _add_to_first_fit(split: TokenSplit, document: int, take: int, rows: list[_EvalRow], seq_len: int) -> None:
     """Put the first `take` tokens of a document, each with the next as its label, into the first row with room."""
-    row = next((row for row in rows if row.filled + take <= seq_len), None)
+    prefix = len(split.prefix_ids)
+    row = next((row for row in rows if row.filled + prefix + take <= seq_len), None)
     if row is None:
         ids = np.full(seq_len, split.eos_id, dtype=np.int64)
         # each padding token is a document of its own (position 0), so it neither sees nor is seen
@@ -66,13 +72,15 @@ def _add_to_first_fit(split: TokenSplit, document: int, take: int, rows: list[_E
         row = _EvalRow(ids, zeros[0], np.full(seq_len, IGNORED_LABEL, np.int64), zeros[1], [])
         rows.append(row)
     tokens, sizes = split.document_tokens(document), split.document_token_bytes(document)
-    place = slice(row.filled, row.filled + take)
+    text = row.filled + prefix
+    place = slice(text, text + take)
+    row.ids[row.filled : text] = split.prefix_ids
     row.ids[place] = tokens[:take]
-    row.positions[place] = np.arange(take)
+    row.positions[row.filled : text + take] = np.arange(prefix + take)
     row.labels[place] = tokens[1 : take + 1]
     row.sizes[place] = sizes[1 : take + 1]
     row.documents.append(document)
-    row.filled += take
+    row.filled = text + take
 
 
 def _eval_batch(rows: Sequence[_EvalRow], first: int) -> Batch:

@@ -6,6 +6,12 @@ changes every epoch, so does what is left out. Within a window the position ids 
 which transformers derives a mask that keeps documents apart. The label of a token is the next token of the same
 document, also when that one lies beyond the window's end: every token but a document's first is predicted once.
 
+Where the tokenizer begins a text with tokens of its own (a prefix of P tokens, usually BOS), so does each document, and
+so does each window that continues one. A prefix has no labels, so the labels are the same with and without one. Every
+window has S - P tokens of the stream that count, wherever the stream is cut, so that a window does not depend on those
+before it. A window that begins where a document does has room for up to P more tokens. The next ones fill it,
+unlabelled, as the next window has them too.
+
 Dimension letters: S seq_len, D documents, R documents with repeats.
 """
 
@@ -53,16 +59,17 @@ class EpochOrder:
     def __init__(self, split: TokenSplit, seed: int, epoch: int, shuffle: bool = True):
         repeated_R = np.repeat(np.arange(split.documents), split.weights_D)
         self.documents_R = repeated_R[seeded_order(repeated_R.size, seed, epoch)] if shuffle else repeated_R
-        self.starts_R1 = np.concatenate(([0], np.cumsum(split.lengths[self.documents_R])))
+        self.starts_R1 = np.concatenate(([0], np.cumsum(split.lengths[self.documents_R] + len(split.prefix_ids))))
 
 
 def epoch_tokens(split: TokenSplit) -> int:
-    """Tokens of an epoch: each document as often as its source's weight says."""
-    return int((split.lengths * split.weights_D.astype(np.int64)).sum())
+    """Tokens of an epoch, with what begins each document: each as often as its source's weight says."""
+    return int(((split.lengths + len(split.prefix_ids)) * split.weights_D.astype(np.int64)).sum())
 
 
 def epoch_sequences(split: TokenSplit, seq_len: int) -> int:
     """How many full windows an epoch has. Raises DataError when there is not one."""
+    check_seq_len(split, seq_len)
     tokens = epoch_tokens(split)
     if tokens < seq_len:
         raise DataError(
@@ -70,26 +77,41 @@ def epoch_sequences(split: TokenSplit, seq_len: int) -> int:
             expected=f"at least one sequence of {seq_len}",
             hint="give more text or a smaller seq_len",
         )
-    return tokens // seq_len
+    prefix = len(split.prefix_ids)
+    return (tokens - prefix) // (seq_len - prefix)
+
+
+def check_seq_len(split: TokenSplit, seq_len: int) -> None:
+    """Raises DataError when a sequence has no room for text beside what the tokenizer begins it with."""
+    if seq_len <= len(split.prefix_ids):
+        raise DataError(
+            f"a sequence of {seq_len} tokens has no room for text",
+            expected=f"more than the {len(split.prefix_ids)} tokens that begin each sequence",
+            hint="raise seq_len, or set data.add_special: never",
+        )
 
 
 def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: int) -> PackedSequence:
     """Window `number` (0 ≤ number < epoch_sequences) of the epoch that `order` belongs to."""
-    begin, end = number * seq_len, (number + 1) * seq_len
+    prefix = len(split.prefix_ids)
+    begin, end = number * (seq_len - prefix), (number + 1) * (seq_len - prefix)  # in the epoch's stream
     ids, positions, labels = (np.empty(seq_len, dtype=np.int64) for _ in range(3))
     documents = []
     slot = int(np.searchsorted(order.starts_R1, begin, side="right")) - 1
     filled = 0
     while filled < seq_len:
-        document, start = int(order.documents_R[slot]), int(order.starts_R1[slot])
+        document, text_start = int(order.documents_R[slot]), int(order.starts_R1[slot]) + prefix
         tokens = split.document_tokens(document)
-        first, last = max(begin - start, 0), min(end - start, tokens.size)
-        place = slice(filled, filled + last - first)
-        ids[place] = tokens[first:last]
-        positions[place] = np.arange(last - first)
-        labels[place] = _next_tokens(tokens, first, last)
+        first = max(begin - text_start, 0)
+        last = min(first + max(seq_len - filled - prefix, 0), tokens.size)
+        size = min(prefix + last - first, seq_len - filled)
+        place = slice(filled, filled + size)
+        ids[place] = np.append(np.asarray(split.prefix_ids, np.int64), tokens[first:last])[:size]
+        positions[place] = np.arange(size)
+        labels[place] = np.append(np.full(prefix, IGNORED_LABEL), _next_tokens(tokens, first, last))[:size]
+        labels[filled + prefix + max(end - text_start - first, 0) : filled + size] = IGNORED_LABEL
         documents.append(document)
-        filled += last - first
+        filled += size
         slot += 1
     return PackedSequence(ids, positions, labels, documents)
 

@@ -1,17 +1,20 @@
 """Where text comes from: files, folders, globs, the text that ships with the package, and hub data sets by name.
 
-A `.txt` file is one document: blank lines in prose end paragraphs, not documents. A `.jsonl` or `.jsonl.gz` file is one
-document per line, its text in the configured field. Files are always read in sorted order, so that the same source
-gives the same documents in the same order on every machine.
+A `.txt` file below 128 Ki characters is one document: blank lines in prose end paragraphs, not documents. A longer one
+is cut at the first blank line after each 64 Ki. A `.jsonl` or `.jsonl.gz` file is one document per line, its text in
+the configured field. Files are always read in sorted order, so that the same source gives the same documents in the
+same order on every machine.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,11 +28,14 @@ from kdscale_launch.watchdog import beat
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _BOM = b"\xef\xbb\xbf"
+_TXT_DOCUMENT_CHARS = 1 << 16  # a .txt document has at least so many characters, and at most twice as many
+_CUTS = (r"\n[ \t\r]*\n", r"\n", r"\s")  # where a .txt file may be cut, the best first
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `source` is the record's own `source` field when it has one, else the file's name."""
+    """One text; `source` is what the record's `source_field` says where it has one, else the file's name."""
 
     text: str
     source: str
@@ -63,10 +69,26 @@ def is_local(source: SourceConfig) -> bool:
 def describe_source(source: SourceConfig) -> dict[str, Any]:
     """What identifies the source's content, for manifests: settings, and name, size and sha256 of every file."""
     facts: dict[str, Any] = {"path": source.path, "field": source.field, "weight": source.weight}
+    if source.source_field != "source":
+        facts["source_field"] = source.source_field
     if not is_local(source):
         return {**facts, "split": source.split}
     files = source_files(source)
     return {**facts, "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]}
+
+
+def cut_text_files(sources: Sequence[SourceConfig]) -> list[str]:
+    """A notice for each source with `.txt` files that are too long for one document."""
+    notices = []
+    for source in sources:
+        files = source_files(source) if is_local(source) else []
+        cut = [file for file in files if file.name.endswith(".txt") and file.stat().st_size >= 2 * _TXT_DOCUMENT_CHARS]
+        if cut:
+            notices.append(
+                f"  note: {source.path}: {len(cut)} .txt file(s) of 128 KiB or more are cut into documents of about "
+                "64 Ki characters, at blank lines where there are some; .jsonl keeps documents of any length whole"
+            )
+    return notices
 
 
 def source_files(source: SourceConfig) -> list[Path]:
@@ -109,7 +131,7 @@ def _builtin_file(name: str) -> Path:
 def _read_files(source: SourceConfig) -> Iterator[tuple[str, str]]:
     for path in source_files(source):
         count = 0
-        for record in _read_text(path) if path.name.endswith(".txt") else _read_jsonl(path, source.field):
+        for record in _read_text(path) if path.name.endswith(".txt") else _read_jsonl(path, source):
             count += 1
             yield record
         if not count:
@@ -117,17 +139,45 @@ def _read_files(source: SourceConfig) -> Iterator[tuple[str, str]]:
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, str]]:
-    raw = path.read_bytes().removeprefix(_BOM)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(path, line, error) from error
+    """The documents of a .txt file; together they are its text, whose newlines stay as they are."""
+    text = ""
+    for block in _decoded_blocks(path):
+        text += block
+        while (end := _cut_position(text)) is not None:
+            if text[:end].strip():
+                yield text[:end], path.name
+            text = text[end:]
     if text.strip():
         yield text, path.name
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
+def _cut_position(text: str) -> int | None:
+    """Where the document at the beginning of `text` ends; None while it is too short to say."""
+    if len(text) < 2 * _TXT_DOCUMENT_CHARS:
+        return None
+    for pattern in _CUTS:
+        match = re.compile(pattern).search(text, _TXT_DOCUMENT_CHARS, 2 * _TXT_DOCUMENT_CHARS)
+        if match is not None:
+            return match.end()
+    return 2 * _TXT_DOCUMENT_CHARS
+
+
+def _decoded_blocks(path: Path) -> Iterator[str]:
+    decoder, lines = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as stream:
+        raw = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
+        while True:
+            try:
+                yield decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, lines + error.object.count(b"\n", 0, error.start) + 1, error) from error
+            if not raw:
+                return
+            lines += raw.count(b"\n")
+            raw = stream.read(_BLOCK_BYTES)
+
+
+def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[tuple[str, str]]:
     number = 0
     opener: Any = gzip.open if path.name.endswith(".gz") else open
     try:
@@ -136,14 +186,14 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, str]]:
             for number, raw in enumerate(lines, 1):
                 line = raw.removeprefix(_BOM) if number == 1 else raw
                 if line.strip():
-                    yield _parse_line(line, field, path, number)
+                    yield _parse_line(line, source, path, number)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"{path} is a damaged gzip file", got=f"{error} (after line {number})", hint="copy or download it again"
         ) from error
 
 
-def _parse_line(line: bytes, field: str, path: Path, number: int) -> tuple[str, str]:
+def _parse_line(line: bytes, source: SourceConfig, path: Path, number: int) -> tuple[str, str]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -152,14 +202,15 @@ def _parse_line(line: bytes, field: str, path: Path, number: int) -> tuple[str, 
         raise DataError(f"{path} line {number} is not valid JSON", got=str(error)) from error
     if not isinstance(record, dict):
         raise DataError(f"{path} line {number}", expected="a JSON object", got=type(record).__name__)
-    return _text_of(record, field, f"{path} line {number}"), _label_of(record, path.name)
+    return _text_of(record, source.field, f"{path} line {number}"), _label_of(record, source, path.name)
 
 
 def _text_of(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
-        raise DataError(
-            f"{where} has no field {field!r}", got=f"fields {sorted(record)}", hint="set `field` of this source"
-        )
+        hint = "set `field` of this source"
+        if isinstance(record.get("messages", record.get("conversations")), list):
+            hint = "write the chat as one text with the teacher's chat template, into a field of its own"
+        raise DataError(f"{where} has no field {field!r}", got=f"fields {sorted(record)}", hint=hint)
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{where}, field {field!r}", expected="a string", got=type(text).__name__)
@@ -170,16 +221,18 @@ def _text_of(record: dict[str, Any], field: str, where: str) -> str:
     return text
 
 
-def _label_of(record: dict[str, Any], default: str) -> str:
-    label = record.get("source")
+def _label_of(record: dict[str, Any], source: SourceConfig, default: str) -> str:
+    label = record.get(source.source_field) if source.source_field is not None else None
     return label if isinstance(label, str) and label else default
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    with path.open("rb") as stream:
+        encoding = "utf-16" if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
     return DataError(
         f"{path} line {line} is not UTF-8 text",
         got=f"byte 0x{error.object[error.start]:02x} ({error.reason})",
-        hint=f"convert it, e.g. iconv -f latin1 -t utf-8 {path}",
+        hint=f"convert it, e.g. iconv -f {encoding} -t utf-8 {path}",
     )
 
 
@@ -195,7 +248,7 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, str]]:
     unreachable: tuple[type[Exception], ...] = (OSError, RuntimeError, *hub_connection_errors())
     try:
         for number, record in enumerate(load_dataset(name, config or None, split=source.split, streaming=True)):
-            yield _text_of(record, source.field, f"{source.path} record {number}"), _label_of(record, name)
+            yield _text_of(record, source.field, f"{source.path} record {number}"), _label_of(record, source, name)
     except (FileNotFoundError, ValueError) as error:
         raise DataError(
             f"data source {source.path} does not exist under this name",

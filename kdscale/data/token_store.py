@@ -8,17 +8,15 @@
                           /weights.bin        (documents) uint16: how often it is repeated per epoch
     folder/heldout/token_bytes.bin            (tokens) uint32: UTF-8 bytes of each token, for bits per byte
 
-A document is encoded without special tokens and ends with one end-of-text token (0 bytes of text). Held-out documents
-are chosen by the hash of their text: a document stays on its side when sources are added, and equal texts never fall on
+A document ends with what the tokenizer appends to a text, else with one end-of-text token (0 bytes of text). What the
+tokenizer puts before a text (BOS) is in the manifest and added when sequences are packed. Held-out documents are
+chosen by the hash of their text: a document stays on its side when sources are added, and equal texts never fall on
 both sides.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +24,25 @@ from typing import Any
 import numpy as np
 
 from kdscale.config.data import SourceConfig
-from kdscale.data.sources import Document, describe_source, is_local, read_documents
-from kdscale.data.tokenizing import BatchEncoder, EncodedText
+from kdscale.data.sources import cut_text_files
+from kdscale.data.store_builder import (
+    SPLITS,
+    STORE_VERSION,
+    DocumentFormat,
+    StoreBuilder,
+    describe_sources,
+    summarise,
+    survey_sources,
+    token_without_row,
+)
+from kdscale.data.store_cache import StoreCache
+from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, SpecialTokens
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import atomic_dir, read_json, write_json
-from kdscale.runtime.progress import Bar, Reporter
+from kdscale.runtime.progress import Reporter
 
-SPLITS = ("train", "heldout")
-_VERSION = 1
-_BATCH_DOCUMENTS, _BATCH_CHARS = 256, 2_000_000  # whichever comes first; bounds memory for long documents
-_SHORTEST_PIECE = 4  # tokens; the least that data.max_document_tokens may be
-_MAX_LABELS, _MAX_WEIGHT = 1 << 16, (1 << 16) - 1
+_SHORTEST_CUT = 4  # tokens; the least that data.max_document_tokens may be
+_MAX_WEIGHT = (1 << 16) - 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class TokenSplit:
     labels_D: np.ndarray  # index into source_labels
     weights_D: np.ndarray
     token_bytes_T: np.ndarray | None  # held-out only
+    prefix_ids: tuple[int, ...] = ()  # what begins each document and each window that continues one
 
     @property
     def bytes(self) -> int:
@@ -61,11 +68,11 @@ class TokenSplit:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, (D,)."""
+        """Tokens of each document, without its prefix, (D,)."""
         return np.diff(self.offsets_D1)
 
     def document_tokens(self, i: int) -> np.ndarray:
-        """Token ids of document `i`, end-of-text included (except in all but the last piece of a cut document)."""
+        """Token ids of document `i` without its prefix; a document that was cut has its end in the last part only."""
         return self.tokens_T[self.offsets_D1[i] : self.offsets_D1[i + 1]]
 
     def document_token_bytes(self, i: int) -> np.ndarray:
@@ -91,7 +98,7 @@ class TokenStore:
         if not (folder / "manifest.json").is_file():
             raise DataError(f"{folder} holds no finished token store", expected="manifest.json", hint="build it again")
         manifest = read_json(folder / "manifest.json")
-        if not isinstance(manifest, dict) or manifest.get("version") != _VERSION:
+        if not isinstance(manifest, dict) or manifest.get("version") != STORE_VERSION:
             raise DataError(f"{folder} is not a token store of this version", hint="delete it and build it again")
         for name, size in manifest["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
@@ -119,6 +126,7 @@ class TokenStore:
             token_bytes_T=np.memmap(folder / "token_bytes.bin", dtype=np.uint32, mode="r")
             if name == "heldout"
             else None,
+            prefix_ids=tuple(self.manifest["prefix_ids"]),
         )
 
     @classmethod
@@ -130,219 +138,50 @@ class TokenStore:
         *,
         eos_id: int,
         reporter: Reporter,
+        special: SpecialTokens = NO_SPECIAL_TOKENS,
         heldout_fraction: float = 0.05,
         heldout_sources: Sequence[SourceConfig] = (),
         vocab_size: int | None = None,
         max_document_tokens: int | None = None,
+        processes: int | None = None,
+        cache: StoreCache | None = None,
     ) -> TokenStore:
-        """Read, split, tokenize and write; `folder` appears complete or not at all (an old one is replaced).
+        """Read, split, tokenise and write; `folder` appears complete or not at all (an old one is replaced).
 
-        `tokenizer` is a fast transformers tokenizer; `eos_id` ends each document (see tokenizing.document_end_id).
-        `vocab_size` is the model's: ids beyond it are refused. `heldout_sources`, when given, replaces the fraction.
-        Documents longer than `max_document_tokens` are cut into equal pieces, each a document of its own. Documents
-        of fewer than two tokens have nothing to predict; they are left out and counted.
+        `tokenizer` is a fast transformers tokenizer; `eos_id` ends each document (see tokenizing.document_end_id),
+        unless `special` has a suffix. `vocab_size` is the model's: a text with an id beyond it is refused.
+        `heldout_sources`, when given, replaces the fraction. Documents longer than `max_document_tokens` are cut into
+        equal ones, each a document of its own. Documents without a token have nothing to predict; they are left out
+        and counted. A store of the same text and settings is taken from `cache`, and a new one is put there.
 
         Raises DataError for unreadable sources, an empty split and ids beyond the vocabulary. Every local file is read
-        and checked before anything is tokenized.
+        and checked before anything is tokenised.
         """
-        if max_document_tokens is not None and max_document_tokens < _SHORTEST_PIECE:
+        if max_document_tokens is not None and max_document_tokens < _SHORTEST_CUT:
             raise ConfigError(
-                "data.max_document_tokens", expected=f"at least {_SHORTEST_PIECE}", got=str(max_document_tokens)
+                "data.max_document_tokens", expected=f"at least {_SHORTEST_CUT}", got=str(max_document_tokens)
             )
         for source in (*sources, *heldout_sources):
             if source.weight > _MAX_WEIGHT:
                 raise ConfigError(f"weight of {source.path}", expected=f"at most {_MAX_WEIGHT}", got=str(source.weight))
-        encoder = BatchEncoder(tokenizer)
+        encoder = BatchEncoder.of(tokenizer)
         vocab = vocab_size if vocab_size is not None else max(tokenizer.get_vocab().values()) + 1
-        _check_vocab(eos_id, vocab)
-        survey = _survey(sources, heldout_sources, heldout_fraction)
-        with atomic_dir(folder) as tmp, reporter.bar("Tokenizing", survey.text_bytes, "B") as bar:
-            builder = _StoreBuilder(tmp, encoder, eos_id, vocab, max_document_tokens, bar)
-            builder.add_all(survey)
-            write_json(tmp / "manifest.json", builder.finish(survey))
+        form = DocumentFormat(eos_id, vocab, special, max_document_tokens)
+        for token_id in (eos_id, *special.prefix, *special.suffix):
+            if not 0 <= token_id < vocab:
+                raise token_without_row(token_id, vocab, None, "the special tokens of the tokenizer")
+        for notice in cut_text_files([*sources, *heldout_sources]):
+            reporter.say(notice)
+        description = describe_sources(sources, heldout_sources, heldout_fraction)
+        key = cache.key(description, form, encoder.sha256) if cache is not None else None
+        if cache is None or not cache.take(key, folder, description, reporter):
+            survey = survey_sources(sources, heldout_sources, heldout_fraction)
+            with atomic_dir(folder) as tmp, reporter.bar("Tokenizing", survey.text_bytes, "B") as bar:
+                builder = StoreBuilder(tmp, encoder, form, processes, bar)
+                builder.add_all(survey)
+                write_json(tmp / "manifest.json", {**builder.finish(survey), **description})
+            if cache is not None:
+                cache.put(key, folder, reporter)
         store = cls.open(folder)
-        reporter.say(_summary(store.manifest))
+        reporter.say(summarise(store.manifest))
         return store
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """What one reading of every local source, without tokenizing, found out."""
-
-    sources: tuple[SourceConfig, ...]
-    heldout_sources: tuple[SourceConfig, ...]
-    heldout_fraction: float
-    heldout_hashes: frozenset[bytes]  # of the texts of heldout_sources
-    text_bytes: int
-    description: dict[str, Any]
-
-    def in_heldout(self, text_hash: bytes) -> bool:
-        """Whether a document of `sources` is held out by the fraction: a pure function of its text."""
-        return not self.heldout_sources and int.from_bytes(text_hash[:8], "big") < self.heldout_fraction * 2.0**64
-
-
-def _survey(sources: Sequence[SourceConfig], heldout: Sequence[SourceConfig], fraction: float) -> _Survey:
-    """Read every local source to its end, so that every bad line is reported before anything is tokenized."""
-    size, hashes = 0, set()
-    for source in heldout:
-        for document in read_documents(source):
-            hashes.add(_hash(document.text))
-            size += len(document.text.encode("utf-8")) if is_local(source) else 0
-    for source in sources:
-        if is_local(source):
-            size += sum(len(document.text.encode("utf-8")) for document in read_documents(source))
-    description: dict[str, Any] = {"sources": [describe_source(source) for source in sources]}
-    if heldout:
-        description["heldout_sources"] = [describe_source(source) for source in heldout]
-    else:
-        description["heldout_fraction"] = fraction
-    return _Survey(tuple(sources), tuple(heldout), fraction, frozenset(hashes), size, description)
-
-
-class _StoreBuilder:
-    """Tokenizes batch after batch into the two splits' files; `max_tokens` is the longest a document may be."""
-
-    def __init__(self, folder: Path, encoder: BatchEncoder, eos_id: int, vocab: int, max_tokens: int | None, bar: Bar):
-        self._encoder, self._eos_id, self._vocab, self._max_tokens, self._bar = encoder, eos_id, vocab, max_tokens, bar
-        self._dtype = "uint16" if vocab <= 1 << 16 else "uint32"
-        self._folder = folder
-        self._splits = {name: _SplitWriter(folder / name, self._dtype, keep_bytes=name == "heldout") for name in SPLITS}
-        self._labels: dict[str, int] = {}
-        self._dropped: Counter[str] = Counter(short=0, train_text_is_held_out=0)
-
-    def add_all(self, survey: _Survey) -> None:
-        """Tokenize all documents, each into its split."""
-        train = ((s.weight, d) for s in survey.sources for d in read_documents(s))
-        held_out = ((1, d) for s in survey.heldout_sources for d in read_documents(s))
-        if survey.heldout_sources:
-            self._add(held_out, lambda _: "heldout")
-            self._add(train, lambda text_hash: None if text_hash in survey.heldout_hashes else "train")
-        else:
-            self._add(train, lambda text_hash: "heldout" if survey.in_heldout(text_hash) else "train")
-
-    def finish(self, survey: _Survey) -> dict[str, Any]:
-        """Close the files; returns the manifest. Raises DataError for a split without documents."""
-        splits = {name: writer.close() for name, writer in self._splits.items()}
-        for name, facts in splits.items():
-            if not facts["documents"]:
-                in_other_split = sum(split["documents"] for split in splits.values())
-                read = ", ".join(source.path for source in (*survey.sources, *survey.heldout_sources))
-                raise DataError(
-                    f"no document of {read} is left for the {name} split",
-                    expected="at least one document of two tokens or more in each split",
-                    got="; ".join([f"{in_other_split} in the other split", *_left_out(self._dropped)]),
-                    hint="give more documents (a .txt file is one document), set data.heldout_sources, "
-                    "or change data.heldout_fraction",
-                )
-        files = sorted(item for item in self._folder.rglob("*") if item.is_file())
-        return {
-            "version": _VERSION,
-            "dtype": self._dtype,
-            "eos_id": self._eos_id,
-            "vocab_size": self._vocab,
-            "max_document_tokens": self._max_tokens,
-            "tokenizer_sha256": self._encoder.sha256,
-            "source_labels": list(self._labels),
-            "splits": splits,
-            "dropped": dict(self._dropped),
-            "files": {item.relative_to(self._folder).as_posix(): item.stat().st_size for item in files},
-            **survey.description,
-        }
-
-    def _add(self, documents: Iterable[tuple[int, Document]], split_of: Callable[[bytes], str | None]) -> None:
-        for batch in _batches(documents):
-            encoded = self._encoder.encode([document.text for _, document in batch])
-            for (weight, document), text in zip(batch, encoded, strict=True):
-                split = split_of(_hash(document.text))
-                if split is None:
-                    self._dropped["train_text_is_held_out"] += 1
-                else:
-                    self._add_document(document, text, self._splits[split], weight if split == "train" else 1)
-            self._bar.advance(sum(len(document.text.encode("utf-8")) for _, document in batch))
-
-    def _add_document(self, document: Document, text: EncodedText, writer: _SplitWriter, weight: int) -> None:
-        if text.ids.size and (worst := int(text.ids.max())) >= self._vocab:
-            _check_vocab(worst, self._vocab)
-        ids, sizes = np.append(text.ids, self._eos_id), np.append(text.bytes, 0)
-        if ids.size < 2:
-            self._dropped["short"] += 1
-            return
-        label = self._labels.setdefault(document.source, len(self._labels))
-        if label >= _MAX_LABELS:
-            raise DataError("too many different source labels", expected=f"at most {_MAX_LABELS}")
-        pieces = -(-ids.size // self._max_tokens) if self._max_tokens else 1
-        for piece_ids, piece_sizes in zip(np.array_split(ids, pieces), np.array_split(sizes, pieces), strict=True):
-            writer.add(piece_ids, piece_sizes, label, weight)
-
-
-class _SplitWriter:
-    """Appends documents to one split's files. Only 20 bytes per document stay in memory."""
-
-    def __init__(self, folder: Path, dtype: str, keep_bytes: bool):
-        folder.mkdir()
-        self._folder, self._dtype = folder, dtype
-        self._tokens = (folder / "tokens.bin").open("wb")
-        self._token_bytes = (folder / "token_bytes.bin").open("wb") if keep_bytes else None
-        self._offsets, self._bytes = array("q", [0]), array("q")
-        self._labels, self._weights = array("H"), array("H")
-
-    def add(self, ids: np.ndarray, sizes: np.ndarray, label: int, weight: int) -> None:
-        """Append a document: its token ids, and the UTF-8 bytes of each."""
-        self._tokens.write(ids.astype(self._dtype).tobytes())
-        if self._token_bytes is not None:
-            self._token_bytes.write(sizes.astype(np.uint32).tobytes())
-        self._offsets.append(self._offsets[-1] + ids.size)
-        self._bytes.append(int(sizes.sum()))
-        self._labels.append(label)
-        self._weights.append(weight)
-
-    def close(self) -> dict[str, int]:
-        """Write what was kept in memory; returns the split's counts."""
-        self._tokens.close()
-        if self._token_bytes is not None:
-            self._token_bytes.close()
-        columns = {"offsets": self._offsets, "bytes": self._bytes, "labels": self._labels, "weights": self._weights}
-        for name, column in columns.items():
-            (self._folder / f"{name}.bin").write_bytes(column.tobytes())
-        return {"documents": len(self._bytes), "tokens": self._offsets[-1], "bytes": sum(self._bytes)}
-
-
-def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
-    batch: list[tuple[int, Document]] = []
-    chars = 0
-    for item in documents:
-        batch.append(item)
-        chars += len(item[1].text)
-        if len(batch) >= _BATCH_DOCUMENTS or chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8")).digest()
-
-
-def _check_vocab(token_id: int, vocab: int) -> None:
-    if not 0 <= token_id < vocab:
-        raise DataError(
-            "the tokenizer does not belong to the model",
-            expected=f"token ids below the model's vocab_size {vocab}",
-            got=f"token id {token_id}",
-            hint="the teacher's folder mixes files of two models; take tokenizer and weights from the same one",
-        )
-
-
-def _summary(manifest: dict[str, Any]) -> str:
-    train, held, dropped = manifest["splits"]["train"], manifest["splits"]["heldout"], manifest["dropped"]
-    text = (
-        f"Text: {train['documents']:,} documents, {train['tokens']:,} tokens to train on; "
-        f"{held['documents']:,} documents, {held['tokens']:,} tokens held out"
-    )
-    return "; ".join([text, *_left_out(dropped)])
-
-
-def _left_out(dropped: Mapping[str, int]) -> list[str]:
-    notes = {"short": "with fewer than two tokens", "train_text_is_held_out": "whose text is held out"}
-    return [f"{dropped[key]} documents {note} left out" for key, note in notes.items() if dropped[key]]

@@ -13,19 +13,51 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, pre_tokenizers
 
 from kdscale.errors import DataError
 
 # Ends of a text in pretraining. An instruct model's eos ends a chat turn instead, which is not what ends a document.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
 
+# The library needs about 140 bytes of memory for each byte of a text, so a longer text is encoded in spans.
+_SPAN_CHARS = 200_000
+_OVERLAP_CHARS = 4_000  # how far a span reaches into the one before it
+_AGREEING_TOKENS = 32  # two spans are joined in the middle of so many equal tokens
+
 
 class EncodedText(NamedTuple):
-    """One text: ids and UTF-8 bytes of each token, both (tokens,) int64; no end token appended."""
+    """One text: ids and UTF-8 bytes of each token, both (tokens,) int64; no special tokens added."""
 
     ids: np.ndarray
     bytes: np.ndarray
+
+
+class SpecialTokens(NamedTuple):
+    """Ids that a tokenizer puts before and after a sequence."""
+
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+
+NO_SPECIAL_TOKENS = SpecialTokens()
+
+
+def special_tokens(tokenizer: Any) -> SpecialTokens:
+    """What the tokenizer itself adds around a text, usually one BOS before it.
+
+    Raises DataError when it does more to a text than to add tokens around it.
+    """
+    plain, full = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
+    for first in range(len(full) - len(plain) + 1):
+        if full[first : first + len(plain)] == plain:
+            return SpecialTokens(tuple(full[:first]), tuple(full[first + len(plain) :]))
+    raise DataError(
+        "the tokenizer's special tokens cannot be told from the text",
+        expected=f"ids {plain} of 'a' with tokens before or after them",
+        got=f"ids {full}",
+        hint="data.add_special: never leaves them out",
+    )
 
 
 def document_end_id(tokenizer: Any) -> int:
@@ -45,32 +77,96 @@ def document_end_id(tokenizer: Any) -> int:
 class BatchEncoder:
     """A private copy of a fast tokenizer, without truncation, padding or added special tokens."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer_json: str):
+        self.json = tokenizer_json
+        self.sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+        self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._token_bytes_V = _byte_level_lengths(self._tokenizer)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> BatchEncoder:
+        """The encoder of a transformers tokenizer. Raises DataError for one that is not backed by `tokenizers`."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise DataError("the teacher's tokenizer is not a fast one", expected="a tokenizer.json in its folder")
-        source = backend.to_str()
-        self._tokenizer = Tokenizer.from_str(source)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.sha256 = hashlib.sha256(source.encode()).hexdigest()
-        self._token_bytes_V = _byte_level_lengths(self._tokenizer)
+        return cls(backend.to_str())
 
     def encode(self, texts: Sequence[str]) -> list[EncodedText]:
         """Ids and bytes of each text, in order."""
-        return [self._with_bytes(text, e) for text, e in zip(texts, self._encode_batch(texts), strict=True)]
+        short = [text for text in texts if len(text) <= _SPAN_CHARS]
+        encodings = iter(self._tokenizer.encode_batch(short, add_special_tokens=False))
+        return [self._encode_long(t) if len(t) > _SPAN_CHARS else self._with_bytes(t, next(encodings)) for t in texts]
 
-    def _encode_batch(self, texts: Sequence[str]) -> list[Any]:
-        return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    def token(self, token_id: int) -> str | None:
+        """The token with this id, or None."""
+        return self._tokenizer.id_to_token(token_id)
 
-    def _with_bytes(self, text: str, encoding: Any) -> EncodedText:
+    def _with_bytes(self, text: str, encoding: Encoding) -> EncodedText:
         ids = np.asarray(encoding.ids, dtype=np.int64)
-        if self._token_bytes_V is not None:
-            lengths = self._token_bytes_V[ids]
-            # a normaliser may have changed the text before it was split; then only offsets know the original bytes
-            if int(lengths.sum()) == len(text.encode("utf-8")):
-                return EncodedText(ids, lengths)
-        return EncodedText(ids, _bytes_from_offsets(text, encoding.offsets))
+        lengths = self._known_bytes(text, ids)
+        if lengths is None:
+            lengths = _bytes_from_ends(text, np.asarray([end for _, end in encoding.offsets], dtype=np.int64))
+        return EncodedText(ids, lengths)
+
+    def _encode_long(self, text: str) -> EncodedText:
+        spans, span, keep_from = [], _Span.encode(self._tokenizer, text, 0, _SPAN_CHARS), 0
+        while span.end < len(text):
+            following = _Span.encode(self._tokenizer, text, span.end - _OVERLAP_CHARS, span.end + _SPAN_CHARS)
+            seam = _seam(span, following)
+            if seam is None:  # no safe place in the overlap, e.g. in one endless word: take a longer span
+                span = _Span.encode(self._tokenizer, text, span.start, 2 * span.end - span.start)
+                continue
+            spans.append((span.ids[keep_from : seam[0]], span.ends[keep_from : seam[0]]))
+            span, keep_from = following, seam[1]
+        spans.append((span.ids[keep_from:], span.ends[keep_from:]))
+        ids, ends = (np.concatenate(arrays) for arrays in zip(*spans, strict=True))
+        lengths = self._known_bytes(text, ids)
+        return EncodedText(ids, _bytes_from_ends(text, ends) if lengths is None else lengths)
+
+    def _known_bytes(self, text: str, ids: np.ndarray) -> np.ndarray | None:
+        """Bytes of each token of a byte-level vocabulary; None where only character offsets know them."""
+        if self._token_bytes_V is None:
+            return None
+        lengths = self._token_bytes_V[ids]
+        # a normaliser may have changed the text before it was split; then only offsets know the original bytes
+        return lengths if int(lengths.sum()) == len(text.encode("utf-8")) else None
+
+
+class _Span(NamedTuple):
+    """The tokens of text[start:end]: ids, and first and last character of each within the whole text, all (tokens,)."""
+
+    start: int
+    end: int
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def encode(cls, tokenizer: Tokenizer, text: str, start: int, end: int) -> _Span:
+        end = min(end, len(text))
+        encoding = tokenizer.encode(text[start:end], add_special_tokens=False)
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + start
+        return cls(start, end, np.asarray(encoding.ids, dtype=np.int64), offsets[:, 0], offsets[:, 1])
+
+
+def _seam(before: _Span, after: _Span) -> tuple[int, int] | None:
+    """Numbers of one and the same token in both spans, in the middle of a run of tokens that are equal in both.
+
+    Tokenizers split a text from left to right and merge within what they split, so two spans that agree over a run go
+    on as the whole text does: `before` until the run, `after` from it. None when there is no such run.
+    """
+    half = _AGREEING_TOKENS // 2
+    first = int(np.searchsorted(before.starts, after.start))
+    for i in range(first + half, before.ids.size - half):
+        if before.starts[i] < before.ends[i - 1] or before.starts[i] == before.starts[i - 1]:
+            continue  # inside a character
+        j = int(np.searchsorted(after.starts, before.starts[i]))
+        pairs = zip(before[2:], after[2:], strict=True)
+        if j >= half and all(np.array_equal(a[i - half : i + half], b[j - half : j + half]) for a, b in pairs):
+            return i, j
+    return None
 
 
 def _byte_level_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
@@ -89,12 +185,16 @@ def _byte_level_lengths(tokenizer: Tokenizer) -> np.ndarray | None:
     return lengths_V
 
 
-def _bytes_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Bytes between the end of what earlier tokens covered and each token's end; the last token takes any rest."""
-    if not offsets:
+def _bytes_from_ends(text: str, ends: np.ndarray) -> np.ndarray:
+    """Bytes between the end of what earlier tokens covered and each token's end; the last token takes any rest.
+
+    `ends` has the number of characters before each token's end, (tokens,).
+    """
+    if not ends.size:
         return np.zeros(0, dtype=np.int64)
-    widths = [len(char.encode("utf-8")) for char in text]
+    characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (characters >= 0x80).astype(np.uint8) + (characters >= 0x800) + (characters >= 0x10000)
     bytes_before = np.concatenate(([0], np.cumsum(widths, dtype=np.int64)))
-    ends = np.maximum.accumulate(np.asarray([end for _, end in offsets], dtype=np.int64))
+    ends = np.maximum.accumulate(ends)
     ends[-1] = len(text)
     return np.diff(bytes_before[ends], prepend=0)

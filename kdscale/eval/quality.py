@@ -66,6 +66,7 @@ class SampleTexts:
     tokenizer: Any = None
     sampling: Sampling = field(default_factory=Sampling)
     outputs: dict[str, list[str]] = field(default_factory=dict)
+    prefix_ids: Sequence[int] = ()  # before each prompt, as before each document
 
 
 def evaluate(
@@ -94,7 +95,8 @@ def evaluate(
     split = TokenStore.open(data_dir).split("heldout")
     batches = eval_batches(split, cfg.seq_len, cfg.micro_batch, cfg.tokens)
     tokenizer = load_tokenizer(models[TEACHER], trust_remote_code)
-    samples = SampleTexts(cfg.prompts, cfg.sample_tokens, tokenizer, Sampling(cfg.sample_temperature, cfg.sample_top_p))
+    sampling = Sampling(cfg.sample_temperature, cfg.sample_top_p)
+    samples = SampleTexts(cfg.prompts, cfg.sample_tokens, tokenizer, sampling, prefix_ids=split.prefix_ids)
 
     scores, sizes = score_models(models, batches, options, reporter, samples)
     text_bytes = sum(batch.text_bytes for batch in batches)
@@ -281,6 +283,7 @@ def _continue_prompts(model: PreTrainedModel, name: str, samples: SampleTexts, b
             samples.tokens,
             samples.sampling,
             lambda tokens: bar.advance(tokens, "samples"),
+            samples.prefix_ids,
         )
 
 

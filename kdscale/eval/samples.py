@@ -63,17 +63,25 @@ def continue_prompts(
     tokens: int,
     sampling: Sampling,
     done: Callable[[int], None] = lambda _: None,
+    prefix_ids: Sequence[int] = (),
 ) -> list[str]:
     """The text each prompt is continued with: at most `tokens` tokens, fewer when the model ends the text.
 
-    `done` is called with the number of tokens after each one. Raises DataError for a prompt without tokens.
+    `prefix_ids` begin each prompt as they began each document (BOS); what a tokenizer appends to a text is left out.
+    `done` is called with the number of tokens after each one. Raises DataError for a prompt without tokens, and for one
+    with a token that the model has no embedding for.
     """
+    embedding: Any = model.get_input_embeddings()
+    embedded = int(embedding.weight.shape[0])
     ends = _end_ids(model, tokenizer)
     continuations = []
     for prompt in prompts:
-        prompt_ids: list[int] = list(tokenizer(prompt)["input_ids"])
-        if not prompt_ids:
+        text_ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if not text_ids:
             raise DataError(f"eval.prompts: {prompt!r} has no tokens", expected="some text to continue")
+        if max(text_ids) >= embedded:
+            raise DataError(f"eval.prompts: {prompt!r}", expected=f"token ids below {embedded}", got=str(max(text_ids)))
+        prompt_ids = [*prefix_ids, *text_ids]
         made: list[int] = []
         for token in next_tokens(model, torch.tensor([prompt_ids], device=model.device), sampling):
             done(1)

@@ -108,13 +108,49 @@ def load_model(
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the checkpoint's own tokenizer. Raises CheckpointError when there is none."""
+    """Load the checkpoint's own tokenizer.
+
+    Raises CheckpointError when there is none, when the class in tokenizer_config.json does not fit its vocabulary, and
+    when transformers rebuilds tokenizer.json into one that gives other ids.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception, e.g. for a class unfit for its vocabulary
-        raise CheckpointError(f"{path} has no usable tokenizer", expected="tokenizer.json", got=str(error)) from error
+        raise CheckpointError(
+            f"{path} has no usable tokenizer",
+            expected="tokenizer.json, and in tokenizer_config.json a tokenizer_class that fits it",
+            got=f"{type(error).__name__}: {error}",
+            hint="take both files from the model as published; PreTrainedTokenizerFast fits every tokenizer.json",
+        ) from error
+    _check_same_ids(path, tokenizer)
+    return tokenizer
+
+
+# No text begins with a space: whether a leading one counts is where correct classes differ.
+_PROBES = ("Hello world,  it's 2 spaces.\n\n\tnaïve café, 東京 🙂 123456", "def f(x):\n    return x == 10\n")
+
+
+def _check_same_ids(path: Path, tokenizer: Any) -> None:
+    """Raises CheckpointError when the loaded tokenizer and its own tokenizer.json disagree on a text."""
+    from tokenizers import Tokenizer
+
+    if not tokenizer.is_fast or not (path / "tokenizer.json").is_file():
+        return
+    written = Tokenizer.from_file(str(path / "tokenizer.json"))
+    written.no_truncation()
+    written.no_padding()
+    for text in _PROBES:
+        expected = written.encode(text, add_special_tokens=False).ids
+        got = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if got != expected:
+            raise CheckpointError(
+                f"{path}: transformers reads this tokenizer as another one than tokenizer.json says",
+                expected=f"ids {expected[:16]} of {text!r}, as tokenizer.json gives",
+                got=f"ids {got[:16]} from the class {type(tokenizer).__name__}",
+                hint='update transformers, or set "tokenizer_class": "PreTrainedTokenizerFast" in its config',
+            )
 
 
 def open_teacher(folder: Path, reporter: Reporter | None = None) -> tuple[Checkpoint, Family]:

@@ -21,6 +21,7 @@ from kdscale.runtime.progress import Reporter
 
 if TYPE_CHECKING:
     from kdscale.prune.plan import Plan
+    from kdscale.runtime.progress import Reporter
 
 _MARGIN_BYTES = 64 << 20  # logs, reports and what else is small
 
@@ -48,7 +49,7 @@ def check_before_work(
     attempt(check_sources, config)
     if any(stage.name == "distill" and not manifest_path(stage, run).exists() for stage in stages):
         attempt(check_token, config, run)
-    teacher: Path | None = attempt(check_teacher, config)
+    teacher: Path | None = attempt(check_teacher, config, reporter)
     plans: list[Plan] = []
     if teacher is not None:
         attempt(check_lengths, config, teacher, reporter)
@@ -70,13 +71,18 @@ def check_run_dir(path: Path) -> None:
         raise ConfigError("run_dir", expected="a folder (new or empty)", got=f"{parent} is a file")
 
 
-def check_teacher(config: Config) -> Path:
-    """Everything about the teacher that can be known without reading its weights. Returns its folder."""
+def check_teacher(config: Config, reporter: Reporter | None = None) -> Path:
+    """Everything about the teacher that can be known without reading its weights. Returns its folder.
+
+    `reporter`, if there is one, prints what of its tokenizer cannot be used.
+    """
     from kdscale.weights import check_tokenizer, resolve_teacher, sidecar_names
 
     folder = resolve_teacher(config.teacher)
     checkpoint, family = open_teacher(folder)
-    check_tokenizer(folder, family.dims(checkpoint.config).vocab)
+    fit = check_tokenizer(folder, family.dims(checkpoint.config).vocab)
+    if fit.notice and reporter is not None:
+        reporter.say(f"  note: {fit.notice}")
     sidecar_names(folder, config.teacher.trust_remote_code)
     return folder
 

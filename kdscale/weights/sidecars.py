@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdscale.errors import CheckpointError
 from kdscale.files import explain_os_errors, read_json, write_json
@@ -133,12 +133,20 @@ def _leads_out_of(folder: Path, file: Path) -> bool:
     return not target.is_relative_to(root) and target.parent != blobs
 
 
-def check_tokenizer(path: Path, vocab_size: int) -> int:
-    """Check that the tokenizer fits a model of `vocab_size`; returns its largest token id + 1.
+class TokenizerFit(NamedTuple):
+    """How a tokenizer's ids compare with a model's embedding."""
+
+    ids: int  # its largest token id + 1
+    notice: str = ""  # about added tokens without a row in the embedding
+
+
+def check_tokenizer(path: Path, vocab_size: int) -> TokenizerFit:
+    """Check that the tokenizer fits a model of `vocab_size`.
 
     `path` is a folder or its tokenizer.json. An embedding larger than the tokenizer needs is common (padding) and fine.
-    A token without a row in the embedding would fail only when it occurs, hours into a run. Tokens that
-    tokenizer_config.json and added_tokens.json add at loading time count too. Raises CheckpointError.
+    Published tokenizers also have added tokens without a row in the embedding, for what no text contains: they are a
+    notice, and tokenising refuses a text that yields one. Raises CheckpointError for an ordinary token without a row,
+    which would fail only when it occurs, hours into a run, and for files that cannot be read.
     """
     from tokenizers import Tokenizer
 
@@ -151,24 +159,33 @@ def check_tokenizer(path: Path, vocab_size: int) -> int:
         )
     read_json(file, CheckpointError)
     try:
-        vocab = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+        tokenizer = Tokenizer.from_file(str(file))
     except BaseException as error:  # for what it cannot parse the library raises bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{file} is not a usable tokenizer", got=str(error)) from error
-    ids = {token: (number, file.name) for token, number in vocab.items()}
-    ids |= _added_later(file.parent)
-    if not ids:
+    added = {token.content: (i, file.name) for i, token in tokenizer.get_added_tokens_decoder().items()}
+    added |= _added_later(file.parent)
+    learned = {token: i for token, i in tokenizer.get_vocab(with_added_tokens=False).items() if token not in added}
+    if not learned and not added:
         raise CheckpointError(f"{file} has no tokens")
-    token, (largest, source) = max(ids.items(), key=lambda item: item[1][0])
+    token, largest = max(learned.items(), key=lambda item: item[1], default=("", -1))
     if largest >= vocab_size:
         raise CheckpointError(
             f"{file.parent}: the tokenizer does not fit the model",
             expected=f"token ids below vocab_size ({vocab_size})",
-            got=f"id {largest} ({token!r} in {source})",
-            hint="use the tokenizer this model was trained with, or drop the added token",
+            got=f"id {largest} ({token!r} in {file.name})",
+            hint="use the tokenizer this model was trained with",
         )
-    return largest + 1
+    without_row = sorted((i, token, source) for token, (i, source) in added.items() if i >= vocab_size)
+    notice = ""
+    if without_row:
+        i, token, source = without_row[-1]
+        notice = (
+            f"{len(without_row)} added token(s) of the tokenizer have no row in the embedding of {vocab_size}, "
+            f"the last one id {i} ({token!r} in {source}): text that contains one is refused"
+        )
+    return TokenizerFit(max([largest, *(i for i, _ in added.values())]) + 1, notice)
 
 
 def _added_later(folder: Path) -> dict[str, tuple[int, str]]:

@@ -7,8 +7,9 @@ from kdscale.pipeline.stage import Facts, StageContext
 
 def tokenize(context: StageContext) -> Facts:
     """Tokenise the text into the token store, training and held-out part."""
+    from kdscale.data.store_cache import StoreCache, cache_folder
     from kdscale.data.token_store import TokenStore
-    from kdscale.data.tokenizing import document_end_id
+    from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, document_end_id, special_tokens
     from kdscale.families import load_family
     from kdscale.models.loading import check_loadable, load_tokenizer
     from kdscale.weights import read_config
@@ -23,9 +24,12 @@ def tokenize(context: StageContext) -> Facts:
         tokenizer,
         eos_id=document_end_id(tokenizer),
         reporter=context.reporter,
+        special=special_tokens(tokenizer) if data.add_special == "auto" else NO_SPECIAL_TOKENS,
         heldout_fraction=data.heldout_fraction,
         heldout_sources=data.heldout_sources,
         vocab_size=load_family(teacher_config, str(context.teacher)).dims(teacher_config).vocab,
         max_document_tokens=data.max_document_tokens,
+        processes=data.processes,
+        cache=StoreCache(cache_folder()) if data.share else None,
     )
     return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}

@@ -17,7 +17,11 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             name="data", title="tokenise the text", run=data.tokenize,
-            config=("data",), model="teacher", model_files=("config.json", *folder.TOKENIZER), writes=(folder.DATA,),
+            config=(
+                "data.sources", "data.heldout_fraction", "data.heldout_sources", "data.max_document_tokens",
+                "data.add_special",
+            ),
+            model="teacher", model_files=("config.json", *folder.TOKENIZER), writes=(folder.DATA,),
         ),
         Stage(
             name="importance", title="measure importance", help="Measure what each part of the teacher contributes.",

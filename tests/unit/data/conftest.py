@@ -41,7 +41,12 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
 def make_split() -> Callable[..., TokenSplit]:
     """A split whose token values are all different: token k of document d is 1000·(d + 1) + k."""
 
-    def make(lengths: Sequence[int], weights: Sequence[int] | None = None, labels: Sequence[int] = ()) -> TokenSplit:
+    def make(
+        lengths: Sequence[int],
+        weights: Sequence[int] | None = None,
+        labels: Sequence[int] = (),
+        prefix_ids: tuple[int, ...] = (),
+    ) -> TokenSplit:
         tokens = [np.arange(n) + 1000 * (d + 1) for d, n in enumerate(lengths)]
         flat = np.concatenate(tokens).astype(np.uint32)
         offsets = np.concatenate(([0], np.cumsum(lengths)))
@@ -57,6 +62,7 @@ def make_split() -> Callable[..., TokenSplit]:
             labels_D=labels_D,
             weights_D=np.asarray(weights or [1] * len(lengths), np.uint16),
             token_bytes_T=(flat % 5).astype(np.uint32),
+            prefix_ids=prefix_ids,
         )
 
     return make

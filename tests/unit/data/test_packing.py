@@ -67,6 +67,39 @@ def test_window_cuts_keep_the_label_across_the_edge(make_split):
     assert labels.tolist() == [*range(1001, 1050), IGNORED_LABEL]
 
 
+def test_a_prefix_begins_every_document_and_window_and_changes_no_label(make_split):
+    """With BOS the same labels are learned once each, and the text of every document is there in full."""
+
+    @settings(max_examples=80, deadline=None, database=None)
+    @given(lengths_lists, seeds, epochs, st.integers(1, 3), st.integers(1, 30))
+    def check(lengths, seed, epoch, size, width):
+        split, seq_len = make_split(lengths, prefix_ids=tuple(range(1, size + 1))), size + width
+        if sum(lengths) + size * len(lengths) < seq_len:
+            return
+        order = EpochOrder(split, seed, epoch)
+        labels = Counter()
+        for number in range(epoch_sequences(split, seq_len)):
+            ids, positions, wanted, _ = packed_sequence(split, order, number, seq_len)
+            assert positions[0] == 0
+            for position, token, label in zip(positions, ids, wanted, strict=True):
+                assert (token == position + 1) == (position < size), "every run begins with the whole prefix"
+                assert label in (IGNORED_LABEL, token + 1)
+                assert position >= size or label == IGNORED_LABEL
+                labels[int(label)] += label != IGNORED_LABEL
+        expected = {1000 * (d + 1) + k for d, n in enumerate(lengths) for k in range(1, n)}
+        seen = {label for label, count in labels.items() if count}
+        assert all(count <= 1 for count in labels.values())
+        assert seen <= expected
+        assert len(expected - seen) <= seq_len
+
+    check()
+
+
+def test_a_window_needs_room_beside_the_prefix(make_split):
+    with pytest.raises(DataError, match="no room for text"):
+        epoch_sequences(make_split([9], prefix_ids=(1, 2)), 2)
+
+
 def test_order_is_a_permutation_pinned_for_ever():
     assert seeded_order(10, 0, 0).tolist() == PINNED_00
     assert seeded_order(10, 0, 1).tolist() == PINNED_01

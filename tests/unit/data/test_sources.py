@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kdscale.config.data import SourceConfig
-from kdscale.data.sources import builtin_names, describe_source, read_documents, source_files
+from kdscale.data.sources import builtin_names, cut_text_files, describe_source, read_documents, source_files
 from kdscale.errors import ConfigError, DataError, ServiceError
 from kdscale.weights.locate import hub_connection_errors
 
@@ -44,6 +44,46 @@ def test_txt_is_one_document_and_bom_is_dropped(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\ntwo\n")
     (document,) = read_documents(SourceConfig(path=str(tmp_path / "a.txt")))
     assert (document.text, document.source, document.index) == ("one\n\ntwo\n", "a.txt", 0)
+
+
+def test_long_txt_is_cut_at_blank_lines(tmp_path: Path):
+    paragraph = "naïve words " * 400 + "\n"
+    written = (paragraph + "  \n") * 100 + "x" * 300_000 + "\r\n" + "end\n"
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + written.encode())
+    documents = texts(path)
+    assert "".join(documents) == written
+    assert all(65_536 <= len(text) <= 2 * 65_536 for text in documents[:-1])
+    assert sum(text.endswith("\n  \n") for text in documents) == 7, "the prose; what follows has no blank line"
+    (notice,) = cut_text_files([SourceConfig(path=str(path))])
+    assert "1 .txt file(s)" in notice
+    assert not cut_text_files([SourceConfig(path="builtin:classics")])
+
+
+def test_bad_bytes_of_a_long_txt_are_found_at_their_line(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"words\n" * 500_000 + b"\xff\n")
+    with pytest.raises(DataError, match=r"line 500001 is not UTF-8(.|\n)*iconv -f latin1"):
+        texts(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("words", encoding="utf-16")
+    with pytest.raises(DataError, match="iconv -f utf-16"):
+        texts(tmp_path / "a.txt")
+
+
+def test_the_field_that_names_the_source_can_be_chosen_or_left_out(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "one", "source": "https://a/1", "site": "a"}\n')
+    named = {
+        field: [d.source for d in read_documents(SourceConfig(path=str(path), source_field=field))]
+        for field in ("source", "site", None)
+    }
+    assert named == {"source": ["https://a/1"], "site": ["a"], None: ["x.jsonl"]}
+
+
+def test_chat_records_say_what_to_do(tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    with pytest.raises(DataError, match="chat template"):
+        texts(path)
 
 
 def test_folder_and_glob_are_sorted_and_skip_hidden(tmp_path: Path, write_jsonl):

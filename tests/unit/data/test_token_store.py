@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from kdscale.config.data import SourceConfig
+from kdscale.data import store_builder, tokenizing
 from kdscale.data import token_store as store_module
-from kdscale.data import tokenizing
 from kdscale.data.token_store import TokenStore
+from kdscale.data.tokenizing import SpecialTokens
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import remove_leftovers
 
@@ -87,7 +88,7 @@ def test_heldout_sources_replace_the_fraction(build, write_jsonl, tiny_texts, to
 def test_same_inputs_same_bytes(build, write_jsonl, tiny_texts, tmp_path, monkeypatch):
     path = write_jsonl("a.jsonl", tiny_texts)
     build(path, folder="one")
-    monkeypatch.setattr(store_module, "_BATCH_DOCUMENTS", 7)  # how documents are batched must not matter
+    monkeypatch.setattr(store_builder, "_BATCH_DOCUMENTS", 7)  # how documents are batched must not matter
     build(path, folder="two")
     for file in sorted(item for item in (tmp_path / "one").rglob("*") if item.is_file()):
         other = tmp_path / "two" / file.relative_to(tmp_path / "one")
@@ -127,6 +128,30 @@ def test_long_documents_are_cut_evenly(build, write_jsonl, tiny_texts):
 
 def test_wide_vocabulary_needs_32_bits(build, write_jsonl, tiny_texts):
     assert build(write_jsonl("a.jsonl", tiny_texts), vocab_size=70_000).split("train").tokens_T.dtype == np.uint32
+
+
+def test_sources_beyond_what_a_label_can_number_are_other(tmp_path, tokenizer, reporter, tiny_texts, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t, "source": f"url{i}"}) + "\n" for i, t in enumerate(tiny_texts)))
+    monkeypatch.setattr(store_builder, "_MAX_LABELS", 4)
+    store = TokenStore.build(
+        tmp_path / "s", [SourceConfig(path=str(path))], tokenizer, eos_id=0, reporter=reporter, heldout_fraction=0.2
+    )
+    assert store.manifest["source_labels"] == ["url0", "url1", "url2", "other"]
+    labels = np.concatenate([store.split(name).labels_D for name in ("train", "heldout")])
+    assert np.bincount(labels).tolist() == [1, 1, 1, len(tiny_texts) - 3]
+
+
+def test_what_the_tokenizer_puts_around_a_text(build, write_jsonl, tiny_texts):
+    path = write_jsonl("a.jsonl", [*tiny_texts, ""])
+    plain = build(path, folder="plain").split("heldout")
+    store = build(path, folder="framed", special=SpecialTokens(prefix=(5,), suffix=(6, 7)))
+    framed = store.split("heldout")
+    assert framed.prefix_ids == (5,)
+    assert store.manifest["dropped"]["short"] == 1
+    for i in range(plain.documents):
+        assert framed.document_tokens(i).tolist() == [*plain.document_tokens(i)[:-1], 6, 7]
+        assert framed.document_token_bytes(i).tolist() == [*plain.document_token_bytes(i)[:-1], 0, 0]
 
 
 @pytest.mark.parametrize("options", [{"vocab_size": 100}, {"eos_id": 320}, {"eos_id": -1}])

@@ -114,9 +114,9 @@ def test_tokenizer_that_fits(tokenizer_dir: Path, tiny_llama_dir: Path) -> None:
     from tokenizers import Tokenizer
 
     size = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).get_vocab_size()
-    assert check_tokenizer(tokenizer_dir, size) == size
-    assert check_tokenizer(tokenizer_dir / "tokenizer.json", size + 100) == size
-    assert check_tokenizer(tiny_llama_dir, 320) <= 320
+    assert check_tokenizer(tokenizer_dir, size) == (size, "")
+    assert check_tokenizer(tokenizer_dir / "tokenizer.json", size + 100) == (size, "")
+    assert check_tokenizer(tiny_llama_dir, 320).ids <= 320
     with pytest.raises(CheckpointError, match=f"id {size - 1}"):
         check_tokenizer(tokenizer_dir, size - 1)
 
@@ -128,11 +128,13 @@ def test_tokenizer_that_fits(tokenizer_dir: Path, tiny_llama_dir: Path) -> None:
         ("tokenizer_config.json", {"added_tokens_decoder": {"320": {"content": "<pad>"}}}),
     ],
 )
-def test_token_added_beyond_the_embedding_is_found(tokenizer_dir: Path, file: str, content: Any) -> None:
+def test_token_added_beyond_the_embedding_is_a_notice(tokenizer_dir: Path, file: str, content: Any) -> None:
     (tokenizer_dir / file).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=rf"id 320 \('<pad>' in {file}\)"):
-        check_tokenizer(tokenizer_dir, 320)
-    assert check_tokenizer(tokenizer_dir, 321) == 321
+    fit = check_tokenizer(tokenizer_dir, 320)
+    assert fit.ids == 321
+    assert "1 added token(s)" in fit.notice
+    assert f"id 320 ('<pad>' in {file})" in fit.notice
+    assert check_tokenizer(tokenizer_dir, 321) == (321, "")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,124 @@
+"""Token stores that runs share: a folder for each combination of text, tokenizer and settings, named by their digest.
+
+    <cache>/<digest>/          a token store, and digests.json with the sha256 of each of its files
+
+An entry appears by one rename and never changes, so any number of runs may use the cache at once. Files are hard links
+where the file system allows it: a store that a run and the cache hold takes its place on the disk once. Any entry may
+be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import tokenizers
+
+from kdscale.data.store_builder import STORE_VERSION, DocumentFormat
+from kdscale.errors import KdscaleError
+from kdscale.files import (
+    atomic_dir,
+    fsync_dir,
+    fsync_file,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from kdscale.runtime.progress import Reporter
+
+FOLDER_VARIABLE = "KDSCALE_CACHE"
+_DIGESTS = "digests.json"
+_ABANDONED_SECONDS = 86_400  # after which what a killed run left half written is deleted
+
+
+def cache_folder() -> Path:
+    """Where stores are shared: under $KDSCALE_CACHE, or the user's cache folder."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdscale"
+    return (Path(chosen) if chosen else user) / "tokens"
+
+
+class StoreCache:
+    """The shared stores under `folder`. A cache that cannot be read or written is reported, and the run goes on."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def key(self, description: dict[str, Any], form: DocumentFormat, tokenizer_sha256: str) -> str | None:
+        """The digest of everything that a store depends on; None for text of a hub data set, which may change."""
+        sources, heldout = description["sources"], description.get("heldout_sources", [])
+        if any("files" not in source for source in (*sources, *heldout)):
+            return None
+        # a file's name is a label of its documents; its folder is not
+        text = [[{**source, "path": None} for source in side] for side in (sources, heldout)]
+        settings = [description.get("heldout_fraction"), form.eos_id, form.vocab_size, form.special, form.max_tokens]
+        return sha256_json([STORE_VERSION, tokenizers.__version__, tokenizer_sha256, settings, text])
+
+    def take(self, key: str | None, folder: Path, description: dict[str, Any], reporter: Reporter) -> bool:
+        """Put the store `key` into `folder`; returns whether there is one. A damaged one is deleted."""
+        if key is None:
+            return False
+        entry = self._folder / key
+        try:
+            if not (entry / _DIGESTS).is_file():
+                return False
+            digests = read_json(entry / _DIGESTS)
+            if any(sha256_file(entry / name) != digest for name, digest in digests.items()):
+                raise OSError("a file has another sha256 than when it was written")
+            manifest = read_json(entry / "manifest.json")
+        except (OSError, AttributeError, KdscaleError) as error:
+            reporter.say(f"  note: the tokenised text in {entry} is damaged ({error}) and is made again")
+            shutil.rmtree(entry, ignore_errors=True)
+            return False
+        with atomic_dir(folder) as tmp:
+            _link_files(entry, tmp, [name for name in digests if name != "manifest.json"])
+            write_json(tmp / "manifest.json", {**manifest, **description})
+        reporter.say(f"  the same text was tokenised before: taken from {entry}")
+        return True
+
+    def put(self, key: str | None, folder: Path, reporter: Reporter) -> None:
+        """Share the finished store in `folder` as `key`. Of two runs that do so at once, the first one's stays."""
+        if key is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.glob(".partial-*"):
+                if leftover.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                    shutil.rmtree(leftover)
+            with TemporaryDirectory(prefix=".partial-", dir=self._folder) as tmp:
+                self._fill(Path(tmp) / key, folder)
+                if not (self._folder / key).exists():
+                    (Path(tmp) / key).rename(self._folder / key)
+                    fsync_dir(self._folder)
+        except (OSError, KdscaleError) as error:
+            if not _is_file(self._folder / key / _DIGESTS):  # else another run was faster
+                reporter.say(f"  note: the tokenised text is not shared with other runs: {error}")
+
+    @staticmethod
+    def _fill(entry: Path, folder: Path) -> None:
+        names = sorted(str(item.relative_to(folder)) for item in folder.rglob("*") if item.is_file())
+        entry.mkdir()
+        _link_files(folder, entry, names)
+        write_json(entry / _DIGESTS, {name: sha256_file(entry / name) for name in names})
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder that may not be entered
+        return False
+
+
+def _link_files(source: Path, target: Path, names: list[str]) -> None:
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        try:
+            os.link(source / name, target / name)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(source / name, target / name)
+            fsync_file(target / name)
