@@ -40,12 +40,22 @@ def fake_ssh(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tokenised text is shared within a module at most, and never with the user's runs."""
+def _use_new_cache(factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDSCALE_CACHE", str(tmp_path_factory.mktemp("kdscale-cache")))
+        patch.setenv("KDSCALE_CACHE", str(factory.mktemp("kdscale-cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures of a session share no tokenised text with the user's runs."""
+    yield from _use_new_cache(tmp_path_factory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache_of_module(_own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests share tokenised text within a module at most."""
+    yield from _use_new_cache(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

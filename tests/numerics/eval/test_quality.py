@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdscale.config.data import SourceConfig
@@ -18,9 +19,9 @@ from kdscale.config.root import RuntimeConfig
 from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.eval.quality import ScoringOptions, evaluate, headline, score_models
-from kdscale.eval.samples import Sampling
+from kdscale.eval.samples import Sampling, continue_prompts
 from kdscale.eval.summary import bits_per_byte, mean_and_error, summarise
 from kdscale.runtime.progress import Reporter
 
@@ -133,6 +134,22 @@ def test_a_whole_evaluation_compares_and_samples(models: dict[str, Path], store:
     generated = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
     expected = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert result["samples"][0]["outputs"]["teacher"] == expected
+
+
+def test_samples_begin_as_the_documents_do_and_do_not_end(tiny_llama_dir: Path) -> None:
+    """The store's prefix comes before a prompt, and a suffix of the tokenizer does not follow it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<|end|> $A <|end|>", special_tokens=[("<|end|>", 0)])
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
+    ids = torch.tensor([[0, *tokenizer("The river", add_special_tokens=False)["input_ids"]]])
+    generated = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
+    assert continue_prompts(model, tokenizer, ["The river"], 5, Sampling(), prefix_ids=(0,)) == [expected]
+    assert continue_prompts(model, tokenizer, ["The river"], 5, Sampling()) != [expected]
+    tokenizer.add_tokens(["<beyond>"])
+    with pytest.raises(DataError, match=r"eval.prompts(.|\n)*below 320"):
+        continue_prompts(model, tokenizer, ["see <beyond>"], 5, Sampling())
 
 
 def test_any_list_of_models_is_evaluated(models: dict[str, Path], store: TokenStore, tmp_path: Path) -> None:

@@ -104,6 +104,27 @@ def test_eval_counts_are_exact(make_split):
     check()
 
 
+def test_eval_scores_the_same_text_with_a_prefix(make_split):
+    split, plain = make_split(LENGTHS, prefix_ids=(3, 4)), make_split(LENGTHS)
+    with_prefix, without = eval_batches(split, 12, 3, 10**6), eval_batches(plain, 10, 3, 10**6)
+    labels = [torch.cat([b.labels_BS[b.labels_BS != IGNORED_LABEL] for b in side]) for side in (with_prefix, without)]
+    assert torch.equal(labels[0].sort().values, labels[1].sort().values)
+    assert sum(b.text_bytes for b in with_prefix) == sum(b.text_bytes for b in without)
+    for batch in with_prefix:
+        for ids, positions, wanted in zip(batch.input_ids_BS, batch.position_ids_BS, batch.labels_BS, strict=True):
+            for start in ((ids != split.eos_id) & (positions == 0)).nonzero().flatten().tolist():
+                assert ids[start : start + 2].tolist() == [3, 4]
+                assert wanted[start : start + 2].tolist() == [IGNORED_LABEL] * 2
+                assert positions[start : start + 3].tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match="no room"):
+        eval_batches(split, 2, 1, 10)
+
+
+def test_eval_takes_many_sources_in_turn_quickly(make_split):
+    split = make_split([3] * 3000, labels=[*range(2999), 0])
+    assert sum(batch.token_count for batch in eval_batches(split, 2, 64, 10**6)) == 6000
+
+
 def test_eval_is_deterministic_and_spread(make_split):
     split = make_split([30] * 20, labels=[0] * 14 + [1] * 4 + [2] * 2)
     first, again = (eval_batches(split, 16, 2, 16 * 6) for _ in range(2))

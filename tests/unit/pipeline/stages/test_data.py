@@ -1,0 +1,76 @@
+"""The data stage: what the config's switches do to the store, and an unusable added token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from kdscale.config.load import build_config
+from kdscale.data.token_store import TokenStore
+from kdscale.errors import DataError
+from kdscale.pipeline.checks import check_teacher
+from kdscale.pipeline.stage import StageContext
+from kdscale.pipeline.stages.data import tokenize
+from kdscale.runs.folder import RunFolder
+from kdscale.runtime.progress import Reporter
+
+
+@pytest.fixture
+def teacher(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """The tiny teacher, whose tokenizer begins a text with <|end|>, and has an added token beyond the embedding."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_llama_dir, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def context_of(tmp_path: Path, teacher: Path, texts: list[str], **data: Any) -> StageContext:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tree = {
+        "name": "t",
+        "run_dir": str(tmp_path / "run"),
+        "teacher": {"path": str(teacher)},
+        "prune": {"ffn": 64},
+        "data": {"sources": [{"path": str(path)}], "heldout_fraction": 0.2, **data},
+    }
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir(exist_ok=True)
+    return StageContext(build_config(tree, "here"), run, teacher, Reporter(quiet=True))
+
+
+@pytest.mark.parametrize(("add_special", "prefix"), [("auto", (0,)), ("never", ())])
+def test_documents_begin_as_the_tokenizer_begins_them(tmp_path, teacher, tiny_texts, add_special, prefix):
+    context = context_of(tmp_path, teacher, tiny_texts, add_special=add_special)
+    tokenize(context)
+    store = TokenStore.open(context.run.data)
+    assert store.split("train").prefix_ids == store.split("heldout").prefix_ids == prefix
+    assert all(store.split("train").document_tokens(i)[0] for i in range(3)), "the prefix is not stored"
+
+
+def test_text_is_shared_unless_switched_off(tmp_path, teacher, tiny_texts, monkeypatch):
+    monkeypatch.setenv("KDSCALE_CACHE", str(tmp_path / "cache"))
+    tokenize(context_of(tmp_path, teacher, tiny_texts, share=False))
+    assert not (tmp_path / "cache").exists()
+    tokenize(context_of(tmp_path, teacher, tiny_texts))
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+
+
+def test_an_added_token_beyond_the_embedding_matters_only_in_text(tmp_path, teacher, tiny_texts, monkeypatch):
+    context = context_of(tmp_path, teacher, tiny_texts)
+    said: list[str] = []
+    monkeypatch.setattr(context.reporter, "say", said.append)
+    check_teacher(context.config, context.reporter)
+    assert any("id 320 ('<image>' in tokenizer.json)" in line for line in said)
+    tokenize(context)
+    with pytest.raises(DataError, match=r"does not belong(.|\n)*id 320 \('<image>'\) in a.jsonl"):
+        tokenize(context_of(tmp_path, teacher, [*tiny_texts, "see <image>"]))
