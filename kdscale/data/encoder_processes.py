@@ -8,6 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -35,10 +36,13 @@ class EncoderProcesses:
     def __init__(self, encoder: BatchEncoder, processes: int):
         self._encoder = encoder
         self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
         context = multiprocessing.get_context("spawn")  # forking a process with threads can hang
         for _ in range(processes if processes > 1 else 0):
             pipe, workers_end = context.Pipe()
-            context.Process(target=_serve, args=(workers_end, encoder.json), daemon=True).start()
+            process = context.Process(target=_serve, args=(workers_end, encoder.json), daemon=True)
+            process.start()
+            self._processes.append(process)
             workers_end.close()
             self._pipes.append(pipe)
 
@@ -50,6 +54,8 @@ class EncoderProcesses:
     ) -> None:
         for pipe in self._pipes:
             pipe.close()
+        for process in self._processes:
+            process.join()
 
     def encode(
         self, batches: Iterable[Batch], texts_of: Callable[[Batch], Sequence[str]]
