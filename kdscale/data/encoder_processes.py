@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 from kdscale.data.tokenizing import BatchEncoder, EncodedText
 from kdscale.errors import MachineError
 
-Batch = TypeVar("Batch")
+BatchT = TypeVar("BatchT")
 
 _MOST_PROCESSES = 16  # one process reads the text, and can feed about so many
 
@@ -58,14 +58,14 @@ class EncoderProcesses:
             process.join()
 
     def encode(
-        self, batches: Iterable[Batch], texts_of: Callable[[Batch], Sequence[str]]
-    ) -> Iterator[tuple[Batch, list[EncodedText]]]:
+        self, batches: Iterable[BatchT], texts_of: Callable[[BatchT], Sequence[str]]
+    ) -> Iterator[tuple[BatchT, list[EncodedText]]]:
         """Each batch with its encoded texts, in the order of `batches`. Raises MachineError when a process dies."""
         if not self._pipes:
             for batch in batches:
                 yield batch, self._encoder.encode(texts_of(batch))
             return
-        at_work: deque[tuple[Batch, Connection]] = deque()
+        at_work: deque[tuple[BatchT, Connection]] = deque()
         idle = deque(self._pipes)
         try:
             for batch in batches:

@@ -115,12 +115,12 @@ def test_long_texts_are_encoded_in_spans_to_the_same_tokens(
     extras = ["naïve 東京 🙂", "a" * 900, " " * 300, "<|end|>", "\n\n", "ﬁ①"]
     text = "".join(f"{rng.choice(tiny_texts)}{rng.choice(['', *extras])}" for _ in range(200))
     texts = [text, "x" * 5000, tiny_texts[0]]
-    whole = encoder.encode(texts)
+    at_once = encoder.encode(texts)
     encode_long = Mock(wraps=encoder._encode_long)
     monkeypatch.setattr(encoder, "_encode_long", encode_long)
     monkeypatch.setattr(tokenizing, "_SPAN_CHARS", 2000)
     monkeypatch.setattr(tokenizing, "_OVERLAP_CHARS", 400)
-    for expected, got in zip(whole, encoder.encode(texts), strict=True):
+    for expected, got in zip(at_once, encoder.encode(texts), strict=True):
         assert np.array_equal(expected.ids, got.ids)
         assert np.array_equal(expected.bytes, got.bytes)
     assert encode_long.call_count == 2
