@@ -9,7 +9,7 @@ document's bytes add up to those of its text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,15 +43,23 @@ class SpecialTokens(NamedTuple):
 NO_SPECIAL_TOKENS = SpecialTokens()
 
 
-def special_tokens(tokenizer: Any) -> SpecialTokens:
+def special_tokens(tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> SpecialTokens:
     """What the tokenizer itself adds around a text, usually one BOS before it.
 
-    Raises DataError when it does more to a text than to add tokens around it.
+    `tokenizer_config` is the content of tokenizer_config.json. Where it asks for BOS or EOS (as DeepSeek's does), these
+    are added even though transformers 5 leaves them out for some classes. Raises DataError when the tokenizer does more
+    to a text than to add tokens around it.
     """
     plain, full = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
     for first in range(len(full) - len(plain) + 1):
         if full[first : first + len(plain)] == plain:
-            return SpecialTokens(tuple(full[:first]), tuple(full[first + len(plain) :]))
+            prefix, suffix = tuple(full[:first]), tuple(full[first + len(plain) :])
+            bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+            if tokenizer_config.get("add_bos_token") is True and bos is not None and bos not in prefix:
+                prefix = (int(bos), *prefix)
+            if tokenizer_config.get("add_eos_token") is True and eos is not None and eos not in suffix:
+                suffix = (*suffix, int(eos))
+            return SpecialTokens(prefix, suffix)
     raise DataError(
         "the tokenizer's special tokens cannot be told from the text",
         expected=f"ids {plain} of 'a' with tokens before or after them",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdscale.errors import CheckpointError, KdscaleError
 from kdscale.families import dropped_heads
+from kdscale.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +127,15 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
         ) from error
     _check_same_ids(path, tokenizer)
     return tokenizer
+
+
+def read_tokenizer_config(path: Path) -> dict[str, Any]:
+    """The content of the checkpoint's tokenizer_config.json, empty where there is none. Raises CheckpointError."""
+    file = path / "tokenizer_config.json"
+    content = read_json(file, CheckpointError) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}", expected="a JSON object", got=type(content).__name__)
+    return content
 
 
 # No text begins with a space: whether a leading one counts is where correct classes differ.

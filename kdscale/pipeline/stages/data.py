@@ -11,20 +11,23 @@ def tokenize(context: StageContext) -> Facts:
     from kdscale.data.token_store import TokenStore
     from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, document_end_id, special_tokens
     from kdscale.families import load_family
-    from kdscale.models.loading import check_loadable, load_tokenizer
+    from kdscale.models.loading import check_loadable, load_tokenizer, read_tokenizer_config
     from kdscale.weights import read_config
 
     data = context.config.data
     check_loadable(context.teacher, context.config.teacher.trust_remote_code)
     tokenizer = load_tokenizer(context.teacher, context.config.teacher.trust_remote_code)
     teacher_config = read_config(context.teacher)
+    special = NO_SPECIAL_TOKENS
+    if data.add_special == "auto":
+        special = special_tokens(tokenizer, read_tokenizer_config(context.teacher))
     store = TokenStore.build(
         context.run.data,
         data.sources,
         tokenizer,
         eos_id=document_end_id(tokenizer),
         reporter=context.reporter,
-        special=special_tokens(tokenizer) if data.add_special == "auto" else NO_SPECIAL_TOKENS,
+        special=special,
         heldout_fraction=data.heldout_fraction,
         heldout_sources=data.heldout_sources,
         vocab_size=load_family(teacher_config, str(context.teacher)).dims(teacher_config).vocab,

@@ -79,7 +79,7 @@ def _bos_tokenizer(tokenizer: Any, template: str) -> Any:
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<|end|>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|end|>", eos_token="<|end|>")
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,21 @@ def _bos_tokenizer(tokenizer: Any, template: str) -> Any:
     [("$A", (), ()), ("<|end|> $A", (0,), ()), ("<|end|> <|end|> $A <|end|>", (0, 0), (0,))],
 )
 def test_what_a_tokenizer_adds_is_found(tokenizer: Any, template: str, prefix: tuple, suffix: tuple):
-    assert special_tokens(_bos_tokenizer(tokenizer, template)) == (prefix, suffix)
+    assert special_tokens(_bos_tokenizer(tokenizer, template), {}) == (prefix, suffix)
+
+
+def test_what_the_config_asks_for_is_added_where_transformers_leaves_it_out(tokenizer: Any):
+    asked = {"add_bos_token": True, "add_eos_token": True}
+    plain, framed = _bos_tokenizer(tokenizer, "$A"), _bos_tokenizer(tokenizer, "<|end|> $A <|end|>")
+    assert special_tokens(plain, asked) == ((0,), (0,))
+    assert special_tokens(framed, asked) == ((0,), (0,))
+    assert special_tokens(plain, {"add_bos_token": False, "add_eos_token": None}) == ((), ())
 
 
 def test_a_tokenizer_that_changes_the_text_is_refused():
     strange = Mock(side_effect=lambda _, add_special_tokens: {"input_ids": [9, 9] if add_special_tokens else [5]})
     with pytest.raises(DataError, match="add_special: never"):
-        special_tokens(strange)
+        special_tokens(strange, {})
 
 
 def _metaspace_tokenizer(texts: list[str]) -> Tokenizer:
