@@ -118,14 +118,18 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception, e.g. for a class unfit for its vocabulary
+        _check_same_ids(path, tokenizer)
+    except KdscaleError:
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception or panics, e.g. for an unfit class
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(
             f"{path} has no usable tokenizer",
             expected="tokenizer.json, and in tokenizer_config.json a tokenizer_class that fits it",
-            got=f"{type(error).__name__}: {error}",
+            got=f"{type(error).__name__}: {str(error)[:500]}",
             hint="take both files from the model as published; PreTrainedTokenizerFast fits every tokenizer.json",
         ) from error
-    _check_same_ids(path, tokenizer)
     return tokenizer
 
 
