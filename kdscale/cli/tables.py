@@ -12,15 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdscale.config.load import load_config
-from kdscale.errors import ConfigError, RunFolderError
+from kdscale.errors import ConfigError, FileError, RunFolderError
 from kdscale.escaping import for_terminal
 from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGES
-from kdscale.report.comparison import model_title, students, worsened
+from kdscale.report.comparison import FIGURES, model_title, students, worsened
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.metrics_log import read_metrics
+from kdscale.runs.metrics_log import is_figure, read_metrics
 from kdscale.sizing.capacity import Capacity
 from kdscale.units import compact_count, compact_size, format_count, format_duration, format_number
 
@@ -129,7 +129,7 @@ def results(folder: Path, last_stage: str) -> None:
     if last_stage == "plan":
         plan(read_json(run.plan), load_config(run.config).distill.tokens)
     if last_stage in ("eval", "report") and (run.eval / "eval.json").exists():
-        _side_by_side(read_json(run.eval / "eval.json"))
+        _side_by_side(run.eval / "eval.json")
     if last_stage == "report":
         _places(run)
 
@@ -148,18 +148,43 @@ def _places(run: RunFolder) -> None:
         console.print(for_terminal(f"{name:<{width}}  {path}"), highlight=False, markup=False)
 
 
-def _side_by_side(evaluation: dict[str, Any]) -> None:
-    """Quality of every evaluated model, in the order of the evaluation."""
-    models = {name: model["quality"] for name, model in evaluation["models"].items()}
-    shown = (
-        ("perplexity", "perplexity", "{:.2f}"),
-        ("bits per byte", "bits_per_byte", "{:.4f}"),
-        ("KL to the teacher", "kl_to_teacher", "{:.4f}"),
-        ("top-1 agreement", "top1_agreement", "{:.1%}"),
+_QUALITY = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("bits per byte", "bits_per_byte", "{:.4f}"),
+    ("KL to the teacher", "kl_to_teacher", "{:.4f}"),
+    ("top-1 agreement", "top1_agreement", "{:.1%}"),
+)
+
+
+def _is_evaluation(value: Any) -> bool:
+    """Whether a JSON value holds what is shown of eval.json: for each model a number, or null, for every measure."""
+    models = value.get("models") if isinstance(value, dict) else None
+    if not isinstance(models, dict) or not models:
+        return False
+    qualities = [model.get("quality") if isinstance(model, dict) else None for model in models.values()]
+    measures = {key for _, key, _ in _QUALITY} | {figure.key for figure in FIGURES if figure.section == "quality"}
+    return all(
+        isinstance(quality, dict)
+        and all(key in quality for _, key, _ in _QUALITY)
+        and all(quality.get(key) is None or is_figure(quality[key]) for key in measures)
+        for quality in qualities
     )
+
+
+def _side_by_side(path: Path) -> None:
+    """Quality of every evaluated model, in the order of the evaluation."""
+    try:
+        evaluation = read_json(path)
+    except FileError:
+        evaluation = None
+    if not _is_evaluation(evaluation):
+        notice = f"warning: {path} is damaged; kdscale run makes it again"
+        Console().print(for_terminal(notice), style="yellow", highlight=False, markup=False)
+        return
+    models = {name: model["quality"] for name, model in evaluation["models"].items()}
     rows = [
         (title, *("" if quality[key] is None else form.format(quality[key]) for quality in models.values()))
-        for title, key, form in shown
+        for title, key, form in _QUALITY
     ]
     _print(table("Held-out text", ("", *models), rows, right_from=1))
     if worse := worsened(evaluation):

@@ -97,8 +97,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
     figures = {name: value for name, value in row.items() if name != "kind" and name not in _LISTS}
     sound = isinstance(row.get("kind"), str) and type(row.get("step")) is int and row["step"] >= 0
     sound = sound and all(isinstance(row.get(name, []), list) for name in _LISTS)
-    return row if sound and all(map(_is_figure, figures.values())) else None
+    return row if sound and all(map(is_figure, figures.values())) else None
 
 
-def _is_figure(value: object) -> bool:
+def is_figure(value: object) -> bool:
+    """Whether a JSON value is a finite number."""
     return isinstance(value, int | float) and -_LARGEST_FIGURE < value < _LARGEST_FIGURE  # neither for NaN

@@ -45,6 +45,17 @@ def test_the_results_are_those_of_all_models(run: Path, names: list[str], capsys
     assert lines[2].split() == ["perplexity", *["37.75"] * len(names)]
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "null", "{", '{"models": {"a": 1}}', '{"models": {"a": {"quality": {"perplexity": "x"}}}}']
+)
+def test_a_damaged_evaluation_is_reported_and_not_shown(
+    run: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "eval" / "eval.json").write_text(text)
+    tables.results(run, "eval")
+    assert "is damaged" in "".join(capsys.readouterr().out.splitlines())
+
+
 def test_the_results_name_what_got_worse(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = {
         name: {"quality": QUALITY | {"kl_to_teacher": kl}} for name, kl in {"pruned": 1.31, "distilled": 1.59}.items()
