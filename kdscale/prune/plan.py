@@ -105,6 +105,7 @@ class Methods(_PlanSection):
     def _methods_are_known(self) -> Methods:
         for axis in SHAPE_AXES:
             known = ["uncut", "first", *methods(axis)]
+            known += [f"contiguous_{method}" for method in methods(axis)] if axis == "layers" else []
             if getattr(self, axis) not in known:
                 raise ValueError(f"{axis}: expected one of {', '.join(known)}, got {shown(getattr(self, axis))}")
         return self

@@ -90,3 +90,13 @@ def test_rows_of_the_wrong_kind_and_files_that_are_none(tmp_path: Path) -> None:
     said: list[str] = []
     MetricsLog(path, say=said.append).close()
     assert path.is_file() and "damaged" in said[0]
+
+
+def test_a_skipped_step_and_a_spike_are_rows_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write("train", 1, skipped=1, documents="3 (austen), 7 (kjv)")
+    log.write("train", 2, loss=4.0, spike=1, spike_limit=2.0, documents="9 (devil)")
+    log.write("spike", 2, loss=4.0, micro_batches=[{"documents": [9]}])
+    log.close()
+    assert steps(path) == [1, 2, 2]

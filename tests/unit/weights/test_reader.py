@@ -194,7 +194,7 @@ def test_folders_without_weights_or_config(model_dir: Callable[..., Path], tmp_p
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="adapter"):
         Checkpoint.open(folder)
-    for text, message in (("{", "not valid JSON"), ("[]", "a JSON object"), ("\xff", "not valid JSON")):
+    for text, message in (("{", "not valid JSON"), ("[]", "a JSON object"), ("\xff", "not UTF-8 text")):
         (folder / "config.json").write_text(text, encoding="latin-1")
         with pytest.raises(CheckpointError, match=message):
             Checkpoint.open(folder)
