@@ -15,7 +15,7 @@ from safetensors.torch import load_file as load_tensors
 
 from kdscale.config.load import dump_config, load_config
 from kdscale.config.root import Config
-from kdscale.errors import DataError
+from kdscale.errors import ConfigError
 from kdscale.files import write_text
 from kdscale.pipeline import rank_main
 from kdscale.pipeline.runner import run_until
@@ -80,11 +80,8 @@ def test_two_processes_make_the_student_of_one(tiny_config, tmp_path, kdscale_en
 
 
 def test_more_ranks_than_batches(tiny_config, tmp_path):
-    config = _config(tiny_config, tmp_path / "run", "importance.processes=5")
-    run_until(config, "data", Reporter(quiet=True))
-    context = StageContext(config, RunFolder(tmp_path / "run"), Path(config.teacher.path), Reporter(quiet=True))
-    with pytest.raises(DataError, match=r"importance\.processes"):
-        STAGES["importance"].run_rank(context)
+    with pytest.raises(ConfigError, match=r"processes \(5\) must be at most the calibration batches \(4\)"):
+        _config(tiny_config, tmp_path / "run", "importance.processes=5")
 
 
 def test_ranks_prune_the_model_of_the_step_before(tiny_config, tmp_path, monkeypatch):
