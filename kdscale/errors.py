@@ -100,7 +100,7 @@ class ServiceError(KdscaleError):
 
 
 class MachineError(KdscaleError):
-    """This machine lacks what was asked for: memory that may be locked or shared, a program, a device.
+    """This machine lacks what was asked for: memory that may be locked or shared, a device.
 
     Another machine, or this one later, may have it.
     """

@@ -21,7 +21,6 @@ from kdscale.runtime.progress import Reporter
 
 if TYPE_CHECKING:
     from kdscale.prune.plan import Plan
-    from kdscale.runtime.progress import Reporter
 
 _MARGIN_BYTES = 64 << 20  # logs, reports and what else is small
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdscale.errors import ERRORS_BY_CODE, ConfigError, DataError, Interrupted, LostRankError, MachineError
+from kdscale.errors import ERRORS_BY_CODE, ConfigError, Interrupted, LostRankError, MachineError
 from kdscale.pipeline.calibration import calibration_batches
 from kdscale.pipeline.stage import StageContext
 
@@ -94,7 +94,7 @@ class RankShare:
 def join_calibration(context: StageContext, stage: str) -> RankShare:
     """Join the stage's group, if there are several processes, and take this rank's share of the calibration batches.
 
-    Raises DataError when there are more ranks than batches.
+    The config has checked that every rank gets one.
     """
     from kdscale.models.hidden_states import Scratch
     from kdscale.runtime.device import resolve_device, set_threads
@@ -107,13 +107,6 @@ def join_calibration(context: StageContext, stage: str) -> RankShare:
     scratch = Scratch(context.run.work / stage, config.runtime.activation_bytes)
     if processes == 1:
         return RankShare(device, batches, scratch)
-    if len(batches) < processes:
-        raise DataError(
-            "importance.processes is more than there are calibration batches",
-            expected=f"at most {len(batches)}",
-            got=str(processes),
-            hint="raise importance.calibration_tokens or lower importance.micro_batch",
-        )
     device = _join_group(device)
     return RankShare(device, batches[rank() :: processes], scratch.subfolder(f"rank-{rank()}"))
 

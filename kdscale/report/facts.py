@@ -18,6 +18,7 @@ from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.report import pruning_facts, training_facts
 from kdscale.report.comparison import TEACHER, comparison, model_title, students, worsened
+from kdscale.runs.folder import METRICS
 from kdscale.runs.metrics_log import read_metrics
 
 SCHEMA_VERSION = 1
@@ -44,7 +45,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
     config = _config(run_dir / "config.yaml")
     plan = _optional(run_dir / "plan.json")
     evaluation = _optional(run_dir / "eval" / "eval.json")
-    log_rows = list(read_metrics(run_dir / "logs" / "metrics.jsonl"))
+    log_rows = list(read_metrics(run_dir / METRICS.path))
     importance = pruning_facts.importance(run_dir / "importance")
     results = {
         "config": config, "plan": plan, "importance": importance, "distillation": log_rows, "evaluation": evaluation,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdscale.files import read_json
+from kdscale.runs.folder import METRICS
 from kdscale.runs.importance_scores import SCORES_FILE, SUMMARY_FILE, load_scores
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
@@ -170,7 +171,7 @@ def steps(run_dir: Path, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]
 
 
 def _step(name: str, folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    rows = list(read_metrics(folder / "logs" / "metrics.jsonl"))
+    rows = list(read_metrics(folder / METRICS.path))
     validation = [row["perplexity"] for row in rows if row["kind"] == "validation" and "perplexity" in row]
     trained = [row["tokens"] for row in rows if row["kind"] == "train" and "tokens" in row]
     cut = [axis for axis in plan["student"] if plan["student"][axis] < plan["teacher"][axis]]

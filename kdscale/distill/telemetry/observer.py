@@ -20,6 +20,7 @@ from kdscale.distill.telemetry.profiling import StepProfiler
 from kdscale.distill.telemetry.spikes import SpikeDetector, describe_batch, name_documents
 from kdscale.distill.telemetry.throughput import SpeedReport, peak_flops
 from kdscale.distill.telemetry.trackers import Trackers, open_trackers
+from kdscale.runs.folder import BAD_BATCHES, METRICS, TENSORBOARD
 from kdscale.runs.metrics_log import MetricsLog, read_metrics
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_main, rank, world_size
@@ -236,13 +237,13 @@ def make_observer(
     )
     records, at_start = None, {}
     if is_main():
-        metrics = MetricsLog(logs / "metrics.jsonl", step, logs / "tensorboard", reporter.say)
-        rows = [row for row in read_metrics(logs / "metrics.jsonl") if row["kind"] == "train"]
-        known = [row["loss"] for row in rows if "loss" in row and not row["skipped"]]
-        at_start = next((row for row in read_metrics(logs / "metrics.jsonl") if row["kind"] == "validation"), {})
+        metrics = MetricsLog(run_dir / METRICS.path, step, run_dir / TENSORBOARD.path, reporter.say)
+        rows = list(read_metrics(run_dir / METRICS.path))
+        known = [row["loss"] for row in rows if row["kind"] == "train" and "loss" in row and not row["skipped"]]
+        at_start = next((row for row in rows if row["kind"] == "validation"), {})
         records = Records(
             metrics=metrics,
-            bad_batches=MetricsLog(logs / "bad_batches.jsonl", step, say=reporter.say),
+            bad_batches=MetricsLog(run_dir / BAD_BATCHES.path, step, say=reporter.say),
             trackers=open_trackers(cfg, logs, reporter.say),
             spikes=SpikeDetector(settings.spikes, known),
         )

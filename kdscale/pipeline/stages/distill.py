@@ -35,7 +35,7 @@ def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:
 def distill(context: StageContext) -> Facts:
     """Distil to the end or raise; returns the first and last validation's perplexity."""
     run_on_ranks("distill", distill_rank, context, context.config.distill.processes, across_job=True)
-    rows = [row for row in read_metrics(context.run.logs / "metrics.jsonl") if row["kind"] == "validation"]
+    rows = [row for row in read_metrics(context.run.metrics) if row["kind"] == "validation"]
     if not rows:
         return {}
     return {"held-out perplexity": f"{_perplexity(rows[0])} → {_perplexity(rows[-1])}"}

@@ -74,7 +74,7 @@ def _run(context: StageContext, config: Config) -> float:
     # a probe is made from scratch whenever its inputs changed
     context.run_inner(replace(context, accept_changes=True), config, ("plan", "prune", "distill"), shared)
     run = RunFolder(Path(config.run_dir))
-    rows = [row for row in read_metrics(run.logs / "metrics.jsonl") if row["kind"] == "validation"]
+    rows = [row for row in read_metrics(run.metrics) if row["kind"] == "validation"]
     if not rows or "loss" not in rows[-1]:
         raise TrainingError(f"the probe in {run.path} has no finite held-out loss", hint="lower distill.optimizer.lr")
     return float(rows[-1]["loss"])
