@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,6 +39,7 @@ _HINT_BY_ERRNO = {
 _NUMPY_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 _SAFETENSORS_CODE = re.compile(r"\b(?:code:|os error) (\d+)")
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 64 << 20, 64
 _JSON_NAMES = {
     dict: "an object",
@@ -217,19 +218,27 @@ def read_text(path: Path, error: type[KdscaleError] = FileError, limit: int = MA
 
 
 def read_json(
-    path: Path, error: type[KdscaleError] = FileError, *, expect: type = object, limit: int = MAX_JSON_BYTES
+    path: Path,
+    error: type[KdscaleError] = FileError,
+    *,
+    expect: type = object,
+    unique: bool = False,
+    limit: int = MAX_JSON_BYTES,
 ) -> Any:
     """The content of a JSON file, whose outermost value must be an `expect`.
 
-    Raises `error`, naming the file, when it is missing, no regular file, too large, too deep, not JSON or another type.
+    Raises `error`, naming the file, when it is missing, no regular file, too large, too deep, not JSON or another type;
+    with `unique` also when an object has a key twice.
     """
-    return parse_json(read_text(path, error, limit), str(path), error, expect=expect)
+    return parse_json(read_text(path, error, limit), str(path), error, expect=expect, unique=unique)
 
 
-def parse_json(text: str, where: str, error: type[KdscaleError] = FileError, *, expect: type = object) -> Any:
+def parse_json(
+    text: str, where: str, error: type[KdscaleError] = FileError, *, expect: type = object, unique: bool = False
+) -> Any:
     """The value of a JSON text, checked like a file that `read_json` reads; `where` names it in messages."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys if unique else None)
     except (ValueError, RecursionError) as problem:
         got = "too many brackets" if isinstance(problem, RecursionError) else str(problem)[:200]
         raise error(f"{where} is not valid JSON", got=got) from problem
@@ -238,7 +247,27 @@ def parse_json(text: str, where: str, error: type[KdscaleError] = FileError, *, 
         raise error(f"{where} holds something else", expected=_JSON_NAMES[expect], got=got)
     if _is_deeper_than(value, MAX_JSON_DEPTH):
         raise error(f"{where} is nested too deeply", expected=f"at most {MAX_JSON_DEPTH} levels")
+    if _SURROGATE.search(text) and not _is_unicode(value):
+        raise error(f"{where} is not valid Unicode", got="half of a surrogate pair")
     return value
+
+
+def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses repeated keys, of whose values all but the last would be lost silently."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r} appears twice")
+        values[key] = value
+    return values
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_deeper_than(value: Any, limit: int) -> bool:

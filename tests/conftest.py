@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.hostile.nasty import COUNTS
+from tests.hostile.nasty import COUNTS, counts_in_words
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -119,17 +120,17 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file
 def pytest_sessionfinish(session: Any) -> None:
     """Hand the counts of a worker of pytest-xdist to the process that prints the summary."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["hostile"] = dict(COUNTS)
+        session.config.workeroutput["hostile"] = {where: dict(counts) for where, counts in COUNTS.items()}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Add up the counts of the workers."""
-    COUNTS.update(getattr(node, "workeroutput", {}).get("hostile", {}))
+    for where, counts in getattr(node, "workeroutput", {}).get("hostile", {}).items():
+        COUNTS.setdefault(where, Counter()).update(counts)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print how many cases of hostile input there were."""
-    if COUNTS["cases"]:
-        outcomes = ", ".join(f"{count:,.0f} {name}" for name, count in sorted(COUNTS.items()) if name != "cases")
-        terminalreporter.write_line(f"hostile input: {COUNTS['cases']:,} cases: {outcomes}")
+    """Print how many cases of hostile input there were, and what became of them."""
+    for line in counts_in_words():
+        terminalreporter.write_line(line)

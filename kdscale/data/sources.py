@@ -30,7 +30,8 @@ _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _BOM = b"\xef\xbb\xbf"
 _TXT_DOCUMENT_CHARS = 1 << 16  # a .txt document has at least so many characters, and at most twice as many
 _CUTS = (r"\n[ \t\r]*\n", r"\n", r"\s")  # where a .txt file may be cut, the best first
-_BLOCK_BYTES = 1 << 20
+_LONGEST_LABEL = 200  # characters of it are kept
+_BLOCK_BYTES, _MAX_RECORD_BYTES = 1 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,13 @@ def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[tuple[str, str]]:
     try:
         with opener(path, "rb") as stream:
             lines: IO[bytes] = stream
-            for number, raw in enumerate(lines, 1):
+            # not `for raw in lines`: a file without newlines, or a small gzip file of one, would be read whole
+            while raw := lines.readline(_MAX_RECORD_BYTES + 1):
+                number += 1
+                if len(raw) > _MAX_RECORD_BYTES:
+                    expected = f"at most {_MAX_RECORD_BYTES:,} bytes a line"
+                    hint = "is each record on a line of its own? Cut longer texts into several records"
+                    raise DataError(f"{path} line {number} is too long", expected=expected, hint=hint)
                 line = raw.removeprefix(_BOM) if number == 1 else raw
                 if line.strip():
                     yield _parse_line(line, source, path, number)
@@ -198,7 +205,7 @@ def _parse_line(line: bytes, source: SourceConfig, path: Path, number: int) -> t
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _not_utf8(path, number, error) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise DataError(f"{path} line {number} is not valid JSON", got=str(error)) from error
     if not isinstance(record, dict):
         raise DataError(f"{path} line {number}", expected="a JSON object", got=type(record).__name__)
@@ -223,7 +230,9 @@ def _text_of(record: dict[str, Any], field: str, where: str) -> str:
 
 def _label_of(record: dict[str, Any], source: SourceConfig, default: str) -> str:
     label = record.get(source.source_field) if source.source_field is not None else None
-    return label if isinstance(label, str) and label else default
+    if not isinstance(label, str) or not label:
+        return default
+    return label[:_LONGEST_LABEL].encode("utf-8", "replace").decode()  # JSON may escape half of a surrogate pair
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:

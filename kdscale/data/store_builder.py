@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdscale.config.data import SourceConfig
 from kdscale.data.encoder_processes import EncoderProcesses, usable_cores
 from kdscale.data.sources import Document, describe_source, is_local, read_documents
 from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, EncodedText, SpecialTokens
 from kdscale.errors import DataError
+from kdscale.files import read_json, safe_join
 from kdscale.runtime.progress import Bar
 
 Facts = dict[str, Any]
@@ -26,6 +28,7 @@ STORE_VERSION = 2
 _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 250_000  # whichever comes first; the library takes 140 bytes a character
 _MANY_BYTES = 32 << 20  # of text, from which on starting processes pays
 _OTHER, _MAX_LABELS = "other", 1 << 16
+_COLUMNS = ("offsets", "bytes", "labels", "weights")  # a value for each document
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,53 @@ class DocumentFormat:
     def end_ids(self) -> tuple[int, ...]:
         """What is appended to each document's tokens."""
         return self.special.suffix or (self.eos_id,)
+
+
+_Number = Annotated[int, Field(ge=0, le=1 << 62)]
+
+
+class _SplitCounts(BaseModel):
+    model_config = ConfigDict(strict=True)
+    documents: _Number
+    tokens: _Number
+    bytes: _Number
+
+
+class _StoreManifest(BaseModel):
+    """What is read of a store's manifest.json."""
+
+    model_config = ConfigDict(strict=True)
+    dtype: Literal["uint16", "uint32"]
+    eos_id: _Number
+    prefix_ids: list[_Number]
+    source_labels: list[str]
+    splits: dict[Literal["train", "heldout"], _SplitCounts] = Field(min_length=len(SPLITS))
+    dropped: dict[str, _Number]
+    files: dict[str, _Number]
+
+
+def read_store_manifest(folder: Path) -> Facts:
+    """manifest.json of a token store, which is written last.
+
+    Raises DataError where there is none, for another version of the format, and for files of the wrong size.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise DataError(f"{folder} holds no finished token store", expected="manifest.json", hint="build it again")
+    manifest: Facts = read_json(folder / "manifest.json", DataError, expect=dict)
+    if manifest.get("version") != STORE_VERSION:
+        raise DataError(f"{folder} is not a token store of this version", hint="delete it and build it again")
+    try:
+        _StoreManifest.model_validate(manifest)
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, item["loc"])) for item in error.errors()[:8])
+        hint = "delete the folder and build it again"
+        raise DataError(f"{folder / 'manifest.json'} is damaged", got=f"wrong: {wrong}", hint=hint) from error
+    names = {f"{split}/{name}.bin" for split in SPLITS for name in ("tokens", *_COLUMNS)} | {"heldout/token_bytes.bin"}
+    for name in sorted({*names, *manifest["files"]}):
+        size, file = manifest["files"].get(name), safe_join(folder, name)
+        if size is None or not file.is_file() or file.stat().st_size != size:
+            raise DataError(f"{file} is damaged", expected=f"{size} bytes", hint="delete the folder and build it again")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -192,8 +242,8 @@ class SplitWriter:
         self._tokens.close()
         if self._token_bytes is not None:
             self._token_bytes.close()
-        columns = {"offsets": self._offsets, "bytes": self._bytes, "labels": self._labels, "weights": self._weights}
-        for name, column in columns.items():
+        columns = (self._offsets, self._bytes, self._labels, self._weights)
+        for name, column in zip(_COLUMNS, columns, strict=True):
             (self._folder / f"{name}.bin").write_bytes(column.tobytes())
         return {"documents": len(self._bytes), "tokens": self._offsets[-1], "bytes": sum(self._bytes)}
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import tokenizers
 
-from kdscale.data.store_builder import STORE_VERSION, DocumentFormat
+from kdscale.data.store_builder import STORE_VERSION, DocumentFormat, read_store_manifest
 from kdscale.errors import KdscaleError
 from kdscale.files import (
     atomic_dir,
     fsync_dir,
     fsync_file,
     read_json,
+    safe_join,
     sha256_file,
     sha256_json,
     write_json,
@@ -67,12 +68,12 @@ class StoreCache:
         try:
             if not (entry / _DIGESTS).is_file():
                 return False
-            digests = read_json(entry / _DIGESTS)
-            if any(sha256_file(entry / name) != digest for name, digest in digests.items()):
-                raise OSError("a file has another sha256 than when it was written")
-            manifest = read_json(entry / "manifest.json")
-        except (OSError, AttributeError, KdscaleError) as error:
-            reporter.say(f"  note: the tokenised text in {entry} is damaged ({error}) and is made again")
+            digests = read_json(entry / _DIGESTS, expect=dict)
+            _check_digests(entry, digests)
+            manifest = read_store_manifest(entry)
+        except (OSError, KdscaleError) as error:
+            reason = " ".join(str(error).split())[:200]
+            reporter.say(f"  note: the tokenised text in {entry} is damaged ({reason}) and is made again")
             shutil.rmtree(entry, ignore_errors=True)
             return False
         with atomic_dir(folder) as tmp:
@@ -105,6 +106,16 @@ class StoreCache:
         entry.mkdir()
         _link_files(folder, entry, names)
         write_json(entry / _DIGESTS, {name: sha256_file(entry / name) for name in names})
+
+
+def _check_digests(entry: Path, digests: dict[str, Any]) -> None:
+    """Raises CheckpointError for a name outside the entry, OSError for a file that is not what was written."""
+    for name, digest in digests.items():
+        file = safe_join(entry, name)
+        if not _is_file(file) or sha256_file(file) != digest:
+            raise OSError(f"{name[:80]!r} is not the file that was written")
+    if missing := {"manifest.json", *read_store_manifest(entry)["files"]} - set(digests):
+        raise OSError(f"{min(missing)[:80]!r} has no digest")
 
 
 def _is_file(path: Path) -> bool:

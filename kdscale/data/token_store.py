@@ -27,10 +27,10 @@ from kdscale.config.data import SourceConfig
 from kdscale.data.sources import cut_text_files
 from kdscale.data.store_builder import (
     SPLITS,
-    STORE_VERSION,
     DocumentFormat,
     StoreBuilder,
     describe_sources,
+    read_store_manifest,
     summarise,
     survey_sources,
     token_without_row,
@@ -38,7 +38,7 @@ from kdscale.data.store_builder import (
 from kdscale.data.store_cache import StoreCache
 from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, SpecialTokens
 from kdscale.errors import ConfigError, DataError
-from kdscale.files import atomic_dir, read_json, write_json
+from kdscale.files import atomic_dir, write_json
 from kdscale.runtime.progress import Reporter
 
 _SHORTEST_CUT = 4  # tokens; the least that data.max_document_tokens may be
@@ -95,17 +95,7 @@ class TokenStore:
         Raises DataError where there is no manifest (it was never finished), for another version of the format, and for
         a file of the wrong size.
         """
-        if not (folder / "manifest.json").is_file():
-            raise DataError(f"{folder} holds no finished token store", expected="manifest.json", hint="build it again")
-        manifest = read_json(folder / "manifest.json")
-        if not isinstance(manifest, dict) or manifest.get("version") != STORE_VERSION:
-            raise DataError(f"{folder} is not a token store of this version", hint="delete it and build it again")
-        for name, size in manifest["files"].items():
-            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-                raise DataError(
-                    f"{folder / name} is damaged", expected=f"{size} bytes", hint="delete the folder and build it again"
-                )
-        return cls(folder, manifest)
+        return cls(folder, read_store_manifest(folder))
 
     def split(self, name: str) -> TokenSplit:
         """The split `train` or `heldout`, memory-mapped."""

@@ -52,18 +52,57 @@ def summarise(scores: Scores, text_bytes: int) -> dict[str, Any]:
 
 
 def compare(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:
-    """Cross-entropy differences between every two models, later minus earlier, with paired standard errors.
+    """Differences of the figures between every two models, later minus earlier, with paired standard errors.
 
     Both models scored the same tokens, so their difference is known far better than either figure.
     """
     names = list(scores)
     pairs = [(late, early) for i, late in enumerate(names) for early in names[:i]]
-    out = {}
-    for late, early in pairs:
-        gap_N = _double(scores[late].stats.ce_N) - _double(scores[early].stats.ce_N)
-        gap, error = mean_and_error(gap_N, scores[late].cluster_N)
-        out[f"{late}_minus_{early}"] = {"ce": gap, "ce_standard_error": error}
+    return {f"{late}_minus_{early}": _differences(scores[late], scores[early]) for late, early in pairs}
+
+
+def _differences(late: Scores, early: Scores) -> dict[str, float | None]:
+    values = {
+        "ce": (late.stats.ce_N, early.stats.ce_N),
+        "top1_accuracy": (late.stats.correct_N, early.stats.correct_N),
+        "kl_to_teacher": (late.stats.kl_N, early.stats.kl_N),
+        "top1_agreement": (late.stats.agrees_N, early.stats.agrees_N),
+    }
+    out: dict[str, float | None] = {}
+    for key, (late_N, early_N) in values.items():
+        if late_N is not None and early_N is not None:
+            gap_N = _double(late_N) - _double(early_N)
+            out[key], out[f"{key}_standard_error"] = mean_and_error(gap_N, late.cluster_N)
+    key = "expected_calibration_error"
+    out[key], out[f"{key}_standard_error"] = _calibration_difference(late, early)
     return out
+
+
+def _calibration_difference(late: Scores, early: Scores) -> tuple[float, float | None]:
+    """Difference of the calibration errors, and its standard error by the jackknife over document pieces.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, §11.5. A calibration error is Σ_b |S_b| / N, where
+    S_b is the sum of (correct − confidence) over the tokens of bin b.
+    """
+    _, number_N = np.unique(late.cluster_N, return_inverse=True)
+    count_D = np.bincount(number_N)
+    gaps, without_D = [], np.zeros(len(count_D))
+    for sign, stats in ((1, late.stats), (-1, early.stats)):
+        confidence_N = _double(stats.confidence_N)
+        bin_N = np.clip(np.ceil(confidence_N * CALIBRATION_BINS), 1, CALIBRATION_BINS).astype(np.int64) - 1
+        sum_DB = np.bincount(
+            number_N * CALIBRATION_BINS + bin_N,
+            weights=_double(stats.correct_N) - confidence_N,
+            minlength=len(count_D) * CALIBRATION_BINS,
+        ).reshape(-1, CALIBRATION_BINS)
+        sum_B = sum_DB.sum(0)
+        gaps.append(sign * float(np.abs(sum_B).sum()) / len(number_N))
+        if len(count_D) > 1:
+            without_D += sign * np.abs(sum_B - sum_DB).sum(1) / (len(number_N) - count_D)
+    if len(count_D) < 2:
+        return sum(gaps), None
+    spread = float(np.square(without_D - without_D.mean()).sum())
+    return sum(gaps), math.sqrt(spread * (len(count_D) - 1) / len(count_D))
 
 
 def gap_closed(ce: Mapping[str, float]) -> float | None:

@@ -19,6 +19,7 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.family import Dims, Family, ParamCount, TensorSpec
 from kdscale.families.limits import check_numbers
 from kdscale.families.schema import FamilyData, Sites
+from kdscale.files import read_json
 
 __all__ = [
     "Dims",
@@ -98,9 +99,7 @@ def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:
     by_type: dict[str, FamilyData] = {}
     for file in sorted(files):
         try:
-            data = FamilyData.model_validate(json.loads(file.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{file} is not valid JSON", got=str(error)) from error
+            data = FamilyData.model_validate(read_json(file, ConfigError, expect=dict))
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
             raise ConfigError(f"{file} is not a family file", got="; ".join(wrong)) from error

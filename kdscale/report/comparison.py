@@ -9,6 +9,8 @@ from typing import Any
 from kdscale.units import decimals, format_count, format_number, format_size
 
 TEACHER = "teacher"  # what the others are compared with, where it is there
+NOISE = 2.0  # standard errors that a difference must exceed to be called one
+_LOSS, _FROM_LOSS = "ce", ("ce", "perplexity", "bits_per_byte")  # all of these fall and rise together
 _TIMING_NOISE = 0.03  # speeds nearer to each other than this are called alike
 
 
@@ -96,21 +98,31 @@ def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def worsened(evaluation: Mapping[str, Any]) -> list[str]:
     """Every quality measure that is worse in the run's last student than in its first, the pruned one.
 
-    Each reads `KL to the teacher 1.310 → 1.590`. Values that are written alike count as equal.
+    Each reads `KL to the teacher 1.310 → 1.590`. Values that are written alike count as equal, and so do those within
+    `NOISE` standard errors of each other.
     """
     names = students(evaluation)
     if len(names) < 2:
         return []
     first, last = (evaluation["models"][name].get("quality", {}) for name in (names[0], names[-1]))
+    paired = evaluation.get("differences", {}).get(f"{names[-1]}_minus_{names[0]}", {})
     out = []
     for figure in FIGURES:
         before, after = first.get(figure.key), last.get(figure.key)
         if figure.section != "quality" or before is None or after is None:
             continue
         texts = written(before, figure.form), written(after, figure.form)
-        if texts[0] != texts[1] and (after > before) == (figure.better == "lower"):
+        worse = (after > before) == (figure.better == "lower")
+        if worse and texts[0] != texts[1] and not _is_noise(figure, before, after, paired):
             out.append(f"{figure.title.partition(',')[0]} {texts[0]} → {texts[1]}")
     return out
+
+
+def _is_noise(figure: Figure, before: float, after: float, paired: Mapping[str, Any]) -> bool:
+    """Whether a difference is within NOISE standard errors of it; False where its standard error is not known."""
+    key = _LOSS if figure.key in _FROM_LOSS else figure.key
+    error = paired.get(f"{key}_standard_error")
+    return error is not None and abs(paired.get(key, after - before)) <= NOISE * error
 
 
 def _best(cells: Mapping[str, Any], better: str | None, alike: float) -> list[str]:

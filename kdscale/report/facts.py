@@ -17,7 +17,7 @@ from kdscale import units
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.report import pruning_facts, training_facts
-from kdscale.report.comparison import TEACHER, comparison, model_title, students, worsened
+from kdscale.report.comparison import NOISE, TEACHER, comparison, model_title, students, worsened
 from kdscale.runs.folder import METRICS
 from kdscale.runs.metrics_log import read_metrics
 
@@ -217,7 +217,7 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
             out.append(
                 "Distillation did not lower the held-out loss: the distilled student is no better than the pruned."
             )
-        elif error and abs(gap["ce"]) < 2 * error:
+        elif error and abs(gap["ce"]) < NOISE * error:
             out.append("The gain from distillation is within two standard errors: evaluate on more tokens.")
     if facts["worsened"]:
         before, after = (model_title(students(evaluation)[at]).lower() for at in (0, -1))

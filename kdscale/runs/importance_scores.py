@@ -67,11 +67,11 @@ def load_scores(folder: Path) -> ImportanceScores:
         arrays = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged", got=str(error), hint="run kdscale importance again") from error
-    summary = read_json(folder / SUMMARY_FILE, CheckpointError)
-    if "units" not in summary:
+    units = read_json(folder / SUMMARY_FILE, CheckpointError, expect=dict).get("units")
+    if not isinstance(units, dict) or any(unit not in ("energy", "norm") for unit in units.values()):
         hint = f"delete {folder} and run kdscale importance again"
         raise CheckpointError(f"{folder / SUMMARY_FILE} has no units", expected="a unit for each score", hint=hint)
-    return ImportanceScores(arrays, summary["units"])
+    return ImportanceScores(arrays, units)
 
 
 def _row(values: NDArray[np.float32]) -> dict[str, float] | float:

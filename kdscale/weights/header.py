@@ -1,20 +1,22 @@
 """Reads and checks safetensors headers without touching the tensors.
 
-Format of a file: 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes back to back. The
-library checks much of this when it opens a file; checking it here first gives errors that say what is wrong and what
-to do, before any work, and gives the offsets to read from.
+Format of a file: 8 bytes little-endian header length N, N bytes of JSON, then the tensors' bytes back to back.
+Most of what the library checks when it opens a file is checked here first, which gives errors that say what is wrong
+and what to do, before any work, and the offsets to read from. Then the library is asked too, so that no file is read
+here that nothing else could open.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from kdscale.errors import CheckpointError
+from kdscale.files import parse_json
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -33,44 +35,34 @@ class TensorEntry:
     end: int
 
 
-class DuplicateKeyError(ValueError):
-    """A JSON object that has the same key twice: one of the two values would be lost silently."""
-
-
-def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` for json that refuses repeated keys with DuplicateKeyError."""
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise DuplicateKeyError(f"{key!r} appears twice")
-        values[key] = value
-    return values
-
-
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Read the entries of one safetensors file, in file order.
 
     Raises CheckpointError when the file is truncated, its header damaged, an offset outside the file, tensors overlap
-    or leave holes, or a dtype is one that kdscale does not prune.
+    or leave holes, a dtype is one that kdscale does not prune, or the safetensors library cannot open the file.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
         raw, start = _read_json_bytes(path, stream, size)
     try:
-        header = json.loads(raw, object_pairs_hook=unique_keys)
-    except DuplicateKeyError as error:
-        raise _damaged(f"{path}: the header names a tensor twice", None, str(error)) from error
-    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
-        raise _damaged(f"{path}: the header is not valid JSON", None, str(error)[:200]) from error
-    if not isinstance(header, dict):
-        raise _damaged(f"{path}: the header is not a JSON object", None, type(header).__name__)
+        # as text: from bytes, the json module would guess UTF-16 and UTF-32 too and skip a byte order mark
+        header = parse_json(raw.decode("utf-8"), f"{path}: the header", CheckpointError, expect=dict, unique=True)
+    except UnicodeDecodeError as error:
+        raise _damaged(f"{path}: the header is not JSON in UTF-8", None, str(error)[:200]) from error
+    except CheckpointError as error:
+        raise _damaged(error.what, error.expected, error.got) from error
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, value, start) for name, value in header.items()}
     _check_offsets(path, entries, start, size)
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise _damaged(f"{path}: the safetensors library cannot open it", None, str(error)[:200]) from error
     return entries
 
 
-def _damaged(what: str, expected: str | None, got: str) -> CheckpointError:
+def _damaged(what: str, expected: str | None, got: str | None) -> CheckpointError:
     return CheckpointError(what, expected=expected, got=got, hint="download or copy the file again")
 
 

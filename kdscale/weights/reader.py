@@ -6,7 +6,6 @@ torch is imported only where tensors are read, so that a plan can be made from s
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join, sha256_file
-from kdscale.weights.header import DTYPE_BYTES, TensorEntry, read_header, unique_keys
+from kdscale.weights.header import DTYPE_BYTES, TensorEntry, read_header
 from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE, listed, no_config, no_weights
 from kdscale_launch.watchdog import beat
 
@@ -349,11 +348,8 @@ def _read_sharded(folder: Path) -> tuple[dict[str, TensorEntry], list[Path]]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Read tensor → shard. Raises CheckpointError for anything but an object of .safetensors names."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:  # DuplicateKeyError, and numbers of thousands of digits
-        raise CheckpointError(f"{path} is not a valid index", got=str(error)[:200], hint="download it again") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    index = read_json(path, CheckpointError, expect=dict, unique=True)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} is not a valid index", expected="a weight_map of tensor name to file name")
     bad = [name for name, file in weight_map.items() if not isinstance(file, str) or not file.endswith(".safetensors")]

@@ -22,9 +22,9 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
 
 
 @pytest.fixture
-def hostile() -> Iterator[HostileCases]:
+def hostile(request: pytest.FixtureRequest) -> Iterator[HostileCases]:
     """Collects the cases of one test, and fails it at its end."""
-    cases = HostileCases()
+    cases = HostileCases(request.path.stem)
     yield cases
     cases.report()
 

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from kdscale.errors import KdscaleError
 from kdscale.files import remove_tree
 
 _LONGEST_MESSAGE, _MOST_SECONDS, _MOST_BYTES = 8000, 10.0, 1 << 30
-COUNTS: Counter[str] = Counter()
+OUTCOMES = ("accepted", "refused", "traceback", "hung", "memory", "wrongly accepted", "wrongly refused")
+COUNTS: dict[str, Counter[str]] = {}  # outcomes by file of tests
 
 
 def deep(levels: int) -> Any:
@@ -113,46 +115,88 @@ class _HungError(BaseException):
 
 
 class HostileCases:
-    """Runs cases and collects those that fail, so that one test reports all of them."""
+    """Runs cases and collects those that fail, so that one test reports all of them.
 
-    def __init__(self) -> None:
+    `where` names the file of tests, under which outcomes are counted in COUNTS.
+    """
+
+    def __init__(self, where: str = "") -> None:
         self.failures: list[str] = []
+        self._where = where
 
     def run(self, name: str, call: Callable[[], Any], *, must: str = "") -> Any:
         """Run one case; `must`: "accept" or "refuse" where one of them is wrong. Returns what the call returned."""
         started, memory = time.monotonic(), _peak_bytes()
-        COUNTS["cases"] += 1
-        result, outcome = None, "accepted"
+        result, outcome, problem = None, "accepted", ""
         signal.signal(signal.SIGALRM, _too_long)
         signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS)
         try:
-            result = call()
+            with _limited_memory():
+                result = call()
         except KdscaleError as error:
-            outcome = "refused"
-            if len(str(error)) > _LONGEST_MESSAGE:
-                self.failures.append(f"{name}: a message of {len(str(error)):,} characters")
+            outcome, problem = "refused", _wrong_message(str(error))
             if must == "accept":
-                self.failures.append(f"{name}: refused: {str(error)[:300]}")
+                outcome, problem = "wrongly refused", str(error)[:300]
         except _HungError:
-            outcome = "hung"
-            self.failures.append(f"{name}: took more than {_MOST_SECONDS} s")
-        except BaseException:  # noqa: BLE001 (whatever it is, it is a failure of the case)
-            outcome = "traceback"
-            self.failures.append(f"{name}: {traceback.format_exc(limit=-4)[-900:]}")
+            outcome, problem = "hung", f"took more than {_MOST_SECONDS} s"
+        except BaseException as error:  # noqa: BLE001 (whatever it is, it is a failure of the case)
+            outcome = "memory" if _is_lack_of_memory(error) else "traceback"
+            problem = traceback.format_exc(limit=-4)[-900:]
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        if _peak_bytes() - memory > _MOST_BYTES:
-            self.failures.append(f"{name}: {(_peak_bytes() - memory) / 1e9:.1f} GB")
+        if (grown := _peak_bytes() - memory) > _MOST_BYTES:
+            outcome, problem = "memory", f"{grown / 1e9:.1f} GB"
         if must == "refuse" and outcome == "accepted":
-            outcome = "wrongly accepted"
-            self.failures.append(f"{name}: accepted")
-        COUNTS[outcome] += 1
-        COUNTS["seconds"] += time.monotonic() - started  # type: ignore[assignment]
+            outcome, problem = "wrongly accepted", "accepted"
+        if problem:
+            self.failures.append(f"{name}: {problem}")
+        self._count(outcome, time.monotonic() - started)
         return result
+
+    def _count(self, outcome: str, seconds: float) -> None:
+        counts = COUNTS.setdefault(self._where, Counter())
+        counts["cases"] += 1
+        counts[outcome] += 1
+        counts["milliseconds"] += round(1000 * seconds)
 
     def report(self) -> None:
         """Fail with every case that was neither accepted nor refused as it should be."""
         assert not self.failures, f"{len(self.failures)} cases:\n" + "\n".join(self.failures[:25])
+
+
+def counts_in_words() -> Iterator[str]:
+    """A line of counts for each file of tests, and one for all of them; none where no case was run."""
+    total: Counter[str] = sum(COUNTS.values(), Counter())
+    for where, counts in [*sorted(COUNTS.items()), ("hostile input", total)] if total else []:
+        outcomes = ", ".join(f"{counts[outcome]:,} {outcome}" for outcome in OUTCOMES)
+        yield f"{where}: {counts['cases']:,} cases in {counts['milliseconds'] / 1000:.0f} s: {outcomes}"
+
+
+def _wrong_message(message: str) -> str:
+    """What is wrong with a message for a user; empty where nothing is."""
+    if len(message) > _LONGEST_MESSAGE:
+        return f"a message of {len(message):,} characters"
+    return f"a message that a terminal obeys: {message[:200]!r}" if "\x1b" in message else ""
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Let allocations fail beyond what the process has now and twice what a case may take, where Linux can do that."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        yield
+        return
+    data = next(line for line in status.read_text().splitlines() if line.startswith("VmData:"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(data.split()[1]) * 1024 + 2 * _MOST_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _peak_bytes() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kdscale_launch.job import LaunchError
 
+_MOST_BYTES, _MOST_PROBLEMS = 1 << 20, 20
 _LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]{1,6})")
 # What ssh may be given as a destination. No leading dash: ssh would take it for an option.
 _NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?[A-Za-z0-9][A-Za-z0-9.:_%-]*")
@@ -42,7 +43,7 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
         if match is None:
             problems.append(f"line {number}: expected `host slots=N`, got {line[:200]!r}")
         elif not _NAME.fullmatch(match[1]):
-            problems.append(f"line {number}: {match[1]!r} is not a host name")
+            problems.append(f"line {number}: {match[1][:200]!r} is not a host name")
         elif int(match[2]) < 1:
             problems.append(f"line {number}: {match[1]} has no slots")
         elif any(host.name == match[1] for host in hosts):
@@ -52,18 +53,25 @@ def parse_hostfile(text: str, origin: str = "hostfile") -> tuple[Host, ...]:
     if not hosts and not problems:
         problems.append("it lists no host")
     if problems:
-        raise LaunchError(f"{origin} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        shown = problems[:_MOST_PROBLEMS] + ["…"] * (len(problems) > _MOST_PROBLEMS)
+        raise LaunchError(f"{origin} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in shown))
     return tuple(hosts)
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """The hosts of a file. Raises LaunchError when it cannot be read or has a wrong line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        if not path.is_file() and path.exists():
+            raise LaunchError(f"hostfile {path} is not a regular file")
+        with path.open("rb") as stream:
+            raw = stream.read(_MOST_BYTES + 1)
+        text = raw.decode("utf-8")
     except OSError as error:
         raise LaunchError(f"hostfile {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise LaunchError(f"hostfile {path} is not UTF-8 text") from error
+    if len(raw) > _MOST_BYTES:
+        raise LaunchError(f"hostfile {path} is too large: at most {_MOST_BYTES:,} bytes")
     return parse_hostfile(text, str(path))
 
 

@@ -22,7 +22,8 @@ from kdscale.data.token_store import TokenStore
 from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.eval.quality import ScoringOptions, evaluate, headline, score_models
 from kdscale.eval.samples import Sampling, continue_prompts
-from kdscale.eval.summary import bits_per_byte, mean_and_error, summarise
+from kdscale.eval.summary import Scores, bits_per_byte, calibration_error, compare, mean_and_error, summarise
+from kdscale.eval.token_stats import TokenStats
 from kdscale.runtime.progress import Reporter
 
 QUIET = Reporter(quiet=True)
@@ -192,6 +193,28 @@ def test_standard_error_counts_documents_not_tokens() -> None:
     assert mean == pytest.approx(documents.mean())
     assert error == pytest.approx(documents.std(ddof=1) / math.sqrt(200), rel=1e-6)
     assert mean_and_error(values[:50], clusters[:50])[1] is None
+
+
+def test_differences_are_paired_and_their_errors_are_those_of_repeated_samples() -> None:
+    """Documents drawn again and again spread as far as the standard errors of one draw say, also for calibration."""
+    rng = np.random.default_rng(3)
+    gaps, errors = [], []
+    for _ in range(200):
+        cluster_N = np.repeat(np.arange(60), 20)
+        shared_N, level_N = rng.normal(size=1200), np.repeat(rng.normal(0, 0.05, size=60), 20)
+        both = []
+        for worse in (0.0, 0.1):
+            confidence_N = np.clip(0.5 + 0.1 * shared_N + worse, 0.02, 0.98)
+            correct_N = rng.random(1200) < np.clip(confidence_N - worse - 0.2 + level_N, 0, 1)
+            stats = TokenStats(*(torch.tensor(x) for x in (3 + shared_N + level_N * worse, confidence_N, correct_N)))
+            both.append(Scores(stats, np.zeros(1200), cluster_N))
+        found = compare({"pruned": both[0], "distilled": both[1]})["distilled_minus_pruned"]
+        gaps.append([found[key] for key in ("ce", "top1_accuracy", "expected_calibration_error")])
+        errors.append([found[f"{key}_standard_error"] for key in ("ce", "top1_accuracy", "expected_calibration_error")])
+    assert np.mean(errors, 0) == pytest.approx(np.std(gaps, 0), rel=0.2)
+    ece = [calibration_error(scores.stats) for scores in both]
+    assert found["expected_calibration_error"] == pytest.approx(ece[1] - ece[0], abs=1e-6)
+    assert "kl_to_teacher" not in found
 
 
 def test_bits_per_byte_of_no_text_is_unknown() -> None:

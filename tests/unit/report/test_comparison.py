@@ -62,4 +62,12 @@ def test_every_measure_that_got_worse_is_named() -> None:
     assert worsened({"models": models}) == [
         "KL to the teacher 1.310 → 1.590", "Top-1 agreement with the teacher 45.5 % → 36.6 %",
     ]  # fmt: skip
+    paired = {"kl_to_teacher": 0.28, "kl_to_teacher_standard_error": 0.139, "top1_agreement": -0.089,
+              "top1_agreement_standard_error": 0.06}  # fmt: skip
+    measured = {"models": models, "differences": {"distilled_minus_pruned": paired}}
+    assert worsened(measured) == ["KL to the teacher 1.310 → 1.590"]  # the other is within two standard errors
+    models["distilled"]["quality"]["perplexity"] = 130.0  # judged by the cross-entropy, which it is computed from
+    for error, named in ((0.02, True), (0.03, False)):
+        paired |= {"ce": 0.05, "ce_standard_error": error}
+        assert ("Perplexity 129 → 130" in worsened(measured)) is named
     assert worsened({"models": {"teacher": {"quality": pruned}, "distilled": models["distilled"]}}) == []

@@ -69,8 +69,8 @@ def _f32(offsets: list[int], shape: list[int] | None = None, dtype: str = "F32")
         ({"a": _f32([0, 8])}, bytes(8), 10**15, "header length"),
         ({"a": _f32([0, 8])}, bytes(8), 200, "header length"),
         (b'{"a": nonsense', b"", None, "not valid JSON"),
-        (b"\xff\xfe\x00", b"", None, "not valid JSON"),
-        (b"[1, 2]", b"", None, "not a JSON object"),
+        (b"\xff\xfe\x00", b"", None, "not JSON in UTF-8"),
+        (b"[1, 2]", b"", None, "expected: an object"),
         (b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":1}', b"", None, "twice"),
         ({"a": _f32([0, 8])}, bytes(5), None, "truncated"),
         ({"a": _f32([0, 8]), "b": _f32([8, 16])}, bytes(8), None, "tensor b ends beyond"),
@@ -158,7 +158,7 @@ def test_index_or_shard_that_is_missing_or_broken(model_dir: Callable[..., Path]
     shard.write_bytes(whole)
     index = (folder / _INDEX).read_text()
     (folder / _INDEX).write_text(index[: len(index) // 2])
-    with pytest.raises(CheckpointError, match="not a valid index"):
+    with pytest.raises(CheckpointError, match=r"index.json is not valid JSON"):
         Checkpoint.open(folder)
     (folder / _INDEX).write_text(index.replace('"weight_map": {', f'"weight_map": {{"{_EMBED}": "x.safetensors", '))
     with pytest.raises(CheckpointError, match="appears twice"):
