@@ -126,12 +126,12 @@ ERRORS_BY_CODE: dict[int, type[KdscaleError]] = {
 
 
 class Interrupted(BaseException):
-    """Stopped on purpose by a signal (Ctrl-C, SIGTERM); what was finished is kept and the same command goes on.
+    """Stopped on purpose by a signal (Ctrl-C, SIGTERM); the same command goes on.
 
-    Not an Exception, so that no handler for errors takes it for one.
+    `kept`: nothing that was finished is lost. Not an Exception, so that no handler for errors takes it for one.
     """
 
-    def __init__(self, signal_number: int, where: str = ""):
-        self.signal_number = signal_number
+    def __init__(self, signal_number: int, where: str = "", kept: bool = True):
+        self.signal_number, self.kept = signal_number, kept
         self.exit_code = 128 + signal_number
         super().__init__(f"stopped by {signal.Signals(signal_number).name}" + (f" {where}" if where else ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import typer
 from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption
 from kdscale.errors import ConfigError
 from kdscale.pipeline.stages.registry import job_targets
+from kdscale_launch.job import GRACE_SECONDS
 
 if TYPE_CHECKING:
     from kdscale.jobs.launch import LaunchRequest
@@ -125,7 +127,7 @@ def launch_command(
     max_restarts: Annotated[
         int, _option("--max-restarts", "How often a broken job starts again from its last checkpoint.", minimum=0)] = 3,
     grace: Annotated[
-        float, _option("--grace", "How long ranks may take to save after SIGTERM.", None, "SECONDS")] = 120.0,
+        float, _option("--grace", "How long ranks may take to save after SIGTERM.", None, "SECONDS")] = GRACE_SECONDS,
     skip_preflight: Annotated[bool, _option("--skip-preflight", "Do not check the hosts first.")] = False,
     hostfile: HostfileOption = None,
     launcher: Annotated[
@@ -195,11 +197,13 @@ def launch_command(
     job_options = systems.JobOptions(request, python, nodes, slots, max_restarts, exported, dry_run)
     if slurm:
         directives, check = tuple(sbatch or ()), not skip_preflight
-        raise typer.Exit(systems.submit_slurm(job_options, time_limit, int(grace), directives, check))
+        raise typer.Exit(systems.submit_slurm(job_options, time_limit, math.ceil(grace), directives, check))
     if kubernetes:
         pods = systems.PodOptions(image, namespace, tuple(volume or ()), tuple(secret or ()), gpus, grace, pytorchjob)
         raise typer.Exit(systems.apply_kubernetes(job_options, pods, master_port or 29500))
-    raise typer.Exit(systems.run_torchrun(job_options, f"{master_addr or 'localhost'}:{master_port or 29400}"))
+    raise typer.Exit(
+        systems.run_torchrun(job_options, f"{master_addr or 'localhost'}:{master_port or 29400}", math.ceil(grace))
+    )
 
 
 def _with_fewer_hosts(job: HostsJob, request: LaunchRequest, min_nodes: int | None, python: str) -> HostsJob:

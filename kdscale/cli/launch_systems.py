@@ -143,14 +143,18 @@ def _volume(text: str) -> tuple[str, str]:
     return claim, path
 
 
-def run_torchrun(options: JobOptions, endpoint: str) -> int:
-    """Run this node's ranks under torchrun; the nodes meet at `endpoint` (host:port). Returns the exit code."""
+def run_torchrun(options: JobOptions, endpoint: str, grace: int) -> int:
+    """Run this node's ranks under torchrun; the nodes meet at `endpoint` (host:port). Returns the exit code.
+
+    After SIGTERM it gives the ranks `grace` seconds.
+    """
     with launcher_errors():
         command = torchrun_deepspeed.torchrun(
             options.python, RANK_MODULE, options.request.arguments, nodes=options.nodes, slots=options.slots,
             endpoint=endpoint, job_id=f"kdscale-{options.request.config.name}", max_restarts=options.max_restarts,
         )  # fmt: skip
-    return _execute(command, {**rank_defaults(), **torchrun_deepspeed.TORCHRUN_ENVIRONMENT}, options.dry_run)
+    environment = {**rank_defaults(), **torchrun_deepspeed.torchrun_environment(grace)}
+    return _execute(command, environment, options.dry_run)
 
 
 def _execute(

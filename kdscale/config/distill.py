@@ -63,6 +63,8 @@ class DistillConfig(Section):
     validate_every: Count = 50  # steps
     validate_tokens: Count = 8_192
     checkpoint_every: Count = 50  # steps
+    # and when so much time has passed since the last one; null: by steps alone
+    checkpoint_minutes: Annotated[float, Field(gt=0.0, le=1e6)] | None = 15.0
     # a rank that makes no progress for so long ends itself; None: by device; 0: never
     watchdog_seconds: Seconds | None = None
     keep_checkpoints: Few = 2  # the newest
@@ -163,6 +165,7 @@ QUANTIZED = ("quantized_weights", "quantized_gradients")  # of distill.zero: the
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {
     "teacher_placement", "served", "processes", "sequence_parallel", "tensor_parallel", "micro_batch", "zero_stage",
-    "gradient_checkpointing", "validate_every", "validate_tokens", "checkpoint_every", "keep_checkpoints", "keep_every",
-    "async_checkpoints", "watchdog_seconds", "spikes", "profile", "peak_flops", "zero",
+    "gradient_checkpointing", "validate_every", "validate_tokens", "checkpoint_every", "checkpoint_minutes",
+    "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds", "spikes", "profile", "peak_flops",
+    "zero",
 }  # fmt: skip

@@ -41,7 +41,7 @@ from kdscale.packaging.model_card import card_facts, model_card
 from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.library_output import quiet
 from kdscale.runtime.progress import Reporter
-from kdscale.runtime.ranks import is_main, on_main, rank, world_size
+from kdscale.runtime.ranks import HostSums, is_main, on_main, rank, world_size
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.weights import Checkpoint, checkpoint_identity
 from kdscale_launch.watchdog import enter
@@ -320,4 +320,5 @@ def _make_trainer(
         bad_gradient=lambda: _bad_gradient(built.engine.module.model),
         observer=observer,
         reporter=reporter,
+        host_sums=HostSums(group_timeout(cfg)),
     )

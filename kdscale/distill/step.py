@@ -71,14 +71,17 @@ def train_step(
     batches: Sequence[Batch],
     device: torch.device,
     clock: Clock,
+    before_each: Callable[[], None] = lambda: None,
     update: bool = True,
 ) -> torch.Tensor:
     """Run one optimiser step through a DeepSpeed engine around a StudentModule.
 
     Returns [tokens, sequences, *figures, *loss of each micro-batch] of this rank, all sums (fp64, on the device). The
     loss is divided once by the tokens of the global batch. DeepSpeed averages gradients over ranks, which the factor
-    `world` undoes; its division by the accumulation steps is switched off. With `update=False` the accumulated
-    gradients are left where they are and the optimiser does nothing; the engine then cannot be trained any further.
+    `world` undoes; its division by the accumulation steps is switched off. `before_each` is called before each
+    micro-batch; what it raises ends the step, of which weights and optimiser then have nothing. With `update=False` the
+    accumulated gradients are left where they are and the optimiser does nothing; the engine then cannot be trained any
+    further.
 
     Of T tensor-parallel ranks each counts the tokens that all of them have, and DeepSpeed averages over world / T
     ranks: T cancels in the factor.
@@ -97,6 +100,7 @@ def train_step(
     scale, tokens_per_sequence = (world_size() / tokens).float(), (tokens / sequences).float()
     engine.module.at_hidden = lambda: clock.mark("student")
     for number, batch in enumerate(batches):
+        before_each()
         enter("data")
         micro_batch = to_device(batch, device)
         clock.mark("data")

@@ -1,4 +1,4 @@
-"""The training loop: step, count, log, validate, save; it reads the clock for the log alone."""
+"""The training loop: step, count, log, validate, save. Ranks agree between micro-batches (agreement.py)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from kdscale.config.distill import DistillConfig
 from kdscale.data.batches import Batch, LoaderState, PackedLoader
+from kdscale.distill.agreement import Agreement, StopAsked
 from kdscale.distill.checkpoint.saver import Saver
 from kdscale.distill.non_finite import SkipGuard, by_rank, first_non_finite, show_documents, stop_error, watch
 from kdscale.distill.objectives.base import COUNTS, Objectives
@@ -24,12 +25,10 @@ from kdscale.distill.validate import Validator
 from kdscale.errors import Interrupted
 from kdscale.runtime.device import peak_memory
 from kdscale.runtime.progress import Bar, Reporter
-from kdscale.runtime.ranks import all_reduce_sum, gather, rank, world_size
-from kdscale.runtime.signals import StopRequest, watch_signals
+from kdscale.runtime.ranks import HostSums, all_reduce_sum, gather, rank, world_size
+from kdscale.runtime.signals import watch_signals
 from kdscale.teacher.source import TargetSource
 from kdscale_launch.watchdog import at_step, enter
-
-_SIGNALS = (2, 15)  # SIGINT, SIGTERM
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class _StepSums:
     """One step over all ranks."""
 
     figures: list[float]  # [tokens, sequences, *figures of the objectives], as Objectives.means reads them
-    flags: list[float]
     memory: list[float]  # peak bytes, by rank
     micro_sums: list[float]  # losses of the micro-batches of all ranks, in the global order
     grad_norm: float
@@ -60,10 +58,13 @@ class Trainer:
     bad_gradient: Callable[[], str]  # the parameter whose gradient is not finite, or ""
     observer: Observer
     reporter: Reporter
+    host_sums: HostSums
 
     def __post_init__(self) -> None:
         self.guard = SkipGuard(self.cfg.guard.max_skipped_in_a_row)
         self._mesh = Mesh.of(self.cfg)
+        self._validation_due = True  # the pruned student's
+        self._saved_step = 0  # nothing is lost before the first step
 
     @property
     def step_tokens(self) -> int:
@@ -73,38 +74,63 @@ class Trainer:
     def restore(self, saved: dict[str, Any]) -> LoaderState:
         """Take up what a checkpoint's manifest says of the training; weights and optimiser are loaded elsewhere."""
         self.guard.restore(saved["guard"])
-        return LoaderState.from_json(saved["loader"])
+        self._validation_due = bool(saved.get("validation_due"))
+        start = LoaderState.from_json(saved["loader"])
+        self._saved_step = start.step
+        return start
 
     def train(self, start: LoaderState) -> None:
-        """From optimiser step `start.step` to the end. Raises Interrupted or TrainingError."""
-        done = start.step * self.step_tokens
-        total = self.steps * self.step_tokens
-        with self._session("distil", total, done) as (stop, bar):
-            if start.step == 0:
-                self._validate(0)
-            for step, batches, after in self._remaining(start, self.steps):
-                signum = self._one_step(step, batches, stop, bar)
-                self.saver.poll()
-                finished = after.step
-                if finished % self.cfg.validate_every == 0 or finished == self.steps:
-                    self._validate(finished)
-                due = self.guard.checkpoint_due(finished % self.cfg.checkpoint_every == 0)
-                if due or finished == self.steps or signum:
-                    self._save(after, wait=finished == self.steps or bool(signum))
-                if signum and finished < self.steps:
-                    raise Interrupted(signum, f"after training step {finished}, which is saved")
+        """From optimiser step `start.step` to the end. Raises Interrupted or TrainingError.
+
+        When a rank is asked to stop, the step that has begun is dropped, and what was finished before is saved.
+        """
+        done, total = start.step * self.step_tokens, self.steps * self.step_tokens
+        finished = start
+        with self._session("distil", total, done) as (agreement, bar):
+            try:
+                self._validate_if_due(finished.step, agreement)
+                for step, batches, after in self._remaining(start, self.steps):
+                    self._one_step(step, batches, agreement, bar)
+                    finished = after
+                    self._after_step(after, agreement)
+                agreement.settle()
+            except StopAsked as asked:
+                self._leave(finished, asked.signum)
 
     def advance(self, start: LoaderState, until: int) -> None:
         """Train on to step `until` without validating or saving; the steps are those of `train`."""
-        with self._session("train on", until * self.step_tokens, start.step * self.step_tokens) as (stop, bar):
-            for step, batches, _ in self._remaining(start, until):
-                if signum := self._one_step(step, batches, stop, bar):
-                    raise Interrupted(signum)
+        with self._session("train on", until * self.step_tokens, start.step * self.step_tokens) as (agreement, bar):
+            try:
+                for step, batches, _ in self._remaining(start, until):
+                    self._one_step(step, batches, agreement, bar)
+                agreement.settle()
+            except StopAsked as asked:
+                raise Interrupted(asked.signum) from None
+
+    def _after_step(self, after: LoaderState, agreement: Agreement) -> None:
+        """What comes between two steps. Raises StopAsked."""
+        self.saver.poll()
+        last = after.step == self.steps
+        self._validation_due = last or after.step % self.cfg.validate_every == 0
+        by_clock = agreement.settle()
+        self._validate_if_due(after.step, agreement)
+        if self.guard.checkpoint_due(by_clock or after.step % self.cfg.checkpoint_every == 0) or last:
+            self._save(after, wait=last)
+            agreement.saved()
+
+    def _leave(self, finished: LoaderState, signum: int) -> NoReturn:
+        """Save all finished steps, unless that is done, and raise Interrupted."""
+        if finished.step == self._saved_step:
+            self.saver.finish()
+        else:
+            self._save(finished, wait=True)
+        where = f"after training step {finished.step}, which is saved" if finished.step else "before the first step"
+        raise Interrupted(signum, where) from None
 
     @contextmanager
-    def _session(self, title: str, total: int, done: int) -> Iterator[tuple[StopRequest, Bar]]:
+    def _session(self, title: str, total: int, done: int) -> Iterator[tuple[Agreement, Bar]]:
         with watch_signals() as stop, self.observer.watching(), self.reporter.bar(title, total, "tok", done) as bar:
-            yield stop, bar
+            yield Agreement(self.host_sums, stop, self.cfg.checkpoint_minutes), bar
 
     def _remaining(self, start: LoaderState, until: int) -> Iterator[tuple[int, list[Batch], LoaderState]]:
         """(step, batches, state after it) up to step `until`. Batches are made one step early, for the prefetch."""
@@ -122,18 +148,17 @@ class Trainer:
             self.source.prefetch(to_device(batch, torch.device("cpu")))
         return item
 
-    def _one_step(self, step: int, batches: Sequence[Batch], stop: StopRequest, bar: Bar) -> int:
-        """Train one step, log it, guard it; returns the signal that some rank got (0: none)."""
+    def _one_step(self, step: int, batches: Sequence[Batch], agreement: Agreement, bar: Bar) -> None:
+        """Train one step, log it, guard it. Raises StopAsked where a rank was asked to stop in the middle of it."""
         seed_step(self.seed, step, rank() // self._mesh.tensor)  # tensor ranks drop the same hidden units
         at_step(step + 1, lambda: f"documents {show_documents(batches)}")
         lr = cosine_lr(step, steps=self.steps, lr=self.cfg.optimizer.lr, min_lr=self.cfg.optimizer.min_lr,
                        warmup_steps=self.cfg.optimizer.warmup_steps)  # fmt: skip
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        totals = train_step(self.engine, self.source, batches, self.device, self.observer.clock)
+        totals = train_step(self.engine, self.source, batches, self.device, self.observer.clock, agreement.look)
         enter("collective")
-        flags = [float(stop.signum == signum) for signum in _SIGNALS]
-        sums = self._over_ranks(totals, flags)
+        sums = self._over_ranks(totals)
         skipped = bool(self.engine.optimizer.overflow)
         self.guard.record(skipped)
         facts = StepFacts(
@@ -150,11 +175,9 @@ class Trainer:
         bar.advance(self.step_tokens, self.observer.end(facts))
         if skipped and self.guard.exhausted:
             raise stop_error(step + 1, self.guard, batches, self._diagnose(batches))
-        sigint, sigterm = sums.flags
-        return _SIGNALS[1] if sigterm else _SIGNALS[0] if sigint else 0
 
-    def _over_ranks(self, totals: torch.Tensor, flags: Sequence[float]) -> _StepSums:
-        """Sum over ranks and bring to the host: the step's one collective of its own and its one host sync.
+    def _over_ranks(self, totals: torch.Tensor) -> _StepSums:
+        """Sum over ranks and bring to the host: the step's one collective on the device and its one host sync.
 
         Values that are not summed (peak memory, losses of micro-batches) go along as one row per rank, zero on all
         other ranks. Tensor-parallel ranks have the same batch and the same sums, which count once.
@@ -163,28 +186,32 @@ class Trainer:
         own = torch.cat([totals.new_tensor([peak_memory(self.device)]), totals[figures:]])
         rows = own.new_zeros(world, own.numel())
         rows[rank()] = own
-        summed = all_reduce_sum(torch.cat([totals[:figures] / tensor, totals.new_tensor(flags), rows.reshape(-1)]))
+        summed = all_reduce_sum(torch.cat([totals[:figures] / tensor, rows.reshape(-1)]))
         grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=self.device)
         *values, norm = torch.cat([summed, grad_norm.reshape(1)]).tolist()
-        shared = figures + len(flags)
-        by_rank = [values[i : i + own.numel()] for i in range(shared, len(values), own.numel())]
+        by_rank = [values[i : i + own.numel()] for i in range(figures, len(values), own.numel())]
         return _StepSums(
             figures=values[:figures],
-            flags=values[figures:shared],
             memory=[row[0] for row in by_rank],
             micro_sums=self._mesh.by_data([row[1:] for row in by_rank]),
             grad_norm=norm,
         )
 
-    def _validate(self, step: int) -> None:
-        means = self.validator.run(self.engine)
+    def _validate_if_due(self, step: int, agreement: Agreement) -> None:
+        """Where a rank is asked to stop meanwhile, it stays due: a resumed run begins with it. Raises StopAsked."""
+        if not self._validation_due:
+            return
+        means = self.validator.run(self.engine, agreement.look)
+        self._validation_due = False
         self.observer.validated(step, means)
         self.reporter.say(f"step {step}/{self.steps}: held-out {self.objectives.headline(means)}")
 
     def _save(self, after: LoaderState, wait: bool) -> None:
         enter("checkpoint")
         self.observer.sync()  # a resume expects every row up to the checkpoint's step
-        self.saver.save(after.step, {"state": {"loader": after.to_json(), "guard": self.guard.state()}}, wait)
+        state = {"loader": after.to_json(), "guard": self.guard.state(), "validation_due": self._validation_due}
+        self.saver.save(after.step, {"state": state}, wait)
+        self._saved_step = after.step
 
     def _diagnose(self, batches: Sequence[Batch]) -> list[str]:
         """Run the batch again with hooks on every module of teacher and student; returns what every rank found."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,12 +35,16 @@ class Validator:
         self._targets: list[Targets] = []
 
     @torch.no_grad()
-    def run(self, engine: Any) -> dict[str, float]:
-        """The objectives' means over the held-out labels, by column, and the number of "tokens". A collective call."""
+    def run(self, engine: Any, before_each: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """The objectives' means over the held-out labels, by column, and the number of "tokens". A collective call.
+
+        `before_each` is called before each batch; what it raises ends the validation.
+        """
         objectives: Objectives = engine.module.objectives
         totals = torch.zeros(len(COUNTS) + objectives.width, dtype=torch.float64, device=self._device)
         engine.eval()
         for number, batch in enumerate(self._batches):
+            before_each()
             enter("validation")
             micro_batch = to_device(batch, self._device)
             if number == len(self._targets):

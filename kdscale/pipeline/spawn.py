@@ -6,6 +6,7 @@ Each started rank runs kdscale.pipeline.rank_main.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def run_on_ranks(
     if processes == 1 and place is None:
         run_rank(context)
         return
-    from kdscale_launch import JobSpec, LaunchError, RankFailed, run_local
+    from kdscale_launch import STOPPED_EXIT_CODE, JobSpec, LaunchError, RankFailed, run_local
 
     folders = map(str, (context.run.path, context.teacher, context.model_to_prune))
     spec = JobSpec(
@@ -61,8 +62,12 @@ def run_on_ranks(
     finally:
         if across_job:
             os.environ.pop(PLACE_VARIABLE, None)  # the place is taken: no rank waits for rank 0 any more
+    if code == STOPPED_EXIT_CODE:
+        raise Interrupted(signal.SIGTERM)
     if code > 128:
-        raise Interrupted(code - 128)
+        lost = code == 128 + signal.SIGTERM
+        where = "before every rank had saved; the last checkpoint counts" if lost else ""
+        raise Interrupted(code - 128, where, kept=not lost)
 
 
 def _place_in_job(processes: int) -> Any:

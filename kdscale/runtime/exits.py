@@ -14,10 +14,10 @@ FINAL_CODES = frozenset(code for code, error in ERRORS_BY_CODE.items() if not er
 
 
 def exit_code_of(stop: Interrupted) -> int:
-    """75 (EX_TEMPFAIL) after SIGTERM: job systems take it for `start me again`; 128 + n after another signal."""
+    """75 (EX_TEMPFAIL) after SIGTERM with nothing lost: job systems take it for `start me again`; otherwise 128 + n."""
     from kdscale_launch import STOPPED_EXIT_CODE
 
-    return STOPPED_EXIT_CODE if stop.signal_number == signal.SIGTERM else stop.exit_code
+    return STOPPED_EXIT_CODE if stop.kept and stop.signal_number == signal.SIGTERM else stop.exit_code
 
 
 def leave(code: int) -> NoReturn:

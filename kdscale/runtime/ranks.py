@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -85,6 +85,28 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     if in_group():
         dist.all_reduce(value)
     return value
+
+
+class HostSums:
+    """Sums over all ranks of numbers in host memory, in a group of their own: no device waits for them.
+
+    Collective to make and to start; `timeout` is that of each sum (None: torch's).
+    """
+
+    def __init__(self, timeout: timedelta | None = None):
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if in_group() else None
+
+    def start(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Start to sum `values` and return at once; the call that is returned waits for the sums."""
+        sums = torch.tensor(values, dtype=torch.float64)
+        work = dist.all_reduce(sums, group=self._group, async_op=True) if self._group is not None else None
+
+        def wait() -> list[float]:
+            if work is not None:
+                work.wait()
+            return sums.tolist()
+
+        return wait
 
 
 def all_reduce_min(value: int) -> int:

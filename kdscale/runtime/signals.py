@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave. A second signal ends the process at once.
+"""Ctrl-C and SIGTERM: save what is finished, leave. A second signal ends the process without that.
 
 The same signal within two seconds counts as the first one: a job system signals every process of a job, and the
 launcher passes the signal on once more.
@@ -6,7 +6,6 @@ launcher passes the signal on once more.
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -29,7 +28,10 @@ class StopRequest:
 
 @contextmanager
 def watch_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a flag while the block runs. Outside the main thread no signal is caught."""
+    """Turn SIGINT and SIGTERM into a flag while the block runs. Outside the main thread no signal is caught.
+
+    Raises Interrupted with `kept` false on a second signal, wherever the code is.
+    """
     request = StopRequest()
     previous: dict[int, Any] = {}
     first = [0.0]
@@ -41,7 +43,7 @@ def watch_signals() -> Iterator[StopRequest]:
         elif signum != request.signum or now - first[0] > _SAME_SIGNAL_SECONDS:
             for caught, handler in previous.items():
                 signal.signal(caught, handler)
-            os.kill(os.getpid(), signum)  # now the handler from before the block runs
+            raise Interrupted(signum, "again, before everything was saved", kept=False)
 
     if threading.current_thread() is threading.main_thread():
         previous.update({caught: signal.signal(caught, note) for caught in (signal.SIGINT, signal.SIGTERM)})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import signal
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 HUNG_EXIT_CODE = 9  # the rank's own watchdog ended it
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything saved; the same command goes on
+GRACE_SECONDS = 120.0  # how long ranks may take to save, where nobody says otherwise
 
 
 class LaunchError(RuntimeError):
@@ -48,8 +51,10 @@ class JobSpec:
     """One command, run once per rank under RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
 
     `env` is added to this process's environment. The first rank prints to this process's terminal, the others to
-    `log_dir`/rank-N.log. After a signal, ranks have `grace_seconds` to leave before they are killed. Without a `place`
-    all ranks of the job run on this machine. Raises LaunchError for an empty command or no processes.
+    `log_dir`/rank-N.log. After a signal, ranks have `grace_seconds` to leave before they are killed; by default as long
+    as they need: whatever started this process has a limit of its own, which kills the ranks too, and none below it may
+    be shorter. Without a `place` all ranks of the job run on this machine. Raises LaunchError for an empty command or
+    no processes.
     """
 
     command: tuple[str, ...]
@@ -57,7 +62,7 @@ class JobSpec:
     log_dir: Path
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
-    grace_seconds: float = 60.0
+    grace_seconds: float = math.inf
     place: RankPlace | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +75,14 @@ class JobSpec:
     def first_rank(self) -> int:
         """The global rank of this machine's first process."""
         return self.place.first_rank if self.place else 0
+
+
+def everything_saved(exit_codes: Iterable[int | None]) -> bool:
+    """After SIGTERM: every rank stopped with its progress saved, had ended well, or had not begun yet.
+
+    While a rank has something to lose it catches the signal: one that dies of it was still being loaded.
+    """
+    return all(code in (0, STOPPED_EXIT_CODE, -signal.SIGTERM) for code in exit_codes)
 
 
 def describe_exit(exit_code: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, RankFailed
+from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, JobSpec, RankFailed, everything_saved
 from kdscale_launch.processes import Process, end_groups, is_stopped, request_stacks, signal_groups, start_process, tail
 from kdscale_launch.watchdog import WAITING, beat
 
@@ -27,7 +27,7 @@ SignalHandler = Callable[[int, FrameType | None], None]
 
 
 def run_local(spec: JobSpec) -> int:
-    """Run the job to its end; returns 0, or the exit code that all ranks share after SIGINT or SIGTERM.
+    """Run to the end; returns 0, 75 after a SIGTERM on which all ranks saved, or 128 + the signal that stopped it.
 
     SIGINT and SIGTERM are passed on to every rank, which then has `grace_seconds` to save; a second signal kills.
     Raises RankFailed for the first rank that fails, after the others were ended, and CannotStart. Must be called from
@@ -159,12 +159,14 @@ def _find_hung_rank(spec: JobSpec, ranks: Sequence[Process], first: int) -> Rank
 
 
 def _code_after_signal(spec: JobSpec, codes: Sequence[int | None], signum: int) -> int:
-    """The exit code after a signal: the ranks' own when they agree. Raises RankFailed for a rank with an error."""
+    """See `run_local`. Raises RankFailed for a rank with an error."""
     expected = {0, 128 + signum, -signum, -signal.SIGKILL, STOPPED_EXIT_CODE}
     for index, code in enumerate(codes):
         if code not in expected:
             raise RankFailed(spec.first_rank + index, int(code or 1), _log_tail(spec, index))
-    return 0 if all(code == 0 for code in codes) else 128 + signum
+    if all(code == 0 for code in codes):
+        return 0
+    return STOPPED_EXIT_CODE if signum == signal.SIGTERM and everything_saved(codes) else 128 + signum
 
 
 def _log_tail(spec: JobSpec, index: int) -> str:

@@ -28,7 +28,8 @@ SLOW_PHASES = frozenset({"start", "load", "initialise", "checkpoint", "export"})
 SLOW_FACTOR = 4
 _REPORT_SECONDS = 10.0  # a log on storage that hangs must not keep the rank alive
 _ROUND_SECONDS = 1.0
-_COLLECTIVE = re.compile(r"torch/distributed/|deepspeed/(comm|runtime/zero)/")
+# where ranks wait for each other; the wait for a collective under way is C code that the last of these calls
+_COLLECTIVE = re.compile(r"torch/distributed/|deepspeed/(comm|runtime/zero)/|kdscale/runtime/ranks\.py$")
 _SHOWN_FOLDERS = 3
 
 

@@ -16,6 +16,7 @@ from kdscale_launch.hosts.failure import Failure, Outcome
 from kdscale_launch.hosts.hostfile import Host, first_ranks, total_slots
 from kdscale_launch.hosts.messages import BEATS_PER_DEADLINE, Message
 from kdscale_launch.hosts.ssh import AgentConnection, SshSettings
+from kdscale_launch.job import GRACE_SECONDS
 from kdscale_launch.local import SAME_SIGNAL_SECONDS, signal_handlers
 
 _POLL_SECONDS = 0.2
@@ -39,7 +40,7 @@ class Task:
     cwd: str | None = None
     master_addr: str = ""
     master_port: int = 0
-    grace_seconds: float = 60.0
+    grace_seconds: float = GRACE_SECONDS
     deadline_seconds: float = _NEVER
 
 

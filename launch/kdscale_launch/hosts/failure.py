@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kdscale_launch.hosts.hostfile import Host
-from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, describe_exit
+from kdscale_launch.job import HUNG_EXIT_CODE, STOPPED_EXIT_CODE, describe_exit, everything_saved
 from kdscale_launch.watchdog import MARK, WAITING
 
 # What a healthy rank prints when another one is gone: an effect, not the cause.
@@ -77,12 +76,8 @@ class Outcome:
 
     @property
     def everything_saved(self) -> bool:
-        """After SIGTERM: every rank stopped with its progress saved, had ended well, or had not begun yet.
-
-        A rank catches the signal before anything else: one that dies of it was still being loaded.
-        """
-        expected = (0, STOPPED_EXIT_CODE, -signal.SIGTERM)
-        return not self.failures and all(code in expected for code in self.exit_codes.values())
+        """See `kdscale_launch.job.everything_saved`; no host was lost either."""
+        return not self.failures and everything_saved(self.exit_codes.values())
 
     @property
     def stopped_from_elsewhere(self) -> bool:

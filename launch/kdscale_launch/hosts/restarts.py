@@ -12,7 +12,7 @@ from kdscale_launch.hosts.connections import HostConnections, Task
 from kdscale_launch.hosts.failure import Failure, Outcome
 from kdscale_launch.hosts.hostfile import Host, check_host_name, total_slots
 from kdscale_launch.hosts.ssh import SshSettings
-from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
+from kdscale_launch.job import GRACE_SECONDS, STOPPED_EXIT_CODE, LaunchError
 
 _FENCE_MARGIN_SECONDS = 3.0
 _ABSENT_SECONDS = 10.0  # how long a restart looks for a host that was already absent at the last one
@@ -33,7 +33,7 @@ class HostsJob:
     env: Mapping[str, str] = field(default_factory=dict)
     master_addr: str = ""  # default: the first host's name
     master_port: int = 0  # 0: a free one, chosen on the first host at each attempt
-    grace_seconds: float = 60.0
+    grace_seconds: float = GRACE_SECONDS
     max_restarts: int = 0
     host_seconds: float = 300.0  # how long a restart waits for a host to come back
     final_codes: frozenset[int] = frozenset()  # exit codes that another attempt would not change

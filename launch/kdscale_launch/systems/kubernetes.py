@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kdscale_launch.environment import check_text, check_variables
-from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
+from kdscale_launch.job import GRACE_SECONDS, STOPPED_EXIT_CODE, LaunchError
 
 # The name becomes pod names (name-index-random) and a DNS label.
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
@@ -41,7 +42,7 @@ class KubernetesJob:
     gpus: int = 0  # per pod
     port: int = 29500
     max_restarts: int = 3
-    grace: float = 60.0
+    grace: float = GRACE_SECONDS
     final_codes: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -149,4 +150,4 @@ def _pod(job: KubernetesJob, index_variable: str, master: str | None) -> Object:
         {"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim}}
         for number, claim in enumerate(job.volumes)
     ]
-    return {"terminationGracePeriodSeconds": int(job.grace) + 30, "containers": [container], "volumes": volumes}
+    return {"terminationGracePeriodSeconds": math.ceil(job.grace) + 30, "containers": [container], "volumes": volumes}

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdscale_launch.job import STOPPED_EXIT_CODE, JobSpec, LaunchError, RankFailed, RankPlace, shell_exit_code
+from kdscale_launch.job import GRACE_SECONDS, JobSpec, LaunchError, RankFailed, RankPlace, shell_exit_code
 from kdscale_launch.local import run_local
 
 
@@ -28,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--master-addr", default=os.environ.get("MASTER_ADDR"))
     parser.add_argument("--master-port", type=int, default=os.environ.get("MASTER_PORT"))
     parser.add_argument("--log-dir", type=Path, required=True)
-    parser.add_argument("--grace", type=float, default=60.0)
+    parser.add_argument("--grace", type=float, default=GRACE_SECONDS)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
     node = os.environ.get(options.node_rank_from, "")
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     slots = options.slots
     place = RankPlace(int(node) * slots, options.nodes * slots, options.master_addr, options.master_port)
     try:
-        code = run_local(
+        return run_local(
             JobSpec(tuple(options.command), slots, options.log_dir, grace_seconds=options.grace, place=place)
         )
     except RankFailed as error:
@@ -48,7 +47,6 @@ def main(arguments: Sequence[str]) -> int:
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return STOPPED_EXIT_CODE if code == 128 + signal.SIGTERM else code
 
 
 if __name__ == "__main__":

@@ -9,8 +9,14 @@ from kdscale_launch.environment import check_variables
 from kdscale_launch.hosts.hostfile import check_host_name
 from kdscale_launch.job import LaunchError
 
-# Without it, torch 2.13's workers share the rendezvous store and, when restarted, hang or fail to reconnect.
-TORCHRUN_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+def torchrun_environment(grace: int) -> dict[str, str]:
+    """What torchrun reads. After SIGTERM it kills the ranks in `grace` seconds, where its own default is 30.
+
+    Without the first one, torch 2.13's workers share the rendezvous store and, when restarted, hang or fail to
+    reconnect. Versions that do not know the second one keep to 30 seconds.
+    """
+    return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace)}
 
 
 def torchrun(

@@ -1,7 +1,9 @@
 """One run by changing numbers of ranks: `chain_worker.py JOB`, JOB a JSON object.
 
 A phase is {"ranks", "until", **fields of distill}: that many ranks take the run on and are killed when they begin step
-`until` (null: they finish it). The process imports everything once and forks the ranks, which is what makes it quick.
+`until` (null: they finish it). With "signal": [rank, step] that rank gets SIGTERM in that step's first micro-batch; how
+many of its micro-batches each rank began is then in RUN_DIR/began-RANK. The process imports everything once and
+forks the ranks, which is what makes it quick.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -18,9 +21,12 @@ import deepspeed  # noqa: F401 - imported once, before the forks
 import transformers  # noqa: F401
 
 from kdscale.config.load import build_config
-from kdscale.distill import engine, trainer
+from kdscale.distill import engine, step, trainer
 from kdscale.distill.parallel.process_group import leave_group
+from kdscale.errors import Interrupted
+from kdscale.runtime.exits import exit_code_of
 from kdscale.runtime.progress import Reporter
+from kdscale_launch import STOPPED_EXIT_CODE
 from tests.integration.forks import fork_ranks
 
 KILLED = 77
@@ -45,13 +51,38 @@ def rank_main(job: dict[str, Any], phase: dict[str, Any], rank: int, port: int) 
         return real(self, number, *args)
 
     trainer.Trainer._one_step = one_step  # type: ignore[method-assign]
+    began = signal_in_step(*phase["signal"], rank) if "signal" in phase else []
     tree = copy.deepcopy(job["config"])
-    changed = {key: value for key, value in phase.items() if key not in ("ranks", "until")}
-    tree["distill"].update(processes=ranks, micro_batch=1, **changed)
+    changed = {key: value for key, value in phase.items() if key not in ("ranks", "until", "signal")}
+    tree["distill"].update({"processes": ranks, "micro_batch": 1, **changed})
     folders = {name: Path(job[name]) for name in ("teacher_dir", "student_dir", "data_dir", "run_dir")}
-    engine.run(build_config(tree, "test"), reporter=Reporter(), **folders)
+    try:
+        engine.run(build_config(tree, "test"), reporter=Reporter(), **folders)
+    except Interrupted as stop:
+        Path(job["run_dir"], f"began-{rank}").write_text(str(began[-1]))
+        return exit_code_of(stop)
     leave_group()
     return 0
+
+
+def signal_in_step(signalled: int, number: int, rank: int) -> list[int]:
+    """See the top; the list that is returned gets the micro-batches that were begun, by step."""
+    real, began, to_device = trainer.Trainer._one_step, [], step.to_device
+
+    def one_step(self: Any, current: int, *args: Any) -> None:
+        began.append(0)
+        real(self, current, *args)
+
+    def first_of_micro_batch(*args: Any) -> Any:
+        if began:
+            began[-1] += 1
+            if rank == signalled and len(began) == number + 1 and began[-1] == 1:
+                signal.raise_signal(signal.SIGTERM)
+        return to_device(*args)
+
+    trainer.Trainer._one_step = one_step  # type: ignore[method-assign]
+    step.to_device = first_of_micro_batch
+    return began
 
 
 def run_phase(job: dict[str, Any], phase: dict[str, Any], expected: int) -> list[int]:
@@ -62,7 +93,7 @@ def run_phase(job: dict[str, Any], phase: dict[str, Any], expected: int) -> list
 def main() -> int:
     for job in json.loads(sys.argv[1]):
         for phase in job["phases"]:
-            expected = 0 if phase["until"] is None else KILLED
+            expected = STOPPED_EXIT_CODE if "signal" in phase else 0 if phase["until"] is None else KILLED
             codes = run_phase(job, phase, expected)
             if codes != [expected] * phase["ranks"]:
                 print(f"{phase}: exit codes {codes}", file=sys.stderr)

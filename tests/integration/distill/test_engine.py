@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,9 +18,12 @@ from kdscale.distill import step
 from kdscale.distill import trainer as loop
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.objectives.token_divergence import TokenDivergence
+from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingError
 from kdscale.models import head, sequence_parallel
 from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.exits import exit_code_of
+from kdscale_launch import STOPPED_EXIT_CODE
 
 PURE_KD = {
     "objectives": [{"name": "token_divergence", "top_k": 32}],
@@ -163,26 +167,98 @@ def test_a_bad_gradient_is_found_where_the_forward_is_clean(distil, tmp_path, mo
 # --- stopping and going on
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (2, "float32"), (3, "bfloat16")])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (3, "bfloat16")])
 def test_resume_gives_the_bytes_of_an_unbroken_run(distil, tmp_path, monkeypatch, stage, dtype):
-    whole = distil(tmp_path / "whole", zero_stage=stage, dtype=dtype)
-    real = loop.Trainer._one_step
+    """Killed at step 5; and asked to stop in the third of step 5's four micro-batches."""
+    settings = {"zero_stage": stage, "dtype": dtype, "micro_batch": 1}
+    whole = distil(tmp_path / "whole", **settings)
+    real, real_copy, began = loop.Trainer._one_step, step.to_device, []
 
     def die_at_5(self, number, *args):
         if number == 5:
             raise ZeroDivisionError
         return real(self, number, *args)
 
+    def count_steps(self, number, *args):
+        began.append(0)
+        return real(self, number, *args)
+
+    def signal_in_the_third_micro_batch(*args):
+        if began:
+            began[-1] += 1
+            if (len(began), began[-1]) == (5, 3):
+                signal.raise_signal(signal.SIGTERM)
+        return real_copy(*args)
+
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(loop.Trainer, "_one_step", die_at_5)
-        distil(tmp_path / "cut", zero_stage=stage, dtype=dtype)
-    resumed = distil(tmp_path / "cut", zero_stage=stage, dtype=dtype)
-    assert student_bytes(tmp_path / "whole") == student_bytes(tmp_path / "cut")
+        distil(tmp_path / "killed", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after training step 4, which") as stop:
+        patch.setattr(loop.Trainer, "_one_step", count_steps)
+        patch.setattr(step, "to_device", signal_in_the_third_micro_batch)
+        distil(tmp_path / "stopped", **settings)
+    assert began[-1] == 3
+    assert exit_code_of(stop.value) == STOPPED_EXIT_CODE
+    newest = checkpoint_folder.sealed_checkpoints(tmp_path / "stopped" / "checkpoints")[0]
+    assert checkpoint_folder.verify(newest)["step"] == 4
 
     def numbers(rows):
         return [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
 
-    assert numbers(resumed) == numbers(whole)
+    for name in ("killed", "stopped"):
+        assert numbers(distil(tmp_path / name, **settings)) == numbers(whole)
+        assert student_bytes(tmp_path / name) == student_bytes(tmp_path / "whole")
+
+
+def test_a_validation_that_was_cut_short_is_made_up_for(distil, tmp_path, monkeypatch):
+    """SIGTERM in the validation after step 4, whose checkpoint is then saved without it."""
+    whole = distil(tmp_path / "whole")
+    real, calls = Validator.run, []
+
+    def run(self, engine, before_each):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, engine, before_each)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after training step 4, which is saved"):
+        patch.setattr(Validator, "run", run)
+        distil(tmp_path / "cut")
+    resumed = distil(tmp_path / "cut")
+    assert [(row["kind"], row["step"], row["loss"]) for row in resumed] == [
+        (row["kind"], row["step"], row["loss"]) for row in whole
+    ]
+
+
+def test_before_the_first_step_there_is_nothing_to_save(distil, tmp_path, monkeypatch):
+    real = loop.Observer.begin
+
+    def begin(self, number):
+        signal.raise_signal(signal.SIGTERM)
+        real(self, number)
+
+    monkeypatch.setattr(loop.Observer, "begin", begin)
+    with pytest.raises(Interrupted, match="before the first step") as stop:
+        distil(tmp_path)
+    assert exit_code_of(stop.value) == STOPPED_EXIT_CODE
+    assert not checkpoint_folder.sealed_checkpoints(tmp_path / "checkpoints")
+
+
+def test_75_is_never_said_of_a_checkpoint_that_could_not_be_written(distil, tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = loop.Trainer._one_step
+
+    def signal_at_2(self, number, *args):
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, number, *args)
+
+    monkeypatch.setattr(loop.Trainer, "_one_step", signal_at_2)
+    monkeypatch.setattr(checkpoint_folder, "seal", no_room)
+    with pytest.raises(RunFolderError):
+        distil(tmp_path)
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(spawn, distil, make_config, tmp_path):
@@ -213,13 +289,13 @@ def test_sigterm_saves_and_leaves(spawn, make_config, tmp_path):
     assert checkpoint_folder.verify(saved[0])["step"] == last
 
 
-def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, monkeypatch):
+def test_ctrl_c_drops_the_step(distil, tmp_path, monkeypatch):
     real = step.train_step
     calls = [0]
 
     def interrupt(*args):
         calls[0] += 1
-        if calls[0] == 2:
+        if calls[0] == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
@@ -232,9 +308,6 @@ def test_ctrl_c_finishes_the_step_and_the_next_run_goes_on(distil, tmp_path, mon
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    distil(tmp_path / "cut")
-    distil(tmp_path / "whole")
-    assert student_bytes(tmp_path / "whole") == student_bytes(tmp_path / "cut")
 
 
 def test_a_torn_newest_checkpoint_is_passed_over(distil, tmp_path):

@@ -24,6 +24,14 @@ CHAINS = {
 }
 
 
+# 4 steps of four micro-batches a rank: unbroken, saved after each by rank 0's clock, and stopped in the third
+TWO_RANKS = {"ranks": 2, "until": None, "zero_stage": 2}
+SIGNALLED = {
+    "unbroken": [{**TWO_RANKS, "checkpoint_minutes": 1e-9, "keep_checkpoints": 9}],
+    "signalled": [{**TWO_RANKS, "signal": [1, 2]}, TWO_RANKS],
+}
+
+
 def losses(rows):
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
@@ -41,6 +49,10 @@ def chained(tmp_path_factory, tiny_llama_dir, student_dir, data_dir, make_config
         places = {"teacher_dir": tiny_llama_dir, "student_dir": student_dir, "data_dir": data_dir}
         places = {key: str(value) for key, value in places.items()}
         jobs.append({"config": config, "run_dir": str(folders[dtype]), "phases": phases, **places})
+    for name, phases in SIGNALLED.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        config = make_config(validate_every=2, checkpoint_every=100, global_batch=8).resolved()
+        jobs.append({"config": config, "run_dir": str(folders[name]), "phases": phases, **places})
     path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
@@ -79,6 +91,28 @@ def test_every_rank_has_a_file_and_all_of_them_make_up_the_student(chained):
     assert list(manifest["files"]) == [checkpoint_folder.rank_file(rank) for rank in range(4)]
     sizes = [about["bytes"] for about in manifest["files"].values()]
     assert max(sizes) < 1.5 * min(sizes)  # the writing is shared
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_micro_batch_and_costs_the_unfinished_step_alone(chained):
+    """Rank 1 gets it in the first micro-batch of the third step: all ranks know before their third."""
+    folders, said = chained
+    stopped, unbroken = folders["signalled"], folders["unbroken"]
+    assert [(stopped / f"began-{rank}").read_text() for rank in range(2)] == ["2", "2"]
+    saved = [checkpoint_folder.step_of(path) for path in checkpoint_folder.sealed_checkpoints(stopped / "checkpoints")]
+    assert saved == [4, 2]
+    assert "going on from step 2 of 4" in said
+    one, two = ((folder / "student" / "model.safetensors").read_bytes() for folder in (stopped, unbroken))
+    assert one == two
+    rows, expected = (list(read_metrics(folder / "logs" / "metrics.jsonl")) for folder in (stopped, unbroken))
+    assert [(row["kind"], row["step"], row["loss"]) for row in rows] == [
+        (row["kind"], row["step"], row["loss"]) for row in expected
+    ]
+
+
+def test_ranks_save_when_rank_0s_clock_says_so(chained):
+    folders, _ = chained
+    sealed = checkpoint_folder.sealed_checkpoints(folders["unbroken"] / "checkpoints")
+    assert [checkpoint_folder.step_of(path) for path in sealed] == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -90,6 +91,35 @@ def test_signals_reach_every_rank_once(tmp_path, signum, alive, wait_for):
     assert launcher.wait(15) == 128 + signum
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)] == [str(int(signum))] * 2
     assert not any(alive(pid) for pid in pids)
+
+
+SAVES = """
+import os, signal, sys, time
+rank = os.environ["RANK"]
+def save(signum, frame):
+    time.sleep({seconds} * int(rank))  # stands in for the work
+    sys.exit({code})
+signal.signal(signal.SIGTERM, save)
+open("ready-" + rank, "w").close()
+if rank == "0":
+    while not os.path.exists("ready-1"): time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "grace", "code", "job_code"),
+    [
+        (1.0, math.inf, 75, 75),  # as long as it takes
+        (60.0, 0.5, 75, 143),  # killed: nobody may say that everything is saved
+        (0.0, math.inf, 143, 143),  # a second signal, by the rank's own account
+        (0.0, math.inf, 0, 0),
+    ],
+)
+def test_75_is_said_when_all_ranks_saved_alone(tmp_path, seconds, grace, code, job_code):
+    job = python_job(tmp_path, SAVES.format(seconds=seconds, code=code), grace_seconds=grace)
+    assert run_local(job) == job_code
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses the kernel's parent-death signal")

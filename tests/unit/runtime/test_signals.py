@@ -1,4 +1,4 @@
-"""One signal that arrives twice."""
+"""One signal that arrives twice: at once, and later."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import signal
 
 import pytest
 
+from kdscale.errors import Interrupted
+from kdscale.runtime.exits import exit_code_of
 from kdscale.runtime.signals import watch_signals
 
 
-def test_the_same_signal_at_once_again_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_signal_at_once_again_is_still_one_and_a_later_one_loses_what_is_not_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[int] = []
     monkeypatch.setattr("kdscale.runtime.signals._SAME_SIGNAL_SECONDS", 60.0)
     before = signal.signal(signal.SIGTERM, lambda number, frame: calls.append(number))
@@ -19,7 +23,10 @@ def test_the_same_signal_at_once_again_is_still_one(monkeypatch: pytest.MonkeyPa
             signal.raise_signal(signal.SIGTERM)
             assert (request.signum, calls) == (signal.SIGTERM, [])
             monkeypatch.setattr("kdscale.runtime.signals._SAME_SIGNAL_SECONDS", 0.0)
-            signal.raise_signal(signal.SIGTERM)  # later: now it does what it did before
+            with pytest.raises(Interrupted, match="before everything was saved") as caught:
+                signal.raise_signal(signal.SIGTERM)
+            assert exit_code_of(caught.value) == 128 + signal.SIGTERM
+            signal.raise_signal(signal.SIGTERM)  # from then on as before the block
             assert calls == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)

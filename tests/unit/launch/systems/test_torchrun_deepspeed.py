@@ -14,7 +14,9 @@ def test_torchrun_meets_over_c10d():
                               job_id="x", max_restarts=5)  # fmt: skip
     assert command[-4:] == ["--module", "kdscale.jobs.rank", "c.yaml", "a=b c"]
     assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-backend=c10d", "--rdzv-endpoint=n1:29400"} <= set(command)
-    assert torchrun_deepspeed.TORCHRUN_ENVIRONMENT == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = torchrun_deepspeed.torchrun_environment(90)
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "90"
 
 
 def test_deepspeeds_runner_gets_nothing_that_its_shell_would_change():
