@@ -33,6 +33,11 @@ class KdscaleError(Exception):
         lines += [f"  to do:    {hint}"] if hint else []
         super().__init__(for_terminal(without_credentials("\n".join(lines))))
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """The arguments from which another process makes the same error; ERRORS_BY_CODE has its class."""
+        return {"what": self.what, "expected": self.expected, "got": self.got, "hint": self.hint}
+
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}… ({len(text):,} characters)"

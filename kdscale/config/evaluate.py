@@ -15,6 +15,8 @@ class EvalConfig(Section):
     tokens: Count = 16_384
     seq_len: Length = 512
     micro_batch: Few = 4
+    # ranks on this machine that share the text and the prompts; None: one a GPU, one on a CPU
+    processes: Few | None = None
     dtype: Dtype = "float32"
     prompts: tuple[Annotated[str, Field(min_length=1, max_length=100_000)], ...] = Field(
         strict=False,
@@ -33,3 +35,8 @@ class EvalConfig(Section):
     efficiency: bool = True
     prefill_tokens: Length = 256
     decode_tokens: Length = 32
+
+    @property
+    def most_processes(self) -> int:
+        """The batches of held-out text, at least: with more ranks some would have none."""
+        return max(1, self.tokens // (self.seq_len * self.micro_batch))

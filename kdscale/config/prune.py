@@ -18,7 +18,8 @@ class ImportanceConfig(Section):
     seq_len: Length = 512
     micro_batch: Few = 4
     dtype: Dtype = "auto"
-    processes: Few = 1  # ranks on this machine that share the calibration sequences, also in compensation
+    # ranks on this machine that share the calibration sequences, also in compensation; None: one a GPU, one on a CPU
+    processes: Few | None = None
     # of the calibration tokens, for prune.layer_method loss (which keeps a state a layer for each) and angular
     layer_tokens: Count = 16_384
 
@@ -28,13 +29,17 @@ class ImportanceConfig(Section):
             raise ValueError(
                 f"calibration_tokens ({self.calibration_tokens}) must be at least seq_len ({self.seq_len})"
             )
-        batches = -(-self.calibration_tokens // (self.seq_len * self.micro_batch))
-        if self.processes > batches:
+        if self.processes is not None and self.processes > self.most_processes:
             raise ValueError(
-                f"processes ({self.processes}) must be at most the calibration batches ({batches}): raise "
+                f"processes ({self.processes}) must be at most the calibration batches ({self.most_processes}): raise "
                 "calibration_tokens or lower micro_batch"
             )
         return self
+
+    @property
+    def most_processes(self) -> int:
+        """The calibration batches: every rank gets at least one."""
+        return -(-self.calibration_tokens // (self.seq_len * self.micro_batch))
 
 
 Compensation = Literal["none", "ridge", "two_stream"]

@@ -38,7 +38,8 @@ from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.parameter_map import trained_tensors
 from kdscale.packaging.model_card import card_facts, model_card
-from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
+from kdscale.runtime.device import resolve_dtype, set_threads
+from kdscale.runtime.gpu_binding import rank_device
 from kdscale.runtime.library_output import quiet
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import HostSums, is_main, on_main, rank, world_size
@@ -118,10 +119,7 @@ def join(cfg: Config, run_dir: Path, reporter: Reporter) -> RankSetup:
 
     Raises ConfigError for what this machine or this group cannot do.
     """
-    device = resolve_device(cfg.runtime.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    device = rank_device(cfg.runtime.device)
     # the ranks that share this machine's cores, of which a job on several machines has fewer than ranks
     set_threads(cfg.runtime.threads, int(os.environ.get("LOCAL_WORLD_SIZE", cfg.distill.processes)))
     check_machine(cfg.distill.zero, device.type)

@@ -3,12 +3,12 @@
 Letters: B sequences of a batch, S their length, N scored tokens, H hidden size, V vocabulary.
 
 The teacher runs once. The hidden states that its head reads are written to disk and compared with every student's, so
-that no more than two students are in memory at a time. Definitions of all figures: docs/reference/figures.md.
+that no more than two students are in memory at a time. Ranks share the batches and the prompts; the figures are those
+of one rank. Definitions of all figures: docs/reference/figures.md.
 """
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,9 @@ from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabul
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.head import OutputHead, final_hidden
 from kdscale.models.loading import load_model, load_tokenizer
-from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
+from kdscale.runtime.device import release_memory, resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.progress import Bar, Reporter
+from kdscale.runtime.ranks import gather, gather_rows, place_in_group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,19 +69,33 @@ class SampleTexts:
     outputs: dict[str, list[str]] = field(default_factory=dict)
     prefix_ids: Sequence[int] = ()  # before each prompt, as before each document
 
+    @property
+    def share(self) -> Sequence[str]:
+        """The prompts that this rank's models continue."""
+        rank, ranks = place_in_group()
+        return self.prompts[rank::ranks]
+
+    def gather(self) -> None:
+        """Put what all ranks have written into `outputs`, in the order of the prompts. A collective call."""
+        by_rank = gather(self.outputs)
+        for name in self.outputs:
+            self.outputs[name] = [by_rank[i % len(by_rank)][name][i // len(by_rank)] for i in range(len(self.prompts))]
+
 
 def evaluate(
     models: Mapping[str, Path],
     data_dir: Path,
     cfg: EvalConfig,
     runtime: RuntimeConfig,
-    out_path: Path,
+    out_path: Path | None,
     reporter: Reporter,
     *,
+    device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure `models` ("teacher" and any students, in the order to show) and write `out_path`; returns what it wrote.
 
+    `device`: this rank's, where several ranks share the work; one of them has an `out_path`, the others return {}.
     Raises ConfigError without a teacher, DataError when nothing is held out, and CheckpointError for models that do not
     load or cannot be compared.
     """
@@ -89,8 +104,8 @@ def evaluate(
             "the models to evaluate", expected="one named teacher, to compare with", got=", ".join(models)
         )
     started = time.monotonic()
-    threads = set_threads(runtime.threads)
-    device = resolve_device(runtime.device)
+    threads = set_threads(runtime.threads, place_in_group()[1])
+    device = device or resolve_device(runtime.device)
     options = ScoringOptions(device, resolve_dtype(cfg.dtype, device), trust_remote_code)
     split = TokenStore.open(data_dir).split("heldout")
     batches = eval_batches(split, cfg.seq_len, cfg.micro_batch, cfg.tokens)
@@ -99,6 +114,8 @@ def evaluate(
     samples = SampleTexts(cfg.prompts, cfg.sample_tokens, tokenizer, sampling, prefix_ids=split.prefix_ids)
 
     scores, sizes = score_models(models, batches, options, reporter, samples)
+    if out_path is None:
+        return {}
     text_bytes = sum(batch.text_bytes for batch in batches)
     measured: dict[str, dict[str, Any]] = {
         name: {"path": str(models[name]), "quality": summarise(score, text_bytes), "size": sizes[name]}
@@ -107,8 +124,9 @@ def evaluate(
     quality_seconds = time.monotonic() - started
     if cfg.efficiency:
         speeds = efficiency.measure(
-            models, cfg, device=device.type, threads=threads, reporter=reporter, trust_remote_code=trust_remote_code
-        )
+            models, cfg, device=device.type, threads=set_threads(runtime.threads), reporter=reporter,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         for name, figures in speeds.items():
             measured[name]["efficiency"] = figures
     result = {
@@ -146,30 +164,35 @@ def score_models(
 ) -> tuple[dict[str, Scores], dict[str, dict[str, int]]]:
     """Per-token statistics and size of each model, in the order of `models`. Students are scored two at a time.
 
+    Several ranks share `batches` and the prompts, and each gets everything.
     Raises CheckpointError for a model whose loss is not finite or whose vocabulary differs from the teacher's.
     """
     samples = samples or SampleTexts()
     labels_N, cluster_N = _scored_tokens(batches)
     students = [name for name in models if name != TEACHER]
-    positions = sum(batch.input_ids_BS.numel() for batch in batches)
-    total = positions * (1 + len(students)) + len(models) * len(samples.prompts) * samples.tokens
+    rank, ranks = place_in_group()
+    share = batches[rank::ranks]
+    positions = sum(batch.input_ids_BS.numel() for batch in share)
+    total = positions * (1 + len(students)) + len(models) * len(samples.share) * samples.tokens
     scores: dict[str, Scores] = {}
     sizes: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory(prefix="kdscale-eval-") as folder, reporter.bar("evaluate", total) as bar:
         with _loaded([TEACHER], models, options) as loaded:
             teacher = loaded.pop(TEACHER)
             head = checked_head(teacher, TEACHER).detached()
-            hidden_states = _HiddenStates.write(teacher, batches, Path(folder) / "teacher-hidden", options.device, bar)
+            hidden_states = _HiddenStates.write(teacher, share, Path(folder) / "teacher-hidden", options.device, bar)
             sizes[TEACHER] = efficiency.sizes(teacher, models[TEACHER])
             _continue_prompts(teacher, TEACHER, samples, bar)
             del teacher
         for pair in [students[i : i + 2] for i in range(0, len(students), 2)] or [[]]:
             with _loaded(pair, models, options) as loaded:
-                stats = _score_pair(loaded, (head, hidden_states), batches, options, bar)
-                for name in pair:
+                of_share = _score_pair(loaded, (head, hidden_states), share, options, bar)
+                stats = {name: _of_all_ranks(parts, batches, name != TEACHER) for name, parts in of_share.items()}
+                scores |= {name: _checked(name, Scores(value, labels_N, cluster_N)) for name, value in stats.items()}
+                for name in pair:  # not before the check: no text can be drawn from logits that are not finite
                     sizes[name] = efficiency.sizes(loaded[name], models[name])
                     _continue_prompts(loaded[name], name, samples, bar)
-            scores |= {name: _checked(name, Scores(value, labels_N, cluster_N)) for name, value in stats.items()}
+    samples.gather()
     return {name: scores[name] for name in models}, {name: sizes[name] for name in models}
 
 
@@ -179,8 +202,8 @@ def _score_pair(
     batches: Sequence[Batch],
     options: ScoringOptions,
     bar: Bar,
-) -> dict[str, TokenStats]:
-    """Statistics of all scored tokens, of the teacher and of each loaded student."""
+) -> dict[str, list[TokenStats]]:
+    """Statistics of the scored tokens, batch after batch, of the teacher and of each loaded student."""
     teacher_head, teacher_hidden = teacher
     heads = [checked_head(model, name) for name, model in students.items()]
     check_same_vocabulary([(TEACHER, teacher_head), *zip(students, heads, strict=True)])
@@ -198,7 +221,21 @@ def _score_pair(
         for name, stats in zip(by_batch, (of_teacher, *of_students), strict=True):
             by_batch[name].append(stats)
         bar.advance(batch.input_ids_BS.numel() * len(students))
-    return {name: TokenStats.concatenate(stats) for name, stats in by_batch.items()}
+    return by_batch
+
+
+def _of_all_ranks(share: Sequence[TokenStats], batches: Sequence[Batch], compared: bool) -> TokenStats:
+    """The statistics of all `batches` in order; this rank's are `share`, `compared` with the teacher or its own.
+
+    A collective call.
+    """
+    _, ranks = place_in_group()
+    if ranks == 1:
+        return TokenStats.concatenate(share)
+    rows = [stats.as_columns(compared) for stats in share] or [TokenStats.no_columns(compared)]
+    tokens = [int((batch.labels_BS != IGNORED_LABEL).sum()) for batch in batches]
+    by_rank = [rows.split(tokens[number::ranks]) for number, rows in enumerate(gather_rows(torch.cat(rows)))]
+    return TokenStats.from_columns(torch.cat([by_rank[i % ranks][i // ranks] for i in range(len(batches))]))
 
 
 def _checked(name: str, scores: Scores) -> Scores:
@@ -279,7 +316,7 @@ def _continue_prompts(model: PreTrainedModel, name: str, samples: SampleTexts, b
         samples.outputs[name] = continue_prompts(
             model,
             samples.tokenizer,
-            samples.prompts,
+            samples.share,
             samples.tokens,
             samples.sampling,
             lambda tokens: bar.advance(tokens, "samples"),
@@ -302,9 +339,7 @@ def _loaded(
         yield loaded
     finally:
         loaded.clear()
-        gc.collect()
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()
 
 
 def _describe(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kdscale.errors import DataError
+from kdscale.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,10 +27,18 @@ class Sampling:
     seed: int = 0
 
     def chooser(self) -> Callable[[Tensor], int]:
-        """From logits [V] to a token id. Each has its own generator: all models and all runs get the same draws."""
+        """From logits [V] to a token id. Each has its own generator: all models and all runs get the same draws.
+
+        It raises CheckpointError for logits that are no numbers.
+        """
         generator = torch.Generator().manual_seed(self.seed)
 
         def choose(logits_V: Tensor) -> int:
+            if bool(logits_V.isnan().any()):
+                hint = "its weights hold NaN or Inf, or eval.dtype is too narrow for it: try --set eval.dtype=float32"
+                raise CheckpointError(
+                    "the model that continues the prompts gives logits that are not finite", hint=hint
+                )
             if self.temperature == 0:
                 return int(logits_V.argmax())
             p_V, ids_V = (logits_V.double().cpu() / self.temperature).softmax(-1).sort(descending=True, stable=True)

@@ -40,8 +40,30 @@ class TokenStats:
             values = [getattr(chunk, name) for chunk in chunks]
             return None if not values or values[0] is None else torch.cat(values)
 
-        fields = ("ce_N", "confidence_N", "correct_N", "kl_N", "agrees_N")
-        return TokenStats(**{name: joined(name) for name in fields})  # type: ignore[arg-type]
+        return TokenStats(**{name: joined(name) for name in _FIELDS})  # type: ignore[arg-type]
+
+    def as_columns(self, compared: bool) -> Tensor:
+        """All values as fp32, one row a token, for other ranks; `compared`: with those that compare two models."""
+        return torch.stack([getattr(self, name).float() for name in _FIELDS[: _columns(compared)]], dim=-1)
+
+    @staticmethod
+    def no_columns(compared: bool) -> Tensor:
+        """What `as_columns` gives of no token."""
+        return torch.empty(0, _columns(compared))
+
+    @staticmethod
+    def from_columns(columns: Tensor) -> TokenStats:
+        """The statistics from which `as_columns` made the columns."""
+        values = dict(zip(_FIELDS, columns.unbind(-1), strict=False))
+        return TokenStats(**{name: value.bool() if name in _BOOLS else value for name, value in values.items()})
+
+
+_BOOLS = ("correct_N", "agrees_N")
+_FIELDS = ("ce_N", "confidence_N", "correct_N", "kl_N", "agrees_N")
+
+
+def _columns(compared: bool) -> int:
+    return len(_FIELDS) if compared else 3
 
 
 def checked_head(model: PreTrainedModel, name: str) -> OutputHead:

@@ -188,15 +188,14 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
     import torch
     import torch.distributed as dist
 
-    from kdscale.runtime.device import resolve_device
+    from kdscale.runtime.gpu_binding import claim_gpu, rank_device
     from kdscale.runtime.ranks import join_launched_group
     from kdscale_launch.rendezvous import set_gloo_interface
 
     set_gloo_interface(os.environ)
-    device = resolve_device(load_config(Path(config_path), list(overrides)).runtime.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    name = load_config(Path(config_path), list(overrides)).runtime.device
+    claim = claim_gpu(name, os.environ)
+    device = rank_device(name)
     join_launched_group("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=seconds))
     ones = torch.ones(1, device=device)
     dist.all_reduce(ones)
@@ -213,6 +212,7 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
     rate = _COLLECTIVE_MEGABYTES / (time.perf_counter() - began)
     dist.barrier()
     dist.destroy_process_group()
+    claim.close()
     return {"milliseconds": 1000 * trip, "megabytes_per_second": rate}
 
 

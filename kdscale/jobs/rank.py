@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ from kdscale.pipeline.stage import StageContext
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of, leave
+from kdscale.runtime.gpu_binding import claim_gpu
 from kdscale.runtime.progress import Reporter
 
 ACCEPT, UNTIL = "--accept-changes", "--until="
@@ -69,7 +71,16 @@ def _parse(arguments: Sequence[str]) -> tuple[Config, str, bool]:
 def _run_rank(config: Config, until: str, accept_changes: bool) -> int:
     from kdscale_launch import rendezvous
 
+    rendezvous.check_rank_variables(os.environ)
     rendezvous.set_gloo_interface(os.environ)
+    with closing(claim_gpu(config.runtime.device, os.environ)):
+        return _take_part(config, until, accept_changes)
+
+
+def _take_part(config: Config, until: str, accept_changes: bool) -> int:
+    """Run all stages as rank 0, or the stage that all ranks share as another one."""
+    from kdscale_launch import rendezvous
+
     if os.environ.get("RANK") == "0":
         os.environ[PLACE_VARIABLE] = rendezvous.take_rank_place(os.environ)
         run_until(config, until, Reporter(), accept_changes=accept_changes)

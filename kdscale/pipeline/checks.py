@@ -5,6 +5,7 @@ Everything that can be known is checked in one pass, and all problems are report
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.distill.telemetry.trackers import check_trackers
 from kdscale.errors import ConfigError, DataError, FileError, KdscaleError, RunFolderError
 from kdscale.models.loading import open_teacher
+from kdscale.pipeline.spawn import PLACE_VARIABLE, ranks_of
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path
 from kdscale.runs.folder import RunFolder
+from kdscale.runtime.gpu_binding import check_gpus
 from kdscale.runtime.progress import Reporter
 
 if TYPE_CHECKING:
@@ -46,8 +49,12 @@ def check_before_work(
     attempt(check_run_dir, run.path)
     attempt(check_trackers, config.tracking)
     attempt(check_sources, config)
-    if any(stage.name == "distill" and not manifest_path(stage, run).exists() for stage in stages):
+    unfinished = [stage for stage in stages if not manifest_path(stage, run).exists()]
+    if any(stage.name == "distill" for stage in unfinished):
         attempt(check_token, config, run)
+    attempt(check_devices, config, unfinished)
+    if PLACE_VARIABLE in os.environ:
+        attempt(check_prepared, config, unfinished)
     teacher: Path | None = attempt(check_teacher, config, reporter)
     plans: list[Plan] = []
     if teacher is not None:
@@ -102,6 +109,40 @@ def check_token(config: Config, run: RunFolder) -> None:
 
         token_file = config.distill.served.token_file
         read_token(Path(token_file) if token_file else run.path / TEACHER_TOKEN)
+
+
+def check_devices(config: Config, stages: Iterable[Stage]) -> None:
+    """Raises ConfigError when a stage or a step asks for more ranks than this host has GPUs.
+
+    Of a stage that shares a larger job's ranks, each rank checks its own GPU (kdscale.jobs.rank).
+    """
+    needs: dict[str, int] = {}
+    for stage in stages:
+        if stage.processes and not (stage.across_job and PLACE_VARIABLE in os.environ):
+            steps = {f" of step {step.name}": config.step(index) for index, step in enumerate(config.steps)}
+            for where, one in {"": config, **steps}.items():
+                needs[stage.processes + where] = ranks_of(one, stage.processes)
+    check_gpus(config.runtime.device, needs)
+
+
+def check_prepared(config: Config, stages: Iterable[Stage]) -> None:
+    """Raises ConfigError when a job of many ranks would come to a distillation inside the run.
+
+    The other ranks wait for one distillation, the run's own.
+    """
+    fields = []
+    for stage in stages:
+        if stage.name == "plan" and config.prune.search.probe_tokens is not None:
+            fields.append("prune.search.probe_tokens")
+        if stage.across_job:
+            folders = [RunFolder(Path(config.step(index).run_dir)) for index in range(len(config.steps))]
+            fields += ["steps"] if not all(manifest_path(stage, folder).exists() for folder in folders) else []
+    if fields:
+        raise ConfigError(
+            ", ".join(fields),
+            expected="steps and probes that are done, in a job whose ranks wait for the run's own distillation",
+            hint="run `kdscale prune CONFIG` on one host first, and then this job",
+        )
 
 
 def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:

@@ -8,29 +8,51 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from kdscale.config.load import load_config
 from kdscale.errors import Interrupted, KdscaleError
+from kdscale.files import explain_os_errors, write_json
+from kdscale.pipeline.runner import run_inner
+from kdscale.pipeline.spawn import error_path
 from kdscale.pipeline.stage import StageContext
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of, leave
 from kdscale.runtime.progress import Reporter
+from kdscale.runtime.signals import signals_as_exceptions
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one rank of a stage; returns its exit code."""
     stage, (folder, teacher, pruned_from) = arguments[0], map(Path, arguments[1:4])
-    run = RunFolder(folder)
-    reporter = Reporter(quiet=os.environ["RANK"] != "0")
-    return run_as_rank(stage, StageContext(load_config(run.config), run, teacher, reporter, pruned_from))
+    run, first = RunFolder(folder), os.environ["RANK"] == "0"
+    context = StageContext(
+        load_config(run.config), run, teacher, Reporter(quiet=not first), pruned_from, run_inner=run_inner,
+        ranks=int(os.environ["WORLD_SIZE"]),
+    )  # fmt: skip
+
+    def pass_on(error: KdscaleError) -> None:
+        """Let the process that waits raise it; without room on the disk it is printed here."""
+        try:
+            write_json(error_path(run, stage), error.parts)
+        except OSError:
+            print_error(error)
+
+    # One of several ranks must not leave by itself while the others wait for it: they all die of the signal.
+    with signals_as_exceptions() if context.ranks == 1 else nullcontext():
+        return run_as_rank(stage, context, pass_on if first else print_error)
 
 
-def run_as_rank(stage_name: str, context: StageContext) -> int:
-    """What this process does as a rank of the stage; a user's error is one message and an exit code."""
+def print_error(error: KdscaleError) -> None:
+    """Print what a user can act on."""
+    print(f"error: {error}", file=sys.stderr)
+
+
+def run_as_rank(stage_name: str, context: StageContext, tell: Callable[[KdscaleError], None] = print_error) -> int:
+    """What this process does as a rank of the stage; `tell` is given a user's error, which is an exit code too."""
     from kdscale_launch.watchdog import watching
 
     stage = STAGES[stage_name]
@@ -39,10 +61,13 @@ def run_as_rank(stage_name: str, context: StageContext) -> int:
     # c10d's own deprecations, twice a step in some versions, would bury what a rank's log is for
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
-        with watching(seconds, int(os.environ["RANK"])) if seconds else nullcontext():
+        with (
+            explain_os_errors(context.run.path),
+            watching(seconds, int(os.environ["RANK"])) if seconds else nullcontext(),
+        ):
             stage.run_rank(context)
     except KdscaleError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         return error.exit_code
     except Interrupted as stop:
         return exit_code_of(stop)

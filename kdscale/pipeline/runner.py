@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from kdscale.pipeline.checks import check_before_work, check_disk, check_text, p
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path, refuse_to_lose_progress, run_stage
 from kdscale.pipeline.stages.registry import STAGES, stages_until
 from kdscale.runs.folder import RunFolder
+from kdscale.runtime.device import release_memory
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.signals import signals_as_exceptions
 
@@ -44,7 +44,7 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     stages = stages_until(last)
     teacher, plans = check_before_work(config, run, stages, reporter)
     with run.lock(), signals_as_exceptions():
-        context = StageContext(config, run, teacher, reporter, run_inner=_run_inner, accept_changes=accept_changes)
+        context = StageContext(config, run, teacher, reporter, run_inner=run_inner, accept_changes=accept_changes)
         _adopt_config(context, accept_changes)
         if not accept_changes and not config.steps:
             refuse_to_lose_progress(stages, context)
@@ -96,13 +96,13 @@ def _run_steps(context: StageContext) -> tuple[bool, StageContext]:
     for index, step in enumerate(context.config.steps):
         context.reporter.say(f"⇒ step {index + 1} of {count}: {step.name}")
         config = context.config.step(index)
-        changed |= _run_inner(context, config, stages, {"data": context.run.data})
+        changed |= run_inner(context, config, stages, {"data": context.run.data})
         context = replace(context, pruned_from=RunFolder(Path(config.run_dir)).student)
     context.reporter.say(f"⇒ step {count} of {count}")
     return changed, context
 
 
-def _run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], shared: Mapping[str, Path]) -> bool:
+def run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], shared: Mapping[str, Path]) -> bool:
     """Run these stages of a run inside `outer`, which prunes the same model; `shared`: outputs of the outer run.
 
     Shared outputs are links: tokenised text is made once, and can be hundreds of gigabytes.
@@ -119,5 +119,5 @@ def _run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], sha
         check_disk(inner, rows, student_parameters(inner, plan_shapes(config, inner.model_to_prune)))
         for stage in rows:
             changed |= _guarded(stage, inner)
-    gc.collect()  # the engine of a finished distillation is in reference cycles, and the next step needs its memory
+    release_memory()  # the engine of a finished distillation, which the next step needs
     return changed

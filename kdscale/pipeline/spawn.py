@@ -1,4 +1,4 @@
-"""A stage's work spread over several processes on this machine, started by the launcher.
+"""A stage's work on the device, in processes of its own: several that share it, or one that takes its memory with it.
 
 Each started rank runs kdscale.pipeline.rank_main.
 """
@@ -9,12 +9,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdscale.config.root import Config
 from kdscale.errors import ERRORS_BY_CODE, ConfigError, Interrupted, LostRankError, MachineError
+from kdscale.files import read_own_json, remove_tree
 from kdscale.pipeline.calibration import calibration_batches
 from kdscale.pipeline.stage import StageContext
+from kdscale.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +31,29 @@ RANK_MODULE = "kdscale.pipeline.rank_main"
 PLACE_VARIABLE = "KDSCALE_PLACE"
 
 
+def ranks_of(config: Config, field: str) -> int:
+    """How many ranks share the stages whose `processes` is this field: its value, or one for each GPU of this host.
+
+    Fewer where the work has fewer parts than there are GPUs; one on a CPU, and one for a field that is empty.
+    """
+    from kdscale.runtime.device import resolve_device
+    from kdscale.runtime.gpu_binding import visible_gpus
+
+    section, _, name = field.partition(".")
+    settings: Any = getattr(config, section) if field else None
+    asked: int | None = getattr(settings, name) if field else 1
+    if asked is not None:
+        return asked
+    return min(visible_gpus(), settings.most_processes) if resolve_device(config.runtime.device).type == "cuda" else 1
+
+
+def needs_process(config: Config) -> bool:
+    """Whether work on the device leaves memory on it, until the process ends, that the next stage would miss."""
+    from kdscale.runtime.device import resolve_device
+
+    return resolve_device(config.runtime.device).type != "cpu"
+
+
 def run_on_ranks(
     stage: str,
     run_rank: Callable[[StageContext], None],
@@ -34,17 +61,19 @@ def run_on_ranks(
     processes: int,
     across_job: bool = False,
 ) -> None:
-    """Run `run_rank` here when `processes` is 1, or in that many ranks, and wait for them.
+    """Run `run_rank` in `processes` ranks and wait for them; a single one on a CPU runs here.
 
     `across_job`: a process that was itself started as rank 0 of a larger job (kdscale.jobs.rank) starts rank 0 alone;
     the other ranks are started elsewhere. Raises what the first rank that failed raised, and Interrupted on a signal.
     """
     place = _place_in_job(processes) if across_job else None
-    if processes == 1 and place is None:
-        run_rank(context)
+    if processes == 1 and place is None and not needs_process(context.config):
+        run_rank(replace(context, ranks=1))
         return
     from kdscale_launch import STOPPED_EXIT_CODE, JobSpec, LaunchError, RankFailed, run_local
 
+    error_file = error_path(context.run, stage)
+    error_file.unlink(missing_ok=True)
     folders = map(str, (context.run.path, context.teacher, context.model_to_prune))
     spec = JobSpec(
         command=(sys.executable, "-m", RANK_MODULE, stage, *folders),
@@ -56,6 +85,9 @@ def run_on_ranks(
         code = run_local(spec)
     except RankFailed as error:
         error_type = ERRORS_BY_CODE.get(error.exit_code, LostRankError)
+        if error.rank == 0 and (parts := read_own_json(error_file, is_error)):
+            error_file.unlink()
+            raise error_type(**parts) from error
         raise error_type(str(error), hint=f"the ranks' logs are in {context.run.logs}") from error
     except LaunchError as error:
         raise MachineError("the ranks could not be started", got=str(error)) from error
@@ -68,6 +100,16 @@ def run_on_ranks(
         lost = code == 128 + signal.SIGTERM
         where = "before every rank had saved; the last checkpoint counts" if lost else ""
         raise Interrupted(code - 128, where, kept=not lost)
+
+
+def error_path(run: RunFolder, stage: str) -> Path:
+    """Where rank 0 of a stage, whose log is the terminal, leaves the error that ends it."""
+    return run.logs / f"{stage}.error.json"
+
+
+def is_error(value: Any) -> bool:
+    """Whether a JSON value is what `KdscaleError.parts` gives."""
+    return isinstance(value, dict) and {*value} == {"what", "expected", "got", "hint"}
 
 
 def _place_in_job(processes: int) -> Any:
@@ -99,31 +141,38 @@ class RankShare:
 def join_calibration(context: StageContext, stage: str) -> RankShare:
     """Join the stage's group, if there are several processes, and take this rank's share of the calibration batches.
 
-    The config has checked that every rank gets one.
+    The config has checked that every rank gets one. What a killed try of another number of ranks left is removed: its
+    shares were others.
     """
     from kdscale.models.hidden_states import Scratch
-    from kdscale.runtime.device import resolve_device, set_threads
-    from kdscale.runtime.ranks import rank
 
-    config, processes = context.config, context.config.importance.processes
-    set_threads(config.runtime.threads, processes)
-    device = resolve_device(config.runtime.device)
-    batches = calibration_batches(config, context.run.data)
-    scratch = Scratch(context.run.work / stage, config.runtime.activation_bytes)
-    if processes == 1:
-        return RankShare(device, batches, scratch)
-    device = _join_group(device)
-    return RankShare(device, batches[rank() :: processes], scratch.subfolder(f"rank-{rank()}"))
+    device, rank, ranks = join_ranks(context), own_rank(context), context.ranks
+    batches = calibration_batches(context.config, context.run.data)
+    mine = context.run.work / stage / f"{ranks}-ranks"
+    if rank == 0:
+        for other in (context.run.work / stage).glob("*-ranks"):
+            if other != mine:
+                remove_tree(other)
+    scratch = Scratch(mine / f"rank-{rank}", context.config.runtime.activation_bytes)
+    return RankShare(device, batches[rank::ranks], scratch)
 
 
-def _join_group(device: torch.device) -> torch.device:
-    """Join the launcher's group; returns this rank's device. Statistics on the CPU and on GPUs are both reduced."""
-    import torch
+def own_rank(context: StageContext) -> int:
+    """This process's number among the ranks of the stage; a stray RANK in the environment of one process is none."""
+    return int(os.environ["RANK"]) if context.ranks > 1 else 0
 
+
+def join_ranks(context: StageContext) -> torch.device:
+    """Set this process's threads and device, and join the others of the stage if there are any; returns the device.
+
+    Statistics on the CPU and on GPUs are both reduced.
+    """
+    from kdscale.runtime.device import set_threads
+    from kdscale.runtime.gpu_binding import rank_device
     from kdscale.runtime.ranks import join_launched_group
 
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    join_launched_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    set_threads(context.config.runtime.threads, context.ranks)
+    device = rank_device(context.config.runtime.device)
+    if context.ranks > 1:
+        join_launched_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device

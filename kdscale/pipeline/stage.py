@@ -49,6 +49,7 @@ class StageContext:
     pruned_from: Path | None = None  # with steps: the student of the step before; the teacher otherwise
     run_inner: InnerRunner | None = None  # set by the runner; a stage that runs other stages calls it
     accept_changes: bool = False  # whether checkpoints of other inputs may be deleted
+    ranks: int = 1  # how many processes share the stage that runs; this is one of them
 
     @property
     def model_to_prune(self) -> Path:
@@ -69,7 +70,9 @@ class Stage:
     title: str  # shown while it runs
     run: Callable[[StageContext], Facts]  # does the work; returns a few facts worth showing
     help: str = ""  # of the command that brings a run up to this stage; "": there is no such command
-    run_rank: Callable[[StageContext], None] | None = None  # what each process does, where several share the stage
+    # the work on the device, which processes of its own do: `processes` of them, a field of the config, or one
+    run_rank: Callable[[StageContext], None] | None = None
+    processes: str = ""
     config: tuple[str, ...] = ()  # dotted config fields, or whole sections, that the result depends on
     depends_on: Callable[[StageContext], Facts] | None = None  # what of the config matters, where that is no field
     model: ModelRole | None = None  # the larger model that it reads
@@ -97,7 +100,16 @@ def inputs_of(stage: Stage, context: StageContext) -> dict[str, Any]:
         made_from["files"]["teacher"] = digest_tree(getattr(context, stage.model), _files_read(stage, context))
     for artifact in stage.reads:
         made_from["files"][artifact.path] = digest_tree(context.run.at(artifact), artifact.only)
-    return made_from
+    return _without_processes(stage, made_from)
+
+
+def _without_processes(stage: Stage, made_from: dict[str, Any]) -> dict[str, Any]:
+    """The result does not depend on how many processes share the work, up to rounding."""
+    section, _, field = stage.processes.partition(".")
+    config = made_from["config"]
+    if field in config.get(section, {}):
+        config = {**config, section: {key: value for key, value in config[section].items() if key != field}}
+    return {**made_from, "config": config}
 
 
 def _files_read(stage: Stage, context: StageContext) -> tuple[str, ...]:
@@ -120,7 +132,7 @@ def manifest_path(stage: Stage, run: RunFolder) -> Path:
 def read_manifest(stage: Stage, run: RunFolder) -> dict[str, Any] | None:
     """The manifest of a finished stage; None where there is none, or one that is damaged, which is set aside."""
     manifest: dict[str, Any] | None = read_own_json(manifest_path(stage, run), fits(Manifest))
-    return manifest
+    return manifest and {**manifest, "made_from": _without_processes(stage, manifest["made_from"])}
 
 
 def why_stale(stage: Stage, context: StageContext, made_from: dict[str, Any]) -> list[str] | None:
@@ -218,6 +230,7 @@ def _prepare_resuming(stage: Stage, context: StageContext, made_from: dict[str, 
     run = context.run
     marker = run.stages / f"{stage.name}.started.json"
     before = read_own_json(marker, fits(StageInputs))
+    before = before and _without_processes(stage, before)
     if before is not None and before != made_from:
         if has_progress(stage, run) and not context.accept_changes:
             raise checkpoints_in_the_way(stage, run, changed_inputs(before, made_from))

@@ -130,6 +130,22 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(_as_bytes(data[:size])) for data, size in zip(received, sizes, strict=True)]
 
 
+def place_in_group() -> tuple[int, int]:
+    """(this process's number, how many there are) in the group; (0, 1) in none, whatever the environment says."""
+    return (dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1)
+
+
+def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's `rows` in the order of ranks, on every rank's CPU; they differ in their number alone."""
+    if not in_group():
+        return [rows]
+    own = rows.to(_device())
+    sizes = [int(size) for size in _all_gather(torch.tensor([len(own)], device=own.device))]
+    padded = own.new_zeros((max(sizes), *own.shape[1:]))
+    padded[: len(own)] = own
+    return [received[:size].cpu() for received, size in zip(_all_gather(padded), sizes, strict=True)]
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0; every rank returns its result, or raises its KdscaleError or OSError.
 
@@ -143,8 +159,7 @@ def on_main(function: Callable[[], T]) -> T:
         try:
             answer = {"result": function()}
         except KdscaleError as error:
-            failure, parts = error, (error.what, error.expected, error.got, error.hint)
-            answer = {"exit_code": error.exit_code, "parts": parts}
+            failure, answer = error, {"exit_code": error.exit_code, "parts": error.parts}
         except OSError as error:
             file = None if error.filename is None else str(error.filename)
             failure, answer = error, {"os_error": [error.errno, error.strerror or str(error), file]}
@@ -152,8 +167,7 @@ def on_main(function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if "parts" in answer:
-        what, expected, got, hint = answer["parts"]
-        raise ERRORS_BY_CODE.get(answer["exit_code"], KdscaleError)(what, expected=expected, got=got, hint=hint)
+        raise ERRORS_BY_CODE.get(answer["exit_code"], KdscaleError)(**answer["parts"])
     if "os_error" in answer:
         raise OSError(*answer["os_error"])
     result: T = answer["result"]

@@ -32,7 +32,7 @@ def listen_as_rank_0(environment: Mapping[str, str]) -> socket.socket:
     MASTER_ADDR is a name that this host takes for the loopback, or an address that something else translates.
     Raises LaunchError for a missing variable, or a port that cannot be used.
     """
-    _check_variables(environment)
+    check_rank_variables(environment)
     one_host = environment["WORLD_SIZE"] == environment.get("LOCAL_WORLD_SIZE", "1")
     return _listen(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), one_host)
 
@@ -79,7 +79,7 @@ def take_rank_place(environment: MutableMapping[str, str]) -> str:
     Libraries that find RANK and WORLD_SIZE behave as parts of a group, which the single-process stages are not.
     Raises LaunchError when a variable is missing or not a number.
     """
-    _check_variables(environment)
+    check_rank_variables(environment)
     place = RankPlace(
         first_rank=int(environment["RANK"]),
         world_size=int(environment["WORLD_SIZE"]),
@@ -104,7 +104,7 @@ def wait_for_rank_0(environment: Mapping[str, str]) -> bool:
     Waits as long as it takes: rank 0 may prune for hours, and whoever started the ranks ends them when one fails.
     Raises LaunchError for a missing variable, or a name that cannot be resolved for _NAME_SECONDS.
     """
-    _check_variables(environment)
+    check_rank_variables(environment)
     address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     name_deadline = time.monotonic() + _NAME_SECONDS
     while True:
@@ -178,7 +178,7 @@ def _address_of(interface: str) -> str | None:
             return None
 
 
-def _check_variables(environment: Mapping[str, str]) -> None:
+def check_rank_variables(environment: Mapping[str, str]) -> None:
     """Raise LaunchError, naming them, when variables are missing or not numbers."""
     if missing := [name for name in _REQUIRED if name not in environment]:
         raise LaunchError(f"a launcher must set {', '.join(missing)}")

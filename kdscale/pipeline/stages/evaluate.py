@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from kdscale.files import atomic_dir
+from contextlib import nullcontext
+
+from kdscale.files import atomic_dir, read_json
+from kdscale.pipeline.spawn import join_ranks, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
+
+_FILE = "eval.json"
 
 
 def evaluate(context: StageContext) -> Facts:
-    """Measure teacher, pruned and distilled student."""
+    """Measure on as many processes as the config asks for; returns the perplexities."""
+    from kdscale.eval.quality import headline
+
+    run_on_ranks("eval", evaluate_rank, context, ranks_of(context.config, "eval.processes"))
+    return headline(read_json(context.run.eval / _FILE))
+
+
+def evaluate_rank(context: StageContext) -> None:
+    """Measure teacher, pruned and distilled student on this rank's share; the first rank writes the figures of all."""
     from kdscale.eval import quality
+    from kdscale.runtime.ranks import is_writer
 
     run, config = context.run, context.config
+    device = join_ranks(context)
     models = {"teacher": context.teacher, "pruned": run.pruned, "distilled": run.student}
-    with atomic_dir(run.eval) as tmp:
-        found = quality.evaluate(
-            models,
-            run.data,
-            config.eval,
-            config.runtime,
-            tmp / "eval.json",
-            context.reporter,
-            trust_remote_code=config.teacher.trust_remote_code,
-        )
-    return quality.headline(found)
+    with atomic_dir(run.eval) if is_writer() else nullcontext() as tmp:
+        quality.evaluate(
+            models, run.data, config.eval, config.runtime, None if tmp is None else tmp / _FILE, context.reporter,
+            device=device, trust_remote_code=config.teacher.trust_remote_code,
+        )  # fmt: skip

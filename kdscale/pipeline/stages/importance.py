@@ -7,7 +7,7 @@ from typing import Any
 
 from kdscale.files import atomic_dir, read_json
 from kdscale.models.loading import open_teacher
-from kdscale.pipeline.spawn import join_calibration, run_on_ranks
+from kdscale.pipeline.spawn import join_calibration, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
 
 
@@ -32,7 +32,7 @@ def measure_importance(context: StageContext) -> Facts:
     """Run the importance pass on all ranks; returns how many tokens it saw and which scores there are."""
     from kdscale.runs.importance_scores import SUMMARY_FILE
 
-    run_on_ranks("importance", importance_rank, context, context.config.importance.processes)
+    run_on_ranks("importance", importance_rank, context, ranks_of(context.config, "importance.processes"))
     summary = read_json(context.run.importance / SUMMARY_FILE)
     return {"tokens": f"{summary['tokens']:,}", "scores": ", ".join(summary["arrays"]) or "none needed"}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdscale.models import loading
 from kdscale.pipeline import calibration
 from kdscale.pipeline.calibration import scoring_batches
+from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.pipeline.stages.probes import by_probes
 from kdscale.prune.search.latency import LATENCY_KINDS
@@ -180,12 +181,19 @@ def _timed(plan: Plan, model: LatencyModel) -> Plan:
     return plan
 
 
-def choose_plan(context: StageContext) -> Facts:
-    """Write plan.json; returns the parameter counts before and after."""
+def plan_rank(context: StageContext) -> None:
+    """Write plan.json."""
     from kdscale.runs.importance_scores import load_scores
 
-    plan = search_plan(context, load_scores(context.run.importance))
-    plan.save(context.run.plan)
+    search_plan(context, load_scores(context.run.importance)).save(context.run.plan)
+
+
+def choose_plan(context: StageContext) -> Facts:
+    """Search on one device; returns the parameter counts before and after."""
+    from kdscale.prune.plan import Plan
+
+    run_on_ranks("plan", plan_rank, context, 1)
+    plan = Plan.load(context.run.plan)
     for warning in plan.warnings:
         context.reporter.say(f"  note: {warning}")
     before, after = plan.teacher_params.total, plan.student_params.total

@@ -20,6 +20,7 @@ from kdscale.pipeline.stage import StageContext
 from kdscale.runs.digests import digest_tree
 from kdscale.runs.folder import WEIGHTS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.device import release_memory
 from kdscale.units import BUDGET_FIELDS
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def _is_result(value: Any) -> bool:
 
 def _run(context: StageContext, config: Config) -> float:
     assert context.run_inner is not None
+    release_memory()  # the probe runs in processes of its own, and on a GPU they need what the masked runs held
     shared = {"data": context.run.data, "importance": context.run.importance}
     # a probe is made from scratch whenever its inputs changed
     context.run_inner(replace(context, accept_changes=True), config, ("plan", "prune", "distill"), shared)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kdscale.errors import SelfCheckError
 from kdscale.files import read_json, remove_tree, replace_dir, write_json
 from kdscale.models.loading import open_teacher
-from kdscale.pipeline.spawn import join_calibration, run_on_ranks
+from kdscale.pipeline.spawn import join_calibration, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:
 
 def prune_and_check(context: StageContext) -> Facts:
     """Write the pruned student on as many processes as the config asks for, and check it."""
-    run_on_ranks("prune", prune_rank, context, context.config.importance.processes)
+    run_on_ranks("prune", prune_rank, context, ranks_of(context.config, "importance.processes"))
     figures = read_json(context.run.logs / SELF_CHECK_FILE)
     return {"self-check": f"passed, largest relative difference {max(figures.values()):.1e}"}
 

@@ -25,20 +25,21 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="importance", title="measure importance", help="Measure what each part of the teacher contributes.",
-            run=importance.measure_importance, run_rank=importance.importance_rank,
+            run=importance.measure_importance, run_rank=importance.importance_rank, processes="importance.processes",
             config=("importance", "seed", _CODE), depends_on=importance.axes_to_score, model="model_to_prune",
             reads=(folder.DATA,), writes=(folder.IMPORTANCE,), resumable=True, in_steps=True,
         ),
         Stage(
             name="plan", title="choose the student's shape",
             help="Choose the student's shape and every index that is kept, and show what else was compared.",
-            run=plan.choose_plan, config=("prune",), depends_on=plan.what_matters, model="model_to_prune",
+            run=plan.choose_plan, run_rank=plan.plan_rank,
+            config=("prune",), depends_on=plan.what_matters, model="model_to_prune",
             reads=(folder.IMPORTANCE,), writes=(folder.PLAN,), hand_editable=True, in_steps=True,
         ),
         Stage(
             name="prune", title="prune and check",
             help="Write the pruned student (and whatever it still needs) and check it.",
-            run=prune.prune_and_check, run_rank=prune.prune_rank,
+            run=prune.prune_and_check, run_rank=prune.prune_rank, processes="importance.processes",
             config=("prune", "importance", "seed", _CODE), model="model_to_prune",
             copies=prune.copied_from_and_to,
             reads=(folder.PLAN, folder.IMPORTANCE, folder.DATA), writes=(folder.PRUNED, folder.REPAIR),
@@ -47,7 +48,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="distill", title="distil the teacher into the student",
             help="Distil the teacher into the pruned student; resumes where it was.",
-            run=distill.distill, run_rank=distill.distill_rank,
+            run=distill.distill, run_rank=distill.distill_rank, processes="distill.processes",
             config=("seed", _CODE), depends_on=distill.what_distillation_depends_on, model="model_to_learn_from",
             copies=distill.copied_from_and_to,
             reads=(folder.PRUNED_WEIGHTS, folder.DATA), writes=(folder.STUDENT,),
@@ -57,7 +58,8 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="eval", title="evaluate side by side",
             help="Measure teacher, pruned and distilled side by side on held-out text.",
-            run=evaluate.evaluate, config=("eval", "seed", _CODE),
+            run=evaluate.evaluate, run_rank=evaluate.evaluate_rank, processes="eval.processes",
+            config=("eval", "seed", _CODE),
             model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
             reads=(folder.PRUNED_WEIGHTS, folder.STUDENT_WEIGHTS, folder.DATA), writes=(folder.EVAL,),
         ),

@@ -98,5 +98,7 @@ def test_ranks_prune_the_model_of_the_step_before(tiny_config, tmp_path, monkeyp
     seen: list[StageContext] = []
     monkeypatch.setitem(STAGES, "importance", replace(STAGES["importance"], run_rank=seen.append))
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert rank_main.main(jobs[0].command[3:]) == 0
+    assert seen[0].ranks == 2
     assert (seen[0].model_to_prune, seen[0].teacher, seen[0].config) == (before, context.teacher, config)

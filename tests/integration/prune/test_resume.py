@@ -185,7 +185,7 @@ def test_stages_resume_in_their_work_folders(tiny_config, tmp_path, kdscale_envi
     assert _files(run / "importance") == _files(tmp_path / "unbroken" / "importance")
 
     process = subprocess.Popen([sys.executable, "-c", _CHILD, str(tiny_config)], env=kdscale_environment)
-    while process.poll() is None and not any((run / "work" / "prune").glob("compensation/progress-*")):
+    while process.poll() is None and not any((run / "work" / "prune").glob("1-ranks/rank-0/compensation/progress-*")):
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
