@@ -35,15 +35,18 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
 
     def pass_on(error: KdscaleError) -> None:
-        """Let the process that waits raise it; without room on the disk it is printed here."""
+        """Let the process that waits raise it; it is printed in a rank's log, and where the disk has no room."""
         try:
-            write_json(error_path(run, stage), error.parts)
+            write_json(error_path(run, stage, os.environ["RANK"]), error.parts)
         except OSError:
             print_error(error)
+        else:
+            if not first:
+                print_error(error)
 
     # One of several ranks must not leave by itself while the others wait for it: they all die of the signal.
     with signals_as_exceptions() if context.ranks == 1 else nullcontext():
-        return run_as_rank(stage, context, pass_on if first else print_error)
+        return run_as_rank(stage, context, pass_on)
 
 
 def print_error(error: KdscaleError) -> None:

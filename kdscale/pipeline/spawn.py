@@ -72,8 +72,7 @@ def run_on_ranks(
         return
     from kdscale_launch import STOPPED_EXIT_CODE, JobSpec, LaunchError, RankFailed, run_local
 
-    error_file = error_path(context.run, stage)
-    error_file.unlink(missing_ok=True)
+    _remove_errors(context.run, stage)
     folders = map(str, (context.run.path, context.teacher, context.model_to_prune))
     spec = JobSpec(
         command=(sys.executable, "-m", RANK_MODULE, stage, *folders),
@@ -85,13 +84,13 @@ def run_on_ranks(
         code = run_local(spec)
     except RankFailed as error:
         error_type = ERRORS_BY_CODE.get(error.exit_code, LostRankError)
-        if error.rank == 0 and (parts := read_own_json(error_file, is_error)):
-            error_file.unlink()
+        if parts := read_own_json(error_path(context.run, stage, error.rank), is_error):
             raise error_type(**parts) from error
         raise error_type(str(error), hint=f"the ranks' logs are in {context.run.logs}") from error
     except LaunchError as error:
         raise MachineError("the ranks could not be started", got=str(error)) from error
     finally:
+        _remove_errors(context.run, stage)
         if across_job:
             os.environ.pop(PLACE_VARIABLE, None)  # the place is taken: no rank waits for rank 0 any more
     if code == STOPPED_EXIT_CODE:
@@ -102,9 +101,14 @@ def run_on_ranks(
         raise Interrupted(code - 128, where, kept=not lost)
 
 
-def error_path(run: RunFolder, stage: str) -> Path:
-    """Where rank 0 of a stage, whose log is the terminal, leaves the error that ends it."""
-    return run.logs / f"{stage}.error.json"
+def error_path(run: RunFolder, stage: str, rank: int | str) -> Path:
+    """Where a rank of a stage leaves the error that ends it, for the process that started the ranks."""
+    return run.logs / f"{stage}.rank-{rank}.error.json"
+
+
+def _remove_errors(run: RunFolder, stage: str) -> None:
+    for file in run.logs.glob(error_path(run, stage, "*").name):
+        file.unlink(missing_ok=True)
 
 
 def is_error(value: Any) -> bool:
