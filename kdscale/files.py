@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kdscale.errors import CheckpointError, FileError, KdscaleError, RunFolderError
+from kdscale_launch.watchdog import beat
 
 _TMP_MARK = ".partial-"
 _HINT_BY_ERRNO = {
@@ -102,6 +103,7 @@ def fsync_file(path: Path) -> None:
     """Make the content of `path` survive a power cut."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
+    beat()
 
 
 @contextmanager
@@ -322,6 +324,7 @@ def sha256_file(path: Path, size: int | None = None) -> str:
         while block := stream.read(min(left, 1 << 22)):
             digest.update(block)
             left -= len(block)
+            beat()
     return digest.hexdigest()
 
 

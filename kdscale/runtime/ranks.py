@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,10 +19,14 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from kdscale.errors import ERRORS_BY_CODE, KdscaleError, MachineError, SelfCheckError
+from kdscale_launch.watchdog import beat, progress
 
 T = TypeVar("T")
 
 _MOST_BYTES = 1 << 26
+_ARRIVED, _PROGRESS = "kdscale/arrived", "kdscale/progress"  # counts over all ranks, in the group's store
+_ROUND_SECONDS = 0.5
+_last_call: tuple[Any, int] = (None, 0)  # see _next_call
 
 
 def join_launched_group(backend: str, timeout: timedelta | None = None) -> None:
@@ -149,20 +156,22 @@ def gather_rows(rows: torch.Tensor) -> list[torch.Tensor]:
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0; every rank returns its result, or raises its KdscaleError or OSError.
 
-    The result is of plain JSON types. If rank 0 raised alone, the others would wait for it for ever.
+    The result is of plain JSON types. If rank 0 raised alone, the others would wait for it for ever. They wait as long
+    as it makes progress (`unequal_work`).
     """
     if not in_group():
         return function()
     answer: dict[str, Any] = {}
     failure: KdscaleError | OSError | None = None
-    if is_main():
-        try:
-            answer = {"result": function()}
-        except KdscaleError as error:
-            failure, answer = error, {"exit_code": error.exit_code, "parts": error.parts}
-        except OSError as error:
-            file = None if error.filename is None else str(error.filename)
-            failure, answer = error, {"os_error": [error.errno, error.strerror or str(error), file]}
+    with unequal_work():
+        if is_main():
+            try:
+                answer = {"result": function()}
+            except KdscaleError as error:
+                failure, answer = error, {"exit_code": error.exit_code, "parts": error.parts}
+            except OSError as error:
+                file = None if error.filename is None else str(error.filename)
+                failure, answer = error, {"os_error": [error.errno, error.strerror or str(error), file]}
     answer = _from_main(answer)
     if failure is not None:
         raise failure
@@ -172,6 +181,53 @@ def on_main(function: Callable[[], T]) -> T:
         raise OSError(*answer["os_error"])
     result: T = answer["result"]
     return result
+
+
+@contextmanager
+def unequal_work() -> Iterator[None]:
+    """Ranks work for unequal times within the block, and at its end wait for each other: a collective call.
+
+    In a collective of torch's those that wait would be killed in the end, by its time limit or by their watchdogs,
+    while another rank writes 200 GB. Here they wait as long as any rank makes progress, and that is progress of theirs.
+    A rank that leaves the block by an exception waits for nobody.
+    """
+    if not in_group():
+        yield
+        return
+    store, call = _next_call()
+    ended = threading.Event()
+    publisher = threading.Thread(target=_publish_progress, args=(store, ended), name="progress", daemon=True)
+    publisher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        publisher.join()
+    arrived, seen, pause = store.add(_ARRIVED, 1), 0, 0.001
+    while arrived < call * world_size():
+        time.sleep(pause)
+        pause = min(2 * pause, _ROUND_SECONDS)
+        arrived, before, seen = store.add(_ARRIVED, 0), seen, store.add(_PROGRESS, 0)
+        if seen != before:
+            beat()
+
+
+def _next_call() -> tuple[Any, int]:
+    """The store of the group, in which ranks count what they do, and the number of this `unequal_work` in it."""
+    global _last_call  # noqa: PLW0603
+    store = dist.distributed_c10d._get_default_store()
+    number = _last_call[1] + 1 if _last_call[0] is store else 1
+    _last_call = (store, number)
+    return _last_call
+
+
+def _publish_progress(store: Any, ended: threading.Event) -> None:
+    """In a thread: add to a count of all ranks while this rank's watchdog hears of progress."""
+    before = progress()
+    while not ended.wait(_ROUND_SECONDS):
+        if (now := progress()) != before:
+            before = now
+            store.add(_PROGRESS, 1)
 
 
 def _from_main(value: Any) -> Any:

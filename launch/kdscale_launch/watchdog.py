@@ -41,7 +41,7 @@ class Watchdog:
         self._phase = "start"
         self._step: int | None = None  # None in the stages before the distillation
         self._describe: Callable[[], str] = str
-        self._beats = 0
+        self.beats = 0
         self._stopped = threading.Event()
         self._out = os.dup(2)  # this rank's log, whatever is redirected later
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -49,16 +49,16 @@ class Watchdog:
     def enter(self, phase: str) -> None:
         """See the function `enter`."""
         self._phase = phase
-        self._beats += 1
+        self.beats += 1
 
     def beat(self) -> None:
         """See the function `beat`."""
-        self._beats += 1
+        self.beats += 1
 
     def at_step(self, step: int, describe: Callable[[], str]) -> None:
         """See the function `at_step`."""
         self._step, self._describe = step, describe
-        self._beats += 1
+        self.beats += 1
 
     def start(self) -> None:
         """Start watching; the time counts from now."""
@@ -85,8 +85,8 @@ class Watchdog:
             now = time.monotonic()
             # the time during which the process was stopped by a signal does not count
             idle, before = idle + min(now - before, 2 * pause), now
-            if self._beats != last_beats:
-                last_beats, idle = self._beats, 0.0
+            if self.beats != last_beats:
+                last_beats, idle = self.beats, 0.0
             if idle > self._limit:
                 self._leave(idle)
 
@@ -131,6 +131,11 @@ def beat() -> None:
     """Report progress within the phase: another block, layer or document. Cheap enough to call for each one."""
     for watchdog in _current:
         watchdog.beat()
+
+
+def progress() -> int:
+    """A number that grows whenever this process reports progress; 0 where no watchdog runs."""
+    return sum(watchdog.beats for watchdog in _current)
 
 
 def at_step(step: int, describe: Callable[[], str]) -> None:

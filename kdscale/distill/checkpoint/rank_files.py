@@ -28,6 +28,7 @@ from kdscale.models.parameter_map import ParameterRange
 from kdscale.weights import TensorInfo
 from kdscale.weights.header import read_header
 from kdscale.weights.writer import plan_shards
+from kdscale_launch.watchdog import beat
 
 MASTER = "master"  # the fp32 weight
 QUANTITIES = (MASTER, "exp_avg", "exp_avg_sq")  # what is kept of each value
@@ -100,6 +101,7 @@ def write_rank_file(
 def _write(stream: RawIOBase, left: memoryview) -> None:
     while left:
         left = left[stream.write(left) :]
+    beat()
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ class RankFileReader:
             if not count:
                 raise CheckpointError(f"{path} was changed while it was read", got=f"{len(left):,} bytes too few")
             left = left[count:]
+        beat()
 
     def _stream(self, path: Path) -> RawIOBase:
         if path not in self._open:

@@ -20,7 +20,7 @@ from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.checkpoint.rank_files import QUANTITIES, WrittenFile, write_rank_file
 from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.errors import RunFolderError
-from kdscale.runtime.ranks import all_reduce_sum, gather, on_main, rank, world_size
+from kdscale.runtime.ranks import all_reduce_sum, gather, on_main, rank, unequal_work, world_size
 
 _CLOSE_SECONDS = 30.0
 
@@ -59,7 +59,6 @@ class Saver:
         if background:
             self._pending.start()
         else:
-            self._pending.run()
             self.finish()
 
     def poll(self) -> None:
@@ -77,7 +76,8 @@ class Saver:
         if self._pending is None:
             return
         write, self._pending = self._pending, None
-        write.wait()
+        with unequal_work():  # parts and disks differ
+            write.complete()
         results = gather([asdict(write.written) if write.written else None, _message(write.error)])
         failures = [f"rank {number}: {message}" for number, (_, message) in enumerate(results) if message]
         if failures:
@@ -153,9 +153,11 @@ class _WriteThread(threading.Thread):
                 tmp / checkpoint_folder.rank_file(rank()), self._ranges, self._blocks, self._cancelled.is_set
             )
 
-    def wait(self) -> None:
-        """Wait for the thread, if it was started."""
-        if self.is_alive():
+    def complete(self) -> None:
+        """Wait for the thread; where it was not started, write in the calling one."""
+        if self.ident is None:
+            self.run()
+        else:
             self.join()
 
     def cancel(self) -> None:
