@@ -60,7 +60,7 @@ def parse_budget(text: str, unit: Unit = "count") -> tuple[Literal["absolute", "
             return "absolute", size
     elif (match := _TIME.match(text)) and (time := float(match[1]) * {"ms": 1.0, "s": 1000.0}[match[2]]) > 0:
         return "absolute", time
-    raise ValueError(f"expected {_EXAMPLES[unit]}, or a share such as 50%, got {text!r}")
+    raise ValueError(f"expected {_EXAMPLES[unit]}, or a share such as 50%")
 
 
 def format_number(value: float) -> str:

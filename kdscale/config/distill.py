@@ -134,7 +134,7 @@ class DistillConfig(Section):
     def _zero_can_do_it(self) -> DistillConfig:
         problems = self.zero.problems(self.zero_stage, self.processes)
         if self.async_checkpoints and self.zero.offload_optimizer == "nvme":
-            problems.append("async_checkpoints would hold in host memory what zero.offload_optimizer puts on NVMe")
+            problems.append("async_checkpoints: would hold in host memory what zero.offload_optimizer puts on NVMe")
         if problems:
             raise ValueError("; ".join(problems))
         return self

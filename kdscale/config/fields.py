@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 import unicodedata
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 _short.maxlevel = 3
 _MOST_PROBLEMS = 30  # lines of one message
+# A check of a whole section begins its message with the field that it is about: `urls: ...`, `micro_batch (3) must ...`
+_OWN_FIELD = re.compile(r"[a-z_][a-z0-9_]*(?:\.[a-z0-9_]+)*(?=: | \()")
 
 
 def shown(value: Any) -> str:
@@ -67,7 +70,7 @@ def explain_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
 def explain_error(item: Any, model: type[BaseModel]) -> str:
     """One line for one pydantic error of `model`: field, what was expected, what came, and the nearest known key."""
     location = [str(part)[:80] for part in item["loc"]]
-    field = ".".join(location) or "config"
+    field = ".".join(location)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _known_keys(model, location[:-1]), n=1)
         return f"{field}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
@@ -77,7 +80,9 @@ def explain_error(item: Any, model: type[BaseModel]) -> str:
     message = message[:1].lower() + message[1:]
     value = item["input"]
     came = "" if isinstance(value, dict | BaseModel) else f", got {shown(value)} ({type(value).__name__})"
-    return f"{field}: {message}{came}"
+    if item["type"] == "value_error" and _OWN_FIELD.match(message):
+        return f"{field}.{message}" if field else message
+    return f"{field or 'config'}: {message}{came}"
 
 
 def _known_keys(root: type[BaseModel], location: Sequence[str]) -> list[str]:

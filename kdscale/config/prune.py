@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdscale.config.criteria import Criterion, FfnMethod, HeadMethod, HiddenMethod, LayerMethod, criterion
 from kdscale.config.fields import Count, Dtype, Few, Length, Section
@@ -103,20 +103,25 @@ class PruneConfig(Section):
     max_shard_bytes: Count = 5_000_000_000
     search: SearchConfig = SearchConfig()
 
+    @field_validator(*BUDGET_FIELDS)
+    @classmethod
+    def _target_parses(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            parse_budget(value, BUDGET_FIELDS[str(info.field_name)])
+        return value
+
     @model_validator(mode="after")
-    def _target_parses(self) -> PruneConfig:
+    def _says_what_to_cut(self) -> PruneConfig:
         given = [name for name in BUDGET_FIELDS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one target, not {' and '.join(given)}; sizes may be fixed beside it")
-        if given:
-            parse_budget(getattr(self, given[0]), BUDGET_FIELDS[given[0]])
-        elif not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
+        if not given and not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
             raise ValueError(
                 "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
             )
         if self.criterion("layers").scores_blocks and self.contiguous_layers is False:
             raise ValueError(
-                f"layer_method={self.layer_method} drops one contiguous block; leave contiguous_layers out"
+                f"contiguous_layers: layer_method {self.layer_method} drops one contiguous block; leave this out"
             )
         return self
 

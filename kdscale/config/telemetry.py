@@ -33,7 +33,7 @@ class ProfileConfig(Section):
     @model_validator(mode="after")
     def _steps_are_a_range(self) -> ProfileConfig:
         if self.steps is not None and self.steps[0] > self.steps[1]:
-            raise ValueError(f"steps must be [first, last] with 1 ≤ first ≤ last, got {list(self.steps)}")
+            raise ValueError(f"steps: expected [first, last] with 1 ≤ first ≤ last, got {list(self.steps)}")
         return self
 
 
