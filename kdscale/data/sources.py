@@ -23,7 +23,7 @@ from typing import IO, Any
 from kdscale.config.data import SourceConfig
 from kdscale.errors import ConfigError, DataError, ServiceError
 from kdscale.files import sha256_file
-from kdscale.weights.locate import hub_connection_errors
+from kdscale.weights.locate import hub_connection_errors, hub_name
 from kdscale_launch.watchdog import beat
 
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
@@ -106,9 +106,11 @@ def source_files(source: SourceConfig) -> list[Path]:
     elif glob.has_magic(source.path):
         paths = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (absolute patterns too)
     else:
+        name = hub_name(source.path)
         raise DataError(
             f"data source {source.path} does not exist",
             expected="a .txt, .jsonl or .jsonl.gz file, a folder or glob of these, builtin:NAME, or hf:NAME",
+            hint=f"did you mean hf:{name}?" if name else "check the path, or put your text there",
         )
     files = sorted(item for item in paths if item.is_file() and item.name.endswith(_SUFFIXES))
     if not files:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 from kdscale.config.root import TeacherConfig
@@ -10,6 +12,11 @@ from kdscale.weights.sidecars import SIDECARS
 from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE
 
 _HUB = "hf:"  # as in data.sources
+_HUB_NAME = re.compile(
+    r"(?:https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?"
+)
+_SHIPPED_FOLDERS = ("teachers", "data")  # where the configs that come with kdscale look for what is not theirs to ship
+_DEMO = "smollm2-135m-instruct"  # packaging.catalog, which is not to be imported here
 
 # What a checkpoint's folder keeps; never pickles or the other formats that some repositories carry beside it.
 _ALLOW = ["config.json", SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors", *SIDECARS]
@@ -38,8 +45,29 @@ def resolve_teacher(teacher: TeacherConfig, config_only: bool = False) -> Path:
     raise ConfigError(
         "teacher.path",
         expected="an existing folder, or hf:org/name for a model from the hub",
-        got=f"{teacher.path!r}, which does not exist" + _nearest(path),
-        hint="check the path; the demo's teacher comes from `kdscale get-teacher smollm2-135m-instruct FOLDER`",
+        got=f"{teacher.path!r}: no such folder" + _nearest(path),
+        hint=_how_to_get(teacher.path, path),
+    )
+
+
+def hub_name(text: str) -> str | None:
+    """`org/name` when a path that does not exist looks like a name, or the address, of something on the hub."""
+    found = _HUB_NAME.fullmatch(text)
+    if found is None or Path(found[1]).parent.exists() or found[1].split("/")[0] in _SHIPPED_FOLDERS:
+        return None
+    return found[1]
+
+
+def _how_to_get(text: str, path: Path) -> str:
+    """What to do about a teacher's folder that does not exist."""
+    if path.name == _DEMO:
+        return f"get it: kdscale get-teacher {_DEMO} {shlex.quote(str(path))}"
+    if name := hub_name(text):
+        return f"did you mean hf:{name}? That fetches it from the hub"
+    return (
+        f"check the path, or put the model there: hf download ORG/{path.name} --local-dir {shlex.quote(str(path))}; "
+        f"hf:ORG/{path.name} as the path fetches it too; the demo's teacher comes from "
+        f"kdscale get-teacher {_DEMO} FOLDER"
     )
 
 
@@ -54,7 +82,7 @@ def _nearest(path: Path) -> str:
     """The deepest folder of the path that does exist, so that the mistyped part is seen at once."""
     for parent in path.parents:
         if parent.is_dir() and str(parent) != ".":
-            return f" (the folder {parent} does)"
+            return f" (the folder {parent} exists)"
     return ""
 
 

@@ -146,8 +146,9 @@ def test_flipped_bits_in_gzip(tmp_path: Path):
 @pytest.mark.parametrize("path", ["nowhere.txt", "nowhere", "org/name"])
 def test_missing_never_asks_a_hub(path: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist") as caught:
         texts(path)
+    assert ("did you mean hf:org/name?" in str(caught.value)) == (path == "org/name")
 
 
 def test_empty_folder(tmp_path: Path):

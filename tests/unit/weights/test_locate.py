@@ -12,7 +12,8 @@ from huggingface_hub import errors
 
 from kdscale.config.root import TeacherConfig
 from kdscale.errors import ConfigError, ServiceError
-from kdscale.weights import resolve_teacher
+from kdscale.packaging.catalog import NAMES
+from kdscale.weights import locate, resolve_teacher
 
 
 @pytest.fixture
@@ -71,7 +72,34 @@ def test_only_the_shape_is_asked_for_when_only_the_shape_is_needed(no_hub: list[
 def test_error_says_how_far_a_mistyped_path_exists(tmp_path: Path, no_hub: list[Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_teacher(TeacherConfig(path=f"{tmp_path}/models/llama"))
-    assert f"the folder {tmp_path} does" in str(caught.value)
+    assert f"the folder {tmp_path} exists" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("meta-llama/Llama-3.1-8B", "did you mean hf:meta-llama/Llama-3.1-8B?"),
+        ("https://huggingface.co/Qwen/Qwen3-8B", "did you mean hf:Qwen/Qwen3-8B?"),
+        ("teachers/Llama-3.1-8B", "hf download ORG/Llama-3.1-8B --local-dir teachers/Llama-3.1-8B"),
+        ("models/lama", "check the path"),  # the folder models exists
+        ("./org/name", "check the path"),
+        ("teachers/smollm2-135m-instruct", "kdscale get-teacher smollm2-135m-instruct teachers/smollm2-135m-instruct"),
+        ("my teachers/smollm2-135m-instruct", "instruct 'my teachers/smollm2-135m-instruct'"),
+    ],
+)
+def test_error_says_how_to_get_what_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hub: list[Any], path: str, hint: str
+) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder") as caught:
+        resolve_teacher(TeacherConfig(path=path))
+    assert hint in str(caught.value)
+    assert ("did you mean" in str(caught.value)) == hint.startswith("did you mean")
+
+
+def test_the_demo_teacher_is_in_the_catalogue() -> None:
+    assert locate._DEMO in NAMES
 
 
 def test_file_is_not_a_teacher(tmp_path: Path, no_hub: list[Any]) -> None:
