@@ -8,6 +8,7 @@ its traceback.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 from kdscale.escaping import for_terminal
 from kdscale_launch.environment import without_credentials
@@ -41,6 +42,14 @@ class KdscaleError(Exception):
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}… ({len(text):,} characters)"
+
+
+def raise_together(errors: Sequence[KdscaleError]) -> None:
+    """Raise the one error, or one of the first error's class that lists them all; nothing when there is none."""
+    if len(errors) > 1:
+        raise type(errors[0])("\n".join(map(str, errors)))
+    if errors:
+        raise errors[0]
 
 
 class ConfigError(KdscaleError):

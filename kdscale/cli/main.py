@@ -6,20 +6,40 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from kdscale.cli import launch, models, plan_cluster, replay, run
+from kdscale.cli import init, launch, models, plan_cluster, replay, run
 from kdscale.errors import ConfigError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runtime.exits import leave
 
 
+def _without_bool(params: list[Any]) -> list[Any]:
+    """The parameters of a command; help shows no `<bool>` behind flags, which take no value."""
+    for item in params:
+        if getattr(item, "is_flag", False) and item.metavar is None:
+            item.metavar = ""
+    return params
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_bool(super().get_params(ctx))
+
+
+class _Group(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_bool(super().get_params(ctx))
+
+
 def make_app() -> typer.Typer:
-    """The command line: `run`, a command for every stage that has a help text, and those that are no stages."""
+    """The command line in groups, the most used first; a stage that has a help text is a command by itself."""
     app = typer.Typer(
         name="kdscale",
+        cls=_Group,
         help="Prune a language model to a budget, distil the teacher back into it, and show the result.",
         no_args_is_help=True,
         add_completion=False,
@@ -27,20 +47,41 @@ def make_app() -> typer.Typer:
         rich_markup_mode="markdown",
     )
     app.callback()(_root)
-    names = ", ".join(STAGES)
-    app.command("run")(run.stage_command(list(STAGES)[-1], f"Run every stage: {names}. Finished ones are kept."))
-    own_options: dict[str, Callable[..., None]] = {"plan": run.plan_command, "report": run.report_command}
-    for stage in STAGES.values():
-        if stage.help:
-            app.command(stage.name, help=stage.help)(own_options.get(stage.name) or run.stage_command(stage.name))
-    for name, command in (
-        ("status", run.status_command), ("launch", launch.launch_command), ("preflight", launch.preflight_command),
-        ("replay", replay.replay_command), ("plan-cluster", plan_cluster.plan_cluster_command),
-        ("get-teacher", models.get_teacher_command), ("serve-teacher", models.serve_teacher_command),
-        ("export", models.export_command), ("doctor", doctor_command),
-    ):  # fmt: skip
-        app.command(name)(command)
+    for title, commands in _groups().items():
+        for name, command in commands.items():
+            app.command(name, cls=_Command, rich_help_panel=title)(command)
     return app
+
+
+def _groups() -> dict[str, dict[str, Callable[..., None]]]:
+    """Every command by its name, under the title of its group in `kdscale --help`."""
+    everyday: dict[str, Callable[..., None]] = {
+        "init": init.init_command,
+        "plan": run.plan_command,
+        "run": run.stage_command(list(STAGES)[-1], f"Run every stage: {', '.join(STAGES)}. Finished ones are kept."),
+        "status": run.status_command,
+        "report": run.report_command,
+    }
+    return {
+        "Every day": everyday,
+        "One stage, and what it needs": {
+            stage.name: run.stage_command(stage.name, stage.help)
+            for stage in STAGES.values()
+            if stage.help and stage.name not in everyday
+        },
+        "Several machines": {
+            "plan-cluster": plan_cluster.plan_cluster_command,
+            "preflight": launch.preflight_command,
+            "launch": launch.launch_command,
+            "serve-teacher": models.serve_teacher_command,
+        },
+        "Tools": {
+            "doctor": doctor_command,
+            "get-teacher": models.get_teacher_command,
+            "export": models.export_command,
+            "replay": replay.replay_command,
+        },
+    }
 
 
 def doctor_command(
@@ -82,7 +123,8 @@ def main() -> None:
     _open_standard_streams()
     try:
         code = make_app()(standalone_mode=False) or 0
-    except typer.Abort:
+    except typer.Abort:  # Ctrl-C, or the end of the input, at a question
+        print("\nstopped", file=sys.stderr)
         code = 130
     except KdscaleError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -49,7 +49,7 @@ def report_command(config: ConfigArgument, set_: SetOption = None) -> None:
 def plan_command(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG]", help="A YAML file or a shipped config; may be left out with --teacher."),
+        typer.Argument(metavar="CONFIG", help="A YAML file or a shipped config; may be left out with --teacher."),
     ] = None,
     teacher: Annotated[
         str | None,

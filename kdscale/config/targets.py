@@ -64,7 +64,8 @@ def combined(needs: Iterable[Needs]) -> Needs:
     temperatures = sorted({item.temperature for item in needs if item.top_k})
     if len(temperatures) > 1:
         raise ValueError(
-            "objectives: those on the teacher's top K must have one temperature, got " + " and ".join(map(str, temperatures))
+            "objectives: those on the teacher's top K must have one temperature, got "
+            + " and ".join(map(str, temperatures))
         )
     return Needs(
         top_k=max((item.top_k for item in needs), default=0),

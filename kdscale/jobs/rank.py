@@ -24,7 +24,7 @@ from kdscale.pipeline.rank_main import run_as_rank
 from kdscale.pipeline.runner import run_until
 from kdscale.pipeline.spawn import PLACE_VARIABLE
 from kdscale.pipeline.stage import StageContext
-from kdscale.pipeline.stages.registry import STAGES
+from kdscale.pipeline.stages.registry import STAGES, job_stage
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of, leave
 from kdscale.runtime.gpu_binding import claim_gpu
@@ -90,7 +90,7 @@ def _take_part(config: Config, until: str, accept_changes: bool) -> int:
     if not rendezvous.wait_for_rank_0(os.environ):
         return 0
     run = RunFolder(Path(config.run_dir))
-    return run_as_rank("distill", StageContext(config, run, check_teacher(config), Reporter()))
+    return run_as_rank(job_stage(), StageContext(config, run, check_teacher(config), Reporter()))
 
 
 def _stop(number: int, _frame: object) -> NoReturn:

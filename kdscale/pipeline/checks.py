@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config.root import Config
-from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.distill.telemetry.trackers import check_trackers
-from kdscale.errors import ConfigError, DataError, FileError, KdscaleError, RunFolderError
+from kdscale.errors import ConfigError, FileError, KdscaleError, RunFolderError, raise_together
 from kdscale.models.loading import open_teacher
 from kdscale.pipeline.spawn import PLACE_VARIABLE, ranks_of
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path
@@ -50,8 +49,9 @@ def check_before_work(
     attempt(check_trackers, config.tracking)
     attempt(check_sources, config)
     unfinished = [stage for stage in stages if not manifest_path(stage, run).exists()]
-    if any(stage.name == "distill" for stage in unfinished):
-        attempt(check_token, config, run)
+    for stage in unfinished:
+        if stage.check_before is not None:
+            attempt(stage.check_before, config, run)
     attempt(check_devices, config, unfinished)
     if PLACE_VARIABLE in os.environ:
         attempt(check_prepared, config, unfinished)
@@ -61,10 +61,8 @@ def check_before_work(
         attempt(check_lengths, config, teacher, reporter)
         plans = attempt(plan_shapes, config, teacher) or []  # an impossible budget is noticed before anything is made
         attempt(check_shared_models, config, teacher, plans)
-    if len(errors) > 1:
-        raise type(errors[0])("\n".join(map(str, errors)))
-    if errors or teacher is None:
-        raise errors[0]
+    raise_together(errors)
+    assert teacher is not None
     return teacher, plans
 
 
@@ -100,15 +98,6 @@ def check_sources(config: Config) -> None:
     for source in (*config.data.sources, *config.data.heldout_sources):
         if is_local(source):
             source_files(source)
-
-
-def check_token(config: Config, run: RunFolder) -> None:
-    """Raises ConfigError when targets come from a service and there is no token to ask it with."""
-    if config.distill.teacher_placement == "served":
-        from kdscale.teacher.remote import read_token
-
-        token_file = config.distill.served.token_file
-        read_token(Path(token_file) if token_file else run.path / TEACHER_TOKEN)
 
 
 def check_devices(config: Config, stages: Iterable[Stage]) -> None:
@@ -164,7 +153,7 @@ def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:
         limit = family.fixed_size("positions", checkpoint.config)
     if not isinstance(limit, int):
         return
-    lengths = _lengths(config, max(prompts.values(), default=0))
+    lengths = lengths_used(config, max(prompts.values(), default=0))
     beyond = ", ".join(f"{name} = {length:,}" for name, length in lengths.items() if length > limit)
     if beyond and learned:
         raise ConfigError("lengths beyond the teacher's positions", expected=f"at most {limit:,} tokens", got=beyond)
@@ -172,10 +161,10 @@ def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:
         reporter.say(f"  note: longer than the teacher's max_position_embeddings ({limit:,}): {beyond}")
 
 
-def _lengths(config: Config, prompt_tokens: int) -> dict[str, int]:
+def lengths_used(config: Config, prompt_tokens: int) -> dict[str, int]:
     """How many positions the stages run a model on, by the fields that decide it."""
     evaluation, search = config.eval, config.prune.search
-    lengths = {f"{name}.seq_len": getattr(config, name).seq_len for name in ("importance", "distill", "eval")}
+    lengths = {f"{name}.seq_len": section.seq_len for name, section in config if hasattr(section, "seq_len")}
     for index, step in enumerate(config.steps):
         lengths[f"distill.seq_len of step {step.name}"] = config.step(index).distill.seq_len
     if evaluation.prompts:
@@ -185,23 +174,6 @@ def _lengths(config: Config, prompt_tokens: int) -> dict[str, int]:
     if config.prune.target_decode or config.prune.target_prefill:
         lengths["prune.search.context_tokens + 1"] = search.context_tokens + 1
     return lengths
-
-
-def check_text(config: Config, data: Path) -> None:
-    """Raises DataError when the tokenised text is too short for what the stages after `data` read of it."""
-    from kdscale.data.packing import epoch_tokens
-    from kdscale.data.token_store import TokenStore
-
-    tokens = epoch_tokens(TokenStore.open(data).split("train"))
-    needed = {"importance.calibration_tokens": config.importance.calibration_tokens}
-    needed |= {name: size for name, size in _lengths(config, 0).items() if name.startswith("distill.seq_len")}
-    if too_long := [f"{name} = {size:,}" for name, size in needed.items() if size > tokens]:
-        raise DataError(
-            f"the training text has {tokens:,} tokens, fewer than the config asks for",
-            expected=f"at most {tokens:,}",
-            got=", ".join(too_long),
-            hint="lower them, or add text to data.sources",
-        )
 
 
 def plan_shapes(config: Config, teacher: Path) -> list[Plan]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from kdscale.config.root import Config
 from kdscale.errors import Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
-from kdscale.pipeline.checks import check_before_work, check_disk, check_text, plan_shapes, student_parameters
+from kdscale.pipeline.checks import check_before_work, check_disk, plan_shapes, student_parameters
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path, refuse_to_lose_progress, run_stage
 from kdscale.pipeline.stages.registry import STAGES, stages_until
 from kdscale.runs.folder import RunFolder
@@ -55,8 +55,8 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
                 steps_changed, context = _run_steps(context)
                 changed |= steps_changed
             changed |= _guarded(stage, context)
-            if stage.name == "data" and not all(manifest_path(later, run).exists() for later in stages):
-                check_text(config, run.data)
+            if stage.check_after is not None and not all(manifest_path(later, run).exists() for later in stages):
+                stage.check_after(config, run)
         return changed
 
 

@@ -69,7 +69,7 @@ class Stage:
     name: str
     title: str  # shown while it runs
     run: Callable[[StageContext], Facts]  # does the work; returns a few facts worth showing
-    help: str = ""  # of the command that brings a run up to this stage; "": there is no such command
+    help: str = ""  # of the command that brings a run up to this stage; "": there is none, or it has a text of its own
     # the work on the device, which processes of its own do: `processes` of them, a field of the config, or one
     run_rank: Callable[[StageContext], None] | None = None
     processes: str = ""
@@ -88,6 +88,8 @@ class Stage:
     in_steps: bool = False  # each step on the way to the final student runs it too
     across_job: bool = False  # its processes are the ranks of the whole job, on all hosts
     watches_itself: bool = False  # its ranks have watchdogs of their own
+    check_before: Callable[[Config, RunFolder], None] | None = None  # before any work, where it has yet to run
+    check_after: Callable[[Config, RunFolder], None] | None = None  # whether later stages can use what it left
 
 
 def inputs_of(stage: Stage, context: StageContext) -> dict[str, Any]:

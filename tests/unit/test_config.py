@@ -48,7 +48,10 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
             "prune.target_params: expected a count such as 4B or 135M, or a share such as 50%, got '400%' (str)",
         ),
         ({"prune": {"target_decode": "fast"}}, "prune.target_decode: expected a time such as 12ms"),
-        ({"steps": [{"name": "a", "prune": {"target_bytes": "x"}}]}, "  - steps (a): prune.target_bytes: expected a size"),
+        (
+            {"steps": [{"name": "a", "prune": {"target_bytes": "x"}}]},
+            "  - steps (a): prune.target_bytes: expected a size",
+        ),
         ({"distill": {"served": {"urls": ["host"]}}}, "distill.served.urls: expected http://HOST:PORT, got host"),
         ({"distill": {"objectives": [{"name": "x"}]}}, "distill.objectives.0.name: expected one of token_divergence"),
         ({"distill": {"objectives": []}}, "distill.objectives: expected at least one"),
@@ -59,7 +62,10 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
         ({"prune": {"ffn": "many"}}, "prune.ffn: input should be a valid integer, got 'many' (str)"),
         ({"prune": {"ffn": 0}}, "prune.ffn: input should be greater than 0, got 0 (int)"),
         ({"teacher": {}}, "teacher.path: required, but not given"),
-        ({"distill": {"global_batch": 3}}, "distill.global_batch (3) must be a multiple of micro_batch × processes (4)"),
+        (
+            {"distill": {"global_batch": 3}},
+            "distill.global_batch (3) must be a multiple of micro_batch × processes (4)",
+        ),
         ({"distill": {"optimizer": {"lr": "fast"}}}, "distill.optimizer.lr: input should be a valid number"),
         ({"distill": {"dtype": "float16"}}, "distill.dtype"),
         ({"data": {"sources": []}}, "data.sources"),

@@ -42,8 +42,8 @@ def test_the_student_has_the_size_in_the_name(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_says_how_to_get_its_teacher(name: str) -> None:
     text = find_config(name).read_text(encoding="utf-8")
-    path = load_config(find_config(name)).teacher.path
-    assert re.search(rf"^# Get the teacher first: (kdscale get-teacher|hf download) \S+ .*{re.escape(path)}$", text, re.M)
+    path = re.escape(load_config(find_config(name)).teacher.path)
+    assert re.search(rf"^# Get the teacher first: (kdscale get-teacher|hf download) \S+ .*{path}$", text, re.M)
 
 
 @pytest.mark.parametrize("name", NAMES)

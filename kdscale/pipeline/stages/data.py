@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from kdscale.config.root import Config
+from kdscale.errors import DataError
+from kdscale.pipeline.checks import lengths_used
 from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.runs.folder import RunFolder
 
 
 def tokenize(context: StageContext) -> Facts:
@@ -36,3 +40,20 @@ def tokenize(context: StageContext) -> Facts:
         cache=StoreCache(cache_folder()) if data.share else None,
     )
     return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}
+
+
+def check_enough_text(config: Config, run: RunFolder) -> None:
+    """Raises DataError when the tokenised text is too short for what the stages after `data` read of it."""
+    from kdscale.data.packing import epoch_tokens
+    from kdscale.data.token_store import TokenStore
+
+    tokens = epoch_tokens(TokenStore.open(run.data).split("train"))
+    needed = {"importance.calibration_tokens": config.importance.calibration_tokens}
+    needed |= {name: size for name, size in lengths_used(config, 0).items() if name.startswith("distill.seq_len")}
+    if too_long := [f"{name} = {size:,}" for name, size in needed.items() if size > tokens]:
+        raise DataError(
+            f"the training text has {tokens:,} tokens, fewer than the config asks for",
+            expected=f"at most {tokens:,}",
+            got=", ".join(too_long),
+            hint="lower them, or add text to data.sources",
+        )

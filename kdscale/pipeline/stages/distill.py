@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kdscale.config.root import Config
+from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import read_metrics
 
 # Bytes a parameter: the finished student, and a checkpoint's fp32 master weight and two Adam moments.
@@ -25,6 +28,15 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     steps = settings.tokens // (settings.global_batch * settings.seq_len)
     checkpoints = settings.keep_checkpoints + 1 + (steps // settings.keep_every if settings.keep_every else 0)
     return student_params * (_STUDENT_BYTES + checkpoints * _CHECKPOINT_BYTES)
+
+
+def check_token(config: Config, run: RunFolder) -> None:
+    """Raises ConfigError when targets come from a service and there is no token to ask it with."""
+    if config.distill.teacher_placement == "served":
+        from kdscale.teacher.remote import read_token
+
+        token_file = config.distill.served.token_file
+        read_token(Path(token_file) if token_file else run.path / TEACHER_TOKEN)
 
 
 def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:

@@ -22,6 +22,7 @@ STAGES: dict[str, Stage] = {
                 "data.add_special",
             ),
             model="teacher", model_files=("config.json", *folder.TOKENIZER), writes=(folder.DATA,),
+            check_after=data.check_enough_text,
         ),
         Stage(
             name="importance", title="measure importance", help="Measure what each part of the teacher contributes.",
@@ -30,9 +31,7 @@ STAGES: dict[str, Stage] = {
             reads=(folder.DATA,), writes=(folder.IMPORTANCE,), resumable=True, in_steps=True,
         ),
         Stage(
-            name="plan", title="choose the student's shape",
-            help="Choose the student's shape and every index that is kept, and show what else was compared.",
-            run=plan.choose_plan, run_rank=plan.plan_rank,
+            name="plan", title="choose the student's shape", run=plan.choose_plan, run_rank=plan.plan_rank,
             config=("prune",), depends_on=plan.what_matters, model="model_to_prune",
             reads=(folder.IMPORTANCE,), writes=(folder.PLAN,), hand_editable=True, in_steps=True,
         ),
@@ -54,6 +53,7 @@ STAGES: dict[str, Stage] = {
             reads=(folder.PRUNED_WEIGHTS, folder.DATA), writes=(folder.STUDENT,),
             resumes_from=(folder.CHECKPOINTS, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD),
             disk_bytes=distill.disk_bytes, in_steps=True, across_job=True, watches_itself=True,
+            check_before=distill.check_token,
         ),
         Stage(
             name="eval", title="evaluate side by side",
@@ -64,9 +64,7 @@ STAGES: dict[str, Stage] = {
             reads=(folder.PRUNED_WEIGHTS, folder.STUDENT_WEIGHTS, folder.DATA), writes=(folder.EVAL,),
         ),
         Stage(
-            name="report", title="write the report",
-            help="Write report.html and report.json of what there is so far; starts no other stage.",
-            run=report.write_report, config=("name",),
+            name="report", title="write the report", run=report.write_report, config=("name",),
             reads=(
                 folder.PLAN, folder.IMPORTANCE, folder.PRUNED_CONFIG, folder.REPAIR, folder.EVAL, folder.METRICS,
             ),
@@ -82,8 +80,12 @@ def stages_until(last: str) -> list[Stage]:
     return [STAGES[name] for name in names[: names.index(last) + 1]]
 
 
+def job_stage() -> str:
+    """The stage whose processes are the ranks of the whole job."""
+    return next(name for name, stage in STAGES.items() if stage.across_job)
+
+
 def job_targets() -> tuple[str, ...]:
-    """The stages up to which a job of many ranks can run: the first that needs all ranks, and those after it."""
+    """The stages up to which a job of many ranks can run: the one that needs all ranks, and those after it."""
     names = list(STAGES)
-    first = next(index for index, name in enumerate(names) if STAGES[name].across_job)
-    return tuple(names[first:])
+    return tuple(names[names.index(job_stage()) :])
