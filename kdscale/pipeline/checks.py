@@ -18,7 +18,6 @@ from kdscale.models.loading import open_teacher
 from kdscale.pipeline.spawn import PLACE_VARIABLE, ranks_of
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path
 from kdscale.runs.folder import RunFolder
-from kdscale.runtime.gpu_binding import check_gpus
 from kdscale.runtime.progress import Reporter
 
 if TYPE_CHECKING:
@@ -111,7 +110,10 @@ def check_devices(config: Config, stages: Iterable[Stage]) -> None:
             steps = {f" of step {step.name}": config.step(index) for index, step in enumerate(config.steps)}
             for where, one in {"": config, **steps}.items():
                 needs[stage.processes + where] = ranks_of(one, stage.processes)
-    check_gpus(config.runtime.device, needs)
+    if needs:
+        from kdscale.runtime.gpu_binding import check_gpus  # it loads torch, which a finished run does without
+
+        check_gpus(config.runtime.device, needs)
 
 
 def check_prepared(config: Config, stages: Iterable[Stage]) -> None:

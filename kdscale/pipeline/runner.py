@@ -15,7 +15,6 @@ from kdscale.pipeline.checks import check_before_work, check_disk, plan_shapes, 
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path, refuse_to_lose_progress, run_stage
 from kdscale.pipeline.stages.registry import STAGES, stages_until
 from kdscale.runs.folder import RunFolder
-from kdscale.runtime.device import release_memory
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.signals import signals_as_exceptions
 
@@ -119,5 +118,7 @@ def run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], shar
         check_disk(inner, rows, student_parameters(inner, plan_shapes(config, inner.model_to_prune)))
         for stage in rows:
             changed |= _guarded(stage, inner)
+    from kdscale.runtime.device import release_memory  # it loads torch
+
     release_memory()  # the engine of a finished distillation, which the next step needs
     return changed

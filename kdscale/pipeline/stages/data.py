@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from kdscale.config.root import Config
 from kdscale.errors import DataError
-from kdscale.pipeline.checks import lengths_used
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.runs.folder import RunFolder
 
@@ -46,6 +45,7 @@ def check_enough_text(config: Config, run: RunFolder) -> None:
     """Raises DataError when the tokenised text is too short for what the stages after `data` read of it."""
     from kdscale.data.packing import epoch_tokens
     from kdscale.data.token_store import TokenStore
+    from kdscale.pipeline.checks import lengths_used
 
     tokens = epoch_tokens(TokenStore.open(run.data).split("train"))
     needed = {"importance.calibration_tokens": config.importance.calibration_tokens}

@@ -20,7 +20,6 @@ from kdscale.pipeline.stage import StageContext
 from kdscale.runs.digests import digest_tree
 from kdscale.runs.folder import WEIGHTS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
-from kdscale.runtime.device import release_memory
 from kdscale.units import BUDGET_FIELDS
 
 if TYPE_CHECKING:
@@ -70,6 +69,8 @@ def _is_result(value: Any) -> bool:
 
 
 def _run(context: StageContext, config: Config) -> float:
+    from kdscale.runtime.device import release_memory  # it loads torch, which help and status do without
+
     assert context.run_inner is not None
     release_memory()  # the probe runs in processes of its own, and on a GPU they need what the masked runs held
     shared = {"data": context.run.data, "importance": context.run.importance}
