@@ -9,7 +9,7 @@ import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from kdscale.errors import CheckpointError, KdscaleError
 from kdscale.families import dropped_heads
@@ -82,7 +82,11 @@ def model_on_meta(path: Path, *, dtype: torch.dtype | None = None, trust_remote_
 def load_model(
     path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal LM in eval mode. Raises CheckpointError when tensors are missing, unexpected or mismatched."""
+    """Load a causal LM in eval mode; onto a GPU tensor by tensor, so that no rank holds a copy in host memory.
+
+    On a CPU, weights in the dtype of the file stay mapped, and ranks share their pages. Raises CheckpointError when
+    tensors are missing, unexpected or mismatched.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -95,6 +99,7 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **({} if device.type == "cpu" else {"device_map": {"": device}}),
         )
     model, info = loaded
     heads = dropped_heads(model.config.model_type)  # neither transformers' model nor the student has them
@@ -105,7 +110,21 @@ def load_model(
     wrong = {key: sorted(map(str, names)) for key, names in complaints.items() if names}
     if wrong:
         raise CheckpointError(f"{path} does not load cleanly", expected="every tensor exactly once", got=str(wrong))
-    return model.to(device).eval()
+    if device.type != "cpu":
+        _take_buffers(model, model_on_meta(path, dtype=dtype, trust_remote_code=trust_remote_code))
+    return cast("PreTrainedModel", model.eval())
+
+
+def _take_buffers(model: Any, original: Any) -> None:
+    """Copy the buffers that are in no file, such as rotary frequencies, from a model that computed them on the CPU.
+
+    Another device rounds otherwise, and the same weights kept elsewhere must give the same bits.
+    """
+    stored = model.state_dict().keys()
+    computed = dict(original.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in stored:
+            buffer.copy_(computed[name])
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from kdscale.errors import CheckpointError
-from kdscale.models.loading import load_tokenizer
+from kdscale.models.loading import load_model, load_tokenizer, model_on_meta
 
 
 @pytest.fixture
@@ -72,3 +73,31 @@ def test_a_bare_exception_of_the_library_is_translated(folder: Path) -> None:
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_device_gets_its_tensors_one_by_one_and_the_buffers_of_the_cpu(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not through a copy in host memory, and with rotary frequencies of the same bits as a skeleton's."""
+    original = transformers.AutoModelForCausalLM.from_pretrained
+    asked: list[Any] = []
+
+    def elsewhere(*args: Any, **options: Any) -> Any:
+        asked.append(options.pop("device_map", None))
+        model, info = original(*args, **options)
+        model.model.rotary_emb.inv_freq *= 1.001  # as another device computes them
+        return model, info
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", elsewhere)
+    device = torch.device("meta")
+    loaded = load_model(tiny_llama_dir, dtype=torch.float32, device=device)
+    assert asked == [{"": device}]
+    expected = model_on_meta(tiny_llama_dir).model.rotary_emb.inv_freq
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, expected)
+    load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
+    assert asked[1:] == [None]
+
+
+def test_every_parameter_goes_to_the_device(tiny_llama_dir: Path) -> None:
+    loaded = load_model(tiny_llama_dir, dtype=torch.bfloat16, device=torch.device("meta"))
+    assert all(value.is_meta and value.dtype == torch.bfloat16 for value in loaded.parameters())
