@@ -38,8 +38,10 @@ from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.parameter_map import trained_tensors
 from kdscale.packaging.model_card import card_facts, model_card
+from kdscale.runs.folder import KERNELS
 from kdscale.runtime.device import resolve_dtype, set_threads
 from kdscale.runtime.gpu_binding import rank_device
+from kdscale.runtime.kernel_backend import agree_on_backend, try_launch
 from kdscale.runtime.library_output import quiet
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import HostSums, is_main, on_main, rank, world_size
@@ -119,6 +121,7 @@ def join(cfg: Config, run_dir: Path, reporter: Reporter) -> RankSetup:
 
     Raises ConfigError for what this machine or this group cannot do.
     """
+    obstacle = try_launch(cfg)
     device = rank_device(cfg.runtime.device)
     # the ranks that share this machine's cores, of which a job on several machines has fewer than ranks
     set_threads(cfg.runtime.threads, int(os.environ.get("LOCAL_WORLD_SIZE", cfg.distill.processes)))
@@ -131,11 +134,23 @@ def join(cfg: Config, run_dir: Path, reporter: Reporter) -> RankSetup:
         hint = "install libaio's headers (libaio-dev), a C++ compiler and ninja, or offload to cpu"
         raise ConfigError("distill.zero.nvme_path", expected="DeepSpeed's async_io, which it builds", hint=hint)
     check_world(cfg.distill.processes)
+    _note_backend(agree_on_backend(obstacle), run_dir, reporter)
     torch.manual_seed(cfg.seed)
     dtype = resolve_dtype(cfg.distill.dtype, device)
     stage = _exact_stage(cfg.distill.zero_stage, dtype, reporter)
     settings = deepspeed_config(cfg.distill, stage, bf16=dtype == torch.bfloat16, device=device.type)
     return RankSetup(device, dtype, stage, settings, library_log)
+
+
+def _note_backend(obstacle: str | None, run_dir: Path, reporter: Reporter) -> None:
+    """Say and keep, for the report, that the kernels run in torch; forget it when they no longer have to."""
+    note = run_dir / KERNELS.path
+    if obstacle is not None:
+        reporter.say(f"  note: the kernels run in torch on all ranks: {obstacle}")
+    if is_main() and obstacle is not None:
+        files.write_json(note, {"obstacle": obstacle})
+    elif is_main():
+        note.unlink(missing_ok=True)
 
 
 def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:

@@ -53,7 +53,16 @@ class Examination:
 def examine(folder: Path) -> Examination:
     """Look at everything that decides whether a run in `folder` can work."""
     gpus = _cuda_devices()
-    findings = [_python(), *_torch(gpus), *_packages(), _triton(), _compiler(), _memory(), *_disk(folder), _ports()]
+    findings = [
+        _python(),
+        *_torch(gpus),
+        *_packages(),
+        _triton(bool(gpus)),
+        _compiler(),
+        _memory(),
+        *_disk(folder),
+        _ports(),
+    ]
     return Examination(findings, gpus, importlib.util.find_spec("gguf") is not None)
 
 
@@ -130,10 +139,18 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _triton() -> Finding:
+def _triton(has_gpu: bool) -> Finding:
+    """Triton's version, and whether it can launch a kernel, which takes a C compiler and Python's headers."""
     version = version_of("triton")
-    missing = "not installed; needed only for the GPU kernels"
-    return Finding("triton", "ok" if version else "note", version or missing)
+    if version is None or importlib.util.find_spec("torch") is None:
+        return Finding("triton", "note", version or "not installed; needed only for the GPU kernels")
+    from kdscale_kernels.launch_trial import launch_obstacle
+
+    obstacle = launch_obstacle(0 if has_gpu else None)
+    if obstacle is None:
+        done = "launched a kernel on cuda:0" if has_gpu else "builds what a launch needs"
+        return Finding("triton", "ok", f"{version}, {done}")
+    return Finding("triton", "note", f"{version}; the kernels run in torch on a GPU, slower: {obstacle}")
 
 
 def _compiler() -> Finding:

@@ -19,6 +19,7 @@ from typing import Any
 
 import kdscale
 from kdscale.config.load import load_config
+from kdscale.config.root import Config
 from kdscale.errors import ConfigError, KdscaleError, SelfCheckError
 from kdscale.jobs.doctor import Finding
 from kdscale.runtime.exits import leave
@@ -55,6 +56,7 @@ def compare_reports(
         text = _by_host(unwritable) or "writable everywhere"
         findings.append(Finding("run folder", "bad" if unwritable else "ok", text))
         findings.append(_check_free_space(reports))
+        findings += _check_kernels(reports)
     return [*findings, _check_devices(reports, slots), _check_clocks(skews)]
 
 
@@ -80,6 +82,16 @@ def _check_free_space(reports: Mapping[str, Report]) -> Finding:
     return Finding("disk", "ok" if free > _MIN_FREE_BYTES else "bad", f"{free / 1e9:.1f} GB free ({host})")
 
 
+def _check_kernels(reports: Mapping[str, Report]) -> list[Finding]:
+    """Whether Triton launched a kernel on every host with GPUs; where it did not, all ranks compute in torch."""
+    if not any(report["gpus"] for report in reports.values()):
+        return []
+    obstacles = {host: report["kernels"] for host, report in reports.items() if report["kernels"]}
+    note = "all ranks will compute in torch, slower: "
+    text = note + _by_host(obstacles) if obstacles else "Triton launched a kernel on every host"
+    return [Finding("kernels", "note" if obstacles else "ok", text)]
+
+
 def _check_devices(reports: Mapping[str, Report], slots: Mapping[str, int]) -> Finding:
     gpus = {host: int(report["gpus"]) for host, report in reports.items()}
     if not any(gpus.values()):
@@ -87,6 +99,9 @@ def _check_devices(reports: Mapping[str, Report], slots: Mapping[str, int]) -> F
         full = {host: f"{slots[host]} slots on {n} cores" for host, n in cores.items() if slots[host] > n}
         return Finding("devices", "note" if full else "ok", _by_host(full) or "no GPU anywhere: ranks run on the CPU")
     short = {host: f"{slots[host]} slots, {n} GPUs visible" for host, n in gpus.items() if slots[host] > n}
+    first = next(iter(reports))  # where rank 0 prunes and evaluates
+    if (error := reports[first]["too_many_ranks"]) is not None:
+        short[first] = error
     return Finding("devices", "bad" if short else "ok", _by_host(short) or f"{sum(gpus.values())} GPUs")
 
 
@@ -111,7 +126,9 @@ def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, An
     report: dict[str, Any] = {
         "versions": {**versions(), **{name: version_of(name) for name in PACKAGES}, "source": _source_digest()},
         "cores": os.cpu_count(),
-        "gpus": _count_gpus(),
+        "gpus": 0,
+        "kernels": None,
+        "too_many_ranks": None,
         "config_error": None,
         "write_error": None,
         "free_bytes": 0,
@@ -124,6 +141,8 @@ def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, An
         teacher = resolve_teacher(config.teacher)
     except KdscaleError as error:
         return {**report, "config_error": " ".join(str(error).split())}
+    if config.runtime.device != "cpu" and (gpus := _count_gpus()):
+        report |= {"gpus": gpus, **_try_gpus(config)}
     report["config"] = config.fingerprint()
     report["teacher"] = hashlib.sha256((teacher / "config.json").read_bytes()).hexdigest()[:12]
     logs = Path(config.run_dir).absolute() / "logs"
@@ -134,6 +153,20 @@ def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, An
     except OSError as error:
         report["write_error"] = f"{logs}: {error.strerror}"
     return report
+
+
+def _try_gpus(config: Config) -> dict[str, str | None]:
+    """What is wrong with this host's GPUs for the stages that one host does alone, and for kernels."""
+    from kdscale.pipeline.checks import check_devices
+    from kdscale.pipeline.stages.registry import STAGES
+    from kdscale.runtime.kernel_backend import try_launch
+
+    error = None
+    try:
+        check_devices(config, [stage for stage in STAGES.values() if not stage.across_job])
+    except KdscaleError as refusal:
+        error = " ".join(str(refusal).split())
+    return {"too_many_ranks": error, "kernels": try_launch(config)}
 
 
 def _source_digest() -> str:

@@ -11,6 +11,7 @@ from kdscale.errors import ConfigError
 from kdscale.models.loading import load_model
 from kdscale.pipeline.checks import check_teacher
 from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
+from kdscale.runtime.kernel_backend import agree_on_backend, try_launch
 from kdscale.runtime.progress import Reporter
 from kdscale.teacher.server import TeacherService, make_app, make_token
 
@@ -29,6 +30,9 @@ def start(
     token_path = token_file or Path(config.run_dir) / TEACHER_TOKEN
     token = make_token(token_path)
     teacher_dir = check_teacher(config)
+    reporter = Reporter()
+    if (obstacle := agree_on_backend(try_launch(config))) is not None:
+        reporter.say(f"note: the kernels run in torch: {obstacle}")
     device = resolve_device(config.runtime.device)
     set_threads(config.runtime.threads)
     dtype = resolve_dtype(config.distill.dtype, device)
@@ -37,7 +41,6 @@ def start(
     ).requires_grad_(False)
     length = max_length or config.distill.seq_len
     service = TeacherService(model, teacher_dir, device=device, max_tokens=max_tokens, max_length=length)
-    reporter = Reporter()
     reporter.say(f"{teacher_dir} in {str(dtype).removeprefix('torch.')} on {device}, token in {token_path}")
     url_host = f"[{host}]" if ":" in host else host
     reporter.say(f"answering at http://{url_host}:{listener.getsockname()[1]}; Ctrl-C stops it")

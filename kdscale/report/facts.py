@@ -224,6 +224,11 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
         out.append(f"Worse in the {after} student than in the {before} one: {', '.join(facts['worsened'])}.")
     if evaluation and any(m.get("efficiency", {}).get("interleaved") is False for m in evaluation["models"].values()):
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
+    out += [
+        f"The kernels of the distillation ran in {row['facts']['kernels']}."
+        for row in facts["stages"]
+        if "kernels" in (row["facts"] or {})
+    ]
     if curves and curves["skipped_steps"]:
         out.append(f"{curves['skipped_steps']} training steps were skipped for NaN or Inf.")
     return out

@@ -69,6 +69,7 @@ REPORT = Artifact("report")
 METRICS = Artifact("logs/metrics.jsonl")
 BAD_BATCHES = Artifact("logs/bad_batches.jsonl")
 TENSORBOARD = Artifact("logs/tensorboard")
+KERNELS = Artifact("logs/kernels.json")  # why the distillation did without Triton on a GPU; absent where it did not
 
 
 def now() -> str:

@@ -14,6 +14,7 @@ from kdscale_kernels.types import Backend
 
 _log = logging.getLogger("kdscale_kernels")
 _logged: set[str] = set()
+_refused: list[str] = []  # why Triton is not used on GPUs, as `refuse_triton` was told last
 MIN_TRITON = (3, 4)
 
 
@@ -21,10 +22,19 @@ class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend cannot run here."""
 
 
+def refuse_triton(reason: str | None) -> None:
+    """From now on do without Triton on GPUs in this process, because of `reason`; None: use it again.
+
+    For ranks, which must all compute with the same backend: one that cannot launch Triton's kernels decides for all.
+    """
+    _refused[:] = [] if reason is None else [reason]
+
+
 def choose_backend(requested: Backend, device: torch.device | str = "cpu", *, limit: str | None = None) -> str:
     """Either "torch" or "triton", for tensors on `device`; `limit` is why this call cannot run in Triton, if so.
 
-    "auto" is Triton on a CUDA device (ROCm's included) where triton can be imported, else chunked torch. "triton" on a
+    "auto" is Triton on a CUDA device (ROCm's included) where triton can be imported and `refuse_triton` was not called,
+    else chunked torch. "triton" on a
     CPU means triton's interpreter, for tests: TRITON_INTERPRET=1, set before triton is first imported.
     Raises ValueError for an unknown name, BackendUnavailableError for a requested backend that cannot run.
     """
@@ -49,7 +59,9 @@ def choose_backend(requested: Backend, device: torch.device | str = "cpu", *, li
 
 def _triton_obstacle(on_gpu: bool) -> str | None:
     """What keeps Triton from running, or None."""
-    obstacle = _import_obstacle()
+    obstacle = import_obstacle()
+    if obstacle is None and on_gpu and _refused:
+        obstacle = _refused[0]
     if obstacle is not None:
         return obstacle
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -61,7 +73,8 @@ def _triton_obstacle(on_gpu: bool) -> str | None:
 
 
 @cache
-def _import_obstacle() -> str | None:
+def import_obstacle() -> str | None:
+    """What keeps Triton from being imported, or None."""
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed (pip install 'triton>={MIN_TRITON[0]}.{MIN_TRITON[1]}', Linux only)"
     try:

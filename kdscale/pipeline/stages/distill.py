@@ -8,9 +8,10 @@ from typing import Any
 
 from kdscale.config.root import Config
 from kdscale.config.targets import TEACHER_TOKEN
+from kdscale.files import read_own_json
 from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
-from kdscale.runs.folder import RunFolder
+from kdscale.runs.folder import KERNELS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 
 # Bytes a parameter: the finished student, and a checkpoint's fp32 master weight and two Adam moments.
@@ -45,12 +46,19 @@ def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:
 
 
 def distill(context: StageContext) -> Facts:
-    """Distil to the end or raise; returns the first and last validation's perplexity."""
+    """Distil to the end or raise; returns the first and last validation's perplexity, and why Triton was not used."""
     run_on_ranks("distill", distill_rank, context, context.config.distill.processes, across_job=True)
+    facts: dict[str, str] = {}
     rows = [row for row in read_metrics(context.run.metrics) if row["kind"] == "validation"]
-    if not rows:
-        return {}
-    return {"held-out perplexity": f"{_perplexity(rows[0])} → {_perplexity(rows[-1])}"}
+    if rows:
+        facts["held-out perplexity"] = f"{_perplexity(rows[0])} → {_perplexity(rows[-1])}"
+    if kernels := read_own_json(context.run.at(KERNELS), _is_kernel_note):
+        facts["kernels"] = f"torch, as {kernels['obstacle']}"
+    return facts
+
+
+def _is_kernel_note(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("obstacle"), str)
 
 
 def _perplexity(row: dict[str, Any]) -> str:

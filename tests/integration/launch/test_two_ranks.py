@@ -18,7 +18,9 @@ from datetime import timedelta
 import psutil, torch, torch.distributed as dist
 from kdscale.distill.parallel.process_group import join_group
 from kdscale.errors import RunFolderError
+from kdscale.runtime.kernel_backend import agree_on_backend
 from kdscale.runtime.ranks import all_reduce_sum, gather, on_main, rank
+from kdscale_kernels import choose_backend
 
 def refuse(*_, **__):
     raise AssertionError("a pickle between ranks")
@@ -38,12 +40,20 @@ def no_room():
 def used():
     raise RunFolderError("in use", expected="none", hint="wait")
 
+def agreed():
+    asked = []
+    for reason in ("no compiler", None):
+        decided = agree_on_backend(reason if rank() == 1 else None)
+        asked.append((decided, choose_backend("auto", "cuda")))
+    return dict(zip(("backends", "chosen"), zip(*asked)))
+
 seen = {
     "sum": float(all_reduce_sum(torch.ones(1))),
     "gathered": gather([rank(), "ü" * (1 + 1000 * rank()), None, {"a": [1.5]}]),
     "result": on_main(lambda: [[rank(), "name"], {"b": None}]),
     "os_error": ask(no_room),
     "error": ask(used),
+    **agreed(),
     "listens": sorted({c.laddr.ip for c in psutil.Process().net_connections() if c.status == "LISTEN"}),
 }
 with open(f"seen-{rank()}", "w") as stream:
@@ -66,6 +76,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_ranks_on_one_machine_listen_on_the_loopback_alone(seen: list[dict[str, Any]]) -> None:
     assert [rank["sum"] for rank in seen] == [2.0, 2.0]
     assert [rank["listens"] for rank in seen] == [["127.0.0.1"], ["127.0.0.1"]]
+
+
+def test_a_rank_that_cannot_launch_kernels_decides_for_all(seen: list[dict[str, Any]]) -> None:
+    assert [rank["backends"] for rank in seen] == [["rank 1: no compiler", None]] * 2
+    assert [rank["chosen"] for rank in seen] == [["torch", "triton"]] * 2
 
 
 def test_ranks_exchange_values_and_errors_without_pickles(seen: list[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from kdscale.pipeline.stage import Facts, Stage, StageContext
 from kdscale.pipeline.stages.distill import distill
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs import folder
-from kdscale.runs.folder import Artifact, RunFolder
+from kdscale.runs.folder import KERNELS, Artifact, RunFolder
 
 COUNTS = Artifact("counts.json")
 
@@ -78,3 +78,5 @@ def test_a_distillation_whose_validations_were_not_finite_still_ends(tmp_path: P
     assert distill(context) == {"held-out perplexity": "not finite → 12.50"}
     write_text(run.metrics, json.dumps({**row, "perplexity": 12.5}) + "\n" + json.dumps({**row, "step": 9}) + "\n")
     assert distill(context) == {"held-out perplexity": "12.50 → not finite"}
+    write_text(run.at(KERNELS), json.dumps({"obstacle": "rank 1: no C compiler"}))
+    assert distill(context)["kernels"] == "torch, as rank 1: no C compiler"

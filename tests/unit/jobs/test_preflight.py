@@ -17,7 +17,7 @@ def report(**changes: Any) -> dict[str, Any]:
                               "tokenizers", "numpy"), "1.0") | changes.pop("versions", {})  # fmt: skip
     return {
         "versions": versions, "cores": 8, "gpus": 0, "config": "c" * 64, "config_error": None, "teacher": "t",
-        "write_error": None, "free_bytes": 10**12, **changes,
+        "write_error": None, "free_bytes": 10**12, "kernels": None, "too_many_ranks": None, **changes,
     }  # fmt: skip
 
 
@@ -54,6 +54,30 @@ def test_equal_hosts_are_fine() -> None:
 )
 def test_what_differs_is_named_with_its_host(other: dict[str, Any], topic: str, text: str) -> None:
     assert bad({"a": report(), "b": other}) == {topic: text}
+
+
+def test_a_host_without_a_compiler_is_noted() -> None:
+    hosts = {"a": report(gpus=2), "b": report(gpus=2, kernels="no C compiler")}
+    (kernels,) = [
+        finding
+        for finding in preflight.compare_reports(hosts, dict.fromkeys(hosts, 2), dict.fromkeys(hosts, (0.0, 0.001)))
+        if finding.topic == "kernels"
+    ]
+    assert (kernels.severity, kernels.text) == ("note", "all ranks will compute in torch, slower: b: no C compiler")
+
+
+def test_stages_of_one_host_count_the_gpus_of_the_first(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_count_gpus", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("kdscale.runtime.kernel_backend.launch_obstacle", lambda gpu: f"no compiler for {gpu}")
+    found = preflight.probe("m-0", config, ["importance.processes=2", "distill.processes=8", "distill.micro_batch=1"])
+    assert "importance.processes = 2" in found["too_many_ranks"] and "distill" not in found["too_many_ranks"]
+    assert (found["gpus"], found["kernels"]) == (1, "no compiler for 0")
+    hosts = {"a": report(gpus=2, too_many_ranks=found["too_many_ranks"]), "b": report(gpus=2)}
+    assert "importance.processes = 2" in bad(hosts)["devices"]
+    on_cpu = preflight.probe("m-1", config, ["runtime.device=cpu"])
+    assert (on_cpu["gpus"], on_cpu["kernels"], on_cpu["too_many_ranks"]) == (0, None, None)
 
 
 def test_a_package_that_is_missing_everywhere_is_bad() -> None:
