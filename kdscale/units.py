@@ -88,6 +88,15 @@ def format_duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def format_rate(rate: float, unit: str) -> str:
+    """`1,234 tok/s`, `3.2 layer/s`, `1.23 MB/s`; below one a second the time that one takes: `4.2 s a round`."""
+    if unit == "B":
+        return f"{format_size(rate)}/s"
+    if rate < 1:
+        return f"{format_duration(1 / rate)} a {unit}"
+    return f"{rate:,.{0 if rate >= 10 else 1}f} {unit}/s"
+
+
 def compact_count(value: float, digits: int = 3) -> str:
     """For ticks and narrow columns: `2.05B`, `1.5M`, `250k`."""
     return _compact(value, _COUNT_SCALES, digits) or f"{value:.{digits}g}"

@@ -23,6 +23,7 @@ from kdscale.runs.digests import digest_file, digest_tree
 from kdscale.runs.folder import PLAN, WEIGHTS, Artifact, Manifest, RunFolder, StageInputs, fits, now
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.versions import versions
+from kdscale.units import format_duration
 
 _LINE = 160  # characters of a reason to run a stage again
 Facts = Mapping[str, Any]
@@ -221,7 +222,7 @@ def run_stage(stage: Stage, context: StageContext) -> bool:
     )
     _remove_work(stage, run)
     run.set_status(stage.name, "done", seconds=seconds, facts=facts)
-    reporter.say(f"✓ {stage.title}: {seconds:.1f} s{_listed(facts)}")
+    reporter.say(f"✓ {stage.title}: {format_duration(seconds)}{_listed(facts)}")
     return True
 
 

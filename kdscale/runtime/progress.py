@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as EtaColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from kdscale.escaping import for_terminal
+from kdscale.units import compact_duration, format_duration, format_rate
 from kdscale_launch.watchdog import beat, enter
 
 _LINE_EVERY_SECONDS = 10.0
 _RATE_LINES = 6
+_RATE_SECONDS = 240.0  # a round may take a minute, and one that is forgotten leaves no rate
 
 
 class _RateColumn(ProgressColumn):
@@ -26,7 +28,18 @@ class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """The rate of a task."""
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "", style="cyan")
+        return Text(format_rate(speed, task.fields["unit"]) if speed else "", style="cyan")
+
+
+class _LeftColumn(ProgressColumn):
+    """`14 min left`; empty until there is a rate, and at the end."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """The time that a task still takes."""
+        left = task.time_remaining
+        return Text(f"{compact_duration(left)} left" if left else "", style="cyan")
 
 
 class Bar:
@@ -56,16 +69,18 @@ class Bar:
     def _line(self, note: str) -> str:
         then, before = self._marks[0]
         rate = (self._done - before) / max(time.monotonic() - then, 1e-9)
-        left = f"{(self._total - self._done) / rate / 60:.1f} min left" if rate > 0 else "no rate yet"
-        share = f"{100 * self._done / self._total:.0f} %" if self._total else ""
-        return f"{self._title}: {share} · {rate:,.0f} {self._unit}/s · {left}" + (f" · {note}" if note else "")
+        left = self._total - self._done
+        parts = [f"{100 * self._done / self._total:.0f} %"] if self._total else []
+        parts += [format_rate(rate, self._unit)] if rate > 0 else []
+        parts += [f"{format_duration(left / rate)} left"] if rate > 0 and left > 0 else []
+        return f"{self._title}: " + " · ".join([*parts, *([note] if note else [])])
 
     def finish(self, note: str = "") -> None:
         """Print the last line, where there is no terminal."""
         if self._bars is None:
             seconds = time.monotonic() - self._started
             self._console.print(
-                f"{self._title}: done in {seconds:.1f} s" + (f" · {note}" if note else ""), highlight=False
+                f"{self._title}: done in {format_duration(seconds)}" + (f" · {note}" if note else ""), highlight=False
             )
 
 
@@ -84,10 +99,11 @@ class Reporter:
         """A bar over `total` units, `done` of them already done (a resumed stage)."""
         enter(title)
         if self.console.is_terminal and not self.console.quiet:
-            text, share = TextColumn("{task.description:<22}"), TextColumn("{task.percentage:>3.0f} %")
+            text, share = TextColumn("{task.description:<18}"), TextColumn("{task.percentage:>3.0f} %")
             note = TextColumn("{task.fields[note]}", style="dim")
-            columns = (text, BarColumn(), share, _RateColumn(), EtaColumn(compact=True), TimeElapsedColumn(), note)
-            with Progress(*columns, console=self.console) as bars:
+            one_line = {"table_column": Column(no_wrap=True)}  # so that the bar alone gives way on a narrow terminal
+            columns = (text, BarColumn(30), share, _RateColumn(**one_line), _LeftColumn(**one_line), note)
+            with Progress(*columns, console=self.console, speed_estimate_period=_RATE_SECONDS) as bars:
                 yield Bar(title, total, unit, done, bars, self.console)
         else:
             bar = Bar(title, total, unit, done, None, self.console)

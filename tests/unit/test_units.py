@@ -36,3 +36,14 @@ def test_what_is_written_can_be_read_again() -> None:
     assert units.parse_count(units.compact_count(8e9)) == 8_000_000_000
     assert units.parse_budget("8GiB", "bytes") == ("absolute", 2.0**33)
     assert units.parse_count("4x") == "4x"  # left to pydantic to refuse
+
+
+@pytest.mark.parametrize(
+    ("rate", "unit", "text"),
+    [
+        (1234.5, "tok", "1,234 tok/s"), (3.21, "layer", "3.2 layer/s"), (0.24, "round", "4.2 s a round"),
+        (0.004, "round", "4 min 10 s a round"), (1_234_567.0, "B", "1.23 MB/s"),
+    ],
+)  # fmt: skip
+def test_rates_are_never_nothing_a_second(rate: float, unit: str, text: str) -> None:
+    assert units.format_rate(rate, unit) == text
