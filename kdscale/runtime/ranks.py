@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ def join_launched_group(backend: str, timeout: timedelta | None = None) -> None:
     from kdscale_launch.rendezvous import listen_as_rank_0
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens already
-        dist.init_process_group(backend, timeout=timeout)
+        init_group(backend, timeout=timeout)
         return
     number, ranks, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     listener = None
@@ -53,7 +54,15 @@ def join_launched_group(backend: str, timeout: timedelta | None = None) -> None:
     store = dist.TCPStore(  # type: ignore[attr-defined]
         address, port, ranks, number == 0, timeout_of_store, master_listen_fd=listener
     )
-    dist.init_process_group(backend, store=store, rank=number, world_size=ranks, timeout=timeout)
+    init_group(backend, store=store, rank=number, world_size=ranks, timeout=timeout)
+
+
+def init_group(backend: str, **settings: Any) -> None:
+    """torch's init_process_group; a group of one keeps traces as they are, without `[rank0]:` before every line."""
+    hook = sys.excepthook
+    dist.init_process_group(backend, **settings)
+    if dist.get_world_size() == 1:
+        sys.excepthook = hook
 
 
 def rank() -> int:

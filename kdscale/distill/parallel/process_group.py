@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kdscale.errors import ConfigError
-from kdscale.runtime.ranks import barrier, join_launched_group, world_size
+from kdscale.runtime.ranks import barrier, init_group, join_launched_group, world_size
 
 
 def join_group(device: torch.device, timeout: timedelta | None = None) -> None:
@@ -30,7 +30,7 @@ def join_group(device: torch.device, timeout: timedelta | None = None) -> None:
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
             store = torch._C._distributed_c10d.HashStore()  # in memory: no port, nothing to collide with
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            init_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
