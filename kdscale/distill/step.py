@@ -15,6 +15,7 @@ from kdscale.data.batches import Batch
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.distill.objectives.base import COUNTS, Objectives, StudentOutput
 from kdscale.distill.telemetry.clock import Clock
+from kdscale.models.documents import Documents
 from kdscale.models.head import VocabShard, head_of
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.runtime.ranks import all_reduce_sum, world_size
@@ -24,12 +25,13 @@ from kdscale_launch.watchdog import enter
 
 
 def to_device(batch: Batch, device: torch.device) -> MicroBatch:
-    """A copy on `device`. Rows are picked on the CPU, before the copy: a boolean index on a GPU would wait for it."""
+    """A copy on `device`. Rows and documents are found on the CPU, before the copy: on a GPU that would wait for it."""
     labels_M = batch.labels_BS.reshape(-1)
     rows_N = (labels_M != IGNORED_LABEL).nonzero().squeeze(1)
     tensors = [batch.input_ids_BS, batch.position_ids_BS, rows_N, labels_M[rows_N]]
     ids_BS, position_ids_BS, rows_N, labels_N = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences)
+    documents = Documents.of(batch.position_ids_BS).to(device)
+    return MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences, documents)
 
 
 class StudentModule(nn.Module):
@@ -55,7 +57,7 @@ class StudentModule(nn.Module):
     def forward(self, batch: MicroBatch, targets: Targets) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """(summed loss of each objective, their figures [F]); see Objectives."""
         hidden_BPH, own_N = self._sequence_slice.hidden(
-            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N
+            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N, batch.documents
         )
         self.at_hidden()
         head = head_of(self.model)

@@ -33,6 +33,8 @@ from kdscale.eval.samples import Sampling, continue_prompts
 from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, summarise
 from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabulary, checked_head, token_stats
 from kdscale.files import explain_os_errors, write_json
+from kdscale.models.attention import documents_apart
+from kdscale.models.documents import Documents
 from kdscale.models.head import OutputHead, final_hidden
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runtime.device import release_memory, resolve_device, resolve_dtype, set_threads
@@ -274,8 +276,9 @@ def _scored_tokens(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
 
 def _scored_hidden(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """Final hidden states of the scored positions only, [N of this batch, H]."""
-    with torch.inference_mode():
-        hidden_BSH = final_hidden(model, batch.input_ids_BS.to(device), batch.position_ids_BS.to(device))
+    documents = Documents.of(batch.position_ids_BS).to(device)
+    with torch.inference_mode(), documents_apart(model):
+        hidden_BSH = final_hidden(model, batch.input_ids_BS.to(device), batch.position_ids_BS.to(device), documents)
     return hidden_BSH[(batch.labels_BS != IGNORED_LABEL).to(device)]
 
 

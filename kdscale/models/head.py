@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from kdscale.errors import CheckpointError
+from kdscale.models.attention import to_attention
+from kdscale.models.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,25 @@ def logit_scale(model: Any) -> float:
 
 
 def final_hidden(
-    model: Any, input_ids_BS: torch.Tensor, position_ids_BS: torch.Tensor | None = None, **to_attention: Any
+    model: Any,
+    input_ids_BS: torch.Tensor,
+    position_ids_BS: torch.Tensor | None = None,
+    documents: Documents | None = None,
+    **more: Any,
 ) -> torch.Tensor:
     """The hidden states that enter the head, times the scale of its logits, [B, S, H].
 
-    Without an attention mask and without a cache transformers derives the block-diagonal causal mask from positions
-    that restart at 0, so packed documents do not see each other. `to_attention` goes on to every layer's attention
-    function.
+    Packed documents do not see each other: a model with `attend_within_documents` is told where they are (`documents`,
+    else found in the positions), and any other derives a mask from positions that restart, as there is neither an
+    attention mask nor a cache. `more` goes on to every layer's attention function.
     """
+    places_BS = position_ids_BS
+    if places_BS is None:
+        places_BS = torch.arange(input_ids_BS.shape[1]).expand_as(input_ids_BS)
     output = model.base_model(
-        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False, **to_attention
-    )
+        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False,
+        **to_attention(model, places_BS, documents, input_ids_BS.device), **more,
+    )  # fmt: skip
     hidden_BSH: torch.Tensor = output.last_hidden_state
     scale = logit_scale(model)
     return hidden_BSH if scale == 1.0 else hidden_BSH * scale

@@ -35,6 +35,7 @@ class Layer(Protocol):
     @property
     def index(self) -> int: ...
 
+    # positions may be on the host
     def __call__(self, hidden_BSD: Tensor, position_ids_BS: Tensor, /) -> Tensor: ...
 
     def release(self) -> None: ...
@@ -120,7 +121,7 @@ class LayerPass(Generic[Layer_co]):
         for index, batch in enumerate(self.batches):
             with torch.inference_mode():
                 before_BSD = self.states[index]
-                after_BSD = layer(before_BSD, batch.position_ids_BS.to(self.source.device))
+                after_BSD = layer(before_BSD, batch.position_ids_BS)
                 if see is not None:
                     see(before_BSD, after_BSD)
             self.states[index] = after_BSD

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kdscale.errors import DataError
 from kdscale.families import Family, TensorSpec
+from kdscale.models.attention import attend_within_documents, to_attention
 from kdscale.models.head import OutputHead, head_of, logit_scale
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.loading import explain_library_errors
@@ -56,11 +57,14 @@ class DecoderLayer:
             parameter.data = parameter.data.new_empty(0)
 
     def __call__(self, hidden_BSD: Tensor, position_ids_BS: Tensor) -> Tensor:
+        """What leaves the layer. Positions on the host spare a wait for the device to learn where documents begin."""
         handle = self.module.register_forward_pre_hook(enter_with(hidden_BSD), prepend=True, with_kwargs=True)
+        device = hidden_BSD.device
         try:
             return self._base(
-                inputs_embeds=hidden_BSD, position_ids=position_ids_BS, attention_mask=None, use_cache=False
-            ).last_hidden_state
+                inputs_embeds=hidden_BSD, position_ids=position_ids_BS.to(device), attention_mask=None, use_cache=False,
+                **to_attention(self._base, position_ids_BS, None, device),
+            ).last_hidden_state  # fmt: skip
         finally:
             handle.remove()
 
@@ -179,6 +183,7 @@ class LayerStream:
         model_type = config.pop("model_type")
         with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=self.dtype)
+        attend_within_documents(model)
         return model.eval().requires_grad_(False)
 
     def _fill(self, model: nn.Module, specs: Mapping[str, TensorSpec], path: str) -> None:

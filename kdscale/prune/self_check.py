@@ -103,7 +103,6 @@ def masked_equals_sliced(
     teacher_stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     student_stream = LayerStream(slicer.student_config, family, sliced.tensor, dtype=dtype, device=device)
     mask, batch = _Mask(teacher.config, plan, family, device), IdsBatch(input_ids_BS)
-    positions = batch.position_ids_BS.to(device)
     compare = _Comparison(tolerance, torch.tensor(plan.kept.hidden, device=device))
     with torch.inference_mode():
         masked, student = teacher_stream.embed([batch])[0] * mask.hidden_D, student_stream.embed([batch])[0]
@@ -113,11 +112,11 @@ def masked_equals_sliced(
             layer = teacher_stream.layer(layer_index)
             mask.attach(layer, position)
             _record(layer, family, outputs[0])
-            masked = layer(masked, positions)
+            masked = layer(masked, batch.position_ids_BS)
             layer.release()
             layer = student_stream.layer(position)
             _record(layer, family, outputs[1])
-            student = layer(student, positions)
+            student = layer(student, batch.position_ids_BS)
             layer.release()
             where = f"teacher layer {layer_index} (student layer {position})"
             mlp = "experts / ffn" if family.sites.experts else "ffn"
@@ -199,7 +198,7 @@ def reload_parity(
         reloaded = model(input_ids=batch.input_ids_BS.to(device), use_cache=False).logits
         hidden = stream.embed([batch])[0]
         for layer in stream.layers():
-            hidden = layer(hidden, batch.position_ids_BS.to(device))
+            hidden = layer(hidden, batch.position_ids_BS)
             compare.equal(f"reloaded layer {layer.index}", "layers", states[layer.index], hidden)
         streamed = stream.head()(stream.final_norm()(hidden))
         difference = compare.equal("the reloaded model's logits", "all", reloaded, streamed)

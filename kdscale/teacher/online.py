@@ -49,7 +49,7 @@ class OnlineTeacher:
     def targets(self, batch: MicroBatch) -> Targets:
         """The targets of the batch's rows; no other position reaches the head."""
         hidden_BPH, own_N = self._sequence_slice.hidden(
-            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N
+            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N, batch.documents
         )
         hidden_NH = hidden_BPH.reshape(-1, hidden_BPH.shape[-1]).index_select(0, own_N)
         with self._placed.head() as head:

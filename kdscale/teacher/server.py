@@ -23,6 +23,8 @@ import kdscale
 from kdscale.config.targets import SOURCES, Needs
 from kdscale.errors import ServiceError
 from kdscale.files import atomic_path
+from kdscale.models.attention import attend_within_documents
+from kdscale.models.documents import Documents
 from kdscale.models.head import head_of
 from kdscale.teacher.messages import Question, encode_targets
 from kdscale.teacher.online import OnlineTeacher
@@ -61,6 +63,7 @@ class TeacherService:
 
     def __init__(self, model: Any, teacher_dir: Path, *, device: torch.device, max_tokens: int, max_length: int):
         self._model, self._device, self._max_tokens = model, device, max_tokens
+        attend_within_documents(model)
         self._rows = head_of(model).vocab
         self._embedded = model.get_input_embeddings().weight.shape[0]
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -125,7 +128,10 @@ class TeacherService:
             needs = Needs(top_k=top_k, temperature=temperature)
             teacher = OnlineTeacher(ReplicatedTeacher(self._model), needs, vocab_size=vocab_size)
             ids_BS, position_ids_BS, rows_N = (tensor.to(self._device) for tensor in question)
-            answer = teacher.targets(MicroBatch(ids_BS, position_ids_BS, rows_N, torch.full_like(rows_N, -100)))
+            documents = Documents.of(question.position_ids_BS).to(self._device)
+            answer = teacher.targets(
+                MicroBatch(ids_BS, position_ids_BS, rows_N, torch.full_like(rows_N, -100), documents=documents)
+            )
             assert answer.top_k is not None
             return encode_targets(answer.top_k)
 

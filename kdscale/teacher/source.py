@@ -17,6 +17,7 @@ import torch
 
 from kdscale.config.root import Config
 from kdscale.config.targets import Needs
+from kdscale.models.documents import Documents
 from kdscale.models.head import VocabShard
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.teacher.targets import Targets
@@ -27,6 +28,7 @@ class MicroBatch:
     """Whole sequences on a device; `rows_N` are the flat positions that have a label on this rank.
 
     `sequences` says which sequences these are, by split ("train", "heldout") and number: the key of stored targets.
+    `documents` are where the positions say; found there (waiting for the device) where the maker leaves them out.
     """
 
     input_ids_BS: torch.Tensor
@@ -34,6 +36,7 @@ class MicroBatch:
     rows_N: torch.Tensor
     labels_N: torch.Tensor
     sequences: tuple[tuple[str, int], ...] = ()
+    documents: Documents | None = None
 
     @property
     def rows(self) -> int:

@@ -139,7 +139,7 @@ def repaired_gaps(
                 first = _TENSORS * index
                 with torch.inference_mode():
                     before_BSD = walk.states[first]
-                    after_BSD = layer(before_BSD, batch.position_ids_BS.to(stream.device))
+                    after_BSD = layer(before_BSD, batch.position_ids_BS)
                     walk.states[first] = after_BSD
                     if probe is not None:
                         walk.states[first + 1], added_BSD = probe.read(before_BSD, after_BSD)

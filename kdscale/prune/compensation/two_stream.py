@@ -213,7 +213,7 @@ class _BothLayers:
         """Run both layers batch after batch; yields what the student's projection is to put out: [B, S, D']."""
         for index, batch in enumerate(task.batches):
             before = task.states[index]
-            after = self(before, batch.position_ids_BS.to(before.device))
+            after = self(before, batch.position_ids_BS)
             teacher, student = self._split(before)
             added = self._output(_TEACHER, "o") + self._output(_TEACHER, "down")
             plain = only_adds_sublayers(teacher, added, self._split(after)[0])

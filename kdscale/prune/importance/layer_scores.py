@@ -95,11 +95,11 @@ def _losses(stream: LayerStream, batches: Sequence[TokenBatch], advance: Advance
     walk = LayerPass(copies, batches, scratch)
     for layer in walk.layers():
         for index, batch in enumerate(batches):
-            positions_BS, first = batch.position_ids_BS.to(stream.device), index * copies.copies
+            first = index * copies.copies
             with torch.inference_mode():
                 walk.states[first + layer.index + 1] = walk.states[first]  # it goes on without this layer
                 for copy in range(layer.index + 1):
-                    walk.states[first + copy] = layer(walk.states[first + copy], positions_BS)
+                    walk.states[first + copy] = layer(walk.states[first + copy], batch.position_ids_BS)
             if advance is not None:
                 advance(batch.input_ids_BS.numel(), layer.index)
         walk.finish()

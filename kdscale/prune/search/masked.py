@@ -210,7 +210,7 @@ def _teacher_inputs(
 
 def _advance(layer: DecoderLayer, states: HiddenStates, batches: Sequence[TokenBatch], device: torch.device) -> None:
     for index, batch in enumerate(batches):
-        states[index] = layer(states[index], batch.position_ids_BS.to(device))
+        states[index] = layer(states[index], batch.position_ids_BS)
 
 
 def _losses(

@@ -1,62 +1,130 @@
-"""Which families' attention can be shared by positions: packed, windowed, as transformers itself computes it."""
+"""Every family's attention within documents, packed and windowed, is what transformers itself computes with a mask."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, masking_utils
 
-from kdscale.errors import ConfigError
+from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import supported_types
-from kdscale.models import sequence_parallel
+from kdscale.models import attention
+from kdscale.models.attention import attend_within_documents, choice_for, documents_apart
+from kdscale.models.documents import Documents
 from kdscale.models.head import final_hidden
 from kdscale.models.sequence_parallel import Exchange, SequenceSlice
 from tests.integration.prune.family_table import tiny_config
 
-REFUSED = {"gemma2"}  # soft-capped attention
-LENGTHS = [[5, 20, 7], [1, 1, 30], [32]]  # of the documents on each row, beyond every window of the table
+LENGTHS = [[5, 20, 7], [1, 1, 30], [32], [29, 1, 1, 1]]  # of the documents on each row, beyond every window
+# softmax in fp32 whatever the model's dtype, in transformers' eager attention
+TOLERANCE = {"gemma2": 1e-5}
+PLAIN = torch.arange(32).expand(len(LENGTHS), -1)
 
 
 def positions():
     return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
 
 
-def tiny_model(model_type):
+def token_ids():
+    return torch.randint(1, 60, positions().shape, generator=torch.Generator().manual_seed(1))
+
+
+def tiny_model(model_type, dtype=torch.float64, **changes):
     torch.manual_seed(3)
-    config = AutoConfig.for_model(**tiny_config(model_type))
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config = AutoConfig.for_model(**{**tiny_config(model_type), **changes})
+    config._experts_implementation = "eager"  # the grouped products of a mixture have no fp64
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("model_type", sorted(set(supported_types()) - REFUSED))
-def test_alone_it_is_the_familys_own_attention(model_type):
-    model, position_BS = tiny_model(model_type), positions()
-    ids_BS = torch.randint(1, 60, position_BS.shape, generator=torch.Generator().manual_seed(1))
+def hidden_and_gradients(model, **to_attention):
+    hidden = final_hidden(model, token_ids(), positions(), **to_attention)
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
+    used = [p for p in model.base_model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad((hidden * weights).sum(), used, allow_unused=True)
+    return [hidden.detach(), *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("model_type", sorted(supported_types()))
+def test_hidden_states_and_gradients_are_the_familys_own(model_type):
+    model = tiny_model(model_type)
+    want = hidden_and_gradients(model)
+    SequenceSlice(0, 2).prepare(model)
+    alone, exchanged = hidden_and_gradients(model), hidden_and_gradients(model, ulysses=Exchange(None, 1))
+    for got in (alone, exchanged):
+        assert len(got) == len(want)
+        for one, other in zip(got, want, strict=True):
+            largest = max(1.0, float(other.abs().max()))
+            torch.testing.assert_close(one, other, atol=TOLERANCE.get(model_type, 1e-10) * largest, rtol=0)
     with torch.no_grad():
-        want = final_hidden(model, ids_BS, position_BS)
-        SequenceSlice(0, 2).prepare(model)
-        got = final_hidden(model, ids_BS, position_BS, ulysses=Exchange(None, 1, position_BS))
-        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-        mixed = final_hidden(model, ids_BS, position_BS, ulysses=Exchange(None, 1, torch.arange(32).expand(3, -1)))
-    assert float((mixed - want).abs().max()) > 1e-2  # documents that see each other do differ
+        mixed = final_hidden(model, token_ids(), PLAIN)
+    assert float((mixed - want[0]).abs().max()) > 1e-2  # documents that see each other do differ
 
 
-@pytest.mark.parametrize("model_type", sorted(REFUSED))
-def test_attention_of_another_kind_is_refused(model_type):
-    with pytest.raises(ConfigError, match=r"distill\.sequence_parallel"):
-        model = tiny_model(model_type)
-        SequenceSlice(0, 2).prepare(model)
-        position_BS = positions()
-        final_hidden(model, torch.ones_like(position_BS), position_BS, ulysses=Exchange(None, 1, position_BS))
+def test_no_mask_is_made_for_a_training_step(monkeypatch):
+    for name in ("sdpa", "eager"):
+        monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, None)
+    for model_type in ("llama", "gemma2"):
+        model = tiny_model(model_type, torch.float32)
+        with pytest.raises(TypeError):  # as patched, a mask cannot be made
+            final_hidden(model, token_ids(), positions())
+        assert attend_within_documents(model)
+        assert len(hidden_and_gradients(model)) > 1
 
 
-def test_a_model_with_an_attention_of_its_own_is_refused():
+def test_checkpointed_layers_find_their_documents_again():
+    model = tiny_model("gemma2")
+    attend_within_documents(model)
+    want = hidden_and_gradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for one, other in zip(hidden_and_gradients(model.train()), want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+def test_a_dropped_share_is_dropped_within_documents_too():
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    attend_within_documents(model)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        once = final_hidden(model, token_ids(), positions())
+        torch.manual_seed(2)
+        assert not torch.equal(once, final_hidden(model, token_ids(), positions()))
+
+
+def test_a_block_leaves_the_model_as_it_was_for_decoding():
+    model = tiny_model("gemma2", torch.float32)
+    before = model.config._attn_implementation
+    want = model.generate(token_ids()[:1, :8], max_new_tokens=4, do_sample=False)
+    with documents_apart(model), torch.inference_mode():
+        apart = final_hidden(model, token_ids(), positions(), Documents.of(positions()))
+    assert model.config._attn_implementation == before
+    assert torch.equal(model.generate(token_ids()[:1, :8], max_new_tokens=4, do_sample=False), want)
+    with torch.inference_mode():
+        torch.testing.assert_close(apart, final_hidden(model, token_ids(), positions()), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"attention_mask": torch.ones(4, 1, 32, 32)}, {"documents": None}, {"s_aux": torch.zeros(4)}], ids=str
+)
+def test_what_it_would_leave_out_is_refused(asked):
     model = tiny_model("llama")
-    model.config._attn_implementation = "eager"
-    with pytest.raises(ConfigError, match="eager"):
+    attend_within_documents(model)
+    with pytest.raises(CheckpointError, match="kept within documents"):
+        model.base_model(input_ids=token_ids(), **{"documents": Documents.of(positions()), **asked})
+
+
+def test_a_model_with_an_attention_of_its_own_keeps_it():
+    model = tiny_model("llama", torch.float32)
+    want = final_hidden(model, token_ids(), positions())
+    model._supports_attention_backend = False
+    with pytest.raises(ConfigError, match=r"distill\.sequence_parallel"):
         SequenceSlice(0, 2).prepare(model)
+    SequenceSlice().prepare(model)
+    assert choice_for(model, torch.device("cpu")) is None
+    assert torch.equal(final_hidden(model, token_ids(), positions()), want)
 
 
 def test_it_is_registered_under_a_name_of_ours_alone():
-    SequenceSlice(0, 2).prepare(tiny_model("llama"))
-    assert AttentionInterface()[sequence_parallel._NAME] is sequence_parallel._attend
-    assert AttentionInterface()["sdpa"] is not sequence_parallel._attend
+    attend_within_documents(tiny_model("llama"))
+    assert AttentionInterface()[attention._NAME] is attention.attend
+    assert AttentionInterface()["sdpa"] is not attention.attend
+    assert attention._NAME not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS

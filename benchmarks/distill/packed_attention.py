@@ -1,0 +1,150 @@
+"""Attention within documents beside the dense mask of transformers: seconds of a distillation step and peak memory.
+
+    python benchmarks/distill/packed_attention.py --seq-len 2048 --rows 1 --steps 5
+
+Teacher and student have the shapes of SmolLM2-135M and random weights; rows are packed from documents of 200 to 500
+tokens. A step is the teacher's forward with its 64 largest logits, the student's forward, sparse KL and backward. Both
+kinds of attention take turns in one process, whose seconds are compared; the peak is of one process each, without the
+loaded models. `--compare` prints the losses and the largest difference of any gradient instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rank_processes import SOURCES, MemoryWatch
+
+sys.path[:0] = SOURCES
+
+import torch  # noqa: E402 - after the path
+
+from kdscale.config.objectives import TokenDivergenceConfig  # noqa: E402 - after the path
+from kdscale.config.targets import Needs  # noqa: E402 - after the path
+from kdscale.distill.objectives.base import Objectives  # noqa: E402 - after the path
+from kdscale.distill.step import StudentModule  # noqa: E402 - after the path
+from kdscale.models.attention import attend_within_documents  # noqa: E402 - after the path
+from kdscale.models.documents import Documents  # noqa: E402 - after the path
+from kdscale.teacher.online import OnlineTeacher  # noqa: E402 - after the path
+from kdscale.teacher.placement.placed import ReplicatedTeacher  # noqa: E402 - after the path
+from kdscale.teacher.source import MicroBatch  # noqa: E402 - after the path
+
+CONFIG = Path(__file__).parents[2] / "tests/fixtures/teachers/smollm2-135m-instruct/config.json"
+KINDS = ("dense mask", "within documents")
+
+
+class Step:
+    """One distillation step of `rows` × `length` positions, with either kind of attention."""
+
+    def __init__(self, rows: int, length: int, dtype: torch.dtype, device: torch.device):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(1)
+        config = json.loads(CONFIG.read_text())
+        make = lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype).to(device)  # noqa: E731
+        self.models: list[Any] = [make().eval().requires_grad_(False), make().train()]
+        vocab, gen = config["vocab_size"], torch.Generator().manual_seed(2)
+        self.teacher = OnlineTeacher(ReplicatedTeacher(self.models[0]), Needs(top_k=64), vocab_size=vocab)
+        self.student = StudentModule(self.models[1], Objectives([TokenDivergenceConfig()]), vocab)
+        position_BS = torch.zeros(rows, length, dtype=torch.long)
+        for row in position_BS:
+            begin = 0
+            while begin < length:
+                size = min(int(torch.randint(200, 501, (), generator=gen)), length - begin)
+                row[begin : begin + size] = torch.arange(size)
+                begin += size
+        ids_BS = torch.randint(0, vocab, (rows, length), generator=gen)
+        rows_N = torch.arange(rows * length)
+        self.documents = Documents.of(position_BS)
+        on_device = (x.to(device) for x in (ids_BS, position_BS, rows_N, ids_BS.flatten()))
+        self.batch = MicroBatch(*on_device, documents=self.documents.to(device))
+
+    def use(self, kind: str) -> None:
+        for model in self.models:
+            if kind == KINDS[0]:
+                model.config._attn_implementation = "sdpa"
+            else:
+                assert attend_within_documents(model)
+
+    def __call__(self) -> float:
+        self.student.zero_grad()
+        (loss_sum,), _ = self.student(self.batch, self.teacher.targets(self.batch))
+        (loss_sum / self.batch.rows).backward()
+        return float(loss_sum.detach()) / self.batch.rows
+
+
+def seconds(step: Step, steps: int) -> None:
+    """The kinds take turns, the first round uncounted."""
+    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for _ in range(steps + 1):
+        for kind in KINDS:
+            step.use(kind)
+            began = time.perf_counter()
+            step()
+            taken[kind].append(time.perf_counter() - began)
+    best = {kind: min(values[1:]) for kind, values in taken.items()}
+    for kind, value in best.items():
+        print(f"{kind}: {value:.3f} s, {step.batch.rows / value:,.0f} tokens/s")
+    ratios = sorted(a / b for a, b in zip(*(values[1:] for values in taken.values()), strict=True))
+    print(
+        f"tokens/s within documents: {ratios[len(ratios) // 2]:.2f} times those with a dense mask (median of {steps})"
+    )
+
+
+def compare(step: Step) -> None:
+    """Losses, and the largest difference of any gradient as a share of the largest gradient of its tensor."""
+    found = {}
+    for kind in KINDS:
+        step.use(kind)
+        loss = step()
+        found[kind] = loss, [p.grad.clone() for p in step.student.parameters()]
+    (dense, grads), (apart, others) = found.values()
+    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(grads, others, strict=True))
+    print(f"loss {dense:.8f} with a dense mask, {apart:.8f} within documents; gradients differ by at most {worst:.1e}")
+
+
+def peak(step: Step, kind: str) -> None:
+    """Bytes beyond the loaded models."""
+    step.use(kind)
+    watch = MemoryWatch()
+    watch.start()
+    step()
+    print(watch.finish()["anonymous"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    step = Step(args.rows, args.seq_len, getattr(torch, args.dtype), torch.device(args.device))
+    if args.peak:
+        return peak(step, args.peak)
+    lengths = sorted(step.documents.lengths)
+    print(
+        f"{args.rows} × {args.seq_len} {args.dtype}, {len(lengths)} documents of {lengths[0]} to {lengths[-1]} tokens"
+    )
+    if args.compare:
+        return compare(step)
+    seconds(step, args.steps)
+    if args.device == "cpu":
+        for kind in KINDS:
+            done = subprocess.run(
+                [sys.executable, *sys.argv, "--peak", kind], capture_output=True, text=True, check=True
+            )
+            print(f"{kind}: peak {int(done.stdout) / 1e6:,.0f} MB beyond the models")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The attention that kdscale gives to transformers' models: each document by itself, without a mask.
+
+transformers asks its registry for the attention function that a config names, and makes a mask only for names that it
+knows masks for. Ours is not among those, so none is made. A model takes the `documents` of a forward among its keyword
+arguments and hands them on to every layer's attention function.
+
+B sequences, S positions, T = B·S, A query heads, G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kdscale.errors import CheckpointError
+from kdscale.models.attention_backends import AttentionKind, Choice, choose
+from kdscale.models.documents import Documents
+
+_NAME = "kdscale_documents"  # in transformers' registry of attention functions
+
+
+class Exchange(Protocol):
+    """Ranks that share sequences: positions of all heads to all positions of some heads, and back."""
+
+    def heads(self, x_BAPD: Tensor, /) -> Tensor: ...
+
+    def positions(self, x_BASD: Tensor, /) -> Tensor: ...
+
+
+def attend_within_documents(model: Any) -> bool:
+    """Give `model` this attention for all forwards from now on, if it takes its attention from the registry.
+
+    Its forwards then need `documents`, and it cannot decode with a cache. A model with an attention of its own keeps it
+    (False), with the mask that transformers makes of its position ids.
+    """
+    from transformers import AttentionInterface
+
+    if not getattr(model, "_supports_attention_backend", False):
+        return False
+    AttentionInterface.register(_NAME, attend)
+    model.config._attn_implementation = _NAME
+    model.config.get_text_config()._attn_implementation = _NAME
+    return True
+
+
+@contextmanager
+def documents_apart(model: Any) -> Iterator[None]:
+    """`attend_within_documents` for the forwards of the block alone, which need no gradients."""
+    configs = [model.config, model.config.get_text_config()]
+    before = [config._attn_implementation for config in configs]
+    attend_within_documents(model)
+    try:
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def within_documents(model: Any) -> bool:
+    """Whether the model has this attention now."""
+    return bool(model.config.get_text_config()._attn_implementation == _NAME)
+
+
+def to_attention(
+    model: Any, position_ids_BS: Tensor, documents: Documents | None, device: torch.device
+) -> dict[str, Any]:
+    """The keyword arguments of a forward on `device`: none for a model with an attention of its own.
+
+    Without `documents` they are found in the positions, which waits for a device that has those.
+    """
+    if not within_documents(model):
+        return {}
+    return {"documents": Documents.of(position_ids_BS).to(device) if documents is None else documents}
+
+
+def choice_for(model: Any, device: torch.device) -> Choice | None:
+    """Which backend the model's layers will use on `device`; None for a model with an attention of its own."""
+    if not within_documents(model):
+        return None
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropout = getattr(config, "attention_dropout", getattr(config, "attn_pdrop", None)) if model.training else None
+    return choose(device, model.dtype, head_dim, getattr(config, "attn_logit_softcapping", None), bool(dropout))
+
+
+def attend(
+    module: torch.nn.Module,
+    query_BASD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    documents: Documents | None = None,
+    ulysses: Exchange | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: [B, S, A, D], each query within its document and `sliding_window`.
+
+    With `ulysses` the arguments are this rank's positions, and `documents` are of whole sequences.
+    """
+    _check(module, attention_mask, documents, other)
+    assert documents is not None
+    if ulysses is not None:
+        query_BASD, key_BGSD, value_BGSD = (ulysses.heads(x) for x in (query_BASD, key_BGSD, value_BGSD))
+    batch, _, length, head_dim = query_BASD.shape
+    kind = AttentionKind(head_dim**-0.5 if scaling is None else scaling, sliding_window, softcap, dropout)
+    backend = choose(query_BASD.device, query_BASD.dtype, head_dim, softcap, dropout > 0).backend
+    out_TAD = backend.attend(_rows(query_BASD), _rows(key_BGSD), _rows(value_BGSD), documents, kind)
+    out_BSAD = out_TAD.unflatten(0, (batch, length))
+    return (out_BSAD if ulysses is None else ulysses.positions(out_BSAD.transpose(1, 2))).contiguous(), None
+
+
+def _rows(x_BASD: Tensor) -> Tensor:
+    """[T, A, D]: no copy of what a projection made for one row."""
+    return x_BASD.transpose(1, 2).flatten(0, 1)
+
+
+def _check(module: Any, mask: Tensor | None, documents: Documents | None, other: dict[str, Any]) -> None:
+    """Refuse what this attention would silently leave out. Raises CheckpointError."""
+    causal = other.get("is_causal")
+    wrong = {
+        "a mask of its own": mask is not None,
+        "no documents": documents is None,
+        "a bias on positions": other.get("position_bias") is not None,
+        "attention sinks": other.get("s_aux") is not None,
+        "attention in both directions": not (getattr(module, "is_causal", True) if causal is None else causal),
+    }
+    if any(wrong.values()):
+        raise CheckpointError(
+            f"{type(module).__name__}: this attention cannot be kept within documents",
+            expected="causal attention with at most a window and a soft cap",
+            got=", ".join(name for name, found in wrong.items() if found),
+        )
