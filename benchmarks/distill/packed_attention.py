@@ -111,6 +111,12 @@ def compare(step: Step) -> None:
 def peak(step: Step, kind: str) -> None:
     """Bytes beyond the loaded models."""
     step.use(kind)
+    if step.batch.rows_N.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        print(torch.cuda.max_memory_allocated() - before)
+        return
     watch = MemoryWatch()
     watch.start()
     step()
@@ -137,12 +143,11 @@ def main() -> None:
     if args.compare:
         return compare(step)
     seconds(step, args.steps)
-    if args.device == "cpu":
-        for kind in KINDS:
-            done = subprocess.run(
-                [sys.executable, *sys.argv, "--peak", kind], capture_output=True, text=True, check=True
-            )
-            print(f"{kind}: peak {int(done.stdout) / 1e6:,.0f} MB beyond the models")
+    for kind in KINDS:
+        done = subprocess.run(
+            [sys.executable, *sys.argv, "--peak", kind], stdout=subprocess.PIPE, text=True, check=True
+        )
+        print(f"{kind}: peak {int(done.stdout) / 1e6:,.0f} MB beyond the models")
     return None
 
 

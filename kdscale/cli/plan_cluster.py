@@ -37,6 +37,9 @@ def plan_cluster_command(
     gpu_memory: Annotated[str | None, _option("--gpu-memory", "Memory of a GPU, e.g. 80GiB.", "SIZE")] = None,
     host_memory: Annotated[str, _option("--host-memory", "Memory of a node.", "SIZE")] = "1TiB",
     tokens: Annotated[str | None, _option("--tokens", "Tokens to train on. Default: distill.tokens.", "N")] = None,
+    document_tokens: Annotated[
+        str | None, _option("--document-tokens", "Tokens of a document of the text. Default: one a row.", "N")
+    ] = None,
     stage: Annotated[
         list[int] | None, _option("--stage", "Compare this ZeRO stage only. Repeatable.", at_least=1, at_most=3)
     ] = None,
@@ -64,17 +67,19 @@ def plan_cluster_command(
     from kdscale.jobs.cluster_plan import plan_cluster, snippet, to_json
     from kdscale.sizing.gpus import GpuCluster, find_gpu
     from kdscale.sizing.speed import Rates
-    from kdscale.units import parse_count
     from kdscale.weights import resolve_teacher
 
     loaded = load_config(find_config(config), set_ or [])
-    budget = parse_count(tokens) if tokens else None
-    if tokens and not (isinstance(budget, int) and budget > 0):
-        raise ConfigError("--tokens", expected="a count such as 10B", got=tokens)
+    budget, document = _count("--tokens", tokens), _count("--document-tokens", document_tokens)
     cluster = GpuCluster(
         _gpu(find_gpu(gpu), gpu_memory, flops, bandwidth), nodes, gpus_per_node, _bytes("--host-memory", host_memory)
     )
-    chosen: Any = {"stages": stage or (1, 2, 3), "placements": teacher or None, "tokens": budget}
+    chosen: Any = {
+        "stages": stage or (1, 2, 3),
+        "placements": teacher or None,
+        "tokens": budget,
+        "document_tokens": document,
+    }
     source = resolve_teacher(loaded.teacher, config_only=True)
     plan = plan_cluster(loaded, source, cluster, Rates(compute_share, link_share), **chosen)
     if json_:
@@ -103,6 +108,16 @@ def _gpu(listed: Gpu, memory: str | None, flops: float | None, bandwidth: float 
     )
 
 
+def _count(option: str, text: str | None) -> int | None:
+    """The count that an option gives; None without it. Raises ConfigError."""
+    from kdscale.units import parse_count
+
+    count = parse_count(text) if text else None
+    if text and not (isinstance(count, int) and count > 0):
+        raise ConfigError(option, expected="a count such as 10B", got=text)
+    return count
+
+
 def _bytes(option: str, text: str) -> float:
     """The size that an option gives. Raises ConfigError."""
     from kdscale.units import parse_budget
@@ -127,7 +142,8 @@ def _show(plan: ClusterPlan, everything: bool) -> None:
     console, cluster, job = Console(), plan.cluster, plan.job
     console.print(
         f"teacher {compact_count(job.teacher.params)}, student {compact_count(job.student.params)} "
-        f"({plan.student_from}), {job.seq_len} positions, {plan.global_batch} sequences per step\n"
+        f"({plan.student_from}), {job.seq_len} positions in documents of {job.row[0]}, {plan.global_batch} sequences per "
+        f"step\n"
         f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}, {cluster.gpu.memory / GIB:.1f} GiB · "
         f"assumed: {plan.rates.compute:.0%} of "
         f"{cluster.gpu.flops / 1e12:.0f} TFLOP/s, {plan.rates.links:.0%} of links",

@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdscale.data.packing import IGNORED_LABEL, EpochOrder, PackedSequence, epoch_sequences, packed_sequence
+from kdscale.data.packing import (
+    IGNORED_LABEL,
+    EpochOrder,
+    PackedSequence,
+    document_lengths,
+    epoch_sequences,
+    packed_sequence,
+)
 from kdscale.data.token_store import TokenSplit
 from kdscale.errors import ConfigError, DataError
 
@@ -154,10 +161,20 @@ class PackedLoader:
 
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""
+        return packed_sequence(self._split, *self._place(number), self._seq_len)
+
+    def document_lengths(self, step: int) -> list[int]:
+        """Positions of every document in all ranks' batch of optimiser step `step`; reads no tokens."""
+        numbers = range(step * self._global, (step + 1) * self._global)
+        windows = (document_lengths(self._split, *self._place(number), self._seq_len) for number in numbers)
+        return [length for window in windows for length in window]
+
+    def _place(self, number: int) -> tuple[EpochOrder, int]:
+        """The order of the epoch that sequence `number` is in, and its number there."""
         epoch, within = divmod(number, self.epoch_sequences)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, EpochOrder(self._split, self._seed, epoch, self._shuffle)
-        return packed_sequence(self._split, self._order[1], within, self._seq_len)
+        return self._order[1], within
 
 
 def stack_sequences(

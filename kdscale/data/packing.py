@@ -17,6 +17,7 @@ Dimension letters: S seq_len, D documents, R documents with repeats.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -91,20 +92,46 @@ def check_seq_len(split: TokenSplit, seq_len: int) -> None:
         )
 
 
-def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: int) -> PackedSequence:
-    """Window `number` (0 ≤ number < epoch_sequences) of the epoch that `order` belongs to."""
+class _Piece(NamedTuple):
+    """Tokens `first` to `last` of a document in a window; with what begins it, cut at the window's end, `size`."""
+
+    document: int
+    first: int
+    last: int
+    size: int
+    text_start: int  # in the epoch's stream
+
+
+def _pieces(split: TokenSplit, order: EpochOrder, number: int, seq_len: int) -> Iterator[_Piece]:
+    """What window `number` holds, in order."""
     prefix = len(split.prefix_ids)
-    begin, end = number * (seq_len - prefix), (number + 1) * (seq_len - prefix)  # in the epoch's stream
-    ids, positions, labels = (np.empty(seq_len, dtype=np.int64) for _ in range(3))
-    documents = []
+    begin = number * (seq_len - prefix)
     slot = int(np.searchsorted(order.starts_R1, begin, side="right")) - 1
     filled = 0
     while filled < seq_len:
         document, text_start = int(order.documents_R[slot]), int(order.starts_R1[slot]) + prefix
-        tokens = split.document_tokens(document)
         first = max(begin - text_start, 0)
-        last = min(first + max(seq_len - filled - prefix, 0), tokens.size)
+        last = min(first + max(seq_len - filled - prefix, 0), int(split.lengths[document]))
         size = min(prefix + last - first, seq_len - filled)
+        yield _Piece(document, first, last, size, text_start)
+        filled += size
+        slot += 1
+
+
+def document_lengths(split: TokenSplit, order: EpochOrder, number: int, seq_len: int) -> list[int]:
+    """Positions of each document in window `number`, from the lengths of the texts alone."""
+    return [piece.size for piece in _pieces(split, order, number, seq_len)]
+
+
+def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: int) -> PackedSequence:
+    """Window `number` (0 ≤ number < epoch_sequences) of the epoch that `order` belongs to."""
+    prefix = len(split.prefix_ids)
+    end = (number + 1) * (seq_len - prefix)  # in the epoch's stream
+    ids, positions, labels = (np.empty(seq_len, dtype=np.int64) for _ in range(3))
+    documents = []
+    filled = 0
+    for document, first, last, size, text_start in _pieces(split, order, number, seq_len):
+        tokens = split.document_tokens(document)
         place = slice(filled, filled + size)
         ids[place] = np.append(np.asarray(split.prefix_ids, np.int64), tokens[first:last])[:size]
         positions[place] = np.arange(size)
@@ -112,7 +139,6 @@ def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: 
         labels[filled + prefix + max(end - text_start - first, 0) : filled + size] = IGNORED_LABEL
         documents.append(document)
         filled += size
-        slot += 1
     return PackedSequence(ids, positions, labels, documents)
 
 

@@ -36,6 +36,7 @@ from kdscale.distill.telemetry.observer import make_observer
 from kdscale.distill.trainer import Trainer
 from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.models.attention import choice_for
 from kdscale.models.parameter_map import trained_tensors
 from kdscale.packaging.model_card import card_facts, model_card
 from kdscale.runs.folder import KERNELS
@@ -112,6 +113,8 @@ def open_session(cfg: Config, folders: Folders, reporter: Reporter) -> Session:
     """Everything up to the first step, which follows the newest complete checkpoint if there is one. Collective."""
     setup = join(cfg, folders.run, reporter)
     models = load(cfg, folders, setup)
+    if (attention := choice_for(models.student.model, setup.device)) is not None:
+        reporter.say(attention.in_words())
     engine = build(cfg, folders, setup, models)
     return resume(cfg, folders, setup, models, engine, reporter)
 

@@ -289,7 +289,7 @@ class Family:
         for drop in self.data.drops:
             student |= {field: value for field, value in drop.config.items() if field in student}
         for entry in self.data.layer_lists:
-            values = self._layer_list(entry, config, teacher.layers)
+            values = self.layer_list(entry, config, teacher.layers)
             if values is not None and len(kept) < teacher.layers:
                 student[entry.field] = [values[i] for i in kept]
                 self._drop_stale_interval(entry, student)
@@ -308,10 +308,10 @@ class Family:
         for name in (every_field, *entry.said_too):
             if name in student:
                 plain = {**student, entry.field: None} | ({every_field: student[name]} if every_field else {})
-                if self._layer_list(entry, plain, len(student[entry.field])) != student[entry.field]:
+                if self.layer_list(entry, plain, len(student[entry.field])) != student[entry.field]:
                     del student[name]
 
-    def _layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:
+    def layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:
         """One value a layer, as transformers takes them when the field is absent; None if there is nothing to cut."""
         values, rule = config.get(entry.field), entry.absent
         if values is None and rule is not None:

@@ -186,6 +186,19 @@ class LayerBoundary(_Strict):
     absent: int
 
 
+class Window(_Strict):
+    """Sliding windows: in the layers that slide a query sees `field` positions, itself included (null: all of them).
+
+    `only_with`: a boolean field without which no layer slides. `layers`: the layer list whose "sliding_attention"
+    entries slide; where it is absent, the layers from the layer boundary on. Without it all layers slide.
+    """
+
+    field: Name = "sliding_window"
+    absent: int | None = None
+    only_with: Name | None = None
+    layers: Name | None = None
+
+
 class Norm(_Strict):
     """What the norms over `hidden` compute: centred (`layer`) or not (`rms`); times w, or times 1 + w (Gemma)."""
 
@@ -280,6 +293,7 @@ class FamilyData(_Strict):
     constraints: tuple[Constraint, ...] = Field(strict=False)
     layer_lists: tuple[LayerList, ...] = Field(strict=False)
     layer_boundaries: tuple[LayerBoundary, ...] = Field(strict=False)
+    window: Window | None = None  # without it attention reaches back to the document's first token
     norm: Norm = Norm()
     # what the model multiplies its embeddings by, where that follows from the config's sizes and changes with them
     embed_multiplier: Literal["sqrt_hidden"] | None = None
@@ -302,6 +316,8 @@ class FamilyData(_Strict):
         flags = {flag for t in self.tensors for flag in (t.when, t.unless) if flag} | {tie.when for tie in self.ties}
         if flags != set(self.flags):
             raise ValueError(f"flags are {sorted(self.flags)} but the tensors and ties use {sorted(flags)}")
+        if self.window and self.window.layers not in {None, *(entry.field for entry in self.layer_lists)}:
+            raise ValueError(f"window.layers: {self.window.layers} is not in layer_lists")
         names = {t.name for t in self.tensors}
         for tie in self.ties:
             if not {tie.tensor, tie.to} <= names:

@@ -50,9 +50,11 @@ def plan_cluster(
     tokens: int | None = None,
     stages: Collection[int] = (1, 2, 3),
     placements: Collection[TeacherPlacement] | None = None,
+    document_tokens: int | None = None,
 ) -> ClusterPlan:
     """Compare settings for the config's distillation on `cluster`; reads config.json and plan.json only.
 
+    `document_tokens`: of each document, which attention keeps apart; None: one document a row.
     Raises ConfigError for a placement that this version's config does not have, or a budget that cannot be met.
     """
     known = _placements(config)
@@ -76,12 +78,13 @@ def plan_cluster(
         top_k=None if needs.full else needs.top_k,
         validate_tokens=distill.validate_tokens,
         reduce_bucket=distill.zero.reduce_bucket or 500_000_000,
+        document_tokens=document_tokens,
     )
     if job.item_bytes == 4:
         notes.append("distill.dtype is float32: the GPU's FLOP/s are of bf16, so speeds are several times too high")
     settings = compare(
         job, cluster, batch, rates, stages=stages, placements=placements or known,
-        tensor=_tensor_sizes(config, teacher_dir, job), sequence=_sequence_sizes(teacher_dir, job),
+        tensor=_tensor_sizes(config, teacher_dir, job), sequence=_sequence_sizes(job),
     )  # fmt: skip
     return ClusterPlan(job, cluster, rates, batch, tokens or distill.tokens, student_from, settings, notes)
 
@@ -102,10 +105,8 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]
 
 
-def _sequence_sizes(teacher_dir: Path, job: Job) -> list[int]:
+def _sequence_sizes(job: Job) -> list[int]:
     """Numbers of ranks of one node that can share the sequences of both models."""
-    if read_config(teacher_dir).get("attn_logit_softcapping"):
-        return []
     return [
         size
         for size in (2, 4, 8)
@@ -196,7 +197,8 @@ def to_json(plan: ClusterPlan) -> dict[str, Any]:
         },
         "assumed": {"share_of_flops": plan.rates.compute, "share_of_bandwidth": plan.rates.links},
         "teacher_params": plan.job.teacher.params, "student_params": plan.job.student.params,
-        "student_from": plan.student_from, "seq_len": plan.job.seq_len, "global_batch": plan.global_batch,
+        "student_from": plan.student_from, "seq_len": plan.job.seq_len,
+        "document_tokens": plan.job.row[0], "global_batch": plan.global_batch,
         "tokens": plan.tokens, "notes": plan.notes,
         "settings": [_setting_json(compared, plan.tokens, compared is plan.chosen) for compared in plan.settings],
     }  # fmt: skip

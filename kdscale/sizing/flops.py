@@ -1,12 +1,14 @@
 """Floating-point operations of a forward pass and of a training step, and the share of a GPU's peak that they are.
 
 Model FLOPs are what the mathematics needs, whatever is recomputed or done twice: a multiply-add is 2, a backward pass
-is twice its forward (PaLM, arXiv 2204.02311, appendix B). `kdscale plan-cluster` and the training log both count here.
+is twice its forward (PaLM, arXiv 2204.02311, appendix B). Attention needs the pairs of a query and a key that it sees:
+within a document, causal, in its window. `kdscale plan-cluster` and the training log both count here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,39 +18,57 @@ from kdscale.sizing.model_shape import ModelShape
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Forward FLOPs of one model: `per_token` up to the final hidden state, `per_label` of the head."""
+    """Forward FLOPs of one model: `per_token` of the products up to the final hidden state, `per_label` of the head.
+
+    `per_pair`: of one query with one key, in all layers together whose attention reaches back so many positions.
+    """
 
     per_token: float
     per_label: float
+    per_pair: tuple[tuple[int | None, float], ...] = ()
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], seq_len: int) -> ModelFlops:
+    def of(cls, config: Mapping[str, Any]) -> ModelFlops:
         """From the sizes in a config.json. Raises CheckpointError for a config its family refuses."""
-        return cls.of_shape(ModelShape.of(config, load_family(dict(config), "config.json")), seq_len)
+        return cls.of_shape(ModelShape.of(config, load_family(dict(config), "config.json")))
 
     @classmethod
-    def of_shape(cls, shape: ModelShape, seq_len: int) -> ModelFlops:
-        """Two per weight of each product, and 4·S·A per layer for the products QKᵀ and AV.
+    def of_shape(cls, shape: ModelShape) -> ModelFlops:
+        """Two per weight of each product, and 4·A a pair and layer for QKᵀ and AV."""
+        per_pair = tuple((window, 4.0 * shape.attention * layers) for window, layers in shape.windows)
+        return cls(2.0 * (shape.products - shape.head), 2.0 * shape.head, per_pair)
 
-        Attention counts every position of the sequence, as PaLM does and as kernels compute under the mask of packed
-        text, though the causal mask and the borders between documents need less than half of them.
-        """
-        attention = 4.0 * shape.layers * shape.attention * seq_len
-        return cls(2.0 * (shape.products - shape.head) + attention, 2.0 * shape.head)
+    def forward(self, tokens: float, labels: float, documents: Iterable[int]) -> float:
+        """Of `tokens` in documents of these lengths, of which `labels` have a label."""
+        lengths = Counter(documents)
+        pairs = (each * attention_pairs(lengths, window) for window, each in self.per_pair)
+        return tokens * self.per_token + labels * self.per_label + sum(pairs)
 
-    @property
-    def forward(self) -> float:
-        """Of one token that has a label."""
-        return self.per_token + self.per_label
+    def of_a_token(self, row: Iterable[int]) -> float:
+        """The mean over the tokens of a row of such documents, each with a label."""
+        lengths = list(row)
+        return self.forward(sum(lengths), sum(lengths), lengths) / sum(lengths)
 
 
-def step_flops(teacher: ModelFlops | None, student: ModelFlops, tokens: float, labels: float) -> float:
+def attention_pairs(documents: Mapping[int, int], window: int | None) -> int:
+    """Pairs of a query and a key before it or itself, at most `window` positions of each query; {length: how many}."""
+    pairs = 0
+    for length, count in documents.items():
+        first = length if window is None else min(length, window)  # queries that see all keys before them
+        pairs += count * (first * (first + 1) // 2 + (length - first) * first)
+    return pairs
+
+
+def step_flops(
+    teacher: ModelFlops | None, student: ModelFlops, tokens: float, labels: float, documents: Iterable[int]
+) -> float:
     """One step's model FLOPs over all ranks: the teacher forward, the student forward and backward, heads included.
 
-    `teacher` is None where other machines run it.
+    `teacher` is None where other machines run it; `documents` are the lengths of all of the step's documents.
     """
+    lengths = list(documents)
     forwards = [(3, student), *([(1, teacher)] if teacher else [])]
-    return sum(times * (tokens * model.per_token + labels * model.per_label) for times, model in forwards)
+    return sum(times * model.forward(tokens, labels, lengths) for times, model in forwards)
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:

@@ -26,6 +26,14 @@ class Job:
     validate_tokens: int = 0
     reduce_bucket: int = 500_000_000
     device: Device = "cuda"
+    document_tokens: int | None = None  # of each document; None: one a row
+
+    @property
+    def row(self) -> list[int]:
+        """Tokens of the documents of one row; the last one is cut off."""
+        size = min(self.document_tokens or self.seq_len, self.seq_len)
+        whole, rest = divmod(self.seq_len, size)
+        return [size] * whole + [rest] * (rest > 0)
 
 
 @dataclass(frozen=True)

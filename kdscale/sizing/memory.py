@@ -194,18 +194,20 @@ def _teacher_gathered(job: Job, setting: Setting) -> float:
 
 
 def layer_bytes(job: Job, model: ModelShape) -> float:
-    """What autograd saves in one layer, a token (counted on Llama and Qwen3 with sdpa, packed text, exactly).
+    """What autograd saves in one layer, a token (counted on Llama and Qwen3, packed text, exactly).
 
-    Each norm: its input as fp32, the normalised and the scaled value, (4 + 2b)·H, and 4 of its root. Attention: q, k
-    and v (kv heads repeated, since packed text has a mask) and its output, 4b·A, and the log-sum-exp, 4 per head; not
-    the mask. A gated ffn: gate, its activation, up, product, 4b·F; others 2b·F.
+    Each norm: its input as fp32, the normalised and the scaled value, (4 + 2b)·H, and 4 of its root. Attention: q and
+    its output, 2b·A, k and v, 2b·K, and the log-sum-exp, 4 per head; no mask, as documents are kept apart without one.
+    On a CPU the output is saved by document and once more joined. A gated ffn: gate, its activation, up, product, 4b·F;
+    others 2b·F.
     """
     b = job.item_bytes
     norms = 2 * ((4 + 2 * b) * model.hidden + 4)
     if model.qk_norm:
         groups = model.heads + model.kv_heads
         norms += (4 + b) * groups * model.head_dim + 4 * groups
-    attention = 4 * b * model.attention + 4 * model.heads
+    outputs = 2 if job.device == "cpu" else 1
+    attention = b * ((1 + outputs) * model.attention + 2 * model.kv_heads * model.head_dim) + 4 * model.heads
     return norms + attention + (4 if model.gated else 2) * b * model.ffn
 
 
@@ -213,39 +215,28 @@ def saved_bytes(job: Job, setting: Setting) -> float:
     """What waits for the backward: all layers' activations, or with checkpointing each layer's input, b·H."""
     tokens, model = setting.rows(job), job.student
     last = (4 + 2 * job.item_bytes) * model.hidden + 3 * job.item_bytes * model.head_dim + 12  # norm, rotary, ids
-    masks = _masks(job, setting, 0 if setting.checkpointing else model.layers)
     if setting.checkpointing:
-        return tokens * (job.item_bytes * model.hidden * model.layers + last) + masks
-    return tokens * (layer_bytes(job, model) * model.layers + last) + masks
-
-
-def _masks(job: Job, setting: Setting, layers: int) -> float:
-    """S² booleans, and b·S² in each of `layers` layers (counted).
-
-    Ranks that share a sequence have one of those for all layers (models/sequence_parallel.py), and share none of it.
-    """
-    square = setting.micro_batch * job.seq_len**2
-    return float(square * (1 + job.item_bytes * (layers if setting.sequence == 1 else 1)))
+        return tokens * (job.item_bytes * model.hidden * model.layers + last)
+    return tokens * (layer_bytes(job, model) * model.layers + last)
 
 
 def backward_bytes(job: Job, setting: Setting) -> float:
     """Gradients of the activations of one layer, and with checkpointing that layer's activations, computed again."""
     tokens, model = setting.rows(job), job.student
     again = layer_bytes(job, model) if setting.checkpointing else 0.0
-    mask = job.item_bytes * setting.micro_batch * job.seq_len**2 if setting.checkpointing else 0.0
-    return tokens * (job.item_bytes * 2 * (model.ffn + model.hidden) + again) + (mask if setting.sequence == 1 else 0.0)
+    return tokens * (job.item_bytes * 2 * (model.ffn + model.hidden) + again)
 
 
 def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
     """A forward without gradients at its widest moment.
 
-    Two hidden states, the mask as booleans and in the weights' dtype, and the largest of three ffn arrays, seven
-    attention arrays and three fp32 norm arrays.
+    Two hidden states, and the largest of three ffn arrays, four arrays of queries with keys and values, and three fp32
+    norm arrays.
     """
     tokens, b = setting.rows(job), job.item_bytes
-    widest = max(3 * b * model.ffn, 7 * b * model.attention, 12 * model.hidden)
-    mask = setting.micro_batch * job.seq_len**2 * (1 + b)
-    return tokens * (2 * b * model.hidden + widest) + mask
+    keys_and_values = 2 * model.kv_heads * model.head_dim
+    widest = max(3 * b * model.ffn, b * (4 * model.attention + keys_and_values), 12 * model.hidden)
+    return tokens * (2 * b * model.hidden + widest)
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------

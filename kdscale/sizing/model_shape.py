@@ -6,11 +6,13 @@ Letters: H hidden, F ffn, A heads · head_dim, K kv_heads · head_dim, V vocabul
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdscale.families import Family
+from kdscale.families.windows import attention_windows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +34,8 @@ class ModelShape:
     """Counts are of parameters. `layer` is the largest layer.
 
     `products` are the weights of the matrix products that one token goes through, the output head included: no norms,
-    no biases, no looked-up embeddings, and of a mixture only the experts that the token is routed to.
+    no biases, no looked-up embeddings, and of a mixture only the experts that the token is routed to. `windows`: (how
+    far the attention of some layers reaches back, None for all of the document; how many layers these are).
     """
 
     params: int
@@ -48,6 +51,7 @@ class ModelShape:
     tied: bool
     gated: bool
     qk_norm: bool
+    windows: tuple[tuple[int | None, int], ...]
 
     @classmethod
     def of(cls, config: Mapping[str, Any], family: Family) -> ModelShape:
@@ -76,6 +80,7 @@ class ModelShape:
             tied=bool(family.tied(config)),
             gated=bool(roles & {"gate", "gate_up"}),
             qk_norm="q_norm" in roles,
+            windows=tuple(Counter(attention_windows(family, config)).items()),
         )
 
     @property

@@ -49,13 +49,15 @@ def estimate_step(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates)
     """The time of one step and what follows from it. The loss's three products are counted with the student's head."""
     waiting = tensor_parallel_seconds(job, setting, cluster) + sequence_parallel_seconds(job, setting, cluster)
     served = setting.placement == "served"
-    student, teacher = (ModelFlops.of_shape(shape, job.seq_len) for shape in (job.student, job.teacher))
+    student, teacher = (ModelFlops.of_shape(shape) for shape in (job.student, job.teacher))
     seconds = _seconds(job_of_tensor_rank(job, setting.tensor), setting, cluster, rates, waiting / rates.links)
     step = sum(seconds.values())
     tokens = setting.rows(job) * setting.accumulation * job.ranks // setting.tensor  # of a whole step
-    flops = step_flops(None if served else teacher, student, tokens, tokens)
+    flops = step_flops(None if served else teacher, student, tokens, tokens, job.row * (tokens // job.seq_len))
     rate = tokens / step
-    return StepEstimate(seconds, rate, mfu(flops, step, cluster.gpu.flops * job.ranks), rate * teacher.forward)
+    return StepEstimate(
+        seconds, rate, mfu(flops, step, cluster.gpu.flops * job.ranks), rate * teacher.of_a_token(job.row)
+    )
 
 
 def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, waiting: float) -> dict[str, float]:
@@ -63,7 +65,7 @@ def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, wait
     rows = setting.rows(job)
     tokens = rows * setting.accumulation
     peak = cluster.gpu.flops * rates.compute * rows / (rows + _HALF_AT_TOKENS)
-    student, teacher = (ModelFlops.of_shape(shape, job.seq_len).forward for shape in (job.student, job.teacher))
+    student, teacher = (ModelFlops.of_shape(shape).of_a_token(job.row) for shape in (job.student, job.teacher))
     recomputed = student - 2.0 * job.student.head if setting.checkpointing else 0.0
     hidden, exposed = _student_transfers(job, setting, cluster, rates)
     teacher_seconds = max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates))

@@ -76,11 +76,6 @@ def check_sequence_parallel(ranks: int, seq_len: int, folders: Mapping[str, Path
         )
     for what, folder in folders.items():
         config = read_config(folder)
-        if config.get("attn_logit_softcapping"):
-            raise ConfigError(
-                _FIELD, expected=f"a {what} whose attention has no soft-cap", got=str(config.get("model_type")),
-                hint="torch's attention cannot do it: sequence_parallel: 1",
-            )  # fmt: skip
         check_sequence_dims(ranks, what, load_family(config, str(folder / "config.json")).dims(config))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +54,14 @@ class StepWork:
     student: ModelFlops
     peak: float | None
 
-    def mfu(self, labels: int, seconds: float) -> float | None:
-        """Model FLOPs utilisation of a step with `labels` that took `seconds`; None without a peak."""
+    def mfu(self, labels: int, seconds: float, documents: Callable[[], Iterable[int]]) -> float | None:
+        """Model FLOPs utilisation of a step with `labels` that took `seconds`; None without a peak.
+
+        `documents` gives the lengths of all of its documents.
+        """
         if self.peak is None:
             return None
-        return mfu(step_flops(self.teacher, self.student, self.tokens, labels), seconds, self.peak)
+        return mfu(step_flops(self.teacher, self.student, self.tokens, labels, documents()), seconds, self.peak)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Observer:
         seconds = self.clock.elapsed()
         phases = {**self.clock.seconds(), COMMUNICATION: self._collectives.seconds()}
         self._report_profile(self._profiler.end(facts.step + 1))
-        mfu = self._work.mfu(facts.labels, seconds)
+        mfu = self._work.mfu(facts.labels, seconds, lambda: self._loader.document_lengths(facts.step))
         self._memory = max(facts.memory)
         self._report.add(self._work.tokens, seconds, phases, mfu)
         if self._records is not None:
@@ -231,8 +234,8 @@ def make_observer(
     peak = peak_flops(settings.peak_flops, device, dtype)
     work = StepWork(
         tokens=settings.global_batch * settings.seq_len,
-        teacher=ModelFlops.of(read_config(teacher_dir), settings.seq_len) if settings.source.in_process else None,
-        student=ModelFlops.of(read_config(student_dir), settings.seq_len),
+        teacher=ModelFlops.of(read_config(teacher_dir)) if settings.source.in_process else None,
+        student=ModelFlops.of(read_config(student_dir)),
         peak=None if peak is None else peak * world_size(),
     )
     records, at_start = None, {}

@@ -15,6 +15,7 @@ from kdscale.distill.objectives.token_divergence import TokenDivergence
 from kdscale.distill.replay import replay
 from kdscale.distill.telemetry.clock import PHASES
 from kdscale.errors import ConfigError
+from kdscale.models.documents import Documents
 from kdscale.runtime.progress import Reporter
 from kdscale.sizing.flops import ModelFlops, step_flops
 from kdscale.weights import read_config
@@ -56,12 +57,14 @@ def test_a_bad_batch_is_named_and_can_be_run_again(
 ):
     rows = [row for row in distil(tmp_path, **WATCHED) if row["kind"] == "train"]
     # speed: phases lie within the step, communication within the phases; MFU is FLOPs over time over the peak
-    flops = [ModelFlops.of(read_config(folder), 48) for folder in (tiny_llama_dir, student_dir)]
+    flops = [ModelFlops.of(read_config(folder)) for folder in (tiny_llama_dir, student_dir)]
     for row in rows:
         assert all(row[f"seconds_{phase}"] > 0 for phase in PHASES)
         assert sum(row[f"seconds_{phase}"] for phase in PHASES) <= row["seconds"]
         assert row["tokens_per_second"] == pytest.approx(4 * 48 / row["seconds"])
-        assert row["mfu"] == pytest.approx(step_flops(*flops, 4 * 48, row["labels"]) / row["seconds"] / PEAK)
+        lengths = [n for batch in loader.step(row["step"] - 1) for n in Documents.of(batch.position_ids_BS).lengths]
+        done = step_flops(*flops, 4 * 48, row["labels"], lengths)
+        assert row["mfu"] == pytest.approx(done / row["seconds"] / PEAK)
         assert row["peak_memory_bytes"] > 50e6 and row["peak_memory_rank"] == 0
     # profile
     profile = tmp_path / "logs" / "profile"

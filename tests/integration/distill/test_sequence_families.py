@@ -7,7 +7,8 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, masking_utils
 
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.families import supported_types
+from kdscale.families import load_family, supported_types
+from kdscale.families.windows import attention_windows
 from kdscale.models import attention
 from kdscale.models.attention import attend_within_documents, choice_for, documents_apart
 from kdscale.models.documents import Documents
@@ -58,6 +59,55 @@ def test_hidden_states_and_gradients_are_the_familys_own(model_type):
     with torch.no_grad():
         mixed = final_hidden(model, token_ids(), PLAIN)
     assert float((mixed - want[0]).abs().max()) > 1e-2  # documents that see each other do differ
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        *((model_type, {}) for model_type in sorted(supported_types())),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": False}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention"] * 3}),
+        ("gemma2", {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}),
+    ],
+)
+def test_windows_are_those_that_the_familys_layers_ask_for(model_type, changes):
+    asked = []
+
+    def attention(_module, query, _key, value, *_, sliding_window=None, **__):
+        asked.append(sliding_window)
+        return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
+
+    model = tiny_model(model_type, torch.float32, **changes)
+    AttentionInterface.register("asked", attention)
+    model.config._attn_implementation = "asked"
+    model(input_ids=token_ids(), use_cache=False)
+    config = {**tiny_config(model_type), **changes}
+    assert attention_windows(load_family(config, "test"), config) == asked
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "want"),
+    [
+        ("mistral", {}, [4096] * 3),
+        ("gemma2", {}, [4096, None, 4096]),
+        ("qwen2", {"use_sliding_window": True}, [None] * 3),  # from layer 28 on
+        ("phi3", {}, [None] * 3),
+    ],
+)
+def test_windows_that_a_config_leaves_out(model_type, changes, want):
+    left_out = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+    config = {k: v for k, v in tiny_config(model_type).items() if k not in left_out} | changes
+    assert attention_windows(load_family(config, "test"), config) == want
+
+
+@pytest.mark.parametrize("window", [0, -1, "4096", True, 2.5])
+def test_a_window_that_is_none_is_refused(window):
+    config = {**tiny_config("mistral"), "sliding_window": window}
+    with pytest.raises(CheckpointError, match="sliding_window"):
+        attention_windows(load_family(config, "test"), config)
 
 
 def test_no_mask_is_made_for_a_training_step(monkeypatch):

@@ -37,10 +37,11 @@ def test_every_part_runs_and_a_failure_is_named(tmp_path: Path, fails: bool) -> 
     assert [call.split()[:3] for call in calls] == [
         ["-m", "pytest", "-m"],
         ["benchmarks/kernels/run.py", "--device", "cuda"],
+        ["benchmarks/distill/packed_attention.py", "--device", "cuda"],
         ["benchmarks/distill/trl_gkd.py", "--teacher", "/teacher"],
         ["-m", "kdscale.cli.main", "run"],
     ]
-    assert "--set distill.tokens=1M --set distill.seq_len=1024" in calls[3]
+    assert "--set distill.tokens=1M --set distill.seq_len=1024" in calls[4]
     assert done.returncode == int(fails)
     assert ("failed: tests" in done.stdout) == fails
     assert "2 failed" in (tmp_path / "out" / "tests.log").read_text()
@@ -51,4 +52,4 @@ def test_without_a_gpu_its_parts_have_not_passed(tmp_path: Path) -> None:
     done, calls = session(tmp_path, gpu=False, fails=False)
     assert [call.split()[0] for call in calls] == ["benchmarks/distill/trl_gkd.py", "-m"]
     assert done.returncode == 1
-    assert "failed: tests kernels" in done.stdout
+    assert "failed: tests kernels attention" in done.stdout

@@ -15,6 +15,7 @@ from kdscale.data.batches import Batch, LoaderState, PackedLoader
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.errors import ConfigError, DataError
+from kdscale.models.documents import Documents
 
 LENGTHS = [7, 30, 2, 12, 19, 5, 44, 3, 9, 16]
 
@@ -60,6 +61,16 @@ def test_epochs_differ_and_shuffle_off_keeps_order(make_split):
     assert first != second
     plain = PackedLoader(split, 8, 1, 1, seed=0, shuffle=False)
     assert [t for i in range(n) for t in plain.sequence(i).input_ids_S] == split.tokens_T[: n * 8].tolist()
+
+
+@pytest.mark.parametrize("prefix", [(), (1, 2)])
+def test_the_lengths_of_a_steps_documents_are_known_without_its_tokens(make_split, prefix, monkeypatch):
+    split = make_split(LENGTHS, prefix_ids=prefix)
+    loader = PackedLoader(split, 8, 8, 2, seed=3, rank=1, world=2)
+    whole = PackedLoader(split, 8, 8, 8, seed=3)
+    want = [Documents.of(whole.step(step)[0].position_ids_BS).lengths for step in range(5)]
+    monkeypatch.setattr(type(split), "document_tokens", None)
+    assert [tuple(loader.document_lengths(step)) for step in range(5)] == want
 
 
 def test_batch_types(make_split):
