@@ -4,7 +4,7 @@
 
 Every rank loads the model in bf16, then runs forward, sparse KL (top 64 of random targets) and backward of one sequence
 of two packed documents, while a thread reads /proc/self/status. The figure leaves out the loaded model: it is made of
-activations, the mask, the loss's workspace and the gradients, which are as large on every rank and have a column.
+activations, the loss's workspace and the gradients, which are as large on every rank and have a column.
 """
 
 from __future__ import annotations
