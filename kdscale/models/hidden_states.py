@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdscale.errors import FileError
-from kdscale.files import explain_os_errors, fsync_file
+from kdscale.files import explain_os_errors, fsync_file, safe_join
 
 ACTIVATION_BYTES = 1 << 30
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -51,7 +51,8 @@ class HiddenStates:
     """A list of tensors [B, S, D], one per batch, whose shapes never change; it is indexed and assigned like a list.
 
     The first ones stay in memory (on `device`) while the budget of `scratch` lasts; the others are read from and
-    written to a file. `save` puts all of them into a file that `load` opens again, in this process or another one.
+    written to a file. `save` puts what changed since the last time into a file of its own; `load` opens those files
+    again, in this process or another one.
     """
 
     def __init__(self, scratch: Scratch = IN_MEMORY, device: torch.device | None = None):
@@ -59,8 +60,8 @@ class HiddenStates:
         self._extents: list[_Extent] = []
         self._memory: dict[int, Tensor] = {}
         self._in_memory = 0
-        self._file: Path | None = None  # what `save` wrote last
-        self._respooled: set[int] = set()  # written since then, and so in the spool file
+        self._saved: dict[int, Path] = {}  # the file that `save` last put each one into, at its offset
+        self._changed: set[int] = set()  # since then; where they are not in memory, they are in the spool file
         self._spool = None if scratch.folder is None else scratch.folder / "spool.bin"
 
     def __len__(self) -> int:
@@ -73,17 +74,17 @@ class HiddenStates:
         """Add the tensor of one more batch."""
         end = self._extents[-1].offset + self._extents[-1].nbytes if self._extents else 0
         self._extents.append(_Extent(tuple(value.shape), value.dtype, end, value.nbytes))
+        index = len(self._extents) - 1
         if self._spool is None or self._in_memory + value.nbytes <= self._scratch.activation_bytes:
             self._in_memory += value.nbytes
-            self._memory[len(self._extents) - 1] = value
-        else:
-            self[len(self._extents) - 1] = value
+            self._memory[index] = value
+        self[index] = value
 
     def __getitem__(self, index: int) -> Tensor:
         if index in self._memory:
             return self._memory[index]
         extent = self._extents[index]
-        file = self._spool if index in self._respooled else self._file
+        file = self._spool if index in self._changed else self._saved[index]
         assert file is not None
         raw = torch.empty(extent.nbytes, dtype=torch.uint8)
         with file.open("rb", buffering=0) as stream:
@@ -100,39 +101,52 @@ class HiddenStates:
         assert (tuple(value.shape), value.dtype) == (extent.shape, extent.dtype), "hidden states keep their shapes"
         if index in self._memory:
             self._memory[index] = value
-            return
-        assert self._spool is not None
-        self._put(index, value)
-        self._respooled.add(index)
+        else:
+            self._put(index, value)
+        self._changed.add(index)
+
+    @property
+    def changed_bytes(self) -> int:
+        """How much `save` would write now."""
+        return sum(self._extents[index].nbytes for index in self._changed)
 
     def save(self, path: Path) -> list[dict[str, Any]]:
-        """Write everything to the file `path` and flush it to the disk; returns the tensors' shapes, for `load`."""
+        """Write what changed to the file `path` and flush it to the disk; returns what `load` needs to know.
+
+        That names the files with the rest, beside `path`: those of earlier calls, which must stay as long.
+        """
         assert self._spool is not None, "hidden states without a folder cannot be saved"
-        for index in range(len(self)):
-            if index not in self._respooled:
-                self._put(index, self[index])
-        with explain_os_errors(path):
-            fsync_file(self._spool)
-            self._spool.replace(path)
-        self._file = path
-        self._respooled.clear()
-        return [{"shape": list(extent.shape), "dtype": str(extent.dtype)} for extent in self._extents]
+        for index in self._changed & self._memory.keys():
+            self._put(index, self._memory[index])
+        if self._changed:
+            with explain_os_errors(path):
+                fsync_file(self._spool)
+                self._spool.replace(path)
+        self._saved |= dict.fromkeys(self._changed, path)
+        self._changed.clear()
+        return [
+            {"shape": list(extent.shape), "dtype": str(extent.dtype), "file": self._saved[index].name}
+            for index, extent in enumerate(self._extents)
+        ]
 
     @classmethod
     def load(
-        cls, path: Path, tensors: Sequence[dict[str, Any]], scratch: Scratch, device: torch.device | None = None
+        cls, folder: Path, tensors: Sequence[dict[str, Any]], scratch: Scratch, device: torch.device | None = None
     ) -> HiddenStates:
-        """Open what `save` wrote. Raises FileError when the file is not as long as `tensors` (what it returned) say."""
+        """Open what `save` wrote into `folder`. Raises FileError when a file is shorter than `tensors` (what it
+        returned) say, or missing."""
         states = cls(scratch, device)
-        states._file = path
         offset = 0
-        for tensor in tensors:
+        for index, tensor in enumerate(tensors):
             dtype = _DTYPES[tensor["dtype"]]
             nbytes = torch.Size(tensor["shape"]).numel() * dtype.itemsize
             states._extents.append(_Extent(tuple(tensor["shape"]), dtype, offset, nbytes))
+            states._saved[index] = safe_join(folder, tensor["file"])
             offset += nbytes
-        if path.stat().st_size != offset:
-            raise _damaged(path, offset, path.stat().st_size)
+        ends = {states._saved[index]: extent.offset + extent.nbytes for index, extent in enumerate(states._extents)}
+        for file, end in ends.items():
+            if (size := file.stat().st_size if file.exists() else 0) < end:
+                raise _damaged(file, end, size)
         for index, extent in enumerate(states._extents):
             if states._in_memory + extent.nbytes > scratch.activation_bytes:
                 break
@@ -155,4 +169,4 @@ class HiddenStates:
 
 def _damaged(file: Path, expected: int, got: int) -> FileError:
     hint = f"remove the folder {file.parent} and run the stage again: it starts over"
-    return FileError(f"{file} is cut short", expected=f"{expected:,} bytes", got=f"{got:,} bytes", hint=hint)
+    return FileError(f"{file} is cut short", expected=f"at least {expected:,} bytes", got=f"{got:,} bytes", hint=hint)

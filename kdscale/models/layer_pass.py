@@ -1,13 +1,18 @@
-"""A walk through a model, one layer in memory at a time; after a kill it goes on at the first unfinished layer.
+"""A walk through a model, one layer in memory at a time; after a kill it goes on at the last layer that it saved.
 
 Whatever embeds batches and gives layers can be walked (`LayerSource`): a model read from its files, a teacher and its
 student side by side, several copies of one model.
 
-Files in the scratch folder, for the layers done so far (k of them):
-  states-<k>.bin             the hidden states that leave layer k−1, batch after batch, raw
+The hidden states of a large model are gigabytes, and flushing them can take as long as the layer did. So a save comes
+after every layer only where it is cheap; otherwise it waits until the work since the last one has taken ten times as
+long as that did. The layers in between are run again after a kill, with the same results. A signal that arrives while
+there are such layers waits for the end of the one under way, and for a save; any other acts at once.
+
+Files in the scratch folder, for the layers done when it was saved (k of them):
+  states-<k>.bin             those of the hidden states that leave layer k−1 that changed since the save before, raw
   running-<k>.safetensors    sums over the layers so far
   layer-<i>.safetensors      the result of layer i, for each i < k
-  progress-<k>.json          where each batch is in states-<k>.bin; written last: only then is the set complete
+  progress-<k>.json          which states-<j>.bin each state is in; written last: only then is the set complete
 
 B batch · S sequence · D hidden
 """
@@ -15,18 +20,27 @@ B batch · S sequence · D hidden
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from kdscale.errors import Interrupted
 from kdscale.files import atomic_path, read_json, read_own_json, write_json
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_stream import TokenBatch
 from kdscale.runtime import ranks
 from kdscale.runtime.progress import Bar
+from kdscale.runtime.signals import StopRequest, watch_signals
+
+_VERSION = 2
+_CHEAP_BYTES = 1 << 26  # a second on a slow disk
+_WORK_PER_SAVE = 10  # so that saving takes a tenth of the time at most
 
 
 class Layer(Protocol):
@@ -75,7 +89,7 @@ class LayerPass(Generic[Layer_co]):
         for layer in walk.layers():            # from the first unfinished one on
             ...register hooks on the layer...
             walk.run(layer)                    # every batch through it
-            walk.finish({"score": ...})        # its result is kept; a kill from here on resumes with the next layer
+            walk.finish({"score": ...})        # its result is kept; a kill from here on may resume with the next layer
         walk.results                           # one dict per layer, also of those done by a killed process
 
     `running` holds tensors that belong to no one layer, such as sums over the layers: fill it between `layers` and
@@ -96,6 +110,8 @@ class LayerPass(Generic[Layer_co]):
         self.results: list[dict[str, Tensor]] = []
         self.running: dict[str, Tensor] = {}
         self._scratch, self._advance = scratch, advance
+        self._saved_at, self._save_seconds = time.monotonic(), 0.0
+        self._deferral, self._deferring, self._stop = ExitStack(), False, StopRequest()
         done = ranks.all_reduce_min(max(self._finished(), default=0))
         if done:
             self._resume(done)
@@ -110,11 +126,13 @@ class LayerPass(Generic[Layer_co]):
 
     def layers(self, stop: int | None = None) -> Iterator[Layer_co]:
         """The unfinished layers below `stop` in order; each is released when the next one is asked for."""
-        for index in range(self.done, self.source.depth if stop is None else stop):
-            layer = self.source.layer(index)
-            yield layer
-            layer.release()
-            assert self.done == index + 1, "finish() was not called"
+        with self._deferral:
+            for index in range(self.done, self.source.depth if stop is None else stop):
+                layer = self.source.layer(index)
+                yield layer
+                layer.release()
+                assert self.done == index + 1, "finish() was not called"
+        self._pass_signal_on()
 
     def run(self, layer: Layer, see: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """Send every batch through `layer`; `see(before_BSD, after_BSD)` is shown what goes in and what comes out."""
@@ -129,7 +147,10 @@ class LayerPass(Generic[Layer_co]):
                 self._advance(batch.input_ids_BS.numel(), layer.index)
 
     def finish(self, result: dict[str, Tensor] | None = None) -> None:
-        """Keep the result of the layer that was run last, and how far the pass is, so that a kill does not undo it."""
+        """Keep the result of the layer that was run last, and save how far the pass is, if that is due.
+
+        Raises Interrupted on all ranks when one of them got a signal since the last save.
+        """
         from safetensors.torch import save_file
 
         self.results.append({name: value.detach().cpu().contiguous() for name, value in (result or {}).items()})
@@ -138,13 +159,43 @@ class LayerPass(Generic[Layer_co]):
             return
         with atomic_path(self._file(f"layer-{done - 1}.safetensors")) as tmp:
             save_file(self.results[-1], tmp)
+        answers = ranks.gather([self._save_is_due(), self._stop.signum])
+        signum = next((signum for _, signum in answers if signum), 0)
+        if answers[0][0] or signum:  # rank 0's clock
+            self._save(done)
+            self._deferral.close()
+            if signum:
+                raise Interrupted(signum, f"after layer {done}, which is saved")
+            self._pass_signal_on()
+        elif not self._deferring:
+            self._stop = self._deferral.enter_context(watch_signals())
+            self._deferring = True
+
+    def _pass_signal_on(self) -> None:
+        """After the deferral: let a signal that came since all ranks were asked act as it would now."""
+        signum, self._stop, self._deferring = self._stop.signum, StopRequest(), False
+        if signum:
+            signal.raise_signal(signum)
+
+    def _save_is_due(self) -> bool:
+        """See the top."""
+        elapsed = time.monotonic() - self._saved_at
+        return self.states.changed_bytes <= _CHEAP_BYTES or elapsed >= _WORK_PER_SAVE * self._save_seconds
+
+    def _save(self, done: int) -> None:
+        """Put on the disk what a resume needs after `done` layers, then remove what it no longer needs."""
+        from safetensors.torch import save_file
+
+        began = time.monotonic()
         if self.running:
             with atomic_path(self._file(f"running-{done}.safetensors")) as tmp:
                 save_file(self.running, tmp)
         tensors = self.states.save(self._file(f"states-{done}.bin"))
-        write_json(self._file(f"progress-{done}.json"), {"version": 1, "states": tensors})
-        ranks.barrier()  # the files of the layer before may go once every rank has these
-        self._remove(done - 1)
+        write_json(self._file(f"progress-{done}.json"), {"version": _VERSION, "states": tensors})
+        ranks.barrier()  # the files of the save before may go once every rank has these
+        self._keep_only(done, tensors)
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - began
 
     def close(self) -> None:
         """Remove the files; the results stay."""
@@ -162,34 +213,33 @@ class LayerPass(Generic[Layer_co]):
     def _resume(self, done: int) -> None:
         from safetensors.torch import load_file
 
+        assert self._scratch.folder is not None
         progress = read_json(self._file(f"progress-{done}.json"))
         self.results = [load_file(self._file(f"layer-{index}.safetensors")) for index in range(done)]
         if self._file(f"running-{done}.safetensors").exists():
             self.running = load_file(self._file(f"running-{done}.safetensors"), device=str(self.source.device))
-        self.states = HiddenStates.load(
-            self._file(f"states-{done}.bin"), progress["states"], self._scratch, self.source.device
-        )
-        for other in self._finished():
-            if other != done:
-                self._remove(other)
+        self.states = HiddenStates.load(self._scratch.folder, progress["states"], self._scratch, self.source.device)
+        self._keep_only(done, progress["states"])
 
     def _file(self, name: str) -> Path:
         assert self._scratch.folder is not None
         return self._scratch.folder / name
 
-    def _remove(self, done: int) -> None:
-        for name in (f"progress-{done}.json", f"states-{done}.bin", f"running-{done}.safetensors"):
-            self._file(name).unlink(missing_ok=True)  # progress first: it says that the others are there
+    def _keep_only(self, done: int, tensors: Sequence[dict[str, Any]]) -> None:
+        """Remove the files of other saves; `tensors`: the states of the one after `done` layers."""
+        kept = {f"progress-{done}.json", f"running-{done}.safetensors", *(tensor["file"] for tensor in tensors)}
+        self._unlink(kept, "progress-*.json", "running-*.safetensors", "states-*.bin")
 
     def _clear(self) -> None:
+        self._unlink(set(), "progress-*.json", "running-*.safetensors", "states-*.bin", "spool.bin", "layer-*")
+
+    def _unlink(self, kept: Set[str], *patterns: str) -> None:
+        """Progress goes first: it says that the others are there."""
         folder = self._scratch.folder
-        if folder is not None and folder.exists():
-            for done in self._finished():
-                self._remove(done)
-            for pattern in ("states-*.bin", "spool.bin", "layer-*.safetensors", "running-*.safetensors"):
-                for item in folder.glob(pattern):
-                    item.unlink()
+        for item in (item for pattern in patterns if folder is not None for item in folder.glob(pattern)):
+            if item.name not in kept:
+                item.unlink()
 
 
 def _is_progress(value: object) -> bool:
-    return isinstance(value, dict) and "states" in value
+    return isinstance(value, dict) and value.get("version") == _VERSION and "states" in value

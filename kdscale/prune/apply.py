@@ -57,7 +57,7 @@ def apply_plan(
     The tensors keep the teacher's dtype and are the same bytes for the same inputs; a tensor that the plan does not cut
     is copied bit for bit. `batches` are needed when the plan compensates ffn or heads or repairs gaps; `dtype` and
     `device` are those of these passes, and `recovered` collects what each regression won back. With a folder in
-    `scratch` a killed call is resumed, in the same `out_dir`, at the first layer that it had not finished. With several
+    `scratch` a killed call is resumed, in the same `out_dir`, at the last layer that it had saved. With several
     ranks each has its share of `batches` and a `scratch` of its own, and one writes. With `code` the teacher's own
     classes go along. Raises DataError when batches are missing and SelfCheckError when a regression fails.
     """

@@ -118,8 +118,8 @@ def repaired_gaps(
     """Refit what is in front of each gap, in one pass over the teacher; every rank gets the weights.
 
     In memory: a layer, one regression ([K, K] and [D', K]) and hidden states within the budget of `scratch`, of which a
-    token has D + K + 2 D' numbers (in bf16). With a folder a killed call resumes at the first unfinished layer. Raises
-    ConfigError for a layer that does more than add its sublayers' outputs (post-norms, residual multipliers).
+    token has D + K + 2 D' numbers (in bf16). With a folder a killed call resumes at the last layer that it saved.
+    Raises ConfigError for a layer that does more than add its sublayers' outputs (post-norms, residual multipliers).
     """
     gaps, repaired = find_gaps(slicer.plan), RepairedWeights(scratch.folder)
     if not gaps:

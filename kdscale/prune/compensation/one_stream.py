@@ -71,7 +71,7 @@ def compensated_layers(
 
     Weights are fp32 on the CPU, as they are on disk, and cut to the kept hidden channels. With several ranks `batches`
     are this rank's share; all ranks must go through this, and the one that writes gets the weights. A layer is finished
-    when the next one is asked for; with a folder in `scratch` a killed pass resumes at the first unfinished layer.
+    when the next one is asked for; with a folder in `scratch` a killed pass resumes at the last layer that it saved.
     `recovered` is measured on the writer's share. Projections that `repaired` has are left out. Raises SelfCheckError
     when a regression is not finite.
     """

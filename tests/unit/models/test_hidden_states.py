@@ -49,14 +49,18 @@ def test_saved_states_are_read_by_another_process_with_another_budget(tmp_path: 
     states = _filled(Scratch(tmp_path, budget), _values(1))
     slots = states.save(tmp_path / "one.bin")
     states[1] = _values(2)[1]  # after the save: not part of it
-    again = HiddenStates.load(tmp_path / "one.bin", slots, Scratch(tmp_path / "other", later))
+    again = HiddenStates.load(tmp_path, slots, Scratch(tmp_path / "other", later))
     assert all(map(torch.equal, again, _values(1)))
     expected = [*_values(1)[:1], _values(2)[1], *_values(1)[2:]]
     assert all(map(torch.equal, states, expected))
-    states.save(tmp_path / "two.bin")  # three of them only in memory or in the first file
-    assert all(
-        map(torch.equal, HiddenStates.load(tmp_path / "two.bin", slots, Scratch(tmp_path / "o", later)), expected)
-    )
+    assert states.changed_bytes == BYTES
+    slots = states.save(tmp_path / "two.bin")
+    assert [slot["file"] for slot in slots] == ["one.bin", "two.bin", "one.bin", "one.bin"]
+    assert states.changed_bytes == 0
+    for one in (states, HiddenStates.load(tmp_path, slots, Scratch(tmp_path / "o", later))):
+        assert all(map(torch.equal, one, expected))
+    assert states.save(tmp_path / "three.bin") == slots  # nothing changed, nothing is written
+    assert not (tmp_path / "three.bin").exists()
 
 
 def test_without_a_folder_everything_is_in_memory() -> None:
@@ -70,6 +74,6 @@ def test_a_file_that_is_cut_short_is_noticed(tmp_path: Path) -> None:
     with (tmp_path / "one.bin").open("r+b") as stream:
         stream.truncate(3 * BYTES)
     with pytest.raises(FileError, match=r"one\.bin"):
-        HiddenStates.load(tmp_path / "one.bin", slots, Scratch(tmp_path, 0))
+        HiddenStates.load(tmp_path, slots, Scratch(tmp_path, 0))
     with pytest.raises(FileError, match="cut short"):
         states[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdscale.errors import Interrupted
+from kdscale.models import layer_pass
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import TokenBatch
@@ -95,6 +98,66 @@ def test_a_killed_walk_goes_on_at_the_first_unfinished_layer(
     assert all(map(torch.equal, resumed.states, unbroken.states))
     resumed.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_takes_a_tenth_of_the_time_at_most(
+    batches: list[TokenBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save takes 1 s and a layer 4: after the first layer, and then after every third."""
+    now = [0.0]
+    real_layer, real_save = ToySource.layer, HiddenStates.save
+
+    def layer(self: ToySource, index: int) -> ToyLayer:
+        now[0] += 4.0
+        return real_layer(self, index)
+
+    def save(self: HiddenStates, path: Path) -> list[dict[str, object]]:
+        now[0] += 1.0
+        return real_save(self, path)
+
+    monkeypatch.setattr(ToySource, "depth", 9)
+    unbroken = scored(ToySource(), batches, IN_MEMORY, until=9)
+    monkeypatch.setattr(layer_pass, "_CHEAP_BYTES", 0)
+    monkeypatch.setattr(layer_pass.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ToySource, "layer", layer)
+    monkeypatch.setattr(HiddenStates, "save", save)
+    scored(ToySource(), batches, Scratch(tmp_path), until=6)
+    assert {item.name for item in tmp_path.glob("[ps]*-*")} == {"progress-4.json", "states-4.bin"}
+    source = ToySource()
+    resumed = scored(source, batches, Scratch(tmp_path), until=9)
+    assert source.given == [4, 5, 6, 7, 8]
+    assert [result["norm"].tolist() for result in resumed.results] == [r["norm"].tolist() for r in unbroken.results]
+    assert torch.equal(resumed.running["sum"], unbroken.running["sum"])
+    assert (tmp_path / "progress-8.json").exists()  # after 5, the first of this process
+
+
+def test_a_signal_waits_for_a_save_where_there_are_layers_to_lose(
+    batches: list[TokenBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers 1 and 2 of 9 are finished, the first of them is saved; the signal comes in the third."""
+    monkeypatch.setattr(ToySource, "depth", 9)
+    monkeypatch.setattr(layer_pass, "_CHEAP_BYTES", 0)
+    monkeypatch.setattr(layer_pass, "_WORK_PER_SAVE", 1e12)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        walk, caught = LayerPass(ToySource(), batches, Scratch(tmp_path)), False
+        try:
+            for layer in walk.layers():
+                if layer.index == 2:
+                    signal.raise_signal(signal.SIGTERM)
+                walk.run(layer)
+                walk.finish()
+        except Interrupted as stop:
+            caught = str(stop) == "stopped by SIGTERM after layer 3, which is saved"
+        assert caught
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        assert LayerPass(ToySource(), batches, Scratch(tmp_path)).done == 3
+        walk = LayerPass(ToySource(), batches, Scratch(tmp_path))
+        with pytest.raises(KeyboardInterrupt):  # the handler from before: nothing is lost
+            for _ in walk.layers():
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_progress_counts_each_batch_in_each_layer(batches: list[TokenBatch]) -> None:
