@@ -151,9 +151,12 @@ def _show(plan: ClusterPlan, everything: bool) -> None:
     )
     for note in plan.notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
-    columns = ("stage", "teacher", "offloaded", "ckpt", "micro × acc", "GiB", "tokens/s", "MFU", "time", "")
-    rows = [_row(compared, plan) for compared in _selected(plan, everything)]
-    console.print(table(f"{len(plan.settings)} settings compared", columns, rows, right_from=None))
+    columns = ("stage", "teacher", "saves by", "batch", "GiB", "tok/s", "MFU", "time", "")
+    shown = _selected(plan, everything)
+    rows = [_row(compared, plan) for compared in shown]
+    console.print(table(f"{len(plan.settings)} settings compared", columns, rows, nowrap=True))
+    for line in _legend(shown, plan):
+        console.print(line, style="dim", highlight=False)
     chosen = plan.chosen
     if chosen is None:
         return
@@ -180,17 +183,36 @@ def _selected(plan: ClusterPlan, everything: bool) -> list[ComparedSetting]:
 
 def _row(compared: ComparedSetting, plan: ClusterPlan) -> tuple[str, ...]:
     from kdscale.sizing.gpus import GIB
-    from kdscale.units import compact_duration
+    from kdscale.units import compact_count, compact_duration
 
     setting = compared.setting
-    offloaded = "Adam, weights" if setting.offload_parameters else "Adam" if setting.offload_optimizer else ""
+    saves = ["ckpt"] if setting.checkpointing else []
+    saves += ["both"] if setting.offload_parameters else ["Adam"] if setting.offload_optimizer else []
     stage = f"{setting.stage} hpZ" if setting.hpz > 1 else str(setting.stage)
     stage += f" T={setting.tensor}" if setting.tensor > 1 else ""
     stage += f" S={setting.sequence}" if setting.sequence > 1 else ""
-    verdict = "chosen" if compared is plan.chosen else compared.reason
+    verdict = "chosen" if compared is plan.chosen else compared.verdict
     return (
-        stage, setting.placement, offloaded, "yes" if setting.checkpointing else "",
-        f"{setting.micro_batch} × {setting.accumulation}", f"{compared.memory.total / GIB:.1f}",
-        f"{compared.speed.tokens_per_second:,.0f}", f"{compared.speed.mfu:.0%}",
-        compact_duration(compared.seconds(plan.tokens)), verdict,
+        stage, setting.placement, " ".join(saves), f"{setting.micro_batch}×{setting.accumulation}",
+        f"{compared.memory.total / GIB:.1f}", compact_count(compared.speed.tokens_per_second),
+        f"{compared.speed.mfu:.0%}", compact_duration(compared.seconds(plan.tokens)), verdict,
     )  # fmt: skip
+
+
+def _legend(shown: list[ComparedSetting], plan: ClusterPlan) -> list[str]:
+    """What the short words of the table stand for, as far as it has them."""
+    from kdscale.sizing.gpus import GIB
+
+    settings = [compared.setting for compared in shown]
+    verdicts = {compared.verdict: compared for compared in reversed(shown)}
+    lines = {
+        "batch: sequences a forward × forwards a step, on a rank": True,
+        "ckpt: gradient checkpointing": any(setting.checkpointing for setting in settings),
+        "Adam: its state in host memory": any(setting.offload_optimizer for setting in settings),
+        "both: the weights too": any(setting.offload_parameters for setting in settings),
+        "hpZ: all weights in each node too": any(setting.hpz > 1 for setting in settings),
+        "T, S: ranks that share layers, sequences": any(setting.tensor * setting.sequence > 1 for setting in settings),
+        f"too large: for the GPU's {plan.cluster.gpu.memory / GIB:.1f} GiB": "too large" in verdicts,
+    }
+    lines |= {f"{name}: {verdicts[name].reason}": True for name in ("own GPUs", "host full") if name in verdicts}
+    return [line for line, wanted in lines.items() if wanted]

@@ -44,7 +44,11 @@ def _show(result: dict[str, Any]) -> None:
 
     console = Console()
     losses = result["losses"]
-    table = Table("sequence", *losses, "documents", "beginning", box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("sequence", *losses):
+        table.add_column(column, no_wrap=True)
+    table.add_column("documents", overflow="fold")
+    table.add_column("beginning")
     worst_first = sorted(result["sequences"], key=lambda entry: (entry["loss"] is not None, -(entry["loss"] or 0.0)))
     for entry in worst_first:
         documents = ", ".join(f"{document['id']} ({document['source']})" for document in entry["documents"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from kdscale.config.load import load_config
@@ -39,6 +42,16 @@ def _print(table: Table) -> None:
     Console(soft_wrap=False).print(table)
 
 
+def _note(text: str, style: str = "yellow") -> None:
+    Console().print(for_terminal(text), style=style, highlight=False, markup=False)
+
+
+def width_of(table: Table) -> int:
+    """How many columns of a terminal a table takes when nothing in it is wrapped."""
+    console = Console()
+    return Measurement.get(console, console.options.update(width=10_000), table).maximum
+
+
 def table(
     title: str,
     columns: Sequence[str],
@@ -56,9 +69,9 @@ def table(
         pad_edge=False,
     )
     for index, column in enumerate(columns):
-        table.add_column(
-            column, no_wrap=nowrap, justify="right" if right_from is not None and index >= right_from else "left"
-        )
+        justify: JustifyMethod = "right" if right_from is not None and index >= right_from else "left"
+        # a long word such as a path is folded where it may be, and never cut without a sign
+        table.add_column(column, no_wrap=nowrap, justify=justify, overflow="ellipsis" if nowrap else "fold")
     for row in rows:
         table.add_row(*map(for_terminal, row))
     return table
@@ -84,7 +97,7 @@ def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None
     before, after = (plan_json[f"{who}_params"]["total"] for who in ("teacher", "student"))
     capacity = Capacity(before, after, distill_tokens)
     for warning in [*plan_json.get("warnings", []), *capacity.warnings()]:
-        Console().print(f"note: {warning}", style="yellow", highlight=False)
+        _note(f"note: {warning}")
 
 
 def _candidates(plan_json: dict[str, Any]) -> None:
@@ -111,16 +124,33 @@ def _candidates(plan_json: dict[str, Any]) -> None:
         "probe": lambda row: f"{row['probes'][-1]['loss']:.4f}" if row["probes"] else "",
         "": lambda row: "chosen" if row is rows[0] else "",
     }
-    if any(row["decode_ms"] for row in rows):  # eighty columns hold only so much
-        del columns["on disk"], columns["KV/tok"]
     if any(row["masked"] for row in rows):
-        Console().print("KL, loss: masked runs on calibration text, nats per token", style="dim", highlight=False)
+        _note("KL, loss: masked runs on calibration text, nats per token", "dim")
     shown = {title: cell for title, cell in columns.items() if any(cell(row) for row in rows)}
     asked = plan_json["target"]["asked"]
     title = f"{plan_json['candidates_tried']:,} shapes meet {asked}; the best {len(rows)}"
-    _print(
-        table(title, tuple(shown), [[cell(row) for cell in shown.values()] for row in rows], right_from=0, nowrap=True)
-    )
+
+    def drawn() -> Table:
+        cells = [[cell(row) for cell in shown.values()] for row in rows]
+        return table(title, tuple(shown), cells, right_from=0, nowrap=True)
+
+    left_out = []
+    for column in (
+        "KV/tok",
+        "on disk",
+        "loss",
+        "active",
+        score,
+        "prefill",
+        "decode",
+        "KL",
+    ):  # eighty columns hold only so much
+        if column in shown and width_of(drawn()) > Console().width:
+            del shown[column]
+            left_out.append(column)
+    _print(drawn())
+    if left_out:
+        _note(f"not shown for lack of room (plan.json has them): {', '.join(left_out)}", "dim")
 
 
 def results(folder: Path, last_stage: str) -> None:
@@ -178,8 +208,7 @@ def _side_by_side(path: Path) -> None:
     except FileError:
         evaluation = None
     if not _is_evaluation(evaluation):
-        notice = f"warning: {path} is damaged; kdscale run makes it again"
-        Console().print(for_terminal(notice), style="yellow", highlight=False, markup=False)
+        _note(f"warning: {path} is damaged; kdscale run makes it again")
         return
     models = {name: model["quality"] for name, model in evaluation["models"].items()}
     rows = [
@@ -189,8 +218,7 @@ def _side_by_side(path: Path) -> None:
     _print(table("Held-out text", ("", *models), rows, right_from=1))
     if worse := worsened(evaluation):
         before, after = (model_title(students(evaluation)[at]).lower() for at in (0, -1))
-        text = f"worse in the {after} student than in the {before} one: {', '.join(worse)}"
-        Console().print(f"note: {text}", style="yellow", highlight=False)
+        _note(f"note: worse in the {after} student than in the {before} one: {', '.join(worse)}")
 
 
 def status(folder: Path) -> None:
@@ -202,13 +230,17 @@ def status(folder: Path) -> None:
         )
     for step in sorted(run.steps.glob("*/config.yaml")):
         _stages(RunFolder(step.parent), [stage for stage in STAGES.values() if stage.in_steps])
-    _stages(run, list(STAGES.values()))
+    finished = _stages(run, list(STAGES.values()))
     results(folder, "report")
+    if not finished and not run.in_use():
+        console = Console(soft_wrap=True)
+        command = f"kdscale run {shlex.quote(str(run.config))}"
+        console.print(for_terminal(f"go on with: {command}"), highlight=False, markup=False)
 
 
-def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
-    """One line per stage, and one of the training if it has begun."""
-    recorded = run.recorded(lambda notice: Console().print(notice, style="yellow", highlight=False, markup=False))
+def _stages(run: RunFolder, stages: Sequence[Stage]) -> bool:
+    """One line per stage, and one of the training if it has begun; returns whether all stages are done."""
+    recorded = run.recorded(_note)
     alive = run.in_use()
     rows = []
     for stage in stages:
@@ -221,16 +253,31 @@ def _stages(run: RunFolder, stages: Sequence[Stage]) -> None:
             for name, value in entry.get("facts", {}).items()
         ]
         detail = " · ".join(facts) or next(iter(entry.get("reason", "").splitlines()), "")
-        seconds = format_duration(entry["seconds"]) if "seconds" in entry else ""
-        rows.append((stage.name, _STATE[state], seconds, escape(detail)))
-    _print(table(str(run.path), ("stage", "state", "time", ""), rows))
+        rows.append((stage.name, _STATE[state], _time_taken(entry, state), escape(detail)))
+    # a path that is wrapped cannot be copied
+    Console(soft_wrap=True).print(for_terminal(str(run.path)), style="bold", highlight=False, markup=False)
+    _print(table("", ("stage", "state", "time", ""), rows))
     trained = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
     if trained:
-        Console().print(f"training: {_training(trained[-1])}{_time_left(run, trained, alive)}", highlight=False)
+        _note(f"training: {_training(trained[-1], _time_left(run, trained, alive))}", "")
+    return all(recorded.get(stage.name, {}).get("state") == "done" for stage in stages)
+
+
+def _time_taken(entry: dict[str, Any], state: str) -> str:
+    """How long a finished stage took, or a running one has been running."""
+    if "seconds" in entry:
+        return format_duration(entry["seconds"])
+    if state != "running":
+        return ""
+    try:
+        since = datetime.fromisoformat(entry["time"])
+        return f"{format_duration((datetime.now(UTC) - since).total_seconds())} so far"
+    except (KeyError, ValueError, TypeError):  # not as this version writes it
+        return ""
 
 
 def _time_left(run: RunFolder, trained: Sequence[dict[str, Any]], alive: bool) -> str:
-    """` · 40 % done · 3 min 20 s left`, at the speed of the last steps; empty when all steps are done."""
+    """`40 % done · 3 min 20 s left`, at the speed of the last steps; empty when all steps are done."""
     try:
         settings = load_config(run.config).distill
     except ConfigError:  # a folder of another version still has a status, only without this
@@ -240,17 +287,18 @@ def _time_left(run: RunFolder, trained: Sequence[dict[str, Any]], alive: bool) -
     if not 0 < done < steps:
         return ""
     seconds = [row["seconds"] for row in trained[-_LAST_STEPS:] if "seconds" in row]
-    text = f" · {done / steps:.0%} done"
+    text = f"{100 * done / steps:.0f} % done"
     if seconds:
         left = format_duration((steps - done) * statistics.median(seconds))
         text += f" · {left} left" + ("" if alive else " once it runs again")
     return text
 
 
-def _training(row: dict[str, Any]) -> str:
-    """The last row of the training log in words; columns that it lacks are left out."""
+def _training(row: dict[str, Any], left: str) -> str:
+    """The last row of the training log in words, and what is left; columns that it lacks are left out."""
     texts = {
-        "step": f"step {row.get('step', 0):,}", "tokens": f"{row.get('tokens', 0):,} tokens",
+        "step": f"step {row.get('step', 0):,}" + (f" · {left}" if left else ""),
+        "tokens": f"{row.get('tokens', 0):,} tokens",
         "loss": f"loss {row.get('loss', 0):.4f}", "lr": f"learning rate {row.get('lr', 0):.3g}",
         "tokens_per_second": f"{format_number(float(row.get('tokens_per_second', 0)))} tokens/s",
     }  # fmt: skip

@@ -22,13 +22,14 @@ HOST_RESERVE = 6 * GIB
 
 @dataclass(frozen=True)
 class ComparedSetting:
-    """A setting, what it takes, and in `reason` why it is not chosen ("" for the chosen one)."""
+    """A setting, what it takes, and why it is not chosen: `reason`, and `verdict` for a narrow column ("": chosen)."""
 
     setting: Setting
     memory: Memory
     speed: StepEstimate
     reason: str
     fits: bool
+    verdict: str = ""
 
     def seconds(self, tokens: int) -> float:
         """How long `tokens` tokens of training take."""
@@ -87,7 +88,7 @@ def _ordered(compared: Sequence[ComparedSetting]) -> list[ComparedSetting]:
     fastest = eligible[0].speed.tokens_per_second
     tied = [option for option in eligible if option.speed.tokens_per_second >= fastest * (1 - _TIE)]
     chosen = min(tied, key=_complexity)
-    rejected = [replace(option, reason=_why_not(option, chosen)) for option in fit if option is not chosen]
+    rejected = [_not_chosen(option, chosen) for option in fit if option is not chosen]
     return [chosen, *rejected, *too_large]
 
 
@@ -124,13 +125,15 @@ def _best_micro_batch(job: Job, setting: Setting, cluster: GpuCluster, sequences
 
 def _judge(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> ComparedSetting:
     memory, speed = peak_memory(job, setting), estimate_step(job, setting, cluster, rates)
-    reasons = []
+    reasons, verdict = [], ""
     if memory.total > cluster.gpu.memory:
         reasons.append(f"does not fit: {memory.total / GIB:.0f} GiB of {cluster.gpu.memory / GIB:.0f}")
+        verdict = "too large"
     host = (memory.host + HOST_RESERVE) * cluster.gpus_per_node
     if host > cluster.host_memory and memory.host:
         reasons.append(f"needs {host / GIB:.0f} GiB of the host's {cluster.host_memory / GIB:.0f}")
-    return ComparedSetting(setting, memory, speed, "; ".join(reasons), not reasons)
+        verdict = verdict or "host full"
+    return ComparedSetting(setting, memory, speed, "; ".join(reasons), not reasons, verdict)
 
 
 def _complexity(option: ComparedSetting) -> tuple[int, ...]:
@@ -144,9 +147,13 @@ def _complexity(option: ComparedSetting) -> tuple[int, ...]:
     )
 
 
-def _why_not(rejected: ComparedSetting, chosen: ComparedSetting) -> str:
+def _not_chosen(rejected: ComparedSetting, chosen: ComparedSetting) -> ComparedSetting:
+    """A setting that fits, with what speaks against it."""
     if rejected.setting.placement == "served":
         peak_flops = f"{rejected.speed.teacher_flops / 1e15:.1f} PFLOP/s"
-        return f"the teacher needs GPUs of its own, {peak_flops} of them"
+        reason = f"the teacher needs GPUs of its own, {peak_flops} of them"
+        return replace(rejected, reason=reason, verdict="own GPUs")
     slower = 1 - rejected.speed.tokens_per_second / chosen.speed.tokens_per_second
-    return f"{slower:.0%} slower" if slower > _TIE else "no faster, and less simple"
+    if slower > _TIE:
+        return replace(rejected, reason=f"{slower:.0%} slower", verdict=f"{slower:.0%} slower")
+    return replace(rejected, reason="no faster, and less simple", verdict="no faster")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from kdscale.cli import tables
+from kdscale.pipeline.stages.registry import STAGES
+from kdscale.runs.folder import RunFolder
 
 QUALITY = {"perplexity": 37.754, "bits_per_byte": 1.2, "kl_to_teacher": None, "top1_agreement": None}
 
@@ -68,7 +71,7 @@ def test_the_results_name_what_got_worse(run: Path, capsys: pytest.CaptureFixtur
     )
 
 
-@pytest.mark.parametrize(("step", "text"), [(20, " · 50% done · 40.0 s left once it runs again"), (40, "")])
+@pytest.mark.parametrize(("step", "text"), [(20, " · 50 % done · 40.0 s left once it runs again"), (40, "")])
 def test_status_says_how_long_training_still_takes_and_where_results_are(
     run: Path, step: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,6 +85,25 @@ def test_status_says_how_long_training_still_takes_and_where_results_are(
     (run / "eval" / "eval.json").write_text(json.dumps({"models": models}))
     tables.status(run)
     out = capsys.readouterr().out
-    assert f"training: step {step} · loss 1.5000{text}\n" in out
+    assert f"training: step {step}{text} · loss 1.5000\n" in out
+    assert f"go on with: kdscale run {run / 'config.yaml'}\n" in out
     assert "perplexity" in out
     assert f"training curve  {run / 'logs' / 'metrics.jsonl'}" in out
+
+
+def test_status_says_how_long_a_stage_has_been_running(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    since = (datetime.now(UTC) - timedelta(minutes=5)).isoformat(timespec="seconds")
+    for time, text in ((since, "5 min 0"), ("yesterday", "running")):
+        stages = {"prune": {"state": "running", "time": time}}
+        (run / "status.json").write_text(json.dumps({"stages": stages}))
+        with RunFolder(run).lock():
+            tables.status(run)
+        out = capsys.readouterr().out
+        assert text in out
+        assert "go on with" not in out  # it does
+
+
+def test_a_finished_run_is_told_nothing_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "status.json").write_text(json.dumps({"stages": {name: {"state": "done"} for name in STAGES}}))
+    tables.status(run)
+    assert "go on with" not in capsys.readouterr().out
