@@ -129,6 +129,9 @@ def launch_command(
     grace: Annotated[
         float, _option("--grace", "How long ranks may take to save after SIGTERM.", None, "SECONDS")] = GRACE_SECONDS,
     skip_preflight: Annotated[bool, _option("--skip-preflight", "Do not check the hosts first.")] = False,
+    prepare: Annotated[
+        bool, _option("--prepare", "Tokenise and prune in a job of one node, for which the job of all nodes waits.")
+    ] = False,
     hostfile: HostfileOption = None,
     launcher: Annotated[
         Launcher, _option("--launcher", "Our own agents over ssh, or DeepSpeed's runner.", _HOSTS)] = Launcher.ssh,
@@ -175,6 +178,9 @@ def launch_command(
     if sum(ways.values()) != 1:
         given = ", ".join(name for name, is_given in ways.items() if is_given) or "none"
         raise ConfigError("kdscale launch", expected=f"one of {', '.join(ways)}", got=given)
+    if prepare and torchrun:
+        raise ConfigError("--prepare", expected="another launcher: torchrun starts on every node at once",
+                          hint="run kdscale prune CONFIG on one node, then this command without --prepare")  # fmt: skip
     from kdscale.cli import launch_systems as systems
 
     exported = tuple(export or ())
@@ -189,21 +195,47 @@ def launch_command(
         job = _with_fewer_hosts(job, request, min_nodes, python)
         if not dry_run and not skip_preflight and not _preflight(job, request):
             raise typer.Exit(1)
+        if prepare:
+            alone = options.job(
+                _prepared(request, hosts[0].slots), (replace(hosts[0], slots=1),), grace_seconds=grace,
+                max_restarts=max_restarts, host_seconds=host_timeout,
+            )  # fmt: skip
+            if code := _run_on_hosts(_prepared(request, hosts[0].slots), alone, dry_run):
+                raise typer.Exit(code)
+        else:
+            _note_waiting(request, len(hosts), hosts[0].slots)
         if launcher is Launcher.deepspeed:
             raise typer.Exit(systems.run_deepspeed(request, job, hostfile, shlex.split(ssh_command)[1:], dry_run))
         raise typer.Exit(_run_on_hosts(request, job, dry_run))
     _check_min_nodes(min_nodes, nodes, elastic=False)
     request = _request(config, set_, nodes * slots, accept_changes, until)
     job_options = systems.JobOptions(request, python, nodes, slots, max_restarts, exported, dry_run)
+    first = replace(job_options, request=_prepared(request, slots), nodes=1, slots=1) if prepare else None
+    if first is None:
+        _note_waiting(request, nodes, slots)
     if slurm:
-        directives, check = tuple(sbatch or ()), not skip_preflight
-        raise typer.Exit(systems.submit_slurm(job_options, time_limit, math.ceil(grace), directives, check))
+        settings = systems.SlurmOptions(time_limit, math.ceil(grace), tuple(sbatch or ()), not skip_preflight)
+        raise typer.Exit(systems.submit_slurm(job_options, settings, first))
     if kubernetes:
         pods = systems.PodOptions(image, namespace, tuple(volume or ()), tuple(secret or ()), gpus, grace, pytorchjob)
-        raise typer.Exit(systems.apply_kubernetes(job_options, pods, master_port or 29500))
+        raise typer.Exit(systems.apply_kubernetes(job_options, pods, master_port or 29500, first))
     raise typer.Exit(
         systems.run_torchrun(job_options, f"{master_addr or 'localhost'}:{master_port or 29400}", math.ceil(grace))
     )
+
+
+def _prepared(request: LaunchRequest, slots: int) -> LaunchRequest:
+    from kdscale.jobs.prepare import prepare_request
+
+    return prepare_request(request, slots)
+
+
+def _note_waiting(request: LaunchRequest, nodes: int, slots: int) -> None:
+    """Say how long the other nodes' GPUs would wait for the first one."""
+    from kdscale.jobs.prepare import waiting_note
+
+    if (note := waiting_note(request.config, nodes, slots)) is not None:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _with_fewer_hosts(job: HostsJob, request: LaunchRequest, min_nodes: int | None, python: str) -> HostsJob:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdscale.errors import ConfigError, MissingProgramError
@@ -95,44 +95,119 @@ def run_deepspeed(request: LaunchRequest, job: HostsJob, hostfile: Path, ssh_opt
     return _execute(command, environment, dry_run, tries=job.max_restarts + 1)
 
 
-def submit_slurm(options: JobOptions, time_limit: str, warn: int, directives: tuple[str, ...], check: bool) -> int:
-    """Write the script into the run folder's logs and submit it, with `check` after a collective over all ranks."""
+@dataclass(frozen=True)
+class SlurmOptions:
+    """The options of Slurm alone; `check`: add up a number over all ranks first."""
+
+    time_limit: str
+    warn: int
+    directives: tuple[str, ...]
+    check: bool
+
+
+def submit_slurm(options: JobOptions, slurm_options: SlurmOptions, prepare: JobOptions | None = None) -> int:
+    """Write the scripts into the run folder's logs and submit them; returns sbatch's exit code.
+
+    The job starts when that of `prepare`, if given, has ended well, and is cancelled when it has not.
+    Raises ConfigError for directives that ask for fewer GPUs than ranks.
+    """
+    _check_directives(options, slurm_options.directives, prepare is not None)
+    logs = options.request.logs
+    waits: list[str] = []
+    scripts = {logs / "job.sbatch": _slurm_script(options, slurm_options)}
+    if prepare is not None:
+        alone = replace(slurm_options, check=False)
+        scripts = {logs / "prepare.sbatch": _slurm_script(prepare, alone, "-prepare"), **scripts}
+    for path, script in scripts.items():
+        print(script) if options.dry_run else write_text(path, script)  # the folder is Slurm's output's too
+    if prepare is not None:
+        code, number = _submit_first(logs / "prepare.sbatch", options.dry_run)
+        if code:
+            return code
+        waits = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
+    return _execute(["sbatch", "--parsable", *waits, str(logs / "job.sbatch")], {}, options.dry_run)
+
+
+def _slurm_script(options: JobOptions, settings: SlurmOptions, suffix: str = "") -> str:
     collective = options.request.preflight_command(options.python, "collective", "120")
     with launcher_errors("--slurm"):
         job = slurm.SlurmJob(
-            name=f"kdscale-{options.request.config.name}", nodes=options.nodes, slots=options.slots,
-            command=options.rank_command, check=collective if check else (), cwd=str(Path.cwd()),
+            name=f"kdscale-{options.request.config.name}{suffix}", nodes=options.nodes, slots=options.slots,
+            command=options.rank_command, check=collective if settings.check else (), cwd=str(Path.cwd()),
             output=slurm.file_pattern(str(options.request.logs)) + "/slurm-%j.out", env=options.environment(),
-            time_limit=time_limit, warn_seconds=warn, max_restarts=options.max_restarts, final_codes=FINAL_CODES,
-            directives=directives,
+            time_limit=settings.time_limit, warn_seconds=settings.warn, max_restarts=options.max_restarts,
+            final_codes=FINAL_CODES, directives=settings.directives,
         )  # fmt: skip
-    script = slurm.render(job)
-    path = options.request.logs / "job.sbatch"
-    if options.dry_run:
-        print(script)
-    else:
-        write_text(path, script)  # also makes the folder for Slurm's output, without which no job starts
-    return _execute(["sbatch", "--parsable", str(path)], {}, options.dry_run)
+    return slurm.render(job)
 
 
-def apply_kubernetes(options: JobOptions, pods: PodOptions, port: int) -> int:
-    """Make the objects and give them to kubectl; returns its exit code."""
+def _submit_first(path: Path, dry_run: bool) -> tuple[int, str]:
+    """Submit a script; its exit code, and the number of the job, which `sbatch --parsable` prints before any `;`."""
+    command = ["sbatch", "--parsable", str(path)]
+    print(shlex.join(command), flush=True)
+    if dry_run:
+        return 0, "NUMBER"
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        raise MissingProgramError(f"cannot start {command[0]}", got=str(error.strerror)) from error
+    print(done.stdout, end="", flush=True)
+    return shell_exit_code(done.returncode), done.stdout.strip().partition(";")[0]
+
+
+_GPU_DIRECTIVE = re.compile(r"(gpus|gpus-per-node|gres)=(?:gpu:)?(?:[A-Za-z][\w.-]*:)?(\d+)")
+
+
+def _check_directives(options: JobOptions, directives: tuple[str, ...], prepared: bool) -> None:
+    """Raise ConfigError when --sbatch asks for fewer GPUs than there are ranks, or for those of all nodes at once."""
+    if options.request.config.runtime.device == "cpu":
+        return
+    for directive in directives:
+        if not (found := _GPU_DIRECTIVE.fullmatch(directive)):
+            continue
+        ranks = options.nodes * options.slots if found[1] == "gpus" else options.slots
+        if found[1] == "gpus" and prepared:
+            expected = "gpus-per-node=N: the job of one node cannot have the GPUs of all"
+        elif int(found[2]) < ranks:
+            expected = f"a GPU for each of {ranks} ranks, or fewer --slots"
+        else:
+            continue
+        raise ConfigError("--sbatch", expected=expected, got=directive)
+
+
+def apply_kubernetes(options: JobOptions, pods: PodOptions, port: int, prepare: JobOptions | None = None) -> int:
+    """Make the objects and give them to kubectl; returns its exit code.
+
+    With `prepare` only that job is made, because Kubernetes starts no job after another: what to do next is printed.
+    Raises ConfigError for pods with fewer GPUs than ranks.
+    """
     if not pods.image:
         raise ConfigError("--kubernetes", expected="--image, a container image with kdscale in it", got="none")
-    volumes = dict(_volume(text) for text in pods.volumes)
-    with launcher_errors("--kubernetes"):
-        job = kube.KubernetesJob(
-            name=re.sub(r"[^a-z0-9-]+", "-", f"kdscale-{options.request.config.name}".lower())[:40].strip("-"),
-            nodes=options.nodes, slots=options.slots, image=pods.image, command=options.rank_command,
-            log_dir=str(options.request.logs / "ranks"), cwd=str(Path.cwd()), python=options.python,
-            namespace=pods.namespace, env=options.environment(), secrets=pods.secrets, volumes=volumes, gpus=pods.gpus,
-            port=port, max_restarts=options.max_restarts, grace=pods.grace, final_codes=FINAL_CODES,
-        )  # fmt: skip
-    objects = kube.pytorch_job(job) if pods.pytorchjob else kube.indexed_job(job)
+    device = options.request.config.runtime.device
+    if (pods.gpus and pods.gpus < options.slots and device != "cpu") or (device == "cuda" and not pods.gpus):
+        raise ConfigError("--gpus", expected=f"{options.slots} a pod, one for each of --slots", got=str(pods.gpus))
+    job = _kubernetes_job(prepare or options, pods, port, "-prepare" if prepare else "")
+    objects = kube.pytorch_job(job) if pods.pytorchjob and not prepare else kube.indexed_job(job)
     manifest = json.dumps(kube.as_list(objects), indent=2)
     if options.dry_run:
         print(manifest)
-    return _execute(["kubectl", "apply", "-f", "-"], {}, options.dry_run, stdin=manifest)
+    code = _execute(["kubectl", "apply", "-f", "-"], {}, options.dry_run, stdin=manifest)
+    if prepare and code == 0:
+        wait = ["kubectl", "wait", "--for=condition=complete", "--timeout=-1s", "-n", pods.namespace, f"job/{job.name}"]
+        print(f"# then, and when it has ended the same command without --prepare:\n{shlex.join(wait)}")
+    return code
+
+
+def _kubernetes_job(options: JobOptions, pods: PodOptions, port: int, suffix: str) -> kube.KubernetesJob:
+    name = re.sub(r"[^a-z0-9-]+", "-", f"kdscale-{options.request.config.name}".lower())[: 40 - len(suffix)].strip("-")
+    with launcher_errors("--kubernetes"):
+        return kube.KubernetesJob(
+            name=name + suffix, nodes=options.nodes, slots=options.slots, image=pods.image,
+            command=options.rank_command, log_dir=str(options.request.logs / "ranks"), cwd=str(Path.cwd()),
+            python=options.python, namespace=pods.namespace, env=options.environment(), secrets=pods.secrets,
+            volumes=dict(_volume(text) for text in pods.volumes), gpus=pods.gpus, port=port,
+            max_restarts=options.max_restarts, grace=pods.grace, final_codes=FINAL_CODES,
+        )  # fmt: skip
 
 
 def _volume(text: str) -> tuple[str, str]:

@@ -163,7 +163,8 @@ def _try_gpus(config: Config) -> dict[str, str | None]:
 
     error = None
     try:
-        check_devices(config, [stage for stage in STAGES.values() if not stage.across_job])
+        alone = [stage for stage in STAGES.values() if not stage.across_job]
+        check_devices(config, alone, [stage for stage in alone if stage.in_steps])
     except KdscaleError as refusal:
         error = " ".join(str(refusal).split())
     return {"too_many_ranks": error, "kernels": try_launch(config)}

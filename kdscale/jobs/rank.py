@@ -1,5 +1,7 @@
 """`python -m kdscale.jobs.rank CONFIG [--until=STAGE] [--accept-changes] [KEY=VALUE ...]`: one rank of a job.
 
+With a STAGE before the distillation there is one rank, which runs the stages up to it.
+
 Every rank runs the same command under RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Rank 0 is `kdscale
 run`: it runs the single-process stages and starts rank 0 of the distill stage. The other ranks wait until rank 0
 listens on MASTER_PORT, distil with it, and leave. Exit code 75 after SIGTERM: everything is saved, start the job again.
@@ -24,7 +26,7 @@ from kdscale.pipeline.rank_main import run_as_rank
 from kdscale.pipeline.runner import run_until
 from kdscale.pipeline.spawn import PLACE_VARIABLE
 from kdscale.pipeline.stage import StageContext
-from kdscale.pipeline.stages.registry import STAGES, job_stage
+from kdscale.pipeline.stages.registry import STAGES, job_stage, job_targets
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of, leave
 from kdscale.runtime.gpu_binding import claim_gpu
@@ -82,7 +84,9 @@ def _take_part(config: Config, until: str, accept_changes: bool) -> int:
     from kdscale_launch import rendezvous
 
     if os.environ.get("RANK") == "0":
-        os.environ[PLACE_VARIABLE] = rendezvous.take_rank_place(os.environ)
+        place = rendezvous.take_rank_place(os.environ)
+        if until in job_targets():
+            os.environ[PLACE_VARIABLE] = place
         run_until(config, until, Reporter(), accept_changes=accept_changes)
         if PLACE_VARIABLE in os.environ:  # the distill stage had nothing to do
             rendezvous.release_waiting_ranks(rendezvous.parse_rank_place(os.environ[PLACE_VARIABLE]))

@@ -27,11 +27,12 @@ _MARGIN_BYTES = 64 << 20  # logs, reports and what else is small
 
 
 def check_before_work(
-    config: Config, run: RunFolder, stages: Iterable[Stage], reporter: Reporter
+    config: Config, run: RunFolder, stages: Iterable[Stage], reporter: Reporter, of_steps: Iterable[Stage] = ()
 ) -> tuple[Path, list[Plan]]:
     """Check everything that can be known before `stages` run; returns the teacher's folder and the planned shapes.
 
-    Raises the one error, or one of the first error's class that lists them all.
+    `of_steps`: the stages that each step runs before them. Raises the one error, or one of the first error's class that
+    lists them all.
     """
     errors: list[KdscaleError] = []
 
@@ -51,7 +52,7 @@ def check_before_work(
     for stage in unfinished:
         if stage.check_before is not None:
             attempt(stage.check_before, config, run)
-    attempt(check_devices, config, unfinished)
+    attempt(check_devices, config, unfinished, of_steps)
     if PLACE_VARIABLE in os.environ:
         attempt(check_prepared, config, unfinished)
     teacher: Path | None = attempt(check_teacher, config, reporter)
@@ -99,17 +100,20 @@ def check_sources(config: Config) -> None:
             source_files(source)
 
 
-def check_devices(config: Config, stages: Iterable[Stage]) -> None:
-    """Raises ConfigError when a stage or a step asks for more ranks than this host has GPUs.
+def check_devices(config: Config, stages: Iterable[Stage], of_steps: Iterable[Stage] = ()) -> None:
+    """Raises ConfigError when a stage, or one `of_steps`, asks for more ranks than this host has GPUs.
 
     Of a stage that shares a larger job's ranks, each rank checks its own GPU (kdscale.jobs.rank).
     """
     needs: dict[str, int] = {}
     for stage in stages:
         if stage.processes and not (stage.across_job and PLACE_VARIABLE in os.environ):
-            steps = {f" of step {step.name}": config.step(index) for index, step in enumerate(config.steps)}
-            for where, one in {"": config, **steps}.items():
-                needs[stage.processes + where] = ranks_of(one, stage.processes)
+            needs[stage.processes] = ranks_of(config, stage.processes)
+    for index, step in enumerate(config.steps):
+        one = config.step(index)
+        for stage in of_steps:
+            if stage.processes and not manifest_path(stage, RunFolder(Path(one.run_dir))).exists():
+                needs[f"{stage.processes} of step {step.name}"] = ranks_of(one, stage.processes)
     if needs:
         from kdscale.runtime.gpu_binding import check_gpus  # it loads torch, which a finished run does without
 
@@ -132,7 +136,7 @@ def check_prepared(config: Config, stages: Iterable[Stage]) -> None:
         raise ConfigError(
             ", ".join(fields),
             expected="steps and probes that are done, in a job whose ranks wait for the run's own distillation",
-            hint="run `kdscale prune CONFIG` on one host first, and then this job",
+            hint="kdscale launch --prepare, or `kdscale prune CONFIG` on one host first, and then this job",
         )
 
 

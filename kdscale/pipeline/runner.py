@@ -41,7 +41,8 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     """
     run = RunFolder(Path(config.run_dir))
     stages = stages_until(last)
-    teacher, plans = check_before_work(config, run, stages, reporter)
+    of_steps = [stage for stage in STAGES.values() if stage.in_steps] if any(s.in_steps for s in stages) else []
+    teacher, plans = check_before_work(config, run, stages, reporter, of_steps)
     with run.lock(), signals_as_exceptions():
         context = StageContext(config, run, teacher, reporter, run_inner=run_inner, accept_changes=accept_changes)
         _adopt_config(context, accept_changes)

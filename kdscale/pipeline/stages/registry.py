@@ -85,6 +85,12 @@ def job_stage() -> str:
     return next(name for name, stage in STAGES.items() if stage.across_job)
 
 
+def last_alone() -> str:
+    """The last stage before all ranks are needed: a job of one node can bring a run up to it."""
+    names = list(STAGES)
+    return names[names.index(job_stage()) - 1]
+
+
 def job_targets() -> tuple[str, ...]:
     """The stages up to which a job of many ranks can run: the one that needs all ranks, and those after it."""
     names = list(STAGES)

@@ -116,6 +116,13 @@ def test_torchrun(dry: Launch, config: Path) -> None:
         (("--slurm", "--until", "prune"), "distill, eval, report"),
         (("--slurm", "--sbatch", "a b\nc"), "not an sbatch option"),
         (("--kubernetes",), "--image"),
+        (("--kubernetes", "--image", "i", "--slots", "4", "--gpus", "2"), "expected: 4 a pod"),
+        (("--kubernetes", "--image", "i", "--set", "runtime.device=cuda"), "expected: 1 a pod"),
+        (("--slurm", "--slots", "4", "--sbatch", "gpus-per-node=h100:2"), "for each of 4 ranks"),
+        (("--slurm", "--slots", "4", "--sbatch", "gres=gpu:2"), "for each of 4 ranks"),
+        (("--slurm", "--slots", "4", "--nodes", "2", "--sbatch", "gpus=4"), "for each of 8 ranks"),
+        (("--slurm", "--prepare", "--nodes", "2", "--sbatch", "gpus=2"), "gpus-per-node=N"),
+        (("--torchrun", "--prepare"), "kdscale prune CONFIG on one node"),
         (("--kubernetes", "--image", "i", "--volume", "claim"), "CLAIM:/PATH"),
         (("--hostfile", "/nowhere"), "cannot be read"),
     ],
@@ -158,3 +165,60 @@ def test_a_program_that_is_missing_is_named_and_is_not_an_error_of_the_run_folde
     with pytest.raises(MissingProgramError, match=r"no-such-ssh|sbatch|kubectl") as caught:
         make_app()([command, str(config), *options], standalone_mode=False)
     assert caught.value.exit_code == 13
+
+
+def test_slurm_prepares_in_a_job_of_one_node(
+    dry: Launch, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("--slurm", "--prepare", "--nodes", "2", "--slots", "4", "--sbatch", "gpus-per-node=4")
+    printed = dry(*args)
+    prepare, job = printed.split("#!/bin/bash")[1:]
+    assert "--nodes=1" in prepare and "--ntasks-per-node=1" in prepare and "gpus-per-node=4" in prepare
+    assert "--until=prune distill.processes=4" in prepare and "preflight" not in prepare
+    assert "--nodes=2" in job and "distill.processes=8" in job and "preflight" in job
+    commands = tmp_path / "commands"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {commands}\necho "41;here"\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    assert not make_app()(["launch", str(config), *args], standalone_mode=False)
+    logs = tmp_path / "run" / "logs"
+    assert commands.read_text().splitlines() == [
+        f"--parsable {logs}/prepare.sbatch",
+        f"--parsable --dependency=afterok:41 --kill-on-invalid-dep=yes {logs}/job.sbatch",
+    ]
+    (tmp_path / "bin" / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {commands}\nexit 3\n')
+    assert make_app()(["launch", str(config), *args], standalone_mode=False) == 3
+    assert len(commands.read_text().splitlines()) == 3  # no job that waits for none
+
+
+def test_kubernetes_prepares_first_and_says_what_comes_next(dry: Launch) -> None:
+    args = ("--kubernetes", "--nodes", "2", "--slots", "2", "--image", "image", "--gpus", "2", "--prepare")
+    text, rest = dry(*args, "--pytorchjob").split("\nkubectl apply", 1)
+    _, job = json.loads(text)["items"]
+    assert (job["metadata"]["name"], job["spec"]["completions"]) == ("kdscale-my-run-prepare", 1)
+    (pod,) = job["spec"]["template"]["spec"]["containers"]
+    assert pod["command"][-2:] == ["--until=prune", "distill.processes=2"]
+    assert pod["resources"]["limits"] == {"nvidia.com/gpu": "2"}
+    assert rest.splitlines()[-1].endswith("job/kdscale-my-run-prepare")
+
+
+def test_the_first_host_prepares(dry: Launch, tmp_path: Path) -> None:
+    prepare, job = dry("--hostfile", str(tmp_path / "hosts"), "--prepare").split("# restarts", 2)[:2]
+    assert "# node-1: ranks 0 to 0" in prepare and "node-2" not in prepare
+    assert "--until=prune distill.processes=1" in prepare and "WORLD_SIZE=1" in prepare
+    assert "# node-2: ranks 1 to 1" in job and "distill.processes=2" in job and "--until" not in job
+
+
+def test_who_waits_for_the_first_node_is_told(
+    config: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def note(*args: str) -> str:
+        make_app()(["launch", str(config), "--slurm", "--dry-run", *args], standalone_mode=False)
+        return capsys.readouterr().err
+
+    assert "and the other 4 ranks wait: --prepare" in note("--nodes", "2", "--slots", "4")
+    known = ("--set", f"teacher.path={tiny_llama_dir}", "--set", "distill.tokens=10B", "--nodes", "2", "--slots", "4")
+    expected = "about 15 min, of which 15 min for text as long as the training; the other 4 ranks wait, 1.0 hours"
+    assert expected in note(*known)
+    assert note("--nodes", "2", "--slots", "4", "--prepare") == note("--slots", "4") == ""

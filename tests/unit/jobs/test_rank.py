@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kdscale.jobs import rank
+from kdscale.pipeline.spawn import PLACE_VARIABLE
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +54,20 @@ def test_variables_that_a_launcher_must_set(
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert rank.main([config]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("until", "in_job"), [("prune", False), ("distill", True)])
+def test_a_job_that_prepares_has_no_ranks_to_wait_for(
+    until: str, in_job: bool, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(PLACE_VARIABLE, raising=False)
+    seen: list[bool] = []
+
+    def run(*_: object, **__: object) -> None:
+        seen.append(os.environ.pop(PLACE_VARIABLE, None) is not None)
+
+    monkeypatch.setattr(rank, "run_until", run)
+    assert rank.main([config, f"--until={until}", "distill.processes=1"]) == 0
+    assert seen == [in_job]
