@@ -1,4 +1,4 @@
-"""What the ranks agree on while they train: to stop because one of them was told to, and when a checkpoint is due.
+"""What ranks agree on while they train: to stop because one of them was told to, when a checkpoint is due or written.
 
 A step can take many minutes, and a job system gives two to save in. So the question is put before every micro-batch,
 without keeping a device waiting: the sum over the ranks is started there, on the CPU, and read before the next one. All
@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from kdscale.runtime.ranks import HostSums, in_group, is_main
+from kdscale.runtime.ranks import HostSums, in_group, is_main, world_size
 from kdscale.runtime.signals import StopRequest
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)  # where ranks got different ones, the first counts
@@ -28,11 +28,19 @@ class StopAsked(Exception):  # noqa: N818 - says what happened; it never leaves 
 class Agreement:
     """One session's; `look` and `settle` are collective calls that every rank makes in the same order.
 
-    `minutes`: how long rank 0's clock lets pass between two checkpoints; None: no clock is read.
+    `minutes`: how long rank 0's clock lets pass between two checkpoints; None: no clock is read. `written`: whether
+    this rank has its part of a checkpoint on the disk; where all have, all call `seal`.
     """
 
-    def __init__(self, sums: HostSums, stop: StopRequest, minutes: float | None = None):
-        self._sums, self._stop = sums, stop
+    def __init__(
+        self,
+        sums: HostSums,
+        stop: StopRequest,
+        minutes: float | None = None,
+        written: Callable[[], bool] = lambda: False,
+        seal: Callable[[], None] = lambda: None,
+    ):
+        self._sums, self._stop, self._written, self._seal = sums, stop, written, seal
         self._seconds = None if minutes is None else 60.0 * minutes
         self._saved_at = time.monotonic()
         self._pending: Callable[[], list[float]] | None = None
@@ -48,7 +56,7 @@ class Agreement:
             return
         before, self._pending = self._pending, None
         if before is not None:
-            _raise_if_asked(before())
+            self._act_on(before())
         self._pending = self._start()
 
     def settle(self) -> bool:
@@ -56,17 +64,19 @@ class Agreement:
         before, self._pending = self._pending, None
         if before is not None:
             before()  # what it found is in the next sum too
-        sums = self._start()()
-        _raise_if_asked(sums)
-        return sums[-1] > 0
+        return self._act_on(self._start()())
 
     def _start(self) -> Callable[[], list[float]]:
         due = is_main() and self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds
         asked = [float(self._stop.signum == signum) for signum in _SIGNALS]
-        return self._sums.start([*asked, float(due)])
+        return self._sums.start([float(due), float(self._written()), *asked])
 
-
-def _raise_if_asked(sums: list[float]) -> None:
-    for signum, ranks in zip(_SIGNALS, sums, strict=False):
-        if ranks:
-            raise StopAsked(signum)
+    def _act_on(self, sums: list[float]) -> bool:
+        """Raise StopAsked, or seal; returns whether a checkpoint is due."""
+        due, written, *asked = sums
+        for signum, ranks in zip(_SIGNALS, asked, strict=True):
+            if ranks:
+                raise StopAsked(signum)
+        if written == world_size():
+            self._seal()
+        return due > 0

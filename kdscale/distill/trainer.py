@@ -109,7 +109,6 @@ class Trainer:
 
     def _after_step(self, after: LoaderState, agreement: Agreement) -> None:
         """What comes between two steps. Raises StopAsked."""
-        self.saver.poll()
         last = after.step == self.steps
         self._validation_due = last or after.step % self.cfg.validate_every == 0
         by_clock = agreement.settle()
@@ -130,7 +129,8 @@ class Trainer:
     @contextmanager
     def _session(self, title: str, total: int, done: int) -> Iterator[tuple[Agreement, Bar]]:
         with watch_signals() as stop, self.observer.watching(), self.reporter.bar(title, total, "tok", done) as bar:
-            yield Agreement(self.host_sums, stop, self.cfg.checkpoint_minutes), bar
+            minutes = self.cfg.checkpoint_minutes
+            yield Agreement(self.host_sums, stop, minutes, lambda: self.saver.written, self._seal), bar
 
     def _remaining(self, start: LoaderState, until: int) -> Iterator[tuple[int, list[Batch], LoaderState]]:
         """(step, batches, state after it) up to step `until`. Batches are made one step early, for the prefetch."""
@@ -212,6 +212,11 @@ class Trainer:
         state = {"loader": after.to_json(), "guard": self.guard.state(), "validation_due": self._validation_due}
         self.saver.save(after.step, {"state": state}, wait)
         self._saved_step = after.step
+
+    def _seal(self) -> None:
+        """Finish the checkpoint that all ranks have written in the background."""
+        enter("checkpoint")
+        self.saver.finish()
 
     def _diagnose(self, batches: Sequence[Batch]) -> list[str]:
         """Run the batch again with hooks on every module of teacher and student; returns what every rank found."""

@@ -1,9 +1,8 @@
 """Saving checkpoints: on the spot, or in the background while training goes on.
 
 In the background a save copies this rank's values to host memory (12 bytes for each parameter it holds; the memory is
-kept for the next save) and returns; a thread writes, hashes and flushes them. After each later step one small
-collective asks whether all ranks are done; when they are, rank 0 seals the checkpoint. A second save waits for the
-first.
+kept for the next save) and returns; a thread writes, hashes and flushes them. When all ranks have `written` theirs,
+they `finish`, and rank 0 seals the checkpoint. A second save waits for the first.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.checkpoint.rank_files import QUANTITIES, WrittenFile, write_rank_file
 from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.errors import RunFolderError
-from kdscale.runtime.ranks import all_reduce_sum, gather, on_main, rank, unequal_work, world_size
+from kdscale.runtime.ranks import gather, on_main, rank, unequal_work, world_size
 
 _CLOSE_SECONDS = 30.0
 
@@ -35,7 +34,7 @@ class SavePolicy:
 
 
 class Saver:
-    """Saves what one rank holds; `save`, `poll` and `finish` are collective calls.
+    """Saves what one rank holds; `save` and `finish` are collective calls.
 
     `facts` go into every manifest; only rank 0's count. Raises RunFolderError on all ranks when any rank cannot write.
     """
@@ -61,15 +60,10 @@ class Saver:
         else:
             self.finish()
 
-    def poll(self) -> None:
-        """Seal the checkpoint that is being written if all ranks have written theirs; it never waits for a disk."""
-        if self._pending is None:
-            return
-        done = not self._pending.is_alive()
-        flags = torch.tensor([float(done), float(done and self._pending.written is None)], device=self._device)
-        written, failed = all_reduce_sum(flags).tolist()
-        if failed or written == world_size():
-            self.finish()
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part of a checkpoint that is not sealed, or failed to: `finish` is due."""
+        return self._pending is not None and not self._pending.is_alive()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any, and seal it."""

@@ -41,12 +41,14 @@ def test_training_goes_on_while_the_disk_works(tmp_path, held_disk):
     values.value = 4.0
     made.save(4, {}, wait=False)
     values.value = 5.0  # the next step changes the weights
-    made.poll()
+    assert not made.written
     assert sealed_names(tmp_path) == []
     held_disk.set()
     wait_for(made)
+    assert made.written
     assert sealed_names(tmp_path) == []  # sealed only where all ranks meet
-    made.poll()
+    made.finish()
+    assert not made.written
     assert sealed_names(tmp_path) == ["step-00000004"]
     with RankFileReader(
         RankFileIndex([tmp_path / "step-00000004" / checkpoint_folder.rank_file(0)], values.shapes)
@@ -70,8 +72,9 @@ def test_a_full_disk_is_an_error_at_the_next_step(tmp_path, held_disk):
     _, made = make_saver(tmp_path, background=True)
     made.save(2, {}, wait=False)
     wait_for(made)
+    assert made.written
     with pytest.raises(RunFolderError, match="rank 0: No space left on device"):
-        made.poll()
+        made.finish()
     assert checkpoint_folder.find_latest(tmp_path, FINGERPRINT).step == 1
 
 
@@ -81,5 +84,5 @@ def test_a_rank_that_leaves_does_not_seal(tmp_path, held_disk):
     made._pending._cancelled.set()
     held_disk.set()
     made.close()
-    made.poll()
+    assert not made.written
     assert sealed_names(tmp_path) == []
