@@ -157,10 +157,10 @@ class DistillConfig(Section):
     def decisive(self) -> dict[str, Any]:
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
         decisive = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
-        return {**decisive, "zero": {key: getattr(self.zero, key) for key in QUANTIZED}}
+        return {**decisive, "zero": {key: getattr(self.zero, key) for key in DECISIVE_ZERO}}
 
 
-QUANTIZED = ("quantized_weights", "quantized_gradients")  # of distill.zero: they change what is computed
+DECISIVE_ZERO = ("gradient_dtype", "quantized_weights", "quantized_gradients")  # of distill.zero: they change values
 
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {

@@ -15,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, Event, ScalarEvent
 
 import kdscale
-from kdscale.config.distill import FREE_SETTINGS, QUANTIZED
+from kdscale.config.distill import DECISIVE_ZERO, FREE_SETTINGS
 from kdscale.config.fields import explain_errors
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
@@ -116,7 +116,7 @@ def may_change(field: str) -> bool:
     section, *names = field.split(".")
     if field == "run_dir":  # a run folder that was moved or renamed goes on where it is now
         return True
-    return section == "distill" and bool(names) and names[0] in FREE_SETTINGS and names[-1] not in QUANTIZED
+    return section == "distill" and bool(names) and names[0] in FREE_SETTINGS and names[-1] not in DECISIVE_ZERO
 
 
 def parse_yaml(text: str, origin: str) -> Any:

@@ -17,7 +17,7 @@ OffloadDevice = Literal["none", "cpu", "nvme"]
 # what each key may hold is checked by _check_extra
 ExtraValue = bool | Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, le=MOST)] | str
 
-# Keys of DeepSpeed's `zero_optimization` (0.18, 0.19) that change only speed or memory, with the type each must have.
+# Keys of DeepSpeed's `zero_optimization` (0.19) that change only speed or memory, with the type each must have.
 PASSED_THROUGH: dict[str, type] = {
     "allgather_partitions": bool,
     "contiguous_gradients": bool,
@@ -58,6 +58,9 @@ OWNED: dict[str, str] = {
     "optimizer": "distill.optimizer",
     "scheduler": "distill.optimizer.warmup_steps and min_lr",
     "bf16": "distill.dtype",
+    "data_types": "distill.zero.gradient_dtype",
+    "grad_accum_dtype": "distill.zero.gradient_dtype",
+    "communication_data_type": "distill.zero.gradient_dtype",
     "fp16": "distill.dtype (fp16 is not offered: bfloat16 needs no loss scale)",
     "train_batch_size": "distill.global_batch",
     "train_micro_batch_size_per_gpu": "distill.micro_batch",
@@ -68,8 +71,11 @@ OWNED: dict[str, str] = {
 
 
 class ZeroConfig(Section):
-    """Offload, ZeRO++ and bucket sizes. `problems` says what a stage cannot do."""
+    """Sums of gradients, offload, ZeRO++ and bucket sizes. `problems` says what a stage cannot do."""
 
+    # in which bf16 training adds up the gradients of micro-batches and of ranks; bfloat16 halves their memory and
+    # traffic, but a long sum loses what is small beside it
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     # fp32 masters, Adam's moments and its step in host memory (stages 1 to 3) or on NVMe (stage 3)
     offload_optimizer: OffloadDevice = "none"
     offload_parameters: OffloadDevice = "none"  # stage 3: each rank's share of the weights

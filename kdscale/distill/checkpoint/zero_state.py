@@ -1,7 +1,8 @@
 """This rank's fp32 masters and Adam moments inside a DeepSpeed engine, as ranges of the student's parameters.
 
 Only this file knows how a ZeRO stage lays out its flat buffers (DeepSpeed 0.19: `_hp_mapping` at stages 1 and 2,
-`grad_position` at stage 3, optimiser state keyed by the flat buffer). At stage 0 every rank holds everything, and the
+`grad_position` at stage 3, optimiser state keyed by the flat buffer; stage 1 that adds bf16 gradients in fp32 is another
+class, BF16_Optimizer, with other names for the same). At stage 0 every rank holds everything, and the
 ranks divide the writing among themselves.
 """
 
@@ -173,7 +174,7 @@ def _held_ranges(
         for parameter in trained.values():
             yield _HeldRange(ParameterRange(names[id(parameter)], 0, parameter.numel()), parameter, 0)
     elif stage < 3:
-        for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+        for flat, group in _flat_groups(zero):
             for parameter in group:
                 if (mapping := parameter._hp_mapping) is not None:
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -186,6 +187,13 @@ def _held_ranges(
                 if begin < parameter.ds_numel:
                     length = min(length, parameter.ds_numel - begin)
                     yield _HeldRange(ParameterRange(names[id(parameter)], begin, length), flat, start)
+
+
+def _flat_groups(zero: Any) -> Iterator[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
+    """Each flat fp32 buffer of stage 1 or 2 with the parameters of which it has a share."""
+    if hasattr(zero, "fp32_groups_flat_partition"):
+        return zip(zero.fp32_groups_flat_partition, zero.bf16_groups, strict=True)
+    return zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
 
 
 def _cut_evenly(held: list[_HeldRange], index: int, count: int) -> list[_HeldRange]:

@@ -23,10 +23,25 @@ def deepspeed_config(cfg: DistillConfig, stage: int, *, bf16: bool, device: str)
         # DeepSpeed has a default of its own; at stage 0 our optimiser clips
         "gradient_clipping": cfg.optimizer.gradient_clipping if stage else 0.0,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        **(_fp32_gradients(cfg.zero) if bf16 and cfg.zero.gradient_dtype == "float32" else {}),
         "zero_optimization": zero_optimization(cfg.zero, stage, device),
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
+
+
+def _fp32_gradients(zero: ZeroConfig) -> dict[str, Any]:
+    """What makes DeepSpeed add bf16 gradients up in fp32: those of micro-batches, and those of ranks.
+
+    A rank's fp32 sum would otherwise be rounded to bf16 on its way to the others. Quantised gradients have their own
+    format on the way. At stage 1 each gradient goes into the sum as soon as it exists, so that no bf16 copy of all of
+    them waits beside it.
+    """
+    out: dict[str, Any] = {
+        "bf16": {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    return out if zero.quantized_gradients else {**out, "communication_data_type": "fp32"}
 
 
 def zero_optimization(zero: ZeroConfig, stage: int, device: str) -> dict[str, Any]:

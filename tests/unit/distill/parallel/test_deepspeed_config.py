@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kdscale.config.distill import DistillConfig
-from kdscale.config.load import build_config
+from kdscale.config.load import build_config, may_change
 from kdscale.config.zero import OWNED, PASSED_THROUGH
 from kdscale.distill.parallel.deepspeed_config import deepspeed_config
 from kdscale.errors import ConfigError
@@ -45,18 +45,42 @@ def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
         distill(**settings)
 
 
-def test_the_defaults_are_what_was_always_sent() -> None:
+def test_the_defaults() -> None:
     sent = deepspeed_config(distill(global_batch=24, micro_batch=2, processes=3), 2, bf16=True, device="cpu")
     assert sent == {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
     assert deepspeed_config(distill(), 0, bf16=False, device="cpu")["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("zero", "bf16", "added", "sent"),
+    [
+        ({}, False, None, None),  # fp32 training has no other sums
+        ({"gradient_dtype": "bfloat16"}, True, None, None),
+        ({"quantized_gradients": True}, True, {"grad_accum_dtype": "fp32"}, None),  # int4 on the way
+    ],
+)
+def test_gradients_are_widened_only_where_that_means_something(
+    zero: dict[str, Any], bf16: bool, added: dict[str, str] | None, sent: str | None
+) -> None:
+    config = deepspeed_config(distill(zero_stage=3, zero=zero), 3, bf16=bf16, device="cuda")
+    assert (config.get("data_types"), config.get("communication_data_type")) == (added, sent)
+
+
+def test_the_sums_of_gradients_are_part_of_what_a_student_depends_on() -> None:
+    plain, coarse = distill(), distill(zero={"gradient_dtype": "bfloat16"})
+    assert plain.decisive() != coarse.decisive()
+    assert plain.decisive() == distill(zero={"reduce_bucket": "1M"}).decisive()
+    assert not may_change("distill.zero.gradient_dtype")
 
 
 def test_every_option_reaches_deepspeed() -> None:
