@@ -37,7 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 1, 1 rank, no accumulation": {"stage": 1, "ranks": 1, "accumulation": 1},
     "stage 2, 2 ranks, 2,048 tokens": {"stage": 2, "ranks": 2, "micro_batch": 4},
     "the same with checkpointing": {"stage": 2, "ranks": 2, "micro_batch": 4, "checkpointing": True},
+    "stage 1, 1 rank, Adam offloaded": {"stage": 1, "ranks": 1, "offload": True},
     "stage 2, 1 rank, Adam offloaded": {"stage": 2, "ranks": 1, "offload": True},
+    "stage 3, 1 rank, Adam offloaded": {"stage": 3, "ranks": 1, "offload": True},
+    "stage 1, 2 ranks, gradients in bf16": {"stage": 1, "ranks": 2, "gradient_bytes": 2},
+    "stage 2, 2 ranks, gradients in bf16": {"stage": 2, "ranks": 2, "gradient_bytes": 2},
+    "stage 3, 2 ranks, gradients in bf16": {"stage": 3, "ranks": 2, "gradient_bytes": 2},
 }
 DEFAULTS = {"micro_batch": 1, "accumulation": 2, "seq_len": 512, "dtype": "bfloat16", "checkpointing": False}
 
@@ -93,7 +98,8 @@ def predict(case: dict[str, Any]) -> tuple[float, str, dict[str, float]]:
 
     job = Job(
         shape(STUDENT), shape(TEACHER), seq_len=case["seq_len"], ranks=case["ranks"], ranks_per_node=case["ranks"],
-        item_bytes=2 if case["dtype"] == "bfloat16" else 4, reduce_bucket=BUCKET["cpu"], device="cpu",
+        item_bytes=2 if case["dtype"] == "bfloat16" else 4, gradient_bytes=case.get("gradient_bytes", 4),
+        reduce_bucket=BUCKET["cpu"], device="cpu",
     )  # fmt: skip
     setting = Setting(
         case["stage"], case["micro_batch"], case["accumulation"], case["checkpointing"], "replicated",
@@ -139,7 +145,10 @@ def child(case: dict[str, Any]) -> None:
     settings = {
         "seq_len": case["seq_len"], "micro_batch": case["micro_batch"], "processes": case["ranks"],
         "global_batch": case["micro_batch"] * case["ranks"] * case["accumulation"], "zero_stage": case["stage"],
-        "zero": {"offload_optimizer": "cpu" if case.get("offload") else "none"},
+        "zero": {
+            "offload_optimizer": "cpu" if case.get("offload") else "none",
+            "gradient_dtype": "bfloat16" if case.get("gradient_bytes") == 2 else "float32",
+        },
     }  # fmt: skip
     tree = {"name": "b", "run_dir": "b", "teacher": {"path": "b"}, "prune": {"ffn": 8}, "distill": settings}
     cfg = build_config(tree, "benchmark")

@@ -27,6 +27,7 @@ from kdscale.distill.export import export_checkpoint
 from kdscale.distill.load_models import Models, RankSetup
 from kdscale.distill.optimizer import make_optimizer
 from kdscale.distill.parallel.deepspeed_config import check_machine, deepspeed_config
+from kdscale.distill.parallel.dtypes import agreed_dtype, buffer_dtypes, check_buffers_kept, slow_products
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.process_group import check_world, has_async_io, join_group
 from kdscale.distill.parallel.tensor_parallel import ModelSlices
@@ -40,7 +41,7 @@ from kdscale.models.attention import choice_for
 from kdscale.models.parameter_map import trained_tensors
 from kdscale.packaging.model_card import card_facts, model_card
 from kdscale.runs.folder import KERNELS
-from kdscale.runtime.device import resolve_dtype, set_threads
+from kdscale.runtime.device import set_threads
 from kdscale.runtime.gpu_binding import rank_device
 from kdscale.runtime.kernel_backend import agree_on_backend, try_launch
 from kdscale.runtime.library_output import quiet
@@ -139,7 +140,9 @@ def join(cfg: Config, run_dir: Path, reporter: Reporter) -> RankSetup:
     check_world(cfg.distill.processes)
     _note_backend(agree_on_backend(obstacle), run_dir, reporter)
     torch.manual_seed(cfg.seed)
-    dtype = resolve_dtype(cfg.distill.dtype, device)
+    dtype = agreed_dtype(cfg.distill.dtype, device)
+    for notice in slow_products(device, dtype):
+        reporter.say(f"note: {notice}")
     stage = _exact_stage(cfg.distill.zero_stage, dtype, reporter)
     settings = deepspeed_config(cfg.distill, stage, bf16=dtype == torch.bfloat16, device=device.type)
     return RankSetup(device, dtype, stage, settings, library_log)
@@ -166,12 +169,16 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
 def build(cfg: Config, folders: Folders, setup: RankSetup, models: Models) -> TrainingEngine:
     """The engine, with fp32 master weights that have every digit on disk. A collective call.
 
-    Raises CheckpointError when the student could not be exported after training.
+    Raises CheckpointError when the student could not be exported after training, SelfCheckError when DeepSpeed changed
+    the dtype of a buffer.
     """
     enter("initialise")
+    teacher, student = models.source.model, models.student
+    before = buffer_dtypes(teacher=teacher, student=student)
     with quiet(setup.library_log):
-        engine = make_engine(cfg, models.student, setup.zero_stage, setup.deepspeed, models.slices)
-        state = ZeroState(engine, models.student.model, models.slices)
+        engine = make_engine(cfg, student, setup.zero_stage, setup.deepspeed, models.slices)
+        check_buffers_kept(before, buffer_dtypes(teacher=teacher, student=student))
+        state = ZeroState(engine, student.model, models.slices)
         pruned = Checkpoint.open(folders.student)
         trained = trained_tensors(pruned, state.shapes, state.tied)
         if setup.dtype == torch.bfloat16:

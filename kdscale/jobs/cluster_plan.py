@@ -75,6 +75,7 @@ def plan_cluster(
         ranks=cluster.ranks,
         ranks_per_node=cluster.gpus_per_node,
         item_bytes=4 if distill.dtype == "float32" else 2,
+        gradient_bytes=2 if distill.dtype != "float32" and distill.zero.gradient_dtype == "bfloat16" else 4,
         top_k=None if needs.full else needs.top_k,
         validate_tokens=distill.validate_tokens,
         reduce_bucket=distill.zero.reduce_bucket or 500_000_000,

@@ -16,10 +16,9 @@ from typing import Literal
 
 import psutil
 
-from kdscale.runtime.versions import version_of
+from kdscale.runtime.versions import OLDEST, is_too_old, version_of
 
 Severity = Literal["ok", "note", "bad"]
-_MIN_TORCH = (2, 6)
 _DEMO_MEMORY_BYTES = 8 * 10**9
 _DEMO_DISK_BYTES = 6 * 10**9
 
@@ -39,6 +38,7 @@ class CudaDevice:
 
     name: str
     memory_bytes: int
+    has_bf16: bool = True  # multiplies it in hardware
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,13 @@ def _cuda_devices() -> tuple[CudaDevice, ...]:
         return ()
     import torch
 
-    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count() if torch.cuda.is_available() else 0))
-    return tuple(CudaDevice(card.name, card.total_memory) for card in cards)
+    from kdscale.runtime.device import gpu_has_bf16
+
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        card = torch.cuda.get_device_properties(index)
+        found.append(CudaDevice(card.name, card.total_memory, gpu_has_bf16(index)))
+    return tuple(found)
 
 
 def _torch(gpus: tuple[CudaDevice, ...]) -> list[Finding]:
@@ -105,13 +110,17 @@ def _torch(gpus: tuple[CudaDevice, ...]) -> list[Finding]:
     import torch
 
     from kdscale.runtime.device import cpu_has_bf16
+    from kdscale_kernels.fused.products import gives_fp32_results
 
-    version = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    severity: Severity = "ok" if version >= _MIN_TORCH else "bad"
-    findings = [Finding("torch", severity, f"{torch.__version__} ({build})")]
+    findings = [_not_too_old(Finding("torch", "ok", f"{torch.__version__} ({build})"))]
     for index, gpu in enumerate(gpus):
-        findings.append(Finding("device", "ok", f"cuda:{index} {gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB"))
+        slow = "" if gpu.has_bf16 else "; no bf16 in hardware: dtype auto takes float32"
+        text = f"cuda:{index} {gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB{slow}"
+        findings.append(Finding("device", "note" if slow else "ok", text))
+    if gpus and not gives_fp32_results():
+        text = "bf16 products with fp32 results need torch 2.8: the head's products run in fp32, several times slower"
+        findings.append(Finding("products", "note", text))
     if not gpus:
         has_driver = shutil.which("nvidia-smi") is not None
         unused = "; a GPU driver is here, but this torch build does not use it" if has_driver else ""
@@ -121,11 +130,19 @@ def _torch(gpus: tuple[CudaDevice, ...]) -> list[Finding]:
     return findings
 
 
+def _not_too_old(finding: Finding) -> Finding:
+    """The finding of a package, or why its version is in the way."""
+    if not is_too_old(finding.topic):
+        return finding
+    needed = f"{OLDEST[finding.topic]} or newer is needed"
+    return Finding(finding.topic, "bad", f"{finding.text}; {needed}")
+
+
 def _packages() -> list[Finding]:
     """The libraries that every run needs, and whether DeepSpeed can be imported."""
     versions = {name: version_of(name) for name in ("transformers", "deepspeed", "safetensors", "accelerate")}
     findings = [
-        Finding(name, "ok" if version else "bad", version or f"not installed; pip install {name}")
+        _not_too_old(Finding(name, "ok" if version else "bad", version or f"not installed; pip install {name}"))
         for name, version in versions.items()
     ]
     if importlib.util.find_spec("deepspeed") is not None:

@@ -224,13 +224,13 @@ def collective(seconds: float, config_path: str, overrides: Sequence[str]) -> di
 
     from kdscale.runtime.gpu_binding import claim_gpu, rank_device
     from kdscale.runtime.ranks import join_launched_group
-    from kdscale_launch.rendezvous import set_gloo_interface
+    from kdscale_launch.rendezvous import set_interfaces
 
-    set_gloo_interface(os.environ)
+    set_interfaces(os.environ)
     name = load_config(Path(config_path), list(overrides)).runtime.device
     claim = claim_gpu(name, os.environ)
     device = rank_device(name)
-    join_launched_group("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=seconds))
+    join_launched_group("nccl" if device.type == "cuda" else "gloo", device, timedelta(seconds=seconds))
     ones = torch.ones(1, device=device)
     dist.all_reduce(ones)
     if int(ones.item()) != dist.get_world_size():

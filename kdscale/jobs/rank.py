@@ -74,7 +74,7 @@ def _run_rank(config: Config, until: str, accept_changes: bool) -> int:
     from kdscale_launch import rendezvous
 
     rendezvous.check_rank_variables(os.environ)
-    rendezvous.set_gloo_interface(os.environ)
+    rendezvous.set_interfaces(os.environ)
     with closing(claim_gpu(config.runtime.device, os.environ)):
         return _take_part(config, until, accept_changes)
 

@@ -178,5 +178,5 @@ def join_ranks(context: StageContext) -> torch.device:
     set_threads(context.config.runtime.threads, context.ranks)
     device = rank_device(context.config.runtime.device)
     if context.ranks > 1:
-        join_launched_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join_launched_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", device)
     return device

@@ -53,10 +53,25 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+# AMD's matrix cores for bf16: CDNA 1 to 4, RDNA 3 and 4 (AMD's ISA manuals, the MFMA and WMMA instructions).
+_AMD_WITH_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+
+
+def gpu_has_bf16(index: int | None = None) -> bool:
+    """Whether the GPU (None: the current one) multiplies bf16 in hardware: NVIDIA from compute capability 8.0 on.
+
+    torch.cuda.is_bf16_supported also says yes where bf16 is emulated (V100, T4), and to every AMD card.
+    """
+    card = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    if torch.version.hip:
+        return bool(card.gcnArchName.startswith(_AMD_WITH_BF16))
+    return bool(card.major >= 8)
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 wherever the hardware multiplies it, else fp32."""
+    """`auto` is bf16 wherever the hardware multiplies it, else fp32: fp16 would need a loss scale."""
     if name == "auto":
-        good = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+        good = gpu_has_bf16(device.index) if device.type == "cuda" else cpu_has_bf16()
         return torch.bfloat16 if good else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 

@@ -30,17 +30,21 @@ _ROUND_SECONDS = 0.5
 _last_call: tuple[Any, int] = (None, 0)  # see _next_call
 
 
-def join_launched_group(backend: str, timeout: timedelta | None = None) -> None:
+def join_launched_group(backend: str, device: torch.device, timeout: timedelta | None = None) -> None:
     """Join the group of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `timeout` of its collectives (None: torch's).
 
-    torch's own store listens on every address of the machine; here rank 0 listens on MASTER_ADDR alone. Raises
-    MachineError when it cannot.
+    `device` is this rank's. torch's own store listens on every address of the machine; here rank 0 listens on
+    MASTER_ADDR alone. Raises MachineError when it cannot.
     """
     from kdscale_launch.job import LaunchError
     from kdscale_launch.rendezvous import listen_as_rank_0
 
+    if device.type == "cuda":
+        # A partitioned teacher has a communicator of its own, and two must start their kernels in one order on every
+        # GPU. All ranks call them in one order (a test records it); this makes NCCL (2.26 on) keep it on the device.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens already
-        init_group(backend, timeout=timeout)
+        init_group(backend, device, timeout=timeout)
         return
     number, ranks, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     listener = None
@@ -54,13 +58,17 @@ def join_launched_group(backend: str, timeout: timedelta | None = None) -> None:
     store = dist.TCPStore(  # type: ignore[attr-defined]
         address, port, ranks, number == 0, timeout_of_store, master_listen_fd=listener
     )
-    init_group(backend, store=store, rank=number, world_size=ranks, timeout=timeout)
+    init_group(backend, device, store=store, rank=number, world_size=ranks, timeout=timeout)
 
 
-def init_group(backend: str, **settings: Any) -> None:
-    """torch's init_process_group; a group of one keeps traces as they are, without `[rank0]:` before every line."""
+def init_group(backend: str, device: torch.device, **settings: Any) -> None:
+    """torch's init_process_group for a rank that computes on `device`.
+
+    NCCL is told the GPU and so connects at once: ranks that cannot reach each other fail there, and no collective
+    guesses a GPU. A group of one keeps traces as they are, without `[rank0]:` before every line.
+    """
     hook = sys.excepthook
-    dist.init_process_group(backend, **settings)
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None, **settings)
     if dist.get_world_size() == 1:
         sys.excepthook = hook
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-import kdscale
+from packaging.version import InvalidVersion, Version
 
+import kdscale
+from kdscale.errors import MachineError
+
+# Older torch lacks functions that are called. DeepSpeed before 0.19.8, told to add bf16 gradients up in fp32, adds them
+# in bf16 at stage 2, wrongly (up to 20 %) at stage 1 with offload, and cannot skip a step at stage 1 without; before
+# 0.19.3 it also rounds RoPE's frequencies to bf16.
+OLDEST = {"torch": "2.6", "deepspeed": "0.19.8"}
 PACKAGES = ("torch", "transformers", "deepspeed", "safetensors", "tokenizers", "numpy")
 
 
@@ -16,6 +23,25 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except (metadata.PackageNotFoundError, KeyError, OSError, ValueError):
         return None
+
+
+def is_too_old(package: str) -> bool:
+    """Whether an installed package of OLDEST is older than that; False where its version cannot be read."""
+    oldest = OLDEST.get(package, "0")
+    try:
+        return Version(version_of(package) or oldest) < Version(oldest)
+    except InvalidVersion:
+        return False
+
+
+def check_deepspeed() -> None:
+    """Raises MachineError for a DeepSpeed with which gradients would be wrong."""
+    if is_too_old("deepspeed"):
+        oldest = OLDEST["deepspeed"]
+        raise MachineError(
+            "DeepSpeed", expected=f"{oldest} or newer, which adds gradients up as it is told to",
+            got=str(version_of("deepspeed")), hint=f"pip install 'deepspeed>={oldest}', on every host",
+        )  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ class Job:
     ranks: int
     ranks_per_node: int
     item_bytes: int = 2
+    gradient_bytes: int = 4  # of a gradient while micro-batches and ranks add theirs: distill.zero.gradient_dtype
     top_k: int | None = 64  # None: the whole vocabulary
     loss_buffers: int = 1  # [rows, V] arrays of the loss: LossOptions.buffers
     validate_tokens: int = 0

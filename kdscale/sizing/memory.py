@@ -1,7 +1,7 @@
 """Bytes that a GPU (or CPU process) holds at the peak of a training step, by component.
 
-Letters: P parameters, W ranks, b bytes of a weight (2 in bf16, 4 in fp32), H hidden, F ffn, A heads · head_dim,
-K kv_heads · head_dim, V vocabulary, L layers, S positions a sequence, N = micro-batch · S.
+Letters: P parameters, W ranks, b bytes of a weight (2 in bf16, 4 in fp32), g bytes of a sum of gradients, H hidden,
+F ffn, A heads · head_dim, K kv_heads · head_dim, V vocabulary, L layers, S positions a sequence, N = micro-batch · S.
 
 Every formula names its source: *counted* (tensors that autograd saved, or bytes that a process held), *read* (in the
 source of DeepSpeed 0.19.8 or of this project), *paper* (ZeRO, arXiv 1910.02054), or *assumed*. Offloaded bytes count
@@ -84,13 +84,14 @@ def host_bytes(job: Job, setting: Setting) -> float:
     """Host memory of what one rank offloads (read).
 
     Of the optimiser: masters, moments and fp32 gradients, 16 bytes per parameter; at stages 1 and 2 a copy of the
-    weights to send back; and the gradients that micro-batches add up (at stage 3 always). Then the weights, and of a
-    teacher in host memory one copy per node.
+    weights to send back; and the sums of gradients, at stage 3 always, at stages 1 and 2 those in bf16 of several
+    micro-batches (fp32 ones stay on the GPU). Then the weights, and of a teacher in host memory one copy per node.
     """
     params, out = job.student.params / job.ranks, 0.0
     if setting.offload_optimizer:
-        copies = (setting.stage < 3) + (setting.stage == 3 or setting.accumulation > 1)
-        out += params * (16 + job.item_bytes * copies)
+        added_here = setting.stage == 3 or (setting.accumulation > 1 and not _widened(job))
+        sent_back = job.item_bytes if setting.stage < 3 else 0
+        out += params * (16 + sent_back + (job.gradient_bytes if added_here else 0))
     if setting.offload_parameters:
         out += params * job.item_bytes
     if setting.placement == "offloaded":
@@ -134,43 +135,73 @@ def _validation(job: Job) -> float:
 # -- gradients and buckets ---------------------------------------------------------------------------------------------
 
 
-def _gradients(job: Job, setting: Setting) -> float:
-    """Gradients at the end of the last backward.
+def _widened(job: Job) -> bool:
+    """Whether gradients are added in a wider format than the backward makes them in."""
+    return job.gradient_bytes > job.item_bytes
 
-    Stage 1 keeps its own b·P/W and hands on the rest from the bucket (read), unless earlier micro-batches of the step
-    have left all of them; stages 2 and 3 hold b·P/W.
+
+def _gradients(job: Job, setting: Setting) -> float:
+    """Gradients at the end of the last backward (read).
+
+    Stage 1 keeps its own g·P/W and hands on the rest from the bucket, unless earlier micro-batches of the step have
+    left all of them; widened it has all g·P at all times, and offloaded its own share beside them. Stages 2 and 3 hold
+    g·P/W; widened stage 2 has b·P/W of the last micro-batch beside it, and does not offload either.
     """
-    gradients = job.item_bytes * job.student.params
+    gradients = job.gradient_bytes * job.student.params
+    own, widened = gradients / job.ranks, _widened(job)
+    if setting.stage == 1 and widened:
+        return gradients + (own if setting.offload_optimizer else 0.0)
     if setting.stage == 0 or (setting.stage == 1 and setting.accumulation > 1):
         return gradients
-    return 0.0 if setting.offload_optimizer else gradients / job.ranks
+    if setting.stage == 2 and widened:
+        return own + job.item_bytes * job.student.params / job.ranks
+    return 0.0 if setting.offload_optimizer else own
 
 
 def _standing_gradients(job: Job, setting: Setting) -> float:
-    """Gradients of earlier micro-batches while a later one runs; stage 3 has its buffer at all times (read)."""
-    gradients = job.item_bytes * job.student.params
+    """Gradients of earlier micro-batches while a later one runs; stage 3, and widened 1, always have theirs (read)."""
+    gradients = job.gradient_bytes * job.student.params
+    own, widened = gradients / job.ranks, _widened(job)
     if setting.stage == 3:
-        return 0.0 if setting.offload_optimizer else gradients / job.ranks
+        return 0.0 if setting.offload_optimizer else own
+    if setting.stage == 1 and widened and not setting.offload_optimizer:
+        return gradients
     if setting.accumulation == 1:
         return 0.0
-    return gradients if setting.stage < 2 else 0.0 if setting.offload_optimizer else gradients / job.ranks
+    if setting.stage < 2:
+        return gradients
+    return 0.0 if setting.offload_optimizer and not widened else own
 
 
 def _step_gradients(job: Job, setting: Setting) -> float:
-    """The optimiser's own gradients: fp32, and at stage 1 and 2 the flattened share beside them (read)."""
+    """The optimiser's own gradients: fp32, and at stage 1 and 2 the flattened share beside them (read).
+
+    Where stages 1 and 2 add in fp32, they take a step with the sums themselves.
+    """
     params = job.student.params / job.ranks
     if setting.stage == 0:
         return 0.0
     if setting.stage == 3:
         return 4 * min(params, SUB_GROUP)
+    if _widened(job):
+        return 0.0
     return (4 + (job.item_bytes if job.item_bytes == 2 else 0)) * params
 
 
 def _bucket(job: Job, setting: Setting) -> float:
-    """Gradients on their way. A GPU holds the whole buffer, a CPU process only the pages that were written to."""
+    """Gradients on their way. A GPU holds the whole buffer, a CPU process only the pages that were written to.
+
+    Stage 3 overlaps: one buffer is filled while another is reduced. Widened stage 1 reduces its sums where they are,
+    and widened stage 2 reduces a flattened copy of its bucket, as fp32 (read).
+    """
     elements = job.reduce_bucket if job.device == "cuda" else min(job.reduce_bucket, job.student.params)
-    buffers = 2 if setting.stage == 3 else 1  # stage 3 overlaps: one is filled while the other is reduced
-    return 0.0 if setting.stage == 0 and job.ranks == 1 else float(job.item_bytes * elements * buffers)
+    if setting.stage == 0 and job.ranks == 1:
+        return 0.0
+    if _widened(job) and setting.stage == 1 and not setting.offload_optimizer:
+        return 0.0
+    if _widened(job) and setting.stage == 2:
+        return float((2 * job.item_bytes + job.gradient_bytes) * elements)
+    return float(job.gradient_bytes * elements * (2 if setting.stage == 3 else 1))
 
 
 # -- weights gathered for a while --------------------------------------------------------------------------------

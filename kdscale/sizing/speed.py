@@ -82,16 +82,20 @@ def _student_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: R
 
     Bytes as in ZeRO (arXiv 1910.02054, section 7): stage 0 does an all-reduce, stages 1 and 2 reduce gradients and
     gather weights once, stage 3 gathers twice and reduces. Stages 2 and 3 reduce in every micro-batch, stage 1 once a
-    step (read in DeepSpeed). With hpZ the second gather stays within its group (arXiv 2306.10209).
+    step, and where it adds in fp32 by an all-reduce (read in DeepSpeed). With hpZ the second gather stays within its
+    group (arXiv 2306.10209).
     """
     weights = job.item_bytes * job.student.params
     once = cluster.collective(weights) / rates.links if job.ranks > 1 else 0.0
+    reduced = once * job.gradient_bytes / job.item_bytes
     micro_batches = setting.accumulation
     if setting.stage == 3:
         second_gather = cluster.within_node(weights) / rates.links if 1 < setting.hpz <= cluster.gpus_per_node else once
         from_host = 2 * weights / job.ranks / cluster.gpu.pcie if setting.offload_parameters else 0.0
-        return micro_batches * (2 * once + second_gather + from_host), 0.0
-    return 0.0, once * (1 + micro_batches if setting.stage == 2 else 2)
+        return micro_batches * (once + reduced + second_gather + from_host), 0.0
+    if setting.stage == 2:
+        return 0.0, once + micro_batches * reduced
+    return 0.0, once + reduced * (2 if job.gradient_bytes > job.item_bytes else 1)
 
 
 def _teacher_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> float:
@@ -105,10 +109,12 @@ def _teacher_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: R
 def _optimizer_seconds(job: Job, setting: Setting, cluster: GpuCluster) -> float:
     """Seconds of Adam, which is bound by memory bandwidth.
 
-    Offloaded it is bound by the host's; gradients go down in every micro-batch, and weights come up once.
+    Offloaded it is bound by the host's; gradients go down in every micro-batch (at stages 1 and 2 that add them in fp32
+    once), and weights come up once.
     """
     params = job.student.params / (job.ranks if setting.stage else 1)
     if not setting.offload_optimizer:
         return _ADAM_BYTES * params / cluster.gpu.hbm
-    sent = job.item_bytes * params * (setting.accumulation + 1)
+    times = 1 if setting.stage < 3 and job.gradient_bytes > job.item_bytes else setting.accumulation
+    sent = params * (job.gradient_bytes * times + job.item_bytes)
     return _ADAM_BYTES * params * cluster.gpus_per_node / cluster.host_bandwidth + sent / cluster.gpu.pcie

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, MutableMapping
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from kdscale_launch.job import LaunchError, RankPlace
@@ -143,14 +144,30 @@ def release_waiting_ranks(place: RankPlace, seconds: float = 300.0) -> None:
                 connection.sendall(_NOTHING_TO_DO)
 
 
-def set_gloo_interface(environment: MutableMapping[str, str]) -> None:
-    """Set GLOO_SOCKET_IFNAME, unless it is set, to the interface through which this host reaches rank 0.
+def set_interfaces(environment: MutableMapping[str, str]) -> None:
+    """Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which this host reaches rank 0.
 
-    Left alone, gloo takes the interface of the host's own name, which on many machines is the loopback.
+    One that is set, in NCCL's case also in a file of NCCL's own, stays as it is. Left alone, gloo takes the interface
+    of the host's own name, which on many machines is the loopback, and NCCL the first that looks usable.
     """
-    if "MASTER_ADDR" in environment and "GLOO_SOCKET_IFNAME" not in environment:
-        interface = interface_towards(environment["MASTER_ADDR"])
-        environment.update({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+    wanted = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}  # NCCL takes a name without "=" as a prefix
+    missing = [name for name in wanted if name not in environment and not _in_nccl_files(name, environment)]
+    interface = interface_towards(environment["MASTER_ADDR"]) if missing and "MASTER_ADDR" in environment else None
+    if interface is not None:
+        environment.update({name: wanted[name] + interface for name in missing})
+
+
+def _in_nccl_files(name: str, environment: Mapping[str, str]) -> bool:
+    """Whether a file that NCCL reads sets `name`; a variable of ours would override it."""
+    own = environment.get("NCCL_CONF_FILE") or str(Path(environment.get("HOME", "/")) / ".nccl.conf")
+    for file in (own, "/etc/nccl.conf"):
+        try:
+            lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue  # most hosts have neither
+        if any(line.split("=")[0].strip() == name for line in lines):
+            return True
+    return False
 
 
 def interface_towards(address: str) -> str | None:

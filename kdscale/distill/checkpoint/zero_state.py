@@ -1,9 +1,9 @@
 """This rank's fp32 masters and Adam moments inside a DeepSpeed engine, as ranges of the student's parameters.
 
 Only this file knows how a ZeRO stage lays out its flat buffers (DeepSpeed 0.19: `_hp_mapping` at stages 1 and 2,
-`grad_position` at stage 3, optimiser state keyed by the flat buffer; stage 1 that adds bf16 gradients in fp32 is another
-class, BF16_Optimizer, with other names for the same). At stage 0 every rank holds everything, and the
-ranks divide the writing among themselves.
+`grad_position` at stage 3, optimiser state keyed by the flat buffer; a stage 1 that adds bf16 gradients in fp32 is
+another class, BF16_Optimizer, with other names for the same). At stage 0 every rank holds everything, and the ranks
+divide the writing among themselves.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _held_ranges(
                     yield _HeldRange(ParameterRange(names[id(parameter)], begin, length), flat, start)
 
 
-def _flat_groups(zero: Any) -> Iterator[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
+def _flat_groups(zero: Any) -> Iterator[tuple[torch.Tensor, list[Any]]]:
     """Each flat fp32 buffer of stage 1 or 2 with the parameters of which it has a share."""
     if hasattr(zero, "fp32_groups_flat_partition"):
         return zip(zero.fp32_groups_flat_partition, zero.bf16_groups, strict=True)

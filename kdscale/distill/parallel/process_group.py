@@ -11,10 +11,15 @@ import torch.distributed as dist
 
 from kdscale.errors import ConfigError
 from kdscale.runtime.ranks import barrier, init_group, join_launched_group, world_size
+from kdscale.runtime.versions import check_deepspeed
 
 
 def join_group(device: torch.device, timeout: timedelta | None = None) -> None:
-    """Join the launcher's group, or make one of a single process that needs no port; `timeout` of its collectives."""
+    """Join the launcher's group, or make one of a single process that needs no port; `timeout` of its collectives.
+
+    Raises MachineError for a DeepSpeed that is too old.
+    """
+    check_deepspeed()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -26,11 +31,11 @@ def join_group(device: torch.device, timeout: timedelta | None = None) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # A launcher sets all three; job systems and other libraries leave a stray RANK behind.
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-            join_launched_group(backend, timeout)
+            join_launched_group(backend, device, timeout)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")
             store = torch._C._distributed_c10d.HashStore()  # in memory: no port, nothing to collide with
-            init_group(backend, store=store, rank=0, world_size=1)
+            init_group(backend, device, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 

@@ -13,6 +13,7 @@ from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.runs.folder import KERNELS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.versions import check_deepspeed
 
 # Bytes a parameter: the finished student, and a checkpoint's fp32 master weight and two Adam moments.
 _STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 12
@@ -38,6 +39,12 @@ def check_token(config: Config, run: RunFolder) -> None:
 
         token_file = config.distill.served.token_file
         read_token(Path(token_file) if token_file else run.path / TEACHER_TOKEN)
+
+
+def check_before(config: Config, run: RunFolder) -> None:
+    """Raises ConfigError or MachineError for what the ranks would find out when they start."""
+    check_deepspeed()
+    check_token(config, run)
 
 
 def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:

@@ -53,7 +53,7 @@ STAGES: dict[str, Stage] = {
             reads=(folder.PRUNED_WEIGHTS, folder.DATA), writes=(folder.STUDENT,),
             resumes_from=(folder.CHECKPOINTS, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD),
             disk_bytes=distill.disk_bytes, in_steps=True, across_job=True, watches_itself=True,
-            check_before=distill.check_token,
+            check_before=distill.check_before,
         ),
         Stage(
             name="eval", title="evaluate side by side",

@@ -75,7 +75,12 @@ def _cpu_has_bf16() -> bool:
 def _is_native(device: torch.device, operand: torch.dtype) -> bool:
     """Whether the library gives fp32 results for operands of two bytes."""
     half = operand in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and hasattr(torch.ops.aten.mm, "dtype_out")
+    return device.type == "cuda" and half and gives_fp32_results()
+
+
+def gives_fp32_results() -> bool:
+    """Whether this torch has products of bf16 with fp32 results on a GPU (2.8); without, both factors become fp32."""
+    return hasattr(torch.ops.aten.mm, "dtype_out")
 
 
 def bf16_logits_are_fast(device: torch.device, operand: torch.dtype) -> bool:

@@ -19,7 +19,7 @@ from kdscale.distill import trainer as loop
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.objectives.token_divergence import TokenDivergence
 from kdscale.distill.validate import Validator
-from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, TrainingError
+from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderError, SelfCheckError, TrainingError
 from kdscale.models import head, sequence_parallel
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.exits import exit_code_of
@@ -84,6 +84,24 @@ def test_bf16_masters_start_from_the_digits_on_disk(distil, student_dir, tmp_pat
     distil(tmp_path, dtype="bfloat16")
     before, after = load_file(student_dir / "model.safetensors"), load_file(tmp_path / "student" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_deepspeed_that_rounds_rope_is_noticed(distil, tmp_path, monkeypatch):
+    import deepspeed
+
+    real = deepspeed.initialize
+
+    def as_before_0_19_3(**arguments):
+        for module in arguments["model"].modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.bfloat16())
+        return real(**arguments)
+
+    monkeypatch.setattr(deepspeed, "initialize", as_before_0_19_3)
+    with pytest.raises(
+        SelfCheckError, match=r"student: model\.model\.rotary_emb\.inv_freq(.|\n)*float32(.|\n)*bfloat16"
+    ):
+        distil(tmp_path, dtype="bfloat16")
 
 
 def test_bf16_is_never_run_at_stage_0(distil, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from kdscale_kernels.fused import products
 WORKER = Path(__file__).parent / "load_models_worker.py"
 ROOT = WORKER.parents[3]
 WORLDS = (1, 2, 4)
+ELSEWHERE = ("replicated", "offloaded")  # the teacher of further runs, over two ranks
 SETTINGS = {"tokens": 2 * 4 * 48, "micro_batch": 1, "zero_stage": 3, "teacher_placement": "partitioned"}
 
 
@@ -31,7 +33,9 @@ def losses(rows):
 def ran(tiny_llama_dir, student_dir, data_dir, make_config, tmp_path_factory):
     """The folder of the runs over each number of ranks."""
     folder = tmp_path_factory.mktemp("pairs")
-    configs = {world: make_config(**SETTINGS, processes=world).resolved() for world in WORLDS}
+    configs = {str(world): make_config(**SETTINGS, processes=world).resolved() for world in WORLDS}
+    for placement in ELSEWHERE:
+        configs[placement] = make_config(**{**SETTINGS, "teacher_placement": placement}, processes=2).resolved()
     paths = {"folder": folder, "teacher": tiny_llama_dir, "student": student_dir, "data": data_dir}
     arguments = {"configs": configs, **{name: str(path) for name, path in paths.items()}}
     (folder / "arguments.json").write_text(json.dumps(arguments))
@@ -67,6 +71,17 @@ def test_any_number_of_ranks_is_the_run_of_one_with_whole_models(ran, distil, tm
             torch.testing.assert_close(got[name], value, rtol=0, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
     counts = [json.loads((ran / f"counts-4-{rank}.json").read_text()) for rank in range(4)]
     assert any(len(set(step)) > 1 for step in zip(*counts, strict=True))
+
+
+@pytest.mark.parametrize(("run", "world"), [("2", 2), ("4", 4), *((placement, 2) for placement in ELSEWHERE)])
+def test_all_ranks_start_the_same_collectives_in_one_order(ran, run, world):
+    """What two communicators need on GPUs: a partitioned teacher gathers in one of its own, amid the student's."""
+    first, *others = (json.loads((ran / f"collectives-{run}-{rank}.json").read_text()) for rank in range(world))
+    assert all(calls == first for calls in others)
+    groups = [group for _, group, _, _ in first]
+    assert len(first) > 100
+    turns = sum(left != right for left, right in pairwise(groups))
+    assert turns > 20 if run.isdigit() else turns < 20  # between communicators
 
 
 class _Rows(TorchDispatchMode):

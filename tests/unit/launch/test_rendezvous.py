@@ -15,7 +15,7 @@ from kdscale_launch.rendezvous import (
     listen_as_rank_0,
     parse_rank_place,
     release_waiting_ranks,
-    set_gloo_interface,
+    set_interfaces,
     take_rank_place,
     wait_for_rank_0,
 )  # fmt: skip
@@ -33,16 +33,30 @@ def test_a_place_is_taken_out_of_the_environment_and_read_back():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for its interfaces")
-def test_gloo_is_given_the_interface_that_leads_to_rank_0():
-    environment = {"MASTER_ADDR": "127.0.0.1"}
-    set_gloo_interface(environment)
-    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
-    given = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "ib0"}
-    set_gloo_interface(given)
-    assert given["GLOO_SOCKET_IFNAME"] == "ib0"
-    nowhere = {"MASTER_ADDR": "no-such-host.invalid"}
-    set_gloo_interface(nowhere)
-    assert "GLOO_SOCKET_IFNAME" not in nowhere
+@pytest.mark.parametrize(
+    ("given", "gloo", "nccl"),
+    [
+        ({}, "lo", "=lo"),
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, "ib0", "=lo"),
+        ({"NCCL_SOCKET_IFNAME": "^docker"}, "lo", "^docker"),
+        ({"MASTER_ADDR": "no-such-host.invalid"}, None, None),
+    ],
+)
+def test_ranks_are_given_the_interface_that_leads_to_rank_0(tmp_path, given, gloo, nccl):
+    environment = {"MASTER_ADDR": "127.0.0.1", "HOME": str(tmp_path), **given}
+    set_interfaces(environment)
+    assert environment.get("GLOO_SOCKET_IFNAME") == gloo
+    assert environment.get("NCCL_SOCKET_IFNAME") == nccl
+
+
+@pytest.mark.parametrize("variable", ["HOME", "NCCL_CONF_FILE"])
+def test_an_interface_in_a_file_of_nccl_stays(tmp_path, variable):
+    (tmp_path / ".nccl.conf").write_text("NCCL_DEBUG=WARN\nNCCL_SOCKET_IFNAME=ib0\n")
+    place = tmp_path if variable == "HOME" else tmp_path / ".nccl.conf"
+    environment = {"MASTER_ADDR": "127.0.0.1", variable: str(place)}
+    set_interfaces(environment)
+    assert "NCCL_SOCKET_IFNAME" not in environment
+    assert "GLOO_SOCKET_IFNAME" in environment
 
 
 def door(port: int) -> dict[str, str]:

@@ -1,21 +1,59 @@
-"""The process group: what joining it leaves as it was."""
+"""The process group: what a rank tells torch when it joins, and what joining leaves as it was."""
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from kdscale.runtime.ranks import init_group
+from kdscale.distill.parallel import process_group
+from kdscale.runtime.ranks import init_group, join_launched_group
+
+PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **kwargs: None)
+    for name in (*PLACE, "TORCHELASTIC_USE_AGENT_STORE", "NCCL_LAUNCH_ORDER_IMPLICIT"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+@pytest.mark.parametrize(("device", "bound"), [("cuda:1", torch.device("cuda", 1)), ("cpu", None)])
+def test_a_launched_rank_names_its_gpu(
+    joined: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, by_torchrun: bool, device: str, bound: Any
+) -> None:
+    for name, value in {**PLACE, "TORCHELASTIC_USE_AGENT_STORE": str(by_torchrun)}.items():
+        monkeypatch.setenv(name, value)
+    join_launched_group("nccl", torch.device(device))
+    assert [call["device_id"] for call in joined] == [bound]
+    assert os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") == ("1" if bound else None)
+    os.environ.pop("NCCL_LAUNCH_ORDER_IMPLICIT", None)
+
+
+def test_a_rank_alone_names_its_gpu_too(joined: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
+    process_group.join_group(torch.device("cuda", 0))
+    assert [call["device_id"] for call in joined] == [torch.device("cuda", 0)]
 
 
 @pytest.mark.skipif(dist.is_initialized(), reason="this process is in a group already")
 def test_a_group_of_one_puts_no_rank_before_a_trace() -> None:
     hook = sys.excepthook
     store = torch._C._distributed_c10d.HashStore()  # type: ignore[attr-defined]
-    init_group("gloo", store=store, rank=0, world_size=1)
+    init_group("gloo", torch.device("cpu"), store=store, rank=0, world_size=1)
     try:
         assert sys.excepthook is hook
     finally:

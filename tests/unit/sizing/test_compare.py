@@ -93,14 +93,17 @@ def test_compute_is_what_the_flops_say_and_checkpointing_adds_a_forward() -> Non
 
 
 def test_stage_2_reduces_in_every_micro_batch_and_hpz_spares_the_network() -> None:
-    one = {s: estimate_step(job(), Setting(s, 1, 8, True, "replicated"), cluster(), Rates()) for s in (1, 2)}
-    assert one[2].seconds["communication"] == pytest.approx(one[1].seconds["communication"] * 9 / 2)
+    # in gathers of the weights: bf16 gradients take one, fp32 ones two, and stage 1 sums those by an all-reduce
+    for size, first, second in ((2, 1 + 1, 1 + 8), (4, 1 + 4, 1 + 16)):
+        sums = replace(job(), gradient_bytes=size)
+        one = {s: estimate_step(sums, Setting(s, 1, 8, True, "replicated"), cluster(), Rates()) for s in (1, 2)}
+        assert one[2].seconds["communication"] == pytest.approx(one[1].seconds["communication"] * second / first)
     slow = replace(cluster(4), gpu=replace(H100, network=1e9))
     far, near = (
         estimate_step(job(32), Setting(3, 1, 1, False, "replicated", hpz=h), slow, Rates()).seconds["student"]
         for h in (1, 8)
     )
-    assert near < far * 0.75
+    assert near < far * 0.8  # one of four gathers: the sums of gradients count for two
 
 
 def test_what_fits_is_chosen_and_what_does_not_says_by_how_much() -> None:

@@ -68,7 +68,7 @@ def test_offload_moves_states_to_the_host_and_the_teacher_is_there_once_a_node()
     assert "masters and Adam" not in found.parts
     assert "student weights" not in found.parts
     assert "teacher" not in found.parts
-    assert found.host == (16 + 2 + 2) * P / 8 + 2 * P / 8
+    assert found.host == (16 + 2 + 4) * P / 8 + 2 * P / 8  # the weights, and the sums of gradients
 
 
 def test_a_partitioned_teacher_is_flat_in_its_depth_but_for_its_share() -> None:
@@ -83,8 +83,35 @@ def test_hpz_keeps_a_second_copy_in_each_group() -> None:
 
 
 def test_gradients_that_wait_are_whole_at_stage_1() -> None:
-    once, often = (peak_memory(JOB, setting(1, accumulation=a)).parts.get("gradients", 0) for a in (1, 4))
+    job = replace(JOB, gradient_bytes=2)
+    once, often = (peak_memory(job, setting(1, accumulation=a)).parts.get("gradients", 0) for a in (1, 4))
     assert often - once > P
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    ("stage", "offloaded", "on_the_gpu", "on_the_host"),
+    [
+        (1, False, 4 * P, 0),
+        (1, True, 4 * P + 4 * P / 8, (16 + 2) * P / 8),
+        (2, False, (4 + 2) * P / 8, 0),
+        (2, True, (4 + 2) * P / 8, (16 + 2) * P / 8),
+        (3, False, 4 * P / 8, 0),
+        (3, True, 0, (16 + 4) * P / 8),
+    ],
+)
+def test_sums_of_gradients_in_fp32(
+    stage: int, offloaded: bool, on_the_gpu: float, on_the_host: float, accumulation: int
+) -> None:
+    chosen = setting(stage, offload_optimizer=offloaded, accumulation=accumulation)
+    assert memory._gradients(JOB, chosen) == on_the_gpu
+    assert memory.host_bytes(JOB, chosen) == on_the_host
+
+
+def test_fp32_training_adds_gradients_up_as_it_makes_them() -> None:
+    for stage in (0, 1, 2, 3):
+        job = replace(JOB, item_bytes=4)
+        assert memory._gradients(job, setting(stage)) == (4 * P if stage == 0 else 4 * P / 8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
