@@ -27,7 +27,7 @@ def distill(**settings: Any) -> DistillConfig:
         ({"zero_stage": 1, "zero": {"offload_optimizer": "nvme", "nvme_path": "/x"}}, "nvme needs zero_stage 3"),
         (
             {"zero_stage": 3, "async_checkpoints": True, "zero": {"offload_optimizer": "nvme", "nvme_path": "/x"}},
-            "async_checkpoints would hold",
+            "async_checkpoints: would hold",
         ),
         ({"zero_stage": 3, "zero": {"offload_optimizer": "cpu", "nvme_path": "/x"}}, "nothing is offloaded to nvme"),
         ({"zero_stage": 3, "zero": {"hpz_partition_size": 2}}, r"hpz_partition_size \(2\) must divide processes \(1\)"),
