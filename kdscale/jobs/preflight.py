@@ -20,8 +20,9 @@ from typing import Any
 import kdscale
 from kdscale.config.load import load_config
 from kdscale.config.root import Config
+from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.errors import ConfigError, KdscaleError, SelfCheckError
-from kdscale.jobs.doctor import Finding
+from kdscale.jobs.doctor import Finding, Severity
 from kdscale.runtime.exits import leave
 from kdscale.runtime.versions import PACKAGES, version_of, versions
 
@@ -29,6 +30,7 @@ _MARK = ".preflight-"
 _MIN_FREE_BYTES = 1 << 30
 _MAX_SKEW_SECONDS = 5.0
 _COLLECTIVE_MEGABYTES = 4
+_SERVICE_SECONDS = 10.0
 
 Report = Mapping[str, Any]
 
@@ -56,7 +58,7 @@ def compare_reports(
         text = _by_host(unwritable) or "writable everywhere"
         findings.append(Finding("run folder", "bad" if unwritable else "ok", text))
         findings.append(_check_free_space(reports))
-        findings += _check_kernels(reports)
+        findings += [*_check_kernels(reports), *_check_services(reports)]
     return [*findings, _check_devices(reports, slots), _check_clocks(skews)]
 
 
@@ -90,6 +92,14 @@ def _check_kernels(reports: Mapping[str, Report]) -> list[Finding]:
     note = "all ranks will compute in torch, slower: "
     text = note + _by_host(obstacles) if obstacles else "Triton launched a kernel on every host"
     return [Finding("kernels", "note" if obstacles else "ok", text)]
+
+
+def _check_services(reports: Mapping[str, Report]) -> list[Finding]:
+    """What is wrong with the teacher's services, where the teacher is served and something is."""
+    answers = {host: report["services"] for host, report in reports.items() if report["services"]}
+    severity: Severity = "bad" if any(answer[0] == "bad" for answer in answers.values()) else "note"
+    texts = {host: text for host, (_, text) in answers.items()}
+    return [Finding("teacher service", severity, _by_host(texts))] if answers else []
 
 
 def _check_devices(reports: Mapping[str, Report], slots: Mapping[str, int]) -> Finding:
@@ -129,6 +139,7 @@ def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, An
         "gpus": 0,
         "kernels": None,
         "too_many_ranks": None,
+        "services": None,
         "config_error": None,
         "write_error": None,
         "free_bytes": 0,
@@ -143,6 +154,7 @@ def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, An
         return {**report, "config_error": " ".join(str(error).split())}
     if config.runtime.device != "cpu" and (gpus := _count_gpus()):
         report |= {"gpus": gpus, **_try_gpus(config)}
+    report["services"] = _ask_services(config, teacher)
     report["config"] = config.fingerprint()
     report["teacher"] = hashlib.sha256((teacher / "config.json").read_bytes()).hexdigest()[:12]
     logs = Path(config.run_dir).absolute() / "logs"
@@ -168,6 +180,28 @@ def _try_gpus(config: Config) -> dict[str, str | None]:
     except KdscaleError as refusal:
         error = " ".join(str(refusal).split())
     return {"too_many_ranks": error, "kernels": try_launch(config)}
+
+
+def _ask_services(config: Config, teacher: Path) -> list[str] | None:
+    """How bad it is, and what is wrong with the teacher's services as this host reaches them; None: nothing, or none.
+
+    A service that does not answer may be started while the run prunes; one that refuses will still refuse then.
+    """
+    served = config.distill.served
+    if config.distill.source.name != "served":
+        return None
+    import httpx
+
+    from kdscale.teacher.remote import check_services, read_token
+    from kdscale.weights import checkpoint_identity
+
+    try:
+        token = read_token(Path(served.token_file) if served.token_file else Path(config.run_dir) / TEACHER_TOKEN)
+        check_services(served.urls, token, checkpoint_identity(teacher), min(served.timeout, _SERVICE_SECONDS))
+    except KdscaleError as error:
+        silent = isinstance(error.__cause__, httpx.TransportError)
+        return ["note" if silent else "bad", " ".join(str(error).split())]
+    return None
 
 
 def _source_digest() -> str:

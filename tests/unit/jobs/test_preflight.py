@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kdscale.errors import ConfigError
 from kdscale.jobs import preflight
 from kdscale.runtime.versions import version_of
 
@@ -17,7 +19,8 @@ def report(**changes: Any) -> dict[str, Any]:
                               "tokenizers", "numpy"), "1.0") | changes.pop("versions", {})  # fmt: skip
     return {
         "versions": versions, "cores": 8, "gpus": 0, "config": "c" * 64, "config_error": None, "teacher": "t",
-        "write_error": None, "free_bytes": 10**12, "kernels": None, "too_many_ranks": None, **changes,
+        "write_error": None, "free_bytes": 10**12, "kernels": None, "too_many_ranks": None,
+        "services": None, **changes,
     }  # fmt: skip
 
 
@@ -78,6 +81,28 @@ def test_stages_of_one_host_count_the_gpus_of_the_first(config: str, monkeypatch
     assert "importance.processes = 2" in bad(hosts)["devices"]
     on_cpu = preflight.probe("m-1", config, ["runtime.device=cpu"])
     assert (on_cpu["gpus"], on_cpu["kernels"], on_cpu["too_many_ranks"]) == (0, None, None)
+
+
+def test_a_served_teacher_is_asked_before_anything_is_pruned(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDSCALE_TEACHER_TOKEN", "token")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        settings = ["distill.teacher_placement=served", f"distill.served.urls=[{url}]"]
+        severity, text = preflight.probe("m-0", config, settings)["services"]
+    assert severity == "note" and f"a teacher service at {url}" in text  # it may be started later
+
+    def refuse(*_: object) -> None:
+        raise ConfigError("distill.served.token_file", got="a token that it does not accept")
+
+    monkeypatch.setattr("kdscale.teacher.remote.check_services", refuse)
+    answer = preflight.probe("m-0", config, settings)["services"]
+    assert bad({"a": report(), "b": report(services=answer)}) == {
+        "teacher service": "b: distill.served.token_file got: a token that it does not accept"
+    }
+    assert preflight.probe("m-0", config, [])["services"] is None
 
 
 def test_a_package_that_is_missing_everywhere_is_bad() -> None:
