@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
 
 from kdscale.config.load import load_config
 from kdscale.config.root import Config
@@ -31,6 +30,7 @@ from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of, leave
 from kdscale.runtime.gpu_binding import claim_gpu
 from kdscale.runtime.progress import Reporter
+from kdscale.runtime.signals import raise_interrupted
 
 ACCEPT, UNTIL = "--accept-changes", "--until="
 
@@ -39,8 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run this process's rank to the end; returns the exit code."""
     from kdscale_launch import LaunchError
 
+    stop = raise_interrupted()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     signal.signal(signal.SIGUSR1, _show_stacks)
     try:
         config, until, accept_changes = _parse(arguments)
@@ -95,10 +96,6 @@ def _take_part(config: Config, until: str, accept_changes: bool) -> int:
         return 0
     run = RunFolder(Path(config.run_dir))
     return run_as_rank(job_stage(), StageContext(config, run, check_teacher(config), Reporter()))
-
-
-def _stop(number: int, _frame: object) -> NoReturn:
-    raise Interrupted(number)
 
 
 def _show_stacks(number: int, _frame: object) -> None:

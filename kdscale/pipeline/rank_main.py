@@ -73,6 +73,7 @@ def run_as_rank(stage_name: str, context: StageContext, tell: Callable[[KdscaleE
         tell(error)
         return error.exit_code
     except Interrupted as stop:
+        context.reporter.say(str(stop))  # where: the process that waits knows the signal alone
         return exit_code_of(stop)
     return 0
 

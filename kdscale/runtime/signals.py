@@ -9,10 +9,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from kdscale.errors import Interrupted
 
@@ -54,13 +54,23 @@ def watch_signals() -> Iterator[StopRequest]:
             signal.signal(caught, handler)
 
 
+def raise_interrupted() -> Callable[[int, object], None]:
+    """A handler that raises Interrupted; the same signal at once again must not disturb the way out of the first."""
+    first: list[tuple[int, float]] = []
+
+    def stop(number: int, _frame: object) -> None:
+        now = time.monotonic()
+        if not first or number != first[0][0] or now - first[0][1] > _SAME_SIGNAL_SECONDS:
+            first[:] = [(number, now)]
+            raise Interrupted(number)
+
+    return stop
+
+
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
     """Raise Interrupted on SIGINT and SIGTERM, wherever the code is, so that temporary folders are removed."""
-
-    def stop(number: int, _frame: object) -> NoReturn:
-        raise Interrupted(number)
-
+    stop = raise_interrupted()
     old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -13,8 +13,33 @@ from kdscale_launch.job import STOPPED_EXIT_CODE, LaunchError
 _DIRECTIVE = re.compile(r"[a-z][a-z-]*(=.*)?")
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:;=@%/+-]+")
 _TIME = re.compile(r"[0-9]+(-[0-9]+(:[0-9]+){0,2}|(:[0-9]+){0,2})|UNLIMITED|INFINITE", re.IGNORECASE)
-# Each task takes its rank from Slurm; the command follows as arguments, which no shell parses again.
-_TASK = 'export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"; exec "$@"'
+# Runs a command and passes signals on: in the background, so that the trap runs at once; when a signal ends the wait
+# early, it waits again.
+_RUN = """signalled= step=
+trap 'signalled=1; kill -TERM "$step" 2>/dev/null' TERM INT
+run() {
+    "$@" &
+    step=$!
+    while :; do
+        signalled=
+        wait "$step"
+        code=$?
+        [ -z "$signalled" ] && return "$code"
+    done
+}"""
+# Each task takes its rank from Slurm; the command follows as arguments, which no shell parses again. When a task fails,
+# srun kills the others and reports that they were killed. So a rank that was stopped is none that failed (the others
+# are about to leave too), a failed one gives those that fail alike a second, and rank 0, which is on the script's host,
+# leaves its code in a file.
+_TASK = f"""export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"
+{_RUN}
+run "$@"
+code=$?
+[ "$RANK" != 0 ] || echo "$code" > "$KDSCALE_RANK_0"
+[ "$code" != {STOPPED_EXIT_CODE} ] || exit 0
+[ "$code" = 0 ] || sleep 1
+exit "$code"
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,7 @@ def render(job: SlurmJob) -> str:
     return _SCRIPT.format(
         header=header, cwd=shlex.quote(job.cwd), exports=exports, world=job.nodes * job.slots, slots=job.slots,
         check=_srun(job.check) if job.check else ":", step=_srun(job.command), stopped=STOPPED_EXIT_CODE,
-        restarts=job.max_restarts, final=final,
+        restarts=job.max_restarts, final=final, run=_RUN,
     )  # fmt: skip
 
 
@@ -96,21 +121,25 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT WORLD_SIZE={world} LOCAL_WORLD_SIZE={slots}
 
-signalled=
-trap 'signalled=1; kill -TERM "$step" 2>/dev/null' TERM INT
-run() {{  # in the background, so that the trap runs at once; wait again when a signal ends the wait early
-    "$@" &
-    step=$!
-    while :; do
-        signalled=
-        wait "$step"
-        code=$?
-        [ -z "$signalled" ] && return "$code"
-    done
+marks=$(mktemp -d) || exit 1
+trap 'rm -rf "$marks"' EXIT
+export KDSCALE_RANK_0="$marks/code"
+
+{run}
+
+ranks() {{
+    rm -f "$KDSCALE_RANK_0"
+    run "$@"
+    code=$?
+    if [ "$code" = 0 ] || [ "$code" -gt 128 ]; then  # stopped, or killed because another one failed
+        own=$(cat "$KDSCALE_RANK_0" 2>/dev/null)
+        [ "${{own:-0}}" = 0 ] || code=$own
+    fi
+    return "$code"
 }}
 
-run {check} || exit $?
-run {step}
+ranks {check} || exit $?
+ranks {step}
 code=$?
 case $code in
     0) exit 0 ;;

@@ -8,7 +8,7 @@ import pytest
 
 from kdscale.errors import Interrupted
 from kdscale.runtime.exits import exit_code_of
-from kdscale.runtime.signals import watch_signals
+from kdscale.runtime.signals import signals_as_exceptions, watch_signals
 
 
 def test_the_same_signal_at_once_again_is_still_one_and_a_later_one_loses_what_is_not_saved(
@@ -30,3 +30,18 @@ def test_the_same_signal_at_once_again_is_still_one_and_a_later_one_loses_what_i
             assert calls == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_the_way_out_is_not_disturbed_by_the_same_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdscale.runtime.signals._SAME_SIGNAL_SECONDS", 60.0)
+    left = []
+    with signals_as_exceptions():
+        try:
+            with pytest.raises(Interrupted):
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # from the launcher above, too
+            left.append("in order")
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+    assert left == ["in order"]

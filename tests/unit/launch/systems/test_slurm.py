@@ -16,16 +16,22 @@ from kdscale_launch import LaunchError
 from kdscale_launch.systems import slurm
 
 SCONTROL = '#!/bin/sh\n[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$@" >> requeued\n'
+# Signals whole tasks, and kills all of them when one fails (--kill-on-bad-exit).
 SRUN = """#!/bin/bash
 shift
 pids=()
-trap 'kill -TERM "${pids[@]}"' TERM
-for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=0 "$@" & pids+=($!); done
+trap 'for pid in "${pids[@]}"; do kill -TERM -- "-$pid"; done' TERM
+for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=0 setsid "$@" & pids+=($!); done
 code=0
-for pid in "${pids[@]}"; do
-    wait "$pid"; this=$?
-    while kill -0 "$pid" 2>/dev/null; do wait "$pid"; this=$?; done
-    [ "$this" -gt "$code" ] && code=$this
+while [ ${#pids[@]} -gt 0 ]; do
+    for index in "${!pids[@]}"; do
+        kill -0 "${pids[index]}" 2>/dev/null && continue
+        wait "${pids[index]}"; this=$?
+        unset "pids[index]"
+        [ "$this" -gt "$code" ] && code=$this
+        [ "$this" = 0 ] || for other in "${pids[@]}"; do kill -KILL -- "-$other" 2>/dev/null; done
+    done
+    sleep 0.02
 done
 exit $code
 """
@@ -83,8 +89,15 @@ def test_slurm_requeues_what_another_try_can_mend(slurm_script, tmp_path, exit_c
 def test_slurms_warning_reaches_the_ranks_and_requeues(slurm_script, tmp_path):
     code = """
 import os, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-open("ready-" + os.environ["RANK"], "w").close()
+rank = os.environ["RANK"]
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank == "0":
+        time.sleep(0.5)  # it has more to do than the other one
+        open("saved", "w").close()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+open("ready-" + rank, "w").close()
 while True: time.sleep(0.05)
 """
     process = slurm_script(code)
@@ -96,6 +109,7 @@ while True: time.sleep(0.05)
     assert process.returncode == 75
     assert "requeued" in said
     assert (tmp_path / "requeued").exists()
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_failed_check_keeps_the_job_from_starting(slurm_script, tmp_path):
