@@ -96,7 +96,7 @@ def run_on_ranks(
     if code == STOPPED_EXIT_CODE:
         raise Interrupted(signal.SIGTERM)
     if code > 128:
-        lost = code == 128 + signal.SIGTERM
+        lost = across_job and code == 128 + signal.SIGTERM  # the other stages save as they go, and lose nothing
         where = "before every rank had saved; the last checkpoint counts" if lost else ""
         raise Interrupted(code - 128, where, kept=not lost)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kdscale.config.load import dump_config, load_config
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import CheckpointError, ConfigError, Interrupted
 from kdscale.files import read_json, write_text
 from kdscale.pipeline import spawn
 from kdscale.pipeline.checks import check_devices, check_prepared
@@ -21,6 +22,7 @@ from kdscale.pipeline.stage import StageContext, manifest_path
 from kdscale.pipeline.stages.evaluate import evaluate_rank
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
+from kdscale.runtime.exits import exit_code_of
 from kdscale.runtime.progress import Reporter
 
 QUIET = Reporter(quiet=True)
@@ -123,3 +125,17 @@ def test_a_job_of_many_ranks_distils_once(tiny_config: Path, monkeypatch: pytest
     config = load_config(tiny_config, [steps])
     write_text(manifest_path(STAGES["distill"], RunFolder(Path(config.step(0).run_dir))), "{}")
     check_prepared(config, STAGES.values())
+
+
+@pytest.mark.parametrize(("stage", "across_job", "kept"), [("importance", False, True), ("distill", True, False)])
+def test_ranks_that_a_signal_kills_lose_a_distillation_s_steps_and_nothing_else(
+    stage: str, across_job: bool, kept: bool, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of other stages die of SIGTERM as soon as it comes; under a job system the job must still start again."""
+    monkeypatch.setattr("kdscale_launch.run_local", lambda spec: 128 + signal.SIGTERM)
+    config = load_config(tiny_config)
+    context = StageContext(config, RunFolder(Path(config.run_dir)), Path(config.teacher.path), QUIET)
+    with pytest.raises(Interrupted) as stop:
+        run_on_ranks(stage, lambda context: None, context, 2, across_job=across_job)
+    assert stop.value.kept is kept
+    assert exit_code_of(stop.value) == (75 if kept else 143)
