@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -134,14 +135,22 @@ def status_command(
 ) -> None:
     """Show how far a run is, how long it still takes, its results and where they are."""
     from kdscale.cli import tables
+
+    tables.status(_folder_of(run))
+
+
+def _folder_of(run: str) -> Path:
+    """The run folder that is named, or whose config is. Raises ConfigError, with the runs that there are."""
     from kdscale.config.load import config_folder
 
-    folder = Path(run)
+    folder, hint = Path(run), None
     shipped = config_folder() / f"{run.removesuffix('.yaml')}.yaml"
-    if not folder.exists() and not shipped.is_file():
-        runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-        raise ConfigError(
-            f"run folder {run} does not exist", expected="the folder of a run",
-            got=f"runs here: {', '.join(runs)}" if runs else "no runs in the folder runs/ here",
-        )  # fmt: skip
-    tables.status(folder if folder.is_dir() else Path(load(run, None).run_dir))
+    if folder.is_file() or (not folder.exists() and shipped.is_file()):
+        folder, hint = Path(load(run, None).run_dir), f"kdscale run {shlex.quote(run)} starts it"
+    if (folder / "config.yaml").exists():
+        return folder
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+    raise ConfigError(
+        f"there is no run in {folder}", expected="the folder of a run",
+        got=f"runs here: {', '.join(runs)}" if runs else "no runs in the folder runs/ here", hint=hint,
+    )  # fmt: skip

@@ -85,6 +85,12 @@ def test_the_status_of_no_run_says_nothing_of_configs() -> None:
     assert "config" not in run("status", "no-such-run").stderr
 
 
+def test_the_status_of_a_run_that_has_not_begun_says_how_to_start_it(tmp_path: Path) -> None:
+    config = tmp_path / "my run.yaml"
+    config.write_text(f"name: t\nrun_dir: {tmp_path}/run\nteacher: {{path: t}}\nprune: {{ffn: 8}}\n")
+    assert f"to do:    kdscale run '{config}' starts it" in run("status", str(config)).stderr
+
+
 @pytest.mark.parametrize(
     ("args", "needle"),
     [
@@ -93,7 +99,7 @@ def test_the_status_of_no_run_says_nothing_of_configs() -> None:
         (("run", "no-such-config"), "shipped configs"),
         (("run", "demo", "--set", "seed=x"), "seed: input should be a valid integer"),
         (("run", "demo", "--set", "teacher.path=/nowhere"), "teacher.path"),
-        (("status", "no-such-run"), "run folder no-such-run does not exist"),
+        (("status", "no-such-run"), "there is no run in no-such-run"),
         (("plan",), "--teacher MODEL and a target"),
         (("plan", "--teacher", str(SMOLLM), "--target-decode", "50%"), "give a CONFIG"),
         (("get-teacher", "gpt-9", "/tmp/x"), "gpt-9"),
