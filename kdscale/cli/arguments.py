@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +12,11 @@ import typer
 if TYPE_CHECKING:
     from kdscale.config.root import Config
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")]
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, a shipped config's name, or a run folder.")
+]
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the config it was made from.")]
 
 SetOption = Annotated[
     list[str] | None,
@@ -34,3 +40,21 @@ def load(name: str, overrides: list[str] | None) -> Config:
     if path.name == "config.yaml" and (path.parent / "events.jsonl").is_file():
         overrides = [f"run_dir={json.dumps(str(path.parent))}", *overrides]
     return load_config(path, overrides)
+
+
+def run_folder(run: str) -> Path:
+    """The run folder that is named, or whose config is. Raises ConfigError, with the runs that there are."""
+    from kdscale.config.load import config_folder
+    from kdscale.errors import ConfigError
+
+    folder, hint = Path(run), None
+    shipped = config_folder() / f"{run.removesuffix('.yaml')}.yaml"
+    if folder.is_file() or (not folder.exists() and shipped.is_file()):
+        folder, hint = Path(load(run, None).run_dir), f"kdscale run {shlex.quote(run)} starts it"
+    if (folder / "config.yaml").exists():
+        return folder
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
+    raise ConfigError(
+        f"there is no run in {folder}", expected="the folder of a run",
+        got=f"runs here: {', '.join(runs)}" if runs else "no runs in the folder runs/ here", hint=hint,
+    )  # fmt: skip

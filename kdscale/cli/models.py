@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kdscale.cli.arguments import ConfigArgument, SetOption
+from kdscale.cli.arguments import ConfigArgument, RunArgument, SetOption, run_folder
 from kdscale.errors import ConfigError
 
 
@@ -42,15 +42,15 @@ def serve_teacher_command(
 
 
 def export_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; the run may be going on.")],
+    run: RunArgument,
     step: Annotated[int | None, typer.Option(min=1, help="Which checkpoint; the newest by default.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; RUN/exported/step-N by default.")] = None,
 ) -> None:
-    """Write the student of a checkpoint as a standard safetensors folder, in bounded memory."""
+    """Write the student of a checkpoint as a standard safetensors folder, in bounded memory; the run may go on."""
     from kdscale.distill.export import export_run
     from kdscale.runtime.progress import Reporter
 
-    export_run(run, step, out, Reporter())
+    export_run(run_folder(run), step, out, Reporter())
 
 
 def get_teacher_command(

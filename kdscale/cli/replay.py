@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kdscale.cli.arguments import SetOption
+from kdscale.cli.arguments import RunArgument, SetOption, run_folder
 
 _SHOWN_GROUPS, _SHOWN_CHARS = 12, 72
 
 
 def replay_command(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the config it was made from.")],
+    run: RunArgument,
     step: Annotated[int, typer.Option("--step", min=1, help="The step, as the log and metrics.jsonl count them.")],
     max_steps: Annotated[
         int, typer.Option("--max-steps", min=0, help="Most steps to train again between a checkpoint and the step.")
@@ -24,13 +23,16 @@ def replay_command(
     set_: SetOption = None,
 ) -> None:
     """Run one step of RUN again, alone: loss by sequence, gradient norm by layer, documents. The run is not changed."""
-    from kdscale.config.load import find_config, load_config
     from kdscale.distill.replay import replay_step
     from kdscale.runtime.progress import Reporter
 
-    folder = Path(run) if Path(run).is_dir() else Path(load_config(find_config(run), []).run_dir)
     result, file = replay_step(
-        folder, step, overrides=set_ or (), max_steps=max_steps, nearest=from_checkpoint_only, reporter=Reporter()
+        run_folder(run),
+        step,
+        overrides=set_ or (),
+        max_steps=max_steps,
+        nearest=from_checkpoint_only,
+        reporter=Reporter(),
     )
     _show(result)
     print(f"written: {file}")

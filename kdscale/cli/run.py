@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kdscale.cli.arguments import AcceptOption, ConfigArgument, SetOption, load
+from kdscale.cli.arguments import AcceptOption, ConfigArgument, RunArgument, SetOption, load, run_folder
 from kdscale.errors import ConfigError
 
 
@@ -103,7 +102,9 @@ def plan_command(
     overrides += [] if teacher is None else [f"teacher.path={teacher}"]
     if config is None and (teacher is None or not any(targets.values())):
         raise ConfigError(
-            "kdscale plan", expected="a CONFIG, or --teacher MODEL and a target such as --target-params 50%"
+            "kdscale plan",
+            expected="a CONFIG, or --teacher MODEL and a target such as --target-params 50%",
+            hint="kdscale init asks for what a config needs, and writes one",
         )
     if shapes_only or config is None:
         from kdscale.config.load import build_config
@@ -113,7 +114,7 @@ def plan_command(
         loaded = (
             load(config, overrides)
             if config
-            else build_config({"name": "plan", "run_dir": "runs/plan"}, "--teacher", overrides)
+            else build_config({"name": "plan", "run_dir": "runs/plan"}, "what was asked", overrides)
         )
         found = plan_shapes(loaded, resolve_teacher(loaded.teacher, config_only=True))
         if len(found) <= len(loaded.steps):
@@ -131,26 +132,9 @@ def plan_command(
 
 
 def status_command(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the config it was made from.")],
+    run: RunArgument,
 ) -> None:
     """Show how far a run is, how long it still takes, its results and where they are."""
     from kdscale.cli import tables
 
-    tables.status(_folder_of(run))
-
-
-def _folder_of(run: str) -> Path:
-    """The run folder that is named, or whose config is. Raises ConfigError, with the runs that there are."""
-    from kdscale.config.load import config_folder
-
-    folder, hint = Path(run), None
-    shipped = config_folder() / f"{run.removesuffix('.yaml')}.yaml"
-    if folder.is_file() or (not folder.exists() and shipped.is_file()):
-        folder, hint = Path(load(run, None).run_dir), f"kdscale run {shlex.quote(run)} starts it"
-    if (folder / "config.yaml").exists():
-        return folder
-    runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-    raise ConfigError(
-        f"there is no run in {folder}", expected="the folder of a run",
-        got=f"runs here: {', '.join(runs)}" if runs else "no runs in the folder runs/ here", hint=hint,
-    )  # fmt: skip
+    tables.status(run_folder(run))

@@ -234,7 +234,7 @@ def status(folder: Path) -> None:
     results(folder, "report")
     if not finished and not run.in_use():
         console = Console(soft_wrap=True)
-        command = f"kdscale run {shlex.quote(str(run.config))}"
+        command = f"kdscale run {shlex.quote(str(folder))}"
         console.print(for_terminal(f"go on with: {command}"), highlight=False, markup=False)
 
 

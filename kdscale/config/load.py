@@ -32,7 +32,7 @@ def config_folder() -> Path:
 
 
 def find_config(name: str) -> Path:
-    """A path that exists, or a shipped config's name with or without .yaml. Raises ConfigError."""
+    """A file, the config.yaml of a run folder, or a shipped config with or without .yaml. Raises ConfigError."""
     path = Path(name)
     try:
         is_file, is_dir = path.is_file(), path.is_dir()
@@ -41,7 +41,11 @@ def find_config(name: str) -> Path:
     if is_file:
         return path
     if is_dir:
-        raise ConfigError(f"config {name}", expected="a YAML file", got="a folder")
+        if (path / "config.yaml").is_file():
+            return path / "config.yaml"
+        raise ConfigError(
+            f"config {name}", expected="a YAML file, or the folder of a run", got="a folder without a run"
+        )
     known = {item.name.removesuffix(".yaml"): item for item in sorted(config_folder().glob("*.yaml"))}
     wanted = name.removesuffix(".yaml")
     if wanted in known:
@@ -50,7 +54,7 @@ def find_config(name: str) -> Path:
     raise ConfigError(
         f"config {name[:200]} does not exist",
         expected=f"a YAML file, or one of the shipped configs: {', '.join(known)}",
-        hint=f"did you mean {near[0]}?" if near else None,
+        hint=f"did you mean {near[0]}?" if near else "kdscale init writes one",
     )
 
 

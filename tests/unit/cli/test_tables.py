@@ -86,7 +86,7 @@ def test_status_says_how_long_training_still_takes_and_where_results_are(
     tables.status(run)
     out = capsys.readouterr().out
     assert f"training: step {step}{text} · loss 1.5000\n" in out
-    assert f"go on with: kdscale run {run / 'config.yaml'}\n" in out
+    assert f"go on with: kdscale run {run}\n" in out
     assert "perplexity" in out
     assert f"training curve  {run / 'logs' / 'metrics.jsonl'}" in out
 
