@@ -7,8 +7,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
+from torch.distributed import distributed_c10d
 
 
 def fork_ranks(world: int, work: Callable[[int], int | None], expected: int = 0) -> list[int]:
@@ -33,12 +35,18 @@ def fork_ranks(world: int, work: Callable[[int], int | None], expected: int = 0)
     return [codes[rank] for rank in range(world)]
 
 
+def _refuse_to_pickle(*_: object) -> NoReturn:
+    """Whoever can send a pickle to a rank can run code there: neither ours nor DeepSpeed's collectives may take one."""
+    raise AssertionError("a rank was about to send a pickle to the others")
+
+
 def _run(work: Callable[[int], int | None], rank: int) -> int:
     code = 1
     try:
         # Makes torch's thread pool anew while there is one thread. Left to the first operations, which gloo's threads
         # begin at the same time, two of them meet in it: "Invalid thread pool!".
         torch.set_num_threads(1)
+        distributed_c10d._object_to_tensor = _refuse_to_pickle  # type: ignore[assignment]
         code = work(rank) or 0
     except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
         traceback.print_exc()
