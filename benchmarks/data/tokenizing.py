@@ -3,9 +3,9 @@
     python benchmarks/data/tokenizing.py --teacher FOLDER --work /tmp/tokenizing --megabytes 64 --processes 1 2
     python benchmarks/data/tokenizing.py --teacher FOLDER --work ... --megabytes 2000 --form txt --contestants kdscale
 
-The text is builtin:classics, repeated with a number in front of each document, in one .jsonl or .txt file. Every
-contestant runs in a fresh process. Seconds are of the wall clock and of the processor (all processes together); memory
-is the largest sum of the processes' proportional set sizes, seen every 0.1 s, libraries included.
+The text is that of --source (builtin:classics), repeated with a number in front of each document, in one .jsonl or
+.txt file. Every contestant runs in a fresh process. Seconds are of the wall clock and of the processor (all processes
+together); memory is the largest sum of the processes' proportional set sizes, seen every 0.25 s, libraries included.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from kdscale.config.data import SourceConfig
 from kdscale.data.sources import read_documents
 
 
-def write_text(path: Path, megabytes: float) -> None:
-    """Write at least so many megabytes (1e6 bytes) of text."""
-    texts = [document.text for document in read_documents(SourceConfig(path="builtin:classics"))]
+def write_text(path: Path, source: str, megabytes: float) -> None:
+    """Write at least so many megabytes (1e6 bytes) of the text of `source`, over and over."""
+    texts = [document.text for document in read_documents(SourceConfig(path=source))]
     written = number = 0
     with path.open("w", encoding="utf-8") as stream:
         while written < megabytes * 1e6:
@@ -97,7 +97,7 @@ def measure(command: list[str]) -> dict[str, Any]:
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
-        while not ended.wait(0.1):
+        while not ended.wait(0.25):
             peak[0] = max(peak[0], tree_memory(process.pid))
 
     watcher = threading.Thread(target=watch)
@@ -117,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--source", default="builtin:classics", help="a file or folder of text, or builtin:NAME")
     parser.add_argument("--megabytes", type=float, default=64)
     parser.add_argument("--form", choices=("jsonl", "txt"), default="jsonl")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
@@ -131,7 +132,7 @@ def main() -> None:
         print(json.dumps({"tokens": tokens, "seconds": time.monotonic() - started}))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    write_text(text, args.megabytes)
+    write_text(text, args.source, args.megabytes)
     print("| contestant | processes | tokens/s | tokens/s a core | memory, MB |\n|---|---|---|---|---|", flush=True)
     for processes in args.processes:
         for name in args.contestants:
