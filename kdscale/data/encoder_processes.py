@@ -1,16 +1,21 @@
-"""Tokenising in several processes: the library's own threads share one interpreter, which then is what limits them."""
+"""Tokenising in several processes: the library's own threads share one interpreter, which then is what limits them.
+
+A tokenizer of 262,144 tokens takes about 300 MB. So the first process loads it once and forks the others, which share
+its memory.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NoReturn, Self, TypeVar
 
 from kdscale.data.tokenizing import BatchEncoder, EncodedText
 from kdscale.errors import MachineError
@@ -34,17 +39,20 @@ class EncoderProcesses:
     """
 
     def __init__(self, encoder: BatchEncoder, processes: int):
+        _return_freed_memory()  # what loading a tokenizer leaves can be more than the tokenizer
         self._encoder = encoder
         self._pipes: list[Connection] = []
-        self._processes: list[BaseProcess] = []
-        context = multiprocessing.get_context("spawn")  # forking a process with threads can hang
-        for _ in range(processes if processes > 1 else 0):
-            pipe, workers_end = context.Pipe()
-            process = context.Process(target=_serve, args=(workers_end, encoder.json), daemon=True)
-            process.start()
-            self._processes.append(process)
-            workers_end.close()
-            self._pipes.append(pipe)
+        self._first_worker = None
+        if processes <= 1:
+            return
+        context = multiprocessing.get_context("spawn")  # this process may have threads; forking it could hang
+        pairs = [context.Pipe() for _ in range(processes)]
+        self._pipes = [ours for ours, _ in pairs]
+        workers_ends = [theirs for _, theirs in pairs]
+        self._first_worker = context.Process(target=_serve_all, args=(workers_ends, encoder.json), daemon=True)
+        self._first_worker.start()
+        for end in workers_ends:
+            end.close()
 
     def __enter__(self) -> Self:
         return self
@@ -54,8 +62,8 @@ class EncoderProcesses:
     ) -> None:
         for pipe in self._pipes:
             pipe.close()
-        for process in self._processes:
-            process.join()
+        if self._first_worker is not None:
+            self._first_worker.join()
 
     def encode(
         self, batches: Iterable[BatchT], texts_of: Callable[[BatchT], Sequence[str]]
@@ -86,13 +94,53 @@ class EncoderProcesses:
             ) from error
 
 
-def _serve(pipe: Connection, tokenizer_json: str) -> None:
-    """A worker: encode what comes until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes the pipe
+def _serve_all(pipes: list[Connection], tokenizer_json: bytes) -> None:
+    """The first worker: load the tokenizer, fork a worker for each further pipe, serve the first, wait for all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes the pipes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoder = BatchEncoder(tokenizer_json)
+    encoder.encode(["a"])  # loads it
+    _return_freed_memory()
+    children = []
+    for number, pipe in enumerate(pipes[1:], 1):
+        child = os.fork()
+        if child == 0:
+            _end_after_serving(pipe, encoder, other_pipes=[pipes[0], *pipes[number + 1 :]])
+        children.append(child)
+        pipe.close()
+    try:
+        _serve(pipes[0], encoder)
+    finally:
+        pipes[0].close()  # the parent sees that this worker has ended, and closes the other pipes
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def _end_after_serving(pipe: Connection, encoder: BatchEncoder, other_pipes: Sequence[Connection]) -> NoReturn:
+    """What a forked worker does. It never returns into the code of the process that it is a copy of."""
+    code = 1
+    try:
+        for other in other_pipes:
+            other.close()  # a pipe closes when its last holder closes it
+        _serve(pipe, encoder)
+        code = 0
+    except Exception:  # noqa: BLE001 - nothing above it may run in a copy
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _serve(pipe: Connection, encoder: BatchEncoder) -> None:
+    """A worker: encode what comes until the pipe closes."""
     while True:
         try:
             pipe.send(encoder.encode(pipe.recv()))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
+
+
+def _return_freed_memory() -> None:
+    """Give the memory that was freed back to the system, where the C library has a call for it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

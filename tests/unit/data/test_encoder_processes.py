@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,3 +35,35 @@ def test_a_process_that_dies_is_an_error(tokenizer: Any):
         pytest.raises(MachineError, match=r"has died(.|\n)*data.processes"),
     ):
         list(encoders.encode([["fine"], [7]], lambda batch: batch))  # 7 is no text: the worker fails
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _of_tokenizers() -> set[int]:
+    """Workers started by this process; multiprocessing has a child of its own."""
+    return {pid for pid in _children(os.getpid()) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_one_process_loads_the_tokenizer_and_the_others_share_its_memory(tokenizer: Any, tiny_texts: list[str]):
+    encoder, before = BatchEncoder.of(tokenizer), _of_tokenizers()
+    with EncoderProcesses(encoder, 3) as encoders:
+        assert len(list(encoders.encode([tiny_texts] * 4, lambda batch: batch))) == 4
+        (first,) = _of_tokenizers() - before
+        forked = _children(first)
+        assert len(forked) == 2
+    assert "_tokenizer" not in vars(encoder), "a copy that nobody here uses"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in (first, *forked))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [0, 1])
+def test_any_of_the_processes_may_be_killed(tokenizer: Any, tiny_texts: list[str], number: int):
+    before = _of_tokenizers()
+    with EncoderProcesses(BatchEncoder.of(tokenizer), 2) as encoders, pytest.raises(MachineError, match="has died"):
+        list(encoders.encode([tiny_texts] * 2, lambda batch: batch))
+        (first,) = _of_tokenizers() - before
+        os.kill([first, *_children(first)][number], signal.SIGKILL)
+        list(encoders.encode([tiny_texts] * 4, lambda batch: batch))

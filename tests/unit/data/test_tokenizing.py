@@ -118,7 +118,7 @@ def test_long_texts_are_encoded_in_spans_to_the_same_tokens(
     tokenizer: Any, tiny_texts: list[str], family: str, monkeypatch: pytest.MonkeyPatch
 ):
     backend = tokenizer.backend_tokenizer if family == "byte level" else _metaspace_tokenizer(tiny_texts[:20])
-    encoder = BatchEncoder(backend.to_str())
+    encoder = BatchEncoder(backend.to_str().encode())
     rng = random.Random(3)
     extras = ["naïve 東京 🙂", "a" * 900, " " * 300, "<|end|>", "\n\n", "ﬁ①"]
     text = "".join(f"{rng.choice(tiny_texts)}{rng.choice(['', *extras])}" for _ in range(200))
