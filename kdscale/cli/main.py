@@ -132,6 +132,13 @@ def main() -> None:
     except Interrupted as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
         code = stop.exit_code
+    except OSError as error:
+        if error.filename is None:  # not about a file: a bug
+            raise
+        # whatever a name on the command line or in a config leads to: too long, a loop of links, forbidden
+        problem = FileError(f"{str(error.filename)[:200]} cannot be used", got=error.strerror)
+        print(f"error: {problem}", file=sys.stderr)
+        code = problem.exit_code
     except Exception as error:
         # Wrong command lines (typer's own classes) print their usage themselves; the rest is a bug and keeps its trace.
         show_error = getattr(error, "show", None)

@@ -11,19 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from kdscale.config.evaluate import EvalConfig
-from kdscale.errors import CheckpointError
+from kdscale.errors import ERRORS_BY_CODE, Interrupted, KdscaleError, MachineError
 from kdscale.families import load_family
 from kdscale.sizing.model_shape import kv_bytes_per_token
 from kdscale.weights import read_config
@@ -88,33 +89,41 @@ def measure(
     trust_remote_code: bool = False,
     repeats: int = REPEATS,
 ) -> dict[str, dict[str, Any]]:
-    """Speed and peak memory of each model. Raises CheckpointError with the child's last output when one fails."""
+    """Speed and peak memory of each model.
+
+    Raises what a model's process raised, MachineError when it ran out of memory or was killed, RuntimeError with its
+    trace when it failed as it never should.
+    """
     options = ["--device", device, "--dtype", cfg.dtype, "--threads", str(threads), "--repeats", str(repeats)]
     options += ["--prefill-tokens", str(cfg.prefill_tokens), "--decode-tokens", str(cfg.decode_tokens)]
     options += ["--trust-remote-code"] if trust_remote_code else []
+
+    def command(name: str) -> list[str]:
+        return [sys.executable, "-m", "kdscale.eval.efficiency", str(models[name]), "--in-turns", *options]
+
     together = _fit_together(models, cfg.dtype, device)
     groups = [list(models)] if together else [[name] for name in models]
     results: dict[str, dict[str, Any]] = {}
     with reporter.bar("speed and memory", len(models) * (repeats + 1), unit="round") as bar:
         for names in groups:
             with ExitStack() as stack:
-                workers = {name: stack.enter_context(_start_worker(models[name], options)) for name in names}
+                workers = {name: stack.enter_context(worker(models[name], command(name))) for name in names}
                 # Load in turn too: a model that loads while another is timed would slow it down.
-                for name, worker in workers.items():
-                    worker.take_turn()
+                for name, process in workers.items():
+                    process.take_turn()
                     bar.advance(1, name)
                 for round_number in range(repeats):
                     order = names if round_number % 2 == 0 else names[::-1]
                     for name in order:
                         workers[name].take_turn()
                         bar.advance(1, name)
-                for name, worker in workers.items():
-                    results[name] = {**worker.take_turn(), "interleaved": together and len(models) > 1}
+                for name, process in workers.items():
+                    results[name] = {**process.take_turn(), "interleaved": together and len(models) > 1}
     return results
 
 
 @dataclass(frozen=True)
-class _Worker:
+class Worker:
     """The process that measures one model."""
 
     path: Path
@@ -132,22 +141,33 @@ class _Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            self.errors.seek(0)
-            raise CheckpointError(
-                f"measuring {self.path} failed", got=self.errors.read().strip()[-2000:] or "no output"
-            )
+            raise self._failure()
         return json.loads(line)
+
+    def _failure(self) -> BaseException:
+        """What to raise for a process that has ended early: its own kind of error."""
+        code, what = self.process.wait(), f"measuring {self.path} failed"
+        self.errors.seek(0)
+        said = self.errors.read().strip()[-2000:] or "no output"
+        if -code in (signal.SIGINT, signal.SIGTERM):
+            return Interrupted(-code, f"while {self.path} was measured")
+        if code < 0:
+            hint = "the system may have run out of memory: lower eval.prefill_tokens, or set eval.efficiency to false"
+            return MachineError(what, got=f"its process was ended by {signal.Signals(-code).name}\n{said}", hint=hint)
+        if code in ERRORS_BY_CODE:
+            return ERRORS_BY_CODE[code](what, got=said)
+        return RuntimeError(f"{what}\n{said}")
 
 
 @contextmanager
-def _start_worker(path: Path, options: list[str]) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", "kdscale.eval.efficiency", str(path), "--in-turns", *options]
+def worker(path: Path, command: Sequence[str]) -> Iterator[Worker]:
+    """Run `command`, which measures the model in `path` in turns, as long as the block lasts."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=_child_environment()
         )
         try:
-            yield _Worker(path, process, errors)
+            yield Worker(path, process, errors)
         finally:
             process.kill()
             process.communicate()
@@ -274,5 +294,22 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _main_of_process() -> NoReturn:
+    """`main`, leaving with the exit code of an error and its message alone, as the command line does."""
+    try:
+        main()
+    except KdscaleError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        from kdscale.runtime.device import is_lack_of_memory
+
+        if not is_lack_of_memory(error):
+            raise
+        print(f"out of memory: {error}", file=sys.stderr)
+        sys.exit(MachineError.exit_code)
+    sys.exit(0)
+
+
 if __name__ == "__main__":
-    main()
+    _main_of_process()

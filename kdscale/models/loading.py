@@ -30,14 +30,14 @@ def explain_library_errors(path: Path | str, what: str = "model") -> Iterator[No
 
     The libraries raise nearly every class of exception for a value that they cannot use. Lack of memory stays as it is.
     """
-    import torch
+    from kdscale.runtime.device import is_lack_of_memory
 
     try:
         yield
-    except (KdscaleError, MemoryError, torch.OutOfMemoryError):
+    except KdscaleError:
         raise
     except Exception as error:
-        if "allocate memory" in str(error):  # torch's own words where the CPU's memory is not enough
+        if is_lack_of_memory(error):
             raise
         text = " ".join(str(error).split())[:500]
         raise CheckpointError(

@@ -149,9 +149,11 @@ def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:
 
     checkpoint, family = open_teacher(teacher)
     tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     prompts = {prompt: len(tokenizer.encode(prompt).ids) for prompt in config.eval.prompts}
-    for prompt, tokens in prompts.items():
-        if not tokens:
+    for prompt in prompts:
+        if not tokenizer.encode(prompt, add_special_tokens=False).ids:
             raise ConfigError("eval.prompts", expected="some text to continue", got=f"{prompt!r}, which has no tokens")
     learned = "positions" in family.data.sizes
     limit = checkpoint.config.get("max_position_embeddings")

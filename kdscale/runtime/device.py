@@ -30,6 +30,11 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether this is what Python or torch raises where memory does not suffice."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises ConfigError when CUDA was asked for and is not there."""
     if name == "auto":

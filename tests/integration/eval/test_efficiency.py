@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdscale.config.evaluate import EvalConfig
-from kdscale.errors import CheckpointError
+from kdscale.errors import CheckpointError, ConfigError, Interrupted, MachineError
 from kdscale.eval import efficiency
 from kdscale.runtime.progress import Reporter
 
@@ -46,6 +46,43 @@ def test_a_model_that_fails_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match=r"measuring .* failed[\s\S]*safetensors"):
         efficiency.measure({"teacher": tmp_path}, CONFIG, device="cpu", threads=1, reporter=QUIET, repeats=1)
+
+
+CHILD = """
+import os, resource, sys
+sys.stdin.readline()
+if "exit" in sys.argv[1]:
+    print("its own words", file=sys.stderr)
+    sys.exit(int(sys.argv[1].removeprefix("exit")))
+os.kill(os.getpid(), int(sys.argv[1].removeprefix("signal")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "words"),
+    [
+        ("exit3", CheckpointError, "its own words"), ("exit2", ConfigError, "its own words"),
+        ("exit1", RuntimeError, "its own words"), ("signal9", MachineError, "ended by SIGKILL"),
+        ("signal11", MachineError, "SIGSEGV"), ("signal2", Interrupted, "SIGINT"),
+    ],
+)  # fmt: skip
+def test_a_process_that_ends_early_is_an_error_of_its_kind(end: str, error: type[BaseException], words: str) -> None:
+    command = [sys.executable, "-c", CHILD, end]
+    with efficiency.worker(Path("model"), command) as child, pytest.raises(error, match=words) as caught:
+        child.take_turn()
+    assert caught.type is error
+
+
+def test_too_little_memory_is_an_error_of_the_machine(tiny_llama_dir: Path) -> None:
+    """As long as there is too little, by the process's own limit: what it prints is one line and no trace."""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n{_RUN_MODULE}"
+    command = [sys.executable, "-c", limited, str(tiny_llama_dir), "--in-turns", "--prefill-tokens", str(10**9)]
+    with efficiency.worker(tiny_llama_dir, command) as child, pytest.raises(MachineError, match="memory") as caught:
+        child.take_turn()
+    assert "Traceback" not in str(caught.value)
+
+
+_RUN_MODULE = "import runpy; runpy.run_module('kdscale.eval.efficiency', run_name='__main__')"
 
 
 def test_peak_memory_is_the_childs_own() -> None:
