@@ -21,6 +21,7 @@ from kdscale_kernels.types import LossOptions
 
 # Of p / q in a mixture: above it the smaller of the two is nothing (e^-80), and exp of it is still an fp32 number.
 MAX_LOG_RATIO = 80.0
+SMALL = 0.25  # below it x - log(1 + x) comes from a series
 
 
 class Buckets(NamedTuple):
@@ -92,20 +93,58 @@ def _jsd(buckets: Buckets, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _skewed_forward_kl(buckets: Buckets, skew: float) -> tuple[Tensor, Tensor]:
-    terms_CB, share_CB = _skewed(buckets.logp_CB, buckets.logq_CB, buckets.p_CB, skew)
-    return terms_CB, -share_CB
+    rest, p_CB = 1.0 - skew, buckets.p_CB
+    if buckets.complete:
+        parts = _skewed(p_CB, buckets.q_CB, buckets.logq_CB - buckets.logp_CB, skew)
+        # u = -rest·p·q/m, plus rest·q, which moves no gradient
+        u_CB = parts.x_CB * parts.part_CB / (skew + parts.part_CB)
+        return _weighted(parts.first_CB, parts.logs_CB + parts.far_CB), _weighted(parts.first_CB, u_CB)
+    over_p_CB, over_q_CB = log_mixture_ratios(buckets.logp_CB, buckets.logq_CB, skew)
+    return -_weighted(p_CB, over_p_CB), -rest * _weighted(p_CB, torch.exp(-over_q_CB))
 
 
 def _skewed_reverse_kl(buckets: Buckets, skew: float) -> tuple[Tensor, Tensor]:
-    terms_CB, share_CB = _skewed(buckets.logq_CB, buckets.logp_CB, buckets.q_CB, skew)
-    return terms_CB, terms_CB + share_CB
+    rest, q_CB = 1.0 - skew, buckets.q_CB
+    if buckets.complete:
+        parts = _skewed(q_CB, buckets.p_CB, buckets.logp_CB - buckets.logq_CB, skew)
+        # u = q·log(q / m) + rest·q·p/m, less rest·q, which moves no gradient
+        moved_CB = skew * parts.far_CB - parts.part_CB * (parts.x_CB - parts.far_CB)
+        u_CB = parts.logs_CB + moved_CB / (skew + parts.part_CB)
+        return _weighted(parts.first_CB, parts.logs_CB + parts.far_CB), _weighted(parts.first_CB, u_CB)
+    over_q_CB, over_p_CB = log_mixture_ratios(buckets.logq_CB, buckets.logp_CB, skew)
+    terms_CB = -_weighted(q_CB, over_q_CB)
+    return terms_CB, terms_CB + rest * _weighted(q_CB, torch.exp(-over_p_CB))
 
 
-def _skewed(first_CB: Tensor, second_CB: Tensor, weight_CB: Tensor, skew: float) -> tuple[Tensor, Tensor]:
-    """(terms of KL(first ‖ mixture), weight times the second's share of the mixture): no ratio exceeds 1/skew."""
-    logm_CB = log_mixture(first_CB, second_CB, skew)
-    share_CB = _weighted(weight_CB, torch.exp(second_CB + math.log1p(-skew) - logm_CB))
-    return _weighted(weight_CB, first_CB - logm_CB), share_CB
+class _Skewed(NamedTuple):
+    """Of KL(first ‖ m) over all buckets, with m = first·(1 + x): its terms are first·(logs + far)."""
+
+    first_CB: Tensor
+    logs_CB: Tensor  # x - log(1 + x) where x is near 0, else -log(1 + x)
+    far_CB: Tensor  # x, but 0 where it is near 0
+    x_CB: Tensor
+    part_CB: Tensor  # second's part of m / first, which is skew more
+
+
+def _skewed(first_CB: Tensor, second_CB: Tensor, gap_CB: Tensor, skew: float) -> _Skewed:
+    """KL(first ‖ m) as the sum of first·(x - log(1 + x)), since first·x sums to zero; `gap_CB`: log(second / first).
+
+    Each is of second order in 1 - skew, as the sum is, so that nothing cancels where the skew is nearly 1.
+    """
+    rest, least_CB = 1.0 - skew, second_CB * math.exp(-MAX_LOG_RATIO)
+    first_CB, gap_CB = torch.where(first_CB < least_CB, least_CB, first_CB), gap_CB.clamp(max=MAX_LOG_RATIO)
+    part_CB, x_CB = rest * gap_CB.exp(), rest * torch.expm1(gap_CB)
+    near_CB = x_CB.abs() < SMALL
+    logs_CB = torch.where(near_CB, log1p_excess(x_CB), -torch.log(skew + part_CB))
+    return _Skewed(first_CB, logs_CB, x_CB.masked_fill(near_CB, 0.0), x_CB, part_CB)
+
+
+def log1p_excess(x: Tensor) -> Tensor:
+    """x - log(1 + x) for |x| < 1/4, by log(1 + x) = 2·artanh(t) with t = x / (2 + x)."""
+    t = x / (2.0 + x)
+    w = t * t
+    odd = 1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * (1 / 11 + w / 13))))
+    return t * (x - 2.0 * w * odd)
 
 
 def log_mixture(first_CB: Tensor, second_CB: Tensor, share: float) -> Tensor:

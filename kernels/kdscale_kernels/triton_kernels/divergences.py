@@ -9,12 +9,13 @@ import math
 import triton
 import triton.language as tl
 
-from kdscale_kernels.rows.divergences import MAX_LOG_RATIO
+from kdscale_kernels.rows.divergences import MAX_LOG_RATIO, SMALL
 from kdscale_kernels.rows.teacher_entries import TEACHER_TAIL_FLOOR
-from kdscale_kernels.triton_kernels.common import logaddexp
 
 LOG_TAIL_FLOOR = tl.constexpr(math.log(TEACHER_TAIL_FLOOR))
 _MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
+_MIN_RATIO = tl.constexpr(math.exp(-MAX_LOG_RATIO))
+_SMALL = tl.constexpr(SMALL)
 
 
 @triton.jit
@@ -48,6 +49,27 @@ def _log_mixture_ratios(logp, logq, share, rest):
 
 
 @triton.jit
+def _log1p_excess(x):
+    """rows/divergences.py's log1p_excess, to fp32."""
+    t = x / (2.0 + x)
+    w = t * t
+    odd = 1.0 / 3.0 + w * (1.0 / 5.0 + w / 7.0)
+    return t * (x - 2.0 * w * odd)
+
+
+@triton.jit
+def _skewed(first, second, gap, skew, rest):
+    """rows/divergences.py's _skewed."""
+    first = tl.where(first < second * _MIN_RATIO, second * _MIN_RATIO, first)
+    gap = tl.where(gap > _MAX_LOG_RATIO, _MAX_LOG_RATIO, gap)
+    part = rest * tl.exp(gap)
+    x = rest * _expm1(gap)
+    near = tl.abs(x) < _SMALL
+    logs = tl.where(near, _log1p_excess(x), -tl.log(skew + part))
+    return first, logs, tl.where(near, 0.0, x), x, part
+
+
+@triton.jit
 def divergence_terms(logp, logq, counted, parameter, rest, DIVERGENCE: tl.constexpr, TRUNCATED: tl.constexpr):
     """(terms of D, u) of buckets: dD/dlogit = u - q·Σu, but for forward KL p counts as -u. rest: 1 - parameter."""
     p = tl.where(counted, tl.exp(logp), 0.0)
@@ -59,17 +81,23 @@ def divergence_terms(logp, logq, counted, parameter, rest, DIVERGENCE: tl.conste
         terms = _weighted(q, logq - logp)
         u = terms + q if TRUNCATED else terms
     elif DIVERGENCE == "skewed_forward_kl":
-        logm = logaddexp(logp + tl.log(parameter), logq + tl.log(rest))
-        terms = _weighted(p, logp - logm)
-        u = -_weighted(p, tl.exp(logq + tl.log(rest) - logm))
-    elif DIVERGENCE == "skewed_reverse_kl":
-        logm = logaddexp(logq + tl.log(parameter), logp + tl.log(rest))
-        terms = _weighted(q, logq - logm)
-        # q·(1-s)·p/m = (1-s)·q + s(1-s)·(p-q)·q/m; the first part moves no gradient where all of q counts. Fewer live
-        # values than the plain form, which spilled on sm_90.
-        u = terms + parameter * rest * _weighted(p - q, tl.exp(logq - logm))
         if TRUNCATED:
-            u += rest * q
+            over_p, over_q = _log_mixture_ratios(logp, logq, parameter, rest)
+            terms = -_weighted(p, over_p)
+            u = -rest * _weighted(p, tl.exp(-over_q))
+        else:
+            weight, logs, far, x, part = _skewed(p, q, logq - logp, parameter, rest)
+            u = _weighted(weight, x * part / (parameter + part))
+            terms = _weighted(weight, logs + far)
+    elif DIVERGENCE == "skewed_reverse_kl":
+        if TRUNCATED:
+            over_q, over_p = _log_mixture_ratios(logq, logp, parameter, rest)
+            terms = -_weighted(q, over_q)
+            u = terms + rest * _weighted(q, tl.exp(-over_p))
+        else:
+            weight, logs, far, x, part = _skewed(q, p, logp - logq, parameter, rest)
+            terms = _weighted(weight, logs + far)
+            u = _weighted(q, logs + (parameter * far - part * (x - far)) / (parameter + part))
     elif DIVERGENCE == "jsd":
         over_p, over_q = _log_mixture_ratios(logp, logq, parameter, rest)
         u = -rest * _weighted(q, over_q)
