@@ -97,7 +97,7 @@ def _skewed_forward_kl(buckets: Buckets, skew: float) -> tuple[Tensor, Tensor]:
     if buckets.complete:
         parts = _skewed(p_CB, buckets.q_CB, buckets.logq_CB - buckets.logp_CB, skew)
         # u = -rest·p·q/m, plus rest·q, which moves no gradient
-        u_CB = parts.x_CB * parts.part_CB / (skew + parts.part_CB)
+        u_CB = parts.x_CB * (parts.part_CB / (skew + parts.part_CB))
         return _weighted(parts.first_CB, parts.logs_CB + parts.far_CB), _weighted(parts.first_CB, u_CB)
     over_p_CB, over_q_CB = log_mixture_ratios(buckets.logp_CB, buckets.logq_CB, skew)
     return -_weighted(p_CB, over_p_CB), -rest * _weighted(p_CB, torch.exp(-over_q_CB))

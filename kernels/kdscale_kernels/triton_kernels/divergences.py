@@ -87,7 +87,7 @@ def divergence_terms(logp, logq, counted, parameter, rest, DIVERGENCE: tl.conste
             u = -rest * _weighted(p, tl.exp(-over_q))
         else:
             weight, logs, far, x, part = _skewed(p, q, logq - logp, parameter, rest)
-            u = _weighted(weight, x * part / (parameter + part))
+            u = _weighted(weight, x * (part / (parameter + part)))
             terms = _weighted(weight, logs + far)
     elif DIVERGENCE == "skewed_reverse_kl":
         if TRUNCATED:
