@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from kdscale.cli import init, launch, models, plan_cluster, replay, run
-from kdscale.errors import ConfigError, Interrupted, KdscaleError
+from kdscale.errors import ConfigError, FileError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runtime.exits import leave
 

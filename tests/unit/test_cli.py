@@ -85,6 +85,12 @@ def test_the_status_of_no_run_says_nothing_of_configs() -> None:
     assert "config" not in run("status", "no-such-run").stderr
 
 
+def test_a_name_that_the_system_refuses_is_one_message() -> None:
+    done = run("export", "x" * 5000)
+    assert (done.returncode, "Traceback" in done.stderr, len(done.stderr) < 1000) == (12, False, True)
+    assert "File name too long" in done.stderr
+
+
 def test_the_status_of_a_run_that_has_not_begun_says_how_to_start_it(tmp_path: Path) -> None:
     config = tmp_path / "my run.yaml"
     config.write_text(f"name: t\nrun_dir: {tmp_path}/run\nteacher: {{path: t}}\nprune: {{ffn: 8}}\n")

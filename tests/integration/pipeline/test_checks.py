@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Strip
 from tokenizers.processors import TemplateProcessing
 
 from kdscale.config.load import load_config
@@ -121,10 +122,11 @@ def test_what_a_tokenizer_adds_or_cuts_is_no_text_of_a_prompt(check: Check, gpt2
     file = Path(gpt2.removeprefix("teacher.path=")) / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    tokenizer.normalizer = Strip()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=4)
     tokenizer.save(str(file))
-    with pytest.raises(ConfigError, match=r"eval\.prompts: expected|eval\.prompts\n.*some text"):
-        check(gpt2, *FITS, "eval.prompts=['']")
+    with pytest.raises(ConfigError, match="which has no tokens"):
+        check(gpt2, *FITS, "eval.prompts=[' ']")
     with pytest.raises(ConfigError, match="positions"):
         check(gpt2, *FITS, f"eval.prompts=['{'a river ' * 60}']")
