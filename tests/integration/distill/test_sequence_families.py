@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, m
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import load_family, supported_types
 from kdscale.families.windows import attention_windows
-from kdscale.models import attention
+from kdscale.models import attention, sequence_parallel
 from kdscale.models.attention import attend_within_documents, choice_for, documents_apart
 from kdscale.models.documents import Documents
 from kdscale.models.head import final_hidden
@@ -110,9 +110,14 @@ def test_a_window_that_is_none_is_refused(window):
         attention_windows(load_family(config, "test"), config)
 
 
-def test_no_mask_is_made_for_a_training_step(monkeypatch):
+def make_no_masks(patch):
+    """From here on transformers fails where it would make a mask."""
     for name in ("sdpa", "eager"):
-        monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, None)
+        patch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, None)
+
+
+def test_no_mask_is_made_for_a_training_step(monkeypatch):
+    make_no_masks(monkeypatch)
     for model_type in ("llama", "gemma2"):
         model = tiny_model(model_type, torch.float32)
         with pytest.raises(TypeError):  # as patched, a mask cannot be made
@@ -178,3 +183,14 @@ def test_it_is_registered_under_a_name_of_ours_alone():
     assert AttentionInterface()[attention._NAME] is attention.attend
     assert AttentionInterface()["sdpa"] is not attention.attend
     assert attention._NAME not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+
+
+def test_a_run_is_the_one_with_dense_masks_up_to_rounding(distil, tmp_path, monkeypatch):
+    settings = {"tokens": 4 * 4 * 48, "gradient_checkpointing": True}
+    with monkeypatch.context() as patch:
+        make_no_masks(patch)
+        rows = distil(tmp_path / "apart", **settings)
+    monkeypatch.setattr(sequence_parallel, "attend_within_documents", lambda _model: False)
+    for row, dense in zip(rows, distil(tmp_path / "dense", **settings), strict=True):
+        assert row["loss"] == pytest.approx(dense["loss"], abs=1e-5)
+        assert row.get("grad_norm", 0.0) == pytest.approx(dense.get("grad_norm", 0.0), rel=1e-4)
