@@ -50,6 +50,7 @@ def test_hidden_states_and_gradients_are_the_familys_own(model_type):
     model = tiny_model(model_type)
     want = hidden_and_gradients(model)
     SequenceSlice(0, 2).prepare(model)
+    assert choice_for(model, torch.device("cpu")).backend.name == "sdpa"
     alone, exchanged = hidden_and_gradients(model), hidden_and_gradients(model, ulysses=Exchange(None, 1))
     for got in (alone, exchanged):
         assert len(got) == len(want)
