@@ -79,7 +79,7 @@ class Step:
 
 
 def seconds(step: Step, steps: int) -> None:
-    """The kinds take turns, the first round uncounted. On a CPU processor time counts, which other work changes less."""
+    """The kinds take turns, the first round uncounted. On a CPU processor time, which other work changes less."""
     clock = time.perf_counter if step.batch.rows_N.is_cuda else time.process_time
     taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(steps + 1):
