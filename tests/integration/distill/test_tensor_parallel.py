@@ -139,7 +139,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(done):
 
 def test_masters_of_parts_have_the_digits_that_bf16_rounds_away(done, student_dir):
     (row,) = rows_of(done / "bf16")
-    assert row["loss"] == pytest.approx(rows_of(done / "one")[0]["loss"], abs=2e-2)
+    first = rows_of(done / "one")[0]
+    assert row["loss"] == pytest.approx(first["loss"], abs=2e-2)
+    assert row["grad_norm"] == pytest.approx(first["grad_norm"], rel=2e-2)  # each part counts once, the copies too
     got, want = (load_file(folder / "model.safetensors") for folder in (done / "bf16" / "student", student_dir))
     assert max(float((got[key] - want[key]).abs().max()) for key in want) < 1e-7
 
