@@ -113,7 +113,7 @@ def _torch(gpus: tuple[CudaDevice, ...]) -> list[Finding]:
     from kdscale_kernels.fused.products import gives_fp32_results
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    findings = [_not_too_old(Finding("torch", "ok", f"{torch.__version__} ({build})"))]
+    findings = [not_too_old(Finding("torch", "ok", f"{torch.__version__} ({build})"), torch.__version__)]
     for index, gpu in enumerate(gpus):
         slow = "" if gpu.has_bf16 else "; no bf16 in hardware: dtype auto takes float32"
         text = f"cuda:{index} {gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB{slow}"
@@ -130,9 +130,9 @@ def _torch(gpus: tuple[CudaDevice, ...]) -> list[Finding]:
     return findings
 
 
-def _not_too_old(finding: Finding) -> Finding:
-    """The finding of a package, or why its version is in the way."""
-    if not is_too_old(finding.topic):
+def not_too_old(finding: Finding, version: str | None) -> Finding:
+    """The finding of a package of this version, or why the version is in the way."""
+    if not is_too_old(finding.topic, version):
         return finding
     needed = f"{OLDEST[finding.topic]} or newer is needed"
     return Finding(finding.topic, "bad", f"{finding.text}; {needed}")
@@ -142,7 +142,7 @@ def _packages() -> list[Finding]:
     """The libraries that every run needs, and whether DeepSpeed can be imported."""
     versions = {name: version_of(name) for name in ("transformers", "deepspeed", "safetensors", "accelerate")}
     findings = [
-        _not_too_old(Finding(name, "ok" if version else "bad", version or f"not installed; pip install {name}"))
+        not_too_old(Finding(name, "ok" if version else "bad", version or f"not installed; pip install {name}"), version)
         for name, version in versions.items()
     ]
     if importlib.util.find_spec("deepspeed") is not None:

@@ -22,7 +22,7 @@ from kdscale.config.load import load_config
 from kdscale.config.root import Config
 from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.errors import ConfigError, KdscaleError, SelfCheckError
-from kdscale.jobs.doctor import Finding, Severity
+from kdscale.jobs.doctor import Finding, Severity, not_too_old
 from kdscale.runtime.exits import leave
 from kdscale.runtime.versions import PACKAGES, version_of, versions
 
@@ -47,7 +47,9 @@ def compare_reports(
     """
     findings = []
     for topic in ("python", "kdscale", "source", *PACKAGES):
-        findings.append(_compare(topic, {host: report["versions"].get(topic) for host, report in reports.items()}))
+        installed = {host: report["versions"].get(topic) for host, report in reports.items()}
+        finding = _compare(topic, installed)
+        findings.append(not_too_old(finding, next(iter(installed.values()))) if finding.severity == "ok" else finding)
     broken = {host: report["config_error"] for host, report in reports.items() if report["config_error"]}
     if broken:
         findings.append(Finding("config", "bad", _by_host(broken)))
@@ -85,13 +87,18 @@ def _check_free_space(reports: Mapping[str, Report]) -> Finding:
 
 
 def _check_kernels(reports: Mapping[str, Report]) -> list[Finding]:
-    """Whether Triton launched a kernel on every host with GPUs; where it did not, all ranks compute in torch."""
+    """Whether Triton launched a kernel on every host with GPUs; where it did not, all ranks compute in torch.
+
+    Then what makes products slow on GPUs or with the torch of some hosts.
+    """
     if not any(report["gpus"] for report in reports.values()):
         return []
     obstacles = {host: report["kernels"] for host, report in reports.items() if report["kernels"]}
     note = "all ranks will compute in torch, slower: "
     text = note + _by_host(obstacles) if obstacles else "Triton launched a kernel on every host"
-    return [Finding("kernels", "note" if obstacles else "ok", text)]
+    slow = {host: report["slow"] for host, report in reports.items() if report["slow"]}
+    products = [Finding("products", "note", _by_host(slow))] if slow else []
+    return [Finding("kernels", "note" if obstacles else "ok", text), *products]
 
 
 def _check_services(reports: Mapping[str, Report]) -> list[Finding]:
@@ -138,6 +145,7 @@ def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, An
         "cores": os.cpu_count(),
         "gpus": 0,
         "kernels": None,
+        "slow": None,
         "too_many_ranks": None,
         "services": None,
         "config_error": None,
@@ -169,17 +177,22 @@ def probe(mark: str, config_path: str, overrides: Sequence[str]) -> dict[str, An
 
 def _try_gpus(config: Config) -> dict[str, str | None]:
     """What is wrong with this host's GPUs for the stages that one host does alone, and for kernels."""
+    import torch
+
+    from kdscale.distill.parallel.dtypes import slow_products
     from kdscale.pipeline.checks import check_devices
     from kdscale.pipeline.stages.registry import STAGES
+    from kdscale.runtime.device import resolve_dtype
     from kdscale.runtime.kernel_backend import try_launch
 
-    error = None
+    gpu, error = torch.device("cuda", 0), None
+    slow = "; ".join(slow_products(gpu, resolve_dtype(config.distill.dtype, gpu)))
     try:
         alone = [stage for stage in STAGES.values() if not stage.across_job]
         check_devices(config, alone, [stage for stage in alone if stage.in_steps])
     except KdscaleError as refusal:
         error = " ".join(str(refusal).split())
-    return {"too_many_ranks": error, "kernels": try_launch(config)}
+    return {"too_many_ranks": error, "kernels": try_launch(config), "slow": slow or None}
 
 
 def _ask_services(config: Config, teacher: Path) -> list[str] | None:

@@ -25,22 +25,22 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def is_too_old(package: str) -> bool:
-    """Whether an installed package of OLDEST is older than that; False where its version cannot be read."""
+def is_too_old(package: str, version: str | None) -> bool:
+    """Whether this version of a package is older than OLDEST says; False for a version that cannot be read (None)."""
     oldest = OLDEST.get(package, "0")
     try:
-        return Version(version_of(package) or oldest) < Version(oldest)
+        return Version(version or oldest) < Version(oldest)
     except InvalidVersion:
         return False
 
 
 def check_deepspeed() -> None:
     """Raises MachineError for a DeepSpeed with which gradients would be wrong."""
-    if is_too_old("deepspeed"):
-        oldest = OLDEST["deepspeed"]
+    version, oldest = version_of("deepspeed"), OLDEST["deepspeed"]
+    if is_too_old("deepspeed", version):
         raise MachineError(
             "DeepSpeed", expected=f"{oldest} or newer, which adds gradients up as it is told to",
-            got=str(version_of("deepspeed")), hint=f"pip install 'deepspeed>={oldest}', on every host",
+            got=str(version), hint=f"pip install 'deepspeed>={oldest}', on every host",
         )  # fmt: skip
 
 

@@ -59,5 +59,5 @@ def check_buffers_kept(before: Mapping[str, torch.dtype], after: Mapping[str, to
             f"buffers after DeepSpeed's start: {', '.join(changed)}",
             expected=", ".join(sorted({str(before[name]) for name in changed})),
             got=", ".join(sorted({str(after[name]) for name in changed})),
-            hint="another version of DeepSpeed; kdscale doctor says which ones are known to work",
+            hint="install another version of DeepSpeed; kdscale doctor says which one is needed",
         )

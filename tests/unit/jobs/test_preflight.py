@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from kdscale.runtime.versions import version_of
 
 def report(**changes: Any) -> dict[str, Any]:
     versions = dict.fromkeys(("python", "kdscale", "source", "torch", "transformers", "deepspeed", "safetensors",
-                              "tokenizers", "numpy"), "1.0") | changes.pop("versions", {})  # fmt: skip
+                              "tokenizers", "numpy"), "9.0") | changes.pop("versions", {})  # fmt: skip
     return {
         "versions": versions, "cores": 8, "gpus": 0, "config": "c" * 64, "config_error": None, "teacher": "t",
-        "write_error": None, "free_bytes": 10**12, "kernels": None, "too_many_ranks": None,
+        "write_error": None, "free_bytes": 10**12, "kernels": None, "slow": None, "too_many_ranks": None,
         "services": None, **changes,
     }  # fmt: skip
 
@@ -44,9 +45,9 @@ def test_equal_hosts_are_fine() -> None:
 @pytest.mark.parametrize(
     ("other", "topic", "text"),
     [
-        (report(versions={"torch": "2.0"}), "torch", "b: 2.0; a has 1.0"),
-        (report(versions={"deepspeed": None}), "deepspeed", "b: not installed; a has 1.0"),
-        (report(versions={"source": "x"}), "source", "b: x; a has 1.0"),
+        (report(versions={"torch": "2.0"}), "torch", "b: 2.0; a has 9.0"),
+        (report(versions={"deepspeed": None}), "deepspeed", "b: not installed; a has 9.0"),
+        (report(versions={"source": "x"}), "source", "b: x; a has 9.0"),
         (report(config="d" * 64), "config", "b: dddddddddddd; a has cccccccccccc"),
         (report(config_error="no file"), "config", "b: no file"),
         (report(teacher="u"), "teacher", "b: u; a has t"),
@@ -69,14 +70,29 @@ def test_a_host_without_a_compiler_is_noted() -> None:
     assert (kernels.severity, kernels.text) == ("note", "all ranks will compute in torch, slower: b: no C compiler")
 
 
+def test_a_deepspeed_that_is_too_old_everywhere_is_in_the_way() -> None:
+    old = report(versions={"deepspeed": "0.19.7"})
+    assert bad({"a": old, "b": old}) == {"deepspeed": "0.19.7; 0.19.8 or newer is needed"}
+
+
+def test_slow_products_are_noted_with_their_host() -> None:
+    hosts = {"a": report(gpus=2), "b": report(gpus=2, slow="V100 does not multiply bfloat16")}
+    found = preflight.compare_reports(hosts, dict.fromkeys(hosts, 2), dict.fromkeys(hosts, (0.0, 0.001)))
+    (products,) = [finding for finding in found if finding.topic == "products"]
+    assert (products.severity, products.text) == ("note", "b: V100 does not multiply bfloat16")
+
+
 def test_stages_of_one_host_count_the_gpus_of_the_first(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "_count_gpus", lambda: 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(major=7))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "T4")
     monkeypatch.setattr("kdscale.runtime.kernel_backend.launch_obstacle", lambda gpu: f"no compiler for {gpu}")
     found = preflight.probe("m-0", config, ["importance.processes=2", "distill.processes=8", "distill.micro_batch=1"])
     assert "importance.processes = 2" in found["too_many_ranks"] and "distill" not in found["too_many_ranks"]
     assert (found["gpus"], found["kernels"]) == (1, "no compiler for 0")
+    assert found["slow"] == "T4 does not multiply bfloat16 in hardware: it is used in float32"
     hosts = {"a": report(gpus=2, too_many_ranks=found["too_many_ranks"]), "b": report(gpus=2)}
     assert "importance.processes = 2" in bad(hosts)["devices"]
     on_cpu = preflight.probe("m-1", config, ["runtime.device=cpu"])
