@@ -18,6 +18,7 @@ from kdscale.distill.telemetry.clock import Clock
 from kdscale.models.documents import Documents
 from kdscale.models.head import VocabShard, head_of
 from kdscale.models.sequence_parallel import SequenceSlice
+from kdscale.runtime.device import put_on
 from kdscale.runtime.ranks import all_reduce_sum, world_size
 from kdscale.teacher.source import MicroBatch, TargetSource
 from kdscale.teacher.targets import Targets
@@ -89,11 +90,8 @@ def train_step(
     ranks: T cancels in the factor.
     """
     objectives: Objectives = engine.module.objectives
-    counts = torch.tensor(
-        [float(sum(batch.token_count for batch in batches)), float(sum(batch.sequence_count for batch in batches))],
-        dtype=torch.float64,
-        device=device,
-    )
+    own = (sum(batch.token_count for batch in batches), sum(batch.sequence_count for batch in batches))
+    counts = put_on(device, own)
     figures_end = len(COUNTS) + objectives.width
     totals = torch.zeros(figures_end + len(batches), dtype=torch.float64, device=device)
     totals[: len(COUNTS)] = counts

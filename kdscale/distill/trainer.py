@@ -23,7 +23,7 @@ from kdscale.distill.step import to_device, train_step
 from kdscale.distill.telemetry.observer import Observer, StepFacts
 from kdscale.distill.validate import Validator
 from kdscale.errors import Interrupted
-from kdscale.runtime.device import peak_memory
+from kdscale.runtime.device import peak_memory, put_on
 from kdscale.runtime.progress import Bar, Reporter
 from kdscale.runtime.ranks import HostSums, all_reduce_sum, gather, rank, world_size
 from kdscale.runtime.signals import watch_signals
@@ -183,12 +183,13 @@ class Trainer:
         other ranks. Tensor-parallel ranks have the same batch and the same sums, which count once.
         """
         figures, world, tensor = len(COUNTS) + self.objectives.width, world_size(), self._mesh.tensor
-        own = torch.cat([totals.new_tensor([peak_memory(self.device)]), totals[figures:]])
+        own = torch.cat([put_on(self.device, [peak_memory(self.device)]), totals[figures:]])
         rows = own.new_zeros(world, own.numel())
         rows[rank()] = own
         summed = all_reduce_sum(torch.cat([totals[:figures] / tensor, rows.reshape(-1)]))
-        grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=self.device)
-        *values, norm = torch.cat([summed, grad_norm.reshape(1)]).tolist()
+        found = self.engine.get_global_grad_norm()
+        norm_1 = found.reshape(1) if isinstance(found, torch.Tensor) else put_on(self.device, [float(found)])
+        *values, norm = torch.cat([summed, norm_1.to(summed, non_blocking=True)]).tolist()
         by_rank = [values[i : i + own.numel()] for i in range(figures, len(values), own.numel())]
         return _StepSums(
             figures=values[:figures],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +34,11 @@ def release_memory() -> None:
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether this is what Python or torch raises where memory does not suffice."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def put_on(device: torch.device, values: Sequence[float]) -> torch.Tensor:
+    """Numbers of the host as a tensor (fp64) on `device`, without waiting for it, as `torch.tensor(device=)` would."""
+    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
 
 
 def resolve_device(name: str) -> torch.device:

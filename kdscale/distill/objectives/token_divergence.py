@@ -25,6 +25,7 @@ class TokenDivergence:
     def __init__(self, settings: TokenDivergenceConfig):
         self._settings = settings
         self._options: dict[str, Any] = {
+            "ignore_index": None,  # all rows of a micro-batch have labels
             "ce_weight": settings.ce_weight,
             "temperature": settings.temperature,
             "divergence": Divergence(settings.divergence, settings.divergence_parameter),

@@ -28,18 +28,18 @@ class ValidRows(NamedTuple):
 def valid_rows(
     targets: Sequence[Any],
     labels_N: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     vocab: int,
     temperature: float,
     dtype: torch.dtype,
 ) -> ValidRows:
-    """The rows whose label is not ignore_index, and their teacher entries in the accumulation dtype.
+    """The rows that count (counted_rows), and their teacher entries in the accumulation dtype.
 
-    targets: ids and logits [N,K], log-sum-exps [N], weights [N,K] or None. Waits for the device once.
+    targets: ids and logits [N,K], log-sum-exps [N], weights [N,K] or None.
     Raises ValueError for values that cannot be used (see the module's note).
     """
     ids_NK, logits_NK, lse_N, weights_NK = targets
-    index_M = (labels_N != integer("ignore_index", ignore_index)).nonzero()[:, 0]
+    index_M = counted_rows(labels_N, ignore_index)
     labels_M, ids_MK = labels_N[index_M].long(), ids_NK[index_M].long()
     logits_MK, lse_M = logits_NK[index_M].to(dtype), lse_N[index_M].to(dtype)
     weights_MK = None if weights_NK is None else weights_NK[index_M].to(dtype)
@@ -49,6 +49,13 @@ def valid_rows(
     if ids_MK.device.type == "cpu":
         _check_entries(entries, ids_MK, logits_MK, lse_M, temperature)
     return ValidRows(index_M, labels_M, entries)
+
+
+def counted_rows(labels_N: Tensor, ignore_index: int | None) -> Tensor:
+    """Which rows count, [M]: those whose label is not ignore_index, for which this waits for the device; None: all."""
+    if ignore_index is None:
+        return torch.arange(labels_N.shape[0], device=labels_N.device)
+    return (labels_N != integer("ignore_index", ignore_index)).nonzero()[:, 0]
 
 
 def as_rows(**tensors: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.limits import full_limit
 from kdscale_kernels.rows.results import FullRowSums
-from kdscale_kernels.types import IGNORE_INDEX, Backend, FullKL, LossOptions, integer, require_positive
+from kdscale_kernels.types import IGNORE_INDEX, Backend, FullKL, LossOptions, require_positive
 
 
 @runs_eagerly
@@ -32,7 +32,7 @@ def linear_full_kl(
     teacher_weight_VG: Tensor,
     *,
     labels_N: Tensor,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
@@ -48,10 +48,10 @@ def linear_full_kl(
 
     hidden_NH [N,H], weight_VH [V,H], bias_V [V]: the student's; floating, mixed dtypes are promoted, autocast obeyed.
     teacher_hidden_NG [N,G], teacher_weight_VG [V,G], teacher_bias_V [V]: the teacher's, a constant with its own dtypes.
-    labels_N [N]: already shifted; rows equal to ignore_index count for nothing. All of these may have [B,S] in place
-    of N. divergence as in linear_sparse_kl; the cross-entropy is at temperature 1. Heads of different
-    (padded) sizes need vocab_size, the number of entries that both have. chunk_bytes None: 64 MiB on a CPU, 1 GiB on
-    CUDA, for both logits together.
+    labels_N [N]: already shifted; rows equal to ignore_index count for nothing (None: every row counts, and nothing
+    waits for the device). All of these may have [B,S] in place of N. divergence as in linear_sparse_kl; the
+    cross-entropy is at temperature 1. Heads of different (padded) sizes need vocab_size, the number of entries that
+    both have. chunk_bytes None: 64 MiB on a CPU, 1 GiB on CUDA, for both logits together.
 
     Reverse KL is infinite, and its gradient not a number, where the teacher forbids (logit -inf) what the student does
     not; forward KL is infinite the other way round, and its gradient finite. JSD and the skewed divergences are finite.
@@ -75,7 +75,7 @@ def linear_full_kl(
         operand = teacher_operand = accumulate = torch.float64
     limit = full_limit(options.divergence, accumulate)
     steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
-    valid_M = (labels_N != integer("ignore_index", ignore_index)).nonzero()[:, 0]
+    valid_M = arguments.counted_rows(labels_N, ignore_index)
     labels_M = labels_N[valid_M].long()
     arguments.check_label_values(labels_M, vocab)
     call = _FullCall(

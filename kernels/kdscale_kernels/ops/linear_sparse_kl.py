@@ -33,7 +33,7 @@ def linear_sparse_kl(
     teacher_lse_N: Tensor,
     *,
     labels_N: Tensor,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
@@ -52,7 +52,8 @@ def linear_sparse_kl(
     hidden_NH [N,H], weight_VH [V,H], bias_V [V]: the student's; floating, mixed dtypes are promoted, autocast obeyed.
     ids_NK [N,K] integer, teacher_logits_NK [N,K], teacher_lse_N [N]: as linear_topk_lse gives them, the log-sum-exp at
     this same temperature. A slot with logit -inf is empty; an id may repeat with the same logit. labels_N [N]:
-    already shifted; rows equal to ignore_index count for nothing. All of these may have [B,S] in place of N. tail:
+    already shifted; rows equal to ignore_index count for nothing; with ignore_index=None every row counts, and nothing
+    waits for the device to count them. All of these may have [B,S] in place of N. tail:
     "bucket" treats everything outside the K entries as one bucket, "truncated" leaves it out of the sum (may be
     negative), "renormalised" rescales both sides to the K entries. vocab_size keeps the first entries of a padded head.
 
@@ -69,7 +70,8 @@ def linear_sparse_kl(
 
     Differentiable once, with respect to hidden_NH, weight_VH and bias_V. Logits live in fp32 (vocabulary slices on a
     CPU: in bf16 where that costs the gradient nothing, fused/bf16_slices.py), a chunk or a slice and those kept at a
-    time. Waits once for the device, to count the valid rows (vocabulary slices without Triton: twice).
+    time. Waits once for the device, to count the valid rows, if there is an ignore_index, and for vocabulary slices
+    without Triton once for each block of rows.
     Raises ValueError for arguments that do not fit together and, on a CPU, for ids out of range and targets that no
     teacher gives: NaN, +inf, a log-sum-exp below its entries', an id with two logits; elsewhere the loss is then NaN.
     """

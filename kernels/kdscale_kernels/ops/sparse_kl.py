@@ -38,7 +38,7 @@ def sparse_kl(
     teacher_lse_N: Tensor,
     *,
     labels_N: Tensor,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",

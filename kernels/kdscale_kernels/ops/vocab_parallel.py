@@ -123,7 +123,7 @@ def vocab_parallel_sparse_kl(
     vocab_size: int,
     group: Any = None,
     labels_N: Tensor,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
@@ -144,7 +144,8 @@ def vocab_parallel_sparse_kl(
     chunk's products): nothing around the op may sum it again, as a tensor-parallel "copy to region" would. Those of
     weight_VsH and bias_Vs stay local. Partial sums meet in fp32 as fused/shard_rows.py describes; there is no
     shared row constant that could be too far off: a shard whose tail lies e^-200 below another's keeps its own scale.
-    Gradients are made in the forward pass; one backward. Two waits for the device a call (valid rows, agreement).
+    Gradients are made in the forward pass; one backward. Two waits for the device a call (valid rows, unless
+    ignore_index is None; agreement).
     chunk_bytes None: 64 MiB of logits on a CPU, 1 GiB on CUDA.
     Raises ValueError on every rank for arguments that do not fit together, or where another rank's backend cannot run
     (there: BackendUnavailableError); RuntimeError without a process group.

@@ -37,7 +37,8 @@ class EntryPlaces:
         keys = entries.ids_NK.masked_fill(~entries.used_NK, torch.iinfo(torch.int64).max).flatten()
         self._ids, self._order = keys.sort()
         self._rows = self._order // max(entries.ids_NK.shape[1], 1)
-        self._bounds = torch.searchsorted(self._ids, torch.tensor(self._edges, device=keys.device)).tolist()
+        at_R = torch.tensor(self._edges).to(keys.device, non_blocking=True)
+        self._bounds = torch.searchsorted(self._ids, at_R).tolist()
 
     def of(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """(position in the flattened [C, K], row, column in the slice) of each entry that lies in slice `index`."""

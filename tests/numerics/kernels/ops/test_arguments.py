@@ -28,7 +28,7 @@ INF = float("inf")
         ({"ce_weight": None}, "ce_weight: expected a number from 0 to 1, got None"),
         ({"divergence": ["jsd"]}, "divergence: expected forward_kl"),
         ({"vocab_size": 203.0}, "vocab_size: expected an integer, got 203.0"),
-        ({"ignore_index": None}, "ignore_index: expected an integer, got None"),
+        ({"ignore_index": 1.5}, "ignore_index: expected an integer, got 1.5"),
         ({"chunk_bytes": 1e6}, "chunk_bytes: expected an integer of at least 1, got 1000000.0"),
         ({"workspace_bytes": True}, "workspace_bytes: expected an integer of at least 1, got True"),
     ],
