@@ -12,7 +12,8 @@ Files in the scratch folder, for the layers done when it was saved (k of them):
   states-<k>.bin             those of the hidden states that leave layer k−1 that changed since the save before, raw
   running-<k>.safetensors    sums over the layers so far
   layer-<i>.safetensors      the result of layer i, for each i < k
-  progress-<k>.json          which states-<j>.bin each state is in; written last: only then is the set complete
+  progress-<k>.json          which states-<j>.bin each state is in, and which sums were on the CPU; written last: only
+                             then is the set complete
 
 B batch · S sequence · D hidden
 """
@@ -93,7 +94,7 @@ class LayerPass(Generic[Layer_co]):
         walk.results                           # one dict per layer, also of those done by a killed process
 
     `running` holds tensors that belong to no one layer, such as sums over the layers: fill it between `layers` and
-    `finish`; after a kill it has what it had when the last layer was finished.
+    `finish`; after a kill it has what it had when the last layer was finished, each tensor on the device where it was.
 
     With several ranks each has batches and a scratch folder of its own; a kill leaves all of them at the same layer.
     `advance` is called after every batch.
@@ -191,7 +192,9 @@ class LayerPass(Generic[Layer_co]):
             with atomic_path(self._file(f"running-{done}.safetensors")) as tmp:
                 save_file(self.running, tmp)
         tensors = self.states.save(self._file(f"states-{done}.bin"))
-        write_json(self._file(f"progress-{done}.json"), {"version": _VERSION, "states": tensors})
+        on_cpu = sorted(name for name, tensor in self.running.items() if tensor.device.type == "cpu")
+        progress = {"version": _VERSION, "states": tensors, "on_cpu": on_cpu}
+        write_json(self._file(f"progress-{done}.json"), progress)
         ranks.barrier()  # the files of the save before may go once every rank has these
         self._keep_only(done, tensors)
         self._saved_at = time.monotonic()
@@ -217,7 +220,9 @@ class LayerPass(Generic[Layer_co]):
         progress = read_json(self._file(f"progress-{done}.json"))
         self.results = [load_file(self._file(f"layer-{index}.safetensors")) for index in range(done)]
         if self._file(f"running-{done}.safetensors").exists():
-            self.running = load_file(self._file(f"running-{done}.safetensors"), device=str(self.source.device))
+            saved = load_file(self._file(f"running-{done}.safetensors"))
+            on_cpu = progress["on_cpu"]
+            self.running = {name: t if name in on_cpu else t.to(self.source.device) for name, t in saved.items()}
         self.states = HiddenStates.load(self._scratch.folder, progress["states"], self._scratch, self.source.device)
         self._keep_only(done, progress["states"])
 
@@ -242,4 +247,6 @@ class LayerPass(Generic[Layer_co]):
 
 
 def _is_progress(value: object) -> bool:
-    return isinstance(value, dict) and value.get("version") == _VERSION and "states" in value
+    if not isinstance(value, dict) or value.get("version") != _VERSION:
+        return False
+    return "states" in value and isinstance(value.get("on_cpu"), list)

@@ -163,7 +163,7 @@ def _collectors(criteria: Sequence[Criterion], context: LayerContext) -> dict[st
 def _add_to(running: dict[str, Tensor], collectors: dict[str, Collector]) -> None:
     for name, collector in collectors.items():
         value = collector()
-        running[name] = running[name].cpu() + value if name in running else value  # a resumed pass has it on the device
+        running[name] = running[name] + value if name in running else value
 
 
 def _count(batches: Sequence[TokenBatch]) -> int:
