@@ -1,0 +1,445 @@
+"""Tensors that say they are on `cuda:0` and hold their values on the CPU, for machines without a GPU.
+
+An operation that mixes them with tensors on the CPU raises what CUDA would raise, and every operation for which the
+host would wait for the GPU is noted with the line of code that asked for it.
+
+How it works. A `GpuTensor` wraps a CPU tensor. To torch's C++ it is on the meta device, for which every build has what
+autograd needs of a device; to Python it is on cuda:0. Two modes, pushed together by `fake_gpu`, see all that happens:
+`_Calls` sees calls of torch's Python functions and turns "cuda" into a device that C++ accepts, and `_Operations` sees
+the operations that they come down to and runs them on the wrapped tensors. A meta device that C++ asks for is ours
+unless the Python call had a real meta tensor or named that device.
+
+What it cannot show: streams that run out of order, memory that is too small, kernels (Triton's, NCCL's), and operations
+that CUDA lacks or rounds otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+aten = torch.ops.aten
+
+_is_meta = Tensor.is_meta.__get__  # type: ignore[attr-defined]
+_HERE = str(Path(__file__).parent)
+
+
+class GpuTensor(Tensor):
+    """A tensor "on the GPU"; `values` is the CPU tensor with what it holds."""
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> GpuTensor:
+        assert not isinstance(values, GpuTensor)
+        # C++ counts versions, which a wrapper made under inference_mode has not
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            wrapper: GpuTensor = Tensor._make_wrapper_subclass(
+                cls, values.size(), strides=values.stride(), storage_offset=values.storage_offset(),
+                dtype=values.dtype, layout=values.layout, device="meta",
+            )  # fmt: skip
+        wrapper.values = values
+        return wrapper
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    device = property(lambda self: GPU)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = is_meta = property(lambda self: False)  # type: ignore[assignment]
+
+    @property  # type: ignore[override]
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.values = new.values  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Reached without the modes, in threads of their own."""
+        return _run(func, args, kwargs or {}, syncs=None)
+
+    def get_device(self) -> int:
+        return 0
+
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.values.untyped_storage()
+
+    def is_pinned(self, *_: Any) -> bool:
+        return False
+
+    def __repr__(self, **_: Any) -> str:
+        return f"GpuTensor({self.values})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied: Any = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in the arguments of an operation (torch's own tree functions take most of a step's time)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        yield from _tensors_in(tuple(value.values()))
+
+
+def _map(change: Callable[[Tensor], Any], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(change, item) for item in value])
+    if isinstance(value, dict):
+        return {name: _map(change, item) for name, item in value.items()}
+    return value
+
+
+class Syncs:
+    """For what the host waited: how often, by operation and caller (file:line function)."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[tuple[str, str]] = Counter()
+
+    def by_function(self) -> Counter[str]:
+        """How often, by the function that asked for it."""
+        found: Counter[str] = Counter()
+        for (_, where), count in self.seen.items():
+            found[where.rpartition(" ")[2]] += count
+        return found
+
+    def note(self, what: str) -> None:
+        """Count a wait, asked for by the innermost caller outside torch and these tests' own files."""
+        self.seen[what, _caller()] += 1
+
+    def total(self) -> int:
+        return sum(self.seen.values())
+
+    def clear(self) -> None:
+        self.seen.clear()
+
+    def __str__(self) -> str:
+        return "\n".join(f"{count} × {what} in {where}" for (what, where), count in sorted(self.seen.items()))
+
+
+def _caller() -> str:
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_HERE) and "/torch/" not in name and "<" not in name:
+            return f"{'/'.join(Path(name).parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "?"
+
+
+class _State:
+    meta_is_real = False  # whether the Python call under way means the meta device by "meta"
+
+
+_PINNED: set[int] = set()  # data pointers of CPU memory that was asked to be page-locked
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    """Whether a CPU tensor lies in memory that was asked to be page-locked."""
+    return tensor.untyped_storage().data_ptr() in _PINNED
+
+
+def _on_gpu(device: Any) -> bool:
+    """Whether a device that an operation was asked for is the fake GPU."""
+    if device is None:
+        return False
+    kind = torch.device(device).type
+    return kind == "cuda" or (kind == "meta" and not _State.meta_is_real)
+
+
+@cache
+def _kind(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
+
+
+# Operations whose result's shape, or whose result, the host has to know.
+_WAITS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive",
+    "equal", "is_nonzero", "bincount", "_linalg_check_errors", "histogram", "_linalg_eigh", "_linalg_svd",
+    "linalg_lstsq", "linalg_cholesky_ex", "linalg_inv_ex", "linalg_solve_ex", "item",
+}  # fmt: skip
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+_COPIES = {"_to_copy", "copy_", "copy"}
+_TAKES_CPU_SCALARS = {"fill_", "fill", "masked_fill", "masked_fill_"}
+
+
+def _waits(func: Any, args: Any, kwargs: Any) -> str | None:
+    """The name of the operation if the host waits for it."""
+    kind = _kind(func)
+    if kind in _WAITS:
+        return kind
+    if kind == "repeat_interleave" and kwargs.get("output_size") is None:
+        return kind
+    if kind in _INDEXING:
+        indices = [index for index in args[1] if index is not None]
+        if any(not isinstance(index, GpuTensor) for index in indices):
+            return f"{kind} by indices on the CPU"
+        masks = [index for index in indices if index.dtype in (torch.bool, torch.uint8)]
+        filled = kind.startswith(("index_put", "_index_put")) and len(indices) == 1 and args[2].numel() == 1
+        return f"{kind} by a mask" if masks and not filled else None
+    if kind in _COPIES:
+        source, target = (args[1], args[0]) if kind != "_to_copy" else (args[0], None)
+        to_gpu = isinstance(target, GpuTensor) if target is not None else _on_gpu(kwargs.get("device", source.device))
+        if isinstance(source, GpuTensor) == to_gpu:
+            return None
+        non_blocking = kwargs.get("non_blocking", args[2] if kind == "copy_" and len(args) > 2 else False)
+        # into memory that is not page-locked a copy waits in any case; torch page-locks what `to` makes for itself
+        pageable = not to_gpu and target is not None and not is_pinned(target)
+        return f"copy to the {'GPU' if to_gpu else 'CPU'}" if pageable or not non_blocking else None
+    return None
+
+
+def _check_devices(func: Any, args: Any, kwargs: Any) -> None:
+    """Raises RuntimeError, as CUDA does, for a mix of devices that it does not take."""
+    kind = _kind(func)
+    if kind in _COPIES or kind in ("set_", "_has_compatible_shallow_copy_type", "is_same_size"):
+        return
+    if kind in _INDEXING:
+        args = (args[0], *args[2:])  # indices may be on the CPU
+    tensors = list(_tensors_in((args, kwargs)))
+    there = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
+    here = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)]
+    if not there or not here:
+        return
+    scalars = torch.Tag.pointwise in func.tags or kind in _TAKES_CPU_SCALARS or kind in _INDEXING
+    scalars = scalars or kind.startswith("_foreach")
+    written = [args[i] for i, item in enumerate(func._schema.arguments[: len(args)]) if item.is_write]
+    written += [kwargs[item.name] for item in func._schema.arguments if item.is_write and item.name in kwargs]
+    into_cpu = any(not isinstance(tensor, GpuTensor) for tensor in _tensors_in(written))
+    if into_cpu or not scalars or any(tensor.dim() for tensor in here):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
+        )
+
+
+def _wide_product(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """`mm` of 16-bit operands with an fp32 result, which torch has for CUDA alone."""
+    names = [item.name for item in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    product = given["self" if "mat1" not in given else "mat1"].float() @ given["mat2"].float()
+    if _kind(func) == "addmm":
+        product = given["self"].to(given["out_dtype"]) * given.get("beta", 1) + given.get("alpha", 1) * product
+    if "out" in given:
+        return given["out"].copy_(product)
+    return product.to(given["out_dtype"])
+
+
+def _run(func: Any, args: Any, kwargs: Any, syncs: Syncs | None) -> Any:
+    """One operation, on the wrapped tensors where it has any or is asked to make some."""
+    there = any(isinstance(tensor, GpuTensor) for tensor in _tensors_in((args, kwargs)))
+    asked = _on_gpu(kwargs.get("device"))
+    if not there and not asked:
+        if kwargs.get("pin_memory"):
+            result = func(*args, **{**kwargs, "pin_memory": False})
+            _PINNED.add(result.untyped_storage().data_ptr())
+            return result
+        return func(*args, **kwargs)
+    if there:
+        _check_devices(func, args, kwargs)
+    if syncs is not None and (what := _waits(func, args, kwargs)):
+        syncs.note(what)
+    inner_args, inner_kwargs = _map(lambda x: x.values if isinstance(x, GpuTensor) else x, (args, kwargs))
+    leaves_gpu = kwargs.get("device") is not None and not asked
+    if kwargs.get("device") is not None:
+        inner_kwargs["device"] = kwargs["device"] if leaves_gpu else CPU
+    inner_kwargs.pop("pin_memory", None)
+    if _kind(func) == "histc" and not inner_args[0].is_floating_point():  # CUDA counts integers, a CPU does not
+        result = func(inner_args[0].float(), *inner_args[1:], **inner_kwargs).to(inner_args[0].dtype)
+    elif _kind(func) in ("mm", "addmm", "bmm") and func._overloadname in ("dtype", "dtype_out"):
+        result = _wide_product(func, inner_args, inner_kwargs)
+    else:
+        result = func(*inner_args, **inner_kwargs)
+    if leaves_gpu or (func is aten.copy_.default and not isinstance(args[0], GpuTensor)):
+        return args[0] if func is aten.copy_.default else result
+    return _wrapped(func, args, kwargs, result)
+
+
+def _wrapped(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """The result of an operation as tensors on the GPU: an argument that was written into is itself the result."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    if not any(item.alias_info is not None and item.alias_info.is_write for item in returns):
+        return _map(GpuTensor, result)
+    given = dict(zip((item.name for item in arguments), args, strict=False)) | kwargs
+    written = [given[item.name] for item in arguments if item.is_write and given.get(item.name) is not None]
+    for tensor in _tensors_in(written):
+        assert tensor.shape == getattr(tensor, "values", tensor).shape, f"{func} changes shapes in place"
+    return written[0] if len(returns) == 1 else tuple(written)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, syncs: Syncs):
+        super().__init__()
+        self._syncs = syncs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_composite(func):  # under inference_mode operations come whole, with the copies and waits inside them
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        return _run(func, args, kwargs or {}, self._syncs)
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def _to_gpu(tensor: Tensor, **kwargs: Any) -> Any:
+    return tensor if isinstance(tensor, GpuTensor) else aten._to_copy.default(tensor, device=GPU, **kwargs)
+
+
+def _made_on_cpu(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch.tensor and its like: from the values on the CPU, and one copy."""
+    requires_grad = kwargs.pop("requires_grad", False)
+    return _to_gpu(function(*args, **{**kwargs, "device": CPU})).requires_grad_(requires_grad)
+
+
+class _Calls(TorchFunctionMode):
+    """Calls of torch's Python functions, before they reach C++."""
+
+    def __init__(self, syncs: Syncs):
+        super().__init__()
+        self._syncs = syncs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
+        before, _State.meta_is_real = _State.meta_is_real, _names_meta(args, kwargs)
+        try:
+            args = tuple(_indexed(arg) for arg in args)
+            kwargs = {name: _indexed(arg) for name, arg in kwargs.items()}
+            if (special := _SPECIAL.get(func)) is not None:
+                return special(self._syncs, func, *args, **kwargs)
+            if func in _FROM_VALUES and _on_gpu(kwargs.get("device")):
+                if args and isinstance(args[0], GpuTensor):  # torch.tensor(t) and torch.as_tensor(t) of such a tensor
+                    return (
+                        args[0].to(dtype=kwargs.get("dtype")) if func is torch.as_tensor else args[0].detach().clone()
+                    )
+                return _made_on_cpu(func, *args, **kwargs)
+            return func(*args, **kwargs)
+        finally:
+            _State.meta_is_real = before
+
+
+def _names_meta(args: Any, kwargs: Any) -> bool:
+    def real(value: Any) -> bool:
+        if isinstance(value, GpuTensor):
+            return False
+        if isinstance(value, Tensor):
+            return bool(_is_meta(value))
+        if isinstance(value, (list, tuple)):
+            return any(real(item) for item in value)
+        return (isinstance(value, torch.device) and value.type == "meta") or (
+            isinstance(value, str) and value == "meta"
+        )
+
+    return any(map(real, args)) or any(map(real, kwargs.values()))
+
+
+def _indexed(value: Any) -> Any:
+    """A CUDA device as cuda:0: C++ asks the missing CUDA for the number of one without."""
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return GPU
+    return GPU if isinstance(value, str) and value in ("cuda", "cuda:0") else value
+
+
+def _tolist(syncs: Syncs, func: Any, tensor: Tensor) -> Any:
+    if not isinstance(tensor, GpuTensor):
+        return func(tensor)
+    syncs.note("tolist")
+    return tensor.values.tolist()
+
+
+def _numpy(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(tensor, GpuTensor):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+    return func(tensor, *args, **kwargs)
+
+
+def _new_tensor(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(tensor, GpuTensor):
+        return func(tensor, *args, **kwargs)
+    return _made_on_cpu(torch.tensor, *args, **{"dtype": tensor.dtype, **kwargs})
+
+
+def _cuda(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _to_gpu(tensor)
+
+
+def _pin_memory(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    pinned = tensor.clone()
+    _PINNED.add(pinned.untyped_storage().data_ptr())
+    return pinned
+
+
+def _is_pinned(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> bool:
+    return not isinstance(tensor, GpuTensor) and is_pinned(tensor)
+
+
+def _to(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`to` a tensor's own device is the tensor itself, where C++ would see two devices and copy."""
+    if args and isinstance(args[0], GpuTensor):
+        args = (GPU, args[0].dtype, *args[1:])
+    if not isinstance(tensor, GpuTensor) or GPU not in (*args[:1], kwargs.get("device")):
+        return func(tensor, *args, **kwargs)
+    kwargs.pop("device", None)
+    dtype, non_blocking, copy = (*args[1:], None, None, None)[:3] if args else (None, None, None)
+    if isinstance(dtype, bool):  # to(device, non_blocking, copy) has no dtype
+        dtype, non_blocking, copy = None, dtype, non_blocking
+    named = {"dtype": dtype, "non_blocking": bool(non_blocking), "copy": bool(copy)}
+    return func(tensor, **{"dtype": tensor.dtype, **{key: value for key, value in named.items() if value}, **kwargs})
+
+
+def _indexing(syncs: Syncs, func: Any, tensor: Tensor, index: Any, *value: Any) -> Any:
+    """C++ would put a list of numbers on the meta device, where it has no values."""
+    if isinstance(tensor, GpuTensor):
+        parts = index if isinstance(index, tuple) else (index,)
+        index = tuple(_made_on_cpu(torch.tensor, part) if isinstance(part, list) else part for part in parts)
+    return func(tensor, index, *value)
+
+
+_FROM_VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
+_SPECIAL: dict[Any, Callable[..., Any]] = {
+    Tensor.__getitem__: _indexing,
+    Tensor.__setitem__: _indexing,
+    Tensor.tolist: _tolist,
+    Tensor.numpy: _numpy,
+    Tensor.__array__: _numpy,
+    Tensor.new_tensor: _new_tensor,
+    Tensor.cuda: _cuda,
+    Tensor.pin_memory: _pin_memory,
+    Tensor.is_pinned: _is_pinned,
+    Tensor.to: _to,
+}
+
+
+def modes(syncs: Syncs) -> Iterator[Any]:
+    """The two modes, in the order in which they are entered."""
+    yield _Operations(syncs)
+    yield _Calls(syncs)

@@ -1,0 +1,224 @@
+"""Distillation on a GPU, a fake one: no step mixes devices, the student is that of a CPU, and the host waits once."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdscale.config.load import build_config
+from kdscale.config.objectives import OBJECTIVES
+from kdscale.config.root import Config
+from kdscale.config.targets import placements, source_of
+from kdscale.distill import engine
+from kdscale.distill.replay import replay
+from kdscale.distill.trainer import Trainer
+from kdscale.errors import TrainingError
+from kdscale.jobs import serve_teacher
+from kdscale.models.loading import load_model
+from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.progress import Reporter
+from kdscale.teacher.connections import make_server
+from kdscale.teacher.messages import Question, decode_targets
+from kdscale.teacher.server import TeacherService, make_app
+from tests.fake_gpu.cuda import fake_gpu
+from tests.fake_gpu.engine import make_plain_engine
+from tests.fake_gpu.tensors import GPU
+
+TOKEN = "a-token-of-the-test"
+# Settings with which a row of the table is tried, where its defaults are not all there is to it.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "token_divergence": [{"top_k": 16, "ce_weight": 0.2}, {"targets": "full", "divergence": "jsd"}],
+}
+SHORT = {"zero_stage": 0, "tokens": 3 * 4 * 48, "validate_every": 3, "validate_tokens": 100, "checkpoint_every": 1}
+TRIED = [{"name": name, **more} for name in OBJECTIVES for more in SETTINGS.get(name, [{}])]
+
+
+class Killed(BaseException):
+    """What a kill is to the code: nothing that it could catch."""
+
+
+@pytest.fixture(scope="module")
+def service(tiny_llama_dir: Path) -> Iterator[str]:
+    """The address of a running service, on the CPU."""
+    model, cpu = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu")), torch.device("cpu")
+    app = make_app(TeacherService(model, tiny_llama_dir, device=cpu, max_tokens=4096, max_length=1024), TOKEN)
+    listener = serve_teacher._listen("127.0.0.1", 0)
+    server = make_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def config(make_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
+    """A config for the GPU; keywords are fields of distill."""
+
+    def make(**settings: Any) -> Config:
+        tree = make_config(**{**SHORT, **settings}).resolved()
+        return build_config({**tree, "runtime": {**tree["runtime"], "device": "cuda"}}, "test")
+
+    return make
+
+
+@pytest.fixture
+def train(
+    tiny_llama_dir: Path, student_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """A whole distillation in this process, with the plain engine; returns the student's weights."""
+    monkeypatch.setattr(engine, "make_engine", make_plain_engine)
+    monkeypatch.setattr(engine, "join_group", lambda *_: None)
+
+    def run(cfg: Config, run_dir: Path) -> Any:
+        engine.run(cfg, teacher_dir=tiny_llama_dir, student_dir=student_dir, data_dir=data_dir, run_dir=run_dir,
+                   reporter=Reporter(quiet=True))  # fmt: skip
+        return load_file(run_dir / "student" / "model.safetensors")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def by_deepspeed(distil: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """The student that the real engine makes on the CPU, once for each objective."""
+    made: dict[str, Any] = {}
+
+    def get(objective: dict[str, Any]) -> Any:
+        if str(objective) not in made:
+            folder = tmp_path_factory.mktemp("cpu")
+            distil(folder, objectives=[objective], **SHORT)
+            made[str(objective)] = load_file(folder / "student" / "model.safetensors")
+        return made[str(objective)]
+
+    return get
+
+
+def same_weights(left: Any, right: Any) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def placement_settings(placement: str, service: str, token_file: Path) -> dict[str, Any]:
+    token_file.write_text(TOKEN + "\n")
+    served = {"served": {"urls": [service], "token_file": str(token_file)}}
+    return {"teacher_placement": placement, **(served if placement == "served" else {})}
+
+
+def pairs() -> list[Any]:
+    """Every entry of TRIED with the first placement that gives what it needs, every placement with the first entry."""
+    fits = [
+        (entry, placement)
+        for entry in TRIED
+        for placement in placements()
+        if not OBJECTIVES[entry["name"]](**entry).needs.missing_from(source_of(placement).gives)
+    ]
+    found = []
+    for number, (entry, placement) in enumerate(fits):
+        before = fits[:number]
+        if all(entry != other for other, _ in before) or all(placement != other for _, other in before):
+            found.append(pytest.param(entry, placement, id="-".join(map(str, (*entry.values(), placement)))))
+    return found
+
+
+@pytest.mark.parametrize(("objective", "placement"), pairs())
+def test_every_objective_learns_from_every_source(
+    objective, placement, config, train, by_deepspeed, service, tmp_path, monkeypatch
+):
+    """Killed and resumed on the way."""
+    cfg = config(
+        objectives=[objective], **placement_settings(placement, service, tmp_path / "token"), async_checkpoints=True
+    )
+    one_step = Trainer._one_step
+    died = []
+
+    def step_or_death(self: Trainer, step: int, *args: Any) -> Any:
+        if step == 2 and not died:
+            died.append(step)
+            raise Killed
+        return one_step(self, step, *args)
+
+    monkeypatch.setattr(Trainer, "_one_step", step_or_death)
+    with fake_gpu():
+        with pytest.raises(Killed):
+            train(cfg, tmp_path / "gpu")
+        student = train(cfg, tmp_path / "gpu")
+    monkeypatch.undo()
+    same_weights(student, by_deepspeed(objective))
+
+
+# The sums of a step come to the host once. At ZeRO stage 0 our own optimiser looks at the norm, too.
+WAITS_OF_A_STEP = {"_over_ranks": 1, "step": 1}
+
+
+@pytest.mark.parametrize("objective", TRIED, ids=lambda entry: "-".join(map(str, entry.values())))
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_the_host_waits_once_a_step_and_for_no_micro_batch(
+    objective, micro_batch, config, train, tmp_path, monkeypatch
+):
+    seen: list[Counter[str]] = []
+    one_step = Trainer._one_step
+
+    with fake_gpu() as syncs:
+
+        def counted(self: Trainer, *args: Any) -> Any:
+            syncs.clear()
+            result = one_step(self, *args)
+            seen.append(syncs.by_function())
+            return result
+
+        monkeypatch.setattr(Trainer, "_one_step", counted)
+        settings = {"tokens": 2 * 4 * 48, "micro_batch": micro_batch, "gradient_checkpointing": micro_batch == 4}
+        train(config(objectives=[objective], **settings), tmp_path / "run")
+    assert seen == [WAITS_OF_A_STEP] * 2
+
+
+def test_a_replayed_step_is_that_of_the_run(config, train, tiny_llama_dir, student_dir, data_dir, tmp_path):
+    cfg = config(objectives=[TRIED[0]], tokens=2 * 4 * 48)
+    folders = engine.Folders(tiny_llama_dir, student_dir, data_dir, tmp_path / "run")
+    with fake_gpu():
+        train(cfg, tmp_path / "run")
+        found = replay(cfg, folders, 2, max_steps=4, nearest=False, reporter=Reporter(quiet=True))
+    rows = [row for row in read_metrics(tmp_path / "run" / "logs" / "metrics.jsonl") if row["kind"] == "train"]
+    assert found["loss"] == pytest.approx(rows[1]["loss"], rel=1e-6)
+    assert found["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
+
+
+def test_where_a_loss_stops_being_finite_is_found(config, train, student_dir, tmp_path, monkeypatch):
+    cfg = config(objectives=[TRIED[0]], guard={"max_skipped_in_a_row": 1}, optimizer={"lr": 10.0, "warmup_steps": 0})
+    load = engine.load
+
+    def with_nan(*args: Any) -> Any:
+        models = load(*args)
+        with torch.no_grad():
+            models.student.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+        return models
+
+    monkeypatch.setattr(engine, "load", with_nan)
+    with fake_gpu(), pytest.raises(TrainingError) as caught:
+        train(cfg, tmp_path / "run")
+    assert "layers.1.mlp.down_proj" in str(caught.value)
+
+
+def test_a_service_answers_from_a_gpu(tiny_llama_dir):
+    ids_BS, positions_BS = torch.arange(24).reshape(2, 12), torch.arange(12).expand(2, -1)
+    question = Question(ids_BS, positions_BS, torch.tensor([3, 11, 20])).encode()
+
+    def answer(device: torch.device) -> Any:
+        model = load_model(tiny_llama_dir, dtype=torch.float32, device=device)
+        service = TeacherService(model, tiny_llama_dir, device=device, max_tokens=4096, max_length=1024)
+        body = service.answer(question, 5, 1.0, 320)
+        return decode_targets(body, rows=3, temperature=1.0, vocab_size=320, top_k=5)
+
+    expected = answer(torch.device("cpu"))
+    with fake_gpu():
+        got = answer(GPU)
+    assert torch.equal(got.ids_NK, expected.ids_NK)
+    torch.testing.assert_close(got.logits_NK, expected.logits_NK)
