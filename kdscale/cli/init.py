@@ -152,7 +152,7 @@ class _Draft:
         self.tree["run_dir"] = answer
 
     def in_short(self) -> str:
-        """What the size means: `134.5 M → 68.2 M parameters, by ffn and heads`."""
+        """What the size means: `134.5 M → 68.2 M parameters, by cutting ffn, heads`."""
         from kdscale.units import format_count
 
         assert self.plan is not None
@@ -165,26 +165,25 @@ class _Draft:
 
 def _check_together(draft: _Draft, given: dict[str, Any]) -> None:
     """Take over what options gave, by the method that takes it. Raises all that is wrong at once."""
+    from kdscale.pipeline.checks import attempt
+
     errors: list[KdscaleError] = []
     for method, value in given.items():
         if value and (method != "set_target" or "teacher" in draft.tree):  # a size is that of a known teacher
-            try:
-                getattr(draft, method)(value)
-            except KdscaleError as error:
-                errors.append(error)
+            attempt(errors, getattr(draft, method), value)
     raise_together(errors)
 
 
 def _ask(use: Callable[[Any], None], given: Any, question: str, default: str | None) -> None:
     """Ask until an answer can be used, unless an option gave one."""
+    from kdscale.pipeline.checks import attempt
+
     while not given:
-        answer = typer.prompt(question, default=default).strip()
-        try:
-            use(answer)
-        except KdscaleError as error:
-            typer.echo(f"error: {error}")
-        else:
+        errors: list[KdscaleError] = []
+        attempt(errors, use, typer.prompt(question, default=default).strip())
+        if not errors:
             return
+        typer.echo(f"error: {errors[0]}")
 
 
 def _target(answer: str) -> dict[str, str]:
@@ -232,9 +231,13 @@ def _free_name(draft: _Draft) -> str:
 
 def _check_out(out: Path, force: bool) -> None:
     """Raises ConfigError when the config cannot be written to `out`, or something is there."""
-    if out.is_dir() or not out.parent.is_dir():
+    try:
+        is_file_to_be, exists = not out.is_dir() and out.parent.is_dir(), out.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, a NUL
+        raise ConfigError("--out", expected="the name of a file", got=str(error)[:200]) from error
+    if not is_file_to_be:
         raise ConfigError("--out", expected="a file in a folder that exists", got=str(out))
-    if out.exists() and not force:
+    if exists and not force:
         raise ConfigError(f"--out {out} exists", expected="a new file", hint="--force overwrites it")
 
 

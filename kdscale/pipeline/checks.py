@@ -35,35 +35,37 @@ def check_before_work(
     lists them all.
     """
     errors: list[KdscaleError] = []
-
-    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return check(*arguments)
-        except KdscaleError as error:
-            errors.append(error)
-        except OSError as error:  # of a name in the config: too long, a loop of links, forbidden
-            errors.append(FileError(f"{str(error.filename)[:200]} cannot be read", got=error.strerror))
-        return None
-
-    attempt(check_run_dir, run.path)
-    attempt(check_trackers, config.tracking)
-    attempt(check_sources, config)
+    attempt(errors, check_run_dir, run.path)
+    attempt(errors, check_trackers, config.tracking)
+    attempt(errors, check_sources, config)
     unfinished = [stage for stage in stages if not manifest_path(stage, run).exists()]
     for stage in unfinished:
         if stage.check_before is not None:
-            attempt(stage.check_before, config, run)
-    attempt(check_devices, config, unfinished, of_steps)
+            attempt(errors, stage.check_before, config, run)
+    attempt(errors, check_devices, config, unfinished, of_steps)
     if PLACE_VARIABLE in os.environ:
-        attempt(check_prepared, config, unfinished)
-    teacher: Path | None = attempt(check_teacher, config, reporter)
+        attempt(errors, check_prepared, config, unfinished)
+    teacher: Path | None = attempt(errors, check_teacher, config, reporter)
     plans: list[Plan] = []
     if teacher is not None:
-        attempt(check_lengths, config, teacher, reporter)
-        plans = attempt(plan_shapes, config, teacher) or []  # an impossible budget is noticed before anything is made
-        attempt(check_shared_models, config, teacher, plans)
+        attempt(errors, check_lengths, config, teacher, reporter)
+        # an impossible budget is noticed before anything is made
+        plans = attempt(errors, plan_shapes, config, teacher) or []
+        attempt(errors, check_shared_models, config, teacher, plans)
     raise_together(errors)
     assert teacher is not None
     return teacher, plans
+
+
+def attempt(errors: list[KdscaleError], check: Callable[..., Any], *arguments: Any) -> Any:
+    """What a check returns; None when it fails, and its error joins `errors`."""
+    try:
+        return check(*arguments)
+    except KdscaleError as error:
+        errors.append(error)
+    except OSError as error:  # of a name in the config: too long, a loop of links, forbidden
+        errors.append(FileError(f"{str(error.filename)[:200]} cannot be read", got=error.strerror))
+    return None
 
 
 def check_run_dir(path: Path) -> None:

@@ -17,7 +17,7 @@ import typer
 from kdscale.cli.init import init_command
 from kdscale.config.load import load_config
 from kdscale.config.root import Config
-from kdscale.errors import ConfigError, DataError, KdscaleError
+from kdscale.errors import ConfigError, DataError, FileError, KdscaleError
 from kdscale.pipeline.runner import run_until
 from kdscale.runtime.progress import Reporter
 
@@ -108,6 +108,9 @@ def test_an_axis_is_opened_where_the_size_needs_it(init: Init) -> None:
         ({"data": ["text.txt", "other.txt"]}, DataError, ["other.txt does not exist"]),
         ({"run_dir": "text.txt"}, ConfigError, ["text.txt is a file"]),
         ({"run_dir": "a\nb"}, ConfigError, ["run_dir: expected text without control characters"]),
+        ({"teacher": "x" * 300}, FileError, ["xxx cannot be read"]),
+        ({"data": ["x" * 300, "text.txt"], "run_dir": "y" * 300}, FileError, ["xxx cannot be", "yyy cannot be"]),
+        ({"out": Path("x" * 300)}, ConfigError, ["the name of a file"]),
         ({"out": Path("no/my.yaml")}, ConfigError, ["a file in a folder that exists"]),
     ],
 )
