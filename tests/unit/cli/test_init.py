@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import typer
 
@@ -121,6 +123,25 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
         init(**changed)
     assert [part for part in parts if part not in str(caught.value)] == []
     assert list(Path().glob("*.yaml")) == []
+
+
+def test_of_a_hub_teacher_only_the_config_is_fetched(
+    init: Init, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append((name, options["allow_patterns"]))
+        Path("hub").mkdir(exist_ok=True)
+        shutil.copy(tiny_llama_dir / "config.json", "hub")
+        return "hub"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    init(teacher="hf:org/Tiny")
+    assert asked == [("org/Tiny", ["config.json"])]
+    (file,) = Path().glob("*.yaml")
+    assert file.name.startswith("tiny-to-")
+    assert written(file.name).teacher.path == "hf:org/Tiny"
 
 
 def test_the_folder_of_another_run_is_refused(init: Init) -> None:
