@@ -276,10 +276,10 @@ def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
 def loss_bytes(job: Job, setting: Setting) -> float:
     """linear_sparse_kl's workspace and the gradients that it makes in the forward (read: fused/memory_plan.py)."""
     rows, model, b = setting.rows(job), job.student, job.item_bytes
-    chunk, fast = loss_mode(job, rows)
+    chunk, by_rows = loss_chunk(job, rows)
     hidden = rows * model.hidden
     inputs = b * hidden * 2  # the rows that have a label, and their gradient
-    if not fast:
+    if not by_rows:
         return inputs + CPU_WORKSPACE + b * model.head
     sums = 4 * model.head + (4 * hidden if b == 2 else 0)  # dW and dX in fp32
     copies = 4 * model.head if job.device == "cpu" and b == 2 else 0
@@ -292,12 +292,12 @@ def loss_bytes(job: Job, setting: Setting) -> float:
 def _kept_loss_bytes(job: Job, setting: Setting) -> float:
     """The loss's gradients from the forward until the backward has scaled them: dX, and dW in fp32 (slices: as W)."""
     rows = setting.rows(job)
-    _, fast = loss_mode(job, rows)
-    return 2 * job.item_bytes * rows * job.student.hidden + (4 if fast else job.item_bytes) * job.student.head
+    _, by_rows = loss_chunk(job, rows)
+    return 2 * job.item_bytes * rows * job.student.hidden + (4 if by_rows else job.item_bytes) * job.student.head
 
 
-def loss_mode(job: Job, rows: int) -> tuple[float, bool]:
-    """(bytes of a chunk of logits, whether it goes by row chunks): as kdscale_kernels plans it in "auto"."""
+def loss_chunk(job: Job, rows: int) -> tuple[float, bool]:
+    """(bytes of a chunk of logits, whether chunks are of rows): what kdscale_kernels plans, of vocabulary slices else."""
     chunk = float(CHUNK_BYTES[job.device])
     if job.device == "cuda":
         return chunk, True

@@ -161,9 +161,9 @@ def test_the_loss_runs_in_the_mode_that_the_kernels_choose(rows: int, vocab: int
     model = replace(LLAMA, hidden=576, vocab=vocab)
     narrow = item_bytes == 2
     plan = plan_memory(CallSize(rows, 576, vocab, "cpu", 1, 4, narrow, narrow, narrow, 2), "auto", None, None)
-    chunk, fast = memory.loss_mode(Job(model, model, rows, 1, 1, item_bytes=item_bytes, device="cpu"), rows)
-    assert fast == (plan.mode == "row_chunks")
-    if fast:
+    chunk, by_rows = memory.loss_chunk(Job(model, model, rows, 1, 1, item_bytes=item_bytes, device="cpu"), rows)
+    assert by_rows == (plan.mode == "row_chunks")
+    if by_rows:
         assert chunk == plan.chunk_bytes
 
 
