@@ -297,7 +297,7 @@ def _kept_loss_bytes(job: Job, setting: Setting) -> float:
 
 
 def loss_chunk(job: Job, rows: int) -> tuple[float, bool]:
-    """(bytes of a chunk of logits, whether chunks are of rows): what kdscale_kernels plans, of vocabulary slices else."""
+    """(bytes of a chunk of logits, whether chunks are of rows or of the vocabulary), as kdscale_kernels plans them."""
     chunk = float(CHUNK_BYTES[job.device])
     if job.device == "cuda":
         return chunk, True
