@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 
 from kdscale.cli.arguments import AcceptOption, ConfigArgument, RunArgument, SetOption, load, run_folder
 from kdscale.errors import ConfigError
+from kdscale.escaping import for_terminal
 
 
 def _run_until(stage: str, name: str, overrides: list[str] | None, accept: bool) -> None:
@@ -127,6 +129,8 @@ def plan_command(
         for step, one in zip((*loaded.steps, None), found, strict=True):
             tokens = loaded.distill.tokens if step is None else loaded.step(loaded.steps.index(step)).distill.tokens
             tables.plan(one.model_dump(), tokens, step.name if step else "")
+        if config is None:
+            typer.echo(for_terminal(f"to go on: kdscale init --teacher {shlex.quote(str(teacher))}"))
         return
     _run_until("plan", config, overrides, accept_changes)
 

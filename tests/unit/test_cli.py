@@ -79,6 +79,7 @@ def test_a_teacher_and_a_target_are_enough_for_a_plan() -> None:
     assert done.returncode == 0, done.stderr
     assert "shapes meet" in done.stdout
     assert "134.5 M" in done.stdout
+    assert done.stdout.endswith(f"to go on: kdscale init --teacher {SMOLLM}\n")
 
 
 def test_the_status_of_no_run_says_nothing_of_configs() -> None:
