@@ -192,6 +192,10 @@ def _is_evaluation(value: Any) -> bool:
     if not isinstance(models, dict) or not models:
         return False
     qualities = [model.get("quality") if isinstance(model, dict) else None for model in models.values()]
+    differences = value.get("differences", {})
+    pairs = list(differences.values()) if isinstance(differences, dict) else [None]
+    if not all(isinstance(pair, dict) and all(v is None or is_figure(v) for v in pair.values()) for pair in pairs):
+        return False
     measures = {key for _, key, _ in _QUALITY} | {figure.key for figure in FIGURES if figure.section == "quality"}
     return all(
         isinstance(quality, dict)

@@ -122,7 +122,8 @@ def _is_noise(figure: Figure, before: float, after: float, paired: Mapping[str, 
     """Whether a difference is within NOISE standard errors of it; False where its standard error is not known."""
     key = _LOSS if figure.key in _FROM_LOSS else figure.key
     error = paired.get(f"{key}_standard_error")
-    return error is not None and abs(paired.get(key, after - before)) <= NOISE * error
+    gap = paired.get(key)
+    return error is not None and abs(after - before if gap is None else gap) <= NOISE * error
 
 
 def _best(cells: Mapping[str, Any], better: str | None, alike: float) -> list[str]:

@@ -222,6 +222,9 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
     if facts["worsened"]:
         before, after = (model_title(students(evaluation)[at]).lower() for at in (0, -1))
         out.append(f"Worse in the {after} student than in the {before} one: {', '.join(facts['worsened'])}.")
+    for step in facts["steps"][: -1 if evaluation else None]:  # the last one is evaluated
+        if farther := step["farther_from_teacher"]:
+            out.append(f"Distilling moved {step['name']} away from the teacher on held-out text: {', '.join(farther)}.")
     if evaluation and any(m.get("efficiency", {}).get("interleaved") is False for m in evaluation["models"].values()):
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
     out += [

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kdscale.config.objectives import OBJECTIVES, farther_from_teacher
 from kdscale.files import read_json
 from kdscale.runs.folder import METRICS
 from kdscale.runs.importance_scores import SCORES_FILE, SUMMARY_FILE, load_scores
@@ -172,7 +173,9 @@ def steps(run_dir: Path, plan: Mapping[str, Any] | None) -> list[dict[str, Any]]
 
 def _step(name: str, folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     rows = list(read_metrics(folder / METRICS.path))
-    validation = [row["perplexity"] for row in rows if row["kind"] == "validation" and "perplexity" in row]
+    validated = [row for row in rows if row["kind"] == "validation"]
+    validation = [row["perplexity"] for row in validated if "perplexity" in row]
+    terms = [term for objective in OBJECTIVES.values() for term in objective.terms]
     trained = [row["tokens"] for row in rows if row["kind"] == "train" and "tokens" in row]
     cut = [axis for axis in plan["student"] if plan["student"][axis] < plan["teacher"][axis]]
     return {
@@ -183,6 +186,7 @@ def _step(name: str, folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": trained[-1] if trained else None,
         "perplexity_before": validation[0] if validation else None,
         "perplexity_after": validation[-1] if len(validation) > 1 else None,
+        "farther_from_teacher": farther_from_teacher(terms, validated[0], validated[-1]) if validated else [],
     }
 
 

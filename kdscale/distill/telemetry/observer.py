@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdscale.config.objectives import Term, log_columns
+from kdscale.config.objectives import Term, farther_from_teacher, log_columns
 from kdscale.config.root import Config
 from kdscale.data.batches import PackedLoader
 from kdscale.distill.telemetry.clock import Clock
@@ -196,22 +196,6 @@ class Observer:
     def _report_profile(self, paths: Sequence[Path]) -> None:
         if paths:
             self._reporter.say("profile: " + ", ".join(map(str, paths)))
-
-
-def farther_from_teacher(terms: Sequence[Term], start: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
-    """Distances to the teacher that grew since `start`: `divergence from the teacher 1.31 → 1.59`.
-
-    Figures that read alike count as equal; one that is missing (it was not finite) is passed over.
-    """
-    out = []
-    for term in terms:
-        before, after = start.get(term.name, math.nan), now.get(term.name, math.nan)
-        nearer = after < before if term.better == "lower" else after > before
-        if not term.better or nearer or not (math.isfinite(before) and math.isfinite(after)):
-            continue
-        if term.text(before) != term.text(after):
-            out.append(f"{term.text(before)} → {term.text(after).removeprefix(term.title).strip()}")
-    return out
 
 
 def make_observer(

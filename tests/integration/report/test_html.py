@@ -163,6 +163,22 @@ def test_the_headline_and_the_warnings_name_what_got_worse(run: Path, tmp_path: 
     assert f"Worse in the distilled student than in the pruned one: {worse}." in facts["warnings"]
 
 
+def test_a_step_on_the_way_that_moved_away_from_the_teacher_is_named(run: Path, tmp_path: Path) -> None:
+    """No evaluation measures it, and what comes after it may look good beside it."""
+    step = run / "steps" / "1-wide"
+    (step / "logs").mkdir(parents=True)
+    (step / "plan.json").write_bytes((run / "plan.json").read_bytes())
+    rows = [
+        {"kind": "validation", "step": 0, "loss": 1.0, "kd": 0.07, "top1_agree": 0.383},
+        {"kind": "validation", "step": 6, "loss": 1.0, "kd": 0.4, "top1_agree": 0.4},
+    ]
+    (step / "logs" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(run, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    moved = "Distilling moved wide away from the teacher on held-out text: divergence from the teacher 0.07 → 0.40."
+    assert [warning for warning in facts["warnings"] if "moved" in warning] == [moved]
+
+
 @pytest.mark.parametrize(
     "names", [("teacher", "distilled"), ("teacher", "pruned", "distilled", "quantized_int4"), ("a", "b")]
 )

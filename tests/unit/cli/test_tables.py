@@ -48,9 +48,16 @@ def test_the_results_are_those_of_all_models(run: Path, names: list[str], capsys
     assert lines[2].split() == ["perplexity", *["37.75"] * len(names)]
 
 
+MEASURED = json.dumps({"models": {"a": {"quality": QUALITY}, "b": {"quality": QUALITY}}})
+
+
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", "null", "{", '{"models": {"a": 1}}', '{"models": {"a": {"quality": {"perplexity": "x"}}}}']
-)
+    "text",
+    [
+        "[]", "{}", "null", "{", '{"models": {"a": 1}}', '{"models": {"a": {"quality": {"perplexity": "x"}}}}',
+        *(f'{MEASURED[:-1]}, "differences": {wrong}}}' for wrong in ("[]", '{"x": 1}', '{"x": {"ce": "x"}}')),
+    ],
+)  # fmt: skip
 def test_a_damaged_evaluation_is_reported_and_not_shown(
     run: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
