@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from kdscale.config.load import dump_config, load_config
 from kdscale.errors import CheckpointError, ConfigError, Interrupted
 from kdscale.files import read_json, write_text
-from kdscale.pipeline import spawn
+from kdscale.pipeline import rank_main, spawn
 from kdscale.pipeline.checks import check_devices, check_prepared
 from kdscale.pipeline.runner import run_until
 from kdscale.pipeline.spawn import PLACE_VARIABLE, ranks_of, run_on_ranks
@@ -24,6 +25,7 @@ from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of
 from kdscale.runtime.progress import Reporter
+from kdscale_launch import JobSpec, RankFailed
 
 QUIET = Reporter(quiet=True)
 
@@ -65,8 +67,8 @@ def test_ranks_that_share_an_evaluation_find_what_one_finds(context: StageContex
     with pytest.raises(
         CheckpointError, match=r"^the distilled model gives a loss that is not finite\n(.|\n)*eval.dtype"
     ):
-        run_on_ranks("eval", evaluate_rank, context, 2)
-    assert not context.run.eval.exists() and not list(context.run.logs.glob("*.error.json"))
+        run_on_ranks("eval", evaluate_rank, context, 1)
+    assert not context.run.eval.exists()
 
 
 def test_a_single_rank_leaves_the_parent_without_the_device(
@@ -139,3 +141,29 @@ def test_ranks_that_a_signal_kills_lose_a_distillation_s_steps_and_nothing_else(
         run_on_ranks(stage, lambda context: None, context, 2, across_job=across_job)
     assert stop.value.kept is kept
     assert exit_code_of(stop.value) == (75 if kept else 143)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_rank_raised_is_raised_in_the_process_that_waits(
+    rank: int, tiny_config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(tiny_config)
+    context = StageContext(config, RunFolder(Path(config.run_dir)), Path(config.teacher.path), QUIET)
+    write_text(context.run.config, dump_config(config))
+    refusal = CheckpointError("a weight", expected="a number", got="none", hint="look at it")
+
+    def refuse(_: StageContext) -> None:
+        raise refusal
+
+    def run_one_rank(spec: JobSpec) -> int:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        raise RankFailed(rank, rank_main.main(spec.command[3:]), "its log")
+
+    monkeypatch.setitem(STAGES, "eval", replace(STAGES["eval"], run_rank=refuse))
+    monkeypatch.setattr("kdscale_launch.run_local", run_one_rank)
+    with pytest.raises(CheckpointError) as raised:
+        run_on_ranks("eval", refuse, context, 2)
+    assert str(raised.value) == str(refusal)
+    assert ("error: a weight" in capfd.readouterr().err) is (rank > 0)  # rank 0 prints to the terminal
+    assert not list(context.run.logs.glob("*.error.json"))
