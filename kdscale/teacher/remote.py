@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from kdscale.config.targets import TEACHER_TOKEN, Needs
-from kdscale.errors import ConfigError, LostRankError, ServiceError
+from kdscale.errors import ConfigError, FileError, LostRankError, ServiceError
+from kdscale.files import read_text
 from kdscale.runtime.ranks import rank
 from kdscale.teacher.messages import Question, decode_targets
 from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 TOKEN_VARIABLE = "KDSCALE_TEACHER_TOKEN"
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between rounds over all services
-_CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS, _MAX_TOKEN_BYTES = 5.0, 4096
 _AHEAD = 2  # open questions of a rank: one being computed, one waiting
 
 
@@ -126,20 +127,21 @@ def open_served(request: SourceRequest) -> OpenedSource:
 
 
 def read_token(file: Path) -> str:
-    """The token in the environment, or in `file`. Raises ConfigError when there is none."""
-    if token := os.environ.get(TOKEN_VARIABLE, "").strip():
-        return token
+    """The token in the environment, or in `file`. Raises ConfigError when there is none; its message never shows it."""
+    token, origin = os.environ.get(TOKEN_VARIABLE, "").strip(), TOKEN_VARIABLE
     try:
-        token = file.read_text(encoding="utf-8").strip()
-    except (FileNotFoundError, IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        if not token:
+            origin, token = str(file), read_text(file, limit=_MAX_TOKEN_BYTES).strip()
+    except FileError as error:
         raise ConfigError(
             "distill.served.token_file",
             expected="the token that kdscale serve-teacher wrote",
-            got=f"{file}: {error}",
+            got=f"{error.what} {error.got}".strip(),
             hint=f"copy it here, or set {TOKEN_VARIABLE}",
         ) from error
-    if not token:
-        raise ConfigError("distill.served.token_file", expected="a token", got=f"{file} is empty")
+    if not token or not all("!" <= character <= "~" for character in token):
+        got = f"{origin} holds blanks or control characters" if token else f"{origin} is empty"
+        raise ConfigError("distill.served.token_file", expected="a token of visible ASCII characters", got=got)
     return token
 
 

@@ -27,6 +27,8 @@ from kdscale.files import read_json, remove_tree, sha256_json, write_json
 from kdscale.runs.importance_scores import SCORES_FILE, SUMMARY_FILE, load_scores
 from kdscale.runtime.progress import Reporter
 from kdscale.teacher.messages import Question, decode_targets
+from kdscale.teacher.remote import read_token
+from kdscale_launch.hosts import messages
 from kdscale_launch.hosts.hostfile import parse_hostfile, read_hostfile
 from kdscale_launch.job import LaunchError
 from tests.hostile.nasty import CONTENTS, VALUES, HostileCases, damages, edited, leaves
@@ -226,6 +228,26 @@ def test_messages_between_ranks_and_service(hostile: HostileCases) -> None:
         for text in (content, body, body + bytes(64)):
             hostile.run(f"question {name}", lambda text=text: Question.decode(text, **limits), must="refuse")
             hostile.run(f"answer {name}", lambda text=text: decode_targets(text, **answer), must="refuse")
+
+
+def test_lines_between_hosts(hostile: HostileCases) -> None:
+    """A login banner may hold anything."""
+    for name, content in CONTENTS.items():
+        hostile.run(name, lambda content=content: messages.decode(content), must="accept")
+
+
+def test_token_files(hostile: HostileCases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KDSCALE_TEACHER_TOKEN", raising=False)
+    path = tmp_path / "token"
+    visible = ("list", "object", "null", "number", "text", "lists", "half")  # strange, but can be sent
+    for name, damage in damages():
+        remove_tree(path)
+        path.write_bytes(b"secret")
+        damage(path)
+        hostile.run(name, lambda: read_token(path), must="" if name in visible else "refuse")
+    for token in ("a\nb", "a b", "\x1b[2J", "é"):
+        monkeypatch.setenv("KDSCALE_TEACHER_TOKEN", token)
+        hostile.run(repr(token), lambda: read_token(path), must="refuse")
 
 
 def _link(source: str, target: str) -> None:

@@ -22,7 +22,7 @@ def decode(line: bytes) -> Message | None:
     """The message on this line, or None when it holds none."""
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) and ("order" in message or "report" in message) else None
 
