@@ -15,7 +15,7 @@ from torch import __future__ as swapping
 
 from kdscale.models import attention_backends
 from kdscale_kernels import backend
-from tests.fake_gpu.tensors import GPU, Syncs, modes
+from tests.fake_gpu.tensors import GPU, Syncs, forget_pinned, modes
 
 MEMORY = 80 << 30  # bytes that the fake GPU says it has
 
@@ -123,6 +123,7 @@ def fake_gpu() -> Iterator[Syncs]:
         last = attention_backends.BACKENDS[-1]
         patch.setattr(attention_backends, "_trial", lambda one, *_: "" if one is last else refusal)
         stack.callback(_forget_answers)
+        stack.callback(forget_pinned)
         stack.enter_context(_thread(syncs))
         yield syncs
 

@@ -157,7 +157,13 @@ class _State:
     meta_is_real = False  # whether the Python call under way means the meta device by "meta"
 
 
-_PINNED: set[int] = set()  # data pointers of CPU memory that was asked to be page-locked
+# CPU memory that was asked to be page-locked, by address; held, so that no other memory gets the address
+_PINNED: dict[int, torch.UntypedStorage] = {}
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    _PINNED[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return tensor
 
 
 def is_pinned(tensor: Tensor) -> bool:
@@ -218,7 +224,7 @@ def _waits(func: Any, args: Any, kwargs: Any) -> str | None:
 def _check_devices(func: Any, args: Any, kwargs: Any) -> None:
     """Raises RuntimeError, as CUDA does, for a mix of devices that it does not take."""
     kind = _kind(func)
-    if kind in _COPIES or kind in ("set_", "_has_compatible_shallow_copy_type", "is_same_size"):
+    if kind in _COPIES:
         return
     if kind in _INDEXING:
         args = (args[0], *args[2:])  # indices may be on the CPU
@@ -256,9 +262,7 @@ def _run(func: Any, args: Any, kwargs: Any, syncs: Syncs | None) -> Any:
     asked = _on_gpu(kwargs.get("device"))
     if not there and not asked:
         if kwargs.get("pin_memory"):
-            result = func(*args, **{**kwargs, "pin_memory": False})
-            _PINNED.add(result.untyped_storage().data_ptr())
-            return result
+            return _pin(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs)
     if there:
         _check_devices(func, args, kwargs)
@@ -393,13 +397,11 @@ def _cuda(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) ->
 
 
 def _pin_memory(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    pinned = tensor.clone()
-    _PINNED.add(pinned.untyped_storage().data_ptr())
-    return pinned
+    return _pin(tensor.clone())
 
 
 def _is_pinned(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> bool:
-    return not isinstance(tensor, GpuTensor) and is_pinned(tensor)
+    return is_pinned(tensor)
 
 
 def _to(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -443,3 +445,8 @@ def modes(syncs: Syncs) -> Iterator[Any]:
     """The two modes, in the order in which they are entered."""
     yield _Operations(syncs)
     yield _Calls(syncs)
+
+
+def forget_pinned() -> None:
+    """Let go of the memory that was page-locked."""
+    _PINNED.clear()
