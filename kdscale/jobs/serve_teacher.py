@@ -55,12 +55,14 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        if not host:
+            raise OSError("no address, which would stand for all interfaces")
         listener.bind((host, port))
         listener.listen()
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
         listener.close()
         raise ConfigError(
             "--host and --port", expected="an address of this machine and a free port",
-            got=f"{host}:{port}: {error.strerror or error}", hint="--port 0 takes a free one",
+            got=f"{host}:{port}: {getattr(error, 'strerror', None) or error}", hint="--port 0 takes a free one",
         ) from error  # fmt: skip
     return listener
