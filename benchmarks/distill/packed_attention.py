@@ -41,11 +41,11 @@ KINDS = ("dense mask", "within documents")
 class Step:
     """One distillation step of `rows` × `length` positions, with either kind of attention."""
 
-    def __init__(self, rows: int, length: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, layers: int, rows: int, length: int, dtype: torch.dtype, device: torch.device):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(1)
-        config = json.loads(CONFIG.read_text())
+        config = {**json.loads(CONFIG.read_text()), "num_hidden_layers": layers}
         make = lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype).to(device)  # noqa: E731
         self.models: list[Any] = [make().eval().requires_grad_(False), make().train()]
         vocab, gen = config["vocab_size"], torch.Generator().manual_seed(2)
@@ -128,13 +128,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    step = Step(args.rows, args.seq_len, getattr(torch, args.dtype), torch.device(args.device))
+    step = Step(args.layers, args.rows, args.seq_len, getattr(torch, args.dtype), torch.device(args.device))
     if args.peak:
         return peak(step, args.peak)
     lengths = sorted(step.documents.lengths)
