@@ -158,8 +158,8 @@ class Bf16Slices:
                 if len(keep) > 1:
                     keep[1, block] = soft_BS
                 z_BS.div_(T)
-            softmax_and_sum(z_BS, soft_BS, sums.tempered_C[block])
-            keep[0, block] = soft_BS
+            softmax_and_sum(z_BS, z_BS, sums.tempered_C[block])
+            keep[0, block] = z_BS
         if T == 1.0:
             sums.plain_C.copy_(sums.tempered_C)
         return sums
@@ -210,7 +210,7 @@ class Bf16Slices:
 
 
 def softmax_and_sum(z_BS: Tensor, out_BS: Tensor, sum_B: Tensor) -> None:
-    """Write softmax(z) to out_BS, and the sum of exp(z - max), which is one over the largest probability, to sum_B."""
+    """Write softmax(z) to out_BS (or z_BS), and to sum_B the sum of exp(z - max): one over the largest probability."""
     torch.softmax(z_BS, 1, out=out_BS)
     torch.amax(out_BS, 1, out=sum_B)
     sum_B.reciprocal_()

@@ -1,6 +1,6 @@
 """The largest logits of each row, and its log-sum-exp, in torch.
 
-Legend: C rows, V columns, K values wanted, G groups of E columns, J entries searched.
+Legend: C rows, V columns, K values wanted, G groups of E columns (GROUP), J entries searched.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdscale_kernels.rows.limits import GROUP
 from kdscale_kernels.rows.torch_sparse import cap_
 from kdscale_kernels.types import LossOptions
 
 _KEY_PARTS = 8  # keys take twice a value's memory: an eighth of the rows at a time
+GROUP = 8  # columns; docs/explanation/kernels.md has what 4 to 64 take
 
 
 def topk_step(z_CV: Tensor, k: int, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,20 +67,20 @@ def largest(z_CV: Tensor, count: int) -> Tensor:
     """Ids [C,count] of the largest values of a row in any order, ties as they come.
 
     The `count` groups of columns with the largest maxima hold them: a value outside has `count` that are no smaller,
-    one in each. So only what is in those groups (and the columns left over) is searched, in the same way. A group's
-    columns lie V/E apart, so that the maxima are those of whole rows of columns.
+    one in each. So only what is in those groups (and the columns left over) is searched. The groups are found among
+    their maxima in the same way, so that beside one pass over the row everything is small. A group's columns lie V/E
+    apart, so that the maxima are those of whole rows of columns.
     """
     vocab = z_CV.shape[1]
-    size = min(GROUP, vocab // (4 * count))
-    if size < 8:
+    if vocab < 4 * count * GROUP:
         return z_CV.topk(count, dim=1, sorted=False).indices
-    groups = vocab // size
-    grouped_CEG = z_CV[:, : groups * size].unflatten(1, (size, groups))
-    group_CM = grouped_CEG.amax(1).topk(count, dim=1, sorted=False).indices
-    searched_CJ = grouped_CEG.gather(2, group_CM[:, None].expand(-1, size, -1)).flatten(1)
-    if groups * size < vocab:
-        searched_CJ = torch.cat([searched_CJ, z_CV[:, groups * size :]], 1)
-    best_CM = largest(searched_CJ, count)
+    groups = vocab // GROUP
+    grouped_CEG = z_CV[:, : groups * GROUP].unflatten(1, (GROUP, groups))
+    group_CM = largest(grouped_CEG.amax(1), count)
+    searched_CJ = grouped_CEG.gather(2, group_CM[:, None].expand(-1, GROUP, -1)).flatten(1)
+    if groups * GROUP < vocab:
+        searched_CJ = torch.cat([searched_CJ, z_CV[:, groups * GROUP :]], 1)
+    best_CM = searched_CJ.topk(count, dim=1, sorted=False).indices
     row_CM, place_CM = best_CM // count, best_CM % count
     ids_CM = row_CM * groups + group_CM.gather(1, place_CM)
-    return torch.where(best_CM < size * count, ids_CM, best_CM - size * count + groups * size)
+    return torch.where(best_CM < GROUP * count, ids_CM, best_CM - GROUP * count + groups * GROUP)

@@ -68,6 +68,14 @@ def test_logits_far_above_what_the_sample_shows():
     check(kk.linear_topk_lse(hidden, weight, 64), hidden, weight, 64)
 
 
+def test_first_ids_far_below_the_rest_leave_no_doubt(bf16_anywhere):
+    """Special tokens and bytes come first in many vocabularies: a shift guessed from them alone is 90 nats too low."""
+    hidden, weight = models()
+    hidden[:, 0], weight[:4096, 0] = 8.0, -12.0
+    check(kk.linear_topk_lse(hidden, weight, 64), hidden, weight, 64)
+    assert not torch.cat(bf16_anywhere).any()
+
+
 def test_rows_in_doubt_are_made_again_in_fp32(bf16_anywhere):
     """Equal logits across the edge: the lower ids are kept, as from fp32 logits."""
     hidden, weight = models()
