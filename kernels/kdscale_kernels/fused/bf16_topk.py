@@ -51,10 +51,10 @@ def bf16_topk_lse(
     shift_C, lowest_C = shift_C.float(), lowest_C1[:, 0].float()
     outside_C = lowest_C + lowest_C.abs() * _SLACK + shift_C.abs() * _FP32_SLACK
     certain_C = values_CM[:, k - 1] - shift_C > outside_C  # False for NaN, too
-    row_C = torch.arange(len(z_CV))[:, None] * z_CV.shape[1]
-    z_CV.view(-1)[(ids_CM + row_C).flatten()] = float("-inf")
-    lowest_id_C1 = ids_CM.gather(1, place_C1)
-    z_CV.scatter_(1, lowest_id_C1, lowest_C1)
+    row_C1 = torch.arange(len(z_CV))[:, None] * z_CV.shape[1]
+    lowest_id_C1, flat = ids_CM.gather(1, place_C1), z_CV.view(-1)  # scatter_ would take as long as a pass or two
+    flat[(ids_CM + row_C1).flatten()] = float("-inf")
+    flat[(lowest_id_C1 + row_C1).flatten()] = lowest_C1[:, 0]
     exact_CM.scatter_(1, place_C1, float("-inf"))
     others_C = lowest_C / temperature - _log_probability(z_CV, lowest_id_C1, temperature)
     lse_C = torch.logaddexp((exact_CM / temperature).logsumexp(1), others_C + shift_C / temperature)
