@@ -225,8 +225,14 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
     for step in facts["steps"][: -1 if evaluation else None]:  # the last one is evaluated
         if farther := step["farther_from_teacher"]:
             out.append(f"Distilling moved {step['name']} away from the teacher on held-out text: {', '.join(farther)}.")
-    if evaluation and any(m.get("efficiency", {}).get("interleaved") is False for m in evaluation["models"].values()):
+    speeds = [m.get("efficiency", {}) for m in evaluation["models"].values()] if evaluation else []
+    if any(speed.get("interleaved") is False for speed in speeds):
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
+    if any(speed.get("device") == "cuda" for speed in speeds):
+        out.append(
+            "Decode on a GPU is timed for one sequence without CUDA graphs: starting kernels, whose number grows with the"
+            " layers, takes most of it. A serving engine gains more from narrower layers than these speeds show."
+        )
     out += [
         f"The kernels of the distillation ran in {row['facts']['kernels']}."
         for row in facts["stages"]

@@ -163,6 +163,19 @@ def test_the_headline_and_the_warnings_name_what_got_worse(run: Path, tmp_path: 
     assert f"Worse in the distilled student than in the pruned one: {worse}." in facts["warnings"]
 
 
+@pytest.mark.parametrize(("device", "said"), [("cpu", False), ("cuda", True)])
+def test_what_a_gpu_s_decode_speed_leaves_out_is_said(run: Path, tmp_path: Path, device: str, said: bool) -> None:
+    measured = evaluation()
+    for model in measured["models"].values():
+        model["efficiency"] = {
+            "prefill_tokens_per_second": 9.0, "decode_tokens_per_second": 9.0, "peak_memory_bytes": 9, "device": device
+        }  # fmt: skip
+    (run / "eval" / "eval.json").write_text(json.dumps(measured))
+    write_report(run, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert any("without CUDA graphs" in warning for warning in facts["warnings"]) == said
+
+
 def test_a_step_on_the_way_that_moved_away_from_the_teacher_is_named(run: Path, tmp_path: Path) -> None:
     """No evaluation measures it, and what comes after it may look good beside it."""
     step = run / "steps" / "1-wide"
