@@ -230,8 +230,8 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
     if any(speed.get("device") == "cuda" for speed in speeds):
         out.append(
-            "Decode on a GPU is timed for one sequence without CUDA graphs: starting kernels, whose number grows with the"
-            " layers, takes most of it. A serving engine gains more from narrower layers than these speeds show."
+            "Decode on a GPU is timed for one sequence without CUDA graphs: starting kernels, whose number grows with"
+            " the layers, takes most of it. A serving engine gains more from narrower layers than these speeds show."
         )
     out += [
         f"The kernels of the distillation ran in {row['facts']['kernels']}."
