@@ -14,7 +14,7 @@ from kdscale.config.load import build_config
 from kdscale.config.root import Config
 from kdscale.errors import RunFolderError
 from kdscale.files import write_text
-from kdscale.pipeline.stage import Stage, StageContext, refuse_to_lose_progress, run_stage
+from kdscale.pipeline.stage import Stage, StageContext, changed_inputs, refuse_to_lose_progress, run_stage
 from kdscale.runs.digests import digest_file
 from kdscale.runs.folder import Artifact, RunFolder
 from kdscale.runtime.progress import Reporter
@@ -177,6 +177,14 @@ def test_an_output_edited_by_hand_is_kept_and_noticed_downstream(bench: Bench) -
     assert bench.go() == ["second"]
     assert "the second is done again: a.json was changed" in bench.console.export_text()
     assert (bench.run.path / "a.json").read_text() == "edited"
+
+
+def test_changed_files_are_named_and_a_plan_that_users_may_edit_was_edited() -> None:
+    """Rather than shown by two digests that nobody can read."""
+    before = {"files": {"plan.json": {"plan.json": "1"}, "teacher": {"config.json": "1", "old": "1"}}}
+    now = {"files": {"plan.json": {"plan.json": "2"}, "teacher": {"config.json": "2", "new": "1"}}}
+    lines = ["plan.json was edited", "teacher/config.json was changed", "teacher/new is new", "teacher/old is gone"]
+    assert changed_inputs(before, now) == lines
 
 
 def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> None:
