@@ -33,9 +33,10 @@ def join_group(device: torch.device, timeout: timedelta | None = None) -> None:
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
             join_launched_group(backend, device, timeout)
         else:
-            os.environ.setdefault("LOCAL_RANK", "0")
             store = torch._C._distributed_c10d.HashStore()  # in memory: no port, nothing to collide with
             init_group(backend, device, store=store, rank=0, world_size=1)
+    if world_size() == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's engine insists on it
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 

@@ -21,7 +21,7 @@ from kdscale.runtime.ranks import join_launched_group, on_main, rank, unequal_wo
 from kdscale_launch.watchdog import enter, watching
 
 LIMIT = 3.0
-join_launched_group("gloo", timedelta(seconds=60))
+join_launched_group("gloo", torch.device("cpu"), timedelta(seconds=60))
 
 def export():  # hashes what it reads, as a slow disk would
     Path("file").write_bytes(b"weights")

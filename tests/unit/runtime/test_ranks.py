@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from kdscale.distill.parallel import process_group
-from kdscale.runtime.ranks import init_group, join_launched_group
+from kdscale.runtime.ranks import join_launched_group
 
+ROOT = Path(__file__).resolve().parents[3]
 PLACE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
@@ -49,13 +52,24 @@ def test_a_rank_alone_names_its_gpu_too(joined: list[dict[str, Any]], monkeypatc
     assert [call["device_id"] for call in joined] == [torch.device("cuda", 0)]
 
 
-@pytest.mark.skipif(dist.is_initialized(), reason="this process is in a group already")
 def test_a_group_of_one_puts_no_rank_before_a_trace() -> None:
-    hook = sys.excepthook
-    store = torch._C._distributed_c10d.HashStore()  # type: ignore[attr-defined]
-    init_group("gloo", torch.device("cpu"), store=store, rank=0, world_size=1)
-    try:
-        assert sys.excepthook is hook
-    finally:
-        dist.destroy_process_group()
-        sys.excepthook = hook
+    """In a process of its own, since a process has at most one group."""
+    code = """
+import sys, torch
+from kdscale.runtime.ranks import init_group
+hook, store = sys.excepthook, torch._C._distributed_c10d.HashStore()
+init_group("gloo", torch.device("cpu"), store=store, rank=0, world_size=1)
+print(sys.excepthook is hook)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_a_group_of_one_has_the_local_rank_that_deepspeed_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the process joined it before, under variables that are gone."""
+    for name in (*PLACE, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    process_group.join_group(torch.device("cpu"))
+    monkeypatch.delenv("LOCAL_RANK")
+    process_group.join_group(torch.device("cpu"))
+    assert os.environ["LOCAL_RANK"] == "0"
