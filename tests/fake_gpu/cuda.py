@@ -122,6 +122,7 @@ def fake_gpu() -> Iterator[Syncs]:
         patch.setattr(backend, "_triton_obstacle", lambda on_gpu: refusal)
         last = attention_backends.BACKENDS[-1]
         patch.setattr(attention_backends, "_trial", lambda one, *_: "" if one is last else refusal)
+        stack.callback(backend.refuse_triton, None)  # an engine in the block finds that Triton cannot launch
         stack.callback(_forget_answers)
         stack.callback(forget_pinned)
         stack.enter_context(_thread(syncs))
