@@ -196,11 +196,12 @@ def launch_command(
         if not dry_run and not skip_preflight and not _preflight(job, request):
             raise typer.Exit(1)
         if prepare:
+            first = _prepared(request, hosts[0].slots)
             alone = options.job(
-                _prepared(request, hosts[0].slots), (replace(hosts[0], slots=1),), grace_seconds=grace,
-                max_restarts=max_restarts, host_seconds=host_timeout,
+                first, (replace(hosts[0], slots=1),), grace_seconds=grace, max_restarts=max_restarts,
+                host_seconds=host_timeout,
             )  # fmt: skip
-            if code := _run_on_hosts(_prepared(request, hosts[0].slots), alone, dry_run):
+            if code := _run_on_hosts(first, alone, dry_run):
                 raise typer.Exit(code)
         else:
             _note_waiting(request, len(hosts), hosts[0].slots)
@@ -210,15 +211,15 @@ def launch_command(
     _check_min_nodes(min_nodes, nodes, elastic=False)
     request = _request(config, set_, nodes * slots, accept_changes, until)
     job_options = systems.JobOptions(request, python, nodes, slots, max_restarts, exported, dry_run)
-    first = replace(job_options, request=_prepared(request, slots), nodes=1, slots=1) if prepare else None
-    if first is None:
+    before = replace(job_options, request=_prepared(request, slots), nodes=1, slots=1) if prepare else None
+    if before is None:
         _note_waiting(request, nodes, slots)
     if slurm:
         settings = systems.SlurmOptions(time_limit, math.ceil(grace), tuple(sbatch or ()), not skip_preflight)
-        raise typer.Exit(systems.submit_slurm(job_options, settings, first))
+        raise typer.Exit(systems.submit_slurm(job_options, settings, before))
     if kubernetes:
         pods = systems.PodOptions(image, namespace, tuple(volume or ()), tuple(secret or ()), gpus, grace, pytorchjob)
-        raise typer.Exit(systems.apply_kubernetes(job_options, pods, master_port or 29500, first))
+        raise typer.Exit(systems.apply_kubernetes(job_options, pods, master_port or 29500, before))
     raise typer.Exit(
         systems.run_torchrun(job_options, f"{master_addr or 'localhost'}:{master_port or 29400}", math.ceil(grace))
     )

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kdscale.errors import ConfigError, MissingProgramError
 from kdscale.files import write_text
@@ -147,10 +148,7 @@ def _submit_first(path: Path, dry_run: bool) -> tuple[int, str]:
     print(shlex.join(command), flush=True)
     if dry_run:
         return 0, "NUMBER"
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    except OSError as error:
-        raise MissingProgramError(f"cannot start {command[0]}", got=str(error.strerror)) from error
+    done = _start(command, stdout=subprocess.PIPE)
     print(done.stdout, end="", flush=True)
     return shell_exit_code(done.returncode), done.stdout.strip().partition(";")[0]
 
@@ -232,6 +230,14 @@ def run_torchrun(options: JobOptions, endpoint: str, grace: int) -> int:
     return _execute(command, environment, options.dry_run)
 
 
+def _start(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end. Raises MissingProgramError when it cannot be started."""
+    try:
+        return subprocess.run(list(command), text=True, check=False, **options)
+    except OSError as error:
+        raise MissingProgramError(f"cannot start {command[0]}", got=str(error.strerror)) from error
+
+
 def _execute(
     command: Sequence[str], environment: Mapping[str, str], dry_run: bool, stdin: str | None = None, tries: int = 1
 ) -> int:
@@ -245,11 +251,7 @@ def _execute(
         return 0
     code = 0
     for number in range(tries):
-        try:
-            done = subprocess.run(list(command), env={**os.environ, **environment}, input=stdin, text=True, check=False)
-        except OSError as error:
-            raise MissingProgramError(f"cannot start {command[0]}", got=str(error.strerror)) from error
-        code = shell_exit_code(done.returncode)
+        code = shell_exit_code(_start(command, env={**os.environ, **environment}, input=stdin).returncode)
         if code == 0 or code in FINAL_CODES:
             break
         if number + 1 < tries:

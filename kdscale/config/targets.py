@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -141,6 +142,10 @@ class ServedConfig(Section):
     urls: tuple[str, ...] = Field(strict=False, default=())  # http://HOST:PORT; several share the questions
     token_file: str | None = None  # None: teacher.token in the run folder
     timeout: Annotated[float, Field(gt=0.0, le=30 * 86_400.0)] = 600.0  # seconds without an answer from any of them
+
+    def token_path(self, run_dir: Path) -> Path:
+        """The file that holds the token, of a run in `run_dir`."""
+        return Path(self.token_file) if self.token_file else run_dir / TEACHER_TOKEN
 
     @model_validator(mode="after")
     def _urls_are_urls(self) -> ServedConfig:

@@ -69,8 +69,7 @@ class StoreCache:
             if not (entry / _DIGESTS).is_file():
                 return False
             digests = read_json(entry / _DIGESTS, expect=dict)
-            _check_digests(entry, digests)
-            manifest = read_store_manifest(entry)
+            manifest = _checked_manifest(entry, digests)
         except (OSError, KdscaleError) as error:
             reason = " ".join(str(error).split())[:200]
             reporter.say(f"  note: the tokenised text in {entry} is damaged ({reason}) and is made again")
@@ -108,14 +107,19 @@ class StoreCache:
         write_json(entry / _DIGESTS, {name: sha256_file(entry / name) for name in names})
 
 
-def _check_digests(entry: Path, digests: dict[str, Any]) -> None:
-    """Raises CheckpointError for a name outside the entry, OSError for a file that is not what was written."""
+def _checked_manifest(entry: Path, digests: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of an entry whose files are those that were written.
+
+    Raises CheckpointError for a name outside the entry, OSError for another file, DataError for a damaged manifest.
+    """
     for name, digest in digests.items():
         file = safe_join(entry, name)
         if not _is_file(file) or sha256_file(file) != digest:
             raise OSError(f"{name[:80]!r} is not the file that was written")
-    if missing := {"manifest.json", *read_store_manifest(entry)["files"]} - set(digests):
+    manifest = read_store_manifest(entry)
+    if missing := {"manifest.json", *manifest["files"]} - set(digests):
         raise OSError(f"{min(missing)[:80]!r} has no digest")
+    return manifest
 
 
 def _is_file(path: Path) -> bool:

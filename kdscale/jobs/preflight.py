@@ -20,7 +20,6 @@ from typing import Any
 import kdscale
 from kdscale.config.load import load_config
 from kdscale.config.root import Config
-from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.errors import ConfigError, KdscaleError, SelfCheckError
 from kdscale.jobs.doctor import Finding, Severity, not_too_old
 from kdscale.runtime.exits import leave
@@ -209,7 +208,7 @@ def _ask_services(config: Config, teacher: Path) -> list[str] | None:
     from kdscale.weights import checkpoint_identity
 
     try:
-        token = read_token(Path(served.token_file) if served.token_file else Path(config.run_dir) / TEACHER_TOKEN)
+        token = read_token(served.token_path(Path(config.run_dir)))
         check_services(served.urls, token, checkpoint_identity(teacher), min(served.timeout, _SERVICE_SECONDS))
     except KdscaleError as error:
         silent = isinstance(error.__cause__, httpx.TransportError)

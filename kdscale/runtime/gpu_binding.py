@@ -26,20 +26,20 @@ def visible_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def bound_index(local_rank: int, visible: int) -> int:
-    """Which of the `visible` GPUs is that of the rank with this number on its host.
+def bound_index(number: int, visible: int) -> int:
+    """Which of the `visible` GPUs is that of the rank with this `number` on its host.
 
     Its own number where every rank sees all GPUs. Where each sees only its own, the remainder is among them: of one it
     is 0. Fewer GPUs than ranks are shared then, which `check_gpus` and `claim_gpu` find.
     """
-    return local_rank % visible
+    return number % visible
 
 
 def rank_device(name: str) -> torch.device:
     """This rank's device, made torch's current one; `name` is runtime.device. Raises as `resolve_device` does."""
     device = resolve_device(name)
     if device.type == "cuda":
-        device = torch.device("cuda", bound_index(_local_rank(os.environ), visible_gpus()))
+        device = torch.device("cuda", bound_index(local_rank(os.environ), visible_gpus()))
         torch.cuda.set_device(device)
     return device
 
@@ -82,8 +82,8 @@ def claim_gpu(device: str, environment: Mapping[str, str]) -> GpuClaim:
     """
     if resolve_device(device).type != "cuda" or _may_share(environment) or not hasattr(socket, "AF_UNIX"):
         return GpuClaim(None)
-    visible, local_rank = visible_gpus(), _local_rank(environment)
-    index = bound_index(local_rank, visible)
+    visible, number = visible_gpus(), local_rank(environment)
+    index = bound_index(number, visible)
     card = card_of(index)
     job = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -92,7 +92,7 @@ def claim_gpu(device: str, environment: Mapping[str, str]) -> GpuClaim:
     except OSError as error:
         held.close()
         raise ConfigError(
-            f"the GPU of local rank {local_rank}",
+            f"the GPU of local rank {number}",
             expected="one GPU for each rank of this host: NCCL refuses two ranks on one",
             got=f"cuda:{index} of {visible} visible{_visible_says(environment)}, card {card}, which another rank has",
             hint="start as many ranks on a host as it has GPUs (--slots, `slots=` of the hostfile, ntasks-per-node); "
@@ -111,7 +111,8 @@ def card_of(index: int) -> str:
     return f"{domain:04x}:{bus:02x}:{slot:02x}"
 
 
-def _local_rank(environment: Mapping[str, str]) -> int:
+def local_rank(environment: Mapping[str, str]) -> int:
+    """This process's number among the ranks of its host; 0 where no launcher says otherwise."""
     return int(environment.get("LOCAL_RANK", "0"))
 
 

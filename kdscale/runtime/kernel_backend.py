@@ -6,7 +6,7 @@ import os
 
 from kdscale.config.root import Config
 from kdscale.runtime.device import resolve_device
-from kdscale.runtime.gpu_binding import bound_index, visible_gpus
+from kdscale.runtime.gpu_binding import bound_index, local_rank, visible_gpus
 from kdscale.runtime.ranks import gather
 from kdscale_kernels.backend import refuse_triton
 from kdscale_kernels.launch_trial import launch_obstacle
@@ -17,10 +17,10 @@ def try_launch(config: Config) -> str | None:
 
     The others share its compiler, headers and driver. Call it before this process uses its GPU.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank or resolve_device(config.runtime.device).type != "cuda":
+    number = local_rank(os.environ)
+    if number or resolve_device(config.runtime.device).type != "cuda":
         return None
-    return launch_obstacle(bound_index(local_rank, visible_gpus()))
+    return launch_obstacle(bound_index(number, visible_gpus()))
 
 
 def agree_on_backend(obstacle: str | None) -> str | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kdscale.config.targets import TEACHER_TOKEN, Needs
+from kdscale.config.targets import Needs
 from kdscale.errors import ConfigError, FileError, LostRankError, ServiceError
 from kdscale.files import read_text
 from kdscale.runtime.ranks import rank
@@ -116,7 +116,7 @@ def _question(batch: MicroBatch) -> bytes:
 def open_served(request: SourceRequest) -> OpenedSource:
     """The services of distill.served. Raises ConfigError when they cannot be used."""
     served = request.cfg.distill.served
-    token = read_token(Path(served.token_file) if served.token_file else request.run_dir / TEACHER_TOKEN)
+    token = read_token(served.token_path(request.run_dir))
     about = check_services(served.urls, token, checkpoint_identity(request.teacher_dir), served.timeout)
     return OpenedSource(
         int(about["rows"]),

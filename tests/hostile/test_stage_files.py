@@ -146,11 +146,7 @@ def test_token_stores(hostile: HostileCases, finished: Path, tmp_path: Path) -> 
 
     _every_edit(hostile, folder / "manifest.json", tree, use)
     for item in tree["files"]:
-        for name, damage in damages():
-            shutil.rmtree(folder)
-            shutil.copytree(finished / "data", folder)
-            damage(folder / item)
-            hostile.run(f"{item} {name}", use, must="refuse")
+        _every_damage(hostile, finished / "data", folder, item, use)
 
 
 def test_shared_token_stores(hostile: HostileCases, finished: Path, tmp_path: Path) -> None:
@@ -193,11 +189,7 @@ def test_importance_scores(hostile: HostileCases, finished: Path, tmp_path: Path
         return [float(np.sum(scores.energy(name))) for name in scores.units if name in scores]
 
     _every_edit(hostile, folder / SUMMARY_FILE, tree, use)
-    for name, damage in damages():
-        shutil.rmtree(folder)
-        shutil.copytree(finished / "importance", folder)
-        damage(folder / SCORES_FILE)
-        hostile.run(f"{SCORES_FILE} {name}", use, must="refuse")
+    _every_damage(hostile, finished / "importance", folder, SCORES_FILE, use)
 
 
 def test_forged_checkpoints(hostile: HostileCases, finished: Path, tmp_path: Path) -> None:
@@ -252,6 +244,15 @@ def test_token_files(hostile: HostileCases, tmp_path: Path, monkeypatch: pytest.
 
 def _link(source: str, target: str) -> None:
     Path(target).hardlink_to(source)
+
+
+def _every_damage(hostile: HostileCases, pristine: Path, folder: Path, item: str, use: Callable[[], Any]) -> None:
+    """Every kind of damage to one file of a copy of `pristine`, which must be refused."""
+    for name, damage in damages():
+        shutil.rmtree(folder)
+        shutil.copytree(pristine, folder)
+        damage(folder / item)
+        hostile.run(f"{item} {name}", use, must="refuse")
 
 
 def _every_edit(hostile: HostileCases, path: Path, tree: Any, use: Call) -> None:

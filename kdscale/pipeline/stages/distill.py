@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.config.root import Config
-from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.files import read_own_json
 from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
@@ -37,8 +36,7 @@ def check_token(config: Config, run: RunFolder) -> None:
     if config.distill.teacher_placement == "served":
         from kdscale.teacher.remote import read_token
 
-        token_file = config.distill.served.token_file
-        read_token(Path(token_file) if token_file else run.path / TEACHER_TOKEN)
+        read_token(config.distill.served.token_path(run.path))
 
 
 def check_before(config: Config, run: RunFolder) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,16 @@ from kdscale.distill import engine
 from kdscale.distill.replay import replay
 from kdscale.distill.trainer import Trainer
 from kdscale.errors import TrainingError
-from kdscale.jobs import serve_teacher
 from kdscale.models.loading import load_model
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
-from kdscale.teacher.connections import make_server
 from kdscale.teacher.messages import Question, decode_targets
-from kdscale.teacher.server import TeacherService, make_app
+from kdscale.teacher.server import TeacherService
 from tests.fake_gpu.cuda import fake_gpu
 from tests.fake_gpu.engine import make_plain_engine
 from tests.fake_gpu.tensors import GPU
+from tests.integration.distill.conftest import TOKEN
 
-TOKEN = "a-token-of-the-test"
 # Settings with which a row of the table is tried, where its defaults are not all there is to it.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "token_divergence": [{"top_k": 16, "ce_weight": 0.2}, {"targets": "full", "divergence": "jsd"}],
@@ -42,20 +39,6 @@ TRIED = [{"name": name, **more} for name in OBJECTIVES for more in SETTINGS.get(
 
 class Killed(BaseException):
     """What a kill is to the code: nothing that it could catch."""
-
-
-@pytest.fixture(scope="module")
-def service(tiny_llama_dir: Path) -> Iterator[str]:
-    """The address of a running service, on the CPU."""
-    model, cpu = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu")), torch.device("cpu")
-    app = make_app(TeacherService(model, tiny_llama_dir, device=cpu, max_tokens=4096, max_length=1024), TOKEN)
-    listener = serve_teacher._listen("127.0.0.1", 0)
-    server = make_server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,13 @@ import torch
 from kdscale.config.load import build_config
 from kdscale.config.targets import Needs
 from kdscale.errors import ConfigError, LostRankError, ServiceError
-from kdscale.jobs import serve_teacher
-from kdscale.models.loading import load_model
 from kdscale.runs.folder import RunFolder
-from kdscale.teacher.connections import make_server
 from kdscale.teacher.remote import ServedTeacher
-from kdscale.teacher.server import TeacherService, make_app, make_token
+from kdscale.teacher.server import TeacherService, make_token
 from kdscale.teacher.source import MicroBatch
+from tests.integration.distill.conftest import TOKEN
 
-TOKEN = "a-token-of-the-test"
 _TREE: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
-
-
-@pytest.fixture(scope="module")
-def service(tiny_llama_dir: Path) -> Iterator[str]:
-    """The address of a running service."""
-    model = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
-    cpu = torch.device("cpu")
-    app = make_app(TeacherService(model, tiny_llama_dir, device=cpu, max_tokens=4096, max_length=1024), TOKEN)
-    listener = serve_teacher._listen("127.0.0.1", 0)
-    server = make_server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture
