@@ -31,7 +31,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def config_fields() -> dict[str, FieldInfo]:
     """Every field of the config by its dotted name; fields of the sections in a list carry the list's name."""
-    from kdscale.config.objectives import OBJECTIVES
+    from kdscale.config.distill.objectives import OBJECTIVES
     from kdscale.config.root import Config
 
     fields = dict(_fields(Config, ""))
@@ -201,14 +201,14 @@ def gpus() -> str:
 
 def zero_keys() -> str:
     """Keys of DeepSpeed's `zero_optimization` that `distill.zero.extra` takes."""
-    from kdscale.config.zero import PASSED_THROUGH
+    from kdscale.config.distill.zero import PASSED_THROUGH
 
     return ", ".join(f"`{key}`" for key in PASSED_THROUGH)
 
 
 def objectives() -> str:
     """Every objective that distill.objectives can name, with the figures that it adds to the log."""
-    from kdscale.config.objectives import OBJECTIVES
+    from kdscale.config.distill.objectives import OBJECTIVES
 
     rows = []
     for name, settings in OBJECTIVES.items():
@@ -220,7 +220,7 @@ def objectives() -> str:
 
 def sources() -> str:
     """Every source of the teacher's targets, and the teacher placements that choose it."""
-    from kdscale.config.targets import ANY_NUMBER, SOURCES
+    from kdscale.config.distill.targets import ANY_NUMBER, SOURCES
 
     def top_k(number: int) -> str:
         return "any number" if number == ANY_NUMBER else f"up to {number}" if number else "none"
@@ -257,7 +257,7 @@ def divergences() -> str:
 
 def free_settings() -> str:
     """Fields of `distill` that a run may change and go on."""
-    from kdscale.config.distill import FREE_SETTINGS
+    from kdscale.config.distill.settings import FREE_SETTINGS
 
     return ", ".join(f"`{name}`" for name in sorted(FREE_SETTINGS))
 

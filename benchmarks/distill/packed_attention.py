@@ -24,8 +24,8 @@ sys.path[:0] = SOURCES
 
 import torch  # noqa: E402 - after the path
 
-from kdscale.config.objectives import TokenDivergenceConfig  # noqa: E402 - after the path
-from kdscale.config.targets import Needs  # noqa: E402 - after the path
+from kdscale.config.distill.objectives import TokenDivergenceConfig  # noqa: E402 - after the path
+from kdscale.config.distill.targets import Needs  # noqa: E402 - after the path
 from kdscale.distill.objectives.base import Objectives  # noqa: E402 - after the path
 from kdscale.distill.step import StudentModule  # noqa: E402 - after the path
 from kdscale.models.attention import attend_within_documents  # noqa: E402 - after the path

@@ -130,8 +130,8 @@ def child(case: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from kdscale.config.distill.targets import Needs
     from kdscale.config.load import build_config
-    from kdscale.config.targets import Needs
     from kdscale.data.batches import Batch
     from kdscale.distill.engine import make_engine
     from kdscale.distill.objectives.base import Objectives

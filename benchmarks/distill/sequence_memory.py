@@ -25,7 +25,7 @@ def one_rank(folder: Path, length: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from kdscale.config.objectives import TokenDivergenceConfig
+    from kdscale.config.distill.objectives import TokenDivergenceConfig
     from kdscale.distill.objectives.base import Objectives
     from kdscale.distill.parallel.checks import check_sequence_parallel
     from kdscale.distill.step import StudentModule

@@ -81,7 +81,7 @@ def one_rank(path: Path, placement: str, forwards: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from kdscale.config.targets import Needs
+    from kdscale.config.distill.targets import Needs
     from kdscale.models.head import final_hidden  # noqa: F401
     from kdscale.runtime.ranks import rank, world_size
     from kdscale.teacher.online import OnlineTeacher

@@ -254,7 +254,7 @@ def _write(file: Path, draft: _Draft) -> None:
 
 def _as_yaml(draft: _Draft) -> str:
     """The config with comments. Nothing that the user gave goes into a comment."""
-    from kdscale.config.distill import DistillConfig
+    from kdscale.config.distill.settings import DistillConfig
 
     tree, defaults = draft.tree, DistillConfig()
     ((target, size),) = ((key, value) for key, value in tree["prune"].items() if key != "axes")

@@ -34,9 +34,18 @@ class Launcher(StrEnum):
 
 
 def _option(
-    names: str, text: str, panel: str | None = None, metavar: str | None = None, minimum: int | None = None
+    names: str,
+    text: str,
+    panel: str | None = None,
+    metavar: str | None = None,
+    minimum: int | None = None,
+    default_in_words: str | None = None,
 ) -> object:
-    return typer.Option(*names.split(), help=text, rich_help_panel=panel, metavar=metavar, min=minimum)
+    """`default_in_words` is for defaults that differ from machine to machine."""
+    shown = True if default_in_words is None else default_in_words
+    return typer.Option(
+        *names.split(), help=text, rich_help_panel=panel, metavar=metavar, min=minimum, show_default=shown
+    )
 
 
 # fmt: off
@@ -44,7 +53,8 @@ Repeatable = list[str] | None
 HostfileOption = Annotated[
     Path | None, _option("--hostfile -H", "Hosts in DeepSpeed's format: one `name slots=N` per line.", _HOSTS, "FILE")]
 SshOption = Annotated[str, _option("--ssh-command", "The command to use instead of ssh, with its options.", _HOSTS)]
-PythonOption = Annotated[str, _option("--python", "The Python interpreter on the hosts.", _HOSTS, "PATH")]
+PythonOption = Annotated[
+    str, _option("--python", "The Python interpreter on the hosts.", _HOSTS, "PATH", default_in_words="this one")]
 AddressOption = Annotated[
     str, _option("--master-addr", "Where ranks find rank 0. Default: the first host's name.", _HOSTS, "ADDRESS")]
 PortOption = Annotated[int, _option("--master-port", "Rank 0's port. Default: a free one.", _HOSTS)]

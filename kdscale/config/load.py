@@ -15,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, Event, ScalarEvent
 
 import kdscale
-from kdscale.config.distill import DECISIVE_ZERO, FREE_SETTINGS
+from kdscale.config.distill.settings import DECISIVE_ZERO, FREE_SETTINGS
 from kdscale.config.fields import explain_errors
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from kdscale.config.data import DataConfig
-from kdscale.config.distill import DistillConfig
+from kdscale.config.distill.settings import DistillConfig
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig

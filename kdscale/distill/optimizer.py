@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.config.distill import OptimizerConfig
+from kdscale.config.distill.settings import OptimizerConfig
 from kdscale.distill.parallel.zero3_loading import full_shape
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from kdscale.config.distill.objectives import log_columns
+from kdscale.config.distill.targets import TEACHER_TOKEN
 from kdscale.config.load import load_config
-from kdscale.config.objectives import log_columns
 from kdscale.config.root import Config
-from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig, TrackingConfig
 from kdscale.data.batches import PackedLoader
 from kdscale.data.token_store import TokenStore

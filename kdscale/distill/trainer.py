@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from kdscale.config.distill import DistillConfig
+from kdscale.config.distill.settings import DistillConfig
 from kdscale.data.batches import Batch, LoaderState, PackedLoader
 from kdscale.distill.agreement import Agreement, StopAsked
 from kdscale.distill.checkpoint.saver import Saver

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kdscale.config.distill.targets import source_of
 from kdscale.config.root import Config
-from kdscale.config.targets import source_of
 from kdscale.distill.parallel.checks import unshareable_tensor
 from kdscale.errors import ConfigError
 from kdscale.families import load_family

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+from kdscale.config.distill.targets import TEACHER_TOKEN
 from kdscale.config.root import Config
-from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.errors import ConfigError
 from kdscale.models.loading import load_model
 from kdscale.pipeline.checks import check_teacher

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kdscale.config.objectives import OBJECTIVES, farther_from_teacher
+from kdscale.config.distill.objectives import OBJECTIVES, farther_from_teacher
 from kdscale.files import read_json
 from kdscale.runs.folder import METRICS
 from kdscale.runs.importance_scores import SCORES_FILE, SUMMARY_FILE, load_scores

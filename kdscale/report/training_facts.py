@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kdscale.config.objectives import OBJECTIVES
+from kdscale.config.distill.objectives import OBJECTIVES
 
 _MOST_POINTS = 240  # of a term's curve; more steps are averaged in groups
 _NOT_TERMS = {"kind", "step", "tokens", "labels", "loss"}

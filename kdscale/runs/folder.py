@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from kdscale.config.distill.targets import TEACHER_TOKEN
 from kdscale.config.load import Difference, config_differences, dump_config, load_config, may_change
 from kdscale.config.root import Config
-from kdscale.config.targets import TEACHER_TOKEN
 from kdscale.errors import ConfigError, FileError, RunFolderError
 from kdscale.files import (
     explain_os_errors,

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from kdscale.config.targets import Needs
+from kdscale.config.distill.targets import Needs
 from kdscale.models.head import OutputHead, VocabShard
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.teacher.placement.placed import PlacedTeacher, Placement, ReplicatedTeacher, place_teacher

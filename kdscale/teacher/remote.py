@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kdscale.config.targets import Needs
+from kdscale.config.distill.targets import Needs
 from kdscale.errors import ConfigError, FileError, LostRankError, ServiceError
 from kdscale.files import read_text
 from kdscale.runtime.ranks import rank

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import kdscale
-from kdscale.config.targets import SOURCES, Needs
+from kdscale.config.distill.targets import SOURCES, Needs
 from kdscale.errors import ServiceError
 from kdscale.files import atomic_path
 from kdscale.models.attention import attend_within_documents

@@ -1,6 +1,6 @@
 """Sources of targets: whoever says what the student shall learn, in this process or elsewhere.
 
-A new source is a row of config.targets.SOURCES and a file with the function that the row names.
+A new source is a row of config.distill.targets.SOURCES and a file with the function that the row names.
 
 B sequences, S positions, N rows (flat positions with a label).
 """
@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kdscale.config.distill.targets import Needs
 from kdscale.config.root import Config
-from kdscale.config.targets import Needs
 from kdscale.models.documents import Documents
 from kdscale.models.head import VocabShard
 from kdscale.models.sequence_parallel import SequenceSlice

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kdscale.config.distill.objectives import OBJECTIVES
 from kdscale.config.load import build_config, dump_config, load_config, parse_yaml
-from kdscale.config.objectives import OBJECTIVES
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError, KdscaleError
 from tests.hostile.nasty import OUT_OF_ALL_RANGES, VALUES, HostileCases, edited, leaves

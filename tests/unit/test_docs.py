@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import kdscale_kernels
-from kdscale.config.targets import placements
+from kdscale.config.distill.targets import placements
 from kdscale.families.schema import COMPONENT_OF, FamilyData
 from kdscale.runs import folder
 

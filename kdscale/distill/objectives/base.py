@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kdscale.config.objectives import LOSS, ObjectiveConfig, log_columns
+from kdscale.config.distill.objectives import LOSS, ObjectiveConfig, log_columns
 from kdscale.models.head import OutputHead, VocabShard
 from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.targets import Targets

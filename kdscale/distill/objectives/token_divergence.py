@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdscale.config.objectives import TokenDivergenceConfig
+from kdscale.config.distill.objectives import TokenDivergenceConfig
 from kdscale.distill.objectives.base import StudentOutput
 from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.targets import FullTargets, Targets, TopKTargets

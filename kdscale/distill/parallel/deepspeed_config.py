@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from kdscale.config.distill import DistillConfig
-from kdscale.config.zero import OffloadDevice, ZeroConfig
+from kdscale.config.distill.settings import DistillConfig
+from kdscale.config.distill.zero import OffloadDevice, ZeroConfig
 from kdscale.errors import ConfigError
 
 # Elements per collective; stages 2 and 3 allocate a buffer of that many.

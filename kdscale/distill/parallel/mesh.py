@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from kdscale.config.distill import DistillConfig
+from kdscale.config.distill.settings import DistillConfig
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.runtime.ranks import rank
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdscale.config.objectives import Term, farther_from_teacher, log_columns
+from kdscale.config.distill.objectives import Term, farther_from_teacher, log_columns
 from kdscale.config.root import Config
 from kdscale.data.batches import PackedLoader
 from kdscale.distill.telemetry.clock import Clock

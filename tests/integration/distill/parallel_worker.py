@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdscale.config.distill.objectives import TokenDivergenceConfig
+from kdscale.config.distill.targets import Needs
 from kdscale.config.load import build_config
-from kdscale.config.objectives import TokenDivergenceConfig
-from kdscale.config.targets import Needs
 from kdscale.distill import engine, trainer
 from kdscale.distill.objectives.base import Objectives
 from kdscale.distill.parallel.process_group import join_group

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdscale.config.distill.objectives import OBJECTIVES
+from kdscale.config.distill.targets import placements, source_of
 from kdscale.config.load import build_config
-from kdscale.config.objectives import OBJECTIVES
 from kdscale.config.root import Config
-from kdscale.config.targets import placements, source_of
 from kdscale.distill import engine
 from kdscale.distill.replay import replay
 from kdscale.distill.trainer import Trainer

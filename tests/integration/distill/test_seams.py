@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from kdscale.config import objectives as objective_table
 from kdscale.config import targets as source_table
-from kdscale.config.objectives import ObjectiveConfig, Term
-from kdscale.config.targets import Needs, Source
+from kdscale.config.distill.objectives import ObjectiveConfig, Term
+from kdscale.config.distill.targets import Needs, Source
 from kdscale.data.batches import PackedLoader
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore

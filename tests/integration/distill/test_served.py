@@ -11,8 +11,8 @@ import httpx
 import pytest
 import torch
 
+from kdscale.config.distill.targets import Needs
 from kdscale.config.load import build_config
-from kdscale.config.targets import Needs
 from kdscale.errors import ConfigError, LostRankError, ServiceError
 from kdscale.runs.folder import RunFolder
 from kdscale.teacher.remote import ServedTeacher

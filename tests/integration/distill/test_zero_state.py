@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdscale.config.distill import DistillConfig
+from kdscale.config.distill.settings import DistillConfig
 from kdscale.distill.checkpoint.rank_files import QUANTITIES, RankFileIndex, RankFileReader, write_rank_file
 from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.distill.parallel.deepspeed_config import deepspeed_config

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kdscale.config.targets import Needs
+from kdscale.config.distill.targets import Needs
 from kdscale.models.head import final_hidden
 from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.placement.placed import PlacedTeacher, StreamedTeacher, place_teacher

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
-from kdscale.config.objectives import TokenDivergenceConfig
+from kdscale.config.distill.objectives import TokenDivergenceConfig
 from kdscale.distill.objectives.base import StudentOutput
 from kdscale.distill.objectives.token_divergence import TokenDivergence
 from kdscale.models.head import OutputHead
@@ -24,7 +24,7 @@ from kdscale_kernels.types import Mode
 
 def test_the_table_and_the_config_load_no_torch():
     code = (
-        "import sys, kdscale_kernels as kk, kdscale.config.objectives;"
+        "import sys, kdscale_kernels as kk, kdscale.config.distill.objectives;"
         "kk.Divergence('jsd'); assert 'torch' not in sys.modules, 'the table';"
         "kk.linear_sparse_kl; assert 'torch' in sys.modules"
     )

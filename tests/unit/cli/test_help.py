@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +43,9 @@ def test_every_page_of_help_fits_eighty_columns(shown: Callable[..., str]) -> No
         assert max(map(len, page.splitlines())) <= 80
         assert "…" not in page
         assert "<bool>" not in page
+
+
+def test_help_is_the_same_on_every_machine(shown: Callable[..., str]) -> None:
+    """A path of this machine in a default makes the page as wide as the path is long."""
+    for name in commands(shown()):
+        assert not [value for value in (sys.executable, str(Path.home())) if value in shown(name)]

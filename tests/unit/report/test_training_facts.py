@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdscale.config.objectives import OBJECTIVES
+from kdscale.config.distill.objectives import OBJECTIVES
 from kdscale.report.training_facts import curves
 from kdscale.report.training_plots import terms
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 
-from kdscale.config.objectives import OBJECTIVES, ObjectiveConfig, Term, TokenDivergenceConfig
+from kdscale.config.distill.objectives import OBJECTIVES, ObjectiveConfig, Term, TokenDivergenceConfig
 from kdscale.distill.objectives.base import Objectives, StudentOutput
 from kdscale.models.head import OutputHead
 from kdscale.teacher.source import MicroBatch

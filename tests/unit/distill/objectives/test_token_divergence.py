@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from kdscale.config.objectives import TokenDivergenceConfig
+from kdscale.config.distill.objectives import TokenDivergenceConfig
 from kdscale.distill.objectives.base import StudentOutput
 from kdscale.distill.objectives.token_divergence import TokenDivergence
 from kdscale.models.head import OutputHead

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from kdscale.config.distill import DistillConfig
+from kdscale.config.distill.settings import DistillConfig
+from kdscale.config.distill.zero import OWNED, PASSED_THROUGH
 from kdscale.config.load import build_config, may_change
-from kdscale.config.zero import OWNED, PASSED_THROUGH
 from kdscale.distill.parallel.deepspeed_config import deepspeed_config
 from kdscale.errors import ConfigError
 

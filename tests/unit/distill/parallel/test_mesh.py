@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from kdscale.config.distill import DistillConfig
+from kdscale.config.distill.settings import DistillConfig
 from kdscale.distill.parallel.mesh import Mesh
 
 SIZES = st.integers(1, 4)

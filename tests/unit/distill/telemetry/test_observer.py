@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from kdscale.config.objectives import OBJECTIVES
+from kdscale.config.distill.objectives import OBJECTIVES
 from kdscale.distill.telemetry.observer import Observer
 from kdscale.runtime.progress import Reporter
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from kdscale.config.distill.targets import Needs
 from kdscale.config.fields import Length, Section
-from kdscale.config.targets import Needs
 from kdscale_kernels.divergence import Divergence
 
 

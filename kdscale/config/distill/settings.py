@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
+from kdscale.config.distill.targets import Needs, ServedConfig, Source, check_source, combined, source_of
+from kdscale.config.distill.zero import ZeroConfig
 from kdscale.config.fields import MOST, Count, Dtype, Few, Length, Seconds, Section
-from kdscale.config.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
-from kdscale.config.targets import Needs, ServedConfig, Source, check_source, combined, source_of
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
-from kdscale.config.zero import ZeroConfig
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -38,7 +38,7 @@ class DistillConfig(Section):
 
     # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
     teacher: Literal["original", "previous"] = "original"
-    # chooses the source of targets (config.targets.SOURCES) and where it keeps the teacher's weights
+    # chooses the source of targets (config.distill.targets.SOURCES) and where it keeps the teacher's weights
     teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
     served: ServedConfig = ServedConfig()
     tokens: Count = 1_000_000

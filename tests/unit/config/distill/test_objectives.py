@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
+from kdscale.config.distill.objectives import ObjectiveConfig, TokenDivergenceConfig, log_columns
+from kdscale.config.distill.targets import SOURCES, Needs, combined, placements
 from kdscale.config.load import build_config, dump_config, load_config
-from kdscale.config.objectives import ObjectiveConfig, TokenDivergenceConfig, log_columns
 from kdscale.config.root import Config
-from kdscale.config.targets import SOURCES, Needs, combined, placements
 from kdscale.errors import ConfigError
 
 TOKENS = {"name": "token_divergence"}
