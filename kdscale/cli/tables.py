@@ -15,12 +15,13 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from kdscale.config.load import load_config
+from kdscale.config.root import Config
 from kdscale.errors import ConfigError, FileError, RunFolderError
 from kdscale.escaping import for_terminal
 from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
-from kdscale.pipeline.stages.registry import STAGES
+from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.report.comparison import FIGURES, model_title, students, worsened
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import is_figure, read_metrics
@@ -233,13 +234,28 @@ def status(folder: Path) -> None:
             f"{folder} is not a run folder", expected="a folder with config.yaml", hint="check the path"
         )
     for step in sorted(run.steps.glob("*/config.yaml")):
-        _stages(RunFolder(step.parent), [stage for stage in STAGES.values() if stage.in_steps])
-    finished = _stages(run, list(STAGES.values()))
+        inner = RunFolder(step.parent)
+        _stages(inner, [stage for stage in _stages_of(inner) if stage.in_steps])
+    finished = _stages(run, _stages_of(run))
     results(folder, "report")
     if not finished and not run.in_use():
         console = Console(soft_wrap=True)
         command = f"kdscale run {shlex.quote(str(folder))}"
         console.print(for_terminal(f"go on with: {command}"), highlight=False, markup=False)
+
+
+def _config(run: RunFolder) -> Config | None:
+    """The run's config; None in a folder of another version, which still has a status."""
+    try:
+        return load_config(run.config)
+    except ConfigError:
+        return None
+
+
+def _stages_of(run: RunFolder) -> list[Stage]:
+    """The stages of the run; those that every run has, where its config cannot be read."""
+    config = _config(run)
+    return stages_of(config) if config is not None else [stage for stage in STAGES.values() if not stage.only_with]
 
 
 def _stages(run: RunFolder, stages: Sequence[Stage]) -> bool:
@@ -282,10 +298,10 @@ def _time_taken(entry: dict[str, Any], state: str) -> str:
 
 def _time_left(run: RunFolder, trained: Sequence[dict[str, Any]], alive: bool) -> str:
     """`40 % done · 3 min 20 s left`, at the speed of the last steps; empty when all steps are done."""
-    try:
-        settings = load_config(run.config).distill
-    except ConfigError:  # a folder of another version still has a status, only without this
+    config = _config(run)
+    if config is None:
         return ""
+    settings = config.distill
     # as distill.schedule counts them, which would load torch
     steps, done = -(-settings.tokens // (settings.global_batch * settings.seq_len)), trained[-1].get("step", 0)
     if not 0 < done < steps:

@@ -180,15 +180,17 @@ def _try_gpus(config: Config) -> dict[str, str | None]:
 
     from kdscale.distill.parallel.dtypes import slow_products
     from kdscale.pipeline.checks import check_devices
-    from kdscale.pipeline.stages.registry import STAGES
+    from kdscale.pipeline.stages.registry import stages_of, stages_of_steps
     from kdscale.runtime.device import resolve_dtype
     from kdscale.runtime.kernel_backend import try_launch
 
     gpu, error = torch.device("cuda", 0), None
     slow = "; ".join(slow_products(gpu, resolve_dtype(config.distill.dtype, gpu)))
     try:
-        alone = [stage for stage in STAGES.values() if not stage.across_job]
-        check_devices(config, alone, [stage for stage in alone if stage.in_steps])
+        of_steps = stages_of_steps(config)
+        check_devices(
+            config, *([stage for stage in some if not stage.across_job] for some in (stages_of(config), of_steps))
+        )
     except KdscaleError as refusal:
         error = " ".join(str(refusal).split())
     return {"too_many_ranks": error, "kernels": try_launch(config), "slow": slow or None}

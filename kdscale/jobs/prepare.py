@@ -27,7 +27,8 @@ def prepare_request(request: LaunchRequest, slots: int) -> LaunchRequest:
     """
     others = tuple(item for item in request.overrides if item.partition("=")[0] != _PROCESSES)
     overrides = (*others, f"{_PROCESSES}={slots}")
-    return replace(request, overrides=overrides, config=load_config(request.path, overrides), until=last_alone())
+    config = load_config(request.path, overrides)
+    return replace(request, overrides=overrides, config=config, until=last_alone(config).name)
 
 
 def waiting_note(config: Config, nodes: int, slots: int) -> str | None:
@@ -37,7 +38,7 @@ def waiting_note(config: Config, nodes: int, slots: int) -> str | None:
     CheckpointError for a teacher that cannot be used.
     """
     run = RunFolder(Path(config.run_dir))
-    if nodes == 1 or manifest_path(STAGES[last_alone()], run).exists():
+    if nodes == 1 or manifest_path(last_alone(config), run).exists():
         return None
     waiting = (nodes - 1) * slots
     advice = "--prepare makes that a job of one node, for which this one waits"

@@ -13,7 +13,7 @@ from kdscale.errors import Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
 from kdscale.pipeline.checks import check_before_work, check_disk, plan_shapes, student_parameters
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path, refuse_to_lose_progress, run_stage
-from kdscale.pipeline.stages.registry import STAGES, stages_until
+from kdscale.pipeline.stages.registry import STAGES, stages_of, stages_of_steps, stages_until
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.signals import signals_as_exceptions
@@ -40,8 +40,8 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     Safe to kill at any instant and to call again. Raises KdscaleError subclasses, and Interrupted on a signal.
     """
     run = RunFolder(Path(config.run_dir))
-    stages = stages_until(last)
-    of_steps = [stage for stage in STAGES.values() if stage.in_steps] if any(s.in_steps for s in stages) else []
+    stages = stages_until(last, config)
+    of_steps = stages_of_steps(config) if any(stage.in_steps for stage in stages) else []
     teacher, plans = check_before_work(config, run, stages, reporter, of_steps)
     with run.lock(), signals_as_exceptions():
         context = StageContext(config, run, teacher, reporter, run_inner=run_inner, accept_changes=accept_changes)
@@ -92,7 +92,7 @@ def _guarded(stage: Stage, context: StageContext) -> bool:
 def _run_steps(context: StageContext) -> tuple[bool, StageContext]:
     """Bring all steps up to date; whether there was anything to do, and the context in which the run goes on."""
     changed, count = False, len(context.config.steps) + 1
-    stages = tuple(stage.name for stage in STAGES.values() if stage.in_steps)
+    stages = tuple(stage.name for stage in stages_of_steps(context.config))
     for index, step in enumerate(context.config.steps):
         context.reporter.say(f"⇒ step {index + 1} of {count}: {step.name}")
         config = context.config.step(index)
@@ -115,7 +115,7 @@ def run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], shar
             link = run.path / name
             if not link.is_symlink():
                 link.symlink_to(os.path.relpath(target.resolve(), run.path.resolve()), target_is_directory=True)
-        rows = [STAGES[name] for name in STAGES if name in stages]
+        rows = [stage for stage in stages_of(config) if stage.name in stages]
         check_disk(inner, rows, student_parameters(inner, plan_shapes(config, inner.model_to_prune)))
         for stage in rows:
             changed |= _guarded(stage, inner)

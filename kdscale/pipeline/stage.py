@@ -86,11 +86,17 @@ class Stage:
     resumable: bool = False  # has a folder work/<name> to resume from, removed when the stage is finished
     hand_editable: bool = False  # an output changed by hand is kept, and stages after it see the change
     disk_bytes: Callable[[StageContext, int], int] | None = None  # what it writes in all, by student parameters
+    only_with: str = ""  # a dotted config field; where it is null, a run has no such stage
     in_steps: bool = False  # each step on the way to the final student runs it too
     across_job: bool = False  # its processes are the ranks of the whole job, on all hosts
     watches_itself: bool = False  # its ranks have watchdogs of their own
     check_before: Callable[[Config, RunFolder], None] | None = None  # before any work, where it has yet to run
     check_after: Callable[[Config, RunFolder], None] | None = None  # whether later stages can use what it left
+
+
+def belongs_to(stage: Stage, config: Config) -> bool:
+    """Whether a run with this config has the stage."""
+    return not stage.only_with or _lookup(config.resolved(), stage.only_with) is not None
 
 
 def inputs_of(stage: Stage, context: StageContext) -> dict[str, Any]:

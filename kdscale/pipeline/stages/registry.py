@@ -6,7 +6,9 @@ stage is a row here and one file beside this one (and a section of the config, i
 
 from __future__ import annotations
 
-from kdscale.pipeline.stage import Stage
+from kdscale.config.root import Config
+from kdscale.errors import ConfigError
+from kdscale.pipeline.stage import Stage, belongs_to
 from kdscale.pipeline.stages import data, distill, evaluate, importance, plan, prune, report
 from kdscale.runs import folder
 
@@ -74,10 +76,28 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 
 
-def stages_until(last: str) -> list[Stage]:
-    """The stages that bring a run up to `last`, in order."""
-    names = list(STAGES)
-    return [STAGES[name] for name in names[: names.index(last) + 1]]
+def stages_of(config: Config) -> list[Stage]:
+    """The stages of a run with this config, in order."""
+    return [stage for stage in STAGES.values() if belongs_to(stage, config)]
+
+
+def stages_until(last: str, config: Config) -> list[Stage]:
+    """The stages that bring a run up to `last`, in order. Raises ConfigError when the run has no such stage."""
+    stages = stages_of(config)
+    names = [stage.name for stage in stages]
+    if last not in names:
+        raise ConfigError(
+            f"this run has no stage {last}",
+            expected=f"{STAGES[last].only_with} in the config",
+            got="none",
+            hint=f"add a section {STAGES[last].only_with}, or leave the stage out",
+        )
+    return stages[: names.index(last) + 1]
+
+
+def stages_of_steps(config: Config) -> list[Stage]:
+    """The stages that each step on the way to the final student runs too, in order."""
+    return [stage for stage in stages_of(config) if stage.in_steps]
 
 
 def job_stage() -> str:
@@ -85,10 +105,9 @@ def job_stage() -> str:
     return next(name for name, stage in STAGES.items() if stage.across_job)
 
 
-def last_alone() -> str:
+def last_alone(config: Config) -> Stage:
     """The last stage before all ranks are needed: a job of one node can bring a run up to it."""
-    names = list(STAGES)
-    return names[names.index(job_stage()) - 1]
+    return stages_until(job_stage(), config)[-2]
 
 
 def job_targets() -> tuple[str, ...]:
