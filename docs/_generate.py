@@ -230,11 +230,12 @@ def sources() -> str:
             f"`{row.name}`",
             ", ".join(f"`{placement}`" for placement in row.placements),
             top_k(row.gives.top_k),
+            "yes" if row.gives.sampled else "no",
             "yes" if row.gives.full else "no",
         )
         for row in SOURCES.values()
     ]
-    return table(("source", "`distill.teacher_placement`", "top K", "whole vocabulary"), rows)
+    return table(("source", "`distill.teacher_placement`", "top K", "sampled tokens", "whole vocabulary"), rows)
 
 
 def criteria() -> str:

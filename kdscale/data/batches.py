@@ -9,7 +9,7 @@ Dimension letters: B sequences, S seq_len.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -93,8 +93,9 @@ class LoaderState:
 class PackedLoader:
     """Training batches of one of `world` ranks, each of which takes an equal run of every step's sequences.
 
-    `label_slice` (number, of how many) says which of their labels are its own. Raises ConfigError when the batch does
-    not divide by the ranks, and DataError when there is less than one sequence of text.
+    `label_slice` (number, of how many) says which of their labels are its own. `choose_labels` takes labels [B, S] and
+    the keys of their sequences, and returns the labels to train on, the others ignored. Raises ConfigError when the
+    batch does not divide by the ranks, and DataError when there is less than one sequence of text.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class PackedLoader:
         world: int = 1,
         shuffle: bool = True,
         label_slice: tuple[int, int] = (0, 1),
+        choose_labels: Callable[[Tensor, Sequence[tuple[str, int]]], Tensor] | None = None,
     ):
         if not 0 <= rank < world:
             raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
@@ -119,7 +121,7 @@ class PackedLoader:
             )
         self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
         self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
-        self._label_slice = label_slice
+        self._label_slice, self._choose_labels = label_slice, choose_labels
         self.epoch_sequences = epoch_sequences(split, seq_len)
         self._order: tuple[int, EpochOrder] | None = None  # of the epoch last asked for
 
@@ -157,7 +159,10 @@ class PackedLoader:
     def stack(self, numbers: Sequence[int]) -> Batch:
         """One batch of the sequences with these numbers in the global order."""
         keys = [SequenceKey("train", number) for number in numbers]
-        return stack_sequences([self.sequence(number) for number in numbers], keys)
+        batch = stack_sequences([self.sequence(number) for number in numbers], keys)
+        if self._choose_labels is None:
+            return batch
+        return replace(batch, labels_BS=self._choose_labels(batch.labels_BS, keys))
 
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""

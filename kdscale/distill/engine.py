@@ -316,6 +316,7 @@ def _make_trainer(
         rank=mesh.data_rank,
         world=mesh.data,
         label_slice=(mesh.sequence_rank, mesh.sequence),
+        choose_labels=models.choose_labels,
     )
     held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
     saver = Saver(

@@ -20,17 +20,21 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runtime.timeouts import group_timeout
-from kdscale.teacher.source import SourceRequest, TargetSource, open_source
+from kdscale.teacher.source import LabelChoice, SourceRequest, TargetSource, open_source
 from kdscale.teacher.targets import shared_vocabulary
 
 
 @dataclass(frozen=True)
 class Models:
-    """What a rank trains with; `slices` says which part of the student it holds, where ranks share its layers."""
+    """What a rank trains with; `slices` says which part of the student it holds, where ranks share its layers.
+
+    `choose_labels`: see teacher.source.OpenedSource.
+    """
 
     source: TargetSource
     student: StudentModule
     slices: ModelSlices | None
+    choose_labels: LabelChoice | None = None
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,8 @@ def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup
     if missing := settings.needs.missing_from(source.gives):
         placement = f"distill.teacher_placement: {settings.teacher_placement}"
         raise ConfigError(placement, expected=f"a source that gives {missing}", got=source.gives.in_words())
-    return Models(
-        source, StudentModule(student, Objectives(settings.objectives), vocab_size, shard, sequence_slice), slices
-    )
+    module = StudentModule(student, Objectives(settings.objectives), vocab_size, shard, sequence_slice)
+    return Models(source, module, slices, opened.choose_labels)
 
 
 def _check_models(cfg: Config, teacher_dir: Path, student_dir: Path) -> int:

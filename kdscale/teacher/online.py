@@ -13,8 +13,9 @@ from kdscale.config.distill.targets import Needs
 from kdscale.models.head import OutputHead, VocabShard
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.teacher.placement.placed import PlacedTeacher, Placement, ReplicatedTeacher, place_teacher
+from kdscale.teacher.sampling import draw, uniforms_of
 from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
-from kdscale.teacher.targets import FullTargets, Targets, TopKTargets
+from kdscale.teacher.targets import FullTargets, SampledTargets, Targets, TopKTargets
 from kdscale_kernels import linear_topk_lse, vocab_parallel_topk_lse
 
 
@@ -23,7 +24,8 @@ class OnlineTeacher:
 
     For full targets the teacher must have been placed with `keep_head`: they are used after `targets` returns.
     `shard`: the part of the head that this rank has, where tensor-parallel ranks share the model; all of them get the
-    same targets. `sequence_slice`: the positions of each sequence that are this rank's.
+    same targets. `sequence_slice`: the positions of each sequence that are this rank's. `seed`: of the tokens that are
+    sampled.
     """
 
     def __init__(
@@ -34,8 +36,9 @@ class OnlineTeacher:
         vocab_size: int,
         shard: VocabShard | None = None,
         sequence_slice: SequenceSlice | None = None,
+        seed: int = 0,
     ):
-        self.model, self.gives = placed.model, gives
+        self.model, self.gives, self._seed = placed.model, gives, seed
         self._placed, self._vocab_size = placed, vocab_size
         self._shard, self._sequence_slice = shard, sequence_slice or SequenceSlice()
 
@@ -56,6 +59,7 @@ class OnlineTeacher:
             return Targets(
                 rows=batch.rows,
                 top_k=self._top_k(hidden_NH, head) if self.gives.top_k else None,
+                sampled=self._sampled(hidden_NH, head, batch) if self.gives.sampled else None,
                 full=FullTargets(hidden_NH, head.detached()) if self.gives.full else None,
             )
 
@@ -71,6 +75,13 @@ class OnlineTeacher:
             options |= {"first_id": shard.first_id, "group": shard.group, "bias_Vs": head.bias_V}
             top = vocab_parallel_topk_lse(hidden_NH, head.weight_VH, count, **options)
         return TopKTargets(top.ids_NK, top.logits_NK, top.lse_N, temperature, self._vocab_size)
+
+    def _sampled(self, hidden_NH: torch.Tensor, head: OutputHead, batch: MicroBatch) -> SampledTargets:
+        length = batch.input_ids_BS.shape[1]
+        uniforms_ND = uniforms_of(batch.sequences, length, batch.rows_N, self.gives.sampled, self._seed)
+        return draw(
+            hidden_NH, head, uniforms_ND, temperature=self.gives.temperature, vocab_size=self._vocab_size
+        )  # fmt: skip
 
 
 def open_online(request: SourceRequest) -> OpenedSource:
@@ -89,6 +100,11 @@ def open_online(request: SourceRequest) -> OpenedSource:
     return OpenedSource(
         placed.vocab,
         lambda vocab_size: OnlineTeacher(
-            placed, request.needs, vocab_size=vocab_size, shard=shard, sequence_slice=request.sequence_slice
+            placed,
+            request.needs,
+            vocab_size=vocab_size,
+            shard=shard,
+            sequence_slice=request.sequence_slice,
+            seed=request.cfg.seed,
         ),
     )

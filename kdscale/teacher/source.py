@@ -7,7 +7,7 @@ B sequences, S positions, N rows (flat positions with a label).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -78,15 +78,21 @@ class SourceRequest:
     load_split: Callable[[Path], tuple[Any, int, VocabShard]] | None
 
 
+LabelChoice = Callable[[torch.Tensor, Sequence[tuple[str, int]]], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class OpenedSource:
     """A source that is there, before student and teacher have agreed on a vocabulary.
 
-    `start` takes the number of tokens that both know; `rows` is how many the teacher's head has.
+    `start` takes the number of tokens that both know; `rows` is how many the teacher's head has. `choose_labels` takes
+    the labels [B, S] of sequences (split and number) and returns those that have targets, the others ignored; None:
+    all have.
     """
 
     rows: int
     start: Callable[[int], TargetSource]
+    choose_labels: LabelChoice | None = None
 
 
 def open_source(request: SourceRequest) -> OpenedSource:

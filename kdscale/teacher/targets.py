@@ -1,6 +1,6 @@
 """What a source of targets says about the rows of a micro-batch.
 
-N rows (valid positions), K entries, G teacher's hidden size, V vocabulary.
+N rows (valid positions), K entries, G teacher's hidden size, V vocabulary, D draws.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kdscale.models.head import OutputHead
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """The K most likely tokens of N rows, most likely first.
+    """The K most likely tokens of N rows, in any order.
 
     `ids_NK` (int64) are the tokens, `logits_NK` (fp32) their raw logits, `lse_N` (fp32) logsumexp(z / T) over the whole
     vocabulary, so that p_k = exp(z_k / T − lse) needs no renormalisation and the tail is 1 − Σ p_k.
@@ -32,8 +32,30 @@ class TopKTargets:
         """The `count` most likely tokens alone; all of them when there are no more."""
         if self.ids_NK.shape[1] <= count:
             return self
-        ids_NK, logits_NK = (entries[:, :count].contiguous() for entries in (self.ids_NK, self.logits_NK))
+        order_NK = self.logits_NK.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        ids_NK, logits_NK = (entries.gather(1, order_NK) for entries in (self.ids_NK, self.logits_NK))
         return TopKTargets(ids_NK, logits_NK, self.lse_N, self.temperature, self.vocab_size)
+
+
+@dataclass(frozen=True)
+class SampledTargets:
+    """Tokens drawn from the teacher's distribution of each of N rows, with their importance weights.
+
+    `ids_NK` (int64) are different tokens, −1 in slots that are empty; the first is the teacher's most likely token,
+    drawn or not. `weights_NK` (fp32) is the share of the draws that chose it: its expected value is its probability.
+    Source: RS-KD, arXiv 2503.16870, with the teacher's own distribution as the proposal.
+    """
+
+    ids_NK: torch.Tensor
+    weights_NK: torch.Tensor
+    temperature: float
+    vocab_size: int
+
+    def marks(self) -> torch.Tensor:
+        """Stand-ins for logits [N,K], as the losses read them: −inf in empty slots, the largest for the first token."""
+        marks_NK = torch.zeros_like(self.weights_NK).masked_fill(self.ids_NK < 0, float("-inf"))
+        marks_NK[:, 0] = 1.0
+        return marks_NK
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,7 @@ class Targets:
 
     rows: int
     top_k: TopKTargets | None = None
+    sampled: SampledTargets | None = None
     full: FullTargets | None = None
     hidden_NG: Mapping[int, torch.Tensor] = field(default_factory=dict)
     attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
@@ -60,6 +83,7 @@ class Targets:
     def probe(self) -> torch.Tensor:
         """A scalar (fp32) that is finite only if every part of the targets is."""
         parts = [self.top_k.lse_N] if self.top_k is not None else []
+        parts += [self.sampled.weights_NK] if self.sampled is not None else []
         parts += [self.full.hidden_NG] if self.full is not None else []
         parts += [*self.hidden_NG.values(), *self.attention.values()]
         sums = [part.sum(dtype=torch.float32) for part in parts]

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kdscale.config.distill.targets import Needs
 from kdscale.config.fields import Length, Section
-from kdscale_kernels.divergence import Divergence
+from kdscale_kernels.divergence import DIVERGENCES, Divergence
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ObjectiveConfig(Section):
 
 
 class TokenDivergenceConfig(ObjectiveConfig):
-    """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket, or on the whole vocabulary."""
+    """α·CE + (1−α)·T²·divergence on the teacher's top-K and one tail bucket, on samples, or on the whole vocabulary."""
 
     implementation = "kdscale.distill.objectives.token_divergence:TokenDivergence"
     reads_head_shards = True
@@ -73,13 +73,14 @@ class TokenDivergenceConfig(ObjectiveConfig):
     )
 
     name: Literal["token_divergence"] = "token_divergence"
-    targets: Literal["topk", "full"] = "topk"
+    targets: Literal["topk", "sampled", "full"] = "topk"
     divergence: str = "forward_kl"  # a row of kdscale_kernels.DIVERGENCES
     # its β or s; None: the default of that row
     divergence_parameter: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     temperature: Annotated[float, Field(gt=1e-3, le=1e3)] = 1.0
     top_k: Length = 64
+    draws: Annotated[int, Field(ge=1, le=4096)] = 50  # of targets: sampled
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
 
     @model_validator(mode="after")
@@ -88,20 +89,31 @@ class TokenDivergenceConfig(ObjectiveConfig):
         return self
 
     @model_validator(mode="after")
-    def _whole_vocabulary_has_no_tail(self) -> TokenDivergenceConfig:
-        if self.targets == "full" and self.tail != "bucket":
-            raise ValueError(f"tail ({self.tail}) is about topk targets: leave it out with targets: full")
+    def _targets_fit(self) -> TokenDivergenceConfig:
+        if self.targets != "topk" and self.tail != "bucket":
+            raise ValueError(f"tail ({self.tail}) is about topk targets: leave it out with targets: {self.targets}")
+        weighted = [name for name, row in DIVERGENCES.items() if row.takes_weights]
+        if self.targets == "sampled" and self.divergence not in weighted:
+            raise ValueError(f"divergence ({self.divergence}) must be {' or '.join(weighted)} with targets: sampled")
         return self
 
     @property
     def needs(self) -> Needs:
-        """The teacher's top K at this temperature, or its whole distribution."""
-        return Needs(full=True) if self.targets == "full" else Needs(top_k=self.top_k, temperature=self.temperature)
+        """The teacher's top K or tokens sampled at this temperature, or its whole distribution."""
+        if self.targets == "full":
+            return Needs(full=True)
+        if self.targets == "sampled":
+            return Needs(sampled=self.draws, temperature=self.temperature)
+        return Needs(top_k=self.top_k, temperature=self.temperature)
 
     @property
     def formula(self) -> str:
         """`0.2·CE + 0.8·T²·forward_kl, T = 1, teacher's top 64, tail: bucket`."""
-        listed = "whole vocabulary" if self.targets == "full" else f"teacher's top {self.top_k}, tail: {self.tail}"
+        listed = {
+            "topk": f"teacher's top {self.top_k}, tail: {self.tail}",
+            "sampled": f"{self.draws} tokens sampled from the teacher",
+            "full": "whole vocabulary",
+        }[self.targets]
         parts = f"{self.ce_weight:g}·CE + {1 - self.ce_weight:g}·T²·{self.divergence}"
         return f"{parts}, T = {self.temperature:g}, {listed}"
 

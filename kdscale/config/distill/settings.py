@@ -114,7 +114,8 @@ class DistillConfig(Section):
                 ("sequence_parallel above 1", self.sequence_parallel > 1),
                 ("objectives on the teacher's whole vocabulary (targets: full)", self.needs.full),
                 *((f"the objective {entry.name}", not entry.reads_head_shards) for entry in self.objectives),
-                (f"teacher_placement: {self.teacher_placement}", not self.source.in_process),
+                ("objectives on sampled tokens (targets: sampled) of a teacher in the ranks", self._draws_from_shards),
+                (f"teacher_placement: {self.teacher_placement}", not self.source.same_on_all_ranks),
                 ("zero.hpz_partition_size above 1", self.zero.hpz_partition_size > 1),
                 ("zero.quantized_weights", self.zero.quantized_weights),
                 ("zero.quantized_gradients", self.zero.quantized_gradients),
@@ -143,6 +144,11 @@ class DistillConfig(Section):
     def needs(self) -> Needs:
         """The parts of the teacher's targets that the objectives read."""
         return combined(entry.needs for entry in self.objectives)
+
+    @property
+    def _draws_from_shards(self) -> bool:
+        """Whether tokens would have to be drawn from a distribution that no rank has whole."""
+        return self.source.in_process and self.needs.sampled > 0
 
     @property
     def source(self) -> Source:

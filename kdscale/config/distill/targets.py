@@ -27,7 +27,8 @@ class Needs:
     """
 
     top_k: int = 0  # most likely tokens per position; of a source: the most it gives
-    temperature: float = 1.0  # of the top K's log-sum-exp; a source gives any
+    sampled: int = 0  # tokens drawn from the teacher per position; of a source: the most it draws
+    temperature: float = 1.0  # of the top K's log-sum-exp and of the draws; a source gives any
     full: bool = False  # the distribution over the whole vocabulary
     hidden_layers: Sequence[int] = ()  # hidden states after these layers
     attention_layers: Sequence[int] = ()  # attention of these layers
@@ -37,6 +38,8 @@ class Needs:
         missing = []
         if self.top_k > gives.top_k:
             missing.append(f"the top {self.top_k} tokens (it gives {gives.top_k or 'none'})")
+        if self.sampled > gives.sampled:
+            missing.append(f"{self.sampled} sampled tokens (it gives {gives.sampled or 'none'})")
         if self.full and not gives.full:
             missing.append("the distribution over the whole vocabulary")
         for part, needed, given in (
@@ -51,6 +54,7 @@ class Needs:
         """These parts, for messages and the model card: `the teacher's top-K probabilities`."""
         parts = {
             "top-K probabilities": self.top_k > 0,
+            "sampled tokens": self.sampled > 0,
             "probabilities over the whole vocabulary": self.full,
             "hidden states": bool(self.hidden_layers),
             "attention": bool(self.attention_layers),
@@ -60,16 +64,17 @@ class Needs:
 
 
 def combined(needs: Iterable[Needs]) -> Needs:
-    """What satisfies all of `needs`. Raises ValueError when their top-K targets have different temperatures."""
+    """What satisfies all of `needs`. Raises ValueError when their sparse targets have different temperatures."""
     needs = list(needs)
-    temperatures = sorted({item.temperature for item in needs if item.top_k})
+    temperatures = sorted({item.temperature for item in needs if item.top_k or item.sampled})
     if len(temperatures) > 1:
         raise ValueError(
-            "objectives: those on the teacher's top K must have one temperature, got "
+            "objectives: those on the teacher's top K or on sampled tokens must have one temperature, got "
             + " and ".join(map(str, temperatures))
         )
     return Needs(
         top_k=max((item.top_k for item in needs), default=0),
+        sampled=max((item.sampled for item in needs), default=0),
         temperature=temperatures[0] if temperatures else 1.0,
         full=any(item.full for item in needs),
         hidden_layers=sorted({layer for item in needs for layer in item.hidden_layers}),
@@ -90,6 +95,7 @@ class Source:
     placements: tuple[str, ...]  # the values of distill.teacher_placement that choose this source
     open: str
     in_process: bool = True  # the ranks run the teacher themselves (and may share its layers), with their FLOPs
+    same_on_all_ranks: bool = True  # ranks that share the student's layers get the same bits for the same batch
 
 
 SOURCES: dict[str, Source] = {
@@ -97,7 +103,7 @@ SOURCES: dict[str, Source] = {
     for row in (
         Source(
             name="online",
-            gives=Needs(top_k=ANY_NUMBER, full=True),
+            gives=Needs(top_k=ANY_NUMBER, sampled=ANY_NUMBER, full=True),
             # all weights on every rank; a slice on each rank; once in each host's memory
             placements=("replicated", "partitioned", "offloaded"),
             open="kdscale.teacher.online:open_online",
@@ -108,6 +114,7 @@ SOURCES: dict[str, Source] = {
             placements=("served",),
             open="kdscale.teacher.remote:open_served",
             in_process=False,
+            same_on_all_ranks=False,
         ),
     )
 }

@@ -1,13 +1,14 @@
 """Token-level distillation from final hidden states: a thin layer over `kdscale_kernels`.
 
-N rows (valid positions), H and G student's and teacher's hidden size, V vocabulary, K teacher's top entries.
+N rows (valid positions), H and G student's and teacher's hidden size, V vocabulary, K teacher's entries.
 
-loss = α·CE + (1−α)·T²·D(teacher ‖ student), with D on the teacher's top K entries and one tail bucket, or on the whole
-vocabulary. No N×V tensor is made: the kernels walk the rows in chunks.
+loss = α·CE + (1−α)·T²·D(teacher ‖ student), with D on the teacher's top K entries and one tail bucket, on tokens
+sampled from the teacher, or on the whole vocabulary. No N×V tensor is made: the kernels walk the rows in chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from kdscale.config.distill.objectives import TokenDivergenceConfig
 from kdscale.distill.objectives.base import StudentOutput
 from kdscale.teacher.source import MicroBatch
-from kdscale.teacher.targets import FullTargets, Targets, TopKTargets
+from kdscale.teacher.targets import FullTargets, SampledTargets, Targets
 from kdscale_kernels import Divergence, linear_full_kl, linear_sparse_kl, vocab_parallel_sparse_kl
 
 
@@ -38,19 +39,31 @@ class TokenDivergence:
         if self._settings.targets == "full":
             assert targets.full is not None
             return self._on_whole_vocabulary(student, targets.full, batch)
+        if self._settings.targets == "sampled":
+            assert targets.sampled is not None
+            return self._on_sampled(student, targets.sampled, batch)
         assert targets.top_k is not None
-        return self._on_top_k(student, targets.top_k.first(self._settings.top_k), batch)
+        top_k = targets.top_k.first(self._settings.top_k)
+        entries = (top_k.ids_NK, top_k.logits_NK, top_k.lse_N)
+        return self._on_entries(student, entries, batch, tail=self._settings.tail)
 
-    def _on_top_k(
-        self, student: StudentOutput, top_k: TopKTargets, batch: MicroBatch
+    def _on_sampled(
+        self, student: StudentOutput, sampled: SampledTargets, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's mass is that of the weights, 1 a row."""
+        entries = (sampled.ids_NK, sampled.marks(), torch.zeros_like(sampled.weights_NK[:, 0]))
+        return self._on_entries(student, entries, batch, tail="sampled", target_weights_NK=sampled.weights_NK)
+
+    def _on_entries(
+        self, student: StudentOutput, entries: Sequence[torch.Tensor], batch: MicroBatch, **target_options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """With a shard of the head this is a collective call; all its ranks get the same sums, and the whole gradient
         of the hidden states."""
-        operands = (student.hidden_NH, student.head.weight_VH, top_k.ids_NK, top_k.logits_NK, top_k.lse_N)
+        operands = (student.hidden_NH, student.head.weight_VH, *entries)
         options: dict[str, Any] = {
             **self._options,
+            **target_options,
             "labels_N": batch.labels_N,
-            "tail": self._settings.tail,
             "softcap": student.head.softcap,
             "vocab_size": student.vocab_size,
         }

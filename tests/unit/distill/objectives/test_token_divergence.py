@@ -13,7 +13,7 @@ from kdscale.distill.objectives.base import StudentOutput
 from kdscale.distill.objectives.token_divergence import TokenDivergence
 from kdscale.models.head import OutputHead
 from kdscale.teacher.source import MicroBatch
-from kdscale.teacher.targets import FullTargets, Targets, TopKTargets
+from kdscale.teacher.targets import FullTargets, SampledTargets, Targets, TopKTargets
 from kdscale_kernels import DIVERGENCES, Divergence, linear_topk_lse, reference
 
 
@@ -29,7 +29,9 @@ def kernel_options(settings) -> dict[str, Any]:
     """Every setting that the kernels take, by their names."""
     fields = {field: getattr(settings, field) for field in TokenDivergenceConfig.model_fields}
     fields["divergence"] = Divergence(settings.divergence, fields.pop("divergence_parameter"))
-    return {name: value for name, value in fields.items() if name not in ("name", "weight", "targets", "top_k")}
+    return {
+        name: value for name, value in fields.items() if name not in ("name", "weight", "targets", "top_k", "draws")
+    }
 
 
 def batch_of(labels_N):
@@ -54,6 +56,36 @@ def test_the_loss_is_the_one_the_config_names(divergence, tail, given):
     )
     torch.testing.assert_close(total, want.loss_sum)
     torch.testing.assert_close(terms[0], want.kd_sum)
+
+
+def test_the_loss_on_sampled_tokens_takes_their_weights():
+    """The first token, which nobody drew, counts for nothing but the agreement."""
+    gen = torch.Generator().manual_seed(0)
+    student, head = (torch.randn(*shape, generator=gen) for shape in ((2, 6), (40, 6)))
+    labels = torch.randint(0, 40, (2,), generator=gen)
+    best = (student @ head.T).argmax(1)
+    other = (best + 1) % 40
+    sampled = SampledTargets(
+        torch.stack([best, other, torch.full_like(best, -1)], 1),
+        torch.tensor([[0.0, 1.0, 0.0], [0.25, 0.75, 0.0]]), 2.0, 40,
+    )  # fmt: skip
+    settings = settings_of("forward_kl", targets="sampled")
+    total, terms = TokenDivergence(settings)(
+        StudentOutput(student, OutputHead(head), 40), Targets(rows=2, sampled=sampled), batch_of(labels)
+    )
+    logq_NV = torch.log_softmax(student @ head.T / 2.0, 1)
+    want = -logq_NV[0, other[0]] + 0.25 * (0.25 / logq_NV[1, best[1]].exp()).log()
+    want = want + 0.75 * (0.75 / logq_NV[1, other[1]].exp()).log()
+    ce = torch.nn.functional.cross_entropy(student @ head.T, labels, reduction="sum")
+    torch.testing.assert_close(terms[0], want)
+    torch.testing.assert_close(total, 0.3 * ce + 0.7 * 4.0 * want)
+    assert terms[2] == 2.0 and terms[4] == 2.0  # the weights' sum; both first tokens are the student's best
+
+
+@pytest.mark.parametrize("fields", [{"tail": "truncated"}, {"divergence": "jsd"}])
+def test_sampled_tokens_have_neither_a_tail_nor_another_divergence(fields):
+    with pytest.raises(ValidationError, match="with targets: sampled"):
+        TokenDivergenceConfig(targets="sampled", **fields)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
