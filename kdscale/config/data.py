@@ -17,6 +17,9 @@ class SourceConfig(Section):
     source_field: str | None = "source"  # names where each record comes from; None: the file's name does
     split: str = "train"  # only for hf:
     weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # how often each document is repeated per epoch
+    tag: Annotated[str, Field(min_length=1)] | None = (
+        None  # names the source elsewhere; None: each document's label does
+    )
 
     @model_validator(mode="after")
     def _hub_sets_have_names(self) -> SourceConfig:

@@ -38,11 +38,15 @@ class SequenceKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Int64 tensors (B, S); labels[b, t] is the token that follows input_ids[b, t], or IGNORED_LABEL."""
+    """Int64 tensors (B, S); labels[b, t] is the token that follows input_ids[b, t], or IGNORED_LABEL.
+
+    tags[b, t] numbers the tag of the source that the position's document comes from, in TokenSplit.tags.
+    """
 
     input_ids_BS: Tensor
     position_ids_BS: Tensor
     labels_BS: Tensor
+    tags_BS: Tensor
     document_ids: list[int]  # of all rows, in order; a document on two rows appears twice
     text_bytes: int = 0  # UTF-8 bytes of the text of the labels; only eval_batches fills it in
     sequences: tuple[SequenceKey, ...] = ()  # of the rows, in order
@@ -190,6 +194,7 @@ def stack_sequences(
         input_ids_BS=torch.from_numpy(np.stack([s.input_ids_S for s in sequences])),
         position_ids_BS=torch.from_numpy(np.stack([s.position_ids_S for s in sequences])),
         labels_BS=torch.from_numpy(np.stack([s.labels_S for s in sequences])),
+        tags_BS=torch.from_numpy(np.stack([s.tags_S for s in sequences])),
         document_ids=[document for s in sequences for document in s.document_ids],
         text_bytes=text_bytes,
         sequences=tuple(keys),

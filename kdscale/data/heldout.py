@@ -20,6 +20,7 @@ class _EvalRow:
     positions: np.ndarray
     labels: np.ndarray
     sizes: np.ndarray  # UTF-8 bytes of each label
+    tags: np.ndarray  # of each position's document
     documents: list[int]
     filled: int = 0
 
@@ -41,11 +42,11 @@ def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: 
     for document in _documents_in_turn(split, seed):
         if left <= 0:
             break
-        take = min(
-            len(split.document_tokens(document)) - 1, seq_len - len(split.prefix_ids), left
-        )  # positions with a label
-        _add_to_first_fit(split, document, take, rows, seq_len)
-        left -= take
+        most = min(len(split.document_tokens(document)) - 1, seq_len - len(split.prefix_ids))
+        counts = _counting_labels(split, document, most)[:left]
+        if counts.size:
+            _add_to_first_fit(split, document, counts, rows, seq_len)
+        left -= counts.size
     return [_eval_batch(rows[i : i + micro_batch], i) for i in range(0, len(rows), micro_batch)]
 
 
@@ -61,15 +62,21 @@ def _documents_in_turn(split: TokenSplit, seed: int) -> Iterator[int]:
         turn += 1
 
 
-def _add_to_first_fit(split: TokenSplit, document: int, take: int, rows: list[_EvalRow], seq_len: int) -> None:
-    """Put the first `take` tokens of a document, each with the next as its label, into the first row with room."""
-    prefix = len(split.prefix_ids)
+def _counting_labels(split: TokenSplit, document: int, most: int) -> np.ndarray:
+    """Which of a document's first `most` tokens have a next one that is a label, ascending."""
+    is_label = split.document_is_label(document)
+    return np.arange(most) if is_label is None else np.flatnonzero(is_label[1 : most + 1])
+
+
+def _add_to_first_fit(split: TokenSplit, document: int, counts: np.ndarray, rows: list[_EvalRow], seq_len: int) -> None:
+    """Put a document up to the last token of `counts` into the first row with room; these have the next as label."""
+    prefix, take = len(split.prefix_ids), int(counts[-1]) + 1
     row = next((row for row in rows if row.filled + prefix + take <= seq_len), None)
     if row is None:
         ids = np.full(seq_len, split.eos_id, dtype=np.int64)
         # each padding token is a document of its own (position 0), so it neither sees nor is seen
-        zeros = [np.zeros(seq_len, dtype=np.int64) for _ in range(2)]
-        row = _EvalRow(ids, zeros[0], np.full(seq_len, IGNORED_LABEL, np.int64), zeros[1], [])
+        positions, sizes, tags = (np.zeros(seq_len, dtype=np.int64) for _ in range(3))
+        row = _EvalRow(ids, positions, np.full(seq_len, IGNORED_LABEL, np.int64), sizes, tags, [])
         rows.append(row)
     tokens, sizes = split.document_tokens(document), split.document_token_bytes(document)
     text = row.filled + prefix
@@ -77,13 +84,14 @@ def _add_to_first_fit(split: TokenSplit, document: int, take: int, rows: list[_E
     row.ids[row.filled : text] = split.prefix_ids
     row.ids[place] = tokens[:take]
     row.positions[row.filled : text + take] = np.arange(prefix + take)
-    row.labels[place] = tokens[1 : take + 1]
-    row.sizes[place] = sizes[1 : take + 1]
+    row.labels[text + counts] = tokens[counts + 1]
+    row.sizes[text + counts] = sizes[counts + 1]
+    row.tags[row.filled : text + take] = split.tags_D[document]
     row.documents.append(document)
     row.filled = text + take
 
 
 def _eval_batch(rows: Sequence[_EvalRow], first: int) -> Batch:
-    sequences = [PackedSequence(row.ids, row.positions, row.labels, row.documents) for row in rows]
+    sequences = [PackedSequence(row.ids, row.positions, row.labels, row.tags, row.documents) for row in rows]
     keys = [SequenceKey("heldout", first + number) for number in range(len(rows))]
     return stack_sequences(sequences, keys, text_bytes=sum(int(row.sizes.sum()) for row in rows))

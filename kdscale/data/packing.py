@@ -4,7 +4,8 @@ An epoch puts the documents (each as often as its weight) in a seeded order, joi
 into windows of `seq_len`. Nothing is padded. The last window of an epoch would be partial and is left out; as the order
 changes every epoch, so does what is left out. Within a window the position ids restart at 0 at every document, from
 which transformers derives a mask that keeps documents apart. The label of a token is the next token of the same
-document, also when that one lies beyond the window's end: every token but a document's first is predicted once.
+document, also when that one lies beyond the window's end: every token but a document's first is predicted once. Where
+the store says which tokens are labels (the answers of a chat), the others are read and not predicted.
 
 Where the tokenizer begins a text with tokens of its own (a prefix of P tokens, usually BOS), so does each document, and
 so does each window that continues one. A prefix has no labels, so the labels are the same with and without one. Every
@@ -29,11 +30,12 @@ IGNORED_LABEL = -100  # the label of a position that is not scored; torch's defa
 
 
 class PackedSequence(NamedTuple):
-    """One window: three (S,) int64 arrays and the documents it touches, in order."""
+    """One window: (S,) int64 arrays and the documents it touches, in order; `tags_S`: of each position's document."""
 
     input_ids_S: np.ndarray
     position_ids_S: np.ndarray
     labels_S: np.ndarray
+    tags_S: np.ndarray
     document_ids: list[int]
 
 
@@ -127,7 +129,7 @@ def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: 
     """Window `number` (0 ≤ number < epoch_sequences) of the epoch that `order` belongs to."""
     prefix = len(split.prefix_ids)
     end = (number + 1) * (seq_len - prefix)  # in the epoch's stream
-    ids, positions, labels = (np.empty(seq_len, dtype=np.int64) for _ in range(3))
+    ids, positions, labels, tags = (np.empty(seq_len, dtype=np.int64) for _ in range(4))
     documents = []
     filled = 0
     for document, first, last, size, text_start in _pieces(split, order, number, seq_len):
@@ -135,14 +137,18 @@ def packed_sequence(split: TokenSplit, order: EpochOrder, number: int, seq_len: 
         place = slice(filled, filled + size)
         ids[place] = np.append(np.asarray(split.prefix_ids, np.int64), tokens[first:last])[:size]
         positions[place] = np.arange(size)
-        labels[place] = np.append(np.full(prefix, IGNORED_LABEL), _next_tokens(tokens, first, last))[:size]
+        labels[place] = np.append(np.full(prefix, IGNORED_LABEL), _next_labels(split, document, first, last))[:size]
         labels[filled + prefix + max(end - text_start - first, 0) : filled + size] = IGNORED_LABEL
+        tags[place] = split.tags_D[document]
         documents.append(document)
         filled += size
-    return PackedSequence(ids, positions, labels, documents)
+    return PackedSequence(ids, positions, labels, tags, documents)
 
 
-def _next_tokens(tokens: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Labels of tokens[first:last]: the token after each, IGNORED_LABEL after the document's last."""
-    following = tokens[first + 1 : last + 1].astype(np.int64)
+def _next_labels(split: TokenSplit, document: int, first: int, last: int) -> np.ndarray:
+    """Labels of tokens first to last: the token after each where it is one, IGNORED_LABEL after the document's last."""
+    after = slice(first + 1, last + 1)
+    following = split.document_tokens(document)[after].astype(np.int64)
+    if (is_label := split.document_is_label(document)) is not None:
+        following[~is_label[after]] = IGNORED_LABEL
     return following if following.size == last - first else np.append(following, IGNORED_LABEL)

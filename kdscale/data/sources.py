@@ -36,11 +36,15 @@ _BLOCK_BYTES, _MAX_RECORD_BYTES = 1 << 20, 64 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """One text; `source` is what the record's `source_field` says where it has one, else the file's name."""
+    """One text; `source` is what the record's `source_field` says where it has one, else the file's name.
+
+    `answers` are the spans of characters that the student learns to write, ascending; None: all of the text.
+    """
 
     text: str
     source: str
     index: int  # within its SourceConfig
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
 def builtin_names() -> list[str]:
@@ -69,7 +73,7 @@ def is_local(source: SourceConfig) -> bool:
 
 def describe_source(source: SourceConfig) -> dict[str, Any]:
     """What identifies the source's content, for manifests: settings, and name, size and sha256 of every file."""
-    facts: dict[str, Any] = {"path": source.path, "field": source.field, "weight": source.weight}
+    facts: dict[str, Any] = {"path": source.path, "field": source.field, "weight": source.weight, "tag": source.tag}
     if source.source_field != "source":
         facts["source_field"] = source.source_field
     if not is_local(source):

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdscale.config.data import SourceConfig
 from kdscale.data.encoder_processes import EncoderProcesses, usable_cores
 from kdscale.data.sources import Document, describe_source, is_local, read_documents
-from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, EncodedText, SpecialTokens
+from kdscale.data.store_format import SPLITS, STORE_VERSION, Facts, SplitWriter
+from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, EncodedText, SpecialTokens, tokens_of_spans
 from kdscale.errors import DataError
-from kdscale.files import read_json, safe_join
 from kdscale.runtime.progress import Bar
 
-Facts = dict[str, Any]
-
-SPLITS = ("train", "heldout")
-STORE_VERSION = 2
 _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 250_000  # whichever comes first; the library takes 140 bytes a character
 _MANY_BYTES = 32 << 20  # of text, from which on starting processes pays
 _OTHER, _MAX_LABELS = "other", 1 << 16
-_COLUMNS = ("offsets", "bytes", "labels", "weights")  # a value for each document
 
 
 @dataclass(frozen=True)
@@ -44,53 +36,6 @@ class DocumentFormat:
     def end_ids(self) -> tuple[int, ...]:
         """What is appended to each document's tokens."""
         return self.special.suffix or (self.eos_id,)
-
-
-_Number = Annotated[int, Field(ge=0, le=1 << 62)]
-
-
-class _SplitCounts(BaseModel):
-    model_config = ConfigDict(strict=True)
-    documents: _Number
-    tokens: _Number
-    bytes: _Number
-
-
-class _StoreManifest(BaseModel):
-    """What is read of a store's manifest.json."""
-
-    model_config = ConfigDict(strict=True)
-    dtype: Literal["uint16", "uint32"]
-    eos_id: _Number
-    prefix_ids: list[_Number]
-    source_labels: list[str]
-    splits: dict[Literal["train", "heldout"], _SplitCounts] = Field(min_length=len(SPLITS))
-    dropped: dict[str, _Number]
-    files: dict[str, _Number]
-
-
-def read_store_manifest(folder: Path) -> Facts:
-    """manifest.json of a token store, which is written last.
-
-    Raises DataError where there is none, for another version of the format, and for files of the wrong size.
-    """
-    if not (folder / "manifest.json").is_file():
-        raise DataError(f"{folder} holds no finished token store", expected="manifest.json", hint="build it again")
-    manifest: Facts = read_json(folder / "manifest.json", DataError, expect=dict)
-    if manifest.get("version") != STORE_VERSION:
-        raise DataError(f"{folder} is not a token store of this version", hint="delete it and build it again")
-    try:
-        _StoreManifest.model_validate(manifest)
-    except ValidationError as error:
-        wrong = ", ".join(".".join(map(str, item["loc"])) for item in error.errors()[:8])
-        hint = "delete the folder and build it again"
-        raise DataError(f"{folder / 'manifest.json'} is damaged", got=f"wrong: {wrong}", hint=hint) from error
-    names = {f"{split}/{name}.bin" for split in SPLITS for name in ("tokens", *_COLUMNS)} | {"heldout/token_bytes.bin"}
-    for name in sorted({*names, *manifest["files"]}):
-        size, file = manifest["files"].get(name), safe_join(folder, name)
-        if size is None or not file.is_file() or file.stat().st_size != size:
-            raise DataError(f"{file} is damaged", expected=f"{size} bytes", hint="delete the folder and build it again")
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -142,8 +87,7 @@ class StoreBuilder:
 
     def add_all(self, survey: Survey) -> None:
         """Tokenise all documents, each into its split."""
-        train = ((s.weight, d) for s in survey.sources for d in read_documents(s))
-        held_out = ((1, d) for s in survey.heldout_sources for d in read_documents(s))
+        train, held_out = _numbered(survey.sources), _numbered(survey.heldout_sources)
         processes = self._processes or (usable_cores() if survey.text_bytes >= _MANY_BYTES else 1)
         with EncoderProcesses(self._encoder, processes) as encoders:
             if survey.heldout_sources:
@@ -189,25 +133,24 @@ class StoreBuilder:
         split_of: Callable[[bytes], str | None],
     ) -> None:
         for batch, encoded in encoders.encode(_batches(documents), lambda batch: [item.text for _, item in batch]):
-            for (weight, document), text in zip(batch, encoded, strict=True):
+            for (source, document), text in zip(batch, encoded, strict=True):
                 split = split_of(_hash(document.text))
                 if split is None:
                     self._dropped["train_text_is_held_out"] += 1
                 else:
-                    self._add_document(document, text, self._splits[split], weight if split == "train" else 1)
+                    self._add_document(document, text, self._splits[split], source)
             self._bar.advance(sum(len(document.text.encode("utf-8")) for _, document in batch))
 
-    def _add_document(self, document: Document, text: EncodedText, writer: SplitWriter, weight: int) -> None:
+    def _add_document(self, document: Document, text: EncodedText, writer: SplitWriter, source: int) -> None:
         if not text.ids.size:
             self._dropped["short"] += 1
             return
         if (worst := int(text.ids.max())) >= self._format.vocab_size:
             raise token_without_row(worst, self._format.vocab_size, self._encoder.token(worst), document.source)
-        end_ids, limit = self._format.end_ids, self._format.max_tokens
-        ids, sizes = np.append(text.ids, end_ids), np.append(text.bytes, [0] * len(end_ids))
-        label, count = self._label(document.source), -(-ids.size // limit) if limit else 1
-        for cut_ids, cut_sizes in zip(np.array_split(ids, count), np.array_split(sizes, count), strict=True):
-            writer.add(cut_ids, cut_sizes, label, weight)
+        tokens_3T, limit = document_tokens(document, text, self._format), self._format.max_tokens
+        label, count = self._label(document.source), -(-tokens_3T.shape[1] // limit) if limit else 1
+        for cut in np.array_split(tokens_3T, count, axis=1):
+            writer.add(cut, label, source)
 
     def _label(self, source: str) -> int:
         """The number of a source. Those that come after the 65,535th share one, "other": a number has 16 bits."""
@@ -216,36 +159,30 @@ class StoreBuilder:
         return self._labels.setdefault(source, len(self._labels))
 
 
-class SplitWriter:
-    """Appends documents to one split's files. Only 20 bytes per document stay in memory."""
+def document_tokens(document: Document, text: EncodedText, form: DocumentFormat) -> np.ndarray:
+    """A document's tokens as the store has them, int64 (3, T): id, UTF-8 bytes, and 1 where the token is a label.
 
-    def __init__(self, folder: Path, dtype: str, keep_bytes: bool):
-        folder.mkdir()
-        self._folder, self._dtype = folder, dtype
-        self._tokens = (folder / "tokens.bin").open("wb")
-        self._token_bytes = (folder / "token_bytes.bin").open("wb") if keep_bytes else None
-        self._offsets, self._bytes = array("q", [0]), array("q")
-        self._labels, self._weights = array("H"), array("H")
+    What ends a document ends it, also where a chat template has put the same there. What begins one is left out, as
+    packing adds it. The end of a chat is a label only where the last answer reaches it.
+    """
+    end_ids, size = form.end_ids, text.ids.size
+    if document.answers is None:
+        tokens_3T = np.stack([text.ids, text.bytes, np.ones(size, np.int64)])
+        learned = True
+    else:
+        tokens_3T = np.stack([text.ids, text.bytes, tokens_of_spans(document.text, text.bytes, document.answers)])
+        learned = bool(document.answers) and document.answers[-1][1] == len(document.text)
+        if (prefix := len(form.special.prefix)) and tuple(text.ids[:prefix]) == form.special.prefix:
+            tokens_3T = tokens_3T[:, prefix:]
+        if tuple(text.ids[-len(end_ids) :]) == end_ids:
+            learned = bool(tokens_3T[2, -1])
+            tokens_3T = tokens_3T[:, : -len(end_ids)]
+    return np.append(tokens_3T, [end_ids, [0] * len(end_ids), [learned] * len(end_ids)], axis=1)
 
-    def add(self, ids: np.ndarray, sizes: np.ndarray, label: int, weight: int) -> None:
-        """Append a document: its token ids, and the UTF-8 bytes of each."""
-        self._tokens.write(ids.astype(self._dtype).tobytes())
-        if self._token_bytes is not None:
-            self._token_bytes.write(sizes.astype(np.uint32).tobytes())
-        self._offsets.append(self._offsets[-1] + ids.size)
-        self._bytes.append(int(sizes.sum()))
-        self._labels.append(label)
-        self._weights.append(weight)
 
-    def close(self) -> dict[str, int]:
-        """Write what was kept in memory; returns the split's counts."""
-        self._tokens.close()
-        if self._token_bytes is not None:
-            self._token_bytes.close()
-        columns = (self._offsets, self._bytes, self._labels, self._weights)
-        for name, column in zip(_COLUMNS, columns, strict=True):
-            (self._folder / f"{name}.bin").write_bytes(column.tobytes())
-        return {"documents": len(self._bytes), "tokens": self._offsets[-1], "bytes": sum(self._bytes)}
+def _numbered(sources: Sequence[SourceConfig]) -> Iterator[tuple[int, Document]]:
+    """Every document with the number of its source."""
+    return ((number, document) for number, source in enumerate(sources) for document in read_documents(source))
 
 
 def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:

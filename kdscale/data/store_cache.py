@@ -18,7 +18,8 @@ from typing import Any
 
 import tokenizers
 
-from kdscale.data.store_builder import STORE_VERSION, DocumentFormat, read_store_manifest
+from kdscale.data.store_builder import DocumentFormat
+from kdscale.data.store_format import STORE_VERSION, read_store_manifest
 from kdscale.errors import KdscaleError
 from kdscale.files import (
     atomic_dir,
@@ -34,6 +35,7 @@ from kdscale.runtime.progress import Reporter
 
 FOLDER_VARIABLE = "KDSCALE_CACHE"
 _DIGESTS = "digests.json"
+_NOT_IN_FILES = ("path", "weight", "tag")  # what is said of a source and changes no file of the store
 _ABANDONED_SECONDS = 86_400  # after which what a killed run left half written is deleted
 
 
@@ -55,8 +57,11 @@ class StoreCache:
         sources, heldout = description["sources"], description.get("heldout_sources", [])
         if any("files" not in source for source in (*sources, *heldout)):
             return None
-        # a file's name is a label of its documents; its folder is not
-        text = [[{**source, "path": None} for source in side] for side in (sources, heldout)]
+        # a file's name is a label of its documents; its folder is not. Weights and tags are in the manifest alone
+        text = [
+            [{k: v for k, v in source.items() if k not in _NOT_IN_FILES} for source in side]
+            for side in (sources, heldout)
+        ]
         settings = [description.get("heldout_fraction"), form.eos_id, form.vocab_size, form.special, form.max_tokens]
         return sha256_json([STORE_VERSION, tokenizers.__version__, tokenizer_sha256, settings, text])
 

@@ -1,12 +1,4 @@
-"""Tokenized text on disk: what every later stage reads.
-
-    folder/manifest.json                      written last: without it the folder does not count
-    folder/{train,heldout}/tokens.bin         all documents' token ids, one after another (uint16 or uint32)
-                          /offsets.bin        (documents + 1) int64: where each document starts
-                          /bytes.bin          (documents) int64: UTF-8 bytes of each document's text
-                          /labels.bin         (documents) uint16: index into the manifest's list of source labels
-                          /weights.bin        (documents) uint16: how often it is repeated per epoch
-    folder/heldout/token_bytes.bin            (tokens) uint32: UTF-8 bytes of each token, for bits per byte
+"""Tokenized text on disk: what every later stage reads. store_format.py has its files.
 
 A document ends with what the tokenizer appends to a text, else with one end-of-text token (0 bytes of text). What the
 tokenizer puts before a text (BOS) is in the manifest and added when sequences are packed. Held-out documents are
@@ -26,23 +18,21 @@ import numpy as np
 from kdscale.config.data import SourceConfig
 from kdscale.data.sources import cut_text_files
 from kdscale.data.store_builder import (
-    SPLITS,
     DocumentFormat,
     StoreBuilder,
     describe_sources,
-    read_store_manifest,
     summarise,
     survey_sources,
     token_without_row,
 )
 from kdscale.data.store_cache import StoreCache
+from kdscale.data.store_format import LOSS_FILE, SPLITS, read_bits, read_store_manifest
 from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, SpecialTokens
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import atomic_dir, write_json
 from kdscale.runtime.progress import Reporter
 
 _SHORTEST_CUT = 4  # tokens; the least that data.max_document_tokens may be
-_MAX_WEIGHT = (1 << 16) - 1
 
 
 @dataclass(frozen=True)
@@ -57,9 +47,13 @@ class TokenSplit:
     offsets_D1: np.ndarray
     bytes_D: np.ndarray  # UTF-8 bytes of each document's text
     labels_D: np.ndarray  # index into source_labels
-    weights_D: np.ndarray
+    sources_D: np.ndarray  # index into the config's list of sources
+    weights_D: np.ndarray  # how often each document is repeated in an epoch
+    tags: tuple[str, ...]  # the same in both splits
+    tags_D: np.ndarray  # index into tags
     token_bytes_T: np.ndarray | None  # held-out only
     prefix_ids: tuple[int, ...] = ()  # what begins each document and each window that continues one
+    loss_bits: np.ndarray | None = None  # a bit for each token: whether it is a label; None: all of them are
 
     @property
     def bytes(self) -> int:
@@ -74,6 +68,12 @@ class TokenSplit:
     def document_tokens(self, i: int) -> np.ndarray:
         """Token ids of document `i` without its prefix; a document that was cut has its end in the last part only."""
         return self.tokens_T[self.offsets_D1[i] : self.offsets_D1[i + 1]]
+
+    def document_is_label(self, i: int) -> np.ndarray | None:
+        """Which tokens of document `i` are labels, (tokens,) bool; None: all of them."""
+        if self.loss_bits is None:
+            return None
+        return read_bits(self.loss_bits, int(self.offsets_D1[i]), int(self.offsets_D1[i + 1]))
 
     def document_token_bytes(self, i: int) -> np.ndarray:
         """UTF-8 bytes of each token of document `i`. Raises DataError on the train split, which keeps none."""
@@ -102,22 +102,51 @@ class TokenStore:
         if name not in SPLITS:
             raise ConfigError(f"split {name!r}", expected=" or ".join(SPLITS))
         facts, folder = self.manifest["splits"][name], self.folder / name
-        tokens = np.memmap(folder / "tokens.bin", dtype=self.manifest["dtype"], mode="r")
+        labels_D = np.fromfile(folder / "labels.bin", dtype=np.uint16)
+        sources_D = np.fromfile(folder / "sources.bin", dtype=np.uint16)
+        has_loss_bits = f"{name}/{LOSS_FILE}" in self.manifest["files"]
+        if max(sources_D, default=0) >= len(self._sources(name)):
+            raise DataError(f"{folder / 'sources.bin'} is damaged", hint="delete the store and build it again")
         return TokenSplit(
             documents=facts["documents"],
             tokens=facts["tokens"],
             eos_id=self.manifest["eos_id"],
             source_labels=tuple(self.manifest["source_labels"]),
-            tokens_T=tokens,
+            tokens_T=np.memmap(folder / "tokens.bin", dtype=self.manifest["dtype"], mode="r"),
             offsets_D1=np.fromfile(folder / "offsets.bin", dtype=np.int64),
             bytes_D=np.fromfile(folder / "bytes.bin", dtype=np.int64),
-            labels_D=np.fromfile(folder / "labels.bin", dtype=np.uint16),
-            weights_D=np.fromfile(folder / "weights.bin", dtype=np.uint16),
+            labels_D=labels_D,
+            sources_D=sources_D,
+            weights_D=self._weights_of(name, sources_D),
+            tags=self.tags,
+            tags_D=self._tags_of(name, sources_D, labels_D),
             token_bytes_T=np.memmap(folder / "token_bytes.bin", dtype=np.uint32, mode="r")
             if name == "heldout"
             else None,
             prefix_ids=tuple(self.manifest["prefix_ids"]),
+            loss_bits=np.memmap(folder / LOSS_FILE, dtype=np.uint8, mode="r") if has_loss_bits else None,
         )
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Every tag that a document can have: the labels of the text, then what sources have as `tag`."""
+        given = [source["tag"] for source in (*self._sources("train"), *self._sources("heldout"))]
+        return tuple(dict.fromkeys([*self.manifest["source_labels"], *(tag for tag in given if tag is not None)]))
+
+    def _sources(self, split: str) -> list[dict[str, Any]]:
+        """The sources that a split's documents number; the held-out text may have its own."""
+        sources: list[dict[str, Any]] = self.manifest["sources"]
+        return self.manifest.get("heldout_sources") or sources if split == "heldout" else sources
+
+    def _weights_of(self, split: str, sources_D: np.ndarray) -> np.ndarray:
+        weights = [source["weight"] if split == "train" else 1 for source in self._sources(split)]
+        return np.asarray(weights, np.uint16)[sources_D]
+
+    def _tags_of(self, split: str, sources_D: np.ndarray, labels_D: np.ndarray) -> np.ndarray:
+        number = {tag: index for index, tag in enumerate(self.tags)}
+        own = [-1 if source["tag"] is None else number[source["tag"]] for source in self._sources(split)]
+        of_source_D = np.asarray(own, np.int64)[sources_D]
+        return np.where(of_source_D < 0, labels_D, of_source_D)
 
     @classmethod
     def build(
@@ -151,9 +180,6 @@ class TokenStore:
             raise ConfigError(
                 "data.max_document_tokens", expected=f"at least {_SHORTEST_CUT}", got=str(max_document_tokens)
             )
-        for source in (*sources, *heldout_sources):
-            if source.weight > _MAX_WEIGHT:
-                raise ConfigError(f"weight of {source.path}", expected=f"at most {_MAX_WEIGHT}", got=str(source.weight))
         encoder = BatchEncoder.of(tokenizer)
         vocab = vocab_size if vocab_size is not None else max(tokenizer.get_vocab().values()) + 1
         form = DocumentFormat(eos_id, vocab, special, max_document_tokens)

@@ -154,6 +154,22 @@ class BatchEncoder:
         return lengths if int(lengths.sum()) == len(text.encode("utf-8")) else None
 
 
+def tokens_of_spans(text: str, bytes_T: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which tokens of `text` have a byte in one of `spans` (of characters, ascending), (tokens,) bool.
+
+    `bytes_T` has the UTF-8 bytes of each token. One of 0 bytes goes on with the character of the token before it.
+    """
+    ends_T = np.cumsum(bytes_T)
+    starts_T = ends_T - bytes_T
+    inside_T = np.zeros(bytes_T.size, bool)
+    for start, end in spans:
+        first = len(text[:start].encode("utf-8"))
+        inside_T |= (ends_T > first) & (starts_T < first + len(text[start:end].encode("utf-8")))
+    own_T = np.flatnonzero(bytes_T)
+    before_T = np.searchsorted(own_T, np.arange(bytes_T.size), side="right") - 1  # the last token that has bytes
+    return inside_T[own_T[np.maximum(before_T, 0)]] if own_T.size else inside_T
+
+
 class _Span(NamedTuple):
     """The tokens of text[start:end]: ids, and first and last character of each within the whole text, all (tokens,)."""
 

@@ -26,13 +26,17 @@ from kdscale_launch.watchdog import enter
 
 
 def to_device(batch: Batch, device: torch.device) -> MicroBatch:
-    """A copy on `device`. Rows and documents are found on the CPU, before the copy: on a GPU that would wait for it."""
+    """A copy on `device`, but for the tags, which say which teacher to ask.
+
+    Rows and documents are found on the CPU, before the copy: on a GPU that would wait for it.
+    """
     labels_M = batch.labels_BS.reshape(-1)
     rows_N = (labels_M != IGNORED_LABEL).nonzero().squeeze(1)
+    tags_N = batch.tags_BS.reshape(-1)[rows_N]
     tensors = [batch.input_ids_BS, batch.position_ids_BS, rows_N, labels_M[rows_N]]
     ids_BS, position_ids_BS, rows_N, labels_N = (tensor.to(device, non_blocking=True) for tensor in tensors)
     documents = Documents.of(batch.position_ids_BS).to(device)
-    return MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences, documents)
+    return MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences, documents, tags_N)
 
 
 class StudentModule(nn.Module):

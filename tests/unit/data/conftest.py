@@ -46,6 +46,7 @@ def make_split() -> Callable[..., TokenSplit]:
         weights: Sequence[int] | None = None,
         labels: Sequence[int] = (),
         prefix_ids: tuple[int, ...] = (),
+        is_label: Sequence[bool] | None = None,
     ) -> TokenSplit:
         tokens = [np.arange(n) + 1000 * (d + 1) for d, n in enumerate(lengths)]
         flat = np.concatenate(tokens).astype(np.uint32)
@@ -60,9 +61,13 @@ def make_split() -> Callable[..., TokenSplit]:
             offsets_D1=offsets,
             bytes_D=np.asarray(lengths),
             labels_D=labels_D,
+            sources_D=labels_D,
+            tags=tuple(f"tag{i}" for i in range(int(labels_D.max()) + 1)),
+            tags_D=labels_D.astype(np.int64),
             weights_D=np.asarray(weights or [1] * len(lengths), np.uint16),
             token_bytes_T=(flat % 5).astype(np.uint32),
             prefix_ids=prefix_ids,
+            loss_bits=None if is_label is None else np.packbits(np.asarray(is_label, bool)),
         )
 
     return make

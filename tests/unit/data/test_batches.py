@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kdscale.data.batches import Batch, LoaderState, PackedLoader
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
+from kdscale.distill.step import to_device
 from kdscale.errors import ConfigError, DataError
 from kdscale.models.documents import Documents
 
@@ -115,6 +116,32 @@ def test_eval_counts_are_exact(make_split):
     check()
 
 
+def test_eval_counts_the_labels_of_answers_alone(make_split):
+    split = make_split(LENGTHS, is_label=[n % 3 == 0 for n in range(sum(LENGTHS))])
+    known = {int(t) for n, t in enumerate(split.tokens_T) if n % 3 == 0}
+    within = {int(t) for d in range(split.documents) for t in split.document_tokens(d)[1:11]}
+
+    @settings(max_examples=30, deadline=None, database=None)
+    @given(st.integers(1, 60))
+    def check(max_tokens):
+        batches = eval_batches(split, 10, 2, max_tokens)
+        labels = [t for b in batches for t in b.labels_BS[b.labels_BS != IGNORED_LABEL].tolist()]
+        assert len(labels) == len(set(labels)) == min(max_tokens, len(known & within))
+        assert set(labels) <= known
+        assert sum(b.text_bytes for b in batches) == sum(t % 5 for t in labels)
+
+    check()
+
+
+def test_rows_know_the_tag_of_their_source(make_split):
+    split = make_split(LENGTHS, labels=[0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+    batches = [PackedLoader(split, 8, 4, 4, seed=1).step(0)[0], *eval_batches(split, 10, 2, 60)]
+    for batch in batches:
+        micro_batch = to_device(batch, torch.device("cpu"))
+        of_document = torch.as_tensor(split.tags_D)[micro_batch.labels_N // 1000 - 1]
+        assert torch.equal(micro_batch.tags_N, of_document)
+
+
 def test_eval_scores_the_same_text_with_a_prefix(make_split):
     split, plain = make_split(LENGTHS, prefix_ids=(3, 4)), make_split(LENGTHS)
     with_prefix, without = eval_batches(split, 12, 3, 10**6), eval_batches(plain, 10, 3, 10**6)
@@ -163,7 +190,7 @@ def test_every_label_is_in_one_slice(rows, slices, seed):
     labels = torch.where(
         torch.rand(rows, 12, generator=gen) < 0.3, -100, torch.randint(0, 9, (rows, 12), generator=gen)
     )
-    batch = Batch(labels.clone(), labels.clone(), labels, [])
+    batch = Batch(labels.clone(), labels.clone(), labels, torch.zeros_like(labels), [])
     batches = [batch.with_label_slice(number, slices) for number in range(slices)]
     assert sum(sliced.token_count for sliced in batches) == batch.token_count
     assert torch.equal(torch.stack([sliced.labels_BS for sliced in batches]).amax(0), labels)

@@ -59,6 +59,30 @@ def test_labels_and_positions(make_split):
     check()
 
 
+def test_what_is_no_label_is_read_and_not_predicted(make_split):
+    @settings(max_examples=80, deadline=None, database=None)
+    @given(lengths_lists, st.data(), seeds, seq_lens)
+    def check(lengths, data, seed, seq_len):
+        is_label = data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths)))
+        split, plain = make_split(lengths, is_label=is_label), make_split(lengths)
+        known = dict(zip(split.tokens_T.tolist(), is_label, strict=True))
+        for window, whole in zip(windows(split, seed, 0, seq_len), windows(plain, seed, 0, seq_len), strict=True):
+            assert window.input_ids_S.tolist() == whole.input_ids_S.tolist()
+            expected = [label if known.get(label) else IGNORED_LABEL for label in whole.labels_S.tolist()]
+            assert window.labels_S.tolist() == expected
+
+    check()
+
+
+def test_every_position_has_the_tag_of_its_document(make_split):
+    split = make_split([7, 30, 2, 12], labels=[0, 1, 2, 1], prefix_ids=(1,))
+    order = EpochOrder(split, 0, 0)
+    for number in range(epoch_sequences(split, 9)):
+        window = packed_sequence(split, order, number, 9)
+        for token, tag in zip(window.input_ids_S.tolist(), window.tags_S.tolist(), strict=True):
+            assert token == 1 or split.tags_D[token // 1000 - 1] == tag
+
+
 def test_window_cuts_keep_the_label_across_the_edge(make_split):
     """A document longer than the window loses no target: all but its first token are labels once."""
     split = make_split([50])
@@ -79,7 +103,7 @@ def test_a_prefix_begins_every_document_and_window_and_changes_no_label(make_spl
         order = EpochOrder(split, seed, epoch)
         labels = Counter()
         for number in range(epoch_sequences(split, seq_len)):
-            ids, positions, wanted, _ = packed_sequence(split, order, number, seq_len)
+            ids, positions, wanted, *_ = packed_sequence(split, order, number, seq_len)
             assert positions[0] == 0
             for position, token, label in zip(positions, ids, wanted, strict=True):
                 assert (token == position + 1) == (position < size), "every run begins with the whole prefix"

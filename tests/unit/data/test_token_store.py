@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from kdscale.config.data import SourceConfig
 from kdscale.data import store_builder, tokenizing
 from kdscale.data import token_store as store_module
+from kdscale.data.sources import Document
+from kdscale.data.store_builder import DocumentFormat
 from kdscale.data.token_store import TokenStore
-from kdscale.data.tokenizing import SpecialTokens
+from kdscale.data.tokenizing import EncodedText, SpecialTokens
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import remove_leftovers
 
@@ -110,6 +113,64 @@ def test_weights_and_labels(tmp_path, tokenizer, reporter, write_jsonl, tiny_tex
     assert set(names) == {"A", "b.jsonl"}
     assert train.weights_D.tolist() == [{"A": 1, "b.jsonl": 3}[name] for name in names]
     assert set(held.weights_D.tolist()) == {1}
+
+
+def test_tags_are_what_sources_say_else_labels(tmp_path, tokenizer, reporter, write_jsonl, tiny_texts):
+    paths = [
+        write_jsonl("a.jsonl", tiny_texts[:20], source="A"),
+        write_jsonl("b.jsonl", tiny_texts[20:40]),
+        write_jsonl("c.jsonl", tiny_texts[40:], source="C"),
+    ]
+    sources = [SourceConfig(path=str(p), tag=tag) for p, tag in zip(paths, (None, "code", "A"), strict=True)]
+    store = TokenStore.build(tmp_path / "s", sources, tokenizer, eos_id=0, reporter=reporter, heldout_fraction=0.2)
+    assert set(store.tags) == {"A", "b.jsonl", "C", "code"}
+    for name in ("train", "heldout"):
+        split = store.split(name)
+        wanted = [("A", "code", "A")[source] for source in split.sources_D]
+        assert [split.tags[tag] for tag in split.tags_D] == wanted
+    raw = (tmp_path / "s" / "train" / "sources.bin").read_bytes()
+    (tmp_path / "s" / "train" / "sources.bin").write_bytes(b"\xff" * len(raw))
+    with pytest.raises(DataError, match=r"sources\.bin is damaged"):
+        store.split("train")
+
+
+def test_the_spans_of_answers_become_labels(build, write_jsonl, tiny_texts, tokenizer, monkeypatch):
+    """Every third document says what of it is an answer: all tokens with a byte of it are labels, no others."""
+    path = write_jsonl("a.jsonl", tiny_texts)
+    plain = build(path, folder="plain")
+    assert not (plain.folder / "train" / "loss.bin").exists()
+    read = store_builder.read_documents
+
+    def with_answers(source: SourceConfig):
+        for document in read(source):
+            size = len(document.text)
+            spans = ((size // 4, size // 3), (size // 2, size - document.index % 2))
+            yield replace(document, answers=None if document.index % 3 else spans)
+
+    monkeypatch.setattr(store_builder, "read_documents", with_answers)
+    store = build(path, folder="answers")
+    number = {text: index for index, text in enumerate(tiny_texts)}
+    for name in ("train", "heldout"):
+        split, whole = store.split(name), plain.split(name)
+        assert np.array_equal(split.tokens_T, whole.tokens_T)
+        for i in range(split.documents):
+            ids = split.document_tokens(i)
+            text = tokenizer.decode(ids[:-1])
+            index, size = number[text], len(text)
+            spans = [(size // 4, size // 3), (size // 2, size - index % 2)]
+            offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+            inside = [any(start < b and end > a for a, b in spans) for start, end in offsets]
+            expected = [True] * ids.size if index % 3 else [*inside, index % 2 == 0]
+            assert split.document_is_label(i).tolist() == expected
+
+
+def test_a_chat_template_may_bring_its_own_begin_and_end():
+    text = EncodedText(np.asarray([5, 40, 41, 0]), np.asarray([3, 1, 1, 4]))
+    form = DocumentFormat(eos_id=0, vocab_size=99, special=SpecialTokens(prefix=(5,)))
+    chat = Document("<s>ab</s>", "x", 0, answers=((4, 9),))
+    assert store_builder.document_tokens(chat, text, form).tolist() == [[40, 41, 0], [1, 1, 0], [0, 1, 1]]
+    learned_by_all = store_builder.document_tokens(replace(chat, answers=None), text, form)
+    assert learned_by_all[0].tolist() == [5, 40, 41, 0, 0], "a plain text stays as it is"
 
 
 def test_long_documents_are_cut_evenly(build, write_jsonl, tiny_texts):

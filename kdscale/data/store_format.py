@@ -1,0 +1,157 @@
+"""The files of a token store: how one split is written, and the check of a finished store's manifest.
+
+folder/manifest.json                      written last: without it the folder does not count
+folder/{train,heldout}/tokens.bin         all documents' token ids, one after another (uint16 or uint32)
+                      /offsets.bin        (documents + 1) int64: where each document starts
+                      /bytes.bin          (documents) int64: UTF-8 bytes of each document's text
+                      /labels.bin         (documents) uint16: index into the manifest's list of source labels
+                      /sources.bin        (documents) uint16: index into the manifest's sources
+                      /loss.bin           (tokens) bits: which tokens are labels; only where some are not
+folder/heldout/token_bytes.bin            (tokens) uint32: UTF-8 bytes of each token, for bits per byte
+"""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdscale.errors import DataError
+from kdscale.files import read_json, safe_join
+
+Facts = dict[str, Any]
+
+SPLITS = ("train", "heldout")
+STORE_VERSION = 3
+LOSS_FILE = "loss.bin"
+_COLUMNS = ("offsets", "bytes", "labels", "sources")  # a value for each document
+_MASK_BLOCK = 1 << 20  # bytes of a mask that are written at once
+
+_Number = Annotated[int, Field(ge=0, le=1 << 62)]
+
+
+class _SplitCounts(BaseModel):
+    model_config = ConfigDict(strict=True)
+    documents: _Number
+    tokens: _Number
+    bytes: _Number
+
+
+class _SourceFacts(BaseModel):
+    model_config = ConfigDict(strict=True)
+    weight: Annotated[int, Field(ge=1, le=1 << 15)]
+    tag: str | None = None
+
+
+class _StoreManifest(BaseModel):
+    """What is read of a store's manifest.json."""
+
+    model_config = ConfigDict(strict=True)
+    dtype: Literal["uint16", "uint32"]
+    eos_id: _Number
+    prefix_ids: list[_Number]
+    source_labels: list[str]
+    splits: dict[Literal["train", "heldout"], _SplitCounts] = Field(min_length=len(SPLITS))
+    dropped: dict[str, _Number]
+    files: dict[str, _Number]
+    sources: list[_SourceFacts]
+    heldout_sources: list[_SourceFacts] = []
+
+
+def read_store_manifest(folder: Path) -> Facts:
+    """manifest.json of a token store, which is written last.
+
+    Raises DataError where there is none, for another version of the format, and for files of the wrong size.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise DataError(f"{folder} holds no finished token store", expected="manifest.json", hint="build it again")
+    manifest: Facts = read_json(folder / "manifest.json", DataError, expect=dict)
+    if manifest.get("version") != STORE_VERSION:
+        raise DataError(
+            f"{folder} is not a token store of this version",
+            expected=f"version {STORE_VERSION} of the format",
+            got=str(manifest.get("version"))[:80],
+            hint="another version of kdscale wrote it: delete the folder and run the stage `data` again",
+        )
+    try:
+        _StoreManifest.model_validate(manifest)
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, item["loc"])) for item in error.errors()[:8])
+        hint = "delete the folder and build it again"
+        raise DataError(f"{folder / 'manifest.json'} is damaged", got=f"wrong: {wrong}", hint=hint) from error
+    names = {f"{split}/{name}.bin" for split in SPLITS for name in ("tokens", *_COLUMNS)} | {"heldout/token_bytes.bin"}
+    for name in sorted({*names, *manifest["files"]}):
+        size, file = manifest["files"].get(name), safe_join(folder, name)
+        if size is None or not file.is_file() or file.stat().st_size != size:
+            raise DataError(f"{file} is damaged", expected=f"{size} bytes", hint="delete the folder and build it again")
+    return manifest
+
+
+class SplitWriter:
+    """Appends documents to one split's files. Only 20 bytes per document stay in memory."""
+
+    def __init__(self, folder: Path, dtype: str, keep_bytes: bool):
+        folder.mkdir()
+        self._folder, self._dtype = folder, dtype
+        self._tokens = (folder / "tokens.bin").open("wb")
+        self._token_bytes = (folder / "token_bytes.bin").open("wb") if keep_bytes else None
+        self._loss: _BitWriter | None = None
+        self._offsets, self._bytes = array("q", [0]), array("q")
+        self._labels, self._sources = array("H"), array("H")
+
+    def add(self, tokens_3T: np.ndarray, label: int, source: int) -> None:
+        """Append a document: ids, UTF-8 bytes of each token, and 1 where it is a label; int64 (3, T)."""
+        ids, sizes, is_label = tokens_3T
+        if self._loss is None and not is_label.all():
+            self._loss = _BitWriter(self._folder / LOSS_FILE, ones=self._offsets[-1])
+        if self._loss is not None:
+            self._loss.add(is_label.astype(bool))
+        self._tokens.write(ids.astype(self._dtype).tobytes())
+        if self._token_bytes is not None:
+            self._token_bytes.write(sizes.astype(np.uint32).tobytes())
+        self._offsets.append(self._offsets[-1] + ids.size)
+        self._bytes.append(int(sizes.sum()))
+        self._labels.append(label)
+        self._sources.append(source)
+
+    def close(self) -> dict[str, int]:
+        """Write what was kept in memory; returns the split's counts."""
+        self._tokens.close()
+        if self._token_bytes is not None:
+            self._token_bytes.close()
+        if self._loss is not None:
+            self._loss.close()
+        columns = (self._offsets, self._bytes, self._labels, self._sources)
+        for name, column in zip(_COLUMNS, columns, strict=True):
+            (self._folder / f"{name}.bin").write_bytes(column.tobytes())
+        return {"documents": len(self._bytes), "tokens": self._offsets[-1], "bytes": sum(self._bytes)}
+
+
+class _BitWriter:
+    """Writes one bit for each token, the first token in a byte's highest bit; `ones` tokens have theirs set already."""
+
+    def __init__(self, path: Path, ones: int):
+        self._file = path.open("wb")
+        whole, rest = divmod(ones, 8)
+        for start in range(0, whole, _MASK_BLOCK):
+            self._file.write(b"\xff" * min(_MASK_BLOCK, whole - start))
+        self._rest = np.ones(rest, bool)  # fewer than 8 bits
+
+    def add(self, bits: np.ndarray) -> None:
+        bits = np.concatenate((self._rest, bits))
+        whole = bits.size - bits.size % 8
+        self._file.write(np.packbits(bits[:whole]).tobytes())
+        self._rest = bits[whole:]
+
+    def close(self) -> None:
+        self._file.write(np.packbits(self._rest).tobytes())
+        self._file.close()
+
+
+def read_bits(packed: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Bits `start` to `end` of what was packed, as booleans."""
+    first = start // 8
+    return np.unpackbits(packed[first : -(-end // 8)])[start - 8 * first : end - 8 * first].astype(bool)
