@@ -20,7 +20,7 @@ def watchdog_seconds(cfg: Config) -> float:
         return settings.watchdog_seconds
     usual = _DEFAULT_SECONDS.get(resolve_device(cfg.runtime.device).type, 300.0)
     # a teacher on other machines has a limit of its own, whose error says more
-    return max(usual, settings.served.timeout + _MARGIN_SECONDS) if settings.teacher_placement == "served" else usual
+    return usual if settings.source_timeout is None else max(usual, settings.source_timeout + _MARGIN_SECONDS)
 
 
 def group_timeout(cfg: Config) -> timedelta | None:

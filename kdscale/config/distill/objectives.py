@@ -104,7 +104,7 @@ class TokenDivergenceConfig(ObjectiveConfig):
             return Needs(full=True)
         if self.targets == "sampled":
             return Needs(sampled=self.draws, temperature=self.temperature)
-        return Needs(top_k=self.top_k, temperature=self.temperature)
+        return Needs(top_k=self.top_k, temperature=self.temperature, mass=self.tail != "renormalised")
 
     @property
     def formula(self) -> str:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
 from kdscale.config.distill.targets import Needs, ServedConfig, Source, check_source, combined, source_of
 from kdscale.config.distill.zero import ZeroConfig
+from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import MOST, Count, Dtype, Few, Length, Seconds, Section
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 
@@ -41,6 +42,7 @@ class DistillConfig(Section):
     # chooses the source of targets (config.distill.targets.SOURCES) and where it keeps the teacher's weights
     teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
     served: ServedConfig = ServedConfig()
+    endpoint: EndpointConfig = EndpointConfig()  # for teacher_placement: endpoint
     tokens: Count = 1_000_000
     seq_len: Length = 512
     global_batch: Length = 8  # sequences a step, over all ranks
@@ -105,6 +107,8 @@ class DistillConfig(Section):
         check_source(self.teacher_placement, self.needs)
         if self.teacher_placement == "served" and not self.served.urls:
             raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
+        if self.teacher_placement == "endpoint" and (missing := self.endpoint.missing()):
+            raise ValueError(f"teacher_placement: endpoint needs endpoint.{' and endpoint.'.join(missing)}")
         return self
 
     @model_validator(mode="after")
@@ -156,6 +160,11 @@ class DistillConfig(Section):
         return source_of(self.teacher_placement)
 
     @property
+    def source_timeout(self) -> float | None:
+        """Seconds that targets from elsewhere may take; None where they are made in the training's own processes."""
+        return {"served": self.served.timeout, "endpoint": self.endpoint.timeout}.get(self.source.name)
+
+    @property
     def data_parallel(self) -> int:
         """Groups of ranks that each take sequences of their own."""
         return self.processes // (self.sequence_parallel * self.tensor_parallel)
@@ -170,8 +179,8 @@ DECISIVE_ZERO = ("gradient_dtype", "quantized_weights", "quantized_gradients")  
 
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {
-    "teacher_placement", "served", "processes", "sequence_parallel", "tensor_parallel", "micro_batch", "zero_stage",
-    "gradient_checkpointing", "validate_every", "validate_tokens", "checkpoint_every", "checkpoint_minutes",
-    "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds", "spikes", "profile", "peak_flops",
-    "zero",
+    "teacher_placement", "served", "endpoint", "processes", "sequence_parallel", "tensor_parallel", "micro_batch",
+    "zero_stage", "gradient_checkpointing", "validate_every", "validate_tokens", "checkpoint_every",
+    "checkpoint_minutes", "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds", "spikes",
+    "profile", "peak_flops", "zero",
 }  # fmt: skip

@@ -32,6 +32,8 @@ class Needs:
     full: bool = False  # the distribution over the whole vocabulary
     hidden_layers: Sequence[int] = ()  # hidden states after these layers
     attention_layers: Sequence[int] = ()  # attention of these layers
+    # the probability of all top K at that temperature; a source without it knows it at temperature 1 alone
+    mass: bool = True
 
     def missing_from(self, gives: Needs) -> str:
         """The parts needed here that a source with `gives` lacks, in words; "" when it gives all of them."""
@@ -40,6 +42,8 @@ class Needs:
             missing.append(f"the top {self.top_k} tokens (it gives {gives.top_k or 'none'})")
         if self.sampled > gives.sampled:
             missing.append(f"{self.sampled} sampled tokens (it gives {gives.sampled or 'none'})")
+        if self.top_k and self.mass and self.temperature != 1.0 and not gives.mass:
+            missing.append(f"the top K's mass at temperature {self.temperature:g} (tail: renormalised needs none)")
         if self.full and not gives.full:
             missing.append("the distribution over the whole vocabulary")
         for part, needed, given in (
@@ -76,6 +80,7 @@ def combined(needs: Iterable[Needs]) -> Needs:
         top_k=max((item.top_k for item in needs), default=0),
         sampled=max((item.sampled for item in needs), default=0),
         temperature=temperatures[0] if temperatures else 1.0,
+        mass=any(item.mass for item in needs if item.top_k),
         full=any(item.full for item in needs),
         hidden_layers=sorted({layer for item in needs for layer in item.hidden_layers}),
         attention_layers=sorted({layer for item in needs for layer in item.attention_layers}),
@@ -113,6 +118,14 @@ SOURCES: dict[str, Source] = {
             gives=Needs(top_k=4096),
             placements=("served",),
             open="kdscale.teacher.remote:open_served",
+            in_process=False,
+            same_on_all_ranks=False,
+        ),
+        Source(
+            name="endpoint",
+            gives=Needs(top_k=4096, mass=False),
+            placements=("endpoint",),
+            open="kdscale.teacher.endpoint:open_endpoint",
             in_process=False,
             same_on_all_ranks=False,
         ),

@@ -32,8 +32,10 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
 
 
 def check_token(config: Config, run: RunFolder) -> None:
-    """Raises ConfigError when targets come from a service and there is no token to ask it with."""
-    if config.distill.teacher_placement == "served":
+    """Raises ConfigError when targets come from a service and there is no token or key to ask it with."""
+    if config.distill.source.name == "endpoint":
+        config.distill.endpoint.key("distill.endpoint")
+    if config.distill.source.name == "served":
         from kdscale.teacher.remote import read_token
 
         read_token(config.distill.served.token_path(run.path))

@@ -118,6 +118,19 @@ def service(tiny_llama_dir: Path) -> Iterator[str]:
     thread.join()
 
 
+@pytest.fixture(scope="module")
+def endpoint(tiny_llama_dir: Path) -> Iterator[str]:
+    """The base_url of a running server that scores text with the tiny model, as vLLM does."""
+    import torch
+
+    from kdscale.models.loading import load_model
+    from tests.fake_endpoint import FakeEndpoint, scores_of, serving
+
+    model = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
+    with serving(FakeEndpoint(score=scores_of(model))) as running:
+        yield running.url
+
+
 _CHILD = """
 import os, sys, json
 from pathlib import Path

@@ -89,10 +89,15 @@ def same_weights(left: Any, right: Any) -> None:
         torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def placement_settings(placement: str, service: str, token_file: Path) -> dict[str, Any]:
+@pytest.fixture
+def placement_settings(service: str, endpoint: str, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    token_file = tmp_path / "token"
     token_file.write_text(TOKEN + "\n")
-    served = {"served": {"urls": [service], "token_file": str(token_file)}}
-    return {"teacher_placement": placement, **(served if placement == "served" else {})}
+    settings: dict[str, dict[str, Any]] = {
+        "served": {"served": {"urls": [service], "token_file": str(token_file)}},
+        "endpoint": {"endpoint": {"base_url": endpoint, "model": "tiny"}},
+    }
+    return lambda placement: {"teacher_placement": placement, **settings.get(placement, {})}
 
 
 def pairs() -> list[Any]:
@@ -113,12 +118,10 @@ def pairs() -> list[Any]:
 
 @pytest.mark.parametrize(("objective", "placement"), pairs())
 def test_every_objective_learns_from_every_source(
-    objective, placement, config, train, by_deepspeed, service, tmp_path, monkeypatch
+    objective, placement, config, train, by_deepspeed, placement_settings, tmp_path, monkeypatch
 ):
     """Killed and resumed on the way."""
-    cfg = config(
-        objectives=[objective], **placement_settings(placement, service, tmp_path / "token"), async_checkpoints=True
-    )
+    cfg = config(objectives=[objective], **placement_settings(placement), async_checkpoints=True)
     one_step = Trainer._one_step
     died = []
 
