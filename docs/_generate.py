@@ -50,8 +50,11 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInf
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, alone, in a list or as `Section | None`."""
-    for candidate in (annotation, *get_args(annotation)):
+    """The section that a field holds, alone, in a list or as `Section | None`; none where it may be a number too."""
+    alternatives = get_args(annotation)
+    if float in alternatives:
+        return None
+    for candidate in (annotation, *alternatives):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None

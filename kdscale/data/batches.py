@@ -50,6 +50,7 @@ class Batch:
     document_ids: list[int]  # of all rows, in order; a document on two rows appears twice
     text_bytes: int = 0  # UTF-8 bytes of the text of the labels; only eval_batches fills it in
     sequences: tuple[SequenceKey, ...] = ()  # of the rows, in order
+    step: int | None = None  # the optimiser step that trains on it, from 0; None: it is measured on
 
     @property
     def token_count(self) -> int:
@@ -141,7 +142,7 @@ class PackedLoader:
         per_rank = self._global // self._world
         first = step * self._global + self._rank * per_rank
         return [
-            self.stack(range(number, number + self._micro)).with_label_slice(*self._label_slice)
+            self.stack(range(number, number + self._micro), step).with_label_slice(*self._label_slice)
             for number in range(first, first + per_rank, self._micro)
         ]
 
@@ -160,10 +161,10 @@ class PackedLoader:
             )
         return out
 
-    def stack(self, numbers: Sequence[int]) -> Batch:
-        """One batch of the sequences with these numbers in the global order."""
+    def stack(self, numbers: Sequence[int], step: int | None = None) -> Batch:
+        """One batch of the sequences with these numbers in the global order, on which optimiser step `step` trains."""
         keys = [SequenceKey("train", number) for number in numbers]
-        batch = stack_sequences([self.sequence(number) for number in numbers], keys)
+        batch = stack_sequences([self.sequence(number) for number in numbers], keys, step=step)
         if self._choose_labels is None:
             return batch
         return replace(batch, labels_BS=self._choose_labels(batch.labels_BS, keys))
@@ -187,7 +188,10 @@ class PackedLoader:
 
 
 def stack_sequences(
-    sequences: Sequence[PackedSequence], keys: Sequence[SequenceKey] = (), text_bytes: int = 0
+    sequences: Sequence[PackedSequence],
+    keys: Sequence[SequenceKey] = (),
+    text_bytes: int = 0,
+    step: int | None = None,
 ) -> Batch:
     """One batch of these sequences, in their order."""
     return Batch(
@@ -198,4 +202,5 @@ def stack_sequences(
         document_ids=[document for s in sequences for document in s.document_ids],
         text_bytes=text_bytes,
         sequences=tuple(keys),
+        step=step,
     )

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from kdscale.config.distill.targets import combined
 from kdscale.config.root import Config
+from kdscale.distill.model_pair import model_pair
 from kdscale.distill.objectives.base import Objectives
 from kdscale.distill.parallel.checks import check_sequence_parallel, check_tensor_parallel
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.tensor_parallel import ModelSlices, load_sliced_model, tensor_group
 from kdscale.distill.parallel.zero3_loading import full_shape, load_zero3, zero3_materialiser
+from kdscale.distill.schedule import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.head import VocabShard
@@ -59,9 +62,13 @@ def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup
     group = tensor_group(settings.tensor_parallel) if settings.tensor_parallel > 1 else None
     sequence_slice = Mesh.of(settings).sequence_slice(group_timeout(cfg))
     options = {"dtype": setup.dtype, "device": setup.device, "trust_remote_code": trust}
+    pair = model_pair(teacher_dir, student_dir) if any(entry.matches_layers for entry in settings.objectives) else None
+    steps = total_steps(settings.tokens, settings.seq_len, settings.global_batch)
+    entries = [entry.settled(pair, steps) for entry in settings.objectives]
+    needs = combined(entry.needs for entry in entries)
     opened = open_source(
         SourceRequest(
-            cfg, settings.needs, teacher_dir, run_dir, setup.dtype, setup.device, sequence_slice,
+            cfg, needs, teacher_dir, run_dir, setup.dtype, setup.device, sequence_slice,
             load_split=None if group is None else _split_loader(group, options),
         )
     )  # fmt: skip
@@ -73,10 +80,12 @@ def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup
     sequence_slice.prepare(student)
     student = student.requires_grad_(True).train()
     source, shard = opened.start(vocab_size), slices.head if slices else None
-    if missing := settings.needs.missing_from(source.gives):
+    if missing := needs.missing_from(source.gives):
         placement = f"distill.teacher_placement: {settings.teacher_placement}"
         raise ConfigError(placement, expected=f"a source that gives {missing}", got=source.gives.in_words())
-    module = StudentModule(student, Objectives(settings.objectives), vocab_size, shard, sequence_slice)
+    objectives = Objectives(entries, pair)
+    objectives.modules.to(setup.device, setup.dtype)
+    module = StudentModule(student, objectives, vocab_size, shard, sequence_slice)
     return Models(source, module, slices, opened.choose_labels)
 
 

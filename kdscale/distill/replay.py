@@ -174,9 +174,9 @@ def _sequence_losses(trainer: Trainer, step: int) -> list[dict[str, Any]]:
     out = []
     trainer.engine.eval()
     for about in trainer.loader.describe(step - 1):
-        micro_batch = to_device(trainer.loader.stack([about["number"]]), trainer.device)
+        micro_batch = to_device(trainer.loader.stack([about["number"]], step - 1), trainer.device)
         _, figures = trainer.engine(micro_batch, trainer.source.targets(micro_batch))
-        means = trainer.objectives.means([about["labels"], 1.0, *figures.tolist()])
+        means = trainer.objectives.means([about["labels"], 1.0, *figures.tolist()], step - 1)
         out.append({**about, **{name: _finite_or_none(means[name]) for name in trainer.objectives.columns}})
     trainer.engine.train()
     return out
@@ -192,7 +192,7 @@ def _run_step(session: Session, step: int, groups: Mapping[str, str]) -> dict[st
     ).tolist()
     norms = _gradient_norms(session.student.model, groups)
     return {
-        **{name: _finite_or_none(value) for name, value in trainer.objectives.means(totals).items()},
+        **{name: _finite_or_none(value) for name, value in trainer.objectives.means(totals, step - 1).items()},
         "labels": int(totals[0]),
         "grad_norm": _finite_or_none(math.sqrt(sum(norm * norm for norm in norms.values()))),
         "gradient_clipping": trainer.cfg.optimizer.gradient_clipping,

@@ -6,6 +6,7 @@ B sequences, S positions, P positions of this rank, N valid positions, H hidden 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kdscale.distill.objectives.base import COUNTS, Objectives, StudentOutput
 from kdscale.distill.telemetry.clock import Clock
 from kdscale.models.documents import Documents
 from kdscale.models.head import VocabShard, head_of
+from kdscale.models.layer_records import LayerReader
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.runtime.device import put_on
 from kdscale.runtime.ranks import all_reduce_sum, world_size
@@ -36,7 +38,7 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
     tensors = [batch.input_ids_BS, batch.position_ids_BS, rows_N, labels_M[rows_N]]
     ids_BS, position_ids_BS, rows_N, labels_N = (tensor.to(device, non_blocking=True) for tensor in tensors)
     documents = Documents.of(batch.position_ids_BS).to(device)
-    return MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences, documents, tags_N)
+    return MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences, documents, tags_N, batch.step)
 
 
 class StudentModule(nn.Module):
@@ -56,20 +58,27 @@ class StudentModule(nn.Module):
     ):
         super().__init__()
         self.model, self.objectives = model, objectives
+        self.objective_modules = objectives.modules
+        self._layers = LayerReader(model, objectives.layers)
         self._vocab_size, self._shard, self._sequence_slice = vocab_size, shard, sequence_slice or SequenceSlice()
         self.at_hidden: Callable[[], None] = lambda: None  # called between the last hidden state and the losses
 
     def forward(self, batch: MicroBatch, targets: Targets) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """(summed loss of each objective, their figures [F]); see Objectives."""
+        records = self._layers.records()
         hidden_BPH, own_N = self._sequence_slice.hidden(
-            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N, batch.documents
+            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N, batch.documents, records
         )
         self.at_hidden()
         head = head_of(self.model)
         if batch.rows == 0:
-            return self.objectives.of_nothing((hidden_BPH.sum() + head.weight_VH.sum()).float() * 0.0)
+            zero = (hidden_BPH.sum() + head.weight_VH.sum()).float() * 0.0
+            return self.objectives.of_nothing(zero + self.objectives.idle(hidden_BPH))
         hidden_NH = hidden_BPH.reshape(-1, hidden_BPH.shape[-1]).index_select(0, own_N)
-        return self.objectives(StudentOutput(hidden_NH, head, self._vocab_size, self._shard), targets, batch)
+        student = StudentOutput(hidden_NH, head, self._vocab_size, self._shard)
+        if records is not None:
+            student = replace(student, layers_NH=records.layers_NH, attention=records.attention)
+        return self.objectives(student, targets, batch)
 
 
 def train_step(
@@ -113,7 +122,7 @@ def train_step(
         clock.mark("teacher")
         enter("student")
         losses, figures = engine(micro_batch, targets)
-        loss_sum = objectives.weighted(losses, tokens_per_sequence)
+        loss_sum = objectives.weighted(losses, tokens_per_sequence, batch.step)
         totals[len(COUNTS) : figures_end] += figures
         totals[figures_end + number] = loss_sum.detach()
         clock.mark("loss")

@@ -164,7 +164,8 @@ class Trainer:
         facts = StepFacts(
             step=step,
             lr=lr,
-            means=self.objectives.means(sums.figures),
+            means=self.objectives.means(sums.figures, step),
+            scheduled=self.objectives.scheduled(step),
             grad_norm=sums.grad_norm,
             labels=int(sums.figures[0]),
             skipped=skipped,
@@ -227,7 +228,7 @@ class Trainer:
                 enter("diagnosis")
                 micro_batch = to_device(batch, self.device)
                 losses, _ = self.engine(micro_batch, self.source.targets(micro_batch))
-                loss_sum = self.objectives.weighted(losses, torch.ones((), device=self.device))
+                loss_sum = self.objectives.weighted(losses, torch.ones((), device=self.device), batch.step)
                 finite_loss = finite_loss and math.isfinite(float(loss_sum.detach()))
                 self.engine.backward(loss_sum, scale_wrt_gas=False)
                 if number + 1 < len(batches):  # at the last one a step would throw the gradients away

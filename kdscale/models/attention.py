@@ -9,8 +9,9 @@ B sequences, S positions, T = B·S, A query heads, G key-value heads, D head siz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,16 @@ class Exchange(Protocol):
     def heads(self, x_BAPD: Tensor, /) -> Tensor: ...
 
     def positions(self, x_BASD: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """What the attention of one layer reads, of all T positions: queries [T, A, D], keys and values [T, G, D]."""
+
+    query_TAD: Tensor
+    key_TGD: Tensor
+    value_TGD: Tensor
+    kind: AttentionKind
 
 
 def attend_within_documents(model: Any) -> bool:
@@ -99,11 +110,13 @@ def attend(
     softcap: float | None = None,
     documents: Documents | None = None,
     ulysses: Exchange | None = None,
+    record: Callable[[torch.nn.Module, AttentionRows], None] | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: [B, S, A, D], each query within its document and `sliding_window`.
 
-    With `ulysses` the arguments are this rank's positions, and `documents` are of whole sequences.
+    With `ulysses` the arguments are this rank's positions, and `documents` are of whole sequences. `record` is told
+    what the layer reads.
     """
     _check(module, attention_mask, documents, other)
     assert documents is not None
@@ -112,7 +125,10 @@ def attend(
     batch, _, length, head_dim = query_BASD.shape
     kind = AttentionKind(head_dim**-0.5 if scaling is None else scaling, sliding_window, softcap, dropout)
     backend = choose(query_BASD.device, query_BASD.dtype, head_dim, softcap, dropout > 0).backend
-    out_TAD = backend.attend(_rows(query_BASD), _rows(key_BGSD), _rows(value_BGSD), documents, kind)
+    rows = AttentionRows(_rows(query_BASD), _rows(key_BGSD), _rows(value_BGSD), kind)
+    if record is not None:
+        record(module, rows)
+    out_TAD = backend.attend(rows.query_TAD, rows.key_TGD, rows.value_TGD, documents, kind)
     out_BSAD = out_TAD.unflatten(0, (batch, length))
     return (out_BSAD if ulysses is None else ulysses.positions(out_BSAD.transpose(1, 2))).contiguous(), None
 

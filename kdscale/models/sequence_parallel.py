@@ -12,6 +12,7 @@ label.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from kdscale.errors import ConfigError
 from kdscale.models.attention import attend_within_documents
 from kdscale.models.documents import Documents
 from kdscale.models.head import final_hidden
+from kdscale.models.layer_records import LayerRecords
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,24 @@ class SequenceSlice:
         position_ids_BS: torch.Tensor,
         rows_N: torch.Tensor,
         documents: Documents | None = None,
+        records: LayerRecords | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states [B, P, H] of this rank's positions, and `rows_N` as flat positions among them.
 
-        The arguments are whole sequences and flat positions in them, of which `rows_N` must be this rank's. A
-        collective call.
+        The arguments are whole sequences and flat positions in them, of which `rows_N` must be this rank's. `records`
+        take what they want of this forward. A collective call.
         """
-        if self.ranks == 1:
-            return final_hidden(model, input_ids_BS, position_ids_BS, documents), rows_N
-        length = input_ids_BS.shape[1]
-        own = length // self.ranks
-        cut = slice(self.rank * own, (self.rank + 1) * own)
-        documents = documents or Documents.of(position_ids_BS).to(input_ids_BS.device)
-        exchange = Exchange(self.group, self.ranks)
-        hidden_BPH = final_hidden(model, input_ids_BS[:, cut], position_ids_BS[:, cut], documents, ulysses=exchange)
-        return hidden_BPH, rows_N // length * own + rows_N % length - self.rank * own
+        own_N, more = rows_N, dict[str, Any]()
+        if self.ranks > 1:
+            length = input_ids_BS.shape[1]
+            own = length // self.ranks
+            cut = slice(self.rank * own, (self.rank + 1) * own)
+            documents = documents or Documents.of(position_ids_BS).to(input_ids_BS.device)
+            input_ids_BS, position_ids_BS = input_ids_BS[:, cut], position_ids_BS[:, cut]
+            own_N = rows_N // length * own + rows_N % length - self.rank * own
+            more = {"ulysses": Exchange(self.group, self.ranks)}
+        with records.of_forward(own_N) if records is not None else nullcontext(dict[str, Any]()) as recording:
+            return final_hidden(model, input_ids_BS, position_ids_BS, documents, **more, **recording), own_N
 
 
 class Exchange:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kdscale.errors import ConfigError
 from kdscale.families import Family, TensorSpec
+from kdscale.runs.importance_scores import ROTATION
 from kdscale.weights import Checkpoint
 from kdscale.weights.header import TensorEntry
 
@@ -31,7 +32,6 @@ from kdscale.weights.header import TensorEntry
 _NORM_BEFORE = dict.fromkeys(("q", "k", "v", "qkv"), "attn_norm") | {"head": "final_norm"}
 _NORMS = ("attn_norm", "ffn_norm", "final_norm")
 
-ROTATION = "hidden.rotation"  # R among the importance scores
 _BLOCK_ROWS = 8192  # of a tensor that are in fp64 at a time
 
 

@@ -17,6 +17,7 @@ from kdscale.errors import CheckpointError
 from kdscale.files import atomic_path, read_json, write_json
 
 SCORES_FILE, SUMMARY_FILE = "scores.safetensors", "scores.json"
+ROTATION = "hidden.rotation"  # among the scores: [D, D], of the hidden axis (prune/rotation.py)
 
 
 class ImportanceScores(dict[str, NDArray[np.float32]]):

@@ -57,7 +57,7 @@ class EndpointTeacher:
         self._top_k = min(gives.top_k, vocab_size)
         key = endpoint.key(SECTION)
         client = make_client(endpoint.base_url, key, endpoint.timeout, through_proxy=not endpoint.on_this_machine)
-        self._services = Services(
+        self._services = Services[bytes](
             [client], lambda client, body: _post(client, body, self._top_k), lambda answer: _refused(answer, key),
             section=SECTION, timeout=endpoint.timeout, hint=f"check the server at {endpoint.base_url}",
         )  # fmt: skip
@@ -81,7 +81,7 @@ class EndpointTeacher:
             # documents and their rows are in order, and so are the batch's rows
             ids_NK[:] = torch.tensor([[token for token, _ in row] for row in entries])
             logits_NK[:] = torch.tensor([[logprob for _, logprob in row] for row in entries])
-        temperature = self.gives.temperature
+        temperature = self.gives.temperature_at(batch.step)
         lse_N = torch.zeros(batch.rows) if temperature == 1.0 else (logits_NK / temperature).logsumexp(1)
         ids_NK, logits_NK, lse_N = (tensor.to(batch.rows_N.device) for tensor in (ids_NK, logits_NK, lse_N))
         return Targets(rows=batch.rows, top_k=TopKTargets(ids_NK, logits_NK, lse_N, temperature, self._vocab_size))

@@ -9,8 +9,10 @@ from typing import Any, cast
 
 import torch
 
+from kdscale.config.distill.objectives import LayersRead
 from kdscale.config.distill.targets import Needs
 from kdscale.models.head import OutputHead, VocabShard
+from kdscale.models.layer_records import LayerReader
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.teacher.placement.placed import PlacedTeacher, Placement, ReplicatedTeacher, place_teacher
 from kdscale.teacher.sampling import draw, uniforms_of
@@ -41,6 +43,7 @@ class OnlineTeacher:
         self.model, self.gives, self._seed = placed.model, gives, seed
         self._placed, self._vocab_size = placed, vocab_size
         self._shard, self._sequence_slice = shard, sequence_slice or SequenceSlice()
+        self._layers = LayerReader(self.model, LayersRead(tuple(gives.hidden_layers), tuple(gives.attention_layers)))
 
     def prefetch(self, batch: MicroBatch) -> None:
         """Do nothing: the same device trains the student."""
@@ -51,20 +54,23 @@ class OnlineTeacher:
     @torch.no_grad()
     def targets(self, batch: MicroBatch) -> Targets:
         """The targets of the batch's rows; no other position reaches the head."""
+        records = self._layers.records()
         hidden_BPH, own_N = self._sequence_slice.hidden(
-            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N, batch.documents
+            self.model, batch.input_ids_BS, batch.position_ids_BS, batch.rows_N, batch.documents, records
         )
         hidden_NH = hidden_BPH.reshape(-1, hidden_BPH.shape[-1]).index_select(0, own_N)
         with self._placed.head() as head:
             return Targets(
                 rows=batch.rows,
-                top_k=self._top_k(hidden_NH, head) if self.gives.top_k else None,
+                top_k=self._top_k(hidden_NH, head, batch.step) if self.gives.top_k else None,
                 sampled=self._sampled(hidden_NH, head, batch) if self.gives.sampled else None,
                 full=FullTargets(hidden_NH, head.detached()) if self.gives.full else None,
+                hidden_NG=records.layers_NH if records else {},
+                attention=records.attention if records else {},
             )
 
-    def _top_k(self, hidden_NH: torch.Tensor, head: OutputHead) -> TopKTargets:
-        temperature, count = self.gives.temperature, min(self.gives.top_k, self._vocab_size)
+    def _top_k(self, hidden_NH: torch.Tensor, head: OutputHead, step: int | None) -> TopKTargets:
+        temperature, count = self.gives.temperature_at(step), min(self.gives.top_k, self._vocab_size)
         options: dict[str, Any] = {
             "temperature": temperature, "softcap": head.softcap, "vocab_size": self._vocab_size
         }  # fmt: skip
@@ -79,9 +85,8 @@ class OnlineTeacher:
     def _sampled(self, hidden_NH: torch.Tensor, head: OutputHead, batch: MicroBatch) -> SampledTargets:
         length = batch.input_ids_BS.shape[1]
         uniforms_ND = uniforms_of(batch.sequences, length, batch.rows_N, self.gives.sampled, self._seed)
-        return draw(
-            hidden_NH, head, uniforms_ND, temperature=self.gives.temperature, vocab_size=self._vocab_size
-        )  # fmt: skip
+        temperature = self.gives.temperature_at(batch.step)
+        return draw(hidden_NH, head, uniforms_ND, temperature=temperature, vocab_size=self._vocab_size)
 
 
 def open_online(request: SourceRequest) -> OpenedSource:

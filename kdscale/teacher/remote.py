@@ -39,11 +39,10 @@ class ServedTeacher:
     ):
         """See Services for `timeout` and `first`."""
         self.model, self.gives = nn.Module(), gives  # no layers to search for a NaN
-        top_k = min(gives.top_k, vocab_size)
-        self._asked: dict[str, Any] = {"top_k": top_k, "temperature": gives.temperature, "vocab_size": vocab_size}
-        self._services = Services(
+        self._top_k, self._vocab_size = min(gives.top_k, vocab_size), vocab_size
+        self._services = Services[tuple[bytes, float]](
             [make_client(url, token, timeout) for url in urls],
-            lambda client, body: client.post("/targets", params=self._asked, content=body),
+            lambda client, question: client.post("/targets", params=self._asked(question[1]), content=question[0]),
             _refused,
             section="distill.served", timeout=timeout, first=first,
             hint="check that kdscale serve-teacher still runs there",
@@ -52,21 +51,26 @@ class ServedTeacher:
     def prefetch(self, batch: MicroBatch) -> None:
         """Ask now for targets that will be needed later."""
         if batch.rows:
-            self._services.ask_ahead(_question(batch))
+            self._services.ask_ahead((_question(batch), self.gives.temperature_at(batch.step)))
 
     def targets(self, batch: MicroBatch) -> Targets:
         """Targets of the batch's rows, on their device. Raises LostRankError when no service answers."""
-        device, temperature, vocab_size = batch.rows_N.device, self._asked["temperature"], self._asked["vocab_size"]
+        device, vocab_size = batch.rows_N.device, self._vocab_size
+        temperature = self.gives.temperature_at(batch.step)
         if batch.rows == 0:
-            none_NK = torch.empty(0, self._asked["top_k"], device=device)
+            none_NK = torch.empty(0, self._top_k, device=device)
             return Targets(rows=0, top_k=TopKTargets(none_NK.long(), none_NK, none_NK[:, 0], temperature, vocab_size))
-        sent = decode_targets(self._services.answer(_question(batch)), rows=batch.rows, **self._asked)
+        answer = self._services.answer((_question(batch), temperature))
+        sent = decode_targets(answer, rows=batch.rows, **self._asked(temperature))
         ids_NK, logits_NK, lse_N = (t.to(device) for t in (sent.ids_NK, sent.logits_NK, sent.lse_N))
         return Targets(rows=batch.rows, top_k=TopKTargets(ids_NK, logits_NK, lse_N, temperature, vocab_size))
 
     def close(self) -> None:
         """Cancel the questions that nobody waits for, and close the connections."""
         self._services.close()
+
+    def _asked(self, temperature: float) -> dict[str, Any]:
+        return {"top_k": self._top_k, "temperature": temperature, "vocab_size": self._vocab_size}
 
 
 def _question(batch: MicroBatch) -> bytes:

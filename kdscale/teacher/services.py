@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kdscale.errors import KdscaleError, LostRankError, ServiceError
 
 if TYPE_CHECKING:
     import httpx
+
+Question = TypeVar("Question", bound=Hashable)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between rounds over all services
 _CONNECT_SECONDS = 5.0
@@ -20,7 +22,7 @@ _OF_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")
 _NOT_NOW = (408, 425, 429)  # status codes below 500 after which the same question may be answered later
 
 
-class Services:
+class Services(Generic[Question]):
     """Services of which each gives the same answers.
 
     `send` asks one of them a question and may raise httpx's TransportError; its answer's content is what `answer`
@@ -31,7 +33,7 @@ class Services:
     def __init__(
         self,
         clients: Sequence[httpx.Client],
-        send: Callable[[httpx.Client, bytes], httpx.Response],
+        send: Callable[[httpx.Client, Question], httpx.Response],
         refused: Callable[[httpx.Response], KdscaleError],
         *,
         section: str,
@@ -44,14 +46,14 @@ class Services:
         self._section, self._timeout, self._hint = section, timeout, hint
         self._turn = itertools.count(first)
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="teacher")
-        self._under_way: dict[bytes, Future[bytes]] = {}
+        self._under_way: dict[Question, Future[bytes]] = {}
 
-    def ask_ahead(self, question: bytes) -> None:
+    def ask_ahead(self, question: Question) -> None:
         """Ask now what will be needed later."""
         if question not in self._under_way:
             self._under_way[question] = self._pool.submit(self._ask, question)
 
-    def answer(self, question: bytes) -> bytes:
+    def answer(self, question: Question) -> bytes:
         """The content of the answer. Raises LostRankError when no service answers, and what `refused` makes."""
         coming = self._under_way.pop(question, None)
         return self._ask(question) if coming is None else coming.result()
@@ -62,7 +64,7 @@ class Services:
         for client in self._clients:
             client.close()
 
-    def _ask(self, question: bytes) -> bytes:
+    def _ask(self, question: Question) -> bytes:
         import httpx
 
         deadline, pause, failure = time.monotonic() + self._timeout, _FIRST_PAUSE, ""

@@ -30,6 +30,7 @@ class MicroBatch:
     `sequences` says which sequences these are, by split ("train", "heldout") and number: the key of stored targets.
     `documents` are where the positions say; found there (waiting for the device) where the maker leaves them out.
     `tags_N` (int64, on the CPU) numbers the tag of each row's source in the token store's list of tags.
+    `step`: the optimiser step that trains on them, for settings that follow a schedule; None: these are at their end.
     """
 
     input_ids_BS: torch.Tensor
@@ -39,6 +40,7 @@ class MicroBatch:
     sequences: tuple[tuple[str, int], ...] = ()
     documents: Documents | None = None
     tags_N: torch.Tensor | None = None
+    step: int | None = None
 
     @property
     def rows(self) -> int:

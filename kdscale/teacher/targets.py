@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kdscale.errors import CheckpointError
+from kdscale.models.attention import AttentionRows
 from kdscale.models.head import OutputHead
 
 
@@ -70,7 +71,8 @@ class FullTargets:
 class Targets:
     """The parts of the targets of `rows` rows that were asked for; what was not is None or empty.
 
-    `hidden_NG` has the hidden states after a teacher's layer, `attention` its attention, by layer.
+    `hidden_NG` has the hidden states of the rows after a teacher's layer (EMBEDDINGS: those that enter layer 0),
+    `attention` what the attention of a layer reads of all positions, by layer.
     """
 
     rows: int
@@ -78,14 +80,15 @@ class Targets:
     sampled: SampledTargets | None = None
     full: FullTargets | None = None
     hidden_NG: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    attention: Mapping[int, AttentionRows] = field(default_factory=dict)
 
     def probe(self) -> torch.Tensor:
         """A scalar (fp32) that is finite only if every part of the targets is."""
         parts = [self.top_k.lse_N] if self.top_k is not None else []
         parts += [self.sampled.weights_NK] if self.sampled is not None else []
         parts += [self.full.hidden_NG] if self.full is not None else []
-        parts += [*self.hidden_NG.values(), *self.attention.values()]
+        parts += self.hidden_NG.values()
+        parts += [part for rows in self.attention.values() for part in (rows.query_TAD, rows.key_TGD, rows.value_TGD)]
         sums = [part.sum(dtype=torch.float32) for part in parts]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else torch.zeros(())
 

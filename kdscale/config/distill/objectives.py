@@ -6,13 +6,18 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from kdscale.config.distill.schedules import Between, Schedule
 from kdscale.config.distill.targets import Needs
 from kdscale.config.fields import Length, Section
 from kdscale_kernels.divergence import DIVERGENCES, Divergence
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,30 @@ class Term:
         return f"{self.title} " + (f"{100 * mean:.1f} %" if self.unit == "fraction" else f"{mean:.2f}")
 
 
+@dataclass(frozen=True)
+class LayersRead:
+    """Layers of one model, from 0, whose hidden states or attention are read; EMBEDDINGS: what enters layer 0."""
+
+    hidden: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """The sizes of teacher and student, and what pruning kept, where that is known.
+
+    `kept_layers`: the teacher's layer that each of the student's was. `basis_HG`: each channel of the student's hidden
+    states as a direction in the teacher's, orthonormal rows.
+    """
+
+    teacher_layers: int
+    student_layers: int
+    teacher_hidden: int
+    student_hidden: int
+    kept_layers: tuple[int, ...] | None = None
+    basis_HG: NDArray[Any] | None = None
+
+
 LOSS = Term("loss", "loss", "nats")  # the weighted sum of all objectives; every run logs it
 
 
@@ -44,14 +73,35 @@ class ObjectiveConfig(Section):
     terms: ClassVar[tuple[Term, ...]]  # what it reports beside its loss, in this order
     count: ClassVar[Literal["tokens", "sequences"]] = "tokens"  # its loss is a mean over these
     reads_head_shards: ClassVar[bool] = False  # works where tensor-parallel ranks share the student's head
+    matches_layers: ClassVar[bool] = False  # has to know the layers and sizes of both models (ModelPair)
 
     name: str
-    weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0  # in the sum of all objectives
+    # in the sum of all objectives
+    weight: Annotated[float | Schedule, Between(0.0, 1e6, above=True)] = 1.0
 
     @property
     def needs(self) -> Needs:
         """The parts of the teacher's targets that it reads."""
         return Needs()
+
+    @property
+    def student_layers(self) -> LayersRead:
+        """The student's layers that it reads."""
+        return LayersRead()
+
+    def settled(self, models: ModelPair | None, steps: int) -> ObjectiveConfig:
+        """The entry for a run of `steps` steps with these models: schedules in steps, and what else depends on them."""
+        return self.model_copy(
+            update={name: value.in_steps(steps) for name, value in self if isinstance(value, Schedule)}
+        )
+
+    def build(self, models: ModelPair | None) -> Any:
+        """Its implementation, from the settled entry. Raises ConfigError for models that it cannot match."""
+        return resolve_name(self.implementation)(self)
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """What of its settings follows a schedule, at optimiser step `step`, by the names of the log's columns."""
+        return {f"{self.name}_{name}": value.at(step) for name, value in self if isinstance(value, Schedule)}
 
     @property
     def formula(self) -> str:
@@ -77,8 +127,8 @@ class TokenDivergenceConfig(ObjectiveConfig):
     divergence: str = "forward_kl"  # a row of kdscale_kernels.DIVERGENCES
     # its β or s; None: the default of that row
     divergence_parameter: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    temperature: Annotated[float, Field(gt=1e-3, le=1e3)] = 1.0
+    ce_weight: Annotated[float | Schedule, Between(0.0, 1.0)] = 0.0
+    temperature: Annotated[float | Schedule, Between(1e-3, 1e3, above=True)] = 1.0
     top_k: Length = 64
     draws: Annotated[int, Field(ge=1, le=4096)] = 50  # of targets: sampled
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
@@ -114,7 +164,10 @@ class TokenDivergenceConfig(ObjectiveConfig):
             "sampled": f"{self.draws} tokens sampled from the teacher",
             "full": "whole vocabulary",
         }[self.targets]
-        parts = f"{self.ce_weight:g}·CE + {1 - self.ce_weight:g}·T²·{self.divergence}"
+        if isinstance(self.ce_weight, Schedule):
+            parts = f"α·CE + (1−α)·T²·{self.divergence}, α = {self.ce_weight}"
+        else:
+            parts = f"{self.ce_weight:g}·CE + {1 - self.ce_weight:g}·T²·{self.divergence}"
         return f"{parts}, T = {self.temperature:g}, {listed}"
 
 

@@ -10,30 +10,39 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from kdscale.config.distill.schedules import Schedule, at
 from kdscale.config.fields import Section
 from kdscale_launch.environment import without_credentials
 
 TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file says nothing else
 
 ANY_NUMBER = sys.maxsize  # of top-K entries: as many as are asked for
-ALL_LAYERS = range(sys.maxsize)
+EMBEDDINGS = -1  # the layer whose hidden states are those that enter layer 0
+ALL_LAYERS = range(EMBEDDINGS, sys.maxsize)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """Parts of the targets: those that an objective needs, or those that a source gives.
 
-    Layers are the teacher's, counted from 0.
+    Layers are the teacher's, counted from 0. An objective that chooses its layers when the models are known needs
+    layer 0 until then.
     """
 
     top_k: int = 0  # most likely tokens per position; of a source: the most it gives
     sampled: int = 0  # tokens drawn from the teacher per position; of a source: the most it draws
-    temperature: float = 1.0  # of the top K's log-sum-exp and of the draws; a source gives any
+    # of the top K's log-sum-exp and of the draws; None, of a source: any, also one that follows a schedule
+    temperature: float | Schedule | None = 1.0
     full: bool = False  # the distribution over the whole vocabulary
     hidden_layers: Sequence[int] = ()  # hidden states after these layers
     attention_layers: Sequence[int] = ()  # attention of these layers
     # the probability of all top K at that temperature; a source without it knows it at temperature 1 alone
     mass: bool = True
+
+    def temperature_at(self, step: int | None) -> float:
+        """The temperature of the top K at optimiser step `step`; None: at the end of its schedule."""
+        assert self.temperature is not None
+        return at(self.temperature, step)
 
     def missing_from(self, gives: Needs) -> str:
         """The parts needed here that a source with `gives` lacks, in words; "" when it gives all of them."""
@@ -44,6 +53,9 @@ class Needs:
             missing.append(f"{self.sampled} sampled tokens (it gives {gives.sampled or 'none'})")
         if self.top_k and self.mass and self.temperature != 1.0 and not gives.mass:
             missing.append(f"the top K's mass at temperature {self.temperature:g} (tail: renormalised needs none)")
+        sparse = (self.top_k and gives.top_k) or (self.sampled and gives.sampled)
+        if sparse and gives.temperature not in (None, self.temperature):
+            missing.append(f"targets at temperature {self.temperature} (it has those at {gives.temperature})")
         if self.full and not gives.full:
             missing.append("the distribution over the whole vocabulary")
         for part, needed, given in (
@@ -70,11 +82,11 @@ class Needs:
 def combined(needs: Iterable[Needs]) -> Needs:
     """What satisfies all of `needs`. Raises ValueError when their sparse targets have different temperatures."""
     needs = list(needs)
-    temperatures = sorted({item.temperature for item in needs if item.top_k or item.sampled})
+    temperatures = list(dict.fromkeys(item.temperature for item in needs if item.top_k or item.sampled))
     if len(temperatures) > 1:
         raise ValueError(
             "objectives: those on the teacher's top K or on sampled tokens must have one temperature, got "
-            + " and ".join(map(str, temperatures))
+            + " and ".join(sorted(map(str, temperatures)))
         )
     return Needs(
         top_k=max((item.top_k for item in needs), default=0),
@@ -108,14 +120,21 @@ SOURCES: dict[str, Source] = {
     for row in (
         Source(
             name="online",
-            gives=Needs(top_k=ANY_NUMBER, sampled=ANY_NUMBER, full=True),
+            gives=Needs(
+                top_k=ANY_NUMBER,
+                sampled=ANY_NUMBER,
+                temperature=None,
+                full=True,
+                hidden_layers=ALL_LAYERS,
+                attention_layers=ALL_LAYERS,
+            ),
             # all weights on every rank; a slice on each rank; once in each host's memory
             placements=("replicated", "partitioned", "offloaded"),
             open="kdscale.teacher.online:open_online",
         ),
         Source(
             name="served",
-            gives=Needs(top_k=4096),
+            gives=Needs(top_k=4096, temperature=None),
             placements=("served",),
             open="kdscale.teacher.remote:open_served",
             in_process=False,
@@ -123,7 +142,7 @@ SOURCES: dict[str, Source] = {
         ),
         Source(
             name="endpoint",
-            gives=Needs(top_k=4096, mass=False),
+            gives=Needs(top_k=4096, temperature=None, mass=False),
             placements=("endpoint",),
             open="kdscale.teacher.endpoint:open_endpoint",
             in_process=False,

@@ -6,14 +6,16 @@ N rows (valid positions), H student's hidden size, V vocabulary, F figures that 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pkgutil import resolve_name
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from kdscale.config.distill.objectives import LOSS, ObjectiveConfig, log_columns
+from kdscale.config.distill.objectives import LOSS, LayersRead, ModelPair, ObjectiveConfig, log_columns
+from kdscale.config.distill.schedules import at
+from kdscale.models.attention import AttentionRows
 from kdscale.models.head import OutputHead, VocabShard
 from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.targets import Targets
@@ -26,17 +28,24 @@ class StudentOutput:
     """The student's side of a micro-batch: final hidden states of the rows, and the head that reads them.
 
     `vocab_size` is how many rows of the head the teacher knows too. `shard`: the part of the head that this rank has,
-    where tensor-parallel ranks share it.
+    where tensor-parallel ranks share it. `layers_NH` and `attention` have what the objectives read of layers, by the
+    layer's number, as Targets has the teacher's.
     """
 
     hidden_NH: torch.Tensor
     head: OutputHead
     vocab_size: int
     shard: VocabShard | None = None
+    layers_NH: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    attention: Mapping[int, AttentionRows] = field(default_factory=dict)
 
 
 class Objective(Protocol):
-    """One loss; made from its entry in distill.objectives, which has its name, needs, terms and count."""
+    """One loss; made from its entry in distill.objectives, which has its name, needs, terms and count.
+
+    One that is an nn.Module too has parameters, which are trained with the student and left out of its export; `idle`
+    of it, from the student's final hidden states, is a zero that depends on all of them.
+    """
 
     def __call__(
         self, student: StudentOutput, targets: Targets, batch: MicroBatch
@@ -50,15 +59,32 @@ class Objective(Protocol):
 class Objectives:
     """The objectives of a run: computed together, weighted, and read back as means by the names of the log's columns.
 
-    `figures` vectors hold, for each objective, its loss and then its terms. Raises ConfigError when an objective cannot
-    be had.
+    `entries` are settled, for the `models` of the run. `figures` vectors hold, for each objective, its loss and then
+    its terms. `step`, where a method takes it, is the optimiser step whose weights count; None: those at the end of all
+    schedules. Raises ConfigError when an objective cannot be had.
     """
 
-    def __init__(self, entries: Sequence[ObjectiveConfig]):
+    def __init__(self, entries: Sequence[ObjectiveConfig], models: ModelPair | None = None):
         self.entries = tuple(entries)
         self.columns = [term.name for term in log_columns(entries)]
         self.width = sum(1 + len(entry.terms) for entry in entries)
-        self._objectives: list[Objective] = [resolve_name(entry.implementation)(entry) for entry in entries]
+        self._objectives: list[Objective] = [entry.build(models) for entry in entries]
+        self.modules = nn.ModuleDict(
+            {
+                entry.name: objective
+                for entry, objective in zip(entries, self._objectives, strict=True)
+                if isinstance(objective, nn.Module)
+            }
+        )
+
+    @property
+    def layers(self) -> LayersRead:
+        """The student's layers that any of them reads."""
+        read = [entry.student_layers for entry in self.entries]
+        return LayersRead(
+            tuple(sorted({layer for layers in read for layer in layers.hidden})),
+            tuple(sorted({layer for layers in read for layer in layers.attention})),
+        )
 
     def __call__(
         self, student: StudentOutput, targets: Targets, batch: MicroBatch
@@ -71,20 +97,34 @@ class Objectives:
             figures += [loss.detach().float().reshape(1), terms]
         return tuple(losses), torch.cat(figures)
 
+    def idle(self, hidden_BPH: torch.Tensor) -> torch.Tensor | float:
+        """A zero that depends on all parameters of the objectives, for a micro-batch without rows."""
+        return sum((module.idle(hidden_BPH) for module in self.modules.values()), 0.0)  # type: ignore[operator]
+
     def of_nothing(self, zero: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """What a micro-batch without rows gives; `zero` depends on the parameters, for a backward on every rank."""
         return (zero,) * len(self.entries), zero.detach().expand(self.width)
 
-    def weighted(self, losses: Sequence[torch.Tensor], tokens_per_sequence: torch.Tensor) -> torch.Tensor:
+    def weights(self, step: int | None = None) -> list[float]:
+        """The weight of each objective."""
+        return [at(entry.weight, step) for entry in self.entries]
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """What follows a schedule, at optimiser step `step`, by the names of the log's columns."""
+        return {name: value for entry in self.entries for name, value in entry.scheduled(step).items()}
+
+    def weighted(
+        self, losses: Sequence[torch.Tensor], tokens_per_sequence: torch.Tensor, step: int | None = None
+    ) -> torch.Tensor:
         """The weighted sum, scaled so that dividing it by the tokens makes every loss a mean over what it counts."""
         total: Any = None
-        for entry, loss in zip(self.entries, losses, strict=True):
-            scaled = loss if entry.weight == 1.0 else loss * entry.weight
+        for entry, loss, weight in zip(self.entries, losses, self.weights(step), strict=True):
+            scaled = loss if weight == 1.0 else loss * weight
             scaled = scaled if entry.count == "tokens" else scaled * tokens_per_sequence
             total = scaled if total is None else total + scaled
         return total
 
-    def means(self, values: Sequence[float]) -> dict[str, float]:
+    def means(self, values: Sequence[float], step: int | None = None) -> dict[str, float]:
         """Means by column from [tokens, sequences, *figures], and exponentials of means (the perplexity)."""
         counts = {name: max(value, 1.0) for name, value in zip(COUNTS, values, strict=False)}
         figures = iter(values[len(COUNTS) :])
@@ -96,7 +136,8 @@ class Objectives:
                 if term.exponential is not None:
                     exponential = math.exp(min(mean, 80.0)) if math.isfinite(mean) else math.nan
                     exponentials[term.exponential.name] = exponential
-        weighted = [losses[e.name] if e.weight == 1.0 else losses[e.name] * e.weight for e in self.entries]
+        weights = dict(zip(losses, self.weights(step), strict=True))
+        weighted = [loss if weights[name] == 1.0 else loss * weights[name] for name, loss in losses.items()]
         own = losses if len(losses) > 1 else {}
         return {LOSS.name: sum(weighted[1:], weighted[0]), **own, **terms, **exponentials}
 

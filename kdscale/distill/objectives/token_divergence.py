@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kdscale.config.distill.objectives import TokenDivergenceConfig
+from kdscale.config.distill.schedules import at
 from kdscale.distill.objectives.base import StudentOutput
 from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.targets import FullTargets, SampledTargets, Targets
@@ -25,10 +26,14 @@ class TokenDivergence:
 
     def __init__(self, settings: TokenDivergenceConfig):
         self._settings = settings
-        self._options: dict[str, Any] = {
+
+    def _options(self, batch: MicroBatch) -> dict[str, Any]:
+        settings = self._settings
+        return {
+            "labels_N": batch.labels_N,
             "ignore_index": None,  # all rows of a micro-batch have labels
-            "ce_weight": settings.ce_weight,
-            "temperature": settings.temperature,
+            "ce_weight": at(settings.ce_weight, batch.step),
+            "temperature": at(settings.temperature, batch.step),
             "divergence": Divergence(settings.divergence, settings.divergence_parameter),
         }
 
@@ -61,9 +66,8 @@ class TokenDivergence:
         of the hidden states."""
         operands = (student.hidden_NH, student.head.weight_VH, *entries)
         options: dict[str, Any] = {
-            **self._options,
+            **self._options(batch),
             **target_options,
-            "labels_N": batch.labels_N,
             "softcap": student.head.softcap,
             "vocab_size": student.vocab_size,
         }
@@ -87,13 +91,12 @@ class TokenDivergence:
             student.head.weight_VH,
             full.hidden_NG,
             full.head.weight_VH,
-            labels_N=batch.labels_N,
             bias_V=student.head.bias_V,
             teacher_bias_V=full.head.bias_V,
             softcap=student.head.softcap,
             teacher_softcap=full.head.softcap,
             vocab_size=student.vocab_size,
-            **self._options,
+            **self._options(batch),
         )
         return _sums(out, out.tokens, torch.zeros_like(out.loss_sum))
 

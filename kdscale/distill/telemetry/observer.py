@@ -37,6 +37,7 @@ class StepFacts:
     step: int  # from 0
     lr: float
     means: Mapping[str, float]
+    scheduled: Mapping[str, float]  # settings that follow a schedule, as they are at this step
     grad_norm: float
     labels: int
     skipped: bool
@@ -124,6 +125,7 @@ class Observer:
                 "tokens": (facts.step + 1) * self._work.tokens,
                 "labels": facts.labels,
                 "lr": facts.lr,
+                **facts.scheduled,
                 **{name: facts.means[name] for name in (term.name for term in self._terms)},
                 "grad_norm": facts.grad_norm,
                 "tokens_per_second": self._work.tokens / seconds,

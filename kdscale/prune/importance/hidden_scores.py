@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.prune.importance.layer_context import Collector, LayerContext
-from kdscale.prune.rotation import ROTATION, rotation_obstacle
+from kdscale.prune.rotation import rotation_obstacle
+from kdscale.runs.importance_scores import ROTATION
 from kdscale.runtime.ranks import all_reduce_sum
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdscale.config import objectives as objective_table
-from kdscale.config import targets as source_table
+from kdscale.config.distill import objectives as objective_table
+from kdscale.config.distill import targets as source_table
 from kdscale.config.distill.objectives import ObjectiveConfig, Term
 from kdscale.config.distill.targets import Needs, Source
 from kdscale.data.batches import PackedLoader

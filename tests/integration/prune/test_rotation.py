@@ -15,10 +15,10 @@ from kdscale.models.loading import load_model
 from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.plan import Plan
-from kdscale.prune.rotation import ROTATION, RotatedTeacher, rotated_teacher, rotation_obstacle, untied_config
+from kdscale.prune.rotation import RotatedTeacher, rotated_teacher, rotation_obstacle, untied_config
 from kdscale.prune.search.hidden_basis import hidden_bases
 from kdscale.prune.search.planning import make_plan
-from kdscale.runs.importance_scores import load_scores
+from kdscale.runs.importance_scores import ROTATION, load_scores
 from kdscale.runtime.progress import Reporter
 
 CPU = torch.device("cpu")

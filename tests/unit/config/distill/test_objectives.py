@@ -96,5 +96,15 @@ def test_objectives_on_the_top_k_share_a_temperature() -> None:
         combined([Needs(top_k=8, temperature=2.0), Needs(top_k=8)])
 
 
+def test_top_k_targets_of_one_temperature_do_not_do_for_another() -> None:
+    stored = Needs(top_k=64, temperature=2.0)
+    assert Needs(top_k=8, temperature=2.0).missing_from(stored) == ""
+    schedule = TokenDivergenceConfig(temperature={"start": 2.0, "end": 1.0}).temperature
+    assert Needs(top_k=8, temperature=schedule).missing_from(stored) == (
+        "targets at temperature 2 → 1 (linear, 100% of the steps) (it has those at 2.0)"
+    )
+    assert Needs(top_k=8, temperature=schedule).missing_from(Needs(top_k=64, temperature=None)) == ""
+
+
 def test_every_placement_chooses_one_source() -> None:
     assert len(set(placements())) == len(placements())
