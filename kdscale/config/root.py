@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from kdscale.config.correct import CorrectConfig
 from kdscale.config.data import DataConfig
 from kdscale.config.distill.settings import DistillConfig
 from kdscale.config.evaluate import EvalConfig
@@ -61,6 +62,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     teacher: TeacherConfig
     data: DataConfig = DataConfig()
+    correct: CorrectConfig | None = None  # None: the teacher teaches as it is
     importance: ImportanceConfig = ImportanceConfig()
     prune: PruneConfig
     distill: DistillConfig = DistillConfig()
@@ -93,6 +95,35 @@ class Config(Section):
                 "run_dir": f"{self.run_dir}/steps/{index + 1}-{step.name}",
                 "prune": _merged(inherited, step.prune),
                 "distill": _merged(tree["distill"], step.distill),
+                "steps": (),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _correction_is_a_config(self) -> Config:
+        try:
+            self.correction()
+        except ValidationError as error:
+            raise ValueError("correct: " + "; ".join(explain_errors(error, Config))) from error
+        return self
+
+    def correction(self) -> Config | None:
+        """The config of the teacher's fine-tuning: a run of its own under `work/`, on the same text; None without."""
+        if self.correct is None:
+            return None
+        tree = self.resolved()
+        optimizer = tree["distill"]["optimizer"]
+        lr = optimizer["lr"] * self.correct.lr_share
+        changes = {"objectives": [{"name": "cross_entropy"}], "optimizer": {**optimizer, "lr": lr}}
+        distill = _merged({**tree["distill"], **changes}, self.correct.distill)
+        few = max(self.distill.tokens // 10, self.distill.global_batch * self.distill.seq_len)
+        return Config.model_validate(
+            {
+                **tree,
+                "name": f"{self.name}-correct",
+                "run_dir": f"{self.run_dir}/work/correct",
+                "correct": None,
+                "distill": {**distill, "tokens": self.correct.tokens or few},
                 "steps": (),
             }
         )

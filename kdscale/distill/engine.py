@@ -276,7 +276,7 @@ def _export(cfg: Config, folders: Folders, step: int) -> None:
     manifest = checkpoint_folder.verify(path, weights_only=True)
     export_checkpoint(
         path, manifest, folders.student, folders.run / "student", card=model_card(card_facts(cfg, manifest)),
-        max_shard_bytes=cfg.prune.max_shard_bytes,
+        max_shard_bytes=cfg.prune.max_shard_bytes, code=cfg.teacher.trust_remote_code,
     )  # fmt: skip
 
 

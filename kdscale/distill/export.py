@@ -24,26 +24,35 @@ from kdscale.files import sha256_file
 from kdscale.models.parameter_map import ParameterRange, trained_tensors
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
-from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars
+from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars, without_own_classes
 
 _BLOCK_BYTES = 1 << 26
 
 
 def export_checkpoint(
-    path: Path, manifest: Mapping[str, Any], source_dir: Path, out_dir: Path, *, card: str, max_shard_bytes: int
+    path: Path,
+    manifest: Mapping[str, Any],
+    source_dir: Path,
+    out_dir: Path,
+    *,
+    card: str,
+    max_shard_bytes: int,
+    code: bool = False,
 ) -> None:
     """Write the student of checkpoint `path` to `out_dir`; `manifest` is what `folder.verify` returned.
 
     Names, dtypes, config and sidecars are those of the pruned student `source_dir`; its tensors that were not trained
-    are copied. Memory: a few blocks of 64 MiB. Raises CheckpointError when the two do not belong together,
-    TrainingError on NaN or Inf.
+    are copied; classes of the model's own are only with `code`. Memory: a few blocks of 64 MiB. Raises CheckpointError
+    when the two do not belong together, TrainingError on NaN or Inf.
     """
     source = Checkpoint.open(source_dir)
     index = RankFileIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
     trained = trained_tensors(source, index.shapes, manifest["tied"])
     with files.atomic_dir(out_dir) as tmp:
         shutil.copyfile(source_dir / "config.json", tmp / "config.json")
-        copy_sidecars(source_dir, tmp, code=any(source_dir.glob("*.py")))  # pruning copied only trusted code
+        if not code and (config := without_own_classes(source.config)) != source.config:
+            files.write_json(tmp / "config.json", config)
+        copy_sidecars(source_dir, tmp, code=code)
         (tmp / "README.md").write_text(card, encoding="utf-8")
         specs = {name: source.spec(name) for name in source.names}
         with ShardWriter(tmp, specs, max_shard_bytes) as writer, RankFileReader(index) as reader:
@@ -89,8 +98,10 @@ def export_run(path: Path, step: int | None, out: Path | None, reporter: Reporte
     if manifest["fingerprint"]["student"]["config"] != sha256_file(run.pruned / "config.json"):
         raise CheckpointError(f"{run.pruned}", expected="the student that was distilled", got="another config.json")
     card = model_card(card_facts(config, manifest))
-    limit = config.prune.max_shard_bytes
-    export_checkpoint(checkpoint, manifest, run.pruned, target, card=card, max_shard_bytes=limit)
+    export_checkpoint(
+        checkpoint, manifest, run.pruned, target, card=card, max_shard_bytes=config.prune.max_shard_bytes,
+        code=config.teacher.trust_remote_code,
+    )  # fmt: skip
     reporter.say(f"student of step {checkpoint_folder.step_of(checkpoint)}: {target}")
     return target
 

@@ -35,6 +35,7 @@ from kdscale.families import load_family
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.loading import load_tokenizer
 from kdscale.runs.folder import METRICS, RunFolder
+from kdscale.runs.lineage import distilled_from
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import rank
@@ -66,19 +67,6 @@ def replay_step(
         file.parent.mkdir(exist_ok=True)
         write_json(file, result)
     return result, file
-
-
-def distilled_from(run: RunFolder, config: Config, teacher: Path) -> Path:
-    """The model whose distribution the student learned; with `distill.teacher: previous` the last step's student."""
-    if config.distill.teacher == "original":
-        return teacher
-    if config.steps:
-        steps, before = run.steps, len(config.steps)
-    elif run.path.resolve().parent.name == "steps":
-        steps, before = run.path.resolve().parent, int(run.path.resolve().name.split("-")[0]) - 1
-    else:
-        return teacher
-    return next((RunFolder(path).student for path in steps.glob(f"{before}-*")), teacher)
 
 
 def replay(

@@ -22,6 +22,8 @@ from kdscale.config.load import load_config
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError, KdscaleError, SelfCheckError
 from kdscale.jobs.doctor import Finding, Severity, not_too_old
+from kdscale.runs.folder import RunFolder
+from kdscale.runs.lineage import distilled_from
 from kdscale.runtime.exits import leave
 from kdscale.runtime.versions import PACKAGES, version_of, versions
 
@@ -209,6 +211,9 @@ def _ask_services(config: Config, teacher: Path) -> list[str] | None:
     from kdscale.teacher.remote import check_services, read_token
     from kdscale.weights import checkpoint_identity
 
+    teacher = distilled_from(RunFolder(Path(config.run_dir)), config, teacher)
+    if not teacher.exists():
+        return ["note", f"the model that it has to serve, {teacher}, is not there yet"]
     try:
         token = read_token(served.token_path(Path(config.run_dir)))
         check_services(served.urls, token, checkpoint_identity(teacher), min(served.timeout, _SERVICE_SECONDS))

@@ -27,6 +27,7 @@ from kdscale.pipeline.spawn import PLACE_VARIABLE
 from kdscale.pipeline.stage import StageContext
 from kdscale.pipeline.stages.registry import STAGES, job_stage, job_targets
 from kdscale.runs.folder import RunFolder
+from kdscale.runs.lineage import corrected_teacher, last_step_student
 from kdscale.runtime.exits import exit_code_of, leave
 from kdscale.runtime.gpu_binding import claim_gpu
 from kdscale.runtime.progress import Reporter
@@ -95,7 +96,10 @@ def _take_part(config: Config, until: str, accept_changes: bool) -> int:
     if not rendezvous.wait_for_rank_0(os.environ):
         return 0
     run = RunFolder(Path(config.run_dir))
-    return run_as_rank(job_stage(), StageContext(config, run, check_teacher(config), Reporter()))
+    context = StageContext(
+        config, run, check_teacher(config), Reporter(), last_step_student(config), corrected_teacher(config, run)
+    )
+    return run_as_rank(job_stage(), context)
 
 
 def _show_stacks(number: int, _frame: object) -> None:

@@ -10,6 +10,8 @@ from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.models.loading import load_model
 from kdscale.pipeline.checks import check_teacher
+from kdscale.runs.folder import RunFolder
+from kdscale.runs.lineage import distilled_from
 from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.kernel_backend import agree_on_backend, try_launch
 from kdscale.runtime.progress import Reporter
@@ -29,7 +31,12 @@ def start(
     listener = _listen(host, port)  # before the model is loaded: a port that is taken is reported at once
     token_path = token_file or Path(config.run_dir) / TEACHER_TOKEN
     token = make_token(token_path)
-    teacher_dir = check_teacher(config)
+    teacher_dir = distilled_from(RunFolder(Path(config.run_dir)), config, check_teacher(config))
+    if not teacher_dir.exists():
+        raise ConfigError(
+            "the teacher to serve", expected=f"the model that the student learns from, {teacher_dir}",
+            got="no such folder", hint="`kdscale run CONFIG --until prune` makes it",
+        )  # fmt: skip
     reporter = Reporter()
     if (obstacle := agree_on_backend(try_launch(config))) is not None:
         reporter.say(f"note: the kernels run in torch: {obstacle}")

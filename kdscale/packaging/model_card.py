@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdscale.config.distill.targets import TEXT
 from kdscale.config.root import Config
 from kdscale.escaping import for_markdown
 
@@ -31,15 +32,19 @@ def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def model_card(facts: dict[str, Any]) -> str:
-    """README.md of the student: what it was made from and how; `facts` are shown in their order."""
+def model_card(facts: dict[str, Any], title: str = "Distilled student", origin: str = "") -> str:
+    """README.md of the student: what it was made from and how; `facts` are shown in their order.
+
+    `origin` begins the sentence that says what it learnt from.
+    """
+    origin = origin or "Pruned from a teacher and " + ("trained" if facts["learnt from"] == TEXT else "distilled")
     rows = "\n".join(
         f"| {name} | {for_markdown(value if isinstance(value, str) else json.dumps(value, sort_keys=True))} |"
         for name, value in facts.items()
     )
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [kdscale, pruned, distilled]\n---\n\n"
-        f"# Distilled student\n\nPruned from a teacher and distilled on {facts['learnt from']} with kdscale. "
+        f"# {title}\n\n{origin} on {facts['learnt from']} with kdscale. "
         "A standard checkpoint: load it with `AutoModelForCausalLM.from_pretrained`. The teacher's licence and the "
         "licence of the training text apply.\n\n"
         f"| | |\n|---|---|\n{rows}\n"

@@ -129,15 +129,15 @@ def check_prepared(config: Config, stages: Iterable[Stage]) -> None:
     """
     fields = []
     for stage in stages:
-        if stage.name == "plan" and config.prune.search.probe_tokens is not None:
-            fields.append("prune.search.probe_tokens")
+        if stage.distils_by_itself is not None and (field := stage.distils_by_itself(config)):
+            fields.append(field)
         if stage.across_job:
             folders = [RunFolder(Path(config.step(index).run_dir)) for index in range(len(config.steps))]
             fields += ["steps"] if not all(manifest_path(stage, folder).exists() for folder in folders) else []
     if fields:
         raise ConfigError(
             ", ".join(fields),
-            expected="steps and probes that are done, in a job whose ranks wait for the run's own distillation",
+            expected="steps, probes and corrections that are done: a job's ranks wait for the run's own distillation",
             hint="kdscale launch --prepare, or `kdscale prune CONFIG` on one host first, and then this job",
         )
 
@@ -231,7 +231,9 @@ def student_parameters(context: StageContext, plans: Sequence[Plan]) -> int:
         return Plan.load(context.run.plan).student_params.total
     if len(plans) == len(context.config.steps) + 1:
         return plans[-1].student_params.total
-    teacher, family = open_teacher(context.model_to_prune)  # under a latency target: no larger than the teacher
+    teacher, family = open_teacher(
+        context.pruned_from or context.teacher
+    )  # under a latency target: no larger than the teacher
     return family.count_params(teacher.config).total
 
 

@@ -1,6 +1,7 @@
 """One rank of a stage that several processes share; started by kdscale.pipeline.spawn.
 
-`python -m kdscale.pipeline.rank_main STAGE RUN_DIR TEACHER_DIR PRUNED_FROM_DIR`
+`python -m kdscale.pipeline.rank_main STAGE RUN_DIR TEACHER_DIR PRUNED_FROM_DIR CORRECTED_DIR`; the last two
+may be empty
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from kdscale.runtime.signals import signals_as_exceptions
 
 def main(arguments: Sequence[str]) -> int:
     """Run one rank of a stage; returns its exit code."""
-    stage, (folder, teacher, pruned_from) = arguments[0], map(Path, arguments[1:4])
-    run, first = RunFolder(folder), os.environ["RANK"] == "0"
+    stage, folder, teacher, *others = arguments
+    pruned_from, corrected = (Path(other) if other else None for other in others)
+    run, first = RunFolder(Path(folder)), os.environ["RANK"] == "0"
     context = StageContext(
-        load_config(run.config), run, teacher, Reporter(quiet=not first), pruned_from, run_inner=run_inner,
-        ranks=int(os.environ["WORLD_SIZE"]),
+        load_config(run.config), run, Path(teacher), Reporter(quiet=not first), pruned_from, corrected,
+        run_inner=run_inner, ranks=int(os.environ["WORLD_SIZE"]),
     )  # fmt: skip
 
     def pass_on(error: KdscaleError) -> None:

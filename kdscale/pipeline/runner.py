@@ -15,6 +15,7 @@ from kdscale.pipeline.checks import check_before_work, check_disk, plan_shapes, 
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path, refuse_to_lose_progress, run_stage
 from kdscale.pipeline.stages.registry import STAGES, stages_of, stages_of_steps, stages_until
 from kdscale.runs.folder import RunFolder
+from kdscale.runs.lineage import corrected_teacher
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.signals import signals_as_exceptions
 
@@ -44,7 +45,10 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     of_steps = stages_of_steps(config) if any(stage.in_steps for stage in stages) else []
     teacher, plans = check_before_work(config, run, stages, reporter, of_steps)
     with run.lock(), signals_as_exceptions():
-        context = StageContext(config, run, teacher, reporter, run_inner=run_inner, accept_changes=accept_changes)
+        context = StageContext(
+            config, run, teacher, reporter, corrected=corrected_teacher(config, run), run_inner=run_inner,
+            accept_changes=accept_changes,
+        )  # fmt: skip
         _adopt_config(context, accept_changes)
         if not accept_changes and not config.steps:
             refuse_to_lose_progress(stages, context)
@@ -105,10 +109,11 @@ def _run_steps(context: StageContext) -> tuple[bool, StageContext]:
 def run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], shared: Mapping[str, Path]) -> bool:
     """Run these stages of a run inside `outer`, which prunes the same model; `shared`: outputs of the outer run.
 
-    Shared outputs are links: tokenised text is made once, and can be hundreds of gigabytes.
+    Shared outputs are links: tokenised text is made once, and can be hundreds of gigabytes. Where the inner run makes
+    no plan, its student has the size of `outer`'s model.
     """
     run, changed = RunFolder(Path(config.run_dir)), False
-    inner = replace(outer, config=config, run=run, pruned_from=outer.model_to_prune)
+    inner = replace(outer, config=config, run=run, pruned_from=outer.pruned_from)
     with run.lock():
         _adopt_config(inner, accept_changes=True)
         for name, target in shared.items():
@@ -116,7 +121,8 @@ def run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], shar
             if not link.is_symlink():
                 link.symlink_to(os.path.relpath(target.resolve(), run.path.resolve()), target_is_directory=True)
         rows = [stage for stage in stages_of(config) if stage.name in stages]
-        check_disk(inner, rows, student_parameters(inner, plan_shapes(config, inner.model_to_prune)))
+        plans = plan_shapes(config, inner.model_to_prune) if STAGES["plan"] in rows else []
+        check_disk(inner, rows, student_parameters(inner, plans))
         for stage in rows:
             changed |= _guarded(stage, inner)
     from kdscale.runtime.device import release_memory  # it loads torch

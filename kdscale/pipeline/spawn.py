@@ -73,7 +73,7 @@ def run_on_ranks(
     from kdscale_launch import STOPPED_EXIT_CODE, JobSpec, LaunchError, RankFailed, run_local
 
     _remove_errors(context.run, stage)
-    folders = map(str, (context.run.path, context.teacher, context.model_to_prune))
+    folders = [str(path or "") for path in (context.run.path, context.teacher, context.pruned_from, context.corrected)]
     spec = JobSpec(
         command=(sys.executable, "-m", RANK_MODULE, stage, *folders),
         processes=1 if place else processes,

@@ -47,7 +47,8 @@ class StageContext:
     run: RunFolder
     teacher: Path
     reporter: Reporter
-    pruned_from: Path | None = None  # with steps: the student of the step before; the teacher otherwise
+    pruned_from: Path | None = None  # the student of the step before, where there is one
+    corrected: Path | None = None  # the corrected teacher, where the config asks for one
     run_inner: InnerRunner | None = None  # set by the runner; a stage that runs other stages calls it
     accept_changes: bool = False  # whether checkpoints of other inputs may be deleted
     ranks: int = 1  # how many processes share the stage that runs; this is one of them
@@ -55,12 +56,15 @@ class StageContext:
     @property
     def model_to_prune(self) -> Path:
         """The model that this run prunes."""
-        return self.pruned_from or self.teacher
+        correct = self.config.correct
+        corrected = self.corrected if correct is not None and correct.use == "prune_and_distill" else None
+        return self.pruned_from or corrected or self.teacher
 
     @property
     def model_to_learn_from(self) -> Path:
         """The model whose distribution the student learns."""
-        return self.model_to_prune if self.config.distill.teacher == "previous" else self.teacher
+        previous = self.pruned_from if self.config.distill.teacher == "previous" else None
+        return previous or self.corrected or self.teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,8 @@ class Stage:
     disk_bytes: Callable[[StageContext, int], int] | None = None  # what it writes in all, by student parameters
     only_with: str = ""  # a dotted config field; where it is null, a run has no such stage
     in_steps: bool = False  # each step on the way to the final student runs it too
+    # the config field that makes it distil in runs of its own, on one host; "" where it does not
+    distils_by_itself: Callable[[Config], str] | None = None
     across_job: bool = False  # its processes are the ranks of the whole job, on all hosts
     watches_itself: bool = False  # its ranks have watchdogs of their own
     check_before: Callable[[Config, RunFolder], None] | None = None  # before any work, where it has yet to run

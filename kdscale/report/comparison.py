@@ -9,6 +9,7 @@ from typing import Any
 from kdscale.units import decimals, format_count, format_number, format_size
 
 TEACHER = "teacher"  # what the others are compared with, where it is there
+CORRECTED = "corrected"  # the teacher after its fine-tuning; no student either
 NOISE = 2.0  # standard errors that a difference must exceed to be called one
 _LOSS, _FROM_LOSS = "ce", ("ce", "perplexity", "bits_per_byte")  # all of these fall and rise together
 _TIMING_NOISE = 0.03  # speeds nearer to each other than this are called alike
@@ -54,8 +55,8 @@ def model_title(name: str) -> str:
 
 
 def students(evaluation: Mapping[str, Any]) -> list[str]:
-    """The evaluated models that are not the teacher, in the order of the evaluation; the last is the run's result."""
-    return [name for name in evaluation["models"] if name != TEACHER]
+    """The evaluated models that are no teacher, in the order of the evaluation; the last is the run's result."""
+    return [name for name in evaluation["models"] if name not in (TEACHER, CORRECTED)]
 
 
 def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
   work/ (what unfinished stages resume from)
-  data/  importance/  speed.json (timings of shapes)  plan.json  pruned/  repair.json (what compensation won back)
-  checkpoints/  student/  eval/  report/  steps/ (a run folder for each step before the last)
+  data/  corrected/ (the teacher after its correction)  importance/  speed.json (timings of shapes)  plan.json  pruned/
+  repair.json (what compensation won back)  checkpoints/  student/  eval/  report/
+  steps/ (a run folder for each step before the last)
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Artifact:
 DATA = Artifact("data")
 IMPORTANCE = Artifact("importance")
 PLAN = Artifact("plan.json")
+CORRECTED = Artifact("corrected")
 PRUNED = Artifact("pruned")
 # What a model's values depend on. The tokenizer's files matter besides where text is read; licences, notices and chat
 # templates are copied along and decide nothing.
@@ -58,6 +60,7 @@ WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "generation_config.json",
 )  # fmt: skip
+CORRECTED_WEIGHTS = Artifact("corrected", WEIGHTS)
 PRUNED_WEIGHTS = Artifact("pruned", WEIGHTS)
 PRUNED_CONFIG = Artifact("pruned/config.json")
 REPAIR = Artifact("repair.json")
@@ -67,6 +70,7 @@ STUDENT_WEIGHTS = Artifact("student", WEIGHTS)
 EVAL = Artifact("eval")
 REPORT = Artifact("report")
 METRICS = Artifact("logs/metrics.jsonl")
+CORRECTION_METRICS = Artifact("logs/correct.jsonl")  # of the teacher's correction
 BAD_BATCHES = Artifact("logs/bad_batches.jsonl")
 TENSORBOARD = Artifact("logs/tensorboard")
 KERNELS = Artifact("logs/kernels.json")  # why the distillation did without Triton on a GPU; absent where it did not

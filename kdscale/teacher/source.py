@@ -14,6 +14,7 @@ from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from kdscale.config.distill.targets import Needs
 from kdscale.config.root import Config
@@ -89,14 +90,36 @@ LabelChoice = Callable[[torch.Tensor, Sequence[tuple[str, int]]], torch.Tensor]
 class OpenedSource:
     """A source that is there, before student and teacher have agreed on a vocabulary.
 
-    `start` takes the number of tokens that both know; `rows` is how many the teacher's head has. `choose_labels` takes
-    the labels [B, S] of sequences (split and number) and returns those that have targets, the others ignored; None:
-    all have.
+    `start` takes the number of tokens that both know; `rows` is how many the teacher's head has, None without one.
+    `choose_labels` takes the labels [B, S] of sequences (split and number) and returns those that have targets, the
+    others ignored; None: all have.
     """
 
-    rows: int
+    rows: int | None
     start: Callable[[int], TargetSource]
     choose_labels: LabelChoice | None = None
+
+
+class TextAlone:
+    """The source of an objective that learns from the text's own tokens: there is no teacher, and no targets."""
+
+    def __init__(self) -> None:
+        self.model, self.gives = nn.Module(), Needs()
+
+    def prefetch(self, batch: MicroBatch) -> None:
+        """Do nothing."""
+
+    def targets(self, batch: MicroBatch) -> Targets:
+        """Targets without any part."""
+        return Targets(rows=batch.rows)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def open_text(request: SourceRequest) -> OpenedSource:
+    """No teacher: the student's own vocabulary counts, and no file is read."""
+    return OpenedSource(None, lambda vocab_size: TextAlone())
 
 
 def open_source(request: SourceRequest) -> OpenedSource:

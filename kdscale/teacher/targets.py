@@ -93,13 +93,14 @@ class Targets:
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else torch.zeros(())
 
 
-def shared_vocabulary(teacher_rows: int, student_rows: int, tokenizer_size: int, student_dir: str) -> int:
+def shared_vocabulary(teacher_rows: int | None, student_rows: int, tokenizer_size: int, student_dir: str) -> int:
     """How many rows of both heads mean the same token: all of them, or the tokenizer's when only padding differs.
 
+    Without a teacher (None) all rows of the student's count.
     Raises CheckpointError when a head has fewer rows than the tokenizer has tokens while the two heads differ.
     """
-    if teacher_rows == student_rows:
-        return teacher_rows
+    if teacher_rows is None or teacher_rows == student_rows:
+        return student_rows
     if min(teacher_rows, student_rows) < tokenizer_size:
         raise CheckpointError(
             f"{student_dir}: vocabulary",

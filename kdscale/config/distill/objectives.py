@@ -171,7 +171,23 @@ class TokenDivergenceConfig(ObjectiveConfig):
         return f"{parts}, T = {self.temperature:g}, {listed}"
 
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {"token_divergence": TokenDivergenceConfig}
+class CrossEntropyConfig(ObjectiveConfig):
+    """Cross-entropy with the text's next token; alone it needs no teacher, and none is loaded."""
+
+    implementation = "kdscale.distill.objectives.cross_entropy:CrossEntropy"
+    reads_head_shards = True
+    terms = (
+        Term("ce", "cross-entropy", "nats", exponential=Term("perplexity", "perplexity", headline=True)),
+        Term("top1_accuracy", "top-1 accuracy", "fraction", headline=True),
+    )
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "token_divergence": TokenDivergenceConfig,
+    "cross_entropy": CrossEntropyConfig,
+}
 
 
 def _objective(entry: Any) -> ObjectiveConfig:

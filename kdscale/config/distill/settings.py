@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
-from kdscale.config.distill.targets import Needs, ServedConfig, Source, check_source, combined, source_of
+from kdscale.config.distill.targets import TEXT_ALONE, Needs, ServedConfig, Source, check_source, combined, source_of
 from kdscale.config.distill.zero import ZeroConfig
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import MOST, Count, Dtype, Few, Length, Seconds, Section
@@ -105,7 +105,7 @@ class DistillConfig(Section):
     def _objectives_get_their_targets(self) -> DistillConfig:
         check_objectives(self.objectives)
         check_source(self.teacher_placement, self.needs)
-        if self.teacher_placement == "served" and not self.served.urls:
+        if self.source.name == "served" and not self.served.urls:
             raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
         if self.teacher_placement == "endpoint" and (missing := self.endpoint.missing()):
             raise ValueError(f"teacher_placement: endpoint needs endpoint.{' and endpoint.'.join(missing)}")
@@ -157,7 +157,7 @@ class DistillConfig(Section):
     @property
     def source(self) -> Source:
         """Where the targets come from."""
-        return source_of(self.teacher_placement)
+        return TEXT_ALONE if self.needs.nothing else source_of(self.teacher_placement)
 
     @property
     def source_timeout(self) -> float | None:

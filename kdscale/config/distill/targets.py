@@ -19,6 +19,7 @@ TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file sa
 ANY_NUMBER = sys.maxsize  # of top-K entries: as many as are asked for
 EMBEDDINGS = -1  # the layer whose hidden states are those that enter layer 0
 ALL_LAYERS = range(EMBEDDINGS, sys.maxsize)
+TEXT = "text alone"  # what is learnt from where no part of a teacher's targets is needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,11 @@ class Needs:
         """The temperature of the top K at optimiser step `step`; None: at the end of its schedule."""
         assert self.temperature is not None
         return at(self.temperature, step)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no part of a teacher's targets is needed."""
+        return not (self.top_k or self.sampled or self.full or self.hidden_layers or self.attention_layers)
 
     def missing_from(self, gives: Needs) -> str:
         """The parts needed here that a source with `gives` lacks, in words; "" when it gives all of them."""
@@ -76,7 +82,7 @@ class Needs:
             "attention": bool(self.attention_layers),
         }
         named = [part for part, wanted in parts.items() if wanted]
-        return "the teacher's " + ", ".join(named) if named else "text alone"
+        return "the teacher's " + ", ".join(named) if named else TEXT
 
 
 def combined(needs: Iterable[Needs]) -> Needs:
@@ -148,8 +154,11 @@ SOURCES: dict[str, Source] = {
             in_process=False,
             same_on_all_ranks=False,
         ),
+        # no teacher at all: the source where the objectives need none, whatever teacher_placement says
+        Source(name="text", gives=Needs(), placements=(), open="kdscale.teacher.source:open_text", in_process=False),
     )
 }
+TEXT_ALONE = SOURCES["text"]
 
 
 def placements() -> list[str]:

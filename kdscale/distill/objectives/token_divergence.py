@@ -8,7 +8,7 @@ sampled from the teacher, or on the whole vocabulary. No N×V tensor is made: th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,21 +62,7 @@ class TokenDivergence:
     def _on_entries(
         self, student: StudentOutput, entries: Sequence[torch.Tensor], batch: MicroBatch, **target_options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """With a shard of the head this is a collective call; all its ranks get the same sums, and the whole gradient
-        of the hidden states."""
-        operands = (student.hidden_NH, student.head.weight_VH, *entries)
-        options: dict[str, Any] = {
-            **self._options(batch),
-            **target_options,
-            "softcap": student.head.softcap,
-            "vocab_size": student.vocab_size,
-        }
-        out: Any
-        if (shard := student.shard) is None:
-            out = linear_sparse_kl(*operands, bias_V=student.head.bias_V, **options)
-        else:
-            options |= {"bias_Vs": student.head.bias_V, "first_id": shard.first_id, "group": shard.group}
-            out = vocab_parallel_sparse_kl(*operands, **options)
+        out = sparse_loss(student, entries, {**self._options(batch), **target_options})
         return _sums(out, out.teacher_mass_sum, out.student_tail_sum)
 
     def _on_whole_vocabulary(
@@ -99,6 +85,20 @@ class TokenDivergence:
             **self._options(batch),
         )
         return _sums(out, out.tokens, torch.zeros_like(out.loss_sum))
+
+
+def sparse_loss(student: StudentOutput, entries: Sequence[torch.Tensor], options: Mapping[str, Any]) -> Any:
+    """The kernel's loss of the student on sparse targets, and its sums; `options` are those of `linear_sparse_kl`.
+
+    `entries` are ids [N, K], logits [N, K] and log-sum-exp [N]. With a shard of the head this is a collective call; all
+    its ranks get the same sums, and the whole gradient of the hidden states.
+    """
+    operands = (student.hidden_NH, student.head.weight_VH, *entries)
+    head = {"softcap": student.head.softcap, "vocab_size": student.vocab_size}
+    if (shard := student.shard) is None:
+        return linear_sparse_kl(*operands, bias_V=student.head.bias_V, **head, **options)
+    slice_of_head = {"bias_Vs": student.head.bias_V, "first_id": shard.first_id, "group": shard.group}
+    return vocab_parallel_sparse_kl(*operands, **slice_of_head, **head, **options)
 
 
 def _sums(out: Any, teacher_mass: torch.Tensor, tail_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,13 +55,16 @@ def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:
 def distill(context: StageContext) -> Facts:
     """Distil to the end or raise; returns the first and last validation's perplexity, and why Triton was not used."""
     run_on_ranks("distill", distill_rank, context, context.config.distill.processes, across_job=True)
-    facts: dict[str, str] = {}
-    rows = [row for row in read_metrics(context.run.metrics) if row["kind"] == "validation"]
-    if rows:
-        facts["held-out perplexity"] = f"{_perplexity(rows[0])} → {_perplexity(rows[-1])}"
+    facts = held_out(context.run)
     if kernels := read_own_json(context.run.at(KERNELS), _is_kernel_note):
         facts["kernels"] = f"torch, as {kernels['obstacle']}"
     return facts
+
+
+def held_out(run: RunFolder) -> dict[str, str]:
+    """The perplexity of the first and of the last validation; nothing where there was none."""
+    rows = [row for row in read_metrics(run.metrics) if row["kind"] == "validation"]
+    return {"held-out perplexity": f"{_perplexity(rows[0])} → {_perplexity(rows[-1])}"} if rows else {}
 
 
 def _is_kernel_note(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The eval stage: teacher, pruned and distilled student on the same held-out text."""
+"""The eval stage: teacher (corrected too), pruned and distilled student on the same held-out text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def evaluate_rank(context: StageContext) -> None:
 
     run, config = context.run, context.config
     device = join_ranks(context)
-    models = {"teacher": context.teacher, "pruned": run.pruned, "distilled": run.student}
+    corrected = {} if context.corrected is None else {"corrected": context.corrected}
+    models = {"teacher": context.teacher, **corrected, "pruned": run.pruned, "distilled": run.student}
     with atomic_dir(run.eval) if is_writer() else nullcontext() as tmp:
         quality.evaluate(
             models, run.data, config.eval, config.runtime, None if tmp is None else tmp / _FILE, context.reporter,

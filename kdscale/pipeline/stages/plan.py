@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kdscale.config.root import Config
 from kdscale.models import loading
 from kdscale.pipeline import calibration
 from kdscale.pipeline.calibration import scoring_batches
@@ -67,6 +68,11 @@ def what_matters(context: StageContext) -> Mapping[str, Any]:
     """What of the config the choice depends on besides `prune`: with probes, how they are distilled."""
     config = context.config
     return {"distill": config.distill.decisive()} if config.prune.search.probe_tokens is not None else {}
+
+
+def distils_by_itself(config: Config) -> str:
+    """The field that asks for probes, where it does."""
+    return "prune.search.probe_tokens" if config.prune.search.probe_tokens is not None else ""
 
 
 def _ranked(context: StageContext, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:

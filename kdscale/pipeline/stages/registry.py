@@ -9,7 +9,7 @@ from __future__ import annotations
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.pipeline.stage import Stage, belongs_to
-from kdscale.pipeline.stages import data, distill, evaluate, importance, plan, prune, report
+from kdscale.pipeline.stages import correct, data, distill, evaluate, importance, plan, prune, report
 from kdscale.runs import folder
 
 _CODE = "teacher.trust_remote_code"
@@ -27,6 +27,15 @@ STAGES: dict[str, Stage] = {
             check_after=data.check_enough_text,
         ),
         Stage(
+            name="correct", title="correct the teacher",
+            help="Fine-tune the teacher on the run's text, where the config has a section correct.",
+            run=correct.correct_teacher, processes="distill.processes", config=("seed", _CODE),
+            depends_on=correct.what_it_depends_on, model="teacher", copies=correct.copied_from_and_to,
+            reads=(folder.DATA,), writes=(folder.CORRECTED,), resumable=True, disk_bytes=correct.disk_bytes,
+            only_with="correct", distils_by_itself=lambda config: "correct", watches_itself=True,
+            check_before=distill.check_before,
+        ),
+        Stage(
             name="importance", title="measure importance", help="Measure what each part of the teacher contributes.",
             run=importance.measure_importance, run_rank=importance.importance_rank, processes="importance.processes",
             config=("importance", "seed", _CODE), depends_on=importance.axes_to_score, model="model_to_prune",
@@ -34,7 +43,8 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="plan", title="choose the student's shape", run=plan.choose_plan, run_rank=plan.plan_rank,
-            config=("prune",), depends_on=plan.what_matters, model="model_to_prune",
+            config=("prune",), depends_on=plan.what_matters, distils_by_itself=plan.distils_by_itself,
+            model="model_to_prune",
             reads=(folder.IMPORTANCE,), writes=(folder.PLAN,), hand_editable=True, in_steps=True,
         ),
         Stage(
@@ -63,7 +73,8 @@ STAGES: dict[str, Stage] = {
             run=evaluate.evaluate, run_rank=evaluate.evaluate_rank, processes="eval.processes",
             config=("eval", "seed", _CODE),
             model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
-            reads=(folder.PRUNED_WEIGHTS, folder.STUDENT_WEIGHTS, folder.DATA), writes=(folder.EVAL,),
+            reads=(folder.CORRECTED_WEIGHTS, folder.PRUNED_WEIGHTS, folder.STUDENT_WEIGHTS, folder.DATA),
+            writes=(folder.EVAL,),
         ),
         Stage(
             name="report", title="write the report", run=report.write_report, config=("name",),

@@ -1,4 +1,4 @@
-"""Where a replay begins, which model it takes as the teacher, how it names parameters, and what it refuses."""
+"""Where a replay begins, how it names parameters, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,35 +10,15 @@ import pytest
 
 from kdscale.config.load import build_config
 from kdscale.config.root import Config
-from kdscale.distill.replay import distilled_from, find_start, parameter_groups, replay_step
+from kdscale.distill.replay import find_start, parameter_groups, replay_step
 from kdscale.errors import RunFolderError
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 
-TEACHER = Path("teacher")
 
-
-def config(run_dir: Path, teacher: str, steps: bool = True) -> Config:
-    tree: dict[str, Any] = {
-        "name": "tiny", "run_dir": str(run_dir), "teacher": {"path": "t"}, "prune": {"target_params": "50%"},
-        "distill": {"teacher": teacher},
-    }  # fmt: skip
-    if steps:
-        tree["steps"] = [{"name": name, "prune": {"target_params": "80%"}} for name in ("one", "two")]
+def config(run_dir: Path) -> Config:
+    tree = {"name": "a", "run_dir": str(run_dir), "teacher": {"path": "t"}, "prune": {"target_params": "50%"}}
     return build_config(tree, "test")
-
-
-def test_the_teacher_of_a_step_is_the_student_of_the_one_before(tmp_path: Path) -> None:
-    for name in ("1-one", "2-two"):
-        (tmp_path / "steps" / name).mkdir(parents=True)
-    steps = config(tmp_path, "previous")
-    first, second = (steps.step(index) for index in range(2))
-    assert distilled_from(RunFolder(tmp_path), steps, TEACHER) == tmp_path / "steps" / "2-two" / "student"
-    inner = RunFolder(tmp_path / "steps" / "2-two")
-    assert distilled_from(inner, second, TEACHER) == tmp_path / "steps" / "1-one" / "student"
-    assert distilled_from(RunFolder(tmp_path / "steps" / "1-one"), first, TEACHER) == TEACHER
-    assert distilled_from(inner, config(tmp_path, "original").step(1), TEACHER) == TEACHER
-    assert distilled_from(RunFolder(tmp_path), config(tmp_path, "previous", steps=False), TEACHER) == TEACHER
 
 
 def test_a_folder_that_has_trained_nothing_is_refused(tmp_path: Path) -> None:
@@ -46,7 +26,7 @@ def test_a_folder_that_has_trained_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="not a run folder"):
         replay_step(tmp_path, 1, **settings)
     run = RunFolder(tmp_path)
-    run.adopt_config(config(tmp_path, "original"), accept_changes=False)
+    run.adopt_config(config(tmp_path), accept_changes=False)
     with pytest.raises(RunFolderError, match="no step was trained yet"):
         replay_step(tmp_path, 1, **settings)
 

@@ -13,7 +13,7 @@ from kdscale.errors import RunFolderError
 from kdscale.files import write_text
 from kdscale.pipeline.checks import check_disk
 from kdscale.pipeline.stage import StageContext
-from kdscale.pipeline.stages.registry import STAGES
+from kdscale.pipeline.stages.registry import stages_of
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 
@@ -39,7 +39,7 @@ def context(tmp_path: Path) -> StageContext:
 def fits(context: StageContext, free: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr("kdscale.pipeline.checks.shutil.disk_usage", lambda path: Usage(0, 0, free))
     try:
-        check_disk(context, STAGES.values(), PARAMS)
+        check_disk(context, stages_of(context.config), PARAMS)
     except RunFolderError as error:
         assert "without room" in str(error) and "distill" in str(error)
         return False

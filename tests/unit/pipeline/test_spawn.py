@@ -23,7 +23,7 @@ def test_ranks_have_no_limit_below_their_launchers_and_75_is_theirs_to_say(
     jobs: list[Any] = []
     monkeypatch.setattr(kdscale_launch, "run_local", lambda job: jobs.append(job) or code)
     context: Any = SimpleNamespace(
-        run=SimpleNamespace(path=tmp_path, logs=tmp_path), teacher=tmp_path, model_to_prune=tmp_path
+        run=SimpleNamespace(path=tmp_path, logs=tmp_path), teacher=tmp_path, pruned_from=None, corrected=None
     )
     with pytest.raises(Interrupted) as caught:
         run_on_ranks("distill", lambda _: None, context, processes=2, across_job=True)

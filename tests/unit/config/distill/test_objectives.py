@@ -39,8 +39,8 @@ def test_settings_of_an_entry_survive_the_runs_config(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("objectives", "message"),
     [
-        ([{"name": "tokens"}], r"distill\.objectives\.0\.name: expected one of token_divergence, got 'tokens'"),
-        ([{"top_k": 3}], r"objectives\.0: expected a mapping with the name of an objective \(token_divergence\)"),
+        ([{"name": "tokens"}], r"distill\.objectives\.0\.name: expected one of token_divergence, .*got 'tokens'"),
+        ([{"top_k": 3}], r"objectives\.0: expected a mapping with the name of an objective \(token_divergence, "),
         ([{**TOKENS, "topk": 3}], r"objectives\.0\.topk: unknown key \(did you mean 'top_k'\?\)"),
         ([{**TOKENS, "temperature": -1.0}], r"objectives\.0\.temperature: .*greater than 0"),
         ([{**TOKENS, "weight": 0.0}], r"objectives\.0\.weight"),

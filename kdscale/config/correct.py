@@ -1,0 +1,20 @@
+"""`correct`: the teacher is fine-tuned on the run's text before it teaches (arXiv 2408.11796, "Teacher Correction")."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from kdscale.config.fields import Count, Section
+
+
+class CorrectConfig(Section):
+    """A short fine-tuning of the teacher by cross-entropy, with the settings of `distill` except for what is here."""
+
+    tokens: Count | None = None  # None: a tenth of distill.tokens, and at least a step
+    lr_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2  # of the peak distill.optimizer.lr
+    # which stages see the corrected teacher: importance, plan, prune and distill, or the distillation alone
+    use: Literal["prune_and_distill", "distill"] = "prune_and_distill"
+    # what the fine-tuning says differently of distill: the teacher is larger than the student
+    distill: dict[str, Any] = Field(default_factory=dict)
