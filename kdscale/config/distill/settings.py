@@ -107,7 +107,7 @@ class DistillConfig(Section):
         check_source(self.teacher_placement, self.needs)
         if self.source.name == "served" and not self.served.urls:
             raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
-        if self.teacher_placement == "endpoint" and (missing := self.endpoint.missing()):
+        if self.source.name == "endpoint" and (missing := self.endpoint.missing()):
             raise ValueError(f"teacher_placement: endpoint needs endpoint.{' and endpoint.'.join(missing)}")
         return self
 
