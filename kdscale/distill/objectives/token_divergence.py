@@ -8,7 +8,7 @@ sampled from the teacher, or on the whole vocabulary. No N×V tensor is made: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,18 +87,18 @@ class TokenDivergence:
         return _sums(out, out.tokens, torch.zeros_like(out.loss_sum))
 
 
-def sparse_loss(student: StudentOutput, entries: Sequence[torch.Tensor], options: Mapping[str, Any]) -> Any:
+def sparse_loss(student: StudentOutput, entries: Sequence[torch.Tensor], options: dict[str, Any]) -> Any:
     """The kernel's loss of the student on sparse targets, and its sums; `options` are those of `linear_sparse_kl`.
 
     `entries` are ids [N, K], logits [N, K] and log-sum-exp [N]. With a shard of the head this is a collective call; all
     its ranks get the same sums, and the whole gradient of the hidden states.
     """
     operands = (student.hidden_NH, student.head.weight_VH, *entries)
-    head = {"softcap": student.head.softcap, "vocab_size": student.vocab_size}
+    options = {**options, "softcap": student.head.softcap, "vocab_size": student.vocab_size}
     if (shard := student.shard) is None:
-        return linear_sparse_kl(*operands, bias_V=student.head.bias_V, **head, **options)
-    slice_of_head = {"bias_Vs": student.head.bias_V, "first_id": shard.first_id, "group": shard.group}
-    return vocab_parallel_sparse_kl(*operands, **slice_of_head, **head, **options)
+        return linear_sparse_kl(*operands, bias_V=student.head.bias_V, **options)
+    options |= {"bias_Vs": student.head.bias_V, "first_id": shard.first_id, "group": shard.group}
+    return vocab_parallel_sparse_kl(*operands, **options)
 
 
 def _sums(out: Any, teacher_mass: torch.Tensor, tail_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
