@@ -33,10 +33,13 @@ def config_fields() -> dict[str, FieldInfo]:
     """Every field of the config by its dotted name; fields of the sections in a list carry the list's name."""
     from kdscale.config.distill.objectives import OBJECTIVES
     from kdscale.config.root import Config
+    from kdscale.config.target_store import CODECS
 
     fields = dict(_fields(Config, ""))
     for settings in OBJECTIVES.values():
         fields |= _fields(settings, "distill.objectives.")
+    for codec in CODECS.values():
+        fields |= _fields(codec, "targets.codec.")
     return fields
 
 
@@ -241,6 +244,19 @@ def sources() -> str:
     return table(("source", "`distill.teacher_placement`", "top K", "sampled tokens", "whole vocabulary"), rows)
 
 
+def codecs() -> str:
+    """Every codec of a store of targets."""
+    from kdscale.config.target_store import CODECS
+
+    def needed(gives: Any) -> str:
+        return "any `targets`, at any temperature" if gives.full else "`sampled`" if gives.sampled else "`topk`"
+
+    rows = [
+        (f"`{name}`", (row.__doc__ or "").splitlines()[0], needed(row(name=name).gives)) for name, row in CODECS.items()
+    ]
+    return table(("codec", "what is stored of a position", "`targets` of an objective that reads it"), rows)
+
+
 def criteria() -> str:
     """Every importance criterion."""
     from kdscale.config.criteria import criteria_table
@@ -270,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "criteria": criteria,
     "objectives": objectives,
     "sources": sources,
+    "codecs": codecs,
     "commands": commands,
     "stages": stages,
     "divergences": divergences,

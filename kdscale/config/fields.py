@@ -6,8 +6,8 @@ import difflib
 import re
 import reprlib
 import unicodedata
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -42,6 +42,25 @@ class Section(BaseModel):
             ):
                 raise ValueError("expected text without control characters")
         return value
+
+
+Entry = TypeVar("Entry", bound=Section)
+
+
+def named_entry(entry: Any, table: Mapping[str, type[Entry]], base: type[Entry], what: str) -> Entry:
+    """Settings of the class that a mapping's `name` chooses in `table`; what is a `base` already stays as it is."""
+    if isinstance(entry, base):
+        return entry
+    known = ", ".join(table)
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise ValueError(f"expected a mapping with the name of {what} ({known})")
+    settings = table.get(str(entry["name"]))
+    if settings is None:
+        raise ValueError(f"name: expected one of {known}, got {entry['name']!r}")
+    for key in entry:
+        if key not in settings.model_fields and (near := difflib.get_close_matches(key, settings.model_fields, n=1)):
+            raise ValueError(f"{key}: unknown key (did you mean {near[0]!r}?)")
+    return settings.model_validate(entry)
 
 
 _short = reprlib.Repr()

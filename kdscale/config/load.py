@@ -15,6 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionStartEvent, Event, ScalarEvent
 
 import kdscale
+from kdscale.config import target_store
 from kdscale.config.distill.settings import DECISIVE_ZERO, FREE_SETTINGS
 from kdscale.config.fields import explain_errors
 from kdscale.config.root import Config
@@ -120,6 +121,8 @@ def may_change(field: str) -> bool:
     section, *names = field.split(".")
     if field == "run_dir":  # a run folder that was moved or renamed goes on where it is now
         return True
+    if section == "targets":
+        return bool(names) and names[0] in target_store.FREE_SETTINGS
     return section == "distill" and bool(names) and names[0] in FREE_SETTINGS and names[-1] not in DECISIVE_ZERO
 
 

@@ -17,6 +17,7 @@ from kdscale.config.distill.settings import DistillConfig
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
+from kdscale.config.target_store import TargetsConfig
 from kdscale.config.telemetry import TrackingConfig
 from kdscale.files import sha256_json
 from kdscale.units import BUDGET_FIELDS
@@ -65,6 +66,7 @@ class Config(Section):
     correct: CorrectConfig | None = None  # None: the teacher teaches as it is
     importance: ImportanceConfig = ImportanceConfig()
     prune: PruneConfig
+    targets: TargetsConfig | None = None  # None: no targets are stored
     distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -83,6 +85,25 @@ class Config(Section):
             except ValidationError as error:
                 raise ValueError(f"steps ({step.name}): " + "; ".join(explain_errors(error, Config))) from error
         return self
+
+    @model_validator(mode="after")
+    def _store_gives_the_targets(self) -> Config:
+        if self.distill.source.name != "cached":
+            return self
+        if self.targets is None:
+            raise ValueError("distill.teacher_placement: cached needs a section targets, which says what is stored")
+        self.targets.check_gives(self.distill.needs)
+        if self.prune.search.probe_tokens is not None:
+            raise ValueError(
+                "prune.search.probe_tokens does not go with distill.teacher_placement: cached, whose targets are "
+                "stored when the shape is chosen"
+            )
+        return self
+
+    def decisive_for_student(self) -> dict[str, Any]:
+        """The settings that the distilled student's values depend on, beside the seed."""
+        cached = self.targets if self.distill.source.name == "cached" else None
+        return {**self.distill.decisive(), **({"targets": cached.decisive()} if cached else {})}
 
     def step(self, index: int) -> Config:
         """The config of one of the steps: a run of its own under `steps/` in the run folder, on the same text."""

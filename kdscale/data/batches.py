@@ -204,3 +204,16 @@ def stack_sequences(
         sequences=tuple(keys),
         step=step,
     )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of the sequences of all."""
+    return Batch(
+        input_ids_BS=torch.cat([batch.input_ids_BS for batch in batches]),
+        position_ids_BS=torch.cat([batch.position_ids_BS for batch in batches]),
+        labels_BS=torch.cat([batch.labels_BS for batch in batches]),
+        tags_BS=torch.cat([batch.tags_BS for batch in batches]),
+        document_ids=[document for batch in batches for document in batch.document_ids],
+        text_bytes=sum(batch.text_bytes for batch in batches),
+        sequences=tuple(key for batch in batches for key in batch.sequences),
+    )

@@ -285,7 +285,7 @@ def _fingerprint(cfg: Config, folders: Folders, setup: RankSetup) -> dict[str, A
     if not is_main():
         return {}
     return {
-        "distill": {**cfg.distill.decisive(), "dtype": str(setup.dtype).removeprefix("torch.")},
+        "distill": {**cfg.decisive_for_student(), "dtype": str(setup.dtype).removeprefix("torch.")},
         "seed": cfg.seed,
         "device": setup.device.type,
         "teacher": checkpoint_identity(folders.teacher),

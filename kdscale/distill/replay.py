@@ -34,7 +34,7 @@ from kdscale.errors import ConfigError, RunFolderError
 from kdscale.families import load_family
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.loading import load_tokenizer
-from kdscale.runs.folder import METRICS, RunFolder
+from kdscale.runs.folder import METRICS, TARGETS, RunFolder
 from kdscale.runs.lineage import distilled_from
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
@@ -141,11 +141,13 @@ def _check_distance(begin: int, step: int, max_steps: int, nearest: bool) -> Non
 def _open_alone(cfg: Config, folders: Folders, start: StartPoint, scratch: Path, reporter: Reporter) -> Session:
     """Open a session as the run does, but with one rank, and with `scratch` as the run folder.
 
-    The checkpoint to begin from is linked into it.
+    The checkpoint to begin from and stored targets are linked into it.
     """
     (scratch / "checkpoints").mkdir()
     if start.checkpoint is not None:
         (scratch / "checkpoints" / start.checkpoint.name).symlink_to(start.checkpoint.resolve())
+    if (stored := folders.run / TARGETS.path).exists():
+        (scratch / TARGETS.path).symlink_to(stored.resolve())
     served = cfg.distill.served
     if served.token_file is None:
         served = served.model_copy(update={"token_file": str(folders.run / TEACHER_TOKEN)})

@@ -7,11 +7,13 @@ parameters are on the meta device, and a ParameterReader reads any range of any 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdscale.errors import CheckpointError
+from kdscale.models.head import OutputHead, head_of
 from kdscale.models.loading import model_on_meta
 from kdscale.models.parameter_map import ParameterReader
 
@@ -35,6 +37,21 @@ def build_skeleton(weights: ParameterReader, *, dtype: torch.dtype, trust_remote
             got=", ".join(wrong[:8]) or "modules that transformers keeps in float32",
         )
     return model.eval()
+
+
+def load_head(path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> OutputHead:
+    """The head of a checkpoint, of which nothing else is read. Raises CheckpointError."""
+    weights = ParameterReader.open(path)
+    model = build_skeleton(weights, dtype=dtype, trust_remote_code=trust_remote_code)
+    head_of(model)  # refuses a model without one
+    names = {id(value): name for name, value in model.named_parameters()}
+    linear = model.get_output_embeddings()
+    for attribute, value in linear._parameters.items():
+        if value is not None:
+            read = torch.empty(value.shape, dtype=dtype)
+            weights.fill(names[id(value)], 0, read.view(-1))
+            linear._parameters[attribute] = torch.nn.Parameter(read.to(device), requires_grad=False)
+    return head_of(model).detached()
 
 
 def replace_parameters(

@@ -247,7 +247,7 @@ def check_disk(context: StageContext, stages: Iterable[Stage], student_params: i
     for stage in stages:
         if stage.disk_bytes is None or manifest_path(stage, run).exists():
             continue
-        written = [run.at(artifact) for artifact in (*stage.writes, *stage.resumes_from)] + [run.work / stage.name]
+        written = [run.at(artifact) for artifact in {*stage.writes, *stage.resumes_from}] + [run.work / stage.name]
         needed[stage.name] = max(0, stage.disk_bytes(context, student_params) - sum(map(_bytes_under, written)))
     total, free = sum(needed.values()) + _MARGIN_BYTES, shutil.disk_usage(run.path).free
     if needed and total > free:

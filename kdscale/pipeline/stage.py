@@ -258,7 +258,8 @@ def _prepare_resuming(stage: Stage, context: StageContext, made_from: dict[str, 
 
 def has_progress(stage: Stage, run: RunFolder) -> bool:
     """Whether the first artifact that the stage resumes from holds anything, which a redo would delete."""
-    return any(any(run.at(artifact).glob("*")) for artifact in stage.resumes_from[:1])
+    folders = [run.at(artifact) for artifact in stage.resumes_from[:1]]
+    return any(any(folder.glob("*")) for folder in folders if not folder.is_symlink())  # what a link leads to stays
 
 
 def checkpoints_in_the_way(stage: Stage, run: RunFolder, changes: Sequence[str]) -> RunFolderError:

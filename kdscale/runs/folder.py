@@ -3,7 +3,8 @@
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
   work/ (what unfinished stages resume from)
   data/  corrected/ (the teacher after its correction)  importance/  speed.json (timings of shapes)  plan.json  pruned/
-  repair.json (what compensation won back)  checkpoints/  student/  eval/  report/
+  repair.json (what compensation won back)  targets/ (stored targets, or a link to where they are)  checkpoints/
+  student/  eval/  report/
   steps/ (a run folder for each step before the last)
 """
 
@@ -64,6 +65,8 @@ CORRECTED_WEIGHTS = Artifact("corrected", WEIGHTS)
 PRUNED_WEIGHTS = Artifact("pruned", WEIGHTS)
 PRUNED_CONFIG = Artifact("pruned/config.json")
 REPAIR = Artifact("repair.json")
+TARGETS = Artifact("targets")
+TARGETS_HEADER = Artifact("targets", ("store.json",))  # it says which targets there are
 CHECKPOINTS = Artifact("checkpoints")
 STUDENT = Artifact("student")
 STUDENT_WEIGHTS = Artifact("student", WEIGHTS)
@@ -81,7 +84,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _try_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
+    """Lock an open file or folder for this process; False where another one has locked it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -177,7 +181,7 @@ class RunFolder:
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise RunFolderError(f"{self.path / '.lock'} is not a regular file", hint="remove it")
-            if not _try_lock(handle):
+            if not try_lock(handle):
                 owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise RunFolderError(
                     f"run folder {self.path} is in use by process {owner}",
@@ -197,7 +201,7 @@ class RunFolder:
         except OSError:  # nobody who can hold it
             return False
         try:
-            return not _try_lock(handle)
+            return not try_lock(handle)
         finally:
             os.close(handle)
 

@@ -6,7 +6,7 @@ N rows (valid positions), K entries, G teacher's hidden size, V vocabulary, D dr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -81,6 +81,16 @@ class Targets:
     full: FullTargets | None = None
     hidden_NG: Mapping[int, torch.Tensor] = field(default_factory=dict)
     attention: Mapping[int, AttentionRows] = field(default_factory=dict)
+
+    def part(self, rows: slice) -> Targets:
+        """The targets of some of the rows, without those of single layers."""
+        top, sampled, full = self.top_k, self.sampled, self.full
+        return Targets(
+            rows=len(range(self.rows)[rows]),
+            top_k=top and replace(top, ids_NK=top.ids_NK[rows], logits_NK=top.logits_NK[rows], lse_N=top.lse_N[rows]),
+            sampled=sampled and replace(sampled, ids_NK=sampled.ids_NK[rows], weights_NK=sampled.weights_NK[rows]),
+            full=full and replace(full, hidden_NG=full.hidden_NG[rows]),
+        )
 
     def probe(self) -> torch.Tensor:
         """A scalar (fp32) that is finite only if every part of the targets is."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kdscale.config.distill.schedules import Between, Schedule
 from kdscale.config.distill.targets import Needs
-from kdscale.config.fields import Length, Section
+from kdscale.config.fields import Length, Section, named_entry
 from kdscale_kernels.divergence import DIVERGENCES, Divergence
 
 if TYPE_CHECKING:
@@ -190,23 +189,10 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
 }
 
 
-def _objective(entry: Any) -> ObjectiveConfig:
-    """An entry of distill.objectives with the settings of the objective it names."""
-    if isinstance(entry, ObjectiveConfig):
-        return entry
-    known = ", ".join(OBJECTIVES)
-    if not isinstance(entry, dict) or "name" not in entry:
-        raise ValueError(f"expected a mapping with the name of an objective ({known})")
-    settings = OBJECTIVES.get(str(entry["name"]))
-    if settings is None:
-        raise ValueError(f"name: expected one of {known}, got {entry['name']!r}")
-    for key in entry:
-        if key not in settings.model_fields and (near := difflib.get_close_matches(key, settings.model_fields, n=1)):
-            raise ValueError(f"{key}: unknown key (did you mean {near[0]!r}?)")
-    return settings.model_validate(entry)
-
-
-ObjectiveEntry = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(_objective)]
+ObjectiveEntry = Annotated[
+    SerializeAsAny[ObjectiveConfig],
+    BeforeValidator(lambda entry: named_entry(entry, OBJECTIVES, ObjectiveConfig, "an objective")),
+]
 
 
 def log_columns(entries: Sequence[ObjectiveConfig]) -> list[Term]:

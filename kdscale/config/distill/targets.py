@@ -154,6 +154,15 @@ SOURCES: dict[str, Source] = {
             in_process=False,
             same_on_all_ranks=False,
         ),
+        Source(
+            name="cached",
+            gives=Needs(
+                top_k=ANY_NUMBER, sampled=ANY_NUMBER, temperature=None, full=True
+            ),  # what of it, the codec of the store says
+            placements=("cached",),
+            open="kdscale.teacher.store.cached:open_cached",
+            in_process=False,
+        ),
         # no teacher at all: the source where the objectives need none, whatever teacher_placement says
         Source(name="text", gives=Needs(), placements=(), open="kdscale.teacher.source:open_text", in_process=False),
     )

@@ -19,8 +19,8 @@ _STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 12
 
 
 def what_distillation_depends_on(context: StageContext) -> Facts:
-    """The settings of `distill` that the student's values depend on."""
-    return {"distill": context.config.distill.decisive()}
+    """The settings that the student's values depend on."""
+    return {"distill": context.config.decisive_for_student()}
 
 
 def disk_bytes(context: StageContext, student_params: int) -> int:

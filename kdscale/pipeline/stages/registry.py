@@ -9,7 +9,7 @@ from __future__ import annotations
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.pipeline.stage import Stage, belongs_to
-from kdscale.pipeline.stages import correct, data, distill, evaluate, importance, plan, prune, report
+from kdscale.pipeline.stages import correct, data, distill, evaluate, importance, plan, prune, report, targets
 from kdscale.runs import folder
 
 _CODE = "teacher.trust_remote_code"
@@ -57,12 +57,20 @@ STAGES: dict[str, Stage] = {
             disk_bytes=prune.disk_bytes, resumable=True, in_steps=True,
         ),
         Stage(
+            name="targets", title="store the teacher's targets",
+            help="Compute the teacher's targets once, into a store that any number of students read.",
+            run=targets.write_targets, run_rank=targets.targets_rank, processes="targets.processes",
+            config=("seed", _CODE), depends_on=targets.what_matters, model="model_to_learn_from",
+            reads=(folder.DATA,), writes=(folder.TARGETS,), resumes_from=(folder.TARGETS,),
+            disk_bytes=targets.disk_bytes, only_with="targets", in_steps=True,
+        ),
+        Stage(
             name="distill", title="distil the teacher into the student",
             help="Distil the teacher into the pruned student; resumes where it was.",
             run=distill.distill, run_rank=distill.distill_rank, processes="distill.processes",
             config=("seed", _CODE), depends_on=distill.what_distillation_depends_on, model="model_to_learn_from",
             copies=distill.copied_from_and_to,
-            reads=(folder.PRUNED_WEIGHTS, folder.DATA), writes=(folder.STUDENT,),
+            reads=(folder.PRUNED_WEIGHTS, folder.DATA, folder.TARGETS_HEADER), writes=(folder.STUDENT,),
             resumes_from=(folder.CHECKPOINTS, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD),
             disk_bytes=distill.disk_bytes, in_steps=True, across_job=True, watches_itself=True,
             check_before=distill.check_before,

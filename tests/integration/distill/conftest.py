@@ -60,9 +60,9 @@ def data_dir(tiny_llama_dir: Path, tiny_texts: list[str], tmp_path_factory: pyte
 
 @pytest.fixture(scope="session")
 def make_config(tiny_llama_dir: Path) -> Callable[..., Config]:
-    """A config of a short run; keywords are fields of distill."""
+    """A config of a short run; keywords are fields of distill, but for the section `targets`."""
 
-    def make(**distill: Any) -> Config:
+    def make(targets: dict[str, Any] | None = None, **distill: Any) -> Config:
         settings = {
             "tokens": 8 * 4 * 48, "seq_len": 48, "global_batch": 4, "micro_batch": 2, "dtype": "float32",
             "optimizer": {"lr": 3e-3, "warmup_steps": 2, "weight_decay": 0.1},
@@ -71,7 +71,8 @@ def make_config(tiny_llama_dir: Path) -> Callable[..., Config]:
         }  # fmt: skip
         tree = {
             "name": "tiny", "run_dir": "unused", "seed": 5, "teacher": {"path": str(tiny_llama_dir)},
-            "prune": {"target_params": "50%"}, "distill": settings, "runtime": {"device": "cpu", "threads": 1},
+            "prune": {"target_params": "50%"}, "distill": settings, "targets": targets,
+            "runtime": {"device": "cpu", "threads": 1},
         }  # fmt: skip
         return build_config(tree, "test")
 
