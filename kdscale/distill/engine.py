@@ -43,7 +43,7 @@ from kdscale.packaging.model_card import card_facts, model_card
 from kdscale.runs.folder import KERNELS
 from kdscale.runtime.device import set_threads
 from kdscale.runtime.gpu_binding import rank_device
-from kdscale.runtime.kernel_backend import agree_on_backend, try_launch
+from kdscale.runtime.kernel_backend import agree_on_backend, agree_on_compiling, try_launch
 from kdscale.runtime.library_output import quiet
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import HostSums, is_main, on_main, rank, world_size
@@ -116,6 +116,8 @@ def open_session(cfg: Config, folders: Folders, reporter: Reporter) -> Session:
     models = load(cfg, folders, setup)
     if (attention := choice_for(models.student.model, setup.device)) is not None:
         reporter.say(attention.in_words())
+    if setup.compiled:
+        reporter.say("layers are compiled when they first run, which takes a minute or so (distill.compile)")
     engine = build(cfg, folders, setup, models)
     return resume(cfg, folders, setup, models, engine, reporter)
 
@@ -138,14 +140,18 @@ def join(cfg: Config, run_dir: Path, reporter: Reporter) -> RankSetup:
         hint = "install libaio's headers (libaio-dev), a C++ compiler and ninja, or offload to cpu"
         raise ConfigError("distill.zero.nvme_path", expected="DeepSpeed's async_io, which it builds", hint=hint)
     check_world(cfg.distill.processes)
-    _note_backend(agree_on_backend(obstacle), run_dir, reporter)
+    obstacle = agree_on_backend(obstacle)
+    _note_backend(obstacle, run_dir, reporter)
+    compiled, why_not = agree_on_compiling(cfg.distill.compile, device, obstacle)
+    if why_not is not None:
+        reporter.say(f"  note: layers are not compiled: {why_not}")
     torch.manual_seed(cfg.seed)
     dtype = agreed_dtype(cfg.distill.dtype, device)
     for notice in slow_products(device, dtype):
         reporter.say(f"note: {notice}")
     stage = _exact_stage(cfg.distill.zero_stage, dtype, reporter)
     settings = deepspeed_config(cfg.distill, stage, bf16=dtype == torch.bfloat16, device=device.type)
-    return RankSetup(device, dtype, stage, settings, library_log)
+    return RankSetup(device, dtype, stage, settings, library_log, compiled)
 
 
 def _note_backend(obstacle: str | None, run_dir: Path, reporter: Reporter) -> None:

@@ -16,10 +16,11 @@ from kdscale.distill.objectives.base import Objectives
 from kdscale.distill.parallel.checks import check_sequence_parallel, check_tensor_parallel
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.tensor_parallel import ModelSlices, load_sliced_model, tensor_group
-from kdscale.distill.parallel.zero3_loading import full_shape, load_zero3, zero3_materialiser
+from kdscale.distill.parallel.zero3_loading import full_shape, gather_by_layer, load_zero3, zero3_materialiser
 from kdscale.distill.schedule import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.models.compiling import compile_layers
 from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runtime.timeouts import group_timeout
@@ -49,6 +50,7 @@ class RankSetup:
     zero_stage: int
     deepspeed: dict[str, Any]
     library_log: Path
+    compiled: bool = False  # the layers of student and in-process teacher
 
 
 def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup: RankSetup) -> Models:
@@ -83,6 +85,11 @@ def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup
     if missing := needs.missing_from(source.gives):
         placement = f"distill.teacher_placement: {settings.teacher_placement}"
         raise ConfigError(placement, expected=f"a source that gives {missing}", got=source.gives.in_words())
+    if setup.compiled:
+        compile_layers(source.model)
+        compile_layers(student)
+        if setup.zero_stage == 3:
+            gather_by_layer(student)
     objectives = Objectives(entries, pair)
     objectives.modules.to(setup.device, setup.dtype)
     module = StudentModule(student, objectives, vocab_size, shard, sequence_slice)

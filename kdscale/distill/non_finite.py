@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from kdscale.errors import TrainingError
+from kdscale.models.compiling import uncompiled
 
 _DOZEN = 12
 
@@ -115,7 +116,8 @@ def watch(module: nn.Module, prefix: str) -> Iterator[FirstNonFinite]:
 
     handles = [sub.register_forward_hook(hook_for(f"{prefix}{name}")) for name, sub in module.named_modules() if name]
     try:
-        yield first
+        with uncompiled():
+            yield first
     finally:
         for handle in handles:
             handle.remove()

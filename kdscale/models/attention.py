@@ -52,10 +52,18 @@ def attend_within_documents(model: Any) -> bool:
 
     if not getattr(model, "_supports_attention_backend", False):
         return False
-    AttentionInterface.register(_NAME, attend)
+    if _NAME not in AttentionInterface():
+        AttentionInterface.register(_NAME, attend)
     model.config._attn_implementation = _NAME
     model.config.get_text_config()._attn_implementation = _NAME
     return True
+
+
+def attend_outside_graphs() -> None:
+    """Let torch.compile leave this attention out of what it compiles: lengths on the host would become constants."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, torch.compiler.disable(attend, reason="documents have lengths on the host"))
 
 
 @contextmanager

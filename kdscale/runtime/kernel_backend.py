@@ -1,10 +1,17 @@
-"""Whether Triton can run the kernels on the GPUs of a job: tried before the work, and decided for all ranks alike."""
+"""Whether Triton can run the kernels on the GPUs of a job: tried before the work, and decided for all ranks alike.
+
+The same for torch.compile, whose code is Triton's on a GPU and C++ on a CPU.
+"""
 
 from __future__ import annotations
 
 import os
+from typing import Literal
+
+import torch
 
 from kdscale.config.root import Config
+from kdscale.errors import ConfigError
 from kdscale.runtime.device import resolve_device
 from kdscale.runtime.gpu_binding import bound_index, local_rank, visible_gpus
 from kdscale.runtime.ranks import gather
@@ -29,8 +36,41 @@ def agree_on_backend(obstacle: str | None) -> str | None:
     Ranks that computed with different kernels would differ in rounding and in speed, and with vocabulary slices in what
     they exchange.
     """
-    reported = gather(obstacle)
-    first = next((index for index, text in enumerate(reported) if text is not None), None)
-    reason = None if first is None else f"rank {first}: {reported[first]}" if len(reported) > 1 else reported[first]
+    reason = _of_any_rank(obstacle)
     refuse_triton(reason)
     return reason
+
+
+def agree_on_compiling(
+    choice: Literal["auto", "off", "layers"], device: torch.device, triton_obstacle: str | None
+) -> tuple[bool, str | None]:
+    """(whether distill.compile: `choice` compiles layers on `device`, what keeps `auto` from it). A collective call.
+
+    `triton_obstacle` is what `agree_on_backend` returned. Raises ConfigError where `layers` was asked for and some rank
+    cannot compile.
+    """
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return False, None
+    obstacle = triton_obstacle if device.type == "cuda" else _of_any_rank(_compiler_obstacle())
+    if obstacle is not None and choice == "layers":
+        raise ConfigError(
+            "distill.compile", expected="a machine that can run what torch.compile makes", got=obstacle,
+            hint="mend that, or set distill.compile: off",
+        )  # fmt: skip
+    return obstacle is None, obstacle
+
+
+def _compiler_obstacle() -> str | None:
+    """What keeps torch.compile from working on this CPU, tried with a sum; None when it works."""
+    try:
+        torch.compile(lambda x: x.sin() + 1.0, dynamic=False)(torch.zeros(8))
+    except Exception as error:  # noqa: BLE001 - the libraries and the compiler raise what they like
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
+
+
+def _of_any_rank(obstacle: str | None) -> str | None:
+    """The first obstacle that a rank has, with the rank's number where there are several. A collective call."""
+    reported = gather(obstacle)
+    first = next((index for index, text in enumerate(reported) if text is not None), None)
+    return None if first is None else f"rank {first}: {reported[first]}" if len(reported) > 1 else reported[first]

@@ -54,6 +54,8 @@ class DistillConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     zero: ZeroConfig = ZeroConfig()
     gradient_checkpointing: bool = False
+    # torch.compile of the decoder layers of student and in-process teacher; auto: on GPUs that can run what it makes
+    compile: Literal["auto", "off", "layers"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     # their weighted sum is the loss
     objectives: tuple[ObjectiveEntry, ...] = Field(strict=False, default=(TokenDivergenceConfig(),))
@@ -180,7 +182,7 @@ DECISIVE_ZERO = ("gradient_dtype", "quantized_weights", "quantized_gradients")  
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {
     "teacher_placement", "served", "endpoint", "processes", "sequence_parallel", "tensor_parallel", "micro_batch",
-    "zero_stage", "gradient_checkpointing", "validate_every", "validate_tokens", "checkpoint_every",
+    "zero_stage", "gradient_checkpointing", "compile", "validate_every", "validate_tokens", "checkpoint_every",
     "checkpoint_minutes", "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds", "spikes",
     "profile", "peak_flops", "zero",
 }  # fmt: skip

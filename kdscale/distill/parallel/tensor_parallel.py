@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,16 @@ def _slice_linears(model: Any, group: Any, roles: Mapping[str, str], kv_heads: i
         slices[f"{name}.weight"] = _rank_slice(module.weight.shape[dim], dim, group, meta)
         if module.bias is not None and dim == 0:
             slices[f"{name}.bias"] = slices[f"{name}.weight"]
-        replace_module(model, name, (LinearAllreduce if dim else LinearLayer)(module, group, tp_meta=meta))
+        sliced = _outside_graphs(LinearAllreduce if dim else LinearLayer)
+        replace_module(model, name, sliced(module, group, tp_meta=meta))
     return slices
+
+
+@cache
+def _outside_graphs(linear_class: type[nn.Module]) -> Any:
+    """The class without torch.compile where its layer is compiled: it adds up over ranks in place."""
+    forward = torch.compiler.disable(linear_class.forward, reason="sums over ranks")
+    return type(linear_class.__name__, (linear_class,), {"forward": forward})
 
 
 def _rank_slice(total: int, dim: int, group: Any, meta: Any) -> TensorSlice:

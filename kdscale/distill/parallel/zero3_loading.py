@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from kdscale.distill.parallel.tensor_parallel import Materialise, ModelSlices, data_group, fill_slice
+from kdscale.models.compiling import decoder_layers
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.models.skeleton import build_skeleton, move_buffers, replace_parameters
 from kdscale.teacher.placement.host_memory import explain_refusal
@@ -39,6 +40,17 @@ def load_zero3(
 def zero3_materialiser(settings: dict[str, Any], device: torch.device) -> Materialise:
     """For `load_sliced_model`: partition this rank's slice of each parameter over the ranks that hold the same one."""
     return lambda model, slices, weights: _partition(model, slices, weights, settings, device)
+
+
+def gather_by_layer(model: nn.Module) -> None:
+    """Let ZeRO-3 gather each decoder layer as one, before it runs, instead of each module within it.
+
+    A compiled layer cannot stop in its middle for DeepSpeed's hooks. Call it before `deepspeed.initialize`.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in decoder_layers(model):
+        set_z3_leaf_module(layer, True)
 
 
 def _partition(
