@@ -9,10 +9,12 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdscale.config.distill.objectives import LayersRead
 from kdscale.families import supported_types
 from kdscale.models import compiling
 from kdscale.models.attention import attend_within_documents
 from kdscale.models.head import final_hidden
+from kdscale.models.layer_records import LayerReader
 from tests.integration.prune.family_table import tiny_config
 
 REGIONS = 4  # what one kind of layer comes to: up to attention (two), the output projection, the rest
@@ -110,6 +112,25 @@ def test_hooks_around_layers_are_called_and_hooks_inside_them_when_asked():
     with compiling.uncompiled():
         forward_and_backward(model)
     assert calls == ["inside", "layer"]
+
+
+def test_what_a_forward_records_is_not_part_of_the_graphs():
+    """Each forward has an object of its own that is told of attention and hidden states."""
+    model, read = make_model(), LayersRead(hidden=(1,), attention=(2,))
+    ids_BS, position_ids_BS, rows_N = torch.arange(32)[None], torch.arange(32)[None], torch.arange(5)
+
+    def record(model):
+        records = LayerReader(model, read).records()
+        with torch.no_grad(), records.of_forward(rows_N) as arguments:
+            final_hidden(model, ids_BS, position_ids_BS, **arguments)
+        return records
+
+    expected = record(model)
+    model = compiled(model)
+    for found in (record(model), record(model), record(model)):
+        torch.testing.assert_close(found.layers_NH, expected.layers_NH)
+        assert found.attention.keys() == {2}
+    assert counters["stats"]["unique_graphs"] == REGIONS
 
 
 def test_a_model_without_layers_of_transformers_is_left_alone():
