@@ -282,7 +282,19 @@ def free_settings() -> str:
     return ", ".join(f"`{name}`" for name in sorted(FREE_SETTINGS))
 
 
+def readers() -> str:
+    """Every format that text is read from."""
+    from kdscale.config.data import READERS
+
+    rows = []
+    for name, reader in READERS.items():
+        files = ", ".join(f"`{suffix}`" for suffix in reader.suffixes) or f"`{reader.scheme}…`"
+        rows.append((name, files, reader.help))
+    return table(("format", "files", "what is read"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "readers": readers,
     "criteria": criteria,
     "objectives": objectives,
     "sources": sources,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
 from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, document_end_id, special_tokens
@@ -39,7 +39,7 @@ def main() -> None:
     for name, special in ((f"ids {list(own.prefix)}", own), ("nothing", NO_SPECIAL_TOKENS)):
         store = TokenStore.build(
             args.work / f"store-{len(special.prefix)}",
-            [SourceConfig(path=args.source)],
+            DataConfig(sources=(SourceConfig(path=args.source),)),
             tokenizer,
             eos_id=document_end_id(tokenizer),
             reporter=Reporter(quiet=True),

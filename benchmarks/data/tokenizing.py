@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.data.sources import read_documents
 
 
@@ -46,11 +46,10 @@ def run_kdscale(teacher: Path, text: Path, out: Path, processes: int) -> int:
     tokenizer = load_tokenizer(teacher)
     store = TokenStore.build(
         out,
-        [SourceConfig(path=str(text))],
+        DataConfig(sources=(SourceConfig(path=str(text)),), processes=processes),
         tokenizer,
         eos_id=document_end_id(tokenizer),
         reporter=Reporter(quiet=True),
-        processes=processes,
     )
     return sum(store.split(name).tokens for name in ("train", "heldout"))
 

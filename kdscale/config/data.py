@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -9,23 +10,120 @@ from pydantic import Field, model_validator
 from kdscale.config.fields import Count, Section
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A format that text is read from: one row of READERS.
+
+    `read` names the function ("module:function") that reads it: it takes the file (of the hub: the source's path) and
+    the SourceConfig, and yields (where, content): where it is, for messages, and a text, a record or token ids.
+    """
+
+    name: str
+    suffixes: tuple[str, ...] = ()  # of its files' names
+    companion: str | None = None  # in place of the suffix: the file beside each file that belongs to it
+    scheme: str | None = None  # what its paths begin with; it has no files of its own then
+    read: str
+    help: str
+
+    def claims(self, name: str) -> bool:
+        """Whether a file of this name is one of its own."""
+        return name.endswith(self.suffixes) if self.suffixes else False
+
+
+READERS: dict[str, Reader] = {
+    row.name: row
+    for row in (
+        Reader(
+            name="text",
+            suffixes=(".txt",),
+            read="kdscale.data.readers.text:read",
+            help="A document each; one of 128 KiB or more is cut into documents of about 64 Ki characters, at blank "
+            "lines where there are some.",
+        ),
+        Reader(
+            name="jsonl",
+            suffixes=(".jsonl", ".jsonl.gz"),
+            read="kdscale.data.readers.jsonl:read",
+            help="A JSON object a line, its text in `field`, or a chat's messages (`chat: true`).",
+        ),
+        Reader(
+            name="parquet",
+            suffixes=(".parquet",),
+            read="kdscale.data.readers.arrow:read_parquet",
+            help="A record a row, its text in the column `field`, or a chat's messages (`chat: true`).",
+        ),
+        Reader(
+            name="arrow",
+            suffixes=(".arrow",),
+            read="kdscale.data.readers.arrow:read_arrow",
+            help="A folder that `save_to_disk` of the library `datasets` wrote (its part `split` where it has "
+            "several), or files of one. Columns as in Parquet.",
+        ),
+        Reader(
+            name="megatron",
+            suffixes=(".idx",),
+            companion=".bin",
+            read="kdscale.data.readers.megatron:read",
+            help="Megatron's indexed data set: token ids, which are taken as they are and must come from the teacher's "
+            "tokenizer; the `.bin` file lies beside.",
+        ),
+        Reader(
+            name="hub",
+            scheme="hf:",
+            read="kdscale.data.readers.hub:read",
+            help="`hf:NAME` or `hf:NAME#CONFIG`: the part `split` of a data set on the hub, streamed; nothing is kept "
+            "on disk but its tokens.",
+        ),
+    )
+}
+
+
+def file_suffixes() -> tuple[str, ...]:
+    """The ends of the names of all files that can be read."""
+    return tuple(suffix for reader in READERS.values() for suffix in reader.suffixes)
+
+
 class SourceConfig(Section):
-    """One source of text: `builtin:classics`, a .jsonl/.jsonl.gz/.txt file, a folder or glob of these, or `hf:NAME`."""
+    """One source of text: `builtin:classics`, a file, a folder or glob of files in formats of READERS, or `hf:NAME`."""
 
     path: str = Field(min_length=1)
-    field: str = "text"
+    field: str | None = None  # that holds the text; None: `text`, or `messages` of a chat
+    chat: bool = False  # whether `field` holds a conversation, of which the answers are learned
     source_field: str | None = "source"  # names where each record comes from; None: the file's name does
-    split: str = "train"  # only for hf:
+    split: str = "train"  # of a data set that has several
     weight: Annotated[int, Field(ge=1, le=10_000)] = 1  # how often each document is repeated per epoch
     tag: Annotated[str, Field(min_length=1)] | None = (
         None  # names the source elsewhere; None: each document's label does
     )
+
+    @property
+    def field_name(self) -> str:
+        """The field that holds the text or the conversation."""
+        return self.field or ("messages" if self.chat else "text")
+
+    @property
+    def name(self) -> str:
+        """What a blend calls it."""
+        return self.tag or self.path
 
     @model_validator(mode="after")
     def _hub_sets_have_names(self) -> SourceConfig:
         if self.path.startswith("hf:") and not self.path.removeprefix("hf:").strip():
             raise ValueError("path: expected hf:NAME, the name of a data set on the hub")
         return self
+
+
+class BlendConfig(Section):
+    """How much of the training text comes from which sources, whatever their sizes."""
+
+    # Shares by the tag of a source, or by its path where it has none; their sum may be any number.
+    weights: dict[str, Annotated[float, Field(gt=0.0, le=1e9)]] = Field(strict=False, min_length=1, max_length=1000)
+    tokens: Count | None = None  # of which each share is tokenised at most; the rest of a source is not read
+
+    def shares(self) -> dict[str, float]:
+        """The weights as shares of 1."""
+        total = sum(self.weights.values())
+        return {name: weight / total for name, weight in self.weights.items()}
 
 
 class DataConfig(Section):
@@ -39,8 +137,29 @@ class DataConfig(Section):
     heldout_sources: tuple[SourceConfig, ...] = Field(
         strict=False, max_length=1000, default=()
     )  # if given, used instead of the fraction
+    blend: BlendConfig | None = None  # None: all documents, each as often as its source's weight says
+    deduplicate: bool = False  # whether a text that came before, but for case and white space, is left out
     max_document_tokens: Count | None = None
     # Whether what the tokenizer puts around a text (BOS) begins each document and each window that continues one.
     add_special: Literal["auto", "never"] = "auto"
+    chat_template: str | None = None  # a Jinja file, in place of the tokenizer's own template
     processes: Annotated[int, Field(ge=1, le=256)] | None = None  # that tokenise; None: one per core for much text
     share: bool = True  # tokenised text with other runs of this user, in a cache folder
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether any source holds conversations."""
+        return any(source.chat for source in (*self.sources, *self.heldout_sources))
+
+    @model_validator(mode="after")
+    def _the_blend_names_all_sources(self) -> DataConfig:
+        if self.blend is None:
+            return self
+        names, weights = {source.name for source in self.sources}, set(self.blend.weights)
+        if unknown := sorted(weights - names):
+            raise ValueError(f"blend.weights: no source has the tag or path {unknown}; there are {sorted(names)}")
+        if missing := sorted(names - weights):
+            raise ValueError(f"blend.weights: expected a weight for each source, got none for {missing}")
+        if repeated := [source.path for source in self.sources if source.weight != 1]:
+            raise ValueError(f"sources: weight (a number of repeats) does not go with blend, got it for {repeated}")
+        return self

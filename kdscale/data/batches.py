@@ -4,6 +4,8 @@ The global order is an endless list of sequences, epoch after epoch; optimiser s
 n·global_batch … (n+1)·global_batch − 1, and each rank takes one run of these, in the order of the ranks. Which tokens a
 step trains on therefore depends on nothing but (split, seed, seq_len, global_batch, n), and the loader's state is n.
 
+Of a blend, each sequence is of one source, and each source has its own epochs; data/blends.py has the order.
+
 Dimension letters: B sequences, S seq_len.
 """
 
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdscale.data.blends import BlendOrder
 from kdscale.data.packing import (
     IGNORED_LABEL,
     EpochOrder,
@@ -25,7 +28,7 @@ from kdscale.data.packing import (
     epoch_sequences,
     packed_sequence,
 )
-from kdscale.data.token_store import TokenSplit
+from kdscale.data.token_store import Share, TokenSplit
 from kdscale.errors import ConfigError, DataError
 
 
@@ -127,8 +130,10 @@ class PackedLoader:
         self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
         self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
         self._label_slice, self._choose_labels = label_slice, choose_labels
-        self.epoch_sequences = epoch_sequences(split, seq_len)
-        self._order: tuple[int, EpochOrder] | None = None  # of the epoch last asked for
+        self._blend = BlendOrder([share.share for share in split.blend]) if split.blend else None
+        self._streams = [_Stream(split, seq_len, share) for share in split.blend or (None,)]
+        self.epoch_sequences = sum(stream.sequences for stream in self._streams)
+        self._orders: dict[int, tuple[int, EpochOrder]] = {}  # of the epoch last asked for, by the stream's number
 
     def batches(self, state: LoaderState | None = None) -> Iterator[tuple[list[Batch], LoaderState]]:
         """The micro-batches of each optimiser step and the state after it, without end."""
@@ -161,6 +166,15 @@ class PackedLoader:
             )
         return out
 
+    def spread(self, numbers: Sequence[int], count: int, halfway: bool = False) -> list[int]:
+        """`count` of these sequences that stand for all: in even steps (or `halfway` between), or a blend's first ones.
+
+        The beginning of a blend has its shares already, and even steps through its regular order may miss a source.
+        """
+        if self._blend is not None:
+            return list(numbers[:count])
+        return [numbers[(2 * index + halfway) * len(numbers) // (2 * count)] for index in range(count)]
+
     def stack(self, numbers: Sequence[int], step: int | None = None) -> Batch:
         """One batch of the sequences with these numbers in the global order, on which optimiser step `step` trains."""
         keys = [SequenceKey("train", number) for number in numbers]
@@ -181,10 +195,24 @@ class PackedLoader:
 
     def _place(self, number: int) -> tuple[EpochOrder, int]:
         """The order of the epoch that sequence `number` is in, and its number there."""
-        epoch, within = divmod(number, self.epoch_sequences)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, EpochOrder(self._split, self._seed, epoch, self._shuffle)
-        return self._order[1], within
+        chosen, number = (0, number) if self._blend is None else self._blend.place(number)
+        stream = self._streams[chosen]
+        epoch, within = divmod(number, stream.sequences)
+        if chosen not in self._orders or self._orders[chosen][0] != epoch:
+            self._orders[chosen] = epoch, EpochOrder(self._split, self._seed, epoch, self._shuffle, stream.documents)
+        return self._orders[chosen][1], within
+
+
+class _Stream:
+    """Documents that have epochs of their own: those of a share of a blend, or all of the split."""
+
+    def __init__(self, split: TokenSplit, seq_len: int, share: Share | None):
+        if share is None:
+            self.documents, self.sequences = None, epoch_sequences(split, seq_len)
+        else:
+            self.documents = np.flatnonzero(np.isin(split.sources_D, share.sources))
+            what = f"the training text of {share.name} in data.blend"
+            self.sequences = epoch_sequences(split, seq_len, self.documents, what)
 
 
 def stack_sequences(

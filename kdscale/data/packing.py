@@ -57,26 +57,34 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 class EpochOrder:
-    """The documents of one epoch in their order, and where each starts in the epoch's stream."""
+    """The documents of one epoch in their order, and where each starts in the epoch's stream.
 
-    def __init__(self, split: TokenSplit, seed: int, epoch: int, shuffle: bool = True):
-        repeated_R = np.repeat(np.arange(split.documents), split.weights_D)
+    `documents`: those of the epoch, by default all, each as often as its weight says.
+    """
+
+    def __init__(
+        self, split: TokenSplit, seed: int, epoch: int, shuffle: bool = True, documents: np.ndarray | None = None
+    ):
+        repeated_R = np.repeat(np.arange(split.documents), split.weights_D) if documents is None else documents
         self.documents_R = repeated_R[seeded_order(repeated_R.size, seed, epoch)] if shuffle else repeated_R
         self.starts_R1 = np.concatenate(([0], np.cumsum(split.lengths[self.documents_R] + len(split.prefix_ids))))
 
 
-def epoch_tokens(split: TokenSplit) -> int:
-    """Tokens of an epoch, with what begins each document: each as often as its source's weight says."""
-    return int(((split.lengths + len(split.prefix_ids)) * split.weights_D.astype(np.int64)).sum())
+def epoch_tokens(split: TokenSplit, documents: np.ndarray | None = None) -> int:
+    """Tokens of an epoch of `documents`, with what begins each: by default of all, each as often as its weight says."""
+    sizes_D = split.lengths + len(split.prefix_ids)
+    return int((sizes_D * split.weights_D.astype(np.int64) if documents is None else sizes_D[documents]).sum())
 
 
-def epoch_sequences(split: TokenSplit, seq_len: int) -> int:
-    """How many full windows an epoch has. Raises DataError when there is not one."""
+def epoch_sequences(
+    split: TokenSplit, seq_len: int, documents: np.ndarray | None = None, what: str = "the training text"
+) -> int:
+    """How many full windows an epoch of `documents` (`what` names them) has. Raises DataError when there is not one."""
     check_seq_len(split, seq_len)
-    tokens = epoch_tokens(split)
+    tokens = epoch_tokens(split, documents)
     if tokens < seq_len:
         raise DataError(
-            f"the training text has {tokens} tokens",
+            f"{what} has {tokens} tokens",
             expected=f"at least one sequence of {seq_len}",
             hint="give more text or a smaller seq_len",
         )

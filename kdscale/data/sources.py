@@ -1,37 +1,30 @@
 """Where text comes from: files, folders, globs, the text that ships with the package, and hub data sets by name.
 
-A `.txt` file below 128 Ki characters is one document: blank lines in prose end paragraphs, not documents. A longer one
-is cut at the first blank line after each 64 Ki. A `.jsonl` or `.jsonl.gz` file is one document per line, its text in
-the configured field. Files are always read in sorted order, so that the same source gives the same documents in the
-same order on every machine.
+config.data.READERS has the formats, kdscale/data/readers/ a file for each. Files are always read in sorted order, so
+that the same source gives the same documents in the same order on every machine.
 """
 
 from __future__ import annotations
 
-import codecs
 import glob
-import gzip
-import json
-import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import IO, Any
+from pkgutil import resolve_name
+from typing import Any
 
-from kdscale.config.data import SourceConfig
-from kdscale.errors import ConfigError, DataError, ServiceError
+import numpy as np
+
+from kdscale.config.data import READERS, Reader, SourceConfig, file_suffixes
+from kdscale.data.readers.arrow import saved_dataset_files
+from kdscale.data.readers.chat import ChatTemplate
+from kdscale.data.readers.records import checked_text, content_of, label_of
+from kdscale.data.readers.text import DOCUMENT_CHARS
+from kdscale.errors import DataError
 from kdscale.files import sha256_file
-from kdscale.weights.locate import hub_connection_errors, hub_name
+from kdscale.weights.locate import hub_name
 from kdscale_launch.watchdog import beat
-
-_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-_BOM = b"\xef\xbb\xbf"
-_TXT_DOCUMENT_CHARS = 1 << 16  # a .txt document has at least so many characters, and at most twice as many
-_CUTS = (r"\n[ \t\r]*\n", r"\n", r"\s")  # where a .txt file may be cut, the best first
-_LONGEST_LABEL = 200  # characters of it are kept
-_BLOCK_BYTES, _MAX_RECORD_BYTES = 1 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -39,12 +32,29 @@ class Document:
     """One text; `source` is what the record's `source_field` says where it has one, else the file's name.
 
     `answers` are the spans of characters that the student learns to write, ascending; None: all of the text.
+    `ids` (int64) takes the place of the text where its tokens are all that is known.
     """
 
     text: str
     source: str
     index: int  # within its SourceConfig
     answers: tuple[tuple[int, int], ...] | None = None
+    ids: np.ndarray | None = None
+
+    @property
+    def brings_own_ends(self) -> bool:
+        """Whether it may have what begins and ends a document already: from a chat template, or as token ids."""
+        return self.answers is not None or self.ids is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its content."""
+        return len(self.content)
+
+    @property
+    def content(self) -> bytes:
+        """What tells it from other documents: its text in UTF-8, or its token ids."""
+        return self.text.encode("utf-8") if self.ids is None else self.ids.tobytes()
 
 
 def builtin_names() -> list[str]:
@@ -53,33 +63,79 @@ def builtin_names() -> list[str]:
     return sorted(item.name.removesuffix(".jsonl.gz") for item in folder.iterdir() if item.name.endswith(".jsonl.gz"))
 
 
-def read_documents(source: SourceConfig) -> Iterator[Document]:
-    """Stream the documents of `source`.
+def read_documents(source: SourceConfig, chat: ChatTemplate | None = None) -> Iterator[Document]:
+    """Stream the documents of `source`; `chat` makes texts of conversations.
 
     Raises DataError, with file and line, for a missing path, a folder or glob without text files, a file without
-    documents, text that is not UTF-8, invalid JSON, a record whose field is missing or no string, and a damaged gzip
-    file; for hub data sets ServiceError when the hub cannot be reached and ConfigError without the package `datasets`.
+    documents, text that is not UTF-8, invalid JSON, a record whose field is missing or no string, a conversation that
+    cannot be used, and a damaged file; for hub data sets ServiceError when the hub cannot be reached; ConfigError
+    without the package that reads the format.
     """
-    records = _read_hub(source) if source.path.startswith("hf:") else _read_files(source)
-    for index, (text, label) in enumerate(records):
+    for index, (where, content, default_label) in enumerate(_contents(source)):
         beat()
-        yield Document(text, label, index)
+        label = label_of(content, source, default_label) if isinstance(content, dict) else default_label
+        if isinstance(content, np.ndarray):
+            yield Document("", label, index, ids=content)
+        elif isinstance(content, str):
+            yield Document(content, label, index)
+        elif not source.chat:
+            text = content_of(content, source, where)
+            yield Document(checked_text(text, f"{where}, field {source.field_name!r}"), label, index)
+        else:
+            assert chat is not None
+            conversation = chat.chat(content_of(content, source, where), where)
+            yield Document(conversation.text, label, index, conversation.answers)
+
+
+def _contents(source: SourceConfig) -> Iterator[tuple[str, Any, str]]:
+    """Where each text, record or token ids of a source are, they themselves, and a label for those that have none."""
+    if (hub := reader_of_scheme(source)) is not None:
+        name = source.path.removeprefix(hub.scheme or "").partition("#")[0]
+        for where, content in resolve_name(hub.read)(source.path, source):
+            yield where, content, name
+        return
+    for path in source_files(source):
+        count = 0
+        for where, content in resolve_name(_reader_of(path).read)(str(path), source):
+            count += 1
+            yield where, content, path.name
+        if not count:
+            raise DataError(f"{path} holds no document", expected="some text", got="an empty file")
+
+
+def reader_of_scheme(source: SourceConfig) -> Reader | None:
+    """The reader that the beginning of the source's path names; None for files."""
+    return next((r for r in READERS.values() if r.scheme is not None and source.path.startswith(r.scheme)), None)
+
+
+def _reader_of(path: Path) -> Reader:
+    return next(reader for reader in READERS.values() if reader.claims(path.name))
 
 
 def is_local(source: SourceConfig) -> bool:
     """Whether the source is read from this machine's disk."""
-    return not source.path.startswith("hf:")
+    return reader_of_scheme(source) is None
 
 
 def describe_source(source: SourceConfig) -> dict[str, Any]:
     """What identifies the source's content, for manifests: settings, and name, size and sha256 of every file."""
-    facts: dict[str, Any] = {"path": source.path, "field": source.field, "weight": source.weight, "tag": source.tag}
+    facts: dict[str, Any] = {
+        "path": source.path, "field": source.field_name, "chat": source.chat, "weight": source.weight,
+        "tag": source.tag,
+    }  # fmt: skip
     if source.source_field != "source":
         facts["source_field"] = source.source_field
     if not is_local(source):
         return {**facts, "split": source.split}
-    files = source_files(source)
+    files = [file for path in source_files(source) for file in (path, *_companion(path))]
     return {**facts, "files": [{"name": f.name, "bytes": f.stat().st_size, "sha256": sha256_file(f)} for f in files]}
+
+
+def _companion(path: Path) -> list[Path]:
+    """The file beside `path` that belongs to it, where it has one."""
+    suffix = _reader_of(path).companion
+    beside = path.with_suffix(suffix) if suffix else path
+    return [beside] if beside != path and beside.is_file() else []
 
 
 def cut_text_files(sources: Sequence[SourceConfig]) -> list[str]:
@@ -87,7 +143,7 @@ def cut_text_files(sources: Sequence[SourceConfig]) -> list[str]:
     notices = []
     for source in sources:
         files = source_files(source) if is_local(source) else []
-        cut = [file for file in files if file.name.endswith(".txt") and file.stat().st_size >= 2 * _TXT_DOCUMENT_CHARS]
+        cut = [file for file in files if file.name.endswith(".txt") and file.stat().st_size >= 2 * DOCUMENT_CHARS]
         if cut:
             notices.append(
                 f"  note: {source.path}: {len(cut)} .txt file(s) of 128 KiB or more are cut into documents of about "
@@ -100,12 +156,14 @@ def source_files(source: SourceConfig) -> list[Path]:
     """The files of a local source, sorted. Raises DataError when there is none."""
     if source.path.startswith("builtin:"):
         return [_builtin_file(source.path.removeprefix("builtin:"))]
-    path = Path(source.path).expanduser()
+    path, suffixes = Path(source.path).expanduser(), file_suffixes()
     if path.is_file():
-        if not path.name.endswith(_SUFFIXES):
-            raise DataError(f"data source {path} is of an unknown kind", expected=" or ".join(_SUFFIXES))
+        if not path.name.endswith(suffixes):
+            raise DataError(f"data source {path} is of an unknown kind", expected=" or ".join(suffixes))
         return [path]
     if path.is_dir():
+        if (saved := saved_dataset_files(path, source.split)) is not None:
+            return saved
         paths = [item for item in path.rglob("*") if not _hidden(item.relative_to(path))]
     elif glob.has_magic(source.path):
         paths = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207 (absolute patterns too)
@@ -113,12 +171,12 @@ def source_files(source: SourceConfig) -> list[Path]:
         name = hub_name(source.path)
         raise DataError(
             f"data source {source.path} does not exist",
-            expected="a .txt, .jsonl or .jsonl.gz file, a folder or glob of these, builtin:NAME, or hf:NAME",
+            expected=f"a file ({', '.join(suffixes)}), a folder or glob of these, builtin:NAME, or hf:NAME",
             hint=f"did you mean hf:{name}?" if name else "check the path, or put your text there",
         )
-    files = sorted(item for item in paths if item.is_file() and item.name.endswith(_SUFFIXES))
+    files = sorted(item for item in paths if item.is_file() and item.name.endswith(suffixes))
     if not files:
-        raise DataError(f"data source {source.path} holds no text", expected="files ending in " + ", ".join(_SUFFIXES))
+        raise DataError(f"data source {source.path} holds no text", expected="files ending in " + ", ".join(suffixes))
     return files
 
 
@@ -133,146 +191,3 @@ def _builtin_file(name: str) -> Path:
     if not isinstance(file, Path):
         raise DataError(f"builtin:{name} cannot be read from a zipped package", hint="install kdscale unzipped")
     return file
-
-
-def _read_files(source: SourceConfig) -> Iterator[tuple[str, str]]:
-    for path in source_files(source):
-        count = 0
-        for record in _read_text(path) if path.name.endswith(".txt") else _read_jsonl(path, source):
-            count += 1
-            yield record
-        if not count:
-            raise DataError(f"{path} holds no document", expected="some text", got="an empty file")
-
-
-def _read_text(path: Path) -> Iterator[tuple[str, str]]:
-    """The documents of a .txt file; together they are its text, whose newlines stay as they are."""
-    text = ""
-    for block in _decoded_blocks(path):
-        text += block
-        while (end := _cut_position(text)) is not None:
-            if text[:end].strip():
-                yield text[:end], path.name
-            text = text[end:]
-    if text.strip():
-        yield text, path.name
-
-
-def _cut_position(text: str) -> int | None:
-    """Where the document at the beginning of `text` ends; None while it is too short to say."""
-    if len(text) < 2 * _TXT_DOCUMENT_CHARS:
-        return None
-    for pattern in _CUTS:
-        match = re.compile(pattern).search(text, _TXT_DOCUMENT_CHARS, 2 * _TXT_DOCUMENT_CHARS)
-        if match is not None:
-            return match.end()
-    return 2 * _TXT_DOCUMENT_CHARS
-
-
-def _decoded_blocks(path: Path) -> Iterator[str]:
-    decoder, lines = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as stream:
-        raw = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
-        while True:
-            try:
-                yield decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, lines + error.object.count(b"\n", 0, error.start) + 1, error) from error
-            if not raw:
-                return
-            lines += raw.count(b"\n")
-            raw = stream.read(_BLOCK_BYTES)
-
-
-def _read_jsonl(path: Path, source: SourceConfig) -> Iterator[tuple[str, str]]:
-    number = 0
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rb") as stream:
-            lines: IO[bytes] = stream
-            # not `for raw in lines`: a file without newlines, or a small gzip file of one, would be read whole
-            while raw := lines.readline(_MAX_RECORD_BYTES + 1):
-                number += 1
-                if len(raw) > _MAX_RECORD_BYTES:
-                    expected = f"at most {_MAX_RECORD_BYTES:,} bytes a line"
-                    hint = "is each record on a line of its own? Cut longer texts into several records"
-                    raise DataError(f"{path} line {number} is too long", expected=expected, hint=hint)
-                line = raw.removeprefix(_BOM) if number == 1 else raw
-                if line.strip():
-                    yield _parse_line(line, source, path, number)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} is a damaged gzip file", got=f"{error} (after line {number})", hint="copy or download it again"
-        ) from error
-
-
-def _parse_line(line: bytes, source: SourceConfig, path: Path, number: int) -> tuple[str, str]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, number, error) from error
-    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
-        raise DataError(f"{path} line {number} is not valid JSON", got=str(error)) from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path} line {number}", expected="a JSON object", got=type(record).__name__)
-    return _text_of(record, source.field, f"{path} line {number}"), _label_of(record, source, path.name)
-
-
-def _text_of(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        hint = "set `field` of this source"
-        if isinstance(record.get("messages", record.get("conversations")), list):
-            hint = "write the chat as one text with the teacher's chat template, into a field of its own"
-        raise DataError(f"{where} has no field {field!r}", got=f"fields {sorted(record)}", hint=hint)
-    text = record[field]
-    if not isinstance(text, str):
-        raise DataError(f"{where}, field {field!r}", expected="a string", got=type(text).__name__)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
-        raise DataError(f"{where}, field {field!r} is not valid Unicode", got=str(error)) from error
-    return text
-
-
-def _label_of(record: dict[str, Any], source: SourceConfig, default: str) -> str:
-    label = record.get(source.source_field) if source.source_field is not None else None
-    if not isinstance(label, str) or not label:
-        return default
-    return label[:_LONGEST_LABEL].encode("utf-8", "replace").decode()  # JSON may escape half of a surrogate pair
-
-
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
-    with path.open("rb") as stream:
-        encoding = "utf-16" if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
-    return DataError(
-        f"{path} line {line} is not UTF-8 text",
-        got=f"byte 0x{error.object[error.start]:02x} ({error.reason})",
-        hint=f"convert it, e.g. iconv -f {encoding} -t utf-8 {path}",
-    )
-
-
-def _read_hub(source: SourceConfig) -> Iterator[tuple[str, str]]:
-    """Text and label of each record of `hf:NAME` or `hf:NAME#CONFIG`, streamed through the package `datasets`."""
-    name, _, config = source.path.removeprefix("hf:").partition("#")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ConfigError(
-            f"data source {source.path}", expected="the package `datasets`", hint="pip install kdscale[datasets]"
-        ) from error
-    unreachable: tuple[type[Exception], ...] = (OSError, RuntimeError, *hub_connection_errors())
-    try:
-        for number, record in enumerate(load_dataset(name, config or None, split=source.split, streaming=True)):
-            yield _text_of(record, source.field, f"{source.path} record {number}"), _label_of(record, source, name)
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(
-            f"data source {source.path} does not exist under this name",
-            got=str(error),
-            hint="check its name, configuration (hf:NAME#CONFIG) and split; a private one needs `hf auth login`",
-        ) from error
-    except unreachable as error:
-        raise ServiceError(
-            f"data source {source.path} cannot be fetched",
-            got=str(error),
-            hint="check the network and HF_HUB_OFFLINE, or download it and name the files",
-        ) from error

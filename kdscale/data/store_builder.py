@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import DataConfig, SourceConfig
+from kdscale.data.deduplicate import SeenTexts
 from kdscale.data.encoder_processes import EncoderProcesses, usable_cores
+from kdscale.data.readers.chat import ChatTemplate
 from kdscale.data.sources import Document, describe_source, is_local, read_documents
 from kdscale.data.store_format import SPLITS, STORE_VERSION, Facts, SplitWriter
 from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, EncodedText, SpecialTokens, tokens_of_spans
 from kdscale.errors import DataError
+from kdscale.files import sha256_json
 from kdscale.runtime.progress import Bar
 
 _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 250_000  # whichever comes first; the library takes 140 bytes a character
@@ -42,67 +45,75 @@ class DocumentFormat:
 class Survey:
     """What one reading of every local source, without tokenising, found out."""
 
-    sources: tuple[SourceConfig, ...]
-    heldout_sources: tuple[SourceConfig, ...]
-    heldout_fraction: float
+    data: DataConfig
+    chat: ChatTemplate
     heldout_hashes: frozenset[bytes]  # of the texts of heldout_sources
     text_bytes: int
 
     def in_heldout(self, text_hash: bytes) -> bool:
         """Whether a document of `sources` is held out by the fraction: a pure function of its text."""
-        return not self.heldout_sources and int.from_bytes(text_hash[:8], "big") < self.heldout_fraction * 2.0**64
+        fraction = 0.0 if self.data.heldout_sources else self.data.heldout_fraction
+        return int.from_bytes(text_hash[:8], "big") < fraction * 2.0**64
+
+    def documents(self, sources: Sequence[SourceConfig]) -> Iterator[tuple[int, Document]]:
+        """Every document with the number of its source."""
+        return ((i, document) for i, source in enumerate(sources) for document in read_documents(source, self.chat))
 
 
-def describe_sources(sources: Sequence[SourceConfig], heldout: Sequence[SourceConfig], fraction: float) -> Facts:
+def describe_sources(data: DataConfig, chat: ChatTemplate) -> Facts:
     """What identifies the text and how it is split, for the manifest; reads every local file for its digest."""
-    described = [describe_source(source) for source in sources]
-    if heldout:
-        return {"sources": described, "heldout_sources": [describe_source(source) for source in heldout]}
-    return {"sources": described, "heldout_fraction": fraction}
+    facts: Facts = {"sources": [describe_source(source) for source in data.sources], "deduplicate": data.deduplicate}
+    if data.has_chats:
+        facts["chat_template_sha256"] = sha256_json(chat.text)
+    if data.blend is not None:
+        facts["blend"] = data.blend.model_dump()
+    if data.heldout_sources:
+        return {**facts, "heldout_sources": [describe_source(source) for source in data.heldout_sources]}
+    return {**facts, "heldout_fraction": data.heldout_fraction}
 
 
-def survey_sources(sources: Sequence[SourceConfig], heldout: Sequence[SourceConfig], fraction: float) -> Survey:
+def survey_sources(data: DataConfig, chat: ChatTemplate) -> Survey:
     """Read every local source to its end, so that every bad line is reported before anything is tokenised."""
     size, hashes = 0, set()
-    for source in heldout:
-        for document in read_documents(source):
-            hashes.add(_hash(document.text))
-            size += len(document.text.encode("utf-8")) if is_local(source) else 0
-    for source in sources:
+    for source in data.heldout_sources:
+        for document in read_documents(source, chat):
+            hashes.add(_hash(document))
+            size += document.size if is_local(source) else 0
+    for source in data.sources:
         if is_local(source):
-            size += sum(len(document.text.encode("utf-8")) for document in read_documents(source))
-    return Survey(tuple(sources), tuple(heldout), fraction, frozenset(hashes), size)
+            size += sum(document.size for document in read_documents(source, chat))
+    return Survey(data, chat, frozenset(hashes), size)
 
 
 class StoreBuilder:
-    """Tokenises batch after batch into the two splits' files; `processes` of None starts some for much text."""
+    """Tokenises batch after batch into the two splits' files."""
 
-    def __init__(self, folder: Path, encoder: BatchEncoder, form: DocumentFormat, processes: int | None, bar: Bar):
+    def __init__(self, folder: Path, encoder: BatchEncoder, form: DocumentFormat, survey: Survey, bar: Bar):
         self._folder, self._encoder, self._format = folder, encoder, form
-        self._processes, self._bar = processes, bar
+        self._survey, self._bar = survey, bar
         self._dtype = "uint16" if form.vocab_size <= 1 << 16 else "uint32"
         self._splits = {name: SplitWriter(folder / name, self._dtype, keep_bytes=name == "heldout") for name in SPLITS}
         self._labels: dict[str, int] = {}
-        self._dropped: Counter[str] = Counter(short=0, train_text_is_held_out=0)
+        self._dropped: Counter[str] = Counter(short=0, train_text_is_held_out=0, duplicate=0)
+        self._seen = SeenTexts() if survey.data.deduplicate else None
+        self._left = _token_budgets(survey.data)
 
-    def add_all(self, survey: Survey) -> None:
+    def add_all(self) -> None:
         """Tokenise all documents, each into its split."""
-        train, held_out = _numbered(survey.sources), _numbered(survey.heldout_sources)
-        processes = self._processes or (usable_cores() if survey.text_bytes >= _MANY_BYTES else 1)
+        data = self._survey.data
+        processes = data.processes or (usable_cores() if self._survey.text_bytes >= _MANY_BYTES else 1)
         with EncoderProcesses(self._encoder, processes) as encoders:
-            if survey.heldout_sources:
-                self._add(encoders, held_out, lambda _: "heldout")
-                self._add(encoders, train, lambda digest: None if digest in survey.heldout_hashes else "train")
-            else:
-                self._add(encoders, train, lambda digest: "heldout" if survey.in_heldout(digest) else "train")
+            self._add(encoders, self._survey.documents(data.heldout_sources), lambda *_: "heldout")
+            self._add(encoders, self._wanted_documents(), self._split_of)
 
-    def finish(self, survey: Survey) -> Facts:
+    def finish(self) -> Facts:
         """Close the files; returns the manifest. Raises DataError for a split without documents."""
+        data = self._survey.data
         splits = {name: writer.close() for name, writer in self._splits.items()}
         for name, facts in splits.items():
             if not facts["documents"]:
                 in_other_split = sum(split["documents"] for split in splits.values())
-                read = ", ".join(source.path for source in (*survey.sources, *survey.heldout_sources))
+                read = ", ".join(source.path for source in (*data.sources, *data.heldout_sources))
                 raise DataError(
                     f"no document of {read} is left for the {name} split",
                     expected="at least one document of two tokens or more in each split",
@@ -126,22 +137,48 @@ class StoreBuilder:
             "files": {item.relative_to(self._folder).as_posix(): item.stat().st_size for item in files},
         }
 
+    def _wanted_documents(self) -> Iterator[tuple[int, Document]]:
+        """The documents of all sources; a source whose share of the blend is tokenised is not read any further."""
+        for number, source in enumerate(self._survey.data.sources):
+            for document in read_documents(source, self._survey.chat):
+                if self._is_full(source):
+                    break
+                yield number, document
+
+    def _is_full(self, source: SourceConfig) -> bool:
+        return self._left.get(source.name, 1.0) <= 0.0
+
+    def _split_of(self, number: int, document: Document) -> str | None:
+        """The split of a document of source `number`; None for one that is left out.
+
+        A worker that tokenises may have read on after a source was full: what it read does not count.
+        """
+        if self._is_full(self._survey.data.sources[number]):
+            return None
+        digest = _hash(document)
+        if digest in self._survey.heldout_hashes:
+            self._dropped["train_text_is_held_out"] += 1
+            return None
+        return "heldout" if self._survey.in_heldout(digest) else "train"
+
     def _add(
         self,
         encoders: EncoderProcesses,
         documents: Iterable[tuple[int, Document]],
-        split_of: Callable[[bytes], str | None],
+        split_of: Callable[[int, Document], str | None],
     ) -> None:
         for batch, encoded in encoders.encode(_batches(documents), lambda batch: [item.text for _, item in batch]):
             for (source, document), text in zip(batch, encoded, strict=True):
-                split = split_of(_hash(document.text))
-                if split is None:
-                    self._dropped["train_text_is_held_out"] += 1
-                else:
-                    self._add_document(document, text, self._splits[split], source)
-            self._bar.advance(sum(len(document.text.encode("utf-8")) for _, document in batch))
+                split = split_of(source, document)
+                if split is not None and self._seen is not None and not self._seen.add(document):
+                    self._dropped["duplicate"] += 1
+                elif split is not None:
+                    self._add_document(document, text, split, source)
+            self._bar.advance(sum(document.size for _, document in batch))
 
-    def _add_document(self, document: Document, text: EncodedText, writer: SplitWriter, source: int) -> None:
+    def _add_document(self, document: Document, text: EncodedText, split: str, source: int) -> None:
+        if document.ids is not None:
+            text = EncodedText(document.ids, self._encoder.bytes_of(document.ids))
         if not text.ids.size:
             self._dropped["short"] += 1
             return
@@ -150,7 +187,9 @@ class StoreBuilder:
         tokens_3T, limit = document_tokens(document, text, self._format), self._format.max_tokens
         label, count = self._label(document.source), -(-tokens_3T.shape[1] // limit) if limit else 1
         for cut in np.array_split(tokens_3T, count, axis=1):
-            writer.add(cut, label, source)
+            self._splits[split].add(cut, label, source)
+        if split == "train" and self._left:
+            self._left[self._survey.data.sources[source].name] -= tokens_3T.shape[1]
 
     def _label(self, source: str) -> int:
         """The number of a source. Those that come after the 65,535th share one, "other": a number has 16 bits."""
@@ -162,8 +201,8 @@ class StoreBuilder:
 def document_tokens(document: Document, text: EncodedText, form: DocumentFormat) -> np.ndarray:
     """A document's tokens as the store has them, int64 (3, T): id, UTF-8 bytes, and 1 where the token is a label.
 
-    What ends a document ends it, also where a chat template has put the same there. What begins one is left out, as
-    packing adds it. The end of a chat is a label only where the last answer reaches it.
+    What a chat template or Megatron has put there already, what ends a document is not put there again, and what begins
+    one is left out, as packing adds it. The end of a chat is a label only where the last answer reaches it.
     """
     end_ids, size = form.end_ids, text.ids.size
     if document.answers is None:
@@ -171,7 +210,8 @@ def document_tokens(document: Document, text: EncodedText, form: DocumentFormat)
         learned = True
     else:
         tokens_3T = np.stack([text.ids, text.bytes, tokens_of_spans(document.text, text.bytes, document.answers)])
-        learned = bool(document.answers) and document.answers[-1][1] == len(document.text)
+        learned = document.answers[-1][1] == len(document.text)
+    if document.brings_own_ends:
         if (prefix := len(form.special.prefix)) and tuple(text.ids[:prefix]) == form.special.prefix:
             tokens_3T = tokens_3T[:, prefix:]
         if tuple(text.ids[-len(end_ids) :]) == end_ids:
@@ -180,9 +220,11 @@ def document_tokens(document: Document, text: EncodedText, form: DocumentFormat)
     return np.append(tokens_3T, [end_ids, [0] * len(end_ids), [learned] * len(end_ids)], axis=1)
 
 
-def _numbered(sources: Sequence[SourceConfig]) -> Iterator[tuple[int, Document]]:
-    """Every document with the number of its source."""
-    return ((number, document) for number, source in enumerate(sources) for document in read_documents(source))
+def _token_budgets(data: DataConfig) -> dict[str, float]:
+    """How many training tokens are tokenised of what each name of a blend stands for; empty where all are."""
+    if data.blend is None or data.blend.tokens is None:
+        return {}
+    return {name: share * data.blend.tokens for name, share in data.blend.shares().items()}
 
 
 def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
@@ -198,8 +240,8 @@ def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[i
         yield batch
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8")).digest()
+def _hash(document: Document) -> bytes:
+    return hashlib.sha256(document.content).digest()
 
 
 def token_without_row(token_id: int, vocab: int, token: str | None, source: str) -> DataError:
@@ -223,5 +265,9 @@ def summarise(manifest: Facts) -> str:
 
 
 def _left_out(dropped: Mapping[str, int]) -> list[str]:
-    notes = {"short": "with fewer than two tokens", "train_text_is_held_out": "whose text is held out"}
+    notes = {
+        "short": "with fewer than two tokens",
+        "train_text_is_held_out": "whose text is held out",
+        "duplicate": "that came before",
+    }
     return [f"{dropped[key]} documents {note} left out" for key, note in notes.items() if dropped[key]]

@@ -62,7 +62,9 @@ class StoreCache:
             [{k: v for k, v in source.items() if k not in _NOT_IN_FILES} for source in side]
             for side in (sources, heldout)
         ]
-        settings = [description.get("heldout_fraction"), form.eos_id, form.vocab_size, form.special, form.max_tokens]
+        settings: list[Any] = [form.eos_id, form.vocab_size, form.special, form.max_tokens]
+        settings += [description.get(name) for name in ("heldout_fraction", "deduplicate", "chat_template_sha256")]
+        settings.append(_read_of_a_blend(description))
         return sha256_json([STORE_VERSION, tokenizers.__version__, tokenizer_sha256, settings, text])
 
     def take(self, key: str | None, folder: Path, description: dict[str, Any], reporter: Reporter) -> bool:
@@ -110,6 +112,14 @@ class StoreCache:
         entry.mkdir()
         _link_files(folder, entry, names)
         write_json(entry / _DIGESTS, {name: sha256_file(entry / name) for name in names})
+
+
+def _read_of_a_blend(description: dict[str, Any]) -> Any:
+    """What a blend's budget of tokens leaves unread; None where everything is read."""
+    blend = description.get("blend")
+    if blend is None or blend["tokens"] is None:
+        return None
+    return [blend, [source["tag"] or source["path"] for source in description["sources"]]]
 
 
 def _checked_manifest(entry: Path, digests: dict[str, Any]) -> dict[str, Any]:

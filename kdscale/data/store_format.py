@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kdscale.config.data import BlendConfig
 from kdscale.errors import DataError
 from kdscale.files import read_json, safe_join
 
@@ -43,7 +44,8 @@ class _SplitCounts(BaseModel):
 class _SourceFacts(BaseModel):
     model_config = ConfigDict(strict=True)
     weight: Annotated[int, Field(ge=1, le=1 << 15)]
-    tag: str | None = None
+    tag: str | None
+    path: str
 
 
 class _StoreManifest(BaseModel):
@@ -59,6 +61,7 @@ class _StoreManifest(BaseModel):
     files: dict[str, _Number]
     sources: list[_SourceFacts]
     heldout_sources: list[_SourceFacts] = []
+    blend: BlendConfig | None = None
 
 
 def read_store_manifest(folder: Path) -> Facts:

@@ -8,14 +8,14 @@ both sides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import BlendConfig, DataConfig
+from kdscale.data.readers.chat import chat_template
 from kdscale.data.sources import cut_text_files
 from kdscale.data.store_builder import (
     DocumentFormat,
@@ -33,6 +33,14 @@ from kdscale.files import atomic_dir, write_json
 from kdscale.runtime.progress import Reporter
 
 _SHORTEST_CUT = 4  # tokens; the least that data.max_document_tokens may be
+
+
+class Share(NamedTuple):
+    """A name of a blend: its share of 1, and the numbers of the sources that it stands for."""
+
+    name: str
+    share: float
+    sources: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class TokenSplit:
     token_bytes_T: np.ndarray | None  # held-out only
     prefix_ids: tuple[int, ...] = ()  # what begins each document and each window that continues one
     loss_bits: np.ndarray | None = None  # a bit for each token: whether it is a label; None: all of them are
+    blend: tuple[Share, ...] = ()  # empty: all documents are one stream
 
     @property
     def bytes(self) -> int:
@@ -125,6 +134,7 @@ class TokenStore:
             else None,
             prefix_ids=tuple(self.manifest["prefix_ids"]),
             loss_bits=np.memmap(folder / LOSS_FILE, dtype=np.uint8, mode="r") if has_loss_bits else None,
+            blend=self._blend() if name == "train" else (),
         )
 
     @property
@@ -137,6 +147,16 @@ class TokenStore:
         """The sources that a split's documents number; the held-out text may have its own."""
         sources: list[dict[str, Any]] = self.manifest["sources"]
         return self.manifest.get("heldout_sources") or sources if split == "heldout" else sources
+
+    def _blend(self) -> tuple[Share, ...]:
+        """The blend of the config that the store was built with."""
+        if "blend" not in self.manifest:
+            return ()
+        names = [source["tag"] or source["path"] for source in self.manifest["sources"]]
+        return tuple(
+            Share(name, share, tuple(i for i, other in enumerate(names) if other == name))
+            for name, share in BlendConfig(**self.manifest["blend"]).shares().items()
+        )
 
     def _weights_of(self, split: str, sources_D: np.ndarray) -> np.ndarray:
         weights = [source["weight"] if split == "train" else 1 for source in self._sources(split)]
@@ -152,50 +172,47 @@ class TokenStore:
     def build(
         cls,
         folder: Path,
-        sources: Sequence[SourceConfig],
+        data: DataConfig,
         tokenizer: Any,
         *,
         eos_id: int,
         reporter: Reporter,
         special: SpecialTokens = NO_SPECIAL_TOKENS,
-        heldout_fraction: float = 0.05,
-        heldout_sources: Sequence[SourceConfig] = (),
         vocab_size: int | None = None,
-        max_document_tokens: int | None = None,
-        processes: int | None = None,
         cache: StoreCache | None = None,
     ) -> TokenStore:
         """Read, split, tokenise and write; `folder` appears complete or not at all (an old one is replaced).
 
         `tokenizer` is a fast transformers tokenizer; `eos_id` ends each document (see tokenizing.document_end_id),
-        unless `special` has a suffix. `vocab_size` is the model's: a text with an id beyond it is refused.
-        `heldout_sources`, when given, replaces the fraction. Documents longer than `max_document_tokens` are cut into
-        equal ones, each a document of its own. Documents without a token have nothing to predict; they are left out
-        and counted. A store of the same text and settings is taken from `cache`, and a new one is put there.
+        unless `special` has a suffix. `vocab_size` is the model's: a text with an id beyond it is refused. Documents
+        without a token have nothing to predict; they are left out and counted. A store of the same text and settings
+        is taken from `cache`, and a new one is put there.
 
-        Raises DataError for unreadable sources, an empty split and ids beyond the vocabulary. Every local file is read
-        and checked before anything is tokenised.
+        Raises DataError for unreadable sources, an empty split and ids beyond the vocabulary, ConfigError for settings
+        that the tokenizer or the text rules out. Every local file is read and checked before anything is tokenised.
         """
-        if max_document_tokens is not None and max_document_tokens < _SHORTEST_CUT:
+        if data.max_document_tokens is not None and data.max_document_tokens < _SHORTEST_CUT:
             raise ConfigError(
-                "data.max_document_tokens", expected=f"at least {_SHORTEST_CUT}", got=str(max_document_tokens)
+                "data.max_document_tokens", expected=f"at least {_SHORTEST_CUT}", got=str(data.max_document_tokens)
             )
-        encoder = BatchEncoder.of(tokenizer)
+        encoder, chat = BatchEncoder.of(tokenizer), chat_template(data, tokenizer)
         vocab = vocab_size if vocab_size is not None else max(tokenizer.get_vocab().values()) + 1
-        form = DocumentFormat(eos_id, vocab, special, max_document_tokens)
+        form = DocumentFormat(eos_id, vocab, special, data.max_document_tokens)
         for token_id in (eos_id, *special.prefix, *special.suffix):
             if not 0 <= token_id < vocab:
                 raise token_without_row(token_id, vocab, None, "the special tokens of the tokenizer")
-        for notice in cut_text_files([*sources, *heldout_sources]):
+        for notice in cut_text_files([*data.sources, *data.heldout_sources]):
             reporter.say(notice)
-        description = describe_sources(sources, heldout_sources, heldout_fraction)
+        description = describe_sources(data, chat)
         key = cache.key(description, form, encoder.sha256) if cache is not None else None
         if cache is None or not cache.take(key, folder, description, reporter):
-            survey = survey_sources(sources, heldout_sources, heldout_fraction)
+            survey = survey_sources(data, chat)
             with atomic_dir(folder) as tmp, reporter.bar("Tokenizing", survey.text_bytes, "B") as bar:
-                builder = StoreBuilder(tmp, encoder, form, processes, bar)
-                builder.add_all(survey)
-                write_json(tmp / "manifest.json", {**builder.finish(survey), **description})
+                builder = StoreBuilder(tmp, encoder, form, survey, bar)
+                builder.add_all()
+                write_json(tmp / "manifest.json", {**builder.finish(), **description})
+            if chat.left_out_tools:
+                reporter.say("  note: conversations call tools: the calls and what they returned are left out")
             if cache is not None:
                 cache.put(key, folder, reporter)
         store = cls.open(folder)

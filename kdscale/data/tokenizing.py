@@ -9,6 +9,7 @@ document's bytes add up to those of its text.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -123,6 +124,17 @@ class BatchEncoder:
         """The token with this id, or None."""
         return self._tokenizer.id_to_token(token_id)
 
+    def bytes_of(self, ids: np.ndarray) -> np.ndarray:
+        """UTF-8 bytes of the text that each of these ids stands for, (tokens,) int64.
+
+        Of a vocabulary that is not written byte by byte: of each token decoded alone, a byte token as one byte.
+        """
+        if self._token_lengths is not None:
+            within = ids < self._token_lengths.size
+            return np.where(within, self._token_lengths[np.where(within, ids, 0)], 0)
+        lengths = {int(i): _bytes_alone(self._tokenizer.id_to_token(int(i)) or "") for i in np.unique(ids)}
+        return np.asarray([lengths[i] for i in ids.tolist()], np.int64)
+
     def _with_bytes(self, text: str, encoding: Encoding) -> EncodedText:
         ids = np.asarray(encoding.ids, dtype=np.int64)
         lengths = self._known_bytes(text, ids)
@@ -203,6 +215,11 @@ def _seam(before: _Span, after: _Span) -> tuple[int, int] | None:
         if j >= half and all(np.array_equal(a[i - half : i + half], b[j - half : j + half]) for a, b in pairs):
             return i, j
     return None
+
+
+def _bytes_alone(token: str) -> int:
+    """Bytes of a token of a SentencePiece vocabulary: ▁ is a space, <0xE2> a byte."""
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode("utf-8"))
 
 
 def _byte_level_lengths(tokenizer: Tokenizer) -> np.ndarray | None:

@@ -25,10 +25,10 @@ def scoring_batches(config: Config, data: Path) -> list[Batch]:
     loader = PackedLoader(split, settings.seq_len, settings.micro_batch, settings.micro_batch, config.seed)
     epoch = loader.epoch_sequences
     calibrating = -(-settings.calibration_tokens // settings.seq_len)
-    seen = {index * epoch // calibrating for index in range(calibrating)}
+    seen = set(loader.spread(range(epoch), calibrating))
     free = [number for number in range(epoch) if number not in seen] or list(range(epoch))
     wanted = min(-(-config.prune.search.masked_tokens // settings.seq_len), len(free))
-    numbers = [free[(2 * index + 1) * len(free) // (2 * wanted)] for index in range(wanted)]
+    numbers = loader.spread(free, wanted, halfway=True)
     return [loader.stack(numbers[i : i + settings.micro_batch]) for i in range(0, wanted, settings.micro_batch)]
 
 
@@ -48,5 +48,5 @@ def calibration_batches(config: Config, data: Path) -> list[Batch]:
             got=f"{settings.calibration_tokens:,}",
             hint="lower it, or add text to data.sources",
         )
-    numbers = [index * loader.epoch_sequences // wanted for index in range(wanted)]
+    numbers = loader.spread(range(loader.epoch_sequences), wanted)
     return [loader.stack(numbers[i : i + settings.micro_batch]) for i in range(0, wanted, settings.micro_batch)]

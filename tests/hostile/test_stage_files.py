@@ -56,7 +56,7 @@ def in_json(value: Any) -> str:
 
 
 def test_text_files(hostile: HostileCases, tmp_path: Path) -> None:
-    for name in ("a.jsonl", "a.jsonl.gz", "a.txt"):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet", "a.arrow", "a.idx"):
         path, source = tmp_path / name, SourceConfig(path=str(tmp_path / name))
 
         def read(source: SourceConfig = source) -> list[Any]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kdscale.config.root import Config
 from kdscale.errors import DataError
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from kdscale.data.token_store import TokenSplit
 
 
 def tokenize(context: StageContext) -> Facts:
@@ -26,19 +31,41 @@ def tokenize(context: StageContext) -> Facts:
         special = special_tokens(tokenizer, read_tokenizer_config(context.teacher))
     store = TokenStore.build(
         context.run.data,
-        data.sources,
+        data,
         tokenizer,
         eos_id=document_end_id(tokenizer),
         reporter=context.reporter,
         special=special,
-        heldout_fraction=data.heldout_fraction,
-        heldout_sources=data.heldout_sources,
         vocab_size=load_family(teacher_config, str(context.teacher)).dims(teacher_config).vocab,
-        max_document_tokens=data.max_document_tokens,
-        processes=data.processes,
         cache=StoreCache(cache_folder()) if data.share else None,
     )
+    for line in blend_notices(store.split("train"), context.config.distill.tokens):
+        context.reporter.say(line)
     return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}
+
+
+_MANY_EPOCHS = 4  # up to which repeated text is nearly as good as new: arXiv 2305.16264
+
+
+def blend_notices(split: TokenSplit, tokens: int) -> list[str]:
+    """How often a training of `tokens` tokens reads each source of a blend."""
+    import numpy as np
+
+    from kdscale.data.packing import epoch_tokens
+
+    lines = []
+    for name, share, sources in split.blend:
+        there = epoch_tokens(split, np.flatnonzero(np.isin(split.sources_D, sources)))
+        epochs = share * tokens / max(there, 1)
+        lines.append(
+            f"  {share:.1%} of {name}: {there:,} tokens, read {epochs:,.2f} times in {tokens:,} tokens of training"
+        )
+        if epochs > _MANY_EPOCHS:
+            lines.append(
+                f"  note: more than {_MANY_EPOCHS} readings of {name} teach little that is new: "
+                "give more of it, or a lower weight"
+            )
+    return lines
 
 
 def check_enough_text(config: Config, run: RunFolder) -> None:

@@ -21,7 +21,7 @@ STAGES: dict[str, Stage] = {
             name="data", title="tokenise the text", run=data.tokenize,
             config=(
                 "data.sources", "data.heldout_fraction", "data.heldout_sources", "data.max_document_tokens",
-                "data.add_special",
+                "data.add_special", "data.chat_template", "data.deduplicate", "data.blend",
             ),
             model="teacher", model_files=("config.json", *folder.TOKENIZER), writes=(folder.DATA,),
             check_after=data.check_enough_text,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.data.batches import PackedLoader
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
@@ -26,10 +26,9 @@ def store(tiny_llama_dir: Path, tiny_texts: list[str], tmp_path_factory: pytest.
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
     return TokenStore.build(
         folder / "store",
-        [SourceConfig(path=str(folder))],
+        DataConfig(sources=(SourceConfig(path=str(folder)),), heldout_fraction=0.3),
         tokenizer,
         eos_id=document_end_id(tokenizer),
-        heldout_fraction=0.3,
         reporter=Reporter(quiet=True),
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.config.load import build_config
 from kdscale.config.root import Config
 from kdscale.data.token_store import TokenStore
@@ -49,11 +49,10 @@ def data_dir(tiny_llama_dir: Path, tiny_texts: list[str], tmp_path_factory: pyte
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
     TokenStore.build(
         folder / "store",
-        [SourceConfig(path=str(source))],
+        DataConfig(sources=(SourceConfig(path=str(source)),), heldout_fraction=0.2),
         load_tokenizer(tiny_llama_dir),
         eos_id=0,
         reporter=Reporter(quiet=True),
-        heldout_fraction=0.2,
     )
     return folder / "store"
 

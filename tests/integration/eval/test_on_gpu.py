@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.root import RuntimeConfig
 from kdscale.data.token_store import TokenStore
@@ -29,10 +29,8 @@ SILENT = Reporter(quiet=True)
 def data_dir(tiny_llama_dir: Path, tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in tiny_texts))
-    sources = [SourceConfig(path=str(folder / "texts.jsonl"))]
-    TokenStore.build(
-        folder / "store", sources, load_tokenizer(tiny_llama_dir), eos_id=0, reporter=SILENT, heldout_fraction=0.2
-    )
+    data = DataConfig(sources=(SourceConfig(path=str(folder / "texts.jsonl")),), heldout_fraction=0.2)
+    TokenStore.build(folder / "store", data, load_tokenizer(tiny_llama_dir), eos_id=0, reporter=SILENT)
     return folder / "store"
 
 

@@ -13,7 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.root import RuntimeConfig
 from kdscale.data.batches import Batch
@@ -33,9 +33,10 @@ QUIET = Reporter(quiet=True)
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path, tiny_texts: list[str]) -> TokenStore:
     folder = tmp_path_factory.mktemp("eval-data")
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in tiny_texts))
+    data = DataConfig(sources=(SourceConfig(path=str(folder / "text.jsonl")),), heldout_fraction=0.4)
     return TokenStore.build(
-        folder / "data", [SourceConfig(path=str(folder / "text.jsonl"))], AutoTokenizer.from_pretrained(tiny_llama_dir),
-        eos_id=0, reporter=QUIET, heldout_fraction=0.4,
+        folder / "data", data, AutoTokenizer.from_pretrained(tiny_llama_dir),
+        eos_id=0, reporter=QUIET,
     )  # fmt: skip
 
 

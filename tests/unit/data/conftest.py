@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from kdscale.data.token_store import TokenSplit
+from kdscale.data.token_store import Share, TokenSplit
 from kdscale.runtime.progress import Reporter
 
 
@@ -47,6 +47,7 @@ def make_split() -> Callable[..., TokenSplit]:
         labels: Sequence[int] = (),
         prefix_ids: tuple[int, ...] = (),
         is_label: Sequence[bool] | None = None,
+        shares: dict[int, float] | None = None,
     ) -> TokenSplit:
         tokens = [np.arange(n) + 1000 * (d + 1) for d, n in enumerate(lengths)]
         flat = np.concatenate(tokens).astype(np.uint32)
@@ -68,6 +69,7 @@ def make_split() -> Callable[..., TokenSplit]:
             token_bytes_T=(flat % 5).astype(np.uint32),
             prefix_ids=prefix_ids,
             loss_bits=None if is_label is None else np.packbits(np.asarray(is_label, bool)),
+            blend=tuple(Share(f"source{i}", share, (i,)) for i, share in (shares or {}).items()),
         )
 
     return make

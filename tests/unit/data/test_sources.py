@@ -82,7 +82,7 @@ def test_the_field_that_names_the_source_can_be_chosen_or_left_out(tmp_path: Pat
 def test_chat_records_say_what_to_do(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
-    with pytest.raises(DataError, match="chat template"):
+    with pytest.raises(DataError, match="chat: true"):
         texts(path)
 
 
@@ -119,7 +119,7 @@ def test_jsonl_field_label_blank_lines(tmp_path: Path):
         ("a.txt", b"", ["a.txt", "no document"]),
         ("a.txt", b" \n ", ["a.txt", "no document"]),
         ("a.jsonl", b"\n\n", ["a.jsonl", "no document"]),
-        ("a.parquet", b"PAR1", ["a.parquet", "unknown kind"]),
+        ("a.pdf", b"%PDF", ["a.pdf", "unknown kind", ".parquet"]),
         ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz", "damaged gzip"]),
         (
             "a.jsonl.gz",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import BlendConfig, DataConfig, SourceConfig
 from kdscale.data import token_store
+from kdscale.data.readers.chat import ChatTemplate
 from kdscale.data.store_builder import DocumentFormat, describe_sources
 from kdscale.data.store_cache import StoreCache, cache_folder
 from kdscale.data.token_store import TokenStore
@@ -24,10 +26,13 @@ def cache(tmp_path: Path) -> StoreCache:
 @pytest.fixture
 def build(tmp_path: Path, tokenizer: Any, reporter: Any, cache: StoreCache):
     def run(folder: str, path: Path, **options: Any) -> TokenStore:
-        options = {"eos_id": 0, "heldout_fraction": 0.2, "cache": cache, **options}
-        return TokenStore.build(
-            tmp_path / folder, [SourceConfig(path=str(path))], tokenizer, reporter=reporter, **options
+        options = {"heldout_fraction": 0.2, **options}
+        data = DataConfig(
+            sources=options.pop("sources", (SourceConfig(path=str(path)),)),
+            **{name: options.pop(name) for name in set(options) & set(DataConfig.model_fields)},
         )
+        options = {"eos_id": 0, "cache": cache, **options}
+        return TokenStore.build(tmp_path / folder, data, tokenizer, reporter=reporter, **options)
 
     return run
 
@@ -70,11 +75,38 @@ def contents_without_cache(build: Any, path: Path, tmp_path: Path) -> dict[str, 
 
 def test_other_text_and_settings_are_others(build, write_jsonl, tiny_texts, tmp_path, surveys):
     path = write_jsonl("a.jsonl", tiny_texts)
-    for options in ({}, {"heldout_fraction": 0.3}, {"eos_id": 1}, {"vocab_size": 400}, {"max_document_tokens": 9}):
+    blend = BlendConfig(weights={str(path): 1.0}, tokens=500)
+    for options in (
+        {}, {"heldout_fraction": 0.3}, {"eos_id": 1}, {"vocab_size": 400}, {"max_document_tokens": 9},
+        {"deduplicate": True}, {"blend": blend},
+    ):  # fmt: skip
         build("run", path, **options)
     build("run", write_jsonl("a.jsonl", tiny_texts[:-1]))
     build("run", write_jsonl("b.jsonl", tiny_texts))
-    assert len(surveys) == len(entries(tmp_path)) == 7
+    assert len(surveys) == len(entries(tmp_path)) == 9
+
+
+def test_weights_and_tags_are_no_part_of_the_files(build, write_jsonl, tiny_texts, tmp_path, surveys):
+    path = write_jsonl("a.jsonl", tiny_texts)
+    for weight, tag in ((1, None), (3, "web")):
+        source = SourceConfig(path=str(path), weight=weight, tag=tag)
+        split = build("run", path, sources=(source,)).split("train")
+        assert set(split.weights_D.tolist()) == {weight}
+        assert {split.tags[i] for i in split.tags_D} == {tag or "a.jsonl"}
+    assert len(surveys) == 1
+
+
+def test_the_template_of_chats_is_part_of_the_key(build, tmp_path, surveys):
+    path = tmp_path / "a.jsonl"
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "the river"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    source, heldout = (SourceConfig(path=str(path), chat=True),), (SourceConfig(path=str(tmp_path / "h.txt")),)
+    (tmp_path / "h.txt").write_text("the town")
+    for name, end in (("one", ""), ("two", "<|end|>"), ("again", "")):
+        template = tmp_path / name
+        template.write_text("{% for message in messages %}{{ message.content }}" + end + "{% endfor %}")
+        build("run", path, sources=source, heldout_sources=heldout, chat_template=str(template))
+    assert len(surveys) == 2
 
 
 def test_a_damaged_entry_is_made_again(build, write_jsonl, tiny_texts, tmp_path, surveys):
@@ -128,10 +160,10 @@ def test_a_slower_run_keeps_the_entry_of_the_faster(build, write_jsonl, tiny_tex
     assert [item.name for item in (tmp_path / "cache").iterdir()] == ["key"]
 
 
-def test_hub_text_is_not_shared(cache):
+def test_hub_text_is_not_shared(cache, tokenizer):
     description = {"sources": [{"path": "hf:x", "split": "train"}], "heldout_fraction": 0.1}
     assert cache.key(description, DocumentFormat(0, 10), "t") is None
-    local = describe_sources([SourceConfig(path="builtin:classics")], [], 0.1)
+    local = describe_sources(DataConfig(), ChatTemplate(tokenizer))
     assert cache.key(local, DocumentFormat(0, 10), "t") != cache.key(local, DocumentFormat(1, 10), "t")
 
 

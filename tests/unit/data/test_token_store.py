@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdscale.config.data import SourceConfig
-from kdscale.data import store_builder, tokenizing
+from kdscale.config.data import BlendConfig, DataConfig, SourceConfig
+from kdscale.data import deduplicate, store_builder, tokenizing
 from kdscale.data import token_store as store_module
+from kdscale.data.readers import megatron
 from kdscale.data.sources import Document
 from kdscale.data.store_builder import DocumentFormat
 from kdscale.data.token_store import TokenStore
@@ -25,16 +26,13 @@ from kdscale.files import remove_leftovers
 @pytest.fixture
 def build(tmp_path: Path, tokenizer: Any, reporter: Any):
     def run(*paths: Path, folder: str = "store", heldout: tuple[Path, ...] = (), **options: Any) -> TokenStore:
-        options.setdefault("heldout_fraction", 0.2)
-        return TokenStore.build(
-            tmp_path / folder,
-            [SourceConfig(path=str(path)) for path in paths],
-            tokenizer,
-            eos_id=options.pop("eos_id", 0),
-            heldout_sources=[SourceConfig(path=str(path)) for path in heldout],
-            reporter=reporter,
-            **options,
+        options = {"heldout_fraction": 0.2, "eos_id": 0, **options}
+        data = DataConfig(
+            sources=options.pop("sources", tuple(SourceConfig(path=str(path)) for path in paths)),
+            heldout_sources=tuple(SourceConfig(path=str(path)) for path in heldout),
+            **{name: options.pop(name) for name in set(options) & set(DataConfig.model_fields)},
         )
+        return TokenStore.build(tmp_path / folder, data, tokenizer, reporter=reporter, **options)
 
     return run
 
@@ -104,10 +102,10 @@ def test_short_documents_are_counted(build, write_jsonl, tiny_texts):
     assert sum(store.manifest["splits"][name]["documents"] for name in ("train", "heldout")) == len(tiny_texts)
 
 
-def test_weights_and_labels(tmp_path, tokenizer, reporter, write_jsonl, tiny_texts):
+def test_weights_and_labels(build, write_jsonl, tiny_texts):
     paths = [write_jsonl("a.jsonl", tiny_texts[:30], source="A"), write_jsonl("b.jsonl", tiny_texts[30:])]
     sources = [SourceConfig(path=str(path), weight=weight) for path, weight in zip(paths, (1, 3), strict=True)]
-    store = TokenStore.build(tmp_path / "s", sources, tokenizer, eos_id=0, reporter=reporter, heldout_fraction=0.2)
+    store = build(sources=sources)
     train, held = store.split("train"), store.split("heldout")
     names = [train.source_labels[label] for label in train.labels_D]
     assert set(names) == {"A", "b.jsonl"}
@@ -115,23 +113,64 @@ def test_weights_and_labels(tmp_path, tokenizer, reporter, write_jsonl, tiny_tex
     assert set(held.weights_D.tolist()) == {1}
 
 
-def test_tags_are_what_sources_say_else_labels(tmp_path, tokenizer, reporter, write_jsonl, tiny_texts):
+def test_tags_are_what_sources_say_else_labels(build, write_jsonl, tiny_texts):
     paths = [
         write_jsonl("a.jsonl", tiny_texts[:20], source="A"),
         write_jsonl("b.jsonl", tiny_texts[20:40]),
         write_jsonl("c.jsonl", tiny_texts[40:], source="C"),
     ]
     sources = [SourceConfig(path=str(p), tag=tag) for p, tag in zip(paths, (None, "code", "A"), strict=True)]
-    store = TokenStore.build(tmp_path / "s", sources, tokenizer, eos_id=0, reporter=reporter, heldout_fraction=0.2)
+    store = build(sources=sources)
     assert set(store.tags) == {"A", "b.jsonl", "C", "code"}
     for name in ("train", "heldout"):
         split = store.split(name)
         wanted = [("A", "code", "A")[source] for source in split.sources_D]
         assert [split.tags[tag] for tag in split.tags_D] == wanted
-    raw = (tmp_path / "s" / "train" / "sources.bin").read_bytes()
-    (tmp_path / "s" / "train" / "sources.bin").write_bytes(b"\xff" * len(raw))
+    numbers = store.folder / "train" / "sources.bin"
+    numbers.write_bytes(b"\xff" * numbers.stat().st_size)
     with pytest.raises(DataError, match=r"sources\.bin is damaged"):
         store.split("train")
+
+
+def test_a_blend_reads_of_each_source_its_share_of_the_budget(build, write_jsonl, tiny_texts, tmp_path):
+    """Whatever the number of processes, and exactly to the document that fills the share."""
+    names = [write_jsonl(f"{name}.jsonl", [f"{name} {text}" for text in tiny_texts]) for name in "abc"]
+    sources = tuple(SourceConfig(path=str(path), tag=path.name[0] if path.name[0] != "c" else "a") for path in names)
+    whole = build(sources=sources, folder="whole").split("train")
+    blend = BlendConfig(weights={"a": 3.0, "b": 1.0}, tokens=whole.tokens // 3)
+    stores = [build(sources=sources, folder=str(n), blend=blend, processes=n) for n in (1, 2)]
+    splits = [store.split("train") for store in stores]
+    assert splits[0].tokens_T.tolist() == splits[1].tokens_T.tolist()
+    assert stores[0].split("heldout").tokens_T.tolist() == stores[1].split("heldout").tokens_T.tolist()
+    assert splits[0].blend == (("a", 0.75, (0, 2)), ("b", 0.25, (1,)))
+    for share, sources_of in ((0.75, (0, 2)), (0.25, (1,))):
+        own = np.isin(splits[0].sources_D, sources_of)
+        lengths = splits[0].lengths[own]
+        assert lengths.sum() >= share * blend.tokens > lengths[:-1].sum()
+
+
+def test_deduplication_leaves_out_what_came_before(build, write_jsonl, tiny_texts, tokenizer, monkeypatch):
+    monkeypatch.setattr(deduplicate, "_LEAST_MERGED", 7)
+    again = [f"  {text.upper()}\n" for text in tiny_texts[:9]]
+    composed = ["cafe\u0301 by the river", "caf\u00e9  by the river", "cafe by the river"]
+    path = write_jsonl("a.jsonl", [*tiny_texts, *again, *tiny_texts[5:8], *composed])
+    store = build(path, deduplicate=True)
+    assert store.manifest["dropped"]["duplicate"] == 9 + 3 + 1
+    kept = documents(store, tokenizer, "train") + documents(store, tokenizer, "heldout")
+    assert sorted(kept) == sorted([*tiny_texts, composed[0], composed[2]])
+    assert build(path, folder="all").manifest["dropped"]["duplicate"] == 0
+
+
+def test_megatron_documents_are_taken_as_they_are(build, write_jsonl, tiny_texts, tmp_path):
+    """What the store has, written for Megatron and read again, is the same store but for the split."""
+    plain = build(write_jsonl("a.jsonl", tiny_texts), folder="plain").split("heldout")
+    megatron.write(tmp_path / "set", plain.tokens_T, plain.lengths, 320)
+    store = build(write_jsonl("b.jsonl", tiny_texts[:5]), heldout=(tmp_path / "set.idx",), folder="again").split(
+        "heldout"
+    )
+    assert store.tokens_T.tolist() == plain.tokens_T.tolist()
+    assert store.token_bytes_T.tolist() == plain.token_bytes_T.tolist()
+    assert store.bytes_D.tolist() == plain.bytes_D.tolist()
 
 
 def test_the_spans_of_answers_become_labels(build, write_jsonl, tiny_texts, tokenizer, monkeypatch):
@@ -141,8 +180,8 @@ def test_the_spans_of_answers_become_labels(build, write_jsonl, tiny_texts, toke
     assert not (plain.folder / "train" / "loss.bin").exists()
     read = store_builder.read_documents
 
-    def with_answers(source: SourceConfig):
-        for document in read(source):
+    def with_answers(source: SourceConfig, chat: Any):
+        for document in read(source, chat):
             size = len(document.text)
             spans = ((size // 4, size // 3), (size // 2, size - document.index % 2))
             yield replace(document, answers=None if document.index % 3 else spans)
@@ -191,13 +230,11 @@ def test_wide_vocabulary_needs_32_bits(build, write_jsonl, tiny_texts):
     assert build(write_jsonl("a.jsonl", tiny_texts), vocab_size=70_000).split("train").tokens_T.dtype == np.uint32
 
 
-def test_sources_beyond_what_a_label_can_number_are_other(tmp_path, tokenizer, reporter, tiny_texts, monkeypatch):
+def test_sources_beyond_what_a_label_can_number_are_other(tmp_path, build, tiny_texts, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": t, "source": f"url{i}"}) + "\n" for i, t in enumerate(tiny_texts)))
     monkeypatch.setattr(store_builder, "_MAX_LABELS", 4)
-    store = TokenStore.build(
-        tmp_path / "s", [SourceConfig(path=str(path))], tokenizer, eos_id=0, reporter=reporter, heldout_fraction=0.2
-    )
+    store = build(path)
     assert store.manifest["source_labels"] == ["url0", "url1", "url2", "other"]
     labels = np.concatenate([store.split(name).labels_D for name in ("train", "heldout")])
     assert np.bincount(labels).tolist() == [1, 1, 1, len(tiny_texts) - 3]

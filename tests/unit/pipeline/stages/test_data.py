@@ -11,9 +11,12 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from kdscale.cli.text import export_megatron_command
+from kdscale.config.data import SourceConfig
 from kdscale.config.load import build_config
+from kdscale.data.sources import read_documents
 from kdscale.data.token_store import TokenStore
-from kdscale.errors import DataError
+from kdscale.errors import ConfigError, DataError
 from kdscale.pipeline.checks import check_teacher
 from kdscale.pipeline.stage import StageContext
 from kdscale.pipeline.stages.data import tokenize
@@ -63,6 +66,50 @@ def test_text_is_shared_unless_switched_off(tmp_path, teacher, tiny_texts, monke
     assert not (tmp_path / "cache").exists()
     tokenize(context_of(tmp_path, teacher, tiny_texts))
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+
+
+def test_a_blend_says_how_often_each_source_is_read(tmp_path, teacher, tiny_texts, monkeypatch):
+    (tmp_path / "b.txt").write_text(tiny_texts[0])
+    (tmp_path / "h.txt").write_text(tiny_texts[1])
+    sources = [{"path": str(tmp_path / "a.jsonl"), "tag": "much"}, {"path": str(tmp_path / "b.txt"), "tag": "little"}]
+    context = context_of(
+        tmp_path, teacher, tiny_texts[2:], sources=sources, heldout_sources=[{"path": str(tmp_path / "h.txt")}],
+        blend={"weights": {"much": 3, "little": 1}},
+    )  # fmt: skip
+    said: list[str] = []
+    monkeypatch.setattr(context.reporter, "say", said.append)
+    tokenize(context)
+    split = TokenStore.open(context.run.data).split("train")
+    size = int(split.lengths[split.sources_D == 1].sum()) + 1
+    times = 0.25 * context.config.distill.tokens / size
+    assert any(line.startswith(f"  25.0% of little: {size:,} tokens, read {times:,.2f} times") for line in said)
+    assert sum("teach little that is new" in line for line in said) == 2
+
+
+def test_a_blend_must_name_every_source(tmp_path, teacher, tiny_texts):
+    for weights, words in (
+        ({"other": 1}, "no source has the tag"),
+        ({str(tmp_path / "a.jsonl"): -1}, "greater than 0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            context_of(tmp_path, teacher, tiny_texts, blend={"weights": weights})
+    two = [{"path": str(tmp_path / "a.jsonl"), "weight": 2}, {"path": "b.txt"}]
+    for weights, words in (
+        ({"b.txt": 1}, "weight for each source"),
+        ({"b.txt": 1, two[0]["path"]: 1}, "number of repeats"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            context_of(tmp_path, teacher, tiny_texts, sources=two, blend={"weights": weights})
+
+
+def test_a_store_goes_to_megatron_and_comes_back(tmp_path, teacher, tiny_texts):
+    context = context_of(tmp_path, teacher, tiny_texts)
+    tokenize(context)
+    (tmp_path / "run" / "config.yaml").touch()
+    export_megatron_command(str(tmp_path / "run"), tmp_path / "set")
+    split = TokenStore.open(context.run.data).split("train")
+    documents = read_documents(SourceConfig(path=str(tmp_path / "set.idx")))
+    assert [d.ids.tolist() for d in documents] == [split.document_tokens(i).tolist() for i in range(split.documents)]
 
 
 def test_an_added_token_beyond_the_embedding_matters_only_in_text(tmp_path, teacher, tiny_texts, monkeypatch):
