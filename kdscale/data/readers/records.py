@@ -1,0 +1,40 @@
+"""What a record holds: its text, or a chat's messages, and where it says that it comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdscale.config.data import SourceConfig
+from kdscale.errors import DataError
+
+_LONGEST_LABEL = 200  # characters of it are kept
+
+
+def content_of(record: dict[str, Any], source: SourceConfig, where: str) -> Any:
+    """What the source's field holds. Raises DataError where the record has no such field."""
+    field = source.field_name
+    if field in record:
+        return record[field]
+    hint = "set `field` of this source"
+    if not source.chat and any(isinstance(value, list) for value in map(record.get, ("messages", "conversations"))):
+        hint = "set `chat: true` for this source, which then learns the answers of each conversation"
+    raise DataError(f"{where} has no field {field!r}", got=f"fields {sorted(record)}", hint=hint)
+
+
+def checked_text(text: Any, what: str) -> str:
+    """`text`, which must be one. Raises DataError."""
+    if not isinstance(text, str):
+        raise DataError(f"{what}", expected="a string", got=type(text).__name__)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+        raise DataError(f"{what} is not valid Unicode", got=str(error)) from error
+    return text
+
+
+def label_of(record: dict[str, Any], source: SourceConfig, default: str) -> str:
+    """What the record's `source_field` says, else `default`."""
+    label = record.get(source.source_field) if source.source_field is not None else None
+    if not isinstance(label, str) or not label:
+        return default
+    return label[:_LONGEST_LABEL].encode("utf-8", "replace").decode()  # JSON may escape half of a surrogate pair
