@@ -139,6 +139,12 @@ class DataConfig(Section):
     )  # if given, used instead of the fraction
     blend: BlendConfig | None = None  # None: all documents, each as often as its source's weight says
     deduplicate: bool = False  # whether a text that came before, but for case and white space, is left out
+    # Whether training documents are looked through for runs of evaluation text, and what is done with such documents.
+    leaks: Literal["off", "report", "drop", "fail"] = "off"
+    leak_tokens: Annotated[int, Field(ge=4, le=1024)] = 13  # length of a run
+    leak_sources: tuple[SourceConfig, ...] = Field(
+        strict=False, max_length=1000, default=()
+    )  # beside the held-out text
     max_document_tokens: Count | None = None
     # Whether what the tokenizer puts around a text (BOS) begins each document and each window that continues one.
     add_special: Literal["auto", "never"] = "auto"
@@ -149,7 +155,12 @@ class DataConfig(Section):
     @property
     def has_chats(self) -> bool:
         """Whether any source holds conversations."""
-        return any(source.chat for source in (*self.sources, *self.heldout_sources))
+        return any(source.chat for source in self.all_sources)
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """Every source that is read, for whatever purpose."""
+        return *self.sources, *self.heldout_sources, *(self.leak_sources if self.leaks != "off" else ())
 
     @model_validator(mode="after")
     def _the_blend_names_all_sources(self) -> DataConfig:

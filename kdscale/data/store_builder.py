@@ -13,9 +13,10 @@ import numpy as np
 from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.data.deduplicate import SeenTexts
 from kdscale.data.encoder_processes import EncoderProcesses, usable_cores
+from kdscale.data.leaks import Text, find_leaks, in_words
 from kdscale.data.readers.chat import ChatTemplate
 from kdscale.data.sources import Document, describe_source, is_local, read_documents
-from kdscale.data.store_format import SPLITS, STORE_VERSION, Facts, SplitWriter
+from kdscale.data.store_format import SPLITS, STORE_VERSION, Facts, SplitWriter, keep_documents
 from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, EncodedText, SpecialTokens, tokens_of_spans
 from kdscale.errors import DataError
 from kdscale.files import sha256_json
@@ -63,6 +64,9 @@ class Survey:
 def describe_sources(data: DataConfig, chat: ChatTemplate) -> Facts:
     """What identifies the text and how it is split, for the manifest; reads every local file for its digest."""
     facts: Facts = {"sources": [describe_source(source) for source in data.sources], "deduplicate": data.deduplicate}
+    if data.leaks != "off":
+        facts["leak_sources"] = [describe_source(source) for source in data.leak_sources]
+        facts["leaks_looked_for"] = [data.leaks, data.leak_tokens]
     if data.has_chats:
         facts["chat_template_sha256"] = sha256_json(chat.text)
     if data.blend is not None:
@@ -82,6 +86,10 @@ def survey_sources(data: DataConfig, chat: ChatTemplate) -> Survey:
     for source in data.sources:
         if is_local(source):
             size += sum(document.size for document in read_documents(source, chat))
+    if data.leaks != "off":
+        for source in data.leak_sources:
+            for _ in read_documents(source, chat):
+                pass
     return Survey(data, chat, frozenset(hashes), size)
 
 
@@ -121,6 +129,7 @@ class StoreBuilder:
                     hint="give more documents (a .txt file below 128 KiB is one document), set data.heldout_sources, "
                     "or change data.heldout_fraction",
                 )
+        leaks = {} if data.leaks == "off" else {"leaks": self._look_for_leaks(splits)}
         files = sorted(item for item in self._folder.rglob("*") if item.is_file())
         return {
             "version": STORE_VERSION,
@@ -134,8 +143,43 @@ class StoreBuilder:
             "source_labels": list(self._labels),
             "splits": splits,
             "dropped": dict(self._dropped),
+            **leaks,
             "files": {item.relative_to(self._folder).as_posix(): item.stat().st_size for item in files},
         }
+
+    def _look_for_leaks(self, splits: dict[str, dict[str, int]]) -> Facts:
+        """What of the evaluation text is in the training text, from which data.leaks: drop takes it.
+
+        Raises DataError where the config wants none, or none would be left.
+        """
+        data = self._survey.data
+        train, heldout = (self._read(name) for name in SPLITS)
+        others = [self._tokenised(document) for _, document in self._survey.documents(data.leak_sources)]
+        leaks = find_leaks(train, [heldout, *others], data.leak_tokens)
+        facts = leaks.facts(train, data.leak_tokens, self._encoder.text_of)
+        kept = np.setdiff1d(np.arange(splits["train"]["documents"]), leaks.documents)
+        if leaks.documents.size and (data.leaks == "fail" or not kept.size):
+            raise DataError(
+                "the training text has evaluation text in it",
+                expected=f"no run of {data.leak_tokens} tokens that both have",
+                got="\n".join(in_words(facts)).strip(),
+                hint="give other text, data.leaks: drop, or longer runs in data.leak_tokens",
+            )
+        if leaks.documents.size and data.leaks == "drop":
+            splits["train"] = keep_documents(self._folder / "train", self._dtype, kept)
+            facts["dropped"] = True
+        return facts
+
+    def _read(self, split: str) -> Text:
+        folder = self._folder / split
+        return Text(
+            np.memmap(folder / "tokens.bin", self._dtype, mode="r"), np.fromfile(folder / "offsets.bin", np.int64)
+        )
+
+    def _tokenised(self, document: Document) -> Text:
+        (text,) = self._encoder.encode([document.text])
+        ids = text.ids if document.ids is None else document.ids
+        return Text(ids, np.asarray([0, ids.size]))
 
     def _wanted_documents(self) -> Iterator[tuple[int, Document]]:
         """The documents of all sources; a source whose share of the blend is tokenised is not read any further."""
@@ -255,13 +299,14 @@ def token_without_row(token_id: int, vocab: int, token: str | None, source: str)
 
 
 def summarise(manifest: Facts) -> str:
-    """One line for the terminal: documents and tokens of both splits, and what was left out."""
+    """For the terminal: documents and tokens of both splits, what was left out, and what both have."""
     train, held, dropped = manifest["splits"]["train"], manifest["splits"]["heldout"], manifest["dropped"]
-    text = (
+    counts = (
         f"Text: {train['documents']:,} documents, {train['tokens']:,} tokens to train on; "
         f"{held['documents']:,} documents, {held['tokens']:,} tokens held out"
     )
-    return "; ".join([text, *_left_out(dropped)])
+    leaks = in_words(manifest["leaks"]) if manifest.get("leaks") else []
+    return "\n".join(["; ".join([counts, *_left_out(dropped)]), *leaks])
 
 
 def _left_out(dropped: Mapping[str, int]) -> list[str]:

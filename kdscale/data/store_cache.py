@@ -35,6 +35,7 @@ from kdscale.runtime.progress import Reporter
 
 FOLDER_VARIABLE = "KDSCALE_CACHE"
 _DIGESTS = "digests.json"
+_SETTINGS = ("heldout_fraction", "deduplicate", "chat_template_sha256", "leaks_looked_for")  # of a description
 _NOT_IN_FILES = ("path", "weight", "tag")  # what is said of a source and changes no file of the store
 _ABANDONED_SECONDS = 86_400  # after which what a killed run left half written is deleted
 
@@ -54,16 +55,13 @@ class StoreCache:
 
     def key(self, description: dict[str, Any], form: DocumentFormat, tokenizer_sha256: str) -> str | None:
         """The digest of everything that a store depends on; None for text of a hub data set, which may change."""
-        sources, heldout = description["sources"], description.get("heldout_sources", [])
-        if any("files" not in source for source in (*sources, *heldout)):
+        sides = [description.get(name, []) for name in ("sources", "heldout_sources", "leak_sources")]
+        if any("files" not in source for side in sides for source in side):
             return None
         # a file's name is a label of its documents; its folder is not. Weights and tags are in the manifest alone
-        text = [
-            [{k: v for k, v in source.items() if k not in _NOT_IN_FILES} for source in side]
-            for side in (sources, heldout)
-        ]
+        text = [[{k: v for k, v in source.items() if k not in _NOT_IN_FILES} for source in side] for side in sides]
         settings: list[Any] = [form.eos_id, form.vocab_size, form.special, form.max_tokens]
-        settings += [description.get(name) for name in ("heldout_fraction", "deduplicate", "chat_template_sha256")]
+        settings += [description.get(name) for name in _SETTINGS]
         settings.append(_read_of_a_blend(description))
         return sha256_json([STORE_VERSION, tokenizers.__version__, tokenizer_sha256, settings, text])
 

@@ -28,7 +28,7 @@ Facts = dict[str, Any]
 SPLITS = ("train", "heldout")
 STORE_VERSION = 3
 LOSS_FILE = "loss.bin"
-_COLUMNS = ("offsets", "bytes", "labels", "sources")  # a value for each document
+_COLUMNS = {"offsets": np.int64, "bytes": np.int64, "labels": np.uint16, "sources": np.uint16}  # of each document
 _MASK_BLOCK = 1 << 20  # bytes of a mask that are written at once
 
 _Number = Annotated[int, Field(ge=0, le=1 << 62)]
@@ -48,6 +48,15 @@ class _SourceFacts(BaseModel):
     path: str
 
 
+class _LeakFacts(BaseModel):
+    model_config = ConfigDict(strict=True)
+    tokens: _Number
+    documents: _Number
+    covered: float
+    examples: list[str]
+    dropped: bool = False
+
+
 class _StoreManifest(BaseModel):
     """What is read of a store's manifest.json."""
 
@@ -62,6 +71,7 @@ class _StoreManifest(BaseModel):
     sources: list[_SourceFacts]
     heldout_sources: list[_SourceFacts] = []
     blend: BlendConfig | None = None
+    leaks: _LeakFacts | None = None
 
 
 def read_store_manifest(folder: Path) -> Facts:
@@ -152,6 +162,32 @@ class _BitWriter:
     def close(self) -> None:
         self._file.write(np.packbits(self._rest).tobytes())
         self._file.close()
+
+
+def keep_documents(folder: Path, dtype: str, kept: np.ndarray) -> dict[str, int]:
+    """Write a finished training split anew with the documents `kept` (numbers, ascending); returns its counts."""
+    columns = {name: np.fromfile(folder / f"{name}.bin", kind) for name, kind in _COLUMNS.items()}
+    offsets = columns.pop("offsets")
+    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+    has_loss = (folder / LOSS_FILE).is_file()
+    loss = np.fromfile(folder / LOSS_FILE, np.uint8) if has_loss else None
+    new_tokens, new_loss = folder / "tokens.kept", folder / "loss.kept"
+    bits = _BitWriter(new_loss, ones=0) if has_loss else None
+    with new_tokens.open("wb") as stream:
+        for document in kept.tolist():
+            first, end = int(offsets[document]), int(offsets[document + 1])
+            stream.write(tokens[first:end].tobytes())
+            if bits is not None and loss is not None:
+                bits.add(read_bits(loss, first, end))
+    new_tokens.replace(folder / "tokens.bin")
+    if bits is not None:
+        bits.close()
+        new_loss.replace(folder / LOSS_FILE)
+    lengths = np.diff(offsets)[kept]
+    np.concatenate(([0], np.cumsum(lengths))).astype(np.int64).tofile(folder / "offsets.bin")
+    for name, column in columns.items():
+        column[kept].tofile(folder / f"{name}.bin")
+    return {"documents": int(kept.size), "tokens": int(lengths.sum()), "bytes": int(columns["bytes"][kept].sum())}
 
 
 def read_bits(packed: np.ndarray, start: int, end: int) -> np.ndarray:

@@ -124,6 +124,11 @@ class BatchEncoder:
         """The token with this id, or None."""
         return self._tokenizer.id_to_token(token_id)
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of some token ids."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def bytes_of(self, ids: np.ndarray) -> np.ndarray:
         """UTF-8 bytes of the text that each of these ids stands for, (tokens,) int64.
 

@@ -97,7 +97,7 @@ def check_sources(config: Config) -> None:
     """Raises DataError when a local source of text does not exist or holds no text files."""
     from kdscale.data.sources import is_local, source_files
 
-    for source in (*config.data.sources, *config.data.heldout_sources):
+    for source in config.data.all_sources:
         if is_local(source):
             source_files(source)
 

@@ -41,8 +41,8 @@ def _name(page: Path) -> str:
 def test_every_config_field_is_documented_and_every_documented_field_exists() -> None:
     listed = generate.documented_fields((DOCS / "reference" / "config.md").read_text(encoding="utf-8"))
     assert len(listed) == len(set(listed))
-    # the fields of a held-out source are those of a source
-    known = {name.replace("heldout_sources.", "sources.") for name in generate.config_fields()}
+    # the fields of other lists of sources are those of a source
+    known = {re.sub(r"\b(heldout|leak)_sources\.", "sources.", name) for name in generate.config_fields()}
     assert known ^ set(listed) == set()
 
 

@@ -22,6 +22,7 @@ STAGES: dict[str, Stage] = {
             config=(
                 "data.sources", "data.heldout_fraction", "data.heldout_sources", "data.max_document_tokens",
                 "data.add_special", "data.chat_template", "data.deduplicate", "data.blend",
+                "data.leaks", "data.leak_tokens", "data.leak_sources",
             ),
             model="teacher", model_files=("config.json", *folder.TOKENIZER), writes=(folder.DATA,),
             check_after=data.check_enough_text,

@@ -161,6 +161,59 @@ def test_deduplication_leaves_out_what_came_before(build, write_jsonl, tiny_text
     assert build(path, folder="all").manifest["dropped"]["duplicate"] == 0
 
 
+PASSAGE = (
+    "the boats came slowly down the river while the market was closing, and nobody in the old town saw them at all"
+)
+
+
+def test_leaks_are_reported_dropped_or_end_the_run(build, write_jsonl, tiny_texts, tmp_path, tokenizer, monkeypatch):
+    """The passage is in two training documents, and in the held-out text or in a source of its own."""
+    train = write_jsonl("a.jsonl", [*tiny_texts[:20], f"One. {PASSAGE}.", *tiny_texts[20:], f"{PASSAGE} Two"])
+    clean, heldout = write_jsonl("h.jsonl", ["quite other words"]), write_jsonl("p.jsonl", [f"So: {PASSAGE}!"])
+    sizes = {}
+    for name, options in {
+        "off": {"heldout": (heldout,)},
+        "none": {"heldout": (clean,), "leaks": "fail"},
+        "report": {"heldout": (heldout,), "leaks": "report"},
+        "drop": {"heldout": (heldout,), "leaks": "drop"},
+        "task": {"heldout": (clean,), "leaks": "drop", "leak_sources": (SourceConfig(path=str(heldout)),)},
+    }.items():
+        store = build(train, folder=name, **options)
+        sizes[name] = store.split("train").documents
+        assert store.split("train").tokens == store.split("train").lengths.sum()
+        if name in ("report", "drop", "task"):
+            assert store.manifest["leaks"]["documents"] == 2
+            assert "boats came slowly" in store.manifest["leaks"]["examples"][0]
+    total = len(tiny_texts) + 2
+    assert sizes == {"off": total, "none": total, "report": total, "drop": total - 2, "task": total - 2}
+    kept, whole = documents(store, tokenizer, "train"), documents(TokenStore.open(tmp_path / "off"), tokenizer, "train")
+    assert kept == [text for text in whole if PASSAGE not in text]
+    with pytest.raises(DataError, match=r"evaluation text in it(.|\n)*boats came slowly(.|\n)*data.leaks: drop"):
+        build(train, folder="fail", heldout=(heldout,), leaks="fail")
+    assert not (tmp_path / "fail").exists()
+    with pytest.raises(DataError, match="evaluation text in it"):
+        build(write_jsonl("b.jsonl", [PASSAGE]), heldout=(heldout,), leaks="drop")
+
+
+def test_what_is_dropped_takes_its_labels_with_it(build, write_jsonl, tiny_texts, monkeypatch):
+    read = store_builder.read_documents
+
+    def with_answers(source: SourceConfig, chat: Any):
+        for document in read(source, chat):
+            yield replace(document, answers=((0, document.index % 5 + 1),))
+
+    monkeypatch.setattr(store_builder, "read_documents", with_answers)
+    heldout = write_jsonl("h.jsonl", [PASSAGE])
+    path = write_jsonl("a.jsonl", [*tiny_texts[:9], f"{PASSAGE} x", *tiny_texts[9:]])
+    whole, kept = (
+        build(path, folder=leaks, heldout=(heldout,), leaks=leaks).split("train") for leaks in ("report", "drop")
+    )
+    others = [i for i in range(whole.documents) if i != 9]
+    assert [kept.document_is_label(i).tolist() for i in range(kept.documents)] == [
+        whole.document_is_label(i).tolist() for i in others
+    ]
+
+
 def test_megatron_documents_are_taken_as_they_are(build, write_jsonl, tiny_texts, tmp_path):
     """What the store has, written for Megatron and read again, is the same store but for the split."""
     plain = build(write_jsonl("a.jsonl", tiny_texts), folder="plain").split("heldout")
