@@ -238,10 +238,12 @@ def sources() -> str:
             top_k(row.gives.top_k),
             "yes" if row.gives.sampled else "no",
             "yes" if row.gives.full else "no",
+            "yes" if row.gives.hidden_layers else "no",
         )
         for row in SOURCES.values()
     ]
-    return table(("source", "`distill.teacher_placement`", "top K", "sampled tokens", "whole vocabulary"), rows)
+    columns = ("source", "`distill.teacher_placement`", "top K", "sampled tokens", "whole vocabulary", "layers")
+    return table(columns, rows)
 
 
 def codecs() -> str:

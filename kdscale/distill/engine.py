@@ -7,6 +7,7 @@ MASTER_PORT: it is a group of one.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from kdscale import files
+from kdscale.config.distill.objective import ObjectiveConfig
 from kdscale.config.root import Config
 from kdscale.data.batches import LoaderState, PackedLoader
 from kdscale.data.heldout import eval_batches
@@ -184,9 +186,9 @@ def build(cfg: Config, folders: Folders, setup: RankSetup, models: Models) -> Tr
     with quiet(setup.library_log):
         engine = make_engine(cfg, student, setup.zero_stage, setup.deepspeed, models.slices)
         check_buffers_kept(before, buffer_dtypes(teacher=teacher, student=student))
-        state = ZeroState(engine, student.model, models.slices)
+        state = ZeroState(engine, student.model, models.slices, student.helpers())
         pruned = Checkpoint.open(folders.student)
-        trained = trained_tensors(pruned, state.shapes, state.tied)
+        trained = trained_tensors(pruned, state.model_shapes, state.tied)
         if setup.dtype == torch.bfloat16:
             state.restore_precision(pruned, trained)
     return TrainingEngine(engine, state)
@@ -199,7 +201,7 @@ def resume(
 
     Raises RunFolderError on a checkpoint of another run.
     """
-    fingerprint = _fingerprint(cfg, folders, setup)
+    fingerprint = _fingerprint(cfg, folders, setup, models.student.objectives.entries)
     latest = checkpoint_folder.find_latest(folders.checkpoints, fingerprint)
     for note in latest.notes:
         reporter.say(note)
@@ -243,12 +245,12 @@ def make_engine(
     return engine
 
 
-def _bad_gradient(model: Any) -> str:
+def _bad_gradient(student: StudentModule) -> str:
     """The parameter nearest to the loss whose accumulated gradient is not finite, or ""."""
     from deepspeed.utils import safe_get_full_grad
 
     bad = ""
-    for name, parameter in model.named_parameters():  # all of them: at stage 3 every call is collective
+    for name, parameter in student.trained_parameters():  # all of them: at stage 3 every call is collective
         grad = safe_get_full_grad(parameter)
         grad = parameter.grad if grad is None else grad
         if grad is not None and not bool(torch.isfinite(grad).all()):
@@ -286,11 +288,13 @@ def _export(cfg: Config, folders: Folders, step: int) -> None:
     )  # fmt: skip
 
 
-def _fingerprint(cfg: Config, folders: Folders, setup: RankSetup) -> dict[str, Any]:
+def _fingerprint(cfg: Config, folders: Folders, setup: RankSetup, entries: Sequence[ObjectiveConfig]) -> dict[str, Any]:
     """What a checkpoint depends on, by name, so that a refusal can say what differs. On rank 0 only."""
     if not is_main():
         return {}
+    settled = [entry.model_dump(mode="json") for entry in entries if entry.matches_layers]
     return {
+        **({"layers": settled} if settled else {}),
         "distill": {**cfg.decisive_for_student(), "dtype": str(setup.dtype).removeprefix("torch.")},
         "seed": cfg.seed,
         "device": setup.device.type,
@@ -347,7 +351,7 @@ def _make_trainer(
         steps=total_steps(settings.tokens, settings.seq_len, settings.global_batch),
         saver=saver,
         seed=cfg.seed,
-        bad_gradient=lambda: _bad_gradient(built.engine.module.model),
+        bad_gradient=lambda: _bad_gradient(built.engine.module),
         observer=observer,
         reporter=reporter,
         host_sums=HostSums(group_timeout(cfg)),

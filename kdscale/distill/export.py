@@ -47,7 +47,9 @@ def export_checkpoint(
     """
     source = Checkpoint.open(source_dir)
     index = RankFileIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
-    trained = trained_tensors(source, index.shapes, manifest["tied"])
+    helpers = manifest.get("helpers", ())  # older checkpoints have none
+    exported = {name: shape for name, shape in index.shapes.items() if name not in helpers}
+    trained = trained_tensors(source, exported, manifest["tied"])
     with files.atomic_dir(out_dir) as tmp:
         shutil.copyfile(source_dir / "config.json", tmp / "config.json")
         if not code and (config := without_own_classes(source.config)) != source.config:

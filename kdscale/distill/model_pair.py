@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdscale.config.distill.objectives import ModelPair
+from kdscale.config.distill.objective import ModelPair
 from kdscale.errors import CheckpointError
 from kdscale.families import Dims, load_family
 from kdscale.files import read_json
@@ -36,6 +36,7 @@ def model_pair(teacher_dir: Path, student_dir: Path) -> ModelPair:
     )
     return ModelPair(
         teacher.layers, student.layers, teacher.hidden, student.hidden,
+        tuple(heads * dims.head_dim for dims in (teacher, student) for heads in (dims.heads, dims.kv_heads)),
         kept_layers=tuple(plan["kept"]["layers"]) if cut else None,
         basis_HG=_basis(plan, student_dir.parent / IMPORTANCE.path) if cut else None,
     )  # fmt: skip

@@ -27,8 +27,14 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Clip and update; without a finite gradient norm nothing changes. `closure` is not called."""
-        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        """Clip and update; without a finite gradient norm nothing changes. `closure` is not called.
+
+        What no loss depends on has a gradient of zero, as in the ZeRO optimisers: Adam counts its steps too.
+        """
+        trained = [p for group in self.param_groups for p in group["params"]]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         grads = [p.grad for p in trained]
         norm = self._norm(trained)
         self._global_grad_norm = norm

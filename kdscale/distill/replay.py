@@ -27,7 +27,7 @@ from kdscale.data.token_store import TokenStore
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.engine import Folders, Session, open_session
 from kdscale.distill.schedule import seed_step, total_steps
-from kdscale.distill.step import to_device, train_step
+from kdscale.distill.step import StudentModule, to_device, train_step
 from kdscale.distill.telemetry.clock import Clock
 from kdscale.distill.trainer import Trainer
 from kdscale.errors import ConfigError, RunFolderError
@@ -180,7 +180,7 @@ def _run_step(session: Session, step: int, groups: Mapping[str, str]) -> dict[st
     totals = train_step(
         trainer.engine, trainer.source, batches, trainer.device, Clock(trainer.device), update=False
     ).tolist()
-    norms = _gradient_norms(session.student.model, groups)
+    norms = _gradient_norms(session.student, groups)
     return {
         **{name: _finite_or_none(value) for name, value in trainer.objectives.means(totals, step - 1).items()},
         "labels": int(totals[0]),
@@ -200,12 +200,12 @@ def parameter_groups(model_dir: Path) -> dict[str, str]:
     }
 
 
-def _gradient_norms(model: Any, groups: Mapping[str, str]) -> dict[str, float]:
+def _gradient_norms(student: StudentModule, groups: Mapping[str, str]) -> dict[str, float]:
     """Euclidean norm of the accumulated gradient, before clipping, by group, largest first."""
     from deepspeed.utils import safe_get_full_grad
 
     squares: dict[str, float] = defaultdict(float)
-    for name, parameter in model.named_parameters():
+    for name, parameter in student.trained_parameters():
         grad = safe_get_full_grad(parameter)  # DeepSpeed keeps gradients in buffers of its own
         grad = parameter.grad if grad is None else grad
         if grad is not None:

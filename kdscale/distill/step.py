@@ -5,7 +5,7 @@ B sequences, S positions, P positions of this rank, N valid positions, H hidden 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +62,15 @@ class StudentModule(nn.Module):
         self._layers = LayerReader(model, objectives.layers)
         self._vocab_size, self._shard, self._sequence_slice = vocab_size, shard, sequence_slice or SequenceSlice()
         self.at_hidden: Callable[[], None] = lambda: None  # called between the last hidden state and the losses
+
+    def helpers(self) -> dict[str, nn.Parameter]:
+        """The parameters of the objectives, by name: trained with the model's, and no part of it."""
+        return {f"objectives.{name}": value for name, value in self.objective_modules.named_parameters()}
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters under its own names, and the helpers."""
+        yield from self.model.named_parameters()
+        yield from self.helpers().items()
 
     def forward(self, batch: MicroBatch, targets: Targets) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """(summed loss of each objective, their figures [F]); see Objectives."""

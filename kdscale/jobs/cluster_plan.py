@@ -17,6 +17,7 @@ from kdscale.runs.folder import RunFolder
 from kdscale.sizing.compare import PLACEMENTS, ComparedSetting, compare
 from kdscale.sizing.gpus import GIB, GpuCluster
 from kdscale.sizing.job import Job, TeacherPlacement
+from kdscale.sizing.layer_losses import LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.speed import Rates
 from kdscale.weights import read_config
@@ -77,6 +78,7 @@ def plan_cluster(
         item_bytes=4 if distill.dtype == "float32" else 2,
         gradient_bytes=2 if distill.dtype != "float32" and distill.zero.gradient_dtype == "bfloat16" else 4,
         top_k=None if needs.full else needs.top_k,
+        layer_losses=LayerLosses.of(distill.objectives, student),
         validate_tokens=distill.validate_tokens,
         reduce_bucket=distill.zero.reduce_bucket or 500_000_000,
         document_tokens=document_tokens,
@@ -85,7 +87,7 @@ def plan_cluster(
         notes.append("distill.dtype is float32: the GPU's FLOP/s are of bf16, so speeds are several times too high")
     settings = compare(
         job, cluster, batch, rates, stages=stages, placements=placements or known,
-        tensor=_tensor_sizes(config, teacher_dir, job), sequence=_sequence_sizes(job),
+        tensor=_tensor_sizes(config, teacher_dir, job), sequence=_sequence_sizes(config, job),
     )  # fmt: skip
     return ClusterPlan(job, cluster, rates, batch, tokens or distill.tokens, student_from, settings, notes)
 
@@ -102,12 +104,16 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     family = load_family(model, str(teacher_dir / "config.json"))
     if unshareable_tensor(family, model) is not None or config.distill.needs.full:
         return []
+    if not all(entry.reads_head_shards for entry in config.distill.objectives):
+        return []
     most = min(job.student.kv_heads, job.teacher.kv_heads)
     return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]
 
 
-def _sequence_sizes(job: Job) -> list[int]:
+def _sequence_sizes(config: Config, job: Job) -> list[int]:
     """Numbers of ranks of one node that can share the sequences of both models."""
+    if any(entry.needs_whole_sequences for entry in config.distill.objectives):
+        return []
     return [
         size
         for size in (2, 4, 8)
@@ -130,11 +136,11 @@ def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, 
         for plan in plans[:-1]:
             family = load_family(first, str(teacher_dir))
             first = family.student_config(first, plan.student.dims(), plan.kept.layers)
-        teacher = _shape(first, "the step before")
+        teacher = ModelShape.of_config(first, "the step before")
     else:
-        teacher = _shape(source, str(teacher_dir / "config.json"))
+        teacher = ModelShape.of_config(source, str(teacher_dir / "config.json"))
     if (run.pruned / "config.json").exists():
-        return teacher, _shape(read_config(run.pruned), str(run.pruned)), "the pruned student"
+        return teacher, ModelShape.of_config(read_config(run.pruned), str(run.pruned)), "the pruned student"
     if not config.steps and run.plan.exists():
         return teacher, _planned_student(source, run.plan, teacher_dir), "plan.json"
     if len(plans) <= len(config.steps):  # a latency target is measured, so there is no shape yet
@@ -142,7 +148,7 @@ def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, 
     model = source
     for plan in plans:
         model = load_family(model, str(teacher_dir)).student_config(model, plan.student.dims(), plan.kept.layers)
-    return teacher, _shape(model, "the student"), "the config's target"
+    return teacher, ModelShape.of_config(model, "the student"), "the config's target"
 
 
 def _planned_student(source: dict[str, Any], path: Path, teacher_dir: Path) -> ModelShape:
@@ -151,15 +157,11 @@ def _planned_student(source: dict[str, Any], path: Path, teacher_dir: Path) -> M
 
     plan = Plan.load(path)
     family = load_family(source, str(teacher_dir))
-    shape = _shape(family.student_config(source, plan.student.dims(), plan.kept.layers), str(path))
+    shape = ModelShape.of_config(family.student_config(source, plan.student.dims(), plan.kept.layers), str(path))
     # rotating the teacher's hidden states gives it a head of its own where it had a tied one
     return replace(
         shape, params=plan.student_params.total, tied=shape.tied and shape.params == plan.student_params.total
     )
-
-
-def _shape(config: dict[str, Any], where: str) -> ModelShape:
-    return ModelShape.of(config, load_family(config, where))
 
 
 def snippet(plan: ClusterPlan) -> str:

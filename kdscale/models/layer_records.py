@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdscale.config.distill.objectives import LayersRead
+from kdscale.config.distill.objective import LayersRead
 from kdscale.config.distill.targets import EMBEDDINGS
 from kdscale.errors import ConfigError
 from kdscale.families import load_family

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdscale.families import load_family
 from kdscale.sizing.model_shape import ModelShape
 
 
@@ -30,7 +29,7 @@ class ModelFlops:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModelFlops:
         """From the sizes in a config.json. Raises CheckpointError for a config its family refuses."""
-        return cls.of_shape(ModelShape.of(config, load_family(dict(config), "config.json")))
+        return cls.of_shape(ModelShape.of_config(config))
 
     @classmethod
     def of_shape(cls, shape: ModelShape) -> ModelFlops:
@@ -60,14 +59,20 @@ def attention_pairs(documents: Mapping[int, int], window: int | None) -> int:
 
 
 def step_flops(
-    teacher: ModelFlops | None, student: ModelFlops, tokens: float, labels: float, documents: Iterable[int]
+    teacher: ModelFlops | None,
+    student: ModelFlops,
+    tokens: float,
+    labels: float,
+    documents: Iterable[int],
+    losses: ModelFlops | None = None,
 ) -> float:
     """One step's model FLOPs over all ranks: the teacher forward, the student forward and backward, heads included.
 
-    `teacher` is None where other machines run it; `documents` are the lengths of all of the step's documents.
+    `teacher` is None where other machines run it; `documents` are the lengths of all of the step's documents; `losses`
+    are what losses on layers add (sizing/layer_losses.py).
     """
     lengths = list(documents)
-    forwards = [(3, student), *([(1, teacher)] if teacher else [])]
+    forwards = [(3, student), *([(1, teacher)] if teacher else []), *([(1, losses)] if losses else [])]
     return sum(times * model.forward(tokens, labels, lengths) for times, model in forwards)
 
 

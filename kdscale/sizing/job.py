@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kdscale.sizing.layer_losses import NO_LAYERS, LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 
 TeacherPlacement = Literal["replicated", "partitioned", "offloaded", "served"]
@@ -24,6 +25,7 @@ class Job:
     gradient_bytes: int = 4  # of a gradient while micro-batches and ranks add theirs: distill.zero.gradient_dtype
     top_k: int | None = 64  # None: the whole vocabulary
     loss_buffers: int = 1  # [rows, V] arrays of the loss: LossOptions.buffers
+    layer_losses: LayerLosses = NO_LAYERS
     validate_tokens: int = 0
     reduce_bucket: int = 500_000_000
     device: Device = "cuda"

@@ -44,21 +44,21 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
         "teacher's forward": {
             "activations": 0.0 if setting.placement == "served" else forward_bytes(job, job.teacher, setting),
             "gathered weights": _teacher_gathered(job, setting),
-            "loss": 0.0 if setting.placement == "served" else _teacher_head_bytes(job, setting),
+            "loss": 0.0 if setting.placement == "served" else _teacher_loss_bytes(job, setting),
             "gradients": standing,
             "buckets": always,
         },
         "student's loss": {
             "activations": saved_bytes(job, setting),
             "gathered weights": gathered,
-            "loss": loss_bytes(job, setting),
+            "loss": loss_bytes(job, setting) + _layer_loss_bytes(job, setting),
             "gradients": standing,
             "buckets": always,
         },
         "student's backward": {
             "activations": saved_bytes(job, setting) + backward_bytes(job, setting),
             "gathered weights": gathered,
-            "loss": _kept_loss_bytes(job, setting),
+            "loss": _kept_loss_bytes(job, setting) + _kept_layer_bytes(job, setting),
             "gradients": standing + head_gradients,
             "buckets": bucket,
         },
@@ -129,7 +129,8 @@ def _teacher_weights(job: Job, setting: Setting) -> float:
 def _validation(job: Job) -> float:
     """Targets of the held-out text, kept on the device: ids, logits, log-sum-exp (read in distill/validate.py)."""
     tokens = job.validate_tokens / job.ranks
-    return tokens * (job.teacher.hidden * job.item_bytes if job.top_k is None else job.top_k * 12 + 4)
+    of_head = job.teacher.hidden * job.item_bytes if job.top_k is None else job.top_k * 12 + 4
+    return tokens * (of_head + job.layer_losses.teacher_bytes(job.teacher, job.item_bytes))
 
 
 # -- gradients and buckets ---------------------------------------------------------------------------------------------
@@ -317,3 +318,22 @@ def _teacher_head_bytes(job: Job, setting: Setting) -> float:
         return float(hidden)
     copy = 4 * model.head if job.device == "cpu" and job.item_bytes == 2 else 0
     return hidden + min(CHUNK_BYTES[job.device], 4 * rows * model.vocab) + copy + rows * (12 * job.top_k + 4)
+
+
+def _kept_layer_bytes(job: Job, setting: Setting) -> float:
+    """Of losses on layers: the teacher's rows, and the student's with their gradients (read: objectives/blockwise)."""
+    losses, b = job.layer_losses, job.item_bytes
+    rows = losses.teacher_bytes(job.teacher, b) + losses.student_bytes(job.student, job.teacher, b)
+    return setting.rows(job) * rows
+
+
+def _layer_loss_bytes(job: Job, setting: Setting) -> float:
+    """While they are computed: fp32 gradients of one pair of layers beside what is kept."""
+    working = job.layer_losses.working_bytes(job.student, job.teacher)
+    return _kept_layer_bytes(job, setting) + setting.rows(job) * working
+
+
+def _teacher_loss_bytes(job: Job, setting: Setting) -> float:
+    """The head's targets, and the rows of layers."""
+    layers = setting.rows(job) * job.layer_losses.teacher_bytes(job.teacher, job.item_bytes)
+    return _teacher_head_bytes(job, setting) + layers

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kdscale.families import Family
+from kdscale.families import Family, load_family
 from kdscale.families.windows import attention_windows
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ class ModelShape:
             qk_norm="q_norm" in roles,
             windows=tuple(Counter(attention_windows(family, config)).items()),
         )
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
+        """The same, whichever family the config is of; `where` is for messages."""
+        return cls.of(config, load_family(dict(config), where))
 
     @property
     def head(self) -> int:

@@ -53,7 +53,8 @@ def estimate_step(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates)
     seconds = _seconds(job_of_tensor_rank(job, setting.tensor), setting, cluster, rates, waiting / rates.links)
     step = sum(seconds.values())
     tokens = setting.rows(job) * setting.accumulation * job.ranks // setting.tensor  # of a whole step
-    flops = step_flops(None if served else teacher, student, tokens, tokens, job.row * (tokens // job.seq_len))
+    documents, losses = job.row * (tokens // job.seq_len), job.layer_losses.flops(job.student, job.teacher)
+    flops = step_flops(None if served else teacher, student, tokens, tokens, documents, losses)
     rate = tokens / step
     return StepEstimate(
         seconds, rate, mfu(flops, step, cluster.gpu.flops * job.ranks), rate * teacher.of_a_token(job.row)
@@ -66,12 +67,13 @@ def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, wait
     tokens = rows * setting.accumulation
     peak = cluster.gpu.flops * rates.compute * rows / (rows + _HALF_AT_TOKENS)
     student, teacher = (ModelFlops.of_shape(shape).of_a_token(job.row) for shape in (job.student, job.teacher))
+    losses = job.layer_losses.flops(job.student, job.teacher).of_a_token(job.row)
     recomputed = student - 2.0 * job.student.head if setting.checkpointing else 0.0
     hidden, exposed = _student_transfers(job, setting, cluster, rates)
     teacher_seconds = max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates))
     return {
         "teacher": 0.0 if setting.placement == "served" else teacher_seconds,
-        "student": max(tokens * (3 * student + recomputed) / peak, hidden),
+        "student": max(tokens * (3 * student + recomputed + losses) / peak, hidden),
         "communication": exposed + waiting,
         "optimiser": _optimizer_seconds(job, setting, cluster),
     }

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from kdscale.config.distill.objectives import LayersRead
+from kdscale.config.distill.objective import LayersRead
 from kdscale.config.distill.targets import Needs
 from kdscale.models.head import VocabShard
 from kdscale.models.layer_records import LayerReader

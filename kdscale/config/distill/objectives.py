@@ -4,108 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from kdscale.config.distill.layer_objectives import AttentionConfig, HiddenStatesConfig
+from kdscale.config.distill.objective import LOSS, ObjectiveConfig, Term
 from kdscale.config.distill.schedules import Between, Schedule
 from kdscale.config.distill.targets import Needs
-from kdscale.config.fields import Length, Section, named_entry
+from kdscale.config.fields import Length, named_entry
 from kdscale_kernels.divergence import DIVERGENCES, Divergence
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class Term:
-    """A figure of an objective: a sum over a step, logged under `name` as the mean per token (or per sequence)."""
-
-    name: str
-    title: str  # as plots and messages call it
-    unit: str = ""  # "fraction" is shown in per cent
-    headline: bool = False  # part of the message after a validation
-    exponential: Term | None = None  # logged at validations too: exp of the mean
-    better: Literal["lower", "higher", ""] = ""  # of a distance to the teacher: which direction is nearer
-
-    def text(self, mean: float) -> str:
-        """The figure in words: `top-1 agreement 51.3 %`."""
-        return f"{self.title} " + (f"{100 * mean:.1f} %" if self.unit == "fraction" else f"{mean:.2f}")
-
-
-@dataclass(frozen=True)
-class LayersRead:
-    """Layers of one model, from 0, whose hidden states or attention are read; EMBEDDINGS: what enters layer 0."""
-
-    hidden: tuple[int, ...] = ()
-    attention: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class ModelPair:
-    """The sizes of teacher and student, and what pruning kept, where that is known.
-
-    `kept_layers`: the teacher's layer that each of the student's was. `basis_HG`: each channel of the student's hidden
-    states as a direction in the teacher's, orthonormal rows.
-    """
-
-    teacher_layers: int
-    student_layers: int
-    teacher_hidden: int
-    student_hidden: int
-    kept_layers: tuple[int, ...] | None = None
-    basis_HG: NDArray[Any] | None = None
-
-
-LOSS = Term("loss", "loss", "nats")  # the weighted sum of all objectives; every run logs it
-
-
-class ObjectiveConfig(Section):
-    """One entry of distill.objectives: what all of them have.
-
-    A new objective is a subclass with its settings, a row of OBJECTIVES, and a file with its implementation.
-    """
-
-    implementation: ClassVar[str]  # "module:class", called with the entry; imported when a training starts
-    terms: ClassVar[tuple[Term, ...]]  # what it reports beside its loss, in this order
-    count: ClassVar[Literal["tokens", "sequences"]] = "tokens"  # its loss is a mean over these
-    reads_head_shards: ClassVar[bool] = False  # works where tensor-parallel ranks share the student's head
-    matches_layers: ClassVar[bool] = False  # has to know the layers and sizes of both models (ModelPair)
-
-    name: str
-    # in the sum of all objectives
-    weight: Annotated[float | Schedule, Between(0.0, 1e6, above=True)] = 1.0
-
-    @property
-    def needs(self) -> Needs:
-        """The parts of the teacher's targets that it reads."""
-        return Needs()
-
-    @property
-    def student_layers(self) -> LayersRead:
-        """The student's layers that it reads."""
-        return LayersRead()
-
-    def settled(self, models: ModelPair | None, steps: int) -> ObjectiveConfig:
-        """The entry for a run of `steps` steps with these models: schedules in steps, and what else depends on them."""
-        return self.model_copy(
-            update={name: value.in_steps(steps) for name, value in self if isinstance(value, Schedule)}
-        )
-
-    def build(self, models: ModelPair | None) -> Any:
-        """Its implementation, from the settled entry. Raises ConfigError for models that it cannot match."""
-        return resolve_name(self.implementation)(self)
-
-    def scheduled(self, step: int) -> dict[str, float]:
-        """What of its settings follows a schedule, at optimiser step `step`, by the names of the log's columns."""
-        return {f"{self.name}_{name}": value.at(step) for name, value in self if isinstance(value, Schedule)}
-
-    @property
-    def formula(self) -> str:
-        """What is minimised, in one line, for the model card."""
-        return self.name
 
 
 class TokenDivergenceConfig(ObjectiveConfig):
@@ -186,6 +94,8 @@ class CrossEntropyConfig(ObjectiveConfig):
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "token_divergence": TokenDivergenceConfig,
     "cross_entropy": CrossEntropyConfig,
+    "hidden_states": HiddenStatesConfig,
+    "attention": AttentionConfig,
 }
 
 

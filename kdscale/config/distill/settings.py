@@ -130,10 +130,9 @@ class DistillConfig(Section):
                     raise ValueError(f"tensor_parallel ({self.tensor_parallel}) does not go with {name}")
         if self.sequence_parallel > 1:
             for entry in self.objectives:
-                if entry.count == "sequences":  # no rank has all labels of a sequence
+                if why := entry.needs_whole_sequences:
                     raise ValueError(
-                        f"sequence_parallel ({self.sequence_parallel}) does not go with {entry.name}, which counts "
-                        "whole sequences"
+                        f"sequence_parallel ({self.sequence_parallel}) does not go with {entry.name}, which {why}"
                     )
         return self
 

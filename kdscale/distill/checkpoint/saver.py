@@ -52,6 +52,7 @@ class Saver:
         self.finish()
         facts = {**self._facts, **own, "adam_step": self._zero_state.adam_step, "ranks": world_size()}
         facts |= {"parameters": self._zero_state.shapes, "tied": self._zero_state.tied}
+        facts |= {"helpers": self._zero_state.helpers}
         background = self._policy.background and not wait
         blocks, copied = self._copy() if background else (self._zero_state.blocks(), None)
         self._pending = _WriteThread(self._folder, step, facts, self._zero_state.ranges, blocks, copied)

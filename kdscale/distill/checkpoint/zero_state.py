@@ -47,15 +47,23 @@ class _HeldRange:
 class ZeroState:
     """What one rank saves and loads. `shapes` are the trained parameters; `tied` maps other names to theirs.
 
-    With `slices` (tensor parallelism) the ranges are of this rank's slices; `shapes` are still of whole parameters.
+    `helpers` are parameters that are trained beside the model's, by name, and are no part of its export. With `slices`
+    (tensor parallelism) the ranges are of this rank's slices; `shapes` are still of whole parameters.
     """
 
-    def __init__(self, engine: Any, model: torch.nn.Module, slices: ModelSlices | None = None):
+    def __init__(
+        self,
+        engine: Any,
+        model: torch.nn.Module,
+        slices: ModelSlices | None = None,
+        helpers: Mapping[str, torch.nn.Parameter] | None = None,
+    ):
         self._zero = engine.optimizer
         self._stage = int(engine.zero_optimization_stage())
         self._nvme = NvmeBuffers(self._zero)
         self._adam = self._zero.optimizer if self._stage else self._zero
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(helpers or {})
+        self.helpers = sorted(helpers or {})
         names = {id(p): name for name, p in trained.items()}
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained.items()}
         with_aliases = model.named_parameters(remove_duplicate=False)
@@ -74,6 +82,11 @@ class ZeroState:
         self._written = [held for held in self._held if first or parse_slice_name(held.span.name)[1]]
         if self._stage == 0:
             self._written = _cut_evenly(self._written, rank() // tensor_ranks, world_size() // tensor_ranks)
+
+    @property
+    def model_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the model's own parameters."""
+        return {name: shape for name, shape in self.shapes.items() if name not in self.helpers}
 
     @property
     def ranges(self) -> list[ParameterRange]:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from kdscale.config.distill.objectives import LOSS, LayersRead, ModelPair, ObjectiveConfig, log_columns
+from kdscale.config.distill.objective import LOSS, LayersRead, ModelPair, ObjectiveConfig
+from kdscale.config.distill.objectives import log_columns
 from kdscale.config.distill.schedules import at
 from kdscale.models.attention import AttentionRows
 from kdscale.models.head import OutputHead, VocabShard

@@ -67,7 +67,12 @@ def _partition(
         """Partitions empty parameters. It maps memory for the whole one, but touches only this rank's part of it."""
 
         def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
-            for parameter in param_list:
+            parameters = list(param_list)
+            # the objectives' own are in no file; DeepSpeed takes what rank 0 has
+            super()._convert_to_zero_parameters([value for value in parameters if id(value) not in names])
+            for parameter in parameters:
+                if id(parameter) not in names:
+                    continue
                 name = names[id(parameter)]
                 parameter.data = _empty(shapes[name], parameter.dtype, self.local_device)
                 self._convert_to_deepspeed_param(parameter)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from kdscale.config.distill.objectives import Term, farther_from_teacher, log_columns
+from kdscale.config.distill.objective import Term
+from kdscale.config.distill.objectives import farther_from_teacher, log_columns
 from kdscale.config.root import Config
 from kdscale.data.batches import PackedLoader
 from kdscale.distill.telemetry.clock import Clock
@@ -25,6 +26,8 @@ from kdscale.runs.metrics_log import MetricsLog, read_metrics
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_main, rank, world_size
 from kdscale.sizing.flops import ModelFlops, mfu, step_flops
+from kdscale.sizing.layer_losses import LayerLosses
+from kdscale.sizing.model_shape import ModelShape
 from kdscale.weights import read_config
 
 COMMUNICATION = "communication"  # a phase that lies within the others
@@ -54,6 +57,7 @@ class StepWork:
     teacher: ModelFlops | None  # None: it runs elsewhere
     student: ModelFlops
     peak: float | None
+    losses: ModelFlops | None = None  # on layers
 
     def mfu(self, labels: int, seconds: float, documents: Callable[[], Iterable[int]]) -> float | None:
         """Model FLOPs utilisation of a step with `labels` that took `seconds`; None without a peak.
@@ -62,7 +66,8 @@ class StepWork:
         """
         if self.peak is None:
             return None
-        return mfu(step_flops(self.teacher, self.student, self.tokens, labels, documents()), seconds, self.peak)
+        flops = step_flops(self.teacher, self.student, self.tokens, labels, documents(), self.losses)
+        return mfu(flops, seconds, self.peak)
 
 
 @dataclass(frozen=True)
@@ -218,11 +223,14 @@ def make_observer(
     """
     settings, logs = cfg.distill, run_dir / "logs"
     peak = peak_flops(settings.peak_flops, device, dtype)
+    student = ModelShape.of_config(read_config(student_dir))
+    teacher = ModelShape.of_config(read_config(teacher_dir)) if settings.source.in_process else None
     work = StepWork(
         tokens=settings.global_batch * settings.seq_len,
-        teacher=ModelFlops.of(read_config(teacher_dir)) if settings.source.in_process else None,
-        student=ModelFlops.of(read_config(student_dir)),
+        teacher=None if teacher is None else ModelFlops.of_shape(teacher),
+        student=ModelFlops.of_shape(student),
         peak=None if peak is None else peak * world_size(),
+        losses=None if teacher is None else LayerLosses.of(settings.objectives, student).flops(student, teacher),
     )
     records, at_start = None, {}
     if is_main():

@@ -43,6 +43,32 @@ def student_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def narrow_student_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher's upper 64 channels, 4 of its 6 heads and layers 0, 1 and 3, beside the plan that says so."""
+    import numpy as np
+
+    from kdscale.config.prune import PruneConfig
+    from kdscale.families import load_family
+    from kdscale.prune.apply import apply_plan
+    from kdscale.prune.search.planning import make_plan
+    from kdscale.runs.importance_scores import ImportanceScores
+    from kdscale.weights import Checkpoint
+
+    teacher, folder = Checkpoint.open(tiny_llama_dir), tmp_path_factory.mktemp("narrow")
+    family = load_family(teacher.config, str(tiny_llama_dir))
+    cuts = PruneConfig(hidden=64, heads=4, layers=3, hidden_method="activation", compensate="none")
+    scores = {
+        "hidden.activation": np.arange(96.0), "heads.output_energy": np.ones((4, 6)),
+        "layers.block_influence": np.array([4.0, 3.0, 1.0, 2.0]),
+    }  # fmt: skip
+    plan = make_plan(teacher.config, family, ImportanceScores(scores), cuts)
+    plan.save(folder / "plan.json")
+    (folder / "pruned").mkdir()
+    apply_plan(teacher, family, plan, folder / "pruned", cuts)
+    return folder / "pruned"
+
+
+@pytest.fixture(scope="session")
 def data_dir(tiny_llama_dir: Path, tiny_texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     source = folder / "texts.jsonl"

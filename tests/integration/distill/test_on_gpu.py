@@ -32,6 +32,7 @@ from tests.integration.distill.conftest import TOKEN
 # Settings with which a row of the table is tried, where its defaults are not all there is to it.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "token_divergence": [{"top_k": 16, "ce_weight": 0.2}, {"targets": "full", "divergence": "jsd"}],
+    "attention": [{"compare": ["query", "map"]}],
 }
 SHORT = {"zero_stage": 0, "tokens": 3 * 4 * 48, "validate_every": 3, "validate_tokens": 100, "checkpoint_every": 1}
 TRIED = [{"name": name, **more} for name in OBJECTIVES for more in SETTINGS.get(name, [{}])]

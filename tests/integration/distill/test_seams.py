@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from kdscale.config.distill import objectives as objective_table
 from kdscale.config.distill import targets as source_table
-from kdscale.config.distill.objectives import ObjectiveConfig, Term
+from kdscale.config.distill.objective import ObjectiveConfig, Term
 from kdscale.config.distill.targets import Needs, Source
 from kdscale.data.batches import PackedLoader
 from kdscale.data.heldout import eval_batches

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdscale.config.distill.objectives import LayersRead
+from kdscale.config.distill.objective import LayersRead
 from kdscale.families import supported_types
 from kdscale.models import compiling
 from kdscale.models.attention import attend_within_documents

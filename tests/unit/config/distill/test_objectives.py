@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from kdscale.config.distill.objectives import ObjectiveConfig, TokenDivergenceConfig, log_columns
+from kdscale.config.distill.objective import ObjectiveConfig
+from kdscale.config.distill.objectives import TokenDivergenceConfig, log_columns
 from kdscale.config.distill.targets import SOURCES, Needs, combined, placements
 from kdscale.config.load import build_config, dump_config, load_config
 from kdscale.config.root import Config

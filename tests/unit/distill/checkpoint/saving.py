@@ -15,7 +15,7 @@ class Values:
     """Stands in for ZeroState: one parameter of 30 values, all of them `step`."""
 
     def __init__(self):
-        self.shapes, self.tied, self.adam_step = {"w": (5, 6)}, {"head": "w"}, 7
+        self.shapes, self.tied, self.helpers, self.adam_step = {"w": (5, 6)}, {"head": "w"}, [], 7
         self.ranges, self.value = [ParameterRange("w", 0, 20), ParameterRange("w", 20, 10)], 0.0
 
     def blocks(self):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pkgutil import resolve_name
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 
-from kdscale.config.distill.objectives import OBJECTIVES, ObjectiveConfig, Term, TokenDivergenceConfig
+from kdscale.config.distill.objective import ModelPair, ObjectiveConfig, Term
+from kdscale.config.distill.objectives import OBJECTIVES, TokenDivergenceConfig
 from kdscale.distill.objectives.base import Objectives, StudentOutput
 from kdscale.models.head import OutputHead
 from kdscale.teacher.source import MicroBatch
@@ -94,6 +94,7 @@ def test_the_message_after_a_validation_says_what_the_terms_are() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_row_of_the_table_can_be_made(name: str) -> None:
-    settings = OBJECTIVES[name]()  # type: ignore[call-arg]
+    models = ModelPair(4, 3, 96, 64, widths=(96, 32, 64, 32))
+    settings = OBJECTIVES[name]().settled(models, 10)  # type: ignore[call-arg]
     assert settings.name == name
-    assert callable(resolve_name(settings.implementation)(settings))
+    assert callable(settings.build(models))
