@@ -58,6 +58,7 @@ def examine(folder: Path) -> Examination:
         *_torch(gpus),
         *_packages(),
         _triton(bool(gpus)),
+        *_c_kernels(),
         _compiler(),
         _memory(),
         *_disk(folder),
@@ -168,6 +169,17 @@ def _triton(has_gpu: bool) -> Finding:
         done = "launched a kernel on cuda:0" if has_gpu else "builds what a launch needs"
         return Finding("triton", "ok", f"{version}, {done}")
     return Finding("triton", "note", f"{version}; the kernels run in torch on a GPU, slower: {obstacle}")
+
+
+def _c_kernels() -> list[Finding]:
+    """Whether the kernels in C, for a language-model head in bf16 on a CPU, can be compiled."""
+    if importlib.util.find_spec("torch") is None:
+        return []
+    from kdscale_kernels.c_kernels.library import library_obstacle
+
+    obstacle = library_obstacle()
+    text = f"the kernels run in torch on a CPU, slower: {obstacle}" if obstacle else "compiled for this processor"
+    return [Finding("C kernels", "note" if obstacle else "ok", text)]
 
 
 def _compiler() -> Finding:

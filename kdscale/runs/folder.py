@@ -76,7 +76,7 @@ METRICS = Artifact("logs/metrics.jsonl")
 CORRECTION_METRICS = Artifact("logs/correct.jsonl")  # of the teacher's correction
 BAD_BATCHES = Artifact("logs/bad_batches.jsonl")
 TENSORBOARD = Artifact("logs/tensorboard")
-KERNELS = Artifact("logs/kernels.json")  # why the distillation did without Triton on a GPU; absent where it did not
+KERNELS = Artifact("logs/kernels.json")  # why the distillation did without compiled kernels; absent where it did not
 
 
 def now() -> str:

@@ -1,4 +1,4 @@
-"""Whether Triton can run the kernels on the GPUs of a job: tried before the work, and decided for all ranks alike.
+"""Whether the compiled kernels run on the hosts of a job: tried before the work, and decided for all ranks alike.
 
 The same for torch.compile, whose code is Triton's on a GPU and C++ on a CPU.
 """
@@ -12,32 +12,36 @@ import torch
 
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
-from kdscale.runtime.device import resolve_device
+from kdscale.runtime.device import resolve_device, resolve_dtype
 from kdscale.runtime.gpu_binding import bound_index, local_rank, visible_gpus
 from kdscale.runtime.ranks import gather
-from kdscale_kernels.backend import refuse_triton
+from kdscale_kernels.backend import refuse_compiled
+from kdscale_kernels.c_kernels.library import library_obstacle
 from kdscale_kernels.launch_trial import launch_obstacle
 
 
 def try_launch(config: Config) -> str | None:
-    """What keeps Triton from launching a kernel on this rank's GPU, or None. Only the first rank of a host tries.
+    """What keeps Triton from launching a kernel on this rank's GPU, or C from being compiled for its CPU, or None.
 
-    The others share its compiler, headers and driver. Call it before this process uses its GPU.
+    Only the first rank of a host tries: the others share its compiler, headers and driver. On a CPU only bf16 weights
+    have kernels in C. Call it before this process uses its GPU.
     """
-    number = local_rank(os.environ)
-    if number or resolve_device(config.runtime.device).type != "cuda":
+    number, device = local_rank(os.environ), resolve_device(config.runtime.device)
+    if number:
         return None
-    return launch_obstacle(bound_index(number, visible_gpus()))
+    if device.type == "cuda":
+        return launch_obstacle(bound_index(number, visible_gpus()))
+    return library_obstacle() if resolve_dtype(config.distill.dtype, device) == torch.bfloat16 else None
 
 
 def agree_on_backend(obstacle: str | None) -> str | None:
-    """Let no rank use Triton when one of them cannot: what keeps that rank from it, or None. A collective call.
+    """Let no rank use compiled kernels when one cannot: what keeps that rank from it, or None. A collective call.
 
     Ranks that computed with different kernels would differ in rounding and in speed, and with vocabulary slices in what
     they exchange.
     """
     reason = _of_any_rank(obstacle)
-    refuse_triton(reason)
+    refuse_compiled(reason)
     return reason
 
 

@@ -10,32 +10,44 @@ from typing import get_args
 
 import torch
 
+from kdscale_kernels.c_kernels.library import library_obstacle
 from kdscale_kernels.types import Backend
 
 _log = logging.getLogger("kdscale_kernels")
 _logged: set[str] = set()
-_refused: list[str] = []  # why Triton is not used on GPUs, as `refuse_triton` was told last
+_refused: list[str] = []  # why nothing compiled is used, as `refuse_compiled` was told last
 MIN_TRITON = (3, 4)
+# bf16 logits of a call from which on it is worth compiling C: that takes as long as C saves on a hundred times as many.
+C_FROM_LOGITS = 1 << 22
+_NAMES = {
+    "triton": "Triton row kernels",
+    "compiled": "chunked torch path with steps in C",
+    "torch": "chunked torch path",
+}
 
 
 class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend cannot run here."""
 
 
-def refuse_triton(reason: str | None) -> None:
-    """From now on do without Triton on GPUs in this process, because of `reason`; None: use it again.
+def refuse_compiled(reason: str | None) -> None:
+    """From now on do without Triton on GPUs and C on CPUs in this process, because of `reason`; None: use them again.
 
-    For ranks, which must all compute with the same backend: one that cannot launch Triton's kernels decides for all.
+    For ranks, which must all compute with the same backend: one that cannot compile kernels decides for all.
     """
     _refused[:] = [] if reason is None else [reason]
 
 
-def choose_backend(requested: Backend, device: torch.device | str = "cpu", *, limit: str | None = None) -> str:
-    """Either "torch" or "triton", for tensors on `device`; `limit` is why this call cannot run in Triton, if so.
+def choose_backend(
+    requested: Backend, device: torch.device | str = "cpu", *, limit: str | None = None, bf16_logits: int = 0
+) -> str:
+    """The row of ROW_STEPS for tensors on `device`: "torch", "compiled" or "triton".
 
-    "auto" is Triton on a CUDA device (ROCm's included) where triton can be imported and `refuse_triton` was not called,
-    else chunked torch. "triton" on a
-    CPU means triton's interpreter, for tests: TRITON_INTERPRET=1, set before triton is first imported.
+    limit: why this call cannot run in Triton, if so. bf16_logits: how many it makes on a CPU.
+
+    "auto" is Triton on a CUDA device (ROCm's included) where triton can be imported, and on a CPU C for a call of many
+    bf16 logits where a C compiler works (c_kernels/library.py); where not, or after `refuse_compiled`, chunked torch.
+    "triton" on a CPU means triton's interpreter, for tests: TRITON_INTERPRET=1, set before triton is first imported.
     Raises ValueError for an unknown name, BackendUnavailableError for a requested backend that cannot run.
     """
     if requested not in get_args(Backend):
@@ -49,11 +61,13 @@ def choose_backend(requested: Backend, device: torch.device | str = "cpu", *, li
                 f"backend='triton': {obstacle}; use backend='torch' (chunked, same memory behaviour) or 'auto'"
             )
         backend = "torch" if obstacle else "triton"
+    elif requested == "auto" and bf16_logits >= C_FROM_LOGITS:
+        obstacle = _refused[0] if _refused else library_obstacle()
+        backend = "torch" if obstacle else "compiled"
     message = f"requested backend: {requested}" + (f"; {obstacle}" if obstacle else "")
     if f"{backend} {message}" not in _logged:
         _logged.add(f"{backend} {message}")
-        name = "Triton row kernels" if backend == "triton" else "chunked torch path"
-        _log.info("kdscale_kernels: using the %s (%s)", name, message)
+        _log.info("kdscale_kernels: using the %s (%s)", _NAMES[backend], message)
     return backend
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kdscale_kernels.rows.bf16_steps import Bf16Steps
 from kdscale_kernels.rows.results import EntryLogits, RowGradient, SliceExponentials, TailSums
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
 from kdscale_kernels.rows.torch_steps import TorchRowSteps
@@ -39,8 +40,11 @@ class SliceSteps(Protocol):
 class RowSteps(Protocol):
     """What a backend implements. All steps take raw logits (before the soft-cap) and destroy them."""
 
-    bf16_logits: bool  # the ops may make bf16 logits themselves where that is fast (fused/bf16_slices.py, bf16_topk.py)
     in_place_dtypes: tuple[torch.dtype, ...]  # of logits that `sparse` can overwrite where they are, by rows_C
+
+    @property
+    def bf16_steps(self) -> Bf16Steps | None:
+        """None: the ops make no bf16 logits themselves, even where that is fast."""
 
     def sparse_buffers(self, options: LossOptions) -> int:
         """Arrays [C,V] of the accumulation dtype that `sparse` holds at once, the logits included."""
@@ -96,7 +100,13 @@ def _triton() -> RowSteps:
     return TritonRowSteps()
 
 
-ROW_STEPS: dict[str, Callable[[], RowSteps]] = {"torch": TorchRowSteps, "triton": _triton}
+def _compiled() -> RowSteps:
+    from kdscale_kernels.c_kernels.steps import CompiledRowSteps
+
+    return CompiledRowSteps()
+
+
+ROW_STEPS: dict[str, Callable[[], RowSteps]] = {"torch": TorchRowSteps, "compiled": _compiled, "triton": _triton}
 
 
 def row_steps(backend: str) -> RowSteps:

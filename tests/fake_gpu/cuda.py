@@ -14,6 +14,7 @@ import torch
 from torch import __future__ as swapping
 
 from kdscale.models import attention_backends
+from kdscale.runtime import kernel_backend
 from kdscale_kernels import backend
 from tests.fake_gpu.tensors import GPU, Syncs, forget_pinned, modes
 
@@ -120,9 +121,10 @@ def fake_gpu() -> Iterator[Syncs]:
             patch.setattr(torch.cuda, name, value)
         patch.setattr(threading.Thread, "run", run_on_gpu)
         patch.setattr(backend, "_triton_obstacle", lambda on_gpu: refusal)
+        patch.setattr(kernel_backend, "launch_obstacle", lambda gpu: refusal)  # no process for a trial that must fail
         last = attention_backends.BACKENDS[-1]
         patch.setattr(attention_backends, "_trial", lambda one, *_: "" if one is last else refusal)
-        stack.callback(backend.refuse_triton, None)  # an engine in the block finds that Triton cannot launch
+        stack.callback(backend.refuse_compiled, None)  # an engine in the block finds that Triton cannot launch
         stack.callback(_forget_answers)
         stack.callback(forget_pinned)
         stack.enter_context(_thread(syncs))

@@ -53,7 +53,7 @@ def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:
 
 
 def distill(context: StageContext) -> Facts:
-    """Distil to the end or raise; returns the first and last validation's perplexity, and why Triton was not used."""
+    """Distil to the end or raise; returns the first and last validation's perplexity, and why torch ran the kernels."""
     run_on_ranks("distill", distill_rank, context, context.config.distill.processes, across_job=True)
     facts = held_out(context.run)
     if kernels := read_own_json(context.run.at(KERNELS), _is_kernel_note):

@@ -1,6 +1,6 @@
 """Vocabulary slices of bf16 logits on a CPU: products in half the time, and nothing lost that the gradient needs.
 
-Legend: M rows of a block, B rows at once in cache, R rows computed again, H hidden size, V vocabulary, S entries of one
+Legend: M rows of a block, R rows computed again, H hidden size, V vocabulary, S entries of one
 slice, K teacher entries, J = K + 1 (with the label), T temperature.
 
 torch 2.13 has no CPU product of bf16 operands with fp32 results, and fp32 operands take twice as long. A logit rounded
@@ -17,39 +17,20 @@ the shift.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kdscale_kernels.rows.bf16_steps import Bf16Steps
 from kdscale_kernels.rows.results import EntryLogits, RowGradient, TailSums
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
 from kdscale_kernels.rows.torch_slices import EntryPlaces
 from kdscale_kernels.types import LossOptions
 
 _NEG_INF = float("-inf")
-# One fp32 array of the steps on a few rows: it stays in a cache, and is enough work for all threads to be worth waking
-# (256 KiB: 1.7 times the wall time on two threads).
-CACHED_BYTES = 2 << 20
 # Nats. Up to here a logit above its shift is off by no more than 2⁻⁸ of its exponential, as a bf16 probability may be.
 _RISE = 2.0
-
-
-def exact_logits(hidden_MH: Tensor, weight_VH: Tensor, ids_MK: Tensor) -> Tensor:
-    """hidden · weight[ids] [M,K] in fp32, some rows (of long ones, some entries) at a time."""
-    (rows, entries), hidden = ids_MK.shape, hidden_MH.shape[1]
-    step_k = max(1, min(entries, CACHED_BYTES // (4 * hidden)))
-    step = max(1, CACHED_BYTES // (4 * hidden * step_k))
-    out_MK = hidden_MH.new_empty((rows, entries), dtype=torch.float32)
-    for row in range(0, rows, step):
-        hidden_B1H = hidden_MH[row : row + step, None].float()
-        for first in range(0, entries, step_k):
-            ids_BK = ids_MK[row : row + step, first : first + step_k]
-            head_BKH = weight_VH.index_select(0, ids_BK.flatten()).float().view(*ids_BK.shape, hidden)
-            torch.sum(head_BKH.mul_(hidden_B1H), 2, out=out_MK[row : row + step, first : first + step_k])
-    return out_MK
 
 
 class SliceEntries(NamedTuple):
@@ -62,10 +43,10 @@ class SliceEntries(NamedTuple):
     all: Tensor  # support and label
 
 
-class SliceSoftmaxes(NamedTuple):
-    """A slice's softmaxes over its tail alone, in bf16, with the log-sum-exps that they are relative to."""
+class KeptSlice(NamedTuple):
+    """A slice's exponentials over its tail alone, in bf16, each relative to something of its row."""
 
-    softmaxes: Tensor  # [1 or 2, M, S]: of z / T; of z, where its CE needs another
+    exponentials: Tensor  # [1 or 2, M, S]: exp(z / T - tempered); exp(z - plain), where its CE needs another
     tempered_M: Tensor
     plain_M: Tensor
     entries: SliceEntries
@@ -82,10 +63,12 @@ class Bf16Slices:
         labels_M: Tensor,
         options: LossOptions,
         edges: list[int],
+        steps: Bf16Steps,
     ):
-        self.hidden_MH, self.weight_VH, self.edges, self.options = hidden_MH, weight_VH, edges, options
+        self.hidden_MH, self.weight_VH, self.edges = hidden_MH, weight_VH, edges
+        self.options, self.steps = options, steps
         self.labels_M, self.places = labels_M, EntryPlaces(teacher, labels_M, edges)
-        z_MJ = exact_logits(hidden_MH, weight_VH, torch.cat([teacher.ids_NK, labels_M[:, None]], 1))
+        z_MJ = steps.dots(hidden_MH, weight_VH, torch.cat([teacher.ids_NK, labels_M[:, None]], 1))
         support_MK, self.label_M = z_MJ[:, :-1], z_MJ[:, -1]
         sum_M = support_MK.masked_fill(~teacher.used_NK, 0.0).sum(1)
         self.shift_M, self.shifts = (sum_M / teacher.used_NK.sum(1)).to(torch.bfloat16), list[Tensor]()
@@ -93,35 +76,32 @@ class Bf16Slices:
         top1_M = support_MK.masked_fill(~first_MK, _NEG_INF).amax(1)
         self.entry_logits = EntryLogits(support_MK, self.label_M, top1_M)
         self.outside_M = ~((teacher.ids_NK == labels_M[:, None]) & teacher.used_NK).any(1)
-        widest = max(stop - first for first, stop in pairwise(edges))
-        self.step = max(1, min(len(hidden_MH), CACHED_BYTES // (4 * widest)))
-        self.scratch = [hidden_MH.new_empty(self.step * widest, dtype=torch.float32) for _ in range(2)]
 
     def label_sums(self) -> TailSums:
         """What the label adds to the tail where it is no entry: it is masked in its slice and counts in fp32."""
         plain_M = self.outside_M.float()
         return TailSums(self.label_M.masked_fill(~self.outside_M, _NEG_INF), plain_M, plain_M)
 
-    def read(self, index: int, keep: Tensor) -> tuple[TailSums, SliceSoftmaxes]:
-        """The sums of slice `index` over its tail, and its softmaxes in `keep`: [options.exponentials, M, S] of bf16.
+    def read(self, index: int, keep: Tensor) -> tuple[TailSums, KeptSlice]:
+        """The sums of slice `index` over its tail, and its exponentials in `keep` [options.exponentials, M, S], bf16.
 
         A second call for the same slice gives the same again.
         """
         entries = self._entries(index)
         self._logits(index, self.hidden_MH, self._shift(index), keep[0]).view(-1)[entries.all] = _NEG_INF
-        sums = self._softmaxes(index, self._shift(index), keep)
+        sums = self._exponentials(self._shift(index), keep)
         if index == len(self.shifts):
             self._rise(index, keep, sums, entries.all)
-        none_M = sums.top_C == _NEG_INF  # the slice holds only entries of this row: there is no softmax
+        none_M = sums.top_C == _NEG_INF  # the slice holds only entries of this row
         if bool(none_M.any()):
             sums = TailSums(sums.top_C, *(sum_M.masked_fill(none_M, 0.0) for sum_M in sums[1:]))
             keep[:, none_M] = 0.0
         finite_M = sums.top_C.masked_fill(none_M, 0.0)
-        tempered_M, plain_M = (
-            (finite_M / T + sum_M.log()).masked_fill(none_M, 0.0)
-            for T, sum_M in ((self.options.temperature, sums.tempered_C), (1.0, sums.plain_C))
-        )
-        return sums, SliceSoftmaxes(keep, tempered_M, plain_M, entries)
+        tempered_M, plain_M = finite_M / self.options.temperature, finite_M
+        if self.steps.leaves_softmaxes:
+            tempered_M = (tempered_M + sums.tempered_C.log()).masked_fill(none_M, 0.0)
+            plain_M = (plain_M + sums.plain_C.log()).masked_fill(none_M, 0.0)
+        return sums, KeptSlice(keep, tempered_M, plain_M, entries)
 
     def _shift(self, index: int) -> Tensor:
         return self.shifts[index] if index < len(self.shifts) else self.shift_M
@@ -132,48 +112,30 @@ class Bf16Slices:
         seen_M = torch.where(top_M.isfinite(), top_M, shift_M.float()).to(torch.bfloat16)
         high = (seen_M.float() - shift_M.float() > _RISE).nonzero()[:, 0]
         shift_M = shift_M.index_copy(0, high, seen_M[high])
-        for rows_R in high.split(max(self.step, len(top_M) // 8)):
+        for rows_R in high.split(max(1, len(top_M) // 8)):
             again = keep.new_empty(keep.shape[0], len(rows_R), width)
             place_M = torch.full_like(self.labels_M, -1).index_copy_(0, rows_R, torch.arange(len(rows_R)))
             entry_R = place_M[masked // width]
             self._logits(index, self.hidden_MH[rows_R], shift_M[rows_R], again[0])
             again[0].view(-1)[(entry_R * width + masked % width)[entry_R >= 0]] = _NEG_INF
-            sums_R = self._softmaxes(index, shift_M[rows_R], again)
+            sums_R = self._exponentials(shift_M[rows_R], again)
             keep[:, rows_R] = again
             for field_M, field_R in zip(sums, sums_R, strict=True):
                 field_M[rows_R] = field_R
         self.shifts.append(shift_M)
         self.shift_M = torch.maximum(shift_M, seen_M) if index else seen_M
 
-    def _softmaxes(self, index: int, shift_R: Tensor, keep: Tensor) -> TailSums:
-        """Turn keep[0], a slice's logits less the shift, into softmaxes in `keep`; the sums of exponentials."""
-        T = self.options.temperature
-        sums = TailSums(*shift_R.new_empty((3, len(shift_R)), dtype=torch.float32).unbind())
-        for block, z_BS, soft_BS in self._blocks(index, len(shift_R)):
-            z_BS.copy_(keep[0, block])
-            torch.amax(z_BS, 1, out=sums.top_C[block])
-            sums.top_C[block] += shift_R[block]
-            if T != 1.0:
-                softmax_and_sum(z_BS, soft_BS, sums.plain_C[block])
-                if len(keep) > 1:
-                    keep[1, block] = soft_BS
-                z_BS.div_(T)
-            softmax_and_sum(z_BS, z_BS, sums.tempered_C[block])
-            keep[0, block] = z_BS
-        if T == 1.0:
-            sums.plain_C.copy_(sums.tempered_C)
-        return sums
+    def _exponentials(self, shift_R: Tensor, keep: Tensor) -> TailSums:
+        """Turn keep[0], a slice's logits less the shift, into exponentials in `keep`; their sums."""
+        sums = self.steps.exponentials(keep[0], keep[1] if len(keep) > 1 else None, self.options.temperature)
+        return sums._replace(top_C=sums.top_C.add_(shift_R))
 
-    def write(self, kept: SliceSoftmaxes, index: int, gradient: RowGradient) -> Tensor:
-        """dz [M,S] of slice `index`, in the memory of kept.softmaxes[0]."""
+    def write(self, kept: KeptSlice, gradient: RowGradient) -> Tensor:
+        """dz [M,S] of the slice, in the memory of kept.exponentials[0]."""
         factor_M = gradient.a_C * torch.exp(kept.tempered_M - gradient.tail_C)
         other_M = gradient.b * torch.exp(kept.plain_M - gradient.lse_C)
-        dz_MS = kept.softmaxes[0]
-        for block, dz_BS, other_BS in self._blocks(index, len(dz_MS)):
-            dz_BS.copy_(dz_MS[block]).mul_(factor_M[block, None])
-            if len(kept.softmaxes) > 1:
-                dz_BS.addcmul_(other_BS.copy_(kept.softmaxes[1][block]), other_M[block, None])
-            dz_MS[block] = dz_BS
+        dz_MS, *others = kept.exponentials
+        self.steps.scale(dz_MS, factor_M, *((others[0], other_M) if others else ()))
         entries, flat = kept.entries, dz_MS.view(-1)
         flat[entries.label] = self._label_values(gradient)[entries.label_rows].to(flat.dtype)
         flat[entries.support] = gradient.values_CK.flatten()[entries.order].to(flat.dtype)
@@ -198,19 +160,3 @@ class Bf16Slices:
         width = stop - first
         support, label = row * width + column, rows * width + self.labels_M[rows] - first
         return SliceEntries(order, support, rows, label, torch.cat([support, label]))
-
-    def _blocks(self, index: int, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (some of the rows, two fp32 arrays [B,S])."""
-        width = self.edges[index + 1] - self.edges[index]
-        for begin in range(0, rows, self.step):
-            block = slice(begin, min(begin + self.step, rows))
-            shape = (block.stop - begin, width)
-            first, second = (s[: shape[0] * width].view(shape) for s in self.scratch)
-            yield block, first, second
-
-
-def softmax_and_sum(z_BS: Tensor, out_BS: Tensor, sum_B: Tensor) -> None:
-    """Write softmax(z) to out_BS (or z_BS), and to sum_B the sum of exp(z - max): one over the largest probability."""
-    torch.softmax(z_BS, 1, out=out_BS)
-    torch.amax(out_BS, 1, out=sum_B)
-    sum_B.reciprocal_()

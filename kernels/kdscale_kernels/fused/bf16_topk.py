@@ -17,8 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdscale_kernels.fused.bf16_slices import CACHED_BYTES, exact_logits
-from kdscale_kernels.rows.torch_topk import largest
+from kdscale_kernels.rows.bf16_steps import Bf16Steps
 from kdscale_kernels.types import TopKLse
 
 BF16_CHUNK_BYTES = 24 << 20  # logits of a chunk: the steps after the product find them in a cache
@@ -39,24 +38,20 @@ def candidates(k: int) -> int:
 
 
 def bf16_topk_lse(
-    hidden_CH: Tensor, weight_VH: Tensor, k: int, temperature: float, buffer_CV: Tensor
+    hidden_CH: Tensor, weight_VH: Tensor, k: int, temperature: float, buffer_CV: Tensor, steps: Bf16Steps
 ) -> tuple[TopKLse, Tensor]:
     """(ids [C,K], fp32 logits and log-sum-exps; True [C] where they are uncertain). Operands and buffer in bf16."""
     shift_C = _guess(hidden_CH, weight_VH)
     z_CV = torch.addmm(-shift_C[:, None], hidden_CH, weight_VH.T, out=buffer_CV)
-    ids_CM = largest(z_CV, candidates(k)).sort(1).values
-    lowest_C1, place_C1 = z_CV.gather(1, ids_CM).min(1, keepdim=True)
-    exact_CM = exact_logits(hidden_CH, weight_VH, ids_CM)
+    found = steps.candidates(z_CV, candidates(k), temperature)
+    ids_CM, lowest_C = found.ids_CM.sort(1).values, found.lowest_C
+    exact_CM = steps.dots(hidden_CH, weight_VH, ids_CM)
     values_CM, order_CM = torch.sort(exact_CM, dim=1, descending=True, stable=True)
-    shift_C, lowest_C = shift_C.float(), lowest_C1[:, 0].float()
+    shift_C = shift_C.float()
     outside_C = lowest_C + lowest_C.abs() * _SLACK + shift_C.abs() * _FP32_SLACK
-    certain_C = values_CM[:, k - 1] - shift_C > outside_C  # False for NaN, too
-    row_C1 = torch.arange(len(z_CV))[:, None] * z_CV.shape[1]
-    lowest_id_C1, flat = ids_CM.gather(1, place_C1), z_CV.view(-1)  # scatter_ would take as long as a pass or two
-    flat[(ids_CM + row_C1).flatten()] = float("-inf")
-    flat[(lowest_id_C1 + row_C1).flatten()] = lowest_C1[:, 0]
-    exact_CM.scatter_(1, place_C1, float("-inf"))
-    others_C = lowest_C / temperature - _log_probability(z_CV, lowest_id_C1, temperature)
+    certain_C = (values_CM[:, k - 1] - shift_C > outside_C) & ~found.others_C.isnan()  # False for NaN, too
+    exact_CM.masked_fill_(ids_CM == found.lowest_id_C[:, None], float("-inf"))
+    others_C = lowest_C / temperature + found.others_C.log()
     lse_C = torch.logaddexp((exact_CM / temperature).logsumexp(1), others_C + shift_C / temperature)
     ids_CK = ids_CM.gather(1, order_CM[:, :k])
     return TopKLse(ids_CK, values_CM[:, :k], lse_C), ~certain_C
@@ -68,19 +63,3 @@ def _guess(hidden_CH: Tensor, weight_VH: Tensor) -> Tensor:
     sample_SH = weight_VH[:: len(weight_VH) // _SAMPLE][:_SAMPLE]
     z_CS = hidden_CH @ sample_SH.T
     return z_CS.unflatten(1, (64, -1)).amax(1).median(1).values
-
-
-def _log_probability(z_CV: Tensor, id_C1: Tensor, temperature: float) -> Tensor:
-    """log softmax(z / T) [C] at one entry of each row, in fp32, some rows at a time."""
-    rows, vocab = z_CV.shape
-    step = max(1, CACHED_BYTES // (4 * vocab))
-    scratch = torch.empty(min(step, rows), vocab, dtype=torch.float32)
-    probability_C1 = torch.empty(rows, 1, dtype=torch.float32)
-    for begin in range(0, rows, step):
-        block = slice(begin, min(begin + step, rows))
-        z_BV = scratch[: block.stop - begin].copy_(z_CV[block])
-        if temperature != 1.0:
-            z_BV.div_(temperature)
-        torch.softmax(z_BV, 1, out=z_BV)
-        torch.gather(z_BV, 1, id_C1[block], out=probability_C1[block])
-    return probability_C1.log_()[:, 0]

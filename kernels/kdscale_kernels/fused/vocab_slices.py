@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdscale_kernels.fused.autograd import ForwardResult
-from kdscale_kernels.fused.bf16_slices import Bf16Slices, SliceSoftmaxes
+from kdscale_kernels.fused.bf16_slices import Bf16Slices, KeptSlice
 from kdscale_kernels.fused.memory_plan import SparseCall
 from kdscale_kernels.fused.products import HeadProducts
 from kdscale_kernels.rows.results import EntryLogits, RowGradient, RowSums, SliceExponentials, TailSums
@@ -186,9 +186,11 @@ class _Bf16HeadSlices(_HeadSlices):
     def start(self, call: SparseCall) -> None:
         self.hidden_MH = self.hidden_MH.to(call.operand)
         weight_VH = self.weight_VH.detach()[: call.vocab].to(call.operand)
-        self.steps = Bf16Slices(self.hidden_MH, weight_VH, self.entries, self.labels_M, call.options, self.edges)
+        assert call.steps.bf16_steps is not None
+        inputs = (self.hidden_MH, weight_VH, self.entries, self.labels_M, call.options, self.edges)
+        self.steps = Bf16Slices(*inputs, call.steps.bf16_steps)
         self.entry_logits = self.steps.entry_logits
-        self.held: dict[int, SliceSoftmaxes] = {}
+        self.held: dict[int, KeptSlice] = {}
         again = len(self.arena) < self.count
         shape = (call.options.exponentials, self.size if again else 0)
         self.buffer = self.new_empty(shape, call.operand)
@@ -196,7 +198,7 @@ class _Bf16HeadSlices(_HeadSlices):
     def read(self) -> list[TailSums]:
         return [*(self._read(index)[0] for index in range(self.count)), self.steps.label_sums()]
 
-    def _read(self, index: int) -> tuple[TailSums, SliceSoftmaxes]:
+    def _read(self, index: int) -> tuple[TailSums, KeptSlice]:
         place = self.place(index)
         sums, kept = self.steps.read(index, self.shaped(self.buffer, index) if place is None else place)
         if place is not None:
@@ -205,4 +207,4 @@ class _Bf16HeadSlices(_HeadSlices):
 
     def dz(self, index: int, gradient: RowGradient) -> Tensor:
         kept = self.held.pop(index) if index in self.held else self._read(index)[1]
-        return self.steps.write(kept, index, gradient)
+        return self.steps.write(kept, gradient)

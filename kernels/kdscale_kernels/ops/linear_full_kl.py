@@ -19,8 +19,8 @@ from kdscale_kernels.fused.autograd import ForwardResult, runs_eagerly, wants_gr
 from kdscale_kernels.fused.products import GradientSums, HeadProducts, chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
-from kdscale_kernels.rows.limits import full_limit
 from kdscale_kernels.rows.results import FullRowSums
+from kdscale_kernels.triton_kernels.limits import full_limit
 from kdscale_kernels.types import IGNORE_INDEX, Backend, FullKL, LossOptions, require_positive
 
 

@@ -20,7 +20,7 @@ from kdscale_kernels.fused.row_chunks import run_row_chunks
 from kdscale_kernels.fused.vocab_slices import run_vocab_slices
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import row_steps
-from kdscale_kernels.rows.limits import sparse_limit
+from kdscale_kernels.triton_kernels.limits import sparse_limit
 from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, Mode, SparseKL, Tail
 
 
@@ -90,10 +90,12 @@ def linear_sparse_kl(
     vocab = arguments.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     limit = sparse_limit(options.divergence, targets[0].shape[1], accumulate)
-    steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
+    plain_head = bias_V is None and softcap is None
+    bf16_logits = plain_head and bf16_logits_are_fast(hidden_NH.device, operand)
+    many = len(hidden_NH) * vocab if bf16_logits else 0
+    steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit, bf16_logits=many))
     valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab, temperature, accumulate)
     wants_grad = wants_gradients(hidden_NH, weight_VH, bias_V)
-    plain_head = bias_V is None and softcap is None
     size = CallSize(
         rows=valid.index_M.numel(),
         hidden=hidden_NH.shape[1],
@@ -105,7 +107,7 @@ def linear_sparse_kl(
         weight_sum=wants_grad[1] and weight_VH.dtype != accumulate,
         hidden_sum=wants_grad[0] and hidden_NH.dtype != accumulate,
         kept_bytes=grad_dtype_for(hidden_NH.device, operand, accumulate).itemsize * options.exponentials,
-        bf16_logits=steps.bf16_logits and plain_head and bf16_logits_are_fast(hidden_NH.device, operand),
+        bf16_logits=bf16_logits and steps.bf16_steps is not None,
     )
     plan = plan_memory(size, mode, workspace_bytes, chunk_bytes)
     call = SparseCall(*valid, options, vocab, plan, operand, accumulate, steps, wants_grad)

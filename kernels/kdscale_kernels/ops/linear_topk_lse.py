@@ -20,7 +20,7 @@ from kdscale_kernels.fused.products import (
 )
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
-from kdscale_kernels.rows.limits import topk_limit
+from kdscale_kernels.triton_kernels.limits import topk_limit
 from kdscale_kernels.types import Backend, LossOptions, TopKLse, integer
 
 
@@ -53,13 +53,14 @@ def linear_topk_lse(
     k = min(integer("k", k, 1), vocab)
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
     device = hidden_NH.device
-    steps = row_steps(choose_backend(backend, device, limit=topk_limit(vocab, k, accumulate)))
+    plain_head = bias_V is None and softcap is None
+    bf16_logits = plain_head and bf16_logits_are_fast(device, operand) and bf16_candidates_fit(vocab, k)
+    many = len(hidden_NH) * vocab if bf16_logits else 0
+    steps = row_steps(choose_backend(backend, device, limit=topk_limit(vocab, k, accumulate), bf16_logits=many))
     budget = chunk_bytes_for(chunk_bytes, device)
     with torch.autocast(device.type, enabled=False):
         head = HeadProducts(weight_VH, bias_V, operand, accumulate, vocab)
-        plain_head = bias_V is None and softcap is None
-        bf16_logits = steps.bf16_logits and plain_head and bf16_logits_are_fast(device, operand)
-        run = _from_bf16_logits if bf16_logits and bf16_candidates_fit(vocab, k) else _from_fp32_logits
+        run = _from_bf16_logits if bf16_logits and steps.bf16_steps is not None else _from_fp32_logits
         return arguments.in_shape(run(hidden_NH, head, k, options, budget, steps), shape)
 
 
@@ -82,6 +83,7 @@ def _from_bf16_logits(
     hidden_NH: Tensor, head: HeadProducts, k: int, options: LossOptions, budget: int, steps: RowSteps
 ) -> TopKLse:
     """From bf16 logits (fused/bf16_topk.py); from fp32 ones for rows in which those leave a doubt."""
+    assert steps.bf16_steps is not None
     result = _empty(hidden_NH, k, head.accumulate)
     weight_VH, doubtful = head.given_VH.to(head.operand), hidden_NH.new_empty(len(hidden_NH), dtype=torch.bool)
     chunks = row_chunks(len(hidden_NH), len(weight_VH), min(budget, BF16_CHUNK_BYTES), item_bytes=head.operand.itemsize)
@@ -89,7 +91,7 @@ def _from_bf16_logits(
     for chunk in chunks:
         hidden_CH = hidden_NH[chunk].to(head.operand)
         top, doubtful[chunk] = bf16_topk_lse(
-            hidden_CH, weight_VH, k, options.temperature, buffer[: chunk.stop - chunk.start]
+            hidden_CH, weight_VH, k, options.temperature, buffer[: chunk.stop - chunk.start], steps.bf16_steps
         )
         for field, value in zip(result, top, strict=True):
             field[chunk] = value

@@ -24,9 +24,9 @@ from kdscale_kernels.fused.autograd import (
 from kdscale_kernels.fused.products import chunk_bytes_for, row_chunks
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
-from kdscale_kernels.rows.limits import sparse_limit
 from kdscale_kernels.rows.results import RowSums
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
+from kdscale_kernels.triton_kernels.limits import sparse_limit
 from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, SparseKL, Tail
 
 

@@ -23,9 +23,9 @@ from kdscale_kernels.fused.shard_agreement import AgreedShard, ShardClaim, agree
 from kdscale_kernels.fused.shard_rows import ShardProducts, shard_rows_step
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
-from kdscale_kernels.rows.limits import sparse_limit, topk_limit
 from kdscale_kernels.rows.results import RowSums
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
+from kdscale_kernels.triton_kernels.limits import sparse_limit, topk_limit
 from kdscale_kernels.types import IGNORE_INDEX, Backend, LossOptions, SparseKL, Tail, TopKLse, integer
 
 _NEG_INF = float("-inf")

@@ -1,6 +1,6 @@
 """What the steps over rows of logits return.
 
-Legend: C rows, S entries of one slice of the vocabulary, R slices, K teacher entries, T temperature.
+Legend: C rows, S entries of one slice of the vocabulary, R slices, K teacher entries, M candidates, T temperature.
 """
 
 from __future__ import annotations
@@ -55,6 +55,15 @@ class TailSums(NamedTuple):
     top_C: Tensor  # the largest logit
     plain_C: Tensor  # sum of exp(z - top)
     tempered_C: Tensor  # sum of exp((z - top) / T)
+
+
+class Candidates(NamedTuple):
+    """A row's M largest logits, and the sum over all others and the lowest of these."""
+
+    ids_CM: Tensor  # in any order
+    lowest_id_C: Tensor
+    lowest_C: Tensor
+    others_C: Tensor  # sum of exp((z - lowest) / T), 1 for the lowest included
 
 
 class RowGradient(NamedTuple):

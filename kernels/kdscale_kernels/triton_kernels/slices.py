@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdscale_kernels.rows.limits import MAX_ENTRIES
 from kdscale_kernels.rows.results import EntryLogits, RowGradient, SliceExponentials, TailSums
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
 from kdscale_kernels.triton_kernels.common import MASKED, NEG_INF, Tile, add_block, cap, load_tail, warps_for
+from kdscale_kernels.triton_kernels.limits import MAX_ENTRIES
 from kdscale_kernels.types import LossOptions
 
 # A slice is far narrower than a vocabulary: small blocks waste less of its last one.

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdscale_kernels.rows.limits import MAX_ENTRIES
 from kdscale_kernels.rows.results import RowSums
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
 from kdscale_kernels.triton_kernels.common import (
@@ -38,6 +37,7 @@ from kdscale_kernels.triton_kernels.common import (
     warps_for,
 )
 from kdscale_kernels.triton_kernels.divergences import LOG_TAIL_FLOOR, divergence_terms
+from kdscale_kernels.triton_kernels.limits import MAX_ENTRIES
 from kdscale_kernels.types import LossOptions
 
 TILES = (Tile(256, 4096, 8), Tile(1024, 1024, 8), Tile(MAX_ENTRIES, 4096, 32))

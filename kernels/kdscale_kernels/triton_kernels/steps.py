@@ -14,7 +14,7 @@ from kdscale_kernels.types import LossOptions
 class TritonRowSteps:
     """Steps on fp32 logits that need no array beside them; `sparse` takes bf16 logits too."""
 
-    bf16_logits = False
+    bf16_steps = None
     in_place_dtypes: tuple[torch.dtype, ...] = DTYPES
     sparse = staticmethod(sparse_step)
     full = staticmethod(full_step)

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdscale_kernels.rows.limits import GROUP, MAX_CANDIDATES, topk_limit
 from kdscale_kernels.triton_kernels.common import MAX_INT, NEG_INF, cap, is_nan, warps_for
+from kdscale_kernels.triton_kernels.limits import GROUP, MAX_CANDIDATES, topk_limit
 from kdscale_kernels.types import LossOptions
 
 

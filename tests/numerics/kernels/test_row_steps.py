@@ -8,18 +8,22 @@ import pytest
 import torch
 
 import kdscale_kernels as kk
+from kdscale_kernels.c_kernels.steps import CompiledBf16Steps
 from kdscale_kernels.row_steps import ROW_STEPS, RowSteps, SliceSteps, row_steps
+from kdscale_kernels.rows.bf16_steps import Bf16Steps
+from kdscale_kernels.rows.torch_bf16 import TorchBf16Steps
 from kdscale_kernels.rows.torch_slices import TorchSlices
 from kdscale_kernels.rows.torch_steps import TorchRowSteps
 
 
-def test_both_backends_have_the_same_steps():
+def test_all_backends_have_the_same_steps():
     pytest.importorskip("triton", reason="triton is not installed (the dev extra installs it on Linux)")
     from kdscale_kernels.triton_kernels.slices import TritonSlices
 
     for protocol, implementations in (
         (RowSteps, [type(row_steps(b)) for b in ROW_STEPS]),
         (SliceSteps, [TorchSlices, TritonSlices]),
+        (Bf16Steps, [TorchBf16Steps, CompiledBf16Steps]),
     ):
         names = [name for name, step in vars(protocol).items() if inspect.isfunction(step) and not name.startswith("_")]
         assert names

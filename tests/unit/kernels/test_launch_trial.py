@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from kdscale_kernels.backend import BackendUnavailableError, choose_backend, refuse_triton
+from kdscale_kernels.backend import BackendUnavailableError, choose_backend, refuse_compiled
 from kdscale_kernels.launch_trial import launch_obstacle
 
 pytest.importorskip("triton")
@@ -34,7 +34,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def told() -> Iterator[None]:
     yield
-    refuse_triton(None)
+    refuse_compiled(None)
 
 
 def test_this_machine_builds_what_a_launch_needs() -> None:
@@ -76,9 +76,9 @@ def test_a_kernel_is_launched() -> None:
 @pytest.mark.usefixtures("told")
 def test_what_a_rank_was_told_decides_for_auto_and_refuses_triton() -> None:
     assert choose_backend("auto", "cuda") == "triton"
-    refuse_triton("rank 3: no compiler")
+    refuse_compiled("rank 3: no compiler")
     assert choose_backend("auto", "cuda") == "torch"
     with pytest.raises(BackendUnavailableError, match=r"backend='triton': rank 3: no compiler"):
         choose_backend("triton", "cuda")
-    refuse_triton(None)
+    refuse_compiled(None)
     assert choose_backend("auto", "cuda") == "triton"

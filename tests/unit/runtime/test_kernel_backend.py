@@ -1,13 +1,16 @@
-"""Whether layers are compiled: the user's choice, and what keeps some rank from it."""
+"""What a host tries before the work, and whether layers are compiled: the choice, and what keeps some rank from it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from kdscale.config.load import find_config, load_config
 from kdscale.errors import ConfigError
 from kdscale.runtime import kernel_backend
-from kdscale.runtime.kernel_backend import agree_on_compiling
+from kdscale.runtime.kernel_backend import agree_on_compiling, try_launch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -41,3 +44,15 @@ def test_a_missing_compiler_is_named(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", refuse)
     assert kernel_backend._compiler_obstacle() == "RuntimeError: InvalidCxxCompiler: none of g++, clang"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "local_rank", "found"), [("bfloat16", 0, "no C compiler"), ("bfloat16", 1, None), ("float32", 0, None)]
+)
+def test_on_a_cpu_the_first_rank_of_a_host_compiles_c_for_bf16_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, local_rank: int, found: str | None
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(kernel_backend, "library_obstacle", lambda: "no C compiler")
+    settings = [f"run_dir={tmp_path}", "runtime.device=cpu", f"distill.dtype={dtype}"]
+    assert try_launch(load_config(find_config("demo"), settings)) == found

@@ -7,7 +7,7 @@ import torch
 
 import kdscale_kernels as kk
 from kdscale_kernels import reference
-from kdscale_kernels.fused import bf16_slices, products
+from kdscale_kernels.fused import bf16_slices
 
 FIELDS = ("loss_sum", "kd_sum", "ce_sum", "teacher_mass_sum", "student_tail_sum", "top1_agree_sum")
 LOSSES = [
@@ -26,9 +26,7 @@ BUDGETS = {"none kept": 1, "some kept": 96_000, "all kept": 1 << 20}
 
 
 @pytest.fixture(autouse=True)
-def bf16_anywhere(monkeypatch):
-    """Also where the CPU has no bf16 instructions, and never without using it."""
-    monkeypatch.setattr(products, "_cpu_has_bf16", lambda: True)
+def never_without_bf16_slices(on_bf16_cpu, monkeypatch):
     calls = []
     read = bf16_slices.Bf16Slices.read
     monkeypatch.setattr(bf16_slices.Bf16Slices, "read", lambda *args: calls.append(1) or read(*args))

@@ -7,16 +7,15 @@ import torch
 
 import kdscale_kernels as kk
 from kdscale_kernels import reference
-from kdscale_kernels.fused import bf16_topk, products
+from kdscale_kernels.fused import bf16_topk
 from kdscale_kernels.ops import linear_topk_lse as op
 
 VOCAB = 16_421  # not a multiple of a group
 
 
 @pytest.fixture(autouse=True)
-def bf16_anywhere(monkeypatch):
-    """Also where the CPU has no bf16 instructions, and never without using it. Gives the rows that were in doubt."""
-    monkeypatch.setattr(products, "_cpu_has_bf16", lambda: True)
+def doubtful(on_bf16_cpu, monkeypatch):
+    """The rows that were in doubt, chunk by chunk; no test goes without bf16 logits."""
     doubtful = []
     original = bf16_topk.bf16_topk_lse
 
@@ -46,12 +45,12 @@ def check(got, hidden, weight, k, temperature=1.0, lse=1e-3):
 
 @pytest.mark.parametrize("k", [1, 64, 300])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_equals_the_twin(bf16_anywhere, k, temperature):
+def test_equals_the_twin(doubtful, k, temperature):
     hidden, weight = models()
     got = kk.linear_topk_lse(hidden, weight, k, temperature=temperature, chunk_bytes=VOCAB * 2 * 10)
     check(got, hidden, weight, k, temperature)
-    assert [len(rows) for rows in bf16_anywhere] == [8, 8, 8]
-    assert int(torch.cat(bf16_anywhere).sum()) == 0  # or it tests the fallback
+    assert [len(rows) for rows in doubtful] == [8, 8, 8]
+    assert int(torch.cat(doubtful).sum()) == 0  # or it tests the fallback
 
 
 @pytest.mark.parametrize("spread", [0.02, 4.0])
@@ -68,30 +67,30 @@ def test_logits_far_above_what_the_sample_shows():
     check(kk.linear_topk_lse(hidden, weight, 64), hidden, weight, 64)
 
 
-def test_first_ids_far_below_the_rest_leave_no_doubt(bf16_anywhere):
+def test_first_ids_far_below_the_rest_leave_no_doubt(doubtful):
     """Special tokens and bytes come first in many vocabularies: a shift guessed from them alone is 90 nats too low."""
     hidden, weight = models()
     hidden[:, 0], weight[:4096, 0] = 8.0, -12.0
     check(kk.linear_topk_lse(hidden, weight, 64), hidden, weight, 64)
-    assert not torch.cat(bf16_anywhere).any()
+    assert not torch.cat(doubtful).any()
 
 
-def test_rows_in_doubt_are_made_again_in_fp32(bf16_anywhere):
+def test_rows_in_doubt_are_made_again_in_fp32(doubtful):
     """Equal logits across the edge: the lower ids are kept, as from fp32 logits."""
     hidden, weight = models()
     weight[12_000:12_400] = weight[50]
     hidden[:8] = (weight[50] * 4).bfloat16()  # their 401 largest logits are the same one
     hidden[8] = 0.0
     got = kk.linear_topk_lse(hidden, weight, 64)
-    assert torch.cat(bf16_anywhere)[:9].all()
-    assert not torch.cat(bf16_anywhere).all()
+    assert torch.cat(doubtful)[:9].all()
+    assert not torch.cat(doubtful).all()
     want = torch.tensor([50, *range(12_000, 12_063)])
     assert torch.equal(got.ids_NK[:8], want.expand(8, -1))
     assert torch.equal(got.ids_NK[8], torch.arange(64))
     check(got, hidden, weight, 64)
 
 
-def test_near_equals_below_the_rounding_are_ordered_by_their_fp32_values(bf16_anywhere):
+def test_near_equals_below_the_rounding_are_ordered_by_their_fp32_values(doubtful):
     """A thousand logits within a rounding of each other: without the doubt, entries would be missed."""
     hidden, weight = models(hidden=64)
     weight[4000:5000] = (
@@ -99,11 +98,11 @@ def test_near_equals_below_the_rounding_are_ordered_by_their_fp32_values(bf16_an
     ).bfloat16()
     hidden[:4] = (weight[7] * 6).bfloat16()
     got = kk.linear_topk_lse(hidden, weight, 64)
-    assert torch.cat(bf16_anywhere)[:4].all()
+    assert torch.cat(doubtful)[:4].all()
     check(got, hidden, weight, 64)
 
 
-def test_nan_stays_in_its_row(bf16_anywhere):
+def test_nan_stays_in_its_row(doubtful):
     hidden, weight = models()
     hidden[3, 5] = float("nan")
     got = kk.linear_topk_lse(hidden, weight, 8)
@@ -127,11 +126,11 @@ def test_no_rows():
     kk.linear_topk_lse(weight[:1], weight, 8)
 
 
-def test_small_heads_and_those_with_a_bias_or_a_cap_keep_fp32_logits(bf16_anywhere):
+def test_small_heads_and_those_with_a_bias_or_a_cap_keep_fp32_logits(doubtful):
     hidden, weight = models()
     kk.linear_topk_lse(hidden, weight[:8000], 8)
     kk.linear_topk_lse(hidden, weight, 3000)
     kk.linear_topk_lse(hidden, weight, 8, softcap=30.0)
     kk.linear_topk_lse(hidden, weight, 8, bias_V=torch.zeros(VOCAB))
-    assert not bf16_anywhere
+    assert not doubtful
     kk.linear_topk_lse(hidden, weight, 8)

@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kdscale_kernels import DIVERGENCES
-from kdscale_kernels.rows.limits import GROUP
 from kdscale_kernels.triton_kernels import full as triton_full
 from kdscale_kernels.triton_kernels import slices, sparse, topk
+from kdscale_kernels.triton_kernels.limits import GROUP
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -1,4 +1,4 @@
-"""What the Triton kernels take, known without importing triton.
+"""What the kernels here take, known without importing triton.
 
 Legend: V vocabulary, K teacher entries kept per row.
 """
