@@ -14,7 +14,7 @@ from kdscale.errors import ConfigError
 from kdscale.families import load_family
 from kdscale.pipeline.checks import plan_shapes
 from kdscale.runs.folder import RunFolder
-from kdscale.sizing.compare import PLACEMENTS, ComparedSetting, compare
+from kdscale.sizing.compare import PLACEMENTS, STORED, ComparedSetting, compare
 from kdscale.sizing.gpus import GIB, GpuCluster
 from kdscale.sizing.job import Job, TeacherPlacement
 from kdscale.sizing.layer_losses import LayerLosses
@@ -93,9 +93,12 @@ def plan_cluster(
 
 
 def _placements(config: Config) -> list[TeacherPlacement]:
-    """The placements from which the config's objectives can get their targets."""
-    needs = config.distill.needs
-    return [name for name in PLACEMENTS if not needs.missing_from(source_of(name).gives)]
+    """The placements from which the config's objectives can get their targets; `cached` where it has a store."""
+    needs, stored = config.distill.needs, config.targets
+    found = [name for name in PLACEMENTS if not needs.missing_from(source_of(name).gives)]
+    if stored is not None and not needs.missing_from(stored.codec.gives):
+        found.append(STORED)
+    return found
 
 
 def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:

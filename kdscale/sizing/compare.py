@@ -11,6 +11,7 @@ from kdscale.sizing.memory import peak_memory
 from kdscale.sizing.speed import Rates, StepEstimate, estimate_step
 
 PLACEMENTS: tuple[TeacherPlacement, ...] = ("replicated", "partitioned", "offloaded", "served")
+STORED: TeacherPlacement = "cached"  # not compared unless there is a store
 MOST_SEQUENCES = 64  # of a micro-batch
 
 # Among speeds that differ by no more than this the simplest setting wins: the model is not more exact than that.
@@ -141,7 +142,7 @@ def _complexity(option: ComparedSetting) -> tuple[int, ...]:
     return (
         setting.offload_parameters + setting.offload_optimizer,
         setting.hpz > 1,
-        PLACEMENTS.index(setting.placement),
+        (*PLACEMENTS, STORED).index(setting.placement),
         setting.checkpointing,
         setting.stage,
     )

@@ -8,7 +8,7 @@ from typing import Literal
 from kdscale.sizing.layer_losses import NO_LAYERS, LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 
-TeacherPlacement = Literal["replicated", "partitioned", "offloaded", "served"]
+TeacherPlacement = Literal["replicated", "partitioned", "offloaded", "served", "cached"]
 Device = Literal["cuda", "cpu"]
 
 
@@ -53,6 +53,11 @@ class Setting:
     hpz: int = 1
     tensor: int = 1  # ranks that share each layer
     sequence: int = 1  # ranks that share each sequence
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the ranks run the teacher; it is elsewhere otherwise, or its targets are stored."""
+        return self.placement not in ("served", "cached")
 
     def rows(self, job: Job) -> int:
         """Positions of a micro-batch that one rank has."""

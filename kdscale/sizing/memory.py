@@ -42,9 +42,9 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
     always = bucket if setting.stage == 3 else 0.0
     moments = {
         "teacher's forward": {
-            "activations": 0.0 if setting.placement == "served" else forward_bytes(job, job.teacher, setting),
+            "activations": forward_bytes(job, job.teacher, setting) if setting.runs_teacher else 0.0,
             "gathered weights": _teacher_gathered(job, setting),
-            "loss": 0.0 if setting.placement == "served" else _teacher_loss_bytes(job, setting),
+            "loss": _teacher_loss_bytes(job, setting) if setting.runs_teacher else 0.0,
             "gradients": standing,
             "buckets": always,
         },

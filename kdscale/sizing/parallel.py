@@ -73,7 +73,7 @@ def sequence_parallel_seconds(job: Job, setting: Setting, cluster: GpuCluster) -
         return 0.0
     times = 3 if setting.checkpointing else 2
     numbers = times * _exchanged_numbers(job.student, setting.sequence)
-    if setting.placement != "served":
+    if setting.runs_teacher:
         numbers += _exchanged_numbers(job.teacher, setting.sequence)
     group = replace(cluster, nodes=1, gpus_per_node=setting.sequence)
     return group.collective(job.item_bytes * setting.rows(job) * setting.accumulation * numbers)

@@ -48,17 +48,16 @@ class StepEstimate:
 def estimate_step(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> StepEstimate:
     """The time of one step and what follows from it. The loss's three products are counted with the student's head."""
     waiting = tensor_parallel_seconds(job, setting, cluster) + sequence_parallel_seconds(job, setting, cluster)
-    served = setting.placement == "served"
     student, teacher = (ModelFlops.of_shape(shape) for shape in (job.student, job.teacher))
     seconds = _seconds(job_of_tensor_rank(job, setting.tensor), setting, cluster, rates, waiting / rates.links)
     step = sum(seconds.values())
     tokens = setting.rows(job) * setting.accumulation * job.ranks // setting.tensor  # of a whole step
     documents, losses = job.row * (tokens // job.seq_len), job.layer_losses.flops(job.student, job.teacher)
-    flops = step_flops(None if served else teacher, student, tokens, tokens, documents, losses)
+    ran = teacher if setting.runs_teacher else None
+    flops = step_flops(ran, student, tokens, tokens, documents, losses)
     rate = tokens / step
-    return StepEstimate(
-        seconds, rate, mfu(flops, step, cluster.gpu.flops * job.ranks), rate * teacher.of_a_token(job.row)
-    )
+    teacher_rate = 0.0 if setting.placement == "cached" else rate * teacher.of_a_token(job.row)
+    return StepEstimate(seconds, rate, mfu(flops, step, cluster.gpu.flops * job.ranks), teacher_rate)
 
 
 def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, waiting: float) -> dict[str, float]:
@@ -72,7 +71,7 @@ def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, wait
     hidden, exposed = _student_transfers(job, setting, cluster, rates)
     teacher_seconds = max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates))
     return {
-        "teacher": 0.0 if setting.placement == "served" else teacher_seconds,
+        "teacher": teacher_seconds if setting.runs_teacher else 0.0,
         "student": max(tokens * (3 * student + recomputed + losses) / peak, hidden),
         "communication": exposed + waiting,
         "optimiser": _optimizer_seconds(job, setting, cluster),

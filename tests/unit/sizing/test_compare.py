@@ -52,7 +52,7 @@ def test_flops_are_two_a_weight_of_the_products_and_attention() -> None:
 
 
 @pytest.mark.parametrize("documents", [None, 1500])
-@pytest.mark.parametrize("placement", ["replicated", "served"])
+@pytest.mark.parametrize("placement", ["replicated", "served", "cached"])
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_the_planned_mfu_is_what_the_log_would_say_of_such_a_step(
     placement: Any, tensor: int, documents: int | None
@@ -67,7 +67,7 @@ def test_the_planned_mfu_is_what_the_log_would_say_of_such_a_step(
     flops, peak = ModelFlops.of(config), peak_by_name("NVIDIA H100 80GB HBM3")
     assert peak is not None
     tokens = 8 // tensor * 2 * 3 * 4096
-    logged = StepWork(tokens, None if placement == "served" else flops, flops, 8 * peak)
+    logged = StepWork(tokens, flops if placement == "replicated" else None, flops, 8 * peak)
     assert planned.mfu == logged.mfu(tokens, planned.step, lambda: row * (tokens // 4096))
     assert mfu(step_flops(None, flops, 10, 10, [7, 3]), 2.0, 1.0) == pytest.approx(15 * forward(7, 3))
 
@@ -116,6 +116,15 @@ def test_what_fits_is_chosen_and_what_does_not_says_by_how_much() -> None:
     assert all("GiB of" in one.reason for one in missing)
     own = [one.speed.tokens_per_second for one in found if one.fits and one.setting.placement != "served"]
     assert own[0] >= 0.98 * max(own)
+
+
+def test_a_teacher_whose_targets_are_stored_takes_neither_memory_nor_flops() -> None:
+    found = compare(job(), cluster(), 256, Rates(), placements=("replicated", "served", "cached"))
+    assert found[0].setting.placement == "cached"
+    assert found[0].speed.teacher_flops == found[0].speed.seconds["teacher"] == 0.0
+    alone = Setting(1, 1, 1, False, "cached")
+    parts, held = (peak_memory(job(), replace(alone, placement=one)).parts for one in ("cached", "replicated"))
+    assert "teacher" not in parts and held["teacher"] > 2 * 8e9
 
 
 def test_a_teacher_that_is_too_large_for_a_gpu_is_partitioned() -> None:
