@@ -5,6 +5,7 @@ N rows, one a position with a target.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -69,8 +70,8 @@ class Cursor:
 
     def array(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
         """The next array of this shape and little-endian dtype; a copy, as the bytes may not be aligned for it."""
-        count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        return np.frombuffer(self.bytes(count).tobytes(), dtype).reshape(shape)
+        count = math.prod(shape) * np.dtype(dtype).itemsize
+        return self.bytes(count).copy().view(dtype).reshape(shape)
 
     def end(self) -> None:
         """Raises FileError unless everything was taken."""
