@@ -34,7 +34,7 @@ def uniforms_of(
         digest = hashlib.sha256(f"{seed}/{split}/{number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         of_sequences.append(torch.rand(length, draws, generator=generator, dtype=torch.float64))
-    return torch.cat(of_sequences).to(rows_N.device).index_select(0, rows_N)
+    return torch.cat(of_sequences).to(rows_N.device, non_blocking=True).index_select(0, rows_N)
 
 
 def draw(

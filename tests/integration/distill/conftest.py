@@ -122,6 +122,27 @@ def distil(
     return run
 
 
+@pytest.fixture
+def store_targets(
+    make_config: Callable[..., Config], tiny_llama_dir: Path, student_dir: Path, data_dir: Path
+) -> Callable[..., dict[str, Any]]:
+    """Runs the stage `targets` of a run in `folder`, which begins with the text and the student; returns its facts."""
+    from kdscale.pipeline.stage import StageContext
+    from kdscale.pipeline.stages.targets import write_targets
+    from kdscale.runs.folder import RunFolder
+
+    def write(folder: Path, targets: dict[str, Any], **distill: Any) -> dict[str, Any]:
+        run = RunFolder(folder)
+        run.path.mkdir(exist_ok=True)
+        for link, target in ((run.data, data_dir), (run.pruned, student_dir)):
+            if not link.exists():
+                link.symlink_to(target)
+        config = make_config(targets=targets, teacher_placement="cached", **distill)
+        return dict(write_targets(StageContext(config, run, tiny_llama_dir, Reporter(quiet=True))))
+
+    return write
+
+
 @pytest.fixture(scope="module")
 def service(tiny_llama_dir: Path) -> Iterator[str]:
     """The address of a running teacher service, on the CPU, that asks for TOKEN."""

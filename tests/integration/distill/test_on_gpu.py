@@ -31,7 +31,11 @@ from tests.integration.distill.conftest import TOKEN
 
 # Settings with which a row of the table is tried, where its defaults are not all there is to it.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "token_divergence": [{"top_k": 16, "ce_weight": 0.2}, {"targets": "full", "divergence": "jsd"}],
+    "token_divergence": [
+        {"top_k": 16, "ce_weight": 0.2},
+        {"targets": "full", "divergence": "jsd"},
+        {"targets": "sampled", "draws": 12},
+    ],
     "attention": [{"compare": ["query", "map"]}],
 }
 SHORT = {"zero_stage": 0, "tokens": 3 * 4 * 48, "validate_every": 3, "validate_tokens": 100, "checkpoint_every": 1}
@@ -84,21 +88,32 @@ def by_deepspeed(distil: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     return get
 
 
-def same_weights(left: Any, right: Any) -> None:
+def same_weights(left: Any, right: Any, may_differ: float = 0.0) -> None:
+    """`may_differ`: a share of the values, of which a draw that fell to the next token changed the gradient."""
     assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    off = {name: int(((left[name] - right[name]).abs() > 1e-4).sum()) for name in left}
+    assert sum(off.values()) <= may_differ * sum(value.numel() for value in left.values()), off
 
 
 @pytest.fixture
-def placement_settings(service: str, endpoint: str, tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+def placement_settings(
+    service: str, endpoint: str, store_targets: Callable[..., Any], tmp_path: Path
+) -> Callable[[str], dict[str, Any]]:
     token_file = tmp_path / "token"
     token_file.write_text(TOKEN + "\n")
     settings: dict[str, dict[str, Any]] = {
         "served": {"served": {"urls": [service], "token_file": str(token_file)}},
         "endpoint": {"endpoint": {"base_url": endpoint, "model": "tiny"}},
     }
-    return lambda placement: {"teacher_placement": placement, **settings.get(placement, {})}
+
+    def of(placement: str) -> dict[str, Any]:
+        if placement == "cached":
+            exact = {"codec": {"name": "hidden", "dtype": "float32"}, "path": str(tmp_path / "store")}
+            store_targets(tmp_path / "writer", exact, objectives=[{"name": "token_divergence"}], **SHORT)
+            return {"teacher_placement": placement, "targets": exact}
+        return {"teacher_placement": placement, **settings.get(placement, {})}
+
+    return of
 
 
 def pairs() -> list[Any]:
@@ -138,7 +153,7 @@ def test_every_objective_learns_from_every_source(
             train(cfg, tmp_path / "gpu")
         student = train(cfg, tmp_path / "gpu")
     monkeypatch.undo()
-    same_weights(student, by_deepspeed(objective))
+    same_weights(student, by_deepspeed(objective), 0.05 if objective.get("targets") == "sampled" else 0.0)
 
 
 # The sums of a step come to the host once. At ZeRO stage 0 our own optimiser looks at the norm, too.
