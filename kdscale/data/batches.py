@@ -102,8 +102,10 @@ class PackedLoader:
     """Training batches of one of `world` ranks, each of which takes an equal run of every step's sequences.
 
     `label_slice` (number, of how many) says which of their labels are its own. `choose_labels` takes labels [B, S] and
-    the keys of their sequences, and returns the labels to train on, the others ignored. Raises ConfigError when the
-    batch does not divide by the ranks, and DataError when there is less than one sequence of text.
+    the keys of their sequences, and returns the labels to train on, the others ignored. `shorter_first` are phases,
+    (first step after it, length), in which sequences are shorter and as many more: sequence n of a phase begins about
+    where sequence n of that length would be, had the whole run that length. Raises ConfigError when the batch does not
+    divide by the ranks, and DataError when there is less than one sequence of text.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class PackedLoader:
         shuffle: bool = True,
         label_slice: tuple[int, int] = (0, 1),
         choose_labels: Callable[[Tensor, Sequence[tuple[str, int]]], Tensor] | None = None,
+        shorter_first: Sequence[tuple[int, int]] = (),
     ):
         if not 0 <= rank < world:
             raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
@@ -134,6 +137,12 @@ class PackedLoader:
         self._streams = [_Stream(split, seq_len, share) for share in split.blend or (None,)]
         self.epoch_sequences = sum(stream.sequences for stream in self._streams)
         self._orders: dict[int, tuple[int, EpochOrder]] = {}  # of the epoch last asked for, by the stream's number
+        self._shorter = [
+            (end, PackedLoader(split, length, global_batch * more, micro_batch * more, seed, rank, world, shuffle,
+                               label_slice, choose_labels))
+            for end, length in shorter_first
+            for more in [seq_len // length]
+        ]  # fmt: skip
 
     def batches(self, state: LoaderState | None = None) -> Iterator[tuple[list[Batch], LoaderState]]:
         """The micro-batches of each optimiser step and the state after it, without end."""
@@ -142,8 +151,14 @@ class PackedLoader:
             yield self.step(step), LoaderState(step + 1)
             step += 1
 
+    def at(self, step: int) -> PackedLoader:
+        """The loader of the phase that optimiser step `step` is in: this one after the shorter sequences."""
+        return next((loader for end, loader in self._shorter if step < end), self)
+
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimiser step `step`."""
+        if (phase := self.at(step)) is not self:
+            return phase.step(step)
         per_rank = self._global // self._world
         first = step * self._global + self._rank * per_rank
         return [
@@ -153,6 +168,8 @@ class PackedLoader:
 
     def describe(self, step: int) -> list[dict[str, Any]]:
         """The sequences of all ranks' batch of optimiser step `step`: number, labels, documents and their sources."""
+        if (phase := self.at(step)) is not self:
+            return phase.describe(step)
         out = []
         for number in range(step * self._global, (step + 1) * self._global):
             sequence = self.sequence(number)
@@ -189,6 +206,8 @@ class PackedLoader:
 
     def document_lengths(self, step: int) -> list[int]:
         """Positions of every document in all ranks' batch of optimiser step `step`; reads no tokens."""
+        if (phase := self.at(step)) is not self:
+            return phase.document_lengths(step)
         numbers = range(step * self._global, (step + 1) * self._global)
         windows = (document_lengths(self._split, *self._place(number), self._seq_len) for number in numbers)
         return [length for window in windows for length in window]

@@ -13,6 +13,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
@@ -49,10 +50,13 @@ class EncoderProcesses:
         pairs = [context.Pipe() for _ in range(processes)]
         self._pipes = [ours for ours, _ in pairs]
         workers_ends = [theirs for _, theirs in pairs]
-        self._first_worker = context.Process(target=_serve_all, args=(workers_ends, encoder.json), daemon=True)
+        self._first_worker = context.Process(target=_serve_all, args=(workers_ends,), daemon=True)
         self._first_worker.start()
         for end in workers_ends:
             end.close()
+        # not an argument: starting a process that ends before it has read more than a pipe holds would wait for ever
+        with _explain_death():
+            self._pipes[0].send(encoder.json)
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +79,7 @@ class EncoderProcesses:
             return
         at_work: deque[tuple[BatchT, Connection]] = deque()
         idle = deque(self._pipes)
-        try:
+        with _explain_death():
             for batch in batches:
                 if not idle:
                     done, pipe = at_work.popleft()
@@ -87,18 +91,28 @@ class EncoderProcesses:
             while at_work:
                 done, pipe = at_work.popleft()
                 yield done, pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            raise MachineError(
-                "a process that tokenises has died",
-                hint="it may have run out of memory: give data.processes a smaller number",
-            ) from error
 
 
-def _serve_all(pipes: list[Connection], tokenizer_json: bytes) -> None:
+@contextmanager
+def _explain_death() -> Iterator[None]:
+    """Raises MachineError when a pipe to a process breaks."""
+    try:
+        yield
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        raise MachineError(
+            "a process that tokenises has died",
+            hint="it may have run out of memory: give data.processes a smaller number",
+        ) from error
+
+
+def _serve_all(pipes: list[Connection]) -> None:
     """The first worker: load the tokenizer, fork a worker for each further pipe, serve the first, wait for all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes the pipes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoder = BatchEncoder(tokenizer_json)
+    try:
+        encoder = BatchEncoder(pipes[0].recv())
+    except EOFError:  # the parent has ended
+        return
     encoder.encode(["a"])  # loads it
     _return_freed_memory()
     children = []

@@ -33,7 +33,7 @@ from kdscale.distill.parallel.dtypes import agreed_dtype, buffer_dtypes, check_b
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.process_group import check_world, has_async_io, join_group
 from kdscale.distill.parallel.tensor_parallel import ModelSlices
-from kdscale.distill.schedule import total_steps
+from kdscale.distill.schedule import shorter_phases, total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.distill.telemetry.observer import make_observer
 from kdscale.distill.trainer import Trainer
@@ -327,6 +327,7 @@ def _make_trainer(
         world=mesh.data,
         label_slice=(mesh.sequence_rank, mesh.sequence),
         choose_labels=models.choose_labels,
+        shorter_first=shorter_phases(settings),
     )
     held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
     saver = Saver(

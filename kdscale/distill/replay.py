@@ -105,7 +105,7 @@ def replay(
         "processes_of_run": cfg.distill.processes,
         **_compare_with_log(figures["loss"], folders.run / METRICS.path, step),
         **figures,
-        "sequences": _add_texts(sequences, cfg, folders, trainer.loader),
+        "sequences": _add_texts(sequences, cfg, folders, trainer.loader.at(step - 1)),
         "losses": [term.name for term in log_columns(cfg.distill.objectives) if term.unit != "fraction"],
     }
 
@@ -163,8 +163,9 @@ def _sequence_losses(trainer: Trainer, step: int) -> list[dict[str, Any]]:
     """The losses of each sequence on its own, in the global order."""
     out = []
     trainer.engine.eval()
-    for about in trainer.loader.describe(step - 1):
-        micro_batch = to_device(trainer.loader.stack([about["number"]], step - 1), trainer.device)
+    loader = trainer.loader.at(step - 1)
+    for about in loader.describe(step - 1):
+        micro_batch = to_device(loader.stack([about["number"]], step - 1), trainer.device)
         _, figures = trainer.engine(micro_batch, trainer.source.targets(micro_batch))
         means = trainer.objectives.means([about["labels"], 1.0, *figures.tolist()], step - 1)
         out.append({**about, **{name: _finite_or_none(means[name]) for name in trainer.objectives.columns}})

@@ -9,10 +9,18 @@ import random
 import numpy as np
 import torch
 
+from kdscale.config.distill.settings import DistillConfig
+
 
 def total_steps(tokens: int, seq_len: int, global_batch: int) -> int:
     """Optimiser steps in which the student sees at least `tokens` positions."""
     return max(1, math.ceil(tokens / (seq_len * global_batch)))
+
+
+def shorter_phases(cfg: DistillConfig) -> list[tuple[int, int]]:
+    """(first step after it, seq_len) of each phase of shorter sequences, in order."""
+    steps = total_steps(cfg.tokens, cfg.seq_len, cfg.global_batch)
+    return [(round(phase.until * steps), phase.seq_len) for phase in cfg.shorter_first]
 
 
 def cosine_lr(step: int, *, steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:

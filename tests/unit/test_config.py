@@ -66,6 +66,18 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
             {"distill": {"global_batch": 3}},
             "distill.global_batch (3) must be a multiple of micro_batch × processes (4)",
         ),
+        (
+            {"distill": {"shorter_first": [{"seq_len": 96, "until": 0.5}]}},
+            "distill.shorter_first: expected seq_len to divide 512",
+        ),
+        (
+            {"distill": {"shorter_first": [{"seq_len": 64, "until": 0.5}, {"seq_len": 32, "until": 0.6}]}},
+            "distill.shorter_first: expected seq_len to grow",
+        ),
+        (
+            {"distill": {"shorter_first": [{"seq_len": 64, "until": 0.5}], "teacher_placement": "cached"}},
+            "distill.shorter_first: does not go with teacher_placement: cached",
+        ),
         ({"distill": {"optimizer": {"lr": "fast"}}}, "distill.optimizer.lr: input should be a valid number"),
         ({"distill": {"dtype": "float16"}}, "distill.dtype"),
         ({"data": {"sources": []}}, "data.sources"),

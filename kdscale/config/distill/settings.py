@@ -28,6 +28,13 @@ class OptimizerConfig(Section):
     gradient_clipping: Annotated[float, Field(gt=0.0, le=1e9)] = 1.0
 
 
+class ShorterPhase(Section):
+    """Shorter sequences than distill.seq_len, as many more of them: a step and a forward have as many tokens."""
+
+    seq_len: Length
+    until: Annotated[float, Field(gt=0.0, lt=1.0)]  # share of the steps
+
+
 class GuardConfig(Section):
     """What to do about NaN and Inf: the step is skipped and counted; this many in a row end the run."""
 
@@ -45,6 +52,7 @@ class DistillConfig(Section):
     endpoint: EndpointConfig = EndpointConfig()  # for teacher_placement: endpoint
     tokens: Count = 1_000_000
     seq_len: Length = 512
+    shorter_first: tuple[ShorterPhase, ...] = Field(strict=False, max_length=16, default=())  # then seq_len
     global_batch: Length = 8  # sequences a step, over all ranks
     micro_batch: Few = 4  # sequences a forward, a rank
     processes: Few = 1  # in all: data × sequence × tensor parallel ranks
@@ -81,6 +89,27 @@ class DistillConfig(Section):
             raise ValueError(
                 f"tokens ({self.tokens:,}) must be at least one step, global_batch × seq_len "
                 f"({self.global_batch * self.seq_len:,})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _phases_grow(self) -> DistillConfig:
+        lengths = [*(phase.seq_len for phase in self.shorter_first), self.seq_len]
+        ends = [phase.until for phase in self.shorter_first]
+        if lengths != sorted(set(lengths)) or ends != sorted(set(ends)):
+            raise ValueError(
+                f"shorter_first: expected seq_len to grow from phase to phase up to {self.seq_len}, and until, got "
+                f"seq_len {lengths[:-1]}, until {ends}"
+            )
+        for length in lengths[:-1]:
+            if self.seq_len % length or length % self.sequence_parallel:
+                raise ValueError(
+                    f"shorter_first: expected seq_len to divide {self.seq_len}, and to be a multiple of "
+                    f"sequence_parallel ({self.sequence_parallel}), got {length}"
+                )
+        if self.shorter_first and self.source.name == "cached":
+            raise ValueError(
+                "shorter_first: does not go with teacher_placement: cached, whose targets are of one length of sequence"
             )
         return self
 

@@ -54,6 +54,25 @@ def test_resume_anywhere_gives_the_rest(make_split):
     check()
 
 
+def test_short_sequences_first_have_the_tokens_of_a_step_and_go_on_where_they_were(make_split):
+    """8 rows of 4, then 4 of 8, then 2 of 16: 32 tokens a step, every token once in an epoch, on any ranks."""
+    split = make_split([7, 30, 2, 12, 19, 5, 44, 3, 22, 16])  # 160 tokens: 5 steps an epoch
+    phases = [(2, 4), (4, 8)]
+    whole = PackedLoader(split, 16, 2, 2, seed=3, shorter_first=phases)
+    shapes = [tuple(whole.step(step)[0].input_ids_BS.shape) for step in range(6)]
+    assert shapes == [(8, 4), (8, 4), (4, 8), (4, 8), (2, 16), (2, 16)]
+    tokens = [t for step in range(5) for t in whole.step(step)[0].input_ids_BS.flatten().tolist()]
+    assert sorted(tokens) == sorted(split.tokens_T.tolist())
+    assert rows(whole.step(1)) == rows(PackedLoader(split, 4, 8, 8, seed=3).step(1))
+    halves = [PackedLoader(split, 16, 2, 1, seed=3, rank=r, world=2, shorter_first=phases) for r in range(2)]
+    for step in range(6):
+        assert rows([batch for half in halves for batch in half.step(step)]) == rows(whole.step(step))
+        assert [d["number"] for d in whole.describe(step)] == [key.number for key in whole.step(step)[0].sequences]
+        assert tuple(whole.document_lengths(step)) == Documents.of(whole.step(step)[0].position_ids_BS).lengths
+    resumed = [rows(batches) for batches, _ in islice(halves[0].batches(LoaderState(1)), 4)]
+    assert resumed == [rows(halves[0].step(step)) for step in range(1, 5)]
+
+
 def test_epochs_differ_and_shuffle_off_keeps_order(make_split):
     split = make_split(LENGTHS)
     loader = PackedLoader(split, 8, 1, 1, seed=0)

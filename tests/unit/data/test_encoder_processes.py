@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.spawn
 import os
 import signal
 from pathlib import Path
@@ -35,6 +36,13 @@ def test_a_process_that_dies_is_an_error(tokenizer: Any):
         pytest.raises(MachineError, match=r"has died(.|\n)*data.processes"),
     ):
         list(encoders.encode([["fine"], [7]], lambda batch: batch))  # 7 is no text: the worker fails
+
+
+def test_a_process_that_never_comes_up_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    """Also with a tokenizer of more than a pipe holds."""
+    monkeypatch.setattr(multiprocessing.spawn, "_python_exe", b"/bin/false")
+    with pytest.raises(MachineError, match="has died"):
+        EncoderProcesses(BatchEncoder(b"x" * 4_000_000), 2)
 
 
 def _children(pid: int) -> list[int]:
