@@ -14,6 +14,7 @@ from kdscale.config.root import Config
 from kdscale.distill.model_pair import model_pair
 from kdscale.distill.objectives.base import Objectives
 from kdscale.distill.parallel.checks import check_sequence_parallel, check_tensor_parallel
+from kdscale.distill.parallel.dtypes import teacher_dtype
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.tensor_parallel import ModelSlices, load_sliced_model, tensor_group
 from kdscale.distill.parallel.zero3_loading import full_shape, gather_by_layer, load_zero3, zero3_materialiser
@@ -70,7 +71,8 @@ def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup
     needs = combined(entry.needs for entry in entries)
     opened = open_source(
         SourceRequest(
-            cfg, needs, teacher_dir, run_dir, setup.dtype, setup.device, sequence_slice,
+            cfg, needs, teacher_dir, run_dir, teacher_dtype(settings.teacher_dtype, setup.dtype), setup.device,
+            sequence_slice,
             load_split=None if group is None else _split_loader(group, options),
         )
     )  # fmt: skip

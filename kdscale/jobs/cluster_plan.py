@@ -82,7 +82,13 @@ def plan_cluster(
         validate_tokens=distill.validate_tokens,
         reduce_bucket=distill.zero.reduce_bucket or 500_000_000,
         document_tokens=document_tokens,
+        teacher_dtype=distill.teacher_dtype,
     )
+    if job.teacher_dtype == "float8" and not cluster.gpu.float8:
+        raise ConfigError(
+            "distill.teacher_dtype", expected="for float8 an NVIDIA GPU of compute capability 8.9 or newer",
+            got=cluster.gpu.name, hint="teacher_dtype: bfloat16",
+        )  # fmt: skip
     if job.item_bytes == 4:
         notes.append("distill.dtype is float32: the GPU's FLOP/s are of bf16, so speeds are several times too high")
     settings = compare(
@@ -93,9 +99,16 @@ def plan_cluster(
 
 
 def _placements(config: Config) -> list[TeacherPlacement]:
-    """The placements from which the config's objectives can get their targets; `cached` where it has a store."""
-    needs, stored = config.distill.needs, config.targets
+    """The placements from which the config's objectives can get their targets, of the dtype that it asks for.
+
+    `cached` is one where the config has a store.
+    """
+    needs, stored, dtype = config.distill.needs, config.targets, config.distill.teacher_dtype
     found = [name for name in PLACEMENTS if not needs.missing_from(source_of(name).gives)]
+    if dtype == "float8":
+        return [name for name in found if name == "replicated"]
+    if dtype != "auto":
+        return [name for name in found if source_of(name).in_process]
     if stored is not None and not needs.missing_from(stored.codec.gives):
         found.append(STORED)
     return found
@@ -105,7 +118,7 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     """Numbers of ranks of one node that can share the layers of both models."""
     model = read_config(teacher_dir)
     family = load_family(model, str(teacher_dir / "config.json"))
-    if unshareable_tensor(family, model) is not None or config.distill.needs.full:
+    if unshareable_tensor(family, model) is not None or config.distill.needs.full or job.teacher_dtype == "float8":
         return []
     if not all(entry.reads_head_shards for entry in config.distill.objectives):
         return []

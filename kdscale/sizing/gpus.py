@@ -24,6 +24,7 @@ class Gpu:
     link: float  # to another GPU of its node
     network: float  # to another node
     pcie: float  # to its host
+    float8: float = 0.0  # FLOP/s of products in float8 beside those in bf16; 0: none that the teacher can use
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _table() -> dict[str, Gpu]:
         flops = peak_by_name(row["name"])
         assert flops is not None, f"gpus.json has no peak for {row['name']}"
         bandwidths = {field: row[field] for field in ("hbm", "link", "network", "pcie")}
-        out[key] = Gpu(row["name"], flops, row["memory_gib"] * GIB, **bandwidths)
+        out[key] = Gpu(row["name"], flops, row["memory_gib"] * GIB, **bandwidths, float8=row.get("float8", 0.0))
     return out
 
 

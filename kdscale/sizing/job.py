@@ -30,6 +30,12 @@ class Job:
     reduce_bucket: int = 500_000_000
     device: Device = "cuda"
     document_tokens: int | None = None  # of each document; None: one a row
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"  # auto: the student's
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Of one of the teacher's weights; in float8 of those that are not."""
+        return {"float32": 4, "bfloat16": 2}.get(self.teacher_dtype, self.item_bytes)
 
     @property
     def row(self) -> list[int]:

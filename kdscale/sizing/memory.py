@@ -95,7 +95,7 @@ def host_bytes(job: Job, setting: Setting) -> float:
     if setting.offload_parameters:
         out += params * job.item_bytes
     if setting.placement == "offloaded":
-        out += job.item_bytes * job.teacher.params / job.ranks_per_node
+        out += job.teacher_bytes * job.teacher.params / job.ranks_per_node
     return out
 
 
@@ -121,8 +121,10 @@ def _states(job: Job, setting: Setting) -> float:
 
 
 def _teacher_weights(job: Job, setting: Setting) -> float:
-    """b·P on every rank, or b·P/W; nothing where it is in host memory or elsewhere."""
-    weights = job.item_bytes * job.teacher.params
+    """b·P on every rank, or b·P/W; nothing where it is in host memory or elsewhere. In float8 a linear weight has 1."""
+    weights = float(job.teacher_bytes * job.teacher.params)
+    if job.teacher_dtype == "float8":
+        weights -= (job.teacher_bytes - 1) * job.teacher.linears
     return {"replicated": weights, "partitioned": weights / job.ranks}.get(setting.placement, 0.0)
 
 
@@ -219,7 +221,7 @@ def _teacher_gathered(job: Job, setting: Setting) -> float:
     """Two layers, one in use while the next is fetched, and the head (read in teacher/placement/weight_stores.py)."""
     if setting.placement not in ("partitioned", "offloaded"):
         return 0.0
-    return float(job.item_bytes * (2 * job.teacher.layer + job.teacher.head))
+    return float(job.teacher_bytes * (2 * job.teacher.layer + job.teacher.head))
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -265,7 +267,7 @@ def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
     Two hidden states, and the largest of three ffn arrays, four arrays of queries with keys and values, and three fp32
     norm arrays.
     """
-    tokens, b = setting.rows(job), job.item_bytes
+    tokens, b = setting.rows(job), job.teacher_bytes
     keys_and_values = 2 * model.kv_heads * model.head_dim
     widest = max(3 * b * model.ffn, b * (4 * model.attention + keys_and_values), 12 * model.hidden)
     return tokens * (2 * b * model.hidden + widest)

@@ -36,6 +36,7 @@ class ModelShape:
     `products` are the weights of the matrix products that one token goes through, the output head included: no norms,
     no biases, no looked-up embeddings, and of a mixture only the experts that the token is routed to. `windows`: (how
     far the attention of some layers reaches back, None for all of the document; how many layers these are).
+    `linears` are the weights of the layers' linear maps outside experts: what float8 changes.
     """
 
     params: int
@@ -52,6 +53,7 @@ class ModelShape:
     gated: bool
     qk_norm: bool
     windows: tuple[tuple[int | None, int], ...]
+    linears: int
 
     @classmethod
     def of(cls, config: Mapping[str, Any], family: Family) -> ModelShape:
@@ -80,6 +82,7 @@ class ModelShape:
             tied=bool(family.tied(config)),
             gated=bool(roles & {"gate", "gate_up"}),
             qk_norm="q_norm" in roles,
+            linears=sum(math.prod(spec.shape) for spec in matrices if spec.layer is not None and spec.expert is None),
             windows=tuple(Counter(attention_windows(family, config)).items()),
         )
 

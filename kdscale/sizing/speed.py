@@ -69,6 +69,8 @@ def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, wait
     losses = job.layer_losses.flops(job.student, job.teacher).of_a_token(job.row)
     recomputed = student - 2.0 * job.student.head if setting.checkpointing else 0.0
     hidden, exposed = _student_transfers(job, setting, cluster, rates)
+    if job.teacher_dtype == "float8":  # as much less time as the peaks differ: assumed
+        teacher -= 2.0 * job.teacher.linears * (1 - 1 / cluster.gpu.float8)
     teacher_seconds = max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates))
     return {
         "teacher": teacher_seconds if setting.runs_teacher else 0.0,
@@ -101,7 +103,7 @@ def _student_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: R
 
 def _teacher_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> float:
     """Seconds to fetch the teacher for every forward: from all ranks, or from the host's memory to each GPU."""
-    weights = job.item_bytes * job.teacher.params * setting.accumulation
+    weights = job.teacher_bytes * job.teacher.params * setting.accumulation
     if setting.placement == "partitioned":
         return cluster.collective(weights) / rates.links if job.ranks > 1 else 0.0
     return weights / cluster.gpu.pcie if setting.placement == "offloaded" else 0.0

@@ -56,6 +56,20 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
         ({"distill": {"objectives": [{"name": "x"}]}}, "distill.objectives.0.name: expected one of token_divergence"),
         ({"distill": {"objectives": []}}, "distill.objectives: expected at least one"),
         ({"distill": {"teacher_placement": "served"}}, "distill.teacher_placement: served needs served.urls"),
+        (
+            {
+                "distill": {
+                    "teacher_placement": "served",
+                    "served": {"urls": ["http://h:1"]},
+                    "teacher_dtype": "bfloat16",
+                }
+            },
+            "distill.teacher_dtype (bfloat16) is for a teacher in the ranks, not for served targets",
+        ),
+        (
+            {"distill": {"teacher_placement": "offloaded", "teacher_dtype": "float8"}},
+            "distill.teacher_dtype (float8) needs teacher_placement: replicated and tensor_parallel: 1, got offloaded",
+        ),
         ({"distill": {"profile": {"steps": [3, 2]}}}, "distill.profile.steps: expected [first, last]"),
         ({"distill": {"zero": {"extra": {"bf16": 1}}}}, "distill.zero.extra.bf16: set by distill.dtype"),
         ({"prune": {}}, "prune: give target_params or another target, or at least one of"),

@@ -48,6 +48,8 @@ class DistillConfig(Section):
     teacher: Literal["original", "previous"] = "original"
     # chooses the source of targets (config.distill.targets.SOURCES) and where it keeps the teacher's weights
     teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
+    # of a teacher in the ranks; auto: the student's; float8: its layers multiply in 8 bits, see teacher.placement
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     served: ServedConfig = ServedConfig()
     endpoint: EndpointConfig = EndpointConfig()  # for teacher_placement: endpoint
     tokens: Count = 1_000_000
@@ -140,6 +142,20 @@ class DistillConfig(Section):
             raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
         if self.source.name == "endpoint" and (missing := self.endpoint.missing()):
             raise ValueError(f"teacher_placement: endpoint needs endpoint.{' and endpoint.'.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_has_its_dtype(self) -> DistillConfig:
+        if self.teacher_dtype != "auto" and not self.source.in_process:
+            raise ValueError(
+                f"teacher_dtype ({self.teacher_dtype}) is for a teacher in the ranks, not for {self.source.name} "
+                "targets: use auto"
+            )
+        if self.teacher_dtype == "float8" and (self.teacher_placement != "replicated" or self.tensor_parallel > 1):
+            raise ValueError(
+                "teacher_dtype (float8) needs teacher_placement: replicated and tensor_parallel: 1, got "
+                f"{self.teacher_placement} and {self.tensor_parallel}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,11 @@ def agreed_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def teacher_dtype(name: str, student: torch.dtype) -> torch.dtype:
+    """The dtype that distill.teacher_dtype loads the teacher in; for float8 it is what layers keep besides products."""
+    return student if name in ("auto", "float8") else getattr(torch, name)
+
+
 def slow_products(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why products take longer on this GPU than they need to, a sentence each; nothing on a CPU."""
     if device.type != "cuda":

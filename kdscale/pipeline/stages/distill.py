@@ -45,6 +45,11 @@ def check_before(config: Config, run: RunFolder) -> None:
     """Raises ConfigError or MachineError for what the ranks would find out when they start."""
     check_deepspeed()
     check_token(config, run)
+    if config.distill.teacher_dtype == "float8":
+        from kdscale.runtime.device import resolve_device
+        from kdscale.teacher.placement.float8 import check_float8
+
+        check_float8(resolve_device(config.runtime.device))
 
 
 def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:

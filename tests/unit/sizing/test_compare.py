@@ -92,6 +92,23 @@ def test_compute_is_what_the_flops_say_and_checkpointing_adds_a_forward() -> Non
     assert seconds[True] - seconds[False] == pytest.approx(recomputed)
 
 
+def test_a_teacher_in_float8_takes_half_the_time_of_its_layers_products(tmp_path: Path) -> None:
+    setting = Setting(1, 1, 4, False, "replicated")
+    plain, float8 = (
+        estimate_step(job(teacher_dtype=dtype), setting, cluster(), Rates()).seconds for dtype in ("auto", "float8")
+    )
+    halved = llama().linears * 2 / forward(4096)
+    assert float8["teacher"] == pytest.approx(plain["teacher"] * (1 - halved / 2))
+    assert float8["student"] == plain["student"]
+    config = load_config(find_config(NAMES[0]), [f"run_dir={tmp_path}", "distill.teacher_dtype=float8"])
+    teacher = TEACHERS / Path(config.teacher.path).name
+    assert {found.setting.placement for found in plan_cluster(config, teacher, cluster(), Rates()).settings} == {
+        "replicated"
+    }
+    with pytest.raises(ConfigError, match=r"(?s)teacher_dtype.*8.9 or newer.*A100.*bfloat16"):
+        plan_cluster(config, teacher, cluster(gpu="a100-80"), Rates())
+
+
 def test_stage_2_reduces_in_every_micro_batch_and_hpz_spares_the_network() -> None:
     # in gathers of the weights: bf16 gradients take one, fp32 ones two, and stage 1 sums those by an all-reduce
     for size, first, second in ((2, 1 + 1, 1 + 8), (4, 1 + 4, 1 + 16)):

@@ -57,6 +57,15 @@ def test_zero_divides_what_its_stage_says(stage: int, weights: float, states: fl
     assert parts["teacher"] == 2 * P
 
 
+@pytest.mark.parametrize(("dtype", "teacher"), [("float32", 4 * P), ("float8", 2 * P - 32 * 218_103_808)])
+def test_a_teacher_may_have_a_dtype_of_its_own(dtype: Any, teacher: float) -> None:
+    """Float8 halves what its layers multiply with: all but embedding, head and norms."""
+    own = replace(JOB, teacher_dtype=dtype)
+    assert peak_memory(own, setting()).parts["teacher"] == teacher
+    assert peak_memory(own, setting()).parts["student weights"] == 2 * P
+    assert peak_memory(own, setting(placement="offloaded")).host >= own.teacher_bytes * P / 8
+
+
 def test_fp32_copies_its_weights_at_stage_1_and_2_only() -> None:
     job = replace(JOB, item_bytes=4)
     states = {stage: peak_memory(job, setting(stage)).parts["masters and Adam"] for stage in (0, 1, 2, 3)}

@@ -9,7 +9,7 @@ from kdscale.sizing.preparation import Preparation, estimate_preparation
 
 LLAMA_8B = ModelShape(
     params=8_030_261_248, layer=218_112_000, products=7_504_658_432, layers=32, hidden=4096, ffn=14336, heads=32,
-    head_dim=128, kv_heads=8, vocab=128_256, tied=False, gated=True, qk_norm=False, windows=((None, 32),),
+    head_dim=128, kv_heads=8, vocab=128_256, tied=False, gated=True, qk_norm=False, windows=((None, 32),), linears=0,
 )  # fmt: skip
 
 

@@ -1,0 +1,116 @@
+"""A teacher in float8: rounding row by row, products against fp64, what of a model changes, and where it is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdscale.errors import ConfigError
+from kdscale.models import compiling
+from kdscale.models.attention import attend_within_documents, to_attention
+from kdscale.models.head import final_hidden
+from kdscale.teacher.placement.float8 import (
+    Float8Linear,
+    check_float8,
+    float8_obstacle,
+    rows_in_float8,
+    to_float8,
+)
+from kdscale.teacher.source import MicroBatch
+from tests.fake_gpu.cuda import fake_gpu
+from tests.integration.prune.family_table import tiny_config
+
+CPU = torch.device("cpu")
+IDS = torch.arange(48).view(2, 24) % 60
+SAMPLE = MicroBatch(IDS, torch.arange(24).expand(2, 24), torch.arange(0, 48, 2), torch.zeros(24, dtype=torch.int64))
+
+
+def make_teacher(model_type="llama"):
+    tree = tiny_config(model_type)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(tree.pop("model_type"), **tree)).eval()
+    attend_within_documents(model)
+    return model.requires_grad_(False)
+
+
+def test_rows_are_rounded_to_three_bits_of_their_own_scale():
+    generator = torch.Generator().manual_seed(0)
+    x_RK = torch.randn(64, 256, generator=generator) * torch.logspace(-30, 30, 64)[:, None]
+    x_RK[5] = 0.0
+    rounded_RK, scale_R1 = rows_in_float8(x_RK)
+    error_RK = (rounded_RK.double() * scale_R1 - x_RK.double()).abs()
+    assert (error_RK <= torch.maximum(x_RK.abs().double() * 2**-4, scale_R1 * 2**-10) * 1.001).all()
+    assert rounded_RK.float().abs().amax(-1)[[0, 63]].tolist() == [448.0, 448.0]
+    assert not rounded_RK[5].float().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_is_that_of_the_rounded_values(dtype):
+    torch.manual_seed(1)
+    linear, x = nn.Linear(64, 48, dtype=dtype), torch.randn(2, 5, 64, dtype=dtype)
+    out, twin = Float8Linear(linear)(x), Float8Linear(linear)
+    rounded, scale = rows_in_float8(x.flatten(0, 1))
+    weight = twin.weight.double() * twin.scale_1N.double().T
+    expected = (rounded.double() * scale) @ weight.T
+    assert out.dtype == dtype and out.shape == (2, 5, 48)
+    torch.testing.assert_close(out.double(), expected.view(2, 5, 48) + linear.bias.double(), rtol=2**-6, atol=2**-6)
+    assert twin.weight.nbytes == 64 * 48
+
+
+def test_what_is_not_finite_stays_so():
+    x_RK = torch.ones(3, 32)
+    x_RK[0, 3], x_RK[1, 3] = float("nan"), float("inf")
+    out_RN = Float8Linear(nn.Linear(32, 16))(x_RK)
+    assert out_RN.isfinite().all(-1).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(("model_type", "linears"), [("llama", 7), ("phi3", 4), ("mixtral", 4)])
+def test_the_layers_linears_change_and_the_error_is_measured(model_type, linears):
+    teacher = make_teacher(model_type)
+    before = {name: value.clone() for name, value in teacher.named_parameters()}
+    twin = copy.deepcopy(teacher)
+    found = to_float8(teacher, SAMPLE)
+    changed = [name for name, value in teacher.named_parameters() if value.dtype == torch.float8_e4m3fn]
+    assert len(changed) == 3 * linears and all(".layers." in name for name in changed)
+    assert all(value.equal(before[name]) for name, value in teacher.named_parameters() if name not in changed)
+    assert found.share == sum(before[name].numel() for name in changed) / sum(v.numel() for v in before.values())
+    p_NV, q_NV = (
+        model(IDS, **to_attention(model, SAMPLE.position_ids_BS, None, CPU)).logits.flatten(0, 1)[::2].softmax(-1)
+        for model in (twin, teacher)
+    )
+    assert found.divergence == pytest.approx(float((p_NV * (p_NV / q_NV).log()).sum(-1).mean()), rel=1e-3)
+    assert 0 < found.divergence < 0.05
+    assert found.positions == 24 and "24 held-out positions" in found.in_words()
+
+
+def test_a_compiled_teacher_computes_the_same(monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager_decomp_partition")
+    torch._dynamo.reset()
+    teacher = make_teacher()
+    compiling.compile_layers(teacher)
+    to_float8(teacher, SAMPLE)
+    with torch.no_grad():
+        found = final_hidden(teacher, IDS, SAMPLE.position_ids_BS)
+        with compiling.uncompiled():
+            torch.testing.assert_close(found, final_hidden(teacher, IDS, SAMPLE.position_ids_BS), rtol=0, atol=2e-2)
+
+
+def test_a_teacher_without_linears_that_fit_is_refused():
+    with pytest.raises(ConfigError, match=r"(?s)teacher_dtype.*GPT2LMHeadModel.*bfloat16"):
+        to_float8(make_teacher("gpt2"), SAMPLE)
+
+
+def test_only_gpus_that_multiply_it_are_taken(monkeypatch):
+    with pytest.raises(ConfigError, match=r"(?s)8.9 or newer.*a CPU.*teacher_dtype: bfloat16"):
+        check_float8(CPU)
+    with fake_gpu():
+        gpu = torch.device("cuda", 0)
+        assert float8_obstacle(gpu) is None
+        monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no  kernel")))
+        assert float8_obstacle(gpu) == f"Fake GPU with torch {torch.__version__}: no kernel"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+        assert float8_obstacle(gpu) == "Fake GPU, which has none"
