@@ -49,8 +49,8 @@ def forward_and_backward(model):
     ids_BS = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
     position_ids_BS = torch.cat([torch.arange(20), torch.arange(12)]).expand(2, 32)
     model.zero_grad()
-    hidden_BSH = final_hidden(model, ids_BS, position_ids_BS)
-    weights_BSH = torch.randn(hidden_BSH.shape, generator=torch.Generator().manual_seed(2))
+    hidden_BSH = final_hidden(model, ids_BS.to(model.device), position_ids_BS.to(model.device))
+    weights_BSH = torch.randn(hidden_BSH.shape, generator=torch.Generator().manual_seed(2)).to(model.device)
     (hidden_BSH * weights_BSH).sum().backward()
     return hidden_BSH.detach(), {name: value.grad for name, value in model.base_model.named_parameters()}
 
@@ -70,6 +70,13 @@ def test_thirty_layers_are_compiled_once(dtype, atol, recompute):
     assert counters["stats"]["unique_graphs"] == REGIONS
     forward_and_backward(model)
     assert counters["stats"]["unique_graphs"] == REGIONS
+
+
+@pytest.mark.gpu
+def test_inductor_on_a_gpu_computes_the_same(monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "inductor")
+    plain = make_model().to("cuda", torch.bfloat16)
+    assert_same(forward_and_backward(compiled(plain, recompute=True)), forward_and_backward(plain), 3e-2)
 
 
 @pytest.mark.parametrize("model_type", supported_types())

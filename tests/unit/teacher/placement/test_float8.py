@@ -49,9 +49,12 @@ def test_rows_are_rounded_to_three_bits_of_their_own_scale():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_product_is_that_of_the_rounded_values(dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_product_is_that_of_the_rounded_values(dtype, device):
+    if device == "cuda" and (obstacle := float8_obstacle(torch.device("cuda", 0))):
+        pytest.skip(obstacle)
     torch.manual_seed(1)
-    linear, x = nn.Linear(64, 48, dtype=dtype), torch.randn(2, 5, 64, dtype=dtype)
+    linear, x = nn.Linear(64, 48, dtype=dtype).to(device), torch.randn(2, 5, 64, dtype=dtype).to(device)
     out, twin = Float8Linear(linear)(x), Float8Linear(linear)
     rounded, scale = rows_in_float8(x.flatten(0, 1))
     weight = twin.weight.double() * twin.scale_1N.double().T
