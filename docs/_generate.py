@@ -32,14 +32,17 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def config_fields() -> dict[str, FieldInfo]:
     """Every field of the config by its dotted name; fields of the sections in a list carry the list's name."""
     from kdscale.config.distill.objectives import OBJECTIVES
+    from kdscale.config.response_filters import FILTERS
     from kdscale.config.root import Config
     from kdscale.config.target_store import CODECS
 
     fields = dict(_fields(Config, ""))
-    for settings in OBJECTIVES.values():
-        fields |= _fields(settings, "distill.objectives.")
-    for codec in CODECS.values():
-        fields |= _fields(codec, "targets.codec.")
+    tables = {
+        "distill.objectives.": OBJECTIVES, "targets.codec.": CODECS, "responses.filters.": FILTERS,
+    }  # fmt: skip
+    for prefix, table in tables.items():
+        for settings in table.values():
+            fields |= _fields(settings, prefix)
     return fields
 
 
@@ -224,6 +227,14 @@ def objectives() -> str:
     return table(("objective", "what is minimised", "figures in the log, per label"), rows)
 
 
+def filters() -> str:
+    """Every filter that responses.filters can name."""
+    from kdscale.config.response_filters import FILTERS
+
+    rows = [(f"`{name}`", (settings.__doc__ or "").splitlines()[0]) for name, settings in FILTERS.items()]
+    return table(("filter", "what it drops"), rows)
+
+
 def sources() -> str:
     """Every source of the teacher's targets, and the teacher placements that choose it."""
     from kdscale.config.distill.targets import ANY_NUMBER, SOURCES
@@ -299,6 +310,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "readers": readers,
     "criteria": criteria,
     "objectives": objectives,
+    "filters": filters,
     "sources": sources,
     "codecs": codecs,
     "commands": commands,

@@ -129,12 +129,18 @@ class FileError(KdscaleError):
     exit_code = 12
 
 
+class SpendingLimitError(KdscaleError):
+    """A limit of the config on what may be spent was reached; what was bought is kept, a higher limit goes on."""
+
+    exit_code = 14
+
+
 # Every error that has an exit code of its own: what a process that only sees the code raises in its place.
 ERRORS_BY_CODE: dict[int, type[KdscaleError]] = {
     error.exit_code: error
     for error in (
         ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError, LostRankError,
-        HungRankError, ServiceError, MachineError, FileError, MissingProgramError,
+        HungRankError, ServiceError, MachineError, FileError, MissingProgramError, SpendingLimitError,
     )
 }  # fmt: skip
 

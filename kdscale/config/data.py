@@ -83,6 +83,9 @@ def file_suffixes() -> tuple[str, ...]:
     return tuple(suffix for reader in READERS.values() for suffix in reader.suffixes)
 
 
+RESPONSES_SOURCE = "responses:"  # the path that stands for what the stage responses leaves
+
+
 class SourceConfig(Section):
     """One source of text: `builtin:classics`, a file, a folder or glob of files in formats of READERS, or `hf:NAME`."""
 

@@ -35,7 +35,7 @@ class Section(BaseModel):
     @classmethod
     def _no_control_characters(cls, value: Any, info: ValidationInfo) -> Any:
         """Texts reach paths, scripts and terminals, where a newline or an escape sequence means something else."""
-        allowed = "\n\t" if info.field_name == "prompts" else ""
+        allowed = "\n\t" if info.field_name in ("prompts", "system") else ""
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and any(
                 unicodedata.category(character) in ("Cc", "Cs") and character not in allowed for character in text

@@ -18,6 +18,7 @@ import kdscale
 from kdscale.config import target_store
 from kdscale.config.distill.settings import DECISIVE_ZERO, FREE_SETTINGS
 from kdscale.config.fields import explain_errors
+from kdscale.config.responses import FREE_RESPONSES
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.files import read_text
@@ -123,6 +124,8 @@ def may_change(field: str) -> bool:
         return True
     if section == "targets":
         return bool(names) and names[0] in target_store.FREE_SETTINGS
+    if section == "responses":
+        return bool(names) and names[0] in FREE_RESPONSES and names[-1] != "model"
     return section == "distill" and bool(names) and names[0] in FREE_SETTINGS and names[-1] not in DECISIVE_ZERO
 
 

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from kdscale.config.correct import CorrectConfig
-from kdscale.config.data import DataConfig
+from kdscale.config.data import RESPONSES_SOURCE, DataConfig
 from kdscale.config.distill.settings import DistillConfig
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
+from kdscale.config.responses import ResponsesConfig
 from kdscale.config.target_store import TargetsConfig
 from kdscale.config.telemetry import TrackingConfig
 from kdscale.files import sha256_json
@@ -62,6 +63,7 @@ class Config(Section):
     run_dir: str = Field(min_length=1)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     teacher: TeacherConfig
+    responses: ResponsesConfig | None = None  # null: the teacher answers no prompts
     data: DataConfig = DataConfig()
     correct: CorrectConfig | None = None  # None: the teacher teaches as it is
     importance: ImportanceConfig = ImportanceConfig()
@@ -104,6 +106,12 @@ class Config(Section):
         """The settings that the distilled student's values depend on, beside the seed."""
         cached = self.targets if self.distill.source.name == "cached" else None
         return {**self.distill.decisive(), **({"targets": cached.decisive()} if cached else {})}
+
+    @model_validator(mode="after")
+    def _answers_come_from_a_stage(self) -> Config:
+        if self.responses is None and any(source.path == RESPONSES_SOURCE for source in self.data.all_sources):
+            raise ValueError(f"data.sources: {RESPONSES_SOURCE} needs a section responses, which says who answers what")
+        return self
 
     def step(self, index: int) -> Config:
         """The config of one of the steps: a run of its own under `steps/` in the run folder, on the same text."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdscale.config.data import RESPONSES_SOURCE
 from kdscale.config.root import Config
 from kdscale.distill.telemetry.trackers import check_trackers
 from kdscale.errors import ConfigError, FileError, KdscaleError, RunFolderError, raise_together
@@ -98,7 +99,7 @@ def check_sources(config: Config) -> None:
     from kdscale.data.sources import is_local, source_files
 
     for source in config.data.all_sources:
-        if is_local(source):
+        if is_local(source) and source.path != RESPONSES_SOURCE:  # these have yet to be made
             source_files(source)
 
 

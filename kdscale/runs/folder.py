@@ -2,6 +2,7 @@
 
 run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one manifest a finished stage)
   work/ (what unfinished stages resume from)
+  responses/ (a journal of all answers, and those that are kept)
   data/  corrected/ (the teacher after its correction)  importance/  speed.json (timings of shapes)  plan.json  pruned/
   repair.json (what compensation won back)  targets/ (stored targets, or a link to where they are)  checkpoints/
   student/  eval/  report/
@@ -50,6 +51,8 @@ class Artifact:
     only: tuple[str, ...] | None = None
 
 
+RESPONSES = Artifact("responses")
+KEPT_RESPONSES = Artifact("responses", ("responses.jsonl",))
 DATA = Artifact("data")
 IMPORTANCE = Artifact("importance")
 PLAN = Artifact("plan.json")
@@ -158,6 +161,7 @@ class RunFolder:
         self.work = path / "work"
         self.speed = path / "speed.json"
         self.steps = path / "steps"
+        self.responses = self.at(RESPONSES)
         self.data, self.importance, self.plan = self.at(DATA), self.at(IMPORTANCE), self.at(PLAN)
         self.pruned, self.repair, self.student = self.at(PRUNED), self.at(REPAIR), self.at(STUDENT)
         self.checkpoints, self.metrics = self.at(CHECKPOINTS), self.at(METRICS)

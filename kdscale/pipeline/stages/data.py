@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kdscale.config.data import RESPONSES_SOURCE, DataConfig, SourceConfig
 from kdscale.config.root import Config
 from kdscale.errors import DataError
 from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.responses.keep import KEPT_FILE
 from kdscale.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ def tokenize(context: StageContext) -> Facts:
     from kdscale.models.loading import check_loadable, load_tokenizer, read_tokenizer_config
     from kdscale.weights import read_config
 
-    data = context.config.data
+    data = with_responses(context.config.data, context.run)
     check_loadable(context.teacher, context.config.teacher.trust_remote_code)
     tokenizer = load_tokenizer(context.teacher, context.config.teacher.trust_remote_code)
     teacher_config = read_config(context.teacher)
@@ -42,6 +44,22 @@ def tokenize(context: StageContext) -> Facts:
     for line in blend_notices(store.split("train"), context.config.distill.tokens):
         context.reporter.say(line)
     return {f"{name} tokens": f"{store.split(name).tokens:,}" for name in ("train", "heldout")}
+
+
+def with_responses(data: DataConfig, run: RunFolder) -> DataConfig:
+    """The config with the chats that the stage responses left, in place of the source `responses:`."""
+    file = str(run.responses / KEPT_FILE)
+
+    def found(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        return tuple(
+            source.model_copy(update={"path": file, "chat": True, "tag": source.name})
+            if source.path == RESPONSES_SOURCE
+            else source
+            for source in sources
+        )
+
+    lists = ("sources", "heldout_sources", "leak_sources")
+    return data.model_copy(update={name: found(getattr(data, name)) for name in lists})
 
 
 _MANY_EPOCHS = 4  # up to which repeated text is nearly as good as new: arXiv 2305.16264

@@ -9,7 +9,18 @@ from __future__ import annotations
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.pipeline.stage import Stage, belongs_to
-from kdscale.pipeline.stages import correct, data, distill, evaluate, importance, plan, prune, report, targets
+from kdscale.pipeline.stages import (
+    correct,
+    data,
+    distill,
+    evaluate,
+    importance,
+    plan,
+    prune,
+    report,
+    responses,
+    targets,
+)  # fmt: skip
 from kdscale.runs import folder
 
 _CODE = "teacher.trust_remote_code"
@@ -18,14 +29,21 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage(
+            name="responses", title="have the teacher answer prompts",
+            help="Have the teacher answer prompts, for the student to learn from; nothing is asked twice.",
+            run=responses.answer_prompts, run_rank=responses.answer_rank, processes="responses.processes",
+            depends_on=responses.what_matters, writes=(folder.RESPONSES,), only_with="responses",
+            check_before=responses.check_before,
+        ),
+        Stage(
             name="data", title="tokenise the text", run=data.tokenize,
             config=(
                 "data.sources", "data.heldout_fraction", "data.heldout_sources", "data.max_document_tokens",
                 "data.add_special", "data.chat_template", "data.deduplicate", "data.blend",
                 "data.leaks", "data.leak_tokens", "data.leak_sources",
             ),
-            model="teacher", model_files=("config.json", *folder.TOKENIZER), writes=(folder.DATA,),
-            check_after=data.check_enough_text,
+            model="teacher", model_files=("config.json", *folder.TOKENIZER),
+            reads=(folder.KEPT_RESPONSES,), writes=(folder.DATA,), check_after=data.check_enough_text,
         ),
         Stage(
             name="correct", title="correct the teacher",

@@ -1,0 +1,125 @@
+"""Prompts: lines of text, or records with a prompt or a chat, each of which becomes a list of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from kdscale.config.data import SourceConfig
+from kdscale.config.responses import PromptSourceConfig, ResponsesConfig
+from kdscale.data.readers import jsonl
+from kdscale.data.readers.records import checked_text
+from kdscale.data.readers.text import BOM, not_utf8
+from kdscale.errors import DataError
+from kdscale.files import sha256_file
+
+BUILTIN = "builtin:questions"  # a few dozen that come with the package, to try this out
+_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages of {"role", "content"}, the last one a user's; `where` it is, for messages to people."""
+
+    messages: list[dict[str, str]]
+    where: str
+
+
+class Prompts:
+    """All prompts of a config, in the order of its files; read from the disk each time, and never held together."""
+
+    def __init__(self, settings: ResponsesConfig):
+        self._settings = settings
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """Raises DataError, with file and line, for what is no prompt, and for a file without any."""
+        for source in self._settings.prompts:
+            count = 0
+            for where, value in _values(source):
+                count += 1
+                yield Prompt(self._messages(value, source.field, where), where)
+            if not count:
+                raise DataError(f"{source.path} holds no prompt", expected="a prompt on each line")
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of each file, by its path in the config. Raises DataError for one that is missing."""
+        return {source.path: sha256_file(_file(source)) for source in self._settings.prompts}
+
+    def _messages(self, value: Any, field: str, where: str) -> list[dict[str, str]]:
+        """The chat of a line or record: without its last answer, and with the system message of the config."""
+        if isinstance(value, dict) and "messages" in value:
+            messages = _checked_chat(value["messages"], where)
+        else:
+            text = value if isinstance(value, str) else _field(value, field, where)
+            messages = [{"role": "user", "content": text}]
+        if self._settings.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._settings.system}, *messages]
+        return messages
+
+
+def _values(source: PromptSourceConfig) -> Iterator[tuple[str, Any]]:
+    """Where each prompt is, and the line or record."""
+    path = _file(source)
+    if path.name.endswith(".txt"):
+        for number, line in enumerate(_lines(path), 1):
+            if line.strip():
+                yield f"{path} line {number}", line.strip()
+    else:
+        yield from jsonl.read(str(path), SourceConfig(path=source.path))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield (line.removeprefix(BOM) if number == 1 else line).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, number, error) from error
+
+
+def _field(record: dict[str, Any], field: str, where: str) -> str:
+    text = record.get(field)
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(
+            f"{where}: field {field!r}", expected="a prompt, or `messages`",
+            got=f"fields {sorted(record)}" if text is None else repr(text)[:100],
+            hint="set `field` of this source in responses.prompts",
+        )  # fmt: skip
+    return checked_text(text, f"{where}: field {field!r}")
+
+
+def _checked_chat(messages: Any, where: str) -> list[dict[str, str]]:
+    """The messages up to the last of a user. Raises DataError for what is no chat that can be answered."""
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages", expected="a list of messages", got=repr(messages)[:100])
+    plain = []
+    for message in messages:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            raise DataError(
+                f"{where}: a message", expected=f"role (one of {', '.join(ROLES)}) and content, a text",
+                got=repr(message)[:200],
+            )  # fmt: skip
+        plain.append({"role": role, "content": checked_text(content, f"{where}: a message")})
+    if plain[-1]["role"] == "assistant":
+        plain.pop()
+    if not plain or plain[-1]["role"] != "user" or not plain[-1]["content"].strip():
+        raise DataError(f"{where}: messages", expected="a user's message that is to be answered", got="none at the end")
+    return plain
+
+
+def _file(source: PromptSourceConfig) -> Path:
+    if source.path == BUILTIN:
+        path = Path(str(resources.files("kdscale.responses") / "questions.txt"))
+    else:
+        path = Path(source.path).expanduser()
+    if not path.is_file() or not path.name.endswith(_SUFFIXES):
+        raise DataError(
+            f"responses.prompts: {source.path}", expected=f"a file that ends in {', '.join(_SUFFIXES)}",
+            got="a file of another kind" if path.is_file() else "no such file", hint="check the path",
+        )  # fmt: skip
+    return path
