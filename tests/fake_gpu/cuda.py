@@ -16,7 +16,9 @@ from torch import __future__ as swapping
 from kdscale.models import attention_backends
 from kdscale.runtime import kernel_backend
 from kdscale_kernels import backend
-from tests.fake_gpu.tensors import GPU, Syncs, forget_pinned, modes
+from tests.fake_gpu.calls import modes
+from tests.fake_gpu.syncs import Syncs
+from tests.fake_gpu.tensors import GPU, forget_pinned
 
 MEMORY = 80 << 30  # bytes that the fake GPU says it has
 

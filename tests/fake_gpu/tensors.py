@@ -5,9 +5,9 @@ host would wait for the GPU is noted with the line of code that asked for it.
 
 How it works. A `GpuTensor` wraps a CPU tensor. To torch's C++ it is on the meta device, for which every build has what
 autograd needs of a device; to Python it is on cuda:0. Two modes, pushed together by `fake_gpu`, see all that happens:
-`_Calls` sees calls of torch's Python functions and turns "cuda" into a device that C++ accepts, and `_Operations` sees
-the operations that they come down to and runs them on the wrapped tensors. A meta device that C++ asks for is ours
-unless the Python call had a real meta tensor or named that device.
+`Calls` (calls.py) sees calls of torch's Python functions and turns "cuda" into a device that C++ accepts, and
+`Operations` sees the operations that they come down to and runs them on the wrapped tensors. A meta device that C++
+asks for is ours unless the Python call had a real meta tensor or named that device.
 
 What it cannot show: streams that run out of order, memory that is too small, kernels (Triton's, NCCL's), and operations
 that CUDA lacks or rounds otherwise.
@@ -15,24 +15,19 @@ that CUDA lacks or rounds otherwise.
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.fake_gpu.syncs import Syncs
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
-
-_is_meta = Tensor.is_meta.__get__  # type: ignore[attr-defined]
-_HERE = str(Path(__file__).parent)
 
 
 class GpuTensor(Tensor):
@@ -116,52 +111,18 @@ def _map(change: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
-class Syncs:
-    """For what the host waited: how often, by operation and caller (file:line function)."""
+class MetaDevice:
+    """What C++ calls meta: the fake GPU, unless the Python call under way means the meta device itself."""
 
-    def __init__(self) -> None:
-        self.seen: Counter[tuple[str, str]] = Counter()
-
-    def by_function(self) -> Counter[str]:
-        """How often, by the function that asked for it."""
-        found: Counter[str] = Counter()
-        for (_, where), count in self.seen.items():
-            found[where.rpartition(" ")[2]] += count
-        return found
-
-    def note(self, what: str) -> None:
-        """Count a wait, asked for by the innermost caller outside torch and these tests' own files."""
-        self.seen[what, _caller()] += 1
-
-    def total(self) -> int:
-        return sum(self.seen.values())
-
-    def clear(self) -> None:
-        self.seen.clear()
-
-    def __str__(self) -> str:
-        return "\n".join(f"{count} × {what} in {where}" for (what, where), count in sorted(self.seen.items()))
-
-
-def _caller() -> str:
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_HERE) and "/torch/" not in name and "<" not in name:
-            return f"{'/'.join(Path(name).parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back
-    return "?"
-
-
-class _State:
-    meta_is_real = False  # whether the Python call under way means the meta device by "meta"
+    is_real = False
 
 
 # CPU memory that was asked to be page-locked, by address; held, so that no other memory gets the address
 _PINNED: dict[int, torch.UntypedStorage] = {}
 
 
-def _pin(tensor: Tensor) -> Tensor:
+def pin(tensor: Tensor) -> Tensor:
+    """Note that a CPU tensor's memory was asked to be page-locked."""
     _PINNED[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
     return tensor
 
@@ -171,12 +132,12 @@ def is_pinned(tensor: Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() in _PINNED
 
 
-def _on_gpu(device: Any) -> bool:
+def on_gpu(device: Any) -> bool:
     """Whether a device that an operation was asked for is the fake GPU."""
     if device is None:
         return False
     kind = torch.device(device).type
-    return kind == "cuda" or (kind == "meta" and not _State.meta_is_real)
+    return kind == "cuda" or (kind == "meta" and not MetaDevice.is_real)
 
 
 @cache
@@ -211,7 +172,7 @@ def _waits(func: Any, args: Any, kwargs: Any) -> str | None:
         return f"{kind} by a mask" if masks and not filled else None
     if kind in _COPIES:
         source, target = (args[1], args[0]) if kind != "_to_copy" else (args[0], None)
-        to_gpu = isinstance(target, GpuTensor) if target is not None else _on_gpu(kwargs.get("device", source.device))
+        to_gpu = isinstance(target, GpuTensor) if target is not None else on_gpu(kwargs.get("device", source.device))
         if isinstance(source, GpuTensor) == to_gpu:
             return None
         non_blocking = kwargs.get("non_blocking", args[2] if kind == "copy_" and len(args) > 2 else False)
@@ -259,10 +220,10 @@ def _wide_product(func: Any, args: Any, kwargs: Any) -> Tensor:
 def _run(func: Any, args: Any, kwargs: Any, syncs: Syncs | None) -> Any:
     """One operation, on the wrapped tensors where it has any or is asked to make some."""
     there = any(isinstance(tensor, GpuTensor) for tensor in _tensors_in((args, kwargs)))
-    asked = _on_gpu(kwargs.get("device"))
+    asked = on_gpu(kwargs.get("device"))
     if not there and not asked:
         if kwargs.get("pin_memory"):
-            return _pin(func(*args, **{**kwargs, "pin_memory": False}))
+            return pin(func(*args, **{**kwargs, "pin_memory": False}))
         return func(*args, **kwargs)
     if there:
         _check_devices(func, args, kwargs)
@@ -296,7 +257,9 @@ def _wrapped(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
     return written[0] if len(returns) == 1 else tuple(written)
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
+    """What calls of torch come down to, run on the wrapped tensors."""
+
     def __init__(self, syncs: Syncs):
         super().__init__()
         self._syncs = syncs
@@ -311,140 +274,6 @@ class _Operations(TorchDispatchMode):
 @cache
 def _is_composite(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
-
-
-def _to_gpu(tensor: Tensor, **kwargs: Any) -> Any:
-    return tensor if isinstance(tensor, GpuTensor) else aten._to_copy.default(tensor, device=GPU, **kwargs)
-
-
-def _made_on_cpu(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """torch.tensor and its like: from the values on the CPU, and one copy."""
-    requires_grad = kwargs.pop("requires_grad", False)
-    return _to_gpu(function(*args, **{**kwargs, "device": CPU})).requires_grad_(requires_grad)
-
-
-class _Calls(TorchFunctionMode):
-    """Calls of torch's Python functions, before they reach C++."""
-
-    def __init__(self, syncs: Syncs):
-        super().__init__()
-        self._syncs = syncs
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.device:
-            return func(*args, **kwargs)
-        before, _State.meta_is_real = _State.meta_is_real, _names_meta(args, kwargs)
-        try:
-            args = tuple(_indexed(arg) for arg in args)
-            kwargs = {name: _indexed(arg) for name, arg in kwargs.items()}
-            if (special := _SPECIAL.get(func)) is not None:
-                return special(self._syncs, func, *args, **kwargs)
-            if func in _FROM_VALUES and _on_gpu(kwargs.get("device")):
-                if args and isinstance(args[0], GpuTensor):  # torch.tensor(t) and torch.as_tensor(t) of such a tensor
-                    return (
-                        args[0].to(dtype=kwargs.get("dtype")) if func is torch.as_tensor else args[0].detach().clone()
-                    )
-                return _made_on_cpu(func, *args, **kwargs)
-            return func(*args, **kwargs)
-        finally:
-            _State.meta_is_real = before
-
-
-def _names_meta(args: Any, kwargs: Any) -> bool:
-    def real(value: Any) -> bool:
-        if isinstance(value, GpuTensor):
-            return False
-        if isinstance(value, Tensor):
-            return bool(_is_meta(value))
-        if isinstance(value, (list, tuple)):
-            return any(real(item) for item in value)
-        return (isinstance(value, torch.device) and value.type == "meta") or (
-            isinstance(value, str) and value == "meta"
-        )
-
-    return any(map(real, args)) or any(map(real, kwargs.values()))
-
-
-def _indexed(value: Any) -> Any:
-    """A CUDA device as cuda:0: C++ asks the missing CUDA for the number of one without."""
-    if isinstance(value, torch.device) and value.type == "cuda":
-        return GPU
-    return GPU if isinstance(value, str) and value in ("cuda", "cuda:0") else value
-
-
-def _tolist(syncs: Syncs, func: Any, tensor: Tensor) -> Any:
-    if not isinstance(tensor, GpuTensor):
-        return func(tensor)
-    syncs.note("tolist")
-    return tensor.values.tolist()
-
-
-def _numpy(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(tensor, GpuTensor):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
-    return func(tensor, *args, **kwargs)
-
-
-def _new_tensor(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(tensor, GpuTensor):
-        return func(tensor, *args, **kwargs)
-    return _made_on_cpu(torch.tensor, *args, **{"dtype": tensor.dtype, **kwargs})
-
-
-def _cuda(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _to_gpu(tensor)
-
-
-def _pin_memory(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _pin(tensor.clone())
-
-
-def _is_pinned(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> bool:
-    return is_pinned(tensor)
-
-
-def _to(syncs: Syncs, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`to` a tensor's own device is the tensor itself, where C++ would see two devices and copy."""
-    if args and isinstance(args[0], GpuTensor):
-        args = (GPU, args[0].dtype, *args[1:])
-    if not isinstance(tensor, GpuTensor) or GPU not in (*args[:1], kwargs.get("device")):
-        return func(tensor, *args, **kwargs)
-    kwargs.pop("device", None)
-    dtype, non_blocking, copy = (*args[1:], None, None, None)[:3] if args else (None, None, None)
-    if isinstance(dtype, bool):  # to(device, non_blocking, copy) has no dtype
-        dtype, non_blocking, copy = None, dtype, non_blocking
-    named = {"dtype": dtype, "non_blocking": bool(non_blocking), "copy": bool(copy)}
-    return func(tensor, **{"dtype": tensor.dtype, **{key: value for key, value in named.items() if value}, **kwargs})
-
-
-def _indexing(syncs: Syncs, func: Any, tensor: Tensor, index: Any, *value: Any) -> Any:
-    """C++ would put a list of numbers on the meta device, where it has no values."""
-    if isinstance(tensor, GpuTensor):
-        parts = index if isinstance(index, tuple) else (index,)
-        index = tuple(_made_on_cpu(torch.tensor, part) if isinstance(part, list) else part for part in parts)
-    return func(tensor, index, *value)
-
-
-_FROM_VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
-_SPECIAL: dict[Any, Callable[..., Any]] = {
-    Tensor.__getitem__: _indexing,
-    Tensor.__setitem__: _indexing,
-    Tensor.tolist: _tolist,
-    Tensor.numpy: _numpy,
-    Tensor.__array__: _numpy,
-    Tensor.new_tensor: _new_tensor,
-    Tensor.cuda: _cuda,
-    Tensor.pin_memory: _pin_memory,
-    Tensor.is_pinned: _is_pinned,
-    Tensor.to: _to,
-}
-
-
-def modes(syncs: Syncs) -> Iterator[Any]:
-    """The two modes, in the order in which they are entered."""
-    yield _Operations(syncs)
-    yield _Calls(syncs)
 
 
 def forget_pinned() -> None:

@@ -209,9 +209,17 @@ class GradientSums:
 
     def add(self, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
         """Add a chunk's gradients, given dz and the hidden states as an operand."""
-        vocab = self.head.given_VH.shape[0]
         if self.hidden_NH is not None:
-            self.hidden_NH[rows_C] = self.head.grad_hidden(dz_CV).to(self.hidden_NH.dtype)
+            self._place_hidden(self.head.grad_hidden(dz_CV).to(self.hidden_NH.dtype), rows_C)
+        self._add_head(dz_CV, hidden_CH)
+
+    def _place_hidden(self, grad_CH: Tensor, rows_C: Tensor) -> None:
+        """Store a chunk's dX."""
+        if self.hidden_NH is not None:
+            self.hidden_NH[rows_C] = grad_CH
+
+    def _add_head(self, dz_CV: Tensor, hidden_CH: Tensor) -> None:
+        vocab = self.head.given_VH.shape[0]
         if self.weight_VH is not None:
             self.head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[:vocab], first=self.first)
             self.first = False

@@ -10,11 +10,13 @@ part of the student's tail lies 88 nats from it. It costs 3·R numbers per row, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdscale_kernels.fused.products import HeadProducts
+from kdscale_kernels.fused.products import GradientSums, HeadProducts
 from kdscale_kernels.fused.shard_agreement import AgreedShard
 from kdscale_kernels.row_steps import RowSteps
 from kdscale_kernels.rows.results import EntryLogits, RowSums, TailSums
@@ -40,6 +42,40 @@ class ShardProducts(HeadProducts):
         if self.empty:
             weight_VsH, bias_Vs = weight_VsH.new_zeros(1, weight_VsH.shape[1]), None
         super().__init__(weight_VsH, bias_Vs, operand, accumulate, self.width)
+
+
+class ShardGradientSums(GradientSums):
+    """A chunk's dX is summed over the ranks while the next chunk is computed; dW and the bias's stay local."""
+
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight_VsH: Tensor,
+        wants_grad: tuple[bool, ...],
+        head: ShardProducts,
+        rows: int,
+        shard: AgreedShard,
+    ):
+        """As GradientSums. To the head of a shard that is all padding nothing is added, so that it stays zero."""
+        super().__init__(hidden_NH, weight_VsH, wants_grad, head, 0 if head.empty else rows)
+        self._shard = shard
+        self._sending: tuple[Any, Tensor, Tensor] | None = None
+
+    def _place_hidden(self, grad_CH: Tensor, rows_C: Tensor) -> None:
+        self.receive()
+        self._sending = (dist.all_reduce(grad_CH, group=self._shard.group, async_op=True), grad_CH, rows_C)
+
+    def _add_head(self, dz_CV: Tensor, hidden_CH: Tensor) -> None:
+        if self._shard.used:
+            super()._add_head(dz_CV, hidden_CH)
+
+    def receive(self) -> None:
+        """Wait for the dX that is being summed, and store it."""
+        if self._sending is not None:
+            reduction, grad_CH, rows_C = self._sending
+            reduction.wait()
+            super()._place_hidden(grad_CH, rows_C)
+        self._sending = None
 
 
 def shard_rows_step(

@@ -18,9 +18,9 @@ from torch import Tensor
 from kdscale_kernels.backend import BackendUnavailableError, choose_backend
 from kdscale_kernels.divergence import Divergence
 from kdscale_kernels.fused.autograd import ForwardResult, runs_eagerly, wants_gradients, with_forward_gradients
-from kdscale_kernels.fused.products import HeadProducts, chunk_bytes_for, compute_dtypes, row_chunks
+from kdscale_kernels.fused.products import chunk_bytes_for, compute_dtypes, row_chunks
 from kdscale_kernels.fused.shard_agreement import AgreedShard, ShardClaim, agree
-from kdscale_kernels.fused.shard_rows import ShardProducts, shard_rows_step
+from kdscale_kernels.fused.shard_rows import ShardGradientSums, ShardProducts, shard_rows_step
 from kdscale_kernels.ops import arguments
 from kdscale_kernels.row_steps import RowSteps, row_steps
 from kdscale_kernels.rows.results import RowSums
@@ -213,43 +213,10 @@ class _ShardCall(NamedTuple):
     wants_grad: tuple[bool, ...]  # gradients of hidden, weight, bias
 
 
-class _Gradients:
-    """Sums of gradients over chunks. A chunk's dX is summed over the ranks while the next chunk is computed."""
-
-    def __init__(self, hidden_NH: Tensor, weight_VsH: Tensor, call: _ShardCall):
-        hidden, weight, bias = call.wants_grad
-        dtype = call.accumulate
-        self.hidden_NH = torch.zeros_like(hidden_NH, dtype=dtype) if hidden else None
-        self.weight_VH = torch.zeros_like(weight_VsH, dtype=dtype) if weight else None
-        self.bias_V = weight_VsH.new_zeros(weight_VsH.shape[0], dtype=dtype) if bias else None
-        self.shard = call.shard
-        self.sending: tuple[Any, Tensor, Tensor] | None = None
-
-    def add(self, head: HeadProducts, dz_CV: Tensor, hidden_CH: Tensor, rows_C: Tensor) -> None:
-        """Add a chunk's gradients and start to sum its dX over the ranks."""
-        if self.hidden_NH is not None:
-            grad_CH = head.grad_hidden(dz_CV).to(self.hidden_NH.dtype)
-            self.receive()
-            self.sending = (dist.all_reduce(grad_CH, group=self.shard.group, async_op=True), grad_CH, rows_C)
-        used = self.shard.used
-        if self.weight_VH is not None and used:
-            head.add_grad_weight(dz_CV, hidden_CH, self.weight_VH[:used], first=False)
-        if self.bias_V is not None and used:
-            self.bias_V[:used] += dz_CV.sum(0, dtype=self.bias_V.dtype)
-
-    def receive(self) -> None:
-        """Wait for the dX that is being summed, and store it."""
-        if self.sending is not None and self.hidden_NH is not None:
-            reduction, grad_CH, rows_C = self.sending
-            reduction.wait()
-            self.hidden_NH[rows_C] = grad_CH
-        self.sending = None
-
-
 def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _ShardCall) -> ForwardResult:
-    gradients = _Gradients(hidden_NH, weight_VsH, call)
     head = ShardProducts(weight_VsH, bias_Vs, call.operand, call.accumulate, call.shard)
     rows, options = call.valid_M.numel(), call.options
+    gradients = ShardGradientSums(hidden_NH, weight_VsH, call.wants_grad, head, rows, call.shard)
     itemsize, buffers = call.accumulate.itemsize, row_steps("torch").sparse_buffers(options)  # alike on all ranks
     chunks = row_chunks(rows, call.shard.widest, call.chunk_bytes, buffers=buffers, item_bytes=itemsize)
     buffer = hidden_NH.new_empty((chunks[0].stop if chunks else 0, head.width), dtype=call.accumulate)
@@ -269,6 +236,6 @@ def _run(hidden_NH: Tensor, weight_VsH: Tensor, bias_Vs: Tensor | None, call: _S
         )
         per_row[:, chunk] = torch.stack(sums)
         if any(call.wants_grad):
-            gradients.add(head, dz_CV, hidden_CH, rows_C)
+            gradients.add(dz_CV, hidden_CH, rows_C)
     gradients.receive()
     return ForwardResult(per_row.sum(1).unbind(), gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
