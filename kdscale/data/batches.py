@@ -229,7 +229,7 @@ class _Stream:
         if share is None:
             self.documents, self.sequences = None, epoch_sequences(split, seq_len)
         else:
-            self.documents = np.flatnonzero(np.isin(split.sources_D, share.sources))
+            self.documents = split.documents_of(share)
             what = f"the training text of {share.name} in data.blend"
             self.sequences = epoch_sequences(split, seq_len, self.documents, what)
 

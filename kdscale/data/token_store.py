@@ -74,6 +74,10 @@ class TokenSplit:
         """Tokens of each document, without its prefix, (D,)."""
         return np.diff(self.offsets_D1)
 
+    def documents_of(self, share: Share) -> np.ndarray:
+        """Numbers of the documents that a share of the blend stands for, ascending."""
+        return np.flatnonzero(np.isin(self.sources_D, share.sources))
+
     def document_tokens(self, i: int) -> np.ndarray:
         """Token ids of document `i` without its prefix; a document that was cut has its end in the last part only."""
         return self.tokens_T[self.offsets_D1[i] : self.offsets_D1[i + 1]]

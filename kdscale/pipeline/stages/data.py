@@ -67,20 +67,19 @@ _MANY_EPOCHS = 4  # up to which repeated text is nearly as good as new: arXiv 23
 
 def blend_notices(split: TokenSplit, tokens: int) -> list[str]:
     """How often a training of `tokens` tokens reads each source of a blend."""
-    import numpy as np
-
     from kdscale.data.packing import epoch_tokens
 
     lines = []
-    for name, share, sources in split.blend:
-        there = epoch_tokens(split, np.flatnonzero(np.isin(split.sources_D, sources)))
-        epochs = share * tokens / max(there, 1)
+    for share in split.blend:
+        there = epoch_tokens(split, split.documents_of(share))
+        epochs = share.share * tokens / max(there, 1)
         lines.append(
-            f"  {share:.1%} of {name}: {there:,} tokens, read {epochs:,.2f} times in {tokens:,} tokens of training"
+            f"  {share.share:.1%} of the training is {share.name}: {there:,} tokens, read {epochs:,.2f} times in "
+            f"{tokens:,} tokens"
         )
         if epochs > _MANY_EPOCHS:
             lines.append(
-                f"  note: more than {_MANY_EPOCHS} readings of {name} teach little that is new: "
+                f"  note: more than {_MANY_EPOCHS} readings of {share.name} teach little that is new: "
                 "give more of it, or a lower weight"
             )
     return lines
@@ -92,13 +91,23 @@ def check_enough_text(config: Config, run: RunFolder) -> None:
     from kdscale.data.token_store import TokenStore
     from kdscale.pipeline.checks import lengths_used
 
-    tokens = epoch_tokens(TokenStore.open(run.data).split("train"))
+    split = TokenStore.open(run.data).split("train")
+    tokens, lengths = epoch_tokens(split), lengths_used(config, 0)
     needed = {"importance.calibration_tokens": config.importance.calibration_tokens}
-    needed |= {name: size for name, size in lengths_used(config, 0).items() if name.startswith("distill.seq_len")}
+    needed |= {name: size for name, size in lengths.items() if name.startswith("distill.seq_len")}
     if too_long := [f"{name} = {size:,}" for name, size in needed.items() if size > tokens]:
         raise DataError(
             f"the training text has {tokens:,} tokens, fewer than the config asks for",
             expected=f"at most {tokens:,}",
             got=", ".join(too_long),
             hint="lower them, or add text to data.sources",
+        )
+    longest = max(size for name, size in lengths.items() if name.startswith(("distill.seq_len", "importance.seq_len")))
+    sizes = {share.name: epoch_tokens(split, split.documents_of(share)) for share in split.blend}
+    if too_short := [f"{name} has {size:,}" for name, size in sizes.items() if size < longest]:
+        raise DataError(
+            "data.blend: a source is shorter than one sequence",
+            expected=f"at least the {longest:,} tokens of the longest sequence of each",
+            got=", ".join(too_short),
+            hint="lower distill.seq_len and importance.seq_len, or give two sources one tag",
         )

@@ -14,12 +14,13 @@ from tokenizers.processors import TemplateProcessing
 from kdscale.cli.text import export_megatron_command
 from kdscale.config.data import SourceConfig
 from kdscale.config.load import build_config
+from kdscale.config.root import Config
 from kdscale.data.sources import read_documents
 from kdscale.data.token_store import TokenStore
 from kdscale.errors import ConfigError, DataError
 from kdscale.pipeline.checks import check_teacher
 from kdscale.pipeline.stage import StageContext
-from kdscale.pipeline.stages.data import tokenize
+from kdscale.pipeline.stages.data import check_enough_text, tokenize
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 
@@ -82,8 +83,19 @@ def test_a_blend_says_how_often_each_source_is_read(tmp_path, teacher, tiny_text
     split = TokenStore.open(context.run.data).split("train")
     size = int(split.lengths[split.sources_D == 1].sum()) + 1
     times = 0.25 * context.config.distill.tokens / size
-    assert any(line.startswith(f"  25.0% of little: {size:,} tokens, read {times:,.2f} times") for line in said)
+    assert any(
+        line.startswith(f"  25.0% of the training is little: {size:,} tokens, read {times:,.2f} times") for line in said
+    )
     assert sum("teach little that is new" in line for line in said) == 2
+
+    def with_length(seq_len: int) -> Config:
+        importance = context.config.importance.model_copy(update={"seq_len": 8, "calibration_tokens": 8})
+        distill = context.config.distill.model_copy(update={"seq_len": seq_len})
+        return context.config.model_copy(update={"importance": importance, "distill": distill})
+
+    check_enough_text(with_length(size), context.run)
+    with pytest.raises(DataError, match=f"little has {size}"):
+        check_enough_text(with_length(size + 1), context.run)
 
 
 def test_a_blend_must_name_every_source(tmp_path, teacher, tiny_texts):
