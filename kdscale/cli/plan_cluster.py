@@ -141,7 +141,7 @@ def _show(plan: ClusterPlan, everything: bool) -> None:
 
     console, cluster, job = Console(), plan.cluster, plan.job
     console.print(
-        f"teacher {compact_count(job.teacher.params)}, student {compact_count(job.student.params)} "
+        f"teacher {compact_count(job.teacher_params)}, student {compact_count(job.student.params)} "
         f"({plan.student_from}), {plan.global_batch} sequences per step of {job.seq_len} positions in documents of "
         f"{job.row[0]}\n"
         f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}, {cluster.gpu.memory / GIB:.1f} GiB · "

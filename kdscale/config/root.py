@@ -90,11 +90,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _store_gives_the_targets(self) -> Config:
-        if self.distill.source.name != "cached":
+        if not self._reads_a_store:
             return self
         if self.targets is None:
             raise ValueError("distill.teacher_placement: cached needs a section targets, which says what is stored")
         self.targets.check_gives(self.distill.needs)
+        if others := [
+            entry.name for entry in self.distill.teachers if entry.path and entry.teacher_placement == "cached"
+        ]:
+            raise ValueError(
+                f"distill.teachers ({others[0]}): the store has the targets of the run's own teacher alone"
+            )
         if self.prune.search.probe_tokens is not None:
             raise ValueError(
                 "prune.search.probe_tokens does not go with distill.teacher_placement: cached, whose targets are "
@@ -102,9 +108,13 @@ class Config(Section):
             )
         return self
 
+    @property
+    def _reads_a_store(self) -> bool:
+        return any(one.source.name == "cached" for one in self.distill.by_teacher().values())
+
     def decisive_for_student(self) -> dict[str, Any]:
         """The settings that the distilled student's values depend on, beside the seed."""
-        cached = self.targets if self.distill.source.name == "cached" else None
+        cached = self.targets if self._reads_a_store else None
         return {**self.distill.decisive(), **({"targets": cached.decisive()} if cached else {})}
 
     @model_validator(mode="after")

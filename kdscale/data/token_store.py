@@ -147,6 +147,12 @@ class TokenStore:
         given = [source["tag"] for source in (*self._sources("train"), *self._sources("heldout"))]
         return tuple(dict.fromkeys([*self.manifest["source_labels"], *(tag for tag in given if tag is not None)]))
 
+    @property
+    def tags_in_use(self) -> tuple[str, ...]:
+        """The tags that some document has, in the order of `tags`."""
+        used = np.unique(np.concatenate([self.split(name).tags_D for name in SPLITS]))
+        return tuple(self.tags[index] for index in used)
+
     def _sources(self, split: str) -> list[dict[str, Any]]:
         """The sources that a split's documents number; the held-out text may have its own."""
         sources: list[dict[str, Any]] = self.manifest["sources"]

@@ -26,7 +26,7 @@ from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader
 from kdscale.distill.checkpoint.saver import SavePolicy, Saver
 from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.distill.export import export_checkpoint
-from kdscale.distill.load_models import Models, RankSetup
+from kdscale.distill.load_models import Folders, Models, RankSetup
 from kdscale.distill.optimizer import make_optimizer
 from kdscale.distill.parallel.deepspeed_config import check_machine, deepspeed_config
 from kdscale.distill.parallel.dtypes import agreed_dtype, buffer_dtypes, check_buffers_kept, slow_products
@@ -51,6 +51,7 @@ from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import HostSums, is_main, on_main, rank, world_size
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.placement.float8 import check_float8, to_float8
+from kdscale.teacher.several import teacher_folders
 from kdscale.teacher.source import MicroBatch
 from kdscale.weights import Checkpoint, checkpoint_identity
 from kdscale_launch.watchdog import enter
@@ -80,21 +81,6 @@ def run(
     enter("export")
     on_main(lambda: _export(cfg, folders, trainer.steps))
     reporter.say(f"distilled student: {run_dir / 'student'}")
-
-
-@dataclass(frozen=True)
-class Folders:
-    """What a distillation reads (`student` is the pruned model) and, in `run`, writes."""
-
-    teacher: Path
-    student: Path
-    data: Path
-    run: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints are."""
-        return self.run / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -177,7 +163,7 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     """The source of targets and the student, see load_models.load. A collective call."""
     enter("load")
     with quiet(setup.library_log):
-        return load_models.load(cfg, folders.teacher, folders.student, folders.run, setup)
+        return load_models.load(cfg, folders, setup)
 
 
 def _float8_sample(cfg: Config, folders: Folders, device: torch.device) -> MicroBatch:
@@ -305,6 +291,7 @@ def _fingerprint(cfg: Config, folders: Folders, setup: RankSetup, entries: Seque
     if not is_main():
         return {}
     settled = [entry.model_dump(mode="json") for entry in entries if entry.matches_layers]
+    teachers, several = teacher_folders(cfg, folders.teacher), bool(cfg.distill.teachers)
     return {
         **({"layers": settled} if settled else {}),
         "distill": {**cfg.decisive_for_student(), "dtype": str(setup.dtype).removeprefix("torch.")},
@@ -314,6 +301,7 @@ def _fingerprint(cfg: Config, folders: Folders, setup: RankSetup, entries: Seque
         "student": {f.name: files.sha256_file(f) for f in sorted(folders.student.glob("*.safetensors"))}
         | {"config": files.sha256_file(folders.student / "config.json")},
         "data": files.sha256_file(folders.data / "manifest.json"),
+        **({"teachers": {name: checkpoint_identity(path) for name, path in teachers.items()}} if several else {}),
     }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from kdscale.config.distill.targets import combined
 from kdscale.config.root import Config
+from kdscale.data.token_store import TokenStore
 from kdscale.distill.model_pair import model_pair
 from kdscale.distill.objectives.base import Objectives
 from kdscale.distill.parallel.checks import check_sequence_parallel, check_tensor_parallel
@@ -25,6 +27,7 @@ from kdscale.models.compiling import compile_layers
 from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runtime.timeouts import group_timeout
+from kdscale.teacher.several import check_tags, teacher_folders
 from kdscale.teacher.source import LabelChoice, SourceRequest, TargetSource, open_source
 from kdscale.teacher.targets import shared_vocabulary
 
@@ -54,14 +57,32 @@ class RankSetup:
     compiled: bool = False  # the layers of student and in-process teacher
 
 
-def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup: RankSetup) -> Models:
+@dataclass(frozen=True)
+class Folders:
+    """What a distillation reads (`student` is the pruned model) and, in `run`, writes."""
+
+    teacher: Path
+    student: Path
+    data: Path
+    run: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.run / "checkpoints"
+
+
+def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     """Open the source of targets and load the student: whole, or this rank's part of it. A collective call.
 
     Raises CheckpointError when the two tokenizers differ or a model cannot be loaded, ConfigError for a source that
     cannot give the targets, a teacher that cannot be placed so, or a model that cannot be split.
     """
     settings, trust = cfg.distill, cfg.teacher.trust_remote_code
-    tokenizer_size = _check_models(cfg, teacher_dir, student_dir)
+    teacher_dir, student_dir = folders.teacher, folders.student
+    store = TokenStore.open(folders.data)
+    check_tags(settings.teachers, store.tags_in_use)
+    tokenizer_size = _check_models(cfg, teacher_folders(cfg, teacher_dir), student_dir)
     group = tensor_group(settings.tensor_parallel) if settings.tensor_parallel > 1 else None
     sequence_slice = Mesh.of(settings).sequence_slice(group_timeout(cfg))
     options = {"dtype": setup.dtype, "device": setup.device, "trust_remote_code": trust}
@@ -71,9 +92,10 @@ def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup
     needs = combined(entry.needs for entry in entries)
     opened = open_source(
         SourceRequest(
-            cfg, needs, teacher_dir, run_dir, teacher_dtype(settings.teacher_dtype, setup.dtype), setup.device,
+            cfg, needs, teacher_dir, folders.run, teacher_dtype(settings.teacher_dtype, setup.dtype), setup.device,
             sequence_slice,
             load_split=None if group is None else _split_loader(group, options),
+            student_dir=student_dir, tags=store.tags,
         )
     )  # fmt: skip
     student, slices = _load_student(student_dir, group, setup, options)
@@ -98,19 +120,21 @@ def load(cfg: Config, teacher_dir: Path, student_dir: Path, run_dir: Path, setup
     return Models(source, module, slices, opened.choose_labels)
 
 
-def _check_models(cfg: Config, teacher_dir: Path, student_dir: Path) -> int:
-    """Check from config.json and tokenizer alone that the ranks can share both models; how many tokens there are."""
-    folders, settings = {"teacher": teacher_dir, "student": student_dir}, cfg.distill
-    check_tensor_parallel(settings.tensor_parallel, folders)
-    check_sequence_parallel(settings.sequence_parallel, settings.seq_len, folders)
-    teacher_tokens, student_tokens = (
-        load_tokenizer(folder, cfg.teacher.trust_remote_code).get_vocab() for folder in folders.values()
-    )
-    if student_tokens != teacher_tokens:
-        raise CheckpointError(
-            f"{student_dir}: tokenizer", expected="the teacher's vocabulary", got="another vocabulary"
-        )
-    return max(teacher_tokens.values()) + 1
+def _check_models(cfg: Config, teachers: Mapping[str, Path], student_dir: Path) -> int:
+    """Check from config.json and tokenizer alone that the ranks can share all models; how many tokens there are."""
+    folders, settings = {f"teacher {name}".strip(): folder for name, folder in teachers.items()}, cfg.distill
+    for check_shared in (
+        partial(check_tensor_parallel, settings.tensor_parallel),
+        partial(check_sequence_parallel, settings.sequence_parallel, settings.seq_len),
+    ):
+        check_shared({**folders, "student": student_dir})
+    tokens = load_tokenizer(student_dir, cfg.teacher.trust_remote_code).get_vocab()
+    for name, folder in folders.items():
+        if load_tokenizer(folder, cfg.teacher.trust_remote_code).get_vocab() != tokens:
+            raise CheckpointError(
+                f"{student_dir}: tokenizer", expected=f"the vocabulary of the {name}, {folder}", got="another one"
+            )
+    return max(tokens.values()) + 1
 
 
 def _split_loader(group: Any, options: dict[str, Any]) -> Callable[[Path], tuple[Any, int, VocabShard]]:

@@ -25,7 +25,8 @@ from kdscale.config.telemetry import ProfileConfig, SpikeConfig, TrackingConfig
 from kdscale.data.batches import PackedLoader
 from kdscale.data.token_store import TokenStore
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.engine import Folders, Session, open_session
+from kdscale.distill.engine import Session, open_session
+from kdscale.distill.load_models import Folders
 from kdscale.distill.schedule import seed_step, total_steps
 from kdscale.distill.step import StudentModule, to_device, train_step
 from kdscale.distill.telemetry.clock import Clock

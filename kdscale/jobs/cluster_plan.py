@@ -20,6 +20,7 @@ from kdscale.sizing.job import Job, TeacherPlacement
 from kdscale.sizing.layer_losses import LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.speed import Rates
+from kdscale.teacher.several import teacher_folders
 from kdscale.weights import read_config
 
 
@@ -69,9 +70,15 @@ def plan_cluster(
             f"global_batch {distill.global_batch} is not a multiple of {cluster.ranks} ranks: planned with {batch}"
         )
     needs = distill.needs
+    folders = teacher_folders(config, teacher_dir, config_only=True).values()
+    first, *others = [
+        teacher if folder == teacher_dir else ModelShape.of_config(read_config(folder)) for folder in folders
+    ]
+    if others:
+        notes.append(f"{1 + len(others)} teachers are planned with one teacher_placement, and each sees every token")
     job = Job(
         student,
-        teacher,
+        first,
         seq_len=distill.seq_len,
         ranks=cluster.ranks,
         ranks_per_node=cluster.gpus_per_node,
@@ -83,6 +90,7 @@ def plan_cluster(
         reduce_bucket=distill.zero.reduce_bucket or 500_000_000,
         document_tokens=document_tokens,
         teacher_dtype=distill.teacher_dtype,
+        others=tuple(others),
     )
     if job.teacher_dtype == "float8" and not cluster.gpu.float8:
         raise ConfigError(
@@ -122,7 +130,7 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
         return []
     if not all(entry.reads_head_shards for entry in config.distill.objectives):
         return []
-    most = min(job.student.kv_heads, job.teacher.kv_heads)
+    most = min(model.kv_heads for model in (job.student, *job.teachers))
     return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]
 
 
@@ -137,7 +145,7 @@ def _sequence_sizes(config: Config, job: Job) -> list[int]:
         and job.seq_len % size == 0
         and all(
             m.heads % size == 0 and (m.kv_heads % size == 0 or size % m.kv_heads == 0)
-            for m in (job.student, job.teacher)
+            for m in (job.student, *job.teachers)
         )
     ]
 
@@ -215,7 +223,7 @@ def to_json(plan: ClusterPlan) -> dict[str, Any]:
             "host_memory_bytes": plan.cluster.host_memory,
         },
         "assumed": {"share_of_flops": plan.rates.compute, "share_of_bandwidth": plan.rates.links},
-        "teacher_params": plan.job.teacher.params, "student_params": plan.job.student.params,
+        "teacher_params": plan.job.teacher_params, "student_params": plan.job.student.params,
         "student_from": plan.student_from, "seq_len": plan.job.seq_len,
         "document_tokens": plan.job.row[0], "global_batch": plan.global_batch,
         "tokens": plan.tokens, "notes": plan.notes,

@@ -203,23 +203,26 @@ def _ask_services(config: Config, teacher: Path) -> list[str] | None:
 
     A service that does not answer may be started while the run prunes; one that refuses will still refuse then.
     """
-    served = config.distill.served
-    if config.distill.source.name != "served":
+    services = [(name, one.served) for name, one in config.distill.by_teacher().items() if one.source.name == "served"]
+    if not services:
         return None
     import httpx
 
     from kdscale.teacher.remote import check_services, read_token
+    from kdscale.teacher.several import teacher_folders
     from kdscale.weights import checkpoint_identity
 
-    teacher = distilled_from(RunFolder(Path(config.run_dir)), config, teacher)
-    if not teacher.exists():
-        return ["note", f"the model that it has to serve, {teacher}, is not there yet"]
-    try:
-        token = read_token(served.token_path(Path(config.run_dir)))
-        check_services(served.urls, token, checkpoint_identity(teacher), min(served.timeout, _SERVICE_SECONDS))
-    except KdscaleError as error:
-        silent = isinstance(error.__cause__, httpx.TransportError)
-        return ["note" if silent else "bad", " ".join(str(error).split())]
+    folders = teacher_folders(config, distilled_from(RunFolder(Path(config.run_dir)), config, teacher))
+    for name, served in services:
+        if not folders[name].exists():
+            return ["note", f"the model that it has to serve, {folders[name]}, is not there yet"]
+        try:
+            token = read_token(served.token_path(Path(config.run_dir)))
+            seconds = min(served.timeout, _SERVICE_SECONDS)
+            check_services(served.urls, token, checkpoint_identity(folders[name]), seconds)
+        except KdscaleError as error:
+            silent = isinstance(error.__cause__, httpx.TransportError)
+            return ["note" if silent else "bad", " ".join(str(error).split())]
     return None
 
 

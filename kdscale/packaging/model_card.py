@@ -19,6 +19,7 @@ def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
     losses = [f"{entry.weight:g} × ({entry.formula})" if several else entry.formula for entry in settings.objectives]
     return {
         "teacher": Path(cfg.teacher.path).name,
+        **({"teachers": ", ".join(entry.in_words for entry in settings.teachers)} if settings.teachers else {}),
         "training tokens": step * settings.global_batch * settings.seq_len,
         "optimiser steps": step,
         "sequence length": settings.seq_len,

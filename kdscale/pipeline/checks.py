@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kdscale.config.data import RESPONSES_SOURCE
 from kdscale.config.root import Config
 from kdscale.distill.telemetry.trackers import check_trackers
-from kdscale.errors import ConfigError, FileError, KdscaleError, RunFolderError, raise_together
+from kdscale.errors import CheckpointError, ConfigError, FileError, KdscaleError, RunFolderError, raise_together
 from kdscale.models.loading import open_teacher
 from kdscale.pipeline.spawn import PLACE_VARIABLE, ranks_of
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path
@@ -49,6 +49,7 @@ def check_before_work(
     teacher: Path | None = attempt(errors, check_teacher, config, reporter)
     plans: list[Plan] = []
     if teacher is not None:
+        attempt(errors, check_teachers, config, teacher)
         attempt(errors, check_lengths, config, teacher, reporter)
         # an impossible budget is noticed before anything is made
         plans = attempt(errors, plan_shapes, config, teacher) or []
@@ -92,6 +93,29 @@ def check_teacher(config: Config, reporter: Reporter | None = None) -> Path:
         reporter.say(f"  note: {fit.notice}")
     sidecar_names(folder, config.teacher.trust_remote_code)
     return folder
+
+
+def check_teachers(config: Config, teacher: Path) -> None:
+    """Raises ConfigError for a teacher of distill.teachers that is not there, CheckpointError for one of another
+    vocabulary than the run's `teacher`, whose students share its own."""
+    from kdscale.teacher.several import teacher_folders
+
+    for name, folder in teacher_folders(config, teacher).items():
+        if folder == teacher:
+            continue
+        open_teacher(folder)
+        if _vocabulary(folder) != _vocabulary(teacher):
+            raise CheckpointError(
+                f"distill.teachers ({name}): tokenizer of {folder}",
+                expected=f"the vocabulary of {teacher}", got="another one",
+                hint="all teachers and the student must have the same tokens",
+            )  # fmt: skip
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab())
 
 
 def check_sources(config: Config) -> None:
@@ -215,10 +239,12 @@ def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) ->
         check_tensor_dims,
         check_tensor_parallel,
     )
+    from kdscale.teacher.several import teacher_folders
 
     distill = config.distill
-    check_tensor_parallel(distill.tensor_parallel, {"teacher": teacher})
-    check_sequence_parallel(distill.sequence_parallel, distill.seq_len, {"teacher": teacher})
+    teachers = {f"teacher {name}".strip(): folder for name, folder in teacher_folders(config, teacher).items()}
+    check_tensor_parallel(distill.tensor_parallel, teachers)
+    check_sequence_parallel(distill.sequence_parallel, distill.seq_len, teachers)
     for plan in plans:
         check_tensor_dims(distill.tensor_parallel, "student", plan.student.dims())
         check_sequence_dims(distill.sequence_parallel, "student", plan.student.dims())

@@ -35,10 +35,11 @@ def write_own_shards(
     """Write every `context.ranks`-th shard of the store in `folder`, from this rank's first on, unless it is there."""
     config, header = context.config, read_header(folder)
     dtype = agreed_dtype(config.distill.dtype, device)
-    distill = config.distill.model_copy(update={"teacher_placement": settings.teacher_placement})
+    distill = config.distill.model_copy(update={"teacher_placement": settings.teacher_placement, "teachers": ()})
     request = SourceRequest(
         config.model_copy(update={"distill": distill}), settings.codec.asks, context.model_to_learn_from,
         context.run.path, dtype, device, SequenceSlice(), load_split=None,
+        student_dir=context.run.pruned, tags=(),
     )  # fmt: skip
     source = open_source(request).start(header.vocab_size)
     choose: Callable[[MicroBatch], MicroBatch] | None = None

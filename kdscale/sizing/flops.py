@@ -8,7 +8,7 @@ within a document, causal, in its window. `kdscale plan-cluster` and the trainin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,14 @@ class ModelFlops:
         """Two per weight of each product, and 4·A a pair and layer for QKᵀ and AV."""
         per_pair = tuple((window, 4.0 * shape.attention * layers) for window, layers in shape.windows)
         return cls(2.0 * (shape.products - shape.head), 2.0 * shape.head, per_pair)
+
+    @classmethod
+    def together(cls, models: Sequence[ModelFlops]) -> ModelFlops | None:
+        """Of several models that all see the same tokens; None of none."""
+        if not models:
+            return None
+        pairs = tuple(pair for model in models for pair in model.per_pair)
+        return cls(sum(model.per_token for model in models), sum(model.per_label for model in models), pairs)
 
     def forward(self, tokens: float, labels: float, documents: Iterable[int]) -> float:
         """Of `tokens` in documents of these lengths, of which `labels` have a label."""

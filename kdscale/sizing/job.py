@@ -31,10 +31,21 @@ class Job:
     device: Device = "cuda"
     document_tokens: int | None = None  # of each document; None: one a row
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"  # auto: the student's
+    others: tuple[ModelShape, ...] = ()  # further teachers, placed as the first and asked after it
+
+    @property
+    def teachers(self) -> tuple[ModelShape, ...]:
+        """All of them."""
+        return (self.teacher, *self.others)
+
+    @property
+    def teacher_params(self) -> int:
+        """Of all of them."""
+        return sum(teacher.params for teacher in self.teachers)
 
     @property
     def teacher_bytes(self) -> int:
-        """Of one of the teacher's weights; in float8 of those that are not."""
+        """Of one of a teacher's weights; in float8 of those that are not."""
         return {"float32": 4, "bfloat16": 2}.get(self.teacher_dtype, self.item_bytes)
 
     @property

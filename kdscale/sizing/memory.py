@@ -42,7 +42,9 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
     always = bucket if setting.stage == 3 else 0.0
     moments = {
         "teacher's forward": {
-            "activations": forward_bytes(job, job.teacher, setting) if setting.runs_teacher else 0.0,
+            "activations": max(forward_bytes(job, teacher, setting) for teacher in job.teachers)
+            if setting.runs_teacher
+            else 0.0,
             "gathered weights": _teacher_gathered(job, setting),
             "loss": _teacher_loss_bytes(job, setting) if setting.runs_teacher else 0.0,
             "gradients": standing,
@@ -95,7 +97,7 @@ def host_bytes(job: Job, setting: Setting) -> float:
     if setting.offload_parameters:
         out += params * job.item_bytes
     if setting.placement == "offloaded":
-        out += job.teacher_bytes * job.teacher.params / job.ranks_per_node
+        out += job.teacher_bytes * job.teacher_params / job.ranks_per_node
     return out
 
 
@@ -122,17 +124,21 @@ def _states(job: Job, setting: Setting) -> float:
 
 def _teacher_weights(job: Job, setting: Setting) -> float:
     """b·P on every rank, or b·P/W; nothing where it is in host memory or elsewhere. In float8 a linear weight has 1."""
-    weights = float(job.teacher_bytes * job.teacher.params)
+    weights = float(job.teacher_bytes * job.teacher_params)
     if job.teacher_dtype == "float8":
-        weights -= (job.teacher_bytes - 1) * job.teacher.linears
+        weights -= (job.teacher_bytes - 1) * sum(teacher.linears for teacher in job.teachers)
     return {"replicated": weights, "partitioned": weights / job.ranks}.get(setting.placement, 0.0)
 
 
 def _validation(job: Job) -> float:
-    """Targets of the held-out text, kept on the device: ids, logits, log-sum-exp (read in distill/validate.py)."""
-    tokens = job.validate_tokens / job.ranks
-    of_head = job.teacher.hidden * job.item_bytes if job.top_k is None else job.top_k * 12 + 4
-    return tokens * (of_head + job.layer_losses.teacher_bytes(job.teacher, job.item_bytes))
+    """Targets of the held-out text, kept on the device (read in distill/validate.py)."""
+    return job.validate_tokens / job.ranks * sum(_target_bytes(job, teacher) for teacher in job.teachers)
+
+
+def _target_bytes(job: Job, teacher: ModelShape) -> float:
+    """Of a token's targets from one teacher: ids, logits, log-sum-exp, or what enters the head; and rows of layers."""
+    of_head = teacher.hidden * job.item_bytes if job.top_k is None else job.top_k * 12 + 4
+    return of_head + job.layer_losses.teacher_bytes(teacher, job.item_bytes)
 
 
 # -- gradients and buckets ---------------------------------------------------------------------------------------------
@@ -221,7 +227,7 @@ def _teacher_gathered(job: Job, setting: Setting) -> float:
     """Two layers, one in use while the next is fetched, and the head (read in teacher/placement/weight_stores.py)."""
     if setting.placement not in ("partitioned", "offloaded"):
         return 0.0
-    return float(job.teacher_bytes * (2 * job.teacher.layer + job.teacher.head))
+    return float(job.teacher_bytes * max(2 * teacher.layer + teacher.head for teacher in job.teachers))
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -314,7 +320,11 @@ def loss_chunk(job: Job, rows: int) -> tuple[float, bool]:
 
 def _teacher_head_bytes(job: Job, setting: Setting) -> float:
     """linear_topk_lse: a chunk of logits, on a CPU an fp32 copy of the head, and the targets."""
-    rows, model = setting.rows(job), job.teacher
+    return max(_head_bytes(job, setting, teacher) for teacher in job.teachers)
+
+
+def _head_bytes(job: Job, setting: Setting, model: ModelShape) -> float:
+    rows = setting.rows(job)
     hidden = job.item_bytes * rows * model.hidden
     if job.top_k is None:
         return float(hidden)

@@ -23,6 +23,7 @@ def job_of_tensor_rank(job: Job, size: int) -> Job:
         job,
         student=_largest_slice(job.student, size),
         teacher=_largest_slice(job.teacher, size),
+        others=tuple(_largest_slice(shape, size) for shape in job.others),
         ranks=job.ranks // size,
         ranks_per_node=max(1, job.ranks_per_node // size),
     )
@@ -56,9 +57,9 @@ def tensor_parallel_seconds(job: Job, setting: Setting, cluster: GpuCluster) -> 
         return 0.0
     tokens = setting.micro_batch * setting.accumulation * job.seq_len
     student = job.student.layers * (2 * (2 if setting.checkpointing else 1) + 3 + (2 if job.student.gated else 1)) + 2
-    all_reduces = student + 2 * job.teacher.layers + 1
+    all_reduces = student + 2 * sum(teacher.layers for teacher in job.teachers) + 1
     group = replace(cluster, nodes=1, gpus_per_node=setting.tensor)
-    hidden_bytes = job.item_bytes * tokens * max(job.student.hidden, job.teacher.hidden)
+    hidden_bytes = job.item_bytes * tokens * max(model.hidden for model in (job.student, *job.teachers))
     return 2 * all_reduces * group.collective(hidden_bytes)
 
 
@@ -74,7 +75,7 @@ def sequence_parallel_seconds(job: Job, setting: Setting, cluster: GpuCluster) -
     times = 3 if setting.checkpointing else 2
     numbers = times * _exchanged_numbers(job.student, setting.sequence)
     if setting.runs_teacher:
-        numbers += _exchanged_numbers(job.teacher, setting.sequence)
+        numbers += sum(_exchanged_numbers(teacher, setting.sequence) for teacher in job.teachers)
     group = replace(cluster, nodes=1, gpus_per_node=setting.sequence)
     return group.collective(job.item_bytes * setting.rows(job) * setting.accumulation * numbers)
 

@@ -48,7 +48,7 @@ class StepEstimate:
 def estimate_step(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> StepEstimate:
     """The time of one step and what follows from it. The loss's three products are counted with the student's head."""
     waiting = tensor_parallel_seconds(job, setting, cluster) + sequence_parallel_seconds(job, setting, cluster)
-    student, teacher = (ModelFlops.of_shape(shape) for shape in (job.student, job.teacher))
+    student, teacher = ModelFlops.of_shape(job.student), _teachers(job)
     seconds = _seconds(job_of_tensor_rank(job, setting.tensor), setting, cluster, rates, waiting / rates.links)
     step = sum(seconds.values())
     tokens = setting.rows(job) * setting.accumulation * job.ranks // setting.tensor  # of a whole step
@@ -60,17 +60,24 @@ def estimate_step(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates)
     return StepEstimate(seconds, rate, mfu(flops, step, cluster.gpu.flops * job.ranks), teacher_rate)
 
 
+def _teachers(job: Job) -> ModelFlops:
+    """Of all teachers together, each of which sees all tokens."""
+    teachers = ModelFlops.together([ModelFlops.of_shape(shape) for shape in job.teachers])
+    assert teachers is not None
+    return teachers
+
+
 def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, waiting: float) -> dict[str, float]:
     """Seconds of a step by component, of the job as one rank sees it; `waiting` for the ranks it shares with."""
     rows = setting.rows(job)
     tokens = rows * setting.accumulation
     peak = cluster.gpu.flops * rates.compute * rows / (rows + _HALF_AT_TOKENS)
-    student, teacher = (ModelFlops.of_shape(shape).of_a_token(job.row) for shape in (job.student, job.teacher))
+    student, teacher = (model.of_a_token(job.row) for model in (ModelFlops.of_shape(job.student), _teachers(job)))
     losses = job.layer_losses.flops(job.student, job.teacher).of_a_token(job.row)
     recomputed = student - 2.0 * job.student.head if setting.checkpointing else 0.0
     hidden, exposed = _student_transfers(job, setting, cluster, rates)
     if job.teacher_dtype == "float8":  # as much less time as the peaks differ: assumed
-        teacher -= 2.0 * job.teacher.linears * (1 - 1 / cluster.gpu.float8)
+        teacher -= 2.0 * sum(shape.linears for shape in job.teachers) * (1 - 1 / cluster.gpu.float8)
     teacher_seconds = max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates))
     return {
         "teacher": teacher_seconds if setting.runs_teacher else 0.0,
@@ -103,7 +110,7 @@ def _student_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: R
 
 def _teacher_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> float:
     """Seconds to fetch the teacher for every forward: from all ranks, or from the host's memory to each GPU."""
-    weights = job.teacher_bytes * job.teacher.params * setting.accumulation
+    weights = job.teacher_bytes * job.teacher_params * setting.accumulation
     if setting.placement == "partitioned":
         return cluster.collective(weights) / rates.links if job.ranks > 1 else 0.0
     return weights / cluster.gpu.pcie if setting.placement == "offloaded" else 0.0

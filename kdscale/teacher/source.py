@@ -8,7 +8,7 @@ B sequences, S positions, N rows (flat positions with a label).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from kdscale.config.root import Config
 from kdscale.models.documents import Documents
 from kdscale.models.head import VocabShard
 from kdscale.models.sequence_parallel import SequenceSlice
-from kdscale.teacher.targets import Targets
+from kdscale.teacher.targets import Targets, rows_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class MicroBatch:
         """N, without waiting for the device."""
         return self.rows_N.numel()
 
+    def part(self, index_M: torch.Tensor) -> MicroBatch:
+        """The same sequences with only some of the rows; their numbers `index_M` are on the CPU."""
+        rows_M, labels_M = (rows_of(tensor, index_M) for tensor in (self.rows_N, self.labels_N))
+        tags_M = None if self.tags_N is None else self.tags_N[index_M]
+        return replace(self, rows_N=rows_M, labels_N=labels_M, tags_N=tags_M)
+
 
 class TargetSource(Protocol):
     """What the training asks of a source of targets."""
@@ -70,7 +76,7 @@ class SourceRequest:
     """What a source is opened with.
 
     `load_split` loads a model in parts, one for each tensor-parallel rank, and returns (model, rows of the whole head,
-    this rank's part of the head); None when ranks do not share layers.
+    this rank's part of the head); None when ranks do not share layers. `tags` are the token store's, in its order.
     """
 
     cfg: Config
@@ -81,6 +87,8 @@ class SourceRequest:
     device: torch.device
     sequence_slice: SequenceSlice
     load_split: Callable[[Path], tuple[Any, int, VocabShard]] | None
+    student_dir: Path
+    tags: tuple[str, ...]
 
 
 LabelChoice = Callable[[torch.Tensor, Sequence[tuple[str, int]]], torch.Tensor]

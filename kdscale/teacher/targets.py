@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -72,7 +73,8 @@ class Targets:
     """The parts of the targets of `rows` rows that were asked for; what was not is None or empty.
 
     `hidden_NG` has the hidden states of the rows after a teacher's layer (EMBEDDINGS: those that enter layer 0),
-    `attention` what the attention of a layer reads of all positions, by layer.
+    `attention` what the attention of a layer reads of all positions, by layer. With several `teachers` there are no
+    other parts.
     """
 
     rows: int
@@ -81,15 +83,15 @@ class Targets:
     full: FullTargets | None = None
     hidden_NG: Mapping[int, torch.Tensor] = field(default_factory=dict)
     attention: Mapping[int, AttentionRows] = field(default_factory=dict)
+    teachers: tuple[TeacherPart, ...] = ()
 
-    def part(self, rows: slice) -> Targets:
-        """The targets of some of the rows, without those of single layers."""
-        top, sampled, full = self.top_k, self.sampled, self.full
+    def part(self, rows: slice | torch.Tensor) -> Targets:
+        """The targets of some of the rows, a slice or numbers on the CPU; without those of single layers."""
         return Targets(
-            rows=len(range(self.rows)[rows]),
-            top_k=top and replace(top, ids_NK=top.ids_NK[rows], logits_NK=top.logits_NK[rows], lse_N=top.lse_N[rows]),
-            sampled=sampled and replace(sampled, ids_NK=sampled.ids_NK[rows], weights_NK=sampled.weights_NK[rows]),
-            full=full and replace(full, hidden_NG=full.hidden_NG[rows]),
+            rows=len(range(self.rows)[rows]) if isinstance(rows, slice) else len(rows),
+            top_k=self.top_k and _of_rows(self.top_k, rows),
+            sampled=self.sampled and _of_rows(self.sampled, rows),
+            full=self.full and _of_rows(self.full, rows),
         )
 
     def probe(self) -> torch.Tensor:
@@ -99,8 +101,35 @@ class Targets:
         parts += [self.full.hidden_NG] if self.full is not None else []
         parts += self.hidden_NG.values()
         parts += [part for rows in self.attention.values() for part in (rows.query_TAD, rows.key_TGD, rows.value_TGD)]
-        sums = [part.sum(dtype=torch.float32) for part in parts]
+        sums = [part.sum(dtype=torch.float32) for part in parts] + [part.targets.probe() for part in self.teachers]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else torch.zeros(())
+
+
+@dataclass(frozen=True)
+class TeacherPart:
+    """What one of several teachers says of some rows (their numbers, on the CPU; None: all), and its share in them."""
+
+    share: float
+    rows_M: torch.Tensor | None
+    targets: Targets
+
+
+def rows_of(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+    """Some rows of a tensor on any device: a slice, or numbers on the CPU; without waiting for the device."""
+    if isinstance(rows, slice):
+        return tensor[rows]
+    return tensor.index_select(0, rows.to(tensor.device, non_blocking=True))
+
+
+SomeTargets = TypeVar("SomeTargets", TopKTargets, SampledTargets, FullTargets)
+
+
+def _of_rows(targets: SomeTargets, rows: slice | torch.Tensor) -> SomeTargets:
+    """Those of some of the rows; all of its tensors have a row for each."""
+    of_rows: dict[str, Any] = {
+        name: rows_of(value, rows) for name, value in vars(targets).items() if isinstance(value, torch.Tensor)
+    }
+    return replace(targets, **of_rows)
 
 
 def shared_vocabulary(teacher_rows: int | None, student_rows: int, tokenizer_size: int, student_dir: str) -> int:

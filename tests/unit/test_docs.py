@@ -11,6 +11,7 @@ import pytest
 
 import kdscale_kernels
 from kdscale.config.distill.targets import placements
+from kdscale.config.distill.teachers import SourceSettings
 from kdscale.families.schema import COMPONENT_OF, FamilyData
 from kdscale.runs import folder
 
@@ -43,6 +44,9 @@ def test_every_config_field_is_documented_and_every_documented_field_exists() ->
     assert len(listed) == len(set(listed))
     # the fields of other lists of sources are those of a source
     known = {re.sub(r"\b(heldout|leak)_sources\.", "sources.", name) for name in generate.config_fields()}
+    # and where the targets of one of several teachers come from is said as for the run's own
+    for field in SourceSettings.model_fields:
+        known = {name.replace(f"distill.teachers.{field}", f"distill.{field}") for name in known}
     assert known ^ set(listed) == set()
 
 

@@ -55,6 +55,11 @@ class TokenDivergenceConfig(ObjectiveConfig):
         return self
 
     @property
+    def adds_up(self) -> bool:
+        """Σ w·KL(p_i ‖ q) is KL(Σ w·p_i ‖ q) plus what does not depend on the student."""
+        return self.divergence == "forward_kl"
+
+    @property
     def needs(self) -> Needs:
         """The teacher's top K or tokens sampled at this temperature, or its whole distribution."""
         if self.targets == "full":

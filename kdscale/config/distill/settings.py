@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
-from kdscale.config.distill.targets import TEXT_ALONE, Needs, ServedConfig, Source, check_source, combined, source_of
+from kdscale.config.distill.targets import SEVERAL, TEXT_ALONE, Needs, Source, check_source, combined, source_of
+from kdscale.config.distill.teachers import SourceSettings, TeacherEntry, check_teachers
 from kdscale.config.distill.zero import ZeroConfig
-from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import MOST, Count, Dtype, Few, Length, Seconds, Section
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 
@@ -41,17 +41,15 @@ class GuardConfig(Section):
     max_skipped_in_a_row: Few = 5
 
 
-class DistillConfig(Section):
+class DistillConfig(SourceSettings):
     """How the student is trained, on how many processes, and what is kept of it."""
 
     # with steps: whose distribution this student learns, the teacher of the whole run or the step's own, larger model
     teacher: Literal["original", "previous"] = "original"
-    # chooses the source of targets (config.distill.targets.SOURCES) and where it keeps the teacher's weights
-    teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
-    # of a teacher in the ranks; auto: the student's; float8: its layers multiply in 8 bits, see teacher.placement
+    # several teachers in place of the one; empty: the run's own
+    teachers: tuple[TeacherEntry, ...] = Field(strict=False, max_length=64, default=())
+    # of teachers in the ranks; auto: the student's; float8: its layers multiply in 8 bits, see teacher.placement
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
-    served: ServedConfig = ServedConfig()
-    endpoint: EndpointConfig = EndpointConfig()  # for teacher_placement: endpoint
     tokens: Count = 1_000_000
     seq_len: Length = 512
     shorter_first: tuple[ShorterPhase, ...] = Field(strict=False, max_length=16, default=())  # then seq_len
@@ -137,15 +135,33 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _objectives_get_their_targets(self) -> DistillConfig:
         check_objectives(self.objectives)
+        check_teachers(self.teachers, self.objectives)
+        for name, settings in self.by_teacher().items():
+            try:
+                settings._source_gives_them()
+            except ValueError as error:
+                raise ValueError(f"teachers ({name}): {error}" if self.teachers else str(error)) from error
+        return self
+
+    def _source_gives_them(self) -> None:
         check_source(self.teacher_placement, self.needs)
         if self.source.name == "served" and not self.served.urls:
             raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
         if self.source.name == "endpoint" and (missing := self.endpoint.missing()):
             raise ValueError(f"teacher_placement: endpoint needs endpoint.{' and endpoint.'.join(missing)}")
-        return self
+
+    def by_teacher(self) -> dict[str, DistillConfig]:
+        """These settings as the source of each teacher has them, by its name; of the run's own alone, under ""."""
+        fields = list(SourceSettings.model_fields)
+        return {
+            entry.name: self.model_copy(update={"teachers": (), **{field: getattr(entry, field) for field in fields}})
+            for entry in self.teachers
+        } or {"": self}
 
     @model_validator(mode="after")
     def _teacher_has_its_dtype(self) -> DistillConfig:
+        if self.teacher_dtype == "float8" and self.teachers:
+            raise ValueError("teacher_dtype (float8) is for the run's own teacher, not for several: use bfloat16")
         if self.teacher_dtype != "auto" and not self.source.in_process:
             raise ValueError(
                 f"teacher_dtype ({self.teacher_dtype}) is for a teacher in the ranks, not for {self.source.name} "
@@ -166,7 +182,10 @@ class DistillConfig(Section):
                 ("objectives on the teacher's whole vocabulary (targets: full)", self.needs.full),
                 *((f"the objective {entry.name}", not entry.reads_head_shards) for entry in self.objectives),
                 ("objectives on sampled tokens (targets: sampled) of a teacher in the ranks", self._draws_from_shards),
-                (f"teacher_placement: {self.teacher_placement}", not self.source.same_on_all_ranks),
+                *(
+                    (f"teacher_placement: {one.teacher_placement}", not one.source.same_on_all_ranks)
+                    for one in self.by_teacher().values()
+                ),
                 ("zero.hpz_partition_size above 1", self.zero.hpz_partition_size > 1),
                 ("zero.quantized_weights", self.zero.quantized_weights),
                 ("zero.quantized_gradients", self.zero.quantized_gradients),
@@ -198,17 +217,22 @@ class DistillConfig(Section):
     @property
     def _draws_from_shards(self) -> bool:
         """Whether tokens would have to be drawn from a distribution that no rank has whole."""
-        return self.source.in_process and self.needs.sampled > 0
+        return self.needs.sampled > 0 and any(one.source.in_process for one in self.by_teacher().values())
 
     @property
     def source(self) -> Source:
         """Where the targets come from."""
-        return TEXT_ALONE if self.needs.nothing else source_of(self.teacher_placement)
+        if self.needs.nothing:
+            return TEXT_ALONE
+        return SEVERAL if self.teachers else source_of(self.teacher_placement)
 
     @property
     def source_timeout(self) -> float | None:
         """Seconds that targets from elsewhere may take; None where they are made in the training's own processes."""
-        return {"served": self.served.timeout, "endpoint": self.endpoint.timeout}.get(self.source.name)
+        timeouts = {"served": self.served.timeout, "endpoint": self.endpoint.timeout}
+        if self.source is SEVERAL:
+            return max((one.source_timeout or 0.0 for one in self.by_teacher().values()), default=0.0) or None
+        return timeouts.get(self.source.name)
 
     @property
     def data_parallel(self) -> int:
@@ -218,10 +242,12 @@ class DistillConfig(Section):
     def decisive(self) -> dict[str, Any]:
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
         decisive = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
-        return {**decisive, "zero": {key: getattr(self.zero, key) for key in DECISIVE_ZERO}}
+        teachers = [entry.model_dump(mode="json", include=DECISIVE_OF_TEACHER) for entry in self.teachers]
+        return {**decisive, "teachers": teachers, "zero": {key: getattr(self.zero, key) for key in DECISIVE_ZERO}}
 
 
 DECISIVE_ZERO = ("gradient_dtype", "quantized_weights", "quantized_gradients")  # of distill.zero: they change values
+DECISIVE_OF_TEACHER = {"name", "weight", "tags"}  # which model it is, its files say
 
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {

@@ -163,11 +163,13 @@ SOURCES: dict[str, Source] = {
             open="kdscale.teacher.store.cached:open_cached",
             in_process=False,
         ),
+        # several teachers, each from a source of its own: where distill.teachers has any
+        Source(name="several", gives=Needs(), placements=(), open="kdscale.teacher.several:open_several"),
         # no teacher at all: the source where the objectives need none, whatever teacher_placement says
         Source(name="text", gives=Needs(), placements=(), open="kdscale.teacher.source:open_text", in_process=False),
     )
 }
-TEXT_ALONE = SOURCES["text"]
+SEVERAL, TEXT_ALONE = SOURCES["several"], SOURCES["text"]
 
 
 def placements() -> list[str]:

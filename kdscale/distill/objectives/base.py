@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from kdscale.config.distill.schedules import at
 from kdscale.models.attention import AttentionRows
 from kdscale.models.head import OutputHead, VocabShard
 from kdscale.teacher.source import MicroBatch
-from kdscale.teacher.targets import Targets
+from kdscale.teacher.targets import Targets, rows_of
 
 COUNTS = ("tokens", "sequences")  # what a loss can be a mean over
 
@@ -40,6 +41,11 @@ class StudentOutput:
     layers_NH: Mapping[int, torch.Tensor] = field(default_factory=dict)
     attention: Mapping[int, AttentionRows] = field(default_factory=dict)
 
+    def part(self, index_M: torch.Tensor) -> StudentOutput:
+        """The output of some of the rows, whose numbers are on the CPU; no objective on single layers asks for it."""
+        assert not self.layers_NH and not self.attention
+        return replace(self, hidden_NH=rows_of(self.hidden_NH, index_M))
+
 
 class Objective(Protocol):
     """One loss; made from its entry in distill.objectives, which has its name, needs, terms and count.
@@ -55,6 +61,24 @@ class Objective(Protocol):
 
         Nothing is divided here: step.py divides once, by the count of the global batch. N is at least 1.
         """
+
+
+def over_teachers(
+    objective: Objective, student: StudentOutput, targets: Targets, batch: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective's loss and terms; with several teachers their sums, each teacher's on its rows and by its share.
+
+    For losses that add up (ObjectiveConfig.adds_up) and for rows of one teacher this is the loss to their mixture.
+    """
+    if not targets.teachers:
+        return objective(student, targets, batch)
+    parts = []
+    for part in targets.teachers:
+        rows_M = part.rows_M
+        of_student, of_batch = (student, batch) if rows_M is None else (student.part(rows_M), batch.part(rows_M))
+        loss, terms = objective(of_student, part.targets, of_batch)
+        parts.append((loss * part.share, terms * part.share))
+    return torch.stack([loss for loss, _ in parts]).sum(), torch.stack([terms for _, terms in parts]).sum(0)
 
 
 class Objectives:
@@ -92,8 +116,9 @@ class Objectives:
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """(each objective's summed loss, all figures [F], fp32, detached)."""
         losses, figures = [], []
-        for objective in self._objectives:
-            loss, terms = objective(student, targets, batch)
+        for entry, objective in zip(self.entries, self._objectives, strict=True):
+            compute = objective if entry.needs.nothing else partial(over_teachers, objective)
+            loss, terms = compute(student, targets, batch)
             losses.append(loss)
             figures += [loss.detach().float().reshape(1), terms]
         return tuple(losses), torch.cat(figures)

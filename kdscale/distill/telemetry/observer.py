@@ -28,6 +28,7 @@ from kdscale.runtime.ranks import is_main, rank, world_size
 from kdscale.sizing.flops import ModelFlops, mfu, step_flops
 from kdscale.sizing.layer_losses import LayerLosses
 from kdscale.sizing.model_shape import ModelShape
+from kdscale.teacher.several import teacher_folders
 from kdscale.weights import read_config
 
 COMMUNICATION = "communication"  # a phase that lies within the others
@@ -223,14 +224,18 @@ def make_observer(
     """
     settings, logs = cfg.distill, run_dir / "logs"
     peak = peak_flops(settings.peak_flops, device, dtype)
-    student = ModelShape.of_config(read_config(student_dir))
-    teacher = ModelShape.of_config(read_config(teacher_dir)) if settings.source.in_process else None
+    student, folders = ModelShape.of_config(read_config(student_dir)), teacher_folders(cfg, teacher_dir)
+    teachers = [
+        ModelShape.of_config(read_config(folders[name]))
+        for name, one in settings.by_teacher().items()
+        if one.source.in_process
+    ]
     work = StepWork(
         tokens=settings.global_batch * settings.seq_len,
-        teacher=None if teacher is None else ModelFlops.of_shape(teacher),
+        teacher=ModelFlops.together([ModelFlops.of_shape(shape) for shape in teachers]),
         student=ModelFlops.of_shape(student),
         peak=None if peak is None else peak * world_size(),
-        losses=None if teacher is None else LayerLosses.of(settings.objectives, student).flops(student, teacher),
+        losses=LayerLosses.of(settings.objectives, student).flops(student, teachers[0]) if teachers else None,
     )
     records, at_start = None, {}
     if is_main():

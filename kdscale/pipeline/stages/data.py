@@ -85,6 +85,15 @@ def blend_notices(split: TokenSplit, tokens: int) -> list[str]:
     return lines
 
 
+def check_text(config: Config, run: RunFolder) -> None:
+    """Raises DataError for too little text, ConfigError for a source of text without a teacher."""
+    from kdscale.data.token_store import TokenStore
+    from kdscale.teacher.several import check_tags
+
+    check_enough_text(config, run)
+    check_tags(config.distill.teachers, TokenStore.open(run.data).tags_in_use)
+
+
 def check_enough_text(config: Config, run: RunFolder) -> None:
     """Raises DataError when the tokenised text is too short for what the stages after `data` read of it."""
     from kdscale.data.packing import epoch_tokens

@@ -10,7 +10,8 @@ from kdscale.config.root import Config
 from kdscale.files import read_own_json
 from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
-from kdscale.runs.folder import KERNELS, RunFolder
+from kdscale.runs.digests import digest_tree
+from kdscale.runs.folder import KERNELS, WEIGHTS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.versions import check_deepspeed
 
@@ -19,8 +20,13 @@ _STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 12
 
 
 def what_distillation_depends_on(context: StageContext) -> Facts:
-    """The settings that the student's values depend on."""
-    return {"distill": context.config.decisive_for_student()}
+    """The settings that the student's values depend on, and the weights of teachers beside the run's."""
+    from kdscale.teacher.several import teacher_folders
+
+    own = context.model_to_learn_from
+    others = {name: folder for name, folder in teacher_folders(context.config, own).items() if folder != own}
+    teachers = {"teachers": {name: digest_tree(folder, WEIGHTS) for name, folder in others.items()}} if others else {}
+    return {"distill": context.config.decisive_for_student(), **teachers}
 
 
 def disk_bytes(context: StageContext, student_params: int) -> int:
@@ -33,12 +39,13 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
 
 def check_token(config: Config, run: RunFolder) -> None:
     """Raises ConfigError when targets come from a service and there is no token or key to ask it with."""
-    if config.distill.source.name == "endpoint":
-        config.distill.endpoint.key("distill.endpoint")
-    if config.distill.source.name == "served":
-        from kdscale.teacher.remote import read_token
+    for settings in config.distill.by_teacher().values():
+        if settings.source.name == "endpoint":
+            settings.endpoint.key("distill.endpoint")
+        if settings.source.name == "served":
+            from kdscale.teacher.remote import read_token
 
-        read_token(config.distill.served.token_path(run.path))
+            read_token(settings.served.token_path(run.path))
 
 
 def check_before(config: Config, run: RunFolder) -> None:

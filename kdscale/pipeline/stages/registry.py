@@ -43,7 +43,7 @@ STAGES: dict[str, Stage] = {
                 "data.leaks", "data.leak_tokens", "data.leak_sources",
             ),
             model="teacher", model_files=("config.json", *folder.TOKENIZER),
-            reads=(folder.KEPT_RESPONSES,), writes=(folder.DATA,), check_after=data.check_enough_text,
+            reads=(folder.KEPT_RESPONSES,), writes=(folder.DATA,), check_after=data.check_text,
         ),
         Stage(
             name="correct", title="correct the teacher",

@@ -10,7 +10,7 @@ import torch
 
 from kdscale.data.batches import PackedLoader
 from kdscale.data.token_store import TokenStore
-from kdscale.distill.engine import Folders
+from kdscale.distill.load_models import Folders
 from kdscale.distill.objectives.token_divergence import TokenDivergence
 from kdscale.distill.replay import replay
 from kdscale.distill.telemetry.clock import PHASES

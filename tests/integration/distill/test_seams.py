@@ -15,7 +15,7 @@ from kdscale.config.distill.targets import Needs, Source
 from kdscale.data.batches import PackedLoader
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
-from kdscale.distill.engine import Folders
+from kdscale.distill.load_models import Folders
 from kdscale.distill.objectives.base import StudentOutput
 from kdscale.distill.replay import replay
 from kdscale.errors import ConfigError

@@ -205,8 +205,9 @@ def request(server: FakeEndpoint, teacher_dir: Path, **endpoint: Any) -> SourceR
     )  # fmt: skip
     cpu = torch.device("cpu")
     return SourceRequest(
-        config, Needs(top_k=TOP_K), teacher_dir, Path("r"), torch.float32, cpu, SequenceSlice(), load_split=None
-    )
+        config, Needs(top_k=TOP_K), teacher_dir, Path("r"), torch.float32, cpu, SequenceSlice(), load_split=None,
+        student_dir=teacher_dir, tags=(),
+    )  # fmt: skip
 
 
 def test_before_any_training_the_server_scores_a_text_in_the_runs_own_tokens(

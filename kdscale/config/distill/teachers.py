@@ -1,0 +1,70 @@
+"""`distill.teachers`: several teachers, mixed by weight or chosen by the source of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from kdscale.config.distill.objective import ObjectiveConfig
+from kdscale.config.distill.targets import ServedConfig, source_of
+from kdscale.config.endpoint import EndpointConfig
+from kdscale.config.fields import Name, Section
+
+
+class SourceSettings(Section):
+    """Where a teacher's targets come from: of the run's own teacher in `distill`, of each of several in `teachers`."""
+
+    # chooses the source of targets (config.distill.targets.SOURCES) and where it keeps the teacher's weights
+    teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
+    served: ServedConfig = ServedConfig()
+    endpoint: EndpointConfig = EndpointConfig()  # for teacher_placement: endpoint
+
+
+class TeacherEntry(SourceSettings):
+    """One of several teachers.
+
+    A teacher with tags teaches the documents of the sources with these tags; one without teaches those of all sources
+    that no other teacher names. Where several teach the same documents, their weights count in proportion.
+    """
+
+    name: Name
+    path: str | None = Field(default=None, min_length=1)  # None: the run's own teacher
+    revision: str | None = None  # only for a hub id
+    weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
+    tags: tuple[str, ...] = Field(strict=False, default=())
+
+    @property
+    def in_words(self) -> str:
+        """`coder (weight 2, for code, tests)`, for the model card and the report."""
+        return f"{self.name} (weight {self.weight:g}" + (f", for {', '.join(self.tags)})" if self.tags else ")")
+
+
+def shares(teachers: Sequence[TeacherEntry], tag: str) -> dict[str, float]:
+    """What each teacher, by name, counts for documents of sources with this tag; sums to 1, or empty without any."""
+    named = [entry for entry in teachers if tag in entry.tags] or [entry for entry in teachers if not entry.tags]
+    total = sum(entry.weight for entry in named)
+    return {entry.name: entry.weight / total for entry in named}
+
+
+def most_at_once(teachers: Sequence[TeacherEntry]) -> int:
+    """How many teachers a document can have at most."""
+    tags = {tag for entry in teachers for tag in entry.tags}
+    everywhere = sum(not entry.tags for entry in teachers)
+    return max([everywhere, *(sum(tag in entry.tags for entry in teachers) for tag in tags)])
+
+
+def check_teachers(teachers: Sequence[TeacherEntry], objectives: Sequence[ObjectiveConfig]) -> None:
+    """Raises ValueError for names that are not distinct, and for objectives that cannot learn from several teachers."""
+    names = [entry.name for entry in teachers]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"teachers: every name once; twice: {', '.join(doubled)}")
+    for entry in objectives:
+        if teachers and entry.matches_layers:
+            raise ValueError(f"teachers: the objective {entry.name} matches layers of one teacher, not of several")
+        if most_at_once(teachers) > 1 and not entry.adds_up:
+            raise ValueError(
+                f"teachers: the objective {entry.name} ({entry.formula}) is not defined on a mixture of teachers; use "
+                "divergence: forward_kl, or give each source of text one teacher by tags"
+            )

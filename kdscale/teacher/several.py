@@ -1,0 +1,167 @@
+"""Several teachers: each has a source of its own, and every row learns from those that teach its source of text.
+
+What a row learns is the mixture Σ w·p_i of its teachers. For the forward KL divergence KL(Σ w·p_i ‖ q) and Σ w·KL(p_i ‖
+q) differ by a constant and have the same gradient, so no mixture is formed: each teacher's targets stay apart, and
+distill/objectives/base.py adds the losses up. Other divergences are refused by the config where a row has more teachers
+than one.
+
+N rows of a micro-batch, L tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kdscale.config.distill.targets import Needs
+from kdscale.config.distill.teachers import TeacherEntry, shares
+from kdscale.config.root import Config, TeacherConfig
+from kdscale.errors import ConfigError
+from kdscale.teacher.source import LabelChoice, MicroBatch, OpenedSource, SourceRequest, TargetSource, open_source
+from kdscale.teacher.targets import Targets, TeacherPart
+from kdscale.weights import resolve_teacher
+
+
+@dataclass(frozen=True)
+class Colleague:
+    """One of several teachers: its source, and its share of a row of each tag.
+
+    `always_asked`: its forward is one that all ranks make together, whether or not a rank has rows for it.
+    """
+
+    source: TargetSource
+    shares_L: torch.Tensor
+    always_asked: bool = False
+
+    def taught(self, batch: MicroBatch) -> torch.Tensor:
+        """Which of the batch's rows it teaches: their numbers, on the CPU as the tags are."""
+        assert batch.tags_N is not None
+        return self.shares_L[batch.tags_N].nonzero().squeeze(1)
+
+    def question(self, batch: MicroBatch) -> MicroBatch | None:
+        """The batch with the rows that it teaches; None where there are none, and it need not be asked."""
+        taught = self.taught(batch)
+        if not len(taught) and not self.always_asked:
+            return None
+        return batch if len(taught) == batch.rows else batch.part(taught)
+
+    def parts(self, batch: MicroBatch) -> list[TeacherPart]:
+        """Its targets of the rows that it teaches; apart, where its share is not the same of all."""
+        question, parts = self.question(batch), []
+        if question is None:
+            return []
+        targets, taught = self.source.targets(question), self.taught(batch)
+        assert batch.tags_N is not None
+        shares = self.shares_L[batch.tags_N[taught]]
+        for share in shares.unique().tolist():
+            own = (shares == share).nonzero().squeeze(1)
+            rows = None if len(own) == batch.rows else taught[own]
+            parts.append(TeacherPart(share, rows, targets if len(own) == len(taught) else targets.part(own)))
+        return parts
+
+
+class SeveralTeachers:
+    """A source of targets that asks several; their rows and shares are found on the CPU, without waiting for a GPU."""
+
+    def __init__(self, colleagues: Mapping[str, Colleague], gives: Needs):
+        self._colleagues, self.gives = dict(colleagues), gives
+        # a name may have a dot, which a module's may not
+        self.model = nn.ModuleDict({name.replace(".", "_"): one.source.model for name, one in colleagues.items()})
+
+    def prefetch(self, batch: MicroBatch) -> None:
+        """Tell each teacher what it will be asked."""
+        for one in self._colleagues.values():
+            if (question := one.question(batch)) is not None:
+                one.source.prefetch(question)
+
+    def targets(self, batch: MicroBatch) -> Targets:
+        """The targets of every teacher, for the rows that it teaches."""
+        parts = [part for one in self._colleagues.values() for part in one.parts(batch)]
+        return Targets(rows=batch.rows, teachers=tuple(parts))
+
+    def close(self) -> None:
+        """Close all sources, whatever becomes of one."""
+        with ExitStack() as stack:
+            for one in self._colleagues.values():
+                stack.callback(one.source.close)
+
+
+def teacher_folders(cfg: Config, own: Path, config_only: bool = False) -> dict[str, Path]:
+    """The folder of each teacher by its name: `own` is the run's; of the run's alone, under "".
+
+    With `config_only` no more of a hub's model is fetched than its config.json. Raises ConfigError or ServiceError for
+    one that cannot be had.
+    """
+    folders = {entry.name: _folder(cfg, entry, config_only) or own for entry in cfg.distill.teachers}
+    return folders or {"": own}
+
+
+def _folder(cfg: Config, entry: TeacherEntry, config_only: bool) -> Path | None:
+    if entry.path is None:
+        return None
+    named = TeacherConfig(path=entry.path, revision=entry.revision, trust_remote_code=cfg.teacher.trust_remote_code)
+    try:
+        return resolve_teacher(named, config_only)
+    except ConfigError as error:
+        field = f"distill.teachers ({entry.name}): path"
+        raise ConfigError(field, expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def check_tags(teachers: Sequence[TeacherEntry], tags: Sequence[str]) -> None:
+    """Raises ConfigError when text with one of the `tags` has no teacher, or a teacher names a tag that is not there.
+
+    A run with its own teacher alone has none in `teachers`, and no tags matter.
+    """
+    unknown = sorted({tag for entry in teachers for tag in entry.tags} - set(tags))
+    untaught = [tag for tag in tags if not shares(teachers, tag)]
+    problems = [f"no text has the tag {', '.join(unknown)}"] if unknown else []
+    problems += [f"no teacher teaches {', '.join(untaught)}"] if untaught else []
+    if teachers and problems:
+        raise ConfigError(
+            "distill.teachers: tags",
+            expected=f"a teacher for each tag of the text: {', '.join(tags)}",
+            got="; ".join(problems),
+            hint="a teacher without tags teaches all that no other one names",
+        )
+
+
+def open_several(request: SourceRequest) -> OpenedSource:
+    """Open the source of each entry of distill.teachers. A collective call."""
+    distill = request.cfg.distill
+    folders, opened, always_asked = teacher_folders(request.cfg, request.teacher_dir), {}, {}
+    for name, settings in distill.by_teacher().items():
+        own = request.cfg.model_copy(update={"distill": settings})
+        opened[name] = open_source(replace(request, cfg=own, teacher_dir=folders[name]))
+        gathers = settings.teacher_placement == "partitioned" or settings.sequence_parallel > 1
+        always_asked[name] = settings.source.in_process and gathers
+
+    def start(vocab_size: int) -> SeveralTeachers:
+        colleagues = {}
+        for name, one in opened.items():
+            shares_L = torch.tensor([shares(distill.teachers, tag).get(name, 0.0) for tag in request.tags])
+            colleagues[name] = Colleague(one.start(vocab_size), shares_L, always_asked[name])
+            if missing := request.needs.missing_from(colleagues[name].source.gives):
+                raise ConfigError(f"distill.teachers ({name})", expected=f"a source that gives {missing}")
+        return SeveralTeachers(colleagues, request.needs)
+
+    rows = [one.rows for one in opened.values() if one.rows is not None]
+    return OpenedSource(min(rows, default=None), start, _all_of([one.choose_labels for one in opened.values()]))
+
+
+def _all_of(choices: Sequence[LabelChoice | None]) -> LabelChoice | None:
+    """The labels that every teacher has targets of."""
+    given: list[Callable[[torch.Tensor, Sequence[tuple[str, int]]], torch.Tensor]] = [c for c in choices if c]
+    if not given:
+        return None
+
+    def choose(labels_BS: torch.Tensor, keys: Sequence[tuple[str, int]]) -> torch.Tensor:
+        for choice in given:
+            labels_BS = choice(labels_BS, keys)
+        return labels_BS
+
+    return choose
