@@ -10,6 +10,7 @@ import numpy as np
 from kdscale.data.batches import Batch, SequenceKey, stack_sequences
 from kdscale.data.packing import IGNORED_LABEL, PackedSequence, check_seq_len, seeded_order
 from kdscale.data.token_store import TokenSplit
+from kdscale.errors import DataError
 
 
 @dataclass
@@ -34,7 +35,7 @@ def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: 
     with IGNORED_LABEL. Deterministic, and with no more rows than needed. `text_bytes` of a batch is the UTF-8 length of
     exactly the text its labels stand for (an end-of-text label is 0 bytes).
 
-    Raises DataError on the train split, which keeps no bytes per token.
+    Raises DataError on the train split, which keeps no bytes per token, and where there is no label to measure on.
     """
     check_seq_len(split, seq_len)
     rows: list[_EvalRow] = []
@@ -47,6 +48,12 @@ def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: 
         if counts.size:
             _add_to_first_fit(split, document, counts, rows, seq_len)
         left -= counts.size
+    if not rows:
+        raise DataError(
+            "the held-out text has nothing to measure on",
+            expected=f"a document with a label among its first {seq_len} tokens",
+            hint="raise seq_len, where answers come after long questions, or hold other text out",
+        )
     return [_eval_batch(rows[i : i + micro_batch], i) for i in range(0, len(rows), micro_batch)]
 
 

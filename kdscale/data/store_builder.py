@@ -35,6 +35,7 @@ class DocumentFormat:
     vocab_size: int  # of the model; a token id from here on has no row in its embedding
     special: SpecialTokens = NO_SPECIAL_TOKENS
     max_tokens: int | None = None  # a longer document is cut into equal ones
+    markup_ids: tuple[int, ...] = ()  # special tokens: in a chat they stand for no text
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -246,14 +247,16 @@ def document_tokens(document: Document, text: EncodedText, form: DocumentFormat)
     """A document's tokens as the store has them, int64 (3, T): id, UTF-8 bytes, and 1 where the token is a label.
 
     What a chat template or Megatron has put there already, what ends a document is not put there again, and what begins
-    one is left out, as packing adds it. The end of a chat is a label only where the last answer reaches it.
+    one is left out, as packing adds it. The end of a chat is a label only where the last answer reaches it. Its special
+    tokens count no bytes.
     """
     end_ids, size = form.end_ids, text.ids.size
     if document.answers is None:
         tokens_3T = np.stack([text.ids, text.bytes, np.ones(size, np.int64)])
         learned = True
     else:
-        tokens_3T = np.stack([text.ids, text.bytes, tokens_of_spans(document.text, text.bytes, document.answers)])
+        sizes = np.where(np.isin(text.ids, form.markup_ids), 0, text.bytes)
+        tokens_3T = np.stack([text.ids, sizes, tokens_of_spans(document.text, text.bytes, document.answers)])
         learned = document.answers[-1][1] == len(document.text)
     if document.brings_own_ends:
         if (prefix := len(form.special.prefix)) and tuple(text.ids[:prefix]) == form.special.prefix:

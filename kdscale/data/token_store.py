@@ -207,7 +207,8 @@ class TokenStore:
             )
         encoder, chat = BatchEncoder.of(tokenizer), chat_template(data, tokenizer)
         vocab = vocab_size if vocab_size is not None else max(tokenizer.get_vocab().values()) + 1
-        form = DocumentFormat(eos_id, vocab, special, data.max_document_tokens)
+        markup_ids = tuple(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        form = DocumentFormat(eos_id, vocab, special, data.max_document_tokens, markup_ids)
         for token_id in (eos_id, *special.prefix, *special.suffix):
             if not 0 <= token_id < vocab:
                 raise token_without_row(token_id, vocab, None, "the special tokens of the tokenizer")

@@ -152,6 +152,13 @@ def test_eval_counts_the_labels_of_answers_alone(make_split):
     check()
 
 
+def test_held_out_text_without_a_label_in_reach_is_refused(make_split):
+    split = make_split([20, 30], is_label=[n in (15, 19, 45) for n in range(50)])
+    assert sum(batch.token_count for batch in eval_batches(split, 16, 2, 99)) == 1
+    with pytest.raises(DataError, match="first 8 tokens"):
+        eval_batches(split, 8, 2, 99)
+
+
 def test_rows_know_the_tag_of_their_source(make_split):
     split = make_split(LENGTHS, labels=[0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
     batches = [PackedLoader(split, 8, 4, 4, seed=1).step(0)[0], *eval_batches(split, 10, 2, 60)]
