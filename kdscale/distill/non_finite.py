@@ -15,6 +15,7 @@ from torch import nn
 
 from kdscale.errors import TrainingError
 from kdscale.models.compiling import uncompiled
+from kdscale.runtime.device import tensors_in
 
 _DOZEN = 12
 
@@ -69,17 +70,6 @@ def first_dozen(names: Sequence[str]) -> str:
     return ", ".join(names[:_DOZEN]) + more
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
-
 def _non_finite(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
 
@@ -106,7 +96,7 @@ def watch(module: nn.Module, prefix: str) -> Iterator[FirstNonFinite]:
                 first.backward = name
 
         def look(_module: nn.Module, _args: Any, output: Any) -> None:
-            for tensor in _tensors(output):
+            for tensor in tensors_in(output):
                 if not first.forward and _non_finite(tensor):
                     first.forward = name
                 if tensor.requires_grad:

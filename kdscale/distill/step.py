@@ -14,6 +14,7 @@ from torch import nn
 
 from kdscale.data.batches import Batch
 from kdscale.data.packing import IGNORED_LABEL
+from kdscale.distill.lookahead import Lookahead
 from kdscale.distill.objectives.base import COUNTS, Objectives, StudentOutput
 from kdscale.distill.telemetry.clock import Clock
 from kdscale.models.documents import Documents
@@ -97,6 +98,7 @@ def train_step(
     device: torch.device,
     clock: Clock,
     before_each: Callable[[], None] = lambda: None,
+    stream: torch.cuda.Stream | None = None,
     update: bool = True,
 ) -> torch.Tensor:
     """Run one optimiser step through a DeepSpeed engine around a StudentModule.
@@ -106,7 +108,7 @@ def train_step(
     `world` undoes; its division by the accumulation steps is switched off. `before_each` is called before each
     micro-batch; what it raises ends the step, of which weights and optimiser then have nothing. With `update=False` the
     accumulated gradients are left where they are and the optimiser does nothing; the engine then cannot be trained any
-    further.
+    further. On `stream`, if there is one, the teacher works ahead (lookahead.py).
 
     Of T tensor-parallel ranks each counts the tokens that all of them have, and DeepSpeed averages over world / T
     ranks: T cancels in the factor.
@@ -121,13 +123,14 @@ def train_step(
     tokens, sequences = all_reduce_sum(counts).clamp_min(1.0)
     scale, tokens_per_sequence = (world_size() / tokens).float(), (tokens / sequences).float()
     engine.module.at_hidden = lambda: clock.mark("student")
+    ahead, following = Lookahead(source, stream), None
     for number, batch in enumerate(batches):
         before_each()
         enter("data")
-        micro_batch = to_device(batch, device)
+        micro_batch = to_device(batch, device) if following is None else following
         clock.mark("data")
         enter("teacher")
-        targets = source.targets(micro_batch)
+        targets = ahead.targets(micro_batch)
         clock.mark("teacher")
         enter("student")
         losses, figures = engine(micro_batch, targets)
@@ -138,6 +141,10 @@ def train_step(
         # A loss or target that is not finite must reach the gradients even where the backward would hide it: the factor
         # is exactly 1 for finite values and NaN otherwise, and a NaN gradient makes the optimiser skip the step.
         finite = 1.0 + 0.0 * (loss_sum.detach() + targets.probe())
+        if ahead.looks and number + 1 < len(batches):
+            enter("teacher")
+            following = to_device(batches[number + 1], device)
+            ahead.begin(following)
         enter("backward")
         engine.backward(loss_sum * (scale * finite), scale_wrt_gas=False)
         clock.mark("backward")

@@ -15,6 +15,7 @@ from kdscale.config.distill.settings import DistillConfig
 from kdscale.data.batches import Batch, LoaderState, PackedLoader
 from kdscale.distill.agreement import Agreement, StopAsked
 from kdscale.distill.checkpoint.saver import Saver
+from kdscale.distill.lookahead import teacher_stream
 from kdscale.distill.non_finite import SkipGuard, by_rank, first_non_finite, show_documents, stop_error, watch
 from kdscale.distill.objectives.base import COUNTS, Objectives
 from kdscale.distill.parallel.mesh import Mesh
@@ -63,6 +64,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.guard = SkipGuard(self.cfg.guard.max_skipped_in_a_row)
         self._mesh = Mesh.of(self.cfg)
+        self._teacher_stream = teacher_stream(self.cfg, self.device)
         self._validation_due = True  # the pruned student's
         self._saved_step = 0  # nothing is lost before the first step
 
@@ -156,7 +158,9 @@ class Trainer:
                        warmup_steps=self.cfg.optimizer.warmup_steps)  # fmt: skip
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        totals = train_step(self.engine, self.source, batches, self.device, self.observer.clock, agreement.look)
+        totals = train_step(
+            self.engine, self.source, batches, self.device, self.observer.clock, agreement.look, self._teacher_stream
+        )
         enter("collective")
         sums = self._over_ranks(totals)
         skipped = bool(self.engine.optimizer.overflow)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +41,19 @@ def is_lack_of_memory(error: BaseException) -> bool:
 def put_on(device: torch.device, values: Sequence[float]) -> torch.Tensor:
     """Numbers of the host as a tensor (fp64) on `device`, without waiting for it, as `torch.tensor(device=)` would."""
     return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested sequences, mappings and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, field.name) for field in fields(value)])
 
 
 def resolve_device(name: str) -> torch.device:

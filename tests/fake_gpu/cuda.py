@@ -46,8 +46,11 @@ def _functions(syncs: Syncs) -> dict[str, Any]:
             pass
 
     class Stream:
-        def __init__(self, device: Any = None, **_: Any):
-            self.device = GPU
+        """`recorded`: addresses of the tensors that were marked as used on it."""
+
+        def __init__(self, device: Any = None, name: str = "side", **_: Any):
+            self.device, self.name = GPU, name
+            self.recorded: list[int] = []
 
         def record_event(self, event: Any = None) -> Any:
             event = event or Event()
@@ -55,7 +58,7 @@ def _functions(syncs: Syncs) -> dict[str, Any]:
             return event
 
         def wait_stream(self, other: Any) -> None:
-            pass
+            syncs.streams.append(f"{self.name} waits for {other.name}")
 
         def wait_event(self, event: Any) -> None:
             pass
@@ -66,7 +69,16 @@ def _functions(syncs: Syncs) -> dict[str, Any]:
         def synchronize(self) -> None:
             syncs.note("Stream.synchronize")
 
-    current = Stream()
+    stack = [Stream(name="main")]
+
+    @contextmanager
+    def on_stream(stream: Any) -> Iterator[None]:
+        stack.append(stream)
+        try:
+            yield
+        finally:
+            stack.pop()
+
     properties = SimpleNamespace(
         name="Fake GPU", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132, gcnArchName=""
     )
@@ -82,9 +94,9 @@ def _functions(syncs: Syncs) -> dict[str, Any]:
         "set_device": lambda device: None,
         "device": lambda device: nullcontext(),
         "device_of": lambda tensor: nullcontext(),
-        "current_stream": lambda device=None: current,
-        "default_stream": lambda device=None: current,
-        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device=None: stack[-1],
+        "default_stream": lambda device=None: stack[0],
+        "stream": on_stream,
         "synchronize": lambda device=None: syncs.note("cuda.synchronize"),
         "get_device_name": lambda device=None: properties.name,
         "get_device_properties": lambda device=None: properties,

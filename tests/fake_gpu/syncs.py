@@ -15,6 +15,7 @@ class Syncs:
 
     def __init__(self) -> None:
         self.seen: Counter[tuple[str, str]] = Counter()
+        self.streams: list[str] = []  # "side waits for main": what streams were told, in order
 
     def by_function(self) -> Counter[str]:
         """How often, by the function that asked for it."""

@@ -79,6 +79,9 @@ class GpuTensor(Tensor):
     def is_pinned(self, *_: Any) -> bool:
         return False
 
+    def record_stream(self, stream: Any) -> None:
+        stream.recorded.append(self.data_ptr())
+
     def __repr__(self, **_: Any) -> str:
         return f"GpuTensor({self.values})"
 

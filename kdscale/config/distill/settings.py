@@ -50,6 +50,8 @@ class DistillConfig(SourceSettings):
     teachers: tuple[TeacherEntry, ...] = Field(strict=False, max_length=64, default=())
     # of teachers in the ranks; auto: the student's; float8: its layers multiply in 8 bits, see teacher.placement
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
+    # on a GPU: the teacher's forward of the next micro-batch beside the student's backward, for more memory
+    teacher_overlap: bool = False
     tokens: Count = 1_000_000
     seq_len: Length = 512
     shorter_first: tuple[ShorterPhase, ...] = Field(strict=False, max_length=16, default=())  # then seq_len
@@ -172,6 +174,15 @@ class DistillConfig(SourceSettings):
                 "teacher_dtype (float8) needs teacher_placement: replicated and tensor_parallel: 1, got "
                 f"{self.teacher_placement} and {self.tensor_parallel}"
             )
+        placements = sorted({one.teacher_placement for one in self.by_teacher().values()})
+        # collectives of two streams could begin in another order on each rank
+        if self.teacher_overlap and (
+            placements != ["replicated"] or self.tensor_parallel * self.sequence_parallel > 1
+        ):
+            raise ValueError(
+                "teacher_overlap (true) needs teacher_placement: replicated, tensor_parallel: 1 and sequence_parallel: "
+                f"1, got {' and '.join(placements)}, {self.tensor_parallel} and {self.sequence_parallel}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -251,8 +262,8 @@ DECISIVE_OF_TEACHER = {"name", "weight", "tags"}  # which model it is, its files
 
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {
-    "teacher_placement", "served", "endpoint", "processes", "sequence_parallel", "tensor_parallel", "micro_batch",
-    "zero_stage", "gradient_checkpointing", "compile", "validate_every", "validate_tokens", "checkpoint_every",
-    "checkpoint_minutes", "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds", "spikes",
+    "teacher_placement", "teacher_overlap", "served", "endpoint", "processes", "sequence_parallel", "tensor_parallel",
+    "micro_batch", "zero_stage", "gradient_checkpointing", "compile", "validate_every", "validate_tokens",
+    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds", "spikes",
     "profile", "peak_flops", "zero",
 }  # fmt: skip

@@ -21,11 +21,15 @@ from kdscale.distill.trainer import Trainer
 from kdscale.errors import TrainingError
 from kdscale.models.loading import load_model
 from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.device import tensors_in
 from kdscale.runtime.progress import Reporter
 from kdscale.teacher.messages import Question, decode_targets
+from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.server import TeacherService
+from kdscale.teacher.source import MicroBatch
+from kdscale.teacher.targets import Targets
 from tests.fake_gpu.cuda import fake_gpu
-from tests.fake_gpu.engine import make_plain_engine
+from tests.fake_gpu.engine import PlainEngine, make_plain_engine
 from tests.fake_gpu.tensors import GPU
 from tests.integration.distill.conftest import TOKEN
 
@@ -180,6 +184,57 @@ def test_the_host_waits_once_a_step_and_for_no_micro_batch(
         settings = {"tokens": 2 * 4 * 48, "micro_batch": micro_batch, "gradient_checkpointing": micro_batch == 4}
         train(config(objectives=[objective], **settings), tmp_path / "run")
     assert seen == [WAITS_OF_A_STEP] * 2
+
+
+def test_the_teacher_looks_ahead_on_a_stream_of_its_own(config, train, tmp_path, monkeypatch):
+    """Each stream waits for what it reads, memory that crosses is marked, and the student is the same."""
+    targets_of, forward, backward = OnlineTeacher.targets, PlainEngine.__call__, PlainEngine.backward
+    settings = {"objectives": [TRIED[0]], "tokens": 4 * 48, "micro_batch": 1}
+    crossed: list[tuple[MicroBatch, Targets]] = []
+    sides: list[Any] = []
+
+    def targets(self: OnlineTeacher, batch: MicroBatch) -> Targets:
+        note("teacher")
+        found = targets_of(self, batch)
+        if torch.cuda.current_stream().name == "side":
+            crossed.append((batch, found))
+            sides.append(torch.cuda.current_stream())
+        return found
+
+    def student(self: PlainEngine, batch: MicroBatch, found: Targets) -> Any:
+        note("student")
+        main = torch.cuda.current_stream()
+        if any(found is given for _, given in crossed):
+            assert addresses(found) <= set(main.recorded)
+        return forward(self, batch, found)
+
+    def back(self: PlainEngine, *args: Any, **more: Any) -> None:
+        note("backward")
+        backward(self, *args, **more)
+
+    with fake_gpu() as syncs:
+
+        def note(what: str) -> None:
+            syncs.streams.append(f"{what} on {torch.cuda.current_stream().name}")
+
+        alone = train(config(**settings), tmp_path / "alone")
+        for owner, name, function in (
+            (OnlineTeacher, "targets", targets), (PlainEngine, "__call__", student), (PlainEngine, "backward", back)
+        ):  # fmt: skip
+            monkeypatch.setattr(owner, name, function)
+        same_weights(train(config(**settings, teacher_overlap=True), tmp_path / "ahead"), alone)
+    assert len(crossed) == 3
+    assert all(addresses(batch) <= set(side.recorded) for side, (batch, _) in zip(sides, crossed, strict=True))
+    first = syncs.streams.index("side waits for main")
+    ahead = ["side waits for main", "teacher on side", "backward on main", "main waits for side", "student on main"]
+    assert syncs.streams[first - 2 : first + 16] == [
+        "teacher on main", "student on main", *ahead * 3, "backward on main"
+    ]  # fmt: skip
+
+
+def addresses(value: Any) -> set[int]:
+    """Of the tensors on the GPU, which another stream must not take the memory of."""
+    return {tensor.data_ptr() for tensor in tensors_in(value) if tensor.is_cuda}
 
 
 def test_a_replayed_step_is_that_of_the_run(config, train, tiny_llama_dir, student_dir, data_dir, tmp_path):
