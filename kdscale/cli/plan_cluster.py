@@ -191,9 +191,10 @@ def _row(compared: ComparedSetting, plan: ClusterPlan) -> tuple[str, ...]:
     stage = f"{setting.stage} hpZ" if setting.hpz > 1 else str(setting.stage)
     stage += f" T={setting.tensor}" if setting.tensor > 1 else ""
     stage += f" S={setting.sequence}" if setting.sequence > 1 else ""
+    teacher = setting.placement + (" ahead" if setting.overlap else "")
     verdict = "chosen" if compared is plan.chosen else compared.verdict
     return (
-        stage, setting.placement, " ".join(saves), f"{setting.micro_batch}×{setting.accumulation}",
+        stage, teacher, " ".join(saves), f"{setting.micro_batch}×{setting.accumulation}",
         f"{compared.memory.total / GIB:.1f}", compact_count(compared.speed.tokens_per_second),
         f"{compared.speed.mfu:.0%}", compact_duration(compared.seconds(plan.tokens)), verdict,
     )  # fmt: skip
@@ -211,6 +212,7 @@ def _legend(shown: list[ComparedSetting], plan: ClusterPlan) -> list[str]:
         "Adam: its state in host memory": any(setting.offload_optimizer for setting in settings),
         "both: the weights too": any(setting.offload_parameters for setting in settings),
         "hpZ: all weights in each node too": any(setting.hpz > 1 for setting in settings),
+        "ahead: the teacher's next forward beside the backward": any(setting.overlap for setting in settings),
         "T, S: ranks that share layers, sequences": any(setting.tensor * setting.sequence > 1 for setting in settings),
         f"too large: for the GPU's {plan.cluster.gpu.memory / GIB:.1f} GiB": "too large" in verdicts,
     }

@@ -209,6 +209,7 @@ def snippet(plan: ClusterPlan) -> str:
     lines += [f"  sequence_parallel: {setting.sequence}"] if setting.sequence > 1 else []
     lines += [f"  gradient_checkpointing: {str(setting.checkpointing).lower()}"]
     lines += [f"  teacher_placement: {setting.placement}"]
+    lines += ["  teacher_overlap: true"] if setting.overlap else []
     if setting.placement == "served":
         lines += ["  served:", "    urls: []  # the addresses that kdscale serve-teacher prints"]
     return "\n".join(lines) + "\n"
@@ -238,7 +239,7 @@ def _setting_json(compared: ComparedSetting, tokens: int, chosen: bool) -> dict[
         "teacher_placement": setting.placement, "offload_optimizer": setting.offload_optimizer,
         "offload_parameters": setting.offload_parameters, "hpz_partition_size": setting.hpz,
         "gradient_checkpointing": setting.checkpointing, "tensor_parallel": setting.tensor,
-        "sequence_parallel": setting.sequence,
+        "sequence_parallel": setting.sequence, "teacher_overlap": setting.overlap,
         "micro_batch": setting.micro_batch, "accumulation": setting.accumulation,
         "gpu_bytes": memory.total, "gpu_bytes_by_component": memory.parts, "fullest_moment": memory.moment,
         "host_bytes_per_rank": memory.host,

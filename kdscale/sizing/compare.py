@@ -60,7 +60,7 @@ def compare(
         return _best_micro_batch(job, setting, cluster, global_batch * ranks_sharing // job.ranks, rates)
 
     settings = _settings(job, stages, placements)
-    compared = [best(setting) for setting in settings]
+    compared = [best(setting) for setting in [*settings, *_looking_ahead(settings)]]
     for size in sorted(sequence):
         if any(option.fits for option in compared):
             break
@@ -111,6 +111,11 @@ def _settings(job: Job, stages: Collection[int], placements: Collection[TeacherP
     ]
 
 
+def _looking_ahead(settings: Sequence[Setting]) -> list[Setting]:
+    """Those in which the student waits for links while it computes, with a teacher that works on at that time."""
+    return [replace(s, overlap=True) for s in settings if s.placement == "replicated" and s.stage == 3]
+
+
 def _best_micro_batch(job: Job, setting: Setting, cluster: GpuCluster, sequences: int, rates: Rates) -> ComparedSetting:
     """The fastest micro-batch that fits `sequences` per rank and step, or the smallest where none fits."""
     best: ComparedSetting | None = None
@@ -142,6 +147,7 @@ def _complexity(option: ComparedSetting) -> tuple[int, ...]:
     return (
         setting.offload_parameters + setting.offload_optimizer,
         setting.hpz > 1,
+        setting.overlap,
         (*PLACEMENTS, STORED).index(setting.placement),
         setting.checkpointing,
         setting.stage,

@@ -70,6 +70,7 @@ class Setting:
     hpz: int = 1
     tensor: int = 1  # ranks that share each layer
     sequence: int = 1  # ranks that share each sequence
+    overlap: bool = False  # the teacher's forward of the next micro-batch beside the backward
 
     @property
     def runs_teacher(self) -> bool:

@@ -40,13 +40,15 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
     gathered = _gathered(job, setting)
     head_gradients = job.item_bytes * job.student.head * (2 if job.student.tied else 1)
     always = bucket if setting.stage == 3 else 0.0
+    forwards = [forward_bytes(job, teacher, setting) for teacher in job.teachers if setting.runs_teacher]
+    teacher_forward = max(forwards, default=0.0)
+    teacher_loss = _teacher_loss_bytes(job, setting) if setting.runs_teacher else 0.0
+    ahead = teacher_forward + teacher_loss if setting.overlap else 0.0
     moments = {
         "teacher's forward": {
-            "activations": max(forward_bytes(job, teacher, setting) for teacher in job.teachers)
-            if setting.runs_teacher
-            else 0.0,
+            "activations": teacher_forward,
             "gathered weights": _teacher_gathered(job, setting),
-            "loss": _teacher_loss_bytes(job, setting) if setting.runs_teacher else 0.0,
+            "loss": teacher_loss,
             "gradients": standing,
             "buckets": always,
         },
@@ -63,12 +65,14 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
             "loss": _kept_loss_bytes(job, setting) + _kept_layer_bytes(job, setting),
             "gradients": standing + head_gradients,
             "buckets": bucket,
+            "teacher ahead": ahead,
         },
         "end of the backward": {
             "activations": backward_bytes(job, setting),
             "gathered weights": gathered if setting.stage == 3 else 0.0,
             "gradients": gradients,
             "buckets": bucket,
+            "teacher ahead": ahead,
         },
         "optimiser's step": {
             "gradients": gradients + (0.0 if setting.offload_optimizer else _step_gradients(job, setting)),

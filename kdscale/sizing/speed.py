@@ -79,9 +79,12 @@ def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, wait
     if job.teacher_dtype == "float8":  # as much less time as the peaks differ: assumed
         teacher -= 2.0 * sum(shape.linears for shape in job.teachers) * (1 - 1 / cluster.gpu.float8)
     teacher_seconds = max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates))
+    computing = tokens * (3 * student + recomputed + losses) / peak
+    if setting.overlap:  # products are no faster beside each other: gained is what the student waits for links
+        teacher_seconds -= min(max(0.0, hidden - computing), teacher_seconds * (1 - 1 / setting.accumulation))
     return {
         "teacher": teacher_seconds if setting.runs_teacher else 0.0,
-        "student": max(tokens * (3 * student + recomputed + losses) / peak, hidden),
+        "student": max(computing, hidden),
         "communication": exposed + waiting,
         "optimiser": _optimizer_seconds(job, setting, cluster),
     }

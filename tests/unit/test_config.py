@@ -67,6 +67,10 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
             "distill.teacher_dtype (bfloat16) is for a teacher in the ranks, not for served targets",
         ),
         (
+            {"distill": {"teacher_placement": "partitioned", "teacher_overlap": True}},
+            "distill.teacher_overlap (true) needs teacher_placement: replicated, tensor_parallel: 1 and",
+        ),
+        (
             {"distill": {"teacher_placement": "offloaded", "teacher_dtype": "float8"}},
             "distill.teacher_dtype (float8) needs teacher_placement: replicated and tensor_parallel: 1, got offloaded",
         ),

@@ -264,6 +264,6 @@ DECISIVE_OF_TEACHER = {"name", "weight", "tags"}  # which model it is, its files
 FREE_SETTINGS = {
     "teacher_placement", "teacher_overlap", "served", "endpoint", "processes", "sequence_parallel", "tensor_parallel",
     "micro_batch", "zero_stage", "gradient_checkpointing", "compile", "validate_every", "validate_tokens",
-    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every", "async_checkpoints", "watchdog_seconds", "spikes",
-    "profile", "peak_flops", "zero",
+    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every", "async_checkpoints",
+    "watchdog_seconds", "spikes", "profile", "peak_flops", "zero",
 }  # fmt: skip

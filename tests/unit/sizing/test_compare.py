@@ -109,6 +109,23 @@ def test_a_teacher_in_float8_takes_half_the_time_of_its_layers_products(tmp_path
         plan_cluster(config, teacher, cluster(gpu="a100-80"), Rates())
 
 
+def test_a_teacher_that_looks_ahead_fills_the_time_that_the_student_waits() -> None:
+    slow = replace(cluster(4), gpu=replace(H100, network=1e9))
+    alone, ahead = (
+        estimate_step(job(32), Setting(3, 1, 8, False, "replicated", overlap=overlap), slow, Rates()).seconds
+        for overlap in (False, True)
+    )
+    assert ahead["teacher"] == pytest.approx(alone["teacher"] / 8)  # nothing looks ahead of a step's first micro-batch
+    assert ahead["student"] == alone["student"]
+    fast = [
+        estimate_step(job(), Setting(3, 1, 8, False, "replicated", overlap=overlap), cluster(), Rates()).step
+        for overlap in (False, True)
+    ]
+    assert fast[0] == fast[1]
+    small = replace(slow, gpu=replace(slow.gpu, memory=60 * GIB))  # where one micro-batch a step does not fit
+    assert compare(job(32), small, 2048, Rates(), stages=(3,), placements=("replicated",))[0].setting.overlap
+
+
 def test_stage_2_reduces_in_every_micro_batch_and_hpz_spares_the_network() -> None:
     # in gathers of the weights: bf16 gradients take one, fp32 ones two, and stage 1 sums those by an all-reduce
     for size, first, second in ((2, 1 + 1, 1 + 8), (4, 1 + 4, 1 + 16)):

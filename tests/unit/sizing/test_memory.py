@@ -66,6 +66,15 @@ def test_a_teacher_may_have_a_dtype_of_its_own(dtype: Any, teacher: float) -> No
     assert peak_memory(own, setting(placement="offloaded")).host >= own.teacher_bytes * P / 8
 
 
+def test_a_teacher_that_looks_ahead_needs_its_forward_beside_the_backward() -> None:
+    alone, ahead = (peak_memory(JOB, setting(3, overlap=overlap)) for overlap in (False, True))
+    assert alone.moment == "student's backward"
+    assert ahead.parts["teacher ahead"] == memory.forward_bytes(JOB, LLAMA, setting()) + memory._teacher_loss_bytes(
+        JOB, setting()
+    )
+    assert ahead.total == pytest.approx(alone.total + ahead.parts["teacher ahead"] * (1 + memory.MARGIN))
+
+
 def test_fp32_copies_its_weights_at_stage_1_and_2_only() -> None:
     job = replace(JOB, item_bytes=4)
     states = {stage: peak_memory(job, setting(stage)).parts["masters and Adam"] for stage in (0, 1, 2, 3)}
