@@ -176,9 +176,7 @@ class DistillConfig(SourceSettings):
             )
         placements = sorted({one.teacher_placement for one in self.by_teacher().values()})
         # collectives of two streams could begin in another order on each rank
-        if self.teacher_overlap and (
-            placements != ["replicated"] or self.tensor_parallel * self.sequence_parallel > 1
-        ):
+        if self.teacher_overlap and (placements != ["replicated"] or self.tensor_parallel * self.sequence_parallel > 1):
             raise ValueError(
                 "teacher_overlap (true) needs teacher_placement: replicated, tensor_parallel: 1 and sequence_parallel: "
                 f"1, got {' and '.join(placements)}, {self.tensor_parallel} and {self.sequence_parallel}"
