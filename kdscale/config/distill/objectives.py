@@ -35,6 +35,8 @@ class TokenDivergenceConfig(ObjectiveConfig):
     # its β or s; None: the default of that row
     divergence_parameter: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     ce_weight: Annotated[float | Schedule, Between(0.0, 1.0)] = 0.0
+    # ce_weight is 1 at tokens where the teacher's entropy, in nats, is lower than this
+    text_below_entropy: Annotated[float, Field(gt=0.0, le=20.0)] | None = None
     temperature: Annotated[float | Schedule, Between(1e-3, 1e3, above=True)] = 1.0
     top_k: Length = 64
     draws: Annotated[int, Field(ge=1, le=4096)] = 50  # of targets: sampled
@@ -52,6 +54,17 @@ class TokenDivergenceConfig(ObjectiveConfig):
         weighted = [name for name, row in DIVERGENCES.items() if row.takes_weights]
         if self.targets == "sampled" and self.divergence not in weighted:
             raise ValueError(f"divergence ({self.divergence}) must be {' or '.join(weighted)} with targets: sampled")
+        return self
+
+    @model_validator(mode="after")
+    def _text_can_stand_in(self) -> TokenDivergenceConfig:
+        """Cross-entropy is the forward KL from a teacher that is sure of the text's token, at temperature 1."""
+        for name, wanted in (("targets", "topk"), ("divergence", "forward_kl"), ("temperature", 1.0)):
+            if self.text_below_entropy is not None and getattr(self, name) != wanted:
+                got = getattr(self, name)
+                raise ValueError(f"text_below_entropy needs {name}: {wanted}, got {got}")
+        if self.text_below_entropy is not None and self.tail == "renormalised":
+            raise ValueError("text_below_entropy needs tail: bucket or truncated, got renormalised")
         return self
 
     @property
@@ -80,7 +93,10 @@ class TokenDivergenceConfig(ObjectiveConfig):
             parts = f"α·CE + (1−α)·T²·{self.divergence}, α = {self.ce_weight}"
         else:
             parts = f"{self.ce_weight:g}·CE + {1 - self.ce_weight:g}·T²·{self.divergence}"
-        return f"{parts}, T = {self.temperature:g}, {listed}"
+        text = (
+            f"; CE where the teacher's entropy is below {self.text_below_entropy:g}" if self.text_below_entropy else ""
+        )
+        return f"{parts}, T = {self.temperature:g}, {listed}{text}"
 
 
 class CrossEntropyConfig(ObjectiveConfig):

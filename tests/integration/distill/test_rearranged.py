@@ -16,12 +16,22 @@ from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
-STEPS = 8
-# (ranks, ZeRO stage, killed when it begins this step); test_zero_state.py has every pair of stages
+# (ranks, ZeRO stage, killed when it begins this step); test_zero_state.py has every pair of stages. `layers` has a
+# student that is narrower than its teacher, and objectives that match layers.
 CHAINS = {
     "float32": [(1, 1, 2), (2, 3, 5), (4, 0, None)],
     "bfloat16": [(2, 3, 4), (1, 2, None)],
+    "layers": [(4, 3, 2), (2, 2, 3), (1, 0, None)],
 }
+LAYERS = {
+    "objectives": [
+        {"name": "token_divergence", "top_k": 16, "temperature": {"start": 2.0, "end": 1.0}},
+        {"name": "hidden_states", "weight": {"start": 1.0, "end": 0.0, "over": 4}},
+        {"name": "attention", "compare": ["value", "map"]},
+    ],
+    "tokens": 5 * 4 * 48,
+}
+SETTINGS = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "layers": LAYERS}
 
 
 # 4 steps of four micro-batches a rank: unbroken, saved after each by rank 0's clock, and stopped in the third
@@ -37,18 +47,20 @@ def losses(rows):
 
 
 @pytest.fixture(scope="module")
-def chained(tmp_path_factory, tiny_llama_dir, student_dir, data_dir, make_config):
-    """dtype → run folder of each chain, all made by one process that forks the ranks."""
+def chained(tmp_path_factory, tiny_llama_dir, student_dir, narrow_student_dir, data_dir, make_config):
+    """The run folder of each chain, all made by one process that forks the ranks."""
     folders, jobs = {}, []
-    for dtype, chain in CHAINS.items():
-        folders[dtype] = tmp_path_factory.mktemp(dtype)
+    for name, chain in CHAINS.items():
+        folders[name] = tmp_path_factory.mktemp(name)
         phases = [{"ranks": ranks, "zero_stage": stage, "until": until} for ranks, stage, until in chain]
         # the last ranks write in the background
         phases[-1]["async_checkpoints"] = True
-        config = make_config(dtype=dtype, checkpoint_every=1, validate_every=100).resolved()
-        places = {"teacher_dir": tiny_llama_dir, "student_dir": student_dir, "data_dir": data_dir}
+        config = make_config(**SETTINGS[name], checkpoint_every=1, validate_every=100).resolved()
+        student = narrow_student_dir if name == "layers" else student_dir
+        places = {"teacher_dir": tiny_llama_dir, "student_dir": student, "data_dir": data_dir}
         places = {key: str(value) for key, value in places.items()}
-        jobs.append({"config": config, "run_dir": str(folders[dtype]), "phases": phases, **places})
+        jobs.append({"config": config, "run_dir": str(folders[name]), "phases": phases, **places})
+    places["student_dir"] = str(student_dir)
     for name, phases in SIGNALLED.items():
         folders[name] = tmp_path_factory.mktemp(name)
         config = make_config(validate_every=2, checkpoint_every=100, global_batch=8).resolved()
@@ -63,24 +75,27 @@ def chained(tmp_path_factory, tiny_llama_dir, student_dir, data_dir, make_config
     return folders, done.stderr
 
 
-@pytest.mark.parametrize(("dtype", "loss_tolerance", "tolerance"), [("float32", 1e-5, 1e-5), ("bfloat16", 1e-2, 1e-2)])
+@pytest.mark.parametrize(
+    ("name", "loss_tolerance", "tolerance"), [("float32", 1e-5, 1e-5), ("bfloat16", 1e-2, 1e-2), ("layers", 1e-4, 2e-4)]
+)
 def test_the_losses_go_on_with_any_number_of_ranks_and_any_stage(
-    chained, distil, tmp_path, dtype, loss_tolerance, tolerance
+    chained, distil, narrow_student_dir, tmp_path, name, loss_tolerance, tolerance
 ):
     folders, said = chained
-    whole = distil(tmp_path, dtype=dtype, micro_batch=1, validate_every=100)
-    rows = list(read_metrics(folders[dtype] / "logs" / "metrics.jsonl"))
-    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, STEPS + 1))
+    student = narrow_student_dir if name == "layers" else None
+    whole = distil(tmp_path, student, **SETTINGS[name], micro_batch=1, validate_every=100)
+    rows = list(read_metrics(folders[name] / "logs" / "metrics.jsonl"))
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, len(losses(whole)) + 1))
     assert losses(rows) == pytest.approx(losses(whole), abs=loss_tolerance)
     expected, got = (
         load_file(tmp_path / "student/model.safetensors"),
-        load_file(folders[dtype] / "student/model.safetensors"),
+        load_file(folders[name] / "student/model.safetensors"),
     )
     assert expected.keys() == got.keys()
-    worst = max(float((expected[name] - got[name]).abs().max()) for name in expected)
+    worst = max(float((expected[key] - got[key]).abs().max()) for key in expected)
     assert worst < tolerance
-    ranks, stage, _ = CHAINS[dtype][-1]
-    before = CHAINS[dtype][-2]
+    ranks, stage, _ = CHAINS[name][-1]
+    before = CHAINS[name][-2]
     assert f"written by {before[0]} ranks at ZeRO {before[1]}, now {ranks} ranks at ZeRO {stage}" in said
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, masking_utils
 
+from kdscale.config.distill.objective import LayersRead
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import load_family, supported_types
 from kdscale.families.windows import attention_windows
@@ -13,6 +14,7 @@ from kdscale.models import attention, sequence_parallel
 from kdscale.models.attention import attend_within_documents, choice_for, documents_apart
 from kdscale.models.documents import Documents
 from kdscale.models.head import final_hidden
+from kdscale.models.layer_records import LayerReader
 from kdscale.models.sequence_parallel import Exchange, SequenceSlice
 from tests.integration.prune.family_table import tiny_config
 
@@ -60,6 +62,33 @@ def test_hidden_states_and_gradients_are_the_familys_own(model_type):
     with torch.no_grad():
         mixed = final_hidden(model, token_ids(), PLAIN)
     assert float((mixed - want[0]).abs().max()) > 1e-2  # documents that see each other do differ
+
+
+@pytest.mark.parametrize("model_type", sorted(supported_types()))
+def test_hidden_states_and_attention_of_layers_are_recorded(model_type):
+    """As transformers' own `output_hidden_states` has them, whose last entry is after the final norm."""
+    model = tiny_model(model_type)
+    count = model.config.get_text_config().num_hidden_layers
+    rows_N, whole = torch.arange(0, positions().numel(), 3), SequenceSlice()
+    whole.prepare(model)
+    reader = LayerReader(model, LayersRead(tuple(range(-1, count)), tuple(range(count))))
+    records = reader.records()
+    whole.hidden(model, token_ids(), positions(), rows_N, None, records)
+    documents = Documents.of(positions())
+    states = model.base_model(
+        input_ids=token_ids(), position_ids=positions(), attention_mask=None, use_cache=False,
+        output_hidden_states=True, documents=documents,
+    ).hidden_states  # fmt: skip
+    for layer in range(-1, count - 1):
+        torch.testing.assert_close(records.layers_NH[layer], states[layer + 1].flatten(0, 1)[rows_N])
+    normed = model.get_submodule(reader_family(model).sites.final_norm)(records.layers_NH[count - 1])
+    torch.testing.assert_close(normed, states[-1].flatten(0, 1)[rows_N])
+    assert sorted(records.attention) == list(range(count))
+    assert {rows.query_TAD.shape[0] for rows in records.attention.values()} == {positions().numel()}
+
+
+def reader_family(model):
+    return load_family(model.config.get_text_config().to_dict(), "test")
 
 
 @pytest.mark.parametrize(
