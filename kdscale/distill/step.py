@@ -81,13 +81,13 @@ class StudentModule(nn.Module):
         )
         self.at_hidden()
         head = head_of(self.model)
-        if batch.rows == 0:
-            zero = (hidden_BPH.sum() + head.weight_VH.sum()).float() * 0.0
-            return self.objectives.of_nothing(zero + self.objectives.idle(hidden_BPH))
         hidden_NH = hidden_BPH.reshape(-1, hidden_BPH.shape[-1]).index_select(0, own_N)
         student = StudentOutput(hidden_NH, head, self._vocab_size, self._shard)
         if records is not None:
             student = replace(student, layers_NH=records.layers_NH, attention=records.attention)
+        if batch.rows == 0:
+            zero = (hidden_BPH.sum() + head.weight_VH.sum()).float() * 0.0
+            return self.objectives.of_nothing(zero + self.objectives.idle(student, targets, batch))
         return self.objectives(student, targets, batch)
 
 

@@ -50,9 +50,10 @@ class LayerLosses:
         return item_bytes * float(self.hidden * teacher.hidden + self.attention * read)
 
     def student_bytes(self, student: ModelShape, teacher: ModelShape, item_bytes: int) -> float:
-        """Kept for the backward, a token: the rows of each hidden state, b·H, and gradients, b·G and b·W of all W."""
+        """Kept for the backward, a token: what is projected, b·H, and gradients, b·G and b·W of all widths W."""
+        projected = student.hidden if student.hidden != teacher.hidden else 0
         widths = sum(_width(student, part) for what in self.compare for part in _parts(what))
-        return item_bytes * float(self.hidden * (student.hidden + teacher.hidden) + self.attention * widths)
+        return item_bytes * float(self.hidden * (projected + teacher.hidden) + self.attention * widths)
 
     def working_bytes(self, student: ModelShape, teacher: ModelShape) -> float:
         """fp32 sums of gradients of the pair that is computed, a token; blocks of scores are small beside them."""

@@ -50,8 +50,8 @@ class StudentOutput:
 class Objective(Protocol):
     """One loss; made from its entry in distill.objectives, which has its name, needs, terms and count.
 
-    One that is an nn.Module too has parameters, which are trained with the student and left out of its export; `idle`
-    of it, from the student's final hidden states, is a zero that depends on all of them.
+    One that is an nn.Module too has parameters, which are trained with the student and left out of its export. It is
+    called also without rows: its loss is then a zero that depends on all of them, by the same calls of modules.
     """
 
     def __call__(
@@ -123,9 +123,9 @@ class Objectives:
             figures += [loss.detach().float().reshape(1), terms]
         return tuple(losses), torch.cat(figures)
 
-    def idle(self, hidden_BPH: torch.Tensor) -> torch.Tensor | float:
+    def idle(self, student: StudentOutput, targets: Targets, batch: MicroBatch) -> torch.Tensor | float:
         """A zero that depends on all parameters of the objectives, for a micro-batch without rows."""
-        return sum((module.idle(hidden_BPH) for module in self.modules.values()), 0.0)  # type: ignore[operator]
+        return sum((module(student, targets, batch)[0] for module in self.modules.values()), 0.0)
 
     def of_nothing(self, zero: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """What a micro-batch without rows gives; `zero` depends on the parameters, for a backward on every rank."""

@@ -41,25 +41,25 @@ class HiddenStates(nn.Module):
             self.projection = nn.Linear(models.student_hidden, models.teacher_hidden, bias=False)
             self.projection.weight.data = _first_projection(models)
 
-    def idle(self, hidden_BPH: Tensor) -> Tensor | float:
-        """A zero that depends on the projection."""
-        if self.projection is None:
-            return 0.0
-        return self.projection(hidden_BPH.new_empty(0, hidden_BPH.shape[-1])).sum().float()
-
     def forward(self, student: StudentOutput, targets: Targets, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(summed loss, sums of hidden_error and hidden_cosine)."""
+        """(summed loss, sums of hidden_error and hidden_cosine); also without any row."""
         layers = self._settings.layers
         assert layers is not None
+        projected = self._projected([student.layers_NH[layer] for layer in layers])
+        if batch.rows == 0:
+            return torch.stack([own_NG.sum() for own_NG in projected]).sum().float(), projected[0].new_zeros(2).float()
         of_pairs = [
-            self._distance(student.layers_NH[ours], targets.hidden_NG[theirs]) for ours, theirs in layers.items()
+            sum_blocks([own_NG], self._blocks(targets.hidden_NG[layer]))
+            for own_NG, layer in zip(projected, layers.values(), strict=True)
         ]
         loss, sums = (torch.stack(part).mean(0) for part in zip(*of_pairs, strict=True))
         return loss, sums[1:].float()
 
-    def _distance(self, own_NH: Tensor, teacher_NG: Tensor) -> tuple[Tensor, Tensor]:
-        own_NG = own_NH if self.projection is None else self.projection(own_NH)
-        return sum_blocks([own_NG], self._blocks(teacher_NG))
+    def _projected(self, layers_NH: list[Tensor]) -> list[Tensor]:
+        """In the teacher's width, by one call, which at ZeRO stage 3 gathers the weight once on every rank."""
+        if self.projection is None:
+            return layers_NH
+        return list(self.projection(torch.cat(layers_NH)).chunk(len(layers_NH)))
 
     def _blocks(self, teacher_NG: Tensor) -> Iterator[Block]:
         rows = max(1, block_values(teacher_NG.device) // teacher_NG.shape[1])

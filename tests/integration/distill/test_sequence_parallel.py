@@ -24,7 +24,11 @@ RUNS = {
         (4, 2, None, {"zero_stage": 3, "teacher_placement": "partitioned", "gradient_checkpointing": True}),
     ],
 }
-SETTINGS = {"tokens": 5 * 4 * 48, "micro_batch": 1, "checkpoint_every": 1}
+OBJECTIVES = [
+    {"name": "token_divergence", "top_k": 16, "ce_weight": 0.2},
+    {"name": "hidden_states", "layers": {-1: -1, 2: 3}, "weight": 0.5},
+]
+SETTINGS = {"tokens": 5 * 4 * 48, "micro_batch": 1, "checkpoint_every": 1, "objectives": OBJECTIVES}
 
 
 def rows_of(run_dir, kind="train"):

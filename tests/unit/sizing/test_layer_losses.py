@@ -62,7 +62,7 @@ def saved_bytes(loss):
         node = nodes.pop()
         values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         for value in [*values, *getattr(node, "saved_tensors", ())]:
-            if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == TOKENS:
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) % TOKENS == 0:
                 saved[value.untyped_storage().data_ptr()] = value.nbytes
         nodes += [before for before, _ in node.next_functions if before is not None]
     return sum(saved.values())
