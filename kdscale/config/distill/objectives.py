@@ -69,8 +69,11 @@ class TokenDivergenceConfig(ObjectiveConfig):
 
     @property
     def adds_up(self) -> bool:
-        """Σ w·KL(p_i ‖ q) is KL(Σ w·p_i ‖ q) plus what does not depend on the student."""
-        return self.divergence == "forward_kl"
+        """Σ w·KL(p_i ‖ q) is KL(Σ w·p_i ‖ q) plus what does not depend on the student.
+
+        Not where each teacher's own entropy decides about the text.
+        """
+        return self.divergence == "forward_kl" and self.text_below_entropy is None
 
     @property
     def needs(self) -> Needs:

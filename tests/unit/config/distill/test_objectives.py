@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from kdscale.config.distill.objective import ObjectiveConfig
+from kdscale.config.distill.layer_objectives import AttentionConfig, HiddenStatesConfig
+from kdscale.config.distill.objective import ModelPair, ObjectiveConfig
 from kdscale.config.distill.objectives import TokenDivergenceConfig, log_columns
 from kdscale.config.distill.targets import SOURCES, Needs, combined, placements
 from kdscale.config.load import build_config, dump_config, load_config
@@ -70,6 +71,51 @@ def test_needs_of_layers_are_compared_too() -> None:
     assert wanted.missing_from(Needs(hidden_layers=range(9))) == "attention of layers [2]"
     assert wanted.missing_from(Needs(hidden_layers=[4])) == "hidden states of layers [1], attention of layers [2]"
     assert wanted.in_words() == "the teacher's hidden states, attention"
+
+
+HIDDEN, ATTENTION = {"name": "hidden_states"}, {"name": "attention"}
+
+
+@pytest.mark.parametrize(
+    ("distill", "message"),
+    [
+        ({"objectives": [{**HIDDEN, "layers": {}}]}, "layers: expected at least one pair"),
+        ({"objectives": [{**HIDDEN, "layers": {-2: 0}}]}, r"layers\.-2\.\[key\]: .*greater than or equal to -1"),
+        ({"objectives": [{**ATTENTION, "layers": {1: -1}}]}, "layers: expected layers from 0, got -1"),
+        ({"objectives": [{**HIDDEN, "layers": {"one": 1}}]}, r"layers\.one\.\[key\]"),
+        ({"objectives": [{**ATTENTION, "compare": []}]}, "compare: .*at least 1"),
+        ({"objectives": [{**ATTENTION, "compare": ["maps"]}]}, "'query', 'key', 'value' or 'map'"),
+        ({"objectives": [ATTENTION], "processes": 2, "sequence_parallel": 2}, "attention, which reads whole documents"),
+        ({"objectives": [HIDDEN], "processes": 2, "tensor_parallel": 2}, "not go with the objective hidden_states"),
+        (
+            {"objectives": [HIDDEN], "teacher_placement": "served", "served": {"urls": ["http://host:1"]}},
+            r"hidden states of layers \[0\]; use replicated or partitioned or offloaded",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_matched_are_refused(distill: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**distill)
+
+
+def test_layers_are_settled_when_the_models_are_known() -> None:
+    pair = ModelPair(6, 4, 64, 48, widths=(64, 32, 48, 24), kept_layers=(0, 1, 4, 5))
+    hidden, attention = HiddenStatesConfig(pairs=3).settled(pair, 9), AttentionConfig().settled(pair, 9)
+    assert (hidden.layers, attention.layers, attention.relation_heads) == ({0: 0, 1: 3, 3: 5}, {3: 5}, 1)
+    assert (hidden.needs.hidden_layers, hidden.student_layers.hidden) == ((0, 3, 5), (0, 1, 3))
+    for entry, message in (
+        (HiddenStatesConfig(layers={4: 0}), "layers of the student from -1 to 3(.|\n)*4"),
+        (AttentionConfig(layers={0: 6}), "layers of the teacher from 0 to 5(.|\n)*6"),
+        (AttentionConfig(relation_heads=3), "a divisor of 8"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            entry.settled(pair, 9)
+
+
+def test_a_layer_map_survives_the_runs_config(tmp_path: Any) -> None:
+    cfg = config(objectives=[{**HIDDEN, "layers": {-1: -1, 2: 5}}])
+    (tmp_path / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == cfg
 
 
 class WholeHeadConfig(ObjectiveConfig):
