@@ -203,7 +203,14 @@ def _ask_services(config: Config, teacher: Path) -> list[str] | None:
 
     A service that does not answer may be started while the run prunes; one that refuses will still refuse then.
     """
-    services = [(name, one.served) for name, one in config.distill.by_teacher().items() if one.source.name == "served"]
+    teachers = config.distill.by_teacher()
+    try:
+        for one in teachers.values():
+            if one.source.name == "endpoint":
+                one.endpoint.key("distill.endpoint")
+    except ConfigError as error:  # the variable did not reach this host
+        return ["bad", " ".join(str(error).split())]
+    services = [(name, one.served) for name, one in teachers.items() if one.source.name == "served"]
     if not services:
         return None
     import httpx

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdscale.config.data import RESPONSES_SOURCE
 from kdscale.config.responses import ResponsesConfig
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
@@ -64,6 +65,10 @@ def answer_prompts(context: StageContext) -> Facts:
     from kdscale.responses.prompts import Prompts
 
     settings, folder = _settings(context.config), context.run.responses
+    if all(source.path != RESPONSES_SOURCE for source in context.config.data.all_sources):
+        context.reporter.say(
+            f'  note: no source of the data reads the answers; that would be {{path: "{RESPONSES_SOURCE}"}}'
+        )
     if settings.teacher == "endpoint":
         _ask_endpoint(context)
     else:

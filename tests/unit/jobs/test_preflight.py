@@ -121,6 +121,16 @@ def test_a_served_teacher_is_asked_before_anything_is_pruned(
     assert preflight.probe("m-0", config, [])["services"] is None
 
 
+def test_the_key_of_an_endpoint_must_have_reached_every_host(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = "{base_url: 'https://h/v1', model: m, key_variable: SOME_KEY}"
+    settings = ["distill.teacher_placement=endpoint", f"distill.endpoint={endpoint}"]
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    severity, text = preflight.probe("m-0", config, settings)["services"]
+    assert severity == "bad" and "SOME_KEY" in text
+    monkeypatch.setenv("SOME_KEY", "k")
+    assert preflight.probe("m-0", config, settings)["services"] is None
+
+
 def test_a_package_that_is_missing_everywhere_is_bad() -> None:
     none = report(versions={"deepspeed": None})
     assert list(bad({"a": none, "b": none})) == ["deepspeed"]
