@@ -235,6 +235,32 @@ def filters() -> str:
     return table(("filter", "what it drops"), rows)
 
 
+def recompute() -> str:
+    """What each value of distill.gradient_checkpointing keeps and does again, in bytes and FLOPs of an 8B student."""
+    from kdscale.config.distill.recompute import RECOMPUTE
+    from kdscale.families import load_family
+    from kdscale.sizing.flops import ModelFlops, recomputed_flops
+    from kdscale.sizing.job import Job
+    from kdscale.sizing.memory import kept_bytes
+    from kdscale.sizing.model_shape import ModelShape
+
+    config = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    shape, row = ModelShape.of(config, load_family(config, "docs")), [8192]
+    job, step = Job(shape, shape, 8192, 1, 1), 3 * ModelFlops.of_shape(shape).of_a_token(row)
+    rows = [
+        (
+            f"`{level.name}`", level.kept, level.again, f"{kept_bytes(job, shape, level) / 1000:.1f}",
+            f"{recomputed_flops(shape, level, row) / step:.0%}",
+        )
+        for level in RECOMPUTE.values()
+    ]  # fmt: skip
+    return table(("value", "kept", "computed again", "kB a token and layer", "FLOPs done again"), rows)
+
+
 def sources() -> str:
     """Every source of the teacher's targets, and the teacher placements that choose it."""
     from kdscale.config.distill.targets import ANY_NUMBER, SOURCES
@@ -311,6 +337,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "criteria": criteria,
     "objectives": objectives,
     "filters": filters,
+    "recompute": recompute,
     "sources": sources,
     "codecs": codecs,
     "commands": commands,

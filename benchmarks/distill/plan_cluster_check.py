@@ -24,7 +24,7 @@ STUDENT = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8
            "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": False}  # fmt: skip
 TEACHER = {**STUDENT, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8,
            "num_key_value_heads": 4}  # fmt: skip
-# stage, ranks, dtype, and what differs from micro_batch 1, accumulation 2, 512 positions, no checkpointing
+# stage, ranks, dtype, and what differs from micro_batch 1, accumulation 2, 512 positions, no recompute
 CASES: dict[str, dict[str, Any]] = {
     "stage 1, 1 rank": {"stage": 1, "ranks": 1},
     "stage 2, 1 rank": {"stage": 2, "ranks": 1},
@@ -36,7 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 2, fp32, 1 rank": {"stage": 2, "ranks": 1, "dtype": "float32"},
     "stage 1, 1 rank, no accumulation": {"stage": 1, "ranks": 1, "accumulation": 1},
     "stage 2, 2 ranks, 2,048 tokens": {"stage": 2, "ranks": 2, "micro_batch": 4},
-    "the same with checkpointing": {"stage": 2, "ranks": 2, "micro_batch": 4, "checkpointing": True},
+    "the same, selective": {"stage": 2, "ranks": 2, "micro_batch": 4, "recompute": "selective"},
+    "the same, keep_attention": {"stage": 2, "ranks": 2, "micro_batch": 4, "recompute": "keep_attention"},
+    "the same, full": {"stage": 2, "ranks": 2, "micro_batch": 4, "recompute": "full"},
     "stage 1, 1 rank, Adam offloaded": {"stage": 1, "ranks": 1, "offload": True},
     "stage 2, 1 rank, Adam offloaded": {"stage": 2, "ranks": 1, "offload": True},
     "stage 3, 1 rank, Adam offloaded": {"stage": 3, "ranks": 1, "offload": True},
@@ -44,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stage 2, 2 ranks, gradients in bf16": {"stage": 2, "ranks": 2, "gradient_bytes": 2},
     "stage 3, 2 ranks, gradients in bf16": {"stage": 3, "ranks": 2, "gradient_bytes": 2},
 }
-DEFAULTS = {"micro_batch": 1, "accumulation": 2, "seq_len": 512, "dtype": "bfloat16", "checkpointing": False}
+DEFAULTS = {"micro_batch": 1, "accumulation": 2, "seq_len": 512, "dtype": "bfloat16", "recompute": "off"}
 
 
 def main() -> int:
@@ -92,6 +94,7 @@ def shape(sizes: dict[str, Any]) -> Any:
 
 
 def predict(case: dict[str, Any]) -> tuple[float, str, dict[str, float]]:
+    from kdscale.config.distill.recompute import RECOMPUTE
     from kdscale.distill.parallel.deepspeed_config import BUCKET
     from kdscale.sizing import memory
     from kdscale.sizing.job import Job, Setting
@@ -102,7 +105,7 @@ def predict(case: dict[str, Any]) -> tuple[float, str, dict[str, float]]:
         reduce_bucket=BUCKET["cpu"], device="cpu",
     )  # fmt: skip
     setting = Setting(
-        case["stage"], case["micro_batch"], case["accumulation"], case["checkpointing"], "replicated",
+        case["stage"], case["micro_batch"], case["accumulation"], RECOMPUTE[case["recompute"]], "replicated",
         offload_optimizer=case.get("offload", False),
     )  # fmt: skip
     peak = memory.peak_memory(job, setting)
@@ -130,6 +133,7 @@ def child(case: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from kdscale.config.distill.recompute import RECOMPUTE
     from kdscale.config.distill.targets import Needs
     from kdscale.config.load import build_config
     from kdscale.data.batches import Batch
@@ -138,6 +142,8 @@ def child(case: dict[str, Any]) -> None:
     from kdscale.distill.parallel.deepspeed_config import deepspeed_config
     from kdscale.distill.parallel.process_group import join_group, leave_group
     from kdscale.distill.step import StudentModule, to_device
+    from kdscale.models.attention import attend_within_documents
+    from kdscale.models.recompute import recompute_in_backward
     from kdscale.teacher.online import OnlineTeacher
     from kdscale.teacher.placement.placed import ReplicatedTeacher
 
@@ -161,8 +167,9 @@ def child(case: dict[str, Any]) -> None:
 
     models = [LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype) for sizes in (TEACHER, STUDENT)]
     teacher = OnlineTeacher(ReplicatedTeacher(models[0]), Needs(top_k=64), vocab_size=STUDENT["vocab_size"])
-    if case["checkpointing"]:
-        models[1].gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    attend_within_documents(models[0])
+    attend_within_documents(models[1])
+    recompute_in_backward(models[1], RECOMPUTE[case["recompute"]])
     student = StudentModule(models[1].train(), Objectives(cfg.distill.objectives), STUDENT["vocab_size"])
     models.clear()
     zero = deepspeed_config(cfg.distill, case["stage"], bf16=dtype == torch.bfloat16, device="cpu")

@@ -186,7 +186,7 @@ def _row(compared: ComparedSetting, plan: ClusterPlan) -> tuple[str, ...]:
     from kdscale.units import compact_count, compact_duration
 
     setting = compared.setting
-    saves = ["ckpt"] if setting.checkpointing else []
+    saves = [setting.recompute.short] if setting.recompute.checkpoints else []
     saves += ["both"] if setting.offload_parameters else ["Adam"] if setting.offload_optimizer else []
     stage = f"{setting.stage} hpZ" if setting.hpz > 1 else str(setting.stage)
     stage += f" T={setting.tensor}" if setting.tensor > 1 else ""
@@ -202,13 +202,15 @@ def _row(compared: ComparedSetting, plan: ClusterPlan) -> tuple[str, ...]:
 
 def _legend(shown: list[ComparedSetting], plan: ClusterPlan) -> list[str]:
     """What the short words of the table stand for, as far as it has them."""
+    from kdscale.config.distill.recompute import RECOMPUTE
     from kdscale.sizing.gpus import GIB
 
     settings = [compared.setting for compared in shown]
+    levels = {setting.recompute for setting in settings if setting.recompute.checkpoints}
     verdicts = {compared.verdict: compared for compared in reversed(shown)}
     lines = {
         "batch: sequences a forward × forwards a step, on a rank": True,
-        "ckpt: gradient checkpointing": any(setting.checkpointing for setting in settings),
+        **{f"{level.short}: gradient_checkpointing: {level.name}": level in levels for level in RECOMPUTE.values()},
         "Adam: its state in host memory": any(setting.offload_optimizer for setting in settings),
         "both: the weights too": any(setting.offload_parameters for setting in settings),
         "hpZ: all weights in each node too": any(setting.hpz > 1 for setting in settings),

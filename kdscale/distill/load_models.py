@@ -26,6 +26,7 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.compiling import compile_layers
 from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
+from kdscale.models.recompute import recompute_in_backward
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.several import check_tags, teacher_folders
 from kdscale.teacher.source import LabelChoice, SourceRequest, TargetSource, open_source
@@ -101,8 +102,7 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     student, slices = _load_student(student_dir, group, setup, options)
     rows = slices.vocab if slices else full_shape(student.get_output_embeddings().weight)[0]
     vocab_size = shared_vocabulary(opened.rows, rows, tokenizer_size, str(student_dir))
-    if settings.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_in_backward(student, settings.recompute)
     sequence_slice.prepare(student)
     student = student.requires_grad_(True).train()
     source, shard = opened.start(vocab_size), slices.head if slices else None

@@ -207,7 +207,7 @@ def snippet(plan: ClusterPlan) -> str:
     lines += ["  zero:", *zero] if zero else []
     lines += [f"  tensor_parallel: {setting.tensor}"] if setting.tensor > 1 else []
     lines += [f"  sequence_parallel: {setting.sequence}"] if setting.sequence > 1 else []
-    lines += [f"  gradient_checkpointing: {str(setting.checkpointing).lower()}"]
+    lines += [f"  gradient_checkpointing: {setting.recompute.name}"]
     lines += [f"  teacher_placement: {setting.placement}"]
     lines += ["  teacher_overlap: true"] if setting.overlap else []
     if setting.placement == "served":
@@ -238,7 +238,7 @@ def _setting_json(compared: ComparedSetting, tokens: int, chosen: bool) -> dict[
         "chosen": chosen, "fits": compared.fits, "reason": compared.reason, "zero_stage": setting.stage,
         "teacher_placement": setting.placement, "offload_optimizer": setting.offload_optimizer,
         "offload_parameters": setting.offload_parameters, "hpz_partition_size": setting.hpz,
-        "gradient_checkpointing": setting.checkpointing, "tensor_parallel": setting.tensor,
+        "gradient_checkpointing": setting.recompute.name, "tensor_parallel": setting.tensor,
         "sequence_parallel": setting.sequence, "teacher_overlap": setting.overlap,
         "micro_batch": setting.micro_batch, "accumulation": setting.accumulation,
         "gpu_bytes": memory.total, "gpu_bytes_by_component": memory.parts, "fullest_moment": memory.moment,

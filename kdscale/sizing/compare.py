@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from kdscale.config.distill.recompute import RECOMPUTE
 from kdscale.sizing.gpus import GIB, GpuCluster
 from kdscale.sizing.job import Job, Memory, Setting, TeacherPlacement
 from kdscale.sizing.memory import peak_memory
@@ -98,7 +99,7 @@ def _settings(job: Job, stages: Collection[int], placements: Collection[TeacherP
     offloads = [(False, False), (True, False), (True, True)]
     groups = [1] if job.ranks == job.ranks_per_node else [1, job.ranks_per_node]
     return [
-        Setting(stage, 1, 1, checkpointing, placement, *offload, hpz)
+        Setting(stage, 1, 1, level, placement, *offload, hpz)
         for placement in placements
         if not (placement == "partitioned" and job.ranks == 1)
         for stage in stages
@@ -107,7 +108,7 @@ def _settings(job: Job, stages: Collection[int], placements: Collection[TeacherP
         if not (offload[1] and stage != 3) and not (job.ranks == 1 and stage > 1 and not offload[1])
         # hpZ keeps a second copy of the weights in each node: worth it with several nodes and weights on the GPU
         for hpz in (groups if stage == 3 and not offload[1] else [1])
-        for checkpointing in (False, True)
+        for level in RECOMPUTE.values()
     ]
 
 
@@ -149,7 +150,7 @@ def _complexity(option: ComparedSetting) -> tuple[int, ...]:
         setting.hpz > 1,
         setting.overlap,
         (*PLACEMENTS, STORED).index(setting.placement),
-        setting.checkpointing,
+        list(RECOMPUTE).index(setting.recompute.name),
         setting.stage,
     )
 

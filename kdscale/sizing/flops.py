@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kdscale.config.distill.recompute import Recompute
 from kdscale.sizing.model_shape import ModelShape
 
 
@@ -82,6 +83,20 @@ def step_flops(
     lengths = list(documents)
     forwards = [(3, student), *([(1, teacher)] if teacher else []), *([(1, losses)] if losses else [])]
     return sum(times * model.forward(tokens, labels, lengths) for times, model in forwards)
+
+
+def recomputed_flops(shape: ModelShape, level: Recompute, row: Iterable[int]) -> float:
+    """FLOPs a token that a level of recompute does again in the backward, of a row of such documents.
+
+    A layer's last product is not among them unless its backward reads what that gives (`ModelShape.last_read`).
+    """
+    if not level.checkpoints:
+        return 0.0
+    flops, lengths = ModelFlops.of_shape(shape), list(row)
+    last = 0.0 if shape.last_read else 2.0 * shape.hidden * shape.ffn * shape.layers
+    products = 0.0 if level.products else flops.per_token - last
+    attention = 0.0 if level.attention else flops.forward(0, 0, lengths) / sum(lengths)
+    return products + attention
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kdscale.config.distill.recompute import Recompute
 from kdscale.sizing.layer_losses import NO_LAYERS, LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 
@@ -63,7 +64,7 @@ class Setting:
     stage: int
     micro_batch: int
     accumulation: int
-    checkpointing: bool
+    recompute: Recompute
     placement: TeacherPlacement
     offload_optimizer: bool = False
     offload_parameters: bool = False

@@ -10,6 +10,7 @@ for the host. benchmarks/distill/plan_cluster_check.py compares the sum with mea
 
 from __future__ import annotations
 
+from kdscale.config.distill.recompute import Recompute
 from kdscale.sizing.job import Job, Memory, Setting
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.parallel import job_of_tensor_rank
@@ -240,34 +241,56 @@ def _teacher_gathered(job: Job, setting: Setting) -> float:
 def layer_bytes(job: Job, model: ModelShape) -> float:
     """What autograd saves in one layer, a token (counted on Llama and Qwen3, packed text, exactly).
 
-    Each norm: its input as fp32, the normalised and the scaled value, (4 + 2b)·H, and 4 of its root. Attention: q and
-    its output, 2b·A, k and v, 2b·K, and the log-sum-exp, 4 per head; no mask, as documents are kept apart without one.
-    On a CPU the output is saved by document and once more joined. A gated ffn: gate, its activation, up, product, 4b·F;
-    others 2b·F.
+    The two inputs of products that norms give, 2b·H. Each norm: its input as fp32 and the normalised value, (4 + b)·H,
+    both fp32 where the gain is (Gemma), b·H of a centred one, and 4 of its root. Attention: q and its output, 2b·A, k
+    and v, 2b·K, and the log-sum-exp, 4 per head; no mask, as documents are kept apart without one. On a CPU the output
+    is saved by document and once more joined. A gated ffn: gate, its activation, up, product, 4b·F; others 2b·F.
+    Experts: their inputs, sorted, and their outputs.
     """
     b = job.item_bytes
-    norms = 2 * ((4 + 2 * b) * model.hidden + 4)
+    normed = {("rms", "weight"): 4 + b, ("rms", "one_plus_weight"): 8}.get(model.norm, b)
+    norms = 2 * b * model.hidden + model.norms * (normed * model.hidden + 4)
     if model.qk_norm:
         groups = model.heads + model.kv_heads
-        norms += (4 + b) * groups * model.head_dim + 4 * groups
+        norms += normed * groups * model.head_dim + 4 * groups
     outputs = 2 if job.device == "cpu" else 1
     attention = b * ((1 + outputs) * model.attention + 2 * model.kv_heads * model.head_dim) + 4 * model.heads
-    return norms + attention + (4 if model.gated else 2) * b * model.ffn
+    experts = 2 * b * model.last_read if model.last_read > model.hidden else 0
+    return norms + attention + (4 if model.gated else 2) * b * model.ffn + experts
+
+
+def kept_bytes(job: Job, model: ModelShape, level: Recompute) -> float:
+    """What one layer keeps for the backward, a token, at a level of recompute (counted on Llama and Qwen3, exactly).
+
+    Its input, b·H; of attention the output and the log-sum-exp; of the products q, k, v, the attention's, gate and up,
+    and the last where its backward reads that. With soft caps and with flex, attention is not kept.
+    """
+    b = job.item_bytes
+    if not level.checkpoints:
+        return layer_bytes(job, model)
+    attention = b * model.attention + 4 * model.heads if level.attention else 0
+    heads = model.attention + 2 * model.kv_heads * model.head_dim
+    ffn = (2 if model.gated else 1) * model.ffn
+    products = b * (heads + model.hidden + ffn + model.last_read) if level.products else 0
+    return b * model.hidden + attention + products
+
+
+def recomputed_bytes(job: Job, model: ModelShape, level: Recompute) -> float:
+    """What one layer makes again in its backward, a token."""
+    return max(0.0, layer_bytes(job, model) - kept_bytes(job, model, level)) if level.checkpoints else 0.0
 
 
 def saved_bytes(job: Job, setting: Setting) -> float:
-    """What waits for the backward: all layers' activations, or with checkpointing each layer's input, b·H."""
+    """What waits for the backward: what each layer keeps, and the last norm, rotary positions and ids."""
     tokens, model = setting.rows(job), job.student
-    last = (4 + 2 * job.item_bytes) * model.hidden + 3 * job.item_bytes * model.head_dim + 12  # norm, rotary, ids
-    if setting.checkpointing:
-        return tokens * (job.item_bytes * model.hidden * model.layers + last)
-    return tokens * (layer_bytes(job, model) * model.layers + last)
+    last = (4 + 2 * job.item_bytes) * model.hidden + 3 * job.item_bytes * model.head_dim + 12
+    return tokens * (kept_bytes(job, model, setting.recompute) * model.layers + last)
 
 
 def backward_bytes(job: Job, setting: Setting) -> float:
-    """Gradients of the activations of one layer, and with checkpointing that layer's activations, computed again."""
+    """Gradients of the activations of one layer, and what of that layer is computed again."""
     tokens, model = setting.rows(job), job.student
-    again = layer_bytes(job, model) if setting.checkpointing else 0.0
+    again = recomputed_bytes(job, model, setting.recompute)
     return tokens * (job.item_bytes * 2 * (model.ffn + model.hidden) + again)
 
 

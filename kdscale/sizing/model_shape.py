@@ -37,6 +37,8 @@ class ModelShape:
     no biases, no looked-up embeddings, and of a mixture only the experts that the token is routed to. `windows`: (how
     far the attention of some layers reaches back, None for all of the document; how many layers these are).
     `linears` are the weights of the layers' linear maps outside experts: what float8 changes.
+    `last_read`: the width of what a layer's last product gives, where its backward reads that (a norm follows, or each
+    expert's share); 0 where it is only added to the hidden states.
     """
 
     params: int
@@ -54,6 +56,9 @@ class ModelShape:
     qk_norm: bool
     windows: tuple[tuple[int | None, int], ...]
     linears: int
+    norm: tuple[str, str] = ("rms", "weight")  # kind and gain, as the family's file has them
+    norms: int = 2  # over the hidden size, in a layer
+    last_read: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any], family: Family) -> ModelShape:
@@ -64,6 +69,7 @@ class ModelShape:
             spec for spec in family.tensors(config).values() if not spec.counts_as_embedding and len(spec.shape) > 1
         ]
         of_experts = sum(math.prod(spec.shape) for spec in matrices if spec.expert is not None)
+        used = max(1, family.experts_per_token)
         idle = of_experts // dims.experts * (dims.experts - family.experts_per_token) if of_experts else 0
         return cls(
             params=count.total,
@@ -74,7 +80,7 @@ class ModelShape:
             products=sum(math.prod(spec.shape) for spec in matrices) - idle + dims.vocab * dims.hidden,
             layers=dims.layers,
             hidden=dims.hidden,
-            ffn=dims.ffn * max(1, family.experts_per_token),
+            ffn=dims.ffn * used,
             heads=dims.heads,
             head_dim=dims.head_dim,
             kv_heads=dims.kv_heads,
@@ -84,6 +90,9 @@ class ModelShape:
             qk_norm="q_norm" in roles,
             linears=sum(math.prod(spec.shape) for spec in matrices if spec.layer is not None and spec.expert is None),
             windows=tuple(Counter(attention_windows(family, config)).items()),
+            norm=(family.data.norm.kind, family.data.norm.gain),
+            norms=len(roles & {"attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm"}),
+            last_read=dims.hidden * used if of_experts or "ffn_post_norm" in roles else 0,
         )
 
     @classmethod

@@ -50,13 +50,13 @@ def tensor_parallel_seconds(job: Job, setting: Setting, cluster: GpuCluster) -> 
     """Seconds at full bandwidth that tensor-parallel ranks wait for each other's sums in a step.
 
     Read in DeepSpeed's module_inject: an all-reduce of the hidden states after attention and after the ffn, and in the
-    backward one for each projection that reads them (q, k, v, up and gate); checkpointing repeats those of the forward.
+    backward one for each projection that reads them (q, k, v, up and gate); recompute repeats the one after attention.
     The embedding and the loss add one each. An all-reduce takes twice the time of a gather.
     """
     if setting.tensor == 1:
         return 0.0
     tokens = setting.micro_batch * setting.accumulation * job.seq_len
-    student = job.student.layers * (2 * (2 if setting.checkpointing else 1) + 3 + (2 if job.student.gated else 1)) + 2
+    student = job.student.layers * (2 + setting.recompute.checkpoints + 3 + (2 if job.student.gated else 1)) + 2
     all_reduces = student + 2 * sum(teacher.layers for teacher in job.teachers) + 1
     group = replace(cluster, nodes=1, gpus_per_node=setting.tensor)
     hidden_bytes = job.item_bytes * tokens * max(model.hidden for model in (job.student, *job.teachers))
@@ -67,12 +67,12 @@ def sequence_parallel_seconds(job: Job, setting: Setting, cluster: GpuCluster) -
     """Seconds at full bandwidth of a step's exchanges around attention between sequence-parallel ranks.
 
     Read in kdscale/models/sequence_parallel.py: each layer sends queries, keys, values and outputs, 2·A + 2·K numbers a
-    token, forward and backward, and with checkpointing once more; kv heads are repeated where there are fewer than
+    token, forward and backward, and with recompute once more; kv heads are repeated where there are fewer than
     ranks. The teacher sends its own in the forward only.
     """
     if setting.sequence == 1:
         return 0.0
-    times = 3 if setting.checkpointing else 2
+    times = 2 + setting.recompute.checkpoints
     numbers = times * _exchanged_numbers(job.student, setting.sequence)
     if setting.runs_teacher:
         numbers += sum(_exchanged_numbers(teacher, setting.sequence) for teacher in job.teachers)

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdscale.sizing.flops import ModelFlops, mfu, step_flops
+from kdscale.sizing.flops import ModelFlops, mfu, recomputed_flops, step_flops
 from kdscale.sizing.gpus import GpuCluster
 from kdscale.sizing.job import Job, Setting
+from kdscale.sizing.memory import recomputed_bytes
 from kdscale.sizing.parallel import job_of_tensor_rank, sequence_parallel_seconds, tensor_parallel_seconds
 
 # Products of few rows are bound by launches and by reading the weights: at so many tokens they reach half of
 # `Rates.compute`. Assumed.
 _HALF_AT_TOKENS = 256
+
+# What is computed again is bound by memory but for its products: an element-wise operation reads and writes about so
+# many bytes for each one that autograd keeps. Assumed.
+_BYTES_AGAIN = 3
 
 # Adam reads gradient, master and two moments and writes the three and the weight: 16 + 12 + 2 bytes per parameter.
 _ADAM_BYTES = 30
@@ -74,12 +79,13 @@ def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, wait
     peak = cluster.gpu.flops * rates.compute * rows / (rows + _HALF_AT_TOKENS)
     student, teacher = (model.of_a_token(job.row) for model in (ModelFlops.of_shape(job.student), _teachers(job)))
     losses = job.layer_losses.flops(job.student, job.teacher).of_a_token(job.row)
-    recomputed = student - 2.0 * job.student.head if setting.checkpointing else 0.0
+    recomputed = recomputed_flops(job.student, setting.recompute, job.row)
+    again = recomputed_bytes(job, job.student, setting.recompute) * job.student.layers
     hidden, exposed = _student_transfers(job, setting, cluster, rates)
     if job.teacher_dtype == "float8":  # as much less time as the peaks differ: assumed
         teacher -= 2.0 * sum(shape.linears for shape in job.teachers) * (1 - 1 / cluster.gpu.float8)
     teacher_seconds = max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates))
-    computing = tokens * (3 * student + recomputed + losses) / peak
+    computing = tokens * ((3 * student + recomputed + losses) / peak + _BYTES_AGAIN * again / cluster.gpu.hbm)
     if setting.overlap:  # products are no faster beside each other: gained is what the student waits for links
         teacher_seconds -= min(max(0.0, hidden - computing), teacher_seconds * (1 - 1 / setting.accumulation))
     return {

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
+from kdscale.config.distill.recompute import RECOMPUTE, Recompute, RecomputeLevel
 from kdscale.config.distill.targets import SEVERAL, TEXT_ALONE, Needs, Source, check_source, combined, source_of
 from kdscale.config.distill.teachers import SourceSettings, TeacherEntry, check_teachers
 from kdscale.config.distill.zero import ZeroConfig
@@ -63,7 +64,7 @@ class DistillConfig(SourceSettings):
     dtype: Dtype = "auto"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     zero: ZeroConfig = ZeroConfig()
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: RecomputeLevel = "off"
     # torch.compile of the decoder layers of student and in-process teacher; auto: on GPUs that can run what it makes
     compile: Literal["auto", "off", "layers"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -227,6 +228,11 @@ class DistillConfig(SourceSettings):
     def _draws_from_shards(self) -> bool:
         """Whether tokens would have to be drawn from a distribution that no rank has whole."""
         return self.needs.sampled > 0 and any(one.source.in_process for one in self.by_teacher().values())
+
+    @property
+    def recompute(self) -> Recompute:
+        """What the student's layers compute again in the backward."""
+        return RECOMPUTE[self.gradient_checkpointing]
 
     @property
     def source(self) -> Source:

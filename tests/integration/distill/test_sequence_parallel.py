@@ -21,7 +21,7 @@ RUNS = {
     "there and back": [
         (2, 2, 2, {"zero_stage": 1}),
         (1, 1, 3, {"zero_stage": 2}),
-        (4, 2, None, {"zero_stage": 3, "teacher_placement": "partitioned", "gradient_checkpointing": True}),
+        (4, 2, None, {"zero_stage": 3, "teacher_placement": "partitioned", "gradient_checkpointing": "selective"}),
     ],
 }
 OBJECTIVES = [

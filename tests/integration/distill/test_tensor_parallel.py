@@ -21,7 +21,7 @@ from tests.integration.prune.family_table import save_teacher
 FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 ROOT = Path(__file__).resolve().parents[3]
 VOCAB, HIDDEN = 320, 96
-WHERE = {"gradient_checkpointing": True, "teacher_placement": "partitioned", "async_checkpoints": True}
+WHERE = {"gradient_checkpointing": "selective", "teacher_placement": "partitioned", "async_checkpoints": True}
 OFFLOADED = {"zero": {"offload_optimizer": "cpu"}, "teacher_placement": "offloaded"}
 # name → phases of (ranks, of which so many share layers, ZeRO stage, killed when it begins this step, other settings)
 RUNS = {

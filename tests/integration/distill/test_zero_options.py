@@ -50,6 +50,19 @@ def test_options_change_no_bit(distil, plain_runs, tmp_path, case):
     assert all(found[name].equal(weights[name]) for name in weights)
 
 
+def test_layers_that_compute_again_may_gather_what_their_forward_found(distil, plain_runs, tmp_path):
+    """Weights are fetched ahead and let go at once, so that the second time a layer has operators of its own."""
+    gathers = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
+               "stage3_max_live_parameters": 60_000, "stage3_prefetch_bucket_size": 20_000}  # fmt: skip
+    settings = {"zero_stage": 3, "dtype": "bfloat16", "tokens": 2 * 4 * 48, "micro_batch": 1}
+    losses = [
+        [row["loss"] for row in distil(tmp_path / level, **settings, zero={"extra": gathers},
+                                       gradient_checkpointing=level) if row["kind"] == "train"]
+        for level in ("off", "selective")
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
 def test_an_offloaded_run_resumes_to_the_same_bytes(distil, tmp_path, monkeypatch):
     settings = {"zero_stage": 3, "dtype": "bfloat16", "tokens": 4 * 4 * 48, "checkpoint_every": 2,
                 "zero": {"offload_optimizer": "cpu", "offload_parameters": "cpu"}}  # fmt: skip

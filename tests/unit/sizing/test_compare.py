@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from kdscale.config.distill.recompute import RECOMPUTE
 from kdscale.config.load import build_config, config_folder, find_config, load_config
 from kdscale.errors import ConfigError
 from kdscale.families import load_family
@@ -18,7 +19,7 @@ from kdscale.sizing.compare import compare
 from kdscale.sizing.flops import ModelFlops, mfu, step_flops
 from kdscale.sizing.gpus import GIB, GpuCluster, find_gpu, known_gpus, peak_by_name
 from kdscale.sizing.job import Job, Setting
-from kdscale.sizing.memory import peak_memory
+from kdscale.sizing.memory import peak_memory, recomputed_bytes
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.parallel import sequence_parallel_seconds, tensor_parallel_seconds
 from kdscale.sizing.speed import Rates, estimate_step
@@ -26,6 +27,7 @@ from kdscale.sizing.speed import Rates, estimate_step
 TEACHERS = Path(__file__).resolve().parents[2] / "fixtures" / "teachers"
 NAMES = sorted(path.name.removesuffix(".yaml") for path in config_folder().glob("*.yaml"))
 H100 = find_gpu("h100")
+OFF, FULL = RECOMPUTE["off"], RECOMPUTE["full"]
 
 
 def llama() -> ModelShape:
@@ -60,7 +62,7 @@ def test_the_planned_mfu_is_what_the_log_would_say_of_such_a_step(
     """The log counts from config.json and from the GPU's driver name."""
     from kdscale.distill.telemetry.observer import StepWork
 
-    setting = Setting(1, 2, 3, False, placement, tensor=tensor)
+    setting = Setting(1, 2, 3, OFF, placement, tensor=tensor)
     planned = estimate_step(job(document_tokens=documents), setting, cluster(), Rates())
     row = [4096] if documents is None else [1500, 1500, 1096]
     config = json.loads((TEACHERS / "Llama-3.1-8B" / "config.json").read_text())
@@ -78,18 +80,22 @@ def test_a_collective_takes_as_long_as_its_slower_links() -> None:
     assert cluster(4, 1).collective(8e9) == pytest.approx(8e9 * 3 / 4 / 50e9)
 
 
-def test_compute_is_what_the_flops_say_and_checkpointing_adds_a_forward() -> None:
+def test_compute_is_what_the_flops_say_and_recompute_adds_what_is_done_again() -> None:
     rates = Rates(compute=0.5)
     seconds = {}
-    for checkpointing in (False, True):
-        speed = estimate_step(job(), Setting(1, 1, 4, checkpointing, "replicated"), cluster(), rates)
-        seconds[checkpointing] = speed.seconds["student"]
+    for level in RECOMPUTE.values():
+        speed = estimate_step(job(), Setting(1, 1, 4, level, "replicated"), cluster(), rates)
+        seconds[level.name] = speed.seconds["student"]
         assert speed.tokens_per_second == pytest.approx(8 * 4 * 4096 / speed.step)
         assert 0 < speed.mfu < 0.5
     slow = 4096 / (4096 + 256)
-    assert seconds[False] == pytest.approx(4 * 4096 * 3 * forward(4096) / (989e12 * 0.5 * slow))
-    recomputed = 4 * 4096 * (forward(4096) - 2 * 128_256 * 4096) / (989e12 * 0.5 * slow)
-    assert seconds[True] - seconds[False] == pytest.approx(recomputed)
+    assert seconds["off"] == pytest.approx(4 * 4096 * 3 * forward(4096) / (989e12 * 0.5 * slow))
+    passes = 4 * 4096 * 32 * 3 / H100.hbm  # of what is made again by element-wise operations
+    again = {level.name: passes * recomputed_bytes(job(), llama(), level) for level in RECOMPUTE.values()}
+    layers = forward(4096) - 2 * 128_256 * 4096 - 2 * 32 * 4096 * 14336  # without the head and each last product
+    assert seconds["full"] - seconds["off"] - again["full"] == pytest.approx(4 * 4096 * layers / (989e12 * 0.5 * slow))
+    assert seconds["selective"] - seconds["off"] == pytest.approx(again["selective"])
+    assert seconds["off"] < seconds["selective"] < seconds["keep_attention"] < seconds["full"]
 
 
 def test_a_teacher_in_float8_takes_half_the_time_of_its_layers_products(tmp_path: Path) -> None:
@@ -130,11 +136,11 @@ def test_stage_2_reduces_in_every_micro_batch_and_hpz_spares_the_network() -> No
     # in gathers of the weights: bf16 gradients take one, fp32 ones two, and stage 1 sums those by an all-reduce
     for size, first, second in ((2, 1 + 1, 1 + 8), (4, 1 + 4, 1 + 16)):
         sums = replace(job(), gradient_bytes=size)
-        one = {s: estimate_step(sums, Setting(s, 1, 8, True, "replicated"), cluster(), Rates()) for s in (1, 2)}
+        one = {s: estimate_step(sums, Setting(s, 1, 8, FULL, "replicated"), cluster(), Rates()) for s in (1, 2)}
         assert one[2].seconds["communication"] == pytest.approx(one[1].seconds["communication"] * second / first)
     slow = replace(cluster(4), gpu=replace(H100, network=1e9))
     far, near = (
-        estimate_step(job(32), Setting(3, 1, 1, False, "replicated", hpz=h), slow, Rates()).seconds["student"]
+        estimate_step(job(32), Setting(3, 1, 1, OFF, "replicated", hpz=h), slow, Rates()).seconds["student"]
         for h in (1, 8)
     )
     assert near < far * 0.8  # one of four gathers: the sums of gradients count for two
@@ -233,7 +239,7 @@ def test_layers_are_shared_only_where_nothing_fits_otherwise() -> None:
 
 
 def test_ranks_that_share_layers_hold_less_and_wait_for_each_other() -> None:
-    alone, two = (Setting(2, 1, 1, False, "replicated", tensor=size) for size in (1, 2))
+    alone, two = (Setting(2, 1, 1, OFF, "replicated", tensor=size) for size in (1, 2))
     one, half = (peak_memory(job(), setting).parts for setting in (alone, two))
     assert half["student weights"] == pytest.approx(one["student weights"] / 2, rel=1e-3)
     assert half["teacher"] == pytest.approx(one["teacher"] / 2, rel=1e-3)
@@ -258,7 +264,7 @@ def test_sequences_are_shared_only_where_nothing_fits_otherwise() -> None:
 
 
 def test_ranks_that_share_sequences_hold_fewer_activations_and_exchange_them() -> None:
-    alone, two = (Setting(3, 1, 1, False, "replicated", sequence=size) for size in (1, 2))
+    alone, two = (Setting(3, 1, 1, OFF, "replicated", sequence=size) for size in (1, 2))
     one, half = (peak_memory(job(), setting).parts for setting in (alone, two))
     assert half["student weights"] == one["student weights"]  # over all ranks either way
     assert half["activations"] == one["activations"] / 2
