@@ -102,7 +102,7 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     student, slices = _load_student(student_dir, group, setup, options)
     rows = slices.vocab if slices else full_shape(student.get_output_embeddings().weight)[0]
     vocab_size = shared_vocabulary(opened.rows, rows, tokenizer_size, str(student_dir))
-    recompute_in_backward(student, settings.recompute)
+    recompute_in_backward(student, settings.recompute, setup.compiled)
     sequence_slice.prepare(student)
     student = student.requires_grad_(True).train()
     source, shard = opened.start(vocab_size), slices.head if slices else None

@@ -31,9 +31,21 @@ _ATTENTION = (
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback")
 
 
-def recompute_in_backward(model: Any, level: Recompute) -> None:
-    """Let the layers of a transformers `model` keep for the backward what `level` says, when it trains."""
-    if not level.checkpoints:
+# A little less than all that a compiled backward would like to have in memory: what is no product is made again.
+_BUDGET = 0.99
+
+
+def recompute_in_backward(model: Any, level: Recompute, compiled: bool = False) -> None:
+    """Let the layers of a transformers `model` keep for the backward what `level` says, when it trains.
+
+    Products of `compiled` layers cannot be told from the rest here, so that keeping them is left to the compiler. Call
+    it before a layer is compiled.
+    """
+    if compiled:
+        import torch._functorch.config as compiler
+
+        compiler.activation_memory_budget = _BUDGET if level.products else 1.0
+    if not level.checkpoints or (compiled and level.products):
         return
     names = (_ATTENTION if level.attention else ()) + (_PRODUCTS if level.products else ())
     options: dict[str, Any] = {"use_reentrant": False}
@@ -94,7 +106,7 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name, outputs = func.name().partition(".")[0], self._kept.outputs
+        name, outputs = func.name(), self._kept.outputs
         if name in self._kept.names:
             values = tree_map(_detached, out)
             outputs.append(_Output(name, values, [tensor._version for tensor in _tensors(values)]))
@@ -129,7 +141,7 @@ class _HandBack(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().partition(".")[0]
+        name = func.name()
         if name not in self._kept.names:
             return func(*args, **(kwargs or {}))
         output = next(self._next, None)

@@ -10,11 +10,13 @@ from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdscale.config.distill.objective import LayersRead
+from kdscale.config.distill.recompute import RECOMPUTE
 from kdscale.families import supported_types
 from kdscale.models import compiling
 from kdscale.models.attention import attend_within_documents
 from kdscale.models.head import final_hidden
 from kdscale.models.layer_records import LayerReader
+from kdscale.models.recompute import recompute_in_backward
 from tests.integration.prune.family_table import tiny_config
 
 REGIONS = 4  # what one kind of layer comes to: up to attention (two), the output projection, the rest
@@ -36,10 +38,9 @@ def make_model(model_type="llama", **changes):
     return model
 
 
-def compiled(model, recompute=False):
+def compiled(model, recompute="off"):
     twin = copy.deepcopy(model)
-    if recompute:
-        twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_in_backward(twin, RECOMPUTE[recompute], compiled=True)
     compiling.compile_layers(twin)
     return twin
 
@@ -62,7 +63,7 @@ def assert_same(found, expected, atol):
         torch.testing.assert_close(found[1][name], gradient, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("dtype", "atol", "recompute"), [(torch.float32, 1e-5, False), (torch.bfloat16, 3e-2, True)])
+@pytest.mark.parametrize(("dtype", "atol", "recompute"), [(torch.float32, 1e-5, "off"), (torch.bfloat16, 3e-2, "full")])
 def test_thirty_layers_are_compiled_once(dtype, atol, recompute):
     plain = make_model(num_hidden_layers=30).to(dtype)
     model = compiled(plain, recompute)
@@ -78,7 +79,24 @@ def test_inductor_on_a_gpu_computes_the_same(monkeypatch):
         pytest.skip("needs a CUDA device")
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
     plain = make_model().to("cuda", torch.bfloat16)
-    assert_same(forward_and_backward(compiled(plain, recompute=True)), forward_and_backward(plain), 3e-2)
+    assert_same(forward_and_backward(compiled(plain, "full")), forward_and_backward(plain), 3e-2)
+
+
+def test_what_is_computed_again_between_compiled_products_need_not_be_kept():
+    plain, saved = make_model(), {}
+    for level in RECOMPUTE:
+        torch._dynamo.reset()
+        model, sizes = compiled(plain, level), {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = forward_and_backward(model)
+        assert_same(found, forward_and_backward(plain), 1e-5)
+        saved[level] = sum(sizes.values())
+    assert saved["full"] < saved["selective"] < saved["off"]
 
 
 @pytest.mark.parametrize("model_type", supported_types())

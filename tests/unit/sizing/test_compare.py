@@ -99,7 +99,7 @@ def test_compute_is_what_the_flops_say_and_recompute_adds_what_is_done_again() -
 
 
 def test_a_teacher_in_float8_takes_half_the_time_of_its_layers_products(tmp_path: Path) -> None:
-    setting = Setting(1, 1, 4, False, "replicated")
+    setting = Setting(1, 1, 4, OFF, "replicated")
     plain, float8 = (
         estimate_step(job(teacher_dtype=dtype), setting, cluster(), Rates()).seconds for dtype in ("auto", "float8")
     )
@@ -162,7 +162,7 @@ def test_a_teacher_whose_targets_are_stored_takes_neither_memory_nor_flops() -> 
     found = compare(job(), cluster(), 256, Rates(), placements=("replicated", "served", "cached"))
     assert found[0].setting.placement == "cached"
     assert found[0].speed.teacher_flops == found[0].speed.seconds["teacher"] == 0.0
-    alone = Setting(1, 1, 1, False, "cached")
+    alone = Setting(1, 1, 1, OFF, "cached")
     parts, held = (peak_memory(job(), replace(alone, placement=one)).parts for one in ("cached", "replicated"))
     assert "teacher" not in parts and held["teacher"] > 2 * 8e9
 
