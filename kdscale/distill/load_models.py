@@ -20,13 +20,13 @@ from kdscale.distill.parallel.dtypes import teacher_dtype
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.tensor_parallel import ModelSlices, load_sliced_model, tensor_group
 from kdscale.distill.parallel.zero3_loading import full_shape, gather_by_layer, load_zero3, zero3_materialiser
+from kdscale.distill.recompute import recompute_in_backward
 from kdscale.distill.schedule import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.compiling import compile_layers
 from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
-from kdscale.models.recompute import recompute_in_backward
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.several import check_tags, teacher_folders
 from kdscale.teacher.source import LabelChoice, SourceRequest, TargetSource, open_source

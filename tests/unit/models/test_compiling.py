@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdscale.config.distill.objective import LayersRead
 from kdscale.config.distill.recompute import RECOMPUTE
+from kdscale.distill.recompute import recompute_in_backward
 from kdscale.families import supported_types
 from kdscale.models import compiling
 from kdscale.models.attention import attend_within_documents
 from kdscale.models.head import final_hidden
 from kdscale.models.layer_records import LayerReader
-from kdscale.models.recompute import recompute_in_backward
 from tests.integration.prune.family_table import tiny_config
 
 REGIONS = 4  # what one kind of layer comes to: up to attention (two), the output projection, the rest

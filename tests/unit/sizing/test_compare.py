@@ -118,13 +118,13 @@ def test_a_teacher_in_float8_takes_half_the_time_of_its_layers_products(tmp_path
 def test_a_teacher_that_looks_ahead_fills_the_time_that_the_student_waits() -> None:
     slow = replace(cluster(4), gpu=replace(H100, network=1e9))
     alone, ahead = (
-        estimate_step(job(32), Setting(3, 1, 8, False, "replicated", overlap=overlap), slow, Rates()).seconds
+        estimate_step(job(32), Setting(3, 1, 8, OFF, "replicated", overlap=overlap), slow, Rates()).seconds
         for overlap in (False, True)
     )
     assert ahead["teacher"] == pytest.approx(alone["teacher"] / 8)  # nothing looks ahead of a step's first micro-batch
     assert ahead["student"] == alone["student"]
     fast = [
-        estimate_step(job(), Setting(3, 1, 8, False, "replicated", overlap=overlap), cluster(), Rates()).step
+        estimate_step(job(), Setting(3, 1, 8, OFF, "replicated", overlap=overlap), cluster(), Rates()).step
         for overlap in (False, True)
     ]
     assert fast[0] == fast[1]
