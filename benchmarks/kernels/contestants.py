@@ -148,14 +148,15 @@ def kdscale_sparse(p: Inputs, **options: object) -> Tensor:
     return call(p.hidden_NH, p.weight_VH, *targets, labels_N=p.labels_N, **options).loss_sum
 
 
-def kdscale_topk(p: Inputs) -> tuple[Tensor, ...]:
+def kdscale_topk(p: Inputs, **options: Any) -> tuple[Tensor, ...]:
     """linear_topk_lse."""
-    return kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1])
+    return kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1], **options)
 
 
 def kdscale_end_to_end(p: Inputs, **options: object) -> Tensor:
     """linear_topk_lse, then linear_sparse_kl."""
-    targets = kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1])
+    backend: Any = options.get("backend", "auto")
+    targets = kk.linear_topk_lse(p.teacher_NH, p.weight_VH, p.ids_NK.shape[1], backend=backend)
     call: Callable[..., kk.SparseKL] = kk.linear_sparse_kl
     return call(p.hidden_NH, p.weight_VH, *targets, labels_N=p.labels_N, **options).loss_sum
 
@@ -185,6 +186,8 @@ def _own(op: str, make: Callable[..., Tensor], device: torch.device) -> list[Con
         "row chunks": {"mode": "row_chunks"},
         "vocabulary slices": {"mode": "vocab_slices"},
     }
+    if device.type == "cpu":
+        variants["without C"] = {"backend": "torch"}
     if op == "linear_sparse_kl":
         for mib in (32, 512) if device.type == "cpu" else (450, 4096):
             variants[f"workspace {mib} MiB"] = {"workspace_bytes": mib << 20}
@@ -235,6 +238,9 @@ def own_and_torch(device: torch.device) -> list[Contestant]:
         Contestant(op, "eager torch", "", None, eager_targets, FORWARD),
         _compiled(op, "", None, eager_targets, directions=FORWARD),
     ]
+    if device.type == "cpu":
+        make = functools.partial(kdscale_topk, backend="torch")
+        topk.append(Contestant(op, "kdscale", "without C", None, make, FORWARD, package="kdscale"))
     op, needs = "sparse_kl", "student_logits"
     on_logits = [
         Contestant(op, "kdscale", "auto", "sparse KL", kdscale_on_logits, package="kdscale", needs=needs),

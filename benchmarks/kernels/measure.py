@@ -63,6 +63,9 @@ class Seconds(NamedTuple):
 
     wall: float
     cpu: float  # of all threads of this process; what a neighbour's load changes least
+    caller: (
+        float  # of the calling thread alone: about the wall time on a CPU with idle cores, if threads wait passively
+    )
 
 
 class Bench:
@@ -90,14 +93,15 @@ class Bench:
         spent = self._spent(lambda: step(contestant, inputs, self.setting.direction))
         if contestant.less_product:
             product = self._spent(lambda: teacher_product(inputs))
-            spent = Seconds(spent.wall - product.wall, spent.cpu - product.cpu)
+            spent = Seconds(*(whole - part for whole, part in zip(spent, product, strict=True)))
         return spent
 
     def _spent(self, action: Callable[[], None]) -> Seconds:
-        wall, cpu = time.perf_counter(), time.process_time()
+        clocks = (time.perf_counter, time.process_time, time.thread_time)
+        before = [clock() for clock in clocks]
         action()
         synchronise(self.setting.device)
-        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+        return Seconds(*(clock() - start for clock, start in zip(clocks, before, strict=True)))
 
 
 def interleaved(

@@ -42,6 +42,7 @@ class Row:
     ratio_p80: float | str = ""
     cpu_seconds_median: float | str = ""  # CPU only: processor time of all threads, and its ratio to ours
     cpu_ratio_to_ours: float | str = ""
+    caller_ratio_to_ours: float | str = ""  # CPU only: likewise of the calling thread's processor time
     peak_bytes: int | str = ""  # beyond inputs and gradients handed back
     error_dX_random: float | str = ""  # relative to fp64; for op sparse_kl that of the logits' gradient
     error_dW_random: float | str = ""
@@ -88,7 +89,9 @@ def add_times(row: Row, seconds: Sequence[Seconds], kdscale: Sequence[Seconds] |
         row.ratio_to_ours, row.ratio_p20, row.ratio_p80 = quantiles([own.wall / base.wall for own, base in pairs])
     if on_cpu:
         row.cpu_seconds_median = quantiles([s.cpu for s in seconds])[0]
-        row.cpu_ratio_to_ours = quantiles([own.cpu / base.cpu for own, base in pairs])[0] if pairs else ""
+        if pairs:
+            row.cpu_ratio_to_ours = quantiles([own.cpu / base.cpu for own, base in pairs])[0]
+            row.caller_ratio_to_ours = quantiles([own.caller / base.caller for own, base in pairs])[0]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:

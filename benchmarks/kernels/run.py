@@ -45,6 +45,11 @@ def device_name(device: torch.device) -> str:
     return (match[1].strip() if match else platform.processor()) or platform.machine()
 
 
+def _named(contestant: Contestant, wanted: list[str]) -> bool:
+    """Whether a contestant, as the progress shows it, begins with one of these."""
+    return any(", ".join(contestant.key).startswith(text) for text in wanted)
+
+
 class Table:
     """Collects rows; what is common to all of them is looked up once."""
 
@@ -65,6 +70,8 @@ class Table:
     def contestants(self, op: str) -> list[Contestant]:
         """Who takes part in an op, given the options."""
         contestants = [c for c in registry(self.device) if c.op == op]
+        if self.args.contestants:
+            contestants = [c for c in contestants if c.key == KDSCALE or _named(c, self.args.contestants)]
         if not self.args.no_compile:
             return contestants
         return [replace(c, absent=c.absent or "left out by --no-compile") if c.compiled else c for c in contestants]
@@ -139,6 +146,7 @@ def say_row(row: Row) -> None:
     peak = f"{int(row.peak_bytes) / 2**20:.0f} MiB" if row.peak_bytes != "" else "-"
     errors = " ".join(str(getattr(row, column)) or "-" for column in ERROR_COLUMNS)
     ratios = f"ratio {row.ratio_to_ours or '-'}, processor time {row.cpu_ratio_to_ours or '-'}"
+    ratios += f" (calling thread {row.caller_ratio_to_ours or '-'})"
     say(f"    {row.label}: {row.seconds_median or '-'} s, {ratios}, {peak}, errors {errors}")
 
 
@@ -150,6 +158,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", type=int, nargs=4, action="append", metavar=("N", "H", "V", "K"), help="instead")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument(
+        "--contestants", nargs="+", metavar="NAME", help="only ours (auto) and those whose name, mode begins so"
+    )
     parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 30 on a GPU")
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs torch.compile")
     parser.add_argument("--directions", nargs="+", choices=BOTH, default=BOTH)

@@ -68,6 +68,13 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     return [*judged, _judge("gradient error, matched regimes, worst shape", max(errors, default=None), 5e-3)]
 
 
+_CPU_TIMES = {
+    "time": "ratio_to_ours",
+    "processor time": "cpu_ratio_to_ours",
+    "the calling thread's processor time": "caller_ratio_to_ours",
+}
+
+
 def _cpu(table: _Table) -> Iterator[Verdict]:
     peak = _quotient(
         table.best("peak_bytes", STUDENT, "kdscale", "auto"), table.best("peak_bytes", STUDENT, "eager torch")
@@ -78,7 +85,7 @@ def _cpu(table: _Table) -> Iterator[Verdict]:
         ("teacher and student (auto) / Liger's best chunked setting", BOTH, "Liger chunked loss"),
         ("linear_sparse_kl (auto) / Liger's best, less the teacher's product", STUDENT, "Liger chunked loss"),
     ):
-        for what, column in (("time", "ratio_to_ours"), ("processor time", "cpu_ratio_to_ours")):
+        for what, column in _CPU_TIMES.items():
             yield _judge(f"{what}: {name}", _quotient(1.0, table.best(column, op, contestant)), 1.0)
 
 
