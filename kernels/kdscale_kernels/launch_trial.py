@@ -7,13 +7,12 @@ these may be missing, hang, or crash, hours into a run.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from kdscale_kernels.backend import import_obstacle
+from kdscale_kernels.compiler_process import run_within
 
 _PROGRAM = Path(__file__).with_name("triton_kernels") / "trial.py"
 _HINTS = {
@@ -33,19 +32,11 @@ def launch_obstacle(gpu: int | None, seconds: float = 120.0) -> str | None:
         return obstacle
     command = [sys.executable, "-P", str(_PROGRAM), *([] if gpu is None else [str(gpu)])]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory(prefix="kdscale-trial-") as cache, tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, env={**environment, "TRITON_CACHE_DIR": cache}, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=output, start_new_session=True,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="kdscale-trial-") as cache:
         try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the compiler is in the group too
-            process.wait()
-            return f"a trial of Triton did not end within {seconds:g} s"
-        output.seek(0)
-        text = output.read().decode("utf-8", "replace")
+            code, text = run_within(seconds, command, {**environment, "TRITON_CACHE_DIR": cache})
+        except TimeoutError as error:
+            return f"a trial of Triton {error}"
     return None if code == 0 else f"Triton cannot launch a kernel: {_reason(text, code)}"
 
 

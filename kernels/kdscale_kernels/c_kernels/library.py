@@ -10,11 +10,12 @@ import ctypes
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from kdscale_kernels.compiler_process import run_within
 
 _SOURCE = Path(__file__).with_name("bf16_rows.c")
 # No -ffast-math: a NaN must poison its row. The two `no` flags let exp be vectorised and change no result.
@@ -57,7 +58,7 @@ def _library(compiler: str | None) -> ctypes.CDLL | str:
         command = _compiler(compiler)
         with tempfile.TemporaryDirectory(prefix="kdscale-c-") as folder:
             return _load(_compiled(command, Path(folder)), command[0])
-    except LibraryError as error:
+    except (LibraryError, OSError) as error:
         return str(error)
 
 
@@ -65,7 +66,11 @@ def _compiler(given: str | None) -> list[str]:
     """The program and options that CC asks for, as in "ccache gcc", or the first usual one that is here."""
     if not sys.platform.startswith("linux"):
         raise LibraryError(f"the C steps are for Linux, and this is {sys.platform}")
-    for program, *options in [shlex.split(given)] if given else [["gcc"], ["cc"]]:
+    try:
+        usual = [shlex.split(given)] if given and given.strip() else [["gcc"], ["cc"]]
+    except ValueError as error:
+        raise LibraryError(f"CC: expected a program and its options, got {given!r} ({error})") from error
+    for program, *options in usual:
         if path := shutil.which(program):
             return [path, *options]
     raise LibraryError(f"no C compiler ({given or 'gcc, cc'}): install gcc, or set CC")
@@ -73,18 +78,16 @@ def _compiler(given: str | None) -> list[str]:
 
 def _compiled(compiler: list[str], folder: Path) -> Path:
     target = folder / "bf16_rows.so"
-    command = [*compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(target), str(_SOURCE), "-lm"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_SECONDS, check=False, cwd=folder
-        )
-    except subprocess.TimeoutExpired as error:
-        raise LibraryError(f"{compiler[0]} did not end within {_SECONDS:g} s") from error
+        command = [*compiler, *_FLAGS, "-shared", "-fPIC", "-o", str(target), str(_SOURCE), "-lm"]
+        code, text = run_within(_SECONDS, command)
+    except TimeoutError as error:
+        raise LibraryError(f"{compiler[0]} {error}") from error
     except OSError as error:
         raise LibraryError(f"{compiler[0]} cannot be started: {error}") from error
-    if done.returncode:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        reason = next((line for line in lines if "error" in line), (lines or ["no message"])[-1])
+    if code:
+        lines = text.strip().splitlines() or ["no message"]
+        reason = next((line for line in lines if "error" in line), lines[-1])
         raise LibraryError(f"{compiler[0]} failed: {reason[:300]}")
     return target
 

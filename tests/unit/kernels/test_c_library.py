@@ -47,6 +47,20 @@ def test_a_path_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         library.library()
 
 
+@pytest.mark.parametrize(("given", "said"), [("gcc 'x", "CC: expected a program"), ("gcc -no-such-option", "failed: ")])
+def test_cc_may_hold_options(monkeypatch: pytest.MonkeyPatch, given: str, said: str) -> None:
+    monkeypatch.setenv("CC", given)
+    assert said in str(library_obstacle())
+    monkeypatch.setenv("CC", "gcc -g0")
+    assert library_obstacle() is None
+
+
+def test_without_a_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(library, "_library", library._library.__wrapped__)
+    assert "No such file or directory" in str(library_obstacle())
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [
@@ -69,7 +83,7 @@ def test_a_compiler_that_fails_is_named_and_asked_once(compiler: Path, script: s
 
 def test_a_compiler_that_hangs_is_ended(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_SECONDS", 0.5)
-    compiler.write_text("#!/bin/sh\nexec sleep 100\n")
+    compiler.write_text("#!/bin/sh\nsleep 100\n")  # which outlives the shell and holds what that printed to
     assert library_obstacle() == f"{compiler} did not end within 0.5 s"
 
 
