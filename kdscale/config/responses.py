@@ -75,8 +75,11 @@ class ResponsesConfig(Section):
             )
         if self.limits.total_cost is not None and not (self.limits.input_price or self.limits.output_price):
             raise ValueError("limits.total_cost: needs input_price or output_price, for a million tokens")
-        if own := sorted({"messages", "stream"} & set(self.request)):
+        if own := sorted({"messages", "model", "n", "stream"} & set(self.request)):
             raise ValueError(f"request: {', '.join(own)} cannot be set here")
+        for name in ("max_tokens", "max_completion_tokens"):
+            if not isinstance(limit := self.request.get(name), int | None) or (limit is not None and limit < 1):
+                raise ValueError(f"request: {name}: expected a number of tokens, got {limit!r}")
         return self
 
     @model_validator(mode="after")

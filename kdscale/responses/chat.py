@@ -79,7 +79,8 @@ def question_of(prompt: Prompt, settings: ResponsesConfig) -> Question:
     if sampling.top_logprobs:
         body |= {"logprobs": True, "top_logprobs": sampling.top_logprobs}
     body = {name: value for name, value in (body | settings.request).items() if value is not None}
-    most = Usage(_estimated(prompt.messages), sampling.n * sampling.max_tokens)
+    longest = body.get("max_tokens", body.get("max_completion_tokens", sampling.max_tokens))
+    most = Usage(_estimated(prompt.messages), sampling.n * longest)
     return Question(
         key_of(PATH, body), PATH, body, lambda tree: _record_of(tree, settings, most.prompt_tokens), most, prompt.where
     )

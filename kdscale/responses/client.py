@@ -54,8 +54,6 @@ class Client:
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.base_url,
             api_key=self._key or "none",
-            organization="",  # not what the environment holds for another endpoint
-            project="",
             max_retries=0,
             timeout=httpx2.Timeout(endpoint.timeout, connect=min(_CONNECT_SECONDS, endpoint.timeout)),
             http_client=httpx2.AsyncClient(
@@ -65,6 +63,9 @@ class Client:
                 trust_env=not endpoint.on_this_machine,  # for the web the environment may name a proxy
             ),
         )
+
+        # the environment may hold these for another endpoint
+        self._client.organization = self._client.project = None
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The JSON object that the endpoint answers. Raises NotNowError or RefusedError."""

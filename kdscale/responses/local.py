@@ -36,6 +36,8 @@ class LocalTeacher:
         self._model, self._sampling, self._seed = model, sampling, seed
         self._tokenizer = tokenizer
         tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:  # Llama's has none; what pads is masked out
+            tokenizer.pad_token = tokenizer.eos_token
         self._ends = _end_ids(model, tokenizer)
         # generate() takes from here whatever its own argument leaves open: the checkpoint may penalise repetition
         model.generation_config = self._generation()
@@ -90,7 +92,8 @@ class LocalTeacher:
 
 def local_key(settings: ResponsesConfig, seed: int, teacher: Path, template: str | None) -> Callable[[Prompt], str]:
     """What gives the key of the teacher's answers to a prompt that this chat template writes."""
-    asked = [checkpoint_identity(teacher), template, {**settings.sampling.model_dump(mode="json"), "seed": seed}]
+    sampling = {**settings.sampling.model_dump(mode="json"), "seed": seed}
+    asked = [checkpoint_identity(teacher), template, sampling, settings.dtype, settings.micro_batch]
     return lambda prompt: key_of("local", prompt.messages, *asked)
 
 

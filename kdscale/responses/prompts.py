@@ -18,7 +18,7 @@ from kdscale.files import sha256_file
 
 BUILTIN = "builtin:questions"  # a few dozen that come with the package, to try this out
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ def _checked_chat(messages: Any, where: str) -> list[dict[str, str]]:
     plain = []
     for message in messages:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in ROLES or not isinstance(content, str):
+        if role not in _ROLES or not isinstance(content, str):
             raise DataError(
-                f"{where}: a message", expected=f"role (one of {', '.join(ROLES)}) and content, a text",
+                f"{where}: a message", expected=f"role (one of {', '.join(_ROLES)}) and content, a text",
                 got=repr(message)[:200],
             )  # fmt: skip
         plain.append({"role": role, "content": checked_text(content, f"{where}: a message")})

@@ -25,7 +25,7 @@ _NOT_NOW = (408, 425, 429)  # status codes below 500 after which the same questi
 class Services(Generic[Question]):
     """Services of which each gives the same answers.
 
-    `send` asks one of them a question and may raise httpx's TransportError; its answer's content is what `answer`
+    `send` asks one of them a question and may raise httpx's RequestError; its answer's content is what `answer`
     returns. `refused` makes the error for an answer that no other service would give differently. `section`: of the
     config, which has a `timeout`: seconds without an answer from any of them until LostRankError.
     """
@@ -74,7 +74,7 @@ class Services(Generic[Question]):
                 client = self._clients[(first + offset) % len(self._clients)]
                 try:
                     answer = self._send(client, question)
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     failure = f"{client.base_url}: {type(error).__name__}: {error}"
                     continue
                 if answer.is_success:

@@ -33,6 +33,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
     monkeypatch.setattr(asking, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(asking, "_POLL_SECONDS", 0.01)
     monkeypatch.setenv("FAKE_KEY", KEY)
+    monkeypatch.setenv("OPENAI_ORG_ID", "of-another-endpoint")
     with serving(FakeEndpoint()) as running:
         yield running
 
@@ -125,6 +126,7 @@ def test_every_question_is_asked_once_and_never_again(server: FakeEndpoint, ask:
     assert len(server.asked) == 20
     assert set(server.answered.values()) == {1}
     path, headers, body = server.asked[0]
+    assert not {"openai-organization", "openai-project"} & headers.keys()
     assert (path, headers["authorization"]) == ("/v1/chat/completions", f"Bearer {KEY}")
     assert {"n": 2, "model": "m", "max_tokens": 1024, "temperature": 0.7}.items() <= body.items()
     ask(texts[0], sampling={"n": 3})  # other settings are other questions
@@ -136,6 +138,12 @@ def test_a_request_may_have_other_fields_and_lack_ours(server: FakeEndpoint, ask
     body = server.asked[0][2]
     assert "max_tokens" not in body
     assert (body["max_completion_tokens"], body["seed"]) == (7, 5)
+    with pytest.raises(SpendingLimitError):
+        ask("b", request={"max_completion_tokens": 99, "max_tokens": None}, limits={"total_tokens": 60})
+    with pytest.raises(ValueError, match="request: model, n cannot be set here"):
+        ask("c", request={"n": 2, "model": "x"})
+    with pytest.raises(ValueError, match="max_tokens: expected a number"):
+        ask("c", request={"max_tokens": "many"})
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def teacher(chatting_llama_dir: Path) -> Callable[..., LocalTeacher]:
     model = load_model(chatting_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
     model.generation_config.repetition_penalty = 5.0  # of the checkpoint: it must not count
     tokenizer = load_tokenizer(chatting_llama_dir)
+    tokenizer.pad_token = None  # as Llama 3 has it
 
     def make(seed: int = 3, **sampling: Any) -> LocalTeacher:
         return LocalTeacher(model, tokenizer, SamplingConfig(**{"max_tokens": 6, **sampling}), seed)

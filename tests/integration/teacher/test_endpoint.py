@@ -110,7 +110,14 @@ def test_a_batch_without_labels_asks_nobody(teacher: Callable[..., EndpointTeach
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault(500), Fault(429, headers={"retry-after": "1"}), Fault(503, b"loading"), Fault(cut=20)]
+    "fault",
+    [
+        Fault(500),
+        Fault(429, headers={"retry-after": "1"}),
+        Fault(503, b"loading"),
+        Fault(cut=20),
+        Fault(headers={"content-encoding": "gzip"}),
+    ],
 )
 def test_what_passes_is_asked_again(
     teacher: Callable[..., EndpointTeacher], server: FakeEndpoint, fault: Fault
