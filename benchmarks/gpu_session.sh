@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What kdscale claims for a GPU, checked on one, in order of cost: the kernels against fp64, their benchmark with its targets (met or
-# missed), attention within documents beside a dense mask, TRL's GKDTrainer beside our losses, then SmolLM2-135M pruned to half and
+# missed), attention within documents and compiled layers beside a dense mask, TRL's GKDTrainer beside our losses, then SmolLM2-135M pruned to half and
 # distilled on 50M tokens (tokens/s and MFU are in its log and report).
 #
 #   bash benchmarks/gpu_session.sh TEACHER TEXT [OUT]
@@ -25,7 +25,8 @@ part() { # NAME COMMAND...: its output on the screen and in OUT/NAME.log
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   part tests python -m pytest -m gpu -q -p no:cacheprovider
   part kernels python benchmarks/kernels/run.py --device cuda --out "$out/kernels"
-  part attention python benchmarks/distill/packed_attention.py --device cuda --dtype bfloat16 --seq-len 4096 --rows 4
+  part attention python benchmarks/distill/packed_attention.py --device cuda --dtype bfloat16 --seq-len 4096 --rows 4 \
+    --kinds "dense mask" "within documents" compiled
 else
   echo "== no GPU: tests, kernels and attention are left out" && failed+=(tests kernels attention)
 fi

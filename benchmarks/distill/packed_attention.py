@@ -1,11 +1,13 @@
 """Attention within documents beside the dense mask of transformers: seconds of a distillation step and peak memory.
 
     python benchmarks/distill/packed_attention.py --seq-len 2048 --rows 1 --steps 5
+    python benchmarks/distill/packed_attention.py --kinds "within documents" compiled
 
 Teacher and student have the shapes of SmolLM2-135M and random weights; rows are packed from documents of 200 to 500
-tokens. A step is the teacher's forward with its 64 largest logits, the student's forward, sparse KL and backward. Both
-kinds of attention take turns in one process, whose seconds are compared; the peak is of one process each, without the
-loaded models. `--compare` prints the losses and the largest difference of any gradient instead.
+tokens. A step is the teacher's forward with its 64 largest logits, the student's forward, sparse KL and backward. The
+kind `compiled` is attention within documents in layers that torch.compile made. All kinds take turns in one process,
+whose seconds are compared; the peak is of one process each, without the loaded models. `--compare` prints the losses
+and the largest difference of any gradient instead.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +33,18 @@ from kdscale.config.distill.targets import Needs  # noqa: E402 - after the path
 from kdscale.distill.objectives.base import Objectives  # noqa: E402 - after the path
 from kdscale.distill.step import StudentModule  # noqa: E402 - after the path
 from kdscale.models.attention import attend_within_documents  # noqa: E402 - after the path
+from kdscale.models.compiling import compile_layers, uncompiled  # noqa: E402 - after the path
 from kdscale.models.documents import Documents  # noqa: E402 - after the path
 from kdscale.teacher.online import OnlineTeacher  # noqa: E402 - after the path
 from kdscale.teacher.placement.placed import ReplicatedTeacher  # noqa: E402 - after the path
 from kdscale.teacher.source import MicroBatch  # noqa: E402 - after the path
 
 CONFIG = Path(__file__).parents[2] / "tests/fixtures/teachers/smollm2-135m-instruct/config.json"
-KINDS = ("dense mask", "within documents")
+DENSE, APART, COMPILED = KINDS = ("dense mask", "within documents", "compiled")
 
 
 class Step:
-    """One distillation step of `rows` × `length` positions, with either kind of attention."""
+    """One distillation step of `rows` × `length` positions, of any kind."""
 
     def __init__(self, layers: int, rows: int, length: int, dtype: torch.dtype, device: torch.device):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,6 +53,9 @@ class Step:
         config = {**json.loads(CONFIG.read_text()), "num_hidden_layers": layers}
         make = lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype).to(device)  # noqa: E731
         self.models: list[Any] = [make().eval().requires_grad_(False), make().train()]
+        for model in self.models:
+            compile_layers(model)
+        self._kind = DENSE
         vocab, gen = config["vocab_size"], torch.Generator().manual_seed(2)
         self.teacher = OnlineTeacher(ReplicatedTeacher(self.models[0]), Needs(top_k=64), vocab_size=vocab)
         self.student = StudentModule(self.models[1], Objectives([TokenDivergenceConfig()]), vocab)
@@ -65,25 +73,27 @@ class Step:
         self.batch = MicroBatch(*on_device, documents=self.documents.to(device))
 
     def use(self, kind: str) -> None:
+        self._kind = kind
         for model in self.models:
-            if kind == KINDS[0]:
+            if kind == DENSE:
                 model.config._attn_implementation = "sdpa"
             else:
                 assert attend_within_documents(model)
 
     def __call__(self) -> float:
         self.student.zero_grad()
-        (loss_sum,), _ = self.student(self.batch, self.teacher.targets(self.batch))
-        (loss_sum / self.batch.rows).backward()
+        with nullcontext() if self._kind == COMPILED else uncompiled():
+            (loss_sum,), _ = self.student(self.batch, self.teacher.targets(self.batch))
+            (loss_sum / self.batch.rows).backward()
         return float(loss_sum.detach()) / self.batch.rows
 
 
-def seconds(step: Step, steps: int) -> None:
+def seconds(step: Step, kinds: Sequence[str], steps: int) -> None:
     """The kinds take turns, the first round uncounted. On a CPU processor time, which other work changes less."""
     clock = time.perf_counter if step.batch.rows_N.is_cuda else time.process_time
-    taken: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(steps + 1):
-        for kind in KINDS:
+        for kind in kinds:
             step.use(kind)
             began = clock()
             step()
@@ -91,27 +101,30 @@ def seconds(step: Step, steps: int) -> None:
     best = {kind: min(values[1:]) for kind, values in taken.items()}
     for kind, value in best.items():
         print(f"{kind}: {value:.3f} s, {step.batch.rows / value:,.0f} tokens/s")
-    ratios = sorted(a / b for a, b in zip(*(values[1:] for values in taken.values()), strict=True))
-    print(
-        f"tokens/s within documents: {ratios[len(ratios) // 2]:.2f} times those with a dense mask (median of {steps})"
-    )
+    first, *others = kinds
+    for kind in others:
+        ratios = sorted(a / b for a, b in zip(taken[first][1:], taken[kind][1:], strict=True))
+        print(f"tokens/s, {kind}: {ratios[len(ratios) // 2]:.2f} times those of {first} (median of {steps})")
 
 
-def compare(step: Step) -> None:
+def compare(step: Step, kinds: Sequence[str]) -> None:
     """Losses, and the largest difference of any gradient as a share of the largest gradient of its tensor."""
     found = {}
-    for kind in KINDS:
+    for kind in kinds:
         step.use(kind)
         loss = step()
         found[kind] = loss, [p.grad.clone() for p in step.student.parameters()]
-    (dense, grads), (apart, others) = found.values()
-    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(grads, others, strict=True))
-    print(f"loss {dense:.8f} with a dense mask, {apart:.8f} within documents; gradients differ by at most {worst:.1e}")
+    (first, (loss, gradients)), *others = found.items()
+    for kind, (other, changed) in others:
+        worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(gradients, changed, strict=True))
+        print(f"loss {loss:.8f} {first}, {other:.8f} {kind}; gradients differ by at most {worst:.1e}")
 
 
 def peak(step: Step, kind: str) -> None:
-    """Bytes beyond the loaded models."""
+    """Bytes beyond the loaded models; what compiling takes is not counted."""
     step.use(kind)
+    if kind == COMPILED:
+        step()
     if step.batch.rows_N.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -133,6 +146,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=KINDS[:2], help="the first is what others are compared with"
+    )
     parser.add_argument("--peak", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     step = Step(args.layers, args.rows, args.seq_len, getattr(torch, args.dtype), torch.device(args.device))
@@ -143,9 +159,9 @@ def main() -> None:
         f"{args.rows} × {args.seq_len} {args.dtype}, {len(lengths)} documents of {lengths[0]} to {lengths[-1]} tokens"
     )
     if args.compare:
-        return compare(step)
-    seconds(step, args.steps)
-    for kind in KINDS:
+        return compare(step, args.kinds)
+    seconds(step, args.kinds, args.steps)
+    for kind in args.kinds:
         done = subprocess.run(
             [sys.executable, *sys.argv, "--peak", kind], stdout=subprocess.PIPE, text=True, check=True
         )

@@ -34,15 +34,27 @@ def compile_layers(model: Any) -> int:
     None are found in a model whose layers are not transformers' own. Call it before anything is hooked onto the layers'
     modules: hooks inside a layer are not called.
     """
-    import torch._dynamo.config as dynamo
-
-    dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_VERSIONS)
+    _settle_torch()
     attend_outside_graphs()
     layers = decoder_layers(model)
     for layer in layers:
         layer_class: Any = type(layer)
         layer.__class__ = _compiled(layer_class, BACKEND)
     return len(layers)
+
+
+def _settle_torch() -> None:
+    """Settings that torch.compile has for the whole process only."""
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_VERSIONS)
+    # of the ranks of a machine each would start 32 processes
+    inductor.compile_threads = min(inductor.compile_threads or 1, torch.get_num_threads())
+    # Kernels that are chosen by timing them differ in rounding from one start to the next. Older torch has no such
+    # setting; it keeps its choices in a folder of the machine.
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

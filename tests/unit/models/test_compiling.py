@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -158,6 +159,14 @@ def test_what_a_forward_records_is_not_part_of_the_graphs():
         torch.testing.assert_close(found.layers_NH, expected.layers_NH)
         assert found.attention.keys() == {2}
     assert counters["stats"]["unique_graphs"] == REGIONS
+
+
+def test_kernels_are_not_chosen_by_timing_them():
+    """A resumed run must compile to the same code."""
+    with inductor.patch(deterministic=False, compile_threads=32):
+        compiling.compile_layers(make_model())
+        assert inductor.deterministic
+        assert inductor.compile_threads == torch.get_num_threads()
 
 
 def test_a_model_without_layers_of_transformers_is_left_alone():
