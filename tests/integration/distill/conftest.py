@@ -20,6 +20,8 @@ from kdscale.config.load import build_config
 from kdscale.config.root import Config
 from kdscale.data.token_store import TokenStore
 from kdscale.models.loading import load_tokenizer
+from kdscale.pipeline.stage import StageContext
+from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
 
@@ -123,24 +125,21 @@ def distil(
 
 
 @pytest.fixture
-def store_targets(
+def cached_run(
     make_config: Callable[..., Config], tiny_llama_dir: Path, student_dir: Path, data_dir: Path
-) -> Callable[..., dict[str, Any]]:
-    """Runs the stage `targets` of a run in `folder`, which begins with the text and the student; returns its facts."""
-    from kdscale.pipeline.stage import StageContext
-    from kdscale.pipeline.stages.targets import write_targets
-    from kdscale.runs.folder import RunFolder
+) -> Callable[..., StageContext]:
+    """A run in `folder` that has its text and its pruned student, ready for the stage `targets`."""
 
-    def write(folder: Path, targets: dict[str, Any], **distill: Any) -> dict[str, Any]:
+    def make(folder: Path, targets: dict[str, Any], **distill: Any) -> StageContext:
         run = RunFolder(folder)
         run.path.mkdir(exist_ok=True)
         for link, target in ((run.data, data_dir), (run.pruned, student_dir)):
             if not link.exists():
                 link.symlink_to(target)
         config = make_config(targets=targets, teacher_placement="cached", **distill)
-        return dict(write_targets(StageContext(config, run, tiny_llama_dir, Reporter(quiet=True))))
+        return StageContext(config, run, tiny_llama_dir, Reporter(quiet=True))
 
-    return write
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from kdscale.distill.replay import replay
 from kdscale.distill.trainer import Trainer
 from kdscale.errors import TrainingError
 from kdscale.models.loading import load_model
+from kdscale.pipeline.stage import StageContext
+from kdscale.pipeline.stages.targets import write_targets
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.device import tensors_in
 from kdscale.runtime.progress import Reporter
@@ -101,7 +103,7 @@ def same_weights(left: Any, right: Any, may_differ: float = 0.0) -> None:
 
 @pytest.fixture
 def placement_settings(
-    service: str, endpoint: str, store_targets: Callable[..., Any], tmp_path: Path
+    service: str, endpoint: str, cached_run: Callable[..., StageContext], tmp_path: Path
 ) -> Callable[[str], dict[str, Any]]:
     token_file = tmp_path / "token"
     token_file.write_text(TOKEN + "\n")
@@ -113,7 +115,7 @@ def placement_settings(
     def of(placement: str) -> dict[str, Any]:
         if placement == "cached":
             exact = {"codec": {"name": "hidden", "dtype": "float32"}, "path": str(tmp_path / "store")}
-            store_targets(tmp_path / "writer", exact, objectives=[{"name": "token_divergence"}], **SHORT)
+            write_targets(cached_run(tmp_path / "writer", exact, **SHORT))
             return {"teacher_placement": placement, "targets": exact}
         return {"teacher_placement": placement, **settings.get(placement, {})}
 
