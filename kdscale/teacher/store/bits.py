@@ -1,13 +1,13 @@
 """Small integers packed into few bits, written and read with numpy, many at a time.
 
-M values, N rows of K values each.
+M values, N rows of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,10 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack(values_M: NDArray[Any], bits: int) -> Bytes:
-    """Values below 2**bits as planes of 8, 4, 2 and 1 bits, lowest bits first; each plane begins on a whole byte."""
+    """Values below 2**bits as planes of 8, 4, 2 and 1 bits, lowest bits first; each plane begins on a whole byte.
+
+    With 0 bits nothing is kept.
+    """
     planes, shift, values_M = [], 0, values_M.astype(np.uint32)
     for width in _planes(bits):
         plane_M = ((values_M >> np.uint32(shift)) & np.uint32((1 << width) - 1)).astype(np.uint8)
@@ -41,7 +44,7 @@ def pack(values_M: NDArray[Any], bits: int) -> Bytes:
             for part in range(parts):
                 plane_M |= padded[part::parts] << np.uint8(part * width)
         planes.append(plane_M)
-    return np.concatenate(planes)
+    return np.concatenate(planes) if planes else np.empty(0, np.uint8)
 
 
 def unpack(packed: Bytes, count: int, bits: int) -> NDArray[Any]:
@@ -83,63 +86,59 @@ def _spread(plane: Bytes, width: int) -> Bytes:
     return out
 
 
-class _Split(NamedTuple):
-    """Of each id, so many low bits are kept as they are; the rest of a row is a bitmap of so many bytes."""
-
-    low_bits: int
-    map_bytes: int
-
-
 @lru_cache
-def _split(vocab: int, entries: int) -> _Split:
-    """The split that takes the fewest bytes a row."""
+def _low_bits(vocab: int, ids: int, rows: int) -> int:
+    """How many low bits of each id are kept as they are, so that `pack_ids` takes the fewest bits."""
 
-    def row_bits(split: _Split) -> int:
-        return split.low_bits * entries + 8 * split.map_bytes
+    def bits(low: int) -> int:
+        return low * ids + _map_bits(vocab, ids, rows, low)
 
-    choices = (_Split(low, -(-(entries + ((vocab - 1) >> low)) // 8)) for low in range(vocab.bit_length() + 1))
-    return min(choices, key=row_bits)
-
-
-def id_set_bytes(rows: int, vocab: int, entries: int) -> int:
-    """How many bytes `pack_ids` makes."""
-    split = _split(vocab, entries)
-    return (packed_bytes(rows * entries, split.low_bits) if split.low_bits else 0) + rows * split.map_bytes
+    return min(range(vocab.bit_length() + 1), key=bits)
 
 
-def pack_ids(ids_NK: NDArray[Any], vocab: int) -> Bytes:
-    """Rows of different ids below `vocab`, each in rising order, after Elias and Fano.
+def _map_bits(vocab: int, ids: int, rows: int, low: int) -> int:
+    return ids + rows * ((vocab - 1) >> low)
 
-    An id's low bits are kept; its high part h, of the i-th id of a row, is a one at place h + i of the row's bitmap. A
-    row takes about 2 + log2(vocab / K) bits an id, less than the id alone, as the order of a set says nothing.
+
+def id_sets_bytes(vocab: int, ids: int, rows: int) -> int:
+    """How many bytes `pack_ids` makes of `ids` ids in `rows` rows."""
+    low = _low_bits(vocab, ids, rows)
+    return -(-_map_bits(vocab, ids, rows, low) // 8) + packed_bytes(ids, low)
+
+
+def pack_ids(ids_M: NDArray[Any], sizes_N: NDArray[Any], vocab: int) -> Bytes:
+    """Ids below `vocab`, the first sizes[0] of them in rising order, then the next sizes[1], after Elias and Fano.
+
+    An id's low bits are kept. Its high part h is a one in a bitmap, behind as many zeros of its row as h. A row of K
+    takes about 2 + log2(vocab / K) bits an id, less than the id alone, as the order of a set says nothing.
     """
-    rows, entries = ids_NK.shape
-    low_bits, map_bytes = _split(vocab, entries)
-    bits = np.zeros((rows, 8 * map_bytes), np.uint8)
-    places_NK = (ids_NK >> low_bits) + np.arange(entries)
-    np.put_along_axis(bits, places_NK.astype(np.int64), 1, axis=1)
-    low = [pack((ids_NK & ((1 << low_bits) - 1)).reshape(-1), low_bits)] if low_bits else []
-    return np.concatenate([np.packbits(bits, axis=1, bitorder="little").reshape(-1), *low])
+    low = _low_bits(vocab, ids_M.size, sizes_N.size)
+    bits = np.zeros(_map_bits(vocab, ids_M.size, sizes_N.size, low), np.uint8)
+    bits[(ids_M >> low).astype(np.int64) + _places_of_zeros(sizes_N, vocab, low)] = 1
+    return np.concatenate([np.packbits(bits, bitorder="little"), pack(ids_M & ((1 << low) - 1), low)])
 
 
-def unpack_ids(packed: Bytes, rows: int, vocab: int, entries: int) -> NDArray[np.int32]:
+def unpack_ids(packed: Bytes, sizes_N: NDArray[Any], vocab: int) -> NDArray[np.int32]:
     """What `pack_ids` packed. Raises FileError for bytes that are no such rows."""
-    low_bits, map_bytes = _split(vocab, entries)
-    bits = np.unpackbits(packed[: rows * map_bytes], bitorder="little")
+    count = int(sizes_N.sum())
+    low = _low_bits(vocab, count, sizes_N.size)
+    map_bits = _map_bits(vocab, count, sizes_N.size, low)
+    map_bytes = -(-map_bits // 8)
+    bits = np.unpackbits(packed[:map_bytes], count=map_bits, bitorder="little")
     places_M = np.flatnonzero(bits.view(np.bool_))
-    if places_M.size != rows * entries:
-        raise FileError("stored token ids", expected=f"{entries} a row", got=f"{places_M.size:,} in {rows:,} rows")
-    ids_M = np.empty(places_M.size, np.int32)
-    np.subtract(places_M, _places_of_zeros(rows, entries, map_bytes), out=ids_M, casting="unsafe")
-    if low_bits:
-        ids_M <<= np.int32(low_bits)
-        ids_M |= unpack(packed[rows * map_bytes :], places_M.size, low_bits)
-    if rows and not (ids_M.min() >= 0 and ids_M.max() < vocab):
+    if places_M.size != count:
+        raise FileError("stored token ids", expected=f"{count:,}", got=f"{places_M.size:,}")
+    ids_M = np.empty(count, np.int32)
+    np.subtract(places_M, _places_of_zeros(sizes_N, vocab, low), out=ids_M, casting="unsafe")
+    ids_M <<= np.int32(low)
+    if low:
+        ids_M |= unpack(packed[map_bytes:], count, low)
+    if count and not (ids_M.min() >= 0 and ids_M.max() < vocab):
         raise FileError("stored token ids", expected=f"0 to {vocab - 1}", got=f"{ids_M.min()} to {ids_M.max()}")
-    return ids_M.reshape(rows, entries)
+    return ids_M
 
 
-@lru_cache(maxsize=4)
-def _places_of_zeros(rows: int, entries: int, map_bytes: int) -> NDArray[np.int64]:
-    """Where the ones of the bitmaps are when all high parts are 0."""
-    return (np.arange(rows)[:, None] * (8 * map_bytes) + np.arange(entries)).reshape(-1)
+def _places_of_zeros(sizes_N: NDArray[Any], vocab: int, low: int) -> NDArray[np.int64]:
+    """Where the ones of the bitmap are when all high parts are 0."""
+    zeros = (vocab - 1) >> low
+    return (np.arange(sizes_N.size) * zeros).repeat(sizes_N) + np.arange(int(sizes_N.sum()))

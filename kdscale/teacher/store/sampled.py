@@ -1,6 +1,10 @@
 """The codec `sampled`: of each row the tokens that were drawn, and how often (RS-KD, arXiv 2503.16870). Exact.
 
-N rows, M entries of all rows, K slots (one more than draws).
+The draws of a row are put in the order of their ids, with one more of the most likely token. A bit for each says
+whether a token begins there: so a row has its counts in one bit a draw. Then come the place of the most likely token,
+and the ids, as sets.
+
+N rows, M tokens of all rows, K slots (one more than draws).
 """
 
 from __future__ import annotations
@@ -17,52 +21,64 @@ from kdscale.config.target_store import SampledConfig
 from kdscale.errors import FileError
 from kdscale.teacher.sampling import EMPTY
 from kdscale.teacher.source import MicroBatch, SourceRequest
-from kdscale.teacher.store.bits import Bytes, pack, packed_bytes, unpack, width_of
-from kdscale.teacher.store.codecs import Assemble, Cursor, as_bytes, to_numpy
+from kdscale.teacher.store.bits import Bytes, id_sets_bytes, pack, pack_ids, packed_bytes, unpack, unpack_ids, width_of
+from kdscale.teacher.store.codecs import Assemble, Cursor, to_numpy
 from kdscale.teacher.targets import SampledTargets, Targets
 
 
 class SampledCodec:
-    """How many entries each row has, then all entries: the number of draws above the id, in few bits."""
+    """Rows of so many draws, and as many slots as when they were drawn."""
 
     def __init__(self, settings: SampledConfig, vocab_size: int, hidden_size: int):
         self._vocab, self._draws, self._temperature = vocab_size, settings.draws, settings.temperature
-        self._id_bits = width_of(vocab_size - 1)
-        self._bits = self._id_bits + width_of(settings.draws)
-        self._count_type = "<u1" if settings.draws < 255 else "<u2"
-        # D draws of text's usual distributions are fewer different tokens than this: 12 to 17 at 50
-        different = min(1 + settings.draws, 4 * math.sqrt(settings.draws), vocab_size)
-        self.row_bytes = 2 + different * self._bits / 8
+        self._slots = settings.draws + 1
+        self._place_bits = width_of(settings.draws)
+        # D draws of text's usual distributions are fewer different tokens than this: about 20 at 50
+        different = min(self._slots, round(4 * math.sqrt(settings.draws)), vocab_size)
+        fixed = (self._slots + self._place_bits) / 8
+        self.row_bytes = fixed + id_sets_bytes(vocab_size, 1000 * different, 1000) / 1000
 
     def encode(self, targets: Targets) -> Bytes:
-        """The slots that are used, in their order."""
+        """Of slots in any order, of which the first is the most likely token's."""
         sampled = targets.sampled
         assert sampled is not None
-        ids_NK, weights_NK = to_numpy(sampled.ids_NK), to_numpy(sampled.weights_NK.float())
+        ids_NK, counts_NK = to_numpy(sampled.ids_NK), np.rint(to_numpy(sampled.weights_NK) * self._draws).astype(int)
+        counts_NK[:, 0] += 1
+        order_NK = np.where(ids_NK == EMPTY, self._vocab, ids_NK).argsort(axis=1, kind="stable")
+        ids_NK, counts_NK = (np.take_along_axis(slots, order_NK, 1) for slots in (ids_NK, counts_NK))
         used_NK = ids_NK != EMPTY
-        draws_M = np.rint(weights_NK[used_NK] * self._draws).astype(np.uint32)
-        entries_M = (draws_M << np.uint32(self._id_bits)) | ids_NK[used_NK].astype(np.uint32)
-        sizes_N = used_NK.sum(1).astype(self._count_type)
-        return np.concatenate([as_bytes(sizes_N), pack(entries_M, self._bits)])
+        begins_NK = counts_NK.cumsum(1) - counts_NK + (np.arange(len(ids_NK)) * self._slots)[:, None]
+        bits = np.zeros(len(ids_NK) * self._slots, np.uint8)
+        bits[begins_NK[used_NK]] = 1
+        places = pack((order_NK == 0).argmax(1), self._place_bits)
+        ids = pack_ids(ids_NK[used_NK], used_NK.sum(1), self._vocab)
+        return np.concatenate([np.packbits(bits, bitorder="little"), places, ids])
 
     def decode(self, packed: Bytes, rows: int) -> dict[str, NDArray[Any]]:
-        """`ids` (int32) and `weights` (fp32), with as many slots as when they were drawn."""
-        take, slots = Cursor(packed), self._draws + 1
-        sizes_N = take.array((rows,), self._count_type).astype(np.int64)
-        count = int(sizes_N.sum())
-        if rows and not (sizes_N.min() >= 1 and sizes_N.max() <= slots):
-            raise FileError("stored samples", expected=f"1 to {slots} a row", got=f"{sizes_N.min()} to {sizes_N.max()}")
-        entries_M = unpack(take.bytes(packed_bytes(count, self._bits) if count else 0), count, self._bits)
+        """`ids` (int32) and `weights` (fp32): the most likely token, the others by id, then empty slots."""
+        take, count = Cursor(packed), rows * self._slots
+        bits = np.unpackbits(take.bytes(-(-count // 8)), count=count, bitorder="little")
+        begins_M = np.flatnonzero(bits.view(np.bool_))
+        row_M = begins_M // self._slots
+        sizes_N = np.bincount(row_M, minlength=rows)
+        firsts_N = sizes_N.cumsum() - sizes_N
+        best_N = unpack(take.bytes(packed_bytes(rows, self._place_bits)), rows, self._place_bits).astype(np.int64)
+        if not (bits[:: self._slots].all() and (best_N < sizes_N).all()):
+            raise FileError("stored samples", expected=f"{self._draws} draws a row", got="rows that do not add up")
+        ids = take.bytes(id_sets_bytes(self._vocab, begins_M.size, rows))
         take.end()
-        ids_M = (entries_M & ((1 << self._id_bits) - 1)).astype(np.int32)
-        if count and ids_M.max() >= self._vocab:
-            raise FileError("stored token ids", expected=f"0 to {self._vocab - 1}", got=f"{ids_M.max()}")
-        ends_N = sizes_N.cumsum()
-        places_M = np.arange(count) + (np.arange(rows) * slots - (ends_N - sizes_N)).repeat(sizes_N)
-        ids_NK, weights_NK = np.full(rows * slots, EMPTY, np.int32), np.zeros(rows * slots, np.float32)
+        ids_M, counts_M = unpack_ids(ids, sizes_N, self._vocab), np.diff(begins_M, append=count)
+        # the token at a row's best place moves to its front, those before it move back by one
+        places_M = np.arange(begins_M.size) - firsts_N.repeat(sizes_N)
+        places_M += places_M < best_N.repeat(sizes_N)
+        best_M = firsts_N + best_N
+        places_M[best_M] = 0
+        counts_M[best_M] -= 1
+        places_M += row_M * self._slots
+        ids_NK, weights_NK = np.full(count, EMPTY, np.int32), np.zeros(count, np.float32)
         ids_NK[places_M] = ids_M
-        weights_NK[places_M] = (entries_M >> self._id_bits).astype(np.float32) / np.float32(self._draws)
-        return {"ids": ids_NK.reshape(rows, slots), "weights": weights_NK.reshape(rows, slots)}
+        weights_NK[places_M] = counts_M.astype(np.float32) / np.float32(self._draws)
+        return {"ids": ids_NK.reshape(rows, self._slots), "weights": weights_NK.reshape(rows, self._slots)}
 
     def assembler(self, request: SourceRequest, vocab_size: int) -> Assemble:
         """The tokens that were drawn when the store was written."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kdscale.config.target_store import TopKConfig
 from kdscale.teacher.source import MicroBatch, SourceRequest
-from kdscale.teacher.store.bits import Bytes, id_set_bytes, pack, pack_ids, packed_bytes, unpack, unpack_ids
+from kdscale.teacher.store.bits import Bytes, id_sets_bytes, pack, pack_ids, packed_bytes, unpack, unpack_ids
 from kdscale.teacher.store.codecs import Assemble, Cursor, as_bytes, to_numpy
 from kdscale.teacher.targets import Targets, TopKTargets
 
@@ -34,7 +34,7 @@ class TopKCodec:
         self._shape_L = -np.square(levels / levels[-1])
         header = 4 if self._bits > 8 else 6
         rows = 1000
-        ids = id_set_bytes(rows, vocab_size, self._entries) / rows
+        ids = id_sets_bytes(vocab_size, rows * self._entries, rows) / rows
         self.row_bytes = header + ids + self._entries * self._bits / 8
 
     def encode(self, targets: Targets) -> Bytes:
@@ -52,7 +52,7 @@ class TopKCodec:
             np.copyto(entries, np.take_along_axis(entries, best_N1, 1), where=np.isneginf(logits_NK))
         order_NK = ids_NK.argsort(axis=1)
         ids_NK, logits_NK = (np.take_along_axis(entries, order_NK, 1) for entries in (ids_NK, logits_NK))
-        ids = pack_ids(ids_NK, self._vocab)
+        ids = pack_ids(ids_NK.reshape(-1), self._sizes(len(ids_NK)), self._vocab)
         if self._bits == 32:
             return np.concatenate([as_bytes(lse_N), as_bytes(logits_NK), ids])
         largest_N1 = logits_NK.max(axis=1, initial=-np.inf, keepdims=True)
@@ -81,11 +81,14 @@ class TopKCodec:
             levels = unpack(take.bytes(packed_bytes(count, self._bits)), count, self._bits)
             logits_NK = self._shape_L.take(levels, mode="clip").reshape(shape)
             logits_NK *= reach_N[:, None]
-        ids_NK = unpack_ids(
-            take.bytes(id_set_bytes(rows, self._vocab, self._entries)), rows, self._vocab, self._entries
+        ids_M = unpack_ids(
+            take.bytes(id_sets_bytes(self._vocab, rows * self._entries, rows)), self._sizes(rows), self._vocab
         )
         take.end()
-        return {"ids": ids_NK, "logits": logits_NK, "lse": lse_N}
+        return {"ids": ids_M.reshape(shape), "logits": logits_NK, "lse": lse_N}
+
+    def _sizes(self, rows: int) -> NDArray[np.int64]:
+        return np.full(rows, self._entries)
 
     def assembler(self, request: SourceRequest, vocab_size: int) -> Assemble:
         """The top K that are stored."""

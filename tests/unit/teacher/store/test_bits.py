@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdscale.errors import FileError
-from kdscale.teacher.store.bits import id_set_bytes, pack, pack_ids, packed_bytes, unpack, unpack_ids, width_of
+from kdscale.teacher.store.bits import id_sets_bytes, pack, pack_ids, packed_bytes, unpack, unpack_ids, width_of
 
 
 @given(st.data(), st.integers(1, 24))
@@ -21,32 +21,32 @@ def test_values_come_back(data: st.DataObject, bits: int) -> None:
 
 @given(st.data(), st.integers(1, 200_000))
 def test_sets_of_ids_come_back(data: st.DataObject, vocab: int) -> None:
-    """Also with ids that repeat, as copies of the first entry do."""
-    entries = data.draw(st.integers(1, min(vocab, 70)))
-    row = st.lists(st.integers(0, vocab - 1), min_size=entries, max_size=entries).map(sorted)
-    ids_NK = np.array(data.draw(st.lists(row, min_size=1, max_size=4)))
-    packed = pack_ids(ids_NK, vocab)
-    assert packed.size == id_set_bytes(len(ids_NK), vocab, entries)
-    assert unpack_ids(packed, len(ids_NK), vocab, entries).tolist() == ids_NK.tolist()
+    """Of rows with different numbers of ids, also ids that repeat, as copies of the first entry do."""
+    ids = st.lists(st.integers(0, vocab - 1), min_size=1, max_size=70).map(sorted)
+    rows = data.draw(st.lists(ids, max_size=5))
+    sizes_N, ids_M = np.array([len(row) for row in rows], int), np.array([i for row in rows for i in row], int)
+    packed = pack_ids(ids_M, sizes_N, vocab)
+    assert packed.size == id_sets_bytes(vocab, ids_M.size, sizes_N.size)
+    assert unpack_ids(packed, sizes_N, vocab).tolist() == ids_M.tolist()
 
 
 def test_a_set_takes_less_than_its_ids() -> None:
-    assert id_set_bytes(1000, 49_152, 64) == 92_000  # 16 bits an id are 128 bytes a row
-    assert id_set_bytes(1000, 128_256, 64) == 104_000
+    assert id_sets_bytes(49_152, 64_000, 1000) == 91_875  # 16 bits an id are 128 bytes a row
+    assert id_sets_bytes(128_256, 64_000, 1000) == 103_625
     assert [width_of(largest) for largest in (0, 1, 2, 49_151, 65_536)] == [1, 1, 2, 16, 17]
 
 
 @given(st.binary(min_size=30, max_size=30))
 def test_other_bytes_are_ids_of_the_vocabulary_or_refused(data: bytes) -> None:
-    size = id_set_bytes(3, 100, 5)
+    sizes_N = np.array([5, 2, 8])
     try:
-        ids_NK = unpack_ids(np.frombuffer(data, np.uint8)[:size], 3, 100, 5)
+        ids_M = unpack_ids(np.frombuffer(data, np.uint8)[: id_sets_bytes(100, 15, 3)], sizes_N, 100)
     except FileError as error:
         assert "stored token ids" in error.what
     else:
-        assert ids_NK.min() >= 0 and ids_NK.max() < 100
+        assert ids_M.min() >= 0 and ids_M.max() < 100
 
 
 def test_too_few_ids_are_refused() -> None:
-    with pytest.raises(FileError, match=r"expected: 5 a row"):
-        unpack_ids(np.zeros(id_set_bytes(3, 100, 5), np.uint8), 3, 100, 5)
+    with pytest.raises(FileError, match=r"expected: 15"):
+        unpack_ids(np.zeros(id_sets_bytes(100, 15, 3), np.uint8), np.array([5, 5, 5]), 100)
