@@ -35,9 +35,9 @@ from kdscale.models.loading import load_model
 from kdscale.teacher.head_targets import TargetsFromHead
 from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.store.codecs import make_codec
-from kdscale.teacher.store.format import StoreHeader
+from kdscale.teacher.store.format import Block, StoreHeader
 from kdscale.teacher.store.reader import StoreReader
-from kdscale.teacher.store.writer import Block, ShardWriter, write_header
+from kdscale.teacher.store.writer import ShardWriter, write_header
 from kdscale.teacher.targets import Targets, TopKTargets
 
 CODECS: list[CodecConfig] = [

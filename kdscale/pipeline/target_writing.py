@@ -24,9 +24,9 @@ from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.pipeline.stage import StageContext
 from kdscale.teacher.source import MicroBatch, SourceRequest, TargetSource, open_source
 from kdscale.teacher.store.codecs import make_codec
-from kdscale.teacher.store.format import HELDOUT, ShardFiles, StoreHeader, read_header, tokens_checksum
+from kdscale.teacher.store.format import HELDOUT, Block, ShardFiles, StoreHeader, read_header, tokens_checksum
 from kdscale.teacher.store.positions import EntropyChoice
-from kdscale.teacher.store.writer import Block, ShardWriter
+from kdscale.teacher.store.writer import ShardWriter
 
 
 def write_own_shards(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,13 @@ def write_targets(context: StageContext) -> Facts:
     from kdscale.teacher.store.writer import store_lock, write_header
 
     folder, wanted = _folder(context), _header(context)
-    if (folder / HEADER_FILE).exists():
+    begun = folder / HEADER_FILE
+    finished = begun.exists() and StoreReader(folder).is_finished
+    with nullcontext() if finished else store_lock(folder):
+        if not begun.exists():
+            write_header(folder, wanted)
         check_same(folder, read_header(folder), wanted)
-    if not (folder / HEADER_FILE).exists() or not StoreReader(folder).is_finished:
-        with store_lock(folder):
-            if not (folder / HEADER_FILE).exists():
-                write_header(folder, wanted)
+        if not finished:
             run_on_ranks("targets", targets_rank, context, ranks_of(context.config, "targets.processes"))
     rows, nbytes = StoreReader(folder).totals()
     return {"positions": f"{rows:,}", "size": format_size(nbytes), "bytes a position": f"{nbytes / max(rows, 1):.1f}"}

@@ -88,7 +88,7 @@ def read_rows(store: StoreReader, batch: MicroBatch) -> Arrays:
 
 def choose_labels(store: StoreReader, labels_BS: torch.Tensor, sequences: Sequence[tuple[str, int]]) -> torch.Tensor:
     """The labels at positions that have targets, the others ignored."""
-    kept_BS = torch.from_numpy(np.stack([store.sequence(*key).kept_S for key in sequences]))
+    kept_BS = torch.from_numpy(np.stack([store.kept(*key) for key in sequences]))
     return labels_BS.masked_fill(~kept_BS, IGNORE_INDEX)
 
 

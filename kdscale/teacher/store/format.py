@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,14 @@ class ShardManifest(BaseModel):
     rows: _Number
     bytes: _Number
     index_sha256: str
+
+
+class Block(NamedTuple):
+    """The stored rows of one sequence."""
+
+    kept_S: NDArray[np.bool_]  # which positions have a row
+    packed: NDArray[np.uint8]  # the codec's bytes of these rows
+    tokens: int  # format.tokens_checksum of the sequence
 
 
 class ShardFiles:

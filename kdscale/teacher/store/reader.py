@@ -17,6 +17,7 @@ from kdscale.teacher.store.codecs import make_codec
 from kdscale.teacher.store.format import (
     HELDOUT,
     INDEX,
+    Block,
     ShardFiles,
     StoreHeader,
     check_plain,
@@ -84,8 +85,20 @@ class StoreReader:
                 nbytes += manifest.bytes + files.index.stat().st_size + files.manifest.stat().st_size
         return rows, nbytes
 
+    def kept(self, split: str, number: int) -> NDArray[np.bool_]:
+        """Which positions of a sequence have a row [S]. Raises as `sequence` does."""
+        return self._block(split, number).kept_S
+
     def sequence(self, split: str, number: int) -> StoredSequence:
         """Raises DataError for a sequence that is not stored, and FileError for a damaged block."""
+        block = self._block(split, number)
+        try:
+            return StoredSequence(block.kept_S, self.codec.decode(block.packed, int(block.kept_S.sum())), block.tokens)
+        except FileError as error:
+            what = self._name(split, number)
+            raise FileError(f"{what} is damaged: {error.what}", expected=error.expected, got=error.got) from error
+
+    def _block(self, split: str, number: int) -> Block:
         place = self.header.place(split, number)
         if place is None:
             raise _not_stored(self.header, self.folder, split, number)
@@ -93,43 +106,46 @@ class StoreReader:
         opened = self._shards.get(shard)
         if opened is None or within >= opened.index.size:
             opened = self._open(shard)
-        if within >= opened.index.size:
+        if opened is None or within >= opened.index.size:
             raise _not_written(self.folder, split, number)
         begin, end = int(opened.ends[within - 1]) if within else 0, int(opened.ends[within])
-        entry, block = opened.index[within], opened.data[begin:end]
-        rows, tokens = int(entry["rows"]), int(entry["tokens"])
-        what = f"{ShardFiles(self.folder, shard).data}: {split} sequence {number:,}"
+        entry, packed = opened.index[within], opened.data[begin:end]
+        rows, tokens, expected = (int(entry[name]) for name in ("rows", "tokens", "checksum"))
         if not opened.checked[within]:
-            found = checksum(self._identity, place, end, rows, tokens, block)
-            if found != int(entry["checksum"]):
+            found = checksum(self._identity, place, end, rows, tokens, packed)
+            if found != expected:
                 raise FileError(
-                    f"{what} is damaged", expected=f"checksum {int(entry['checksum']):08x}", got=f"{found:08x}",
-                    hint="it may be a file of another store; delete the shard's three files, and kdscale targets "
-                    "writes it again",
+                    f"{self._name(split, number)} is damaged", expected=f"checksum {expected:08x}", got=f"{found:08x}",
+                    hint=f"it may be of another store; {_HINT}",
                 )  # fmt: skip
             opened.checked[within] = True
         map_bytes = -(-self.header.seq_len // 8)
-        kept_S = np.unpackbits(block[:map_bytes], count=self.header.seq_len, bitorder="little").view(np.bool_)
+        kept_S = np.unpackbits(packed[:map_bytes], count=self.header.seq_len, bitorder="little").view(np.bool_)
         if int(kept_S.sum()) != rows:
-            raise FileError(f"{what} is damaged", expected=f"{rows} rows", got=f"{int(kept_S.sum())} positions")
-        try:
-            return StoredSequence(kept_S, self.codec.decode(block[map_bytes:], rows), tokens)
-        except FileError as error:
-            raise FileError(f"{what} is damaged: {error.what}", expected=error.expected, got=error.got) from error
+            got = f"{int(kept_S.sum())} positions"
+            raise FileError(f"{self._name(split, number)} is damaged", expected=f"{rows} rows", got=got)
+        return Block(kept_S, packed[map_bytes:], tokens)
 
-    def _open(self, shard: int) -> _Shard:
-        files, sequences = ShardFiles(self.folder, shard), len(self.header.in_shard(shard))
+    def _name(self, split: str, number: int) -> str:
+        place = self.header.place(split, number)
+        assert place is not None
+        shard = place // self.header.shard_sequences
+        return f"{ShardFiles(self.folder, shard).data}: {split} sequence {number:,}"
+
+    def _open(self, shard: int) -> _Shard | None:
+        """A shard as it is now; None where it is not begun."""
+        files = ShardFiles(self.folder, shard)
         if not files.index.exists() and not files.is_finished:
-            empty = _Shard.__new__(_Shard)
-            empty.index = np.empty(0, INDEX)
-            return empty
-        self._shards[shard] = _Shard(files, sequences)
+            return None
+        self._shards[shard] = _Shard(files, len(self.header.in_shard(shard)))
         return self._shards[shard]
 
 
+_HINT = "delete the shard's three files, and kdscale targets writes it again"
+
+
 def _damaged(path: Path, expected: str, got: str) -> FileError:
-    hint = "delete the shard's three files, and kdscale targets writes it again"
-    return FileError(f"{path} is damaged", expected=expected, got=got, hint=hint)
+    return FileError(f"{path} is damaged", expected=expected, got=got, hint=_HINT)
 
 
 def _not_stored(header: StoreHeader, folder: Path, split: str, number: int) -> DataError:

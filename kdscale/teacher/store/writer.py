@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +13,9 @@ from numpy.typing import NDArray
 from kdscale.errors import RunFolderError
 from kdscale.files import explain_os_errors, fsync_dir, fsync_file, sha256_file, write_json
 from kdscale.runs.folder import try_lock
-from kdscale.teacher.store.format import HEADER_FILE, INDEX, ShardFiles, ShardManifest, StoreHeader, checksum
+from kdscale.teacher.store.format import HEADER_FILE, INDEX, Block, ShardFiles, ShardManifest, StoreHeader, checksum
 
 _SYNC_BYTES = 64 << 20  # written between two flushes to the disk
-
-
-class Block(NamedTuple):
-    """The stored rows of one sequence."""
-
-    kept_S: NDArray[np.bool_]  # which positions have a row
-    packed: NDArray[np.uint8]  # the codec's bytes of these rows
-    tokens: int  # format.tokens_checksum of the sequence
 
 
 @contextmanager

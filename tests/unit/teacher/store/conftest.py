@@ -13,8 +13,8 @@ from kdscale.config.target_store import CodecConfig
 from kdscale.models.head import OutputHead
 from kdscale.teacher.sampling import draw
 from kdscale.teacher.store.codecs import make_codec
-from kdscale.teacher.store.format import StoreHeader
-from kdscale.teacher.store.writer import Block, ShardWriter
+from kdscale.teacher.store.format import Block, StoreHeader
+from kdscale.teacher.store.writer import ShardWriter
 from kdscale.teacher.targets import FullTargets, Targets, TopKTargets
 from kdscale_kernels import linear_topk_lse
 
