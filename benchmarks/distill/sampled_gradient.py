@@ -21,8 +21,8 @@ from target_store import Text, read_text
 from kdscale.config.load import load_config
 from kdscale.teacher.sampling import draw, uniforms_of
 
-DRAWS, TOP_KS = (6, 12, 25, 50, 100, 200), (6, 12, 25, 50, 100)
-SHOWN_DRAWS, SHOWN_TOP_KS = (12, 50, 200), (12, 50)  # in the plot over positions
+DRAWS, TOP_KS = (12, 25, 50, 100), (12, 25, 50, 100)
+SHOWN_DRAWS, SHOWN_TOP_KS = (12, 50), (12, 50)
 CHUNK = 64
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, help="The teacher's folder, where the run's config has none.")
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=3)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
