@@ -30,7 +30,7 @@ from kdscale.data.token_store import TokenStore
 from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.eval import efficiency
 from kdscale.eval.samples import Sampling, continue_prompts
-from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, summarise
+from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, perplexity_by_tag, summarise
 from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabulary, checked_head, token_stats
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.attention import documents_apart
@@ -119,8 +119,14 @@ def evaluate(
     if out_path is None:
         return {}
     text_bytes = sum(batch.text_bytes for batch in batches)
+    tags_N = np.concatenate([batch.tags_BS[batch.labels_BS != IGNORED_LABEL].numpy() for batch in batches])
     measured: dict[str, dict[str, Any]] = {
-        name: {"path": str(models[name]), "quality": summarise(score, text_bytes), "size": sizes[name]}
+        name: {
+            "path": str(models[name]),
+            "quality": summarise(score, text_bytes),
+            "by_source": perplexity_by_tag(score, tags_N, split.tags),
+            "size": sizes[name],
+        }
         for name, score in scores.items()
     }
     quality_seconds = time.monotonic() - started

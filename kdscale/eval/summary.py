@@ -6,7 +6,7 @@ Letters: N scored tokens, D document pieces (a run of one document in one sequen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from kdscale.eval.token_stats import TokenStats
 
 CALIBRATION_BINS = 15
+MOST_TAGS = 12  # that are shown one by one
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ def summarise(scores: Scores, text_bytes: int) -> dict[str, Any]:
         if values is not None:
             figures[key], figures[f"{key}_standard_error"] = mean_and_error(_double(values), scores.cluster_N)
     return figures
+
+
+def perplexity_by_tag(scores: Scores, tags_N: np.ndarray, tags: Sequence[str]) -> dict[str, float]:
+    """Perplexity of the tokens of each tag, for the tags with the most tokens; empty where all have one.
+
+    `tags_N` has the index into `tags` of each token's source.
+    """
+    counts = np.bincount(tags_N, minlength=len(tags))
+    if np.count_nonzero(counts) < 2:
+        return {}
+    means = np.bincount(tags_N, _double(scores.stats.ce_N), len(tags)) / np.maximum(counts, 1)
+    shown = np.argsort(-counts, kind="stable")[: min(MOST_TAGS, np.count_nonzero(counts))]
+    return {tags[tag]: math.exp(means[tag]) for tag in shown}
 
 
 def compare(scores: Mapping[str, Scores]) -> dict[str, dict[str, float | None]]:

@@ -65,7 +65,9 @@ def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     A model without the figure has no cell; a ratio is None where there is no teacher to compare with.
     """
     rows = []
-    for figure in FIGURES:
+    of_quality = [figure for figure in FIGURES if figure.section == "quality"]
+    others = [figure for figure in FIGURES if figure.section != "quality"]
+    for figure in (*of_quality, *_of_sources(evaluation), *others):
         cells: dict[str, Any] = {}
         for name, model in evaluation["models"].items():
             section = model.get(figure.section, {})
@@ -94,6 +96,12 @@ def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _of_sources(evaluation: Mapping[str, Any]) -> list[Figure]:
+    """A figure for each source of the text whose perplexity was measured."""
+    names = dict.fromkeys(name for model in evaluation["models"].values() for name in model.get("by_source", {}))
+    return [Figure("Perplexity by source", "by_source", name, name, "number", "lower") for name in names]
 
 
 def worsened(evaluation: Mapping[str, Any]) -> list[str]:

@@ -110,7 +110,7 @@ class DistillConfig(SourceSettings):
                     f"shorter_first: expected seq_len to divide {self.seq_len}, and to be a multiple of "
                     f"sequence_parallel ({self.sequence_parallel}), got {length}"
                 )
-        if self.shorter_first and self.source.name == "cached":
+        if self.shorter_first and any(one.source.name == "cached" for one in self.by_teacher().values()):
             raise ValueError(
                 "shorter_first: does not go with teacher_placement: cached, whose targets are of one length of sequence"
             )

@@ -22,7 +22,15 @@ from kdscale.data.token_store import TokenStore
 from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.eval.quality import ScoringOptions, evaluate, headline, score_models
 from kdscale.eval.samples import Sampling, continue_prompts
-from kdscale.eval.summary import Scores, bits_per_byte, calibration_error, compare, mean_and_error, summarise
+from kdscale.eval.summary import (
+    Scores,
+    bits_per_byte,
+    calibration_error,
+    compare,
+    mean_and_error,
+    perplexity_by_tag,
+    summarise,
+)
 from kdscale.eval.token_stats import TokenStats
 from kdscale.runtime.progress import Reporter
 
@@ -216,6 +224,17 @@ def test_differences_are_paired_and_their_errors_are_those_of_repeated_samples()
     ece = [calibration_error(scores.stats) for scores in both]
     assert found["expected_calibration_error"] == pytest.approx(ece[1] - ece[0], abs=1e-6)
     assert "kl_to_teacher" not in found
+
+
+def test_each_source_has_its_own_perplexity() -> None:
+    ce_N = torch.tensor([1.0, 3.0, 2.0, 5.0])
+    scores = Scores(TokenStats(ce_N, ce_N, ce_N > 0), np.zeros(4, int), np.zeros(4, int))
+    found = perplexity_by_tag(scores, np.asarray([2, 2, 0, 2]), ("books", "nothing", "chats"))
+    assert list(found) == ["chats", "books"], "the most tokens first"
+    assert found == pytest.approx({"chats": math.exp(3.0), "books": math.exp(2.0)})
+    assert perplexity_by_tag(scores, np.zeros(4, int), ("books", "chats")) == {}, "one source is the whole"
+    many = Scores(TokenStats(ce_N.repeat(25), ce_N, ce_N > 0), np.zeros(100, int), np.zeros(100, int))
+    assert len(perplexity_by_tag(many, np.arange(100), [str(n) for n in range(100)])) == 12
 
 
 def test_bits_per_byte_of_no_text_is_unknown() -> None:

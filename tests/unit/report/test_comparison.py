@@ -37,6 +37,20 @@ def test_the_columns_are_the_models_of_the_evaluation() -> None:
     assert model_title("quantized_int4") == "Quantized int4"
 
 
+def test_sources_are_rows_between_quality_and_size() -> None:
+    models = {
+        name: {"quality": {"perplexity": 9}, "by_source": {"books": books, "chats": 4.0}, "size": {"parameters": 8}}
+        for name, books in {"teacher": 8.0, "pruned": 16.0}.items()
+    }
+    table = comparison({"models": models})
+    assert [(row["group"], row["title"]) for row in table] == [
+        ("Quality", "Perplexity"), ("Perplexity by source", "books"), ("Perplexity by source", "chats"),
+        ("Size", "Parameters"),
+    ]  # fmt: skip
+    assert table[1]["best"] == ["teacher"]
+    assert table[1]["cells"]["pruned"]["ratio"] == 2.0
+
+
 def test_without_the_teacher_there_are_no_ratios() -> None:
     table = rows(a={"size": {"parameters": 2}}, b={"size": {"parameters": 3}})
     assert {cell["ratio"] for cell in table["parameters"]["cells"].values()} == {None}
