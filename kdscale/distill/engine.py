@@ -22,7 +22,7 @@ from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
 from kdscale.distill import load_models
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader
+from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader, quantities_of
 from kdscale.distill.checkpoint.saver import SavePolicy, Saver
 from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.distill.export import export_checkpoint
@@ -184,7 +184,7 @@ def build(cfg: Config, folders: Folders, setup: RankSetup, models: Models) -> Tr
     with quiet(setup.library_log):
         engine = make_engine(cfg, student, setup.zero_stage, setup.deepspeed, models.slices)
         check_buffers_kept(before, buffer_dtypes(teacher=teacher, student=student))
-        state = ZeroState(engine, student.model, models.slices, student.helpers())
+        state = ZeroState(engine, student.model, models.slices, student.helpers(), models.average)
         pruned = Checkpoint.open(folders.student)
         trained = trained_tensors(pruned, state.model_shapes, state.tied)
         if setup.dtype == torch.bfloat16:
@@ -258,7 +258,8 @@ def _bad_gradient(student: StudentModule) -> str:
 
 def _load_checkpoint(state: ZeroState, path: Path, manifest: dict[str, Any]) -> None:
     """Load this rank's part of a checkpoint that any number of ranks wrote at any stage. A collective call."""
-    index = RankFileIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
+    held = checkpoint_folder.data_files(path, manifest)
+    index = RankFileIndex(held, manifest["parameters"], quantities_of(manifest))
     if index.shapes != state.shapes:
         raise CheckpointError(f"{path}", expected="the student's parameters", got="others")
     with RankFileReader(index) as reader:
@@ -347,7 +348,8 @@ def _make_trainer(
         source=models.source,
         objectives=models.student.objectives,
         loader=loader,
-        validator=Validator(held_out, models.source, setup.device, mesh),
+        validator=Validator(held_out, models.source, setup.device, mesh, keep=models.average is None),
+        average=models.average,
         device=setup.device,
         steps=total_steps(settings.tokens, settings.seq_len, settings.global_batch),
         saver=saver,

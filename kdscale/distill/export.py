@@ -18,7 +18,7 @@ import torch
 from kdscale import files
 from kdscale.config.load import load_config
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.checkpoint.rank_files import MASTER, RankFileIndex, RankFileReader
+from kdscale.distill.checkpoint.rank_files import MASTER, RankFileIndex, RankFileReader, quantities_of
 from kdscale.errors import CheckpointError, RunFolderError, TrainingError
 from kdscale.files import sha256_file
 from kdscale.models.parameter_map import ParameterRange, trained_tensors
@@ -46,7 +46,8 @@ def export_checkpoint(
     when the two do not belong together, TrainingError on NaN or Inf.
     """
     source = Checkpoint.open(source_dir)
-    index = RankFileIndex(checkpoint_folder.data_files(path, manifest), manifest["parameters"])
+    held = checkpoint_folder.data_files(path, manifest)
+    index = RankFileIndex(held, manifest["parameters"], quantities_of(manifest))
     helpers = manifest.get("helpers", ())  # older checkpoints have none
     exported = {name: shape for name, shape in index.shapes.items() if name not in helpers}
     trained = trained_tensors(source, exported, manifest["tied"])

@@ -29,7 +29,7 @@ from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.several import check_tags, teacher_folders
-from kdscale.teacher.source import LabelChoice, SourceRequest, TargetSource, open_source
+from kdscale.teacher.source import LabelChoice, SourceRequest, StudentAverage, TargetSource, open_source
 from kdscale.teacher.targets import shared_vocabulary
 
 
@@ -37,13 +37,14 @@ from kdscale.teacher.targets import shared_vocabulary
 class Models:
     """What a rank trains with; `slices` says which part of the student it holds, where ranks share its layers.
 
-    `choose_labels`: see teacher.source.OpenedSource.
+    `choose_labels`, `average`: see teacher.source.OpenedSource.
     """
 
     source: TargetSource
     student: StudentModule
     slices: ModelSlices | None
     choose_labels: LabelChoice | None = None
+    average: StudentAverage | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     objectives = Objectives(entries, pair)
     objectives.modules.to(setup.device, setup.dtype)
     module = StudentModule(student, objectives, vocab_size, shard, sequence_slice)
-    return Models(source, module, slices, opened.choose_labels)
+    return Models(source, module, slices, opened.choose_labels, opened.average)
 
 
 def _check_models(cfg: Config, teachers: Mapping[str, Path], student_dir: Path) -> int:

@@ -28,7 +28,7 @@ from kdscale.runtime.device import peak_memory, put_on
 from kdscale.runtime.progress import Bar, Reporter
 from kdscale.runtime.ranks import HostSums, all_reduce_sum, gather, rank, world_size
 from kdscale.runtime.signals import watch_signals
-from kdscale.teacher.source import TargetSource
+from kdscale.teacher.source import StudentAverage, TargetSource
 from kdscale_launch.watchdog import at_step, enter
 
 
@@ -60,6 +60,7 @@ class Trainer:
     observer: Observer
     reporter: Reporter
     host_sums: HostSums
+    average: StudentAverage | None = None  # a teacher that follows the student
 
     def __post_init__(self) -> None:
         self.guard = SkipGuard(self.cfg.guard.max_skipped_in_a_row)
@@ -165,6 +166,8 @@ class Trainer:
         sums = self._over_ranks(totals)
         skipped = bool(self.engine.optimizer.overflow)
         self.guard.record(skipped)
+        if self.average is not None and not skipped:
+            self.average.follow(self.engine.module.model)
         facts = StepFacts(
             step=step,
             lr=lr,

@@ -1,4 +1,4 @@
-"""Held-out loss during training. The teacher's targets are computed once and kept, as they never change."""
+"""Held-out loss during training. A teacher's targets are computed once and kept, unless it changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdscale.distill.objectives.base import COUNTS, Objectives
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.step import to_device
 from kdscale.runtime.ranks import all_reduce_sum
-from kdscale.teacher.source import TargetSource
+from kdscale.teacher.source import MicroBatch, TargetSource
 from kdscale.teacher.targets import Targets
 from kdscale_launch.watchdog import enter
 
@@ -25,13 +25,16 @@ class Validator:
     Data-parallel rank r of D takes the batches r, r + D, ...; all ranks run as many forwards, which ZeRO-3 needs.
     """
 
-    def __init__(self, batches: Sequence[Batch], source: TargetSource, device: torch.device, mesh: Mesh):
+    def __init__(
+        self, batches: Sequence[Batch], source: TargetSource, device: torch.device, mesh: Mesh, keep: bool = True
+    ):
+        """`keep`: whether the targets stay the same, and so are computed once."""
         own = list(batches[mesh.data_rank :: mesh.data])
         rounds = -(-len(batches) // mesh.data)
         unlabelled = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, IGNORED_LABEL))
         own += [unlabelled] * (rounds - len(own))
         self._batches = [batch.with_label_slice(mesh.sequence_rank, mesh.sequence) for batch in own]
-        self._mesh, self._source, self._device = mesh, source, device
+        self._mesh, self._source, self._device, self._keep = mesh, source, device, keep
         self._targets: list[Targets] = []
 
     @torch.no_grad()
@@ -47,12 +50,17 @@ class Validator:
             before_each()
             enter("validation")
             micro_batch = to_device(batch, self._device)
-            if number == len(self._targets):
-                self._targets.append(self._source.targets(micro_batch))
-            _, figures = engine(micro_batch, self._targets[number])
+            _, figures = engine(micro_batch, self._targets_of(number, micro_batch))
             totals[len(COUNTS) :] += figures
             totals[0] += batch.token_count
             totals[1] += batch.sequence_count
         engine.train()
         values = (all_reduce_sum(totals) / self._mesh.tensor).tolist()  # tensor-parallel ranks have the same sums
         return {**objectives.means(values), "tokens": values[0]}
+
+    def _targets_of(self, number: int, batch: MicroBatch) -> Targets:
+        if not self._keep:
+            return self._source.targets(batch)
+        if number == len(self._targets):
+            self._targets.append(self._source.targets(batch))
+        return self._targets[number]

@@ -70,10 +70,14 @@ def plan_cluster(
             f"global_batch {distill.global_batch} is not a multiple of {cluster.ranks} ranks: planned with {batch}"
         )
     needs = distill.needs
-    folders = teacher_folders(config, teacher_dir, config_only=True).values()
-    first, *others = [
-        teacher if folder == teacher_dir else ModelShape.of_config(read_config(folder)) for folder in folders
-    ]
+    shapes = {
+        name: teacher if folder == teacher_dir else ModelShape.of_config(read_config(folder))
+        for name, folder in teacher_folders(config, teacher_dir, config_only=True).items()
+    }
+    first, *others = (shapes | dict.fromkeys(distill.followers, student)).values()
+    if distill.followers:
+        stages = [stage for stage in stages if stage < 3] or [2]
+        notes.append("with an average of the student as a teacher: ZeRO stages below 3, whole teachers on every rank")
     if others:
         notes.append(f"{1 + len(others)} teachers are planned with one teacher_placement, and each sees every token")
     job = Job(
@@ -91,6 +95,7 @@ def plan_cluster(
         document_tokens=document_tokens,
         teacher_dtype=distill.teacher_dtype,
         others=tuple(others),
+        average=bool(distill.followers),
     )
     if job.teacher_dtype == "float8" and not cluster.gpu.float8:
         raise ConfigError(
@@ -113,7 +118,7 @@ def _placements(config: Config) -> list[TeacherPlacement]:
     """
     needs, stored, dtype = config.distill.needs, config.targets, config.distill.teacher_dtype
     found = [name for name in PLACEMENTS if not needs.missing_from(source_of(name).gives)]
-    if dtype == "float8":
+    if dtype == "float8" or config.distill.followers:
         return [name for name in found if name == "replicated"]
     if dtype != "auto":
         return [name for name in found if source_of(name).in_process]
@@ -127,6 +132,8 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     model = read_config(teacher_dir)
     family = load_family(model, str(teacher_dir / "config.json"))
     if unshareable_tensor(family, model) is not None or config.distill.needs.full or job.teacher_dtype == "float8":
+        return []
+    if job.average:
         return []
     if not all(entry.reads_head_shards for entry in config.distill.objectives):
         return []
@@ -208,7 +215,10 @@ def snippet(plan: ClusterPlan) -> str:
     lines += [f"  tensor_parallel: {setting.tensor}"] if setting.tensor > 1 else []
     lines += [f"  sequence_parallel: {setting.sequence}"] if setting.sequence > 1 else []
     lines += [f"  gradient_checkpointing: {setting.recompute.name}"]
-    lines += [f"  teacher_placement: {setting.placement}"]
+    if plan.job.others:
+        lines += [f"  # in each of teachers: teacher_placement: {setting.placement}, unless it is ema"]
+    else:
+        lines += [f"  teacher_placement: {'ema' if plan.job.average else setting.placement}"]
     lines += ["  teacher_overlap: true"] if setting.overlap else []
     if setting.placement == "served":
         lines += ["  served:", "    urls: []  # the addresses that kdscale serve-teacher prints"]

@@ -34,6 +34,8 @@ class Job:
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"  # auto: the student's
     others: tuple[ModelShape, ...] = ()  # further teachers, placed as the first and asked after it
 
+    average: bool = False  # one of them is the average of the student, kept in fp32 beside its working copy
+
     @property
     def teachers(self) -> tuple[ModelShape, ...]:
         """All of them."""

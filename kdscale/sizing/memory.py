@@ -34,7 +34,8 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
         "student weights": _weights(job, setting),
         "masters and Adam": 0.0 if setting.offload_optimizer else _states(job, setting),
         "teacher": _teacher_weights(job, setting),
-        "validation targets": _validation(job),
+        "student's average": 4.0 * job.student.params if job.average and job.item_bytes == 2 else 0.0,
+        "validation targets": 0.0 if job.average else _validation(job),
     }
     gradients, bucket = _gradients(job, setting), _bucket(job, setting)
     standing = _standing_gradients(job, setting)

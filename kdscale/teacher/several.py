@@ -150,7 +150,9 @@ def open_several(request: SourceRequest) -> OpenedSource:
         return SeveralTeachers(colleagues, request.needs)
 
     rows = [one.rows for one in opened.values() if one.rows is not None]
-    return OpenedSource(min(rows, default=None), start, _all_of([one.choose_labels for one in opened.values()]))
+    average = next((one.average for one in opened.values() if one.average is not None), None)
+    choices = [one.choose_labels for one in opened.values()]
+    return OpenedSource(min(rows, default=None), start, _all_of(choices), average)
 
 
 def _all_of(choices: Sequence[LabelChoice | None]) -> LabelChoice | None:

@@ -20,6 +20,7 @@ from kdscale.config.distill.targets import Needs
 from kdscale.config.root import Config
 from kdscale.models.documents import Documents
 from kdscale.models.head import VocabShard
+from kdscale.models.parameter_map import ParameterRange
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.teacher.targets import Targets, rows_of
 
@@ -53,6 +54,19 @@ class MicroBatch:
         rows_M, labels_M = (rows_of(tensor, index_M) for tensor in (self.rows_N, self.labels_N))
         tags_M = None if self.tags_N is None else self.tags_N[index_M]
         return replace(self, rows_N=rows_M, labels_N=labels_M, tags_N=tags_M)
+
+
+class StudentAverage(Protocol):
+    """A teacher that is made of the student's weights, and is part of a checkpoint."""
+
+    def follow(self, student: nn.Module) -> None:
+        """Take in the weights that the student has after a step."""
+
+    def values(self, span: ParameterRange) -> torch.Tensor:
+        """A range of a parameter, fp32."""
+
+    def load(self, fill: Callable[[ParameterRange, torch.Tensor], None]) -> None:
+        """Take over the values of a checkpoint, which `fill` puts into the tensor that it is given."""
 
 
 class TargetSource(Protocol):
@@ -100,12 +114,13 @@ class OpenedSource:
 
     `start` takes the number of tokens that both know; `rows` is how many the teacher's head has, None without one.
     `choose_labels` takes the labels [B, S] of sequences (split and number) and returns those that have targets, the
-    others ignored; None: all have.
+    others ignored; None: all have. `average` is a teacher that follows the student.
     """
 
     rows: int | None
     start: Callable[[int], TargetSource]
     choose_labels: LabelChoice | None = None
+    average: StudentAverage | None = None
 
 
 class TextAlone:

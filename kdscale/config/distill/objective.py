@@ -103,6 +103,11 @@ class ObjectiveConfig(Section):
         return Needs()
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether it learns from the text's own tokens, too."""
+        return self.needs.nothing
+
+    @property
     def adds_up(self) -> bool:
         """Whether the weighted sum of its losses to several teachers is its loss to their mixture, up to a constant."""
         return self.needs.nothing

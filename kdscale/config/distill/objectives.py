@@ -68,6 +68,11 @@ class TokenDivergenceConfig(ObjectiveConfig):
         return self
 
     @property
+    def reads_labels(self) -> bool:
+        """Where α is above 0, now or later in its schedule."""
+        return self.ce_weight != 0.0
+
+    @property
     def adds_up(self) -> bool:
         """Σ w·KL(p_i ‖ q) is KL(Σ w·p_i ‖ q) plus what does not depend on the student.
 

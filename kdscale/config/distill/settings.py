@@ -146,6 +146,24 @@ class DistillConfig(SourceSettings):
                 raise ValueError(f"teachers ({name}): {error}" if self.teachers else str(error)) from error
         return self
 
+    @model_validator(mode="after")
+    def _student_can_be_averaged(self) -> DistillConfig:
+        if not self.followers:
+            return self
+        for name, unsupported in (
+            ("zero_stage: 3, where no rank has the student's weights whole", self.zero_stage == 3),
+            ("tensor_parallel above 1", self.tensor_parallel > 1),
+        ):
+            if unsupported:
+                raise ValueError(f"teacher_placement: ema does not go with {name}")
+        alone = len(self.followers) == len(self.by_teacher())
+        if alone and not any(entry.reads_labels for entry in self.objectives):
+            raise ValueError(
+                "teacher_placement: ema begins as the student itself, which would have nothing to learn: give "
+                "ce_weight, or another teacher beside it"
+            )
+        return self
+
     def _source_gives_them(self) -> None:
         check_source(self.teacher_placement, self.needs)
         if self.source.name == "served" and not self.served.urls:
@@ -242,6 +260,11 @@ class DistillConfig(SourceSettings):
         return SEVERAL if self.teachers else source_of(self.teacher_placement)
 
     @property
+    def followers(self) -> list[str]:
+        """The teachers that are made of the student's weights: their names, or "" of the run's only one."""
+        return [name for name, settings in self.by_teacher().items() if settings.source.follows_student]
+
+    @property
     def source_timeout(self) -> float | None:
         """Seconds that targets from elsewhere may take; None where they are made in the training's own processes."""
         timeouts = {"served": self.served.timeout, "endpoint": self.endpoint.timeout}
@@ -258,11 +281,16 @@ class DistillConfig(SourceSettings):
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
         decisive = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
         teachers = [entry.model_dump(mode="json", include=DECISIVE_OF_TEACHER) for entry in self.teachers]
-        return {**decisive, "teachers": teachers, "zero": {key: getattr(self.zero, key) for key in DECISIVE_ZERO}}
+        return {
+            **decisive,
+            "teachers": teachers,
+            "averages": self.followers,
+            "zero": {key: getattr(self.zero, key) for key in DECISIVE_ZERO},
+        }
 
 
 DECISIVE_ZERO = ("gradient_dtype", "quantized_weights", "quantized_gradients")  # of distill.zero: they change values
-DECISIVE_OF_TEACHER = {"name", "weight", "tags"}  # which model it is, its files say
+DECISIVE_OF_TEACHER = {"name", "weight", "tags", "ema"}  # which model it is, its files say
 
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {

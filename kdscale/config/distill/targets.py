@@ -118,6 +118,7 @@ class Source:
     placements: tuple[str, ...]  # the values of distill.teacher_placement that choose this source
     open: str
     in_process: bool = True  # the ranks run the teacher themselves (and may share its layers), with their FLOPs
+    follows_student: bool = False  # its weights change with the student's, which each rank must have whole
     same_on_all_ranks: bool = True  # ranks that share the student's layers get the same bits for the same batch
 
 
@@ -162,6 +163,14 @@ SOURCES: dict[str, Source] = {
             placements=("cached",),
             open="kdscale.teacher.store.cached:open_cached",
             in_process=False,
+        ),
+        # the average of the student's own weights, made anew after every step
+        Source(
+            name="ema",
+            gives=Needs(top_k=ANY_NUMBER, sampled=ANY_NUMBER, temperature=None, full=True),
+            placements=("ema",),
+            open="kdscale.teacher.ema:open_ema",
+            follows_student=True,
         ),
         # several teachers, each from a source of its own: where distill.teachers has any
         Source(name="several", gives=Needs(), placements=(), open="kdscale.teacher.several:open_several"),

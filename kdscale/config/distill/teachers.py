@@ -13,6 +13,12 @@ from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Name, Section
 
 
+class EmaConfig(Section):
+    """The average of the student's weights that teaches it, for teacher_placement: ema."""
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999  # what a step leaves of it
+
+
 class SourceSettings(Section):
     """Where a teacher's targets come from: of the run's own teacher in `distill`, of each of several in `teachers`."""
 
@@ -20,6 +26,12 @@ class SourceSettings(Section):
     teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
     served: ServedConfig = ServedConfig()
     endpoint: EndpointConfig = EndpointConfig()  # for teacher_placement: endpoint
+    ema: EmaConfig = EmaConfig()
+
+    @property
+    def follows_student(self) -> bool:
+        """Whether this teacher is made of the student's weights."""
+        return source_of(self.teacher_placement).follows_student
 
 
 class TeacherEntry(SourceSettings):
@@ -60,6 +72,13 @@ def check_teachers(teachers: Sequence[TeacherEntry], objectives: Sequence[Object
     names = [entry.name for entry in teachers]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"teachers: every name once; twice: {', '.join(doubled)}")
+    for teacher in teachers:
+        if teacher.follows_student and teacher.path:
+            raise ValueError(
+                f"teachers ({teacher.name}): teacher_placement: ema is the student's average, not a path's"
+            )
+    if sum(teacher.follows_student for teacher in teachers) > 1:
+        raise ValueError("teachers: one average of the student (teacher_placement: ema) at most")
     for entry in objectives:
         if teachers and entry.matches_layers:
             raise ValueError(f"teachers: the objective {entry.name} matches layers of one teacher, not of several")

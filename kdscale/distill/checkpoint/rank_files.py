@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -32,10 +33,16 @@ from kdscale_launch.watchdog import beat
 
 MASTER = "master"  # the fp32 weight
 QUANTITIES = (MASTER, "exp_avg", "exp_avg_sq")  # what is kept of each value
+AVERAGE = "average"  # after them, where the teacher is an average of the student
 
 _BYTES = 4  # of an fp32 value
 _OPEN_FILES = 64
 _BLOCK_VALUES = 1 << 24  # of one write, one hash update and one copy to a device: 64 MiB
+
+
+def quantities_of(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the files of a checkpoint with this manifest keep of each value."""
+    return (*QUANTITIES, AVERAGE) if manifest.get(AVERAGE) is True else QUANTITIES
 
 
 def cut_evenly(ranges: Iterable[ParameterRange], index: int, count: int) -> list[ParameterRange]:
@@ -67,7 +74,7 @@ class WriteCancelled(Exception):  # noqa: N818 - not an error
 
 def write_rank_file(
     path: Path, ranges: Sequence[ParameterRange], blocks: Iterable[torch.Tensor],
-    cancelled: Callable[[], bool] = lambda: False,
+    cancelled: Callable[[], bool] = lambda: False, quantities: Sequence[str] = QUANTITIES,
 ) -> WrittenFile:  # fmt: skip
     """Write one rank's file, hash it on the way and flush it to the disk.
 
@@ -75,7 +82,7 @@ def write_rank_file(
     Raises OSError, and WriteCancelled as soon as `cancelled()`; the file is then incomplete.
     """
     specs = {f"{name}:{span.offset}:{span.name}": TensorInfo((span.length,), "F32")
-             for name in QUANTITIES for span in ranges}  # fmt: skip
+             for name in quantities for span in ranges}  # fmt: skip
     (layout,) = plan_shards(specs, 1 << 62)
     digest = hashlib.sha256(layout.header)
     weights_bytes, weights_sha256 = len(layout.header) + _BYTES * sum(span.length for span in ranges), ""
@@ -128,10 +135,13 @@ class RankFileIndex:
     """Where everything is in the files of one checkpoint, from their headers alone.
 
     `shapes` are the parameters that the checkpoint says it holds. Raises CheckpointError unless the files hold every
-    value of each of them exactly once, in all three quantities, and nothing else.
+    value of each of them exactly once, in all `quantities`, and nothing else.
     """
 
-    def __init__(self, paths: Sequence[Path], shapes: Mapping[str, Sequence[int]]):
+    def __init__(
+        self, paths: Sequence[Path], shapes: Mapping[str, Sequence[int]], quantities: Sequence[str] = QUANTITIES
+    ):
+        self._quantities = tuple(quantities)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._slices: dict[str, dict[str, TensorSlice]] = {name: {} for name in self.shapes}  # parameter → slice name →
         self._stored: dict[tuple[str, str], list[StoredRange]] = {}  # by (quantity, slice name)
@@ -145,7 +155,7 @@ class RankFileIndex:
             quantity, _, rest = key.partition(":")
             offset, _, name = rest.partition(":")
             parameter, tensor_slice = parse_slice_name(name)
-            if quantity not in QUANTITIES or parameter not in self.shapes or not offset.isdecimal():
+            if quantity not in self._quantities or parameter not in self.shapes or not offset.isdecimal():
                 raise CheckpointError(f"{path}", expected="ranges of the student's parameters", got=f"tensor {key}")
             length = (entry.end - entry.begin) // _BYTES
             if entry.dtype != "F32" or entry.shape != (length,):
@@ -162,7 +172,7 @@ class RankFileIndex:
             raise CheckpointError(
                 f"{where}: {parameter}", expected=f"slices that make up all of {list(shape)}", got=got
             )
-        for (name, tensor_slice), quantity in itertools.product(slices.items(), QUANTITIES):
+        for (name, tensor_slice), quantity in itertools.product(slices.items(), self._quantities):
             stored = self._stored.setdefault((quantity, name), [])
             stored.sort(key=lambda entry: entry.offset)
             values = math.prod(shape if name == parameter else tensor_slice.shape(shape))
@@ -180,7 +190,7 @@ class RankFileIndex:
         Raises CheckpointError when it is not in the checkpoint.
         """
         parameter, tensor_slice = parse_slice_name(span.name)
-        if quantity not in QUANTITIES or parameter not in self.shapes:
+        if quantity not in self._quantities or parameter not in self.shapes:
             raise CheckpointError(f"the checkpoint has no parameter {span.name}")
         shape, end = self.shapes[parameter], span.offset + span.length
         if end > math.prod(tensor_slice.shape(shape) if tensor_slice else shape):

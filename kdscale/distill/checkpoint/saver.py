@@ -16,7 +16,7 @@ import torch
 
 from kdscale import files
 from kdscale.distill.checkpoint import folder as checkpoint_folder
-from kdscale.distill.checkpoint.rank_files import QUANTITIES, WrittenFile, write_rank_file
+from kdscale.distill.checkpoint.rank_files import AVERAGE, WrittenFile, write_rank_file
 from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.errors import RunFolderError
 from kdscale.runtime.ranks import gather, on_main, rank, unequal_work, world_size
@@ -51,11 +51,13 @@ class Saver:
         """Save the state after `step` steps; with `wait` it is sealed on return. `own` goes into this manifest only."""
         self.finish()
         facts = {**self._facts, **own, "adam_step": self._zero_state.adam_step, "ranks": world_size()}
+        quantities = self._zero_state.quantities
+        facts |= {AVERAGE: True} if AVERAGE in quantities else {}
         facts |= {"parameters": self._zero_state.shapes, "tied": self._zero_state.tied}
         facts |= {"helpers": self._zero_state.helpers}
         background = self._policy.background and not wait
         blocks, copied = self._copy() if background else (self._zero_state.blocks(), None)
-        self._pending = _WriteThread(self._folder, step, facts, self._zero_state.ranges, blocks, copied)
+        self._pending = _WriteThread(self._folder, step, facts, self._zero_state.ranges, quantities, blocks, copied)
         if background:
             self._pending.start()
         else:
@@ -99,7 +101,7 @@ class Saver:
         """This rank's values in host memory. Copies from a GPU are queued behind the step; the event is their end."""
         cuda = self._device.type == "cuda"
         if self._host is None:
-            size = len(QUANTITIES) * sum(span.length for span in self._zero_state.ranges)
+            size = len(self._zero_state.quantities) * sum(span.length for span in self._zero_state.ranges)
             self._host = torch.empty(size, pin_memory=cuda)
         at, out = 0, []
         for block in self._zero_state.blocks():
@@ -119,12 +121,22 @@ def _message(error: Exception | None) -> str:
 class _WriteThread(threading.Thread):
     """Writes one rank's file; afterwards `written` describes it, or there is the `error`."""
 
-    def __init__(self, folder: Path, step: int, manifest: dict[str, Any], ranges: Any, blocks: Any, copied: Any = None):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        manifest: dict[str, Any],
+        ranges: Any,
+        quantities: tuple[str, ...],
+        blocks: Any,
+        copied: Any = None,
+    ):
         super().__init__(name=f"checkpoint-{step}", daemon=True)
         self.step, self.manifest = step, manifest
         self.written: WrittenFile | None = None
         self.error: Exception | None = None
-        self._folder, self._ranges, self._blocks, self._copied = folder, ranges, blocks, copied
+        self._folder, self._ranges, self._quantities = folder, ranges, quantities
+        self._blocks, self._copied = blocks, copied
         self._cancelled = threading.Event()
 
     def run(self) -> None:
@@ -145,7 +157,11 @@ class _WriteThread(threading.Thread):
             if not self._ranges:
                 return WrittenFile(0, "", 0, "")
             return write_rank_file(
-                tmp / checkpoint_folder.rank_file(rank()), self._ranges, self._blocks, self._cancelled.is_set
+                tmp / checkpoint_folder.rank_file(rank()),
+                self._ranges,
+                self._blocks,
+                self._cancelled.is_set,
+                self._quantities,
             )
 
     def complete(self) -> None:

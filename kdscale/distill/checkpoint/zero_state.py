@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from kdscale.distill.checkpoint.rank_files import MASTER, QUANTITIES, cut_evenly
+from kdscale.distill.checkpoint.rank_files import AVERAGE, MASTER, QUANTITIES, cut_evenly
 from kdscale.distill.parallel.tensor_parallel import ModelSlices
 from kdscale.distill.parallel.tensor_slices import TensorSlice, parse_slice_name
 from kdscale.errors import ConfigError, SelfCheckError
 from kdscale.models.parameter_map import ParameterRange
 from kdscale.runtime.ranks import rank, world_size
+from kdscale.teacher.source import StudentAverage
 from kdscale.weights import Checkpoint
 
 Fill = Callable[[str, ParameterRange, torch.Tensor], None]
@@ -47,8 +49,9 @@ class _HeldRange:
 class ZeroState:
     """What one rank saves and loads. `shapes` are the trained parameters; `tied` maps other names to theirs.
 
-    `helpers` are parameters that are trained beside the model's, by name, and are no part of its export. With `slices`
-    (tensor parallelism) the ranges are of this rank's slices; `shapes` are still of whole parameters.
+    `helpers` are parameters that are trained beside the model's, by name, and are no part of its export. The values of
+    an `average` of the student are saved and loaded too. With `slices` (tensor parallelism) the ranges are of this
+    rank's slices; `shapes` are still of whole parameters.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class ZeroState:
         model: torch.nn.Module,
         slices: ModelSlices | None = None,
         helpers: Mapping[str, torch.nn.Parameter] | None = None,
+        average: StudentAverage | None = None,
     ):
-        self._zero = engine.optimizer
+        self._zero, self._average = engine.optimizer, average
         self._stage = int(engine.zero_optimization_stage())
         self._nvme = NvmeBuffers(self._zero)
         self._adam = self._zero.optimizer if self._stage else self._zero
@@ -89,6 +93,11 @@ class ZeroState:
         return {name: shape for name, shape in self.shapes.items() if name not in self.helpers}
 
     @property
+    def quantities(self) -> tuple[str, ...]:
+        """What is kept of each value, in the order of `blocks`."""
+        return QUANTITIES if self._average is None else (*QUANTITIES, AVERAGE)
+
+    @property
     def ranges(self) -> list[ParameterRange]:
         """What this rank writes; over all ranks every value once."""
         return [held.span for held in self._written]
@@ -109,6 +118,8 @@ class ZeroState:
                     values = buffer.detach() if quantity == MASTER else self._adam.state.get(buffer, {}).get(quantity)
                     for held in ranges:
                         yield torch.zeros(held.span.length) if values is None else held.view_in(values)
+        if self._average is not None:
+            yield from map(self._average.values, self.ranges)
 
     @torch.no_grad()
     def load(self, fill: Fill, adam_step: int) -> None:
@@ -122,6 +133,8 @@ class ZeroState:
                     for held in ranges:
                         fill(quantity, held.span, held.view_in(values))
         self._refresh()
+        if self._average is not None:
+            self._average.load(partial(fill, AVERAGE))
 
     @torch.no_grad()
     def restore_precision(self, source: Checkpoint, trained: Mapping[str, ParameterRange]) -> None:

@@ -226,7 +226,7 @@ def make_observer(
     peak = peak_flops(settings.peak_flops, device, dtype)
     student, folders = ModelShape.of_config(read_config(student_dir)), teacher_folders(cfg, teacher_dir)
     teachers = [
-        ModelShape.of_config(read_config(folders[name]))
+        ModelShape.of_config(read_config(student_dir if one.source.follows_student else folders[name]))
         for name, one in settings.by_teacher().items()
         if one.source.in_process
     ]

@@ -15,8 +15,8 @@ from kdscale.runs.folder import KERNELS, WEIGHTS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.versions import check_deepspeed
 
-# Bytes a parameter: the finished student, and a checkpoint's fp32 master weight and two Adam moments.
-_STUDENT_BYTES, _CHECKPOINT_BYTES = 4, 12
+# Bytes a parameter: the finished student, a checkpoint's fp32 master weight and two Adam moments, and its average.
+_STUDENT_BYTES, _CHECKPOINT_BYTES, _AVERAGE_BYTES = 4, 12, 4
 
 
 def what_distillation_depends_on(context: StageContext) -> Facts:
@@ -34,7 +34,8 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     settings = context.config.distill
     steps = settings.tokens // (settings.global_batch * settings.seq_len)
     checkpoints = settings.keep_checkpoints + 1 + (steps // settings.keep_every if settings.keep_every else 0)
-    return student_params * (_STUDENT_BYTES + checkpoints * _CHECKPOINT_BYTES)
+    average = _AVERAGE_BYTES if settings.followers else 0
+    return student_params * (_STUDENT_BYTES + checkpoints * (_CHECKPOINT_BYTES + average))
 
 
 def check_token(config: Config, run: RunFolder) -> None:

@@ -75,6 +75,46 @@ def test_what_cannot_be_is_refused(teachers: list[dict[str, Any]], distill: dict
         config(teachers, **distill)
 
 
+EMA = {"teacher_placement": "ema"}
+LABELS = [{"name": "token_divergence", "ce_weight": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("teachers", "distill", "message"),
+    [
+        ([], EMA, "nothing to learn: give ce_weight, or another teacher beside it"),
+        ([], {**EMA, "objectives": LABELS, "zero_stage": 3}, "ema does not go with zero_stage: 3"),
+        (
+            [],
+            {**EMA, "objectives": LABELS, "processes": 2, "tensor_parallel": 2},
+            "ema does not go with tensor_parallel",
+        ),
+        (
+            [],
+            {**EMA, "objectives": [*LABELS, {"name": "hidden_states"}]},
+            "ema does not give what the objectives need: hidden states",
+        ),
+        ([{"name": "a", **EMA, "path": "teachers/big"}], {"objectives": LABELS}, "not a path's"),
+        ([{"name": "a", **EMA}, {"name": "b", **EMA}], {"objectives": LABELS}, "one average of the student"),
+    ],
+)
+def test_an_average_that_cannot_teach_is_refused(
+    teachers: list[dict[str, Any]], distill: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(teachers, **distill)
+
+
+def test_who_teaches_decides_where_the_placement_alone_does_not() -> None:
+    online, average = (config([], objectives=LABELS, **fields).distill for fields in ({}, EMA))
+    assert online.decisive() == config([], objectives=LABELS, teacher_placement="offloaded").distill.decisive()
+    assert online.decisive() != average.decisive()
+    assert average.followers == [""] and online.followers == []
+    slower = config([], objectives=LABELS, **EMA, ema={"decay": 0.99}).distill
+    assert slower.decisive() != average.decisive()
+    assert config([*TWO, {"name": "average", **EMA}]).distill.followers == ["average"]
+
+
 def test_each_source_sees_the_settings_of_its_own_teacher() -> None:
     far = {"name": "far", "teacher_placement": "served", "served": {"urls": ["http://h:1"], "timeout": 7.0}}
     cfg = config([*TWO, far]).distill

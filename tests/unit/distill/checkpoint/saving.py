@@ -14,12 +14,14 @@ FINGERPRINT = {"seed": 1, "distill": {"seq_len": 8}}
 class Values:
     """Stands in for ZeroState: one parameter of 30 values, all of them `step`."""
 
+    quantities = rank_files.QUANTITIES
+
     def __init__(self):
         self.shapes, self.tied, self.helpers, self.adam_step = {"w": (5, 6)}, {"head": "w"}, [], 7
         self.ranges, self.value = [ParameterRange("w", 0, 20), ParameterRange("w", 20, 10)], 0.0
 
     def blocks(self):
-        for _ in rank_files.QUANTITIES:
+        for _ in self.quantities:
             for span in self.ranges:
                 yield torch.full((span.length,), self.value)
 
