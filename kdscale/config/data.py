@@ -27,7 +27,7 @@ class Reader:
 
     def claims(self, name: str) -> bool:
         """Whether a file of this name is one of its own."""
-        return name.endswith(self.suffixes) if self.suffixes else False
+        return name.endswith(self.suffixes)
 
 
 READERS: dict[str, Reader] = {

@@ -64,14 +64,16 @@ class Survey:
 
 def describe_sources(data: DataConfig, chat: ChatTemplate) -> Facts:
     """What identifies the text and how it is split, for the manifest; reads every local file for its digest."""
-    facts: Facts = {"sources": [describe_source(source) for source in data.sources], "deduplicate": data.deduplicate}
+    facts: Facts = {
+        "sources": [describe_source(source) for source in data.sources],
+        "deduplicate": data.deduplicate,
+        "blend": None if data.blend is None else data.blend.model_dump(),  # a shared store may be of another blend
+    }
     if data.leaks != "off":
         facts["leak_sources"] = [describe_source(source) for source in data.leak_sources]
         facts["leaks_looked_for"] = [data.leaks, data.leak_tokens]
     if data.has_chats:
         facts["chat_template_sha256"] = sha256_json(chat.text)
-    if data.blend is not None:
-        facts["blend"] = data.blend.model_dump()
     if data.heldout_sources:
         return {**facts, "heldout_sources": [describe_source(source) for source in data.heldout_sources]}
     return {**facts, "heldout_fraction": data.heldout_fraction}

@@ -160,7 +160,7 @@ class TokenStore:
 
     def _blend(self) -> tuple[Share, ...]:
         """The blend of the config that the store was built with."""
-        if "blend" not in self.manifest:
+        if self.manifest.get("blend") is None:
             return ()
         names = [source["tag"] or source["path"] for source in self.manifest["sources"]]
         return tuple(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kdscale import families
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import SourceConfig, file_suffixes
 from kdscale.data.sources import read_documents
 from kdscale.data.store_cache import StoreCache
 from kdscale.data.token_store import TokenStore
@@ -56,7 +56,7 @@ def in_json(value: Any) -> str:
 
 
 def test_text_files(hostile: HostileCases, tmp_path: Path) -> None:
-    for name in ("a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet", "a.arrow", "a.idx"):
+    for name in (f"a{suffix}" for suffix in file_suffixes()):
         path, source = tmp_path / name, SourceConfig(path=str(tmp_path / name))
 
         def read(source: SourceConfig = source) -> list[Any]:

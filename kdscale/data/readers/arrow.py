@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.config.data import SourceConfig
+from kdscale.data.readers.records import without_field
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import read_json, safe_join
 
@@ -73,10 +74,7 @@ def saved_dataset_files(folder: Path, split: str) -> list[Path] | None:
 
 def _wanted(columns: list[str], source: SourceConfig, name: str) -> list[str]:
     if source.field_name not in columns:
-        hint = "set `field` of this source to the column that holds the text"
-        if not source.chat and {"messages", "conversations"} & set(columns):
-            hint = "set `chat: true` for this source, which then learns the answers of each conversation"
-        raise DataError(f"{name} has no column {source.field_name!r}", got=f"columns {columns}"[:400], hint=hint)
+        raise without_field(name, "column", columns, source)
     return [name for name in columns if name in (source.field_name, source.source_field)]
 
 

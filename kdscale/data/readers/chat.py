@@ -145,8 +145,6 @@ def _joined(content: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return (
-        f"a list with {', '.join(sorted({type(item).__name__ for item in value}))}"
-        if isinstance(value, list)
-        else (type(value).__name__)
-    )
+    if not isinstance(value, list):
+        return type(value).__name__
+    return "a list with " + ", ".join(sorted({type(item).__name__ for item in value}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kdscale.config.data import SourceConfig
@@ -12,13 +13,17 @@ _LONGEST_LABEL = 200  # characters of it are kept
 
 def content_of(record: dict[str, Any], source: SourceConfig, where: str) -> Any:
     """What the source's field holds. Raises DataError where the record has no such field."""
-    field = source.field_name
-    if field in record:
-        return record[field]
-    hint = "set `field` of this source"
-    if not source.chat and any(isinstance(value, list) for value in map(record.get, ("messages", "conversations"))):
+    if source.field_name not in record:
+        raise without_field(where, "field", sorted(record), source)
+    return record[source.field_name]
+
+
+def without_field(where: str, kind: str, names: Sequence[str], source: SourceConfig) -> DataError:
+    """The error for a record or a table that has the fields or columns (`kind`) `names`, and not the source's."""
+    hint = f"set `field` of this source to the {kind} that holds the text"
+    if not source.chat and {"messages", "conversations"} & set(names):
         hint = "set `chat: true` for this source, which then learns the answers of each conversation"
-    raise DataError(f"{where} has no field {field!r}", got=f"fields {sorted(record)}", hint=hint)
+    return DataError(f"{where} has no {kind} {source.field_name!r}", got=f"{kind}s {names}"[:400], hint=hint)
 
 
 def checked_text(text: Any, what: str) -> str:

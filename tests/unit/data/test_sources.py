@@ -8,10 +8,11 @@ import json
 import sys
 import types
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
-from kdscale.config.data import SourceConfig
+from kdscale.config.data import READERS, SourceConfig
 from kdscale.data.sources import builtin_names, cut_text_files, describe_source, read_documents, source_files
 from kdscale.errors import ConfigError, DataError, ServiceError
 from kdscale.weights.locate import hub_connection_errors
@@ -33,6 +34,15 @@ def test_builtin_is_public_domain_and_unchanged():
     licences = {json.loads(line)["license"] for line in gzip.decompress(raw).splitlines()}
     assert licences == {"public domain"}
     assert hashlib.sha256(raw).hexdigest() in (path.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_has_its_function_and_names_of_its_own(name: str):
+    row = READERS[name]
+    assert callable(resolve_name(row.read))
+    assert bool(row.suffixes) != bool(row.scheme)
+    others = [reader for reader in READERS.values() if reader is not row]
+    assert not any(other.claims(f"a{suffix}") for suffix in row.suffixes for other in others)
 
 
 def test_unknown_builtin():

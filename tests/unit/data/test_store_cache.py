@@ -96,6 +96,14 @@ def test_weights_and_tags_are_no_part_of_the_files(build, write_jsonl, tiny_text
     assert len(surveys) == 1
 
 
+def test_a_blend_of_all_text_is_no_part_of_the_files_either(build, write_jsonl, tiny_texts, surveys):
+    path = write_jsonl("a.jsonl", tiny_texts)
+    blends = [BlendConfig(weights={str(path): weight}) for weight in (1.0, 2.0)]
+    found = [build("run", path, blend=blend).split("train").blend for blend in (blends[0], None, blends[1])]
+    assert [[share.share for share in blend] for blend in found] == [[1.0], [], [1.0]]
+    assert len(surveys) == 1
+
+
 def test_the_template_of_chats_is_part_of_the_key(build, tmp_path, surveys):
     path = tmp_path / "a.jsonl"
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "the river"}]
