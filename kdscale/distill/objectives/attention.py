@@ -120,7 +120,7 @@ class _Positions:
     def __init__(self, documents: Documents, batch: MicroBatch):
         self.count, device = sum(documents.lengths), batch.rows_N.device
         self._begins = [0, *itertools.accumulate(documents.lengths)]  # on the host
-        self._index_T = torch.arange(self.count, device=device)
+        self._index_T = torch.arange(self.count, device=device, dtype=torch.int32)  # as the bounds
         self._document_T = torch.bucketize(self._index_T, documents.bounds_D1[1:], right=True)
         self.counted_T = torch.zeros(self.count, device=device).index_fill_(0, batch.rows_N, 1.0)
 
