@@ -71,7 +71,7 @@ def sparse_kl(
     *,
     labels_N: Tensor,
     ignore_index: int = IGNORE_INDEX,
-    ce_weight: float = 0.0,
+    ce_weight: float | Tensor = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
     tail: Tail = "bucket",
@@ -85,7 +85,7 @@ def sparse_kl(
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
     rows = (labels_N != ignore_index).nonzero()[:, 0].tolist()
     zero = logits_NV.sum() * 0.0 if not rows else logits_NV.new_zeros(())
-    kd, ce, mass, tails, agree = zero, zero, zero, zero, zero
+    loss, kd, ce, mass, tails, agree = zero, zero, zero, zero, zero, zero
     for row in rows:
         z_V = logits_NV[row]
         entries = {int(i): v for i, v in zip(ids_NK[row], teacher_logits_NK[row], strict=True) if v != _NEG_INF}
@@ -101,12 +101,13 @@ def sparse_kl(
         logq_V = torch.log_softmax(z_V / temperature, 0)
         outside_V = torch.ones_like(z_V, dtype=torch.bool)
         outside_V[ids_S] = False
-        kd = kd + _row_divergence(logp_S, logq_V[ids_S], logq_V[outside_V], Divergence.of(divergence), tail)
-        ce = ce - torch.log_softmax(z_V, 0)[labels_N[row]]
+        row_kd = _row_divergence(logp_S, logq_V[ids_S], logq_V[outside_V], Divergence.of(divergence), tail)
+        row_ce = -torch.log_softmax(z_V, 0)[labels_N[row]]
+        alpha = ce_weight[row].to(z_V) if isinstance(ce_weight, Tensor) else ce_weight
+        loss, kd, ce = loss + row_kd * ((1.0 - alpha) * temperature**2) + row_ce * alpha, kd + row_kd, ce + row_ce
         mass = mass + logp_S.exp().sum()
         tails = tails + logq_V[outside_V].detach().exp().sum()
         agree = agree + (z_V.argmax() == max(entries, key=lambda i, e=entries: (float(e[i]), -i)))  # type: ignore[misc]
-    loss = kd * ((1.0 - ce_weight) * temperature**2) + ce * ce_weight
     tokens = torch.tensor(len(rows), device=logits_NV.device)
     return SparseKL(loss, tokens, kd.detach(), ce.detach(), mass, tails, agree.detach())
 

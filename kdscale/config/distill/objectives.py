@@ -51,20 +51,11 @@ class TokenDivergenceConfig(ObjectiveConfig):
     def _targets_fit(self) -> TokenDivergenceConfig:
         if self.targets != "topk" and self.tail != "bucket":
             raise ValueError(f"tail ({self.tail}) is about topk targets: leave it out with targets: {self.targets}")
+        if self.targets != "topk" and self.text_below_entropy is not None:
+            raise ValueError(f"text_below_entropy needs targets: topk, got {self.targets}")
         weighted = [name for name, row in DIVERGENCES.items() if row.takes_weights]
         if self.targets == "sampled" and self.divergence not in weighted:
             raise ValueError(f"divergence ({self.divergence}) must be {' or '.join(weighted)} with targets: sampled")
-        return self
-
-    @model_validator(mode="after")
-    def _text_can_stand_in(self) -> TokenDivergenceConfig:
-        """Cross-entropy is the forward KL from a teacher that is sure of the text's token, at temperature 1."""
-        for name, wanted in (("targets", "topk"), ("divergence", "forward_kl"), ("temperature", 1.0)):
-            if self.text_below_entropy is not None and getattr(self, name) != wanted:
-                got = getattr(self, name)
-                raise ValueError(f"text_below_entropy needs {name}: {wanted}, got {got}")
-        if self.text_below_entropy is not None and self.tail == "renormalised":
-            raise ValueError("text_below_entropy needs tail: bucket or truncated, got renormalised")
         return self
 
     @property

@@ -8,7 +8,6 @@ sampled from the teacher, or on the whole vocabulary. No N×V tensor is made: th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,10 +49,12 @@ class TokenDivergence:
             return self._on_sampled(student, targets.sampled, batch)
         assert targets.top_k is not None
         top_k = targets.top_k.first(self._settings.top_k)
-        if (entropy := self._settings.text_below_entropy) is not None and batch.step is not None:
-            top_k = with_text(top_k, batch.labels_N, entropy)
         entries = (top_k.ids_NK, top_k.logits_NK, top_k.lse_N)
-        return self._on_entries(student, entries, batch, tail=self._settings.tail)
+        options: dict[str, Any] = {"tail": self._settings.tail}
+        if (limit := self._settings.text_below_entropy) is not None:
+            own_N = torch.full_like(top_k.lse_N, at(self._settings.ce_weight, batch.step))
+            options["ce_weight"] = own_N.masked_fill(entropy_of(top_k) < limit, 1.0)
+        return self._on_entries(student, entries, batch, **options)
 
     def _on_sampled(
         self, student: StudentOutput, sampled: SampledTargets, batch: MicroBatch
@@ -90,22 +91,11 @@ class TokenDivergence:
         return _sums(out, out.tokens, torch.zeros_like(out.loss_sum))
 
 
-def with_text(top_k: TopKTargets, labels_N: torch.Tensor, entropy: float) -> TopKTargets:
-    """The same targets, but the text's token with probability 1 at rows where the teacher's entropy is below `entropy`.
-
-    The entropy, in nats, is that of the K entries and one bucket for the rest. At temperature 1 the forward KL from
-    such a target is the cross-entropy: α·CE + (1 − α)·CE, whatever α is.
-    """
-    logp_NK = top_k.logits_NK / top_k.temperature - top_k.lse_N[:, None]
-    parts_NB = torch.cat([logp_NK.exp(), (1.0 - logp_NK.exp().sum(1, keepdim=True)).clamp_min(0.0)], 1)
-    sure_N1 = torch.special.entr(parts_NB).sum(1, keepdim=True) < entropy
-    ids_NK = top_k.ids_NK.clone()
-    ids_NK[:, :1] = torch.where(sure_N1, labels_N[:, None], ids_NK[:, :1])
-    certain_1K = torch.full_like(top_k.logits_NK[:1], -math.inf)
-    certain_1K[:, 0] = 0.0
-    logits_NK = torch.where(sure_N1, certain_1K, top_k.logits_NK)
-    lse_N = top_k.lse_N.masked_fill(sure_N1[:, 0], 0.0)
-    return TopKTargets(ids_NK, logits_NK, lse_N, top_k.temperature, top_k.vocab_size)
+def entropy_of(top_k: TopKTargets) -> torch.Tensor:
+    """The teacher's entropy at each row [N], in nats, at its temperature: of its K entries and the rest as one."""
+    p_NK = (top_k.logits_NK / top_k.temperature - top_k.lse_N[:, None]).exp()
+    rest_N1 = (1.0 - p_NK.sum(1, keepdim=True)).clamp_min(0.0)
+    return torch.special.entr(torch.cat([p_NK, rest_N1], 1)).sum(1)
 
 
 def sparse_loss(student: StudentOutput, entries: Sequence[torch.Tensor], options: dict[str, Any]) -> Any:

@@ -144,7 +144,7 @@ class Bf16Slices:
     def _label_values(self, gradient: RowGradient) -> Tensor:
         z_M, T = self.label_M, self.options.temperature
         value_M = gradient.a_C * torch.exp(z_M / T - gradient.tail_C)
-        if gradient.b:
+        if gradient.has_plain:
             value_M = value_M + gradient.b * torch.exp(z_M - gradient.lse_C)
         return value_M if gradient.label_C is None else value_M + gradient.label_C
 

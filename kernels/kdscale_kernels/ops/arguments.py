@@ -32,10 +32,11 @@ def valid_rows(
     vocab: int,
     temperature: float,
     dtype: torch.dtype,
+    ce_weight_N: Tensor | None = None,
 ) -> ValidRows:
     """The rows that count (counted_rows), and their teacher entries in the accumulation dtype.
 
-    targets: ids and logits [N,K], log-sum-exps [N], weights [N,K] or None.
+    targets: ids and logits [N,K], log-sum-exps [N], weights [N,K] or None; ce_weight_N: where rows have their own.
     Raises ValueError for values that cannot be used (see the module's note).
     """
     ids_NK, logits_NK, lse_N, weights_NK = targets
@@ -48,6 +49,8 @@ def valid_rows(
     entries = prepare_entries(ids_MK, logits_MK, lse_M, vocab, temperature, weights_MK)
     if ids_MK.device.type == "cpu":
         _check_entries(entries, ids_MK, logits_MK, lse_M, temperature)
+    if ce_weight_N is not None:
+        entries = entries._replace(ce_weight_N=ce_weight_N[index_M].to(dtype))
     return ValidRows(index_M, labels_M, entries)
 
 
@@ -65,7 +68,7 @@ def as_rows(**tensors: Any) -> list[Any]:
     row and have no further one. Raises ValueError for what is no tensor and for other shapes.
     """
     for name, tensor in tensors.items():
-        if not (tensor is None and name == "target_weights_NK"):
+        if not (tensor is None and name in ("target_weights_NK", "ce_weight_N")):
             check_tensor(name, tensor)
     first = next(iter(tensors))
     shape = tensors[first].shape[:-1]
@@ -134,6 +137,23 @@ def check_same_device(first: Tensor, *rest: Tensor) -> None:
     for tensor in rest:
         if tensor.device != first.device:
             raise ValueError(f"expected all tensors on one device, got {first.device} and {tensor.device}")
+
+
+def ce_weight_of_rows(ce_weight: float | Tensor) -> tuple[float, Tensor | None]:
+    """The number of LossOptions, which says that both parts are needed, and the rows' own weights if there are any."""
+    return (0.5, ce_weight.detach()) if isinstance(ce_weight, Tensor) else (ce_weight, None)
+
+
+def check_ce_weights(ce_weight_N: Tensor | None, labels_N: Tensor) -> None:
+    """One a row, floating, on the labels' device; on a CPU also that they are from 0 to 1."""
+    if ce_weight_N is None:
+        return
+    if ce_weight_N.shape != labels_N.shape or not ce_weight_N.is_floating_point():
+        got = f"{ce_weight_N.dtype} {list(ce_weight_N.shape)}"
+        raise ValueError(f"ce_weight: expected a number, or a floating tensor {list(labels_N.shape)}, got {got}")
+    check_same_device(labels_N, ce_weight_N)
+    if ce_weight_N.device.type == "cpu" and not bool(((ce_weight_N >= 0) & (ce_weight_N <= 1)).all()):
+        raise ValueError("ce_weight: expected values from 0 to 1, got others")
 
 
 def check_targets(rows: int, targets: Sequence[Any], labels_N: Tensor, tail: str) -> None:

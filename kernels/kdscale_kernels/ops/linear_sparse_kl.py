@@ -34,7 +34,7 @@ def linear_sparse_kl(
     *,
     labels_N: Tensor,
     ignore_index: int | None = IGNORE_INDEX,
-    ce_weight: float = 0.0,
+    ce_weight: float | Tensor = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
     tail: Tail = "bucket",
@@ -62,6 +62,7 @@ def linear_sparse_kl(
     the memory beyond inputs and gradients (None: 104 MiB on a CPU, unlimited on CUDA). chunk_bytes: logits of a chunk
     or a slice (None: what measured best).
 
+    ce_weight: from 0 to 1, for all rows, or a floating tensor [N] of one a row, which is a constant.
     divergence: a name in DIVERGENCES (which has formulas and sources), or a Divergence with its parameter.
     tail="sampled" (RS-KD, arXiv 2503.16870): the ids were drawn from the teacher, repeats allowed, and
     target_weights_NK [N,K] are their importance weights w (in proportion to p / the probability of the draw, usually
@@ -75,17 +76,20 @@ def linear_sparse_kl(
     Raises ValueError for arguments that do not fit together and, on a CPU, for ids out of range and targets that no
     teacher gives: NaN, +inf, a log-sum-exp below its entries', an id with two logits; elsewhere the loss is then NaN.
     """
-    options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
-    _, hidden_NH, *targets, labels_N = arguments.as_rows(
+    for_all, ce_weight_N = arguments.ce_weight_of_rows(ce_weight)
+    options = LossOptions(for_all, temperature, Divergence.of(divergence), tail, softcap)
+    _, hidden_NH, *targets, labels_N, ce_weight_N = arguments.as_rows(
         hidden_NH=hidden_NH,
         ids_NK=ids_NK,
         teacher_logits_NK=teacher_logits_NK,
         teacher_lse_N=teacher_lse_N,
         target_weights_NK=target_weights_NK,
         labels_N=labels_N,
+        ce_weight_N=ce_weight_N,
     )
     arguments.check_linear(hidden_NH, weight_VH, bias_V)
     arguments.check_targets(hidden_NH.shape[0], targets, labels_N, tail)
+    arguments.check_ce_weights(ce_weight_N, labels_N)
     arguments.check_same_device(hidden_NH, labels_N)
     vocab = arguments.resolve_vocab(vocab_size, weight_VH.shape[0], "weight")
     operand, accumulate = compute_dtypes(hidden_NH, weight_VH)
@@ -94,7 +98,7 @@ def linear_sparse_kl(
     bf16_logits = plain_head and bf16_logits_are_fast(hidden_NH.device, operand)
     many = len(hidden_NH) * vocab if bf16_logits else 0
     steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit, bf16_logits=many))
-    valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab, temperature, accumulate)
+    valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab, temperature, accumulate, ce_weight_N)
     wants_grad = wants_gradients(hidden_NH, weight_VH, bias_V)
     size = CallSize(
         rows=valid.index_M.numel(),

@@ -124,7 +124,7 @@ def vocab_parallel_sparse_kl(
     group: Any = None,
     labels_N: Tensor,
     ignore_index: int | None = IGNORE_INDEX,
-    ce_weight: float = 0.0,
+    ce_weight: float | Tensor = 0.0,
     temperature: float = 1.0,
     divergence: Divergence | str = "forward_kl",
     tail: Tail = "bucket",
@@ -153,23 +153,26 @@ def vocab_parallel_sparse_kl(
     claim: ShardClaim | ValueError | BackendUnavailableError
     steps = row_steps("torch")
     try:
-        options = LossOptions(ce_weight, temperature, Divergence.of(divergence), tail, softcap)
+        for_all, ce_weight_N = arguments.ce_weight_of_rows(ce_weight)
+        options = LossOptions(for_all, temperature, Divergence.of(divergence), tail, softcap)
         vocab_size = integer("vocab_size", vocab_size, 1)
-        _, hidden_NH, *targets, labels_N = arguments.as_rows(
+        _, hidden_NH, *targets, labels_N, ce_weight_N = arguments.as_rows(
             hidden_NH=hidden_NH,
             ids_NK=ids_NK,
             teacher_logits_NK=teacher_logits_NK,
             teacher_lse_N=teacher_lse_N,
             target_weights_NK=target_weights_NK,
             labels_N=labels_N,
+            ce_weight_N=ce_weight_N,
         )
         arguments.check_linear(hidden_NH, weight_VsH, bias_Vs)
         arguments.check_targets(hidden_NH.shape[0], targets, labels_N, tail)
+        arguments.check_ce_weights(ce_weight_N, labels_N)
         arguments.check_same_device(hidden_NH, labels_N)
         wants_grad = wants_gradients(hidden_NH, weight_VsH, bias_Vs)
         operand, accumulate = compute_dtypes(hidden_NH, weight_VsH)
         budget = chunk_bytes_for(chunk_bytes, hidden_NH.device)
-        valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab_size, temperature, accumulate)
+        valid = arguments.valid_rows(targets, labels_N, ignore_index, vocab_size, temperature, accumulate, ce_weight_N)
         limit = sparse_limit(options.divergence, targets[0].shape[1], accumulate)
         steps = row_steps(choose_backend(backend, hidden_NH.device, limit=limit))
         settings = (options, operand, budget)

@@ -73,8 +73,13 @@ class RowGradient(NamedTuple):
     tail_C: Tensor
     a_C: Tensor
     lse_C: Tensor
-    b: float  # ce_weight, or 0 where one exponential serves as both softmaxes
+    b: float | Tensor  # ce_weight (one a row: [C]), or 0 where one exponential serves as both softmaxes
     label_C: Tensor | None  # added at the label outside the entries: -ce_weight times the soft-cap's slope
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether there is a second softmax, scaled by b."""
+        return isinstance(self.b, Tensor) or self.b != 0.0
 
 
 class SliceExponentials(NamedTuple):

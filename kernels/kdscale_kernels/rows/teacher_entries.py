@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdscale_kernels.types import LossOptions
+
 # The teacher's tail mass comes from its log-sum-exp, and fp32 cannot tell a tail below this from none at all. Reverse
 # KL divides by that mass, so it takes at least this much; forward KL and JSD need no floor.
 TEACHER_TAIL_FLOOR = 2.0**-24
@@ -32,10 +34,17 @@ class TeacherEntries(NamedTuple):
     logp_tail_N: Tensor  # of everything outside the entries; -inf when the entries are the whole vocabulary
     top1_N: Tensor
     covers_vocab_N: Tensor  # True where the entries are the whole vocabulary
+    ce_weight_N: Tensor | None = None  # where every row has its own, in the place of LossOptions.ce_weight
 
     def rows(self, index: slice) -> TeacherEntries:
         """The entries of some rows."""
-        return TeacherEntries(*(field[index] for field in self))
+        *fields, ce_weight_N = self
+        rows = TeacherEntries(*(field[index] for field in fields if field is not None))
+        return rows if ce_weight_N is None else rows._replace(ce_weight_N=ce_weight_N[index])
+
+    def ce_weight(self, options: LossOptions) -> float | Tensor:
+        """The rows' own [N], or the one for all."""
+        return options.ce_weight if self.ce_weight_N is None else self.ce_weight_N
 
 
 def prepare_entries(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdscale_kernels.rows.results import EntryLogits, RowGradient, RowSums, SliceExponentials, TailSums
 from kdscale_kernels.rows.teacher_entries import TeacherEntries
-from kdscale_kernels.rows.torch_sparse import bucket_step, mix
+from kdscale_kernels.rows.torch_sparse import bucket_step, column, mix
 from kdscale_kernels.types import LossOptions
 
 _NEG_INF = float("-inf")
@@ -93,12 +93,12 @@ class TorchSlices:
         if softcap is not None:
             z_CS.div_(softcap).tanh_().mul_(softcap)
         square_CS = (z_CS / softcap).square_() if softcap is not None else None
-        plain_CS = torch.exp(z_CS - gradient.lse_C[:, None]) if gradient.b else None
+        plain_CS = torch.exp(z_CS - gradient.lse_C[:, None]) if gradient.has_plain else None
         if T != 1.0:
             z_CS.div_(T)
         z_CS.sub_(gradient.tail_C[:, None]).exp_().mul_(gradient.a_C[:, None])
         if plain_CS is not None:
-            z_CS.add_(plain_CS, alpha=gradient.b)
+            z_CS.add_(plain_CS.mul_(column(gradient.b)))
         if square_CS is not None:
             z_CS.addcmul_(z_CS, square_CS, value=-1.0)
         self._write_entries(z_CS, index, gradient)
@@ -128,7 +128,7 @@ def join_slices(
     entry_logits: EntryLogits, tail: TailSums, entries: TeacherEntries, labels_C: Tensor, options: LossOptions
 ) -> tuple[RowSums, RowGradient]:
     """The rows' results from the sums of all slices, each [C, R]."""
-    T, ce_weight = options.temperature, options.ce_weight
+    T, ce_weight = options.temperature, entries.ce_weight(options)
     support_CK = entry_logits.support_CK.masked_fill(~entries.used_NK, _NEG_INF)
     top_C = tail.top_C.amax(1)
     gap_CR = tail.top_C - top_C.masked_fill(top_C == _NEG_INF, 0.0)[:, None]
@@ -144,17 +144,18 @@ def join_slices(
     sums = RowSums(loss_C, kd_C, ce_C, entries.logp_NK.exp().sum(1), student_tail_C, agree_C)
 
     kd_scale = (1.0 - ce_weight) * T
-    values_CK, a_C = kd_scale * grad_CB[:, :-1], kd_scale * grad_CB[:, -1]
+    values_CK, a_C = column(kd_scale) * grad_CB[:, :-1], kd_scale * grad_CB[:, -1]
     shift_C = tail_C.masked_fill(tail_C == _NEG_INF, 0.0)
-    if ce_weight > 0.0:
+    if options.ce_weight > 0.0:
         at_label_CK = entries.used_NK & (entries.ids_NK == labels_C[:, None])
-        values_CK = values_CK + ce_weight * (torch.exp(support_CK - plain_lse_C[:, None]) - at_label_CK.to(a_C.dtype))
+        of_ce_CK = torch.exp(support_CK - plain_lse_C[:, None]) - at_label_CK.to(a_C.dtype)
+        values_CK = values_CK + column(ce_weight) * of_ce_CK
         if T == 1.0:  # one exponential serves as both softmaxes
             a_C = a_C + ce_weight * torch.exp(shift_C - plain_lse_C)
     if options.softcap is not None:
         values_CK = values_CK * (1.0 - (entry_logits.support_CK / options.softcap).square())
     label_C = None
-    if ce_weight > 0.0:
+    if options.ce_weight > 0.0:
         cap = options.softcap or float("inf")
         label_C = -ce_weight * (1.0 - (entry_logits.label_C / cap).square())
     b = ce_weight if T != 1.0 else 0.0

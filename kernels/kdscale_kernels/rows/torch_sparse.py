@@ -33,7 +33,7 @@ def sparse_step(
 ) -> tuple[Tensor, Tensor]:
     """RowSteps.sparse for fp32 or fp64 logits, contiguous; dz is in their dtype."""
     assert rows_C is None, "torch has no in_place_dtypes"
-    T, ce_weight = options.temperature, options.ce_weight
+    T, ce_weight = options.temperature, entries.ce_weight(options)
     slope_CV = cap_(z_CV, options.softcap) if options.softcap is not None else None
     support_CK = z_CV.gather(1, entries.ids_NK).masked_fill(~entries.used_NK, _NEG_INF)
     label_C = z_CV.gather(1, labels_C[:, None])[:, 0]
@@ -60,19 +60,19 @@ def sparse_step(
     # An empty tail has sum 0 and only zeros to scale; anything else has sum >= 1 by the choice of shift.
     kd_scale = (1.0 - ce_weight) * T
     coefficient_C = kd_scale * grad_CB[:, -1] / tempered_sum_C.clamp(min=0.5)
-    values_CK = kd_scale * grad_CB[:, :-1]
-    if ce_weight > 0.0:
+    values_CK = column(kd_scale) * grad_CB[:, :-1]
+    if options.ce_weight > 0.0:
         ce_coefficient_C = ce_weight * torch.exp(top_C + plain_sum_C.log() - plain_lse_C) / plain_sum_C.clamp(min=0.5)
-        values_CK = values_CK + ce_weight * torch.exp(support_CK - plain_lse_C[:, None])
+        values_CK = values_CK + column(ce_weight) * torch.exp(support_CK - plain_lse_C[:, None])
         if T == 1.0:
             coefficient_C = coefficient_C + ce_coefficient_C
     tempered_CV.mul_(coefficient_C[:, None])
-    if ce_weight > 0.0 and T != 1.0:
+    if options.ce_weight > 0.0 and T != 1.0:
         tempered_CV.addcmul_(plain_CV, ce_coefficient_C[:, None])
     values_CK = torch.where(entries.used_NK, values_CK, values_CK[:, :1])  # unused slots repeat the first entry
     tempered_CV.scatter_(1, entries.ids_NK, values_CK)
-    if ce_weight > 0.0:
-        tempered_CV.scatter_add_(1, labels_C[:, None], torch.full_like(label_C, -ce_weight)[:, None])
+    if options.ce_weight > 0.0:
+        tempered_CV.scatter_add_(1, labels_C[:, None], (torch.zeros_like(label_C) - ce_weight)[:, None])
     if slope_CV is not None:
         tempered_CV.addcmul_(tempered_CV, slope_CV, value=-1.0)
     return torch.stack(sums), z_CV
@@ -110,8 +110,16 @@ def bucket_step(
     return kd_C, grad_CB, student_tail_C
 
 
-def mix(ce_weight: float, ce_C: Tensor, kd_C: Tensor) -> Tensor:
+def column(value: float | Tensor) -> float | Tensor:
+    """A number, or one a row as [C, 1]."""
+    return value[:, None] if isinstance(value, Tensor) else value
+
+
+def mix(ce_weight: float | Tensor, ce_C: Tensor, kd_C: Tensor) -> Tensor:
     """ce_weight·CE + (1 - ce_weight)·KD without letting a zero weight turn an infinite part into NaN."""
+    if isinstance(ce_weight, Tensor):
+        mixed_C = ce_weight * ce_C + (1.0 - ce_weight) * kd_C
+        return torch.where(ce_weight == 0.0, kd_C, torch.where(ce_weight == 1.0, ce_C, mixed_C))
     if ce_weight == 0.0:
         return kd_C
     if ce_weight == 1.0:

@@ -249,7 +249,7 @@ class TritonSlices:
         """See SliceSteps.write. A bf16 dz lies in the first half of each row's bytes."""
         bf16_grad = grad_dtype == torch.bfloat16
         dz_CS = z_CS.view(torch.bfloat16)[:, : z_CS.shape[1]] if bf16_grad else z_CS
-        factors = (gradient.a_C, gradient.tail_C, torch.full_like(gradient.a_C, gradient.b), gradient.lse_C)
+        factors = (gradient.a_C, gradient.tail_C, torch.zeros_like(gradient.a_C) + gradient.b, gradient.lse_C)
         self._write(z_CS, z_CS, dz_CS, index, gradient, factors, kept=False)
         return dz_CS if bf16_grad else dz_CS.to(grad_dtype)
 
@@ -295,7 +295,7 @@ class TritonSlices:
                 float(options.temperature),
                 float(options.softcap or 1.0),
                 HAS_CE=gradient.label_C is not None,
-                HAS_PLAIN=gradient.b != 0.0,
+                HAS_PLAIN=gradient.has_plain,
                 KEPT=kept,
                 BF16_GRAD=dz_CS.dtype != z_CS.dtype,
                 **self._launch_options(z_CS),

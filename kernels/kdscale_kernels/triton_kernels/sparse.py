@@ -56,6 +56,7 @@ def sparse_kl_rows_kernel(
     top1_ptr,  # [C] int64
     covers_vocab_ptr,  # [C] bool
     labels_ptr,  # [C] int64
+    ce_weights_ptr,  # [C] fp32, with ROW_WEIGHTS in the place of ce_weight
     sums_ptr,  # [6, C] fp32, in the order of RowSums
     stride_z,
     stride_dz,
@@ -78,6 +79,7 @@ def sparse_kl_rows_kernel(
     WANT_GRAD: tl.constexpr,
     BF16_GRAD: tl.constexpr,  # dz is narrower than z
     HAS_ROWS: tl.constexpr,
+    ROW_WEIGHTS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -89,6 +91,8 @@ def sparse_kl_rows_kernel(
     cols_V = tl.arange(0, BLOCK_V)
     k = tl.arange(0, BLOCK_K)
     inv_t = 1.0 / temperature
+    if ROW_WEIGHTS:
+        ce_weight = tl.load(ce_weights_ptr + c)
 
     ids_K = tl.load(ids_ptr + c * entries + k, mask=k < entries, other=0)
     used_K = tl.load(used_ptr + c * entries + k, mask=k < entries, other=0) != 0
@@ -148,6 +152,8 @@ def sparse_kl_rows_kernel(
     else:
         u_sum = tl.sum(u_K, 0) + u_tail
     loss = ce_weight * ce + (1.0 - ce_weight) * temperature * temperature * kd
+    if ROW_WEIGHTS:  # a weight of zero lets no infinite part become NaN
+        loss = tl.where(ce_weight == 0.0, temperature * temperature * kd, tl.where(ce_weight == 1.0, ce, loss))
     if not HAS_CE:
         loss = temperature * temperature * kd
     elif not HAS_KD:
@@ -239,6 +245,7 @@ def sparse_step(
             entries.top1_N.contiguous(),
             entries.covers_vocab_N.contiguous(),
             labels_C.contiguous(),
+            sums_6C if entries.ce_weight_N is None else entries.ce_weight_N.float().contiguous(),
             sums_6C,
             z_CV.stride(0),
             dz_CV.stride(0),
@@ -262,6 +269,7 @@ def sparse_step(
             WANT_GRAD=want_grad,
             BF16_GRAD=bf16_grad,
             HAS_ROWS=rows_C is not None,
+            ROW_WEIGHTS=entries.ce_weight_N is not None,
             BLOCK_V=tile.block_v if z_CV.device.type != "cpu" else min(tile.block_v, 256),
             BLOCK_K=max(2, triton.next_power_of_2(k)),
             num_warps=warps_for(tile.warps),

@@ -24,14 +24,17 @@ def close(got, want, tol):
     return bool(((got.double() - want.double()).abs().max() / scale) <= tol)
 
 
-def both(example, dtype, head, **mode):
-    """(op's result, twin's) for the same stored numbers, each with gradients of hidden, weight and bias."""
+def both(example, dtype, head, of_op=None, **mode):
+    """(op's result, twin's) for the same stored numbers, each with gradients of hidden, weight and bias.
+
+    `of_op`: options that the twin does not have.
+    """
     out = []
     head = dict(head)
     bias_used = head.pop("with_bias", False)
     for module, kind in ((kk, dtype), (reference, torch.float64)):
         p = example.cast(kind)
-        extra = {"chunk_bytes": 4 * 203 * 8} if module is kk else {}
+        extra = {"chunk_bytes": 4 * 203 * 8, **(of_op or {})} if module is kk else {}
         result = module.linear_sparse_kl(
             p.hidden,
             p.weight,
@@ -61,6 +64,47 @@ def test_fp64_equals_twin(make_example, divergence, tail, ce_weight, head, noise
     assert len(got_grads) == len(want_grads) == (3 if head.get("with_bias") else 2)
     for actual, expected in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+OWN = torch.tensor([0.0, 0.3, 1.0, 0.75, 0.2, 1.0, 0.0, 0.6, 0.5, 1.0, 0.9], dtype=torch.float64)  # of 11 rows
+
+
+@pytest.mark.parametrize("mode", ["row_chunks", "vocab_slices"])
+@pytest.mark.parametrize(("divergence", "tail"), [*itertools.product(DIVERGENCES, ["bucket"]), ("jsd", "truncated")])
+@pytest.mark.parametrize("head", HEADS)
+def test_rows_may_have_ce_weights_of_their_own(make_example, divergence, tail, head, mode):
+    example = make_example(**head)
+    results = both(example, torch.float64, head, divergence=divergence, tail=tail, ce_weight=OWN, of_op={"mode": mode})
+    (got, got_grads), (want, want_grads) = results
+    for field in ("loss_sum", "kd_sum", "ce_sum", "teacher_mass_sum", "student_tail_sum", "top1_agree_sum"):
+        torch.testing.assert_close(getattr(got, field), getattr(want, field), rtol=1e-9, atol=1e-10)
+    for actual, expected in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_bf16_rows_may_have_ce_weights_of_their_own(make_example):
+    """Slices of bf16 logits on a CPU, within bf16's rounding."""
+    example = make_example(rows=32, hidden=64, vocab=1000, k=16, temperature=2.0, dtype=torch.bfloat16, seed=3)
+    mode = {"temperature": 2.0, "ce_weight": OWN.repeat(3)[:32], "of_op": {"mode": "vocab_slices"}}
+    (got, got_grads), (want, want_grads) = both(example, torch.bfloat16, {}, **mode)
+    assert close(got.loss_sum, want.loss_sum, 1e-2)
+    for actual, expected in zip(got_grads, want_grads, strict=True):
+        assert float((actual.double() - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.zeros(3), r"a floating tensor \[11\], got torch\.float32 \[3\]"),
+        (torch.zeros(11, dtype=torch.int64), "a floating tensor"),
+        (torch.full((11,), 1.5), "values from 0 to 1"),
+        (torch.full((11,), torch.nan), "values from 0 to 1"),
+    ],
+)
+def test_ce_weights_that_cannot_be_are_refused(make_example, weights, message):
+    p = make_example().cast(torch.float64)
+    with pytest.raises(ValueError, match=message):
+        kk.linear_sparse_kl(p.hidden, p.weight, *p.targets, labels_N=p.labels, ce_weight=weights)
 
 
 @pytest.mark.parametrize(("divergence", "tail", "ce_weight"), MODES)

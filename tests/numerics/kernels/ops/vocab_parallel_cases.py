@@ -30,6 +30,7 @@ LOSSES = {
     "truncated": {"tail": "truncated", "divergence": "jsd"},
     "renormalised": {"tail": "renormalised"},
     "hard": {"ce_weight": 1.0},
+    "weights by row": {"ce_weight": torch.linspace(0.0, 1.0, 11).double(), "temperature": 2.0, "softcap": 5.0},
     "skewed": {"divergence": kk.Divergence("skewed_reverse_kl", 0.3), "ce_weight": 0.2},
     "sampled": {"tail": "sampled", "temperature": 1.5, "target_weights_NK": torch.rand(11, 7, generator=GEN).double()},
 }

@@ -36,13 +36,14 @@ def near(got, want, tol):
     return float((got.detach().double().cpu() - want.detach()).abs().max() / scale) <= tol
 
 
-def check_against_twin(example, device, *, tol=1e-4, dtype=torch.float32, head=(), **mode):
+def check_against_twin(example, device, *, tol=1e-4, dtype=torch.float32, head=(), of_op=None, **mode):
+    """`of_op`: options that the twin does not have."""
     head = dict(head)
     use_bias = head.pop("with_bias", False)
     p, twin = put(example.cast(dtype), device), example.cast(torch.float64)
     results = []
     for module, q, extra in (
-        (kk, p, {"backend": "triton", "chunk_bytes": 4 * 4 * p.weight.shape[0]}),
+        (kk, p, {"backend": "triton", "chunk_bytes": 4 * 4 * p.weight.shape[0], **(of_op or {})}),
         (reference, twin, {}),
     ):
         result = module.linear_sparse_kl(
@@ -75,6 +76,16 @@ def test_every_loss_equals_its_twin(make_example, device, divergence, tail, nois
     example = make_example(rows=5, noise=noise, temperature=temperature)
     mode = {"divergence": Divergence(divergence, {"jsd": 0.3}.get(divergence)), "tail": tail, "ce_weight": ce_weight}
     check_against_twin(example, device, head={"temperature": temperature}, **mode)
+
+
+@pytest.mark.parametrize("mode", ["row_chunks", "vocab_slices"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_rows_may_have_ce_weights_of_their_own(make_example, device, divergence, temperature, mode):
+    example = make_example(rows=5, noise=0.3, temperature=temperature)
+    weights = torch.tensor([0.0, 0.3, 1.0, 0.75, 0.2]).to(device)
+    head = {"temperature": temperature, "softcap": 5.0}
+    check_against_twin(example, device, head=head, divergence=divergence, ce_weight=weights, of_op={"mode": mode})
 
 
 @pytest.mark.parametrize("beta", [1e-7, 1.0 - 1e-7])

@@ -38,7 +38,7 @@ TYPES = {
     **dict.fromkeys(("z_ptr", "teacher_ptr", "dz_ptr", "logp_ptr", "logp_tail_ptr", "sums_ptr"), "*fp32"),
     **dict.fromkeys(("lse_ptr", "maxima_ptr", "values_ptr", "kept_ptr", "tempered_ptr", "plain_ptr"), "*fp32"),
     **dict.fromkeys(("support_ptr", "label_logit_ptr", "top1_logit_ptr", "tail_sums_ptr"), "*fp32"),
-    **dict.fromkeys(("at_label_ptr", "a_ptr", "tail_ptr", "b_ptr"), "*fp32"),
+    **dict.fromkeys(("at_label_ptr", "a_ptr", "tail_ptr", "b_ptr", "ce_weights_ptr"), "*fp32"),
     **dict.fromkeys(("temperature", "ce_weight", "parameter", "rest", "softcap", "teacher_softcap"), "fp32"),
 }
 
@@ -70,11 +70,12 @@ def loss_variants(which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, s
         "WANT_GRAD": True,
         "BF16_GRAD": True,
         "HAS_ROWS": False,
+        "ROW_WEIGHTS": False,
     }
     bf16, same = {"dz_ptr": "*bf16"}, {"z_ptr": "*bf16", "dz_ptr": "*bf16"}
     full = {**plain, "HAS_CE": True, "TEMPERED": True, "SOFTCAP": True}
     yield "plain", plain, bf16
-    yield "jsd, CE, T, soft-cap", {**full, **constants_of("jsd")}, bf16
+    yield "jsd, CE by row, T, soft-cap", {**full, **constants_of("jsd"), "ROW_WEIGHTS": True}, bf16
     yield "skewed reverse KL, CE, T, soft-cap", {**full, **constants_of("skewed_reverse_kl")}, bf16
     yield "bf16 in place, CE", {**plain, "HAS_CE": True, "BF16_GRAD": False, "HAS_ROWS": True}, same
     if which == "all":

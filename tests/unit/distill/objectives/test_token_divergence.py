@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from typing import Any, get_args
 
 import pytest
@@ -142,53 +142,29 @@ def test_a_divergence_that_cannot_be_is_refused(fields, message):
         TokenDivergenceConfig(**fields)
 
 
-@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-@pytest.mark.parametrize("tail", ["bucket", "truncated"])
-def test_the_text_teaches_where_the_teacher_is_sure(ce_weight, tail):
-    """Row by row beside α·CE + (1−α)·KL with an α of its own, in fp64; loss and gradient."""
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_the_text_teaches_where_the_teacher_is_sure(divergence):
+    """Beside a twin with each row's α."""
     gen = torch.Generator().manual_seed(0)
     student, head = (torch.randn(*shape, generator=gen, dtype=torch.float64) for shape in ((8, 6), (40, 6)))
     teacher = torch.randn(8, 6, generator=gen, dtype=torch.float64) * torch.linspace(0.2, 4.0, 8)[:, None].double()
     labels = torch.randint(0, 40, (8,), generator=gen)
     student.requires_grad_()
-    top = linear_topk_lse(teacher, head, 7)
-    entropies = [float(-(p * p.log()).sum()) for p in _shares(top)]
+    top = linear_topk_lse(teacher, head, 7, temperature=2.0)
+    p_NK = (top.logits_NK / 2.0 - top.lse_N[:, None]).exp()
+    entropies = [-sum(float(p) * math.log(p) for p in [*row, 1 - row.sum()]) for row in p_NK]
     limit = sorted(entropies)[4]
-    settings = TokenDivergenceConfig(ce_weight=ce_weight, tail=tail, top_k=7, text_below_entropy=limit)
-    output = StudentOutput(student, OutputHead(head), 40)
-    targets = Targets(rows=8, top_k=TopKTargets(*top, 1.0, 40))
-    batch = replace(batch_of(labels), step=3)
-    total, _ = TokenDivergence(settings)(output, targets, batch)
-    want = sum(
-        reference.linear_sparse_kl(
-            student[row, None], head, *(part[row, None] for part in top), labels_N=labels[row, None],
-            ce_weight=1.0 if entropies[row] < limit else ce_weight, tail=tail,
-        ).loss_sum
-        for row in range(8)
-    )  # fmt: skip
+    own_N = torch.tensor([1.0 if entropy < limit else 0.3 for entropy in entropies], dtype=torch.float64)
+    settings = settings_of(divergence, top_k=7, text_below_entropy=limit)
+    targets = Targets(rows=8, top_k=TopKTargets(*top, 2.0, 40))
+    total, _ = TokenDivergence(settings)(StudentOutput(student, OutputHead(head), 40), targets, batch_of(labels))
+    want = reference.linear_sparse_kl(
+        student, head, *top, labels_N=labels, **{**kernel_options(settings), "ce_weight": own_N}
+    ).loss_sum
     torch.testing.assert_close(total, want)
-    for got, expected in zip(torch.autograd.grad(total, student), torch.autograd.grad(want, student), strict=True):
-        torch.testing.assert_close(got, expected)
-    measured, _ = TokenDivergence(settings)(output, targets, batch_of(labels))
-    plain, _ = TokenDivergence(settings.model_copy(update={"text_below_entropy": None}))(output, targets, batch)
-    assert torch.equal(measured, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (total, want)))
 
 
-def _shares(top):
-    p = (top.logits_NK - top.lse_N[:, None]).exp()
-    return torch.cat([p, 1 - p.sum(1, keepdim=True)], 1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"targets": "full"}, "needs targets: topk, got full"),
-        ({"divergence": "jsd"}, "needs divergence: forward_kl, got jsd"),
-        ({"temperature": 2.0}, r"needs temperature: 1\.0, got 2\.0"),
-        ({"temperature": {"start": 2.0, "end": 1.0}}, r"needs temperature: 1\.0, got 2 → 1"),
-        ({"tail": "renormalised"}, "needs tail: bucket or truncated, got renormalised"),
-    ],
-)
-def test_the_text_stands_in_only_where_that_is_exact(fields, message):
-    with pytest.raises(ValidationError, match=f"text_below_entropy {message}"):
-        TokenDivergenceConfig(text_below_entropy=1.0, **fields)
+def test_the_teachers_entropy_needs_its_top_k():
+    with pytest.raises(ValidationError, match="text_below_entropy needs targets: topk, got full"):
+        TokenDivergenceConfig(text_below_entropy=1.0, targets="full")
