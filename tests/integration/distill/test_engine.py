@@ -23,6 +23,10 @@ from kdscale.errors import CheckpointError, ConfigError, Interrupted, RunFolderE
 from kdscale.models import head, sequence_parallel
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.exits import exit_code_of
+from kdscale_kernels import backend
+from kdscale_kernels.c_kernels.library import library_obstacle
+from kdscale_kernels.c_kernels.steps import CompiledBf16Steps
+from kdscale_kernels.fused import memory_plan, products
 from kdscale_launch import STOPPED_EXIT_CODE
 
 PURE_KD = {
@@ -37,8 +41,22 @@ def student_bytes(run_dir):
     return {item.name: item.read_bytes() for item in sorted((run_dir / "student").iterdir())}
 
 
+@pytest.fixture
+def steps_in_c(monkeypatch):
+    """The kernels as for a large vocabulary on a CPU with bf16 instructions; counts the gradients that C has scaled."""
+    if obstacle := library_obstacle():
+        pytest.skip(obstacle)
+    scale, calls = CompiledBf16Steps.scale, []
+    monkeypatch.setattr(CompiledBf16Steps, "scale", lambda *args: calls.append(1) or scale(*args))
+    monkeypatch.setattr(products, "_cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(memory_plan, "CPU_WORKSPACE", 1)
+    monkeypatch.setattr(backend, "C_FROM_LOGITS", 1)
+    return calls
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype):
+def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype, request):
+    in_c = request.getfixturevalue("steps_in_c") if dtype == "bfloat16" else None
     rows = distil(tmp_path, dtype=dtype, **PURE_KD)
     validation = [row for row in rows if row["kind"] == "validation"]
     assert validation[0]["step"] == 0
@@ -49,6 +67,7 @@ def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype):
     assert train[-1]["tokens"] == 30 * 8 * 48
     assert all(0 < row["teacher_mass"] <= 1 and 0 < row["tail_mass"] < 1 for row in train)
     assert all(0 <= row["top1_agree"] <= 1 for row in train)
+    assert in_c is None or in_c
 
 
 @pytest.mark.parametrize(("dtype", "stage"), [("bfloat16", 1), ("float32", 3)])
