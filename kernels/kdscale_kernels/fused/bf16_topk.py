@@ -1,7 +1,7 @@
 """The largest logits of a row and its log-sum-exp from bf16 logits on a CPU: the same entries as from fp32 ones.
 
-Legend: C rows of one chunk, B rows at once in cache, H hidden size, V vocabulary, K entries wanted, M > K candidates,
-S columns of the sample, T temperature.
+Legend: C rows of one chunk, H hidden size, V vocabulary, K entries wanted, M > K candidates, S columns of the sample,
+T temperature.
 
 As in bf16_slices.py the product starts from -shift of its row, in its fp32 sums, and only the result is rounded to
 bf16: an entry d nats from the shift is off by at most d·2⁻⁸. The shift lies where the tail begins: near the K-th

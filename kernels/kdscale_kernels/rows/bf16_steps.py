@@ -15,16 +15,15 @@ from kdscale_kernels.rows.results import Candidates, TailSums
 class Bf16Steps(Protocol):
     """Each step takes contiguous arrays and sums in fp32."""
 
-    leaves_softmaxes: bool  # of `exponentials`: exp(z / T) over its row's sum, not over that of the largest logit
+    leaves_softmaxes: bool  # what `exponentials` writes is divided by its row's sum
 
     def dots(self, hidden_CH: Tensor, weight_VH: Tensor, ids_CK: Tensor) -> Tensor:
         """hidden · weight[ids] [C,K] in fp32, of bf16 operands."""
 
     def exponentials(self, z_CV: Tensor, plain_CV: Tensor | None, temperature: float) -> TailSums:
-        """The sums of a row of bf16 logits; exp((z - top) / T) in their place and, with plain_CV, exp(z - top) there.
+        """The sums of each row of logits; writes exp((z - top) / T) over them and, if given, exp(z - top) to plain_CV.
 
-        With leaves_softmaxes both are divided by their row's sum. A row of nothing but -inf has top -inf, and anything
-        else.
+        For a row of nothing but -inf, top is -inf and the rest may be anything.
         """
 
     def scale(
@@ -33,7 +32,7 @@ class Bf16Steps(Protocol):
         """first <- first · factor + second · other, of bf16 arrays, rounded once."""
 
     def candidates(self, z_CV: Tensor, count: int, temperature: float) -> Candidates:
-        """The `count` largest of each row, ties as they come. Destroys z_CV. A NaN makes its row's others_C NaN.
+        """The `count` largest of each row, ties as they come. Destroys z_CV.
 
-        Unless it is among the candidates itself.
+        A NaN is among the candidates or makes its row's others_C NaN.
         """
