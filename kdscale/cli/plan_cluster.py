@@ -189,6 +189,8 @@ def _row(compared: ComparedSetting, plan: ClusterPlan) -> tuple[str, ...]:
     saves = [setting.recompute.short] if setting.recompute.checkpoints else []
     saves += ["both"] if setting.offload_parameters else ["Adam"] if setting.offload_optimizer else []
     stage = f"{setting.stage} hpZ" if setting.hpz > 1 else str(setting.stage)
+    if setting.kept:
+        stage += " K" if setting.kept == plan.job.student.params else " K/2"
     stage += f" T={setting.tensor}" if setting.tensor > 1 else ""
     stage += f" S={setting.sequence}" if setting.sequence > 1 else ""
     teacher = setting.placement + (" ahead" if setting.overlap else "")
@@ -214,6 +216,7 @@ def _legend(shown: list[ComparedSetting], plan: ClusterPlan) -> list[str]:
         "Adam: its state in host memory": any(setting.offload_optimizer for setting in settings),
         "both: the weights too": any(setting.offload_parameters for setting in settings),
         "hpZ: all weights in each node too": any(setting.hpz > 1 for setting in settings),
+        "K, K/2: all or half of the weights stay gathered over a step": any(setting.kept for setting in settings),
         "ahead: the teacher's next forward beside the backward": any(setting.overlap for setting in settings),
         "T, S: ranks that share layers, sequences": any(setting.tensor * setting.sequence > 1 for setting in settings),
         f"too large: for the GPU's {plan.cluster.gpu.memory / GIB:.1f} GiB": "too large" in verdicts,

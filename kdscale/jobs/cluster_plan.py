@@ -211,6 +211,7 @@ def snippet(plan: ClusterPlan) -> str:
     zero = ["    offload_optimizer: cpu"] if setting.offload_optimizer else []
     zero += ["    offload_parameters: cpu"] if setting.offload_parameters else []
     zero += [f"    hpz_partition_size: {setting.hpz}"] if setting.hpz > 1 else []
+    zero += [f"    keep_gathered: {setting.kept}"] if setting.kept else []
     lines += ["  zero:", *zero] if zero else []
     lines += [f"  tensor_parallel: {setting.tensor}"] if setting.tensor > 1 else []
     lines += [f"  sequence_parallel: {setting.sequence}"] if setting.sequence > 1 else []
@@ -248,6 +249,7 @@ def _setting_json(compared: ComparedSetting, tokens: int, chosen: bool) -> dict[
         "chosen": chosen, "fits": compared.fits, "reason": compared.reason, "zero_stage": setting.stage,
         "teacher_placement": setting.placement, "offload_optimizer": setting.offload_optimizer,
         "offload_parameters": setting.offload_parameters, "hpz_partition_size": setting.hpz,
+        "keep_gathered": setting.kept,
         "gradient_checkpointing": setting.recompute.name, "tensor_parallel": setting.tensor,
         "sequence_parallel": setting.sequence, "teacher_overlap": setting.overlap,
         "micro_batch": setting.micro_batch, "accumulation": setting.accumulation,

@@ -61,7 +61,8 @@ def compare(
         return _best_micro_batch(job, setting, cluster, global_batch * ranks_sharing // job.ranks, rates)
 
     settings = _settings(job, stages, placements)
-    compared = [best(setting) for setting in [*settings, *_looking_ahead(settings)]]
+    alternatives = [*_looking_ahead(settings), *_keeping_weights(settings, job)]
+    compared = [best(setting) for setting in [*settings, *alternatives]]
     for size in sorted(sequence):
         if any(option.fits for option in compared):
             break
@@ -117,6 +118,13 @@ def _looking_ahead(settings: Sequence[Setting]) -> list[Setting]:
     return [replace(s, overlap=True) for s in settings if s.placement == "replicated" and s.stage == 3]
 
 
+def _keeping_weights(settings: Sequence[Setting], job: Job) -> list[Setting]:
+    """Those that gather in every micro-batch what could stay gathered over a step: all of the weights, or a half."""
+    shares = (job.student.params, job.student.params // 2)
+    stay = [s for s in settings if s.stage == 3 and s.hpz == 1 and not s.offload_parameters and job.ranks > 1]
+    return [replace(setting, kept=kept) for setting in stay for kept in shares]
+
+
 def _best_micro_batch(job: Job, setting: Setting, cluster: GpuCluster, sequences: int, rates: Rates) -> ComparedSetting:
     """The fastest micro-batch that fits `sequences` per rank and step, or the smallest where none fits."""
     best: ComparedSetting | None = None
@@ -149,6 +157,7 @@ def _complexity(option: ComparedSetting) -> tuple[int, ...]:
         setting.offload_parameters + setting.offload_optimizer,
         setting.hpz > 1,
         setting.overlap,
+        setting.kept,
         (*PLACEMENTS, STORED).index(setting.placement),
         list(RECOMPUTE).index(setting.recompute.name),
         setting.stage,

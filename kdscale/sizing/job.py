@@ -73,6 +73,7 @@ class Setting:
     hpz: int = 1
     tensor: int = 1  # ranks that share each layer
     sequence: int = 1  # ranks that share each sequence
+    kept: int = 0  # parameters that stay gathered over the micro-batches of a step, at stage 3
     overlap: bool = False  # the teacher's forward of the next micro-batch beside the backward
 
     @property

@@ -33,6 +33,7 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
     kept = {
         "student weights": _weights(job, setting),
         "masters and Adam": 0.0 if setting.offload_optimizer else _states(job, setting),
+        "weights kept gathered": float(job.item_bytes * min(setting.kept, job.student.params)),
         "teacher": _teacher_weights(job, setting),
         "student's average": 4.0 * job.student.params if job.average and job.item_bytes == 2 else 0.0,
         "validation targets": 0.0 if job.average else _validation(job),
@@ -226,7 +227,7 @@ def _gathered(job: Job, setting: Setting) -> float:
     """Stage 3: weights that the backward will need again soon stay, up to max_live_parameters (read)."""
     if setting.stage < 3 or (job.ranks == 1 and not setting.offload_parameters):
         return 0.0
-    return job.item_bytes * min(job.student.params, MAX_LIVE + PREFETCH)
+    return job.item_bytes * min(max(0, job.student.params - setting.kept), MAX_LIVE + PREFETCH)
 
 
 def _teacher_gathered(job: Job, setting: Setting) -> float:

@@ -102,7 +102,7 @@ def _student_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: R
     Bytes as in ZeRO (arXiv 1910.02054, section 7): stage 0 does an all-reduce, stages 1 and 2 reduce gradients and
     gather weights once, stage 3 gathers twice and reduces. Stages 2 and 3 reduce in every micro-batch, stage 1 once a
     step, and where it adds in fp32 by an all-reduce (read in DeepSpeed). With hpZ the second gather stays within its
-    group (arXiv 2306.10209).
+    group (arXiv 2306.10209). Weights that stay gathered are gathered once, after the optimiser's step.
     """
     weights = job.item_bytes * job.student.params
     once = cluster.collective(weights) / rates.links if job.ranks > 1 else 0.0
@@ -111,7 +111,9 @@ def _student_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: R
     if setting.stage == 3:
         second_gather = cluster.within_node(weights) / rates.links if 1 < setting.hpz <= cluster.gpus_per_node else once
         from_host = 2 * weights / job.ranks / cluster.gpu.pcie if setting.offload_parameters else 0.0
-        return micro_batches * (once + reduced + second_gather + from_host), 0.0
+        kept = min(1.0, setting.kept / job.student.params)
+        gathers = (1 - kept) * (once + second_gather)
+        return micro_batches * (gathers + reduced + from_host), kept * once
     if setting.stage == 2:
         return 0.0, once + micro_batches * reduced
     return 0.0, once + reduced * (2 if job.gradient_bytes > job.item_bytes else 1)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from kdscale.config.fields import MOST, Count, Few, Section
+from kdscale.units import parse_count
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
 # what each key may hold is checked by _check_extra
@@ -31,9 +32,7 @@ PASSED_THROUGH: dict[str, type] = {
     "stage3_allgather_sequential": bool,
     "stage3_max_live_parameters": int,
     "stage3_max_reuse_distance": int,
-    "stage3_model_persistence_threshold": int,
     "stage3_module_granularity_threshold": int,
-    "stage3_param_persistence_threshold": int,
     "stage3_prefetch_bucket_size": int,
     "stage3_use_all_reduce_for_fetch_params": bool,
     "sub_group_size": int,
@@ -52,6 +51,8 @@ OWNED: dict[str, str] = {
     "zero_hpz_partition_size": "distill.zero.hpz_partition_size",
     "zero_quantized_weights": "distill.zero.quantized_weights",
     "zero_quantized_gradients": "distill.zero.quantized_gradients",
+    "stage3_model_persistence_threshold": "distill.zero.keep_gathered",
+    "stage3_param_persistence_threshold": "distill.zero.keep_gathered",
     "reduce_bucket_size": "distill.zero.reduce_bucket",
     "allgather_bucket_size": "distill.zero.allgather_bucket",
     "gradient_clipping": "distill.optimizer.gradient_clipping",
@@ -86,6 +87,9 @@ class ZeroConfig(Section):
     hpz_partition_size: Few = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
+    # stage 3: weights of so many parameters together stay gathered over the micro-batches of a step; null: those of at
+    # most 100,000 each (DeepSpeed's own)
+    keep_gathered: Annotated[int, Field(ge=0, le=MOST), BeforeValidator(parse_count)] | None = None
     # elements per collective; None: 500M with GPUs, 50M on a CPU
     reduce_bucket: Count | None = None
     allgather_bucket: Count | None = None
@@ -111,11 +115,14 @@ class ZeroConfig(Section):
             ("offload_optimizer nvme", self.offload_optimizer == "nvme"),
             ("offload_parameters", self.offload_parameters != "none"),
             ("hpz_partition_size", self.hpz_partition_size > 1),
+            ("keep_gathered", self.keep_gathered is not None),
             ("quantized_weights", self.quantized_weights),
             ("quantized_gradients", self.quantized_gradients),
         ):
             if wanted and stage != 3:
                 out.append(f"zero.{name} needs zero_stage 3, got {stage}")
+        if self.keep_gathered and self.offload_parameters != "none":
+            out.append("zero.keep_gathered would hold on the device what zero.offload_parameters takes off it")
         if processes % self.hpz_partition_size:
             out.append(f"zero.hpz_partition_size ({self.hpz_partition_size}) must divide processes ({processes})")
         return out

@@ -58,6 +58,9 @@ def zero_optimization(zero: ZeroConfig, stage: int, device: str) -> dict[str, An
         out["offload_param"] = _offload(zero.offload_parameters, zero.nvme_path, pinned)
     if zero.hpz_partition_size > 1:
         out["zero_hpz_partition_size"] = zero.hpz_partition_size
+    if zero.keep_gathered is not None:
+        for key in ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"):
+            out[key] = zero.keep_gathered
     for key, wanted in (
         ("zero_quantized_weights", zero.quantized_weights),
         ("zero_quantized_gradients", zero.quantized_gradients),

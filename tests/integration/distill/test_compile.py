@@ -14,7 +14,7 @@ from kdscale.runtime import kernel_backend
 SETTINGS = {
     "tokens": 2 * 4 * 48, "checkpoint_every": 1, "validate_every": 2, "validate_tokens": 100, "zero_stage": 3,
     "teacher_placement": "partitioned", "gradient_checkpointing": True,
-    "zero": {"extra": {"stage3_param_persistence_threshold": 0}},
+    "zero": {"keep_gathered": 0},
 }  # fmt: skip
 
 

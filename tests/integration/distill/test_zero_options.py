@@ -21,7 +21,7 @@ CASES = {
     "both, stage 3": (3, "bfloat16", {"offload_optimizer": "cpu", "offload_parameters": "cpu"}),
     "small buckets": (2, "bfloat16", {"reduce_bucket": 20_000, "allgather_bucket": 20_000}),
     # tiny weights are below DeepSpeed's own threshold, and stay gathered in all other runs
-    "no weights kept gathered": (3, "bfloat16", {"extra": {"stage3_param_persistence_threshold": 0}}),
+    "no weights kept gathered": (3, "bfloat16", {"keep_gathered": 0}),
     "pass-through": (3, "bfloat16", {"extra": {"overlap_comm": False, "stage3_max_live_parameters": 50_000}}),
 }
 
@@ -52,11 +52,11 @@ def test_options_change_no_bit(distil, plain_runs, tmp_path, case):
 
 def test_layers_that_compute_again_may_gather_what_their_forward_found(distil, plain_runs, tmp_path):
     """Weights are fetched ahead and let go at once, so that the second time a layer has operators of its own."""
-    gathers = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
-               "stage3_max_live_parameters": 60_000, "stage3_prefetch_bucket_size": 20_000}  # fmt: skip
+    gathers = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 60_000,
+               "stage3_prefetch_bucket_size": 20_000}  # fmt: skip
     settings = {"zero_stage": 3, "dtype": "bfloat16", "tokens": 2 * 4 * 48, "micro_batch": 1}
     losses = [
-        [row["loss"] for row in distil(tmp_path / level, **settings, zero={"extra": gathers},
+        [row["loss"] for row in distil(tmp_path / level, **settings, zero={"extra": gathers, "keep_gathered": 0},
                                        gradient_checkpointing=level) if row["kind"] == "train"]
         for level in ("off", "selective")
     ]  # fmt: skip

@@ -146,6 +146,23 @@ def test_stage_2_reduces_in_every_micro_batch_and_hpz_spares_the_network() -> No
     assert near < far * 0.8  # one of four gathers: the sums of gradients count for two
 
 
+def test_weights_that_stay_gathered_take_memory_and_no_link_until_the_next_step() -> None:
+    slow = replace(cluster(4), gpu=replace(H100, network=1e9))
+    shared = job(32)
+    weights = shared.item_bytes * shared.student.params
+    gathered, kept = (Setting(3, 1, 8, OFF, "replicated", kept=size) for size in (0, shared.student.params))
+    fast, slower = (estimate_step(shared, setting, slow, Rates()) for setting in (kept, gathered))
+    gather = slow.collective(weights) / Rates().links
+    assert slower.step - fast.step == pytest.approx(8 * 2 * gather - gather)
+    parts = peak_memory(shared, kept).parts
+    assert parts["weights kept gathered"] == weights
+    assert "gathered weights" in peak_memory(shared, gathered).parts
+    busy = replace(cluster(4), gpu=replace(H100, network=3e9))
+    chosen = compare(replace(shared, seq_len=8192), busy, 32 * 16, Rates(), placements=("partitioned",))[0]
+    assert chosen.fits
+    assert chosen.setting.kept == shared.student.params // 2  # all of them do not fit
+
+
 def test_what_fits_is_chosen_and_what_does_not_says_by_how_much() -> None:
     found = compare(job(student=replace(llama())), cluster(), 256, Rates())
     assert found[0].fits

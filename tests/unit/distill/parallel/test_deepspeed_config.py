@@ -32,6 +32,12 @@ def distill(**settings: Any) -> DistillConfig:
         ({"zero_stage": 3, "zero": {"offload_optimizer": "cpu", "nvme_path": "/x"}}, "nothing is offloaded to nvme"),
         ({"zero_stage": 3, "zero": {"hpz_partition_size": 2}}, r"hpz_partition_size \(2\) must divide processes \(1\)"),
         ({"zero_stage": 1, "zero": {"quantized_gradients": True}}, "quantized_gradients needs zero_stage 3"),
+        ({"zero_stage": 2, "zero": {"keep_gathered": "1B"}}, "keep_gathered needs zero_stage 3"),
+        (
+            {"zero_stage": 3, "zero": {"keep_gathered": "1B", "offload_parameters": "cpu"}},
+            "keep_gathered would hold on the device",
+        ),
+        ({"zero": {"extra": {"stage3_param_persistence_threshold": 0}}}, "set by distill.zero.keep_gathered"),
         ({"zero": {"extra": {"stage": 3}}}, "extra.stage: set by distill.zero_stage"),
         ({"zero": {"extra": {"gradient_clipping": 1.0}}}, "set by distill.optimizer.gradient_clipping"),
         ({"zero": {"extra": {"overlap_com": True}}}, "did you mean 'overlap_comm'"),
