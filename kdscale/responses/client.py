@@ -20,7 +20,7 @@ from kdscale.files import parse_json
 _CONNECT_SECONDS = 20.0
 _MAY_PASS = (408, 409, 425, 429)  # and every status from 500 on
 _ABOUT_THE_PROMPT = (400, 413, 422)
-_NEVER_PASSES = ("insufficient_quota", "billing")  # in the words of a 429 that waiting does not cure
+_USED_UP = ("insufficient_quota", "billing")  # in the words of a 429 that waiting does not cure
 _LONGEST_WORDS = 2000
 
 
@@ -60,10 +60,10 @@ class Client:
                 headers={"accept-encoding": "identity"},  # a compressed answer may be a thousand times as large
                 event_hooks={"response": [_limit(max_answer_bytes)]},
                 follow_redirects=False,
+                limits=httpx2.Limits(),  # as many connections as there are requests
                 trust_env=not endpoint.on_this_machine,  # for the web the environment may name a proxy
             ),
         )
-
         # the environment may hold these for another endpoint
         self._client.organization = self._client.project = None
 
@@ -92,7 +92,8 @@ class Client:
         if self._key is not None:
             words = words.replace(self._key, "***")
         status = response.status_code
-        if (status >= 500 or status in _MAY_PASS) and not any(mark in words for mark in _NEVER_PASSES):
+        used_up = status == 429 and any(mark in words for mark in _USED_UP)
+        if (status >= 500 or status in _MAY_PASS) and not used_up:
             return NotNowError(f"{status} {words}", retry_after(response.headers), busy=status in (429, 503))
         if 300 <= status < 400:
             words = f"a redirect to {response.headers.get('location', 'nowhere')}: the key goes to base_url alone"

@@ -18,7 +18,7 @@ from kdscale.responses.journal import Journal
 from kdscale.responses.prompts import Prompt
 from kdscale_launch.watchdog import beat
 
-KEPT_FILE, SUMMARY_FILE = "responses.jsonl", "summary.json"
+SUMMARY_FILE = "summary.json"
 LABEL = "responses"  # where the text of these lines comes from, as a source of data
 _AT_ONCE = 1024  # prompts that the filters get together
 
@@ -50,16 +50,16 @@ class Summary:
 
 def write_kept(
     prompts: Iterable[Prompt], key: Callable[[Prompt], str], journal: Journal, filters: Sequence[tuple[str, Filter]],
-    folder: Path,
+    file: Path,
 ) -> Summary:  # fmt: skip
-    """Write `responses.jsonl` and `summary.json`; returns the summary.
+    """Write the chat lines to `file` and `summary.json` beside it; returns the summary.
 
     A line has `messages` (the prompt and the answer), `source` and `finish_reason`, and `logprobs` where the endpoint
     gave them. Raises DataError when nothing is left.
     """
     summary = Summary(dropped=Counter(dict.fromkeys((name for name, _ in filters), 0)))
     groups = _groups(prompts, key, journal, summary)
-    with atomic_path(folder / KEPT_FILE) as tmp, tmp.open("w", encoding="utf-8") as stream:
+    with atomic_path(file) as tmp, tmp.open("w", encoding="utf-8") as stream:
         while some := list(islice(groups, _AT_ONCE)):
             for _, one in filters:
                 one(some)
@@ -71,7 +71,7 @@ def write_kept(
                 got=", ".join(f"{name}: {value}" for name, value in summary.facts().items()),
                 hint="loosen responses.filters; the answers are kept, and none is asked for again",
             )  # fmt: skip
-    write_json(folder / SUMMARY_FILE, summary.facts())
+    write_json(file.with_name(SUMMARY_FILE), summary.facts())
     return summary
 
 

@@ -40,7 +40,7 @@ class Reward:
         try:
             asked = list(self._questions(groups))
             if any(question.key not in journal for question in asked):
-                with self._tools.reporter.bar("score answers", len(asked), "answers") as bar:
+                with self._tools.reporter.bar("score answers", len(asked), "answer") as bar:
                     ask_all(asked, journal, self._manners, bar)
             answers = (answer for group in groups for answer in group.kept)
             scores = [journal.get(question.key)["score"] for question in asked]

@@ -52,7 +52,7 @@ class Artifact:
 
 
 RESPONSES = Artifact("responses")
-KEPT_RESPONSES = Artifact("responses", ("responses.jsonl",))
+KEPT_RESPONSES = Artifact("responses/responses.jsonl")
 DATA = Artifact("data")
 IMPORTANCE = Artifact("importance")
 PLAN = Artifact("plan.json")

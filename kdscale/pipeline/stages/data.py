@@ -8,8 +8,7 @@ from kdscale.config.data import RESPONSES_SOURCE, DataConfig, SourceConfig
 from kdscale.config.root import Config
 from kdscale.errors import DataError
 from kdscale.pipeline.stage import Facts, StageContext
-from kdscale.responses.keep import KEPT_FILE
-from kdscale.runs.folder import RunFolder
+from kdscale.runs.folder import KEPT_RESPONSES, RunFolder
 
 if TYPE_CHECKING:
     from kdscale.data.token_store import TokenSplit
@@ -48,7 +47,7 @@ def tokenize(context: StageContext) -> Facts:
 
 def with_responses(data: DataConfig, run: RunFolder) -> DataConfig:
     """The config with the chats that the stage responses left, in place of the source `responses:`."""
-    file = str(run.responses / KEPT_FILE)
+    file = str(run.at(KEPT_RESPONSES))
 
     def found(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         return tuple(

@@ -12,7 +12,7 @@ from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.pipeline.spawn import join_ranks, own_rank, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
-from kdscale.runs.folder import RunFolder
+from kdscale.runs.folder import KEPT_RESPONSES, RunFolder
 
 if TYPE_CHECKING:
     from kdscale.responses.journal import Journal
@@ -78,7 +78,7 @@ def answer_prompts(context: StageContext) -> Facts:
     tools = Tools(settings, _token_counter(context.teacher), folder / _REWARDS, context.reporter)
     names = [entry.name for entry in settings.filters]
     filters = list(zip(names, make_filters(settings.filters, tools), strict=True))
-    summary = write_kept(Prompts(settings), key_function(context), journal, filters, folder)
+    summary = write_kept(Prompts(settings), key_function(context), journal, filters, context.run.at(KEPT_RESPONSES))
     return {**summary.facts(), "spent": Budget(settings.limits, journal.usage).in_words()}
 
 
@@ -97,7 +97,7 @@ def _ask_endpoint(context: StageContext) -> None:
     journal = Journal(context.run.responses / _JOURNAL, "answers", context.reporter.say)
     try:
         total, done = _count(prompts, key, journal)
-        with context.reporter.bar("answer prompts", total, "prompts", done=done) as bar:
+        with context.reporter.bar("answer prompts", total, "prompt", done=done) as bar:
             ask_all((question_of(prompt, settings) for prompt in prompts), journal, manners, bar)
     finally:
         journal.close()
@@ -125,7 +125,7 @@ def answer_rank(context: StageContext) -> None:
         tokenizer = _tokenizer(context)
         teacher = LocalTeacher(model, tokenizer, settings.sampling, _seed(context.config))
         # each rank shows its own part
-        with context.reporter.bar("answer prompts", (total - done) / context.ranks, "prompts") as bar:
+        with context.reporter.bar("answer prompts", (total - done) / context.ranks, "prompt") as bar:
             pairs = ((key(prompt), prompt) for prompt in prompts)
             answer_share(teacher, pairs, journal, settings.micro_batch, bar, rank=rank, ranks=context.ranks)
     finally:

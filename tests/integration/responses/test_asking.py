@@ -150,7 +150,7 @@ def test_a_request_may_have_other_fields_and_lack_ours(server: FakeEndpoint, ask
     "fault",
     [
         Fault(500),
-        Fault(503, b"<html>busy</html>"),
+        Fault(503, b"<html>busy: see billing</html>"),
         Fault(429, b'{"error": {"message": "slow down"}}', {"retry-after": "0.05"}),
         Fault(408),
         Fault(hang=60.0),
