@@ -86,8 +86,12 @@ def draw_plot(found: dict[tuple[str, int], list[tuple[int, float]]], path: Path)
             right.plot(at, errors, style, color=colours[kind], label=f"{names[kind]}, {number}")
     right.set(xscale="log", xlabel="positions")
     right.set_title("noise falls, a bias stays", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
+    right.legend(frameon=False, fontsize=8, loc="lower left")
+    for axes, ticks in ((left, TOP_KS), (right, [at for at, _ in found["topk", TOP_KS[0]]])):
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_yticks(errors_shown := [0.05, 0.1, 0.2, 0.4, 0.8], [f"{error:g}" for error in errors_shown])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0.03)  # room for the legend
         axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
 
