@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from kdscale.models.loading import load_tokenizer
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
 
+ROOT = Path(__file__).resolve().parents[3]
 TOKENS = 6 * 4 * 48
 
 
@@ -88,23 +91,56 @@ def by_tag(other: Path, *placements: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_ranks_stages_and_placements_change_nothing_and_a_killed_run_goes_on(
-    run: Callable[..., Any], spawn: Callable[..., Any], make_config: Callable[..., Config], other_teacher: Path,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """A partitioned teacher is asked by all ranks together, also where one of them has no row for it."""
-    whole = run(tmp_path / "one", zero_stage=0, teachers=by_tag(other_teacher, *3 * ["replicated"]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    config = make_config(
-        tokens=TOKENS, processes=2, zero_stage=3, micro_batch=1,
-        teachers=by_tag(other_teacher, "partitioned", "partitioned", "offloaded"),
-    )  # fmt: skip
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [spawn(config, tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **env) for r in range(2)]
+# name → settings of ranks that share the work, and where the three teachers are
+SHARED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
+    "data": ({"processes": 4, "zero_stage": 3, "micro_batch": 1}, ("partitioned", "partitioned", "offloaded")),
+    "sequence": ({"processes": 2, "sequence_parallel": 2}, ("replicated", "partitioned", "replicated")),
+    "tensor": ({"processes": 2, "tensor_parallel": 2}, ("replicated", "partitioned", "offloaded")),
+}
 
-    one_step, interrupted = Trainer._one_step, tmp_path / "interrupted"
+
+@pytest.fixture(scope="module")
+def whole(
+    run: Callable[..., Any], other_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    return list(run(tmp_path_factory.mktemp("one"), zero_stage=0, teachers=by_tag(other_teacher, *3 * ["replicated"])))
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tiny_llama_dir: Path, student_dir: Path, data_dir: Path, make_config: Callable[..., Config], other_teacher: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
+    """The folder of the runs of several ranks, made by one process that forks them."""
+    folder, runs = tmp_path_factory.mktemp("shared"), []
+    places = {"teacher_dir": str(tiny_llama_dir), "student_dir": str(student_dir), "data_dir": str(data_dir)}
+    for name, (settings, placements) in SHARED.items():
+        config = make_config(tokens=TOKENS, **settings, teachers=by_tag(other_teacher, *placements))
+        phases = [{"config": config.resolved(), "until": None}]
+        runs.append({"run_dir": str(folder / name), "phases": phases, **places})
+    (folder / "jobs.json").write_text(json.dumps({"models": {}, "runs": runs}))
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "parallel_worker.py", folder / "jobs.json"],
+        capture_output=True, text=True, timeout=280, check=False,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_ranks_stages_and_placements_change_nothing(shared: Path, whole: list[dict[str, Any]], name: str) -> None:
+    """A partitioned teacher is asked by all ranks together, also where one of them has no row for it."""
+    rows = list(read_metrics(shared / name / "logs" / "metrics.jsonl"))
+    assert losses(rows) == pytest.approx(losses(whole), abs=2e-5)
+
+
+def test_a_killed_run_goes_on(
+    run: Callable[..., Any], whole: list[dict[str, Any]], other_teacher: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    one_step = Trainer._one_step
 
     def stop(self: Trainer, step: int, *args: Any) -> None:
         if step == 4:
@@ -115,14 +151,8 @@ def test_ranks_stages_and_placements_change_nothing_and_a_killed_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_one_step", stop)
         with pytest.raises(Interrupted):
-            run(interrupted, **settings)
-    assert losses(run(interrupted, **settings)) == pytest.approx(losses(whole), abs=2e-5)
-
-    outputs = [rank.communicate(timeout=200) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert losses(list(read_metrics(tmp_path / "two" / "logs" / "metrics.jsonl"))) == pytest.approx(
-        losses(whole), abs=2e-5
-    )
+            run(tmp_path, **settings)
+    assert losses(run(tmp_path, **settings)) == pytest.approx(losses(whole), abs=2e-5)
 
 
 def test_what_does_not_belong_together_is_refused_by_name(
