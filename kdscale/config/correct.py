@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from kdscale.config.distill.teachers import TEACHER_SETTINGS, SourceSettings
 from kdscale.config.fields import Count, Section
 
 
@@ -18,3 +19,12 @@ class CorrectConfig(Section):
     use: Literal["prune_and_distill", "distill"] = "prune_and_distill"
     # what the fine-tuning says differently of distill: the teacher is larger than the student
     distill: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _learns_from_text(self) -> CorrectConfig:
+        fixed = {"tokens", "objectives", *SourceSettings.model_fields, *TEACHER_SETTINGS}
+        if given := sorted(fixed & set(self.distill)):
+            raise ValueError(
+                f"distill.{given[0]}: the fine-tuning learns from the text alone, for correct.tokens: leave it out"
+            )
+        return self

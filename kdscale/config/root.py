@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from kdscale.config.correct import CorrectConfig
 from kdscale.config.data import RESPONSES_SOURCE, DataConfig
 from kdscale.config.distill.settings import DistillConfig
+from kdscale.config.distill.teachers import TEACHER_SETTINGS, SourceSettings
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
@@ -154,7 +155,7 @@ class Config(Section):
         optimizer = tree["distill"]["optimizer"]
         lr = optimizer["lr"] * self.correct.lr_share
         changes = {"objectives": [{"name": "cross_entropy"}], "optimizer": {**optimizer, "lr": lr}}
-        distill = _merged({**tree["distill"], **changes}, self.correct.distill)
+        distill = _merged({**tree["distill"], **_OF_NO_TEACHER, **changes}, self.correct.distill)
         few = max(self.distill.tokens // 10, self.distill.global_batch * self.distill.seq_len)
         return Config.model_validate(
             {
@@ -189,6 +190,10 @@ class Config(Section):
 
 # Fields that set a step's size: a step says its own, and does not take the config's.
 _NOT_INHERITED = {*BUDGET_FIELDS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts"}
+
+
+# What a training without a teacher has of the settings on teachers: the defaults.
+_OF_NO_TEACHER = DistillConfig().model_dump(mode="json", include={*SourceSettings.model_fields, *TEACHER_SETTINGS})
 
 
 def _texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:

@@ -16,7 +16,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from kdscale import units
-from kdscale.config.distill.teachers import TeacherEntry
 from kdscale.files import write_json, write_text
 from kdscale.report import importance_plots, pruning_plots, training_plots
 from kdscale.report.comparison import TEACHER, model_title
@@ -97,7 +96,7 @@ def _how_made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     if teacher := config.get("teacher", {}).get("path"):
         out.append(("Teacher", str(teacher)))
     if teachers := config.get("distill", {}).get("teachers"):
-        out.append(("Teachers", ", ".join(TeacherEntry.model_validate(entry).in_words for entry in teachers)))
+        out.append(("Teachers", ", ".join(str(entry.get("name")) for entry in teachers)))
     if sources := config.get("data", {}).get("sources"):
         out.append(("Text", ", ".join(str(source.get("path")) for source in sources)))
     if facts["curves"] and facts["curves"]["train"]:

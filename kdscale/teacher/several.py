@@ -10,7 +10,7 @@ N rows of a micro-batch, L tags.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,8 +70,13 @@ class SeveralTeachers:
 
     def __init__(self, colleagues: Mapping[str, Colleague], gives: Needs):
         self._colleagues, self.gives = dict(colleagues), gives
-        # a name may have a dot, which a module's may not
-        self.model = nn.ModuleDict({name.replace(".", "_"): one.source.model for name, one in colleagues.items()})
+        # a teacher's name may have a dot, which a module's may not; the number keeps two such names apart
+        self.model = nn.ModuleDict(
+            {
+                f"{number}_{name.replace('.', '_')}": one.source.model
+                for number, (name, one) in enumerate(colleagues.items())
+            }
+        )
 
     def prefetch(self, batch: MicroBatch) -> None:
         """Tell each teacher what it will be asked."""
@@ -157,7 +162,7 @@ def open_several(request: SourceRequest) -> OpenedSource:
 
 def _all_of(choices: Sequence[LabelChoice | None]) -> LabelChoice | None:
     """The labels that every teacher has targets of."""
-    given: list[Callable[[torch.Tensor, Sequence[tuple[str, int]]], torch.Tensor]] = [c for c in choices if c]
+    given = [choice for choice in choices if choice is not None]
     if not given:
         return None
 

@@ -12,6 +12,8 @@ from kdscale.config.distill.targets import ServedConfig, source_of
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Name, Section
 
+TEACHER_SETTINGS = ("teacher", "teachers", "teacher_dtype", "teacher_overlap")  # fields of distill on teachers
+
 
 class EmaConfig(Section):
     """The average of the student's weights that teaches it, for teacher_placement: ema."""
@@ -49,7 +51,7 @@ class TeacherEntry(SourceSettings):
 
     @property
     def in_words(self) -> str:
-        """`coder (weight 2, for code, tests)`, for the model card and the report."""
+        """`coder (weight 2, for code, tests)`, for the model card."""
         return f"{self.name} (weight {self.weight:g}" + (f", for {', '.join(self.tags)})" if self.tags else ")")
 
 

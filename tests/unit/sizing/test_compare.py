@@ -184,6 +184,31 @@ def test_a_teacher_whose_targets_are_stored_takes_neither_memory_nor_flops() -> 
     assert "teacher" not in parts and held["teacher"] > 2 * 8e9
 
 
+@pytest.mark.parametrize("placement", ["replicated", "partitioned", "offloaded"])
+def test_several_teachers_are_kept_and_run_and_one_of_them_is_asked_at_a_time(placement: Any) -> None:
+    small = replace(llama(), params=llama().params // 4, products=llama().products // 4)
+    setting = Setting(2, 1, 1, OFF, placement)
+    one, two = job(), job(others=(small,))
+    weights = [peak_memory(each, setting).parts.get("teacher", 0.0) for each in (one, two)]
+    kept = {"replicated": 2.0, "partitioned": 2.0 / 8, "offloaded": 0.0}[placement]
+    assert weights[1] - weights[0] == pytest.approx(kept * small.params)
+    hosts = [peak_memory(each, setting).host for each in (one, two)]
+    assert hosts[1] - hosts[0] == pytest.approx(2 * small.params / 8 if placement == "offloaded" else 0.0)
+    seconds = [estimate_step(each, setting, cluster(), Rates()).seconds["teacher"] for each in (one, two)]
+    assert 1.1 * seconds[0] < seconds[1] < 1.5 * seconds[0]
+
+
+def test_an_average_of_the_student_is_planned_as_a_whole_model_below_stage_3(tmp_path: Path) -> None:
+    config = load_config(find_config("smollm2-135m-to-82m-average"), [f"run_dir={tmp_path}"])
+    plan = plan_cluster(config, TEACHERS / "smollm2-135m-instruct", cluster(2), Rates())
+    assert plan.chosen is not None and plan.chosen.setting.stage < 3
+    assert {one.setting.placement for one in plan.settings} == {"replicated"}
+    assert plan.job.teachers[1] == plan.job.student
+    parts = peak_memory(plan.job, plan.chosen.setting).parts
+    assert parts["student's average"] == 4.0 * plan.job.student.params
+    assert "# in each of teachers: teacher_placement: replicated" in snippet(plan)
+
+
 def test_a_teacher_that_is_too_large_for_a_gpu_is_partitioned() -> None:
     big = replace(llama(), params=70_000_000_000, products=69_000_000_000, layers=80, layer=860_000_000)
     found = compare(job(32, teacher=big), cluster(4), 256, Rates())
