@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdscale.errors import RunFolderError
@@ -19,6 +19,7 @@ def fill(folder: Path, texts: list[str], writer: str = "answers") -> Journal:
     return journal
 
 
+@settings(max_examples=40)  # each flushes to the disk
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5), st.integers(0, 400))
 def test_a_kill_at_any_byte_loses_the_last_record_at_most(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], cut: int
