@@ -129,6 +129,12 @@ class FileError(KdscaleError):
     exit_code = 12
 
 
+class LackOfMemoryError(KdscaleError):
+    """Memory, of the host or of a device, that did not suffice for a stage; the message names what lowers its need."""
+
+    exit_code = 15
+
+
 class SpendingLimitError(KdscaleError):
     """A limit of the config on what may be spent was reached; what was bought is kept, a higher limit goes on."""
 
@@ -141,6 +147,7 @@ ERRORS_BY_CODE: dict[int, type[KdscaleError]] = {
     for error in (
         ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError, LostRankError,
         HungRankError, ServiceError, MachineError, FileError, MissingProgramError, SpendingLimitError,
+        LackOfMemoryError,
     )
 }  # fmt: skip
 

@@ -126,9 +126,10 @@ def plan_command(
                 got="a latency",
                 hint="a latency is measured: give a CONFIG and leave out --shapes-only",
             )
-        for step, one in zip((*loaded.steps, None), found, strict=True):
+        cut_from = ("teacher", *(f"step {step.name}" for step in loaded.steps))
+        for step, one, pruned in zip((*loaded.steps, None), found, cut_from, strict=True):
             tokens = loaded.distill.tokens if step is None else loaded.step(loaded.steps.index(step)).distill.tokens
-            tables.plan(one.model_dump(), tokens, step.name if step else "")
+            tables.plan(one.model_dump(), tokens, step.name if step else "", pruned)
         if config is None:
             typer.echo(for_terminal(f"to go on: kdscale init --teacher {shlex.quote(str(teacher))}"))
         return

@@ -83,8 +83,11 @@ def findings(title: str, answers: Sequence[Finding]) -> None:
     _print(table(title, ("", "", ""), [(line.topic, _MARK[line.severity], line.text) for line in answers]))
 
 
-def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None:
-    """The shape before and after, what it means in parameters, and what else was compared."""
+def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "", pruned: str = "teacher") -> None:
+    """The shape before and after, what it means in parameters, and what else was compared.
+
+    `step`: whose plan it is, "" for the run's own; `pruned`: the model that is cut, the teacher or a step's student.
+    """
     _candidates(plan_json)
     teacher, student = plan_json["teacher"], plan_json["student"]
     rows = [(axis, str(teacher[axis]), str(student[axis])) for axis in teacher if axis != "vocab" and teacher[axis]]
@@ -92,9 +95,7 @@ def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "") -> None
         before, after = (plan_json[f"{who}_params"].get(counted) for who in ("teacher", "student"))
         if before is not None:  # a dense model has none that a token leaves out
             rows.append((f"{counted.replace('_', '-')} parameters", format_count(before, 4), format_count(after, 4)))
-    _print(
-        table(f"Shape of step {step}" if step else "Student's shape", ("", "teacher", "student"), rows, right_from=1)
-    )
+    _print(table(f"Shape of step {step}" if step else "Student's shape", ("", pruned, "student"), rows, right_from=1))
     before, after = (plan_json[f"{who}_params"]["total"] for who in ("teacher", "student"))
     capacity = Capacity(before, after, distill_tokens)
     for warning in [*plan_json.get("warnings", []), *capacity.warnings()]:

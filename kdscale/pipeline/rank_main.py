@@ -18,7 +18,7 @@ from kdscale.errors import Interrupted, KdscaleError
 from kdscale.files import explain_os_errors, write_json
 from kdscale.pipeline.runner import run_inner
 from kdscale.pipeline.spawn import error_path
-from kdscale.pipeline.stage import StageContext
+from kdscale.pipeline.stage import StageContext, explain_lack_of_memory
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of, leave
@@ -68,6 +68,7 @@ def run_as_rank(stage_name: str, context: StageContext, tell: Callable[[KdscaleE
     try:
         with (
             explain_os_errors(context.run.path),
+            explain_lack_of_memory(stage),
             watching(seconds, int(os.environ["RANK"])) if seconds else nullcontext(),
         ):
             stage.run_rank(context)

@@ -12,7 +12,14 @@ from kdscale.config.root import Config
 from kdscale.errors import Interrupted, KdscaleError, RunFolderError
 from kdscale.files import explain_os_errors, remove_leftovers
 from kdscale.pipeline.checks import check_before_work, check_disk, plan_shapes, student_parameters
-from kdscale.pipeline.stage import Stage, StageContext, manifest_path, refuse_to_lose_progress, run_stage
+from kdscale.pipeline.stage import (
+    Stage,
+    StageContext,
+    explain_lack_of_memory,
+    manifest_path,
+    refuse_to_lose_progress,
+    run_stage,
+)
 from kdscale.pipeline.stages.registry import STAGES, stages_of, stages_of_steps, stages_until
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.lineage import corrected_teacher
@@ -83,7 +90,11 @@ def _guarded(stage: Stage, context: StageContext) -> bool:
 
     seconds = 0.0 if stage.watches_itself else context.config.runtime.watchdog_seconds
     try:
-        with explain_os_errors(context.run.path), watching(seconds, 0) if seconds else nullcontext():
+        with (
+            explain_os_errors(context.run.path),
+            explain_lack_of_memory(stage),
+            watching(seconds, 0) if seconds else nullcontext(),
+        ):
             return run_stage(stage, context)
     except Interrupted as stop:
         context.run.set_status(stage.name, "interrupted", reason=str(stop))

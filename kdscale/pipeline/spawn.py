@@ -86,7 +86,9 @@ def run_on_ranks(
         error_type = ERRORS_BY_CODE.get(error.exit_code, LostRankError)
         if parts := read_own_json(error_path(context.run, stage, error.rank), is_error):
             raise error_type(**parts) from error
-        raise error_type(str(error), hint=f"the ranks' logs are in {context.run.logs}") from error
+        killed = error.exit_code == -signal.SIGKILL
+        cause = "where nobody sent that signal, memory ran out (dmesg says so); " if killed else ""
+        raise error_type(str(error), hint=f"{cause}the ranks' logs are in {context.run.logs}") from error
     except LaunchError as error:
         raise MachineError("the ranks could not be started", got=str(error)) from error
     finally:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from kdscale.config.load import config_differences
 from kdscale.config.root import Config
-from kdscale.errors import RunFolderError
+from kdscale.errors import LackOfMemoryError, RunFolderError
 from kdscale.files import atomic_path, read_own_json, remove_tree, write_json
 from kdscale.runs.digests import digest_file, digest_tree
 from kdscale.runs.folder import PLAN, WEIGHTS, Artifact, Manifest, RunFolder, StageInputs, fits, now
@@ -95,9 +96,29 @@ class Stage:
     # the config field that makes it distil in runs of its own, on one host; "" where it does not
     distils_by_itself: Callable[[Config], str] | None = None
     across_job: bool = False  # its processes are the ranks of the whole job, on all hosts
+    memory: tuple[str, ...] = ()  # dotted config fields that lower what it needs of it, the first to try first
     watches_itself: bool = False  # its ranks have watchdogs of their own
     check_before: Callable[[Config, RunFolder], None] | None = None  # before any work, where it has yet to run
     check_after: Callable[[Config, RunFolder], None] | None = None  # whether later stages can use what it left
+
+
+@contextmanager
+def explain_lack_of_memory(stage: Stage) -> Iterator[None]:
+    """Raise LackOfMemoryError for what Python or torch raise within the block where memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:  # torch's is a RuntimeError
+        from kdscale.runtime.device import is_lack_of_memory
+
+        if not is_lack_of_memory(error):
+            raise
+        what = str(error).strip().partition("\n")[0][:300]
+        settings = f"try others for {', '.join(stage.memory)}, or " if stage.memory else ""
+        raise LackOfMemoryError(
+            f"out of memory in the stage {stage.name} ({stage.title})",
+            got=what or type(error).__name__,
+            hint=f"{settings}end other programs; what was finished is kept, and the same command goes on",
+        ) from error
 
 
 def belongs_to(stage: Stage, config: Config) -> bool:

@@ -19,6 +19,21 @@ from kdscale.errors import Interrupted
 _SAME_SIGNAL_SECONDS = 2.0
 
 
+class _Echoes:
+    """Tells a signal from the same one again at once."""
+
+    def __init__(self) -> None:
+        self._last = (0, 0.0)
+
+    def again(self, signum: int) -> bool:
+        """Whether `signum` is the last signal once more; it is the last one from now on otherwise."""
+        now = time.monotonic()
+        if signum == self._last[0] and now - self._last[1] <= _SAME_SIGNAL_SECONDS:
+            return True
+        self._last = (signum, now)
+        return False
+
+
 class StopRequest:
     """Whether the process was asked to stop: `signum` is 0 until a signal arrives."""
 
@@ -34,13 +49,14 @@ def watch_signals() -> Iterator[StopRequest]:
     """
     request = StopRequest()
     previous: dict[int, Any] = {}
-    first = [0.0]
+    echoes = _Echoes()
 
     def note(signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+        if echoes.again(signum):
+            return
         if not request.signum:
-            request.signum, first[0] = signum, now
-        elif signum != request.signum or now - first[0] > _SAME_SIGNAL_SECONDS:
+            request.signum = signum
+        else:
             for caught, handler in previous.items():
                 signal.signal(caught, handler)
             raise Interrupted(signum, "again, before everything was saved", kept=False)
@@ -56,12 +72,10 @@ def watch_signals() -> Iterator[StopRequest]:
 
 def raise_interrupted() -> Callable[[int, object], None]:
     """A handler that raises Interrupted; the same signal at once again must not disturb the way out of the first."""
-    first: list[tuple[int, float]] = []
+    echoes = _Echoes()
 
     def stop(number: int, _frame: object) -> None:
-        now = time.monotonic()
-        if not first or number != first[0][0] or now - first[0][1] > _SAME_SIGNAL_SECONDS:
-            first[:] = [(number, now)]
+        if not echoes.again(number):
             raise Interrupted(number)
 
     return stop

@@ -157,3 +157,10 @@ def _anchors(page: Path) -> set[str]:
     text = generate.MARKER.sub(lambda match: generate.TABLES[match[1]](), text)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def test_settings_that_a_stage_names_where_memory_is_short_exist() -> None:
+    from kdscale.pipeline.stages.registry import STAGES
+
+    fields = {field for stage in STAGES.values() for field in stage.memory}
+    assert fields and fields <= generate.config_fields().keys()

@@ -34,6 +34,7 @@ STAGES: dict[str, Stage] = {
             run=responses.answer_prompts, run_rank=responses.answer_rank, processes="responses.processes",
             depends_on=responses.what_matters, writes=(folder.RESPONSES,), only_with="responses",
             check_before=responses.check_before,
+            memory=("responses.micro_batch",),
         ),
         Stage(
             name="data", title="tokenise the text", run=data.tokenize,
@@ -44,6 +45,7 @@ STAGES: dict[str, Stage] = {
             ),
             model="teacher", model_files=("config.json", *folder.TOKENIZER),
             reads=(folder.KEPT_RESPONSES,), writes=(folder.DATA,), check_after=data.check_text,
+            memory=("data.processes",),
         ),
         Stage(
             name="correct", title="correct the teacher",
@@ -53,18 +55,21 @@ STAGES: dict[str, Stage] = {
             reads=(folder.DATA,), writes=(folder.CORRECTED,), resumable=True, disk_bytes=correct.disk_bytes,
             only_with="correct", distils_by_itself=lambda config: "correct", watches_itself=True,
             check_before=distill.check_before,
+            memory=("distill.micro_batch", "distill.gradient_checkpointing", "distill.zero_stage"),
         ),
         Stage(
             name="importance", title="measure importance", help="Measure what each part of the teacher contributes.",
             run=importance.measure_importance, run_rank=importance.importance_rank, processes="importance.processes",
             config=("importance", "seed", _CODE), depends_on=importance.axes_to_score, model="model_to_prune",
             reads=(folder.DATA,), writes=(folder.IMPORTANCE,), resumable=True, in_steps=True,
+            memory=("importance.micro_batch", "importance.calibration_tokens", "importance.processes"),
         ),
         Stage(
             name="plan", title="choose the student's shape", run=plan.choose_plan, run_rank=plan.plan_rank,
             config=("prune",), depends_on=plan.what_matters, distils_by_itself=plan.distils_by_itself,
             model="model_to_prune",
             reads=(folder.IMPORTANCE,), writes=(folder.PLAN,), hand_editable=True, in_steps=True,
+            memory=("importance.micro_batch", "prune.search.masked_tokens"),
         ),
         Stage(
             name="prune", title="prune and check",
@@ -74,6 +79,7 @@ STAGES: dict[str, Stage] = {
             copies=prune.copied_from_and_to,
             reads=(folder.PLAN, folder.IMPORTANCE, folder.DATA), writes=(folder.PRUNED, folder.REPAIR),
             disk_bytes=prune.disk_bytes, resumable=True, in_steps=True,
+            memory=("importance.micro_batch", "importance.layer_tokens", "importance.processes"),
         ),
         Stage(
             name="targets", title="store the teacher's targets",
@@ -82,6 +88,7 @@ STAGES: dict[str, Stage] = {
             config=("seed", _CODE), depends_on=targets.what_matters, model="model_to_learn_from",
             reads=(folder.DATA,), writes=(folder.TARGETS,), resumes_from=(folder.TARGETS,),
             disk_bytes=targets.disk_bytes, only_with="targets", in_steps=True,
+            memory=("targets.micro_batch", "targets.teacher_placement"),
         ),
         Stage(
             name="distill", title="distil the teacher into the student",
@@ -93,6 +100,10 @@ STAGES: dict[str, Stage] = {
             resumes_from=(folder.CHECKPOINTS, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD),
             disk_bytes=distill.disk_bytes, in_steps=True, across_job=True, watches_itself=True,
             check_before=distill.check_before,
+            memory=(
+                "distill.micro_batch", "distill.gradient_checkpointing", "distill.teacher_placement",
+                "distill.zero_stage",
+            ),
         ),
         Stage(
             name="eval", title="evaluate side by side",
@@ -102,6 +113,7 @@ STAGES: dict[str, Stage] = {
             model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
             reads=(folder.CORRECTED_WEIGHTS, folder.PRUNED_WEIGHTS, folder.STUDENT_WEIGHTS, folder.DATA),
             writes=(folder.EVAL,),
+            memory=("eval.micro_batch", "eval.processes"),
         ),
         Stage(
             name="report", title="write the report", run=report.write_report, config=("name",),

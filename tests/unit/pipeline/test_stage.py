@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from kdscale.config.load import build_config
 from kdscale.config.root import Config
-from kdscale.errors import RunFolderError
+from kdscale.errors import KdscaleError, LackOfMemoryError, RunFolderError
 from kdscale.files import write_text
-from kdscale.pipeline.stage import Stage, StageContext, changed_inputs, refuse_to_lose_progress, run_stage
+from kdscale.pipeline.stage import (
+    Stage,
+    StageContext,
+    changed_inputs,
+    explain_lack_of_memory,
+    refuse_to_lose_progress,
+    run_stage,
+)
 from kdscale.runs.digests import digest_file
 from kdscale.runs.folder import Artifact, RunFolder
 from kdscale.runtime.progress import Reporter
@@ -262,3 +272,41 @@ def test_digest_notices_changes_in_large_files(tmp_path: Path) -> None:
         stream.seek(5 << 20)
         stream.write(b"x")
     assert digest_file(path) != before
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (MemoryError(), "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "Tried to allocate 2 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "DefaultCPUAllocator"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("as_rank", [False, True])
+def test_a_stage_without_memory_says_what_needs_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, shown: str, as_rank: bool
+) -> None:
+    from kdscale.pipeline import rank_main, runner
+
+    def work(_context: StageContext) -> Mapping[str, Any]:
+        raise error
+
+    bench = Bench(tmp_path)
+    stage = replace(bench.first, run=work, run_rank=work, memory=("distill.micro_batch",))
+    found: list[KdscaleError] = []
+    if as_rank:
+        monkeypatch.setattr(rank_main, "STAGES", {"first": stage})
+        monkeypatch.setenv("RANK", "0")
+        assert rank_main.run_as_rank("first", bench.context(), found.append) == LackOfMemoryError.exit_code == 15
+    else:
+        with pytest.raises(LackOfMemoryError) as caught:
+            runner._guarded(stage, bench.context())
+        found.append(caught.value)
+    for part in ("first (the first)", shown, "distill.micro_batch"):
+        assert part in str(found[0])
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), explain_lack_of_memory(Bench(tmp_path).first):
+        raise RuntimeError("a bug")
