@@ -18,8 +18,8 @@ from torch import nn
 from kdscale.models.attention import attend_outside_graphs
 
 BACKEND = "inductor"
-# Kinds of layers × (student in training, student measured, teacher) × batch sizes; torch gives up after 8.
-_MOST_VERSIONS = 64
+# Kinds of layers × (student in training, student measured, teacher) × shapes of a batch; torch gives up after 8.
+_MOST_VERSIONS = 128
 
 
 class _Switch:
@@ -67,11 +67,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Run all layers as they were before `compile_layers` within the block, so that hooks inside them are called."""
-    _Switch.off = True
+    before, _Switch.off = _Switch.off, True
     try:
         yield
     finally:
-        _Switch.off = False
+        _Switch.off = before
 
 
 @cache

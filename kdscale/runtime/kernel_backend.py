@@ -55,7 +55,10 @@ def agree_on_compiling(
     """
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return False, None
-    obstacle = triton_obstacle if device.type == "cuda" else _of_any_rank(_compiler_obstacle())
+    if device.type == "cuda":
+        obstacle = triton_obstacle
+    else:
+        obstacle = _of_any_rank(None if local_rank(os.environ) else _compiler_obstacle())
     if obstacle is not None and choice == "layers":
         raise ConfigError(
             "distill.compile", expected="a machine that can run what torch.compile makes", got=obstacle,
