@@ -40,7 +40,7 @@ class TopKCodec:
     def encode(self, targets: Targets) -> Bytes:
         """Sorted by id; the largest logit of a quantised row becomes 0, and the log-sum-exp is moved with it.
 
-        A slot that is empty (logit −inf) becomes a copy of the most likely token, which the losses count once.
+        A slot that is empty (logit −inf) becomes a copy of the most likely token, and is empty again when it is read.
         """
         top = targets.top_k
         assert top is not None
@@ -94,7 +94,9 @@ class TopKCodec:
         """The top K that are stored."""
 
         def assemble(arrays: Mapping[str, torch.Tensor], batch: MicroBatch) -> Targets:
-            top = TopKTargets(arrays["ids"].long(), arrays["logits"], arrays["lse"], self._temperature, vocab_size)
+            ids_NK, logits_NK = arrays["ids"].long(), arrays["logits"]
+            logits_NK[:, 1:].masked_fill_(ids_NK[:, 1:] == ids_NK[:, :-1], float("-inf"))
+            top = TopKTargets(ids_NK, logits_NK, arrays["lse"], self._temperature, vocab_size)
             return Targets(rows=batch.rows, top_k=top)
 
         return assemble
