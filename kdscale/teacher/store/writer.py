@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from kdscale.errors import RunFolderError
 from kdscale.files import explain_os_errors, fsync_dir, fsync_file, sha256_file, write_json
 from kdscale.runs.folder import try_lock
-from kdscale.teacher.store.format import HEADER_FILE, INDEX, Block, ShardFiles, ShardManifest, StoreHeader, checksum
+from kdscale.teacher.store.format import (
+    HEADER_FILE,
+    INDEX,
+    Block,
+    ShardFiles,
+    ShardManifest,
+    StoreHeader,
+    check_plain,
+    checksum,
+)
 
 _SYNC_BYTES = 64 << 20  # written between two flushes to the disk
 
@@ -48,7 +57,10 @@ class ShardWriter:
         self._header, self._files, self._places = header, ShardFiles(folder, shard), header.in_shard(shard)
         with explain_os_errors(self._files.data):
             for path in (self._files.data, self._files.index):
-                path.touch()
+                if os.path.lexists(path):
+                    check_plain(path)
+                else:
+                    path.touch()
             self._index, self._end = self._whole_blocks()
             os.truncate(self._files.index, self._index.nbytes)
             os.truncate(self._files.data, self._end)
@@ -97,14 +109,16 @@ class ShardWriter:
         """The entries of the index up to the first block that is not whole, and where the data of these ends."""
         count = min(self._files.index.stat().st_size // INDEX.itemsize, len(self._places))
         index = np.fromfile(self._files.index, INDEX, count)
-        end = 0
+        end, there = 0, self._files.data.stat().st_size
         with self._files.data.open("rb") as stream:
             for number, entry in enumerate(index):
                 size = int(entry["end"]) - end
-                block = np.frombuffer(stream.read(size), np.uint8) if size >= 0 else np.empty(0, np.uint8)
+                if not 0 <= size <= there - end:
+                    return index[:number], end
+                block = np.frombuffer(stream.read(size), np.uint8)
                 place, (rows, tokens) = self._places[number], (int(entry["rows"]), int(entry["tokens"]))
                 found = checksum(self._header.identity, place, int(entry["end"]), rows, tokens, block)
-                if block.size != size or found != int(entry["checksum"]):
+                if found != int(entry["checksum"]):
                     return index[:number], end
                 end += size
         return index, end

@@ -17,7 +17,7 @@ from kdscale.config.target_store import CODECS, CodecConfig, HiddenConfig, Sampl
 from kdscale.errors import DataError, FileError, RunFolderError
 from kdscale.files import read_json, write_json
 from kdscale.teacher.store import writer as writer_module
-from kdscale.teacher.store.format import HEADER_FILE, ShardFiles, StoreHeader, read_header
+from kdscale.teacher.store.format import HEADER_FILE, INDEX, ShardFiles, StoreHeader, read_header
 from kdscale.teacher.store.reader import StoreReader
 from kdscale.teacher.store.writer import ShardWriter, store_lock, write_header
 from tests.unit.teacher.store.conftest import LENGTH, block_of, write_shards
@@ -137,6 +137,30 @@ def test_what_a_power_cut_left_of_a_block_is_written_again(
     assert ShardWriter(folder, header, 0).next == 2
     write_shards(folder, header, range(header.shards))
     assert content(folder) == content(whole)
+
+
+def test_a_writer_writes_into_files_of_the_store_alone(tmp_path: Path, make_header: Header) -> None:
+    folder, header, elsewhere = tmp_path / "store", make_header(SETTINGS[0]), tmp_path / "elsewhere"
+    write_header(folder, header)
+    elsewhere.write_bytes(b"somebody's")
+    ShardFiles(folder, 0).data.symlink_to(elsewhere)
+    with pytest.raises(FileError, match=r"shard-00000\.bin is a link"):
+        ShardWriter(folder, header, 0)
+    assert elsewhere.read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("end", [1 << 62, 3])
+def test_an_index_that_says_nonsense_is_cut_off(tmp_path: Path, make_header: Header, end: int) -> None:
+    folder, header = tmp_path / "store", make_header(SETTINGS[0])
+    write_header(folder, header)
+    writer = ShardWriter(folder, header, 0)
+    for place in range(2):
+        writer.append(block_of(header, place))
+    writer.close()
+    index = np.fromfile(ShardFiles(folder, 0).index, INDEX)
+    index["end"][1] = end
+    index.tofile(ShardFiles(folder, 0).index)
+    assert ShardWriter(folder, header, 0).next == 1
 
 
 def test_a_store_is_read_while_it_is_written(tmp_path: Path, make_header: Header) -> None:
