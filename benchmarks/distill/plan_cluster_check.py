@@ -180,7 +180,7 @@ def child(case: dict[str, Any]) -> None:
     for _ in range(case["steps"]):
         for _ in range(case["accumulation"]):
             ids = torch.randint(0, STUDENT["vocab_size"], shape)
-            micro_batch = to_device(Batch(ids, positions, ids.roll(-1, 1), []), device)
+            micro_batch = to_device(Batch(ids, positions, ids.roll(-1, 1), torch.zeros_like(ids), []), device)
             peaks.moment = "teacher"
             targets = teacher.targets(micro_batch)
             peaks.moment = "student"

@@ -33,19 +33,28 @@ class Launcher(StrEnum):
     deepspeed = "deepspeed"
 
 
+_FROM_0, _FROM_1 = (0, 65_536), (1, 65_536)  # how many of something a job has
+
+
 def _option(
     names: str,
     text: str,
     panel: str | None = None,
     metavar: str | None = None,
-    minimum: int | None = None,
+    between: tuple[int, int] | None = None,
     default_in_words: str | None = None,
 ) -> object:
-    """`default_in_words` is for defaults that differ from machine to machine."""
+    """`between`: the range of a number. `default_in_words` is for defaults that differ from machine to machine."""
     shown = True if default_in_words is None else default_in_words
+    least, most = between or (None, None)
     return typer.Option(
-        *names.split(), help=text, rich_help_panel=panel, metavar=metavar, min=minimum, show_default=shown
+        *names.split(), help=text, rich_help_panel=panel, metavar=metavar, min=least, max=most, show_default=shown
     )
+
+
+def _seconds(name: str, text: str, panel: str | None = None) -> object:
+    """An option that is a time, of at most 30 days."""
+    return _option(name, text, panel, "SECONDS", (0, 30 * 86_400))
 
 
 # fmt: off
@@ -57,11 +66,11 @@ PythonOption = Annotated[
     str, _option("--python", "The Python interpreter on the hosts.", _HOSTS, "PATH", default_in_words="this one")]
 AddressOption = Annotated[
     str, _option("--master-addr", "Where ranks find rank 0. Default: the first host's name.", _HOSTS, "ADDRESS")]
-PortOption = Annotated[int, _option("--master-port", "Rank 0's port. Default: a free one.", _HOSTS)]
+PortOption = Annotated[int, _option("--master-port", "Rank 0's port. Default: a free one.", _HOSTS, None, (0, 65_535))]
 DeadOption = Annotated[
-    float, _option("--dead-after", "Seconds of silence after which a host counts as lost.", _HOSTS, "SECONDS")]
+    float, _seconds("--dead-after", "Seconds of silence after which a host counts as lost.", _HOSTS)]
 ConnectOption = Annotated[
-    float, _option("--connect-timeout", "How long the first connection to a host may take.", _HOSTS, "SECONDS")]
+    float, _seconds("--connect-timeout", "How long the first connection to a host may take.", _HOSTS)]
 ExportOption = Annotated[
     Repeatable, _option("--export", "Send this environment variable too. Repeatable.", _HOSTS, "NAME")]
 # fmt: on
@@ -135,9 +144,10 @@ def launch_command(
     until: Annotated[str, _option("--until", f"The last stage: {', '.join(_STAGES)}.", None, "STAGE")] = _STAGES[-1],
     dry_run: Annotated[bool, _option("--dry-run", "Print exactly what would run, and run nothing.")] = False,
     max_restarts: Annotated[
-        int, _option("--max-restarts", "How often a broken job starts again from its last checkpoint.", minimum=0)] = 3,
+        int, _option("--max-restarts", "How often a broken job goes on from its last checkpoint.", between=_FROM_0)
+    ] = 3,
     grace: Annotated[
-        float, _option("--grace", "How long ranks may take to save after SIGTERM.", None, "SECONDS")] = GRACE_SECONDS,
+        float, _seconds("--grace", "How long ranks may take to save after SIGTERM.")] = GRACE_SECONDS,
     skip_preflight: Annotated[bool, _option("--skip-preflight", "Do not check the hosts first.")] = False,
     prepare: Annotated[
         bool, _option("--prepare", "Tokenise and prune in a job of one node, for which the job of all nodes waits.")
@@ -152,10 +162,11 @@ def launch_command(
     dead_after: DeadOption = 15.0,
     connect_timeout: ConnectOption = 30.0,
     host_timeout: Annotated[
-        float, _option("--host-timeout", "How long a restart waits for a lost host to come back.", _HOSTS, "SECONDS")
+        float, _seconds("--host-timeout", "How long a restart waits for a lost host to come back.", _HOSTS)
     ] = 300.0,
     min_nodes: Annotated[
-        int | None, _option("--min-nodes", "Go on with as few hosts as this when others do not come back.", _HOSTS)
+        int | None,
+        _option("--min-nodes", "Go on with as few hosts as this when others do not come back.", _HOSTS, None, _FROM_1),
     ] = None,
     export: ExportOption = None,
     slurm: Annotated[bool, _option("--slurm", "Write a batch script and submit it with sbatch.", _SYSTEMS)] = False,
@@ -166,8 +177,8 @@ def launch_command(
     torchrun: Annotated[
         bool, _option("--torchrun", "Run this node's ranks under torchrun; same command on every node.", _SYSTEMS)
     ] = False,
-    nodes: Annotated[int, _option("--nodes", "Number of nodes.", _SYSTEMS, minimum=1)] = 1,
-    slots: Annotated[int, _option("--slots", "Ranks per node.", _SYSTEMS, minimum=1)] = 1,
+    nodes: Annotated[int, _option("--nodes", "Number of nodes.", _SYSTEMS, None, _FROM_1)] = 1,
+    slots: Annotated[int, _option("--slots", "Ranks per node.", _SYSTEMS, None, _FROM_1)] = 1,
     time_limit: Annotated[str, _option("--time", "Slurm's time limit.", _SYSTEMS, "D-HH:MM:SS")] = "",
     sbatch: Annotated[
         Repeatable, _option("--sbatch", "Another sbatch option, e.g. partition=gpu. Repeatable.", _SYSTEMS)] = None,
@@ -177,7 +188,7 @@ def launch_command(
         Repeatable, _option("--volume", "Mount a volume claim. Repeatable.", _SYSTEMS, "CLAIM:/PATH")] = None,
     secret: Annotated[
         Repeatable, _option("--secret", "A Secret whose keys become variables. Repeatable.", _SYSTEMS)] = None,
-    gpus: Annotated[int, _option("--gpus", "GPUs per pod.", _SYSTEMS, minimum=0)] = 0,
+    gpus: Annotated[int, _option("--gpus", "GPUs per pod.", _SYSTEMS, None, _FROM_0)] = 0,
 ) -> None:  # fmt: skip
     """Run every stage, with the distillation spread over several machines; resumes, restarts, and ends as one job.
 

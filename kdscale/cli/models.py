@@ -19,9 +19,9 @@ def serve_teacher_command(
     token_file: Annotated[
         Path | None, typer.Option(help="Where the token is, or is to be written. Default: teacher.token in the run.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one question.")] = 65_536,
+    max_tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Most tokens of one question.")] = 65_536,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Longest sequence of a question. Default: distill.seq_len.")
+        int | None, typer.Option(min=1, max=10**9, help="Longest sequence of a question. Default: distill.seq_len.")
     ] = None,
 ) -> None:
     """Answer the ranks' questions with the teacher of CONFIG, for distill.teacher_placement: served."""
@@ -43,7 +43,7 @@ def serve_teacher_command(
 
 def export_command(
     run: RunArgument,
-    step: Annotated[int | None, typer.Option(min=1, help="Which checkpoint; the newest by default.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, max=10**9, help="Which checkpoint; the newest by default.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; RUN/exported/step-N by default.")] = None,
 ) -> None:
     """Write the student of a checkpoint as a standard safetensors folder, in bounded memory; the run may go on."""

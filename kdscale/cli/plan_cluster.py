@@ -31,8 +31,9 @@ def _option(
 def plan_cluster_command(
     config: ConfigArgument,
     set_: SetOption = None,
-    nodes: Annotated[int, _option("--nodes", "Number of nodes.", at_least=1)] = 1,
-    gpus_per_node: Annotated[int, _option("--gpus-per-node", "GPUs (and ranks) per node.", at_least=1)] = 8,
+    nodes: Annotated[int, _option("--nodes", "Number of nodes.", at_least=1, at_most=65_536)] = 1,
+    gpus_per_node: Annotated[
+        int, _option("--gpus-per-node", "GPUs (and ranks) per node.", at_least=1, at_most=65_536)] = 8,
     gpu: Annotated[str, _option("--gpu", f"One of {', '.join(known_gpus())}.", "NAME")] = "h100",
     gpu_memory: Annotated[str | None, _option("--gpu-memory", "Memory of a GPU, e.g. 80GiB.", "SIZE")] = None,
     host_memory: Annotated[str, _option("--host-memory", "Memory of a node.", "SIZE")] = "1TiB",
@@ -46,9 +47,10 @@ def plan_cluster_command(
     teacher: Annotated[
         list[str] | None, _option("--teacher", "Compare this teacher_placement only. Repeatable.", "PLACEMENT")
     ] = None,
-    flops: Annotated[float | None, _option("--flops", "bf16 FLOP/s of a GPU.", None, _ASSUMED)] = None,
+    flops: Annotated[float | None, _option("--flops", "bf16 FLOP/s of a GPU.", None, _ASSUMED, 1.0, 1e18)] = None,
     bandwidth: Annotated[
-        float | None, _option("--bandwidth", "Bytes/s between nodes, per GPU and one way.", None, _ASSUMED)] = None,
+        float | None,
+        _option("--bandwidth", "Bytes/s between nodes, per GPU and one way.", None, _ASSUMED, 1.0, 1e18)] = None,
     compute_share: Annotated[
         float, _option("--compute-share", "Share of the FLOP/s that computing reaches.", None, _ASSUMED, 0.01, 1.0)
     ] = 0.40,
@@ -96,10 +98,7 @@ def plan_cluster_command(
 
 
 def _gpu(listed: Gpu, memory: str | None, flops: float | None, bandwidth: float | None) -> Gpu:
-    """The listed GPU with what the options replace. Raises ConfigError for a size or number that is not one."""
-    for name, value in (("--flops", flops), ("--bandwidth", bandwidth)):
-        if value is not None and not value > 0:
-            raise ConfigError(name, expected="a positive number", got=str(value))
+    """The listed GPU with what the options replace. Raises ConfigError for a size that is not one."""
     return replace(
         listed,
         memory=_bytes("--gpu-memory", memory) if memory else listed.memory,

@@ -13,9 +13,21 @@ _SHOWN_GROUPS, _SHOWN_CHARS = 12, 72
 
 def replay_command(
     run: RunArgument,
-    step: Annotated[int, typer.Option("--step", min=1, help="The step, as the log and metrics.jsonl count them.")],
+    step: Annotated[
+        int,
+        typer.Option(
+            "--step", min=1, max=9_999_999, metavar="N", help="The step, as the log and metrics.jsonl count them."
+        ),
+    ],
     max_steps: Annotated[
-        int, typer.Option("--max-steps", min=0, help="Most steps to train again between a checkpoint and the step.")
+        int,
+        typer.Option(
+            "--max-steps",
+            min=0,
+            max=99_999,
+            metavar="N",
+            help="Most steps to train again between a checkpoint and the step.",
+        ),
     ] = 200,
     from_checkpoint_only: Annotated[
         bool, typer.Option("--from-checkpoint-only", help="Use the nearest checkpoint's weights as they are.")

@@ -75,7 +75,8 @@ def plan_command(
         str | None, typer.Option(metavar="TIME", help="At most this a prompt, measured here: 300ms, or 50%.")
     ] = None,
     masked: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Run the N best predicted shapes masked; 0: none.")
+        int | None,
+        typer.Option(min=0, max=65_536, metavar="N", help="Run the N best predicted shapes masked; 0: none."),
     ] = None,
     probe_tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Distil N tokens into each finalist, halve, double, repeat.")
