@@ -21,7 +21,7 @@ from kdscale.pipeline.runner import run_until
 from kdscale.pipeline.spawn import PLACE_VARIABLE, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import StageContext, manifest_path
 from kdscale.pipeline.stages.evaluate import evaluate_rank
-from kdscale.pipeline.stages.registry import STAGES
+from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.exits import exit_code_of
 from kdscale.runtime.progress import Reporter
@@ -93,11 +93,11 @@ def test_a_host_without_enough_gpus_is_found_before_any_work(
         run_until(config, "data", QUIET)
         run_until(config, "report", QUIET)
     with pytest.raises(ConfigError, match=r"distill\.processes = 4"):
-        check_devices(config, STAGES.values())
+        check_devices(config, stages_of(config))
     monkeypatch.setenv(PLACE_VARIABLE, json.dumps({}))  # in a larger job every rank looks at its own
-    check_devices(config, STAGES.values())
+    check_devices(config, stages_of(config))
     with pytest.raises(ConfigError, match=r"importance\.processes = 3"):
-        check_devices(load_config(tiny_config, ["importance.processes=3"]), STAGES.values())
+        check_devices(load_config(tiny_config, ["importance.processes=3"]), stages_of(config))
     steps = "[{name: a, prune: {ffn: 96}, distill: {processes: 4, micro_batch: 1}}]"
     monkeypatch.delenv(PLACE_VARIABLE)
     with pytest.raises(ConfigError, match=r"distill\.processes of step a = 4"):
@@ -107,7 +107,7 @@ def test_a_host_without_enough_gpus_is_found_before_any_work(
 @pytest.mark.usefixtures("two_gpus")
 def test_importance_and_evaluation_take_all_gpus_of_the_host(tiny_config: Path) -> None:
     config = load_config(tiny_config)
-    assert [ranks_of(config, stage.processes) for stage in STAGES.values() if stage.run_rank] == [2, 1, 2, 1, 2]
+    assert [ranks_of(config, stage.processes) for stage in stages_of(config) if stage.run_rank] == [2, 1, 2, 1, 2]
     one_batch = load_config(tiny_config, ["importance.calibration_tokens=64", "eval.tokens=64"])
     assert ranks_of(one_batch, "importance.processes") == ranks_of(one_batch, "eval.processes") == 1
     on_cpu = load_config(tiny_config, ["runtime.device=cpu"])
@@ -120,13 +120,14 @@ def test_a_job_of_many_ranks_distils_once(tiny_config: Path, monkeypatch: pytest
     monkeypatch.setenv(PLACE_VARIABLE, json.dumps({}))
     steps = "steps=[{name: a, prune: {ffn: 96}, distill: {}}]"
     probes = ["prune={target_params: 90%}", "prune.search.probe_tokens=512"]
-    for overrides, field in (([steps], "steps"), (probes, "prune.search.probe_tokens")):
+    correct = ["correct={}"]
+    for overrides, field in (([steps], "steps"), (probes, "prune.search.probe_tokens"), (correct, "correct")):
         config = load_config(tiny_config, overrides)
         with pytest.raises(ConfigError, match=rf"^{field}\n(.|\n)*kdscale prune"):
             run_until(config, "report", QUIET)
     config = load_config(tiny_config, [steps])
     write_text(manifest_path(STAGES["distill"], RunFolder(Path(config.step(0).run_dir))), "{}")
-    check_prepared(config, STAGES.values())
+    check_prepared(config, stages_of(config))
 
 
 @pytest.mark.parametrize(("stage", "across_job", "kept"), [("importance", False, True), ("distill", True, False)])
