@@ -99,11 +99,13 @@ def check_teachers(config: Config, teacher: Path) -> None:
     """Raises ConfigError for a teacher of distill.teachers that is not there, CheckpointError for one of another
     vocabulary than the run's `teacher`, whose students share its own."""
     from kdscale.teacher.several import teacher_folders
+    from kdscale.weights import check_tokenizer
 
     for name, folder in teacher_folders(config, teacher).items():
         if folder == teacher:
             continue
-        open_teacher(folder)
+        checkpoint, family = open_teacher(folder)
+        check_tokenizer(folder, family.dims(checkpoint.config).vocab)
         if _vocabulary(folder) != _vocabulary(teacher):
             raise CheckpointError(
                 f"distill.teachers ({name}): tokenizer of {folder}",

@@ -16,7 +16,7 @@ from kdscale.config.load import load_config
 from kdscale.errors import ConfigError, DataError, KdscaleError
 from kdscale.pipeline.checks import check_before_work
 from kdscale.pipeline.runner import run_until
-from kdscale.pipeline.stages.registry import STAGES
+from kdscale.pipeline.stages.registry import stages_of
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import POSITIONS, save_teacher
@@ -33,7 +33,7 @@ def check(tiny_config: Path) -> Check:
         run = RunFolder(Path(config.run_dir))
         console = Console(record=True, width=200, quiet=False, file=(tiny_config.parent / "said").open("w"))
         try:
-            check_before_work(config, run, STAGES.values(), Reporter(console=console))
+            check_before_work(config, run, stages_of(config), Reporter(console=console))
         finally:
             assert not run.path.exists()
         return console.export_text()
@@ -130,3 +130,28 @@ def test_what_a_tokenizer_adds_or_cuts_is_no_text_of_a_prompt(check: Check, gpt2
         check(gpt2, *FITS, "eval.prompts=[' ']")
     with pytest.raises(ConfigError, match="positions"):
         check(gpt2, *FITS, f"eval.prompts=['{'a river ' * 60}']")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
+        (shutil.rmtree, r"distill\.teachers \(other\): path(.|\n)*no such folder"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text(
+                (folder / "tokenizer.json").read_text().replace("<|end|>", "<|stop|>")
+            ),
+            r"distill\.teachers \(other\): tokenizer of .*\n.*the vocabulary of",
+        ),
+    ],
+)
+def test_every_one_of_several_teachers_is_looked_at(
+    change: Callable[[Path], object], message: str, check: Check, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    teachers = f"distill.teachers=[{{name: own}}, {{name: other, path: {tmp_path / 'other'}}}]"
+    shutil.copytree(tiny_llama_dir, tmp_path / "other")
+    check(teachers)
+    change(tmp_path / "other")
+    with pytest.raises(KdscaleError, match=message):
+        check(teachers)
