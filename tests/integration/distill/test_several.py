@@ -99,6 +99,12 @@ SHARED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
 }
 
 
+# its average is made by every rank and written by all of them
+AVERAGE: dict[str, Any] = {
+    "teachers": [{"name": "own"}, {"name": "average", "teacher_placement": "ema", "ema": {"decay": 0.8}}]
+}
+
+
 @pytest.fixture(scope="module")
 def whole(
     run: Callable[..., Any], other_teacher: Path, tmp_path_factory: pytest.TempPathFactory
@@ -118,6 +124,12 @@ def shared(
         config = make_config(tokens=TOKENS, **settings, teachers=by_tag(other_teacher, *placements))
         phases = [{"config": config.resolved(), "until": None}]
         runs.append({"run_dir": str(folder / name), "phases": phases, **places})
+    # two ranks that are killed in step 3, and one that goes on
+    changing = ({"processes": 2, "zero_stage": 2, "checkpoint_every": 1}, 2), ({"zero_stage": 1}, None)
+    phases = [
+        {"config": make_config(tokens=TOKENS, **AVERAGE, **more).resolved(), "until": until} for more, until in changing
+    ]
+    runs.append({"run_dir": str(folder / "average"), "phases": phases, **places})
     (folder / "jobs.json").write_text(json.dumps({"models": {}, "runs": runs}))
     path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
     done = subprocess.run(
@@ -134,6 +146,13 @@ def test_ranks_stages_and_placements_change_nothing(shared: Path, whole: list[di
     """A partitioned teacher is asked by all ranks together, also where one of them has no row for it."""
     rows = list(read_metrics(shared / name / "logs" / "metrics.jsonl"))
     assert losses(rows) == pytest.approx(losses(whole), abs=2e-5)
+
+
+def test_the_average_of_two_ranks_is_that_of_one_which_goes_on(
+    shared: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = list(read_metrics(shared / "average" / "logs" / "metrics.jsonl"))
+    assert losses(rows) == pytest.approx(losses(run(tmp_path, **AVERAGE, checkpoint_every=1)), abs=2e-5)
 
 
 def test_a_killed_run_goes_on(
