@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from kdscale.config.distill.recompute import Recompute
 from kdscale.errors import SelfCheckError
+from kdscale.models.attention import attention_dropout
 
 # Attention that consists of other operators (soft caps) is not here: its scores are as large as what they would save.
 # torch compiles flex_attention, so that no operator of it is seen.
@@ -47,7 +48,9 @@ def recompute_in_backward(model: Any, level: Recompute, compiled: bool = False) 
         compiler.activation_memory_budget = _BUDGET if level.products else 1.0
     if not level.checkpoints or (compiled and level.products):
         return
-    names = (_ATTENTION if level.attention else ()) + (_PRODUCTS if level.products else ())
+    # attention that drops draws random numbers, and what follows it must find the generator where it was
+    attention = level.attention and not attention_dropout(model)
+    names = (_ATTENTION if attention else ()) + (_PRODUCTS if level.products else ())
     options: dict[str, Any] = {"use_reentrant": False}
     if names:
         options["context_fn"] = functools.partial(_keep_and_hand_back, frozenset(names))

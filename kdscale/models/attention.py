@@ -96,13 +96,19 @@ def to_attention(
     return {"documents": Documents.of(position_ids_BS).to(device) if documents is None else documents}
 
 
+def attention_dropout(model: Any) -> float:
+    """The share of attention that the model drops in training."""
+    config = model.config.get_text_config()
+    return float(getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0)
+
+
 def choice_for(model: Any, device: torch.device) -> Choice | None:
     """Which backend the model's layers will use on `device`; None for a model with an attention of its own."""
     if not within_documents(model):
         return None
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dropout = getattr(config, "attention_dropout", getattr(config, "attn_pdrop", None)) if model.training else None
+    dropout = attention_dropout(model) if model.training else 0.0
     return choose(device, model.dtype, head_dim, getattr(config, "attn_logit_softcapping", None), bool(dropout))
 
 

@@ -63,6 +63,18 @@ def test_gradients_have_the_same_bits(model_type: str) -> None:
         assert [name for name in want if not torch.equal(want[name], got[name])] == []
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.0, True), (0.3, False)])
+def test_attention_that_drops_is_made_again(share: float, kept: bool) -> None:
+    """Its random numbers would be missing the second time, and others would be drawn after it."""
+    config = {**tiny_config("gpt2"), "attn_pdrop": share, "resid_pdrop": 0.3}
+    layer = make(config, RECOMPUTE["keep_attention"]).transformer.h[0]
+    assert ("context_fn" in layer._gradient_checkpointing_func.keywords) is kept
+    want = gradients(make(config, RECOMPUTE["off"]))
+    for level in LEVELS:
+        got = gradients(make(config, level))
+        assert all(torch.equal(want[name], got[name]) for name in want)
+
+
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
