@@ -24,7 +24,7 @@ from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[3]
-TOKENS = 6 * 4 * 48
+TOKENS = 4 * 4 * 48
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def by_tag(other: Path, *placements: str) -> list[dict[str, Any]]:
 
 # name → settings of ranks that share the work, and where the three teachers are
 SHARED: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
-    "data": ({"processes": 4, "zero_stage": 3, "micro_batch": 1}, ("partitioned", "partitioned", "offloaded")),
+    "data": ({"processes": 2, "zero_stage": 3, "micro_batch": 1}, ("partitioned", "partitioned", "offloaded")),
     "sequence": ({"processes": 2, "sequence_parallel": 2}, ("replicated", "partitioned", "replicated")),
     "tensor": ({"processes": 2, "tensor_parallel": 2}, ("replicated", "partitioned", "offloaded")),
 }
@@ -124,8 +124,8 @@ def shared(
         config = make_config(tokens=TOKENS, **settings, teachers=by_tag(other_teacher, *placements))
         phases = [{"config": config.resolved(), "until": None}]
         runs.append({"run_dir": str(folder / name), "phases": phases, **places})
-    # two ranks that are killed in step 3, and one that goes on
-    changing = ({"processes": 2, "zero_stage": 2, "checkpoint_every": 1}, 2), ({"zero_stage": 1}, None)
+    # two ranks that are killed in step 2, and one that goes on
+    changing = ({"processes": 2, "zero_stage": 2, "checkpoint_every": 1}, 1), ({"zero_stage": 1}, None)
     phases = [
         {"config": make_config(tokens=TOKENS, **AVERAGE, **more).resolved(), "until": until} for more, until in changing
     ]
@@ -162,11 +162,12 @@ def test_a_killed_run_goes_on(
     one_step = Trainer._one_step
 
     def stop(self: Trainer, step: int, *args: Any) -> None:
-        if step == 4:
+        if step == 2:
             raise Interrupted(15)
         one_step(self, step, *args)
 
-    settings = {"zero_stage": 1, "teachers": by_tag(other_teacher, "replicated", "offloaded", "replicated")}
+    teachers = by_tag(other_teacher, "replicated", "offloaded", "replicated")
+    settings = {"zero_stage": 1, "checkpoint_every": 1, "teachers": teachers}
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_one_step", stop)
         with pytest.raises(Interrupted):
