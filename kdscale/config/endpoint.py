@@ -57,7 +57,7 @@ class EndpointConfig(Section):
         if self.key_variable is None:
             return None
         key = os.environ.get(self.key_variable, "").strip()
-        if not key or not all("!" <= character <= "~" for character in key):
+        if not fits_header(key):
             raise ConfigError(
                 f"{section}.key_variable",
                 expected=f"a key of visible ASCII characters in the environment variable {self.key_variable}",
@@ -65,6 +65,11 @@ class EndpointConfig(Section):
                 hint=f"export {self.key_variable}=...",
             )
         return key
+
+
+def fits_header(key: str) -> bool:
+    """Whether a key or token can be sent: some visible ASCII characters and nothing else."""
+    return bool(key) and all("!" <= character <= "~" for character in key)
 
 
 def is_loopback(host: str) -> bool:

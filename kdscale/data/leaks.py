@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdscale.data.mixing import GOLDEN, mix64
+
 _BLOCK_TOKENS = 1 << 20
 _TABLE_BITS = 24
 _EXAMPLES, _EXAMPLE_TOKENS = 5, 40
-_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Text(NamedTuple):
@@ -121,7 +122,7 @@ def _runs(text: Text, size: int) -> Iterator[_Runs]:
 
 def _run_hashes(tokens: np.ndarray, size: int) -> np.ndarray:
     """A 64-bit hash of each run: a polynomial of its tokens, put together from runs of powers of two, then mixed."""
-    power, weight = _mixed(tokens.astype(np.uint64)), _BASE  # of runs of `length`, and the base to the power of it
+    power, weight = mix64(tokens.astype(np.uint64)), GOLDEN  # of runs of `length`, and the base to the power of it
     total, length, done = np.zeros(tokens.size, np.uint64), 1, 0
     with np.errstate(over="ignore"):
         while True:
@@ -129,17 +130,9 @@ def _run_hashes(tokens: np.ndarray, size: int) -> np.ndarray:
                 total = total[: tokens.size - done - length + 1] * weight + power[done:] if done else power
                 done += length
             if done == size:
-                return _mixed(total)
+                return mix64(total)
             power = power[:-length] * weight + power[length:]
             weight, length = weight * weight, 2 * length
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's last steps: every bit of a value changes all of the result."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def _covered(evaluation: Sequence[Text], shared: np.ndarray, size: int) -> float:

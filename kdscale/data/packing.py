@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdscale.data.mixing import GOLDEN, mix64
 from kdscale.data.token_store import TokenSplit
 from kdscale.errors import DataError
 
@@ -42,18 +43,14 @@ class PackedSequence(NamedTuple):
 def seeded_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of range(count), the same in every version: indices sorted by their SplitMix64 hash.
 
-    Not numpy's Generator, whose streams may change between versions: a resumed run must see the same order. Source:
-    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    Not numpy's Generator, whose streams may change between versions: a resumed run must see the same order.
     """
     key = _splitmix64(_splitmix64(np.asarray([seed], np.uint64)) ^ np.uint64(epoch))
     return np.argsort(_splitmix64(np.arange(count, dtype=np.uint64) ^ key), kind="stable")
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mix64(x + GOLDEN)
 
 
 class EpochOrder:

@@ -180,8 +180,7 @@ class StoreBuilder:
         )
 
     def _tokenised(self, document: Document) -> Text:
-        (text,) = self._encoder.encode([document.text])
-        ids = text.ids if document.ids is None else document.ids
+        ids = self._encoder.encode([document.text])[0].ids if document.ids is None else document.ids
         return Text(ids, np.asarray([0, ids.size]))
 
     def _wanted_documents(self) -> Iterator[tuple[int, Document]]:

@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from kdscale.data.store_builder import DocumentFormat
-from kdscale.data.store_format import STORE_VERSION, read_store_manifest
+from kdscale.data.store_format import STORE_VERSION, name_in_blend, read_store_manifest
 from kdscale.errors import KdscaleError
 from kdscale.files import (
     atomic_dir,
@@ -117,7 +117,7 @@ def _read_of_a_blend(description: dict[str, Any]) -> Any:
     blend = description.get("blend")
     if blend is None or blend["tokens"] is None:
         return None
-    return [blend, [source["tag"] or source["path"] for source in description["sources"]]]
+    return [blend, [name_in_blend(source) for source in description["sources"]]]
 
 
 def _checked_manifest(entry: Path, digests: dict[str, Any]) -> dict[str, Any]:

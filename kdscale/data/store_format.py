@@ -74,6 +74,11 @@ class _StoreManifest(BaseModel):
     leaks: _LeakFacts | None = None
 
 
+def name_in_blend(source: Facts) -> str:
+    """What a blend calls a source of a manifest, as `SourceConfig.name` says."""
+    return str(source["tag"] or source["path"])
+
+
 def read_store_manifest(folder: Path) -> Facts:
     """manifest.json of a token store, which is written last.
 

@@ -26,7 +26,7 @@ from kdscale.data.store_builder import (
     token_without_row,
 )
 from kdscale.data.store_cache import StoreCache
-from kdscale.data.store_format import LOSS_FILE, SPLITS, read_bits, read_store_manifest
+from kdscale.data.store_format import LOSS_FILE, SPLITS, name_in_blend, read_bits, read_store_manifest
 from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, BatchEncoder, SpecialTokens
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import atomic_dir, write_json
@@ -162,7 +162,7 @@ class TokenStore:
         """The blend of the config that the store was built with."""
         if self.manifest.get("blend") is None:
             return ()
-        names = [source["tag"] or source["path"] for source in self.manifest["sources"]]
+        names = [name_in_blend(source) for source in self.manifest["sources"]]
         return tuple(
             Share(name, share, tuple(i for i, other in enumerate(names) if other == name))
             for name, share in BlendConfig(**self.manifest["blend"]).shares().items()

@@ -1,4 +1,4 @@
-"""Many questions to one endpoint: so many at a time, at its pace, within the budget, each answer in the journal.
+"""Many questions to one endpoint: some at a time, at its pace and within the budget. Each answer goes into a journal.
 
 A question that is answered is never asked again. What a kill costs are the requests under way, at most `concurrency`:
 they may have been computed, and are asked again.
@@ -15,7 +15,7 @@ from typing import Any
 
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.responses import LimitsConfig
-from kdscale.errors import Interrupted, KdscaleError, ServiceError, SpendingLimitError
+from kdscale.errors import Interrupted, ServiceError, SpendingLimitError
 from kdscale.responses.client import Client, NotNowError, RefusedError
 from kdscale.responses.journal import Journal, Usage, usage_of
 from kdscale.responses.limits import Budget, Pace
@@ -28,7 +28,6 @@ _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 10.0  # for the requests under way when the run stops: they are paid for
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0  # seconds before a request is sent again
 _LONGEST_WAIT = 3600.0  # that a server may ask for
-
 
 _NOTHING, _NO_LIMITS = Usage(), LimitsConfig()
 
@@ -65,8 +64,9 @@ class Manners:
 def ask_all(questions: Iterable[Question], journal: Journal, manners: Manners, bar: Bar) -> None:
     """Ask every question that is not in the journal.
 
-    Raises ServiceError for an endpoint that refuses or does not answer, SpendingLimitError when a limit is reached, and
-    Interrupted on a signal; each time the answers under way have been waited for a moment, and are in the journal.
+    Raises ServiceError for an endpoint that refuses or does not answer, ConfigError for one that does not accept the
+    key, SpendingLimitError when a limit is reached, and Interrupted on a signal. Requests under way are waited for a
+    moment first, and their answers are in the journal.
     """
     with watch_signals() as request:
         asyncio.run(_Asking(questions, journal, manners, bar, request).run())
@@ -185,7 +185,7 @@ class _Asking:
             hint="the answers so far are kept; the same command asks for the others",
         )  # fmt: skip
 
-    def _refusal(self, problem: RefusedError, question: Question) -> KdscaleError:
+    def _refusal(self, problem: RefusedError, question: Question) -> ServiceError:
         skip = "; on_refusal: skip passes over such prompts" if problem.about_prompt else ""
         return ServiceError(
             f"{self._manners.section}: the endpoint refused {question.about}", got=f"{problem.status} {problem}",

@@ -21,7 +21,7 @@ _BYTES_A_TOKEN = 3  # of a prompt, until the endpoint has counted; English has f
 
 @dataclass
 class Answer:
-    """One answer to a prompt; `dropped_by` names the filter that the student is spared it by."""
+    """One answer to a prompt; `dropped_by` names the filter that dropped it, "" while none has."""
 
     text: str
     finish_reason: str
@@ -99,14 +99,17 @@ def _estimated(messages: Sequence[dict[str, str]]) -> int:
 
 
 def _record_of(tree: dict[str, Any], settings: ResponsesConfig, estimated: int) -> dict[str, Any]:
-    """Raises NotNowError for an answer that is not one, and ServiceError for one without what was asked for."""
+    """The record of what an endpoint sent.
+
+    Raises NotNowError where that is no chat completion, ServiceError where it lacks what was asked for.
+    """
     sampling = settings.sampling
     try:
         said = _Completion.model_validate(tree)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        raise NotNowError(f"an answer that is none: {where}: {problem['msg']}") from error
+        raise NotNowError(f"what it sent is no chat completion: {where}: {problem['msg']}") from error
     choices = sorted(said.choices, key=lambda choice: choice.index)
     if len(choices) != sampling.n:
         raise NotNowError(f"{len(choices)} answers in place of {sampling.n}")

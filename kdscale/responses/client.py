@@ -1,7 +1,7 @@
-"""One request to an OpenAI-compatible endpoint through the library `openai`; what may pass is told from what will not.
+"""One request to an OpenAI-compatible endpoint through the library `openai`.
 
-The library's own retries are off: how long to wait, whether anything is left to spend and whether the run is about to
-stop is known outside (kdscale.responses.asking). Its redirects are off too: the key is for one host.
+The library's own retries are off: kdscale.responses.asking knows how long to wait, what is left to spend and whether
+the run is about to stop. Redirects are off too: the key is for one host.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.errors import ConfigError, FileError
 from kdscale.files import parse_json
+from kdscale.runtime.http_status import may_pass, without_key, wrong_setting
 
 _CONNECT_SECONDS = 20.0
-_MAY_PASS = (408, 409, 425, 429)  # and every status from 500 on
 _ABOUT_THE_PROMPT = (400, 413, 422)
 _USED_UP = ("insufficient_quota", "billing")  # in the words of a 429 that waiting does not cure
 _LONGEST_WORDS = 2000
@@ -49,7 +49,7 @@ class Client:
         import httpx2
         import openai
 
-        self._key = endpoint.key(section)
+        self._section, self._key = section, endpoint.key(section)
         self._openai, self._response = openai, httpx2.Response
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.base_url,
@@ -68,7 +68,10 @@ class Client:
         self._client.organization = self._client.project = None
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that the endpoint answers. Raises NotNowError or RefusedError."""
+        """The JSON object that the endpoint answers.
+
+        Raises NotNowError or RefusedError, and ConfigError for a key or an address that it does not accept.
+        """
         openai = self._openai
         try:
             answer = await self._client.post(path, cast_to=self._response, body=body)
@@ -87,17 +90,13 @@ class Client:
         """Close the connections."""
         await self._client.close()
 
-    def _failure(self, response: Any) -> NotNowError | RefusedError:
-        words = _words(response)
-        if self._key is not None:
-            words = words.replace(self._key, "***")
-        status = response.status_code
+    def _failure(self, response: Any) -> NotNowError | RefusedError | ConfigError:
+        words, status = without_key(_words(response), self._key), response.status_code
         used_up = status == 429 and any(mark in words for mark in _USED_UP)
-        if (status >= 500 or status in _MAY_PASS) and not used_up:
+        if may_pass(status) and not used_up:
             return NotNowError(f"{status} {words}", retry_after(response.headers), busy=status in (429, 503))
-        if 300 <= status < 400:
-            words = f"a redirect to {response.headers.get('location', 'nowhere')}: the key goes to base_url alone"
-        return RefusedError(status, words, status in _ABOUT_THE_PROMPT)
+        error = wrong_setting(self._section, status, words, response.headers.get("location"))
+        return error or RefusedError(status, words, status in _ABOUT_THE_PROMPT)
 
 
 def check_library(section: str) -> None:

@@ -61,8 +61,8 @@ def write_kept(
     groups = _groups(prompts, key, journal, summary)
     with atomic_path(file) as tmp, tmp.open("w", encoding="utf-8") as stream:
         while some := list(islice(groups, _AT_ONCE)):
-            for _, one in filters:
-                one(some)
+            for _, drop_some in filters:
+                drop_some(some)
                 beat()
             _write(some, stream, summary)
         if not summary.kept:

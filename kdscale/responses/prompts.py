@@ -11,14 +11,14 @@ from typing import Any
 from kdscale.config.data import SourceConfig
 from kdscale.config.responses import PromptSourceConfig, ResponsesConfig
 from kdscale.data.readers import jsonl
+from kdscale.data.readers.chat import parse_messages
 from kdscale.data.readers.records import checked_text
-from kdscale.data.readers.text import BOM, not_utf8
+from kdscale.data.readers.text import numbered_lines
 from kdscale.errors import DataError
 from kdscale.files import sha256_file
 
 BUILTIN = "builtin:questions"  # a few dozen that come with the package, to try this out
 _SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -49,67 +49,54 @@ class Prompts:
         """sha256 of each file, by its path in the config. Raises DataError for one that is missing."""
         return {source.path: sha256_file(_file(source)) for source in self._settings.prompts}
 
-    def _messages(self, value: Any, field: str, where: str) -> list[dict[str, str]]:
+    def _messages(self, value: str | dict[str, Any], field: str, where: str) -> list[dict[str, str]]:
         """The chat of a line or record: without its last answer, and with the system message of the config."""
         if isinstance(value, dict) and "messages" in value:
-            messages = _checked_chat(value["messages"], where)
+            messages = _to_be_answered(value["messages"], where)
         else:
-            text = value if isinstance(value, str) else _field(value, field, where)
-            messages = [{"role": "user", "content": text}]
+            messages = [{"role": "user", "content": _text(value, field, where)}]
         if self._settings.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._settings.system}, *messages]
         return messages
 
 
-def _values(source: PromptSourceConfig) -> Iterator[tuple[str, Any]]:
+def _values(source: PromptSourceConfig) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """Where each prompt is, and the line or record."""
     path = _file(source)
     if path.name.endswith(".txt"):
-        for number, line in enumerate(_lines(path), 1):
-            if line.strip():
+        with path.open("rb") as stream:
+            for number, line in numbered_lines(stream, path):
                 yield f"{path} line {number}", line.strip()
     else:
         yield from jsonl.read(str(path), SourceConfig(path=source.path))
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield (line.removeprefix(BOM) if number == 1 else line).decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise not_utf8(path, number, error) from error
-
-
-def _field(record: dict[str, Any], field: str, where: str) -> str:
-    text = record.get(field)
+def _text(value: str | dict[str, Any], field: str, where: str) -> str:
+    """The prompt of a line or record. Raises DataError for a record without one."""
+    if isinstance(value, str):
+        return value
+    text, what = value.get(field), f"{where}, field {field!r}"
     if not isinstance(text, str) or not text.strip():
         raise DataError(
-            f"{where}: field {field!r}", expected="a prompt, or `messages`",
-            got=f"fields {sorted(record)}" if text is None else repr(text)[:100],
+            what, expected="a prompt, or `messages`",
+            got=f"fields {sorted(value)}" if text is None else repr(text)[:100],
             hint="set `field` of this source in responses.prompts",
         )  # fmt: skip
-    return checked_text(text, f"{where}: field {field!r}")
+    return checked_text(text, what)
 
 
-def _checked_chat(messages: Any, where: str) -> list[dict[str, str]]:
-    """The messages up to the last of a user. Raises DataError for what is no chat that can be answered."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: messages", expected="a list of messages", got=repr(messages)[:100])
-    plain = []
-    for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-        if role not in _ROLES or not isinstance(content, str):
-            raise DataError(
-                f"{where}: a message", expected=f"role (one of {', '.join(_ROLES)}) and content, a text",
-                got=repr(message)[:200],
-            )  # fmt: skip
-        plain.append({"role": role, "content": checked_text(content, f"{where}: a message")})
-    if plain[-1]["role"] == "assistant":
-        plain.pop()
-    if not plain or plain[-1]["role"] != "user" or not plain[-1]["content"].strip():
-        raise DataError(f"{where}: messages", expected="a user's message that is to be answered", got="none at the end")
-    return plain
+def _to_be_answered(chat: Any, where: str) -> list[dict[str, str]]:
+    """The messages up to the last of a user. Raises DataError for a chat that cannot be answered."""
+    messages = parse_messages(chat, where).messages
+    if messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise DataError(
+            f"{where}: messages", expected="a user's message at the end, or before the last answer",
+            got=f"roles {[message['role'] for message in messages]}"[:200] if messages else "none",
+            hint="delete the line, or end the chat with a user's message that has a text",
+        )  # fmt: skip
+    return messages
 
 
 def _file(source: PromptSourceConfig) -> Path:

@@ -23,6 +23,7 @@ from kdscale.config.endpoint import EndpointConfig
 from kdscale.errors import ConfigError, FileError, LostRankError, ServiceError
 from kdscale.files import parse_json
 from kdscale.models.documents import Documents
+from kdscale.runtime.http_status import without_key, wrong_setting
 from kdscale.teacher.services import Services, make_client, post_limited
 from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
 from kdscale.teacher.targets import Targets, TopKTargets
@@ -207,16 +208,11 @@ def _post(client: httpx.Client, body: bytes, top_k: int) -> httpx.Response:
 
 
 def _refused(answer: httpx.Response, key: str | None) -> ConfigError | ServiceError:
-    words = answer.text if key is None else answer.text.replace(key, "***")
-    if answer.status_code in (401, 403):
-        return ConfigError(f"{SECTION}.key_variable", expected="a key that the server accepts", got=words)
-    if answer.is_redirect:
-        return ConfigError(
-            f"{SECTION}.base_url", expected="the server itself: its key goes nowhere else",
-            got=f"a redirect to {answer.headers.get('location', 'nowhere')}",
-        )  # fmt: skip
+    words, status = without_key(answer.text, key), answer.status_code
+    if (error := wrong_setting(SECTION, status, words, answer.headers.get("location"))) is not None:
+        return error
     hint = "a smaller top_k, or a server started with a larger --max-logprobs" if "logprobs" in words else ""
-    return ServiceError(f"{SECTION}: {answer.url.host} refused ({answer.status_code})", got=words, hint=hint)
+    return ServiceError(f"{SECTION}: {answer.url.host} refused ({status})", got=words, hint=hint)
 
 
 def open_endpoint(request: SourceRequest) -> OpenedSource:

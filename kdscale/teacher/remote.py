@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from kdscale.config.distill.targets import Needs
+from kdscale.config.endpoint import fits_header
 from kdscale.errors import ConfigError, FileError, ServiceError
 from kdscale.files import read_text
 from kdscale.runtime.ranks import rank
@@ -103,7 +104,7 @@ def read_token(file: Path) -> str:
             got=f"{error.what} {error.got}".strip(),
             hint=f"copy it here, or set {TOKEN_VARIABLE}",
         ) from error
-    if not token or not all("!" <= character <= "~" for character in token):
+    if not fits_header(token):
         got = f"{origin} holds blanks or control characters" if token else f"{origin} is empty"
         raise ConfigError("distill.served.token_file", expected="a token of visible ASCII characters", got=got)
     return token

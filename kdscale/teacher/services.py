@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kdscale.errors import KdscaleError, LostRankError, ServiceError
+from kdscale.runtime.http_status import may_pass
 
 if TYPE_CHECKING:
     import httpx
@@ -19,7 +20,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0  # seconds between rounds over all servi
 _CONNECT_SECONDS = 5.0
 _AHEAD = 2  # open questions of a rank: one being computed, one waiting
 _OF_TRANSFER = ("content-encoding", "content-length", "transfer-encoding")
-_NOT_NOW = (408, 425, 429)  # status codes below 500 after which the same question may be answered later
 
 
 class Services(Generic[Question]):
@@ -79,7 +79,7 @@ class Services(Generic[Question]):
                     continue
                 if answer.is_success:
                     return answer.content
-                if answer.status_code < 500 and answer.status_code not in _NOT_NOW:
+                if not may_pass(answer.status_code):
                     raise self._refused(answer)
                 failure = f"{client.base_url}: {answer.status_code} {answer.text}"
             if time.monotonic() > deadline:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kdscale.config.data import DataConfig
 from kdscale.data.readers.records import checked_text
@@ -38,6 +38,35 @@ def chat_template(data: DataConfig, tokenizer: Any) -> ChatTemplate:
             hint="name e.g. the chat_template.jinja of its instruct model",
         )
     return ChatTemplate(tokenizer, template)
+
+
+class Messages(NamedTuple):
+    """Messages of {"role", "content"}; `had_tools`: whether there were calls of tools, which are left out."""
+
+    messages: list[dict[str, str]]
+    had_tools: bool
+
+
+def parse_messages(messages: Any, where: str) -> Messages:
+    """The messages of a conversation, without calls of tools and what they returned.
+
+    Roles may have ShareGPT's names, and a content may be given in parts. Raises DataError for what is no list of
+    messages, for an unknown role, and for a content that is no text.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(where, expected="a list of messages, each with role and content", got=_kind(messages))
+    parsed, had_tools = [], False
+    for number, message in enumerate(messages, 1):
+        what = f"{where}, message {number}"
+        name = message.get("role", message.get("from"))
+        role = _ROLE_OF.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise DataError(f"{what}: role", expected=f"one of {', '.join(ROLES)}", got=repr(name)[:100])
+        content = message.get("content", message.get("value"))
+        had_tools |= role == "tool" or bool(message.get("tool_calls"))
+        if role != "tool" and not (content is None and message.get("tool_calls")):
+            parsed.append({"role": role, "content": checked_text(_joined(content), f"{what}: content")})
+    return Messages(parsed, had_tools)
 
 
 @dataclass(frozen=True)
@@ -75,7 +104,8 @@ class ChatTemplate:
         Raises DataError for what is no list of messages, for an unknown role, a conversation without an answer, and
         one that the template refuses.
         """
-        parsed = self._parse(messages, where)
+        parsed, had_tools = parse_messages(messages, where)
+        self.left_out_tools |= had_tools
         answers = [i for i, message in enumerate(parsed) if message["role"] == "assistant"]
         if not answers:
             raise DataError(
@@ -86,24 +116,6 @@ class ChatTemplate:
             )
         text = self._render(parsed, where)
         return Chat(text, tuple(self._span(parsed, i, text, where) for i in answers))
-
-    def _parse(self, messages: Any, where: str) -> list[dict[str, str]]:
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise DataError(where, expected="a list of messages, each with role and content", got=_kind(messages))
-        parsed = []
-        for number, message in enumerate(messages, 1):
-            what = f"{where}, message {number}"
-            name = message.get("role", message.get("from"))
-            role = _ROLE_OF.get(name) if isinstance(name, str) else None
-            if role is None:
-                raise DataError(f"{what}: role", expected=f"one of {', '.join(ROLES)}", got=repr(name)[:100])
-            content = message.get("content", message.get("value"))
-            if role == "tool" or (content is None and message.get("tool_calls")):
-                self.left_out_tools = True
-                continue
-            self.left_out_tools |= bool(message.get("tool_calls"))
-            parsed.append({"role": role, "content": checked_text(_joined(content), f"{what}: content")})
-        return parsed
 
     def _span(self, messages: Sequence[dict[str, str]], number: int, text: str, where: str) -> tuple[int, int]:
         """Where in `text` the answer `number` lies, with the special token that ends it."""

@@ -89,17 +89,17 @@ def check_text(config: Config, run: RunFolder) -> None:
     from kdscale.data.token_store import TokenStore
     from kdscale.teacher.several import check_tags
 
-    check_enough_text(config, run)
-    check_tags(config.distill.teachers, TokenStore.open(run.data).tags_in_use)
+    store = TokenStore.open(run.data)
+    check_enough_text(config, store.split("train"))
+    if config.distill.teachers:
+        check_tags(config.distill.teachers, store.tags_in_use)
 
 
-def check_enough_text(config: Config, run: RunFolder) -> None:
-    """Raises DataError when the tokenised text is too short for what the stages after `data` read of it."""
+def check_enough_text(config: Config, split: TokenSplit) -> None:
+    """Raises DataError when the training text is too short for what the stages after `data` read of it."""
     from kdscale.data.packing import epoch_tokens
-    from kdscale.data.token_store import TokenStore
     from kdscale.pipeline.checks import lengths_used
 
-    split = TokenStore.open(run.data).split("train")
     tokens, lengths = epoch_tokens(split), lengths_used(config, 0)
     needed = {"importance.calibration_tokens": config.importance.calibration_tokens}
     needed |= {name: size for name, size in lengths.items() if name.startswith("distill.seq_len")}

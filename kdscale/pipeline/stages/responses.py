@@ -113,7 +113,8 @@ def answer_rank(context: StageContext) -> None:
 
     settings, rank = _settings(context.config), own_rank(context)
     device, trust = join_ranks(context), context.config.teacher.trust_remote_code
-    prompts, key = Prompts(settings), key_function(context)
+    tokenizer = _tokenizer(context)
+    prompts, key = Prompts(settings), _local_key(context, tokenizer)
     journal = Journal(context.run.responses / _JOURNAL, f"answers-{rank}", context.reporter.say)
     try:
         total, done = _count(prompts, key, journal)
@@ -122,7 +123,6 @@ def answer_rank(context: StageContext) -> None:
         model = load_model(
             context.teacher, dtype=resolve_dtype(settings.dtype, device), device=device, trust_remote_code=trust
         )
-        tokenizer = _tokenizer(context)
         teacher = LocalTeacher(model, tokenizer, settings.sampling, _seed(context.config))
         # each rank shows its own part
         with context.reporter.bar("answer prompts", (total - done) / context.ranks, "prompt") as bar:
@@ -135,12 +135,17 @@ def answer_rank(context: StageContext) -> None:
 def key_function(context: StageContext) -> Callable[[Prompt], str]:
     """The key under which the answers to a prompt are in the journal."""
     from kdscale.responses.chat import question_of
-    from kdscale.responses.local import local_key
 
     settings = _settings(context.config)
     if settings.teacher == "endpoint":
         return lambda prompt: question_of(prompt, settings).key
-    return local_key(settings, _seed(context.config), context.teacher, _tokenizer(context).chat_template)
+    return _local_key(context, _tokenizer(context))
+
+
+def _local_key(context: StageContext, tokenizer: Any) -> Callable[[Prompt], str]:
+    from kdscale.responses.local import local_key
+
+    return local_key(_settings(context.config), _seed(context.config), context.teacher, tokenizer.chat_template)
 
 
 def _tokenizer(context: StageContext) -> Any:

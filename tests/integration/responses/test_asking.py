@@ -230,7 +230,7 @@ def test_a_prompt_that_is_refused_may_be_passed_over(server: FakeEndpoint, ask: 
     assert ask("a", "b", on_refusal="skip") == [[], ["b #0"]]
     assert len(server.asked) == 2
     server.faults = [refusal(401, "no key")]
-    with pytest.raises(ServiceError, match="401"):
+    with pytest.raises(ConfigError, match=r"responses\.endpoint\.key_variable(.|\n)*401"):
         ask("c", on_refusal="skip")
 
 

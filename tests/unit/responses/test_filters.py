@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 
 from kdscale.config.load import build_config
-from kdscale.config.response_filters import FILTERS
+from kdscale.config.response_filters import FILTERS, FilterConfig
 from kdscale.config.responses import ResponsesConfig
 from kdscale.errors import ConfigError
 from kdscale.responses.chat import Answer
@@ -29,10 +30,12 @@ def kept(entry: dict[str, Any], *groups: list[str], finish: str = "stop") -> lis
     return [[answer.text for answer in group.kept] for group in made]
 
 
-def test_every_filter_can_be_made_from_its_row() -> None:
-    for name, settings in FILTERS.items():
-        assert settings.model_fields["name"].default == name
-        assert settings.__doc__
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_row_has_its_own_name_and_help_and_a_filter(name: str) -> None:
+    row = FILTERS[name]
+    assert row.model_fields["name"].default == name
+    assert row.__doc__ != FilterConfig.__doc__
+    assert callable(resolve_name(row.implementation))
 
 
 @pytest.mark.parametrize(

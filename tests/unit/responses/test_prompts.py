@@ -43,16 +43,28 @@ def test_records_hold_prompts_or_chats_whose_last_answer_is_left_out(tmp_path: P
     assert prompts(file, source={"field": "question"}, system="other")[1] == expected[1]
 
 
+def test_chats_are_read_as_those_of_the_data_are(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    called = [{"role": "assistant", "content": None, "tool_calls": [{}]}, {"role": "tool", "content": "42"}]
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    records = [
+        {"messages": [parts, *called, {"from": "gpt", "value": "old"}]},
+        {"messages": [{"from": "human", "value": "c"}]},
+    ]
+    file.write_text("\n".join(map(json.dumps, records)))
+    assert prompts(file) == [[user("ab")], [user("c")]]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{}", "field 'prompt'"),
         ('{"prompt": 3}', "got:      3"),
         ('{"prompt": " "}', "a prompt"),
-        ('{"messages": []}', "a list of messages"),
+        ('{"messages": []}', "a user's message"),
         ('{"messages": "x"}', "a list of messages"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "role .one of"),
-        ('{"messages": [{"role": "user", "content": 3}]}', "content, a text"),
+        ('{"messages": [{"role": "boss", "content": "x"}]}', "role(.|\n)*one of"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "content(.|\n)*a string"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "a user's message"),
         ('{"messages": [{"role": "system", "content": "x"}]}', "a user's message"),
         ('{"prompt": "\\ud800"}', "Unicode"),

@@ -114,18 +114,18 @@ def test_refusals(tokenizer, messages, words):
         ("{{ messages[", "refuses this"),
         ("{{ 1 / 0 }}", "refuses this"),
         ("{{ messages[0].content.__class__.__mro__ }}", "refuses this"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}{{ messages | length }}", "a"),
         ("nothing of it", "does not say where"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "does not say where"),
     ],
 )
 def test_templates_that_cannot_be_used(tokenizer, template, words):
-    chat = ChatTemplate(tokenizer, template)
-    if words == "a":  # a template may change an answer
-        assert chat.chat(CHAT[:3], "here").answers
-        return
     with pytest.raises(DataError, match=words):
-        chat.chat(CHAT, "here")
+        ChatTemplate(tokenizer, template).chat(CHAT, "here")
+
+
+def test_a_template_may_change_an_answer(tokenizer):
+    template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}{{ messages | length }}"
+    assert answers(tokenizer, template, CHAT[:3]) == ["FIRST ANSWER."]
 
 
 def test_a_chat_needs_a_template(tokenizer, tmp_path: Path):

@@ -93,9 +93,9 @@ def test_a_blend_says_how_often_each_source_is_read(tmp_path, teacher, tiny_text
         distill = context.config.distill.model_copy(update={"seq_len": seq_len})
         return context.config.model_copy(update={"importance": importance, "distill": distill})
 
-    check_enough_text(with_length(size), context.run)
+    check_enough_text(with_length(size), split)
     with pytest.raises(DataError, match=f"little has {size}"):
-        check_enough_text(with_length(size + 1), context.run)
+        check_enough_text(with_length(size + 1), split)
 
 
 def test_a_blend_must_name_every_source(tmp_path, teacher, tiny_texts):
