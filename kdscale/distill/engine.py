@@ -50,8 +50,8 @@ from kdscale.runtime.library_output import quiet
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import HostSums, is_main, on_main, rank, world_size
 from kdscale.runtime.timeouts import group_timeout
+from kdscale.teacher.folders import teacher_folders
 from kdscale.teacher.placement.float8 import check_float8, to_float8
-from kdscale.teacher.several import teacher_folders
 from kdscale.teacher.source import MicroBatch
 from kdscale.weights import Checkpoint, checkpoint_identity
 from kdscale_launch.watchdog import enter

@@ -28,7 +28,8 @@ from kdscale.models.compiling import compile_layers
 from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runtime.timeouts import group_timeout
-from kdscale.teacher.several import check_tags, teacher_folders
+from kdscale.teacher.folders import teacher_folders
+from kdscale.teacher.several import check_tags
 from kdscale.teacher.source import LabelChoice, SourceRequest, StudentAverage, TargetSource, open_source
 from kdscale.teacher.targets import shared_vocabulary
 

@@ -20,7 +20,7 @@ from kdscale.sizing.job import Job, TeacherPlacement
 from kdscale.sizing.layer_losses import LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.speed import Rates
-from kdscale.teacher.several import teacher_folders
+from kdscale.teacher.folders import teacher_folders
 from kdscale.weights import read_config
 
 

@@ -215,8 +215,8 @@ def _ask_services(config: Config, teacher: Path) -> list[str] | None:
         return None
     import httpx
 
+    from kdscale.teacher.folders import teacher_folders
     from kdscale.teacher.remote import check_services, read_token
-    from kdscale.teacher.several import teacher_folders
     from kdscale.weights import checkpoint_identity
 
     folders = teacher_folders(config, distilled_from(RunFolder(Path(config.run_dir)), config, teacher))

@@ -98,7 +98,7 @@ def check_teacher(config: Config, reporter: Reporter | None = None) -> Path:
 def check_teachers(config: Config, teacher: Path) -> None:
     """Raises ConfigError for a teacher of distill.teachers that is not there, CheckpointError for one of another
     vocabulary than the run's `teacher`, whose students share its own."""
-    from kdscale.teacher.several import teacher_folders
+    from kdscale.teacher.folders import teacher_folders
     from kdscale.weights import check_tokenizer
 
     for name, folder in teacher_folders(config, teacher).items():
@@ -241,7 +241,7 @@ def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) ->
         check_tensor_dims,
         check_tensor_parallel,
     )
-    from kdscale.teacher.several import teacher_folders
+    from kdscale.teacher.folders import teacher_folders
 
     distill = config.distill
     teachers = {f"teacher {name}".strip(): folder for name, folder in teacher_folders(config, teacher).items()}

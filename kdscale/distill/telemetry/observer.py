@@ -28,7 +28,7 @@ from kdscale.runtime.ranks import is_main, rank, world_size
 from kdscale.sizing.flops import ModelFlops, mfu, step_flops
 from kdscale.sizing.layer_losses import LayerLosses
 from kdscale.sizing.model_shape import ModelShape
-from kdscale.teacher.several import teacher_folders
+from kdscale.teacher.folders import teacher_folders
 from kdscale.weights import read_config
 
 COMMUNICATION = "communication"  # a phase that lies within the others

@@ -21,7 +21,7 @@ _STUDENT_BYTES, _CHECKPOINT_BYTES, _AVERAGE_BYTES = 4, 12, 4
 
 def what_distillation_depends_on(context: StageContext) -> Facts:
     """The settings that the student's values depend on, and the weights of teachers beside the run's."""
-    from kdscale.teacher.several import teacher_folders
+    from kdscale.teacher.folders import teacher_folders
 
     own = context.model_to_learn_from
     others = {name: folder for name, folder in teacher_folders(context.config, own).items() if folder != own}
