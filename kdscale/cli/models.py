@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from kdscale.cli.arguments import ConfigArgument, RunArgument, SetOption, run_folder
-from kdscale.errors import ConfigError
 
 
 def serve_teacher_command(
@@ -25,16 +24,10 @@ def serve_teacher_command(
     ] = None,
 ) -> None:
     """Answer the ranks' questions with the teacher of CONFIG, for distill.teacher_placement: served."""
-    from importlib.util import find_spec
-
     from kdscale.config.load import find_config, load_config
+    from kdscale.runtime.packages import require_packages
 
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            "kdscale serve-teacher", expected="starlette and uvicorn", got=f"no {', no '.join(missing)}",
-            hint="pip install 'kdscale[serve]'",
-        )  # fmt: skip
+    require_packages("kdscale serve-teacher", ("starlette", "uvicorn"), "serve")
     loaded = load_config(find_config(config), set_ or [])
     from kdscale.jobs.serve_teacher import start
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Length, Section, named_entry
 
-Pattern = Annotated[str, Field(min_length=1, max_length=1000)]
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, got {pattern!r} ({error})") from error
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_compiles)]
 
 
 class FilterConfig(Section):
     """One entry of responses.filters: what all of them have.
 
-    A new filter is a subclass with its settings, a row of FILTERS, and a function in kdscale.responses.filters.
+    A new filter is a subclass with its settings, a row of FILTERS, and a class in kdscale/responses/ that it names.
     """
 
     implementation: ClassVar[str]  # "module:class", called with the entry and the stage's tools
@@ -67,13 +76,6 @@ class RefusalsConfig(FilterConfig):
     patterns: tuple[Pattern, ...] = Field(strict=False, max_length=1000, default=())  # regular expressions, beside ours
     builtin: bool = True  # our own list too
 
-    @field_validator("patterns")
-    @classmethod
-    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            check_pattern(pattern)
-        return patterns
-
 
 class VoteConfig(FilterConfig):
     """Answers that disagree with most of the answers to their prompt (self-consistency, arXiv 2203.11171)."""
@@ -84,12 +86,6 @@ class VoteConfig(FilterConfig):
     # finds what is voted on: its last match in an answer, or the last group of that match
     pattern: Pattern
     min_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5  # of all answers to the prompt, for the one that wins
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern_compiles(cls, pattern: str) -> str:
-        check_pattern(pattern)
-        return pattern
 
 
 class RewardConfig(FilterConfig):
@@ -120,14 +116,6 @@ FILTERS: dict[str, type[FilterConfig]] = {
     "vote": VoteConfig,
     "reward": RewardConfig,
 }
-
-
-def check_pattern(pattern: str) -> None:
-    """Raises ValueError for what is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"expected a regular expression, got {pattern!r} ({error})") from error
 
 
 FilterEntry = Annotated[

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdscale.errors import CheckpointError, ConfigError
+from kdscale.errors import CheckpointError
 from kdscale.files import write_json, write_text
+from kdscale.runtime.packages import require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -44,15 +45,9 @@ _CONTROL_TOKEN = 3  # gguf token type: special, never split, left out of decoded
 
 def gguf_reader_class() -> Any:
     """The package gguf's GGUFReader. Raises ConfigError where the package is not installed."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ConfigError(
-            "this teacher comes as a GGUF file",
-            expected="the package `gguf`",
-            got=str(error),
-            hint="pip install kdscale[gguf]",
-        ) from error
+    require_packages("this teacher comes as a GGUF file", ("gguf",), "gguf")
+    from gguf import GGUFReader
+
     return GGUFReader
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from kdscale.config.load import config_differences
@@ -200,7 +200,7 @@ def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 def _files_of(inputs: Mapping[str, Any]) -> dict[str, str]:
     """Digests by path; an artifact that is a single file is called by its own name."""
     return {
-        artifact if artifact == name else f"{artifact}/{name}": digest
+        artifact if PurePosixPath(artifact).name == name else f"{artifact}/{name}": digest
         for artifact, digests in inputs.get("files", {}).items()
         for name, digest in digests.items()
     }

@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from email.utils import parsedate_to_datetime
-from importlib.util import find_spec
 from typing import Any
 
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.errors import ConfigError, FileError
 from kdscale.files import parse_json
 from kdscale.runtime.http_status import may_pass, without_key, wrong_setting
+from kdscale.runtime.packages import require_packages
 
 _CONNECT_SECONDS = 20.0
 _ABOUT_THE_PROMPT = (400, 413, 422)
@@ -101,14 +101,7 @@ class Client:
 
 def check_library(section: str) -> None:
     """Raises ConfigError, which names `section`, when the client library is not installed."""
-    missing = [name for name in ("openai", "httpx2") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            section,
-            expected=f"the package {' and '.join(missing)}",
-            got="none",
-            hint="pip install 'kdscale[responses]'",
-        )
+    require_packages(section, ("openai", "httpx2"), "responses")
 
 
 def retry_after(headers: Any) -> float | None:

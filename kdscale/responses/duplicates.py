@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kdscale.config.response_filters import DuplicatesConfig
-from kdscale.errors import ConfigError
 from kdscale.responses.filters import Group, Tools
+from kdscale.runtime.packages import require_packages
 
 _RUN = 5  # words
 _PERMUTATIONS = 128
@@ -27,13 +27,10 @@ class Duplicates:
         del tools
         self._settings = settings
         if settings.similarity is not None:
-            try:
-                import datasketch
-            except ImportError as error:
-                raise ConfigError(
-                    "responses.filters: duplicates", expected="the package datasketch", got=str(error),
-                    hint="pip install 'kdscale[responses]', or similarity: null, which drops equal answers alone",
-                ) from error  # fmt: skip
+            without = "similarity: null, which drops equal answers alone"
+            require_packages("responses.filters: duplicates", ("datasketch",), "responses", without)
+            import datasketch
+
             self._datasketch = datasketch
         self._begin()
 

@@ -36,7 +36,7 @@ class Summary:
     dropped: Counter[str] = field(default_factory=Counter)  # by filter, in the order of the config
 
     def facts(self) -> dict[str, str | int]:
-        """For the stage's manifest and the report."""
+        """For the stage's manifest, which `kdscale status` and report.json show."""
         facts: dict[str, str | int] = {"prompts": self.prompts, "answers": self.answers, "kept": self.kept}
         for name, count in (
             ("repeated prompts", self.repeated),

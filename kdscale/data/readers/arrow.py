@@ -9,8 +9,9 @@ from typing import Any
 
 from kdscale.config.data import SourceConfig
 from kdscale.data.readers.records import without_field
-from kdscale.errors import ConfigError, DataError
+from kdscale.errors import DataError
 from kdscale.files import read_json, safe_join
+from kdscale.runtime.packages import require_packages
 
 Record = tuple[str, dict[str, Any]]
 
@@ -89,12 +90,9 @@ def _rows(name: str, batches: Iterable[Any], columns: list[str]) -> Iterator[Rec
 @contextmanager
 def _explained(name: str, source: SourceConfig) -> Iterator[None]:
     """What pyarrow raises as a DataError; a missing pyarrow as a ConfigError."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise ConfigError(
-            f"data source {source.path}", expected="the package `pyarrow`", hint="pip install kdscale[datasets]"
-        ) from error
+    require_packages(f"data source {source.path}", ("pyarrow",), "datasets")
+    import pyarrow
+
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdscale.config.data import SourceConfig
-from kdscale.errors import ConfigError, DataError, ServiceError
+from kdscale.errors import DataError, ServiceError
+from kdscale.runtime.packages import require_packages
 from kdscale.weights.locate import hub_connection_errors
 
 
@@ -17,12 +18,9 @@ def read(name: str, source: SourceConfig) -> Iterator[tuple[str, dict[str, Any]]
     name that there is not.
     """
     name, _, config = name.removeprefix("hf:").partition("#")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ConfigError(
-            f"data source {source.path}", expected="the package `datasets`", hint="pip install kdscale[datasets]"
-        ) from error
+    require_packages(f"data source {source.path}", ("datasets",), "datasets")
+    from datasets import load_dataset
+
     unreachable: tuple[type[Exception], ...] = (OSError, RuntimeError, *hub_connection_errors())
     try:
         for number, record in enumerate(load_dataset(name, config or None, split=source.split, streaming=True)):

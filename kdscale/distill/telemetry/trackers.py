@@ -6,7 +6,6 @@ training never waits for a tracker. A tracker that fails is reported; after five
 
 from __future__ import annotations
 
-import importlib.util
 import queue
 import secrets
 import threading
@@ -17,8 +16,8 @@ from typing import Any, Protocol
 
 from kdscale.config.root import Config
 from kdscale.config.telemetry import MlflowConfig, TrackingConfig, TrackioConfig, WandbConfig
-from kdscale.errors import ConfigError
 from kdscale.files import read_own_json, sha256_json, write_json
+from kdscale.runtime.packages import require_packages
 from kdscale.runtime.versions import versions
 
 IDS_FILE = "tracking.json"
@@ -43,11 +42,8 @@ class Tracker(Protocol):
 def check_trackers(settings: TrackingConfig) -> None:
     """Raise ConfigError when the library of a configured tracker is not installed; import none of them."""
     for name in TrackingConfig.model_fields:
-        if getattr(settings, name) is not None and importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"tracking.{name}", expected=f"the {name} library", got="it is not installed",
-                hint=f"pip install 'kdscale[{name}]', or set tracking.{name}=null",
-            )  # fmt: skip
+        if getattr(settings, name) is not None:
+            require_packages(f"tracking.{name}", (name,), name, f"set tracking.{name}=null")
 
 
 class WandbTracker:

@@ -13,6 +13,7 @@ from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.runs.digests import digest_tree
 from kdscale.runs.folder import KERNELS, WEIGHTS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.packages import require_packages
 from kdscale.runtime.versions import check_deepspeed
 
 # Bytes a parameter: the finished student, a checkpoint's fp32 master weight and two Adam moments, and its average.
@@ -38,9 +39,11 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     return student_params * (_STUDENT_BYTES + checkpoints * (_CHECKPOINT_BYTES + average))
 
 
-def check_token(config: Config, run: RunFolder) -> None:
-    """Raises ConfigError when targets come from a service and there is no token or key to ask it with."""
+def check_services(config: Config, run: RunFolder) -> None:
+    """Raises ConfigError when targets come from a service and there is no client, token or key to ask it with."""
     for settings in config.distill.by_teacher().values():
+        if settings.source.name in ("endpoint", "served"):
+            require_packages(f"distill.teacher_placement: {settings.source.name}", ("httpx",), "serve")
         if settings.source.name == "endpoint":
             settings.endpoint.key("distill.endpoint")
         if settings.source.name == "served":
@@ -52,7 +55,7 @@ def check_token(config: Config, run: RunFolder) -> None:
 def check_before(config: Config, run: RunFolder) -> None:
     """Raises ConfigError or MachineError for what the ranks would find out when they start."""
     check_deepspeed()
-    check_token(config, run)
+    check_services(config, run)
     if config.distill.teacher_dtype == "float8":
         from kdscale.runtime.device import resolve_device
         from kdscale.teacher.placement.float8 import check_float8

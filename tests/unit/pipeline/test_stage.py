@@ -192,8 +192,10 @@ def test_an_output_edited_by_hand_is_kept_and_noticed_downstream(bench: Bench) -
 def test_changed_files_are_named_and_a_plan_that_users_may_edit_was_edited() -> None:
     """Rather than shown by two digests that nobody can read."""
     before = {"files": {"plan.json": {"plan.json": "1"}, "teacher": {"config.json": "1", "old": "1"}}}
-    now = {"files": {"plan.json": {"plan.json": "2"}, "teacher": {"config.json": "2", "new": "1"}}}
-    lines = ["plan.json was edited", "teacher/config.json was changed", "teacher/new is new", "teacher/old is gone"]
+    answers = {"responses/answers.jsonl": {"answers.jsonl": "1"}}
+    now = {"files": {"plan.json": {"plan.json": "2"}, "teacher": {"config.json": "2", "new": "1"}, **answers}}
+    lines = ["plan.json was edited", "responses/answers.jsonl is new"]
+    lines += ["teacher/config.json was changed", "teacher/new is new", "teacher/old is gone"]
     assert changed_inputs(before, now) == lines
 
 
