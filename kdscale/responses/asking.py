@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdscale.config.endpoint import EndpointConfig
-from kdscale.config.responses import LimitsConfig
+from kdscale.config.responses import LimitsConfig, ResponsesConfig
 from kdscale.errors import Interrupted, ServiceError, SpendingLimitError
 from kdscale.responses.client import Client, NotNowError, RefusedError
 from kdscale.responses.journal import Journal, Usage, usage_of
@@ -49,8 +49,8 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manners:
-    """How an endpoint is asked; `section` of the config names it in messages."""
+class RequestPolicy:
+    """How an endpoint is asked, which `section` of the config describes."""
 
     section: str
     endpoint: EndpointConfig
@@ -60,8 +60,17 @@ class Manners:
     skip_refused: bool = False
     limits: LimitsConfig = _NO_LIMITS
 
+    @classmethod
+    def of(cls, settings: ResponsesConfig) -> RequestPolicy:
+        """How the endpoint that answers prompts is asked."""
+        return cls(
+            section="responses.endpoint", endpoint=settings.endpoint, concurrency=settings.concurrency,
+            retries=settings.retries, max_answer_bytes=settings.max_answer_bytes,
+            skip_refused=settings.on_refusal == "skip", limits=settings.limits,
+        )  # fmt: skip
 
-def ask_all(questions: Iterable[Question], journal: Journal, manners: Manners, bar: Bar) -> None:
+
+def ask_all(questions: Iterable[Question], journal: Journal, policy: RequestPolicy, bar: Bar) -> None:
     """Ask every question that is not in the journal.
 
     Raises ServiceError for an endpoint that refuses or does not answer, ConfigError for one that does not accept the
@@ -69,7 +78,7 @@ def ask_all(questions: Iterable[Question], journal: Journal, manners: Manners, b
     moment first, and their answers are in the journal.
     """
     with watch_signals() as request:
-        asyncio.run(_Asking(questions, journal, manners, bar, request).run())
+        asyncio.run(_Asking(questions, journal, policy, bar, request).run())
 
 
 class _StoppingError(Exception):
@@ -78,11 +87,11 @@ class _StoppingError(Exception):
 
 class _Asking:
     def __init__(
-        self, questions: Iterable[Question], journal: Journal, manners: Manners, bar: Bar, request: StopRequest
+        self, questions: Iterable[Question], journal: Journal, policy: RequestPolicy, bar: Bar, request: StopRequest
     ):
-        self._journal, self._manners, self._bar, self._request = journal, manners, bar, request
+        self._journal, self._policy, self._bar, self._request = journal, policy, bar, request
         self._questions = self._missing(questions)
-        self._pace, self._budget = Pace(manners.limits), Budget(manners.limits, journal.usage)
+        self._pace, self._budget = Pace(policy.limits), Budget(policy.limits, journal.usage)
         self._keys: set[str] = set()  # under way
         self._jitter = random.Random()
 
@@ -92,8 +101,8 @@ class _Asking:
     async def run(self) -> None:
         """Ask until all is answered or something ends it."""
         self._stopping = asyncio.Event()
-        self._client = Client(self._manners.endpoint, self._manners.section, self._manners.max_answer_bytes)
-        tasks = {asyncio.create_task(self._worker()) for _ in range(self._manners.concurrency)}
+        self._client = Client(self._policy.endpoint, self._policy.section, self._policy.max_answer_bytes)
+        tasks = {asyncio.create_task(self._worker()) for _ in range(self._policy.concurrency)}
         error: BaseException | None = None
         deadline = float("inf")
         try:
@@ -144,14 +153,14 @@ class _Asking:
 
     async def _ask(self, question: Question) -> dict[str, Any]:
         """The record of the answer, however often it has to be asked for."""
-        manners, failure = self._manners, ""
-        for attempt in range(manners.retries + 1):
+        policy, failure = self._policy, ""
+        for attempt in range(policy.retries + 1):
             await self._pause(self._pace.turn(question.most.total))
             try:
-                async with asyncio.timeout(manners.endpoint.timeout):
+                async with asyncio.timeout(policy.endpoint.timeout):
                     return question.read(await self._client.post(question.path, question.body))
             except TimeoutError:
-                failure, wait = f"no answer within {manners.endpoint.timeout:g} s ({manners.section}.timeout)", None
+                failure, wait = f"no answer within {policy.endpoint.timeout:g} s ({policy.section}.timeout)", None
             except NotNowError as problem:
                 failure, wait = str(problem), problem.seconds
                 if wait is not None and wait > _LONGEST_WAIT:
@@ -159,13 +168,13 @@ class _Asking:
                 if problem.busy and wait is not None:
                     self._pace.hold(wait)  # it would tell the others the same
             except RefusedError as problem:
-                if problem.about_prompt and manners.skip_refused:
+                if problem.about_prompt and policy.skip_refused:
                     return {"refused": f"{problem.status} {problem}"}
                 raise self._refusal(problem, question) from problem
-            if attempt < manners.retries:
+            if attempt < policy.retries:
                 longest = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
                 await self._pause(longest * self._jitter.uniform(0.5, 1.0) if wait is None else wait)
-        raise self._gave_up(f"{failure} ({manners.retries + 1} attempts)", question)
+        raise self._gave_up(f"{failure} ({policy.retries + 1} attempts)", question)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, unless the run stops."""
@@ -180,20 +189,20 @@ class _Asking:
 
     def _gave_up(self, failure: str, question: Question) -> ServiceError:
         return ServiceError(
-            f"{self._manners.section}: no usable answer to {question.about}",
-            expected=f"one from {self._manners.endpoint.base_url}", got=failure,
+            f"{self._policy.section}: no usable answer to {question.about}",
+            expected=f"one from {self._policy.endpoint.base_url}", got=failure,
             hint="the answers so far are kept; the same command asks for the others",
         )  # fmt: skip
 
     def _refusal(self, problem: RefusedError, question: Question) -> ServiceError:
         skip = "; on_refusal: skip passes over such prompts" if problem.about_prompt else ""
         return ServiceError(
-            f"{self._manners.section}: the endpoint refused {question.about}", got=f"{problem.status} {problem}",
+            f"{self._policy.section}: the endpoint refused {question.about}", got=f"{problem.status} {problem}",
             hint=f"correct what it names; the answers so far are kept{skip}",
         )  # fmt: skip
 
     def _over_budget(self) -> SpendingLimitError:
-        limits = self._manners.limits
+        limits = self._policy.limits
         parts = [f"{limits.total_tokens:,} tokens"] if limits.total_tokens is not None else []
         parts += [f"a cost of {limits.total_cost:g}"] if limits.total_cost is not None else []
         return SpendingLimitError(

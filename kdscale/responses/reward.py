@@ -11,7 +11,7 @@ from typing import Any
 
 from kdscale.config.response_filters import RewardConfig
 from kdscale.responses import chat
-from kdscale.responses.asking import Manners, Question, ask_all
+from kdscale.responses.asking import Question, RequestPolicy, ask_all
 from kdscale.responses.client import NotNowError
 from kdscale.responses.filters import Group, Tools
 from kdscale.responses.journal import Journal, key_of
@@ -29,7 +29,7 @@ class Reward:
     def __init__(self, settings: RewardConfig, tools: Tools):
         self._settings, self._tools = settings, tools
         responses = tools.settings
-        self._manners = Manners(
+        self._policy = RequestPolicy(
             section="responses.filters: reward", endpoint=settings.endpoint, concurrency=responses.concurrency,
             retries=responses.retries, max_answer_bytes=responses.max_answer_bytes,
         )  # fmt: skip
@@ -41,7 +41,7 @@ class Reward:
             asked = list(self._questions(groups))
             if any(question.key not in journal for question in asked):
                 with self._tools.reporter.bar("score answers", len(asked), "answer") as bar:
-                    ask_all(asked, journal, self._manners, bar)
+                    ask_all(asked, journal, self._policy, bar)
             answers = (answer for group in groups for answer in group.kept)
             scores = [journal.get(question.key)["score"] for question in asked]
             for answer, score in zip(list(answers), scores, strict=True):

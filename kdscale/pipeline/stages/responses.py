@@ -83,22 +83,19 @@ def answer_prompts(context: StageContext) -> Facts:
 
 
 def _ask_endpoint(context: StageContext) -> None:
-    from kdscale.responses.asking import Manners, ask_all
+    from kdscale.responses.asking import RequestPolicy, ask_all
     from kdscale.responses.chat import question_of
     from kdscale.responses.journal import Journal
     from kdscale.responses.prompts import Prompts
 
     settings = _settings(context.config)
-    manners = Manners(
-        section=_SECTION, endpoint=settings.endpoint, concurrency=settings.concurrency, retries=settings.retries,
-        max_answer_bytes=settings.max_answer_bytes, skip_refused=settings.on_refusal == "skip", limits=settings.limits,
-    )  # fmt: skip
     prompts, key = Prompts(settings), key_function(context)
     journal = Journal(context.run.responses / _JOURNAL, "answers", context.reporter.say)
     try:
         total, done = _count(prompts, key, journal)
         with context.reporter.bar("answer prompts", total, "prompt", done=done) as bar:
-            ask_all((question_of(prompt, settings) for prompt in prompts), journal, manners, bar)
+            questions = (question_of(prompt, settings) for prompt in prompts)
+            ask_all(questions, journal, RequestPolicy.of(settings), bar)
     finally:
         journal.close()
 

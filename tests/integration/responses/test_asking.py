@@ -18,7 +18,7 @@ import pytest
 from kdscale.config.responses import ResponsesConfig
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, ServiceError, SpendingLimitError
 from kdscale.responses import asking
-from kdscale.responses.asking import Manners, ask_all
+from kdscale.responses.asking import RequestPolicy, ask_all
 from kdscale.responses.chat import answers_of, question_of
 from kdscale.responses.journal import Journal, Usage
 from kdscale.responses.prompts import Prompt
@@ -47,17 +47,12 @@ def ask(server: FakeEndpoint, tmp_path: Path) -> Callable[..., list[list[str]]]:
         config = ResponsesConfig.model_validate(
             {"prompts": [{"path": "p"}], "teacher": "endpoint", "endpoint": endpoint, "concurrency": 1, **settings}
         )
-        manners = Manners(
-            section="responses.endpoint", endpoint=config.endpoint, concurrency=config.concurrency,
-            retries=config.retries, max_answer_bytes=config.max_answer_bytes,
-            skip_refused=config.on_refusal == "skip", limits=config.limits,
-        )  # fmt: skip
         prompts = [Prompt([{"role": "user", "content": text}], f"line {i}") for i, text in enumerate(texts, 1)]
         questions = [question_of(prompt, config) for prompt in prompts]
         journal = Journal(tmp_path / "journal", "answers")
         try:
             with Reporter(quiet=True).bar("ask", len(questions), "prompts") as bar:
-                ask_all(questions, journal, manners, bar)
+                ask_all(questions, journal, RequestPolicy.of(config), bar)
             return [[answer.text for answer in answers_of(journal.get(one.key))] for one in questions]
         finally:
             journal.close()
