@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[3]
-TOKEN = "a-token-of-the-test"
 
 
 @pytest.fixture(scope="session")
@@ -147,21 +145,12 @@ def service(tiny_llama_dir: Path) -> Iterator[str]:
     """The address of a running teacher service, on the CPU, that asks for TOKEN."""
     import torch
 
-    from kdscale.jobs import serve_teacher
     from kdscale.models.loading import load_model
-    from kdscale.teacher.connections import make_server
-    from kdscale.teacher.server import TeacherService, make_app
+    from tests.teacher_service import serving_teacher
 
-    cpu = torch.device("cpu")
-    model = load_model(tiny_llama_dir, dtype=torch.float32, device=cpu)
-    app = make_app(TeacherService(model, tiny_llama_dir, device=cpu, max_tokens=4096, max_length=1024), TOKEN)
-    listener = serve_teacher._listen("127.0.0.1", 0)
-    server = make_server(app)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    model = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
+    with serving_teacher(model, tiny_llama_dir, max_length=1024) as (host, port):
+        yield f"http://{host}:{port}"
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from kdscale.teacher.targets import Targets
 from tests.fake_gpu.cuda import fake_gpu
 from tests.fake_gpu.engine import PlainEngine, make_plain_engine
 from tests.fake_gpu.tensors import GPU
-from tests.integration.distill.conftest import TOKEN
+from tests.teacher_service import TOKEN
 
 # Settings with which a row of the table is tried, where its defaults are not all there is to it.
 SETTINGS: dict[str, list[dict[str, Any]]] = {

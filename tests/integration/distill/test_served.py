@@ -18,7 +18,7 @@ from kdscale.runs.folder import RunFolder
 from kdscale.teacher.remote import ServedTeacher
 from kdscale.teacher.server import TeacherService, make_token
 from kdscale.teacher.source import MicroBatch
-from tests.integration.distill.conftest import TOKEN
+from tests.teacher_service import TOKEN
 
 _TREE: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
 

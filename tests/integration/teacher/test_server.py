@@ -14,14 +14,11 @@ import httpx
 import pytest
 import torch
 
-from kdscale.jobs import serve_teacher
 from kdscale.models.loading import load_model
 from kdscale.teacher import connections, server
-from kdscale.teacher.connections import make_server
 from kdscale.teacher.messages import Question
-from kdscale.teacher.server import TeacherService, make_app
+from tests.teacher_service import TOKEN, serving_teacher
 
-TOKEN = "a-token-of-the-test"
 GOOD: dict[str, Any] = {"top_k": 5, "temperature": 1.0, "vocab_size": 64}
 
 
@@ -33,14 +30,8 @@ def model(tiny_llama_dir: Path) -> Any:
 @pytest.fixture
 def address(model: Any, tiny_llama_dir: Path) -> Iterator[tuple[str, int]]:
     """Where a service for questions of up to 4096 tokens, in sequences of up to 32, answers."""
-    service = TeacherService(model, tiny_llama_dir, device=torch.device("cpu"), max_tokens=4096, max_length=32)
-    listener = serve_teacher._listen("127.0.0.1", 0)
-    running = make_server(make_app(service, TOKEN))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield listener.getsockname()[:2]
-    running.should_exit = True
-    thread.join()
+    with serving_teacher(model, tiny_llama_dir, max_length=32) as where:
+        yield where
 
 
 @pytest.fixture

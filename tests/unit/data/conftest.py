@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from kdscale.data.token_store import Share, TokenSplit
+from kdscale.config.data import DataConfig, SourceConfig
+from kdscale.data.token_store import Share, TokenSplit, TokenStore
 from kdscale.runtime.progress import Reporter
 
 
@@ -24,6 +25,21 @@ def tokenizer(tiny_llama_dir: Path) -> Any:
 @pytest.fixture
 def reporter() -> Reporter:
     return Reporter(quiet=True)
+
+
+@pytest.fixture
+def build(tmp_path: Path, tokenizer: Any, reporter: Reporter) -> Callable[..., TokenStore]:
+    """Builds a store of these files in tmp_path / folder; `options` are those of DataConfig and of TokenStore.build."""
+
+    def run(*paths: Path, folder: str = "store", heldout: Sequence[Path] = (), **options: Any) -> TokenStore:
+        sources, heldout_sources = (tuple(SourceConfig(path=str(path)) for path in side) for side in (paths, heldout))
+        options = {
+            "sources": sources, "heldout_sources": heldout_sources, "heldout_fraction": 0.2, "eos_id": 0, **options
+        }  # fmt: skip
+        data = DataConfig(**{name: options.pop(name) for name in set(options) & set(DataConfig.model_fields)})
+        return TokenStore.build(tmp_path / folder, data, tokenizer, reporter=reporter, **options)
+
+    return run
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from kdscale.data import token_store
 from kdscale.data.readers.chat import ChatTemplate
 from kdscale.data.store_builder import DocumentFormat, describe_sources
 from kdscale.data.store_cache import StoreCache, cache_folder
-from kdscale.data.token_store import TokenStore
 
 
 @pytest.fixture
@@ -24,17 +23,9 @@ def cache(tmp_path: Path) -> StoreCache:
 
 
 @pytest.fixture
-def build(tmp_path: Path, tokenizer: Any, reporter: Any, cache: StoreCache):
-    def run(folder: str, path: Path, **options: Any) -> TokenStore:
-        options = {"heldout_fraction": 0.2, **options}
-        data = DataConfig(
-            sources=options.pop("sources", (SourceConfig(path=str(path)),)),
-            **{name: options.pop(name) for name in set(options) & set(DataConfig.model_fields)},
-        )
-        options = {"eos_id": 0, "cache": cache, **options}
-        return TokenStore.build(tmp_path / folder, data, tokenizer, reporter=reporter, **options)
-
-    return run
+def build(build: Any, cache: StoreCache):
+    """`build`, with the cache of this test."""
+    return lambda folder, *paths, **options: build(*paths, folder=folder, **{"cache": cache, **options})
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kdscale.config.data import BlendConfig, DataConfig, SourceConfig
+from kdscale.config.data import BlendConfig, SourceConfig
 from kdscale.data import deduplicate, store_builder, tokenizing
 from kdscale.data import token_store as store_module
 from kdscale.data.readers import megatron
@@ -21,20 +20,6 @@ from kdscale.data.token_store import TokenStore
 from kdscale.data.tokenizing import EncodedText, SpecialTokens
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import remove_leftovers
-
-
-@pytest.fixture
-def build(tmp_path: Path, tokenizer: Any, reporter: Any):
-    def run(*paths: Path, folder: str = "store", heldout: tuple[Path, ...] = (), **options: Any) -> TokenStore:
-        options = {"heldout_fraction": 0.2, "eos_id": 0, **options}
-        data = DataConfig(
-            sources=options.pop("sources", tuple(SourceConfig(path=str(path)) for path in paths)),
-            heldout_sources=tuple(SourceConfig(path=str(path)) for path in heldout),
-            **{name: options.pop(name) for name in set(options) & set(DataConfig.model_fields)},
-        )
-        return TokenStore.build(tmp_path / folder, data, tokenizer, reporter=reporter, **options)
-
-    return run
 
 
 def documents(store: TokenStore, tokenizer: Any, split: str) -> list[str]:
