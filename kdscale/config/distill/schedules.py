@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
 from kdscale.config.fields import MOST, Section
+
+_Value = Annotated[float, Field(ge=0.0, le=1e6)]  # each setting has a narrower range of its own: Between
 
 
 class Schedule(Section):
@@ -18,8 +21,8 @@ class Schedule(Section):
     It depends on the number of the step alone, so that a resumed run is on the same schedule, on any number of ranks.
     """
 
-    start: float
-    end: float
+    start: _Value
+    end: _Value
     # `step` is `start` until `over` and `end` afterwards
     shape: Literal["linear", "cosine", "step"] = "linear"
     # up to 1: the share of the run's steps; above: a number of steps
@@ -92,6 +95,14 @@ class Between:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         checked = core_schema.no_info_after_validator_function(self._check, handler(source))
         return core_schema.no_info_before_validator_function(_number_or_schedule, checked)
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        plain = handler(schema)
+        low = "exclusiveMinimum" if self.above else "minimum"
+        ranges = {"number": {low: self.low, "maximum": self.high}}
+        return {**plain, "anyOf": [{**kind, **ranges.get(kind.get("type", ""), {})} for kind in plain["anyOf"]]}
 
     def _check(self, value: float | Schedule) -> float | Schedule:
         ends = (value.start, value.end) if isinstance(value, Schedule) else (value,)

@@ -48,7 +48,7 @@ def test_values_stay_between_the_ends_and_never_turn_back(ends, over, shape, ste
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("weight", {"start": 0.0, "end": -1.0}, "weight\n.*at least 0 and at most 1e\\+06"),
+        ("weight", {"start": 0.0, "end": -1.0}, r"weight\.end\n.*greater than or equal to 0"),
         ("weight", {"start": 1.0, "end": 1.0}, "must differ from start"),
         ("ce_weight", {"start": 0.0, "end": 1.5}, "at least 0 and at most 1"),
         ("temperature", {"start": 2.0, "end": 1.0, "over": 2.5}, "share of the steps, up to 1, or a whole number"),
