@@ -7,13 +7,14 @@ to 2. It is kept in fp32 whatever the student computes in, and starts as the pru
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from kdscale.models.loading import load_model
 from kdscale.models.parameter_map import ParameterRange
-from kdscale.teacher.online import OnlineTeacher
+from kdscale.teacher.online import open_placed
 from kdscale.teacher.placement.placed import ReplicatedTeacher
 from kdscale.teacher.source import OpenedSource, SourceRequest
 
@@ -57,16 +58,5 @@ def open_ema(request: SourceRequest) -> OpenedSource:
         request.student_dir, dtype=request.dtype, device=request.device,
         trust_remote_code=request.cfg.teacher.trust_remote_code,
     )  # fmt: skip
-    placed = ReplicatedTeacher(model)
-    request.sequence_slice.prepare(model)
-    return OpenedSource(
-        placed.vocab,
-        lambda vocab_size: OnlineTeacher(
-            placed,
-            request.needs,
-            vocab_size=vocab_size,
-            sequence_slice=request.sequence_slice,
-            seed=request.cfg.seed,
-        ),
-        average=StudentAverage(model, request.cfg.distill.ema.decay),
-    )
+    opened = open_placed(ReplicatedTeacher(model), request)
+    return replace(opened, average=StudentAverage(model, request.cfg.distill.ema.decay))

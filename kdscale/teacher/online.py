@@ -78,6 +78,11 @@ def open_online(request: SourceRequest) -> OpenedSource:
             request.teacher_dir, placement, keep_head=request.needs.full, dtype=request.dtype, device=request.device,
             trust_remote_code=request.cfg.teacher.trust_remote_code,
         )  # fmt: skip
+    return open_placed(placed, request, shard)
+
+
+def open_placed(placed: PlacedTeacher, request: SourceRequest, shard: VocabShard | None = None) -> OpenedSource:
+    """A teacher that is there as a source; `shard` is this rank's part of a head that ranks share."""
     request.sequence_slice.prepare(placed.model)
     return OpenedSource(
         placed.vocab,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from kdscale.config.data import RESPONSES_SOURCE
 from kdscale.config.responses import ResponsesConfig
 from kdscale.config.root import Config
-from kdscale.errors import ConfigError
 from kdscale.pipeline.spawn import join_ranks, own_rank, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.runs.folder import KEPT_RESPONSES, RunFolder
@@ -180,6 +179,5 @@ def _seed(config: Config) -> int:
 
 
 def _settings(config: Config) -> ResponsesConfig:
-    if config.responses is None:  # the registry leaves the stage out
-        raise ConfigError("responses", expected="a section of the config", got="none")
+    assert config.responses is not None, "a run without the section has no such stage"
     return config.responses
