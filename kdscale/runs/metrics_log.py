@@ -32,11 +32,13 @@ class MetricsLog:
     ):
         if not is_plain_or_absent(path):
             set_aside(path, say)
+        # before the first checkpoint nothing is gone on with, not even the validation of step 0
+        first = resume_step + 1 if resume_step else 0
         kept = []
         for number, line, row in _lines(path):
             if row is None:
                 say(f"{path}: line {number} is damaged; it is kept, and left out of every plot")
-            if row is None or row["step"] <= resume_step:
+            if row is None or row["step"] < first:
                 kept.append(line)
         with atomic_path(path) as tmp:
             tmp.write_bytes(b"".join(line + b"\n" for line in kept))
@@ -46,7 +48,7 @@ class MetricsLog:
         if tensorboard_dir is not None:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._board = SummaryWriter(str(tensorboard_dir), purge_step=resume_step + 1)
+            self._board = SummaryWriter(str(tensorboard_dir), purge_step=first)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row of JSON values: `kind` is "train" or "validation"; numbers also go to TensorBoard as kind/name."""

@@ -27,6 +27,14 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
     assert steps(path) == [1, 2, 3]
 
 
+def test_a_run_killed_before_its_first_checkpoint_has_step_0_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = MetricsLog(tmp_path / "m.jsonl", 0)
+        log.write("validation", 0, loss=2.0)
+        log.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "m.jsonl")] == [0]
+
+
 def test_a_last_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = write_rows(path, 3)
