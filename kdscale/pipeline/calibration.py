@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from kdscale.config.root import Config
 from kdscale.errors import DataError
 
 if TYPE_CHECKING:
-    from kdscale.data.batches import Batch
+    from kdscale.data.batches import Batch, PackedLoader
 
 
 def scoring_batches(config: Config, data: Path) -> list[Batch]:
@@ -17,29 +18,18 @@ def scoring_batches(config: Config, data: Path) -> list[Batch]:
 
     Held-out text stays unseen by every choice: it is what the student is judged on.
     """
-    from kdscale.data.batches import PackedLoader
-    from kdscale.data.token_store import TokenStore
-
-    settings = config.importance
-    split = TokenStore.open(data).split("train")
-    loader = PackedLoader(split, settings.seq_len, settings.micro_batch, settings.micro_batch, config.seed)
+    settings, loader = config.importance, _loader(config, data)
     epoch = loader.epoch_sequences
     calibrating = -(-settings.calibration_tokens // settings.seq_len)
     seen = set(loader.spread(range(epoch), calibrating))
     free = [number for number in range(epoch) if number not in seen] or list(range(epoch))
     wanted = min(-(-config.prune.search.masked_tokens // settings.seq_len), len(free))
-    numbers = loader.spread(free, wanted, halfway=True)
-    return [loader.stack(numbers[i : i + settings.micro_batch]) for i in range(0, wanted, settings.micro_batch)]
+    return _stacked(loader, loader.spread(free, wanted, halfway=True), settings.micro_batch)
 
 
 def calibration_batches(config: Config, data: Path) -> list[Batch]:
     """Training sequences spread evenly over one epoch, so that every source and author is among them."""
-    from kdscale.data.batches import PackedLoader
-    from kdscale.data.token_store import TokenStore
-
-    settings = config.importance
-    split = TokenStore.open(data).split("train")
-    loader = PackedLoader(split, settings.seq_len, settings.micro_batch, settings.micro_batch, config.seed)
+    settings, loader = config.importance, _loader(config, data)
     wanted = -(-settings.calibration_tokens // settings.seq_len)
     if wanted > loader.epoch_sequences:
         raise DataError(
@@ -48,5 +38,16 @@ def calibration_batches(config: Config, data: Path) -> list[Batch]:
             got=f"{settings.calibration_tokens:,}",
             hint="lower it, or add text to data.sources",
         )
-    numbers = loader.spread(range(loader.epoch_sequences), wanted)
-    return [loader.stack(numbers[i : i + settings.micro_batch]) for i in range(0, wanted, settings.micro_batch)]
+    return _stacked(loader, loader.spread(range(loader.epoch_sequences), wanted), settings.micro_batch)
+
+
+def _loader(config: Config, data: Path) -> PackedLoader:
+    from kdscale.data.batches import PackedLoader
+    from kdscale.data.token_store import TokenStore
+
+    settings, split = config.importance, TokenStore.open(data).split("train")
+    return PackedLoader(split, settings.seq_len, settings.micro_batch, settings.micro_batch, config.seed)
+
+
+def _stacked(loader: PackedLoader, numbers: Sequence[int], micro_batch: int) -> list[Batch]:
+    return [loader.stack(numbers[i : i + micro_batch]) for i in range(0, len(numbers), micro_batch)]
