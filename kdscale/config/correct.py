@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdscale.config.distill.teachers import TEACHER_SETTINGS, SourceSettings
+from kdscale.config.distill.teachers import TEACHER_SETTINGS
 from kdscale.config.fields import Count, Section
 
 
@@ -22,7 +22,7 @@ class CorrectConfig(Section):
 
     @model_validator(mode="after")
     def _learns_from_text(self) -> CorrectConfig:
-        fixed = {"tokens", "objectives", *SourceSettings.model_fields, *TEACHER_SETTINGS}
+        fixed = {"tokens", "objectives", *TEACHER_SETTINGS}
         if given := sorted(fixed & set(self.distill)):
             raise ValueError(
                 f"distill.{given[0]}: the fine-tuning learns from the text alone, for correct.tokens: leave it out"

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from kdscale.config.correct import CorrectConfig
 from kdscale.config.data import RESPONSES_SOURCE, DataConfig
 from kdscale.config.distill.settings import DistillConfig
-from kdscale.config.distill.teachers import TEACHER_SETTINGS, SourceSettings
+from kdscale.config.distill.teachers import TEACHER_SETTINGS
 from kdscale.config.evaluate import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
@@ -193,7 +193,7 @@ _NOT_INHERITED = {*BUDGET_FIELDS, "hidden", "ffn", "heads", "kv_heads", "layers"
 
 
 # What a training without a teacher has of the settings on teachers: the defaults.
-_OF_NO_TEACHER = DistillConfig().model_dump(mode="json", include={*SourceSettings.model_fields, *TEACHER_SETTINGS})
+_OF_NO_TEACHER = DistillConfig().model_dump(mode="json", include=TEACHER_SETTINGS)
 
 
 def _texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:

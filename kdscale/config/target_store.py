@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from kdscale.config.distill.targets import ANY_NUMBER, Needs, source_of
+from kdscale.config.distill.targets import ANY_NUMBER, Draws, Needs, PlacementName, source_of
 from kdscale.config.fields import Count, Few, Length, Section, named_entry
 
 Temperature = Annotated[float, Field(gt=1e-3, le=1e3)]
@@ -39,7 +39,7 @@ class SampledConfig(CodecConfig):
     implementation = "kdscale.teacher.store.sampled:SampledCodec"
 
     name: Literal["sampled"] = "sampled"
-    draws: Annotated[int, Field(ge=1, le=4096)] = 50
+    draws: Draws = 50
     temperature: Temperature = 1.0
 
     @property
@@ -90,6 +90,8 @@ CodecEntry = Annotated[
 ]
 
 
+MOST_SHARDS = 64  # files of a store, about, unless they are full
+
 # A run may change these of `targets` and go on: they say where and by whom a store is written, not what is in it.
 FREE_SETTINGS = {"path", "teacher_placement", "micro_batch", "processes", "shard_tokens"}
 
@@ -101,7 +103,7 @@ class TargetsConfig(Section):
     # a folder that several runs share; None: targets/ in the run folder
     path: Annotated[str, Field(min_length=1)] | None = None
     # where the teacher's weights are while the store is written, as in distill.teacher_placement
-    teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
+    teacher_placement: PlacementName = "replicated"
     # of the training sequences: all, or those where the pruned student's distribution has the highest entropy
     positions: Literal["all", "entropy"] = "all"
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2  # of each sequence's positions, with positions: entropy
@@ -122,8 +124,8 @@ class TargetsConfig(Section):
 
     @property
     def most_processes(self) -> int:
-        """A store has at most about 64 files unless they are full."""
-        return 64
+        """A rank needs a file of its own to write."""
+        return MOST_SHARDS
 
     def decisive(self) -> dict[str, Any]:
         """The settings that a student's values depend on."""

@@ -88,7 +88,7 @@ def plan_cluster(
         ranks_per_node=cluster.gpus_per_node,
         item_bytes=4 if distill.dtype == "float32" else 2,
         gradient_bytes=2 if distill.dtype != "float32" and distill.zero.gradient_dtype == "bfloat16" else 4,
-        top_k=None if needs.full else needs.top_k,
+        top_k=None if needs.full else max(needs.top_k, needs.sampled),
         layer_losses=LayerLosses.of(distill.objectives, student),
         validate_tokens=distill.validate_tokens,
         reduce_bucket=distill.zero.reduce_bucket or 500_000_000,
@@ -131,11 +131,11 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     """Numbers of ranks of one node that can share the layers of both models."""
     model = read_config(teacher_dir)
     family = load_family(model, str(teacher_dir / "config.json"))
-    if unshareable_tensor(family, model) is not None or config.distill.needs.full or job.teacher_dtype == "float8":
+    needs, objectives = config.distill.needs, config.distill.objectives
+    needs_whole_models = needs.full or needs.sampled or job.teacher_dtype == "float8" or job.average
+    if needs_whole_models or not all(entry.reads_head_shards for entry in objectives):
         return []
-    if job.average:
-        return []
-    if not all(entry.reads_head_shards for entry in config.distill.objectives):
+    if unshareable_tensor(family, model) is not None:
         return []
     most = min(model.kv_heads for model in (job.student, *job.teachers))
     return [size for size in (2, 4, 8) if job.ranks_per_node % size == 0 and size <= most]

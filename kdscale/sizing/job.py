@@ -24,7 +24,7 @@ class Job:
     ranks_per_node: int
     item_bytes: int = 2
     gradient_bytes: int = 4  # of a gradient while micro-batches and ranks add theirs: distill.zero.gradient_dtype
-    top_k: int | None = 64  # None: the whole vocabulary
+    top_k: int | None = 64  # tokens of a position's targets, of the top K or sampled; None: the whole vocabulary
     loss_buffers: int = 1  # [rows, V] arrays of the loss: LossOptions.buffers
     layer_losses: LayerLosses = NO_LAYERS
     validate_tokens: int = 0
@@ -33,7 +33,6 @@ class Job:
     document_tokens: int | None = None  # of each document; None: one a row
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"  # auto: the student's
     others: tuple[ModelShape, ...] = ()  # further teachers, placed as the first and asked after it
-
     average: bool = False  # one of them is the average of the student, kept in fp32 beside its working copy
 
     @property

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from kdscale.config.distill.layer_objectives import AttentionConfig, HiddenStatesConfig
 from kdscale.config.distill.objective import LOSS, ObjectiveConfig, Term
 from kdscale.config.distill.schedules import Between, Schedule
-from kdscale.config.distill.targets import Needs
+from kdscale.config.distill.targets import Draws, Needs
 from kdscale.config.fields import Length, named_entry
 from kdscale_kernels.divergence import DIVERGENCES, Divergence
 
@@ -39,7 +39,7 @@ class TokenDivergenceConfig(ObjectiveConfig):
     text_below_entropy: Annotated[float, Field(gt=0.0, le=20.0)] | None = None
     temperature: Annotated[float | Schedule, Between(1e-3, 1e3, above=True)] = 1.0
     top_k: Length = 64
-    draws: Annotated[int, Field(ge=1, le=4096)] = 50  # of targets: sampled
+    draws: Draws = 50  # of targets: sampled
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
 
     @model_validator(mode="after")

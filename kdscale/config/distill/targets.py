@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kdscale.config.distill.schedules import Schedule, at
 from kdscale.config.fields import Section
@@ -19,6 +19,7 @@ TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file sa
 ANY_NUMBER = sys.maxsize  # of top-K entries: as many as are asked for
 EMBEDDINGS = -1  # the layer whose hidden states are those that enter layer 0
 ALL_LAYERS = range(EMBEDDINGS, sys.maxsize)
+Draws = Annotated[int, Field(ge=1, le=4096)]  # tokens that are sampled of a position
 TEXT = "text alone"  # what is learnt from where no part of a teacher's targets is needed
 
 
@@ -192,6 +193,9 @@ def source_of(placement: str) -> Source:
         if placement in source.placements:
             return source
     raise ValueError(f"expected one of {', '.join(placements())}")
+
+
+PlacementName = Annotated[str, AfterValidator(lambda name: source_of(name) and name)]
 
 
 def check_source(placement: str, needs: Needs) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from kdscale.config.distill.objective import ObjectiveConfig
-from kdscale.config.distill.targets import ServedConfig, source_of
+from kdscale.config.distill.targets import PlacementName, ServedConfig, source_of
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Name, Section
-
-TEACHER_SETTINGS = ("teacher", "teachers", "teacher_dtype", "teacher_overlap")  # fields of distill on teachers
 
 
 class EmaConfig(Section):
@@ -25,7 +23,7 @@ class SourceSettings(Section):
     """Where a teacher's targets come from: of the run's own teacher in `distill`, of each of several in `teachers`."""
 
     # chooses the source of targets (config.distill.targets.SOURCES) and where it keeps the teacher's weights
-    teacher_placement: Annotated[str, AfterValidator(lambda name: source_of(name) and name)] = "replicated"
+    teacher_placement: PlacementName = "replicated"
     served: ServedConfig = ServedConfig()
     endpoint: EndpointConfig = EndpointConfig()  # for teacher_placement: endpoint
     ema: EmaConfig = EmaConfig()
@@ -34,6 +32,10 @@ class SourceSettings(Section):
     def follows_student(self) -> bool:
         """Whether this teacher is made of the student's weights."""
         return source_of(self.teacher_placement).follows_student
+
+
+# the fields of distill that are about teachers
+TEACHER_SETTINGS = {"teacher", "teachers", "teacher_dtype", "teacher_overlap", *SourceSettings.model_fields}
 
 
 class TeacherEntry(SourceSettings):

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdscale.config.target_store import MOST_SHARDS
 from kdscale.errors import RunFolderError
 from kdscale.files import explain_os_errors
 from kdscale.models.loading import open_teacher
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from kdscale.config.target_store import TargetsConfig
     from kdscale.teacher.store.format import StoreHeader
 
-_FEWEST_SEQUENCES, _MOST_SHARDS = 16, 64  # in a shard, and of those that are not full
+_FEWEST_SEQUENCES = 16  # in a shard
 
 
 def what_matters(context: StageContext) -> Facts:
@@ -97,7 +98,7 @@ def _header(context: StageContext) -> StoreHeader:
     distill, (vocab, hidden) = config.distill, _head_shape(context)
     heldout = len(heldout_sequences(context))
     train = total_steps(distill.tokens, distill.seq_len, distill.global_batch) * distill.global_batch
-    few = max(_FEWEST_SEQUENCES, -(-(heldout + train) // _MOST_SHARDS))
+    few = max(_FEWEST_SEQUENCES, -(-(heldout + train) // MOST_SHARDS))
     chooses = settings.positions == "entropy"
     return StoreHeader(
         codec=settings.codec.model_dump(mode="json"),

@@ -263,6 +263,17 @@ def test_the_student_is_the_one_that_was_planned(tmp_path: Path) -> None:
     assert plan.job.student.ffn == 512
 
 
+@pytest.mark.parametrize(("targets", "sizes"), [("topk", {1, 2, 4, 8}), ("sampled", {1}), ("full", {1})])
+def test_layers_are_shared_only_for_targets_that_shares_of_a_head_can_make(
+    targets: str, sizes: set[int], tmp_path: Path
+) -> None:
+    objective = f"distill.objectives=[{{name: token_divergence, targets: {targets}}}]"
+    config = load_config(find_config("llama3.1-8b-to-4.5b-width"), [f"run_dir={tmp_path}", objective])
+    tiny = replace(cluster(host=8), gpu=replace(H100, memory=8 * GIB))
+    plan = plan_cluster(config, TEACHERS / "Llama-3.1-8B", tiny, Rates(), stages=(2,), placements=("replicated",))
+    assert {one.setting.tensor for one in plan.settings} == sizes
+
+
 def test_gpus_are_known_by_name() -> None:
     assert {"a100-40", "a100-80", "h100", "h200", "b200", "mi300x"} <= set(known_gpus())
     with pytest.raises(ConfigError, match="a100-40, a100-80"):
