@@ -118,7 +118,7 @@ def retry_after(headers: Any) -> float | None:
 
 
 def _words(response: Any) -> str:
-    """What the server says: the message of OpenAI's error object, or the beginning of the text."""
+    """What the server says: the message of OpenAI's error object, or the whole text."""
     try:
         error = parse_json(response.text, "the error", expect=dict).get("error")
         if isinstance(error, dict) and isinstance(error.get("message"), str):
@@ -126,7 +126,7 @@ def _words(response: Any) -> str:
             return f"{error['message']}" + (f" ({code})" if isinstance(code, str) else "")
     except FileError:
         pass
-    return str(response.text[:_LONGEST_WORDS])
+    return str(response.text)
 
 
 def _limit(most_bytes: int) -> Callable[[Any], Awaitable[None]]:

@@ -23,7 +23,7 @@ from kdscale.config.endpoint import EndpointConfig
 from kdscale.errors import ConfigError, FileError, LostRankError, ServiceError
 from kdscale.files import parse_json
 from kdscale.models.documents import Documents
-from kdscale.runtime.http_status import without_key, wrong_setting
+from kdscale.runtime.http_status import wrong_setting
 from kdscale.teacher.services import Services, make_client, post_limited
 from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
 from kdscale.teacher.targets import Targets, TopKTargets
@@ -59,7 +59,7 @@ class EndpointTeacher:
         key = endpoint.key(SECTION)
         client = make_client(endpoint.base_url, key, endpoint.timeout, through_proxy=not endpoint.on_this_machine)
         self._services = Services[bytes](
-            [client], lambda client, body: _post(client, body, self._top_k), lambda answer: _refused(answer, key),
+            [client], lambda client, body: _post(client, body, self._top_k), _refused, key=key,
             section=SECTION, timeout=endpoint.timeout, hint=f"check the server at {endpoint.base_url}",
         )  # fmt: skip
 
@@ -207,8 +207,8 @@ def _post(client: httpx.Client, body: bytes, top_k: int) -> httpx.Response:
     return post_limited(client, "completions", body, (1 << 20) + len(body) // 2 * (top_k + 1) * _ENTRY_BYTES)
 
 
-def _refused(answer: httpx.Response, key: str | None) -> ConfigError | ServiceError:
-    words, status = without_key(answer.text, key), answer.status_code
+def _refused(answer: httpx.Response, words: str) -> ConfigError | ServiceError:
+    status = answer.status_code
     if (error := wrong_setting(SECTION, status, words, answer.headers.get("location"))) is not None:
         return error
     hint = "a smaller top_k, or a server started with a larger --max-logprobs" if "logprobs" in words else ""

@@ -17,6 +17,7 @@ from kdscale.config.distill.targets import Needs
 from kdscale.config.endpoint import fits_header
 from kdscale.errors import ConfigError, FileError, ServiceError
 from kdscale.files import read_text
+from kdscale.runtime.http_status import without_key
 from kdscale.runtime.ranks import rank
 from kdscale.teacher.messages import Question, decode_targets
 from kdscale.teacher.services import Services, make_client
@@ -44,7 +45,7 @@ class ServedTeacher:
         self._services = Services[tuple[bytes, float]](
             [make_client(url, token, timeout) for url in urls],
             lambda client, question: client.post("/targets", params=self._asked(question[1]), content=question[0]),
-            _refused,
+            _refused, key=token,
             section="distill.served", timeout=timeout, first=first,
             hint="check that kdscale serve-teacher still runs there",
         )  # fmt: skip
@@ -130,7 +131,7 @@ def check_services(urls: Sequence[str], token: str, expected: Mapping[str, Any],
                     hint="start it with kdscale serve-teacher CONFIG, and name a host that the ranks can reach",
                 ) from error
         if not answer.is_success:
-            raise _refused(answer)
+            raise _refused(answer, without_key(answer.text, token))
         about = answer.json()
         differing = [key for key, value in expected.items() if about.get("teacher", {}).get(key) != value]
         if differing:
@@ -143,7 +144,7 @@ def check_services(urls: Sequence[str], token: str, expected: Mapping[str, Any],
     return about
 
 
-def _refused(answer: httpx.Response) -> ConfigError | ServiceError:
+def _refused(answer: httpx.Response, words: str) -> ConfigError | ServiceError:
     if answer.status_code in (401, 403):
         return ConfigError(
             "distill.served.token_file",
@@ -151,4 +152,4 @@ def _refused(answer: httpx.Response) -> ConfigError | ServiceError:
             got="a token that it does not accept",
             hint="copy the file that kdscale serve-teacher named at its start",
         )
-    return ServiceError(f"the teacher service at {answer.url.host} refused a question", got=answer.text)
+    return ServiceError(f"the teacher service at {answer.url.host} refused a question", got=words)

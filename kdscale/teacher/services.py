@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from kdscale.errors import KdscaleError, LostRankError, ServiceError
-from kdscale.runtime.http_status import may_pass
+from kdscale.runtime.http_status import may_pass, without_key
 
 if TYPE_CHECKING:
     import httpx
@@ -26,16 +26,18 @@ class Services(Generic[Question]):
     """Services of which each gives the same answers.
 
     `send` asks one of them a question and may raise httpx's RequestError; its answer's content is what `answer`
-    returns. `refused` makes the error for an answer that no other service would give differently. `section`: of the
-    config, which has a `timeout`: seconds without an answer from any of them until LostRankError.
+    returns. `refused` makes the error for an answer that no other service would give differently, from it and its
+    words, in which `key` (the token that is sent) is hidden. `section`: of the config, which has a `timeout`: seconds
+    without an answer from any of them until LostRankError.
     """
 
     def __init__(
         self,
         clients: Sequence[httpx.Client],
         send: Callable[[httpx.Client, Question], httpx.Response],
-        refused: Callable[[httpx.Response], KdscaleError],
+        refused: Callable[[httpx.Response, str], KdscaleError],
         *,
+        key: str | None,
         section: str,
         timeout: float,
         first: int = 0,
@@ -43,7 +45,7 @@ class Services(Generic[Question]):
     ):
         """`first`: where this rank starts in the list of services, so that the ranks spread over them."""
         self._clients, self._send, self._refused = clients, send, refused
-        self._section, self._timeout, self._hint = section, timeout, hint
+        self._key, self._section, self._timeout, self._hint = key, section, timeout, hint
         self._turn = itertools.count(first)
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="teacher")
         self._under_way: dict[Question, Future[bytes]] = {}
@@ -79,9 +81,10 @@ class Services(Generic[Question]):
                     continue
                 if answer.is_success:
                     return answer.content
+                words = without_key(answer.text, self._key)
                 if not may_pass(answer.status_code):
-                    raise self._refused(answer)
-                failure = f"{client.base_url}: {answer.status_code} {answer.text}"
+                    raise self._refused(answer, words)
+                failure = f"{client.base_url}: {answer.status_code} {words}"
             if time.monotonic() > deadline:
                 raise LostRankError(
                     "no teacher service answers",

@@ -193,6 +193,15 @@ def test_a_refusal_ends_the_training_at_once_with_the_servers_words(
     assert [headers["authorization"] for _, headers, _ in server.asked] == ["Bearer sekrit-key"]
 
 
+def test_a_server_that_fails_on_is_a_lost_rank_whose_error_hides_the_key(
+    teacher: Callable[..., EndpointTeacher], server: FakeEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENDPOINT_KEY", "sekrit-key")
+    server.faults = [Fault(500, b"sekrit-key: no memory")] * 999
+    with pytest.raises(LostRankError, match=r"500 \*\*\*: no memory"):
+        teacher(timeout=0.05, key_variable="ENDPOINT_KEY").targets(packed())
+
+
 def test_a_server_that_hangs_is_a_lost_rank(teacher: Callable[..., EndpointTeacher], server: FakeEndpoint) -> None:
     server.faults = [Fault(hang=60.0)] * 9
     with pytest.raises(LostRankError, match=r"distill\.endpoint\.timeout"):
