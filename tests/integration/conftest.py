@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,17 +30,36 @@ def kdscale_environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def kdscale(kdscale_environment: dict[str, str]) -> Callable[..., Outcome]:
-    """`kdscale("run", config)` → exit code and what was printed."""
+def kdscale(
+    kdscale_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Outcome]]:
+    """`kdscale("run", config)` → exit code and what was printed, by a process that command_server.py forks."""
+    folder = tmp_path_factory.mktemp("printed")
+    server: subprocess.Popen[str] | None = None
 
-    def call(*args: object, cwd: Path | None = None) -> Outcome:
-        command = [sys.executable, "-m", "kdscale.cli.main", *map(str, args)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=280, check=False, env=kdscale_environment, cwd=cwd
-        )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+    def call(*arguments: object, cwd: Path = ROOT) -> Outcome:
+        nonlocal server
+        if server is None:
+            command = [sys.executable, "-m", "tests.integration.command_server"]
+            server = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kdscale_environment, cwd=ROOT
+            )
+        printed = {name: folder / name for name in ("out", "err")}
+        for path in printed.values():
+            path.write_text("")
+        job = {
+            "arguments": list(map(str, arguments)),
+            "folder": str(cwd),
+            **{key: str(path) for key, path in printed.items()},
+        }
+        assert server.stdin and server.stdout
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        return Outcome(int(server.stdout.readline()), *(path.read_text("utf-8") for path in printed.values()))
 
-    return call
+    yield call
+    if server is not None:
+        server.communicate()  # ends its input
 
 
 TINY_CONFIG = """

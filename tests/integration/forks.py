@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -11,6 +12,22 @@ from typing import NoReturn
 
 import torch
 from torch.distributed import distributed_c10d
+
+# What an engine and a model import on their way, and all that these import: more than three seconds a rank.
+_BY_AN_ENGINE = (
+    "deepspeed.module_inject.layers",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "kdscale.distill.objectives.token_divergence",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+def import_engine() -> None:
+    """Import what a distillation does, once for all forks."""
+    for name in _BY_AN_ENGINE:
+        importlib.import_module(name)
 
 
 def fork_ranks(world: int, work: Callable[[int], int | None], expected: int = 0) -> list[int]:

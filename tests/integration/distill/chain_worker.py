@@ -17,9 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401 - imported once, before the forks
-import transformers  # noqa: F401
-
 from kdscale.config.load import build_config
 from kdscale.distill import engine, step, trainer
 from kdscale.distill.parallel.process_group import leave_group
@@ -27,7 +24,7 @@ from kdscale.errors import Interrupted
 from kdscale.runtime.exits import exit_code_of
 from kdscale.runtime.progress import Reporter
 from kdscale_launch import STOPPED_EXIT_CODE
-from tests.integration.forks import fork_ranks
+from tests.integration.forks import fork_ranks, import_engine
 
 KILLED = 77
 
@@ -91,6 +88,7 @@ def run_phase(job: dict[str, Any], phase: dict[str, Any], expected: int) -> list
 
 
 def main() -> int:
+    import_engine()
     for job in json.loads(sys.argv[1]):
         for phase in job["phases"]:
             expected = STOPPED_EXIT_CODE if "signal" in phase else 0 if phase["until"] is None else KILLED

@@ -22,7 +22,7 @@ from kdscale.distill.telemetry import observer
 from kdscale.distill.telemetry.collectives import CollectiveTimer
 from kdscale.models.loading import load_model
 from kdscale.runtime.progress import Reporter
-from tests.integration.forks import fork_ranks
+from tests.integration.forks import fork_ranks, import_engine
 
 
 class Recorder(CollectiveTimer):
@@ -115,12 +115,9 @@ def look(model: Any, student_dir: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - what an engine imports, once for all forks
-    import torch.utils.tensorboard
-
+    import_engine()
     torch.set_num_threads(1)
     arguments = json.loads(Path(sys.argv[1]).read_text())
-    load_model(Path(arguments["student"]), dtype=torch.float32, device=torch.device("cpu"))  # imports its modules
     for name, config in arguments["configs"].items():
         codes = fork_ranks(config["distill"]["processes"], lambda rank, name=name: run_rank(arguments, name, rank))
         if any(codes):

@@ -9,7 +9,6 @@ are imported once, and every rank is a fork.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -34,7 +33,7 @@ from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.placement.placed import ReplicatedTeacher
 from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.targets import Targets, TopKTargets
-from tests.integration.forks import fork_ranks
+from tests.integration.forks import fork_ranks, import_engine
 
 KILLED = 77
 B, S, K = 2, 24, 6
@@ -143,8 +142,7 @@ def run_rank(job: dict[str, Any], number: int, rank: int) -> int:
 
 
 def main() -> int:
-    for name in ("deepspeed.module_inject.layers", "deepspeed.runtime.zero.muon.original_muon"):
-        importlib.import_module(name)  # once, for all forks
+    import_engine()
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     for model in jobs["models"].values():

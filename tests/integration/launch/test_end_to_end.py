@@ -16,9 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdscale.config.load import load_config
+from kdscale.pipeline.runner import run_until
 from kdscale.runs.metrics_log import read_metrics
+from kdscale.runtime.progress import Reporter
 
 HOSTS = "one slots=1\ntwo slots=1\n"
+SETTINGS = ("runtime.threads=1", "runtime.device=cpu", "distill.tokens=7680")
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -28,12 +32,7 @@ def start(tiny_config: Path, fake_ssh: Path, kdscale_environment: dict[str, str]
     (tiny_config.parent / "hosts").write_text(HOSTS)
 
     def launch(name: str, *options: str) -> subprocess.Popen[str]:
-        fixed = (
-            "runtime.threads=1",
-            "runtime.device=cpu",
-            "distill.tokens=7680",
-            f"run_dir={tiny_config.parent}/{name}",
-        )
+        fixed = (*SETTINGS, f"run_dir={tiny_config.parent}/{name}")
         command = [
             sys.executable, "-m", "kdscale.cli.main", "launch", str(tiny_config), "--hostfile",
             str(tiny_config.parent / "hosts"), "--ssh-command", str(fake_ssh), "--master-addr", "127.0.0.1",
@@ -83,6 +82,10 @@ def student(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run / "student").iterdir())}
 
 
+def copy_without_distillation(run: Path, other: Path) -> None:
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("student", "checkpoints", "logs", "distill*.json"))
+
+
 @pytest.mark.slow
 def test_a_broken_job_starts_again_and_ends_with_the_unbroken_ones_student(start: Start, tiny_config: Path) -> None:
     unbroken, broken = tiny_config.parent / "unbroken", tiny_config.parent / "broken"
@@ -91,8 +94,7 @@ def test_a_broken_job_starts_again_and_ends_with_the_unbroken_ones_student(start
     assert "bad" not in output
     assert not list(unbroken.rglob(".preflight-*"))
 
-    left_out = shutil.ignore_patterns("student", "checkpoints", "logs", "distill*.json")
-    shutil.copytree(unbroken, broken, ignore=left_out)  # everything before the distillation
+    copy_without_distillation(unbroken, broken)
     process = start("broken", "--skip-preflight", "--accept-changes", "--max-restarts", "1")
     wait_for_steps(broken, 8, process)
     rank_process(1, process).kill()
@@ -113,12 +115,14 @@ def test_a_host_that_stays_away_is_done_without_and_used_again(start: Start, tin
     away = folder / "away-two"
     refusal = f'[ -e "{folder}/away-$1" ] && {{ echo no route >&2; exit 255; }}'
     fake_ssh.write_text(fake_ssh.read_text().replace("\nshift\n", f"\n{refusal}\nshift\n"))
-    settings = ("--skip-preflight", "--min-nodes", "1", "--host-timeout", "1", "--dead-after", "3", "--set",
-                "distill.zero_stage=3")  # fmt: skip
-    output_at_end(start("unbroken", *settings), 0)
-
-    process = start("elastic", *settings)
-    elastic = folder / "elastic"
+    alone, elastic = folder / "alone", folder / "elastic"
+    # the same run by this process
+    run_until(load_config(tiny_config, [*SETTINGS, f"run_dir={alone}"]), "distill", Reporter(quiet=True))
+    copy_without_distillation(alone, elastic)
+    process = start(
+        "elastic", "--skip-preflight", "--accept-changes", "--min-nodes", "1", "--host-timeout", "1", "--dead-after",
+        "3", "--set", "distill.zero_stage=3",
+    )  # fmt: skip
     wait_for_steps(elastic, 5, process)
     away.touch()
     rank_process(1, process).parent().kill()  # its agent: the whole host is gone, and stays so
@@ -131,10 +135,10 @@ def test_a_host_that_stays_away_is_done_without_and_used_again(start: Start, tin
     assert "host two: lost: the connection ended" in output
     assert "going on with 1 of 2 hosts (1 ranks)" in output
     assert "all 2 hosts are back" in output
-    assert steps(elastic) == steps(folder / "unbroken") == list(range(1, 31))
+    assert steps(elastic) == steps(alone) == list(range(1, 31))
     # the same documents in every step
-    assert dict(curve(elastic)) == pytest.approx(dict(curve(folder / "unbroken")), rel=1e-5)
-    weights, expected = (load_file(folder / name / "student" / "model.safetensors") for name in ("elastic", "unbroken"))
+    assert dict(curve(elastic)) == pytest.approx(dict(curve(alone)), rel=1e-5)
+    weights, expected = (load_file(run / "student" / "model.safetensors") for run in (elastic, alone))
     assert all(torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-5) for name, tensor in weights.items())
 
 
