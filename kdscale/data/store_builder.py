@@ -157,8 +157,7 @@ class StoreBuilder:
         """
         data = self._survey.data
         train, heldout = (self._read(name) for name in SPLITS)
-        others = [self._tokenised(document) for _, document in self._survey.documents(data.leak_sources)]
-        leaks = find_leaks(train, [heldout, *others], data.leak_tokens)
+        leaks = find_leaks(train, [heldout, *self._leak_texts()], data.leak_tokens)
         facts = leaks.facts(train, data.leak_tokens, self._encoder.text_of)
         kept = np.setdiff1d(np.arange(splits["train"]["documents"]), leaks.documents)
         if leaks.documents.size and (data.leaks == "fail" or not kept.size):
@@ -179,9 +178,13 @@ class StoreBuilder:
             np.memmap(folder / "tokens.bin", self._dtype, mode="r"), np.fromfile(folder / "offsets.bin", np.int64)
         )
 
-    def _tokenised(self, document: Document) -> Text:
-        ids = self._encoder.encode([document.text])[0].ids if document.ids is None else document.ids
-        return Text(ids, np.asarray([0, ids.size]))
+    def _leak_texts(self) -> Iterator[Text]:
+        """The documents of leak_sources, tokenised."""
+        for batch in _batches(self._survey.documents(self._survey.data.leak_sources)):
+            encoded = self._encoder.encode([document.text for _, document in batch])
+            for (_, document), text in zip(batch, encoded, strict=True):
+                ids = text.ids if document.ids is None else document.ids
+                yield Text(ids, np.asarray([0, ids.size]))
 
     def _wanted_documents(self) -> Iterator[tuple[int, Document]]:
         """The documents of all sources; a source whose share of the blend is tokenised is not read any further."""
