@@ -100,13 +100,14 @@ def _to_be_answered(chat: Any, where: str) -> list[dict[str, str]]:
 
 
 def _file(source: PromptSourceConfig) -> Path:
+    """The file of a source. Raises DataError for one that is missing or of another kind."""
     if source.path == BUILTIN:
         path = Path(str(resources.files("kdscale.responses") / "questions.txt"))
     else:
         path = Path(source.path).expanduser()
     if not path.is_file() or not path.name.endswith(_SUFFIXES):
         raise DataError(
-            f"responses.prompts: {source.path}", expected=f"a file that ends in {', '.join(_SUFFIXES)}",
+            f"responses.prompts: {source.path}", expected=f"a file that ends in {', '.join(_SUFFIXES)}, or {BUILTIN}",
             got="a file of another kind" if path.is_file() else "no such file", hint="check the path",
         )  # fmt: skip
     return path
