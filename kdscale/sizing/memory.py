@@ -28,7 +28,7 @@ CONTEXT_BYTES, MARGIN = 1.5 * (1 << 30), 0.10
 
 
 def peak_memory(job: Job, setting: Setting) -> Memory:
-    """The fullest of four moments: teacher's forward, student's loss, end of the backward, optimiser's step."""
+    """The fullest of five moments: teacher's forward, loss, student's backward and its end, optimiser's step."""
     job = job_of_tensor_rank(job, setting.tensor)
     kept = {
         "student weights": _weights(job, setting),

@@ -42,11 +42,6 @@ class Mesh:
         return self.rank // self.tensor % self.sequence
 
     @property
-    def tensor_rank(self) -> int:
-        """Which slice of each layer this rank holds."""
-        return self.rank % self.tensor
-
-    @property
     def sequence_ranks(self) -> list[list[int]]:
         """Every group of ranks that share sequences; all ranks must make all groups, in this order."""
         block = self.sequence * self.tensor

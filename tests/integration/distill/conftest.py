@@ -202,6 +202,23 @@ os._exit(code)
 """
 
 
+@pytest.fixture(scope="session")
+def run_parallel() -> Callable[..., None]:
+    """Run what parallel_worker.py describes, in one process that forks the ranks; its files go into `folder`."""
+
+    def run(folder: Path, runs: list[dict[str, Any]], models: dict[str, str] | None = None) -> None:
+        (folder / "jobs.json").write_text(json.dumps({"models": models or {}, "runs": runs}))
+        path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
+        done = subprocess.run(
+            [sys.executable, Path(__file__).parent / "parallel_worker.py", folder / "jobs.json"],
+            capture_output=True, text=True, timeout=280, check=False,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-6000:]
+
+    return run
+
+
 @pytest.fixture
 def spawn(tiny_llama_dir: Path, student_dir: Path, data_dir: Path) -> Callable[..., subprocess.Popen[str]]:
     """The same in a process of its own; `die` is ("step"|"seal"|"export", step) at which it ends without notice."""

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from kdscale.runs.metrics_log import read_metrics
 
-ROOT = Path(__file__).resolve().parents[3]
 # name → phases of (ranks, of which so many share a sequence, killed when it begins this step, other settings)
 RUNS = {
     "stage 1": [(2, 2, None, {"zero_stage": 1})],
@@ -36,7 +31,7 @@ def rows_of(run_dir, kind="train"):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_llama_dir, student_dir, data_dir, make_config):
+def runs(tmp_path_factory, tiny_llama_dir, student_dir, data_dir, make_config, run_parallel):
     folder = tmp_path_factory.mktemp("sequence")
     jobs = []
     for name, phases in RUNS.items():
@@ -52,14 +47,7 @@ def runs(tmp_path_factory, tiny_llama_dir, student_dir, data_dir, make_config):
                 for config, (_, _, until, _) in zip(configs, phases, strict=True)
             ],
         })  # fmt: skip
-    (folder / "jobs.json").write_text(json.dumps({"models": {}, "runs": jobs}))
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "parallel_worker.py", folder / "jobs.json"],
-        capture_output=True, text=True, timeout=280, check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_parallel(folder, jobs)
     return folder
 
 

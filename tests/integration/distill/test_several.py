@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from kdscale.models.loading import load_tokenizer
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
 
-ROOT = Path(__file__).resolve().parents[3]
 TOKENS = 4 * 4 * 48
 
 
@@ -115,7 +111,7 @@ def whole(
 @pytest.fixture(scope="module")
 def shared(
     tiny_llama_dir: Path, student_dir: Path, data_dir: Path, make_config: Callable[..., Config], other_teacher: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, run_parallel: Callable[..., None],
 ) -> Path:  # fmt: skip
     """The folder of the runs of several ranks, made by one process that forks them."""
     folder, runs = tmp_path_factory.mktemp("shared"), []
@@ -130,14 +126,7 @@ def shared(
         {"config": make_config(tokens=TOKENS, **AVERAGE, **more).resolved(), "until": until} for more, until in changing
     ]
     runs.append({"run_dir": str(folder / "average"), "phases": phases, **places})
-    (folder / "jobs.json").write_text(json.dumps({"models": {}, "runs": runs}))
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "parallel_worker.py", folder / "jobs.json"],
-        capture_output=True, text=True, timeout=280, check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_parallel(folder, runs)
     return folder
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,7 +15,6 @@ from tests.integration.prune.family_table import save_teacher
 
 # the families whose layers ranks can share
 FAMILIES = ("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
-ROOT = Path(__file__).resolve().parents[3]
 VOCAB, HIDDEN = 320, 96
 WHERE = {"gradient_checkpointing": "selective", "teacher_placement": "partitioned", "async_checkpoints": True}
 OFFLOADED = {"zero": {"offload_optimizer": "cpu"}, "teacher_placement": "offloaded"}
@@ -63,7 +58,7 @@ def untied_dir(student_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, tiny_llama_dir, student_dir, untied_dir, data_dir, make_config):
+def done(tmp_path_factory, tiny_llama_dir, student_dir, untied_dir, data_dir, make_config, run_parallel):
     """The folder of all runs and of what the models' ranks found, made by one process that forks the ranks."""
     folder = tmp_path_factory.mktemp("tensor")
     models = {name: str(save_teacher(name, folder / name)) for name in FAMILIES}
@@ -77,14 +72,7 @@ def done(tmp_path_factory, tiny_llama_dir, student_dir, untied_dir, data_dir, ma
             listed.append({"config": config.resolved(), "until": until})
         student = untied_dir if name in UNTIED else student_dir
         runs.append({"run_dir": str(folder / name), "student_dir": str(student), "phases": listed, **places})
-    (folder / "jobs.json").write_text(json.dumps({"models": models, "runs": runs}))
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "launch"))
-    ended = subprocess.run(
-        [sys.executable, Path(__file__).parent / "parallel_worker.py", folder / "jobs.json"],
-        capture_output=True, text=True, timeout=280, check=False,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-6000:]
+    run_parallel(folder, runs, models)
     return folder
 
 

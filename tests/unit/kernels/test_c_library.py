@@ -17,14 +17,6 @@ from kdscale_kernels.c_kernels.library import LibraryError, library_obstacle
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C steps are for Linux")
 
 
-@pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "cc"
-    path.touch(mode=0o755)
-    monkeypatch.setenv("CC", str(path))
-    return path
-
-
 @pytest.fixture(autouse=True)
 def untold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backend, "_logged", set())

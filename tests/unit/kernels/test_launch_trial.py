@@ -24,14 +24,6 @@ exec gcc "${kept[@]}"
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "cc"
-    path.touch(mode=0o755)
-    monkeypatch.setenv("CC", str(path))
-    return path
-
-
-@pytest.fixture
 def told() -> Iterator[None]:
     yield
     refuse_compiled(None)
