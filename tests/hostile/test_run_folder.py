@@ -97,9 +97,16 @@ ACTIONS: dict[str, Callable[[Config, RunFolder], Any]] = {
 }
 
 
+def damages_of(file: str) -> list[tuple[str, Callable[[Path], None]]]:
+    """Every damage. The stages' manifests are all read by one function, and share the damages: each has a third."""
+    every = list(damages())
+    manifests = [name for name in FILES if name.startswith("stages/")]
+    return every[manifests.index(file) % 3 :: 3] if file in manifests else every
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_every_file(hostile: HostileCases, config: Config, run: RunFolder, file: str) -> None:
-    for name, damage in damages():
+    for name, damage in damages_of(file):
         restore_all(run)
         if not (run.path / file).exists():
             continue

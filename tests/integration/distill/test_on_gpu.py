@@ -173,11 +173,13 @@ SEVERAL = {"teachers": [{"name": "own"}, {"name": "average", "teacher_placement"
 
 
 @pytest.mark.parametrize(
-    ("objective", "more"),
-    [*((entry, {}) for entry in TRIED), (TRIED[0], SEVERAL)],
-    ids=lambda entry: "-".join(map(str, entry.values())) if "name" in entry else "several" if entry else "",
-)
-@pytest.mark.parametrize("micro_batch", [2, 4])
+    ("micro_batch", "objective", "more"),
+    [(2, TRIED[0], {}), *((4, entry, {}) for entry in TRIED), (4, TRIED[0], SEVERAL)],
+    ids=lambda entry: (
+        None if isinstance(entry, int)
+        else "-".join(map(str, entry.values())) if "name" in entry else "several" if entry else ""
+    ),
+)  # fmt: skip
 def test_the_host_waits_once_a_step_and_for_no_micro_batch(
     objective, more, micro_batch, config, train, tmp_path, monkeypatch
 ):

@@ -22,7 +22,7 @@ from kdscale.config.load import build_config
 from kdscale.distill.engine import make_engine
 from kdscale.distill.parallel.deepspeed_config import deepspeed_config
 from kdscale.distill.parallel.process_group import join_group
-from tests.integration.forks import fork_ranks
+from tests.integration.forks import fork_ranks, import_engine
 
 MICRO_BATCHES, TOKENS, V = 144, 16, 40
 # stage, dtype, distill.zero
@@ -108,6 +108,7 @@ def work(folder: Path, world: int, rank: int) -> None:
 
 
 if __name__ == "__main__":
+    import_engine()
     place = Path(sys.argv[1])
     for ranks in (1, 2):
         if any(fork_ranks(ranks, lambda rank, ranks=ranks: work(place, ranks, rank))):
