@@ -17,11 +17,14 @@ SIZES = st.integers(1, 4)
 @given(SIZES, SIZES, SIZES)
 def test_every_rank_is_in_one_group_of_each_kind_at_its_own_place(data: int, sequence: int, tensor: int) -> None:
     mesh = Mesh(data, sequence, tensor, 0)
-    for groups, place in ((mesh.sequence_ranks, "sequence_rank"), (mesh.tensor_ranks, "tensor_rank")):
+    for groups, place in (
+        (mesh.sequence_ranks, lambda member: member.sequence_rank),
+        (mesh.tensor_ranks, lambda member: member.rank % tensor),
+    ):
         assert sorted(rank for group in groups for rank in group) == list(range(mesh.world))
         for group in groups:
             members = [replace(mesh, rank=rank) for rank in group]
-            assert [getattr(member, place) for member in members] == list(range(len(group)))
+            assert [place(member) for member in members] == list(range(len(group)))
             assert len({member.data_rank for member in members}) == 1
 
 
