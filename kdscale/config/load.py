@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,21 @@ def config_differences(old: Any, new: Any, prefix: str = "") -> list[Difference]
     return [] if old == new else [Difference(prefix, old, new)]
 
 
+# By section: the fields that may change, and what below them may not.
+_MAY_CHANGE: dict[str, tuple[Collection[str], Collection[str]]] = {
+    "distill": (FREE_SETTINGS, DECISIVE_ZERO),
+    "targets": (target_store.FREE_SETTINGS, ()),
+    "responses": (FREE_RESPONSES, ("model",)),
+}
+
+
 def may_change(field: str) -> bool:
     """Whether a run may go on with another value of this dotted field: the student does not depend on it."""
     section, *names = field.split(".")
     if field == "run_dir":  # a run folder that was moved or renamed goes on where it is now
         return True
-    if section == "targets":
-        return bool(names) and names[0] in target_store.FREE_SETTINGS
-    if section == "responses":
-        return bool(names) and names[0] in FREE_RESPONSES and names[-1] != "model"
-    return section == "distill" and bool(names) and names[0] in FREE_SETTINGS and names[-1] not in DECISIVE_ZERO
+    free, decisive = _MAY_CHANGE.get(section, ((), ()))
+    return bool(names) and names[0] in free and names[-1] not in decisive
 
 
 def parse_yaml(text: str, origin: str) -> Any:

@@ -91,21 +91,26 @@ class _Kept:
                 output.values = None
 
 
-class _Keep(TorchDispatchMode):
-    """The forward: outputs of the named operators are kept.
-
-    The last one is not if nothing but a sum reads it: the second time ends before it, with all that autograd needs.
-    """
+class _Mode(TorchDispatchMode):
+    """Sees every operator of a layer."""
 
     def __init__(self, kept: _Kept):
         super().__init__()
         self._kept = kept
-        self._only_summed = False  # the output kept last
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Functions that torch compiles run as they are."""
         return True
+
+
+class _Keep(_Mode):
+    """The forward: outputs of the named operators are kept.
+
+    The last one is not if nothing but a sum reads it: the second time ends before it, with all that autograd needs.
+    """
+
+    _only_summed = False  # the output kept last
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -126,18 +131,10 @@ class _Keep(TorchDispatchMode):
             self._kept.outputs[-1].values = None
 
 
-class _HandBack(TorchDispatchMode):
+class _HandBack(_Mode):
     """The second time: the named operators return what was kept, which is let go."""
 
-    def __init__(self, kept: _Kept):
-        super().__init__()
-        self._kept = kept
-        self._next: Iterator[_Output] = iter(())
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Functions that torch compiles run as they are."""
-        return True
+    _next: Iterator[_Output]
 
     def __enter__(self) -> Any:
         self._next = iter(self._kept.outputs)

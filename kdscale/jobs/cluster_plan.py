@@ -131,9 +131,8 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     """Numbers of ranks of one node that can share the layers of both models."""
     model = read_config(teacher_dir)
     family = load_family(model, str(teacher_dir / "config.json"))
-    needs, objectives = config.distill.needs, config.distill.objectives
-    needs_whole_models = needs.full or needs.sampled or job.teacher_dtype == "float8" or job.average
-    if needs_whole_models or not all(entry.reads_head_shards for entry in objectives):
+    distill = config.distill
+    if distill.need_whole_head() or distill.needs.sampled or job.teacher_dtype == "float8" or job.average:
         return []
     if unshareable_tensor(family, model) is not None:
         return []

@@ -33,10 +33,11 @@ class OutputHead:
 
     def logits(self, hidden_CH: torch.Tensor) -> torch.Tensor:
         """fp32 logits [C, V]; the product itself runs in the weight's dtype, as in the model."""
-        logits_CV = torch.nn.functional.linear(hidden_CH, self.weight_VH, self.bias_V).float()
-        if self.softcap is not None:
-            logits_CV = self.softcap * torch.tanh(logits_CV / self.softcap)
-        return logits_CV
+        return self.capped(torch.nn.functional.linear(hidden_CH, self.weight_VH, self.bias_V).float())
+
+    def capped(self, logits_CV: torch.Tensor) -> torch.Tensor:
+        """Logits after the soft cap, where there is one."""
+        return logits_CV if self.softcap is None else self.softcap * torch.tanh(logits_CV / self.softcap)
 
     def detached(self) -> OutputHead:
         """A head that does not keep the rest of its model in memory (a tied weight is the embedding itself)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from kdscale.errors import TrainingError
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.pipeline.stage import StageContext
 from kdscale.teacher.source import MicroBatch, SourceRequest, TargetSource, open_source
-from kdscale.teacher.store.codecs import make_codec
+from kdscale.teacher.store.codecs import Codec, make_codec
 from kdscale.teacher.store.format import HELDOUT, Block, ShardFiles, StoreHeader, read_header, tokens_checksum
 from kdscale.teacher.store.positions import EntropyChoice
 from kdscale.teacher.store.writer import ShardWriter
@@ -90,9 +91,12 @@ class TargetWriting:
             yield len(group)
         writer.finish()
 
+    @cached_property
+    def _codec(self) -> Codec:
+        return make_codec(self.header.settings, self.header.vocab_size, self.header.hidden_size)
+
     def _blocks(self, batch: Batch) -> Iterator[Block]:
         """One block for each sequence of a batch."""
-        codec = make_codec(self.header.settings, self.header.vocab_size, self.header.hidden_size)
         rows = to_device(batch, self.device)
         rows = rows if self.choose is None else self.choose(rows)
         targets = self.source.targets(rows)
@@ -109,7 +113,7 @@ class TargetWriting:
             kept_S = np.zeros(length, np.bool_)
             kept_S[rows_N[begin:end] - number * length] = True
             tokens = tokens_checksum(batch.input_ids_BS[number].numpy(), batch.position_ids_BS[number].numpy())
-            yield Block(kept_S, codec.encode(targets.part(slice(begin, end))), tokens)
+            yield Block(kept_S, self._codec.encode(targets.part(slice(begin, end))), tokens)
 
 
 class _Sequences:

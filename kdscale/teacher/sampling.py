@@ -51,9 +51,8 @@ def draw(
     weights_NK = torch.zeros(rows, draws + 1, dtype=torch.float32, device=hidden_NH.device)
     for chunk in row_chunks(rows, vocab_size, chunk_bytes_for(None, hidden_NH.device), buffers=6):
         hidden_CH = products.cast(hidden_NH[chunk])
-        logits_CV = products.logits(hidden_CH, hidden_CH.new_empty(len(hidden_CH), vocab_size, dtype=accumulate))
-        if head.softcap is not None:
-            logits_CV = head.softcap * torch.tanh(logits_CV / head.softcap)
+        out_CV = hidden_CH.new_empty(len(hidden_CH), vocab_size, dtype=accumulate)
+        logits_CV = head.capped(products.logits(hidden_CH, out_CV))
         top1_C1 = logits_CV.argmax(1, keepdim=True)
         cdf_CV = torch.softmax(logits_CV / temperature, 1).double().cumsum(1)
         points_CD = uniforms_ND[chunk] * cdf_CV[:, -1:]

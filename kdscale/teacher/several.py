@@ -41,19 +41,19 @@ class Colleague:
         assert batch.tags_N is not None
         return self.shares_L[batch.tags_N].nonzero().squeeze(1)
 
-    def question(self, batch: MicroBatch) -> MicroBatch | None:
+    def question(self, batch: MicroBatch, taught: torch.Tensor) -> MicroBatch | None:
         """The batch with the rows that it teaches; None where there are none, and it need not be asked."""
-        taught = self.taught(batch)
         if not len(taught) and not self.always_asked:
             return None
         return batch if len(taught) == batch.rows else batch.part(taught)
 
     def parts(self, batch: MicroBatch) -> list[TeacherPart]:
         """Its targets of the rows that it teaches; apart, where its share is not the same of all."""
-        question, parts = self.question(batch), []
+        taught, parts = self.taught(batch), []
+        question = self.question(batch, taught)
         if question is None:
             return []
-        targets, taught = self.source.targets(question), self.taught(batch)
+        targets = self.source.targets(question)
         assert batch.tags_N is not None
         shares = self.shares_L[batch.tags_N[taught]]
         for share in shares.unique().tolist():
@@ -79,7 +79,7 @@ class SeveralTeachers:
     def prefetch(self, batch: MicroBatch) -> None:
         """Tell each teacher what it will be asked."""
         for one in self._colleagues.values():
-            if (question := one.question(batch)) is not None:
+            if (question := one.question(batch, one.taught(batch))) is not None:
                 one.source.prefetch(question)
 
     def targets(self, batch: MicroBatch) -> Targets:

@@ -207,8 +207,7 @@ class DistillConfig(SourceSettings):
         if self.tensor_parallel > 1:
             for name, unsupported in (
                 ("sequence_parallel above 1", self.sequence_parallel > 1),
-                ("objectives on the teacher's whole vocabulary (targets: full)", self.needs.full),
-                *((f"the objective {entry.name}", not entry.reads_head_shards) for entry in self.objectives),
+                *((objectives, True) for objectives in self.need_whole_head()),
                 ("objectives on sampled tokens (targets: sampled) of a teacher in the ranks", self._draws_from_shards),
                 *(
                     (f"teacher_placement: {one.teacher_placement}", not one.source.same_on_all_ranks)
@@ -241,6 +240,11 @@ class DistillConfig(SourceSettings):
     def needs(self) -> Needs:
         """The parts of the teacher's targets that the objectives read."""
         return combined(entry.needs for entry in self.objectives)
+
+    def need_whole_head(self) -> list[str]:
+        """The objectives that ranks which share the head's rows cannot compute, in words."""
+        full = ["objectives on the teacher's whole vocabulary (targets: full)"] if self.needs.full else []
+        return full + [f"the objective {entry.name}" for entry in self.objectives if not entry.reads_head_shards]
 
     @property
     def _draws_from_shards(self) -> bool:

@@ -54,7 +54,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, header: StoreHeader, shard: int):
         """What a killed writer left half-written is cut off; nothing that it finished is written again."""
-        self._header, self._files, self._places = header, ShardFiles(folder, shard), header.in_shard(shard)
+        self._identity, self._files, self._places = header.identity, ShardFiles(folder, shard), header.in_shard(shard)
         with explain_os_errors(self._files.data):
             for path in (self._files.data, self._files.index):
                 if os.path.lexists(path):
@@ -73,7 +73,7 @@ class ShardWriter:
         """Write the block of the sequence at place `next`."""
         packed = np.concatenate([np.packbits(block.kept_S, bitorder="little"), block.packed])
         end, rows = self._end + packed.size, int(block.kept_S.sum())
-        of_block = checksum(self._header.identity, self.next, end, rows, block.tokens, packed)
+        of_block = checksum(self._identity, self.next, end, rows, block.tokens, packed)
         entry = np.array([(end, rows, block.tokens, of_block)], INDEX)
         with explain_os_errors(self._files.data):
             _write_all(self._data_stream.fileno(), packed.tobytes())
@@ -117,7 +117,7 @@ class ShardWriter:
                     return index[:number], end
                 block = np.frombuffer(stream.read(size), np.uint8)
                 place, (rows, tokens) = self._places[number], (int(entry["rows"]), int(entry["tokens"]))
-                found = checksum(self._header.identity, place, int(entry["end"]), rows, tokens, block)
+                found = checksum(self._identity, place, int(entry["end"]), rows, tokens, block)
                 if found != int(entry["checksum"]):
                     return index[:number], end
                 end += size
