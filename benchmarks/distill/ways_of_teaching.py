@@ -1,11 +1,11 @@
 """Every way of teaching at the same budget of tokens: what each makes of one pruned student.
 
-    python benchmarks/distill/ways_of_teaching.py --work /tmp/ways --tokens 30000 demo cached-targets match-features
+    python benchmarks/distill/ways_of_teaching.py --work /tmp/ways --tokens 100000 demo smollm2-135m-to-82m-cached
 
-The first config is the common ground: its teacher, text, pruning, optimiser and evaluation are given to all the others.
-What is pruned once is copied into each run folder, so that all begin alike; a way whose config brings text of its own
-prunes for itself. A way that is finished is kept, and one that was killed goes on. Writes ways.csv into --work and
-prints the table. The teacher's folder is the one that the first config names, relative to where this is started.
+The first config is the common ground: its pruning, optimiser and evaluation are given to all the others. It prunes
+once, and every way goes on from a copy of that run folder; one whose config has other text, or another teacher, does
+again what that changes, and is measured on its own held-out text. A way that is finished is kept, and one that was
+killed goes on. Writes ways.csv into --work and prints the table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ COMMON = ("importance", "prune", "eval", "seed")
 COMMON_OF_DISTILL = ("seq_len", "global_batch", "micro_batch", "dtype", "optimizer", "validate_every")
 FIGURES = ("perplexity", "kl_to_teacher", "top1_agreement", "expected_calibration_error")
 COLUMNS = ("way", *FIGURES, "seconds_to_prepare", "seconds_to_distil", "bytes_prepared")
-PRUNED = "prune"
 
 
 def main() -> None:
@@ -39,69 +38,43 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30_000, help="of distillation, for each way")
     parser.add_argument("configs", nargs="+", help="shipped configs or YAML files; the first is the common ground")
     arguments = parser.parse_args()
-    base, rows = load_config(find_config(arguments.configs[0])), []
-    first: RunFolder | None = None
+    base = load_config(find_config(arguments.configs[0]))
+    pruned = arguments.work / "pruned"
+    kdscale("prune", base, base, pruned, arguments.tokens)
+    rows: list[dict[str, Any]] = []
     for name in arguments.configs:
-        config = with_common_ground(load_config(find_config(name)), base, arguments.work / Path(name).stem)
-        run = RunFolder(Path(config.run_dir))
-        if first is not None and not run.path.exists():
-            copy_pruned(first, run)
-        settings = arguments.work / f"{Path(name).stem}.yaml"
-        write_text(settings, dump_config(config))
-        command = [
-            sys.executable,
-            "-m",
-            "kdscale.cli.main",
-            "eval",
-            str(settings),
-            f"--set=distill.tokens={arguments.tokens}",
-        ]
-        subprocess.run(command, check=True)
-        first = first or run
-        rows += [pruned(run)] * (not rows) + [distilled(Path(name).stem, run)]
+        way = Path(name).stem
+        run = RunFolder(arguments.work / way)
+        if is_new := not run.path.exists():
+            shutil.copytree(pruned, run.path)
+        kdscale("eval", load_config(find_config(name)), base, run.path, arguments.tokens, accept_changes=is_new)
+        rows += [{"way": "before distillation", **quality(run, "pruned")}] * (not rows) + [distilled(way, run)]
         write_csv(arguments.work / "ways.csv", rows)
     print(markdown(rows))
 
 
-def with_common_ground(config: Config, base: Config, run_dir: Path) -> Config:
+def kdscale(stage: str, config: Config, base: Config, run_dir: Path, tokens: int, accept_changes: bool = False) -> None:
+    """Bring a run with the config, and what it must share with the others, up to a stage."""
+    settings = run_dir.parent / f"{run_dir.name}.yaml"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    write_text(settings, dump_config(with_common_ground(config, base, run_dir, tokens)))
+    command = [sys.executable, "-m", "kdscale.cli.main", stage, str(settings)]
+    subprocess.run([*command, *(["--accept-changes"] if accept_changes else [])], check=True)
+
+
+def with_common_ground(config: Config, base: Config, run_dir: Path, tokens: int) -> Config:
     """The config with what it must share with the others."""
     tree, common = config.resolved(), base.resolved()
     tree |= {section: common[section] for section in COMMON}
-    tree["distill"] |= {field: common["distill"][field] for field in COMMON_OF_DISTILL}
+    tree["distill"] |= {field: common["distill"][field] for field in COMMON_OF_DISTILL} | {"tokens": tokens}
     return build_config({**tree, "run_dir": str(run_dir)}, str(run_dir))
-
-
-def copy_pruned(source: RunFolder, target: RunFolder) -> None:
-    """Copy what the stages up to pruning left, with their manifests."""
-    names = list(STAGES)
-    for stage in [STAGES[name] for name in names[: names.index(PRUNED) + 1]]:
-        for path in [*(source.at(artifact) for artifact in stage.writes), manifest_path(stage, source)]:
-            copy = target.path / path.relative_to(source.path)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                shutil.copytree(path, copy)
-            elif path.exists():
-                shutil.copy2(path, copy)
-
-
-def pruned(run: RunFolder) -> dict[str, Any]:
-    """The row of the student that all ways begin with."""
-    return {"way": "before distillation", **quality(run, "pruned")}
 
 
 def distilled(way: str, run: RunFolder) -> dict[str, Any]:
     """The row of one way: quality, and what it took."""
-    after_pruning = list(STAGES)[list(STAGES).index(PRUNED) + 1 :]
-    prepared = [
-        STAGES[name] for name in after_pruning if STAGES[name].only_with and manifest_path(STAGES[name], run).exists()
-    ]
-    files = [
-        file
-        for stage in prepared
-        for artifact in stage.writes
-        for file in run.at(artifact).rglob("*")
-        if file.is_file()
-    ]
+    prepared = [stage for stage in STAGES.values() if stage.only_with and manifest_path(stage, run).exists()]
+    folders = [run.at(artifact) for stage in prepared for artifact in stage.writes]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     return {
         "way": way,
         **quality(run, "distilled"),
