@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +59,11 @@ def block_of(header: StoreHeader, place: int) -> Block:
     return Block(kept_S, codec.encode(targets_of(header.settings, int(kept_S.sum()), place)), tokens=1000 + place)
 
 
-def write_shards(folder: Path, header: StoreHeader, shards: range) -> None:
-    """Write these shards, or what is missing of them."""
+def write_shards(folder: Path, header: StoreHeader, shards: range, blocks: Sequence[Block] = ()) -> None:
+    """Write these shards, or what is missing of them; `blocks`: those of all places, if they are there already."""
     for shard in shards:
         writer = ShardWriter(folder, header, shard)
         for place in header.in_shard(shard):
             if place == writer.next:
-                writer.append(block_of(header, place))
+                writer.append(blocks[place] if blocks else block_of(header, place))
         writer.finish()

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from kdscale.teacher.store import writer as writer_module
 from kdscale.teacher.store.format import HEADER_FILE, INDEX, ShardFiles, StoreHeader, read_header
 from kdscale.teacher.store.reader import StoreReader
 from kdscale.teacher.store.writer import ShardWriter, store_lock, write_header
+from tests.integration.forks import fork_ranks
 from tests.unit.teacher.store.conftest import LENGTH, block_of, write_shards
 
 Header = Callable[..., StoreHeader]
@@ -81,16 +83,16 @@ def test_a_writer_that_is_killed_anywhere_goes_on_to_the_same_bytes(
     whole, folder, header = store(), tmp_path / "killed", make_header(SETTINGS[1])
     write_header(folder, header)
     rng, finished = random.Random(3), 0
+    # made before the forks: torch's threads are not there in a fork, and one that waits for them hangs
+    blocks = [block_of(header, place) for place in range(header.sequences)]
+
+    def write_and_die(dies_at: int, share: float, _rank: int) -> None:
+        monkeypatch.setattr(writer_module.os, "write", _deadly_write(dies_at, share))
+        write_shards(folder, header, _unfinished(folder, header), blocks)
+
     for _ in range(10):
         dies_at, share = rng.randrange(1, 6), rng.random()
-        child = os.fork()
-        if not child:
-            monkeypatch.setattr(writer_module.os, "write", _deadly_write(dies_at, share))
-            try:
-                write_shards(folder, header, _unfinished(folder, header))
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert fork_ranks(1, partial(write_and_die, dies_at, share), -signal.SIGKILL) == [-signal.SIGKILL]
         there = sum(ShardFiles(folder, shard).index.stat().st_size for shard in _begun(folder, header))
         assert there >= finished - 20  # at most the entry that was half-written is gone
         finished = there
