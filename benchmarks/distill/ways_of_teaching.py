@@ -5,13 +5,15 @@
 The first config is the common ground: its pruning, optimiser and evaluation are given to all the others. It prunes
 once, and every way goes on from a copy of that run folder; one whose config has other text, or another teacher, does
 again what that changes, and is measured on its own held-out text. A way that is finished is kept, and one that was
-killed goes on. Writes ways.csv into --work and prints the table.
+killed goes on. Times are processor seconds, which other work on the machine hardly changes. Writes ways.csv into --work
+and prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,15 +23,15 @@ from typing import Any
 
 from kdscale.config.load import build_config, dump_config, find_config, load_config
 from kdscale.config.root import Config
-from kdscale.files import read_json, write_text
+from kdscale.files import read_json, write_json, write_text
 from kdscale.pipeline.stage import manifest_path
-from kdscale.pipeline.stages.registry import STAGES
+from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.runs.folder import RunFolder
 
 COMMON = ("importance", "prune", "eval", "seed")
 COMMON_OF_DISTILL = ("seq_len", "global_batch", "micro_batch", "dtype", "optimizer", "validate_every")
 FIGURES = ("perplexity", "kl_to_teacher", "top1_agreement", "expected_calibration_error")
-COLUMNS = ("way", *FIGURES, "seconds_to_prepare", "seconds_to_distil", "bytes_prepared")
+COLUMNS = ("way", *FIGURES, "processor_seconds_to_prepare", "processor_seconds_to_distil", "bytes_prepared")
 
 
 def main() -> None:
@@ -47,10 +49,33 @@ def main() -> None:
         run = RunFolder(arguments.work / way)
         if is_new := not run.path.exists():
             shutil.copytree(pruned, run.path)
-        kdscale("eval", load_config(find_config(name)), base, run.path, arguments.tokens, accept_changes=is_new)
+        teach(load_config(find_config(name)), base, run, arguments.tokens, accept_changes=is_new)
         rows += [{"way": "before distillation", **quality(run, "pruned")}] * (not rows) + [distilled(way, run)]
         write_csv(arguments.work / "ways.csv", rows)
     print(markdown(rows))
+
+
+def teach(config: Config, base: Config, run: RunFolder, tokens: int, accept_changes: bool) -> None:
+    """Bring a run up to its evaluation, what it prepares and the distillation apart; adds up what each of them took."""
+    file = seconds_file(run)
+    taken = read_json(file) if file.exists() else {}
+    stages = [stage.name for stage in stages_of(config) if stage.only_with or stage.across_job]
+    for stage in [*stages, "eval"]:
+        before = processor_seconds()
+        kdscale(stage, config, base, run.path, tokens, accept_changes)
+        taken[stage] = taken.get(stage, 0.0) + processor_seconds() - before
+        write_json(file, taken)
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def seconds_file(run: RunFolder) -> Path:
+    """Where the processor seconds of a way's stages are kept, for a way that goes on."""
+    return run.path.parent / f"{run.path.name}.seconds.json"
 
 
 def kdscale(stage: str, config: Config, base: Config, run_dir: Path, tokens: int, accept_changes: bool = False) -> None:
@@ -75,11 +100,12 @@ def distilled(way: str, run: RunFolder) -> dict[str, Any]:
     prepared = [stage for stage in STAGES.values() if stage.only_with and manifest_path(stage, run).exists()]
     folders = [run.at(artifact) for stage in prepared for artifact in stage.writes]
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    taken = read_json(seconds_file(run))
     return {
         "way": way,
         **quality(run, "distilled"),
-        "seconds_to_prepare": sum(seconds(stage.name, run) for stage in prepared),
-        "seconds_to_distil": seconds("distill", run),
+        "processor_seconds_to_prepare": sum(taken[stage.name] for stage in prepared),
+        "processor_seconds_to_distil": taken["distill"],
         "bytes_prepared": sum(file.stat().st_size for file in files),
     }
 
@@ -88,11 +114,6 @@ def quality(run: RunFolder, model: str) -> dict[str, float]:
     """The figures of one model on held-out text."""
     measured = read_json(run.eval / "eval.json")["models"][model]["quality"]
     return {figure: measured[figure] for figure in FIGURES}
-
-
-def seconds(stage: str, run: RunFolder) -> float:
-    """How long a finished stage took."""
-    return float(read_json(manifest_path(STAGES[stage], run))["seconds"])
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
