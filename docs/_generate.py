@@ -32,7 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def config_fields() -> dict[str, FieldInfo]:
     """Every field of the config by its dotted name; fields of the sections in a list carry the list's name."""
     from kdscale.config.distill.objectives import OBJECTIVES
-    from kdscale.config.response_filters import FILTERS
+    from kdscale.config.responses.filters import FILTERS
     from kdscale.config.root import Config
     from kdscale.config.target_store import CODECS
 
@@ -229,7 +229,7 @@ def objectives() -> str:
 
 def filters() -> str:
     """Every filter that responses.filters can name."""
-    from kdscale.config.response_filters import FILTERS
+    from kdscale.config.responses.filters import FILTERS
 
     rows = [(f"`{name}`", (settings.__doc__ or "").splitlines()[0]) for name, settings in FILTERS.items()]
     return table(("filter", "what it drops"), rows)

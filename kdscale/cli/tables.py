@@ -22,9 +22,10 @@ from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGES, stages_of
-from kdscale.report.comparison import FIGURES, model_title, students, worsened
+from kdscale.report.comparison import FIGURES, students, worsened
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.metrics_log import is_figure, read_metrics
+from kdscale.runs.models import model_title
 from kdscale.sizing.capacity import Capacity
 from kdscale.units import compact_count, compact_size, format_count, format_duration, format_number
 

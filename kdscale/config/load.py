@@ -18,7 +18,7 @@ import kdscale
 from kdscale.config import target_store
 from kdscale.config.distill.settings import DECISIVE_ZERO, FREE_SETTINGS
 from kdscale.config.fields import explain_errors
-from kdscale.config.responses import FREE_RESPONSES
+from kdscale.config.responses.settings import FREE_RESPONSES
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.files import read_text

@@ -15,10 +15,10 @@ from kdscale.config.correct import CorrectConfig
 from kdscale.config.data import RESPONSES_SOURCE, DataConfig
 from kdscale.config.distill.settings import DistillConfig
 from kdscale.config.distill.teachers import TEACHER_SETTINGS
-from kdscale.config.evaluate import EvalConfig
+from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
-from kdscale.config.responses import ResponsesConfig
+from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.config.target_store import TargetsConfig
 from kdscale.config.telemetry import TrackingConfig
 from kdscale.files import sha256_json

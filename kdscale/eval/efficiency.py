@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from kdscale.config.evaluate import EvalConfig
+from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.errors import ERRORS_BY_CODE, Interrupted, KdscaleError, MachineError
 from kdscale.families import load_family
 from kdscale.sizing.model_shape import kv_bytes_per_token

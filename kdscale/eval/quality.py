@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdscale.config.evaluate import EvalConfig
+from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.root import RuntimeConfig
 from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
@@ -37,6 +37,7 @@ from kdscale.models.attention import documents_apart
 from kdscale.models.documents import Documents
 from kdscale.models.head import OutputHead, final_hidden
 from kdscale.models.loading import load_model, load_tokenizer
+from kdscale.runs.models import TEACHER
 from kdscale.runtime.device import release_memory, resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.progress import Bar, Reporter
 from kdscale.runtime.ranks import gather, gather_rows, place_in_group
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCHEMA_VERSION = 1
-TEACHER = "teacher"
 
 
 @dataclass(frozen=True)

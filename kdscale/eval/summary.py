@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdscale.eval.token_stats import TokenStats
+from kdscale.runs.models import DISTILLED, PRUNED, TEACHER
 
 CALIBRATION_BINS = 15
 MOST_TAGS = 12  # that are shown one by one
@@ -121,9 +122,9 @@ def _calibration_difference(late: Scores, early: Scores) -> tuple[float, float |
 
 def gap_closed(ce: Mapping[str, float]) -> float | None:
     """How much of the loss that pruning cost distillation won back; None without all three models or without a cost."""
-    if not {"teacher", "pruned", "distilled"} <= set(ce) or ce["pruned"] <= ce["teacher"]:
+    if not {TEACHER, PRUNED, DISTILLED} <= set(ce) or ce[PRUNED] <= ce[TEACHER]:
         return None
-    return (ce["pruned"] - ce["distilled"]) / (ce["pruned"] - ce["teacher"])
+    return (ce[PRUNED] - ce[DISTILLED]) / (ce[PRUNED] - ce[TEACHER])
 
 
 def mean_and_error(value_N: np.ndarray, cluster_N: np.ndarray) -> tuple[float, float | None]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kdscale.runs.models import CORRECTED, TEACHER
 from kdscale.units import decimals, format_count, format_number, format_size
 
-TEACHER = "teacher"  # what the others are compared with, where it is there
-CORRECTED = "corrected"  # the teacher after its fine-tuning; no student either
 NOISE = 2.0  # standard errors that a difference must exceed to be called one
 _LOSS, _FROM_LOSS = "ce", ("ce", "perplexity", "bits_per_byte")  # all of these fall and rise together
 _TIMING_NOISE = 0.03  # speeds nearer to each other than this are called alike
@@ -47,11 +46,6 @@ FIGURES = (
     Figure("Speed and memory", "efficiency", "decode_tokens_per_second", "Decode, tokens/s", "number", "higher"),
     Figure("Speed and memory", "efficiency", "peak_memory_bytes", "Peak memory", "size", "lower"),
 )  # fmt: skip
-
-
-def model_title(name: str) -> str:
-    """A model's name in eval.json as a column title: `distilled` → `Distilled`."""
-    return name.replace("_", " ").capitalize()
 
 
 def students(evaluation: Mapping[str, Any]) -> list[str]:

@@ -17,9 +17,10 @@ from kdscale import units
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.report import pruning_facts, training_facts
-from kdscale.report.comparison import NOISE, TEACHER, comparison, model_title, students, worsened
+from kdscale.report.comparison import NOISE, comparison, students, worsened
 from kdscale.runs.folder import METRICS
 from kdscale.runs.metrics_log import read_metrics
+from kdscale.runs.models import TEACHER, model_title
 
 SCHEMA_VERSION = 1
 

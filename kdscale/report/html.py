@@ -18,13 +18,13 @@ from ruamel.yaml import YAML
 from kdscale import units
 from kdscale.files import write_json, write_text
 from kdscale.report import importance_plots, pruning_plots, training_plots
-from kdscale.report.comparison import TEACHER, model_title
 from kdscale.report.facts import for_json, gather
+from kdscale.runs.models import DISTILLED, PRUNED, TEACHER, model_title
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 # Classes of report.css.j2: models with a colour of their own, and those that other models take in turn.
-_MODEL_CLASSES = ("teacher", "pruned", "distilled")
+_MODEL_CLASSES = (TEACHER, PRUNED, DISTILLED)
 _OTHER_CLASSES = ("other-1", "other-2", "other-3")
 
 _MISSING_NOTES = {

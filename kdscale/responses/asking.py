@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdscale.config.endpoint import EndpointConfig
-from kdscale.config.responses import LimitsConfig, ResponsesConfig
+from kdscale.config.responses.settings import LimitsConfig, ResponsesConfig
 from kdscale.errors import Interrupted, ServiceError, SpendingLimitError
 from kdscale.responses.client import Client, NotNowError, RefusedError
 from kdscale.responses.journal import Journal, Usage, usage_of

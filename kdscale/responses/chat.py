@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdscale.config.responses import ResponsesConfig
+from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.errors import ServiceError
 from kdscale.responses.asking import Question
 from kdscale.responses.client import NotNowError

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from kdscale.config.response_filters import DuplicatesConfig
+from kdscale.config.responses.filters import DuplicatesConfig
 from kdscale.responses.filters import Group, Tools
 from kdscale.runtime.packages import require_packages
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Protocol
 
-from kdscale.config.response_filters import FilterConfig, LengthConfig, RefusalsConfig, VoteConfig
-from kdscale.config.responses import ResponsesConfig
+from kdscale.config.responses.filters import FilterConfig, LengthConfig, RefusalsConfig, VoteConfig
+from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.responses.chat import Answer
 from kdscale.responses.prompts import Prompt
 from kdscale.runtime.progress import Reporter

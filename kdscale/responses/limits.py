@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from kdscale.config.responses import LimitsConfig
+from kdscale.config.responses.settings import LimitsConfig
 from kdscale.responses.journal import Usage
 
 

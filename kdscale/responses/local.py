@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kdscale.config.responses import ResponsesConfig, SamplingConfig
+from kdscale.config.responses.settings import ResponsesConfig, SamplingConfig
 from kdscale.errors import ConfigError, DataError
 from kdscale.responses.journal import Journal, key_of
 from kdscale.responses.prompts import Prompt

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.config.data import SourceConfig
-from kdscale.config.responses import PromptSourceConfig, ResponsesConfig
+from kdscale.config.responses.settings import PromptSourceConfig, ResponsesConfig
 from kdscale.data.readers import jsonl
 from kdscale.data.readers.chat import parse_messages
 from kdscale.data.readers.records import checked_text

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from kdscale.config.response_filters import RewardConfig
+from kdscale.config.responses.filters import RewardConfig
 from kdscale.responses import chat
 from kdscale.responses.asking import Question, RequestPolicy, ask_all
 from kdscale.responses.client import NotNowError

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from kdscale.files import atomic_dir, read_json
 from kdscale.pipeline.spawn import join_ranks, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.runs.models import models_of_run
 
 _FILE = "eval.json"
 
@@ -26,8 +27,7 @@ def evaluate_rank(context: StageContext) -> None:
 
     run, config = context.run, context.config
     device = join_ranks(context)
-    corrected = {} if context.corrected is None else {"corrected": context.corrected}
-    models = {"teacher": context.teacher, **corrected, "pruned": run.pruned, "distilled": run.student}
+    models = models_of_run(run, config, context.teacher)
     with atomic_dir(run.eval) if is_writer() else nullcontext() as tmp:
         quality.evaluate(
             models, run.data, config.eval, config.runtime, None if tmp is None else tmp / _FILE, context.reporter,

@@ -12,9 +12,9 @@ from kdscale.config.root import Config
 from kdscale.models import loading
 from kdscale.pipeline import calibration
 from kdscale.pipeline.calibration import scoring_batches
+from kdscale.pipeline.probes import by_probes
 from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
-from kdscale.pipeline.stages.probes import by_probes
 from kdscale.prune.search.latency import LATENCY_KINDS
 from kdscale.units import format_count
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config.data import RESPONSES_SOURCE
-from kdscale.config.responses import ResponsesConfig
+from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.config.root import Config
 from kdscale.pipeline.spawn import join_ranks, own_rank, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdscale.config.evaluate import EvalConfig
+from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.errors import CheckpointError, ConfigError, Interrupted, MachineError
 from kdscale.eval import efficiency
 from kdscale.runtime.progress import Reporter

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdscale.config.data import DataConfig, SourceConfig
-from kdscale.config.evaluate import EvalConfig
+from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.root import RuntimeConfig
 from kdscale.data.token_store import TokenStore
 from kdscale.eval import efficiency, quality

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kdscale.config.responses import ResponsesConfig
+from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.errors import ConfigError, Interrupted, KdscaleError, ServiceError, SpendingLimitError
 from kdscale.responses import asking
 from kdscale.responses.asking import RequestPolicy, ask_all

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdscale.config.responses import ResponsesConfig, SamplingConfig
+from kdscale.config.responses.settings import ResponsesConfig, SamplingConfig
 from kdscale.errors import ConfigError, DataError
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.responses.journal import Journal

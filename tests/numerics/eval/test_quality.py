@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdscale.config.data import DataConfig, SourceConfig
-from kdscale.config.evaluate import EvalConfig
+from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.root import RuntimeConfig
 from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches

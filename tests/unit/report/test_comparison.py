@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kdscale.report.comparison import comparison, model_title, students, worsened, written
+from kdscale.report.comparison import comparison, students, worsened, written
+from kdscale.runs.models import model_title
 
 
 def rows(**models: dict[str, Any]) -> dict[str, dict[str, Any]]:

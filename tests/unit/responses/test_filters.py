@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kdscale.config.load import build_config
-from kdscale.config.response_filters import FILTERS, FilterConfig
-from kdscale.config.responses import ResponsesConfig
+from kdscale.config.responses.filters import FILTERS, FilterConfig
+from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.errors import ConfigError
 from kdscale.responses.chat import Answer
 from kdscale.responses.filters import Group, Tools, make_filters

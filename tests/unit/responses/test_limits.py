@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdscale.config.responses import LimitsConfig
+from kdscale.config.responses.settings import LimitsConfig
 from kdscale.responses.journal import Usage
 from kdscale.responses.limits import Budget, Pace
 

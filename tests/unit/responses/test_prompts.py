@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kdscale.config.responses import ResponsesConfig
+from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.errors import DataError
 from kdscale.responses.prompts import Prompts
 

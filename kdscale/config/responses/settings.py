@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Count, Dtype, Few, Length, Section
-from kdscale.config.response_filters import FilterEntry
+from kdscale.config.responses.filters import FilterEntry
 
 Money = Annotated[float, Field(ge=0.0, le=1e9)]
 
