@@ -32,6 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def config_fields() -> dict[str, FieldInfo]:
     """Every field of the config by its dotted name; fields of the sections in a list carry the list's name."""
     from kdscale.config.distill.objectives import OBJECTIVES
+    from kdscale.config.quantize import FORMS
     from kdscale.config.responses.filters import FILTERS
     from kdscale.config.root import Config
     from kdscale.config.target_store import CODECS
@@ -39,6 +40,7 @@ def config_fields() -> dict[str, FieldInfo]:
     fields = dict(_fields(Config, ""))
     tables = {
         "distill.objectives.": OBJECTIVES, "targets.codec.": CODECS, "responses.filters.": FILTERS,
+        "quantize.forms.": FORMS,
     }  # fmt: skip
     for prefix, table in tables.items():
         for settings in table.values():

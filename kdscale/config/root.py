@@ -18,6 +18,7 @@ from kdscale.config.distill.teachers import TEACHER_SETTINGS
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
+from kdscale.config.quantize import QuantizeConfig
 from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.config.target_store import TargetsConfig
 from kdscale.config.telemetry import TrackingConfig
@@ -71,6 +72,7 @@ class Config(Section):
     prune: PruneConfig
     targets: TargetsConfig | None = None  # None: no targets are stored
     distill: DistillConfig = DistillConfig()
+    quantize: QuantizeConfig | None = None  # None: the student is written as it was distilled, and in no other form
     eval: EvalConfig = EvalConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -135,6 +137,7 @@ class Config(Section):
                 "run_dir": f"{self.run_dir}/steps/{index + 1}-{step.name}",
                 "prune": _merged(inherited, step.prune),
                 "distill": _merged(tree["distill"], step.distill),
+                "quantize": None,
                 "steps": (),
             }
         )
@@ -163,6 +166,7 @@ class Config(Section):
                 "name": f"{self.name}-correct",
                 "run_dir": f"{self.run_dir}/work/correct",
                 "correct": None,
+                "quantize": None,
                 "distill": {**distill, "tokens": self.correct.tokens or few},
                 "steps": (),
             }

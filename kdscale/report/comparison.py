@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kdscale.runs.models import CORRECTED, TEACHER
+from kdscale.runs.models import CORRECTED, TEACHER, is_quantized
 from kdscale.units import decimals, format_count, format_number, format_size
 
 NOISE = 2.0  # standard errors that a difference must exceed to be called one
@@ -49,8 +49,11 @@ FIGURES = (
 
 
 def students(evaluation: Mapping[str, Any]) -> list[str]:
-    """The evaluated models that are no teacher, in the order of the evaluation; the last is the run's result."""
-    return [name for name in evaluation["models"] if name not in (TEACHER, CORRECTED)]
+    """The evaluated models that are no teacher, in the order of the evaluation; the last is the run's result.
+
+    Its quantised forms are none: they are the same student in fewer bits.
+    """
+    return [name for name in evaluation["models"] if name not in (TEACHER, CORRECTED) and not is_quantized(name)]
 
 
 def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one man
   responses/ (a journal of all answers, and those that are kept)
   data/  corrected/ (the teacher after its correction)  importance/  speed.json (timings of shapes)  plan.json  pruned/
   repair.json (what compensation won back)  targets/ (stored targets, or a link to where they are)  checkpoints/
-  student/  eval/  report/
+  student/  quantized/ (the student in forms with fewer bits)  eval/  report/
   steps/ (a run folder for each step before the last)
 """
 
@@ -73,6 +73,7 @@ TARGETS_HEADER = Artifact("targets", ("store.json",))  # it says which targets t
 CHECKPOINTS = Artifact("checkpoints")
 STUDENT = Artifact("student")
 STUDENT_WEIGHTS = Artifact("student", WEIGHTS)
+QUANTIZED = Artifact("quantized")
 EVAL = Artifact("eval")
 REPORT = Artifact("report")
 METRICS = Artifact("logs/metrics.jsonl")
@@ -164,6 +165,7 @@ class RunFolder:
         self.responses = self.at(RESPONSES)
         self.data, self.importance, self.plan = self.at(DATA), self.at(IMPORTANCE), self.at(PLAN)
         self.pruned, self.repair, self.student = self.at(PRUNED), self.at(REPAIR), self.at(STUDENT)
+        self.quantized = self.at(QUANTIZED)
         self.checkpoints, self.metrics = self.at(CHECKPOINTS), self.at(METRICS)
         self.eval, self.report = self.at(EVAL), self.at(REPORT)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kdscale.config.quantize import FORMS
 from kdscale.config.root import Config
 from kdscale.runs.folder import CORRECTED as CORRECTED_FOLDER
 from kdscale.runs.folder import PRUNED as PRUNED_FOLDER
@@ -24,9 +25,22 @@ def models_of_run(run: RunFolder, config: Config, teacher: Path) -> dict[str, Pa
     folders = {PRUNED: PRUNED_FOLDER, DISTILLED: STUDENT}
     if config.correct is not None:
         folders = {CORRECTED: CORRECTED_FOLDER, **folders}
-    return {TEACHER: teacher, **{name: run.at(folder) for name, folder in folders.items()}}
+    forms = config.quantize.forms if config.quantize is not None else ()
+    return {
+        TEACHER: teacher,
+        **{name: run.at(folder) for name, folder in folders.items()},
+        **{form.label: run.quantized / form.label for form in forms},
+    }
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a model of a run, by its name, is the result in a form with fewer bits, and no further student."""
+    return name.partition("_")[0] in FORMS
 
 
 def model_title(name: str) -> str:
-    """A model's name as a column title: `distilled` → `Distilled`."""
+    """A model's name as a column title: `distilled` → `Distilled`, `int4_gptq_g32` → `INT4 GPTQ g32`."""
+    if is_quantized(name):
+        form, *details = name.split("_")
+        return " ".join([form.upper(), *(word if word[-1:].isdigit() else word.upper() for word in details)])
     return name.replace("_", " ").capitalize()

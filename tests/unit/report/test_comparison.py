@@ -27,15 +27,15 @@ def test_speeds_that_differ_by_noise_are_alike() -> None:
 
 def test_the_columns_are_the_models_of_the_evaluation() -> None:
     models = {name: {"size": {"parameters": size}} for name, size in
-              {"teacher": 8, "pruned": 4, "distilled": 4, "quantized_int4": 1}.items()}  # fmt: skip
+              {"teacher": 8, "pruned": 4, "distilled": 4, "int4_gptq_g32": 1}.items()}  # fmt: skip
     cells = rows(**models)["parameters"]["cells"]
     assert {name: cell["ratio"] for name, cell in cells.items()} == {
-        "teacher": 1.0, "pruned": 0.5, "distilled": 0.5, "quantized_int4": 0.125,
+        "teacher": 1.0, "pruned": 0.5, "distilled": 0.5, "int4_gptq_g32": 0.125,
     }  # fmt: skip
     assert list(cells) == list(models)
-    assert rows(**models)["parameters"]["best"] == ["quantized_int4"]
-    assert students({"models": models}) == ["pruned", "distilled", "quantized_int4"]
-    assert model_title("quantized_int4") == "Quantized int4"
+    assert rows(**models)["parameters"]["best"] == ["int4_gptq_g32"]
+    assert students({"models": models}) == ["pruned", "distilled"]
+    assert model_title("int4_gptq_g32") == "INT4 GPTQ g32"
 
 
 def test_sources_are_rows_between_quality_and_size() -> None:
