@@ -16,6 +16,7 @@ from kdscale.responses.journal import Usage, key_of
 from kdscale.responses.prompts import Prompt
 
 PATH = "chat/completions"
+ANSWER = "choices.0.message.content"  # where the text of the first answer is
 _BYTES_A_TOKEN = 3  # of a prompt, until the endpoint has counted; English has four, code three
 
 

@@ -101,16 +101,22 @@ class Refusals:
     def __init__(self, settings: RefusalsConfig, tools: Tools):
         del tools
         self._name = settings.name
-        ours = _REFUSALS if settings.builtin else ()
-        self._patterns = [re.compile(pattern, re.IGNORECASE | re.DOTALL) for pattern in (*ours, *settings.patterns)]
+        self._refuses = refusal_test(settings.patterns, settings.builtin)
 
     def __call__(self, groups: Sequence[Group]) -> None:
         """Drop answers that one of the patterns matches."""
         for group in groups:
             for answer in group.kept:
-                beginning = answer.text[:_SEARCHED_CHARS]
-                if any(pattern.search(beginning) for pattern in self._patterns):
+                if self._refuses(answer.text):
                     answer.dropped_by = self._name
+
+
+def refusal_test(patterns: Sequence[str] = (), builtin: bool = True) -> Callable[[str], bool]:
+    """Whether a text begins as a refusal: by our own list, and by `patterns` beside it."""
+    compiled = [
+        re.compile(one, re.IGNORECASE | re.DOTALL) for one in (*(_REFUSALS if builtin else ()), *patterns)
+    ]  # fmt: skip
+    return lambda text: any(pattern.search(text[:_SEARCHED_CHARS]) for pattern in compiled)
 
 
 class Vote:

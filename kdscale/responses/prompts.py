@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kdscale.config.data import SourceConfig
-from kdscale.config.responses.settings import PromptSourceConfig, ResponsesConfig
+from kdscale.config.responses.settings import PromptSourceConfig
 from kdscale.data.readers import jsonl
 from kdscale.data.readers.chat import parse_messages
 from kdscale.data.readers.records import checked_text
@@ -29,17 +29,27 @@ class Prompt:
     where: str
 
 
+class PromptSettings(Protocol):
+    """Where prompts are, and the system message of chats that have none."""
+
+    @property
+    def prompts(self) -> tuple[PromptSourceConfig, ...]: ...
+    @property
+    def system(self) -> str | None: ...
+
+
 class Prompts:
     """All prompts of a config, in the order of its files; read from the disk each time, and never held together."""
 
-    def __init__(self, settings: ResponsesConfig):
-        self._settings = settings
+    def __init__(self, settings: PromptSettings, section: str = "responses.prompts"):
+        """`section` of the config has the sources: messages name it."""
+        self._settings, self._section = settings, section
 
     def __iter__(self) -> Iterator[Prompt]:
         """Raises DataError, with file and line, for what is no prompt, and for a file without any."""
         for source in self._settings.prompts:
             count = 0
-            for where, value in _values(source):
+            for where, value in _values(source, self._section):
                 count += 1
                 yield Prompt(self._messages(value, source.field, where), where)
             if not count:
@@ -47,22 +57,22 @@ class Prompts:
 
     def digests(self) -> dict[str, str]:
         """sha256 of each file, by its path in the config. Raises DataError for one that is missing."""
-        return {source.path: sha256_file(_file(source)) for source in self._settings.prompts}
+        return {source.path: sha256_file(_file(source, self._section)) for source in self._settings.prompts}
 
     def _messages(self, value: str | dict[str, Any], field: str, where: str) -> list[dict[str, str]]:
         """The chat of a line or record: without its last answer, and with the system message of the config."""
         if isinstance(value, dict) and "messages" in value:
             messages = _to_be_answered(value["messages"], where)
         else:
-            messages = [{"role": "user", "content": _text(value, field, where)}]
+            messages = [{"role": "user", "content": _text(value, field, where, self._section)}]
         if self._settings.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._settings.system}, *messages]
         return messages
 
 
-def _values(source: PromptSourceConfig) -> Iterator[tuple[str, str | dict[str, Any]]]:
+def _values(source: PromptSourceConfig, section: str) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """Where each prompt is, and the line or record."""
-    path = _file(source)
+    path = _file(source, section)
     if path.name.endswith(".txt"):
         with path.open("rb") as stream:
             for number, line in numbered_lines(stream, path):
@@ -71,7 +81,7 @@ def _values(source: PromptSourceConfig) -> Iterator[tuple[str, str | dict[str, A
         yield from jsonl.read(str(path), SourceConfig(path=source.path))
 
 
-def _text(value: str | dict[str, Any], field: str, where: str) -> str:
+def _text(value: str | dict[str, Any], field: str, where: str, section: str) -> str:
     """The prompt of a line or record. Raises DataError for a record without one."""
     if isinstance(value, str):
         return value
@@ -80,7 +90,7 @@ def _text(value: str | dict[str, Any], field: str, where: str) -> str:
         raise DataError(
             what, expected="a prompt, or `messages`",
             got=f"fields {sorted(value)}" if text is None else repr(text)[:100],
-            hint="set `field` of this source in responses.prompts",
+            hint=f"set `field` of this source in {section}",
         )  # fmt: skip
     return checked_text(text, what)
 
@@ -99,7 +109,7 @@ def _to_be_answered(chat: Any, where: str) -> list[dict[str, str]]:
     return messages
 
 
-def _file(source: PromptSourceConfig) -> Path:
+def _file(source: PromptSourceConfig, section: str) -> Path:
     """The file of a source. Raises DataError for one that is missing or of another kind."""
     if source.path == BUILTIN:
         path = Path(str(resources.files("kdscale.responses") / "questions.txt"))
@@ -107,7 +117,7 @@ def _file(source: PromptSourceConfig) -> Path:
         path = Path(source.path).expanduser()
     if not path.is_file() or not path.name.endswith(_SUFFIXES):
         raise DataError(
-            f"responses.prompts: {source.path}", expected=f"a file that ends in {', '.join(_SUFFIXES)}, or {BUILTIN}",
+            f"{section}: {source.path}", expected=f"a file that ends in {', '.join(_SUFFIXES)}, or {BUILTIN}",
             got="a file of another kind" if path.is_file() else "no such file", hint="check the path",
         )  # fmt: skip
     return path

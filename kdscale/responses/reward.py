@@ -69,15 +69,26 @@ class Reward:
 
 def _score_of(tree: dict[str, Any], settings: RewardConfig) -> dict[str, Any]:
     """Raises NotNowError for an answer without a number."""
-    field = settings.score_field if settings.style == "json" else "choices.0.message.content"
-    value: Any = tree
+    field = settings.score_field if settings.style == "json" else chat.ANSWER
+    value = value_at(tree, field)
+    if settings.style == "judge" and isinstance(value, str) and (found := _NUMBER.search(value)):
+        value = float(found[0])
+    return {"score": number(value, field)}
+
+
+def value_at(tree: Any, field: str) -> Any:
+    """What an answer has at a dotted field such as `data.0.score`. Raises NotNowError where it has none."""
+    value = tree
     for name in field.split("."):
         try:
             value = value[int(name)] if isinstance(value, list) else value[name]
         except (LookupError, TypeError, ValueError) as error:
             raise NotNowError(f"no {field} in the answer: {json.dumps(tree)[:200]}") from error
-    if settings.style == "judge" and isinstance(value, str) and (found := _NUMBER.search(value)):
-        value = float(found[0])
+    return value
+
+
+def number(value: Any, field: str) -> float:
+    """`value`, which an answer has at `field`. Raises NotNowError for what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise NotNowError(f"{field}: expected a number, got {value!r:.200}")
-    return {"score": float(value)}
+    return float(value)
