@@ -1,0 +1,1 @@
+"""What models can do: tasks with right answers, by lm-evaluation-harness, compared item by item."""

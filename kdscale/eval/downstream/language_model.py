@@ -1,0 +1,124 @@
+"""A loaded transformers model as lm-evaluation-harness wants it, in bounded memory and shared by ranks.
+
+The harness's own class for such models makes the logits of every position in the dtype of the model. Here sequences lie
+in one row without padding, the head sees only positions whose tokens are scored, and log-probabilities are fp32.
+
+B sequences of a batch, S positions of all of them, N scored tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from kdscale.errors import DataError
+from kdscale.eval.token_stats import CHUNK_BYTES, checked_head
+from kdscale.models.attention import documents_apart
+from kdscale.models.documents import Documents
+from kdscale.models.head import OutputHead, final_hidden
+from kdscale.runtime.progress import Bar
+from kdscale.runtime.ranks import all_reduce_sum, gather, place_in_group, unequal_work
+
+_BATCHES = 8  # between two signs of progress while texts are generated
+_Request = tuple[tuple[str, str], list[int], list[int]]  # the two texts, and the ids of each
+
+
+class LanguageModel(HFLM):
+    """Answers the harness's requests; every rank is given all of them, answers a share, and gets all answers."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int, bar: Bar | None = None):
+        # the harness gives the tokenizer a padding token, and the model's caller may not want one
+        super().__init__(pretrained=model, tokenizer=copy.copy(tokenizer), batch_size=batch_size, backend="causal")
+        self._bar = bar
+
+    def count(self, requests: int) -> None:
+        """Show that so many requests are answered."""
+        if self._bar is not None:
+            self._bar.advance(requests * place_in_group()[1])  # the bar is that of one rank
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Natural logarithm of the probability of each continuation, and whether it is the most likely one."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """As `loglikelihood`, of tokens. Continuations that differ in their last token alone share one forward."""
+        inputs: dict[tuple[int, ...], list[int]] = {}
+        for number, (texts, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise DataError(
+                    "an answer cannot be scored", expected=f"1 to {self.max_length:,} tokens",
+                    got=f"{len(continuation):,}: {texts[1]!r:.80}",
+                )  # fmt: skip
+            ids = (context + continuation)[-(self.max_length + 1) :][:-1]
+            inputs.setdefault(tuple(ids), []).append(number)
+        longest_first = sorted(inputs, key=lambda ids: (-len(ids), ids))
+        rank, ranks = place_in_group()
+        answers = torch.zeros(len(requests), 2, dtype=torch.float64)
+        head = checked_head(self.model, "the model").detached()
+        with unequal_work():
+            for batch in _batches(longest_first[rank::ranks], self.batch_size):
+                numbers = [number for ids in batch for number in inputs[ids]]
+                conts = [[requests[number][2] for number in inputs[ids]] for ids in batch]
+                answers[numbers] = self._score(head, batch, conts)
+                self.count(len(numbers))
+        all_reduce_sum(answers)  # each rank left zeros for what others answered
+        return [(float(value), bool(greedy)) for value, greedy in answers]
+
+    @torch.inference_mode()
+    def _score(self, head: OutputHead, batch: Sequence[tuple[int, ...]], conts: list[list[list[int]]]) -> Tensor:
+        """Log-likelihood and whether it is the greedy answer, fp64 [requests of the batch, 2]."""
+        ids_1S = torch.tensor([[token for ids in batch for token in ids]])
+        places_1S = torch.cat([torch.arange(len(ids)) for ids in batch])[None]
+        rows: list[int] = []
+        labels: list[int] = []
+        lengths: list[int] = []
+        end = 0
+        for ids, answers in zip(batch, conts, strict=True):
+            end += len(ids)
+            for answer in answers:
+                rows += range(end - len(answer), end)
+                labels += answer
+                lengths.append(len(answer))
+        with documents_apart(self.model):
+            hidden_1SH = final_hidden(
+                self.model, ids_1S.to(self.device), places_1S.to(self.device),
+                Documents.of(places_1S).to(self.device),
+            )  # fmt: skip
+        hidden_NH = hidden_1SH[0, torch.tensor(rows, device=hidden_1SH.device)]
+        labels_N1 = torch.tensor(labels, device=hidden_NH.device)[:, None]
+        parts = []
+        size = max(1, CHUNK_BYTES // (4 * head.vocab))
+        for first in range(0, len(labels), size):
+            chunk = slice(first, first + size)
+            logits_CV = head.logits(hidden_NH[chunk])
+            value_C = logits_CV.gather(1, labels_N1[chunk])[:, 0] - logits_CV.logsumexp(1)
+            parts.append(torch.stack([value_C, (logits_CV.argmax(1) == labels_N1[chunk, 0]).float()], 1))
+        by_token_N2 = torch.cat(parts).cpu().double()
+        answers_of = [torch.stack([part[:, 0].sum(), part[:, 1].min()]) for part in by_token_N2.split(lengths)]
+        return torch.stack(answers_of)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """What the model writes after each prompt."""
+        rank, ranks = place_in_group()
+        mine = requests[rank::ranks]
+        written: list[str] = []
+        with unequal_work():
+            for batch in _batches(mine, self.batch_size * _BATCHES):
+                written += super().generate_until(list(batch), disable_tqdm=True)
+                self.count(len(batch))
+        by_rank = gather(written)
+        return [by_rank[i % ranks][i // ranks] for i in range(len(requests))]
+
+
+def _batches(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(values), size):
+        yield values[first : first + size]

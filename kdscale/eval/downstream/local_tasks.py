@@ -1,0 +1,249 @@
+"""Tasks in files of the user's own, in lm-evaluation-harness's YAML format, with their items beside them.
+
+The harness imports Python that a task file names and reads files wherever it points. Here a task file is data: no
+tags, no functions, no files outside its folder. Its items are read here too, so that nothing is downloaded or cached.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdscale.config.load import parse_yaml
+from kdscale.errors import ConfigError, DataError, KdscaleError
+from kdscale.files import parse_json, read_text, safe_join
+
+BUILTIN = "builtin"
+_BUILTIN_FOLDER = Path(__file__).parent / BUILTIN
+_SUFFIXES = (".yaml", ".yml")
+_MOST_ITEMS = 1_000_000
+_MOST_BYTES = 1 << 30
+
+_TEXTS = ("doc_to_text", "doc_to_target", "doc_to_choice", "description", "target_delimiter", "fewshot_delimiter")
+# What a local file may say; all of it is data. The other keys of the harness name functions, prompts of other
+# packages, or pictures and sound.
+_KEYS = (
+    "task", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split",
+    "fewshot_split", *_TEXTS, "fewshot_config", "num_fewshot", "metric_list", "output_type", "generation_kwargs",
+    "repeats", "filter_list", "gen_prefix", "metadata", "tag", "task_alias", "include", "should_decontaminate",
+    "doc_to_decontamination_query",
+)  # fmt: skip
+_IGNORED = ("tag", "task_alias", "include", "should_decontaminate", "doc_to_decontamination_query")
+_FEWSHOT_KEYS = ("sampler", "split", "samples", "fewshot_indices", *_TEXTS, "gen_prefix")
+OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood")
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """A task read from a file: the harness's settings, and the items of each split."""
+
+    name: str
+    settings: dict[str, Any]
+    items: Mapping[str, list[dict[str, Any]]]
+    files: tuple[Path, ...]  # all that it was read from
+
+
+def builtin_names() -> list[str]:
+    """Names that `builtin:NAME` accepts."""
+    return sorted(file.stem for file in _BUILTIN_FOLDER.glob("*.yaml"))
+
+
+def is_local(name: str) -> bool:
+    """Whether a name of the config stands for files: `builtin`, `builtin:NAME`, or a path."""
+    return name.partition(":")[0] == BUILTIN or "/" in name or name.endswith(_SUFFIXES) or Path(name).is_dir()
+
+
+def task_files(name: str) -> list[Path]:
+    """The task files that a local name stands for. Raises ConfigError where there are none."""
+    if name == BUILTIN:
+        return [_BUILTIN_FOLDER / f"{one}.yaml" for one in builtin_names()]
+    if name.startswith(f"{BUILTIN}:"):
+        wanted, known = name.partition(":")[2], builtin_names()
+        if wanted not in known:
+            near = difflib.get_close_matches(wanted, known, n=1)
+            raise ConfigError(
+                f"the task {name}", expected=f"{BUILTIN}:NAME with one of {', '.join(known)}", got="no such task",
+                hint=f"did you mean {BUILTIN}:{near[0]}?" if near else f"{BUILTIN} alone stands for all of them",
+            )  # fmt: skip
+        return [_BUILTIN_FOLDER / f"{wanted}.yaml"]
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ConfigError(f"the task {name}", expected="a YAML file, or a folder of them", got="no such file or folder")
+    files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+    tasks = [file for file in files if not file.name.startswith("_")]  # the harness's mark of what others include
+    if not tasks:
+        raise ConfigError(f"the task {name}", expected="YAML files of tasks in this folder", got="none")
+    return tasks
+
+
+def read_task(file: Path) -> LocalTask:
+    """Read one task file and its items.
+
+    Raises ConfigError for what is no task, or more than data, and DataError for items that cannot be read.
+    """
+    settings, files = _read_settings(file, ())
+    _check_settings(file, settings)
+    folder = file.parent
+    source = str(settings["dataset_path"])
+    splits = _data_files(file, settings)
+    items: dict[str, list[dict[str, Any]]] = {}
+    for split, names in splits.items():
+        paths = [_inside(folder, name, file) for name in names]
+        items[split] = [item for path in paths for item in _read_items(path, source)]
+        files += paths
+    for key in ("test_split", "validation_split", "training_split", "fewshot_split"):
+        wanted = settings.get(key)
+        if wanted is not None and wanted not in items:
+            raise ConfigError(f"{file}: {key}", expected=f"one of {', '.join(items)}", got=str(wanted))
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in (*_IGNORED, "dataset_path", "dataset_name", "dataset_kwargs")
+    }
+    return LocalTask(str(settings["task"]), kept, items, tuple(dict.fromkeys(files)))
+
+
+def _read_settings(file: Path, outer: Sequence[Path]) -> tuple[dict[str, Any], list[Path]]:
+    if file in outer:
+        raise ConfigError(f"{file}: include", expected="files that do not include each other", got=str(file))
+    tree = parse_yaml(read_text(file, ConfigError), str(file))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} is no task", expected="a mapping with the key task", got=type(tree).__name__)
+    included = tree.get("include") or []
+    merged: dict[str, Any] = {}
+    files = [file]
+    for name in [included] if isinstance(included, str) else included:
+        settings, more = _read_settings(_inside(file.parent, name, file), (*outer, file))
+        merged |= settings
+        files += more
+    return {**merged, **tree}, files
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError with everything that is wrong."""
+    problems = list(_problems(settings))
+    if problems:
+        listed = "".join(f"\n  - {problem}" for problem in problems)
+        raise ConfigError(f"{file} cannot be used as a task:{listed}")
+
+
+def _problems(settings: Mapping[str, Any]) -> Iterator[str]:
+    if "group" in settings or not isinstance(settings.get("task"), str):
+        yield "task: expected the task's name; a group is a folder, or a list in eval.downstream.tasks"
+    for key in settings:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            why = f"did you mean {near[0]}?" if near else "kdscale runs no code that a task file names"
+            yield f"{key}: not a key of a local task ({why})"
+    kind = settings.get("output_type", "generate_until")
+    if kind not in OUTPUT_TYPES:
+        yield f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {kind!r}"
+    needed = ["dataset_path", "doc_to_text", "doc_to_target", *(["doc_to_choice"] if kind == OUTPUT_TYPES[0] else [])]
+    yield from (f"{key}: required, but not given" for key in needed if settings.get(key) is None)
+    if (source := settings.get("dataset_path")) is not None and source not in _READERS:
+        yield f"dataset_path: expected one of {', '.join(_READERS)}, whose files are beside the task, got {source!r}"
+    if settings.get("test_split") is None and settings.get("validation_split") is None:
+        yield "test_split: required, but not given"
+    yield from _nested_problems("metric_list", settings.get("metric_list") or [])
+    yield from _nested_problems("filter_list", settings.get("filter_list") or [])
+    fewshot = settings.get("fewshot_config") or {}
+    if not isinstance(fewshot, dict):
+        yield f"fewshot_config: expected a mapping, got {type(fewshot).__name__}"
+    else:
+        yield from (f"fewshot_config.{key}: not a key of a local task" for key in fewshot if key not in _FEWSHOT_KEYS)
+    shots = settings.get("num_fewshot")
+    if shots is not None and (type(shots) is not int or not 0 <= shots <= 1000):
+        yield f"num_fewshot: expected a whole number from 0 to 1,000, got {shots!r}"
+
+
+def _nested_problems(key: str, entries: Any) -> Iterator[str]:
+    """What is wrong with a list of metrics or filters, apart from names that the harness alone knows."""
+    name = "metric" if key == "metric_list" else "filter"
+    for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        if not isinstance(entry, dict) or name not in entry:
+            yield f"{key}.{index}: expected a mapping with the key {name}"
+        elif entry.get("hf_evaluate"):
+            yield f"{key}.{index}: hf_evaluate loads code from the hub, which kdscale does not run"
+
+
+def _data_files(file: Path, settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names of the data files of each split; without `data_files` it is the file with the task file's name."""
+    kwargs = settings.get("dataset_kwargs") or {}
+    named = kwargs.get("data_files") if isinstance(kwargs, dict) else None
+    if named is None:
+        named = f"{file.stem}{_READERS[str(settings['dataset_path'])][0]}"
+    if not isinstance(named, dict):
+        only = settings.get("test_split") or settings.get("validation_split")
+        named = {str(only): named}
+    splits = {str(split): [names] if isinstance(names, str) else names for split, names in named.items()}
+    for split, names in splits.items():
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"{file}: dataset_kwargs.data_files.{split}", expected="a file name, or a list of them", got=repr(names)
+            )
+    return splits
+
+
+def _inside(folder: Path, name: Any, file: Path) -> Path:
+    """A file in the task's folder. Raises ConfigError for any other place, also by way of a link."""
+    try:
+        path = safe_join(folder, str(name))
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{file} names a file outside its folder", got=repr(name))
+    except KdscaleError as error:
+        hint = "put the file beside the task"
+        raise ConfigError(f"{file} names a file outside its folder", got=repr(name), hint=hint) from error
+    except (OSError, ValueError) as error:  # a loop of links, a NUL
+        raise ConfigError(f"{file} names a file that cannot be read", got=repr(name)) from error
+    return path
+
+
+def _read_items(path: Path, source: str) -> list[dict[str, Any]]:
+    """All items of a data file, each with every key that any of them has."""
+    items = list(_READERS[source][1](path, read_text(path, DataError, _MOST_BYTES)))
+    if not 0 < len(items) <= _MOST_ITEMS:
+        raise DataError(f"{path}", expected=f"1 to {_MOST_ITEMS:,} items", got=f"{len(items):,}")
+    keys = dict.fromkeys(key for item in items for key in item)
+    return [{key: item.get(key) for key in keys} for item in items]
+
+
+def _json_items(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".json":
+        values = list(enumerate(parse_json(text, str(path), DataError, expect=list), start=1))
+        what = "item"
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        values = [(n, parse_json(line, f"{path} line {n}", DataError)) for n, line in lines if line.strip()]
+        what = "line"
+    for number, value in values:
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{path} {what} {number}", expected="an object with the item's fields", got=f"{value!r:.80}"
+            )
+        yield value
+
+
+def _csv_items(path: Path, text: str) -> Iterator[dict[str, Any]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path} line {rows.line_num}",
+                    expected=f"{len(rows.fieldnames or [])} columns",
+                    got="another number",
+                )
+            yield dict(row)
+    except csv.Error as error:
+        raise DataError(f"{path} line {rows.line_num} is not valid CSV", got=str(error)) from error
+
+
+# dataset_path: (the suffix of the file beside the task, how it is read)
+_READERS = {"json": (".jsonl", _json_items), "csv": (".csv", _csv_items)}
