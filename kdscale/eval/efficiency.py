@@ -1,4 +1,4 @@
-"""Size, speed and memory of a model as plain transformers runs it, batch of one, greedy.
+"""Speed and memory of a model as plain transformers runs it, batch of one, greedy.
 
 Peak memory is only exact in a process that never held anything else, and timings are only fair when other load on the
 machine slows all models alike. So each model gets a process of its own (`python -m kdscale.eval.efficiency MODEL_DIR`),
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,9 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.errors import ERRORS_BY_CODE, Interrupted, KdscaleError, MachineError
-from kdscale.families import load_family
-from kdscale.sizing.model_shape import kv_bytes_per_token
-from kdscale.weights import read_config
+from kdscale.eval.sizes import weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,47 +33,6 @@ if TYPE_CHECKING:
 
 REPEATS = 5
 _SHARE_OF_FREE_MEMORY = 0.6
-
-
-def sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
-    """Parameters (tied ones once) by component, bytes of the weight files, 16-bit KV-cache bytes per token."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    vocabulary = {id(p): p.numel() for layer in (embedding, head) if layer is not None for p in layer.parameters()}
-    everything = {id(p): p.numel() for p in model.parameters()}
-    total, outer = sum(everything.values()), sum(vocabulary.values())
-    config = read_config(path)
-    family = load_family(config, str(path / "config.json"))
-    dims, component_of = family.dims(config), family.parameter_components(config)
-    components = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)
-    for name, parameter in model.named_parameters():  # a tied weight comes once, as the embedding
-        components[component_of.get(name, "other")] += parameter.numel()
-    return {
-        "parameters": total,
-        "embedding_parameters": outer,
-        "non_embedding_parameters": total - outer,
-        "components": components,
-        "weight_bytes": weight_bytes(path),
-        "kv_cache_bytes_per_token": kv_bytes_per_token(dims.layers, dims.kv_heads, dims.head_dim),
-    }
-
-
-def weight_bytes(path: Path) -> int:
-    """Bytes of the weight files of a checkpoint folder, shards included."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def device_name(device: str) -> str:
-    """The name of the GPU or of the processor, as the system gives it."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def measure(
@@ -221,12 +177,12 @@ def _rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import torch
 
     from kdscale.models.loading import load_model
-    from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
+    from kdscale.runtime.device import peak_memory, resolve_device, resolve_dtype, set_threads
 
     threads = set_threads(options.threads)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    before = peak_memory(device.type)
+    before = int(peak_memory(device))
     model = load_model(options.model, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
     embedding: Any = model.get_input_embeddings()
     vocab = int(embedding.weight.shape[0])
@@ -245,7 +201,7 @@ def _rounds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "prefill_tokens_per_second_range": [min(prefill), max(prefill)],
         "decode_tokens_per_second": statistics.median(decode),
         "decode_tokens_per_second_range": [min(decode), max(decode)],
-        "peak_memory_bytes": peak_memory(device.type),
+        "peak_memory_bytes": int(peak_memory(device)),
         "peak_memory_before_loading_bytes": before,
         "prefill_tokens": options.prefill_tokens,
         "decode_tokens": options.decode_tokens,
@@ -274,24 +230,6 @@ def _time_round(model: PreTrainedModel, prompt_1S: Any, decode_tokens: int) -> t
     for _ in range(decode_tokens):
         next(tokens)
     return prefilled - start, now() - prefilled
-
-
-def peak_memory(device: str) -> int:
-    """The most bytes that this process ever held: its resident set, or on CUDA what torch allocated."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: Linux carries its maximum over from the parent through exec, VmHWM starts anew.
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _main_of_process() -> NoReturn:

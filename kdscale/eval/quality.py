@@ -30,6 +30,7 @@ from kdscale.data.token_store import TokenStore
 from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.eval import efficiency
 from kdscale.eval.samples import Sampling, continue_prompts
+from kdscale.eval.sizes import model_sizes
 from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, perplexity_by_tag, summarise
 from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabulary, checked_head, token_stats
 from kdscale.files import explain_os_errors, write_json
@@ -38,7 +39,7 @@ from kdscale.models.documents import Documents
 from kdscale.models.head import OutputHead, final_hidden
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runs.models import TEACHER
-from kdscale.runtime.device import release_memory, resolve_device, resolve_dtype, set_threads
+from kdscale.runtime.device import device_name, release_memory, resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.progress import Bar, Reporter
 from kdscale.runtime.ranks import gather, gather_rows, place_in_group
 
@@ -189,7 +190,7 @@ def score_models(
             teacher = loaded.pop(TEACHER)
             head = checked_head(teacher, TEACHER).detached()
             hidden_states = _HiddenStates.write(teacher, share, Path(folder) / "teacher-hidden", options.device, bar)
-            sizes[TEACHER] = efficiency.sizes(teacher, models[TEACHER])
+            sizes[TEACHER] = model_sizes(teacher, models[TEACHER])
             _continue_prompts(teacher, TEACHER, samples, bar)
             del teacher
         for pair in [students[i : i + 2] for i in range(0, len(students), 2)] or [[]]:
@@ -198,7 +199,7 @@ def score_models(
                 stats = {name: _of_all_ranks(parts, batches, name != TEACHER) for name, parts in of_share.items()}
                 scores |= {name: _checked(name, Scores(value, labels_N, cluster_N)) for name, value in stats.items()}
                 for name in pair:  # not before the check: no text can be drawn from logits that are not finite
-                    sizes[name] = efficiency.sizes(loaded[name], models[name])
+                    sizes[name] = model_sizes(loaded[name], models[name])
                     _continue_prompts(loaded[name], name, samples, bar)
     samples.gather()
     return {name: scores[name] for name in models}, {name: sizes[name] for name in models}
@@ -367,7 +368,7 @@ def _describe(
         "micro_batch": cfg.micro_batch,
         "dtype": str(options.dtype).removeprefix("torch."),
         "device": options.device.type,
-        "device_name": efficiency.device_name(options.device.type),
+        "device_name": device_name(options.device.type),
         "threads": threads,
         "sample_tokens": cfg.sample_tokens,
         "sample_temperature": cfg.sample_temperature,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import resource
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,10 +22,12 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage also counts what the process was before it became this program
-        text = status.read_text(encoding="utf-8")
-        return float(text.split("VmHWM:")[1].split()[0]) * 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if status.exists():  # not getrusage: Linux carries its maximum over from the parent through exec, VmHWM starts anew
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def release_memory() -> None:
@@ -108,3 +112,15 @@ def set_threads(threads: int | None, processes: int = 1) -> int:
     count = threads or max(1, cores // processes)
     torch.set_num_threads(count)
     return count
+
+
+def device_name(device: str) -> str:
+    """The name of the GPU or of the processor, as the system gives it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,7 +1,9 @@
-"""Which dtype `auto` takes: what the hardware multiplies, not what torch can emulate."""
+"""Which dtype `auto` takes: what the hardware multiplies, not what torch can emulate; whose peak memory is read."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -32,3 +34,12 @@ def test_auto_is_bf16_only_where_the_gpu_multiplies_it(
     assert resolve_dtype("auto", torch.device("cuda", 3)) == dtype
     assert asked == [3]
     assert resolve_dtype("bfloat16", torch.device("cuda", 3)) == torch.bfloat16
+
+
+def test_peak_memory_is_the_processs_own() -> None:
+    """Linux hands getrusage's maximum down through exec: a small child of a big parent must still read as small."""
+    ballast = bytearray(1 << 30)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    code = "import torch; from kdscale.runtime.device import peak_memory; print(peak_memory(torch.device('cpu')))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(run.stdout) < len(ballast) // 2

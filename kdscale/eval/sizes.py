@@ -1,0 +1,40 @@
+"""How large a model is: parameters, bytes on disk, bytes of the KV cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdscale.families import load_family
+from kdscale.sizing.model_shape import kv_bytes_per_token
+from kdscale.weights import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
+    """Parameters (tied ones once) by component, bytes of the weight files, 16-bit KV-cache bytes per token."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    vocabulary = {id(p): p.numel() for layer in (embedding, head) if layer is not None for p in layer.parameters()}
+    everything = {id(p): p.numel() for p in model.parameters()}
+    total, outer = sum(everything.values()), sum(vocabulary.values())
+    config = read_config(path)
+    family = load_family(config, str(path / "config.json"))
+    dims, component_of = family.dims(config), family.parameter_components(config)
+    components = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)
+    for name, parameter in model.named_parameters():  # a tied weight comes once, as the embedding
+        components[component_of.get(name, "other")] += parameter.numel()
+    return {
+        "parameters": total,
+        "embedding_parameters": outer,
+        "non_embedding_parameters": total - outer,
+        "components": components,
+        "weight_bytes": weight_bytes(path),
+        "kv_cache_bytes_per_token": kv_bytes_per_token(dims.layers, dims.kv_heads, dims.head_dim),
+    }
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the weight files of a checkpoint folder, shards included."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
