@@ -138,10 +138,10 @@ def child(case: dict[str, Any]) -> None:
     from kdscale.config.load import build_config
     from kdscale.data.batches import Batch
     from kdscale.distill.engine import make_engine
+    from kdscale.distill.layers.recompute import recompute_in_backward
     from kdscale.distill.objectives.base import Objectives
     from kdscale.distill.parallel.deepspeed_config import deepspeed_config
     from kdscale.distill.parallel.process_group import join_group, leave_group
-    from kdscale.distill.recompute import recompute_in_backward
     from kdscale.distill.step import StudentModule, to_device
     from kdscale.models.attention import attend_within_documents
     from kdscale.teacher.online import OnlineTeacher

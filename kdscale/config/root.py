@@ -157,7 +157,9 @@ class Config(Section):
         tree = self.resolved()
         optimizer = tree["distill"]["optimizer"]
         lr = optimizer["lr"] * self.correct.lr_share
-        changes = {"objectives": [{"name": "cross_entropy"}], "optimizer": {**optimizer, "lr": lr}}
+        changes = {
+            "objectives": [{"name": "cross_entropy"}], "optimizer": {**optimizer, "lr": lr}, "fake_quantize": None,
+        }  # fmt: skip
         distill = _merged({**tree["distill"], **_OF_NO_TEACHER, **changes}, self.correct.distill)
         few = max(self.distill.tokens // 10, self.distill.global_batch * self.distill.seq_len)
         return Config.model_validate(

@@ -136,7 +136,8 @@ def join(cfg: Config, run_dir: Path, reporter: Reporter) -> RankSetup:
     check_world(cfg.distill.processes)
     obstacle = agree_on_backend(obstacle)
     _note_backend(obstacle, run_dir, reporter)
-    compiled, why_not = agree_on_compiling(cfg.distill.compile, device, obstacle)
+    compile_ = "off" if cfg.distill.fake_quantize else cfg.distill.compile  # a compiler's rounding is not the grid's
+    compiled, why_not = agree_on_compiling(compile_, device, obstacle)
     if why_not is not None:
         reporter.say(f"  note: layers are not compiled: {why_not}")
     torch.manual_seed(cfg.seed)

@@ -13,20 +13,22 @@ import torch
 from kdscale.config.distill.targets import combined
 from kdscale.config.root import Config
 from kdscale.data.token_store import TokenStore
+from kdscale.distill.layers.fake_quantize import fake_quantize
+from kdscale.distill.layers.recompute import recompute_in_backward
 from kdscale.distill.model_pair import model_pair
 from kdscale.distill.objectives.base import Objectives
-from kdscale.distill.parallel.checks import check_sequence_parallel, check_tensor_parallel
+from kdscale.distill.parallel.checks import check_fake_quantize, check_sequence_parallel, check_tensor_parallel
 from kdscale.distill.parallel.dtypes import teacher_dtype
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.tensor_parallel import ModelSlices, load_sliced_model, tensor_group
 from kdscale.distill.parallel.zero3_loading import full_shape, gather_by_layer, load_zero3, zero3_materialiser
-from kdscale.distill.recompute import recompute_in_backward
 from kdscale.distill.schedule import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.compiling import compile_layers
 from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
+from kdscale.models.parameter_map import ParameterReader
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.folders import teacher_folders
 from kdscale.teacher.several import check_tags
@@ -104,6 +106,8 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     student, slices = _load_student(student_dir, group, setup, options)
     rows = slices.vocab if slices else full_shape(student.get_output_embeddings().weight)[0]
     vocab_size = shared_vocabulary(opened.rows, rows, tokenizer_size, str(student_dir))
+    if settings.fake_quantize is not None:
+        fake_quantize(student, settings.fake_quantize, ParameterReader.open(student_dir).dtypes())
     recompute_in_backward(student, settings.recompute, setup.compiled)
     sequence_slice.prepare(student)
     student = student.requires_grad_(True).train()
@@ -130,6 +134,8 @@ def _check_models(cfg: Config, teachers: Mapping[str, Path], student_dir: Path) 
         partial(check_sequence_parallel, settings.sequence_parallel, settings.seq_len),
     ):
         check_shared({**folders, "student": student_dir})
+    if settings.fake_quantize is not None:
+        check_fake_quantize({"student": student_dir})
     tokens = load_tokenizer(student_dir, cfg.teacher.trust_remote_code).get_vocab()
     for name, folder in folders.items():
         if load_tokenizer(folder, cfg.teacher.trust_remote_code).get_vocab() != tokens:

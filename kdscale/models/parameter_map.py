@@ -19,6 +19,7 @@ from torch import Tensor
 from kdscale.errors import CheckpointError
 from kdscale.families import Family, TensorSpec, load_family
 from kdscale.weights import Checkpoint
+from kdscale.weights.reader import torch_dtype
 
 Shape = tuple[int, ...]
 
@@ -123,6 +124,13 @@ class ParameterReader:
     def names(self) -> set[str]:
         """The parameters that are on disk."""
         return set(self._tensors)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype that each parameter has on disk."""
+        return {
+            name: torch_dtype(self.checkpoint.spec(next(iter(tensors))).dtype)
+            for name, tensors in self._tensors.items()
+        }
 
     def numel(self, parameter: str) -> int:
         """How many values a parameter has on disk; 0 when it is not there."""

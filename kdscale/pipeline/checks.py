@@ -236,6 +236,7 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
 def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) -> None:
     """Raises ConfigError when ranks cannot share the teacher or a planned student as the config says."""
     from kdscale.distill.parallel.checks import (
+        check_fake_quantize,
         check_sequence_dims,
         check_sequence_parallel,
         check_tensor_dims,
@@ -247,6 +248,8 @@ def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) ->
     teachers = {f"teacher {name}".strip(): folder for name, folder in teacher_folders(config, teacher).items()}
     check_tensor_parallel(distill.tensor_parallel, teachers)
     check_sequence_parallel(distill.sequence_parallel, distill.seq_len, teachers)
+    if distill.fake_quantize is not None:
+        check_fake_quantize({"teacher (and so a student)": teacher})
     for plan in plans:
         check_tensor_dims(distill.tensor_parallel, "student", plan.student.dims())
         check_sequence_dims(distill.sequence_parallel, "student", plan.student.dims())

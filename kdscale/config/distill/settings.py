@@ -42,6 +42,13 @@ class GuardConfig(Section):
     max_skipped_in_a_row: Few = 5
 
 
+class FakeQuantizeConfig(Section):
+    """The integers that the student's linear layers will be stored as: it is trained with their values."""
+
+    bits: Literal[4, 8] = 4
+    group: Literal[32, 64, 128] | None = 64  # inputs that share a scale; null: all of a row
+
+
 class DistillConfig(SourceSettings):
     """How the student is trained, on how many processes, and what is kept of it."""
 
@@ -67,6 +74,8 @@ class DistillConfig(SourceSettings):
     gradient_checkpointing: RecomputeLevel = "off"
     # torch.compile of the decoder layers of student and in-process teacher; auto: on GPUs that can run what it makes
     compile: Literal["auto", "off", "layers"] = "auto"
+    # quantisation-aware training; null: the student computes with its weights as they are
+    fake_quantize: FakeQuantizeConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     # their weighted sum is the loss
     objectives: tuple[ObjectiveEntry, ...] = Field(strict=False, default=(TokenDivergenceConfig(),))
@@ -228,6 +237,17 @@ class DistillConfig(SourceSettings):
         return self
 
     @model_validator(mode="after")
+    def _layers_can_be_on_a_grid(self) -> DistillConfig:
+        for name, unsupported in (
+            ("tensor_parallel above 1, whose ranks would cut groups of inputs", self.tensor_parallel > 1),
+            ("compile: layers, which would round otherwise", self.compile == "layers"),
+            ("zero.quantized_weights, which puts the weights on a grid of its own", self.zero.quantized_weights),
+        ):
+            if self.fake_quantize is not None and unsupported:
+                raise ValueError(f"fake_quantize: does not go with {name}")
+        return self
+
+    @model_validator(mode="after")
     def _zero_can_do_it(self) -> DistillConfig:
         problems = self.zero.problems(self.zero_stage, self.processes)
         if self.async_checkpoints and self.zero.offload_optimizer == "nvme":
@@ -285,6 +305,8 @@ class DistillConfig(SourceSettings):
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
         decisive = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
         teachers = [entry.model_dump(mode="json", include=DECISIVE_OF_TEACHER) for entry in self.teachers]
+        if self.fake_quantize is None:
+            del decisive["fake_quantize"]  # runs of older versions go on
         return {
             **decisive,
             "teachers": teachers,

@@ -1,4 +1,7 @@
-"""Which models ranks can share by tensor or by sequence: checks of config.json, before any work and without torch."""
+"""Which models ranks can share by tensor or by sequence, and which can be trained on a grid.
+
+Checks of config.json, before any work and without torch.
+"""
 
 from __future__ import annotations
 
@@ -88,3 +91,15 @@ def check_sequence_dims(ranks: int, what: str, dims: Dims) -> None:
     else:
         return
     raise ConfigError(_FIELD, expected=expected, got=str(ranks), hint="or cut its heads to another number")
+
+
+def check_fake_quantize(folders: Mapping[str, Path]) -> None:
+    """Raises ConfigError for a mixture of experts, whose stacked weights are no linear layers."""
+    for what, folder in folders.items():
+        config = read_config(folder)
+        if experts := load_family(config, str(folder / "config.json")).dims(config).experts:
+            raise ConfigError(
+                "distill.fake_quantize", expected=f"a {what} without experts",
+                got=f"{config['model_type']} with {experts}",
+                hint="quantise a mixture after its distillation instead (quantize.forms)",
+            )  # fmt: skip

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdscale.config.distill.recompute import RECOMPUTE, Recompute
-from kdscale.distill.recompute import recompute_in_backward
+from kdscale.distill.layers.recompute import recompute_in_backward
 from kdscale.errors import SelfCheckError
 from kdscale.families import load_family, supported_types
 from kdscale.models.attention import attend_within_documents
@@ -134,7 +134,7 @@ def test_layers_do_again_what_the_planner_counts(model_type: str, level: Recompu
 def test_what_was_written_to_is_computed_again_and_what_changed_afterwards_is_refused() -> None:
     from torch.utils.checkpoint import checkpoint
 
-    from kdscale.distill.recompute import _keep_and_hand_back
+    from kdscale.distill.layers.recompute import _keep_and_hand_back
 
     seen: list[Tensor] = []
 

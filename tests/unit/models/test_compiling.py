@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdscale.config.distill.objective import LayersRead
 from kdscale.config.distill.recompute import RECOMPUTE
-from kdscale.distill.recompute import recompute_in_backward
+from kdscale.distill.layers.recompute import recompute_in_backward
 from kdscale.families import supported_types
 from kdscale.models import compiling
 from kdscale.models.attention import attend_within_documents

@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "teacher_dtype": {"teacher_dtype": "float8"},
     "shorter_first": {"shorter_first": [{"seq_len": 256, "until": 0.5}]},
     "gradient_checkpointing": {"gradient_checkpointing": "selective"},
+    "fake_quantize": {"fake_quantize": {"bits": 4, "group": 32}},
     "weight": {},  # a schedule of the objective's
     "correct": {},
     "teachers": {},  # two, both of every text
