@@ -41,7 +41,7 @@ from kdscale.distill.validate import Validator
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.attention import choice_for
 from kdscale.models.parameter_map import trained_tensors
-from kdscale.packaging.model_card import card_facts, model_card
+from kdscale.packaging.model_card import student_card
 from kdscale.runs.folder import KERNELS
 from kdscale.runtime.device import set_threads
 from kdscale.runtime.gpu_binding import rank_device
@@ -283,7 +283,7 @@ def _export(cfg: Config, folders: Folders, step: int) -> None:
     path = checkpoint_folder.step_dir(folders.checkpoints, step)
     manifest = checkpoint_folder.verify(path, weights_only=True)
     export_checkpoint(
-        path, manifest, folders.student, folders.run / "student", card=model_card(card_facts(cfg, manifest)),
+        path, manifest, folders.student, folders.run / "student", card=student_card(cfg, manifest, folders.student),
         max_shard_bytes=cfg.prune.max_shard_bytes, code=cfg.teacher.trust_remote_code,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from kdscale.distill.checkpoint.rank_files import MASTER, RankFileIndex, RankFil
 from kdscale.errors import CheckpointError, RunFolderError, TrainingError
 from kdscale.files import sha256_file
 from kdscale.models.parameter_map import ParameterRange, trained_tensors
-from kdscale.runs.folder import RunFolder
+from kdscale.runs.folder import CARD, RunFolder
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars, without_own_classes
 
@@ -56,7 +56,7 @@ def export_checkpoint(
         if not code and (config := without_own_classes(source.config)) != source.config:
             files.write_json(tmp / "config.json", config)
         copy_sidecars(source_dir, tmp, code=code)
-        (tmp / "README.md").write_text(card, encoding="utf-8")
+        (tmp / CARD).write_text(card, encoding="utf-8")
         specs = {name: source.spec(name) for name in source.names}
         with ShardWriter(tmp, specs, max_shard_bytes) as writer, RankFileReader(index) as reader:
             for name in source.names:
@@ -88,7 +88,7 @@ def export_run(path: Path, step: int | None, out: Path | None, reporter: Reporte
     It takes no lock, so the run may go on. `out` is RUN/exported/step-N by default. Raises RunFolderError when there is
     no such run or checkpoint or `out` is in use, CheckpointError when the checkpoint asked for is damaged.
     """
-    from kdscale.packaging.model_card import card_facts, model_card
+    from kdscale.packaging.model_card import student_card
 
     run = RunFolder(path)
     if not run.config.exists():
@@ -100,7 +100,7 @@ def export_run(path: Path, step: int | None, out: Path | None, reporter: Reporte
         raise RunFolderError(f"{target} is there already", hint="remove it, or choose another folder with --out")
     if manifest["fingerprint"]["student"]["config"] != sha256_file(run.pruned / "config.json"):
         raise CheckpointError(f"{run.pruned}", expected="the student that was distilled", got="another config.json")
-    card = model_card(card_facts(config, manifest))
+    card = student_card(config, manifest, run.pruned)
     export_checkpoint(
         checkpoint, manifest, run.pruned, target, card=card, max_shard_bytes=config.prune.max_shard_bytes,
         code=config.teacher.trust_remote_code,

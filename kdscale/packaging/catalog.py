@@ -46,6 +46,8 @@ class CatalogEntry:
     eos_ids: tuple[int, ...]  # generation stops at any of these
     origin: str
     size_mb: int
+    base_model: str = ""  # what the hub calls the model
+    languages: tuple[str, ...] = ()
 
     @property
     def requirement(self) -> str:
@@ -64,6 +66,8 @@ NAMES: dict[str, CatalogEntry] = {
         eos_ids=(2, 0),
         origin="SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB)",
         size_mb=93,
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        languages=("en",),
     )
 }
 

@@ -1,15 +1,21 @@
-"""The student's README.md: where it comes from, what was done to it, what was measured."""
+"""The student's README.md: where it comes from, what was done to it, what was measured, how to use it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kdscale.config.distill.targets import TEXT
 from kdscale.config.root import Config
 from kdscale.escaping import for_markdown
+from kdscale.packaging import front_matter
+from kdscale.packaging.card_sections import Result, measured
+from kdscale.packaging.origin import origin_of
+
+Part = Literal["use", "measured"]  # what is written again into a card; the rest is left as people have it
 
 
 def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,20 +39,79 @@ def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def model_card(facts: dict[str, Any], title: str = "Distilled student", origin: str = "") -> str:
+def student_card(cfg: Config, manifest: Mapping[str, Any], sidecars: Path) -> str:
+    """The card of a checkpoint's student; `sidecars`: a folder with the files that the student takes over."""
+    return model_card(card_facts(cfg, manifest), title=cfg.name, inherited=origin_of(cfg, sidecars).fields())
+
+
+def model_card(
+    facts: Mapping[str, Any], title: str = "Distilled student", origin: str = "",
+    inherited: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """README.md of the student: what it was made from and how; `facts` are shown in their order.
 
-    `origin` begins the sentence that says what it learnt from.
+    `origin` begins the sentence that says what it learnt from; `inherited` goes into the front matter.
     """
     origin = origin or "Pruned from a teacher and " + ("trained" if facts["learnt from"] == TEXT else "distilled")
     rows = "\n".join(
         f"| {name} | {for_markdown(value if isinstance(value, str) else json.dumps(value, sort_keys=True))} |"
         for name, value in facts.items()
     )
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [kdscale, pruned, distilled]\n---\n\n"
-        f"# {title}\n\n{origin} on {facts['learnt from']} with kdscale. "
+    fields = {
+        **(inherited or {}), "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["kdscale", "pruned", "distilled"],
+    }  # fmt: skip
+    places = f"{_part('use', '')}\n\n{_part('measured', '')}"
+    return front_matter.join(
+        fields,
+        f"\n# {for_markdown(title)}\n\n{origin} on {facts['learnt from']} with kdscale. "
         "A standard checkpoint: load it with `AutoModelForCausalLM.from_pretrained`. The teacher's licence and the "
-        "licence of the training text apply.\n\n"
-        f"| | |\n|---|---|\n{rows}\n"
+        f"licence of the training text apply.\n\n{places}\n\n## How it was made\n\n"
+        f"| | |\n|---|---|\n{rows}\n",
     )
+
+
+def with_measurements(card: str, run: Path, name: str, where: str) -> str:
+    """The card with all that the run folder holds of what was measured; the rest of the card stays as it is.
+
+    `name`: the model's, in the front matter; `where` names the card in messages. Raises FileError for front matter or
+    a file of the run that cannot be read.
+    """
+    fields, body = front_matter.split(card, where)
+    text, results = measured(run)
+    for key in ("metrics", "model-index"):
+        fields.pop(key, None)
+    if results:
+        fields["metrics"] = list(dict.fromkeys(metric for result in results for metric in result.metrics))
+        fields["model-index"] = [{"name": name, "results": _index(results)}]
+    return front_matter.join(fields, with_part(body, "measured", text))
+
+
+def with_part(card: str, part: Part, text: str) -> str:
+    """The card with `text` in place of what it has in this part; at its end where it has no such part."""
+    begin, end = _marks(part)
+    found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    new = _part(part, text)
+    if found.search(card):
+        return found.sub(lambda match: new, card, count=1)
+    return f"{card.rstrip()}\n\n{new}\n" if text else card
+
+
+def _marks(part: Part) -> tuple[str, str]:
+    return f"<!-- kdscale writes this part again: {part} -->", f"<!-- end of {part} -->"
+
+
+def _part(part: Part, text: str) -> str:
+    begin, end = _marks(part)
+    return f"{begin}\n\n{text}\n\n{end}" if text else f"{begin}\n{end}"
+
+
+def _index(results: Sequence[Result]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": {"type": result.task},
+            "dataset": {"name": result.dataset, "type": result.dataset_type},
+            "metrics": [{"type": name, "value": value} for name, value in result.metrics.items()],
+        }
+        for result in results
+    ]

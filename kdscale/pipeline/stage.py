@@ -21,7 +21,7 @@ from kdscale.config.root import Config
 from kdscale.errors import LackOfMemoryError, RunFolderError
 from kdscale.files import atomic_path, read_own_json, remove_tree, write_json
 from kdscale.runs.digests import digest_file, digest_tree
-from kdscale.runs.folder import PLAN, WEIGHTS, Artifact, Manifest, RunFolder, StageInputs, fits, now
+from kdscale.runs.folder import CARD, PLAN, WEIGHTS, Artifact, Manifest, RunFolder, StageInputs, fits, now
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.versions import versions
 from kdscale.units import format_duration
@@ -207,11 +207,16 @@ def _files_of(inputs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def changed_outputs(run: RunFolder, manifest: Mapping[str, Any], hand_editable: bool = False) -> list[str]:
-    """Which outputs are gone or are no longer what the stage left, one line each."""
+    """Which outputs are gone or are no longer what the stage left, one line each.
+
+    The card in a model's folder does not count: the report stage writes into it, and people do.
+    """
     reasons = []
     for name, digests in manifest["outputs"].items():
         present = digest_tree(run.path / name) if (run.path / name).exists() else {}
-        if not present:
+        if (run.path / name).is_dir():
+            present, digests = ({key: tree[key] for key in tree if key != CARD} for tree in (present, digests))  # noqa: PLW2901
+        if not present and digests:
             reasons.append(f"{name} is gone")
         elif present != digests and not hand_editable:
             changed = sorted(key for key in {*present, *digests} if present.get(key) != digests.get(key))

@@ -19,7 +19,8 @@ _SHIPPED_FOLDERS = ("teachers", "data")  # where the configs that come with kdsc
 _DEMO = "smollm2-135m-instruct"  # packaging.catalog, which is not to be imported here
 
 # What a checkpoint's folder keeps; never pickles or the other formats that some repositories carry beside it.
-_ALLOW = ["config.json", SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors", *SIDECARS]
+# The card, which is not copied into a student, tells the licence and the languages that it inherits.
+_ALLOW = ["config.json", "README.md", SINGLE_FILE, INDEX_FILE, "model-*-of-*.safetensors", *SIDECARS]
 _IGNORE = [".*", "*/model-*", "*/*.py"]
 
 

@@ -16,7 +16,7 @@ from kdscale.files import atomic_path, replace_dir, write_text
 from kdscale.models.loading import open_teacher
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.pipeline.stages import distill
-from kdscale.runs.folder import CORRECTED, CORRECTION_METRICS, RunFolder
+from kdscale.runs.folder import CARD, CORRECTED, CORRECTION_METRICS, RunFolder
 
 
 def correction(context: StageContext) -> Config:
@@ -55,7 +55,7 @@ def correct_teacher(context: StageContext) -> Facts:
     context.run_inner(alone, config, ("distill",), {"data": context.run.data, "pruned": context.teacher})
     manifest = checkpoint_folder.read_manifest(checkpoint_folder.sealed_checkpoints(inner.checkpoints)[0])
     card = model_card(card_facts(config, manifest), title="Corrected teacher", origin="The teacher, trained further")
-    write_text(inner.student / "README.md", card)
+    write_text(inner.student / CARD, card)
     with atomic_path(context.run.at(CORRECTION_METRICS)) as tmp:
         shutil.copyfile(inner.metrics, tmp)
     facts = distill.held_out(inner)

@@ -120,7 +120,7 @@ STAGES: dict[str, Stage] = {
             reads=(
                 folder.PLAN, folder.IMPORTANCE, folder.PRUNED_CONFIG, folder.REPAIR, folder.EVAL, folder.METRICS,
             ),
-            writes=(folder.REPORT,),
+            writes=(folder.REPORT, folder.STUDENT_CARD),
         ),
     )
 }  # fmt: skip

@@ -1,11 +1,11 @@
-"""The report stage: report.html and report.json."""
+"""The report stage: report.html and report.json, and what was measured in the student's model card."""
 
 from __future__ import annotations
 
 from kdscale.errors import RunFolderError
-from kdscale.files import atomic_dir, read_json
+from kdscale.files import atomic_dir, read_json, read_text, write_text
 from kdscale.pipeline.stage import Facts, StageContext, changed_outputs
-from kdscale.runs.folder import EVAL, IMPORTANCE, REPAIR, Manifest, RunFolder, fits
+from kdscale.runs.folder import EVAL, IMPORTANCE, REPAIR, STUDENT_CARD, Manifest, RunFolder, fits
 
 _SHOWN = {artifact.path for artifact in (IMPORTANCE, REPAIR, EVAL)}
 
@@ -19,7 +19,21 @@ def write_report(context: StageContext) -> Facts:
         _check_inputs(RunFolder(step))
     with atomic_dir(context.run.report) as tmp:
         write(context.run.path, tmp)
+    _renew_card(context)
     return {}
+
+
+def _renew_card(context: StageContext) -> None:
+    """Put what was measured into the student's card, where there is one; what people wrote into it stays."""
+    from kdscale.packaging.model_card import with_measurements
+
+    path = context.run.at(STUDENT_CARD)
+    if not path.is_file():
+        return
+    before = read_text(path)
+    after = with_measurements(before, context.run.path, context.config.name, str(path))
+    if after != before:
+        write_text(path, after)
 
 
 def _check_inputs(run: RunFolder) -> None:

@@ -124,6 +124,18 @@ def test_what_no_stage_reads_of_the_teacher_changes_nothing_but_its_copies(bench
     assert "copied again" in bench.console.export_text()
 
 
+def test_a_card_that_was_edited_or_removed_is_no_reason_to_compute(bench: Bench) -> None:
+    card, weights = bench.run.path / "b" / "README.md", bench.run.path / "b" / "x"
+    bench.second = replace(bench.second, run=lambda context: (bench._work("second", "b/x")(context), card.touch())[0])
+    assert bench.go() == ["first", "second"]
+    card.write_text("ours")
+    assert bench.go() == []
+    card.unlink()
+    assert bench.go() == []
+    weights.unlink()
+    assert bench.go() == ["second"]
+
+
 def test_checkpoints_are_refused_before_the_stages_that_come_before_them_run(bench: Bench) -> None:
     bench.go()
     write_text(bench.run.path / "scratch" / "step", "1")

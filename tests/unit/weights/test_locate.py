@@ -120,15 +120,15 @@ def test_hub_id_asks_for_safe_files_only(
     there = [
         "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
         "tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE",
-        "chat_template.json", "additional_chat_templates/tool.jinja", "LICENCE", "USE_POLICY.md", "NOTICE",
+        "chat_template.json", "additional_chat_templates/tool.jinja", "LICENCE", "USE_POLICY.md", "NOTICE", "README.md",
         "modeling_x.py", "scripts/x.py", "pytorch_model.bin", "consolidated.safetensors", "original/params.json",
         "onnx/model.safetensors", "model.gguf",
     ]  # fmt: skip
     kept = filter_repo_objects(there, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
-    assert list(kept) == there[:14]
+    assert list(kept) == there[:15]
     resolve_teacher(TeacherConfig(path="hf:org/name", trust_remote_code=True))
     patterns = {key: no_hub[-1][1][key] for key in ("allow_patterns", "ignore_patterns")}
-    assert list(filter_repo_objects(there, **patterns)) == there[:15]
+    assert list(filter_repo_objects(there, **patterns)) == there[:16]
 
 
 def _http(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:

@@ -1,0 +1,116 @@
+"""What the files of a run add to a model card: one row a file, with its Markdown and its results for the hub.
+
+The report stage writes all of them into the student's card, and a package takes them from there. A new kind of
+measurement adds a row to `SECTIONS` and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdscale.escaping import for_markdown
+from kdscale.files import read_json
+from kdscale.runs.models import DISTILLED, model_title
+from kdscale.units import decimals, format_count, format_number, format_size
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of the student on one data set, for the front matter's `model-index`."""
+
+    task: str  # a task of the hub, such as text-generation or multiple-choice
+    dataset: str  # as people read it
+    dataset_type: str  # the hub's name of the data set, or any word for one that is not there
+    metrics: Mapping[str, float]  # by the hub's name of the metric
+
+
+@dataclass(frozen=True)
+class CardSection:
+    """One row of the card's measurements. Both functions are given the content of the file."""
+
+    file: str  # JSON in the run folder; where it is not there, the card has no such section
+    title: str
+    markdown: Callable[[Any], str]  # may be empty; what came from files or configs goes through `for_markdown`
+    results: Callable[[Any], Iterable[Result]] = lambda content: ()
+
+
+def measured(run: Path) -> tuple[str, list[Result]]:
+    """All sections of what the run folder holds, as Markdown and as results. Raises FileError for a damaged file."""
+    parts: list[str] = []
+    results: list[Result] = []
+    for section in SECTIONS:
+        if not (run / section.file).exists():
+            continue
+        content = read_json(run / section.file, expect=dict)
+        if text := section.markdown(content).strip():
+            parts.append(f"### {section.title}\n\n{text}")
+        results += section.results(content)
+    return "\n\n".join(["## Measured", *parts]) if parts else "", results
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; every cell is escaped, and numbers stand to the right."""
+    lines = [_row(columns), "|---|" + "---:|" * (len(columns) - 1), *map(_row, rows)]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(for_markdown(cell) for cell in cells) + " |"
+
+
+def _number(value: float) -> str:
+    return format_number(float(value))
+
+
+# Title, where the value and its standard error lie in a model's part of eval.json, and how it is written.
+_FIGURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("Perplexity", "quality", "perplexity", _number),
+    ("Bits per byte", "quality", "bits_per_byte", "{:.3f}".format),
+    ("KL to the teacher, nats per token", "quality", "kl_to_teacher", "{:.3f}".format),
+    ("Top-1 agreement with the teacher", "quality", "top1_agreement", "{:.1%}".format),
+    ("Parameters", "size", "parameters", format_count),
+    ("Weights", "size", "weight_bytes", format_size),
+    ("KV cache per token, 16-bit", "size", "kv_cache_bytes_per_token", format_size),
+    ("Decode, tokens/s", "efficiency", "decode_tokens_per_second", _number),
+)
+
+
+def _quality(evaluation: Mapping[str, Any]) -> str:
+    """The models side by side, each figure with its standard error."""
+    models, settings = evaluation["models"], evaluation["settings"]
+    rows = []
+    for title, part, key, written in _FIGURES:
+        cells = [_cell(model.get(part) or {}, key, written) for model in models.values()]
+        if any(cells):
+            rows.append((title, *cells))
+    text = table(("", *map(model_title, models)), rows)
+    return (
+        f"{settings['tokens']:,} held-out tokens in sequences of {settings['seq_len']:,}; ± is one standard error over "
+        f"documents; speeds of one sequence on {for_markdown(str(settings['device_name']))} in "
+        f"{for_markdown(str(settings['dtype']))}.\n\n{text}"
+    )
+
+
+def _cell(figures: Mapping[str, Any], key: str, written: Callable[[float], str]) -> str:
+    value, error = figures.get(key), figures.get(f"{key}_standard_error")
+    if value is None:
+        return ""
+    text = written(value)
+    if error is None:
+        return text
+    if text.endswith("%"):
+        return f"{text} ± {error:.1%}"
+    places = len(text.partition(".")[2]) or decimals(value)
+    return f"{text} ± {error:.{places}f}"
+
+
+def _quality_results(evaluation: Mapping[str, Any]) -> list[Result]:
+    quality = evaluation["models"].get(DISTILLED, {}).get("quality", {})
+    metrics = {key: float(quality[key]) for key in ("perplexity", "bits_per_byte") if quality.get(key) is not None}
+    return [Result("text-generation", "held-out text of the run", "held-out", metrics)] if metrics else []
+
+
+SECTIONS: tuple[CardSection, ...] = (CardSection("eval/eval.json", "On held-out text", _quality, _quality_results),)
