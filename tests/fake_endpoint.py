@@ -37,6 +37,7 @@ class FakeEndpoint:
     faults: list[Fault] = field(default_factory=list)
     reply: Callable[[list[dict[str, str]], int], str] = lambda messages, number: f"{messages[-1]['content']} #{number}"
     score: Callable[[list[list[int]], int], list[Any]] | None = None
+    tokens: Callable[[str], list[str]] = lambda text: text.split(" ")  # of an answer, where log-probabilities are asked
     seconds: float = 0.0  # that each right answer takes
     asked: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
     answered: Counter[str] = field(default_factory=Counter)  # right answers that were sent whole, by the last message
@@ -72,7 +73,7 @@ class FakeEndpoint:
             if body.get("logprobs"):
                 entries = [
                     {"token": word, "logprob": -0.5, "top_logprobs": [{"token": word, "logprob": -0.5}]}
-                    for word in text.split(" ")
+                    for word in self.tokens(text)
                 ]
                 choice["logprobs"] = {"content": entries}
             choices.append(choice)

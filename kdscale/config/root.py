@@ -111,6 +111,18 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _answers_come_with_logprobs(self) -> Config:
+        if not any(one.source.name == "responses" for one in self.distill.by_teacher().values()):
+            return self
+        given = self.responses.sampling.top_logprobs if self.responses is not None else 0
+        if given < self.distill.needs.top_k:
+            raise ValueError(
+                "distill.teacher_placement: responses needs responses.sampling.top_logprobs of at least the "
+                f"objectives' top_k ({self.distill.needs.top_k}), got {given}"
+            )
+        return self
+
     @property
     def _reads_a_store(self) -> bool:
         return any(one.source.name == "cached" for one in self.distill.by_teacher().values())

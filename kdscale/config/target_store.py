@@ -113,10 +113,11 @@ class TargetsConfig(Section):
 
     @model_validator(mode="after")
     def _teacher_can_write(self) -> TargetsConfig:
-        if self.teacher_placement in ("cached", "partitioned", "ema"):
+        if self.teacher_placement in ("cached", "partitioned", "ema", "responses"):
             raise ValueError(
                 f"teacher_placement ({self.teacher_placement}) must be another one: ranks that write do not run "
-                "forwards together, and a store is not made from a store, nor of a teacher that changes"
+                "forwards together, and a store is not made from a store, nor of a teacher "
+                "that changes, nor of answers, which have targets at some positions alone"
             )
         if missing := self.codec.asks.missing_from(source_of(self.teacher_placement).gives):
             raise ValueError(f"teacher_placement ({self.teacher_placement}) does not give {missing}")

@@ -65,6 +65,10 @@ class Batch:
         """How many sequences have a label that is not ignored."""
         return int((self.labels_BS != IGNORED_LABEL).any(1).sum())
 
+    def with_labels_of(self, choose: Callable[[Batch, Sequence[SequenceKey]], Tensor] | None) -> Batch:
+        """The same sequences with the labels [B, S] that `choose` takes of them; None: all."""
+        return self if choose is None else replace(self, labels_BS=choose(self, self.sequences))
+
     def with_label_slice(self, number: int, slices: int) -> Batch:
         """The same sequences with only the labels of slice `number` of `slices` equal runs of positions.
 
@@ -101,8 +105,8 @@ class LoaderState:
 class PackedLoader:
     """Training batches of one of `world` ranks, each of which takes an equal run of every step's sequences.
 
-    `label_slice` (number, of how many) says which of their labels are its own. `choose_labels` takes labels [B, S] and
-    the keys of their sequences, and returns the labels to train on, the others ignored. `shorter_first` are phases,
+    `label_slice` (number, of how many) says which of their labels are its own. `choose_labels` takes a batch and the
+    keys of its sequences, and returns the labels [B, S] to train on, the others ignored. `shorter_first` are phases,
     (first step after it, length), in which sequences are shorter and as many more: sequence n of a phase begins about
     where sequence n of that length would be, had the whole run that length. Raises ConfigError when the batch does not
     divide by the ranks, and DataError when there is less than one sequence of text.
@@ -119,7 +123,7 @@ class PackedLoader:
         world: int = 1,
         shuffle: bool = True,
         label_slice: tuple[int, int] = (0, 1),
-        choose_labels: Callable[[Tensor, Sequence[tuple[str, int]]], Tensor] | None = None,
+        choose_labels: Callable[[Batch, Sequence[SequenceKey]], Tensor] | None = None,
         shorter_first: Sequence[tuple[int, int]] = (),
     ):
         if not 0 <= rank < world:
@@ -196,9 +200,7 @@ class PackedLoader:
         """One batch of the sequences with these numbers in the global order, on which optimiser step `step` trains."""
         keys = [SequenceKey("train", number) for number in numbers]
         batch = stack_sequences([self.sequence(number) for number in numbers], keys, step=step)
-        if self._choose_labels is None:
-            return batch
-        return replace(batch, labels_BS=self._choose_labels(batch.labels_BS, keys))
+        return batch.with_labels_of(self._choose_labels)
 
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""

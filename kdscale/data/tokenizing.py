@@ -106,6 +106,11 @@ class BatchEncoder:
     def _token_lengths(self) -> np.ndarray | None:
         return _byte_level_lengths(self._tokenizer)
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether every token is written byte by byte, in GPT-2's alphabet."""
+        return self._token_lengths is not None
+
     @classmethod
     def of(cls, tokenizer: Any) -> BatchEncoder:
         """The encoder of a transformers tokenizer. Raises DataError for one that is not backed by `tokenizers`."""

@@ -37,7 +37,7 @@ from kdscale.distill.schedule import shorter_phases, total_steps
 from kdscale.distill.step import StudentModule, to_device
 from kdscale.distill.telemetry.observer import make_observer
 from kdscale.distill.trainer import Trainer
-from kdscale.distill.validate import Validator
+from kdscale.distill.validate import Validator, held_out_batches
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.attention import choice_for
 from kdscale.models.parameter_map import trained_tensors
@@ -331,7 +331,7 @@ def _make_trainer(
         choose_labels=models.choose_labels,
         shorter_first=shorter_phases(settings),
     )
-    held_out = eval_batches(store.split("heldout"), settings.seq_len, settings.micro_batch, settings.validate_tokens)
+    held_out = held_out_batches(store.split("heldout"), settings, models.choose_labels)
     saver = Saver(
         folders.checkpoints,
         built.state,

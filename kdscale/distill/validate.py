@@ -8,15 +8,32 @@ from typing import Any
 
 import torch
 
+from kdscale.config.distill.settings import DistillConfig
 from kdscale.data.batches import Batch
+from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
+from kdscale.data.token_store import TokenSplit
 from kdscale.distill.objectives.base import COUNTS, Objectives
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.step import to_device
+from kdscale.errors import DataError
 from kdscale.runtime.ranks import all_reduce_sum
-from kdscale.teacher.source import MicroBatch, TargetSource
+from kdscale.teacher.source import LabelChoice, MicroBatch, TargetSource
 from kdscale.teacher.targets import Targets
 from kdscale_launch.watchdog import enter
+
+
+def held_out_batches(split: TokenSplit, settings: DistillConfig, choose: LabelChoice | None) -> list[Batch]:
+    """Held-out text to validate on, with the labels that `choose` takes. Raises DataError where it takes none."""
+    batches = eval_batches(split, settings.seq_len, settings.micro_batch, settings.validate_tokens)
+    chosen = [batch.with_labels_of(choose) for batch in batches]
+    if not any(batch.token_count for batch in chosen):
+        raise DataError(
+            "the held-out text has no position that the teacher says anything of",
+            expected="at least one to validate on",
+            hint="raise distill.validate_tokens or data.heldout_fraction, so that such text is among it",
+        )
+    return chosen
 
 
 class Validator:

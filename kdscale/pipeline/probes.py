@@ -73,7 +73,7 @@ def _run(context: StageContext, config: Config) -> float:
 
     assert context.run_inner is not None
     release_memory()  # the probe runs in processes of its own, and on a GPU they need what the masked runs held
-    shared = {"data": context.run.data, "importance": context.run.importance}
+    shared = {**context.shared_text(), "importance": context.run.importance}
     # a probe is made from scratch whenever its inputs changed
     context.run_inner(replace(context, accept_changes=True), config, ("plan", "prune", "distill"), shared)
     run = RunFolder(Path(config.run_dir))

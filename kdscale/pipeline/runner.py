@@ -111,7 +111,7 @@ def _run_steps(context: StageContext) -> tuple[bool, StageContext]:
     for index, step in enumerate(context.config.steps):
         context.reporter.say(f"⇒ step {index + 1} of {count}: {step.name}")
         config = context.config.step(index)
-        changed |= run_inner(context, config, stages, {"data": context.run.data})
+        changed |= run_inner(context, config, stages, context.shared_text())
         context = replace(context, pruned_from=RunFolder(Path(config.run_dir)).student)
     context.reporter.say(f"⇒ step {count} of {count}")
     return changed, context

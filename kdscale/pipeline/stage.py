@@ -21,7 +21,19 @@ from kdscale.config.root import Config
 from kdscale.errors import LackOfMemoryError, RunFolderError
 from kdscale.files import atomic_path, read_own_json, remove_tree, write_json
 from kdscale.runs.digests import digest_file, digest_tree
-from kdscale.runs.folder import CARD, PLAN, WEIGHTS, Artifact, Manifest, RunFolder, StageInputs, fits, now
+from kdscale.runs.folder import (
+    CARD,
+    DATA,
+    PLAN,
+    RESPONSES,
+    WEIGHTS,
+    Artifact,
+    Manifest,
+    RunFolder,
+    StageInputs,
+    fits,
+    now,
+)
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.versions import versions
 from kdscale.units import format_duration
@@ -60,6 +72,11 @@ class StageContext:
         correct = self.config.correct
         corrected = self.corrected if correct is not None and correct.use == "prune_and_distill" else None
         return self.pruned_from or corrected or self.teacher
+
+    def shared_text(self) -> dict[str, Path]:
+        """The text of the run, and the answers in it, as runs inside this one take them over."""
+        answers = {RESPONSES.path: self.run.responses} if self.config.responses is not None else {}
+        return {DATA.path: self.run.data, **answers}
 
     @property
     def model_to_learn_from(self) -> Path:

@@ -21,8 +21,17 @@ from kdscale.config.distill.targets import Needs
 from kdscale.config.distill.teachers import TeacherEntry, shares
 from kdscale.errors import ConfigError
 from kdscale.teacher.folders import teacher_folders
-from kdscale.teacher.source import LabelChoice, MicroBatch, OpenedSource, SourceRequest, TargetSource, open_source
+from kdscale.teacher.source import (
+    LabelChoice,
+    LabelledText,
+    MicroBatch,
+    OpenedSource,
+    SourceRequest,
+    TargetSource,
+    open_source,
+)
 from kdscale.teacher.targets import Targets, TeacherPart
+from kdscale_kernels.types import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -133,19 +142,22 @@ def open_several(request: SourceRequest) -> OpenedSource:
 
     rows = [one.rows for one in opened.values() if one.rows is not None]
     average = next((one.average for one in opened.values() if one.average is not None), None)
-    choices = [one.choose_labels for one in opened.values()]
-    return OpenedSource(min(rows, default=None), start, _all_of(choices), average)
+    choices = {name: one.choose_labels for name, one in opened.items() if one.choose_labels is not None}
+    choose = labels_of_all(distill.teachers, request.tags, choices) if choices else None
+    return OpenedSource(min(rows, default=None), start, choose, average)
 
 
-def _all_of(choices: Sequence[LabelChoice | None]) -> LabelChoice | None:
-    """The labels that every teacher has targets of."""
-    given = [choice for choice in choices if choice is not None]
-    if not given:
-        return None
+def labels_of_all(
+    teachers: Sequence[TeacherEntry], tags: Sequence[str], choices: Mapping[str, LabelChoice]
+) -> LabelChoice:
+    """The labels of which every teacher has targets that teaches text of their tag."""
+    taught_L = {name: torch.tensor([bool(shares(teachers, tag).get(name)) for tag in tags]) for name in choices}
 
-    def choose(labels_BS: torch.Tensor, keys: Sequence[tuple[str, int]]) -> torch.Tensor:
-        for choice in given:
-            labels_BS = choice(labels_BS, keys)
+    def choose(text: LabelledText, keys: Sequence[tuple[str, int]]) -> torch.Tensor:
+        labels_BS = text.labels_BS
+        for name, choice in choices.items():
+            untold_BS = choice(text, keys) == IGNORE_INDEX
+            labels_BS = labels_BS.masked_fill(untold_BS & taught_L[name][text.tags_BS], IGNORE_INDEX)
         return labels_BS
 
     return choose

@@ -105,7 +105,23 @@ class SourceRequest:
     tags: tuple[str, ...]
 
 
-LabelChoice = Callable[[torch.Tensor, Sequence[tuple[str, int]]], torch.Tensor]
+class LabelledText(Protocol):
+    """Sequences with their labels and the tags of their sources, (B, S) int64 each, as data.batches.Batch has them."""
+
+    @property
+    def input_ids_BS(self) -> torch.Tensor: ...  # noqa: N802
+
+    @property
+    def position_ids_BS(self) -> torch.Tensor: ...  # noqa: N802
+
+    @property
+    def labels_BS(self) -> torch.Tensor: ...  # noqa: N802
+
+    @property
+    def tags_BS(self) -> torch.Tensor: ...  # noqa: N802
+
+
+LabelChoice = Callable[[LabelledText, Sequence[tuple[str, int]]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -113,8 +129,8 @@ class OpenedSource:
     """A source that is there, before student and teacher have agreed on a vocabulary.
 
     `start` takes the number of tokens that both know; `rows` is how many the teacher's head has, None without one.
-    `choose_labels` takes the labels [B, S] of sequences (split and number) and returns those that have targets, the
-    others ignored; None: all have. `average` is a teacher that follows the student.
+    `choose_labels` takes sequences and their keys (split and number) and returns the labels [B, S] that have targets,
+    the others ignored; None: all have. `average` is a teacher that follows the student.
     """
 
     rows: int | None

@@ -20,6 +20,7 @@ ANY_NUMBER = sys.maxsize  # of top-K entries: as many as are asked for
 EMBEDDINGS = -1  # the layer whose hidden states are those that enter layer 0
 ALL_LAYERS = range(EMBEDDINGS, sys.maxsize)
 Draws = Annotated[int, Field(ge=1, le=4096)]  # tokens that are sampled of a position
+MOST_LOGPROBS = 20  # that an endpoint gives with a token of an answer
 TEXT = "text alone"  # what is learnt from where no part of a teacher's targets is needed
 
 
@@ -155,6 +156,14 @@ SOURCES: dict[str, Source] = {
             open="kdscale.teacher.endpoint:open_endpoint",
             in_process=False,
             same_on_all_ranks=False,
+        ),
+        # the log-probabilities that an endpoint gave with the answers of the stage responses
+        Source(
+            name="responses",
+            gives=Needs(top_k=MOST_LOGPROBS, temperature=None, mass=False),
+            placements=("responses",),
+            open="kdscale.responses.answer_logprobs:open_responses",
+            in_process=False,
         ),
         Source(
             name="cached",

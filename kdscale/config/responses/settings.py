@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from kdscale.config.distill.targets import MOST_LOGPROBS
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Count, Dtype, Few, Length, Section
 from kdscale.config.responses.filters import FilterEntry
@@ -29,7 +30,8 @@ class SamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_tokens: Length = 1024
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None  # null: an endpoint draws as it likes; locally the run's
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0  # kept with each token of an answer, where the endpoint can
+    # kept with each token of an answer, where the endpoint can; distill.teacher_placement: responses learns them
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
 
 
 class LimitsConfig(Section):

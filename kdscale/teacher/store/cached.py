@@ -113,5 +113,5 @@ def open_cached(request: SourceRequest) -> OpenedSource:
             )  # fmt: skip
         return CachedTargets(store, store.codec.assembler(request, vocab_size), header.settings.gives)
 
-    choose = (lambda labels_BS, keys: choose_labels(store, labels_BS, keys)) if header.share < 1.0 else None
+    choose = (lambda text, keys: choose_labels(store, text.labels_BS, keys)) if header.share < 1.0 else None
     return OpenedSource(header.vocab_size, start, choose)

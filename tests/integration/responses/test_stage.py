@@ -14,6 +14,7 @@ from kdscale.data.token_store import TokenStore
 from kdscale.errors import ConfigError, DataError, RunFolderError, ServiceError, SpendingLimitError
 from kdscale.models.loading import load_tokenizer
 from kdscale.pipeline.runner import run_until
+from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
 from tests.fake_endpoint import FakeEndpoint, Fault, serving
 
@@ -31,11 +32,14 @@ def answer(chatting_llama_dir: Path, tmp_path: Path) -> Callable[..., bool]:
     """Bring the run in `tmp_path/run` up to the stage; whether there was anything to do."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
 
-    def run(accept: bool = False, until: str = "responses", data: Any = None, **responses: Any) -> bool:
+    def run(
+        accept: bool = False, until: str = "responses", data: Any = None, distill: Any = None, **responses: Any
+    ) -> bool:
         settings = {"prompts": [{"path": str(tmp_path / "prompts.txt")}], "retries": 0, **responses}
         tree = {
             "name": "t", "run_dir": str(tmp_path / "run"), "teacher": {"path": str(chatting_llama_dir)},
-            "prune": {"ffn": 64}, "distill": {"seq_len": 64}, "eval": {"efficiency": False, "sample_tokens": 4},
+            "prune": {"ffn": 64}, "distill": distill or {"seq_len": 64},
+            "eval": {"efficiency": False, "sample_tokens": 4},
             "responses": settings, "importance": {"calibration_tokens": 64, "seq_len": 32, "micro_batch": 1},
             **({"data": data} if data else {}),
         }  # fmt: skip
@@ -195,3 +199,28 @@ def test_another_prompt_needs_no_permission_but_another_model_does(
     with pytest.raises(RunFolderError, match=r"responses\.endpoint\.model"):
         answer(**{**by(server), "endpoint": {"base_url": server.url, "model": "other"}})
     assert len(server.asked) == 3
+
+
+def test_the_student_learns_the_log_probabilities_that_came_with_the_answers(
+    server: FakeEndpoint, answer: Callable[..., bool], chatting_llama_dir: Path, tmp_path: Path, tiny_texts: list[str]
+) -> None:
+    """To the end of a distillation; and a run whose tokenizer never cuts as the endpoint's does is refused."""
+    tokenizer = load_tokenizer(chatting_llama_dir)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"Number {i}?" for i in range(60)))
+    server.reply = lambda messages, _: tiny_texts[int(messages[-1]["content"][7:-1])]
+    server.tokens = lambda text: [tokenizer.decode([token]) for token in tokenizer(text)["input_ids"]]
+    data = {"sources": [{"path": "responses:"}], "heldout_fraction": 0.2}
+    distill = {
+        "teacher_placement": "responses", "objectives": [{"name": "token_divergence", "top_k": 2}], "tokens": 512,
+        "seq_len": 64, "global_batch": 4, "micro_batch": 2, "validate_every": 1, "validate_tokens": 200,
+    }  # fmt: skip
+    settings = {**by(server), "sampling": {"top_logprobs": 2}}
+    assert answer(until="distill", data=data, distill=distill, **settings)
+    rows = list(read_metrics(tmp_path / "run/logs/metrics.jsonl"))
+    losses = [row["loss"] for row in rows if row["kind"] == "validation"]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    answered = sum(len(tokenizer(text)["input_ids"]) for text in tiny_texts)
+    assert 0 < max(row["labels"] for row in rows if row["kind"] == "train") <= answered
+    server.tokens = lambda text: [text]
+    with pytest.raises(DataError, match="teacher_placement: responses"):
+        answer(accept=True, until="distill", data=data, distill=distill, **settings, system="Be brief.")

@@ -61,6 +61,8 @@ def build(objective: dict[str, Any], placement: str, settings: tuple[str, ...]) 
     tree: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
     tree |= {"correct": {}} if "correct" in settings else {}
     tree |= {"targets": {"codec": codec}} if placement == "cached" else {}
+    answers = {"teacher": "endpoint", "endpoint": source["endpoint"], "prompts": [{"path": "p"}]}
+    tree |= {"responses": {**answers, "sampling": {"top_logprobs": 20}}} if placement == "responses" else {}
     return build_config({**tree, "distill": distill}, "test")
 
 
@@ -108,5 +110,5 @@ def test_every_combination_is_accepted_or_refused_with_what_is_wrong(variant: st
 
 def test_every_source_goes_with_some_objective() -> None:
     for placement in placements():
-        objective = VARIANTS["with text"]
+        objective = {**VARIANTS["with text"], "top_k": 16}  # as many as each of them gives
         assert build(objective, placement, ()).distill.teacher_placement == placement
