@@ -39,7 +39,7 @@ class SampledConfig(CodecConfig):
     implementation = "kdscale.teacher.store.sampled:SampledCodec"
 
     name: Literal["sampled"] = "sampled"
-    draws: Draws = 50
+    draws: Draws = 25
     temperature: Temperature = 1.0
 
     @property

@@ -270,26 +270,35 @@ def student_parameters(context: StageContext, plans: Sequence[Plan]) -> int:
 
 
 def check_disk(context: StageContext, stages: Iterable[Stage], student_params: int) -> None:
-    """Raises RunFolderError, before any work, when the disk cannot hold what the stages have yet to write.
+    """Raises RunFolderError, before any work, when a disk cannot hold what the stages have yet to write to it.
 
     A stage that is finished needs nothing more; of an unfinished one, what its killed try has written counts.
     """
     run = context.run
-    needed = {}
+    by_disk: dict[int, tuple[Path, dict[str, int]]] = {}
     for stage in stages:
         if stage.disk_bytes is None or manifest_path(stage, run).exists():
             continue
+        folder = run.path if stage.disk_folder is None else stage.disk_folder(context)
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         written = [run.at(artifact) for artifact in {*stage.writes, *stage.resumes_from}] + [run.work / stage.name]
+        _, needed = by_disk.setdefault(_disk_of(there), (there, {}))
         needed[stage.name] = max(0, stage.disk_bytes(context, student_params) - sum(map(_bytes_under, written)))
-    total, free = sum(needed.values()) + _MARGIN_BYTES, shutil.disk_usage(run.path).free
-    if needed and total > free:
-        listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items())
-        raise RunFolderError(
-            f"run folder {run.path} is on a disk without room",
-            expected=f"{total / 1e9:.1f} GB free ({listed})",
-            got=f"{free / 1e9:.1f} GB",
-            hint="free some space, choose another run_dir, lower distill.keep_checkpoints or raise distill.keep_every",
-        )
+    for folder, needed in by_disk.values():
+        total, free = sum(needed.values()) + _MARGIN_BYTES, shutil.disk_usage(folder).free
+        if total > free:
+            listed = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items())
+            raise RunFolderError(
+                f"{folder} is on a disk without room",
+                expected=f"{total / 1e9:.1f} GB free ({listed})",
+                got=f"{free / 1e9:.1f} GB",
+                hint="free some space, choose another run_dir or targets.path, lower distill.keep_checkpoints or raise "
+                "distill.keep_every",
+            )
+
+
+def _disk_of(path: Path) -> int:
+    return path.stat().st_dev
 
 
 def _bytes_under(path: Path) -> int:

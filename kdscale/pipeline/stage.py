@@ -108,6 +108,7 @@ class Stage:
     resumable: bool = False  # has a folder work/<name> to resume from, removed when the stage is finished
     hand_editable: bool = False  # an output changed by hand is kept, and stages after it see the change
     disk_bytes: Callable[[StageContext, int], int] | None = None  # what it writes in all, by student parameters
+    disk_folder: Callable[[StageContext], Path] | None = None  # where it writes that; None: in the run folder
     only_with: str = ""  # a dotted config field; where it is null, a run has no such stage
     in_steps: bool = False  # each step on the way to the final student runs it too
     # the config field that makes it distil in runs of its own, on one host; "" where it does not

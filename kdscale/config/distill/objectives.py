@@ -39,7 +39,7 @@ class TokenDivergenceConfig(ObjectiveConfig):
     text_below_entropy: Annotated[float, Field(gt=0.0, le=20.0)] | None = None
     temperature: Annotated[float | Schedule, Between(1e-3, 1e3, above=True)] = 1.0
     top_k: Length = 64
-    draws: Draws = 50  # of targets: sampled
+    draws: Draws = 25  # of targets: sampled
     tail: Literal["bucket", "truncated", "renormalised"] = "bucket"
 
     @model_validator(mode="after")

@@ -87,7 +87,7 @@ STAGES: dict[str, Stage] = {
             run=targets.write_targets, run_rank=targets.targets_rank, processes="targets.processes",
             config=("seed", _CODE), depends_on=targets.what_matters, model="model_to_learn_from",
             reads=(folder.DATA,), writes=(folder.TARGETS,), resumes_from=(folder.TARGETS,),
-            disk_bytes=targets.disk_bytes, only_with="targets", in_steps=True,
+            disk_bytes=targets.disk_bytes, disk_folder=targets.disk_folder, only_with="targets", in_steps=True,
             memory=("targets.micro_batch", "targets.teacher_placement"),
         ),
         Stage(

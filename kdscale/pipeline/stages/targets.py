@@ -36,14 +36,18 @@ def what_matters(context: StageContext) -> Facts:
 
 
 def disk_bytes(context: StageContext, student_params: int) -> int:
-    """The rows of all training and held-out tokens; nothing where the store is elsewhere."""
+    """The rows of all training and held-out tokens."""
     from kdscale.teacher.store.codecs import make_codec
 
     settings, distill = _settings(context), context.config.distill
-    if settings.path is not None:
-        return 0
     codec = make_codec(settings.codec, *_head_shape(context))
     return math.ceil((distill.tokens * settings.decisive()["share"] + distill.validate_tokens) * codec.row_bytes)
+
+
+def disk_folder(context: StageContext) -> Path:
+    """Where the store is: in the run folder, or in one that several runs share."""
+    path = _settings(context).path
+    return context.run.at(TARGETS) if path is None else Path(path)
 
 
 def write_targets(context: StageContext) -> Facts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kdscale.errors import RunFolderError
 from kdscale.files import write_text
 from kdscale.pipeline.checks import check_disk
 from kdscale.pipeline.stage import StageContext
-from kdscale.pipeline.stages.registry import stages_of
+from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 
@@ -73,3 +74,21 @@ def test_a_finished_run_needs_no_room(context: StageContext, monkeypatch: pytest
     for name in ("prune", "distill"):
         write_text(context.run.stages / f"{name}.json", "{}")
     assert fits(context, 0, monkeypatch)
+
+
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_what_is_written_elsewhere_must_fit_there(
+    context: StageContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_disk: bool
+) -> None:
+    """A store that several runs share, in a folder that is not there yet, with a free disk for the rest."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    store = replace(STAGES["targets"], disk_bytes=lambda *_: 1000, disk_folder=lambda _: shared / "stores" / "new")
+    free = {shared: 1000 + MARGIN, context.run.path: PRUNED + DISTILLED + MARGIN + (1000 if same_disk else 0)}
+    if not same_disk:
+        monkeypatch.setattr("kdscale.pipeline.checks._disk_of", lambda path: int(path == shared))
+    monkeypatch.setattr("kdscale.pipeline.checks.shutil.disk_usage", lambda path: Usage(0, 0, free[path]))
+    check_disk(context, [*stages_of(context.config), store], PARAMS)
+    free[context.run.path if same_disk else shared] -= 1
+    with pytest.raises(RunFolderError, match=r"targets 0\.0 GB"):
+        check_disk(context, [*stages_of(context.config), store], PARAMS)
