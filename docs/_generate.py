@@ -323,6 +323,26 @@ def free_settings() -> str:
     return ", ".join(f"`{name}`" for name in sorted(FREE_SETTINGS))
 
 
+def gguf() -> str:
+    """The families that can be written as GGUF files, and what llama.cpp needs of them."""
+    from kdscale.families import gguf_families, load_family
+
+    def needs(table: Any) -> str:
+        found = [f"`{rule.field}` {' or '.join(map(json.dumps, rule.one_of))}" for rule in table.requires]
+        found += ["heads · head_dim = hidden"] if table.square_attention else []
+        found += [f"no rotary embedding in every {table.no_rope_every}th layer"] if table.no_rope_every else []
+        found += [f"no {', '.join(f'`{role}`' for role in table.unread)}"] if table.unread else []
+        return "; ".join(found)
+
+    tables_of = {name: load_family({"model_type": name}, "docs").data.gguf for name in gguf_families()}
+    rows = [
+        (f"`{name}`", f"`{of.architecture}`", ", ".join(("default", *of.rope_scaling)), needs(of))
+        for name, of in tables_of.items()
+        if of is not None
+    ]
+    return table(("family", "architecture in llama.cpp", "rope types", "needs"), rows)
+
+
 def readers() -> str:
     """Every format that text is read from."""
     from kdscale.config.data import READERS
@@ -336,6 +356,7 @@ def readers() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "readers": readers,
+    "gguf": gguf,
     "criteria": criteria,
     "objectives": objectives,
     "filters": filters,

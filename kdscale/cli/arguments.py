@@ -58,3 +58,30 @@ def run_folder(run: str) -> Path:
         f"there is no run in {folder}", expected="the folder of a run",
         got=f"runs here: {', '.join(runs)}" if runs else "no runs in the folder runs/ here", hint=hint,
     )  # fmt: skip
+
+
+def model_folder(run: Path, name: str) -> Path:
+    """The folder of one model of a run; the teacher comes from where the run's config says.
+
+    Raises ConfigError for a name the run has no model of, and for a model that is not made yet.
+    """
+    from kdscale.errors import ConfigError
+    from kdscale.runs.folder import RunFolder
+    from kdscale.runs.models import TEACHER, models_of_run
+    from kdscale.weights import resolve_teacher
+
+    config = load(str(run), None)
+    folders = models_of_run(RunFolder(run), config, Path(config.teacher.path))
+    if name not in folders:
+        raise ConfigError(f"{run} has no model {name!r}", expected=f"one of {', '.join(folders)}")
+    if name == TEACHER:
+        return resolve_teacher(config.teacher)
+    if not (folders[name] / "config.json").is_file():
+        hint = f"kdscale run {shlex.quote(str(run))} makes it"
+        raise ConfigError(f"the {name} model of {run} is not there yet", expected=str(folders[name]), hint=hint)
+    return folders[name]
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether this is a checkpoint's folder, not a run's."""
+    return (path / "config.json").is_file() and not (path / "config.yaml").exists()

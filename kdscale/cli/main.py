@@ -79,6 +79,7 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
             "doctor": doctor_command,
             "get-teacher": models.get_teacher_command,
             "export": models.export_command,
+            "export-gguf": models.export_gguf_command,
             "export-megatron": text.export_megatron_command,
             "replay": replay.replay_command,
         },

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kdscale.cli.arguments import ConfigArgument, RunArgument, SetOption, run_folder
+from kdscale.cli.arguments import (
+    ConfigArgument,
+    RunArgument,
+    SetOption,
+    is_model_folder,
+    model_folder,
+    run_folder,
+)
+from kdscale.errors import ConfigError
 
 
 def serve_teacher_command(
@@ -44,6 +53,36 @@ def export_command(
     from kdscale.runtime.progress import Reporter
 
     export_run(run_folder(run), step, out, Reporter())
+
+
+def export_gguf_command(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or the folder of any model.")],
+    type_: Annotated[str, typer.Option("--type", help="Of the matrices: f32, bf16, f16, q8_0 or q4_0.")] = "q8_0",
+    model: Annotated[
+        str | None, typer.Option(help="Which model of a run: distilled (the default), pruned, teacher.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="By default RUN/exported/MODEL-TYPE.gguf.")] = None,
+) -> None:
+    """Write a model as a GGUF file, for llama.cpp, Ollama and LM Studio."""
+    from kdscale.packaging.gguf_writer import write_gguf
+    from kdscale.runs.models import DISTILLED
+    from kdscale.runtime.progress import Reporter
+    from kdscale.units import format_size
+
+    kind, reporter = type_.lower(), Reporter()
+    if is_model_folder(Path(source)):
+        if model is not None:
+            raise ConfigError("--model", expected="a run, whose models have names", got=f"the model {source}")
+        folder = Path(source)
+        name, default = folder.resolve().name, Path(f"{folder.resolve().name}-{kind}.gguf")
+    else:
+        run = run_folder(source)
+        folder, name = model_folder(run, model or DISTILLED), f"{run.resolve().name} {model or DISTILLED}"
+        default = run / "exported" / f"{model or DISTILLED}-{kind}.gguf"
+    written = write_gguf(folder, out or default, kind, reporter, name=name)
+    kinds = ", ".join(f"{count} in {kind.lower()}" for kind, count in written.kinds.items())
+    reporter.say(f"wrote {written.path}: {format_size(written.bytes)}, tensors: {kinds}")
+    reporter.say(f"  try it: llama-cli -m {shlex.quote(str(written.path))}")
 
 
 def get_teacher_command(

@@ -22,6 +22,7 @@ Seconds = Annotated[float, Field(ge=0.0, le=30 * 86_400.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
+GgufType = Literal["f32", "bf16", "f16", "q8_0", "q4_0"]  # of the matrices in a GGUF file
 
 
 class Section(BaseModel):

@@ -28,6 +28,7 @@ __all__ = [
     "Sites",
     "TensorSpec",
     "dropped_heads",
+    "gguf_families",
     "load_family",
     "read_families",
     "supported_types",
@@ -92,6 +93,11 @@ def dropped_heads(model_type: Any) -> dict[str, str]:
 def supported_types() -> list[str]:
     """All model_type values that have a family, sorted."""
     return sorted(_families())
+
+
+def gguf_families() -> list[str]:
+    """The names of the families whose models can be written as GGUF files, sorted."""
+    return sorted({data.name for data in _families().values() if data.gguf is not None})
 
 
 def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:

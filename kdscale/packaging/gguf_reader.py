@@ -3,7 +3,7 @@
 Written against the GGUF specification (ggml/docs/gguf.md) and the permutation that llama.cpp's converter applies to
 query and key rows. Only what the catalog's teachers need is here: architecture `llama`, a byte-level BPE tokenizer.
 
-Dimension letters: Q rows of a projection, H hidden, I ffn, V vocabulary.
+Dimension letters: Q rows of a projection, H hidden.
 """
 
 from __future__ import annotations
@@ -15,30 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdscale.errors import CheckpointError
+from kdscale.families import load_family
 from kdscale.files import write_json, write_text
+from kdscale.packaging.gguf_names import gguf_name, halves_from_pairs
 from kdscale.runtime.packages import require_packages
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-
-_OUTER = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 _CONTROL_TOKEN = 3  # gguf token type: special, never split, left out of decoded text
 
@@ -110,14 +94,18 @@ class GgufLlama:
             int(self.field("llama.attention.head_count")),
             int(self.field("llama.attention.head_count_kv")),
         )
+        config = self.config("float32", [0])
+        specs = load_family(config, str(self.path)).tensors(config)
+        standard = {gguf_name(spec.role, spec.layer): name for name, spec in specs.items()}
         out = {}
         for tensor in self._reader.tensors:
-            name = _standard_name(tensor.name, self.path)
+            if (name := standard.get(tensor.name)) is None:
+                raise CheckpointError(f"{self.path} holds a tensor that a Llama does not have", got=tensor.name)
             weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
             if name.endswith("q_proj.weight"):
-                weight = _halves_from_pairs(weight, heads)
+                weight = halves_from_pairs(weight, heads)
             elif name.endswith("k_proj.weight"):
-                weight = _halves_from_pairs(weight, kv_heads)
+                weight = halves_from_pairs(weight, kv_heads)
             out[name] = torch.from_numpy(np.array(weight)).to(dtype)
         return out
 
@@ -192,18 +180,3 @@ def _check_reload(folder: Path, gguf: GgufLlama) -> None:
                 got=f"{text!r} becomes {json.dumps(loaded.convert_ids_to_tokens(ids))}",
                 hint="this version of transformers changes the pre-tokenizer; please report it",
             )
-
-
-def _standard_name(name: str, path: Path) -> str:
-    if name in _OUTER:
-        return _OUTER[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in _LAYER and parts[3] == "weight":
-        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.weight"
-    raise CheckpointError(f"{path} holds a tensor that a Llama does not have", got=name)
-
-
-def _halves_from_pairs(weight_QH: np.ndarray, heads: int) -> np.ndarray:
-    """Rotary rows from ggml's order (x0 y0 x1 y1 ...) to transformers' (x0 x1 ... y0 y1 ...), head by head."""
-    rows, width = weight_QH.shape
-    return weight_QH.reshape(heads, rows // heads // 2, 2, width).transpose(0, 2, 1, 3).reshape(rows, width)
