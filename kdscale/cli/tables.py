@@ -23,7 +23,8 @@ from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.report.comparison import FIGURES, students, worsened
-from kdscale.runs.folder import RunFolder
+from kdscale.report.downstream_facts import downstream
+from kdscale.runs.folder import DOWNSTREAM, RunFolder
 from kdscale.runs.metrics_log import is_figure, read_metrics
 from kdscale.runs.models import model_title
 from kdscale.sizing.capacity import Capacity
@@ -163,6 +164,8 @@ def results(folder: Path, last_stage: str) -> None:
         plan(read_json(run.plan), load_config(run.config).distill.tokens)
     if last_stage in ("eval", "report") and (run.eval / "eval.json").exists():
         _side_by_side(run.eval / "eval.json")
+    if last_stage in ("downstream", "report"):
+        _tasks(run.at(DOWNSTREAM))
     if last_stage == "report":
         _places(run)
 
@@ -226,6 +229,25 @@ def _side_by_side(path: Path) -> None:
     if worse := worsened(evaluation):
         before, after = (model_title(students(evaluation)[at]).lower() for at in (0, -1))
         _note(f"note: worse in the {after} student than in the {before} one: {', '.join(worse)}")
+
+
+def _tasks(folder: Path) -> None:
+    """Scores of every model on tasks, where there are any, and what distilling changed."""
+    try:
+        tasks = downstream(folder)
+    except RunFolderError as error:
+        _note(f"warning: {error}")
+        return
+    if tasks is None:
+        return
+
+    def written(cell: dict[str, Any]) -> str:
+        return cell["text"] + (f" ± {cell['error_text']}" if cell["error_text"] else "")
+
+    rows = [(escape(row["title"]), *(written(cell) for cell in row["cells"].values())) for row in tasks["rows"]]
+    _print(table("Tasks with right answers", ("", *tasks["models"]), rows, right_from=1))
+    if tasks["sample"]:
+        _note(f"note: {tasks['sample']}", "dim")
 
 
 def status(folder: Path) -> None:

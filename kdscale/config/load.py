@@ -122,6 +122,7 @@ _MAY_CHANGE: dict[str, tuple[Collection[str], Collection[str]]] = {
     "distill": (FREE_SETTINGS, DECISIVE_ZERO),
     "targets": (target_store.FREE_SETTINGS, ()),
     "responses": (FREE_RESPONSES, ("model",)),
+    "eval": (("downstream",), ()),  # a finished run may be given tasks
 }
 
 

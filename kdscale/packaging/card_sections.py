@@ -113,4 +113,41 @@ def _quality_results(evaluation: Mapping[str, Any]) -> list[Result]:
     return [Result("text-generation", "held-out text of the run", "held-out", metrics)] if metrics else []
 
 
-SECTIONS: tuple[CardSection, ...] = (CardSection("eval/eval.json", "On held-out text", _quality, _quality_results),)
+def _tasks(content: Mapping[str, Any]) -> str:
+    """Accuracy of the models on each task; says where only a sample was asked."""
+    tasks, models = content["tasks"], content["models"]
+    rows = [
+        (f"{name} ({task['metric']}, {task['num_fewshot']}-shot)", *(_accuracy(model["tasks"][name]) for model in models.values()))
+        for name, task in tasks.items()
+    ]  # fmt: skip
+    if len(tasks) > 1:
+        rows.append(("mean", *(_accuracy(model["mean"]) for model in models.values())))
+    sample = [
+        f"{for_markdown(name)} {task['items']:,} of {task['available']:,}"
+        for name, task in tasks.items()
+        if task["items"] < task["available"]
+    ]
+    note = f" Not comparable with published figures, as only a sample was asked: {', '.join(sample)}." if sample else ""
+    how = f"Scored by lm-evaluation-harness {for_markdown(str(content['settings']['lm_eval']))}"
+    return f"{how}; ± is one standard error over items.{note}\n\n{table(('', *map(model_title, models)), rows)}"
+
+
+def _accuracy(mean: Mapping[str, Any]) -> str:
+    error = mean["standard_error"]
+    return f"{mean['value']:.1%}" + ("" if error is None else f" ± {error:.1%}")
+
+
+def _task_results(content: Mapping[str, Any]) -> list[Result]:
+    """Accuracies of whole tasks; a sample is no result for a leaderboard."""
+    model = content["models"].get(DISTILLED)
+    return [
+        Result("multiple-choice", name, name, {task["metric"]: float(model["tasks"][name]["value"])})
+        for name, task in content["tasks"].items()
+        if model is not None and task["items"] == task["available"]
+    ]
+
+
+SECTIONS: tuple[CardSection, ...] = (
+    CardSection("eval/eval.json", "On held-out text", _quality, _quality_results),
+    CardSection("downstream/downstream.json", "On tasks with right answers", _tasks, _task_results),
+)

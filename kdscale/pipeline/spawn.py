@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,8 @@ def ranks_of(config: Config, field: str) -> int:
     from kdscale.runtime.device import resolve_device
     from kdscale.runtime.gpu_binding import visible_gpus
 
-    section, _, name = field.partition(".")
-    settings: Any = getattr(config, section) if field else None
+    section, _, name = field.rpartition(".")
+    settings: Any = attrgetter(section)(config) if field else None
     asked: int | None = getattr(settings, name) if field else 1
     if asked is not None:
         return asked

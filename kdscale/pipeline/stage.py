@@ -97,6 +97,7 @@ class Stage:
     run_rank: Callable[[StageContext], None] | None = None
     processes: str = ""
     config: tuple[str, ...] = ()  # dotted config fields, or whole sections, that the result depends on
+    without: tuple[str, ...] = ()  # dotted fields in them that it does not depend on, as another stage has them
     depends_on: Callable[[StageContext], Facts] | None = None  # what of the config matters, where that is no field
     model: ModelRole | None = None  # the larger model that it reads
     model_files: tuple[str, ...] = WEIGHTS  # globs of what it reads of that model
@@ -154,15 +155,16 @@ def inputs_of(stage: Stage, context: StageContext) -> dict[str, Any]:
         made_from["files"]["teacher"] = digest_tree(getattr(context, stage.model), _files_read(stage, context))
     for artifact in stage.reads:
         made_from["files"][artifact.path] = digest_tree(context.run.at(artifact), artifact.only)
-    return _without_processes(stage, made_from)
+    return _decisive(stage, made_from)
 
 
-def _without_processes(stage: Stage, made_from: dict[str, Any]) -> dict[str, Any]:
-    """The result does not depend on how many processes share the work, up to rounding."""
-    section, _, field = stage.processes.partition(".")
+def _decisive(stage: Stage, made_from: dict[str, Any]) -> dict[str, Any]:
+    """What the result depends on alone: not on how many processes share the work, up to rounding."""
     config = made_from["config"]
-    if field in config.get(section, {}):
-        config = {**config, section: {key: value for key, value in config[section].items() if key != field}}
+    for dotted in (stage.processes, *stage.without):
+        section, _, field = dotted.rpartition(".")
+        if field in config.get(section, {}):
+            config = {**config, section: {key: value for key, value in config[section].items() if key != field}}
     return {**made_from, "config": config}
 
 
@@ -186,7 +188,7 @@ def manifest_path(stage: Stage, run: RunFolder) -> Path:
 def read_manifest(stage: Stage, run: RunFolder) -> dict[str, Any] | None:
     """The manifest of a finished stage; None where there is none, or one that is damaged, which is set aside."""
     manifest: dict[str, Any] | None = read_own_json(manifest_path(stage, run), fits(Manifest))
-    return manifest and {**manifest, "made_from": _without_processes(stage, manifest["made_from"])}
+    return manifest and {**manifest, "made_from": _decisive(stage, manifest["made_from"])}
 
 
 def why_stale(stage: Stage, context: StageContext, made_from: dict[str, Any]) -> list[str] | None:
@@ -289,7 +291,7 @@ def _prepare_resuming(stage: Stage, context: StageContext, made_from: dict[str, 
     run = context.run
     marker = run.stages / f"{stage.name}.started.json"
     before = read_own_json(marker, fits(StageInputs))
-    before = before and _without_processes(stage, before)
+    before = before and _decisive(stage, before)
     if before is not None and before != made_from:
         if has_progress(stage, run) and not context.accept_changes:
             raise checkpoints_in_the_way(stage, run, changed_inputs(before, made_from))

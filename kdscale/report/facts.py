@@ -18,9 +18,10 @@ from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.report import pruning_facts, training_facts
 from kdscale.report.comparison import NOISE, comparison, students, worsened
-from kdscale.runs.folder import METRICS
+from kdscale.report.downstream_facts import downstream
+from kdscale.runs.folder import DOWNSTREAM, METRICS
 from kdscale.runs.metrics_log import read_metrics
-from kdscale.runs.models import TEACHER, model_title
+from kdscale.runs.models import DISTILLED, TEACHER, model_title
 
 SCHEMA_VERSION = 1
 
@@ -60,6 +61,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "missing": [name for name, result in results.items() if not result],
         "comparison": comparison(evaluation) if evaluation else None,
         "evaluation": evaluation,
+        "downstream": downstream(run_dir / DOWNSTREAM.path),
         "shape": _shape(plan) if plan else None,
         "components": components,
         "expected": pruning_facts.expected(plan, components) if plan else None,
@@ -181,6 +183,8 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         before, kept = facts["original_params"]["total"], plan["student_params"]["total"]
         note = f"{units.format_count(kept)} of the teacher’s {units.format_count(before)}"
         out.append(_tile("Parameters", f"{kept / before:.0%}", note))
+    if facts["downstream"] and (tile := _accuracy(facts["downstream"])):
+        out.append(tile)
     if not evaluation or not students(evaluation):
         return out
     name = students(evaluation)[-1]
@@ -202,6 +206,15 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     cache, teacher_cache = (model["size"]["kv_cache_bytes_per_token"] for model in (student, teacher))
     out.append(_tile("KV cache", f"{cache / teacher_cache:.0%}", f"{units.format_size(cache)} per token"))
     return out
+
+
+def _accuracy(tasks: Mapping[str, Any]) -> dict[str, str] | None:
+    """The distilled student's mean over tasks, beside the teacher's."""
+    if DISTILLED not in tasks["means"]:
+        return None
+    beside = f"; the teacher’s {tasks['teacher']}" if tasks["teacher"] else ""
+    note = f"mean of {len(tasks['rows'][:-1])} tasks" if len(tasks["rows"]) > 1 else tasks["rows"][0]["title"]
+    return _tile("Accuracy", f"{100 * tasks['means'][DISTILLED]:.1f} %", f"{note}{beside}")
 
 
 def _tile(title: str, value: str, note: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from kdscale import units
 from kdscale.files import write_json, write_text
-from kdscale.report import importance_plots, pruning_plots, training_plots
+from kdscale.report import downstream_plots, importance_plots, pruning_plots, training_plots
 from kdscale.report.facts import for_json, gather
 from kdscale.runs.models import DISTILLED, PRUNED, TEACHER, model_title
 
@@ -67,7 +67,9 @@ def render(facts: Mapping[str, Any]) -> str:
         teacher=TEACHER,
         missing=[_MISSING_NOTES[name] for name in facts["missing"]],
         models=_models(facts["evaluation"]),
+        task_models=_models(facts["downstream"]),
         groups={name: list(rows) for name, rows in itertools.groupby(facts["comparison"] or [], itemgetter("group"))},
+        plot_of_tasks=downstream_plots.curve(facts),
         curves=training_plots.curves(facts),
         terms=training_plots.terms(facts),
         importance=importance_plots.importance(facts),
@@ -80,7 +82,7 @@ def render(facts: Mapping[str, Any]) -> str:
 
 
 def _models(evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """The evaluated models in their order: name, column title, and the class that colours them."""
+    """The models of a result in their order: name, column title, and the class that colours them."""
     names = list(evaluation["models"]) if evaluation else []
     others = itertools.cycle(_OTHER_CLASSES)
     return [

@@ -5,7 +5,8 @@ run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one man
   responses/ (a journal of all answers, and those that are kept)
   data/  corrected/ (the teacher after its correction)  importance/  speed.json (timings of shapes)  plan.json  pruned/
   repair.json (what compensation won back)  targets/ (stored targets, or a link to where they are)  checkpoints/
-  student/  quantized/ (the student in forms with fewer bits)  eval/  report/
+  student/  quantized/ (the student in forms with fewer bits)  eval/
+  downstream/ (scores on tasks)  report/
   steps/ (a run folder for each step before the last)
 """
 
@@ -77,6 +78,7 @@ CARD = "README.md"  # of a model's folder: people edit it, and nothing is comput
 STUDENT_CARD = Artifact(f"student/{CARD}")
 QUANTIZED = Artifact("quantized")
 EVAL = Artifact("eval")
+DOWNSTREAM = Artifact("downstream")
 REPORT = Artifact("report")
 METRICS = Artifact("logs/metrics.jsonl")
 CORRECTION_METRICS = Artifact("logs/correct.jsonl")  # of the teacher's correction

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from kdscale.config.evaluation.downstream import DownstreamConfig
 from kdscale.config.fields import Count, Dtype, Few, Length, Section
 
 
@@ -35,6 +36,7 @@ class EvalConfig(Section):
     efficiency: bool = True
     prefill_tokens: Length = 256
     decode_tokens: Length = 32
+    downstream: DownstreamConfig | None = None  # None: no tasks are scored
 
     @property
     def most_processes(self) -> int:

@@ -138,11 +138,6 @@ def prepare(names: Sequence[str], settings: ScoreSettings) -> list[PreparedTask]
     return list(prepared.values())
 
 
-def files_of(names: Sequence[str]) -> list[LocalTask]:
-    """The local tasks among `names`, read; what their results depend on. Raises as `prepare` does for them."""
-    return [read_task(file) for name in names if is_local(name) for file in task_files(name)]
-
-
 def _makers(names: Sequence[str], problems: list[KdscaleError]) -> Iterator[Any]:
     """For each task that the names stand for, the function that prepares it."""
     for name in names:
@@ -374,8 +369,9 @@ def _quiet() -> Iterator[None]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from tqdm import tqdm
 
-    sandbox = ImmutableSandboxedEnvironment(undefined=lm_eval.utils.env.undefined, keep_trailing_newline=True)
+    sandbox: Any = ImmutableSandboxedEnvironment(undefined=lm_eval.utils.env.undefined, keep_trailing_newline=True)
     sandbox.filters |= lm_eval.utils.env.filters
+    sandbox.from_string = cache(sandbox.from_string)  # the harness compiles a template anew for every item
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
     levels, bars = [logger.level for logger in loggers], datasets.are_progress_bars_disabled()
     kept = lm_eval.utils.env, lm_eval.api.task.tqdm

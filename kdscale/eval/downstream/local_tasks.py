@@ -83,6 +83,15 @@ def task_files(name: str) -> list[Path]:
     return tasks
 
 
+def local_files(names: Sequence[str]) -> dict[str, Path]:
+    """All files of the local tasks among `names`, by task and place beside its YAML. Raises as `read_task` does."""
+    found: dict[str, Path] = {}
+    for path in (path for name in names if is_local(name) for path in task_files(name)):
+        task = read_task(path)
+        found |= {f"{task.name}: {file.relative_to(path.parent)}": file for file in task.files}
+    return found
+
+
 def read_task(file: Path) -> LocalTask:
     """Read one task file and its items.
 

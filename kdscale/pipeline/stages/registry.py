@@ -13,6 +13,7 @@ from kdscale.pipeline.stages import (
     correct,
     data,
     distill,
+    downstream,
     evaluate,
     importance,
     plan,
@@ -24,6 +25,11 @@ from kdscale.pipeline.stages import (
 from kdscale.runs import folder
 
 _CODE = "teacher.trust_remote_code"
+_MODELS = (
+    folder.CORRECTED_WEIGHTS,
+    folder.PRUNED_WEIGHTS,
+    folder.STUDENT_WEIGHTS,
+)  # that runs.models has, beside the teacher
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -110,16 +116,26 @@ STAGES: dict[str, Stage] = {
             name="eval", title="evaluate side by side",
             help="Measure teacher, pruned and distilled side by side on held-out text.",
             run=evaluate.evaluate, run_rank=evaluate.evaluate_rank, processes="eval.processes",
-            config=("eval", "seed", _CODE),
+            config=("eval", "seed", _CODE), without=("eval.downstream",),
             model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
-            reads=(folder.CORRECTED_WEIGHTS, folder.PRUNED_WEIGHTS, folder.STUDENT_WEIGHTS, folder.DATA),
-            writes=(folder.EVAL,),
+            reads=(*_MODELS, folder.DATA), writes=(folder.EVAL,),
             memory=("eval.micro_batch", "eval.processes"),
+        ),
+        Stage(
+            name="downstream", title="ask the models tasks",
+            help="Give all models tasks with right answers, the same items to each (eval.downstream).",
+            run=downstream.ask_models, run_rank=downstream.ask_rank, processes="eval.downstream.processes",
+            config=("seed", _CODE), depends_on=downstream.what_matters,
+            model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER), reads=_MODELS,
+            writes=(folder.DOWNSTREAM,), resumable=True, disk_bytes=downstream.disk_bytes,
+            only_with="eval.downstream", check_before=downstream.check_before,
+            memory=("eval.downstream.batch_size", "eval.downstream.processes"),
         ),
         Stage(
             name="report", title="write the report", run=report.write_report, config=("name",),
             reads=(
-                folder.PLAN, folder.IMPORTANCE, folder.PRUNED_CONFIG, folder.REPAIR, folder.EVAL, folder.METRICS,
+                folder.PLAN, folder.IMPORTANCE, folder.PRUNED_CONFIG, folder.REPAIR, folder.EVAL, folder.DOWNSTREAM,
+                folder.METRICS,
             ),
             writes=(folder.REPORT, folder.STUDENT_CARD),
         ),
