@@ -116,10 +116,10 @@ def _quality_results(evaluation: Mapping[str, Any]) -> list[Result]:
 def _tasks(content: Mapping[str, Any]) -> str:
     """Accuracy of the models on each task; says where only a sample was asked."""
     tasks, models = content["tasks"], content["models"]
-    rows = [
-        (f"{name} ({task['metric']}, {task['num_fewshot']}-shot)", *(_accuracy(model["tasks"][name]) for model in models.values()))
-        for name, task in tasks.items()
-    ]  # fmt: skip
+    rows = []
+    for name, task in tasks.items():
+        title = f"{name} ({task['metric']}, {task['num_fewshot']}-shot)"
+        rows.append((title, *(_accuracy(model["tasks"][name]) for model in models.values())))
     if len(tasks) > 1:
         rows.append(("mean", *(_accuracy(model["mean"]) for model in models.values())))
     sample = [
