@@ -28,6 +28,7 @@ def whole_tree() -> dict[str, Any]:
             "name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 64},
             "steps": [{"name": "a", "prune": {"ffn": 96}}], "quantize": {},
             "tracking": {"wandb": {}, "mlflow": {}, "trackio": {}},
+            "eval": {"downstream": {}},
             "distill": {"served": {"urls": ["http://h:1"]}, "zero": {"extra": {"overlap_comm": True}}},
         },
         "here",
