@@ -32,6 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def config_fields() -> dict[str, FieldInfo]:
     """Every field of the config by its dotted name; fields of the sections in a list carry the list's name."""
     from kdscale.config.distill.objectives import OBJECTIVES
+    from kdscale.config.evaluation.bias import MEASURES
     from kdscale.config.quantize import FORMS
     from kdscale.config.responses.filters import FILTERS
     from kdscale.config.root import Config
@@ -40,7 +41,7 @@ def config_fields() -> dict[str, FieldInfo]:
     fields = dict(_fields(Config, ""))
     tables = {
         "distill.objectives.": OBJECTIVES, "targets.codec.": CODECS, "responses.filters.": FILTERS,
-        "quantize.forms.": FORMS,
+        "quantize.forms.": FORMS, "bias.measures.": MEASURES,
     }  # fmt: skip
     for prefix, table in tables.items():
         for settings in table.values():
@@ -237,6 +238,20 @@ def filters() -> str:
     return table(("filter", "what it drops"), rows)
 
 
+def measures() -> str:
+    """Every measure that bias.measures can name, with its figures; the first with an ideal has the verdict."""
+    from kdscale.eval.bias.measures import MEASURES
+
+    def figures(measure: Any) -> str:
+        return "; ".join(
+            f"`{one.name}`: {one.title}" + ("" if one.ideal is None else f" (ideal {one.ideal:g})")
+            for one in measure.figures
+        )
+
+    rows = [(f"`{name}`", row.data, figures(row), row.paper) for name, row in MEASURES.items()]
+    return table(("measure", "data", "figures", "paper"), rows)
+
+
 def recompute() -> str:
     """What each value of distill.gradient_checkpointing keeps and does again, in bytes and FLOPs of an 8B student."""
     from kdscale.config.distill.recompute import RECOMPUTE
@@ -360,6 +375,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "criteria": criteria,
     "objectives": objectives,
     "filters": filters,
+    "measures": measures,
     "recompute": recompute,
     "sources": sources,
     "codecs": codecs,

@@ -141,13 +141,19 @@ class SpendingLimitError(KdscaleError):
     exit_code = 14
 
 
+class GateError(KdscaleError):
+    """A result that is worse than the config allows (`bias.fail_if`); everything was measured and written."""
+
+    exit_code = 16
+
+
 # Every error that has an exit code of its own: what a process that only sees the code raises in its place.
 ERRORS_BY_CODE: dict[int, type[KdscaleError]] = {
     error.exit_code: error
     for error in (
         ConfigError, CheckpointError, DataError, RunFolderError, TrainingError, SelfCheckError, LostRankError,
         HungRankError, ServiceError, MachineError, FileError, MissingProgramError, SpendingLimitError,
-        LackOfMemoryError,
+        LackOfMemoryError, GateError,
     )
 }  # fmt: skip
 

@@ -129,7 +129,7 @@ _MAY_CHANGE: dict[str, tuple[Collection[str], Collection[str]]] = {
 def may_change(field: str) -> bool:
     """Whether a run may go on with another value of this dotted field: the student does not depend on it."""
     section, *names = field.split(".")
-    if section == "quantize":  # of the student, not in it
+    if section in ("quantize", "bias"):  # of the student, not in it
         return True
     if field == "run_dir":  # a run folder that was moved or renamed goes on where it is now
         return True

@@ -15,6 +15,7 @@ from kdscale.config.correct import CorrectConfig
 from kdscale.config.data import RESPONSES_SOURCE, DataConfig
 from kdscale.config.distill.settings import DistillConfig
 from kdscale.config.distill.teachers import TEACHER_SETTINGS
+from kdscale.config.evaluation.bias import BiasConfig
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
@@ -74,6 +75,7 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     quantize: QuantizeConfig | None = None  # None: the student is written as it was distilled, and in no other form
     eval: EvalConfig = EvalConfig()
+    bias: BiasConfig | None = None  # None: bias and safety are not measured
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
     # run before the config's own prune and distill, each from the student of the one before
@@ -150,6 +152,7 @@ class Config(Section):
                 "prune": _merged(inherited, step.prune),
                 "distill": _merged(tree["distill"], step.distill),
                 "quantize": None,
+                "bias": None,
                 "steps": (),
             }
         )
@@ -181,6 +184,7 @@ class Config(Section):
                 "run_dir": f"{self.run_dir}/work/correct",
                 "correct": None,
                 "quantize": None,
+                "bias": None,
                 "distill": {**distill, "tokens": self.correct.tokens or few},
                 "steps": (),
             }

@@ -45,7 +45,8 @@ def report_so_far(config: Config, reporter: Reporter) -> bool:
 def run_until(config: Config, last: str, reporter: Reporter, accept_changes: bool = False) -> bool:
     """Bring every stage up to and including `last` up to date; returns whether anything had to be done.
 
-    Safe to kill at any instant and to call again. Raises KdscaleError subclasses, and Interrupted on a signal.
+    Safe to kill at any instant and to call again. Raises KdscaleError subclasses, and Interrupted on a signal; a
+    GateError when everything is written.
     """
     run = RunFolder(Path(config.run_dir))
     stages = stages_until(last, config)
@@ -68,6 +69,9 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
             changed |= _guarded(stage, context)
             if stage.check_after is not None and not all(manifest_path(later, run).exists() for later in stages):
                 stage.check_after(config, run)
+        for stage in stages:
+            if stage.gate is not None:
+                stage.gate(config, run)
         return changed
 
 

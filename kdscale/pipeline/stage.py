@@ -119,6 +119,7 @@ class Stage:
     watches_itself: bool = False  # its ranks have watchdogs of their own
     check_before: Callable[[Config, RunFolder], None] | None = None  # before any work, where it has yet to run
     check_after: Callable[[Config, RunFolder], None] | None = None  # whether later stages can use what it left
+    gate: Callable[[Config, RunFolder], None] | None = None  # whether its result is good enough, when all is written
 
 
 @contextmanager

@@ -6,7 +6,7 @@ run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one man
   data/  corrected/ (the teacher after its correction)  importance/  speed.json (timings of shapes)  plan.json  pruned/
   repair.json (what compensation won back)  targets/ (stored targets, or a link to where they are)  checkpoints/
   student/  quantized/ (the student in forms with fewer bits)  eval/
-  downstream/ (scores on tasks)  report/
+  downstream/ (scores on tasks)  bias/  report/
   steps/ (a run folder for each step before the last)
 """
 
@@ -77,8 +77,10 @@ STUDENT_WEIGHTS = Artifact("student", WEIGHTS)
 CARD = "README.md"  # of a model's folder: people edit it, and nothing is computed from it
 STUDENT_CARD = Artifact(f"student/{CARD}")
 QUANTIZED = Artifact("quantized")
+QUANTIZED_WEIGHTS = Artifact("quantized", tuple(f"*/{pattern}" for pattern in WEIGHTS))
 EVAL = Artifact("eval")
 DOWNSTREAM = Artifact("downstream")
+BIAS = Artifact("bias")
 REPORT = Artifact("report")
 METRICS = Artifact("logs/metrics.jsonl")
 CORRECTION_METRICS = Artifact("logs/correct.jsonl")  # of the teacher's correction

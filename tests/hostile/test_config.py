@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdscale.config.distill.objectives import OBJECTIVES
+from kdscale.config.evaluation.bias import MEASURES
 from kdscale.config.load import build_config, dump_config, load_config, parse_yaml
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError, KdscaleError
@@ -26,7 +27,7 @@ def whole_tree() -> dict[str, Any]:
     return build_config(
         {
             "name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 64},
-            "steps": [{"name": "a", "prune": {"ffn": 96}}], "quantize": {},
+            "steps": [{"name": "a", "prune": {"ffn": 96}}], "quantize": {}, "bias": {},
             "tracking": {"wandb": {}, "mlflow": {}, "trackio": {}},
             "eval": {"downstream": {}},
             "distill": {"served": {"urls": ["http://h:1"]}, "zero": {"extra": {"overlap_comm": True}}},
@@ -43,7 +44,7 @@ def numbers(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
         yield from numbers(inner, f"{where}.{key}")
 
 
-@pytest.mark.parametrize("model", [Config, *OBJECTIVES.values()])
+@pytest.mark.parametrize("model", [Config, *OBJECTIVES.values(), *(one for one in MEASURES.values() if one.generates)])
 def test_every_number_has_a_finite_range(model: Any) -> None:
     listed = list(numbers(model.model_json_schema()))
     assert listed

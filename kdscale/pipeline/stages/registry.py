@@ -10,6 +10,7 @@ from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 from kdscale.pipeline.stage import Stage, belongs_to
 from kdscale.pipeline.stages import (
+    bias,
     correct,
     data,
     distill,
@@ -132,10 +133,18 @@ STAGES: dict[str, Stage] = {
             memory=("eval.downstream.batch_size", "eval.downstream.processes"),
         ),
         Stage(
+            name="bias", title="measure bias and safety",
+            help="Measure bias and safety of teacher and students on the same items, and whether they grew.",
+            run=bias.measure_bias, run_rank=bias.bias_rank, processes="bias.processes", config=("seed", _CODE),
+            depends_on=bias.what_matters, model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
+            reads=_MODELS, writes=(folder.BIAS,), resumable=True, only_with="bias", check_before=bias.check_before, gate=bias.gate,
+            memory=("bias.micro_batch", "bias.processes"),
+        ),
+        Stage(
             name="report", title="write the report", run=report.write_report, config=("name",),
             reads=(
                 folder.PLAN, folder.IMPORTANCE, folder.PRUNED_CONFIG, folder.REPAIR, folder.EVAL, folder.DOWNSTREAM,
-                folder.METRICS,
+                folder.BIAS, folder.METRICS,
             ),
             writes=(folder.REPORT, folder.STUDENT_CARD),
         ),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from kdscale.errors import RunFolderError
 from kdscale.files import atomic_dir, read_json, read_text, write_text
 from kdscale.pipeline.stage import Facts, StageContext, changed_outputs
-from kdscale.runs.folder import DOWNSTREAM, EVAL, IMPORTANCE, REPAIR, STUDENT_CARD, Manifest, RunFolder, fits
+from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL, IMPORTANCE, REPAIR, STUDENT_CARD, Manifest, RunFolder, fits
 
-_SHOWN = {artifact.path for artifact in (IMPORTANCE, REPAIR, EVAL, DOWNSTREAM)}
+_SHOWN = {artifact.path for artifact in (IMPORTANCE, REPAIR, EVAL, DOWNSTREAM, BIAS)}
 
 
 def write_report(context: StageContext) -> Facts:
