@@ -137,7 +137,8 @@ STAGES: dict[str, Stage] = {
             help="Measure bias and safety of teacher and students on the same items, and whether they grew.",
             run=bias.measure_bias, run_rank=bias.bias_rank, processes="bias.processes", config=("seed", _CODE),
             depends_on=bias.what_matters, model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
-            reads=_MODELS, writes=(folder.BIAS,), resumable=True, only_with="bias", check_before=bias.check_before, gate=bias.gate,
+            reads=_MODELS, writes=(folder.BIAS,), resumable=True, only_with="bias", check_before=bias.check_before,
+            gate=bias.gate,
             memory=("bias.micro_batch", "bias.processes"),
         ),
         Stage(
