@@ -7,10 +7,9 @@ answer them. The harness is imported by this folder alone.
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdscale.errors import ConfigError, DataError, KdscaleError, raise_together
+from kdscale.eval.downstream.library import explained, quiet, without_network
 from kdscale.eval.downstream.local_tasks import LocalTask, builtin_names, is_local, read_task, task_files
 from kdscale.eval.downstream.sets import SETS, HubTask
 from kdscale.runtime.packages import require_packages
@@ -87,6 +87,14 @@ class PreparedTask:
         return sum(len(part.instances) for part in self.parts)
 
 
+class _UnreachableError(DataError):
+    """The hub does not answer, and the task's data are not in its cache."""
+
+    def __init__(self, task: str, cause: Exception):
+        super().__init__(f"the data of {task} cannot be had", got=" ".join(str(cause).split())[:200])
+        self.task = task
+
+
 def check_library() -> None:
     """Raises ConfigError when the harness is not installed."""
     require_packages("eval.downstream", ("lm_eval", "datasets"), "eval", "leave eval.downstream out")
@@ -109,7 +117,7 @@ def score(
     ready += [task for task in tasks if isinstance(task, PreparedTask)]
     from kdscale.eval.downstream.language_model import LanguageModel
 
-    with _quiet():
+    with quiet():
         asked = LanguageModel(model, tokenizer, settings.batch_size, bar)
         return {task.name: _score_task(task, asked) for task in ready}
 
@@ -124,16 +132,31 @@ def prepare(names: Sequence[str], settings: ScoreSettings) -> list[PreparedTask]
     check_library()
     prepared: dict[str, PreparedTask] = {}
     problems: list[KdscaleError] = []
-    with _quiet():
+    unreachable: list[_UnreachableError] = []
+    with quiet(), ExitStack() as rest:
         for make in _makers(names, problems):
             try:
                 task = make(settings)
+            except _UnreachableError as error:
+                if not unreachable:  # what was fetched before is found without it
+                    rest.enter_context(without_network())
+                unreachable.append(error)
+                continue
             except KdscaleError as error:
                 problems.append(error)
                 continue
             if task.name in prepared:
                 problems.append(ConfigError(_FIELD, expected="every task once", got=f"{task.name} twice"))
             prepared[task.name] = task
+    if unreachable:
+        tasks = ", ".join(error.task for error in unreachable)
+        hint = "check the network, or fetch them once where there is one (they stay in the hub's cache)"
+        problems.append(
+            DataError(
+                f"the hub cannot be reached for the data of {tasks}", got=unreachable[0].got,
+                hint=f"{hint}; builtin tasks need none",
+            )
+        )  # fmt: skip
     raise_together(problems)
     return list(prepared.values())
 
@@ -172,7 +195,7 @@ def _build_local(local: LocalTask, file: Any) -> Any:
     def splits(**unused: Any) -> Any:
         return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in local.items.items()})
 
-    with _explained(f"{file}", ConfigError):
+    with explained(f"{file}", ConfigError):
         return ConfigurableTask(config={**local.settings, "dataset_path": "json", "custom_dataset": splits})
 
 
@@ -180,9 +203,11 @@ def _prepare_hub_task(wanted: HubTask, settings: ScoreSettings) -> PreparedTask:
     manager = _manager()
     if wanted.name not in manager.all_tasks:
         raise _unknown(wanted.name, manager.all_tasks)
-    hint = "the data come from the hub: check the network, or fetch them once on a machine that has one; "
-    with _explained(f"the data of the task {wanted.name}", DataError, hint + "builtin tasks need none"):
-        tasks = list(manager.load([wanted.name])["tasks"].values())
+    with explained(f"the task {wanted.name} cannot be loaded", DataError):
+        try:
+            tasks = list(manager.load([wanted.name])["tasks"].values())
+        except ConnectionError as error:
+            raise _UnreachableError(wanted.name, error) from error
     for task in tasks:
         if getattr(task, "UNSAFE_CODE", False):
             raise ConfigError(
@@ -238,7 +263,7 @@ def _part(task: Any, settings: ScoreSettings) -> Part:
     if settings.limit is not None and settings.limit < available:
         chosen = sorted(random.Random(f"{settings.seed} {task.task_name}").sample(chosen, settings.limit))
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    with _explained(f"{where}: an item cannot be put as a question", DataError):
+    with explained(f"{where}: an item cannot be put as a question", DataError):
         task.build_all_requests(samples=chosen)
         part = Part(task, chosen, list(task.instances))
         for instance in part.instances:
@@ -343,47 +368,3 @@ def _margin(task: Any, requests: Sequence[Any], metric: str) -> float | None:
         values = values / [len(choice) for choice in choices]
     wrong = [value for number, value in enumerate(values) if number not in right]
     return max(values[sorted(right)]) - max(wrong) if wrong else None
-
-
-@contextmanager
-def _explained(what: str, kind: type[KdscaleError], hint: str = "") -> Iterator[None]:
-    """Turn whatever the harness raises within the block into an error of `kind`: it raises nearly every class."""
-    try:
-        yield
-    except KdscaleError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise kind(what, got=f"{type(error).__name__}: {text}", hint=hint or None) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the harness and its libraries say of their own off the terminal; errors are raised.
-
-    Templates of tasks are rendered in a sandbox: those of local files are not our own.
-    """
-    import datasets
-    import lm_eval.api.task
-    import lm_eval.utils
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from tqdm import tqdm
-
-    sandbox: Any = ImmutableSandboxedEnvironment(undefined=lm_eval.utils.env.undefined, keep_trailing_newline=True)
-    sandbox.filters |= lm_eval.utils.env.filters
-    sandbox.from_string = cache(sandbox.from_string)  # the harness compiles a template anew for every item
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
-    levels, bars = [logger.level for logger in loggers], datasets.are_progress_bars_disabled()
-    kept = lm_eval.utils.env, lm_eval.api.task.tqdm
-    lm_eval.utils.env, lm_eval.api.task.tqdm = sandbox, partial(tqdm, disable=True)
-    datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        lm_eval.utils.env, lm_eval.api.task.tqdm = kept
-        if not bars:
-            datasets.enable_progress_bars()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

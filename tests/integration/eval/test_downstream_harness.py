@@ -130,3 +130,27 @@ def test_nothing_of_the_harness_reaches_the_terminal(
 ) -> None:
     score(*tiny, [str(task_maker(more="num_fewshot: 1\n"))])
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_hub_that_is_not_there_is_said_once_for_all_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And asked once: libraries try each address for 20 seconds."""
+    import huggingface_hub
+
+    offline: list[bool] = []
+
+    class Manager:
+        all_tasks = ("piqa", "winogrande", "boolq")
+
+        def load(self, names: list[str]) -> Any:
+            offline.append(huggingface_hub.constants.HF_HUB_OFFLINE)
+            raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("kdscale.eval.downstream.harness._manager", Manager)
+    with pytest.raises(ConfigError) as error:
+        prepare(["piqa", "boolq", "winogrand"], ScoreSettings())
+    text = str(error.value)
+    assert "the hub cannot be reached for the data of piqa, boolq" in text
+    assert "'winogrand' is no task" in text and "did you mean winogrande" in text
+    assert offline == [False, True]
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
