@@ -86,6 +86,8 @@ class PruneConfig(Section):
     hidden_divisor: Length | None = None
     ffn_divisor: Length | None = None
     experts_divisor: Length | None = None  # None: 8 from 64 experts on, 1 below
+    # every width that a linear map reads is a multiple of this; None: of the largest group of quantize.forms
+    multiple_of: Length | None = None
     ffn_method: FfnMethod = "output_energy"
     head_method: HeadMethod = "output_energy"
     # auto: pca (the residual stream rotated into its principal components) where the family allows it, else activation

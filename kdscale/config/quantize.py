@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from kdscale.config.fields import Count, Dtype, Few, Length, Section, named_entry
 
 Method = Literal["rtn", "gptq"]
-Groups = Literal[32, 64, 128]
+Group = Literal[32, 64, 128]
+GROUPS: tuple[int, ...] = get_args(Group)
 
 
 class FormConfig(Section):
@@ -71,7 +72,7 @@ class Int4Config(FormConfig):
     name: Literal["int4"] = "int4"
     # gptq: what the rounding of one input loses, the inputs that are still to be rounded make up for
     method: Method = "gptq"
-    group: Groups = 32
+    group: Group = 32
     # gptq: the inputs with the largest values are rounded first
     act_order: bool = True
     # gptq: this share of the mean diagonal is added to the diagonal of the inputs' Gram matrix

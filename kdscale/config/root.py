@@ -125,6 +125,20 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _groups_divide_the_multiple(self) -> Config:
+        multiple, group = self.prune.multiple_of, 1 if self.quantize is None else self.quantize.multiple
+        if multiple is not None and multiple % group:
+            raise ValueError(f"prune.multiple_of ({multiple}) must be a multiple of {group}, a group of quantize.forms")
+        return self
+
+    @property
+    def shaping(self) -> PruneConfig:
+        """`prune` with what the groups of `quantize` ask of the student's widths, for whoever chooses them."""
+        if self.prune.multiple_of is not None or self.quantize is None:
+            return self.prune
+        return self.prune.model_copy(update={"multiple_of": self.quantize.multiple})
+
     @property
     def _reads_a_store(self) -> bool:
         return any(one.source.name == "cached" for one in self.distill.by_teacher().values())

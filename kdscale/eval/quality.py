@@ -37,7 +37,7 @@ from kdscale.files import explain_os_errors, write_json
 from kdscale.models.attention import documents_apart
 from kdscale.models.documents import Documents
 from kdscale.models.head import OutputHead, final_hidden
-from kdscale.models.loading import load_model, load_tokenizer
+from kdscale.models.loading import load_model, load_tokenizer, quantization_of
 from kdscale.runs.models import TEACHER
 from kdscale.runtime.device import device_name, release_memory, resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.progress import Bar, Reporter
@@ -132,8 +132,10 @@ def evaluate(
     }
     quality_seconds = time.monotonic() - started
     if cfg.efficiency:
+        # transformers restores quantised weights: its speed and memory say nothing of an engine that computes with them
+        as_they_are = {name: path for name, path in models.items() if quantization_of(path) is None}
         speeds = efficiency.measure(
-            models, cfg, device=device.type, threads=set_threads(runtime.threads), reporter=reporter,
+            as_they_are, cfg, device=device.type, threads=set_threads(runtime.threads), reporter=reporter,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         for name, figures in speeds.items():

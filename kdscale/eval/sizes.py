@@ -19,7 +19,8 @@ def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
     vocabulary = {id(p): p.numel() for layer in (embedding, head) if layer is not None for p in layer.parameters()}
     everything = {id(p): p.numel() for p in model.parameters()}
     total, outer = sum(everything.values()), sum(vocabulary.values())
-    config = read_config(path)
+    # the sizes of a quantised model are those of what its weights stand for
+    config = {name: value for name, value in read_config(path).items() if name != "quantization_config"}
     family = load_family(config, str(path / "config.json"))
     dims, component_of = family.dims(config), family.parameter_components(config)
     components = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)

@@ -15,7 +15,7 @@ Files in the scratch folder, for the layers done when it was saved (k of them):
   progress-<k>.json          which states-<j>.bin each state is in, and which sums were on the CPU; written last: only
                              then is the set complete
 
-B batch · S sequence · D hidden
+B batch · S sequence · D hidden · N tokens · U inputs of a module
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdscale.errors import Interrupted
 from kdscale.files import atomic_path, read_json, read_own_json, write_json
@@ -147,6 +147,14 @@ class LayerPass(Generic[Layer_co]):
             if self._advance is not None:
                 self._advance(batch.input_ids_BS.numel(), layer.index)
 
+    def show(self, layer: Layer) -> None:
+        """Send every batch through `layer` for the sake of its hooks: what goes in stays the pass's hidden state."""
+        for index, batch in enumerate(self.batches):
+            with torch.inference_mode():
+                layer(self.states[index], batch.position_ids_BS)
+            if self._advance is not None:
+                self._advance(batch.input_ids_BS.numel(), layer.index)
+
     def finish(self, result: dict[str, Tensor] | None = None) -> None:
         """Keep the result of the layer that was run last, and save how far the pass is, if that is due.
 
@@ -250,3 +258,33 @@ def _is_progress(value: object) -> bool:
     if not isinstance(value, dict) or value.get("version") != _VERSION:
         return False
     return "states" in value and isinstance(value.get("on_cpu"), list)
+
+
+def add_product(total_AB: Tensor | None, a_NA: Tensor, b_NB: Tensor) -> Tensor:
+    """`total_AB` (None: zeros) plus aᵀb, in fp32 and in place: how Gram matrices are summed over tokens."""
+    if total_AB is None:
+        total_AB = torch.zeros(a_NA.shape[1], b_NB.shape[1], device=a_NA.device)
+    a_float = a_NA.float()
+    return total_AB.addmm_(a_float.T, a_float if b_NB is a_NA else b_NB.float())
+
+
+class GramHooks:
+    """Σ xᵀx [U, U] in fp32 of what modules read, by name, over the batches that pass while the hooks are there."""
+
+    def __init__(self) -> None:
+        self.grams: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def attach(self, name: str, module: nn.Module) -> None:
+        """Sum what `module` reads from now on under `name`."""
+
+        def see(_module: Any, args: tuple[Tensor, ...]) -> None:
+            x_NU = args[0].flatten(0, -2)
+            self.grams[name] = add_product(self.grams.get(name), x_NU, x_NU)
+
+        self._handles.append(module.register_forward_pre_hook(see))
+
+    def detach(self) -> None:
+        """Take the hooks away; the sums stay."""
+        for handle in self._handles:
+            handle.remove()

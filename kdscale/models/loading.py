@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from kdscale.errors import CheckpointError, KdscaleError
 from kdscale.families import dropped_heads
 from kdscale.files import read_json
+from kdscale.runtime.packages import require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -84,16 +85,20 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode; onto a GPU tensor by tensor, so that no rank holds a copy in host memory.
 
-    On a CPU, weights in the dtype of the file stay mapped, and ranks share their pages. Raises CheckpointError when
-    tensors are missing, unexpected or mismatched.
+    On a CPU, weights in the dtype of the file stay mapped, and ranks share their pages. Quantised weights are restored
+    as they are loaded. Raises CheckpointError when tensors are missing, unexpected or mismatched.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     with explain_library_errors(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        if (quantization := quantization_of(path)) is not None:
+            config.quantization_config = {**quantization, "dequantize": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -113,6 +118,26 @@ def load_model(
     if device.type != "cpu":
         _take_buffers(model, model_on_meta(path, dtype=dtype, trust_remote_code=trust_remote_code))
     return cast("PreTrainedModel", model.eval())
+
+
+def quantization_of(path: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a model in the compressed-tensors format; None for one that is not quantised.
+
+    Raises CheckpointError for another format, ConfigError where the library is not installed.
+    """
+    from kdscale.weights import read_config
+
+    quantization = read_config(path).get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != "compressed-tensors":
+        raise CheckpointError(
+            f"{path / 'config.json'}: quantization_config", expected='"quant_method": "compressed-tensors"',
+            got=repr(method)[:200], hint="use the checkpoint before it was quantised",
+        )  # fmt: skip
+    require_packages(f"the quantised model {path}", ("compressed_tensors",), "quantize")
+    return dict(quantization)
 
 
 def _take_buffers(model: Any, original: Any) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdscale.config.distill.targets import TEXT
+from kdscale.config.quantize import FormConfig
 from kdscale.config.root import Config
 from kdscale.escaping import for_markdown
 from kdscale.packaging import front_matter
 from kdscale.packaging.card_sections import Result, measured
 from kdscale.packaging.origin import origin_of
+from kdscale.units import format_size
 
 Part = Literal["use", "measured"]  # what is written again into a card; the rest is left as people have it
 
@@ -53,10 +55,6 @@ def model_card(
     `origin` begins the sentence that says what it learnt from; `inherited` goes into the front matter.
     """
     origin = origin or "Pruned from a teacher and " + ("trained" if facts["learnt from"] == TEXT else "distilled")
-    rows = "\n".join(
-        f"| {name} | {for_markdown(value if isinstance(value, str) else json.dumps(value, sort_keys=True))} |"
-        for name, value in facts.items()
-    )
     fields = {
         **(inherited or {}), "library_name": "transformers", "pipeline_tag": "text-generation",
         "tags": ["kdscale", "pruned", "distilled"],
@@ -67,8 +65,45 @@ def model_card(
         f"\n# {for_markdown(title)}\n\n{origin} on {facts['learnt from']} with kdscale. "
         "A standard checkpoint: load it with `AutoModelForCausalLM.from_pretrained`. The teacher's licence and the "
         f"licence of the training text apply.\n\n{places}\n\n## How it was made\n\n"
-        f"| | |\n|---|---|\n{rows}\n",
+        f"{_table(facts)}",
     )
+
+
+def quantized_card(cfg: Config, form: FormConfig, figures: Mapping[str, Any], sidecars: Path) -> str:
+    """The card of a student in this form; `sidecars` as for `student_card`.
+
+    `figures`: `weight_bytes` of the form, `student_bytes` before, and how many `tokens` it was calibrated on, or 0.
+    """
+    in_words = {"rtn": "each weight rounded to the nearest value"}.get(form.method, f"made by {form.method.upper()}")
+    facts = {
+        "linear maps of the layers": f"{form.bits} bits a weight, {in_words}",
+        "scales": f"one for each {form.group_size or 'output'}" + (" inputs of an output" if form.group_size else ""),
+        **({"calibrated on": f"{figures['tokens']:,} training tokens"} if figures["tokens"] else {}),
+        "as they were": "embeddings, output head, norms and biases",
+        "weights on disk": f"{format_size(figures['weight_bytes'])}, {format_size(figures['student_bytes'])} before",
+        "format": "compressed-tensors",
+    }
+    fields = {
+        **origin_of(cfg, sidecars).fields(), "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["kdscale", "pruned", "distilled", "quantized", "compressed-tensors"],
+    }  # fmt: skip
+    places = f"{_part('use', '')}\n\n{_part('measured', '')}"
+    return front_matter.join(
+        fields,
+        f"\n# {for_markdown(f'{cfg.name}, {form.label}')}\n\nThe distilled student of a run of kdscale, with fewer bits "
+        "a weight. `AutoModelForCausalLM.from_pretrained` loads it where the package compressed-tensors is installed, "
+        "and restores the weights: memory and time are saved by engines that compute with them as they are. The "
+        f"teacher's licence and the licence of the training text apply.\n\n{places}\n\n## How it was made\n\n"
+        f"{_table(facts)}",
+    )
+
+
+def _table(facts: Mapping[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {name} | {for_markdown(value if isinstance(value, str) else json.dumps(value, sort_keys=True))} |"
+        for name, value in facts.items()
+    )
+    return f"| | |\n|---|---|\n{rows}\n"
 
 
 def with_measurements(card: str, run: Path, name: str, where: str) -> str:

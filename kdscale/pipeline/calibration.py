@@ -1,4 +1,4 @@
-"""Which training sequences pruning looks at: to collect statistics, and to score candidates."""
+"""Which training sequences pruning looks at, to collect statistics and to score candidates, and which quantisation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdscale.config.prune import ImportanceConfig
+from kdscale.config.quantize import QuantizeConfig
 from kdscale.config.root import Config
 from kdscale.errors import DataError
 
@@ -18,7 +20,7 @@ def scoring_batches(config: Config, data: Path) -> list[Batch]:
 
     Held-out text stays unseen by every choice: it is what the student is judged on.
     """
-    settings, loader = config.importance, _loader(config, data)
+    settings, loader = config.importance, _loader(config, config.importance, data)
     epoch = loader.epoch_sequences
     calibrating = -(-settings.calibration_tokens // settings.seq_len)
     seen = set(loader.spread(range(epoch), calibrating))
@@ -29,7 +31,7 @@ def scoring_batches(config: Config, data: Path) -> list[Batch]:
 
 def calibration_batches(config: Config, data: Path) -> list[Batch]:
     """Training sequences spread evenly over one epoch, so that every source and author is among them."""
-    settings, loader = config.importance, _loader(config, data)
+    settings, loader = config.importance, _loader(config, config.importance, data)
     wanted = -(-settings.calibration_tokens // settings.seq_len)
     if wanted > loader.epoch_sequences:
         raise DataError(
@@ -41,11 +43,20 @@ def calibration_batches(config: Config, data: Path) -> list[Batch]:
     return _stacked(loader, loader.spread(range(loader.epoch_sequences), wanted), settings.micro_batch)
 
 
-def _loader(config: Config, data: Path) -> PackedLoader:
+def quantization_batches(config: Config, data: Path) -> list[Batch]:
+    """The same for quantisation, as many as the config asks for; all of an epoch where there are fewer."""
+    settings = config.quantize
+    assert settings is not None, "a run without this section quantises nothing"
+    loader = _loader(config, settings, data)
+    wanted = min(-(-settings.calibration_tokens // settings.seq_len), loader.epoch_sequences)
+    return _stacked(loader, loader.spread(range(loader.epoch_sequences), wanted), settings.micro_batch)
+
+
+def _loader(config: Config, settings: ImportanceConfig | QuantizeConfig, data: Path) -> PackedLoader:
     from kdscale.data.batches import PackedLoader
     from kdscale.data.token_store import TokenStore
 
-    settings, split = config.importance, TokenStore.open(data).split("train")
+    split = TokenStore.open(data).split("train")
     return PackedLoader(split, settings.seq_len, settings.micro_batch, settings.micro_batch, config.seed)
 
 

@@ -54,6 +54,7 @@ def check_before_work(
         # an impossible budget is noticed before anything is made
         plans = attempt(errors, plan_shapes, config, teacher) or []
         attempt(errors, check_shared_models, config, teacher, plans)
+        attempt(errors, check_forms, config, teacher)
     raise_together(errors)
     assert teacher is not None
     return teacher, plans
@@ -228,7 +229,7 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
         if step.prune.target_decode is not None or step.prune.target_prefill is not None:
             break
         family = load_family(model, str(teacher / "config.json"))
-        plans.append(make_plan(model, family, None, step.prune))
+        plans.append(make_plan(model, family, None, step.shaping))
         model = family.student_config(model, plans[-1].student.dims(), plans[-1].kept.layers)
     return plans
 
@@ -253,6 +254,14 @@ def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) ->
     for plan in plans:
         check_tensor_dims(distill.tensor_parallel, "student", plan.student.dims())
         check_sequence_dims(distill.sequence_parallel, "student", plan.student.dims())
+
+
+def check_forms(config: Config, teacher: Path) -> None:
+    """Raises ConfigError when the student cannot be quantised; whether groups divide its widths, its plan checks."""
+    from kdscale.quantize.matrices import check_family
+
+    if config.quantize is not None:
+        check_family(open_teacher(teacher)[1])
 
 
 def student_parameters(context: StageContext, plans: Sequence[Plan]) -> int:

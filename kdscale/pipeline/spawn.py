@@ -146,15 +146,18 @@ class RankShare:
 
 
 def join_calibration(context: StageContext, stage: str) -> RankShare:
-    """Join the stage's group, if there are several processes, and take this rank's share of the calibration batches.
+    """`join_shares` of the calibration batches, of which the config has checked that every rank gets one."""
+    return join_shares(context, stage, calibration_batches(context.config, context.run.data))
 
-    The config has checked that every rank gets one. What a killed try of another number of ranks left is removed: its
-    shares were others.
+
+def join_shares(context: StageContext, stage: str, batches: Sequence[Batch]) -> RankShare:
+    """Join the stage's group, if there are several processes, and take this rank's share of `batches`.
+
+    What a killed try of another number of ranks left is removed: its shares were others.
     """
     from kdscale.models.hidden_states import Scratch
 
     device, rank, ranks = join_ranks(context), own_rank(context), context.ranks
-    batches = calibration_batches(context.config, context.run.data)
     mine = context.run.work / stage / f"{ranks}-ranks"
     if rank == 0:
         for other in (context.run.work / stage).glob("*-ranks"):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from kdscale.errors import RunFolderError, SelfCheckError
 from kdscale.files import explain_os_errors, fsync_dir, fsync_file, read_own_json, write_json
-from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES
+from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES, QUANTIZED_BYTES
 from kdscale.weights.reader import TensorInfo, torch_dtype
 from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE
 from kdscale_launch.watchdog import beat
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _ALIGN = 8  # the header is padded so that the first tensor starts on a multiple of the widest dtype
 _WRITE_BYTES = 1 << 26
+_BYTES = DTYPE_BYTES | QUANTIZED_BYTES
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,16 @@ def plan_shards(
 
 
 def _nbytes(name: str, spec: TensorInfo) -> int:
-    if spec.dtype not in DTYPE_BYTES:
-        raise ValueError(f"{name}: dtype {spec.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
-    return math.prod(spec.shape) * DTYPE_BYTES[spec.dtype]
+    if spec.dtype not in _BYTES:
+        raise ValueError(f"{name}: dtype {spec.dtype!r} is none of {', '.join(_BYTES)}")
+    return math.prod(spec.shape) * _BYTES[spec.dtype]
 
 
 def _shard(file: str, names: Sequence[str], specs: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> ShardPlan:
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     at, begins = 0, {}
     # wide dtypes first: every tensor then starts on a multiple of its own width, which readers that map files need
-    for name in sorted(names, key=lambda item: -DTYPE_BYTES[specs[item].dtype]):
+    for name in sorted(names, key=lambda item: -_BYTES[specs[item].dtype]):
         begins[name], end = at, at + _nbytes(name, specs[name])
         header[name] = {"dtype": specs[name].dtype, "shape": list(specs[name].shape), "data_offsets": [at, end]}
         at = end
@@ -273,10 +274,7 @@ def _write_all(stream: RawIOBase, block: torch.Tensor) -> None:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    import torch
-
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    return names.get(dtype, str(dtype))
+    return next((name for name in _BYTES if torch_dtype(name) == dtype), str(dtype))
 
 
 def _is_journal(value: object) -> bool:

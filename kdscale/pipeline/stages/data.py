@@ -102,7 +102,7 @@ def check_enough_text(config: Config, split: TokenSplit) -> None:
 
     tokens, lengths = epoch_tokens(split), lengths_used(config, 0)
     needed = {"importance.calibration_tokens": config.importance.calibration_tokens}
-    needed |= {name: size for name, size in lengths.items() if name.startswith("distill.seq_len")}
+    needed |= {name: size for name, size in lengths.items() if name.startswith(("distill.seq_len", "quantize.seq_len"))}
     if too_long := [f"{name} = {size:,}" for name, size in needed.items() if size > tokens]:
         raise DataError(
             f"the training text has {tokens:,} tokens, fewer than the config asks for",

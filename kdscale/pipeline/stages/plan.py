@@ -37,7 +37,7 @@ def search_plan(context: StageContext, scores: Mapping[str, Any]) -> Plan:
 
     teacher, family = loading.open_teacher(context.model_to_prune)
     tied = family.tied(teacher.config)
-    for basis in hidden_bases(teacher.config, family, context.config.prune):
+    for basis in hidden_bases(teacher.config, family, context.config.shaping):
         # a rotated teacher has a head where a tied one has none: of the embedding's dtype
         search = Search(
             basis.config, family, scores, basis.cfg, itemsize=lambda name: teacher.itemsize(tied.get(name, name))

@@ -19,6 +19,7 @@ from kdscale.pipeline.stages import (
     importance,
     plan,
     prune,
+    quantize,
     report,
     responses,
     targets,
@@ -112,6 +113,15 @@ STAGES: dict[str, Stage] = {
                 "distill.micro_batch", "distill.gradient_checkpointing", "distill.teacher_placement",
                 "distill.zero_stage",
             ),
+        ),
+        Stage(
+            name="quantize", title="quantise the student",
+            help="Write the distilled student in forms with fewer bits.",
+            run=quantize.quantize, run_rank=quantize.quantize_rank, processes="quantize.processes",
+            config=("quantize", "seed", _CODE), reads=(folder.STUDENT_WEIGHTS, folder.DATA),
+            writes=(folder.QUANTIZED,), disk_bytes=quantize.disk_bytes, resumable=True, only_with="quantize",
+            check_before=quantize.check_before,
+            memory=("quantize.micro_batch", "quantize.calibration_tokens", "quantize.processes"),
         ),
         Stage(
             name="eval", title="evaluate side by side",

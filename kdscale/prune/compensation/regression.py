@@ -15,45 +15,15 @@ N tokens · D outputs · U inputs · K kept inputs · R removed inputs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdscale.errors import SelfCheckError
+from kdscale.models.layer_pass import add_product
 from kdscale.runtime.ranks import all_reduce_sum, in_group
 
 _REMOVED_BLOCK = 1024  # rows of G_RK that are in fp64 at a time
-
-
-def add_product(total_AB: Tensor | None, a_NA: Tensor, b_NB: Tensor) -> Tensor:
-    """`total_AB` (None: zeros) plus aᵀb, in fp32 and in place: how Gram matrices are summed over tokens."""
-    if total_AB is None:
-        total_AB = torch.zeros(a_NA.shape[1], b_NB.shape[1], device=a_NA.device)
-    a_float = a_NA.float()
-    return total_AB.addmm_(a_float.T, a_float if b_NB is a_NA else b_NB.float())
-
-
-class GramHooks:
-    """Σ xᵀx [U, U] in fp32 of what modules read, by name, over the batches that pass while the hooks are there."""
-
-    def __init__(self) -> None:
-        self.grams: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
-
-    def attach(self, name: str, module: nn.Module) -> None:
-        """Sum what `module` reads from now on under `name`."""
-
-        def see(_module: Any, args: tuple[Tensor, ...]) -> None:
-            x_NU = args[0].flatten(0, -2)
-            self.grams[name] = add_product(self.grams.get(name), x_NU, x_NU)
-
-        self._handles.append(module.register_forward_pre_hook(see))
-
-    def detach(self) -> None:
-        """Take the hooks away; the sums stay."""
-        for handle in self._handles:
-            handle.remove()
 
 
 class RidgeSums:

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from kdscale.models.layer_pass import add_product
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
-from kdscale.prune.compensation.regression import add_product
 from kdscale.prune.importance.expert_scores import ExpertSums
 from kdscale.runtime.ranks import all_reduce_sum
 

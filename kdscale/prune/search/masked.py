@@ -22,6 +22,7 @@ from kdscale.errors import DataError, SelfCheckError
 from kdscale.families import Family
 from kdscale.files import remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
+from kdscale.models.layer_pass import GramHooks
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import ExpertInputs, expert_name, refit_experts
 from kdscale.prune.compensation.one_stream import (
@@ -31,7 +32,7 @@ from kdscale.prune.compensation.one_stream import (
     kept_outputs,
     projection_site,
 )
-from kdscale.prune.compensation.regression import GramHooks, RidgeSums
+from kdscale.prune.compensation.regression import RidgeSums
 from kdscale.prune.plan import MaskedScore, Plan
 from kdscale.prune.slicing import SlicedStudent, SlicedTensor, Slicer
 from kdscale.runtime.progress import Reporter

@@ -82,7 +82,7 @@ class Search:
         if budget is None:
             return [self._candidate(given)], 1
         explicit = any(getattr(self.cfg, axis) is not None for axis in SHAPE_AXES)
-        if explicit and bool(budget.near(np.array([self.cost(budget.kind, given)]))[0]):
+        if explicit and not self.space.unfit(given) and bool(budget.near(np.array([self.cost(budget.kind, given)]))[0]):
             return [self._candidate(given)], 1  # the sizes given meet the budget: nothing else needs to go
         shapes = self.space.all()
         costs = self.costs.of(budget.kind, columns(shapes))

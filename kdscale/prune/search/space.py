@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ _REAL_HIDDEN, _REAL_FFN = 2048, 4096
 _REAL_STEP, _SMALL_STEP = 256, 32
 # The same for experts, which expert parallelism divides.
 _MANY_EXPERTS, _EXPERTS_STEP = 64, 8
+_HEADS = "heads*head_dim"
+_READ_BY_MAPS = ("hidden", _HEADS, "ffn")  # axes whose width is how much a linear map reads
 
 
 def columns(shapes: Any) -> dict[str, NDArray[np.int64]]:
@@ -55,6 +58,7 @@ class ShapeSpace:
             raise ConfigError(
                 ", ".join(fields) or "prune", expected="sizes that the family allows", got="; ".join(wrong)
             )
+        self._check_multiples(sizes)
         return sizes
 
     def violations(self, sizes: Sizes) -> list[str]:
@@ -67,8 +71,10 @@ class ShapeSpace:
         Raises ConfigError when there is none.
         """
         cfg, teacher = self._cfg, self._teacher
-        hidden_step = cfg.hidden_divisor or (_REAL_STEP if teacher.hidden >= _REAL_HIDDEN else _SMALL_STEP)
-        ffn_step = cfg.ffn_divisor or (_REAL_STEP if teacher.ffn >= _REAL_FFN else _SMALL_STEP)
+        hidden_step = self._step(
+            "hidden", cfg.hidden_divisor or (_REAL_STEP if teacher.hidden >= _REAL_HIDDEN else _SMALL_STEP)
+        )
+        ffn_step = self._step("ffn", cfg.ffn_divisor or (_REAL_STEP if teacher.ffn >= _REAL_FFN else _SMALL_STEP))
         experts_step = cfg.experts_divisor or (_EXPERTS_STEP if teacher.experts >= _MANY_EXPERTS else 1)
         experts = [n for n in self._options("experts", experts_step) if n >= self._family.experts_per_token]
         rows = [
@@ -93,7 +99,8 @@ class ShapeSpace:
         limit: int = getattr(self._teacher, axis)
         if not self._is_open(axis):
             return [getattr(self._cfg, axis) or limit]
-        return sorted({*range(step, limit, step), limit})
+        whole = limit % self._multiple(axis) == 0
+        return sorted({*range(step, limit, step), *([limit] if whole else [])})
 
     def _head_options(self) -> list[tuple[int, int]]:
         """(query heads, kv heads): as many query heads for every kv head."""
@@ -106,7 +113,39 @@ class ShapeSpace:
                 pairs += [
                     (kv_heads * n, kv_heads) for n in (range(1, group + 1) if self._is_open("heads") else [group])
                 ]
-        return pairs
+        return [
+            pair
+            for pair in pairs
+            if not self._teacher.replace(heads=pair[0]).axis_size(_HEADS) % self._multiple(_HEADS)
+        ]
+
+    def unfit(self, sizes: Sizes) -> dict[str, int]:
+        """The axes whose width is no multiple of `prune.multiple_of`, with that width."""
+        dims = sizes.dims(self._teacher)
+        widths = {axis: dims.axis_size(axis) for axis in _READ_BY_MAPS}
+        return {axis: width for axis, width in widths.items() if width % self._multiple(axis)}
+
+    def _multiple(self, axis: str) -> int:
+        return (self._cfg.multiple_of or 1) if axis in _READ_BY_MAPS else 1
+
+    def _step(self, axis: str, step: int) -> int:
+        return math.lcm(step, self._multiple(axis))
+
+    def _check_multiples(self, sizes: Sizes) -> None:
+        """Raises ConfigError for a width that is fixed, and no multiple of what it is to be."""
+        multiple = self._multiple("ffn")
+        cut_with = {_HEADS: ("heads", "kv_heads")}  # the axes that change a width, where it is no axis itself
+        wrong = {
+            axis: width
+            for axis, width in self.unfit(sizes).items()
+            if not any(map(self._is_open, cut_with.get(axis, (axis,))))
+        }
+        if wrong:
+            said = "; ".join(f"{axis} is {width} ({_nearest(width, multiple)})" for axis, width in wrong.items())
+            raise ConfigError(
+                "prune.multiple_of", expected=f"widths that are multiples of {multiple}", got=said,
+                hint="give such sizes, let prune.axes cut these, or choose smaller groups in quantize.forms",
+            )  # fmt: skip
 
     def _check_size(self, axis: str) -> None:
         size, limit = getattr(self._cfg, axis), getattr(self._teacher, axis)
@@ -129,6 +168,11 @@ class ShapeSpace:
         if heads % kv_heads:  # kv_heads is open: the search finds a count that divides
             kv_heads = max(k for k in range(1, kv_heads + 1) if heads % k == 0 and heads // k <= group)
         return heads, kv_heads
+
+
+def _nearest(width: int, multiple: int) -> str:
+    near = sorted({size for size in (width // multiple * multiple, -(-width // multiple) * multiple) if size})
+    return f"nearest: {' and '.join(map(str, near))}"
 
 
 def _bad_heads(heads: int, expected: str) -> ConfigError:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kdscale.errors import SelfCheckError
-from kdscale.prune.compensation.regression import GramHooks, RidgeSums, TargetSums, solve_in_place
+from kdscale.models.layer_pass import GramHooks
+from kdscale.prune.compensation.regression import RidgeSums, TargetSums, solve_in_place
 
 KEPT, INPUTS, OUTPUTS = [0, 2, 3, 6, 7, 9, 10, 11], 12, 5
 CPU = torch.device("cpu")

@@ -1,0 +1,150 @@
+"""The quantize stage: the distilled student in forms with fewer bits, each a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdscale.config.quantize import FormConfig, Int4Config, QuantizeConfig
+from kdscale.config.root import Config
+from kdscale.files import read_json, remove_tree, replace_dir, write_json
+from kdscale.models.loading import open_teacher
+from kdscale.pipeline.calibration import quantization_batches
+from kdscale.pipeline.spawn import RankShare, join_shares, ranks_of, run_on_ranks
+from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.runs.folder import RunFolder
+from kdscale.runtime.packages import require_packages
+from kdscale.units import format_size
+
+if TYPE_CHECKING:
+    from kdscale.families import Family
+    from kdscale.quantize.calibrated import LayerErrors
+    from kdscale.quantize.forms import Quantized
+    from kdscale.weights import Checkpoint
+
+_WORK = "quantize"  # in the run's folder for unfinished work
+_FINISHED = "finished"  # the folder of finished forms in it, each with a file of figures beside it
+_SCALE_BITS = 1  # a weight's share of a scale of 32 bits in a group of 32; less elsewhere
+_EMBEDDING_BYTES = 4
+
+
+def disk_bytes(context: StageContext, student_params: int) -> int:
+    """All forms: the layers in few bits, the embeddings (no more than the teacher's) as they are."""
+    teacher, family = open_teacher(context.teacher)
+    embedding = min(student_params, family.count_params(teacher.config).embedding)
+    forms = _forms(context.config)
+    return sum(
+        embedding * _EMBEDDING_BYTES + (student_params - embedding) * (form.bits + _SCALE_BITS) // 8 for form in forms
+    )
+
+
+def check_before(config: Config, run: RunFolder) -> None:
+    """Raises ConfigError without the library, or when the run's student, where it is there, has unfit widths."""
+    require_packages("quantize", ("compressed_tensors",), "quantize", "leave the section quantize out")
+    if (run.pruned / "config.json").exists():
+        check_model(config, run.pruned)
+
+
+def check_model(config: Config, folder: Path) -> None:
+    """Raises ConfigError when the model in `folder`, or a student of its family with its widths, has no such forms."""
+    from kdscale.families import load_family
+    from kdscale.quantize.matrices import check_family, check_widths
+    from kdscale.weights import read_config
+
+    model = read_config(folder)
+    family = load_family(model, str(folder / "config.json"))
+    check_family(family)
+    check_widths(family.dims(model), _forms(config))
+
+
+def quantize(context: StageContext) -> Facts:
+    """Write every form; returns their sizes, and how much of plain rounding's error is left."""
+    config, run = context.config, context.run
+    calibrated = any(form.needs_calibration for form in _forms(config))
+    run_on_ranks(_WORK, quantize_rank, context, ranks_of(config, "quantize.processes") if calibrated else 1)
+    facts: dict[str, str] = {}
+    for form in _forms(config):
+        figures = read_json(run.quantized / f"{form.label}.json")
+        share = figures["error_share"]
+        kept = "" if share is None else f", error {share:.0%} of plain rounding's"
+        facts[form.label] = format_size(figures["weight_bytes"]) + kept
+    return facts
+
+
+def quantize_rank(context: StageContext) -> None:
+    """Make the forms one after another; a form that a killed try has finished is not made again."""
+    from kdscale.runtime.ranks import barrier, is_writer
+
+    run, work = context.run, context.run.work / _WORK
+    calibrated = any(form.needs_calibration for form in _forms(context.config))
+    share = join_shares(context, _WORK, quantization_batches(context.config, run.data) if calibrated else ())
+    student, family = open_teacher(run.student)
+    for form in _forms(context.config):
+        if not (work / _FINISHED / form.label).exists():
+            _make(context, form, student, family, share)
+        barrier()
+    if is_writer():
+        replace_dir(work / _FINISHED, run.quantized)
+
+
+def _make(context: StageContext, settings: FormConfig, student: Checkpoint, family: Family, share: RankShare) -> None:
+    """Write one form into the folder of finished ones; with several ranks, all go through a calibration."""
+    from kdscale.eval.sizes import weight_bytes
+    from kdscale.packaging.model_card import quantized_card
+    from kdscale.quantize.calibrated import LayerErrors
+    from kdscale.quantize.forms import make_form
+    from kdscale.quantize.write import finish_folder, open_writer, write_weights
+    from kdscale.runtime.ranks import is_writer
+
+    config, form, errors = context.config, make_form(settings), LayerErrors()
+    scratch = share.scratch.subfolder(settings.label)
+    if not is_writer():
+        for _ in _layers(context, settings, student, family, share, errors) or ():
+            pass
+        return
+    out = context.run.work / _WORK / settings.label
+    finished, journal = out.parent / _FINISHED, out.with_name(f"{settings.label}.written.json")
+    with open_writer(student, family, form, out, config.prune.max_shard_bytes, journal) as writer:
+        if not writer.written and scratch.folder is not None and scratch.folder.exists():
+            remove_tree(scratch.folder)  # the layers that it has done are not in these files
+        made = _layers(context, settings, student, family, share, errors)
+        write_weights(writer, student, family, form, made, share.device, context.reporter)
+    tokens = sum(batch.input_ids_BS.numel() for batch in share.batches) * context.ranks if made is not None else 0
+    figures = {"weight_bytes": weight_bytes(out), "student_bytes": weight_bytes(student.path), "tokens": tokens}
+    card = quantized_card(config, settings, figures, student.path)
+    finish_folder(student, family, form, out, card, config.teacher.trust_remote_code)
+    finished.mkdir(exist_ok=True)
+    write_json(finished / f"{settings.label}.json", {**figures, "error_share": errors.share})
+    replace_dir(out, finished / settings.label)
+    journal.unlink()
+
+
+def _layers(
+    context: StageContext,
+    settings: FormConfig,
+    student: Checkpoint,
+    family: Family,
+    share: RankShare,
+    errors: LayerErrors,
+) -> Iterable[Mapping[str, Quantized]] | None:
+    """The weights of a form that is made by calibration, layer by layer; None where all are simply rounded."""
+    from kdscale.quantize.calibrated import calibrated_layers
+    from kdscale.runtime.device import resolve_dtype
+
+    if not settings.needs_calibration:
+        return None
+    assert isinstance(settings, Int4Config)
+    return calibrated_layers(
+        student, family, settings, share.batches, dtype=resolve_dtype(_section(context.config).dtype, share.device),
+        device=share.device, reporter=context.reporter, scratch=share.scratch.subfolder(settings.label), errors=errors,
+    )  # fmt: skip
+
+
+def _section(config: Config) -> QuantizeConfig:
+    assert config.quantize is not None, "a run without this section has no such stage"
+    return config.quantize
+
+
+def _forms(config: Config) -> tuple[FormConfig, ...]:
+    return _section(config).forms
