@@ -90,10 +90,10 @@ def quantized_card(cfg: Config, form: FormConfig, figures: Mapping[str, Any], si
     places = f"{_part('use', '')}\n\n{_part('measured', '')}"
     return front_matter.join(
         fields,
-        f"\n# {for_markdown(f'{cfg.name}, {form.label}')}\n\nThe distilled student of a run of kdscale, with fewer bits "
-        "a weight. `AutoModelForCausalLM.from_pretrained` loads it where the package compressed-tensors is installed, "
-        "and restores the weights: memory and time are saved by engines that compute with them as they are. The "
-        f"teacher's licence and the licence of the training text apply.\n\n{places}\n\n## How it was made\n\n"
+        f"\n# {for_markdown(f'{cfg.name}, {form.label}')}\n\nThe distilled student of a run of kdscale, with fewer "
+        "bits a weight. `AutoModelForCausalLM.from_pretrained` loads it where the package compressed-tensors is "
+        "installed, and restores the weights: memory and time are saved by engines that compute with them as they are. "
+        f"The teacher's licence and the licence of the training text apply.\n\n{places}\n\n## How it was made\n\n"
         f"{_table(facts)}",
     )
 

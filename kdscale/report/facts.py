@@ -21,7 +21,7 @@ from kdscale.report.comparison import NOISE, comparison, students, worsened
 from kdscale.report.downstream_facts import downstream
 from kdscale.runs.folder import DOWNSTREAM, METRICS
 from kdscale.runs.metrics_log import read_metrics
-from kdscale.runs.models import DISTILLED, TEACHER, model_title
+from kdscale.runs.models import DISTILLED, TEACHER, is_quantized, model_title
 
 SCHEMA_VERSION = 1
 
@@ -240,6 +240,11 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
         if farther := step["farther_from_teacher"]:
             out.append(f"Distilling moved {step['name']} away from the teacher on held-out text: {', '.join(farther)}.")
     speeds = [m.get("efficiency", {}) for m in evaluation["models"].values()] if evaluation else []
+    if any(speeds) and any(map(is_quantized, evaluation["models"])):
+        out.append(
+            "Quantised forms have no speed and memory here: plain transformers restores their weights. Measure them in"
+            " the engine that will serve them."
+        )
     if any(speed.get("interleaved") is False for speed in speeds):
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
     if any(speed.get("device") == "cuda" for speed in speeds):

@@ -31,6 +31,7 @@ _MODELS = (
     folder.CORRECTED_WEIGHTS,
     folder.PRUNED_WEIGHTS,
     folder.STUDENT_WEIGHTS,
+    folder.QUANTIZED_WEIGHTS,
 )  # that runs.models has, beside the teacher
 
 STAGES: dict[str, Stage] = {

@@ -87,8 +87,8 @@ def test_no_output_is_worse_than_rounded() -> None:
             rows = [
                 Quantized(one.codes_OI[at : at + 1], one.scales_OG[at : at + 1]) for one in (solution.quantized, plain)
             ]
-            mine, rounded = (error(weight_OI[at : at + 1], row, gram_II) for row in rows)
-            assert mine <= rounded * 1.001 + 1e-4
+            mine, of_plain = (error(weight_OI[at : at + 1], row, gram_II) for row in rows)
+            assert mine <= of_plain * 1.001 + 1e-4
 
 
 def test_inputs_that_were_never_there_are_rounded() -> None:
