@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kdscale.cli import init, launch, models, plan_cluster, replay, run, text
+from kdscale.cli import chat, init, launch, models, plan_cluster, replay, run, text
 from kdscale.errors import ConfigError, FileError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runtime.exits import leave
@@ -77,6 +77,7 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
         },
         "Tools": {
             "doctor": doctor_command,
+            "chat": chat.chat_command,
             "get-teacher": models.get_teacher_command,
             "export": models.export_command,
             "export-gguf": models.export_gguf_command,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -33,41 +33,6 @@ class EncodedText(NamedTuple):
 
     ids: np.ndarray
     bytes: np.ndarray
-
-
-class SpecialTokens(NamedTuple):
-    """Ids that a tokenizer puts before and after a sequence."""
-
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
-
-
-NO_SPECIAL_TOKENS = SpecialTokens()
-
-
-def special_tokens(tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> SpecialTokens:
-    """What the tokenizer itself adds around a text, usually one BOS before it.
-
-    `tokenizer_config` is the content of tokenizer_config.json. Where it asks for BOS or EOS (as DeepSeek's does), these
-    are added even though transformers 5 leaves them out for some classes. Raises DataError when the tokenizer does more
-    to a text than to add tokens around it.
-    """
-    plain, full = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
-    for first in range(len(full) - len(plain) + 1):
-        if full[first : first + len(plain)] == plain:
-            prefix, suffix = tuple(full[:first]), tuple(full[first + len(plain) :])
-            bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-            if tokenizer_config.get("add_bos_token") is True and bos is not None and bos not in prefix:
-                prefix = (int(bos), *prefix)
-            if tokenizer_config.get("add_eos_token") is True and eos is not None and eos not in suffix:
-                suffix = (*suffix, int(eos))
-            return SpecialTokens(prefix, suffix)
-    raise DataError(
-        "the tokenizer's special tokens cannot be told from the text",
-        expected=f"ids {plain} of 'a' with tokens before or after them",
-        got=f"ids {full}",
-        hint="data.add_special: never leaves them out",
-    )
 
 
 def document_end_id(tokenizer: Any) -> int:

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.errors import ERRORS_BY_CODE, Interrupted, KdscaleError, MachineError
-from kdscale.eval.sizes import weight_bytes
+from kdscale.eval.sizes import fit_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from kdscale.runtime.progress import Reporter
 
 REPEATS = 5
-_SHARE_OF_FREE_MEMORY = 0.6
 
 
 def measure(
@@ -57,7 +56,7 @@ def measure(
     def command(name: str) -> list[str]:
         return [sys.executable, "-m", "kdscale.eval.efficiency", str(models[name]), "--in-turns", *options]
 
-    together = _fit_together(models, cfg.dtype, device)
+    together = fit_together(models, cfg.dtype, device)
     groups = [list(models)] if together else [[name] for name in models]
     results: dict[str, dict[str, Any]] = {}
     with reporter.bar("speed and memory", len(models) * (repeats + 1), unit="round") as bar:
@@ -134,18 +133,6 @@ def _child_environment() -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
-
-
-def _fit_together(models: Mapping[str, Path], dtype: str, device: str) -> bool:
-    """Whether all models fit in memory together. A run in fp32 takes twice the bytes of 16-bit weight files."""
-    needed = sum(weight_bytes(path) for path in models.values()) * (1 if dtype == "bfloat16" else 2)
-    if device == "cuda":
-        import torch
-
-        return needed < _SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return needed < _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -81,7 +81,7 @@ def continue_prompts(
     """
     embedding: Any = model.get_input_embeddings()
     embedded = int(embedding.weight.shape[0])
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     continuations = []
     for prompt in prompts:
         text_ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
@@ -98,17 +98,18 @@ def continue_prompts(
             made.append(token)
             if len(made) == tokens:
                 break
-        continuations.append(_decode_after(tokenizer, prompt_ids, made))
+        continuations.append(decode_after(tokenizer, prompt_ids, made))
     return continuations
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text: those of the generation config, and the tokenizer's own."""
     configured: Any = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list | tuple) else [configured]
     return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
-def _decode_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], made: list[int]) -> str:
+def decode_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], made: list[int]) -> str:
     """Decode prompt and answer together, then cut off the prompt: some tokenizers drop a leading space otherwise."""
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     text, prompt = str(tokenizer.decode(prompt_ids + made, **options)), str(tokenizer.decode(prompt_ids, **options))

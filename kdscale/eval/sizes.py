@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from kdscale.weights import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_SHARE_OF_FREE_MEMORY = 0.6
 
 
 def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
@@ -39,3 +42,15 @@ def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
 def weight_bytes(path: Path) -> int:
     """Bytes of the weight files of a checkpoint folder, shards included."""
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def fit_together(models: Mapping[str, Path], dtype: str, device: str) -> bool:
+    """Whether all models fit in memory together. A run in fp32 takes twice the bytes of 16-bit weight files."""
+    needed = sum(weight_bytes(path) for path in models.values()) * (1 if dtype == "bfloat16" else 2)
+    if device == "cuda":
+        import torch
+
+        return needed < _SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return needed < _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available

@@ -6,12 +6,12 @@ Safetensors only; no code from the checkpoint unless the user's flag allows it; 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from kdscale.errors import CheckpointError, KdscaleError
+from kdscale.errors import CheckpointError, DataError, KdscaleError
 from kdscale.families import dropped_heads
 from kdscale.files import read_json
 from kdscale.runtime.packages import require_packages
@@ -184,6 +184,41 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}", expected="a JSON object", got=type(content).__name__)
     return content
+
+
+class SpecialTokens(NamedTuple):
+    """Ids that a tokenizer puts before and after a sequence."""
+
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+
+NO_SPECIAL_TOKENS = SpecialTokens()
+
+
+def special_tokens(tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> SpecialTokens:
+    """What the tokenizer itself adds around a text, usually one BOS before it.
+
+    `tokenizer_config` is the content of tokenizer_config.json. Where it asks for BOS or EOS (as DeepSeek's does), these
+    are added even though transformers 5 leaves them out for some classes. Raises DataError when the tokenizer does more
+    to a text than to add tokens around it.
+    """
+    plain, full = (list(tokenizer("a", add_special_tokens=add)["input_ids"]) for add in (False, True))
+    for first in range(len(full) - len(plain) + 1):
+        if full[first : first + len(plain)] == plain:
+            prefix, suffix = tuple(full[:first]), tuple(full[first + len(plain) :])
+            bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+            if tokenizer_config.get("add_bos_token") is True and bos is not None and bos not in prefix:
+                prefix = (int(bos), *prefix)
+            if tokenizer_config.get("add_eos_token") is True and eos is not None and eos not in suffix:
+                suffix = (*suffix, int(eos))
+            return SpecialTokens(prefix, suffix)
+    raise DataError(
+        "the tokenizer's special tokens cannot be told from the text",
+        expected=f"ids {plain} of 'a' with tokens before or after them",
+        got=f"ids {full}",
+        hint="data.add_special: never leaves them out",
+    )
 
 
 # No text begins with a space: whether a leading one counts is where correct classes differ.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json
+from kdscale.models.loading import read_tokenizer_config, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ def read_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab: int,
     if model.get("type") != "BPE":
         raise _refused(where, "a BPE model", f"model.type {model.get('type')!r}")
     byte_level = not model.get("byte_fallback")
-    flags, notes = _flags(tokenizer), list[str]()
+    flags, notes = _flags(folder, tokenizer), list[str]()
     if byte_level:
         pre = _rule(where, tree)
         merges, scores = [" ".join(pair) for pair in _merges(model)], list[float]()
@@ -194,14 +195,13 @@ def _tokens(tree: Mapping[str, Any], vocab: int, byte_level: bool) -> tuple[list
     return tokens, types
 
 
-def _flags(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """What the tokenizer adds to a text by itself, tried out: no field says it for all tokenizers."""
-    plain, whole = (list(tokenizer("a", add_special_tokens=adds)["input_ids"]) for adds in (False, True))
-    extra = len(whole) - len(plain)
-    return {
-        "add_bos_token": bool(extra) and whole[0] == tokenizer.bos_token_id and whole[:1] != plain[:1],
-        "add_eos_token": bool(extra) and whole[-1] == tokenizer.eos_token_id and whole[-1:] != plain[-1:],
-    }
+def _flags(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """What the tokenizer adds to a text by itself. Raises CheckpointError for more than BOS and EOS."""
+    added = special_tokens(tokenizer, read_tokenizer_config(folder))
+    if added.prefix not in ((), (tokenizer.bos_token_id,)) or added.suffix not in ((), (tokenizer.eos_token_id,)):
+        got = f"tokens {list(added.prefix)} before a text and {list(added.suffix)} after it"
+        raise _refused(folder / "tokenizer.json", "BOS before a text, EOS after it, or neither", got)
+    return {"add_bos_token": bool(added.prefix), "add_eos_token": bool(added.suffix)}
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], vocab: int) -> dict[str, int]:

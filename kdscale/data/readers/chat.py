@@ -117,6 +117,10 @@ class ChatTemplate:
         text = self._render(parsed, where)
         return Chat(text, tuple(self._span(parsed, i, text, where) for i in answers))
 
+    def prompt(self, messages: Any, where: str) -> str:
+        """A conversation as the text that its next answer goes on from. Raises DataError, as `chat` does."""
+        return self._render(parse_messages(messages, where).messages, where, prompt=True)
+
     def _span(self, messages: Sequence[dict[str, str]], number: int, text: str, where: str) -> tuple[int, int]:
         """Where in `text` the answer `number` lies, with the special token that ends it."""
         marked = [*messages[:number], {**messages[number], "content": _MARK}, *messages[number + 1 :]]

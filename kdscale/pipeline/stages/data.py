@@ -18,9 +18,15 @@ def tokenize(context: StageContext) -> Facts:
     """Tokenise the text into the token store, training and held-out part."""
     from kdscale.data.store_cache import StoreCache, cache_folder
     from kdscale.data.token_store import TokenStore
-    from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, document_end_id, special_tokens
+    from kdscale.data.tokenizing import document_end_id
     from kdscale.families import load_family
-    from kdscale.models.loading import check_loadable, load_tokenizer, read_tokenizer_config
+    from kdscale.models.loading import (
+        NO_SPECIAL_TOKENS,
+        check_loadable,
+        load_tokenizer,
+        read_tokenizer_config,
+        special_tokens,
+    )
     from kdscale.weights import read_config
 
     data = with_responses(context.config.data, context.run)

@@ -10,7 +10,7 @@ import pytest
 
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.errors import CheckpointError, ConfigError, Interrupted, MachineError
-from kdscale.eval import efficiency
+from kdscale.eval import efficiency, sizes
 from kdscale.runtime.progress import Reporter
 
 QUIET = Reporter(quiet=True)
@@ -33,7 +33,7 @@ def test_models_are_measured_in_turn(tiny_llama_dir: Path) -> None:
 def test_models_that_do_not_fit_together_run_one_after_another(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(efficiency, "_SHARE_OF_FREE_MEMORY", 0.0)
+    monkeypatch.setattr(sizes, "_SHARE_OF_FREE_MEMORY", 0.0)
     models = {"teacher": tiny_llama_dir, "pruned": tiny_llama_dir}
     found = efficiency.measure(models, CONFIG, device="cpu", threads=1, reporter=QUIET, repeats=1)
     assert [figures["interleaved"] for figures in found.values()] == [False, False]

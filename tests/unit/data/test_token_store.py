@@ -17,9 +17,10 @@ from kdscale.data.readers import megatron
 from kdscale.data.sources import Document
 from kdscale.data.store_builder import DocumentFormat
 from kdscale.data.token_store import TokenStore
-from kdscale.data.tokenizing import EncodedText, SpecialTokens
+from kdscale.data.tokenizing import EncodedText
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import remove_leftovers
+from kdscale.models.loading import SpecialTokens
 
 
 def documents(store: TokenStore, tokenizer: Any, split: str) -> list[str]:

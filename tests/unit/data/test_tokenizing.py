@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from kdscale.data import tokenizing
-from kdscale.data.tokenizing import BatchEncoder, document_end_id, special_tokens
+from kdscale.data.tokenizing import BatchEncoder, document_end_id
 from kdscale.errors import DataError
+from kdscale.models.loading import special_tokens
 
 
 def test_byte_level_bytes_are_exact(tokenizer: Any):
