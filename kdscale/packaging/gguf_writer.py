@@ -129,6 +129,12 @@ def write_gguf(folder: Path, out: Path, gguf_type: str, reporter: Reporter, *, n
     return GgufFile(out, out.stat().st_size, kinds, notes)
 
 
+def check_gguf(folder: Path) -> None:
+    """Raises ConfigError or CheckpointError where `write_gguf` would refuse the model in `folder`; writes nothing."""
+    require_packages("a GGUF file", ("gguf",), "gguf")
+    _described(*open_teacher(folder))
+
+
 def _is_gguf(path: Path) -> bool:
     return path.is_file() and path.open("rb").read(len(_MAGIC)) == _MAGIC
 
@@ -153,7 +159,7 @@ def _described(checkpoint: Checkpoint, family: Family) -> tuple[Description, Ggu
     tokenizer, loaded = None, load_tokenizer(folder)
     try:
         vocab = int(description.values["vocab_size"])
-        tokenizer = read_tokenizer(folder, loaded, vocab, _end_ids(folder, checkpoint.config, loaded.eos_token_id))
+        tokenizer = read_tokenizer(folder, loaded, vocab, end_ids(folder, checkpoint.config, loaded.eos_token_id))
     except CheckpointError as error:
         if not description.problems:
             raise
@@ -166,7 +172,7 @@ def _described(checkpoint: Checkpoint, family: Family) -> tuple[Description, Ggu
     return description, tokenizer
 
 
-def _end_ids(folder: Path, config: dict[str, Any], eos: int | None) -> list[int]:
+def end_ids(folder: Path, config: dict[str, Any], eos: int | None) -> list[int]:
     """The tokens that end an answer, the tokenizer's own first, each once."""
     file = folder / "generation_config.json"
     generation = read_json(file, CheckpointError, expect=dict) if file.is_file() else {}

@@ -69,7 +69,16 @@ def test_a_run_from_teacher_to_report(kdscale: Cli, tiny_config: Path) -> None:
     assert len(json.loads((run / "replay" / "step-7.json").read_text())["sequences"]) == 4
     assert {name: digest for name, digest in digests(run).items() if not name.startswith("replay/")} == kept
 
+    packaged = kdscale("package", tiny_config, "--forms", "bf16", "--license", "mit")
+    assert packaged.code == 0 and "kdscale publish" in packaged.out, packaged.err
+    card = (run / "package" / "README.md").read_text()
+    assert "license: mit" in card and f"value: {figures['distilled']['perplexity']}" in card
+    assert (run / "package" / "report.html").read_bytes() == (run / "report" / "report.html").read_bytes()
+    assert kdscale("publish", run / "package", "--to", "org/tiny", "--dry-run").code == 0
+    assert kdscale("package", tiny_config).code == 2  # it is there already
+
     (run / "student" / "model.safetensors").write_bytes(b"")
+    assert kdscale("package", tiny_config, "--out", run / "other").code == 5  # the student was changed
     assert kdscale("run", tiny_config).code == 0
     assert digests(run / "student") == before
 
