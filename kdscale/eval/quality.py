@@ -28,16 +28,16 @@ from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenStore
 from kdscale.errors import CheckpointError, ConfigError, DataError
-from kdscale.eval import efficiency
 from kdscale.eval.samples import Sampling, continue_prompts
 from kdscale.eval.sizes import model_sizes
+from kdscale.eval.speed.measure import left_out, measure
 from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, perplexity_by_tag, summarise
 from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabulary, checked_head, token_stats
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.attention import documents_apart
 from kdscale.models.documents import Documents
 from kdscale.models.head import OutputHead, final_hidden
-from kdscale.models.loading import load_model, load_tokenizer, quantization_of
+from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runs.models import TEACHER
 from kdscale.runtime.device import device_name, release_memory, resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.progress import Bar, Reporter
@@ -132,14 +132,14 @@ def evaluate(
     }
     quality_seconds = time.monotonic() - started
     if cfg.efficiency:
-        # transformers restores quantised weights: its speed and memory say nothing of an engine that computes with them
-        as_they_are = {name: path for name, path in models.items() if quantization_of(path) is None}
-        speeds = efficiency.measure(
-            as_they_are, cfg, device=device.type, threads=set_threads(runtime.threads), reporter=reporter,
+        speeds = measure(
+            models, cfg, device=device.type, threads=set_threads(runtime.threads), reporter=reporter,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         for name, figures in speeds.items():
             measured[name]["efficiency"] = figures
+        for name, reason in left_out(models).items():
+            measured[name]["efficiency_left_out"] = reason
     result = {
         "schema_version": SCHEMA_VERSION,
         "settings": _describe(cfg, options, threads, batches, scores[TEACHER], text_bytes),

@@ -208,7 +208,7 @@ def lengths_used(config: Config, prompt_tokens: int) -> dict[str, int]:
     if evaluation.prompts:
         lengths["eval.prompts + eval.sample_tokens"] = prompt_tokens + evaluation.sample_tokens
     if evaluation.efficiency:
-        lengths["eval.prefill_tokens + eval.decode_tokens"] = evaluation.prefill_tokens + evaluation.decode_tokens
+        lengths["eval.speed.context_lengths + new_tokens"] = evaluation.speed.longest
     if config.prune.target_decode or config.prune.target_prefill:
         lengths["prune.search.context_tokens + 1"] = search.context_tokens + 1
     return lengths

@@ -44,6 +44,9 @@ FIGURES = (
     Figure("Size", "size", "kv_cache_bytes_per_token", "KV cache per token, 16-bit", "size", "lower"),
     Figure("Speed and memory", "efficiency", "prefill_tokens_per_second", "Prefill, tokens/s", "number", "higher"),
     Figure("Speed and memory", "efficiency", "decode_tokens_per_second", "Decode, tokens/s", "number", "higher"),
+    Figure("Speed and memory", "efficiency", "saturated_tokens_per_second", "Most tokens/s, any batch",
+           "number", "higher"),
+    Figure("Speed and memory", "efficiency", "joules_per_token", "Energy per token, J", "number", "lower"),
     Figure("Speed and memory", "efficiency", "peak_memory_bytes", "Peak memory", "size", "lower"),
 )  # fmt: skip
 

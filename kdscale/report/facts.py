@@ -19,9 +19,11 @@ from kdscale.files import read_json
 from kdscale.report import pruning_facts, training_facts
 from kdscale.report.comparison import NOISE, comparison, students, worsened
 from kdscale.report.downstream_facts import downstream
+from kdscale.report.speed_facts import speed
+from kdscale.report.tradeoff.points import as_json, points_of
 from kdscale.runs.folder import DOWNSTREAM, METRICS
 from kdscale.runs.metrics_log import read_metrics
-from kdscale.runs.models import DISTILLED, TEACHER, is_quantized, model_title
+from kdscale.runs.models import DISTILLED, TEACHER, model_title
 
 SCHEMA_VERSION = 1
 
@@ -62,6 +64,8 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "comparison": comparison(evaluation) if evaluation else None,
         "evaluation": evaluation,
         "downstream": downstream(run_dir / DOWNSTREAM.path),
+        "speed": speed(evaluation) if evaluation else None,
+        "models": as_json(points_of(evaluation, _optional(run_dir / "downstream" / "downstream.json"))),
         "shape": _shape(plan) if plan else None,
         "components": components,
         "expected": pruning_facts.expected(plan, components) if plan else None,
@@ -201,8 +205,8 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     if teacher is None:
         return out
     if student.get("efficiency") and teacher.get("efficiency"):
-        speed, teacher_speed = (model["efficiency"]["decode_tokens_per_second"] for model in (student, teacher))
-        out.append(_tile("Decode speed", f"{speed / teacher_speed:.2f}×", f"{speed:.0f} tokens/s on this machine"))
+        own, of_teacher = (model["efficiency"]["decode_tokens_per_second"] for model in (student, teacher))
+        out.append(_tile("Decode speed", f"{own / of_teacher:.2f}×", f"{own:.0f} tokens/s on this machine"))
     cache, teacher_cache = (model["size"]["kv_cache_bytes_per_token"] for model in (student, teacher))
     out.append(_tile("KV cache", f"{cache / teacher_cache:.0%}", f"{units.format_size(cache)} per token"))
     return out
@@ -240,17 +244,13 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
         if farther := step["farther_from_teacher"]:
             out.append(f"Distilling moved {step['name']} away from the teacher on held-out text: {', '.join(farther)}.")
     speeds = [m.get("efficiency", {}) for m in evaluation["models"].values()] if evaluation else []
-    if any(speeds) and any(map(is_quantized, evaluation["models"])):
-        out.append(
-            "Quantised forms have no speed and memory here: plain transformers restores their weights. Measure them in"
-            " the engine that will serve them."
-        )
-    if any(speed.get("interleaved") is False for speed in speeds):
+    if any(found.get("interleaved") is False for found in speeds):
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
-    if any(speed.get("device") == "cuda" for speed in speeds):
+    if any(found.get("device") == "cuda" and not found.get("cuda_graphs") for found in speeds):
         out.append(
             "Decode on a GPU is timed for one sequence without CUDA graphs: starting kernels, whose number grows with"
-            " the layers, takes most of it. A serving engine gains more from narrower layers than these speeds show."
+            " the layers, takes most of it. A serving engine gains more from narrower layers than these speeds show;"
+            " eval.speed.cuda_graphs comes nearer to one."
         )
     out += [
         f"The kernels of the distillation ran in {row['facts']['kernels']}."

@@ -19,6 +19,8 @@ from kdscale import units
 from kdscale.files import write_json, write_text
 from kdscale.report import downstream_plots, importance_plots, pruning_plots, training_plots
 from kdscale.report.facts import for_json, gather
+from kdscale.report.tradeoff.plots import tradeoffs
+from kdscale.report.tradeoff.points import from_json
 from kdscale.runs.models import DISTILLED, PRUNED, TEACHER, model_title
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -70,6 +72,8 @@ def render(facts: Mapping[str, Any]) -> str:
         task_models=_models(facts["downstream"]),
         groups={name: list(rows) for name, rows in itertools.groupby(facts["comparison"] or [], itemgetter("group"))},
         plot_of_tasks=downstream_plots.curve(facts),
+        speed=facts["speed"],
+        tradeoffs=tradeoffs(from_json(facts["models"])),
         curves=training_plots.curves(facts),
         terms=training_plots.terms(facts),
         importance=importance_plots.importance(facts),

@@ -80,7 +80,7 @@ def _functions(syncs: Syncs) -> dict[str, Any]:
             stack.pop()
 
     properties = SimpleNamespace(
-        name="Fake GPU", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132, gcnArchName=""
+        name="Fake GPU", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132, gcnArchName="", uuid="fake"
     )
     return {
         "Event": Event,

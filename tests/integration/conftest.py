@@ -86,8 +86,7 @@ eval:
   micro_batch: 2
   prompts: ["The river"]
   sample_tokens: 4
-  prefill_tokens: 16
-  decode_tokens: 4
+  speed: {{batch_sizes: [1], context_lengths: [16], new_tokens: 4, repeats: 2, max_batch_size: 2}}
 """
 
 

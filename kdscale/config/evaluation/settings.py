@@ -7,11 +7,12 @@ from typing import Annotated
 from pydantic import Field
 
 from kdscale.config.evaluation.downstream import DownstreamConfig
+from kdscale.config.evaluation.speed import SpeedConfig
 from kdscale.config.fields import Count, Dtype, Few, Length, Section
 
 
 class EvalConfig(Section):
-    """How much held-out text is scored, what the samples continue, and how speed is measured."""
+    """How much held-out text is scored, what the samples continue, and whether speed is measured."""
 
     tokens: Count = 16_384
     seq_len: Length = 512
@@ -34,8 +35,7 @@ class EvalConfig(Section):
     sample_temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 0.7
     sample_top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     efficiency: bool = True
-    prefill_tokens: Length = 256
-    decode_tokens: Length = 32
+    speed: SpeedConfig = SpeedConfig()
     downstream: DownstreamConfig | None = None  # None: no tasks are scored
 
     @property

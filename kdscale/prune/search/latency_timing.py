@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,21 +74,11 @@ def _timing(seconds: Mapping[int, Sequence[tuple[float, float]]], full: int, hal
 
 
 def _time_once(model: Any, ids_1S: Any) -> tuple[float, float]:
-    """(seconds of the prompt, seconds of one token after it)"""
-    import torch
+    """(seconds of the prompt, seconds of one token after it), as the evaluation defines them."""
+    from kdscale.models.generation.times import PlainDecoder, time_generation
 
-    def now() -> float:
-        if ids_1S.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    with torch.inference_mode():
-        start = now()
-        out = model(input_ids=ids_1S, use_cache=True, logits_to_keep=1)
-        prefilled = now()
-        for _ in range(_DECODED_TOKENS):
-            out = model(input_ids=ids_1S[:, :1], past_key_values=out.past_key_values, use_cache=True)
-        return prefilled - start, (now() - prefilled) / _DECODED_TOKENS
+    times = time_generation(PlainDecoder(model), ids_1S, _DECODED_TOKENS)
+    return times.first_token, sum(times.gaps) / len(times.gaps)
 
 
 def _cut(config: dict[str, Any], family: Family, dims: Dims, layers: int) -> dict[str, Any]:

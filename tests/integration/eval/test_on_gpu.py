@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.root import RuntimeConfig
 from kdscale.data.token_store import TokenStore
-from kdscale.eval import efficiency, quality
+from kdscale.eval import quality
+from kdscale.eval.speed.worker import serve
 from kdscale.families import load_family
 from kdscale.files import read_json
 from kdscale.models.loading import load_tokenizer
@@ -58,13 +61,23 @@ def test_models_are_scored_and_continue_prompts(temperature, tiny_llama_dir, dat
         assert got["models"][name]["size"] == expected["models"][name]["size"]
 
 
-def test_speed_and_memory_are_measured(tiny_llama_dir, capsys):
+@pytest.mark.parametrize("energy", [True, False])
+def test_speed_memory_and_energy_are_measured(tiny_llama_dir, monkeypatch, energy):
+    counted = iter(range(1000, 9000, 1000))  # millijoules, one more joule at each reading
+    names = ("nvmlInit", "nvmlDeviceGetHandleByUUID")
+    nvml = SimpleNamespace(NVMLError=OSError, **dict.fromkeys(names, lambda *_: None))
+    nvml.nvmlDeviceGetTotalEnergyConsumption = lambda _: next(counted)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml if energy else None)
+    found: list[dict[str, Any]] = []
+    sizes = {"batch": 2, "context": 4, "new_tokens": 3}
+    requests = [{"do": "load"}, {"do": "generate", **sizes}, {"do": "grow", **sizes}]
     with fake_gpu():
-        efficiency.main([str(tiny_llama_dir), "--device", "cuda", "--repeats", "1", "--prefill-tokens", "4",
-                         "--decode-tokens", "2", "--threads", "1"])  # fmt: skip
-    found = json.loads(capsys.readouterr().out)
-    assert found["device"] == "cuda"
-    assert found["decode_tokens_per_second"] > 0
+        serve([str(tiny_llama_dir), "--device", "cuda", "--threads", "1"], map(json.dumps, requests), found.append)
+    loaded, generated, grown = found
+    assert loaded["device"] == "cuda"
+    assert (loaded["no_energy_because"] is None) == energy
+    assert generated["joules"] == grown["joules"] == (1.0 if energy else None)
+    assert len(generated["gaps"]) == len(grown["gaps"]) == 3
 
 
 def test_shapes_are_timed_for_a_latency_target(tiny_llama_dir, monkeypatch):

@@ -58,7 +58,7 @@ FITS = ("prune={ffn: 32}",)
         ("distill.seq_len=129", "distill.seq_len = 129"),
         ("importance={seq_len: 256, calibration_tokens: 512}", "importance.seq_len = 256"),
         ("eval.seq_len=512", "eval.seq_len = 512"),
-        ("eval.prefill_tokens=126", "eval.prefill_tokens + eval.decode_tokens = 130"),
+        ("eval.speed.context_lengths=[16, 126]", "eval.speed.context_lengths + new_tokens = 130"),
         ("eval.sample_tokens=128", "eval.prompts + eval.sample_tokens = 1"),
     ],
 )
