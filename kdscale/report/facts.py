@@ -51,6 +51,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
     evaluation = _optional(run_dir / "eval" / "eval.json")
     log_rows = list(read_metrics(run_dir / METRICS.path))
     importance = pruning_facts.importance(run_dir / "importance")
+    tasks = downstream(run_dir / DOWNSTREAM.path)
     results = {
         "config": config, "plan": plan, "importance": importance, "distillation": log_rows, "evaluation": evaluation,
     }  # fmt: skip
@@ -63,9 +64,9 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "missing": [name for name, result in results.items() if not result],
         "comparison": comparison(evaluation) if evaluation else None,
         "evaluation": evaluation,
-        "downstream": downstream(run_dir / DOWNSTREAM.path),
+        "downstream": tasks,
         "speed": speed(evaluation) if evaluation else None,
-        "models": as_json(points_of(evaluation, _optional(run_dir / "downstream" / "downstream.json"))),
+        "models": as_json(points_of(evaluation, tasks["means"] if tasks else None)),
         "shape": _shape(plan) if plan else None,
         "components": components,
         "expected": pruning_facts.expected(plan, components) if plan else None,

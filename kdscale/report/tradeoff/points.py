@@ -40,10 +40,9 @@ QUALITIES, COSTS = (PERPLEXITY, ACCURACY), (SIZE, SPEED)
 
 
 def points_of(
-    evaluation: Mapping[str, Any] | None, downstream: Mapping[str, Any] | None = None, run: str = ""
+    evaluation: Mapping[str, Any] | None, accuracies: Mapping[str, float] | None = None, run: str = ""
 ) -> list[Point]:
-    """The evaluated models in their order, with what was measured of each."""
-    accuracies = (downstream or {}).get("models") or {}
+    """The evaluated models in their order, with what was measured of each; `accuracies` is by name."""
     found = []
     for name, model in ((evaluation or {}).get("models") or {}).items():
         title = model_title(name)
@@ -53,7 +52,7 @@ def points_of(
                 name=name,
                 run=run,
                 perplexity=(model.get("quality") or {}).get("perplexity"),
-                accuracy=((accuracies.get(name) or {}).get("mean") or {}).get("value"),
+                accuracy=(accuracies or {}).get(name),
                 weight_bytes=(model.get("size") or {}).get("weight_bytes"),
                 decode_tokens_per_second=(model.get("efficiency") or {}).get("decode_tokens_per_second"),
             )

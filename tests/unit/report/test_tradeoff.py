@@ -60,8 +60,7 @@ def test_points_come_from_what_was_measured() -> None:
         },
         "int4_rtn_g32": {"quality": {"perplexity": 12.0}, "size": {"weight_bytes": 2}},
     }}  # fmt: skip
-    downstream = {"models": {"teacher": {"mean": {"value": 0.5, "standard_error": 0.1}, "tasks": {}}}}
-    teacher, packed = points_of(evaluation, downstream, run="a")
+    teacher, packed = points_of(evaluation, {"teacher": 0.5}, run="a")
     assert teacher == Point("a: Teacher", "teacher", "a", 9.0, 0.5, 5, 3.0)
     assert packed == Point("a: INT4 RTN g32", "int4_rtn_g32", "a", 12.0, None, 2, None)
     assert points_of(None) == []
