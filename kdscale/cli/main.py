@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kdscale.cli import chat, init, launch, models, package, plan_cluster, replay, run, text
+from kdscale.cli import chat, init, launch, models, package, plan_cluster, replay, run, sweep, text
 from kdscale.errors import ConfigError, FileError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runtime.exits import leave
@@ -83,6 +83,7 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
             "export-gguf": models.export_gguf_command,
             "package": package.package_command,
             "publish": package.publish_command,
+            "sweep": sweep.sweep_command,
             "export-megatron": text.export_megatron_command,
             "replay": replay.replay_command,
         },

@@ -49,6 +49,11 @@ def _note(text: str, style: str = "yellow") -> None:
     Console().print(for_terminal(text), style=style, highlight=False, markup=False)
 
 
+def trials(verdict: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The trials of a sweep, the best first."""
+    _print(table(verdict, columns, rows, right_from=2))
+
+
 def width_of(table: Table) -> int:
     """How many columns of a terminal a table takes when nothing in it is wrapped."""
     console = Console()

@@ -51,8 +51,8 @@ def write_report(run_dir: Path, out_dir: Path) -> Path:
     return out_dir / "report.html"
 
 
-def render(facts: Mapping[str, Any]) -> str:
-    """The page for the facts that `gather` returns. Equal facts give equal bytes."""
+def page_environment() -> Environment:
+    """Templates of pages: everything is escaped, and a name that a template lacks is an error."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -64,7 +64,13 @@ def render(facts: Mapping[str, Any]) -> str:
         "share": lambda value: f"{100 * value:.0f} %",
         "figure": _plain_figure,
     }
-    return environment.get_template("report.html.j2").render(
+    return environment
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The page for the facts that `gather` returns. Equal facts give equal bytes."""
+    template = page_environment().get_template("report.html.j2")
+    return template.render(
         facts=facts,
         teacher=TEACHER,
         missing=[_MISSING_NOTES[name] for name in facts["missing"]],
