@@ -75,10 +75,8 @@ def open_study(settings: SweepConfig) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = Path(settings.folder) / "study.db"
-    directions = [
-        "minimize" if OBJECTIVES[settings.objective] else "maximize",
-        *(["minimize"] if settings.size else []),
-    ]
+    better: Literal["minimize", "maximize"] = "minimize" if OBJECTIVES[settings.objective] else "maximize"
+    directions = [better, *(["minimize"] if settings.size else [])]
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
