@@ -76,12 +76,15 @@ def open_study(settings: SweepConfig) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = Path(settings.folder) / "study.db"
     better: Literal["minimize", "maximize"] = "minimize" if OBJECTIVES[settings.objective] else "maximize"
-    directions = [better, *(["minimize"] if settings.size else [])]
+    smaller: list[Literal["minimize", "maximize"]] = ["minimize"] if settings.size else []
     with explain_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{path.absolute()}", study_name="sweep", directions=directions, load_if_exists=True
+            storage=f"sqlite:///{path.absolute()}",
+            study_name="sweep",
+            directions=[better, *smaller],
+            load_if_exists=True,
         )
     except Exception as error:  # whatever SQLite or Optuna says of a file that is no study
         raise RunFolderError(f"{path} cannot be opened", expected="Optuna's study", got=str(error)[:300]) from error
