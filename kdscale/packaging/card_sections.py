@@ -65,12 +65,16 @@ def _number(value: float) -> str:
     return format_number(float(value))
 
 
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
 # Title, where the value and its standard error lie in a model's part of eval.json, and how it is written.
 _FIGURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("Perplexity", "quality", "perplexity", _number),
     ("Bits per byte", "quality", "bits_per_byte", "{:.3f}".format),
     ("KL to the teacher, nats per token", "quality", "kl_to_teacher", "{:.3f}".format),
-    ("Top-1 agreement with the teacher", "quality", "top1_agreement", "{:.1%}".format),
+    ("Top-1 agreement with the teacher", "quality", "top1_agreement", _percent),
     ("Parameters", "size", "parameters", format_count),
     ("Weights", "size", "weight_bytes", format_size),
     ("KV cache per token, 16-bit", "size", "kv_cache_bytes_per_token", format_size),
@@ -102,7 +106,7 @@ def _cell(figures: Mapping[str, Any], key: str, written: Callable[[float], str])
     if error is None:
         return text
     if text.endswith("%"):
-        return f"{text} ± {error:.1%}"
+        return f"{text} ± {100 * error:.1f}"
     places = len(text.partition(".")[2]) or decimals(value)
     return f"{text} ± {error:.{places}f}"
 

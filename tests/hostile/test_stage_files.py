@@ -23,7 +23,11 @@ from kdscale.data.token_store import TokenStore
 from kdscale.distill.checkpoint.folder import MANIFEST, find_latest, sealed_checkpoints
 from kdscale.errors import KdscaleError
 from kdscale.families import read_families
-from kdscale.files import read_json, remove_tree, sha256_json, write_json
+from kdscale.files import read_json, read_text, remove_tree, sha256_json, write_json
+from kdscale.packaging.bundle.checksums import SUMS, write_sums
+from kdscale.packaging.bundle.contents import read_package
+from kdscale.packaging.bundle.publish import prepare
+from kdscale.packaging.model_card import with_measurements
 from kdscale.runs.importance_scores import SCORES_FILE, SUMMARY_FILE, load_scores
 from kdscale.runtime.progress import Reporter
 from kdscale.teacher.messages import Question, decode_targets
@@ -134,6 +138,36 @@ def _told(call: Call) -> Any:
         return call()
     except LaunchError as error:
         raise KdscaleError(str(error)) from error
+
+
+def test_packages(hostile: HostileCases, tmp_path: Path) -> None:
+    folder, description = tmp_path / "package", {"format": 1, "name": "x", "forms": [{"name": "bf16", "path": "."}]}
+    for file in ("package.json", SUMS, "model.safetensors"):
+        for name, damage in damages():
+            remove_tree(folder)
+            folder.mkdir()
+            write_json(folder / "package.json", description)
+            (folder / "model.safetensors").write_bytes(b"weights")
+            write_sums(folder)
+            damage(folder / file)
+            hostile.run(f"{file} {name}", lambda: prepare(folder, "org/x", False), must="refuse")
+    remove_tree(folder / "package.json")
+    for place in leaves(description):
+        for name, value in VALUES.items():
+            (folder / "package.json").write_text(in_json(edited(description, place, value)))
+            hostile.run(f"{place} = {name}", lambda: read_package(folder))
+
+
+def test_cards(hostile: HostileCases, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    for name, damage in damages():
+        remove_tree(path)
+        path.write_text("---\na: 1\n---\n")
+        damage(path)
+        hostile.run(f"card {name}", lambda: with_measurements(read_text(path), tmp_path, "x", str(path)))
+    for name, value in VALUES.items():
+        card = f"---\nlicense: {in_json(value)}\n---\n# x\n"
+        hostile.run(f"license {name}", lambda card=card: with_measurements(card, tmp_path, "x", "README.md"))
 
 
 def test_token_stores(hostile: HostileCases, finished: Path, tmp_path: Path) -> None:

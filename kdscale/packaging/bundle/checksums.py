@@ -16,10 +16,14 @@ _ESCAPED = re.compile(r"\\(.)")
 
 
 def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS of all files in `folder` and below, sorted by name."""
+    """Write SHA256SUMS of all files in `folder` and below, sorted by name. Raises FileError for a name not in UTF-8."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lines = []
     for name in names:
+        if any("\ud800" <= character <= "\udfff" for character in name):  # as Python reads what is not UTF-8
+            raise FileError(
+                f"{folder / name}", expected="a name in UTF-8", hint="rename the file in the student's folder"
+            )
         escaped = "".join(_ESCAPES.get(character, character) for character in name)
         mark = "\\" if escaped != name else ""  # as sha256sum marks a name that it had to escape
         lines.append(f"{mark}{sha256_file(folder / name)}  {escaped}\n")
@@ -32,7 +36,7 @@ def verified_files(folder: Path) -> list[str]:
     A name that leads out of the folder, and a link, does not match: what it leads to would be published.
     """
     problems, names = [], []
-    for line in read_text(folder / SUMS).splitlines():
+    for line in read_text(folder / SUMS).split("\n")[:-1]:  # names may hold other ends of lines
         match = _LINE.fullmatch(line)
         if match is None:
             raise FileError(f"{folder / SUMS}", expected="lines as sha256sum writes them", got=repr(line[:100]))

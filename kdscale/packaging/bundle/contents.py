@@ -207,7 +207,7 @@ def _how_to_use(folder: Path, places: Sequence[Placed], served: str, own_code: b
         parts.append(
             f"With vLLM, or in a container with an OpenAI-compatible API on port {serving.PORT} of this machine. All "
             "layers have the same sizes, so engines load it as any other model of its family.\n\n```sh\n"
-            f"{line}\n{serving.TOKEN_VARIABLE}=$(openssl rand -hex 24) docker compose up --build\n```"
+            f"{line}\n```\n\n```sh\n{serving.SET_TOKEN}\ndocker compose up --build\n```"
         )
     if _of_kind(places, "gguf"):
         parts.append(

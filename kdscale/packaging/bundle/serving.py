@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 VLLM_TAG = "v0.33.0"  # of vllm/vllm-openai; its transformers reads configs as transformers 5 writes them
 PORT = 8000
 TOKEN_VARIABLE = "VLLM_API_KEY"
+SET_TOKEN = f"export {TOKEN_VARIABLE}=$(openssl rand -hex 24)"  # for the server, and for what asks it
 _USER = 10001  # neither root nor a user of the image
 _CODE = "*.py"
 # By pattern, and only those that a package has: no name of a file stands in the Dockerfile.
@@ -42,7 +43,7 @@ def dockerfile(folders: Sequence[Path], served_name: str, own_code: bool) -> str
     copied = " ".join(f"${{FORM}}/{pattern}" for pattern in patterns)
     line = [*serve_line(served_name, own_code, "/model", "0.0.0.0"), "--port", str(PORT)]  # compose says who gets in
     return (
-        f"# Served by: docker compose up --build. {_other_forms(folders)}\n"
+        f"# Served by: docker compose up --build{_other_forms(folders)}\n"
         f"ARG VLLM_TAG={VLLM_TAG}\n"
         "FROM vllm/vllm-openai:${VLLM_TAG}\n"
         "ARG FORM=.\n"
@@ -57,7 +58,7 @@ def dockerfile(folders: Sequence[Path], served_name: str, own_code: bool) -> str
 
 
 def _other_forms(folders: Sequence[Path]) -> str:
-    return "".join(f"With FORM={folder.name} before it: that form. " for folder in folders[1:]).strip()
+    return "".join(f"; or FORM={folder.name} before it" for folder in folders[1:])
 
 
 def compose(served_name: str) -> str:
@@ -81,7 +82,7 @@ def compose(served_name: str) -> str:
         },
     }  # fmt: skip
     stream = io.StringIO()
-    stream.write(f"# {TOKEN_VARIABLE}=$(openssl rand -hex 24) docker compose up --build\n")
+    stream.write(f"# {SET_TOKEN}; docker compose up --build\n")
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]

@@ -11,7 +11,7 @@ import pytest
 from kdscale.errors import CheckpointError, FileError
 from kdscale.packaging.bundle.checksums import SUMS, verified_files, write_sums
 
-NAMES = ["a", "below/b c.txt", "LICENSE\nof 'x'", "ö"]
+NAMES = ["a", "below/b c.txt", "LICENSE\nof 'x'", "z\u2028z", "ö"]
 
 
 @pytest.fixture
@@ -50,6 +50,12 @@ def test_a_folder_that_is_a_link_is_not_followed(package: Path) -> None:
     (package / "below").symlink_to(package.parent / "elsewhere")
     with pytest.raises(FileError, match=r"below/b c\.txt is a link"):
         verified_files(package)
+
+
+def test_a_name_that_no_list_can_hold_is_refused(package: Path) -> None:
+    (package / "LICENSE\udcff").write_text("x")
+    with pytest.raises(FileError, match="a name in UTF-8"):
+        write_sums(package)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
