@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kdscale.cli.arguments import AcceptOption, ConfigArgument, RunArgument, SetOption, load, run_folder
-from kdscale.errors import ConfigError
+from kdscale.errors import ConfigError, GateError
 from kdscale.escaping import for_terminal
 
 
@@ -21,7 +21,11 @@ def _run_until(stage: str, name: str, overrides: list[str] | None, accept: bool)
 
     config = load(name, overrides)
     reporter = Reporter()
-    did = run_until(config, stage, reporter, accept_changes=accept)
+    try:
+        did = run_until(config, stage, reporter, accept_changes=accept)
+    except GateError:  # everything is done; what failed is among the results
+        tables.results(Path(config.run_dir), stage)
+        raise
     if not did:
         reporter.say("Everything was done already; nothing to do.")
     tables.results(Path(config.run_dir), stage)

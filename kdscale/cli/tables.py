@@ -22,9 +22,10 @@ from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGES, stages_of
+from kdscale.report.bias_facts import bias
 from kdscale.report.comparison import FIGURES, students, worsened
 from kdscale.report.downstream_facts import downstream
-from kdscale.runs.folder import DOWNSTREAM, RunFolder
+from kdscale.runs.folder import BIAS, DOWNSTREAM, RunFolder
 from kdscale.runs.metrics_log import is_figure, read_metrics
 from kdscale.runs.models import model_title
 from kdscale.sizing.capacity import Capacity
@@ -171,6 +172,8 @@ def results(folder: Path, last_stage: str) -> None:
         _side_by_side(run.eval / "eval.json")
     if last_stage in ("downstream", "report"):
         _tasks(run.at(DOWNSTREAM))
+    if last_stage in ("bias", "report"):
+        _bias(run)
     if last_stage == "report":
         _places(run)
 
@@ -246,13 +249,41 @@ def _tasks(folder: Path) -> None:
     if tasks is None:
         return
 
-    def written(cell: dict[str, Any]) -> str:
-        return cell["text"] + (f" ± {cell['error_text']}" if cell["error_text"] else "")
-
-    rows = [(escape(row["title"]), *(written(cell) for cell in row["cells"].values())) for row in tasks["rows"]]
+    rows = [(escape(row["title"]), *(_with_error(cell) for cell in row["cells"].values())) for row in tasks["rows"]]
     _print(table("Tasks with right answers", ("", *tasks["models"]), rows, right_from=1))
     if tasks["sample"]:
         _note(f"note: {tasks['sample']}", "dim")
+
+
+def _bias(run: RunFolder) -> None:
+    """Of each measure of bias the figure with the verdict, its growth since the teacher, and the verdict."""
+    config = _config(run)
+    limits = config.bias.fail_if if config is not None and config.bias is not None else {}
+    try:
+        found = bias(run.at(BIAS), limits)
+    except RunFolderError as error:
+        _note(f"warning: {error}")
+        return
+    if found is None:
+        return
+    rows = []
+    for measure in found["measures"]:
+        cells: dict[str, Any] = next((row["cells"] for row in measure["rows"] if row["headline"]), {})
+        changes = {change["model"]: change for change in measure["changes"]}
+        for at, name in enumerate(found["models"]):
+            change = changes.get(name, {})
+            title = "" if at else escape(measure["title"])
+            rows.append(
+                (title, name, _with_error(cells.get(name, {})), change.get("growth") or "", change.get("verdict", ""))
+            )
+    _print(table("Bias and safety", ("", "", "figure", "growth", "verdict"), rows))
+    for line in [*found["too_much"], *found["notes"]]:
+        _note(f"note: {line}")
+
+
+def _with_error(cell: dict[str, Any]) -> str:
+    text = cell.get("text", "–")
+    return text + (f" ± {cell['error_text']}" if cell.get("error_text") else "")
 
 
 def status(folder: Path) -> None:

@@ -151,7 +151,34 @@ def _task_results(content: Mapping[str, Any]) -> list[Result]:
     ]
 
 
+def _bias(content: Mapping[str, Any]) -> str:
+    """One figure of each measure for every model, and what became of it on the way from the teacher."""
+    models, rows = content["models"], []
+    for key, measure in content["measures"].items():
+        label = "" if key == measure["measure"] else f" ({key})"
+        figure, part = measure["headline"], measure["all"]
+        words = measure["figures"][figure]
+        places = 1 if words["range"] > 1 else 3
+        cells = []
+        for name in models:
+            one = part["figures"][name][figure]
+            error = "" if one["error"] is None else f" ± {one['error']:.{places}f}"
+            cells.append("" if one["value"] is None else f"{one['value']:.{places}f}{error}")
+        change = part["changes"].get(DISTILLED, {}).get("figures", {}).get(figure, {})
+        title = f"{measure['title']}{label}: {words['title']}" + (
+            "" if words["ideal"] is None else f" ({words['ideal']:g})"
+        )
+        rows.append((title, *cells, change.get("verdict", "not measurable")))
+    text = table(("", *map(model_title, models), "the student’s, against the teacher"), rows)
+    return (
+        "All models were asked the same items. In brackets the value of a model without bias; ± is one standard error. "
+        "A bias that is kept or not measurable on these items may be there on others: test the use that you intend.\n\n"
+        f"{text}"
+    )
+
+
 SECTIONS: tuple[CardSection, ...] = (
     CardSection("eval/eval.json", "On held-out text", _quality, _quality_results),
     CardSection("downstream/downstream.json", "On tasks with right answers", _tasks, _task_results),
+    CardSection("bias/bias.json", "Bias and safety", _bias),
 )

@@ -17,11 +17,12 @@ from kdscale import units
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.report import pruning_facts, training_facts
+from kdscale.report.bias_facts import bias
 from kdscale.report.comparison import NOISE, comparison, students, worsened
 from kdscale.report.downstream_facts import downstream
 from kdscale.report.speed_facts import speed
 from kdscale.report.tradeoff.points import as_json, points_of
-from kdscale.runs.folder import DOWNSTREAM, METRICS
+from kdscale.runs.folder import BIAS, DOWNSTREAM, METRICS
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import DISTILLED, TEACHER, model_title
 
@@ -67,6 +68,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "downstream": tasks,
         "speed": speed(evaluation) if evaluation else None,
         "models": as_json(points_of(evaluation, tasks["means"] if tasks else None)),
+        "bias": bias(run_dir / BIAS.path, ((config or {}).get("bias") or {}).get("fail_if")),
         "shape": _shape(plan) if plan else None,
         "components": components,
         "expected": pruning_facts.expected(plan, components) if plan else None,
@@ -244,6 +246,10 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
     for step in facts["steps"][: -1 if evaluation else None]:  # the last one is evaluated
         if farther := step["farther_from_teacher"]:
             out.append(f"Distilling moved {step['name']} away from the teacher on held-out text: {', '.join(farther)}.")
+    if facts["bias"]:
+        out += [f"Bias grew more than the config allows: {one}." for one in facts["bias"]["too_much"]]
+        if grew := facts["bias"]["grew"]:
+            out.append(f"Bias grew since the teacher: {', '.join(grew)}.")
     speeds = [m.get("efficiency", {}) for m in evaluation["models"].values()] if evaluation else []
     if any(found.get("interleaved") is False for found in speeds):
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")

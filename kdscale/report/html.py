@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from kdscale import units
 from kdscale.files import write_json, write_text
-from kdscale.report import downstream_plots, importance_plots, pruning_plots, training_plots
+from kdscale.report import bias_plots, downstream_plots, importance_plots, pruning_plots, training_plots
 from kdscale.report.facts import for_json, gather
 from kdscale.report.tradeoff.plots import tradeoffs
 from kdscale.report.tradeoff.points import from_json
@@ -76,8 +76,10 @@ def render(facts: Mapping[str, Any]) -> str:
         missing=[_MISSING_NOTES[name] for name in facts["missing"]],
         models=_models(facts["evaluation"]),
         task_models=_models(facts["downstream"]),
+        bias_models=_models(facts["bias"]),
         groups={name: list(rows) for name, rows in itertools.groupby(facts["comparison"] or [], itemgetter("group"))},
         plot_of_tasks=downstream_plots.curve(facts),
+        plots_of_bias=bias_plots.by_group(facts),
         speed=facts["speed"],
         tradeoffs=tradeoffs(from_json(facts["models"])),
         curves=training_plots.curves(facts),

@@ -33,6 +33,7 @@ class Growth(_Record):
     change: float | None
     error: float | None
     growth: float | None = None
+    growth_error: float | None = None
     smallest: float | None = None
     verdict: str | None = None
 
@@ -62,8 +63,9 @@ class FigureWords(_Record):
 
 
 class MeasureResults(_Record):
-    """One measure; `headline` names the figure with the verdicts."""
+    """One entry of bias.measures, of the kind `measure`; `headline` names the figure with the verdicts."""
 
+    measure: str
     title: str
     paper: str
     decision: str

@@ -47,7 +47,10 @@ def _part(
     estimates, resampled = _figures(measure, values, clusters, seed)
     figures: dict[str, dict[str, Any]] = {
         name: {
-            figure.name: {"value": _plain(estimates[name][figure.name]), "error": _error(resampled[name][figure.name])}
+            figure.name: {
+                "value": _plain(estimates[name][figure.name]),
+                "error": _error(resampled[name][figure.name], count),
+            }
             for figure in measure.figures
         }
         for name in values
@@ -114,10 +117,10 @@ def _resamples(clusters: int, seed: int) -> Iterator[np.ndarray]:
         yield np.bincount(drawn.ravel(), minlength=count * clusters).reshape(count, clusters).astype(np.float64)
 
 
-def _error(resampled_R: np.ndarray) -> float | None:
-    """The standard error; None where most resamples give no figure."""
+def _error(resampled_R: np.ndarray, count: int) -> float | None:
+    """The standard error; None of a single cluster, and where most resamples give no figure."""
     finite = resampled_R[np.isfinite(resampled_R)]
-    return float(finite.std(ddof=1)) if len(finite) > len(resampled_R) / 2 else None
+    return float(finite.std(ddof=1)) if count > 1 and len(finite) > len(resampled_R) / 2 else None
 
 
 def _change(
@@ -126,13 +129,13 @@ def _change(
 ) -> dict[str, Any]:  # fmt: skip
     """From the teacher to a student: the change, the growth of the distance from the ideal, and the verdict on it."""
     (before, after), (before_R, after_R) = estimates, resampled
-    change = {"change": _plain(after - before), "error": _error(after_R - before_R)}
+    change = {"change": _plain(after - before), "error": _error(after_R - before_R, count)}
     if figure.ideal is None or change["change"] is None or change["error"] is None:
         return change
     growth = abs(after - figure.ideal) - abs(before - figure.ideal)
-    error = _error(np.abs(after_R - figure.ideal) - np.abs(before_R - figure.ideal))
+    error = _error(np.abs(after_R - figure.ideal) - np.abs(before_R - figure.ideal), count)
     assert error is not None
-    smallest = max(_SURE * error, _UNSEEN / count * figure.range)
+    smallest = min(max(_SURE * error, _UNSEEN / count * figure.range), figure.range)
     return {
         **change, "growth": growth, "growth_error": error, "smallest": smallest,
         "verdict": verdict(growth, smallest, kept_within * figure.range, count),

@@ -19,6 +19,7 @@ from kdscale.config.evaluation.bias import PAIRS
 from kdscale.data.readers import jsonl
 from kdscale.data.readers.records import checked_text
 from kdscale.errors import DataError
+from kdscale.escaping import for_terminal
 from kdscale.eval.bias.items import Item
 from kdscale.files import read_json, read_text
 
@@ -307,7 +308,7 @@ def _columns(where: str, expected: str, row: Mapping[str, Any]) -> DataError:
 
 
 def _group(name: str) -> str:
-    return name.strip().replace("\n", " ")[:_LONGEST_GROUP]
+    return for_terminal(" ".join(name.split()))[:_LONGEST_GROUP]
 
 
 def _some(items: list[Item], path: str, what: str) -> list[Item]:

@@ -154,6 +154,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="report", title="write the report", run=report.write_report, config=("name",),
+            depends_on=report.what_matters,
             reads=(
                 folder.PLAN, folder.IMPORTANCE, folder.PRUNED_CONFIG, folder.REPAIR, folder.EVAL, folder.DOWNSTREAM,
                 folder.BIAS, folder.METRICS,

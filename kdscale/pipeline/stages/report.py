@@ -10,6 +10,11 @@ from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL, IMPORTANCE, REPAIR, STUD
 _SHOWN = {artifact.path for artifact in (IMPORTANCE, REPAIR, EVAL, DOWNSTREAM, BIAS)}
 
 
+def what_matters(context: StageContext) -> Facts:
+    """The limits of a gate, which the report shows."""
+    return {} if context.config.bias is None else {"bias.fail_if": context.config.bias.fail_if}
+
+
 def write_report(context: StageContext) -> Facts:
     """Write the report of whatever the run folder holds."""
     from kdscale.report.html import write_report as write

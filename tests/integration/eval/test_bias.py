@@ -291,7 +291,8 @@ def test_the_gate_looks_at_what_the_run_hands_on(stage: Stage) -> None:
 
     def write(pruned: float, distilled: float) -> None:
         measure = {
-            "title": "Minimal pairs", "paper": "", "decision": "d", "headline": "share", "groups": {},
+            "measure": "pairs", "title": "Minimal pairs", "paper": "", "decision": "d", "headline": "share",
+            "groups": {},
             "figures": {"share": {"title": "Share", "ideal": 0.5, "range": 1.0}}, "verdicts": {},
             "all": part(pruned, distilled),
         }  # fmt: skip
