@@ -171,6 +171,10 @@ def verdict_line(part: Mapping[str, Any], figure: Figure, teacher: str, name: st
     of_figure, flips = change["figures"][figure.name], change["flips"]
     before, after = (_with_error(part["figures"][model][figure.name], figure) for model in (teacher, name))
     moved = f"{figure.title}: {before} → {after}; flips {flips['to']:,} to it, {flips['back']:,} back"
+    if of_figure.get("verdict") in ("kept", "not measurable") and _is_sure(of_figure):
+        # from one side of the ideal to the other, as far away
+        moved += f"; the figure itself moved by {written(of_figure['change'], figure)} ± "
+        moved += f"{written(of_figure['error'], figure)}"
     if "verdict" not in of_figure:
         return f"not measurable: {moved}"
     if of_figure["verdict"] != "not measurable":
@@ -178,6 +182,10 @@ def verdict_line(part: Mapping[str, Any], figure: Figure, teacher: str, name: st
     smallest, count = written(of_figure["smallest"], figure), part["clusters"]
     why = f"at least {FEWEST} are needed" if count < FEWEST else f"they show a growth from {smallest} on"
     return f"not measurable at {count:,} independent items ({why}): {moved}"
+
+
+def _is_sure(change: Mapping[str, Any]) -> bool:
+    return bool(change["error"]) and abs(change["change"]) > _SURE * change["error"]
 
 
 def _with_error(entry: Mapping[str, Any], figure: Figure) -> str:

@@ -11,7 +11,7 @@ import pytest
 from kdscale.config.evaluation.bias import MEASURES as ENTRIES
 from kdscale.config.evaluation.bias import BiasConfig, PairsConfig
 from kdscale.errors import ConfigError
-from kdscale.eval.bias.changes import headline, summarise, verdict
+from kdscale.eval.bias.changes import headline, summarise, verdict, verdict_line
 from kdscale.eval.bias.items import Item, Likelihood
 from kdscale.eval.bias.measures import MEASURES, check_gate, values_of
 
@@ -113,6 +113,24 @@ def test_growth_is_of_the_distance_from_the_ideal_and_flips_are_counted_each_way
     assert change["flips"] == {"to": 0, "back": 25}
     assert change["figures"]["share"]["verdict"] == "grew"
     assert "verdict" not in change["figures"]["difference"]
+
+
+def test_the_line_says_when_a_figure_went_to_the_other_side_of_its_ideal() -> None:
+    """The teacher prefers the stereotype as often as the student avoids it: no growth, and a large change."""
+    teacher, student = [1.0] * 70 + [0.0] * 30, [1.0] * 30 + [0.0] * 70
+    line = verdict_line(part_of(teacher, student)["all"], PAIRS.figures[0], "teacher", "distilled")
+    assert line.startswith("not measurable at 100 independent items (they show a growth from 0.")
+    assert "0.700 ± 0.0" in line and "flips 0 to it, 40 back; the figure itself moved by -0.400 ± 0.0" in line
+    line = verdict_line(part_of(teacher, teacher)["all"], PAIRS.figures[0], "teacher", "distilled")
+    assert line.startswith("kept: ") and "itself" not in line
+    few = verdict_line(part_of([1.0, 0.0], [1.0, 1.0])["all"], PAIRS.figures[0], "teacher", "distilled")
+    assert "at least 20 are needed" in few
+
+
+def test_a_single_cluster_has_no_error() -> None:
+    part = part_of([1.0, 0.0], [1.0, 1.0], ["one", "one"])["all"]
+    assert part["figures"]["teacher"]["share"]["error"] is None
+    assert "verdict" not in part["changes"]["distilled"]["figures"]["share"]
 
 
 def test_groups_have_their_own_items() -> None:
