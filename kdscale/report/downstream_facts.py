@@ -23,7 +23,7 @@ def downstream(folder: Path) -> dict[str, Any] | None:
     result = read_json(path, RunFolderError, expect=dict)
     try:
         return _facts(result)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RunFolderError(f"{path} is damaged", got=repr(error), hint="kdscale run CONFIG makes it again") from error
 
 

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from kdscale.config.fields import explain_errors
 from kdscale.config.load import parse_yaml
 from kdscale.errors import ConfigError, DataError, KdscaleError
+from kdscale.eval.downstream.task_settings import TaskSettings
 from kdscale.files import parse_json, read_text, safe_join
 
 BUILTIN = "builtin"
@@ -23,19 +27,6 @@ _BUILTIN_FOLDER = Path(__file__).parent / BUILTIN
 _SUFFIXES = (".yaml", ".yml")
 _MOST_ITEMS = 1_000_000
 _MOST_BYTES = 1 << 30
-
-_TEXTS = ("doc_to_text", "doc_to_target", "doc_to_choice", "description", "target_delimiter", "fewshot_delimiter")
-# What a local file may say; all of it is data. The other keys of the harness name functions, prompts of other
-# packages, or pictures and sound.
-_KEYS = (
-    "task", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split",
-    "fewshot_split", *_TEXTS, "fewshot_config", "num_fewshot", "metric_list", "output_type", "generation_kwargs",
-    "repeats", "filter_list", "gen_prefix", "metadata", "tag", "task_alias", "include", "should_decontaminate",
-    "doc_to_decontamination_query",
-)  # fmt: skip
-_IGNORED = ("tag", "task_alias", "include", "should_decontaminate", "doc_to_decontamination_query")
-_FEWSHOT_KEYS = ("sampler", "split", "samples", "fewshot_indices", *_TEXTS, "gen_prefix")
-OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood")
 
 
 @dataclass(frozen=True)
@@ -97,26 +88,18 @@ def read_task(file: Path) -> LocalTask:
 
     Raises ConfigError for what is no task, or more than data, and DataError for items that cannot be read.
     """
-    settings, files = _read_settings(file, ())
-    _check_settings(file, settings)
-    folder = file.parent
-    source = str(settings["dataset_path"])
-    splits = _data_files(file, settings)
+    tree, files = _read_settings(file, ())
+    settings = _checked(file, tree)
     items: dict[str, list[dict[str, Any]]] = {}
-    for split, names in splits.items():
-        paths = [_inside(folder, name, file) for name in names]
-        items[split] = [item for path in paths for item in _read_items(path, source)]
+    for split, names in _data_files(file, settings).items():
+        paths = [_inside(file.parent, name, file) for name in names]
+        items[split] = [item for path in paths for item in _read_items(path, settings.dataset_path)]
         files += paths
     for key in ("test_split", "validation_split", "training_split", "fewshot_split"):
-        wanted = settings.get(key)
+        wanted = getattr(settings, key)
         if wanted is not None and wanted not in items:
-            raise ConfigError(f"{file}: {key}", expected=f"one of {', '.join(items)}", got=str(wanted))
-    kept = {
-        key: value
-        for key, value in settings.items()
-        if key not in (*_IGNORED, "dataset_path", "dataset_name", "dataset_kwargs")
-    }
-    return LocalTask(str(settings["task"]), kept, items, tuple(dict.fromkeys(files)))
+            raise ConfigError(f"{file}: {key}", expected=f"one of {', '.join(items)}", got=wanted)
+    return LocalTask(settings.task, settings.for_harness(), items, tuple(dict.fromkeys(files)))
 
 
 def _read_settings(file: Path, outer: Sequence[Path]) -> tuple[dict[str, Any], list[Path]]:
@@ -128,76 +111,31 @@ def _read_settings(file: Path, outer: Sequence[Path]) -> tuple[dict[str, Any], l
     included = tree.get("include") or []
     merged: dict[str, Any] = {}
     files = [file]
-    for name in [included] if isinstance(included, str) else included:
+    for name in included if isinstance(included, list) else [included]:
         settings, more = _read_settings(_inside(file.parent, name, file), (*outer, file))
         merged |= settings
         files += more
     return {**merged, **tree}, files
 
 
-def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError with everything that is wrong."""
-    problems = list(_problems(settings))
-    if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise ConfigError(f"{file} cannot be used as a task:{listed}")
+def _checked(file: Path, settings: Mapping[str, Any]) -> TaskSettings:
+    """The settings of a task. Raises ConfigError with everything that is wrong."""
+    try:
+        return TaskSettings.model_validate(settings)
+    except ValidationError as error:
+        problems = "".join(f"\n  - {line}" for line in explain_errors(error, TaskSettings))
+        raise ConfigError(
+            f"{file} cannot be used as a task:{problems}",
+            hint="a task file is data: what names code, or data on the hub, is left out",
+        ) from error
 
 
-def _problems(settings: Mapping[str, Any]) -> Iterator[str]:
-    if "group" in settings or not isinstance(settings.get("task"), str):
-        yield "task: expected the task's name; a group is a folder, or a list in eval.downstream.tasks"
-    for key in settings:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            why = f"did you mean {near[0]}?" if near else "kdscale runs no code that a task file names"
-            yield f"{key}: not a key of a local task ({why})"
-    kind = settings.get("output_type", "generate_until")
-    if kind not in OUTPUT_TYPES:
-        yield f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {kind!r}"
-    needed = ["dataset_path", "doc_to_text", "doc_to_target", *(["doc_to_choice"] if kind == OUTPUT_TYPES[0] else [])]
-    yield from (f"{key}: required, but not given" for key in needed if settings.get(key) is None)
-    if (source := settings.get("dataset_path")) is not None and source not in _READERS:
-        yield f"dataset_path: expected one of {', '.join(_READERS)}, whose files are beside the task, got {source!r}"
-    if settings.get("test_split") is None and settings.get("validation_split") is None:
-        yield "test_split: required, but not given"
-    yield from _nested_problems("metric_list", settings.get("metric_list") or [])
-    yield from _nested_problems("filter_list", settings.get("filter_list") or [])
-    fewshot = settings.get("fewshot_config") or {}
-    if not isinstance(fewshot, dict):
-        yield f"fewshot_config: expected a mapping, got {type(fewshot).__name__}"
-    else:
-        yield from (f"fewshot_config.{key}: not a key of a local task" for key in fewshot if key not in _FEWSHOT_KEYS)
-    shots = settings.get("num_fewshot")
-    if shots is not None and (type(shots) is not int or not 0 <= shots <= 1000):
-        yield f"num_fewshot: expected a whole number from 0 to 1,000, got {shots!r}"
-
-
-def _nested_problems(key: str, entries: Any) -> Iterator[str]:
-    """What is wrong with a list of metrics or filters, apart from names that the harness alone knows."""
-    name = "metric" if key == "metric_list" else "filter"
-    for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-        if not isinstance(entry, dict) or name not in entry:
-            yield f"{key}.{index}: expected a mapping with the key {name}"
-        elif entry.get("hf_evaluate"):
-            yield f"{key}.{index}: hf_evaluate loads code from the hub, which kdscale does not run"
-
-
-def _data_files(file: Path, settings: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names of the data files of each split; without `data_files` it is the file with the task file's name."""
-    kwargs = settings.get("dataset_kwargs") or {}
-    named = kwargs.get("data_files") if isinstance(kwargs, dict) else None
-    if named is None:
-        named = f"{file.stem}{_READERS[str(settings['dataset_path'])][0]}"
+def _data_files(file: Path, settings: TaskSettings) -> dict[str, list[str]]:
+    """Names of the data files of each split."""
+    named = settings.dataset_kwargs.data_files or f"{file.stem}{_READERS[settings.dataset_path][0]}"
     if not isinstance(named, dict):
-        only = settings.get("test_split") or settings.get("validation_split")
-        named = {str(only): named}
-    splits = {str(split): [names] if isinstance(names, str) else names for split, names in named.items()}
-    for split, names in splits.items():
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ConfigError(
-                f"{file}: dataset_kwargs.data_files.{split}", expected="a file name, or a list of them", got=repr(names)
-            )
-    return splits
+        named = {str(settings.test_split or settings.validation_split): named}
+    return {split: [names] if isinstance(names, str) else names for split, names in named.items()}
 
 
 def _inside(folder: Path, name: Any, file: Path) -> Path:
@@ -209,7 +147,7 @@ def _inside(folder: Path, name: Any, file: Path) -> Path:
     except KdscaleError as error:
         hint = "put the file beside the task"
         raise ConfigError(f"{file} names a file outside its folder", got=repr(name), hint=hint) from error
-    except (OSError, ValueError) as error:  # a loop of links, a NUL
+    except (OSError, ValueError, RuntimeError) as error:  # a loop of links, a NUL
         raise ConfigError(f"{file} names a file that cannot be read", got=repr(name)) from error
     return path
 

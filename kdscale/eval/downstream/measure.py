@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdscale.eval.downstream.harness import PreparedTask, ScoreSettings, TaskScores, score
 from kdscale.eval.downstream.paired import Mean, difference, difference_over_tasks, mean_of, mean_over_tasks
 from kdscale.files import read_own_json, write_json
 from kdscale.models.loading import load_model, load_tokenizer
+from kdscale.runs.folder import fits
 from kdscale.runs.models import DISTILLED, PRUNED, TEACHER, is_quantized
 from kdscale.runtime.device import release_memory
 from kdscale.runtime.progress import Reporter
@@ -85,15 +87,26 @@ def from_json(value: Mapping[str, Any]) -> TaskScores:
     )  # fmt: skip
 
 
-def is_scores(value: Any) -> bool:
-    """Whether a JSON value is what `to_json` gives."""
-    try:
-        scores = from_json(value)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
-    sizes = {len(scores.ids), len(scores.scores), *(() if scores.margins is None else (len(scores.margins),))}
-    whole = len(sizes) == 1 and len(scores.ids) > 0 and scores.scores.ndim == 1
-    return whole and bool(np.isfinite(scores.scores).all())
+class _Kept(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    task: str
+    metric: str
+    ids: list[str] = Field(min_length=1)
+    scores: list[float]
+    margins: list[float] | None
+    chance: float | None
+    num_fewshot: int
+    available: int
+
+    @model_validator(mode="after")
+    def _one_of_each_for_an_item(self) -> _Kept:
+        if any(len(values) != len(self.ids) for values in (self.scores, self.margins) if values is not None):
+            raise ValueError("expected as many scores as items")
+        return self
+
+
+is_scores = fits(_Kept)  # whether a JSON value is what `to_json` gives
 
 
 def summary(models: Mapping[str, _Scores], seed: int) -> dict[str, Any]:
