@@ -113,6 +113,8 @@ def _change(part: Part, headline: str, figure: FigureWords, model: str) -> dict[
     return {
         "model": model,
         "title": model_title(model),
+        "change": None if change.change is None else signed(change.change, figure),
+        "change_error": None if change.error is None else written(change.error, figure),
         "growth": None if change.growth is None else signed(change.growth, figure),
         "error_text": None if change.growth_error is None else written(change.growth_error, figure),
         "smallest": None if change.smallest is None else written(change.smallest, figure),

@@ -197,7 +197,7 @@ def _with_error(entry: Mapping[str, Any], figure: Figure) -> str:
 
 def written(value: float, figure: Figure) -> str:
     """A value of a figure as text: a share to three digits, a percentage to one."""
-    return f"{value:.1f}" if figure.range > 1 else f"{value:.3f}"
+    return (f"{value:.1f}" if figure.range > 1 else f"{value:.3f}").replace("-", "−")
 
 
 def _plain(value: float) -> float | None:

@@ -120,7 +120,7 @@ def test_the_line_says_when_a_figure_went_to_the_other_side_of_its_ideal() -> No
     teacher, student = [1.0] * 70 + [0.0] * 30, [1.0] * 30 + [0.0] * 70
     line = verdict_line(part_of(teacher, student)["all"], PAIRS.figures[0], "teacher", "distilled")
     assert line.startswith("not measurable at 100 independent items (they show a growth from 0.")
-    assert "0.700 ± 0.0" in line and "flips 0 to it, 40 back; the figure itself moved by -0.400 ± 0.0" in line
+    assert "0.700 ± 0.0" in line and "flips 0 to it, 40 back; the figure itself moved by −0.400 ± 0.0" in line
     line = verdict_line(part_of(teacher, teacher)["all"], PAIRS.figures[0], "teacher", "distilled")
     assert line.startswith("kept: ") and "itself" not in line
     few = verdict_line(part_of([1.0, 0.0], [1.0, 1.0])["all"], PAIRS.figures[0], "teacher", "distilled")
