@@ -251,6 +251,10 @@ def _tasks(folder: Path) -> None:
 
     rows = [(escape(row["title"]), *(_with_error(cell) for cell in row["cells"].values())) for row in tasks["rows"]]
     _print(table("Tasks with right answers", ("", *tasks["models"]), rows, right_from=1))
+    for change in tasks["changes"]:
+        last = change["rows"][-1]
+        flips = f"{last['rose']:,} items wrong → right, {last['fell']:,} right → wrong"
+        _note(f"{change['title'].lower()}: {last['change']} points ({last['interval']}), {flips}", "")
     if tasks["sample"]:
         _note(f"note: {tasks['sample']}", "dim")
 

@@ -55,7 +55,8 @@ def in_part(tasks: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, task: Mapping[str, Any], models: Mapping[str, Any]) -> dict[str, Any]:
-    how = [f"{task['items']:,} items", f"{task['num_fewshot']} examples" if task["num_fewshot"] else "no examples"]
+    shots = task["num_fewshot"]
+    how = [f"{task['items']:,} items", f"{shots} example{'s' * (shots > 1)}" if shots else "no examples"]
     how += [f"chance {_percent(task['chance'])}"] if task["chance"] is not None else []
     cells = {model: _cell(figures["tasks"][name]) for model, figures in models.items()}
     return {"title": name, "how": f"{task['metric']} · {', '.join(how)}", "cells": cells}
