@@ -138,7 +138,7 @@ def _tasks(content: Mapping[str, Any]) -> str:
 
 def _accuracy(mean: Mapping[str, Any]) -> str:
     error = mean["standard_error"]
-    return f"{mean['value']:.1%}" + ("" if error is None else f" ± {error:.1%}")
+    return _percent(mean["value"]) + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _task_results(content: Mapping[str, Any]) -> list[Result]:

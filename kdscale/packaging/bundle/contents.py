@@ -75,7 +75,7 @@ def write_package(
         shutil.copyfile(Path(__file__).with_name(SMOKE_TEST), tmp / SMOKE_TEST)
         write_json(tmp / PACKAGE, _description(source, places, served, extras.prompt, tmp))
         fields = {**extras.fields, **card_fields, **extras.overrides}
-        part = _how_to_use(tmp, places, served, source.own_code, notes)
+        part = _how_to_use(tmp, source, places, served, notes)
         write_text(tmp / CARD, front_matter.join(fields, with_part(body, "use", part)))
         write_sums(tmp)
     return out
@@ -187,23 +187,26 @@ def _weights(folder: Path, place: Placed) -> int:
     return path.stat().st_size if path.is_file() else sum(item.stat().st_size for item in path.glob("*.safetensors"))
 
 
-def _how_to_use(folder: Path, places: Sequence[Placed], served: str, own_code: bool, notes: Sequence[str]) -> str:
+def _how_to_use(folder: Path, source: Source, places: Sequence[Placed], served: str, notes: Sequence[str]) -> str:
     """The card's part on use. Names of forms and of the model are plain words: the config allows no others."""
     rows = "\n".join(
         f"| {place.form.title} | `{place.path}` | {format_size(_weights(folder, place))} |" for place in places
     )
     parts = [f"## How to use it\n\n| form | where | size |\n|---|---|---:|\n{rows}"]
     if weights := _of_kind(places, "transformers"):
-        code = ", trust_remote_code=True" if own_code else ""
-        below = "".join(f"; `{place.path}` is below it" for place in weights[1:2])
+        quantized = any(place.form.name in source.quantized for place in weights)
+        few_bits = "\n\nForms with fewer bits need the package compressed-tensors." if quantized else ""
+        code = ", trust_remote_code=True" if source.own_code else ""
         parts.append(
-            "With transformers, by the path of this folder or its name on a hub" + below + ":\n\n```python\n"
+            "With transformers, by the path of this folder or its name on a hub:\n\n```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'folder = "."\n'
             f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{code})\n'
             f"tokenizer = AutoTokenizer.from_pretrained(folder{code})\n```"
+            + "".join(f'\n\nThe form {place.form.title}: add `subfolder="{place.path}"`.' for place in weights[1:])
+            + few_bits
         )
-        line = serving.in_shell(serving.serve_line(served, own_code))
+        line = serving.in_shell(serving.serve_line(served, source.own_code))
         parts.append(
             f"With vLLM, or in a container with an OpenAI-compatible API on port {serving.PORT} of this machine. All "
             "layers have the same sizes, so engines load it as any other model of its family.\n\n```sh\n"

@@ -12,9 +12,11 @@ from typing import Literal
 from kdscale.config.fields import GgufType
 from kdscale.errors import ConfigError, KdscaleError
 from kdscale.files import write_json
+from kdscale.runs.folder import WEIGHTS
 from kdscale.runs.models import model_title
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars, read_config, without_own_classes
+from kdscale_launch.watchdog import beat
 
 Kind = Literal["transformers", "gguf"]  # a folder that transformers, vLLM and SGLang load, or one file of llama.cpp's
 
@@ -54,7 +56,7 @@ def forms_of(source: Source) -> dict[str, Form]:
         Form(name="bf16", title="bf16", kind="transformers", nbytes=_bf16_bytes, write=_write_bf16),
         Form(
             name="unchanged", title="as distilled", kind="transformers",
-            nbytes=lambda source: Checkpoint.open(source.student).nbytes,
+            nbytes=lambda source: _nbytes(source.student),
             write=lambda source, out, reporter: _copy(source.student, out, source.own_code),
         ),
         *(_quantized(name, folder) for name, folder in source.quantized.items()),
@@ -90,7 +92,7 @@ def chosen(source: Source, asked: str) -> list[Form]:
 
 def _quantized(name: str, folder: Path) -> Form:
     return Form(
-        name=name, title=model_title(name), kind="transformers", nbytes=lambda source: Checkpoint.open(folder).nbytes,
+        name=name, title=model_title(name), kind="transformers", nbytes=lambda source: _nbytes(folder),
         write=lambda source, out, reporter: _copy(folder, out, source.own_code),
     )  # fmt: skip
 
@@ -122,12 +124,19 @@ def _bf16_bytes(source: Source) -> int:
 
 def _copy(folder: Path, out: Path, own_code: bool) -> None:
     """Config, weights and what lies beside them; never anything else that the folder holds."""
-    checkpoint = Checkpoint.open(folder)
     _beside(folder, out, own_code)
-    for path in checkpoint.files:
+    for path in _weight_files(folder):
         shutil.copyfile(path, out / path.name)
-    for index in folder.glob("*.safetensors.index.json"):
-        shutil.copyfile(index, out / index.name)
+        beat()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Weights and their index, in whatever dtypes: `Checkpoint` opens floats alone."""
+    return sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)} - {folder / "config.json"})
+
+
+def _nbytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _weight_files(folder))
 
 
 def _beside(folder: Path, out: Path, own_code: bool) -> None:

@@ -130,7 +130,7 @@ def problem_of(answer: Answer) -> str:
 def ways(package: dict[str, Any], here: Path, url: str, timeout: float) -> dict[str, Any]:
     """How the model can be asked here, in the order to try: a name, and what asks."""
     found: dict[str, Any] = {}
-    if is_served(url, package):
+    if url and is_served(url, package):
         found["server"] = lambda: ask_server(url, package, timeout)
     for form in package["forms"]:
         path = here / form["path"]
@@ -152,14 +152,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--url", default="http://127.0.0.1:8000", help="where it is served; the token in " + _TOKEN_VARIABLE
     )
+    parser.add_argument("--form", help="such as int8: this form alone, and not through a server")
     parser.add_argument("--prompt", help="instead of the package's own")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="for a server's answer")
     parsed = parser.parse_args(arguments)
     here = Path(__file__).resolve().parent
     package = json.loads((here / PACKAGE).read_text(encoding="utf-8"))
     package["prompt"] = parsed.prompt or package["prompt"]
+    if parsed.form:
+        package["forms"] = [form for form in package["forms"] if form["name"] == parsed.form]
     try:
-        found = ways(package, here, parsed.url, parsed.timeout)
+        found = ways(package, here, "" if parsed.form else parsed.url, parsed.timeout)
         way = parsed.way or next(iter(found), "")
         if way not in found:
             raise CannotTest(

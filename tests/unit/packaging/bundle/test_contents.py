@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from kdscale.errors import ConfigError, FileError, RunFolderError, SelfCheckError
@@ -18,7 +19,7 @@ from kdscale.packaging import front_matter
 from kdscale.packaging.bundle import contents, smoke_test
 from kdscale.packaging.bundle.checksums import SUMS, verified_files
 from kdscale.packaging.bundle.contents import Extras, read_package, write_package
-from kdscale.packaging.bundle.forms import Form, Source, chosen, forms_of
+from kdscale.packaging.bundle.forms import Form, Source, chosen, forms_of, usual_forms
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
@@ -64,6 +65,20 @@ def test_a_package_holds_its_forms_and_what_it_says(source: Source, write: Write
     assert read_json(folder / "config.json")["dtype"] == "bfloat16"
     assert (folder / "unchanged" / "model.safetensors").read_bytes() == before.files[0].read_bytes()
     assert [form["path"] for form in read_package(folder)["forms"]] == [".", "unchanged"]
+
+
+def test_a_form_with_fewer_bits_is_copied_whatever_its_dtypes(source: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "quantized" / "int8"
+    shutil.copytree(source.student, folder)
+    save_file({"packed": torch.arange(5, dtype=torch.int8), "shape": torch.tensor([5])}, folder / "model.safetensors")
+    with_int8 = replace(source, quantized={"int8": folder})
+    forms = chosen(with_int8, "bf16,int8")
+    package = write_package(with_int8, forms, Extras(CARD, {}, {}, {}), tmp_path / "package", QUIET)
+    copied, original = (path / "model.safetensors" for path in (package / "int8", folder))
+    assert copied.read_bytes() == original.read_bytes() and not (package / "int8" / "optimizer.pt").exists()
+    card = (package / "README.md").read_text()
+    assert 'add `subfolder="int8"`' in card and "compressed-tensors" in card
+    assert usual_forms(with_int8, QUIET)[:2] == ["bf16", "int8"]
 
 
 def test_the_card_keeps_what_it_has_and_says_how_to_use_the_model(write: Write) -> None:

@@ -107,6 +107,7 @@ def test_a_server_with_another_model_is_not_asked(url: str, monkeypatch: pytest.
     monkeypatch.setattr(Server, "served", "another")
     assert main(["--url", url]) == 2
     assert main(["--url", "file:///etc"]) == 2
+    assert main(["--form", "int8"]) == 2
 
 
 def test_it_needs_nothing_but_what_answers() -> None:
