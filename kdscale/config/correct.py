@@ -10,15 +10,20 @@ from kdscale.config.distill.teachers import TEACHER_SETTINGS
 from kdscale.config.fields import Count, Section
 
 
-class CorrectConfig(Section):
-    """A short fine-tuning of the teacher by cross-entropy, with the settings of `distill` except for what is here."""
+class ShortTraining(Section):
+    """A training beside the distillation, with the settings of `distill` except for what is here."""
 
     tokens: Count | None = None  # None: a tenth of distill.tokens, and at least a step
     lr_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2  # of the peak distill.optimizer.lr
+    # what it says differently of distill
+    distill: dict[str, Any] = Field(default_factory=dict)
+
+
+class CorrectConfig(ShortTraining):
+    """A short fine-tuning of the teacher by cross-entropy, which is larger than the student."""
+
     # which stages see the corrected teacher: importance, plan, prune and distill, or the distillation alone
     use: Literal["prune_and_distill", "distill"] = "prune_and_distill"
-    # what the fine-tuning says differently of distill: the teacher is larger than the student
-    distill: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _learns_from_text(self) -> CorrectConfig:

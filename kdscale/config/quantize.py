@@ -6,9 +6,10 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
+from kdscale.config.correct import ShortTraining
 from kdscale.config.fields import Count, Dtype, Few, Length, Section, named_entry
 
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "gptq", "distilled"]
 Group = Literal[32, 64, 128]
 GROUPS: tuple[int, ...] = get_args(Group)
 
@@ -64,8 +65,12 @@ class Int8Config(FormConfig):
         return 8
 
 
-class Int4Config(FormConfig):
-    """4-bit integers with a scale for each group of inputs of each output."""
+class Int4Config(FormConfig, ShortTraining):
+    """4-bit integers with a scale for each group of inputs of each output.
+
+    The settings of a short training are for `distilled`: the student is trained on, by its own objectives, while its
+    layers compute with the rounded weights.
+    """
 
     implementation = "kdscale.quantize.integers:IntegerForm"
 
@@ -92,7 +97,15 @@ class Int4Config(FormConfig):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return ("rtn", "gptq")
+        return get_args(Method)
+
+    @model_validator(mode="after")
+    def _training_is_on_its_grid(self) -> Int4Config:
+        if given := sorted({"tokens", "fake_quantize"} & set(self.distill)):
+            raise ValueError(f"distill.{given[0]}: the form itself says it: leave it out")
+        if self.method != "distilled" and (self.distill or self.tokens is not None):
+            raise ValueError(f"{'distill' if self.distill else 'tokens'}: for method: distilled, got {self.method}")
+        return self
 
 
 class Fp8Config(FormConfig):
@@ -151,6 +164,11 @@ class QuantizeConfig(Section):
                 "calibration_tokens or lower micro_batch"
             )
         return self
+
+    @property
+    def trained(self) -> tuple[Int4Config, ...]:
+        """The forms that the student is trained on for."""
+        return tuple(form for form in self.forms if isinstance(form, Int4Config) and form.method == "distilled")
 
     @property
     def most_processes(self) -> int:

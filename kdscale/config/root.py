@@ -11,15 +11,16 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from kdscale.config.correct import CorrectConfig
+from kdscale.config.correct import CorrectConfig, ShortTraining
 from kdscale.config.data import RESPONSES_SOURCE, DataConfig
 from kdscale.config.distill.settings import DistillConfig
+from kdscale.config.distill.targets import TEACHER_TOKEN
 from kdscale.config.distill.teachers import TEACHER_SETTINGS
 from kdscale.config.evaluation.bias import BiasConfig
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.fields import Count, Device, Name, Seconds, Section, explain_errors
 from kdscale.config.prune import ImportanceConfig, PruneConfig
-from kdscale.config.quantize import QuantizeConfig
+from kdscale.config.quantize import Int4Config, QuantizeConfig
 from kdscale.config.responses.settings import ResponsesConfig
 from kdscale.config.target_store import TargetsConfig
 from kdscale.config.telemetry import TrackingConfig
@@ -183,26 +184,59 @@ class Config(Section):
         """The config of the teacher's fine-tuning: a run of its own under `work/`, on the same text; None without."""
         if self.correct is None:
             return None
-        tree = self.resolved()
-        optimizer = tree["distill"]["optimizer"]
-        lr = optimizer["lr"] * self.correct.lr_share
+        changes = {**_OF_NO_TEACHER, "objectives": [{"name": "cross_entropy"}], "fake_quantize": None}
+        return self._short(self.correct, "correct", "correct", changes)
+
+    def training_on_grid(self, form: Int4Config) -> Config:
+        """The config of the training for a form whose method is `distilled`: a run of its own under `work/`.
+
+        It goes on from the distilled student, on the same text in another order, unless stored targets are for the one.
+        """
+        served, optimizer = self.distill.served, self.distill.optimizer
+        if served.token_file is None:
+            served = served.model_copy(update={"token_file": f"{self.run_dir}/{TEACHER_TOKEN}"})
         changes = {
-            "objectives": [{"name": "cross_entropy"}], "optimizer": {**optimizer, "lr": lr}, "fake_quantize": None,
+            "fake_quantize": {"bits": form.bits, "group": form.group_size}, "compile": "off", "shorter_first": (),
+            "served": served.model_dump(mode="json"), "optimizer": {"min_lr": optimizer.min_lr * form.lr_share},
         }  # fmt: skip
-        distill = _merged({**tree["distill"], **_OF_NO_TEACHER, **changes}, self.correct.distill)
+        inner = self._short(form, form.label, f"quantize/training-{form.label}", changes)
+        steps = inner.distill.tokens // (inner.distill.global_batch * inner.distill.seq_len)
+        warmup = min(inner.distill.optimizer.warmup_steps, steps // 5)
+        optimizer = inner.distill.optimizer.model_copy(update={"warmup_steps": warmup})
+        seed = self.seed if self._reads_a_store else (self.seed + 1) % 2**32
+        return inner.model_copy(
+            update={"seed": seed, "distill": inner.distill.model_copy(update={"optimizer": optimizer})}
+        )
+
+    def _short(self, training: ShortTraining, name: str, folder: str, changes: dict[str, Any]) -> Config:
+        """The config of a training under `work/`, whose settings differ from distill's by `changes` and its own."""
+        tree, lr = self.resolved(), self.distill.optimizer.lr * training.lr_share
+        distill = _merged(tree["distill"], {"optimizer": {"lr": lr}})
+        distill = _merged(_merged(distill, changes), training.distill)
         few = max(self.distill.tokens // 10, self.distill.global_batch * self.distill.seq_len)
         return Config.model_validate(
             {
                 **tree,
-                "name": f"{self.name}-correct",
-                "run_dir": f"{self.run_dir}/work/correct",
+                "name": f"{self.name}-{name}",
+                "run_dir": f"{self.run_dir}/work/{folder}",
                 "correct": None,
                 "quantize": None,
                 "bias": None,
-                "distill": {**distill, "tokens": self.correct.tokens or few},
+                "distill": {**distill, "tokens": training.tokens or few},
                 "steps": (),
             }
         )
+
+    @model_validator(mode="after")
+    def _trainings_on_grids_are_configs(self) -> Config:
+        for form in self.quantize.trained if self.quantize is not None else ():
+            try:
+                self.training_on_grid(form)
+            except ValidationError as error:
+                raise ValueError(
+                    f"quantize.forms ({form.label}): " + "; ".join(explain_errors(error, Config))
+                ) from error
+        return self
 
     @model_validator(mode="after")
     def _holds_no_credentials(self) -> Config:

@@ -107,7 +107,7 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     rows = slices.vocab if slices else full_shape(student.get_output_embeddings().weight)[0]
     vocab_size = shared_vocabulary(opened.rows, rows, tokenizer_size, str(student_dir))
     if settings.fake_quantize is not None:
-        fake_quantize(student, settings.fake_quantize, ParameterReader.open(student_dir).dtypes())
+        fake_quantize(student, settings.fake_quantize, ParameterReader.open(student_dir).linear_maps())
     recompute_in_backward(student, settings.recompute, setup.compiled)
     sequence_slice.prepare(student)
     student = student.requires_grad_(True).train()

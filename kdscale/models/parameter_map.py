@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kdscale.errors import CheckpointError
 from kdscale.families import Family, TensorSpec, load_family
+from kdscale.families.linear_maps import is_linear_map
 from kdscale.weights import Checkpoint
 from kdscale.weights.reader import torch_dtype
 
@@ -125,11 +126,13 @@ class ParameterReader:
         """The parameters that are on disk."""
         return set(self._tensors)
 
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype that each parameter has on disk."""
+    def linear_maps(self) -> dict[str, torch.dtype]:
+        """The weights of the linear maps within layers, and the dtype of each on disk."""
+        specs = self.family.tensors(self.checkpoint.config)
         return {
-            name: torch_dtype(self.checkpoint.spec(next(iter(tensors))).dtype)
-            for name, tensors in self._tensors.items()
+            spec.parameter: torch_dtype(self.checkpoint.spec(name).dtype)
+            for name, spec in specs.items()
+            if is_linear_map(spec)
         }
 
     def numel(self, parameter: str) -> int:

@@ -74,7 +74,9 @@ def quantized_card(cfg: Config, form: FormConfig, figures: Mapping[str, Any], si
 
     `figures`: `weight_bytes` of the form, `student_bytes` before, and how many `tokens` it was calibrated on, or 0.
     """
-    in_words = {"rtn": "each weight rounded to the nearest value"}.get(form.method, f"made by {form.method.upper()}")
+    nearest = "each weight rounded to the nearest value"
+    methods = {"rtn": nearest, "distilled": f"{nearest}, after a training with rounded weights"}
+    in_words = methods.get(form.method, f"made by {form.method.upper()}")
     facts = {
         "linear maps of the layers": f"{form.bits} bits a weight, {in_words}",
         "scales": f"one for each {form.group_size or 'output'}" + (" inputs of an output" if form.group_size else ""),

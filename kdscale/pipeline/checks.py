@@ -155,19 +155,28 @@ def check_prepared(config: Config, stages: Iterable[Stage]) -> None:
 
     The other ranks wait for one distillation, the run's own.
     """
-    fields = []
+    before: list[str] = []
+    after: list[str] = []
+    fields = before
     for stage in stages:
         if stage.distils_by_itself is not None and (field := stage.distils_by_itself(config)):
             fields.append(field)
         if stage.across_job:
             folders = [RunFolder(Path(config.step(index).run_dir)) for index in range(len(config.steps))]
             fields += ["steps"] if not all(manifest_path(stage, folder).exists() for folder in folders) else []
-    if fields:
+            fields = after
+    if before:
         raise ConfigError(
-            ", ".join(fields),
+            ", ".join(before),
             expected="steps, probes and corrections that are done: a job's ranks wait for the run's own distillation",
             hint="kdscale launch --prepare, or `kdscale prune CONFIG` on one host first, and then this job",
         )
+    if after:
+        raise ConfigError(
+            ", ".join(after),
+            expected="a job that ends before it: the ranks wait for the run's own distillation alone",
+            hint="kdscale launch --until distill, and then `kdscale run CONFIG` on one host",
+        )  # fmt: skip
 
 
 def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:

@@ -1,7 +1,6 @@
-"""Which weights of a model are quantised: those of the linear maps within its layers. Embeddings, head, norms, biases
-and routers keep their values.
+"""The weights of a model that are quantised, and whether a form can hold them.
 
-Whether a form can hold them is known from config.json alone, before there is a student.
+That is known from config.json alone, before there is a student.
 """
 
 from __future__ import annotations
@@ -12,16 +11,10 @@ from typing import Any
 
 from kdscale.config.quantize import GROUPS, FormConfig
 from kdscale.errors import ConfigError
-from kdscale.families import Dims, Family, TensorSpec
+from kdscale.families import Dims, Family
+from kdscale.families.linear_maps import READS, is_linear_map
 
 WEIGHT = ".weight"  # the end of the name of a linear map's weight
-# Roles of linear maps → what they read, for all that read the same: its name, and the axis that it is wide.
-_READS = {
-    **dict.fromkeys(("q", "k", "v", "qkv"), ("attention", "hidden")),
-    **dict.fromkeys(("gate", "up", "gate_up"), ("mlp", "hidden")),
-    "o": ("heads", "heads*head_dim"),
-    "down": ("ffn", "ffn"),
-}
 READ_AXES = ("hidden", "heads*head_dim", "ffn")
 
 
@@ -40,15 +33,10 @@ def layer_matrices(config: Mapping[str, Any], family: Family, layer: int) -> lis
     prefix = family.layer_prefix(layer)
     specs = family.layer_tensors(config, layer)
     return [
-        Matrix(name, spec.parameter.removeprefix(prefix).removesuffix(WEIGHT), _READS[spec.role][0])
+        Matrix(name, spec.parameter.removeprefix(prefix).removesuffix(WEIGHT), READS[spec.role][0])
         for name, spec in specs.items()
-        if is_quantized(spec)
+        if is_linear_map(spec)
     ]
-
-
-def is_quantized(spec: TensorSpec) -> bool:
-    """Whether a tensor is the weight of a linear map within a layer."""
-    return spec.layer is not None and spec.role in _READS
 
 
 def check_family(family: Family) -> None:

@@ -14,10 +14,11 @@ import torch
 
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
+from kdscale.families.linear_maps import is_linear_map
 from kdscale.files import remove_leftovers, write_json, write_text
 from kdscale.models.loading import model_on_meta
 from kdscale.quantize.forms import Form, Quantized
-from kdscale.quantize.matrices import WEIGHT, is_quantized
+from kdscale.quantize.matrices import WEIGHT
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars, without_own_classes
 
@@ -38,7 +39,7 @@ def open_writer(
 
 def quantized_names(student: Checkpoint, family: Family) -> list[str]:
     """The weights that are quantised, as they are called on disk."""
-    return [name for name, spec in family.tensors(student.config).items() if is_quantized(spec)]
+    return [name for name, spec in family.tensors(student.config).items() if is_linear_map(spec)]
 
 
 def write_weights(
@@ -95,7 +96,7 @@ def quantization_config(student: Checkpoint, family: Family, form: Form, code: b
     from compressed_tensors.quantization import QuantizationConfig
 
     specs = family.tensors(student.config).values()
-    modules = {spec.parameter.removesuffix(WEIGHT) for spec in specs if is_quantized(spec)}
+    modules = {spec.parameter.removesuffix(WEIGHT) for spec in specs if is_linear_map(spec)}
     model = model_on_meta(student.path, trust_remote_code=code)
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     config = QuantizationConfig.model_validate(

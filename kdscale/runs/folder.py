@@ -83,10 +83,17 @@ DOWNSTREAM = Artifact("downstream")
 BIAS = Artifact("bias")
 REPORT = Artifact("report")
 METRICS = Artifact("logs/metrics.jsonl")
-CORRECTION_METRICS = Artifact("logs/correct.jsonl")  # of the teacher's correction
 BAD_BATCHES = Artifact("logs/bad_batches.jsonl")
 TENSORBOARD = Artifact("logs/tensorboard")
 KERNELS = Artifact("logs/kernels.json")  # why the distillation did without compiled kernels; absent where it did not
+
+
+def training_metrics(name: str) -> Artifact:
+    """What is kept of the metrics of a training inside the run: of the teacher's correction, or of a form's."""
+    return Artifact(f"logs/{name}.jsonl")
+
+
+CORRECTION_METRICS = training_metrics("correct")
 
 
 def now() -> str:

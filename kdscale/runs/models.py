@@ -42,5 +42,6 @@ def model_title(name: str) -> str:
     """A model's name as a column title: `distilled` → `Distilled`, `int4_gptq_g32` → `INT4 GPTQ g32`."""
     if is_quantized(name):
         form, *details = name.split("_")
-        return " ".join([form.upper(), *(word if word[-1:].isdigit() else word.upper() for word in details)])
+        plain = [word if word[-1:].isdigit() or word == DISTILLED else word.upper() for word in details]
+        return " ".join([form.upper(), *plain])
     return name.replace("_", " ").capitalize()

@@ -46,16 +46,16 @@ class IntegerGrid:
         scaled_OGi = self._grouped(weight_OI).float() / scales_OG.float().unsqueeze(-1)
         return scaled_OGi.clamp_(self.least, self.most).round_().flatten(-2)
 
-    def values(self, integers_OI: torch.Tensor, scales_OG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[O, I] in `dtype`: what the integers stand for in a model that computes in `dtype`."""
-        integers_OGi = self._grouped(integers_OI).to(dtype)
-        return (integers_OGi * scales_OG.to(dtype).unsqueeze(-1)).flatten(-2)
+    def values(self, integers_OI: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:
+        """[O, I]: the weight that readers of the format compute, in the dtype of the scales as they do."""
+        integers_OGi = self._grouped(integers_OI).to(scales_OG.dtype)
+        return (integers_OGi * scales_OG.unsqueeze(-1)).flatten(-2)
 
     def nearest(self, weight_OI: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
         """[O, I] in the weight's dtype: its values once it has been stored in `stored` and then quantised."""
         as_stored_OI = weight_OI.to(stored)
         scales_OG = self.scales(as_stored_OI)
-        return self.values(self.integers(as_stored_OI, scales_OG), scales_OG, weight_OI.dtype)
+        return self.values(self.integers(as_stored_OI, scales_OG), scales_OG).to(weight_OI.dtype)
 
     def _grouped(self, values_OI: torch.Tensor) -> torch.Tensor:
         """[O, G, inputs of a group]."""

@@ -27,18 +27,20 @@ def whole_tree() -> dict[str, Any]:
     return build_config(
         {
             "name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 64},
-            "steps": [{"name": "a", "prune": {"ffn": 96}}], "quantize": {}, "bias": {},
+            "steps": [{"name": "a", "prune": {"ffn": 96}}], "bias": {},
+            "quantize": {"forms": [{"name": "int8"}, {"name": "int4", "method": "distilled", "tokens": 8192}]},
             "tracking": {"wandb": {}, "mlflow": {}, "trackio": {}},
             "eval": {"downstream": {}},
-            "distill": {"served": {"urls": ["http://h:1"]}, "zero": {"extra": {"overlap_comm": True}}},
+            "distill": {"served": {"urls": ["http://h:1"]}, "zero": {"extra": {"overlap_comm": True}},
+                        "fake_quantize": {}},
         },
         "here",
     ).resolved()  # fmt: skip
 
 
 def numbers(node: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every number in a JSON schema, with its place."""
-    if isinstance(node, dict) and node.get("type") in ("integer", "number"):
+    """Every number in a JSON schema, with its place, but for those that are one of a few."""
+    if isinstance(node, dict) and node.get("type") in ("integer", "number") and "enum" not in node:
         yield where, node
     for key, inner in node.items() if isinstance(node, dict) else enumerate(node if isinstance(node, list) else []):
         yield from numbers(inner, f"{where}.{key}")

@@ -20,8 +20,6 @@ from kdscale.config.distill.settings import FakeQuantizeConfig
 from kdscale.errors import ConfigError
 from kdscale.weights.integer_grid import IntegerGrid
 
-_FIELD = "distill.fake_quantize"
-
 
 class GridLinear(nn.Linear):
     """A linear layer whose weight takes part as its nearest grid points; see `fake_quantize`."""
@@ -65,25 +63,22 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(model: Any, settings: FakeQuantizeConfig, stored: Mapping[str, torch.dtype]) -> None:
-    """Let all linear layers of a transformers model but its head compute with the grid of `settings`.
+    """Let the linear layers of a transformers model with these weights compute with the grid of `settings`.
 
-    `stored`: the dtype of each parameter in the student's files. Parameters, their names and what is saved of them stay
-    as they are. Raises ConfigError for a layer whose inputs the group does not divide.
+    `stored`: the dtype of each of the weights in the student's files. Parameters, their names and what is saved of them
+    stay as they are. Raises ConfigError for a layer whose inputs the group does not divide.
     """
-    grid, head = IntegerGrid(settings.bits, settings.group), model.get_output_embeddings()
-    linears = {
-        name: module for name, module in model.named_modules() if type(module) is nn.Linear and module is not head
-    }
-    uneven = {name: module.in_features for name, module in linears.items() if not grid.divides(module.in_features)}
-    if uneven or not linears:
-        name, inputs = next(iter(uneven.items()), ("", 0))
-        raise ConfigError(
-            _FIELD,
-            expected=f"linear layers whose inputs are a multiple of group ({grid.group})",
-            got=f"{name} with {inputs:,} inputs" if uneven else "a model without linear layers",
-            hint="choose a group that divides it, or cut the student to another width" if uneven else None,
-        )
-    for name, module in linears.items():
+    grid, modules = IntegerGrid(settings.bits, settings.group), dict(model.named_modules())
+    for weight, dtype in stored.items():
+        name = weight.removesuffix(".weight")
+        module = modules[name]
+        if type(module) is not nn.Linear or not grid.divides(module.in_features):
+            raise ConfigError(
+                "distill.fake_quantize",
+                expected=f"linear layers whose inputs are a multiple of group ({settings.group})",
+                got=f"{name}: {module}",
+                hint="choose a group that divides the inputs, or cut the student to another width",
+            )
         on_grid: Any = module
         on_grid.__class__ = GridLinear
-        on_grid.grid, on_grid.stored = grid, stored[f"{name}.weight"]
+        on_grid.grid, on_grid.stored = grid, dtype

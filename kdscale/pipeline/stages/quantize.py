@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,10 @@ from kdscale.config.root import Config
 from kdscale.files import read_json, remove_tree, replace_dir, write_json
 from kdscale.models.loading import open_teacher
 from kdscale.pipeline.calibration import quantization_batches
+from kdscale.pipeline.grid_training import train_on_grid, trained_forms, trained_student
 from kdscale.pipeline.spawn import RankShare, join_shares, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.pipeline.stages import distill
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.packages import require_packages
 from kdscale.units import format_size
@@ -30,11 +33,15 @@ _EMBEDDING_BYTES = 4
 
 
 def disk_bytes(context: StageContext, student_params: int) -> int:
-    """All forms: the layers in few bits, the embeddings (no more than the teacher's) as they are."""
+    """All forms: the layers in few bits, the embeddings (no more than the teacher's) as they are. And the trainings."""
     teacher, family = open_teacher(context.teacher)
     embedding = min(student_params, family.count_params(teacher.config).embedding)
     forms = _forms(context.config)
-    return sum(
+    trainings = sum(
+        distill.disk_bytes(replace(context, config=context.config.training_on_grid(form)), student_params)
+        for form in trained_forms(context.config)
+    )
+    return trainings + sum(
         embedding * _EMBEDDING_BYTES + (student_params - embedding) * (form.bits + _SCALE_BITS) // 8 for form in forms
     )
 
@@ -44,6 +51,8 @@ def check_before(config: Config, run: RunFolder) -> None:
     require_packages("quantize", ("compressed_tensors",), "quantize", "leave the section quantize out")
     if (run.pruned / "config.json").exists():
         check_model(config, run.pruned)
+    for form in trained_forms(config):
+        distill.check_before(config.training_on_grid(form), run)
 
 
 def check_model(config: Config, folder: Path) -> None:
@@ -61,6 +70,11 @@ def check_model(config: Config, folder: Path) -> None:
 def quantize(context: StageContext) -> Facts:
     """Write every form; returns their sizes, and how much of plain rounding's error is left."""
     config, run = context.config, context.run
+    trained = {
+        form.label: distill.held_out(train_on_grid(context, form))
+        for form in trained_forms(config)
+        if _is_unfinished(run, form)
+    }
     calibrated = any(form.needs_calibration for form in _forms(config))
     run_on_ranks(_WORK, quantize_rank, context, ranks_of(config, "quantize.processes") if calibrated else 1)
     facts: dict[str, str] = {}
@@ -68,8 +82,14 @@ def quantize(context: StageContext) -> Facts:
         figures = read_json(run.quantized / f"{form.label}.json")
         share = figures["error_share"]
         kept = "" if share is None else f", error {share:.0%} of plain rounding's"
-        facts[form.label] = format_size(figures["weight_bytes"]) + kept
+        learnt = "".join(f", {name} {value}" for name, value in trained.get(form.label, {}).items())
+        facts[form.label] = format_size(figures["weight_bytes"]) + kept + learnt
     return facts
+
+
+def _is_unfinished(run: RunFolder, form: FormConfig) -> bool:
+    """Whether no killed try has finished the form."""
+    return not (run.work / _WORK / _FINISHED / form.label).exists()
 
 
 def quantize_rank(context: StageContext) -> None:
@@ -79,9 +99,10 @@ def quantize_rank(context: StageContext) -> None:
     run, work = context.run, context.run.work / _WORK
     calibrated = any(form.needs_calibration for form in _forms(context.config))
     share = join_shares(context, _WORK, quantization_batches(context.config, run.data) if calibrated else ())
-    student, family = open_teacher(run.student)
+    trained = {form.label: trained_student(context.config, form) for form in trained_forms(context.config)}
     for form in _forms(context.config):
-        if not (work / _FINISHED / form.label).exists():
+        if _is_unfinished(run, form):
+            student, family = open_teacher(trained.get(form.label, run.student))
             _make(context, form, student, family, share)
         barrier()
     if is_writer():

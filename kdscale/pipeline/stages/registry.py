@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
+from kdscale.pipeline import grid_training
 from kdscale.pipeline.stage import Stage, belongs_to
 from kdscale.pipeline.stages import (
     bias,
@@ -119,7 +120,8 @@ STAGES: dict[str, Stage] = {
             name="quantize", title="quantise the student",
             help="Write the distilled student in forms with fewer bits.",
             run=quantize.quantize, run_rank=quantize.quantize_rank, processes="quantize.processes",
-            config=("quantize", "seed", _CODE), reads=(folder.STUDENT_WEIGHTS, folder.DATA),
+            config=("quantize", "seed", _CODE), depends_on=grid_training.what_trainings_depend_on,
+            distils_by_itself=grid_training.what_trains, reads=(folder.STUDENT_WEIGHTS, folder.DATA),
             writes=(folder.QUANTIZED,), disk_bytes=quantize.disk_bytes, resumable=True, only_with="quantize",
             check_before=quantize.check_before,
             memory=("quantize.micro_batch", "quantize.calibration_tokens", "quantize.processes"),

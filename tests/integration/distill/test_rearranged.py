@@ -17,11 +17,12 @@ from kdscale.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 # (ranks, ZeRO stage, killed when it begins this step); test_zero_state.py has every pair of stages. `layers` has a
-# student that is narrower than its teacher, and objectives that match layers.
+# student that is narrower than its teacher, and objectives that match layers; `grid` trains on the grid of 4 bits.
 CHAINS = {
     "float32": [(1, 1, 2), (2, 3, 5), (4, 0, None)],
     "bfloat16": [(2, 3, 4), (1, 2, None)],
     "layers": [(4, 3, 2), (2, 2, 3), (1, 0, None)],
+    "grid": [(2, 3, 2), (1, 0, None)],
 }
 LAYERS = {
     "objectives": [
@@ -31,7 +32,8 @@ LAYERS = {
     ],
     "tokens": 5 * 4 * 48,
 }
-SETTINGS = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "layers": LAYERS}
+GRID = {"fake_quantize": {"bits": 4, "group": 32}, "tokens": 4 * 4 * 48}
+SETTINGS = {"float32": {"dtype": "float32"}, "bfloat16": {"dtype": "bfloat16"}, "layers": LAYERS, "grid": GRID}
 
 
 # 4 steps of four micro-batches a rank: unbroken, saved after each by rank 0's clock, and stopped in the third
@@ -76,7 +78,8 @@ def chained(tmp_path_factory, tiny_llama_dir, student_dir, narrow_student_dir, d
 
 
 @pytest.mark.parametrize(
-    ("name", "loss_tolerance", "tolerance"), [("float32", 1e-5, 1e-5), ("bfloat16", 1e-2, 1e-2), ("layers", 1e-4, 2e-4)]
+    ("name", "loss_tolerance", "tolerance"),
+    [("float32", 1e-5, 1e-5), ("bfloat16", 1e-2, 1e-2), ("layers", 1e-4, 2e-4), ("grid", 1e-2, 1e-2)],
 )
 def test_the_losses_go_on_with_any_number_of_ranks_and_any_stage(
     chained, distil, narrow_student_dir, tmp_path, name, loss_tolerance, tolerance

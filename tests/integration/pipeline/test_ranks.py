@@ -125,6 +125,9 @@ def test_a_job_of_many_ranks_distils_once(tiny_config: Path, monkeypatch: pytest
         config = load_config(tiny_config, overrides)
         with pytest.raises(ConfigError, match=rf"^{field}\n(.|\n)*kdscale prune"):
             run_until(config, "report", QUIET)
+    trained = load_config(tiny_config, ["quantize.forms=[{name: int4, method: distilled}]"])
+    with pytest.raises(ConfigError, match=r"^quantize\.forms(.|\n)*--until distill"):  # that comes after it
+        check_prepared(trained, stages_of(trained))
     config = load_config(tiny_config, [steps])
     write_text(manifest_path(STAGES["distill"], RunFolder(Path(config.step(0).run_dir))), "{}")
     check_prepared(config, stages_of(config))
