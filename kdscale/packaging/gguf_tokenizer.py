@@ -71,7 +71,7 @@ def read_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab: int,
         merges, scores = [" ".join(pair) for pair in _merges(model)], list[float]()
     else:
         pre, merges = "default", list[str]()
-        flags["add_space_prefix"] = _adds_space(where, tree)
+        flags["add_space_prefix"] = _adds_space(where, tree, notes)
         scores = _scores(where, model)
     tokens, types = _tokens(tree, vocab, byte_level)
     without_row = sum(entry["id"] >= vocab for entry in tree.get("added_tokens") or [])
@@ -134,8 +134,11 @@ def _rule(where: Path, tree: Mapping[str, Any]) -> str:
     raise _refused(where, _KNOWN, f"pre_tokenizer {tree.get('pre_tokenizer')!r}"[:600])
 
 
-def _adds_space(where: Path, tree: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space in front. Raises CheckpointError where spaces are not SentencePiece's."""
+def _adds_space(where: Path, tree: Mapping[str, Any], notes: list[str]) -> bool:
+    """Whether a text gets a space in front; what llama.cpp does otherwise is noted.
+
+    Raises CheckpointError where spaces are not SentencePiece's.
+    """
     normal = _steps(tree.get("normalizer"), "normalizers")
     split = _steps(tree.get("pre_tokenizer"), "pretokenizers")
     kinds = [step["type"] for step in normal]
@@ -145,9 +148,16 @@ def _adds_space(where: Path, tree: Mapping[str, Any]) -> bool:
             return False
         if kinds == ["Prepend", "Replace"] and normal[0]["prepend"] == _SPACE and _replaces_spaces(normal[1]):
             return True
-    if not normal and [step["type"] for step in split] == ["Metaspace"] and not split[0].get("split", True):
-        return str(split[0].get("prepend_scheme", "always")) != "never"
-    raise _refused(where, _KNOWN, f"normalizer {kinds}, pre_tokenizer {[step['type'] for step in split]}")
+    metaspace = split[0] if not normal and [step["type"] for step in split] == ["Metaspace"] else {}
+    if metaspace.get("replacement") == _SPACE and not metaspace.get("split", True):
+        scheme = metaspace.get("prepend_scheme", "always")
+        if scheme != "never":
+            after = ", and after special tokens" if scheme == "first" else ""
+            notes.append(
+                f"llama.cpp begins a text with a space, also where there is one already{after}: it differs then"
+            )
+        return bool(scheme != "never")
+    raise _refused(where, _KNOWN, f"normalizer {normal}, pre_tokenizer {split}"[:600])
 
 
 def _replaces_spaces(step: Mapping[str, Any]) -> bool:

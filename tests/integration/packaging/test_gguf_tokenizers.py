@@ -85,6 +85,7 @@ MAKERS: dict[str, Callable[[], Tokenizer]] = {
     **{name: (lambda name=name: byte_level(name)) for name in ("gpt-2", "smollm", *_SPLITS.values())},  # type: ignore[misc]
     "sentencepiece, no space in front": lambda: sentencepiece("none"),
     "sentencepiece, space in front": lambda: sentencepiece("prepend"),
+    "sentencepiece, metaspace": lambda: sentencepiece("metaspace"),
 }
 
 
@@ -99,5 +100,8 @@ def test_llama_cpp_cuts_text_alike(rule: str, tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "model")
     written = write_gguf(tmp_path / "model", tmp_path / "model.gguf", "bf16", QUIET)
     llama_cpp = LlamaCpp(written.path)
-    for text in TEXTS:
+    # with Metaspace transformers adds no second space where a text begins with one, and the notice says so
+    texts = TEXTS[:2] if rule.endswith("metaspace") else TEXTS
+    assert len(written.notes) == len(TEXTS) - len(texts)
+    for text in texts:
         assert llama_cpp.tokenize(text) == loaded(text)["input_ids"], text
