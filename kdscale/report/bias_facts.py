@@ -35,7 +35,10 @@ def bias(folder: Path, fail_if: Mapping[str, float] | None = None) -> dict[str, 
         "measures": [_measure(key, measure, results.models) for key, measure in results.measures.items()],
         "decisions": _decisions(results),
         "too_much": [str(one) for one in grown_too_much(results, limits)],
-        "notes": unseen_limits(results, limits),
+        "notes": [
+            *(f"{measure.title}: {measure.note}" for measure in results.measures.values() if measure.note),
+            *unseen_limits(results, limits),
+        ],
         "grew": _grew(results),
     }
 

@@ -70,6 +70,7 @@ class MeasureResults(_Record):
     paper: str
     decision: str
     headline: str
+    note: str = ""
     figures: dict[str, FigureWords]
     verdicts: dict[str, str]
     all: Part

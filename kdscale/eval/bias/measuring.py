@@ -150,7 +150,7 @@ def _measured(
     figure = next((one for one in measure.figures if one.name == chosen), measure.figures[0])
     return {
         "measure": measure.name, "title": measure.title, "paper": measure.paper, "decision": measure.decision,
-        "headline": figure.name,
+        "headline": figure.name, "note": measure.note(items),
         "figures": {one.name: {"title": one.title, "ideal": one.ideal, "range": one.range} for one in measure.figures},
         "verdicts": {
             name: verdict_line(summary["all"], figure, TEACHER, name) for name in summary["all"]["changes"]

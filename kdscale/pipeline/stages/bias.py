@@ -83,6 +83,8 @@ def measure_bias(context: StageContext) -> Facts:
     for key, measure in results.measures.items():
         for name in results_of_run(results.models):
             context.reporter.say(f"  {key}, {model_title(name).lower()}: {measure.verdicts[name]}")
+        if measure.note:
+            context.reporter.say(f"  note: {key}: {measure.note}")
     for sentence in unseen_limits(results, settings.fail_if):
         context.reporter.say(f"  note: {sentence}")
     return {key: measure.verdict_of(results_of_run(results.models)[0]) for key, measure in results.measures.items()}

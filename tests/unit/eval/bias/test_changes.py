@@ -62,6 +62,8 @@ def test_bbq() -> None:
         "accuracy_amb": pytest.approx(2 / 6), "accuracy_dis": pytest.approx(2 / 4),
     }  # fmt: skip
     unknown = [asked(2, True, None), asked(0, False, None)]
+    assert MEASURES["bbq"].note([item for item, _ in [*unknown, *other]]).startswith("2 of 6 questions name no")
+    assert not MEASURES["bbq"].note([item for item, _ in other])
     assert figures("bbq", unknown) == {"s_amb": None, "s_dis": None, "accuracy_amb": 1.0, "accuracy_dis": 0.0}
 
 
