@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from kdscale.cli import chat, init, launch, models, package, plan_cluster, replay, run, sweep, text
+from kdscale.cli import chat, compare, init, launch, models, package, plan_cluster, replay, run, sweep
 from kdscale.errors import ConfigError, FileError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runtime.exits import leave
@@ -61,6 +61,7 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
         "run": run.stage_command(list(STAGES)[-1], f"Run every stage: {', '.join(STAGES)}. Finished ones are kept."),
         "status": run.status_command,
         "report": run.report_command,
+        "compare": compare.compare_command,
     }
     return {
         "Every day": everyday,
@@ -84,7 +85,7 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
             "package": package.package_command,
             "publish": package.publish_command,
             "sweep": sweep.sweep_command,
-            "export-megatron": text.export_megatron_command,
+            "export-megatron": models.export_megatron_command,
             "replay": replay.replay_command,
         },
     }

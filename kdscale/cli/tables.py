@@ -23,10 +23,10 @@ from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.report.bias_facts import bias
-from kdscale.report.comparison import FIGURES, students, worsened
+from kdscale.report.comparison import is_evaluation, students, worsened
 from kdscale.report.downstream_facts import downstream
 from kdscale.runs.folder import BIAS, DOWNSTREAM, RunFolder
-from kdscale.runs.metrics_log import is_figure, read_metrics
+from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import model_title
 from kdscale.sizing.capacity import Capacity
 from kdscale.units import compact_count, compact_size, format_count, format_duration, format_number
@@ -46,7 +46,8 @@ def _print(table: Table) -> None:
     Console(soft_wrap=False).print(table)
 
 
-def _note(text: str, style: str = "yellow") -> None:
+def note(text: str, style: str = "yellow") -> None:
+    """One line of any length, in a colour."""
     Console().print(for_terminal(text), style=style, highlight=False, markup=False)
 
 
@@ -107,7 +108,7 @@ def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "", pruned:
     before, after = (plan_json[f"{who}_params"]["total"] for who in ("teacher", "student"))
     capacity = Capacity(before, after, distill_tokens)
     for warning in [*plan_json.get("warnings", []), *capacity.warnings()]:
-        _note(f"note: {warning}")
+        note(f"note: {warning}")
 
 
 def _candidates(plan_json: dict[str, Any]) -> None:
@@ -135,7 +136,7 @@ def _candidates(plan_json: dict[str, Any]) -> None:
         "": lambda row: "chosen" if row is rows[0] else "",
     }
     if any(row["masked"] for row in rows):
-        _note("KL, loss: masked runs on calibration text, nats per token", "dim")
+        note("KL, loss: masked runs on calibration text, nats per token", "dim")
     shown = {title: cell for title, cell in columns.items() if any(cell(row) for row in rows)}
     asked = plan_json["target"]["asked"]
     title = f"{plan_json['candidates_tried']:,} shapes meet {asked}; the best {len(rows)}"
@@ -160,7 +161,7 @@ def _candidates(plan_json: dict[str, Any]) -> None:
             left_out.append(column)
     _print(drawn())
     if left_out:
-        _note(f"not shown for lack of room (plan.json has them): {', '.join(left_out)}", "dim")
+        note(f"not shown for lack of room (plan.json has them): {', '.join(left_out)}", "dim")
 
 
 def results(folder: Path, last_stage: str) -> None:
@@ -200,33 +201,14 @@ _QUALITY = (
 )
 
 
-def _is_evaluation(value: Any) -> bool:
-    """Whether a JSON value holds what is shown of eval.json: for each model a number, or null, for every measure."""
-    models = value.get("models") if isinstance(value, dict) else None
-    if not isinstance(models, dict) or not models:
-        return False
-    qualities = [model.get("quality") if isinstance(model, dict) else None for model in models.values()]
-    differences = value.get("differences", {})
-    pairs = list(differences.values()) if isinstance(differences, dict) else [None]
-    if not all(isinstance(pair, dict) and all(v is None or is_figure(v) for v in pair.values()) for pair in pairs):
-        return False
-    measures = {key for _, key, _ in _QUALITY} | {figure.key for figure in FIGURES if figure.section == "quality"}
-    return all(
-        isinstance(quality, dict)
-        and all(key in quality for _, key, _ in _QUALITY)
-        and all(quality.get(key) is None or is_figure(quality[key]) for key in measures)
-        for quality in qualities
-    )
-
-
 def _side_by_side(path: Path) -> None:
     """Quality of every evaluated model, in the order of the evaluation."""
     try:
         evaluation = read_json(path)
     except FileError:
         evaluation = None
-    if not _is_evaluation(evaluation):
-        _note(f"warning: {path} is damaged; kdscale run makes it again")
+    if not is_evaluation(evaluation):
+        note(f"warning: {path} is damaged; kdscale run makes it again")
         return
     models = {name: model["quality"] for name, model in evaluation["models"].items()}
     rows = [
@@ -236,7 +218,7 @@ def _side_by_side(path: Path) -> None:
     _print(table("Held-out text", ("", *models), rows, right_from=1))
     if worse := worsened(evaluation):
         before, after = (model_title(students(evaluation)[at]).lower() for at in (0, -1))
-        _note(f"note: worse in the {after} student than in the {before} one: {', '.join(worse)}")
+        note(f"note: worse in the {after} student than in the {before} one: {', '.join(worse)}")
 
 
 def _tasks(folder: Path) -> None:
@@ -244,7 +226,7 @@ def _tasks(folder: Path) -> None:
     try:
         tasks = downstream(folder)
     except RunFolderError as error:
-        _note(f"warning: {error}")
+        note(f"warning: {error}")
         return
     if tasks is None:
         return
@@ -254,9 +236,9 @@ def _tasks(folder: Path) -> None:
     for change in tasks["changes"]:
         last = change["rows"][-1]
         flips = f"{last['rose']:,} items wrong → right, {last['fell']:,} right → wrong"
-        _note(f"{change['title'].lower()}: {last['change']} points ({last['interval']}), {flips}", "")
+        note(f"{change['title'].lower()}: {last['change']} points ({last['interval']}), {flips}", "")
     if tasks["sample"]:
-        _note(f"note: {tasks['sample']}", "dim")
+        note(f"note: {tasks['sample']}", "dim")
 
 
 def _bias(run: RunFolder) -> None:
@@ -266,7 +248,7 @@ def _bias(run: RunFolder) -> None:
     try:
         found = bias(run.at(BIAS), limits)
     except RunFolderError as error:
-        _note(f"warning: {error}")
+        note(f"warning: {error}")
         return
     if found is None:
         return
@@ -282,7 +264,7 @@ def _bias(run: RunFolder) -> None:
             )
     _print(table("Bias and safety", ("", "", "figure", "growth", "verdict"), rows))
     for line in [*found["too_much"], *found["notes"]]:
-        _note(f"note: {line}")
+        note(f"note: {line}")
 
 
 def _with_error(cell: dict[str, Any]) -> str:
@@ -324,7 +306,7 @@ def _stages_of(run: RunFolder) -> list[Stage]:
 
 def _stages(run: RunFolder, stages: Sequence[Stage]) -> bool:
     """One line per stage, and one of the training if it has begun; returns whether all stages are done."""
-    recorded = run.recorded(_note)
+    recorded = run.recorded(note)
     alive = run.in_use()
     rows = []
     for stage in stages:
@@ -343,7 +325,7 @@ def _stages(run: RunFolder, stages: Sequence[Stage]) -> bool:
     _print(table("", ("stage", "state", "time", ""), rows))
     trained = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
     if trained:
-        _note(f"training: {_training(trained[-1], _time_left(run, trained, alive))}", "")
+        note(f"training: {_training(trained[-1], _time_left(run, trained, alive))}", "")
     return all(recorded.get(stage.name, {}).get("state") == "done" for stage in stages)
 
 

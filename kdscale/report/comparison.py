@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kdscale.runs.metrics_log import is_figure
 from kdscale.runs.models import CORRECTED, TEACHER, is_quantized
 from kdscale.units import decimals, format_count, format_number, format_size
 
@@ -49,6 +50,32 @@ FIGURES = (
     Figure("Speed and memory", "efficiency", "joules_per_token", "Energy per token, J", "number", "lower"),
     Figure("Speed and memory", "efficiency", "peak_memory_bytes", "Peak memory", "size", "lower"),
 )  # fmt: skip
+
+
+_ALWAYS = ("perplexity", "bits_per_byte", "kl_to_teacher", "top1_agreement")  # every evaluation has these, or null
+
+
+def is_evaluation(value: Any) -> bool:
+    """Whether a JSON value holds what is shown of eval.json: for each model a number, or null, for every measure."""
+    models = value.get("models") if isinstance(value, dict) else None
+    if not isinstance(models, dict) or not models:
+        return False
+    differences = value.get("differences", {})
+    pairs = list(differences.values()) if isinstance(differences, dict) else [None]
+    if not all(isinstance(pair, dict) and all(v is None or is_figure(v) for v in pair.values()) for pair in pairs):
+        return False
+    return all(_is_model(model) for model in models.values())
+
+
+def _is_model(model: Any) -> bool:
+    quality = model.get("quality") if isinstance(model, dict) else None
+    if not isinstance(quality, dict) or not all(key in quality for key in _ALWAYS):
+        return False
+    return all(
+        isinstance(section := model.get(figure.section, {}), dict)
+        and all(section.get(key) is None or is_figure(section[key]) for key in (figure.key, figure.error) if key)
+        for figure in FIGURES
+    )
 
 
 def students(evaluation: Mapping[str, Any]) -> list[str]:

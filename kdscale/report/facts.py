@@ -47,7 +47,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
     """
     if not run_dir.is_dir():
         raise RunFolderError(f"run folder {run_dir} does not exist", hint="kdscale run CONFIG makes one")
-    config = _config(run_dir / "config.yaml")
+    config = read_config(run_dir / "config.yaml")
     plan = _optional(run_dir / "plan.json")
     evaluation = _optional(run_dir / "eval" / "eval.json")
     log_rows = list(read_metrics(run_dir / METRICS.path))
@@ -107,7 +107,8 @@ def _optional(path: Path) -> Any:
     return read_json(path) if path.exists() else None
 
 
-def _config(path: Path) -> dict[str, Any] | None:
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The resolved config of a run as plain values, None where there is none. Raises RunFolderError for damage."""
     if not path.exists():
         return None
     try:

@@ -67,6 +67,11 @@ def page_environment() -> Environment:
     return environment
 
 
+def model_class(name: str) -> str:
+    """The class that colours a model of this name: its own, or that of all others."""
+    return name if name in _MODEL_CLASSES else _OTHER_CLASSES[0]
+
+
 def render(facts: Mapping[str, Any]) -> str:
     """The page for the facts that `gather` returns. Equal facts give equal bytes."""
     template = page_environment().get_template("report.html.j2")

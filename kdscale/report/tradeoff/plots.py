@@ -51,7 +51,8 @@ def _plot(panels: Sequence[tuple[Measure, Sequence[Point]]], cost: Measure) -> P
     good = "Left" if cost.better == "lower" else "Right"
     return make_plot(
         f"Quality against {what}",
-        f"{good} and towards the better quality is better. The line is the front: what no other model beats in both.",
+        f"{good} and towards the better quality is better. The line and the full marks are the front: models that no"
+        " other beats in both.",
         f"Scatter plots. {told}.",
         draw,
         size,
@@ -129,14 +130,15 @@ def _label_places(
 ) -> list[tuple[int, int, str]]:
     """Where each label goes: the first place at which it stays inside and covers no point and no other label."""
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
-    places = []
-    for label, (x, y) in zip(labels, pixels, strict=True):
+    places: dict[int, tuple[int, int, str]] = {}
+    for index in sorted(range(len(labels)), key=lambda index: -pixels[index][1]):  # from the top, as they are read
+        label, (x, y) = labels[index], pixels[index]
         boxes = [_box(label, x + right, y + up, side) for right, up, side in _PLACES]
         bad = [_outside(box, room) + sum(_overlap(box, other) for other in taken) for box in boxes]
-        best = min(range(len(boxes)), key=lambda index: (bad[index], index))
+        best = bad.index(min(bad))
         taken.append(boxes[best])
-        places.append(_PLACES[best])
-    return places
+        places[index] = _PLACES[best]
+    return [places[index] for index in range(len(labels))]
 
 
 Box = tuple[float, float, float, float]

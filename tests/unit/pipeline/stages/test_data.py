@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from kdscale.cli.text import export_megatron_command
+from kdscale.cli.models import export_megatron_command
 from kdscale.config.data import SourceConfig
 from kdscale.config.load import build_config
 from kdscale.config.root import Config
