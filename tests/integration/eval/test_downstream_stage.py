@@ -148,3 +148,25 @@ def test_a_run_without_the_section_has_no_such_stage_and_bad_tasks_are_found_bef
     with pytest.raises(ConfigError) as error:
         STAGE.check_before(config, context.run)
     assert "a.yaml" in str(error.value) and "b.yaml" in str(error.value)
+
+
+def test_a_quantised_student_is_asked_like_the_others(
+    tiny_llama_dir: Path, tmp_path: Path, task_maker: TaskMaker
+) -> None:
+    import torch
+
+    from kdscale.config.quantize import Int8Config
+    from kdscale.eval.downstream.harness import score
+    from kdscale.models.loading import load_model, load_tokenizer
+    from tests.integration.quantize.test_formats import write
+
+    write(tiny_llama_dir, Int8Config(), tmp_path / "int8")
+    file = str(task_maker())
+    loaded = [
+        load_model(path, dtype=torch.float32, device=torch.device("cpu"))
+        for path in (tiny_llama_dir, tmp_path / "int8")
+    ]
+    whole, int8 = (score(model, load_tokenizer(tiny_llama_dir), [file])["toy"].margins for model in loaded)
+    assert whole is not None and int8 is not None
+    gap = abs(whole - int8).max()
+    assert 0 < gap < 0.2 * abs(whole).max()
