@@ -60,6 +60,9 @@ def describe(folder: Path, family: Family, raw: dict[str, Any]) -> Description:
         "attention.key_length": dims.head_dim,
         "attention.value_length": dims.head_dim,
     }
+    if dims.experts:
+        out.values |= {"expert_count": dims.experts, "expert_used_count": family.experts_per_token}
+        out.values["expert_feed_forward_length"] = dims.ffn
     for key, name in table.numbers.items():
         if (number := getattr(config, name, None)) is not None:
             out.values[key] = float(number)

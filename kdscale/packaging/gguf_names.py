@@ -31,14 +31,20 @@ STEM_OF: dict[str, str] = {
     "up": "ffn_up",
     "gate_up": "ffn_up",  # one tensor, the gate's rows first
     "down": "ffn_down",
+    "router": "ffn_gate_inp",
 }
+_EXPERTS = "_exps"  # of a tensor that holds one role of all experts of a layer
 
 
-def gguf_name(role: str, layer: int | None) -> str | None:
-    """The name of the tensor of a role (kdscale.families.schema), None for a role that GGUF files do not have."""
+def gguf_name(role: str, layer: int | None, of_experts: bool = False) -> str | None:
+    """The name of the tensor of a role (kdscale.families.schema), None for a role that GGUF files do not have.
+
+    `of_experts`: the role is one of each expert's, and the tensor holds that of all.
+    """
     stem, suffix = STEM_OF.get(role.removesuffix(_BIAS)), "bias" if role.endswith(_BIAS) else "weight"
     if stem is None:
         return None
+    stem += _EXPERTS if of_experts else ""
     return f"{stem}.{suffix}" if layer is None else f"blk.{layer}.{stem}.{suffix}"
 
 

@@ -187,13 +187,18 @@ def _tensors(checkpoint: Checkpoint, family: Family, description: Description, k
         yield _Tensor(vector_name, vector.shape, "F32", partial(iter, [vector]))
     specs = family.tensors(checkpoint.config)
     has_q_norm = any(spec.role == "q_norm" for spec in specs.values())
+    parts: dict[str, list[str]] = {}  # experts of a layer are one tensor, expert after expert
     for source, spec in specs.items():
-        name = gguf_name(spec.role, spec.layer)
+        name = gguf_name(spec.role, spec.layer, spec.expert is not None)
         if name is None:
             raise CheckpointError(f"{checkpoint.path}: {source} has no name in GGUF files")
+        parts.setdefault(name, []).append(source)
+    for name, sources in parts.items():
+        spec = specs[sources[0]]
         change = _change(family, spec, description, has_q_norm)
         shape = tuple(reversed(spec.shape)) if _is_transposed(family, spec) else spec.shape
-        yield _Tensor(name, shape, _kind(spec, shape, kind), _reading(checkpoint, source, change))
+        shape = shape if spec.expert is None else (len(sources), *shape)
+        yield _Tensor(name, shape, _kind(spec, shape, kind), _reading(checkpoint, sources, change))
 
 
 def _kind(spec: TensorSpec, shape: tuple[int, ...], kind: str) -> str:
@@ -242,13 +247,14 @@ def _change(
 
 
 def _reading(
-    checkpoint: Checkpoint, source: str, change: Callable[[np.ndarray], np.ndarray] | None
+    checkpoint: Checkpoint, sources: list[str], change: Callable[[np.ndarray], np.ndarray] | None
 ) -> Callable[[], Iterator[np.ndarray]]:
     def read() -> Iterator[np.ndarray]:
-        if change is not None:
-            yield change(_fp32(checkpoint.tensor(source)))
-        else:
-            yield from map(_fp32, checkpoint.blocks(source, _BLOCK_BYTES))
+        for source in sources:
+            if change is not None:
+                yield change(_fp32(checkpoint.tensor(source)))
+            else:
+                yield from map(_fp32, checkpoint.blocks(source, _BLOCK_BYTES))
 
     return read
 

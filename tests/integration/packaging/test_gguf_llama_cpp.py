@@ -58,6 +58,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {}),
     "gemma2, no windows": ("gemma2", {"layer_types": FULL}),
     "gpt2": ("gpt2", {}),
+    "mixtral": ("mixtral", PLAIN_WINDOW),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "olmoe": ("olmoe", {"clip_qkv": None}),
 }  # fmt: skip
 
 

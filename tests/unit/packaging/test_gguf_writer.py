@@ -55,11 +55,13 @@ def test_names_are_those_of_the_official_package(model_type: str) -> None:
         if tied and template.role == "head":
             continue
         layer = 1 if template.per_layer else None
-        ours = gguf_name(template.role, layer)
+        ours = gguf_name(template.role, layer, template.per_expert)
         assert ours is not None
         stem, _, suffix = ours.rpartition(".")
         assert template.name.endswith(suffix)
         assert (stem if layer is None else stem.replace("blk.1.", "blk.{bid}.")) in known
+        if template.per_expert:  # the package knows one expert's tensor by no name
+            continue
         theirs = official.get_name(template.name.replace("{layer}", "1"), (".weight", ".bias"))
         # Gemma's and OLMo's norms after a sublayer share a name with Llama's before one: the package has two answers
         assert theirs == ours or "norm" in stem
