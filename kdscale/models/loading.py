@@ -92,9 +92,10 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    quantization = quantization_of(path)
     with explain_library_errors(path):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        if (quantization := quantization_of(path)) is not None:
+        if quantization is not None:
             config.quantization_config = {**quantization, "dequantize": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

@@ -22,7 +22,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS, _MAX_COUNT = 8, 1 << 60
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of weights that can be read and pruned
-QUANTIZED_BYTES = {"I64": 8, "I32": 4, "I8": 1, "F8_E4M3": 1}  # of what quantised weights are written as
+QUANTIZED_BYTES = {"I64": 8, "I32": 4, "F8_E4M3": 1}  # of what quantised weights are written as
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
     return {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-        "I32": torch.int32, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+        "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
     }[name]  # fmt: skip
 
 

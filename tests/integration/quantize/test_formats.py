@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdscale.config.quantize import FormConfig, Fp8Config, Int4Config, Int8Config
+from kdscale.errors import CheckpointError
 from kdscale.eval.sizes import model_sizes, weight_bytes
-from kdscale.files import read_json
+from kdscale.files import read_json, write_json
 from kdscale.models.loading import load_model, open_teacher, quantization_of
 from kdscale.quantize.forms import Quantized, make_form
 from kdscale.quantize.write import finish_folder, open_writer, quantized_names, write_weights
@@ -100,3 +101,19 @@ def test_config_json_says_what_is_quantised(bf16_student: Path, tmp_path: Path) 
     assert (weights["num_bits"], weights["group_size"], weights["strategy"]) == (4, 32, "group")
     assert quantization_of(bf16_student) is None and quantization_of(tmp_path) == said
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("said", [7, [], {}, {"quant_method": "gptq"}, {"quant_method": None}, "compressed-tensors"])
+def test_other_quantised_models_are_refused_by_name(tiny_llama_dir: Path, tmp_path: Path, said: Any) -> None:
+    write_json(tmp_path / "config.json", {**read_json(tiny_llama_dir / "config.json"), "quantization_config": said})
+    with pytest.raises(CheckpointError, match=r"quantization_config\n  expected: .*compressed-tensors"):
+        load_model(tmp_path, dtype=torch.float32, device=CPU)
+
+
+def test_a_config_that_says_another_group_than_the_scales_have_is_refused(bf16_student: Path, tmp_path: Path) -> None:
+    write(bf16_student, Int4Config(method="rtn"), tmp_path)
+    config = read_json(tmp_path / "config.json")
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 48
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(CheckpointError):
+        load_model(tmp_path, dtype=torch.float32, device=CPU)
