@@ -69,7 +69,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-# Title, where the value and its standard error lie in a model's part of eval.json, and how it is written.
+# Title, where the value and its standard error lie in a model's part of eval.json, and how it is written. No timings:
+# equal students have equal cards, however busy the machine was; the report has them.
 _FIGURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("Perplexity", "quality", "perplexity", _number),
     ("Bits per byte", "quality", "bits_per_byte", "{:.3f}".format),
@@ -78,7 +79,6 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("Parameters", "size", "parameters", format_count),
     ("Weights", "size", "weight_bytes", format_size),
     ("KV cache per token, 16-bit", "size", "kv_cache_bytes_per_token", format_size),
-    ("Decode, tokens/s", "efficiency", "decode_tokens_per_second", _number),
 )
 
 
@@ -92,9 +92,8 @@ def _quality(evaluation: Mapping[str, Any]) -> str:
             rows.append((title, *cells))
     text = table(("", *map(model_title, models)), rows)
     return (
-        f"{settings['tokens']:,} held-out tokens in sequences of {settings['seq_len']:,}; ± is one standard error over "
-        f"documents; speeds of one sequence on {for_markdown(str(settings['device_name']))} in "
-        f"{for_markdown(str(settings['dtype']))}.\n\n{text}"
+        f"{settings['tokens']:,} held-out tokens in sequences of {settings['seq_len']:,}, computed in "
+        f"{for_markdown(str(settings['dtype']))}; ± is one standard error over documents.\n\n{text}"
     )
 
 

@@ -148,7 +148,7 @@ def _index(results: Sequence[Result]) -> list[dict[str, Any]]:
         {
             "task": {"type": result.task},
             "dataset": {"name": result.dataset, "type": result.dataset_type},
-            "metrics": [{"type": name, "value": value} for name, value in result.metrics.items()],
+            "metrics": [{"type": name, "value": float(f"{value:.6g}")} for name, value in result.metrics.items()],
         }
         for result in results
     ]

@@ -72,7 +72,7 @@ def test_a_run_from_teacher_to_report(kdscale: Cli, tiny_config: Path) -> None:
     packaged = kdscale("package", tiny_config, "--forms", "bf16", "--license", "mit")
     assert packaged.code == 0 and "kdscale publish" in packaged.out, packaged.err
     card = (run / "package" / "README.md").read_text()
-    assert "license: mit" in card and f"value: {figures['distilled']['perplexity']}" in card
+    assert "license: mit" in card and f"value: {float(format(figures['distilled']['perplexity'], '.6g'))}" in card
     assert (run / "package" / "report.html").read_bytes() == (run / "report" / "report.html").read_bytes()
     assert kdscale("publish", run / "package", "--to", "org/tiny", "--dry-run").code == 0
     assert kdscale("package", tiny_config).code == 2  # it is there already

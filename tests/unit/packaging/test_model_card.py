@@ -51,7 +51,7 @@ def test_a_name_cannot_leave_its_cell() -> None:
 def evaluation(**quality: float) -> dict[str, Any]:
     size = {"parameters": 1000, "weight_bytes": 2000, "kv_cache_bytes_per_token": 64}
     teacher = {"quality": {"perplexity": 10.0, "perplexity_standard_error": 0.5, "kl_to_teacher": None}, "size": size}
-    settings = {"tokens": 4096, "seq_len": 128, "device_name": "a | b", "dtype": "float32"}
+    settings = {"tokens": 4096, "seq_len": 128, "dtype": "a | b"}
     return {"settings": settings, "models": {"teacher": teacher, "distilled": {"quality": quality, "size": size}}}
 
 
@@ -64,7 +64,7 @@ def measured_card(run: Path, card: str = "", **quality: float) -> str:
 def test_what_was_measured_is_in_the_text_and_in_the_front_matter(tmp_path: Path) -> None:
     text = measured_card(tmp_path, perplexity=12.0, perplexity_standard_error=0.25, kl_to_teacher=0.5)
     assert "| Perplexity | 10.0 ± 0.5 | 12.0 ± 0.2 |" in text
-    assert "| KL to the teacher, nats per token |  | 0.500 |" in text and r"on a \| b in" in text
+    assert "| KL to the teacher, nats per token |  | 0.500 |" in text and r"in a \| b; ±" in text
     fields, _ = front_matter.split(text, "card")
     (model,) = fields["model-index"]
     assert model["results"][0]["metrics"] == [{"type": "perplexity", "value": 12.0}] and model["name"] == "small"
@@ -79,6 +79,15 @@ def test_measuring_again_keeps_what_people_wrote(tmp_path: Path) -> None:
     assert again == edited.replace("12.0", "13.0")
     bare = measured_card(tmp_path, "Made for tea.\n", perplexity=13.0)  # no front matter, and no part of ours
     assert bare.startswith("---\n") and "\nMade for tea.\n\n<!--" in bare and "| Perplexity |" in bare
+
+
+def test_timings_make_no_difference_to_the_card(tmp_path: Path) -> None:
+    card = measured_card(tmp_path, perplexity=12.0)
+    timed = evaluation(perplexity=12.0)
+    for model in timed["models"].values():
+        model["efficiency"] = {"decode_tokens_per_second": 21.7, "peak_memory_bytes": 4e9}
+    write_json(tmp_path / "eval" / "eval.json", {**timed, "settings": {**timed["settings"], "device_name": "busy"}})
+    assert with_measurements(card, tmp_path, "small", "README.md") == card
 
 
 def test_without_figures_the_card_says_nothing_of_them(tmp_path: Path) -> None:
