@@ -113,6 +113,9 @@ def test_importance_and_evaluation_take_all_gpus_of_the_host(tiny_config: Path) 
     on_cpu = load_config(tiny_config, ["runtime.device=cpu"])
     assert ranks_of(on_cpu, "importance.processes") == ranks_of(on_cpu, "eval.processes") == 1
     assert ranks_of(load_config(tiny_config, ["eval.processes=1"]), "eval.processes") == 1
+    asked = load_config(tiny_config, ["eval.downstream={processes: 3}"])
+    assert ranks_of(asked, "eval.downstream.processes") == 3
+    assert ranks_of(load_config(tiny_config, ["eval.downstream={}"]), "eval.downstream.processes") == 2
 
 
 def test_a_job_of_many_ranks_distils_once(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
