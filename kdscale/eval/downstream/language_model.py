@@ -37,10 +37,10 @@ class LanguageModel(HFLM):
         super().__init__(pretrained=model, tokenizer=copy.copy(tokenizer), batch_size=batch_size, backend="causal")
         self._bar = bar
 
-    def count(self, requests: int) -> None:
+    def count(self, requests: float) -> None:
         """Show that so many requests are answered."""
         if self._bar is not None:
-            self._bar.advance(requests * place_in_group()[1])  # the bar is that of one rank
+            self._bar.advance(requests)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Natural logarithm of the probability of each continuation, and whether it is the most likely one."""
@@ -64,12 +64,14 @@ class LanguageModel(HFLM):
         rank, ranks = place_in_group()
         answers = torch.zeros(len(requests), 2, dtype=torch.float64)
         head = checked_head(self.model, "the model").detached()
+        share = longest_first[rank::ranks]
+        each = len(requests) / max(1, sum(len(inputs[ids]) for ids in share))  # of all ranks, for one of this rank's
         with unequal_work():
-            for batch in _batches(longest_first[rank::ranks], self.batch_size):
+            for batch in _batches(share, self.batch_size):
                 numbers = [number for ids in batch for number in inputs[ids]]
                 conts = [[requests[number][2] for number in inputs[ids]] for ids in batch]
                 answers[numbers] = self._score(head, batch, conts)
-                self.count(len(numbers))
+                self.count(each * len(numbers))
         all_reduce_sum(answers)  # each rank left zeros for what others answered
         return [(float(value), bool(greedy)) for value, greedy in answers]
 
@@ -114,7 +116,7 @@ class LanguageModel(HFLM):
         with unequal_work():
             for batch in _batches(mine, self.batch_size * _BATCHES):
                 written += super().generate_until(list(batch), disable_tqdm=True)
-                self.count(len(batch))
+                self.count(len(batch) * len(requests) / len(mine))
         by_rank = gather(written)
         return [by_rank[i % ranks][i // ranks] for i in range(len(requests))]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdscale.config.evaluation.downstream import DownstreamConfig
 from kdscale.config.root import Config
-from kdscale.files import atomic_dir, read_json, remove_tree, write_json
+from kdscale.files import atomic_dir, read_json, remove_tree, sha256_json, write_json
 from kdscale.pipeline.spawn import join_ranks, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.runs.folder import DOWNSTREAM, RunFolder
@@ -30,7 +30,7 @@ def what_matters(context: StageContext) -> Facts:
 
     settings = _settings(context.config)
     files = {name: digest_file(file) for name, file in local_files(settings.tasks).items()}
-    return {NAME: settings.decisive(), "dtype": context.config.eval.dtype, "task_files": files}
+    return {NAME: settings.decisive(), "dtype": context.config.eval.dtype, "task_files": sha256_json(files)[:12]}
 
 
 def check_before(config: Config, run: RunFolder) -> None:
