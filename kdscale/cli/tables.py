@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,22 @@ def _candidates(plan_json: dict[str, Any]) -> None:
         score: lambda row: f"{row['score']:.3f}",
         "KL": lambda row: f"{row['masked']['kl']:.4f}" if row["masked"] else "",
         "loss": lambda row: f"{row['masked']['loss']:.4f}" if row["masked"] else "",
+        "accuracy": lambda row: _answered(row, "accuracy", ".1%"),
+        "task": lambda row: _answered(row, "score", ".3f"),
+        "behind": lambda row: _answered(row, "behind", ".3f"),
         "probe": lambda row: f"{row['probes'][-1]['loss']:.4f}" if row["probes"] else "",
         "": lambda row: "chosen" if row is rows[0] else "",
     }
     if any(row["masked"] for row in rows):
         note("KL, loss: masked runs on calibration text, nats per token", "dim")
+    if any(_answered(row, "score", ".3f") for row in rows):
+        asked_of = next(row["masked"]["task"] for row in rows if row["masked"])
+        note(
+            f"task: score on {asked_of['items']:,} items, ± one standard error; the teacher's is "
+            f"{asked_of['teacher_score']:.3f}, its accuracy {asked_of['teacher_accuracy']:.1%}; "
+            "behind: what is missing to the best, on the same items",
+            "dim",
+        )
     shown = {title: cell for title, cell in columns.items() if any(cell(row) for row in rows)}
     asked = plan_json["target"]["asked"]
     title = f"{plan_json['candidates_tried']:,} shapes meet {asked}; the best {len(rows)}"
@@ -152,6 +163,7 @@ def _candidates(plan_json: dict[str, Any]) -> None:
         "loss",
         "active",
         score,
+        "accuracy",
         "prefill",
         "decode",
         "KL",
@@ -162,6 +174,12 @@ def _candidates(plan_json: dict[str, Any]) -> None:
     _print(drawn())
     if left_out:
         note(f"not shown for lack of room (plan.json has them): {', '.join(left_out)}", "dim")
+
+
+def _answered(row: Mapping[str, Any], figure: str, form: str) -> str:
+    """A figure of a candidate's answers to tasks ± its standard error; "" for a candidate that was not asked."""
+    task = (row["masked"] or {}).get("task")
+    return f"{format(task[figure], form)} ± {format(task[f'{figure}_error'], form)}" if task else ""
 
 
 def results(folder: Path, last_stage: str) -> None:

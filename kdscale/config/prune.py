@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from kdscale.config.candidate_scores import CandidateScore, CandidateScoreName, candidate_score
 from kdscale.config.criteria import Criterion, FfnMethod, HeadMethod, HiddenMethod, LayerMethod, criterion
 from kdscale.config.fields import Count, Dtype, Few, Length, Section
 from kdscale.units import BUDGET_FIELDS, parse_budget
@@ -52,11 +53,38 @@ class SearchConfig(Section):
     # this many of the best predicted shapes are run masked on calibration text; 0: the prediction alone decides
     masked_candidates: Annotated[int, Field(ge=0, le=64)] = 8
     masked_tokens: Count = 4_096
+    # what puts the masked candidates in order, and for `task`: tasks as eval.downstream.tasks takes them, and how many
+    # items of each
+    score: CandidateScoreName = "kl"
+    tasks: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field(
+        strict=False, max_length=256, default=()
+    )
+    task_items: Annotated[int, Field(ge=2, le=1_000_000)] = 64
     # distil so many tokens into each finalist, keep the better half, double the tokens; None: no probes
     probe_tokens: Count | None = None
     probe_candidates: Annotated[int, Field(ge=2, le=16)] = 4
     # latency is measured with a prompt this long, and for one more token after it
     context_tokens: Length = 256
+
+    @property
+    def candidate_score(self) -> CandidateScore:
+        """What puts the masked candidates in order."""
+        return candidate_score(self.score)
+
+    @model_validator(mode="after")
+    def _tasks_go_with_the_score(self) -> SearchConfig:
+        if self.candidate_score.asks and not self.tasks:
+            raise ValueError(f"tasks: score {self.score} needs tasks, such as [builtin]")
+        if self.candidate_score.asks and self.masked_candidates < 2:
+            raise ValueError(
+                f"masked_candidates ({self.masked_candidates}) must be at least 2 where score is {self.score}: it "
+                "compares masked candidates"
+            )
+        if self.tasks and not self.candidate_score.asks:
+            raise ValueError(f"tasks: expected with score task alone, and score is {self.score}")
+        if twice := [task for task in dict.fromkeys(self.tasks) if self.tasks.count(task) > 1]:
+            raise ValueError(f"tasks: expected every task once, got {', '.join(twice)} twice")
+        return self
 
 
 class PruneConfig(Section):
@@ -120,6 +148,11 @@ class PruneConfig(Section):
         if not given and not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
             raise ValueError(
                 "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
+            )
+        if not given and self.search.candidate_score.asks:
+            raise ValueError(
+                f"search.score {self.search.score} compares shapes that meet a target, and there is none: give one, or "
+                "leave search.score out"
             )
         if self.criterion("layers").scores_blocks and self.contiguous_layers is False:
             raise ValueError(

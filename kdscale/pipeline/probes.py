@@ -90,7 +90,7 @@ def probe_config(config: Config, teacher: Dims, candidate: ShapeCandidate, token
     tree: dict[str, Any] = config.resolved()
     sizes = {axis: getattr(candidate, axis) for axis in SHAPE_AXES}
     cut = {axis: size if size < getattr(teacher, axis) else None for axis, size in sizes.items()}
-    search = {**tree["prune"]["search"], "probe_tokens": None}
+    search = {**tree["prune"]["search"], "probe_tokens": None, "score": "kl", "tasks": ()}  # there is one shape
     return Config.model_validate(
         {
             **tree,

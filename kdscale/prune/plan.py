@@ -138,6 +138,24 @@ class PlanTarget(_PlanSection):
     share_of_teacher: float
 
 
+class TaskScore(_PlanSection):
+    """A shape's answers to the questions of `prune.search.tasks`: means over tasks, each ± its standard error.
+
+    `score` decides (search/questions.py), `accuracy` is the share of right answers, `behind` what is missing to the
+    best candidate's score; its error is that of the differences on the same items.
+    """
+
+    score: float
+    score_error: float
+    accuracy: float
+    accuracy_error: float
+    behind: float
+    behind_error: float
+    teacher_score: float
+    teacher_accuracy: float
+    items: Size
+
+
 class MaskedScore(_PlanSection):
     """A shape run in memory on calibration text, before it is written: nats per token, and how it was run."""
 
@@ -146,6 +164,7 @@ class MaskedScore(_PlanSection):
     teacher_loss: float
     tokens: Size
     compensate: str
+    task: TaskScore | None = None
 
 
 class ProbeResult(_PlanSection):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdscale.config.candidate_scores import score_used
 from kdscale.config.criteria import AXIS_TITLES
 from kdscale.report.svg import ACCENT, AFTER, BEFORE, INK, MUTED, Plot, count_formatter, integers, make_plot, style
 
@@ -143,5 +144,7 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> tuple[Any, str, str]:
     if rows[0]["probes"]:
         return (lambda row: row["probes"][-1]["loss"] if row["probes"] else None), "loss after a probe", "lower"
     if rows[0]["masked"]:
-        return (lambda row: row["masked"]["kl"] if row["masked"] else None), "masked KL to the teacher", "lower"
+        used = score_used(rows[0]["masked"])
+        better = "higher" if used.higher_is_better else "lower"
+        return (lambda row: used.value(row["masked"]) if row["masked"] else None), used.title, better
     return (lambda row: row["score"]), "predicted score", "higher"

@@ -29,18 +29,20 @@ if TYPE_CHECKING:
 # The metric of a task that has several, the first that it has: one that does not favour short answers.
 METRICS = ("acc_norm", "acc", "exact_match")
 FEWSHOT_SEED = 1234  # the harness's own, so that examples are those of published figures
-_FIELD = "eval.downstream.tasks"
+FIELD = "eval.downstream.tasks"
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
     """`limit`: items of each task, drawn by `seed`; None: all. `num_fewshot`: solved examples before each question;
-    None: what the task says. `batch_size`: sequences that a model reads at once."""
+    None: what the task says. `batch_size`: sequences that a model reads at once. `field`: of the config, that names
+    the tasks; for messages."""
 
     limit: int | None = None
     batch_size: int = 8
     num_fewshot: int | None = None
     seed: int = 0
+    field: str = FIELD
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ class _UnreachableError(DataError):
         self.task = task
 
 
-def check_library() -> None:
+def check_library(field: str = FIELD) -> None:
     """Raises ConfigError when the harness is not installed."""
-    require_packages("eval.downstream", ("lm_eval", "datasets"), "eval", "leave eval.downstream out")
+    require_packages(field.rpartition(".")[0], ("lm_eval", "datasets"), "eval", f"leave {field} out")
 
 
 def score(
@@ -119,7 +121,7 @@ def score(
 
     with quiet():
         asked = LanguageModel(model, tokenizer, settings.batch_size, bar)
-        return {task.name: _score_task(task, asked) for task in ready}
+        return {task.name: score_task(task, asked) for task in ready}
 
 
 def prepare(names: Sequence[str], settings: ScoreSettings) -> list[PreparedTask]:
@@ -129,7 +131,7 @@ def prepare(names: Sequence[str], settings: ScoreSettings) -> list[PreparedTask]
     ConfigError without the harness, for an unknown name and for what is no task, and DataError for data that cannot be
     had and items without a right answer: everything that is wrong, at once.
     """
-    check_library()
+    check_library(settings.field)
     prepared: dict[str, PreparedTask] = {}
     problems: list[KdscaleError] = []
     unreachable: list[_UnreachableError] = []
@@ -146,7 +148,7 @@ def prepare(names: Sequence[str], settings: ScoreSettings) -> list[PreparedTask]
                 problems.append(error)
                 continue
             if task.name in prepared:
-                problems.append(ConfigError(_FIELD, expected="every task once", got=f"{task.name} twice"))
+                problems.append(ConfigError(settings.field, expected="every task once", got=f"{task.name} twice"))
             prepared[task.name] = task
     if unreachable:
         tasks = ", ".join(error.task for error in unreachable)
@@ -202,7 +204,7 @@ def _build_local(local: LocalTask, file: Any) -> Any:
 def _prepare_hub_task(wanted: HubTask, settings: ScoreSettings) -> PreparedTask:
     manager = _manager()
     if wanted.name not in manager.all_tasks:
-        raise _unknown(wanted.name, manager.all_tasks)
+        raise _unknown(wanted.name, manager.all_tasks, settings.field)
     with explained(f"the task {wanted.name} cannot be loaded", DataError):
         try:
             tasks = list(manager.load([wanted.name])["tasks"].values())
@@ -211,19 +213,19 @@ def _prepare_hub_task(wanted: HubTask, settings: ScoreSettings) -> PreparedTask:
     for task in tasks:
         if getattr(task, "UNSAFE_CODE", False):
             raise ConfigError(
-                f"{_FIELD}: {wanted.name} runs code that the model writes",
+                f"{settings.field}: {wanted.name} runs code that the model writes",
                 hint="leave it out; kdscale has no place where such code can do no harm",
             )
     return _prepared(wanted.name, tasks, settings, wanted)
 
 
-def _unknown(name: str, known: Sequence[str]) -> ConfigError:
+def _unknown(name: str, known: Sequence[str], field: str) -> ConfigError:
     import difflib
 
     own = [*SETS, "builtin", *(f"builtin:{one}" for one in builtin_names())]
     near = difflib.get_close_matches(name, [*own, *known], n=3)
     return ConfigError(
-        f"{_FIELD}: {name[:100]!r} is no task",
+        f"{field}: {name[:100]!r} is no task",
         expected=f"{', '.join(own)}, a YAML file or a folder of them, or a task of lm-evaluation-harness",
         hint=f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists the harness's",
     )
@@ -280,7 +282,7 @@ def _fault(part: Part, number: int) -> str | None:
     task, item = part.task, part.by_item[number]
     if any(len(request.args) > 1 and request.args[1] == "" for request in item):
         return f"item {number} has an empty answer"
-    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.get_config("process_results")):
+    if not has_choices(task):
         return None
     choices = task.doc_to_choice(item[0].doc)
     right = _right_answers(task, item[0].doc)
@@ -289,6 +291,11 @@ def _fault(part: Part, number: int) -> str | None:
     if not right or not all(0 <= answer < len(choices) for answer in right):
         return f"item {number} has {len(choices)} choices and the answer {_answer_of(task, item[0].doc)!r:.60}"
     return None
+
+
+def has_choices(task: Any) -> bool:
+    """Whether the items of a task of the harness are choices between given answers."""
+    return task.OUTPUT_TYPE == "multiple_choice" and not callable(task.get_config("process_results"))
 
 
 def _answer_of(task: Any, item: Any) -> Any:
@@ -304,14 +311,14 @@ def _right_answers(task: Any, item: Any) -> list[int]:
 
 def _guesses(part: Part) -> Iterator[float]:
     """For each item, what a guess among its choices scores; nothing for a task without choices."""
-    if part.task.OUTPUT_TYPE == "multiple_choice" and not callable(part.task.get_config("process_results")):
+    if has_choices(part.task):
         for item in part.by_item.values():
             choices = len(part.task.doc_to_choice(item[0].doc))
             yield len(set(_right_answers(part.task, item[0].doc))) / choices
 
 
-def _score_task(prepared: PreparedTask, model: Any) -> TaskScores:
-    """One model's scores on the items of a task."""
+def score_task(prepared: PreparedTask, model: Any) -> TaskScores:
+    """One model's scores on the items of a task; `model` answers the harness's requests."""
     ids: list[str] = []
     scores: list[float] = []
     margins: list[float | None] = []
@@ -359,7 +366,7 @@ def _as_score(results: Mapping[str, Any], prepared: PreparedTask, item: str) -> 
 
 def _margin(task: Any, requests: Sequence[Any], metric: str) -> float | None:
     """How much likelier the right choice is than the best wrong one; None where there are no such two."""
-    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.get_config("process_results")):
+    if not has_choices(task):
         return None
     item = requests[0].doc
     choices, right = task.doc_to_choice(item), set(_right_answers(task, item))

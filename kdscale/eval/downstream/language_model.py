@@ -51,16 +51,8 @@ class LanguageModel(HFLM):
         self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """As `loglikelihood`, of tokens. Continuations that differ in their last token alone share one forward."""
-        inputs: dict[tuple[int, ...], list[int]] = {}
-        for number, (texts, context, continuation) in enumerate(requests):
-            if not 0 < len(continuation) <= self.max_length:
-                raise DataError(
-                    "an answer cannot be scored", expected=f"1 to {self.max_length:,} tokens",
-                    got=f"{len(continuation):,}: {texts[1]!r:.80}",
-                )  # fmt: skip
-            ids = (context + continuation)[-(self.max_length + 1) :][:-1]
-            inputs.setdefault(tuple(ids), []).append(number)
-        longest_first = sorted(inputs, key=lambda ids: (-len(ids), ids))
+        inputs = self.inputs(requests)
+        longest_first = list(inputs)
         rank, ranks = place_in_group()
         answers = torch.zeros(len(requests), 2, dtype=torch.float64)
         head = checked_head(self.model, "the model").detached()
@@ -74,6 +66,23 @@ class LanguageModel(HFLM):
                 self.count(each * len(numbers))
         all_reduce_sum(answers)  # each rank left zeros for what others answered
         return [(float(value), bool(greedy)) for value, greedy in answers]
+
+    def inputs(self, requests: Sequence[_Request]) -> dict[tuple[int, ...], list[int]]:
+        """What the model has to read, longest first, and the numbers of the requests that it then can answer.
+
+        The scored tokens stand at its end, and the last of them is not read. Raises DataError for an answer without
+        tokens, or with more than the model reads.
+        """
+        found: dict[tuple[int, ...], list[int]] = {}
+        for number, (texts, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise DataError(
+                    "an answer cannot be scored", expected=f"1 to {self.max_length:,} tokens",
+                    got=f"{len(continuation):,}: {texts[1]!r:.80}",
+                )  # fmt: skip
+            ids = (context + continuation)[-(self.max_length + 1) :][:-1]
+            found.setdefault(tuple(ids), []).append(number)
+        return {ids: found[ids] for ids in sorted(found, key=lambda ids: (-len(ids), ids))}
 
     @torch.inference_mode()
     def _score(self, head: OutputHead, batch: Sequence[tuple[int, ...]], conts: list[list[list[int]]]) -> Tensor:

@@ -16,6 +16,7 @@ from kdscale.pipeline.probes import by_probes
 from kdscale.pipeline.spawn import run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.prune.search.latency import LATENCY_KINDS
+from kdscale.runs.folder import RunFolder
 from kdscale.units import format_count
 
 if TYPE_CHECKING:
@@ -65,9 +66,25 @@ def _plan_by_all_rankings(context: StageContext, search: Search) -> Plan:
 
 
 def what_matters(context: StageContext) -> Mapping[str, Any]:
-    """What of the config the choice depends on besides `prune`: with probes, how they are distilled."""
+    """What the choice depends on besides `prune`: with probes, how they are distilled; with tasks, their files."""
+    from kdscale.pipeline.candidate_tasks import task_files
+
     config = context.config
-    return {"distill": config.distill.decisive()} if config.prune.search.probe_tokens is not None else {}
+    facts: dict[str, Any] = {}
+    if config.prune.search.probe_tokens is not None:
+        facts["distill"] = config.distill.decisive()
+    if config.prune.search.tasks:
+        facts |= {"task_files": task_files(config), "seed": config.seed}
+    return facts
+
+
+def check_before(config: Config, run: RunFolder) -> None:
+    """Raises ConfigError and DataError for tasks that candidates cannot be asked."""
+    del run
+    if config.prune.search.tasks:
+        from kdscale.pipeline.candidate_tasks import prepared_tasks
+
+        prepared_tasks(config)
 
 
 def distils_by_itself(config: Config) -> str:
@@ -86,14 +103,16 @@ def _ranked(context: StageContext, search: Search, candidates: list[ShapeCandida
 
 
 def by_masked_score(context: StageContext, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
-    """Run the best predicted candidates masked and put them in order of their divergence from the teacher."""
+    """Run the best predicted candidates masked and put them in order of the config's score."""
     from kdscale.models.hidden_states import Scratch
+    from kdscale.pipeline.candidate_tasks import questions
     from kdscale.prune.rotation import rotated_teacher
     from kdscale.prune.search.masked import score_masked
     from kdscale.prune.search.planning import build_plan
     from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 
     config = context.config
+    order = config.prune.search.candidate_score.order
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
     teacher, family = loading.open_teacher(context.model_to_prune)
@@ -111,16 +130,17 @@ def by_masked_score(context: StageContext, search: Search, candidates: list[Shap
         device=device,
         reporter=context.reporter,
         scratch=Scratch(context.run.work / "masked", config.runtime.activation_bytes),
+        questions=questions(config, context.model_to_prune) if config.prune.search.tasks else None,
     )
     pairs = zip(best, scores, strict=True)
     scored = [candidate.model_copy(update={"masked": masked}) for candidate, masked in pairs]
-    scored.sort(key=_divergence)
+    scored.sort(key=lambda candidate: order(_masked(candidate)))
     return [*scored, *candidates[len(best) :]]
 
 
-def _divergence(candidate: ShapeCandidate) -> float:
+def _masked(candidate: ShapeCandidate) -> dict[str, Any]:
     assert candidate.masked is not None
-    return candidate.masked.kl
+    return candidate.masked.model_dump()
 
 
 def measured_latencies(context: StageContext, search: Search) -> LatencyModel:

@@ -77,9 +77,9 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="plan", title="choose the student's shape", run=plan.choose_plan, run_rank=plan.plan_rank,
             config=("prune",), depends_on=plan.what_matters, distils_by_itself=plan.distils_by_itself,
-            model="model_to_prune",
+            model="model_to_prune", check_before=plan.check_before,
             reads=(folder.IMPORTANCE,), writes=(folder.PLAN,), hand_editable=True, in_steps=True,
-            memory=("importance.micro_batch", "prune.search.masked_tokens"),
+            memory=("importance.micro_batch", "prune.search.masked_tokens", "prune.search.task_items"),
         ),
         Stage(
             name="prune", title="prune and check",

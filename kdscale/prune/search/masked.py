@@ -3,8 +3,8 @@
 Each teacher layer is read once. Every candidate that keeps the layer slices it in memory, solves the regression that
 apply would solve (from one Gram matrix of the teacher's inputs, shared by all candidates), and moves its own hidden
 states through it. At the end: cross-entropy, and the KL divergence from the teacher's next-token distribution over the
-whole vocabulary. In memory: one teacher layer, one candidate's layer, the Gram matrices of a layer, hidden states
-within a byte budget.
+whole vocabulary, and how likely the answers to questions are, if there are any. In memory: one teacher layer, one
+candidate's layer, the Gram matrices of a layer, hidden states within a byte budget.
 
 B batch · S sequence · N scored tokens · D hidden · U inputs of a projection · V vocabulary
 """
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdscale.errors import DataError, SelfCheckError
@@ -34,6 +36,7 @@ from kdscale.prune.compensation.one_stream import (
 )
 from kdscale.prune.compensation.regression import RidgeSums
 from kdscale.prune.plan import MaskedScore, Plan
+from kdscale.prune.search.questions import Questions
 from kdscale.prune.slicing import SlicedStudent, SlicedTensor, Slicer
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
@@ -60,8 +63,9 @@ def score_masked(
     device: torch.device | None = None,
     reporter: Reporter | None = None,
     scratch: Scratch = IN_MEMORY,
+    questions: Questions | None = None,
 ) -> list[MaskedScore]:
-    """Loss and KL of each plan's student on `batches`, in nats per token.
+    """Loss and KL of each plan's student on `batches`, in nats per token, and its score on `questions`.
 
     Plans that compensate, in whichever way, are fitted here with one ridge regression on `calibration` with λ `ridge`.
     Hidden states beyond the byte budget of `scratch` are in its folder, which is removed at the end. Raises DataError
@@ -77,10 +81,11 @@ def score_masked(
     if any(student.roles for student in students) and not sum(batch.input_ids_BS.numel() for batch in calibration):
         raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
     calibrate = list(calibration) if any(student.roles for student in students) else []
-    states = teacher_stream.embed(batches, model_scratch.subfolder("teacher"))
+    texts: list[TokenBatch] = [*batches, *(questions.batches if questions else ())]
+    states = teacher_stream.embed(texts, model_scratch.subfolder("teacher"))
     calibration_states = teacher_stream.embed(calibrate, model_scratch.subfolder("calibration"))
     for number, student in enumerate(students):
-        student.states = student.stream.embed(batches, model_scratch.subfolder(f"candidate-{number}"))
+        student.states = student.stream.embed(texts, model_scratch.subfolder(f"candidate-{number}"))
     layers = teacher_stream.dims.layers
     with torch.inference_mode(), reporter.bar("masked candidates", layers, unit="layer") as bar:
         for index in range(layers):
@@ -89,15 +94,22 @@ def score_masked(
             grams, inputs = _teacher_inputs(
                 layer, family, students, calibrate, calibration_states, model_scratch, device
             )
-            _advance(layer, states, batches, device)
+            _advance(layer, states, texts, device)
             if inputs is None:  # fitting experts still needs the layer's weights
                 layer.release()
             for student in students:
-                student.advance(index, grams, inputs, scratch.activation_bytes, batches, device)
+                student.advance(index, grams, inputs, scratch.activation_bytes, texts, device)
             layer.release()
             bar.advance(1, f"layer {index + 1}/{layers}")
         shared.clear()
-        scores = _losses(teacher_stream, students, states, batches, device)
+        models = [(_Output(teacher_stream), states), *((_Output(s.stream), s.states) for s in students)]
+        scores = _losses(models, students, batches, device)
+        if questions is not None:
+            answered = [_answers(*model, questions, len(batches), device) for model in models]
+            scores = [
+                score.model_copy(update={"task": task})
+                for score, task in zip(scores, questions.compare(answered[0], answered[1:]), strict=True)
+            ]
     if scratch.folder is not None:
         remove_tree(scratch.folder)
     return scores
@@ -215,28 +227,25 @@ def _advance(layer: DecoderLayer, states: HiddenStates, batches: Sequence[TokenB
 
 
 def _losses(
-    teacher_stream: LayerStream,
+    models: Sequence[tuple[_Output, HiddenStates]],
     students: Sequence[_Student],
-    states: HiddenStates,
     batches: Sequence[LabelledBatch],
     device: torch.device,
 ) -> list[MaskedScore]:
-    """Means over all labelled tokens, computed a chunk of rows of logits at a time."""
-    teacher_output = _Output(teacher_stream)
-    student_outputs = [_Output(student.stream) for student in students]
+    """Means over all labelled tokens, computed a chunk of rows of logits at a time; `models`: the teacher first."""
+    (teacher_output, states), *others = models
     count, teacher_ce = 0, 0.0
     ce, kl = [0.0] * len(students), [0.0] * len(students)
-    rows = max(1, _LOGITS_AT_ONCE // teacher_stream.dims.vocab)
     for index, batch in enumerate(batches):
         labels = batch.labels_BS.flatten().to(device)
         valid = (labels >= 0).nonzero().flatten()
         count += len(valid)
-        for chunk in valid.split(rows):
+        for chunk in valid.split(teacher_output.rows_at_once):
             targets_N1 = labels[chunk].unsqueeze(1)
             log_p_NV = teacher_output.log_probabilities(states[index], chunk)
             teacher_ce -= float(log_p_NV.gather(1, targets_N1).double().sum())
-            for number, student in enumerate(students):
-                log_q_NV = student_outputs[number].log_probabilities(student.states[index], chunk)
+            for number, (output, student_states) in enumerate(others):
+                log_q_NV = output.log_probabilities(student_states[index], chunk)
                 ce[number] -= float(log_q_NV.gather(1, targets_N1).double().sum())
                 kl[number] += float((log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum())
     scores = []
@@ -255,11 +264,28 @@ def _losses(
     return scores
 
 
+def _answers(
+    output: _Output, states: HiddenStates, questions: Questions, first: int, device: torch.device
+) -> NDArray[np.float64]:
+    """The log-likelihood of each answer, in nats; the questions' texts follow `first` other batches."""
+    sums = torch.zeros(questions.answers, dtype=torch.float64)
+    for index, batch in enumerate(questions.batches, start=first):
+        for chunk in torch.arange(len(batch.places_N)).split(output.rows_at_once):
+            log_p_NV = output.log_probabilities(states[index], batch.places_N[chunk].to(device))
+            values_N1 = log_p_NV.gather(1, batch.labels_N[chunk, None].to(device))
+            sums.index_add_(0, batch.answers_N[chunk], values_N1[:, 0].double().cpu())
+    if not torch.isfinite(sums).all():
+        raise SelfCheckError("a model's answers have no finite likelihood", hint="try importance.dtype=float32")
+    values: NDArray[np.float64] = sums.numpy()
+    return values
+
+
 class _Output:
     """Final norm and head of one model: hidden states → log-probabilities in fp32."""
 
     def __init__(self, stream: LayerStream):
         self._head, self._norm = stream.head(), stream.final_norm()
+        self.rows_at_once = max(1, _LOGITS_AT_ONCE // stream.dims.vocab)
 
     def log_probabilities(self, state_BSD: Tensor, rows_N: Tensor) -> Tensor:
         """[N, V] for the tokens `rows_N` of a batch."""
