@@ -11,7 +11,7 @@ TEACHER := teachers/smollm2-135m-instruct
 .PHONY: quick demo test docs lint types imports pytest format clean
 
 quick demo:
-	@$(PYTHON) .ci/bootstrap.py $(VENV) gguf
+	@$(PYTHON) .ci/bootstrap.py $(VENV) gguf eval
 	@$(BIN)/kdscale get-teacher smollm2-135m-instruct $(TEACHER)
 	@$(BIN)/kdscale run $@
 

@@ -82,13 +82,21 @@ class Questions:
         return out
 
 
-def _scale(scores: ItemScores) -> float:
-    return 1.0
+def _scale(teacher: ItemScores) -> float:
+    """The spread of the teacher's margins: they are nats in one task and nats a character in another."""
+    assert teacher.margins is not None, "tasks without choices are refused"
+    return float(np.std(teacher.margins)) or 1.0
 
 
 def _worth(scores: ItemScores, scale: float) -> Floats:
-    margins = np.asarray(scores.margins)
-    return -np.logaddexp(0.0, -margins)
+    """What each item counts: log σ(margin / scale), at most 0.
+
+    0 or 1 would forget by how much an answer is right or wrong, and the margin itself would let few items decide that
+    are far from both; measured in docs/explanation/measured-pruning.md.
+    """
+    assert scores.margins is not None
+    counts: Floats = -np.logaddexp(0.0, -np.asarray(scores.margins) / scale)
+    return counts
 
 
 def _mean(by_task: Mapping[str, Floats]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdscale.cli import tables
 from kdscale.config.load import load_config
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
@@ -19,10 +19,13 @@ from kdscale.eval.downstream.token_requests import TokenRequests, require_choice
 from kdscale.models.loading import load_model, load_tokenizer, model_on_meta, open_teacher
 from kdscale.pipeline.candidate_tasks import question_batches
 from kdscale.pipeline.runner import run_until
+from kdscale.pipeline.stage import StageContext
+from kdscale.pipeline.stages import plan as plan_stage
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.search.masked import score_masked
 from kdscale.prune.search.planning import make_plan
 from kdscale.prune.search.questions import Questions
+from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 from tests.integration.eval.conftest import TaskMaker
 
@@ -70,36 +73,36 @@ def test_masked_answers_are_those_of_the_written_student(
 
 
 def test_the_plan_follows_the_tasks_and_their_files(
-    kdscale: Callable[..., Any], tiny_config: Path, task_maker: TaskMaker
+    tiny_config: Path, task_maker: TaskMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = task_maker(items=8)
     settings = [
-        "prune.ffn=null", "prune.heads=null", "prune.tolerance=0.1", "prune.target_params=70%",
+        "prune.ffn=null", "prune.heads=null", "prune.tolerance=0.1", "prune.target_params=70%", "runtime.threads=1",
         "prune.axes=[ffn,heads,layers]", "prune.search.masked_candidates=3", "prune.search.masked_tokens=64",
         "prune.search.score=task", f"prune.search.tasks=[{file}]", "prune.search.task_items=5",
     ]  # fmt: skip
-    outcome = kdscale("plan", tiny_config, *(word for setting in settings for word in ("--set", setting)))
-    assert outcome.code == 0, outcome.err
-    plan_file = tiny_config.parent / "run" / "plan.json"
-    candidates = json.loads(plan_file.read_text())["candidates"]
-    answers = [row["masked"]["task"] for row in candidates[:3]]
+    config = load_config(tiny_config, settings)
+    run_until(config, "plan", QUIET)
+    run = RunFolder(Path(config.run_dir))
+    plan = json.loads(run.plan.read_text())
+    answers = [row["masked"]["task"] for row in plan["candidates"][:3]]
+    assert all(row["masked"] is None for row in plan["candidates"][3:])
     scores = [answer["score"] for answer in answers]
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == 3
     assert answers[0]["behind"] == answers[0]["behind_error"] == 0.0
     assert answers[1]["behind"] == pytest.approx(scores[0] - scores[1])
     assert all(answer["items"] == 5 and answer["behind_error"] > 0 for answer in answers[1:])
-    for words in ("score on 5 items", "behind", f"{scores[0]:.3f} ± {answers[0]['score_error']:.3f}"):
-        assert words in outcome.out
 
-    config = load_config(tiny_config, settings)
-    before = plan_file.stat().st_mtime_ns
-    run_until(config, "plan", QUIET)
-    assert plan_file.stat().st_mtime_ns == before
-    data = file.with_suffix(".jsonl")
-    data.write_text("".join(line for line in data.read_text().splitlines(keepends=True)[:4]))
-    run_until(config, "plan", QUIET)
-    assert json.loads(plan_file.read_text())["candidates"][0]["masked"]["task"]["items"] == 4
+    tables.plan(plan, 1000)
+    out = capsys.readouterr().out
+    for words in ("score on 5 items", "behind", f"{scores[0]:.3f} ± {answers[0]['score_error']:.3f}"):
+        assert words in out
+
+    context = StageContext(config, run, Path(config.teacher.path), QUIET)
+    before = plan_stage.what_matters(context)
+    file.with_suffix(".jsonl").write_text(file.with_suffix(".jsonl").read_text() + "\n")
+    assert plan_stage.what_matters(context) != before
 
 
 def test_tasks_that_candidates_cannot_be_asked_are_refused_before_any_work(
