@@ -73,7 +73,7 @@ def test_masked_answers_are_those_of_the_written_student(
 
 
 def test_the_plan_follows_the_tasks_and_their_files(
-    tiny_config: Path, task_maker: TaskMaker, capsys: pytest.CaptureFixture[str]
+    tiny_config: Path, task_maker: TaskMaker, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = task_maker(items=8)
     settings = [
@@ -95,7 +95,7 @@ def test_the_plan_follows_the_tasks_and_their_files(
     assert all(answer["items"] == 5 and answer["behind_error"] > 0 for answer in answers[1:])
 
     tables.plan(plan, 1000)
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     for words in ("score on 5 items", "behind", f"{scores[0]:.3f} ± {answers[0]['score_error']:.3f}"):
         assert words in out
 
