@@ -89,13 +89,13 @@ def _scale(teacher: ItemScores) -> float:
 
 
 def _worth(scores: ItemScores, scale: float) -> Floats:
-    """What each item counts: log σ(margin / scale), at most 0.
+    """What each item counts: σ(margin / scale), from 0 to 1, where 0.5 is indifference.
 
-    0 or 1 would forget by how much an answer is right or wrong, and the margin itself would let few items decide that
-    are far from both; measured in docs/explanation/measured-pruning.md.
+    Right or wrong alone would forget by how much, and the margin itself would let a few items decide that are far from
+    both: docs/explanation/measured-pruning.md.
     """
     assert scores.margins is not None
-    counts: Floats = -np.logaddexp(0.0, -np.asarray(scores.margins) / scale)
+    counts: Floats = np.exp(-np.logaddexp(0.0, -np.asarray(scores.margins) / scale))
     return counts
 
 
