@@ -101,5 +101,5 @@ def check_fake_quantize(folders: Mapping[str, Path]) -> None:
             raise ConfigError(
                 "distill.fake_quantize", expected=f"a {what} without experts",
                 got=f"{config['model_type']} with {experts}",
-                hint="quantise a mixture after its distillation instead (quantize.forms)",
+                hint="leave it out: mixtures of experts are not quantised",
             )  # fmt: skip

@@ -41,7 +41,7 @@ def student_in_bf16(student_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def held_out_loss(folder: Path, data_dir: Path, dtype: torch.dtype, grid: IntegerGrid) -> float:
     """Of a student as it is stored, once its layers are quantised."""
-    model: Any = load_model(folder, dtype=dtype, device=torch.device("cpu"))
+    model: Any = load_model(folder, dtype=dtype, device=torch.device("cpu")).requires_grad_(False)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
             weight_OI = module.weight.detach()
@@ -49,8 +49,7 @@ def held_out_loss(folder: Path, data_dir: Path, dtype: torch.dtype, grid: Intege
             module.weight.data = grid.values(grid.integers(weight_OI, scales_OG), scales_OG)
     total, count = 0.0, 0
     for batch in eval_batches(TokenStore.open(data_dir).split("heldout"), 48, 2, 200):
-        with torch.no_grad():
-            hidden_BSH = final_hidden(model, batch.input_ids_BS, batch.position_ids_BS)
+        hidden_BSH = final_hidden(model, batch.input_ids_BS, batch.position_ids_BS)
         kept_BS = batch.labels_BS != IGNORED_LABEL
         total += float(torch.nn.functional.cross_entropy(
             head_of(model).logits(hidden_BSH[kept_BS]), batch.labels_BS[kept_BS], reduction="sum"))  # fmt: skip

@@ -53,11 +53,10 @@ def config_in(tiny_config: Path, tiny_llama_dir: Path, tmp_path: Path) -> Callab
 
 
 def held_out_loss(folder: Path, data: Path) -> float:
-    model: Any = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+    model: Any = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu")).requires_grad_(False)
     total, count = 0.0, 0
     for batch in eval_batches(TokenStore.open(data).split("heldout"), 64, 2, 128):
-        with torch.no_grad():
-            hidden_BSH = final_hidden(model, batch.input_ids_BS, batch.position_ids_BS)
+        hidden_BSH = final_hidden(model, batch.input_ids_BS, batch.position_ids_BS)
         kept_BS = batch.labels_BS != IGNORED_LABEL
         logits_NV, labels_N = head_of(model).logits(hidden_BSH[kept_BS]), batch.labels_BS[kept_BS]
         total += float(torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum"))
