@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 from kdscale.errors import FileError, KdscaleError, RunFolderError
 from kdscale.files import read_json
+from kdscale.report.bias_facts import bias
 from kdscale.report.compare.settings import differing_fields, measured_with
 from kdscale.report.comparison import FIGURES, Figure, is_evaluation, written, written_error
 from kdscale.report.downstream_facts import downstream
 from kdscale.report.facts import read_config
 from kdscale.report.tradeoff.points import Point, as_json, points_of
-from kdscale.runs.folder import DOWNSTREAM, METRICS, RunFolder
+from kdscale.runs.folder import BIAS, DOWNSTREAM, METRICS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import CORRECTED, PRUNED, TEACHER, model_title
 
@@ -32,7 +33,7 @@ _SHOWN = {
     "decode_tokens_per_second": "Decode, tokens/s", "saturated_tokens_per_second": "Most tokens/s",
     "joules_per_token": "J per token", "peak_memory_bytes": "Peak memory",
 }  # fmt: skip
-_KINDS = {"quality": "quality", "by_source": "quality", "tasks": "tasks", "efficiency": "speed"}
+_KINDS = {"quality": "quality", "by_source": "quality", "tasks": "tasks", "efficiency": "speed", "bias": "bias"}
 Value = TypeVar("Value")
 
 
@@ -47,6 +48,7 @@ def gather(folders: Sequence[Path]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "runs": [{key: run[key] for key in _KEPT} for run in read],
         "columns": _columns(models),
+        "bias": list({title: None for row in models for title in row["bias"]}),
         "models": models,
         "unlike": unlike,
         "config": differing_fields({run["label"]: run["config"] for run in read}),
@@ -76,6 +78,7 @@ def _read(folder: Path) -> dict[str, Any]:
     plan = sound(lambda: _checked(run.plan, _is_plan))
     evaluation = sound(lambda: _checked(run.eval / "eval.json", is_evaluation))
     tasks = sound(lambda: downstream(run.at(DOWNSTREAM)))
+    biased = sound(lambda: bias(run.at(BIAS)))
     trained = sound(lambda: _last_step(folder / METRICS.path))
     heldout = sound(lambda: _heldout_digests(run.stages / "data.json"))
     stages = run.recorded(damage.append)
@@ -93,10 +96,11 @@ def _read(folder: Path) -> dict[str, Any]:
         "parameters": plan["student_params"]["total"] if plan else None,
         "trained_tokens": (trained or {}).get("tokens"),
         "steps": (trained or {}).get("step"),
-        "settings": measured_with(evaluation, tasks, heldout),
+        "settings": measured_with(evaluation, tasks, biased, heldout),
         "config": config,
         "evaluation": evaluation,
         "tasks": tasks,
+        "bias": biased,
         "unlike": [],  # kinds of figures that were measured otherwise than in the first run
     }
 
@@ -192,9 +196,13 @@ def _models(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "unlike": run["unlike"],
                     "trained_tokens": run["trained_tokens"] if name not in (TEACHER, CORRECTED, PRUNED) else None,
                     "figures": _figures(run, name, model),
+                    "bias": _bias_figures(run, name),
                 }
                 known.append((content, row))
                 rows.append(row)
+            elif not row["unlike"] and not run["unlike"]:  # what one run has measured of it and another has not
+                row["figures"] = _figures(run, name, model) | row["figures"]
+                row["bias"] = row["bias"] or _bias_figures(run, name)
             row["runs"].append(run["label"])
     for row in rows:
         everywhere = len(row["runs"]) == sum(run["evaluation"] is not None for run in runs)
@@ -221,6 +229,16 @@ def _figures(run: Mapping[str, Any], name: str, model: Mapping[str, Any]) -> dic
         if figure is _ACCURACY and mean is not None:
             text = mean["error_text"]
         found[key] = {"value": value, "text": written(value, figure.form), "error_text": text}
+    return found
+
+
+def _bias_figures(run: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """The figure with a verdict of every measure of bias that the model has, by measure, figure and ideal."""
+    found = {}
+    for measure in run["bias"]["measures"] if run["bias"] else []:
+        for row in measure["rows"]:
+            if row["headline"] and name in row["cells"]:
+                found[f"{measure['title']}: {row['title']}"] = row["cells"][name]
     return found
 
 

@@ -12,7 +12,10 @@ _NO_DIFFERENCE = ("name", "run_dir")  # every run has its own
 
 
 def measured_with(
-    evaluation: Mapping[str, Any] | None, tasks: Mapping[str, Any] | None, heldout: Mapping[str, str] | None
+    evaluation: Mapping[str, Any] | None,
+    tasks: Mapping[str, Any] | None,
+    bias: Mapping[str, Any] | None,
+    heldout: Mapping[str, str] | None,
 ) -> dict[str, dict[str, Any] | None]:
     """Settings by kind of figure; None for a kind that was not measured. Figures of equal settings can be compared."""
     made = evaluation.get("settings") if evaluation else None
@@ -27,7 +30,8 @@ def measured_with(
     if first:
         speed = {name: made.get(name) for name in _SPEED} | {name: first.get(name) for name in _OF_CELL}
     of_tasks = {row["title"]: row["how"] for row in tasks["rows"]} if tasks else None
-    return {"quality": quality, "speed": speed, "tasks": of_tasks}
+    of_bias = {measure["title"]: f"{measure['items']:,} items" for measure in bias["measures"]} if bias else None
+    return {"quality": quality, "speed": speed, "tasks": of_tasks, "bias": of_bias}
 
 
 def differing_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

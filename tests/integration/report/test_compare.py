@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
 from kdscale.cli.main import make_app
 from kdscale.errors import ConfigError, RunFolderError
+from kdscale.eval.bias.changes import headline, summarise
+from kdscale.eval.bias.measures import MEASURES
 from kdscale.report.compare.page import shape_text, write_comparison
 from kdscale.report.compare.runs import gather
 from kdscale.report.compare.settings import differing_fields
@@ -156,6 +159,36 @@ def test_accuracy_stands_beside_perplexity_where_tasks_were_scored(tmp_path: Pat
     (distilled, *_) = (row for row in facts["models"] if row["name"] == "distilled")
     assert distilled["figures"]["accuracy"] == {"value": 0.5, "text": "50.0 %", "error_text": "5.0"}
     assert (tmp_path / "out" / "compare.html").read_text().count("Accuracy over tasks (higher is better)") == 4
+
+
+def test_bias_has_a_table_of_its_own(tmp_path: Path) -> None:
+    """Of each measure the figure with a verdict; a measure of another number of items is not comparable."""
+    runs = [write_run(tmp_path / name, evaluation(ppl), name) for name, ppl in (("one", 20.0), ("two", 18.0))]
+    measure, models = MEASURES["pairs"], ("teacher", "distilled")
+    for run, items in zip(runs, (60, 40), strict=True):
+        values = {name: np.full((items, len(measure.columns)), 0.5) for name in models}
+        for name in models:
+            values[name][: items // 4, 0] = 1.0
+        summary = summarise(measure, values, ["age"] * items, list(map(str, range(items))), kept_within=0.05, seed=0)
+        words = {one.name: {"title": one.title, "ideal": one.ideal, "range": one.range} for one in measure.figures}
+        result = {
+            "measure": measure.name, "title": measure.title, "paper": measure.paper, "decision": measure.decision,
+            "headline": headline(measure, summary["all"]), "verdicts": {}, "figures": words, **summary,
+        }  # fmt: skip
+        tree = {"schema_version": 1, "settings": {}, "models": list(models), "measures": {"pairs": result}}
+        (run / "bias").mkdir()
+        (run / "bias" / "bias.json").write_text(json.dumps(tree))
+    facts = write_comparison(runs, tmp_path / "out")
+    assert [run["damage"] for run in facts["runs"]] == [[], []]
+    (title,) = facts["bias"]
+    assert title.startswith("Minimal pairs: ")
+    assert {row["run"] for row in facts["models"] if row["bias"]} >= {"one", "two"}
+    (item,) = facts["unlike"]
+    assert (item["figures"], item["settings"]) == (
+        "bias", [{"name": "Minimal pairs", "value": "40 items", "first": "60 items"}]
+    )  # fmt: skip
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "Bias and safety" in page and "≠" in page
 
 
 def test_the_command_prints_a_line_for_each_model_and_names_the_page(
