@@ -12,6 +12,7 @@ cells and repeats.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -206,16 +207,17 @@ class _Session:
             model.growth_ended = "memory"
             return
         tokens = cell.batch * len(answer["gaps"])
-        before = max((step["tokens_per_second"] for step in model.growth), default=0.0)
         joules = answer["joules"]
         model.growth.append(
             {
                 "batch": cell.batch,
-                "tokens_per_second": tokens / sum(answer["gaps"]),
+                "tokens_per_second": cell.batch / statistics.median(answer["gaps"]),
                 "joules_per_token": None if joules is None else joules / tokens,
             }
         )
-        if model.growth[-1]["tokens_per_second"] < (1 + _WORTH_DOUBLING) * before:
+        rates = [step["tokens_per_second"] for step in model.growth]
+        # two doublings in vain: a single one may have met other work of the machine
+        if len(rates) > 2 and max(rates[-2:]) < (1 + _WORTH_DOUBLING) * max(rates[:-2]):
             model.growth_ended = "gain"
 
     def _ask(self, model: Measurements, do: str, cell: Cell, new_tokens: int) -> dict[str, Any]:
