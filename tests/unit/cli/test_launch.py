@@ -12,6 +12,7 @@ import pytest
 from kdscale.cli.main import make_app
 from kdscale.errors import ConfigError, MissingProgramError
 from kdscale.jobs.launch import commands_for_fewer_hosts, make_request
+from kdscale.pipeline.stages.registry import job_targets
 from kdscale_launch import Host
 
 HOSTS = "node-1 slots=1\nnode-2 slots=1\n"
@@ -113,7 +114,7 @@ def test_torchrun(dry: Launch, config: Path) -> None:
         (("--slurm", "--nodes", "3"), r"global_batch \(8\) must be a multiple"),
         (("--slurm", "--nodes", "2", "--min-nodes", "1"), "fewer nodes need --hostfile"),
         (("--slurm", "--set", "distill.processes=2"), "number of slots"),
-        (("--slurm", "--until", "prune"), "distill, eval, report"),
+        (("--slurm", "--until", "prune"), ", ".join(job_targets())),
         (("--slurm", "--sbatch", "a b\nc"), "not an sbatch option"),
         (("--kubernetes",), "--image"),
         (("--kubernetes", "--image", "i", "--slots", "4", "--gpus", "2"), "expected: 4 a pod"),
