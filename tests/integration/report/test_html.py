@@ -228,7 +228,14 @@ def test_the_pruning_section_shows_every_kind_of_score(run: Path, tmp_path: Path
     plan = json.loads((run / "plan.json").read_text())
     (only,) = plan["candidates"]
     masked = {"loss": 5.0, "kl": 1.25, "teacher_loss": 4.0, "tokens": 512, "compensate": "ridge"}
-    first = only | {"decode_ms": 12.5, "prefill_ms": 80.0, "masked": masked, "probes": [{"tokens": 64, "loss": 0.75}]}
+    figures = dict.fromkeys(("score_error", "accuracy", "accuracy_error", "behind", "behind_error"), 0.125)
+    task = {**figures, "score": 0.625, "teacher_score": 0.75, "teacher_accuracy": 0.5, "items": 9}
+    first = only | {
+        "decode_ms": 12.5,
+        "prefill_ms": 80.0,
+        "masked": masked | {"task": task},
+        "probes": [{"tokens": 64, "loss": 0.75}],
+    }
     plan["candidates"] = [first, only | {"ffn": 32, "masked": masked | {"kl": 2.5}}]
     plan["target"] |= {"kind": "decode", "asked": "13ms"}
     plan["methods"]["search"] = "probes"
@@ -239,7 +246,17 @@ def test_the_pruning_section_shows_every_kind_of_score(run: Path, tmp_path: Path
     ]  # fmt: skip
     (run / "repair.json").write_text(json.dumps({"version": 1, "layers": rows}))
     text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
-    for words in ("13ms per decoded token", "by short distillations", "12.5 ms", "0.7500", "2.5000", "down 50% → 25%"):
+    for words in (
+        "13ms per decoded token",
+        "by short distillations",
+        "12.5 ms",
+        "0.7500",
+        "2.5000",
+        "down 50% → 25%",
+        "over 9 items",
+        "0.625 ± 0.125",
+        "12.5 ± 12.5 %",
+    ):
         assert words in text, words
     facts = json.loads((tmp_path / "out" / "report.json").read_text())
     assert facts["repair"]["layers"] == rows
