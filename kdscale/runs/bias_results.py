@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
@@ -82,11 +82,31 @@ class MeasureResults(_Record):
 
 
 class Results(_Record):
-    """bias.json."""
+    """bias.json. Every part has all figures of all models, the teacher first, and the changes of all others."""
 
     schema_version: int
     models: list[str]
     measures: dict[str, MeasureResults]
+
+    @model_validator(mode="after")
+    def _has_all_that_is_shown(self) -> Results:
+        if self.models[:1] != [TEACHER]:
+            raise ValueError("expected the teacher first")
+        for measure in self.measures.values():
+            if measure.headline not in measure.figures:
+                raise ValueError("expected a figure with the verdicts")
+            parts = (measure.all, *measure.groups.values())
+            if not all(_is_whole(part, self.models, set(measure.figures)) for part in parts):
+                raise ValueError("expected every figure of every model")
+        return self
+
+
+def _is_whole(part: Part, models: list[str], figures: set[str]) -> bool:
+    changes = [part.changes.get(name) for name in models[1:]]
+    return all(figures <= part.figures.get(name, {}).keys() for name in models) and all(
+        change is not None and figures <= change.figures.keys() and {"to", "back"} <= change.flips.keys()
+        for change in changes
+    )
 
 
 def read_bias(folder: Path) -> Results | None:
@@ -123,33 +143,46 @@ def grown_too_much(results: Results, fail_if: Mapping[str, float]) -> list[TooMu
     """What of bias.fail_if is exceeded by what the run hands on: the growth itself counts, whatever its error."""
     found = []
     for key, limit in fail_if.items():
-        name, _, figure = key.partition(".")
-        measure = results.measures.get(name)
-        if measure is None:
+        if (limited := _limited(results, key)) is None:
             continue
-        chosen = figure or measure.headline
-        for model in results_of_run(results.models):
-            growth = measure.all.changes[model].figures[chosen].growth
-            if growth is not None and growth > limit:
-                found.append(TooMuch(key, model, growth, limit, measure.figures[chosen].title))
+        measure, figure, changes = limited
+        for model, change in changes.items():
+            if change.growth is not None and change.growth > limit:
+                found.append(TooMuch(key, model, change.growth, limit, measure.figures[figure].title))
     return found
 
 
 def unseen_limits(results: Results, fail_if: Mapping[str, float]) -> list[str]:
-    """Sentences on limits that are smaller than what the items can show."""
+    """Sentences on limits that are smaller than what the items can show, and on those that nothing is held to."""
     out = []
     for key, limit in fail_if.items():
-        name, _, figure = key.partition(".")
-        if (measure := results.measures.get(name)) is None:
+        if (limited := _limited(results, key)) is None:
+            out.append(f"bias.fail_if: {key} is no figure of these results")
             continue
-        of_models = [measure.all.changes[model].figures[figure or measure.headline]
-                     for model in results_of_run(results.models)]  # fmt: skip
-        smallest = max((one.smallest for one in of_models if one.smallest is not None), default=None)
-        if smallest is None:
-            out.append(f"bias.fail_if: {key} cannot be computed from these items")
-        elif smallest > limit:
+        measure, _, changes = limited
+        smallest = max((one.smallest for one in changes.values() if one.smallest is not None), default=None)
+        if smallest is not None and smallest > limit:
             out.append(
                 f"bias.fail_if: {key} allows {limit:g}, but {measure.all.clusters:,} independent items show a growth "
                 f"only from {smallest:.3g} on: chance decides"
             )
+        if unknown := [model for model, one in changes.items() if one.growth is None]:
+            out.append(f"bias.fail_if: {key} cannot be computed for {', '.join(unknown)} from these items")
     return out
+
+
+def _limited(results: Results, key: str) -> tuple[MeasureResults, str, dict[str, Growth]] | None:
+    """The measure and figure that a key of bias.fail_if means, and its change in each model that the run hands on.
+
+    None where the results have no such figure: bias.fail_if may change after they were made.
+    """
+    name, _, figure = key.partition(".")
+    measure = results.measures.get(name)
+    if measure is None or (figure and figure not in measure.figures):
+        return None
+    figure = figure or measure.headline
+    return (
+        measure,
+        figure,
+        {model: measure.all.changes[model].figures[figure] for model in results_of_run(results.models)},
+    )

@@ -103,10 +103,18 @@ def bias_rank(context: StageContext) -> None:
 
 
 def gate(config: Config, run: RunFolder) -> None:
-    """Raises GateError when what the run hands on has grown more than bias.fail_if allows."""
+    """Raises GateError when what the run hands on has grown more than bias.fail_if allows.
+
+    Raises ConfigError for a limit on what is no figure.
+    """
     settings = _settings(config)
     results = read_bias(run.at(BIAS)) if settings.fail_if else None
-    if results is not None and (found := grown_too_much(results, settings.fail_if)):
+    if results is None:
+        return
+    from kdscale.eval.bias.measures import check_gate
+
+    check_gate(settings.fail_if, settings.measures)  # fail_if may change after check_before
+    if found := grown_too_much(results, settings.fail_if):
         raise GateError(
             "bias.fail_if: bias grew more than it may", expected="no more growth than the config allows",
             got="; ".join(map(str, found)), hint=f"everything is measured and written ({run.at(BIAS)})",

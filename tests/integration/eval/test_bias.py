@@ -306,4 +306,6 @@ def test_the_gate_looks_at_what_the_run_hands_on(stage: Stage) -> None:
     with pytest.raises(GateError, match=r"pairs, distilled: grew by 0.11, more than 0.1"):
         bias.gate(context.config, context.run)
     assert read_bias(context.run.path / "bias") is not None
+    with pytest.raises(ConfigError, match=r"pairs\.typo"):  # of a limit that came after the figures
+        bias.gate(stage(fail_if={"pairs.typo": 0.1}).config, context.run)
     bias.gate(stage(fail_if={}).config, context.run)

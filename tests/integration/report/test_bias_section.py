@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,36 @@ def test_the_terminal_shows_a_line_a_measure(run: Path, capsys: pytest.CaptureFi
     out = " ".join(capsys.readouterr().out.split())
     assert "Minimal pairs: own teacher 0.467 ± 0.0" in out
     assert "StereoSet teacher 46.7" in out and "+38.3 grew int4_rtn_g32" in out
+
+
+def test_limits_that_hold_nothing_are_named(run: Path) -> None:
+    tree = json.loads((run / "bias" / "bias.json").read_text())
+    change = tree["measures"]["pairs"]["all"]["changes"]["distilled"]["figures"]["share"]
+    change |= {"growth": None, "growth_error": None, "smallest": None, "verdict": None}
+    (run / "bias" / "bias.json").write_text(json.dumps(tree))
+    facts = bias(run / "bias", {"pairs": 1.0, "pairs.typo": 0.1})
+    assert facts is not None and facts["notes"] == [
+        "bias.fail_if: pairs cannot be computed for distilled from these items",
+        "bias.fail_if: pairs.typo is no figure of these results",
+    ]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tree: tree["models"].append("new"),
+        lambda tree: tree["models"].remove("teacher"),
+        lambda tree: tree["measures"]["own"].update(headline="x"),
+        lambda tree: tree["measures"]["own"]["all"]["figures"]["teacher"].pop("share"),
+        lambda tree: tree["measures"]["own"]["groups"]["age"]["changes"]["pruned"].update(flips={}),
+    ],
+)
+def test_results_that_lack_what_is_shown_are_damaged(run: Path, spoil: Callable[[Any], None]) -> None:
+    tree = json.loads((run / "bias" / "bias.json").read_text())
+    spoil(tree)
+    (run / "bias" / "bias.json").write_text(json.dumps(tree))
+    with pytest.raises(RunFolderError, match="damaged"):
+        bias(run / "bias")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema_version": 1, "models": [], "measures": {"pairs": 3}}'])
