@@ -17,6 +17,7 @@ from kdscale.runs.bias_results import (
     read_bias,
     results_of_run,
     unseen_limits,
+    written,
 )
 from kdscale.runs.models import TEACHER, model_title
 
@@ -116,22 +117,12 @@ def _change(part: Part, headline: str, figure: FigureWords, model: str) -> dict[
     return {
         "model": model,
         "title": model_title(model),
-        "change": None if change.change is None else signed(change.change, figure),
+        "change": None if change.change is None else written(change.change, figure, sign="+"),
         "change_error": None if change.error is None else written(change.error, figure),
-        "growth": None if change.growth is None else signed(change.growth, figure),
+        "growth": None if change.growth is None else written(change.growth, figure, sign="+"),
         "error_text": None if change.growth_error is None else written(change.growth_error, figure),
         "smallest": None if change.smallest is None else written(change.smallest, figure),
         "verdict": change.verdict or "not measurable",
         "to": flips["to"],
         "back": flips["back"],
     }
-
-
-def written(value: float, figure: FigureWords) -> str:
-    """A value of a figure as text: a share to three digits, a percentage to one."""
-    return (f"{value:.1f}" if figure.range > 1 else f"{value:.3f}").replace("-", "−")
-
-
-def signed(value: float, figure: FigureWords) -> str:
-    """A change as text, with its sign."""
-    return (f"{value:+.1f}" if figure.range > 1 else f"{value:+.3f}").replace("-", "−")

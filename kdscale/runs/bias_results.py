@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -118,6 +119,19 @@ def read_bias(folder: Path) -> Results | None:
     if not fits(Results)(tree):
         raise RunFolderError(f"{path} is damaged", hint="kdscale bias CONFIG makes it again")
     return Results.model_validate(tree)
+
+
+class HasRange(Protocol):
+    """A figure, as a measure defines it or as bias.json names it."""
+
+    @property
+    def range(self) -> float:
+        """Of its values: 1 for a share, 100 for a percentage."""
+
+
+def written(value: float, figure: HasRange, sign: Literal["", "+"] = "") -> str:
+    """A value of a figure as text: a share to three digits, a percentage to one; a change with its sign."""
+    return format(value, f"{sign}.{1 if figure.range > 1 else 3}f").replace("-", "−")
 
 
 def results_of_run(models: list[str]) -> list[str]:

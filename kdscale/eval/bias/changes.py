@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdscale.eval.bias.measures import Figure, Measure
+from kdscale.runs.bias_results import written
 
 RESAMPLES = 1000
 _SURE = 1.96  # standard errors: 19 of 20
@@ -193,11 +194,6 @@ def _with_error(entry: Mapping[str, Any], figure: Figure) -> str:
         return "none"
     error = "" if entry["error"] is None else f" ± {written(entry['error'], figure)}"
     return f"{written(entry['value'], figure)}{error}"
-
-
-def written(value: float, figure: Figure) -> str:
-    """A value of a figure as text: a share to three digits, a percentage to one."""
-    return (f"{value:.1f}" if figure.range > 1 else f"{value:.3f}").replace("-", "−")
 
 
 def _plain(value: float) -> float | None:
