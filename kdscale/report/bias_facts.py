@@ -31,6 +31,7 @@ def bias(folder: Path, fail_if: Mapping[str, float] | None = None) -> dict[str, 
         return None
     limits = dict(fail_if or {})
     return {
+        "settings": results.settings,
         "models": results.models,
         "results": results_of_run(results.models),
         "measures": [_measure(key, measure, results.models) for key, measure in results.measures.items()],

@@ -34,6 +34,7 @@ def _facts(result: Mapping[str, Any]) -> dict[str, Any]:
         cells = {name: _cell(model["mean"]) for name, model in models.items()}
         rows.append({"title": MEAN, "how": "every task counts alike", "cells": cells})
     return {
+        "settings": dict(result.get("settings") or {}),
         "models": list(models),
         "rows": rows,
         "changes": [_change(pair, gap) for pair, gap in result["differences"].items()],

@@ -86,6 +86,7 @@ class Results(_Record):
     """bias.json. Every part has all figures of all models, the teacher first, and the changes of all others."""
 
     schema_version: int
+    settings: dict[str, str | int | float | None] = {}
     models: list[str]
     measures: dict[str, MeasureResults]
 

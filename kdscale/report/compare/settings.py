@@ -8,6 +8,7 @@ from typing import Any
 _QUALITY = ("split", "tokens", "bytes", "document_pieces", "seq_len", "dtype")
 _SPEED = ("device_name", "threads")
 _OF_CELL = ("batch", "context", "new_tokens", "dtype", "device", "cuda_graphs", "interleaved")
+_ANSWERS = ("dtype", "lm_eval")
 _NO_DIFFERENCE = ("name", "run_dir")  # every run has its own
 
 
@@ -29,9 +30,19 @@ def measured_with(
     speed = None
     if first:
         speed = {name: made.get(name) for name in _SPEED} | {name: first.get(name) for name in _OF_CELL}
-    of_tasks = {row["title"]: row["how"] for row in tasks["rows"]} if tasks else None
-    of_bias = {measure["title"]: f"{measure['items']:,} items" for measure in bias["measures"]} if bias else None
+    of_tasks = of_bias = None
+    if tasks:
+        of_tasks = {row["title"]: row["how"] for row in tasks["rows"]} | _asked_with(tasks, bool(tasks["sample"]))
+    if bias:
+        of_bias = {measure["title"]: f"{measure['items']:,} items" for measure in bias["measures"]}
+        of_bias |= _asked_with(bias, bias["settings"].get("limit") is not None)
     return {"quality": quality, "speed": speed, "tasks": of_tasks, "bias": of_bias}
+
+
+def _asked_with(facts: Mapping[str, Any], drawn: bool) -> dict[str, Any]:
+    """What else answers depend on; the seed, where it has drawn the items."""
+    names = (*_ANSWERS, *(["seed"] if drawn else []))
+    return {name: facts["settings"].get(name) for name in names}
 
 
 def differing_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

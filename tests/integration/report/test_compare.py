@@ -161,6 +161,25 @@ def test_accuracy_stands_beside_perplexity_where_tasks_were_scored(tmp_path: Pat
     assert (tmp_path / "out" / "compare.html").read_text().count("Accuracy over tasks (higher is better)") == 4
 
 
+@pytest.mark.parametrize(
+    ("setting", "available", "differs"), [("seed", 9, False), ("seed", 10, True), ("dtype", 9, True)]
+)
+def test_tasks_are_alike_where_the_same_items_were_asked_alike(
+    tmp_path: Path, setting: str, available: int, differs: bool
+) -> None:
+    mean = {"value": 0.5, "standard_error": 0.05}
+    task = {"metric": "acc", "items": 9, "available": available, "num_fewshot": 0, "chance": 0.5}
+    runs = []
+    for name in ("one", "two"):
+        runs.append(write_run(tmp_path / name, evaluation(), name))
+        result = {"tasks": {"cloze": task}, "models": {"teacher": {"mean": mean, "tasks": {"cloze": mean}}},
+                  "settings": {setting: name}, "differences": {}}  # fmt: skip
+        (runs[-1] / "downstream").mkdir()
+        (runs[-1] / "downstream" / "downstream.json").write_text(json.dumps(result))
+    found = [setting["name"] for item in gather(runs)["unlike"] for setting in item["settings"]]
+    assert found == ([setting] if differs else [])
+
+
 def test_bias_has_a_table_of_its_own(tmp_path: Path) -> None:
     """Of each measure the figure with a verdict; a measure of another number of items is not comparable."""
     runs = [write_run(tmp_path / name, evaluation(ppl), name) for name, ppl in (("one", 20.0), ("two", 18.0))]
@@ -175,7 +194,8 @@ def test_bias_has_a_table_of_its_own(tmp_path: Path) -> None:
             "measure": measure.name, "title": measure.title, "paper": measure.paper, "decision": measure.decision,
             "headline": headline(measure, summary["all"]), "verdicts": {}, "figures": words, **summary,
         }  # fmt: skip
-        tree = {"schema_version": 1, "settings": {}, "models": list(models), "measures": {"pairs": result}}
+        settings = {"limit": items, "seed": items, "dtype": "float32"}
+        tree = {"schema_version": 1, "settings": settings, "models": list(models), "measures": {"pairs": result}}
         (run / "bias").mkdir()
         (run / "bias" / "bias.json").write_text(json.dumps(tree))
     facts = write_comparison(runs, tmp_path / "out")
@@ -185,8 +205,12 @@ def test_bias_has_a_table_of_its_own(tmp_path: Path) -> None:
     assert {row["run"] for row in facts["models"] if row["bias"]} >= {"one", "two"}
     (item,) = facts["unlike"]
     assert (item["figures"], item["settings"]) == (
-        "bias", [{"name": "Minimal pairs", "value": "40 items", "first": "60 items"}]
-    )  # fmt: skip
+        "bias",
+        [
+            {"name": "Minimal pairs", "value": "40 items", "first": "60 items"},
+            {"name": "seed", "value": 40, "first": 60},
+        ],
+    )
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "Bias and safety" in page and "≠" in page
 
