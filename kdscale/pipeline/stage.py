@@ -230,19 +230,24 @@ def _files_of(inputs: Mapping[str, Any]) -> dict[str, str]:
 def changed_outputs(run: RunFolder, manifest: Mapping[str, Any], hand_editable: bool = False) -> list[str]:
     """Which outputs are gone or are no longer what the stage left, one line each.
 
-    The card in a model's folder does not count: the report stage writes into it, and people do.
+    The card in a model's folder does not count, also where a stage leaves several models: the report stage writes into
+    it, and people do.
     """
     reasons = []
     for name, digests in manifest["outputs"].items():
         present = digest_tree(run.path / name) if (run.path / name).exists() else {}
         if (run.path / name).is_dir():
-            present, digests = ({key: tree[key] for key in tree if key != CARD} for tree in (present, digests))  # noqa: PLW2901
+            present, digests = (_without_cards(tree) for tree in (present, digests))  # noqa: PLW2901
         if not present and digests:
             reasons.append(f"{name} is gone")
         elif present != digests and not hand_editable:
             changed = sorted(key for key in {*present, *digests} if present.get(key) != digests.get(key))
             reasons.append(f"{name} was changed after it was made ({', '.join(changed[:3])})")
     return reasons
+
+
+def _without_cards(tree: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in tree.items() if PurePosixPath(name).name != CARD}
 
 
 def run_stage(stage: Stage, context: StageContext) -> bool:

@@ -124,8 +124,10 @@ def test_what_no_stage_reads_of_the_teacher_changes_nothing_but_its_copies(bench
     assert "copied again" in bench.console.export_text()
 
 
-def test_a_card_that_was_edited_or_removed_is_no_reason_to_compute(bench: Bench) -> None:
-    card, weights = bench.run.path / "b" / "README.md", bench.run.path / "b" / "x"
+@pytest.mark.parametrize("name", ["README.md", "int8/README.md"])  # of a model, and of one of several
+def test_a_card_that_was_edited_or_removed_is_no_reason_to_compute(bench: Bench, name: str) -> None:
+    card, weights = bench.run.path / "b" / name, bench.run.path / "b" / "x"
+    card.parent.mkdir(parents=True)
     bench.second = replace(bench.second, run=lambda context: (bench._work("second", "b/x")(context), card.touch())[0])
     assert bench.go() == ["first", "second"]
     card.write_text("ours")
