@@ -304,7 +304,7 @@ def _prepare_resuming(stage: Stage, context: StageContext, made_from: dict[str, 
         for artifact in stage.resumes_from:
             remove_tree(run.at(artifact))
     if before != made_from:
-        _remove_work(stage, run)
+        _remove_stale_work(stage, run)
     write_json(marker, made_from)
 
 
@@ -363,6 +363,19 @@ def _renew_copies(stage: Stage, context: StageContext, manifest: dict[str, Any])
     write_json(manifest_path(stage, context.run), {**manifest, "outputs": outputs, "copied": copied})
     if renewed:
         context.reporter.say(f"  {target.name}: {', '.join(renewed)} copied again, as the original changed")
+
+
+def _remove_stale_work(stage: Stage, run: RunFolder) -> None:
+    """Remove what a try from other inputs left, but no run in it: its own stages know whether its training still holds.
+
+    They ask before they delete a checkpoint, and a form that is added to others leaves those to be trained as they are.
+    """
+    folder = run.work / stage.name
+    if folder.is_symlink():  # what it leads to stays
+        folder.unlink()
+    for item in folder.iterdir() if stage.resumable and folder.is_dir() else ():
+        if not RunFolder(item).config.is_file():
+            remove_tree(item)
 
 
 def _remove_work(stage: Stage, run: RunFolder) -> None:

@@ -234,6 +234,22 @@ def test_scratch_survives_a_kill_but_not_a_change_of_inputs(bench: Bench) -> Non
     assert not (bench.run.path / "curve").exists()
 
 
+def test_other_inputs_cost_a_stage_its_work_but_not_the_runs_in_it(bench: Bench) -> None:
+    work = bench.run.work / "first"
+    killed = replace(bench.first, resumable=True, run=lambda _context: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_stage(killed, bench.context())
+    write_text(work / "finished" / "int8", "weights")
+    write_text(work / "training" / "config.yaml", "name: inner")
+    write_text(work / "training" / "checkpoints" / "step-1", "weights")
+    with pytest.raises(ZeroDivisionError):
+        run_stage(killed, bench.context(config(seed=1)))
+    assert not (work / "finished").exists()
+    assert (work / "training" / "checkpoints" / "step-1").exists()
+    run_stage(replace(killed, run=lambda _context: {}, writes=()), bench.context(config(seed=1)))
+    assert not bench.run.work.exists()
+
+
 def changes(run: RunFolder, settings: Config, accept: bool = False) -> list[str]:
     return [str(difference) for difference in run.adopt_config(settings, accept_changes=accept)]
 
