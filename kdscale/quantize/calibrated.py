@@ -9,7 +9,7 @@ The student is read in the dtype of the forwards; what is rounded are its weight
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,18 +28,18 @@ from kdscale.runtime.ranks import all_reduce_sum
 from kdscale.weights import Checkpoint
 
 _PASSES = 2
+_SHARES = "error_shares"  # of a layer's maps, in what the pass keeps of the layer
 
 
 class LayerErrors:
-    """Σ of squared output errors of all maps, as they were made and by plain rounding, each in shares of the latter."""
+    """What is left of plain rounding's Σ of squared output errors, as a share of it, over the maps of all layers."""
 
     def __init__(self) -> None:
         self._shares: list[float] = []
 
-    def add(self, error: float, rounding_error: float) -> None:
-        """Count one map."""
-        if rounding_error > 0:
-            self._shares.append(error / rounding_error)
+    def add(self, shares: Iterable[float]) -> None:
+        """Count the maps of a layer."""
+        self._shares += shares
 
     @property
     def share(self) -> float | None:
@@ -63,17 +63,21 @@ def calibrated_layers(
 
     With several ranks `batches` are this rank's share; all ranks go through this, and each gets the weights. A layer is
     finished when the next one is asked for; with a folder in `scratch` a killed pass resumes at the last layer that it
-    saved. Raises SelfCheckError when a layer's inputs are not finite.
+    saved, whose `errors` count too. Raises SelfCheckError when a layer's inputs are not finite.
     """
+    errors = errors or LayerErrors()
     form = IntegerForm(settings)
     stream = LayerStream(student.config, family, student.tensor, dtype=dtype, device=device)
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
     with reporter.bar(f"quantise to {settings.label}", total=_PASSES * tokens) as bar:
         walk = LayerPass(stream, batches, scratch, layer_progress(bar, stream.depth))
+        for result in walk.results:
+            errors.add(result[_SHARES].tolist())
         for layer in walk.layers():
             matrices = layer_matrices(student.config, family, layer.index)
             grams = _gram_matrices(walk, layer, matrices)
             made: dict[str, Quantized] = {}
+            shares: list[float] = []
             with torch.inference_mode():
                 for matrix in matrices:
                     weight_OI = student.tensor(matrix.name).to(device)
@@ -83,13 +87,14 @@ def calibrated_layers(
                     made[matrix.name] = solution.quantized
                     parameter = layer.site(matrix.site).get_parameter("weight")
                     parameter.data.copy_(solution.quantized.values())
-                    if errors is not None:
-                        errors.add(solution.error, solution.rounding_error)
+                    if solution.rounding_error > 0:
+                        shares.append(solution.error / solution.rounding_error)
             del grams
             walk.run(layer)
             layer.release()
             yield made
-            walk.finish()
+            errors.add(shares)
+            walk.finish({_SHARES: torch.tensor(shares, dtype=torch.float64)})
         walk.close()
 
 

@@ -56,8 +56,9 @@ def write_weights(
     Every layer is committed before the next is asked for. Raises SelfCheckError for a value that is not finite.
     """
     names = quantized_names(student, family)
+    done = {*names, *writer.written}
     for name in student.names:
-        if name not in set(names) and name not in writer.written:
+        if name not in done:
             writer.add_blocks(name, student.blocks(name, _BLOCK_BYTES))
     writer.commit()
     if made is not None:

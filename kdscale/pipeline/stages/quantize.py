@@ -98,19 +98,25 @@ def quantize_rank(context: StageContext) -> None:
 
     run, work = context.run, context.run.work / _WORK
     calibrated = any(form.needs_calibration for form in _forms(context.config))
-    share = join_shares(context, _WORK, quantization_batches(context.config, run.data) if calibrated else ())
+    batches = quantization_batches(context.config, run.data) if calibrated else ()
+    tokens, share = sum(batch.input_ids_BS.numel() for batch in batches), join_shares(context, _WORK, batches)
     trained = {form.label: trained_student(context.config, form) for form in trained_forms(context.config)}
     for form in _forms(context.config):
         if _is_unfinished(run, form):
             student, family = open_teacher(trained.get(form.label, run.student))
-            _make(context, form, student, family, share)
+            _make(context, form, student, family, share, tokens if form.needs_calibration else 0)
         barrier()
     if is_writer():
         replace_dir(work / _FINISHED, run.quantized)
 
 
-def _make(context: StageContext, settings: FormConfig, student: Checkpoint, family: Family, share: RankShare) -> None:
-    """Write one form into the folder of finished ones; with several ranks, all go through a calibration."""
+def _make(
+    context: StageContext, settings: FormConfig, student: Checkpoint, family: Family, share: RankShare, tokens: int
+) -> None:
+    """Write one form into the folder of finished ones; with several ranks, all go through a calibration.
+
+    `tokens`: of the text that all ranks together calibrate it on; 0 without calibration.
+    """
     from kdscale.eval.sizes import weight_bytes
     from kdscale.packaging.model_card import quantized_card
     from kdscale.quantize.calibrated import LayerErrors
@@ -131,7 +137,6 @@ def _make(context: StageContext, settings: FormConfig, student: Checkpoint, fami
             remove_tree(scratch.folder)  # the layers that it has done are not in these files
         made = _layers(context, settings, student, family, share, errors)
         write_weights(writer, student, family, form, made, share.device, context.reporter)
-    tokens = sum(batch.input_ids_BS.numel() for batch in share.batches) * context.ranks if made is not None else 0
     figures = {"weight_bytes": weight_bytes(out), "student_bytes": weight_bytes(student.path), "tokens": tokens}
     card = quantized_card(config, settings, figures, student.path)
     finish_folder(student, family, form, out, card, config.teacher.trust_remote_code)

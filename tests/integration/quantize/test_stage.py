@@ -103,6 +103,8 @@ def test_a_killed_stage_keeps_finished_forms_and_goes_on_within_one(
     for label in LABELS:
         made, expected = (folder.quantized / label / "model.safetensors" for folder in (run, once.run))
         assert made.read_bytes() == expected.read_bytes()
+        made, expected = (read_json(folder.quantized / f"{label}.json") for folder in (run, once.run))
+        assert made == expected and (made["tokens"] == 512) == (label == "int4_gptq_g32")
 
 
 @pytest.mark.slow
@@ -111,6 +113,7 @@ def test_ranks_find_what_one_finds_up_to_rounding(context: StageContext) -> None
     for ranks in (1, 2):
         run_on_ranks("quantize", quantize_rank, context, ranks)
         files.append(load_file(context.run.quantized / "int4_gptq_g32" / "model.safetensors"))
+        assert read_json(context.run.quantized / "int4_gptq_g32.json")["tokens"] == 512
         shutil.rmtree(context.run.quantized)
         shutil.rmtree(context.run.work)
     alone, shared = files
