@@ -35,4 +35,5 @@ def sweep_command(
     facts = write_results(settings, study)
     columns, rows = table_of(facts)
     tables.trials(facts["verdict"], columns, rows)
-    reporter.say(f"{settings.folder}/sweep.html has the plots, {settings.folder}/best.yaml the best config")
+    best = f", {settings.folder}/best.yaml the best config" if any(trial["best"] for trial in facts["trials"]) else ""
+    reporter.say(f"{settings.folder}/sweep.html has the plots{best}")

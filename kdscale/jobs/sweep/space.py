@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     import optuna
 
 Draw = Mapping[str, Any]
+
+_MOST_POINTS = 100_000  # of a grid
 
 
 def base_config(sweep: SweepConfig) -> Config:
@@ -68,6 +73,8 @@ def check_space(sweep: SweepConfig, base: Config) -> None:
 
     Values that only some others make wrong are found by their trial, which fails with that message.
     """
+    if sweep.sampler == "grid":
+        grid_points(sweep)
     errors: list[ConfigError] = []
     for field, choices in sweep.search.items():
         for value in choices.ends if isinstance(choices, Range) else choices:
@@ -126,18 +133,40 @@ def _suggested(trial: optuna.Trial, field: str, choices: Any) -> Any:
     return trial.suggest_float(field, choices.low, choices.high, step=choices.step, log=choices.log)
 
 
-def grid(sweep: SweepConfig) -> dict[str, list[Any]]:
-    """Every value of every field, for the grid sampler."""
-    return {field: list(_values(choices)) for field, choices in sweep.search.items()}
+def grid_points(sweep: SweepConfig) -> list[dict[str, Any]]:
+    """All combinations of values for the grid sampler, shuffled: the first few are not all in one corner.
+
+    Raises ConfigError where they are too many to list.
+    """
+    if grid_size(sweep) > _MOST_POINTS:
+        raise ConfigError(
+            "search", expected=f"a grid of at most {_MOST_POINTS:,} points", got=f"{grid_size(sweep):,}",
+            hint="name fewer values or a larger step, or take sampler: random",
+        )  # fmt: skip
+    values = itertools.product(*map(_values, sweep.search.values()))
+    points = [dict(zip(sweep.search, point, strict=True)) for point in values]
+    random.Random(sweep.seed).shuffle(points)
+    return points
 
 
-def _values(choices: Any) -> Iterator[Any]:
+def grid_size(sweep: SweepConfig) -> int:
+    """How many points these are."""
+    return math.prod(map(_count, sweep.search.values()))
+
+
+def _count(choices: Any) -> int:
     if not isinstance(choices, Range):
-        yield from choices
-        return
+        return len(choices)
     assert choices.step is not None, "the config has checked that a grid has steps"
-    count = int((choices.high - choices.low) / choices.step * (1 + 1e-9)) + 1
-    yield from (choices.low + number * choices.step for number in range(count))
+    return int((choices.high - choices.low) / choices.step * (1 + 1e-9)) + 1
+
+
+def _values(choices: Any) -> Sequence[Any]:
+    """Every value of a field."""
+    if not isinstance(choices, Range):
+        return list(choices)
+    assert choices.step is not None
+    return [choices.low + number * choices.step for number in range(_count(choices))]
 
 
 def _in_words(draw: Draw) -> str:

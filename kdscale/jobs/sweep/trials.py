@@ -10,9 +10,7 @@ sweep goes on: trials that ran then are drawn again with the same values, in the
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -30,7 +28,7 @@ from kdscale.config.root import Config
 from kdscale.config.sweep import OBJECTIVES, SweepConfig
 from kdscale.errors import ConfigError, Interrupted, RunFolderError
 from kdscale.files import explain_os_errors, read_json, remove_tree, sha256_json, write_text
-from kdscale.jobs.sweep.space import drawn, grid, trial_config
+from kdscale.jobs.sweep.space import drawn, grid_points, grid_size, trial_config
 from kdscale.pipeline.runner import run_until
 from kdscale.pipeline.stage import manifest_path
 from kdscale.pipeline.stages.registry import stages_until
@@ -67,6 +65,12 @@ class Sweep:
         """Where everything of the sweep is."""
         return Path(self.settings.folder)
 
+    @property
+    def trials(self) -> int:
+        """How many trials there are to be: those asked for, and of a grid no more than it has points."""
+        asked = self.settings.trials
+        return min(asked, grid_size(self.settings)) if self.settings.sampler == "grid" else asked
+
 
 def open_study(settings: SweepConfig) -> optuna.Study:
     """The study in the sweep's folder, a new one if there is none. Raises RunFolderError for that of another sweep."""
@@ -95,23 +99,20 @@ def open_study(settings: SweepConfig) -> optuna.Study:
             f"{settings.folder} belongs to another sweep", expected="the settings that it was begun with",
             got="others; only " + " and ".join(sorted(_FREE)) + " may change", hint="choose another folder",
         )  # fmt: skip
-    if not study.trials:
+    if "sweep" not in study.user_attrs:
         study.set_user_attr("sweep", identity)
-        if settings.sampler == "grid":
-            values = grid(settings)
-            points = [dict(zip(values, point, strict=True)) for point in itertools.product(*values.values())]
-            random.Random(settings.seed).shuffle(points)  # so that the first few are not all in one corner
-            for point in points[: settings.trials]:
-                study.enqueue_trial(point)
+    if settings.sampler == "grid":
+        for point in grid_points(settings)[len(trials_of(study)) : settings.trials]:
+            study.enqueue_trial(point)
     return study
 
 
 def run_sweep(settings: SweepConfig, base: Config, workers: int, reporter: Reporter) -> optuna.Study:
     """Run what is left of a sweep's trials, `workers` at a time. Raises Interrupted on a signal; nothing is lost."""
-    sweep = Sweep(settings, base, open_study(settings), reporter)
-    with RunFolder(sweep.folder).lock():
+    with RunFolder(Path(settings.folder)).lock():
+        sweep = Sweep(settings, base, open_study(settings), reporter)
         take_up_again(sweep.study)
-        if finished(sweep.study) < settings.trials:
+        if finished(sweep.study) < sweep.trials:
             reporter.say("⇒ what all trials share")
             run_until(base, SHARED_UNTIL, reporter)
         _run_all(sweep, workers)
@@ -173,23 +174,26 @@ def _work(sweep: Sweep) -> None:
     while not sweep.stop.is_set():
         with sweep.lock:
             begun = sum(trial.state.name != "WAITING" for trial in trials_of(sweep.study))
-            if begun >= sweep.settings.trials:
+            if begun >= sweep.trials:
                 return
-            trial, draw = _ask(sweep)
+            trial, draw = _ask(sweep, begun)
         _run_trial(sweep, trial, draw)
 
 
-def _ask(sweep: Sweep) -> tuple[optuna.Trial, dict[str, Any]]:
-    """The next trial. Its draw depends on the seed and the trials before it, not on whether the sweep was stopped."""
+def _ask(sweep: Sweep, begun: int) -> tuple[optuna.Trial, dict[str, Any]]:
+    """The next trial. Its draw depends on the seed and the trials before it, not on whether the sweep was stopped.
+
+    `begun`: how many trials these are, also those that still run: each trial has a seed of its own.
+    """
     import optuna
 
-    settings, count = sweep.settings, finished(sweep.study)
+    settings = sweep.settings
     kinds: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
         "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, settings.trials // 4)),
         "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
         "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # all points wait already
     }
-    sweep.study.sampler = kinds[settings.sampler](settings.seed + 1000 * count)
+    sweep.study.sampler = kinds[settings.sampler](settings.seed + 1000 * begun)
     trial = sweep.study.ask()
     draw = drawn(trial, settings)
     if "folder" not in trial.user_attrs:
@@ -219,7 +223,7 @@ def _run_trial(sweep: Sweep, trial: optuna.Trial, draw: dict[str, Any]) -> None:
     trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
     with sweep.lock:
         sweep.study.tell(trial.number, result, state)
-        sweep.reporter.say(f"trial {finished(sweep.study)} of {sweep.settings.trials}: {values}: {words}")
+        sweep.reporter.say(f"trial {finished(sweep.study)} of {sweep.trials}: {values}: {words}")
         _tidy(sweep)
 
 
@@ -228,7 +232,10 @@ class _TrialError(Exception):
 
 
 def link_base(base: RunFolder, run: RunFolder, config: Config) -> None:
-    """Begin a trial's run folder with what the base run made: hard links, or copies on another disk."""
+    """Begin a trial's run folder with what the base run made: hard links, or copies on another disk.
+
+    Answers are copied: a trial that asks for others adds to its journal in place.
+    """
     if run.config.exists():
         return
     stages = stages_until(SHARED_UNTIL, config)
@@ -237,7 +244,7 @@ def link_base(base: RunFolder, run: RunFolder, config: Config) -> None:
         files = [item for item in source.rglob("*") if item.is_file()] if source.is_dir() else [source]
         for file in files:
             if file.exists():
-                _link(file, run.path / file.relative_to(base.path))
+                _link(file, run.path / file.relative_to(base.path), copy=file.is_relative_to(base.responses))
     for stage in stages:
         manifest = manifest_path(stage, base)
         if manifest.exists():
@@ -245,13 +252,16 @@ def link_base(base: RunFolder, run: RunFolder, config: Config) -> None:
     write_text(run.config, base.config.read_text(encoding="utf-8"))  # last: it makes a run folder of it
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path, copy: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        if not copy:
+            os.link(source, target)
+            return
     except OSError:  # another disk, or one without hard links
-        shutil.copyfile(source, target)
+        pass
+    shutil.copyfile(source, target)
 
 
 def _run_in_process(sweep: Sweep, trial: optuna.Trial, config: Config, run: RunFolder) -> bool:

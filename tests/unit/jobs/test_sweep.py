@@ -16,8 +16,8 @@ from kdscale.errors import ConfigError, Interrupted, RunFolderError
 from kdscale.files import write_json, write_text
 from kdscale.jobs.sweep import trials as trials_module
 from kdscale.jobs.sweep.results import write_results
-from kdscale.jobs.sweep.space import base_config, changed, check_space, grid, trial_config
-from kdscale.jobs.sweep.trials import finished, open_study, run_sweep, trials_of
+from kdscale.jobs.sweep.space import base_config, changed, check_space, grid_points, trial_config
+from kdscale.jobs.sweep.trials import finished, link_base, open_study, run_sweep, trials_of
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
 
@@ -41,7 +41,7 @@ def settings(tmp_path: Path) -> Callable[..., SweepConfig]:
 def sweep(monkeypatch: pytest.MonkeyPatch, settings: Callable[..., SweepConfig]) -> Callable[..., Any]:
     """Run a sweep whose trials are a formula; `stop_at`: the trial during which it is stopped."""
 
-    def run(stop_at: int | None = None, **changes: Any) -> Any:
+    def run(stop_at: int | None = None, workers: int = 1, **changes: Any) -> Any:
         chosen = settings(**changes)
         asked: list[str] = []
 
@@ -58,7 +58,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, settings: Callable[..., SweepConfig])
         monkeypatch.setattr(trials_module, "_run_in_process", trial)
         monkeypatch.setattr(trials_module, "run_until", lambda *_, **__: True)
         monkeypatch.setattr(trials_module, "link_base", lambda *_: None)
-        study = run_sweep(chosen, base_config(chosen), 1, Reporter(quiet=True))
+        study = run_sweep(chosen, base_config(chosen), workers, Reporter(quiet=True))
         return study, write_results(chosen, study)
 
     return run
@@ -96,6 +96,37 @@ def test_a_stopped_sweep_draws_what_an_unbroken_one_draws(
     assert len(more.trials) == len(broken.trials)  # nothing is left to do
 
 
+def test_workers_that_run_at_once_draw_different_values(sweep: Callable[..., Any]) -> None:
+    study, _ = sweep(sampler="random", workers=3, trials=3)
+    assert len({draw[LR] for draw in draws(study)}) == 3
+
+
+def test_a_grid_is_tried_once_and_goes_on_where_more_trials_are_asked_for(sweep: Callable[..., Any]) -> None:
+    values = {LR: [1e-4], T: {"low": 1.0, "high": 2.0, "step": 0.5}}
+    _, facts = sweep(sampler="grid", search=values, trials=2)
+    assert len(facts["trials"]) == 2
+    _, facts = sweep(sampler="grid", search=values, trials=99)
+    assert {trial["state"] for trial in facts["trials"]} == {"complete"}
+    assert sorted(trial["draw"][T] for trial in facts["trials"]) == [1.0, 1.5, 2.0]
+
+
+def test_a_grid_that_is_too_large_to_list_is_refused(settings: Callable[..., SweepConfig]) -> None:
+    chosen = settings(sampler="grid", search={"prune.ffn": {"low": 1, "high": 10**12, "step": 1}})
+    with pytest.raises(ConfigError, match="at most 100,000 points"):
+        check_space(chosen, base_config(chosen))
+
+
+def test_answers_of_the_base_run_are_not_shared_with_trials(tmp_path: Path) -> None:
+    """A trial that asks for others appends to its journal in place."""
+    base, run = RunFolder(tmp_path / "base"), RunFolder(tmp_path / "trial")
+    answers, text = "responses/journal/0.jsonl", "data/store.json"
+    for path in (base.config, base.path / answers, base.path / text):
+        write_text(path, "{}")
+    link_base(base, run, load_config(Path("configs/smollm2-135m-to-82m-responses.yaml")))
+    assert (run.path / text).samefile(base.path / text)
+    assert (run.path / answers).is_file() and not (run.path / answers).samefile(base.path / answers)
+
+
 def test_another_sweep_does_not_take_over_the_folder(sweep: Callable[..., Any]) -> None:
     sweep(trials=1)
     with pytest.raises(RunFolderError, match="belongs to another sweep"):
@@ -122,7 +153,8 @@ def test_fields_of_lists_and_sections(settings: Callable[..., SweepConfig], tmp_
     assert (base.distill.tokens, base.eval.tokens, base.eval.efficiency) == (4096, 64, False)
     assert trial_config(base, {T: 3.0, "prune.ffn": 32}, tmp_path).prune.ffn == 32
     assert changed({"a": [{"b": 1}, 2]}, {"a.0.b": 5, "a.1": 6}) == {"a": [{"b": 5}, 6]}
-    assert grid(settings(search={"prune.ffn": {"low": 32, "high": 64, "step": 16}})) == {"prune.ffn": [32, 48, 64]}
+    points = grid_points(settings(search={"prune.ffn": {"low": 32, "high": 64, "step": 16}}))
+    assert sorted(point["prune.ffn"] for point in points) == [32, 48, 64]
 
 
 @pytest.mark.parametrize(
