@@ -78,6 +78,8 @@ class Int4Config(FormConfig, ShortTraining):
     # gptq: what the rounding of one input loses, the inputs that are still to be rounded make up for
     method: Method = "gptq"
     group: Group = 32
+    # distilled: the weights that the training begins with
+    start: Literal["gptq", "rtn"] = "gptq"
     # gptq: the inputs with the largest values are rounded first
     act_order: bool = True
     # gptq: this share of the mean diagonal is added to the diagonal of the inputs' Gram matrix
@@ -98,6 +100,15 @@ class Int4Config(FormConfig, ShortTraining):
     @property
     def methods(self) -> tuple[str, ...]:
         return get_args(Method)
+
+    @property
+    def starts_from_gptq(self) -> bool:
+        """Whether the form is trained, beginning with the weights that GPTQ makes."""
+        return self.method == "distilled" and self.start == "gptq"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return super().needs_calibration or self.starts_from_gptq
 
     @model_validator(mode="after")
     def _training_is_on_its_grid(self) -> Int4Config:

@@ -75,7 +75,8 @@ def quantized_card(cfg: Config, form: FormConfig, figures: Mapping[str, Any], si
     `figures`: `weight_bytes` of the form, `student_bytes` before, and how many `tokens` it was calibrated on, or 0.
     """
     nearest = "each weight rounded to the nearest value"
-    methods = {"rtn": nearest, "distilled": f"{nearest}, after a training with rounded weights"}
+    start = ", which began with those of GPTQ" if form.method != "gptq" and form.needs_calibration else ""
+    methods = {"rtn": nearest, "distilled": f"{nearest}, after a training with rounded weights{start}"}
     in_words = methods.get(form.method, f"made by {form.method.upper()}")
     facts = {
         "linear maps of the layers": f"{form.bits} bits a weight, {in_words}",

@@ -1,8 +1,8 @@
 """Quantisation-aware distillation (arXiv 2601.20088): the student is trained on, on the grid of the form that it gets.
 
-A distillation run inside the run, in `work/quantize/`, whose pruned model is the distilled student: the same teacher,
-objectives, trainer, ranks, checkpoints and resuming. Its weights are rounded once more when the form is written, to
-where the last forward had them.
+A distillation run inside the run, in `work/quantize/`, whose pruned model is the distilled student, or what GPTQ makes
+of it: the same teacher, objectives, trainer, ranks, checkpoints and resuming. Its weights are rounded once more when
+the form is written, to where the last forward had them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def trained_student(config: Config, form: Int4Config) -> Path:
     return RunFolder(Path(config.training_on_grid(form).run_dir)).student
 
 
+def start_of_training(run: RunFolder, form: Int4Config) -> Path:
+    """The student that a form's training begins with; from GPTQ, the stage writes it before."""
+    return run.work / "quantize" / f"start-{form.label}" if form.starts_from_gptq else run.student
+
+
 def what_trainings_depend_on(context: StageContext) -> Facts:
     """The settings of each training that its weights depend on, and the weights of its teachers; none without."""
     forms = trained_forms(context.config)
@@ -50,7 +55,7 @@ def train_on_grid(context: StageContext, form: Int4Config) -> RunFolder:
     """Train to the end or raise; returns the run inside the run, whose student's weights are to be rounded."""
     assert context.run_inner is not None
     run, config = context.run, context.config.training_on_grid(form)
-    shared = {"data": run.at(DATA), "pruned": run.student}
+    shared = {"data": run.at(DATA), "pruned": start_of_training(run, form)}
     # what objectives that match layers know of the pruning, and stored targets, where there are any
     shared |= {artifact.path: run.at(artifact) for artifact in (PLAN, IMPORTANCE, TARGETS) if run.at(artifact).exists()}
     context.reporter.say(f"  {form.label}: the student is trained on for {config.distill.tokens:,} tokens")

@@ -132,9 +132,11 @@ def run_inner(outer: StageContext, config: Config, stages: tuple[str, ...], shar
     with run.lock():
         _adopt_config(inner, accept_changes=True)
         for name, target in shared.items():
-            link = run.path / name
+            link, place = run.path / name, os.path.relpath(target.resolve(), run.path.resolve())
+            if link.is_symlink() and link.readlink() != Path(place):
+                link.unlink()
             if not link.is_symlink():
-                link.symlink_to(os.path.relpath(target.resolve(), run.path.resolve()), target_is_directory=True)
+                link.symlink_to(place, target_is_directory=True)
         rows = [stage for stage in stages_of(config) if stage.name in stages]
         plans = plan_shapes(config, inner.model_to_prune) if STAGES["plan"] in rows else []
         check_disk(inner, rows, student_parameters(inner, plans))

@@ -21,11 +21,11 @@ from kdscale.models.layer_pass import GramHooks, LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.quantize.forms import Quantized
 from kdscale.quantize.gptq import gptq
-from kdscale.quantize.integers import IntegerForm
 from kdscale.quantize.matrices import Matrix, layer_matrices
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import all_reduce_sum
 from kdscale.weights import Checkpoint
+from kdscale.weights.integer_grid import IntegerGrid
 
 _PASSES = 2
 _SHARES = "error_shares"  # of a layer's maps, in what the pass keeps of the layer
@@ -51,6 +51,7 @@ def calibrated_layers(
     student: Checkpoint,
     family: Family,
     settings: Int4Config,
+    grid: IntegerGrid,
     batches: Sequence[TokenBatch],
     *,
     dtype: torch.dtype,
@@ -59,14 +60,13 @@ def calibrated_layers(
     scratch: Scratch = IN_MEMORY,
     errors: LayerErrors | None = None,
 ) -> Iterator[dict[str, Quantized]]:
-    """Yield the quantised weights of one layer after another, by their names on disk.
+    """Yield the weights on `grid` of one layer after another, by their names on disk.
 
     With several ranks `batches` are this rank's share; all ranks go through this, and each gets the weights. A layer is
     finished when the next one is asked for; with a folder in `scratch` a killed pass resumes at the last layer that it
     saved, whose `errors` count too. Raises SelfCheckError when a layer's inputs are not finite.
     """
     errors = errors or LayerErrors()
-    form = IntegerForm(settings)
     stream = LayerStream(student.config, family, student.tensor, dtype=dtype, device=device)
     tokens = sum(batch.input_ids_BS.numel() for batch in batches)
     with reporter.bar(f"quantise to {settings.label}", total=_PASSES * tokens) as bar:
@@ -82,7 +82,7 @@ def calibrated_layers(
                 for matrix in matrices:
                     weight_OI = student.tensor(matrix.name).to(device)
                     solution = gptq(
-                        weight_OI, grams[matrix.reads], form.grid, settings.damping, settings.act_order, matrix.name
+                        weight_OI, grams[matrix.reads], grid, settings.damping, settings.act_order, matrix.name
                     )
                     made[matrix.name] = solution.quantized
                     parameter = layer.site(matrix.site).get_parameter("weight")

@@ -38,6 +38,11 @@ class Form(ABC):
     def __init__(self, settings: FormConfig):
         self.settings = settings
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether its weights are made by calibration; else each is rounded."""
+        return self.settings.method == "gptq"
+
     @abstractmethod
     def round(self, weight_OI: Tensor) -> Quantized:
         """The weight with every value rounded to the nearest of its grid, on the device where it is."""

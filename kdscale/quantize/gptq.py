@@ -74,7 +74,7 @@ def fitted_scales(weight_OI: Tensor, importance_I: Tensor, grid: IntegerGrid) ->
     full_OG = grid.scales(weight_OI)
     best_OG, least_OG = full_OG, torch.full_like(full_OG, torch.inf, dtype=torch.float32)
     for share in _SHARES:
-        scales_OG = (full_OG.float() * share).to(full_OG.dtype)
+        scales_OG = grid.usable((full_OG.float() * share).to(full_OG.dtype))
         change_OI = rounded(weight_OI, scales_OG, grid).values().float() - weight_OI.float()
         error_OG = (change_OI.square_() * importance_I.float()).view(*full_OG.shape, -1).sum(-1)
         better_OG = error_OG < least_OG
@@ -107,15 +107,16 @@ def _rounded_in_turn(
     each_OI = scales_OG.repeat_interleave(inputs // scales_OG.shape[1], dim=1)
     left_IO = weight_OI.float().T.contiguous()  # an input is a row: it is read and written in one piece
     scales_IO = each_OI.T.contiguous()
+    least_IO = grid.least_with(scales_OG).repeat_interleave(inputs // scales_OG.shape[1], dim=1).T.contiguous()
     if order_I is not None:
-        left_IO, scales_IO = left_IO[order_I], scales_IO[order_I]
+        left_IO, scales_IO, least_IO = left_IO[order_I], scales_IO[order_I], least_IO[order_I]
     codes_IO = torch.empty(inputs, outputs, dtype=torch.int8, device=weight_OI.device)
     for begin in range(0, inputs, _BLOCK):
         end = min(begin + _BLOCK, inputs)
         steps_bO = left_IO.new_empty(end - begin, outputs)
         for at in range(begin, end):
             row_O, scale_O = left_IO[at], scales_IO[at]
-            code_O = (row_O / scale_O.float()).round_().clamp_(grid.least, grid.most)
+            code_O = (row_O / scale_O.float()).round_().clamp_(min=least_IO[at]).clamp_(max=grid.most)
             codes_IO[at] = code_O.to(torch.int8)
             value_O = (code_O.to(scale_O.dtype) * scale_O).float()  # as readers of the format compute it
             step_O = (row_O - value_O) / factor_II[at, at]

@@ -30,6 +30,11 @@ class IntegerGrid:
         """The largest integer."""
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def half_range(self) -> float:
+        """How many steps of a scale there are from zero to a group's largest magnitude."""
+        return (self.most - self.least) / 2
+
     def divides(self, inputs: int) -> bool:
         """Whether rows of so many inputs can be cut into groups."""
         return self.group is None or inputs % self.group == 0
@@ -37,14 +42,23 @@ class IntegerGrid:
     def scales(self, weight_OI: torch.Tensor) -> torch.Tensor:
         """[O, G] in the weight's dtype: a group's largest magnitude is half the range of the integers."""
         largest_OG = self._grouped(weight_OI).abs().amax(dim=-1).float()
-        scales_OG = (largest_OG / ((self.most - self.least) / 2)).to(weight_OI.dtype)
+        scales_OG = (largest_OG / self.half_range).to(weight_OI.dtype)
         smallest = torch.finfo(weight_OI.dtype).eps  # of a group of zeros, which nothing can be divided by
         return torch.where(scales_OG == 0, smallest, scales_OG)
 
     def integers(self, weight_OI: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:
         """[O, I] in fp32: the integers whose values are nearest to the weight's; halves go to the even one."""
         scaled_OGi = self._grouped(weight_OI).float() / scales_OG.float().unsqueeze(-1)
-        return scaled_OGi.clamp_(self.least, self.most).round_().flatten(-2)
+        scaled_OGi.clamp_(min=self.least_with(scales_OG).unsqueeze(-1)).clamp_(max=self.most)
+        return scaled_OGi.round_().flatten(-2)
+
+    def usable(self, scales: torch.Tensor) -> torch.Tensor:
+        """The nearest scales that a weight may be stored with: here all."""
+        return scales
+
+    def least_with(self, scales: torch.Tensor) -> torch.Tensor:
+        """The smallest integer, in fp32, that weights with these scales may have, in their shape."""
+        return torch.full_like(scales, self.least, dtype=torch.float32)
 
     def values(self, integers_OI: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:
         """[O, I]: the weight that readers of the format compute, in the dtype of the scales as they do."""
@@ -60,3 +74,23 @@ class IntegerGrid:
     def _grouped(self, values_OI: torch.Tensor) -> torch.Tensor:
         """[O, G, inputs of a group]."""
         return values_OI.unflatten(-1, (-1, self.group or values_OI.shape[-1]))
+
+
+class ReachableGrid(IntegerGrid):
+    """What of a grid weights can be rounded to when each group has the scale of its largest magnitude.
+
+    Not all of it, as magnitudes are rounded too. Some scales are no magnitude's; and where rounding made a magnitude
+    smaller than half the range of its scale, no weight is as low as the smallest integer.
+    """
+
+    def largest(self, scales: torch.Tensor) -> torch.Tensor:
+        """The magnitude of a group that has such a scale."""
+        return (scales.float() * self.half_range).to(scales.dtype)
+
+    def usable(self, scales: torch.Tensor) -> torch.Tensor:
+        """The nearest scales that a group's largest magnitude can have."""
+        return (self.largest(scales).float() / self.half_range).to(scales.dtype)
+
+    def least_with(self, scales: torch.Tensor) -> torch.Tensor:
+        """What the largest magnitude is rounded to, where it is of a negative weight."""
+        return (-self.largest(scales).float() / scales.float()).clamp_(min=self.least).round_()

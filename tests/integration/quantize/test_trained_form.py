@@ -18,24 +18,27 @@ from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenStore
 from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.models.head import final_hidden, head_of
 from kdscale.models.loading import load_model
 from kdscale.pipeline.runner import run_until
+from kdscale.quantize import calibrated
 from kdscale.runs.folder import RunFolder, training_metrics
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
+from kdscale.weights.integer_grid import IntegerGrid
 
 QUIET = Reporter(quiet=True)
 LABEL = "int4_distilled_g32"
 TRAINED = (
-    "quantize.forms=[{name: int4, method: rtn, group: 32}, {name: int4, method: distilled, group: 32, tokens: 2048, "
+    "quantize.forms=[{name: int4, method: rtn, group: 32}, {name: int4, method: distilled, group: 32, %stokens: 2048, "
     "lr_share: 1.0, distill: {objectives: [{name: cross_entropy}]}}]"
 )
 
 
 @pytest.fixture
-def config_in(tiny_config: Path, tiny_llama_dir: Path, tmp_path: Path) -> Callable[[str], Config]:
+def config_in(tiny_config: Path, tiny_llama_dir: Path, tmp_path: Path) -> Callable[..., Config]:
     """The config of a run in a folder of this name, on a teacher in bf16, whose rounding is the same on disk."""
     pytest.importorskip("compressed_tensors")
     teacher = tmp_path / "teacher"
@@ -45,8 +48,8 @@ def config_in(tiny_config: Path, tiny_llama_dir: Path, tmp_path: Path) -> Callab
     settings = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}))
 
-    def make(name: str) -> Config:
-        sets = [f"teacher.path={teacher}", "distill.dtype=bfloat16", "runtime.threads=1", TRAINED]
+    def make(name: str, more: str = "") -> Config:
+        sets = [f"teacher.path={teacher}", "distill.dtype=bfloat16", "runtime.threads=1", TRAINED % more]
         return load_config(tiny_config, [*sets, f"run_dir={tmp_path / name}"])
 
     return make
@@ -64,8 +67,21 @@ def held_out_loss(folder: Path, data: Path) -> float:
     return total / count
 
 
+def logit_change(folder: Path, run: RunFolder) -> float:
+    """The squared change of the student's logits when the weights in `folder` are rounded."""
+    student: Any = load_model(run.student, dtype=torch.float32, device=torch.device("cpu")).requires_grad_(False)
+    rounded: Any = load_model(folder, dtype=torch.float32, device=torch.device("cpu")).requires_grad_(False)
+    for layer in rounded.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = IntegerGrid(4, 32).nearest(module.weight.data, torch.bfloat16)
+    (batch, *_) = eval_batches(TokenStore.open(run.data).split("heldout"), 64, 2, 128)
+    one, two = (model(input_ids=batch.input_ids_BS).logits for model in (student, rounded))
+    return float((one - two).square().mean())
+
+
 def test_a_killed_training_goes_on_and_the_form_is_the_model_that_was_trained(
-    config_in: Callable[[str], Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_in: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training dies when its first checkpoint is there; with its text in an order of its own."""
     config = config_in("whole")
@@ -83,18 +99,33 @@ def test_a_killed_training_goes_on_and_the_form_is_the_model_that_was_trained(
     inner = config.training_on_grid(config.quantize.trained[0])
     assert (inner.seed, inner.distill.tokens) == (config.seed + 1, 2048)
 
+    layer_matrices = calibrated.layer_matrices
+
+    def die_in_a_layer(config: Any, family: Any, layer: int) -> Any:
+        if layer == 2:
+            raise KeyboardInterrupt
+        return layer_matrices(config, family, layer)
+
+    other = config_in("killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "layer_matrices", die_in_a_layer)
+        with pytest.raises(KeyboardInterrupt):
+            run_until(other, "quantize", QUIET)
     seal = checkpoint_folder.seal
 
     def seal_and_die(folder: Path, step: int, facts: Any) -> Path:
         seal(folder, step, facts)
         raise KeyboardInterrupt
 
-    other = config_in("killed")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_folder, "seal", seal_and_die)
         with pytest.raises(KeyboardInterrupt):
             run_until(other, "quantize", QUIET)
     assert list((tmp_path / "killed" / "work").rglob("step-*"))
+    start = tmp_path / "killed" / "work" / "quantize" / f"start-{LABEL}"
+    assert logit_change(start, run) < 0.7 * logit_change(run.student, run)
+    with pytest.raises(RunFolderError, match=r"model\.safetensors was changed"):  # it began elsewhere
+        run_until(config_in("killed", "start: rtn, "), "quantize", QUIET)
     run_until(other, "quantize", QUIET)
     assert not run_until(other, "quantize", QUIET)
     one, two = (tmp_path / name / model / "model.safetensors" for name in ("whole", "killed"))

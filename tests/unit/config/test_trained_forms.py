@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kdscale.config.load import build_config
+from kdscale.config.quantize import Int4Config
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
 
@@ -45,6 +46,12 @@ def test_what_differs_in_it_is_said_in_the_form() -> None:
     assert [entry.name for entry in inner.distill.objectives] == ["cross_entropy"]
 
 
+def test_gptq_makes_what_it_begins_with_unless_the_form_says_otherwise() -> None:
+    forms = [Int4Config(method="distilled"), Int4Config(method="distilled", start="rtn"), Int4Config(method="gptq")]
+    assert [form.starts_from_gptq for form in forms] == [True, False, False]
+    assert [form.needs_calibration for form in forms] == [True, False, True]
+
+
 def test_stored_targets_are_of_the_order_that_they_were_stored_in() -> None:
     stored = {"targets": {"codec": {"name": "topk"}}, "seed": 7}
     assert training({}, {"teacher_placement": "cached"}, **stored).seed == 7
@@ -74,6 +81,7 @@ def test_the_teachers_correction_is_on_no_grid() -> None:
         ),
         ({"distill": {"micro_batch": 3}}, {}, "quantize.forms (int4_distilled_g32): distill.global_batch (8) must be"),
         ({"lr_share": 2.0}, {}, "lr_share"),
+        ({"start": "awq"}, {}, "start"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(form: dict[str, Any], distill: dict[str, Any], said: str) -> None:
