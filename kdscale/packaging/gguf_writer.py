@@ -136,7 +136,10 @@ def check_gguf(folder: Path) -> None:
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.is_file() and path.open("rb").read(len(_MAGIC)) == _MAGIC
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(_MAGIC)) == _MAGIC
 
 
 def _k_quants(out: Path, gguf_type: str) -> str:

@@ -208,8 +208,8 @@ def _quoted(text: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text as a template of Go writes it out."""
-    return text.replace("{{", '{{ "{{" }}')
+    """A text as a template of Go writes it out. A brace at its end would begin an action with those that follow."""
+    return re.sub(r"\{{2,}|\{$", lambda found: f'{{{{ "{found[0]}" }}}}', text)
 
 
 def _go_string(text: str) -> str:

@@ -69,6 +69,9 @@ def test_what_llama_cpp_puts_before_a_text_is_not_there_twice(bos: str, start: s
 def test_braces_of_the_template_stay_text() -> None:
     texts = role_texts(renders(BRACES))
     assert texts is not None and '{{ "{{" }}end}}' in texts.in_go()
+    said = "{{ m['content'] | trim }}"
+    texts = role_texts(renders(LLAMA.replace(said, "{{ '{' }}" + said)))
+    assert texts is not None and texts.in_go().count('{{ "{" }}{{ .Content }}') == 3
 
 
 @pytest.mark.parametrize("template", [INTO_FIRST, NO_SYSTEM, UPPER, FORGETS, QUOTES, "", "{{ messages[0].content }}"])
