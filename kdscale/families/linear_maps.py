@@ -14,6 +14,7 @@ READS = {
     "o": ("heads", "heads*head_dim"),
     "down": ("ffn", "ffn"),
 }
+READ_AXES = tuple(dict.fromkeys(axis for _, axis in READS.values()))
 
 
 def is_linear_map(spec: TensorSpec) -> bool:

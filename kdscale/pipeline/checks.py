@@ -247,6 +247,7 @@ def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) ->
     """Raises ConfigError when ranks cannot share the teacher or a planned student as the config says."""
     from kdscale.distill.parallel.checks import (
         check_fake_quantize,
+        check_grid_dims,
         check_sequence_dims,
         check_sequence_parallel,
         check_tensor_dims,
@@ -263,6 +264,8 @@ def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) ->
     for plan in plans:
         check_tensor_dims(distill.tensor_parallel, "student", plan.student.dims())
         check_sequence_dims(distill.sequence_parallel, "student", plan.student.dims())
+        if distill.fake_quantize is not None:
+            check_grid_dims(distill.fake_quantize.group, "student", plan.student.dims())
 
 
 def check_forms(config: Config, teacher: Path) -> None:

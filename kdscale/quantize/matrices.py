@@ -12,10 +12,9 @@ from typing import Any
 from kdscale.config.quantize import GROUPS, FormConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
-from kdscale.families.linear_maps import READS, is_linear_map
+from kdscale.families.linear_maps import READ_AXES, READS, is_linear_map
 
 WEIGHT = ".weight"  # the end of the name of a linear map's weight
-READ_AXES = ("hidden", "heads*head_dim", "ffn")
 
 
 @dataclass(frozen=True)

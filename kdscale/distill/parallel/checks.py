@@ -11,6 +11,7 @@ from typing import Any
 
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family, load_family
+from kdscale.families.linear_maps import READ_AXES
 from kdscale.weights import read_config
 
 # Roles of the linears whose output, or whose input, tensor-parallel ranks share; attention is shared by kv heads.
@@ -67,6 +68,7 @@ def check_tensor_dims(size: int, what: str, dims: Dims) -> None:
 
 
 _FIELD = "distill.sequence_parallel"
+_GRID = "distill.fake_quantize"
 
 
 def check_sequence_parallel(ranks: int, seq_len: int, folders: Mapping[str, Path]) -> None:
@@ -94,12 +96,28 @@ def check_sequence_dims(ranks: int, what: str, dims: Dims) -> None:
 
 
 def check_fake_quantize(folders: Mapping[str, Path]) -> None:
-    """Raises ConfigError for a mixture of experts, whose stacked weights are no linear layers."""
+    """Raises ConfigError for a model whose weights are not those of linear layers: a mixture of experts, or GPT-2."""
     for what, folder in folders.items():
         config = read_config(folder)
-        if experts := load_family(config, str(folder / "config.json")).dims(config).experts:
+        family = load_family(config, str(folder / "config.json"))
+        if experts := family.dims(config).experts:
             raise ConfigError(
-                "distill.fake_quantize", expected=f"a {what} without experts",
-                got=f"{config['model_type']} with {experts}",
+                _GRID, expected=f"a {what} without experts", got=f"{config['model_type']} with {experts}",
                 hint="leave it out: mixtures of experts are not quantised",
             )  # fmt: skip
+        if family.transposed("down"):
+            raise ConfigError(
+                _GRID, expected=f"a {what} whose maps are stored [outputs, inputs]",
+                got=f"{config['model_type']}, whose maps are stored the other way round", hint="leave it out",
+            )  # fmt: skip
+
+
+def check_grid_dims(group: int | None, what: str, dims: Dims) -> None:
+    """Raise ConfigError when a group does not divide a width that a linear map of the model reads."""
+    widths = {axis: dims.axis_size(axis) for axis in READ_AXES}
+    if wrong := {axis: width for axis, width in widths.items() if width % (group or 1)}:
+        raise ConfigError(
+            f"{_GRID}.group", expected=f"a divisor of every width of the {what} that a linear map reads",
+            got=f"{group}, but " + ", ".join(f"{axis} is {width}" for axis, width in wrong.items()),
+            hint=f"take another group, or prune.multiple_of: {group} for such widths",
+        )  # fmt: skip

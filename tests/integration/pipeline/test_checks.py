@@ -113,6 +113,13 @@ def test_text_shorter_than_a_sequence_is_found_before_importance(tiny_config: Pa
     assert run_until(load_config(tiny_config), "data", Reporter(quiet=True), accept_changes=True) is False
 
 
+def test_a_student_that_no_grid_fits_is_refused_before_it_is_cut(check: Check, gpt2: str) -> None:
+    with pytest.raises(ConfigError, match=r"fake_quantize\.group\n.*\n.*64, but hidden is 96"):
+        check("distill.fake_quantize={bits: 4, group: 64}")
+    with pytest.raises(ConfigError, match="stored the other way round"):
+        check(gpt2, *FITS, "distill.fake_quantize={bits: 4, group: 32}")
+
+
 def test_a_prompt_without_text(check: Check) -> None:
     with pytest.raises(ConfigError, match=r"eval\.prompts"):
         check("eval.prompts=['']")
