@@ -6,41 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from kdscale.config.calibration import CalibrationSection
 from kdscale.config.candidate_scores import CandidateScore, CandidateScoreName, candidate_score
 from kdscale.config.criteria import Criterion, FfnMethod, HeadMethod, HiddenMethod, LayerMethod, criterion
-from kdscale.config.fields import Count, Dtype, Few, Length, Section
+from kdscale.config.fields import Count, Length, Section
 from kdscale.units import BUDGET_FIELDS, parse_budget
 
 
-class ImportanceConfig(Section):
-    """On how much text importance is measured, and how."""
+class ImportanceConfig(CalibrationSection):
+    """On how much text importance is measured, and how; `processes` share the text in compensation too."""
 
     calibration_tokens: Count = 32_768
-    seq_len: Length = 512
-    micro_batch: Few = 4
-    dtype: Dtype = "auto"
-    # ranks on this machine that share the calibration sequences, also in compensation; None: one a GPU, one on a CPU
-    processes: Few | None = None
     # of the calibration tokens, for prune.layer_method loss (which keeps a state a layer for each) and angular
     layer_tokens: Count = 16_384
-
-    @model_validator(mode="after")
-    def _every_rank_gets_a_batch(self) -> ImportanceConfig:
-        if self.calibration_tokens < self.seq_len:
-            raise ValueError(
-                f"calibration_tokens ({self.calibration_tokens}) must be at least seq_len ({self.seq_len})"
-            )
-        if self.processes is not None and self.processes > self.most_processes:
-            raise ValueError(
-                f"processes ({self.processes}) must be at most the calibration batches ({self.most_processes}): raise "
-                "calibration_tokens or lower micro_batch"
-            )
-        return self
-
-    @property
-    def most_processes(self) -> int:
-        """The calibration batches: every rank gets at least one."""
-        return -(-self.calibration_tokens // (self.seq_len * self.micro_batch))
 
 
 Compensation = Literal["none", "ridge", "two_stream"]

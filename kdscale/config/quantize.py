@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
+from kdscale.config.calibration import CalibrationSection
 from kdscale.config.correct import ShortTraining
-from kdscale.config.fields import Count, Dtype, Few, Length, Section, named_entry
+from kdscale.config.fields import Count, Section, named_entry
 
 Method = Literal["rtn", "gptq", "distilled"]
 Group = Literal[32, 64, 128]
@@ -142,18 +143,13 @@ FormEntry = Annotated[
 ]
 
 
-class QuantizeConfig(Section):
+class QuantizeConfig(CalibrationSection):
     """The forms, and the text that methods with calibration look at."""
 
     forms: tuple[FormEntry, ...] = Field(
         strict=False, min_length=1, max_length=16, default=(Int8Config(), Int4Config())
     )
-    calibration_tokens: Count = 65_536  # training tokens
-    seq_len: Length = 512
-    micro_batch: Few = 4
-    dtype: Dtype = "auto"  # of the calibration's forwards
-    # ranks on this machine that share the calibration sequences; None: one a GPU, one on a CPU
-    processes: Few | None = None
+    calibration_tokens: Count = 65_536
 
     @field_validator("forms")
     @classmethod
@@ -163,28 +159,10 @@ class QuantizeConfig(Section):
             raise ValueError(f"expected every form once, got {', '.join(twice)} twice")
         return forms
 
-    @model_validator(mode="after")
-    def _every_rank_gets_a_batch(self) -> QuantizeConfig:
-        if self.calibration_tokens < self.seq_len:
-            raise ValueError(
-                f"calibration_tokens ({self.calibration_tokens}) must be at least seq_len ({self.seq_len})"
-            )
-        if self.processes is not None and self.processes > self.most_processes:
-            raise ValueError(
-                f"processes ({self.processes}) must be at most the calibration batches ({self.most_processes}): raise "
-                "calibration_tokens or lower micro_batch"
-            )
-        return self
-
     @property
     def trained(self) -> tuple[Int4Config, ...]:
         """The forms that the student is trained on for."""
         return tuple(form for form in self.forms if isinstance(form, Int4Config) and form.method == "distilled")
-
-    @property
-    def most_processes(self) -> int:
-        """The calibration batches: every rank gets at least one."""
-        return -(-self.calibration_tokens // (self.seq_len * self.micro_batch))
 
     @property
     def multiple(self) -> int:

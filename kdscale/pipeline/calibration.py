@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdscale.config.prune import ImportanceConfig
-from kdscale.config.quantize import QuantizeConfig
+from kdscale.config.calibration import CalibrationSection
 from kdscale.config.root import Config
 from kdscale.errors import DataError
 
@@ -52,7 +51,7 @@ def quantization_batches(config: Config, data: Path) -> list[Batch]:
     return _stacked(loader, loader.spread(range(loader.epoch_sequences), wanted), settings.micro_batch)
 
 
-def _loader(config: Config, settings: ImportanceConfig | QuantizeConfig, data: Path) -> PackedLoader:
+def _loader(config: Config, settings: CalibrationSection, data: Path) -> PackedLoader:
     from kdscale.data.batches import PackedLoader
     from kdscale.data.token_store import TokenStore
 
