@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, JustifyMethod
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from kdscale.config.load import load_config
 from kdscale.config.root import Config
@@ -31,11 +31,10 @@ from kdscale.runs.models import model_title
 from kdscale.sizing.capacity import Capacity
 from kdscale.units import compact_count, compact_size, format_count, format_duration, format_number
 
-_MARK = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}
-
-_STATE = {
-    "done": "[green]done[/]", "running": "[cyan]running[/]", "failed": "[red]failed[/]",
-    "interrupted": "[yellow]interrupted[/]", "waiting": "[dim]waiting[/]", "stopped": "[yellow]stopped[/]",
+# colours
+_SEVERITIES = {"ok": "green", "note": "yellow", "bad": "red"}
+_STATES = {
+    "done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "waiting": "dim", "stopped": "yellow",
 }  # fmt: skip
 
 
@@ -65,13 +64,16 @@ def width_of(table: Table) -> int:
 def table(
     title: str,
     columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Iterable[Sequence[str | Text]],
     right_from: int | None = None,
     nowrap: bool = False,
 ) -> Table:
-    """A table in the look of all commands; columns from number `right_from` on are aligned to the right."""
+    """A table in the look of all commands; columns from number `right_from` on are aligned to the right.
+
+    A string is shown as it is: nothing in it is markup.
+    """
     table = Table(
-        title=for_terminal(title),
+        title=Text(for_terminal(title)),
         title_justify="left",
         title_style="bold",
         header_style="dim",
@@ -81,15 +83,18 @@ def table(
     for index, column in enumerate(columns):
         justify: JustifyMethod = "right" if right_from is not None and index >= right_from else "left"
         # a long word such as a path is folded where it may be, and never cut without a sign
-        table.add_column(column, no_wrap=nowrap, justify=justify, overflow="ellipsis" if nowrap else "fold")
+        table.add_column(
+            Text(for_terminal(column)), no_wrap=nowrap, justify=justify, overflow="ellipsis" if nowrap else "fold"
+        )
     for row in rows:
-        table.add_row(*map(for_terminal, row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(for_terminal(cell)) for cell in row))
     return table
 
 
 def findings(title: str, answers: Sequence[Finding]) -> None:
     """What `kdscale doctor` or a job's preflight has learned."""
-    _print(table(title, ("", "", ""), [(line.topic, _MARK[line.severity], line.text) for line in answers]))
+    rows = [(line.topic, Text(line.severity, _SEVERITIES[line.severity]), line.text) for line in answers]
+    _print(table(title, ("", "", ""), rows))
 
 
 def plan(plan_json: dict[str, Any], distill_tokens: int, step: str = "", pruned: str = "teacher") -> None:
@@ -249,7 +254,7 @@ def _tasks(folder: Path) -> None:
     if tasks is None:
         return
 
-    rows = [(escape(row["title"]), *(_with_error(cell) for cell in row["cells"].values())) for row in tasks["rows"]]
+    rows = [(row["title"], *(_with_error(cell) for cell in row["cells"].values())) for row in tasks["rows"]]
     _print(table("Tasks with right answers", ("", *tasks["models"]), rows, right_from=1))
     for change in tasks["changes"]:
         last = change["rows"][-1]
@@ -276,7 +281,7 @@ def _bias(run: RunFolder) -> None:
         changes = {change["model"]: change for change in measure["changes"]}
         for at, name in enumerate(found["models"]):
             change = changes.get(name, {})
-            title = "" if at else escape(measure["title"])
+            title = "" if at else measure["title"]
             rows.append(
                 (title, name, _with_error(cells.get(name, {})), change.get("growth") or "", change.get("verdict", ""))
             )
@@ -337,7 +342,7 @@ def _stages(run: RunFolder, stages: Sequence[Stage]) -> bool:
             for name, value in entry.get("facts", {}).items()
         ]
         detail = " · ".join(facts) or next(iter(entry.get("reason", "").splitlines()), "")
-        rows.append((stage.name, _STATE[state], _time_taken(entry, state), escape(detail)))
+        rows.append((stage.name, Text(state, _STATES[state]), _time_taken(entry, state), detail))
     # a path that is wrapped cannot be copied
     Console(soft_wrap=True).print(for_terminal(str(run.path)), style="bold", highlight=False, markup=False)
     _print(table("", ("stage", "state", "time", ""), rows))

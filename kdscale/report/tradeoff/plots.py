@@ -102,7 +102,7 @@ def _draw(
         right, up, side = place
         axes.annotate(
             point.label, (at_x, at_y), xytext=(right, up), textcoords="offset points", ha=side, va="bottom",
-            fontsize=9.5, color=INK,
+            fontsize=9.5, color=INK, parse_math=False,  # a run's name is no formula
         )  # fmt: skip
     style(axes)
     axes.grid(axis="x", linewidth=0.8)

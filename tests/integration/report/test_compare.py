@@ -230,6 +230,15 @@ def test_the_command_prints_a_line_for_each_model_and_names_the_page(
     assert str(tmp_path / "out" / "compare.html") in text
 
 
+def test_names_are_neither_markup_nor_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A config.yaml is read as it is: what a run is called there may be anything."""
+    names = (r"[/x] $\a$", r"[red] $\b$")
+    runs = [write_run(tmp_path / str(at), evaluation(18.0 + at), name) for at, name in enumerate(names)]
+    make_app()(["compare", *map(str, runs), "--out", str(tmp_path / "out")], standalone_mode=False)
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in names)
+
+
 def test_runs_that_are_none_are_all_named_before_anything_is_written(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", evaluation(), "one")
     for runs, words in (

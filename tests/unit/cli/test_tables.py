@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdscale.cli import tables
+from kdscale.jobs.doctor import Finding
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
 
@@ -36,6 +37,11 @@ def test_status_writes_counts_in_full(run: Path, capsys: pytest.CaptureFixture[s
     assert "train tokens 1,623,838 · self-check passed" in out
     assert "3 min 22 s" in out
     assert "e+0" not in out
+
+
+def test_what_a_finding_says_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.findings("t", [Finding("x", "note", "needs `pip install 'kdscale[gguf]'` [/] :smile:")])
+    assert "note  needs `pip install 'kdscale[gguf]'` [/] :smile:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [["teacher", "distilled"], ["teacher", "pruned", "distilled", "quantized"]])
