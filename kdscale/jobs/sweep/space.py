@@ -26,9 +26,12 @@ _MOST_POINTS = 100_000  # of a grid
 
 
 def base_config(sweep: SweepConfig) -> Config:
-    """The config that every trial changes, with the sweep's budget. Raises ConfigError."""
+    """The config that every trial changes, with the sweep's budget. Raises ConfigError.
+
+    Trials make no quantised forms, which no trial is judged by; students have the widths that these ask for.
+    """
     base = load_config(find_config(sweep.base))
-    tree = base.resolved()
+    tree = base.resolved() | {"prune": base.shaping.model_dump(mode="json"), "quantize": None}
     tree["distill"]["tokens"] = sweep.tokens or tree["distill"]["tokens"]
     tree["eval"] |= {"tokens": sweep.eval_tokens or tree["eval"]["tokens"], "efficiency": False, "prompts": []}
     return build_config(tree | {"tracking": {}, "run_dir": str(Path(sweep.folder) / "base")}, sweep.base)

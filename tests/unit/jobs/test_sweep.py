@@ -157,6 +157,15 @@ def test_fields_of_lists_and_sections(settings: Callable[..., SweepConfig], tmp_
     assert sorted(point["prune.ffn"] for point in points) == [32, 48, 64]
 
 
+def test_trials_make_no_forms_but_students_of_the_widths_that_these_ask_for(
+    settings: Callable[..., SweepConfig], tmp_path: Path
+) -> None:
+    with (tmp_path / "base.yaml").open("a") as stream:
+        stream.write("quantize: {forms: [{name: int4, group: 64}]}\n")
+    base = base_config(settings())
+    assert base.quantize is None and base.prune.multiple_of == 64
+
+
 @pytest.mark.parametrize(
     ("search", "message"),
     [
