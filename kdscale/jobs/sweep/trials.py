@@ -210,6 +210,8 @@ def _run_trial(sweep: Sweep, trial: optuna.Trial, draw: dict[str, Any]) -> None:
     started, state, result = time.monotonic(), TrialState.FAIL, None
     try:
         config = trial_config(sweep.base, draw, run.path)
+        while run.in_use() and not sweep.stop.wait(_POLL_SECONDS):
+            pass  # what a killed sweep started still runs: the trial goes on from where it ends
         link_base(RunFolder(sweep.folder / "base"), run, sweep.base)
         ended_early = _run_in_process(sweep, trial, config, run)
         if sweep.stop.is_set():

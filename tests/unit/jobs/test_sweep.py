@@ -116,6 +116,16 @@ def test_a_grid_that_is_too_large_to_list_is_refused(settings: Callable[..., Swe
         check_space(chosen, base_config(chosen))
 
 
+def test_a_trial_that_a_killed_sweep_left_running_is_waited_for(
+    sweep: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(trials_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(RunFolder, "in_use", lambda run: asked.append(run.path.name) or len(asked) < 3)
+    _, facts = sweep(trials=1)
+    assert asked == ["0000"] * 3 and [trial["state"] for trial in facts["trials"]] == ["complete"]
+
+
 def test_answers_of_the_base_run_are_not_shared_with_trials(tmp_path: Path) -> None:
     """A trial that asks for others appends to its journal in place."""
     base, run = RunFolder(tmp_path / "base"), RunFolder(tmp_path / "trial")
