@@ -38,7 +38,8 @@ def what_matters(context: StageContext) -> Facts:
 def check_before(config: Config, run: RunFolder) -> None:
     """Raises, all at once, what is wrong with the items, the scorers and the gate.
 
-    That is DataError for a file that cannot be read, ConfigError for a scorer without key or library.
+    That is DataError for a file that cannot be read, ConfigError for a scorer without key or library and for a teacher
+    without the chat template that a measure needs.
     """
     del run
     from kdscale.eval.bias.measures import MEASURES, check_gate
@@ -58,20 +59,35 @@ def check_before(config: Config, run: RunFolder) -> None:
         attempt(lambda entry=entry: MEASURES[entry.name].read(entry))  # type: ignore[misc]
         if isinstance(entry, ToxicityConfig):
             attempt(lambda entry=entry: check_scorer(entry))  # type: ignore[misc]
+    attempt(lambda: _check_templates(config))
     raise_together(problems)
+
+
+def _check_templates(config: Config) -> None:
+    """Raises ConfigError where refusals are to be measured of a teacher without a chat template."""
+    if not _asks_chats(settings := _settings(config)):
+        return
+    from kdscale.eval.bias.asking import check_template
+    from kdscale.weights import resolve_teacher
+
+    try:
+        teacher = resolve_teacher(config.teacher)
+    except KdscaleError:
+        return  # the check of the teacher says so
+    tokenizer = _tokenizer(config, teacher)
+    for entry in settings.measures:
+        check_template(entry, tokenizer)
 
 
 def measure_bias(context: StageContext) -> Facts:
     """Ask all models on as many processes as the config asks for, and write the figures; returns the verdicts."""
-    from kdscale.eval.bias.asking import check_template
     from kdscale.eval.bias.measuring import summarise_all
     from kdscale.eval.bias.scoring import try_out
 
     settings = _settings(context.config)
     task = _task(context)
-    tokenizer = _tokenizer(context)
+    _check_templates(context.config)  # of a finished stage that is done again, nothing was checked before
     for entry in settings.measures:
-        check_template(entry, tokenizer)
         if isinstance(entry, ToxicityConfig):
             try_out(entry, task.work / "scores", context.reporter)
     run_on_ranks("bias", bias_rank, context, ranks_of(context.config, "bias.processes"))
@@ -97,7 +113,7 @@ def bias_rank(context: StageContext) -> None:
     device = join_ranks(context)
     models = models_of_run(context.run, context.config, context.teacher)
     ask_models(
-        models, _task(context), _tokenizer(context), context.reporter, device=device,
+        models, _task(context), _tokenizer(context.config, context.teacher), context.reporter, device=device,
         trust_remote_code=context.config.teacher.trust_remote_code,
     )  # fmt: skip
 
@@ -127,14 +143,14 @@ def _task(context: StageContext) -> Task:
     return Task.read(_settings(context.config), context.config.seed, context.run.work / "bias")
 
 
-def _tokenizer(context: StageContext) -> Any:
+def _tokenizer(config: Config, teacher: Path) -> Any:
     """The teacher's tokenizer, with the chat template of the config where it names one."""
     from kdscale.data.readers.chat import ChatTemplate, chat_template
     from kdscale.models.loading import load_tokenizer
 
-    tokenizer: Any = load_tokenizer(context.teacher, context.config.teacher.trust_remote_code)
-    if _asks_chats(_settings(context.config)):
-        template: ChatTemplate = chat_template(context.config.data, tokenizer)
+    tokenizer: Any = load_tokenizer(teacher, config.teacher.trust_remote_code)
+    if _asks_chats(_settings(config)):
+        template: ChatTemplate = chat_template(config.data, tokenizer)
         tokenizer.chat_template = template.text
     return tokenizer
 

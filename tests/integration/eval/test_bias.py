@@ -264,8 +264,9 @@ def test_refusals_need_a_chat_template_and_tell_both_ways(
     template = models / "teacher" / "chat_template.jinja"
     template.rename(template.with_suffix(".away"))
     try:
-        with pytest.raises(ConfigError, match="chat template"):
-            bias.measure_bias(context)
+        for refused in (lambda: bias.check_before(context.config, context.run), lambda: bias.measure_bias(context)):
+            with pytest.raises(ConfigError, match="chat template"):
+                refused()
     finally:
         template.with_suffix(".away").rename(template)
 
