@@ -25,7 +25,7 @@ from kdscale.models.loading import load_model
 from kdscale.runs.models import TEACHER
 from kdscale.runtime.device import release_memory, resolve_dtype
 from kdscale.runtime.progress import Bar, Reporter
-from kdscale.runtime.ranks import gather, is_writer, on_main, place_in_group
+from kdscale.runtime.ranks import gather, is_writer, on_main, place_in_group, unequal_work
 
 SCHEMA_VERSION = 1
 Answers = list[Any]  # of each item: [total, tokens] of each choice, or the texts that the model wrote
@@ -100,12 +100,13 @@ def _ask(model: Any, name: str, tokenizer: Any, task: Task, entry: MeasureConfig
         bar.advance(count, f"{name}, {entry.key}")
 
     if isinstance(entry, GeneratingConfig):
-        texts = write_texts(
-            model, tokenizer, items, entry, task.seed, rank=rank, ranks=ranks, done=done
-        )  # fmt: skip
+        with unequal_work():
+            texts = write_texts(model, tokenizer, items, entry, task.seed, rank=rank, ranks=ranks, done=done)
         of_all = {int(at): own for part in gather(texts) for at, own in part.items()}
         return [of_all[at] for at in range(len(items))]
-    scores = gather(Scorer(model, name, tokenizer, task.settings.micro_batch)(items[rank::ranks], done))
+    with unequal_work():
+        own_scores = Scorer(model, name, tokenizer, task.settings.micro_batch)(items[rank::ranks], done)
+    scores = gather(own_scores)
     return [scores[at % ranks][at // ranks] for at in range(len(items))]
 
 
