@@ -266,7 +266,8 @@ def _part(task: Any, settings: ScoreSettings) -> Part:
         chosen = sorted(random.Random(f"{settings.seed} {task.task_name}").sample(chosen, settings.limit))
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     with explained(f"{where}: an item cannot be put as a question", DataError):
-        task.build_all_requests(samples=chosen)
+        # of each item the harness asks whether it is in a list
+        task.build_all_requests(samples=chosen if len(chosen) < available else None)
         part = Part(task, chosen, list(task.instances))
         for instance in part.instances:
             part.by_item.setdefault(chosen[instance.doc_id], []).append(instance)
