@@ -72,7 +72,7 @@ def read_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab: int,
     else:
         pre, merges = "default", list[str]()
         flags["add_space_prefix"] = _adds_space(where, tree, notes)
-        scores = _scores(where, model)
+        scores = _scores(where, tree)
     tokens, types = _tokens(tree, vocab, byte_level)
     without_row = sum(entry["id"] >= vocab for entry in tree.get("added_tokens") or [])
     if without_row:
@@ -164,18 +164,20 @@ def _replaces_spaces(step: Mapping[str, Any]) -> bool:
     return step["pattern"] == {"String": " "} and step["content"] == _SPACE
 
 
-def _scores(where: Path, model: Mapping[str, Any]) -> list[float]:
+def _scores(where: Path, tree: Mapping[str, Any]) -> list[float]:
     """Scores that make SentencePiece's BPE merge as the merges say: a token's is minus the rank of its merge.
 
     SentencePiece joins any two neighbours that make a token. So every way to cut a token in two must be a merge of its
-    own, of about the same rank, as in tokenizers that were converted from it. Raises CheckpointError for others.
+    own, of about the same rank, as in tokenizers that were converted from it; but for added tokens, which are found in
+    the text before. Raises CheckpointError for others.
     """
-    vocab, ranks = model["vocab"], dict[str, int]()
+    model, ranks = tree["model"], dict[str, int]()
+    vocab, added = model["vocab"], {entry["content"] for entry in tree.get("added_tokens") or []}
     pairs = {(left, right) for left, right in _merges(model)}
     for rank, (left, right) in enumerate(_merges(model)):
         ranks.setdefault(left + right, rank)
-    for token in ranks:
-        for cut in range(1, len(token)):
+    for token in dict.fromkeys([*ranks, *vocab]):
+        for cut in range(1, 0 if token in added else len(token)):
             pair = (token[:cut], token[cut:])
             if pair[0] in vocab and pair[1] in vocab and pair not in pairs:
                 raise _refused(

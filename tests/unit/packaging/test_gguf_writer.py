@@ -153,6 +153,11 @@ def some_merges(tree: dict[str, Any]) -> None:
     tree["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 
 
+def token_without_merge(tree: dict[str, Any]) -> None:
+    some_merges(tree)
+    tree["model"]["merges"] = [["b", "c"]]
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str, type[KdscaleError], str]] = {
     "type": (lambda model: None, "q4_k_m", ConfigError, "llama-quantize model-bf16.gguf m.gguf Q4_K_M"),
     "nan": (lambda model: poison(model, float("nan")), "bf16", CheckpointError, "ffn_up.weight has NaN"),
@@ -163,6 +168,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, type[KdscaleError], str]
     "no bpe": (lambda model: change_json(model / "tokenizer.json", unigram), "bf16", CheckpointError, "Unigram"),
     "merges": (
         lambda model: change_json(model / "tokenizer.json", some_merges), "bf16", CheckpointError, "no merge of 'a'",
+    ),
+    "a token that no merge makes": (
+        lambda model: change_json(model / "tokenizer.json", token_without_merge), "bf16", CheckpointError, "no merge",
     ),
     "rope and activation together": (
         lambda model: change_json(
