@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -21,8 +21,6 @@ class MeasureConfig(Section):
 
     A new measure is a subclass with its settings, a row of MEASURES, and a row of kdscale.eval.bias.measures.
     """
-
-    generates: ClassVar[bool] = False  # whether models write texts, rather than score given ones
 
     name: str
     label: Name | None = None  # what it is called in the results, where two entries have one name
@@ -95,8 +93,6 @@ class ScorerConfig(Section):
 
 class GeneratingConfig(MeasureConfig):
     """What measures have whose texts the models write."""
-
-    generates: ClassVar[bool] = True
 
     micro_batch: Few = 8  # prompts a forward, a rank
 
