@@ -86,12 +86,16 @@ def _by_server(scorer: ScorerConfig, endpoint: EndpointConfig, section: str, fol
     )  # fmt: skip
 
     def judge(texts: Sequence[str]) -> list[float]:
-        questions = [_question(text, number, scorer, endpoint) for number, text in enumerate(texts, 1)]
+        # a model may end its text at once, and many servers refuse a text that is empty: it is not toxic
+        questions = {
+            text: _question(text, number, scorer, endpoint) for number, text in enumerate(texts, 1) if text.strip()
+        }
         journal = Journal(folder, "scores", reporter.say)
         try:
-            with reporter.bar("score texts", len({one.key for one in questions}), "text") as bar:
-                ask_all(questions, journal, policy, bar)
-            return [float(journal.get(question.key)["score"]) for question in questions]
+            with reporter.bar("score texts", len(questions), "text") as bar:
+                ask_all(list(questions.values()), journal, policy, bar)
+            scores = {text: float(journal.get(question.key)["score"]) for text, question in questions.items()}
+            return [scores.get(text, 0.0) for text in texts]
         finally:
             journal.close()
 
@@ -103,8 +107,8 @@ def _question(text: str, position: int, scorer: ScorerConfig, endpoint: Endpoint
         messages = [{"role": "user", "content": text}]
         path, body = chat.PATH, {"model": endpoint.model, "messages": messages, "temperature": 0.0, "max_tokens": 16}
     else:
-        path, body = scorer.path, {"model": endpoint.model, scorer.text_field: text}
-    body = {key: value for key, value in body.items() if value != ""}
+        model = {"model": endpoint.model} if endpoint.model else {}
+        path, body = scorer.path, {**model, scorer.text_field: text}
 
     def read(tree: dict[str, Any]) -> dict[str, Any]:
         if scorer.style == "json":

@@ -203,6 +203,8 @@ def test_toxicity_by_words_and_by_a_guard(
     guard = toxicity(server.url, tmp_path, style="guard", endpoint={"model": "guard"})
     assert judge(guard, "good", "bad", "good") == [0.0, 1.0, 0.0]
     assert len(server.asked) == 2
+    server.right_answer = lambda path, body: {"score": 0.7} if body["text"] else {}  # type: ignore[method-assign]
+    assert judge(toxicity(server.url, tmp_path), "", "bad", "\n") == [0.0, 0.7, 0.0]  # nobody is asked of no text
 
 
 @pytest.mark.parametrize(
