@@ -16,7 +16,7 @@ from kdscale.pipeline.runner import report_so_far
 from kdscale.pipeline.stage import changed_outputs, read_manifest
 from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.runs.digests import digest_tree
-from kdscale.runs.folder import EVAL, QUANTIZED, STUDENT, STUDENT_CARD, STUDENT_WEIGHTS, RunFolder
+from kdscale.runs.folder import EVAL, QUANTIZED, QUANTIZED_WEIGHTS, STUDENT, STUDENT_CARD, STUDENT_WEIGHTS, RunFolder
 from kdscale.runs.models import is_quantized, models_of_run
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.signals import signals_as_exceptions
@@ -84,9 +84,10 @@ def check_finished(config: Config, run: RunFolder) -> None:
         if packaged & {artifact.path for artifact in stage.writes}:
             manifest = read_manifest(stage, run)
             changes += changed_outputs(run, manifest) if manifest else [f"{stage.title}: not finished"]
-    measured = evaluated["made_from"]["files"].get(STUDENT_WEIGHTS.path)
-    if measured != digest_tree(run.student, STUDENT_WEIGHTS.only):
-        changes.append("the evaluation is of another student")
+    measured = evaluated["made_from"]["files"]
+    for weights, others in ((STUDENT_WEIGHTS, "another student"), (QUANTIZED_WEIGHTS, "other quantised forms")):
+        if measured.get(weights.path, {}) != digest_tree(run.at(weights), weights.only):
+            changes.append(f"the evaluation is of {others}")
     if changes:
         raise RunFolderError(
             f"{run.path} is not as its stages left it", got="; ".join(changes[:8]), hint=f"{again} brings it up to date"

@@ -67,6 +67,14 @@ def test_figures_of_another_student_are_not_its_card(run: RunFolder) -> None:
         check_finished(config(run), run)
 
 
+def test_figures_of_other_forms_are_not_in_its_card(run: RunFolder) -> None:
+    """The forms were made after the evaluation."""
+    write_text(run.quantized / "int8" / "model.safetensors", "weights")
+    leaves(run, "quantize", {"quantized": digest_tree(run.quantized)}, {})
+    with pytest.raises(RunFolderError, match="evaluation is of other quantised forms"):
+        check_finished(config(run, quantize={"forms": [{"name": "int8"}]}), run)
+
+
 def test_forms_that_the_run_has_made_can_be_packaged_too(run: RunFolder) -> None:
     quantize = {"forms": [{"name": "int8"}, {"name": "fp8"}]}
     write_text(run.quantized / "int8" / "config.json", "{}")
