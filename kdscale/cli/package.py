@@ -21,7 +21,7 @@ def package_command(
     run: RunArgument,
     forms: Annotated[
         str | None,
-        typer.Option(metavar="FORM,...", help="bf16, unchanged, gguf-q8_0, or one of the run's quantized forms."),
+        typer.Option(metavar="FORM,...", help="bf16, unchanged, gguf-q8_0, or one of the run's quantised forms."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to; RUN/package by default.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a package that is there.")] = False,
@@ -37,7 +37,7 @@ def package_command(
 ) -> None:
     """Write the student of a finished run as a folder to serve and share: forms, card, report, checksums, a test.
 
-    By default bf16, the quantized forms of the run, and a GGUF file where the family has one.
+    By default bf16, the quantised forms of the run, and a GGUF file where the family has one.
     """
     from kdscale.jobs.package import package_run
     from kdscale.runtime.progress import Reporter

@@ -104,11 +104,10 @@ def _of_completion(answer: dict[str, Any]) -> Answer:
 def _request(url: str, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
     if not url.startswith(("http://", "https://")):
         raise ValueError("--url must begin with http:// or https://")
-    headers = {"Content-Type": "application/json"}
-    if token := os.environ.get(_TOKEN_VARIABLE):
-        headers["Authorization"] = "Bearer " + token
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers)
+    request = urllib.request.Request(url.rstrip("/") + path, data=data, headers={"Content-Type": "application/json"})
+    if token := os.environ.get(_TOKEN_VARIABLE):
+        request.add_unredirected_header("Authorization", "Bearer " + token)  # for this server alone
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return dict(json.load(response))

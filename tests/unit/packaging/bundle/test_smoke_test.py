@@ -39,9 +39,16 @@ class Server(BaseHTTPRequestHandler):
 
     answer: Any = None
     served = "small"
+    tokens: list[Any] = []  # noqa: RUF012
 
     def do_GET(self) -> None:
-        self._send({"data": [{"id": self.served}]})
+        self.tokens.append(self.headers["Authorization"])
+        if self.path.startswith("/moved"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.end_headers()
+        else:
+            self._send({"data": [{"id": self.served}]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -100,6 +107,13 @@ def test_a_server_that_has_the_model_is_asked(
     assert main(["--url", url]) == code
     said = "".join(capsys.readouterr())
     assert shown in said and "\x1b" not in said
+
+
+def test_the_token_does_not_follow_to_where_a_server_sends_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    Server.tokens.clear()
+    assert smoke_test.is_served(f"{url}/moved", {"served_name": "small"})
+    assert Server.tokens == ["Bearer secret", None]
 
 
 @pytest.mark.usefixtures("package")
