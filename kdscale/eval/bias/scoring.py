@@ -122,4 +122,6 @@ def _question(text: str, position: int, scorer: ScorerConfig, endpoint: Endpoint
             raise NotNowError(f"expected an answer that begins with safe or unsafe, got {said!r:.200}")
         return {"score": 1.0 if match[1] else 0.0}
 
-    return Question(key_of("bias", path, body), path, body, read, about=f"text {position}")
+    # measures share a journal: two of them may read other fields of one answer, or ask other servers the same
+    key = key_of("bias", endpoint.base_url, path, body, scorer.style, scorer.score_field)
+    return Question(key, path, body, read, about=f"text {position}")

@@ -205,6 +205,10 @@ def test_toxicity_by_words_and_by_a_guard(
     assert len(server.asked) == 2
     server.right_answer = lambda path, body: {"score": 0.7} if body["text"] else {}  # type: ignore[method-assign]
     assert judge(toxicity(server.url, tmp_path), "", "bad", "\n") == [0.0, 0.7, 0.0]  # nobody is asked of no text
+    server.right_answer = lambda path, body: {"score": 0.2, "insult": 0.9}  # type: ignore[method-assign]
+    assert judge(toxicity(server.url, tmp_path, score_field="insult"), "bad") == [0.9]
+    assert judge(toxicity(f"{server.url}/", tmp_path), "bad") == [0.2]
+    assert judge(toxicity(server.url, tmp_path), "bad") == [0.7]  # as it was said
 
 
 @pytest.mark.parametrize(
