@@ -56,7 +56,8 @@ class Reward:
                 messages = [*group.prompt.messages, {"role": "assistant", "content": answer.text}]
                 path, body = self._request(messages)
                 read = partial(_score_of, settings=self._settings)
-                yield Question(key_of("reward", path, body), path, body, read, about=group.prompt.where)
+                key = key_of("reward", path, body, self._settings.score_field)  # the score alone is kept
+                yield Question(key, path, body, read, about=group.prompt.where)
 
     def _request(self, messages: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
         model = self._settings.endpoint.model

@@ -160,6 +160,8 @@ def test_a_reward_server_scores_each_answer_once(
     assert answer(accept=True, **by(server, filters=[{**judge, "threshold": 7.5}]))
     assert len(lines()) == 3
     assert len(server.asked) == 9
+    with pytest.raises(ServiceError, match="no other in the answer"):  # what another field said does not count
+        answer(accept=True, **by(server, filters=[{**reward, "score_field": "other"}]))
     server.faults = [Fault(body=b'{"score": NaN}')]
     with pytest.raises(ServiceError, match="reward"):
         answer(accept=True, **by(server, filters=[{**reward, "path": "other"}]))
