@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from kdscale.errors import DataError
+from kdscale.errors import CheckpointError, DataError
 from kdscale.eval.token_stats import CHUNK_BYTES, checked_head
 from kdscale.models.attention import documents_apart
 from kdscale.models.documents import Documents
@@ -50,7 +50,10 @@ class LanguageModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """As `loglikelihood`, of tokens. Continuations that differ in their last token alone share one forward."""
+        """As `loglikelihood`, of tokens. Continuations that differ in their last token alone share one forward.
+
+        Raises CheckpointError for a model with a likelihood that is not finite.
+        """
         inputs = self.inputs(requests)
         longest_first = list(inputs)
         rank, ranks = place_in_group()
@@ -65,6 +68,11 @@ class LanguageModel(HFLM):
                 answers[numbers] = self._score(head, batch, conts)
                 self.count(each * len(numbers))
         all_reduce_sum(answers)  # each rank left zeros for what others answered
+        if not bool(torch.isfinite(answers).all()):
+            raise CheckpointError(
+                f"the answers of {self.model.name_or_path} have no finite likelihood",
+                hint="its weights hold NaN or Inf, or eval.dtype is too narrow for it: try --set eval.dtype=float32",
+            )
         return [(float(value), bool(greedy)) for value, greedy in answers]
 
     def inputs(self, requests: Sequence[_Request]) -> dict[tuple[int, ...], list[int]]:

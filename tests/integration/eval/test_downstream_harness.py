@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdscale.errors import ConfigError, DataError
+from kdscale.errors import CheckpointError, ConfigError, DataError
 from kdscale.eval.downstream.harness import ScoreSettings, prepare, score
 from kdscale.models.loading import load_model, load_tokenizer
 from tests.integration.eval.conftest import TaskMaker
@@ -54,6 +54,13 @@ def test_scores_are_those_of_the_harness_itself(tiny: tuple[Any, Any], task_make
         expected.append(values[right] - values[1 - right])
     assert ours.margins is not None
     np.testing.assert_allclose(ours.margins, expected, atol=1e-5)
+
+
+def test_a_model_of_nan_has_no_accuracy(tiny_llama_dir: Path, tiny: tuple[Any, Any], task_maker: TaskMaker) -> None:
+    model = load_model(tiny_llama_dir, dtype=torch.float32, device=torch.device("cpu"))
+    model.get_input_embeddings().weight.data[:] = torch.nan
+    with pytest.raises(CheckpointError, match="no finite likelihood"):
+        score(model, tiny[1], [str(task_maker())])
 
 
 def test_a_limit_draws_the_same_items_for_every_model(tiny: tuple[Any, Any], task_maker: TaskMaker) -> None:
