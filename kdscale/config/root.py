@@ -201,7 +201,9 @@ class Config(Section):
         }  # fmt: skip
         inner = self._short(form, form.label, f"quantize/training-{form.label}", changes)
         steps = inner.distill.tokens // (inner.distill.global_batch * inner.distill.seq_len)
-        warmup = min(inner.distill.optimizer.warmup_steps, steps // 5)
+        warmup, asked = inner.distill.optimizer.warmup_steps, form.distill.get("optimizer", {})
+        if "warmup_steps" not in asked:
+            warmup = min(warmup, steps // 5)
         optimizer = inner.distill.optimizer.model_copy(update={"warmup_steps": warmup})
         seed = self.seed if self._reads_a_store else (self.seed + 1) % 2**32
         return inner.model_copy(

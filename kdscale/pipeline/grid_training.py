@@ -15,7 +15,7 @@ from kdscale.config.root import Config
 from kdscale.files import atomic_path
 from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.runs.digests import digest_tree
-from kdscale.runs.folder import DATA, IMPORTANCE, PLAN, TARGETS, WEIGHTS, RunFolder, training_metrics
+from kdscale.runs.folder import IMPORTANCE, PLAN, TARGETS, WEIGHTS, RunFolder, training_metrics
 from kdscale.teacher.folders import teacher_folders
 
 
@@ -55,7 +55,7 @@ def train_on_grid(context: StageContext, form: Int4Config) -> RunFolder:
     """Train to the end or raise; returns the run inside the run, whose student's weights are to be rounded."""
     assert context.run_inner is not None
     run, config = context.run, context.config.training_on_grid(form)
-    shared = {"data": run.at(DATA), "pruned": start_of_training(run, form)}
+    shared = {**context.shared_text(), "pruned": start_of_training(run, form)}
     # what objectives that match layers know of the pruning, and stored targets, where there are any
     shared |= {artifact.path: run.at(artifact) for artifact in (PLAN, IMPORTANCE, TARGETS) if run.at(artifact).exists()}
     context.reporter.say(f"  {form.label}: the student is trained on for {config.distill.tokens:,} tokens")

@@ -39,10 +39,14 @@ def test_it_goes_on_as_the_distillation_was_but_on_the_grid_at_a_lower_rate_in_a
 
 
 def test_what_differs_in_it_is_said_in_the_form() -> None:
-    changes = {"micro_batch": 2, "optimizer": {"lr": 5e-5}, "objectives": [{"name": "cross_entropy"}]}
+    changes = {
+        "micro_batch": 2,
+        "optimizer": {"lr": 5e-5, "warmup_steps": 3},
+        "objectives": [{"name": "cross_entropy"}],
+    }
     inner = training({"tokens": "20k", "distill": changes}, {"compile": "layers"})
     assert (inner.distill.tokens, inner.distill.micro_batch, inner.distill.compile) == (20_000, 2, "off")
-    assert inner.distill.optimizer.lr == 5e-5
+    assert (inner.distill.optimizer.lr, inner.distill.optimizer.warmup_steps) == (5e-5, 3)
     assert [entry.name for entry in inner.distill.objectives] == ["cross_entropy"]
 
 
