@@ -256,7 +256,7 @@ def _warnings(facts: Mapping[str, Any]) -> list[str]:
         out.append("The models did not fit in memory together, so their speeds were measured one after another.")
     if any(found.get("device") == "cuda" and not found.get("cuda_graphs") for found in speeds):
         out.append(
-            "Decode on a GPU is timed for one sequence without CUDA graphs: starting kernels, whose number grows with"
+            "Decode on a GPU is timed without CUDA graphs: starting kernels, whose number grows with"
             " the layers, takes most of it. A serving engine gains more from narrower layers than these speeds show;"
             " eval.speed.cuda_graphs comes nearer to one."
         )

@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kdscale.config.endpoint import EndpointConfig
-from kdscale.config.fields import Count, Dtype, Few, Length, Name, Section, named_entry
+from kdscale.config.fields import Count, Dtype, Few, Length, Section, named_entry
 from kdscale.config.responses.filters import Pattern
 from kdscale.config.responses.settings import PromptSourceConfig, SamplingConfig
 
 PAIRS = "builtin:pairs"  # minimal pairs that come with the package
+# without a dot, after which bias.fail_if names a figure
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
 FilePath = Annotated[str, Field(min_length=1)]
 Prompts = Annotated[tuple[PromptSourceConfig, ...], Field(strict=False, min_length=1, max_length=1000)]
 
@@ -23,7 +25,7 @@ class MeasureConfig(Section):
     """
 
     name: str
-    label: Name | None = None  # what it is called in the results, where two entries have one name
+    label: Label | None = None  # what it is called in the results, where two entries have one name
 
     @property
     def key(self) -> str:

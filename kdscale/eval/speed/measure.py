@@ -178,10 +178,13 @@ class _Session:
                 model.lacks_memory[cell] = reason
             else:
                 model.cells.setdefault(cell, []).append(answer)
-        self._seconds[cell] = time.monotonic() - started
+        if any(cell in model.cells for model in models):  # what nobody has the memory for takes no time
+            self._seconds[cell] = time.monotonic() - started
 
     def _expected(self, cell: Cell) -> float:
         """Seconds that a cell will take that was not measured yet, by the largest one that was."""
+        if not self._seconds:
+            return 0.0
         known = max(self._seconds, key=lambda other: other.tokens)
         new = self._cfg.new_tokens
         return self._seconds[known] * (cell.tokens + cell.batch * new) / (known.tokens + known.batch * new)

@@ -190,3 +190,5 @@ def test_a_gate_names_measures_and_figures_that_can_grow() -> None:
     with pytest.raises(ValueError, match="label"):
         BiasConfig.model_validate({"measures": [{"name": "pairs"}, {"name": "pairs", "path": "p"}]})
     assert BiasConfig.model_validate({"measures": [{"name": "pairs"}, {"name": "pairs", "label": "own"}]})
+    with pytest.raises(ValueError, match="label"):  # own.v2 would be the figure v2 of own
+        BiasConfig.model_validate({"measures": [{"name": "pairs", "label": "own.v2"}]})
