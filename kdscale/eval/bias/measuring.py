@@ -28,6 +28,7 @@ from kdscale.runtime.progress import Bar, Reporter
 from kdscale.runtime.ranks import gather, is_writer, on_main, place_in_group, unequal_work
 
 SCHEMA_VERSION = 1
+_TOKENS_A_MESSAGE = 1 << 21  # of texts: as JSON far below what one rank may send another
 Answers = list[Any]  # of each item: [total, tokens] of each choice, or the texts that the model wrote
 
 
@@ -102,12 +103,22 @@ def _ask(model: Any, name: str, tokenizer: Any, task: Task, entry: MeasureConfig
     if isinstance(entry, GeneratingConfig):
         with unequal_work():
             texts = write_texts(model, tokenizer, items, entry, task.seed, rank=rank, ranks=ranks, done=done)
-        of_all = {int(at): own for part in gather(texts) for at, own in part.items()}
-        return [of_all[at] for at in range(len(items))]
+        return _of_all_ranks(
+            texts, len(items), max(1, _TOKENS_A_MESSAGE // (entry.sampling.n * entry.sampling.max_tokens))
+        )
     with unequal_work():
         own_scores = Scorer(model, name, tokenizer, task.settings.micro_batch)(items[rank::ranks], done)
     scores = gather(own_scores)
     return [scores[at % ranks][at // ranks] for at in range(len(items))]
+
+
+def _of_all_ranks(texts: Mapping[int, list[str]], items: int, a_message: int) -> Answers:
+    """The texts of all items, on every rank, from each rank's own; `a_message`: of how many items one may tell."""
+    own, found = sorted(texts), dict[int, list[str]]()
+    for start in range(0, items, a_message):  # all ranks send equally many, some of them empty
+        part = {at: texts[at] for at in own[start : start + a_message]}
+        found |= {int(at): told for of_rank in gather(part) for at, told in of_rank.items()}
+    return [found[at] for at in range(items)]
 
 
 def summarise_all(models: Sequence[str], task: Task, reporter: Reporter, out: Path) -> dict[str, Any]:

@@ -155,6 +155,21 @@ def test_two_ranks_give_the_figures_of_one(stage: Stage, tmp_path: Path) -> None
     assert (alone.run.path / "bias/items/refusals.jsonl").read_text() == texts
 
 
+def test_texts_of_ranks_are_exchanged_in_messages_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, sent = {at: [str(at)] for at in range(5)}, []
+
+    def gather(part: Any) -> list[Any]:
+        """Of two ranks: this one has the even items, the other answers with the odd ones."""
+        sent.append(list(part))
+        other = [1, 3][2 * len(sent) - 2 : 2 * len(sent)]
+        return [json.loads(json.dumps(one)) for one in (part, {at: texts[at] for at in other})]
+
+    monkeypatch.setattr(measuring, "gather", gather)
+    own = {at: texts[at] for at in (4, 0, 2)}
+    assert measuring._of_all_ranks(own, 5, 2) == [texts[at] for at in range(5)]
+    assert sent == [[0, 2], [4], []]
+
+
 def toxicity(server_url: str | None, tmp_path: Path, **scorer: Any) -> list[dict[str, Any]]:
     (tmp_path / "prompts.jsonl").write_text('{"text": "The river"}\n{"text": "An old mill"}\n')
     (tmp_path / "words.txt").write_text("mill\nold  river\n")
