@@ -296,7 +296,12 @@ def set_aside(path: Path, say: Callable[[str], None] | None = None) -> None:
     (say or _to_stderr)(f"warning: {path} is damaged; it was renamed to {aside.name} and is made again")
 
 
-def read_own_json(path: Path, is_valid: Callable[[Any], bool], say: Callable[[str], None] | None = None) -> Any:
+def read_own_json(
+    path: Path,
+    is_valid: Callable[[Any], bool],
+    say: Callable[[str], None] | None = None,
+    limit: int = MAX_JSON_BYTES,
+) -> Any:
     """JSON that kdscale itself wrote, or None where there is none or it is damaged.
 
     A damaged file is set aside with a notice through `say` (standard error by default), so that it never stops a run.
@@ -304,7 +309,7 @@ def read_own_json(path: Path, is_valid: Callable[[Any], bool], say: Callable[[st
     if not os.path.lexists(path):
         return None
     try:
-        value = read_json(path)
+        value = read_json(path, limit=limit)
         if is_valid(value):
             return value
     except FileError:

@@ -29,6 +29,7 @@ from kdscale.runtime.ranks import gather, is_writer, on_main, place_in_group, un
 
 SCHEMA_VERSION = 1
 _TOKENS_A_MESSAGE = 1 << 21  # of texts: as JSON far below what one rank may send another
+_MAX_ANSWERS_BYTES = 1 << 32  # of a model to a measure: 25 texts to each of 100,000 prompts are some 300 MB
 Answers = list[Any]  # of each item: [total, tokens] of each choice, or the texts that the model wrote
 
 
@@ -57,8 +58,9 @@ class Task:
         """What a model said to a measure; None where it has not been asked, or the file is damaged."""
         count = len(self.items[entry.key])
         answers: Answers | None = read_own_json(
-            self.answers(entry, model), lambda value: isinstance(value, list) and len(value) == count
-        )
+            self.answers(entry, model), lambda value: isinstance(value, list) and len(value) == count,
+            limit=_MAX_ANSWERS_BYTES,
+        )  # fmt: skip
         return answers
 
 

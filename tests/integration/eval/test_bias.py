@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from kdscale.config.evaluation.bias import BiasConfig
 from kdscale.config.load import build_config, dump_config
 from kdscale.errors import CheckpointError, ConfigError, DataError, GateError, KdscaleError, ServiceError
 from kdscale.eval.bias import measuring
 from kdscale.eval.bias.asking import Scorer
 from kdscale.eval.bias.items import Item
+from kdscale.files import MAX_JSON_BYTES, write_json
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.pipeline.stage import StageContext
 from kdscale.pipeline.stages import bias
@@ -153,6 +155,15 @@ def test_two_ranks_give_the_figures_of_one(stage: Stage, tmp_path: Path) -> None
         for figure, one in figures.items():  # fewer threads a rank: other last bits
             assert after["measures"]["pairs"]["all"]["figures"][name][figure] == pytest.approx(one, rel=1e-5)
     assert (alone.run.path / "bias/items/refusals.jsonl").read_text() == texts
+
+
+def test_many_texts_are_read_again(tmp_path: Path) -> None:
+    """A file of answers that is too large to be read would be made again, and again."""
+    task = measuring.Task(BiasConfig(), 0, tmp_path, {"pairs": [Item("1", "g")]})
+    (entry,) = task.settings.measures
+    said = [["x" * (MAX_JSON_BYTES + 1)]]
+    write_json(task.answers(entry, "pruned"), said)
+    assert task.kept(entry, "pruned") == said
 
 
 def test_texts_of_ranks_are_exchanged_in_messages_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
