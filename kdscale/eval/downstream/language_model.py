@@ -126,13 +126,15 @@ class LanguageModel(HFLM):
         return torch.stack(answers_of)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """What the model writes after each prompt."""
+        """What the model writes after each prompt; where a task has texts drawn, every model gets the same draws."""
         rank, ranks = place_in_group()
         mine = requests[rank::ranks]
         written: list[str] = []
         with unequal_work():
-            for batch in _batches(mine, self.batch_size * _BATCHES):
-                written += super().generate_until(list(batch), disable_tqdm=True)
+            for number, batch in enumerate(_batches(mine, self.batch_size * _BATCHES)):
+                with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                    torch.manual_seed(number * ranks + rank)  # another for each batch: a prompt may come several times
+                    written += super().generate_until(list(batch), disable_tqdm=True)
                 self.count(len(batch) * len(requests) / len(mine))
         by_rank = gather(written)
         return [by_rank[i % ranks][i // ranks] for i in range(len(requests))]

@@ -85,6 +85,23 @@ def test_texts_that_a_model_writes_are_scored(tiny: tuple[Any, Any], tmp_path: P
     assert set(scores.scores) <= {0.0, 1.0}
 
 
+def test_drawn_texts_are_the_same_again(tiny: tuple[Any, Any]) -> None:
+    """Whatever was drawn before: in another try of the stage, and for another model."""
+    from lm_eval.api.instance import Instance
+
+    from kdscale.eval.downstream.language_model import LanguageModel
+
+    how = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8, "until": ["never"]}
+    asked = [Instance("generate_until", {}, (text, how), 0) for text in ("the river", "an old mill")]
+    model = LanguageModel(*tiny, batch_size=2)
+    before = torch.get_rng_state()
+    first = model.generate_until(asked)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(9)
+    assert model.generate_until(asked) == first
+    assert first[0] != first[1]
+
+
 def test_ranks_share_the_requests_and_each_gets_all_scores(
     tiny: tuple[Any, Any], task_maker: TaskMaker, tmp_path: Path
 ) -> None:
