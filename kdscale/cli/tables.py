@@ -73,9 +73,8 @@ def table(
     A string is shown as it is: nothing in it is markup.
     """
     table = Table(
-        title=Text(for_terminal(title)),
+        title=Text(for_terminal(title), "bold"),
         title_justify="left",
-        title_style="bold",
         header_style="dim",
         box=None,
         pad_edge=False,
