@@ -16,11 +16,11 @@ import torch
 
 from kdscale.config.data import DataConfig
 from kdscale.data.readers.chat import ChatTemplate, chat_template
-from kdscale.errors import CheckpointError, ConfigError, DataError
+from kdscale.errors import CheckpointError, ConfigError, DataError, LackOfMemoryError
 from kdscale.eval.samples import Sampling, decode_after, end_ids, next_tokens
 from kdscale.eval.sizes import fit_together
 from kdscale.models.loading import load_model, load_tokenizer, read_tokenizer_config, special_tokens
-from kdscale.runtime.device import release_memory
+from kdscale.runtime.device import is_lack_of_memory, release_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,7 +106,8 @@ class Chat:
         """The answers so far, after each token, until all have at most `tokens`; the same objects every time.
 
         Models that are loaded together take turns, a token each. What was said is remembered, also where the caller
-        stops early. Raises ConfigError for an unknown model, DataError for a conversation longer than a model reads.
+        stops early. Raises ConfigError for an unknown model, DataError for a conversation longer than a model reads,
+        LackOfMemoryError where memory does not suffice.
         """
         if unknown := [name for name in names if name not in self._speakers]:
             raise ConfigError("models", expected=", ".join(self._speakers), got=", ".join(unknown))
@@ -120,6 +121,15 @@ class Chat:
                     speaking = {name: words for name, words in speaking.items() if next(words, None) is not None}
                     yield answers
                 self._release()
+        except (MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+            if not is_lack_of_memory(error):
+                raise
+            self._loaded.clear()
+            what = str(error).strip().partition("\n")[0][:300]
+            raise LackOfMemoryError(
+                "out of memory while models answered", got=what or type(error).__name__,
+                hint="let fewer of them answer (--models, /models), or begin a new conversation (/reset)",
+            ) from error  # fmt: skip
         finally:
             self._release()
             for name, answer in answers.items():

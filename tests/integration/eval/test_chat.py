@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdscale.config.data import DataConfig
-from kdscale.errors import ConfigError, DataError
+from kdscale.errors import ConfigError, DataError, LackOfMemoryError
 from kdscale.eval import sizes
 from kdscale.eval.chat import Answer, Chat
 from kdscale.eval.samples import Sampling, continue_prompts
@@ -87,6 +87,21 @@ def test_without_a_template_a_model_goes_on_from_the_text(tiny_llama_dir: Path) 
     first = last(chat, "The miller")["teacher"].text
     assert first == alone(tiny_llama_dir, "The miller")
     assert last(chat, "and")["teacher"].text == alone(tiny_llama_dir, f"The miller{first}\nand")
+
+
+def test_a_lack_of_memory_is_said_and_the_next_question_is_answered(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(models, **OPTIONS)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kdscale.eval.chat.load_model", fails)
+        with pytest.raises(LackOfMemoryError, match=r"can't allocate memory[\s\S]*/models"):
+            last(chat, "the mill")
+    assert last(chat, "the mill")["teacher"].text
 
 
 def test_a_conversation_longer_than_the_context_is_said(models: dict[str, Path]) -> None:
