@@ -193,28 +193,38 @@ class AnswerLogprobs:
     def __init__(self, index: AnswerIndex, prefix: int, gives: Needs, vocab_size: int):
         self.model, self.gives = nn.Module(), gives  # no layers to search for a NaN
         self._index, self._prefix, self._vocab_size = index, prefix, vocab_size
+        self._coming: dict[tuple[tuple[str, int], ...], np.ndarray] = {}
 
     def prefetch(self, batch: MicroBatch) -> None:
-        """Nothing to fetch: all is in memory."""
+        """Find the rows of a batch that is on the CPU, so that later nothing waits for a device."""
+        if batch.rows:
+            self._coming[batch.sequences] = self._numbers(batch)
 
     def targets(self, batch: MicroBatch) -> Targets:
         """The targets of the batch's rows, on their device. Raises DataError for a row that has none."""
+        coming = self._coming.pop(batch.sequences, None)
+        numbers_N = self._numbers(batch) if coming is None else coming
+        device, temperature = batch.rows_N.device, self.gives.temperature_at(batch.step)
+        ids_NK = torch.from_numpy(self._index.ids_MK[numbers_N].astype(np.int64))
+        logits_NK = torch.from_numpy(self._index.logits_MK[numbers_N])
+        lse_N = torch.zeros(len(numbers_N)) if temperature == 1.0 else (logits_NK / temperature).logsumexp(1)
+        ids_NK, logits_NK, lse_N = (part.to(device, non_blocking=True) for part in (ids_NK, logits_NK, lse_N))
+        return Targets(rows=batch.rows, top_k=TopKTargets(ids_NK, logits_NK, lse_N, temperature, self._vocab_size))
+
+    def _numbers(self, batch: MicroBatch) -> np.ndarray:
+        """The number of the targets of each row, (N,)."""
+        rows_N, labels_N = batch.rows_N.cpu(), batch.labels_N.cpu()
         labels_M = torch.full((batch.input_ids_BS.numel(),), IGNORED_LABEL)
-        labels_M[batch.rows_N.cpu()] = batch.labels_N.cpu()
+        labels_M[rows_N] = labels_N
         labels_BS = labels_M.view_as(batch.input_ids_BS)
         numbers_M = target_numbers(self._index, self._prefix, batch.input_ids_BS, batch.position_ids_BS, labels_BS)
-        numbers_N = numbers_M[batch.rows_N.cpu().numpy()]
+        numbers_N = numbers_M[rows_N.numpy()]
         if (numbers_N < 0).any():
             raise DataError(
                 f"{PLACEMENT}: {int((numbers_N < 0).sum())} rows of a batch have no log-probabilities",
                 expected="rows that were chosen because they have some",
             )
-        ids_NK = torch.from_numpy(self._index.ids_MK[numbers_N].astype(np.int64))
-        logits_NK = torch.from_numpy(self._index.logits_MK[numbers_N])
-        temperature = self.gives.temperature_at(batch.step)
-        lse_N = torch.zeros(batch.rows) if temperature == 1.0 else (logits_NK / temperature).logsumexp(1)
-        ids_NK, logits_NK, lse_N = (part.to(batch.rows_N.device) for part in (ids_NK, logits_NK, lse_N))
-        return Targets(rows=batch.rows, top_k=TopKTargets(ids_NK, logits_NK, lse_N, temperature, self._vocab_size))
+        return numbers_N
 
     def close(self) -> None:
         """Nothing is open."""

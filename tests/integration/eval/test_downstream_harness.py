@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +106,11 @@ def test_ranks_share_the_requests_and_each_gets_all_scores(
 ) -> None:
     file = str(task_maker(items=7))
     alone = score(*tiny, [file])["toy"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
 
     def work(rank: int) -> None:
         from torch import distributed
 
-        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=2)
         got = score(*tiny, [file], ScoreSettings(batch_size=1))["toy"]
         assert got.margins is not None
         (tmp_path / str(rank)).write_text(json.dumps([list(got.scores), list(got.margins), list(got.ids)]))

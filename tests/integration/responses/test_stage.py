@@ -216,7 +216,7 @@ def test_the_student_learns_the_log_probabilities_that_came_with_the_answers(
         "teacher_placement": "responses", "objectives": [{"name": "token_divergence", "top_k": 2}], "tokens": 512,
         "seq_len": 64, "global_batch": 4, "micro_batch": 2, "validate_every": 1, "validate_tokens": 200,
     }  # fmt: skip
-    settings = {**by(server), "sampling": {"top_logprobs": 2}}
+    settings = {**by(server), "sampling": {"top_logprobs": 2}, "retries": 5}
     assert answer(until="distill", data=data, distill=distill, **settings)
     rows = list(read_metrics(tmp_path / "run/logs/metrics.jsonl"))
     losses = [row["loss"] for row in rows if row["kind"] == "validation"]
