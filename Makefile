@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Test files run side by side; a file's tests stay together, for the fixtures they share. They begin in the order of
-# their names, the long ones of integration before the short ones of unit, so that no worker waits at the end.
+# Test files run side by side; a file's tests stay together, for the fixtures they share.
 WORKERS ?= 2
+# Which tests: make test-long runs the long ones, which make test leaves out.
+MARKED  ?= not long
 TEACHER := teachers/smollm2-135m-instruct
 
 # make docs: the documentation, in site/index.html.
-.PHONY: quick demo test docs lint types imports pytest format clean
+.PHONY: quick demo test test-long docs lint types imports pytest format clean
 
 quick demo:
 	@$(PYTHON) .ci/bootstrap.py $(VENV) gguf eval
@@ -25,6 +26,10 @@ docs:
 	@$(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
 
+test-long:
+	@$(PYTHON) .ci/bootstrap.py $(VENV) dev
+	@$(MAKE) --no-print-directory pytest MARKED=long
+
 lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,7 +41,7 @@ imports:
 	$(BIN)/lint-imports
 
 pytest:
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 40
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 40 -m "$(MARKED)"
 
 format:
 	$(BIN)/ruff check --fix .

@@ -63,6 +63,7 @@ def _run(work: Callable[[int], int | None], rank: int) -> int:
         # Makes torch's thread pool anew while there is one thread. Left to the first operations, which gloo's threads
         # begin at the same time, two of them meet in it: "Invalid thread pool!".
         torch.set_num_threads(1)
+        distributed_c10d._update_default_pg(None)  # of an engine that the parent made: it is no rank of that group
         distributed_c10d._object_to_tensor = _refuse_to_pickle  # type: ignore[assignment]
         code = work(rank) or 0
     except BaseException:  # noqa: BLE001 - a fork must not go on as its parent

@@ -137,6 +137,7 @@ def test_all_models_are_measured_and_a_killed_stage_goes_on(stage: Stage, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_give_the_figures_of_one(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "harmful.txt").write_text("The river\nAn old mill\nWho lived there\n")
     (tmp_path / "harmless.txt").write_text("Barley\nThe miller counted\n")

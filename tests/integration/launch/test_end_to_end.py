@@ -110,6 +110,7 @@ def test_a_broken_job_starts_again_and_ends_with_the_unbroken_ones_student(start
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_host_that_stays_away_is_done_without_and_used_again(start: Start, tiny_config: Path, fake_ssh: Path) -> None:
     folder = tiny_config.parent
     away = folder / "away-two"

@@ -37,6 +37,7 @@ def _worker():
     return module
 
 
+@pytest.mark.long
 def test_a_lost_rank_is_resumed_and_the_scores_are_those_of_one_process(teacher, tmp_path, kdscale_environment):
     worker, folder = _worker(), teacher.checkpoint.path
     expected = collect_scores(worker.stream(folder), worker.batches(), worker.AXES, worker.CONFIG)
