@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdscale.config.quantize import FormConfig
 from kdscale.weights import TensorInfo
+from kdscale.weights.integer_grid import IntegerGrid
 
 
 class Quantized(NamedTuple):
@@ -24,10 +25,8 @@ class Quantized(NamedTuple):
     scales_OG: Tensor
 
     def values(self) -> Tensor:
-        """The weight [O, I] that readers of the format compute, in the scales' dtype and rounded to it as theirs is."""
-        outputs, groups = self.scales_OG.shape
-        codes_OGi = self.codes_OI.to(self.scales_OG.dtype).view(outputs, groups, -1)
-        return (codes_OGi * self.scales_OG[:, :, None]).view(outputs, -1)
+        """The weight [O, I] that readers of the format compute; float codes are multiplied like integers."""
+        return IntegerGrid.values(self.codes_OI, self.scales_OG)
 
 
 class Form(ABC):

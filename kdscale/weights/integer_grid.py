@@ -60,9 +60,13 @@ class IntegerGrid:
         """The smallest integer, in fp32, that weights with these scales may have, in their shape."""
         return torch.full_like(scales, self.least, dtype=torch.float32)
 
-    def values(self, integers_OI: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:
-        """[O, I]: the weight that readers of the format compute, in the dtype of the scales as they do."""
-        integers_OGi = self._grouped(integers_OI).to(scales_OG.dtype)
+    @staticmethod
+    def values(integers_OI: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:
+        """[O, I]: the weight that readers of the format compute, in the scales' dtype and rounded to it as theirs is.
+
+        Each of the G scales of a row is for as many inputs.
+        """
+        integers_OGi = integers_OI.unflatten(-1, (scales_OG.shape[-1], -1)).to(scales_OG.dtype)
         return (integers_OGi * scales_OG.unsqueeze(-1)).flatten(-2)
 
     def nearest(self, weight_OI: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
