@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,3 +101,24 @@ def tiny_config(tmp_path: Path, tiny_llama_dir: Path, tiny_texts: list[str]) -> 
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_CONFIG.format(folder=tmp_path, teacher=tiny_llama_dir), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def dies_when_a_checkpoint_is_sealed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """A block in which the first checkpoint that is sealed ends what runs, as Ctrl-C would."""
+    from kdscale.distill.checkpoint import folder as checkpoint_folder
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        seal = checkpoint_folder.seal
+
+        def seal_and_die(folder: Path, step: int, facts: Any) -> Path:
+            seal(folder, step, facts)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint_folder, "seal", seal_and_die)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return block

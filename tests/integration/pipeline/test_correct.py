@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from kdscale.config.load import load_config
-from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.files import read_json, write_text
 from kdscale.pipeline.runner import run_until
 from kdscale.runs.digests import digest_tree
@@ -30,21 +28,15 @@ def run_up_to(stage: str, config: Path) -> RunFolder:
 
 
 def test_a_killed_correction_goes_on_and_all_later_stages_see_its_teacher(
-    tiny_config: Path, tiny_llama_dir: Path, monkeypatch: Any
+    tiny_config: Path,
+    tiny_llama_dir: Path,
+    dies_when_a_checkpoint_is_sealed: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """The last checkpoint is there, but the process dies before the teacher is: nothing is trained twice."""
     config = tiny_config
     write_text(config, config.read_text() + CORRECT)
-    seal = checkpoint_folder.seal
-
-    def seal_and_die(folder: Path, step: int, facts: Any) -> Path:
-        seal(folder, step, facts)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder, "seal", seal_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            run_up_to("correct", config)
+    with dies_when_a_checkpoint_is_sealed():
+        run_up_to("correct", config)
     run = run_up_to("correct", config)
     rows = [row for row in read_metrics(run.at(CORRECTION_METRICS)) if row["kind"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, 5))

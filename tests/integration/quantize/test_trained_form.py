@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from kdscale.config.root import Config
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenStore
-from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
 from kdscale.models.head import final_hidden, head_of
@@ -81,8 +81,9 @@ def logit_change(folder: Path, run: RunFolder) -> float:
 
 
 def test_a_killed_training_goes_on_and_the_form_is_the_model_that_was_trained(
-    config_in: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    config_in: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    dies_when_a_checkpoint_is_sealed: Callable[[], AbstractContextManager[None]],
+) -> None:  # fmt: skip
     """The training dies when its first checkpoint is there; with its text in an order of its own."""
     config = config_in("whole")
     run_until(config, "distill", QUIET)
@@ -111,16 +112,8 @@ def test_a_killed_training_goes_on_and_the_form_is_the_model_that_was_trained(
         patch.setattr(calibrated, "layer_matrices", die_in_a_layer)
         with pytest.raises(KeyboardInterrupt):
             run_until(other, "quantize", QUIET)
-    seal = checkpoint_folder.seal
-
-    def seal_and_die(folder: Path, step: int, facts: Any) -> Path:
-        seal(folder, step, facts)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder, "seal", seal_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            run_until(other, "quantize", QUIET)
+    with dies_when_a_checkpoint_is_sealed():
+        run_until(other, "quantize", QUIET)
     assert list((tmp_path / "killed" / "work").rglob("step-*"))
     start = tmp_path / "killed" / "work" / "quantize" / f"start-{LABEL}"
     assert logit_change(start, run) < 0.7 * logit_change(run.student, run)
