@@ -25,7 +25,7 @@ from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.report.bias_facts import bias
 from kdscale.report.comparison import is_evaluation, students, worsened
 from kdscale.report.downstream_facts import downstream
-from kdscale.runs.folder import BIAS, DOWNSTREAM, RunFolder
+from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL_FILE, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import model_title
 from kdscale.sizing.capacity import Capacity
@@ -191,8 +191,8 @@ def results(folder: Path, last_stage: str) -> None:
     run = RunFolder(folder)
     if last_stage == "plan":
         plan(read_json(run.plan), load_config(run.config).distill.tokens)
-    if last_stage in ("eval", "report") and (run.eval / "eval.json").exists():
-        _side_by_side(run.eval / "eval.json")
+    if last_stage in ("eval", "report") and (run.eval / EVAL_FILE).exists():
+        _side_by_side(run.eval / EVAL_FILE)
     if last_stage in ("downstream", "report"):
         _tasks(run.at(DOWNSTREAM))
     if last_stage in ("bias", "report"):

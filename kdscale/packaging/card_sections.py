@@ -13,6 +13,7 @@ from typing import Any
 
 from kdscale.escaping import for_markdown
 from kdscale.files import read_json
+from kdscale.runs.folder import BIAS, BIAS_FILE, DOWNSTREAM, DOWNSTREAM_FILE, EVAL, EVAL_FILE
 from kdscale.runs.models import DISTILLED, model_title
 from kdscale.units import decimals, format_count, format_number, format_size
 
@@ -177,7 +178,7 @@ def _bias(content: Mapping[str, Any]) -> str:
 
 
 SECTIONS: tuple[CardSection, ...] = (
-    CardSection("eval/eval.json", "On held-out text", _quality, _quality_results),
-    CardSection("downstream/downstream.json", "On tasks with right answers", _tasks, _task_results),
-    CardSection("bias/bias.json", "Bias and safety", _bias),
+    CardSection(f"{EVAL.path}/{EVAL_FILE}", "On held-out text", _quality, _quality_results),
+    CardSection(f"{DOWNSTREAM.path}/{DOWNSTREAM_FILE}", "On tasks with right answers", _tasks, _task_results),
+    CardSection(f"{BIAS.path}/{BIAS_FILE}", "Bias and safety", _bias),
 )

@@ -8,16 +8,16 @@ from typing import Any
 
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
+from kdscale.runs.folder import DOWNSTREAM_FILE
 from kdscale.runs.models import TEACHER, model_title
 
-FILE = "downstream.json"
 MEAN = "mean over tasks"
 Cells = Mapping[str, Any]
 
 
 def downstream(folder: Path) -> dict[str, Any] | None:
     """What the report shows of the scores on tasks; None where there are none. Raises RunFolderError for damage."""
-    path = folder / FILE
+    path = folder / DOWNSTREAM_FILE
     if not path.exists():
         return None
     result = read_json(path, RunFolderError, expect=dict)

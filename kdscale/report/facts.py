@@ -22,7 +22,7 @@ from kdscale.report.comparison import NOISE, comparison, students, worsened
 from kdscale.report.downstream_facts import downstream
 from kdscale.report.speed_facts import speed
 from kdscale.report.tradeoff.points import as_json, points_of
-from kdscale.runs.folder import BIAS, DOWNSTREAM, METRICS
+from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL, EVAL_FILE, METRICS
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import DISTILLED, TEACHER, model_title
 
@@ -49,7 +49,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         raise RunFolderError(f"run folder {run_dir} does not exist", hint="kdscale run CONFIG makes one")
     config = read_config(run_dir / "config.yaml")
     plan = _optional(run_dir / "plan.json")
-    evaluation = _optional(run_dir / "eval" / "eval.json")
+    evaluation = _optional(run_dir / EVAL.path / EVAL_FILE)
     log_rows = list(read_metrics(run_dir / METRICS.path))
     importance = pruning_facts.importance(run_dir / "importance")
     tasks = downstream(run_dir / DOWNSTREAM.path)

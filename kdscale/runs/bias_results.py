@@ -11,10 +11,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json
-from kdscale.runs.folder import fits
+from kdscale.runs.folder import BIAS_FILE, fits
 from kdscale.runs.models import CORRECTED, PRUNED, TEACHER
-
-FILE = "bias.json"  # in the stage's folder
 
 
 class _Record(BaseModel):
@@ -113,7 +111,7 @@ def _is_whole(part: Part, models: list[str], figures: set[str]) -> bool:
 
 def read_bias(folder: Path) -> Results | None:
     """The results in a run's folder `bias`, None where there are none. Raises RunFolderError for a damaged file."""
-    path = folder / FILE
+    path = folder / BIAS_FILE
     if not path.exists():
         return None
     tree = read_json(path, RunFolderError, expect=dict)

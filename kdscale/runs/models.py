@@ -11,13 +11,23 @@ from pathlib import Path
 from kdscale.config.quantize import FORMS
 from kdscale.config.root import Config
 from kdscale.runs.folder import CORRECTED as CORRECTED_FOLDER
+from kdscale.runs.folder import (
+    CORRECTED_WEIGHTS,
+    PRUNED_WEIGHTS,
+    QUANTIZED_WEIGHTS,
+    STUDENT,
+    STUDENT_WEIGHTS,
+    RunFolder,
+)
 from kdscale.runs.folder import PRUNED as PRUNED_FOLDER
-from kdscale.runs.folder import STUDENT, RunFolder
 
 TEACHER = "teacher"  # what the others are compared with
 CORRECTED = "corrected"  # the teacher after its fine-tuning; no student
 PRUNED = "pruned"
 DISTILLED = "distilled"  # the run's result
+
+# what is read of all that the stages made: a model that is added to the function below is added here
+MODEL_WEIGHTS = (CORRECTED_WEIGHTS, PRUNED_WEIGHTS, STUDENT_WEIGHTS, QUANTIZED_WEIGHTS)
 
 
 def models_of_run(run: RunFolder, config: Config, teacher: Path) -> dict[str, Path]:

@@ -22,6 +22,7 @@ from kdscale.eval.bias.measures import MEASURES, values_of
 from kdscale.eval.bias.scoring import Judge, make_judge
 from kdscale.files import read_own_json, write_json, write_text
 from kdscale.models.loading import load_model
+from kdscale.runs.folder import BIAS_FILE
 from kdscale.runs.models import TEACHER
 from kdscale.runtime.device import release_memory, resolve_dtype
 from kdscale.runtime.progress import Bar, Reporter
@@ -140,7 +141,7 @@ def summarise_all(models: Sequence[str], task: Task, reporter: Reporter, out: Pa
             for entry in task.settings.measures
         },
     }  # fmt: skip
-    write_json(out / "bias.json", results)
+    write_json(out / BIAS_FILE, results)
     return results
 
 

@@ -32,7 +32,7 @@ from kdscale.jobs.sweep.space import drawn, grid_points, grid_size, trial_config
 from kdscale.pipeline.runner import run_until
 from kdscale.pipeline.stage import manifest_path
 from kdscale.pipeline.stages.registry import stages_until
-from kdscale.runs.folder import CHECKPOINTS, PRUNED, STUDENT, RunFolder
+from kdscale.runs.folder import CHECKPOINTS, EVAL_FILE, PRUNED, STUDENT, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import DISTILLED
 from kdscale.runtime.packages import require_packages
@@ -327,7 +327,7 @@ def _last_error(log: Path) -> str:
 
 def _figures(settings: SweepConfig, run: RunFolder) -> list[float]:
     """What a finished trial is judged by."""
-    model = read_json(run.eval / "eval.json")["models"][DISTILLED]
+    model = read_json(run.eval / EVAL_FILE)["models"][DISTILLED]
     return [
         float(model["quality"][settings.objective]),
         *([float(model["size"][settings.size])] if settings.size else []),

@@ -12,7 +12,7 @@ from kdscale.config.root import Config
 from kdscale.files import atomic_dir, read_json, remove_tree, sha256_json, write_json
 from kdscale.pipeline.spawn import join_ranks, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
-from kdscale.runs.folder import DOWNSTREAM, RunFolder
+from kdscale.runs.folder import DOWNSTREAM, DOWNSTREAM_FILE, RunFolder
 from kdscale.runs.models import DISTILLED, models_of_run
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from kdscale.eval.downstream.measure import Bench
 
 NAME = "downstream"
-_FILE = "downstream.json"
 
 
 def what_matters(context: StageContext) -> Facts:
@@ -51,7 +50,7 @@ def ask_models(context: StageContext) -> Facts:
     from kdscale.eval.downstream.measure import headline
 
     run_on_ranks(NAME, ask_rank, context, ranks_of(context.config, "eval.downstream.processes"))
-    return headline(read_json(context.run.at(DOWNSTREAM) / _FILE))
+    return headline(read_json(context.run.at(DOWNSTREAM) / DOWNSTREAM_FILE))
 
 
 def ask_rank(context: StageContext) -> None:
@@ -80,7 +79,7 @@ def ask_rank(context: StageContext) -> None:
         for name, of_model in scores.items():
             write_json(tmp / "items" / f"{name}.json", [measure.to_json(task) for task in of_model.values()])
         write_json(
-            tmp / _FILE,
+            tmp / DOWNSTREAM_FILE,
             {"schema_version": measure.SCHEMA_VERSION, "settings": _describe(config, bench), **result, "curve": curve},
         )
 

@@ -7,9 +7,8 @@ from contextlib import nullcontext
 from kdscale.files import atomic_dir, read_json
 from kdscale.pipeline.spawn import join_ranks, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
+from kdscale.runs.folder import EVAL_FILE
 from kdscale.runs.models import models_of_run
-
-_FILE = "eval.json"
 
 
 def evaluate(context: StageContext) -> Facts:
@@ -17,7 +16,7 @@ def evaluate(context: StageContext) -> Facts:
     from kdscale.eval.quality import headline
 
     run_on_ranks("eval", evaluate_rank, context, ranks_of(context.config, "eval.processes"))
-    return headline(read_json(context.run.eval / _FILE))
+    return headline(read_json(context.run.eval / EVAL_FILE))
 
 
 def evaluate_rank(context: StageContext) -> None:
@@ -30,6 +29,6 @@ def evaluate_rank(context: StageContext) -> None:
     models = models_of_run(run, config, context.teacher)
     with atomic_dir(run.eval) if is_writer() else nullcontext() as tmp:
         quality.evaluate(
-            models, run.data, config.eval, config.runtime, None if tmp is None else tmp / _FILE, context.reporter,
+            models, run.data, config.eval, config.runtime, None if tmp is None else tmp / EVAL_FILE, context.reporter,
             device=device, trust_remote_code=config.teacher.trust_remote_code,
         )  # fmt: skip

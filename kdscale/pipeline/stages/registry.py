@@ -26,14 +26,9 @@ from kdscale.pipeline.stages import (
     targets,
 )  # fmt: skip
 from kdscale.runs import folder
+from kdscale.runs.models import MODEL_WEIGHTS
 
 _CODE = "teacher.trust_remote_code"
-_MODELS = (
-    folder.CORRECTED_WEIGHTS,
-    folder.PRUNED_WEIGHTS,
-    folder.STUDENT_WEIGHTS,
-    folder.QUANTIZED_WEIGHTS,
-)  # that runs.models has, beside the teacher
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -132,7 +127,7 @@ STAGES: dict[str, Stage] = {
             run=evaluate.evaluate, run_rank=evaluate.evaluate_rank, processes="eval.processes",
             config=("eval", "seed", _CODE), without=("eval.downstream",),
             model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
-            reads=(*_MODELS, folder.DATA), writes=(folder.EVAL,),
+            reads=(*MODEL_WEIGHTS, folder.DATA), writes=(folder.EVAL,),
             memory=("eval.micro_batch", "eval.processes"),
         ),
         Stage(
@@ -140,7 +135,7 @@ STAGES: dict[str, Stage] = {
             help="Give all models tasks with right answers, the same items to each (eval.downstream).",
             run=downstream.ask_models, run_rank=downstream.ask_rank, processes="eval.downstream.processes",
             config=("seed", _CODE), depends_on=downstream.what_matters,
-            model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER), reads=_MODELS,
+            model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER), reads=MODEL_WEIGHTS,
             writes=(folder.DOWNSTREAM,), resumable=True, disk_bytes=downstream.disk_bytes,
             only_with="eval.downstream", check_before=downstream.check_before,
             memory=("eval.downstream.batch_size", "eval.downstream.processes"),
@@ -150,8 +145,8 @@ STAGES: dict[str, Stage] = {
             help="Measure bias and safety of teacher and students on the same items, and whether they grew.",
             run=bias.measure_bias, run_rank=bias.bias_rank, processes="bias.processes", config=("seed", _CODE),
             depends_on=bias.what_matters, model="teacher", model_files=(*folder.WEIGHTS, *folder.TOKENIZER),
-            reads=_MODELS, writes=(folder.BIAS,), resumable=True, only_with="bias", check_before=bias.check_before,
-            gate=bias.gate,
+            reads=MODEL_WEIGHTS, writes=(folder.BIAS,), resumable=True, only_with="bias",
+            check_before=bias.check_before, gate=bias.gate,
             memory=("bias.micro_batch", "bias.processes"),
         ),
         Stage(

@@ -19,7 +19,7 @@ from kdscale.report.comparison import FIGURES, Figure, is_evaluation, written, w
 from kdscale.report.downstream_facts import downstream
 from kdscale.report.facts import read_config
 from kdscale.report.tradeoff.points import Point, as_json, points_of
-from kdscale.runs.folder import BIAS, DOWNSTREAM, METRICS, RunFolder
+from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL_FILE, METRICS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import CORRECTED, PRUNED, TEACHER, model_title
 
@@ -76,7 +76,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
     config = sound(lambda: read_config(run.config)) or {}
     plan = sound(lambda: _checked(run.plan, _is_plan))
-    evaluation = sound(lambda: _checked(run.eval / "eval.json", is_evaluation))
+    evaluation = sound(lambda: _checked(run.eval / EVAL_FILE, is_evaluation))
     tasks = sound(lambda: downstream(run.at(DOWNSTREAM)))
     biased = sound(lambda: bias(run.at(BIAS)))
     trained = sound(lambda: _last_step(folder / METRICS.path))
