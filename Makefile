@@ -42,7 +42,8 @@ imports:
 	$(BIN)/lint-imports
 
 pytest:
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 40 -m "$(MARKED)"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+		--durations 40 -m "$(MARKED)"
 
 format:
 	$(BIN)/ruff check --fix .

@@ -15,7 +15,8 @@ from hypothesis import settings
 from tests.hostile.nasty import COUNTS, counts_in_words
 
 # A limit on a case's wall clock fails tests on a machine that is busy with something else; the hang limit is pytest's.
-settings.register_profile("kdscale", deadline=None)
+# The same cases in every run: what passes on one machine passes on the next.
+settings.register_profile("kdscale", deadline=None, derandomize=True, database=None)
 settings.load_profile("kdscale")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
