@@ -81,6 +81,8 @@ class Int4Config(FormConfig, ShortTraining):
     group: Group = 32
     # distilled: the weights that the training begins with
     start: Literal["gptq", "rtn"] = "gptq"
+    # distilled: at a fifth of the rate, ten steps move hardly a weight to another integer (measured-quantisation.md)
+    lr_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     # gptq: the inputs with the largest values are rounded first
     act_order: bool = True
     # gptq: this share of the mean diagonal is added to the diagonal of the inputs' Gram matrix
