@@ -7,6 +7,7 @@ renamed. A reader can trust any file that has its final name, whatever was kille
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -42,6 +44,8 @@ _SAFETENSORS_CODE = re.compile(r"\b(?:code:|os error) (\d+)")
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 64 << 20, 64
+_LOCK_POLL_SECONDS = 0.01
+LOOK_SECONDS = 0.5  # how long a look at a lock may take on a busy machine
 _JSON_NAMES = {
     dict: "an object",
     list: "a list",
@@ -280,6 +284,39 @@ def _is_deeper_than(value: Any, limit: int) -> bool:
         if not level:
             return False
     return True
+
+
+def try_lock(handle: int, patience: float = 0.0) -> bool:
+    """Lock an open file or folder for this process; False where another one has locked it.
+
+    `patience`: seconds to keep trying, for a file that `is_locked` may look at: it holds the lock for an instant.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOCK_POLL_SECONDS)
+        else:
+            return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has locked this file now; False where there is no such file."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:  # nobody who can hold it
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(handle)
 
 
 def is_plain_or_absent(path: Path) -> bool:

@@ -12,7 +12,6 @@ run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one man
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import stat
@@ -30,12 +29,15 @@ from kdscale.config.load import Difference, config_differences, dump_config, loa
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError, FileError, RunFolderError
 from kdscale.files import (
+    LOOK_SECONDS,
     explain_os_errors,
+    is_locked,
     is_plain_or_absent,
     read_json,
     read_own_json,
     remove_leftovers,
     set_aside,
+    try_lock,
     write_json,
     write_text,
 )
@@ -99,15 +101,6 @@ CORRECTION_METRICS = training_metrics("correct")
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def try_lock(handle: int) -> bool:
-    """Lock an open file or folder for this process; False where another one has locked it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class _Record(BaseModel):
@@ -200,7 +193,7 @@ class RunFolder:
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise RunFolderError(f"{self.path / '.lock'} is not a regular file", hint="remove it")
-            if not try_lock(handle):
+            if not try_lock(handle, LOOK_SECONDS):
                 owner = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
                 raise RunFolderError(
                     f"run folder {self.path} is in use by process {owner}",
@@ -215,14 +208,7 @@ class RunFolder:
 
     def in_use(self) -> bool:
         """Whether a process holds the folder now."""
-        try:
-            handle = os.open(self.path / ".lock", os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:  # nobody who can hold it
-            return False
-        try:
-            return not try_lock(handle)
-        finally:
-            os.close(handle)
+        return is_locked(self.path / ".lock")
 
     def adopt_config(self, config: Config, accept_changes: bool) -> list[Difference]:
         """Store the resolved config; returns the fields that changed since the folder's last run.
