@@ -6,13 +6,14 @@ the same handles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from kdscale.errors import ConfigError
+from kdscale.service.settings import ServiceSettings
 
 # Where each engine is; a module is imported when a run first asks for it.
 ENGINES: Mapping[str, str] = {
@@ -82,10 +83,28 @@ class Engine(Protocol):
         """Start the next attempt after one that ended; returns the new handle."""
 
 
-def make_engine(name: str, settings: Any) -> Engine:
+def make_engine(name: str, settings: ServiceSettings) -> Engine:
     """The engine of this name, made from the service's settings. Raises ConfigError for a name that is none."""
     if name not in ENGINES:
         raise ConfigError("target.engine", expected=f"one of {', '.join(ENGINES)}", got=repr(name))
     module, _, attribute = ENGINES[name].partition(":")
     engine: Engine = getattr(import_module(module), attribute)(settings)
     return engine
+
+
+class Engines(Mapping[str, Engine]):
+    """All engines by name, each made when it is first asked for."""
+
+    def __init__(self, settings: ServiceSettings):
+        self._settings, self._made = settings, dict[str, Engine]()
+
+    def __getitem__(self, name: str) -> Engine:
+        if name not in self._made:
+            self._made[name] = make_engine(name, self._settings)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ENGINES)
+
+    def __len__(self) -> int:
+        return len(ENGINES)

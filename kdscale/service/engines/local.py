@@ -19,6 +19,7 @@ from kdscale.jobs.launch import python_path
 from kdscale.service.engines import supervisor as attempt
 from kdscale.service.engines.engine import Job, JobState
 from kdscale.service.engines.marks import end_marked
+from kdscale.service.settings import ServiceSettings
 from kdscale_launch.environment import without_secrets
 from kdscale_launch.job import describe_exit
 from kdscale_launch.processes import tail
@@ -32,7 +33,7 @@ class LocalEngine:
 
     name = "local"
 
-    def __init__(self, settings: Any = None):
+    def __init__(self, settings: ServiceSettings | None = None):
         self._folder = str(Path.cwd())  # relative paths in a config mean what they mean to `kdscale run` started here
 
     def submit(self, job: Job) -> str:
