@@ -13,7 +13,7 @@ RUN_ID = re.compile(f"[{_ALPHABET}]{{{_TIME_DIGITS}}}-[{_ALPHABET}]{{{_RANDOM_DI
 
 def new_run_id(now: float | None = None) -> str:
     """A new id; ids sort by the time they were made (`now`, in seconds since 1970; the present when left out)."""
-    milliseconds = int((time.time() if now is None else now) * 1000)
+    milliseconds = round((time.time() if now is None else now) * 1000)
     return f"{_digits(milliseconds, _TIME_DIGITS)}-{_digits(secrets.randbits(5 * _RANDOM_DIGITS), _RANDOM_DIGITS)}"
 
 

@@ -174,4 +174,4 @@ def test_the_table_of_engines_names_this_one() -> None:
     assert isinstance(make_engine("local", ServiceSettings(home="home")), LocalEngine)
     with pytest.raises(Exception, match=r"target\.engine"):
         make_engine("elsewhere", ServiceSettings(home="home"))
-    assert list(ENGINES)[0] == "local"
+    assert next(iter(ENGINES)) == "local"
