@@ -5,7 +5,7 @@ Times are seconds since 1970 in UTC. JSON is kept as text that SQLAlchemy reads 
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import JSON, Column, Float, Index, Integer, MetaData, String, Table, Text
 
 METADATA = MetaData(
     naming_convention={
@@ -90,7 +90,7 @@ ANSWERS = Table(
     Column("request", String(64), nullable=False),  # SHA-256 of method, path and body
     Column("created", Float, nullable=False),
     Column("status", Integer),  # None while the first request is still being answered
-    Column("run_id", String(40), ForeignKey("runs.id", ondelete="CASCADE")),
+    Column("run_id", String(40)),  # chosen before there is such a run: a repeated request makes the same one
     Column("body", JSON),
     Index(None, "created"),
 )  # fmt: skip

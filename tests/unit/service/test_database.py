@@ -51,7 +51,7 @@ def test_migrations_make_the_tables_of_the_schema(database: Database) -> None:
 
 
 def test_ids_are_in_the_order_of_their_making() -> None:
-    ids = [new_run_id(seconds) for seconds in (0, 1, 1.001, 1e9, 3e10)]
+    ids = [new_run_id(seconds) for seconds in (0, 1, 1.5, 1e9, 3e10)]
     assert sorted(ids) == ids and all(map(is_run_id, ids))
     assert not any(map(is_run_id, ("", "../" + ids[0], ids[0] + "\n", ids[0].upper() + "U")))
 
@@ -186,8 +186,9 @@ def test_the_audit_log_is_read_from_its_end(database: Database) -> None:
 def test_a_key_answers_once(database: Database) -> None:
     now = 0.0
     answers = Answers(database, lambda: now)
-    assert answers.begin("ada", "k", "digest") is None
-    assert answers.begin("ada", "k", "digest").status is None, "cut off, or still being answered"
+    assert answers.begin("ada", "k", "digest", "not-made-yet") is None
+    cut_off = answers.begin("ada", "k", "digest", "another")
+    assert (cut_off.status, cut_off.run_id) == (None, "not-made-yet"), "cut off, or still being answered"
     answers.finish("ada", "k", 201, {"id": "x"})
     assert answers.begin("ada", "k", "digest").body == {"id": "x"}
     assert answers.begin("bob", "k", "digest") is None, "keys are an owner's own"

@@ -85,7 +85,6 @@ def upgrade() -> None:
         sa.Column("run_id", sa.String(40)),
         sa.Column("body", sa.JSON),
         sa.PrimaryKeyConstraint("owner", "key", name="pk_answers"),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name="fk_answers_run_id", ondelete="CASCADE"),
     )
     op.create_index("ix_answers_created", "answers", ["created"])
 

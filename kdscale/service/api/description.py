@@ -1,0 +1,69 @@
+"""The description of the API at /openapi.json, made from the routes and the models of their bodies and answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+
+from kdscale.service.api.bodies import schemas_of
+from kdscale.service.problems import MEDIA_TYPE
+
+SUMMARY = "Submits, watches and stops runs of kdscale."
+_PROBLEM: dict[str, Any] = {
+    "title": "Problem", "type": "object", "description": "What went wrong (RFC 9457).",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string", "examples": ["urn:kdscale:problem:state"]},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string", "description": "what is wrong"},
+        "field": {"type": "string", "description": "the field that it is about"},
+        "expected": {"type": "string"},
+        "got": {"type": "string"},
+        "hint": {"type": "string", "description": "what to do"},
+        "errors": {
+            "type": "array", "description": "one entry for each wrong field",
+            "items": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+    },
+}  # fmt: skip
+_REFUSALS = {"401": "no valid token", "403": "a token without the scope", "404": "no such thing",
+             "409": "it does not fit the run's state", "422": "a wrong parameter or body",
+             "429": "too many requests"}  # fmt: skip
+
+
+def install(app: FastAPI) -> None:
+    """Have `app` describe itself, with problems and the bodies that json_body reads."""
+    made_by_framework = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _completed(made_by_framework(), app)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _completed(tree: dict[str, Any], app: FastAPI) -> dict[str, Any]:
+    schemas = tree.setdefault("components", {}).setdefault("schemas", {})
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    models = [extra["x-body"] for route in routes_of(app) if "x-body" in (extra := route.openapi_extra or {})]
+    schemas |= schemas_of(tuple(dict.fromkeys(models)))
+    schemas["Problem"] = _PROBLEM
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    for path in tree["paths"].values():
+        for operation in path.values():
+            operation.pop("x-body", None)
+            for status, text in _REFUSALS.items():
+                if status in ("422",) or "security" in operation:
+                    operation["responses"][status] = {"description": text, "content": content}
+    return tree
+
+
+def routes_of(app: FastAPI) -> list[APIRoute]:
+    """The routes of the API, in the order of their paths."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    return sorted(routes, key=lambda route: (route.path, sorted(route.methods or ())))

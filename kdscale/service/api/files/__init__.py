@@ -1,0 +1,1 @@
+"""Files of a run over HTTP: artifacts, whole folders and the report."""
