@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,6 +19,7 @@ SETTINGS_FILE = "serve.yaml"
 _MAX_BYTES = 1 << 20
 _DAY = 86_400.0
 Days = Annotated[float, Field(ge=0.0, le=36_500.0)]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
 
 
 class LimitSettings(Section):
@@ -53,10 +55,21 @@ class NoticeSettings(Section):
     webhook_secret_file: str | None = None  # signs every notice; made in the home folder when left out
     smtp_host: str | None = None
     smtp_port: Annotated[int, Field(ge=1, le=65_535)] = 587
+    smtp_security: Literal["starttls", "tls", "none"] = "starttls"
     smtp_user: str | None = None
     smtp_password_file: str | None = None
+    smtp_password_variable: VariableName | None = None  # of the environment, in the place of a file
     sender: str | None = None
-    owners: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # webhook addresses and mailto: addresses by owner
+    mail_domains: tuple[str, ...] = ()  # of the mailboxes that a run may name; those of `owners` may have any
+    service_url: str | None = None  # how people reach this service, for the link in a notice
+    # Webhook addresses and mailto: addresses by owner; those of "*" hear of everybody's runs.
+    owners: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _link_is_an_address(self) -> Self:
+        if self.service_url is not None and not re.fullmatch(r"https?://[^\s?#@]+", self.service_url):
+            raise ValueError("service_url: expected http(s)://HOST, without a user, a query or a #fragment")
+        return self
 
 
 class OidcSettings(Section):

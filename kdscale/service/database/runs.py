@@ -134,10 +134,10 @@ class Runs:
     def get(self, run_id: str) -> Run:
         """The run of this id. Raises UnknownRunError."""
         with self._database.read() as connection:
-            row = connection.execute(select(RUNS).where(RUNS.c.id == run_id)).first()
-        if row is None:
+            run = run_in(connection, run_id)
+        if run is None:
             raise _unknown(run_id)
-        return _run(row)
+        return run
 
     def at_folder(self, folder: Path) -> Run | None:
         """The run in a folder, if the database knows it."""
@@ -328,6 +328,12 @@ class Runs:
         if gone is None:
             self.get(run_id)
             raise WrongTransitionError(f"run {run_id}", expected="one that has ended", hint="cancel it first")
+
+
+def run_in(connection: Connection, run_id: str) -> Run | None:
+    """The run of this id, read in the caller's transaction; None where there is none."""
+    row = connection.execute(select(RUNS).where(RUNS.c.id == run_id)).first()
+    return None if row is None else _run(row)
 
 
 def _already(request: Request) -> frozenset[RunState]:

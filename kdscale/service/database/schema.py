@@ -94,3 +94,41 @@ ANSWERS = Table(
     Column("body", JSON),
     Index(None, "created"),
 )  # fmt: skip
+
+# What is told, to whom, and how far that is: one row for each recipient.
+NOTICES = Table(
+    "notices", METADATA,
+    Column("id", String(40), primary_key=True),  # the receiver's means to tell a repetition
+    Column("key", String(64), nullable=False, unique=True),  # digest of what is told and of the recipient
+    Column("topic", String(100), nullable=False),  # what is told
+    Column("run_id", String(40), nullable=False),
+    Column("kind", String(20), nullable=False),
+    Column("channel", String(10), nullable=False),
+    Column("address", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("due", Float, nullable=False),  # the next try; the end of the lease while one goes on
+    Column("tries", Integer, nullable=False),
+    Column("state", String(10), nullable=False),  # waiting, sent, failed
+    Column("sent", Float),
+    Column("problem", Text, nullable=False),
+    Index(None, "state", "due"),
+    Index(None, "run_id", "kind"),
+)  # fmt: skip
+
+# Who wants to hear of a run besides its owner's addresses in the settings.
+SUBSCRIPTIONS = Table(
+    "subscriptions", METADATA,
+    Column("run_id", String(40), ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    Column("place", Integer, primary_key=True),
+    Column("address", Text, nullable=False),
+    Column("kinds", JSON, nullable=False),
+)  # fmt: skip
+
+# Up to which event a reader has come that must look at every one exactly once.
+CURSORS = Table(
+    "cursors", METADATA,
+    Column("name", String(40), primary_key=True),
+    Column("seq", Integer, nullable=False),
+)  # fmt: skip

@@ -1,0 +1,134 @@
+"""What is worth a notice, found among the events of runs, and the words that it is told in.
+
+A kind of notice is a row of OCCASIONS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
+
+from kdscale.escaping import for_terminal
+from kdscale.service.database.events import Event
+from kdscale.service.database.runs import Run
+from kdscale_launch.environment import without_credentials
+
+NoticeKind = Literal["succeeded", "failed", "cancelled", "preempted", "spike", "removal"]
+KINDS: tuple[NoticeKind, ...] = get_args(NoticeKind)
+# What an owner is told who did not choose: a run that somebody cancelled surprises nobody who did it.
+DEFAULT_KINDS: tuple[NoticeKind, ...] = ("succeeded", "failed", "preempted", "spike", "removal")
+SPIKE_EVENT = "spike"  # written by whoever reads a run's metrics; data: step, loss, median, limit
+PREEMPTED_EVENT = "preempted"  # written where a run ends with exit code 75 that nobody asked to pause
+
+
+def _state_is(*states: str) -> Callable[[Event], bool]:
+    return lambda event: event.type == "state" and event.data.get("state") in states
+
+
+def _type_is(type_: str) -> Callable[[Event], bool]:
+    return lambda event: event.type == type_
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """A kind of notice: which events are one, and how it is said.
+
+    `sentence` is formatted with `name` and the event's data. `at_most_every`: seconds in which one run says it once.
+    """
+
+    happened: Callable[[Event], bool]
+    sentence: str
+    at_most_every: float = 0.0
+
+
+OCCASIONS: Mapping[NoticeKind, Occasion] = {
+    "succeeded": Occasion(_state_is("succeeded"), "Run {name} is finished."),
+    "failed": Occasion(_state_is("failed"), "Run {name} failed."),
+    "cancelled": Occasion(_state_is("cancelled"), "Run {name} was cancelled."),
+    "preempted": Occasion(
+        _type_is(PREEMPTED_EVENT), "Run {name} was stopped by its machine; it saved, and goes on when it can.", 3600.0
+    ),
+    "spike": Occasion(_type_is(SPIKE_EVENT), "The loss of run {name} is out of line.", 3600.0),
+    "removal": Occasion(lambda event: False, "Files of run {name} will be deleted."),  # written by the retention
+}
+# What of an event's data is told. Everything else stays here: notices leave this machine.
+_TOLD = ("reason", "attempt", "step", "loss", "median", "limit", "paths", "deleted_at")
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One thing to tell, whoever hears it. `topic` is the same when the same thing of a run is found again."""
+
+    topic: str
+    kind: NoticeKind
+    run: Run
+    time: float
+    facts: Mapping[str, Any]
+
+
+def notice_of(event: Event, run: Run) -> Notice | None:
+    """The notice that an event is worth, if any."""
+    for kind, occasion in OCCASIONS.items():
+        if occasion.happened(event):
+            return Notice(f"event-{event.seq}", kind, run, event.time, event.data)
+    return None
+
+
+def subject_of(notice: Notice) -> str:
+    """One line, for the subject of a mail."""
+    return f"[kdscale] {notice.run.name}: {notice.kind}"
+
+
+def body_of(notice: Notice, service_url: str | None) -> dict[str, Any]:
+    """What a webhook sends, as JSON; texts without the credentials of URLs in them."""
+    run = notice.run
+    facts = {name: _clean(notice.facts[name]) for name in _TOLD if name in notice.facts}
+    link = {} if service_url is None else {"link": f"{service_url.rstrip('/')}/runs/{run.id}"}
+    return {
+        "type": f"run.{notice.kind}",
+        "timestamp": _iso(notice.time),
+        "data": {
+            "run": {
+                "id": run.id, "name": run.name, "owner": run.owner, "state": run.state, "config": run.config_name,
+                "exit_code": run.exit_code, "attempt": run.attempt, "parent": run.parent,
+            },
+            **facts,
+            **link,
+        },
+    }  # fmt: skip
+
+
+def text_of(kind: NoticeKind, body: Mapping[str, Any]) -> str:
+    """The same for people, for the text of a mail."""
+    data = body["data"]
+    run = data["run"]
+    rows = {
+        "run": run["id"], "owner": run["owner"], "state": run["state"], "time": body["timestamp"],
+        **({"exit code": run["exit_code"]} if run["exit_code"] is not None else {}),
+        **{name.replace("_", " "): value for name, value in data.items() if name != "run" and value not in ("", None)},
+    }  # fmt: skip
+    lines = [OCCASIONS[kind].sentence.format(name=run["name"]), ""]
+    for name, value in rows.items():
+        words = "\n".join(f"  {item}" for item in value) if isinstance(value, list) else str(value)
+        lines.append(f"{name}:\n{words}" if "\n" in words or isinstance(value, list) else f"{name}: {words}")
+    return for_terminal("\n".join(lines)) + "\n"
+
+
+def known_kinds(kinds: Collection[str]) -> tuple[NoticeKind, ...]:
+    """Those of these words that are kinds of notices, in their order."""
+    return tuple(kind for kind in KINDS if kind in kinds)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_credentials(value)[:4000]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no NaN
+    return [_clean(item) for item in value] if isinstance(value, list) else value
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
