@@ -234,7 +234,8 @@ class Runs:
         """
         answers = ANSWERS[request]
         with self._database.begin() as connection:
-            row = connection.execute(select(RUNS).where(RUNS.c.id == run_id)).first()
+            # locked, or it could have moved on before this request moves it (SQLite's transaction is alone anyway)
+            row = connection.execute(select(RUNS).where(RUNS.c.id == run_id).with_for_update()).first()
             if row is None:
                 raise _unknown(run_id)
             run = _run(row)
