@@ -1,0 +1,258 @@
+"""`Client`: the calls of a service's API, one method each."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from kdscale.client.connection import Answer, Connection, Patience, Tries
+from kdscale.client.downloads import download, place_in
+from kdscale.client.events import messages
+from kdscale.client.models import (
+    ENDED,
+    Artifact,
+    Comparison,
+    Estimate,
+    Event,
+    Machine,
+    Metrics,
+    Page,
+    Run,
+    RunState,
+)
+from kdscale.client.problems import BusyError, UnreachableError
+from kdscale.errors import ConfigError, ServiceError
+
+Model = TypeVar("Model", bound=BaseModel)
+_RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
+_SILENCE = 60.0  # seconds: the service says something on an idle stream more often
+_LOG_SECONDS = 1.0
+
+
+class Client:
+    """One service. Every method raises a subclass of kdscale.errors.ServiceError when the service refuses.
+
+    `token`: by default KDSCALE_TOKEN, or the one that `kdscale login` kept for this address. Calls are tried again for
+    `patience.seconds` when the connection fails, or the service is busy or away. Use it in one thread, and close it.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        allow_http: bool = False,
+        timeout: float = 30.0,
+        patience: Patience | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ):
+        """`allow_http`: plain HTTP to another machine. Raises ConfigError for a wrong address or token."""
+        self._connection = Connection(
+            url, token, allow_http=allow_http, timeout=timeout, patience=patience, transport=transport
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._connection.close()
+
+    @property
+    def url(self) -> str:
+        """The service's address."""
+        return self._connection.url
+
+    def submit(
+        self,
+        config: Mapping[str, Any] | None = None,
+        *,
+        config_name: str | None = None,
+        set: Sequence[str] = (),  # noqa: A002 - what the command line and the API call it
+        name: str | None = None,
+        priority: int = 0,
+        target: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> Run:
+        """Make a run of a config's settings, or of the one that the service knows as `config_name`.
+
+        `set` changes fields, as `dotted.key=value`. `key` tells this submission from others: sent again with the same
+        key it makes no second run. Left out, it is made here, and the tries of this call share it.
+        """
+        body = _spec(config, config_name, set, name) | {"priority": priority} | ({"target": dict(target)} if target else {})
+        return self._post(Run, "/v1/runs", body, key)
+
+    def validate(
+        self,
+        config: Mapping[str, Any] | None = None,
+        *,
+        config_name: str | None = None,
+        set: Sequence[str] = (),  # noqa: A002
+        gpu: str | None = None,
+        nodes: int = 1,
+        gpus_per_node: int | None = None,
+    ) -> Verdict:
+        """Check a config without making a run; the estimate is for these GPUs, by default the service's own."""
+        cluster = {"gpu": gpu, "nodes": nodes, "gpus_per_node": gpus_per_node}
+        return self._post(Verdict, "/v1/runs:validate", _spec(config, config_name, set, None) | cluster)
+
+    def runs(
+        self, *, states: Collection[RunState] = (), owner: str | None = None, search: str | None = None, page: int = 100
+    ) -> Iterator[Run]:
+        """Every run that fits, the newest first; pages of `page` runs are asked for as they are needed."""
+        query = {"state": sorted(states) or None, "owner": owner, "search": search, "limit": page}
+        return self._all(Run, "/v1/runs", query)
+
+    def run(self, run_id: str) -> RunDetail:
+        """All about one run."""
+        return self._get(RunDetail, _path(run_id))
+
+    def pause(self, run_id: str) -> Run:
+        """Have a run save and leave its devices; `resume` goes on from there."""
+        return self._post(Run, _path(run_id, "pause"))
+
+    def resume(self, run_id: str) -> Run:
+        """Queue a paused, failed or cancelled run again; it goes on with what it saved."""
+        return self._post(Run, _path(run_id, "resume"))
+
+    def cancel(self, run_id: str) -> Run:
+        """Stop a run; what it saved is kept."""
+        return self._post(Run, _path(run_id, "cancel"))
+
+    def rerun(self, run_id: str, *, key: str | None = None, **changes: Any) -> Run:
+        """Make a new run with the spec of another one; `changes` are arguments of `submit`, but not its config."""
+        return self._post(Run, _path(run_id, "rerun"), _changes(changes), key)
+
+    def fork(self, run_id: str, *, key: str | None = None, **changes: Any) -> Run:
+        """Make a new run that begins with what another one has finished, as far as `changes` leave it valid."""
+        return self._post(Run, _path(run_id, "fork"), _changes(changes), key)
+
+    def events(self, run_id: str, *, after: int = 0, follow: bool = True) -> Iterator[Event]:
+        """What happens to a run, from the first event behind number `after` on.
+
+        With `follow` the iterator waits for more until the run has ended, and connects again where a stream breaks off.
+        """
+        return self._followed(run_id, after) if follow else self._all(Event, _path(run_id, "events"), {"after": after})
+
+    def wait(
+        self, run_id: str, *, told: Callable[[RunDetail], None] = lambda _run: None, seconds: float = 2.0
+    ) -> RunDetail:
+        """Wait until a run has ended and return it; `told` is given it every `seconds` as it is by then."""
+        while not (run := self.run(run_id)).has_ended:
+            told(run)
+            self._connection.patience.sleep(seconds)
+        told(run)
+        return run
+
+    def metrics(
+        self, run_id: str, *, names: Sequence[str] = (), since_step: int | None = None, max_points: int | None = None
+    ) -> Metrics:
+        """Series of a run, thinned to `max_points`; without `names`, all of them."""
+        query = {"names": ",".join(names) or None, "since_step": since_step, "max_points": max_points}
+        return self._get(Metrics, _path(run_id, "metrics"), query)
+
+    def artifacts(self, run_id: str) -> Iterator[Artifact]:
+        """Every file of a run."""
+        return self._all(Artifact, _path(run_id, "artifacts"), {})
+
+    def report(self, run_id: str) -> bytes:
+        """The run's report, as HTML."""
+        return self._connection.call("GET", _path(run_id, "report")).body
+
+    def _followed(self, run_id: str, after: int) -> Iterator[Event]:
+        tries, last = Tries(self._connection.patience), after
+        while True:
+            try:
+                headers = {"accept": "text/event-stream", "last-event-id": str(last)}
+                with self._connection.open("GET", _path(run_id, "events"), headers=headers, silence=_SILENCE) as stream:
+                    for message in messages(stream.iter_bytes()):
+                        tries.begin_again()
+                        if message.event == "keep-alive" or not message.id.isdecimal():
+                            continue
+                        event = _checked(Event, message.data, self.url)
+                        if event.seq > last:  # a stream that begins anew may say something again
+                            last = event.seq
+                            yield event
+                        if event.type == "state" and event.data.get("state") in ENDED:
+                            return
+            except BusyError as error:
+                tries.wait(error)
+            except UnreachableError as error:
+                if error.for_good:
+                    raise
+                tries.wait(error)
+            else:  # the service ended the stream: it stops, or has nothing more to say
+                if self.run(run_id).has_ended:
+                    yield from self._all(Event, _path(run_id, "events"), {"after": last})
+                    return
+                self._connection.patience.sleep(_LOG_SECONDS)
+
+    def _get(self, model: type[Model], path: str, query: Mapping[str, Any] | None = None) -> Model:
+        return _checked(model, self._connection.call("GET", path, params=query).body, self.url)
+
+    def _post(self, model: type[Model], path: str, body: Any = None, key: str | None = None) -> Model:
+        # made once a call, so that a try whose answer was lost and the next one are the same request to the service
+        headers = {"idempotency-key": key or str(uuid.uuid4())}
+        answer = self._connection.call("POST", path, body={} if body is None else body, headers=headers)
+        return _checked(model, answer.body, self.url)
+
+    def _all(self, model: type[Model], path: str, query: Mapping[str, Any]) -> Iterator[Model]:
+        page_of, asked = Page[model], dict(query)  # type: ignore[valid-type]
+        while True:
+            page = self._get(page_of, path, asked)
+            yield from page.items
+            if page.next is None:
+                return
+            if page.next == asked.get("after"):
+                raise ServiceError(f"{self.url}{path}", expected="a cursor that moves on", got=page.next[:100])
+            asked["after"] = page.next
+
+
+def _path(run_id: str, *rest: str) -> str:
+    """The path of a run, or of something of it. Raises ConfigError for a text that is no id."""
+    if _RUN_ID.fullmatch(run_id) is None:
+        raise ConfigError(
+            "the run", expected="an id such as 1hc9xqv3z-7m2k0ft", got=repr(run_id)[:100], hint="kdscale runs lists them"
+        )
+    return "/".join(("/v1/runs", run_id, *(quote(part, safe="/") for part in rest)))
+
+
+def _spec(
+    config: Mapping[str, Any] | None, config_name: str | None, changes: Sequence[str], name: str | None
+) -> dict[str, Any]:
+    if (config is None) == (config_name is None):
+        raise ConfigError("the submission", expected="either a config or a config_name")
+    spec = {"config": None if config is None else dict(config), "config_name": config_name, "name": name}
+    return {**{key: value for key, value in spec.items() if value is not None}, "set": list(changes)}
+
+
+def _changes(changes: Mapping[str, Any]) -> dict[str, Any]:
+    known = {"set", "name", "priority", "target"}
+    if unknown := sorted(changes.keys() - known):
+        raise ConfigError("what the new run has otherwise", expected=", ".join(sorted(known)), got=", ".join(unknown))
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def _checked(model: type[Model], body: bytes | str, url: str) -> Model:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ServiceError(
+            f"the answer of {url}", expected="what a kdscale service of this version tells",
+            got=f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:300],
+            hint="check the address; a service and its clients should be of one version",
+        ) from error  # fmt: skip
