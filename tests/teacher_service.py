@@ -19,12 +19,12 @@ def serving_teacher(model: Any, folder: Path, max_length: int) -> Iterator[tuple
     """
     import torch
 
-    from kdscale.jobs import serve_teacher
+    from kdscale.runtime.listening import listen
     from kdscale.teacher.connections import make_server
     from kdscale.teacher.server import TeacherService, make_app
 
     service = TeacherService(model, folder, device=torch.device("cpu"), max_tokens=4096, max_length=max_length)
-    listener = serve_teacher._listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     server = make_server(make_app(service, TOKEN))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -5,28 +5,25 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from kdscale.client.connection import Answer, Connection, Patience, Tries
-from kdscale.client.downloads import download, place_in
+from kdscale.client.connection import Connection, Patience, Tries
 from kdscale.client.events import messages
 from kdscale.client.models import (
     ENDED,
     Artifact,
-    Comparison,
-    Estimate,
     Event,
-    Machine,
     Metrics,
     Page,
     Run,
+    RunDetail,
     RunState,
+    Verdict,
 )
 from kdscale.client.problems import BusyError, UnreachableError
 from kdscale.errors import ConfigError, ServiceError
@@ -81,7 +78,7 @@ class Client:
         config: Mapping[str, Any] | None = None,
         *,
         config_name: str | None = None,
-        set: Sequence[str] = (),  # noqa: A002 - what the command line and the API call it
+        set: Sequence[str] = (),
         name: str | None = None,
         priority: int = 0,
         target: Mapping[str, Any] | None = None,
@@ -92,7 +89,11 @@ class Client:
         `set` changes fields, as `dotted.key=value`. `key` tells this submission from others: sent again with the same
         key it makes no second run. Left out, it is made here, and the tries of this call share it.
         """
-        body = _spec(config, config_name, set, name) | {"priority": priority} | ({"target": dict(target)} if target else {})
+        body = (
+            _spec(config, config_name, set, name)
+            | {"priority": priority}
+            | ({"target": dict(target)} if target else {})
+        )
         return self._post(Run, "/v1/runs", body, key)
 
     def validate(
@@ -100,7 +101,7 @@ class Client:
         config: Mapping[str, Any] | None = None,
         *,
         config_name: str | None = None,
-        set: Sequence[str] = (),  # noqa: A002
+        set: Sequence[str] = (),
         gpu: str | None = None,
         nodes: int = 1,
         gpus_per_node: int | None = None,
@@ -225,7 +226,10 @@ def _path(run_id: str, *rest: str) -> str:
     """The path of a run, or of something of it. Raises ConfigError for a text that is no id."""
     if _RUN_ID.fullmatch(run_id) is None:
         raise ConfigError(
-            "the run", expected="an id such as 1hc9xqv3z-7m2k0ft", got=repr(run_id)[:100], hint="kdscale runs lists them"
+            "the run",
+            expected="an id such as 1hc9xqv3z-7m2k0ft",
+            got=repr(run_id)[:100],
+            hint="kdscale runs lists them",
         )
     return "/".join(("/v1/runs", run_id, *(quote(part, safe="/") for part in rest)))
 

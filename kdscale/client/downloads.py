@@ -32,7 +32,9 @@ def place_in(folder: Path, name: str) -> Path:
         raise FileError("a file of the run", expected="a name inside the folder", got=repr(name)[:200])
     path, root = folder.joinpath(*parts), folder.resolve()
     if not path.parent.resolve().is_relative_to(root) or path.is_symlink():
-        raise FileError(f"{path} cannot be written", expected=f"a path inside {folder}", got="a link that leads elsewhere")
+        raise FileError(
+            f"{path} cannot be written", expected=f"a path inside {folder}", got="a link that leads elsewhere"
+        )
     return path
 
 
@@ -92,7 +94,9 @@ def _fetch(
     said: Callable[[int], None],
 ) -> str | None:  # fmt: skip
     """Append what is missing to `partial`; returns the SHA-256 in the answer's ETag."""
-    had = _usable(partial, size) if sha256 is not None else 0
+    had = _usable(partial, size)
+    if sha256 is None:  # nothing tells whether they are of the same file
+        had = 0
     if had and had == size:
         return sha256
     headers = {"accept-encoding": "identity"}
@@ -105,7 +109,7 @@ def _fetch(
         said(starts)
         with partial.open("ab" if starts else "wb") as stream:
             came = starts
-            for block in response.iter_raw(_BLOCK):
+            for block in response.iter_raw():  # as it comes: blocks of a size would be lost with a connection
                 stream.write(block)
                 came += len(block)
                 if size is not None and came > size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 from kdscale.config.distill.targets import TEACHER_TOKEN
@@ -14,6 +13,7 @@ from kdscale.runs.folder import RunFolder
 from kdscale.runs.lineage import distilled_from
 from kdscale.runtime.device import resolve_device, resolve_dtype, set_threads
 from kdscale.runtime.kernel_backend import agree_on_backend, try_launch
+from kdscale.runtime.listening import address_of, listen
 from kdscale.runtime.progress import Reporter
 from kdscale.teacher.server import TeacherService, make_app, make_token
 
@@ -28,7 +28,7 @@ def start(
     """
     from kdscale.teacher.connections import make_server
 
-    listener = _listen(host, port)  # before the model is loaded: a port that is taken is reported at once
+    listener = listen(host, port)  # before the model is loaded: a port that is taken is reported at once
     token_path = token_file or Path(config.run_dir) / TEACHER_TOKEN
     token = make_token(token_path)
     teacher_dir = distilled_from(RunFolder(Path(config.run_dir)), config, check_teacher(config))
@@ -49,27 +49,7 @@ def start(
     length = max_length or config.distill.seq_len
     service = TeacherService(model, teacher_dir, device=device, max_tokens=max_tokens, max_length=length)
     reporter.say(f"{teacher_dir} in {str(dtype).removeprefix('torch.')} on {device}, token in {token_path}")
-    url_host = f"[{host}]" if ":" in host else host
-    reporter.say(f"answering at http://{url_host}:{listener.getsockname()[1]}; Ctrl-C stops it")
+    reporter.say(f"answering at {address_of(listener, host)}; Ctrl-C stops it")
     if host not in ("127.0.0.1", "::1", "localhost"):
         reporter.say("requests and answers are not encrypted: keep this port inside your cluster's network")
     make_server(make_app(service, token)).run(sockets=[listener])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; requests that come while the model is loaded wait in its queue."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        if not host:
-            raise OSError("no address, which would stand for all interfaces")
-        listener.bind((host, port))
-        listener.listen()
-    except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
-        listener.close()
-        raise ConfigError(
-            "--host and --port", expected="an address of this machine and a free port",
-            got=f"{host}:{port}: {getattr(error, 'strerror', None) or error}", hint="--port 0 takes a free one",
-        ) from error  # fmt: skip
-    return listener
