@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from alembic import command
 from alembic.config import Config as AlembicConfig
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from kdscale.errors import ServiceError
+from kdscale.errors import ConfigError, ServiceError
+from kdscale.runtime.packages import require_packages
 from kdscale.service.settings import ServiceSettings
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _WAIT_SECONDS = 30  # for another process that writes
-_LOCK = 0x6B647363  # the advisory lock of a migration in Postgres
+# What only one transaction at a time does, with the number of its lock in Postgres: any numbers that nobody else uses.
+Alone = Literal["migrate", "claim", "append"]
+_LOCKS: Mapping[Alone, int] = {"migrate": 0x6B647363, "claim": 0x6B647364, "append": 0x6B647365}
+_DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 
 
 class Database:
@@ -41,7 +45,10 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """One consistent view for several reads; waits for no writer."""
-        with self.engine.connect().execution_options(kdscale_read=True) as connection, connection.begin():
+        options: dict[str, Any] = {"kdscale_read": True}
+        if not self.is_sqlite:  # whose transactions have one view anyway
+            options["isolation_level"] = "REPEATABLE READ"
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
 
     def close(self) -> None:
@@ -50,8 +57,11 @@ class Database:
 
 
 def open_database(settings: ServiceSettings) -> Database:
-    """The service's database, made or migrated first. Raises ServiceError in words when it cannot be opened."""
-    url = make_url(settings.database_url)
+    """The service's database, made or migrated first.
+
+    Raises ConfigError for an address of no database that we know, and ServiceError when it cannot be opened.
+    """
+    url = _url(settings)
     if url.get_backend_name() == "sqlite":
         Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": _WAIT_SECONDS, "check_same_thread": False})
@@ -69,13 +79,37 @@ def open_database(settings: ServiceSettings) -> Database:
     return database
 
 
+def _url(settings: ServiceSettings) -> URL:
+    """The address, with the driver that we use whatever it names."""
+    expected = "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+    try:
+        url = make_url(settings.database_url)
+    except ArgumentError as error:
+        raise ConfigError("database", expected=expected, got="something else") from error
+    backend = url.drivername.partition("+")[0]
+    if backend not in _DRIVERS:
+        raise ConfigError("database", expected=expected, got=f"{backend}://…")
+    if backend != "sqlite":
+        require_packages("a database in Postgres", ("psycopg",), "postgres")
+    return url.set(drivername=_DRIVERS[backend])
+
+
+def alone(connection: Connection, what: Alone) -> None:
+    """Wait until no other transaction does the same, and keep others waiting until this one ends.
+
+    A transaction asks for at most one lock of each kind, and changes no further run once it has "append", or two could
+    wait for each other. SQLite has one writer at a time anyway.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCKS[what]})")
+
+
 def migrate(database: Database) -> None:
     """Bring the tables to this version; several processes may call this at once."""
     config = AlembicConfig()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     with database.begin() as connection:
-        if not database.is_sqlite:  # SQLite's transaction holds the only write lock already
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+        alone(connection, "migrate")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select
 
-from kdscale.service.database.connection import Database
+from kdscale.service.database.connection import Database, alone
 from kdscale.service.database.schema import EVENTS
 
 MOST_AT_ONCE = 1000
@@ -32,8 +32,7 @@ def append_event(connection: Connection, run_id: str, now: float, type_: str, da
     In Postgres, writers of events take turns: a smaller number that is committed after a larger one would be missed by
     whoever has read the larger one already. SQLite has one writer anyway.
     """
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("LOCK TABLE events IN SHARE ROW EXCLUSIVE MODE")
+    alone(connection, "append")
     values = {"run_id": run_id, "time": now, "type": type_, "data": dict(data)}
     return int(connection.execute(insert(EVENTS).values(values).returning(EVENTS.c.seq)).scalar_one())
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, or_, select, update
 
-from kdscale.service.database.connection import Database
+from kdscale.service.database.connection import Database, alone
 from kdscale.service.database.events import append_event
 from kdscale.service.database.schema import RUNS
 from kdscale.service.ids import new_run_id
@@ -275,6 +275,7 @@ class Runs:
         fit into the free slots lets none behind it of its priority pass, or large runs would wait for ever.
         """
         with self._database.begin() as connection:
+            alone(connection, "claim")  # two that count at once would both take the last of a quota
             rows = connection.execute(
                 select(RUNS.c.owner, func.sum(RUNS.c.slots))
                 .where(RUNS.c.state.in_(sorted(ACTIVE)), RUNS.c.origin == "service")

@@ -198,3 +198,23 @@ def test_a_key_answers_once(database: Database) -> None:
     assert answers.begin("bob", "k", "other") is None
     now = 1e6
     assert answers.begin("ada", "k", "other") is None, "old keys are forgotten"
+
+
+def test_texts_that_a_database_could_refuse(database: Database, runs: Runs) -> None:
+    """NUL, halves of surrogate pairs, NaN and long names come from files that others wrote."""
+    nasty = "a\0b\ud800c"
+    run = add(runs, name=nasty + "x" * 500, config={"k\0": nasty}, config_name=nasty * 200, owner=nasty)
+    runs.set_progress(run.id, {"reason": nasty, "nested": [{"a": nasty}], "loss": float("nan")})
+    runs.move(run.id, "failed", reason=nasty)
+    Events(database).append(run.id, "note", {"text": nasty})
+    found, clean = runs.get(run.id), nasty.replace("\0", "\ufffd").replace("\ud800", "\ufffd")
+    assert (found.reason, found.owner, found.config) == (clean, clean, {"k\ufffd": clean})
+    assert found.progress == {"reason": clean, "nested": [{"a": clean}], "loss": "nan"}
+    assert found.name == (clean + "x" * 500)[:200] and len(found.config_name) == 400
+    assert [item.id for item in runs.page(search="a\0b", owner=nasty).items] == [run.id]
+
+
+def test_an_id_that_is_too_long_is_not_cut_to_another(runs: Runs) -> None:
+    run = add(runs)
+    with pytest.raises(UnknownRunError):
+        runs.get(run.id + "x" * 60)
