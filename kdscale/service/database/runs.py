@@ -98,12 +98,20 @@ class Page:
 
 @dataclass(frozen=True)
 class ClaimLimits:
-    """What claims are bound by: slots that are free, runs at once, and slots of an owner at once (None: any number)."""
+    """What claims are bound by: slots that are free, runs at once, and slots of an owner at once (None: any number).
+
+    Only runs for `engine` are claimed: those that wait for another one's slots are in nobody's way.
+    """
 
     free_slots: int
     max_running: int | None = None
     default_quota: int | None = None
     quotas: Mapping[str, int] = field(default_factory=dict)
+    engine: str = "local"
+
+
+# The engine that a run asks for.
+_ENGINE = func.coalesce(RUNS.c.target["engine"].as_string(), "local")
 
 
 class Runs:
@@ -268,6 +276,12 @@ class Runs:
         with self._database.begin() as connection:
             connection.execute(update(RUNS).where(RUNS.c.id == run_id).values(progress=dict(progress)))
 
+    def queued_for(self) -> list[str]:
+        """The engines that runs in the queue ask for."""
+        query = select(_ENGINE).where(RUNS.c.state == "queued", RUNS.c.origin == "service").distinct()
+        with self._database.read() as connection:
+            return sorted(connection.execute(query).scalars())
+
     def claim(self, limits: ClaimLimits) -> Run | None:
         """Take the next run out of the queue into `starting`, with one attempt more; None when none fits.
 
@@ -308,8 +322,9 @@ class Runs:
 
     def _next_in_queue(self, held: Mapping[str, int], limits: ClaimLimits) -> Any:
         waiting = and_(
-            RUNS.c.state == "queued", RUNS.c.origin == "service", or_(RUNS.c.due.is_(None), RUNS.c.due <= self._clock())
-        )
+            RUNS.c.state == "queued", RUNS.c.origin == "service", _ENGINE.in_((limits.engine,)),
+            or_(RUNS.c.due.is_(None), RUNS.c.due <= self._clock()),
+        )  # fmt: skip
         holds = case(held, value=RUNS.c.owner, else_=0) if held else 0
         within = []
         if limits.quotas or limits.default_quota is not None:

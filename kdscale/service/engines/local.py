@@ -6,6 +6,7 @@ The files of an attempt's folder are all that the engine knows: they are listed 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,8 +66,8 @@ class LocalEngine:
             except OSError as error:
                 raise MachineError("the run's supervisor cannot be started", got=str(error)) from error
             except subprocess.TimeoutExpired:
-                code = -1  # it may still begin, and then `state` says so
-        if code > 0:
+                code = 0 if is_locked(work / attempt.LOCK) else -signal.SIGKILL  # it begins soon, or it was ended now
+        if code:
             raise MachineError(
                 f"the supervisor of run {job.run_id} {describe_exit(code)}", got=tail(work / attempt.OWN_LOG)
             )
@@ -82,8 +83,8 @@ class LocalEngine:
             return JobState("ended", ended["exit_code"])
         if held:
             return JobState("running" if begun else "waiting")
-        if not begun:
-            return JobState("waiting", reason="not started yet")
+        if not begun:  # `submit` returns when it has begun
+            return JobState("lost", reason="it never began")
         # a run dies with its supervisor, but not at the same instant
         if not end_marked(_mark(work), _SWEEP_SECONDS):
             return JobState("running", reason="its supervisor is gone and it is being ended")

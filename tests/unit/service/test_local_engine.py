@@ -160,7 +160,7 @@ def test_a_damaged_request_is_an_error_in_words(job: Job) -> None:
     write_json(job.work / supervisor.REQUEST, {"command": []})
     with pytest.raises(Exception, match=r"request\.json is damaged"):
         ShellEngine("true").submit(job)
-    assert LocalEngine().state(str(job.work)).phase == "waiting"
+    assert LocalEngine().state(str(job.work)).phase == "lost"
 
 
 def test_the_command_of_a_run(job: Job) -> None:
