@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 
 import kdscale
+from kdscale.service.access.layers import add_access_layers
 from kdscale.service.api import description, health, problems
 from kdscale.service.database.accounts import Accounts
 from kdscale.service.database.answers import Answers
@@ -21,7 +22,7 @@ from kdscale.service.settings import ServiceSettings
 ROUTERS: tuple[APIRouter, ...] = (health.router,)
 
 # What every request passes through, the outermost last; each adds its middleware (or an ASGI application) to the app.
-LAYERS: tuple[Callable[[FastAPI], None], ...] = ()
+LAYERS: tuple[Callable[[FastAPI], None], ...] = (add_access_layers,)
 
 # What runs while the application does; entered in this order before the first request, left after the last one.
 BACKGROUND: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = ()

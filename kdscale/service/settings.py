@@ -96,7 +96,9 @@ class ServiceSettings(Section):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8765  # 0: any free one
     database: str | None = None
     roots: tuple[str, ...] = ()
-    endpoint_hosts: tuple[str, ...] = ()  # that a config may name in addresses of endpoints
+    endpoint_hosts: tuple[str, ...] = ()  # that a config may name in addresses of endpoints, as HOST or HOST:PORT
+    # by host: the variables of the service whose keys a config may send there
+    endpoint_keys: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     slots: Few | None = None
     max_running: Few | None = None
     quotas: dict[Name, Few] = Field(default_factory=dict)  # slots of one owner at once

@@ -60,12 +60,12 @@ def require(scope: Scope) -> Callable[..., Awaitable[Actor]]:
 
     async def actor(request: Request, _: _Header) -> Actor:
         found, session = await run_in_threadpool(actor_of, request)
+        request.state.actor = found  # for the audit log also where it is refused
         if not found.may(scope):
             headers = {"WWW-Authenticate": f'Bearer realm="kdscale", error="insufficient_scope", scope="{scope}"'}
             raise HTTPException(403, f"this needs a token with the scope {scope}", headers)
         if session is not None and request.method not in SAFE_METHODS:
             await check_csrf(request, sessions_of(request), session)
-        request.state.actor = found
         return found
 
     actor.scope = scope  # type: ignore[attr-defined]

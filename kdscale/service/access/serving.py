@@ -1,0 +1,58 @@
+"""How the server listens: TLS, whose word counts for a client's address, and how long it waits for headers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from kdscale.service.settings import ServiceSettings
+
+_HEADER_SECONDS = 15.0  # in which the headers of a request must have come
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that closes connections on which a request has begun, or should have, and its headers do not end."""
+
+    header_seconds = _HEADER_SECONDS
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(self.header_seconds, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request has come."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def server_options(settings: ServiceSettings) -> dict[str, Any]:
+    """The arguments of `uvicorn.Config` beside the app, its address and its logs."""
+    limits = settings.limits
+    return {
+        "http": PatientProtocol,
+        "ws": "none",
+        "server_header": False,
+        "h11_max_incomplete_event_size": limits.header_bytes + (8 << 10),  # with the line of the request
+        "limit_concurrency": 2 * (limits.concurrent_requests + limits.event_streams),  # connections
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": list(settings.trusted_proxies),
+        "ssl_certfile": settings.tls_certificate,
+        "ssl_keyfile": settings.tls_key,
+    }
