@@ -17,8 +17,8 @@ from kdscale import errors
 from kdscale.config.fields import explain_error, shown
 from kdscale.escaping import for_terminal
 from kdscale.service.database.answers import KeyReusedError
+from kdscale.service.redaction import redacted_text
 from kdscale.service.states import UnknownRunError, WrongTransitionError
-from kdscale_launch.environment import without_credentials
 
 MEDIA_TYPE = "application/problem+json"
 _TYPE = "urn:kdscale:problem:{}"
@@ -96,7 +96,7 @@ def field_of(item: Any, *, skip: int = 0, model: type[BaseModel] | None = None) 
 
 def clean(text: str) -> str:
     """A text without what steers terminals, and without the secrets of addresses."""
-    return for_terminal(without_credentials(text))
+    return for_terminal(redacted_text(text))
 
 
 def _field_of(error: errors.KdscaleError) -> str:

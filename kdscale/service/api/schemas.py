@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from kdscale.config.fields import Name
 from kdscale.service.database.events import Event
 from kdscale.service.database.runs import Run
+from kdscale.service.redaction import redacted, redacted_text
 from kdscale.service.states import RunState
-from kdscale_launch.environment import without_credentials
 
 _ID = "1hc9xqv3z-7m2k0ft"
 _SETTING = Annotated[str, StringConstraints(max_length=20_000)]
@@ -121,7 +121,7 @@ class RunSummary(_Answer):
         """What the database has of a run."""
         values = {name: getattr(run, name) for name in RunSummary.model_fields}
         times = {name: as_time(values[name]) for name in ("created", "updated", "started", "ended")}
-        return cls(**{**values, **times, "reason": without_credentials(run.reason), **more})
+        return cls(**{**values, **times, "reason": redacted_text(run.reason), **more})
 
 
 class RunDetail(RunSummary):
@@ -248,12 +248,3 @@ class Health(_Answer):
 def as_time(seconds: float | None) -> datetime | None:
     """A time of the database as a date."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
-
-
-def redacted(value: Any) -> Any:
-    """A JSON value with *** in place of the users, passwords and tokens in its addresses."""
-    if isinstance(value, str):
-        return without_credentials(value)
-    if isinstance(value, dict):
-        return {redacted(key): redacted(item) for key, item in value.items()}
-    return [redacted(item) for item in value] if isinstance(value, list) else value
