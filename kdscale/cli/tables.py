@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,12 +15,12 @@ from rich.text import Text
 
 from kdscale.config.load import load_config
 from kdscale.config.root import Config
-from kdscale.errors import ConfigError, FileError, RunFolderError
+from kdscale.errors import FileError, RunFolderError
 from kdscale.escaping import for_terminal
 from kdscale.files import read_json
 from kdscale.jobs.doctor import Finding
+from kdscale.pipeline.progress import StageProgress, config_of, rows_of, stage_progress, training_progress
 from kdscale.pipeline.stage import Stage
-from kdscale.pipeline.stages.registry import STAGES, stages_of
 from kdscale.report.bias_facts import bias
 from kdscale.report.comparison import is_evaluation, students, worsened
 from kdscale.report.downstream_facts import downstream
@@ -36,9 +35,6 @@ _SEVERITIES = {"ok": "green", "note": "yellow", "bad": "red"}
 _STATES = {
     "done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "waiting": "dim", "stopped": "yellow",
 }  # fmt: skip
-
-
-_LAST_STEPS = 50  # whose median time a step tells how long the rest takes
 
 
 def _print(table: Table) -> None:
@@ -265,7 +261,7 @@ def _tasks(folder: Path) -> None:
 
 def _bias(run: RunFolder) -> None:
     """Of each measure of bias the figure with the verdict, its growth since the teacher, and the verdict."""
-    config = _config(run)
+    config = config_of(run)
     limits = config.bias.fail_if if config is not None and config.bias is not None else {}
     try:
         found = bias(run.at(BIAS), limits)
@@ -303,8 +299,10 @@ def status(folder: Path) -> None:
         )
     for step in sorted(run.steps.glob("*/config.yaml")):
         inner = RunFolder(step.parent)
-        _stages(inner, [stage for stage in _stages_of(inner) if stage.in_steps])
-    finished = _stages(run, _stages_of(run))
+        inner_config = config_of(inner)
+        _stages(inner, [stage for stage in rows_of(inner_config) if stage.in_steps], inner_config)
+    config = config_of(run)
+    finished = _stages(run, rows_of(config), config)
     results(folder, "report")
     if not finished and not run.in_use():
         console = Console(soft_wrap=True)
@@ -312,73 +310,42 @@ def status(folder: Path) -> None:
         console.print(for_terminal(f"go on with: {command}"), highlight=False, markup=False)
 
 
-def _config(run: RunFolder) -> Config | None:
-    """The run's config; None in a folder of another version, which still has a status."""
-    try:
-        return load_config(run.config)
-    except ConfigError:
-        return None
-
-
-def _stages_of(run: RunFolder) -> list[Stage]:
-    """The stages of the run; those that every run has, where its config cannot be read."""
-    config = _config(run)
-    return stages_of(config) if config is not None else [stage for stage in STAGES.values() if not stage.only_with]
-
-
-def _stages(run: RunFolder, stages: Sequence[Stage]) -> bool:
+def _stages(run: RunFolder, stages: Sequence[Stage], config: Config | None) -> bool:
     """One line per stage, and one of the training if it has begun; returns whether all stages are done."""
-    recorded = run.recorded(note)
     alive = run.in_use()
+    progress = stage_progress(run, stages, alive, note)
     rows = []
-    for stage in stages:
-        entry = recorded.get(stage.name, {"state": "waiting"})
-        state = entry["state"]
-        if state == "running" and not alive:
-            state = "stopped"
+    for stage in progress:
         facts = [
-            f"{name} {value if isinstance(value, str) else format_number(value)}"
-            for name, value in entry.get("facts", {}).items()
+            f"{name} {value if isinstance(value, str) else format_number(value)}" for name, value in stage.facts.items()
         ]
-        detail = " · ".join(facts) or next(iter(entry.get("reason", "").splitlines()), "")
-        rows.append((stage.name, Text(state, _STATES[state]), _time_taken(entry, state), detail))
+        detail = " · ".join(facts) or next(iter(stage.reason.splitlines()), "")
+        rows.append((stage.name, Text(stage.state, _STATES[stage.state]), _time_taken(stage), detail))
     # a path that is wrapped cannot be copied
     Console(soft_wrap=True).print(for_terminal(str(run.path)), style="bold", highlight=False, markup=False)
     _print(table("", ("stage", "state", "time", ""), rows))
     trained = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
     if trained:
-        note(f"training: {_training(trained[-1], _time_left(run, trained, alive))}", "")
-    return all(recorded.get(stage.name, {}).get("state") == "done" for stage in stages)
+        note(f"training: {_training(trained[-1], _time_left(config, trained, alive))}", "")
+    return all(stage.state == "done" for stage in progress)
 
 
-def _time_taken(entry: dict[str, Any], state: str) -> str:
+def _time_taken(stage: StageProgress) -> str:
     """How long a finished stage took, or a running one has been running."""
-    if "seconds" in entry:
-        return format_duration(entry["seconds"])
-    if state != "running":
-        return ""
-    try:
-        since = datetime.fromisoformat(entry["time"])
-        return f"{format_duration((datetime.now(UTC) - since).total_seconds())} so far"
-    except (KeyError, ValueError, TypeError):  # not as this version writes it
-        return ""
+    if stage.seconds is not None:
+        return format_duration(stage.seconds)
+    so_far = stage.seconds_so_far(datetime.now(UTC)) if stage.state == "running" else None
+    return "" if so_far is None else f"{format_duration(so_far)} so far"
 
 
-def _time_left(run: RunFolder, trained: Sequence[dict[str, Any]], alive: bool) -> str:
+def _time_left(config: Config | None, trained: Sequence[dict[str, Any]], alive: bool) -> str:
     """`40 % done · 3 min 20 s left`, at the speed of the last steps; empty when all steps are done."""
-    config = _config(run)
-    if config is None:
+    training = training_progress(config, trained) if config is not None else None
+    if training is None or not 0 < training.step < training.steps:
         return ""
-    settings = config.distill
-    # as distill.schedule counts them, which would load torch
-    steps, done = -(-settings.tokens // (settings.global_batch * settings.seq_len)), trained[-1].get("step", 0)
-    if not 0 < done < steps:
-        return ""
-    seconds = [row["seconds"] for row in trained[-_LAST_STEPS:] if "seconds" in row]
-    text = f"{100 * done / steps:.0f} % done"
-    if seconds:
-        left = format_duration((steps - done) * statistics.median(seconds))
-        text += f" · {left} left" + ("" if alive else " once it runs again")
+    text = f"{100 * training.step / training.steps:.0f} % done"
+    if training.seconds_left is not None:
+        text += f" · {format_duration(training.seconds_left)} left" + ("" if alive else " once it runs again")
     return text
 
 

@@ -79,6 +79,18 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     return (row for _, _, row in _lines(path) if row is not None)
 
 
+def last_metrics(path: Path, size: int = 1 << 18) -> list[dict[str, Any]]:
+    """The rows in the last `size` bytes of a metrics file, for those who look at it every second."""
+    try:
+        with path.open("rb") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, end - size))
+            lines = stream.read(size).split(b"\n")
+    except OSError:  # not there yet, or put in another's place just now
+        return []
+    return [row for line in (lines if end <= size else lines[1:]) if line and (row := _row(line)) is not None]
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
     """Each line with its number from 1 and its row, None for one that is damaged; without a last line cut by a kill."""
     if not path.is_file():

@@ -141,11 +141,14 @@ class Runs:
 
     def get(self, run_id: str) -> Run:
         """The run of this id. Raises UnknownRunError."""
-        with self._database.read() as connection:
-            run = run_in(connection, run_id)
-        if run is None:
+        if (run := self.find(run_id)) is None:
             raise _unknown(run_id)
         return run
+
+    def find(self, run_id: str) -> Run | None:
+        """The run of this id, if there is one."""
+        with self._database.read() as connection:
+            return run_in(connection, run_id)
 
     def at_folder(self, folder: Path) -> Run | None:
         """The run in a folder, if the database knows it."""
