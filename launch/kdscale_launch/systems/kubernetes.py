@@ -1,4 +1,4 @@
-"""Kubernetes objects as plain values: an indexed Job with a headless Service, or Kubeflow's PyTorchJob."""
+"""Kubernetes objects as plain values: an indexed Job with a headless Service, a JobSet, or Kubeflow's PyTorchJob."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from kdscale_launch.job import GRACE_SECONDS, STOPPED_EXIT_CODE, LaunchError
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")  # namespaces, claims and Secrets
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]*")
+_QUANTITY = re.compile(r"[0-9]{1,9}(\.[0-9]{1,3})?(m|k|Ki|M|Mi|G|Gi|T|Ti)?")
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"  # Kueue's documentation, "Run jobs managed by Kueue"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+CONTAINER = "pytorch"  # the name that a PyTorchJob insists on
 
 Object = dict[str, Any]
 
@@ -24,6 +29,8 @@ Object = dict[str, Any]
 class KubernetesJob:
     """What the pods run. `volumes` maps a claim to its mount path; `secrets` become environment variables.
 
+    `cpu` and `memory` are what each pod asks for, as Kubernetes writes it (8, 500m, 64Gi). `notes`: a folder in which
+    the nodes leave their exit codes (kdscale_launch.systems.notes).
     Raises LaunchError for a name that Kubernetes would refuse, and for control characters anywhere.
     """
 
@@ -44,6 +51,9 @@ class KubernetesJob:
     max_restarts: int = 3
     grace: float = GRACE_SECONDS
     final_codes: frozenset[int] = frozenset()
+    cpu: str = ""
+    memory: str = ""
+    notes: str = ""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -55,7 +65,10 @@ class KubernetesJob:
                 raise LaunchError(f"{what}: not a Kubernetes name: {wrong[0][:200]!r}")
         if not _IMAGE.fullmatch(self.image):
             raise LaunchError(f"--image: expected the name of a container image, got {self.image[:200]!r}")
-        paths = (self.log_dir, self.cwd, self.python, *self.volumes.values())
+        for what, quantity in (("cpu", self.cpu), ("memory", self.memory)):
+            if quantity and not _QUANTITY.fullmatch(quantity):
+                raise LaunchError(f"{what}: expected a quantity such as 8, 500m or 64Gi, got {quantity[:200]!r}")
+        paths = (self.log_dir, self.cwd, self.python, self.notes, *self.volumes.values())
         check_text("the Kubernetes manifest", *self.command, *paths)
         check_variables(self.env)
 
@@ -75,9 +88,6 @@ def indexed_job(job: KubernetesJob) -> list[Object]:
         },
     }
     pod = {**_pod(job, _INDEX_VARIABLE, f"{job.name}-0.{job.name}"), "restartPolicy": "Never", "subdomain": job.name}
-    rules: list[Object] = [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-    rules += [_rule_for_codes("Ignore", frozenset({STOPPED_EXIT_CODE}))]
-    rules += [_rule_for_codes("FailJob", job.final_codes)] if job.final_codes else []
     indexed: Object = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -87,11 +97,61 @@ def indexed_job(job: KubernetesJob) -> list[Object]:
             "completions": job.nodes,
             "parallelism": job.nodes,
             "backoffLimit": job.max_restarts * job.nodes,  # when one pod breaks, the others do too
-            "podFailurePolicy": {"rules": rules},
+            "podFailurePolicy": {"rules": _failure_rules(job)},
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
     return [service, indexed]
+
+
+def job_set(
+    job: KubernetesJob,
+    *,
+    labels: Mapping[str, str],
+    annotations: Mapping[str, str],
+    queue: str = "",
+    priority: str = "",
+) -> Object:
+    """A JobSet (jobset.x-k8s.io/v1alpha2) with one pod per node, which restarts as a whole when a pod breaks.
+
+    With a `queue` of Kueue's it is made suspended, and Kueue starts it when there is room. A pod that is moved away, or
+    saved after a signal, is made again without counting. Raises LaunchError for labels that Kubernetes would refuse.
+    """
+    queued = {QUEUE_LABEL: queue, PRIORITY_LABEL: priority} if queue else {}
+    every = {**labels, **{key: value for key, value in queued.items() if value}}
+    if wrong := [value for value in every.values() if not _LABEL.fullmatch(value)]:
+        raise LaunchError(f"not a Kubernetes label: {wrong[0][:200]!r}; letters, digits, dashes and dots, at most 63")
+    check_text("the annotations", *annotations.values())
+    pod = {**_pod(job, _INDEX_VARIABLE, f"{job.name}-nodes-0-0.{job.name}"), "restartPolicy": "Never"}
+    nodes: Object = {
+        "completionMode": "Indexed",
+        "completions": job.nodes,
+        "parallelism": job.nodes,
+        "backoffLimit": 0,  # the others cannot go on without the one that broke: the set restarts
+        "podFailurePolicy": {"rules": _failure_rules(job)},
+        "template": {"metadata": {"labels": dict(labels)}, "spec": pod},
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": job.name, "namespace": job.namespace, "labels": every, "annotations": dict(annotations)
+        },
+        "spec": {
+            "suspend": bool(queue),
+            "network": {"enableDNSHostnames": True, "subdomain": job.name, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": job.max_restarts,
+                # a final exit code fails the Job through its podFailurePolicy, and then the set
+                "rules": [
+                    {"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+                ],
+            },
+            "replicatedJobs": [
+                {"name": "nodes", "replicas": 1, "template": {"metadata": {"labels": dict(labels)}, "spec": nodes}}
+            ],
+        },
+    }  # fmt: skip
 
 
 def pytorch_job(job: KubernetesJob) -> list[Object]:
@@ -116,6 +176,13 @@ def as_list(objects: list[Object]) -> Object:
     return {"apiVersion": "v1", "kind": "List", "items": objects}
 
 
+def _failure_rules(job: KubernetesJob) -> list[Object]:
+    """What does not count as a failure of a pod, and what is one of the whole Job."""
+    rules: list[Object] = [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
+    rules += [_rule_for_codes("Ignore", frozenset({STOPPED_EXIT_CODE}))]
+    return rules + ([_rule_for_codes("FailJob", job.final_codes)] if job.final_codes else [])
+
+
 def _rule_for_codes(action: str, codes: frozenset[int]) -> Object:
     return {"action": action, "onExitCodes": {"operator": "In", "values": sorted(codes)}}
 
@@ -130,15 +197,17 @@ def _pod(job: KubernetesJob, index_variable: str, master: str | None) -> Object:
     node = [job.python, "-m", "kdscale_launch.systems.node", "--nodes", str(job.nodes), "--slots", str(job.slots)]
     node += ["--node-rank-from", index_variable, "--log-dir", job.log_dir, "--grace", f"{job.grace:g}"]
     node += ["--master-addr", master, "--master-port", str(job.port)] if master else []
+    node += ["--notes", job.notes] if job.notes else []
     limits = {"nvidia.com/gpu": str(job.gpus)} if job.gpus else {}
+    requests = {name: value for name, value in (("cpu", job.cpu), ("memory", job.memory)) if value}
     container: Object = {
-        "name": "pytorch",  # the name that a PyTorchJob insists on
+        "name": CONTAINER,
         "image": job.image,
         "command": [_literal(word) for word in (*node, "--", *job.command)],
         "workingDir": job.cwd,
         "env": [{"name": name, "value": _literal(value)} for name, value in job.env.items()],
         "envFrom": [{"secretRef": {"name": name}} for name in job.secrets],
-        "resources": {"limits": limits} if limits else {},
+        "resources": {**({"limits": limits} if limits else {}), **({"requests": requests} if requests else {})},
         "volumeMounts": [
             {"name": f"claim-{number}", "mountPath": path} for number, path in enumerate(job.volumes.values())
         ],

@@ -1,7 +1,8 @@
 """`python -m kdscale_launch.systems.node ... -- COMMAND`: start the ranks of one node of a larger job.
 
 For pods, or by hand on each host, where no launcher reaches in. Leaves with the exit code of the first rank that
-failed, and with 75 when the ranks were stopped with everything saved.
+failed, and with 75 when the ranks were stopped with everything saved. With --notes it leaves that code in a file, and
+leaves with 0 where such a file asked it to stop: job systems then do not start it again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdscale_launch.job import GRACE_SECONDS, JobSpec, LaunchError, RankFailed, RankPlace, shell_exit_code
+from kdscale_launch.job import (
+    GRACE_SECONDS,
+    STOPPED_EXIT_CODE,
+    JobSpec,
+    LaunchError,
+    RankFailed,
+    RankPlace,
+    shell_exit_code,
+)
 from kdscale_launch.local import run_local
+from kdscale_launch.systems import notes
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--master-port", type=int, default=os.environ.get("MASTER_PORT"))
     parser.add_argument("--log-dir", type=Path, required=True)
     parser.add_argument("--grace", type=float, default=GRACE_SECONDS)
+    parser.add_argument("--notes", type=Path, metavar="FOLDER", help="see kdscale_launch.systems.notes")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args(arguments)
     node = os.environ.get(options.node_rank_from, "")
@@ -37,10 +48,26 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--master-addr and --master-port, or MASTER_ADDR and MASTER_PORT, say where rank 0 is")
     slots = options.slots
     place = RankPlace(int(node) * slots, options.nodes * slots, options.master_addr, options.master_port)
+    spec = JobSpec(tuple(options.command), slots, options.log_dir, grace_seconds=options.grace, place=place)
+    return _run(spec) if options.notes is None else _run_with_notes(spec, options.notes, int(node))
+
+
+def _run_with_notes(spec: JobSpec, folder: Path, node: int) -> int:
+    """See `main`: run unless somebody asked to stop, and write down how it ended."""
+    notes.forget_exit_code(folder, node)
+    if notes.is_asked_to_stop(folder):
+        code = STOPPED_EXIT_CODE
+    else:
+        notes.watch_for_stop(folder)
+        code = _run(spec)
+    notes.leave_exit_code(folder, node, code)
+    return 0 if code == STOPPED_EXIT_CODE and notes.is_asked_to_stop(folder) else code
+
+
+def _run(spec: JobSpec) -> int:
+    """Run this node's ranks; returns the exit code."""
     try:
-        return run_local(
-            JobSpec(tuple(options.command), slots, options.log_dir, grace_seconds=options.grace, place=place)
-        )
+        return run_local(spec)
     except RankFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return shell_exit_code(error.exit_code)

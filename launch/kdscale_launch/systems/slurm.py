@@ -46,8 +46,9 @@ exit "$code"
 class SlurmJob:
     """What the script runs. `directives` are more sbatch options without dashes, such as `partition=gpu`.
 
-    `output` is the file for what the job prints, with Slurm's own %-patterns. Raises LaunchError for a time limit or a
-    directive that sbatch would not take, and for control characters anywhere.
+    `output` is the file for what the job prints, with Slurm's own %-patterns. `notes` is a folder in which the script
+    leaves its exit code, and which can ask it to stop (kdscale_launch.systems.notes). Raises LaunchError for a time
+    limit or a directive that sbatch would not take, and for control characters anywhere.
     """
 
     name: str
@@ -63,6 +64,7 @@ class SlurmJob:
     max_restarts: int = 3  # after a broken rank or node; preemption does not count
     final_codes: frozenset[int] = frozenset()
     directives: tuple[str, ...] = ()
+    notes: str = ""
 
     def __post_init__(self) -> None:
         for directive in self.directives:
@@ -72,7 +74,8 @@ class SlurmJob:
             raise LaunchError(f"--time: expected D-HH:MM:SS, got {self.time_limit[:200]!r}")
         if "\\" in self.output:
             raise LaunchError(f"run_dir: Slurm cannot write its output under {self.output!r}, because of the backslash")
-        check_text("the Slurm script", self.name, self.cwd, self.output, *self.command, *self.check, *self.directives)
+        texts = (self.name, self.cwd, self.output, self.notes, *self.command, *self.check, *self.directives)
+        check_text("the Slurm script", *texts)
         check_variables(self.env)
 
 
@@ -89,7 +92,7 @@ def render(job: SlurmJob) -> str:
     return _SCRIPT.format(
         header=header, cwd=shlex.quote(job.cwd), exports=exports, world=job.nodes * job.slots, slots=job.slots,
         check=_srun(job.check) if job.check else ":", step=_srun(job.command), stopped=STOPPED_EXIT_CODE,
-        restarts=job.max_restarts, final=final, run=_RUN,
+        restarts=job.max_restarts, final=final, run=_RUN, notes=shlex.quote(job.notes),
     )  # fmt: skip
 
 
@@ -115,13 +118,21 @@ def _srun(command: tuple[str, ...]) -> str:
 _SCRIPT = """#!/bin/bash
 {header}
 set -u
-cd {cwd} || exit 1
+notes={notes}
+leave() {{
+    [ -z "$notes" ] || {{ echo "$1" > "$notes/.exit-0" && mv "$notes/.exit-0" "$notes/exit-0"; }}
+    exit "$1"
+}}
+asked_to_stop() {{ [ -n "$notes" ] && [ -e "$notes/stop" ]; }}
+[ -z "$notes" ] || rm -f "$notes/exit-0"
+! asked_to_stop || leave {stopped}
+cd {cwd} || leave 1
 {exports}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT WORLD_SIZE={world} LOCAL_WORLD_SIZE={slots}
 
-marks=$(mktemp -d) || exit 1
+marks=$(mktemp -d) || leave 1
 trap 'rm -rf "$marks"' EXIT
 export KDSCALE_RANK_0="$marks/code"
 
@@ -138,17 +149,22 @@ ranks() {{
     return "$code"
 }}
 
-ranks {check} || exit $?
+ranks {check} || leave $?
 ranks {step}
 code=$?
 case $code in
-    0) exit 0 ;;
-    {stopped}) echo "stopped with everything saved: requeued"; scontrol requeue "$SLURM_JOB_ID" ;;
+    0) leave 0 ;;
+    {stopped}) if asked_to_stop; then
+           echo "stopped with everything saved, as somebody asked: not requeued"
+       else
+           echo "stopped with everything saved: requeued"
+           scontrol requeue "$SLURM_JOB_ID"
+       fi ;;
     {final}) echo "another attempt would end with the same error: not requeued" ;;
     *) if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
            echo "broke with exit code $code: requeued"
            scontrol requeue "$SLURM_JOB_ID"
        fi ;;
 esac
-exit $code
+leave $code
 """

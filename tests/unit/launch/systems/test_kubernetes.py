@@ -11,6 +11,56 @@ from kdscale_launch import LaunchError
 from kdscale_launch.systems import kubernetes as kube
 
 
+def _closed(**fields: object) -> dict[str, object]:
+    return {"type": "object", "additionalProperties": False, "properties": fields}
+
+
+_TEXT, _NUMBER, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+_TEXTS = {"type": "object", "additionalProperties": _TEXT}
+# What we use of jobset.x-k8s.io/v1alpha2 (its CRD in JobSet 0.9): names, types and the values of enumerations.
+JOBSET = {
+    **_closed(
+        apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+        kind={"const": "JobSet"},
+        metadata=_closed(name=_TEXT, namespace=_TEXT, labels=_TEXTS, annotations=_TEXTS),
+        spec=_closed(
+            suspend=_FLAG,
+            ttlSecondsAfterFinished={"type": "integer", "minimum": 0},
+            network=_closed(enableDNSHostnames=_FLAG, subdomain=_TEXT, publishNotReadyAddresses=_FLAG),
+            failurePolicy=_closed(
+                maxRestarts=_NUMBER,
+                rules={
+                    "type": "array",
+                    "items": {
+                        **_closed(
+                            name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+                            action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+                            onJobFailureReasons={
+                                "type": "array",
+                                "items": {"enum": ["BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"]},
+                            },
+                        ),
+                        "required": ["name", "action"],
+                    },
+                },
+            ),
+            replicatedJobs={
+                "type": "array",
+                "items": {
+                    **_closed(
+                        name=_TEXT,
+                        replicas={"type": "integer", "minimum": 0},
+                        template=_closed(metadata={"type": "object"}, spec={"type": "object"}),
+                    ),
+                    "required": ["name", "template"],
+                },
+            },
+        ),
+    ),
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+}
+
+
 @pytest.fixture
 def pods() -> kube.KubernetesJob:
     return kube.KubernetesJob(
@@ -46,6 +96,52 @@ def test_kubernetes_objects_hold_to_the_published_schema(pods):
     broken["spec"]["completion"] = 3
     with pytest.raises(validate.ValidationError):
         validate.validate(broken, version, strict=True)
+
+
+@pytest.fixture
+def job_set(pods) -> kube.Object:
+    pods = replace(pods, cpu="8", memory="64Gi", notes="/data/notes")
+    return kube.job_set(
+        pods, labels={"kdscale-run": "a"}, annotations={"kdscale-name": "a: {b}"}, queue="team", priority="high"
+    )
+
+
+def test_a_jobset_finds_its_first_pod_by_name(job_set):
+    (nodes,) = job_set["spec"]["replicatedJobs"]
+    command = nodes["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    first = f"{job_set['metadata']['name']}-{nodes['name']}-0-0.{job_set['spec']['network']['subdomain']}"
+    assert command[command.index("--master-addr") + 1] == first
+    assert command[command.index("--notes") + 1] == "/data/notes"
+    assert job_set["spec"]["suspend"]  # Kueue starts it
+    assert job_set["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert not kube.job_set(kube.KubernetesJob("a", 1, 1, "i", ("p",), "/l", "/"), labels={}, annotations={})["spec"][
+        "suspend"
+    ]
+
+
+def test_a_jobset_holds_to_the_published_schema(job_set):
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(JOBSET).validate
+    check(job_set)
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate carries the schema")
+    (nodes,) = job_set["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": nodes["template"]["spec"]}
+    validate.validate(job, validate.latest_version(), strict=True)
+    for broken in (
+        {"suspend": "yes"}, {"replicatedJob": []}, {"failurePolicy": {"rules": [{"name": "x", "action": "Fail"}]}},
+        {"network": {"dns": True}},
+    ):  # fmt: skip
+        with pytest.raises(jsonschema.ValidationError):
+            check({**job_set, "spec": {**job_set["spec"], **broken}})
+
+
+@pytest.mark.parametrize("value", ["a b", "a\nb", "-a", "a" * 64, "{x}"])
+def test_labels_that_kubernetes_would_refuse_are_refused_here(pods, value):
+    for names in ({"labels": {"kdscale-run": value}}, {"queue": value}):
+        with pytest.raises(LaunchError, match="label"):
+            kube.job_set(pods, **{"labels": {}, "annotations": {}, **names})
+    with pytest.raises(LaunchError, match="memory"):
+        replace(pods, memory=value)
 
 
 def test_a_pytorchjob_has_one_master_and_leaves_the_address_to_the_operator(pods):

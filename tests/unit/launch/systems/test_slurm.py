@@ -14,6 +14,7 @@ import pytest
 
 from kdscale_launch import LaunchError
 from kdscale_launch.systems import slurm
+from kdscale_launch.systems.notes import ask_to_stop, read_exit_codes
 
 SCONTROL = '#!/bin/sh\n[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$@" >> requeued\n'
 # Signals whole tasks, and kills all of them when one fails (--kill-on-bad-exit).
@@ -198,3 +199,24 @@ def test_texts_that_no_script_can_hold_are_refused(changed, message):
     settings = {"name": "x", "nodes": 1, "slots": 1, "command": ("p",), "cwd": "/", "output": "/o", **changed}
     with pytest.raises(LaunchError, match=message):
         slurm.SlurmJob(**settings)
+
+
+@pytest.mark.parametrize(("exit_code", "asked", "requeued"), [(75, False, True), (75, True, False), (6, False, False)])
+def test_notes_hold_the_exit_code_and_can_keep_a_job_from_going_on(slurm_script, tmp_path, exit_code, asked, requeued):
+    notes = tmp_path / "its notes"
+    notes.mkdir()
+    ask = f"open({str(notes / 'stop')!r}, 'w').close(); " if asked else ""
+    process = slurm_script(f"import sys; {ask}sys.exit({exit_code})", max_restarts=0, notes=str(notes))
+    process.communicate(timeout=30)
+    assert process.returncode == exit_code
+    assert read_exit_codes(notes) == {0: exit_code}
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_a_job_that_was_asked_to_stop_before_it_began_starts_no_rank(slurm_script, tmp_path):
+    ask_to_stop(tmp_path / "notes")
+    process = slurm_script("open('started', 'w')", notes=str(tmp_path / "notes"))
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert read_exit_codes(tmp_path / "notes") == {0: 75}
+    assert not (tmp_path / "started").exists()

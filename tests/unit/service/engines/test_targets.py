@@ -1,0 +1,45 @@
+"""What a run may say of where it goes."""
+
+from __future__ import annotations
+
+import pytest
+
+from kdscale.errors import ConfigError
+from kdscale.service.engines.engine import ENGINES
+from kdscale.service.engines.targets import SETTINGS, TARGETS, admin_fields, read_settings, read_target, target_schema
+
+
+def test_every_engine_has_a_target_and_settings() -> None:
+    assert list(TARGETS) == list(SETTINGS) == list(ENGINES)
+    for name, model in TARGETS.items():
+        assert model.model_fields["engine"].default == name
+        assert issubclass(SETTINGS[name], model)
+    assert set(target_schema()["discriminator"]["mapping"]) == set(ENGINES)
+
+
+def test_a_target_comes_before_the_settings() -> None:
+    settings = read_settings("slurm", {"slurm": {"partition": "gpu", "nodes": 4, "extra": ["qos=x"], "python": "/p"}})
+    target = read_target({"engine": "slurm", "nodes": 2}, settings)
+    assert (target.partition, target.nodes, target.extra) == ("gpu", 2, ("qos=x",))
+    assert read_target(None) == read_target({}) == read_target({"engine": "local"})
+
+
+def test_every_wrong_field_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_target({"engine": "slurm", "nodes": "2", "partitions": "x"})
+    assert "target.nodes: " in str(caught.value)
+    assert "target.partitions: unknown key (did you mean 'partition'?)" in str(caught.value)
+    with pytest.raises(ConfigError, match="one of local, hosts, slurm, kubernetes, skypilot"):
+        read_target({"engine": "condor"})
+    with pytest.raises(ConfigError, match=r"engines\.kubernetes\.imag"):
+        read_settings("kubernetes", {"kubernetes": {"imag": "x"}})
+
+
+def test_what_names_code_or_storage_is_for_admins() -> None:
+    assert admin_fields({"engine": "slurm", "nodes": 2, "time": "1", "extra": []}) == ["target.extra"]
+    assert admin_fields({"engine": "kubernetes", "image": "x", "volumes": {}, "queue": "q"}) == [
+        "target.image", "target.volumes"
+    ]  # fmt: skip
+    assert admin_fields({"engine": "hosts", "hostfile": "/etc/passwd"}) == ["target.hostfile"]
+    assert "target.setup" in admin_fields({"engine": "skypilot", "setup": "curl x | sh"})
+    assert admin_fields(None) == admin_fields({"engine": "condor", "image": 1}) == []
