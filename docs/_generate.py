@@ -369,8 +369,20 @@ def readers() -> str:
     return table(("format", "files", "what is read"), rows)
 
 
+def service_metrics() -> str:
+    """What GET /metrics of the service has."""
+    from kdscale.service.operations.metric_table import METRICS
+
+    rows = [
+        (f"`{name}`", row.kind, ", ".join(f"`{label}`" for label in row.labels), row.help)
+        for name, row in METRICS.items()
+    ]
+    return table(("metric", "type", "labels", "what it says"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readers": readers,
+    "service-metrics": service_metrics,
     "gguf": gguf,
     "criteria": criteria,
     "objectives": objectives,

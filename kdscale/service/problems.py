@@ -18,6 +18,7 @@ from kdscale.config.fields import explain_error, shown
 from kdscale.escaping import for_terminal
 from kdscale.service.database.answers import KeyReusedError
 from kdscale.service.redaction import redacted_text
+from kdscale.service.request_ids import request_id
 from kdscale.service.states import UnknownRunError, WrongTransitionError
 
 MEDIA_TYPE = "application/problem+json"
@@ -59,7 +60,7 @@ class Problem(Exception):  # noqa: N818 - a problem is what the answer holds
         """The members of the JSON object."""
         return {
             "type": _TYPE.format(self.name), "title": HTTPStatus(self.status).phrase, "status": self.status,
-            "detail": self.detail, **self.extra,
+            "detail": self.detail, **self.extra, **({"request_id": asked} if (asked := request_id()) else {}),
         }  # fmt: skip
 
     def response(self) -> JSONResponse:

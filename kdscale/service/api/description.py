@@ -23,6 +23,7 @@ _PROBLEM: dict[str, Any] = {
         "expected": {"type": "string"},
         "got": {"type": "string"},
         "hint": {"type": "string", "description": "what to do"},
+        "request_id": {"type": "string", "description": "by which the service's log names this request"},
         "errors": {
             "type": "array", "description": "one entry for each wrong field",
             "items": {"type": "object", "additionalProperties": {"type": "string"}},

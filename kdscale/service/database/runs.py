@@ -235,7 +235,9 @@ class Runs:
                 f"run {run_id}", expected=f"one that is {' or '.join(sorted(sources)) or 'in another state'}",
                 got=f"it is {state}",
             )  # fmt: skip
-        append_event(connection, run_id, now, "state", {"state": to, "reason": reason, "attempt": row.attempt})
+        data = {"state": to, "reason": reason, "attempt": row.attempt}
+        data |= {name: fields[name] for name in ("exit_code",) if name in fields}
+        append_event(connection, run_id, now, "state", data)
         return _run(row)
 
     def ask(self, run_id: str, request: Request, reason: str = "", **fields: Any) -> Run:

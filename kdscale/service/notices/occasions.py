@@ -14,22 +14,27 @@ from typing import Any, Literal, get_args
 from kdscale.escaping import for_terminal
 from kdscale.service.database.events import Event
 from kdscale.service.database.runs import Run
-from kdscale_launch.environment import without_credentials
+from kdscale.service.redaction import redacted_text
+from kdscale_launch.job import STOPPED_EXIT_CODE
 
 NoticeKind = Literal["succeeded", "failed", "cancelled", "preempted", "spike", "removal"]
 KINDS: tuple[NoticeKind, ...] = get_args(NoticeKind)
 # What an owner is told who did not choose: a run that somebody cancelled surprises nobody who did it.
 DEFAULT_KINDS: tuple[NoticeKind, ...] = ("succeeded", "failed", "preempted", "spike", "removal")
 SPIKE_EVENT = "spike"  # written by whoever reads a run's metrics; data: step, loss, median, limit
-PREEMPTED_EVENT = "preempted"  # written where a run ends with exit code 75 that nobody asked to pause
 
 
 def _state_is(*states: str) -> Callable[[Event], bool]:
     return lambda event: event.type == "state" and event.data.get("state") in states
 
 
-def _type_is(type_: str) -> Callable[[Event], bool]:
-    return lambda event: event.type == type_
+def _is_preemption(event: Event) -> bool:
+    """Whether a run left with everything saved that nobody asked to, or its engine took it back into its own queue.
+
+    A run that tries again after a failure has the code of that failure; None: it was lost.
+    """
+    code = event.data.get("exit_code", STOPPED_EXIT_CODE)
+    return event.type == "state" and event.data.get("state") == "recovering" and code == STOPPED_EXIT_CODE
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,9 @@ OCCASIONS: Mapping[NoticeKind, Occasion] = {
     "failed": Occasion(_state_is("failed"), "Run {name} failed."),
     "cancelled": Occasion(_state_is("cancelled"), "Run {name} was cancelled."),
     "preempted": Occasion(
-        _type_is(PREEMPTED_EVENT), "Run {name} was stopped by its machine; it saved, and goes on when it can.", 3600.0
+        _is_preemption, "Run {name} was stopped by its machine; it saved, and goes on when it can.", 3600.0
     ),
-    "spike": Occasion(_type_is(SPIKE_EVENT), "The loss of run {name} is out of line.", 3600.0),
+    "spike": Occasion(lambda event: event.type == SPIKE_EVENT, "The loss of run {name} is out of line.", 3600.0),
     "removal": Occasion(lambda event: False, "Files of run {name} will be deleted."),  # written by the retention
 }
 # What of an event's data is told. Everything else stays here: notices leave this machine.
@@ -124,7 +129,7 @@ def known_kinds(kinds: Collection[str]) -> tuple[NoticeKind, ...]:
 
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        return without_credentials(value)[:4000]
+        return redacted_text(value)[:4000]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no NaN
     return [_clean(item) for item in value] if isinstance(value, list) else value

@@ -50,6 +50,7 @@ class Scheduler:
         self._runs, self._events = Runs(database, clock), Events(database, clock)
         self.machine = machine if machine is not None else find_machine(settings)
         self._leader = Leader(settings.folder / LEADER_LOCK)
+        self.on_step: Callable[[float], None] = lambda seconds: None  # called after each step, for whoever measures
 
     def run_forever(self, stop: threading.Event) -> None:
         """One step after another until `stop` is set; waits while another process schedules for the same home."""
@@ -57,7 +58,9 @@ class Scheduler:
             while not stop.is_set():
                 try:
                     if self._leader.leads():
+                        begun = time.monotonic()
                         self.step()
+                        self.on_step(time.monotonic() - begun)
                 except Exception:  # noqa: BLE001 (the queue must go on, whatever it was; the log has it)
                     # the database is locked for too long, the disk is full: what cannot be done now can be later
                     _log.exception("a step of the scheduler failed; it is tried again")

@@ -213,14 +213,28 @@ def test_spikes_of_a_run_are_told_once_an_hour(
 
 
 def test_a_preemption_is_told_and_a_pause_on_request_is_not(
-    make: Callable[..., Notices], runs: Runs, run: Run, database: Database, sent: Post, clock: Any
+    make: Callable[..., Notices], runs: Runs, run: Run, sent: Post, clock: Any
 ) -> None:
     notices = make(owners={"*": (HOOK,)})
-    for state in ("starting", "running", "pausing", "paused"):
-        runs.move(run.id, state)  # type: ignore[arg-type]
-    Events(database, clock).append(run.id, "preempted", {"reason": "the node is needed"})
-    notices.step()
+
+    def move(state: Any, **fields: Any) -> None:
+        runs.move(run.id, state, **fields)
+        notices.step()
+
+    move("starting")
+    move("running")
+    move("recovering", exit_code=9)  # tried again after a failure
+    move("running")
+    move("recovering", exit_code=None)  # lost
+    move("running")
+    move("recovering", exit_code=75)
     assert sent.kinds == ["preempted"]
+    clock.now += 3601
+    move("running")
+    move("recovering")  # back in the queue of its engine
+    move("pausing")
+    move("paused", exit_code=75)
+    assert sent.kinds == ["preempted"] * 2
 
 
 def test_a_subscription_that_the_settings_allow_no_more_is_left_out(
