@@ -97,12 +97,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
         return
     *lines, last = read_bytes(path, limit=_LARGEST).split(b"\n")
     for number, line in enumerate(lines, 1):
-        yield number, line, _row(line)
-    if last and (row := _row(last)) is not None:  # whole but for its newline
+        yield number, line, parse_row(line)
+    if last and (row := parse_row(last)) is not None:  # whole but for its newline
         yield len(lines) + 1, last, row
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row of a line: `kind`, `step` and figures; None for anything else."""
     try:
         row = parse_json(line.decode("utf-8"), "row", expect=dict)
