@@ -88,7 +88,7 @@ def last_metrics(path: Path, size: int = 1 << 18) -> list[dict[str, Any]]:
             lines = stream.read(size).split(b"\n")
     except OSError:  # not there yet, or put in another's place just now
         return []
-    return [row for line in (lines if end <= size else lines[1:]) if line and (row := _row(line)) is not None]
+    return [row for line in (lines if end <= size else lines[1:]) if line and (row := parse_row(line)) is not None]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:

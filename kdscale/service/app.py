@@ -10,8 +10,10 @@ from fastapi import APIRouter, FastAPI
 
 import kdscale
 from kdscale.service.access.layers import add_access_layers
-from kdscale.service.api import catalogue, description, events, health, logs, metrics, problems, runs, validating
+from kdscale.service.api import catalogue, description, health, metrics, problems, runs
+from kdscale.service.api.checking import validating
 from kdscale.service.api.files import artifacts
+from kdscale.service.api.streaming import events, logs
 from kdscale.service.database.accounts import Accounts
 from kdscale.service.database.answers import Answers
 from kdscale.service.database.connection import Database

@@ -16,8 +16,8 @@ from kdscale.families import load_family
 from kdscale.files import read_text
 from kdscale.packaging.catalog import NAMES
 from kdscale.report.compare.runs import gather
+from kdscale.service.api.checking.hardware import machine_facts
 from kdscale.service.api.dependencies import READ, Reader
-from kdscale.service.api.hardware import machine_facts
 from kdscale.service.api.schemas import ConfigEntry, ConfigText, ListOf, MachineFacts, TeacherEntry
 from kdscale.service.database.runs import Runs
 from kdscale.service.ids import is_run_id

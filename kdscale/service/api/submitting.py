@@ -25,7 +25,7 @@ from kdscale.service.access.spec_rules import refused_fields
 from kdscale.service.api.schemas import Again, Submission, Target
 from kdscale.service.database.folders import read_run_folder, write_run_folder
 from kdscale.service.database.runs import NewRun, Run, Runs
-from kdscale.service.engines.targets import admin_fields, read_target
+from kdscale.service.engines.targets import read_target
 from kdscale.service.ids import is_run_id, new_run_id
 from kdscale.service.problems import Problem, of_error
 

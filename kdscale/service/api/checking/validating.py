@@ -20,8 +20,8 @@ from starlette.datastructures import State
 from kdscale.config.fields import shown
 from kdscale.jobs.launch import python_path
 from kdscale.service.api.bodies import described, json_body
+from kdscale.service.api.checking.hardware import gpus_of
 from kdscale.service.api.dependencies import Reader
-from kdscale.service.api.hardware import gpus_of
 from kdscale.service.api.schemas import Question, Refusal, Verdict
 from kdscale.service.api.submitting import read_submission
 from kdscale.service.ids import new_run_id
@@ -87,7 +87,7 @@ async def _ask(state: State, question: dict[str, Any]) -> dict[str, Any]:
 async def _in_child(question: dict[str, Any], seconds: float) -> dict[str, Any]:
     environment = {**without_secrets(os.environ), "PYTHONPATH": python_path()}
     child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "kdscale.service.api.estimate", stdin=asyncio.subprocess.PIPE,
+        sys.executable, "-m", "kdscale.service.api.checking.estimate", stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment, start_new_session=True,
         limit=_MOST_BYTES,
     )  # fmt: skip

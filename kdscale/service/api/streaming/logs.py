@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse
 from kdscale.escaping import for_terminal
 from kdscale.runs.folder import RunFolder
 from kdscale.service.api.dependencies import READ, FoundRun
-from kdscale.service.api.streams import StreamResponse, last_event_id, message, wants_stream
+from kdscale.service.api.streaming.streams import StreamResponse, last_event_id, message, wants_stream
 from kdscale.service.database.runs import Run
 from kdscale.service.redaction import redacted_text
 from kdscale.service.states import FINAL

@@ -9,10 +9,16 @@ from fastapi import APIRouter, Query, Request, Response
 from sse_starlette.event import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from kdscale.service.api.broadcaster import Broadcaster, Listener
 from kdscale.service.api.dependencies import READ, FoundRun, Number
 from kdscale.service.api.schemas import ListOf, RunEvent
-from kdscale.service.api.streams import STREAM_DESCRIPTION, StreamResponse, last_event_id, message, wants_stream
+from kdscale.service.api.streaming.broadcaster import Broadcaster, Listener
+from kdscale.service.api.streaming.streams import (
+    STREAM_DESCRIPTION,
+    StreamResponse,
+    last_event_id,
+    message,
+    wants_stream,
+)
 
 router = APIRouter(prefix="/v1", tags=["events"], dependencies=[READ])
 After = Annotated[Number | None, Query(description="Only events behind this number; Last-Event-ID comes first.")]

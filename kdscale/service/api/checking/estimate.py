@@ -1,4 +1,4 @@
-"""What a config would make, computed in a process of its own: `python -m kdscale.service.api.estimate`.
+"""What a config would make, computed in a process of its own: `python -m kdscale.service.api.checking.estimate`.
 
 Reads one JSON object from standard input and writes one to standard output. It may load torch and read what others
 wrote, it has a time limit, and it starts and writes nothing.
