@@ -46,20 +46,31 @@ class Sessions:
 
     def __init__(self, key: bytes):
         self._key = key
-        options = {"key_derivation": "hmac", "digest_method": sha256}
-        self._serializer = URLSafeTimedSerializer(key, salt="kdscale session", signer_kwargs=options)
 
     def signed(self, token_id: str) -> str:
         """The value of a new cookie for this token."""
-        return str(self._serializer.dumps([token_id, secrets.token_hex(16)]))
+        return self.sealed("session", [token_id, secrets.token_hex(16)])
 
     def read(self, value: str) -> Session | None:
         """What a cookie says; None where it is not one of ours, or too old."""
+        content = self.opened("session", value, _SECONDS)
+        return Session(*content) if content is not None and len(content) == 2 else None
+
+    def sealed(self, purpose: str, content: list[str]) -> str:
+        """Signed text for a cookie, worth nothing for another purpose."""
+        return str(self._serializer(purpose).dumps(content))
+
+    def opened(self, purpose: str, value: str, seconds: int) -> list[str] | None:
+        """What was sealed at most so many seconds ago; None for anything else."""
         try:
-            content: Any = self._serializer.loads(value, max_age=_SECONDS)
+            content: Any = self._serializer(purpose).loads(value, max_age=seconds)
         except BadData:
             return None
-        return Session(*content) if isinstance(content, list) and len(content) == 2 else None
+        return content if isinstance(content, list) else None
+
+    def _serializer(self, purpose: str) -> URLSafeTimedSerializer:
+        options = {"key_derivation": "hmac", "digest_method": sha256}
+        return URLSafeTimedSerializer(self._key, salt=f"kdscale {purpose}", signer_kwargs=options)
 
     def csrf_token(self, session: Session) -> str:
         """What the pages of this session send with every request that changes something."""
@@ -117,6 +128,12 @@ def delete_cookie(response: Response, request: Request) -> None:
     response.delete_cookie(
         cookie_name(request), path="/", secure=request.url.scheme == "https", httponly=True, samesite="strict"
     )
+
+
+def own_path(address: str, start: str = "/") -> str:
+    """A path of this service, to go on with after a sign-in; `start` in place of any other address."""
+    odd = not address.isprintable() or "\\" in address or len(address) > 2000
+    return address if address.startswith("/") and not address.startswith("//") and not odd else start
 
 
 def csrf_token(request: Request) -> str:

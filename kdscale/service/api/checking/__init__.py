@@ -1,1 +1,0 @@
-"""Whether a config can be run, and what it would need."""

@@ -1,1 +1,0 @@
-"""What goes on and on: events of runs and their logs, as streams."""
