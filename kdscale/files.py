@@ -167,6 +167,11 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a file or folder of this name is being written, or was when its writer was killed."""
+    return name.startswith(_TMP_MARK)
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete what killed processes left half written directly under `folder`; returns what was removed."""
     leftovers = list(folder.glob(f"{_TMP_MARK}*"))

@@ -33,6 +33,11 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / "configs"
 
 
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with kdscale, by name."""
+    return {item.name.removesuffix(".yaml"): item for item in sorted(config_folder().glob("*.yaml"))}
+
+
 def find_config(name: str) -> Path:
     """A file, the config.yaml of a run folder, or a shipped config with or without .yaml. Raises ConfigError."""
     path = Path(name)
@@ -48,7 +53,7 @@ def find_config(name: str) -> Path:
         raise ConfigError(
             f"config {name}", expected="a YAML file, or the folder of a run", got="a folder without a run"
         )
-    known = {item.name.removesuffix(".yaml"): item for item in sorted(config_folder().glob("*.yaml"))}
+    known = shipped_configs()
     wanted = name.removesuffix(".yaml")
     if wanted in known:
         return known[wanted]

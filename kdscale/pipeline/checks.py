@@ -35,6 +35,20 @@ def check_before_work(
     `of_steps`: the stages that each step runs before them. Raises the one error, or one of the first error's class that
     lists them all.
     """
+    errors, teacher, plans = find_problems(config, run, stages, reporter, of_steps)
+    raise_together(errors)
+    assert teacher is not None
+    return teacher, plans
+
+
+def find_problems(
+    config: Config, run: RunFolder, stages: Iterable[Stage], reporter: Reporter, of_steps: Iterable[Stage] = (),
+    devices: bool = True,
+) -> tuple[list[KdscaleError], Path | None, list[Plan]]:  # fmt: skip
+    """Everything that is wrong before `stages` run, the teacher's folder (None: there is none), the planned shapes.
+
+    `devices`: also whether this machine has those that the run needs.
+    """
     errors: list[KdscaleError] = []
     attempt(errors, check_run_dir, run.path)
     attempt(errors, check_trackers, config.tracking)
@@ -43,7 +57,8 @@ def check_before_work(
     for stage in unfinished:
         if stage.check_before is not None:
             attempt(errors, stage.check_before, config, run)
-    attempt(errors, check_devices, config, unfinished, of_steps)
+    if devices:
+        attempt(errors, check_devices, config, unfinished, of_steps)
     if PLACE_VARIABLE in os.environ:
         attempt(errors, check_prepared, config, unfinished)
     teacher: Path | None = attempt(errors, check_teacher, config, reporter)
@@ -55,9 +70,7 @@ def check_before_work(
         plans = attempt(errors, plan_shapes, config, teacher) or []
         attempt(errors, check_shared_models, config, teacher, plans)
         attempt(errors, check_forms, config, teacher)
-    raise_together(errors)
-    assert teacher is not None
-    return teacher, plans
+    return errors, teacher, plans
 
 
 def attempt(errors: list[KdscaleError], check: Callable[..., Any], *arguments: Any) -> Any:

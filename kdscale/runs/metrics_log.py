@@ -88,7 +88,7 @@ def last_metrics(path: Path, size: int = 1 << 18) -> list[dict[str, Any]]:
             lines = stream.read(size).split(b"\n")
     except OSError:  # not there yet, or put in another's place just now
         return []
-    return [row for line in (lines if end <= size else lines[1:]) if line and (row := _row(line)) is not None]
+    return [row for line in (lines if end <= size else lines[1:]) if line and (row := parse_row(line)) is not None]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
@@ -97,12 +97,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
         return
     *lines, last = read_bytes(path, limit=_LARGEST).split(b"\n")
     for number, line in enumerate(lines, 1):
-        yield number, line, _row(line)
-    if last and (row := _row(last)) is not None:  # whole but for its newline
+        yield number, line, parse_row(line)
+    if last and (row := parse_row(last)) is not None:  # whole but for its newline
         yield len(lines) + 1, last, row
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row of a line: `kind`, `step` and figures; None for anything else."""
     try:
         row = parse_json(line.decode("utf-8"), "row", expect=dict)

@@ -10,7 +10,10 @@ from fastapi import APIRouter, FastAPI
 
 import kdscale
 from kdscale.service.access.layers import add_access_layers
-from kdscale.service.api import description, health, problems
+from kdscale.service.api import catalogue, description, health, metrics, problems, runs
+from kdscale.service.api.checking import validating
+from kdscale.service.api.files import artifacts
+from kdscale.service.api.streaming import events, logs
 from kdscale.service.database.accounts import Accounts
 from kdscale.service.database.answers import Answers
 from kdscale.service.database.connection import Database
@@ -20,7 +23,17 @@ from kdscale.service.operations import exposing, requests
 from kdscale.service.settings import ServiceSettings
 
 # What answers requests. A router of the API names its own prefix, /v1, and a scope for each of its routes.
-ROUTERS: tuple[APIRouter, ...] = (health.router, exposing.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    health.router,
+    validating.router,
+    runs.router,
+    events.router,
+    metrics.router,
+    logs.router,
+    artifacts.router,
+    catalogue.router,
+    exposing.router,
+)
 
 # What every request passes through, the outermost last; each adds its middleware (or an ASGI application) to the app.
 LAYERS: tuple[Callable[[FastAPI], None], ...] = (
@@ -36,10 +49,12 @@ def make_app(
     database: Database,
     scheduler: Any | None = None,
     engines: Mapping[str, Any] | None = None,
+    is_scheduling: Callable[[], bool] | None = None,
 ) -> FastAPI:
-    """The application. `scheduler` is asked whether it works, and never run; `engines`: those that were made, by name.
+    """The application. `scheduler` is asked about its machine, and not run; `is_scheduling`: whether somebody runs it.
 
-    `app.state` has settings, database, runs, events, accounts, answers, scheduler and engines.
+    `engines`: those that were made, by name. `app.state` has settings, database, runs, events, accounts, answers,
+    scheduler, engines and is_scheduling.
     """
     # no pages of FastAPI's own: they load scripts from elsewhere
     app = FastAPI(
@@ -50,6 +65,7 @@ def make_app(
     app.state.runs, app.state.events = Runs(database), Events(database)
     app.state.accounts, app.state.answers = Accounts(database), Answers(database)
     app.state.scheduler, app.state.engines = scheduler, engines or {}
+    app.state.is_scheduling = is_scheduling
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)

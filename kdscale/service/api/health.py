@@ -35,6 +35,6 @@ def readyz(request: Request) -> Health:
         raise Problem(503, "not-ready", "the database does not answer", hint="the service's log has more") from error
     if not os.access(home, os.W_OK) or shutil.disk_usage(home).free < _LEAST_FREE_BYTES:
         raise Problem(503, "not-ready", "the home folder is on a full disk, or cannot be written")
-    if state.scheduler is not None and not state.scheduler.is_alive():
+    if state.is_scheduling is not None and not state.is_scheduling():
         raise Problem(503, "not-ready", "the scheduler has stopped", hint="restart the service; its log has more")
     return healthz()

@@ -238,6 +238,23 @@ class ConfigText(ConfigEntry):
     config: dict[str, Any]
 
 
+class MachineFacts(_Answer):
+    """The service's machine: what there is and what runs hold of it."""
+
+    slots: int = Field(description="devices that runs share")
+    slots_held: int
+    held: dict[str, str] = Field(description="the run that holds each device")
+    counts: dict[str, int] = Field(description="how many runs are in each state")
+    engines: list[str]
+    gpus: list[dict[str, Any]]
+    processors: int
+    load: float
+    memory_bytes: int
+    memory_free_bytes: int
+    disk_bytes: int
+    disk_free_bytes: int
+
+
 class Health(_Answer):
     """Whether the service is alive."""
 

@@ -21,7 +21,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def write_run_folder(run: Run) -> Path:
+def write_run_folder(run: Run | NewRun) -> Path:
     """Make the run folder, with service.json and config.yaml, where they are missing; returns the path of the latter.
 
     Raises ConfigError for a config that cannot be used, and RunFolderError.
@@ -36,7 +36,7 @@ def write_run_folder(run: Run) -> Path:
     return folder.config
 
 
-def _resolved(run: Run) -> str:
+def _resolved(run: Run | NewRun) -> str:
     """The whole config of a run, whose run folder is its own."""
     tree, origin = copy.deepcopy(run.config), run.config_name or "config"
     if not tree:

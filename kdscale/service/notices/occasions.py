@@ -25,7 +25,8 @@ SPIKE_EVENT = "spike"  # written by whoever reads a run's metrics; data: step, l
 
 
 def _state_is(*states: str) -> Callable[[Event], bool]:
-    return lambda event: event.type == "state" and event.data.get("state") in states
+    # the first event of a run has no attempt: it may have ended long before the service found it
+    return lambda event: event.type == "state" and event.data.get("state") in states and "attempt" in event.data
 
 
 def _is_preemption(event: Event) -> bool:
@@ -41,12 +42,14 @@ def _is_preemption(event: Event) -> bool:
 class Occasion:
     """A kind of notice: which events are one, and how it is said.
 
-    `sentence` is formatted with `name` and the event's data. `at_most_every`: seconds in which one run says it once.
+    `sentence` is formatted with `name`. `at_most_every`: seconds in which one run says it once. After `stale_after`
+    seconds nobody wants to know it any more.
     """
 
     happened: Callable[[Event], bool]
     sentence: str
     at_most_every: float = 0.0
+    stale_after: float = math.inf
 
 
 OCCASIONS: Mapping[NoticeKind, Occasion] = {
@@ -56,7 +59,9 @@ OCCASIONS: Mapping[NoticeKind, Occasion] = {
     "preempted": Occasion(
         _is_preemption, "Run {name} was stopped by its machine; it saved, and goes on when it can.", 3600.0
     ),
-    "spike": Occasion(lambda event: event.type == SPIKE_EVENT, "The loss of run {name} is out of line.", 3600.0),
+    "spike": Occasion(
+        lambda event: event.type == SPIKE_EVENT, "The loss of run {name} is out of line.", 3600.0, 86_400.0
+    ),
     "removal": Occasion(lambda event: False, "Files of run {name} will be deleted."),  # written by the retention
 }
 # What of an event's data is told. Everything else stays here: notices leave this machine.
@@ -74,10 +79,10 @@ class Notice:
     facts: Mapping[str, Any]
 
 
-def notice_of(event: Event, run: Run) -> Notice | None:
+def notice_of(event: Event, run: Run, now: float) -> Notice | None:
     """The notice that an event is worth, if any."""
     for kind, occasion in OCCASIONS.items():
-        if occasion.happened(event):
+        if occasion.happened(event) and now - event.time <= occasion.stale_after:
             return Notice(f"event-{event.seq}", kind, run, event.time, event.data)
     return None
 

@@ -91,7 +91,7 @@ class Notices:
 
     def _note(self, connection: Connection, event: Event) -> int:
         run = run_in(connection, event.run_id)
-        notice = None if run is None else notice_of(event, run)
+        notice = None if run is None else notice_of(event, run, self._clock())
         return 0 if notice is None else self.add(connection, notice)
 
     def add(self, connection: Connection, notice: Notice) -> int:

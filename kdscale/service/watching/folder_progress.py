@@ -5,7 +5,7 @@ stages              [{name, step, state, seconds, since, reason}], those of the 
 share               how much of the run is done, 0 to 1, in which a distillation counts as much as all else
 step, steps, tokens, loss, tokens_per_second, seconds_left, losses (the last ones)   of the training, when it began
 moved               when anything last changed in the folder, in seconds since 1970
-read                up to which byte each events.jsonl was read, and `validated`: up to which step validations were
+read                up to which byte each events.jsonl was read; `validated`, `spiked`: up to which step those were
 """
 
 from __future__ import annotations
@@ -96,8 +96,10 @@ def look(folder: Path, before: Mapping[str, Any], moved: float, alive: bool) -> 
     read, seen = _events(folder, [*places, ("", outer)], before.get("read"))
     validated = before.get("validated") if before.get("trained_in") == trained.path.name else None
     last, validations = _validations(rows_read, validated, moved)
-    progress |= {"read": read, "validated": last, "trained_in": trained.path.name}
-    return Look(progress, seen + validations)
+    spiked = before.get("spiked") if before.get("trained_in") == trained.path.name else None
+    last_spike, spikes = _spikes(rows_read, spiked, moved)
+    progress |= {"read": read, "validated": last, "spiked": last_spike, "trained_in": trained.path.name}
+    return Look(progress, seen + validations + spikes)
 
 
 def _ignore(message: str) -> None:
@@ -183,4 +185,15 @@ def _validations(rows: list[dict[str, Any]], before: Any, now: float) -> tuple[i
         if row["kind"] == "validation" and row["step"] > last:
             last = row["step"]
             seen.append(Seen("validation", now, {name: value for name, value in row.items() if name != "kind"}))
+    return last, seen
+
+
+def _spikes(rows: list[dict[str, Any]], before: Any, now: float) -> tuple[int, list[Seen]]:
+    """Steps whose loss was out of line, behind the last one that was seen."""
+    last, seen = before if isinstance(before, int) else -1, []
+    for row in rows:
+        if row["kind"] == "train" and row.get("spike") and row["step"] > last:
+            last = row["step"]
+            names = {"step": "step", "loss": "loss", "spike_limit": "limit"}
+            seen.append(Seen("spike", now, {told: row[name] for name, told in names.items() if name in row}))
     return last, seen

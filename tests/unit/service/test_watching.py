@@ -73,10 +73,10 @@ def make_folder(path: Path, **config: Any) -> RunFolder:
     return run
 
 
-def train(run: RunFolder, *steps: int, kind: str = "train") -> None:
+def train(run: RunFolder, *steps: int, kind: str = "train", **more: float) -> None:
     with run.metrics.open("a") as stream:
         for step in steps:
-            row = {"kind": kind, "step": step, "loss": 2.0 / step, "seconds": 3.0, "tokens_per_second": 85.5}
+            row = {"kind": kind, "step": step, "loss": 2.0 / step, "seconds": 3.0, "tokens_per_second": 85.5, **more}
             stream.write(json.dumps(row) + "\n")
 
 
@@ -129,9 +129,13 @@ def test_nothing_is_seen_twice_also_by_a_service_that_starts_anew(home: Home) ->
     with folder.events.open("a") as stream:
         stream.write('ne", "stage": "data"}\n')
     train(folder, 5, 10, kind="validation")  # a run that goes on from a checkpoint
+    train(folder, 6, spike=1, spike_limit=0.1)
+    home.look(run)
+    train(folder, 6, 7, spike=1, spike_limit=0.1)
     home.look(run)
     assert [event["state"] for event in home.seen(run, "stage")] == ["running", "done"]
     assert [event["step"] for event in home.seen(run, "validation")] == [5, 10]
+    assert [(event["step"], event["limit"]) for event in home.seen(run, "spike")] == [(6, 0.1), (7, 0.1)]
 
 
 def test_a_run_is_looked_at_once_more_after_its_end(home: Home) -> None:

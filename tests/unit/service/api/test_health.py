@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from starlette.testclient import TestClient
 
@@ -16,7 +14,7 @@ from kdscale.service.settings import ServiceSettings
 def test_a_service_is_ready_while_its_scheduler_works(
     settings: ServiceSettings, database: Database, works: bool
 ) -> None:
-    client = TestClient(make_app(settings, database, SimpleNamespace(is_alive=lambda: works)), "http://127.0.0.1")
+    client = TestClient(make_app(settings, database, is_scheduling=lambda: works), "http://127.0.0.1")
     assert client.get("/healthz").json()["status"] == "ok"
     answer = client.get("/readyz")
     assert answer.status_code == (200 if works else 503)

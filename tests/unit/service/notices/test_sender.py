@@ -14,7 +14,7 @@ from sqlalchemy import select, update
 from kdscale.errors import ConfigError
 from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Events
-from kdscale.service.database.runs import Run, Runs
+from kdscale.service.database.runs import NewRun, Run, Runs
 from kdscale.service.database.schema import NOTICES
 from kdscale.service.notices.occasions import KINDS, OCCASIONS, Notice, body_of, text_of
 from kdscale.service.notices.outbox import LEASE_SECONDS, TRIES, Letter, Subscription, subscribe, subscriptions_of
@@ -210,6 +210,15 @@ def test_spikes_of_a_run_are_told_once_an_hour(
     events.append(run.id, "spike", {"step": 9})
     notices.step()
     assert sent.kinds == ["spike"] * 2
+
+
+def test_old_spikes_and_runs_that_ended_before_they_were_found_are_not_told(
+    make: Callable[..., Notices], runs: Runs, database: Database, sent: Post, clock: Any, tmp_path: Any
+) -> None:
+    notices = make(owners={"*": (HOOK,)})
+    found = runs.add(NewRun(name="x", owner="ada", config={}, folder=tmp_path, state="failed", origin="command line"))
+    Events(database, lambda: clock.now - 100_000).append(found.id, "spike", {"step": 1})
+    assert notices.step() == 0
 
 
 def test_a_preemption_is_told_and_a_pause_on_request_is_not(

@@ -1,0 +1,1 @@
+"""Whether a config can be run, and what it would need."""

@@ -1,0 +1,1 @@
+"""What goes on and on: events of runs and their logs, as streams."""

@@ -1,0 +1,152 @@
+"""Taking a run in: what is checked, and in which order it is written, so that a kill at any instant loses nothing.
+
+First the key of the request is taken together with the run's id, then the run folder appears whole (config.yaml and
+service.json), then the row of the database, then the answer is kept. Whoever repeats a request that was cut off gets
+the same id, and what is missing is made up for; without a repetition, a folder without its row is found when the
+service starts.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+from starlette.datastructures import State
+
+from kdscale.config.load import build_config, dump_config, load_config, shipped_configs
+from kdscale.config.root import Config
+from kdscale.errors import ConfigError
+from kdscale.files import atomic_dir, sha256_json, write_text
+from kdscale.pipeline.stages.registry import stages_of
+from kdscale.service.access.identity import Actor
+from kdscale.service.access.spec_rules import refused_fields
+from kdscale.service.api.schemas import Again, Submission, Target
+from kdscale.service.database.folders import read_run_folder, write_run_folder
+from kdscale.service.database.runs import NewRun, Run, Runs
+from kdscale.service.engines.targets import read_target
+from kdscale.service.ids import is_run_id, new_run_id
+from kdscale.service.problems import Problem, of_error
+
+_ONE_AT_A_TIME = threading.Lock()  # two requests with one key would write one folder
+_CREATED = 201
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A run that was taken in; `repeated`: by an earlier request with the same key."""
+
+    run: Run
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is going to be written: the config as it will be, and what was submitted."""
+
+    config: Config
+    config_name: str
+    overrides: list[str]
+    target: dict[str, Any]
+    priority: int
+
+
+def read_submission(state: State, actor: Actor, body: Submission | Again, run_id: str, parent: Run | None) -> Planned:
+    """Check what was submitted. Raises a Problem that names every refused field."""
+    if isinstance(body, Again):
+        assert parent is not None
+        tree, name, before = dict(parent.config), parent.config_name, parent.overrides
+        target = body.target or Target.model_validate(parent.target)
+        priority = parent.priority if body.priority is None else body.priority
+    else:
+        (tree, name), before, target, priority = _tree(state.runs, body), [], body.target, body.priority
+    fixed = {"run_dir": str(state.settings.runs / run_id)} | ({"name": body.name} if body.name else {})
+    for entry in body.set:
+        if entry.partition("=")[0].strip() in fixed:
+            raise Problem(422, "config", "the service says where a run lies", field=f"set ({entry[:60]})")
+    try:
+        config = build_config({"name": "run", **tree, **fixed}, "the config", body.set)
+    except ConfigError as error:
+        raise of_error(error, Config) from error
+    wanted = target.model_dump(mode="json")
+    read_target(wanted)
+    refused = refused_fields(config, actor, state.settings)
+    if not actor.is_admin:
+        refused += [
+            Problem(403, "scope", "only an admin may set this", field=f"target.{key}")
+            for key in wanted
+            if key != "engine"
+        ]
+    if refused:
+        entries = [{"field": "", "detail": problem.detail, **problem.extra} for problem in refused]
+        raise Problem(403, "scope", "the config has settings that this token may not use", errors=entries)
+    return Planned(config, name, [*before, *body.set], wanted, priority)
+
+
+def _tree(runs: Runs, body: Submission) -> tuple[dict[str, Any], str]:
+    """The settings that a submission begins with, and their name."""
+    if body.config is not None:
+        return dict(body.config), ""
+    name = body.config_name or ""
+    if is_run_id(name):
+        return dict(runs.get(name).config), name
+    known = shipped_configs()
+    if name not in known:
+        raise Problem(
+            422, "config", f"there is no config {name[:100]!r}", field="config_name",
+            expected=f"the id of a run, or one of {', '.join(known)}",
+        )  # fmt: skip
+    return load_config(known[name]).resolved(), name
+
+
+def slots_of(config: Config) -> int:
+    """How many devices a run needs at once: the most processes that the config gives one of its stages."""
+    if config.runtime.device == "cpu":
+        return 1
+    fields = [stage.processes for stage in stages_of(config) if stage.processes]
+    return max([1, *(attrgetter(field)(config) or 1 for field in fields)])
+
+
+def take(
+    state: State, actor: Actor, body: Submission | Again, key: str | None = None, *, parent: Run | None = None
+) -> Taken:
+    """Make a run of a submission, or find the one that an earlier request with the same key has made.
+
+    Raises Problem and KdscaleError for what cannot be used; nothing is left of that.
+    """
+    run_id, parent_id = new_run_id(), parent.id if parent else None
+    if key is not None:
+        request = sha256_json({"body": body.model_dump(mode="json"), "parent": parent_id})
+        stored = state.answers.begin(actor.owner, key, request, run_id)
+        if stored is not None and stored.status is not None:
+            return Taken(state.runs.get(stored.run_id), repeated=True)
+        run_id = stored.run_id if stored is not None else run_id
+    try:
+        plan = read_submission(state, actor, body, run_id, parent)
+    except Exception:
+        if key is not None:
+            state.answers.forget(actor.owner, key)  # it may be corrected and sent again
+        raise
+    new = NewRun(
+        id=run_id, name=plan.config.name, owner=actor.owner, priority=plan.priority, target=plan.target,
+        slots=slots_of(plan.config), config=plan.config.resolved(), config_name=plan.config_name,
+        overrides=plan.overrides, parent=parent_id, folder=state.settings.runs / run_id,
+    )  # fmt: skip
+    run = _write(state, new, plan.config)
+    if key is not None:
+        state.answers.finish(actor.owner, key, _CREATED, {"id": run.id}, run.id)
+    return Taken(run)
+
+
+def _write(state: State, new: NewRun, config: Config) -> Run:
+    """Write the folder, then the row; what is there already is left as it is."""
+    with _ONE_AT_A_TIME:
+        if new.folder.exists():  # a request that was cut off has written it
+            new = read_run_folder(new.folder, new.config) or new
+        else:
+            with atomic_dir(new.folder) as tmp:
+                write_text(tmp / "config.yaml", dump_config(config))
+                write_run_folder(replace(new, folder=tmp))
+        run: Run = state.runs.add(new)
+    return run
