@@ -19,7 +19,7 @@ from kdscale.service.database.answers import Answers
 from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import Runs
-from kdscale.service.operations import exposing, requests
+from kdscale.service.operations import background, exposing, requests
 from kdscale.service.settings import ServiceSettings
 
 # What answers requests. A router of the API names its own prefix, /v1, and a scope for each of its routes.
@@ -41,7 +41,7 @@ LAYERS: tuple[Callable[[FastAPI], None], ...] = (
 )  # fmt: skip
 
 # What runs while the application does; entered in this order before the first request, left after the last one.
-BACKGROUND: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = ()
+BACKGROUND: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = (background.housekeeping,)
 
 
 def make_app(

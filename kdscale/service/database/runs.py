@@ -133,7 +133,8 @@ class Runs:
         now = self._clock()
         values = {
             **vars(replace(new, reason=new.reason[:LONGEST_REASON])), "folder": str(new.folder), "updated": now,
-            "queued": now if new.state == "queued" else None, "devices": [], "progress": {}, "tries": 0,
+            "queued": now if new.state == "queued" else None, "ended": now if new.state in FINAL else None,
+            "devices": [], "progress": {}, "tries": 0,
         }  # fmt: skip
         row = connection.execute(insert(RUNS).values(values).returning(RUNS)).one()
         append_event(connection, new.id, now, "state", {"state": new.state, "reason": new.reason, "name": new.name})

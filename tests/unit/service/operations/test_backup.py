@@ -1,0 +1,123 @@
+"""A copy from which a service starts again, made while others write."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdscale.errors import ConfigError, ServiceError
+from kdscale.service.database.connection import Database, open_database
+from kdscale.service.database.events import Events
+from kdscale.service.database.runs import Run, Runs
+from kdscale.service.operations.backup import back_up
+from kdscale.service.settings import ServiceSettings
+
+
+@pytest.fixture
+def home(settings: ServiceSettings, database: Database) -> Path:
+    for name in ("serve.yaml", "secret.key", "webhook.key", "service.log", "first-token"):
+        (settings.folder / name).write_text(name)
+    return settings.folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+def test_a_service_starts_again_from_its_copy(
+    home: Path, settings: ServiceSettings, database: Database, ended: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = ended()
+    done = back_up(settings, tmp_path / "copy")
+    assert done.runs == 1 and done.files == len(names(tmp_path / "copy")) and done.left_out == []
+    assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o700
+    database.close()
+    shutil.rmtree(home)
+    shutil.copytree(tmp_path / "copy", home)
+    again = open_database(settings)
+    found = Runs(again).get(run.id)
+    assert (found.state, found.folder) == ("succeeded", run.folder) and (run.folder / "student").is_dir()
+    assert Events(again).last_seq() > 0
+    again.close()
+
+
+def test_what_is_copied_and_what_is_not(
+    home: Path, settings: ServiceSettings, ended: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = ended()
+    (run.folder / ".lock").write_text("1")
+    (run.folder / ".partial-1-x").write_text("half")
+    (run.folder / "targets").symlink_to("/large/disk")
+    (run.folder / "logs" / "link").symlink_to("/etc")
+    back_up(settings, tmp_path / "copy")
+    copied, inside = names(tmp_path / "copy"), f"runs/{run.id}"
+    assert {path for path in copied if "/" not in path} == {"service.db", "serve.yaml", "secret.key", "webhook.key"}
+    assert {path.removeprefix(inside + "/") for path in copied if path.startswith(inside)} == {
+        "config.yaml", "service.json", "student/model.safetensors", "quantized/int8/model.safetensors",
+        "steps/one/student/model.safetensors", "logs/metrics.jsonl", "logs/link", "report/index.html",
+    }  # fmt: skip
+    assert (tmp_path / "copy" / inside / "logs" / "link").is_symlink(), "a link is copied as a link"
+    assert {f"jobs/{run.id}/state.json", f"jobs/{run.id}/1/exit.json"} <= copied
+    back_up(settings, tmp_path / "all", everything=True)
+    assert {f"{inside}/checkpoints/step_10/rank0.bin", f"{inside}/data/tokens.bin", f"{inside}/targets"} <= names(
+        tmp_path / "all"
+    )
+
+
+def test_the_copy_is_whole_while_others_write(
+    home: Path, settings: ServiceSettings, database: Database, ended: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, stop, events = ended(), threading.Event(), Events(database)
+
+    def write() -> None:
+        while not stop.is_set():
+            events.append(run.id, "note", {"text": "x" * 2000})
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for number in range(3):
+            back_up(settings, tmp_path / f"copy{number}")
+    finally:
+        stop.set()
+        thread.join()
+    for number in range(3):
+        with sqlite3.connect(tmp_path / f"copy{number}" / "service.db") as copy:
+            assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            count, last = copy.execute("SELECT count(*), max(seq) FROM events").fetchone()
+            assert count == last, "no event is missing in the middle"
+
+
+def test_places_that_are_refused(home: Path, settings: ServiceSettings, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    for place, words in ((tmp_path / "taken", "there is something"), (home / "copy", "outside")):
+        with pytest.raises(ConfigError, match=words):
+            back_up(settings, place)
+    with pytest.raises(ConfigError, match="no such folder"):
+        back_up(settings.model_copy(update={"home": str(tmp_path / "missing")}), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_damaged_database_is_told_and_no_copy_is_left(
+    home: Path, settings: ServiceSettings, database: Database, tmp_path: Path
+) -> None:
+    database.close()
+    for name in ("service.db-wal", "service.db-shm"):
+        (home / name).unlink(missing_ok=True)
+    (home / "service.db").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    with pytest.raises(ServiceError, match=r"service\.db"):
+        back_up(settings, tmp_path / "copy")
+    assert list(tmp_path.glob("*copy*")) == []
+
+
+def test_another_database_is_left_to_its_own_tools(home: Path, settings: ServiceSettings, tmp_path: Path) -> None:
+    elsewhere = settings.model_copy(update={"database": "postgresql://db.example/kdscale"})
+    done: Any = back_up(elsewhere, tmp_path / "copy")
+    assert "pg_dump" in done.left_out[0] and not (tmp_path / "copy" / "service.db").exists()
