@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,8 +79,8 @@ def test_a_run_that_is_paused_and_resumed_ends_with_the_same_bytes(
     watcher.step()
     assert (done.state, done.attempt) == ("succeeded", 2)
     assert runs.get(run_id).progress["share"] == 1.0
-    for name in ("student", "pruned"):
-        assert sha256_file(run.folder / name / "model.safetensors") == sha256_file(unbroken / name / "model.safetensors")
+    for name in ("student/model.safetensors", "pruned/model.safetensors"):
+        assert sha256_file(run.folder / name) == sha256_file(unbroken / name)
     steps = [row["step"] for row in read_metrics(folder.metrics) if row["kind"] == "train"]
     assert steps == list(range(1, 51))
     states = [event.data["state"] for event in Events(database).since(0, run_id) if event.type == "stage"]
@@ -89,4 +88,3 @@ def test_a_run_that_is_paused_and_resumed_ends_with_the_same_bytes(
     found = {other.folder.name: other.state for other in runs.page().items}
     assert found["unbroken"] == "succeeded"  # the run of the command line, under a root
     database.close()
-    assert os.environ["OMP_NUM_THREADS"] == "1"
