@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from kdscale.cli.arguments import run_folder
+from kdscale.cli.service.options import InsecureOption, connect
 from kdscale.errors import ConfigError, raise_together
 from kdscale.escaping import for_terminal
 from kdscale.units import compact_count
@@ -25,8 +26,16 @@ def compare_command(
         list[str], typer.Argument(metavar="RUN...", help="Run folders, or the configs they were made from.")
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where compare.html and compare.json go.")] = Path("compare"),
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="RUN are ids of runs of this service; it shows the page.")
+    ] = None,
+    insecure_http: InsecureOption = False,
 ) -> None:
     """Show runs side by side, also unfinished ones, and write a page with plots of quality against size and speed."""
+    if server is not None:
+        with connect(server, insecure_http) as client:
+            _show(client.compare(runs), f"{client.url}/compare?runs={','.join(runs)}")
+        return
     from kdscale.report.compare.page import write_comparison
 
     folders, problems = list[Path](), list[ConfigError]()
@@ -38,10 +47,10 @@ def compare_command(
     raise_together(problems)
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise ConfigError("the runs to compare", expected="two or more different runs", got=", ".join(runs))
-    _show(write_comparison(folders, out), out)
+    _show(write_comparison(folders, out), str(out / "compare.html"))
 
 
-def _show(facts: dict[str, Any], out: Path) -> None:
+def _show(facts: dict[str, Any], page: str) -> None:
     """The models of several runs, a line each; what is damaged or not comparable; where the page is."""
     from kdscale.cli import tables
 
@@ -67,7 +76,7 @@ def _show(facts: dict[str, Any], out: Path) -> None:
     for item in facts["unlike"]:
         named = ", ".join(setting["name"] for setting in item["settings"])
         tables.note(f"≠ {item['run']} measured {item['figures']} otherwise than {item['first_run']}: {named}")
-    Console(soft_wrap=True).print(for_terminal(f"page: {out / 'compare.html'}"), highlight=False, markup=False)
+    Console(soft_wrap=True).print(for_terminal(f"page: {page}"), highlight=False, markup=False)
 
 
 def _compared_cell(model: dict[str, Any], column: dict[str, Any]) -> str:

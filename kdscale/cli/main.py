@@ -12,9 +12,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from kdscale.cli import chat, compare, init, launch, models, package, plan_cluster, replay, run, sweep
+from kdscale.cli.service import download, login, serve, submit
+from kdscale.cli.service import runs as service_runs
 from kdscale.errors import ConfigError, FileError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
-from kdscale.runtime.exits import exit_code_of, leave
+from kdscale.runtime.exits import leave
 
 
 def _without_bool(params: list[Any]) -> list[Any]:
@@ -75,6 +77,18 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
             "preflight": launch.preflight_command,
             "launch": launch.launch_command,
             "serve-teacher": models.serve_teacher_command,
+        },
+        "A service": {
+            "serve": serve.serve_command,
+            "login": login.login_command,
+            "submit": submit.submit_command,
+            "runs": service_runs.runs_command,
+            "logs": service_runs.logs_command,
+            "pause": service_runs.pause_command,
+            "resume": service_runs.resume_command,
+            "cancel": service_runs.cancel_command,
+            "rerun": service_runs.rerun_command,
+            "download": download.download_command,
         },
         "Tools": {
             "doctor": doctor_command,
@@ -138,7 +152,7 @@ def main() -> None:
         code = error.exit_code
     except Interrupted as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
-        code = exit_code_of(stop)
+        code = stop.exit_code
     except OSError as error:
         if error.filename is None:  # not about a file: a bug
             raise

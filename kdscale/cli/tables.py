@@ -32,8 +32,10 @@ from kdscale.units import compact_count, compact_size, format_count, format_dura
 
 # colours
 _SEVERITIES = {"ok": "green", "note": "yellow", "bad": "red"}
-_STATES = {
+STATE_COLOURS = {  # of stages, and of a service's runs
     "done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "waiting": "dim", "stopped": "yellow",
+    "succeeded": "green", "starting": "cyan", "recovering": "yellow", "pausing": "yellow", "paused": "yellow",
+    "cancelling": "yellow", "cancelled": "dim", "queued": "dim",
 }  # fmt: skip
 
 
@@ -320,7 +322,7 @@ def _stages(run: RunFolder, stages: Sequence[Stage], config: Config | None) -> b
             f"{name} {value if isinstance(value, str) else format_number(value)}" for name, value in stage.facts.items()
         ]
         detail = " · ".join(facts) or next(iter(stage.reason.splitlines()), "")
-        rows.append((stage.name, Text(stage.state, _STATES[stage.state]), _time_taken(stage), detail))
+        rows.append((stage.name, Text(stage.state, STATE_COLOURS[stage.state]), _time_taken(stage), detail))
     # a path that is wrapped cannot be copied
     Console(soft_wrap=True).print(for_terminal(str(run.path)), style="bold", highlight=False, markup=False)
     _print(table("", ("stage", "state", "time", ""), rows))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -13,7 +16,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from kdscale.client.connection import Connection, Patience, Tries
-from kdscale.client.events import messages
+from kdscale.client.downloads import download, place_in
+from kdscale.client.events import Message, messages
 from kdscale.client.models import (
     ENDED,
     Artifact,
@@ -31,7 +35,8 @@ from kdscale.errors import ConfigError, ServiceError
 Model = TypeVar("Model", bound=BaseModel)
 _RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 _SILENCE = 60.0  # seconds: the service says something on an idle stream more often
-_LOG_SECONDS = 1.0
+_BETWEEN_STREAMS = 1.0
+_HASHING_SECONDS = 600.0  # that the SHA-256 of a large file may take
 
 
 class Client:
@@ -72,6 +77,11 @@ class Client:
     def url(self) -> str:
         """The service's address."""
         return self._connection.url
+
+    @property
+    def has_token(self) -> bool:
+        """Whether there is a token to send."""
+        return self._connection.token is not None
 
     def submit(
         self,
@@ -165,41 +175,114 @@ class Client:
         query = {"names": ",".join(names) or None, "since_step": since_step, "max_points": max_points}
         return self._get(Metrics, _path(run_id, "metrics"), query)
 
-    def artifacts(self, run_id: str) -> Iterator[Artifact]:
-        """Every file of a run."""
-        return self._all(Artifact, _path(run_id, "artifacts"), {})
+    def logs(
+        self, run_id: str, *, tail: int = 200, rank: int | None = None, attempt: int | None = None, follow: bool = False
+    ) -> Iterator[str]:
+        """Lines that a run printed: the last `tail` ones, and with `follow` those that it prints until it has ended.
+
+        `attempt`: of which start of the run; `rank`: of one process of its training.
+        """
+        path, query = _path(run_id, "logs"), {"tail": tail, "rank": rank, "attempt": attempt}
+        if not follow:
+            text = self._connection.call("GET", path, params=query).body.decode("utf-8", "replace")
+            yield from text.removesuffix("\n").split("\n") if text else ()
+            return
+        for message in self._messages(path, query | {"follow": "true"}, None, lambda: False):
+            if message.event == "end":
+                return
+            yield from message.data.split("\n")
+
+    def artifacts(self, run_id: str, under: str = "") -> Iterator[Artifact]:
+        """The files of a run, or those of one of its folders, by path."""
+        return self._all(Artifact, _path(run_id, "artifacts"), {"under": under or None})
+
+    def artifact(self, run_id: str, path: str) -> Artifact:
+        """One file of a run, with its SHA-256, which the service may have to compute first."""
+        address = _path(run_id, "artifacts", path)
+        with self._connection.open("HEAD", address, silence=_HASHING_SECONDS) as response:
+            headers = response.headers
+            told = {
+                "path": path, "bytes": headers.get("content-length"), "sha256": headers.get("etag", "").strip('"'),
+                "modified": parsedate_to_datetime(headers.get("last-modified", "")),
+            }  # fmt: skip
+        return _checked(Artifact, json.dumps(told, default=str), self.url)
+
+    def download(
+        self, run_id: str, file: Artifact | str, folder: Path, *, said: Callable[[int], None] = lambda _bytes: None
+    ) -> Path:
+        """Bring a file of a run into `folder`, under its path in the run; `said` is told how many bytes are there.
+
+        It appears whole, with the SHA-256 that the service told, or not at all; the next call goes on with what came.
+        Raises FileError for a name that leads out of the folder.
+        """
+        found = self.artifact(run_id, file) if isinstance(file, str) else file
+        digest = found.sha256 or self.artifact(run_id, found.path).sha256
+        if not digest:
+            raise ServiceError(f"{found.path} of run {run_id}", expected="its SHA-256", got="none")
+        address, target = _path(run_id, "artifacts", found.path), place_in(folder, found.path)
+        return download(self._connection, address, target, sha256=digest, size=found.bytes, said=said)
+
+    def compare(self, run_ids: Sequence[str]) -> dict[str, Any]:
+        """Figures of several runs side by side, as `kdscale compare` writes them into compare.json."""
+        for run_id in run_ids:
+            _path(run_id)
+        return self._object("/v1/compare", {"runs": ",".join(run_ids)})
+
+    def machine(self) -> dict[str, Any]:
+        """What the service's machine has, and who holds it."""
+        return self._object("/v1/machine", {})
 
     def report(self, run_id: str) -> bytes:
         """The run's report, as HTML."""
         return self._connection.call("GET", _path(run_id, "report")).body
 
     def _followed(self, run_id: str, after: int) -> Iterator[Event]:
-        tries, last = Tries(self._connection.patience), after
+        path, last = _path(run_id, "events"), after
+
+        def has_ended() -> bool:
+            return self.run(run_id).has_ended
+
+        for message in self._messages(path, {}, str(after), has_ended):
+            event = _checked(Event, message.data, self.url)
+            if event.seq > last:  # a stream that begins anew may say something again
+                last = event.seq
+                yield event
+            # one that ended may have been queued again since
+            if event.type == "state" and event.data.get("state") in ENDED and has_ended():
+                return
+        yield from self._all(Event, path, {"after": last})  # what the stream left out, which ended before the run did
+
+    def _messages(
+        self, path: str, query: Mapping[str, Any], last: str | None, is_over: Callable[[], bool]
+    ) -> Iterator[Message]:
+        """A stream over as many connections as it takes, each behind message `last` of the one before.
+
+        One that the service ends goes on too, until there `is_over` nothing more to come.
+        """
+        tries = Tries(self._connection.patience)
         while True:
+            headers = {"accept": "text/event-stream"} | ({} if last is None else {"last-event-id": last})
             try:
-                headers = {"accept": "text/event-stream", "last-event-id": str(last)}
-                with self._connection.open("GET", _path(run_id, "events"), headers=headers, silence=_SILENCE) as stream:
-                    for message in messages(stream.iter_bytes()):
-                        tries.begin_again()
-                        if message.event == "keep-alive" or not message.id.isdecimal():
-                            continue
-                        event = _checked(Event, message.data, self.url)
-                        if event.seq > last:  # a stream that begins anew may say something again
-                            last = event.seq
-                            yield event
-                        if event.type == "state" and event.data.get("state") in ENDED:
-                            return
+                with self._connection.open("GET", path, params=query, headers=headers, silence=_SILENCE) as stream:
+                    for message in messages(_heard(stream, tries)):
+                        last = message.id or last
+                        yield message
             except BusyError as error:
                 tries.wait(error)
             except UnreachableError as error:
                 if error.for_good:
                     raise
                 tries.wait(error)
-            else:  # the service ended the stream: it stops, or has nothing more to say
-                if self.run(run_id).has_ended:
-                    yield from self._all(Event, _path(run_id, "events"), {"after": last})
+            else:
+                if is_over():
                     return
-                self._connection.patience.sleep(_LOG_SECONDS)
+                self._connection.patience.sleep(_BETWEEN_STREAMS)
+
+    def _object(self, path: str, query: Mapping[str, Any]) -> dict[str, Any]:
+        tree = self._connection.call("GET", path, params=query).tree(self.url)
+        if not isinstance(tree, dict):
+            raise ServiceError(f"the answer of {self.url}{path}", expected="an object", got=type(tree).__name__)
+        return tree
 
     def _get(self, model: type[Model], path: str, query: Mapping[str, Any] | None = None) -> Model:
         return _checked(model, self._connection.call("GET", path, params=query).body, self.url)
@@ -220,6 +303,13 @@ class Client:
             if page.next == asked.get("after"):
                 raise ServiceError(f"{self.url}{path}", expected="a cursor that moves on", got=page.next[:100])
             asked["after"] = page.next
+
+
+def _heard(stream: httpx.Response, tries: Tries) -> Iterator[bytes]:
+    """The bytes of a stream; whatever comes, also if it only keeps the connection alive, ends a failure."""
+    for chunk in stream.iter_bytes():
+        tries.begin_again()
+        yield chunk
 
 
 def _path(run_id: str, *rest: str) -> str:

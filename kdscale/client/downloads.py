@@ -20,8 +20,7 @@ from kdscale.errors import FileError, ServiceError
 from kdscale.escaping import for_terminal
 
 _BLOCK = 1 << 20
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_SILENCE = 60.0  # seconds without a byte
+_SILENCE = 300.0  # seconds without a byte; the service may have to compute a digest first
 
 
 def place_in(folder: Path, name: str) -> Path:
@@ -43,16 +42,15 @@ def download(
     url_path: str,
     target: Path,
     *,
-    sha256: str | None = None,
-    size: int | None = None,
+    sha256: str,
+    size: int,
     said: Callable[[int], None] = lambda _bytes: None,
 ) -> Path:
-    """Fetch one file to `target` and return it; `said` is told how many bytes have come. Raises ServiceError.
+    """Fetch one file to `target` and return it; `said` is told how many bytes are there. Raises ServiceError.
 
     A file with the right content that is there already is kept; bytes of an earlier try are not asked for again.
-    `sha256` None: the service tells it with the file.
     """
-    if sha256 is not None and target.is_file() and _digest(target) == sha256:
+    if target.is_file() and _digest(target) == sha256:
         said(target.stat().st_size)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +59,9 @@ def download(
     while True:
         had = partial.stat().st_size if partial.exists() else 0
         try:
-            told = _fetch(connection, url_path, partial, sha256, size, said)
+            _fetch(connection, url_path, partial, sha256, size, said)
             break
         except RefusedError as error:
-            if error.status == 416 and had:  # more than there is: of another file
-                partial.unlink()
-                continue
             if not isinstance(error, BusyError):
                 raise
             tries.wait(error)
@@ -76,11 +71,10 @@ def download(
             if partial.exists() and partial.stat().st_size > had:
                 tries.begin_again()
             tries.wait(error)
-    expected, found = sha256 or told, _digest(partial)
-    if expected is not None and found != expected:
+    if (found := _digest(partial)) != sha256:
         partial.unlink()
         raise ServiceError(
-            f"the download of {target.name}", expected=f"SHA-256 {expected}", got=found,
+            f"the download of {target.name}", expected=f"SHA-256 {sha256}", got=found,
             hint="the file was deleted; download it again",
         )  # fmt: skip
     with partial.open("rb") as stream:
@@ -90,38 +84,32 @@ def download(
 
 
 def _fetch(
-    connection: Connection, url_path: str, partial: Path, sha256: str | None, size: int | None,
-    said: Callable[[int], None],
-) -> str | None:  # fmt: skip
-    """Append what is missing to `partial`; returns the SHA-256 in the answer's ETag."""
+    connection: Connection, url_path: str, partial: Path, sha256: str, size: int, said: Callable[[int], None]
+) -> None:
+    """Append what is missing to `partial`."""
     had = _usable(partial, size)
-    if sha256 is None:  # nothing tells whether they are of the same file
-        had = 0
-    if had and had == size:
-        return sha256
+    if partial.exists() and had == size:
+        return
     headers = {"accept-encoding": "identity"}
     if had:  # with If-Range, since the rest of a file that changed must not follow the beginning of the old one
         headers |= {"range": f"bytes={had}-", "if-range": f'"{sha256}"'}
     with connection.open("GET", url_path, headers=headers, silence=_SILENCE) as response:
-        starts = _start(response)
-        if starts not in (0, had):
-            raise ServiceError("the download", expected=f"bytes from {had:,} on", got=f"bytes from {starts:,} on")
-        said(starts)
-        with partial.open("ab" if starts else "wb") as stream:
-            came = starts
+        came = _start(response)
+        if came not in (0, had):
+            raise ServiceError("the download", expected=f"bytes from {had:,} on", got=f"bytes from {came:,} on")
+        said(came)
+        with partial.open("ab" if came else "wb") as stream:
             for block in response.iter_raw():  # as it comes: blocks of a size would be lost with a connection
-                stream.write(block)
                 came += len(block)
-                if size is not None and came > size:
+                if came > size:
                     raise ServiceError("the download", expected=f"{size:,} bytes", got="more")
+                stream.write(block)
                 said(came)
-        etag = response.headers.get("etag", "").removeprefix("W/").strip('"')
-        return etag if _DIGEST.fullmatch(etag) else None
 
 
-def _usable(partial: Path, size: int | None) -> int:
+def _usable(partial: Path, size: int) -> int:
     """How many bytes of an earlier try may be kept; what is no file of ours, or too long, is removed."""
-    if partial.is_symlink() or (partial.exists() and size is not None and partial.stat().st_size > size):
+    if partial.is_symlink() or (partial.exists() and partial.stat().st_size > size):
         partial.unlink()
     return partial.stat().st_size if partial.exists() else 0
 

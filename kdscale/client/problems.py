@@ -79,7 +79,8 @@ def refusal(status: int, body: bytes, url: str, token: str | None) -> RefusedErr
     errors = [_one_field(item, token) for item in _list(problem.get("errors"))]
     lines = [what or f"status {status}", *(f"  - {error}" for error in errors if error)]
     return _BY_STATUS.get(status, RefusedError)(
-        "\n".join(lines), expected=parts["expected"], got=parts["got"] or f"status {status} from {url}",
+        "\n".join(lines), expected=parts["expected"],
+        got=parts["got"] or (None if isinstance(problem.get("detail"), str) else f"status {status} from {url}"),
         hint=parts["hint"] or _HINTS.get(status), status=status, problem=problem,
     )  # fmt: skip
 

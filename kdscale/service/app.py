@@ -19,8 +19,8 @@ from kdscale.service.database.answers import Answers
 from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import Runs
+from kdscale.service.mcp.endpoint import add_mcp, mcp_running
 from kdscale.service.operations import background, exposing, requests
-from kdscale.service.page import routes as page
 from kdscale.service.settings import ServiceSettings
 
 # What answers requests. A router of the API names its own prefix, /v1, and a scope for each of its routes.
@@ -34,16 +34,15 @@ ROUTERS: tuple[APIRouter, ...] = (
     artifacts.router,
     catalogue.router,
     exposing.router,
-    page.router,
 )
 
 # What every request passes through, the outermost last; each adds its middleware (or an ASGI application) to the app.
 LAYERS: tuple[Callable[[FastAPI], None], ...] = (
-    requests.install_innermost, add_access_layers, requests.install_outermost,
+    add_mcp, requests.install_innermost, add_access_layers, requests.install_outermost,
 )  # fmt: skip
 
 # What runs while the application does; entered in this order before the first request, left after the last one.
-BACKGROUND: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = (background.housekeeping,)
+BACKGROUND: tuple[Callable[[FastAPI], AbstractAsyncContextManager[None]], ...] = (background.housekeeping, mcp_running)
 
 
 def make_app(

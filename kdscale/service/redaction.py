@@ -17,8 +17,10 @@ _SECRETS = re.compile(
     r"|\b((?:Bearer|Basic)\s+)[^\s,;'\"]{8,}",
     re.IGNORECASE,
 )
-# Fields that say where a secret is and hold none, and counts of a text's tokens (`train tokens: 1,623,838`).
-_NO_SECRETS = ("_file", "_variable", "_path", "_id", "_claim", "tokens")
+# Fields that say where a secret is, and hold none.
+_PLACES = ("_file", "_variable", "_path", "_id", "_claim")
+# Figures of text, such as `train tokens`, and the name of a column: they only look like secrets.
+_FIGURES = re.compile(r"(.*[ _/])?tokens|key", re.IGNORECASE)
 
 
 def redacted_text(text: str) -> str:
@@ -36,4 +38,6 @@ def redacted(value: Any) -> Any:
 
 
 def _is_secret(name: Any, value: Any) -> bool:
-    return isinstance(value, str) and value != "" and not str(name).endswith(_NO_SECRETS) and is_secret(str(name))
+    if not isinstance(value, str) or value == "" or str(name).endswith(_PLACES) or _FIGURES.fullmatch(str(name)):
+        return False
+    return is_secret(str(name))

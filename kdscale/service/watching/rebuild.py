@@ -11,7 +11,6 @@ from kdscale.runs.folder import RunFolder
 from kdscale.service.database.connection import Database
 from kdscale.service.database.folders import read_run_folder
 from kdscale.service.database.runs import NewRun, Runs
-from kdscale.service.database.subscriptions import read_subscriptions, subscribe
 from kdscale.service.ids import is_run_id
 from kdscale.service.settings import ServiceSettings
 from kdscale.service.states import RunState
@@ -35,9 +34,7 @@ def rebuild(settings: ServiceSettings, database: Database) -> list[str]:
         if new is None:
             continue
         state = read_state(settings, folder.name) or {}
-        with database.begin() as connection:
-            runs.add_in(connection, new)
-            subscribe(connection, new.id, read_subscriptions(settings, new.id))
+        runs.add(new)
         if state.get("devices"):
             runs.update(new.id, devices=state["devices"])
         added.append(new.id)

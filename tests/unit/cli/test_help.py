@@ -34,7 +34,7 @@ def test_everyday_commands_come_first_and_no_stage_is_missing(shown: Callable[..
     assert len(commands(text)) == len(set(commands(text)))
     assert {stage.name for stage in STAGES.values()} - set(commands(text)) == {"data"}
     titles = re.findall(r"^╭─ ([A-Z][^─]+) ─", text, re.MULTILINE)
-    assert titles == ["Options", "Every day", "One stage, and what it needs", "Several machines", "Tools"]
+    assert titles == ["Options", "Every day", "One stage, and what it needs", "Several machines", "A service", "Tools"]
 
 
 def test_every_page_of_help_fits_eighty_columns(shown: Callable[..., str]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
+from kdscale.client import Artifact, Client
 from kdscale.client.connection import Connection, Patience
 from kdscale.client.downloads import download, place_in
 from kdscale.errors import FileError, ServiceError
-from tests.unit.client.conftest import TOKEN, URL, Clock
+from tests.unit.client.conftest import RUN_ID, TOKEN, URL, Clock
 
 CONTENT = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -87,13 +89,12 @@ def test_a_service_without_ranges_gives_the_file_from_its_beginning(
     assert files.asked == [None, "bytes=1000-"]
 
 
-@pytest.mark.parametrize("size", [len(CONTENT), None])
 def test_a_file_that_changed_is_not_mixed_with_its_old_beginning(
-    connection_to: Callable[..., Connection], tmp_path: Path, size: int | None
+    connection_to: Callable[..., Connection], tmp_path: Path
 ) -> None:
     (tmp_path / ".partial-x").write_bytes(b"old" * 100)
     with pytest.raises(ServiceError, match="SHA-256"):
-        download(connection_to(Files(b"new" * 50)), "/x", tmp_path / "x", sha256=DIGEST, size=size)
+        download(connection_to(Files(b"new" * 50)), "/x", tmp_path / "x", sha256=DIGEST, size=len(CONTENT))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,14 +104,6 @@ def test_damage_on_the_way_is_found_and_nothing_is_left(
     with pytest.raises(ServiceError, match="SHA-256"):
         download(connection_to(Files(CONTENT[:-1] + b"?")), "/x", tmp_path / "x", sha256=DIGEST, size=len(CONTENT))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_without_a_known_digest_is_checked_by_its_etag(
-    connection_to: Callable[..., Connection], tmp_path: Path
-) -> None:
-    files = Files(cuts=(1000,))
-    assert download(connection_to(files), "/x", tmp_path / "x").read_bytes() == CONTENT
-    assert files.asked == [None, None]
 
 
 def test_more_bytes_than_there_should_be_are_refused(connection_to: Callable[..., Connection], tmp_path: Path) -> None:
@@ -158,6 +151,36 @@ def test_a_link_in_the_place_of_an_earlier_try_is_not_written_through(
 ) -> None:
     (tmp_path / "outside").write_bytes(b"")
     (tmp_path / ".partial-x").symlink_to(tmp_path / "outside")
-    download(connection_to(Files()), "/x", tmp_path / "x")
+    download(connection_to(Files()), "/x", tmp_path / "x", sha256=DIGEST, size=len(CONTENT))
     assert (tmp_path / "outside").read_bytes() == b""
     assert not (tmp_path / "x").is_symlink()
+
+
+def test_the_client_asks_for_a_digest_that_the_list_has_not_yet(
+    client_of: Callable[..., Client], tmp_path: Path
+) -> None:
+    files, heads = Files(), list[str]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.path == f"/v1/runs/{RUN_ID}/artifacts/student/a b.bin"
+        if request.method == "HEAD":
+            heads.append(request.url.path)
+            headers = {
+                "etag": f'"{DIGEST}"', "content-length": str(len(CONTENT)),
+                "last-modified": "Mon, 30 Nov 2026 22:00:00 GMT",
+            }  # fmt: skip
+            return httpx.Response(200, headers=headers)
+        return files(request)
+
+    file = Artifact(path="student/a b.bin", bytes=len(CONTENT), modified=datetime.now(UTC), sha256=None)
+    for given in (file, file.path):
+        path = client_of(answer).download(RUN_ID, given, tmp_path)
+        assert path == tmp_path / "student" / "a b.bin"
+        assert path.read_bytes() == CONTENT
+    assert len(heads) == 2
+    assert len(files.asked) == 1
+
+
+def test_an_empty_file_is_a_file(connection_to: Callable[..., Connection], tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"").hexdigest()
+    assert download(connection_to(Files(b"")), "/x", tmp_path / "x", sha256=digest, size=0).read_bytes() == b""

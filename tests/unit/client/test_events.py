@@ -64,6 +64,8 @@ def test_a_stream_that_breaks_off_is_taken_up_behind_the_last_event(client_of: C
     asked: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
+        if not request.url.path.endswith("/events"):
+            return httpx.Response(200, json=run_json(state="succeeded"))
         asked.append(request.headers["last-event-id"])
         streams = {
             "0": Breaking(event(4, state="running"), event(7, "stage", name="prune")[:-5]),
@@ -77,8 +79,22 @@ def test_a_stream_that_breaks_off_is_taken_up_behind_the_last_event(client_of: C
     assert asked == ["0", "4", "7"]
 
 
+def test_an_end_that_somebody_undid_does_not_end_the_events(client_of: Callable[..., Client]) -> None:
+    states = iter(["running", "succeeded"])
+    stream = event(1, state="failed") + event(2, state="queued") + event(3, state="succeeded")
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/events"):
+            return httpx.Response(200, content=stream)
+        return httpx.Response(200, json=run_json(state=next(states)))
+
+    assert [item.seq for item in client_of(answer).events(RUN_ID)] == [1, 2, 3]
+
+
 def test_events_begin_where_they_are_asked_for(client_of: Callable[..., Client]) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
+        if not request.url.path.endswith("/events"):
+            return httpx.Response(200, json=run_json(state="cancelled"))
         assert request.headers["accept"] == "text/event-stream"
         assert request.headers["last-event-id"] == "41"
         return httpx.Response(200, content=event(42, state="cancelled"))
@@ -112,6 +128,24 @@ def test_a_service_that_stays_away_ends_the_waiting(client_of: Callable[..., Cli
     assert clock.now <= 30.0
 
 
+def test_a_stream_that_was_idle_for_long_is_taken_up_again(client_of: Callable[..., Client], clock: Clock) -> None:
+    streams = 0
+
+    def idle() -> Iterator[bytes]:
+        clock.now += 3600.0
+        yield b": still here\n\n"
+        raise httpx.ReadError("the connection was lost")
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal streams
+        if not request.url.path.endswith("/events"):
+            return httpx.Response(200, json=run_json(state="succeeded"))
+        streams += 1
+        return httpx.Response(200, content=idle() if streams == 1 else event(1, state="succeeded"))
+
+    assert [item.seq for item in client_of(answer).events(RUN_ID)] == [1]
+
+
 def test_waiting_tells_how_the_run_is_and_ends_with_it(client_of: Callable[..., Client], clock: Clock) -> None:
     states = iter(["queued", "running", "paused", "running", "succeeded"])
     told: list[str] = []
@@ -119,3 +153,24 @@ def test_waiting_tells_how_the_run_is_and_ends_with_it(client_of: Callable[..., 
     assert client.wait(RUN_ID, told=lambda run: told.append(run.state)).state == "succeeded"
     assert told == ["queued", "running", "paused", "running", "succeeded"]
     assert clock.slept == [2.0] * 4
+
+
+def test_a_log_is_followed_over_connections_to_its_end(client_of: Callable[..., Client]) -> None:
+    asked: list[tuple[str | None, str]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append((request.headers.get("last-event-id"), request.url.params["tail"]))
+        if asked[-1][0] is None:
+            return httpx.Response(200, stream=Breaking(b"id: 12\ndata: one\ndata: two\n\nid: 15\ndata: cut"))
+        return httpx.Response(200, content=b"id: 18\ndata: three\n\nid: 18\nevent: end\ndata:\n\n")
+
+    assert list(client_of(answer).logs(RUN_ID, tail=5, follow=True)) == ["one", "two", "three"]
+    assert asked == [(None, "5"), ("12", "5")]
+
+
+def test_the_tail_of_a_log_is_lines(client_of: Callable[..., Client]) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert dict(request.url.params) == {"tail": "2", "rank": "0"}
+        return httpx.Response(200, text="one\ntwo\n")
+
+    assert list(client_of(answer).logs(RUN_ID, tail=2, rank=0)) == ["one", "two"]

@@ -1,0 +1,1 @@
+"""Commands of a service: `kdscale serve`, its tokens, and what clients ask of one."""

@@ -1,1 +1,0 @@
-"""The page: what people see of the service in a browser."""
