@@ -16,7 +16,7 @@ from kdscale.cli.service import download, login, serve, submit
 from kdscale.cli.service import runs as service_runs
 from kdscale.errors import ConfigError, FileError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
-from kdscale.runtime.exits import leave
+from kdscale.runtime.exits import exit_code_of, leave
 
 
 def _without_bool(params: list[Any]) -> list[Any]:
@@ -152,7 +152,7 @@ def main() -> None:
         code = error.exit_code
     except Interrupted as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
-        code = stop.exit_code
+        code = exit_code_of(stop)
     except OSError as error:
         if error.filename is None:  # not about a file: a bug
             raise

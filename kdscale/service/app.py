@@ -21,6 +21,7 @@ from kdscale.service.database.events import Events
 from kdscale.service.database.runs import Runs
 from kdscale.service.mcp.endpoint import add_mcp, mcp_running
 from kdscale.service.operations import background, exposing, requests
+from kdscale.service.page import routes as page
 from kdscale.service.settings import ServiceSettings
 
 # What answers requests. A router of the API names its own prefix, /v1, and a scope for each of its routes.
@@ -34,6 +35,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     artifacts.router,
     catalogue.router,
     exposing.router,
+    page.router,
 )
 
 # What every request passes through, the outermost last; each adds its middleware (or an ASGI application) to the app.

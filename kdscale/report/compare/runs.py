@@ -37,10 +37,13 @@ _KINDS = {"quality": "quality", "by_source": "quality", "tasks": "tasks", "effic
 Value = TypeVar("Value")
 
 
-def gather(folders: Sequence[Path]) -> dict[str, Any]:
-    """Everything that the page shows of the runs in `folders`, JSON-ready. Raises RunFolderError for no folder."""
+def gather(folders: Sequence[Path], labels: Sequence[str] | None = None) -> dict[str, Any]:
+    """Everything that the page shows of the runs in `folders`, JSON-ready. Raises RunFolderError for no folder.
+
+    `labels`: what the runs are called, each otherwise; by default their names or folders.
+    """
     read = [_read(folder) for folder in folders]
-    for run, label in zip(read, _labels(read), strict=True):
+    for run, label in zip(read, labels or _labels(read), strict=True):
         run["label"] = label
     unlike = _mark_unlike(read)
     models = _models(read)

@@ -47,7 +47,7 @@ def _asked_with(facts: Mapping[str, Any], drawn: bool) -> dict[str, Any]:
 
 def differing_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The fields that not all configs agree on, with the value that each has; a field that one lacks is None there."""
-    flat = {run: dict(_fields(config)) for run, config in configs.items()}
+    flat = {run: dict(dotted_fields(config)) for run, config in configs.items()}
     names = sorted({name for fields in flat.values() for name in fields} - set(_NO_DIFFERENCE))
     return [
         {"field": name, "values": {run: fields.get(name) for run, fields in flat.items()}}
@@ -56,12 +56,12 @@ def differing_fields(configs: Mapping[str, Mapping[str, Any]]) -> list[dict[str,
     ]
 
 
-def _fields(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_fields(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a config with its dotted name; entries of a list of mappings by their number."""
     if isinstance(tree, list) and any(isinstance(entry, dict) for entry in tree):
         tree = dict(enumerate(tree))
     if isinstance(tree, dict) and tree:
         for key, inner in tree.items():
-            yield from _fields(inner, f"{where}.{key}" if where else str(key))
+            yield from dotted_fields(inner, f"{where}.{key}" if where else str(key))
     else:
         yield where, tree

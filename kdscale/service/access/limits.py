@@ -90,6 +90,8 @@ def _wrong_size(scope: Scope, most_header: int, most_body: int) -> Problem | Non
     lengths = [value for name, value in scope["headers"] if name == b"content-length"]
     if any(not (value.isascii() and value.isdigit() and len(value) < 16) for value in lengths) or len(lengths) > 1:
         return Problem(400, "request", "Content-Length: expected one number")
+    if lengths and any(name == b"transfer-encoding" for name, _ in scope["headers"]):
+        return Problem(400, "request", "Content-Length and Transfer-Encoding do not go together")
     return _too_large(most_body) if lengths and int(lengths[0]) > most_body else None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
+from starlette.datastructures import State
 
 from kdscale.runs.folder import METRICS
 from kdscale.runs.metrics_log import is_figure, parse_row
@@ -35,10 +36,7 @@ def metrics(
     max_points: Annotated[int, Query(ge=4, le=100_000, description="Of each series.")] = 1000,
 ) -> Metrics:
     """The figures of a training over its steps."""
-    state = request.app.state
-    if getattr(state, "training_logs", None) is None:
-        state.training_logs = TrainingLogs()
-    log: _Log = state.training_logs.read(run.folder / METRICS.path)
+    log = training_logs_of(request.app.state).read(run.folder / METRICS.path)
     wanted = {name.strip() for name in names.split(",")} - {""}
     shown = [name for name in list(log.series) if not wanted or wanted & {name, name.partition("/")[2]}]
     return Metrics(
@@ -134,3 +132,11 @@ class TrainingLogs:
             ):
                 self._logs.popitem(last=False)
             return log
+
+
+def training_logs_of(state: State) -> TrainingLogs:
+    """The logs that an application keeps."""
+    if getattr(state, "training_logs", None) is None:
+        state.training_logs = TrainingLogs()
+    found: TrainingLogs = state.training_logs
+    return found

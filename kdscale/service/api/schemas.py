@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from kdscale.config.fields import Name
 from kdscale.service.database.events import Event
 from kdscale.service.database.runs import Run
+from kdscale.service.database.subscriptions import MOST as MOST_SUBSCRIPTIONS
+from kdscale.service.notices.occasions import DEFAULT_KINDS, NoticeKind
 from kdscale.service.redaction import redacted, redacted_text
 from kdscale.service.states import RunState
 
@@ -35,11 +37,19 @@ class Target(_Sent):
     engine: Name = "local"
 
 
+class Notify(_Sent):
+    """Who is told of a run: an https address that takes signed webhooks, or a mailto: address, and of what."""
+
+    to: str = Field(max_length=2000, examples=["https://hooks.example/kdscale", "mailto:ada@example.org"])
+    on: list[NoticeKind] = Field(default=list(DEFAULT_KINDS), min_length=1, max_length=10)
+
+
 class _Submission(_Sent):
     set: list[_SETTING] = Field(default=[], max_length=500, examples=[["distill.tokens=1M"]])
     name: Name | None = Field(default=None, examples=["smollm2-half"])
     priority: int = Field(default=0, ge=-1000, le=1000)
     target: Target = Field(default=Target(), examples=[{"engine": "local"}])
+    notify: list[Notify] = Field(default=[], max_length=MOST_SUBSCRIPTIONS, description="Who is told of it.")
 
 
 class Submission(_Submission):

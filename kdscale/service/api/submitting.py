@@ -25,8 +25,10 @@ from kdscale.service.access.spec_rules import refused_fields
 from kdscale.service.api.schemas import Again, Submission, Target
 from kdscale.service.database.folders import read_run_folder, write_run_folder
 from kdscale.service.database.runs import NewRun, Run, Runs
+from kdscale.service.database.subscriptions import Subscription, subscribe, write_subscriptions
 from kdscale.service.engines.targets import read_target
 from kdscale.service.ids import is_run_id, new_run_id
+from kdscale.service.notices.recipients import parse_recipient
 from kdscale.service.problems import Problem, of_error
 
 _ONE_AT_A_TIME = threading.Lock()  # two requests with one key would write one folder
@@ -50,6 +52,7 @@ class Planned:
     overrides: list[str]
     target: dict[str, Any]
     priority: int
+    notify: list[Subscription]
 
 
 def read_submission(state: State, actor: Actor, body: Submission | Again, run_id: str, parent: Run | None) -> Planned:
@@ -81,7 +84,20 @@ def read_submission(state: State, actor: Actor, body: Submission | Again, run_id
     if refused:
         entries = [{"field": "", "detail": problem.detail, **problem.extra} for problem in refused]
         raise Problem(403, "scope", "the config has settings that this token may not use", errors=entries)
-    return Planned(config, name, [*before, *body.set], wanted, priority)
+    return Planned(config, name, [*before, *body.set], wanted, priority, _notify(state, body))
+
+
+def _notify(state: State, body: Submission | Again) -> list[Subscription]:
+    """Who is told of the run. Raises a Problem for an address that no notice may go to."""
+    errors = []
+    for index, entry in enumerate(body.notify):
+        try:
+            parse_recipient(entry.to, state.settings.notices)
+        except ConfigError as error:
+            errors.append({**of_error(error).extra, "detail": error.what, "field": f"notify.{index}.to"})
+    if errors:
+        raise Problem(422, "config", "notify has addresses that no notice may go to", errors=errors)
+    return [Subscription(entry.to, tuple(entry.on)) for entry in body.notify]
 
 
 def _tree(runs: Runs, body: Submission) -> tuple[dict[str, Any], str]:
@@ -133,20 +149,23 @@ def take(
         slots=slots_of(plan.config), config=plan.config.resolved(), config_name=plan.config_name,
         overrides=plan.overrides, parent=parent_id, folder=state.settings.runs / run_id,
     )  # fmt: skip
-    run = _write(state, new, plan.config)
+    run = _write(state, new, plan)
     if key is not None:
         state.answers.finish(actor.owner, key, _CREATED, {"id": run.id}, run.id)
     return Taken(run)
 
 
-def _write(state: State, new: NewRun, config: Config) -> Run:
+def _write(state: State, new: NewRun, plan: Planned) -> Run:
     """Write the folder, then the row; what is there already is left as it is."""
     with _ONE_AT_A_TIME:
+        write_subscriptions(state.settings, new.id, plan.notify)
         if new.folder.exists():  # a request that was cut off has written it
             new = read_run_folder(new.folder, new.config) or new
         else:
             with atomic_dir(new.folder) as tmp:
-                write_text(tmp / "config.yaml", dump_config(config))
+                write_text(tmp / "config.yaml", dump_config(plan.config))
                 write_run_folder(replace(new, folder=tmp))
-        run: Run = state.runs.add(new)
+        with state.database.begin() as connection:
+            run: Run = state.runs.add_in(connection, new)
+            subscribe(connection, new.id, plan.notify)
     return run

@@ -60,3 +60,10 @@ class Events:
         """The number of the last event; 0 before the first."""
         with self._database.read() as connection:
             return int(connection.execute(select(func.coalesce(func.max(EVENTS.c.seq), 0))).scalar_one())
+
+    def latest(self, run_id: str, limit: int = 50) -> list[Event]:
+        """The last events of a run, the oldest first."""
+        query = select(EVENTS).where(EVENTS.c.run_id == run_id).order_by(EVENTS.c.seq.desc())
+        with self._database.read() as connection:
+            found = connection.execute(query.limit(max(1, min(limit, MOST_AT_ONCE)))).all()
+        return [Event(**row._mapping) for row in reversed(found)]

@@ -88,7 +88,9 @@ def supervise(work: Path, request: Mapping[str, Any]) -> None:
             return
         code = _wait(process, stop)
     end_marked(request["mark"])  # what it left running would meet the next attempt in the same folder
-    _write(work / EXIT, {"exit_code": shell_exit_code(code), "ended": time.time()})
+    # while a run has something to lose it catches the signal: one that dies of it was still being loaded
+    left = STOPPED_EXIT_CODE if code == -signal.SIGTERM else shell_exit_code(code)
+    _write(work / EXIT, {"exit_code": left, "ended": time.time()})
 
 
 def _wait(process: Process, stop: _Stop) -> int:

@@ -6,7 +6,7 @@ A kind of notice is a row of OCCASIONS.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -125,11 +125,6 @@ def text_of(kind: NoticeKind, body: Mapping[str, Any]) -> str:
         words = "\n".join(f"  {item}" for item in value) if isinstance(value, list) else str(value)
         lines.append(f"{name}:\n{words}" if "\n" in words or isinstance(value, list) else f"{name}: {words}")
     return for_terminal("\n".join(lines)) + "\n"
-
-
-def known_kinds(kinds: Collection[str]) -> tuple[NoticeKind, ...]:
-    """Those of these words that are kinds of notices, in their order."""
-    return tuple(kind for kind in KINDS if kind in kinds)
 
 
 def _clean(value: Any) -> Any:

@@ -7,7 +7,7 @@ killed in the middle sends it again later, under the same id, and two services n
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from kdscale.files import sha256_json
 from kdscale.service.database.connection import Database
-from kdscale.service.database.schema import CURSORS, NOTICES, SUBSCRIPTIONS
-from kdscale.service.notices.occasions import OCCASIONS, Notice, NoticeKind, body_of, known_kinds, subject_of
+from kdscale.service.database.schema import CURSORS, NOTICES
+from kdscale.service.notices.occasions import OCCASIONS, Notice, NoticeKind, body_of, subject_of
 from kdscale.service.notices.recipients import Recipient
 
 LEASE_SECONDS = 600.0
@@ -36,14 +36,6 @@ class Letter:
     subject: str
     body: dict[str, Any]
     tries: int
-
-
-@dataclass(frozen=True)
-class Subscription:
-    """Who wants to hear of one run, and of what."""
-
-    to: str
-    on: tuple[NoticeKind, ...]
 
 
 class Outbox:
@@ -145,25 +137,6 @@ class Outbox:
         statement = delete(NOTICES).where(NOTICES.c.state != "waiting", NOTICES.c.due < before)
         with self._database.begin() as connection:
             return connection.execute(statement).rowcount
-
-
-def subscribe(connection: Connection, run_id: str, wanted: Sequence[Subscription]) -> None:
-    """Keep who wants to hear of a run, in the place of who did before."""
-    connection.execute(delete(SUBSCRIPTIONS).where(SUBSCRIPTIONS.c.run_id == run_id))
-    rows = [
-        {"run_id": run_id, "place": place, "address": item.to, "kinds": list(item.on)}
-        for place, item in enumerate({item.to: item for item in wanted}.values())
-    ]
-    if rows:
-        connection.execute(insert(SUBSCRIPTIONS), rows)
-
-
-def subscriptions_of(connection: Connection, run_id: str) -> list[Subscription]:
-    """Who wants to hear of a run."""
-    rows = connection.execute(
-        select(SUBSCRIPTIONS).where(SUBSCRIPTIONS.c.run_id == run_id).order_by(SUBSCRIPTIONS.c.place)
-    )
-    return [Subscription(row.address, known_kinds(row.kinds)) for row in rows]
 
 
 def cursor(connection: Connection, is_sqlite: bool) -> int | None:

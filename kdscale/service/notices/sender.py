@@ -17,9 +17,10 @@ from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Event, append_event
 from kdscale.service.database.runs import Run, run_in
 from kdscale.service.database.schema import EVENTS
+from kdscale.service.database.subscriptions import subscriptions_of
 from kdscale.service.notices import mail, webhook
 from kdscale.service.notices.occasions import DEFAULT_KINDS, Notice, notice_of, text_of
-from kdscale.service.notices.outbox import LEASE_SECONDS, Letter, Outbox, cursor, set_cursor, subscriptions_of
+from kdscale.service.notices.outbox import LEASE_SECONDS, Letter, Outbox, cursor, set_cursor
 from kdscale.service.notices.recipients import Recipient, parse_recipient
 from kdscale.service.notices.webhook import DeliveryError
 from kdscale.service.settings import ServiceSettings

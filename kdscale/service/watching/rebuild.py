@@ -11,6 +11,7 @@ from kdscale.runs.folder import RunFolder
 from kdscale.service.database.connection import Database
 from kdscale.service.database.folders import read_run_folder
 from kdscale.service.database.runs import NewRun, Runs
+from kdscale.service.database.subscriptions import read_subscriptions, subscribe
 from kdscale.service.ids import is_run_id
 from kdscale.service.settings import ServiceSettings
 from kdscale.service.states import RunState
@@ -34,7 +35,9 @@ def rebuild(settings: ServiceSettings, database: Database) -> list[str]:
         if new is None:
             continue
         state = read_state(settings, folder.name) or {}
-        runs.add(new)
+        with database.begin() as connection:
+            runs.add_in(connection, new)
+            subscribe(connection, new.id, read_subscriptions(settings, new.id))
         if state.get("devices"):
             runs.update(new.id, devices=state["devices"])
         added.append(new.id)

@@ -57,7 +57,10 @@ def supervisor_of(job: Job) -> int:
     return int(json.loads((job.work / supervisor.STARTED).read_text())["supervisor"])
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 8", 8), ("kill -9 $$", 137), ("exit 75", 75)])
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("exit 0", 0), ("exit 8", 8), ("kill -9 $$", 137), ("exit 75", 75), ("kill -15 $$", 75), ("exit 143", 143)],
+)
 def test_how_a_run_ended_is_kept(job: Job, script: str, code: int) -> None:
     engine = ShellEngine(f"echo something; {script}")
     handle = engine.submit(job)

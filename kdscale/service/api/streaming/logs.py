@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from sse_starlette.event import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
 from starlette.responses import PlainTextResponse
 
 from kdscale.escaping import for_terminal
@@ -64,11 +65,16 @@ def _log_file(jobs: Path, run: Run, rank: int | None, attempt: int | None) -> Pa
     return RunFolder(run.folder).logs / "distill.log"
 
 
-def _text(engines: dict[str, object], run: Run, file: Path, tail: int) -> str:
-    content = _read(file, max(0, _size(file) - _MOST_BYTES), _MOST_BYTES)
+def last_lines(state: State, run: Run, tail: int, most: int = _MOST_BYTES) -> str:
+    """The last `tail` lines of what a run printed, of its last `most` bytes. Raises what an engine does."""
+    return _text(state.engines, run, _log_file(state.settings.jobs, run, None, None), tail, most)
+
+
+def _text(engines: Mapping[str, object], run: Run, file: Path, tail: int, most: int = _MOST_BYTES) -> str:
+    content = _read(file, max(0, _size(file) - most), most)
     engine = engines.get(str(run.target.get("engine", "local")))
     if not content and file.name == OUTPUT and run.handle and engine is not None:
-        content = engine.logs(run.handle, _MOST_BYTES)  # type: ignore[attr-defined]
+        content = engine.logs(run.handle, most)  # type: ignore[attr-defined]
     lines = content.decode("utf-8", "replace").splitlines()
     return "".join(f"{_shown(line)}\n" for line in (lines[-tail:] if tail else []))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from kdscale.config.load import load_config
 from kdscale.service.api import submitting
 from kdscale.service.database.folders import read_run_folder
 from kdscale.service.database.runs import Run
+from kdscale.service.database.subscriptions import subscriptions_of
 from kdscale.service.ids import new_run_id
+from kdscale.service.notices.occasions import DEFAULT_KINDS
+from kdscale.service.watching.rebuild import rebuild
 from tests.unit.service.api.conftest import Caller
 
 CONFIG = {"teacher": {"path": "hf:org/model"}, "prune": {"target_params": "50%"}}
@@ -63,11 +67,47 @@ def test_a_refused_request_leaves_its_key_free(as_: Caller, app: FastAPI) -> Non
     assert len(list(app.state.settings.runs.iterdir())) == 1
 
 
+def test_who_is_told_of_a_run_is_its_owners_secret(as_: Caller, app: FastAPI) -> None:
+    to = "https://hooks.example/T0/secret-key"
+    body = {"config": CONFIG, "notify": [{"to": to, "on": ["failed"]}, {"to": "https://other.example/"}]}
+    made = as_("ada").post("/v1/runs", json=body)
+    assert made.status_code == 201 and "secret-key" not in made.text
+    state, run_id = app.state, made.json()["id"]
+
+    def subscriptions() -> list[tuple[str, tuple[str, ...]]]:
+        with state.database.read() as connection:
+            return [(item.to, item.on) for item in subscriptions_of(connection, run_id)]
+
+    wanted = [(to, ("failed",)), ("https://other.example/", DEFAULT_KINDS)]
+    assert subscriptions() == wanted
+    file = state.settings.jobs / run_id / "notify.json"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    for path in (state.settings.runs / run_id).rglob("*"):
+        assert path.is_dir() or "secret-key" not in path.read_text(), "run folders are shown to every reader"
+    state.runs.move(run_id, "cancelled")
+    state.runs.remove(run_id)
+    assert subscriptions() == []
+    rebuild(state.settings, state.database)
+    assert subscriptions() == wanted, "a database that is made anew has them again"
+
+
+def test_addresses_that_no_notice_may_go_to_are_refused_together(as_: Caller, app: FastAPI) -> None:
+    wrong = [{"to": to} for to in ("https://127.0.0.1/", "mailto:ada@example.org", "ftp://x/", "https://fine.example/")]
+    refused = as_("ada").post("/v1/runs", json={"config": CONFIG, "notify": wrong})
+    assert refused.status_code == 422
+    assert [error["field"] for error in refused.json()["errors"]] == ["notify.0.to", "notify.1.to", "notify.2.to"]
+    for notify in ([{"to": "https://fine.example/", "on": ["lunch"]}], [{"to": "https://fine.example/"}] * 11, [{}]):
+        assert as_("ada").post("/v1/runs", json={"config": CONFIG, "notify": notify}).status_code == 422
+    assert app.state.runs.counts() == {}
+
+
 class Killed(BaseException):
     """What a kill -9 at this line looks like to the next request."""
 
 
-@pytest.mark.parametrize("line", ["atomic_dir", "dump_config", "write_run_folder", "row", "answer"])
+@pytest.mark.parametrize(
+    "line", ["write_subscriptions", "atomic_dir", "dump_config", "write_run_folder", "row", "answer"]
+)
 def test_a_kill_at_any_line_of_a_submission_loses_nothing(
     line: str, as_: Caller, app: FastAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +116,7 @@ def test_a_kill_at_any_line_of_a_submission_loses_nothing(
 
     ada, headers, state = as_("ada"), {"Idempotency-Key": "k1"}, app.state
     with monkeypatch.context() as patch:
-        places = {"row": (state.runs, "add"), "answer": (state.answers, "finish")}
+        places = {"row": (state.runs, "add_in"), "answer": (state.answers, "finish")}
         patch.setattr(*places.get(line, (submitting, line)), kill)
         ada.post("/v1/runs", json={"config": CONFIG}, headers=headers)  # nobody hears of it
     folders = [path for path in state.settings.runs.iterdir() if not path.name.startswith(".")]

@@ -16,8 +16,9 @@ from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import NewRun, Run, Runs
 from kdscale.service.database.schema import NOTICES
+from kdscale.service.database.subscriptions import Subscription, subscribe, subscriptions_of
 from kdscale.service.notices.occasions import KINDS, OCCASIONS, Notice, body_of, text_of
-from kdscale.service.notices.outbox import LEASE_SECONDS, TRIES, Letter, Subscription, subscribe, subscriptions_of
+from kdscale.service.notices.outbox import LEASE_SECONDS, TRIES, Letter
 from kdscale.service.notices.sender import Notices
 from kdscale.service.notices.webhook import DeliveryError, secret_of, sign
 

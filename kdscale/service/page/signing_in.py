@@ -1,0 +1,82 @@
+"""Signing in with a token, and out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.datastructures import FormData
+from starlette.responses import RedirectResponse, Response
+
+from kdscale.service.access.identity import Actor, address_of, failed_sign_ins, require
+from kdscale.service.access.sessions import check_same_origin, delete_cookie, sessions_of, set_cookie
+from kdscale.service.page.rendering import SIGN_IN, PageRoute, render, told
+from kdscale.service.problems import Problem
+
+router = APIRouter(include_in_schema=False, route_class=PageRoute)
+_START = "/runs"
+
+
+async def sent_form(request: Request) -> FormData:
+    """The fields of a form."""
+    return await request.form()
+
+
+Form = Annotated[FormData, Depends(sent_form)]
+
+
+def text_of(form: FormData, name: str, limit: int = 200_000) -> str:
+    """A field's text with line ends as on this system; empty for one that was not sent, or is a file."""
+    value = form.get(name, "")
+    text = value.replace("\r\n", "\n") if isinstance(value, str) else ""
+    if len(text) > limit:
+        raise Problem(422, "request", f"{name} is too long", expected=f"at most {limit:,} characters")
+    return text
+
+
+@router.get(SIGN_IN)
+def sign_in_page(request: Request, next: str = "") -> Response:
+    """Where a token is given."""
+    return _page(request, next)
+
+
+@router.post(SIGN_IN)
+def sign_in(request: Request, form: Form) -> Response:
+    """Take a token for a cookie."""
+    check_same_origin(request)
+    there = _own_path(text_of(form, "next"))
+    if wait := failed_sign_ins(request).wait(address_of(request)):
+        problem = Problem(429, "limit", "too many tokens that open nothing", hint=f"try again in {wait} seconds")
+        return _page(request, there, problem, {"Retry-After": str(wait)})
+    token = request.app.state.accounts.by_secret(text_of(form, "token").strip())
+    if token is None:
+        failed_sign_ins(request).take(address_of(request))
+        return _page(request, there, Problem(401, "sign-in", "this token opens nothing: it was revoked, or it ended"))
+    request.state.actor = Actor(token.owner, token.scopes, token.id, "cookie", address_of(request))
+    answer = RedirectResponse(there, 303)
+    set_cookie(answer, request, sessions_of(request).signed(token.id))
+    return answer
+
+
+@router.post("/sign-out")
+def sign_out(request: Request, _: Annotated[Actor, Depends(require("read"))]) -> Response:
+    """Have the browser forget who it was."""
+    answer = RedirectResponse(SIGN_IN, 303)
+    delete_cookie(answer, request)
+    return answer
+
+
+def _page(request: Request, there: str, problem: Problem | None = None, headers: dict[str, Any] | None = None) -> Any:
+    oidc = request.app.state.settings.oidc
+    answer = render(
+        request, "sign_in.html.j2", "Sign in", status=problem.status if problem else 200, next=_own_path(there),
+        problem=told(problem) if problem else None, oidc=oidc.issuer if oidc else "",
+    )  # fmt: skip
+    answer.headers.update(headers or {})
+    return answer
+
+
+def _own_path(address: str) -> str:
+    """A path of this service; the start page for any other address."""
+    odd = not address.isprintable() or "\\" in address
+    return address if address.startswith("/") and not address.startswith("//") and not odd else _START
