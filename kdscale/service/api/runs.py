@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
+from kdscale.pipeline.progress import stage_progress
 from kdscale.pipeline.stage import Stage
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runs.folder import RunFolder
@@ -126,13 +128,21 @@ def _detail(run: Run) -> RunDetail:
 
 
 def stages_of_run(run: Run) -> list[StageState]:
-    """The stages of a run's config in their order, as far as the run folder says that they are."""
-    recorded = RunFolder(run.folder).recorded(lambda _message: None)
-    names = [name for name, stage in STAGES.items() if name in recorded or _has(stage, run.config)]
+    """The stages of a run in their order, those of its steps first, as far as the run folder says that they are."""
+    folder = RunFolder(run.folder)
+    rows = [stage for stage in STAGES.values() if _has(stage, run.config)]
+    found = stage_progress(folder, rows, folder.in_use(), lambda _message: None)
+    of_steps = [entry for entry in run.progress.get("stages", []) if entry.get("step")]
     return [
-        StageState(name=name, title=STAGES[name].title, **(redacted(recorded.get(name)) or {"state": "waiting"}))
-        for name in names
+        *(StageState(**{"title": STAGES[entry["name"]].title, **_told(entry)}) for entry in of_steps),
+        *(StageState(title=STAGES[stage.name].title, **_told(vars(stage))) for stage in found),
     ]
+
+
+def _told(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of a stage, without secrets."""
+    told: dict[str, Any] = redacted({key: value for key, value in stage.items() if key in StageState.model_fields})
+    return told
 
 
 def _has(stage: Stage, config: dict[str, Any]) -> bool:

@@ -96,12 +96,19 @@ class StageState(_Answer):
     """How far one stage of a run is."""
 
     name: str
+    step: str = Field(default="", description="the step on the way to the student that it belongs to")
     title: str = ""
-    state: str = Field(examples=["running"], description="waiting, running, done, failed or interrupted")
-    time: str = Field(default="", description="when it came into this state")
-    seconds: float = 0.0
+    state: str = Field(examples=["running"], description="waiting, running, stopped, done, failed or interrupted")
+    since: str = Field(default="", description="when it came into this state")
+    seconds: float | None = Field(default=None, description="how long it took")
     facts: dict[str, str | int | float] = {}
     reason: str = ""
+
+
+# Of what the watcher keeps of a run: what is told. The rest is how it goes on reading.
+_PROGRESS = (
+    "stage", "share", "step", "steps", "tokens", "loss", "losses", "tokens_per_second", "seconds_left", "moved",
+)  # fmt: skip
 
 
 class RunSummary(_Answer):
@@ -124,13 +131,14 @@ class RunSummary(_Answer):
     exit_code: int | None
     parent: str | None = Field(description="the run that it was made from")
     origin: str = Field(examples=["service"])
-    progress: dict[str, Any] = Field(description="stage, share done, tokens/s, seconds left, last figures")
+    progress: dict[str, Any] = Field(description="stage, share done, steps, tokens/s, seconds left, last losses")
 
     @classmethod
     def of(cls, run: Run, **more: Any) -> Self:
         """What the database has of a run."""
         values = {name: getattr(run, name) for name in RunSummary.model_fields}
         times = {name: as_time(values[name]) for name in ("created", "updated", "started", "ended")}
+        values["progress"] = {name: run.progress[name] for name in _PROGRESS if name in run.progress}
         return cls(**{**values, **times, "reason": redacted_text(run.reason), **more})
 
 

@@ -46,6 +46,8 @@ def is_shown(name: str) -> bool:
 def files_under(folder: Path, under: str = "") -> list[RunFile]:
     """The files of a run folder, sorted by their paths; links are not followed, but may be asked for by name."""
     start, files = resolved(folder, under) if under else folder.resolve(), list[RunFile]()
+    if not start.is_dir():
+        raise _nothing(under)
     for here, folders, names in os.walk(start):
         folders[:] = filter(is_shown, folders)
         for path in (Path(here) / name for name in names if is_shown(name)):

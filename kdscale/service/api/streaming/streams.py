@@ -34,8 +34,8 @@ class StreamResponse(EventSourceResponse):
                 429, "limit", "too many streams are open", expected=f"at most {most}", headers={"Retry-After": "10"}
             )
         super().__init__(
-            messages, ping=KEEP_ALIVE_SECONDS, send_timeout=_SEND_SECONDS, sep="\n",
-            ping_message_factory=lambda: ServerSentEvent(comment="still here"),
+            messages, ping=KEEP_ALIVE_SECONDS, send_timeout=_SEND_SECONDS,
+            ping_message_factory=lambda: ServerSentEvent(comment="still here", sep="\n"),
         )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,7 +56,7 @@ class StreamResponse(EventSourceResponse):
 
 def message(data: str, number: int | str, event: str | None = None) -> ServerSentEvent:
     """One message. `number` is what the client sends as Last-Event-ID when it connects again."""
-    return ServerSentEvent(data=data, id=str(number), event=event)
+    return ServerSentEvent(data=data, id=str(number), event=event, sep="\n")
 
 
 def wants_stream(request: Request) -> bool:
