@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from kdscale.service.problems import Problem, fields_of
 
 Body = TypeVar("Body", bound=BaseModel)
 _JSON = "application/json"
+_MODELS: dict[str, type[BaseModel]] = {}  # of bodies, by name
 _REFERENCES = "#/components/schemas/{model}"
 
 
@@ -53,12 +53,11 @@ async def _read(request: Request) -> bytes:
 
 def described(model: type[BaseModel]) -> dict[str, Any]:
     """What the description of an operation says of its body: `openapi_extra` of its route."""
-    reference = {"$ref": _REFERENCES.format(model=model.__name__)}
-    return {"requestBody": {"content": {_JSON: {"schema": reference}}}, "x-body": model}
+    _MODELS[model.__name__] = model
+    return {"requestBody": {"content": {_JSON: {"schema": {"$ref": _REFERENCES.format(model=model.__name__)}}}}}
 
 
-@functools.cache
-def schemas_of(models: tuple[type[BaseModel], ...]) -> dict[str, Any]:
+def body_schemas() -> dict[str, Any]:
     """The JSON schemas that `described` refers to, by name."""
-    _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REFERENCES)
+    _, definitions = models_json_schema([(model, "validation") for model in _MODELS.values()], ref_template=_REFERENCES)
     return dict(definitions["$defs"])

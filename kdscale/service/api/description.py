@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.routing import APIRoute
 
-from kdscale.service.api.bodies import schemas_of
+from kdscale.service.api.bodies import body_schemas
 from kdscale.service.problems import MEDIA_TYPE
 
 SUMMARY = "Submits, watches and stops runs of kdscale."
@@ -41,30 +40,20 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _completed(made_by_framework(), app)
+            app.openapi_schema = _completed(made_by_framework())
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _completed(tree: dict[str, Any], app: FastAPI) -> dict[str, Any]:
+def _completed(tree: dict[str, Any]) -> dict[str, Any]:
     schemas = tree.setdefault("components", {}).setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    models = [extra["x-body"] for route in routes_of(app) if "x-body" in (extra := route.openapi_extra or {})]
-    schemas |= schemas_of(tuple(dict.fromkeys(models)))
-    schemas["Problem"] = _PROBLEM
+    schemas |= {**body_schemas(), "Problem": _PROBLEM}
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     for path in tree["paths"].values():
         for operation in path.values():
-            operation.pop("x-body", None)
-            for status, text in _REFUSALS.items():
-                if status in ("422",) or "security" in operation:
-                    operation["responses"][status] = {"description": text, "content": content}
+            for status, text in _REFUSALS.items() if "security" in operation else ():
+                operation["responses"][status] = {"description": text, "content": content}
     return tree
-
-
-def routes_of(app: FastAPI) -> list[APIRoute]:
-    """The routes of the API, in the order of their paths."""
-    routes = [route for route in app.routes if isinstance(route, APIRoute)]
-    return sorted(routes, key=lambda route: (route.path, sorted(route.methods or ())))

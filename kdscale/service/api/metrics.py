@@ -14,6 +14,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.datastructures import State
 
+from kdscale.files import open_regular
 from kdscale.runs.folder import METRICS
 from kdscale.runs.metrics_log import is_figure, parse_row
 from kdscale.service.api.dependencies import READ, FoundRun, Number
@@ -87,11 +88,11 @@ class _Log:
     def read_on(self, path: Path) -> None:
         """Take in the rows that were added; everything anew where the file was replaced or cut."""
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            stream = open_regular(path)
         except OSError:  # not there yet
             return
-        with os.fdopen(handle, "rb") as stream:
-            found = os.fstat(handle)
+        with stream:
+            found = os.fstat(stream.fileno())
             if (found.st_dev, found.st_ino) != self._file or found.st_size < self._offset:
                 self._begin((found.st_dev, found.st_ino))
             stream.seek(self._offset)

@@ -76,19 +76,19 @@ def one(run: FoundRun) -> RunDetail:
 
 
 @router.post("/{run_id}/pause")
-def pause(run: FoundRun, actor: Submitter, request: Request) -> RunSummary:
+def pause(actor: Submitter, run: FoundRun, request: Request) -> RunSummary:
     """Have a run save, and free its devices; resume goes on from there."""
     return _ask(request, actor, run, "pause")
 
 
 @router.post("/{run_id}/resume")
-def resume(run: FoundRun, actor: Submitter, request: Request) -> RunSummary:
+def resume(actor: Submitter, run: FoundRun, request: Request) -> RunSummary:
     """Queue a paused, failed or cancelled run again; it goes on from what it saved."""
     return _ask(request, actor, run, "resume")
 
 
 @router.post("/{run_id}/cancel")
-def cancel(run: FoundRun, actor: Submitter, request: Request) -> RunSummary:
+def cancel(actor: Submitter, run: FoundRun, request: Request) -> RunSummary:
     """Stop a run for good; nothing that it made is deleted."""
     return _ask(request, actor, run, "cancel")
 

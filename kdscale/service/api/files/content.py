@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import re
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from kdscale.files import open_regular
 from kdscale.service.problems import Problem
 
 _BLOCK = 1 << 18
@@ -66,16 +66,11 @@ def key_of(found: os.stat_result) -> FileKey:
 
 
 def open_file(path: Path) -> io.FileIO:
-    """A regular file, open for reading, which its last user closes. Raises a Problem."""
+    """A file, open for reading, which its last user closes. Raises a Problem where there is none."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_regular(path)
     except (OSError, ValueError) as error:
         raise Problem(404, "not-found", "there is no such file", got=path.name[:200]) from error
-    stream = io.FileIO(handle)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        stream.close()
-        raise Problem(404, "not-found", "this is no regular file", got=path.name[:200])
-    return stream
 
 
 @dataclass(frozen=True)

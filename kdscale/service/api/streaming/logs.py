@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from starlette.datastructures import State
 from starlette.responses import PlainTextResponse
 
 from kdscale.escaping import for_terminal
+from kdscale.files import open_regular
 from kdscale.runs.folder import RunFolder
 from kdscale.service.api.dependencies import READ, FoundRun
 from kdscale.service.api.streaming.streams import StreamResponse, last_event_id, message, wants_stream
@@ -93,10 +93,10 @@ def _size(file: Path) -> int:
 def _read(file: Path, start: int, most: int) -> bytes:
     """Bytes of a regular file from `start` on; empty where there is none."""
     try:
-        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        stream = open_regular(file)
     except OSError:
         return b""
-    with os.fdopen(handle, "rb") as stream:
+    with stream:
         stream.seek(start)
         return stream.read(most)
 
