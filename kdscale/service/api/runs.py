@@ -133,16 +133,15 @@ def stages_of_run(run: Run) -> list[StageState]:
     rows = [stage for stage in STAGES.values() if _has(stage, run.config)]
     found = stage_progress(folder, rows, folder.in_use(), lambda _message: None)
     of_steps = [entry for entry in run.progress.get("stages", []) if entry.get("step")]
-    return [
-        *(StageState(**{"title": STAGES[entry["name"]].title, **_told(entry)}) for entry in of_steps),
-        *(StageState(title=STAGES[stage.name].title, **_told(vars(stage))) for stage in found),
-    ]
+    return [_told(entry) for entry in (*of_steps, *map(vars, found))]
 
 
-def _told(stage: Mapping[str, Any]) -> dict[str, Any]:
+def _told(stage: Mapping[str, Any]) -> StageState:
     """What is told of a stage, without secrets."""
-    told: dict[str, Any] = redacted({key: value for key, value in stage.items() if key in StageState.model_fields})
-    return told
+    shown = {name: stage[name] for name in ("name", "step", "state", "facts", "reason") if name in stage}
+    return StageState(
+        title=STAGES[stage["name"]].title, time=stage["since"], seconds=stage["seconds"] or 0.0, **redacted(shown)
+    )
 
 
 def _has(stage: Stage, config: dict[str, Any]) -> bool:

@@ -99,8 +99,8 @@ class StageState(_Answer):
     step: str = Field(default="", description="the step on the way to the student that it belongs to")
     title: str = ""
     state: str = Field(examples=["running"], description="waiting, running, stopped, done, failed or interrupted")
-    since: str = Field(default="", description="when it came into this state")
-    seconds: float | None = Field(default=None, description="how long it took")
+    time: str = Field(default="", description="when it came into this state")
+    seconds: float = Field(default=0.0, description="how long it took, once it has ended")
     facts: dict[str, str | int | float] = {}
     reason: str = ""
 

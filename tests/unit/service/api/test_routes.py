@@ -56,7 +56,7 @@ def test_a_route_lets_in_whoever_has_its_scope(method: str, route: APIRoute, app
 
 
 def test_what_there_is_not_is_a_problem(as_: Caller) -> None:
-    for path in ("/v1", "/v1/", "/v1/nothing", "/v1/runs/", "/docs", "/redoc", "/..", "/v1/runs/x/y/z"):
+    for path in ("/v1", "/v1/", "/v1/nothing", "/v1/runs/", "/docs", "/redoc", "/v1/runs/x/y/z"):
         for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
             assert is_problem(as_("admin").request(method, path), 404, 405, 422), (method, path)
 
