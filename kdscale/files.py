@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import re
@@ -219,16 +218,6 @@ def _read_up_to(handle: int, size: int) -> bytes:
         blocks.append(block)
         size -= len(block)
     return b"".join(blocks)
-
-
-def open_regular(path: Path) -> io.FileIO:
-    """A regular file, open for reading, without following a link and without waiting. Raises OSError for others."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    stream = io.FileIO(handle)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return stream
 
 
 def read_text(path: Path, error: type[KdscaleError] = FileError, limit: int = MAX_JSON_BYTES) -> str:

@@ -14,11 +14,11 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.datastructures import State
 
-from kdscale.files import open_regular
 from kdscale.runs.folder import METRICS
 from kdscale.runs.metrics_log import is_figure, parse_row
 from kdscale.service.api.dependencies import READ, FoundRun, Number
 from kdscale.service.api.schemas import Metrics, Series
+from kdscale.service.regular_files import open_regular
 
 router = APIRouter(prefix="/v1/runs", tags=["metrics"], dependencies=[READ])
 _CHUNK = 16 << 20  # bytes that are read at once

@@ -21,8 +21,8 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from kdscale.files import open_regular
 from kdscale.service.problems import Problem
+from kdscale.service.regular_files import open_regular
 
 _BLOCK = 1 << 18
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")

@@ -14,12 +14,12 @@ from starlette.datastructures import State
 from starlette.responses import PlainTextResponse
 
 from kdscale.escaping import for_terminal
-from kdscale.files import open_regular
 from kdscale.runs.folder import RunFolder
 from kdscale.service.api.dependencies import READ, FoundRun
 from kdscale.service.api.streaming.streams import StreamResponse, last_event_id, message, wants_stream
 from kdscale.service.database.runs import Run
 from kdscale.service.redaction import redacted_text
+from kdscale.service.regular_files import open_regular
 from kdscale.service.states import FINAL
 
 router = APIRouter(prefix="/v1/runs", tags=["logs"], dependencies=[READ])
