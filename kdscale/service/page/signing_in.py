@@ -1,4 +1,4 @@
-"""Signing in with a token, and out."""
+"""Signing in with a token or with a provider of identities, and out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from fastapi import APIRouter, Depends, Request
 from starlette.datastructures import FormData
 from starlette.responses import RedirectResponse, Response
 
+from kdscale.service.access import oidc_sign_in
 from kdscale.service.access.identity import Actor, address_of, failed_sign_ins, require
-from kdscale.service.access.sessions import check_same_origin, delete_cookie, sessions_of, set_cookie
+from kdscale.service.access.sessions import check_same_origin, delete_cookie, own_path, sessions_of, set_cookie
 from kdscale.service.page.rendering import SIGN_IN, PageRoute, render, told
 from kdscale.service.problems import Problem
 
@@ -44,7 +45,7 @@ def sign_in_page(request: Request, next: str = "") -> Response:
 def sign_in(request: Request, form: Form) -> Response:
     """Take a token for a cookie."""
     check_same_origin(request)
-    there = _own_path(text_of(form, "next"))
+    there = own_path(text_of(form, "next"), _START)
     if wait := failed_sign_ins(request).wait(address_of(request)):
         problem = Problem(429, "limit", "too many tokens that open nothing", hint=f"try again in {wait} seconds")
         return _page(request, there, problem, {"Retry-After": str(wait)})
@@ -58,6 +59,24 @@ def sign_in(request: Request, form: Form) -> Response:
     return answer
 
 
+@router.get(oidc_sign_in.PATH)
+def to_provider(request: Request, next: str = "") -> Response:
+    """Send the browser to the provider of identities."""
+    try:
+        return oidc_sign_in.begin(request, own_path(next, _START))
+    except Problem as problem:
+        return _page(request, next, problem)
+
+
+@router.get(oidc_sign_in.CALLBACK)
+def from_provider(request: Request) -> Response:
+    """Let whoever the provider sends back in, or say why not."""
+    try:
+        return oidc_sign_in.finish(request)
+    except Problem as problem:
+        return _page(request, _START, problem)
+
+
 @router.post("/sign-out")
 def sign_out(request: Request, _: Annotated[Actor, Depends(require("read"))]) -> Response:
     """Have the browser forget who it was."""
@@ -69,14 +88,8 @@ def sign_out(request: Request, _: Annotated[Actor, Depends(require("read"))]) ->
 def _page(request: Request, there: str, problem: Problem | None = None, headers: dict[str, Any] | None = None) -> Any:
     oidc = request.app.state.settings.oidc
     answer = render(
-        request, "sign_in.html.j2", "Sign in", status=problem.status if problem else 200, next=_own_path(there),
+        request, "sign_in.html.j2", "Sign in", status=problem.status if problem else 200, next=own_path(there, _START),
         problem=told(problem) if problem else None, oidc=oidc.issuer if oidc else "",
     )  # fmt: skip
     answer.headers.update(headers or {})
     return answer
-
-
-def _own_path(address: str) -> str:
-    """A path of this service; the start page for any other address."""
-    odd = not address.isprintable() or "\\" in address
-    return address if address.startswith("/") and not address.startswith("//") and not odd else _START
