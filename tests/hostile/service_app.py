@@ -30,6 +30,9 @@ PUBLIC = {
     "/sign-in/oidc/callback": "lets in by the provider's word",
 }  # fmt: skip
 
+# Applications of their own, which ask for a token before anything else.
+ASK_THEMSELVES = ("/mcp",)
+
 
 def routes_of(routes: Any) -> Iterator[Any]:
     """All routes, also those of routers that were included."""

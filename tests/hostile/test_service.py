@@ -12,7 +12,7 @@ import pytest
 from kdscale.service.access.sessions import Session
 from kdscale.service.database.connection import open_database
 from tests.hostile.nasty import HostileCases
-from tests.hostile.service_app import MARKUP, PUBLIC, SECRET, Target, routes_of, scopes_of, settings_of
+from tests.hostile.service_app import ASK_THEMSELVES, MARKUP, PUBLIC, SECRET, Target, routes_of, scopes_of, settings_of
 
 CHANGES = ("POST", "PUT", "PATCH", "DELETE")
 
@@ -39,7 +39,7 @@ def guarded(service: Target) -> Iterator[tuple[Any, str, str]]:
 
 def test_every_route_asks_for_a_scope(service: Target) -> None:
     for route in routes_of(service.app.routes):
-        if getattr(route, "path", None) in PUBLIC:
+        if route.path in PUBLIC or route.path in ASK_THEMSELVES:
             continue
         scopes = scopes_of(route.dependant)
         assert scopes, f"{route.path}: give it require(scope), or list it in PUBLIC"
@@ -63,6 +63,19 @@ def test_nobody_gets_in(service: Target, hostile: HostileCases) -> None:
             hostile.run(f"{what}: {who}", ask, must="refuse")
         query = f"{path}?token={service.secrets['admin']}&access_token={service.secrets['admin']}"
         hostile.run(f"{what}: a token in the address", lambda m=method, p=query: service.ask(m, p), must="refuse")
+
+
+def test_nobody_gets_in_where_no_route_asks(service: Target, hostile: HostileCases) -> None:
+    assert set(ASK_THEMSELVES) <= {route.path for route in routes_of(service.app.routes)}
+    for path in ASK_THEMSELVES:
+        for method in ("GET", "POST", "DELETE", "PUT"):
+            strangers: dict[str, dict[str, str]] = {
+                "no token": {}, "a cookie": {"Cookie": f"kdscale={service.cookie}"},
+                **{who: service.bearer(who) for who in ("none", "expired", "revoked")},
+            }  # fmt: skip
+            for who, headers in strangers.items():
+                ask = lambda h=headers, m=method, p=path: service.ask(m, p, headers=h)  # noqa: E731
+                hostile.run(f"{method} {path}: {who}", ask, must="refuse")
 
 
 def test_no_page_of_another_site_changes_anything(service: Target, hostile: HostileCases) -> None:
@@ -354,7 +367,8 @@ def test_pages_show_what_others_wrote_as_text(service: Target, hostile: HostileC
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 NEXT = [
     "https://evil.example", "//evil.example", "///evil.example", "/\\evil.example", "\\\\evil.example",
-    "/\t/evil.example", "\t//evil.example", "http:evil.example", "javascript:alert(1)", "data:text/html,x", "/%0d%0aSet-Cookie:%20x=y",
+    "/\t/evil.example", "\t//evil.example", "http:evil.example", "javascript:alert(1)", "data:text/html,x",
+    "/%0d%0aSet-Cookie:%20x=y",
     "/\r\nSet-Cookie: x=y", "", "runs", "/" + "x" * 5000, "https:/evil.example", "/.//evil.example",
 ]  # fmt: skip
 
