@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from kdscale.errors import ConfigError, LostRankError
+from kdscale.errors import ConfigError, KdscaleError, LostRankError
 from kdscale.files import explain_os_errors, read_own_json, write_json
 from kdscale.runtime.exits import FINAL_CODES
 from kdscale.service.engines.engine import Job, JobState
@@ -97,17 +97,16 @@ class ClusterEngine(ABC):
         return str(job.work)
 
     def _start(self, attempt: Attempt, prepared: Any) -> str:
-        """Hand the job over, unless that was begun before and the system may not show it yet."""
-        begun = attempt.facts.get("handing_over")
-        if begun is not None and self.shows_late and self.clock() - begun < self.settings.patience:
+        """Hand the job over, once: where nobody knows whether it was taken, it is lost rather than started twice."""
+        if attempt.facts.get("handing_over") and not self.one_by_name:
             return ""
-        attempt.learn(handing_over=self.clock())
+        attempt.learn(handing_over=True)
         try:
             return self.start(attempt, prepared)
         except EngineSilentError:
-            raise  # it may have been taken
-        except Exception:
-            attempt.learn(handing_over=None)
+            raise
+        except KdscaleError:
+            attempt.learn(handing_over=False)
             raise
 
     def state(self, handle: str) -> JobState:
@@ -115,7 +114,9 @@ class ClusterEngine(ABC):
         attempt = Attempt(Path(handle))
         if (end := attempt.facts.get("end")) is not None:
             return JobState("ended", end["exit_code"], end["reason"])
-        seen = self.look(attempt)
+        if not attempt.work.is_dir():
+            return JobState("lost", reason=f"{attempt.work} is gone")
+        seen = self.look(attempt) if attempt.name else Sighting("gone")
         if seen.phase == "gone":
             return self._missing(attempt)
         attempt.learn(missed=None)
@@ -184,7 +185,7 @@ class ClusterEngine(ABC):
         return self.submit(job)
 
     title: ClassVar[str]
-    shows_late: ClassVar[bool] = False  # a job that was taken may not be found for a while
+    one_by_name: ClassVar[bool] = False  # the system itself takes no second job of a name
 
     @abstractmethod
     def logs(self, handle: str, tail_bytes: int) -> bytes:

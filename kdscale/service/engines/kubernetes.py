@@ -38,6 +38,7 @@ class KubernetesEngine(ClusterEngine):
 
     name = "kubernetes"
     title = "Kubernetes"
+    one_by_name = True
 
     def prepare(self, job: Job, attempt: Attempt, target: KubernetesTarget) -> dict[str, Any]:
         """The JobSet. Raises ConfigError for names that Kubernetes would refuse, and for pods that cannot work."""

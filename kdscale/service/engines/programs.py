@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kdscale.errors import ConfigError, KdscaleError, MachineError, MissingProgramError
 
 _SHOWN = 1000  # characters of what a program says
+_BROKE_OFF = re.compile(r"timed? ?out|timeout|connection reset|broken pipe|zero bytes|unexpected eof", re.IGNORECASE)
 
 
 class EngineUnavailableError(MachineError):
@@ -19,7 +20,7 @@ class EngineUnavailableError(MachineError):
 
 
 class EngineSilentError(EngineUnavailableError):
-    """A program that was ended because it took too long. What it was to do may have been done."""
+    """A program that took too long, or whose connection broke. What it was to do may have been done."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,12 @@ def _run(
 def failure(answer: Answer, passing: re.Pattern[str]) -> KdscaleError:
     """The error that a failed program stands for.
 
-    EngineUnavailableError where what it said matches `passing`, which another try may mend; else ConfigError, because
-    the system does not take the run as it is.
+    EngineSilentError where it may have done what it was to do, EngineUnavailableError where what it said matches
+    `passing`, which another try may mend; else ConfigError, because the system does not take the run as it is.
     """
     program = shlex.join(answer.command[:2])[:80]
+    if _BROKE_OFF.search(answer.complaint):
+        return EngineSilentError(f"{program} did not get an answer", got=answer.said)
     if passing.search(f"{answer.complaint}\n{answer.output}"):
         return EngineUnavailableError(f"{program} cannot do it now", got=answer.said)
     return ConfigError(f"target: {program} left with exit code {answer.code}", got=answer.said)

@@ -47,7 +47,6 @@ class SkyPilotEngine(ClusterEngine):
 
     name = "skypilot"
     title = "SkyPilot"
-    shows_late = True
 
     def prepare(self, job: Job, attempt: Attempt, target: SkyPilotTarget) -> Path:
         """Write the task's file. Raises ConfigError for what SkyPilot would refuse or change."""
