@@ -71,19 +71,25 @@ def test_a_cluster_without_accounts(started: Started) -> None:
     assert bench.state(handle).exit_code == 6
 
 
-def test_a_job_that_began_before_it_could_be_taken_back(make_bench) -> None:
-    """Pending when it was looked at, running when scancel came: it is told, and has its time."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_job_that_began_before_it_could_be_taken_back(make_bench, lost: bool) -> None:
+    """Pending when it was looked at, running when scancel comes: it is told, has its time, and may yet be lost."""
     bench = make_bench("slurm")
     job = bench.job()
     handle = bench.engine().submit(job)
-    bench.fault("scancel", code=0)  # it does nothing: the job is not pending any more
+    bench.before["scancel"] = lambda: bench.begin(job)
     bench.engine().cancel(handle, grace=60.0)
-    bench.begin(job)
     assert bench.state(handle).phase == "running"
     assert bench.was_told(job)
-    bench.clock += 60.0
-    bench.state(handle)
-    assert bench.state(handle).exit_code == 137
+    if not lost:
+        bench.clock += 60.0
+        bench.state(handle)
+        assert bench.state(handle).exit_code == 137
+    else:
+        bench.vanish(job)
+        assert bench.state(handle).phase == "running"
+        bench.clock += 180.0
+        assert bench.state(handle).phase == "lost"
 
 
 def test_what_sbatch_is_told(make_bench, monkeypatch: pytest.MonkeyPatch) -> None:
