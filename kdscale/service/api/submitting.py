@@ -26,7 +26,7 @@ from kdscale.service.api.schemas import Again, Submission, Target
 from kdscale.service.database.folders import read_run_folder, write_run_folder
 from kdscale.service.database.runs import NewRun, Run, Runs
 from kdscale.service.database.subscriptions import Subscription, subscribe, write_subscriptions
-from kdscale.service.engines.targets import read_target
+from kdscale.service.engines.targets import admin_fields, processes_of, read_target
 from kdscale.service.ids import is_run_id, new_run_id
 from kdscale.service.notices.recipients import parse_recipient
 from kdscale.service.problems import Problem, of_error
@@ -76,11 +76,7 @@ def read_submission(state: State, actor: Actor, body: Submission | Again, run_id
     read_target(wanted)
     refused = refused_fields(config, actor, state.settings)
     if not actor.is_admin:
-        refused += [
-            Problem(403, "scope", "only an admin may set this", field=f"target.{key}")
-            for key in wanted
-            if key != "engine"
-        ]
+        refused += [Problem(403, "scope", "only an admin may set this", field=field) for field in admin_fields(wanted)]
     if refused:
         entries = [{"field": "", "detail": problem.detail, **problem.extra} for problem in refused]
         raise Problem(403, "scope", "the config has settings that this token may not use", errors=entries)
@@ -144,9 +140,10 @@ def take(
         if key is not None:
             state.answers.forget(actor.owner, key)  # it may be corrected and sent again
         raise
+    slots = processes_of(plan.target, state.settings.engines) or slots_of(plan.config)
     new = NewRun(
         id=run_id, name=plan.config.name, owner=actor.owner, priority=plan.priority, target=plan.target,
-        slots=slots_of(plan.config), config=plan.config.resolved(), config_name=plan.config_name,
+        slots=slots, config=plan.config.resolved(), config_name=plan.config_name,
         overrides=plan.overrides, parent=parent_id, folder=state.settings.runs / run_id,
     )  # fmt: skip
     run = _write(state, new, plan)

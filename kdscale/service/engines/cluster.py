@@ -78,6 +78,7 @@ class ClusterEngine(ABC):
     def __init__(self, settings: Any = None, clock: Callable[[], float] = time.time):
         self.settings = read_settings(self.name, getattr(settings, "engines", None) or {})
         self.clock = clock
+        self._lately: dict[str, tuple[float, JobState]] = {}  # answers that are not asked for again yet
 
     def submit(self, job: Job) -> str:
         """See Engine. Raises ConfigError for a target or a config that the system does not take."""
@@ -111,11 +112,19 @@ class ClusterEngine(ABC):
 
     def state(self, handle: str) -> JobState:
         """See Engine. Also carries out what was asked of a job that could not be reached then."""
+        asked, seen = self._lately.get(handle, (0.0, None))
+        if seen is None or not 0.0 <= self.clock() - asked < self.settings.poll_seconds:
+            seen = self._state(handle)
+            self._lately[handle] = (self.clock(), seen)
+        return seen
+
+    def _state(self, handle: str) -> JobState:
+        """See `state`: asked of the system."""
         attempt = Attempt(Path(handle))
         if (end := attempt.facts.get("end")) is not None:
             return JobState("ended", end["exit_code"], end["reason"])
-        if not attempt.work.is_dir():
-            return JobState("lost", reason=f"{attempt.work} is gone")
+        if attempt.facts.get("lost") or not attempt.work.is_dir():
+            return JobState("lost", reason=attempt.facts.get("lost") or f"{attempt.work} is gone")
         seen = self.look(attempt) if attempt.name else Sighting("gone")
         if seen.phase == "gone":
             return self._missing(attempt)
@@ -139,7 +148,10 @@ class ClusterEngine(ABC):
         since = attempt.facts.get("missed")
         attempt.learn(missed=self.clock() if since is None else since)
         if since is not None and self.clock() - since >= self.settings.patience:
-            return JobState("lost", reason=f"{self.title} does not know the job, and it left no exit code")
+            # the next attempt must not meet it: should it turn up again, it leaves
+            notes.ask_to_stop(attempt.notes)
+            attempt.learn(lost=f"{self.title} does not know the job, and it left no exit code")
+            return JobState("lost", reason=attempt.facts["lost"])
         phase: Literal["waiting", "running"] = "running" if attempt.facts.get("began") else "waiting"
         return JobState(phase, reason=f"{self.title} does not show the job")
 
@@ -176,11 +188,12 @@ class ClusterEngine(ABC):
         attempt.learn(stop_by=min(deadline, attempt.facts.get("stop_by", deadline)))
         with explain_os_errors(attempt.notes):
             notes.ask_to_stop(attempt.notes)
+        self._lately.pop(handle, None)
         self.state(handle)
 
     def requeue(self, handle: str, job: Job) -> str:
-        """See Engine. A lost job that turns up again leaves at once."""
-        if self.state(handle).phase != "ended":
+        """See Engine."""
+        if self.state(handle).phase not in ("ended", "lost"):
             self.cancel(handle, grace=0.0)
         return self.submit(job)
 

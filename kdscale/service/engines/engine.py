@@ -12,7 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from kdscale.errors import ConfigError
+from kdscale.errors import ConfigError, MachineError
+from kdscale.service.engines.targets import check_settings
 from kdscale.service.settings import ServiceSettings
 
 # Where each engine is; a module is imported when a run first asks for it.
@@ -59,6 +60,10 @@ class JobState:
     reason: str = ""
 
 
+class EngineUnavailableError(MachineError):
+    """A system that does not answer now. It says nothing about any attempt: the same call is made again later."""
+
+
 class Engine(Protocol):
     """Every call returns soon, may be made again, and may come from another process than the one before."""
 
@@ -67,7 +72,8 @@ class Engine(Protocol):
     def submit(self, job: Job) -> str:
         """Start the attempt and return its handle; called again for the same (run, attempt) it starts nothing.
 
-        Raises KdscaleError when the attempt cannot be started here, as it is or at all.
+        Raises EngineUnavailableError when it may be submitted again, and any other KdscaleError when the attempt cannot
+        be started here, as it is or at all.
         """
 
     def state(self, handle: str) -> JobState:
@@ -93,9 +99,10 @@ def make_engine(name: str, settings: ServiceSettings) -> Engine:
 
 
 class Engines(Mapping[str, Engine]):
-    """All engines by name, each made when it is first asked for."""
+    """All engines by name, each made when it is first asked for. Raises ConfigError for settings that none takes."""
 
     def __init__(self, settings: ServiceSettings):
+        check_settings(settings.engines)
         self._settings, self._made = settings, dict[str, Engine]()
 
     def __getitem__(self, name: str) -> Engine:

@@ -15,8 +15,8 @@ from kdscale.files import parse_json
 from kdscale.jobs.launch import launcher_errors
 from kdscale.runtime.exits import FINAL_CODES
 from kdscale.service.engines.cluster import Attempt, ClusterEngine, Sighting, job_name, labels, people_labels
-from kdscale.service.engines.engine import Job
-from kdscale.service.engines.programs import Answer, EngineUnavailableError, ask, failure, tail_of
+from kdscale.service.engines.engine import EngineUnavailableError, Job
+from kdscale.service.engines.programs import Answer, ask, failure, tail_of
 from kdscale.service.engines.ranks import rank_request, rank_variables, working_folder
 from kdscale.service.engines.targets import KubernetesTarget
 from kdscale_launch.systems import kubernetes as kube
@@ -42,7 +42,7 @@ class KubernetesEngine(ClusterEngine):
 
     def prepare(self, job: Job, attempt: Attempt, target: KubernetesTarget) -> dict[str, Any]:
         """The JobSet. Raises ConfigError for names that Kubernetes would refuse, and for pods that cannot work."""
-        slots = target.processes_per_node or max(1, target.gpus)
+        slots = target.slots_per_node
         if not target.image:
             raise ConfigError("target.image", expected="a container image with kdscale in it", got="none",
                               hint="an admin names one under engines.kubernetes in serve.yaml")  # fmt: skip

@@ -9,14 +9,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kdscale.errors import ConfigError, KdscaleError, MachineError, MissingProgramError
+from kdscale.errors import ConfigError, KdscaleError, MissingProgramError
+from kdscale.service.engines.engine import EngineUnavailableError
 
 _SHOWN = 1000  # characters of what a program says
 _BROKE_OFF = re.compile(r"timed? ?out|timeout|connection reset|broken pipe|zero bytes|unexpected eof", re.IGNORECASE)
-
-
-class EngineUnavailableError(MachineError):
-    """A system that does not answer now. It says nothing about any job: ask again later."""
 
 
 class EngineSilentError(EngineUnavailableError):
@@ -50,9 +47,15 @@ def ask(
 
 
 def tail_of(command: Sequence[str], *, seconds: float, limit: int) -> bytes:
-    """The last `limit` bytes that a program prints; what fails has printed nothing. See `ask` for errors."""
+    """The last `limit` bytes that a program prints; what fails has printed nothing.
+
+    A log that cannot be had must not keep anybody from anything: in its place comes a line that says why.
+    """
     with tempfile.TemporaryFile() as output:
-        done = _run(command, seconds, stdin="", env=None, stdout=output)
+        try:
+            done = _run(command, seconds, stdin="", env=None, stdout=output)
+        except (EngineSilentError, MissingProgramError) as error:
+            return f"[the log cannot be read now: {error.what}]\n".encode()[:limit]
         size = output.seek(0, 2)
         output.seek(max(0, size - limit))
         return output.read() if done.returncode == 0 else b""

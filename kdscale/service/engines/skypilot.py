@@ -16,8 +16,8 @@ from kdscale.errors import ConfigError, FileError, MachineError
 from kdscale.files import parse_json, write_text
 from kdscale.jobs.launch import launcher_errors
 from kdscale.service.engines.cluster import CANCELLED, LOST, Attempt, ClusterEngine, Sighting, job_name
-from kdscale.service.engines.engine import Job
-from kdscale.service.engines.programs import Answer, EngineUnavailableError, ask, failure, tail_of
+from kdscale.service.engines.engine import EngineUnavailableError, Job
+from kdscale.service.engines.programs import Answer, ask, failure, tail_of
 from kdscale.service.engines.ranks import rank_request, rank_variables, working_folder
 from kdscale.service.engines.targets import SkyPilotTarget
 from kdscale_launch.systems import skypilot as sky
@@ -47,10 +47,11 @@ class SkyPilotEngine(ClusterEngine):
 
     name = "skypilot"
     title = "SkyPilot"
+    _known: tuple[float, list[dict[str, Any]]] | None = None  # all jobs, and when: one slow call tells of all runs
 
     def prepare(self, job: Job, attempt: Attempt, target: SkyPilotTarget) -> Path:
         """Write the task's file. Raises ConfigError for what SkyPilot would refuse or change."""
-        slots = target.processes_per_node or _accelerators(target.accelerators)
+        slots = target.slots_per_node
         request = rank_request(job, target.nodes * slots)
         with launcher_errors("target"):
             task = sky.task(
@@ -72,11 +73,13 @@ class SkyPilotEngine(ClusterEngine):
 
     def find(self, attempt: Attempt, asked_before: bool) -> str | None:
         """The number of the job of the attempt's name."""
+        self._known = None
         found = self._record(attempt)
         return None if found is None else str(found.get("job_id", ""))
 
     def start(self, attempt: Attempt, prepared: Path) -> str:
         """Hand the task to SkyPilot's server, which goes on by itself; the job's number comes later."""
+        self._known = None
         secrets = [part for name in attempt.facts["secrets"] for part in ("--secret", name)]
         answer = self._sky("jobs", "launch", "--yes", "--async", "--name", attempt.name, *secrets, str(prepared))
         if answer.code:
@@ -108,6 +111,7 @@ class SkyPilotEngine(ClusterEngine):
 
     def kill(self, attempt: Attempt, phase: Literal["waiting", "running"]) -> None:
         """Cancel the job by its name, which no other job has."""
+        self._known = None
         answer = self._sky("jobs", "cancel", "--yes", "--name", attempt.name)
         if answer.code and "not found" not in answer.said.lower():
             raise failure(answer, re.compile(""))
@@ -122,20 +126,21 @@ class SkyPilotEngine(ClusterEngine):
 
     def _record(self, attempt: Attempt) -> dict[str, Any] | None:
         """The newest managed job of the attempt's name."""
+        records = [item for item in self._queue() if item.get("job_name") == attempt.name]
+        return max(records, key=lambda item: int(item.get("job_id") or 0), default=None)
+
+    def _queue(self) -> list[dict[str, Any]]:
+        """All managed jobs, as they were at most `poll_seconds` ago."""
+        if self._known is not None and 0.0 <= self.clock() - self._known[0] < self.settings.poll_seconds:
+            return self._known[1]
         answer = self._sky("jobs", "queue", "--all", "--verbose", "--output", "json")
         if answer.code:
             raise failure(answer, re.compile(""))  # whatever it says: nothing is known now
-        records = [item for item in _json_in(answer.output) if item.get("job_name") == attempt.name]
-        return max(records, key=lambda item: int(item.get("job_id") or 0), default=None)
+        self._known = self.clock(), _json_in(answer.output)
+        return self._known[1]
 
     def _sky(self, *arguments: str) -> Answer:
         return ask(["sky", *arguments], seconds=self.settings.command_seconds)
-
-
-def _accelerators(text: str) -> int:
-    """The processes of a node: one for each accelerator of `H100:8`, else one."""
-    count = text.partition(":")[2]
-    return int(count) if count.isdigit() and int(count) > 0 else 1
 
 
 def _told(reason: str, otherwise: int) -> int:

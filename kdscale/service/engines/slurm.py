@@ -70,7 +70,7 @@ class SlurmEngine(ClusterEngine):
 
     def prepare(self, job: Job, attempt: Attempt, target: SlurmTarget) -> Path:
         """Write the batch script. Raises ConfigError for options that sbatch would not take."""
-        slots = target.processes_per_node or max(1, target.gpus_per_node)
+        slots = target.slots_per_node
         request = rank_request(job, target.nodes * slots)
         given = {"partition": target.partition, "account": target.account, "gpus-per-node": target.gpus_per_node or ""}
         about = {"comment": "; ".join([job_name(job), *people_labels(job).values()])}

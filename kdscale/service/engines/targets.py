@@ -1,7 +1,7 @@
 """Where a run is to go: one model for each engine, and what the service's settings say where a run's target does not.
 
-A field marked ADMIN names code, secrets or another's storage: `admin_fields` lists those that a target sets, and only
-an admin may.
+A field marked ADMIN names code, secrets, storage or whom the work is charged to: `admin_fields` lists those that a
+target sets, and only an admin may.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from kdscale.config.fields import Few, Name, Seconds, Section, explain_errors
-from kdscale.errors import ConfigError
+from kdscale.errors import ConfigError, raise_together
 
 ADMIN = "admin"
 _Text = Annotated[str, Field(max_length=500)]
@@ -44,12 +44,17 @@ class SlurmTarget(Section):
 
     engine: Literal["slurm"] = "slurm"
     partition: Annotated[str, Field(pattern=r"^([A-Za-z0-9_.,-]{1,200})?$")] = ""
-    account: Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]{1,200})?$")] = ""
+    account: Annotated[str, Field(pattern=r"^([A-Za-z0-9_.-]{1,200})?$"), ADMIN] = ""
     nodes: _Nodes = 1
     gpus_per_node: _Gpus = 0
     processes_per_node: Few | None = None  # None: one for each GPU, at least one
     time: Annotated[str, Field(max_length=40)] = ""  # D-HH:MM:SS
     extra: Annotated[tuple[str, ...], ADMIN] = ()
+
+    @property
+    def slots_per_node(self) -> int:
+        """Ranks on each node."""
+        return self.processes_per_node or max(1, self.gpus_per_node)
 
 
 class KubernetesTarget(Section):
@@ -63,7 +68,7 @@ class KubernetesTarget(Section):
     namespace: Annotated[str, ADMIN] = "default"
     image: Annotated[_Text, ADMIN] = ""
     queue: Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")] = ""
-    priority: Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")] = ""
+    priority: Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"), ADMIN] = ""
     nodes: _Nodes = 1
     gpus: _Gpus = 0  # of each node
     processes_per_node: Few | None = None
@@ -71,6 +76,11 @@ class KubernetesTarget(Section):
     memory: Annotated[str, Field(max_length=20)] = ""
     volumes: Annotated[dict[str, str], ADMIN] = Field(default_factory=dict)
     secrets: Annotated[tuple[str, ...], ADMIN] = ()  # whose keys become variables
+
+    @property
+    def slots_per_node(self) -> int:
+        """Ranks on each node."""
+        return self.processes_per_node or max(1, self.gpus)
 
 
 class SkyPilotTarget(Section):
@@ -94,19 +104,28 @@ class SkyPilotTarget(Section):
     buckets: Annotated[dict[str, str], ADMIN] = Field(default_factory=dict)
     secrets: Annotated[tuple[str, ...], ADMIN] = ()  # names of the service's variables that the machines get
 
+    @property
+    def slots_per_node(self) -> int:
+        """Ranks on each node: one for each accelerator of `H100:8`."""
+        count = self.accelerators.partition(":")[2]
+        return self.processes_per_node or max(1, int(count or 1))
+
 
 class EngineSettings(Section):
     """How the service uses an engine, whatever a run asks for.
 
-    `python` is the interpreter where the ranks run, `cwd` the folder that relative paths of a config count from (None:
-    the service's own). `command_seconds` limits one call of the engine's program. A job that the engine does not know
+    `slots` is how many processes all runs on it may have at once. `python` is the interpreter where the ranks run,
+    `cwd` the folder that relative paths of a config count from (None: the service's own). The system is asked about a
+    job every `poll_seconds`; one call of its program may take `command_seconds`. A job that the system does not know
     for `patience` seconds is lost. `export` names more variables that the ranks get.
     """
 
+    slots: Few | None = None
     python: _Text = sys.executable
     cwd: str | None = None
     export: tuple[Name, ...] = ()
     command_seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 60.0
+    poll_seconds: Seconds = 10.0
     patience: Seconds = 180.0
     restarts: Annotated[int, Field(ge=0, le=1000)] = 3  # that the engine itself makes of a broken job
 
@@ -143,6 +162,7 @@ class SkyPilotSettings(EngineSettings, SkyPilotTarget):
     """SkyPilot takes minutes to start its controller and to show a job that it has accepted."""
 
     python: _Text = "python"
+    poll_seconds: Seconds = 30.0
     patience: Seconds = 1800.0
     grace: Seconds = 120.0
 
@@ -183,6 +203,27 @@ def read_target(target: Mapping[str, Any] | None, settings: Section | None = Non
 def read_settings(engine: str, engines: Mapping[str, Mapping[str, Any]]) -> Any:
     """The settings of an engine from ServiceSettings.engines. Raises ConfigError that names every wrong field."""
     return _read(SETTINGS[engine], {**engines.get(engine, {}), "engine": engine}, f"engines.{engine}")
+
+
+def check_settings(engines: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ConfigError that names every wrong setting of every engine."""
+    problems = []
+    for name in engines:
+        try:
+            if name not in SETTINGS:
+                raise ConfigError(f"engines.{name}", expected=f"one of {', '.join(SETTINGS)}")
+            read_settings(name, engines)
+        except ConfigError as error:
+            problems.append(error)
+    raise_together(problems)
+
+
+def processes_of(target: Mapping[str, Any] | None, engines: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """How many processes a target starts on its nodes together; None where the target does not say."""
+    read = read_target(target, read_settings(str((target or {}).get("engine", "local")), engines))
+    return (
+        read.nodes * read.slots_per_node if isinstance(read, SlurmTarget | KubernetesTarget | SkyPilotTarget) else None
+    )
 
 
 def admin_fields(target: Mapping[str, Any] | None) -> list[str]:

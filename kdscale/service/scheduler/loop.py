@@ -20,7 +20,7 @@ from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Events
 from kdscale.service.database.folders import write_run_folder
 from kdscale.service.database.runs import ClaimLimits, Run, Runs
-from kdscale.service.engines.engine import Engine, Job, JobState
+from kdscale.service.engines.engine import Engine, EngineUnavailableError, Job, JobState
 from kdscale.service.scheduler.leader import Leader
 from kdscale.service.scheduler.machine import Machine, find_machine
 from kdscale.service.scheduler.outcomes import Attempt, outcome
@@ -126,6 +126,8 @@ class Scheduler:
         """
         try:
             handle = self._engine(run).submit(self._job(run))
+        except EngineUnavailableError:
+            raise  # it says nothing about the attempt, which is submitted again by the next step
         except KdscaleError as error:
             self._follow(run, JobState("ended", error.exit_code), f"error: {error}")
             return None

@@ -72,7 +72,7 @@ def reason_of(job: JobState, printed: str) -> str:
         return "stopped by somebody else, with everything saved"
     if code == _KILLED:
         return "killed (SIGKILL): memory ran out, or somebody ended it"
-    words = last_words(printed)
+    words = "; ".join(filter(None, [job.reason, last_words(printed)]))
     if code > 128:
         return _with_words(f"ended by {_signal_name(code - 128)}", words)
     error = ERRORS_BY_CODE.get(code)

@@ -26,7 +26,7 @@ from kdscale.errors import MachineError, ServiceError
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import NewRun, Run, Runs
-from kdscale.service.engines.engine import Job, JobState
+from kdscale.service.engines.engine import EngineUnavailableError, Job, JobState
 from kdscale.service.ids import new_run_id
 from kdscale.service.scheduler.loop import Scheduler
 from kdscale.service.scheduler.machine import Machine
@@ -289,6 +289,19 @@ def test_an_attempt_that_cannot_be_submitted_counts_as_one(service: Service) -> 
     service.engine.refuses = None
     service.step()
     assert service.get(wrong).state == "failed" and "teacher.path" in service.get(wrong).reason
+
+
+def test_an_attempt_that_a_system_does_not_take_now_is_submitted_again(service: Service) -> None:
+    """It may have been taken, so it stays the same attempt and counts no try."""
+    run = service.add()
+    service.engine.refuses = EngineUnavailableError("the controller does not answer")
+    for _ in range(5):
+        service.step()
+        assert service.get(run).state == "starting" and "does not answer" in service.get(run).reason
+    service.engine.refuses = None
+    service.step()
+    assert service.get(run).state == "running"
+    assert (service.get(run).attempt, service.get(run).tries) == (1, 1)
 
 
 def test_an_engine_that_does_not_answer_says_nothing_about_its_runs(

@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 
 from kdscale.errors import KdscaleError, MachineError, MissingProgramError
-from kdscale.service.engines.engine import ENGINES, JobState
-from kdscale.service.engines.programs import EngineUnavailableError
+from kdscale.service.engines import programs
+from kdscale.service.engines.engine import ENGINES, EngineUnavailableError, JobState
+from kdscale.service.engines.programs import EngineSilentError
+from kdscale_launch.systems import notes
 from tests.unit.service.engines.benches import BENCHES, Bench, ClusterBench
 
 CLUSTERS = [name for name, bench in BENCHES.items() if issubclass(bench, ClusterBench)]
@@ -76,6 +78,51 @@ def test_a_lost_job_is_told_apart(bench: Bench) -> None:
     bench.engine().requeue(handle, again)
     bench.begin(again)
     assert bench.count() == 2
+
+
+def test_a_lost_job_that_turns_up_again_stays_lost_and_leaves(cluster: ClusterBench) -> None:
+    """The next attempt may have begun."""
+    job = cluster.job()
+    handle = cluster.engine().submit(job)
+    cluster.begin(job)
+    before = cluster.read()
+    cluster.vanish(job)
+    cluster.state(handle)
+    cluster.clock += cluster.engine().settings.patience
+    assert cluster.state(handle).phase == "lost"
+    cluster.write(before)
+    assert cluster.state(handle).phase == "lost"
+    assert notes.is_asked_to_stop(job.work / "notes")
+
+
+def test_a_system_is_not_asked_all_the_time(cluster: ClusterBench) -> None:
+    """A scheduler looks at every run once a second."""
+    job = cluster.job()
+    engine = cluster.engine()
+    handle = engine.submit(job)
+    cluster.begin(job)
+    engine.state(handle)
+    asked = len(cluster.read()["calls"])
+    cluster.clock += engine.settings.poll_seconds / 2
+    first = engine.state(handle)
+    assert len(cluster.read()["calls"]) == asked
+    engine.cancel(handle, grace=60.0)  # that is done at once
+    assert cluster.was_told(job)
+    cluster.finish(job, 75)
+    cluster.clock += engine.settings.poll_seconds
+    assert (first.phase, engine.state(handle).exit_code) == ("running", 75)
+
+
+def test_a_log_that_cannot_be_read_holds_nobody_up(cluster: ClusterBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = cluster.job()
+    handle = cluster.engine().submit(job)
+    cluster.state(handle)
+
+    def silent(*_: object, **__: object) -> None:
+        raise EngineSilentError("kubectl did not answer")
+
+    monkeypatch.setattr(programs, "_run", silent)
+    assert cluster.engine().logs(handle, 1000) in (b"", b"[the log cannot be read now: kubectl did not answer]\n")
 
 
 def test_a_stopped_job_says_that_it_saved(bench: Bench) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from kdscale.errors import ConfigError
-from kdscale.service.engines.programs import EngineUnavailableError
+from kdscale.service.engines.engine import EngineUnavailableError
 from tests.unit.service.engines.benches import SkyPilotBench
 
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 
 from kdscale.errors import ConfigError
-from kdscale.service.engines.engine import ENGINES
-from kdscale.service.engines.targets import SETTINGS, TARGETS, admin_fields, read_settings, read_target, target_schema
+from kdscale.service.engines.engine import ENGINES, Engines
+from kdscale.service.engines.targets import (
+    SETTINGS,
+    TARGETS,
+    admin_fields,
+    processes_of,
+    read_settings,
+    read_target,
+    target_schema,
+)
+from kdscale.service.settings import ServiceSettings
 
 
 def test_every_engine_has_a_target_and_settings() -> None:
@@ -36,10 +45,31 @@ def test_every_wrong_field_is_named() -> None:
 
 
 def test_what_names_code_or_storage_is_for_admins() -> None:
-    assert admin_fields({"engine": "slurm", "nodes": 2, "time": "1", "extra": []}) == ["target.extra"]
+    assert admin_fields({"engine": "slurm", "nodes": 2, "time": "1", "extra": [], "account": "x"}) == [
+        "target.account", "target.extra"
+    ]  # fmt: skip
     assert admin_fields({"engine": "kubernetes", "image": "x", "volumes": {}, "queue": "q"}) == [
         "target.image", "target.volumes"
     ]  # fmt: skip
     assert admin_fields({"engine": "hosts", "hostfile": "/etc/passwd"}) == ["target.hostfile"]
     assert "target.setup" in admin_fields({"engine": "skypilot", "setup": "curl x | sh"})
     assert admin_fields(None) == admin_fields({"engine": "condor", "image": 1}) == []
+
+
+def test_a_service_with_wrong_settings_of_engines_does_not_start() -> None:
+    engines = {"slurm": {"partitoin": "x"}, "skypilot": {"nodes": 0}, "condor": {}, "local": {"slots": 3}}
+    with pytest.raises(ConfigError) as caught:
+        Engines(ServiceSettings(home="/none", engines=engines))
+    for name in ("engines.slurm.partitoin", "engines.skypilot.nodes", "engines.condor"):
+        assert name in str(caught.value)
+    assert "engines.local" not in str(caught.value)
+
+
+def test_how_many_processes_count_against_a_quota() -> None:
+    engines = {"slurm": {"nodes": 2, "gpus_per_node": 8}}
+    assert processes_of({"engine": "slurm"}, engines) == 16
+    assert processes_of({"engine": "slurm", "nodes": 3, "processes_per_node": 4}, engines) == 12
+    assert processes_of({"engine": "skypilot", "accelerators": "H100:8", "nodes": 2}, {}) == 16
+    assert processes_of({"engine": "kubernetes"}, {}) == 1
+    assert processes_of(None, {}) is None
+    assert processes_of({"engine": "hosts"}, {}) is None
