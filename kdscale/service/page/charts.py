@@ -19,6 +19,7 @@ Point = tuple[float, float]
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 26  # margins, with the labels of the axes in them
 _SPARK_WIDTH, _SPARK_HEIGHT, _SPARK_POINTS = 96, 24, 48
+_MARK_HEIGHT = 13
 _SHOWN = 0.985  # of the values decide the scale: a first, far-off step or two may leave it
 
 
@@ -70,6 +71,7 @@ def line_chart(title: str, lines: Sequence[Line], x_title: str, *, log: bool = F
         x = _LEFT + (value - x_low) / (x_high - x_low) * width
         anchor = "start" if x < _LEFT + 12 else "end" if x > _WIDTH - 24 else "middle"
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 9}" text-anchor="{anchor}">{compact_count(value, 4)}</text>')
+    marked: list[tuple[float, str]] = []
     # an inner svg cuts off what leaves the scale
     parts.append(f'<svg x="{_LEFT}" y="{_TOP}" width="{width}" height="{height}">')
     for line in sorted(lines, key=lambda line: not line.faint):
@@ -82,7 +84,11 @@ def line_chart(title: str, lines: Sequence[Line], x_title: str, *, log: bool = F
         if line.mark:
             x, y = places[-1]
             side, anchor = (-7, "end") if x > width / 2 else (7, "start")
-            place = f'x="{x + side:.1f}" y="{max(12.0, y + 4):.1f}" text-anchor="{anchor}"'
+            y = max(12.0, y + 4)
+            while any(abs(y - other) < _MARK_HEIGHT and anchor == its_side for other, its_side in marked):
+                y += _MARK_HEIGHT  # below the one that is there
+            marked.append((y, anchor))
+            place = f'x="{x + side:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
             parts.append(f"<text {place}>{escape(line.mark)}</text>")
     parts.append("</svg>")
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-hidden="true" focusable="false">{"".join(parts)}</svg>'

@@ -137,19 +137,20 @@ def facts_of(verdict: Verdict) -> list[tuple[str, str]]:
     if verdict.stages:
         found.append(("Stages", ", ".join(verdict.stages)))
     if guess := verdict.estimate:
+        cluster, speed = guess.cluster, format_count(guess.tokens_per_second)
+        devices = f"{cluster.get('nodes', 1) * cluster.get('gpus_per_node', 1)} × {cluster.get('gpu')}"
+        found.append(("On", f"{devices}, as no GPU of this machine is known" if guess.assumed else devices))
         found.append(("Memory", f"{format_size(guess.gpu_bytes)} a device{'' if guess.fits else ': does not fit'}"))
-        found.append(("Training", f"{format_count(guess.tokens)} tokens at {guess.tokens_per_second:,.0f} a second"))
-        found.append(("Time", compact_duration(86_400 * guess.days)))
-        if guess.assumed:
-            found.append(("Worked out for", f"{guess.cluster.get('gpu', 'a GPU')}, as this machine’s is not known"))
+        found.append(("Training", f"{format_count(guess.tokens)} tokens at {speed} a second"))
+        seconds = 86_400 * guess.days
+        found.append(("Time", compact_duration(seconds) if seconds >= 60 else "less than a minute"))
     return found
 
 
 def _commands(request: Request, sent: Mapping[str, str]) -> list[dict[str, str]]:
-    settings, address = settings_of(sent["overrides"]), str(request.base_url).rstrip("/")
-    named = ["--name", sent["name"].strip()] if sent["name"].strip() else []
+    settings, name = settings_of(sent["overrides"]), sent["name"].strip()
+    options = [("--server", str(request.base_url).rstrip("/")), *([("--name", name)] if name else [])]
     return [
-        {"what": "To this service:", "text": command_line(
-            "submit", sent["config_name"], settings, "--server", address, *named)},
+        {"what": "To this service:", "text": command_line("submit", sent["config_name"], settings, *options)},
         {"what": "Without a service:", "text": command_line("run", sent["config_name"], settings)},
-    ]  # fmt: skip
+    ]

@@ -1,4 +1,4 @@
-"""Signing in with a token or with a provider of identities, and out."""
+"""Signing in with a token, and out."""
 
 from __future__ import annotations
 
@@ -61,20 +61,14 @@ def sign_in(request: Request, form: Form) -> Response:
 
 @router.get(oidc_sign_in.PATH)
 def to_provider(request: Request, next: str = "") -> Response:
-    """Send the browser to the provider of identities."""
-    try:
-        return oidc_sign_in.begin(request, own_path(next, _START))
-    except Problem as problem:
-        return _page(request, next, problem)
+    """To the provider of identities."""
+    return oidc_sign_in.begin(request, next or _START)
 
 
 @router.get(oidc_sign_in.CALLBACK)
 def from_provider(request: Request) -> Response:
-    """Let whoever the provider sends back in, or say why not."""
-    try:
-        return oidc_sign_in.finish(request)
-    except Problem as problem:
-        return _page(request, _START, problem)
+    """Back from it."""
+    return oidc_sign_in.finish(request)
 
 
 @router.post("/sign-out")

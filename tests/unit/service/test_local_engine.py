@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kdscale.files import write_json
-from kdscale.runtime.locks import is_locked
+from kdscale.files import is_locked, write_json
 from kdscale.service.engines import supervisor
 from kdscale.service.engines.engine import ENGINES, Job, JobState, make_engine
 from kdscale.service.engines.local import LocalEngine

@@ -18,6 +18,7 @@ from kdscale.report.compare.settings import dotted_fields
 from kdscale.service.page.rendering import in_short
 
 _OF_EVERY_RUN = ("name", "run_dir")
+_LINE = 72  # characters of a command that stays on one line
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,8 @@ def config_yaml(config: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
-def command_line(program: str, config_name: str, overrides: Sequence[str], *more: str) -> str:
+def command_line(program: str, config_name: str, overrides: Sequence[str], *more: tuple[str, str]) -> str:
     """A command that runs a config, as a shell reads it; `config.yaml` where the config has no name."""
-    words = ["kdscale", program, config_name or "config.yaml", *more]
-    for override in overrides:
-        words += ["--set", override]
-    return shlex.join(words)
+    options = [*more, *(("--set", override) for override in overrides)]
+    lines = [shlex.join(["kdscale", program, config_name or "config.yaml"]), *map(shlex.join, options)]
+    return (" " if sum(map(len, lines)) < _LINE else " \\\n  ").join(lines)

@@ -27,7 +27,7 @@ class Document(HTMLParser):
         self._inputs: list[dict[str, str]] = []
         self._main = 0
         self.whole = self.text.lstrip().startswith("<!doctype html>")
-        self._level = 0 if self.whole else 1  # a part stands below the title of its page
+        self._level = 0 if self.whole else 2  # a part stands below a title of its page
         self.feed(self.text)
         self.close()
         self._judge()
