@@ -74,7 +74,7 @@ def of_error(error: errors.KdscaleError, model: type[BaseModel] | None = None) -
     if isinstance(cause := error.__cause__, ValidationError):
         return Problem(status, name, error.what.splitlines()[0].rstrip(":"), errors=fields_of(cause, model=model))
     parts: dict[str, Any] = {key: clean(value) for key, value in error.parts.items() if key != "what"}
-    return Problem(status, name, error.what, field=_field_of(error), **parts)
+    return Problem(status, name, error.what, field=field_of_error(error), **parts)
 
 
 def fields_of(error: ValidationError, *, skip: int = 0, model: type[BaseModel] | None = None) -> list[dict[str, str]]:
@@ -100,7 +100,7 @@ def clean(text: str) -> str:
     return for_terminal(redacted_text(text))
 
 
-def _field_of(error: errors.KdscaleError) -> str:
+def field_of_error(error: errors.KdscaleError) -> str:
     """The dotted field that an error is about; empty where it names something else."""
     what = error.what.removeprefix("--set ")
     return what if what.isascii() and what.replace(".", "").replace("_", "").isalnum() else ""

@@ -25,6 +25,7 @@ from kdscale.pipeline.checks import find_problems
 from kdscale.pipeline.stages.registry import stages_of
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.progress import Reporter
+from kdscale.service.problems import field_of_error
 from kdscale.sizing.gpus import GpuCluster, find_gpu
 from kdscale.sizing.speed import Rates
 from kdscale.weights import resolve_teacher
@@ -61,14 +62,19 @@ def estimate(question: dict[str, Any]) -> dict[str, Any]:
             answer |= _costs(config, question["cluster"])
         except KdscaleError as error:
             errors.append(error)
-    answer["refused"] = [error.parts for error in _each_once(errors)]
+    answer["refused"] = [
+        {
+            "field": field_of_error(error),
+            "detail": error.what,
+            "expected": error.expected,
+            "got": error.got,
+            "hint": error.hint,
+        }
+        for error in {str(error): error for error in errors}.values()
+    ]
     answer["notes"] = [line.strip().removeprefix("note: ") for line in said.getvalue().splitlines()]
     answer["notes"] += answer.pop("plan_notes", [])
     return answer
-
-
-def _each_once(errors: list[KdscaleError]) -> list[KdscaleError]:
-    return list({str(error): error for error in errors}.values())
 
 
 def _costs(config: Config, cluster: dict[str, Any]) -> dict[str, Any]:

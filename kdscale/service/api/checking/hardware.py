@@ -58,8 +58,12 @@ def parse_gpus(listed: str) -> list[dict[str, Any]]:
 def gpus_of() -> tuple[str, int] | None:
     """The name by which sizing knows this machine's GPUs, and how many there are; None where it knows none."""
     found = gpus()
-    names = {name for name in known_gpus() if found and find_gpu(name).name.lower() in found[0]["name"].lower()}
-    return (max(names, key=len), len(found)) if names else None
+    words = found[0]["name"].lower().replace("-", " ").split() if found else []
+    memory = (found[0]["memory_bytes"] or 0) if found else 0
+    names = [name for name in known_gpus() if name.partition("-")[0] in words]
+    if not names:
+        return None
+    return min(names, key=lambda name: abs(find_gpu(name).memory - memory)), len(found)
 
 
 def machine_facts(settings: ServiceSettings) -> dict[str, Any]:

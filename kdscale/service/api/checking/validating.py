@@ -27,6 +27,7 @@ from kdscale.service.api.submitting import read_submission
 from kdscale.service.ids import new_run_id
 from kdscale.service.problems import Problem
 from kdscale.service.redaction import redacted
+from kdscale.sizing.gpus import known_gpus
 from kdscale_launch.environment import without_secrets
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
@@ -39,19 +40,16 @@ _MOST_BYTES = 4 << 20  # of an answer
 async def validate(actor: Reader, request: Request, body: Annotated[Question, Depends(json_body(Question))]) -> Verdict:
     """Say what a config would make and need, and what of it is refused; nothing is started or written."""
     state = request.app.state
+    cluster = await run_in_threadpool(_cluster, body)
     try:
         planned = await run_in_threadpool(read_submission, state, actor, body, new_run_id(), None)
     except Problem as problem:
         return Verdict(valid=False, notes=[], refused=_refusals(problem))
     config = planned.config.resolved()
-    cluster = await run_in_threadpool(_cluster, body)
     here = planned.target.get("engine", "local") == "local"
     answer = await _ask(state, {"config": config, "here": here, "cluster": cluster})
-    refused = [
-        Refusal(field="", detail=parts["what"], expected=parts["expected"], got=parts["got"], hint=parts["hint"])
-        for parts in redacted(answer.pop("refused"))
-    ]
-    return Verdict(valid=not refused, refused=refused, config=redacted(config), **redacted(answer))
+    told: dict[str, Any] = redacted(answer)
+    return Verdict(valid=not told["refused"], config=redacted(config), **told)
 
 
 def _refusals(problem: Problem) -> list[Refusal]:
@@ -62,6 +60,11 @@ def _refusals(problem: Problem) -> list[Refusal]:
 
 def _cluster(body: Question) -> dict[str, Any]:
     """What the estimate is for: what was asked, else the GPUs of this machine, else what is assumed."""
+    if body.gpu is not None and body.gpu not in known_gpus():
+        raise Problem(
+            422, "request", "the estimate knows no such GPU", field="gpu", expected=f"one of {', '.join(known_gpus())}",
+            got=body.gpu, hint="name the nearest",
+        )  # fmt: skip
     own = gpus_of() if body.gpu is None else None
     kind, count = own or (_ASSUMED_GPU, _ASSUMED_GPUS)
     return {
