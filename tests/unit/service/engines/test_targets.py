@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
+from kdscale.config.load import parse_yaml
 from kdscale.errors import ConfigError
 from kdscale.service.engines.engine import ENGINES, Engines
 from kdscale.service.engines.targets import (
@@ -73,3 +78,20 @@ def test_how_many_processes_count_against_a_quota() -> None:
     assert processes_of({"engine": "kubernetes"}, {}) == 1
     assert processes_of(None, {}) is None
     assert processes_of({"engine": "hosts"}, {}) is None
+
+
+def test_the_examples_in_the_docs_can_be_used() -> None:
+    text = (Path(__file__).parents[4] / "docs/how-to/service-engines.md").read_text()
+    engines = {
+        name: tree
+        for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+        for name, tree in parse_yaml(block, "the page")["engines"].items()
+    }
+    targets = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    assert {target["engine"] for target in targets} == set(engines) == set(ENGINES) - {"local"}
+    for target in targets:
+        read_target(target, read_settings(target["engine"], engines))
+        assert not admin_fields(target)
+    for name, fields in engines.items():  # what is marked there is what is refused
+        marked = set(re.findall(r"^    (\w+):.*#.*†", text, re.MULTILINE)) & set(fields)
+        assert {f"target.{field}" for field in marked} == set(admin_fields({"engine": name, **fields}))
