@@ -135,7 +135,16 @@ def command_objects() -> dict[str, Any]:
     from kdscale.cli.main import make_app
 
     group: Any = typer.main.get_command(make_app())
-    return dict(group.commands)
+    return dict(_commands(group))
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The commands of a group, and those of the groups in it by both names: `token create`."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def _command(name: str, command: Any) -> str:

@@ -7,7 +7,6 @@ renamed. A reader can trust any file that has its final name, whatever was kille
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -15,11 +14,10 @@ import re
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from kdscale.errors import CheckpointError, FileError, KdscaleError, RunFolderError
 from kdscale_launch.watchdog import beat
@@ -44,8 +42,6 @@ _SAFETENSORS_CODE = re.compile(r"\b(?:code:|os error) (\d+)")
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 64 << 20, 64
-_LOCK_POLL_SECONDS = 0.01
-LOOK_SECONDS = 0.5  # how long a look at a lock may take on a busy machine
 _JSON_NAMES = {
     dict: "an object",
     list: "a list",
@@ -212,6 +208,15 @@ def read_bytes(path: Path, error: type[KdscaleError] = FileError, limit: int = M
     return content
 
 
+@contextmanager
+def open_plain(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file to read; raises OSError for anything else, and never waits for the writer of a FIFO."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield stream
+
+
 def _read_up_to(handle: int, size: int) -> bytes:
     blocks = []
     while size > 0 and (block := os.read(handle, min(size, 1 << 24))):
@@ -289,39 +294,6 @@ def _is_deeper_than(value: Any, limit: int) -> bool:
         if not level:
             return False
     return True
-
-
-def try_lock(handle: int, patience: float = 0.0) -> bool:
-    """Lock an open file or folder for this process; False where another one has locked it.
-
-    `patience`: seconds to keep trying, for a file that `is_locked` may look at: it holds the lock for an instant.
-    """
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_LOCK_POLL_SECONDS)
-        else:
-            return True
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process has locked this file now; False where there is no such file."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:  # nobody who can hold it
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(handle)
 
 
 def is_plain_or_absent(path: Path) -> bool:

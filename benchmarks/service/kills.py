@@ -28,7 +28,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "faults"))
 from two_hosts import tiny_config
 
 from kdscale.config.load import parse_yaml
-from kdscale.files import is_locked, read_json, read_own_json, sha256_file, write_json
+from kdscale.files import read_json, read_own_json, sha256_file, write_json
+from kdscale.runtime.locks import is_locked
 from kdscale.service.database.connection import open_database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import NewRun, Run, Runs

@@ -12,11 +12,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from kdscale.cli import chat, compare, init, launch, models, package, plan_cluster, replay, run, sweep
-from kdscale.cli.service import download, login, serve, submit
+from kdscale.cli.service import download, login, serve, submit, token
 from kdscale.cli.service import runs as service_runs
 from kdscale.errors import ConfigError, FileError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
 from kdscale.runtime.exits import exit_code_of, leave
+
+SERVICE = "A service"  # the group of commands that is about one
 
 
 def _without_bool(params: list[Any]) -> list[Any]:
@@ -52,6 +54,11 @@ def make_app() -> typer.Typer:
     for title, commands in _groups().items():
         for name, command in commands.items():
             app.command(name, cls=_Command, rich_help_panel=title)(command)
+        if title == SERVICE:
+            tokens = typer.Typer(cls=_Group, help=token.HELP, no_args_is_help=True)
+            for inner, inner_command in token.COMMANDS.items():
+                tokens.command(inner, cls=_Command)(inner_command)
+            app.add_typer(tokens, name="token", rich_help_panel=title)
     return app
 
 
@@ -78,7 +85,7 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
             "launch": launch.launch_command,
             "serve-teacher": models.serve_teacher_command,
         },
-        "A service": {
+        SERVICE: {
             "serve": serve.serve_command,
             "login": login.login_command,
             "submit": submit.submit_command,

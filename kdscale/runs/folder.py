@@ -29,18 +29,16 @@ from kdscale.config.load import Difference, config_differences, dump_config, loa
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError, FileError, RunFolderError
 from kdscale.files import (
-    LOOK_SECONDS,
     explain_os_errors,
-    is_locked,
     is_plain_or_absent,
     read_json,
     read_own_json,
     remove_leftovers,
     set_aside,
-    try_lock,
     write_json,
     write_text,
 )
+from kdscale.runtime.locks import LOOK_SECONDS, is_locked, try_lock
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.errors import FileError
-from kdscale.files import atomic_path, is_plain_or_absent, parse_json, read_bytes, set_aside
+from kdscale.files import atomic_path, is_plain_or_absent, open_plain, parse_json, read_bytes, set_aside
 
 _NO_FIGURES = {"kind": str, "documents": str, "micro_batches": list}  # the columns that are no figures
 _LARGEST, _LARGEST_FIGURE = 4 << 30, 1e300
@@ -82,7 +82,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 def last_metrics(path: Path, size: int = 1 << 18) -> list[dict[str, Any]]:
     """The rows in the last `size` bytes of a metrics file, for those who look at it every second."""
     try:
-        with path.open("rb") as stream:
+        with open_plain(path) as stream:
             end = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, end - size))
             lines = stream.read(size).split(b"\n")

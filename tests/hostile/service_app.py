@@ -25,8 +25,13 @@ MARKUP = "<script>alert(1)</script>"
 # Routes that anybody may ask, and why.
 PUBLIC = {
     "/healthz": "supervisors ask it", "/readyz": "supervisors ask it", "/openapi.json": "is the same everywhere",
-    "/metrics": "asks for a token itself, unless the settings make it public",
+    "/metrics": "asks for a token itself, unless the settings make it public", "/": "sends to /runs",
+    "/static/{name}": "scripts and styles", "/sign-in": "asks for a token", "/sign-in/oidc": "sends to the provider",
+    "/sign-in/oidc/callback": "lets in by the provider's word",
 }  # fmt: skip
+
+# Applications of their own, which ask for a token before anything else.
+ASK_THEMSELVES = ("/mcp",)
 
 
 def routes_of(routes: Any) -> Iterator[Any]:
@@ -100,7 +105,7 @@ class Target:
     def path_of(self, route: Any) -> str:
         """An address that the route answers."""
         given = {"run_id": self.run_id, "path": "config.yaml", "name": "demo"}
-        path = str(route.path).replace(":path}", "}")
+        path = str(route.path).replace(":path}", "}").replace("/runs/{run_id}/{name}", "/runs/{run_id}/cancel")
         return path.format_map(_Given(given))
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
@@ -113,6 +118,8 @@ class Target:
         if "html" in answer.headers.get("Content-Type", ""):
             assert "Content-Security-Policy" in answer.headers
             assert MARKUP not in answer.text, "it shows markup of others"
+        if answer.headers.get("Location", "").startswith("/sign-in"):
+            raise ServiceError("sent to the sign-in")
         if answer.status_code >= 400:
             kind = answer.headers["Content-Type"]
             assert kind.startswith(("text/html", "application/problem+json")), kind

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlencode, urljoin, urlsplit
 
 import pytest
 
 from kdscale.service.access.sessions import Session
 from kdscale.service.database.connection import open_database
 from tests.hostile.nasty import HostileCases
-from tests.hostile.service_app import MARKUP, PUBLIC, SECRET, Target, routes_of, scopes_of, settings_of
+from tests.hostile.service_app import ASK_THEMSELVES, MARKUP, PUBLIC, SECRET, Target, routes_of, scopes_of, settings_of
 
 CHANGES = ("POST", "PUT", "PATCH", "DELETE")
 
@@ -38,11 +39,11 @@ def guarded(service: Target) -> Iterator[tuple[Any, str, str]]:
 
 def test_every_route_asks_for_a_scope(service: Target) -> None:
     for route in routes_of(service.app.routes):
-        if getattr(route, "path", None) in PUBLIC:
+        if route.path in PUBLIC or route.path in ASK_THEMSELVES:
             continue
         scopes = scopes_of(route.dependant)
         assert scopes, f"{route.path}: give it require(scope), or list it in PUBLIC"
-        if set(route.methods) & set(CHANGES) and not route.path.endswith(":validate"):
+        if set(route.methods) & set(CHANGES) and route.path not in ("/v1/runs:validate", "/sign-out"):
             assert scopes & {"run", "admin"}, f"{route.path} changes something: read is not enough"
 
 
@@ -62,6 +63,19 @@ def test_nobody_gets_in(service: Target, hostile: HostileCases) -> None:
             hostile.run(f"{what}: {who}", ask, must="refuse")
         query = f"{path}?token={service.secrets['admin']}&access_token={service.secrets['admin']}"
         hostile.run(f"{what}: a token in the address", lambda m=method, p=query: service.ask(m, p), must="refuse")
+
+
+def test_nobody_gets_in_where_no_route_asks(service: Target, hostile: HostileCases) -> None:
+    assert set(ASK_THEMSELVES) <= {route.path for route in routes_of(service.app.routes)}
+    for path in ASK_THEMSELVES:
+        for method in ("GET", "POST", "DELETE", "PUT"):
+            strangers: dict[str, dict[str, str]] = {
+                "no token": {}, "a cookie": {"Cookie": f"kdscale={service.cookie}"},
+                **{who: service.bearer(who) for who in ("none", "expired", "revoked")},
+            }  # fmt: skip
+            for who, headers in strangers.items():
+                ask = lambda h=headers, m=method, p=path: service.ask(m, p, headers=h)  # noqa: E731
+                hostile.run(f"{method} {path}: {who}", ask, must="refuse")
 
 
 def test_no_page_of_another_site_changes_anything(service: Target, hostile: HostileCases) -> None:
@@ -327,6 +341,57 @@ def test_what_others_wrote_is_shown_as_text(service: Target) -> None:
     assert log.headers["Content-Type"].startswith("text/plain")
     listed = service.ask("GET", f"/v1/runs/{service.run_id}/events", headers=service.bearer("read"))
     assert listed.headers["Content-Type"] == "application/json"
+
+
+def test_pages_show_what_others_wrote_as_text(service: Target, hostile: HostileCases) -> None:
+    run_id = service.add_run(MARKUP)
+    service.app.state.runs.ask(run_id, "cancel", f"{MARKUP} \x1b[2J {MARKUP}")
+    for route, method, _ in guarded(service):
+        if method == "GET" and not route.path.startswith("/v1"):
+            path = service.path_of(route).replace(service.run_id, run_id)
+            shown = service.client.get(f"{path}?search={MARKUP}&runs={run_id}", headers=service.bearer("admin"))
+            assert shown.status_code < 500, path
+            assert MARKUP not in shown.text, path
+            assert "\x1b" not in shown.text, path
+    for name in ("next", "search", "owner", "state", "runs"):
+        for path in ("/sign-in", "/runs", "/compare", "/machine", "/none", f"/runs/{MARKUP}"):
+            for value in (MARKUP, '"><img src=x onerror=alert(1)>', "{{7*7}}", "javascript:alert(1)"):
+                query = urlencode({name: value})
+                ask = lambda a=f"{path}?{query}": service.ask("GET", a, headers=service.bearer("read"))  # noqa: E731
+                answer = hostile.run(f"{path}?{query}", ask)
+                shown = "" if answer is None else answer.text
+                assert "<" not in value or value not in shown
+                assert not any(word in shown for word in (">49<", 'href="javascript', 'action="javascript'))
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+NEXT = [
+    "https://evil.example", "//evil.example", "///evil.example", "/\\evil.example", "\\\\evil.example",
+    "/\t/evil.example", "\t//evil.example", "http:evil.example", "javascript:alert(1)", "data:text/html,x",
+    "/%0d%0aSet-Cookie:%20x=y",
+    "/\r\nSet-Cookie: x=y", "", "runs", "/" + "x" * 5000, "https:/evil.example", "/.//evil.example",
+]  # fmt: skip
+
+
+def test_a_sign_in_leads_to_no_other_site(service: Target, hostile: HostileCases) -> None:
+    for there in NEXT:
+        form = {"token": service.secrets["read"], "next": there}
+        answer = hostile.run(
+            f"next {there[:40]}", lambda f=form: service.ask("POST", "/sign-in", data=f), must="accept"
+        )
+        place = urlsplit(urljoin("http://127.0.0.1:8765/sign-in", answer.headers["Location"]))
+        assert place.netloc == "127.0.0.1:8765", there
+        assert answer.headers.get_list("set-cookie")[0].startswith("kdscale=")
+        assert len(answer.headers.get_list("set-cookie")) == 1
+    service.client.cookies.clear()
+    for origin in ("http://evil.example", "null"):
+        form = {"token": service.secrets["read"]}
+        ask = lambda f=form, o=origin: service.ask("POST", "/sign-in", data=f, headers={"Origin": o})  # noqa: E731
+        hostile.run(f"a sign-in from {origin}", ask, must="refuse")
+    for token in ("", "x", service.secrets["revoked"], "x" * 300_000, "\x00", "\ud800", "é", "' or 1=1--"):
+        data = urlencode({"token": token}, errors="surrogatepass").encode()
+        ask = lambda d=data: service.ask("POST", "/sign-in", content=d, headers=FORM)  # noqa: E731
+        hostile.run(f"a sign-in with {token[:20]!r}", ask, must="refuse")
 
 
 def test_the_service_still_works(service: Target) -> None:

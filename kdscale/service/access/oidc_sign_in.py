@@ -22,8 +22,8 @@ _making = threading.Lock()
 
 
 def begin(request: Request, there: str) -> Response:
-    """Send the browser to the provider; `there`: the page of ours to go on with. Raises Problem."""
-    url, pending = _provider(request).begin(_callback(request), own_path(there))
+    """Send the browser to the provider; `there`: the path of ours to go on with. Raises Problem."""
+    url, pending = _provider(request).begin(_callback(request), there)
     answer = RedirectResponse(url, 303)
     # lax: the provider's page sends the browser back, which is a link from another site
     answer.set_cookie(
@@ -46,7 +46,7 @@ def finish(request: Request) -> Response:
     request.state.actor = Actor(token.owner, token.scopes, token.id, "cookie", address_of(request))
     accounts.audit(token.owner, "sign-in", detail={"token": token.id, "provider": issuer}, address=address_of(request))
     # After a redirect the next request would count as the provider's, with which browsers send no strict cookie.
-    there = html.escape(own_path(pending.there if pending else "/"))
+    there = html.escape(own_path(pending.there if pending else "/"))  # signed, and yet never another site's
     answer = HTMLResponse(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Signed in</title>'
         f'<meta http-equiv="refresh" content="0; url={there}"></head>'

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.errors import MachineError
-from kdscale.files import explain_os_errors, is_locked, read_own_json, write_json
+from kdscale.files import explain_os_errors, read_own_json, write_json
 from kdscale.jobs.launch import python_path
+from kdscale.runtime.locks import is_locked
 from kdscale.service.engines import supervisor as attempt
 from kdscale.service.engines.engine import Job, JobState
 from kdscale.service.engines.marks import end_marked

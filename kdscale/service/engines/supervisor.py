@@ -2,8 +2,8 @@
 
 It leaves the service that started it (a session of its own, no pipe to it), so that the service may end, be killed and
 start again while the run goes on. Whoever holds WORK/lock is the supervisor of this attempt, and an attempt that has a
-started.json is never begun again. The run dies with its supervisor. Standard library and kdscale.files only: it starts
-in a tenth of a second and takes a few megabytes for days.
+started.json is never begun again. The run dies with its supervisor. Little more than the standard library: it
+starts in a tenth of a second and takes a few megabytes for days.
 
 WORK/  request.json (what to run)  lock  started.json  stop.json (written by whoever wants it to stop)  exit.json
   output.log (what the run prints)  supervisor.log (what this program prints)
@@ -21,7 +21,8 @@ from types import FrameType
 from typing import Any
 
 from kdscale.errors import KdscaleError, RunFolderError
-from kdscale.files import LOOK_SECONDS, read_json, read_own_json, try_lock, write_json
+from kdscale.files import read_json, read_own_json, write_json
+from kdscale.runtime.locks import LOOK_SECONDS, try_lock
 from kdscale.service.engines.marks import MARK, end_marked
 from kdscale_launch.job import STOPPED_EXIT_CODE, CannotStart, shell_exit_code
 from kdscale_launch.processes import Process, start_process

@@ -1,4 +1,4 @@
-"""Signing in with a token, and out."""
+"""Signing in with a token or with a provider of identities, and out."""
 
 from __future__ import annotations
 
@@ -61,14 +61,20 @@ def sign_in(request: Request, form: Form) -> Response:
 
 @router.get(oidc_sign_in.PATH)
 def to_provider(request: Request, next: str = "") -> Response:
-    """To the provider of identities."""
-    return oidc_sign_in.begin(request, next or _START)
+    """Send the browser to the provider of identities."""
+    try:
+        return oidc_sign_in.begin(request, own_path(next, _START))
+    except Problem as problem:
+        return _page(request, next, problem)
 
 
 @router.get(oidc_sign_in.CALLBACK)
 def from_provider(request: Request) -> Response:
-    """Back from it."""
-    return oidc_sign_in.finish(request)
+    """Let whoever the provider sends back in, or say why not."""
+    try:
+        return oidc_sign_in.finish(request)
+    except Problem as problem:
+        return _page(request, _START, problem)
 
 
 @router.post("/sign-out")

@@ -20,15 +20,16 @@ from typing import Any
 
 from kdscale.config.root import Config
 from kdscale.errors import FileError
-from kdscale.files import parse_json
+from kdscale.files import open_plain, parse_json
 from kdscale.pipeline.progress import config_of, rows_of, stage_progress, training_progress
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.metrics_log import last_metrics
+from kdscale.runs.metrics_log import is_figure, last_metrics
 from kdscale.service.database.observed import Seen
 
 _LOSSES = 60
 _DISTILL, _DISTILL_SHARE = "distill", 0.5
 _MOST_EVENT_BYTES = 1 << 20  # that are read at once
+_LONGEST = 2000  # characters of a reason
 _MOST_ENTRIES = 4096  # that are looked at for the time of the last change
 _FIGURES = ("tokens", "loss", "tokens_per_second")
 
@@ -84,7 +85,7 @@ def look(folder: Path, before: Mapping[str, Any], moved: float, alive: bool) -> 
         stages += [
             {
                 "name": stage.name, "step": name, "state": stage.state, "seconds": stage.seconds, "since": stage.since,
-                "reason": next(iter(stage.reason.splitlines()), ""),
+                "reason": next(iter(stage.reason.splitlines()), "")[:_LONGEST],
             }
             for stage in stage_progress(run, rows, alive, _ignore)
         ]  # fmt: skip
@@ -156,7 +157,7 @@ def _events(folder: Path, places: list[tuple[str, RunFolder]], before: Any) -> t
         name = run.events.relative_to(folder).as_posix()
         start = before.get(name, 0) if isinstance(before, dict) else 0
         try:
-            with run.events.open("rb") as stream:
+            with open_plain(run.events) as stream:
                 size = stream.seek(0, os.SEEK_END)
                 start = start if isinstance(start, int) and 0 <= start <= size else 0
                 stream.seek(start)
@@ -174,7 +175,8 @@ def _events(folder: Path, places: list[tuple[str, RunFolder]], before: Any) -> t
 def _seen(row: Mapping[str, Any], step: str) -> Seen:
     when = datetime.fromisoformat(row["time"]).timestamp()
     data = {"stage": str(row["stage"]), "state": str(row["event"])} | ({"step": step} if step else {})
-    data |= {name: row[name] for name in ("seconds", "facts", "reason") if name in row}
+    data |= {name: row[name] for name in ("seconds", "facts") if name in row}
+    data |= {"reason": str(row["reason"])[:_LONGEST]} if "reason" in row else {}
     return Seen("stage", when, data)
 
 
@@ -184,7 +186,7 @@ def _validations(rows: list[dict[str, Any]], before: Any, now: float) -> tuple[i
     for row in rows:
         if row["kind"] == "validation" and row["step"] > last:
             last = row["step"]
-            seen.append(Seen("validation", now, {name: value for name, value in row.items() if name != "kind"}))
+            seen.append(Seen("validation", now, {name: value for name, value in row.items() if is_figure(value)}))
     return last, seen
 
 

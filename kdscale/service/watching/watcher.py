@@ -15,7 +15,7 @@ from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Events
 from kdscale.service.database.folders import write_run_folder
 from kdscale.service.database.observed import Observations
-from kdscale.service.database.runs import NewRun, Run, Runs
+from kdscale.service.database.runs import LONGEST_REASON, NewRun, Run, Runs
 from kdscale.service.engines.supervisor import OUTPUT
 from kdscale.service.ids import new_run_id
 from kdscale.service.settings import ServiceSettings
@@ -137,4 +137,4 @@ class Watcher:
 
 def _parts(folder: Path) -> tuple[RunState, str]:
     found = how_it_is(folder)
-    return found.state, found.reason
+    return found.state, found.reason[:LONGEST_REASON]

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdscale.errors import RunFolderError
-from kdscale.files import explain_os_errors, fsync_dir, fsync_file, sha256_file, try_lock, write_json
+from kdscale.files import explain_os_errors, fsync_dir, fsync_file, sha256_file, write_json
+from kdscale.runtime.locks import try_lock
 from kdscale.teacher.store.format import (
     HEADER_FILE,
     INDEX,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kdscale.files import is_locked, write_json
+from kdscale.files import write_json
+from kdscale.runtime.locks import is_locked
 from kdscale.service.engines import supervisor
 from kdscale.service.engines.engine import ENGINES, Job, JobState, make_engine
 from kdscale.service.engines.local import LocalEngine

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from kdscale.config.load import build_config, dump_config
-from kdscale.files import try_lock
 from kdscale.pipeline.stages.registry import stages_of
 from kdscale.runs.folder import RunFolder
+from kdscale.runtime.locks import try_lock
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import NewRun, Run, Runs
@@ -196,7 +196,9 @@ def test_a_damaged_folder_stops_nothing(home: Home) -> None:
     broken.folder.mkdir(parents=True)
     (broken.folder / "config.yaml").write_text("{")
     (broken.folder / "status.json").write_text("[")
-    (broken.folder / "events.jsonl").mkdir()
+    os.mkfifo(broken.folder / "events.jsonl")  # whoever opens it waits for somebody who writes to it
+    (broken.folder / "logs").mkdir()
+    os.mkfifo(broken.folder / "logs" / "metrics.jsonl")
     make_folder(sound.folder).set_status("data", "running")
     assert home.look(sound)["stage"] == "data"
     assert home.runs.get(broken.id).progress["stage"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from urllib.parse import parse_qsl
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from joserfc.jwk import ECKey, OctKey
 
 from kdscale.errors import ConfigError
-from kdscale.service.access import oidc_sign_in
 from kdscale.service.access.oidc import Identity, Provider
+from kdscale.service.app import make_app
+from kdscale.service.database.connection import open_database
 from kdscale.service.problems import Problem
 from kdscale.service.settings import OidcSettings, ServiceSettings
 from tests.unit.service.access.identity_provider import ISSUER, StandInProvider
@@ -165,22 +166,16 @@ def test_a_provider_is_reached_privately(oidc: OidcSettings, stand_in: StandInPr
 
 
 @pytest.fixture
-def browser(app: FastAPI, settings: ServiceSettings, oidc: OidcSettings, stand_in: StandInProvider) -> TestClient:
-    app.state.settings = settings.model_copy(update={"oidc": oidc})
+def browser(settings: ServiceSettings, oidc: OidcSettings, stand_in: StandInProvider) -> Iterator[TestClient]:
+    with_oidc = settings.model_copy(update={"oidc": oidc, "allowed_hosts": ("train.example",)})
+    database = open_database(with_oidc)
+    app = make_app(with_oidc, database)
     app.state.oidc_provider = provider(oidc, stand_in)
-
-    @app.get("/sign-in/oidc")
-    def begin(request: Request, next: str = "") -> Any:
-        return oidc_sign_in.begin(request, next)
-
-    @app.get("/sign-in/oidc/callback")
-    def finish(request: Request) -> Any:
-        return oidc_sign_in.finish(request)
-
-    return TestClient(app, base_url="https://train.example", follow_redirects=False)
+    yield TestClient(app, base_url="https://train.example", follow_redirects=False)
+    database.close()
 
 
-def test_a_browser_goes_there_and_comes_back(browser: TestClient, app: FastAPI, stand_in: StandInProvider) -> None:
+def test_a_browser_goes_there_and_comes_back(browser: TestClient, stand_in: StandInProvider) -> None:
     there = browser.get("/sign-in/oidc", params={"next": '/runs?a="><b>'})
     assert there.headers["Location"].startswith(f"{ISSUER}/auth?")
     assert "SameSite=lax" in there.headers["Set-Cookie"]
@@ -188,9 +183,11 @@ def test_a_browser_goes_there_and_comes_back(browser: TestClient, app: FastAPI, 
     back = browser.get(f"/sign-in/oidc/callback?{query}")
     assert back.status_code == 200
     assert "url=/runs?a=&quot;&gt;&lt;b&gt;" in back.text
-    assert browser.get("/read").json()["owner"] == "ada"
-    assert [(entry.actor, entry.action) for entry in app.state.accounts.audit_log()] == [("ada", "sign-in")]
-    token = app.state.accounts.tokens()[0]
+    assert browser.get("/v1/runs").status_code == 200
+    accounts = state_of(browser).accounts
+    assert [(entry.actor, entry.action) for entry in accounts.audit_log()] == [("ada", "sign-in")]
+    token = accounts.tokens()[0]
+    assert token.owner == "ada"
     assert token.scopes == ("run",)
     assert token.expires < time.time() + 86_400
 
@@ -200,15 +197,28 @@ def test_a_browser_goes_there_and_comes_back(browser: TestClient, app: FastAPI, 
 )
 def test_no_way_to_another_site(browser: TestClient, stand_in: StandInProvider, there: str) -> None:
     query = stand_in.sign_in(browser.get("/sign-in/oidc", params={"next": there}).headers["Location"])
-    assert 'href="/"' in browser.get(f"/sign-in/oidc/callback?{query}").text
+    assert 'href="/runs"' in browser.get(f"/sign-in/oidc/callback?{query}").text
 
 
-def test_nobody_is_signed_in_by_a_link_of_another(browser: TestClient, app: FastAPI, stand_in: StandInProvider) -> None:
+def test_nobody_is_signed_in_by_a_link_of_another(browser: TestClient, stand_in: StandInProvider) -> None:
     query = stand_in.sign_in(browser.get("/sign-in/oidc").headers["Location"])
-    victim = TestClient(app, base_url="https://train.example")
-    with pytest.raises(Problem, match="not begun here"):
-        victim.get(f"/sign-in/oidc/callback?{query}")
-    for cookie in ("x", app.state.sessions.signed("t"), app.state.sessions.sealed("oidc", ["a"])):
+    victim = TestClient(browser.app, base_url="https://train.example")
+    sessions = state_of(browser).sessions
+    for cookie in ("", "x", sessions.signed("t"), sessions.sealed("oidc", ["a"])):
         victim.cookies.set("kdscale-oidc", cookie)
-        with pytest.raises(Problem, match="not begun here"):
-            victim.get(f"/sign-in/oidc/callback?{query}")
+        answer = victim.get(f"/sign-in/oidc/callback?{query}")
+        assert answer.status_code == 401
+        assert "this sign-in was not begun here" in answer.text
+    assert state_of(browser).accounts.tokens() == []
+
+
+def state_of(browser: TestClient) -> Any:
+    return browser.app.state  # type: ignore[attr-defined]
+
+
+def test_a_service_without_a_provider(settings: ServiceSettings) -> None:
+    database = open_database(settings)
+    client = TestClient(make_app(settings, database), base_url="http://localhost")
+    assert client.get("/sign-in/oidc").status_code == 404
+    assert client.get("/sign-in/oidc/callback?code=x&state=x").status_code == 404
+    database.close()
