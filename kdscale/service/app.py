@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 
 import kdscale
 from kdscale.service.access.layers import add_access_layers
-from kdscale.service.api import catalogue, description, health, metrics, problems, runs
+from kdscale.service.api import audit, catalogue, description, health, metrics, problems, runs
 from kdscale.service.api.checking import validating
 from kdscale.service.api.files import artifacts
 from kdscale.service.api.streaming import events, logs
@@ -34,6 +34,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     logs.router,
     artifacts.router,
     catalogue.router,
+    audit.router,
     exposing.router,
     page.router,
 )

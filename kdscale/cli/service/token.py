@@ -109,7 +109,7 @@ def _accounts(home: Path) -> Iterator[Accounts]:
 
 
 def _audit(accounts: Accounts, action: str, token: Token) -> None:
-    detail = {"token": token.id, "name": token.name, "owner": token.owner, "scopes": list(token.scopes)}
+    detail = {"token_id": token.id, "name": token.name, "owner": token.owner, "scopes": list(token.scopes)}
     accounts.audit(_user(), action, detail=detail, address="command line")
 
 

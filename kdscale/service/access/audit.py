@@ -53,6 +53,6 @@ def _write(scope: Scope, status: int, location: str) -> None:
     named = scope.get("path_params", {}).get("run_id", "")
     found = RUN_ID.search(location)
     run_id = named if is_run_id(named) else found[0] if found else None
-    detail = {**scope["state"]["audit"], "status": status, "token": actor.token_id, "by": actor.how}
+    detail = {**scope["state"]["audit"], "status": status, "token_id": actor.token_id, "by": actor.how}
     action = f"{scope['method']} {route}"[:60]
     scope["app"].state.accounts.audit(actor.owner, action, run_id, detail, actor.address)

@@ -19,14 +19,17 @@ from kdscale.service.problems import Problem
 from kdscale.service.settings import ServiceSettings
 
 _MOST_PATH_BYTES = 4096
+_STREAM = b"text/event-stream"
 _ADDRESS_SHARE = 10.0  # an address may ask so many times as often as one token: several people may share it
 
 
 class LimitsMiddleware:
     """Refuses what is too much: 408, 413, 414, 429, 431, 503.
 
-    Event streams, which last for hours, are counted apart from other requests.
+    Event streams, which last long, are counted apart from other requests.
     """
+
+    stream_seconds = 900.0  # of one event stream: a token that was revoked reads no longer than this
 
     def __init__(self, app: ASGIApp, settings: ServiceSettings, clock: Callable[[], float] = time.monotonic):
         self._app, self._limits = app, settings.limits
@@ -46,7 +49,7 @@ class LimitsMiddleware:
             if body is None:
                 return
             problem, receive = (body, receive) if isinstance(body, Problem) else (None, _replayed(body, receive))
-        stream = b"text/event-stream" in _header(scope, b"accept")
+        stream = _STREAM in _header(scope, b"accept")
         if problem is None and self._open[stream] >= self._most[stream]:
             problem = Problem(503, "busy", "too many requests at once", headers={"Retry-After": "2"})
         if problem is not None:
@@ -55,9 +58,26 @@ class LimitsMiddleware:
             return
         self._open[stream] += 1
         try:
-            await self._app(scope, receive, send)
+            await self._answer(scope, receive, send)
         finally:
             self._open[stream] -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through, and end an event stream after a while: its client comes back, if it still may."""
+        limit = asyncio.timeout(None)
+
+        async def limiting_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and _STREAM in _header(message, b"content-type"):
+                limit.reschedule(asyncio.get_running_loop().time() + self.stream_seconds)
+            await send(message)
+
+        try:
+            async with limit:
+                await self._app(scope, receive, limiting_send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            await send({"type": "http.response.body", "body": b""})
 
     async def _body(self, receive: Receive) -> bytes | Problem | None:
         """The body, or what is wrong with it; None when the client has gone."""
@@ -131,5 +151,5 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
-    return b", ".join(value for key, value in scope["headers"] if key == name)
+def _header(message: Scope | Message, name: bytes) -> bytes:
+    return b", ".join(value for key, value in message["headers"] if key == name)

@@ -17,7 +17,7 @@ from kdscale.service.problems import Problem
 
 PATH = "/sign-in/oidc"
 CALLBACK = f"{PATH}/callback"
-_COOKIE, _PURPOSE = "kdscale-oidc", "oidc"
+_COOKIE, _PURPOSE, _TOKEN_NAME = "kdscale-oidc", "oidc", "sign-in at"
 _making = threading.Lock()
 
 
@@ -42,9 +42,11 @@ def finish(request: Request) -> Response:
     accounts: Accounts = request.app.state.accounts
     issuer = request.app.state.settings.oidc.issuer
     ends = time.time() + TOKEN_SECONDS
-    token, _ = accounts.new_token(f"sign-in at {issuer}"[:200], identity.owner, (identity.scope,), ends)
+    token, _ = accounts.new_token(f"{_TOKEN_NAME} {issuer}"[:200], identity.owner, (identity.scope,), ends)
     request.state.actor = Actor(token.owner, token.scopes, token.id, "cookie", address_of(request))
-    accounts.audit(token.owner, "sign-in", detail={"token": token.id, "provider": issuer}, address=address_of(request))
+    accounts.audit(
+        token.owner, "sign-in", detail={"token_id": token.id, "provider": issuer}, address=address_of(request)
+    )
     # After a redirect the next request would count as the provider's, with which browsers send no strict cookie.
     there = html.escape(own_path(pending.there if pending else "/"))  # signed, and yet never another site's
     answer = HTMLResponse(
@@ -55,6 +57,13 @@ def finish(request: Request) -> Response:
     set_cookie(answer, request, sessions_of(request).signed(token.id), TOKEN_SECONDS)
     answer.delete_cookie(_COOKIE, path=PATH, secure=request.url.scheme == "https", httponly=True, samesite="lax")
     return answer
+
+
+def sign_out(accounts: Accounts, actor: Actor) -> None:
+    """End the token of a sign-in with the provider, which was made for it alone; a token of its own goes on."""
+    token = accounts.by_id(actor.token_id)
+    if token is not None and token.name.startswith(_TOKEN_NAME):
+        accounts.revoke(token.id)
 
 
 def _callback(request: Request) -> str:

@@ -78,8 +78,9 @@ def from_provider(request: Request) -> Response:
 
 
 @router.post("/sign-out")
-def sign_out(request: Request, _: Annotated[Actor, Depends(require("read"))]) -> Response:
+def sign_out(request: Request, actor: Annotated[Actor, Depends(require("read"))]) -> Response:
     """Have the browser forget who it was."""
+    oidc_sign_in.sign_out(request.app.state.accounts, actor)
     answer = RedirectResponse(SIGN_IN, 303)
     delete_cookie(answer, request)
     return answer

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Scope
 
 from kdscale.service.access.buckets import Buckets
@@ -165,6 +165,32 @@ def test_only_so_many_requests_at_once_and_streams_apart(settings: ServiceSettin
         again = Client(layer, "*/*", "GET")
         again.scope["headers"] = again.scope["headers"][:2]
         assert await again() == 200
+
+    asyncio.run(check())
+
+
+def test_a_stream_ends_after_a_while_and_its_client_comes_back(settings: ServiceSettings) -> None:
+    async def check() -> None:
+        left = []
+
+        async def forever() -> Any:
+            try:
+                yield "data: 1\n\n"
+                await asyncio.Event().wait()
+            finally:
+                left.append(True)
+
+        async def app(scope: Scope, receive: Any, send: Any) -> None:
+            await StreamingResponse(forever(), media_type="text/event-stream")(scope, receive, send)
+
+        layer = LimitsMiddleware(app, settings)
+        layer.stream_seconds = 0.02
+        client = Client(layer, "text/event-stream", "GET")
+        client.scope["headers"] = client.scope["headers"][:2]
+        assert await client() == 200
+        assert [message.get("body") for message in client.sent[1:]] == [b"data: 1\n\n", b""]
+        assert not client.sent[-1].get("more_body")
+        assert left
 
     asyncio.run(check())
 

@@ -190,6 +190,10 @@ def test_a_browser_goes_there_and_comes_back(browser: TestClient, stand_in: Stan
     assert token.owner == "ada"
     assert token.scopes == ("run",)
     assert token.expires < time.time() + 86_400
+    sessions = state_of(browser).sessions
+    text = sessions.csrf_token(sessions.read(browser.cookies["__Host-kdscale"]))
+    assert browser.post("/sign-out", headers={"X-CSRF-Token": text}).status_code == 303
+    assert accounts.by_id(token.id) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""How the server listens: over TLS by settings, with the word of proxies that are trusted and of no others."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from kdscale.service.access.serving import server_options
+from kdscale.service.access.sessions import set_cookie
+from kdscale.service.settings import ServiceSettings
+
+
+async def told(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with who asks, and over what."""
+    request = Request(scope, receive)
+    answer = JSONResponse([request.client.host if request.client else "", request.url.scheme])
+    set_cookie(answer, request, "x")
+    await answer(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("trusted", "client", "seen"),
+    [
+        ((), "127.0.0.1", ["127.0.0.1", "http"]),
+        (("10.0.0.1",), "127.0.0.1", ["127.0.0.1", "http"]),
+        (("127.0.0.1",), "127.0.0.1", ["192.0.2.7", "https"]),
+        (("10.0.0.0/8",), "10.9.9.9", ["192.0.2.7", "https"]),
+    ],
+)
+def test_the_word_of_a_proxy(tmp_path: Path, trusted: tuple[str, ...], client: str, seen: list[str]) -> None:
+    options = server_options(ServiceSettings(home=str(tmp_path), trusted_proxies=trusted))
+    config = uvicorn.Config(told, log_config=None, **options)
+    config.load()
+    transport = httpx.ASGITransport(config.loaded_app, client=(client, 1))
+    headers = {"X-Forwarded-For": "203.0.113.1, 192.0.2.7", "X-Forwarded-Proto": "https", "Forwarded": "for=1.2.3.4"}
+
+    async def ask() -> Any:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return (await http.get("/", headers=headers)).json()
+
+    assert asyncio.run(ask()) == seen
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+def test_tls(tmp_path: Path) -> None:
+    certificate, key = make_certificate(tmp_path)
+    options = server_options(ServiceSettings(home=str(tmp_path), tls_certificate=str(certificate), tls_key=str(key)))
+    server = uvicorn.Server(uvicorn.Config(told, log_config=None, lifespan="off", **options))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"https://localhost:{listener.getsockname()[1]}/"
+    try:
+        answer = httpx.get(url, verify=ssl.create_default_context(cafile=str(certificate)))
+        old = ssl.create_default_context(cafile=str(certificate))
+        old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url, verify=old)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+    assert answer.json()[1] == "https"
+    assert answer.headers["Set-Cookie"].startswith("__Host-kdscale=x;")
+    assert "Secure" in answer.headers["Set-Cookie"]
+    assert "Server" not in answer.headers
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate of localhost that signs itself, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "tls.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "tls.key").write_bytes(secret)
+    return folder / "tls.pem", folder / "tls.key"
