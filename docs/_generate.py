@@ -1,7 +1,8 @@
 """MkDocs hook: fills in what the pages take from the code, so that it cannot fall behind.
 
-On the page of the config each row `| `field` | meaning |` gets the field's default and the values it allows. Elsewhere
-`<!-- generated: NAME -->` becomes the table NAME of `TABLES`. tests/unit/test_docs.py uses the same functions.
+On the pages of the config and of a service's settings each row `| `field` | meaning |` gets the field's default and the
+values it allows. Elsewhere `<!-- generated: NAME -->` becomes the table NAME of `TABLES`. tests/unit/test_docs.py uses
+the same functions.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ MARKER = re.compile(r"<!-- generated: ([a-z-]+) -->")
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by MkDocs for every page: the page's text with defaults and tables filled in."""
-    if page.file.src_uri == "reference/config.md":
-        markdown = with_defaults(markdown)
+    if page.file.src_uri in FIELDS_OF:
+        markdown = with_defaults(markdown, FIELDS_OF[page.file.src_uri]())
     return MARKER.sub(lambda match: TABLES[match[1]](), markdown)
 
 
@@ -75,9 +76,22 @@ def documented_fields(markdown: str) -> list[str]:
     return [name for row in rows if row for name in re.findall(r"`([a-z_.]+)`", row[1])]
 
 
-def with_defaults(markdown: str) -> str:
-    """The config page with a column of defaults, and the allowed words after each meaning."""
-    known, lines = config_fields(), []
+def service_fields() -> dict[str, FieldInfo]:
+    """Every setting of a service by its dotted name."""
+    from kdscale.service.settings import ServiceSettings
+
+    return {name: field for name, field in _fields(ServiceSettings, "") if name != "home"}
+
+
+FIELDS_OF: dict[str, Callable[[], dict[str, FieldInfo]]] = {
+    "reference/config.md": config_fields,
+    "reference/service-settings.md": service_fields,
+}
+
+
+def with_defaults(markdown: str, known: dict[str, FieldInfo]) -> str:
+    """A page of fields with a column of defaults, and the allowed words after each meaning."""
+    lines = []
     for line in markdown.splitlines():
         row = FIELD_ROW.match(line)
         if row:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from kdscale.cli import chat, compare, init, launch, models, package, plan_cluster, replay, run, sweep
-from kdscale.cli.service import download, login, serve, submit, token
+from kdscale.cli.service import download, housekeeping, login, serve, submit, token
 from kdscale.cli.service import runs as service_runs
 from kdscale.errors import ConfigError, FileError, Interrupted, KdscaleError
 from kdscale.pipeline.stages.registry import STAGES
@@ -96,6 +96,8 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
             "cancel": service_runs.cancel_command,
             "rerun": service_runs.rerun_command,
             "download": download.download_command,
+            "retention": housekeeping.retention_command,
+            "backup": housekeeping.backup_command,
         },
         "Tools": {
             "doctor": doctor_command,

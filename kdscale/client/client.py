@@ -92,17 +92,20 @@ class Client:
         name: str | None = None,
         priority: int = 0,
         target: Mapping[str, Any] | None = None,
+        notify: Sequence[str] = (),
         key: str | None = None,
     ) -> Run:
         """Make a run of a config's settings, or of the one that the service knows as `config_name`.
 
         `set` changes fields, as `dotted.key=value`. `key` tells this submission from others: sent again with the same
-        key it makes no second run. Left out, it is made here, and the tries of this call share it.
+        key it makes no second run. Left out, it is made here, and the tries of this call share it. `notify`: https
+        addresses that take webhooks, and mailto: addresses, which are told of the run.
         """
         body = (
             _spec(config, config_name, set, name)
             | {"priority": priority}
             | ({"target": dict(target)} if target else {})
+            | ({"notify": [{"to": address} for address in notify]} if notify else {})
         )
         return self._post(Run, "/v1/runs", body, key)
 

@@ -28,6 +28,7 @@ from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.runs import Runs
 from kdscale.service.engines.engine import Engines
 from kdscale.service.ids import is_run_id
+from kdscale.service.notices.sender import check_settings as check_notices
 from kdscale.service.operations.logs import set_up_logs
 from kdscale.service.scheduler.loop import Scheduler
 from kdscale.service.settings import ServiceSettings
@@ -57,6 +58,7 @@ def serve(settings: ServiceSettings, *, anew: bool, say: Callable[[str], None]) 
     listener = listen(settings.host, settings.port)  # a port that is taken is reported before anything is changed
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
+        check_notices(settings)
         make_home(settings.folder)
         set_up_logs(settings)
         database = open_database(settings)

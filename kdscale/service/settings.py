@@ -95,6 +95,7 @@ class ServiceSettings(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8765  # 0: any free one
     database: str | None = None
+    database_password_file: str | None = None  # so that the address above needs none
     roots: tuple[str, ...] = ()
     endpoint_hosts: tuple[str, ...] = ()  # that a config may name in addresses of endpoints, as HOST or HOST:PORT
     # by host: the variables of the service whose keys a config may send there

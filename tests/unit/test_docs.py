@@ -50,9 +50,14 @@ def test_every_config_field_is_documented_and_every_documented_field_exists() ->
     assert known ^ set(listed) == set()
 
 
+def test_every_setting_of_a_service_is_documented_and_every_documented_one_exists() -> None:
+    listed = generate.documented_fields((DOCS / "reference" / "service-settings.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(generate.service_fields())
+
+
 def test_the_built_config_page_has_the_defaults_and_the_allowed_words() -> None:
     text = "| field | meaning |\n|---|---|\n| `distill.tokens` | Training tokens. |\n| `prune.compensate` | How. |"
-    built = generate.with_defaults(text).splitlines()
+    built = generate.with_defaults(text, generate.config_fields()).splitlines()
     assert built[0] == "| field | default | meaning |"
     assert built[2] == "| `distill.tokens` | 1,000,000 | Training tokens. |"
     assert built[3].startswith("| `prune.compensate` | two_stream | How. One of ") and "`ridge`" in built[3]

@@ -44,9 +44,7 @@ def serve_command(
 
     It listens on this machine alone unless told otherwise. Ctrl-C stops it; its runs go on.
     """
-    from kdscale.runtime.packages import require_packages
-
-    require_packages("kdscale serve", _PACKAGES, "service")
+    check_packages("kdscale serve")
     from kdscale.service.settings import load_settings
 
     given = {
@@ -57,6 +55,13 @@ def serve_command(
     from kdscale.service.server import serve
 
     serve(settings, anew=rebuild, say=lambda line: typer.echo(for_terminal(line)))
+
+
+def check_packages(command: str) -> None:
+    """Raises ConfigError when what a service is made of is not installed; `command` needs it."""
+    from kdscale.runtime.packages import require_packages
+
+    require_packages(command, _PACKAGES, "service")
 
 
 def _text(path: Path | None) -> str | None:

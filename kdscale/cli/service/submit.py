@@ -31,6 +31,10 @@ def submit_command(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Where it runs: engine=slurm, and the engine's settings. Repeatable."),
     ] = None,
+    notify: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="Who is told of it: https://... (a webhook) or mailto:... Repeatable."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say whether it can be run, and what it needs.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Until the run has ended, with its exit code.")] = False,
     server: ServerOption = HERE,
@@ -46,7 +50,7 @@ def submit_command(
     with connect(server, insecure_http, waits=wait) as client:
         if check:
             raise typer.Exit(0 if shown_verdict(client.validate(**spec)) else ConfigError.exit_code)
-        run = client.submit(**spec, name=name, priority=priority, target=_target(target))
+        run = client.submit(**spec, name=name, priority=priority, target=_target(target), notify=notify or ())
         typer.echo(for_terminal(f"submitted {run.name} as {run.id}; it is {run.state}"))
         if not wait:
             typer.echo(for_terminal(f"  watch it: kdscale logs {run.id} --follow, or {client.url}/runs/{run.id}"))

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from kdscale.errors import ConfigError, ServiceError
+from kdscale.errors import ConfigError, FileError, ServiceError
+from kdscale.files import read_text
 from kdscale.runtime.packages import require_packages
 from kdscale.service.settings import ServiceSettings
 
@@ -91,7 +92,14 @@ def _url(settings: ServiceSettings) -> URL:
         raise ConfigError("database", expected=expected, got=f"{backend}://…")
     if backend != "sqlite":
         require_packages("a database in Postgres", ("psycopg",), "postgres")
-    return url.set(drivername=_DRIVERS[backend])
+    url = url.set(drivername=_DRIVERS[backend])
+    if settings.database_password_file is None:
+        return url
+    try:
+        password = read_text(Path(settings.database_password_file), FileError, 4096).rstrip("\r\n")
+    except FileError as error:
+        raise ConfigError("database_password_file", got=str(error)) from error
+    return url.set(password=password)
 
 
 def alone(connection: Connection, what: Alone) -> None:

@@ -48,11 +48,7 @@ class Notices:
         """Raises ConfigError for settings that cannot work. Of what happened before the first start nothing is told."""
         self._settings, self._database, self._clock = settings, database, clock
         self.outbox = Outbox(database)
-        self._by_owner = {
-            owner: [parse_recipient(text, settings.notices, trusted=True) for text in addresses]
-            for owner, addresses in settings.notices.owners.items()
-        }
-        mail.check_settings(settings.notices)
+        self._by_owner = check_settings(settings)
         self._deliver = deliver or Delivery(settings)
         with database.begin() as connection:
             if cursor(connection, database.is_sqlite) is None:
@@ -143,6 +139,21 @@ class Notices:
             facts = {"kind": letter.kind, "to": letter.recipient.shown, "reason": str(error)}
             with self._database.begin() as connection:
                 append_event(connection, letter.run_id, now, "notice_failed", facts)
+
+
+def check_settings(settings: ServiceSettings) -> dict[str, list[Recipient]]:
+    """The addresses of owners, parsed. Raises ConfigError for settings with which notices cannot be sent."""
+    mail.check_settings(settings.notices)
+    if settings.notices.webhook_secret_file is not None:
+        webhook.secret_of(settings.folder, settings.notices.webhook_secret_file)
+    try:
+        return {
+            owner: [parse_recipient(text, settings.notices, trusted=True) for text in addresses]
+            for owner, addresses in settings.notices.owners.items()
+        }
+    except ConfigError as error:
+        parts = {name: text for name, text in error.parts.items() if name != "what"}
+        raise ConfigError("notices.owners", **parts) from error
 
 
 class Delivery:

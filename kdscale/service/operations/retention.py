@@ -85,6 +85,7 @@ class Removal:
     size: int
     due: float
     kept: str = ""
+    name: str = ""  # for people
 
 
 class Retention:
@@ -141,12 +142,12 @@ class Retention:
                     due, kept = self._after_notice(run, due)
                 for path in rule.find(self._settings, run):
                     if os.path.lexists(path):
-                        yield Removal(kind, run.id, path, size_of(path), due, kept)
+                        yield Removal(kind, run.id, path, size_of(path), due, kept, path.name)
 
     def _of_trash(self) -> Iterator[Removal]:
         for item in in_trash(self._settings):
             due = item.since + self._settings.retention.trash_after * DAY
-            yield Removal("trash", item.run_id, item.path, size_of(item.path), due)
+            yield Removal("trash", item.run_id, item.path, size_of(item.path), due, name=item.what)
 
     def _after_notice(self, run: Run, due: float) -> tuple[float, str]:
         """When a student may go, and why it may not."""

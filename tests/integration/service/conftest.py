@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pwd
 import shutil
@@ -65,14 +66,12 @@ def _ordinary_user() -> pwd.struct_passwd | None:
 
 
 def _maker(folder: Path) -> Callable[[], str]:
-    made = 0
+    numbers = itertools.count(1)
 
     def make() -> str:
-        nonlocal made
         import psycopg
 
-        made += 1
-        name = f"test{made}"
+        name = f"test{next(numbers)}"
         with psycopg.connect(f"host={folder} user=kdscale dbname=postgres", autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}".encode())
         return f"postgresql://kdscale@/{name}?host={folder}"

@@ -16,10 +16,16 @@ import pytest
 from kdscale.errors import ConfigError, ServiceError
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.events import Events
+from kdscale.service.database.folders import write_run_folder
 from kdscale.service.database.runs import ClaimLimits, NewRun, Run, Runs
+from kdscale.service.database.schema import METADATA
+from kdscale.service.database.subscriptions import Subscription, subscriptions_of, write_subscriptions
 from kdscale.service.ids import new_run_id
-from kdscale.service.settings import ServiceSettings
+from kdscale.service.notices.sender import Notices
+from kdscale.service.settings import NoticeSettings, ServiceSettings
 from kdscale.service.states import WrongTransitionError
+from kdscale.service.watching.rebuild import rebuild
+from kdscale.service.watching.watcher import Watcher
 
 THREADS = 4
 
@@ -39,14 +45,23 @@ def _tests_of(path: str) -> dict[str, Any]:
 globals().update(_tests_of("test_database.py"))
 
 
+@pytest.fixture(scope="module")
+def url(postgres: Callable[[], str]) -> str:
+    return postgres()
+
+
 @pytest.fixture
-def settings(postgres: Callable[[], str], tmp_path: Path) -> ServiceSettings:
-    return ServiceSettings(home=str(tmp_path / "home"), database=postgres())
+def settings(url: str, tmp_path: Path) -> ServiceSettings:
+    return ServiceSettings(home=str(tmp_path / "home"), database=url)
 
 
 @pytest.fixture
 def database(settings: ServiceSettings) -> Iterator[Database]:
+    """The same for every test, as a new one takes a second; emptied, and its numbers begin anew."""
     opened = open_database(settings)
+    names = ", ".join(table.name for table in METADATA.sorted_tables)
+    with opened.begin() as connection:
+        connection.exec_driver_sql(f"TRUNCATE {names} RESTART IDENTITY CASCADE")
     yield opened
     opened.close()
 
@@ -68,8 +83,11 @@ def together(work: Callable[[int], Any], count: int = THREADS) -> list[Any]:
         return list(pool.map(begin, range(count)))
 
 
-def test_processes_that_open_a_new_database_at_once_migrate_it_once(settings: ServiceSettings) -> None:
-    opened = together(lambda _: open_database(settings))
+def test_processes_that_open_a_new_database_at_once_migrate_it_once(
+    settings: ServiceSettings, postgres: Callable[[], str]
+) -> None:
+    empty = settings.model_copy(update={"database": postgres()})
+    opened = together(lambda _: open_database(empty))
     assert [Runs(database).counts() for database in opened] == [{}] * THREADS
     for database in opened:
         database.close()
@@ -155,6 +173,55 @@ def test_a_request_that_races_with_the_scheduler_is_answered_for_the_state_that_
 
         together(act, 2)
         assert runs.get(run.id).state == "cancelling"
+
+
+def test_a_lost_database_is_made_anew_from_the_folders(database: Database, settings: ServiceSettings) -> None:
+    runs = Runs(database)
+    done, waiting = (
+        runs.add(
+            NewRun(
+                id=run_id, name="tiny", owner="ada", folder=settings.runs / run_id,
+                config={"name": "tiny", "teacher": {"path": "t"}, "prune": {"target_params": "50%"}},
+            )
+        )
+        for run_id in map(new_run_id, (1, 2))
+    )  # fmt: skip
+    for run in (done, waiting):
+        write_run_folder(run)
+        write_subscriptions(settings, run.id, [Subscription("https://hooks.example/", ("failed",))])
+    runs.move(done.id, "starting")
+    runs.move(done.id, "failed", reason="a bug", exit_code=7)
+    Watcher(settings, database).step()  # keeps the states beside the jobs
+    with database.begin() as connection:
+        for table in reversed(METADATA.sorted_tables):
+            connection.execute(table.delete())
+    assert set(rebuild(settings, database)) == {done.id, waiting.id}
+    found = [runs.get(run.id) for run in (done, waiting)]
+    assert [(run.state, run.reason, run.exit_code) for run in found] == [("failed", "a bug", 7), ("queued", "", None)]
+    assert rebuild(settings, database) == []
+    with database.read() as connection:
+        assert [item.on for item in subscriptions_of(connection, done.id)] == [("failed",)]
+
+
+def test_several_senders_deliver_each_notice_once(database: Database, settings: ServiceSettings) -> None:
+    runs, got = Runs(database), list[str]()
+    hooks = tuple(f"https://hooks{number}.example/" for number in range(5))
+    chosen = settings.model_copy(update={"notices": NoticeSettings(owners={"*": hooks})})
+    senders = [Notices(chosen, database, deliver=lambda letter, _: got.append(letter.id)) for _ in range(THREADS)]
+    for number in range(4):
+        run = add(runs, number)
+        runs.move(run.id, "starting")
+        runs.move(run.id, "succeeded")
+    together(lambda number: [senders[number].step() for _ in range(4)])
+    assert len(got) == len(set(got)) == 20
+    assert senders[0].outbox.counts() == {"sent": 20}
+
+
+def test_a_password_comes_from_a_file(settings: ServiceSettings, tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("not asked for here\n")
+    open_database(settings.model_copy(update={"database_password_file": str(tmp_path / "password")})).close()
+    with pytest.raises(ConfigError, match="database_password_file"):
+        open_database(settings.model_copy(update={"database_password_file": str(tmp_path / "missing")}))
 
 
 def test_a_database_that_is_not_there_is_told_in_words(settings: ServiceSettings) -> None:
