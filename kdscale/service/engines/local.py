@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.errors import MachineError
-from kdscale.files import explain_os_errors, read_own_json, write_json
+from kdscale.files import explain_os_errors, open_plain, read_own_json, write_json
 from kdscale.jobs.launch import python_path
 from kdscale.runtime.locks import is_locked
 from kdscale.service.engines import supervisor as attempt
@@ -93,7 +93,12 @@ class LocalEngine:
 
     def logs(self, handle: str, tail_bytes: int) -> bytes:
         """See Engine."""
-        return tail(Path(handle) / attempt.OUTPUT, tail_bytes).encode()
+        try:
+            with open_plain(Path(handle) / attempt.OUTPUT) as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - tail_bytes))
+                return stream.read(tail_bytes)
+        except OSError:  # nothing yet
+            return b""
 
     def cancel(self, handle: str, *, grace: float) -> None:
         """See Engine. What is asked for is in a file, so the end comes in time without the service, too."""

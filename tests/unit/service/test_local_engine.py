@@ -66,7 +66,7 @@ def test_how_a_run_ended_is_kept(job: Job, script: str, code: int) -> None:
     engine = ShellEngine(f"echo something; {script}")
     handle = engine.submit(job)
     assert end_of(engine, handle) == JobState("ended", code)
-    assert engine.logs(handle, 100) == b"something"
+    assert engine.logs(handle, 100) == b"something\n"
     assert engine.submit(job) == handle and end_of(engine, handle).exit_code == code
 
 
@@ -91,7 +91,7 @@ def test_an_attempt_is_started_once_whoever_asks_and_how_often(job: Job) -> None
     (job.work / "go").touch()
     assert end_of(engine, handle).exit_code == 0
     assert [engine.submit(job), *(subprocess.run(command, check=False).returncode for _ in range(2))] == [handle, 0, 0]
-    assert engine.logs(handle, 1000) == b"begun"
+    assert engine.logs(handle, 1000) == b"begun\n"
 
 
 def test_a_run_dies_with_its_supervisor_and_is_lost(job: Job) -> None:
@@ -112,7 +112,7 @@ def test_the_run_is_told_to_stop_and_may_save(job: Job) -> None:
     engine.cancel(handle, grace=1000.0)
     engine.cancel(handle, grace=2000.0)
     assert end_of(engine, handle) == JobState("ended", 75)
-    assert engine.logs(handle, 100).endswith(b"saved")
+    assert engine.logs(handle, 100).endswith(b"saved\n")
 
 
 def test_a_run_that_does_not_stop_is_killed_after_its_grace(job: Job) -> None:
