@@ -16,6 +16,7 @@ Wrong = tuple[str, str] | None
 # With an owner: a name without one may be a reader of `datasets` ("text", "csv"), which reads the process's own folder.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:#[\w.+-]*)?", re.ASCII)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_MOST_SHOWN = 5  # roots in a message
 _ASK = "ask whoever runs the service to list it in its settings, or to submit the run"
 
 
@@ -38,7 +39,8 @@ def wrong_to_write(path: str, settings: ServiceSettings) -> Wrong:
 
 def _outside(text: str, settings: ServiceSettings, also: Path | None = None) -> Wrong:
     """What is wrong with a path that must be in one of the roots, or in `also`, which is in the service's home."""
-    wrong = "a path inside the folders that the service's settings list as roots", _ASK
+    listed = ", ".join(settings.roots[:_MOST_SHOWN]) + (", …" if len(settings.roots) > _MOST_SHOWN else "")
+    wrong = f"a path inside one of the service's roots ({listed or 'it has none'})", _ASK
     if text.startswith("~") or _SCHEME.match(text) or ".." in Path(text).parts:
         return f"{wrong[0]}, without ~, .. and a scheme", "write the whole path"
     # an engine may count relative paths from another folder than this process

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from kdscale.service.settings import ServiceSettings
+from kdscale.service.settings import LimitSettings, ServiceSettings
 
 _HEADER_SECONDS = 15.0  # in which the headers of a request must have come
+_FILES = resource.RLIMIT_NOFILE
+_OTHER_FILES = 256  # that the service needs besides connections: its database, logs, run folders, processes
 
 
 class PatientProtocol(H11Protocol):
@@ -42,6 +45,15 @@ class PatientProtocol(H11Protocol):
             self._timer = None
 
 
+def _most_connections(limits: LimitSettings) -> int:
+    """Connections that are answered: twice as many as requests, and never all of the files that a process may open."""
+    wanted, most = (
+        2 * (limits.concurrent_requests + limits.event_streams),
+        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    )
+    return wanted if most == resource.RLIM_INFINITY else max(16, min(wanted, most - _OTHER_FILES))
+
+
 def server_options(settings: ServiceSettings) -> dict[str, Any]:
     """The arguments of `uvicorn.Config` beside the app, its address and its logs."""
     limits = settings.limits
@@ -50,7 +62,7 @@ def server_options(settings: ServiceSettings) -> dict[str, Any]:
         "ws": "none",
         "server_header": False,
         "h11_max_incomplete_event_size": limits.header_bytes + (8 << 10),  # with the line of the request
-        "limit_concurrency": 2 * (limits.concurrent_requests + limits.event_streams),  # connections
+        "limit_concurrency": _most_connections(limits),
         "proxy_headers": bool(settings.trusted_proxies),
         "forwarded_allow_ips": list(settings.trusted_proxies),
         "ssl_certfile": settings.tls_certificate,

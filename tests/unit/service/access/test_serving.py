@@ -53,6 +53,13 @@ def test_the_word_of_a_proxy(tmp_path: Path, trusted: tuple[str, ...], client: s
     assert asyncio.run(ask()) == seen
 
 
+def test_connections_leave_files_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ServiceSettings(home=str(tmp_path))
+    for most, limit in ((-1, 1400), (100_000, 1400), (1024, 768), (64, 16)):
+        monkeypatch.setattr("resource.getrlimit", lambda _, most=most: (most, most))
+        assert server_options(settings)["limit_concurrency"] == limit
+
+
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_tls(tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path)
