@@ -45,14 +45,19 @@ class Chart:
     legend: tuple[tuple[str, str], ...] = ()  # class and label of each line, where there are several
 
 
-def line_chart(title: str, lines: Sequence[Line], x_title: str, *, log: bool = False) -> Chart | None:
-    """Lines over one x axis; None where there is no point. `log` is taken back where a value is not above 0."""
+def line_chart(
+    title: str, lines: Sequence[Line], x_title: str, *, log: bool = False, until: float = 0.0
+) -> Chart | None:
+    """Lines over one x axis; None where there is no point. `log` is taken back where a value is not above 0.
+
+    `until`: the x axis goes from 0 to here at least, so that charts beside each other have one.
+    """
     lines = [line for line in lines if line.points]
     if not lines:
         return None
     log = log and all(y > 0 for line in lines for _, y in line.points)
     scale: Callable[[float], float] = math.log10 if log else float
-    x_low, x_high = _range([x for line in lines for x, _ in line.points])
+    x_low, x_high = _range([x for line in lines for x, _ in line.points] + ([0.0, until] if until > 0 else []))
     if any(line.dots for line in lines):
         room = 0.02 * (x_high - x_low)
         x_low, x_high = x_low - room, x_high + room

@@ -31,12 +31,16 @@ class Curves:
         """Loss, validation and throughput: those that have points."""
         loss = [Line("each step", self.loss, faint=True), Line("mean", smoothed(self.loss))]
         validation = [Line(self.validation_measure, self.validation, "line-b", dots=True)]
-        speed = [Line("tokens a second", self.speed, "line-c")]
+        speed = [
+            Line("each step", self.speed, "line-c", faint=True),
+            Line("mean", smoothed(self.speed), "line-c"),
+        ]
+        until = max((points[-1][0] for points in (self.loss, self.validation, self.speed) if points), default=0.0)
         title, log = f"Validation {self.validation_measure}", self.validation_measure == "perplexity"
         drawn = [
-            line_chart("Training loss", loss, self.x_title),
-            line_chart(title, validation, self.x_title, log=log),
-            line_chart("Tokens a second", speed, self.x_title),
+            line_chart("Training loss", loss, self.x_title, until=until),
+            line_chart(title, validation, self.x_title, log=log, until=until),
+            line_chart("Tokens a second", speed, self.x_title, until=until),
         ]
         return [chart for chart in drawn if chart]
 

@@ -127,8 +127,8 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters |= {
         "ago": ago, "brief": units.compact_duration, "clock": _clock, "count": units.format_count,
-        "duration": units.format_duration, "iso": iso, "shape": shape_text, "size": units.format_size,
-        "value": in_short,
+        "duration": units.format_duration, "iso": iso, "moment": _moment, "shape": shape_text,
+        "size": units.format_size, "value": in_short,
     }  # fmt: skip
     return environment
 
@@ -149,6 +149,10 @@ def in_short(value: Any) -> str:
 def iso(seconds: float) -> str:
     """A time as `2026-11-30T22:15:04Z`."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _clock(seconds: float) -> str:

@@ -19,13 +19,14 @@ from kdscale.service.api.schemas import StageState
 from kdscale.service.api.streaming.logs import last_lines
 from kdscale.service.database.events import Event
 from kdscale.service.database.runs import Run
+from kdscale.service.ids import is_run_id
 from kdscale.service.page.actions import actions_for
 from kdscale.service.page.curves import Curves, curves_of_run
 from kdscale.service.page.facts.config_changes import changes, command_line, config_yaml
 from kdscale.service.page.facts.run_rows import format_speed, number, share, stage
 from kdscale.service.page.facts.tiles import Tile
 from kdscale.service.redaction import redacted
-from kdscale.service.states import FINAL
+from kdscale.service.states import ACTIVE, FINAL
 from kdscale.units import compact_duration, format_number
 
 _EVENTS, _FACTS, _FILES = 60, 4, 300  # that are shown: the latest events, facts of one stage, files
@@ -70,9 +71,11 @@ def live(state: State, run: Run, actor: Actor) -> dict[str, Any]:
 def unchanging(run: Run) -> dict[str, Any]:
     """What stays: the config."""
     config = redacted(run.config)
+    # the config of a run that was made from another's has its changes in it already
+    named = ("", []) if is_run_id(run.config_name) or run.parent else (run.config_name, run.overrides)
     return {
         "differences": changes(config), "config_text": config_yaml(config),
-        "command": command_line("run", run.config_name, run.overrides), **files(run),
+        "command": command_line("run", *named), **files(run),
     }  # fmt: skip
 
 
@@ -115,7 +118,7 @@ def tiles(run: Run, curves: Curves, now: float) -> list[Tile]:
         found.append(Tile("Training loss", format_number(loss)))
     if curves.validation:
         found.append(Tile(f"Held-out {curves.validation_measure}", format_number(curves.validation[-1][1])))
-    if run.started is not None:
+    if run.started is not None and (ended or run.state in ACTIVE):
         found.append(Tile("Ran for" if ended else "Running for", compact_duration((run.ended or now) - run.started)))
     elif run.queued is not None and run.state == "queued":
         found.append(Tile("Waiting for", compact_duration(now - run.queued), f"priority {run.priority}"))

@@ -67,3 +67,14 @@ def test_curves_stand_over_the_tokens_trained_on_and_keep_their_mean() -> None:
     assert math.isclose(sum(y for _, y in found.loss) / 512, 2500.5, rel_tol=1e-3)
     assert curves({"train/loss": ([1, 2], [3.0, 2.0])}).x_title == "step"
     assert curves({}).charts() == []
+
+
+def test_charts_of_a_run_have_one_axis() -> None:
+    series = {
+        "train/loss": ([1, 2], [3.0, 2.0]), "train/tokens": ([1, 2], [100.0, 200.0]),
+        "validation/perplexity": ([0], [140.0]),
+    }  # fmt: skip
+    loss, validation = curves(series).charts()
+    for chart in (loss, validation):
+        words = [text.text for text in ET.fromstring(str(chart.svg)).iter("text")]
+        assert (words[-1], "0" in words) == ("200", True)
