@@ -66,7 +66,7 @@ def runs(
     if after is not None and not is_run_id(after):
         raise Problem(422, "request", "after is no cursor", field="after", expected="the `next` of a page")
     page = request.app.state.runs.page(states=state, owner=owner, search=search, after=after, limit=limit)
-    return ListOf(items=[RunSummary.of(run) for run in page.items], next=page.next)
+    return ListOf[RunSummary](items=[RunSummary.of(run) for run in page.items], next=page.next)
 
 
 @router.get("/{run_id}", dependencies=[READ])

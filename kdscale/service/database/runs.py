@@ -166,7 +166,7 @@ class Runs:
         after: str | None = None,
         limit: int = 50,
     ) -> Page:
-        """Runs, the newest first, behind the run `after`; `search` is part of a name or an id."""
+        """Runs without their configs, the newest first, behind the run `after`; `search`: part of a name or an id."""
         conditions: list[ColumnElement[bool]] = []
         if states:
             conditions.append(RUNS.c.state.in_(sorted(states)))
@@ -177,9 +177,10 @@ class Runs:
         if after is not None:
             conditions.append(RUNS.c.id < after)
         limit = max(1, min(limit, MOST_A_PAGE))
-        query = select(RUNS).where(*conditions).order_by(RUNS.c.id.desc()).limit(limit + 1)
+        listed = [column for column in RUNS.c if column is not RUNS.c.config]  # reading fifty of them takes a while
+        query = select(*listed).where(*conditions).order_by(RUNS.c.id.desc()).limit(limit + 1)
         with self._database.read() as connection:
-            found = [_run(row) for row in connection.execute(query)]
+            found = [_run(row, config={}) for row in connection.execute(query)]
         return Page(found[:limit], found[limit - 1].id if len(found) > limit else None)
 
     def in_states(self, states: Collection[RunState], origin: str | None = "service") -> list[Run]:
@@ -372,5 +373,5 @@ def _unknown(run_id: str) -> UnknownRunError:
     return UnknownRunError(f"there is no run {run_id[:60]!r}")
 
 
-def _run(row: Row[Any]) -> Run:
-    return Run(**{**row._mapping, "folder": Path(row.folder)})
+def _run(row: Row[Any], **more: Any) -> Run:
+    return Run(**{**row._mapping, **more, "folder": Path(row.folder)})

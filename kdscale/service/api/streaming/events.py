@@ -41,7 +41,8 @@ async def _answer(request: Request, after: int | None, limit: int, run_id: str |
     state = request.app.state
     if not wants_stream(request):
         found = await run_in_threadpool(state.events.since, after or 0, run_id, limit)
-        return ListOf(items=[RunEvent.of(event) for event in found], next=str(found[-1].seq) if found else None)
+        items = [RunEvent.of(event) for event in found]
+        return ListOf[RunEvent](items=items, next=str(found[-1].seq) if found else None)
     last = last_event_id(request)
     if getattr(state, "broadcaster", None) is None:
         state.broadcaster = Broadcaster(state.events)
