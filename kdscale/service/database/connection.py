@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from kdscale.errors import ConfigError, FileError, ServiceError
-from kdscale.files import read_text
+from kdscale.files import explain_os_errors, read_text
 from kdscale.runtime.packages import require_packages
 from kdscale.service.settings import ServiceSettings
 
@@ -64,7 +65,7 @@ def open_database(settings: ServiceSettings) -> Database:
     """
     url = _url(settings)
     if url.get_backend_name() == "sqlite":
-        Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+        _make_private(Path(str(url.database)))
         engine = create_engine(url, connect_args={"timeout": _WAIT_SECONDS, "check_same_thread": False})
         _configure_sqlite(engine)
     else:
@@ -80,6 +81,16 @@ def open_database(settings: ServiceSettings) -> Database:
     return database
 
 
+def _make_private(path: Path) -> None:
+    """Make the file, for its owner alone, where there is none: it has addresses of webhooks and who did what.
+
+    SQLite gives the files beside it the same rights.
+    """
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
 def _url(settings: ServiceSettings) -> URL:
     """The address, with the driver that we use whatever it names."""
     expected = "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
@@ -88,7 +99,7 @@ def _url(settings: ServiceSettings) -> URL:
     except ArgumentError as error:
         raise ConfigError("database", expected=expected, got="something else") from error
     backend = url.drivername.partition("+")[0]
-    if backend not in _DRIVERS:
+    if backend not in _DRIVERS or (backend == "sqlite" and url.database in (None, "", ":memory:")):
         raise ConfigError("database", expected=expected, got=f"{backend}://…")
     if backend != "sqlite":
         require_packages("a database in Postgres", ("psycopg",), "postgres")

@@ -19,6 +19,7 @@ from kdscale.service.database.schema import CURSORS, NOTICES
 from kdscale.service.notices.occasions import OCCASIONS, Notice, NoticeKind, body_of, subject_of
 from kdscale.service.notices.recipients import Recipient
 
+STATES = ("waiting", "sent", "failed")
 LEASE_SECONDS = 600.0
 TRIES = 9
 _FIRST_WAIT, _LONGEST_WAIT = 30.0, 6 * 3600.0

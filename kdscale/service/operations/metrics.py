@@ -21,6 +21,7 @@ import kdscale
 from kdscale.service.database.connection import Database
 from kdscale.service.database.runs import Runs
 from kdscale.service.database.schema import RUNS
+from kdscale.service.notices.outbox import STATES as NOTICE_STATES
 from kdscale.service.notices.outbox import Outbox
 from kdscale.service.operations.metric_table import METRICS
 from kdscale.service.settings import ServiceSettings
@@ -97,12 +98,13 @@ class _StateNow(Collector):
         runs = Runs(database)
         counts = runs.counts()
         oldest, held = _queue_and_slots(database)
+        told = Outbox(database).counts()
         training = [run for run in runs.in_states({"running"}, origin=None) if run.progress]
         return [
             _gauge("kdscale_runs", {(state,): counts.get(state, 0) for state in STATES}),
             _gauge("kdscale_queue_oldest_seconds", {(): max(0.0, self._clock() - oldest) if oldest else 0.0}),
             _gauge("kdscale_slots", self._slots(held)),
-            _gauge("kdscale_notices", {(state,): count for state, count in Outbox(database).counts().items()}),
+            _gauge("kdscale_notices", {(state,): told.get(state, 0) for state in NOTICE_STATES}),
             _gauge("kdscale_run_step", _figures({run.id: run.progress.get("step") for run in training})),
             _gauge(
                 "kdscale_run_tokens_per_second",

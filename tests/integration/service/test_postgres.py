@@ -236,3 +236,5 @@ def test_a_database_of_a_kind_that_is_not_known_is_told_in_words(tmp_path: Path)
         open_database(ServiceSettings(home=str(tmp_path), database="mysql://root:secret@localhost/x"))
     with pytest.raises(ConfigError, match="database"):
         open_database(ServiceSettings(home=str(tmp_path), database="not a url"))
+    with pytest.raises(ConfigError, match="database"):
+        open_database(ServiceSettings(home=str(tmp_path), database="sqlite://"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import stat
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from kdscale.errors import ConfigError, ServiceError
+from kdscale.service.database.accounts import Accounts
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import Run, Runs
@@ -121,3 +123,15 @@ def test_another_database_is_left_to_its_own_tools(home: Path, settings: Service
     elsewhere = settings.model_copy(update={"database": "postgresql://db.example/kdscale"})
     done: Any = back_up(elsewhere, tmp_path / "copy")
     assert "pg_dump" in done.left_out[0] and not (tmp_path / "copy" / "service.db").exists()
+
+
+def test_the_file_and_those_beside_it_are_their_owners_alone(settings: ServiceSettings) -> None:
+    before = os.umask(0o022)
+    try:
+        opened = open_database(settings)
+        Accounts(opened).audit("ada", "looks")
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in settings.folder.glob("service.db*")}
+        opened.close()
+    finally:
+        os.umask(before)
+    assert "service.db-wal" in modes and set(modes.values()) == {0o600}
