@@ -99,6 +99,18 @@ def test_no_page_of_another_site_changes_anything(service: Target, hostile: Host
                 hostile.run(f"{route.path}: {name}", ask, must="refuse")
 
 
+def test_a_stranger_does_not_learn_which_runs_there_are(service: Target) -> None:
+    for route, method, _ in guarded(service):
+        if "{run_id}" in route.path:
+            path = service.path_of(route)
+            known, unknown = (
+                service.client.request(method, path),
+                service.client.request(method, path.replace(service.run_id, "1hf7yatz8-0000000")),
+            )
+            assert known.status_code == unknown.status_code, route.path
+            assert known.status_code == 401 or known.headers["Location"].startswith("/sign-in"), route.path
+
+
 RUN_IDS = [
     "%2e%2e", "..%2f..%2fsecret.key", "%00", "a%00b", "%0d%0aSet-Cookie:x", "a" * 3000, "%c0%ae%c0%ae", "%ff",
     "..%5c..", "0123456789-012345", "0123456789abcdef", "'%20OR%20'1'='1", "%3Cscript%3E", "%E2%80%AE", "~root",
@@ -232,6 +244,32 @@ def test_bodies(service: Target, hostile: HostileCases) -> None:
         sent = {**headers, "Content-Type": kind}
         ask = lambda h=sent: service.ask("POST", "/v1/runs", content=b'{"config_name": "demo"}', headers=h)  # noqa: E731
         hostile.run(f"type: {kind[:40]}", ask, must="refuse")
+    assert service.app.state.runs.counts() == before
+
+
+FORMS: dict[str, dict[str, str]] = {
+    "nothing": {}, "a bomb": {"config": "a: &a [x,x]\nb: &b [*a,*a]\nc: [*b,*b]"},
+    "a tag": {"config": "!!python/name:os.system"},
+    "brackets": {"config": "[" * 100_000}, "a list": {"config": "- a"}, "long": {"config": "a: " + "x" * 300_000},
+    "trust": {"config_name": "quick", "overrides": "teacher.trust_remote_code=true"},
+    "outside": {"config_name": "quick", "overrides": "teacher.path=/etc"},
+    "engine": {"config_name": "quick", "engine": "../x"},
+    "name": {"config_name": "quick", "name": MARKUP}, "priority": {"config_name": "quick", "priority": "9" * 5000},
+    "config by path": {"config_name": "/etc/passwd"}, "run_dir": {"config_name": "quick", "overrides": "run_dir=/etc"},
+    "another's run": {"config_name": "1hf7yatz8-0000000"}, "no setting": {"config_name": "quick", "overrides": "\x00"},
+}  # fmt: skip
+
+
+def test_forms(service: Target, hostile: HostileCases) -> None:
+    session = service.sessions.read(service.cookie)
+    assert session is not None
+    headers = {"Cookie": f"kdscale={service.cookie}", "X-CSRF-Token": service.sessions.csrf_token(session)}
+    before = service.app.state.runs.counts()
+    for name, form in FORMS.items():
+        for path in ("/runs/new", f"/runs/{service.run_id}/fork"):
+            sent = form if "new" in path else {**form, "overrides": form.get("overrides") or "teacher.path=/etc"}
+            ask = lambda f=sent, p=path: service.ask("POST", p, data=f, headers=headers)  # noqa: E731
+            hostile.run(f"{path.rpartition('/')[2]}: {name}", ask, must="refuse")
     assert service.app.state.runs.counts() == before
 
 

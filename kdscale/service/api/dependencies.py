@@ -24,8 +24,8 @@ Words = Annotated[str, Query(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Number = Annotated[int, Query(ge=0, le=2**53 - 1)]  # that JavaScript and every database can hold
 
 
-def run_of_path(run_id: str, request: Request) -> Run:
-    """The run of an address. Raises UnknownRunError, also for what is no id."""
+def run_of_path(run_id: str, request: Request, _: Reader) -> Run:
+    """The run of an address, once it is known who asks. Raises UnknownRunError, also for what is no id."""
     if not is_run_id(run_id):
         raise UnknownRunError(f"there is no run {run_id[:60]!r}")
     runs: Runs = request.app.state.runs

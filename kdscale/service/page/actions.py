@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Request
+from pydantic import ValidationError
 from starlette.responses import RedirectResponse, Response
 
 from kdscale.errors import KdscaleError
@@ -18,7 +19,7 @@ from kdscale.service.api.submitting import take
 from kdscale.service.database.runs import Run
 from kdscale.service.page.rendering import PageRoute, as_problem, render, told
 from kdscale.service.page.signing_in import Form, text_of
-from kdscale.service.problems import Problem
+from kdscale.service.problems import Problem, fields_of
 from kdscale.service.states import ANSWERS
 from kdscale.service.states import Request as Asked
 
@@ -85,8 +86,11 @@ def answer(
 
 
 def again(sent: Mapping[str, str]) -> Again:
-    """What the form of a fork says."""
-    return Again.model_validate({"set": settings_of(sent["overrides"]), "name": sent["name"] or None})
+    """What the form of a fork says. Raises a Problem for what cannot be used."""
+    try:
+        return Again.model_validate({"set": settings_of(sent["overrides"]), "name": sent["name"] or None})
+    except ValidationError as error:
+        raise Problem(422, "request", "the form cannot be used", errors=fields_of(error)) from error
 
 
 def settings_of(text: str) -> list[str]:
