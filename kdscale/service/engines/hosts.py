@@ -44,6 +44,7 @@ class HostsEngine(LocalEngine):
             "--hostfile": path, "--python": own.python, "--ssh-command": own.ssh_command,
             "--dead-after": f"{own.dead_after:g}", "--connect-timeout": f"{own.connect_seconds:g}",
             "--host-timeout": f"{own.host_seconds:g}", "--max-restarts": own.restarts,
+            **({"--master-addr": own.master_addr} if own.master_addr else {}),
             **({"--min-nodes": target.min_nodes} if target.min_nodes else {}),
         }  # fmt: skip
         words = [word for name, value in options.items() for word in (name, str(value))]

@@ -135,9 +135,10 @@ class LocalSettings(EngineSettings, LocalTarget):
 
 
 class HostsSettings(EngineSettings, HostsTarget):
-    """`ssh_command` is used instead of ssh, with its options."""
+    """`ssh_command` is used instead of ssh, with its options. `master_addr`: where ranks find the first host."""
 
     ssh_command: str = "ssh"
+    master_addr: str = ""  # empty: the first host's name
     dead_after: Seconds = 15.0
     connect_seconds: Seconds = 30.0
     host_seconds: Seconds = 300.0

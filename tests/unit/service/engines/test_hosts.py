@@ -19,7 +19,13 @@ def test_the_launcher_takes_the_command(
 ) -> None:
     monkeypatch.setenv("SSH_AUTH_SOCK", "/run/agent")
     (tmp_path / "hosts").write_text("node-1 slots=1\nnode-2 slots=1\n")
-    own = {"hostfile": str(tmp_path / "hosts"), "python": "/shared/python", "ssh_command": "ssh -p 2222", "restarts": 5}
+    own = {
+        "hostfile": str(tmp_path / "hosts"),
+        "python": "/shared/python",
+        "ssh_command": "ssh -p 2222",
+        "restarts": 5,
+        "master_addr": "10.0.0.1",
+    }
     engine = HostsEngine(ServiceSettings(home=str(tmp_path), engines={"hosts": {**own, "export": ["MY_SETTING"]}}))
     command = engine._command(HostsBench(tmp_path).job(target={"min_nodes": 1}))
     assert command[:5] == ["env", "SSH_AUTH_SOCK=/run/agent", sys.executable, "-m", "kdscale.cli.main"]
@@ -28,6 +34,7 @@ def test_the_launcher_takes_the_command(
     assert "ssh -p 2222" in printed
     assert "/shared/python -m kdscale.jobs.rank" in printed
     assert "# restarts: at most 5" in printed
+    assert "#   MASTER_ADDR=10.0.0.1" in printed
     assert "also on 1 of 2" in printed
 
 
