@@ -92,6 +92,11 @@ def test_the_examples_in_the_docs_can_be_used() -> None:
     for target in targets:
         read_target(target, read_settings(target["engine"], engines))
         assert not admin_fields(target)
-    for name, fields in engines.items():  # what is marked there is what is refused
-        marked = set(re.findall(r"^    (\w+):.*#.*†", text, re.MULTILINE)) & set(fields)
-        assert {f"target.{field}" for field in marked} == set(admin_fields({"engine": name, **fields}))
+    sections = {name: text.partition(f"\n  {name}:\n")[2].partition("\n## ")[0] for name in engines}
+    for name, section in sections.items():  # what is marked there is what is refused, and nothing is left out
+        fields = set(SETTINGS[name].model_fields)
+        marked = set(re.findall(r"^    (\w+):.*#.*†|`(\w+)` †", section, re.MULTILINE)) - {("", "")}
+        refused = set(admin_fields({**dict.fromkeys(fields), "engine": name}))
+        assert {f"target.{first or second}" for first, second in marked} == refused
+        missing = {field for field in fields if not re.search(rf"`{field}\W|    {field}:|\"{field}\"", text)}
+        assert not missing, name
