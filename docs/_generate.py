@@ -403,9 +403,61 @@ def service_metrics() -> str:
     return table(("metric", "type", "labels", "what it says"), rows)
 
 
+def api_routes() -> str:
+    """Every request that the service's API answers."""
+    from kdscale.service.api.description import describe, scopes_of
+    from kdscale.service.app import ROUTERS
+
+    scopes = scopes_of(ROUTERS)
+    rows = []
+    for path, operations in describe(ROUTERS)["paths"].items():
+        for method, operation in operations.items():
+            named = [one for one in operation.get("parameters", []) if one["in"] != "path"]
+            parameters = ", ".join(f"`{one['name']}`" for one in named)
+            rows.append(
+                (f"`{method.upper()} {path}`", scopes.get((method, path), ""), operation["description"], parameters)
+            )
+    return table(("request", "scope", "what it does", "parameters and headers"), rows)
+
+
+def api_bodies() -> str:
+    """The members of each body that the API takes."""
+    from kdscale.service.api.description import describe
+    from kdscale.service.app import ROUTERS
+
+    tree, lines = describe(ROUTERS), []
+    for path, operations in tree["paths"].items():
+        for operation in operations.values():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            if body is None:
+                continue
+            name = body["schema"]["$ref"].rpartition("/")[2]
+            members = tree["components"]["schemas"][name]["properties"]
+            examples = {key: (member.get("examples") or [None])[0] for key, member in members.items()}
+            shown = ", ".join(
+                f"`{key}`" + ("" if value is None else f" (`{json.dumps(value)}`)") for key, value in examples.items()
+            )
+            lines.append((f"`POST {path}`", shown))
+    return table(("request", "members of the body, with examples"), lines)
+
+
+def api_problems() -> str:
+    """The types of problems that errors of ours become."""
+    from kdscale.service.problems import STATUSES
+
+    rows = [
+        (f"`urn:kdscale:problem:{name}`", str(status), (error.__doc__ or "").splitlines()[0])
+        for error, (status, name) in STATUSES.items()
+    ]
+    return table(("type", "status", "when"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "readers": readers,
     "service-metrics": service_metrics,
+    "api-routes": api_routes,
+    "api-bodies": api_bodies,
+    "api-problems": api_problems,
     "gguf": gguf,
     "criteria": criteria,
     "objectives": objectives,

@@ -26,7 +26,7 @@ _TYPE = "urn:kdscale:problem:{}"
 _MOST_FIELDS = 100  # in one answer
 
 # The status and the name of each error of ours; an error that is not listed counts as its base class does.
-_STATUSES: Mapping[type[errors.KdscaleError], tuple[int, str]] = {
+STATUSES: Mapping[type[errors.KdscaleError], tuple[int, str]] = {
     errors.KdscaleError: (422, "refused"),
     errors.ConfigError: (422, "config"),
     errors.CheckpointError: (422, "checkpoint"),
@@ -70,7 +70,7 @@ class Problem(Exception):  # noqa: N818 - a problem is what the answer holds
 
 def of_error(error: errors.KdscaleError, model: type[BaseModel] | None = None) -> Problem:
     """The problem that an error of ours is; `model`: whose fields it is about, where pydantic found it."""
-    status, name = next(_STATUSES[base] for base in type(error).__mro__ if base in _STATUSES)
+    status, name = next(STATUSES[base] for base in type(error).__mro__ if base in STATUSES)
     if isinstance(cause := error.__cause__, ValidationError):
         return Problem(status, name, error.what.splitlines()[0].rstrip(":"), errors=fields_of(cause, model=model))
     parts: dict[str, Any] = {key: clean(value) for key, value in error.parts.items() if key != "what"}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 
+import kdscale
+from kdscale.service.access.identity import SCOPES
 from kdscale.service.api.bodies import body_schemas
 from kdscale.service.problems import MEDIA_TYPE
 
@@ -46,6 +50,15 @@ def install(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+def describe(routers: Iterable[APIRouter]) -> dict[str, Any]:
+    """The description of these routers, without a service."""
+    app = FastAPI(title="kdscale", summary=SUMMARY, version=kdscale.__version__)
+    for router in routers:
+        app.include_router(router)
+    install(app)
+    return app.openapi()
+
+
 def _completed(tree: dict[str, Any]) -> dict[str, Any]:
     schemas = tree.setdefault("components", {}).setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):
@@ -57,3 +70,16 @@ def _completed(tree: dict[str, Any]) -> dict[str, Any]:
             for status, text in _REFUSALS.items() if "security" in operation else ():
                 operation["responses"][status] = {"description": text, "content": content}
     return tree
+
+
+def scopes_of(routers: Iterable[APIRouter]) -> dict[tuple[str, str], str]:
+    """The scope that each operation needs, by method and path as the description has them; "" for none."""
+    found = {}
+    for router in routers:
+        for route in router.routes:
+            if isinstance(route, APIRoute):
+                asked = [getattr(one.call, "scope", "") for one in route.dependant.dependencies]
+                scope = next((name for name in reversed(SCOPES) if name in asked), "")
+                for method in route.methods or ():
+                    found[method.lower(), route.path_format] = scope
+    return found
