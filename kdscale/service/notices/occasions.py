@@ -17,11 +17,12 @@ from kdscale.service.database.runs import Run
 from kdscale.service.redaction import redacted_text
 from kdscale_launch.job import STOPPED_EXIT_CODE
 
-NoticeKind = Literal["succeeded", "failed", "cancelled", "preempted", "spike", "removal"]
+NoticeKind = Literal["succeeded", "failed", "cancelled", "preempted", "hung", "spike", "removal"]
 KINDS: tuple[NoticeKind, ...] = get_args(NoticeKind)
 # What an owner is told who did not choose: a run that somebody cancelled surprises nobody who did it.
-DEFAULT_KINDS: tuple[NoticeKind, ...] = ("succeeded", "failed", "preempted", "spike", "removal")
-SPIKE_EVENT = "spike"  # written by whoever reads a run's metrics; data: step, loss, median, limit
+DEFAULT_KINDS: tuple[NoticeKind, ...] = ("succeeded", "failed", "preempted", "hung", "spike", "removal")
+SPIKE_EVENT = "spike"  # written by whoever reads a run's metrics; data: step, loss, limit
+HUNG_EVENT = "hung"  # written by the scheduler; data: since
 
 
 def _state_is(*states: str) -> Callable[[Event], bool]:
@@ -59,13 +60,14 @@ OCCASIONS: Mapping[NoticeKind, Occasion] = {
     "preempted": Occasion(
         _is_preemption, "Run {name} was stopped by its machine; it saved, and goes on when it can.", 3600.0
     ),
+    "hung": Occasion(lambda event: event.type == HUNG_EVENT, "Run {name} makes no progress.", 6 * 3600.0, 86_400.0),
     "spike": Occasion(
         lambda event: event.type == SPIKE_EVENT, "The loss of run {name} is out of line.", 3600.0, 86_400.0
     ),
     "removal": Occasion(lambda event: False, "Files of run {name} will be deleted."),  # written by the retention
 }
 # What of an event's data is told. Everything else stays here: notices leave this machine.
-_TOLD = ("reason", "attempt", "step", "loss", "median", "limit", "paths", "deleted_at")
+_TOLD = ("reason", "attempt", "step", "loss", "limit", "since", "paths", "deleted_at")
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def body_of(notice: Notice, service_url: str | None) -> dict[str, Any]:
     """What a webhook sends, as JSON; texts without the credentials of URLs in them."""
     run = notice.run
     facts = {name: _clean(notice.facts[name]) for name in _TOLD if name in notice.facts}
+    if isinstance(facts.get("since"), float):
+        facts["since"] = _iso(facts["since"])
     link = {} if service_url is None else {"link": f"{service_url.rstrip('/')}/runs/{run.id}"}
     return {
         "type": f"run.{notice.kind}",

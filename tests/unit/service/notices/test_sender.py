@@ -213,6 +213,15 @@ def test_spikes_of_a_run_are_told_once_an_hour(
     assert sent.kinds == ["spike"] * 2
 
 
+def test_a_run_that_hangs_is_told(
+    make: Callable[..., Notices], run: Run, database: Database, sent: Post, clock: Any
+) -> None:
+    notices = make(owners={"*": (HOOK,)})
+    Events(database, clock).append(run.id, "hung", {"since": 0.0})
+    notices.step()
+    assert sent.kinds == ["hung"] and sent.got[0].body["data"]["since"] == "1970-01-01T00:00:00+00:00"
+
+
 def test_old_spikes_and_runs_that_ended_before_they_were_found_are_not_told(
     make: Callable[..., Notices], runs: Runs, database: Database, sent: Post, clock: Any, tmp_path: Any
 ) -> None:
