@@ -191,6 +191,13 @@ class Runs:
         with self._database.read() as connection:
             return [_run(row) for row in connection.execute(query)]
 
+    def queue(self, limit: int = 50) -> list[Run]:
+        """The runs that wait, those of a higher priority first; owners take turns when they are claimed."""
+        waiting = select(RUNS).where(RUNS.c.state == "queued", RUNS.c.origin == "service")
+        query = waiting.order_by(RUNS.c.priority.desc(), RUNS.c.queued, RUNS.c.id).limit(limit)
+        with self._database.read() as connection:
+            return [_run(row) for row in connection.execute(query)]
+
     def counts(self) -> dict[str, int]:
         """How many runs there are in each state that has any."""
         with self._database.read() as connection:

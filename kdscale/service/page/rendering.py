@@ -127,7 +127,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     environment.filters |= {
         "ago": ago, "brief": units.compact_duration, "clock": _clock, "count": units.format_count,
-        "duration": units.format_duration, "iso": iso, "moment": _moment, "shape": shape_text,
+        "iso": iso, "moment": _moment, "shape": shape_text,
         "size": units.format_size, "value": in_short,
     }  # fmt: skip
     return environment

@@ -32,10 +32,10 @@ def live(request: Request) -> dict[str, Any]:
     """All of the page: it changes with every run that begins or ends."""
     facts, runs = machine(request), request.app.state.runs
     running = runs.in_states(ACTIVE)
-    waiting = sorted(runs.in_states({"queued"}), key=lambda run: (-run.priority, run.queued or run.created, run.id))
+    waiting = facts.counts.get("queued", 0)
     return {
-        "devices": devices(facts, running), "tiles": _tiles(facts), "queue": waiting[:_WAITING],
-        "more_queued": len(waiting) if len(waiting) > _WAITING else 0,
+        "devices": devices(facts, running), "tiles": _tiles(facts), "queue": runs.queue(_WAITING),
+        "more_queued": waiting if waiting > _WAITING else 0,
         "elsewhere": [run for run in running if run.target.get("engine", "local") != "local"],
     }  # fmt: skip
 

@@ -125,6 +125,11 @@ def test_a_thousand_runs_come_in_pages(app: Any, client: TestClient, runs: Runs,
         path = next((link for link in document.links if "after=" in link), "")
     assert len(seen) == 1000
     assert "queued 1,0" in read(client, "/runs").said
+    urgent = add_run(runs, tmp_path, "urgent")
+    runs.update(urgent.id, priority=9)
+    machine = read(client, "/machine")
+    assert machine.said.count(" carol ") == 49
+    assert machine.said.index("urgent") < machine.said.index(" carol ")
     assert read(client, "/runs?search=run+999&owner=carol").said.count("run 999") == 1
 
 
