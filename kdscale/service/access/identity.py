@@ -24,6 +24,7 @@ from kdscale.service.database.accounts import Accounts, Token
 
 Scope = Literal["read", "run", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "run", "admin")  # each may what those before it may
+_LONGEST_ADDRESS = 100  # characters: a proxy may pass on anything
 _ASK = {"WWW-Authenticate": 'Bearer realm="kdscale"'}
 # Only for the OpenAPI description; actor_of reads the header itself, to refuse two of them.
 _BEARER = HTTPBearer(auto_error=False, description="A token that `kdscale token create` printed.")
@@ -101,7 +102,7 @@ def _actor(token: Token, how: Literal["token", "cookie"], request: Request) -> A
 
 def address_of(connection: HTTPConnection) -> str:
     """The address of the client, as a trusted proxy says it where there is one."""
-    return connection.client.host if connection.client is not None else ""
+    return connection.client.host[:_LONGEST_ADDRESS] if connection.client is not None else ""
 
 
 def failed_sign_ins(request: Request) -> Buckets:
