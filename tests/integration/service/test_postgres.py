@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from kdscale.errors import ConfigError, ServiceError
+from kdscale.service.app import make_app
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.events import Events
 from kdscale.service.database.folders import write_run_folder
@@ -215,6 +217,28 @@ def test_several_senders_deliver_each_notice_once(database: Database, settings: 
     together(lambda number: [senders[number].step() for _ in range(4)])
     assert len(got) == len(set(got)) == 20
     assert senders[0].outbox.counts() == {"sent": 20}
+
+
+def test_the_application_works_over_postgres(database: Database, settings: ServiceSettings) -> None:
+    app = make_app(settings, database)
+    _, secret = app.state.accounts.new_token("laptop", "ada", ["admin"])
+    body = {"config": {"teacher": {"path": "hf:org/model"}, "prune": {"target_params": "50%"}}}
+    headers = {"authorization": f"Bearer {secret}"}
+    with TestClient(app, "http://localhost", headers=headers) as client:
+        made = [
+            client.post("/v1/runs", json=body, headers={"Idempotency-Key": f"key-{number // 2}"}).json()["id"]
+            for number in range(4)
+        ]
+        assert made[0] == made[1] != made[2] == made[3]
+        first = client.get("/v1/runs", params={"limit": 1, "search": "run"}).json()
+        second = client.get("/v1/runs", params={"limit": 1, "after": first["next"]}).json()
+        assert [item["id"] for item in first["items"] + second["items"]] == [made[2], made[0]]
+        assert client.post(f"/v1/runs/{made[0]}/cancel").json()["state"] == "cancelled"
+        events = client.get(f"/v1/runs/{made[0]}/events").json()["items"]
+        assert [event["data"]["state"] for event in events] == ["queued", "cancelled"]
+        assert 'kdscale_runs{state="cancelled"} 1.0' in client.get("/metrics").text
+        assert client.get("/runs", headers={"accept": "text/html"}).status_code == 200
+    assert len(app.state.accounts.audit_log()) == 5
 
 
 def test_a_password_comes_from_a_file(settings: ServiceSettings, tmp_path: Path) -> None:
