@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Literal
 from kdscale.errors import ConfigError, KdscaleError, LostRankError
 from kdscale.files import explain_os_errors, read_own_json, write_json
 from kdscale.runtime.exits import FINAL_CODES
-from kdscale.service.engines.engine import Job, JobState
+from kdscale.service.engines.engine import EngineUnavailableError, Job, JobState
 from kdscale.service.engines.programs import EngineSilentError
 from kdscale.service.engines.targets import read_settings, read_target
 from kdscale_launch.environment import check_text
@@ -29,6 +30,7 @@ LOST = LostRankError.exit_code  # for what was cut off without an error of its o
 KILLED, CANCELLED = 137, 143  # by the service when its time was up; by somebody else, in the system itself
 _PART = re.compile(r"[a-z0-9]([a-z0-9-]{0,25}[a-z0-9])?")
 _LONGEST_LABEL = 100
+_SILENT_SECONDS = 120.0  # for which a system that did not answer is not asked
 _AGAIN_SECONDS = 30.0  # after which a job that is still there is ended once more
 
 
@@ -79,6 +81,7 @@ class ClusterEngine(ABC):
         self.settings = read_settings(self.name, getattr(settings, "engines", None) or {})
         self.clock = clock
         self._lately: dict[str, tuple[float, JobState]] = {}  # answers that are not asked for again yet
+        self._silent: tuple[float, str] | None = None  # when the system did not answer in time, and what it did not
 
     def submit(self, job: Job) -> str:
         """See Engine. Raises ConfigError for a target or a config that the system does not take."""
@@ -91,9 +94,10 @@ class ClusterEngine(ABC):
         prepared = self.prepare(job, attempt, target)
         asked_before = "asked" in attempt.facts
         attempt.learn(name=job_name(job), asked=attempt.facts.get("asked", self.clock()))
-        number = self.find(attempt, asked_before)
-        if number is None:
-            number = self._start(attempt, prepared)
+        with self._patience():
+            number = self.find(attempt, asked_before)
+            if number is None:
+                number = self._start(attempt, prepared)
         attempt.learn(number=number, submitted=True)
         return str(job.work)
 
@@ -114,9 +118,25 @@ class ClusterEngine(ABC):
         """See Engine. Also carries out what was asked of a job that could not be reached then."""
         asked, seen = self._lately.get(handle, (0.0, None))
         if seen is None or not 0.0 <= self.clock() - asked < self.settings.poll_seconds:
-            seen = self._state(handle)
+            with self._patience():
+                seen = self._state(handle)
             self._lately[handle] = (self.clock(), seen)
         return seen
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """A block that asks the system. One that did not answer is left alone for a while: others wait for each call.
+
+        Raises EngineUnavailableError in that while.
+        """
+        if self._silent is not None and 0.0 <= self.clock() - self._silent[0] < _SILENT_SECONDS:
+            raise EngineUnavailableError(f"{self.title} did not answer lately", got=self._silent[1])
+        self._silent = None
+        try:
+            yield
+        except EngineSilentError as error:
+            self._silent = self.clock(), error.what
+            raise
 
     def _state(self, handle: str) -> JobState:
         """See `state`: asked of the system."""

@@ -124,7 +124,7 @@ class EngineSettings(Section):
     python: _Text = sys.executable
     cwd: str | None = None
     export: tuple[Name, ...] = ()
-    command_seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 60.0
+    command_seconds: Annotated[float, Field(gt=0.0, le=3600.0)] = 30.0
     poll_seconds: Seconds = 10.0
     patience: Seconds = 180.0
     restarts: Annotated[int, Field(ge=0, le=1000)] = 3  # that the engine itself makes of a broken job

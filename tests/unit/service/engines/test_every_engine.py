@@ -113,6 +113,25 @@ def test_a_system_is_not_asked_all_the_time(cluster: ClusterBench) -> None:
     assert (first.phase, engine.state(handle).exit_code) == ("running", 75)
 
 
+def test_a_system_that_is_silent_is_left_alone_for_a_while(cluster: ClusterBench) -> None:
+    """Each call that nobody answers takes its whole time, in which no other run is looked after."""
+    job, engine = cluster.job(), cluster.engine()
+    handle = engine.submit(job)
+    cluster.begin(job)
+    cluster.fault(says="error: timed out")
+    with pytest.raises(EngineSilentError):
+        engine.state(handle)
+    asked = len(cluster.read()["calls"])
+    for _ in range(3):
+        with pytest.raises(EngineUnavailableError, match="did not answer lately"):
+            engine.state(handle)
+    with pytest.raises(EngineUnavailableError, match="did not answer lately"):
+        engine.submit(cluster.job(attempt=2))
+    assert len(cluster.read()["calls"]) == asked
+    cluster.clock += 120.0
+    assert engine.state(handle).phase == "running"
+
+
 def test_a_log_that_cannot_be_read_holds_nobody_up(cluster: ClusterBench, monkeypatch: pytest.MonkeyPatch) -> None:
     job = cluster.job()
     handle = cluster.engine().submit(job)
