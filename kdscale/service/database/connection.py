@@ -127,10 +127,24 @@ def migrate(database: Database) -> None:
     """Bring the tables to this version; several processes may call this at once."""
     config = AlembicConfig()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    with database.begin() as connection:
+    with database.engine.connect() as connection, _without_foreign_keys(connection), connection.begin():
         alone(connection, "migrate")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+@contextmanager
+def _without_foreign_keys(connection: Connection) -> Iterator[None]:
+    """SQLite changes a table by making it anew: with the old one it would delete all rows that refer to it."""
+    driver: Any = connection.connection.dbapi_connection
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    driver.execute("PRAGMA foreign_keys=OFF")  # outside of a transaction, or it does nothing
+    try:
+        yield
+    finally:
+        driver.execute("PRAGMA foreign_keys=ON")
 
 
 def _configure_sqlite(engine: Engine) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from kdscale.errors import ConfigError, ServiceError
+from kdscale.service.database import connection as connection_module
 from kdscale.service.database.accounts import Accounts
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import Run, Runs
+from kdscale.service.database.subscriptions import Subscription, subscribe, subscriptions_of
 from kdscale.service.operations.backup import back_up
 from kdscale.service.settings import ServiceSettings
 
@@ -135,3 +137,39 @@ def test_the_file_and_those_beside_it_are_their_owners_alone(settings: ServiceSe
     finally:
         os.umask(before)
     assert "service.db-wal" in modes and set(modes.values()) == {0o600}
+
+
+_CHANGE = """
+import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision = "9999", "{last}"
+
+
+def upgrade():
+    with op.batch_alter_table("runs") as runs:
+        runs.alter_column("name", type_=sa.String(300))
+"""
+
+
+def test_a_table_that_is_changed_in_sqlite_keeps_the_rows_that_refer_to_it(
+    settings: ServiceSettings, database: Database, ended: Callable[..., Run], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    run, wanted = ended(), [Subscription("https://hooks.example/", ("failed",))]
+    with database.begin() as connection:
+        subscribe(connection, run.id, wanted)
+    database.close()
+    shutil.copytree(connection_module._MIGRATIONS, tmp_path / "migrations")
+    versions = tmp_path / "migrations" / "versions"
+    last = max(path.name[:4] for path in versions.glob("*.py"))
+    (versions / "9999_change.py").write_text(_CHANGE.format(last=last))
+    monkeypatch.setattr(connection_module, "_MIGRATIONS", tmp_path / "migrations")
+    again = open_database(settings)
+    with again.begin() as connection:
+        assert subscriptions_of(connection, run.id) == wanted
+        assert connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "9999"
+    Runs(again).remove(run.id)
+    with again.begin() as connection:
+        assert subscriptions_of(connection, run.id) == [], "and they go with the run as before"
+    again.close()
