@@ -14,7 +14,7 @@ from kdscale.service.page.facts import machine as machine_facts
 from kdscale.service.page.facts import one_run, run_rows
 from kdscale.service.page.facts.comparison import MOST_RUNS, compare
 from kdscale.service.page.rendering import PageRoute, render
-from kdscale.service.states import STATES
+from kdscale.service.states import ACTIVE, STATES
 
 router = APIRouter(include_in_schema=False, route_class=PageRoute)
 _ROWS = 50
@@ -62,6 +62,7 @@ def _list(request: Request, state: str, owner: str, search: str, after: str) -> 
     return {
         "rows": [run_rows.row(run) for run in page.items], "counts": known.counts(), "states": STATES,
         "filters": filters, "filtered": any(filters.values()),
+        "ended": not any(run.state in ACTIVE for run in page.items),
         "older": _address("/runs", {**filters, "after": page.next}) if page.next else "",
         "newest": _address("/runs", {**filters, "after": ""}),
     }  # fmt: skip

@@ -92,7 +92,8 @@ def signed_in(browser: Any, service: Service) -> Any:
     context = browser.new_context()
     page = context.new_page()
     page.goto(f"{service.address}/runs")
-    page.keyboard.type(service.secret)  # the field has the focus
+    page.wait_for_function("document.activeElement.id === 'token'")  # nothing is to be clicked first
+    page.keyboard.type(service.secret)
     page.keyboard.press("Enter")
     page.wait_for_url("**/runs")
     state = context.storage_state()
@@ -170,6 +171,14 @@ def test_what_changes_leaves_ticks_and_focus_where_they_are(tab: Tab) -> None:
     tab.sees("starting", f"#run-{first.id}")
     assert tick.is_checked()
     assert tab.page.evaluate("document.activeElement.getAttribute('aria-label')") == "Compare ticked"
+
+
+def test_a_page_whose_sign_in_has_ended_asks_for_another(tab: Tab) -> None:
+    tab.open("/runs")
+    tab.page.context.clear_cookies()
+    tab.service.add("for-nobody")  # the page asks for what changed
+    tab.page.wait_for_url("**/sign-in*", timeout=_PATIENCE)
+    tab.complaints[:] = [text for text in tab.complaints if "401" not in text]
 
 
 def test_a_config_is_checked_while_it_is_typed(tab: Tab) -> None:

@@ -59,7 +59,7 @@ def live(state: State, run: Run, actor: Actor) -> dict[str, Any]:
     now = time.time()
     curves = curves_of_run(state, run.folder)
     return {
-        "run": run, "actions": actions_for(run, actor), "tiles": tiles(run, curves, now),
+        "run": run, "ended": run.state in FINAL, "actions": actions_for(run, actor), "tiles": tiles(run, curves, now),
         "stages": [_stage(each, now) for each in stages_of_run(run)],
         "charts": curves.charts(), "x_title": curves.x_title, "log": printed(state, run, now),
         "has_student": (run.folder / STUDENT.path / "config.json").is_file(),

@@ -33,7 +33,10 @@
   });
   window.addEventListener("pagehide", stop);
   window.addEventListener("pageshow", (event) => { if (event.persisted) { listen(); soon(); } });
-  setInterval(() => { if (!document.hidden && Date.now() - last >= QUIET) soon(); }, QUIET);
+  setInterval(() => {
+    const moves = !document.hidden && !live.querySelector("[data-ended]"); // of itself; events are heard anyway
+    if (moves && Date.now() - last >= QUIET) soon();
+  }, QUIET);
   last = Date.now();
   listen();
 })();
