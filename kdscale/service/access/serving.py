@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import ssl
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from kdscale.errors import ConfigError
 from kdscale.service.settings import LimitSettings, ServiceSettings
 
 _HEADER_SECONDS = 15.0  # in which the headers of a request must have come
@@ -45,6 +47,22 @@ class PatientProtocol(H11Protocol):
             self._timer = None
 
 
+def _check_certificate(certificate: str, key: str) -> None:
+    """Raises ConfigError for files that are none, or do not belong together; a password is not asked for."""
+
+    def no_password() -> str:
+        raise ConfigError("tls_key", expected="a key without a password", got=key, hint="openssl pkey removes it")
+
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key, no_password)
+    except OSError as error:  # also what OpenSSL says
+        raise ConfigError(
+            "tls_certificate, tls_key",
+            expected="a certificate and its key, in PEM",
+            got=f"{certificate}, {key}: {error}",
+        ) from error
+
+
 def _most_connections(limits: LimitSettings) -> int:
     """Connections that are answered: twice as many as requests, and never all of the files that a process may open."""
     wanted, most = (
@@ -55,8 +73,13 @@ def _most_connections(limits: LimitSettings) -> int:
 
 
 def server_options(settings: ServiceSettings) -> dict[str, Any]:
-    """The arguments of `uvicorn.Config` beside the app, its address and its logs."""
+    """The arguments of `uvicorn.Config` beside the app, its address and its logs.
+
+    Raises ConfigError for a certificate that cannot be used.
+    """
     limits = settings.limits
+    if settings.tls_certificate is not None:
+        _check_certificate(settings.tls_certificate, str(settings.tls_key))
     return {
         "http": PatientProtocol,
         "ws": "none",
@@ -67,4 +90,5 @@ def server_options(settings: ServiceSettings) -> dict[str, Any]:
         "forwarded_allow_ips": list(settings.trusted_proxies),
         "ssl_certfile": settings.tls_certificate,
         "ssl_keyfile": settings.tls_key,
+        "ssl_ciphers": "ECDHE+AESGCM:ECDHE+CHACHA20",  # of TLS 1.2; those of 1.3 are all good
     }

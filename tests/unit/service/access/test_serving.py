@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from kdscale.errors import ConfigError
 from kdscale.service.access.serving import server_options
 from kdscale.service.access.sessions import set_cookie
 from kdscale.service.settings import ServiceSettings
@@ -83,6 +84,23 @@ def test_tls(tmp_path: Path) -> None:
     assert answer.headers["Set-Cookie"].startswith("__Host-kdscale=x;")
     assert "Secure" in answer.headers["Set-Cookie"]
     assert "Server" not in answer.headers
+
+
+def test_a_certificate_that_cannot_be_used_is_a_message(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    certificate, key = make_certificate(tmp_path)
+    (tmp_path / "other").mkdir()
+    _, another = make_certificate(tmp_path / "other")
+    locked = tmp_path / "locked.key"
+    private: Any = serialization.load_pem_private_key(key.read_bytes(), None)
+    encryption = serialization.BestAvailableEncryption(b"x")
+    locked.write_bytes(private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption))
+    wrong = [(tmp_path / "none", key), (certificate, tmp_path / "none"), (key, certificate), (certificate, another)]
+    for one, two in [*wrong, (certificate, tmp_path), (certificate, locked)]:
+        settings = ServiceSettings(home=str(tmp_path), tls_certificate=str(one), tls_key=str(two))
+        with pytest.raises(ConfigError, match="tls_key"):
+            server_options(settings)
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
