@@ -131,8 +131,8 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(item[4][0]) for item in found))
 
 
-def address_to_connect(host: str, port: int, allowed: Collection[str], look_up: Resolve = resolve) -> str:
-    """The address of `host` that a webhook may connect to; hosts in `allowed` may have any.
+def addresses_to_connect(host: str, port: int, allowed: Collection[str], look_up: Resolve = resolve) -> Sequence[str]:
+    """The addresses of `host` that a webhook may connect to; hosts in `allowed` may have any.
 
     Every address of the name must be public: a name with one public and one private address is a trick.
     Raises RefusedAddressError, and OSError where the name has no address now.
@@ -144,7 +144,7 @@ def address_to_connect(host: str, port: int, allowed: Collection[str], look_up: 
         for text in addresses:
             if not is_public(ipaddress.ip_address(text)):
                 raise RefusedAddressError(f"{host} is not a host on the public internet, nor in notices.webhook_hosts")
-    return addresses[0]
+    return addresses
 
 
 def _literal(host: str) -> Address | None:

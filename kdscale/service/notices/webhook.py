@@ -17,7 +17,7 @@ import secrets
 import socket
 import ssl
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import kdscale
 from kdscale.errors import ConfigError, FileError, ServiceError
 from kdscale.files import fsync_dir, fsync_file, read_text
-from kdscale.service.notices.recipients import RefusedAddressError, Resolve, address_to_connect, resolve
+from kdscale.service.notices.recipients import RefusedAddressError, Resolve, addresses_to_connect, resolve
 
 SECRET_FILE = "webhook.key"  # in the home folder, unless the settings name another
 _PREFIX, _SECRET_BYTES, _SHORTEST = "whsec_", 32, 16
@@ -115,7 +115,7 @@ def post(
     context = (tls or ssl.create_default_context()) if secure else None
     deadline = _Deadline(whole_seconds)
     try:
-        connection = _connection(host, port, address_to_connect(host, port, allowed, look_up), context)
+        connection = _connection(host, port, addresses_to_connect(host, port, allowed, look_up), context)
         try:
             connection.connect()
             with deadline.of(connection.sock):
@@ -148,14 +148,16 @@ def _check_status(host: str, status: int, words: bytes) -> None:
     raise DeliveryError(f"{host} answered {status} {said}".rstrip(), final=status == 410)
 
 
-def _connection(host: str, port: int, address: str, tls: ssl.SSLContext | None) -> http.client.HTTPConnection:
-    """A connection to `address` that names `host` in its Host header and checks the certificate of `host`."""
+def _connection(
+    host: str, port: int, addresses: Sequence[str], tls: ssl.SSLContext | None
+) -> http.client.HTTPConnection:
+    """A connection to one of `addresses` that names `host` in its Host header and checks the certificate of `host`."""
 
     class Pinned(http.client.HTTPConnection):
         default_port = 80 if tls is None else 443
 
         def connect(self) -> None:
-            self.sock = socket.create_connection((address, port), _CONNECT_SECONDS)
+            self.sock = _first_that_answers(addresses, port)
             if tls is not None:
                 try:
                     self.sock = tls.wrap_socket(self.sock, server_hostname=host)
@@ -164,6 +166,17 @@ def _connection(host: str, port: int, address: str, tls: ssl.SSLContext | None) 
                     raise
 
     return Pinned(host, port)
+
+
+def _first_that_answers(addresses: Sequence[str], port: int) -> socket.socket:
+    """A connection to the first address that takes one: this machine may have no way to those of IPv6."""
+    error = OSError("no address")
+    for address in addresses:
+        try:
+            return socket.create_connection((address, port), _CONNECT_SECONDS)
+        except OSError as problem:
+            error = problem
+    raise error
 
 
 class _Deadline:

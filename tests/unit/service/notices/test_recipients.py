@@ -10,7 +10,7 @@ from kdscale.errors import ConfigError
 from kdscale.service.notices.recipients import (
     Recipient,
     RefusedAddressError,
-    address_to_connect,
+    addresses_to_connect,
     is_public,
     parse_recipient,
 )
@@ -75,12 +75,12 @@ def test_a_name_is_refused_when_one_of_its_addresses_is_not_public() -> None:
     def look_up(host: str, port: int) -> list[str]:
         return addresses[host]
 
-    assert address_to_connect("good.example", 443, (), look_up) == "1.1.1.1"
+    assert addresses_to_connect("good.example", 443, (), look_up) == ["1.1.1.1"]
     with pytest.raises(RefusedAddressError, match=r"trick\.example"):
-        address_to_connect("trick.example", 443, (), look_up)
-    assert address_to_connect("trick.example", 443, ("trick.example",), look_up) == "1.1.1.1"
+        addresses_to_connect("trick.example", 443, (), look_up)
+    assert addresses_to_connect("trick.example", 443, ("trick.example",), look_up) == ["1.1.1.1", "127.0.0.1"]
     with pytest.raises(OSError, match="no address"):
-        address_to_connect("nobody.example", 443, (), look_up)
+        addresses_to_connect("nobody.example", 443, (), look_up)
 
 
 def test_what_is_shown_of_an_address_holds_no_key() -> None:

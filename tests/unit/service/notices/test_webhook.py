@@ -83,6 +83,12 @@ def test_nobody_listens() -> None:
     assert not caught.value.final
 
 
+def test_the_next_address_is_tried_where_one_does_not_answer(receiver: Any) -> None:
+    look_up = lambda host, port: ["::1", "127.0.0.1"]  # noqa: E731 (nothing listens at the first)
+    post(f"http://hooks.example:{receiver.port}/", b"{}", {}, allowed=LOCAL, look_up=look_up)
+    assert len(receiver.got) == 1
+
+
 def test_https_checks_the_certificate_of_the_name_and_connects_to_the_checked_address(
     https_receiver: Any, certificate: Any
 ) -> None:
