@@ -19,11 +19,11 @@ from kdscale.report.compare.runs import gather
 from kdscale.service.api.checking.hardware import machine_facts
 from kdscale.service.api.dependencies import READ, Reader
 from kdscale.service.api.schemas import ConfigEntry, ConfigText, ListOf, MachineFacts, TeacherEntry
+from kdscale.service.api.submitting import machine_of
 from kdscale.service.database.runs import Runs
 from kdscale.service.ids import is_run_id
 from kdscale.service.problems import Problem
 from kdscale.service.redaction import redacted
-from kdscale.service.scheduler.machine import find_machine
 from kdscale.service.settings import ServiceSettings
 from kdscale.service.states import ACTIVE, UnknownRunError
 from kdscale.weights import read_config
@@ -115,7 +115,7 @@ def machine(request: Request) -> MachineFacts:
     """The devices of the service's machine, which of them runs hold, the queue, and the disk."""
     state = request.app.state
     runs: Runs = state.runs
-    slots = (state.scheduler.machine if state.scheduler is not None else _machine_of(state)).slots
+    slots = machine_of(state).slots
     active = runs.in_states(ACTIVE)
     held = {device: run.id for run in active for device in run.devices}
     local = [run for run in active if run.target.get("engine", "local") == "local"]
@@ -123,12 +123,6 @@ def machine(request: Request) -> MachineFacts:
         slots=slots, slots_held=sum(run.slots for run in local), held=held, counts=runs.counts(),
         engines=sorted(state.engines) or ["local"], **machine_facts(state.settings),
     )  # fmt: skip
-
-
-def _machine_of(state: Any) -> Any:
-    if getattr(state, "machine", None) is None:
-        state.machine = find_machine(state.settings)
-    return state.machine
 
 
 @router.get("/compare")

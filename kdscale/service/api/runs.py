@@ -106,6 +106,19 @@ def rerun(
     return _answer(response, take(request.app.state, actor, body, key, parent=run))
 
 
+@router.post("/{run_id}/fork", status_code=201, openapi_extra=described(Again))
+def fork(
+    actor: Submitter,
+    run: FoundRun,
+    request: Request,
+    response: Response,
+    body: Annotated[Again, Depends(json_body(Again))],
+    key: Key = None,
+) -> RunDetail:
+    """Make a new run that begins with what this one has finished, up to the first stage that it does otherwise."""
+    return _answer(response, take(request.app.state, actor, body, key, parent=run, fork=True))
+
+
 def _ask(request: Request, actor: Actor, run: Run, what: Asked) -> RunSummary:
     check_may_change(actor, run)
     return RunSummary.of(request.app.state.runs.ask(run.id, what, f"{what} was asked for by {actor.owner}"))

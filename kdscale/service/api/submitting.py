@@ -9,6 +9,8 @@ service starts.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -22,6 +24,7 @@ from kdscale.files import atomic_dir, sha256_json, write_text
 from kdscale.pipeline.stages.registry import stages_of
 from kdscale.service.access.identity import Actor
 from kdscale.service.access.spec_rules import refused_fields
+from kdscale.service.api.children import ask_child
 from kdscale.service.api.schemas import Again, Submission, Target
 from kdscale.service.database.folders import read_run_folder, write_run_folder
 from kdscale.service.database.runs import NewRun, Run, Runs
@@ -30,8 +33,10 @@ from kdscale.service.engines.targets import admin_fields, processes_of, read_tar
 from kdscale.service.ids import is_run_id, new_run_id
 from kdscale.service.notices.recipients import parse_recipient
 from kdscale.service.problems import Problem, of_error
+from kdscale.service.scheduler.loop import LOCAL
+from kdscale.service.scheduler.machine import Machine, find_machine
 
-_ONE_AT_A_TIME = threading.Lock()  # two requests with one key would write one folder
+_GUARD, _WRITING = threading.Lock(), dict[str, threading.Lock]()
 _CREATED = 201
 
 
@@ -121,40 +126,65 @@ def slots_of(config: Config) -> int:
 
 
 def take(
-    state: State, actor: Actor, body: Submission | Again, key: str | None = None, *, parent: Run | None = None
+    state: State,
+    actor: Actor,
+    body: Submission | Again,
+    key: str | None = None,
+    *,
+    parent: Run | None = None,
+    fork: bool = False,
 ) -> Taken:
     """Make a run of a submission, or find the one that an earlier request with the same key has made.
+
+    `parent`: whose config it has; `fork`: it begins with what the parent has finished.
 
     Raises Problem and KdscaleError for what cannot be used; nothing is left of that.
     """
     run_id, parent_id = new_run_id(), parent.id if parent else None
     if key is not None:
-        request = sha256_json({"body": body.model_dump(mode="json"), "parent": parent_id})
+        request = sha256_json({"body": body.model_dump(mode="json"), "parent": parent_id, "fork": fork})
         stored = state.answers.begin(actor.owner, key, request, run_id)
         if stored is not None and stored.status is not None:
             return Taken(state.runs.get(stored.run_id), repeated=True)
         run_id = stored.run_id if stored is not None else run_id
     try:
         plan = read_submission(state, actor, body, run_id, parent)
+        run = _write(state, _new_run(state, actor, plan, run_id, parent_id), plan, parent if fork else None)
     except Exception:
         if key is not None:
             state.answers.forget(actor.owner, key)  # it may be corrected and sent again
         raise
-    slots = processes_of(plan.target, state.settings.engines) or slots_of(plan.config)
-    new = NewRun(
-        id=run_id, name=plan.config.name, owner=actor.owner, priority=plan.priority, target=plan.target,
-        slots=slots, config=plan.config.resolved(), config_name=plan.config_name,
-        overrides=plan.overrides, parent=parent_id, folder=state.settings.runs / run_id,
-    )  # fmt: skip
-    run = _write(state, new, plan)
     if key is not None:
         state.answers.finish(actor.owner, key, _CREATED, {"id": run.id}, run.id)
     return Taken(run)
 
 
-def _write(state: State, new: NewRun, plan: Planned) -> Run:
+def _new_run(state: State, actor: Actor, plan: Planned, run_id: str, parent: str | None) -> NewRun:
+    """The run of a plan. Raises a Problem for one that needs more of this machine than there is."""
+    slots = processes_of(plan.target, state.settings.engines) or slots_of(plan.config)
+    if plan.target.get("engine", LOCAL) == LOCAL and slots > (most := machine_of(state).slots):
+        raise Problem(
+            422, "config", "the run would never start", expected=f"at most {most} slots, as this machine has",
+            got=f"{slots} processes", hint="lower the processes of its stages, or choose another target",
+        )  # fmt: skip
+    return NewRun(
+        id=run_id, name=plan.config.name, owner=actor.owner, priority=plan.priority, target=plan.target,
+        slots=slots, config=plan.config.resolved(), config_name=plan.config_name,
+        overrides=plan.overrides, parent=parent, folder=state.settings.runs / run_id,
+    )  # fmt: skip
+
+
+def machine_of(state: State) -> Machine:
+    """What this machine has for runs to hold."""
+    if getattr(state, "machine", None) is None:
+        state.machine = state.scheduler.machine if state.scheduler is not None else find_machine(state.settings)
+    found: Machine = state.machine
+    return found
+
+
+def _write(state: State, new: NewRun, plan: Planned, begin_with: Run | None) -> Run:
     """Write the folder, then the row; what is there already is left as it is."""
-    with _ONE_AT_A_TIME:
+    with _one_at_a_time(new.id):
         write_subscriptions(state.settings, new.id, plan.notify)
         if new.folder.exists():  # a request that was cut off has written it
             new = read_run_folder(new.folder, new.config) or new
@@ -162,7 +192,21 @@ def _write(state: State, new: NewRun, plan: Planned) -> Run:
             with atomic_dir(new.folder) as tmp:
                 write_text(tmp / "config.yaml", dump_config(plan.config))
                 write_run_folder(replace(new, folder=tmp))
+                if begin_with is not None:
+                    seconds = state.settings.limits.check_seconds
+                    ask_child("kdscale.pipeline.taking_over", str(begin_with.folder), str(tmp), seconds=seconds)
         with state.database.begin() as connection:
             run: Run = state.runs.add_in(connection, new)
             subscribe(connection, new.id, plan.notify)
     return run
+
+
+@contextmanager
+def _one_at_a_time(run_id: str) -> Iterator[None]:
+    """Two requests with one key would write one folder."""
+    with _GUARD:
+        lock = _WRITING.setdefault(run_id, threading.Lock())
+    with lock:
+        yield
+    with _GUARD:
+        _WRITING.pop(run_id, None)

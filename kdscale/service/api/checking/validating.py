@@ -18,9 +18,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
 from kdscale.config.fields import shown
-from kdscale.jobs.launch import python_path
 from kdscale.service.api.bodies import described, json_body
 from kdscale.service.api.checking.hardware import gpus_of
+from kdscale.service.api.children import child_environment
 from kdscale.service.api.dependencies import Reader
 from kdscale.service.api.schemas import Question, Refusal, Verdict
 from kdscale.service.api.submitting import read_submission
@@ -28,7 +28,6 @@ from kdscale.service.ids import new_run_id
 from kdscale.service.problems import Problem
 from kdscale.service.redaction import redacted
 from kdscale.sizing.gpus import known_gpus
-from kdscale_launch.environment import without_secrets
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 _AT_ONCE, _MOST_WAITING = 2, 8
@@ -88,10 +87,9 @@ async def _ask(state: State, question: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _in_child(question: dict[str, Any], seconds: float) -> dict[str, Any]:
-    environment = {**without_secrets(os.environ), "PYTHONPATH": python_path()}
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "kdscale.service.api.checking.estimate", stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment, start_new_session=True,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=child_environment(), start_new_session=True,
         limit=_MOST_BYTES,
     )  # fmt: skip
     try:

@@ -193,3 +193,12 @@ def test_a_rerun_is_a_new_run_of_the_same_config(as_: Caller, make_run: Callable
     assert new["config"]["distill"]["tokens"] == 2_000_000
     assert new["overrides"] == ["prune.target_params=50%", "distill.tokens=2M"]
     assert Path(new["config"]["run_dir"]).name == new["id"]
+
+
+def test_a_run_that_could_never_start_is_refused(as_: Caller, app: FastAPI) -> None:
+    processes = ["distill.processes=64", "runtime.device=cuda", "distill.global_batch=256"]
+    refused = as_("ada").post("/v1/runs", json={"config": CONFIG, "set": processes})
+    assert refused.status_code == 422 and refused.json()["got"] == "64 processes", refused.text
+    elsewhere = {"config": CONFIG, "set": processes, "target": {"engine": "slurm", "nodes": 8, "gpus_per_node": 8}}
+    assert as_("ada").post("/v1/runs", json=elsewhere).status_code == 201
+    assert len(list(app.state.settings.runs.iterdir())) == 1
