@@ -49,7 +49,10 @@ def test_the_wheel_carries_code_data_and_configs_and_nothing_else(wheel: Path) -
     for needed in (
         "kdscale/cli/main.py", "kdscale/families/llama.json", "kdscale/data/builtin/classics.jsonl.gz",
         "kdscale/eval/downstream/builtin/cloze.jsonl", "kdscale/eval/downstream/builtin/cloze.yaml",
-        "kdscale/report/templates/report.html.j2", "kdscale/configs/demo.yaml", "kdscale_kernels/__init__.py",
+        "kdscale/report/templates/report.html.j2", "kdscale/service/page/templates/base.html.j2",
+        "kdscale/service/page/static/page.css", "kdscale/service/page/static/htmx.min.js",
+        "kdscale/service/page/static/htmx.LICENSE.txt", "kdscale/service/page/static/icon.svg",
+        "kdscale/configs/demo.yaml", "kdscale_kernels/__init__.py",
         "kdscale_launch/__init__.py",
     ):  # fmt: skip
         assert needed in names, needed

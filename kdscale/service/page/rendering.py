@@ -32,7 +32,7 @@ from kdscale.service.problems import Problem, of_error
 
 _FOLDER = Path(__file__).parent
 _LONGEST = 200  # characters of a config's value
-SIGN_IN = "/sign-in"
+SIGN_IN, _HTMX = "/sign-in", "hx-request"
 
 
 def render(
@@ -101,8 +101,10 @@ class PageRoute(APIRoute):
                 problem = as_problem(error)
             if problem.status == HTTPStatus.UNAUTHORIZED:
                 return _to_sign_in(request)
+            # in the place of a part of a page there is room for a part
+            template = "problem_part.html.j2" if _HTMX in request.headers else "problem.html.j2"
             page = render(
-                request, "problem.html.j2", told(problem)["title"], status=problem.status, problem=told(problem),
+                request, template, told(problem)["title"], status=problem.status, problem=told(problem),
                 back="/runs",
             )  # fmt: skip
             page.headers.update(problem.headers)
@@ -112,7 +114,7 @@ class PageRoute(APIRoute):
 
 
 def _to_sign_in(request: Request) -> Response:
-    if "hx-request" in request.headers:  # a part of a page: the whole page goes there
+    if _HTMX in request.headers:  # a part of a page: the whole page goes there
         return Response(status_code=204, headers={"HX-Redirect": SIGN_IN})
     path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     there = f"?next={quote(path, safe='')}" if request.method == "GET" and path != "/" else ""

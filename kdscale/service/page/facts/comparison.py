@@ -14,6 +14,7 @@ from kdscale.runs.models import model_title
 from kdscale.service.database.runs import Run
 from kdscale.service.page.charts import Chart, Line, line_chart, smoothed
 from kdscale.service.page.curves import Curves, curves_of_run
+from kdscale.service.redaction import redacted
 
 COLOURS = ("line-a", "line-b", "line-c", "line-d", "line-e", "line-f")
 MOST_RUNS = len(COLOURS)
@@ -36,7 +37,7 @@ def compare(state: State, runs: Sequence[Run]) -> Comparison | None:
     notes = [f"{run.name} has no folder yet." for run in runs if run not in found]
     if not found:
         return None
-    facts = gather([run.folder for run in found], _labels(found))
+    facts = redacted(gather([run.folder for run in found], _labels(found)))
     labels = [run["label"] for run in facts["runs"]]
     colours = dict(zip(labels, COLOURS, strict=False))
     notes += [f"{run['label']}: {damage}" for run in facts["runs"] for damage in run["damage"]]

@@ -25,7 +25,7 @@ from kdscale.service.page.curves import Curves, curves_of_run
 from kdscale.service.page.facts.config_changes import changes, command_line, config_yaml
 from kdscale.service.page.facts.run_rows import format_speed, number, share, stage
 from kdscale.service.page.facts.tiles import Tile
-from kdscale.service.redaction import redacted
+from kdscale.service.redaction import redacted, redacted_text
 from kdscale.service.states import ACTIVE, FINAL
 from kdscale.units import compact_duration, format_number
 
@@ -59,7 +59,8 @@ def live(state: State, run: Run, actor: Actor) -> dict[str, Any]:
     now = time.time()
     curves = curves_of_run(state, run.folder)
     return {
-        "run": run, "ended": run.state in FINAL, "actions": actions_for(run, actor), "tiles": tiles(run, curves, now),
+        "run": run, "reason": redacted_text(run.reason), "ended": run.state in FINAL,
+        "actions": actions_for(run, actor), "tiles": tiles(run, curves, now),
         "stages": [_stage(each, now) for each in stages_of_run(run)],
         "charts": curves.charts(), "x_title": curves.x_title, "log": printed(state, run, now),
         "has_student": (run.folder / STUDENT.path / "config.json").is_file(),

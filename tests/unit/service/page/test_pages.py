@@ -193,6 +193,17 @@ def test_static_files_are_kept_by_browsers_and_nothing_else_is_served(client: Te
         assert client.get(path).status_code == 404
 
 
+def test_secrets_are_not_shown(client: TestClient, runs: Runs, tmp_path: Path) -> None:
+    run = add_run(runs, tmp_path)
+    runs.move(run.id, "starting", reason="from https://user:hunter22@host/x")
+    assert "hunter22" not in read(client, f"/runs/{run.id}").text
+
+
+def test_a_part_that_fails_is_a_part(client: TestClient) -> None:
+    answer = client.get("/runs/1hc9xqv3z-7m2k0ft/live", headers={"HX-Request": "true"})
+    assert (answer.status_code, "<html" in answer.text, "there is no run" in answer.text) == (404, False, True)
+
+
 def test_pages_that_are_not_there_say_so(client: TestClient) -> None:
     for path in ("/runs/1hc9xqv3z-7m2k0ft", "/runs/zzz", "/runs/new%00", "/compare?run=1hc9xqv3z-7m2k0ft"):
         assert "there is no run" in read(client, path, 404).said
