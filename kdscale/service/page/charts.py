@@ -19,7 +19,7 @@ Point = tuple[float, float]
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 26  # margins, with the labels of the axes in them
 _SPARK_WIDTH, _SPARK_HEIGHT, _SPARK_POINTS = 96, 24, 48
-_MARK_HEIGHT = 13
+_MARK_HEIGHT, _MARK_WIDTH = 13, 60
 _SHOWN = 0.985  # of the values decide the scale: a first, far-off step or two may leave it
 
 
@@ -76,7 +76,7 @@ def line_chart(
         x = _LEFT + (value - x_low) / (x_high - x_low) * width
         anchor = "start" if x < _LEFT + 12 else "end" if x > _WIDTH - 24 else "middle"
         parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 9}" text-anchor="{anchor}">{compact_count(value, 4)}</text>')
-    marked: list[tuple[float, str]] = []
+    marks: list[tuple[float, float, str]] = []
     # an inner svg cuts off what leaves the scale
     parts.append(f'<svg x="{_LEFT}" y="{_TOP}" width="{width}" height="{height}">')
     for line in sorted(lines, key=lambda line: not line.faint):
@@ -87,14 +87,8 @@ def line_chart(
         if line.dots or len(places) == 1:
             parts += [f'<circle class="{line.css}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
         if line.mark:
-            x, y = places[-1]
-            side, anchor = (-7, "end") if x > width / 2 else (7, "start")
-            y = max(12.0, y + 4)
-            while any(abs(y - other) < _MARK_HEIGHT and anchor == its_side for other, its_side in marked):
-                y += _MARK_HEIGHT  # below the one that is there
-            marked.append((y, anchor))
-            place = f'x="{x + side:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-            parts.append(f"<text {place}>{escape(line.mark)}</text>")
+            marks.append((*places[-1], line.mark))
+    parts += _marks(marks, width)
     parts.append("</svg>")
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-hidden="true" focusable="false">{"".join(parts)}</svg>'
     told = [line for line in lines if not line.faint]
@@ -135,6 +129,20 @@ def smoothed(points: Sequence[Point], share: float = 0.04) -> list[Point]:
         side = min(reach, i, len(points) - 1 - i)
         out.append((x, (sums[i + side + 1] - sums[i - side]) / (2 * side + 1)))
     return out
+
+
+def _marks(marks: Sequence[tuple[float, float, str]], width: float) -> list[str]:
+    """Words beside points, each below those that would cover it."""
+    parts = []
+    placed: list[tuple[float, float]] = []
+    for x, at, words in sorted(marks, key=lambda mark: mark[1]):
+        side, anchor = (-7, "end") if x > width / 2 else (7, "start")
+        y = max(_MARK_HEIGHT - 1.0, at + 4)
+        while any(abs(y - other_y) < _MARK_HEIGHT and abs(x - other_x) < _MARK_WIDTH for other_x, other_y in placed):
+            y += _MARK_HEIGHT
+        placed.append((x, y))
+        parts.append(f'<text x="{x + side:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
+    return parts
 
 
 def _in_words(line: Line) -> str:

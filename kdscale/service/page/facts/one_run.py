@@ -144,7 +144,8 @@ def _stage(found: StageState, now: float) -> Stage:
     facts = [_cut(f"{name}: {value}", _FACT_LENGTH) for name, value in list(found.facts.items())[:_FACTS]]
     if found.reason:
         facts.append(_cut(found.reason, _LONGEST))
-    return Stage(found.name, found.state, seconds, started, facts)
+    name = f"{found.step}: {found.name}" if found.step else found.name
+    return Stage(name, found.state, seconds, started, facts)
 
 
 def _seconds(time_text: str) -> float | None:

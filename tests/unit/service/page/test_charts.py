@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import xml.etree.ElementTree as ET
 
@@ -67,6 +68,16 @@ def test_curves_stand_over_the_tokens_trained_on_and_keep_their_mean() -> None:
     assert math.isclose(sum(y for _, y in found.loss) / 512, 2500.5, rel_tol=1e-3)
     assert curves({"train/loss": ([1, 2], [3.0, 2.0])}).x_title == "step"
     assert curves({}).charts() == []
+
+
+def test_words_beside_dots_do_not_cover_each_other() -> None:
+    near = [Line(str(n), [(5.0, 50.0 + n)], dots=True, mark="Distilled") for n in range(3)]
+    chart = line_chart("Quality", [*near, Line("far", [(9.0, 100.0)], dots=True, mark="Teacher")], "size")
+    assert chart is not None
+    places = [
+        float(text.get("y", "")) for text in ET.fromstring(str(chart.svg)).iter("text") if text.text == "Distilled"
+    ]
+    assert [b - a >= 12 for a, b in itertools.pairwise(places)] == [True, True]
 
 
 def test_charts_of_a_run_have_one_axis() -> None:
