@@ -34,7 +34,7 @@ def compare_command(
     """Show runs side by side, also unfinished ones, and write a page with plots of quality against size and speed."""
     if server is not None:
         with connect(server, insecure_http) as client:
-            _show(client.compare(runs), f"{client.url}/compare?runs={','.join(runs)}")
+            _show(client.compare(runs), f"{client.url}/compare?{'&'.join(f'run={run}' for run in runs)}")
         return
     from kdscale.report.compare.page import write_comparison
 
