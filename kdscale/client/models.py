@@ -27,9 +27,10 @@ class Page(_Told, Generic[Item]):
 
 
 class Stage(_Told):
-    """How far one stage of a run is; `seconds` is how long it took."""
+    """How far one stage of a run is; `seconds` is how long it took, `step` the step of the run that it belongs to."""
 
     name: str
+    step: str = ""
     title: str = ""
     state: str
     time: str = ""
