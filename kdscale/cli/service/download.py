@@ -60,7 +60,12 @@ def _files(client: Client, run: str, wanted: str) -> list[Artifact]:
     from kdscale.client import UnknownError
 
     try:
-        return list(client.artifacts(run, wanted)) or [client.artifact(run, wanted)]
+        if found := list(client.artifacts(run, wanted)):
+            return found
+    except UnknownError:  # no folder
+        pass
+    try:
+        return [client.artifact(run, wanted)]
     except UnknownError as error:
         tops = sorted({item.path.partition("/")[0] for item in client.artifacts(run)})
         raise ConfigError(

@@ -33,7 +33,9 @@ class InProcess(httpx.BaseTransport):
         answer = self._client.request(
             request.method, str(request.url), headers=list(request.headers.items()), content=request.read()
         )
-        return httpx.Response(answer.status_code, headers=list(answer.headers.items()), stream=httpx.ByteStream(answer.content))
+        return httpx.Response(
+            answer.status_code, headers=list(answer.headers.items()), stream=httpx.ByteStream(answer.content)
+        )
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from kdscale.cli.service.submit import exit_code_of
-from kdscale.client import RunDetail
+from kdscale.client import Patience, RunDetail
 from kdscale.files import write_json
 from tests.unit.client.conftest import run_json
 from tests.unit.service.client.conftest import SPEC
@@ -111,10 +112,19 @@ def test_waiting_ends_with_the_exit_code_of_the_run(state: str, exit_code: int |
     assert exit_code_of(RunDetail.model_validate(run_json(state=state, exit_code=exit_code))) == left_with
 
 
-def test_waiting_ends_with_the_run(signed_in: Commands, config: str, app: FastAPI) -> None:
-    run = submitted(signed_in, config)
-    app.state.runs.move(run, "failed", reason="no memory", exit_code=15)
-    write_json(Path("again.yaml"), {**SPEC, "name": "again"})
-    app.state.runs.add = lambda new: app.state.runs.get(run)  # what is submitted has ended already
-    code, printed = signed_in("submit", "again.yaml", "--wait")
-    assert (code, "is failed (no memory)" in printed) == (15, True), printed
+def test_waiting_tells_every_change_and_ends_with_the_run(
+    signed_in: Commands, config: str, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [("starting", {}), ("running", {}), ("running", {}), ("failed", {"reason": "no memory", "exit_code": 15})]
+
+    def passing(_seconds: float) -> None:
+        """What the scheduler does meanwhile."""
+        run = app.state.runs.page().items[0]
+        state, fields = changes.pop(0)
+        if state != run.state:
+            app.state.runs.move(run.id, state, **fields)
+
+    monkeypatch.setattr("kdscale.client.Patience", functools.partial(Patience, sleep=passing))
+    code, printed = signed_in("submit", config, "--wait")
+    lines = ["tiny is queued", "tiny is starting", "tiny is running", "tiny is failed (no memory)"]
+    assert (code, printed.splitlines()[1:]) == (15, lines)
