@@ -44,7 +44,7 @@ ACTIONS: Mapping[Name, Action] = {
         Action("resume", "Resume", "The run goes back into the queue and goes on from what it saved.", "resume"),
         Action("cancel", "Cancel", "The run stops. Nothing that it made is deleted, and it can be resumed.", "cancel"),
         Action("rerun", "Run again", "A new run begins with the same config, from the beginning."),
-        Action("fork", "Fork", "A new run begins with this config and your changes, from the beginning."),
+        Action("fork", "Fork", "A new run begins with what this one has finished, up to what you change."),
     )
 }
 
@@ -79,7 +79,8 @@ def answer(
             there = run.id
         else:
             body = again(sent) if name == "fork" else Again()
-            there = take(request.app.state, actor, body, text_of(form, "key", 200) or None, parent=run).run.id
+            key, fork = text_of(form, "key", 200) or None, name == "fork"
+            there = take(request.app.state, actor, body, key, parent=run, fork=fork).run.id
     except (Problem, KdscaleError) as error:
         return _question(request, run, action, sent, as_problem(error))
     return RedirectResponse(f"/runs/{there}", 303)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from kdscale.service.api import submitting
 from kdscale.service.api.checking import validating
 from kdscale.service.database.runs import Runs
 from kdscale.service.page.facts.config_changes import changes, command_line
@@ -70,6 +71,24 @@ def test_what_cannot_run_comes_back_with_the_reason_and_what_was_typed(
     assert said in document.said
     if "<" not in given.get("name", "") and len(given.get("config", "")) < 1000:
         assert given.get("config", "").strip() in answer.text
+
+
+@pytest.mark.parametrize(("button", "forked"), [("rerun", False), ("fork", True)])
+def test_a_run_is_made_from_another(
+    client: TestClient, runs: Runs, monkeypatch: pytest.MonkeyPatch, button: str, forked: bool
+) -> None:
+    sent = fill(client, config=YAML, name="parent")
+    parent = client.post("/runs/new", data=sent, follow_redirects=False).headers["location"].rpartition("/")[2]
+    taken_over: list[tuple[str, ...]] = []  # what a process of its own would bring over
+    monkeypatch.setattr(submitting, "ask_child", lambda *asked, seconds: taken_over.append(asked))
+    asked = Document(client.get(f"/runs/{parent}/{button}").text)
+    assert asked.faults == []
+    changed = {"overrides": "distill.seq_len=128"} if forked else {}
+    answer = client.post(f"/runs/{parent}/{button}", data={**asked.fields, **changed}, follow_redirects=False)
+    assert answer.status_code == 303, Document(answer.text).said
+    made = runs.get(answer.headers["location"].rpartition("/")[2])
+    assert (made.parent, made.name, len(taken_over)) == (parent, "parent", int(forked))
+    assert made.config["distill"]["seq_len"] == (128 if forked else 512)
 
 
 def test_somebody_who_may_only_look_gets_no_form(app: Any) -> None:
