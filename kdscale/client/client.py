@@ -263,6 +263,8 @@ class Client:
             headers = {"accept": "text/event-stream"} | ({} if last is None else {"last-event-id": last})
             try:
                 with self._connection.open("GET", path, params=query, headers=headers, silence=_SILENCE) as stream:
+                    if stream.status_code == httpx.codes.NO_CONTENT:  # there is no more, and there will be none
+                        return
                     for message in messages(_heard(stream, tries)):
                         last = message.id or last
                         yield message

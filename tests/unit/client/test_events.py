@@ -168,6 +168,15 @@ def test_a_log_is_followed_over_connections_to_its_end(client_of: Callable[..., 
     assert asked == [(None, "5"), ("12", "5")]
 
 
+def test_a_log_whose_end_was_lost_on_the_way_ends_too(client_of: Callable[..., Client]) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if "last-event-id" in request.headers:
+            return httpx.Response(204)
+        return httpx.Response(200, stream=Breaking(b"id: 12\ndata: one\n\n"))
+
+    assert list(client_of(answer).logs(RUN_ID, follow=True)) == ["one"]
+
+
 def test_the_tail_of_a_log_is_lines(client_of: Callable[..., Client]) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         assert dict(request.url.params) == {"tail": "2", "rank": "0"}

@@ -53,7 +53,8 @@ async def logs(
         return Response(status_code=204)  # by which a browser knows that there is no more
     if last is None:
         last = await run_in_threadpool(_start_of_tail, file, tail)
-    return StreamResponse(state, _follow(request, run.id, file, last))
+    follows_starts = rank is None and attempt is None and run.origin == "service"
+    return StreamResponse(state, _follow(request, run.id, file, last, follows_starts))
 
 
 def _log_file(jobs: Path, run: Run, rank: int | None, attempt: int | None) -> Path:
@@ -108,17 +109,28 @@ def _start_of_tail(file: Path, tail: int) -> int:
     return start + sum(len(line) + 1 for line in lines[: max(0, len(lines) - tail)])
 
 
-async def _follow(request: Request, run_id: str, file: Path, start: int) -> AsyncIterator[ServerSentEvent]:
-    """Lines from byte `start` on, each with the byte behind it as its id; the message `end` when the run has ended."""
-    runs, offset = request.app.state.runs, start
+async def _follow(
+    request: Request, run_id: str, file: Path, start: int, follows_starts: bool
+) -> AsyncIterator[ServerSentEvent]:
+    """Lines from byte `start` on, each with the byte behind it as its id; the message `end` when the run has ended.
+
+    `follows_starts`: each start of the run prints into a file of its own, which the stream goes on with.
+    """
+    state, offset = request.app.state, start
     while True:
-        ended = (await run_in_threadpool(runs.get, run_id)).state in FINAL
+        run = await run_in_threadpool(state.runs.get, run_id)
+        ended = run.state in FINAL
+        newest = _log_file(state.settings.jobs, run, None, None) if follows_starts else file
+        complete = ended or newest != file
         if await run_in_threadpool(_size, file) < offset:
             offset = 0  # of another file: a later start of the run
-        while whole := _whole_lines(await run_in_threadpool(_read, file, offset, _MOST_AT_ONCE), ended):
+        while whole := _whole_lines(await run_in_threadpool(_read, file, offset, _MOST_AT_ONCE), complete):
             offset += len(whole)
             text = whole.decode("utf-8", "replace").splitlines()
             yield message("\n".join(map(_shown, text)), offset)
+        if newest != file:
+            file, offset = newest, 0
+            continue
         if ended:
             yield message("", offset, "end")
             return

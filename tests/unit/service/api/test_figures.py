@@ -104,6 +104,27 @@ def test_the_end_of_a_log(as_: Caller, printed: tuple[Run, Any]) -> None:
     assert answer.headers["content-type"].startswith("text/plain")
 
 
+def test_a_log_is_followed_into_the_next_start_of_the_run(
+    app: FastAPI, printed: tuple[Run, Any], stream: Callable[..., OpenStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_EVERY_SECONDS", 0.005)
+    run, write = printed
+    write("one\n")
+    later = app.state.settings.jobs / run.id / "2" / logs.OUTPUT
+
+    async def client() -> None:
+        async with stream(f"/v1/runs/{run.id}/logs?follow=true") as open_:
+            assert (await open_.message())["data"] == "one"
+            write("paused")
+            later.parent.mkdir(parents=True)
+            later.write_text("two\n")
+            app.state.runs.update(run.id, attempt=2)
+            assert (await open_.message())["data"] == "paused"
+            assert await open_.message() == {"id": "4", "data": "two"}
+
+    asyncio.run(client())
+
+
 def test_a_log_is_followed_until_the_run_has_ended(
     app: FastAPI, printed: tuple[Run, Any], stream: Callable[..., OpenStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
