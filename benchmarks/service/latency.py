@@ -42,6 +42,7 @@ from kdscale.service.database.folders import write_run_folder
 from kdscale.service.database.runs import NewRun, Runs
 from kdscale.service.ids import new_run_id
 from kdscale.service.settings import SETTINGS_FILE, ServiceSettings
+from kdscale.service.watching.folder_progress import last_change
 
 _LIMITS = "limits: {requests_per_minute: 60000, event_streams: 1000}\n"
 _OWNERS = ("ada", "bob", "cyd", "dan")
@@ -97,6 +98,8 @@ def fill(home: Path, count: int) -> list[str]:
                 data = {"stage": "distill", "state": "running", "step": step}
                 append_event(connection, new.id, new.created, "stage", data)
             ids.append(new.id)
+    for run_id in ids:  # as the watcher leaves it; how long its first look at them takes is another question
+        runs.set_progress(run_id, {"stage": "report", "share": 1.0, "moved": last_change(home / "runs" / run_id)})
     database.close()
     return ids
 

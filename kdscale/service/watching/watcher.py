@@ -40,9 +40,11 @@ class Watcher:
         self._looked: dict[str, tuple[RunState, int, float]] = {}  # at which state, attempt and change of a run
         self._seq: int | None = None  # events up to here are in the state files
         self._searched = float("-inf")
+        self._stop = threading.Event()
 
     def run_forever(self, stop: threading.Event, leads: Callable[[], bool]) -> None:
         """One pass after another until `stop` is set, while this process is the one that schedules."""
+        self._stop = stop
         while not stop.is_set():
             try:
                 if leads():
@@ -59,6 +61,8 @@ class Watcher:
         active = self._runs.in_states(STATES if first else ACTIVE, origin=None)
         rested = [run_id for run_id in self._looked if run_id not in {run.id for run in active}]
         for run in active:
+            if self._stop.is_set():  # the first pass over many runs takes a while
+                return
             self._guarded(self._look, run)
         for run_id in rested:  # once more, at its end
             if (ended := self._runs.find(run_id)) is not None:
@@ -99,6 +103,10 @@ class Watcher:
         moved = last_change(run.folder, printed)
         key = (run.state, run.attempt, moved)
         if self._looked.get(run.id) == key or not moved:
+            return
+        seen_before = run.id not in self._looked and run.progress.get("moved") == moved  # by another process
+        if seen_before and run.state in FINAL:
+            self._looked[run.id] = key
             return
         # the lock of a folder that another machine has may not be seen here
         alive = run.state in _AT_WORK or RunFolder(run.folder).in_use()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from kdscale.service.database.events import Events
 from kdscale.service.database.runs import NewRun, Run, Runs
 from kdscale.service.ids import new_run_id
 from kdscale.service.settings import ServiceSettings
+from kdscale.service.watching import watcher
+from kdscale.service.watching.folder_progress import look
 from kdscale.service.watching.rebuild import rebuild
 from kdscale.service.watching.state_files import read_state
 from kdscale.service.watching.watcher import Watcher
@@ -253,3 +256,31 @@ def test_what_is_not_known_of_a_run_does_not_start_it(home: Home) -> None:
     found = [home.runs.get(run.id) for run in runs]
     # the last one was started after its state was kept
     assert [(run.state, run.attempt) for run in found] == [("queued", 0), ("paused", 2), ("starting", 1)]
+
+
+def test_an_ended_run_is_not_read_again_by_the_next_service(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, other = home.add(1, state="succeeded"), home.add(2, state="succeeded")
+    for run in (ended, other):
+        make_folder(run.folder).set_status("data", "done", seconds=1.0)
+    home.watcher.step()
+    make_folder(other.folder).set_status("data", "running")
+    looked = list[Path]()
+    monkeypatch.setattr(watcher, "look", lambda folder, *more: looked.append(folder) or look(folder, *more))
+    home.open()
+    home.watcher.step()
+    assert looked == [other.folder], "only what has changed since the last look"
+
+
+def test_a_service_that_stops_does_not_look_at_all_runs_first(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, looked = threading.Event(), list[Path]()
+    for number in range(5):
+        make_folder(home.add(number, state="succeeded").folder)
+
+    def look_and_stop(folder: Path, *more: Any) -> Any:
+        looked.append(folder)
+        stop.set()
+        return look(folder, *more)
+
+    monkeypatch.setattr(watcher, "look", look_and_stop)
+    home.watcher.run_forever(stop, lambda: True)
+    assert len(looked) == 1
