@@ -16,7 +16,7 @@ _TIME = re.compile(r"[0-9]+(-[0-9]+(:[0-9]+){0,2}|(:[0-9]+){0,2})|UNLIMITED|INFI
 # Runs a command and passes signals on: in the background, so that the trap runs at once; when a signal ends the wait
 # early, it waits again.
 _RUN = """signalled= step=
-trap 'signalled=1; kill -TERM "$step" 2>/dev/null' TERM INT
+trap 'signalled=1; pass_on' TERM INT
 run() {
     "$@" &
     step=$!
@@ -30,9 +30,14 @@ run() {
 # Each task takes its rank from Slurm; the command follows as arguments, which no shell parses again. When a task fails,
 # srun kills the others and reports that they were killed. So a rank that was stopped is none that failed (the others
 # are about to leave too), a failed one gives those that fail alike a second, and rank 0, which is on the script's host,
-# leaves its code in a file.
+# leaves its code in a file. A task that begins when the job is already to stop does not start its rank.
 _TASK = f"""export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID"
+pass_on() {{ kill -TERM "$step" 2>/dev/null; }}
 {_RUN}
+if [ "$RANK" = 0 ] && [ -e "${{KDSCALE_RANK_0%/*}}/stop" ]; then
+    echo {STOPPED_EXIT_CODE} > "$KDSCALE_RANK_0"
+    exit 137
+fi
 run "$@"
 code=$?
 [ "$RANK" != 0 ] || echo "$code" > "$KDSCALE_RANK_0"
@@ -136,9 +141,15 @@ marks=$(mktemp -d) || leave 1
 trap 'rm -rf "$marks"' EXIT
 export KDSCALE_RANK_0="$marks/code"
 
+# srun itself must not get the signal: it would kill its tasks at once. scancel sends it to the tasks.
+pass_on() {{
+    touch "$marks/stop"
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}}
 {run}
 
 ranks() {{
+    [ ! -e "$marks/stop" ] || return {stopped}
     rm -f "$KDSCALE_RANK_0"
     run "$@"
     code=$?

@@ -17,12 +17,18 @@ from kdscale_launch.systems import slurm
 from kdscale_launch.systems.notes import ask_to_stop, read_exit_codes
 
 SCONTROL = '#!/bin/sh\n[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$@" >> requeued\n'
-# Signals whole tasks, and kills all of them when one fails (--kill-on-bad-exit).
+# To the processes of all tasks, as Slurm 22.05 does it (tried with a real one).
+SCANCEL = """#!/bin/bash
+[ "$*" = "--signal=TERM 12345" ] || exit 1
+for task in $(cat tasks); do kill -TERM -- "-$task"; done
+"""
+# Kills all tasks when one fails (--kill-on-bad-exit), and when it gets a signal itself: the real one forwards none.
 SRUN = """#!/bin/bash
 shift
 pids=()
-trap 'for pid in "${pids[@]}"; do kill -TERM -- "-$pid"; done' TERM
+trap 'for pid in "${pids[@]}"; do kill -KILL -- "-$pid"; done' TERM
 for id in 0 1; do SLURM_PROCID=$id SLURM_LOCALID=0 setsid "$@" & pids+=($!); done
+echo "${pids[@]}" > tasks
 code=0
 while [ ${#pids[@]} -gt 0 ]; do
     for index in "${!pids[@]}"; do
@@ -43,7 +49,7 @@ def slurm_script(tmp_path: Path):
     """Runs a rendered script for two ranks of `code`; gives the process."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+    for name, text in (("scontrol", SCONTROL), ("srun", SRUN), ("scancel", SCANCEL)):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
 
@@ -111,6 +117,18 @@ while True: time.sleep(0.05)
     assert "requeued" in said
     assert (tmp_path / "requeued").exists()
     assert (tmp_path / "saved").exists()
+
+
+def test_a_job_that_is_stopped_while_its_check_runs_starts_no_rank(slurm_script, tmp_path):
+    check = (sys.executable, "-S", "-c", "import time; open('checks', 'w'); time.sleep(60)")
+    process = slurm_script("open('started', 'w')", check=check)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "checks").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_failed_check_keeps_the_job_from_starting(slurm_script, tmp_path):
