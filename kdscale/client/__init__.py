@@ -20,6 +20,7 @@ from kdscale.client.models import (
 )
 from kdscale.client.problems import (
     BusyError,
+    ChangedError,
     RefusedError,
     ScopeError,
     SpecError,
@@ -30,7 +31,7 @@ from kdscale.client.problems import (
 )
 
 __all__ = [
-    "ENDED", "STATES", "Artifact", "BusyError", "Client", "Event", "Metrics", "Page", "Patience", "RefusedError", "Run",
-    "RunDetail", "RunState", "ScopeError", "Series", "SpecError", "Stage", "StateError", "TokenError", "UnknownError",
-    "UnreachableError", "Verdict",
+    "ENDED", "STATES", "Artifact", "BusyError", "ChangedError", "Client", "Event", "Metrics", "Page", "Patience",
+    "RefusedError", "Run", "RunDetail", "RunState", "ScopeError", "Series", "SpecError", "Stage", "StateError",
+    "TokenError", "UnknownError", "UnreachableError", "Verdict",
 ]  # fmt: skip

@@ -29,13 +29,14 @@ from kdscale.client.models import (
     RunState,
     Verdict,
 )
-from kdscale.client.problems import BusyError, UnreachableError
+from kdscale.client.problems import BusyError, ChangedError, UnreachableError
 from kdscale.errors import ConfigError, ServiceError
 
 Model = TypeVar("Model", bound=BaseModel)
 _RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 _SILENCE = 60.0  # seconds: the service says something on an idle stream more often
 _BETWEEN_STREAMS = 1.0
+_CHANGES = 3  # of a file, after which its download is given up
 _HASHING_SECONDS = 600.0  # that the SHA-256 of a large file may take
 
 
@@ -219,7 +220,15 @@ class Client:
         if not digest:
             raise ServiceError(f"{found.path} of run {run_id}", expected="its SHA-256", got="none")
         address, target = _path(run_id, "artifacts", found.path), place_in(folder, found.path)
-        return download(self._connection, address, target, sha256=digest, size=found.bytes, said=said)
+        for left in reversed(range(_CHANGES)):
+            try:
+                return download(self._connection, address, target, sha256=digest, size=found.bytes, said=said)
+            except ChangedError:  # such as a log of a run that goes on
+                if not left:
+                    raise
+                found = self.artifact(run_id, found.path)
+                digest = found.sha256 or digest
+        raise AssertionError("the last try returns or raises")
 
     def compare(self, run_ids: Sequence[str]) -> dict[str, Any]:
         """Figures of several runs side by side, as `kdscale compare` writes them into compare.json."""

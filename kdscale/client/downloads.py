@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import httpx
 
 from kdscale.client.connection import Connection, Tries
-from kdscale.client.problems import BusyError, RefusedError, UnreachableError
+from kdscale.client.problems import BusyError, ChangedError, RefusedError, UnreachableError
 from kdscale.errors import FileError, ServiceError
 from kdscale.escaping import for_terminal
 
@@ -61,6 +61,9 @@ def download(
         try:
             _fetch(connection, url_path, partial, sha256, size, said)
             break
+        except ChangedError:
+            partial.unlink(missing_ok=True)  # the beginning of a file that is no more
+            raise
         except RefusedError as error:
             if not isinstance(error, BusyError):
                 raise
@@ -90,7 +93,7 @@ def _fetch(
     had = _usable(partial, size)
     if partial.exists() and had == size:
         return
-    headers = {"accept-encoding": "identity"}
+    headers = {"accept-encoding": "identity", "if-match": f'"{sha256}"'}
     if had:  # with If-Range, since the rest of a file that changed must not follow the beginning of the old one
         headers |= {"range": f"bytes={had}-", "if-range": f'"{sha256}"'}
     with connection.open("GET", url_path, headers=headers, silence=_SILENCE) as response:

@@ -44,6 +44,10 @@ class StateError(RefusedError):
     """409: what was asked does not fit the state that the run is in."""
 
 
+class ChangedError(RefusedError):
+    """412: the file is another one than the one that was asked for."""
+
+
 class SpecError(RefusedError):
     """400, 413 or 422: the service cannot use what was sent."""
 
@@ -61,8 +65,8 @@ class UnreachableError(ServiceError):
 
 
 _BY_STATUS: dict[int, type[RefusedError]] = {
-    400: SpecError, 401: TokenError, 403: ScopeError, 404: UnknownError, 409: StateError, 413: SpecError,
-    422: SpecError, 429: BusyError, 502: BusyError, 503: BusyError, 504: BusyError,
+    400: SpecError, 401: TokenError, 403: ScopeError, 404: UnknownError, 409: StateError, 412: ChangedError,
+    413: SpecError, 422: SpecError, 429: BusyError, 502: BusyError, 503: BusyError, 504: BusyError,
 }  # fmt: skip
 _HINTS = {
     401: "kdscale login --server URL keeps a valid token, or set KDSCALE_TOKEN",

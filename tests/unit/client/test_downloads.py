@@ -181,6 +181,24 @@ def test_the_client_asks_for_a_digest_that_the_list_has_not_yet(
     assert len(files.asked) == 1
 
 
+def test_a_log_that_grew_since_it_was_listed_comes_as_it_is_now(
+    client_of: Callable[..., Client], tmp_path: Path
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        etag = f'"{DIGEST}"'
+        if request.headers.get("if-match") not in (None, etag):
+            return httpx.Response(412, json={"title": "the file is another one by now"})
+        headers = {"etag": etag, "last-modified": "Mon, 30 Nov 2026 22:00:00 GMT"}
+        if request.method == "HEAD":
+            return httpx.Response(200, headers={**headers, "content-length": str(len(CONTENT))})
+        return httpx.Response(200, headers=headers, stream=_Cut(CONTENT, None))
+
+    (tmp_path / ".partial-x").write_bytes(CONTENT[:100])
+    before = hashlib.sha256(CONTENT[:200]).hexdigest()
+    listed = Artifact(path="x", bytes=200, modified=datetime.now(UTC), sha256=before)
+    assert client_of(answer).download(RUN_ID, listed, tmp_path).read_bytes() == CONTENT
+
+
 def test_an_empty_file_is_a_file(connection_to: Callable[..., Connection], tmp_path: Path) -> None:
     digest = hashlib.sha256(b"").hexdigest()
     assert download(connection_to(Files(b"")), "/x", tmp_path / "x", sha256=digest, size=0).read_bytes() == b""
