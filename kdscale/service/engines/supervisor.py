@@ -76,7 +76,7 @@ def is_request(value: Any) -> bool:
 def supervise(work: Path, request: Mapping[str, Any]) -> None:
     """Run the command to its end and leave exit.json. The caller holds the lock and has written started.json."""
     stop = _Stop(work)
-    with (work / OUTPUT).open("ab") as output:
+    with (work / OUTPUT).open("ab", buffering=0) as output:  # all is there before exit.json is
         if stop.asked():  # before it began: there is nothing to lose
             _write(work / EXIT, {"exit_code": STOPPED_EXIT_CODE, "ended": time.time()})
             return
