@@ -88,7 +88,7 @@ class ClusterEngine(ABC):
         with explain_os_errors(job.work):
             job.work.mkdir(parents=True, exist_ok=True)
         attempt = Attempt(job.work)
-        if attempt.facts.get("submitted"):
+        if attempt.facts.get("submitted") or attempt.facts.get("lost"):  # what is lost stays so: the next one follows
             return str(job.work)
         target = read_target({"engine": self.name, **(job.target or {})}, self.settings)
         prepared = self.prepare(job, attempt, target)
