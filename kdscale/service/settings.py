@@ -154,6 +154,10 @@ class ServiceSettings(Section):
         """The folder of the run folders that this service makes."""
         return self.folder / "runs"
 
+    def has_made(self, folder: Path) -> bool:
+        """Whether a run folder is this service's: others may share its database."""
+        return folder.parent == self.runs
+
     @property
     def jobs(self) -> Path:
         """The folder of what engines keep of every attempt."""

@@ -33,7 +33,7 @@ from kdscale.service.engines.targets import admin_fields, processes_of, read_tar
 from kdscale.service.ids import is_run_id, new_run_id
 from kdscale.service.notices.recipients import parse_recipient
 from kdscale.service.problems import Problem, of_error
-from kdscale.service.scheduler.loop import LOCAL
+from kdscale.service.scheduler.loop import LOCAL, most_slots
 from kdscale.service.scheduler.machine import Machine, find_machine
 
 _GUARD, _WRITING = threading.Lock(), dict[str, threading.Lock]()
@@ -160,13 +160,19 @@ def take(
 
 
 def _new_run(state: State, actor: Actor, plan: Planned, run_id: str, parent: str | None) -> NewRun:
-    """The run of a plan. Raises a Problem for one that needs more of this machine than there is."""
+    """The run of a plan. Raises a Problem for one that needs more slots than it may ever have."""
     slots = processes_of(plan.target, state.settings.engines) or slots_of(plan.config)
-    if plan.target.get("engine", LOCAL) == LOCAL and slots > (most := machine_of(state).slots):
-        raise Problem(
-            422, "config", "the run would never start", expected=f"at most {most} slots, as this machine has",
-            got=f"{slots} processes", hint="lower the processes of its stages, or choose another target",
-        )  # fmt: skip
+    settings, engine = state.settings, plan.target.get("engine", LOCAL)
+    bounds = {
+        f"as {'this machine' if engine == LOCAL else engine} has": most_slots(settings, machine_of(state), engine),
+        f"as {actor.owner} may hold at once": settings.quotas.get(actor.owner, settings.default_quota),
+    }
+    for why, most in bounds.items():
+        if most is not None and slots > most:
+            raise Problem(
+                422, "config", "the run would never start", expected=f"at most {most} slots, {why}",
+                got=f"{slots} processes", hint="lower the processes of its stages, or choose another target",
+            )  # fmt: skip
     return NewRun(
         id=run_id, name=plan.config.name, owner=actor.owner, priority=plan.priority, target=plan.target,
         slots=slots, config=plan.config.resolved(), config_name=plan.config_name,

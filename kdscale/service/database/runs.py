@@ -100,7 +100,8 @@ class Page:
 class ClaimLimits:
     """What claims are bound by: slots that are free, runs at once, and slots of an owner at once (None: any number).
 
-    Only runs for `engine` are claimed: those that wait for another one's slots are in nobody's way.
+    Only runs for `engine` are claimed: those that wait for another one's slots are in nobody's way. Nor are those that
+    need more than all of its slots (`most_slots`; None: any number). `below`: only runs with folders in this one.
     """
 
     free_slots: int
@@ -108,6 +109,8 @@ class ClaimLimits:
     default_quota: int | None = None
     quotas: Mapping[str, int] = field(default_factory=dict)
     engine: str = "local"
+    most_slots: int | None = None
+    below: Path | None = None
 
 
 # The engine that a run asks for.
@@ -300,7 +303,7 @@ class Runs:
         """Take the next run out of the queue into `starting`, with one attempt more; None when none fits.
 
         Higher priority first, then the owner who holds the fewest slots, then who waited longest. A run that does not
-        fit into the free slots lets none behind it of its priority pass, or large runs would wait for ever.
+        fit into the free slots lets none behind it pass, or large runs would wait for ever.
         """
         with self._database.begin() as connection:
             alone(connection, "claim")  # two that count at once would both take the last of a quota
@@ -339,6 +342,10 @@ class Runs:
             RUNS.c.state == "queued", RUNS.c.origin == "service", _ENGINE.in_((limits.engine,)),
             or_(RUNS.c.due.is_(None), RUNS.c.due <= self._clock()),
         )  # fmt: skip
+        if limits.most_slots is not None:
+            waiting = and_(waiting, RUNS.c.slots <= limits.most_slots)
+        if limits.below is not None:
+            waiting = and_(waiting, RUNS.c.folder.startswith(f"{limits.below}/", autoescape=True))
         holds = case(held, value=RUNS.c.owner, else_=0) if held else 0
         within = []
         if limits.quotas or limits.default_quota is not None:

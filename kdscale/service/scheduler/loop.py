@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from kdscale.errors import ConfigError, KdscaleError, MachineError
+from kdscale.errors import ConfigError, KdscaleError, MachineError, RunFolderError
 from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Events
 from kdscale.service.database.folders import write_run_folder
@@ -74,7 +74,7 @@ class Scheduler:
 
     def step(self) -> None:
         """One pass: look at every active run, then start what fits. A run with a problem stops no other one."""
-        for run in self._runs.in_states(ACTIVE):
+        for run in self._active():
             self._guarded(self._tend, run)
         for engine in self._runs.queued_for():
             while (claimed := self._runs.claim(self._limits(engine))) is not None:
@@ -94,10 +94,16 @@ class Scheduler:
 
     def _limits(self, engine: str) -> ClaimLimits:
         """What the next claim may take: of this machine what nobody holds, elsewhere what the settings allow."""
-        settings, active = self._settings, self._runs.in_states(ACTIVE)
-        most = self.machine.slots if engine == LOCAL else int(settings.engines.get(engine, {}).get("slots", _NO_LIMIT))
-        free = most - sum(run.slots for run in active if engine_of(run) == engine)
-        return ClaimLimits(max(0, free), settings.max_running, settings.default_quota, settings.quotas, engine)
+        settings = self._settings
+        most = most_slots(settings, self.machine, engine)
+        free = most - sum(run.slots for run in self._active() if engine_of(run) == engine)
+        return ClaimLimits(
+            max(0, free), settings.max_running, settings.default_quota, settings.quotas, engine, most, settings.runs
+        )
+
+    def _active(self) -> list[Run]:
+        """The runs that hold slots, without those of another service that has the same database."""
+        return [run for run in self._runs.in_states(ACTIVE) if self._settings.has_made(run.folder)]
 
     def _tend(self, run: Run) -> None:
         """Bring one active run forward."""
@@ -129,7 +135,9 @@ class Scheduler:
         except EngineUnavailableError:
             raise  # it says nothing about the attempt, which is submitted again by the next step
         except KdscaleError as error:
-            self._follow(run, JobState("ended", error.exit_code), f"error: {error}")
+            # a disk that is full now says nothing about the run: it must not end all that wait
+            code = MachineError.exit_code if isinstance(error, RunFolderError) else error.exit_code
+            self._follow(run, JobState("ended", code), f"error: {error}")
             return None
         # also when somebody asked for a pause meanwhile: whoever stops it needs the handle
         updated = self._runs.update(run.id, expect=ACTIVE, handle=handle)
@@ -139,7 +147,7 @@ class Scheduler:
         """The attempt as an engine takes it; its devices are in the database before anything runs on them."""
         devices = run.devices
         if engine_of(run) == LOCAL and not devices:
-            held = {device for other in self._runs.in_states(ACTIVE) for device in other.devices}
+            held = {device for other in self._active() for device in other.devices}
             chosen = self.machine.choose(run.slots, held)
             if chosen is None:
                 raise MachineError(f"run {run.id}", expected=f"{run.slots} free devices", got="fewer on this machine")
@@ -220,6 +228,14 @@ class Scheduler:
         if name not in self._engines:
             raise ConfigError("target.engine", expected=f"one of {', '.join(self._engines)}", got=repr(name))
         return self._engines[name]
+
+
+def most_slots(settings: ServiceSettings, machine: Machine, engine: str) -> int:
+    """How many slots an engine has in all: those of this machine, or what the settings allow elsewhere."""
+    if engine == LOCAL:
+        return machine.slots
+    allowed = settings.engines.get(engine, {}).get("slots")  # None may be written there, too
+    return _NO_LIMIT if allowed is None else int(allowed)
 
 
 def engine_of(run: Run) -> str:

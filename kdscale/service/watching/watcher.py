@@ -59,6 +59,7 @@ class Watcher:
         self._keep_states()
         # in the first pass all of them: they may have ended while nobody looked
         active = self._runs.in_states(STATES if first else ACTIVE, origin=None)
+        active = [run for run in active if run.origin == COMMAND_LINE or self._settings.has_made(run.folder)]
         rested = [run_id for run_id in self._looked if run_id not in {run.id for run in active}]
         for run in active:
             if self._stop.is_set():  # the first pass over many runs takes a while
@@ -82,13 +83,13 @@ class Watcher:
         """Write the states that changed beside the jobs; all of them in the first pass."""
         if self._seq is None:
             self._seq = self._events.last_seq()
-            changed = self._runs.in_states(STATES)
+            changed = [run for run in self._runs.in_states(STATES) if self._settings.has_made(run.folder)]
         else:
             events = self._events.since(self._seq)
             self._seq = events[-1].seq if events else self._seq
             ids = {event.run_id: None for event in events if event.type == "state"}
             known = [run for run_id in ids if (run := self._runs.find(run_id)) is not None]
-            changed = [run for run in known if run.origin == "service"]
+            changed = [run for run in known if run.origin == "service" and self._settings.has_made(run.folder)]
         for run in changed:
             self._guarded(self._keep_state, run)
 

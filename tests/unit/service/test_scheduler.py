@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import Connection
 
 from kdscale.config.load import load_config
-from kdscale.errors import MachineError, ServiceError
+from kdscale.errors import MachineError, RunFolderError, ServiceError
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.events import Events
 from kdscale.service.database.runs import NewRun, Run, Runs
@@ -197,6 +197,41 @@ def test_runs_of_another_engine_need_no_slot_of_this_machine(tmp_path: Path) -> 
     service.step()
     assert [service.get(run).state for run in (*local, elsewhere)] == ["running", "queued", "running"]
     assert service.get(unknown).state == "failed" and "target.engine" in service.get(unknown).reason
+
+
+def test_what_can_never_fit_is_in_nobodys_way(tmp_path: Path) -> None:
+    service = Service(tmp_path / "home", Machine(2), engines={"slurm": {"slots": None}})
+    far = FakeEngine("slurm")
+    service.scheduler = service.start({"local": service.engine, "slurm": far})
+    large, small = service.add(slots=3, priority=9), service.add()  # the machine had more slots once
+    elsewhere = service.add(target={"engine": "slurm"}, slots=16)
+    service.step()
+    assert [service.get(run).state for run in (large, small, elsewhere)] == ["queued", "running", "running"]
+
+
+def test_two_homes_share_a_database_and_no_run(tmp_path: Path) -> None:
+    first, second = Service(tmp_path / "a"), Service(tmp_path / "b")
+    second.runs = Runs(first.database, second.clock)
+    second.scheduler = Scheduler(second.settings, first.database, {"local": second.engine}, second.clock, Machine(1))
+    queued, begun = first.add(), first.add()
+    first.step("submit after")  # its handle is not written down
+    second.step()
+    assert not second.engine.starts and {first.get(run).state for run in (queued, begun)} == {"queued", "starting"}
+    own = second.add()
+    second.step()
+    assert second.get(own).state == "running" and len(second.engine.starts) == 1
+    first.step()
+    assert {first.get(run).state for run in (queued, begun)} == {"running"} and len(first.engine.starts) == 2
+
+
+def test_a_full_disk_does_not_end_what_waits(service: Service) -> None:
+    run, service.engine.refuses = service.add(), RunFolderError("cannot write", got="No space left on device")
+    service.step()
+    assert service.get(run).state == "recovering" and "No space left" in service.get(run).reason
+    service.engine.refuses = None
+    service.time += 60.0
+    service.step()
+    assert service.get(run).state == "running"
 
 
 def test_a_pause_is_told_once_and_goes_on_later(service: Service) -> None:
