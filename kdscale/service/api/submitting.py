@@ -151,8 +151,9 @@ def take(
         plan = read_submission(state, actor, body, run_id, parent)
         run = _write(state, _new_run(state, actor, plan, run_id, parent_id), plan, parent if fork else None)
     except Exception:
-        if key is not None:
-            state.answers.forget(actor.owner, key)  # it may be corrected and sent again
+        # it may be corrected and sent again; where the run folder is there, repeating it makes up for its row
+        if key is not None and not (state.settings.runs / run_id).exists():
+            state.answers.forget(actor.owner, key)
         raise
     if key is not None:
         state.answers.finish(actor.owner, key, _CREATED, {"id": run.id}, run.id)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from sqlalchemy.exc import OperationalError
 
 from kdscale.config.load import load_config
 from kdscale.service.api import submitting
@@ -128,6 +129,22 @@ def test_a_kill_at_any_line_of_a_submission_loses_nothing(
     assert [path.name for path in state.settings.runs.iterdir() if not path.name.startswith(".")] == [made.json()["id"]]
 
 
+def test_a_database_that_fails_within_a_submission_makes_no_second_run(
+    as_: Caller, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    ada, headers, state = as_("ada"), {"Idempotency-Key": "k1"}, app.state
+    with monkeypatch.context() as patch:
+        patch.setattr(state.runs, "add_in", fail)
+        assert ada.post("/v1/runs", json={"config": CONFIG}, headers=headers).status_code >= 500
+    made = ada.post("/v1/runs", json={"config": CONFIG}, headers=headers)
+    assert made.status_code == 201, made.text
+    assert rebuild(state.settings, state.database) == [], "no folder is left that a start of the service would run"
+    assert len(state.runs.page().items) == 1
+
+
 def test_what_a_config_cannot_say_is_told_by_field(as_: Caller) -> None:
     config = {"teacher": {"path": "hf:a/b"}, "prune": {"target_params": "50%"}, "distill": {"tokns": 3, "seq_len": -1}}
     problem = as_("ada").post("/v1/runs", json={"config": config}).json()
@@ -200,5 +217,10 @@ def test_a_run_that_could_never_start_is_refused(as_: Caller, app: FastAPI) -> N
     refused = as_("ada").post("/v1/runs", json={"config": CONFIG, "set": processes})
     assert refused.status_code == 422 and refused.json()["got"] == "64 processes", refused.text
     elsewhere = {"config": CONFIG, "set": processes, "target": {"engine": "slurm", "nodes": 8, "gpus_per_node": 8}}
+    for changes in ({"quotas": {"ada": 63}}, {"engines": {"slurm": {"slots": 63}}}):
+        before, app.state.settings = app.state.settings, app.state.settings.model_copy(update=changes)
+        refused = as_("ada").post("/v1/runs", json=elsewhere)
+        assert refused.status_code == 422 and "at most 63 slots" in refused.json()["expected"], refused.text
+        app.state.settings = before
     assert as_("ada").post("/v1/runs", json=elsewhere).status_code == 201
     assert len(list(app.state.settings.runs.iterdir())) == 1
