@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import NamedTuple, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
@@ -27,6 +27,14 @@ class EventReader(Protocol):
         """The number of the last event."""
 
 
+class Message(NamedTuple):
+    """An event as it is sent, the same to all."""
+
+    seq: int
+    run_id: str
+    content: bytes
+
+
 class Listener:
     """One stream: what came before and then what comes, each event once and in order.
 
@@ -36,39 +44,39 @@ class Listener:
 
     def __init__(self, broadcaster: Broadcaster, after: int, run_id: str | None):
         self._broadcaster, self._last, self.run_id = broadcaster, after, run_id
-        self._queue: asyncio.Queue[Event] = asyncio.Queue(_MOST_WAITING)
+        self._queue: asyncio.Queue[Message] = asyncio.Queue(_MOST_WAITING)
         self._dropped = False
 
-    def offer(self, event: Event) -> None:
+    def offer(self, message: Message) -> None:
         """Hand over a new event."""
         try:
-            self._queue.put_nowait(event)
+            self._queue.put_nowait(message)
         except asyncio.QueueFull:
             self._dropped = True
             self._broadcaster.leave(self)
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def messages(self) -> AsyncIterator[Message]:
         """The events; without an end, unless the listener is dropped."""
         while True:
             # what is committed from here on is offered, too: nothing is missed between this and the queue
             page = await self._broadcaster.read(self._last, self.run_id)
-            for event in page:
-                self._last = event.seq
-                yield event
+            for message in page:
+                self._last = message.seq
+                yield message
             if len(page) < _PAGE:
                 break
         while not (self._dropped and self._queue.empty()):
-            event = await self._queue.get()
-            if event.seq > self._last:
-                self._last = event.seq
-                yield event
+            message = await self._queue.get()
+            if message.seq > self._last:
+                self._last = message.seq
+                yield message
 
 
 class Broadcaster:
-    """Reads new events once for all listeners. It belongs to one event loop."""
+    """Reads new events once for all listeners, and writes each once with `write`. It belongs to one event loop."""
 
-    def __init__(self, events: EventReader, every: float = EVERY_SECONDS):
-        self._events, self._every = events, every
+    def __init__(self, events: EventReader, write: Callable[[Event], bytes], every: float = EVERY_SECONDS):
+        self._events, self._write, self._every = events, write, every
         self._listeners: set[Listener] = set()
         self._task: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
@@ -93,20 +101,21 @@ class Broadcaster:
         """Forget a listener."""
         self._listeners.discard(listener)
 
-    async def read(self, after: int, run_id: str | None) -> list[Event]:
+    async def read(self, after: int, run_id: str | None) -> list[Message]:
         """Events that are in the database already."""
-        return await run_in_threadpool(self._events.since, after, run_id, _PAGE)
+        found = await run_in_threadpool(self._events.since, after, run_id, _PAGE)
+        return [Message(event.seq, event.run_id, self._write(event)) for event in found]
 
     async def _pump(self) -> None:
         while self._listeners:
             try:
-                events = await self.read(self._seq, None)
+                messages = await self.read(self._seq, None)
             except SQLAlchemyError:
                 _LOG.exception("events cannot be read; streams wait")
-                events = []
-            for event in events:
-                self._seq = event.seq
-                for listener in [one for one in self._listeners if one.run_id in (None, event.run_id)]:
-                    listener.offer(event)
-            if len(events) < _PAGE:
+                messages = []
+            for message in messages:
+                self._seq = message.seq
+                for listener in [one for one in self._listeners if one.run_id in (None, message.run_id)]:
+                    listener.offer(message)
+            if len(messages) < _PAGE:
                 await asyncio.sleep(self._every)

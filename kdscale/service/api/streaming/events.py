@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from sse_starlette.event import ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from kdscale.service.api.dependencies import READ, FoundRun, Number
@@ -19,6 +18,7 @@ from kdscale.service.api.streaming.streams import (
     message,
     wants_stream,
 )
+from kdscale.service.database.events import Event
 
 router = APIRouter(prefix="/v1", tags=["events"], dependencies=[READ])
 After = Annotated[Number | None, Query(description="Only events behind this number; Last-Event-ID comes first.")]
@@ -45,12 +45,17 @@ async def _answer(request: Request, after: int | None, limit: int, run_id: str |
         return ListOf[RunEvent](items=items, next=str(found[-1].seq) if found else None)
     last = last_event_id(request)
     if getattr(state, "broadcaster", None) is None:
-        state.broadcaster = Broadcaster(state.events)
+        state.broadcaster = Broadcaster(state.events, written)
     broadcaster: Broadcaster = state.broadcaster
     listener = await broadcaster.listen(after if last is None else last, run_id)
-    return StreamResponse(state, _messages(listener), lambda: broadcaster.leave(listener))
+    return StreamResponse(state, _contents(listener), lambda: broadcaster.leave(listener))
 
 
-async def _messages(listener: Listener) -> AsyncIterator[ServerSentEvent]:
-    async for event in listener.events():
-        yield message(RunEvent.of(event).model_dump_json(), event.seq)
+def written(event: Event) -> bytes:
+    """An event as a message of a stream."""
+    return message(RunEvent.of(event).model_dump_json(), event.seq).encode()
+
+
+async def _contents(listener: Listener) -> AsyncIterator[bytes]:
+    async for one in listener.messages():
+        yield one.content

@@ -23,7 +23,7 @@ class StreamResponse(EventSourceResponse):
     """Sends what `messages` gives until it ends or the client leaves; `at_end` is called however it ends."""
 
     def __init__(
-        self, state: State, messages: AsyncIterator[ServerSentEvent], at_end: Callable[[], None] | None = None
+        self, state: State, messages: AsyncIterator[ServerSentEvent | bytes], at_end: Callable[[], None] | None = None
     ):
         """Raises a Problem when too many streams are open."""
         self._state, self._at_end = state, at_end

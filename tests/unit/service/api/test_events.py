@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from kdscale.service.api.streaming import broadcaster
 from kdscale.service.api.streaming.broadcaster import Broadcaster
+from kdscale.service.api.streaming.events import written
 from kdscale.service.database.events import Event
 from kdscale.service.database.runs import Run
 from tests.unit.service.api.conftest import Caller
@@ -67,7 +68,7 @@ class OpenStream:
 @pytest.fixture
 def stream(app: FastAPI, as_: Caller) -> Callable[..., OpenStream]:
     token = as_("reader").headers["authorization"]
-    app.state.broadcaster = Broadcaster(app.state.events, every=0.005)
+    app.state.broadcaster = Broadcaster(app.state.events, written, every=0.005)
     return lambda path, **headers: OpenStream(app, path, token, **headers)
 
 
@@ -173,8 +174,8 @@ def test_events_that_come_while_a_stream_catches_up_are_told_once() -> None:
     memory.add(1700)
 
     async def client() -> list[int]:
-        one, numbers = await Broadcaster(memory, every=0.001).listen(0), []
-        async for event in one.events():
+        one, numbers = await Broadcaster(memory, written, every=0.001).listen(0), []
+        async for event in one.messages():
             numbers.append(event.seq)
             if event.seq in (3, 600, 1650):
                 memory.add(100)
@@ -190,9 +191,9 @@ def test_a_listener_that_does_not_read_is_dropped(monkeypatch: pytest.MonkeyPatc
     memory = Memory()
 
     async def client() -> tuple[list[int], list[int]]:
-        source = Broadcaster(memory, every=0.001)
+        source = Broadcaster(memory, written, every=0.001)
         slow, fast = await source.listen(None), await source.listen(None)
-        slow_events, fast_events = slow.events(), fast.events()
+        slow_events, fast_events = slow.messages(), fast.messages()
         numbers = []
         for _ in range(4):
             memory.add(5)
