@@ -130,6 +130,8 @@ class Connection:
             headers={"user-agent": "kdscale"},
             follow_redirects=False,  # the token is for one host
             trust_env=not _is_loopback(urlsplit(self.url).hostname or ""),  # a proxy is for the web
+            # SSL_CERT_FILE and SSL_CERT_DIR count for this machine too, where trust_env leaves them out
+            verify=httpx.create_ssl_context(trust_env=True) if self.url.startswith("https:") else True,
             transport=transport,
         )
 
@@ -208,12 +210,14 @@ class Connection:
 
     def _unreachable(self, error: httpx.RequestError) -> UnreachableError:
         words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        wrong_certificate = "CERTIFICATE_VERIFY_FAILED" in words
+        hint = "set SSL_CERT_FILE to the certificate of your own authority" if wrong_certificate else ""
         problem = UnreachableError(
             f"the service at {self.url} does not answer", got=words.replace(self.token or "\0", "***"),
-            hint="check the address, and that kdscale serve runs there",
+            hint=hint or "check the address, and that kdscale serve runs there",
         )  # fmt: skip
         problem.not_received = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-        problem.for_good = "CERTIFICATE_VERIFY_FAILED" in words
+        problem.for_good = wrong_certificate
         return problem
 
 

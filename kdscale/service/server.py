@@ -202,8 +202,8 @@ def announce(
     if token is not None and token.secret is not None and sys.stdout.isatty():
         say(f"token    {token.secret}   (an admin's; shown this once)")
     if token is not None:
-        say(f"         kept in {token.path}, which only you can read")
-        say(f"use it   kdscale login --server {url} --token-file {token.path}")
+        say(f"token    in {token.path}, which only you can read")
+        say(f"log in   kdscale login --server {url} --token-file {token.path}")
     if not settings.is_loopback and not settings.tls_certificate:
         say("note: other machines connect without TLS; tokens are safe only behind a proxy that speaks it")
     say("Ctrl-C stops the service; runs go on")

@@ -88,7 +88,7 @@ def test_patience_ends(client_of: Callable[..., Client], clock: Clock) -> None:
 
 def test_a_wrong_certificate_is_not_tried_again(client_of: Callable[..., Client], clock: Clock) -> None:
     answer, _ = taking_turns(httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"))
-    with pytest.raises(UnreachableError):
+    with pytest.raises(UnreachableError, match="SSL_CERT_FILE"):
         client_of(answer).run(RUN_ID)
     assert clock.slept == []
 
