@@ -21,6 +21,7 @@ from kdscale.service.database.events import Events
 from kdscale.service.database.runs import Runs
 from kdscale.service.mcp.endpoint import add_mcp, mcp_running
 from kdscale.service.operations import background, exposing, requests
+from kdscale.service.page import rendering
 from kdscale.service.page import routes as page
 from kdscale.service.settings import ServiceSettings
 
@@ -71,6 +72,7 @@ def make_app(
     app.state.scheduler, app.state.engines = scheduler, engines or {}
     app.state.is_scheduling = is_scheduling
     problems.install(app)
+    rendering.install(app)
     for router in ROUTERS:
         app.include_router(router)
     for add in LAYERS:

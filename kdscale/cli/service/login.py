@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,3 +38,5 @@ def login_command(
 
         client.machine()  # the service says whether it knows the token
         typer.echo(for_terminal(f"the token for {client.url} is in {keep_token(client.url, token.strip())}"))
+        if client.url != HERE and not os.environ.get("KDSCALE_SERVER"):
+            typer.echo(for_terminal(f"for the other commands: --server {client.url}, or the variable KDSCALE_SERVER"))

@@ -25,8 +25,7 @@ def check_states(given: Collection[str]) -> list[RunState]:
 def in_words(run: Run) -> str:
     """`tiny is running: distill 40 %, 3 min 20 s left`; the reason where there is one."""
     doing = f": {told}" if run.state == "running" and (told := progress_in_words(run.progress)) else ""
-    reason = f" ({run.reason.splitlines()[0]})" if run.reason else ""
-    return f"{run.name} is {run.state}{doing}{reason}"
+    return f"{run.name} is {run.state}{doing}" + (f" ({run.reason})" if run.reason else "")
 
 
 def progress_in_words(progress: Mapping[str, Any]) -> str:
@@ -78,7 +77,9 @@ def show_run(run: RunDetail) -> None:
 def shown_verdict(verdict: Verdict) -> bool:
     """Show what the check of a config found; whether it can be run."""
     for item in verdict.refused:
-        parts = [item.detail, *(f"{name} {text}" for name in ("expected", "got") if (text := getattr(item, name)))]
+        parts = [item.detail] if item.detail != item.field else []
+        parts += [f"{name} {text}" for name in ("expected", "got") if (text := getattr(item, name))]
+        parts += [item.hint] if item.hint else []
         note(f"{item.field}: {', '.join(parts)}" if item.field else ", ".join(parts), "red")
     for text in verdict.notes:
         note(f"note: {text}")
@@ -86,9 +87,11 @@ def shown_verdict(verdict: Verdict) -> bool:
         sizes = [format_count(number, 4) for number in (verdict.teacher_parameters, verdict.student_parameters)]
         note(f"parameters: {sizes[0]} → {sizes[1]}", "")
     if (estimate := verdict.estimate) is not None:
-        speed = f"{estimate.tokens_per_second:,.0f} tokens/s, {format_duration(86_400 * estimate.days)}"
+        speed = f"{format_count(estimate.tokens_per_second)} tokens/s, {format_duration(86_400 * estimate.days)}"
         fits = "" if estimate.fits else "; it does not fit"
-        assumed = ", for a cluster that was assumed" if estimate.assumed else ""
+        cluster = estimate.cluster
+        devices = f"{cluster.get('nodes', 1) * cluster.get('gpus_per_node', 1)} × {cluster.get('gpu')}"
+        assumed = f"; for {devices}, as no GPU of the service's machine is known" if estimate.assumed else ""
         note(f"estimate: {format_size(estimate.gpu_bytes)} a device, {speed}{fits}{assumed}", "")
     note("it can be run" if verdict.valid else "it cannot be run", "green" if verdict.valid else "red")
     return verdict.valid

@@ -17,7 +17,7 @@ from kdscale.units import compact_count, format_number
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 360, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 26  # margins, with the labels of the axes in them
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 8, 8, 26  # margins, with the labels of the axes in them
 _SPARK_WIDTH, _SPARK_HEIGHT, _SPARK_POINTS = 96, 24, 48
 _MARK_HEIGHT, _MARK_WIDTH = 13, 60
 _SHOWN = 0.985  # of the values decide the scale: a first, far-off step or two may leave it

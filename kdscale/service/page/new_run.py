@@ -105,7 +105,7 @@ def _page(
     return render(
         request, "new.html.j2", "New run", here="/runs/new", status=problem.status if problem else 200, form=form,
         configs=sorted(shipped_configs()), engines=list(ENGINES), key=secrets.token_urlsafe(16),
-        problem=told(problem) if problem else None, **(checked or nothing),
+        roots=request.app.state.settings.roots[:5], problem=told(problem) if problem else None, **(checked or nothing),
     )  # fmt: skip
 
 

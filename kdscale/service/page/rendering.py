@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -111,6 +112,20 @@ class PageRoute(APIRoute):
             return page
 
         return answer_with_pages
+
+
+def install(app: FastAPI) -> None:
+    """Have whoever opens an address in a browser at which there is nothing get a page, too."""
+    of_framework = app.exception_handlers[HTTPException]
+
+    def answer(request: Request, error: Exception) -> Any:
+        nothing = isinstance(error, HTTPException) and error.status_code == HTTPStatus.NOT_FOUND
+        if not (nothing and request.method == "GET" and "text/html" in request.headers.get("accept", "")):
+            return of_framework(request, error)
+        problem = Problem(404, "not-found", f"There is nothing at {request.url.path[:200]}")
+        return render(request, "problem.html.j2", "Not found", status=404, problem=told(problem), back="/runs")
+
+    app.add_exception_handler(HTTPException, answer)
 
 
 def _to_sign_in(request: Request) -> Response:

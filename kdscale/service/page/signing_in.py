@@ -52,7 +52,13 @@ def sign_in(request: Request, form: Form) -> Response:
     token = request.app.state.accounts.by_secret(text_of(form, "token").strip())
     if token is None:
         failed_sign_ins(request).take(address_of(request))
-        return _page(request, there, Problem(401, "sign-in", "this token opens nothing: it was revoked, or it ended"))
+        return _page(
+            request,
+            there,
+            Problem(
+                401, "sign-in", "this token opens nothing: it is not one of this service, was revoked, or has ended"
+            ),
+        )
     request.state.actor = Actor(token.owner, token.scopes, token.id, "cookie", address_of(request))
     answer = RedirectResponse(there, 303)
     set_cookie(answer, request, sessions_of(request).signed(token.id))

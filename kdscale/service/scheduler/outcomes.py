@@ -75,6 +75,8 @@ def reason_of(job: JobState, printed: str) -> str:
     words = "; ".join(filter(None, [job.reason, last_words(printed)]))
     if code > 128:
         return _with_words(f"ended by {_signal_name(code - 128)}", words)
+    if last_error(printed):  # it says more than what its code means
+        return f"{words} (exit code {code})" if "\n" not in words else f"exit code {code}: {words}"
     error = ERRORS_BY_CODE.get(code)
     meaning = (error.__doc__ or error.__name__).splitlines()[0].rstrip(".") if error is not None else "an error"
     return _with_words(f"{meaning} (exit code {code})", words)
@@ -82,10 +84,15 @@ def reason_of(job: JobState, printed: str) -> str:
 
 def last_words(printed: str) -> str:
     """The error that a run printed at its end, or the last line where it printed none."""
+    text = last_error(printed) or "".join(printed.rstrip().splitlines()[-1:])
+    return text.strip()[-_LONGEST_QUOTE:]
+
+
+def last_error(printed: str) -> str:
+    """The error that a run printed at its end; empty where it printed none."""
     lines = printed.rstrip().splitlines()
     starts = [index for index, line in enumerate(lines) if line.startswith("error: ")]
-    text = "\n".join(lines[starts[-1] :]).removeprefix("error: ") if starts else "".join(lines[-1:])
-    return text.strip()[-_LONGEST_QUOTE:]
+    return "\n".join(lines[starts[-1] :]).removeprefix("error: ").strip() if starts else ""
 
 
 def _with_words(meaning: str, words: str) -> str:

@@ -69,9 +69,7 @@ def test_reasons_tell_kinds_of_ends_apart() -> None:
     assert reasons[0] == "lost: its supervisor was killed"
     assert "SIGTERM" in reason_of(JobState("ended", 143), "")
     printed = "step 3\nerror: data.sources: no text\n  expected: some\n"
-    assert reason_of(JobState("ended", 4), printed) == (
-        "Text that cannot be trained or measured on (exit code 4): data.sources: no text\n  expected: some"
-    )
+    assert reason_of(JobState("ended", 4), printed) == ("exit code 4: data.sources: no text\n  expected: some")
     assert "a node failed; the last line" in reason_of(JobState("ended", 8, "a node failed"), "the last line")
     assert last_words("Traceback:\n  File\nKeyError: 3\n") == "KeyError: 3"
     assert last_words("") == ""

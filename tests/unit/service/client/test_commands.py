@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from kdscale.cli.service.show import shown_verdict
 from kdscale.cli.service.submit import exit_code_of
-from kdscale.client import Patience, RunDetail
+from kdscale.client import Patience, RunDetail, Verdict
 from kdscale.files import write_json
 from tests.unit.client.conftest import run_json
 from tests.unit.service.client.conftest import SPEC
@@ -46,6 +47,19 @@ def test_nothing_is_asked_without_a_token_and_a_wrong_one_is_not_kept(commands: 
     code, printed = commands("login", "--token-file", "token")
     assert (code, "kds_wrong" in printed, "opens nothing" in printed) == (10, False, True)
     assert not (tmp_path / "settings").exists()
+
+
+def test_what_is_wrong_with_a_config_is_told_once_and_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = {"field": "teacher.path", "detail": "teacher.path", "got": "'no'", "hint": "get it"}
+    estimate = {
+        "cluster": {"nodes": 1, "gpus_per_node": 8, "gpu": "H100"}, "assumed": True, "fits": True, "setting": {},
+        "gpu_bytes": 6e9, "tokens": 10, "tokens_per_second": 83_922_562.0, "days": 1.0,
+    }  # fmt: skip
+    told = {"valid": False, "refused": [refused], "notes": [], "estimate": estimate}
+    assert not shown_verdict(Verdict.model_validate(told))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith("teacher.path: got 'no', get it")
+    assert "83.9 M tokens/s" in printed and "for 8 × H100, as no GPU" in printed
 
 
 def test_a_run_is_submitted_listed_paused_resumed_cancelled_and_made_again(signed_in: Commands, config: str) -> None:

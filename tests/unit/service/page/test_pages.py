@@ -35,6 +35,14 @@ def test_pages_of_a_service_without_runs(client: TestClient, path: str) -> None:
     assert read(client, path).said
 
 
+def test_an_address_with_nothing_behind_it_is_a_page_in_a_browser(client: TestClient) -> None:
+    answer = client.get("/new<script>", headers={"Accept": "text/html,*/*"})
+    document = Document(answer.text)
+    assert (answer.status_code, document.faults) == (404, [])
+    assert "There is nothing at /new" in document.said and "/runs" in answer.text
+    assert client.get("/new").headers["content-type"] == "application/problem+json"
+
+
 def test_a_stranger_is_asked_to_sign_in_and_comes_back(app: Any) -> None:
     stranger = TestClient(app, ADDRESS, follow_redirects=False)
     asked = stranger.get("/runs?state=failed")
