@@ -22,7 +22,8 @@ _EARLIEST = 315_532_800  # 1980, before which a zip has no time
 def archive(files: Sequence[RunFile], inside: str, format_: Format) -> Iterator[bytes]:
     """The bytes of an archive of these files; names in it begin with the last part of `inside`.
 
-    A file that is cut short while it is read ends the download as broken; what is added to one meanwhile is left out.
+    A file that is cut short, or replaced by another one, before it is sent ends the download as broken; what is added
+    to one meanwhile is left out.
     """
     names = {file.path: _name_in(file.path, inside) for file in files}
     makers: dict[Format, Callable[[Sequence[RunFile], dict[str, str]], Iterator[bytes]]] = {"tar": _tar, "zip": _zip}
@@ -58,6 +59,9 @@ def _tar_header(file: RunFile, name: str) -> bytes:
 def _content(file: RunFile) -> Iterator[bytes]:
     """The bytes that a file had when the list was made."""
     with open_file(file.place) as stream:
+        now = os.fstat(stream.fileno())
+        if (now.st_dev, now.st_ino) != (file.found.st_dev, file.found.st_ino) and now.st_size != file.found.st_size:
+            raise OSError(f"{file.path} was replaced before it was sent")  # its beginning alone would look whole
         offset, size = 0, file.found.st_size
         while offset < size:
             block = os.pread(stream.fileno(), min(_BLOCK, size - offset), offset)

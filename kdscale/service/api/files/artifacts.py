@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -84,15 +85,21 @@ def _list(request: Request, folder: Path, under: str, after: str | None, limit: 
             budget -= file.found.st_size
             digest = _digest(file, digests)
         modified = datetime.fromtimestamp(file.found.st_mtime, UTC)
-        path = file.path.encode("utf-8", "replace").decode()  # a name that is not UTF-8 cannot be asked for
-        entries.append(ArtifactEntry(path=path, bytes=file.found.st_size, modified=modified, sha256=digest))
-    return ListOf(items=entries, next=page[limit - 1].path if len(page) > limit else None)
+        entries.append(ArtifactEntry(path=_shown(file), bytes=file.found.st_size, modified=modified, sha256=digest))
+    return ListOf(items=entries, next=_shown(page[limit - 1]) if len(page) > limit else None)
+
+
+def _shown(file: RunFile) -> str:
+    """Its path as JSON can have it; one that is not UTF-8 cannot be asked for."""
+    return file.path.encode("utf-8", "replace").decode()
 
 
 def _digest(file: RunFile, digests: Digests) -> str | None:
     try:
         with open_file(file.place) as stream:
-            return digests.of(stream.fileno())
+            same = key_of(os.fstat(stream.fileno())) == key_of(file.found)
+            # that of other bytes than the entry tells of would be of no use
+            return digests.of(stream.fileno(), file.found) if same else None
     except Problem:  # removed meanwhile
         return None
 

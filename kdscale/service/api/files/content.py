@@ -44,9 +44,9 @@ class Digests:
         with self._lock:
             return self._known.get(key)
 
-    def of(self, handle: int) -> str:
-        """The digest of the bytes that an open file has now."""
-        key = key_of(os.fstat(handle))
+    def of(self, handle: int, found: os.stat_result) -> str:
+        """The digest of the bytes that an open file had when `found` was asked for, also if it grows meanwhile."""
+        key = key_of(found)
         if (known := self.known(key)) is not None:
             return known
         digest, offset = hashlib.sha256(), 0
@@ -85,8 +85,8 @@ def answer(request: Request, path: Path, digests: Digests, headers: Mapping[str,
     """The file, the part of it that is asked for, or that it has not changed. Raises a Problem (404, 412, 416)."""
     with ExitStack() as open_files:
         stream = open_files.enter_context(open_file(path))
-        found, digest = os.fstat(stream.fileno()), digests.of(stream.fileno())
-        size = found.st_size
+        found = os.fstat(stream.fileno())
+        digest, size = digests.of(stream.fileno(), found), found.st_size
         common = {
             **headers, "etag": f'"{digest}"', "accept-ranges": "bytes", "cache-control": "private, no-cache",
             "last-modified": formatdate(found.st_mtime, usegmt=True),

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from kdscale.service.api.files import content
+from kdscale.service.api.files.archives import Format, archive
+from kdscale.service.api.files.folder import files_under
 from kdscale.service.database.runs import Run
 from tests.unit.service.api.conftest import Caller
 
@@ -147,6 +150,40 @@ def test_a_folder_is_one_download(as_: Caller, run: Run, format_: str, tmp_path:
     expected = [f"student/{name}" for name in ("a b/ü.json", "model.safetensors", f"{'n' * 120}/{'m' * 120}/f")]
     assert [name for name in found if name.startswith("student/")] == sorted(expected)
     assert (tmp_path / expected[2]).read_bytes() == (long / "f").read_bytes()
+
+
+@pytest.mark.parametrize("format_", ["tar", "zip"])
+def test_a_file_that_is_replaced_before_it_is_sent_is_not_cut(run: Run, format_: Format) -> None:
+    files = files_under(run.folder, "student")
+    new = run.folder / "new"
+    new.write_text(WEIGHTS * 2)
+    new.replace(run.folder / "student/model.safetensors")
+    with pytest.raises(OSError, match="replaced"):
+        list(archive(files, "student", format_))
+
+
+def test_digests_are_those_of_the_bytes_that_are_told(as_: Caller, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, reader = run.folder / "student/model.safetensors", as_("reader")
+    opened = content.open_regular
+
+    def grows(place: Path) -> io.FileIO:
+        stream = opened(place)
+        if place == path:
+            with path.open("a") as more:
+                more.write("x")
+        return stream
+
+    monkeypatch.setattr(content, "open_regular", grows)
+    item = reader.get(f"/v1/runs/{run.id}/artifacts/student").json()["items"][1]
+    assert (item["bytes"], item["sha256"]) == (10, None)
+    answer = reader.get(f"/v1/runs/{run.id}/artifacts/student/model.safetensors")
+    assert answer.headers["etag"] == f'"{hashlib.sha256(answer.content).hexdigest()}"'
+
+
+def test_names_that_are_not_utf_8_end_no_list(as_: Caller, run: Run) -> None:
+    (run.folder / os.fsdecode(b"a\xff")).write_text("x")
+    page = as_("reader").get(f"/v1/runs/{run.id}/artifacts?limit=1")
+    assert page.status_code == 200 and page.json()["next"] == "a?"
 
 
 def test_what_a_run_made_is_saved_and_never_shown(as_: Caller, make_run: Callable[..., Run]) -> None:
