@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple, Protocol
 
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from kdscale.service.database.events import Event
@@ -110,7 +109,7 @@ class Broadcaster:
         while self._listeners:
             try:
                 messages = await self.read(self._seq, None)
-            except SQLAlchemyError:
+            except Exception:  # noqa: BLE001 (whatever it was: without this task all who listen would wait for ever)
                 _LOG.exception("events cannot be read; streams wait")
                 messages = []
             for message in messages:

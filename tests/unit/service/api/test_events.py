@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from kdscale.service.api.streaming import broadcaster
-from kdscale.service.api.streaming.broadcaster import Broadcaster
+from kdscale.service.api.streaming.broadcaster import Broadcaster, Message
 from kdscale.service.api.streaming.events import written
 from kdscale.service.database.events import Event
 from kdscale.service.database.runs import Run
@@ -214,6 +214,30 @@ def test_there_are_only_so_many_streams(app: FastAPI, stream: Callable[..., Open
 
     assert asyncio.run(client()) == 429
     assert app.state.broadcaster._listeners == set()
+
+
+def test_whatever_goes_wrong_with_a_read_streams_go_on() -> None:
+    memory = Memory()
+
+    class Failing(Broadcaster):
+        failed = False
+
+        async def read(self, after: int, run_id: str | None) -> list[Message]:
+            task = asyncio.current_task()
+            if not self.failed and task is not None and task.get_name() == "events for listeners":
+                self.failed = True
+                memory.add(1)
+                raise ValueError("a row that is no JSON")
+            return await super().read(after, run_id)
+
+    async def client() -> list[int]:
+        source = Failing(memory, lambda _event: b"", every=0.001)
+        events = (await source.listen(0)).messages()
+        first = await asyncio.wait_for(anext(events), 5.0)
+        memory.add(1)
+        return [first.seq, (await asyncio.wait_for(anext(events), 5.0)).seq]
+
+    assert asyncio.run(client()) == [1, 2]
 
 
 @pytest.mark.parametrize("number", ["x", "-1", "1e3", "٣", "9" * 40])
