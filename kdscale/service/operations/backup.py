@@ -59,12 +59,13 @@ def back_up(
         for name in KEPT_FILES:
             if (home / name).is_file():
                 _copy(home / name, folder / name, done)
+        # before the run folders: what an attempt says that it has finished is then in the copy of its folder
+        for job in sorted(_folders(settings.jobs)):
+            _copy_tree(job, folder / "jobs" / job.name, (), done)
         for run in sorted(path for path in _folders(settings.runs) if path.is_dir() and not path.is_symlink()):
             say(f"run {run.name}")
             _copy_tree(run, folder / "runs" / run.name, () if everything else LEFT_OUT, done)
             done.runs += 1
-        for job in sorted(_folders(settings.jobs)):
-            _copy_tree(job, folder / "jobs" / job.name, (), done)
     return done
 
 

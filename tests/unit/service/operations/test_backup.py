@@ -99,6 +99,26 @@ def test_the_copy_is_whole_while_others_write(
             assert count == last, "no event is missing in the middle"
 
 
+def test_what_an_attempt_says_that_it_has_finished_is_in_the_copy(
+    home: Path, settings: ServiceSettings, ended: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = ended()
+    exit_file = settings.jobs / run.id / "1" / "exit.json"
+    exit_file.unlink()
+
+    def ends_now(_line: str) -> None:
+        """The run makes its last file and leaves, while its folder is about to be copied."""
+        (run.folder / "student" / "last").write_text("x")
+        exit_file.write_text('{"exit_code": 0}')
+
+    copy = tmp_path / "copy"
+    back_up(settings, copy, say=ends_now)
+    (run.folder / "student" / "later").write_text("x")
+    inside = names(copy)
+    assert f"runs/{run.id}/student/last" in inside
+    assert f"jobs/{run.id}/1/exit.json" not in inside, "attempts are copied before the folders of runs"
+
+
 def test_places_that_are_refused(home: Path, settings: ServiceSettings, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     for place, words in ((tmp_path / "taken", "there is something"), (home / "copy", "outside")):
