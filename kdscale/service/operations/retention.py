@@ -7,6 +7,7 @@ told, and `notice_days` have passed since the notice arrived.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import stat
@@ -30,7 +31,7 @@ from kdscale.service.notices.occasions import Notice
 from kdscale.service.notices.sender import Notices
 from kdscale.service.operations.trash import in_trash, move_to_trash, place_in_trash
 from kdscale.service.settings import RetentionSettings, ServiceSettings
-from kdscale.service.states import FINAL, RunState
+from kdscale.service.states import FINAL, STATES, RunState
 
 ACTOR = "retention"  # in the audit log
 DAY = 86_400.0
@@ -134,15 +135,22 @@ class Retention:
             days = rule.after(self._settings.retention)
             if days is None:
                 continue
+            configs = self._configs_of_what_goes_on() if rule.told_first else {}
             for run in self._runs.in_states(rule.states):
                 if run.ended is None or not _is_own(self._settings, run):
                     continue
                 due, kept = run.ended + days * DAY, ""
                 if rule.told_first:
                     due, kept = self._after_notice(run, due)
+                    if reader := next((other for other, config in configs.items() if run.id in config), None):
+                        kept = f"run {reader}, which has not ended, reads from it"
                 for path in rule.find(self._settings, run):
                     if os.path.lexists(path):
                         yield Removal(kind, run.id, path, size_of(path), due, kept, path.name)
+
+    def _configs_of_what_goes_on(self) -> dict[str, str]:
+        """The configs of all runs that have not ended, which may name the student of another one."""
+        return {run.id: json.dumps(run.config) for run in self._runs.in_states({*STATES} - FINAL, origin=None)}
 
     def _of_trash(self) -> Iterator[Removal]:
         for item in in_trash(self._settings):

@@ -13,7 +13,7 @@ from kdscale.runs.folder import RunFolder
 from kdscale.service.database.accounts import Accounts
 from kdscale.service.database.connection import Database
 from kdscale.service.database.events import Events
-from kdscale.service.database.runs import Run, Runs
+from kdscale.service.database.runs import NewRun, Run, Runs
 from kdscale.service.notices.outbox import Letter
 from kdscale.service.notices.sender import Notices
 from kdscale.service.operations.retention import DAY, Retention
@@ -165,6 +165,20 @@ def test_a_student_stays_when_nobody_can_be_told(service: Callable[..., Service]
     assert {item.kept for item in made.retention.plan()} == {
         "ada has no address in notices.owners, so nobody can be told"
     }
+
+
+def test_a_student_that_another_run_reads_stays_until_that_one_has_ended(
+    service: Callable[..., Service], ended: Any, database: Database, settings: ServiceSettings
+) -> None:
+    run, runs = ended(), Runs(database)
+    config = {"teacher": {"path": str(run.folder / "student")}}
+    other = runs.add(NewRun(name="next", owner="ada", config=config, folder=settings.runs / "next", state="paused"))
+    made = service(students_after=1.0, notice_days=0.0)
+    made.after(2)
+    made.notices.send_due()
+    assert made.after(20) == set() and other.id in made.retention.plan()[0].kept
+    runs.move(other.id, "cancelled")
+    assert made.after(1) == {f"runs/{run.id}/student", f"runs/{run.id}/quantized"}
 
 
 def test_a_notice_that_was_given_up_deletes_nothing(
