@@ -39,6 +39,7 @@ class Watcher:
         self._observations = Observations(database, clock)
         self._looked: dict[str, tuple[RunState, int, float]] = {}  # at which state, attempt and change of a run
         self._seq: int | None = None  # events up to here are in the state files
+        self._unkept: dict[str, None] = {}  # runs whose state is still to be written
         self._searched = float("-inf")
         self._stop = threading.Event()
 
@@ -83,20 +84,25 @@ class Watcher:
         """Write the states that changed beside the jobs; all of them in the first pass."""
         if self._seq is None:
             self._seq = self._events.last_seq()
-            changed = [run for run in self._runs.in_states(STATES) if self._settings.has_made(run.folder)]
+            changed = {run.id: run for run in self._runs.in_states(STATES)}
+            self._unkept = dict.fromkeys(changed)
         else:
             events = self._events.since(self._seq)
+            self._unkept |= {event.run_id: None for event in events if event.type == "state"}
             self._seq = events[-1].seq if events else self._seq
-            ids = {event.run_id: None for event in events if event.type == "state"}
-            known = [run for run_id in ids if (run := self._runs.find(run_id)) is not None]
-            changed = [run for run in known if run.origin == "service" and self._settings.has_made(run.folder)]
-        for run in changed:
-            self._guarded(self._keep_state, run)
+            changed = {run_id: run for run_id in self._unkept if (run := self._runs.find(run_id)) is not None}
+        for run_id in [*self._unkept]:
+            run = changed.get(run_id)
+            if run is not None and run.origin == "service" and self._settings.has_made(run.folder):
+                self._guarded(self._keep_state, run)
+            else:
+                del self._unkept[run_id]
 
     def _keep_state(self, run: Run) -> None:
         if run.state not in FINAL or run.folder.is_dir():  # what was deleted on purpose does not come back
             write_run_folder(run)
         write_state(self._settings, run)
+        del self._unkept[run.id]  # not before: on a disk that is full it is written later
 
     def _look(self, run: Run) -> None:
         """Read a run's folder if anything changed in it since the last time."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kdscale.config.load import build_config, dump_config
+from kdscale.errors import RunFolderError
 from kdscale.pipeline.stages.registry import stages_of
 from kdscale.runs.folder import RunFolder
 from kdscale.runtime.locks import try_lock
@@ -192,6 +193,23 @@ def test_runs_of_the_command_line_are_found_and_followed(tmp_path: Path) -> None
     shutil.rmtree(folder.path)
     assert found() == []
     home.database.close()
+
+
+def test_a_state_that_could_not_be_written_is_written_later(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = home.add(state="running", attempt=1)
+    home.watcher.step()
+
+    def full(*_: object) -> None:
+        raise RunFolderError("cannot write", got="No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watcher, "write_state", full)
+        home.runs.move(run.id, "pausing")
+        home.runs.move(run.id, "paused")
+        home.watcher.step()
+    home.watcher.step()
+    kept = read_state(home.settings, run.id)
+    assert kept is not None and kept["state"] == "paused", "or a database made anew would start it again"
 
 
 def test_a_damaged_folder_stops_nothing(home: Home) -> None:
