@@ -38,7 +38,7 @@ class _Stop:
     """The signals of the run: SIGTERM once it is asked to stop, SIGKILL when its time is up."""
 
     def __init__(self, work: Path):
-        self._file, self._deadline, self._asked = work / STOP, float("inf"), False
+        self._file, self._read, self._deadline, self._asked = work / STOP, float("inf"), float("inf"), False
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
 
@@ -49,13 +49,16 @@ class _Stop:
     def asked(self) -> bool:
         """Whether the run should stop; a later file may shorten the time it has."""
         if (wanted := read_own_json(self._file, is_stop)) is not None:
-            self._asked, self._deadline = True, min(self._deadline, wanted["deadline"])
+            self._asked = True
+            if wanted["deadline"] < self._read:  # from here on by a clock that nobody sets
+                self._read = wanted["deadline"]
+                self._deadline = time.monotonic() + wanted["deadline"] - time.time()
         return self._asked
 
     @property
     def is_late(self) -> bool:
         """Whether the run has had its time to save."""
-        return time.time() > self._deadline
+        return time.monotonic() > self._deadline
 
 
 def is_stop(value: Any) -> bool:

@@ -80,6 +80,21 @@ def test_a_program_that_is_missing_ends_the_attempt(job: Job) -> None:
     assert b"/no/such/program" in engine.logs(str(job.work), 1000)
 
 
+def test_a_clock_that_is_set_changes_nothing_of_the_time_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
+    stop, now, passed = supervisor._Stop(tmp_path), time.time(), time.monotonic()
+    write_json(tmp_path / supervisor.STOP, {"deadline": now + 60.0})
+    assert stop.asked() and not stop.is_late
+    for jump in (3600.0, -3600.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(supervisor.time, "time", lambda jump=jump: now + jump)
+            assert stop.asked() and not stop.is_late
+            patch.setattr(supervisor.time, "monotonic", lambda: passed + 61.0)
+            assert stop.asked() and stop.is_late
+
+
 def test_an_attempt_is_started_once_whoever_asks_and_how_often(job: Job) -> None:
     engine = ShellEngine("echo begun; while [ ! -e go ]; do sleep 0.05; done".replace("go", str(job.work / "go")))
     command = [sys.executable, "-m", "kdscale.service.engines.supervisor", str(job.work)]
