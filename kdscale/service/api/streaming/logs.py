@@ -27,6 +27,8 @@ OUTPUT = "output.log"  # of an attempt's own folder, as every engine on this mac
 _EVERY_SECONDS = 0.5
 _MOST_BYTES = 4 << 20  # of one answer
 _MOST_AT_ONCE = 64 << 10  # of one message of a stream
+# Each start of a run prints into a file of its own: ids of messages are the start times this, and the byte behind them.
+_BYTES_OF_A_START = 10**10
 
 
 @router.get("/{run_id}/logs", response_class=PlainTextResponse)
@@ -44,17 +46,22 @@ async def logs(
 ) -> Response:
     """The last lines of a run's log."""
     state = request.app.state
-    file = _log_file(state.settings.jobs, run, rank, attempt)
+    file, begun = _log_file(state.settings.jobs, run, rank, attempt), 0
     if not (follow or wants_stream(request)):
         text = await run_in_threadpool(_text, state.engines, run, file, tail)
         return PlainTextResponse(text)
     last = last_event_id(request)
-    if last is not None and run.state in FINAL and last >= _size(file):
+    if rank is None and attempt is None and run.origin == "service":  # then into the next start, too
+        begun = max(run.attempt, 1)
+        if last is not None:
+            seen, last = divmod(last, _BYTES_OF_A_START)
+            begun = max(1, min(seen, begun))
+            file = _log_file(state.settings.jobs, run, None, begun)
+    if last is not None and begun in (0, run.attempt or 1) and run.state in FINAL and last >= _size(file):
         return Response(status_code=204)  # by which a browser knows that there is no more
     if last is None:
         last = await run_in_threadpool(_start_of_tail, file, tail)
-    follows_starts = rank is None and attempt is None and run.origin == "service"
-    return StreamResponse(state, _follow(request, run.id, file, last, follows_starts))
+    return StreamResponse(state, _follow(request, run.id, file, last, begun))
 
 
 def _log_file(jobs: Path, run: Run, rank: int | None, attempt: int | None) -> Path:
@@ -109,30 +116,29 @@ def _start_of_tail(file: Path, tail: int) -> int:
     return start + sum(len(line) + 1 for line in lines[: max(0, len(lines) - tail)])
 
 
-async def _follow(
-    request: Request, run_id: str, file: Path, start: int, follows_starts: bool
-) -> AsyncIterator[ServerSentEvent]:
-    """Lines from byte `start` on, each with the byte behind it as its id; the message `end` when the run has ended.
+async def _follow(request: Request, run_id: str, file: Path, start: int, begun: int) -> AsyncIterator[ServerSentEvent]:
+    """Lines from byte `start` on, and the message `end` when the run has ended.
 
-    `follows_starts`: each start of the run prints into a file of its own, which the stream goes on with.
+    `begun`: which start of the run has printed the file; the stream goes on with the next one. 0: only this file.
     """
     state, offset = request.app.state, start
     while True:
         run = await run_in_threadpool(state.runs.get, run_id)
         ended = run.state in FINAL
-        newest = _log_file(state.settings.jobs, run, None, None) if follows_starts else file
-        complete = ended or newest != file
+        has_next = 0 < begun < run.attempt
+        complete = ended or has_next
         if await run_in_threadpool(_size, file) < offset:
-            offset = 0  # of another file: a later start of the run
+            offset = 0  # of another file
         while whole := _whole_lines(await run_in_threadpool(_read, file, offset, _MOST_AT_ONCE), complete):
             offset += len(whole)
             text = whole.decode("utf-8", "replace").splitlines()
-            yield message("\n".join(map(_shown, text)), offset)
-        if newest != file:
-            file, offset = newest, 0
+            yield message("\n".join(map(_shown, text)), begun * _BYTES_OF_A_START + offset)
+        if has_next:
+            begun, offset = begun + 1, 0
+            file = _log_file(state.settings.jobs, run, None, begun)
             continue
         if ended:
-            yield message("", offset, "end")
+            yield message("", begun * _BYTES_OF_A_START + offset, "end")
             return
         await asyncio.sleep(_EVERY_SECONDS)
 

@@ -120,7 +120,10 @@ def test_a_log_is_followed_into_the_next_start_of_the_run(
             later.write_text("two\n")
             app.state.runs.update(run.id, attempt=2)
             assert (await open_.message())["data"] == "paused"
-            assert await open_.message() == {"id": "4", "data": "two"}
+            assert await open_.message() == {"id": "20000000004", "data": "two"}
+        async with stream(f"/v1/runs/{run.id}/logs?follow=true", last_event_id="10000000004") as open_:
+            assert await open_.message() == {"id": "10000000010", "data": "paused"}, "which no byte of another one is"
+            assert await open_.message() == {"id": "20000000004", "data": "two"}
 
     asyncio.run(client())
 
@@ -135,17 +138,17 @@ def test_a_log_is_followed_until_the_run_has_ended(
     async def client() -> None:
         path = f"/v1/runs/{run.id}/logs?tail=1&follow=true"
         async with stream(path) as open_:
-            assert await open_.message() == {"id": "14", "data": "three"}
+            assert await open_.message() == {"id": "10000000014", "data": "three"}
             write("fo")
             write("ur ü\n")
-            assert await open_.message() == {"id": "22", "data": "four ü"}
+            assert await open_.message() == {"id": "10000000022", "data": "four ü"}
         write("five\nsix")
-        async with stream(path, last_event_id="22") as open_:
-            assert await open_.message() == {"id": "27", "data": "five"}
+        async with stream(path, last_event_id="10000000022") as open_:
+            assert await open_.message() == {"id": "10000000027", "data": "five"}
             app.state.runs.ask(run.id, "cancel")
-            assert await open_.message() == {"id": "30", "data": "six"}
+            assert await open_.message() == {"id": "10000000030", "data": "six"}
             assert (await open_.message())["event"] == "end"
-        async with stream(path, last_event_id="30") as open_:
+        async with stream(path, last_event_id="10000000030") as open_:
             assert open_.status == 204, "there is no more, and a browser does not ask again"
 
     asyncio.run(client())
