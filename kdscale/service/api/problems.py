@@ -7,6 +7,7 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from kdscale.errors import KdscaleError
@@ -31,6 +32,7 @@ def install(app: FastAPI) -> None:
         KdscaleError: lambda _request, error: of_error(error).response(),
         RequestValidationError: _of_parameters,
         HTTPException: _of_framework,
+        OperationalError: _of_database,
         Exception: _of_bug,
     }
     for error, handler in handlers.items():
@@ -52,6 +54,15 @@ def _of_framework(request: Request, error: HTTPException) -> Response:
         detail = f"{request.method} is not answered here"
     name = _NAMES.get(error.status_code, "refused")
     return Problem(error.status_code, name, detail, headers=error.headers).response()
+
+
+def _of_database(request: Request, error: OperationalError) -> Response:
+    """A database that is away, locked for too long or on a full disk: no bug, and it may pass."""
+    _LOG.error("%s %s: the database failed: %s", request.method, request.url.path[:500], error.orig)
+    hint = "try again; the service's log has more"
+    return Problem(
+        503, "database", "the database cannot be used now", hint=hint, headers={"Retry-After": "5"}
+    ).response()  # fmt: skip
 
 
 def _of_bug(request: Request, error: Exception) -> Response:

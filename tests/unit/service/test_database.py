@@ -124,6 +124,14 @@ def test_claims_go_by_priority_then_fairness_then_age(runs: Runs) -> None:
     assert claimed[0] is not None and claimed[0].attempt == claimed[0].tries == 1
 
 
+def test_what_comes_back_into_the_queue_waits_behind_what_is_there(runs: Runs) -> None:
+    first, second = add(runs, 0), add(runs, 1)
+    runs.ask(first.id, "pause")
+    runs.ask(first.id, "resume")
+    claimed = [runs.claim(ClaimLimits(free_slots=1)) for _ in range(2)]
+    assert [run and run.id for run in claimed] == [second.id, first.id]
+
+
 def test_claims_keep_to_slots_quotas_and_numbers(runs: Runs) -> None:
     add(runs, 0, slots=4)
     add(runs, 1, slots=1)

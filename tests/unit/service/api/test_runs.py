@@ -138,7 +138,8 @@ def test_a_database_that_fails_within_a_submission_makes_no_second_run(
     ada, headers, state = as_("ada"), {"Idempotency-Key": "k1"}, app.state
     with monkeypatch.context() as patch:
         patch.setattr(state.runs, "add_in", fail)
-        assert ada.post("/v1/runs", json={"config": CONFIG}, headers=headers).status_code >= 500
+        failed = ada.post("/v1/runs", json={"config": CONFIG}, headers=headers)
+        assert failed.status_code == 503 and failed.headers["retry-after"], "by which a client tries again"
     made = ada.post("/v1/runs", json={"config": CONFIG}, headers=headers)
     assert made.status_code == 201, made.text
     assert rebuild(state.settings, state.database) == [], "no folder is left that a start of the service would run"
