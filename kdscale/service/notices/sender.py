@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from sqlalchemy import Connection, func, select
 
 from kdscale.errors import ConfigError
-from kdscale.service.database.connection import Database
+from kdscale.service.database.connection import Database, alone
 from kdscale.service.database.events import Event, append_event
 from kdscale.service.database.runs import Run, run_in
 from kdscale.service.database.schema import EVENTS
@@ -51,6 +51,7 @@ class Notices:
         self._by_owner = check_settings(settings)
         self._deliver = deliver or Delivery(settings)
         with database.begin() as connection:
+            alone(connection, "append")  # two services that start at once would both write the first one
             if cursor(connection, database.is_sqlite) is None:
                 set_cursor(
                     connection, connection.execute(select(func.coalesce(func.max(EVENTS.c.seq), 0))).scalar_one()

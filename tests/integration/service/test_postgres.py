@@ -122,6 +122,12 @@ def test_quotas_hold_when_several_claim_at_once(database: Database) -> None:
     assert max([run.owner for run in claimed].count(owner) for owner in ("ada", "eve")) <= 3
 
 
+def test_services_that_start_at_once_tell_from_the_same_event_on(database: Database, settings: ServiceSettings) -> None:
+    add(Runs(database))
+    for notices in together(lambda _: Notices(settings, database)):
+        assert notices.gather() == 0
+
+
 def test_events_are_read_in_the_order_in_which_they_can_be_seen(database: Database) -> None:
     """A reader that asks for what follows the last number misses none, though four write at once."""
     runs = Runs(database)
