@@ -77,6 +77,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def build_config(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
     """Apply overrides to a plain mapping and validate it. Raises ConfigError listing every field that is wrong."""
+    _check_size(tree, origin)
     for override in overrides:
         _apply_override(tree, override)
     try:
@@ -188,6 +189,18 @@ def _check_events(events: Iterator[Event], origin: str) -> None:
         if nodes > _MAX_NODES or len(open_nodes) > _MAX_DEPTH:
             limit = f"at most {_MAX_NODES:,} values, {_MAX_DEPTH} levels deep"
             raise ConfigError(f"{origin} is too large (line {line})", expected=limit)
+
+
+def _check_size(tree: Any, origin: str) -> None:
+    """Raises ConfigError for more values than a YAML text may have: each may be an error, which takes its time."""
+    left, nodes = [tree], 0
+    while left:
+        node = left.pop()
+        inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+        nodes += len(inner)
+        if nodes > _MAX_NODES:
+            raise ConfigError(f"{origin} is too large", expected=f"at most {_MAX_NODES:,} values")
+        left.extend(inner)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -146,3 +146,10 @@ def test_all_that_is_wrong_is_one_short_message() -> None:
     with pytest.raises(KdscaleError, match="hf:NAME"):
         build_config({**whole_tree(), "data": {"sources": [{"path": "hf: "}]}}, "here")
     assert json.dumps(whole_tree())
+
+
+def test_a_tree_has_no_more_values_than_a_yaml_text() -> None:
+    """A service reads JSON: a megabyte of unknown keys would keep it busy with their errors for seconds."""
+    for tree in ({f"k{number}": 1 for number in range(20_001)}, {"name": [[1] * 101] * 200}):
+        with pytest.raises(ConfigError, match="too large"):
+            build_config(tree, "here")

@@ -28,6 +28,7 @@ from kdscale.units import compact_duration, format_count, format_size
 router = APIRouter(include_in_schema=False, route_class=PageRoute)
 Sender = Annotated[Actor, Depends(require("run"))]
 Asked = TypeVar("Asked", bound=Submission)
+_MOST_CHARACTERS = 64 << 10
 _FIELDS = ("config_name", "config", "overrides", "name", "priority", "engine")
 _EMPTY = {**dict.fromkeys(_FIELDS, ""), "priority": "0", "engine": "local"}
 
@@ -88,6 +89,8 @@ def _made(model: type[Asked], sent: Mapping[str, str]) -> Asked:
     if sent["config_name"]:
         body["config_name"] = sent["config_name"]
     else:
+        if len(sent["config"]) > _MOST_CHARACTERS:  # far more than any config has; reading YAML is slow
+            raise ConfigError("the YAML is too large", expected=f"at most {_MOST_CHARACTERS:,} characters")
         tree = parse_yaml(sent["config"], "the YAML")
         if not isinstance(tree, dict):
             raise ConfigError("no config", expected="one that is chosen, or YAML with settings")

@@ -51,6 +51,7 @@ def test_a_submitted_form_is_a_run_and_sent_twice_it_is_the_same_run(client: Tes
         ({}, "no config"),
         ({"config": "a: [1"}, "not valid YAML"),
         ({"config": "- 1"}, "YAML with settings"),
+        ({"config": YAML + "# x" * 30_000}, "too large"),
         ({"config": YAML, "priority": "high"}, "priority"),
         ({"config": YAML, "priority": "5000"}, "priority"),
         ({"config": YAML, "name": "<img src=x>"}, "name"),
