@@ -37,7 +37,7 @@ ACTOR = "retention"  # in the audit log
 DAY = 86_400.0
 _TOPIC = "removal of the student"
 _SECONDS_BETWEEN = 3600.0
-_ANSWERED_DAYS = 30.0  # for which notices that are done stay in the database
+_ANSWERED_DAYS = 30.0  # for which notices that are done stay in the database, at least
 _log = logging.getLogger("kdscale.service.retention")
 
 Kind = Literal["checkpoints", "logs", "students", "trash"]
@@ -127,7 +127,9 @@ class Retention:
                 _log.warning("%s of run %s cannot be deleted: %s", removal.kind, removal.run_id, error)
             else:
                 gone.append(removal)
-        self._notices.outbox.forget(now - _ANSWERED_DAYS * DAY)
+        # not before what was told has its consequences: it would be told anew, and so for ever
+        kept_days = _ANSWERED_DAYS + self._settings.retention.notice_days
+        self._notices.outbox.forget(now - kept_days * DAY)
         return gone
 
     def _of_runs(self) -> Iterator[Removal]:

@@ -158,6 +158,17 @@ def test_a_student_goes_only_after_its_owner_was_told_and_some_days_more(
     assert (run.folder / "steps/one/student").exists(), "students of steps are no one's result"
 
 
+def test_a_long_notice_is_given_once(service: Callable[..., Service], ended: Any) -> None:
+    run: Run = ended()
+    made = service(students_after=1.0, notice_days=40.0)
+    made.after(1)
+    made.notices.send_due()
+    for _ in range(4):
+        made.after(9.9)
+        made.notices.send_due()
+    assert made.after(1) == {f"runs/{run.id}/student", f"runs/{run.id}/quantized"} and len(made.told) == 1
+
+
 def test_a_student_stays_when_nobody_can_be_told(service: Callable[..., Service], ended: Any) -> None:
     run: Run = ended()
     made = service({}, students_after=1.0, notice_days=0.0)
