@@ -132,6 +132,13 @@ def test_what_comes_back_into_the_queue_waits_behind_what_is_there(runs: Runs) -
     assert [run and run.id for run in claimed] == [second.id, first.id]
 
 
+def test_a_run_that_is_paused_holds_no_device(runs: Runs) -> None:
+    run = add(runs)
+    runs.move(run.id, "starting", devices=["a"])
+    assert runs.move(run.id, "pausing").devices == ["a"]
+    assert runs.move(run.id, "paused").devices == []
+
+
 def test_claims_keep_to_slots_quotas_and_numbers(runs: Runs) -> None:
     add(runs, 0, slots=4)
     add(runs, 1, slots=1)

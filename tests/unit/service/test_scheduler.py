@@ -261,6 +261,21 @@ def test_a_pause_before_the_start_is_recorded_reaches_the_job(service: Service) 
     assert service.get(run).state == "cancelled"
 
 
+def test_a_run_that_is_resumed_has_all_its_tries_again(service: Service) -> None:
+    run = service.add()
+    for _ in range(3):
+        service.step()
+        service.end(run, 8)
+        service.step()
+        service.time += 1000.0
+    assert service.get(run).state == "failed" and "after 3 tries" in service.get(run).reason
+    service.runs.ask(run.id, "resume")
+    service.step()
+    service.end(run, 8)
+    service.step()
+    assert service.get(run).state == "recovering"
+
+
 def test_a_kill_in_the_start_of_a_second_attempt_leaves_it_in_hand(service: Service) -> None:
     run = service.add()
     service.step()
