@@ -44,6 +44,8 @@ def compare_command(
             folders.append(run_folder(name))
         except ConfigError as error:
             problems.append(error)
+    if problems and not any(Path(name).exists() for name in runs):
+        typer.echo("note: for runs of a service give its address too: --server URL", err=True)
     raise_together(problems)
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise ConfigError("the runs to compare", expected="two or more different runs", got=", ".join(runs))

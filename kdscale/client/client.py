@@ -331,6 +331,9 @@ def _path(run_id: str, *rest: str) -> str:
             got=repr(run_id)[:100],
             hint="kdscale runs lists them",
         )
+    for text in rest:  # a client would shorten them to the address of something else
+        if {".", ".."} & set(text.split("/")):
+            raise ConfigError("the path", expected="one below the run, without . and ..", got=repr(text)[:200])
     return "/".join(("/v1/runs", run_id, *(quote(part, safe="/") for part in rest)))
 
 

@@ -111,6 +111,10 @@ def test_files_are_downloaded_and_runs_compared(signed_in: Commands, config: str
     assert (tmp_path / "first" / "student" / "more" / "b.bin").read_bytes() == b"more/b.bin" * 1000
     assert signed_in("download", first, "student/a.bin", "--out", "there")[0] == 0
     assert (tmp_path / "there" / "student" / "a.bin").is_file()
+    code, printed = signed_in("download", first, "../../runs")
+    assert (code, "without . and .." in printed) == (2, True), printed
+    code, printed = signed_in("compare", first, second)
+    assert (code, "--server URL" in printed) == (2, True), printed
     code, printed = signed_in("compare", first, second, "--server", "http://127.0.0.1:8765")
     assert (code, f"/compare?run={first}&run={second}" in printed) == (0, True), printed
 
