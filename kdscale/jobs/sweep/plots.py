@@ -49,6 +49,9 @@ def by_field(facts: Mapping[str, Any]) -> Plot | None:
                 axes.scatter(values, [trial["value"] for trial in done], color=BEFORE)
                 if facts["fields"][field].get("log"):
                     axes.set_xscale("log")
+                    axes.xaxis.set_minor_formatter("")  # labels between the decades would run into each other
+                    if max(values) < 10 * min(values):  # no two decades: the ends say where the values are
+                        axes.set_xticks([min(values), max(values)], [f"{min(values):.2g}", f"{max(values):.2g}"])
             else:
                 names = sorted({str(value) for value in values})
                 axes.scatter([names.index(str(value)) for value in values], [t["value"] for t in done], color=BEFORE)

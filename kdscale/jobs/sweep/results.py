@@ -84,7 +84,7 @@ def _verdict(facts: Mapping[str, Any]) -> str:
     best = _best(facts)
     if best is None:
         return f"Trials: {said or 'none yet'}"
-    values = ", ".join(f"{field} {value}" for field, value in best["draw"].items())
+    values = ", ".join(f"{field} {_value(value)}" for field, value in best["draw"].items())
     return f"Trials: {said}. Best: {facts['objective_title']} {_cell(facts, best['value'])} with {values}"
 
 

@@ -205,7 +205,8 @@ def _run_trial(sweep: Sweep, trial: optuna.Trial, draw: dict[str, Any]) -> None:
     """One trial to its end, whatever that is; the study knows it afterwards, except where the sweep is stopped."""
     from optuna.trial import TrialState
 
-    run = RunFolder(sweep.folder / "trials" / f"{int(trial.user_attrs['folder']):04d}")
+    folder = int(trial.user_attrs["folder"])
+    run = RunFolder(sweep.folder / "trials" / f"{folder:04d}")
     values = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in draw.items())
     started, state, result = time.monotonic(), TrialState.FAIL, None
     try:
@@ -225,7 +226,7 @@ def _run_trial(sweep: Sweep, trial: optuna.Trial, draw: dict[str, Any]) -> None:
     trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
     with sweep.lock:
         sweep.study.tell(trial.number, result, state)
-        sweep.reporter.say(f"trial {finished(sweep.study)} of {sweep.trials}: {values}: {words}")
+        sweep.reporter.say(f"{finished(sweep.study)} of {sweep.trials}: trial {folder}, {values}: {words}")
         _tidy(sweep)
 
 
