@@ -190,6 +190,7 @@ SUBMISSIONS: dict[str, dict[str, Any]] = {
     "set no list": {"config_name": "demo", "set": "a=b"},
     "set no setting": {"config_name": "demo", "set": ["a"]},
     "set many": {"config_name": "demo", "set": ["seed=1"] * 501},
+    "set long": {"config_name": "demo", "set": ["distill.tokens=" + "1" * 15_000] * 3},
     "set run_dir": {"config_name": "demo", "set": ["run_dir=/etc"]},
     "set  run_dir": {"config_name": "demo", "set": [" run_dir =/etc"]},
     "set bomb": {"config_name": "demo", "set": ["seed=&a [*a,*a]"]},

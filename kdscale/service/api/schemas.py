@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from kdscale.config.fields import Name
 from kdscale.service.database.events import Event
@@ -20,6 +20,7 @@ from kdscale.service.states import RunState
 
 _ID = "1hc9xqv3z-7m2k0ft"
 _SETTING = Annotated[str, StringConstraints(max_length=20_000)]
+_MOST_SET = 32_768  # characters of all settings together: each is YAML, which takes a second to read for 20,000
 Item = TypeVar("Item")
 
 
@@ -50,6 +51,13 @@ class _Submission(_Sent):
     priority: int = Field(default=0, ge=-1000, le=1000)
     target: Target = Field(default=Target(), examples=[{"engine": "local"}])
     notify: list[Notify] = Field(default=[], max_length=MOST_SUBSCRIPTIONS, description="Who is told of it.")
+
+    @field_validator("set")
+    @classmethod
+    def _is_read_soon(cls, settings: list[str]) -> list[str]:
+        if (size := sum(map(len, settings))) > _MOST_SET:
+            raise ValueError(f"expected at most {_MOST_SET:,} characters together, got {size:,}; send them in config")
+        return settings
 
 
 class Submission(_Submission):

@@ -146,6 +146,13 @@ def test_a_database_that_fails_within_a_submission_makes_no_second_run(
     assert len(state.runs.page().items) == 1
 
 
+def test_settings_that_take_long_to_read_are_not_read(as_: Caller) -> None:
+    """Each is YAML: a megabyte of them kept a thread for 38 seconds, also with a token that only reads."""
+    settings = ["seed=[" + "1," * 8000 + "]"] * 3
+    answer = as_("reader").post("/v1/runs:validate", json={"config": {}, "set": settings})
+    assert (answer.status_code, "32,768 characters together" in answer.text) == (422, True), answer.text
+
+
 def test_what_a_config_cannot_say_is_told_by_field(as_: Caller) -> None:
     config = {"teacher": {"path": "hf:a/b"}, "prune": {"target_params": "50%"}, "distill": {"tokns": 3, "seq_len": -1}}
     problem = as_("ada").post("/v1/runs", json={"config": config}).json()
