@@ -48,6 +48,7 @@ def served(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_way_of_a_stranger(
     served: tuple[str, Path, subprocess.Popen[str]], tiny_config: Path, tmp_path: Path,
     kdscale_environment: dict[str, str],

@@ -80,6 +80,17 @@ def test_a_program_that_is_missing_ends_the_attempt(job: Job) -> None:
     assert b"/no/such/program" in engine.logs(str(job.work), 1000)
 
 
+def test_an_attempt_that_has_begun_is_never_begun_again(job: Job) -> None:
+    job.work.mkdir(parents=True)
+    request = {"command": ["touch", str(job.work / "again")], "folder": str(job.work), "mark": str(job.work)}
+    write_json(job.work / supervisor.REQUEST, request)
+    write_json(job.work / supervisor.STARTED, {"supervisor": 1, "started": 0.0})  # and was killed
+    command = [sys.executable, "-m", "kdscale.service.engines.supervisor", str(job.work)]
+    assert subprocess.run(command, check=False).returncode == 0
+    until(lambda: not is_locked(job.work / supervisor.LOCK))
+    assert not (job.work / "again").exists() and not (job.work / supervisor.EXIT).exists()
+
+
 def test_a_clock_that_is_set_changes_nothing_of_the_time_to_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

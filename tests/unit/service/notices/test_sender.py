@@ -334,3 +334,19 @@ def test_the_thread_goes_on_after_an_error(make: Callable[..., Notices], monkeyp
     monkeypatch.setattr(stop, "wait", lambda seconds: waits.append(seconds) or stop.is_set())
     notices.run_forever(stop)
     assert waits == [2.0, 60.0, 60.0, 60.0]
+
+
+def test_a_try_that_outlived_its_lease_decides_nothing(
+    make: Callable[..., Notices], runs: Runs, run: Run, clock: Any
+) -> None:
+    outbox = make(owners={"*": (HOOK,)}).outbox
+    notices = make(owners={"*": (HOOK,)})
+    finish(runs, run)
+    notices.gather()
+    first = outbox.take(clock.now)
+    clock.now += LEASE_SECONDS
+    second = outbox.take(clock.now)
+    outbox.failed(first[0], clock.now, "too late", final=True)
+    assert outbox.counts() == {"waiting": 1}, "the other try is under way"
+    outbox.sent(second[0], clock.now)
+    assert outbox.counts() == {"sent": 1}
