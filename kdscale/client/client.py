@@ -151,6 +151,10 @@ class Client:
         """Make a new run with the spec of another one; `changes` are arguments of `submit`, but not its config."""
         return self._post(Run, _path(run_id, "rerun"), _changes(changes), key)
 
+    def fork(self, run_id: str, *, key: str | None = None, **changes: Any) -> Run:
+        """As `rerun`, but begin with what the other run has finished, up to the first stage that `changes` touch."""
+        return self._post(Run, _path(run_id, "fork"), _changes(changes), key)
+
     def events(self, run_id: str, *, after: int = 0, follow: bool = True) -> Iterator[Event]:
         """What happens to a run, from the first event behind number `after` on.
 

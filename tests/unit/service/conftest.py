@@ -13,6 +13,21 @@ from kdscale.service.database.connection import Database, open_database
 from kdscale.service.settings import ServiceSettings
 
 
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 2_000_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> ServiceSettings:
     return ServiceSettings(home=str(tmp_path / "home"), roots=(str(tmp_path / "models"),))

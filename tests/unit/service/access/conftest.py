@@ -16,21 +16,7 @@ from kdscale.service.access.sessions import csrf_token
 from kdscale.service.database.accounts import Accounts
 from kdscale.service.database.connection import open_database
 from kdscale.service.settings import ServiceSettings
-
-
-class Clock:
-    """A clock that goes on when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.unit.service.conftest import Clock
 
 
 @pytest.fixture

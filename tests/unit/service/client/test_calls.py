@@ -48,6 +48,8 @@ def test_a_run_from_its_submission_to_its_files(client: Client, app: FastAPI, tm
     assert list(client.logs(run.id)) == []
     assert client.machine()["counts"] == {"cancelled": 1, "queued": 1}
     assert [entry["id"] for entry in client.compare([run.id, again.id])["runs"]] == [run.id, again.id]
+    with pytest.raises(SpecError, match=r"teacher\.path"):  # a fork looks at once at what it takes over
+        client.fork(run.id, name="third")
 
 
 def test_lists_are_complete_whatever_the_size_of_a_page(client: Client) -> None:

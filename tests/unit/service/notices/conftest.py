@@ -18,21 +18,7 @@ import pytest
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.runs import NewRun, Run, Runs
 from kdscale.service.settings import NoticeSettings, ServiceSettings
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.unit.service.conftest import Clock
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from kdscale.service.database.connection import Database
 from kdscale.service.database.runs import NewRun, Run, Runs
 from kdscale.service.ids import new_run_id
 from kdscale.service.settings import ServiceSettings
+from tests.unit.service.conftest import Clock
 
 FILES = {
     "config.yaml": "name: x\n", "service.json": "{}", "student/model.safetensors": "weights",
@@ -19,21 +20,6 @@ FILES = {
     "steps/one/checkpoints/step_5/rank0.bin": "state", "steps/one/student/model.safetensors": "weights",
     "logs/metrics.jsonl": "{}\n", "logs/tensorboard/events": "x", "data/tokens.bin": "text", "report/index.html": "<p>",
 }  # fmt: skip
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 2_000_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
