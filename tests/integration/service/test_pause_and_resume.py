@@ -25,9 +25,10 @@ from kdscale.service.states import FINAL
 from kdscale.service.watching.watcher import Watcher
 
 _SECONDS = 240.0
-# Small steps, enough of them for a signal to arrive between two, and nothing else that takes time.
+# Small steps, so many that a signal comes long before the last one, and nothing else that takes time.
+_STEPS = 150
 SMALL = [
-    "distill.tokens=3200", "distill.seq_len=32", "distill.global_batch=2", "distill.checkpoint_every=1000",
+    f"distill.tokens={64 * _STEPS}", "distill.seq_len=32", "distill.global_batch=2", "distill.checkpoint_every=1000",
     "distill.validate_every=1000", "eval.efficiency=false", "prune.compensate=none", "runtime.threads=1",
 ]  # fmt: skip
 
@@ -82,7 +83,7 @@ def test_a_run_that_is_paused_and_resumed_ends_with_the_same_bytes(
     for name in ("student/model.safetensors", "pruned/model.safetensors"):
         assert sha256_file(run.folder / name) == sha256_file(unbroken / name)
     steps = [row["step"] for row in read_metrics(folder.metrics) if row["kind"] == "train"]
-    assert steps == list(range(1, 51))
+    assert steps == list(range(1, _STEPS + 1))
     states = [event.data["state"] for event in Events(database).since(0, run_id) if event.type == "stage"]
     assert "interrupted" in states and states[-1] == "done"
     found = {other.folder.name: other.state for other in runs.page().items}
