@@ -182,6 +182,16 @@ def write_text(path: Path, text: str) -> None:
         tmp.write_text(text, encoding="utf-8")
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that its owner alone can read, from its first byte on; it appears complete or not at all."""
+    with atomic_path(path) as tmp:
+        tmp.unlink(missing_ok=True)  # a killed process of the same number left it
+        # made and closed to others later, it could be opened in between
+        handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON: two spaces, a final newline, keys in their order. Raises ValueError for NaN and Infinity."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

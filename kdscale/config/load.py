@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,15 @@ def build_config(tree: dict[str, Any], origin: str, overrides: Sequence[str] = (
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML."""
+    return dump_yaml(config.resolved())
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """Plain values as YAML that `parse_yaml` reads."""
     stream = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.dump(config.resolved(), stream)
+    yaml.dump(dict(tree), stream)
     return stream.getvalue()
 
 

@@ -5,7 +5,6 @@ Reads files only. Everything shown is escaped: prompts, answers, names and paths
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Mapping
 from operator import itemgetter
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from ruamel.yaml import YAML
 
 from kdscale import units
+from kdscale.config.load import dump_yaml
 from kdscale.files import write_json, write_text
 from kdscale.report import bias_plots, downstream_plots, importance_plots, pruning_plots, training_plots
 from kdscale.report.facts import for_json, gather
@@ -94,7 +93,7 @@ def render(facts: Mapping[str, Any]) -> str:
         repair=pruning_plots.repair(facts),
         candidates=pruning_plots.candidates(facts),
         made=_how_made(facts),
-        config_text=_yaml(facts["config"]) if facts["config"] else "",
+        config_text=dump_yaml(facts["config"]) if facts["config"] else "",
     )
 
 
@@ -142,11 +141,3 @@ def _how_made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _plain_figure(value: Any) -> str:
     return units.format_number(value) if isinstance(value, int | float) else str(value)
-
-
-def _yaml(tree: Mapping[str, Any]) -> str:
-    stream = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.dump(dict(tree), stream)
-    return stream.getvalue()

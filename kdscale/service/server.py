@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import getpass
 import logging
-import os
 import signal
 import socket
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
-from kdscale.files import explain_os_errors, fsync_dir
+from kdscale.files import explain_os_errors, write_private
 from kdscale.runtime.listening import address_of, listen
 from kdscale.service.access.serving import server_options
 from kdscale.service.app import make_app
@@ -174,14 +173,7 @@ def first_token(home: Path, accounts: Accounts) -> FirstToken | None:
     for token in unused:
         accounts.revoke(token.id)
     _, secret = accounts.new_token(FIRST_TOKEN, _user(), ("admin",))
-    with explain_os_errors(path):
-        tmp = path.with_name(f".partial-{os.getpid()}-{path.name}")
-        with os.fdopen(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="ascii") as stream:
-            stream.write(secret + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        tmp.replace(path)
-        fsync_dir(home)
+    write_private(path, f"{secret}\n".encode())
     return FirstToken(path, secret)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from kdscale.config.endpoint import is_loopback
 from kdscale.config.fields import Count, Few, Name, Seconds, Section, explain_errors
 from kdscale.config.load import parse_yaml
 from kdscale.errors import ConfigError
@@ -139,10 +139,7 @@ class ServiceSettings(Section):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def folder(self) -> Path:

@@ -22,7 +22,7 @@ from torch import nn
 import kdscale
 from kdscale.config.distill.targets import SOURCES, Needs
 from kdscale.errors import ServiceError
-from kdscale.files import atomic_path
+from kdscale.files import write_private
 from kdscale.models.attention import attend_within_documents
 from kdscale.models.documents import Documents
 from kdscale.models.head import head_of
@@ -52,9 +52,7 @@ class ClientLeft(Exception):  # noqa: N818 - says what happened
 def make_token(file: Path) -> str:
     """The token in `file`. When there is none yet it is made, and written so that only its owner can read it."""
     if not file.exists() and not os.environ.get(TOKEN_VARIABLE):
-        with atomic_path(file) as tmp:
-            tmp.touch(mode=0o600)
-            tmp.write_text(secrets.token_urlsafe(32) + "\n", encoding="utf-8")
+        write_private(file, f"{secrets.token_urlsafe(32)}\n".encode())
     return read_token(file)
 
 

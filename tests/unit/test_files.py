@@ -23,6 +23,7 @@ from kdscale.files import (
     remove_leftovers,
     safe_join,
     write_json,
+    write_private,
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,3 +170,13 @@ def test_damaged_state_of_our_own_is_set_aside(tmp_path: Path) -> None:
         assert read_own_json(tmp_path / "state.json", lambda value: isinstance(value, dict), said.append) is None
     assert [item.name for item in tmp_path.iterdir()] == ["state.json.damaged"]
     assert "damaged" in said[0] and len(said) == 2
+
+
+def test_a_private_file_is_its_owners_also_where_a_killed_process_left_an_open_one(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    leftover = tmp_path / f".partial-{os.getpid()}-key"
+    leftover.write_text("half")
+    leftover.chmod(0o644)
+    write_private(path, b"whole")
+    assert path.read_bytes() == b"whole" and path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]

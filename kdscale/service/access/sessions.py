@@ -7,7 +7,6 @@ the first hurdle), so a request that changes something also shows a text that on
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 import threading
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kdscale.errors import ServiceError
-from kdscale.files import atomic_path, read_bytes
+from kdscale.files import read_bytes, write_private
 
 CSRF_HEADER, CSRF_FIELD = "X-CSRF-Token", "csrf_token"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -97,10 +96,7 @@ def secret_key(home: Path) -> bytes:
     """The key of a service in `home`, made when there is none. Raises ServiceError when it is too short."""
     path = home / "secret.key"
     if not path.exists():
-        with atomic_path(path) as tmp:
-            handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(secrets.token_bytes(_KEY_BYTES))
+        write_private(path, secrets.token_bytes(_KEY_BYTES))
     key = read_bytes(path, ServiceError, limit=4096)
     if len(key) < _KEY_BYTES:
         raise ServiceError(

@@ -7,7 +7,6 @@ and not in the run folder.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select
 
-from kdscale.files import atomic_path, read_own_json
+from kdscale.files import read_own_json, write_private
 from kdscale.service.database.schema import SUBSCRIPTIONS
 from kdscale.service.settings import ServiceSettings
 
@@ -59,10 +58,7 @@ def write_subscriptions(settings: ServiceSettings, run_id: str, wanted: Sequence
     """Keep them beside the run's jobs, for the owner of the files alone."""
     path = subscriptions_file(settings, run_id)
     if wanted or path.exists():
-        with atomic_path(path) as tmp:
-            handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump([asdict(item) for item in wanted], stream)
+        write_private(path, json.dumps([asdict(item) for item in wanted]).encode())
 
 
 def read_subscriptions(settings: ServiceSettings, run_id: str) -> list[Subscription]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
-from ruamel.yaml import YAML
 
 from kdscale.config.root import Config
 from kdscale.report.compare.settings import dotted_fields
@@ -63,15 +61,6 @@ def _defaults_of(model: type[BaseModel]) -> dict[str, Any]:
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             out[name] = _defaults_of(field.annotation)
     return out
-
-
-def config_yaml(config: Mapping[str, Any]) -> str:
-    """The whole config as YAML."""
-    stream = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.dump(dict(config), stream)
-    return stream.getvalue()
 
 
 def command_line(program: str, config_name: str, overrides: Sequence[str], *more: tuple[str, str]) -> str:

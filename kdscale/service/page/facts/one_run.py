@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.datastructures import State
 
+from kdscale.config.load import dump_yaml
 from kdscale.errors import KdscaleError
 from kdscale.runs.folder import STUDENT
 from kdscale.runs.metrics_log import is_figure
@@ -22,7 +23,7 @@ from kdscale.service.database.runs import Run
 from kdscale.service.ids import is_run_id
 from kdscale.service.page.actions import actions_for
 from kdscale.service.page.curves import Curves, curves_of_run
-from kdscale.service.page.facts.config_changes import changes, command_line, config_yaml
+from kdscale.service.page.facts.config_changes import changes, command_line
 from kdscale.service.page.facts.run_rows import format_speed, number, share, stage
 from kdscale.service.page.facts.tiles import Tile
 from kdscale.service.redaction import redacted, redacted_text
@@ -75,7 +76,7 @@ def unchanging(run: Run) -> dict[str, Any]:
     # the config of a run that was made from another's has its changes in it already
     named = ("", []) if is_run_id(run.config_name) or run.parent else (run.config_name, run.overrides)
     return {
-        "differences": changes(config), "config_text": config_yaml(config),
+        "differences": changes(config), "config_text": dump_yaml(config),
         "command": command_line("run", *named), **files(run),
     }  # fmt: skip
 
