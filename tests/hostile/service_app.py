@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kdscale.config.load import build_config, dump_config
 from kdscale.errors import ServiceError
 from kdscale.service.access.sessions import Sessions, secret_key
 from kdscale.service.app import make_app
-from kdscale.service.database.connection import Database
+from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.runs import NewRun
 from kdscale.service.ids import new_run_id
 from kdscale.service.settings import LimitSettings, ServiceSettings
@@ -139,3 +140,23 @@ def settings_of(home: Path) -> ServiceSettings:
     home.mkdir()
     limits = LimitSettings(requests_per_minute=60_000, failed_sign_ins_per_minute=60_000, body_seconds=0.5)
     return ServiceSettings(home=str(home), limits=limits)
+
+
+@contextmanager
+def attacked(home: Path) -> Iterator[Target]:
+    """A service in a new home folder."""
+    settings = settings_of(home)
+    database = open_database(settings)
+    target = Target(home, database, settings)
+    yield target
+    target.client.close()
+    database.close()
+
+
+def guarded(service: Target) -> Iterator[tuple[Any, str, str]]:
+    """Every route with a scope, a method of it, and the scope."""
+    for route in routes_of(service.app.routes):
+        if route.path not in PUBLIC and hasattr(route, "dependant"):
+            widest = max(scopes_of(route.dependant), key=("read", "run", "admin").index)
+            for method in sorted(route.methods):
+                yield route, method, widest

@@ -6,7 +6,6 @@ import asyncio
 import socket
 import ssl
 import threading
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from kdscale.errors import ConfigError
 from kdscale.service.access.serving import server_options
 from kdscale.service.access.sessions import set_cookie
 from kdscale.service.settings import ServiceSettings
+from tests.unit.service.certificates import make_certificate
 
 
 async def told(scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,26 +101,3 @@ def test_a_certificate_that_cannot_be_used_is_a_message(tmp_path: Path) -> None:
         settings = ServiceSettings(home=str(tmp_path), tls_certificate=str(one), tls_key=str(two))
         with pytest.raises(ConfigError, match="tls_key"):
             server_options(settings)
-
-
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate of localhost that signs itself, and its key."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "tls.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (folder / "tls.key").write_bytes(secret)
-    return folder / "tls.pem", folder / "tls.key"

@@ -18,6 +18,7 @@ import pytest
 from kdscale.service.database.connection import Database, open_database
 from kdscale.service.database.runs import NewRun, Run, Runs
 from kdscale.service.settings import NoticeSettings, ServiceSettings
+from tests.unit.service.certificates import make_certificate
 from tests.unit.service.conftest import Clock
 
 
@@ -115,30 +116,10 @@ class Certificate:
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    from datetime import UTC, datetime, timedelta
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "hooks.example")])
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("hooks.example")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = made.public_bytes(serialization.Encoding.PEM)
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    path.write_bytes(pem + secret)
+    pem, key = make_certificate(tmp_path_factory.mktemp("tls"), "hooks.example")
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(path)
-    return Certificate(server, ssl.create_default_context(cadata=pem.decode()))
+    server.load_cert_chain(pem, key)
+    return Certificate(server, ssl.create_default_context(cafile=pem))
 
 
 @dataclass
