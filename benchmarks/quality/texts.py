@@ -110,11 +110,17 @@ class Texts:
             f"{seq_len} {known_rows} {other_rows} {','.join(other)}",
         )
 
-    def write_training(self, path: Path | str, kinds: Sequence[str] | None = None) -> Path:
-        """One JSON line for each training document, with `text` and `source`; of `kinds` alone where it names some."""
-        path = Path(path)
-        wanted = [document for document in self.training if kinds is None or document.source in kinds]
-        rows = [json.dumps({"text": document.text, "source": document.source}) for document in wanted]
+    def write_training(self, path: Path | str, kinds: Sequence[str] | None = None, chars: int | None = None) -> Path:
+        """One JSON line for each training document, with `text` and `source`.
+
+        `kinds`: of these alone; `chars`: no more documents of a kind once it has so many characters.
+        """
+        path, rows, taken = Path(path), [], dict.fromkeys(set(self.known_kinds), 0)
+        for document in self.training:
+            kind = document.source
+            if (kinds is None or kind in kinds) and (chars is None or taken[kind] < chars):
+                taken[kind] += len(document.text)
+                rows.append(json.dumps({"text": document.text, "source": kind}))
         write_text(path, "\n".join(rows) + "\n")
         return path
 
