@@ -19,7 +19,7 @@ def scoring_batches(config: Config, data: Path) -> list[Batch]:
 
     Held-out text stays unseen by every choice: it is what the student is judged on.
     """
-    settings, loader = config.importance, _loader(config, config.importance, data)
+    settings, loader = config.importance, training_loader(config, config.importance, data)
     epoch = loader.epoch_sequences
     calibrating = -(-settings.calibration_tokens // settings.seq_len)
     seen = set(loader.spread(range(epoch), calibrating))
@@ -30,7 +30,7 @@ def scoring_batches(config: Config, data: Path) -> list[Batch]:
 
 def calibration_batches(config: Config, data: Path) -> list[Batch]:
     """Training sequences spread evenly over one epoch, so that every source and author is among them."""
-    settings, loader = config.importance, _loader(config, config.importance, data)
+    settings, loader = config.importance, training_loader(config, config.importance, data)
     wanted = -(-settings.calibration_tokens // settings.seq_len)
     if wanted > loader.epoch_sequences:
         raise DataError(
@@ -46,12 +46,13 @@ def quantization_batches(config: Config, data: Path) -> list[Batch]:
     """The same for quantisation, as many as the config asks for; all of an epoch where there are fewer."""
     settings = config.quantize
     assert settings is not None, "a run without this section quantises nothing"
-    loader = _loader(config, settings, data)
+    loader = training_loader(config, settings, data)
     wanted = min(-(-settings.calibration_tokens // settings.seq_len), loader.epoch_sequences)
     return _stacked(loader, loader.spread(range(loader.epoch_sequences), wanted), settings.micro_batch)
 
 
-def _loader(config: Config, settings: CalibrationSection, data: Path) -> PackedLoader:
+def training_loader(config: Config, settings: CalibrationSection, data: Path) -> PackedLoader:
+    """The training text as sequences of the section's length, in the order in which it is trained on."""
     from kdscale.data.batches import PackedLoader
     from kdscale.data.token_store import TokenStore
 

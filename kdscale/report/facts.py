@@ -81,6 +81,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "plan": {key: value for key, value in plan.items() if key != "kept"} if plan else None,
         "kept": _kept(plan) if plan else None,
         "importance": importance,
+        "notices": pruning_facts.notices(run_dir / "importance"),
         "curves": training_facts.curves(log_rows) if log_rows else None,
         "stages": _stages(run_dir),
         "config": config,
@@ -230,7 +231,7 @@ def _tile(title: str, value: str, note: str) -> dict[str, str]:
 
 
 def _warnings(facts: Mapping[str, Any]) -> list[str]:
-    out = list((facts["plan"] or {}).get("warnings", []))
+    out = [*(facts["plan"] or {}).get("warnings", []), *facts["notices"]]
     out += (facts["capacity"] or {}).get("warnings", [])
     evaluation, curves = facts["evaluation"], facts["curves"]
     if evaluation and (gap := evaluation["differences"].get("distilled_minus_pruned")):

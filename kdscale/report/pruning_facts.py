@@ -15,7 +15,7 @@ import numpy as np
 from kdscale.config.distill.objectives import OBJECTIVES, farther_from_teacher
 from kdscale.files import read_json
 from kdscale.runs.folder import METRICS
-from kdscale.runs.importance_scores import SCORES_FILE, SUMMARY_FILE, load_scores
+from kdscale.runs.importance_scores import NOTICES_FILE, SCORES_FILE, SUMMARY_FILE, load_scores
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.sizing.capacity import Capacity
 from kdscale.sizing.model_shape import kv_bytes_per_token
@@ -71,6 +71,12 @@ def importance(folder: Path) -> dict[str, Any] | None:
     drawn = [name for name in sorted(measured) if name in measured.units and measured[name].ndim in {1, 2}]
     scores = {name: measured.energy(name).tolist() for name in drawn if measured[name].size}
     return {"scores": scores, "made": read_json(folder / SUMMARY_FILE)} if scores else None
+
+
+def notices(folder: Path) -> list[str]:
+    """What the importance stage said of the calibration text. Raises FileError for a damaged file."""
+    path = folder / NOTICES_FILE
+    return [str(line) for line in read_json(path, expect=list)] if path.exists() else []
 
 
 def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from kdscale.errors import CheckpointError
 from kdscale.files import atomic_path, read_json, write_json
 
 SCORES_FILE, SUMMARY_FILE = "scores.safetensors", "scores.json"
+NOTICES_FILE = "notices.json"  # sentences on the calibration text; absent where there are none
 ROTATION = "hidden.rotation"  # among the scores: [D, D], of the hidden axis (prune/rotation.py)
 
 

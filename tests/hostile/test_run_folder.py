@@ -37,8 +37,9 @@ SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(
 OWN_STATE = ("status.json", "events.jsonl", "stages/", "logs/", "speed.json", "repair.json")
 FILES = (
     "status.json", "events.jsonl", "config.yaml", ".lock", "plan.json", "repair.json", "data/manifest.json",
-    "importance/scores.json", "importance/scores.safetensors", "pruned/config.json", "pruned/model.safetensors",
-    "student/config.json", "eval/eval.json", "report/report.json", "logs/metrics.jsonl", "logs/bad_batches.jsonl",
+    "importance/notices.json", "importance/scores.json", "importance/scores.safetensors", "pruned/config.json",
+    "pruned/model.safetensors", "student/config.json", "eval/eval.json", "report/report.json",
+    "logs/metrics.jsonl", "logs/bad_batches.jsonl",
     "logs/self_check.json", *(f"stages/{name}.json" for name in STAGES), "stages/distill.started.json",
     "stages/prune.started.json",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-from kdscale.files import atomic_dir, read_json
+from kdscale.files import atomic_dir, read_json, write_json
 from kdscale.models.loading import open_teacher
 from kdscale.pipeline.spawn import join_calibration, ranks_of, run_on_ranks
 from kdscale.pipeline.stage import Facts, StageContext
@@ -29,11 +29,20 @@ def axes_to_score(context: StageContext) -> Facts:
 
 
 def measure_importance(context: StageContext) -> Facts:
-    """Run the importance pass on all ranks; returns how many tokens it saw and which scores there are."""
-    from kdscale.runs.importance_scores import SUMMARY_FILE
+    """Run the importance pass on all ranks; returns how many tokens it saw and which scores there are.
 
+    Says where the calibration text does not stand for the text that matters.
+    """
+    from kdscale.pipeline.calibration_text import calibration_notices
+    from kdscale.runs.importance_scores import NOTICES_FILE, SUMMARY_FILE
+
+    notices = calibration_notices(context.config, context.run.data)
+    for line in notices:
+        context.reporter.say(f"  note: {line}")
     run_on_ranks("importance", importance_rank, context, ranks_of(context.config, "importance.processes"))
     summary = read_json(context.run.importance / SUMMARY_FILE)
+    if notices:
+        write_json(context.run.importance / NOTICES_FILE, notices)  # for the report
     return {"tokens": f"{summary['tokens']:,}", "scores": ", ".join(summary["arrays"]) or "none needed"}
 
 
