@@ -38,6 +38,9 @@ class Criterion:
     needs_gram: bool = False  # needs the Gram matrix of a sublayer's whole input: measured only if the config asks
     own_pass: bool = False  # needs a pass of its own through the model: measured only if the config asks
     scores_blocks: bool = False  # [L, L + 1]: entry (l, m) scores the block of layers l to m - 1, dropped as one
+    # [L]: the rise of log-perplexity by the time that the layer goes, after all that have less; `collect` is also given
+    # how many layers may go
+    in_order: bool = False
     # Rise of log-perplexity for a lost share of 1, where it differs from the axis' usual one (prune/search/scoring.py).
     damage: float | None = None
 
@@ -51,6 +54,9 @@ class Criterion:
         """Whether it is expensive, and so measured only when the config ranks by it."""
         return self.needs_gram or self.own_pass
 
+
+# A share of 1 of the layers' importance is lost at so many nats: no better than chance.
+LAYERS_IN_ORDER_DAMAGE = 10.0
 
 _UNITS = "kdscale.prune.importance.unit_scores"
 _LAYERS = "kdscale.prune.importance.layer_scores"
@@ -80,6 +86,10 @@ CRITERIA: tuple[Criterion, ...] = (
     Criterion("hidden", "pca", collect=f"{_HIDDEN}:residual_covariance", finish=f"{_HIDDEN}:components", damage=31.0,
               title="energy along the principal components of the residual stream, which become the channels",
               source="SliceGPT, arXiv 2401.15024, section 3, with one rotation for the whole model"),
+    Criterion("layers", "one_by_one", own_pass=True, in_order=True, damage=LAYERS_IN_ORDER_DAMAGE,
+              collect="kdscale.prune.importance.layer_removal:divergences_one_by_one",
+              title="KL divergence, in nats per token, once the layer is dropped, each time the one that raises it least",
+              source="greedy as SLEB, arXiv 2402.09025, by the distribution, and not by the perplexity"),
     Criterion("layers", "block_influence", collect=f"{_LAYERS}:block_influence",
               title="1 − mean cosine between what enters and what leaves the layer",
               source="ShortGPT, arXiv 2403.03853"),
@@ -133,7 +143,7 @@ def _method_of(axis: str, also: Sequence[str] = ()) -> AfterValidator:
 FfnMethod = Annotated[str, _method_of("ffn")]
 HeadMethod = Annotated[str, _method_of("heads")]
 HiddenMethod = Annotated[str, _method_of("hidden", also=("auto",))]
-LayerMethod = Annotated[str, _method_of("layers")]
+LayerMethod = Annotated[str, _method_of("layers", also=("auto",))]
 
 
 def criteria_table() -> str:

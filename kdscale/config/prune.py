@@ -22,7 +22,7 @@ class ImportanceConfig(CalibrationSection):
 
 
 Compensation = Literal["none", "ridge", "two_stream"]
-LayerRepair = Literal["none", "linear"]
+LayerRepair = Literal["auto", "none", "linear"]
 
 
 class SearchConfig(Section):
@@ -98,12 +98,14 @@ class PruneConfig(Section):
     head_method: HeadMethod = "output_energy"
     # auto: pca (the residual stream rotated into its principal components) where the family allows it, else activation
     hidden_method: HiddenMethod = "auto"
-    layer_method: LayerMethod = "block_influence"
+    # auto: one_by_one, or angular where contiguous_layers is true
+    layer_method: LayerMethod = "auto"
     # drop one contiguous block of layers (as from Llama-3.1-8B to 4B by depth) instead of the lowest-scored layers
-    # anywhere; angular always drops one block
+    # anywhere; angular always drops one block, one_by_one never does
     contiguous_layers: bool | None = None
-    # linear: the down projection before dropped layers is refitted to add what those layers added
-    layer_repair: LayerRepair = "none"
+    # linear: the down projection before dropped layers is refitted to add what those layers added; auto: linear in dense
+    # models unless compensate is none
+    layer_repair: LayerRepair = "auto"
     compensate: Compensation = "two_stream"
     # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
     stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
@@ -132,6 +134,11 @@ class PruneConfig(Section):
                 f"search.score {self.search.score} compares shapes that meet a target, and there is none: give one, or "
                 "leave search.score out"
             )
+        if self.contiguous_layers and self.criterion("layers").in_order:
+            raise ValueError(
+                f"contiguous_layers: layer_method {self.layer_method} chooses layers one by one; leave this out, or give "
+                "another layer_method"
+            )
         if self.criterion("layers").scores_blocks and self.contiguous_layers is False:
             raise ValueError(
                 f"contiguous_layers: layer_method {self.layer_method} drops one contiguous block; leave this out"
@@ -153,6 +160,11 @@ class PruneConfig(Section):
             "ffn": self.ffn_method,
             "heads": self.head_method,
             "hidden": None if self.hidden_method == "auto" else self.hidden_method,
-            "layers": self.layer_method,
+            "layers": self._layer_method(),
         }.get(axis)
         return criterion(axis, method)
+
+    def _layer_method(self) -> str:
+        if self.layer_method != "auto":
+            return self.layer_method
+        return "angular" if self.contiguous_layers else "one_by_one"

@@ -75,7 +75,7 @@ class LayerSource(Protocol[Layer_co]):
         """Layer `index`; the one before it is released by then."""
 
 
-Advance = Callable[[int, int], None]  # (tokens of a batch, index of the layer that it went through)
+Advance = Callable[[float, int], None]  # (tokens of a batch, index of the layer that it went through)
 
 
 def layer_progress(bar: Bar, depth: int) -> Advance:

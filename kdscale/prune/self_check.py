@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
-from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, find_gaps
+from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLES, find_gaps
 from kdscale.prune.compensation.one_stream import compensated_roles
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import SlicedStudent, Slicer
@@ -147,7 +147,7 @@ def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student:
     changed = compensated_roles(plan, slicer)
     repaired = {gap.position for gap in find_gaps(plan)}
     for source, target, spec, position in slicer.tensors():
-        if spec.role in changed or (spec.role == REPAIRED_ROLE and position in repaired):
+        if spec.role in changed or (spec.role in REPAIRED_ROLES and position in repaired):
             good = all(bool(torch.isfinite(block).all()) for block in student.blocks(target, _BLOCK_BYTES))
         else:
             good = _is_written(student, target, slicer.slice(teacher.tensor(source), spec, position))

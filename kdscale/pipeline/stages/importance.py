@@ -14,17 +14,20 @@ from kdscale.pipeline.stage import Facts, StageContext
 def axes_to_score(context: StageContext) -> Facts:
     """What importance depends on of the pruning settings: the axes that may be cut, and the expensive criteria."""
     from kdscale.prune.axes import openable_axes
-    from kdscale.prune.importance.ranking import criteria_to_measure
+    from kdscale.prune.importance.ranking import criteria_to_measure, most_dropped
 
     cfg = context.config.prune
     teacher, family = open_teacher(context.model_to_prune)
-    axes = openable_axes(cfg, family.dims(teacher.config))
+    dims = family.dims(teacher.config)
+    axes = openable_axes(cfg, dims)
     asked = [row for row in criteria_to_measure(cfg, axes) if row.on_request]
     facts: dict[str, Any] = {"axes": list(axes)}
     if asked:
         facts["criteria"] = [row.name for row in asked]
     if any(row.needs_gram for row in asked):
         facts["ridge_lambda"] = cfg.ridge_lambda
+    if any(row.in_order for row in asked):
+        facts["layers_dropped"] = most_dropped(cfg, dims)
     return facts
 
 

@@ -8,14 +8,15 @@ stream behind that layer and x' the stream behind the last dropped one,
 
 over the calibration tokens of the teacher's stream. The student stays a plain model of its family. ReplaceMe
 (arXiv 2505.02819, section 3) fits a D × D matrix T on y instead; T W is one of the W' that are searched here. A cut of
-ffn or hidden is made up for in the same regression.
+ffn or hidden is made up for in the same regression. Where a norm stands behind the projection (Gemma, OLMo 2) y is what
+leaves the norm, and both are refitted (post_norm.py).
 
 B batch · S sequence · D hidden · D' kept hidden channels · K kept inputs
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,15 @@ from kdscale.files import atomic_path, remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
+from kdscale.prune.compensation.post_norm import (
+    POST_NORMS,
+    Rows,
+    norm_epsilon,
+    norm_gain,
+    norm_weight,
+    post_norm_path,
+    refit_through_norm,
+)
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import Slicer
@@ -36,12 +46,14 @@ from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
 REPAIRED_ROLE = "down"
+REPAIRED_ROLES = (REPAIRED_ROLE, POST_NORMS[REPAIRED_ROLE])  # that a repair may change
 
 # A layer's output counts as its input plus what its two sublayers put out within this share of the change and, for the
 # rounding of bf16, of the output.
 _OF_CHANGE, _OF_OUTPUT = 2e-2, 1e-2
 
-_TENSORS = 3  # that are kept per batch: the stream; u of the layer in front of the last gap; y − x there
+_TENSORS = 3  # that are kept per batch: the stream; u of the layer in front of the last gap; y − x/factor there
+_FACTOR = "factor"  # of what that layer's sublayers put out, before it is added
 
 
 class Gap(NamedTuple):
@@ -61,28 +73,34 @@ def find_gaps(plan: Plan) -> list[Gap]:
     return [Gap(position, layer, after - 1) for position, (layer, after) in pairs if after > layer + 1]
 
 
+def is_repairable(sites: Sites) -> bool:
+    """Whether a single projection is the last thing added to the stream: not in a mixture of experts."""
+    return bool(sites.ffn)
+
+
 def check_repairable(sites: Sites, name: str) -> None:
-    """Raises ConfigError for a mixture of experts: no single projection is the last thing added to its stream."""
-    if not sites.ffn:
+    """Raises ConfigError for a model whose gaps cannot be repaired."""
+    if not is_repairable(sites):
         raise ConfigError("prune.layer_repair: linear", expected="a dense model", got=f"the experts of {name}")
 
 
 class RepairedWeights:
-    """The refitted down projections, as they are on disk, by the student's layer; in files where there is a folder."""
+    """The refitted down projections and the norms behind them, as they are on disk, by the student's layer; in files
+    where there is a folder."""
 
     def __init__(self, folder: Path | None):
         self._folder = folder
-        self._held: dict[int, Tensor] = {}
+        self._held: dict[int, dict[str, Tensor]] = {}
 
-    def put(self, position: int, weight: Tensor) -> None:
-        """Keep the weight of one layer."""
+    def put(self, position: int, weights: dict[str, Tensor]) -> None:
+        """Keep the weights of one layer, by role."""
         from safetensors.torch import save_file
 
         if self._folder is None:
-            self._held[position] = weight
+            self._held[position] = weights
             return
         with atomic_path(self._file(position)) as tmp:
-            save_file({REPAIRED_ROLE: weight.contiguous()}, tmp)
+            save_file({role: weight.contiguous() for role, weight in weights.items()}, tmp)
 
     def has(self, position: int) -> bool:
         """Whether the student's layer `position` got a new weight."""
@@ -94,7 +112,7 @@ class RepairedWeights:
 
         if position is None or not self.has(position):
             return {}
-        return {REPAIRED_ROLE: self._held[position]} if self._folder is None else load_file(self._file(position))
+        return self._held[position] if self._folder is None else load_file(self._file(position))
 
     def close(self) -> None:
         """Remove the files."""
@@ -119,7 +137,7 @@ def repaired_gaps(
 
     In memory: a layer, one regression ([K, K] and [D', K]) and hidden states within the budget of `scratch`, of which a
     token has D + K + 2 D' numbers (in bf16). With a folder a killed call resumes at the last layer that it saved.
-    Raises ConfigError for a layer that does more than add its sublayers' outputs (post-norms, residual multipliers).
+    Raises ConfigError for a layer that does more than add what its sublayers put out, times a factor.
     """
     gaps, repaired = find_gaps(slicer.plan), RepairedWeights(scratch.folder)
     if not gaps:
@@ -134,7 +152,6 @@ def repaired_gaps(
         for layer in walk.layers(depth):
             front, end = front_of.get(layer.index), end_of.get(layer.index)
             probe = _FrontProbe(layer, slicer, front.position) if front else None
-            sums = TargetSums(_sliced_down(slicer, teacher, end.position).to(stream.device)) if end else None
             for index, batch in enumerate(batches):
                 first = _TENSORS * index
                 with torch.inference_mode():
@@ -142,18 +159,49 @@ def repaired_gaps(
                     after_BSD = layer(before_BSD, batch.position_ids_BS)
                     walk.states[first] = after_BSD
                     if probe is not None:
-                        walk.states[first + 1], added_BSD = probe.read(before_BSD, after_BSD)
-                        walk.states[first + 2] = (added_BSD - after_BSD.float())[..., kept_D]
-                    if sums is not None:
-                        sums.add(walk.states[first + 1], walk.states[first + 2] + after_BSD.float()[..., kept_D])
+                        walk.states[first + 1], wrote_BSD, factor = probe.read(before_BSD, after_BSD)
+                        walk.states[first + 2] = (wrote_BSD - after_BSD.float() / factor)[..., kept_D]
+                        walk.running[_FACTOR] = torch.tensor(factor)
                 advance(batch.input_ids_BS.numel(), layer.index)
-            if sums is not None and end is not None:
-                sums.reduce()
+            if end is not None:
                 with torch.inference_mode():
-                    weight_DK = sums.solve(cfg.ridge_lambda, f"the gap behind layer {end.layer}").cpu()
-                repaired.put(end.position, slicer.family.output_by_input(REPAIRED_ROLE, weight_DK))
+                    rows = _gap_rows(walk.states, len(batches), kept_D, float(walk.running[_FACTOR]))
+                    repaired.put(end.position, _refit(rows, slicer, teacher, end, cfg.ridge_lambda, layer))
             walk.finish()
     return repaired
+
+
+def _gap_rows(states: HiddenStates, batches: int, kept_D: Tensor, factor: float) -> Rows:
+    """(u, y + (x' − x)/factor) of each batch, for the gap whose last layer the states have just left."""
+
+    def rows() -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(0, _TENSORS * batches, _TENSORS):
+            yield states[first + 1], states[first + 2] + states[first].float()[..., kept_D] / factor
+
+    return rows
+
+
+def _refit(
+    rows: Rows, slicer: Slicer, teacher: Checkpoint, gap: Gap, ridge: float, layer: DecoderLayer
+) -> dict[str, Tensor]:
+    """Role → weight as it is on disk, fp32 on the CPU, of the layer in front of `gap`; `layer`: any of the family."""
+    family, device, what = slicer.family, next(layer.module.parameters()).device, f"the gap behind layer {gap.layer}"
+    weight_DK = family.output_by_input(REPAIRED_ROLE, _sliced(slicer, teacher, gap.position, REPAIRED_ROLE)).to(device)
+    path = post_norm_path(family, REPAIRED_ROLE)
+    if not path:
+        sums = TargetSums(weight_DK)
+        for u, target in rows():
+            sums.add(u, target)
+        sums.reduce()
+        return {REPAIRED_ROLE: family.output_by_input(REPAIRED_ROLE, sums.solve(ridge, what).cpu())}
+    norm_role = POST_NORMS[REPAIRED_ROLE]
+    gain_D = norm_gain(family, _sliced(slicer, teacher, gap.position, norm_role).to(device))
+    epsilon = norm_epsilon(layer.site(path))
+    solved_DK, gain_D = refit_through_norm(rows, weight_DK, gain_D, epsilon, ridge, what)
+    return {
+        REPAIRED_ROLE: family.output_by_input(REPAIRED_ROLE, solved_DK.cpu()),
+        norm_role: norm_weight(family, gain_D.cpu()),
+    }
 
 
 class _WithGapInputs:
@@ -190,33 +238,42 @@ class _FrontProbe:
         self._kept_K = slice(None) if kept is None else torch.tensor(kept)
         self._bias_D = getattr(layer.site(sites.ffn), "bias", None)
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
+        family = slicer.family
         for role, path in ((REPAIRED_ROLE, sites.ffn), ("o", sites.heads)):
             layer.site(path).register_forward_hook(self._recorder(role))
+            if norm := post_norm_path(family, role):
+                layer.site(norm).register_forward_hook(self._recorder(POST_NORMS[role]))
 
-    def read(self, before_BSD: Tensor, after_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """(u [B, S, K], y less its bias [B, S, D] in fp32) of the batch that the layer was just run on.
+    def read(self, before_BSD: Tensor, after_BSD: Tensor) -> tuple[Tensor, Tensor, float]:
+        """(u [B, S, K], y less its bias [B, S, D] in fp32, factor of y) of the batch that the layer was just run on.
 
-        Raises ConfigError when the layer does more than add its sublayers' outputs to its input.
+        Raises ConfigError when the layer does more than add its sublayers' outputs, times a factor, to its input.
         """
-        read_BSK, wrote_BSD = self._seen[REPAIRED_ROLE]
-        added = self._seen["o"][1].float() + wrote_BSD.float()
+        read_BSK = self._seen[REPAIRED_ROLE][0]
+        of_attention, wrote_BSD = (self._added(role) for role in ("o", REPAIRED_ROLE))
+        added, factor = of_attention + wrote_BSD, 1.0
         if not only_adds_sublayers(before_BSD, added, after_BSD):
+            change = after_BSD.float() - before_BSD.float()
+            factor = float((change * added).sum() / added.square().sum())
+        if not factor or not only_adds_sublayers(before_BSD, factor * added, after_BSD):
             raise ConfigError(
                 "prune.layer_repair: linear",
-                expected="layers that add the outputs of attention and MLP to their input",
-                got=f"a layer {self._layer} that does more (a norm or a factor behind them)",
+                expected="layers that add the outputs of attention and MLP to their input, with one factor for both",
+                got=f"a layer {self._layer} that does more",
                 hint="set prune.layer_repair=none",
             )
         offset = 0.0 if self._bias_D is None else self._bias_D.float()
-        return read_BSK[..., self._kept_K], wrote_BSD.float() - offset
+        return read_BSK[..., self._kept_K], wrote_BSD - offset, factor
+
+    def _added(self, role: str) -> Tensor:
+        """What the sublayer of the projection `role` adds to the stream, behind its norm where it has one."""
+        return self._seen.get(POST_NORMS[role], self._seen[role])[1].float()
 
     def _recorder(self, role: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
         return lambda _module, args, output: self._seen.__setitem__(role, (args[0], output))
 
 
-def _sliced_down(slicer: Slicer, teacher: Checkpoint, position: int) -> Tensor:
-    """The sliced down projection [D', K] of the student's layer `position`."""
-    down = next(tensor for tensor in slicer.layer(position) if tensor.spec.role == REPAIRED_ROLE)
-    weight = slicer.slice(teacher.tensor(down.source), down.spec, position)
-    sliced_DK: Tensor = slicer.family.output_by_input(REPAIRED_ROLE, weight)
-    return sliced_DK
+def _sliced(slicer: Slicer, teacher: Checkpoint, position: int, role: str) -> Tensor:
+    """The sliced tensor of `role` in the student's layer `position`, as it is on disk."""
+    tensor = next(tensor for tensor in slicer.layer(position) if tensor.spec.role == role)
+    return slicer.slice(teacher.tensor(tensor.source), tensor.spec, position)

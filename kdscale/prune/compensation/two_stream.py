@@ -18,7 +18,7 @@ B batch · S sequence · N = B·S tokens · n tokens of one expert · D hidden �
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,9 +32,10 @@ from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStat
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts
-from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights, only_adds_sublayers
+from kdscale.prune.compensation.layer_gaps import RepairedWeights, only_adds_sublayers
 from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts, projection_site
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
+from kdscale.prune.compensation.post_norm import post_norm_path
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.runtime.progress import Reporter
@@ -71,9 +72,9 @@ def two_stream_layers(
         for layer in walk.layers(depth):
             if layer.position is not None:
                 with torch.inference_mode():
-                    down = None if repaired is None else repaired.get(layer.position).get(REPAIRED_ROLE)
+                    mended = None if repaired is None else repaired.get(layer.position)
                     task = _Task(walk.states, batches, cfg, recovered, scratch.activation_bytes)
-                    solved = layer.fit(task, down)
+                    solved = layer.fit(task, mended)
                 if is_writer():
                     yield layer.position, solved
                 del solved, task
@@ -161,21 +162,23 @@ class _BothLayers:
         if self._student is not None:
             self._student.release()
 
-    def fit(self, task: _Task, repaired: Tensor | None = None) -> dict[str, Tensor]:
+    def fit(self, task: _Task, repaired: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Refit the projections that are cut, in the order in which they add to the stream.
 
         Returns role → weight as it is on disk, fp32 on the CPU; the student's layer has the new weights from then on.
-        `repaired`: the down projection, if it was refitted elsewhere.
+        `repaired`: the down projection and the norm behind it by role, if they were refitted elsewhere.
         """
         slicer = self._slicer
         roles = compensated_roles(slicer.plan, slicer)
         out: dict[str, Tensor] = {}
         if "o" in roles:
             out["o"] = self._refit("o", task)
-        if repaired is not None:
+        if repaired:
             assert self._student is not None
-            module: Any = self._student.site(self._paths["down"])
-            module.weight.data = repaired.to(module.weight)
+            for role, weight in repaired.items():
+                path = self._paths.get(role) or post_norm_path(slicer.family, "down")
+                module: Any = self._student.site(path)
+                module.weight.data = weight.to(module.weight)
         elif fits_experts(slicer.plan, slicer):
             out |= self._refit_experts(task)
         elif "down" in roles:

@@ -31,7 +31,7 @@ from kdscale.prune.axes import openable_axes
 from kdscale.prune.compensation.layer_gaps import check_repairable
 from kdscale.prune.importance.layer_context import Collector, LayerContext
 from kdscale.prune.importance.layer_scores import first_tokens
-from kdscale.prune.importance.ranking import criteria_to_measure
+from kdscale.prune.importance.ranking import criteria_to_measure, most_dropped
 from kdscale.runs.importance_scores import ImportanceScores, write_scores
 from kdscale.runtime.device import resolve_dtype
 from kdscale.runtime.progress import Reporter
@@ -79,8 +79,9 @@ def score_teacher(
     for row in passes:
         sample = first_tokens(batches, cfg.layer_tokens)
         with reporter.bar(f"{row.axis} by {row.method}", total=_count(sample)) as bar:
+            terms = {"rounds": most_dropped(prune_cfg, dims)} if row.in_order else {}
             values = look_up(row.collect)(
-                stream, sample, layer_progress(bar, dims.layers), scratch.subfolder(row.method)
+                stream, sample, layer_progress(bar, dims.layers), scratch.subfolder(row.method), **terms
             )
         scores[row.name] = values.numpy().astype(np.float32)
     with reporter.bar("importance", total=tokens) as bar:

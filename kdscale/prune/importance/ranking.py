@@ -35,6 +35,11 @@ def criteria_to_measure(cfg: PruneConfig, axes: Sequence[str]) -> list[Criterion
     ]
 
 
+def most_dropped(cfg: PruneConfig, dims: Dims) -> int:
+    """How many layers `cfg` may drop, for criteria that tell their order: half of them where the search decides."""
+    return max(1, dims.layers - cfg.layers if cfg.layers else dims.layers // 2)
+
+
 def _ranked_together(axes: Sequence[str]) -> set[str]:
     """Cutting kv heads also chooses among the query heads that read the kept ones, and the other way round."""
     return {"heads", "kv_heads"} if {"heads", "kv_heads"} & set(axes) else set()
@@ -137,7 +142,11 @@ class Ranking:
             return None
         energy = self._energy[axis]
         if axis == "layers":
-            if self.cfg.criterion("layers").scores_blocks:
+            row = self.cfg.criterion("layers")
+            if row.in_order and row.damage:
+                lost = max((float(energy[layer]) for layer in range(self.dims.layers) if layer not in layers), default=0.0)
+                return 1 - min(lost / row.damage, 1.0)
+            if row.scores_blocks:
                 energy = energy.diagonal(1)  # the blocks of one layer
             # The first layer turns the embedding around (0.99 on SmolLM2, where most layers have 0.04): in a plain sum
             # it would make dropping any other look free (docs/explanation/measured-pruning.md).

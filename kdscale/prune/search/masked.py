@@ -26,6 +26,7 @@ from kdscale.files import remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import GramHooks
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
+from kdscale.models.next_token import NextToken
 from kdscale.prune.compensation.experts import ExpertInputs, expert_name, refit_experts
 from kdscale.prune.compensation.one_stream import (
     COMPENSATED,
@@ -40,8 +41,6 @@ from kdscale.prune.search.questions import Questions
 from kdscale.prune.slicing import SlicedStudent, SlicedTensor, Slicer
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
-
-_LOGITS_AT_ONCE = 1 << 25  # values of one chunk of rows
 
 
 class LabelledBatch(TokenBatch, Protocol):
@@ -102,7 +101,7 @@ def score_masked(
             layer.release()
             bar.advance(1, f"layer {index + 1}/{layers}")
         shared.clear()
-        models = [(_Output(teacher_stream), states), *((_Output(s.stream), s.states) for s in students)]
+        models = [(NextToken(teacher_stream), states), *((NextToken(s.stream), s.states) for s in students)]
         scores = _losses(models, students, batches, device)
         if questions is not None:
             answered = [_answers(*model, questions, len(batches), device) for model in models]
@@ -227,7 +226,7 @@ def _advance(layer: DecoderLayer, states: HiddenStates, batches: Sequence[TokenB
 
 
 def _losses(
-    models: Sequence[tuple[_Output, HiddenStates]],
+    models: Sequence[tuple[NextToken, HiddenStates]],
     students: Sequence[_Student],
     batches: Sequence[LabelledBatch],
     device: torch.device,
@@ -265,7 +264,7 @@ def _losses(
 
 
 def _answers(
-    output: _Output, states: HiddenStates, questions: Questions, first: int, device: torch.device
+    output: NextToken, states: HiddenStates, questions: Questions, first: int, device: torch.device
 ) -> NDArray[np.float64]:
     """The log-likelihood of each answer, in nats; the questions' texts follow `first` other batches."""
     sums = torch.zeros(questions.answers, dtype=torch.float64)
@@ -278,16 +277,3 @@ def _answers(
         raise SelfCheckError("a model's answers have no finite likelihood", hint="try importance.dtype=float32")
     values: NDArray[np.float64] = sums.numpy()
     return values
-
-
-class _Output:
-    """Final norm and head of one model: hidden states → log-probabilities in fp32."""
-
-    def __init__(self, stream: LayerStream):
-        self._head, self._norm = stream.head(), stream.final_norm()
-        self.rows_at_once = max(1, _LOGITS_AT_ONCE // stream.dims.vocab)
-
-    def log_probabilities(self, state_BSD: Tensor, rows_N: Tensor) -> Tensor:
-        """[N, V] for the tokens `rows_N` of a batch."""
-        hidden_ND = self._norm(state_BSD.flatten(0, 1)[rows_N])
-        return torch.log_softmax(self._head(hidden_ND), dim=-1)

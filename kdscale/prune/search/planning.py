@@ -14,6 +14,7 @@ from kdscale.families.family import SHAPE_AXES
 from kdscale.prune.importance.ranking import Ranking
 from kdscale.prune.plan import (
     KeptUnits,
+    LayerRepair,
     Methods,
     ParamCounts,
     Plan,
@@ -108,9 +109,15 @@ def _target(search: Search, chosen: ShapeCandidate, teacher: ParamCounts, studen
 def _methods(search: Search, student: Dims, chosen: ShapeCandidate) -> Methods:
     cut = {axis: getattr(student, axis) < getattr(search.teacher, axis) for axis in SHAPE_AXES}
     by_axis = {axis: search.ranking.method(axis) if cut[axis] else "uncut" for axis in SHAPE_AXES}
-    repair = search.cfg.layer_repair if cut["layers"] else "none"
+    repair = _layer_repair(search) if cut["layers"] else "none"
     last = _last_ranking(search, chosen)
     return Methods(**by_axis, compensate=search.cfg.compensate, layer_repair=repair, search=last)
+
+
+def _layer_repair(search: Search) -> LayerRepair:
+    if search.cfg.layer_repair != "auto":
+        return search.cfg.layer_repair
+    return "linear" if search.family.sites.ffn and search.cfg.compensate != "none" else "none"
 
 
 def _last_ranking(search: Search, chosen: ShapeCandidate) -> SearchResult:

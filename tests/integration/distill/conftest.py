@@ -59,7 +59,7 @@ def narrow_student_dir(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFa
     cuts = PruneConfig(hidden=64, heads=4, layers=3, hidden_method="activation", compensate="none")
     scores = {
         "hidden.activation": np.arange(96.0), "heads.output_energy": np.ones((4, 6)),
-        "layers.block_influence": np.array([4.0, 3.0, 1.0, 2.0]),
+        "layers.one_by_one": np.array([4.0, 3.0, 1.0, 2.0]),
     }  # fmt: skip
     plan = make_plan(teacher.config, family, ImportanceScores(scores), cuts)
     plan.save(folder / "plan.json")

@@ -109,9 +109,9 @@ def random_scores(config: dict[str, Any], family: Family) -> dict[str, np.ndarra
         "heads.output_energy": (dims.layers, dims.heads),
         "kv_heads.output_energy": (dims.layers, dims.kv_heads),
         "hidden.activation": (dims.hidden,),
-        "layers.block_influence": (dims.layers,),
+        "layers.one_by_one": (dims.layers,),
         "experts.output_norm": (dims.layers, dims.experts),
     }
     scores = {name: rng.random(shape) for name, shape in shapes.items()}
-    scores["layers.block_influence"][0] = 0.0  # so that kept layers get other numbers
+    scores["layers.one_by_one"][0] = 0.0  # so that kept layers get other numbers
     return scores

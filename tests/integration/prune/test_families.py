@@ -181,7 +181,7 @@ def test_layers_keep_their_kind_when_the_config_leaves_it_to_transformers(teache
     edit_config(folder, **dict.fromkeys(absent), sliding_window_pattern=2)
     teacher = teacher_class(folder)
     scores = random_scores(teacher.config, teacher.family)
-    scores["layers.block_influence"][:] = [1.0, 3.0, 0.5, 2.0]
+    scores["layers.one_by_one"][:] = [1.0, 3.0, 0.5, 2.0]
     plan = make_plan(teacher.config, teacher.family, scores, PruneConfig(layers=2))
     assert plan.kept.layers == [1, 3]
     self_check.masked_equals_sliced(teacher.checkpoint, teacher.family, plan, teacher.ids)

@@ -56,5 +56,6 @@ def small_scores(small_config: dict[str, Any], small_family: Family) -> dict[str
         "heads.output_energy": rng.random((dims.layers, dims.heads)),
         "kv_heads.output_energy": rng.random((dims.layers, dims.kv_heads)),
         "hidden.activation": rng.random(dims.hidden),
+        "layers.one_by_one": rng.random(dims.layers),
         "layers.block_influence": rng.random(dims.layers),
     }

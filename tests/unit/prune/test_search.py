@@ -66,8 +66,8 @@ def test_cost_model_equals_the_family_count(small_config, small_family):
 def test_the_most_important_units_stay(small_config, small_family, small_scores):
     cfg = PruneConfig(ffn=64, heads=4, hidden=96, layers=4)
     plan = make_plan(small_config, small_family, small_scores, cfg)
-    by_influence = np.argsort(-small_scores["layers.block_influence"])[:4]
-    assert plan.kept.layers == sorted(by_influence.tolist())
+    last_to_go = np.argsort(-small_scores["layers.one_by_one"])[:4]
+    assert plan.kept.layers == sorted(last_to_go.tolist())
     assert set(plan.kept.hidden) == set(np.argsort(-small_scores["hidden.activation"])[:96].tolist())
     for position, layer in enumerate(plan.kept.layers):
         energy = small_scores["ffn.output_energy"][layer]
@@ -95,13 +95,30 @@ def test_kv_groups_take_their_query_heads_along(small_config, small_family, smal
 
 def test_contiguous_layers_drop_the_least_influential_block(small_config, small_family, small_scores):
     scores = small_scores | {"layers.block_influence": np.array([0.9, 0.1, 0.8, 0.2, 0.2, 0.9])}
-    cfg = PruneConfig(layers=4, contiguous_layers=True)
-    assert make_plan(small_config, small_family, scores, cfg).kept.layers == [0, 1, 2, 5]
-    scattered = make_plan(small_config, small_family, scores, PruneConfig(layers=4))
+    cfg = {"layers": 4, "layer_method": "block_influence"}
+    plan = make_plan(small_config, small_family, scores, PruneConfig(**cfg, contiguous_layers=True))
+    assert plan.kept.layers == [0, 1, 2, 5]
+    scattered = make_plan(small_config, small_family, scores, PruneConfig(**cfg))
     assert scattered.kept.layers == [0, 2, 3, 5]
     assert make_plan(small_config, small_family, scores, PruneConfig(layers=4, layer_method="last")).kept.layers == [
         0, 1, 2, 5,
     ]  # fmt: skip
+
+
+def test_layers_go_in_their_order_and_cost_what_was_measured_by_then(small_config, small_family, small_scores):
+    scores = small_scores | {"layers.one_by_one": np.array([30.0, 0.3, 4.0, 0.1, 0.8, 9.0])}
+    kept = {n: make_plan(small_config, small_family, scores, PruneConfig(layers=n)) for n in (5, 4, 3, 1)}
+    assert [kept[n].kept.layers for n in (5, 4, 3)] == [[0, 1, 2, 4, 5], [0, 2, 4, 5], [0, 2, 5]]
+    assert kept[4].methods.layers == "one_by_one"
+    assert kept[4].retained["score"] == pytest.approx(np.exp(-0.3))
+    assert kept[1].retained["layers"] == pytest.approx(1 - 0.9)
+
+
+def test_an_order_knows_no_blocks():
+    assert PruneConfig(layers=4).criterion("layers").method == "one_by_one"
+    assert PruneConfig(layers=4, contiguous_layers=True).criterion("layers").method == "angular"
+    with pytest.raises(ValueError, match="contiguous"):
+        PruneConfig(layers=4, layer_method="one_by_one", contiguous_layers=True)
 
 
 def test_loss_ranks_layers_anywhere_or_as_one_block(small_config, small_family, small_scores):
@@ -137,11 +154,13 @@ def test_angular_needs_its_scores(small_config, small_family, small_scores):
 
 
 def test_gaps_are_the_dropped_layers_with_a_kept_one_in_front(small_config, small_family, small_scores):
-    scores = small_scores | {"layers.block_influence": np.array([0.1, 0.9, 0.2, 0.9, 0.3, 0.1])}
+    scores = small_scores | {"layers.one_by_one": np.array([0.1, 0.9, 0.2, 0.9, 0.3, 0.1])}
     plan = make_plan(small_config, small_family, scores, PruneConfig(layers=3, layer_repair="linear"))
     assert plan.kept.layers == [1, 3, 4]
     assert find_gaps(plan) == [(0, 1, 2), (2, 4, 5)]
-    assert find_gaps(make_plan(small_config, small_family, scores, PruneConfig(layers=3))) == []
+    assert find_gaps(make_plan(small_config, small_family, scores, PruneConfig(layers=3))) == find_gaps(plan)
+    alone = PruneConfig(layers=3, layer_repair="none")
+    assert find_gaps(make_plan(small_config, small_family, scores, alone)) == []
 
 
 def test_the_search_takes_the_best_scored_candidate(small_config, small_family, small_scores):
@@ -152,7 +171,7 @@ def test_the_search_takes_the_best_scored_candidate(small_config, small_family, 
     assert scores == sorted(scores, reverse=True)
     assert plan.retained["score"] == pytest.approx(scores[0])
     lost = {axis: 1 - share for axis, share in plan.retained.items() if axis not in ("score", "kv_heads")}
-    damage = 3.3 * lost["ffn"] + 0.8 * lost["heads"] + 23 * lost["hidden"] + 5.1 * lost["layers"]
+    damage = 3.3 * lost["ffn"] + 0.8 * lost["heads"] + 23 * lost["hidden"] + 10 * lost["layers"]
     assert scores[0] == pytest.approx(np.exp(-damage))
     chosen = plan.candidates[0]
     assert {a: getattr(chosen, a) for a in SHAPE_AXES} == {a: getattr(plan.student, a) for a in SHAPE_AXES}
@@ -160,7 +179,7 @@ def test_the_search_takes_the_best_scored_candidate(small_config, small_family, 
 
 def test_one_dominant_layer_does_not_make_the_others_free(small_config, small_family, small_scores):
     scores = small_scores | {"layers.block_influence": np.array([9.0, 0.1, 0.1, 0.1, 0.1, 0.1])}
-    plan = make_plan(small_config, small_family, scores, PruneConfig(layers=4))
+    plan = make_plan(small_config, small_family, scores, PruneConfig(layers=4, layer_method="block_influence"))
     assert plan.retained["layers"] == pytest.approx(4 / 6)
     assert 0 in plan.kept.layers
 

@@ -50,7 +50,7 @@ def scores(config, family):
     return {
         "ffn.output_energy": rng.random((dims.layers, dims.experts, dims.ffn)) ** 4,
         "experts.output_norm": rng.random((dims.layers, dims.experts)),
-        "layers.block_influence": rng.random(dims.layers),
+        "layers.one_by_one": rng.random(dims.layers),
     }
 
 

@@ -15,6 +15,7 @@ from kdscale.models.layer_stream import LayerStream
 from kdscale.models.loading import load_model
 from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan
+from kdscale.prune.compensation import layer_gaps
 from kdscale.prune.compensation.layer_gaps import find_gaps, repaired_gaps
 from kdscale.prune.search.planning import make_plan
 from kdscale.prune.slicing import Slicer
@@ -127,17 +128,74 @@ def test_repair_brings_the_student_closer_on_its_calibration_text(teacher, tmp_p
     assert distance["linear"] < 0.97 * distance["none"]  # random layers: little of them is linear
 
 
-def test_layers_that_do_more_than_add_are_refused(tmp_path, teacher_class):
+@pytest.fixture(scope="module")
+def normed_teacher(teacher_class, tmp_path_factory):
+    """Gemma 2: a norm behind each sublayer."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(1)
     config = Gemma2Config(
         hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=320, max_position_embeddings=128, query_pre_attn_scalar=8,
+        head_dim=8, vocab_size=320, max_position_embeddings=128, query_pre_attn_scalar=8, initializer_range=0.1,
     )  # fmt: skip
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    folder = tmp_path_factory.mktemp("gemma")
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return teacher_class(folder)
+
+
+@pytest.mark.parametrize("compensate", ["none", "two_stream", "ridge"])
+def test_a_gap_behind_a_norm_is_mended(normed_teacher, tmp_path, compensate):
+    whole, distance = _model(normed_teacher), {}
+    for repair in ("none", "linear"):
+        out = tmp_path / repair
+        cuts = {"layers": 2, "layer_method": "angular", "compensate": compensate, "ffn": 32}
+        plan = normed_teacher.prune(out, **cuts, layer_repair=repair)
+        self_check.self_check(normed_teacher.checkpoint, normed_teacher.family, plan, out, normed_teacher.ids)
+        student, batch = load_model(out, dtype=torch.float32, device=CPU), normed_teacher.batches[0]
+        with torch.inference_mode():
+            ours, theirs = (
+                m.model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS).last_hidden_state
+                for m in (student, whole)
+            )
+        distance[repair] = float((ours - theirs).norm() / theirs.norm())
+    assert distance["linear"] < 0.95 * distance["none"]
+
+
+def test_a_factor_on_what_layers_add_is_taken_into_account(tmp_path, teacher_class):
+    """Layers 1 and 2 add nothing, so what is in front of them stays as it is."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(1)
+    config = GraniteConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=320, max_position_embeddings=128, residual_multiplier=0.2, initializer_range=0.1,
+    )  # fmt: skip
+    model = GraniteForCausalLM(config)
+    with torch.no_grad():
+        for layer in (1, 2):
+            model.model.layers[layer].self_attn.o_proj.weight.zero_()
+            model.model.layers[layer].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "granite")
+    teacher = teacher_class(tmp_path / "granite")
+    plan = teacher.prune(tmp_path / "out", layers=2, layer_method="last", layer_repair="linear")
+    assert plan.kept.layers == [0, 3]
+    before, after = (
+        load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+        for folder in (tmp_path / "granite", tmp_path / "out")
+    )
+    assert torch.allclose(before, after, atol=2e-3 * float(before.std()))
+    assert not torch.equal(before, after)
+
+
+def test_layers_that_do_more_than_add_are_refused(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_gaps, "only_adds_sublayers", lambda *_: False)
     with pytest.raises(ConfigError, match=r"prune\.layer_repair"):
-        teacher_class(tmp_path / "gemma").prune(tmp_path / "out", layers=2, layer_repair="linear")
+        teacher.prune(tmp_path / "out", layers=2, layer_repair="linear")
+
+
+def test_dense_models_are_repaired_unless_nothing_is_to_be_fitted(teacher, tmp_path):
+    assert teacher.prune(tmp_path / "a", layers=2).methods.layer_repair == "linear"
+    assert teacher.prune(tmp_path / "b", layers=2, compensate="none").methods.layer_repair == "none"
 
 
 def test_nothing_is_mended_where_nothing_was_dropped(teacher, tmp_path):
