@@ -16,8 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
 from texts import Texts, Yardstick
+
 from kdscale.config.prune import ImportanceConfig, PruneConfig
 from kdscale.models.loading import open_teacher
 from kdscale.prune.apply import apply_plan
@@ -40,9 +40,7 @@ def main() -> None:
         arguments.corpus, arguments.teacher, seed=arguments.seed, calibration_tokens=arguments.calibration_tokens
     )
     batches = [batch(ids_BS) for ids_BS in texts.calibration_NS.split(4)]
-    yardstick = Yardstick.read(
-        arguments.teacher, texts, arguments.work / f"teacher-{arguments.seed}.safetensors"
-    )
+    yardstick = Yardstick.read(arguments.teacher, texts, arguments.work / f"teacher-{arguments.seed}.safetensors")
     for method in arguments.methods.split(","):
         for count in arguments.layers:
             for repair in arguments.repairs.split(","):

@@ -88,7 +88,7 @@ CRITERIA: tuple[Criterion, ...] = (
               source="SliceGPT, arXiv 2401.15024, section 3, with one rotation for the whole model"),
     Criterion("layers", "one_by_one", own_pass=True, in_order=True, damage=LAYERS_IN_ORDER_DAMAGE,
               collect="kdscale.prune.importance.layer_removal:divergences_one_by_one",
-              title="KL divergence, in nats per token, once the layer is dropped, each time the one that raises it least",
+              title="KL divergence, in nats per token, once the layer is dropped: each time the one that costs least",
               source="greedy as SLEB, arXiv 2402.09025, by the distribution, and not by the perplexity"),
     Criterion("layers", "block_influence", collect=f"{_LAYERS}:block_influence",
               title="1 − mean cosine between what enters and what leaves the layer",

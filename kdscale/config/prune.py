@@ -103,8 +103,8 @@ class PruneConfig(Section):
     # drop one contiguous block of layers (as from Llama-3.1-8B to 4B by depth) instead of the lowest-scored layers
     # anywhere; angular always drops one block, one_by_one never does
     contiguous_layers: bool | None = None
-    # linear: the down projection before dropped layers is refitted to add what those layers added; auto: linear in dense
-    # models unless compensate is none
+    # linear: the down projection before dropped layers is refitted to add what those layers added; auto: linear in
+    # dense models unless compensate is none
     layer_repair: LayerRepair = "auto"
     compensate: Compensation = "two_stream"
     # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
@@ -136,8 +136,8 @@ class PruneConfig(Section):
             )
         if self.contiguous_layers and self.criterion("layers").in_order:
             raise ValueError(
-                f"contiguous_layers: layer_method {self.layer_method} chooses layers one by one; leave this out, or give "
-                "another layer_method"
+                f"contiguous_layers: layer_method {self.layer_method} chooses layers one by one; leave this out, or "
+                "give another layer_method"
             )
         if self.criterion("layers").scores_blocks and self.contiguous_layers is False:
             raise ValueError(

@@ -37,7 +37,7 @@ Rows = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 def post_norm_path(family: Family, role: str) -> str:
-    """The norm between the projection `role` and the residual stream, as a path inside a layer; empty: there is none."""
+    """The norm between the projection `role` and the residual stream, as a path in a layer; empty: there is none."""
     prefix = f"{family.sites.layers}.{{layer}}."
     names = (t.loads_as or t.name for t in family.data.tensors if t.role == POST_NORMS[role])
     return next((name.removeprefix(prefix).removesuffix(".weight") for name in names), "")
@@ -55,7 +55,7 @@ def norm_weight(family: Family, gain_D: Tensor) -> Tensor:
 
 def norm_epsilon(norm: Any) -> float:
     """What an RMS norm adds to the mean square."""
-    return float(getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", 0.0))
+    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
 
 def refit_through_norm(

@@ -34,8 +34,8 @@ from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts
 from kdscale.prune.compensation.layer_gaps import RepairedWeights, only_adds_sublayers
 from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts, projection_site
-from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.post_norm import post_norm_path
+from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.runtime.progress import Reporter

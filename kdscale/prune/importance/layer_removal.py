@@ -116,10 +116,10 @@ class _Search:
 
     def _rises(self) -> dict[int, float]:
         """What each layer added to the divergence when it was last tried."""
-        before = [0.0, *self._reached()]
-        return {
-            layer: value - base for tried, base in zip(self.rounds, before, strict=False) for layer, value in tried.items()
-        }
+        rises: dict[int, float] = {}
+        for tried, base in zip(self.rounds, [0.0, *self._reached()], strict=False):
+            rises |= {layer: value - base for layer, value in tried.items()}
+        return rises
 
 
 def _is_rounds(value: object) -> bool:

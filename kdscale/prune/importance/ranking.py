@@ -144,8 +144,8 @@ class Ranking:
         if axis == "layers":
             row = self.cfg.criterion("layers")
             if row.in_order and row.damage:
-                lost = max((float(energy[layer]) for layer in range(self.dims.layers) if layer not in layers), default=0.0)
-                return 1 - min(lost / row.damage, 1.0)
+                gone = sorted(set(range(self.dims.layers)) - set(layers))
+                return 1 - min(float(energy[gone].max()) / row.damage, 1.0) if gone else 1.0
             if row.scores_blocks:
                 energy = energy.diagonal(1)  # the blocks of one layer
             # The first layer turns the embedding around (0.99 on SmolLM2, where most layers have 0.04): in a plain sum

@@ -64,7 +64,9 @@ def test_another_projection_is_found_as_nearly_as_by_descent():
         return loss
 
     optimizer.step(closure)
-    ours, best, before = (float(error(*pair)) for pair in ((solved, new_gain), (w.detach(), g.detach()), (weight, gain)))
+    ours, best, before = (
+        float(error(*pair)) for pair in ((solved, new_gain), (w.detach(), g.detach()), (weight, gain))
+    )
     assert best < 0.2 * before
     assert ours < 1.15 * best
 
