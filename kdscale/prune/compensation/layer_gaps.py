@@ -164,9 +164,12 @@ def repaired_gaps(
                         walk.running[_FACTOR] = torch.tensor(factor)
                 advance(batch.input_ids_BS.numel(), layer.index)
             if end is not None:
+                norm = post_norm_path(slicer.family, REPAIRED_ROLE)
+                epsilon = norm_epsilon(layer.site(norm)) if norm else None
+                layer.release()  # before another one's projection is read
                 with torch.inference_mode():
                     rows = _gap_rows(walk.states, len(batches), kept_D, float(walk.running[_FACTOR]))
-                    repaired.put(end.position, _refit(rows, slicer, teacher, end, cfg.ridge_lambda, layer))
+                    repaired.put(end.position, _refit(rows, slicer, teacher, end, cfg.ridge_lambda, epsilon))
             walk.finish()
     return repaired
 
@@ -182,13 +185,15 @@ def _gap_rows(states: HiddenStates, batches: int, kept_D: Tensor, factor: float)
 
 
 def _refit(
-    rows: Rows, slicer: Slicer, teacher: Checkpoint, gap: Gap, ridge: float, layer: DecoderLayer
+    rows: Rows, slicer: Slicer, teacher: Checkpoint, gap: Gap, ridge: float, epsilon: float | None
 ) -> dict[str, Tensor]:
-    """Role → weight as it is on disk, fp32 on the CPU, of the layer in front of `gap`; `layer`: any of the family."""
-    family, device, what = slicer.family, next(layer.module.parameters()).device, f"the gap behind layer {gap.layer}"
+    """Role → weight as it is on disk, fp32 on the CPU, of the layer in front of `gap`.
+
+    `epsilon`: of the norm behind the projection, where there is one.
+    """
+    family, device, what = slicer.family, next(iter(rows()))[0].device, f"the gap behind layer {gap.layer}"
     weight_DK = family.output_by_input(REPAIRED_ROLE, _sliced(slicer, teacher, gap.position, REPAIRED_ROLE)).to(device)
-    path = post_norm_path(family, REPAIRED_ROLE)
-    if not path:
+    if epsilon is None:
         sums = TargetSums(weight_DK)
         for u, target in rows():
             sums.add(u, target)
@@ -196,7 +201,6 @@ def _refit(
         return {REPAIRED_ROLE: family.output_by_input(REPAIRED_ROLE, sums.solve(ridge, what).cpu())}
     norm_role = POST_NORMS[REPAIRED_ROLE]
     gain_D = norm_gain(family, _sliced(slicer, teacher, gap.position, norm_role).to(device))
-    epsilon = norm_epsilon(layer.site(path))
     solved_DK, gain_D = refit_through_norm(rows, weight_DK, gain_D, epsilon, ridge, what)
     return {
         REPAIRED_ROLE: family.output_by_input(REPAIRED_ROLE, solved_DK.cpu()),

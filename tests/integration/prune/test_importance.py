@@ -18,7 +18,10 @@ from kdscale.prune.search.planning import make_plan
 from kdscale.runs.importance_scores import ImportanceScores, load_scores, write_scores
 from kdscale.weights import Checkpoint
 
-ALL = {"target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers")}
+ALL = {
+    "target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers"),
+    "layer_method": "block_influence",
+}  # fmt: skip
 
 
 def _whole_model_scores(teacher) -> dict[str, np.ndarray]:
@@ -102,7 +105,8 @@ def test_files_hold_what_the_planner_reads(teacher, tmp_path):
     ("cut", "names"),
     [
         ({"ffn": 64}, {"ffn.activation", "ffn.output_energy"}),
-        ({"layers": 2}, {"layers.block_influence"}),
+        ({"layers": 2}, {"layers.block_influence", "layers.one_by_one"}),
+        ({"layers": 2, "layer_method": "block_influence"}, {"layers.block_influence"}),
         ({"hidden": 72}, {"hidden.activation", "hidden.pca", "hidden.rotation"}),
     ],
 )
