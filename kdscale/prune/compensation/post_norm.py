@@ -3,11 +3,11 @@
 With z = u Wᵀ and s = rms(z) over the channels, what is added is g ⊙ z / s, and no factor on W changes it: a plain
 regression of W cannot make the layer add more. But for given s it is linear in M = diag(g) W, on inputs u / s:
 
-    M = argmin ‖(u / s) Mᵀ − t‖² + λ‖M − diag(g) W‖²,  W = diag(g)⁻¹ M,  s = rms(u Wᵀ)
+    M = argmin Σ w²‖(u / s) Mᵀ − t‖² + λ‖M − diag(g) W‖²,  W = diag(g)⁻¹ M,  s = rms(u Wᵀ)
 
 is solved in turns with the gain, which has a closed form of its own, channel by channel:
 
-    g_d = Σ t_d ẑ_d / Σ ẑ_d²,  ẑ = z / s   (and λ of the mean Σ ẑ² toward the gain before)
+    g_d = Σ w² t_d ẑ_d / Σ w² ẑ_d²,  ẑ = z / s   (and λ of the mean Σ w² ẑ² toward the gain before)
 
 So the gain says how much is added and W in which direction. On Gemma 3 270M two turns do what four do.
 
@@ -32,8 +32,9 @@ POST_NORMS = {"o": "attn_post_norm", "down": "ffn_post_norm"}  # the role of a p
 _TURNS = 2
 _LEAST_GAIN = 0.02  # of the mean gain: W is divided by it
 
-# The rows of the regression, batch after batch: (u [..., K], what is to be added [..., D]); asked for several times.
-Rows = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+# The rows of the regression, batch after batch: (u [..., K], what is to be added [..., D], what the row's error counts
+# times [..., 1]); asked for several times.
+Rows = Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]]
 
 
 def post_norm_path(family: Family, role: str) -> str:
@@ -71,9 +72,9 @@ def refit_through_norm(
     for _ in range(_TURNS):
         divisor_D = _away_from_zero(gain_D)
         sums = TargetSums(divisor_D[:, None] * weight_DK)
-        for u, target in rows():
-            u_NK = u.flatten(0, -2).float()
-            sums.add(u_NK / _rms(u_NK @ weight_DK.T, epsilon), target)
+        for u, target, weight in rows():
+            u_NK, weight_N1 = u.flatten(0, -2).float(), weight.flatten(0, -2)
+            sums.add(u_NK / _rms(u_NK @ weight_DK.T, epsilon) * weight_N1, target.flatten(0, -2) * weight_N1)
         sums.reduce()
         weight_DK = sums.solve(ridge, what) / divisor_D[:, None]
         gain_D = _gain(rows, weight_DK, gain_D, epsilon, ridge)
@@ -84,10 +85,10 @@ def refit_through_norm(
 
 def _gain(rows: Rows, weight_DK: Tensor, gain_D: Tensor, epsilon: float, ridge: float) -> Tensor:
     sums_2D = torch.zeros(2, len(gain_D), dtype=torch.float64, device=weight_DK.device)
-    for u, target in rows():
-        z_ND = u.flatten(0, -2).float() @ weight_DK.T
-        normed_ND = z_ND / _rms(z_ND, epsilon)
-        sums_2D[0] += (normed_ND * target.flatten(0, -2).float()).sum(0, dtype=torch.float64)
+    for u, target, weight in rows():
+        z_ND, weight_N1 = u.flatten(0, -2).float() @ weight_DK.T, weight.flatten(0, -2)
+        normed_ND = z_ND / _rms(z_ND, epsilon) * weight_N1
+        sums_2D[0] += (normed_ND * (target.flatten(0, -2).float() * weight_N1)).sum(0, dtype=torch.float64)
         sums_2D[1] += normed_ND.square().sum(0, dtype=torch.float64)
     products_D, squares_D = all_reduce_sum(sums_2D)
     penalty = ridge * squares_D.mean()

@@ -24,8 +24,9 @@ def _setting(seed=0, tokens=600, outputs=12, inputs=20):
     return u, weight, gain, random
 
 
-def _refit(u, target, weight, gain, ridge=1e-6):
-    halves = [*zip(u.split(len(u) // 2), target.split(len(u) // 2), strict=True)]
+def _refit(u, target, weight, gain, weight_of_row=None, ridge=1e-6):
+    weight_of_row = torch.ones(len(u), 1) if weight_of_row is None else weight_of_row
+    halves = [*zip(*(rows.split(len(u) // 2) for rows in (u, target, weight_of_row)), strict=True)]
     return refit_through_norm(lambda: halves, weight, gain, EPSILON, ridge, "the test's layer")
 
 
@@ -78,3 +79,12 @@ def test_a_silent_layer_stays_as_it_is_and_nonsense_is_refused():
     assert torch.allclose(solved, weight)
     with pytest.raises(SelfCheckError, match="the test's layer"):
         _refit(u, torch.full((len(u), len(gain)), torch.nan), weight, gain)
+
+
+def test_rows_that_do_not_count_have_no_say():
+    u, weight, gain, random = _setting()
+    wanted = 2 * gain
+    target, counts = _added(u, weight, wanted), torch.ones(len(u), 1)
+    target[::3], counts[::3] = 100 * torch.randn(target[::3].shape, generator=random), 0.0
+    _, new_gain = _refit(u, target, weight, gain, counts)
+    assert torch.allclose(new_gain, wanted, atol=5e-3)

@@ -205,3 +205,31 @@ def test_nothing_is_mended_where_nothing_was_dropped(teacher, tmp_path):
     assert plan.kept == plain.kept
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_tokens_with_a_huge_stream_do_not_decide_alone(teacher, monkeypatch):
+    """A dropped layer puts a vector of a thousand times the usual size on one token of each sequence."""
+    layers, read = teacher.family.dims(teacher.config).layers, LayerStream.layer
+    cfg = PruneConfig(layers=layers - 2, layer_method="last", layer_repair="linear")
+    plan = make_plan(teacher.config, teacher.family, None, cfg)
+    stream = LayerStream(teacher.config, teacher.family, teacher.checkpoint.tensor, dtype=torch.float32, device=CPU)
+    huge = 1e3 * torch.randn(teacher.family.dims(teacher.config).hidden, generator=torch.Generator().manual_seed(1))
+
+    def mended(size):
+        def loud(self, index):
+            layer = read(self, index)
+            if index == 1:
+                add = torch.zeros(48, 1)
+                add[7] = size
+                layer.module.register_forward_hook(lambda _m, _a, out: out + add * huge)
+            return layer
+
+        monkeypatch.setattr(LayerStream, "layer", loud)
+        slicer = Slicer(teacher.config, teacher.family, plan)
+        return repaired_gaps(
+            stream, slicer, teacher.batches, cfg, teacher.checkpoint, Reporter(quiet=True)
+        ).get(0)["down"]  # fmt: skip
+
+    before = teacher.checkpoint.tensor("model.layers.0.mlp.down_proj.weight").float()
+    without = mended(0.0)
+    assert (mended(1.0) - without).norm() < 0.3 * (without - before).norm()
