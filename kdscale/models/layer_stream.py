@@ -4,7 +4,7 @@ The layers are transformers' own modules: a model of one layer is built on the m
 just that layer, and given that layer's tensors. Masks, rotary positions and everything else a family does are therefore
 transformers', and what is measured here is what the whole model would compute.
 
-B batch · S sequence · D hidden · V vocabulary
+B batch · S sequence · D hidden · N chosen tokens · V vocabulary
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class TokenBatch(Protocol):
     @property
     def position_ids_BS(self) -> Tensor: ...  # noqa: N802
 
+
+_LOGITS_AT_ONCE = 1 << 25  # values of one chunk of rows
 
 TensorSource = Callable[[str], Tensor]  # a tensor by its name on disk
 
@@ -192,6 +194,22 @@ class LayerStream:
         model.load_state_dict(state, strict=False, assign=True)
         empty = [name for name, value in model.get_submodule(path).named_parameters() if value.is_meta]
         assert not empty, f"the family names no tensor for {path}: {', '.join(empty)}"
+
+
+class NextToken:
+    """Final norm and head of one model: hidden states → log-probabilities in fp32."""
+
+    def __init__(self, stream: LayerStream):
+        self._head, self._norm = stream.head(), stream.final_norm()
+        self.rows_at_once = max(1, _LOGITS_AT_ONCE // stream.dims.vocab)
+
+    def log_probabilities(self, state_BSD: Tensor, rows_N: Tensor) -> Tensor:
+        """[N, V] for the tokens `rows_N` of a batch; `state_BSD` is what leaves the last layer."""
+        return self.of_rows(state_BSD.flatten(0, -2)[rows_N])
+
+    def of_rows(self, state_ND: Tensor) -> Tensor:
+        """[N, V] for what leaves the last layer at N tokens."""
+        return torch.log_softmax(self._head(self._norm(state_ND)), dim=-1)
 
 
 def _base_model(model: nn.Module) -> Any:

@@ -25,8 +25,7 @@ from torch import Tensor
 from kdscale.files import atomic_path, read_own_json, remove_tree, write_json
 from kdscale.models.hidden_states import HiddenStates, Scratch
 from kdscale.models.layer_pass import Advance, LayerPass
-from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
-from kdscale.models.next_token import NextToken
+from kdscale.models.layer_stream import DecoderLayer, LayerStream, NextToken, TokenBatch
 from kdscale.runtime.ranks import all_reduce_min, all_reduce_sum, world_size
 
 _TRIED = 8  # layers that a round after the first one tries

@@ -25,8 +25,7 @@ from kdscale.families import Family
 from kdscale.files import remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import GramHooks
-from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
-from kdscale.models.next_token import NextToken
+from kdscale.models.layer_stream import DecoderLayer, LayerStream, NextToken, TokenBatch
 from kdscale.prune.compensation.experts import ExpertInputs, expert_name, refit_experts
 from kdscale.prune.compensation.one_stream import (
     COMPENSATED,
