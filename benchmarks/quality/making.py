@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from subprocess import STDOUT, Popen, TimeoutExpired, run
 from typing import Any
 
 from kdscale.config.load import dump_config
@@ -84,10 +84,10 @@ class Making:
         command = [*COMMAND, stage, str(settings), "--accept-changes"]
         clock = Clock()
         with log.open("a", encoding="utf-8") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+            process = Popen(command, stdout=stream, stderr=STDOUT)
             try:
                 status = process.wait(max(self._until - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
+            except TimeoutExpired:
                 raise TimeIsUpError from None
             finally:
                 _end(process)
@@ -106,12 +106,12 @@ class Making:
         return stamp["seconds"]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
         try:
             process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             process.kill()
             process.wait()
 
@@ -131,7 +131,7 @@ def commit() -> str:
     """The code that runs, with `+` where files differ from the commit; `unknown` outside a repository."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=False)
+        done = run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip() if not done.returncode else ""
 
     return (git("rev-parse", "--short=10", "HEAD") or "unknown") + "+" * bool(

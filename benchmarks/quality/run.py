@@ -87,9 +87,10 @@ class Bench:
         return Making(self.arguments.work / "runs" / name, self.until)
 
     def accuracy(self, model: Any, teacher: str, seed: int) -> dict[str, Any]:
-        """On the tasks that come with kdscale: mean and standard error, over the tasks and on each."""
+        """On tasks, by default those that come with kdscale: mean and standard error over them, and each one's mean."""
         tokenizer = load_tokenizer(self.teachers[teacher])
-        scores = score(model, tokenizer, ["builtin"], ScoreSettings(self.arguments.items, 16, None, seed))
+        given = self.arguments
+        scores = score(model, tokenizer, given.tasks, ScoreSettings(given.items, 16, None, seed))
         measured = means(scores)
         of_tasks = {name.removeprefix("builtin:"): row["value"] for name, row in measured["tasks"].items()}
         return {**measured[MEAN], "items": sum(len(task.ids) for task in scores.values()), "tasks": of_tasks}
@@ -272,6 +273,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--other", nargs="+", default=list(OTHER), help="kinds of text that no student sees")
     parser.add_argument("--rows", type=int, default=1, help="held-out sequences of each kind; twice as many of others")
     parser.add_argument("--seq-len", type=int, default=512, help="of held-out sequences")
+    parser.add_argument("--tasks", nargs="+", default=["builtin"], help="as eval.downstream.tasks takes them")
     parser.add_argument("--items", type=int, default=48, help="of each task")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="leave the run folders of finished cells")
