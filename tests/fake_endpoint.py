@@ -37,6 +37,9 @@ class FakeEndpoint:
     faults: list[Fault] = field(default_factory=list)
     reply: Callable[[list[dict[str, str]], int], str] = lambda messages, number: f"{messages[-1]['content']} #{number}"
     score: Callable[[list[list[int]], int], list[Any]] | None = None
+    # of a request for a completion that asks for token ids, as vLLM's; and of what is not below /v1
+    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    control: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None
     tokens: Callable[[str], list[str]] = lambda text: text.split(" ")  # of an answer, where log-probabilities are asked
     seconds: float = 0.0  # that each right answer takes
     asked: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
@@ -57,6 +60,11 @@ class FakeEndpoint:
     def right_answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path.endswith("/chat/completions"):
             return self._chat(body)
+        if not path.startswith("/v1/"):
+            assert self.control is not None
+            return self.control(path, body)
+        if self.complete is not None and "return_token_ids" in body:
+            return self.complete(body)
         if path.endswith("/completions"):
             assert self.score is not None
             scored = self.score(body["prompt"], body["prompt_logprobs"])

@@ -86,6 +86,14 @@ def file_suffixes() -> tuple[str, ...]:
 RESPONSES_SOURCE = "responses:"  # the path that stands for what the stage responses leaves
 
 
+class PromptSourceConfig(Section):
+    """A file of prompts, one on each line: a `.txt`, a `.jsonl` or `.jsonl.gz` of records, or `builtin:questions`."""
+
+    path: str = Field(min_length=1)
+    # of a record: the prompt, as text; a record with `messages` is a chat, whose last answer is left out
+    field: str = "prompt"
+
+
 class SourceConfig(Section):
     """One source of text: `builtin:classics`, a file, a folder or glob of files in formats of READERS, or `hf:NAME`."""
 

@@ -184,7 +184,9 @@ class Config(Section):
         """The config of the teacher's fine-tuning: a run of its own under `work/`, on the same text; None without."""
         if self.correct is None:
             return None
-        changes = {**_OF_NO_TEACHER, "objectives": [{"name": "cross_entropy"}], "fake_quantize": None}
+        changes = {
+            **_OF_NO_TEACHER, "objectives": [{"name": "cross_entropy"}], "fake_quantize": None, "on_policy": None
+        }  # fmt: skip
         return self._short(self.correct, "correct", "correct", changes)
 
     def training_on_grid(self, form: Int4Config) -> Config:
@@ -198,6 +200,7 @@ class Config(Section):
         changes = {
             "fake_quantize": {"bits": form.bits, "group": form.group_size}, "compile": "off", "shorter_first": (),
             "served": served.model_dump(mode="json"), "optimizer": {"min_lr": optimizer.min_lr * form.lr_share},
+            "on_policy": None,
         }  # fmt: skip
         inner = self._short(form, form.label, f"quantize/training-{form.label}", changes)
         steps = inner.distill.tokens // (inner.distill.global_batch * inner.distill.seq_len)

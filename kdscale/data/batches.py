@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,34 @@ class SequenceKey(NamedTuple):
     number: int
 
 
+class WrittenSequence(NamedTuple):
+    """A sequence that the student wrote; the log-probabilities of its labels when it wrote them, (S,), 0 elsewhere."""
+
+    packed: PackedSequence
+    logprobs_S: np.ndarray
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Which sequences of a batch the student wrote, (B,) bool, and the log-probabilities of all labels, (B, S) fp32."""
+
+    is_own_B: Tensor
+    logprobs_BS: Tensor
+
+
+class OwnSequences(Protocol):
+    """What the student writes in place of sequences of the text."""
+
+    def takes(self, number: int, step: int) -> bool:
+        """Whether it writes sequence `number` of the global order, which belongs to step `step`."""
+
+    def sequence(self, number: int, step: int) -> WrittenSequence:
+        """What it wrote, which must be there."""
+
+    def lengths(self) -> list[int]:
+        """Positions of each document in a sequence of this kind, about."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Int64 tensors (B, S); labels[b, t] is the token that follows input_ids[b, t], or IGNORED_LABEL.
@@ -54,6 +82,7 @@ class Batch:
     text_bytes: int = 0  # UTF-8 bytes of the text of the labels; only eval_batches fills it in
     sequences: tuple[SequenceKey, ...] = ()  # of the rows, in order
     step: int | None = None  # the optimiser step that trains on it, from 0; None: it is measured on
+    own: OwnText | None = None  # which sequences the student wrote; None: none of them
 
     @property
     def token_count(self) -> int:
@@ -64,6 +93,14 @@ class Batch:
     def sequence_count(self) -> int:
         """How many sequences have a label that is not ignored."""
         return int((self.labels_BS != IGNORED_LABEL).any(1).sum())
+
+    @property
+    def own_counts(self) -> tuple[int, int]:
+        """`token_count` and `sequence_count` of the sequences that the student wrote."""
+        if self.own is None:
+            return 0, 0
+        labelled_BS = (self.labels_BS != IGNORED_LABEL) & self.own.is_own_B[:, None]
+        return int(labelled_BS.sum()), int(labelled_BS.any(1).sum())
 
     def with_labels_of(self, choose: Callable[[Batch, Sequence[SequenceKey]], Tensor] | None) -> Batch:
         """The same sequences with the labels [B, S] that `choose` takes of them; None: all."""
@@ -125,6 +162,7 @@ class PackedLoader:
         label_slice: tuple[int, int] = (0, 1),
         choose_labels: Callable[[Batch, Sequence[SequenceKey]], Tensor] | None = None,
         shorter_first: Sequence[tuple[int, int]] = (),
+        own: OwnSequences | None = None,
     ):
         if not 0 <= rank < world:
             raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
@@ -136,7 +174,7 @@ class PackedLoader:
             )
         self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
         self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
-        self._label_slice, self._choose_labels = label_slice, choose_labels
+        self._label_slice, self._choose_labels, self._own = label_slice, choose_labels, own
         self._blend = BlendOrder([share.share for share in split.blend]) if split.blend else None
         self._streams = [_Stream(split, seq_len, share) for share in split.blend or (None,)]
         self.epoch_sequences = sum(stream.sequences for stream in self._streams)
@@ -176,7 +214,8 @@ class PackedLoader:
             return phase.describe(step)
         out = []
         for number in range(step * self._global, (step + 1) * self._global):
-            sequence = self.sequence(number)
+            own = self._own if self._is_own(number, step) else None
+            sequence = self.sequence(number) if own is None else own.sequence(number, step).packed
             out.append(
                 {
                     "number": number,
@@ -198,9 +237,21 @@ class PackedLoader:
 
     def stack(self, numbers: Sequence[int], step: int | None = None) -> Batch:
         """One batch of the sequences with these numbers in the global order, on which optimiser step `step` trains."""
-        keys = [SequenceKey("train", number) for number in numbers]
-        batch = stack_sequences([self.sequence(number) for number in numbers], keys, step=step)
-        return batch.with_labels_of(self._choose_labels)
+        if not any(self._is_own(number, step) for number in numbers):
+            keys = [SequenceKey("train", number) for number in numbers]
+            batch = stack_sequences([self.sequence(number) for number in numbers], keys, step=step)
+            return batch.with_labels_of(self._choose_labels)
+        assert self._own is not None and step is not None
+        is_own = [self._own.takes(number, step) for number in numbers]
+        written = [
+            self._own.sequence(number, step) if own else without_logprobs(self.sequence(number))
+            for number, own in zip(numbers, is_own, strict=True)
+        ]
+        keys = [SequenceKey("on_policy" if own else "train", n) for n, own in zip(numbers, is_own, strict=True)]
+        return stack_written(written, keys, is_own, step)
+
+    def _is_own(self, number: int, step: int | None) -> bool:
+        return self._own is not None and step is not None and self._own.takes(number, step)
 
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""
@@ -211,7 +262,12 @@ class PackedLoader:
         if (phase := self.at(step)) is not self:
             return phase.document_lengths(step)
         numbers = range(step * self._global, (step + 1) * self._global)
-        windows = (document_lengths(self._split, *self._place(number), self._seq_len) for number in numbers)
+        windows = (
+            self._own.lengths()
+            if self._own is not None and self._own.takes(number, step)
+            else document_lengths(self._split, *self._place(number), self._seq_len)
+            for number in numbers
+        )
         return [length for window in windows for length in window]
 
     def _place(self, number: int) -> tuple[EpochOrder, int]:
@@ -253,6 +309,20 @@ def stack_sequences(
         sequences=tuple(keys),
         step=step,
     )
+
+
+def without_logprobs(packed: PackedSequence) -> WrittenSequence:
+    """A sequence of the run's text beside those that the student wrote."""
+    return WrittenSequence(packed, np.zeros(len(packed.labels_S), np.float32))
+
+
+def stack_written(
+    sequences: Sequence[WrittenSequence], keys: Sequence[SequenceKey], is_own: Sequence[bool], step: int | None = None
+) -> Batch:
+    """One batch of these sequences, of which the student wrote those that `is_own` says."""
+    batch = stack_sequences([sequence.packed for sequence in sequences], keys, step=step)
+    logprobs_BS = torch.from_numpy(np.stack([sequence.logprobs_S for sequence in sequences]))
+    return replace(batch, own=OwnText(torch.tensor(is_own), logprobs_BS))
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

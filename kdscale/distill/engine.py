@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from kdscale.distill.checkpoint.saver import SavePolicy, Saver
 from kdscale.distill.checkpoint.zero_state import ZeroState
 from kdscale.distill.export import export_checkpoint
 from kdscale.distill.load_models import Folders, Models, RankSetup
+from kdscale.distill.on_policy.opening import open_samples
 from kdscale.distill.optimizer import make_optimizer
 from kdscale.distill.parallel.deepspeed_config import check_machine, deepspeed_config
 from kdscale.distill.parallel.dtypes import agreed_dtype, buffer_dtypes, check_buffers_kept, slow_products
@@ -42,6 +44,7 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.attention import choice_for
 from kdscale.models.parameter_map import trained_tensors
 from kdscale.packaging.model_card import student_card
+from kdscale.responses.prompts import Prompts
 from kdscale.runs.folder import KERNELS
 from kdscale.runtime.device import set_threads
 from kdscale.runtime.gpu_binding import rank_device
@@ -77,6 +80,8 @@ def run(
     finally:
         trainer.saver.close()
         trainer.source.close()
+        if trainer.samples is not None:
+            trainer.samples.close()
     trainer.observer.close()
     enter("export")
     on_main(lambda: _export(cfg, folders, trainer.steps))
@@ -293,9 +298,11 @@ def _fingerprint(cfg: Config, folders: Folders, setup: RankSetup, entries: Seque
     if not is_main():
         return {}
     settled = [entry.model_dump(mode="json") for entry in entries if entry.matches_layers]
+    own = cfg.distill.on_policy
     teachers, several = teacher_folders(cfg, folders.teacher), bool(cfg.distill.teachers)
     return {
         **({"layers": settled} if settled else {}),
+        **({"prompts": Prompts(own).digests()} if own is not None and own.prompts else {}),
         "distill": {**cfg.decisive_for_student(), "dtype": str(setup.dtype).removeprefix("torch.")},
         "seed": cfg.seed,
         "device": setup.device.type,
@@ -319,7 +326,8 @@ def _make_trainer(
 ) -> Trainer:
     """The trainer of a run that goes on after `step` steps."""
     settings, store, mesh = cfg.distill, TokenStore.open(folders.data), Mesh.of(cfg.distill)
-    loader = PackedLoader(
+    make_loader = partial(
+        PackedLoader,
         store.split("train"),
         settings.seq_len,
         settings.global_batch,
@@ -331,6 +339,8 @@ def _make_trainer(
         choose_labels=models.choose_labels,
         shorter_first=shorter_phases(settings),
     )
+    samples = open_samples(cfg, folders, setup, models.student, built.state.tied, make_loader().sequence, reporter.say)
+    loader = make_loader(own=samples)
     held_out = held_out_batches(store.split("heldout"), settings, models.choose_labels)
     saver = Saver(
         folders.checkpoints,
@@ -349,7 +359,8 @@ def _make_trainer(
         source=models.source,
         objectives=models.student.objectives,
         loader=loader,
-        validator=Validator(held_out, models.source, setup.device, mesh, keep=models.average is None),
+        validator=Validator(held_out, models.source, setup.device, mesh, models.average is None, samples),
+        samples=samples,
         average=models.average,
         device=setup.device,
         steps=total_steps(settings.tokens, settings.seq_len, settings.global_batch),

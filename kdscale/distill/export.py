@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,31 @@ def export_checkpoint(
             files.write_json(tmp / "config.json", config)
         copy_sidecars(source_dir, tmp, code=code)
         (tmp / CARD).write_text(card, encoding="utf-8")
-        specs = {name: source.spec(name) for name in source.names}
-        with ShardWriter(tmp, specs, max_shard_bytes) as writer, RankFileReader(index) as reader:
-            for name in source.names:
-                if name in trained:
-                    blocks = _blocks(reader, trained[name], specs[name].shape, writer.dtype(name), name)
-                    writer.add_blocks(name, blocks)
-                else:
-                    writer.add_blocks(name, source.blocks(name, _BLOCK_BYTES))
+        with RankFileReader(index) as reader:
+            write_weights(source, trained, partial(reader.fill, MASTER), tmp, max_shard_bytes)
+
+
+Fill = Callable[[ParameterRange, torch.Tensor], None]
+
+
+def write_weights(
+    source: Checkpoint, trained: Mapping[str, ParameterRange], fill: Fill, folder: Path, max_shard_bytes: int
+) -> None:
+    """Write the tensors of `source` into `folder`, those that were `trained` with the values that `fill` puts in.
+
+    Raises TrainingError on NaN or Inf.
+    """
+    specs = {name: source.spec(name) for name in source.names}
+    with ShardWriter(folder, specs, max_shard_bytes) as writer:
+        for name in source.names:
+            if name in trained:
+                writer.add_blocks(name, _blocks(fill, trained[name], specs[name].shape, writer.dtype(name), name))
+            else:
+                writer.add_blocks(name, source.blocks(name, _BLOCK_BYTES))
 
 
 def _blocks(
-    reader: RankFileReader, span: ParameterRange, shape: tuple[int, ...], dtype: torch.dtype, name: str
+    fill: Fill, span: ParameterRange, shape: tuple[int, ...], dtype: torch.dtype, name: str
 ) -> Iterator[torch.Tensor]:
     """Read a tensor of `shape` in blocks of whole rows. Raises TrainingError on a value that is not finite."""
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
@@ -76,7 +90,7 @@ def _blocks(
     for row in range(0, rows, step):
         count = min(step, rows - row)
         values = torch.empty(count * width)
-        reader.fill(MASTER, ParameterRange(span.name, span.offset + row * width, count * width), values)
+        fill(ParameterRange(span.name, span.offset + row * width, count * width), values)
         if not bool(torch.isfinite(values).all()):
             raise TrainingError(f"the distilled tensor {name} has NaN or infinite values; the student was not written")
         yield values.to(dtype).reshape(count, *shape[1:]) if shape else values.to(dtype).reshape(())

@@ -94,7 +94,8 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     pair = model_pair(teacher_dir, student_dir) if any(entry.matches_layers for entry in settings.objectives) else None
     steps = total_steps(settings.tokens, settings.seq_len, settings.global_batch)
     entries = [entry.settled(pair, steps) for entry in settings.objectives]
-    needs = combined(entry.needs for entry in entries)
+    own = [entry.settled(None, steps) for entry in settings.all_objectives[len(entries) :]]
+    needs = combined(entry.needs for entry in [*entries, *own])
     opened = open_source(
         SourceRequest(
             cfg, needs, teacher_dir, folders.run, teacher_dtype(settings.teacher_dtype, setup.dtype), setup.device,
@@ -120,7 +121,7 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
         compile_layers(student)
         if setup.zero_stage == 3:
             gather_by_layer(student)
-    objectives = Objectives(entries, pair)
+    objectives = Objectives(entries, pair, own)
     objectives.modules.to(setup.device, setup.dtype)
     module = StudentModule(student, objectives, vocab_size, shard, sequence_slice)
     return Models(source, module, slices, opened.choose_labels, opened.average)

@@ -8,6 +8,7 @@ folder.
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-from kdscale.config.distill.objectives import log_columns
 from kdscale.config.distill.targets import TEACHER_TOKEN
 from kdscale.config.load import load_config
 from kdscale.config.root import Config
@@ -35,7 +35,7 @@ from kdscale.errors import ConfigError, RunFolderError
 from kdscale.families import load_family
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.loading import load_tokenizer
-from kdscale.runs.folder import METRICS, TARGETS, RunFolder
+from kdscale.runs.folder import METRICS, ON_POLICY, TARGETS, RunFolder
 from kdscale.runs.lineage import distilled_from
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runtime.progress import Reporter
@@ -92,6 +92,8 @@ def replay(
             if not nearest and session.start.step < step - 1:
                 reporter.say(f"training again: steps {session.start.step + 1} to {step - 1}")
                 trainer.advance(session.start, step - 1)
+            if trainer.samples is not None:
+                trainer.samples.prepare(step - 1)
             sequences = _sequence_losses(trainer, step)
             figures = _run_step(session, step, parameter_groups(folders.student))
         finally:
@@ -106,8 +108,8 @@ def replay(
         "processes_of_run": cfg.distill.processes,
         **_compare_with_log(figures["loss"], folders.run / METRICS.path, step),
         **figures,
-        "sequences": _add_texts(sequences, cfg, folders, trainer.loader.at(step - 1)),
-        "losses": [term.name for term in log_columns(cfg.distill.objectives) if term.unit != "fraction"],
+        "sequences": _add_texts(sequences, cfg, folders, trainer.loader.at(step - 1), step - 1),
+        "losses": [term.name for term in cfg.distill.columns if term.unit != "fraction"],
     }
 
 
@@ -149,6 +151,8 @@ def _open_alone(cfg: Config, folders: Folders, start: StartPoint, scratch: Path,
         (scratch / "checkpoints" / start.checkpoint.name).symlink_to(start.checkpoint.resolve())
     if (stored := folders.run / TARGETS.path).exists():
         (scratch / TARGETS.path).symlink_to(stored.resolve())
+    if (written := folders.run / ON_POLICY.path).exists():  # a copy: a step that was not trained yet writes to it
+        shutil.copytree(written, scratch / ON_POLICY.path)
     served = cfg.distill.served
     if served.token_file is None:
         served = served.model_copy(update={"token_file": str(folders.run / TEACHER_TOKEN)})
@@ -166,9 +170,11 @@ def _sequence_losses(trainer: Trainer, step: int) -> list[dict[str, Any]]:
     trainer.engine.eval()
     loader = trainer.loader.at(step - 1)
     for about in loader.describe(step - 1):
-        micro_batch = to_device(loader.stack([about["number"]], step - 1), trainer.device)
+        batch = loader.stack([about["number"]], step - 1)
+        micro_batch = to_device(batch, trainer.device)
         _, figures = trainer.engine(micro_batch, trainer.source.targets(micro_batch))
-        means = trainer.objectives.means([about["labels"], 1.0, *figures.tolist()], step - 1)
+        counts = trainer.objectives.counts_of([batch])
+        means = trainer.objectives.means([*map(float, counts), *figures.tolist()], step - 1)
         out.append({**about, **{name: _finite_or_none(means[name]) for name in trainer.objectives.columns}})
     trainer.engine.train()
     return out
@@ -225,7 +231,7 @@ def _compare_with_log(loss: float | None, metrics: Path, step: int) -> dict[str,
 
 
 def _add_texts(
-    sequences: list[dict[str, Any]], cfg: Config, folders: Folders, loader: PackedLoader
+    sequences: list[dict[str, Any]], cfg: Config, folders: Folders, loader: PackedLoader, step: int
 ) -> list[dict[str, Any]]:
     """Add the beginning of each sequence and of each of its documents, as text."""
     tokenizer = load_tokenizer(folders.student, cfg.teacher.trust_remote_code)
@@ -241,7 +247,7 @@ def _add_texts(
     return [
         {
             **{key: value for key, value in entry.items() if key not in ("documents", "sources")},
-            "text": beginning(loader.sequence(entry["number"]).input_ids_S),
+            "text": beginning(loader.stack([entry["number"]], step).input_ids_BS[0]),
             "documents": list(map(document, entry["documents"], entry["sources"])),
         }
         for entry in sequences

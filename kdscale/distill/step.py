@@ -15,7 +15,7 @@ from torch import nn
 from kdscale.data.batches import Batch
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.distill.lookahead import Lookahead
-from kdscale.distill.objectives.base import COUNTS, Objectives, StudentOutput
+from kdscale.distill.objectives.base import Objectives, StudentOutput
 from kdscale.distill.telemetry.clock import Clock
 from kdscale.models.documents import Documents
 from kdscale.models.head import VocabShard, head_of
@@ -34,12 +34,17 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
     Rows and documents are found on the CPU, before the copy: on a GPU that would wait for it.
     """
     labels_M = batch.labels_BS.reshape(-1)
-    rows_N = (labels_M != IGNORED_LABEL).nonzero().squeeze(1)
-    tags_N = batch.tags_BS.reshape(-1)[rows_N]
-    tensors = [batch.input_ids_BS, batch.position_ids_BS, rows_N, labels_M[rows_N]]
+    host_rows_N = (labels_M != IGNORED_LABEL).nonzero().squeeze(1)
+    tags_N = batch.tags_BS.reshape(-1)[host_rows_N]
+    tensors = [batch.input_ids_BS, batch.position_ids_BS, host_rows_N, labels_M[host_rows_N]]
     ids_BS, position_ids_BS, rows_N, labels_N = (tensor.to(device, non_blocking=True) for tensor in tensors)
     documents = Documents.of(batch.position_ids_BS).to(device)
-    return MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences, documents, tags_N, batch.step)
+    micro_batch = MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences, documents, tags_N, batch.step)
+    if batch.own is None:
+        return micro_batch
+    is_own_N = batch.own.is_own_B[host_rows_N // batch.input_ids_BS.shape[1]]
+    logprobs_N = batch.own.logprobs_BS.reshape(-1)[host_rows_N].to(device, non_blocking=True)
+    return replace(micro_batch, is_own_N=is_own_N, logprobs_N=logprobs_N)
 
 
 class StudentModule(nn.Module):
@@ -61,7 +66,7 @@ class StudentModule(nn.Module):
         self.model, self.objectives = model, objectives
         self.objective_modules = objectives.modules
         self._layers = LayerReader(model, objectives.layers)
-        self._vocab_size, self._shard, self._sequence_slice = vocab_size, shard, sequence_slice or SequenceSlice()
+        self.vocab_size, self._shard, self._sequence_slice = vocab_size, shard, sequence_slice or SequenceSlice()
         self.at_hidden: Callable[[], None] = lambda: None  # called between the last hidden state and the losses
 
     def helpers(self) -> dict[str, nn.Parameter]:
@@ -82,7 +87,7 @@ class StudentModule(nn.Module):
         self.at_hidden()
         head = head_of(self.model)
         hidden_NH = hidden_BPH.reshape(-1, hidden_BPH.shape[-1]).index_select(0, own_N)
-        student = StudentOutput(hidden_NH, head, self._vocab_size, self._shard)
+        student = StudentOutput(hidden_NH, head, self.vocab_size, self._shard)
         if records is not None:
             student = replace(student, layers_NH=records.layers_NH, attention=records.attention)
         if batch.rows == 0:
@@ -103,7 +108,7 @@ def train_step(
 ) -> torch.Tensor:
     """Run one optimiser step through a DeepSpeed engine around a StudentModule.
 
-    Returns [tokens, sequences, *figures, *loss of each micro-batch] of this rank, all sums (fp64, on the device). The
+    Returns [*counts, *figures, *loss of each micro-batch] of this rank, all sums (fp64, on the device). The
     loss is divided once by the tokens of the global batch. DeepSpeed averages gradients over ranks, which the factor
     `world` undoes; its division by the accumulation steps is switched off. `before_each` is called before each
     micro-batch; what it raises ends the step, of which weights and optimiser then have nothing. With `update=False` the
@@ -114,13 +119,12 @@ def train_step(
     ranks: T cancels in the factor.
     """
     objectives: Objectives = engine.module.objectives
-    own = (sum(batch.token_count for batch in batches), sum(batch.sequence_count for batch in batches))
-    counts = put_on(device, own)
-    figures_end = len(COUNTS) + objectives.width
+    counts = put_on(device, objectives.counts_of(batches))
+    figures_begin, figures_end = len(objectives.counts), len(objectives.counts) + objectives.width
     totals = torch.zeros(figures_end + len(batches), dtype=torch.float64, device=device)
-    totals[: len(COUNTS)] = counts
+    totals[:figures_begin] = counts
     enter("collective")
-    tokens, sequences = all_reduce_sum(counts).clamp_min(1.0)
+    tokens, sequences, *_ = all_reduce_sum(counts).clamp_min(1.0)
     scale, tokens_per_sequence = (world_size() / tokens).float(), (tokens / sequences).float()
     engine.module.at_hidden = lambda: clock.mark("student")
     ahead, following = Lookahead(source, stream), None
@@ -135,7 +139,7 @@ def train_step(
         enter("student")
         losses, figures = engine(micro_batch, targets)
         loss_sum = objectives.weighted(losses, tokens_per_sequence, batch.step)
-        totals[len(COUNTS) : figures_end] += figures
+        totals[figures_begin:figures_end] += figures
         totals[figures_end + number] = loss_sum.detach()
         clock.mark("loss")
         # A loss or target that is not finite must reach the gradients even where the backward would hide it: the factor

@@ -17,7 +17,8 @@ from kdscale.distill.agreement import Agreement, StopAsked
 from kdscale.distill.checkpoint.saver import Saver
 from kdscale.distill.lookahead import teacher_stream
 from kdscale.distill.non_finite import SkipGuard, by_rank, first_non_finite, show_documents, stop_error, watch
-from kdscale.distill.objectives.base import COUNTS, Objectives
+from kdscale.distill.objectives.base import Objectives
+from kdscale.distill.on_policy.samples import PHASE, Samples
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.schedule import cosine_lr, seed_step
 from kdscale.distill.step import to_device, train_step
@@ -61,6 +62,7 @@ class Trainer:
     reporter: Reporter
     host_sums: HostSums
     average: StudentAverage | None = None  # a teacher that follows the student
+    samples: Samples | None = None  # what the student writes itself
 
     def __post_init__(self) -> None:
         self.guard = SkipGuard(self.cfg.guard.max_skipped_in_a_row)
@@ -92,7 +94,7 @@ class Trainer:
         with self._session("distil", total, done) as (agreement, bar):
             try:
                 self._validate_if_due(finished.step, agreement)
-                for step, batches, after in self._remaining(start, self.steps):
+                for step, batches, after in self._remaining(start, self.steps, agreement):
                     self._one_step(step, batches, agreement, bar)
                     finished = after
                     self._after_step(after, agreement)
@@ -104,7 +106,7 @@ class Trainer:
         """Train on to step `until` without validating or saving; the steps are those of `train`."""
         with self._session("train on", until * self.step_tokens, start.step * self.step_tokens) as (agreement, bar):
             try:
-                for step, batches, _ in self._remaining(start, until):
+                for step, batches, _ in self._remaining(start, until, agreement):
                     self._one_step(step, batches, agreement, bar)
                 agreement.settle()
             except StopAsked as asked:
@@ -135,14 +137,22 @@ class Trainer:
             minutes = self.cfg.checkpoint_minutes
             yield Agreement(self.host_sums, stop, minutes, lambda: self.saver.written, self._seal), bar
 
-    def _remaining(self, start: LoaderState, until: int) -> Iterator[tuple[int, list[Batch], LoaderState]]:
-        """(step, batches, state after it) up to step `until`. Batches are made one step early, for the prefetch."""
+    def _remaining(
+        self, start: LoaderState, until: int, agreement: Agreement
+    ) -> Iterator[tuple[int, list[Batch], LoaderState]]:
+        """(step, batches, state after it) up to step `until`. Batches are made one step early, for the prefetch.
+
+        Not those that the student writes with the weights of then. Raises StopAsked.
+        """
         stream = self.loader.batches(start)
         ahead: deque[tuple[list[Batch], LoaderState]] = deque()
         for step in range(start.step, until):
             enter("data")
             self.observer.begin(step)
-            while len(ahead) < min(2, until - step):
+            if self.samples is not None and self.samples.prepare(step, agreement.look):
+                self.observer.clock.mark(PHASE)
+            early = self.samples is None or self.samples.holds(step + 1)
+            while len(ahead) < min(2 if early else 1, until - step):
                 ahead.append(self._prefetched(next(stream)))
             yield step, *ahead.popleft()
 
@@ -190,7 +200,7 @@ class Trainer:
         Values that are not summed (peak memory, losses of micro-batches) go along as one row per rank, zero on all
         other ranks. Tensor-parallel ranks have the same batch and the same sums, which count once.
         """
-        figures, world, tensor = len(COUNTS) + self.objectives.width, world_size(), self._mesh.tensor
+        figures, world, tensor = len(self.objectives.counts) + self.objectives.width, world_size(), self._mesh.tensor
         own = torch.cat([put_on(self.device, [peak_memory(self.device)]), totals[figures:]])
         rows = own.new_zeros(world, own.numel())
         rows[rank()] = own

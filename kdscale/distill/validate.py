@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
+from kdscale.config.distill.objectives import OWN_TEXT
 from kdscale.config.distill.settings import DistillConfig
 from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenSplit
-from kdscale.distill.objectives.base import COUNTS, Objectives
+from kdscale.distill.objectives.base import Objectives
+from kdscale.distill.on_policy.samples import Samples
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.step import to_device
 from kdscale.errors import DataError
+from kdscale.runtime.device import put_on
 from kdscale.runtime.ranks import all_reduce_sum
 from kdscale.teacher.source import LabelChoice, MicroBatch, TargetSource
 from kdscale.teacher.targets import Targets
@@ -43,15 +46,21 @@ class Validator:
     """
 
     def __init__(
-        self, batches: Sequence[Batch], source: TargetSource, device: torch.device, mesh: Mesh, keep: bool = True
+        self,
+        batches: Sequence[Batch],
+        source: TargetSource,
+        device: torch.device,
+        mesh: Mesh,
+        keep: bool = True,
+        samples: Samples | None = None,
     ):
-        """`keep`: whether the targets stay the same, and so are computed once."""
+        """`keep`: whether the targets stay the same, and so are computed once. `samples`: what the student writes."""
         own = list(batches[mesh.data_rank :: mesh.data])
         rounds = -(-len(batches) // mesh.data)
         unlabelled = replace(batches[0], labels_BS=torch.full_like(batches[0].labels_BS, IGNORED_LABEL))
         own += [unlabelled] * (rounds - len(own))
         self._batches = [batch.with_label_slice(mesh.sequence_rank, mesh.sequence) for batch in own]
-        self._mesh, self._source, self._device, self._keep = mesh, source, device, keep
+        self._mesh, self._source, self._device, self._keep, self._samples = mesh, source, device, keep, samples
         self._targets: list[Targets] = []
 
     @torch.no_grad()
@@ -61,19 +70,36 @@ class Validator:
         `before_each` is called before each batch; what it raises ends the validation.
         """
         objectives: Objectives = engine.module.objectives
-        totals = torch.zeros(len(COUNTS) + objectives.width, dtype=torch.float64, device=self._device)
+        written = self._samples.held_out_batches(before_each) if self._samples is not None else []
         engine.eval()
-        for number, batch in enumerate(self._batches):
+        values = self._sums(engine, self._batches, self._targets_of, before_each)
+        means = {**objectives.means(values), "tokens": values[0]}
+        if self._samples is not None:
+            own = self._sums(engine, written, lambda _, batch: self._source.targets(batch), before_each)
+            means |= {name: mean for name, mean in objectives.means(own).items() if name.startswith(OWN_TEXT)}
+        engine.train()
+        return means
+
+    def _sums(
+        self,
+        engine: Any,
+        batches: Sequence[Batch],
+        targets: Callable[[int, MicroBatch], Targets],
+        before_each: Callable[[], None],
+    ) -> list[float]:
+        """[*counts, *figures] over all ranks."""
+        objectives: Objectives = engine.module.objectives
+        begin = len(objectives.counts)
+        totals = torch.zeros(begin + objectives.width, dtype=torch.float64, device=self._device)
+        for number, batch in enumerate(batches):
             before_each()
             enter("validation")
             micro_batch = to_device(batch, self._device)
-            _, figures = engine(micro_batch, self._targets_of(number, micro_batch))
-            totals[len(COUNTS) :] += figures
-            totals[0] += batch.token_count
-            totals[1] += batch.sequence_count
-        engine.train()
-        values = (all_reduce_sum(totals) / self._mesh.tensor).tolist()  # tensor-parallel ranks have the same sums
-        return {**objectives.means(values), "tokens": values[0]}
+            _, figures = engine(micro_batch, targets(number, micro_batch))
+            totals[begin:] += figures
+        totals[:begin] += put_on(self._device, objectives.counts_of(batches))
+        values: list[float] = (all_reduce_sum(totals) / self._mesh.tensor).tolist()  # ranks of a layer have the same
+        return values
 
     def _targets_of(self, number: int, batch: MicroBatch) -> Targets:
         if not self._keep:

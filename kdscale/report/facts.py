@@ -22,7 +22,7 @@ from kdscale.report.comparison import NOISE, comparison, students, worsened
 from kdscale.report.downstream_facts import downstream
 from kdscale.report.speed_facts import speed
 from kdscale.report.tradeoff.points import as_json, points_of
-from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL, EVAL_FILE, METRICS
+from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL, EVAL_FILE, METRICS, ON_POLICY
 from kdscale.runs.metrics_log import read_metrics
 from kdscale.runs.models import DISTILLED, TEACHER, model_title
 
@@ -83,6 +83,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "importance": importance,
         "notices": pruning_facts.notices(run_dir / "importance"),
         "curves": training_facts.curves(log_rows) if log_rows else None,
+        "on_policy": training_facts.written(run_dir / ON_POLICY.path),
         "stages": _stages(run_dir),
         "config": config,
         "student_path": f"{(config or {}).get('run_dir') or run_dir.name}/student",

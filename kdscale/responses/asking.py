@@ -11,13 +11,13 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.responses.settings import LimitsConfig, ResponsesConfig
 from kdscale.errors import Interrupted, ServiceError, SpendingLimitError
 from kdscale.responses.client import Client, NotNowError, RefusedError
-from kdscale.responses.journal import Journal, Usage, usage_of
+from kdscale.responses.journal import Usage, usage_of
 from kdscale.responses.limits import Budget, Pace
 from kdscale.runtime.progress import Bar
 from kdscale.runtime.signals import StopRequest, watch_signals
@@ -70,7 +70,16 @@ class RequestPolicy:
         )  # fmt: skip
 
 
-def ask_all(questions: Iterable[Question], journal: Journal, policy: RequestPolicy, bar: Bar) -> None:
+class Answers(Protocol):
+    """Where answers are kept: a journal."""
+
+    @property
+    def usage(self) -> Usage: ...
+    def __contains__(self, key: object) -> bool: ...
+    def append(self, key: str, **content: Any) -> None: ...
+
+
+def ask_all(questions: Iterable[Question], journal: Answers, policy: RequestPolicy, bar: Bar) -> None:
     """Ask every question that is not in the journal.
 
     Raises ServiceError for an endpoint that refuses or does not answer, ConfigError for one that does not accept the
@@ -87,7 +96,7 @@ class _StoppingError(Exception):
 
 class _Asking:
     def __init__(
-        self, questions: Iterable[Question], journal: Journal, policy: RequestPolicy, bar: Bar, request: StopRequest
+        self, questions: Iterable[Question], journal: Answers, policy: RequestPolicy, bar: Bar, request: StopRequest
     ):
         self._journal, self._policy, self._bar, self._request = journal, policy, bar, request
         self._questions = self._missing(questions)

@@ -12,6 +12,7 @@ import torch
 
 from kdscale.config.responses.settings import SamplingConfig
 from kdscale.errors import DataError
+from kdscale.models.generation.drawing import end_ids
 from kdscale.responses.journal import key_of
 
 
@@ -28,7 +29,7 @@ class Generator:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:  # Llama's has none; what pads is masked out
             tokenizer.pad_token = tokenizer.eos_token
-        self._ends = _end_ids(model, tokenizer)
+        self._ends = end_ids(model.generation_config, tokenizer)
         # generate() takes from here whatever its own argument leaves open: the checkpoint may penalise repetition
         model.generation_config = self._generation()
 
@@ -76,12 +77,6 @@ class Generator:
             text = self._tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             answers.append({"text": text, "finish_reason": "length" if end is None else "stop"})
         return {"answers": answers, "prompt_tokens": prompt_tokens, "answer_tokens": tokens}
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list | tuple) else [configured]
-    return sorted({int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -8,8 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-from kdscale.config.data import SourceConfig
-from kdscale.config.responses.settings import PromptSourceConfig
+from kdscale.config.data import PromptSourceConfig, SourceConfig
 from kdscale.data.readers import jsonl
 from kdscale.data.readers.chat import parse_messages
 from kdscale.data.readers.records import checked_text

@@ -5,6 +5,7 @@ run/  config.yaml (resolved)  events.jsonl  status.json  logs/  stages/ (one man
   responses/ (a journal of all answers, and those that are kept)
   data/  corrected/ (the teacher after its correction)  importance/  speed.json (timings of shapes)  plan.json  pruned/
   repair.json (what compensation won back)  targets/ (stored targets, or a link to where they are)  checkpoints/
+  on-policy/ (what the student wrote while it was trained)
   student/  quantized/ (the student in forms with fewer bits)  eval/
   downstream/ (scores on tasks)  bias/  report/
   steps/ (a run folder for each step before the last)
@@ -72,6 +73,7 @@ REPAIR = Artifact("repair.json")
 TARGETS = Artifact("targets")
 TARGETS_HEADER = Artifact("targets", ("store.json",))  # it says which targets there are
 CHECKPOINTS = Artifact("checkpoints")
+ON_POLICY = Artifact("on-policy")  # what the student wrote while it was trained: a journal, which any run may lack
 STUDENT = Artifact("student")
 STUDENT_WEIGHTS = Artifact("student", WEIGHTS)
 CARD = "README.md"  # of a model's folder: people edit it, and nothing is computed from it

@@ -26,7 +26,7 @@ from kdscale.models.documents import Documents
 from kdscale.runtime.http_status import wrong_setting
 from kdscale.teacher.services import Services, make_client, post_limited
 from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
-from kdscale.teacher.targets import Targets, TopKTargets
+from kdscale.teacher.targets import LabelTargets, Targets, TopKTargets
 
 if TYPE_CHECKING:
     import httpx
@@ -55,7 +55,7 @@ class EndpointTeacher:
     def __init__(self, endpoint: EndpointConfig, gives: Needs, *, vocab_size: int):
         self.model, self.gives = nn.Module(), gives  # no layers to search for a NaN
         self._endpoint, self._vocab_size = endpoint, vocab_size
-        self._top_k = min(gives.top_k, vocab_size)
+        self._top_k = min(max(gives.top_k, 1), vocab_size)
         key = endpoint.key(SECTION)
         client = make_client(endpoint.base_url, key, endpoint.timeout, through_proxy=not endpoint.on_this_machine)
         self._services = Services[bytes](
@@ -76,16 +76,22 @@ class EndpointTeacher:
         scored = split_documents(batch)
         ids_NK = torch.empty(batch.rows, self._top_k, dtype=torch.int64)
         logits_NK = torch.empty(batch.rows, self._top_k)
+        label = LabelTargets(torch.empty(batch.rows)) if self.gives.label else None
         if batch.rows:
             answer = self._services.answer(self._body(scored))
             entries = read_entries(answer, scored, self._top_k, self._vocab_size)
             # documents and their rows are in order, and so are the batch's rows
             ids_NK[:] = torch.tensor([[token for token, _ in row] for row in entries])
             logits_NK[:] = torch.tensor([[logprob for _, logprob in row] for row in entries])
+            if label is not None:
+                label.logprobs_N[:] = torch.tensor(read_labels(answer, scored))
         temperature = self.gives.temperature_at(batch.step)
         lse_N = torch.zeros(batch.rows) if temperature == 1.0 else (logits_NK / temperature).logsumexp(1)
         ids_NK, logits_NK, lse_N = (tensor.to(batch.rows_N.device) for tensor in (ids_NK, logits_NK, lse_N))
-        return Targets(rows=batch.rows, top_k=TopKTargets(ids_NK, logits_NK, lse_N, temperature, self._vocab_size))
+        if label is not None:
+            label = LabelTargets(label.logprobs_N.to(lse_N.device))
+        top_k = TopKTargets(ids_NK, logits_NK, lse_N, temperature, self._vocab_size) if self.gives.top_k else None
+        return Targets(rows=batch.rows, top_k=top_k, label=label)
 
     def close(self) -> None:
         """Cancel the questions that nobody waits for, and close the connections."""
@@ -140,6 +146,21 @@ def read_entries(answer: bytes, scored: Scored, top_k: int, vocab_size: int) -> 
             raise _unusable(f"{len(prompt)} entries of prompt_logprobs", str(len(entries)))
         rows += [_most_likely(entries[position], top_k, vocab_size) for position in positions]
     return rows
+
+
+def read_labels(answer: bytes, scored: Scored) -> list[float]:
+    """The log-probability of the token that stands at every wanted position. Raises ServiceError where there is none.
+
+    `read_entries` has checked the answer.
+    """
+    found = []
+    for prompt, positions, entries in zip(scored.prompts, scored.positions, _scores(answer, scored), strict=True):
+        for position in positions:
+            told = entries[position].get(str(prompt[position]))
+            if told is None:
+                raise _unusable(f"the text's own token, {prompt[position]}", repr(entries[position])[:200])
+            found.append(float(told["logprob"]))
+    return found
 
 
 def _scores(answer: bytes, scored: Scored) -> list[list[Any]]:

@@ -14,7 +14,7 @@ from kdscale.config.distill.targets import Needs
 from kdscale.models.head import OutputHead, VocabShard
 from kdscale.teacher.sampling import draw, uniforms_of
 from kdscale.teacher.source import MicroBatch
-from kdscale.teacher.targets import FullTargets, SampledTargets, Targets, TopKTargets
+from kdscale.teacher.targets import FullTargets, LabelTargets, SampledTargets, Targets, TopKTargets
 from kdscale_kernels import linear_topk_lse, vocab_parallel_topk_lse
 
 
@@ -37,7 +37,18 @@ class TargetsFromHead:
             top_k=self._top_k(hidden_NH, head, batch.step) if self.gives.top_k else None,
             sampled=self._sampled(hidden_NH, head, batch) if self.gives.sampled else None,
             full=FullTargets(hidden_NH, head.detached()) if self.gives.full else None,
+            label=self._label(hidden_NH, head, batch) if self.gives.label else None,
         )
+
+    def _label(self, hidden_NH: torch.Tensor, head: OutputHead, batch: MicroBatch) -> LabelTargets:
+        """The label's logit less the log-sum-exp; ranks that share the head never ask for it."""
+        assert self.shard is None
+        options: dict[str, Any] = {"softcap": head.softcap, "vocab_size": self.vocab_size}
+        lse_N = linear_topk_lse(hidden_NH, head.weight_VH, 1, bias_V=head.bias_V, **options).lse_N
+        logits_N = (hidden_NH.float() * head.weight_VH.index_select(0, batch.labels_N).float()).sum(1)
+        if head.bias_V is not None:
+            logits_N = logits_N + head.bias_V.index_select(0, batch.labels_N).float()
+        return LabelTargets(head.capped(logits_N) - lse_N)
 
     def _top_k(self, hidden_NH: torch.Tensor, head: OutputHead, step: int | None) -> TopKTargets:
         temperature, count = self.gives.temperature_at(step), min(self.gives.top_k, self.vocab_size)

@@ -33,6 +33,8 @@ class MicroBatch:
     `documents` are where the positions say; found there (waiting for the device) where the maker leaves them out.
     `tags_N` (int64, on the CPU) numbers the tag of each row's source in the token store's list of tags.
     `step`: the optimiser step that trains on them, for settings that follow a schedule; None: these are at their end.
+    `is_own_N` (bool, on the CPU): rows of text that the student wrote, and `logprobs_N` (fp32) what it gave each label
+    then, 0 elsewhere; None: there are none.
     """
 
     input_ids_BS: torch.Tensor
@@ -43,6 +45,8 @@ class MicroBatch:
     documents: Documents | None = None
     tags_N: torch.Tensor | None = None
     step: int | None = None
+    is_own_N: torch.Tensor | None = None
+    logprobs_N: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -53,7 +57,9 @@ class MicroBatch:
         """The same sequences with only some of the rows; their numbers `index_M` are on the CPU."""
         rows_M, labels_M = (rows_of(tensor, index_M) for tensor in (self.rows_N, self.labels_N))
         tags_M = None if self.tags_N is None else self.tags_N[index_M]
-        return replace(self, rows_N=rows_M, labels_N=labels_M, tags_N=tags_M)
+        is_own_M = None if self.is_own_N is None else self.is_own_N[index_M]
+        logprobs_M = None if self.logprobs_N is None else rows_of(self.logprobs_N, index_M)
+        return replace(self, rows_N=rows_M, labels_N=labels_M, tags_N=tags_M, is_own_N=is_own_M, logprobs_N=logprobs_M)
 
 
 class StudentAverage(Protocol):

@@ -68,6 +68,13 @@ class FullTargets:
     head: OutputHead
 
 
+@dataclass(frozen=True)
+class LabelTargets:
+    """The teacher's log-probability (fp32), at temperature 1, of each of N rows' own label."""
+
+    logprobs_N: torch.Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Targets:
     """The parts of the targets of `rows` rows that were asked for; what was not is None or empty.
@@ -81,17 +88,23 @@ class Targets:
     top_k: TopKTargets | None = None
     sampled: SampledTargets | None = None
     full: FullTargets | None = None
+    label: LabelTargets | None = None
     hidden_NG: Mapping[int, torch.Tensor] = field(default_factory=dict)
     attention: Mapping[int, AttentionRows] = field(default_factory=dict)
     teachers: tuple[TeacherPart, ...] = ()
 
     def part(self, rows: slice | torch.Tensor) -> Targets:
-        """The targets of some of the rows, a slice or numbers on the CPU; without those of single layers."""
+        """The targets of some of the rows, a slice or numbers on the CPU, ascending; without those of layers."""
+        if self.teachers:
+            assert isinstance(rows, torch.Tensor)
+            parts = tuple(part for whole in self.teachers if (part := whole.of(rows, self.rows)) is not None)
+            return Targets(rows=len(rows), teachers=parts)
         return Targets(
             rows=len(range(self.rows)[rows]) if isinstance(rows, slice) else len(rows),
             top_k=self.top_k and _of_rows(self.top_k, rows),
             sampled=self.sampled and _of_rows(self.sampled, rows),
             full=self.full and _of_rows(self.full, rows),
+            label=self.label and _of_rows(self.label, rows),
         )
 
     def probe(self) -> torch.Tensor:
@@ -99,6 +112,7 @@ class Targets:
         parts = [self.top_k.lse_N] if self.top_k is not None else []
         parts += [self.sampled.weights_NK] if self.sampled is not None else []
         parts += [self.full.hidden_NG] if self.full is not None else []
+        parts += [self.label.logprobs_N] if self.label is not None else []
         parts += self.hidden_NG.values()
         parts += [part for rows in self.attention.values() for part in (rows.query_TAD, rows.key_TGD, rows.value_TGD)]
         sums = [part.sum(dtype=torch.float32) for part in parts] + [part.targets.probe() for part in self.teachers]
@@ -113,6 +127,14 @@ class TeacherPart:
     rows_M: torch.Tensor | None
     targets: Targets
 
+    def of(self, chosen: torch.Tensor, rows: int) -> TeacherPart | None:
+        """What it says of the `chosen` ones of `rows` rows, which become the rows; None where it says nothing."""
+        own_M = torch.arange(rows) if self.rows_M is None else self.rows_M
+        kept = torch.isin(own_M, chosen).nonzero().squeeze(1)
+        if not len(kept):
+            return None
+        return TeacherPart(self.share, torch.searchsorted(chosen, own_M[kept]), self.targets.part(kept))
+
 
 def rows_of(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """Some rows of a tensor on any device: a slice, or numbers on the CPU; without waiting for the device."""
@@ -121,7 +143,7 @@ def rows_of(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     return tensor.index_select(0, rows.to(tensor.device, non_blocking=True))
 
 
-SomeTargets = TypeVar("SomeTargets", TopKTargets, SampledTargets, FullTargets)
+SomeTargets = TypeVar("SomeTargets", TopKTargets, SampledTargets, FullTargets, LabelTargets)
 
 
 def _of_rows(targets: SomeTargets, rows: slice | torch.Tensor) -> SomeTargets:

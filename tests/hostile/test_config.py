@@ -32,7 +32,7 @@ def whole_tree() -> dict[str, Any]:
             "tracking": {"wandb": {}, "mlflow": {}, "trackio": {}},
             "eval": {"downstream": {}},
             "distill": {"served": {"urls": ["http://h:1"]}, "zero": {"extra": {"overlap_comm": True}},
-                        "fake_quantize": {}},
+                        "fake_quantize": {}, "on_policy": {"prompts": [{"path": "p.txt"}], "system": "s"}},
         },
         "here",
     ).resolved()  # fmt: skip

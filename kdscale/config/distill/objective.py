@@ -85,6 +85,7 @@ class ObjectiveConfig(Section):
     reads_head_shards: ClassVar[bool] = False  # works where tensor-parallel ranks share the student's head
     reads_whole_documents: ClassVar[bool] = False  # cannot do with a rank's own positions of a sequence
     matches_layers: ClassVar[bool] = False  # has to know the layers and sizes of both models (ModelPair)
+    only_own_text: ClassVar[bool] = False  # for what the student wrote itself (distill.on_policy) alone
 
     name: str
     # in the sum of all objectives

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -111,9 +112,50 @@ class CrossEntropyConfig(ObjectiveConfig):
     name: Literal["cross_entropy"] = "cross_entropy"
 
 
+class PolicyGradientConfig(ObjectiveConfig):
+    """The reverse KL by its policy gradient: each token that the student wrote is rewarded by log p_T − log p_S."""
+
+    implementation = "kdscale.distill.objectives.policy_gradient:PolicyGradient"
+    terms = (
+        Term("reverse_kl", "reverse KL on its tokens", "nats", headline=True, better="lower"),
+        Term("ratio", "importance ratio"),
+        Term("clipped", "tokens with a clipped ratio", "fraction"),
+    )
+    only_own_text = True
+
+    name: Literal["policy_gradient"] = "policy_gradient"
+    # the importance ratio p_S / p_S-as-it-wrote stays within 1 ± clip (PPO); null: no ratio (REINFORCE)
+    clip: Annotated[float, Field(gt=0.0, le=10.0)] | None = 0.2
+    baseline: Literal["none", "sequence"] = "none"  # taken off the rewards: nothing, or their mean over the sequence
+
+    @property
+    def reads_labels(self) -> bool:
+        """It raises and lowers them by what the teacher says: alone they teach nothing."""
+        return False
+
+    @property
+    def adds_up(self) -> bool:
+        """A mixture of teachers has another reward than the mixture of their rewards."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """The teacher's probability of the tokens that were written."""
+        return Needs(label=True)
+
+    @property
+    def formula(self) -> str:
+        """What is minimised, in one line."""
+        less = " − mean" if self.baseline == "sequence" else ""
+        if self.clip is None:
+            return f"−(log p_T − log p_S{less})·log p_S on the student's own tokens"
+        return f"−(log p_T − log p_S{less})·ratio on the student's own tokens, ratio within 1 ± {self.clip:g}"
+
+
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "token_divergence": TokenDivergenceConfig,
     "cross_entropy": CrossEntropyConfig,
+    "policy_gradient": PolicyGradientConfig,
     "hidden_states": HiddenStatesConfig,
     "attention": AttentionConfig,
 }
@@ -125,10 +167,27 @@ ObjectiveEntry = Annotated[
 ]
 
 
-def log_columns(entries: Sequence[ObjectiveConfig]) -> list[Term]:
-    """The columns that every step logs for these objectives: the loss, each one's own if there are several, terms."""
-    own = [Term(entry.name, f"loss of {entry.name}") for entry in entries] if len(entries) > 1 else []
-    return [LOSS, *own, *(term for entry in entries for term in entry.terms)]
+OWN_TEXT = "on_policy_"  # begins the columns of what is learnt on what the student wrote itself
+
+
+def of_own_text(term: Term) -> Term:
+    """The same figure, on what the student wrote."""
+    exponential = None if term.exponential is None else of_own_text(term.exponential)
+    return replace(term, name=OWN_TEXT + term.name, title=f"{term.title} on its own text", exponential=exponential)
+
+
+def log_columns(entries: Sequence[ObjectiveConfig], own: Sequence[ObjectiveConfig] = ()) -> list[Term]:
+    """The columns that every step logs for these objectives: the loss, each one's own if there are several, terms.
+
+    `own`: those on what the student wrote itself.
+    """
+    columns = [LOSS, *_columns_of(entries)]
+    return columns + [of_own_text(term) for term in ([LOSS, *_columns_of(own)] if own else [])]
+
+
+def _columns_of(entries: Sequence[ObjectiveConfig]) -> list[Term]:
+    losses = [Term(entry.name, f"loss of {entry.name}") for entry in entries] if len(entries) > 1 else []
+    return [*losses, *(term for entry in entries for term in entry.terms)]
 
 
 def farther_from_teacher(terms: Sequence[Term], start: Mapping[str, float], now: Mapping[str, float]) -> list[str]:

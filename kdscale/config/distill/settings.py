@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
+from kdscale.config.distill.objective import ObjectiveConfig, Term
+from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives, log_columns
+from kdscale.config.distill.on_policy import OnPolicyConfig
 from kdscale.config.distill.recompute import RECOMPUTE, Recompute, RecomputeLevel
 from kdscale.config.distill.targets import SEVERAL, TEXT_ALONE, Needs, Source, check_source, combined, source_of
 from kdscale.config.distill.teachers import SourceSettings, TeacherEntry, check_teachers
@@ -79,6 +81,8 @@ class DistillConfig(SourceSettings):
     optimizer: OptimizerConfig = OptimizerConfig()
     # their weighted sum is the loss
     objectives: tuple[ObjectiveEntry, ...] = Field(strict=False, default=(TokenDivergenceConfig(),))
+    # sequences that the student writes; null: it learns from the run's text alone
+    on_policy: OnPolicyConfig | None = None
     guard: GuardConfig = GuardConfig()
     spikes: SpikeConfig = SpikeConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -147,13 +151,60 @@ class DistillConfig(SourceSettings):
     @model_validator(mode="after")
     def _objectives_get_their_targets(self) -> DistillConfig:
         check_objectives(self.objectives)
-        check_teachers(self.teachers, self.objectives)
+        for entry in self.objectives:
+            if entry.only_own_text:
+                raise ValueError(f"objectives: {entry.name} is for text of the student's own: put it in on_policy")
+        check_teachers(self.teachers, self.all_objectives)
         for name, settings in self.by_teacher().items():
             try:
                 settings._source_gives_them()
             except ValueError as error:
                 raise ValueError(f"teachers ({name}): {error}" if self.teachers else str(error)) from error
         return self
+
+    @model_validator(mode="after")
+    def _student_can_write(self) -> DistillConfig:
+        own = self.on_policy
+        if own is None:
+            return self
+        longest = own.answers_a_sequence
+        if longest > self.seq_len:
+            raise ValueError(
+                f"on_policy: prompt_tokens + max_new_tokens ({longest:,}) must fit into seq_len ({self.seq_len:,})"
+            )
+        for name, unsupported in (
+            ("shorter_first", bool(self.shorter_first)),
+            ("sequence_parallel above 1", self.sequence_parallel > 1),
+            ("tensor_parallel above 1, where no rank has the student whole", self.tensor_parallel > 1),
+            *(
+                (f"the objective {entry.name}, which reads layers or counts sequences", True)
+                for entry in self.objectives
+                if entry.matches_layers or entry.count != "tokens"
+            ),
+            *(
+                (f"teacher_placement: {one.teacher_placement}, which knows the run's text alone", not one.any_text)
+                for one in self.by_teacher().values()
+            ),
+            ("prompts from files and teachers with tags", bool(own.prompts) and any(e.tags for e in self.teachers)),
+        ):
+            if unsupported:
+                raise ValueError(f"on_policy: does not go with {name}")
+        return self
+
+    @property
+    def any_text(self) -> bool:
+        """Whether this teacher's source scores text that was not there before."""
+        return source_of(self.teacher_placement).any_text
+
+    @property
+    def all_objectives(self) -> tuple[ObjectiveConfig, ...]:
+        """Those on the run's text, then those on what the student writes."""
+        return (*self.objectives, *(self.on_policy.objectives if self.on_policy is not None else ()))
+
+    @property
+    def columns(self) -> list[Term]:
+        """What every step logs of the objectives."""
+        return log_columns(self.objectives, () if self.on_policy is None else self.on_policy.objectives)
 
     @model_validator(mode="after")
     def _student_can_be_averaged(self) -> DistillConfig:
@@ -174,7 +225,11 @@ class DistillConfig(SourceSettings):
         return self
 
     def _source_gives_them(self) -> None:
-        check_source(self.teacher_placement, self.needs)
+        check_source(self.teacher_placement, combined(entry.needs for entry in self.objectives))
+        try:
+            check_source(self.teacher_placement, self.needs)
+        except ValueError as error:
+            raise ValueError(f"on_policy.objectives: with {error}, or targets: topk") from error
         if self.source.name == "served" and not self.served.urls:
             raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
         if self.source.name == "endpoint" and (missing := self.endpoint.missing()):
@@ -259,7 +314,7 @@ class DistillConfig(SourceSettings):
     @property
     def needs(self) -> Needs:
         """The parts of the teacher's targets that the objectives read."""
-        return combined(entry.needs for entry in self.objectives)
+        return combined(entry.needs for entry in self.all_objectives)
 
     def need_whole_head(self) -> list[str]:
         """The objectives that ranks which share the head's rows cannot compute, in words."""
@@ -307,6 +362,10 @@ class DistillConfig(SourceSettings):
         teachers = [entry.model_dump(mode="json", include=DECISIVE_OF_TEACHER) for entry in self.teachers]
         if self.fake_quantize is None:
             del decisive["fake_quantize"]  # runs of older versions go on
+        if self.on_policy is None:
+            del decisive["on_policy"]
+        else:
+            decisive["on_policy"] = self.on_policy.decisive()
         return {
             **decisive,
             "teachers": teachers,

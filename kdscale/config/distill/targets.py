@@ -39,6 +39,7 @@ class Needs:
     full: bool = False  # the distribution over the whole vocabulary
     hidden_layers: Sequence[int] = ()  # hidden states after these layers
     attention_layers: Sequence[int] = ()  # attention of these layers
+    label: bool = False  # the log-probability, at temperature 1, of the token that the text goes on with
     # the probability of all top K at that temperature; a source without it knows it at temperature 1 alone
     mass: bool = True
 
@@ -50,7 +51,8 @@ class Needs:
     @property
     def nothing(self) -> bool:
         """Whether no part of a teacher's targets is needed."""
-        return not (self.top_k or self.sampled or self.full or self.hidden_layers or self.attention_layers)
+        layers = self.hidden_layers or self.attention_layers
+        return not (self.top_k or self.sampled or self.full or self.label or layers)
 
     def missing_from(self, gives: Needs) -> str:
         """The parts needed here that a source with `gives` lacks, in words; "" when it gives all of them."""
@@ -66,6 +68,8 @@ class Needs:
             missing.append(f"targets at temperature {self.temperature} (it has those at {gives.temperature})")
         if self.full and not gives.full:
             missing.append("the distribution over the whole vocabulary")
+        if self.label and not gives.label:
+            missing.append("the probability of the text's own next token")
         for part, needed, given in (
             ("hidden states", self.hidden_layers, gives.hidden_layers),
             ("attention", self.attention_layers, gives.attention_layers),
@@ -80,6 +84,7 @@ class Needs:
             "top-K probabilities": self.top_k > 0,
             "sampled tokens": self.sampled > 0,
             "probabilities over the whole vocabulary": self.full,
+            "probability of the text's own tokens": self.label,
             "hidden states": bool(self.hidden_layers),
             "attention": bool(self.attention_layers),
         }
@@ -93,8 +98,8 @@ def combined(needs: Iterable[Needs]) -> Needs:
     temperatures = list(dict.fromkeys(item.temperature for item in needs if item.top_k or item.sampled))
     if len(temperatures) > 1:
         raise ValueError(
-            "objectives: those on the teacher's top K or on sampled tokens must have one temperature, got "
-            + " and ".join(sorted(map(str, temperatures)))
+            "objectives: those on the teacher's top K or on sampled tokens, of on_policy too, must have one "
+            f"temperature, got {' and '.join(sorted(map(str, temperatures)))} (targets: full has none)"
         )
     return Needs(
         top_k=max((item.top_k for item in needs), default=0),
@@ -102,6 +107,7 @@ def combined(needs: Iterable[Needs]) -> Needs:
         temperature=temperatures[0] if temperatures else 1.0,
         mass=any(item.mass for item in needs if item.top_k),
         full=any(item.full for item in needs),
+        label=any(item.label for item in needs),
         hidden_layers=sorted({layer for item in needs for layer in item.hidden_layers}),
         attention_layers=sorted({layer for item in needs for layer in item.attention_layers}),
     )
@@ -122,6 +128,7 @@ class Source:
     in_process: bool = True  # the ranks run the teacher themselves (and may share its layers), with their FLOPs
     follows_student: bool = False  # its weights change with the student's, which each rank must have whole
     same_on_all_ranks: bool = True  # ranks that share the student's layers get the same bits for the same batch
+    any_text: bool = True  # it also knows what was written during the training
 
 
 SOURCES: dict[str, Source] = {
@@ -134,6 +141,7 @@ SOURCES: dict[str, Source] = {
                 sampled=ANY_NUMBER,
                 temperature=None,
                 full=True,
+                label=True,
                 hidden_layers=ALL_LAYERS,
                 attention_layers=ALL_LAYERS,
             ),
@@ -151,7 +159,7 @@ SOURCES: dict[str, Source] = {
         ),
         Source(
             name="endpoint",
-            gives=Needs(top_k=4096, temperature=None, mass=False),
+            gives=Needs(top_k=4096, temperature=None, mass=False, label=True),
             placements=("endpoint",),
             open="kdscale.teacher.endpoint:open_endpoint",
             in_process=False,
@@ -164,6 +172,7 @@ SOURCES: dict[str, Source] = {
             placements=("responses",),
             open="kdscale.responses.answer_logprobs:open_responses",
             in_process=False,
+            any_text=False,
         ),
         Source(
             name="cached",
@@ -173,11 +182,12 @@ SOURCES: dict[str, Source] = {
             placements=("cached",),
             open="kdscale.teacher.store.cached:open_cached",
             in_process=False,
+            any_text=False,
         ),
         # the average of the student's own weights, made anew after every step
         Source(
             name="ema",
-            gives=Needs(top_k=ANY_NUMBER, sampled=ANY_NUMBER, temperature=None, full=True),
+            gives=Needs(top_k=ANY_NUMBER, sampled=ANY_NUMBER, temperature=None, full=True, label=True),
             placements=("ema",),
             open="kdscale.teacher.ema:open_ema",
             follows_student=True,

@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
+from kdscale.config.data import PromptSourceConfig
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Count, Dtype, Few, Length, Section, named_entry
 from kdscale.config.responses.filters import Pattern
-from kdscale.config.responses.settings import PromptSourceConfig, SamplingConfig
+from kdscale.config.responses.settings import SamplingConfig
 
 PAIRS = "builtin:pairs"  # minimal pairs that come with the package
 # without a dot, after which bias.fail_if names a figure

@@ -6,20 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from kdscale.config.data import PromptSourceConfig
 from kdscale.config.distill.targets import MOST_LOGPROBS
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Count, Dtype, Few, Length, Section
 from kdscale.config.responses.filters import FilterEntry
 
 Money = Annotated[float, Field(ge=0.0, le=1e9)]
-
-
-class PromptSourceConfig(Section):
-    """A file of prompts, one on each line: a `.txt`, a `.jsonl` or `.jsonl.gz` of records, or `builtin:questions`."""
-
-    path: str = Field(min_length=1)
-    # of a record: the prompt, as text; a record with `messages` is a chat, whose last answer is left out
-    field: str = "prompt"
 
 
 class SamplingConfig(Section):

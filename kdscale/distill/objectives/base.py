@@ -6,7 +6,7 @@ N rows (valid positions), H student's hidden size, V vocabulary, F figures that 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 from kdscale.config.distill.objective import LOSS, LayersRead, ModelPair, ObjectiveConfig
-from kdscale.config.distill.objectives import log_columns
+from kdscale.config.distill.objectives import OWN_TEXT, log_columns
 from kdscale.config.distill.schedules import at
+from kdscale.data.batches import Batch
 from kdscale.models.attention import AttentionRows
 from kdscale.models.head import OutputHead, VocabShard
 from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.targets import Targets, rows_of
 
 COUNTS = ("tokens", "sequences")  # what a loss can be a mean over
+_OWN_COUNTS = ("own_tokens", "own_sequences")  # the same of text that the student wrote, where there may be some
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class StudentOutput:
         """The output of some of the rows, whose numbers are on the CPU; no objective on single layers asks for it."""
         assert not self.layers_NH and not self.attention
         return replace(self, hidden_NH=rows_of(self.hidden_NH, index_M))
+
+
+Rows = tuple[StudentOutput, Targets, MicroBatch]
 
 
 class Objective(Protocol):
@@ -84,23 +89,38 @@ def over_teachers(
 class Objectives:
     """The objectives of a run: computed together, weighted, and read back as means by the names of the log's columns.
 
-    `entries` are settled, for the `models` of the run. `figures` vectors hold, for each objective, its loss and then
+    `entries` are settled, for the `models` of the run; those of `own` are for text that the student wrote, and all
+    others for the rest. `figures` vectors hold, for each objective, its loss and then
     its terms. `step`, where a method takes it, is the optimiser step whose weights count; None: those at the end of all
     schedules. Raises ConfigError when an objective cannot be had.
     """
 
-    def __init__(self, entries: Sequence[ObjectiveConfig], models: ModelPair | None = None):
-        self.entries = tuple(entries)
-        self.columns = [term.name for term in log_columns(entries)]
-        self.width = sum(1 + len(entry.terms) for entry in entries)
-        self._objectives: list[Objective] = [entry.build(models) for entry in entries]
+    def __init__(
+        self,
+        entries: Sequence[ObjectiveConfig],
+        models: ModelPair | None = None,
+        own: Sequence[ObjectiveConfig] = (),
+    ):
+        self.entries, self._of_text, self._own = (*entries, *own), tuple(entries), tuple(own)
+        self.columns = [term.name for term in log_columns(entries, own)]
+        self.width = sum(1 + len(entry.terms) for entry in self.entries)
+        # what the sums of a step or a validation begin with
+        self.counts = COUNTS + (_OWN_COUNTS if own else ())
+        self._objectives: list[Objective] = [entry.build(models) for entry in self.entries]
         self.modules = nn.ModuleDict(
             {
                 entry.name: objective
-                for entry, objective in zip(entries, self._objectives, strict=True)
+                for entry, objective in zip(self.entries, self._objectives, strict=True)
                 if isinstance(objective, nn.Module)
             }
         )
+
+    def counts_of(self, batches: Iterable[Batch]) -> list[int]:
+        """The labels and sequences of these batches, in the order of `counts`."""
+        each = [
+            (batch.token_count, batch.sequence_count, *(batch.own_counts if self._own else ())) for batch in batches
+        ]
+        return [sum(column) for column in zip(*each, strict=True)] if each else [0] * len(self.counts)
 
     @property
     def layers(self) -> LayersRead:
@@ -115,13 +135,38 @@ class Objectives:
         self, student: StudentOutput, targets: Targets, batch: MicroBatch
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """(each objective's summed loss, all figures [F], fp32, detached)."""
-        losses, figures = [], []
-        for entry, objective in zip(self.entries, self._objectives, strict=True):
-            compute = objective if entry.needs.nothing else partial(over_teachers, objective)
-            loss, terms = compute(student, targets, batch)
+        losses, figures, split = [], [], len(self._of_text)
+        for (entry, objective), part in zip(
+            zip(self.entries, self._objectives, strict=True),
+            [rows for rows, count in self._parts(student, targets, batch, split) for _ in range(count)],
+            strict=True,
+        ):
+            if part is None:  # no rows of the kind
+                loss, terms = student.hidden_NH.new_zeros((), dtype=torch.float32), None
+            else:
+                compute = objective if entry.needs.nothing else partial(over_teachers, objective)
+                loss, terms = compute(*part)
             losses.append(loss)
-            figures += [loss.detach().float().reshape(1), terms]
+            figures += [loss.detach().float().reshape(1), loss.new_zeros(len(entry.terms)) if terms is None else terms]
         return tuple(losses), torch.cat(figures)
+
+    def _parts(
+        self, student: StudentOutput, targets: Targets, batch: MicroBatch, split: int
+    ) -> list[tuple[Rows | None, int]]:
+        """The rows of the run's text and those of the student's own, each for how many objectives; None: no rows."""
+        everything = (student, targets, batch)
+        if batch.is_own_N is None:
+            return [(everything, split), (None, len(self._own))]
+        kinds: list[tuple[Rows | None, int]] = []
+        for index_M, count in ((~batch.is_own_N, split), (batch.is_own_N, len(self._own))):
+            chosen = index_M.nonzero().squeeze(1)
+            if not len(chosen):
+                kinds.append((None, count))
+            elif len(chosen) == batch.rows:
+                kinds.append((everything, count))
+            else:
+                kinds.append(((student.part(chosen), targets.part(chosen), batch.part(chosen)), count))
+        return kinds
 
     def idle(self, student: StudentOutput, targets: Targets, batch: MicroBatch) -> torch.Tensor | float:
         """A zero that depends on all parameters of the objectives, for a micro-batch without rows."""
@@ -151,24 +196,53 @@ class Objectives:
         return total
 
     def means(self, values: Sequence[float], step: int | None = None) -> dict[str, float]:
-        """Means by column from [tokens, sequences, *figures], and exponentials of means (the perplexity)."""
-        counts = {name: max(value, 1.0) for name, value in zip(COUNTS, values, strict=False)}
-        figures = iter(values[len(COUNTS) :])
-        losses, terms, exponentials = {}, {}, {}
-        for entry in self.entries:
-            losses[entry.name] = next(figures) / counts[entry.count]
-            for term in entry.terms:
-                mean = terms[term.name] = next(figures) / counts[entry.count]
-                if term.exponential is not None:
-                    exponential = math.exp(min(mean, 80.0)) if math.isfinite(mean) else math.nan
-                    exponentials[term.exponential.name] = exponential
-        weights = dict(zip(losses, self.weights(step), strict=True))
-        weighted = [loss if weights[name] == 1.0 else loss * weights[name] for name, loss in losses.items()]
-        own = losses if len(losses) > 1 else {}
-        return {LOSS.name: sum(weighted[1:], weighted[0]), **own, **terms, **exponentials}
+        """Means by column from [*counts, *figures], and exponentials of means (the perplexity).
+
+        The loss is what is minimised, over all rows; other figures are means over the rows of their kind, and NaN where
+        there are none of the student's own text, or nothing else.
+        """
+        counts = dict(zip(self.counts, values, strict=False))
+        figures = values[len(self.counts) :]
+        if not self._own:
+            return _means_of(self.entries, counts, figures, self.weights(step))
+        width, weights = sum(1 + len(entry.terms) for entry in self._of_text), self.weights(step)
+        of_own = {name: counts[f"own_{name}"] for name in COUNTS}
+        of_text = {name: counts[name] - of_own[name] for name in COUNTS}
+        split = len(self._of_text)
+        text = _means_of(self._of_text, of_text, figures[:width], weights[:split])
+        own = _means_of(self._own, of_own, figures[width:], weights[split:])
+        tokens = {"text": of_text["tokens"], "own": of_own["tokens"]}
+        loss = (text[LOSS.name] * tokens["text"] + own[LOSS.name] * tokens["own"]) / max(counts["tokens"], 1.0)
+        text = text if tokens["text"] else dict.fromkeys(text, math.nan)
+        own = own if tokens["own"] else dict.fromkeys(own, math.nan)
+        return {**text, LOSS.name: loss, **{OWN_TEXT + name: mean for name, mean in own.items()}}
 
     def headline(self, means: dict[str, float]) -> str:
         """The loss and the terms worth a message: `loss 1.2345 · perplexity 66.01 · top-1 agreement 51.2 %`."""
-        terms = [item for entry in self.entries for term in entry.terms for item in (term, term.exponential) if item]
-        shown = [term.text(means[term.name]) for term in terms if term.headline]
+        terms = [item for term in log_columns(self._of_text, self._own) for item in (term, term.exponential) if item]
+        shown = [
+            term.text(means[term.name])
+            for term in terms
+            if term.headline and (not self._own or math.isfinite(means[term.name]))
+        ]
         return " · ".join([f"{LOSS.title} {means[LOSS.name]:.4f}", *shown])
+
+
+def _means_of(
+    entries: Sequence[ObjectiveConfig], counts: Mapping[str, float], figures: Sequence[float], weights: Sequence[float]
+) -> dict[str, float]:
+    """The means of these objectives' figures over what they count, their weighted sum, and exponentials."""
+    counts = {name: max(value, 1.0) for name, value in counts.items()}
+    left = iter(figures)
+    losses, terms, exponentials = {}, {}, {}
+    for entry in entries:
+        losses[entry.name] = next(left) / counts[entry.count]
+        for term in entry.terms:
+            mean = terms[term.name] = next(left) / counts[entry.count]
+            if term.exponential is not None:
+                exponential = math.exp(min(mean, 80.0)) if math.isfinite(mean) else math.nan
+                exponentials[term.exponential.name] = exponential
+    weight_of = dict(zip(losses, weights, strict=True))
+    weighted = [loss if weight_of[name] == 1.0 else loss * weight_of[name] for name, loss in losses.items()]
+    own = losses if len(losses) > 1 else {}
+    return {LOSS.name: sum(weighted[1:], weighted[0]), **own, **terms, **exponentials}

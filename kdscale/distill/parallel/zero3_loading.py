@@ -8,7 +8,8 @@ rounds rotary frequencies.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,18 @@ def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch
 def full_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of the whole parameter, which ZeRO-3 keeps in `ds_shape` while the parameter is partitioned."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the block every parameter of `model` whole on this rank, by name, at any ZeRO stage. A collective call.
+
+    At stage 3 a rank then holds all weights of the model at once.
+    """
+    parameters = dict(model.named_parameters())
+    with ExitStack() as stack:
+        if partitioned := [value for value in parameters.values() if hasattr(value, "ds_id")]:
+            from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+            stack.enter_context(GatheredParameters(partitioned))
+        yield {name: value.data for name, value in parameters.items()}

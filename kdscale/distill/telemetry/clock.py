@@ -33,8 +33,9 @@ class Clock:
             self._marks.append((phase, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per phase; the caller has already waited for the device."""
+        """Seconds per phase, of PHASES and what else was marked; the caller has already waited for the device."""
         totals = dict.fromkeys(PHASES, 0.0)
         for (_, before), (phase, after) in zip(self._marks, self._marks[1:], strict=False):
+            totals[phase] = totals.get(phase, 0.0)
             totals[phase] += before.elapsed_time(after) / 1000 if self._cuda else after - before
         return totals

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kdscale.config.distill.objective import Term
-from kdscale.config.distill.objectives import farther_from_teacher, log_columns
+from kdscale.config.distill.objectives import farther_from_teacher
 from kdscale.config.root import Config
 from kdscale.data.batches import PackedLoader
 from kdscale.distill.telemetry.clock import Clock
@@ -250,4 +250,4 @@ def make_observer(
             spikes=SpikeDetector(settings.spikes, known),
         )
     profiler = StepProfiler(settings.profile, logs / "profile", rank(), device)
-    return Observer(device, work, profiler, loader, reporter, log_columns(settings.objectives), records, at_start)
+    return Observer(device, work, profiler, loader, reporter, settings.columns, records, at_start)

@@ -82,4 +82,5 @@ def name_documents(rows: Sequence[dict[str, Any]]) -> str:
     for row in ordered:
         for item in row["sequences"]:
             sources.update(zip(item["documents"], item["sources"], strict=True))
-    return first_dozen([f"{document} ({source})" for document, source in sources.items()])
+    names = [f"{document} ({source})" for document, source in sources.items()]
+    return first_dozen(names) or "none: it is the student's own text"

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdscale.config.data import PromptSourceConfig
 from kdscale.config.evaluation.bias import RefusalsConfig, ToxicityConfig
-from kdscale.config.responses.settings import PromptSourceConfig
 from kdscale.eval.bias.items import Item
 from kdscale.responses.prompts import Prompt, Prompts
 

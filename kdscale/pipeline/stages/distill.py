@@ -18,6 +18,7 @@ from kdscale.runtime.versions import check_deepspeed
 
 # Bytes a parameter: the finished student, a checkpoint's fp32 master weight and two Adam moments, and its average.
 _STUDENT_BYTES, _CHECKPOINT_BYTES, _AVERAGE_BYTES = 4, 12, 4
+_WRITTEN_BYTES = 32  # a token that the student wrote: id, log-probability and text, as JSON
 
 
 def what_distillation_depends_on(context: StageContext) -> Facts:
@@ -27,7 +28,15 @@ def what_distillation_depends_on(context: StageContext) -> Facts:
     own = context.model_to_learn_from
     others = {name: folder for name, folder in teacher_folders(context.config, own).items() if folder != own}
     teachers = {"teachers": {name: digest_tree(folder, WEIGHTS) for name, folder in others.items()}} if others else {}
-    return {"distill": context.config.decisive_for_student(), **teachers}
+    return {"distill": context.config.decisive_for_student(), **teachers, **_prompts(context.config)}
+
+
+def _prompts(config: Config) -> Facts:
+    """The files of prompts that the student goes on from."""
+    from kdscale.responses.prompts import Prompts
+
+    own = config.distill.on_policy
+    return {"prompts": Prompts(own).digests()} if own is not None and own.prompts else {}
 
 
 def disk_bytes(context: StageContext, student_params: int) -> int:
@@ -35,8 +44,10 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     settings = context.config.distill
     steps = settings.tokens // (settings.global_batch * settings.seq_len)
     checkpoints = settings.keep_checkpoints + 1 + (steps // settings.keep_every if settings.keep_every else 0)
-    average = _AVERAGE_BYTES if settings.followers else 0
-    return student_params * (_STUDENT_BYTES + checkpoints * (_CHECKPOINT_BYTES + average))
+    average, own = _AVERAGE_BYTES if settings.followers else 0, settings.on_policy
+    share = 0.0 if own is None else (own.share if isinstance(own.share, float) else 1.0) * (1.0 - own.start)
+    written = round(settings.tokens * share * _WRITTEN_BYTES)
+    return student_params * (_STUDENT_BYTES + checkpoints * (_CHECKPOINT_BYTES + average)) + written
 
 
 def check_services(config: Config, run: RunFolder) -> None:
@@ -52,10 +63,28 @@ def check_services(config: Config, run: RunFolder) -> None:
             read_token(settings.served.token_path(run.path))
 
 
+def _check_writing(config: Config) -> None:
+    """Raises DataError for what is no prompt, ConfigError when the client library or key of a server is missing."""
+    from kdscale.responses.client import check_library
+    from kdscale.responses.prompts import Prompts
+
+    own = config.distill.on_policy
+    if own is None:
+        return
+    for _ in Prompts(own, "distill.on_policy.prompts"):  # every line is read
+        pass
+    if own.writer == "vllm":
+        section = "distill.on_policy.vllm.endpoint"
+        check_library(section)
+        require_packages(section, ("httpx",), "serve")
+        own.vllm.endpoint.key(section)
+
+
 def check_before(config: Config, run: RunFolder) -> None:
-    """Raises ConfigError or MachineError for what the ranks would find out when they start."""
+    """Raises ConfigError, DataError or MachineError for what the ranks would find out when they start."""
     check_deepspeed()
     check_services(config, run)
+    _check_writing(config)
     if config.distill.teacher_dtype == "float8":
         from kdscale.runtime.device import resolve_device
         from kdscale.teacher.placement.float8 import check_float8

@@ -103,7 +103,9 @@ STAGES: dict[str, Stage] = {
             copies=distill.copied_from_and_to,
             reads=(folder.PRUNED_WEIGHTS, folder.DATA, folder.TARGETS_HEADER, folder.KEPT_RESPONSES),
             writes=(folder.STUDENT,),
-            resumes_from=(folder.CHECKPOINTS, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD),
+            resumes_from=(
+                folder.CHECKPOINTS, folder.ON_POLICY, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD
+            ),
             disk_bytes=distill.disk_bytes, in_steps=True, across_job=True, watches_itself=True,
             check_before=distill.check_before,
             memory=(
@@ -154,7 +156,7 @@ STAGES: dict[str, Stage] = {
             depends_on=report.what_matters,
             reads=(
                 folder.PLAN, folder.IMPORTANCE, folder.PRUNED_CONFIG, folder.REPAIR, folder.EVAL, folder.DOWNSTREAM,
-                folder.BIAS, folder.METRICS,
+                folder.BIAS, folder.METRICS, folder.ON_POLICY,
             ),
             writes=(folder.REPORT, folder.STUDENT_CARD),
         ),

@@ -100,6 +100,7 @@ RULES: Mapping[str, Rule] = {
     "EndpointConfig.base_url": _address,
     "EndpointConfig.key_variable": _key_variable,
     "TargetsConfig.path": _written,
+    "VllmConfig.weights": _written,
     "ZeroConfig.nvme_path": _written,
     "MlflowConfig.uri": _address,
     # shows the run to whoever may see the space, with the service's own key
@@ -111,7 +112,8 @@ PLAIN = frozenset({
     "Config.name", "StepConfig.name", "TeacherConfig.revision", "TeacherEntry.revision", "TeacherEntry.name",
     "TeacherEntry.tags", "SourceConfig.field", "SourceConfig.source_field", "SourceConfig.split", "SourceConfig.tag",
     "BlendConfig.weights", "PromptSourceConfig.field", "EndpointConfig.model", "EndpointConfig.allow_http",
-    "ResponsesConfig.system", "ResponsesConfig.request", "FilterConfig.name", "RefusalsConfig.patterns",
+    "ResponsesConfig.system", "OnPolicyConfig.system", "ResponsesConfig.request", "FilterConfig.name",
+    "RefusalsConfig.patterns",
     "VoteConfig.pattern", "RewardConfig.score_field", "MeasureConfig.name", "MeasureConfig.label", "BiasConfig.fail_if",
     "ScorerConfig.text_field", "ScorerConfig.score_field", "EvalConfig.prompts", "CodecConfig.name", "FormConfig.name",
     "ObjectiveConfig.name", "TokenDivergenceConfig.divergence", "SourceSettings.teacher_placement",

@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shorter_first": {"shorter_first": [{"seq_len": 256, "until": 0.5}]},
     "gradient_checkpointing": {"gradient_checkpointing": "selective"},
     "fake_quantize": {"fake_quantize": {"bits": 4, "group": 32}},
+    "on_policy": {"on_policy": {}},
     "weight": {},  # a schedule of the objective's
     "correct": {},
     "teachers": {},  # two, both of every text
@@ -50,13 +51,14 @@ def build(objective: dict[str, Any], placement: str, settings: tuple[str, ...]) 
         "endpoint": {"base_url": "https://host/v1", "model": "m"},
     }
     entry = {**objective, "weight": FADED} if "weight" in settings else objective
-    distill: dict[str, Any] = {"objectives": [entry]}
+    own = OBJECTIVES[objective["name"]].only_own_text
+    distill: dict[str, Any] = {"on_policy": {"objectives": [entry]}} if own else {"objectives": [entry]}
     if "teachers" in settings:
         distill["teachers"] = [{"name": "own"}, {"name": "other", **source}]
     else:
         distill |= source
     for name in settings:
-        distill |= SETTINGS[name]
+        distill |= {} if own and name == "on_policy" else SETTINGS[name]
     codec = {"name": "topk"} if "targets" in settings else {"name": "hidden"}
     tree: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
     tree |= {"correct": {}} if "correct" in settings else {}
@@ -78,7 +80,8 @@ def check_accepted(cfg: Config) -> None:
         assert not distill.needs.missing_from(one.source.gives)
         assert distill.tensor_parallel == 1 or one.source.same_on_all_ranks
         assert not (one.source.follows_student and distill.zero_stage == 3)
-    for entry in distill.objectives:
+    assert distill.on_policy is None or all(one.source.any_text for one in distill.by_teacher().values())
+    for entry in distill.all_objectives:
         assert distill.tensor_parallel == 1 or entry.reads_head_shards
         assert distill.sequence_parallel == 1 or not entry.needs_whole_sequences
     if any(one.source.name == "cached" for one in distill.by_teacher().values()):
