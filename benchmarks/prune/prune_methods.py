@@ -37,6 +37,7 @@ from kdscale.prune.importance import collect
 from kdscale.prune.rotation import rotated_teacher
 from kdscale.prune.search.hidden_basis import hidden_bases
 from kdscale.prune.search.planning import make_plan
+from kdscale.prune.stream_cut import StreamBasis
 from kdscale.runs.importance_scores import load_scores
 from kdscale.runtime.device import resolve_dtype, set_threads
 from kdscale.runtime.progress import Reporter
@@ -51,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "energy+ridge": _RIDGE,
     "obs+ridge": {**_RIDGE, "ffn_method": "obs", "head_method": "obs"},
     "pca": {"compensate": "ridge", "hidden_method": "pca"},
+    "refit": {"compensate": "two_stream", "hidden_method": "refit"},
     "two_stream b=0": {"compensate": "two_stream", "stream_correction": 0.0},
     "two_stream b=0.5": {"compensate": "two_stream", "stream_correction": 0.5},
     "two_stream b=1": {"compensate": "two_stream", "stream_correction": 1.0},
@@ -92,11 +94,16 @@ def main() -> None:
                     break
             if plan.methods.hidden == "pca":
                 teacher = rotated_teacher(teacher, family, scores)
+            refits = plan.methods.hidden == "refit"
+            stream_basis = StreamBasis.of(scores, plan.student.hidden) if refits else None
             out = work / "student"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             dtype = resolve_dtype("auto", CPU)
-            apply_plan(teacher, family, plan, out, cfg, batches=batches, dtype=dtype, reporter=Reporter(quiet=True))
+            apply_plan(
+                teacher, family, plan, out, cfg,
+                batches=batches, dtype=dtype, reporter=Reporter(quiet=True), basis=stream_basis,
+            )  # fmt: skip
             seconds = time.monotonic() - started
             student = {text: perplexity(out, ids) for text, ids in heldout.items()}
             show(
@@ -116,7 +123,7 @@ def main() -> None:
 def needed(cfg: PruneConfig) -> list[str]:
     """The score arrays that rank the axes that `cfg` cuts."""
     criteria = [cfg.criterion(axis) for axis in ("ffn", "heads", "layers") if getattr(cfg, axis)]
-    return [row.name for row in criteria if row.collect] + (["hidden.pca"] if cfg.hidden else [])
+    return [row.name for row in criteria if row.collect] + (["hidden.activation"] if cfg.hidden else [])
 
 
 def measure_scores(

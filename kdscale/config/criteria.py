@@ -86,6 +86,10 @@ CRITERIA: tuple[Criterion, ...] = (
     Criterion("hidden", "pca", collect=f"{_HIDDEN}:residual_covariance", finish=f"{_HIDDEN}:components", damage=31.0,
               title="energy along the principal components of the residual stream, which become the channels",
               source="SliceGPT, arXiv 2401.15024, section 3, with one rotation for the whole model"),
+    Criterion("hidden", "refit", collect=f"{_HIDDEN}:stream_covariances", finish=f"{_HIDDEN}:directions", damage=20.0,
+              title="energy along the same components; the student's stream is cut to the first ones, and all that "
+                    "reads and writes it is refitted, so that a tied head stays tied",
+              source="measured here (docs/explanation/measured-pruning.md)"),
     Criterion("layers", "one_by_one", own_pass=True, in_order=True, damage=LAYERS_IN_ORDER_DAMAGE,
               collect="kdscale.prune.importance.layer_removal:divergences_one_by_one",
               title="KL divergence, in nats per token, once the layer is dropped: each time the one that costs least",

@@ -16,7 +16,8 @@ from kdscale.errors import CheckpointError
 from kdscale.families import Dims, load_family
 from kdscale.files import read_json
 from kdscale.runs.folder import IMPORTANCE, PLAN
-from kdscale.runs.importance_scores import ROTATION, SCORES_FILE, load_scores
+from kdscale.runs.importance_scores import DIRECTIONS, ROTATION, SCORES_FILE, load_scores
+from kdscale.runs.stream_basis import kept_directions
 from kdscale.weights import read_config
 
 _MOST_BYTES = 1 << 30  # of plan.json: every index of every expert of a large mixture
@@ -67,9 +68,12 @@ def _has_kept_units(plan: Any) -> bool:
 def _basis(plan: Any, importance: Path) -> NDArray[np.float32] | None:
     """[H, G]: of the channels that were kept, as they are or in the rotated teacher's basis; None where it is gone."""
     teacher, kept = plan["teacher"]["hidden"], plan["kept"]["hidden"]
-    if plan["methods"]["hidden"] != "pca":
+    matrix = {"pca": ROTATION, "refit": DIRECTIONS}.get(plan["methods"]["hidden"])
+    if matrix is None:
         return np.eye(teacher, dtype=np.float32)[kept]
     if not (importance / SCORES_FILE).exists():
         return None
-    rotation = load_scores(importance).get(ROTATION)
-    return None if rotation is None or rotation.shape != (teacher, teacher) else rotation[kept]
+    rotation = load_scores(importance).get(matrix)
+    if rotation is None or rotation.shape != (teacher, teacher):
+        return None
+    return kept_directions(rotation, len(kept)).astype(np.float32) if matrix == DIRECTIONS else rotation[kept]

@@ -7,7 +7,7 @@ memory, and each layer's regression is solved and written before the next is rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdscale.config.prune import PruneConfig
-from kdscale.errors import DataError
+from kdscale.errors import ConfigError, DataError
 from kdscale.families import Family
 from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
@@ -24,17 +24,25 @@ from kdscale.prune.compensation.experts import expert_name
 from kdscale.prune.compensation.layer_gaps import RepairedWeights, find_gaps, repaired_gaps
 from kdscale.prune.compensation.one_stream import compensated_layers, compensated_roles
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
+from kdscale.prune.compensation.stream_refit import FINAL_NORM, refitted_layers
 from kdscale.prune.compensation.two_stream import two_stream_layers
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import SlicedTensor, Slicer
+from kdscale.prune.stream_cut import METHOD as REFIT
+from kdscale.prune.stream_cut import CutStudent, StreamBasis
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_writer
 from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars, without_own_classes
+from kdscale.weights.reader import torch_dtype
 
 _BLOCK_BYTES = 1 << 22  # small enough to stay in the processor's cache from reading to writing
 _JOURNAL, _PASS, _GAPS = "written.json", "compensation", "gaps"  # in the scratch folder
 
-Compensated = Iterator[tuple[int, dict[str, Tensor]]]  # (the student's layer, its new weights by role and expert)
+# (the student's layer, its new weights by role and expert); layer None: outside the layers
+Compensated = Iterator[tuple[int | None, dict[str, Tensor]]]
+
+
+Blocks = Callable[[SlicedTensor], Iterator[Tensor]]  # what a tensor of the student is without regression, by rows
 
 
 def apply_plan(
@@ -51,8 +59,9 @@ def apply_plan(
     scratch: Scratch = IN_MEMORY,
     recovered: RecoveredErrors | None = None,
     code: bool = False,
+    basis: StreamBasis | None = None,
 ) -> None:
-    """Write the student to the folder `out_dir`.
+    """Write the student to the folder `out_dir`; `basis` is needed where the plan's hidden axis is cut by `refit`.
 
     The tensors keep the teacher's dtype and are the same bytes for the same inputs; a tensor that the plan does not cut
     is copied bit for bit. `batches` are needed when the plan compensates ffn or heads or repairs gaps; `dtype` and
@@ -63,7 +72,8 @@ def apply_plan(
     """
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
-    compensates, repairs = bool(compensated_roles(plan, slicer)), bool(find_gaps(plan))
+    start = _refit_start(slicer, teacher, basis)
+    compensates, repairs = bool(start or compensated_roles(plan, slicer)), bool(find_gaps(plan))
     if (compensates or repairs) and not sum(batch.input_ids_BS.numel() for batch in batches):
         needs, field = ("compensation", "compensate") if compensates else ("the repair of layer gaps", "layer_repair")
         raise DataError(f"{needs} needs calibration tokens", hint=f"or set prune.{field}=none")
@@ -71,6 +81,8 @@ def apply_plan(
     repaired = repaired_gaps(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.subfolder(_GAPS))
 
     def compensated(recovered: RecoveredErrors | None = None) -> Compensated:
+        if start is not None:
+            return refitted_layers(stream, start, batches, prune_cfg, reporter, scratch.subfolder(_PASS), recovered)
         compensate = two_stream_layers if plan.methods.compensate == "two_stream" else compensated_layers
         folder = scratch.subfolder(_PASS)
         return compensate(stream, slicer, batches, prune_cfg, teacher, reporter, folder, recovered, repaired)
@@ -80,7 +92,10 @@ def apply_plan(
         with _open_writer(out_dir, teacher, slicer, prune_cfg, scratch) as writer:
             if compensates and scratch.folder is not None and not writer.written:
                 remove_tree(scratch.folder / _PASS)  # the layers that it has done are not in these files
-            _write_student(writer, teacher, slicer, repaired, compensated(recovered) if compensates else None)
+            of_tensor = _cut_blocks(teacher, start) if start is not None else _sliced_blocks(teacher, slicer)
+            _write_student(
+                writer, teacher, slicer, of_tensor, repaired, compensated(recovered) if compensates else None
+            )
         config = slicer.student_config if code else without_own_classes(slicer.student_config)
         if config != slicer.student_config:
             reporter.say("  note: the teacher's own code (auto_map) is left out: teacher.trust_remote_code is false")
@@ -90,6 +105,16 @@ def apply_plan(
         for _ in compensated():
             raise AssertionError("only the rank that writes is given weights")
     repaired.close()
+
+
+def _refit_start(slicer: Slicer, teacher: Checkpoint, basis: StreamBasis | None) -> CutStudent | None:
+    """The student before its stream is refitted; None where the plan does not cut the hidden axis so."""
+    if slicer.plan.methods.hidden != REFIT:
+        return None
+    if basis is None or find_gaps(slicer.plan):
+        got = "layer_repair linear" if basis is not None else "no directions of the stream"
+        raise ConfigError("a plan with the hidden axis cut by refit", expected="the importance scores", got=got)
+    return CutStudent(slicer, teacher.tensor, basis)
 
 
 def _open_writer(out_dir: Path, teacher: Checkpoint, slicer: Slicer, cfg: PruneConfig, scratch: Scratch) -> ShardWriter:
@@ -105,6 +130,7 @@ def _write_student(
     writer: ShardWriter,
     teacher: Checkpoint,
     slicer: Slicer,
+    blocks: Blocks,
     repaired: RepairedWeights,
     compensated: Compensated | None,
 ) -> None:
@@ -115,21 +141,23 @@ def _write_student(
     if compensated is None:
         # a checkpoint has its layers one after the other, in whatever order: a layer at a time is made safe
         for position, group in groupby(tensors, key=lambda tensor: tensor.position):
-            _write(writer, teacher, slicer, group, repaired.get(position))
+            _write(writer, blocks, group, repaired.get(position))
             writer.commit()
         return
-    _write(writer, teacher, slicer, (tensor for tensor in tensors if tensor.position is None))
+    last = FINAL_NORM if slicer.plan.methods.hidden == REFIT else None
+    _write(writer, blocks, (t for t in tensors if t.position is None and t.spec.role != last))
     writer.commit()
     for position, weights in compensated:
         of_layer = (tensor for tensor in tensors if tensor.position == position)
-        _write(writer, teacher, slicer, of_layer, weights | repaired.get(position))
+        if position is None:
+            of_layer = (tensor for tensor in of_layer if tensor.spec.role == last)
+        _write(writer, blocks, of_layer, weights | repaired.get(position))
         writer.commit()
 
 
 def _write(
     writer: ShardWriter,
-    teacher: Checkpoint,
-    slicer: Slicer,
+    blocks: Blocks,
     tensors: Iterable[SlicedTensor],
     new_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
@@ -140,11 +168,29 @@ def _write(
         if new_weights and (name := expert_name(tensor.spec.role, tensor.spec.expert)) in new_weights:
             writer.add(tensor.target, new_weights[name].to(writer.dtype(tensor.target)))
         else:
-            writer.add_blocks(tensor.target, _sliced_blocks(teacher, slicer, tensor))
+            writer.add_blocks(tensor.target, blocks(tensor))
 
 
-def _sliced_blocks(teacher: Checkpoint, slicer: Slicer, tensor: SlicedTensor) -> Iterator[Tensor]:
-    """`slicer.slice` of the teacher's tensor, in blocks of its rows."""
+def _cut_blocks(teacher: Checkpoint, start: CutStudent) -> Blocks:
+    """The student's tensors before the refit, in the teacher's dtypes; the embedding and the head in blocks of rows."""
+
+    def of_tensor(tensor: SlicedTensor) -> Iterator[Tensor]:
+        dtype = torch_dtype(teacher.spec(tensor.source).dtype)
+        if tensor.spec.role in ("embed", "head"):
+            for block in start.blocks(tensor, teacher.blocks(tensor.source, _BLOCK_BYTES)):
+                yield block.to(dtype)
+        else:
+            yield start.cut(teacher.tensor(tensor.source), tensor).to(dtype)
+
+    return of_tensor
+
+
+def _sliced_blocks(teacher: Checkpoint, slicer: Slicer) -> Blocks:
+    """`slicer.slice` of the teacher's tensors, in blocks of their rows."""
+    return lambda tensor: _slices(teacher, slicer, tensor)
+
+
+def _slices(teacher: Checkpoint, slicer: Slicer, tensor: SlicedTensor) -> Iterator[Tensor]:
     source, _, spec, position = tensor
     if len(spec.shape) == 1:
         yield slicer.slice(teacher.tensor(source), spec, position)

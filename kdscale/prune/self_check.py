@@ -3,7 +3,8 @@
 1. `masked_equals_sliced`: the teacher at its full shape, with the dropped units silenced by hooks, and the sliced
    student give the same hidden states after every sublayer and the same logits. The mask never looks at the slicing
    code, so a wrong index shows. Regression (compensation) is left out here; what it does not touch must be in the
-   student's files exactly as sliced, and that is compared too.
+   student's files exactly as sliced, and that is compared too. A hidden axis cut by `refit` leaves nothing exact on
+   that axis: as many of the teacher's own channels stand for it under the mask, and what was refitted need be finite.
 2. `reload_parity`: plain transformers loads the folder with no tensor missing, left over or mismatched; its logits are
    those of our own layer-by-layer pass over the files; decoding with a cache gives what decoding without one gives.
 
@@ -36,6 +37,7 @@ from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLES, find_gaps
 from kdscale.prune.compensation.one_stream import compensated_roles
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import SlicedStudent, Slicer
+from kdscale.prune.stream_cut import METHOD as REFIT
 from kdscale.weights import Checkpoint
 from kdscale.weights.reader import torch_dtype
 
@@ -144,10 +146,11 @@ def _unrounded(teacher: Checkpoint, slicer: Slicer) -> Callable[[str], Tensor]:
 def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student: Checkpoint) -> None:
     """Every tensor on disk is the teacher's slice, bit for bit, or (compensated) finite. Raises SelfCheckError."""
     slicer = Slicer(teacher.config, family, plan)
-    changed = compensated_roles(plan, slicer)
+    changed, refits = compensated_roles(plan, slicer), plan.methods.hidden == REFIT
     repaired = {gap.position for gap in find_gaps(plan)}
     for source, target, spec, position in slicer.tensors():
-        if spec.role in changed or (spec.role in REPAIRED_ROLES and position in repaired):
+        refitted = refits and "hidden" in spec.axes
+        if refitted or spec.role in changed or (spec.role in REPAIRED_ROLES and position in repaired):
             good = all(bool(torch.isfinite(block).all()) for block in student.blocks(target, _BLOCK_BYTES))
         else:
             good = _is_written(student, target, slicer.slice(teacher.tensor(source), spec, position))

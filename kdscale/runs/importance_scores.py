@@ -18,7 +18,10 @@ from kdscale.files import atomic_path, read_json, write_json
 
 SCORES_FILE, SUMMARY_FILE = "scores.safetensors", "scores.json"
 NOTICES_FILE = "notices.json"  # sentences on the calibration text; absent where there are none
-ROTATION = "hidden.rotation"  # among the scores: [D, D], of the hidden axis (prune/rotation.py)
+# Among the scores, of the hidden axis, [D, D] each: the rotation of hidden.pca (prune/rotation.py); of hidden.refit the
+# directions of the stream, in rows, and the second moments of what enters the final norm (prune/stream_cut.py).
+ROTATION = "hidden.rotation"
+DIRECTIONS, FINAL_COVARIANCE = "hidden.directions", "hidden.final_covariance"
 
 
 class ImportanceScores(dict[str, NDArray[np.float32]]):

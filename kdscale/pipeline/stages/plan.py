@@ -131,6 +131,7 @@ def by_masked_score(context: StageContext, search: Search, candidates: list[Shap
         reporter=context.reporter,
         scratch=Scratch(context.run.work / "masked", config.runtime.activation_bytes),
         questions=questions(config, context.model_to_prune) if config.prune.search.tasks else None,
+        importance=search.scores,
     )
     pairs = zip(best, scores, strict=True)
     scored = [candidate.model_copy(update={"masked": masked}) for candidate, masked in pairs]

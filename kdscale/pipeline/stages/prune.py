@@ -44,6 +44,8 @@ def prune_rank(context: StageContext) -> None:
     from kdscale.prune.plan import Plan
     from kdscale.prune.rotation import rotated_teacher
     from kdscale.prune.self_check import self_check
+    from kdscale.prune.stream_cut import METHOD as REFIT
+    from kdscale.prune.stream_cut import StreamBasis
     from kdscale.runs.importance_scores import load_scores
     from kdscale.runtime.device import resolve_dtype
     from kdscale.runtime.ranks import is_writer
@@ -51,8 +53,11 @@ def prune_rank(context: StageContext) -> None:
     config, run = context.config, context.run
     share = join_calibration(context, "prune")
     teacher, family = open_teacher(context.model_to_prune)
-    if Plan.load(run.plan).methods.hidden == "pca":
+    basis, cut = None, Plan.load(run.plan)
+    if cut.methods.hidden == "pca":
         teacher = rotated_teacher(teacher, family, load_scores(run.importance))
+    elif cut.methods.hidden == REFIT:
+        basis = StreamBasis.of(load_scores(run.importance), cut.student.hidden)
     plan = Plan.load(run.plan, config=teacher.config, family=family)
     recovered = None
     if is_writer():
@@ -72,6 +77,7 @@ def prune_rank(context: StageContext) -> None:
         scratch=share.scratch,
         recovered=recovered,
         code=config.teacher.trust_remote_code,
+        basis=basis,
     )
     if not is_writer():
         return

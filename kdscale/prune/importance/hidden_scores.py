@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kdscale.prune.importance.layer_context import Collector, LayerContext
 from kdscale.prune.rotation import rotation_obstacle
-from kdscale.runs.importance_scores import ROTATION
+from kdscale.prune.stream_cut import refit_obstacle
+from kdscale.runs.importance_scores import DIRECTIONS, FINAL_COVARIANCE, ROTATION
 from kdscale.runtime.ranks import all_reduce_sum
 
 
@@ -44,16 +45,21 @@ def residual_covariance(layer: LayerContext) -> Collector | None:
     """
     if layer.once("rotation obstacle", lambda: rotation_obstacle(layer.family, layer.config)) is not None:
         return None
-    sum_DD = torch.zeros(layer.dims.hidden, layer.dims.hidden, device=layer.device)
+    covariances = layer.covariances()
+    return lambda: torch.stack(covariances()).sum(0).cpu()
 
-    def add(_norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_ND = args[0].detach().flatten(0, -2).float()
-        x_ND = x_ND * x_ND.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
-        sum_DD.addmm_(x_ND.T, x_ND)
 
-    for norm in layer.norms:
-        norm.register_forward_pre_hook(add)
-    return lambda: all_reduce_sum(sum_DD).cpu()
+def stream_covariances(layer: LayerContext) -> Collector | None:
+    """[2, D, D]: the sum over all norms as above, and the final norm's alone. None where the stream is not refitted."""
+    if layer.once("refit obstacle", lambda: refit_obstacle(layer.family, layer.config)) is not None:
+        return None
+    covariances = layer.covariances()
+
+    def total() -> Tensor:
+        sum_DD = torch.stack(covariances()).sum(0).cpu()
+        return torch.stack([sum_DD, sum_DD if layer.is_final else torch.zeros_like(sum_DD)])
+
+    return total
 
 
 def components(covariance_DD: Tensor) -> dict[str, Tensor]:
@@ -66,3 +72,10 @@ def components(covariance_DD: Tensor) -> dict[str, Tensor]:
     largest = rows_DD.abs().argmax(1, keepdim=True)
     rows_DD = rows_DD * rows_DD.gather(1, largest).sign()
     return {"hidden.pca": energy_D.flip(0).clamp_min(0), ROTATION: rows_DD.float().contiguous()}
+
+
+def directions(sums_2DD: Tensor) -> dict[str, Tensor]:
+    """`hidden.refit`: energy [D], falling; the components in the same order, in rows; the final norm's covariance."""
+    covariance_DD, final_DD = sums_2DD
+    energy_D, rows_DD = components(covariance_DD).values()
+    return {"hidden.refit": energy_D, DIRECTIONS: rows_DD, FINAL_COVARIANCE: final_DD.float().contiguous()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from kdscale.models.layer_pass import add_product
@@ -49,12 +50,19 @@ class LayerContext:
         self._reduced: set[tuple[Sublayer, str]] = set()
         self._grams: dict[Sublayer, Tensor | None] = {}
         self._experts: ExpertSums | None = None
+        self._covariances: list[Tensor] | None = None
+        self._covariances_summed = False
         self._watchers: list[Callable[[Tensor, Tensor], None]] = []
 
     @property
     def name(self) -> str:
         """What messages call it."""
         return "the final norm" if self._layer is None else f"layer {self._layer.index}"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether this is the final norm."""
+        return self._layer is None
 
     def weight(self, sublayer: Sublayer) -> Tensor:
         """The weight of the sublayer's last projection, [outputs, inputs] in fp32."""
@@ -77,6 +85,16 @@ class LayerContext:
         self._grams[sublayer] = None
         return lambda: self._take_gram(sublayer)
 
+    def covariances(self) -> Callable[[], list[Tensor]]:
+        """For each norm Σ over all tokens and ranks of x̂x̂ᵀ [D, D], fp32; x̂ is its input over its root mean square."""
+        if self._covariances is None:
+            sums = self._covariances = [
+                torch.zeros(self.dims.hidden, self.dims.hidden, device=self.device) for _ in self.norms
+            ]
+            for norm, sum_DD in zip(self.norms, sums, strict=True):
+                norm.register_forward_pre_hook(lambda _, args, to=sum_DD: _add_normalised(to, args[0]))
+        return self._summed_covariances
+
     def experts(self) -> ExpertSums | None:
         """The sums over each expert's tokens; None in a dense model."""
         if self._experts is None and self._layer is not None and self.family.sites.experts:
@@ -98,6 +116,13 @@ class LayerContext:
             self._model_wide[key] = make()
         answer: T = self._model_wide[key]
         return answer
+
+    def _summed_covariances(self) -> list[Tensor]:
+        assert self._covariances is not None
+        if not self._covariances_summed:
+            self._covariances = [all_reduce_sum(sum_DD) for sum_DD in self._covariances]
+            self._covariances_summed = True
+        return self._covariances
 
     def _projection(self, sublayer: Sublayer) -> nn.Module:
         assert self._layer is not None
@@ -127,3 +152,9 @@ class LayerContext:
         gram_UU = self._grams.pop(sublayer)
         assert gram_UU is not None, "no batch has run through the layer"
         return all_reduce_sum(gram_UU)
+
+
+def _add_normalised(sum_DD: Tensor, x: Tensor) -> None:
+    x_ND = x.detach().flatten(0, -2).float()
+    x_ND = x_ND * x_ND.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt()
+    sum_DD.addmm_(x_ND.T, x_ND)

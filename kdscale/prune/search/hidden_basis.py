@@ -8,10 +8,11 @@ from typing import Any
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.families import Family
+from kdscale.families import Dims, Family
 from kdscale.prune.axes import openable_axes
 from kdscale.prune.plan import Plan
 from kdscale.prune.rotation import rotation_obstacle, untied_config
+from kdscale.prune.stream_cut import refit_obstacle
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,19 @@ class HiddenBasis:
 def hidden_bases(config: Mapping[str, Any], family: Family, cfg: PruneConfig) -> list[HiddenBasis]:
     """The bases to plan in, in order; the first whose plan suits it is the one. The last suits any plan.
 
-    `config` is the teacher's. Raises ConfigError when `cfg` asks for `pca` in a model that cannot be rotated.
+    `config` is the teacher's. Raises ConfigError when `cfg` asks for `pca` or `refit` where that cannot be done.
     """
     plain, dims = dict(config), family.dims(dict(config))
     cuts = "hidden" in openable_axes(cfg, dims)
+    if cuts and cfg.hidden_method in ("auto", "refit"):
+        reason = refit_obstacle(family, plain) or _settings_without_refit(cfg, dims)
+        if reason is None:
+            return [HiddenBasis(plain, cfg.model_copy(update={"hidden_method": "refit"}))]
+        if cfg.hidden_method == "refit":
+            hint = "set prune.hidden_method=auto"
+            raise ConfigError(
+                "prune.hidden_method: refit", expected="a stream that can be refitted", got=reason, hint=hint
+            )
     obstacle = rotation_obstacle(family, plain) if cuts and cfg.hidden_method != "activation" else None
     if obstacle and cfg.hidden_method == "pca":
         hint = "set prune.hidden_method=activation"
@@ -52,3 +62,12 @@ def hidden_bases(config: Mapping[str, Any], family: Family, cfg: PruneConfig) ->
     )  # fmt: skip
     without_hidden = tuple(axis for axis in cfg.axes if axis != "hidden")
     return [rotated, HiddenBasis(plain, cfg.model_copy(update={"axes": without_hidden}))]
+
+
+def _settings_without_refit(cfg: PruneConfig, dims: Dims) -> str | None:
+    """What in the settings keeps the stream from being refitted, or None."""
+    if cfg.compensate != "two_stream":
+        return f"prune.compensate={cfg.compensate}: without regressions in both streams nothing is refitted"
+    if cfg.layer_repair != "none" and "layers" in openable_axes(cfg, dims):
+        return f"prune.layer_repair={cfg.layer_repair}: gaps between layers are repaired in the teacher's own stream"
+    return None

@@ -11,9 +11,9 @@ B batch · S sequence · N scored tokens · D hidden · U inputs of a projection
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ from kdscale.prune.compensation.regression import RidgeSums
 from kdscale.prune.plan import MaskedScore, Plan
 from kdscale.prune.search.questions import Questions
 from kdscale.prune.slicing import SlicedStudent, SlicedTensor, Slicer
+from kdscale.prune.stream_cut import METHOD as REFIT
+from kdscale.prune.stream_cut import CutStudent, StreamBasis
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
@@ -62,10 +64,13 @@ def score_masked(
     reporter: Reporter | None = None,
     scratch: Scratch = IN_MEMORY,
     questions: Questions | None = None,
+    importance: Mapping[str, Any] | None = None,
 ) -> list[MaskedScore]:
     """Loss and KL of each plan's student on `batches`, in nats per token, and its score on `questions`.
 
     Plans that compensate, in whichever way, are fitted here with one ridge regression on `calibration` with λ `ridge`.
+    A hidden axis that is to be cut by `refit` (which needs the `importance` scores) is folded into the directions that
+    stay and not refitted, so that it scores worse than it will be.
     Hidden states beyond the byte budget of `scratch` are in its folder, which is removed at the end. Raises DataError
     without labels or without calibration tokens that a plan needs, SelfCheckError when a loss is not finite.
     """
@@ -75,7 +80,7 @@ def score_masked(
     shared = _LayerCache(teacher)
     teacher_stream = LayerStream(teacher.config, family, shared.tensor, dtype=dtype, device=device)
     model_scratch = replace(scratch, activation_bytes=scratch.activation_bytes // (len(plans) + 2))
-    students = [_Student(shared, family, plan, ridge, dtype, device) for plan in plans]
+    students = [_Student(shared, family, plan, ridge, dtype, device, importance or {}) for plan in plans]
     if any(student.roles for student in students) and not sum(batch.input_ids_BS.numel() for batch in calibration):
         raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
     calibrate = list(calibration) if any(student.roles for student in students) else []
@@ -135,14 +140,24 @@ class _Student:
     """One candidate: its slices, its regression and its hidden states."""
 
     def __init__(
-        self, shared: _LayerCache, family: Family, plan: Plan, ridge: float, dtype: torch.dtype, device: torch.device
+        self,
+        shared: _LayerCache,
+        family: Family,
+        plan: Plan,
+        ridge: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        importance: Mapping[str, Any],
     ):
         self.plan, self._shared, self._ridge = plan, shared, ridge
         self.slicer = Slicer(shared.config, family, plan)
         self.roles = compensated_roles(plan, self.slicer)
         self.stream = LayerStream(self.slicer.student_config, family, self._tensor, dtype=dtype, device=device)
         self.states = HiddenStates()
-        self._sliced = SlicedStudent(self.slicer, shared.tensor)
+        self._cut: CutStudent | None = None
+        if plan.methods.hidden == REFIT:
+            self._cut = CutStudent(self.slicer, shared.tensor, StreamBasis.of(importance, plan.student.hidden))
+        self._sliced = self._cut or SlicedStudent(self.slicer, shared.tensor)
         self._solved: dict[str, Tensor] = {}
 
     def _tensor(self, name: str) -> Tensor:
@@ -186,7 +201,10 @@ class _Student:
         kept = self.slicer.kept(COMPENSATED[role], tensor.position)
         assert kept is not None
         sums = RidgeSums.of_gram(kept, gram_UU)
-        weight_DU = kept_outputs(self.slicer, role, self._shared.tensor(tensor.source).to(gram_UU.device))
+        if self._cut is not None:
+            weight_DU = self._cut.written(self._shared.tensor(tensor.source), tensor.spec).to(gram_UU.device)
+        else:
+            weight_DU = kept_outputs(self.slicer, role, self._shared.tensor(tensor.source).to(gram_UU.device))
         on_disk: Tensor = self.slicer.family.output_by_input(
             role, sums.solve(weight_DU, self._ridge, tensor.source).cpu()
         )

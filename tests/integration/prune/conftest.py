@@ -80,8 +80,16 @@ def _save(folder: Path, model: Any, max_shard_size: str = "5GB") -> Path:
 
 @pytest.fixture(scope="session")
 def other_teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Teacher]:
-    """`qwen3` (per-head q/k norms, head_dim not hidden/heads) and `biased` (untied Llama with every bias, sharded)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    """`qwen3` (per-head q/k norms, head_dim not hidden/heads), `biased` (untied Llama with every bias, sharded) and
+    `gemma3` (tied, norms before and behind every sublayer)."""
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     shape = {
         "hidden_size": 96,
@@ -103,6 +111,8 @@ def other_teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         if kind == "qwen3":
             model: Any = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=32, tie_word_embeddings=False))
             return Teacher(_save(folder, model))
+        if kind == "gemma3":
+            return Teacher(_save(folder, Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=16))))
         config = LlamaConfig(**shape, head_dim=16, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
         return Teacher(_save(folder, LlamaForCausalLM(config), max_shard_size="200KB"))
 
