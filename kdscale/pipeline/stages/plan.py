@@ -46,7 +46,7 @@ def search_plan(context: StageContext, scores: Mapping[str, Any]) -> Plan:
         plan = _plan_by_all_rankings(context, search)
         if basis.suits(plan):
             break
-    plan.warnings.extend(basis.warnings)
+    plan.warnings.extend(basis.warnings(plan))
     return plan
 
 

@@ -13,6 +13,7 @@ from kdscale.prune.axes import openable_axes
 from kdscale.prune.plan import Plan
 from kdscale.prune.rotation import rotation_obstacle, untied_config
 from kdscale.prune.stream_cut import refit_obstacle
+from kdscale.units import format_count
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,21 @@ class HiddenBasis:
     config: dict[str, Any]
     cfg: PruneConfig
     rotated: bool = False
-    warnings: tuple[str, ...] = ()  # for the plan
+    unties: bool = False
 
     def suits(self, plan: Plan) -> bool:
         """Whether the plan can be used. A rotation is of no use where the search leaves the hidden axis uncut."""
         return not self.rotated or plan.student.hidden < plan.teacher.hidden
+
+    def warnings(self, plan: Plan) -> list[str]:
+        """What the plan is to say of the basis."""
+        if not self.unties:
+            return []
+        added = plan.student.vocab * plan.student.hidden
+        return [
+            "the head gets a weight of its own: rotating the hidden axis ends its tie to the embedding, which adds "
+            f"{format_count(added, 3)} parameters (prune.hidden_method refit and activation keep the tie)"
+        ]
 
 
 def hidden_bases(config: Mapping[str, Any], family: Family, cfg: PruneConfig) -> list[HiddenBasis]:
@@ -38,7 +49,7 @@ def hidden_bases(config: Mapping[str, Any], family: Family, cfg: PruneConfig) ->
     plain, dims = dict(config), family.dims(dict(config))
     cuts = "hidden" in openable_axes(cfg, dims)
     if cuts and cfg.hidden_method in ("auto", "refit"):
-        reason = refit_obstacle(family, plain) or _settings_without_refit(cfg, dims)
+        reason = _settings_without_refit(cfg, dims) or refit_obstacle(family, plain)
         if reason is None:
             return [HiddenBasis(plain, cfg.model_copy(update={"hidden_method": "refit"}))]
         if cfg.hidden_method == "refit":
@@ -52,13 +63,9 @@ def hidden_bases(config: Mapping[str, Any], family: Family, cfg: PruneConfig) ->
         raise ConfigError("prune.hidden_method: pca", expected="a model that can be rotated", got=obstacle, hint=hint)
     if not cuts or obstacle or cfg.hidden_method == "activation":
         return [HiddenBasis(plain, cfg.model_copy(update={"hidden_method": "activation"}))]
-    ends_tie = (
-        "the head gets a weight of its own: rotating the hidden axis ends its tie to the embedding "
-        "(prune.hidden_method=activation keeps it)"
-    )
     rotated = HiddenBasis(
         untied_config(plain, family), cfg.model_copy(update={"hidden_method": "pca"}), rotated=True,
-        warnings=(ends_tie,) if family.tied(plain) else (),
+        unties=bool(family.tied(plain)),
     )  # fmt: skip
     without_hidden = tuple(axis for axis in cfg.axes if axis != "hidden")
     return [rotated, HiddenBasis(plain, cfg.model_copy(update={"axes": without_hidden}))]

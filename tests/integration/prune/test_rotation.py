@@ -26,11 +26,11 @@ CPU = torch.device("cpu")
 
 def _plan_in_basis(teacher, scores, **prune) -> Plan:
     """As the plan stage does: the plan of the first basis that it suits."""
-    for basis in hidden_bases(teacher.config, teacher.family, PruneConfig(**prune)):
+    for basis in hidden_bases(teacher.config, teacher.family, PruneConfig(**{"hidden_method": "pca", **prune})):
         plan = make_plan(basis.config, teacher.family, scores, basis.cfg)
         if basis.suits(plan):
             break
-    plan.warnings.extend(basis.warnings)
+    plan.warnings.extend(basis.warnings(plan))
     return plan
 
 
@@ -155,6 +155,6 @@ def test_families_that_cannot_be_rotated(teacher, role, axes, reason):
     assert reason in rotation_obstacle(other, teacher.config)
     with pytest.raises(ConfigError, match="hidden_method=activation"):
         hidden_bases(teacher.config, other, PruneConfig(hidden=72, hidden_method="pca"))
-    (basis,) = hidden_bases(teacher.config, other, PruneConfig(hidden=72))
+    (basis,) = hidden_bases(teacher.config, other, PruneConfig(hidden=72, compensate="ridge"))
     assert basis.cfg.hidden_method == "activation"
     assert untied_config(teacher.config, family) | teacher.config == teacher.config
