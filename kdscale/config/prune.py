@@ -96,8 +96,8 @@ class PruneConfig(Section):
     multiple_of: Length | None = None
     ffn_method: FfnMethod = "output_energy"
     head_method: HeadMethod = "output_energy"
-    # auto: refit (the residual stream cut to its principal components, with all that reads and writes it refitted), else
-    # pca (the stream rotated into them, a head of its own), else activation, as the family and the other fields allow
+    # auto: refit (the residual stream cut to its principal components, all that reads and writes it refitted), else pca
+    # (the stream rotated into them, a head of its own), else activation, as the family and the other fields allow
     hidden_method: HiddenMethod = "auto"
     # auto: one_by_one, or angular where contiguous_layers is true
     layer_method: LayerMethod = "auto"
