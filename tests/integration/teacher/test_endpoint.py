@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kdscale.config.distill.targets import Needs
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.load import build_config
 from kdscale.errors import ConfigError, KdscaleError, LostRankError, ServiceError
+from kdscale.models.documents import Documents
 from kdscale.models.loading import load_model
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.teacher import services
@@ -90,6 +92,27 @@ def test_its_targets_are_those_of_the_teacher_in_this_process(
     torch.testing.assert_close(got.logits_NK - got.lse_N[:, None], logp_NK, atol=2e-5, rtol=0)
     assert len(server.asked) == 1
     assert len(server.asked[0][2]["prompt"]) == 4  # the document without labels is not asked about
+
+
+@pytest.mark.parametrize("top_k", [0, TOP_K])
+def test_it_tells_the_probability_of_the_texts_own_tokens(
+    teacher: Callable[..., EndpointTeacher], model: Any, server: FakeEndpoint, top_k: int
+) -> None:
+    """As the teacher in this process does, and as the logits say; with the top K or alone."""
+    gives, batch = Needs(top_k=top_k, label=True), packed()
+    follows = torch.isin(batch.rows_N + 1, (batch.position_ids_BS.flatten() > 0).nonzero())  # in the same document
+    following_N = batch.input_ids_BS.flatten()[(batch.rows_N + 1).clamp(max=23)]
+    batch = replace(batch, labels_N=torch.where(follows, following_N, batch.labels_N))
+    got = teacher(gives).targets(batch)
+    SequenceSlice().prepare(model)
+    own = OnlineTeacher(ReplicatedTeacher(model, VOCAB), gives, vocab_size=VOCAB).targets(batch)
+    logp_BSV = model(batch.input_ids_BS, position_ids=batch.position_ids_BS, documents=Documents.of(
+        batch.position_ids_BS
+    )).logits.log_softmax(-1)  # fmt: skip
+    expected = logp_BSV.flatten(0, 1)[batch.rows_N].gather(1, batch.labels_N[:, None])[:, 0]
+    for targets in (got, own):
+        assert targets.label is not None and (targets.top_k is not None) == (top_k > 0)
+        torch.testing.assert_close(targets.label.logprobs_N, expected.detach(), atol=2e-5, rtol=0)
 
 
 def test_at_another_temperature_the_top_k_alone_are_scaled(teacher: Callable[..., EndpointTeacher], model: Any) -> None:

@@ -16,7 +16,7 @@ from kdscale.errors import ConfigError
 from kdscale.models.head import OutputHead
 from kdscale.teacher.several import Colleague, SeveralTeachers, check_tags
 from kdscale.teacher.source import MicroBatch
-from kdscale.teacher.targets import FullTargets, SampledTargets, Targets, TopKTargets
+from kdscale.teacher.targets import FullTargets, LabelTargets, SampledTargets, Targets, TeacherPart, TopKTargets
 from kdscale_kernels import linear_topk_lse
 
 ROWS, VOCAB, HIDDEN = 9, 40, 6
@@ -156,6 +156,21 @@ def test_sampled_targets_are_cut_down_to_rows_too() -> None:
     assert some.rows == 2 and some.sampled is not None
     assert some.sampled.ids_NK.tolist() == [[9, 10, 11], [0, 1, 2]]
     assert (some.sampled.temperature, some.sampled.vocab_size) == (2.0, VOCAB)
+
+
+def test_of_some_rows_each_teacher_says_what_it_says_of_them() -> None:
+    """Rows of text that the student wrote are learnt apart from the others."""
+    label = torch.arange(4.0)
+    parts = (
+        TeacherPart(0.25, torch.tensor([0, 3, 4, 7]), Targets(rows=4, label=LabelTargets(label))),
+        TeacherPart(0.75, None, Targets(rows=9, label=LabelTargets(torch.arange(9.0)))),
+        TeacherPart(0.5, torch.tensor([8]), Targets(rows=1, label=LabelTargets(label[:1]))),
+    )
+    first, second = Targets(rows=9, teachers=parts).part(torch.tensor([1, 3, 7])).teachers
+    assert first.rows_M is not None and first.rows_M.tolist() == [1, 2] and first.share == 0.25
+    assert first.targets.label is not None and first.targets.label.logprobs_N.tolist() == [1.0, 3.0]
+    assert second.rows_M is not None and second.rows_M.tolist() == [0, 1, 2]
+    assert second.targets.label is not None and second.targets.label.logprobs_N.tolist() == [1.0, 3.0, 7.0]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,41 @@ def test_a_micro_batch_without_rows_has_figures_and_a_graph() -> None:
     assert figures.tolist() == [0.0] * objectives.width == [0.0] * 4
 
 
+def both(is_own: list[bool] | None) -> tuple[Objectives, Any, torch.Tensor]:
+    objectives = Objectives([NormConfig()], own=[NormConfig(weight=2.0)])
+    hidden_NH = torch.tensor([[1.0, 2.0], [3.0, 5.0]], requires_grad=True)
+    rows = torch.arange(2)
+    own_N = None if is_own is None else torch.tensor(is_own)
+    batch = MicroBatch(rows[None], rows[None], rows, rows, is_own_N=own_N)
+    losses, figures = objectives(StudentOutput(hidden_NH, OutputHead(torch.eye(2)), 2), Targets(rows=2), batch)
+    return objectives, losses, figures
+
+
+def test_what_the_student_wrote_has_objectives_of_its_own() -> None:
+    objectives, losses, figures = both([False, True])
+    assert objectives.columns == [
+        "loss", "largest", "odds", "on_policy_loss", "on_policy_largest", "on_policy_odds"
+    ]  # fmt: skip
+    assert [float(loss.detach()) for loss in losses] == [5.0, 34.0]
+    assert objectives.counts == ("tokens", "sequences", "own_tokens", "own_sequences")
+    means = objectives.means([2.0, 2.0, 1.0, 1.0, *figures.tolist()])
+    assert (means["largest"], means["on_policy_largest"]) == (2.0, 5.0)
+    assert means["on_policy_loss"] == 2.0 * 34.0
+    assert means["loss"] == (5.0 + 2.0 * 34.0) / 2 == float(objectives.weighted(losses, torch.tensor(1.0)).detach()) / 2
+
+
+@pytest.mark.parametrize(("is_own", "missing"), [(None, "on_policy_largest"), ([True, True], "largest")])
+def test_of_a_kind_that_is_not_there_nothing_is_reported(is_own: list[bool] | None, missing: str) -> None:
+    objectives, losses, figures = both(is_own)
+    own = [2.0, 2.0] if is_own else [0.0, 0.0]
+    means = objectives.means([2.0, 2.0, *own, *figures.tolist()])
+    present = {"largest", "on_policy_largest"} - {missing}
+    assert math.isnan(means[missing]) and means[present.pop()] == 5.0 / 2
+    assert means["loss"] == pytest.approx(39 / 2 * (2.0 if is_own else 1.0))
+    assert "nan" not in objectives.headline(means)
+    assert sum(loss.requires_grad for loss in losses) == 1
+
+
 def test_the_message_after_a_validation_says_what_the_terms_are() -> None:
     objectives = Objectives([TokenDivergenceConfig()])
     means = objectives.means([2.0, 1.0, 2.5, 1.0, 2 * math.log(66.0), 1.9, 0.1, 1.026])
