@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl_gkd import TRL, _head, _hidden, half_as_deep, packed
 
 from kdscale.models.generation.drawing import Drawing, draw_answers
@@ -91,6 +90,7 @@ class Contestant:
         self, name: str, student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any, args: argparse.Namespace
     ):
         from datasets import Dataset
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
 
         loss = {TRL: None, OURS: full_loss, TOP_K: top_k_loss}[name]
 
