@@ -113,7 +113,7 @@ def main() -> None:
     if arguments.list:
         show_list(bench, cells)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, stop)
     os.environ["KDSCALE_CACHE"] = str((arguments.work / "cache").resolve())
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(arguments.threads))
     set_threads(arguments.threads)
@@ -135,6 +135,12 @@ def main() -> None:
         say(f"{arguments.limit_minutes:g} minutes are up; the same command goes on")
         sys.exit(STOPPED)
     sys.exit("\n".join(failed) if failed else 0)
+
+
+def stop(*_: object) -> None:
+    """End in good order, once: what stops a job may send its signal to the job and to its children."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def check_time(bench: Bench) -> None:
