@@ -9,6 +9,7 @@ S positions of a sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -52,7 +53,8 @@ class TextPrompts:
     def __init__(
         self, train: TokenSplit, heldout: TokenSplit, sequence: Callable[[int], PackedSequence], most: int, slots: int
     ):
-        self._train, self._heldout, self._sequence, self._most, self._slots = train, heldout, sequence, most, slots
+        self._train, self._heldout, self._most, self._slots = train, heldout, most, slots
+        self._sequence = lru_cache(maxsize=16)(sequence)  # its slots ask one after the other
 
     def of(self, number: int, slot: int) -> Prompt:
         """The piece in a slot of sequence `number`."""

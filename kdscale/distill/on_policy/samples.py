@@ -157,7 +157,7 @@ class Samples:
         left = [batch for batch in batches if not all(key in journal for key in batch)]
         if not max(gather(len(left))):
             return
-        with self._writer.weights(begun):
+        with self._writer.weights():
             while max(gather(len(left))):
                 look()
                 batch = left[0] if left else []
@@ -271,7 +271,7 @@ class Samples:
         asked = [(row, slot, prompt) for row in own for slot, prompt in enumerate(rows[row])]
         written: dict[int, list[tuple[Prompt, dict[str, Any]]]] = {row: [] for row in own}
         enter(PHASE)
-        with self._writer.weights(share.steps):
+        with self._writer.weights():
             for first in range(0, most * self._slots, at_once):
                 look()
                 batch = asked[first : first + at_once]

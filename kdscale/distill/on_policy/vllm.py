@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ from kdscale.weights import Checkpoint, copy_sidecars
 
 SECTION = "distill.on_policy.vllm.endpoint"
 _MOST_ANSWER_BYTES = 64 << 20
-_OWN_FOLDER = re.compile(r"step-[0-9]{8}")
+_OWN_FOLDER = re.compile(r"weights-[0-9]{19}")
 _BATCHES = 4  # of `concurrency` prompts, between two looks at whether the run shall stop
 
 
@@ -82,10 +83,10 @@ class VllmWriter:
         )  # fmt: skip
 
     @contextmanager
-    def weights(self, step: int) -> Iterator[None]:
+    def weights(self) -> Iterator[None]:
         """Bring the student's weights to the server. Raises ConfigError or ServiceError on all ranks."""
         with whole_parameters(self._student) as parameters:
-            on_main(lambda: self._push(parameters, step))
+            on_main(lambda: self._push(parameters))
         yield
 
     def write(self, asked: Sequence[Asked]) -> list[Drawn | None]:
@@ -137,12 +138,12 @@ class VllmWriter:
         ended = ids[end - 1] in self._drawing.end_ids
         return {"drawn": Drawn(ids[:end], [float(value or 0.0) for value in logprobs[:end]], [], ended)}
 
-    def _push(self, parameters: Mapping[str, torch.Tensor], step: int) -> None:
+    def _push(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Write the weights as a model's folder, have the server read it, and remove the one before."""
         source = Checkpoint.open(self._folder)
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         trained = trained_tensors(source, shapes, self._tied)
-        folder = self._weights / f"step-{step:08d}"
+        folder = self._weights / f"weights-{time.time_ns()}"
 
         def fill(span: ParameterRange, out: torch.Tensor) -> None:
             out.copy_(parameters[span.name].reshape(-1).narrow(0, span.offset, span.length))

@@ -43,8 +43,8 @@ class Writer(Protocol):
     at_once: int  # how many prompts it likes to be given together
     whole_batches: bool  # whether the other prompts of a batch change an answer's last bits
 
-    def weights(self, step: int) -> AbstractContextManager[None]:
-        """Within the block the student as it is now writes, that of `step` optimiser steps. A collective call."""
+    def weights(self) -> AbstractContextManager[None]:
+        """Within the block the student as it is now writes. A collective call."""
 
     def write(self, asked: Sequence[Asked]) -> list[Drawn | None]:
         """What follows each; None where it was stopped by a signal before that was there."""
@@ -69,9 +69,8 @@ class LocalWriter:
         self._lent: _LentModel | None = None
 
     @contextmanager
-    def weights(self, step: int) -> Iterator[None]:
+    def weights(self) -> Iterator[None]:
         """Lend the student's weights for the block, gathered where ranks share them."""
-        del step
         if self._lent is None:
             self._lent = _LentModel(self._build())
         with whole_parameters(self._student) as parameters, self._lent.borrowing(parameters):

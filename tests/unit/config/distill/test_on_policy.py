@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kdscale.config.distill.on_policy import FREE_ON_POLICY, OnPolicyConfig
 from kdscale.config.distill.schedules import Schedule
 from kdscale.config.distill.targets import SOURCES
-from kdscale.config.load import build_config
+from kdscale.config.load import build_config, may_change
 from kdscale.errors import ConfigError
 
 VLLM = {"writer": "vllm", "vllm": {"endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}}
@@ -98,6 +98,11 @@ def test_what_decides_about_the_student_is_all_but_how_it_is_written() -> None:
     assert set(decisive) == set(OnPolicyConfig.model_fields) - FREE_ON_POLICY
     tree = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
     assert "on_policy" not in build_config(tree, "test").distill.decisive()  # runs of older versions go on
+
+
+def test_a_run_may_go_on_with_another_way_of_writing_but_not_with_other_texts() -> None:
+    assert may_change("distill.on_policy.micro_batch") and may_change("distill.on_policy.vllm.concurrency")
+    assert not any(may_change(f"distill.on_policy{field}") for field in ("", ".share", ".writer", ".objectives"))
 
 
 def test_trainings_inside_the_run_have_no_such_phase() -> None:

@@ -38,7 +38,7 @@ class Writer:
         self._logprob = logprob
 
     @contextmanager
-    def weights(self, step: int) -> Iterator[None]:
+    def weights(self) -> Iterator[None]:
         yield
 
     def write(self, asked: Sequence[Asked]) -> list[Drawn | None]:
