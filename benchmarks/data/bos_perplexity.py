@@ -16,9 +16,9 @@ import torch
 from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
-from kdscale.data.tokenizing import NO_SPECIAL_TOKENS, document_end_id, special_tokens
 from kdscale.eval.quality import ScoringOptions, score_models
 from kdscale.models.loading import load_tokenizer, read_tokenizer_config
+from kdscale.models.tokenizer.tokenizing import NO_SPECIAL_TOKENS, document_end_id, special_tokens
 from kdscale.runtime.progress import Reporter
 
 

@@ -39,8 +39,8 @@ def write_text(path: Path, source: str, megabytes: float) -> None:
 def run_kdscale(teacher: Path, text: Path, out: Path, processes: int) -> int:
     """Build a token store; returns the number of tokens."""
     from kdscale.data.token_store import TokenStore
-    from kdscale.data.tokenizing import document_end_id
     from kdscale.models.loading import load_tokenizer
+    from kdscale.models.tokenizer.tokenizing import document_end_id
     from kdscale.runtime.progress import Reporter
 
     tokenizer = load_tokenizer(teacher)
@@ -59,8 +59,8 @@ def run_datasets(teacher: Path, text: Path, out: Path, processes: int) -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if processes == 1 else "false"
     import datasets
 
-    from kdscale.data.tokenizing import document_end_id
     from kdscale.models.loading import load_tokenizer
+    from kdscale.models.tokenizer.tokenizing import document_end_id
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(teacher)

@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
 
-from kdscale.data.tokenizing import BatchEncoder, EncodedText
 from kdscale.errors import MachineError
+from kdscale.models.tokenizer.tokenizing import BatchEncoder, EncodedText
 
 BatchT = TypeVar("BatchT")
 

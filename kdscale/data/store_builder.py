@@ -17,10 +17,10 @@ from kdscale.data.leaks import Text, find_leaks, in_words
 from kdscale.data.readers.chat import ChatTemplate
 from kdscale.data.sources import Document, describe_source, is_local, read_documents
 from kdscale.data.store_format import SPLITS, STORE_VERSION, Facts, SplitWriter, keep_documents
-from kdscale.data.tokenizing import BatchEncoder, EncodedText, tokens_of_spans
 from kdscale.errors import DataError
 from kdscale.files import sha256_json
 from kdscale.models.loading import NO_SPECIAL_TOKENS, SpecialTokens
+from kdscale.models.tokenizer.tokenizing import BatchEncoder, EncodedText, tokens_of_spans
 from kdscale.runtime.progress import Bar
 
 _BATCH_DOCUMENTS, _BATCH_CHARS = 256, 250_000  # whichever comes first; the library takes 140 bytes a character

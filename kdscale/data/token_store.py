@@ -27,10 +27,10 @@ from kdscale.data.store_builder import (
 )
 from kdscale.data.store_cache import StoreCache
 from kdscale.data.store_format import LOSS_FILE, SPLITS, name_in_blend, read_bits, read_store_manifest
-from kdscale.data.tokenizing import BatchEncoder
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import atomic_dir, write_json
 from kdscale.models.loading import NO_SPECIAL_TOKENS, SpecialTokens
+from kdscale.models.tokenizer.tokenizing import BatchEncoder
 from kdscale.runtime.progress import Reporter
 
 _SHORTEST_CUT = 4  # tokens; the least that data.max_document_tokens may be

@@ -28,9 +28,9 @@ from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.readers import jsonl
 from kdscale.data.readers.chat import ChatTemplate, chat_template
 from kdscale.data.token_store import TokenStore
-from kdscale.data.tokenizing import BatchEncoder
 from kdscale.errors import DataError
 from kdscale.models.loading import load_tokenizer
+from kdscale.models.tokenizer.tokenizing import BatchEncoder
 from kdscale.runs.folder import DATA, KEPT_RESPONSES
 from kdscale.teacher.source import LabelledText, MicroBatch, OpenedSource, SourceRequest
 from kdscale.teacher.targets import Targets, TopKTargets

@@ -18,7 +18,6 @@ def tokenize(context: StageContext) -> Facts:
     """Tokenise the text into the token store, training and held-out part."""
     from kdscale.data.store_cache import StoreCache, cache_folder
     from kdscale.data.token_store import TokenStore
-    from kdscale.data.tokenizing import document_end_id
     from kdscale.families import load_family
     from kdscale.models.loading import (
         NO_SPECIAL_TOKENS,
@@ -27,6 +26,7 @@ def tokenize(context: StageContext) -> Facts:
         read_tokenizer_config,
         special_tokens,
     )
+    from kdscale.models.tokenizer.tokenizing import document_end_id
     from kdscale.weights import read_config
 
     data = with_responses(context.config.data, context.run)

@@ -164,7 +164,7 @@ def _token_counter(teacher: Path) -> Callable[[str], int]:
     """How many tokens the teacher's tokenizer makes of a text; it is read when it is first asked."""
     from functools import cache
 
-    from kdscale.data.tokenizing import BatchEncoder
+    from kdscale.models.tokenizer.tokenizing import BatchEncoder
 
     @cache
     def encoder() -> BatchEncoder:

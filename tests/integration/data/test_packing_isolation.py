@@ -14,7 +14,7 @@ from kdscale.config.data import DataConfig, SourceConfig
 from kdscale.data.batches import PackedLoader
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
-from kdscale.data.tokenizing import document_end_id
+from kdscale.models.tokenizer.tokenizing import document_end_id
 from kdscale.runtime.progress import Reporter
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from kdscale.data.encoder_processes import EncoderProcesses
-from kdscale.data.tokenizing import BatchEncoder
 from kdscale.errors import MachineError
+from kdscale.models.tokenizer.tokenizing import BatchEncoder
 
 
 def test_processes_give_what_one_gives_in_order(tokenizer: Any, tiny_texts: list[str]):

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from kdscale.config.data import BlendConfig, SourceConfig
-from kdscale.data import deduplicate, store_builder, tokenizing
+from kdscale.data import deduplicate, store_builder
 from kdscale.data import token_store as store_module
 from kdscale.data.readers import megatron
 from kdscale.data.sources import Document
 from kdscale.data.store_builder import DocumentFormat
 from kdscale.data.token_store import TokenStore
-from kdscale.data.tokenizing import EncodedText
 from kdscale.errors import ConfigError, DataError
 from kdscale.files import remove_leftovers
 from kdscale.models.loading import SpecialTokens
+from kdscale.models.tokenizer import tokenizing
+from kdscale.models.tokenizer.tokenizing import EncodedText
 
 
 def documents(store: TokenStore, tokenizer: Any, split: str) -> list[str]:

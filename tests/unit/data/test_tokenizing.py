@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from kdscale.data import tokenizing
-from kdscale.data.tokenizing import BatchEncoder, document_end_id
 from kdscale.errors import DataError
 from kdscale.models.loading import special_tokens
+from kdscale.models.tokenizer import tokenizing
+from kdscale.models.tokenizer.tokenizing import BatchEncoder, document_end_id
 
 
 def test_byte_level_bytes_are_exact(tokenizer: Any):
@@ -71,6 +71,8 @@ def test_document_end_prefers_end_of_text(tokenizer: Any):
     assert document_end_id(tokenizer) == 0
     chat = SimpleNamespace(get_vocab=lambda: {"<|endoftext|>": 0, "<|im_end|>": 2}, eos_token_id=2)
     assert document_end_id(chat) == 0
+    gemma = SimpleNamespace(get_vocab=lambda: {"<eos>": 1, "<end_of_turn>": 106}, eos_token_id=106)
+    assert document_end_id(gemma) == 1
     with pytest.raises(DataError, match="end-of-text"):
         document_end_id(SimpleNamespace(get_vocab=dict, eos_token_id=None))
 

@@ -20,7 +20,7 @@ from tokenizers import Encoding, Tokenizer, pre_tokenizers
 from kdscale.errors import DataError
 
 # Ends of a text in pretraining. An instruct model's eos ends a chat turn instead, which is not what ends a document.
-_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<eos>")  # the last is Gemma's
 
 # The library needs about 140 bytes of memory for each byte of a text, so a longer text is encoded in spans.
 _SPAN_CHARS = 200_000
