@@ -19,13 +19,13 @@ from kdscale import files
 from kdscale.config.distill.objective import ObjectiveConfig
 from kdscale.config.root import Config
 from kdscale.data.batches import LoaderState, PackedLoader
-from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
 from kdscale.distill import load_models
 from kdscale.distill.checkpoint import folder as checkpoint_folder
 from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader, quantities_of
 from kdscale.distill.checkpoint.saver import SavePolicy, Saver
 from kdscale.distill.checkpoint.zero_state import ZeroState
+from kdscale.distill.compare_teachers import compare_teachers
 from kdscale.distill.export import export_checkpoint
 from kdscale.distill.load_models import Folders, Models, RankSetup
 from kdscale.distill.on_policy.opening import open_samples
@@ -36,7 +36,7 @@ from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.process_group import check_world, has_async_io, join_group
 from kdscale.distill.parallel.tensor_parallel import ModelSlices
 from kdscale.distill.schedule import shorter_phases, total_steps
-from kdscale.distill.step import StudentModule, to_device
+from kdscale.distill.step import StudentModule
 from kdscale.distill.telemetry.observer import make_observer
 from kdscale.distill.trainer import Trainer
 from kdscale.distill.validate import Validator, held_out_batches
@@ -54,8 +54,7 @@ from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import HostSums, is_main, on_main, rank, world_size
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.folders import teacher_folders
-from kdscale.teacher.placement.float8 import check_float8, to_float8
-from kdscale.teacher.source import MicroBatch
+from kdscale.teacher.placement.eight_bits import check_eight_bits
 from kdscale.weights import Checkpoint, checkpoint_identity
 from kdscale_launch.watchdog import enter
 
@@ -113,8 +112,7 @@ def open_session(cfg: Config, folders: Folders, reporter: Reporter) -> Session:
         reporter.say(attention.in_words())
     if setup.compiled:
         reporter.say("layers are compiled when they first run, which takes a minute or so (distill.compile)")
-    if cfg.distill.teacher_dtype == "float8":
-        reporter.say(to_float8(models.source.model, _float8_sample(cfg, folders, setup.device)).in_words())
+    compare_teachers(cfg, folders, models.source, setup.device, reporter)
     engine = build(cfg, folders, setup, models)
     return resume(cfg, folders, setup, models, engine, reporter)
 
@@ -129,8 +127,7 @@ def join(cfg: Config, run_dir: Path, reporter: Reporter) -> RankSetup:
     # the ranks that share this machine's cores, of which a job on several machines has fewer than ranks
     set_threads(cfg.runtime.threads, int(os.environ.get("LOCAL_WORLD_SIZE", cfg.distill.processes)))
     check_machine(cfg.distill.zero, device.type)
-    if cfg.distill.teacher_dtype == "float8":
-        check_float8(device)
+    check_eight_bits(cfg.distill.teacher_dtype, device)
     library_log = run_dir / "logs" / ("distill.log" if is_main() else f"distill-rank-{rank()}.log")
     with quiet(library_log):
         join_group(device, group_timeout(cfg))
@@ -170,12 +167,6 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     enter("load")
     with quiet(setup.library_log):
         return load_models.load(cfg, folders, setup)
-
-
-def _float8_sample(cfg: Config, folders: Folders, device: torch.device) -> MicroBatch:
-    """A few hundred held-out positions, which a teacher in float8 is compared on."""
-    held_out = TokenStore.open(folders.data).split("heldout")
-    return to_device(eval_batches(held_out, min(cfg.distill.seq_len, 512), 1, 256)[0], device)
 
 
 def build(cfg: Config, folders: Folders, setup: RankSetup, models: Models) -> TrainingEngine:

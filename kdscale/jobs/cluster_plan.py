@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kdscale.config.distill.settings import EIGHT_BITS
 from kdscale.config.distill.targets import source_of
 from kdscale.config.root import Config
 from kdscale.distill.parallel.checks import unshareable_tensor
@@ -20,7 +21,7 @@ from kdscale.sizing.job import Job, TeacherPlacement
 from kdscale.sizing.layer_losses import LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.speed import Rates
-from kdscale.teacher.folders import teacher_folders
+from kdscale.teacher.folders import student_folder, teacher_folders
 from kdscale.weights import read_config
 
 
@@ -100,7 +101,7 @@ def plan_cluster(
     if job.teacher_dtype == "float8" and not cluster.gpu.float8:
         raise ConfigError(
             "distill.teacher_dtype", expected="for float8 an NVIDIA GPU of compute capability 8.9 or newer",
-            got=cluster.gpu.name, hint="teacher_dtype: bfloat16",
+            got=cluster.gpu.name, hint="teacher_dtype: int8, which takes as little memory; or bfloat16",
         )  # fmt: skip
     if job.item_bytes == 4:
         notes.append("distill.dtype is float32: the GPU's FLOP/s are of bf16, so speeds are several times too high")
@@ -118,7 +119,7 @@ def _placements(config: Config) -> list[TeacherPlacement]:
     """
     needs, stored, dtype = config.distill.needs, config.targets, config.distill.teacher_dtype
     found = [name for name in PLACEMENTS if not needs.missing_from(source_of(name).gives)]
-    if dtype == "float8" or config.distill.followers:
+    if dtype in EIGHT_BITS or config.distill.followers:
         return [name for name in found if name == "replicated"]
     if dtype != "auto":
         return [name for name in found if source_of(name).in_process]
@@ -132,7 +133,7 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     model = read_config(teacher_dir)
     family = load_family(model, str(teacher_dir / "config.json"))
     distill = config.distill
-    if distill.need_whole_head() or distill.needs.sampled or job.teacher_dtype == "float8" or job.average:
+    if distill.need_whole_head() or distill.needs.sampled or job.teacher_dtype in EIGHT_BITS or job.average:
         return []
     if unshareable_tensor(family, model) is not None:
         return []
@@ -171,6 +172,9 @@ def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, 
         teacher = ModelShape.of_config(source, str(teacher_dir / "config.json"))
     if (run.pruned / "config.json").exists():
         return teacher, ModelShape.of_config(read_config(run.pruned), str(run.pruned)), "the pruned student"
+    if config.student is not None:
+        ready = student_folder(config, config_only=True)
+        return teacher, ModelShape.of_config(read_config(ready), str(ready)), "the ready student"
     if not config.steps and run.plan.exists():
         return teacher, _planned_student(source, run.plan, teacher_dir), "plan.json"
     if len(plans) <= len(config.steps):  # a latency target is measured, so there is no shape yet

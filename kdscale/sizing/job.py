@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kdscale.config.distill.recompute import Recompute
+from kdscale.config.distill.settings import TeacherDtype
 from kdscale.sizing.layer_losses import NO_LAYERS, LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 
@@ -31,7 +32,7 @@ class Job:
     reduce_bucket: int = 500_000_000
     device: Device = "cuda"
     document_tokens: int | None = None  # of each document; None: one a row
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"  # auto: the student's
+    teacher_dtype: TeacherDtype = "auto"  # auto: the student's
     others: tuple[ModelShape, ...] = ()  # further teachers, placed as the first and asked after it
     average: bool = False  # one of them is the average of the student, kept in fp32 beside its working copy
 
@@ -47,7 +48,7 @@ class Job:
 
     @property
     def teacher_bytes(self) -> int:
-        """Of one of a teacher's weights; in float8 of those that are not."""
+        """Of one of a teacher's weights; with linear maps in 8 bits, of the others."""
         return {"float32": 4, "bfloat16": 2}.get(self.teacher_dtype, self.item_bytes)
 
     @property

@@ -11,6 +11,7 @@ for the host. benchmarks/distill/plan_cluster_check.py compares the sum with mea
 from __future__ import annotations
 
 from kdscale.config.distill.recompute import Recompute
+from kdscale.config.distill.settings import EIGHT_BITS
 from kdscale.sizing.job import Job, Memory, Setting
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.parallel import job_of_tensor_rank
@@ -51,6 +52,7 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
         "teacher's forward": {
             "activations": teacher_forward,
             "gathered weights": _teacher_gathered(job, setting),
+            "weight of a product": _widened_weight(job) if setting.runs_teacher else 0.0,
             "loss": teacher_loss,
             "gradients": standing,
             "buckets": always,
@@ -130,11 +132,20 @@ def _states(job: Job, setting: Setting) -> float:
 
 
 def _teacher_weights(job: Job, setting: Setting) -> float:
-    """b·P on every rank, or b·P/W; nothing where it is in host memory or elsewhere. In float8 a linear weight has 1."""
+    """b·P on every rank, or b·P/W; nothing where it is in host memory or elsewhere. In 8 bits a linear weight has 1."""
     weights = float(job.teacher_bytes * job.teacher_params)
-    if job.teacher_dtype == "float8":
+    if job.teacher_dtype in EIGHT_BITS:
         weights -= (job.teacher_bytes - 1) * sum(teacher.linears for teacher in job.teachers)
     return {"replicated": weights, "partitioned": weights / job.ranks}.get(setting.placement, 0.0)
+
+
+def _widened_weight(job: Job) -> float:
+    """The largest linear weight of a teacher in int8, which has its dtype for the length of a product (read)."""
+    if job.teacher_dtype != "int8":
+        return 0.0
+    return max(
+        job.teacher_bytes * shape.hidden * max(shape.ffn, shape.heads * shape.head_dim) for shape in job.teachers
+    )
 
 
 def _validation(job: Job) -> float:

@@ -36,7 +36,7 @@ class ModelShape:
     `products` are the weights of the matrix products that one token goes through, the output head included: no norms,
     no biases, no looked-up embeddings, and of a mixture only the experts that the token is routed to. `windows`: (how
     far the attention of some layers reaches back, None for all of the document; how many layers these are).
-    `linears` are the weights of the layers' linear maps outside experts: what float8 changes.
+    `linears` are the weights of the layers' linear maps outside experts: what a teacher in 8 bits has in them.
     `last_read`: the width of what a layer's last product gives, where its backward reads that (a norm follows, or each
     expert's share); 0 where it is only added to the hidden states.
     """

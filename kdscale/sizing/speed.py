@@ -85,6 +85,9 @@ def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, wait
     if job.teacher_dtype == "float8":  # as much less time as the peaks differ: assumed
         teacher -= 2.0 * sum(shape.linears for shape in job.teachers) * (1 - 1 / cluster.gpu.float8)
     teacher_seconds = max(tokens * teacher / peak, _teacher_transfers(job, setting, cluster, rates))
+    if job.teacher_dtype == "int8":  # each weight is read, written in its dtype and read again, in every forward
+        widened = (1 + 2 * job.teacher_bytes) * sum(shape.linears for shape in job.teachers)
+        teacher_seconds += setting.accumulation * widened / cluster.gpu.hbm
     computing = tokens * ((3 * student + recomputed + losses) / peak + _BYTES_AGAIN * again / cluster.gpu.hbm)
     if setting.overlap:  # products are no faster beside each other: gained is what the student waits for links
         teacher_seconds -= min(max(0.0, hidden - computing), teacher_seconds * (1 - 1 / setting.accumulation))

@@ -11,11 +11,13 @@ from typing import cast
 import torch
 
 from kdscale.config.distill.objective import LayersRead
+from kdscale.config.distill.settings import EIGHT_BITS
 from kdscale.config.distill.targets import Needs
 from kdscale.models.head import VocabShard
 from kdscale.models.layer_records import LayerReader
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.teacher.head_targets import TargetsFromHead
+from kdscale.teacher.placement.eight_bits import load_in_eight_bits
 from kdscale.teacher.placement.placed import PlacedTeacher, Placement, ReplicatedTeacher, place_teacher
 from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
 from kdscale.teacher.targets import Targets
@@ -73,6 +75,12 @@ def open_online(request: SourceRequest) -> OpenedSource:
     if placement == "replicated" and request.load_split is not None:
         model, rows, shard = request.load_split(request.teacher_dir)
         placed = ReplicatedTeacher(model, rows)
+    elif (dtype_name := request.cfg.distill.teacher_dtype) in EIGHT_BITS:
+        model = load_in_eight_bits(
+            request.teacher_dir, dtype_name, dtype=request.dtype, device=request.device,
+            trust_remote_code=request.cfg.teacher.trust_remote_code,
+        )  # fmt: skip
+        placed = ReplicatedTeacher(model)
     else:
         placed = place_teacher(
             request.teacher_dir, placement, keep_head=request.needs.full, dtype=request.dtype, device=request.device,

@@ -16,6 +16,9 @@ from kdscale.config.distill.zero import ZeroConfig
 from kdscale.config.fields import MOST, Count, Dtype, Few, Length, Seconds, Section
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 
+TeacherDtype = Literal["auto", "float32", "bfloat16", "float8", "int8"]
+EIGHT_BITS = ("float8", "int8")  # of them
+
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -58,8 +61,8 @@ class DistillConfig(SourceSettings):
     teacher: Literal["original", "previous"] = "original"
     # several teachers in place of the one; empty: the run's own
     teachers: tuple[TeacherEntry, ...] = Field(strict=False, max_length=64, default=())
-    # of teachers in the ranks; auto: the student's; float8: its layers multiply in 8 bits, see teacher.placement
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
+    # of teachers in the ranks; auto: the student's; 8 bits: of the linear maps of its layers, see teacher.placement
+    teacher_dtype: TeacherDtype = "auto"
     # on a GPU: the teacher's forward of the next micro-batch beside the student's backward, for more memory
     teacher_overlap: bool = False
     tokens: Count = 1_000_000
@@ -245,16 +248,17 @@ class DistillConfig(SourceSettings):
 
     @model_validator(mode="after")
     def _teacher_has_its_dtype(self) -> DistillConfig:
-        if self.teacher_dtype == "float8" and self.teachers:
-            raise ValueError("teacher_dtype (float8) is for the run's own teacher, not for several: use bfloat16")
+        dtype = self.teacher_dtype
+        if dtype in EIGHT_BITS and self.teachers:
+            raise ValueError(f"teacher_dtype ({dtype}) is for the run's own teacher, not for several: use bfloat16")
         if self.teacher_dtype != "auto" and not self.source.in_process:
             raise ValueError(
                 f"teacher_dtype ({self.teacher_dtype}) is for a teacher in the ranks, not for {self.source.name} "
                 "targets: use auto"
             )
-        if self.teacher_dtype == "float8" and (self.teacher_placement != "replicated" or self.tensor_parallel > 1):
+        if dtype in EIGHT_BITS and (self.teacher_placement != "replicated" or self.tensor_parallel > 1):
             raise ValueError(
-                "teacher_dtype (float8) needs teacher_placement: replicated and tensor_parallel: 1, got "
+                f"teacher_dtype ({dtype}) needs teacher_placement: replicated and tensor_parallel: 1, got "
                 f"{self.teacher_placement} and {self.tensor_parallel}"
             )
         placements = sorted({one.teacher_placement for one in self.by_teacher().values()})
@@ -359,7 +363,7 @@ class DistillConfig(SourceSettings):
     def decisive(self) -> dict[str, Any]:
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
         decisive = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
-        teachers = [entry.model_dump(mode="json", include=DECISIVE_OF_TEACHER) for entry in self.teachers]
+        teachers = [entry.decisive() for entry in self.teachers]
         if self.fake_quantize is None:
             del decisive["fake_quantize"]  # runs of older versions go on
         if self.on_policy is None:
@@ -375,7 +379,6 @@ class DistillConfig(SourceSettings):
 
 
 DECISIVE_ZERO = ("gradient_dtype", "quantized_weights", "quantized_gradients")  # of distill.zero: they change values
-DECISIVE_OF_TEACHER = {"name", "weight", "tags", "ema"}  # which model it is, its files say
 
 # With any values of these the student is the same up to rounding: a run may change them and go on.
 FREE_SETTINGS = {

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from kdscale.config.distill.settings import EIGHT_BITS
 from kdscale.errors import SelfCheckError
 from kdscale.runtime.device import gpu_has_bf16, resolve_dtype
 from kdscale.runtime.ranks import all_reduce_min
@@ -22,8 +23,8 @@ def agreed_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def teacher_dtype(name: str, student: torch.dtype) -> torch.dtype:
-    """The dtype that distill.teacher_dtype loads the teacher in; for float8 it is what layers keep besides products."""
-    return student if name in ("auto", "float8") else getattr(torch, name)
+    """The dtype that distill.teacher_dtype loads the teacher in; in 8 bits it is that of all but linear maps."""
+    return student if name in ("auto", *EIGHT_BITS) else getattr(torch, name)
 
 
 def slow_products(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kdscale.config.distill.settings import EIGHT_BITS
 from kdscale.config.root import Config
 from kdscale.files import read_own_json
 from kdscale.pipeline.spawn import run_on_ranks
@@ -85,11 +86,11 @@ def check_before(config: Config, run: RunFolder) -> None:
     check_deepspeed()
     check_services(config, run)
     _check_writing(config)
-    if config.distill.teacher_dtype == "float8":
+    if config.distill.teacher_dtype in EIGHT_BITS:
         from kdscale.runtime.device import resolve_device
-        from kdscale.teacher.placement.float8 import check_float8
+        from kdscale.teacher.placement.eight_bits import check_eight_bits
 
-        check_float8(resolve_device(config.runtime.device))
+        check_eight_bits(config.distill.teacher_dtype, resolve_device(config.runtime.device))
 
 
 def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:

@@ -15,17 +15,18 @@ def losses(rows):
     return [row["loss"] for row in rows]
 
 
-def test_float8_teaches_nearly_the_same_and_its_error_is_said(distil, tmp_path, monkeypatch):
+def test_8_bits_teach_nearly_the_same_and_their_error_is_said(distil, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="teacher_dtype"):
         distil(tmp_path / "refused", teacher_dtype="float8", **SHORT)
-    monkeypatch.setattr(engine, "check_float8", lambda device: None)
+    monkeypatch.setattr(engine, "check_eight_bits", lambda name, device: None)
     said = []
     monkeypatch.setattr(Reporter, "say", lambda self, text: said.append(text))
     own = distil(tmp_path / "own", **SHORT)
-    rows = distil(tmp_path / "float8", teacher_dtype="float8", **SHORT)
-    assert losses(rows) == pytest.approx(losses(own), rel=0.05)
-    assert losses(rows) != losses(own)
-    assert any(text.startswith("teacher in float8: 8") and "KL of 0.0" in text for text in said), said
+    for name, close in (("float8", 0.05), ("int8", 0.005)):
+        rows = distil(tmp_path / name, teacher_dtype=name, **SHORT)
+        assert losses(rows) == pytest.approx(losses(own), rel=close)
+        assert losses(rows) != losses(own)
+        assert any(text.startswith(f"teacher in {name}: 8") and "KL of " in text for text in said), said
     with pytest.raises(RunFolderError, match="teacher_dtype"):
         distil(tmp_path / "float8", teacher_dtype="auto", **{**SHORT, "tokens": 3 * 4 * 48})
 

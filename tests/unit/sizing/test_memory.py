@@ -58,9 +58,11 @@ def test_zero_divides_what_its_stage_says(stage: int, weights: float, states: fl
     assert parts["teacher"] == 2 * P
 
 
-@pytest.mark.parametrize(("dtype", "teacher"), [("float32", 4 * P), ("float8", 2 * P - 32 * 218_103_808)])
+@pytest.mark.parametrize(
+    ("dtype", "teacher"), [("float32", 4 * P), *((name, 2 * P - 32 * 218_103_808) for name in ("float8", "int8"))]
+)
 def test_a_teacher_may_have_a_dtype_of_its_own(dtype: Any, teacher: float) -> None:
-    """Float8 halves what its layers multiply with: all but embedding, head and norms."""
+    """8 bits halve what its layers multiply with: all but embedding, head and norms."""
     own = replace(JOB, teacher_dtype=dtype)
     assert peak_memory(own, setting()).parts["teacher"] == teacher
     assert peak_memory(own, setting()).parts["student weights"] == 2 * P
