@@ -126,10 +126,6 @@ class PruneConfig(Section):
         given = [name for name in BUDGET_FIELDS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one target, not {' and '.join(given)}; sizes may be fixed beside it")
-        if not given and not any((self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)):
-            raise ValueError(
-                "give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, experts"
-            )
         if not given and self.search.candidate_score.asks:
             raise ValueError(
                 f"search.score {self.search.score} compares shapes that meet a target, and there is none: give one, or "
@@ -145,6 +141,20 @@ class PruneConfig(Section):
                 f"contiguous_layers: layer_method {self.layer_method} drops one contiguous block; leave this out"
             )
         return self
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it says what to cut; a run without a ready student has to."""
+        sizes = (self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)
+        return self.target is not None or any(sizes)
+
+    def check_says_what_to_cut(self) -> None:
+        """Raises ValueError where it does not."""
+        if not self.cuts:
+            raise ValueError(
+                "prune: give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, "
+                "experts; or a ready student (student.path)"
+            )
 
     @property
     def target(self) -> tuple[str, str] | None:

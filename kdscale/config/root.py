@@ -37,6 +37,13 @@ class TeacherConfig(Section):
     trust_remote_code: bool = False
 
 
+class StudentConfig(Section):
+    """A ready model that learns, in place of a pruned one: a folder or hub id, as of the teacher, with its tokens."""
+
+    path: str = Field(min_length=1)
+    revision: str | None = None  # only for a hub id
+
+
 class RuntimeConfig(Section):
     """Where and how a process runs; the student does not depend on it, up to rounding."""
 
@@ -71,7 +78,8 @@ class Config(Section):
     data: DataConfig = DataConfig()
     correct: CorrectConfig | None = None  # None: the teacher teaches as it is
     importance: ImportanceConfig = ImportanceConfig()
-    prune: PruneConfig
+    student: StudentConfig | None = None  # None: the teacher, pruned
+    prune: PruneConfig = PruneConfig()
     targets: TargetsConfig | None = None  # None: no targets are stored
     distill: DistillConfig = DistillConfig()
     quantize: QuantizeConfig | None = None  # None: the student is written as it was distilled, and in no other form
@@ -92,6 +100,19 @@ class Config(Section):
                 self.step(index)
             except ValidationError as error:
                 raise ValueError(f"steps ({step.name}): " + "; ".join(explain_errors(error, Config))) from error
+        return self
+
+    @model_validator(mode="after")
+    def _student_is_ready_or_pruned(self) -> Config:
+        if self.student is None:
+            self.prune.check_says_what_to_cut()
+            return self
+        for name, unsupported in (
+            ("prune.target_* and sizes", self.prune.cuts),
+            ("steps", bool(self.steps)),
+        ):
+            if unsupported:
+                raise ValueError(f"student: a ready model is not pruned, so it does not go with {name}")
         return self
 
     @model_validator(mode="after")

@@ -34,6 +34,7 @@ from kdscale.teacher.folders import teacher_folders
 from kdscale.teacher.several import check_tags
 from kdscale.teacher.source import LabelChoice, SourceRequest, StudentAverage, TargetSource, open_source
 from kdscale.teacher.targets import shared_vocabulary
+from kdscale.teacher.vocabulary.across import check_across
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,11 @@ def _check_models(cfg: Config, teachers: Mapping[str, Path], student_dir: Path) 
         check_fake_quantize({"student": student_dir})
     tokens = load_tokenizer(student_dir, cfg.teacher.trust_remote_code).get_vocab()
     for name, folder in folders.items():
-        if load_tokenizer(folder, cfg.teacher.trust_remote_code).get_vocab() != tokens:
+        if load_tokenizer(folder, cfg.teacher.trust_remote_code).get_vocab() == tokens:
+            continue
+        if settings.teachers:
+            check_across(settings, name.removeprefix("teacher "))
+        else:
             raise CheckpointError(
                 f"{student_dir}: tokenizer", expected=f"the vocabulary of the {name}, {folder}", got="another one"
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from kdscale.eval.samples import Sampling, continue_prompts
 from kdscale.eval.sizes import model_sizes
 from kdscale.eval.speed.measure import left_out, measure
 from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, perplexity_by_tag, summarise
-from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, check_same_vocabulary, checked_head, token_stats
+from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, checked_head, of_same_tokens, token_stats
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.attention import documents_apart
 from kdscale.models.documents import Documents
@@ -176,7 +176,8 @@ def score_models(
     """Per-token statistics and size of each model, in the order of `models`. Students are scored two at a time.
 
     Several ranks share `batches` and the prompts, and each gets everything.
-    Raises CheckpointError for a model whose loss is not finite or whose vocabulary differs from the teacher's.
+    Raises CheckpointError for a model whose loss is not finite or whose vocabulary differs from the teacher's by more
+    than padding.
     """
     samples = samples or SampleTexts()
     labels_N, cluster_N = _scored_tokens(batches)
@@ -187,6 +188,10 @@ def score_models(
     total = positions * (1 + len(students)) + len(models) * len(samples.share) * samples.tokens
     scores: dict[str, Scores] = {}
     sizes: dict[str, dict[str, int]] = {}
+
+    def tokens() -> int:
+        return max(load_tokenizer(models[TEACHER], options.trust_remote_code).get_vocab().values()) + 1
+
     with tempfile.TemporaryDirectory(prefix="kdscale-eval-") as folder, reporter.bar("evaluate", total) as bar:
         with _loaded([TEACHER], models, options) as loaded:
             teacher = loaded.pop(TEACHER)
@@ -197,7 +202,7 @@ def score_models(
             del teacher
         for pair in [students[i : i + 2] for i in range(0, len(students), 2)] or [[]]:
             with _loaded(pair, models, options) as loaded:
-                of_share = _score_pair(loaded, (head, hidden_states), share, options, bar)
+                of_share = _score_pair(loaded, (head, hidden_states), share, options, tokens, bar)
                 stats = {name: _of_all_ranks(parts, batches, name != TEACHER) for name, parts in of_share.items()}
                 scores |= {name: _checked(name, Scores(value, labels_N, cluster_N)) for name, value in stats.items()}
                 for name in pair:  # not before the check: no text can be drawn from logits that are not finite
@@ -212,12 +217,17 @@ def _score_pair(
     teacher: tuple[OutputHead, _HiddenStates],
     batches: Sequence[Batch],
     options: ScoringOptions,
+    tokens: Callable[[], int],
     bar: Bar,
 ) -> dict[str, list[TokenStats]]:
-    """Statistics of the scored tokens, batch after batch, of the teacher and of each loaded student."""
+    """Statistics of the scored tokens, batch after batch, of the teacher and of each loaded student.
+
+    `tokens`: how many the tokenizer has; asked for where heads differ in their padding.
+    """
     teacher_head, teacher_hidden = teacher
-    heads = [checked_head(model, name) for name, model in students.items()]
-    check_same_vocabulary([(TEACHER, teacher_head), *zip(students, heads, strict=True)])
+    own_heads = {name: checked_head(model, name) for name, model in students.items()}
+    whole = {TEACHER: teacher_head, **own_heads}
+    teacher_head, *heads = of_same_tokens(whole, tokens)
     by_batch: dict[str, list[TokenStats]] = {name: [] for name in (TEACHER, *students)}
     for batch, teacher_NH in zip(batches, teacher_hidden.read(teacher_head.weight_VH), strict=True):
         student_hidden = [

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdscale.eval.token_stats import TokenStats
-from kdscale.runs.models import DISTILLED, PRUNED, TEACHER
+from kdscale.runs.models import DISTILLED, TEACHER, before_learning
 
 CALIBRATION_BINS = 15
 MOST_TAGS = 12  # that are shown one by one
@@ -121,10 +121,11 @@ def _calibration_difference(late: Scores, early: Scores) -> tuple[float, float |
 
 
 def gap_closed(ce: Mapping[str, float]) -> float | None:
-    """How much of the loss that pruning cost distillation won back; None without all three models or without a cost."""
-    if not {TEACHER, PRUNED, DISTILLED} <= set(ce) or ce[PRUNED] <= ce[TEACHER]:
+    """How much of the loss to the teacher distillation won back; None without all three models or without a loss."""
+    before = before_learning(ce)
+    if before is None or not {TEACHER, DISTILLED} <= set(ce) or ce[before] <= ce[TEACHER]:
         return None
-    return (ce[PRUNED] - ce[DISTILLED]) / (ce[PRUNED] - ce[TEACHER])
+    return (ce[before] - ce[DISTILLED]) / (ce[before] - ce[TEACHER])
 
 
 def mean_and_error(value_N: np.ndarray, cluster_N: np.ndarray) -> tuple[float, float | None]:

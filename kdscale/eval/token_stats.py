@@ -6,7 +6,7 @@ No N×V tensor is ever made: a chunk of C rows of logits is turned into five num
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,13 +95,20 @@ def token_stats(
     return TokenStats.concatenate(of_teacher), [TokenStats.concatenate(chunks) for chunks in of_students]
 
 
-def check_same_vocabulary(heads: Iterable[tuple[str, OutputHead]]) -> None:
-    """Raises CheckpointError for vocabularies of different sizes, between which KL and agreement mean nothing."""
-    sizes = {name: head.vocab for name, head in heads}
-    if len(set(sizes.values())) > 1:
+def of_same_tokens(heads: Mapping[str, OutputHead], tokens: Callable[[], int]) -> list[OutputHead]:
+    """The heads with as many rows each: those of the smallest, where the others' more are padding.
+
+    `tokens`: how many the tokenizer has. Raises CheckpointError for a head with fewer rows than that while they differ:
+    KL and agreement would mean nothing.
+    """
+    sizes = {name: head.vocab for name, head in heads.items()}
+    fewest = min(sizes.values())
+    if len(set(sizes.values())) > 1 and fewest < tokens():
         raise CheckpointError(
-            "the models to compare differ in vocabulary", expected="one vocabulary size", got=str(sizes)
-        )
+            "the models to compare differ in vocabulary", expected="one size, or the tokenizer's and padding",
+            got=str(sizes),
+        )  # fmt: skip
+    return [head if head.vocab == fewest else head.first_rows(fewest) for head in heads.values()]
 
 
 def _stats(logprob_CV: Tensor, label_C1: Tensor, teacher_CV: Tensor | None) -> TokenStats:

@@ -39,6 +39,11 @@ class OutputHead:
         """Logits after the soft cap, where there is one."""
         return logits_CV if self.softcap is None else self.softcap * torch.tanh(logits_CV / self.softcap)
 
+    def first_rows(self, count: int) -> OutputHead:
+        """The head of the first `count` tokens alone."""
+        bias_V = None if self.bias_V is None else self.bias_V[:count]
+        return OutputHead(self.weight_VH[:count], bias_V, self.softcap)
+
     def detached(self) -> OutputHead:
         """A head that does not keep the rest of its model in memory (a tied weight is the embedding itself)."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()

@@ -44,7 +44,9 @@ def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def student_card(cfg: Config, manifest: Mapping[str, Any], sidecars: Path) -> str:
     """The card of a checkpoint's student; `sidecars`: a folder with the files that the student takes over."""
-    return model_card(card_facts(cfg, manifest), title=cfg.name, inherited=origin_of(cfg, sidecars).fields())
+    facts, inherited = card_facts(cfg, manifest), origin_of(cfg, sidecars).fields()
+    origin = "" if cfg.student is None else "A ready model, trained further"
+    return model_card(facts, title=cfg.name, origin=origin, inherited=inherited)
 
 
 def model_card(

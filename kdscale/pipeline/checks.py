@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kdscale.config.data import RESPONSES_SOURCE
 from kdscale.config.root import Config
 from kdscale.distill.telemetry.trackers import check_trackers
-from kdscale.errors import CheckpointError, ConfigError, FileError, KdscaleError, RunFolderError, raise_together
+from kdscale.errors import ConfigError, FileError, KdscaleError, RunFolderError, raise_together
 from kdscale.models.loading import open_teacher
 from kdscale.pipeline.spawn import PLACE_VARIABLE, ranks_of
 from kdscale.pipeline.stage import Stage, StageContext, manifest_path
@@ -110,8 +110,8 @@ def check_teacher(config: Config, reporter: Reporter | None = None) -> Path:
 
 
 def check_teachers(config: Config, teacher: Path) -> None:
-    """Raises ConfigError for a teacher of distill.teachers that is not there, CheckpointError for one of another
-    vocabulary than the run's `teacher`, whose students share its own."""
+    """Raises ConfigError for a teacher of distill.teachers that is not there, or that has other tokens than the run's
+    `teacher`, which its students share, and so cannot teach them; CheckpointError for one that cannot be read."""
     from kdscale.teacher.folders import teacher_folders
     from kdscale.weights import check_tokenizer
 
@@ -121,11 +121,9 @@ def check_teachers(config: Config, teacher: Path) -> None:
         checkpoint, family = open_teacher(folder)
         check_tokenizer(folder, family.dims(checkpoint.config).vocab)
         if _vocabulary(folder) != _vocabulary(teacher):
-            raise CheckpointError(
-                f"distill.teachers ({name}): tokenizer of {folder}",
-                expected=f"the vocabulary of {teacher}", got="another one",
-                hint="all teachers and the student must have the same tokens",
-            )  # fmt: skip
+            from kdscale.teacher.vocabulary.across import check_across  # it loads torch
+
+            check_across(config.distill, name)
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
@@ -237,7 +235,7 @@ def lengths_used(config: Config, prompt_tokens: int) -> dict[str, int]:
 
 
 def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
-    """A plan for each step and the config's own, from the teacher's config.json alone.
+    """A plan for each step and the config's own, from the teacher's config.json alone; none of a ready student.
 
     Ends before the first one whose target is a latency, which has to be measured. Raises ConfigError when a budget
     cannot be met.
@@ -246,6 +244,8 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
     from kdscale.prune.search.planning import make_plan
     from kdscale.weights import read_config
 
+    if config.student is not None:
+        return []
     model, plans = read_config(teacher), []
     for step in (*(config.step(index) for index in range(len(config.steps))), config):
         if step.prune.target_decode is not None or step.prune.target_prefill is not None:
@@ -297,9 +297,11 @@ def student_parameters(context: StageContext, plans: Sequence[Plan]) -> int:
         return Plan.load(context.run.plan).student_params.total
     if len(plans) == len(context.config.steps) + 1:
         return plans[-1].student_params.total
-    teacher, family = open_teacher(
-        context.pruned_from or context.teacher
-    )  # under a latency target: no larger than the teacher
+    from kdscale.teacher.folders import student_folder
+
+    ready = student_folder(context.config) if context.config.student is not None else None
+    # under a latency target: no larger than the teacher
+    teacher, family = open_teacher(ready or context.pruned_from or context.teacher)
     return family.count_params(teacher.config).total
 
 

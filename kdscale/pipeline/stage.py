@@ -111,6 +111,7 @@ class Stage:
     disk_bytes: Callable[[StageContext, int], int] | None = None  # what it writes in all, by student parameters
     disk_folder: Callable[[StageContext], Path] | None = None  # where it writes that; None: in the run folder
     only_with: str = ""  # a dotted config field; where it is null, a run has no such stage
+    not_with: str = ""  # one; where it is not null, a run has no such stage
     in_steps: bool = False  # each step on the way to the final student runs it too
     # the config field that makes it distil in runs of its own, on one host; "" where it does not
     distils_by_itself: Callable[[Config], str] | None = None
@@ -143,7 +144,10 @@ def explain_lack_of_memory(stage: Stage) -> Iterator[None]:
 
 def belongs_to(stage: Stage, config: Config) -> bool:
     """Whether a run with this config has the stage."""
-    return not stage.only_with or _lookup(config.resolved(), stage.only_with) is not None
+    plain = config.resolved()
+    if stage.not_with and _lookup(plain, stage.not_with) is not None:
+        return False
+    return not stage.only_with or _lookup(plain, stage.only_with) is not None
 
 
 def inputs_of(stage: Stage, context: StageContext) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdscale.report.svg import ACCENT, AFTER, BEFORE, INK, MUTED, Plot, make_plot, style
-from kdscale.runs.models import DISTILLED, PRUNED, TEACHER, model_title
+from kdscale.runs.models import DISTILLED, PRUNED, START, TEACHER, model_title
 
-_COLOURS = {TEACHER: BEFORE, PRUNED: ACCENT, DISTILLED: AFTER}  # other models are in the tables
+_COLOURS = {TEACHER: BEFORE, PRUNED: ACCENT, START: ACCENT, DISTILLED: AFTER}  # other models are in the tables
 _FEWEST_ITEMS = 10  # of a group that is drawn; smaller ones are in the tables
-_MARKERS = {TEACHER: "o", PRUNED: "s", DISTILLED: "D"}
+_MARKERS = {TEACHER: "o", PRUNED: "s", START: "s", DISTILLED: "D"}
 
 
 def by_group(facts: Mapping[str, Any]) -> list[Plot]:

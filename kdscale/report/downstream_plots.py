@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdscale.report.svg import AFTER, BEFORE, Plot, count_formatter, make_plot, style
-from kdscale.runs.models import PRUNED, TEACHER
+from kdscale.runs.models import TEACHER, before_learning
 
 
 def curve(facts: Mapping[str, Any]) -> Plot | None:
-    """Mean accuracy over training tokens, from the pruned student on; None without checkpoints."""
+    """Mean accuracy over training tokens, from the student before it learnt; None without checkpoints."""
     downstream = facts["downstream"]
     points = downstream["curve"] if downstream else []
     if not points:
@@ -18,8 +18,8 @@ def curve(facts: Mapping[str, Any]) -> Plot | None:
     means = downstream["means"]
     at, values = [point["tokens"] for point in points], [100 * point["value"] for point in points]
     errors = [100 * (point["error"] or 0.0) for point in points]
-    if PRUNED in means:
-        at, values, errors = [0, *at], [100 * means[PRUNED], *values], [0.0, *errors]
+    if (before := before_learning(means)) is not None:
+        at, values, errors = [0, *at], [100 * means[before], *values], [0.0, *errors]
 
     def draw(figure: Any, narrow: bool) -> None:
         axes = figure.add_subplot()

@@ -22,11 +22,13 @@ from kdscale.report.comparison import NOISE, comparison, students, worsened
 from kdscale.report.downstream_facts import downstream
 from kdscale.report.speed_facts import speed
 from kdscale.report.tradeoff.points import as_json, points_of
-from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL, EVAL_FILE, METRICS, ON_POLICY
+from kdscale.runs.folder import ALIGNMENT, BIAS, DOWNSTREAM, EVAL, EVAL_FILE, METRICS, ON_POLICY
 from kdscale.runs.metrics_log import read_metrics
-from kdscale.runs.models import DISTILLED, TEACHER, model_title
+from kdscale.runs.models import DISTILLED, PRUNED, TEACHER, model_title
 
 SCHEMA_VERSION = 1
+
+_OF_PRUNING = ("plan", "importance")  # which a run with a ready student does without
 
 _AXIS_TITLES = {
     "layers": "Layers",
@@ -59,10 +61,11 @@ def gather(run_dir: Path) -> dict[str, Any]:
     steps = pruning_facts.steps(run_dir, plan)
     original = pruning_facts.original_params(plan, steps) if plan else None
     components = pruning_facts.components(plan, run_dir / "pruned") if plan else None
+    ready = bool((config or {}).get("student"))
     facts: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": (config or {}).get("name") or run_dir.name,
-        "missing": [name for name, result in results.items() if not result],
+        "missing": [name for name, result in results.items() if not result and not (ready and name in _OF_PRUNING)],
         "comparison": comparison(evaluation) if evaluation else None,
         "evaluation": evaluation,
         "downstream": tasks,
@@ -82,6 +85,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "kept": _kept(plan) if plan else None,
         "importance": importance,
         "notices": pruning_facts.notices(run_dir / "importance"),
+        "alignment": _optional(run_dir / ALIGNMENT.path),
         "curves": training_facts.curves(log_rows) if log_rows else None,
         "on_policy": training_facts.written(run_dir / ON_POLICY.path),
         "stages": _stages(run_dir),
@@ -204,7 +208,8 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         note = f"the teacher’s, on held-out text ({model_title(name).lower()})"
         out.append(_tile("Perplexity", f"{ratio:.2f}×", note))
     if (closed := evaluation.get("gap_closed")) is not None:
-        out.append(_tile("Gap closed", f"{closed:.0%}", "of the loss that pruning cost, by distilling"))
+        gap = "the loss that pruning cost" if PRUNED in evaluation["models"] else "the distance to the teacher"
+        out.append(_tile("Gap closed", f"{closed:.0%}", f"of {gap}, by distilling"))
     if worse := facts["worsened"]:
         first = model_title(students(evaluation)[0]).lower()
         out.append(_tile("Got worse", str(len(worse)), f"since {first}: {', '.join(worse)}"))

@@ -20,12 +20,12 @@ from kdscale.report import bias_plots, downstream_plots, importance_plots, pruni
 from kdscale.report.facts import for_json, gather
 from kdscale.report.tradeoff.plots import tradeoffs
 from kdscale.report.tradeoff.points import from_json
-from kdscale.runs.models import DISTILLED, PRUNED, TEACHER, model_title
+from kdscale.runs.models import DISTILLED, PRUNED, START, TEACHER, model_title
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 # Classes of report.css.j2: models with a colour of their own, and those that other models take in turn.
-_MODEL_CLASSES = (TEACHER, PRUNED, DISTILLED)
+_MODEL_CLASSES = {TEACHER: TEACHER, PRUNED: PRUNED, START: PRUNED, DISTILLED: DISTILLED}
 _OTHER_CLASSES = ("other-1", "other-2", "other-3")
 
 _MISSING_NOTES = {
@@ -68,7 +68,7 @@ def page_environment() -> Environment:
 
 def model_class(name: str) -> str:
     """The class that colours a model of this name: its own, or that of all others."""
-    return name if name in _MODEL_CLASSES else _OTHER_CLASSES[0]
+    return _MODEL_CLASSES.get(name, _OTHER_CLASSES[0])
 
 
 def render(facts: Mapping[str, Any]) -> str:
@@ -102,8 +102,7 @@ def _models(evaluation: Mapping[str, Any] | None) -> list[dict[str, str]]:
     names = list(evaluation["models"]) if evaluation else []
     others = itertools.cycle(_OTHER_CLASSES)
     return [
-        {"name": name, "title": model_title(name), "css": name if name in _MODEL_CLASSES else next(others)}
-        for name in names
+        {"name": name, "title": model_title(name), "css": _MODEL_CLASSES.get(name) or next(others)} for name in names
     ]
 
 
@@ -115,6 +114,10 @@ def _how_made(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         out.append(("Teacher", str(teacher)))
     if teachers := config.get("distill", {}).get("teachers"):
         out.append(("Teachers", ", ".join(str(entry.get("name")) for entry in teachers)))
+    for name, alignment in (facts["alignment"] or {}).items():
+        out.append((f"Tokens of {name}", str(alignment.get("in_words"))))
+    if ready := config.get("student"):
+        out.append(("Student", str(ready.get("path"))))
     if sources := config.get("data", {}).get("sources"):
         out.append(("Text", ", ".join(str(source.get("path")) for source in sources)))
     if facts["curves"] and facts["curves"]["train"]:

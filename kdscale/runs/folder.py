@@ -89,6 +89,8 @@ BAD_BATCHES = Artifact("logs/bad_batches.jsonl")
 TENSORBOARD = Artifact("logs/tensorboard")
 KERNELS = Artifact("logs/kernels.json")  # why the distillation did without compiled kernels; absent where it did not
 
+ALIGNMENT = Artifact("logs/alignment.json")  # how much the student has tokens for of what teachers with others say
+
 
 def training_metrics(name: str) -> Artifact:
     """What is kept of the metrics of a training inside the run: of the teacher's correction, or of a form's."""

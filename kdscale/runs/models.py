@@ -6,6 +6,7 @@ makes another model adds it here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from kdscale.config.quantize import FORMS
@@ -24,6 +25,7 @@ from kdscale.runs.folder import PRUNED as PRUNED_FOLDER
 TEACHER = "teacher"  # what the others are compared with
 CORRECTED = "corrected"  # the teacher after its fine-tuning; no student
 PRUNED = "pruned"
+START = "start"  # a ready student, before it learnt
 DISTILLED = "distilled"  # the run's result
 
 # what is read of all that the stages made: a model that is added to the function below is added here
@@ -32,7 +34,7 @@ MODEL_WEIGHTS = (CORRECTED_WEIGHTS, PRUNED_WEIGHTS, STUDENT_WEIGHTS, QUANTIZED_W
 
 def models_of_run(run: RunFolder, config: Config, teacher: Path) -> dict[str, Path]:
     """Name and folder of each model that a run with this config has when it is finished, in the order to show them."""
-    folders = {PRUNED: PRUNED_FOLDER, DISTILLED: STUDENT}
+    folders = {PRUNED if config.student is None else START: PRUNED_FOLDER, DISTILLED: STUDENT}
     if config.correct is not None:
         folders = {CORRECTED: CORRECTED_FOLDER, **folders}
     forms = config.quantize.forms if config.quantize is not None else ()
@@ -41,6 +43,11 @@ def models_of_run(run: RunFolder, config: Config, teacher: Path) -> dict[str, Pa
         **{name: run.at(folder) for name, folder in folders.items()},
         **{form.label: run.quantized / form.label for form in forms},
     }
+
+
+def before_learning(names: Iterable[str]) -> str | None:
+    """The student as it was before the distillation, among these models; None where it is not there."""
+    return next((name for name in names if name in (PRUNED, START)), None)
 
 
 def is_quantized(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where each teacher of a run lies. This loads no torch: planning a cluster asks it too."""
+"""Where each model of a run lies that its config names. This loads no torch: planning a cluster asks it too."""
 
 from __future__ import annotations
 
@@ -23,9 +23,19 @@ def teacher_folders(cfg: Config, own: Path, config_only: bool = False) -> dict[s
 def _folder(cfg: Config, entry: TeacherEntry, config_only: bool) -> Path | None:
     if entry.path is None:
         return None
-    named = TeacherConfig(path=entry.path, revision=entry.revision, trust_remote_code=cfg.teacher.trust_remote_code)
+    return model_folder(cfg, entry.path, entry.revision, f"distill.teachers ({entry.name}): path", config_only)
+
+
+def student_folder(cfg: Config, config_only: bool = False) -> Path:
+    """The folder of the ready student. Raises as teacher_folders does."""
+    assert cfg.student is not None, "the config has one"
+    return model_folder(cfg, cfg.student.path, cfg.student.revision, "student.path", config_only)
+
+
+def model_folder(cfg: Config, path: str, revision: str | None, field: str, config_only: bool) -> Path:
+    """The folder of a model that `field` of the config names, beside the run's teacher."""
+    named = TeacherConfig(path=path, revision=revision, trust_remote_code=cfg.teacher.trust_remote_code)
     try:
         return resolve_teacher(named, config_only)
     except ConfigError as error:
-        field = f"distill.teachers ({entry.name}): path"
         raise ConfigError(field, expected=error.expected, got=error.got, hint=error.hint) from error

@@ -31,6 +31,8 @@ from kdscale.teacher.source import (
     open_source,
 )
 from kdscale.teacher.targets import Targets, TeacherPart
+from kdscale.teacher.vocabulary.across import AcrossTokenizers, across_tokenizers, has_other_tokens
+from kdscale.teacher.vocabulary.mapped import Alignment
 from kdscale_kernels.types import IGNORE_INDEX
 
 
@@ -96,6 +98,20 @@ class SeveralTeachers:
         parts = [part for one in self._colleagues.values() for part in one.parts(batch)]
         return Targets(rows=batch.rows, teachers=tuple(parts))
 
+    @property
+    def across(self) -> bool:
+        """Whether any of them has another tokenizer."""
+        return any(isinstance(one.source, AcrossTokenizers) for one in self._colleagues.values())
+
+    def alignments(self, batch: MicroBatch) -> dict[str, Alignment]:
+        """Of each teacher with another tokenizer, by name: how much of what it says the student has tokens for."""
+        found = {}
+        for name, one in self._colleagues.items():
+            question = one.question(batch, one.taught(batch))
+            if isinstance(one.source, AcrossTokenizers):
+                found[name] = Alignment() if question is None else one.source.alignment(question)
+        return found
+
     def close(self) -> None:
         """Close all sources, whatever becomes of one."""
         with ExitStack() as stack:
@@ -125,9 +141,13 @@ def open_several(request: SourceRequest) -> OpenedSource:
     """Open the source of each entry of distill.teachers. A collective call."""
     distill = request.cfg.distill
     folders, opened, always_asked = teacher_folders(request.cfg, request.teacher_dir), {}, {}
+    alignments = {entry.name: entry.alignment for entry in distill.teachers}
     for name, settings in distill.by_teacher().items():
         own = request.cfg.model_copy(update={"distill": settings})
-        opened[name] = open_source(replace(request, cfg=own, teacher_dir=folders[name]))
+        of_teacher = replace(request, cfg=own, teacher_dir=folders[name])
+        opened[name] = open_source(of_teacher)
+        if has_other_tokens(settings, folders[name], request):
+            opened[name] = across_tokenizers(opened[name], of_teacher, alignments[name])
         gathers = settings.teacher_placement == "partitioned" or settings.sequence_parallel > 1
         always_asked[name] = settings.source.in_process and gathers
 

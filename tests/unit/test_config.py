@@ -77,6 +77,7 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
         ({"distill": {"profile": {"steps": [3, 2]}}}, "distill.profile.steps: expected [first, last]"),
         ({"distill": {"zero": {"extra": {"bf16": 1}}}}, "distill.zero.extra.bf16: set by distill.dtype"),
         ({"prune": {}}, "prune: give target_params or another target, or at least one of"),
+        ({"student": {"path": "s"}}, "student: a ready model is not pruned, so it does not go with prune.target_* and"),
         ({"prune": {"ffn": "many"}}, "prune.ffn: input should be a valid integer, got 'many' (str)"),
         ({"prune": {"ffn": 0}}, "prune.ffn: input should be greater than 0, got 0 (int)"),
         ({"teacher": {}}, "teacher.path: required, but not given"),

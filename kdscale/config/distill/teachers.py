@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -12,11 +12,24 @@ from kdscale.config.distill.targets import PlacementName, ServedConfig, source_o
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Name, Section
 
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
 
 class EmaConfig(Section):
     """The average of the student's weights that teaches it, for teacher_placement: ema."""
 
     decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999  # what a step leaves of it
+
+
+class AlignmentConfig(Section):
+    """How a teacher with another tokenizer than the student's is understood, and when it is refused."""
+
+    # where the probability of its tokens goes that the student does not have: to the one that such a token begins
+    # with, or to none (the tail)
+    other_pieces: Literal["first_token", "tail"] = "first_token"
+    # the least shares of held-out tokens that are one token in both, and of the teacher's probability on such tokens
+    min_same_tokens: Share = 0.5
+    min_same_probability: Share = 0.5
 
 
 class SourceSettings(Section):
@@ -50,6 +63,14 @@ class TeacherEntry(SourceSettings):
     revision: str | None = None  # only for a hub id
     weight: Annotated[float, Field(gt=0.0, le=1e6)] = 1.0
     tags: tuple[str, ...] = Field(strict=False, default=())
+    alignment: AlignmentConfig = AlignmentConfig()  # for one with another tokenizer
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that the student's values depend on; which model it is, its files say."""
+        decisive = self.model_dump(mode="json", include={"name", "weight", "tags", "ema"})
+        if self.alignment.other_pieces != AlignmentConfig().other_pieces:  # runs of older versions go on
+            decisive["other_pieces"] = self.alignment.other_pieces
+        return decisive
 
     @property
     def in_words(self) -> str:

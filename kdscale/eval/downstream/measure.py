@@ -18,7 +18,7 @@ from kdscale.eval.downstream.paired import Mean, difference, difference_over_tas
 from kdscale.files import read_own_json, write_json
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runs.folder import fits
-from kdscale.runs.models import DISTILLED, PRUNED, TEACHER, is_quantized
+from kdscale.runs.models import DISTILLED, TEACHER, before_learning, is_quantized
 from kdscale.runtime.device import release_memory
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_writer, on_main
@@ -139,9 +139,10 @@ def means(scores: _Scores) -> dict[str, Any]:
 
 
 def pairs_of(models: Sequence[str]) -> list[tuple[str, str]]:
-    """(later, earlier): each model and the teacher, what distilling did to the pruned one, and fewer bits to that."""
+    """(later, earlier): each model and the teacher, what distilling did to the student, and fewer bits to that."""
     pairs = [(name, TEACHER) for name in models if name != TEACHER]
-    pairs += [(DISTILLED, PRUNED)] if {DISTILLED, PRUNED} <= set(models) else []
+    before = before_learning(models)
+    pairs += [(DISTILLED, before)] if before is not None and DISTILLED in models else []
     return pairs + [(name, DISTILLED) for name in models if is_quantized(name) and DISTILLED in models]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
-from kdscale.pipeline import grid_training
+from kdscale.pipeline import grid_training, ready_student
 from kdscale.pipeline.stage import Stage, belongs_to
 from kdscale.pipeline.stages import (
     bias,
@@ -63,7 +63,13 @@ STAGES: dict[str, Stage] = {
             memory=("distill.micro_batch", "distill.gradient_checkpointing", "distill.zero_stage"),
         ),
         Stage(
-            name="importance", title="measure importance", help="Measure what each part of the teacher contributes.",
+            name="student", title="take the ready student", run=ready_student.take_student, only_with="student",
+            config=(_CODE,), depends_on=ready_student.what_matters, copies=ready_student.copied_from_and_to,
+            writes=(folder.PRUNED,), disk_bytes=ready_student.disk_bytes, check_before=ready_student.check_before,
+        ),
+        Stage(
+            name="importance", title="measure importance",
+            not_with="student", help="Measure what each part of the teacher contributes.",
             run=importance.measure_importance, run_rank=importance.importance_rank, processes="importance.processes",
             config=("importance", "seed", _CODE), depends_on=importance.axes_to_score, model="model_to_prune",
             reads=(folder.DATA,), writes=(folder.IMPORTANCE,), resumable=True, in_steps=True,
@@ -71,13 +77,14 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="plan", title="choose the student's shape", run=plan.choose_plan, run_rank=plan.plan_rank,
-            config=("prune",), depends_on=plan.what_matters, distils_by_itself=plan.distils_by_itself,
+            not_with="student", config=("prune",), depends_on=plan.what_matters,
+            distils_by_itself=plan.distils_by_itself,
             model="model_to_prune", check_before=plan.check_before,
             reads=(folder.IMPORTANCE,), writes=(folder.PLAN,), hand_editable=True, in_steps=True,
             memory=("importance.micro_batch", "prune.search.masked_tokens", "prune.search.task_items"),
         ),
         Stage(
-            name="prune", title="prune and check",
+            name="prune", title="prune and check", not_with="student",
             help="Write the pruned student (and whatever it still needs) and check it.",
             run=prune.prune_and_check, run_rank=prune.prune_rank, processes="importance.processes",
             config=("prune", "importance", "seed", _CODE), model="model_to_prune",
@@ -173,6 +180,11 @@ def stages_until(last: str, config: Config) -> list[Stage]:
     """The stages that bring a run up to `last`, in order. Raises ConfigError when the run has no such stage."""
     stages = stages_of(config)
     names = [stage.name for stage in stages]
+    if last not in names and not STAGES[last].only_with:
+        raise ConfigError(
+            f"this run has no stage {last}", expected=f"no {STAGES[last].not_with} in the config", got="one",
+            hint=f"the stage {STAGES[last].not_with} takes its place",
+        )  # fmt: skip
     if last not in names:
         raise ConfigError(
             f"this run has no stage {last}",

@@ -21,7 +21,7 @@ from kdscale.report.facts import read_config
 from kdscale.report.tradeoff.points import Point, as_json, points_of
 from kdscale.runs.folder import BIAS, DOWNSTREAM, EVAL_FILE, METRICS, RunFolder
 from kdscale.runs.metrics_log import read_metrics
-from kdscale.runs.models import CORRECTED, PRUNED, TEACHER, model_title
+from kdscale.runs.models import CORRECTED, PRUNED, START, TEACHER, model_title
 
 SCHEMA_VERSION = 1
 _AXES = ("layers", "hidden", "ffn", "heads", "kv_heads", "experts")
@@ -197,7 +197,9 @@ def _models(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "name": name,
                     "title": model_title(name),
                     "unlike": run["unlike"],
-                    "trained_tokens": run["trained_tokens"] if name not in (TEACHER, CORRECTED, PRUNED) else None,
+                    "trained_tokens": run["trained_tokens"]
+                    if name not in (TEACHER, CORRECTED, PRUNED, START)
+                    else None,
                     "figures": _figures(run, name, model),
                     "bias": _bias_figures(run, name),
                 }

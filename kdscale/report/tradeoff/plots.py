@@ -8,10 +8,10 @@ from typing import Any
 from kdscale.report.comparison import written
 from kdscale.report.svg import ACCENT, AFTER, BEFORE, INK, MUTED, Plot, make_plot, style
 from kdscale.report.tradeoff.points import COSTS, QUALITIES, SIZE, Measure, Point, front, with_both
-from kdscale.runs.models import DISTILLED, PRUNED, TEACHER
+from kdscale.runs.models import DISTILLED, PRUNED, START, TEACHER
 from kdscale.units import compact_size
 
-_COLOURS = {TEACHER: BEFORE, PRUNED: ACCENT, DISTILLED: AFTER}
+_COLOURS = {TEACHER: BEFORE, PRUNED: ACCENT, START: ACCENT, DISTILLED: AFTER}
 _MARKERS = "osD^vP*X<>"
 _LABEL, _LINE = 5.2, 13.0  # pixels of a letter and of a line of a label
 _PLACES = ((6, 5, "left"), (6, -13, "left"), (-6, 5, "right"), (-6, -13, "right"), (6, 18, "left"), (6, -26, "left"),

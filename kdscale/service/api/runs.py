@@ -159,7 +159,12 @@ def _told(stage: Mapping[str, Any]) -> StageState:
 
 def _has(stage: Stage, config: dict[str, Any]) -> bool:
     """Whether a run with this resolved config has the stage; `belongs_to`, without building the config anew."""
+    return not (stage.not_with and _given(stage.not_with, config)) and _given(stage.only_with, config)
+
+
+def _given(dotted: str, config: dict[str, Any]) -> bool:
+    """Whether a field of a resolved config is there and not null; "" is."""
     value: Any = config
-    for part in stage.only_with.split(".") if stage.only_with else ():
+    for part in dotted.split(".") if dotted else ():
         value = value.get(part) if isinstance(value, dict) else None
     return value is not None

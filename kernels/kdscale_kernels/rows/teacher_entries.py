@@ -80,7 +80,7 @@ def prepare_entries(
     logp_NK = logp_NK.masked_fill(above_one_N[:, None], float("nan"))
     covers_vocab_N = used_NK.sum(1) >= vocab
     if weights_NK is not None:
-        weights_NK = _sum_repeats(keys_NK, weights_NK.gather(1, order_NK))
+        weights_NK = sum_repeats(keys_NK, weights_NK.gather(1, order_NK))
         logp_NK = weights_NK.masked_fill(broken_N[:, None], float("nan")).log().masked_fill(~used_NK, float("-inf"))
         logp_tail_N = torch.full_like(logp_tail_N, float("-inf"))
     return TeacherEntries(
@@ -88,7 +88,7 @@ def prepare_entries(
     )
 
 
-def _sum_repeats(keys_NK: Tensor, weights_NK: Tensor) -> Tensor:
+def sum_repeats(keys_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """At the first of each run of equal keys (sorted), the sum of its weights, always added in one order: no atomics.
 
     After a step of width w each slot holds the sum of the next 2·w slots that share its key.

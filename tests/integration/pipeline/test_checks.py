@@ -149,7 +149,7 @@ def test_what_a_tokenizer_adds_or_cuts_is_no_text_of_a_prompt(check: Check, gpt2
             lambda folder: (folder / "tokenizer.json").write_text(
                 (folder / "tokenizer.json").read_text().replace("<|end|>", "<|stop|>")
             ),
-            r"distill\.teachers \(other\): tokenizer of .*\n.*the vocabulary of",
+            r"distill\.teachers \(other\): its tokens are not the student's(.|\n)*targets: full",
         ),
     ],
 )
@@ -157,8 +157,9 @@ def test_every_one_of_several_teachers_is_looked_at(
     change: Callable[[Path], object], message: str, check: Check, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     teachers = f"distill.teachers=[{{name: own}}, {{name: other, path: {tmp_path / 'other'}}}]"
+    full = "distill.objectives=[{name: token_divergence, targets: full}]"
     shutil.copytree(tiny_llama_dir, tmp_path / "other")
-    check(teachers)
+    check(teachers, full)
     change(tmp_path / "other")
     with pytest.raises(KdscaleError, match=message):
-        check(teachers)
+        check(teachers, full)

@@ -46,12 +46,24 @@ def test_asking_for_a_stage_that_the_run_does_not_have_names_the_section(optiona
 def test_every_optional_stage_names_a_field_of_the_config() -> None:
     plain = make_config().resolved()
     for stage in registry.STAGES.values():
-        value = plain
-        for part in filter(None, stage.only_with.split(".")):
-            value = value[part]
+        for field in (stage.only_with, stage.not_with):
+            value = plain
+            for part in filter(None, field.split(".")):
+                value = value[part]
 
 
-def test_the_table_has_no_two_stages_that_write_the_same_place() -> None:
-    written = [artifact.path for stage in registry.STAGES.values() for artifact in stage.writes]
-    assert len(set(written)) == len(written)
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_run_has_no_two_stages_that_write_the_same_place(ready: bool) -> None:
+    """A ready student takes the place of a pruned one; a run has every other stage at the most."""
+    field = "student"
+    rows = [stage for stage in registry.STAGES.values() if (stage.only_with if not ready else stage.not_with) != field]
+    written = [artifact.path for stage in rows for artifact in stage.writes]
+    assert len(set(written)) == len(written) and "pruned" in written
     assert all(not Path(path).is_absolute() for path in written)
+
+
+def test_a_ready_student_is_not_pruned() -> None:
+    tree = {"name": "a", "run_dir": "runs/a", "teacher": {"path": "t"}, "student": {"path": "s"}}
+    names = [stage.name for stage in registry.stages_of(build_config(tree, "test"))]
+    assert names == ["data", "student", "distill", "eval", "report"]
+    assert registry.last_alone(build_config(tree, "test")).name == "student"
