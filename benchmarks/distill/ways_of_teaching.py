@@ -59,7 +59,7 @@ def teach(config: Config, base: Config, run: RunFolder, tokens: int, accept_chan
     """Bring a run up to its evaluation, what it prepares and the distillation apart; adds up what each of them took."""
     file = seconds_file(run)
     taken = read_json(file) if file.exists() else {}
-    stages = [stage.name for stage in stages_of(config) if stage.across_job or (stage.only_with and stage.help)]
+    stages = [stage.name for stage in stages_of(config) if stage.only_with or stage.across_job]
     for stage in [*stages, "eval"]:
         before = processor_seconds()
         kdscale(stage, config, base, run.path, tokens, accept_changes)

@@ -133,9 +133,11 @@ class VocabularyMap:
     −1 for ids that are no piece of text. The end of a document is one token in both.
     """
 
-    def __init__(self, teacher: Vocabulary, student: Vocabulary, project: bool = True):
-        """`project`: whether pieces that the student lacks go to what they begin with."""
+    def __init__(self, teacher: Vocabulary, student: Vocabulary, project: bool = True, teacher_rows: int | None = None):
+        """`project`: whether pieces that the student lacks go to what they begin with. `teacher_rows`: the ids that the
+        teacher's model knows, where they are fewer than its tokenizer's."""
         self.teacher, self.student, self._project = teacher, student, project
+        self.teacher_rows = teacher.size if teacher_rows is None else teacher_rows
         pieces = teacher.pieces_V
         self.student_V = np.asarray([student.ids.get(piece, -1) if piece else -1 for piece in pieces], np.int64)
         for name, token in teacher.names.items():  # of several tokens with the same bytes, the one of the same name

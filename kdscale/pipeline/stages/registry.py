@@ -63,7 +63,9 @@ STAGES: dict[str, Stage] = {
             memory=("distill.micro_batch", "distill.gradient_checkpointing", "distill.zero_stage"),
         ),
         Stage(
-            name="student", title="take the ready student", run=ready_student.take_student, only_with="student",
+            name="student", title="take the ready student",
+            help="Take the ready student, where the config has a section student.",
+            run=ready_student.take_student, only_with="student",
             config=(_CODE,), depends_on=ready_student.what_matters, copies=ready_student.copied_from_and_to,
             writes=(folder.PRUNED,), disk_bytes=ready_student.disk_bytes, check_before=ready_student.check_before,
         ),

@@ -15,7 +15,7 @@ import torch
 from kdscale.config.distill.settings import DistillConfig
 from kdscale.config.distill.targets import Needs
 from kdscale.config.distill.teachers import AlignmentConfig
-from kdscale.errors import ConfigError
+from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.documents import Documents
 from kdscale.models.loading import load_tokenizer
 from kdscale.models.tokenizer.token_bytes import Vocabulary, VocabularyMap
@@ -112,14 +112,24 @@ def check_across(distill: DistillConfig, name: str) -> None:
 
 
 def across_tokenizers(opened: OpenedSource, request: SourceRequest, settings: AlignmentConfig) -> OpenedSource:
-    """The opened source of a teacher whose tokens differ from the student's, as one of the student's tokens."""
+    """The opened source of a teacher whose tokens differ from the student's, as one of the student's tokens.
+
+    Raises CheckpointError for tokenizers that cannot be used.
+    """
     trust = request.cfg.teacher.trust_remote_code
     teacher, student = (Vocabulary.open(folder, trust) for folder in (request.teacher_dir, request.student_dir))
-    vocabularies = VocabularyMap(teacher, student, settings.other_pieces == "first_token")
+    rows = teacher.size if opened.rows is None else min(opened.rows, teacher.size)
+    if beyond := [token for token in (*teacher.prefix, teacher.end) if token >= rows]:
+        raise CheckpointError(
+            f"{request.teacher_dir}: the tokens that begin and end a text",
+            expected=f"ids below the model's {rows} rows", got=", ".join(map(str, beyond)),
+            hint="tokenizer_config.json names a token that the model was not trained with",
+        )  # fmt: skip
+    vocabularies = VocabularyMap(teacher, student, settings.other_pieces == "first_token", rows)
 
     def start(vocab_size: int) -> AcrossTokenizers:
         del vocab_size  # of the student's tokens, which the map knows
-        source = opened.start(teacher.size if opened.rows is None else min(opened.rows, teacher.size))
+        source = opened.start(rows)
         return AcrossTokenizers(source, vocabularies, Needs(top_k=request.needs.top_k, temperature=None))
 
     return OpenedSource(student.size, start)

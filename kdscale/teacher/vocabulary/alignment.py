@@ -115,7 +115,11 @@ class _Told:
     """A document in a window in the teacher's tokens, `ids`."""
 
     def __init__(self, vocabularies: VocabularyMap, text: _Text, ids_K: np.ndarray, bytes_K: np.ndarray):
-        teacher = vocabularies.teacher
+        """What follows a token that the teacher's model does not know, it is not told."""
+        teacher, unknown_K = vocabularies.teacher, ids_K >= vocabularies.teacher_rows
+        if unknown_K.any():
+            ids_K, bytes_K = (array[: int(unknown_K.argmax())] for array in (ids_K, bytes_K))
+            text.ended = False
         self._vocabularies, self._text, self._bytes = vocabularies, text, text.plain.encode()
         self._ids_K, self._ends_K, self._lead = ids_K, np.cumsum(bytes_K), len(teacher.prefix)
         self.ids = [*teacher.prefix, *ids_K.tolist(), *([teacher.end] if text.ended else [])] or [teacher.end]

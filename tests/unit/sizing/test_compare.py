@@ -226,7 +226,10 @@ def test_host_memory_limits_what_can_be_offloaded() -> None:
 
 @pytest.mark.parametrize("gpu", ["a100-40", "h100", "b200"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_shipped_config_takes_the_lines_that_are_planned_for_it(name: str, gpu: str, tmp_path: Path) -> None:
+def test_every_shipped_config_takes_the_lines_that_are_planned_for_it(
+    name: str, gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(TEACHERS.parent)  # where a config's further teachers are looked for
     config = load_config(find_config(name), [f"run_dir={tmp_path}"])
     plan = plan_cluster(config, TEACHERS / Path(config.teacher.path).name, cluster(2, gpu=gpu), Rates())
     assert plan.chosen is not None

@@ -241,3 +241,16 @@ def test_the_rest_of_other_tokens_goes_to_none_where_that_is_asked(vocabularies)
     assert measured.projected == 0.0 and 0.5 < measured.exact_share < 1.0
     assert dense(source.targets(batch).top_k).sum(1).mean() < 0.95
     assert "of its probability is on tokens that the student has" in measured.in_words()
+
+
+def test_a_document_ends_for_the_teacher_at_a_token_that_its_model_does_not_know(vocabularies):
+    many, few = vocabularies("many"), vocabularies("few")
+    unknown = many.encoder.encode(["the river ran"])[0].ids.max()
+    batch = batch_of(few, ["the river ran past"])
+    told = retell(
+        VocabularyMap(many, few, teacher_rows=int(unknown)),
+        *(t.numpy() for t in (batch.input_ids_BS, batch.position_ids_BS, batch.rows_N, batch.labels_N)),
+    )
+    assert (told.ids_BP < unknown).all()
+    text = many.encoder.text_of(told.ids_BP[0].tolist())
+    assert text and "the river ran past".startswith(text) and len(text) < len("the river ran")
