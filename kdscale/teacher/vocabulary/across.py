@@ -99,6 +99,7 @@ def check_across(distill: DistillConfig, name: str) -> None:
             ("teacher_overlap", distill.teacher_overlap),
             ("targets: full", needs.full),
             ("targets: sampled", needs.sampled > 0),
+            ("objectives on the probability of the text's own tokens", needs.label),
             ("tail: renormalised", needs.top_k > 0 and not needs.mass),
         )
         if wrong
