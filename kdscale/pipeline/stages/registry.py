@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
-from kdscale.pipeline import grid_training, ready_student
+from kdscale.pipeline import grid_training
 from kdscale.pipeline.stage import Stage, belongs_to
 from kdscale.pipeline.stages import (
     bias,
@@ -65,9 +65,9 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="student", title="take the ready student",
             help="Take the ready student, where the config has a section student.",
-            run=ready_student.take_student, only_with="student",
-            config=(_CODE,), depends_on=ready_student.what_matters, copies=ready_student.copied_from_and_to,
-            writes=(folder.PRUNED,), disk_bytes=ready_student.disk_bytes, check_before=ready_student.check_before,
+            run=prune.take_ready_student, only_with="student",
+            config=(_CODE,), depends_on=prune.ready_student_matters, copies=prune.ready_student_copies,
+            writes=(folder.PRUNED,), disk_bytes=prune.ready_student_bytes, check_before=prune.check_ready_student,
         ),
         Stage(
             name="importance", title="measure importance",
