@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="an SVG file to draw")
     arguments = parser.parse_args()
     cells = list(read_cells(arguments.results))
+    if not cells:
+        raise SystemExit(f"{arguments.results} has no cells yet: benchmarks/quality/run.py measures them")
     why = stale(cells, read_setups())
     current = {cell: figures for cell, figures in cells if cell.name not in why}
     text = tables(current, why)
