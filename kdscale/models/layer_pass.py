@@ -24,7 +24,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -261,11 +261,31 @@ def _is_progress(value: object) -> bool:
 
 
 def add_product(total_AB: Tensor | None, a_NA: Tensor, b_NB: Tensor) -> Tensor:
-    """`total_AB` (None: zeros) plus aᵀb, in fp32 and in place: how Gram matrices are summed over tokens."""
+    """`total_AB` (None: zeros) plus aᵀb, in fp32 and in place: how Gram matrices are summed over tokens.
+
+    Where `b` is in bf16 a CPU multiplies in bf16 and adds in fp32, twice as fast: the products of bf16 values are exact
+    in fp32, so that a Gram matrix is what it was; an `a` in fp32 is rounded to bf16, token by token.
+    """
     if total_AB is None:
         total_AB = torch.zeros(a_NA.shape[1], b_NB.shape[1], device=a_NA.device)
     a_float = a_NA.float()
-    return total_AB.addmm_(a_float.T, a_float if b_NB is a_NA else b_NB.float())
+    with _multiply_in_bf16() if b_NB.dtype == torch.bfloat16 and not b_NB.is_cuda else nullcontext():
+        return total_AB.addmm_(a_float.T, a_float if b_NB is a_NA else b_NB.float())
+
+
+@contextmanager
+def _multiply_in_bf16() -> Iterator[None]:
+    """Let oneDNN round the factors of fp32 matrix products to bf16; a processor without bf16 works as before."""
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 has it
+    if settings is None:
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 class GramHooks:

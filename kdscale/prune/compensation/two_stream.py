@@ -19,6 +19,7 @@ B batch · S sequence · N = B·S tokens · n tokens of one expert · D hidden �
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,6 +127,10 @@ class _Task:
     room: int = ACTIVATION_BYTES
 
 
+class _EnoughError(Exception):
+    """Ends a layer's forward pass at the projection behind which nothing is wanted."""
+
+
 class _BothLayers:
     """One layer of the teacher and, if it is kept, the student's at the same place (`position`)."""
 
@@ -143,6 +148,8 @@ class _BothLayers:
         self._paths = {role: projection_site(slicer.family.sites, role) for role in ("o", "down")}
         self._seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (model, role) → what it read and put out
         self._calls: dict[str, tuple[Tensor, Routing]] = {}  # of the experts of a mixture, by model
+        self._last_role = ""  # where `_look` ends: at the projection of this role
+        self._only_adds: bool | None = None  # whether β applies; None: nobody has looked yet
         self._batch_shape: tuple[int, ...] = ()
         self._handles = [
             layer.site(path).register_forward_hook(self._recorder(model, role), with_kwargs=True)
@@ -189,6 +196,14 @@ class _BothLayers:
         self._calls.clear()
         return out
 
+    def _look(self, before: Tensor, positions_BS: Tensor) -> None:
+        """Run both layers for the sake of their hooks, each until one of them has seen enough."""
+        self._batch_shape = tuple(positions_BS.shape)
+        for layer, state in zip((self._teacher, self._student), self._split(before), strict=True):
+            assert layer is not None
+            with suppress(_EnoughError):
+                layer(state, positions_BS)
+
     def _refit(self, role: str, task: _Task) -> Tensor:
         assert self._student is not None
         family, module = self._slicer.family, self._student.site(self._paths[role])
@@ -213,14 +228,26 @@ class _BothLayers:
         return on_disk.cpu()
 
     def _targets(self, role: str, task: _Task) -> Iterator[Tensor]:
-        """Run both layers batch after batch; yields what the student's projection is to put out: [B, S, D']."""
+        """Run both layers batch after batch; yields what the student's projection is to put out: [B, S, D'].
+
+        The layers run no further than the projection.
+        """
+        if self._only_adds is None and task.batches:
+            self._only_adds = self._finds_only_sums(task)
+        self._last_role = role
         for index, batch in enumerate(task.batches):
             before = task.states[index]
-            after = self(before, batch.position_ids_BS)
-            teacher, student = self._split(before)
-            added = self._output(_TEACHER, "o") + self._output(_TEACHER, "down")
-            plain = only_adds_sublayers(teacher, added, self._split(after)[0])
-            yield self._target(role, teacher, student, task.cfg.stream_correction if plain else 0.0)
+            self._look(before, batch.position_ids_BS)
+            yield self._target(role, *self._split(before), task.cfg.stream_correction if self._only_adds else 0.0)
+        self._last_role = ""
+
+    def _finds_only_sums(self, task: _Task) -> bool:
+        """Whether the teacher's layer adds the outputs of its sublayers to its input and nothing else."""
+        positions_BS = task.batches[0].position_ids_BS
+        self._batch_shape = tuple(positions_BS.shape)
+        before, _ = self._split(task.states[0])
+        after = self._teacher(before, positions_BS)
+        return only_adds_sublayers(before, self._output(_TEACHER, "o") + self._output(_TEACHER, "down"), after)
 
     def _target(self, role: str, teacher: Tensor, student: Tensor, beta: float) -> Tensor:
         target = self._teacher_output(role)
@@ -297,5 +324,7 @@ class _BothLayers:
                 self._calls[model] = experts_call(args, kwargs)
                 out = out.unflatten(0, self._batch_shape)
             self._seen[model, role] = (self._calls[model][0] if experts else args[0], out)
+            if role == self._last_role:
+                raise _EnoughError
 
         return record

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdscale.errors import SelfCheckError
-from kdscale.models.layer_pass import GramHooks
+from kdscale.models.layer_pass import GramHooks, add_product
 from kdscale.prune.compensation.regression import RidgeSums, TargetSums, solve_in_place
 
 KEPT, INPUTS, OUTPUTS = [0, 2, 3, 6, 7, 9, 10, 11], 12, 5
@@ -44,6 +44,18 @@ def test_bf16_inputs_are_summed_in_fp32(tokens: int) -> None:
     one.add(x_NU.bfloat16())
     two.add(x_NU.bfloat16().float())
     assert torch.equal(one.solve(weight_DU, 1e-2, "it"), two.solve(weight_DU, 1e-2, "it"))
+
+
+def test_products_of_bf16_values_are_exact() -> None:
+    """A processor that multiplies in bf16 has the Gram matrix of fp32; a factor in fp32 is rounded, token by token."""
+    generator = torch.Generator().manual_seed(1)
+    x_NU, error_ND = torch.randn(1024, 96, generator=generator).bfloat16(), torch.randn(1024, 32, generator=generator)
+    gram_UU, cross_DU = add_product(None, x_NU, x_NU), add_product(None, error_ND, x_NU)
+    expected = x_NU.double().T @ x_NU.double()
+    assert (gram_UU - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (cross_DU - error_ND.double().T @ x_NU.double()).norm() < 3e-3 * cross_DU.norm()
+    exact = error_ND.T @ x_NU.float()  # the setting is as it was
+    assert (exact - error_ND.double().T @ x_NU.double()).norm() < 1e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("tokens", [4, 60])
