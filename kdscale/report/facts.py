@@ -85,6 +85,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "kept": _kept(plan) if plan else None,
         "importance": importance,
         "notices": pruning_facts.notices(run_dir / "importance"),
+        "ready_student": ready,
         "alignment": _optional(run_dir / ALIGNMENT.path),
         "curves": training_facts.curves(log_rows) if log_rows else None,
         "on_policy": training_facts.written(run_dir / ON_POLICY.path),
