@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kdscale.config.distill.settings import EIGHT_BITS
+from kdscale.config.distill.settings import EIGHT_BITS, DistillConfig
 from kdscale.config.root import Config
 from kdscale.files import read_own_json
 from kdscale.pipeline.spawn import run_on_ranks
@@ -20,6 +20,8 @@ from kdscale.runtime.versions import check_deepspeed
 # Bytes a parameter: the finished student, a checkpoint's fp32 master weight and two Adam moments, and its average.
 _STUDENT_BYTES, _CHECKPOINT_BYTES, _AVERAGE_BYTES = 4, 12, 4
 _WRITTEN_BYTES = 32  # a token that the student wrote: id, log-probability and text, as JSON
+# Below so many steps the size of the batch matters more than the loss does (docs/explanation/measured-distillation.md).
+_FEW_STEPS = 50
 
 
 def what_distillation_depends_on(context: StageContext) -> Facts:
@@ -100,11 +102,24 @@ def copied_from_and_to(context: StageContext) -> tuple[Path, Path]:
 
 def distill(context: StageContext) -> Facts:
     """Distil to the end or raise; returns the first and last validation's perplexity, and why torch ran the kernels."""
+    if note := few_steps(context.config.distill):
+        context.reporter.say(f"  note: {note}")
     run_on_ranks("distill", distill_rank, context, context.config.distill.processes, across_job=True)
     facts = held_out(context.run)
     if kernels := read_own_json(context.run.at(KERNELS), _is_kernel_note):
         facts["kernels"] = f"torch, as {kernels['obstacle']}"
     return facts
+
+
+def few_steps(settings: DistillConfig) -> str:
+    """What to do about a run that has few steps because each of them has many sequences; "" for every other run."""
+    steps = -(-settings.tokens // (settings.global_batch * settings.seq_len))
+    if steps >= _FEW_STEPS or settings.global_batch == settings.data_parallel:
+        return ""
+    return (
+        f"{settings.tokens:,} tokens are {steps} steps of {settings.global_batch} sequences: a smaller "
+        "distill.global_batch takes more steps on the same text, and the student learns more of it"
+    )
 
 
 def held_out(run: RunFolder) -> dict[str, str]:
