@@ -35,7 +35,7 @@ class TokenDivergenceConfig(ObjectiveConfig):
     divergence: str = "forward_kl"  # a row of kdscale_kernels.DIVERGENCES
     # its β or s; None: the default of that row
     divergence_parameter: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    ce_weight: Annotated[float | Schedule, Between(0.0, 1.0)] = 0.3
+    ce_weight: Annotated[float | Schedule, Between(0.0, 1.0)] = 0.0
     # ce_weight is 1 at tokens where the teacher's entropy, in nats, is lower than this
     text_below_entropy: Annotated[float, Field(gt=0.0, le=20.0)] | None = None
     temperature: Annotated[float | Schedule, Between(1e-3, 1e3, above=True)] = 1.0

@@ -30,7 +30,7 @@ from kdscale_kernels.fused import memory_plan, products
 from kdscale_launch import STOPPED_EXIT_CODE
 
 PURE_KD = {
-    "objectives": [{"name": "token_divergence", "top_k": 32, "ce_weight": 0.0}],
+    "objectives": [{"name": "token_divergence", "top_k": 32}],
     "tokens": 30 * 8 * 48,
     "global_batch": 8,
     "optimizer": {"lr": 1e-3, "warmup_steps": 5},
@@ -72,8 +72,7 @@ def test_the_student_moves_towards_the_teacher(distil, tmp_path, dtype, request)
 
 @pytest.mark.parametrize(("dtype", "stage"), [("bfloat16", 1), ("float32", 3)])
 def test_the_student_moves_towards_the_whole_of_the_teacher(distil, tmp_path, dtype, stage):
-    whole = {"name": "token_divergence", "targets": "full", "ce_weight": 0.0}
-    settings = PURE_KD | {"objectives": [whole], "tokens": 10 * 8 * 48}
+    settings = PURE_KD | {"objectives": [{"name": "token_divergence", "targets": "full"}], "tokens": 10 * 8 * 48}
     rows = distil(tmp_path, dtype=dtype, zero_stage=stage, **settings)
     validation = [row["kd"] for row in rows if row["kind"] == "validation"]
     assert validation[-1] < 0.9 * validation[0]

@@ -66,7 +66,7 @@ def test_an_objective_is_added_by_a_row_and_a_class(
     distil, hidden_match, make_config, tiny_llama_dir, student_dir, data_dir, tmp_path
 ):
     """With another one beside it, at another weight; micro-batches do not change what it is a mean over."""
-    divergence = {"name": "token_divergence", "targets": "full", "ce_weight": 0.0, "weight": 0.5}
+    divergence = {"name": "token_divergence", "targets": "full", "weight": 0.5}
     settings = {"objectives": [divergence, hidden_match], "tokens": 16 * 4 * 48, "optimizer": {"lr": 5e-4}}
     rows = distil(tmp_path / "run", **settings)
     train, validation = ([row for row in rows if row["kind"] == kind] for kind in ("train", "validation"))
