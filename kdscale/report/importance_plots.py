@@ -17,6 +17,12 @@ from kdscale.report.svg import ACCENT, AFTER, GRID, Plot, integers, make_plot, s
 # Middle tones that are readable on white and on near-black; heat maps are images and cannot follow a variable.
 _HEAT_RGB = (0.16, 0.50, 0.73)
 _HEAT_COLUMNS = 96
+_CHANGE = "How much each layer changes the stream that runs through it"
+_WHAT_LAYERS_SCORE = {
+    "one_by_one": "How far from the whole model it is once the layer goes, after all that cost less (nats of KL)",
+    "loss": "Rise of the loss without each layer",
+    "angular": "How far each layer alone turns the stream that runs through it",
+}
 
 
 def importance(facts: Mapping[str, Any]) -> list[Plot]:
@@ -45,6 +51,8 @@ def importance(facts: Mapping[str, Any]) -> list[Plot]:
 
 
 def _layers(_: str, name: str, score_L: np.ndarray, facts: Mapping[str, Any]) -> Plot:
+    if score_L.ndim == 2:  # of blocks: those of one layer are drawn
+        score_L = score_L.diagonal(1)
     kept = set(facts["kept"]["layers"]) if facts["kept"] else set(range(len(score_L)))
 
     def draw(figure: Any, narrow: bool) -> None:
@@ -62,7 +70,7 @@ def _layers(_: str, name: str, score_L: np.ndarray, facts: Mapping[str, Any]) ->
     gone = f" Dropped: {', '.join(map(str, dropped))}." if dropped else " All layers stay."
     return make_plot(
         f"Layers · {_method(name)}",
-        f"How much each layer changes the stream that runs through it.{gone}",
+        f"{_WHAT_LAYERS_SCORE.get(name.partition('.')[2], _CHANGE)}.{gone}",
         f"Bar chart over {len(score_L)} layers; the least important is layer {weakest}.{gone}",
         draw,
         (880, 230),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kdscale.errors import CheckpointError
+from kdscale.report.importance_plots import importance as importance_plots
 from kdscale.report.pruning_facts import cumulative, importance
 from kdscale.runs.importance_scores import ImportanceScores, load_scores, write_scores
 
@@ -45,3 +46,19 @@ def test_scores_without_units_are_refused(tmp_path):
         importance(tmp_path)
     (tmp_path / "scores.json").unlink()
     assert importance(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "says"),
+    [
+        ("angular", np.triu(np.arange(12.0).reshape(3, 4), 1), "turns the stream"),
+        ("one_by_one", np.array([0.9, 0.1, 2.0]), "nats of KL"),
+        ("block_influence", np.array([0.9, 0.1, 2.0]), "changes the stream"),
+    ],
+)
+def test_layers_are_drawn_whatever_scored_them(method, values, says):
+    scores = {f"layers.{method}": values.tolist()}
+    facts = {"importance": {"scores": scores}, "plan": {"methods": {"layers": method}}, "kept": {"layers": [0, 2]}}
+    (plot,) = importance_plots(facts)
+    assert says in plot.caption
+    assert "Dropped: 1." in plot.caption
