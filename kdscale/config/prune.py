@@ -22,7 +22,8 @@ class ImportanceConfig(CalibrationSection):
 
 
 Compensation = Literal["none", "ridge", "two_stream"]
-LayerRepair = Literal["auto", "none", "linear"]
+PlannedRepair = Literal["none", "linear"]
+LayerRepair = Literal["auto", PlannedRepair]
 
 
 class SearchConfig(Section):

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kdscale.config.criteria import methods
 from kdscale.config.fields import MOST, shown
-from kdscale.config.prune import Compensation
+from kdscale.config.prune import Compensation, PlannedRepair
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.families.family import SHAPE_AXES
@@ -27,7 +27,6 @@ from kdscale.files import read_text, write_text
 from kdscale.prune.axes import Sizes
 
 Size = Annotated[int, Field(ge=1, le=MOST)]
-LayerRepair = Literal["none", "linear"]
 SearchResult = Literal["sizes_given", "balanced", "retained_importance", "masked", "probes"]
 Indices = list[int]
 _MOST_PROBLEMS = 30  # lines of one message
@@ -99,7 +98,7 @@ class Methods(_PlanSection):
     layers: str
     experts: str = "uncut"
     compensate: Compensation
-    layer_repair: LayerRepair = "none"  # none where no layer was dropped
+    layer_repair: PlannedRepair = "none"  # none where no layer was dropped
     search: SearchResult
 
     @model_validator(mode="after")

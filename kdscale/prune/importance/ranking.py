@@ -17,12 +17,16 @@ from numpy.typing import NDArray
 
 from kdscale.config import criteria
 from kdscale.config.criteria import Criterion
-from kdscale.config.prune import PruneConfig
+from kdscale.config.prune import PlannedRepair, PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims
 from kdscale.runs.importance_scores import ImportanceScores
 
 Floats = NDArray[np.float64]
+
+# Of the rise of log-perplexity that dropped layers cost, what is left when their gaps are repaired: 0.5 to 0.6 of it in
+# three cuts of two models (measured-pruning.md in the docs).
+_LEFT_BY_REPAIR = 0.6
 
 
 def criteria_to_measure(cfg: PruneConfig, axes: Sequence[str]) -> list[Criterion]:
@@ -33,6 +37,13 @@ def criteria_to_measure(cfg: PruneConfig, axes: Sequence[str]) -> list[Criterion
         for row in criteria.CRITERIA
         if row.axis in scored and (not row.on_request or row == cfg.criterion(row.axis))
     ]
+
+
+def layer_repair(cfg: PruneConfig, dims: Dims) -> PlannedRepair:
+    """What is done about dropped layers: no single projection of a mixture of experts can give what they gave."""
+    if cfg.layer_repair != "auto":
+        return cfg.layer_repair
+    return "linear" if not dims.experts and cfg.compensate != "none" else "none"
 
 
 def most_dropped(cfg: PruneConfig, dims: Dims) -> int:
@@ -81,8 +92,11 @@ class Ranking:
 
     def damage(self, axis: str, usual: float) -> float:
         """How much a lost share of `axis` raises the log-perplexity: the criterion's own weight or the `usual` one."""
-        damage = self.cfg.criterion(axis).damage
-        return usual if damage is None else damage
+        row = self.cfg.criterion(axis)
+        if row.damage is None:
+            return usual
+        repaired = row.in_order and layer_repair(self.cfg, self.dims) != "none"
+        return row.damage * _LEFT_BY_REPAIR if repaired else row.damage
 
     def layers(self, count: int) -> list[int]:
         """Kept layers.

@@ -11,10 +11,9 @@ import numpy as np
 from kdscale.config.prune import PruneConfig
 from kdscale.families import Dims, Family
 from kdscale.families.family import SHAPE_AXES
-from kdscale.prune.importance.ranking import Ranking
+from kdscale.prune.importance.ranking import Ranking, layer_repair
 from kdscale.prune.plan import (
     KeptUnits,
-    LayerRepair,
     Methods,
     ParamCounts,
     Plan,
@@ -109,15 +108,9 @@ def _target(search: Search, chosen: ShapeCandidate, teacher: ParamCounts, studen
 def _methods(search: Search, student: Dims, chosen: ShapeCandidate) -> Methods:
     cut = {axis: getattr(student, axis) < getattr(search.teacher, axis) for axis in SHAPE_AXES}
     by_axis = {axis: search.ranking.method(axis) if cut[axis] else "uncut" for axis in SHAPE_AXES}
-    repair = _layer_repair(search) if cut["layers"] else "none"
+    repair = layer_repair(search.cfg, search.teacher) if cut["layers"] else "none"
     last = _last_ranking(search, chosen)
     return Methods(**by_axis, compensate=search.cfg.compensate, layer_repair=repair, search=last)
-
-
-def _layer_repair(search: Search) -> LayerRepair:
-    if search.cfg.layer_repair != "auto":
-        return search.cfg.layer_repair
-    return "linear" if search.family.sites.ffn and search.cfg.compensate != "none" else "none"
 
 
 def _last_ranking(search: Search, chosen: ShapeCandidate) -> SearchResult:

@@ -110,7 +110,9 @@ def test_layers_go_in_their_order_and_cost_what_was_measured_by_then(small_confi
     kept = {n: make_plan(small_config, small_family, scores, PruneConfig(layers=n)) for n in (5, 4, 3, 1)}
     assert [kept[n].kept.layers for n in (5, 4, 3)] == [[0, 1, 2, 4, 5], [0, 2, 4, 5], [0, 2, 5]]
     assert kept[4].methods.layers == "one_by_one"
-    assert kept[4].retained["score"] == pytest.approx(np.exp(-0.3))
+    assert kept[4].retained["score"] == pytest.approx(np.exp(-0.6 * 0.3))
+    unrepaired = make_plan(small_config, small_family, scores, PruneConfig(layers=4, layer_repair="none"))
+    assert unrepaired.retained["score"] == pytest.approx(np.exp(-0.3))
     assert kept[1].retained["layers"] == pytest.approx(1 - 0.9)
 
 
@@ -171,7 +173,7 @@ def test_the_search_takes_the_best_scored_candidate(small_config, small_family, 
     assert scores == sorted(scores, reverse=True)
     assert plan.retained["score"] == pytest.approx(scores[0])
     lost = {axis: 1 - share for axis, share in plan.retained.items() if axis not in ("score", "kv_heads")}
-    damage = 3.3 * lost["ffn"] + 0.8 * lost["heads"] + 23 * lost["hidden"] + 10 * lost["layers"]
+    damage = 3.3 * lost["ffn"] + 0.8 * lost["heads"] + 23 * lost["hidden"] + 6 * lost["layers"]
     assert scores[0] == pytest.approx(np.exp(-damage))
     chosen = plan.candidates[0]
     assert {a: getattr(chosen, a) for a in SHAPE_AXES} == {a: getattr(plan.student, a) for a in SHAPE_AXES}
