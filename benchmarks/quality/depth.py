@@ -19,6 +19,7 @@ import torch
 from texts import Texts, Yardstick
 
 from kdscale.config.prune import ImportanceConfig, PruneConfig
+from kdscale.models.hidden_states import Scratch
 from kdscale.models.loading import open_teacher
 from kdscale.prune.apply import apply_plan
 from kdscale.prune.importance import collect
@@ -64,7 +65,8 @@ def one(
         importance = ImportanceConfig(layer_tokens=arguments.layer_tokens)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        collect.score_teacher(teacher, family, batches, importance, cfg, part, CPU, SILENT)
+        scratch = Scratch(folder.with_name(folder.name + ".scratch"))
+        collect.score_teacher(teacher, family, batches, importance, cfg, part, CPU, SILENT, scratch)
         (part / "seconds").write_text(str(round(time.monotonic() - started)))
         part.rename(folder)
     cfg = PruneConfig(layers=count, layer_method=method, layer_repair=repair)

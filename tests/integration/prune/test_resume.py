@@ -26,8 +26,11 @@ from kdscale.prune.importance import collect
 from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.progress import Reporter
 
-ALL = {"target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers")}
-CUT = {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3}
+ALL = {
+    "target_params": "50%", "axes": ("ffn", "heads", "kv_heads", "hidden", "layers"),
+    "layer_method": "block_influence",
+}  # fmt: skip
+CUT = {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3, "layer_repair": "none"}
 BUDGETS = {"in memory": 1 << 30, "one batch in memory": 3 * 48 * 96 * 4, "all on disk": 1}
 
 
