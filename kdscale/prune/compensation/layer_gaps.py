@@ -15,6 +15,10 @@ instead; T W is one of the W' that are searched here. A cut of ffn or hidden is 
 Where a norm stands behind the projection (Gemma, OLMo 2) y is what leaves the norm, and both are refitted
 (post_norm.py).
 
+Behind its first gap the student's stream is not the teacher's. With `compensate: two_stream`, where layers alone are
+cut, what the student reads is as many equations more, whose target makes up for a share β of how far it is behind, as
+in two_stream.py.
+
 B batch · S sequence · D hidden · D' kept hidden channels · K kept inputs
 """
 
@@ -29,7 +33,7 @@ from torch import Tensor
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.families import Sites
+from kdscale.families import Family, Sites
 from kdscale.files import atomic_path, remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
@@ -42,6 +46,7 @@ from kdscale.prune.compensation.post_norm import (
     norm_weight,
     post_norm_path,
     refit_through_norm,
+    through_norm,
 )
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.plan import Plan
@@ -57,6 +62,7 @@ REPAIRED_ROLES = (REPAIRED_ROLE, POST_NORMS[REPAIRED_ROLE])  # that a repair may
 _OF_CHANGE, _OF_OUTPUT = 2e-2, 1e-2
 
 _TENSORS = 3  # that are kept per batch: the stream; u of the layer in front of the last gap; y − x/factor there
+_STUDENT = 1  # the second stream, where there are two
 _FACTOR = "factor"  # of what that layer's sublayers put out, before it is added
 
 
@@ -140,8 +146,9 @@ def repaired_gaps(
     """Refit what is in front of each gap, in one pass over the teacher; every rank gets the weights.
 
     In memory: a layer, one regression ([K, K] and [D', K]) and hidden states within the budget of `scratch`, of which a
-    token has D + K + 2 D' numbers (in bf16). With a folder a killed call resumes at the last layer that it saved.
-    Raises ConfigError for a layer that does more than add what its sublayers put out, times a factor.
+    token has D + K + 2 D' numbers (in bf16), twice as many with both streams. With a folder a killed call resumes at
+    the last layer that it saved. Raises ConfigError for a layer that does more than add what its sublayers put out,
+    times a factor.
     """
     gaps, repaired = find_gaps(slicer.plan), RepairedWeights(scratch.folder)
     if not gaps:
@@ -152,42 +159,83 @@ def repaired_gaps(
     tokens, depth = sum(batch.input_ids_BS.numel() for batch in batches), gaps[-1].last + 1
     with reporter.bar("gap repair", total=tokens) as bar:
         advance = layer_progress(bar, depth)
-        walk = LayerPass(_WithGapInputs(stream, slicer), batches, scratch)
+        # the student's stream is known where nothing else is cut, and no other than the teacher's before the first gap
+        both = len(gaps) > 1 and slicer.plan.methods.compensate == "two_stream" and slicer.plan.cut_axes() == ["layers"]
+        streams = (0, 1) if both else (0,)
+        walk = LayerPass(_WithGapInputs(stream, slicer, len(streams)), batches, scratch)
         for layer in walk.layers(depth):
             front, end = front_of.get(layer.index), end_of.get(layer.index)
             probe = _FrontProbe(layer, slicer, front.position) if front else None
             for index, batch in enumerate(batches):
-                first = _TENSORS * index
-                with torch.inference_mode():
-                    before_BSD = walk.states[first]
-                    after_BSD = layer(before_BSD, batch.position_ids_BS)
-                    walk.states[first] = after_BSD
-                    if probe is not None:
-                        walk.states[first + 1], wrote_BSD, factor = probe.read(before_BSD, after_BSD)
-                        walk.states[first + 2] = (wrote_BSD - after_BSD.float() / factor)[..., kept_D]
-                        walk.running[_FACTOR] = torch.tensor(factor)
+                for which in streams:
+                    first = _TENSORS * (len(streams) * index + which)
+                    if which == _STUDENT and layer.index <= gaps[0].layer:
+                        for item in range(first, first + _TENSORS):
+                            walk.states[item] = walk.states[item - _TENSORS]
+                        continue
+                    if which == _STUDENT and layer.index not in slicer.plan.kept.layers:
+                        continue
+                    with torch.inference_mode():
+                        before_BSD = walk.states[first]
+                        after_BSD = layer(before_BSD, batch.position_ids_BS)
+                        walk.states[first] = after_BSD
+                        if probe is not None:
+                            walk.states[first + 1], wrote_BSD, factor = probe.read(before_BSD, after_BSD)
+                            walk.states[first + 2] = (wrote_BSD - after_BSD.float() / factor)[..., kept_D]
+                            walk.running[_FACTOR] = torch.tensor(factor)
                 advance(batch.input_ids_BS.numel(), layer.index)
             if end is not None:
                 norm = post_norm_path(slicer.family, REPAIRED_ROLE)
                 epsilon = norm_epsilon(layer.site(norm)) if norm else None
                 layer.release()  # before another one's projection is read
+                factor = float(walk.running[_FACTOR])
+                beta = cfg.stream_correction if both and end != gaps[0] else None
                 with torch.inference_mode():
-                    rows = _gap_rows(walk.states, len(batches), kept_D, float(walk.running[_FACTOR]))
-                    repaired.put(end.position, _refit(rows, slicer, teacher, end, cfg.ridge_lambda, epsilon))
+                    rows = _gap_rows(walk.states, len(batches), len(streams), kept_D, factor, beta)
+                    solved = _refit(rows, slicer, teacher, end, cfg.ridge_lambda, epsilon)
+                    if both:
+                        _pass_on(walk.states, solved, slicer.family, factor, epsilon)
+                repaired.put(end.position, solved)
             walk.finish()
     return repaired
 
 
-def _gap_rows(states: HiddenStates, batches: int, kept_D: Tensor, factor: float) -> Rows:
-    """(u, y + (x' − x)/factor, 1/rms(x')) of each batch, for the gap whose last layer the states have just left."""
+def _gap_rows(
+    states: HiddenStates, batches: int, streams: int, kept_D: Tensor, factor: float, beta: float | None
+) -> Rows:
+    """(u, y + (x' − x)/factor, 1/rms(x')) of each batch, for the gap whose last layer the states have just left.
+
+    With `beta` also the same for what the student reads, where that share of how far it is behind is to be made up for.
+    """
 
     def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for first in range(0, _TENSORS * batches, _TENSORS):
+        for index in range(batches):
+            first = _TENSORS * streams * index
             after = states[first].float()[..., kept_D]
             size = after.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(after.dtype).tiny)
-            yield states[first + 1], states[first + 2] + after / factor, 1 / size
+            before = states[first + 2]
+            yield states[first + 1], before + after / factor, 1 / size
+            if beta is not None:
+                student = first + _TENSORS
+                yield states[student + 1], torch.lerp(before, states[student + 2], beta) + after / factor, 1 / size
 
     return rows
+
+
+def _pass_on(
+    states: HiddenStates, solved: dict[str, Tensor], family: Family, factor: float, epsilon: float | None
+) -> None:
+    """Put the student's stream behind the layer in front of a gap, which has new weights now.
+
+    What is kept of it there is y − x/factor with the old ones: what the layer reads less what it is to add.
+    """
+    for first in range(_TENSORS, len(states), 2 * _TENSORS):
+        u, left = states[first + 1], states[first + 2]
+        weight_DK = family.output_by_input(REPAIRED_ROLE, solved[REPAIRED_ROLE]).to(u.device)
+        added = u.float() @ weight_DK.T
+        if epsilon is not None:
+            added = through_norm(added, norm_gain(family, solved[POST_NORMS[REPAIRED_ROLE]]).to(u.device), epsilon)
+        states[first] = ((added - left) * factor).to(states[first].dtype)
 
 
 def _refit(
@@ -217,16 +265,17 @@ def _refit(
 class _WithGapInputs:
     """A LayerSource with room for what a gap's regression needs beside each batch's hidden state."""
 
-    def __init__(self, stream: LayerStream, slicer: Slicer):
-        self.depth, self.device, self._stream = stream.depth, stream.device, stream
+    def __init__(self, stream: LayerStream, slicer: Slicer, streams: int):
+        self.depth, self.device, self._stream, self._streams = stream.depth, stream.device, stream, streams
         self._inputs, self._outputs = slicer.plan.student.ffn, slicer.plan.student.hidden
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
         states = HiddenStates(scratch, self.device)
         for state_BSD in self._stream.embedded(batches):
-            states.append(state_BSD)
-            states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._inputs))
-            states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._outputs, dtype=torch.float32))
+            for _ in range(self._streams):
+                states.append(state_BSD)
+                states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._inputs))
+                states.append(state_BSD.new_zeros(*state_BSD.shape[:2], self._outputs, dtype=torch.float32))
         return states
 
     def layer(self, index: int) -> DecoderLayer:

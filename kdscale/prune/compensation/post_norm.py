@@ -83,6 +83,11 @@ def refit_through_norm(
     return weight_DK, gain_D
 
 
+def through_norm(z_ND: Tensor, gain_D: Tensor, epsilon: float) -> Tensor:
+    """What an RMS norm with this gain makes of `z_ND`, which may have more dimensions in front."""
+    return gain_D * z_ND / _rms(z_ND, epsilon)
+
+
 def _gain(rows: Rows, weight_DK: Tensor, gain_D: Tensor, epsilon: float, ridge: float) -> Tensor:
     sums_2D = torch.zeros(2, len(gain_D), dtype=torch.float64, device=weight_DK.device)
     for u, target, weight in rows():

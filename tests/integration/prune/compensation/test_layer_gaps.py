@@ -233,3 +233,52 @@ def test_tokens_with_a_huge_stream_do_not_decide_alone(teacher, monkeypatch):
     before = teacher.checkpoint.tensor("model.layers.0.mlp.down_proj.weight").float()
     without = mended(0.0)
     assert (mended(1.0) - without).norm() < 0.3 * (without - before).norm()
+
+
+def _read_by_down(model, layer, batches):
+    """(what the layer's down projection reads, the stream before it adds, the stream behind every layer), fp64."""
+    seen: dict[str, list[torch.Tensor]] = {"u": [], "y": [], "after": [], "end": []}
+
+    def see(**tensors):
+        for name, tensor in tensors.items():
+            seen[name].append(tensor.flatten(0, 1).double())
+
+    modules = model.model.layers[layer].mlp.down_proj, model.model.layers[layer], model.model.norm
+    handles = [
+        modules[0].register_forward_hook(lambda _m, args, out: see(u=args[0], y=out)),
+        modules[1].register_forward_hook(lambda _m, _a, out: see(after=out)),
+        modules[2].register_forward_pre_hook(lambda _m, args: see(end=args[0])),
+    ]
+    for batch in batches:
+        with torch.inference_mode():
+            model.model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    u, y, after, end = (torch.cat(seen[name]) for name in ("u", "y", "after", "end"))
+    return u, after - y, end
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_second_gap_is_fitted_on_what_the_student_reads_too(teacher, tmp_path, beta):
+    """The written student's second front against a plain fp64 regression over both models' own activations."""
+    out, ridge = tmp_path / "out", 1e-2
+    out.mkdir()
+    cfg = PruneConfig(layers=2, stream_correction=beta, ridge_lambda=ridge)
+    order = {"layers.one_by_one": torch.tensor([3.0, 1.0, 4.0, 2.0]).numpy()}
+    plan = make_plan(teacher.config, teacher.family, order, cfg)
+    assert plan.kept.layers == [0, 2]
+    apply_plan(
+        teacher.checkpoint, teacher.family, plan, out, cfg, batches=teacher.batches, reporter=Reporter(quiet=True)
+    )
+    whole, student = _model(teacher), load_model(out, dtype=torch.float32, device=CPU)
+    u_T, middle_T, end = _read_by_down(whole, 2, teacher.batches)
+    u_S, middle_S, _ = _read_by_down(student, 1, teacher.batches)
+    prior = whole.model.layers[2].mlp.down_proj.weight.detach().double()
+    size = end.square().mean(-1, keepdim=True).sqrt()
+    x = torch.cat([u_T / size, u_S / size])
+    t = torch.cat([(end - middle_T) / size, (end - middle_T + beta * (middle_T - middle_S)) / size])
+    gram = x.T @ x
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    moved = torch.linalg.solve(gram, x.T @ (t - x @ prior.T)).T
+    found = student.model.layers[1].mlp.down_proj.weight.detach().double() - prior
+    assert float((found - moved).norm() / moved.norm()) < 2e-3
