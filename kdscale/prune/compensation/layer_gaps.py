@@ -160,7 +160,8 @@ def repaired_gaps(
     with reporter.bar("gap repair", total=tokens) as bar:
         advance = layer_progress(bar, depth)
         # the student's stream is known where nothing else is cut, and no other than the teacher's before the first gap
-        both = len(gaps) > 1 and slicer.plan.methods.compensate == "two_stream" and slicer.plan.cut_axes() == ["layers"]
+        in_both = slicer.plan.methods.compensate not in ("none", "ridge") and list(slicer.plan.cut_axes()) == ["layers"]
+        both = in_both and len(gaps) > 1
         streams = (0, 1) if both else (0,)
         walk = LayerPass(_WithGapInputs(stream, slicer, len(streams)), batches, scratch)
         for layer in walk.layers(depth):
