@@ -17,8 +17,9 @@ class ImportanceConfig(CalibrationSection):
     """On how much text importance is measured, and how; `processes` share the text in compensation too."""
 
     calibration_tokens: Count = 32_768
-    # of the calibration tokens, for prune.layer_method loss (which keeps a state a layer for each) and angular
-    layer_tokens: Count = 16_384
+    # of the calibration tokens, for prune.layer_method one_by_one and loss (which keep a state a layer for each) and
+    # angular
+    layer_tokens: Count = 4_096
 
 
 Compensation = Literal["none", "ridge", "two_stream"]
