@@ -27,7 +27,9 @@ def plan_in_process(config: Path, *overrides: str) -> dict[str, Any]:
 
 def test_masked_candidates_are_compared_without_a_checkpoint(kdscale: Callable[..., Any], tiny_config: Path) -> None:
     run = tiny_config.parent / "run"
-    search = ("prune.search.masked_tokens=128", "prune.axes=[ffn,heads,layers]")
+    search = (
+        "prune.search.masked_tokens=128", "prune.axes=[ffn,heads,layers]", "prune.layer_method=block_influence",
+    )  # fmt: skip
     options = [word for setting in (*OPEN, *search) for word in ("--set", setting)]
     outcome = kdscale("plan", tiny_config, *options, "--target-bytes", "70%", "--masked", "3")
     assert outcome.code == 0, outcome.err

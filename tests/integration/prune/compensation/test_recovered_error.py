@@ -15,7 +15,7 @@ from kdscale.prune.search.planning import make_plan
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import Checkpoint
 
-SHAPE = {"ffn": 64, "heads": 4, "layers": 3}
+SHAPE = {"ffn": 64, "heads": 4, "layers": 3, "layer_repair": "none"}
 
 
 def test_recorded_errors_are_those_of_the_files(teacher, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _whole_model(teacher, student, plan, beta, ridge) -> dict[str, torch.Tensor]
     ("kind", "cut", "beta"),
     [
         ("tiny", {"ffn": 64, "heads": 2}, 0.5),
-        ("tiny", {"ffn": 64, "hidden": 84, "hidden_method": "activation", "layers": 3}, 1.0),
+        ("tiny", {"ffn": 64, "hidden": 84, "hidden_method": "activation", "layers": 3, "layer_repair": "none"}, 1.0),
         ("tiny", {"heads": 4}, 0.0),
         ("biased", {"ffn": 40, "heads": 3}, 0.5),
     ],
