@@ -29,6 +29,7 @@ def test_masked_candidates_are_compared_without_a_checkpoint(kdscale: Callable[.
     run = tiny_config.parent / "run"
     search = (
         "prune.search.masked_tokens=128", "prune.axes=[ffn,heads,layers]", "prune.layer_method=block_influence",
+        "prune.layer_repair=none",
     )  # fmt: skip
     options = [word for setting in (*OPEN, *search) for word in ("--set", setting)]
     outcome = kdscale("plan", tiny_config, *options, "--target-bytes", "70%", "--masked", "3")
