@@ -59,16 +59,16 @@ def fitted_final_norm(
 ) -> Tensor:
     """The student's final norm as it is on disk, fp32 on the CPU, with the gain that brings its logits nearest.
 
-    `states` have the teacher's D and the student's H numbers of each token. With h = g x̂ what the teacher's head reads,
-    ẑ the student's normalised states, B the map from the teacher's head to the student's and F the covariance of the
-    head's rows that `batches` name: argmin over γ of Σ (B γẑ − h)ᵀ F (B γẑ − h) + λ‖γ − γ_start‖².
+    `states` begin with the teacher's D and the student's H numbers of each token. With h = g x̂ what the teacher's head
+    reads, ẑ the student's normalised states, B the map from the teacher's head to the student's and F the covariance of
+    the head's rows that `batches` name: argmin over γ of Σ (B γẑ − h)ᵀ F (B γẑ − h) + λ‖γ − γ_start‖².
     """
     teacher_norm, student_norm = teacher.final_norm(), student.final_norm()
     sizes, device = [teacher.dims.hidden, student.dims.hidden], teacher.device
     gram_HH = torch.zeros(sizes[1], sizes[1], device=device)
     cross_DH = torch.zeros(sizes[0], sizes[1], device=device)
     for state in states:
-        teacher_ND, student_NH = state.flatten(0, -2).split(sizes, dim=-1)
+        teacher_ND, student_NH = state.flatten(0, -2)[:, : sum(sizes)].split(sizes, dim=-1)
         seen_NH = student_norm(student_NH).float() / start.final_gain
         add_product(gram_HH, seen_NH, seen_NH)
         add_product(cross_DH, teacher_norm(teacher_ND), seen_NH)

@@ -2,10 +2,11 @@
 
 The start is the teacher folded into the directions that stay (stream_cut.py). Teacher and student run side by side, a
 layer at a time, as in two_stream.py, and each sublayer is solved for in two regressions. With ẑ what the student's norm
-makes of the narrow stream, of the student's own (z) and of the teacher's cut to it (P x):
+makes of the narrow stream, of the student's own (z) and of what it would be if every sublayer added what the teacher's
+adds (z* = z_0 + P (x − x_0); the embeddings z_0 of a tied student are not P x_0):
 
     readers (q, k, v, gate, up):  W' = argmin ‖ẑ_T W'ᵀ − W g x̂‖² + ‖ẑ_S W'ᵀ − W g x̂‖² + λ‖W' − W_start‖²
-    writers (o, down):            W' = argmin ‖u_T W'ᵀ − P y‖² + ‖u_S W'ᵀ − (P y + β(P x − z))‖² + λ‖W' − W_start‖²
+    writers (o, down):            W' = argmin ‖u_T W'ᵀ − P y‖² + ‖u_S W'ᵀ − (P y + β(z* − z))‖² + λ‖W' − W_start‖²
 
 u is what the writer reads, y what the teacher adds to its stream x. Readers come first: no gain or rotation has to be
 exact that a regression on what the norm really puts out makes up for.
@@ -42,6 +43,9 @@ from kdscale.runtime.ranks import all_reduce_sum, is_writer
 
 FINAL_NORM = "final_norm"
 _EMBEDDED = "embedded"  # folder of the teacher's first states, until they stand beside the student's
+# The first token of a document stands for so many in every regression: most heads look at it when they look at nothing,
+# so all others read an error in its keys and values.
+_FIRST_COUNTS_AS = 32.0
 _READER_RIDGE = 0.1  # of prune.ridge_lambda: a reader has fewer inputs than a writer, and they are normalised
 
 
@@ -83,7 +87,8 @@ def refitted_layers(
 
 
 class _Pair:
-    """Teacher and student as one LayerSource: a token's state is the teacher's D numbers and the student's H."""
+    """Teacher and student as one LayerSource: a token's state is the teacher's D numbers, the student's H, and by how
+    much the student's embedding differs from the teacher's cut to H."""
 
     def __init__(self, stream: LayerStream, start: CutStudent):
         self.depth, self.device, self._start, self._teacher = stream.depth, stream.device, start, stream
@@ -91,15 +96,18 @@ class _Pair:
         self.student = LayerStream(
             slicer.student_config, slicer.family, start.tensor, dtype=stream.dtype, device=stream.device
         )
-        self._sizes = [slicer.plan.teacher.hidden, slicer.plan.student.hidden]
+        hidden = slicer.plan.student.hidden
+        self._sizes = [slicer.plan.teacher.hidden, hidden, hidden]
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
         # one embedding in memory at a time
         aside = replace(scratch.subfolder(_EMBEDDED), activation_bytes=scratch.activation_bytes // 4)
         teacher_states, states = self._teacher.embed(batches, aside), HiddenStates(scratch, self.device)
+        rows_HD = self._start.basis.rows_HD.to(self.device).float()
         for teacher_BSD, student_BSH in zip(teacher_states, self.student.embedded(batches), strict=True):
             with torch.inference_mode():
-                states.append(torch.cat([teacher_BSD, student_BSH], dim=-1))
+                differs_BSH = (student_BSH.float() - teacher_BSD.float() @ rows_HD.T).to(student_BSH.dtype)
+                states.append(torch.cat([teacher_BSD, student_BSH, differs_BSH], dim=-1))
         if aside.folder is not None:
             remove_tree(aside.folder)
         return states
@@ -109,6 +117,11 @@ class _Pair:
         position = kept.index(index) if index in kept else None
         student = None if position is None else self.student.layer(position)
         return _PairOfLayers(self._teacher.layer(index), student, self._start, position, self._sizes)
+
+
+def _weight(positions_BS: Tensor, device: torch.device) -> Tensor:
+    """[B, S, 1]: what a token's equations are multiplied by."""
+    return torch.where(positions_BS == 0, _FIRST_COUNTS_AS**0.5, 1.0).to(device)[..., None]
 
 
 class _EnoughError(Exception):
@@ -181,9 +194,9 @@ class _PairOfLayers:
         self._teacher_layer, self._student_layer, self._sizes, self._start = teacher, student, sizes, start
 
     def __call__(self, both: Tensor, positions_BS: Tensor) -> Tensor:
-        teacher, student = both.split(self._sizes, dim=-1)
+        teacher, student, differs = both.split(self._sizes, dim=-1)
         after = student if self._student_layer is None else self._student_layer(student, positions_BS)
-        return torch.cat([self._teacher_layer(teacher, positions_BS), after], dim=-1)
+        return torch.cat([self._teacher_layer(teacher, positions_BS), after, differs], dim=-1)
 
     def release(self) -> None:
         self._teacher_layer.release()
@@ -261,19 +274,20 @@ class _Sublayer:
         kept = {role: self._start.slicer.kept(self._origins[role].spec.axes[0], self._position) for role in sums}
         sizes = SublayerSizes(len(self._rows_HD), self._rows_HD.device) if self._post else None
         for index, positions_BS in pairs:
-            teacher, student = states[index].split(self._sizes, dim=-1)
+            teacher, student, differs = states[index].split(self._sizes, dim=-1)
             self._teacher.run(teacher, positions_BS, self._added if sizes else self._readers[-1])
             self._student.run(student, positions_BS, self._norm)
-            own = self._student.put_out(self._norm)
-            cut = self._normalised(self._cut(self._teacher.read(self._norm)))
+            own = self._student.put_out(self._norm).float()
+            cut = self._normalised(self._cut(self._teacher.read(self._norm)) + differs.float()).float()
+            weight = _weight(positions_BS, own.device)
             for role, total in sums.items():
                 target = self._teacher.put_out(role).float()
                 bias = getattr(self._teacher.module(role), "bias", None)
                 target = target if bias is None else target - bias.float()
                 rows = kept[role]
                 target = target if rows is None else target[..., torch.tensor(rows, device=target.device)]
-                total.add(cut, target)
-                total.add(own, target)
+                total.add(cut * weight, target * weight)
+                total.add(own * weight, target * weight)
             if sizes is not None:
                 sizes.add(self._cut(self._teacher.put_out(self._added)))
         out: dict[str, Tensor] = {}
@@ -308,14 +322,15 @@ class _Sublayer:
         inputs_K = torch.tensor(kept if kept is not None else range(weight_HU.shape[1]), device=weight_HU.device)
         sums, sample = TargetSums(weight_HU[:, inputs_K]), InputSample(len(pairs))
         for index, positions_BS in pairs:
-            teacher, student = states[index].split(self._sizes, dim=-1)
+            teacher, student, differs = states[index].split(self._sizes, dim=-1)
             self._teacher.run(teacher, positions_BS, self._added)
             self._student.run(student, positions_BS, self._writer)
-            added, target = self._targets(cfg.stream_correction)
+            added, target = self._targets(cfg.stream_correction, differs)
             read = self._teacher.read(self._writer)
             sample.add(read)
-            sums.add(read[..., inputs_K], added / gain_H - offset)
-            sums.add(self._student.read(self._writer), target / gain_H - offset)
+            weight = _weight(positions_BS, read.device)
+            sums.add(read[..., inputs_K] * weight, (added / gain_H - offset) * weight)
+            sums.add(self._student.read(self._writer) * weight, (target / gain_H - offset) * weight)
         sums.reduce()
         solved_HK = sums.solve(cfg.ridge_lambda, f"{self._writer} of {where}")
         if recovered is not None and kept is not None:
@@ -323,21 +338,22 @@ class _Sublayer:
         module.weight.data = solved_HK.to(module.weight)
         return solved_HK
 
-    def _targets(self, beta: float) -> tuple[Tensor, Tensor]:
+    def _targets(self, beta: float, differs: Tensor) -> tuple[Tensor, Tensor]:
         """What the teacher adds, cut, and what the student is to add: [B, S, H] each, for the batch run last."""
         added = self._cut(self._teacher.put_out(self._added))
-        behind = self._cut(self._teacher.read(self._norm)) - self._student.read(self._norm).float()
+        meant = self._cut(self._teacher.read(self._norm)) + differs.float()
+        behind = meant - self._student.read(self._norm).float()
         return added, added + beta * behind
 
     def _refit_post_norm(self, states: HiddenStates, pairs: list[tuple[int, Tensor]], beta: float) -> Tensor:
         gain_H = self._gain()
         size_H, product_H = torch.zeros_like(gain_H), torch.zeros_like(gain_H)
         for index, positions_BS in pairs:
-            teacher, student = states[index].split(self._sizes, dim=-1)
+            teacher, student, differs = states[index].split(self._sizes, dim=-1)
             self._teacher.run(teacher, positions_BS, self._added)
             self._student.run(student, positions_BS, self._added)
             plain = self._student.put_out(self._added).float() / gain_H
-            target = self._targets(beta)[1]
+            target = self._targets(beta, differs)[1]
             size_H += plain.square().flatten(0, -2).sum(0)
             product_H += (plain * target).flatten(0, -2).sum(0)
         size_H, product_H = all_reduce_sum(size_H), all_reduce_sum(product_H)
