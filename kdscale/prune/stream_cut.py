@@ -68,12 +68,6 @@ def refit_obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def norms_behind_sublayers(family: Family, config: Mapping[str, Any]) -> bool:
-    """Whether norms stand between the sublayers and the stream."""
-    roles = {spec.role for spec in family.layer_tensors(dict(config), 0).values()}
-    return bool(roles & set(POST_NORM.values()))
-
-
 @dataclass(frozen=True)
 class StreamBasis:
     """P [H, D], and B [D, H] of the final norm's input (see the top); both fp64."""

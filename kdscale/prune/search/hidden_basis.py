@@ -12,7 +12,7 @@ from kdscale.families import Dims, Family
 from kdscale.prune.axes import openable_axes
 from kdscale.prune.plan import Plan
 from kdscale.prune.rotation import rotation_obstacle, untied_config
-from kdscale.prune.stream_cut import norms_behind_sublayers, refit_obstacle
+from kdscale.prune.stream_cut import refit_obstacle
 from kdscale.units import format_count
 
 
@@ -50,8 +50,7 @@ def hidden_bases(config: Mapping[str, Any], family: Family, cfg: PruneConfig) ->
     cuts = "hidden" in openable_axes(cfg, dims)
     if cuts and cfg.hidden_method in ("auto", "refit"):
         reason = _settings_without_refit(cfg, dims) or refit_obstacle(family, plain)
-        # behind a norm of its own a refitted sublayer is no nearer yet (docs/explanation/measured-pruning.md)
-        if reason is None and (cfg.hidden_method == "refit" or not norms_behind_sublayers(family, plain)):
+        if reason is None:
             return [HiddenBasis(plain, cfg.model_copy(update={"hidden_method": "refit"}))]
         if cfg.hidden_method == "refit":
             hint = "set prune.hidden_method=auto"

@@ -155,7 +155,7 @@ def test_where_it_is_not_done(teacher, other_teachers, tmp_path):
     assert "residual_multiplier" in str(refit_obstacle(teacher.family, scaled))
     gemma = other_teachers("gemma3")
     assert refit_obstacle(gemma.family, gemma.config) is None
-    assert hidden_bases(gemma.config, gemma.family, PruneConfig(**auto))[0].cfg.hidden_method == "activation"
+    assert hidden_bases(gemma.config, gemma.family, PruneConfig(**auto))[0].cfg.hidden_method == "refit"
     scores = teacher.scores(tmp_path, **auto)
     assert np.array_equal(scores[DIRECTIONS], scores["hidden.rotation"])
     assert scores[FINAL_COVARIANCE].trace() > 0
