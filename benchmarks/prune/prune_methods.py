@@ -8,7 +8,7 @@ CORPUS is a .jsonl or .jsonl.gz of documents with a `source`. The first eighth o
 order) is held out; the calibration text comes from the rest: one sequence from the start of a document, the sources
 taking turns. Held-out text comes in the same way from all sources, and from those named in --also.
 
---as-mistral labels a Llama checkpoint as Mistral in a folder of links: the tensors, their names and the logits are the
+--as-mistral labels a Llama checkpoint as Mistral in its own folder: the tensors, their names and the logits are the
 same, and MistralConfig takes a hidden size that its number of heads does not divide, which LlamaConfig refuses.
 """
 
@@ -137,12 +137,14 @@ def measure_scores(
 
 
 def as_mistral(teacher: Path, folder: Path) -> Path:
-    """A folder of links to the teacher's files with a config that says Mistral."""
+    """A folder with links to the teacher's weights, and a config that says Mistral."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for item in teacher.iterdir():
-        if item.name != "config.json":
+        if item.suffix == ".safetensors":
             (folder / item.name).symlink_to(item.resolve())
+        elif item.is_file() and item.name != "config.json":  # what a student gets along must be no link
+            shutil.copy2(item, folder / item.name)
     config = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != "llama":
         raise SystemExit(f"--as-mistral is for a llama checkpoint, this is {config['model_type']}")
