@@ -86,7 +86,7 @@ CRITERIA: tuple[Criterion, ...] = (
     Criterion("hidden", "pca", collect=f"{_HIDDEN}:residual_covariance", finish=f"{_HIDDEN}:components", damage=31.0,
               title="energy along the principal components of the residual stream, which become the channels",
               source="SliceGPT, arXiv 2401.15024, section 3, with one rotation for the whole model"),
-    Criterion("hidden", "refit", collect=f"{_HIDDEN}:stream_covariances", finish=f"{_HIDDEN}:directions", damage=20.0,
+    Criterion("hidden", "refit", collect=f"{_HIDDEN}:stream_covariances", finish=f"{_HIDDEN}:directions", damage=11.0,
               title="energy along the same components; the student's stream is cut to the first ones, and all that "
                     "reads and writes it is refitted, so that a tied head stays tied",
               source="measured here (docs/explanation/measured-pruning.md)"),

@@ -75,7 +75,12 @@ def components(covariance_DD: Tensor) -> dict[str, Tensor]:
 
 
 def directions(sums_2DD: Tensor) -> dict[str, Tensor]:
-    """`hidden.refit`: energy [D], falling; the components in the same order, in rows; the final norm's covariance."""
+    """`hidden.refit`: energy [D], falling; the components in the same order, in rows; the final norm's covariance.
+
+    No energy counts more than the lower quartile: some models have nine tenths of it in one component (Gemma 3), beside
+    which losing any other would look free.
+    """
     covariance_DD, final_DD = sums_2DD
     energy_D, rows_DD = components(covariance_DD).values()
+    energy_D = energy_D.clamp_max(float(energy_D.quantile(0.25)))
     return {"hidden.refit": energy_D, DIRECTIONS: rows_DD, FINAL_COVARIANCE: final_DD.float().contiguous()}
