@@ -8,7 +8,8 @@ stream behind that layer and x' the stream behind the last dropped one,
 
 over the calibration tokens of the teacher's stream. The error counts as a share of x' because norms read the stream: a
 few tokens have a hundred times the norm of others, and without the division the fit is to them alone (a block of ten
-layers of SmolLM2-135M: 24 times the teacher's perplexity, with it 4.2; unrepaired 8.6).
+layers of SmolLM2-135M: 24 times the teacher's perplexity, with it 4.2; unrepaired 8.6). Behind a norm no token is added
+more than the gain, and plain squares are better (Gemma 3 270M, 13 of 18 layers: 2.12 against 2.22).
 
 The student stays a plain model of its family. ReplaceMe (arXiv 2505.02819, section 3) fits a D × D matrix T on y
 instead; T W is one of the W' that are searched here. A cut of ffn or hidden is made up for in the same regression.
@@ -192,7 +193,7 @@ def repaired_gaps(
                 factor = float(walk.running[_FACTOR])
                 beta = cfg.stream_correction if both and end != gaps[0] else None
                 with torch.inference_mode():
-                    rows = _gap_rows(walk.states, len(batches), len(streams), kept_D, factor, beta)
+                    rows = _gap_rows(walk.states, len(batches), len(streams), kept_D, factor, beta, not norm)
                     solved = _refit(rows, slicer, teacher, end, cfg.ridge_lambda, epsilon)
                     if both:
                         _pass_on(walk.states, solved, slicer.family, factor, epsilon)
@@ -202,9 +203,11 @@ def repaired_gaps(
 
 
 def _gap_rows(
-    states: HiddenStates, batches: int, streams: int, kept_D: Tensor, factor: float, beta: float | None
+    states: HiddenStates, batches: int, streams: int, kept_D: Tensor, factor: float, beta: float | None, shares: bool
 ) -> Rows:
-    """(u, y + (x' − x)/factor, 1/rms(x')) of each batch, for the gap whose last layer the states have just left.
+    """(u, y + (x' − x)/factor, weight) of each batch, for the gap whose last layer the states have just left.
+
+    The weight is 1/rms(x') if errors are to count as `shares` of it, else 1.
 
     With `beta` also the same for what the student reads, where that share of how far it is behind is to be made up for.
     """
@@ -214,6 +217,7 @@ def _gap_rows(
             first = _TENSORS * streams * index
             after = states[first].float()[..., kept_D]
             size = after.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(after.dtype).tiny)
+            size = size if shares else torch.ones_like(size)
             before = states[first + 2]
             yield states[first + 1], before + after / factor, 1 / size
             if beta is not None:
