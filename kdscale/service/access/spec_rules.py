@@ -82,6 +82,7 @@ RULES: Mapping[str, Rule] = {
     "TeacherConfig.trust_remote_code": _admins_alone,
     "TeacherConfig.path": _MODEL,
     "TeacherEntry.path": _MODEL,
+    "StudentConfig.path": _MODEL,
     "SourceConfig.path": _DATA,
     "DataConfig.chat_template": _read,
     "PromptSourceConfig.path": _read,
@@ -110,6 +111,7 @@ RULES: Mapping[str, Rule] = {
 # Words that nobody opens, runs or connects to.
 PLAIN = frozenset({
     "Config.name", "StepConfig.name", "TeacherConfig.revision", "TeacherEntry.revision", "TeacherEntry.name",
+    "StudentConfig.revision",
     "TeacherEntry.tags", "SourceConfig.field", "SourceConfig.source_field", "SourceConfig.split", "SourceConfig.tag",
     "BlendConfig.weights", "PromptSourceConfig.field", "EndpointConfig.model", "EndpointConfig.allow_http",
     "ResponsesConfig.system", "OnPolicyConfig.system", "ResponsesConfig.request", "FilterConfig.name",

@@ -11,6 +11,7 @@ import pytest
 
 from kdscale.cli import tables
 from kdscale.cli.main import make_app
+from kdscale.config.distill.settings import DistillConfig
 from kdscale.errors import RunFolderError
 from kdscale.files import read_json, write_text
 from kdscale.pipeline.stage import Facts, Stage, StageContext
@@ -73,7 +74,7 @@ def test_a_distillation_whose_validations_were_not_finite_still_ends(tmp_path: P
     row = {"kind": "validation", "step": 5}
     context = type("Context", (), {"run": run, "config": None})()
     monkeypatch.setattr("kdscale.pipeline.stages.distill.run_on_ranks", lambda *args, **options: None)
-    monkeypatch.setattr(type(context), "config", type("C", (), {"distill": type("D", (), {"processes": 1})}))
+    monkeypatch.setattr(type(context), "config", type("C", (), {"distill": DistillConfig()}))
     write_text(run.metrics, json.dumps(row) + "\n" + json.dumps({**row, "step": 9, "perplexity": 12.5}) + "\n")
     assert distill(context) == {"held-out perplexity": "not finite → 12.50"}
     write_text(run.metrics, json.dumps({**row, "perplexity": 12.5}) + "\n" + json.dumps({**row, "step": 9}) + "\n")

@@ -157,9 +157,7 @@ def test_large_tensors_pass_in_blocks_of_rows(teacher, other_teachers, tmp_path,
     self_check.files_equal_slices(one.checkpoint, one.family, plan, student)
 
 
-@pytest.mark.parametrize(
-    "cut", [{"ffn": 64}, {"heads": 2}, {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3, "layer_repair": "none"}]
-)
+@pytest.mark.parametrize("cut", [{"ffn": 64}, {"heads": 2}, {"ffn": 64, "heads": 4, "hidden": 64, "layers": 3}])
 def test_compensation_brings_each_projection_nearer_to_the_teachers(teacher, tmp_path, cut):
     plan = teacher.prune(tmp_path / "ridge", **cut, compensate="ridge", layer_repair="none")
     inputs = _teacher_inputs(teacher)

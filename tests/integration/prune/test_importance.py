@@ -15,7 +15,7 @@ from kdscale.config.prune import PruneConfig
 from kdscale.errors import CheckpointError, DataError, SelfCheckError
 from kdscale.models.loading import load_model
 from kdscale.prune.search.planning import make_plan
-from kdscale.runs.importance_scores import ImportanceScores, load_scores, write_scores
+from kdscale.runs.importance_scores import DIRECTIONS, FINAL_COVARIANCE, ImportanceScores, load_scores, write_scores
 from kdscale.weights import Checkpoint
 
 ALL = {
@@ -72,7 +72,11 @@ def _whole_model_scores(teacher) -> dict[str, np.ndarray]:
     x = x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)  # the padding token embeds to zero
     energy, vectors = torch.linalg.eigh(x.T @ x)
     vectors = vectors.flip(1).T * vectors.flip(1).T.gather(1, vectors.flip(1).T.abs().argmax(1, keepdim=True)).sign()
+    final = x[-(len(x) // (2 * dims.layers + 1)) :]  # what the final norm reads, which is the last of the inputs
     return scores | {
+        "hidden.refit": energy.flip(0).clamp_max(energy.quantile(0.25)).numpy(),
+        DIRECTIONS: vectors.numpy(),
+        FINAL_COVARIANCE: (final.T @ final).numpy(),
         "hidden.activation": torch.stack(norms).sum(0).numpy(),
         "hidden.pca": energy.flip(0).numpy(),
         "hidden.rotation": vectors.numpy(),
@@ -84,7 +88,7 @@ def test_streamed_scores_equal_a_whole_model_pass(teacher, tmp_path):
     assert scores.keys() == expected.keys()
     for name, values in expected.items():
         # eigenvectors of neighbouring eigenvalues turn into each other at the least change
-        tolerance = 2e-3 if name == "hidden.rotation" else 1e-5
+        tolerance = 2e-3 if name in ("hidden.rotation", DIRECTIONS) else 1e-5
         assert np.abs(scores[name] - values).max() < tolerance * np.abs(values).max(), name
 
 
@@ -107,7 +111,10 @@ def test_files_hold_what_the_planner_reads(teacher, tmp_path):
         ({"ffn": 64}, {"ffn.activation", "ffn.output_energy"}),
         ({"layers": 2}, {"layers.block_influence", "layers.one_by_one"}),
         ({"layers": 2, "layer_method": "block_influence"}, {"layers.block_influence"}),
-        ({"hidden": 72}, {"hidden.activation", "hidden.pca", "hidden.rotation"}),
+        (
+            {"hidden": 72},
+            {"hidden.activation", "hidden.pca", "hidden.rotation", "hidden.refit", DIRECTIONS, FINAL_COVARIANCE},
+        ),
     ],
 )
 def test_only_what_open_axes_need_is_gathered(teacher, tmp_path, cut, names):

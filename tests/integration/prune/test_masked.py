@@ -20,8 +20,8 @@ from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import save_teacher
 
 SHAPES = [
-    {"ffn": 64}, {"heads": 4, "ffn": 96}, {"kv_heads": 1}, {"hidden": 48}, {"ffn": 128},
-    {"layers": 2, "ffn": 96, "layer_repair": "none"},
+    {"ffn": 64}, {"heads": 4, "ffn": 96}, {"kv_heads": 1}, {"hidden": 48},
+    {"layers": 2, "ffn": 96, "layer_repair": "none"}, {"ffn": 128},
 ]  # fmt: skip
 
 
