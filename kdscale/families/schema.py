@@ -205,6 +205,11 @@ class Norm(_Strict):
     kind: Literal["rms", "layer"] = "rms"
     gain: Literal["weight", "one_plus_weight"] = "weight"
 
+    @property
+    def added(self) -> float:
+        """What the norm adds to its weight on disk before it multiplies by it."""
+        return 1.0 if self.gain == "one_plus_weight" else 0.0
+
 
 class QueryScale(_Strict):
     """The config field whose inverse square root scales queries (Gemma's `query_pre_attn_scalar`).

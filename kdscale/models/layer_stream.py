@@ -10,6 +10,7 @@ B batch · S sequence · D hidden · N chosen tokens · V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -38,6 +39,10 @@ class TokenBatch(Protocol):
 _LOGITS_AT_ONCE = 1 << 25  # values of one chunk of rows
 
 TensorSource = Callable[[str], Tensor]  # a tensor by its name on disk
+
+
+class EnoughSeenError(Exception):
+    """Raised by a hook: ends a layer's forward pass behind which nothing is wanted."""
 
 
 class DecoderLayer:
@@ -69,6 +74,11 @@ class DecoderLayer:
             ).last_hidden_state  # fmt: skip
         finally:
             handle.remove()
+
+    def look(self, hidden_BSD: Tensor, position_ids_BS: Tensor) -> None:
+        """Run the layer for the sake of its hooks, until one of them raises EnoughSeenError."""
+        with suppress(EnoughSeenError):
+            self(hidden_BSD, position_ids_BS)
 
 
 class LayerStream:

@@ -90,7 +90,7 @@ class Slicer:
         """
         if is_hidden_norm(spec):
             factor = self.final_factor if spec.role == "final_norm" else self.plan.norm_scale
-            added = 1.0 if self.family.data.norm.gain == "one_plus_weight" else 0.0
+            added = self.family.data.norm.added
             if factor != 1.0:
                 tensor = ((tensor.float() + added) * factor - added).to(tensor.dtype)
         if spec.role == "embed" and self.embed_factor != 1.0:

@@ -111,7 +111,7 @@ class CutStudent:
         self.slicer, self.basis, self.read = slicer, basis, read
         self.origins = {tensor.target: tensor for tensor in slicer.tensors()}
         self._config, family = slicer.teacher_config, slicer.family
-        self._added = 1.0 if family.data.norm.gain == "one_plus_weight" else 0.0
+        self._added = family.data.norm.added
         self._names = {
             (spec.role, spec.layer): name for name, spec in family.tensors(self._config).items() if is_hidden_norm(spec)
         }

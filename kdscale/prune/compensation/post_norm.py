@@ -25,9 +25,11 @@ from torch import Tensor
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
 from kdscale.prune.compensation.regression import TargetSums
+from kdscale.prune.stream_cut import POST_NORM, WRITER
 from kdscale.runtime.ranks import all_reduce_sum
 
-POST_NORMS = {"o": "attn_post_norm", "down": "ffn_post_norm"}  # the role of a projection → of the norm behind it
+# The role of a projection → of the norm behind it.
+POST_NORMS = {WRITER[component]: norm for component, norm in POST_NORM.items()}
 
 _TURNS = 2
 _LEAST_GAIN = 0.02  # of the mean gain: W is divided by it
@@ -46,12 +48,12 @@ def post_norm_path(family: Family, role: str) -> str:
 
 def norm_gain(family: Family, weight_D: Tensor) -> Tensor:
     """What a norm multiplies by, fp32, from its weight on disk."""
-    return weight_D.float() + (1.0 if family.data.norm.gain == "one_plus_weight" else 0.0)
+    return weight_D.float() + family.data.norm.added
 
 
 def norm_weight(family: Family, gain_D: Tensor) -> Tensor:
     """The weight on disk of a norm with this gain."""
-    return gain_D - (1.0 if family.data.norm.gain == "one_plus_weight" else 0.0)
+    return gain_D - family.data.norm.added
 
 
 def norm_epsilon(norm: Any) -> float:

@@ -21,7 +21,6 @@ B batch · S sequence · D teacher's hidden · H student's hidden · U inputs of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,20 +28,19 @@ from torch import Tensor, nn
 
 from kdscale.config.prune import PruneConfig
 from kdscale.families import TensorSpec
-from kdscale.files import remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
-from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
+from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
 from kdscale.prune.compensation.gain_fits import SublayerSizes, fitted_final_norm
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
+from kdscale.prune.compensation.two_stream import embedded_pairs
 from kdscale.prune.slicing import SlicedTensor
 from kdscale.prune.stream_cut import NORM_BEFORE, POST_NORM, WRITER, CutStudent
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import all_reduce_sum, is_writer
 
 FINAL_NORM = "final_norm"
-_EMBEDDED = "embedded"  # folder of the teacher's first states, until they stand beside the student's
 # The first token of a document stands for so many in every regression: most heads look at it when they look at nothing,
 # so all others read an error in its keys and values.
 _FIRST_COUNTS_AS = 32.0
@@ -100,16 +98,11 @@ class _Pair:
         self._sizes = [slicer.plan.teacher.hidden, hidden, hidden]
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
-        # one embedding in memory at a time
-        aside = replace(scratch.subfolder(_EMBEDDED), activation_bytes=scratch.activation_bytes // 4)
-        teacher_states, states = self._teacher.embed(batches, aside), HiddenStates(scratch, self.device)
-        rows_HD = self._start.basis.rows_HD.to(self.device).float()
-        for teacher_BSD, student_BSH in zip(teacher_states, self.student.embedded(batches), strict=True):
+        states, rows_HD = HiddenStates(scratch, self.device), self._start.basis.rows_HD.to(self.device).float()
+        for teacher_BSD, student_BSH in embedded_pairs(self._teacher, self.student, batches, scratch):
             with torch.inference_mode():
                 differs_BSH = (student_BSH.float() - teacher_BSD.float() @ rows_HD.T).to(student_BSH.dtype)
                 states.append(torch.cat([teacher_BSD, student_BSH, differs_BSH], dim=-1))
-        if aside.folder is not None:
-            remove_tree(aside.folder)
         return states
 
     def layer(self, index: int) -> _PairOfLayers:
@@ -122,10 +115,6 @@ class _Pair:
 def _weight(positions_BS: Tensor, device: torch.device) -> Tensor:
     """[B, S, 1]: what a token's equations are multiplied by."""
     return torch.where(positions_BS == 0, _FIRST_COUNTS_AS**0.5, 1.0).to(device)[..., None]
-
-
-class _EnoughError(Exception):
-    """Ends a layer's forward pass at the module behind which nothing is wanted."""
 
 
 class _Watched:
@@ -151,12 +140,8 @@ class _Watched:
     def run(self, state_BSD: Tensor, positions_BS: Tensor, until: str) -> None:
         """Run the layer as far as the output of the module `until`."""
         self._until = until
-        try:
-            self.layer(state_BSD, positions_BS)
-        except _EnoughError:
-            pass
-        finally:
-            self._until = ""
+        self.layer.look(state_BSD, positions_BS)
+        self._until = ""
 
     def read(self, role: str) -> Tensor:
         return self._inputs[role]
@@ -174,7 +159,7 @@ class _Watched:
         def record(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._inputs[role], self._outputs[role] = args[0], output
             if role == self._until:
-                raise _EnoughError
+                raise EnoughSeenError
 
         return record
 

@@ -19,7 +19,6 @@ B batch · S sequence · N = B·S tokens · n tokens of one expert · D hidden �
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +30,7 @@ from kdscale.files import remove_tree
 from kdscale.models.experts import Routing, expert_units, experts_call, routing_among_kept
 from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
-from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
+from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts
 from kdscale.prune.compensation.layer_gaps import RepairedWeights, only_adds_sublayers
 from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts, projection_site
@@ -84,6 +83,16 @@ def two_stream_layers(
         walk.close()
 
 
+def embedded_pairs(
+    teacher: LayerStream, student: LayerStream, batches: Sequence[TokenBatch], scratch: Scratch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch embedded by both models, with one embedding in memory at a time."""
+    aside = replace(scratch.subfolder(_EMBEDDED), activation_bytes=scratch.activation_bytes // 4)
+    yield from zip(teacher.embed(batches, aside), student.embedded(batches), strict=True)
+    if aside.folder is not None:
+        remove_tree(aside.folder)
+
+
 class _BothModels:
     """Teacher and student as one LayerSource: a token's state is the teacher's D numbers and the student's D'."""
 
@@ -99,14 +108,10 @@ class _BothModels:
         )
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
-        # one embedding in memory at a time
-        aside = replace(scratch.subfolder(_EMBEDDED), activation_bytes=scratch.activation_bytes // 4)
-        teacher_states, states = self._teacher.embed(batches, aside), HiddenStates(scratch, self.device)
-        for teacher_BSD, student_BSD in zip(teacher_states, self._student.embedded(batches), strict=True):
+        states = HiddenStates(scratch, self.device)
+        for pair in embedded_pairs(self._teacher, self._student, batches, scratch):
             with torch.inference_mode():
-                states.append(torch.cat([teacher_BSD, student_BSD], dim=-1))
-        if aside.folder is not None:
-            remove_tree(aside.folder)
+                states.append(torch.cat(pair, dim=-1))
         return states
 
     def layer(self, index: int) -> _BothLayers:
@@ -125,10 +130,6 @@ class _Task:
     cfg: PruneConfig
     recovered: RecoveredErrors | None
     room: int = ACTIVATION_BYTES
-
-
-class _EnoughError(Exception):
-    """Ends a layer's forward pass at the projection behind which nothing is wanted."""
 
 
 class _BothLayers:
@@ -201,8 +202,7 @@ class _BothLayers:
         self._batch_shape = tuple(positions_BS.shape)
         for layer, state in zip((self._teacher, self._student), self._split(before), strict=True):
             assert layer is not None
-            with suppress(_EnoughError):
-                layer(state, positions_BS)
+            layer.look(state, positions_BS)
 
     def _refit(self, role: str, task: _Task) -> Tensor:
         assert self._student is not None
@@ -325,6 +325,6 @@ class _BothLayers:
                 out = out.unflatten(0, self._batch_shape)
             self._seen[model, role] = (self._calls[model][0] if experts else args[0], out)
             if role == self._last_role:
-                raise _EnoughError
+                raise EnoughSeenError
 
         return record

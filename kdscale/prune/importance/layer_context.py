@@ -8,6 +8,7 @@ B batch · S sequence · D hidden · U inputs of a sublayer's last projection (f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -50,8 +51,7 @@ class LayerContext:
         self._reduced: set[tuple[Sublayer, str]] = set()
         self._grams: dict[Sublayer, Tensor | None] = {}
         self._experts: ExpertSums | None = None
-        self._covariances: list[Tensor] | None = None
-        self._covariances_summed = False
+        self._covariances: Callable[[], list[Tensor]] | None = None
         self._watchers: list[Callable[[Tensor, Tensor], None]] = []
 
     @property
@@ -88,12 +88,11 @@ class LayerContext:
     def covariances(self) -> Callable[[], list[Tensor]]:
         """For each norm Σ over all tokens and ranks of x̂x̂ᵀ [D, D], fp32; x̂ is its input over its root mean square."""
         if self._covariances is None:
-            sums = self._covariances = [
-                torch.zeros(self.dims.hidden, self.dims.hidden, device=self.device) for _ in self.norms
-            ]
+            sums = [torch.zeros(self.dims.hidden, self.dims.hidden, device=self.device) for _ in self.norms]
             for norm, sum_DD in zip(self.norms, sums, strict=True):
                 norm.register_forward_pre_hook(lambda _, args, to=sum_DD: _add_normalised(to, args[0]))
-        return self._summed_covariances
+            self._covariances = cache(lambda: [all_reduce_sum(sum_DD) for sum_DD in sums])
+        return self._covariances
 
     def experts(self) -> ExpertSums | None:
         """The sums over each expert's tokens; None in a dense model."""
@@ -116,13 +115,6 @@ class LayerContext:
             self._model_wide[key] = make()
         answer: T = self._model_wide[key]
         return answer
-
-    def _summed_covariances(self) -> list[Tensor]:
-        assert self._covariances is not None
-        if not self._covariances_summed:
-            self._covariances = [all_reduce_sum(sum_DD) for sum_DD in self._covariances]
-            self._covariances_summed = True
-        return self._covariances
 
     def _projection(self, sublayer: Sublayer) -> nn.Module:
         assert self._layer is not None

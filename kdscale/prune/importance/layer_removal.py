@@ -25,7 +25,8 @@ from torch import Tensor
 from kdscale.files import atomic_path, read_own_json, remove_tree, write_json
 from kdscale.models.hidden_states import HiddenStates, Scratch
 from kdscale.models.layer_pass import Advance, LayerPass
-from kdscale.models.layer_stream import DecoderLayer, LayerStream, NextToken, TokenBatch
+from kdscale.models.layer_stream import LayerStream, NextToken, TokenBatch
+from kdscale.prune.importance.layer_scores import Copies
 from kdscale.runtime.ranks import all_reduce_min, all_reduce_sum, world_size
 
 _TRIED = 8  # layers that a round after the first one tries
@@ -126,24 +127,6 @@ def _is_rounds(value: object) -> bool:
     return isinstance(rounds, list) and all(isinstance(tried, dict) and tried for tried in rounds)
 
 
-class _Trials:
-    """The layers that are left as a LayerSource whose batches have a state for the model so far and one a trial."""
-
-    def __init__(self, stream: LayerStream, kept: Sequence[int], trials: int):
-        self.depth, self.device = len(kept), stream.device
-        self.copies, self._stream, self._kept = 1 + trials, stream, kept
-
-    def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
-        states = HiddenStates(scratch, self.device)
-        for state_BSD in self._stream.embedded(batches):
-            for _ in range(self.copies):
-                states.append(state_BSD)
-        return states
-
-    def layer(self, index: int) -> DecoderLayer:
-        return self._stream.layer(self._kept[index])
-
-
 def _round(
     stream: LayerStream,
     batches: Sequence[TokenBatch],
@@ -154,7 +137,7 @@ def _round(
     scratch: Scratch,
 ) -> dict[int, float]:
     """The divergence of the model of the layers `kept` without each of those `tried`."""
-    trials = _Trials(stream, kept, len(tried))
+    trials = Copies(stream, kept, 1 + len(tried))  # the model so far, and one a trial
     walk = LayerPass(trials, batches, scratch)
     for layer in walk.layers():
         for index, batch in enumerate(batches):

@@ -71,12 +71,12 @@ def first_tokens(batches: Sequence[TokenBatch], tokens: int) -> Sequence[TokenBa
     return taken
 
 
-class _Copies:
-    """A LayerStream whose batches have L + 1 states each: LayerPass then spools and resumes all of them."""
+class Copies:
+    """The layers `kept` of a LayerStream, whose batches have `copies` states each: LayerPass spools and resumes all."""
 
-    def __init__(self, stream: LayerStream):
-        self.depth, self.device, self._stream = stream.depth, stream.device, stream
-        self.copies = stream.depth + 1
+    def __init__(self, stream: LayerStream, kept: Sequence[int], copies: int):
+        self.depth, self.device, self.copies = len(kept), stream.device, copies
+        self._stream, self._kept = stream, kept
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch) -> HiddenStates:
         states = HiddenStates(scratch, self.device)
@@ -86,12 +86,12 @@ class _Copies:
         return states
 
     def layer(self, index: int) -> DecoderLayer:
-        return self._stream.layer(index)
+        return self._stream.layer(self._kept[index])
 
 
 def _losses(stream: LayerStream, batches: Sequence[TokenBatch], advance: Advance | None, scratch: Scratch) -> Tensor:
     """Mean next-token loss of the whole model and of the model without each layer, [L + 1] in fp64."""
-    copies = _Copies(stream)
+    copies = Copies(stream, range(stream.depth), stream.depth + 1)
     walk = LayerPass(copies, batches, scratch)
     for layer in walk.layers():
         for index, batch in enumerate(batches):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +11,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "distill" / "trl_gkd.py"
 VOCAB = 320
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("trl_gkd", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["trl_gkd"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["trl_gkd"]
+def bench(load_script: Callable[[str], Any]) -> Any:
+    return load_script("trl_gkd")
 
 
 def model(seed: int, layers: int = 4) -> LlamaForCausalLM:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks" / "distill"
 VOCAB = 320
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    sys.path.insert(0, str(FOLDER))
-    spec = importlib.util.spec_from_file_location("trl_on_policy", FOLDER / "trl_on_policy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["trl_on_policy"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["trl_on_policy"]
-    sys.path.remove(str(FOLDER))
+def bench(load_script: Callable[[str], Any]) -> Any:
+    return load_script("trl_on_policy")
 
 
 def model(seed: int) -> LlamaForCausalLM:
