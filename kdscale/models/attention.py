@@ -9,6 +9,7 @@ B sequences, S positions, T = B·S, A query heads, G key-value heads, D head siz
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kdscale.errors import CheckpointError
 from kdscale.models.attention_backends import AttentionKind, Choice, choose
-from kdscale.models.documents import Documents
+from kdscale.models.documents import Documents, mix_within_documents, recurrent_mixers
 
 _NAME = "kdscale_documents"  # in transformers' registry of attention functions
 
@@ -46,17 +47,27 @@ def attend_within_documents(model: Any) -> bool:
     """Give `model` this attention for all forwards from now on, if it takes its attention from the registry.
 
     Its forwards then need `documents`, and it cannot decode with a cache. A model with an attention of its own keeps it
-    (False), with the mask that transformers makes of its position ids.
+    (False), with the mask that transformers makes of its position ids. Recurrent mixers (documents.py) are kept within
+    documents with the attention.
     """
     from transformers import AttentionInterface
 
-    if not getattr(model, "_supports_attention_backend", False):
+    if not _asks_the_registry(model):
         return False
+    mix_within_documents(model)
     if _NAME not in AttentionInterface():
         AttentionInterface.register(_NAME, attend)
     model.config._attn_implementation = _NAME
     model.config.get_text_config()._attn_implementation = _NAME
     return True
+
+
+def _asks_the_registry(model: Any) -> bool:
+    """Whether the model says that its attention comes from the registry; those with recurrent mixers do not all say it,
+    and are known by their module, which then imports the registry."""
+    if getattr(model, "_supports_attention_backend", False):
+        return True
+    return bool(recurrent_mixers(model)) and hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def attend_outside_graphs() -> None:

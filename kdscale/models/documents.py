@@ -1,21 +1,25 @@
-"""Which runs of a micro-batch's positions are one document: what attention keeps apart.
+"""Which runs of a micro-batch's positions are one document: what attention and recurrent mixers keep apart.
 
 Documents are packed into rows, and their position ids restart. Where a position does not follow the one before it, or a
 row begins, another document does. Their bounds are found on the host, where the loader made the positions, so that no
 layer has to wait for a device to learn them, and no mask of S × S positions is ever made.
 
-B sequences, S positions, T = B·S positions one row after another, D documents.
+A mixer with a state (Mamba 2, gated delta rule, short convolution) has no mask to keep documents apart: what it
+remembers of one would run on into the next. It is run document by document instead.
+
+B sequences, S positions, T = B·S positions one row after another, D documents, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,3 +61,44 @@ class Documents:
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]
+
+
+def recurrent_mixers(model: nn.Module) -> list[nn.Module]:
+    """The modules that carry a state from position to position: all of them begin with a causal depthwise conv1d."""
+    return [module for module in model.modules() if any(map(_is_depthwise, module.children()))]
+
+
+def mix_within_documents(model: nn.Module) -> None:
+    """Let the recurrent mixers of `model` begin anew with each document in forwards that are given `documents`."""
+    for module in recurrent_mixers(model):
+        if not isinstance(module, _ByDocument):
+            mixer: Any = type(module)
+            module.__class__ = _by_document(mixer)
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
+
+
+class _ByDocument(nn.Module):
+    """Stands before a mixer's own class. Neighbouring documents of equal length go through it as one batch."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, documents: Documents | None = None, **kwargs: Any) -> Tensor:
+        """As the mixer's own forward, [B, S, H]; without `documents` nothing is kept apart."""
+        if documents is None:
+            mixed_BSH: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return mixed_BSH
+        assert kwargs.get("attention_mask") is None and kwargs.get("ulysses") is None, "whole rows without padding"
+        rows_TH, begin, mixed = hidden_states.flatten(0, 1), 0, list[Tensor]()
+        for count, length in documents.runs():
+            run_TH = rows_TH[begin : begin + count * length]
+            mixed.append(super().forward(run_TH.unflatten(0, (count, length)), *args, **kwargs).flatten(0, 1))
+            begin += count * length
+        return torch.cat(mixed).view_as(hidden_states)
+
+
+@cache
+def _by_document(mixer: type[nn.Module]) -> Any:
+    """The class of a mixer with `_ByDocument` before it, outside compiled code: it reads lengths on the host."""
+    forward = torch.compiler.disable(_ByDocument.forward, reason="documents have lengths on the host")
+    return type(mixer.__name__, (_ByDocument, mixer), {"__module__": mixer.__module__, "forward": forward})

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from kdscale.errors import ConfigError
 from kdscale.models.attention import attend_within_documents
-from kdscale.models.documents import Documents
+from kdscale.models.documents import Documents, recurrent_mixers
 from kdscale.models.head import final_hidden
 from kdscale.models.layer_records import LayerRecords
 
@@ -37,11 +37,13 @@ class SequenceSlice:
     def prepare(self, model: Any) -> None:
         """Give the model attention within documents; ranks that share sequences exchange heads for positions in it.
 
-        Raises ConfigError when ranks share sequences and the model has an attention of its own.
+        Raises ConfigError when ranks share sequences and the model has an attention of its own or recurrent mixers.
         """
-        if not attend_within_documents(model) and self.ranks > 1:
+        shareable = attend_within_documents(model)
+        if self.ranks > 1 and (not shareable or recurrent_mixers(model)):
             raise ConfigError(
-                "distill.sequence_parallel", expected="a model that takes its attention from transformers' registry",
+                "distill.sequence_parallel",
+                expected="a model that takes its attention from transformers' registry and has no recurrent mixers",
                 got=type(model).__name__, hint="sequence_parallel: 1",
             )  # fmt: skip
 
