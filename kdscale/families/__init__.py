@@ -16,9 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.families.family import Dims, Family, ParamCount, TensorSpec
+from kdscale.families.dims import Dims, ParamCount
+from kdscale.families.family import Family
 from kdscale.families.limits import check_numbers
 from kdscale.families.schema import FamilyData, Sites
+from kdscale.families.tensor_specs import TensorSpec
 from kdscale.files import read_json
 
 __all__ = [

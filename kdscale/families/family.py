@@ -1,24 +1,19 @@
-"""A family applied to one config: dimensions, tensors, parameter counts and the student's config.
-
-Dimension names: hidden (residual stream), ffn (intermediate; of one expert in a mixture), heads (query heads), kv_heads
-(key/value groups), head_dim, layers, vocab, experts (0 in dense models).
-"""
+"""A family applied to one config: dimensions, tensors, parameter counts and the student's config."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.families.dims import Dims, ParamCount
+from kdscale.families.layer_fields import Config, cut_layer_fields, layer_list
 from kdscale.families.limits import LARGEST, MOST_EXPERTS, check_size
 from kdscale.families.schema import (
-    COMPONENT_OF,
-    EXPERT,
-    LAYER,
     Component,
     Constraint,
     DimField,
@@ -26,76 +21,9 @@ from kdscale.families.schema import (
     LayerList,
     Sites,
     TensorTemplate,
-    axis_blocks,
-    block_size,
     evaluate,
 )
-
-Config = Mapping[str, Any]
-
-# What a shape is made of; `head_dim` and `vocab` never change in a student.
-SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models
-
-
-@dataclass(frozen=True)
-class Dims:
-    """The sizes of one model. `head_dim` and `vocab` never change in a student."""
-
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    layers: int
-    vocab: int
-    experts: int = 0
-
-    def replace(self, **sizes: int) -> Dims:
-        """The same with other `sizes`."""
-        return replace(self, **sizes)
-
-    def axis_size(self, axis: str) -> int:
-        """The size of a tensor dimension from its axis: `ffn`, a product `heads*head_dim`, a sum `ffn | ffn`."""
-        return sum(block_size(block, asdict(self)) for block in axis_blocks(axis))
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor on disk: `axes[i]` names dimension i of `shape`; `layer` is None for embedding, final norm, head.
-
-    `parameter` is the name in the transformers model of what it is (a part of), `expert` the number of the expert of a
-    mixture that it belongs to.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    layer: int | None
-    role: str
-    parameter: str
-    expert: int | None = None
-
-    @property
-    def component(self) -> Component:
-        """Which part of the model this is: embedding, attention, ffn (experts and router too), norm or head."""
-        return COMPONENT_OF[self.role]
-
-    @property
-    def counts_as_embedding(self) -> bool:
-        """Whether this grows with the vocabulary or the context, not with the depth: embeddings and the head."""
-        return self.component in ("embedding", "head")
-
-
-@dataclass(frozen=True)
-class ParamCount:
-    """`embedding` is the embeddings (learned positions too) plus the head (once when tied); `non_embedding` the rest.
-
-    `active` is what one token uses: all of a dense model, and of a mixture only the experts that it is routed to.
-    """
-
-    total: int
-    embedding: int
-    non_embedding: int
-    active: int
+from kdscale.families.tensor_specs import TensorSpec, layer_specs, tensor_spec
 
 
 class Family:
@@ -185,23 +113,23 @@ class Family:
         """Every tensor on disk in file order: embedding, layers, final norm, head (absent when tied)."""
         sizes, layers = self._sizes(config), self.dims(config).layers
         before, layered, after = self._groups(config)
-        specs = {t.name: _spec(t, sizes, None) for t in before}
+        specs = {t.name: tensor_spec(t, sizes, None) for t in before}
         for layer in range(layers):
-            specs |= _layer_specs(layered, sizes, layer)
-        return specs | {t.name: _spec(t, sizes, None) for t in after}
+            specs |= layer_specs(layered, sizes, layer)
+        return specs | {t.name: tensor_spec(t, sizes, None) for t in after}
 
     def layer_tensors(self, config: Config, layer: int) -> dict[str, TensorSpec]:
         """The tensors of one layer. Raises IndexError for a layer that the config does not have."""
         layers = self.dims(config).layers
         if not 0 <= layer < layers:
             raise IndexError(f"layer {layer} of {layers}")
-        return _layer_specs(self._groups(config)[1], self._sizes(config), layer)
+        return layer_specs(self._groups(config)[1], self._sizes(config), layer)
 
     def outer_tensors(self, config: Config) -> dict[str, TensorSpec]:
         """The tensors outside the layers: embedding, final norm, head (absent when tied)."""
         sizes = self._sizes(config)
         before, _, after = self._groups(config)
-        return {t.name: _spec(t, sizes, None) for t in (*before, *after)}
+        return {t.name: tensor_spec(t, sizes, None) for t in (*before, *after)}
 
     def parameter_components(self, config: Config) -> dict[str, Component]:
         """Parameter of the transformers model → which part of the model it is (`TensorSpec.component`)."""
@@ -288,43 +216,13 @@ class Family:
                 student |= dict.fromkeys(written, getattr(dims, name))
         for drop in self.data.drops:
             student |= {field: value for field, value in drop.config.items() if field in student}
-        for entry in self.data.layer_lists:
-            values = self.layer_list(entry, config, teacher.layers)
-            if values is not None and len(kept) < teacher.layers:
-                student[entry.field] = [values[i] for i in kept]
-                self._drop_stale_interval(entry, student)
         if len(kept) < teacher.layers:
-            for boundary in self.data.layer_boundaries:
-                border = config.get(boundary.field, boundary.absent)
-                if type(border) is not int:
-                    what = f"{self.where}: {boundary.field}"
-                    raise CheckpointError(what, expected="a number of layers", got=repr(border))
-                student[boundary.field] = sum(layer < border for layer in kept)
+            cut_layer_fields(self.data, config, student, kept, teacher.layers, self.where)
         return student
-
-    def _drop_stale_interval(self, entry: LayerList, student: dict[str, Any]) -> None:
-        """Remove the fields that still say the list as one interval, where no interval gives the cut list."""
-        every_field = entry.absent.every_field if entry.absent else None
-        for name in (every_field, *entry.said_too):
-            if name in student:
-                plain = {**student, entry.field: None} | ({every_field: student[name]} if every_field else {})
-                if self.layer_list(entry, plain, len(student[entry.field])) != student[entry.field]:
-                    del student[name]
 
     def layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:
         """One value a layer, as transformers takes them when the field is absent; None if there is nothing to cut."""
-        values, rule = config.get(entry.field), entry.absent
-        if values is None and rule is not None:
-            every = config.get(rule.every_field, rule.every) if rule.every_field else rule.every
-            if not isinstance(every, int) or every < 1:
-                where = f"{self.where}: {rule.every_field}"
-                raise CheckpointError(where, expected="a positive integer", got=repr(every))
-            return [rule.others if (layer + 1) % every else rule.last for layer in range(layers)]
-        if values is not None and (not isinstance(values, list) or len(values) < layers):
-            raise CheckpointError(
-                f"{self.where}: {entry.field}", expected=f"a list of {layers} entries", got=repr(values)
-            )
-        return values
+        return layer_list(entry, config, layers, self.where)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -352,37 +250,6 @@ class Family:
         if not isinstance(value, bool):
             raise CheckpointError(f"{self.where}: {flag.field}", expected="true or false", got=repr(value))
         return value
-
-
-def _spec(
-    template: TensorTemplate, sizes: Mapping[str, int], layer: int | None, expert: int | None = None
-) -> TensorSpec:
-    return TensorSpec(
-        shape=tuple(sum(block_size(block, sizes) for block in axis_blocks(axis)) for axis in template.axes),
-        axes=template.axes,
-        layer=layer,
-        role=template.role,
-        parameter=_numbered(template.loads_as or template.name, layer, expert),
-        expert=expert,
-    )
-
-
-def _layer_specs(templates: Sequence[TensorTemplate], sizes: Mapping[str, int], layer: int) -> dict[str, TensorSpec]:
-    """One layer's tensors in file order; experts follow one another in the place of the first of their tensors."""
-    specs: dict[str, TensorSpec] = {}
-    of_experts = [t for t in templates if t.per_expert]
-    for template in templates:
-        if not template.per_expert:
-            specs[_numbered(template.name, layer, None)] = _spec(template, sizes, layer)
-        elif template is of_experts[0]:
-            for expert in range(sizes["experts"]):
-                specs |= {_numbered(t.name, layer, expert): _spec(t, sizes, layer, expert) for t in of_experts}
-    return specs
-
-
-def _numbered(name: str, layer: int | None, expert: int | None) -> str:
-    name = name if layer is None else name.replace(LAYER, str(layer))
-    return name if expert is None else name.replace(EXPERT, str(expert))
 
 
 def _applies(rule: Constraint, config: Config) -> bool:

@@ -5,7 +5,7 @@ Embeddings, head, norms, biases and routers are none of them.
 
 from __future__ import annotations
 
-from kdscale.families.family import TensorSpec
+from kdscale.families.tensor_specs import TensorSpec
 
 # Roles of linear maps → what they read, for all that read the same: its name, and the axis that it is wide.
 READS = {

@@ -45,7 +45,7 @@ def by_probes(context: StageContext, teacher: Dims, candidates: list[ShapeCandid
 
 def _probed(context: StageContext, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> ShapeCandidate:
     """The candidate with one more probe, run now or read from its result file."""
-    from kdscale.families.family import SHAPE_AXES
+    from kdscale.families.dims import SHAPE_AXES
     from kdscale.prune.plan import ProbeResult
 
     config = probe_config(context.config, teacher, candidate, tokens)
@@ -85,7 +85,7 @@ def _run(context: StageContext, config: Config) -> float:
 
 def probe_config(config: Config, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> Config:
     """The config of one probe's run: the candidate's sizes are given, nothing is searched, `tokens` are distilled."""
-    from kdscale.families.family import SHAPE_AXES
+    from kdscale.families.dims import SHAPE_AXES
 
     tree: dict[str, Any] = config.resolved()
     sizes = {axis: getattr(candidate, axis) for axis in SHAPE_AXES}

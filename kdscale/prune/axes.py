@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 
 BudgetKind = Literal["params", "bytes", "kv_bytes", "decode", "prefill"]
 

@@ -22,7 +22,7 @@ from kdscale.config.fields import MOST, shown
 from kdscale.config.prune import Compensation, PlannedRepair
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.files import read_text, write_text
 from kdscale.prune.axes import Sizes
 

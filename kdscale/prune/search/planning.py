@@ -10,7 +10,7 @@ import numpy as np
 
 from kdscale.config.prune import PruneConfig
 from kdscale.families import Dims, Family
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.importance.ranking import Ranking, layer_repair
 from kdscale.prune.plan import (
     KeptUnits,

@@ -12,7 +12,7 @@ import math
 
 from kdscale.config.prune import PruneConfig
 from kdscale.families import Dims
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.axes import Sizes, openable_axes
 from kdscale.prune.importance.ranking import Ranking
 

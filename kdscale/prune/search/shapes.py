@@ -14,7 +14,7 @@ import numpy as np
 
 from kdscale.config.prune import PruneConfig
 from kdscale.families import Family
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.axes import BudgetKind, Sizes, budget_axes, openable_axes
 from kdscale.prune.importance.ranking import Ranking
 from kdscale.prune.plan import ShapeCandidate

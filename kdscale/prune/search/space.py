@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.axes import Sizes, budget_axes
 
 # From these teacher sizes on a step is 256, which suits tensor cores and tensor parallelism; below, 32.

@@ -10,7 +10,7 @@ import torch
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.families.family import TensorSpec
+from kdscale.families.tensor_specs import TensorSpec
 from kdscale.models.loading import load_model
 from kdscale.prune import self_check
 from kdscale.prune.apply import apply_plan

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from kdscale.config.criteria import AXIS_TITLES, CRITERIA, criteria_table, criterion, methods
 from kdscale.config.prune import PruneConfig
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.importance.collect import look_up
 
 

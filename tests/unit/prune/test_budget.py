@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.axes import Sizes
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.cost import CostModel

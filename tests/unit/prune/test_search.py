@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.compensation.layer_gaps import find_gaps
 from kdscale.prune.importance.ranking import Ranking
 from kdscale.prune.plan import Plan

@@ -10,7 +10,7 @@ import pytest
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Family, load_family
-from kdscale.families.family import SHAPE_AXES
+from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.plan import Plan
 from kdscale.prune.search.cost import CostModel
 from kdscale.prune.search.planning import make_plan

@@ -1,0 +1,50 @@
+"""Fields of a config that have an entry a layer, or count layers: what they say, and what a student's say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kdscale.errors import CheckpointError
+from kdscale.families.schema import FamilyData, LayerList
+
+Config = Mapping[str, Any]
+
+
+def layer_list(entry: LayerList, config: Config, layers: int, where: str) -> list[Any] | None:
+    """One value a layer, as transformers takes them when the field is absent; None if there is nothing to cut."""
+    values, rule = config.get(entry.field), entry.absent
+    if values is None and rule is not None:
+        every = config.get(rule.every_field, rule.every) if rule.every_field else rule.every
+        if not isinstance(every, int) or every < 1:
+            raise CheckpointError(f"{where}: {rule.every_field}", expected="a positive integer", got=repr(every))
+        return [rule.others if (layer + 1) % every else rule.last for layer in range(layers)]
+    if values is not None and (not isinstance(values, list) or len(values) < layers):
+        raise CheckpointError(f"{where}: {entry.field}", expected=f"a list of {layers} entries", got=repr(values))
+    return values
+
+
+def cut_layer_fields(
+    data: FamilyData, config: Config, student: dict[str, Any], kept: Sequence[int], layers: int, where: str
+) -> None:
+    """Write the entries of the kept layers into the student's config; `layers` are the teacher's."""
+    for entry in data.layer_lists:
+        values = layer_list(entry, config, layers, where)
+        if values is not None:
+            student[entry.field] = [values[i] for i in kept]
+            _drop_stale_interval(entry, student, where)
+    for boundary in data.layer_boundaries:
+        border = config.get(boundary.field, boundary.absent)
+        if type(border) is not int:
+            raise CheckpointError(f"{where}: {boundary.field}", expected="a number of layers", got=repr(border))
+        student[boundary.field] = sum(layer < border for layer in kept)
+
+
+def _drop_stale_interval(entry: LayerList, student: dict[str, Any], where: str) -> None:
+    """Remove the fields that still say the list as one interval, where no interval gives the cut list."""
+    every_field = entry.absent.every_field if entry.absent else None
+    for name in (every_field, *entry.said_too):
+        if name in student:
+            plain = {**student, entry.field: None} | ({every_field: student[name]} if every_field else {})
+            if layer_list(entry, plain, len(student[entry.field]), where) != student[entry.field]:
+                del student[name]

@@ -1,0 +1,32 @@
+"""The schema of a family file (`kdscale/families/*.json`), checked strictly.
+
+A family file describes the tensors of one transformers architecture as they are on disk: a name template and one
+named axis per dimension. Nothing here imports torch, so that planning starts in a moment.
+"""
+
+from __future__ import annotations
+
+from kdscale.families.schema.axes import DIMS, DimName, axis_blocks, block_size, evaluate
+from kdscale.families.schema.config_fields import Constraint, DimField, LayerList
+from kdscale.families.schema.family_file import FamilyData
+from kdscale.families.schema.gguf import Gguf
+from kdscale.families.schema.tensors import COMPONENT_OF, EXPERT, LAYER, Component, Sites, TensorTemplate
+
+__all__ = [
+    "COMPONENT_OF",
+    "DIMS",
+    "EXPERT",
+    "LAYER",
+    "Component",
+    "Constraint",
+    "DimField",
+    "DimName",
+    "FamilyData",
+    "Gguf",
+    "LayerList",
+    "Sites",
+    "TensorTemplate",
+    "axis_blocks",
+    "block_size",
+    "evaluate",
+]

@@ -1,0 +1,116 @@
+"""What a family file says about config.json: sizes, flags, rules, and the fields that have an entry a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from kdscale.families.schema.axes import Axis, DimName, Expression, Name, Strict
+
+
+class DimField(Strict):
+    """Where a dimension is in config.json, and what transformers takes when it is absent or null.
+
+    Without a fallback a config without the field is refused. `always` replaces `field` where transformers has no field
+    and always takes this; sizes that break the equation are then no model of the family.
+    """
+
+    field: Name | None = None
+    aliases: tuple[Name, ...] = Field(strict=False, default=())  # other names of the field
+    absent: int | Expression | None = None
+    null: Expression | None = None
+    always: Expression | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DimField:
+        if (self.field is None) == (self.always is None):
+            raise ValueError("needs either field or always")
+        return self
+
+    def name_in(self, config: Mapping[str, Any]) -> str:
+        """The field's name in this config (its first name when it has none of them)."""
+        assert self.field is not None
+        return next((name for name in (self.field, *self.aliases) if name in config), self.field)
+
+
+class SizeField(Strict):
+    """A size that some tensors have and that never changes in a student (positions of a learned embedding)."""
+
+    field: Name
+    absent: int
+
+
+class FlagField(Strict):
+    """A boolean of config.json that decides whether some tensors exist."""
+
+    field: Name
+    absent: bool
+
+
+class Constraint(Strict):
+    """`by` divides `dim`, or `dim` equals the product `equals`; else transformers refuses the config.
+
+    `when_present`: dotted config fields; the constraint holds only for configs that have one of them.
+    """
+
+    dim: DimName
+    by: DimName | None = None
+    equals: Axis | None = None
+    when_present: tuple[Name, ...] = Field(strict=False, default=())
+    why: Name
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Constraint:
+        if (self.by is None) == (self.equals is None):
+            raise ValueError("needs either by or equals")
+        return self
+
+
+class Requirement(Strict):
+    """A config field whose other values make a model that this file does not describe. Absent is fine."""
+
+    field: Name
+    one_of: tuple[Any, ...] = Field(strict=False, min_length=1)
+    why: Name
+
+
+class Pattern(Strict):
+    """The list that an absent field stands for: `last` in every n-th layer, `others` in the other layers."""
+
+    every: Annotated[int, Field(ge=1)]
+    every_field: Name | None = None  # config field that overrides `every`
+    last: str | int
+    others: str | int
+
+
+class LayerList(Strict):
+    """A config list with one entry per layer. Without `absent` there is nothing to cut when the field is absent.
+
+    `said_too` are fields that give the interval of the list a second time, for older readers.
+    """
+
+    field: Name
+    absent: Pattern | None = None
+    said_too: tuple[Name, ...] = Field(strict=False, default=())
+
+
+class LayerBoundary(Strict):
+    """A config field that splits the layers in two: those before it and those from it on."""
+
+    field: Name
+    absent: int
+
+
+class Window(Strict):
+    """Sliding windows: in the layers that slide a query sees `field` positions, itself included (null: all of them).
+
+    `only_with`: a boolean field without which no layer slides. `layers`: the layer list whose "sliding_attention"
+    entries slide; where it is absent, the layers from the layer boundary on. Without it all layers slide.
+    """
+
+    field: Name = "sliding_window"
+    absent: int | None = None
+    only_with: Name | None = None
+    layers: Name | None = None

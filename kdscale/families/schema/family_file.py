@@ -1,0 +1,97 @@
+"""A family file as a whole (`kdscale/families/*.json`), with every reference in it checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from kdscale.families.schema.axes import DIMS, DimName, Name, Strict, axis_blocks
+from kdscale.families.schema.config_fields import (
+    Constraint,
+    DimField,
+    FlagField,
+    LayerBoundary,
+    LayerList,
+    Requirement,
+    SizeField,
+    Window,
+)
+from kdscale.families.schema.gguf import Gguf
+from kdscale.families.schema.tensors import Drop, Norm, Sites, TensorTemplate, Tie
+
+
+class FamilyData(Strict):
+    """One family file, with every reference to a flag, tensor, size or role checked."""
+
+    name: Name
+    model_types: tuple[Name, ...] = Field(strict=False, min_length=1)
+    architectures: tuple[Name, ...] = Field(strict=False, min_length=1)
+    dims: dict[DimName, DimField]
+    sizes: dict[Name, SizeField] = Field(default={})
+    experts_per_token: DimField | None = None
+    flags: dict[str, FlagField]
+    requires: tuple[Requirement, ...] = Field(strict=False, default=())
+    constraints: tuple[Constraint, ...] = Field(strict=False)
+    layer_lists: tuple[LayerList, ...] = Field(strict=False)
+    layer_boundaries: tuple[LayerBoundary, ...] = Field(strict=False)
+    window: Window | None = None  # without it attention reaches back to the document's first token
+    norm: Norm = Norm()
+    # what the model multiplies its embeddings by, where that follows from the config's sizes and changes with them
+    embed_multiplier: Literal["sqrt_hidden"] | None = None
+    gguf: Gguf | None = None  # without it no GGUF file is written
+    optional_prefix: Name | None = None  # that checkpoints saved from the base model lack
+    tensors: tuple[TensorTemplate, ...] = Field(strict=False, min_length=1)
+    ties: tuple[Tie, ...] = Field(strict=False)
+    drops: tuple[Drop, ...] = Field(strict=False, default=())
+    ignored: tuple[Name, ...] = Field(strict=False)  # globs of buffers of old checkpoints
+    sites: Sites
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> FamilyData:
+        missing = sorted(set(DIMS) - {"experts"} - set(self.dims))
+        if missing:
+            raise ValueError(f"dims lacks {', '.join(missing)}")
+        for what, values in (("name", [t.name for t in self.tensors]), ("role", [t.role for t in self.tensors])):
+            twice = sorted(value for value, count in Counter(values).items() if count > 1)
+            if twice:
+                raise ValueError(f"tensors repeat the {what} {', '.join(twice)}")
+        flags = {flag for t in self.tensors for flag in (t.when, t.unless) if flag} | {tie.when for tie in self.ties}
+        if flags != set(self.flags):
+            raise ValueError(f"flags are {sorted(self.flags)} but the tensors and ties use {sorted(flags)}")
+        if self.window and self.window.layers not in {None, *(entry.field for entry in self.layer_lists)}:
+            raise ValueError(f"window.layers: {self.window.layers} is not in layer_lists")
+        names = {t.name for t in self.tensors}
+        for tie in self.ties:
+            if not {tie.tensor, tie.to} <= names:
+                raise ValueError(f"tie of {tie.tensor} to {tie.to} names a tensor that is not in tensors")
+        return self
+
+    @model_validator(mode="after")
+    def _axes_are_known(self) -> FamilyData:
+        if set(self.sizes) & set(DIMS):
+            raise ValueError("sizes may not repeat a dimension")
+        known = {*self.dims, *self.sizes}
+        axes = [axis for t in self.tensors for axis in t.axes] + [c.equals for c in self.constraints if c.equals]
+        for axis in axes:
+            unknown = [f for block in axis_blocks(axis) for f in block if isinstance(f, str) and f not in known]
+            if unknown:
+                raise ValueError(f"axes: {axis!r} uses {unknown[0]!r}, which is neither in dims nor in sizes")
+        unused = set(self.sizes) - {f for axis in axes for block in axis_blocks(axis) for f in block}
+        if unused:
+            raise ValueError(f"sizes {sorted(unused)} are not used by any tensor")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_agree(self) -> FamilyData:
+        given = {
+            "dims.experts": "experts" in self.dims,
+            "experts_per_token": self.experts_per_token is not None,
+            "a tensor of each {expert}": any(t.per_expert for t in self.tensors),
+            "sites.experts": bool(self.sites.experts),
+        }
+        if len(set(given.values())) > 1:
+            lacks = ", ".join(what for what, is_given in given.items() if not is_given)
+            raise ValueError(f"a mixture of experts needs all of {', '.join(given)}; this file lacks {lacks}")
+        return self

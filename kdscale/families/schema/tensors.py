@@ -1,0 +1,116 @@
+"""What a family file says about tensors: their names, axes and roles, and the modules that compute with them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from kdscale.families.schema.axes import Axis, Name, Strict
+
+# The role of a tensor names it within a layer or outside the layers; its component is the part of the model it is in.
+Component = Literal["embedding", "attention", "ffn", "norm", "head"]
+_NORMS = ("embed_norm", "attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm")
+_ROLES_OF: dict[Component, tuple[str, ...]] = {
+    "embedding": ("embed", "position_embed"),
+    "attention": ("q", "q_bias", "k", "k_bias", "v", "v_bias", "qkv", "qkv_bias", "o", "o_bias"),
+    "ffn": ("gate", "gate_bias", "up", "up_bias", "gate_up", "gate_up_bias", "down", "down_bias", "router"),
+    "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in ("q_norm", "k_norm"))),
+    "head": ("head", "head_bias"),
+}
+COMPONENT_OF: dict[str, Component] = {role: component for component, roles in _ROLES_OF.items() for role in roles}
+LAYER, EXPERT = "{layer}", "{expert}"
+
+
+def _role(text: str) -> str:
+    if text not in COMPONENT_OF:
+        raise ValueError(f"no such role; roles are {', '.join(COMPONENT_OF)}")
+    return text
+
+
+Role = Annotated[str, AfterValidator(_role)]
+
+
+class TensorTemplate(Strict):
+    """One tensor of the checkpoint, or one per layer (`{layer}`), or one per layer and expert (`{expert}`).
+
+    `loads_as` is the parameter's name in the transformers model where that differs: tensors of the same parameter are
+    joined along the first dimension in the order of the family file, and those of the experts then stacked.
+    """
+
+    name: Name
+    axes: tuple[Axis, ...] = Field(strict=False, min_length=1)
+    role: Role
+    when: str | None = None  # only if this flag is true
+    unless: str | None = None  # only if this flag is false
+    loads_as: Name | None = None
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer has one."""
+        return LAYER in self.name
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert of each layer has one."""
+        return EXPERT in self.name
+
+
+class Norm(Strict):
+    """What the norms over `hidden` compute: centred (`layer`) or not (`rms`); times w, or times 1 + w (Gemma)."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    gain: Literal["weight", "one_plus_weight"] = "weight"
+
+    @property
+    def added(self) -> float:
+        """What the norm adds to its weight on disk before it multiplies by it."""
+        return 1.0 if self.gain == "one_plus_weight" else 0.0
+
+
+class Tie(Strict):
+    """`tensor` is the same storage as `to` when the flag is true, and then absent on disk."""
+
+    tensor: str
+    to: str
+    when: str
+
+
+class Drop(Strict):
+    """Tensors that belong to the model but not to the student (heads that predict several tokens ahead)."""
+
+    tensors: Name  # glob
+    what: Name  # its name in the notice to the user
+    config: dict[str, int | bool | None] = Field(default={})  # fields of the student's config that say they are gone
+
+
+class Sites(Strict):
+    """Module paths inside the transformers model: where importance is read and where the residual stream goes.
+
+    `embed`, `layers`, `final_norm`, `rotary` and `head` start at the causal LM; the rest are relative to one layer.
+    A family has either `ffn`, or `experts` and `router`.
+    """
+
+    embed: str
+    layers: str
+    final_norm: str
+    rotary: str = ""  # empty: positions are learned
+    head: str
+    ffn: str = ""  # its input is what the ffn axis is ranked by, shape [batch, seq, ffn]
+    experts: str = ""  # called with hidden states, chosen experts and routing weights
+    router: str = ""
+    heads: str  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
+    attention: str
+    mlp: str
+    norms: tuple[str, ...] = Field(strict=False, min_length=1)  # their outputs rank the hidden axis
+
+    @model_validator(mode="after")
+    def _one_mlp(self) -> Sites:
+        if not bool(self.ffn) == (not self.experts) == (not self.router):
+            raise ValueError("needs either ffn, or experts and router")
+        return self
+
+    @property
+    def mlp_output(self) -> str:
+        """The module whose output the feed-forward sublayer adds to the residual stream, before any post-norm."""
+        return self.ffn or self.experts
