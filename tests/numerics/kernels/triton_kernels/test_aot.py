@@ -32,7 +32,7 @@ def test_no_target_spills_or_asks_for_too_much_shared_memory(which, tmp_path):
     if which == "all" and not os.environ.get("KDSCALE_AOT_ALL"):
         pytest.skip("every divergence and tail takes minutes: set KDSCALE_AOT_ALL=1")
     records = compile_all(which, tmp_path)
-    assert {record["target"] for record in records} == set(SHARED_LIMIT)
+    assert {record["target"] for record in records} == set(SHARED_LIMIT if which == "all" else ("sm_90", "gfx942"))
     bad = [r for r in records if r["spills"] or r["stack"] or r["local"] or r["shared"] > SHARED_LIMIT[r["target"]]]
     assert not bad
     losses = [r for r in records if r["name"].startswith(("sparse_kl", "full_kl")) and "barriers" in r]
