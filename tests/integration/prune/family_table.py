@@ -43,28 +43,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-CUTS: dict[str, dict[str, int]] = {
-    "ffn": {"ffn": 32},
-    "heads": {"heads": 2},
-    "kv_heads": {"kv_heads": 1},
-    "hidden": {"hidden": 24},
-    "layers": {"layers": 2},
-}
+# Every axis once. What is cut together is compared in different places, so that a failure still names the axis.
+CUTS: tuple[dict[str, int], ...] = ({"heads": 2, "layers": 2}, {"kv_heads": 1, "ffn": 32}, {"hidden": 24})
 ALL = {"ffn": 24, "heads": 2, "kv_heads": 1, "hidden": 24, "layers": 2}
 # Without a field for head_dim the hidden size is heads · head_dim, and they are cut together.
 TOGETHER = {"heads": 3, "kv_heads": 3, "hidden": 24}
 EXPERTS = {"experts": 3}
 
 
-def cuts_of(family: Family) -> dict[str, dict[str, int]]:
-    """One cut for each axis of the family, and one of all axes together."""
-    cuts, everything = CUTS, ALL
-    if family.data.dims["head_dim"].field is None:
-        cuts = {"ffn": CUTS["ffn"], "hidden": TOGETHER, "layers": CUTS["layers"]}
-        everything = {**ALL, **TOGETHER}
-    if family.sites.experts:
-        cuts, everything = {**cuts, "experts": EXPERTS}, {**everything, **EXPERTS}
-    return {**cuts, "all": everything}
+def cuts_of(family: Family) -> tuple[dict[str, int], ...]:
+    """Cuts that between them shorten each axis of the family."""
+    cuts = CUTS if family.data.dims["head_dim"].field is not None else ({"ffn": 32, "layers": 2}, TOGETHER)
+    return (*cuts, EXPERTS) if family.sites.experts else cuts
+
+
+def cut_of_all(family: Family) -> dict[str, int]:
+    """One cut of all axes of the family."""
+    together = TOGETHER if family.data.dims["head_dim"].field is None else {}
+    return {**ALL, **together, **(EXPERTS if family.sites.experts else {})}
 
 
 def tiny_config(model_type: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from kdscale.prune.search.masked import score_masked
 from kdscale.prune.search.planning import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.weights import Checkpoint
-from tests.integration.prune.family_table import cuts_of, edit_config, random_scores, save_teacher
+from tests.integration.prune.family_table import cut_of_all, cuts_of, edit_config, random_scores, save_teacher
 
 CPU = torch.device("cpu")
 STRANGERS = Path(__file__).parents[2] / "fixtures" / "families"
@@ -46,14 +46,12 @@ def names_shapes_and_identity(teacher, out: Path) -> None:
     before = load_file(teacher.checkpoint.path / "model.safetensors")
     expected = {name: spec.shape for name, spec in teacher.family.tensors(teacher.config).items()}
     assert expected == {name: tuple(value.shape) for name, value in before.items()}
-    plan = teacher.prune(out, ffn=teacher.family.dims(teacher.config).ffn)
+    plan = teacher.prune(out, {}, ffn=teacher.family.dims(teacher.config).ffn)
     assert plan.cut_axes() == []
     after = load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value.view(torch.uint8), after[name].view(torch.uint8)), name
-    figures = self_check.reload_parity(out, teacher.family, teacher.ids)
-    assert max(figures.values()) < 1e-5
 
 
 def masked_is_sliced(teacher, cut: dict[str, int]) -> None:
@@ -66,7 +64,7 @@ def masked_is_sliced(teacher, cut: dict[str, int]) -> None:
 
 def self_checked_student(teacher, out: Path, compensate: str) -> None:
     """Importance of the teacher's own, all axes cut, and what a user's run checks: masks, files, reload, decoding."""
-    plan = teacher.prune(out, **cuts_of(teacher.family)["all"], compensate=compensate)
+    plan = teacher.prune(out, **cut_of_all(teacher.family), compensate=compensate)
     figures = self_check.self_check(teacher.checkpoint, teacher.family, plan, out, teacher.ids)
     assert max(figures.values()) < 1e-5
     student = teacher.family.student_config(teacher.config, plan.student.dims(), plan.kept.layers)
@@ -82,12 +80,13 @@ def test_names_and_shapes_are_those_on_disk_and_identity_copies_every_byte(teach
 @pytest.mark.parametrize("model_type", supported_types())
 def test_masked_teacher_is_the_sliced_student_on_every_axis(teacher_of, model_type):
     teacher = teacher_of(model_type)
-    for cut in cuts_of(teacher.family).values():
+    for cut in cuts_of(teacher.family):
         masked_is_sliced(teacher, cut)
 
 
-@pytest.mark.parametrize("compensate", ["none", "ridge"])
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize(
+    ("model_type", "compensate"), [*((model_type, "ridge") for model_type in supported_types()), ("llama", "none")]
+)
 def test_a_student_cut_on_all_axes_passes_the_self_check(teacher_of, tmp_path, model_type, compensate):
     self_checked_student(teacher_of(model_type), tmp_path / "student", compensate)
 
@@ -103,7 +102,7 @@ def test_one_new_file_is_a_new_family(teacher_class, tmp_path, monkeypatch, mode
     assert model_type in supported_types()
     teacher = teacher_class(save_teacher(model_type, tmp_path / "teacher"))
     names_shapes_and_identity(teacher, tmp_path / "same")
-    for cut in cuts_of(teacher.family).values():
+    for cut in cuts_of(teacher.family):
         masked_is_sliced(teacher, cut)
     self_checked_student(teacher, tmp_path / "student", "ridge")
 
@@ -360,9 +359,7 @@ def test_longrope_ties_the_hidden_size_to_the_heads(teacher_of):
 def test_a_candidates_masked_score_is_that_of_its_student(teacher_of, tmp_path, model_type):
     """The search scores candidates before they are written: transposed, stacked, folded and scaled weights too."""
     teacher = teacher_of(model_type)
-    plan = teacher.prune(
-        tmp_path / "student", **cuts_of(teacher.family)["all"], compensate="ridge", layer_repair="none"
-    )
+    plan = teacher.prune(tmp_path / "student", **cut_of_all(teacher.family), compensate="ridge", layer_repair="none")
     labels = torch.cat([teacher.ids[:, 1:], torch.full((2, 1), -100)], dim=1)
     positions = torch.arange(labels.shape[1]).expand_as(labels)
     batch = SimpleNamespace(input_ids_BS=teacher.ids, position_ids_BS=positions, labels_BS=labels)

@@ -100,7 +100,14 @@ def test_what_is_computed_again_between_compiled_products_need_not_be_kept():
     assert saved["full"] < saved["selective"] < saved["off"]
 
 
-@pytest.mark.parametrize("model_type", supported_types())
+# These have between them every kind of operation that a family's layers have; the others run in the long look.
+VARIED = {"gemma2", "gpt2", "gpt_neox", "olmo2", "qwen3_moe"}
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=() if name in VARIED else pytest.mark.long) for name in supported_types()],
+)
 def test_every_family_computes_the_same(model_type, monkeypatch):
     """The graphs as torch sees them, run operation by operation: equal bits, a few graphs a kind of layer."""
     monkeypatch.setattr(compiling, "BACKEND", "eager")
