@@ -2,11 +2,11 @@
 
     python benchmarks/distill/ways_of_teaching.py --work /tmp/ways --tokens 100000 demo smollm2-135m-to-82m-cached
 
-The first config is the common ground: its pruning, optimiser and evaluation are given to all the others. It prunes
-once, and every way goes on from a copy of that run folder; one whose config has other text, or another teacher, does
-again what that changes, and is measured on its own held-out text. A way that is finished is kept, and one that was
-killed goes on. Times are processor seconds, which other work on the machine hardly changes. Writes ways.csv into --work
-and prints the table.
+The first config is the common ground: its pruning, optimiser and evaluation are given to all the others (adapters keep
+their own optimiser, as they want a higher rate). It prunes once, and every way goes on from a copy of that run folder;
+one whose config has other text, or another teacher, does again what that changes, and is measured on its own held-out
+text. A way that is finished is kept, and one that was killed goes on. Times are processor seconds, which other work on
+the machine hardly changes. Writes ways.csv into --work and prints the table.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def with_common_ground(config: Config, base: Config, run_dir: Path, tokens: int)
     """The config with what it must share with the others."""
     tree, common = config.resolved(), base.resolved()
     tree |= {section: common[section] for section in COMMON}
-    tree["distill"] |= {field: common["distill"][field] for field in COMMON_OF_DISTILL} | {"tokens": tokens}
+    shared = set(COMMON_OF_DISTILL) - ({"optimizer"} if config.distill.lora is not None else set())
+    tree["distill"] |= {field: common["distill"][field] for field in shared} | {"tokens": tokens}
     return build_config({**tree, "run_dir": str(run_dir)}, str(run_dir))
 
 

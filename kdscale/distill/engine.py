@@ -22,6 +22,7 @@ from kdscale.data.batches import LoaderState, PackedLoader
 from kdscale.data.token_store import TokenStore
 from kdscale.distill import load_models
 from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.distill.checkpoint.merge_adapters import AdaptersOnDisk
 from kdscale.distill.checkpoint.rank_files import RankFileIndex, RankFileReader, quantities_of
 from kdscale.distill.checkpoint.saver import SavePolicy, Saver
 from kdscale.distill.checkpoint.zero_state import ZeroState
@@ -45,7 +46,7 @@ from kdscale.models.attention import choice_for
 from kdscale.models.parameter_map import trained_tensors
 from kdscale.packaging.model_card import student_card
 from kdscale.responses.prompts import Prompts
-from kdscale.runs.folder import KERNELS
+from kdscale.runs.folder import ADAPTER, KERNELS
 from kdscale.runtime.device import set_threads
 from kdscale.runtime.gpu_binding import rank_device
 from kdscale.runtime.kernel_backend import agree_on_backend, agree_on_compiling, try_launch
@@ -183,9 +184,12 @@ def build(cfg: Config, folders: Folders, setup: RankSetup, models: Models) -> Tr
         check_buffers_kept(before, buffer_dtypes(teacher=teacher, student=student))
         state = ZeroState(engine, student.model, models.slices, student.helpers(), models.average)
         pruned = Checkpoint.open(folders.student)
-        trained = trained_tensors(pruned, state.model_shapes, state.tied)
-        if setup.dtype == torch.bfloat16:
-            state.restore_precision(pruned, trained)
+        if cfg.distill.lora is not None:
+            AdaptersOnDisk(pruned, cfg.distill.lora, state.model_shapes)
+        else:
+            trained = trained_tensors(pruned, state.model_shapes, state.tied)
+            if setup.dtype == torch.bfloat16:
+                state.restore_precision(pruned, trained)
     return TrainingEngine(engine, state)
 
 
@@ -245,7 +249,7 @@ def _bad_gradient(student: StudentModule) -> str:
     from deepspeed.utils import safe_get_full_grad
 
     bad = ""
-    for name, parameter in student.trained_parameters():  # all of them: at stage 3 every call is collective
+    for name, parameter in student.trained_parameters():  # at stage 3 every call is collective
         grad = safe_get_full_grad(parameter)
         grad = parameter.grad if grad is None else grad
         if grad is not None and not bool(torch.isfinite(grad).all()):
@@ -280,7 +284,8 @@ def _export(cfg: Config, folders: Folders, step: int) -> None:
     manifest = checkpoint_folder.verify(path, weights_only=True)
     export_checkpoint(
         path, manifest, folders.student, folders.run / "student", card=student_card(cfg, manifest, folders.student),
-        max_shard_bytes=cfg.prune.max_shard_bytes, code=cfg.teacher.trust_remote_code,
+        max_shard_bytes=cfg.prune.max_shard_bytes, code=cfg.teacher.trust_remote_code, lora=cfg.distill.lora,
+        adapter_dir=folders.run / ADAPTER.path,
     )  # fmt: skip
 
 

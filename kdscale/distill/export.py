@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from kdscale import files
+from kdscale.config.distill.lora import LoraConfig
 from kdscale.config.load import load_config
 from kdscale.distill.checkpoint import folder as checkpoint_folder
+from kdscale.distill.checkpoint.merge_adapters import AdaptersOnDisk, write_merged
 from kdscale.distill.checkpoint.rank_files import MASTER, RankFileIndex, RankFileReader, quantities_of
 from kdscale.errors import CheckpointError, RunFolderError, TrainingError
 from kdscale.files import sha256_file
@@ -39,19 +41,23 @@ def export_checkpoint(
     card: str,
     max_shard_bytes: int,
     code: bool = False,
+    lora: LoraConfig | None = None,
+    adapter_dir: Path | None = None,
 ) -> None:
     """Write the student of checkpoint `path` to `out_dir`; `manifest` is what `folder.verify` returned.
 
     Names, dtypes, config and sidecars are those of the pruned student `source_dir`; its tensors that were not trained
-    are copied; classes of the model's own are only with `code`. Memory: a few blocks of 64 MiB. Raises CheckpointError
-    when the two do not belong together, TrainingError on NaN or Inf.
+    are copied; classes of the model's own are only with `code`. Adapters (`lora`: their settings) are merged, and kept
+    in `adapter_dir`. Memory: a few blocks of 64 MiB. Raises CheckpointError when the two do not belong together,
+    TrainingError on NaN or Inf.
     """
     source = Checkpoint.open(source_dir)
     held = checkpoint_folder.data_files(path, manifest)
     index = RankFileIndex(held, manifest["parameters"], quantities_of(manifest))
     helpers = manifest.get("helpers", ())  # older checkpoints have none
     exported = {name: shape for name, shape in index.shapes.items() if name not in helpers}
-    trained = trained_tensors(source, exported, manifest["tied"])
+    adapters = None if lora is None else AdaptersOnDisk(source, lora, exported)
+    trained = {} if adapters is not None else trained_tensors(source, exported, manifest["tied"])
     with files.atomic_dir(out_dir) as tmp:
         shutil.copyfile(source_dir / "config.json", tmp / "config.json")
         if not code and (config := without_own_classes(source.config)) != source.config:
@@ -59,7 +65,13 @@ def export_checkpoint(
         copy_sidecars(source_dir, tmp, code=code)
         (tmp / CARD).write_text(card, encoding="utf-8")
         with RankFileReader(index) as reader:
-            write_weights(source, trained, partial(reader.fill, MASTER), tmp, max_shard_bytes)
+            if adapters is None:
+                write_weights(source, trained, partial(reader.fill, MASTER), tmp, max_shard_bytes)
+            else:
+                write_merged(source, adapters, reader, tmp, max_shard_bytes)
+    if adapters is not None and adapter_dir is not None:
+        with RankFileReader(index) as reader:
+            adapters.write(adapter_dir, reader)
 
 
 Fill = Callable[[ParameterRange, torch.Tensor], None]
@@ -117,7 +129,8 @@ def export_run(path: Path, step: int | None, out: Path | None, reporter: Reporte
     card = student_card(config, manifest, run.pruned)
     export_checkpoint(
         checkpoint, manifest, run.pruned, target, card=card, max_shard_bytes=config.prune.max_shard_bytes,
-        code=config.teacher.trust_remote_code,
+        code=config.teacher.trust_remote_code, lora=config.distill.lora,
+        adapter_dir=target.with_name(f"{target.name}-adapter"),
     )  # fmt: skip
     reporter.say(f"student of step {checkpoint_folder.step_of(checkpoint)}: {target}")
     return target

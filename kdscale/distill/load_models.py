@@ -17,7 +17,12 @@ from kdscale.distill.layers.fake_quantize import fake_quantize
 from kdscale.distill.layers.recompute import recompute_in_backward
 from kdscale.distill.model_pair import model_pair
 from kdscale.distill.objectives.base import Objectives
-from kdscale.distill.parallel.checks import check_fake_quantize, check_sequence_parallel, check_tensor_parallel
+from kdscale.distill.parallel.checks import (
+    check_fake_quantize,
+    check_lora,
+    check_sequence_parallel,
+    check_tensor_parallel,
+)
 from kdscale.distill.parallel.dtypes import teacher_dtype
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.parallel.tensor_parallel import ModelSlices, load_sliced_model, tensor_group
@@ -28,6 +33,7 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.compiling import compile_layers
 from kdscale.models.head import VocabShard
 from kdscale.models.loading import load_model, load_tokenizer
+from kdscale.models.lora.adapters import add_adapters
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.folders import teacher_folders
@@ -110,16 +116,21 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     vocab_size = shared_vocabulary(opened.rows, rows, tokenizer_size, str(student_dir))
     if settings.fake_quantize is not None:
         fake_quantize(student, settings.fake_quantize, ParameterReader.open(student_dir).linear_maps())
+    student = student.requires_grad_(True)
+    if settings.lora is not None:
+        add_adapters(student, settings.lora, check_lora(settings.lora, student_dir), cfg.seed)
+    if opened.take_student is not None:
+        opened.take_student(student)
     recompute_in_backward(student, settings.recompute, setup.compiled)
     sequence_slice.prepare(student)
-    student = student.requires_grad_(True).train()
+    student = student.train()
     source, shard = opened.start(vocab_size), slices.head if slices else None
     if missing := needs.missing_from(source.gives):
         placement = f"distill.teacher_placement: {settings.teacher_placement}"
         raise ConfigError(placement, expected=f"a source that gives {missing}", got=source.gives.in_words())
     if setup.compiled:
-        compile_layers(source.model)
-        compile_layers(student)
+        for model in (source.model, student)[source.model is student :]:
+            compile_layers(model)
         if setup.zero_stage == 3:
             gather_by_layer(student)
     objectives = Objectives(entries, pair, own)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.config.distill.settings import OptimizerConfig
+from kdscale.config.distill.optimizer import OptimizerConfig
 from kdscale.distill.parallel.zero3_loading import full_shape
 
 
@@ -64,10 +64,11 @@ def make_optimizer(
     ranks, if any.
     """
     named = [item for item in student.named_parameters() if item[1].requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for _, p in named if len(full_shape(p)) >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for _, p in named if len(full_shape(p)) < 2], "weight_decay": 0.0},  # norms and biases
     ]
+    groups = [group for group in groups if group["params"]]  # adapters have no biases, and ZeRO wants no empty group
     adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
     if stage == 0:
         return GuardedAdamW(groups, settings.gradient_clipping, group, **adam)

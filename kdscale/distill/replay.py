@@ -35,6 +35,7 @@ from kdscale.errors import ConfigError, RunFolderError
 from kdscale.families import load_family
 from kdscale.files import explain_os_errors, write_json
 from kdscale.models.loading import load_tokenizer
+from kdscale.models.lora.adapters import adapted_weight
 from kdscale.runs.folder import METRICS, ON_POLICY, TARGETS, RunFolder
 from kdscale.runs.lineage import distilled_from
 from kdscale.runs.metrics_log import read_metrics
@@ -217,7 +218,8 @@ def _gradient_norms(student: StudentModule, groups: Mapping[str, str]) -> dict[s
         grad = safe_get_full_grad(parameter)  # DeepSpeed keeps gradients in buffers of its own
         grad = parameter.grad if grad is None else grad
         if grad is not None:
-            squares[groups.get(name, name)] += float(grad.double().square().sum())
+            weight = adapted_weight(name)
+            squares[groups.get(weight, weight)] += float(grad.double().square().sum())
     norms = {name: math.sqrt(value) if value >= 0 else math.nan for name, value in squares.items()}
     return dict(sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf))
 

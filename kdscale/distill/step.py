@@ -74,8 +74,8 @@ class StudentModule(nn.Module):
         return {f"objectives.{name}": value for name, value in self.objective_modules.named_parameters()}
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters under its own names, and the helpers."""
-        yield from self.model.named_parameters()
+        """The parameters of the model that are trained, under its own names, and the helpers."""
+        yield from ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
         yield from self.helpers().items()
 
     def forward(self, batch: MicroBatch, targets: Targets) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:

@@ -17,7 +17,7 @@ from kdscale.pipeline.checks import plan_shapes
 from kdscale.runs.folder import RunFolder
 from kdscale.sizing.compare import PLACEMENTS, STORED, ComparedSetting, compare
 from kdscale.sizing.gpus import GIB, GpuCluster
-from kdscale.sizing.job import Job, TeacherPlacement
+from kdscale.sizing.job import Adapters, Job, TeacherPlacement
 from kdscale.sizing.layer_losses import LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.speed import Rates
@@ -64,7 +64,7 @@ def plan_cluster(
     if placements is not None and (unknown := set(placements) - set(known)):
         raise ConfigError("--teacher " + ", ".join(sorted(unknown)), expected=" or ".join(known))
     distill, notes = config.distill, []
-    teacher, student, student_from = _shapes(config, teacher_dir)
+    teacher, student, model, student_from = _shapes(config, teacher_dir)
     batch = -(-distill.global_batch // cluster.ranks) * cluster.ranks
     if batch != distill.global_batch:
         notes.append(
@@ -75,10 +75,11 @@ def plan_cluster(
         name: teacher if folder == teacher_dir else ModelShape.of_config(read_config(folder))
         for name, folder in teacher_folders(config, teacher_dir, config_only=True).items()
     }
-    first, *others = (shapes | dict.fromkeys(distill.followers, student)).values()
-    if distill.followers:
+    of_student = [name for name, one in distill.by_teacher().items() if one.source.is_student]
+    first, *others = (shapes | dict.fromkeys(of_student, student)).values()
+    if of_student:
         stages = [stage for stage in stages if stage < 3] or [2]
-        notes.append("with an average of the student as a teacher: ZeRO stages below 3, whole teachers on every rank")
+        notes.append("with a teacher made of the student: ZeRO stages below 3, whole teachers on every rank")
     if others:
         notes.append(f"{1 + len(others)} teachers are planned with one teacher_placement, and each sees every token")
     job = Job(
@@ -97,6 +98,8 @@ def plan_cluster(
         teacher_dtype=distill.teacher_dtype,
         others=tuple(others),
         average=bool(distill.followers),
+        adapters=Adapters.of(distill.lora, model, student_from),
+        base=bool(of_student) and not distill.followers,
     )
     if job.teacher_dtype == "float8" and not cluster.gpu.float8:
         raise ConfigError(
@@ -119,7 +122,7 @@ def _placements(config: Config) -> list[TeacherPlacement]:
     """
     needs, stored, dtype = config.distill.needs, config.targets, config.distill.teacher_dtype
     found = [name for name in PLACEMENTS if not needs.missing_from(source_of(name).gives)]
-    if dtype in EIGHT_BITS or config.distill.followers:
+    if dtype in EIGHT_BITS or any(one.source.is_student for one in config.distill.by_teacher().values()):
         return [name for name in found if name == "replicated"]
     if dtype != "auto":
         return [name for name in found if source_of(name).in_process]
@@ -133,7 +136,9 @@ def _tensor_sizes(config: Config, teacher_dir: Path, job: Job) -> list[int]:
     model = read_config(teacher_dir)
     family = load_family(model, str(teacher_dir / "config.json"))
     distill = config.distill
-    if distill.need_whole_head() or distill.needs.sampled or job.teacher_dtype in EIGHT_BITS or job.average:
+    if distill.need_whole_head() or distill.needs.sampled or job.teacher_dtype in EIGHT_BITS:
+        return []
+    if job.average or job.base or job.adapters is not None:
         return []
     if unshareable_tensor(family, model) is not None:
         return []
@@ -157,8 +162,8 @@ def _sequence_sizes(config: Config, job: Job) -> list[int]:
     ]
 
 
-def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, str]:
-    """Shapes of teacher and student, and where the student's sizes come from, for people to read."""
+def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, dict[str, Any], str]:
+    """Shapes of teacher and student, the student's config.json, and where its sizes come from, for people to read."""
     run = RunFolder(Path(config.run_dir))
     source = read_config(teacher_dir)
     plans = plan_shapes(config, teacher_dir)
@@ -171,31 +176,33 @@ def _shapes(config: Config, teacher_dir: Path) -> tuple[ModelShape, ModelShape, 
     else:
         teacher = ModelShape.of_config(source, str(teacher_dir / "config.json"))
     if (run.pruned / "config.json").exists():
-        return teacher, ModelShape.of_config(read_config(run.pruned), str(run.pruned)), "the pruned student"
+        model = read_config(run.pruned)
+        return teacher, ModelShape.of_config(model, str(run.pruned)), model, "the pruned student"
     if config.student is not None:
         ready = student_folder(config, config_only=True)
-        return teacher, ModelShape.of_config(read_config(ready), str(ready)), "the ready student"
+        model = read_config(ready)
+        return teacher, ModelShape.of_config(model, str(ready)), model, "the ready student"
     if not config.steps and run.plan.exists():
-        return teacher, _planned_student(source, run.plan, teacher_dir), "plan.json"
+        return teacher, *_planned_student(source, run.plan, teacher_dir), "plan.json"
     if len(plans) <= len(config.steps):  # a latency target is measured, so there is no shape yet
-        return teacher, teacher, "the teacher's sizes, until kdscale plan has measured latencies"
+        return teacher, teacher, source, "the teacher's sizes, until kdscale plan has measured latencies"
     model = source
     for plan in plans:
         model = load_family(model, str(teacher_dir)).student_config(model, plan.student.dims(), plan.kept.layers)
-    return teacher, ModelShape.of_config(model, "the student"), "the config's target"
+    return teacher, ModelShape.of_config(model, "the student"), model, "the config's target"
 
 
-def _planned_student(source: dict[str, Any], path: Path, teacher_dir: Path) -> ModelShape:
-    """The student's shape as plan.json has it."""
+def _planned_student(source: dict[str, Any], path: Path, teacher_dir: Path) -> tuple[ModelShape, dict[str, Any]]:
+    """The student's shape as plan.json has it, and its config.json."""
     from kdscale.prune.plan import Plan
 
     plan = Plan.load(path)
     family = load_family(source, str(teacher_dir))
-    shape = ModelShape.of_config(family.student_config(source, plan.student.dims(), plan.kept.layers), str(path))
+    model = family.student_config(source, plan.student.dims(), plan.kept.layers)
+    shape = ModelShape.of_config(model, str(path))
     # rotating the teacher's hidden states gives it a head of its own where it had a tied one
-    return replace(
-        shape, params=plan.student_params.total, tied=shape.tied and shape.params == plan.student_params.total
-    )
+    tied = shape.tied and shape.params == plan.student_params.total
+    return replace(shape, params=plan.student_params.total, tied=tied), model
 
 
 def snippet(plan: ClusterPlan) -> str:
@@ -222,7 +229,8 @@ def snippet(plan: ClusterPlan) -> str:
     if plan.job.others:
         lines += [f"  # in each of teachers: teacher_placement: {setting.placement}, unless it is ema"]
     else:
-        lines += [f"  teacher_placement: {'ema' if plan.job.average else setting.placement}"]
+        placement = "base" if plan.job.base else "ema" if plan.job.average else setting.placement
+        lines += [f"  teacher_placement: {placement}"]
     lines += ["  teacher_overlap: true"] if setting.overlap else []
     if setting.placement == "served":
         lines += ["  served:", "    urls: []  # the addresses that kdscale serve-teacher prints"]
@@ -239,6 +247,7 @@ def to_json(plan: ClusterPlan) -> dict[str, Any]:
         },
         "assumed": {"share_of_flops": plan.rates.compute, "share_of_bandwidth": plan.rates.links},
         "teacher_params": plan.job.teacher_params, "student_params": plan.job.student.params,
+        "trained_params": plan.job.trained,
         "student_from": plan.student_from, "seq_len": plan.job.seq_len,
         "document_tokens": plan.job.row[0], "global_batch": plan.global_batch,
         "tokens": plan.tokens, "notes": plan.notes,

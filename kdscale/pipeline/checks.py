@@ -261,6 +261,7 @@ def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) ->
     from kdscale.distill.parallel.checks import (
         check_fake_quantize,
         check_grid_dims,
+        check_lora,
         check_sequence_dims,
         check_sequence_parallel,
         check_tensor_dims,
@@ -274,6 +275,8 @@ def check_shared_models(config: Config, teacher: Path, plans: Iterable[Plan]) ->
     check_sequence_parallel(distill.sequence_parallel, distill.seq_len, teachers)
     if distill.fake_quantize is not None:
         check_fake_quantize({"teacher (and so a student)": teacher})
+    if distill.lora is not None and config.student is None:
+        check_lora(distill.lora, teacher)
     for plan in plans:
         check_tensor_dims(distill.tensor_parallel, "student", plan.student.dims())
         check_sequence_dims(distill.sequence_parallel, "student", plan.student.dims())

@@ -75,6 +75,7 @@ TARGETS_HEADER = Artifact("targets", ("store.json",))  # it says which targets t
 CHECKPOINTS = Artifact("checkpoints")
 ON_POLICY = Artifact("on-policy")  # what the student wrote while it was trained: a journal, which any run may lack
 STUDENT = Artifact("student")
+ADAPTER = Artifact("adapter")  # of distill.lora, as peft reads it; what is in the student is merged
 STUDENT_WEIGHTS = Artifact("student", WEIGHTS)
 CARD = "README.md"  # of a model's folder: people edit it, and nothing is computed from it
 STUDENT_CARD = Artifact(f"student/{CARD}")

@@ -74,15 +74,27 @@ def step_flops(
     labels: float,
     documents: Iterable[int],
     losses: ModelFlops | None = None,
+    adapters: int | None = None,
 ) -> float:
     """One step's model FLOPs over all ranks: the teacher forward, the student forward and backward, heads included.
 
     `teacher` is None where other machines run it; `documents` are the lengths of all of the step's documents; `losses`
-    are what losses on layers add (sizing/layer_losses.py).
+    are what losses on layers add (sizing/layer_losses.py). `adapters`: the parameters that alone are trained.
     """
     lengths = list(documents)
-    forwards = [(3, student), *([(1, teacher)] if teacher else []), *([(1, losses)] if losses else [])]
-    return sum(times * model.forward(tokens, labels, lengths) for times, model in forwards)
+    forwards = [(student_passes(adapters), student), (1, teacher), (1, losses)]
+    flops = sum(times * model.forward(tokens, labels, lengths) for times, model in forwards if model is not None)
+    return flops + adapter_flops(adapters) * tokens
+
+
+def student_passes(adapters: int | None) -> int:
+    """Forwards that a forward and a backward are worth: frozen weights get no gradient."""
+    return 3 if adapters is None else 2
+
+
+def adapter_flops(adapters: int | None) -> float:
+    """Of the forward and backward of so many parameters of adapters, a token."""
+    return 6.0 * (adapters or 0)
 
 
 def recomputed_flops(shape: ModelShape, level: Recompute, row: Iterable[int]) -> float:

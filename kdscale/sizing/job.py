@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from kdscale.config.distill.lora import LoraConfig
 from kdscale.config.distill.recompute import Recompute
 from kdscale.config.distill.settings import TeacherDtype
+from kdscale.families import load_family
+from kdscale.families.linear_maps import adapted_maps
 from kdscale.sizing.layer_losses import NO_LAYERS, LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 
 TeacherPlacement = Literal["replicated", "partitioned", "offloaded", "served", "cached"]
 Device = Literal["cuda", "cpu"]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What alone is trained beside frozen weights (distill.lora): parameters, and `ranks`, those of all adapters."""
+
+    params: int
+    ranks: int
+
+    @classmethod
+    def of(cls, lora: LoraConfig | None, student: Mapping[str, Any], where: str = "config.json") -> Adapters | None:
+        """Of a student with this config.json; None without `lora`. Raises ConfigError for targets that it lacks."""
+        if lora is None:
+            return None
+        maps = adapted_maps(load_family(dict(student), where), student, lora.targets).values()
+        return cls(sum(one.parameters(lora.rank) for one in maps), lora.rank * len(maps))
 
 
 @dataclass(frozen=True)
@@ -35,6 +55,18 @@ class Job:
     teacher_dtype: TeacherDtype = "auto"  # auto: the student's
     others: tuple[ModelShape, ...] = ()  # further teachers, placed as the first and asked after it
     average: bool = False  # one of them is the average of the student, kept in fp32 beside its working copy
+    adapters: Adapters | None = None  # None: all of the student is trained
+    base: bool = False  # the teacher is the student without its adapters: it has no weights of its own
+
+    @property
+    def weights(self) -> int:
+        """Parameters of the student, with adapters."""
+        return self.student.params + (0 if self.adapters is None else self.adapters.params)
+
+    @property
+    def trained(self) -> int:
+        """Parameters with a gradient, a master and moments."""
+        return self.student.params if self.adapters is None else self.adapters.params
 
     @property
     def teachers(self) -> tuple[ModelShape, ...]:

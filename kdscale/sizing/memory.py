@@ -13,12 +13,16 @@ from __future__ import annotations
 from kdscale.config.distill.recompute import Recompute
 from kdscale.config.distill.settings import EIGHT_BITS
 from kdscale.sizing.job import Job, Memory, Setting
+from kdscale.sizing.loss_memory import (
+    kept_layer_bytes,
+    kept_loss_bytes,
+    layer_loss_bytes,
+    loss_bytes,
+    teacher_loss_bytes,
+    trained_head,
+)
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.sizing.parallel import job_of_tensor_rank
-
-# The same as in kdscale_kernels (fused/products.py, fused/memory_plan.py), which may not be imported; a test compares.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-CPU_WORKSPACE, FEWEST_ROWS = 104 << 20, 64
 
 # DeepSpeed's defaults (read): parameters of a stage-3 student that stay gathered, and those fetched ahead.
 MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
@@ -42,11 +46,11 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
     gradients, bucket = _gradients(job, setting), _bucket(job, setting)
     standing = _standing_gradients(job, setting)
     gathered = _gathered(job, setting)
-    head_gradients = job.item_bytes * job.student.head * (2 if job.student.tied else 1)
+    head_gradients = job.item_bytes * trained_head(job) * (2 if job.student.tied else 1)
     always = bucket if setting.stage == 3 else 0.0
     forwards = [forward_bytes(job, teacher, setting) for teacher in job.teachers if setting.runs_teacher]
     teacher_forward = max(forwards, default=0.0)
-    teacher_loss = _teacher_loss_bytes(job, setting) if setting.runs_teacher else 0.0
+    teacher_loss = teacher_loss_bytes(job, setting) if setting.runs_teacher else 0.0
     ahead = teacher_forward + teacher_loss if setting.overlap else 0.0
     moments = {
         "teacher's forward": {
@@ -60,14 +64,14 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
         "student's loss": {
             "activations": saved_bytes(job, setting),
             "gathered weights": gathered,
-            "loss": loss_bytes(job, setting) + _layer_loss_bytes(job, setting),
+            "loss": loss_bytes(job, setting) + layer_loss_bytes(job, setting),
             "gradients": standing,
             "buckets": always,
         },
         "student's backward": {
             "activations": saved_bytes(job, setting) + backward_bytes(job, setting),
             "gathered weights": gathered,
-            "loss": _kept_loss_bytes(job, setting) + _kept_layer_bytes(job, setting),
+            "loss": kept_loss_bytes(job, setting) + kept_layer_bytes(job, setting),
             "gradients": standing + head_gradients,
             "buckets": bucket,
             "teacher ahead": ahead,
@@ -98,13 +102,13 @@ def host_bytes(job: Job, setting: Setting) -> float:
     weights to send back; and the sums of gradients, at stage 3 always, at stages 1 and 2 those in bf16 of several
     micro-batches (fp32 ones stay on the GPU). Then the weights, and of a teacher in host memory one copy per node.
     """
-    params, out = job.student.params / job.ranks, 0.0
+    params, out = job.trained / job.ranks, 0.0
     if setting.offload_optimizer:
         added_here = setting.stage == 3 or (setting.accumulation > 1 and not _widened(job))
         sent_back = job.item_bytes if setting.stage < 3 else 0
         out += params * (16 + sent_back + (job.gradient_bytes if added_here else 0))
     if setting.offload_parameters:
-        out += params * job.item_bytes
+        out += job.weights / job.ranks * job.item_bytes
     if setting.placement == "offloaded":
         out += job.teacher_bytes * job.teacher_params / job.ranks_per_node
     return out
@@ -115,7 +119,7 @@ def host_bytes(job: Job, setting: Setting) -> float:
 
 def _weights(job: Job, setting: Setting) -> float:
     """b·P, or b·P/W at stage 3 (paper); hpZ keeps a second copy, over the ranks of its group (arXiv 2306.10209)."""
-    weights = job.item_bytes * job.student.params
+    weights = job.item_bytes * job.weights
     if setting.stage < 3:
         return weights
     second = weights / setting.hpz if setting.hpz > 1 else 0.0
@@ -128,11 +132,13 @@ def _states(job: Job, setting: Setting) -> float:
     In fp32 the weights are the masters at stage 0 and 3, but stage 1 and 2 copy them (read).
     """
     master = 4 if job.item_bytes == 2 or setting.stage in (1, 2) else 0
-    return (8 + master) * job.student.params / (1 if setting.stage == 0 else job.ranks)
+    return (8 + master) * job.trained / (1 if setting.stage == 0 else job.ranks)
 
 
 def _teacher_weights(job: Job, setting: Setting) -> float:
     """b·P on every rank, or b·P/W; nothing where it is in host memory or elsewhere. In 8 bits a linear weight has 1."""
+    if job.base:
+        return 0.0
     weights = float(job.teacher_bytes * job.teacher_params)
     if job.teacher_dtype in EIGHT_BITS:
         weights -= (job.teacher_bytes - 1) * sum(teacher.linears for teacher in job.teachers)
@@ -174,20 +180,20 @@ def _gradients(job: Job, setting: Setting) -> float:
     left all of them; widened it has all g·P at all times, and offloaded its own share beside them. Stages 2 and 3 hold
     g·P/W; widened stage 2 has b·P/W of the last micro-batch beside it, and does not offload either.
     """
-    gradients = job.gradient_bytes * job.student.params
+    gradients = job.gradient_bytes * job.trained
     own, widened = gradients / job.ranks, _widened(job)
     if setting.stage == 1 and widened:
         return gradients + (own if setting.offload_optimizer else 0.0)
     if setting.stage == 0 or (setting.stage == 1 and setting.accumulation > 1):
         return gradients
     if setting.stage == 2 and widened:
-        return own + job.item_bytes * job.student.params / job.ranks
+        return own + job.item_bytes * job.trained / job.ranks
     return 0.0 if setting.offload_optimizer else own
 
 
 def _standing_gradients(job: Job, setting: Setting) -> float:
     """Gradients of earlier micro-batches while a later one runs; stage 3, and widened 1, always have theirs (read)."""
-    gradients = job.gradient_bytes * job.student.params
+    gradients = job.gradient_bytes * job.trained
     own, widened = gradients / job.ranks, _widened(job)
     if setting.stage == 3:
         return 0.0 if setting.offload_optimizer else own
@@ -205,7 +211,7 @@ def _step_gradients(job: Job, setting: Setting) -> float:
 
     Where stages 1 and 2 add in fp32, they take a step with the sums themselves.
     """
-    params = job.student.params / job.ranks
+    params = job.trained / job.ranks
     if setting.stage == 0:
         return 0.0
     if setting.stage == 3:
@@ -221,7 +227,7 @@ def _bucket(job: Job, setting: Setting) -> float:
     Stage 3 overlaps: one buffer is filled while another is reduced. Widened stage 1 reduces its sums where they are,
     and widened stage 2 reduces a flattened copy of its bucket, as fp32 (read).
     """
-    elements = job.reduce_bucket if job.device == "cuda" else min(job.reduce_bucket, job.student.params)
+    elements = job.reduce_bucket if job.device == "cuda" else min(job.reduce_bucket, job.trained)
     if setting.stage == 0 and job.ranks == 1:
         return 0.0
     if _widened(job) and setting.stage == 1 and not setting.offload_optimizer:
@@ -294,10 +300,14 @@ def recomputed_bytes(job: Job, model: ModelShape, level: Recompute) -> float:
 
 
 def saved_bytes(job: Job, setting: Setting) -> float:
-    """What waits for the backward: what each layer keeps, and the last norm, rotary positions and ids."""
+    """What waits for the backward: what each layer keeps, and the last norm, rotary positions and ids.
+
+    Adapters keep what their first products give. Inputs that only frozen maps read are not kept; they are counted here.
+    """
     tokens, model = setting.rows(job), job.student
     last = (4 + 2 * job.item_bytes) * model.hidden + 3 * job.item_bytes * model.head_dim + 12
-    return tokens * (kept_bytes(job, model, setting.recompute) * model.layers + last)
+    of_adapters = 0 if job.adapters is None or setting.recompute.checkpoints else job.item_bytes * job.adapters.ranks
+    return tokens * (kept_bytes(job, model, setting.recompute) * model.layers + of_adapters + last)
 
 
 def backward_bytes(job: Job, setting: Setting) -> float:
@@ -317,75 +327,3 @@ def forward_bytes(job: Job, model: ModelShape, setting: Setting) -> float:
     keys_and_values = 2 * model.kv_heads * model.head_dim
     widest = max(3 * b * model.ffn, b * (4 * model.attention + keys_and_values), 12 * model.hidden)
     return tokens * (2 * b * model.hidden + widest)
-
-
-# -- the loss ----------------------------------------------------------------------------------------------------------
-
-
-def loss_bytes(job: Job, setting: Setting) -> float:
-    """linear_sparse_kl's workspace and the gradients that it makes in the forward (read: fused/memory_plan.py)."""
-    rows, model, b = setting.rows(job), job.student, job.item_bytes
-    chunk, by_rows = loss_chunk(job, rows)
-    hidden = rows * model.hidden
-    inputs = b * hidden * 2  # the rows that have a label, and their gradient
-    if not by_rows:
-        return inputs + CPU_WORKSPACE + b * model.head
-    sums = 4 * model.head + (4 * hidden if b == 2 else 0)  # dW and dX in fp32
-    copies = 4 * model.head if job.device == "cpu" and b == 2 else 0
-    teacher_side = 2 * chunk if job.top_k is None else 0.0
-    logits = min(chunk, 4 * rows * model.vocab * job.loss_buffers)
-    rounded = logits / 2 / job.loss_buffers if b == 2 else 0.0  # their gradient as the products take it
-    return inputs + logits + rounded + sums + copies + teacher_side
-
-
-def _kept_loss_bytes(job: Job, setting: Setting) -> float:
-    """The loss's gradients from the forward until the backward has scaled them: dX, and dW in fp32 (slices: as W)."""
-    rows = setting.rows(job)
-    _, by_rows = loss_chunk(job, rows)
-    return 2 * job.item_bytes * rows * job.student.hidden + (4 if by_rows else job.item_bytes) * job.student.head
-
-
-def loss_chunk(job: Job, rows: int) -> tuple[float, bool]:
-    """(bytes of a chunk of logits, whether chunks are of rows or of the vocabulary), as kdscale_kernels plans them."""
-    chunk = float(CHUNK_BYTES[job.device])
-    if job.device == "cuda":
-        return chunk, True
-    head_copies = 2 if job.item_bytes == 2 else 0
-    hidden_copy = 1 if job.item_bytes == 2 else 0
-    fixed = 4 * (job.student.head * head_copies + rows * job.student.hidden * hidden_copy)
-    fewest = 4.0 * job.student.vocab * job.loss_buffers * min(rows, FEWEST_ROWS)
-    chunk = max(fewest, min(chunk, CPU_WORKSPACE - fixed))
-    return chunk, fixed + min(chunk, fewest) <= CPU_WORKSPACE
-
-
-def _teacher_head_bytes(job: Job, setting: Setting) -> float:
-    """linear_topk_lse: a chunk of logits, on a CPU an fp32 copy of the head, and the targets."""
-    return max(_head_bytes(job, setting, teacher) for teacher in job.teachers)
-
-
-def _head_bytes(job: Job, setting: Setting, model: ModelShape) -> float:
-    rows = setting.rows(job)
-    hidden = job.item_bytes * rows * model.hidden
-    if job.top_k is None:
-        return float(hidden)
-    copy = 4 * model.head if job.device == "cpu" and job.item_bytes == 2 else 0
-    return hidden + min(CHUNK_BYTES[job.device], 4 * rows * model.vocab) + copy + rows * (12 * job.top_k + 4)
-
-
-def _kept_layer_bytes(job: Job, setting: Setting) -> float:
-    """Of losses on layers: the teacher's rows, and the student's with their gradients (read: objectives/blockwise)."""
-    losses, b = job.layer_losses, job.item_bytes
-    rows = losses.teacher_bytes(job.teacher, b) + losses.student_bytes(job.student, job.teacher, b)
-    return setting.rows(job) * rows
-
-
-def _layer_loss_bytes(job: Job, setting: Setting) -> float:
-    """While they are computed: fp32 gradients of one pair of layers beside what is kept."""
-    working = job.layer_losses.working_bytes(job.student, job.teacher)
-    return _kept_layer_bytes(job, setting) + setting.rows(job) * working
-
-
-def _teacher_loss_bytes(job: Job, setting: Setting) -> float:
-    """The head's targets, and the rows of layers."""
-    layers = setting.rows(job) * job.layer_losses.teacher_bytes(job.teacher, job.item_bytes)
-    return _teacher_head_bytes(job, setting) + layers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdscale.sizing.flops import ModelFlops, mfu, recomputed_flops, step_flops
+from kdscale.sizing.flops import ModelFlops, adapter_flops, mfu, recomputed_flops, step_flops, student_passes
 from kdscale.sizing.gpus import GpuCluster
 from kdscale.sizing.job import Job, Setting
 from kdscale.sizing.memory import recomputed_bytes
@@ -59,10 +59,15 @@ def estimate_step(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates)
     tokens = setting.rows(job) * setting.accumulation * job.ranks // setting.tensor  # of a whole step
     documents, losses = job.row * (tokens // job.seq_len), job.layer_losses.flops(job.student, job.teacher)
     ran = teacher if setting.runs_teacher else None
-    flops = step_flops(ran, student, tokens, tokens, documents, losses)
+    flops = step_flops(ran, student, tokens, tokens, documents, losses, _adapters(job))
     rate = tokens / step
     teacher_rate = 0.0 if setting.placement == "cached" else rate * teacher.of_a_token(job.row)
     return StepEstimate(seconds, rate, mfu(flops, step, cluster.gpu.flops * job.ranks), teacher_rate)
+
+
+def _adapters(job: Job) -> int | None:
+    """Their parameters; None without any."""
+    return None if job.adapters is None else job.adapters.params
 
 
 def _teachers(job: Job) -> ModelFlops:
@@ -88,7 +93,8 @@ def _seconds(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates, wait
     if job.teacher_dtype == "int8":  # each weight is read, written in its dtype and read again, in every forward
         widened = (1 + 2 * job.teacher_bytes) * sum(shape.linears for shape in job.teachers)
         teacher_seconds += setting.accumulation * widened / cluster.gpu.hbm
-    computing = tokens * ((3 * student + recomputed + losses) / peak + _BYTES_AGAIN * again / cluster.gpu.hbm)
+    trained = student_passes(_adapters(job)) * student + adapter_flops(_adapters(job))
+    computing = tokens * ((trained + recomputed + losses) / peak + _BYTES_AGAIN * again / cluster.gpu.hbm)
     if setting.overlap:  # products are no faster beside each other: gained is what the student waits for links
         teacher_seconds -= min(max(0.0, hidden - computing), teacher_seconds * (1 - 1 / setting.accumulation))
     return {
@@ -107,9 +113,9 @@ def _student_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: R
     step, and where it adds in fp32 by an all-reduce (read in DeepSpeed). With hpZ the second gather stays within its
     group (arXiv 2306.10209). Weights that stay gathered are gathered once, after the optimiser's step.
     """
-    weights = job.item_bytes * job.student.params
+    weights = job.item_bytes * job.weights
     once = cluster.collective(weights) / rates.links if job.ranks > 1 else 0.0
-    reduced = once * job.gradient_bytes / job.item_bytes
+    reduced = once * job.gradient_bytes / job.item_bytes * job.trained / job.weights
     micro_batches = setting.accumulation
     if setting.stage == 3:
         second_gather = cluster.within_node(weights) / rates.links if 1 < setting.hpz <= cluster.gpus_per_node else once
@@ -117,9 +123,10 @@ def _student_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: R
         kept = min(1.0, setting.kept / job.student.params)
         gathers = (1 - kept) * (once + second_gather)
         return micro_batches * (gathers + reduced + from_host), kept * once
+    gathered = once * job.trained / job.weights  # of what a step changed
     if setting.stage == 2:
-        return 0.0, once + micro_batches * reduced
-    return 0.0, once + reduced * (2 if job.gradient_bytes > job.item_bytes else 1)
+        return 0.0, gathered + micro_batches * reduced
+    return 0.0, gathered + reduced * (2 if job.gradient_bytes > job.item_bytes else 1)
 
 
 def _teacher_transfers(job: Job, setting: Setting, cluster: GpuCluster, rates: Rates) -> float:
@@ -136,7 +143,7 @@ def _optimizer_seconds(job: Job, setting: Setting, cluster: GpuCluster) -> float
     Offloaded it is bound by the host's; gradients go down in every micro-batch (at stages 1 and 2 that add them in fp32
     once), and weights come up once.
     """
-    params = job.student.params / (job.ranks if setting.stage else 1)
+    params = job.trained / (job.ranks if setting.stage else 1)
     if not setting.offload_optimizer:
         return _ADAM_BYTES * params / cluster.gpu.hbm
     times = 1 if setting.stage < 3 and job.gradient_bytes > job.item_bytes else setting.accumulation

@@ -136,13 +136,15 @@ class OpenedSource:
 
     `start` takes the number of tokens that both know; `rows` is how many the teacher's head has, None without one.
     `choose_labels` takes sequences and their keys (split and number) and returns the labels [B, S] that have targets,
-    the others ignored; None: all have. `average` is a teacher that follows the student.
+    the others ignored; None: all have. `average` is a teacher that follows the student. `take_student` is given the
+    student's model before `start` is called; None: the source has a model of its own, or none.
     """
 
     rows: int | None
     start: Callable[[int], TargetSource]
     choose_labels: LabelChoice | None = None
     average: StudentAverage | None = None
+    take_student: Callable[[Any], None] | None = None
 
 
 class TextAlone:

@@ -6,45 +6,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from kdscale.config.distill.lora import LoraConfig, base_problems
 from kdscale.config.distill.objective import ObjectiveConfig, Term
 from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives, log_columns
 from kdscale.config.distill.on_policy import OnPolicyConfig
+from kdscale.config.distill.optimizer import GuardConfig, OptimizerConfig, ShorterPhase
 from kdscale.config.distill.recompute import RECOMPUTE, Recompute, RecomputeLevel
 from kdscale.config.distill.targets import SEVERAL, TEXT_ALONE, Needs, Source, check_source, combined, source_of
 from kdscale.config.distill.teachers import SourceSettings, TeacherEntry, check_teachers
 from kdscale.config.distill.zero import ZeroConfig
-from kdscale.config.fields import MOST, Count, Dtype, Few, Length, Seconds, Section
+from kdscale.config.fields import Count, Dtype, Few, Length, Seconds, Section
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 
 TeacherDtype = Literal["auto", "float32", "bfloat16", "float8", "int8"]
 EIGHT_BITS = ("float8", "int8")  # of them
-
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class OptimizerConfig(Section):
-    """AdamW with a linear warm-up and a cosine decay."""
-
-    lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-4
-    min_lr: Annotated[float, Field(ge=0.0, le=10.0)] = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 40
-    betas: tuple[Beta, Beta] = Field(strict=False, default=(0.9, 0.95))
-    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
-    gradient_clipping: Annotated[float, Field(gt=0.0, le=1e9)] = 1.0
-
-
-class ShorterPhase(Section):
-    """Shorter sequences than distill.seq_len, as many more of them: a step and a forward have as many tokens."""
-
-    seq_len: Length
-    until: Annotated[float, Field(gt=0.0, lt=1.0)]  # share of the steps
-
-
-class GuardConfig(Section):
-    """What to do about NaN and Inf: the step is skipped and counted; this many in a row end the run."""
-
-    max_skipped_in_a_row: Few = 5
 
 
 class FakeQuantizeConfig(Section):
@@ -81,6 +56,7 @@ class DistillConfig(SourceSettings):
     compile: Literal["auto", "off", "layers"] = "auto"
     # quantisation-aware training; null: the student computes with its weights as they are
     fake_quantize: FakeQuantizeConfig | None = None
+    lora: LoraConfig | None = None  # adapters alone are trained; null: all weights are
     optimizer: OptimizerConfig = OptimizerConfig()
     # their weighted sum is the loss
     objectives: tuple[ObjectiveEntry, ...] = Field(strict=False, default=(TokenDivergenceConfig(),))
@@ -307,6 +283,23 @@ class DistillConfig(SourceSettings):
         return self
 
     @model_validator(mode="after")
+    def _adapters_can_be_trained(self) -> DistillConfig:
+        own, problems = self.on_policy, list[str]()
+        if self.lora is not None:
+            problems = self.lora.problems(
+                tensor_parallel=self.tensor_parallel, on_a_grid=self.fake_quantize is not None,
+                averaged=bool(self.followers), sent_whole=own is not None and own.writer == "vllm",
+            )  # fmt: skip
+        if "base" in {one.teacher_placement for one in self.by_teacher().values()}:
+            reads_labels = any(entry.reads_labels for entry in self.all_objectives)
+            problems += base_problems(
+                self.lora, zero_stage=self.zero_stage, several=bool(self.teachers), reads_labels=reads_labels
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
     def _zero_can_do_it(self) -> DistillConfig:
         problems = self.zero.problems(self.zero_stage, self.processes)
         if self.async_checkpoints and self.zero.offload_optimizer == "nvme":
@@ -364,8 +357,9 @@ class DistillConfig(SourceSettings):
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
         decisive = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
         teachers = [entry.decisive() for entry in self.teachers]
-        if self.fake_quantize is None:
-            del decisive["fake_quantize"]  # runs of older versions go on
+        for section in ("fake_quantize", "lora"):
+            if decisive[section] is None:
+                del decisive[section]  # runs of older versions go on
         if self.on_policy is None:
             del decisive["on_policy"]
         else:

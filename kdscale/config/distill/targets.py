@@ -126,6 +126,7 @@ class Source:
     placements: tuple[str, ...]  # the values of distill.teacher_placement that choose this source
     open: str
     in_process: bool = True  # the ranks run the teacher themselves (and may share its layers), with their FLOPs
+    is_student: bool = False  # its model is the student's, as it is trained or as it was
     follows_student: bool = False  # its weights change with the student's, which each rank must have whole
     same_on_all_ranks: bool = True  # ranks that share the student's layers get the same bits for the same batch
     any_text: bool = True  # it also knows what was written during the training
@@ -189,8 +190,17 @@ SOURCES: dict[str, Source] = {
             name="ema",
             gives=Needs(top_k=ANY_NUMBER, sampled=ANY_NUMBER, temperature=None, full=True, label=True),
             placements=("ema",),
-            open="kdscale.teacher.ema:open_ema",
+            open="kdscale.teacher.own_weights:open_ema",
+            is_student=True,
             follows_student=True,
+        ),
+        # the student itself without its adapters (distill.lora): no second copy of any weight
+        Source(
+            name="base",
+            gives=Needs(top_k=ANY_NUMBER, sampled=ANY_NUMBER, temperature=None, full=True, label=True),
+            placements=("base",),
+            open="kdscale.teacher.own_weights:open_base",
+            is_student=True,
         ),
         # several teachers, each from a source of its own: where distill.teachers has any
         Source(name="several", gives=Needs(), placements=(), open="kdscale.teacher.several:open_several"),

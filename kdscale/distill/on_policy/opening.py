@@ -85,7 +85,7 @@ def _writer(
         )
     return LocalWriter(
         student.model, folders.student, drawing, settings.micro_batch, device=setup.device, dtype=setup.dtype,
-        grid=cfg.distill.fake_quantize, trust_remote_code=cfg.teacher.trust_remote_code,
+        grid=cfg.distill.fake_quantize, lora=cfg.distill.lora, trust_remote_code=cfg.teacher.trust_remote_code,
     )  # fmt: skip
 
 

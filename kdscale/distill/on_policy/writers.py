@@ -15,12 +15,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from kdscale.config.distill.lora import LoraConfig
 from kdscale.config.distill.settings import FakeQuantizeConfig
 from kdscale.distill.layers.fake_quantize import fake_quantize
+from kdscale.distill.parallel.checks import check_lora
 from kdscale.distill.parallel.zero3_loading import whole_parameters
 from kdscale.errors import CheckpointError
 from kdscale.models.generation.drawing import Drawing, Drawn, draw_answers
 from kdscale.models.loading import model_on_meta
+from kdscale.models.lora.adapters import add_adapters
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.models.skeleton import move_buffers
 
@@ -60,12 +63,12 @@ class LocalWriter:
 
     def __init__(
         self, student: nn.Module, folder: Path, drawing: Drawing, at_once: int, *, device: torch.device,
-        dtype: torch.dtype, grid: FakeQuantizeConfig | None, trust_remote_code: bool,
+        dtype: torch.dtype, grid: FakeQuantizeConfig | None, lora: LoraConfig | None, trust_remote_code: bool,
     ):  # fmt: skip
         """`student` is the model that is trained, of `folder`'s files; `grid`: distill.fake_quantize."""
         self.at_once, self._student, self._drawing = at_once, student, drawing
         self._folder, self._device, self._dtype = folder, device, dtype
-        self._grid, self._trust = grid, trust_remote_code
+        self._grid, self._lora, self._trust = grid, lora, trust_remote_code
         self._lent: _LentModel | None = None
 
     @contextmanager
@@ -92,6 +95,8 @@ class LocalWriter:
         model.tie_weights()
         if self._grid is not None:
             fake_quantize(model, self._grid, ParameterReader.open(self._folder).linear_maps())
+        if self._lora is not None:
+            add_adapters(model, self._lora, check_lora(self._lora, self._folder), seed=0)
         move_buffers(model, self._device)
         return model.eval()
 

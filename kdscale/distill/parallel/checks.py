@@ -1,4 +1,4 @@
-"""Which models ranks can share by tensor or by sequence, and which can be trained on a grid.
+"""Which models ranks can share by tensor or by sequence, and which can be trained on a grid or by adapters.
 
 Checks of config.json, before any work and without torch.
 """
@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdscale.config.distill.lora import LoraConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family, load_family
-from kdscale.families.linear_maps import READ_AXES
+from kdscale.families.linear_maps import READ_AXES, AdaptedMap, adapted_maps
 from kdscale.weights import read_config
 
 # Roles of the linears whose output, or whose input, tensor-parallel ranks share; attention is shared by kv heads.
@@ -110,6 +111,12 @@ def check_fake_quantize(folders: Mapping[str, Path]) -> None:
                 _GRID, expected=f"a {what} whose maps are stored [outputs, inputs]",
                 got=f"{config['model_type']}, whose maps are stored the other way round", hint="leave it out",
             )  # fmt: skip
+
+
+def check_lora(settings: LoraConfig, folder: Path) -> dict[str, AdaptedMap]:
+    """The modules that get adapters. Raises ConfigError where a target is no linear map of the model's layers."""
+    config = read_config(folder)
+    return adapted_maps(load_family(config, str(folder / "config.json")), config, settings.targets)
 
 
 def check_grid_dims(group: int | None, what: str, dims: Dims) -> None:

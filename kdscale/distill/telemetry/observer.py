@@ -26,6 +26,7 @@ from kdscale.runs.metrics_log import MetricsLog, read_metrics
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_main, rank, world_size
 from kdscale.sizing.flops import ModelFlops, mfu, step_flops
+from kdscale.sizing.job import Adapters
 from kdscale.sizing.layer_losses import LayerLosses
 from kdscale.sizing.model_shape import ModelShape
 from kdscale.teacher.folders import teacher_folders
@@ -59,6 +60,7 @@ class StepWork:
     student: ModelFlops
     peak: float | None
     losses: ModelFlops | None = None  # on layers
+    adapters: int | None = None  # parameters of adapters, where these alone are trained
 
     def mfu(self, labels: int, seconds: float, documents: Callable[[], Iterable[int]]) -> float | None:
         """Model FLOPs utilisation of a step with `labels` that took `seconds`; None without a peak.
@@ -67,7 +69,7 @@ class StepWork:
         """
         if self.peak is None:
             return None
-        flops = step_flops(self.teacher, self.student, self.tokens, labels, documents(), self.losses)
+        flops = step_flops(self.teacher, self.student, self.tokens, labels, documents(), self.losses, self.adapters)
         return mfu(flops, seconds, self.peak)
 
 
@@ -226,7 +228,7 @@ def make_observer(
     peak = peak_flops(settings.peak_flops, device, dtype)
     student, folders = ModelShape.of_config(read_config(student_dir)), teacher_folders(cfg, teacher_dir)
     teachers = [
-        ModelShape.of_config(read_config(student_dir if one.source.follows_student else folders[name]))
+        ModelShape.of_config(read_config(student_dir if one.source.is_student else folders[name]))
         for name, one in settings.by_teacher().items()
         if one.source.in_process
     ]
@@ -236,6 +238,7 @@ def make_observer(
         student=ModelFlops.of_shape(student),
         peak=None if peak is None else peak * world_size(),
         losses=LayerLosses.of(settings.objectives, student).flops(student, teachers[0]) if teachers else None,
+        adapters=adapters.params if (adapters := Adapters.of(settings.lora, read_config(student_dir))) else None,
     )
     records, at_start = None, {}
     if is_main():

@@ -50,7 +50,25 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     average, own = _AVERAGE_BYTES if settings.followers else 0, settings.on_policy
     share = 0.0 if own is None else (own.share if isinstance(own.share, float) else 1.0) * (1.0 - own.start)
     written = round(settings.tokens * share * _WRITTEN_BYTES)
-    return student_params * (_STUDENT_BYTES + checkpoints * (_CHECKPOINT_BYTES + average)) + written
+    trained = _trained_params(context, student_params)
+    return student_params * _STUDENT_BYTES + trained * checkpoints * (_CHECKPOINT_BYTES + average) + written
+
+
+def _trained_params(context: StageContext, student_params: int) -> int:
+    """What a checkpoint holds: all of the student; or adapters, before it is cut as many as the larger model's."""
+    from kdscale.sizing.job import Adapters
+    from kdscale.teacher.folders import student_folder
+    from kdscale.weights import read_config
+
+    config = context.config
+    if config.distill.lora is None:
+        return student_params
+    model = context.model_to_prune if config.student is None else student_folder(config, config_only=True)
+    if (context.run.pruned / "config.json").exists():
+        model = context.run.pruned
+    adapters = Adapters.of(config.distill.lora, read_config(model), str(model))
+    assert adapters is not None
+    return adapters.params
 
 
 def check_services(config: Config, run: RunFolder) -> None:
@@ -88,6 +106,10 @@ def check_before(config: Config, run: RunFolder) -> None:
     check_deepspeed()
     check_services(config, run)
     _check_writing(config)
+    if config.distill.lora is not None:
+        from kdscale.models.lora.adapters import check_peft
+
+        check_peft()
     if config.distill.teacher_dtype in EIGHT_BITS:
         from kdscale.runtime.device import resolve_device
         from kdscale.teacher.placement.eight_bits import check_eight_bits

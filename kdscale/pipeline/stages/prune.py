@@ -136,7 +136,12 @@ def ready_student_copies(context: StageContext) -> tuple[Path, Path]:
 def check_ready_student(config: Config, run: RunFolder) -> None:
     """Raises ConfigError for a student that is not there or that ranks cannot share as the config says, CheckpointError
     for one that cannot be trained, or that has other tokens than the teacher."""
-    from kdscale.distill.parallel.checks import check_fake_quantize, check_sequence_parallel, check_tensor_parallel
+    from kdscale.distill.parallel.checks import (
+        check_fake_quantize,
+        check_lora,
+        check_sequence_parallel,
+        check_tensor_parallel,
+    )
     from kdscale.teacher.folders import student_folder
     from kdscale.weights import check_tokenizer, resolve_teacher
 
@@ -159,6 +164,8 @@ def check_ready_student(config: Config, run: RunFolder) -> None:
         check({"student": folder})
     if distill.fake_quantize is not None:
         check_fake_quantize({"student": folder})
+    if distill.lora is not None:
+        check_lora(distill.lora, folder)
 
 
 def take_ready_student(context: StageContext) -> Facts:

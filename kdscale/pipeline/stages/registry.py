@@ -111,7 +111,7 @@ STAGES: dict[str, Stage] = {
             config=("seed", _CODE), depends_on=distill.what_distillation_depends_on, model="model_to_learn_from",
             copies=distill.copied_from_and_to,
             reads=(folder.PRUNED_WEIGHTS, folder.DATA, folder.TARGETS_HEADER, folder.KEPT_RESPONSES),
-            writes=(folder.STUDENT,),
+            writes=(folder.STUDENT, folder.ADAPTER),
             resumes_from=(
                 folder.CHECKPOINTS, folder.ON_POLICY, folder.METRICS, folder.BAD_BATCHES, folder.TENSORBOARD
             ),

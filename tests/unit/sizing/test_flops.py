@@ -29,6 +29,8 @@ def test_flops_are_those_of_the_products():
     other, step = ModelFlops(per_token=7.0, per_label=5.0), (9, 5, [4, 2, 2, 1])
     assert step_flops(other, flops, *step) == 9 * 7 + 5 * 5 + 3 * flops.forward(*step)
     assert step_flops(None, flops, *step) == 3 * flops.forward(*step)
+    adapted = step_flops(None, flops, *step, adapters=50)  # frozen weights: no products for their gradients
+    assert adapted == 2 * flops.forward(*step) + 6 * 50 * 9
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.one_of(st.none(), st.integers(1, 14)))

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from kdscale.config.distill.lora import LoraConfig
 from kdscale.config.distill.recompute import RECOMPUTE
 from kdscale.families import load_family
-from kdscale.sizing import memory
-from kdscale.sizing.job import Job, Setting
+from kdscale.sizing import loss_memory, memory
+from kdscale.sizing.job import Adapters, Job, Setting
 from kdscale.sizing.memory import peak_memory
 from kdscale.sizing.model_shape import ModelShape
 
@@ -72,7 +73,7 @@ def test_a_teacher_may_have_a_dtype_of_its_own(dtype: Any, teacher: float) -> No
 def test_a_teacher_that_looks_ahead_needs_its_forward_beside_the_backward() -> None:
     alone, ahead = (peak_memory(JOB, setting(3, overlap=overlap)) for overlap in (False, True))
     assert alone.moment == "student's backward"
-    assert ahead.parts["teacher ahead"] == memory.forward_bytes(JOB, LLAMA, setting()) + memory._teacher_loss_bytes(
+    assert ahead.parts["teacher ahead"] == memory.forward_bytes(JOB, LLAMA, setting()) + loss_memory.teacher_loss_bytes(
         JOB, setting()
     )
     assert ahead.total == pytest.approx(alone.total + ahead.parts["teacher ahead"] * (1 + memory.MARGIN))
@@ -144,7 +145,7 @@ def test_the_loss_runs_in_the_mode_that_the_kernels_choose(rows: int, vocab: int
     model = replace(LLAMA, hidden=576, vocab=vocab)
     narrow = item_bytes == 2
     plan = plan_memory(CallSize(rows, 576, vocab, "cpu", 1, 4, narrow, narrow, narrow, 2), "auto", None, None)
-    chunk, by_rows = memory.loss_chunk(Job(model, model, rows, 1, 1, item_bytes=item_bytes, device="cpu"), rows)
+    chunk, by_rows = loss_memory.loss_chunk(Job(model, model, rows, 1, 1, item_bytes=item_bytes, device="cpu"), rows)
     assert by_rows == (plan.mode == "row_chunks")
     if by_rows:
         assert chunk == plan.chunk_bytes
@@ -156,9 +157,28 @@ def test_constants_are_those_of_the_libraries() -> None:
     from kdscale.distill.parallel.deepspeed_config import BUCKET
     from kdscale_kernels.fused import memory_plan, products
 
-    assert memory.CHUNK_BYTES == products.CHUNK_BYTES
-    assert (memory_plan.CPU_WORKSPACE, memory_plan.FEWEST_ROWS["cpu"]) == (memory.CPU_WORKSPACE, memory.FEWEST_ROWS)
+    assert loss_memory.CHUNK_BYTES == products.CHUNK_BYTES
+    assert memory_plan.CPU_WORKSPACE == loss_memory.CPU_WORKSPACE
+    assert memory_plan.FEWEST_ROWS["cpu"] == loss_memory.FEWEST_ROWS
     zero = DeepSpeedZeroConfig(stage=3)
     assert (zero.max_live_parameters, zero.prefetch_bucket_size) == (memory.MAX_LIVE, memory.PREFETCH)
     assert zero.sub_group_size == memory.SUB_GROUP
     assert BUCKET["cuda"] == JOB.reduce_bucket
+
+
+def test_adapters_alone_have_gradients_and_states() -> None:
+    """Rank 16 on q and v: 16·(4096 + 4096) + 16·(4096 + 1024) a layer. The base teaches without weights of its own."""
+    config = json.loads((TEACHERS / "Llama-3.1-8B" / "config.json").read_text())
+    adapters = Adapters.of(LoraConfig(rank=16, targets=("q_proj", "v_proj")), config)
+    assert adapters == Adapters(32 * 16 * (8192 + 5120), 32 * 2 * 16)
+    job = replace(JOB, adapters=adapters, base=True)
+    parts = peak_memory(job, setting(1)).parts
+    assert parts["student weights"] == 2 * (P + adapters.params)
+    assert parts["masters and Adam"] == 12 * adapters.params / 8
+    assert parts["gradients"] <= 4 * adapters.params and "teacher" not in parts
+    no_recompute = setting(1, recompute=RECOMPUTE["off"])
+    more = memory.saved_bytes(job, no_recompute) - memory.saved_bytes(JOB, no_recompute)
+    assert more == 4096 * 2 * 32 * 2 * 16  # what each A gives
+    assert loss_memory.loss_bytes(JOB, setting(1)) - loss_memory.loss_bytes(job, setting(1)) == 4 * LLAMA.head
+    host = peak_memory(job, setting(3, offload_optimizer=True, offload_parameters=True)).host
+    assert host == (16 + 4) * adapters.params / 8 + 2 * (P + adapters.params) / 8

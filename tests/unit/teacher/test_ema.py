@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kdscale.models.parameter_map import ParameterRange
-from kdscale.teacher.ema import StudentAverage
+from kdscale.teacher.own_weights import StudentAverage
 
 STEPS, DECAY = 5, 0.9
 

@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shorter_first": {"shorter_first": [{"seq_len": 256, "until": 0.5}]},
     "gradient_checkpointing": {"gradient_checkpointing": "selective"},
     "fake_quantize": {"fake_quantize": {"bits": 4, "group": 32}},
+    "lora": {"lora": {}},
     "on_policy": {"on_policy": {}},
     "weight": {},  # a schedule of the objective's
     "correct": {},
@@ -57,6 +58,7 @@ def build(objective: dict[str, Any], placement: str, settings: tuple[str, ...]) 
         distill["teachers"] = [{"name": "own"}, {"name": "other", **source}]
     else:
         distill |= source
+    distill |= {"lora": {}} if placement == "base" else {}
     for name in settings:
         distill |= {} if own and name == "on_policy" else SETTINGS[name]
     codec = {"name": "topk"} if "targets" in settings else {"name": "hidden"}
@@ -79,7 +81,8 @@ def check_accepted(cfg: Config) -> None:
     for one in distill.by_teacher().values():
         assert not distill.needs.missing_from(one.source.gives)
         assert distill.tensor_parallel == 1 or one.source.same_on_all_ranks
-        assert not (one.source.follows_student and distill.zero_stage == 3)
+        assert not (one.source.is_student and distill.zero_stage == 3)
+        assert one.teacher_placement != "base" or distill.lora is not None
     assert distill.on_policy is None or all(one.source.any_text for one in distill.by_teacher().values())
     for entry in distill.all_objectives:
         assert distill.tensor_parallel == 1 or entry.reads_head_shards

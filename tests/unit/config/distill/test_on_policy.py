@@ -84,7 +84,8 @@ def test_every_source_that_scores_new_text_is_accepted() -> None:
         for placement in source.placements:
             if source.any_text:
                 own = {"objectives": [{"name": "token_divergence", "divergence": "reverse_kl"}]}
-                assert build(own, teacher_placement=placement, **where).on_policy is not None
+                more = {**where, **({"lora": {}} if placement == "base" else {})}
+                assert build(own, teacher_placement=placement, **more).on_policy is not None
 
 
 def test_a_teacher_that_gives_no_whole_distribution_is_told_apart() -> None:

@@ -1,22 +1,28 @@
-"""The teacher that is an exponential moving average of the student's own weights (mean teacher, arXiv 1703.01780).
+"""Teachers that are made of the student's own weights, which every rank has whole: ZeRO stages 0 to 2.
 
-Every rank has the whole average, which it makes of the weights that all ranks have whole after a step: ZeRO stages 0
-to 2. It is kept in fp32 whatever the student computes in, and starts as the pruned student.
+The exponential moving average of what is trained (mean teacher, arXiv 1703.01780) is made anew after every step. It is
+kept in fp32 whatever the student computes in, and starts as the pruned student. The base is the student without its
+adapters, the weights that distill.lora leaves as they are: it is never loaded, the adapters are switched off for the
+length of a forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from kdscale.models.head import OutputHead, head_of
 from kdscale.models.loading import load_model
+from kdscale.models.lora.adapters import without_adapters
 from kdscale.models.parameter_map import ParameterRange
-from kdscale.teacher.online import open_placed
+from kdscale.teacher.online import OnlineTeacher, open_placed
 from kdscale.teacher.placement.placed import ReplicatedTeacher
-from kdscale.teacher.source import OpenedSource, SourceRequest
+from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest
+from kdscale.teacher.targets import Targets
 
 
 class StudentAverage:
@@ -60,3 +66,37 @@ def open_ema(request: SourceRequest) -> OpenedSource:
     )  # fmt: skip
     opened = open_placed(ReplicatedTeacher(model), request)
     return replace(opened, average=StudentAverage(model, request.cfg.distill.ema.decay))
+
+
+class StudentsBase:
+    """A placed teacher (teacher.placement.placed) around the student's own model."""
+
+    def __init__(self, model: Any):
+        self.model, self.vocab = model, head_of(model).vocab
+
+    @contextmanager
+    def head(self) -> Iterator[OutputHead]:
+        """The head, which is frozen as all of the base is."""
+        yield head_of(self.model)
+
+
+class BaseTeacher(OnlineTeacher):
+    """Asks the student's model without its adapters."""
+
+    def targets(self, batch: MicroBatch) -> Targets:
+        """The targets of the batch's rows."""
+        with without_adapters(self.model):
+            return super().targets(batch)
+
+
+def open_base(request: SourceRequest) -> OpenedSource:
+    """Waits for the student; every rank has it whole."""
+    models: list[Any] = []
+    return OpenedSource(
+        None,
+        lambda vocab_size: BaseTeacher(
+            StudentsBase(models[0]), request.needs, vocab_size=vocab_size, sequence_slice=request.sequence_slice,
+            seed=request.cfg.seed,
+        ),
+        take_student=models.append,
+    )  # fmt: skip
