@@ -17,6 +17,10 @@ from pydantic import AfterValidator
 # Energies add up: the share of a set of units is their sum over the sum of all. Norms are square roots of energies.
 Unit = Literal["energy", "norm"]
 
+# Axes that a model may have besides, each with the axis that it is cut with, by the same share and the same criteria:
+# ffn units of layers without experts in a mixture that has such layers, and of the expert that every token goes to.
+FOLLOWED = {"dense_ffn": "ffn", "shared_ffn": "ffn"}
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -48,6 +52,16 @@ class Criterion:
     def name(self) -> str:
         """The array's name among the importance scores, `axis.method`."""
         return f"{self.axis}.{self.method}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`name`, and the names of the scores of axes that follow the axis, by the same method."""
+        followers = (axis for axis, leader in FOLLOWED.items() if leader == self.axis)
+        return (self.name, *(self.name_of(axis) for axis in followers))
+
+    def name_of(self, axis: str) -> str:
+        """The array's name for `axis`, the criterion's own or one that follows it."""
+        return f"{axis}.{self.method}"
 
     @property
     def on_request(self) -> bool:

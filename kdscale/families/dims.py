@@ -1,14 +1,18 @@
 """The sizes of one model, and its parameters counted.
 
 Dimension names: hidden (residual stream), ffn (intermediate; of one expert in a mixture), heads (query heads), kv_heads
-(key/value groups), head_dim, layers, vocab, experts (0 in dense models).
+(key/value groups), head_dim, layers, vocab, experts (0 in dense models); of mixtures that have them dense_ffn
+(intermediate size of layers without experts) and shared_ffn (of the expert that every token goes to).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from kdscale.families.schema import axis_blocks, block_size
+from kdscale.config.criteria import FOLLOWED
+from kdscale.families.schema import axis_size
 
 # What a shape is made of; `head_dim` and `vocab` never change in a student.
 SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models
@@ -26,14 +30,40 @@ class Dims:
     layers: int
     vocab: int
     experts: int = 0
+    dense_ffn: int = 0
+    shared_ffn: int = 0
 
     def replace(self, **sizes: int) -> Dims:
         """The same with other `sizes`."""
         return replace(self, **sizes)
 
+    def resized(self, **sizes: int) -> Dims:
+        """The same with other `sizes`, and the axes that follow those (`config.criteria.FOLLOWED`) cut with them."""
+        return self.replace(**{**self.followers(sizes), **sizes})
+
+    def followers(self, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """The sizes of the axes that follow one of `sizes`, which may be arrays, by the same share of these.
+
+        Where the share is not a whole number, the nearest multiple of the largest power of two that divides the size,
+        256 at most: a size stays as round as it is.
+        """
+        return {
+            axis: _same_share(getattr(self, axis), getattr(self, leader), sizes[leader])
+            for axis, leader in FOLLOWED.items()
+            if leader in sizes and getattr(self, axis)
+        }
+
     def axis_size(self, axis: str) -> int:
         """The size of a tensor dimension from its axis: `ffn`, a product `heads*head_dim`, a sum `ffn | ffn`."""
-        return sum(block_size(block, asdict(self)) for block in axis_blocks(axis))
+        return axis_size(axis, asdict(self))
+
+
+def _same_share(size: int, whole: int, part: Any) -> Any:
+    step = min(size & -size, 256)
+    near = (2 * size * part + whole * step) // (2 * whole * step) * step
+    near = near + (near < step) * (step - near)  # at least one step
+    exact = (size * part) % whole == 0
+    return near + exact * (size * part // whole - near)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -12,15 +13,19 @@ from typing import Any
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.dims import Dims, ParamCount
 from kdscale.families.layer_fields import Config, cut_layer_fields, layer_list
+from kdscale.families.layer_kinds import Kinds, layer_kinds, write_layer_kinds
 from kdscale.families.limits import LARGEST, MOST_EXPERTS, check_size
 from kdscale.families.schema import (
     Component,
     Constraint,
     DimField,
+    DimName,
     FamilyData,
     LayerList,
     Sites,
     TensorTemplate,
+    axis_blocks,
+    axis_size,
     evaluate,
 )
 from kdscale.families.tensor_specs import TensorSpec, layer_specs, tensor_spec
@@ -35,6 +40,7 @@ class Family:
     def __init__(self, data: FamilyData, where: str, config: Config):
         self.data = data
         self.where = where
+        self.fixed_sizes = {name: self.fixed_size(name, config) for name in data.sizes}
         self._rules = [rule for rule in data.constraints if _applies(rule, config)]
         self._per_token = None if data.experts_per_token is None else self._size(data.experts_per_token, config, {})
 
@@ -50,8 +56,36 @@ class Family:
 
     @property
     def sites(self) -> Sites:
-        """The modules of the transformers model that pruning reads and changes."""
+        """The modules of the transformers model that pruning reads and changes; of a layer, what all kinds have."""
         return self.data.sites
+
+    def layer_sites(self, config: Config, layer: int) -> Sites:
+        """The same with the sites that this layer's kinds have, and without those of tensors that are not there."""
+        sites = self.data.sites_of(self.layer_kinds(config)[layer])
+        return sites if "shared_ffn" in self.layer_axes(config, layer) else sites.model_copy(update={"shared": ""})
+
+    # -- kinds of layers -----------------------------------------------------------------------------------------------
+
+    def layer_kinds(self, config: Config) -> list[Kinds]:
+        """The kinds of each layer, by which its tensors differ; the same for all layers of most families."""
+        return layer_kinds(self.data, config, self.dims(config).layers, self.where)
+
+    def layers_by_kind(self, config: Config) -> dict[int, int]:
+        """The first layer of each kind → how many there are."""
+        kinds = self.layer_kinds(config)
+        return {kinds.index(each): count for each, count in Counter(kinds).items()}
+
+    def layer_axes(self, config: Config, layer: int) -> frozenset[str]:
+        """The dimensions that the tensors of a layer have."""
+        templates = self._layer_templates(config, layer)
+        names = (factor for t in templates for axis in t.axes for block in axis_blocks(axis) for factor in block)
+        return frozenset(str(name) for name in names if name in self.data.dims)
+
+    def _layer_templates(self, config: Config, layer: int) -> list[TensorTemplate]:
+        """The templates of one layer; those with an axis of size 0 are not there."""
+        kinds, sizes = self.layer_kinds(config)[layer], self._sizes(config)
+        there = (t for t in self._groups(config)[1] if self.data.exists_in(t, kinds))
+        return [t for t in there if all(axis_size(axis, sizes) for axis in t.axes)]
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -62,8 +96,7 @@ class Family:
         refuse.
         """
         sizes: dict[str, int] = {}
-        # hidden and heads first: the others may fall back on them
-        for name in sorted(self.data.dims, key=lambda dim: dim not in ("hidden", "heads")):
+        for name in sorted(self.data.dims, key=self._reading_order):
             sizes[name] = self._size(self.data.dims[name], config, sizes)
             check_size(f"{self.where}: {self.data.dims[name].field or name}", sizes[name], LARGEST[name])
         dims = Dims(**sizes)
@@ -72,9 +105,13 @@ class Family:
             raise CheckpointError(f"{self.where}: the sizes do not fit together", got="; ".join(wrong))
         return dims
 
+    def _reading_order(self, dim: DimName) -> tuple[bool, bool]:
+        """hidden and heads first, since the others may fall back on them; last what follows from other sizes."""
+        return self.data.dims[dim].always is not None, dim not in ("hidden", "heads")
+
     def _size(self, field: DimField, config: Config, sizes: Mapping[str, int]) -> int:
         if field.always is not None:
-            return evaluate(field.always, sizes)
+            return evaluate(field.always, {**self.fixed_sizes, **sizes})
         name = field.name_in(config)
         for alias in field.aliases:
             if config.get(alias, config.get(name)) != config.get(name):
@@ -90,7 +127,7 @@ class Family:
 
     def violations(self, dims: Dims) -> list[str]:
         """One sentence for each rule of the family that `dims` breaks; empty when such a model can be built."""
-        sizes, out = asdict(dims), []
+        sizes, out = asdict(dims) | self.fixed_sizes, list[str]()
         for rule in self._rules:
             if rule.by is not None and sizes[rule.dim] % sizes[rule.by]:
                 out.append(
@@ -111,11 +148,12 @@ class Family:
 
     def tensors(self, config: Config) -> dict[str, TensorSpec]:
         """Every tensor on disk in file order: embedding, layers, final norm, head (absent when tied)."""
-        sizes, layers = self._sizes(config), self.dims(config).layers
-        before, layered, after = self._groups(config)
+        sizes, kinds = self._sizes(config), self.layer_kinds(config)
+        before, _, after = self._groups(config)
         specs = {t.name: tensor_spec(t, sizes, None) for t in before}
-        for layer in range(layers):
-            specs |= layer_specs(layered, sizes, layer)
+        templates = {kinds[layer]: self._layer_templates(config, layer) for layer in self.layers_by_kind(config)}
+        for layer, each in enumerate(kinds):
+            specs |= layer_specs(templates[each], sizes, layer)
         return specs | {t.name: tensor_spec(t, sizes, None) for t in after}
 
     def layer_tensors(self, config: Config, layer: int) -> dict[str, TensorSpec]:
@@ -123,7 +161,7 @@ class Family:
         layers = self.dims(config).layers
         if not 0 <= layer < layers:
             raise IndexError(f"layer {layer} of {layers}")
-        return layer_specs(self._groups(config)[1], self._sizes(config), layer)
+        return layer_specs(self._layer_templates(config, layer), self._sizes(config), layer)
 
     def outer_tensors(self, config: Config) -> dict[str, TensorSpec]:
         """The tensors outside the layers: embedding, final norm, head (absent when tied)."""
@@ -172,7 +210,7 @@ class Family:
 
     def transposed(self, role: str) -> bool:
         """Whether the projection is stored [input, output] (GPT-2's Conv1D), not [output, input] like nn.Linear."""
-        axes = next((t.axes for t in self.data.tensors if t.role == role), None)
+        axes = next((t.axes for t in self.data.tensors if t.role == role and not t.per_expert), None)
         return axes is not None and role in ("o", "down") and axes[-1] == "hidden"
 
     def output_by_input(self, role: str, weight: Any) -> Any:
@@ -186,9 +224,11 @@ class Family:
         outer, dims = self.outer_tensors(config), self.dims(config)
         embedding = sum(math.prod(spec.shape) for spec in outer.values() if spec.counts_as_embedding)
         rest = sum(math.prod(spec.shape) for spec in outer.values() if not spec.counts_as_embedding)
-        one_layer = self.layer_tensors(config, 0).values()
-        rest += sum(math.prod(spec.shape) for spec in one_layer) * dims.layers
-        experts = sum(math.prod(spec.shape) for spec in one_layer if spec.expert is not None) * dims.layers
+        experts = 0
+        for layer, count in self.layers_by_kind(config).items():
+            specs = self.layer_tensors(config, layer).values()
+            rest += sum(math.prod(spec.shape) for spec in specs) * count
+            experts += sum(math.prod(spec.shape) for spec in specs if spec.of_experts) * count
         # experts are of one size, so what a token does not use is a whole number
         idle = experts // dims.experts * (dims.experts - (self._per_token or 0)) if experts else 0
         return ParamCount(embedding + rest, embedding, rest, embedding + rest - idle)
@@ -218,6 +258,8 @@ class Family:
             student |= {field: value for field, value in drop.config.items() if field in student}
         if len(kept) < teacher.layers:
             cut_layer_fields(self.data, config, student, kept, teacher.layers, self.where)
+            kinds = self.layer_kinds(config)
+            write_layer_kinds(self.data, student, [kinds[layer] for layer in kept], self.where)
         return student
 
     def layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:

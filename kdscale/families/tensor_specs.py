@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kdscale.families.schema import COMPONENT_OF, EXPERT, LAYER, Component, TensorTemplate, axis_blocks, block_size
+from kdscale.families.schema import COMPONENT_OF, EXPERT, LAYER, Component, TensorTemplate, axis_size
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class TensorSpec:
         return COMPONENT_OF[self.role]
 
     @property
+    def of_experts(self) -> bool:
+        """Whether it belongs to the experts that tokens are routed to."""
+        return self.expert is not None
+
+    @property
     def counts_as_embedding(self) -> bool:
         """Whether this grows with the vocabulary or the context, not with the depth: embeddings and the head."""
         return self.component in ("embedding", "head")
@@ -39,7 +44,7 @@ def tensor_spec(
 ) -> TensorSpec:
     """The tensor of a template, of one layer and expert where it has those."""
     return TensorSpec(
-        shape=tuple(sum(block_size(block, sizes) for block in axis_blocks(axis)) for axis in template.axes),
+        shape=tuple(axis_size(axis, sizes) for axis in template.axes),
         axes=template.axes,
         layer=layer,
         role=template.role,

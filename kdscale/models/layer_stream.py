@@ -48,8 +48,8 @@ class EnoughSeenError(Exception):
 class DecoderLayer:
     """Layer `index` of a model with its weights; `model` is a model of that one layer without other weights."""
 
-    def __init__(self, model: nn.Module, family: Family, index: int):
-        self.index = index
+    def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any], index: int):
+        self.index, self.sites = index, family.layer_sites(config, index)
         self._base = _base_model(model)
         self.module: nn.Module = model.get_submodule(f"{family.sites.layers}.0")
 
@@ -132,7 +132,7 @@ class LayerStream:
         replace_module(model, sites.final_norm, nn.Identity())  # the hidden state leaves the layer as it is
         if sites.rotary:
             model.get_submodule(sites.rotary).to(self.device)
-        return DecoderLayer(model, self.family, index)
+        return DecoderLayer(model, self.family, self.config, index)
 
     def layers(self) -> Iterator[DecoderLayer]:
         """All layers in order; each is released when the next one is asked for."""

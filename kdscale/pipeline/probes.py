@@ -24,7 +24,7 @@ from kdscale.units import BUDGET_FIELDS
 
 if TYPE_CHECKING:
     from kdscale.families import Dims
-    from kdscale.prune.plan import ShapeCandidate
+    from kdscale.prune.candidates import ShapeCandidate
 
 
 def by_probes(context: StageContext, teacher: Dims, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
@@ -46,7 +46,7 @@ def by_probes(context: StageContext, teacher: Dims, candidates: list[ShapeCandid
 def _probed(context: StageContext, teacher: Dims, candidate: ShapeCandidate, tokens: int) -> ShapeCandidate:
     """The candidate with one more probe, run now or read from its result file."""
     from kdscale.families.dims import SHAPE_AXES
-    from kdscale.prune.plan import ProbeResult
+    from kdscale.prune.candidates import ProbeResult
 
     config = probe_config(context.config, teacher, candidate, tokens)
     folder = Path(config.run_dir)

@@ -22,7 +22,7 @@ from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_stream import LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import expert_name
 from kdscale.prune.compensation.layer_gaps import RepairedWeights, find_gaps, repaired_gaps
-from kdscale.prune.compensation.one_stream import compensated_layers, compensated_roles
+from kdscale.prune.compensation.one_stream import compensated_layers, compensates
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
 from kdscale.prune.compensation.stream_refit import FINAL_NORM, refitted_layers
 from kdscale.prune.compensation.two_stream import two_stream_layers
@@ -73,9 +73,9 @@ def apply_plan(
     device, reporter = device or torch.device("cpu"), reporter or Reporter(quiet=True)
     slicer = Slicer(teacher.config, family, plan)
     start = _refit_start(slicer, teacher, basis)
-    compensates, repairs = bool(start or compensated_roles(plan, slicer)), bool(find_gaps(plan))
-    if (compensates or repairs) and not sum(batch.input_ids_BS.numel() for batch in batches):
-        needs, field = ("compensation", "compensate") if compensates else ("the repair of layer gaps", "layer_repair")
+    refits, repairs = start is not None or compensates(plan, slicer), bool(find_gaps(plan))
+    if (refits or repairs) and not sum(batch.input_ids_BS.numel() for batch in batches):
+        needs, field = ("compensation", "compensate") if refits else ("the repair of layer gaps", "layer_repair")
         raise DataError(f"{needs} needs calibration tokens", hint=f"or set prune.{field}=none")
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     repaired = repaired_gaps(stream, slicer, batches, prune_cfg, teacher, reporter, scratch.subfolder(_GAPS))
@@ -90,18 +90,16 @@ def apply_plan(
     if is_writer():
         remove_leftovers(out_dir)
         with _open_writer(out_dir, teacher, slicer, prune_cfg, scratch) as writer:
-            if compensates and scratch.folder is not None and not writer.written:
+            if refits and scratch.folder is not None and not writer.written:
                 remove_tree(scratch.folder / _PASS)  # the layers that it has done are not in these files
             of_tensor = _cut_blocks(teacher, start) if start is not None else _sliced_blocks(teacher, slicer)
-            _write_student(
-                writer, teacher, slicer, of_tensor, repaired, compensated(recovered) if compensates else None
-            )
+            _write_student(writer, teacher, slicer, of_tensor, repaired, compensated(recovered) if refits else None)
         config = slicer.student_config if code else without_own_classes(slicer.student_config)
         if config != slicer.student_config:
             reporter.say("  note: the teacher's own code (auto_map) is left out: teacher.trust_remote_code is false")
         write_json(out_dir / "config.json", config)
         copy_sidecars(teacher.path, out_dir, code=code)
-    elif compensates:
+    elif refits:
         for _ in compensated():
             raise AssertionError("only the rank that writes is given weights")
     repaired.close()

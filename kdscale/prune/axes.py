@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
 
     def dims(self, teacher: Dims) -> Dims:
         """These sizes, with what never changes from the teacher."""
-        return teacher.replace(**self._asdict())
+        return teacher.resized(**self._asdict())
 
 
 def target_kind(cfg: PruneConfig) -> BudgetKind | None:

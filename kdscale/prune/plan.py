@@ -15,18 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from kdscale.config.criteria import methods
-from kdscale.config.fields import MOST, shown
+from kdscale.config.criteria import FOLLOWED, methods
+from kdscale.config.fields import shown
 from kdscale.config.prune import Compensation, PlannedRepair
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
 from kdscale.families.dims import SHAPE_AXES
 from kdscale.files import read_text, write_text
-from kdscale.prune.axes import Sizes
+from kdscale.prune.candidates import PlanSection, ShapeCandidate, Size
 
-Size = Annotated[int, Field(ge=1, le=MOST)]
 SearchResult = Literal["sizes_given", "balanced", "retained_importance", "masked", "probes"]
 Indices = list[int]
 _MOST_PROBLEMS = 30  # lines of one message
@@ -35,13 +34,10 @@ _INT_LIST = re.compile(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]")
 
 
 _RETAINED = (*SHAPE_AXES, "score")
+UNIT_AXES = ("heads", "kv_heads", *FOLLOWED)  # axes with a list of kept units for each layer, besides ffn and experts
 
 
-class _PlanSection(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class PlannedDims(_PlanSection):
+class PlannedDims(PlanSection):
     """The sizes of one model, as plan.json has them; `head_dim` and `vocab` are never cut."""
 
     hidden: Size
@@ -52,6 +48,8 @@ class PlannedDims(_PlanSection):
     layers: Size
     vocab: Size
     experts: Annotated[int, Field(ge=0)] = 0  # 0 in dense models
+    dense_ffn: Annotated[int, Field(ge=0)] = 0  # of layers without experts, in a mixture that has such layers
+    shared_ffn: Annotated[int, Field(ge=0)] = 0  # of the expert that every token goes to
 
     @classmethod
     def of(cls, dims: Dims) -> PlannedDims:
@@ -63,11 +61,12 @@ class PlannedDims(_PlanSection):
         return Dims(**self.model_dump())
 
 
-class KeptUnits(_PlanSection):
+class KeptUnits(PlanSection):
     """The teacher's indices that stay.
 
-    `ffn`, `heads`, `kv_heads` and `experts` have one list per kept layer, in the order of the layers. In a mixture of
-    experts `ffn` has one list per kept expert of each kept layer, layer by layer.
+    `heads`, `kv_heads` and `experts` have one list per kept layer, in the order of the layers, and so do `dense_ffn`
+    and `shared_ffn` in a model that has them; the list is empty for a layer without such units. `ffn` has one list per
+    kept layer, and in a mixture of experts one per kept expert of each kept layer, layer by layer.
     """
 
     layers: Indices
@@ -75,17 +74,24 @@ class KeptUnits(_PlanSection):
     ffn: list[Indices]
     heads: list[Indices]
     kv_heads: list[Indices]
-    experts: list[Indices] = []
+    experts: list[Indices] = Field(default=[])
+    dense_ffn: list[Indices] = Field(default=[])
+    shared_ffn: list[Indices] = Field(default=[])
 
-    def ffn_of(self, position: int, expert: int | None = None) -> Indices:
-        """Kept ffn units of the student's layer `position`; in a mixture, of the teacher's expert `expert`."""
-        if expert is None:
-            return self.ffn[position]
-        experts = self.experts[position]
-        return self.ffn[position * len(experts) + experts.index(expert)]
+    def units(self, axis: str, position: int, expert: int | None = None) -> Indices:
+        """Kept units of `axis` in the student's layer `position`; ffn in a mixture: of the teacher's `expert`."""
+        if axis == "ffn" and expert is not None:
+            before = sum(map(len, self.experts[:position]))
+            return self.ffn[before + self.experts[position].index(expert)]
+        units: list[Indices] = getattr(self, axis)
+        return units[position]
+
+    def ffn_of(self, position: int, expert: int) -> Indices:
+        """Kept ffn units of the teacher's `expert` in the student's layer `position`."""
+        return self.units("ffn", position, expert)
 
 
-class Methods(_PlanSection):
+class Methods(PlanSection):
     """The method that ranked each axis; `uncut` where nothing was removed, `first` where there were no scores.
 
     `search` is the last ranking that chose the shape.
@@ -111,7 +117,7 @@ class Methods(_PlanSection):
         return self
 
 
-class ParamCounts(_PlanSection):
+class ParamCounts(PlanSection):
     """Parameters of one model; `embedding` includes the head."""
 
     total: Size
@@ -120,7 +126,7 @@ class ParamCounts(_PlanSection):
     active: Size | None = None  # what one token uses, of a mixture of experts; None in dense models
 
 
-class PlanTarget(_PlanSection):
+class PlanTarget(PlanSection):
     """What the config asked for and how near the plan is.
 
     `wanted` and `cost` are in the unit of `kind`, `off_by` is a share of `wanted`. `reached` is the student's parameter
@@ -138,68 +144,7 @@ class PlanTarget(_PlanSection):
     share_of_teacher: float
 
 
-class TaskScore(_PlanSection):
-    """A shape's answers to the questions of `prune.search.tasks`: means over tasks, each ± its standard error.
-
-    `score` decides (search/questions.py), `accuracy` is the share of right answers, `behind` what is missing to the
-    best candidate's score; its error is that of the differences on the same items.
-    """
-
-    score: float
-    score_error: float
-    accuracy: float
-    accuracy_error: float
-    behind: float
-    behind_error: float
-    teacher_score: float
-    teacher_accuracy: float
-    items: Size
-
-
-class MaskedScore(_PlanSection):
-    """A shape run in memory on calibration text, before it is written: nats per token, and how it was run."""
-
-    loss: float
-    kl: float
-    teacher_loss: float
-    tokens: Size
-    compensate: str
-    task: TaskScore | None = None
-
-
-class ProbeResult(_PlanSection):
-    """Held-out loss (the distillation's own, in nats per token) after a short distillation."""
-
-    tokens: Size
-    loss: float
-
-
-class ShapeCandidate(_PlanSection):
-    """One shape that met the budget, and all its scores; `params` as `target.count` counts them."""
-
-    hidden: Size
-    ffn: Size
-    heads: Size
-    kv_heads: Size
-    layers: Size
-    experts: Annotated[int, Field(ge=0)] = 0
-    params: Size
-    active: Size | None = None  # as in ParamCounts
-    bytes: Size
-    kv_bytes: Size
-    decode_ms: float | None = None
-    prefill_ms: float | None = None
-    latency_spread: float | None = None  # of repeated timings, as a share; None where the times are predicted
-    score: float
-    masked: MaskedScore | None = None
-    probes: list[ProbeResult] = []
-
-    def sizes(self) -> Sizes:
-        """The candidate's size on every axis."""
-        return Sizes(*(getattr(self, axis) for axis in SHAPE_AXES))
-
-
-class Plan(_PlanSection):
+class Plan(PlanSection):
     """Everything that `apply` needs, and the record of how it was chosen."""
 
     version: Literal[1] = 1
@@ -296,17 +241,23 @@ def consistency_problems(plan: Plan) -> list[str]:
     ]
     out += _index_problems("kept.layers", kept.layers, student.layers, teacher.layers)
     out += _index_problems("kept.hidden", kept.hidden, student.hidden, teacher.hidden)
-    for axis in ("ffn", "heads", "kv_heads", *(["experts"] if teacher.experts else [])):
+    for axis in ("experts", "ffn", *UNIT_AXES):
+        if not getattr(teacher, axis):
+            continue
         lists = getattr(kept, axis)
-        many = student.layers * student.experts if axis == "ffn" and teacher.experts else student.layers
+        of_experts = axis == "ffn" and teacher.experts
+        many = sum(map(len, kept.experts)) if of_experts else student.layers
         if len(lists) != many:
-            out.append(f"kept.{axis}: expected {many} lists, one per kept layer, got {len(lists)}")
+            each = "one per kept expert" if of_experts else "one per kept layer"
+            out.append(f"kept.{axis}: expected {many} lists, {each}, got {len(lists)}")
         for position, indices in enumerate(lists):
-            name = f"kept.{axis}[{position}]"
-            out += _index_problems(name, indices, getattr(student, axis), getattr(teacher, axis))
+            if indices or of_experts:  # an empty list: the layer has no such units (teacher_problems knows whether)
+                name = f"kept.{axis}[{position}]"
+                out += _index_problems(name, indices, getattr(student, axis), getattr(teacher, axis))
     if not out:
         for position, (heads, groups) in enumerate(zip(kept.heads, kept.kv_heads, strict=True)):
-            out += _group_problems(f"kept.heads[{position}]", heads, groups, teacher, student)
+            if heads or groups:
+                out += _group_problems(f"kept.heads[{position}]", heads, groups, teacher, student)
     return out
 
 
@@ -325,6 +276,15 @@ def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> l
         return out
     if wrong := family.violations(plan.student.dims()):
         return [f"student: no shape of the family: {sentence}" for sentence in wrong]
+    for position, layer in enumerate(plan.kept.layers):
+        axes = family.layer_axes(plain, layer)
+        for axis in ("experts", *UNIT_AXES, *(() if actual.experts else ("ffn",))):
+            lists: list[Indices] = getattr(plan.kept, axis)
+            if lists and bool(lists[position]) != (axis in axes):
+                expected = "units" if axis in axes else "an empty list: the layer has no such units"
+                out.append(f"kept.{axis}[{position}]: expected {expected}, got {len(lists[position])} indices")
+    if out:
+        return out
     student_config = family.student_config(plain, plan.student.dims(), plan.kept.layers)
     for field, model in (("teacher_params", plain), ("student_params", student_config)):
         counted = count_params(model, family)

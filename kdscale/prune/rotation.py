@@ -28,8 +28,8 @@ from kdscale.runs.importance_scores import ROTATION
 from kdscale.weights import Checkpoint
 from kdscale.weights.header import TensorEntry
 
-# Which norm a reader of the residual stream comes after, by role.
-_NORM_BEFORE = dict.fromkeys(("q", "k", "v", "qkv"), "attn_norm") | {"head": "final_norm"}
+# Which norm a reader of the residual stream comes after, by component.
+_NORM_BEFORE = {"attention": "attn_norm", "ffn": "ffn_norm", "head": "final_norm"}
 _NORMS = ("attn_norm", "ffn_norm", "final_norm")
 
 _BLOCK_ROWS = 8192  # of a tensor that are in fp64 at a time
@@ -106,7 +106,7 @@ class RotatedTeacher(Checkpoint):
 
     def _gain(self, name: str, spec: TensorSpec) -> Tensor:
         """The gain of the norm whose output this matrix reads."""
-        role = _NORM_BEFORE.get(spec.role, "ffn_norm")
+        role = _NORM_BEFORE[spec.component]
         norms = [
             norm for norm, norm_spec in self._specs.items() if (norm_spec.role, norm_spec.layer) == (role, spec.layer)
         ]

@@ -22,7 +22,7 @@ B batch · S sequence · D teacher hidden · V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,11 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdscale.config.criteria import FOLLOWED
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
+from kdscale.families.writers import Writer, layer_writers
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLES, find_gaps
-from kdscale.prune.compensation.one_stream import compensated_roles
+from kdscale.prune.compensation.one_stream import compensated
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.prune.stream_cut import METHOD as REFIT
@@ -54,6 +56,8 @@ _IN_MEMORY_BYTES = 2 << 30
 _CACHED_TOLERANCE_16BIT = 0.1
 
 _BLOCK_BYTES = 1 << 25
+
+_AXES_OF = {"o": "heads / kv_heads"}  # that the output of a projection depends on, where it is not what it reads
 
 
 class IdsBatch:
@@ -113,17 +117,17 @@ def masked_equals_sliced(
             outputs: list[dict[str, Tensor]] = [{}, {}]
             layer = teacher_stream.layer(layer_index)
             mask.attach(layer, position)
-            _record(layer, family, outputs[0])
+            _record(layer, slicer.writers(position), outputs[0])
             masked = layer(masked, batch.position_ids_BS)
             layer.release()
             layer = student_stream.layer(position)
-            _record(layer, family, outputs[1])
+            _record(layer, slicer.writers(position), outputs[1])
             student = layer(student, batch.position_ids_BS)
             layer.release()
             where = f"teacher layer {layer_index} (student layer {position})"
-            mlp = "experts / ffn" if family.sites.experts else "ffn"
-            for site, axis in (("heads", "heads / kv_heads"), ("ffn", mlp)):
-                compare.hidden(f"{where}, {axis} output", axis, outputs[0][site], outputs[1][site])
+            for role, writer in slicer.writers(position).items():
+                axis = "experts / ffn" if writer.of_experts else _AXES_OF.get(role, writer.axis)
+                compare.hidden(f"{where}, {axis} output", axis, outputs[0][role], outputs[1][role])
             compare.hidden(where, "layers", masked, student)
         norm = mask.final_norm(teacher_stream.final_norm())
         masked, student = norm(masked), student_stream.final_norm()(student)
@@ -146,11 +150,13 @@ def _unrounded(teacher: Checkpoint, slicer: Slicer) -> Callable[[str], Tensor]:
 def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student: Checkpoint) -> None:
     """Every tensor on disk is the teacher's slice, bit for bit, or (compensated) finite. Raises SelfCheckError."""
     slicer = Slicer(teacher.config, family, plan)
-    changed, refits = compensated_roles(plan, slicer), plan.methods.hidden == REFIT
+    changed = [compensated(plan, slicer, position) for position in range(plan.student.layers)]
+    refits = plan.methods.hidden == REFIT
     repaired = {gap.position for gap in find_gaps(plan)}
     for source, target, spec, position in slicer.tensors():
         refitted = refits and "hidden" in spec.axes
-        if refitted or spec.role in changed or (spec.role in REPAIRED_ROLES and position in repaired):
+        rewritten = position is not None and spec.role in changed[position]
+        if refitted or rewritten or (spec.role in REPAIRED_ROLES and position in repaired):
             good = all(bool(torch.isfinite(block).all()) for block in student.blocks(target, _BLOCK_BYTES))
         else:
             good = _is_written(student, target, slicer.slice(teacher.tensor(source), spec, position))
@@ -279,16 +285,16 @@ class _Mask:
 
     def attach(self, layer: DecoderLayer, position: int) -> None:
         """Silence, in a layer of the teacher, what the student's layer `position` does not have."""
-        plan, sites = self._plan, self._family.sites
+        plan = self._plan
         heads_QH = self._head_indicator(plan.kept.heads[position], plan.teacher.heads)
-        layer.site(sites.heads).register_forward_pre_hook(_scale_input(heads_QH))
-        if sites.ffn:
-            ffn_F = self._indicator(plan.kept.ffn[position], plan.teacher.ffn)
-            layer.site(sites.ffn).register_forward_pre_hook(_scale_input(ffn_F))
-        else:
-            self._experts(layer, position)
-        for path in (sites.heads, sites.mlp_output):
-            layer.site(path).register_forward_hook(_scale_output(self.hidden_D))
+        for writer in layer_writers(self._family, self._config, layer.index).values():
+            if writer.of_experts:
+                self._experts(layer, position)
+            else:
+                of_mlp = writer.axis in ("ffn", *FOLLOWED)
+                kept_U = self._unit_indicator(writer.axis, position) if of_mlp else heads_QH
+                layer.site(writer.path).register_forward_pre_hook(_scale_input(kept_U))
+            layer.site(writer.path).register_forward_hook(_scale_output(self.hidden_D))
         keep = {
             "hidden": self.hidden_D,
             "heads*head_dim": heads_QH,
@@ -326,15 +332,18 @@ class _Mask:
 
     def _experts(self, layer: DecoderLayer, position: int) -> None:
         """Columns of units that go are zeroed in each kept expert; the router has the kept experts to choose from."""
-        plan, sites = self._plan, self._family.sites
+        plan = self._plan
         kept = plan.kept.experts[position]
-        experts: Any = layer.site(sites.experts)
-        router: Any = layer.site(sites.router)
+        experts: Any = layer.site(layer.sites.experts)
+        router: Any = layer.site(layer.sites.router)
         for expert in kept:
             experts.down_proj[expert] *= self._indicator(plan.kept.ffn_of(position, expert), plan.teacher.ffn)
         numbers = torch.tensor(kept, device=self._device)
         router.weight.data = router.weight.data[numbers]
         router.register_forward_hook(lambda _module, _args, output: (*output[:-1], numbers[output[-1]]))
+
+    def _unit_indicator(self, axis: str, position: int) -> Tensor:
+        return self._indicator(self._plan.kept.units(axis, position), getattr(self._plan.teacher, axis))
 
     def _head_indicator(self, kept: list[int], size: int) -> Tensor:
         return self._indicator(kept, size).repeat_interleave(self._plan.teacher.head_dim)
@@ -371,14 +380,14 @@ class _Comparison:
         return difference
 
 
-def _record(layer: DecoderLayer, family: Family, seen: dict[str, Tensor]) -> None:
-    """Keep what the two projections into the residual stream put out; registered last, so after any mask."""
+def _record(layer: DecoderLayer, writers: Mapping[str, Writer], seen: dict[str, Tensor]) -> None:
+    """Keep what the projections into the residual stream put out; registered last, so after any mask."""
 
     def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
         return lambda _module, _args, output: seen.__setitem__(name, output)
 
-    layer.site(family.sites.heads).register_forward_hook(keep("heads"))
-    layer.site(family.sites.mlp_output).register_forward_hook(keep("ffn"))
+    for role, writer in writers.items():
+        layer.site(writer.path).register_forward_hook(keep(role))
 
 
 def _scale_input(factor: Tensor | float) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kdscale.families import Family, TensorSpec
-from kdscale.families.schema import axis_blocks
+from kdscale.families.schema import axis_blocks, axis_size
+from kdscale.families.writers import Writer, layer_writers
 from kdscale.prune.plan import Plan
 
 _NEVER_CUT = ("head_dim", "vocab")
@@ -40,9 +41,7 @@ class Slicer:
         self.family, self.plan = family, plan
         self.teacher_config = config
         self.student_config = family.student_config(config, plan.student.dims(), plan.kept.layers)
-        self._sizes = asdict(plan.teacher.dims()) | {
-            name: family.fixed_size(name, config) for name in family.data.sizes
-        }
+        self._sizes = asdict(plan.teacher.dims()) | family.fixed_sizes
         # A model that multiplies embeddings by √hidden takes the smaller √ of the student: its file makes up for it.
         scaled = family.data.embed_multiplier == "sqrt_hidden"
         self.embed_factor = math.sqrt(plan.teacher.hidden / plan.student.hidden) if scaled else 1.0
@@ -64,7 +63,7 @@ class Slicer:
         """The tensors of the student's layer `position`, which the teacher may number otherwise; kept experts only."""
         teacher = self.family.layer_tensors(self.teacher_config, self.plan.kept.layers[position])
         student = self.family.layer_tensors(self.student_config, position)
-        experts = self.kept("experts", position)
+        experts = self.kept("experts", position) if self.cuts("experts") else None
         stay = {
             name: spec
             for name, spec in teacher.items()
@@ -101,17 +100,28 @@ class Slicer:
         """The indices that stay along each dimension of a teacher tensor; None: all of them."""
         return [self.kept(axis, position, spec.expert) for axis in spec.axes]
 
+    def cuts(self, axis: str) -> bool:
+        """Whether the student has fewer indices along `axis` than the teacher."""
+        return any(self._is_cut(factor) for block in axis_blocks(axis) for factor in block)
+
+    def size(self, axis: str) -> int:
+        """The teacher's size of `axis`."""
+        return axis_size(axis, self._sizes)
+
+    def writers(self, position: int) -> dict[str, Writer]:
+        """The projections of the student's layer `position` that write to the residual stream, by role."""
+        return layer_writers(self.family, self.student_config, position)
+
     def kept(self, axis: str, position: int | None, expert: int | None = None) -> list[int] | None:
         """Indices that stay along `axis` (as the family names tensor dimensions); None: all of them.
 
         `position` is the student's layer, `expert` the teacher's expert for a tensor that each expert has.
         """
-        blocks = axis_blocks(axis)
-        if not any(self._is_cut(factor) for block in blocks for factor in block):
+        if not self.cuts(axis):
             return None
         out: list[int] = []
         start = 0
-        for block in blocks:
+        for block in axis_blocks(axis):
             sizes = [factor if isinstance(factor, int) else self._sizes[factor] for factor in block]
             units = [self._units(factor, size, position, expert) for factor, size in zip(block, sizes, strict=True)]
             strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
@@ -131,10 +141,7 @@ class Slicer:
         if factor == "hidden":
             return self.plan.kept.hidden
         assert position is not None, f"a tensor outside the layers has the axis {factor}"
-        if factor == "ffn":
-            return self.plan.kept.ffn_of(position, expert)
-        units: list[int] = getattr(self.plan.kept, str(factor))[position]
-        return units
+        return self.plan.kept.units(str(factor), position, expert)
 
 
 class SlicedStudent:

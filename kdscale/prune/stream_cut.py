@@ -44,8 +44,10 @@ _RIDGE = 1e-4  # of the regression of the final stream on the directions that st
 
 def refit_obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
     """Why the hidden axis of this model cannot be cut by refitting all that reads and writes it, or None."""
-    if family.sites.experts:
+    if "experts" in family.data.dims:
         return f"the experts of {family.name} are not refitted to another stream"
+    if family.data.layer_kinds:
+        return f"the layers of {family.name} are of several kinds"
     if family.data.norm.kind != "rms":
         return f"the norms of {family.name} are not RMSNorms"
     if config.get("residual_multiplier", 1) not in (None, 1):

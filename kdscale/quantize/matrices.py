@@ -40,7 +40,7 @@ def layer_matrices(config: Mapping[str, Any], family: Family, layer: int) -> lis
 
 def check_family(family: Family) -> None:
     """Raises ConfigError for a family whose layers are not of linear maps alone."""
-    if family.sites.experts:
+    if "experts" in family.data.dims:
         raise ConfigError(
             "quantize", expected="a dense model", got=f"{family.name}, a mixture of experts",
             hint="leave the section quantize out",

@@ -147,11 +147,21 @@ def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Kept layers, which heads and kv heads each keeps, and how many units on each axis."""
     kept = plan["kept"]
     per_layer = [
-        {"layer": layer, **{axis: len(kept[axis][position]) for axis in ("ffn", "heads", "kv_heads")}}
+        {"layer": layer, "ffn": _ffn_units(plan, position)}
+        | {axis: len(kept[axis][position]) for axis in ("heads", "kv_heads")}
         for position, layer in enumerate(kept["layers"])
     ]
     which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads", "experts") if axis in kept}
     return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
+
+
+def _ffn_units(plan: Mapping[str, Any], position: int) -> int:
+    """How many ffn units a layer keeps; of each expert, where it has experts."""
+    kept = plan["kept"]
+    if kept.get("experts") and kept["experts"][position]:
+        units: int = plan["student"]["ffn"]
+        return units
+    return len(kept["dense_ffn" if kept.get("dense_ffn") else "ffn"][position])
 
 
 def _stages(run_dir: Path) -> list[dict[str, Any]]:

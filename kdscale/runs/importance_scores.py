@@ -30,7 +30,7 @@ class ImportanceScores(dict[str, NDArray[np.float32]]):
     def __init__(self, arrays: Mapping[str, Any], units: Mapping[str, str] | None = None):
         """`units`: by name; by default the ones in the table of criteria, for scores that were just measured."""
         super().__init__(arrays)
-        table = {row.name: row.unit for row in criteria.CRITERIA}
+        table = {name: row.unit for row in criteria.CRITERIA for name in row.names}
         self.units = {name: table[name] for name in sorted(arrays) if name in table} if units is None else dict(units)
 
     def energy(self, name: str) -> NDArray[np.float64]:

@@ -46,7 +46,8 @@ class ModelShape:
     products: int
     layers: int
     hidden: int
-    ffn: int  # of one expert, times the experts a token is routed to
+    ffn: int  # in a mixture of the experts that a token goes to, or of a layer without experts where that is more
+
     heads: int
     head_dim: int
     kv_heads: int
@@ -64,23 +65,25 @@ class ModelShape:
     def of(cls, config: Mapping[str, Any], family: Family) -> ModelShape:
         """Exact where the family's file is. Raises CheckpointError for a config the family refuses."""
         dims, count = family.dims(config), family.count_params(config)
-        roles = {spec.role for spec in family.layer_tensors(config, 0).values()}
+        sizes, roles, axes = [], set[str](), set[str]()
+        for layer in family.layers_by_kind(config):
+            specs = family.layer_tensors(config, layer).values()
+            sizes.append(sum(math.prod(spec.shape) for spec in specs))
+            roles |= {spec.role for spec in specs}
+            axes |= family.layer_axes(config, layer)
         matrices = [
             spec for spec in family.tensors(config).values() if not spec.counts_as_embedding and len(spec.shape) > 1
         ]
-        of_experts = sum(math.prod(spec.shape) for spec in matrices if spec.expert is not None)
+        of_experts = sum(math.prod(spec.shape) for spec in matrices if spec.of_experts)
         used = max(1, family.experts_per_token)
         idle = of_experts // dims.experts * (dims.experts - family.experts_per_token) if of_experts else 0
         return cls(
             params=count.total,
-            layer=max(
-                sum(math.prod(spec.shape) for spec in family.layer_tensors(config, layer).values())
-                for layer in range(dims.layers)
-            ),
+            layer=max(sizes),
             products=sum(math.prod(spec.shape) for spec in matrices) - idle + dims.vocab * dims.hidden,
             layers=dims.layers,
             hidden=dims.hidden,
-            ffn=dims.ffn * used,
+            ffn=max(dims.ffn * used + dims.shared_ffn, dims.dense_ffn if "dense_ffn" in axes else 0),
             heads=dims.heads,
             head_dim=dims.head_dim,
             kv_heads=dims.kv_heads,
@@ -88,7 +91,7 @@ class ModelShape:
             tied=bool(family.tied(config)),
             gated=bool(roles & {"gate", "gate_up"}),
             qk_norm="q_norm" in roles,
-            linears=sum(math.prod(spec.shape) for spec in matrices if spec.layer is not None and spec.expert is None),
+            linears=sum(math.prod(spec.shape) for spec in matrices if spec.layer is not None and not spec.of_experts),
             windows=tuple(Counter(attention_windows(family, config)).items()),
             norm=(family.data.norm.kind, family.data.norm.gain),
             norms=len(roles & {"attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm"}),

@@ -6,10 +6,11 @@ named axis per dimension. Nothing here imports torch, so that planning starts in
 
 from __future__ import annotations
 
-from kdscale.families.schema.axes import DIMS, DimName, axis_blocks, block_size, evaluate
+from kdscale.families.schema.axes import DIMS, DimName, axis_blocks, axis_size, block_size, evaluate
 from kdscale.families.schema.config_fields import Constraint, DimField, LayerList
 from kdscale.families.schema.family_file import FamilyData
 from kdscale.families.schema.gguf import Gguf
+from kdscale.families.schema.layer_kinds import LayerCondition, LayerKinds
 from kdscale.families.schema.tensors import COMPONENT_OF, EXPERT, LAYER, Component, Sites, TensorTemplate
 
 __all__ = [
@@ -23,10 +24,13 @@ __all__ = [
     "DimName",
     "FamilyData",
     "Gguf",
+    "LayerCondition",
+    "LayerKinds",
     "LayerList",
     "Sites",
     "TensorTemplate",
     "axis_blocks",
+    "axis_size",
     "block_size",
     "evaluate",
 ]

@@ -10,11 +10,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-DimName = Literal["hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "experts"]
+from kdscale.config.criteria import FOLLOWED
+
+DimName = Literal[
+    "hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "experts", "dense_ffn", "shared_ffn"
+]
 DIMS: tuple[str, ...] = DimName.__args__  # type: ignore[attr-defined]
+OPTIONAL_DIMS = ("experts", *FOLLOWED)
 _FACTOR = re.compile(r"[a-z_]+|[1-9][0-9]*")
 _EXPRESSION = re.compile(
-    r"(?P<dim>[a-z_]+)|(?P<top>[a-z_]+) // (?P<by>[a-z_]+)|(?P<times>[1-9][0-9]*) \* (?P<of>[a-z_]+)"
+    r"(?P<dim>[a-z_]+)|(?P<top>[a-z_]+) // (?P<by>[a-z_]+)|(?P<times>[1-9][0-9]*|[a-z_]+) \* (?P<of>[a-z_]+)"
 )
 
 # An axis is a sequence of blocks; a block is a row-major product of dimensions and plain numbers.
@@ -38,26 +43,38 @@ def block_size(block: tuple[str | int, ...], sizes: Mapping[str, int]) -> int:
     return math.prod(factor if isinstance(factor, int) else sizes[factor] for factor in block)
 
 
+def axis_size(axis: str, sizes: Mapping[str, int]) -> int:
+    """The size of an axis: the sum of its blocks."""
+    return sum(block_size(block, sizes) for block in axis_blocks(axis))
+
+
 def _axis(text: str) -> str:
     axis_blocks(text)
     return text
 
 
 def _expression(text: str) -> str:
-    match = _EXPRESSION.fullmatch(text)
-    names = [match[group] for group in ("dim", "top", "by", "of") if match[group]] if match else []
-    if not names or set(names) - {"hidden", "heads"}:
-        raise ValueError(f"{text!r} is not of the form 'heads', 'hidden // heads' or '4 * hidden'")
+    if not _EXPRESSION.fullmatch(text):
+        raise ValueError(f"{text!r} is not of the form 'heads', 'hidden // heads', '4 * hidden' or 'n_shared * ffn'")
     return text
 
 
+def expression_names(expression: str) -> set[str]:
+    """The sizes that an expression names."""
+    match = _EXPRESSION.fullmatch(expression)
+    assert match
+    return {name for name in match.groupdict().values() if name and not name.isdigit()}
+
+
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """Compute a size from `hidden` and `heads`, e.g. `hidden // heads`."""
+    """Compute a size from other sizes, e.g. `hidden // heads`."""
     match = _EXPRESSION.fullmatch(expression)
     assert match
     if match["dim"]:
         return sizes[match["dim"]]
-    return sizes[match["top"]] // sizes[match["by"]] if match["top"] else int(match["times"]) * sizes[match["of"]]
+    if match["top"]:
+        return sizes[match["top"]] // sizes[match["by"]]
+    return (int(match["times"]) if match["times"].isdigit() else sizes[match["times"]]) * sizes[match["of"]]
 
 
 Axis = Annotated[str, AfterValidator(_axis)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kdscale.families.schema.axes import DIMS, DimName, Name, Strict, axis_blocks
+from kdscale.families.schema.axes import DIMS, OPTIONAL_DIMS, DimName, Name, Strict, axis_blocks, expression_names
 from kdscale.families.schema.config_fields import (
     Constraint,
     DimField,
@@ -19,7 +21,8 @@ from kdscale.families.schema.config_fields import (
     Window,
 )
 from kdscale.families.schema.gguf import Gguf
-from kdscale.families.schema.tensors import Drop, Norm, Sites, TensorTemplate, Tie
+from kdscale.families.schema.layer_kinds import LayerKinds
+from kdscale.families.schema.tensors import Drop, LayerSites, Norm, Sites, TensorTemplate, Tie
 
 
 class FamilyData(Strict):
@@ -36,6 +39,7 @@ class FamilyData(Strict):
     constraints: tuple[Constraint, ...] = Field(strict=False)
     layer_lists: tuple[LayerList, ...] = Field(strict=False)
     layer_boundaries: tuple[LayerBoundary, ...] = Field(strict=False)
+    layer_kinds: tuple[LayerKinds, ...] = Field(strict=False, default=())  # without it all layers are of one kind
     window: Window | None = None  # without it attention reaches back to the document's first token
     norm: Norm = Norm()
     # what the model multiplies its embeddings by, where that follows from the config's sizes and changes with them
@@ -47,16 +51,38 @@ class FamilyData(Strict):
     drops: tuple[Drop, ...] = Field(strict=False, default=())
     ignored: tuple[Name, ...] = Field(strict=False)  # globs of buffers of old checkpoints
     sites: Sites
+    sites_in: dict[Name, LayerSites] = Field(default={})  # what layers of a kind have besides, or instead
+
+    def exists_in(self, template: TensorTemplate, kinds: Collection[str]) -> bool:
+        """Whether layers of these kinds have such a tensor."""
+        return not template.only_in or bool(set(template.only_in) & set(kinds))
+
+    def sites_of(self, kinds: Collection[str]) -> Sites:
+        """The sites of a layer of these kinds."""
+        return self.sites.of_kinds(sites for kind, sites in self.sites_in.items() if kind in kinds)
+
+    @model_validator(mode="after")
+    def _kinds_agree(self) -> FamilyData:
+        known = [name for rule in self.layer_kinds for name in rule.names]
+        used = {*self.sites_in, *(kind for t in self.tensors for kind in t.only_in)}
+        if len(set(known)) < len(known) or used - set(known):
+            raise ValueError(f"layer_kinds gives {known} but tensors and sites_in use {sorted(used)}")
+        listed = {rule.field for rule in self.layer_kinds if rule.field is not None}
+        if missing := listed - {entry.field for entry in self.layer_lists}:
+            raise ValueError(f"layer_kinds: {', '.join(missing)} is not in layer_lists")
+        for kinds in itertools.product(*(rule.names for rule in self.layer_kinds)):
+            self.sites_of(kinds)
+            there = [t for t in self.tensors if self.exists_in(t, kinds)]
+            for what, values in (("name", [t.name for t in there]), ("role", [t.role for t in there])):
+                if twice := sorted(value for value, count in Counter(values).items() if count > 1):
+                    raise ValueError(f"tensors repeat the {what} {', '.join(twice)}")
+        return self
 
     @model_validator(mode="after")
     def _references_exist(self) -> FamilyData:
-        missing = sorted(set(DIMS) - {"experts"} - set(self.dims))
+        missing = sorted(set(DIMS) - set(OPTIONAL_DIMS) - set(self.dims))
         if missing:
             raise ValueError(f"dims lacks {', '.join(missing)}")
-        for what, values in (("name", [t.name for t in self.tensors]), ("role", [t.role for t in self.tensors])):
-            twice = sorted(value for value, count in Counter(values).items() if count > 1)
-            if twice:
-                raise ValueError(f"tensors repeat the {what} {', '.join(twice)}")
         flags = {flag for t in self.tensors for flag in (t.when, t.unless) if flag} | {tie.when for tie in self.ties}
         if flags != set(self.flags):
             raise ValueError(f"flags are {sorted(self.flags)} but the tensors and ties use {sorted(flags)}")
@@ -74,11 +100,16 @@ class FamilyData(Strict):
             raise ValueError("sizes may not repeat a dimension")
         known = {*self.dims, *self.sizes}
         axes = [axis for t in self.tensors for axis in t.axes] + [c.equals for c in self.constraints if c.equals]
+        fields = [*self.dims.values(), *([self.experts_per_token] if self.experts_per_token else [])]
+        axes_of = [text for f in fields for text in (f.absent, f.null, f.always) if isinstance(text, str)]
+        named = {name for text in axes_of for name in expression_names(text)}
+        if named - known:
+            raise ValueError(f"dims: {sorted(named - known)[0]!r} is neither in dims nor in sizes")
         for axis in axes:
             unknown = [f for block in axis_blocks(axis) for f in block if isinstance(f, str) and f not in known]
             if unknown:
                 raise ValueError(f"axes: {axis!r} uses {unknown[0]!r}, which is neither in dims nor in sizes")
-        unused = set(self.sizes) - {f for axis in axes for block in axis_blocks(axis) for f in block}
+        unused = set(self.sizes) - named - {f for axis in axes for block in axis_blocks(axis) for f in block}
         if unused:
             raise ValueError(f"sizes {sorted(unused)} are not used by any tensor")
         return self
@@ -89,7 +120,7 @@ class FamilyData(Strict):
             "dims.experts": "experts" in self.dims,
             "experts_per_token": self.experts_per_token is not None,
             "a tensor of each {expert}": any(t.per_expert for t in self.tensors),
-            "sites.experts": bool(self.sites.experts),
+            "sites.experts": any(sites.experts for sites in (self.sites, *self.sites_in.values())),
         }
         if len(set(given.values())) > 1:
             lacks = ", ".join(what for what, is_given in given.items() if not is_given)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from kdscale.families.schema.axes import Axis, Name, Strict
 
@@ -14,7 +15,13 @@ _NORMS = ("embed_norm", "attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_
 _ROLES_OF: dict[Component, tuple[str, ...]] = {
     "embedding": ("embed", "position_embed"),
     "attention": ("q", "q_bias", "k", "k_bias", "v", "v_bias", "qkv", "qkv_bias", "o", "o_bias"),
-    "ffn": ("gate", "gate_bias", "up", "up_bias", "gate_up", "gate_up_bias", "down", "down_bias", "router"),
+    "ffn": (
+        *(f"{part}{kind}" for part in ("gate", "up", "gate_up", "down") for kind in ("", "_bias")),
+        "router",
+        "shared_gate",
+        "shared_up",
+        "shared_down",
+    ),
     "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in ("q_norm", "k_norm"))),
     "head": ("head", "head_bias"),
 }
@@ -43,6 +50,8 @@ class TensorTemplate(Strict):
     role: Role
     when: str | None = None  # only if this flag is true
     unless: str | None = None  # only if this flag is false
+    # only in layers of one of these kinds, which `layer_kinds` gives; empty: in all layers
+    only_in: tuple[Name, ...] = Field(strict=False, default=())
     loads_as: Name | None = None
 
     @property
@@ -84,11 +93,23 @@ class Drop(Strict):
     config: dict[str, int | bool | None] = Field(default={})  # fields of the student's config that say they are gone
 
 
-class Sites(Strict):
+class LayerSites(Strict):
+    """Module paths inside one layer. Either `ffn`, or `experts` and `router`, and then perhaps `shared`."""
+
+    ffn: str = ""  # its input is what the ffn axis is ranked by, shape [batch, seq, ffn]
+    experts: str = ""  # called with hidden states, chosen experts and routing weights
+    router: str = ""
+    shared: str = ""  # the last projection of the expert that every token goes to
+    heads: str = ""  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
+    attention: str = ""
+    mlp: str = ""
+    norms: tuple[str, ...] = Field(strict=False, default=())  # their outputs rank the hidden axis
+
+
+class Sites(LayerSites):
     """Module paths inside the transformers model: where importance is read and where the residual stream goes.
 
     `embed`, `layers`, `final_norm`, `rotary` and `head` start at the causal LM; the rest are relative to one layer.
-    A family has either `ffn`, or `experts` and `router`.
     """
 
     embed: str
@@ -96,21 +117,11 @@ class Sites(Strict):
     final_norm: str
     rotary: str = ""  # empty: positions are learned
     head: str
-    ffn: str = ""  # its input is what the ffn axis is ranked by, shape [batch, seq, ffn]
-    experts: str = ""  # called with hidden states, chosen experts and routing weights
-    router: str = ""
-    heads: str  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
-    attention: str
-    mlp: str
-    norms: tuple[str, ...] = Field(strict=False, min_length=1)  # their outputs rank the hidden axis
 
-    @model_validator(mode="after")
-    def _one_mlp(self) -> Sites:
-        if not bool(self.ffn) == (not self.experts) == (not self.router):
-            raise ValueError("needs either ffn, or experts and router")
-        return self
-
-    @property
-    def mlp_output(self) -> str:
-        """The module whose output the feed-forward sublayer adds to the residual stream, before any post-norm."""
-        return self.ffn or self.experts
+    def of_kinds(self, kinds: Iterable[LayerSites]) -> Sites:
+        """These sites with what layers of some kinds have besides, or instead. Raises ValueError without an MLP."""
+        said = [of_kind.model_dump(exclude_unset=True) for of_kind in kinds]
+        sites = self.model_copy(update={name: value for each in said for name, value in each.items()})
+        if not bool(sites.ffn) == (not sites.experts) == (not sites.router):
+            raise ValueError("sites: needs either ffn, or experts and router")
+        return sites

@@ -20,7 +20,8 @@ from kdscale.runs.folder import RunFolder
 from kdscale.units import format_count
 
 if TYPE_CHECKING:
-    from kdscale.prune.plan import Plan, ShapeCandidate
+    from kdscale.prune.candidates import ShapeCandidate
+    from kdscale.prune.plan import Plan
     from kdscale.prune.search.latency import LatencyModel
     from kdscale.prune.search.shapes import Search
 

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdscale.families import Family
 from kdscale.models.experts import expert_units, experts_call, routing_among_kept
 from kdscale.models.hidden_states import HiddenStates, Scratch
 from kdscale.models.layer_stream import DecoderLayer
@@ -63,9 +62,9 @@ def expert_name(role: str, expert: int | None) -> str:
 class ExpertInputs:
     """Records what a layer's experts read while the layer is run, within a quarter of the pass's bytes."""
 
-    def __init__(self, layer: DecoderLayer, family: Family, scratch: Scratch, device: torch.device):
-        self.experts: Any = layer.site(family.sites.experts)
-        self._router = layer.site(family.sites.router)
+    def __init__(self, layer: DecoderLayer, scratch: Scratch, device: torch.device):
+        self.experts: Any = layer.site(layer.sites.experts)
+        self._router = layer.site(layer.sites.router)
         quarter = replace(scratch.subfolder(_FOLDER), activation_bytes=scratch.activation_bytes // 4)
         self._inputs = HiddenStates(quarter, device)
         self._handle = self.experts.register_forward_pre_hook(self._record, with_kwargs=True)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kdscale.config.prune import PruneConfig
 from kdscale.errors import ConfigError
-from kdscale.families import Family, Sites
+from kdscale.families import Dims, Family
 from kdscale.files import atomic_path, remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
@@ -84,14 +84,9 @@ def find_gaps(plan: Plan) -> list[Gap]:
     return [Gap(position, layer, after - 1) for position, (layer, after) in pairs if after > layer + 1]
 
 
-def is_repairable(sites: Sites) -> bool:
-    """Whether a single projection is the last thing added to the stream: not in a mixture of experts."""
-    return bool(sites.ffn)
-
-
-def check_repairable(sites: Sites, name: str) -> None:
-    """Raises ConfigError for a model whose gaps cannot be repaired."""
-    if not is_repairable(sites):
+def check_repairable(dims: Dims, name: str) -> None:
+    """Raises ConfigError for a model whose gaps cannot be repaired: no one projection is the last thing added."""
+    if dims.experts:
         raise ConfigError("prune.layer_repair: linear", expected="a dense model", got=f"the experts of {name}")
 
 
@@ -154,7 +149,7 @@ def repaired_gaps(
     gaps, repaired = find_gaps(slicer.plan), RepairedWeights(scratch.folder)
     if not gaps:
         return repaired
-    check_repairable(slicer.family.sites, slicer.family.name)
+    check_repairable(slicer.plan.teacher.dims(), slicer.family.name)
     front_of, end_of = {gap.layer: gap for gap in gaps}, {gap.last: gap for gap in gaps}
     kept_D = torch.tensor(slicer.plan.kept.hidden, device=stream.device)
     tokens, depth = sum(batch.input_ids_BS.numel() for batch in batches), gaps[-1].last + 1
@@ -297,7 +292,7 @@ class _FrontProbe:
     """What the down projection in front of a gap reads and writes."""
 
     def __init__(self, layer: DecoderLayer, slicer: Slicer, position: int):
-        sites, kept = slicer.family.sites, slicer.kept("ffn", position)
+        sites, kept = layer.sites, slicer.kept("ffn", position)
         self._layer = layer.index
         self._kept_K = slice(None) if kept is None else torch.tensor(kept)
         self._bias_D = getattr(layer.site(sites.ffn), "bias", None)

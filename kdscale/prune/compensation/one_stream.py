@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.config.prune import PruneConfig
-from kdscale.families import Sites
+from kdscale.families.writers import Writer
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, TokenBatch
@@ -28,25 +28,22 @@ from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_writer
 from kdscale.weights import Checkpoint
 
-# The input axis of the two projections that write to the residual stream, by role: what compensation rewrites.
-COMPENSATED = {"down": "ffn", "o": "heads*head_dim"}
 
-
-def compensated_roles(plan: Plan, slicer: Slicer) -> list[str]:
-    """The projections that this plan rewrites by regression: those with an input axis that is cut."""
+def compensated(plan: Plan, slicer: Slicer, position: int) -> dict[str, Writer]:
+    """The projections of the student's layer that this plan rewrites by regression: those that read a cut axis."""
     if plan.methods.compensate == "none":
-        return []
-    return [role for role, axis in COMPENSATED.items() if slicer.kept(axis, 0) is not None]
+        return {}
+    return {role: writer for role, writer in slicer.writers(position).items() if slicer.cuts(writer.axis)}
 
 
-def fits_experts(plan: Plan, slicer: Slicer) -> bool:
-    """Whether the down projections that this plan compensates are those of the experts of a mixture."""
-    return bool(slicer.family.sites.experts) and "down" in compensated_roles(plan, slicer)
+def compensates(plan: Plan, slicer: Slicer) -> bool:
+    """Whether this plan rewrites any projection by regression."""
+    return any(compensated(plan, slicer, position) for position in range(plan.student.layers))
 
 
-def projection_site(sites: Sites, role: str) -> str:
-    """The path of the module that holds the projection `role`; for `down` in a mixture, of its experts."""
-    return sites.heads if role == "o" else sites.mlp_output
+def fits_experts(plan: Plan, slicer: Slicer, position: int) -> bool:
+    """Whether this plan rewrites the down projections of experts in the student's layer `position`."""
+    return any(writer.of_experts for writer in compensated(plan, slicer, position).values())
 
 
 def kept_outputs(slicer: Slicer, role: str, weight: Tensor) -> Tensor:
@@ -89,7 +86,8 @@ def compensated_layers(
             position = plan.kept.layers.index(layer.index)
             skip = [REPAIRED_ROLE] if repaired is not None and repaired.has(position) else []
             fits = _LayerFits(layer, slicer, position, len(batches), skip, recovered)
-            inputs = ExpertInputs(layer, slicer.family, scratch, stream.device) if fits_experts(plan, slicer) else None
+            fitted = fits_experts(plan, slicer, position)
+            inputs = ExpertInputs(layer, scratch, stream.device) if fitted else None
             walk.run(layer)
             solved: dict[str, Tensor] = {}
             if inputs is not None:
@@ -126,14 +124,12 @@ class _LayerFits:
         self._slicer, self._position, self._recovered = slicer, position, recovered
         self._sums: dict[str, RidgeSums] = {}
         self._samples: dict[str, InputSample] = {}
-        sites = slicer.family.sites
-        for role in compensated_roles(slicer.plan, slicer):
-            if role in skip or (role == "down" and sites.experts):
+        for role, writer in compensated(slicer.plan, slicer, position).items():
+            if role in skip or writer.of_experts:
                 continue
-            axis, module = COMPENSATED[role], layer.site(projection_site(sites, role))
-            kept = slicer.kept(axis, position)
+            module, kept = layer.site(writer.path), slicer.kept(writer.axis, position)
             assert kept is not None
-            inputs = slicer.plan.teacher.dims().axis_size(axis)
+            inputs = slicer.size(writer.axis)
             sums = self._sums[role] = RidgeSums(kept, inputs, next(module.parameters()).device)
             _on_input(module, sums.add)
             if recovered is not None:

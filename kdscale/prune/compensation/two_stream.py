@@ -18,6 +18,7 @@ B batch · S sequence · N = B·S tokens · n tokens of one expert · D hidden �
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,8 +33,8 @@ from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStat
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
 from kdscale.prune.compensation.experts import Equations, kept_units, refit_experts
-from kdscale.prune.compensation.layer_gaps import RepairedWeights, only_adds_sublayers
-from kdscale.prune.compensation.one_stream import COMPENSATED, compensated_roles, fits_experts, projection_site
+from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights, only_adds_sublayers
+from kdscale.prune.compensation.one_stream import compensated
 from kdscale.prune.compensation.post_norm import post_norm_path
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
@@ -146,17 +147,17 @@ class _BothLayers:
         self.index, self.position = teacher.index, position
         self._teacher, self._student, self._slicer = teacher, student, slicer
         self._kept_D = torch.tensor(slicer.plan.kept.hidden, device=device)
-        self._paths = {role: projection_site(slicer.family.sites, role) for role in ("o", "down")}
+        self._writers = {} if position is None else slicer.writers(position)
         self._seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (model, role) → what it read and put out
         self._calls: dict[str, tuple[Tensor, Routing]] = {}  # of the experts of a mixture, by model
-        self._last_role = ""  # where `_look` ends: at the projection of this role
+        self._unseen: set[str] | None = None  # roles that `_look` still waits for; None: the layer runs to its end
         self._only_adds: bool | None = None  # whether β applies; None: nobody has looked yet
         self._batch_shape: tuple[int, ...] = ()
         self._handles = [
-            layer.site(path).register_forward_hook(self._recorder(model, role), with_kwargs=True)
+            layer.site(writer.path).register_forward_hook(self._recorder(model, role), with_kwargs=True)
             for model, layer in ((_TEACHER, teacher), (_STUDENT, student))
             if layer is not None
-            for role, path in self._paths.items()
+            for role, writer in self._writers.items()
         ]
 
     def __call__(self, both: Tensor, positions_BS: Tensor) -> Tensor:
@@ -177,38 +178,37 @@ class _BothLayers:
         `repaired`: the down projection and the norm behind it by role, if they were refitted elsewhere.
         """
         slicer = self._slicer
-        roles = compensated_roles(slicer.plan, slicer)
+        assert self._student is not None and self.position is not None
         out: dict[str, Tensor] = {}
-        if "o" in roles:
-            out["o"] = self._refit("o", task)
-        if repaired:
-            assert self._student is not None
-            for role, weight in repaired.items():
-                path = self._paths.get(role) or post_norm_path(slicer.family, "down")
-                module: Any = self._student.site(path)
-                module.weight.data = weight.to(module.weight)
-        elif fits_experts(slicer.plan, slicer):
-            out |= self._refit_experts(task)
-        elif "down" in roles:
-            out["down"] = self._refit("down", task)
+        for role, writer in compensated(slicer.plan, slicer, self.position).items():
+            if role == REPAIRED_ROLE and repaired:
+                continue
+            out |= self._refit_experts(task) if writer.of_experts else {role: self._refit(role, task)}
+        for role, weight in (repaired or {}).items():
+            path = self._writers[role].path if role in self._writers else post_norm_path(slicer.family, REPAIRED_ROLE)
+            module: Any = self._student.site(path)
+            module.weight.data = weight.to(module.weight)
         for handle in self._handles:
             handle.remove()
         self._seen.clear()
         self._calls.clear()
         return out
 
-    def _look(self, before: Tensor, positions_BS: Tensor) -> None:
-        """Run both layers for the sake of their hooks, each until one of them has seen enough."""
+    def _look(self, before: Tensor, positions_BS: Tensor, roles: Sequence[str]) -> None:
+        """Run both layers for the sake of their hooks, each until it has computed the projections of `roles`."""
         self._batch_shape = tuple(positions_BS.shape)
         for layer, state in zip((self._teacher, self._student), self._split(before), strict=True):
             assert layer is not None
+            self._unseen = set(roles)
             layer.look(state, positions_BS)
+        self._unseen = None
 
     def _refit(self, role: str, task: _Task) -> Tensor:
         assert self._student is not None
-        family, module = self._slicer.family, self._student.site(self._paths[role])
+        path = self._writers[role].path
+        family, module = self._slicer.family, self._student.site(path)
         weight_DK, bias_D = family.output_by_input(role, module.weight), getattr(module, "bias", None)
-        kept = self._slicer.kept(COMPENSATED[role], self.position)
+        kept = self._slicer.kept(self._writers[role].axis, self.position)
         assert kept is not None
         inputs_K = torch.tensor(kept, device=weight_DK.device)
         sums, sample = TargetSums(weight_DK), InputSample(len(task.batches))
@@ -218,9 +218,9 @@ class _BothLayers:
             sums.add(self._seen[_TEACHER, role][0][..., inputs_K], self._teacher_output(role) - offset)
             sums.add(self._seen[_STUDENT, role][0], target - offset)
         sums.reduce()
-        solved_DK = sums.solve(task.cfg.ridge_lambda, f"{self._paths[role]} of the student's layer {self.position}")
+        solved_DK = sums.solve(task.cfg.ridge_lambda, f"{path} of the student's layer {self.position}")
         if task.recovered is not None:
-            teacher_module = self._teacher.site(self._paths[role])
+            teacher_module = self._teacher.site(path)
             weight_DU = family.output_by_input(role, teacher_module.weight)[self._kept_D]
             task.recovered.add(self.index, role, sample, weight_DU, inputs_K, solved_DK)
         on_disk: Tensor = family.output_by_input(role, solved_DK).contiguous()
@@ -230,16 +230,15 @@ class _BothLayers:
     def _targets(self, role: str, task: _Task) -> Iterator[Tensor]:
         """Run both layers batch after batch; yields what the student's projection is to put out: [B, S, D'].
 
-        The layers run no further than the projection.
+        The layers run no further than the projection and those that are refitted before it.
         """
         if self._only_adds is None and task.batches:
             self._only_adds = self._finds_only_sums(task)
-        self._last_role = role
+        roles = [*itertools.takewhile(lambda name: name != role, self._writers), role]
         for index, batch in enumerate(task.batches):
             before = task.states[index]
-            self._look(before, batch.position_ids_BS)
+            self._look(before, batch.position_ids_BS, roles)
             yield self._target(role, *self._split(before), task.cfg.stream_correction if self._only_adds else 0.0)
-        self._last_role = ""
 
     def _finds_only_sums(self, task: _Task) -> bool:
         """Whether the teacher's layer adds the outputs of its sublayers to its input and nothing else."""
@@ -247,20 +246,21 @@ class _BothLayers:
         self._batch_shape = tuple(positions_BS.shape)
         before, _ = self._split(task.states[0])
         after = self._teacher(before, positions_BS)
-        return only_adds_sublayers(before, self._output(_TEACHER, "o") + self._output(_TEACHER, "down"), after)
+        added = torch.stack([self._output(_TEACHER, role) for role in self._writers]).sum(0)
+        return only_adds_sublayers(before, added, after)
 
     def _target(self, role: str, teacher: Tensor, student: Tensor, beta: float) -> Tensor:
         target = self._teacher_output(role)
         if beta:
             behind = teacher.float()[..., self._kept_D] - student.float()
-            if role == "down":
-                behind += self._teacher_output("o") - self._output(_STUDENT, "o")
+            for before in itertools.takewhile(lambda name: name != role, self._writers):
+                behind += self._teacher_output(before) - self._output(_STUDENT, before)
             target = target + beta * behind
         return target
 
     def _refit_experts(self, task: _Task) -> dict[str, Tensor]:
         assert self._student is not None and self.position is not None
-        path = self._slicer.family.sites.experts
+        path = self._writers["down"].path
         teacher_experts: Any = self._teacher.site(path)
         student_experts: Any = self._student.site(path)
 
@@ -282,7 +282,7 @@ class _BothLayers:
         slicer = self._slicer
         kept = slicer.plan.kept.experts[self.position]
         (teacher_ND, _), (student_ND, student_routing) = self._calls[_TEACHER], self._calls[_STUDENT]
-        router = self._teacher.site(slicer.family.sites.router)
+        router = self._teacher.site(self._teacher.sites.router)
         in_teacher = routing_among_kept(router, kept, teacher_ND)
         numbers = torch.tensor(kept, device=student_ND.device)
         in_student = Routing(numbers[student_routing.chosen_NT], student_routing.weights_NT)
@@ -316,7 +316,7 @@ class _BothLayers:
         return self._seen[model, role][1].float()
 
     def _recorder(self, model: str, role: str) -> Callable[[Any, Any, Any, Any], None]:
-        experts = role == "down" and bool(self._slicer.family.sites.experts)
+        experts = self._writers[role].of_experts
 
         def record(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             out = output if isinstance(output, Tensor) else output[0]
@@ -324,7 +324,9 @@ class _BothLayers:
                 self._calls[model] = experts_call(args, kwargs)
                 out = out.unflatten(0, self._batch_shape)
             self._seen[model, role] = (self._calls[model][0] if experts else args[0], out)
-            if role == self._last_role:
-                raise EnoughSeenError
+            if self._unseen is not None:
+                self._unseen.discard(role)
+                if not self._unseen:
+                    raise EnoughSeenError
 
         return record

@@ -66,13 +66,13 @@ def score_teacher(
     tokens = _count(batches)
     if not tokens:
         raise DataError("there are no calibration tokens", expected="at least one sequence", hint="add training text")
-    if family.sites.experts and prune_cfg.criterion("ffn").needs_gram:
+    if dims.experts and prune_cfg.criterion("ffn").needs_gram:
         raise ConfigError(
             f"prune.ffn_method: {prune_cfg.ffn_method}", expected="a dense model", got=f"the experts of {family.name}",
             hint="output_energy",
         )  # fmt: skip
     if "layers" in axes and prune_cfg.layer_repair == "linear":
-        check_repairable(family.sites, family.name)
+        check_repairable(dims, family.name)
     stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     scores: dict[str, np.ndarray] = {}
     passes = [row for row in criteria_to_measure(prune_cfg, axes) if row.own_pass]
@@ -116,16 +116,16 @@ def collect_scores(
     With several ranks `batches` are this rank's share, and every rank gets the scores over all of them. With a folder
     in `scratch` a killed call is resumed at the first layer that it had not finished.
     """
-    family, ridge = stream.family, cfg.ridge_lambda
+    ridge = cfg.ridge_lambda
     collected = [row for row in criteria_to_measure(cfg, axes) if row.collect and not row.own_pass]
     of_norms = [row for row in collected if row.axis == "hidden"]
     of_layer = [row for row in collected if row.axis != "hidden"]
     model_wide: dict[str, Any] = {}
     walk = LayerPass(stream, batches, scratch, advance)
     for layer in walk.layers():
-        norms = [layer.site(path) for path in family.sites.norms]
+        norms = [layer.site(path) for path in layer.sites.norms]
         context = LayerContext(stream, layer, norms, ridge, model_wide)
-        units, stream_sums = _collectors(of_layer, context), _collectors(of_norms, context)
+        units, stream_sums = _of_units(of_layer, context), _collectors(of_norms, context)
         walk.run(layer, context.see)
         with torch.inference_mode():
             result = {name: collector().clamp_min(0).cpu() for name, collector in units.items()}
@@ -133,7 +133,7 @@ def collect_scores(
                 result["ffn.expert_tokens"] = experts.tokens_E.cpu()
             _add_to(walk.running, stream_sums)
         walk.finish(result)
-    scores = {name: torch.stack([result[name] for result in walk.results]) for name in walk.results[0]}
+    scores = _stacked(walk.results)
     if of_norms:
         final = stream.final_norm()
         stream_sums = _collectors(of_norms, LayerContext(stream, None, [final], ridge, model_wide))
@@ -153,6 +153,26 @@ def look_up(path: str | None) -> Any:
     """The function that a row of the criteria table names as `module:function`."""
     module, _, function = (path or "").partition(":")
     return getattr(import_module(module), function)
+
+
+def _of_units(criteria: Sequence[Criterion], context: LayerContext) -> dict[str, Collector]:
+    """By name, of all parts of the layer that have units of the criterion's axis or of one that follows it."""
+    out: dict[str, Collector] = {}
+    for row in criteria:
+        for axis, part in context.parts(row.axis).items():
+            collector = look_up(row.collect)(part)
+            if collector is not None:
+                out[row.name_of(axis)] = collector
+    return out
+
+
+def _stacked(results: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Name → [L, ...]; zeros for the layers that do not have such units."""
+    some = {name: value for result in results for name, value in result.items()}
+    return {
+        name: torch.stack([result.get(name, torch.zeros_like(value)) for result in results])
+        for name, value in some.items()
+    }
 
 
 def _collectors(criteria: Sequence[Criterion], context: LayerContext) -> dict[str, Collector]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdscale.families.writers import SHARED_DOWN, layer_writers
 from kdscale.models.layer_pass import add_product
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.prune.importance.expert_scores import ExpertSums
@@ -25,14 +26,13 @@ T = TypeVar("T")
 # Called when all tokens have run through the layer; returns the finished score over the tokens of all ranks.
 Collector = Callable[[], Tensor]
 
-_PROJECTION_ROLES: dict[Sublayer, str] = {"ffn": "down", "heads": "o"}
-
 
 class LayerContext:
     """One layer of the teacher, or with `layer=None` the final norm alone.
 
     `norms`: the norms over the residual stream. `ridge`: the regularisation of criteria that refit
-    (`prune.ridge_lambda`). `model_wide`: one dictionary for all layers of a pass, for `once`.
+    (`prune.ridge_lambda`). `model_wide`: one dictionary for all layers of a pass, for `once`. `mlp`: the role of the
+    projection that stands for the sublayer `ffn`.
     """
 
     def __init__(
@@ -42,10 +42,14 @@ class LayerContext:
         norms: Sequence[nn.Module],
         ridge: float,
         model_wide: dict[str, Any],
+        mlp: str = "down",
     ):
         self.family, self.config, self.dims, self.device = stream.family, stream.config, stream.dims, stream.device
         self.norms, self.ridge = norms, ridge
-        self._layer, self._model_wide = layer, model_wide
+        self._stream, self._layer, self._model_wide = stream, layer, model_wide
+        self._roles: dict[Sublayer, str] = {"ffn": mlp, "heads": "o"}
+        self._writers = {} if layer is None else layer_writers(self.family, self.config, layer.index)
+        self._shared: LayerContext | None = None
         self._statistics: dict[Sublayer, dict[str, Callable[[Tensor], Tensor]]] = {}
         self._sums: dict[tuple[Sublayer, str], Tensor] = {}
         self._reduced: set[tuple[Sublayer, str]] = set()
@@ -68,7 +72,7 @@ class LayerContext:
         """The weight of the sublayer's last projection, [outputs, inputs] in fp32."""
         weight = self._projection(sublayer).weight
         assert isinstance(weight, Tensor)
-        return weight.float().T if self.family.transposed(_PROJECTION_ROLES[sublayer]) else weight.float()
+        return weight.float().T if self.family.transposed(self._roles[sublayer]) else weight.float()
 
     def sum_over_batches(self, sublayer: Sublayer, name: str, statistic: Callable[[Tensor], Tensor]) -> Collector:
         """Sum `statistic` of the sublayer's input [B, S, U] over all batches and ranks, in fp64.
@@ -95,9 +99,10 @@ class LayerContext:
         return self._covariances
 
     def experts(self) -> ExpertSums | None:
-        """The sums over each expert's tokens; None in a dense model."""
-        if self._experts is None and self._layer is not None and self.family.sites.experts:
-            self._experts = ExpertSums(self._layer.site(self.family.sites.experts))
+        """The sums over each expert's tokens; None in a layer without experts."""
+        writer = self._writers.get(self._roles["ffn"])
+        if self._experts is None and self._layer is not None and writer is not None and writer.of_experts:
+            self._experts = ExpertSums(self._layer.site(writer.path))
         return self._experts
 
     def watch(self, watcher: Callable[[Tensor, Tensor], None]) -> None:
@@ -116,9 +121,28 @@ class LayerContext:
         answer: T = self._model_wide[key]
         return answer
 
+    def parts(self, axis: str) -> dict[str, LayerContext]:
+        """What of the layer a criterion for `axis` is to see, by the axis that its scores are of.
+
+        That is the layer itself, if it has such units. ffn units are scored under the name of the layer's own axis, and
+        an expert that every token goes to is a part by itself.
+        """
+        if self._layer is None or axis == "layers":
+            return {axis: self}
+        if axis != "ffn":
+            return {axis: self} if axis in self.family.layer_axes(self.config, self._layer.index) else {}
+        out = {self._writers["down"].axis: self} if "down" in self._writers else {}
+        if SHARED_DOWN in self._writers:
+            if self._shared is None:
+                self._shared = LayerContext(
+                    self._stream, self._layer, self.norms, self.ridge, self._model_wide, SHARED_DOWN
+                )
+            out[self._writers[SHARED_DOWN].axis] = self._shared
+        return out
+
     def _projection(self, sublayer: Sublayer) -> nn.Module:
         assert self._layer is not None
-        return self._layer.site(self.family.sites.ffn if sublayer == "ffn" else self.family.sites.heads)
+        return self._layer.site(self._writers[self._roles[sublayer]].path)
 
     def _hook(self, sublayer: Sublayer) -> None:
         if sublayer not in self._statistics:

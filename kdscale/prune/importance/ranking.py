@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdscale.config import criteria
-from kdscale.config.criteria import Criterion
+from kdscale.config.criteria import FOLLOWED, Criterion
 from kdscale.config.prune import PlannedRepair, PruneConfig
 from kdscale.errors import ConfigError
 from kdscale.families import Dims
@@ -59,9 +59,19 @@ def _ranked_together(axes: Sequence[str]) -> set[str]:
 class Ranking:
     """Kept units and retained shares of one teacher. Without scores: the first units, and no shares."""
 
-    def __init__(self, dims: Dims, scores: Mapping[str, Any] | None, cfg: PruneConfig, needed: tuple[str, ...]):
-        """`needed`: axes that may be cut. Raises ConfigError when a score they need is missing or malformed."""
-        self.dims, self.cfg, self.has_scores = dims, cfg, scores is not None
+    def __init__(
+        self,
+        dims: Dims,
+        scores: Mapping[str, Any] | None,
+        cfg: PruneConfig,
+        needed: tuple[str, ...],
+        layer_axes: Sequence[frozenset[str]] | None = None,
+    ):
+        """`needed`: axes that may be cut. `layer_axes`: those that each layer has, by default all of them.
+
+        Raises ConfigError when a score they need is missing or malformed.
+        """
+        self.dims, self.cfg, self.has_scores, self._layer_axes = dims, cfg, scores is not None, layer_axes
         self._energy: dict[str, Floats] = {}
         blocks = cfg.criterion("layers").scores_blocks
         shapes = {
@@ -79,6 +89,16 @@ class Ranking:
             row = cfg.criterion(axis)
             if row.collect is not None:
                 self._energy[axis] = _checked_energy(row.name, measured, shapes[axis])
+                for follower in (name for name, leader in FOLLOWED.items() if leader == axis):
+                    if any(self.has(layer, follower) for layer in range(dims.layers)):
+                        shape = (dims.layers, getattr(dims, follower))
+                        self._energy[follower] = _checked_energy(row.name_of(follower), measured, shape)
+
+    def has(self, layer: int, axis: str) -> bool:
+        """Whether a layer of the teacher has units of `axis`."""
+        if self._layer_axes is None:
+            return bool(getattr(self.dims, axis))
+        return axis in self._layer_axes[layer]
 
     def method(self, axis: str) -> str:
         """What ranked `axis`, as the plan records it; `first` and `last` where there are no scores."""
@@ -128,6 +148,11 @@ class Ranking:
             return list(range(count))
         return _top(energy[layer] if expert is None else energy[layer, expert], count)
 
+    def follower(self, axis: str, layer: int, count: int) -> list[int]:
+        """Kept units of an axis that follows another one: ffn units of a dense layer or of a shared expert."""
+        energy = self._energy.get(axis)
+        return list(range(count)) if energy is None else _top(energy[layer], count)
+
     def experts(self, layer: int, count: int) -> list[int]:
         """Kept experts."""
         energy = self._energy.get("experts")
@@ -168,14 +193,27 @@ class Ranking:
         if axis == "hidden":
             return _share(energy, _top(energy, count))
         if axis == "heads":
+            layers = [layer for layer in layers if self.has(layer, axis)]
             groups = kv_heads or self.dims.kv_heads
             kept = [self.heads(layer, self.kv_heads(layer, groups), count // groups) for layer in layers]
-        elif axis == "ffn" and self.dims.experts:
-            rows = energy[layers].reshape(-1, self.dims.ffn)
-            return float(np.mean([_share(row, _top(row, count)) for row in rows]))
+        elif axis == "ffn":
+            return self._retained_ffn(layers, count)
         else:
+            layers = [layer for layer in layers if self.has(layer, axis)]
             kept = [_top(energy[layer], count) for layer in layers]
-        return float(np.mean([_share(energy[layer], units) for layer, units in zip(layers, kept, strict=True)]))
+        shares = [_share(energy[layer], units) for layer, units in zip(layers, kept, strict=True)]
+        return float(np.mean(shares)) if shares else 1.0
+
+    def _retained_ffn(self, layers: list[int], count: int) -> float:
+        """The mean over all MLPs of the layers: the experts, and what follows them."""
+        student = self.dims.resized(ffn=count)
+        shares: list[float] = []
+        for axis in ("ffn", *(name for name, leader in FOLLOWED.items() if leader == "ffn" and name in self._energy)):
+            size, width = getattr(student, axis), getattr(self.dims, axis)
+            for layer in (layer for layer in layers if self.has(layer, axis)):
+                rows = self._energy[axis][layer].reshape(-1, width)
+                shares += [_share(row, _top(row, size)) for row in rows]
+        return float(np.mean(shares)) if shares else 1.0
 
 
 def _checked_energy(name: str, scores: ImportanceScores, shape: tuple[int, ...]) -> Floats:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdscale.families import Family
+from kdscale.families import Dims, Family
 from kdscale.families.schema import axis_blocks
 from kdscale.sizing.model_shape import kv_bytes_per_token
 
@@ -29,7 +29,8 @@ class _Term:
     """`coefficient · Π axes`: the size of all tensors that grow with the same axes."""
 
     coefficient: float
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # `layers` not among them: `kind` says of which layers
+    kind: int | None  # which kind of layers the tensors are in; None: outside the layers
     embedding: bool
     itemsize: int
     of_experts: bool
@@ -37,10 +38,14 @@ class _Term:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Counts as functions of the shape; exact where all layers have the same tensors, else for a mean layer."""
+    """Counts as functions of the shape.
+
+    `layers_KL`: of how many layers of each kind a student of L layers is made, [kinds, teacher's layers + 1].
+    """
 
     terms: tuple[_Term, ...]
-    head_dim: int
+    teacher: Dims
+    layers_KL: NDArray[np.float64]
     experts_per_token: int = 0
 
     @classmethod
@@ -49,62 +54,76 @@ class CostModel:
         config: Mapping[str, Any],
         family: Family,
         itemsize: Callable[[str], int] | None = None,
+        kept_layers: Callable[[int], Sequence[int]] | None = None,
     ) -> CostModel:
         """Expand the family's table once for this config. Raises CheckpointError for a config that the family refuses.
 
         `itemsize` gives the bytes per value of each teacher tensor on disk, which the student's tensors keep; by
-        default those of the dtype that the config names.
+        default those of the dtype that the config names. `kept_layers` gives the layers that a student of so many has;
+        without it a student has the teacher's mix of kinds.
         """
         width = config_itemsize(config)
         dims = family.dims(dict(config))
         fixed: dict[str | int, int] = {"head_dim": dims.head_dim, "vocab": dims.vocab}
         fixed |= {name: family.fixed_size(name, config) for name in family.data.sizes}
-        sums: Counter[tuple[tuple[str, ...], bool, int, bool]] = Counter()
+        kinds = family.layer_kinds(config)
+        distinct = list(dict.fromkeys(kinds))
+        sums: Counter[tuple[tuple[str, ...], int | None, bool, int, bool]] = Counter()
         for name, spec in family.tensors(dict(config)).items():
             if spec.expert:
                 continue  # experts are alike: the first stands for all
             of_experts = spec.expert is not None
-            once = (["layers"] if spec.layer is not None else []) + (["experts"] if of_experts else [])
+            once = ["experts"] if of_experts else []
+            kind = None if spec.layer is None else distinct.index(kinds[spec.layer])
             bytes_each = itemsize(name) if itemsize else width
             for blocks in itertools.product(*(axis_blocks(axis) for axis in spec.axes)):
                 factors = [factor for block in blocks for factor in block]
                 coefficient = math.prod(fixed.get(f, f if isinstance(f, int) else 1) for f in factors)
                 axes = [f for f in factors if isinstance(f, str) and f not in fixed]
-                sums[tuple(sorted(once + axes)), spec.counts_as_embedding, bytes_each, of_experts] += coefficient
+                key = (tuple(sorted(once + axes)), kind, spec.counts_as_embedding, bytes_each, of_experts)
+                sums[key] += coefficient
         terms = [
-            _Term(total / dims.layers if "layers" in axes else total, axes, embedding, bytes_each, of_experts)
-            for (axes, embedding, bytes_each, of_experts), total in sorted(sums.items())
+            _Term(total if kind is None else total / kinds.count(distinct[kind]), axes, kind, embedding, width, routed)
+            for (axes, kind, embedding, width, routed), total in sums.items()
         ]
-        return cls(tuple(terms), dims.head_dim, family.experts_per_token)
+        shares_K1 = np.array([[kinds.count(each) / dims.layers] for each in distinct])
+        layers_KL: NDArray[np.float64] = shares_K1 * np.arange(dims.layers + 1, dtype=np.float64)
+        if kept_layers is not None:
+            for count in range(1, dims.layers + 1):
+                kept = [kinds[layer] for layer in kept_layers(count)]
+                layers_KL[:, count] = [kept.count(each) for each in distinct]
+        return cls(tuple(terms), dims, layers_KL, family.experts_per_token)
 
     def params(self, shapes: Mapping[str, Ints], count: Count) -> Ints:
         """The counted parameters of each shape; `shapes[axis]` are arrays of one length (or that broadcast)."""
         counted = [term for term in self.terms if not (term.embedding and count == "non_embedding")]
-        return _sum(shapes, [(term, 1) for term in counted])
+        return self._sum(shapes, [(term, 1) for term in counted])
 
     def active(self, shapes: Mapping[str, Ints]) -> Ints:
         """Parameters that one token uses: of a mixture's experts only those that it is routed to."""
         routed = {**shapes, "experts": np.minimum(shapes["experts"], self.experts_per_token)}
-        used = [_sum(routed if term.of_experts else shapes, [(term, 1)]) for term in self.terms]
+        used = [self._sum(routed if term.of_experts else shapes, [(term, 1)]) for term in self.terms]
         return np.sum(used, axis=0, dtype=np.int64)
 
     def bytes(self, shapes: Mapping[str, Ints]) -> Ints:
         """Bytes of all tensors on disk, without the files' headers (some kilobytes)."""
-        return _sum(shapes, [(term, term.itemsize) for term in self.terms])
+        return self._sum(shapes, [(term, term.itemsize) for term in self.terms])
 
     def kv_bytes(self, shapes: Mapping[str, Ints]) -> Ints:
         """Bytes of 16-bit keys and values that one token of context costs over all layers, full attention."""
-        return kv_bytes_per_token(shapes["layers"], shapes["kv_heads"], self.head_dim)
+        return kv_bytes_per_token(shapes["layers"], shapes["kv_heads"], self.teacher.head_dim)
 
-
-def _sum(shapes: Mapping[str, Ints], terms: list[tuple[_Term, int]]) -> Ints:
-    total = np.zeros(np.broadcast_shapes(*(values.shape for values in shapes.values())))
-    for term, times in terms:
-        product: Any = np.float64(term.coefficient * times)
-        for axis in term.axes:
-            product = product * shapes[axis].astype(np.float64)
-        total = total + product
-    return np.rint(total).astype(np.int64)
+    def _sum(self, shapes: Mapping[str, Ints], terms: list[tuple[_Term, int]]) -> Ints:
+        sizes = {**shapes, **self.teacher.followers(shapes)}
+        total = np.zeros(np.broadcast_shapes(*(values.shape for values in shapes.values())))
+        for term, times in terms:
+            product: Any = np.float64(term.coefficient * times)
+            if term.kind is not None:
+                product = product * self.layers_KL[term.kind][shapes["layers"]]
+            for axis in term.axes:
+                product = product * sizes[axis].astype(np.float64)
+            total = total + product
+        return np.rint(total).astype(np.int64)
 
 
 def config_itemsize(config: Mapping[str, Any]) -> int:

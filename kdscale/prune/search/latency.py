@@ -114,7 +114,7 @@ class LatencyModel:
         scale_P = teacher_P[0]
         chosen = _spread_out(features_RP / scale_P, teacher_P[0] / scale_P, _DESIGN_SHAPES - 1)
         designs = [teacher]
-        designs += [teacher.replace(**{axis: int(values[i]) for axis, values in shapes.items()}) for i in chosen]
+        designs += [teacher.resized(**{axis: int(values[i]) for axis, values in shapes.items()}) for i in chosen]
         timings = []
         for dims in designs:
             timings.append(self.timing(dims))

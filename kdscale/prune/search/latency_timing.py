@@ -82,8 +82,14 @@ def _time_once(model: Any, ids_1S: Any) -> tuple[float, float]:
 
 
 def _cut(config: dict[str, Any], family: Family, dims: Dims, layers: int) -> dict[str, Any]:
-    """The config of a model of this shape with only its first layers."""
-    return family.student_config(config, dims.replace(layers=layers), list(range(layers)))
+    """The config of a model of this shape with only its first layers of the kind that it has most of.
+
+    The other layers fill up where those are too few.
+    """
+    kinds = family.layer_kinds(config)
+    usual = max(dict.fromkeys(kinds), key=kinds.count)
+    order = sorted(range(len(kinds)), key=lambda layer: kinds[layer] != usual)
+    return family.student_config(config, dims.replace(layers=layers), sorted(order[:layers]))
 
 
 def _random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:

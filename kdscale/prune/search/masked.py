@@ -22,20 +22,16 @@ from torch import Tensor
 
 from kdscale.errors import DataError, SelfCheckError
 from kdscale.families import Family
+from kdscale.families.writers import Writer
 from kdscale.files import remove_tree
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import GramHooks
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, NextToken, TokenBatch
+from kdscale.prune.candidates import MaskedScore
 from kdscale.prune.compensation.experts import ExpertInputs, expert_name, refit_experts
-from kdscale.prune.compensation.one_stream import (
-    COMPENSATED,
-    compensated_roles,
-    fits_experts,
-    kept_outputs,
-    projection_site,
-)
+from kdscale.prune.compensation.one_stream import compensated, compensates, fits_experts, kept_outputs
 from kdscale.prune.compensation.regression import RidgeSums
-from kdscale.prune.plan import MaskedScore, Plan
+from kdscale.prune.plan import Plan
 from kdscale.prune.search.questions import Questions
 from kdscale.prune.slicing import SlicedStudent, SlicedTensor, Slicer
 from kdscale.prune.stream_cut import METHOD as REFIT
@@ -81,9 +77,9 @@ def score_masked(
     teacher_stream = LayerStream(teacher.config, family, shared.tensor, dtype=dtype, device=device)
     model_scratch = replace(scratch, activation_bytes=scratch.activation_bytes // (len(plans) + 2))
     students = [_Student(shared, family, plan, ridge, dtype, device, importance or {}) for plan in plans]
-    if any(student.roles for student in students) and not sum(batch.input_ids_BS.numel() for batch in calibration):
+    if any(student.fits for student in students) and not sum(batch.input_ids_BS.numel() for batch in calibration):
         raise DataError("compensation needs calibration tokens", hint="or set prune.compensate=none")
-    calibrate = list(calibration) if any(student.roles for student in students) else []
+    calibrate = list(calibration) if any(student.fits for student in students) else []
     texts: list[TokenBatch] = [*batches, *(questions.batches if questions else ())]
     states = teacher_stream.embed(texts, model_scratch.subfolder("teacher"))
     calibration_states = teacher_stream.embed(calibrate, model_scratch.subfolder("calibration"))
@@ -94,9 +90,7 @@ def score_masked(
         for index in range(layers):
             shared.clear()
             layer = teacher_stream.layer(index)
-            grams, inputs = _teacher_inputs(
-                layer, family, students, calibrate, calibration_states, model_scratch, device
-            )
+            grams, inputs = _teacher_inputs(layer, students, calibrate, calibration_states, model_scratch, device)
             _advance(layer, states, texts, device)
             if inputs is None:  # fitting experts still needs the layer's weights
                 layer.release()
@@ -151,7 +145,7 @@ class _Student:
     ):
         self.plan, self._shared, self._ridge = plan, shared, ridge
         self.slicer = Slicer(shared.config, family, plan)
-        self.roles = compensated_roles(plan, self.slicer)
+        self.fits = compensates(plan, self.slicer)
         self.stream = LayerStream(self.slicer.student_config, family, self._tensor, dtype=dtype, device=device)
         self.states = HiddenStates()
         self._cut: CutStudent | None = None
@@ -183,12 +177,13 @@ class _Student:
         if index not in self.plan.kept.layers:
             return
         position = self.plan.kept.layers.index(index)
+        roles = compensated(self.plan, self.slicer, position)
         self._solved = {
             tensor.spec.role: self._solve(tensor, grams[tensor.spec.role])
             for tensor in self.slicer.layer(position)
-            if tensor.spec.role in grams and tensor.spec.role in self.roles
+            if tensor.spec.role in grams and tensor.spec.role in roles
         }
-        if inputs is not None and fits_experts(self.plan, self.slicer):
+        if inputs is not None and fits_experts(self.plan, self.slicer, position):
             sweep = inputs.sweep(self.slicer, position)
             self._solved |= refit_experts(inputs.experts, self.slicer, position, sweep, self._ridge, fit_bytes)
         layer = self.stream.layer(position)
@@ -198,7 +193,8 @@ class _Student:
 
     def _solve(self, tensor: SlicedTensor, gram_UU: Tensor) -> Tensor:
         role = tensor.spec.role
-        kept = self.slicer.kept(COMPENSATED[role], tensor.position)
+        assert tensor.position is not None
+        kept = self.slicer.kept(self.slicer.writers(tensor.position)[role].axis, tensor.position)
         assert kept is not None
         sums = RidgeSums.of_gram(kept, gram_UU)
         if self._cut is not None:
@@ -213,7 +209,6 @@ class _Student:
 
 def _teacher_inputs(
     layer: DecoderLayer,
-    family: Family,
     students: Sequence[_Student],
     batches: Sequence[TokenBatch],
     states: HiddenStates,
@@ -222,14 +217,15 @@ def _teacher_inputs(
 ) -> tuple[dict[str, Tensor], ExpertInputs | None]:
     """What the compensated projections of this layer read: Gram matrices (fp32) by role, and the inputs themselves of a
     mixture's experts, whose Gram matrices would be too many. Moves `states` through the layer."""
-    keeping = [student for student in students if layer.index in student.plan.kept.layers]
-    roles = sorted({role for student in keeping for role in student.roles})
-    sums, inputs = GramHooks(), None
-    if any(fits_experts(student.plan, student.slicer) for student in keeping):
-        roles.remove("down")
-        inputs = ExpertInputs(layer, family, scratch, device)
-    for role in roles:
-        sums.attach(role, layer.site(projection_site(family.sites, role)))
+    found: dict[str, Writer] = {}
+    for student in students:
+        if layer.index in student.plan.kept.layers:
+            found |= compensated(student.plan, student.slicer, student.plan.kept.layers.index(layer.index))
+    sums = GramHooks()
+    inputs = ExpertInputs(layer, scratch, device) if any(writer.of_experts for writer in found.values()) else None
+    for role in sorted(found):
+        if not found[role].of_experts:
+            sums.attach(role, layer.site(found[role].path))
     _advance(layer, states, batches, device)
     sums.detach()
     if inputs is not None:
@@ -274,7 +270,7 @@ def _losses(
                 kl=divergence / count,
                 teacher_loss=teacher_ce / count,
                 tokens=count,
-                compensate="ridge" if student.roles else "none",  # also for two_stream: one pass for all candidates
+                compensate="ridge" if student.fits else "none",  # also for two_stream: one pass for all candidates
             )
         )
     return scores

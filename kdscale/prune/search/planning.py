@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from kdscale.config.criteria import FOLLOWED
 from kdscale.config.prune import PruneConfig
 from kdscale.families import Dims, Family
 from kdscale.families.dims import SHAPE_AXES
+from kdscale.prune.candidates import ShapeCandidate
 from kdscale.prune.importance.ranking import Ranking, layer_repair
 from kdscale.prune.plan import (
     KeptUnits,
@@ -20,7 +22,6 @@ from kdscale.prune.plan import (
     PlannedDims,
     PlanTarget,
     SearchResult,
-    ShapeCandidate,
     count_params,
 )
 from kdscale.prune.search.shapes import Search
@@ -65,23 +66,31 @@ def build_plan(search: Search, candidates: list[ShapeCandidate], tried: int) -> 
 
 
 def kept_units(ranking: Ranking, student: Dims) -> KeptUnits:
-    """The units that stay in a student of these sizes."""
-    layers = ranking.layers(student.layers)
-    groups = [ranking.kv_heads(layer, student.kv_heads) for layer in layers]
-    experts = [ranking.experts(layer, student.experts) for layer in layers] if student.experts else []
-    mlps: list[Sequence[int | None]] = [*experts] if experts else [[None]] * len(layers)
+    """The units that stay in a student of these sizes; no units of an axis in a layer that does not have it."""
+    layers, has = ranking.layers(student.layers), ranking.has
+    groups = [ranking.kv_heads(layer, student.kv_heads) if has(layer, "kv_heads") else [] for layer in layers]
+    experts = [ranking.experts(layer, student.experts) if has(layer, "experts") else [] for layer in layers]
+    mlps: list[Sequence[int | None]] = [*experts] if student.experts else [[None]] * len(layers)
     per_group = student.heads // student.kv_heads
+    followers = {axis: getattr(student, axis) for axis in FOLLOWED if getattr(student, axis)}
     return KeptUnits(
         layers=layers,
         hidden=ranking.hidden(student.hidden),
         ffn=[
-            ranking.ffn(layer, student.ffn, expert)
+            ranking.ffn(layer, student.ffn, expert) if has(layer, "ffn") else []
             for layer, kept_experts in zip(layers, mlps, strict=True)
             for expert in kept_experts
         ],
         kv_heads=groups,
-        heads=[ranking.heads(layer, kept, per_group) for layer, kept in zip(layers, groups, strict=True)],
-        experts=experts,
+        heads=[
+            ranking.heads(layer, kept, per_group) if has(layer, "heads") else []
+            for layer, kept in zip(layers, groups, strict=True)
+        ],
+        experts=experts if student.experts else [],
+        **{
+            axis: [ranking.follower(axis, layer, size) if has(layer, axis) else [] for layer in layers]
+            for axis, size in followers.items()
+        },
     )
 
 
@@ -143,7 +152,7 @@ def _experts_short_of_tokens(search: Search, plan: Plan) -> str | None:
     if counted is None or search.cfg.compensate == "none" or "ffn" not in plan.cut_axes():
         return None
     kept = zip(plan.kept.layers, plan.kept.experts, strict=True)
-    tokens = np.concatenate([np.asarray(counted[layer])[experts] for layer, experts in kept])
+    tokens = np.concatenate([np.asarray(counted[layer])[experts] for layer, experts in kept if experts])
     few = int((tokens < plan.student.ffn).sum())
     if not few:
         return None

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdscale.prune.plan import TaskScore
+from kdscale.prune.candidates import TaskScore
 
 Floats = NDArray[np.float64]
 

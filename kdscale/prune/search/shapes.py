@@ -16,8 +16,8 @@ from kdscale.config.prune import PruneConfig
 from kdscale.families import Family
 from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.axes import BudgetKind, Sizes, budget_axes, openable_axes
+from kdscale.prune.candidates import ShapeCandidate
 from kdscale.prune.importance.ranking import Ranking
-from kdscale.prune.plan import ShapeCandidate
 from kdscale.prune.search.budget import Budget, Costs, Floats, Speeds
 from kdscale.prune.search.cost import CostModel
 from kdscale.prune.search.scoring import ShapeScoring
@@ -55,12 +55,15 @@ class Search:
     @cached_property
     def costs(self) -> Costs:
         """What any shape costs."""
-        return Costs(CostModel.of(self.config, self.family, self._itemsize), self.cfg, self.speeds)
+        several = len(self.family.layers_by_kind(self.config)) > 1
+        kept_layers = self.ranking.layers if several else None
+        return Costs(CostModel.of(self.config, self.family, self._itemsize, kept_layers), self.cfg, self.speeds)
 
     @cached_property
     def ranking(self) -> Ranking:
         """Which units stay at any size."""
-        return Ranking(self.teacher, self.scores, self.cfg, openable_axes(self.cfg, self.teacher))
+        axes = [self.family.layer_axes(self.config, layer) for layer in range(self.teacher.layers)]
+        return Ranking(self.teacher, self.scores, self.cfg, openable_axes(self.cfg, self.teacher), axes)
 
     @cached_property
     def scoring(self) -> ShapeScoring:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdscale.config.criteria import FOLLOWED
 from kdscale.families import Family, load_family
 
-SIZES = {"hidden": 32, "ffn": 48, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 64, "experts": 4}
+SIZES = {"dense_ffn": 80, "hidden": 32, "ffn": 48, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 64, "experts": 4}
 POSITIONS = 128
 COMMON: dict[str, Any] = {
     "max_position_embeddings": POSITIONS,
@@ -43,6 +44,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+# Teachers of the table besides one a family: the family, and what else its tiny teacher has.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe, two kinds": ("qwen3_moe", {"num_experts": 5, "mlp_only_layers": [1], "intermediate_size": 80}),
+}
 # Every axis once. What is cut together is compared in different places, so that a failure still names the axis.
 CUTS: tuple[dict[str, int], ...] = ({"heads": 2, "layers": 2}, {"kv_heads": 1, "ffn": 32}, {"hidden": 24})
 ALL = {"ffn": 24, "heads": 2, "kv_heads": 1, "hidden": 24, "layers": 2}
@@ -54,23 +59,24 @@ EXPERTS = {"experts": 3}
 def cuts_of(family: Family) -> tuple[dict[str, int], ...]:
     """Cuts that between them shorten each axis of the family."""
     cuts = CUTS if family.data.dims["head_dim"].field is not None else ({"ffn": 32, "layers": 2}, TOGETHER)
-    return (*cuts, EXPERTS) if family.sites.experts else cuts
+    return (*cuts, EXPERTS) if "experts" in family.data.dims else cuts
 
 
 def cut_of_all(family: Family) -> dict[str, int]:
     """One cut of all axes of the family."""
     together = TOGETHER if family.data.dims["head_dim"].field is None else {}
-    return {**ALL, **together, **(EXPERTS if family.sites.experts else {})}
+    return {**ALL, **together, **(EXPERTS if "experts" in family.data.dims else {})}
 
 
 def tiny_config(model_type: str) -> dict[str, Any]:
-    """The sizes above under the family's own field names, and what is special about it."""
+    """The sizes above under the family's own field names, and what is special about a family or variant."""
+    model_type, changes = VARIANTS.get(model_type, (model_type, SPECIAL.get(model_type, {})))
     data = load_family({"model_type": model_type}, "config.json").data
     sizes = {field.field: SIZES[dim] for dim, field in data.dims.items() if field.field and dim in SIZES}
     sizes |= {field.field: POSITIONS for field in data.sizes.values()}
     if data.experts_per_token is not None:
         sizes[str(data.experts_per_token.field)] = 2
-    return {"model_type": model_type, **COMMON, **sizes, **SPECIAL.get(model_type, {})}
+    return {"model_type": model_type, **COMMON, **sizes, **changes}
 
 
 def save_teacher(model_type: str, folder: Path, **changes: Any) -> Path:
@@ -108,6 +114,7 @@ def random_scores(config: dict[str, Any], family: Family) -> dict[str, np.ndarra
         "layers.one_by_one": (dims.layers,),
         "experts.output_norm": (dims.layers, dims.experts),
     }
+    shapes |= {f"{axis}.output_energy": (dims.layers, getattr(dims, axis)) for axis in FOLLOWED}
     scores = {name: rng.random(shape) for name, shape in shapes.items()}
     scores["layers.one_by_one"][0] = 0.0  # so that kept layers get other numbers
     return scores

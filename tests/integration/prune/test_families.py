@@ -23,7 +23,14 @@ from kdscale.prune.search.masked import score_masked
 from kdscale.prune.search.planning import make_plan
 from kdscale.prune.slicing import Slicer
 from kdscale.weights import Checkpoint
-from tests.integration.prune.family_table import cut_of_all, cuts_of, edit_config, random_scores, save_teacher
+from tests.integration.prune.family_table import (
+    VARIANTS,
+    cut_of_all,
+    cuts_of,
+    edit_config,
+    random_scores,
+    save_teacher,
+)
 
 CPU = torch.device("cpu")
 STRANGERS = Path(__file__).parents[2] / "fixtures" / "families"
@@ -72,12 +79,12 @@ def self_checked_student(teacher, out: Path, compensate: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == teacher.family.count_params(student).total
 
 
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize("model_type", [*supported_types(), *VARIANTS])
 def test_names_and_shapes_are_those_on_disk_and_identity_copies_every_byte(teacher_of, tmp_path, model_type):
     names_shapes_and_identity(teacher_of(model_type), tmp_path / "same")
 
 
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize("model_type", [*supported_types(), *VARIANTS])
 def test_masked_teacher_is_the_sliced_student_on_every_axis(teacher_of, model_type):
     teacher = teacher_of(model_type)
     for cut in cuts_of(teacher.family):
@@ -85,7 +92,8 @@ def test_masked_teacher_is_the_sliced_student_on_every_axis(teacher_of, model_ty
 
 
 @pytest.mark.parametrize(
-    ("model_type", "compensate"), [*((model_type, "ridge") for model_type in supported_types()), ("llama", "none")]
+    ("model_type", "compensate"),
+    [*((model_type, "ridge") for model_type in [*supported_types(), *VARIANTS]), ("llama", "none")],
 )
 def test_a_student_cut_on_all_axes_passes_the_self_check(teacher_of, tmp_path, model_type, compensate):
     self_checked_student(teacher_of(model_type), tmp_path / "student", compensate)
@@ -320,7 +328,6 @@ def test_active_parameters_are_those_of_the_experts_that_a_token_gets(teacher_of
 @pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "layers of two kinds"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "would change with its number"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "only causal"),
     ],

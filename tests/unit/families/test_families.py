@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import kdscale.families
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import Dims, TensorSpec, load_family, read_families, supported_types
+from kdscale.families.writers import layer_writers
 from kdscale.sizing.model_shape import kv_bytes_per_token
 
 _SIZES = {"hidden": 48, "ffn": 80, "layers": 3, "heads": 6, "kv_heads": 2, "vocab": 96, "experts": 4}
@@ -33,6 +35,12 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "null-kv-heads": {"num_key_value_heads": None},
     "rope-scaling": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
 }
+# Configs whose layers are of two kinds, as the fields of the family can say it.
+SEVERAL_KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3_moe", {"mlp_only_layers": [0, 3]}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+]
+_NOT_ANY_ORDER: set[str] = set()  # families whose config cannot say every order of kinds
 _FAMILY_FILES = sorted(Path(kdscale.families.__file__).parent.glob("*.json"))
 _LLAMA = next(file for file in _FAMILY_FILES if file.stem == "llama")
 # also those of KDSCALE_FAMILIES
@@ -104,6 +112,49 @@ def test_tensors_and_counts_are_those_of_transformers(model_type: str, variant: 
     assert counted.embedding == (1 if tied else 2) * _SIZES["vocab"] * _SIZES["hidden"] + positions
 
 
+@pytest.mark.parametrize(("model_type", "changes"), SEVERAL_KINDS)
+def test_layers_of_several_kinds_have_the_tensors_that_transformers_gives_them(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    config = _config(model_type, **{**changes, "num_hidden_layers": 6})
+    family = load_family(config, "config.json")
+    kinds = family.layer_kinds(config)
+    assert len(set(kinds)) == 2
+    for kept in ([0, 1, 2, 3, 4, 5], [1, 2, 5], [0, 3], [2], [5]):
+        try:
+            student = family.student_config(config, family.dims(config).replace(layers=len(kept)), kept)
+        except ConfigError as error:
+            assert "has the kept layers in their order" in str(error)
+            assert model_type in _NOT_ANY_ORDER
+            continue
+        assert family.layer_kinds(student) == [kinds[layer] for layer in kept]
+        theirs, count = _hf_state(student, {family.parameter(name) for name in family.tied(student)})
+        assert _parameters(family.tensors(student).values()) == theirs
+        assert family.count_params(student).total == count
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"mlp_only_layers": "0"}, "a list of layer numbers"), ({"decoder_sparse_step": 0}, "decoder_sparse_step")],
+)
+def test_fields_that_say_no_kind_of_a_layer_are_named(changes: dict[str, Any], message: str) -> None:
+    config = _config("qwen3_moe", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_family(config, "config.json").tensors(config)
+
+
+def test_axes_that_follow_another_keep_its_share_and_stay_as_round_as_they_are() -> None:
+    dims = Dims(
+        hidden=8, ffn=1408, heads=1, kv_heads=1, head_dim=8, layers=1, vocab=8, dense_ffn=10944, shared_ffn=2816
+    )
+    assert (dims.resized(ffn=704).dense_ffn, dims.resized(ffn=704).shared_ffn) == (5472, 1408)
+    assert dims.resized(ffn=1024).dense_ffn == 7936  # 7959.3, in steps of 64
+    assert dims.resized(ffn=1).dense_ffn == 64
+    assert dims.resized(hidden=4).dense_ffn == 10944
+    counted = dims.followers({"ffn": np.array([704, 1024, 1, 1408])})["dense_ffn"]
+    assert counted.tolist() == [5472, 7936, 64, 10944]
+
+
 @pytest.mark.parametrize("model_type", supported_types())
 def test_components_are_the_modules_that_parameters_are_in(model_type: str) -> None:
     config = _config(model_type, **(_VARIANTS["biases"] if model_type == "llama" else {}))
@@ -144,17 +195,17 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
     for path in (sites.embed, sites.final_norm, sites.rotary, sites.head):
         model.get_submodule(path)
     assert len(model.get_submodule(sites.layers)) == dims.layers  # type: ignore[arg-type]
-    layer = model.get_submodule(f"{sites.layers}.0")
-    sizes = {sites.heads: (dims.heads * dims.head_dim, family.transposed("o"))}
-    if sites.ffn:
-        sizes[sites.ffn] = (dims.ffn, family.transposed("down"))
-    else:
-        assert layer.get_submodule(sites.experts).down_proj.shape == (dims.experts, dims.hidden, dims.ffn)
-        assert layer.get_submodule(sites.router).weight.shape == (dims.experts, dims.hidden)
-    for path, (inputs, transposed) in sizes.items():
-        assert layer.get_submodule(path).weight.shape[0 if transposed else 1] == inputs
-    for path in (*sites.norms, sites.attention, sites.mlp):
-        layer.get_submodule(path)
+    for index in family.layers_by_kind(config):
+        layer, sites = model.get_submodule(f"{sites.layers}.{index}"), family.layer_sites(config, index)
+        for role, writer in layer_writers(family, config, index).items():
+            if writer.of_experts:
+                assert layer.get_submodule(writer.path).down_proj.shape == (dims.experts, dims.hidden, dims.ffn)
+                assert layer.get_submodule(sites.router).weight.shape == (dims.experts, dims.hidden)
+            else:
+                inputs = layer.get_submodule(writer.path).weight.shape[0 if family.transposed(role) else 1]
+                assert inputs == dims.axis_size(writer.axis)
+        for path in (*sites.norms, sites.attention, sites.mlp):
+            layer.get_submodule(path)
     assert set(family.layer_tensors(config, 1)) == {
         name for name in family.tensors(config) if name.startswith(family.layer_prefix(1))
     }

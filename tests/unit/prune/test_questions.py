@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from kdscale.config.candidate_scores import CANDIDATE_SCORES, candidate_score, score_used
 from kdscale.config.prune import PruneConfig
 from kdscale.pipeline.candidate_tasks import question_batches
-from kdscale.prune.plan import MaskedScore
+from kdscale.prune.candidates import MaskedScore
 from kdscale.prune.search.questions import Questions
 
 

@@ -1,0 +1,33 @@
+"""The projections of a layer that write to the residual stream: their inputs are ranked, silenced and refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from kdscale.families.family import Family
+
+SHARED_DOWN = "shared_down"
+# By role, in the order in which they are refitted: each makes up for what is left open by those before it.
+_SITE_OF = {"o": "heads", SHARED_DOWN: "shared", "down": "ffn"}
+
+
+class Writer(NamedTuple):
+    """One of them: its module's path in the layer, and the axis that it reads; one of each expert if `of_experts`."""
+
+    path: str
+    axis: str
+    of_experts: bool = False
+
+
+def layer_writers(family: Family, config: Mapping[str, Any], layer: int) -> dict[str, Writer]:
+    """By role, those that the layer has."""
+    sites = family.layer_sites(config, layer)
+    specs = {spec.role: spec for spec in family.layer_tensors(config, layer).values()}
+    out = {}
+    for role, site in _SITE_OF.items():
+        if role in specs:
+            (axis,) = (axis for axis in specs[role].axes if axis not in ("hidden", "experts"))
+            of_experts = specs[role].of_experts
+            out[role] = Writer(sites.experts if of_experts else getattr(sites, site), axis, of_experts)
+    return out
