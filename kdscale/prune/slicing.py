@@ -20,6 +20,7 @@ from kdscale.families.writers import Writer, layer_writers
 from kdscale.prune.plan import Plan
 
 _NEVER_CUT = ("head_dim", "vocab")
+NORM_BEFORE = {"attention": "attn_norm", "ffn": "ffn_norm"}  # role of the norm, by the component that reads it
 
 
 class SlicedTensor(NamedTuple):

@@ -26,14 +26,13 @@ from torch import Tensor
 
 from kdscale.errors import ConfigError
 from kdscale.families import Family, TensorSpec
-from kdscale.prune.slicing import SlicedTensor, Slicer, is_hidden_norm
+from kdscale.prune.slicing import NORM_BEFORE, SlicedTensor, Slicer, is_hidden_norm
 from kdscale.runs.importance_scores import DIRECTIONS, FINAL_COVARIANCE
 from kdscale.runs.stream_basis import kept_directions
 
 METHOD = "refit"  # of prune.hidden_method
 
-# The norms right before a sublayer and, where a family has them, those between a sublayer and the stream.
-NORM_BEFORE = {"attention": "attn_norm", "ffn": "ffn_norm"}
+# The norms between a sublayer and the stream, where a family has them.
 POST_NORM = {"attention": "attn_post_norm", "ffn": "ffn_post_norm"}
 WRITER = {"attention": "o", "ffn": "down"}
 
@@ -155,9 +154,12 @@ class CutStudent:
             if axis != "hidden" and (kept := self.slicer.kept(axis, position, spec.expert)) is not None:
                 tensor = tensor.index_select(dimension, torch.tensor(kept))
         if spec.axes[-1] == "hidden" and len(spec.axes) == 2:  # a reader
-            gain_D = self.gain(NORM_BEFORE[spec.component], spec.layer)
-            return (self._grown * (tensor.double() * gain_D) @ self.basis.rows_HD.T).float()
+            return (tensor.double() @ self.reader_map(NORM_BEFORE[spec.component], spec.layer)).float()
         return self.written(tensor, spec)
+
+    def reader_map(self, norm: str, layer: int | None) -> Tensor:
+        """fp64 [D, H]: what all that reads this norm is multiplied by at the start."""
+        return self._grown * self.gain(norm, layer)[:, None] * self.basis.rows_HD.T
 
     def written(self, weight: Tensor, spec: TensorSpec) -> Tensor:
         """What writes to the stream (or its bias), cut to the student's stream and not along its inputs; fp32."""

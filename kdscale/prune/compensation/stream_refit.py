@@ -32,19 +32,16 @@ from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
 from kdscale.prune.compensation.gain_fits import SublayerSizes, fitted_final_norm
+from kdscale.prune.compensation.readers import RIDGE, ReaderMap, mapped, module_path, readers_of, token_weights
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
 from kdscale.prune.compensation.two_stream import embedded_pairs
-from kdscale.prune.slicing import SlicedTensor
-from kdscale.prune.stream_cut import NORM_BEFORE, POST_NORM, WRITER, CutStudent
+from kdscale.prune.slicing import NORM_BEFORE, SlicedTensor
+from kdscale.prune.stream_cut import POST_NORM, WRITER, CutStudent
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import all_reduce_sum, is_writer
 
 FINAL_NORM = "final_norm"
-# The first token of a document stands for so many in every regression: most heads look at it when they look at nothing,
-# so all others read an error in its keys and values.
-_FIRST_COUNTS_AS = 32.0
-_READER_RIDGE = 0.1  # of prune.ridge_lambda: a reader has fewer inputs than a writer, and they are normalised
 
 
 def refitted_layers(
@@ -112,11 +109,6 @@ class _Pair:
         return _PairOfLayers(self._teacher.layer(index), student, self._start, position, self._sizes)
 
 
-def _weight(positions_BS: Tensor, device: torch.device) -> Tensor:
-    """[B, S, 1]: what a token's equations are multiplied by."""
-    return torch.where(positions_BS == 0, _FIRST_COUNTS_AS**0.5, 1.0).to(device)[..., None]
-
-
 class _Watched:
     """A layer whose modules are found by role, with what they read and put out in its last pass."""
 
@@ -127,9 +119,7 @@ class _Watched:
         self._until = ""
         self._handles = []
         self._paths = {
-            role: spec.parameter.removeprefix(prefix).removesuffix(".weight")
-            for role, spec in self.specs.items()
-            if not role.endswith("_bias")
+            role: module_path(spec, prefix) for role, spec in self.specs.items() if not role.endswith("_bias")
         }
         for role in self._paths:
             self._handles.append(self.module(role).register_forward_hook(self._recorder(role)))
@@ -227,11 +217,7 @@ class _Sublayer:
         self._norm, self._writer = NORM_BEFORE[component], WRITER[component]
         self._post = POST_NORM[component] if POST_NORM[component] in origins else None
         self._added = self._post or self._writer  # whose output goes into the stream
-        self._readers = [
-            role
-            for role, origin in origins.items()
-            if origin.spec.component == component and len(origin.spec.axes) == 2 and origin.spec.axes[-1] == "hidden"
-        ]
+        self._readers = list(readers_of(component, {role: origin.spec for role, origin in origins.items()}))
         self._rows_HD = start.basis.rows_HD.to(next(student.layer.module.parameters()).device)
         self._position = origins[self._norm].position
 
@@ -245,7 +231,7 @@ class _Sublayer:
     ) -> dict[str, Tensor]:
         pairs = [(index, batch.position_ids_BS) for index, batch in enumerate(batches)]
         where = f"the student's layer {self._position}"
-        out = self._refit_readers(states, pairs, _READER_RIDGE * cfg.ridge_lambda, where)
+        out = self._refit_readers(states, pairs, RIDGE * cfg.ridge_lambda, where)
         out[self._writer] = self._refit_writer(states, pairs, cfg, where, recovered, layer)
         if self._post is not None:
             out[self._post] = self._refit_post_norm(states, pairs, cfg.stream_correction)
@@ -254,32 +240,29 @@ class _Sublayer:
     def _refit_readers(
         self, states: HiddenStates, pairs: list[tuple[int, Tensor]], ridge: float, where: str
     ) -> dict[str, Tensor]:
-        modules = {role: self._student.module(role) for role in self._readers}
-        sums = {role: TargetSums(module.weight) for role, module in modules.items()}
-        kept = {role: self._start.slicer.kept(self._origins[role].spec.axes[0], self._position) for role in sums}
+        start_DH = self._start.reader_map(self._norm, self._teacher.layer.index).to(self._rows_HD.device)
+        sums = ReaderMap(start_DH.float())
         sizes = SublayerSizes(len(self._rows_HD), self._rows_HD.device) if self._post else None
         for index, positions_BS in pairs:
             teacher, student, differs = states[index].split(self._sizes, dim=-1)
-            self._teacher.run(teacher, positions_BS, self._added if sizes else self._readers[-1])
+            self._teacher.run(teacher, positions_BS, self._added if sizes else self._norm)
             self._student.run(student, positions_BS, self._norm)
-            own = self._student.put_out(self._norm).float()
+            own, meant = self._student.put_out(self._norm).float(), self._teacher.put_out(self._norm).float()
             cut = self._normalised(self._cut(self._teacher.read(self._norm)) + differs.float()).float()
-            weight = _weight(positions_BS, own.device)
-            for role, total in sums.items():
-                target = self._teacher.put_out(role).float()
-                bias = getattr(self._teacher.module(role), "bias", None)
-                target = target if bias is None else target - bias.float()
-                rows = kept[role]
-                target = target if rows is None else target[..., torch.tensor(rows, device=target.device)]
-                total.add(cut * weight, target * weight)
-                total.add(own * weight, target * weight)
+            weight = token_weights(positions_BS, own.device)
+            sums.add(cut * weight, meant * weight)
+            sums.add(own * weight, meant * weight)
             if sizes is not None:
                 sizes.add(self._cut(self._teacher.put_out(self._added)))
+        map_DH = sums.solve(ridge, f"{self._norm} of {where}")
         out: dict[str, Tensor] = {}
-        for role, total in sums.items():
-            total.reduce()
-            out[role] = total.solve(ridge, f"{role} of {where}")
-            modules[role].weight.data = out[role].to(modules[role].weight)
+        for role in self._readers:
+            source = self._teacher.module(role).weight
+            rows = self._start.slicer.kept(self._origins[role].spec.axes[0], self._position)
+            source = source if rows is None else source[torch.tensor(rows, device=source.device)]
+            out[role] = mapped(source, map_DH)
+            module = self._student.module(role)
+            module.weight.data = out[role].to(module.weight)
         if sizes is not None:
             self._set_gain(sizes.gain())
         return out
@@ -313,7 +296,7 @@ class _Sublayer:
             added, target = self._targets(cfg.stream_correction, differs)
             read = self._teacher.read(self._writer)
             sample.add(read)
-            weight = _weight(positions_BS, read.device)
+            weight = token_weights(positions_BS, read.device)
             sums.add(read[..., inputs_K] * weight, (added / gain_H - offset) * weight)
             sums.add(self._student.read(self._writer) * weight, (target / gain_H - offset) * weight)
         sums.reduce()

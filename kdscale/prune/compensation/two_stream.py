@@ -11,6 +11,8 @@ the residual stream, attention first, with x_T and x_S what the teacher and the 
 y_T is what the teacher's sublayer adds and r_T − r_S how far the student's residual stream is behind before it: the
 asymmetric target of GPTAQ (arXiv 2504.02692) plus a share β of the error so far.
 
+What reads the stream (q, k, v, gate, up) is refitted first, to the student's stream (readers.py).
+
 In a mixture the experts' part of the sublayer's target is divided among the kept ones (experts.py).
 
 B batch · S sequence · N = B·S tokens · n tokens of one expert · D hidden · D' kept hidden · U inputs · K kept inputs
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kdscale.config.prune import PruneConfig
+from kdscale.families.schema import COMPONENT_OF
 from kdscale.files import remove_tree
 from kdscale.models.experts import Routing, expert_units, experts_call, routing_among_kept
 from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStates, Scratch
@@ -36,9 +39,10 @@ from kdscale.prune.compensation.experts import Equations, kept_units, refit_expe
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLE, RepairedWeights, only_adds_sublayers
 from kdscale.prune.compensation.one_stream import compensated
 from kdscale.prune.compensation.post_norm import post_norm_path
+from kdscale.prune.compensation.readers import RIDGE, ReaderMap, mapped, module_path, refitted_readers, token_weights
 from kdscale.prune.compensation.recovered_error import InputSample, RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
-from kdscale.prune.slicing import SlicedStudent, Slicer
+from kdscale.prune.slicing import NORM_BEFORE, SlicedStudent, Slicer
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_writer
 from kdscale.weights import Checkpoint
@@ -148,16 +152,23 @@ class _BothLayers:
         self._teacher, self._student, self._slicer = teacher, student, slicer
         self._kept_D = torch.tensor(slicer.plan.kept.hidden, device=device)
         self._writers = {} if position is None else slicer.writers(position)
+        paths = {role: writer.path for role, writer in self._writers.items()}
+        self._readers: dict[str, dict[str, str]] = {}  # by the norm that they read: role → path of the module
+        if position is not None:
+            prefix = slicer.family.layer_prefix(teacher.index)
+            sites = {t.spec.role: module_path(t.spec, prefix) for t in slicer.layer(position) if t.spec.expert is None}
+            for norm, roles in refitted_readers(slicer, position).items():
+                paths[norm], self._readers[norm] = sites[norm], {role: sites[role] for role in roles}
         self._seen: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # (model, role) → what it read and put out
         self._calls: dict[str, tuple[Tensor, Routing]] = {}  # of the experts of a mixture, by model
         self._unseen: set[str] | None = None  # roles that `_look` still waits for; None: the layer runs to its end
         self._only_adds: bool | None = None  # whether β applies; None: nobody has looked yet
         self._batch_shape: tuple[int, ...] = ()
         self._handles = [
-            layer.site(writer.path).register_forward_hook(self._recorder(model, role), with_kwargs=True)
+            layer.site(path).register_forward_hook(self._recorder(model, role), with_kwargs=True)
             for model, layer in ((_TEACHER, teacher), (_STUDENT, student))
             if layer is not None
-            for role, writer in self._writers.items()
+            for role, path in paths.items()
         ]
 
     def __call__(self, both: Tensor, positions_BS: Tensor) -> Tensor:
@@ -179,11 +190,13 @@ class _BothLayers:
         """
         slicer = self._slicer
         assert self._student is not None and self.position is not None
-        out: dict[str, Tensor] = {}
-        for role, writer in compensated(slicer.plan, slicer, self.position).items():
-            if role == REPAIRED_ROLE and repaired:
-                continue
-            out |= self._refit_experts(task) if writer.of_experts else {role: self._refit(role, task)}
+        cut, out, refitted = compensated(slicer.plan, slicer, self.position), dict[str, Tensor](), set[str]()
+        for role, writer in self._writers.items():
+            if (component := COMPONENT_OF[role]) not in refitted:
+                out |= self._refit_readers(component, task)
+                refitted.add(component)
+            if role in cut and not (role == REPAIRED_ROLE and repaired):
+                out |= self._refit_experts(task) if writer.of_experts else {role: self._refit(role, task)}
         for role, weight in (repaired or {}).items():
             path = self._writers[role].path if role in self._writers else post_norm_path(slicer.family, REPAIRED_ROLE)
             module: Any = self._student.site(path)
@@ -202,6 +215,27 @@ class _BothLayers:
             self._unseen = set(roles)
             layer.look(state, positions_BS)
         self._unseen = None
+
+    def _refit_readers(self, component: str, task: _Task) -> dict[str, Tensor]:
+        """Fold into all that reads the norm before `component` the map from the student's norm to the teacher's."""
+        norm = NORM_BEFORE.get(component, "")
+        if norm not in self._readers:
+            return {}
+        assert self._student is not None
+        sums = ReaderMap(torch.eye(len(self._kept_D), device=self._kept_D.device))
+        for index, batch in enumerate(task.batches):
+            self._look(task.states[index], batch.position_ids_BS, [norm])
+            meant, seen = self._output(_TEACHER, norm), self._output(_STUDENT, norm)
+            weight = token_weights(batch.position_ids_BS, meant.device)
+            sums.add(meant * weight, meant * weight)
+            sums.add(seen * weight, meant * weight)
+        map_DD = sums.solve(RIDGE * task.cfg.ridge_lambda, f"{norm} of the student's layer {self.position}")
+        out = {}
+        for role, path in self._readers[norm].items():
+            module: Any = self._student.site(path)
+            out[role] = mapped(module.weight, map_DD)
+            module.weight.data = out[role].to(module.weight)
+        return {role: weight.cpu() for role, weight in out.items()}
 
     def _refit(self, role: str, task: _Task) -> Tensor:
         assert self._student is not None
@@ -316,7 +350,7 @@ class _BothLayers:
         return self._seen[model, role][1].float()
 
     def _recorder(self, model: str, role: str) -> Callable[[Any, Any, Any, Any], None]:
-        experts = self._writers[role].of_experts
+        experts = role in self._writers and self._writers[role].of_experts
 
         def record(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             out = output if isinstance(output, Tensor) else output[0]

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from kdscale.models.loading import load_model
 from kdscale.prune import self_check
+from kdscale.prune.slicing import SlicedStudent, Slicer
 
 CPU = torch.device("cpu")
 PLAIN = {"ridge_lambda": 0.03, "compensate": "two_stream"}
@@ -50,6 +51,30 @@ def _inputs(plan, position, site) -> list[int]:
     return [head * width + i for head in plan.kept.heads[position] for i in range(width)]
 
 
+READERS = {
+    "self_attn.o_proj": ("input_layernorm", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+    "mlp.down_proj": ("post_attention_layernorm", ["mlp.gate_proj", "mlp.up_proj"]),
+}
+
+
+def _refit_readers(teacher, student, plan, position, site, ridge) -> dict[str, torch.Tensor]:
+    """Each by a regression of its own: what it puts out in the teacher, from what the two norms put out."""
+    theirs, ours = f"model.layers.{plan.kept.layers[position]}", f"model.layers.{position}"
+    norm, paths = READERS[site]
+    wide = _run(teacher.model, teacher.batches, [f"{theirs}.{norm}"])[f"out {theirs}.{norm}"]
+    narrow = _run(student, teacher.batches, [f"{ours}.{norm}"])[f"out {ours}.{norm}"]
+    first = torch.cat([batch.position_ids_BS for batch in teacher.batches]) == 0
+    weight = torch.where(first, 32.0**0.5, 1.0)[..., None].double()
+    out = {}
+    for path in paths:
+        module = student.get_submodule(f"{ours}.{path}")
+        prior = module.weight.detach().double()
+        x = torch.cat([wide * weight, narrow * weight])
+        out[f"{ours}.{path}.weight"] = _ridge(x, torch.cat([wide * weight] * 2) @ prior.T, prior, 0.1 * ridge)
+        module.weight.data = out[f"{ours}.{path}.weight"].float()
+    return out
+
+
 def _whole_model(teacher, student, plan, beta, ridge) -> dict[str, torch.Tensor]:
     """Refits every projection of `student` in place, running both whole models anew for each; returns the weights."""
     out = {}
@@ -58,6 +83,8 @@ def _whole_model(teacher, student, plan, beta, ridge) -> dict[str, torch.Tensor]
         theirs, ours = f"model.layers.{index}", f"model.layers.{position}"
         for site, others in (("self_attn.o_proj", ()), ("mlp.down_proj", ("self_attn.o_proj",))):
             paths = (site, *others)
+            if plan.student.hidden == plan.teacher.hidden:
+                out |= _refit_readers(teacher, student, plan, position, site, ridge)
             wide = _run(teacher.model, teacher.batches, [theirs, *(f"{theirs}.{path}" for path in paths)])
             narrow = _run(student, teacher.batches, [ours, *(f"{ours}.{path}" for path in paths)])
             behind = wide[f"in {theirs}"][..., rows] - narrow[f"in {ours}"]
@@ -95,15 +122,12 @@ def test_the_streamed_weights_are_those_of_a_whole_model_pass(teacher, other_tea
     written = load_file(tmp_path / "student" / "model.safetensors")
     # the starting point: the same slices, with the same norm factor but no regression
     sliced = load_model(tmp_path / "student", dtype=torch.float32, device=CPU)
-    stay = torch.tensor(plan.kept.hidden)
+    start = SlicedStudent(Slicer(one.config, one.family, plan), one.checkpoint.tensor)
+    sliced.load_state_dict({name: start.tensor(name) for name in written}, strict=False)
     one.model = load_model(one.checkpoint.path, dtype=torch.float32, device=CPU)
-    for position, index in enumerate(plan.kept.layers):
-        heads = _inputs(plan, position, "self_attn.o_proj")
-        layer, whole = sliced.model.layers[position], one.model.model.layers[index]
-        layer.self_attn.o_proj.weight.data = whole.self_attn.o_proj.weight.detach()[stay][:, heads].clone()
-        layer.mlp.down_proj.weight.data = whole.mlp.down_proj.weight.detach()[stay][:, plan.kept.ffn[position]].clone()
     expected = _whole_model(one, sliced, plan, beta, PLAIN["ridge_lambda"])
-    assert len(expected) == plan.student.layers * len({"ffn", "heads"} & set(plan.cut_axes()))
+    readers = 0 if "hidden" in cut else 5
+    assert len(expected) == plan.student.layers * (readers + len({"ffn", "heads"} & set(plan.cut_axes())))
     for name, weight in expected.items():
         error = (written[name] - weight).norm() / weight.norm()
         assert error < 1e-4, f"{name}: {error}"
