@@ -37,7 +37,7 @@ from kdscale.families.writers import Writer, layer_writers
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLES, find_gaps
 from kdscale.prune.compensation.one_stream import compensated
-from kdscale.prune.compensation.readers import refitted_readers
+from kdscale.prune.compensation.readers import is_refitted_reader
 from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.prune.stream_cut import METHOD as REFIT
@@ -154,11 +154,8 @@ def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student:
     changed = [compensated(plan, slicer, position) for position in range(plan.student.layers)]
     refits = plan.methods.hidden == REFIT
     repaired = {gap.position for gap in find_gaps(plan)}
-    readers = {
-        role for at in range(plan.student.layers) for roles in refitted_readers(slicer, at).values() for role in roles
-    }
     for source, target, spec, position in slicer.tensors():
-        refitted = (refits and "hidden" in spec.axes) or (spec.expert is None and spec.role in readers)
+        refitted = (refits and "hidden" in spec.axes) or is_refitted_reader(slicer, spec, position)
         rewritten = position is not None and spec.role in changed[position]
         if refitted or rewritten or (spec.role in REPAIRED_ROLES and position in repaired):
             good = all(bool(torch.isfinite(block).all()) for block in student.blocks(target, _BLOCK_BYTES))

@@ -57,6 +57,13 @@ def refitted_readers(slicer: Slicer, position: int) -> dict[str, list[str]]:
     return {norm: roles for norm, roles in found.items() if roles}
 
 
+def is_refitted_reader(slicer: Slicer, spec: TensorSpec, position: int | None) -> bool:
+    """Whether `two_stream` refits a tensor of the student's layer `position` as one that reads the stream."""
+    if position is None or spec.expert is not None:
+        return False
+    return any(spec.role in roles for roles in refitted_readers(slicer, position).values())
+
+
 def mapped(weight: Tensor, map_DH: Tensor) -> Tensor:
     """The weight of a reader in the student, fp32: W A."""
     out: Tensor = weight.float() @ map_DH
