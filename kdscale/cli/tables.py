@@ -134,6 +134,7 @@ def _candidates(plan_json: dict[str, Any]) -> None:
         score: lambda row: f"{row['score']:.3f}",
         "KL": lambda row: f"{row['masked']['kl']:.4f}" if row["masked"] else "",
         "loss": lambda row: f"{row['masked']['loss']:.4f}" if row["masked"] else "",
+        "accepted": _accepted,
         "accuracy": lambda row: _answered(row, "accuracy", ".1%"),
         "task": lambda row: _answered(row, "score", ".3f"),
         "behind": lambda row: _answered(row, "behind", ".3f"),
@@ -142,6 +143,8 @@ def _candidates(plan_json: dict[str, Any]) -> None:
     }
     if any(row["masked"] for row in rows):
         note("KL, loss: masked runs on calibration text, nats per token", "dim")
+    if any(map(_accepted, rows)):
+        note("accepted: tokens that the teacher accepts from such a draft at temperature 1, on the same text", "dim")
     if any(_answered(row, "score", ".3f") for row in rows):
         asked_of = next(row["masked"]["task"] for row in rows if row["masked"])
         note(
@@ -176,6 +179,12 @@ def _candidates(plan_json: dict[str, Any]) -> None:
     _print(drawn())
     if left_out:
         note(f"not shown for lack of room (plan.json has them): {', '.join(left_out)}", "dim")
+
+
+def _accepted(row: dict[str, Any]) -> str:
+    """The share of a candidate's tokens that the teacher accepts; "" where that was not asked for."""
+    value = (row["masked"] or {}).get("acceptance")
+    return "" if value is None else f"{value:.1%}"
 
 
 def _answered(row: Mapping[str, Any], figure: str, form: str) -> str:
@@ -214,10 +223,12 @@ def _places(run: RunFolder) -> None:
 
 
 _QUALITY = (
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("bits per byte", "bits_per_byte", "{:.4f}"),
-    ("KL to the teacher", "kl_to_teacher", "{:.4f}"),
-    ("top-1 agreement", "top1_agreement", "{:.1%}"),
+    ("perplexity", "quality", "perplexity", "{:.2f}"),
+    ("bits per byte", "quality", "bits_per_byte", "{:.4f}"),
+    ("KL to the teacher", "quality", "kl_to_teacher", "{:.4f}"),
+    ("top-1 agreement", "quality", "top1_agreement", "{:.1%}"),
+    ("accepted as a draft", "quality", "acceptance", "{:.1%}"),
+    ("expected speed-up as a draft", "draft", "speed_up", "{:.2f}"),
 )
 
 
@@ -230,11 +241,12 @@ def _side_by_side(path: Path) -> None:
     if not is_evaluation(evaluation):
         note(f"warning: {path} is damaged; kdscale run makes it again")
         return
-    models = {name: model["quality"] for name, model in evaluation["models"].items()}
-    rows = [
-        (title, *("" if quality[key] is None else form.format(quality[key]) for quality in models.values()))
-        for title, key, form in _QUALITY
-    ]
+    models = evaluation["models"]
+    rows = []
+    for title, section, key, form in _QUALITY:
+        values = [model.get(section, {}).get(key) for model in models.values()]
+        if any(value is not None for value in values):  # evaluations of older versions have fewer figures
+            rows.append((title, *("" if value is None else form.format(value) for value in values)))
     _print(table("Held-out text", ("", *models), rows, right_from=1))
     if worse := worsened(evaluation):
         before, after = (model_title(students(evaluation)[at]).lower() for at in (0, -1))

@@ -23,6 +23,7 @@ class CandidateScore:
     path: tuple[str, ...]
     higher_is_better: bool = False
     asks: bool = False  # whether candidates answer prune.search.tasks for it
+    measured: bool = False  # whether masked runs give it on calibration text, and only where it is asked for
 
     def value(self, masked: Mapping[str, Any]) -> float | None:
         """The score in a `masked` of plan.json; None where it has none."""
@@ -40,6 +41,9 @@ class CandidateScore:
 
 CANDIDATE_SCORES = (
     CandidateScore("kl", title="masked KL to the teacher", path=("kl",)),
+    CandidateScore(
+        "acceptance", title="tokens accepted from a draft", path=("acceptance",), higher_is_better=True, measured=True
+    ),
     CandidateScore("task", title="score on tasks", path=("task", "score"), higher_is_better=True, asks=True),
 )
 

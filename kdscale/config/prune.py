@@ -33,8 +33,8 @@ class SearchConfig(Section):
     # this many of the best predicted shapes are run masked on calibration text; 0: the prediction alone decides
     masked_candidates: Annotated[int, Field(ge=0, le=64)] = 8
     masked_tokens: Count = 4_096
-    # what puts the masked candidates in order, and for `task`: tasks as eval.downstream.tasks takes them, and how many
-    # items of each
+    # what puts the masked candidates in order (`acceptance`: of a draft's tokens by the teacher, at temperature 1), and
+    # for `task`: tasks as eval.downstream.tasks takes them, and how many items of each
     score: CandidateScoreName = "kl"
     tasks: tuple[Annotated[str, Field(min_length=1, max_length=1024)], ...] = Field(
         strict=False, max_length=256, default=()
@@ -51,11 +51,16 @@ class SearchConfig(Section):
         """What puts the masked candidates in order."""
         return candidate_score(self.score)
 
+    @property
+    def compares(self) -> bool:
+        """Whether another score than the default was asked for, which means nothing without candidates to compare."""
+        return self.score != SearchConfig.model_fields["score"].default
+
     @model_validator(mode="after")
     def _tasks_go_with_the_score(self) -> SearchConfig:
         if self.candidate_score.asks and not self.tasks:
             raise ValueError(f"tasks: score {self.score} needs tasks, such as [builtin]")
-        if self.candidate_score.asks and self.masked_candidates < 2:
+        if self.compares and self.masked_candidates < 2:
             raise ValueError(
                 f"masked_candidates ({self.masked_candidates}) must be at least 2 where score is {self.score}: it "
                 "compares masked candidates"
@@ -128,7 +133,7 @@ class PruneConfig(Section):
         given = [name for name in BUDGET_FIELDS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one target, not {' and '.join(given)}; sizes may be fixed beside it")
-        if not given and self.search.candidate_score.asks:
+        if not given and self.search.compares:
             raise ValueError(
                 f"search.score {self.search.score} compares shapes that meet a target, and there is none: give one, or "
                 "leave search.score out"

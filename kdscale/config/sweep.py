@@ -21,6 +21,7 @@ OBJECTIVES: dict[str, bool] = {
     "kl_to_teacher": True,
     "bits_per_byte": True,
     "top1_agreement": False,
+    "acceptance": False,
     "top1_accuracy": False,
     "expected_calibration_error": True,
 }

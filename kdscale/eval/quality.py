@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.root import RuntimeConfig
@@ -27,16 +26,16 @@ from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenStore
-from kdscale.errors import CheckpointError, ConfigError, DataError
-from kdscale.eval.samples import Sampling, continue_prompts
+from kdscale.errors import CheckpointError, ConfigError
+from kdscale.eval.draft.measure import measure_drafts
+from kdscale.eval.samples import Sampling, continue_prompts, prompt_tokens
+from kdscale.eval.scored_positions import ScoredHidden, scored_hidden, scored_tokens
 from kdscale.eval.sizes import model_sizes
 from kdscale.eval.speed.measure import left_out, measure
 from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, perplexity_by_tag, summarise
 from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, checked_head, of_same_tokens, token_stats
-from kdscale.files import explain_os_errors, write_json
-from kdscale.models.attention import documents_apart
-from kdscale.models.documents import Documents
-from kdscale.models.head import OutputHead, final_hidden
+from kdscale.files import write_json
+from kdscale.models.head import OutputHead
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.runs.models import TEACHER
 from kdscale.runtime.device import device_name, release_memory, resolve_device, resolve_dtype, set_threads
@@ -140,6 +139,14 @@ def evaluate(
             measured[name]["efficiency"] = figures
         for name, reason in left_out(models).items():
             measured[name]["efficiency_left_out"] = reason
+    if cfg.draft is not None:
+        prompts = [torch.tensor([prompt_tokens(tokenizer, prompt, split.prefix_ids)]) for prompt in cfg.prompts]
+        of_drafts = measure_drafts(
+            models, scores, prompts, cfg.draft, reporter, device=device, dtype=options.dtype,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        for name, figures in of_drafts.items():
+            measured[name]["draft"] = figures
     result = {
         "schema_version": SCHEMA_VERSION,
         "settings": _describe(cfg, options, threads, batches, scores[TEACHER], text_bytes),
@@ -180,7 +187,7 @@ def score_models(
     than padding.
     """
     samples = samples or SampleTexts()
-    labels_N, cluster_N = _scored_tokens(batches)
+    labels_N, cluster_N = scored_tokens(batches)
     students = [name for name in models if name != TEACHER]
     rank, ranks = place_in_group()
     share = batches[rank::ranks]
@@ -196,7 +203,7 @@ def score_models(
         with _loaded([TEACHER], models, options) as loaded:
             teacher = loaded.pop(TEACHER)
             head = checked_head(teacher, TEACHER).detached()
-            hidden_states = _HiddenStates.write(teacher, share, Path(folder) / "teacher-hidden", options.device, bar)
+            hidden_states = ScoredHidden.write(teacher, share, Path(folder) / "teacher-hidden", options.device, bar)
             sizes[TEACHER] = model_sizes(teacher, models[TEACHER])
             _continue_prompts(teacher, TEACHER, samples, bar)
             del teacher
@@ -214,7 +221,7 @@ def score_models(
 
 def _score_pair(
     students: Mapping[str, PreTrainedModel],
-    teacher: tuple[OutputHead, _HiddenStates],
+    teacher: tuple[OutputHead, ScoredHidden],
     batches: Sequence[Batch],
     options: ScoringOptions,
     tokens: Callable[[], int],
@@ -231,7 +238,7 @@ def _score_pair(
     by_batch: dict[str, list[TokenStats]] = {name: [] for name in (TEACHER, *students)}
     for batch, teacher_NH in zip(batches, teacher_hidden.read(teacher_head.weight_VH), strict=True):
         student_hidden = [
-            (head, _scored_hidden(model, batch, options.device))
+            (head, scored_hidden(model, batch, options.device))
             for head, model in zip(heads, students.values(), strict=True)
         ]
         labels_N = batch.labels_BS[batch.labels_BS != IGNORED_LABEL].to(options.device)
@@ -268,69 +275,6 @@ def _checked(name: str, scores: Scores) -> Scores:
             hint="its weights hold NaN or Inf, or eval.dtype is too narrow for it: try --set eval.dtype=float32",
         )
     return scores
-
-
-def _scored_tokens(batches: Sequence[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of all scored tokens and the number of the document piece that each belongs to, both int64 [N].
-
-    A piece is a run of one document within a sequence (positions restart at 0): standard errors are over pieces.
-    """
-    labels, clusters, first = [], [], 0
-    for batch in batches:
-        starts_BS = batch.position_ids_BS == 0
-        starts_BS[:, 0] = True
-        cluster_BS = (starts_BS.flatten().cumsum(0) - 1).view_as(starts_BS) + first
-        first = int(cluster_BS.max()) + 1
-        valid_BS = batch.labels_BS != IGNORED_LABEL
-        labels.append(batch.labels_BS[valid_BS].numpy())
-        clusters.append(cluster_BS[valid_BS].numpy())
-    if not labels or not sum(map(len, labels)):
-        raise DataError(
-            "the held-out split has nothing to score",
-            expected="at least one document of two tokens",
-            hint="raise data.heldout_fraction or name data.heldout_sources",
-        )
-    return np.concatenate(labels), np.concatenate(clusters)
-
-
-def _scored_hidden(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
-    """Final hidden states of the scored positions only, [N of this batch, H]."""
-    documents = Documents.of(batch.position_ids_BS).to(device)
-    with torch.inference_mode(), documents_apart(model):
-        hidden_BSH = final_hidden(model, batch.input_ids_BS.to(device), batch.position_ids_BS.to(device), documents)
-    return hidden_BSH[(batch.labels_BS != IGNORED_LABEL).to(device)]
-
-
-@dataclass(frozen=True)
-class _HiddenStates:
-    """A file with a model's hidden states at the scored positions, and how many rows each batch has."""
-
-    path: Path
-    rows: list[int]
-
-    @classmethod
-    def write(
-        cls, model: PreTrainedModel, batches: Sequence[Batch], path: Path, device: torch.device, bar: Bar
-    ) -> _HiddenStates:
-        """Run the model over all batches."""
-        rows = []
-        with explain_os_errors(path), path.open("wb") as stream:
-            for batch in batches:
-                hidden_NH = _scored_hidden(model, batch, device).cpu().contiguous()
-                hidden_NH.view(torch.uint8).numpy().tofile(stream)
-                rows.append(len(hidden_NH))
-                bar.advance(batch.input_ids_BS.numel(), "teacher")
-        return cls(path, rows)
-
-    def read(self, like_VH: Tensor) -> Iterator[Tensor]:
-        """Hidden states [N, H] of one batch after another, with the dtype, device and H of the head's weight."""
-        hidden, dtype = like_VH.shape[1], like_VH.dtype
-        with self.path.open("rb") as stream:
-            for rows in self.rows:
-                raw = bytearray(stream.read(rows * hidden * dtype.itemsize))
-                # An empty buffer cannot be a tensor's storage.
-                flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-                yield flat.view(rows, hidden).to(like_VH.device)
 
 
 def _continue_prompts(model: PreTrainedModel, name: str, samples: SampleTexts, bar: Bar) -> None:

@@ -84,12 +84,11 @@ def continue_prompts(
     ends = end_ids(model, tokenizer)
     continuations = []
     for prompt in prompts:
-        text_ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        if not text_ids:
-            raise DataError(f"eval.prompts: {prompt!r} has no tokens", expected="some text to continue")
-        if max(text_ids) >= embedded:
-            raise DataError(f"eval.prompts: {prompt!r}", expected=f"token ids below {embedded}", got=str(max(text_ids)))
-        prompt_ids = [*prefix_ids, *text_ids]
+        prompt_ids = prompt_tokens(tokenizer, prompt, prefix_ids)
+        if max(prompt_ids) >= embedded:
+            raise DataError(
+                f"eval.prompts: {prompt!r}", expected=f"token ids below {embedded}", got=str(max(prompt_ids))
+            )
         made: list[int] = []
         for token in next_tokens(model, torch.tensor([prompt_ids], device=model.device), sampling):
             done(1)
@@ -100,6 +99,14 @@ def continue_prompts(
                 break
         continuations.append(decode_after(tokenizer, prompt_ids, made))
     return continuations
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, prefix_ids: Sequence[int] = ()) -> list[int]:
+    """The prompt's token ids after `prefix_ids`. Raises DataError for a prompt without tokens."""
+    text_ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if not text_ids:
+        raise DataError(f"eval.prompts: {prompt!r} has no tokens", expected="some text to continue")
+    return [*prefix_ids, *text_ids]
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -46,8 +46,11 @@ def summarise(scores: Scores, text_bytes: int) -> dict[str, Any]:
         "kl_to_teacher_standard_error": None,
         "top1_agreement": None,
         "top1_agreement_standard_error": None,
+        "acceptance": None,
+        "acceptance_standard_error": None,
     }
-    for key, values in (("kl_to_teacher", stats.kl_N), ("top1_agreement", stats.agrees_N)):
+    compared = {"kl_to_teacher": stats.kl_N, "top1_agreement": stats.agrees_N, "acceptance": stats.overlap_N}
+    for key, values in compared.items():
         if values is not None:
             figures[key], figures[f"{key}_standard_error"] = mean_and_error(_double(values), scores.cluster_N)
     return figures
@@ -82,6 +85,7 @@ def _differences(late: Scores, early: Scores) -> dict[str, float | None]:
         "top1_accuracy": (late.stats.correct_N, early.stats.correct_N),
         "kl_to_teacher": (late.stats.kl_N, early.stats.kl_N),
         "top1_agreement": (late.stats.agrees_N, early.stats.agrees_N),
+        "acceptance": (late.stats.overlap_N, early.stats.overlap_N),
     }
     out: dict[str, float | None] = {}
     for key, (late_N, early_N) in values.items():

@@ -1,7 +1,7 @@
 """What an evaluation needs to know about each token, computed from final hidden states a few rows at a time.
 
 Letters: N scored tokens, C tokens of one chunk, H hidden size of a model, V vocabulary.
-No N×V tensor is ever made: a chunk of C rows of logits is turned into five numbers per token and freed.
+No N×V tensor is ever made: a chunk of C rows of logits is turned into six numbers per token and freed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ CHUNK_BYTES = 32 << 20  # of one fp32 logits chunk; about six such buffers are a
 
 @dataclass(frozen=True)
 class TokenStats:
-    """One value per scored token, on the CPU. `kl_N` and `agrees_N` compare with the teacher; None for the teacher."""
+    """One value per scored token, on the CPU. The last three compare with the teacher; None for the teacher itself."""
 
     ce_N: Tensor  # nats, −log q(label)
     confidence_N: Tensor  # probability of the most likely token
     correct_N: Tensor  # bool: the most likely token is the label
     kl_N: Tensor | None = None  # nats, KL(teacher ‖ student) over the whole vocabulary
     agrees_N: Tensor | None = None  # bool: same most likely token as the teacher
+    overlap_N: Tensor | None = None  # Σ_v min(p_v, q_v), from 0 to 1: how likely the teacher accepts a token drawn here
 
     @staticmethod
     def concatenate(chunks: Sequence[TokenStats]) -> TokenStats:
@@ -59,7 +60,7 @@ class TokenStats:
 
 
 _BOOLS = ("correct_N", "agrees_N")
-_FIELDS = ("ce_N", "confidence_N", "correct_N", "kl_N", "agrees_N")
+_FIELDS = ("ce_N", "confidence_N", "correct_N", "kl_N", "agrees_N", "overlap_N")
 
 
 def _columns(compared: bool) -> int:
@@ -113,18 +114,21 @@ def of_same_tokens(heads: Mapping[str, OutputHead], tokens: Callable[[], int]) -
 
 def _stats(logprob_CV: Tensor, label_C1: Tensor, teacher_CV: Tensor | None) -> TokenStats:
     best_C, choice_C = logprob_CV.max(dim=-1)
-    kl_C = agrees_C = None
+    kl_C = agrees_C = overlap_C = None
     if teacher_CV is not None:
         # p·(log p − log q) with p = 0 must give 0, also where a head puts −inf on a token.
         gap_CV = torch.where(teacher_CV == -torch.inf, 0.0, teacher_CV - logprob_CV)
-        kl_C = (teacher_CV.exp() * gap_CV).sum(dim=-1).cpu()
+        p_CV = teacher_CV.exp()
+        kl_C = (p_CV * gap_CV).sum(dim=-1).cpu()
         agrees_C = (teacher_CV.argmax(dim=-1) == choice_C).cpu()
+        overlap_C = torch.minimum(p_CV, logprob_CV.exp()).sum(dim=-1).clamp(max=1.0).cpu()
     return TokenStats(
         ce_N=-logprob_CV.gather(-1, label_C1).squeeze(-1).cpu(),
         confidence_N=best_C.exp().clamp(max=1.0).cpu(),
         correct_N=(choice_C == label_C1.squeeze(-1)).cpu(),
         kl_N=kl_C,
         agrees_N=agrees_C,
+        overlap_N=overlap_C,
     )
 
 

@@ -227,6 +227,9 @@ def lengths_used(config: Config, prompt_tokens: int) -> dict[str, int]:
         lengths[f"distill.seq_len of step {step.name}"] = config.step(index).distill.seq_len
     if evaluation.prompts:
         lengths["eval.prompts + eval.sample_tokens"] = prompt_tokens + evaluation.sample_tokens
+    if (draft := evaluation.draft) is not None:
+        most = max(draft.new_tokens, 1 + sum(length + 1 for length in draft.lengths))
+        lengths["eval.prompts + eval.draft.new_tokens"] = prompt_tokens + most
     if evaluation.efficiency:
         lengths["eval.speed.context_lengths + new_tokens"] = evaluation.speed.longest
     if config.prune.target_decode or config.prune.target_prefill:

@@ -38,13 +38,17 @@ class TaskScore(PlanSection):
 
 
 class MaskedScore(PlanSection):
-    """A shape run in memory on calibration text, before it is written: nats per token, and how it was run."""
+    """A shape run in memory on calibration text, before it is written: nats per token, and how it was run.
+
+    `acceptance`: the mean of Σ min(p, q), where it was asked for: how likely the teacher accepts a token drawn from it.
+    """
 
     loss: float
     kl: float
     teacher_loss: float
     tokens: Size
     compensate: str
+    acceptance: float | None = None
     task: TaskScore | None = None
 
 

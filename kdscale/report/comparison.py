@@ -12,6 +12,7 @@ from kdscale.units import decimals, format_count, format_number, format_size
 
 NOISE = 2.0  # standard errors that a difference must exceed to be called one
 _LOSS, _FROM_LOSS = "ce", ("ce", "perplexity", "bits_per_byte")  # all of these fall and rise together
+_TIMED = ("efficiency", "draft")
 _TIMING_NOISE = 0.03  # speeds nearer to each other than this are called alike
 
 
@@ -37,6 +38,8 @@ FIGURES = (
            "kl_to_teacher_standard_error", ratio=False),
     Figure("Quality", "quality", "top1_agreement", "Top-1 agreement with the teacher", "percent", "higher",
            "top1_agreement_standard_error", ratio=False),
+    Figure("Quality", "quality", "acceptance", "Accepted as a draft, temperature 1", "percent", "higher",
+           "acceptance_standard_error", ratio=False),
     Figure("Quality", "quality", "top1_accuracy", "Top-1 accuracy", "percent", "higher"),
     Figure("Quality", "quality", "expected_calibration_error", "Expected calibration error", "percent", "lower"),
     Figure("Size", "size", "parameters", "Parameters", "count", "lower"),
@@ -49,6 +52,11 @@ FIGURES = (
            "number", "higher"),
     Figure("Speed and memory", "efficiency", "joules_per_token", "Energy per token, J", "number", "lower"),
     Figure("Speed and memory", "efficiency", "peak_memory_bytes", "Peak memory", "size", "lower"),
+    Figure("As a draft of the teacher", "draft", "tokens_per_call", "Tokens for each call of the teacher", "fixed3",
+           "higher", ratio=False),
+    Figure("As a draft of the teacher", "draft", "draft_cost", "Cost of a token, in the teacher’s", "fixed3", "lower",
+           ratio=False),
+    Figure("As a draft of the teacher", "draft", "speed_up", "Expected speed-up", "fixed3", "higher", ratio=False),
 )  # fmt: skip
 
 
@@ -119,7 +127,7 @@ def comparison(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "title": figure.title,
                 "better": figure.better,
                 "cells": cells,
-                "best": _best(cells, figure.better, _TIMING_NOISE if figure.section == "efficiency" else 0.0),
+                "best": _best(cells, figure.better, _TIMING_NOISE if figure.section in _TIMED else 0.0),
             }
         )
     return rows

@@ -20,7 +20,8 @@ from kdscale.report import pruning_facts, training_facts
 from kdscale.report.bias_facts import bias
 from kdscale.report.comparison import NOISE, comparison, students, worsened
 from kdscale.report.downstream_facts import downstream
-from kdscale.report.speed_facts import speed
+from kdscale.report.speed.drafts import drafts
+from kdscale.report.speed.facts import speed
 from kdscale.report.tradeoff.points import as_json, points_of
 from kdscale.runs.folder import ALIGNMENT, BIAS, DOWNSTREAM, EVAL, EVAL_FILE, METRICS, ON_POLICY
 from kdscale.runs.metrics_log import read_metrics
@@ -70,6 +71,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         "evaluation": evaluation,
         "downstream": tasks,
         "speed": speed(evaluation) if evaluation else None,
+        "drafts": drafts(evaluation) if evaluation else None,
         "models": as_json(points_of(evaluation, tasks["means"] if tasks else None)),
         "bias": bias(run_dir / BIAS.path, ((config or {}).get("bias") or {}).get("fail_if")),
         "shape": _shape(plan) if plan else None,

@@ -148,6 +148,13 @@ def open_several(request: SourceRequest) -> OpenedSource:
         opened[name] = open_source(of_teacher)
         if has_other_tokens(settings, folders[name], request):
             opened[name] = across_tokenizers(opened[name], of_teacher, alignments[name])
+        elif request.needs.unmatched:
+            raise ConfigError(
+                f"distill.teachers ({name}): an objective compares tokens that only one of two tokenizers has",
+                expected="a teacher with another tokenizer, in the ranks or served",
+                got="one with the student's tokens",
+                hint="leave the objective uld out, or this teacher",
+            )
         gathers = settings.teacher_placement == "partitioned" or settings.sequence_parallel > 1
         always_asked[name] = settings.source.in_process and gathers
 

@@ -75,6 +75,25 @@ class LabelTargets:
     logprobs_N: torch.Tensor
 
 
+@dataclass(frozen=True)
+class UnmatchedTargets:
+    """What a teacher with another tokenizer says of tokens that the student lacks, at N rows.
+
+    `p_NK` (fp32) are their probabilities, the largest first and zeros behind, of those in its top K. `told_N` (bool):
+    rows that the teacher's tokens are aligned with. Elsewhere `p_NK` are all of its top K where it last spoke, and none
+    where it did not. `lacking_V` (bool): the student's tokens that the teacher lacks.
+    """
+
+    p_NK: torch.Tensor
+    told_N: torch.Tensor
+    lacking_V: torch.Tensor
+    temperature: float
+
+    def part(self, rows: slice | torch.Tensor) -> UnmatchedTargets:
+        """Those of some of the rows: a slice, or numbers on the CPU."""
+        return replace(self, p_NK=rows_of(self.p_NK, rows), told_N=rows_of(self.told_N, rows))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Targets:
     """The parts of the targets of `rows` rows that were asked for; what was not is None or empty.
@@ -89,6 +108,7 @@ class Targets:
     sampled: SampledTargets | None = None
     full: FullTargets | None = None
     label: LabelTargets | None = None
+    unmatched: UnmatchedTargets | None = None
     hidden_NG: Mapping[int, torch.Tensor] = field(default_factory=dict)
     attention: Mapping[int, AttentionRows] = field(default_factory=dict)
     teachers: tuple[TeacherPart, ...] = ()
@@ -105,6 +125,7 @@ class Targets:
             sampled=self.sampled and _of_rows(self.sampled, rows),
             full=self.full and _of_rows(self.full, rows),
             label=self.label and _of_rows(self.label, rows),
+            unmatched=self.unmatched and self.unmatched.part(rows),
         )
 
     def probe(self) -> torch.Tensor:
@@ -113,6 +134,7 @@ class Targets:
         parts += [self.sampled.weights_NK] if self.sampled is not None else []
         parts += [self.full.hidden_NG] if self.full is not None else []
         parts += [self.label.logprobs_N] if self.label is not None else []
+        parts += [self.unmatched.p_NK] if self.unmatched is not None else []
         parts += self.hidden_NG.values()
         parts += [part for rows in self.attention.values() for part in (rows.query_TAD, rows.key_TGD, rows.value_TGD)]
         sums = [part.sum(dtype=torch.float32) for part in parts] + [part.targets.probe() for part in self.teachers]

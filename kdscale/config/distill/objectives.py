@@ -152,10 +152,44 @@ class PolicyGradientConfig(ObjectiveConfig):
         return f"−(log p_T − log p_S{less})·ratio on the student's own tokens, ratio within 1 ± {self.clip:g}"
 
 
+class UldConfig(ObjectiveConfig):
+    """ULD: the distance between the sorted probabilities of tokens that only one of two tokenizers has."""
+
+    implementation = "kdscale.distill.objectives.uld:Uld"
+    terms = (
+        Term("teacher_unmatched", "teacher's probability of tokens that the student lacks", "fraction"),
+        Term("student_unmatched", "student's probability of tokens that the teacher lacks", "fraction"),
+    )
+
+    name: Literal["uld"] = "uld"
+    top_k: Length = 64  # of either side the most likely count
+    temperature: Annotated[float | Schedule, Between(1e-3, 1e3, above=True)] = 1.0
+    # positions that the teacher's tokens are not aligned with: left out, or all tokens of both compared there
+    unaligned: Literal["skip", "compare"] = "skip"
+
+    @property
+    def adds_up(self) -> bool:
+        """A mixture of teachers has other sorted probabilities than each of them."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """Those of the teacher's top K that the student lacks."""
+        return Needs(top_k=self.top_k, temperature=self.temperature, unmatched=True)
+
+    @property
+    def formula(self) -> str:
+        """What is minimised, in one line."""
+        return (
+            f"Σ |p_(i) − q_(i)|, the {self.top_k} most likely of the tokens that only one has, T = {self.temperature:g}"
+        )
+
+
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "token_divergence": TokenDivergenceConfig,
     "cross_entropy": CrossEntropyConfig,
     "policy_gradient": PolicyGradientConfig,
+    "uld": UldConfig,
     "hidden_states": HiddenStatesConfig,
     "attention": AttentionConfig,
 }

@@ -42,6 +42,8 @@ class Needs:
     label: bool = False  # the log-probability, at temperature 1, of the token that the text goes on with
     # the probability of all top K at that temperature; a source without it knows it at temperature 1 alone
     mass: bool = True
+    # the probabilities of those of its top K that are no tokens of the student's: of a teacher with another tokenizer
+    unmatched: bool = False
 
     def temperature_at(self, step: int | None) -> float:
         """The temperature of the top K at optimiser step `step`; None: at the end of its schedule."""
@@ -70,6 +72,8 @@ class Needs:
             missing.append("the distribution over the whole vocabulary")
         if self.label and not gives.label:
             missing.append("the probability of the text's own next token")
+        if self.unmatched and not gives.unmatched:
+            missing.append("the probabilities of tokens that the student lacks")
         for part, needed, given in (
             ("hidden states", self.hidden_layers, gives.hidden_layers),
             ("attention", self.attention_layers, gives.attention_layers),
@@ -85,6 +89,7 @@ class Needs:
             "sampled tokens": self.sampled > 0,
             "probabilities over the whole vocabulary": self.full,
             "probability of the text's own tokens": self.label,
+            "probabilities of tokens that the student lacks": self.unmatched,
             "hidden states": bool(self.hidden_layers),
             "attention": bool(self.attention_layers),
         }
@@ -108,6 +113,7 @@ def combined(needs: Iterable[Needs]) -> Needs:
         mass=any(item.mass for item in needs if item.top_k),
         full=any(item.full for item in needs),
         label=any(item.label for item in needs),
+        unmatched=any(item.unmatched for item in needs),
         hidden_layers=sorted({layer for item in needs for layer in item.hidden_layers}),
         attention_layers=sorted({layer for item in needs for layer in item.attention_layers}),
     )
@@ -143,6 +149,7 @@ SOURCES: dict[str, Source] = {
                 temperature=None,
                 full=True,
                 label=True,
+                unmatched=True,  # where its tokens are not the student's
                 hidden_layers=ALL_LAYERS,
                 attention_layers=ALL_LAYERS,
             ),
@@ -152,7 +159,7 @@ SOURCES: dict[str, Source] = {
         ),
         Source(
             name="served",
-            gives=Needs(top_k=4096, temperature=None),
+            gives=Needs(top_k=4096, temperature=None, unmatched=True),
             placements=("served",),
             open="kdscale.teacher.remote:open_served",
             in_process=False,

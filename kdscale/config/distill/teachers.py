@@ -105,6 +105,8 @@ def check_teachers(teachers: Sequence[TeacherEntry], objectives: Sequence[Object
     if sum(teacher.follows_student for teacher in teachers) > 1:
         raise ValueError("teachers: one average of the student (teacher_placement: ema) at most")
     for entry in objectives:
+        if entry.needs.unmatched:
+            check_unmatched(teachers, entry.name)
         if teachers and entry.matches_layers:
             raise ValueError(f"teachers: the objective {entry.name} matches layers of one teacher, not of several")
         if most_at_once(teachers) > 1 and not entry.adds_up:
@@ -112,3 +114,17 @@ def check_teachers(teachers: Sequence[TeacherEntry], objectives: Sequence[Object
                 f"teachers: the objective {entry.name} ({entry.formula}) is not defined on a mixture of teachers; use "
                 "divergence: forward_kl, or give each source of text one teacher by tags"
             )
+
+
+def check_unmatched(teachers: Sequence[TeacherEntry], objective: str) -> None:
+    """Raises ValueError where no probability stays unmatched, which this objective compares."""
+    if not teachers:
+        raise ValueError(
+            f"objectives ({objective}): it compares tokens that only one of two tokenizers has: list the teacher with "
+            "the other one in teachers"
+        )
+    if projected := [entry.name for entry in teachers if entry.alignment.other_pieces != "tail"]:
+        raise ValueError(
+            f"teachers ({', '.join(projected)}): the objective {objective} compares tokens that the student lacks: set "
+            "alignment.other_pieces: tail, so that their probability counts once"
+        )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdscale.config.evaluation.downstream import DownstreamConfig
+from kdscale.config.evaluation.draft import DraftConfig
 from kdscale.config.evaluation.speed import SpeedConfig
 from kdscale.config.fields import Count, Dtype, Few, Length, Section
 
@@ -36,7 +37,14 @@ class EvalConfig(Section):
     sample_top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     efficiency: bool = True
     speed: SpeedConfig = SpeedConfig()
+    draft: DraftConfig | None = None  # None: the students are not tried as drafts of the teacher
     downstream: DownstreamConfig | None = None  # None: no tasks are scored
+
+    @model_validator(mode="after")
+    def _drafts_have_prompts(self) -> EvalConfig:
+        if self.draft is not None and not self.prompts:
+            raise ValueError("prompts: expected at least one with draft, whose steps are timed after the longest")
+        return self
 
     @property
     def most_processes(self) -> int:

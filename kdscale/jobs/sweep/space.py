@@ -33,7 +33,12 @@ def base_config(sweep: SweepConfig) -> Config:
     base = load_config(find_config(sweep.base))
     tree = base.resolved() | {"prune": base.shaping.model_dump(mode="json"), "quantize": None}
     tree["distill"]["tokens"] = sweep.tokens or tree["distill"]["tokens"]
-    tree["eval"] |= {"tokens": sweep.eval_tokens or tree["eval"]["tokens"], "efficiency": False, "prompts": []}
+    tree["eval"] |= {
+        "tokens": sweep.eval_tokens or tree["eval"]["tokens"],
+        "efficiency": False,
+        "prompts": [],
+        "draft": None,
+    }
     return build_config(tree | {"tracking": {}, "run_dir": str(Path(sweep.folder) / "base")}, sweep.base)
 
 

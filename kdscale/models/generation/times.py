@@ -78,6 +78,26 @@ class PlainDecoder:
         return [int(token) for token in self._ids_B1.flatten().tolist()]
 
 
+class Reader:
+    """Reads some tokens at once after a prompt, again and again: one is a step of decoding, more what a draft wrote."""
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, prompt_1S: Tensor):
+        self._model: Any = model
+        self._token_11 = prompt_1S[:, -1:]
+        self._cache = self._model(input_ids=prompt_1S, use_cache=True, logits_to_keep=1).past_key_values
+
+    @torch.inference_mode()
+    def seconds(self, tokens: int) -> float:
+        """Until the most likely token after each of the `tokens` is on the host; they stay in the cache."""
+        ids_1S = self._token_11.expand(1, tokens)
+        start = time.perf_counter()
+        output = self._model(input_ids=ids_1S, past_key_values=self._cache, use_cache=True, logits_to_keep=tokens)
+        output.logits[0].argmax(-1).tolist()
+        self._cache = output.past_key_values
+        return time.perf_counter() - start
+
+
 def time_generation(
     decoder: Decoder, prompt_BS: Tensor, new_tokens: int, after_first: Callable[[], None] = lambda: None
 ) -> GenerationTimes:

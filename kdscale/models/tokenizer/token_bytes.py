@@ -130,7 +130,8 @@ class VocabularyMap:
 
     `student_V`: the student's token that each one is, or begins with; −1 where there is none. `exact_V`: whether it is
     the same piece. `rank_V`: its place among all pieces by their bytes, so that those with one beginning are a range;
-    −1 for ids that are no piece of text. The end of a document is one token in both.
+    −1 for ids that are no piece of text. `lacking_V` (bool): the student's tokens that are none of the teacher's. The
+    end of a document is one token in both.
     """
 
     def __init__(self, teacher: Vocabulary, student: Vocabulary, project: bool = True, teacher_rows: int | None = None):
@@ -149,6 +150,8 @@ class VocabularyMap:
                 self.student_V[token] = same
         self.student_V[teacher.end] = student.end
         self.exact_V = self.student_V >= 0
+        self.lacking_V = np.asarray([bool(piece) and piece not in teacher.ids for piece in student.pieces_V])
+        self.lacking_V[student.end] = False
         lacking = [token for token in np.flatnonzero(~self.exact_V).tolist() if pieces[token]]
         if project and lacking:
             self.student_V[lacking] = student.begins([pieces[token] for token in lacking])

@@ -133,6 +133,7 @@ def by_masked_score(context: StageContext, search: Search, candidates: list[Shap
         scratch=Scratch(context.run.work / "masked", config.runtime.activation_bytes),
         questions=questions(config, context.model_to_prune) if config.prune.search.tasks else None,
         importance=search.scores,
+        acceptance=config.prune.search.candidate_score.measured,
     )
     pairs = zip(best, scores, strict=True)
     scored = [candidate.model_copy(update={"masked": masked}) for candidate, masked in pairs]

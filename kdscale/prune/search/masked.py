@@ -61,8 +61,11 @@ def score_masked(
     scratch: Scratch = IN_MEMORY,
     questions: Questions | None = None,
     importance: Mapping[str, Any] | None = None,
+    acceptance: bool = False,
 ) -> list[MaskedScore]:
     """Loss and KL of each plan's student on `batches`, in nats per token, and its score on `questions`.
+
+    With `acceptance` also how likely the teacher accepts its tokens (arXiv 2211.17192, theorem 3.5).
 
     Plans that compensate, in whichever way, are fitted here with one ridge regression on `calibration` with λ `ridge`.
     A hidden axis that is to be cut by `refit` (which needs the `importance` scores) is folded into the directions that
@@ -100,7 +103,7 @@ def score_masked(
             bar.advance(1, f"layer {index + 1}/{layers}")
         shared.clear()
         models = [(NextToken(teacher_stream), states), *((NextToken(s.stream), s.states) for s in students)]
-        scores = _losses(models, students, batches, device)
+        scores = _losses(models, students, batches, device, acceptance)
         if questions is not None:
             answered = [_answers(*model, questions, len(batches), device) for model in models]
             scores = [
@@ -243,11 +246,12 @@ def _losses(
     students: Sequence[_Student],
     batches: Sequence[LabelledBatch],
     device: torch.device,
+    acceptance: bool,
 ) -> list[MaskedScore]:
     """Means over all labelled tokens, computed a chunk of rows of logits at a time; `models`: the teacher first."""
     (teacher_output, states), *others = models
     count, teacher_ce = 0, 0.0
-    ce, kl = [0.0] * len(students), [0.0] * len(students)
+    ce, kl, overlap = ([0.0] * len(students) for _ in range(3))
     for index, batch in enumerate(batches):
         labels = batch.labels_BS.flatten().to(device)
         valid = (labels >= 0).nonzero().flatten()
@@ -260,8 +264,10 @@ def _losses(
                 log_q_NV = output.log_probabilities(student_states[index], chunk)
                 ce[number] -= float(log_q_NV.gather(1, targets_N1).double().sum())
                 kl[number] += float((log_p_NV.exp() * (log_p_NV - log_q_NV)).double().sum())
+                if acceptance:
+                    overlap[number] += float(torch.minimum(log_p_NV, log_q_NV).exp().double().sum())
     scores = []
-    for student, loss, divergence in zip(students, ce, kl, strict=True):
+    for student, loss, divergence, accepted in zip(students, ce, kl, overlap, strict=True):
         if not torch.isfinite(torch.tensor([loss, divergence])).all():
             raise SelfCheckError("a candidate's masked loss is not finite", hint="try importance.dtype=float32")
         scores.append(
@@ -270,6 +276,7 @@ def _losses(
                 kl=divergence / count,
                 teacher_loss=teacher_ce / count,
                 tokens=count,
+                acceptance=accepted / count if acceptance else None,
                 compensate="ridge" if student.fits else "none",  # also for two_stream: one pass for all candidates
             )
         )

@@ -28,12 +28,16 @@ _AXES = ("layers", "hidden", "ffn", "heads", "kv_heads", "experts")
 _ACCURACY = Figure("Accuracy", "tasks", "accuracy", "Accuracy over tasks", "percent", "higher")
 # The columns of a comparison: what of FIGURES tells runs apart at a glance, with short titles.
 _SHOWN = {
-    "perplexity": "Perplexity", "kl_to_teacher": "KL", "top1_agreement": "Top-1 agreement", "accuracy": "Accuracy",
-    "parameters": "Parameters", "weight_bytes": "On disk", "kv_cache_bytes_per_token": "KV per token",
+    "perplexity": "Perplexity", "kl_to_teacher": "KL", "top1_agreement": "Top-1 agreement", "acceptance": "Accepted",
+    "accuracy": "Accuracy", "parameters": "Parameters", "weight_bytes": "On disk",
+    "kv_cache_bytes_per_token": "KV per token",
     "decode_tokens_per_second": "Decode, tokens/s", "saturated_tokens_per_second": "Most tokens/s",
-    "joules_per_token": "J per token", "peak_memory_bytes": "Peak memory",
+    "joules_per_token": "J per token", "peak_memory_bytes": "Peak memory", "speed_up": "Speed-up as a draft",
 }  # fmt: skip
-_KINDS = {"quality": "quality", "by_source": "quality", "tasks": "tasks", "efficiency": "speed", "bias": "bias"}
+_KINDS = {
+    "quality": "quality", "by_source": "quality", "tasks": "tasks", "efficiency": "speed", "draft": "drafts",
+    "bias": "bias",
+}  # fmt: skip
 Value = TypeVar("Value")
 
 

@@ -30,13 +30,17 @@ def measured_with(
     speed = None
     if first:
         speed = {name: made.get(name) for name in _SPEED} | {name: first.get(name) for name in _OF_CELL}
-    of_tasks = of_bias = None
+    of_tasks = of_bias = of_drafts = None
+    if quality and (draft := next((draft for model in models.values() if (draft := model.get("draft"))), None)):
+        # the best of the draft lengths is shown
+        machine = {name: made.get(name) for name in _SPEED}
+        of_drafts = quality | machine | {"draft_lengths": draft.get("draft_lengths")}
     if tasks:
         of_tasks = {row["title"]: row["how"] for row in tasks["rows"]} | _asked_with(tasks, bool(tasks["sample"]))
     if bias:
         of_bias = {measure["title"]: f"{measure['items']:,} items" for measure in bias["measures"]}
         of_bias |= _asked_with(bias, bias["settings"].get("limit") is not None)
-    return {"quality": quality, "speed": speed, "tasks": of_tasks, "bias": of_bias}
+    return {"quality": quality, "speed": speed, "drafts": of_drafts, "tasks": of_tasks, "bias": of_bias}
 
 
 def _asked_with(facts: Mapping[str, Any], drawn: bool) -> dict[str, Any]:

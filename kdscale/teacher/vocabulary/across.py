@@ -22,7 +22,7 @@ from kdscale.models.tokenizer.token_bytes import Vocabulary, VocabularyMap
 from kdscale.teacher.source import MicroBatch, OpenedSource, SourceRequest, TargetSource
 from kdscale.teacher.targets import Targets, TopKTargets
 from kdscale.teacher.vocabulary.alignment import Retold, retell
-from kdscale.teacher.vocabulary.mapped import Alignment, mapped, measured
+from kdscale.teacher.vocabulary.mapped import Alignment, mapped, measured, unmatched
 
 ABLE = ("online", "served")  # sources that can be asked about a text cut otherwise
 
@@ -43,9 +43,11 @@ class AcrossTokenizers:
 
     def targets(self, batch: MicroBatch) -> Targets:
         """The teacher's top K in the student's tokens, for the batch's rows."""
-        retold, top_k = self._asked(batch)
-        top_k = mapped(top_k, retold, self._vocabularies, batch.labels_N)
-        return Targets(rows=batch.rows, top_k=top_k)
+        retold, asked = self._asked(batch)
+        rest = None
+        if self.gives.unmatched:
+            rest = unmatched(asked, retold, self._vocabularies, batch.labels_N)
+        return Targets(rows=batch.rows, top_k=mapped(asked, retold, self._vocabularies, batch.labels_N), unmatched=rest)
 
     def alignment(self, batch: MicroBatch) -> Alignment:
         """How much of the teacher's top K has its match in the student's vocabulary, on the batch's rows."""
@@ -131,6 +133,7 @@ def across_tokenizers(opened: OpenedSource, request: SourceRequest, settings: Al
     def start(vocab_size: int) -> AcrossTokenizers:
         del vocab_size  # of the student's tokens, which the map knows
         source = opened.start(rows)
-        return AcrossTokenizers(source, vocabularies, Needs(top_k=request.needs.top_k, temperature=None))
+        gives = Needs(top_k=request.needs.top_k, temperature=None, unmatched=request.needs.unmatched)
+        return AcrossTokenizers(source, vocabularies, gives)
 
     return OpenedSource(student.size, start)

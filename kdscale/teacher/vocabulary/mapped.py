@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from kdscale.models.tokenizer.token_bytes import VocabularyMap
-from kdscale.teacher.targets import TopKTargets
+from kdscale.teacher.targets import TopKTargets, UnmatchedTargets
 from kdscale.teacher.vocabulary.alignment import Retold
 from kdscale_kernels.rows.teacher_entries import sum_repeats
 
@@ -76,14 +76,52 @@ class Alignment:
         )
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """The teacher's entries at the student's rows: `student_NK` (−1: none of the student's) with `p_NK` each, the
+    products `moved_N` of the text's own token, and the rows of which the teacher speaks."""
+
+    student_NK: torch.Tensor
+    p_NK: torch.Tensor
+    moved_N: torch.Tensor
+    speaks_N: torch.Tensor
+
+
 def mapped(targets: TopKTargets, retold: Retold, vocabularies: VocabularyMap, labels_N: torch.Tensor) -> TopKTargets:
     """Targets over the student's vocabulary for its rows, from those of the teacher's rows; `labels_N` are the text's.
 
     Each row has at most K + 1 entries; probabilities of tokens that have one begin are added up.
     """
+    placed = _placed(targets, retold, vocabularies, labels_N)
+    place_N = torch.from_numpy(retold.rows["place"]).to(labels_N.device)
+    ids = torch.cat([placed.student_NK, labels_N[:, None]], 1)
+    p = torch.cat([placed.p_NK, placed.moved_N[:, None]], 1).masked_fill(~placed.speaks_N[:, None], 0.0)
+    lse_N = _probabilities(targets).sum(1).index_select(0, place_N.clamp_min(0)) * 0.0
+    return _joined(ids, p, lse_N, labels_N, targets.temperature, vocabularies.student.size)
+
+
+def unmatched(
+    targets: TopKTargets, retold: Retold, vocabularies: VocabularyMap, labels_N: torch.Tensor
+) -> UnmatchedTargets:
+    """What `mapped` leaves to the tail of the same rows: sorted probabilities of tokens that the student lacks."""
+    placed = _placed(targets, retold, vocabularies, labels_N)
+    place_N = torch.from_numpy(retold.rows["place"]).to(labels_N.device)
+    whole_NK = _probabilities(targets).index_select(0, place_N.clamp_min(0)) * (place_N >= 0)[:, None]
+    lacking_NK = placed.p_NK.masked_fill(placed.student_NK >= 0, 0.0)
+    p_NK = torch.where(placed.speaks_N[:, None], lacking_NK, whole_NK).sort(1, descending=True).values
+    lacking_V = torch.from_numpy(vocabularies.lacking_V).to(labels_N.device)
+    return UnmatchedTargets(p_NK, placed.speaks_N, lacking_V, targets.temperature)
+
+
+def _probabilities(targets: TopKTargets) -> torch.Tensor:
+    p_MK: torch.Tensor = (targets.logits_NK.float() / targets.temperature - targets.lse_N.float()[:, None]).exp()
+    return p_MK
+
+
+def _placed(targets: TopKTargets, retold: Retold, vocabularies: VocabularyMap, labels_N: torch.Tensor) -> _Placed:
     device = targets.ids_NK.device
     rows = {name: torch.from_numpy(column).to(device) for name, column in retold.rows.items()}
-    p_MK = (targets.logits_NK.float() / targets.temperature - targets.lse_N.float()[:, None]).exp()
+    p_MK = _probabilities(targets)
     ids_NK, p_NK = (entries.index_select(0, rows["place"].clamp_min(0)) for entries in (targets.ids_NK, p_MK))
     rank_V = torch.from_numpy(vocabularies.rank_V).to(device)
     student_NK = torch.from_numpy(vocabularies.student_V).to(device)[ids_NK]
@@ -101,10 +139,7 @@ def mapped(targets: TopKTargets, retold: Retold, vocabularies: VocabularyMap, la
     moved_N = _products(retold.factors, targets.ids_NK, p_MK, rank_V, len(labels_N)) / possible_N.clamp_min(1e-30)
     moved_N = torch.minimum(moved_N, (p_NK * is_true_NK).sum(1))
     p_NK = torch.where(is_true_NK & ~covered_N1, p_NK - moved_N[:, None], p_NK)
-    ids = torch.cat([student_NK, labels_N[:, None]], 1)
-    p = torch.cat([p_NK, moved_N[:, None]], 1).masked_fill(~speaks_N[:, None], 0.0)
-    lse_N = p_MK.sum(1).index_select(0, rows["place"].clamp_min(0)) * 0.0
-    return _joined(ids, p, lse_N, labels_N, targets.temperature, vocabularies.student.size)
+    return _Placed(student_NK, p_NK, moved_N, speaks_N)
 
 
 def _rests(
@@ -176,7 +211,7 @@ def measured(targets: TopKTargets, retold: Retold, vocabularies: VocabularyMap, 
     )
     begins_N = (place_N >= 0) & (skipped_N == 0)
     same_N = begins_N & (true_N >= 0) & exact_V[true_N.clamp_min(0)] & (student_V[true_N.clamp_min(0)] == labels_N)
-    p_MK = (targets.logits_NK.float() / targets.temperature - targets.lse_N.float()[:, None]).exp()
+    p_MK = _probabilities(targets)
     p_NK, ids_NK = (entries.index_select(0, place_N[begins_N]) for entries in (p_MK, targets.ids_NK))
     has_NK, exact_NK = student_V[ids_NK] >= 0, exact_V[ids_NK]
     speaks_N = mapped(targets, retold, vocabularies, labels_N).logits_NK[:, 0] > _NO_MASS * targets.temperature

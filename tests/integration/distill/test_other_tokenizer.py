@@ -63,6 +63,20 @@ def test_it_teaches_and_how_much_is_understood_is_said(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_tokens_without_a_match_teach_by_their_sorted_probabilities(
+    distil: Callable[..., Any], far_teacher: Path, tmp_path: Path
+) -> None:
+    tail = {"alignment": {**NO_LIMIT["alignment"], "other_pieces": "tail"}}
+    objectives = [*SHORT["objectives"], {"name": "uld", "top_k": 16, "weight": 100.0, "unaligned": "compare"}]
+    rows = distil(tmp_path / "run", teachers=teachers(far_teacher, **tail), **{**SHORT, "objectives": objectives})
+    measured = [row for row in rows if row["kind"] == "validation"]
+    assert measured[-1]["uld"] < measured[0]["uld"]
+    assert all(0 < row["teacher_unmatched"] < 1 for row in measured)
+    assert all(row["student_unmatched"] == 0 for row in measured), "this student has no token that the teacher lacks"
+    with pytest.raises(ConfigError, match=r"(?s)only one of two tokenizers has.*one with the student's tokens"):
+        distil(tmp_path / "same", teachers=[{"name": "own", **tail}], **{**SHORT, "objectives": objectives})
+
+
 def test_too_little_in_common_is_refused_before_the_first_step(
     distil: Callable[..., Any], far_teacher: Path, tmp_path: Path
 ) -> None:

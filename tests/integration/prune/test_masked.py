@@ -52,8 +52,9 @@ def test_masked_loss_is_the_written_students_loss(teacher, labelled, tmp_path, c
         scores = teacher.scores(tmp_path / f"scores-{number}", **shape)
         plans.append(make_plan(teacher.config, teacher.family, scores, cfg))
     found = score_masked(
-        teacher.checkpoint, teacher.family, plans, labelled, calibration=teacher.batches, ridge=cfg.ridge_lambda
-    )
+        teacher.checkpoint, teacher.family, plans, labelled, calibration=teacher.batches, ridge=cfg.ridge_lambda,
+        acceptance=compensate == "none",
+    )  # fmt: skip
     for number, (plan, masked) in enumerate(zip(plans, found, strict=True)):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -66,7 +67,7 @@ def test_masked_loss_is_the_written_students_loss(teacher, labelled, tmp_path, c
             batches=teacher.batches,
             reporter=Reporter(quiet=True),
         )
-        losses, divergences, teachers = [], [], []
+        losses, divergences, teachers, overlaps = [], [], [], []
         for batch in labelled:
             ours, theirs = logits_of(folder, batch), logits_of(teacher.checkpoint.path, batch)
             valid = batch.labels_BS >= 0
@@ -74,9 +75,12 @@ def test_masked_loss_is_the_written_students_loss(teacher, labelled, tmp_path, c
             losses.append(-ours[valid].gather(1, targets))
             teachers.append(-theirs[valid].gather(1, targets))
             divergences.append((theirs[valid].exp() * (theirs[valid] - ours[valid])).sum(-1))
+            overlaps.append(1 - (theirs[valid].exp() - ours[valid].exp()).abs().sum(-1) / 2)
         assert masked.loss == pytest.approx(float(torch.cat(losses).mean()), abs=2e-5)
         assert masked.kl == pytest.approx(float(torch.cat(divergences).mean()), abs=2e-5)
         assert masked.teacher_loss == pytest.approx(float(torch.cat(teachers).mean()), abs=2e-5)
+        accepted = None if compensate == "ridge" else pytest.approx(float(torch.cat(overlaps).mean()), abs=2e-5)
+        assert masked.acceptance == accepted
         assert masked.tokens == sum(len(row) for row in losses)
     assert found[-1].kl < 1e-6  # nothing cut: the teacher itself
     assert found[0].kl > 1e-3

@@ -98,6 +98,21 @@ def test_what_was_measured_otherwise_is_marked_and_in_no_plot(
     assert "≠" in (tmp_path / "out" / "compare.html").read_text()
 
 
+def test_drafts_are_alike_on_the_same_machine_with_the_same_lengths(tmp_path: Path) -> None:
+    runs = []
+    for name, lengths in (("one", [1, 4]), ("two", [1, 4]), ("three", [2])):
+        measured = evaluation(20.0 + len(runs))
+        draft = {"tokens_per_call": 2.0, "draft_cost": 0.5, "speed_up": 1.0 + len(runs), "draft_lengths": lengths}
+        measured["models"]["distilled"]["draft"] = draft
+        runs.append(write_run(tmp_path / name, measured, name))
+    facts = write_comparison(runs, tmp_path / "out")
+    (column,) = (column for column in facts["columns"] if column["key"] == "speed_up")
+    shown = {row["run"]: row["figures"]["speed_up"]["text"] for row in facts["models"] if row["name"] == "distilled"}
+    assert shown == {"one": "1.000", "two": "2.000", "three": "3.000"}
+    assert [facts["models"][index]["run"] for index in column["best"]] == ["two"]
+    assert [(item["run"], item["figures"]) for item in facts["unlike"]] == [("three", "drafts")]
+
+
 def test_text_of_another_content_is_another_text(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, evaluation(), name) for name in ("one", "two")]
     for run, digest in zip(runs, "ab", strict=True):
@@ -129,6 +144,8 @@ BAD: list[Any] = [
     None, 3, "x", [], {}, {"models": 3}, {"models": {"a": None}}, {"models": {"a": {"quality": []}}},
     {"settings": 3, **{key: value for key, value in evaluation().items() if key != "settings"}},
     {**evaluation(), "models": {"teacher": {**model(1.0, 2, 3.0), "size": 3}}},
+    {**evaluation(), "models": {"teacher": {**model(1.0, 2, 3.0), "draft": [2]}}},
+    {**evaluation(), "models": {"teacher": {**model(1.0, 2, 3.0), "draft": {"draft_lengths": {}}}}},
     {**evaluation(), "models": {"teacher": {**model(1.0, 2, 3.0), "efficiency": {"decode_tokens_per_second": "x"}}}},
 ]  # fmt: skip
 

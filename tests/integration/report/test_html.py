@@ -163,6 +163,39 @@ def test_the_headline_and_the_warnings_name_what_got_worse(run: Path, tmp_path: 
     assert f"Worse in the distilled student than in the pruned one: {worse}." in facts["warnings"]
 
 
+def draft_of(speed_up: float, generated: bool) -> dict[str, Any]:
+    """A student as a draft, as eval.json has it."""
+    way = {"tokens_per_call": 1.75, "tokens_per_call_along": 1.81, "speed_up": speed_up}
+    lengths = [{"length": length, "check_cost": 1.1, "sampled": way, "greedy": way} for length in (1, 4)]
+    really = {"acceptance": 0.625, "tokens_per_call": 2.25, "rounds": 9, "speed_up": 0.93}
+    return {
+        "best_length": 1, "tokens_per_call": 1.75, "speed_up": speed_up, "draft_cost": 0.5,
+        "teacher_step_seconds": 0.02, "draft_step_seconds": 0.01, "draft_lengths": [1, 4], "lengths": lengths,
+        "generated": {"length": 4, "tokens": 96, "sampled": really, "greedy": really} if generated else None,
+    }  # fmt: skip
+
+
+def test_students_that_were_tried_as_drafts_have_a_section(run: Path, tmp_path: Path) -> None:
+    measured = evaluation()
+    for name, speed_up, why in (("pruned", 0.81, "heads differ"), ("distilled", 1.23, None)):
+        model = measured["models"][name]
+        model["quality"] |= {"acceptance": 0.545, "acceptance_standard_error": 0.012}
+        model["draft"] = draft_of(speed_up, why is None) | ({"generated_left_out": why} if why else {})
+    (run / "eval" / "eval.json").write_text(json.dumps(measured))
+    text = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
+    assert "drafts" in Page(text).ids
+    section = text[text.index('<section id="drafts"') :].split("</section>")[0]
+    for words in (
+        "54.5 %", "± 1.2", "60.0 %", "1.75", "text 1.81", "0.81×", "1.23×", "4 drafted tokens", "1 drafted token<",
+        "62.5 % accepted, 2.25 tokens a call", "0.50 of the teacher’s 20.0 ms", "5 tokens 1.10", "96 tokens",
+        "Pruned generated nothing: heads differ",
+    ):  # fmt: skip
+        assert words in section, words
+    rows = {row["key"]: row for row in json.loads((tmp_path / "out" / "report.json").read_text())["comparison"]}
+    assert rows["speed_up"]["best"] == ["distilled"] and set(rows["speed_up"]["cells"]) == {"pruned", "distilled"}
+    assert rows["acceptance"]["cells"]["distilled"]["text"] == "54.5 %"
+
+
 @pytest.mark.parametrize(("device", "said"), [("cpu", False), ("cuda", True)])
 def test_what_a_gpu_s_decode_speed_leaves_out_is_said(run: Path, tmp_path: Path, device: str, said: bool) -> None:
     measured = evaluation()
@@ -236,6 +269,7 @@ def test_the_pruning_section_shows_every_kind_of_score(run: Path, tmp_path: Path
         "masked": masked | {"task": task},
         "probes": [{"tokens": 64, "loss": 0.75}],
     }
+    first["masked"]["acceptance"] = 0.4375
     plan["candidates"] = [first, only | {"ffn": 32, "masked": masked | {"kl": 2.5}}]
     plan["target"] |= {"kind": "decode", "asked": "13ms"}
     plan["methods"]["search"] = "probes"
@@ -256,6 +290,7 @@ def test_the_pruning_section_shows_every_kind_of_score(run: Path, tmp_path: Path
         "over 9 items",
         "0.625 ± 0.125",
         "12.5 ± 12.5 %",
+        "43.8 %",
     ):
         assert words in text, words
     facts = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -99,14 +99,18 @@ def test_every_token_of_every_answer_is_scored_once_where_it_follows(
 
 
 def test_rows_of_the_table_read_what_masked_runs_leave() -> None:
-    kl = {"loss": 2.0, "kl": 0.5, "teacher_loss": 1.5, "tokens": 9, "compensate": "none", "task": None}
+    kl = {"loss": 2.0, "kl": 0.5, "teacher_loss": 1.5, "tokens": 9, "compensate": "none", "acceptance": None}
+    kl |= {"task": None}
     figures = dict.fromkeys(("score", "score_error", "accuracy", "accuracy_error", "behind", "behind_error"), 0.25)
     task = {**figures, "teacher_score": 0.5, "teacher_accuracy": 0.5, "items": 3}
     assert MaskedScore.model_validate(kl).model_dump() == kl
     both = MaskedScore.model_validate({**kl, "task": task}).model_dump()
     assert score_used(kl).name == "kl"
     assert score_used(both).name == "task"
-    assert [row.value(both) for row in CANDIDATE_SCORES] == [0.5, 0.25]
+    assert [row.value(both) for row in CANDIDATE_SCORES] == [0.5, None, 0.25]
+    drafts = [{**kl, "acceptance": share} for share in (0.5, 0.75)]
+    assert score_used(drafts[0]).name == "acceptance"
+    assert sorted(drafts, key=candidate_score("acceptance").order)[0]["acceptance"] == 0.75
     assert candidate_score("kl").order(both) == 0.5
     assert candidate_score("task").order(both) == -0.25
 
@@ -114,7 +118,7 @@ def test_rows_of_the_table_read_what_masked_runs_leave() -> None:
 @pytest.mark.parametrize(
     ("search", "words"),
     [
-        ({"score": "tasks"}, "expected one of kl, task"),
+        ({"score": "tasks"}, "expected one of kl, acceptance, task"),
         ({"score": "task"}, "needs tasks"),
         ({"tasks": ["builtin"]}, "with score task alone"),
         ({"score": "task", "tasks": ["builtin"], "masked_candidates": 1}, "at least 2"),

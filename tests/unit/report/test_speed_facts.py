@@ -8,7 +8,7 @@ import pytest
 
 from kdscale.config.evaluation.speed import SpeedConfig
 from kdscale.eval.speed.figures import cell_figures, model_figures, spread
-from kdscale.report.speed_facts import milliseconds, speed
+from kdscale.report.speed.facts import milliseconds, speed
 
 NO_TIME = "eval.speed.seconds did not suffice"
 

@@ -254,3 +254,25 @@ def test_a_document_ends_for_the_teacher_at_a_token_that_its_model_does_not_know
     assert (told.ids_BP < unknown).all()
     text = many.encoder.text_of(told.ids_BP[0].tolist())
     assert text and "the river ran past".startswith(text) and len(text) < len("the river ran")
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_what_has_no_match_is_all_that_the_matched_entries_lack(vocabularies, teacher, student):
+    """Of rows that the teacher speaks of: sorted, and together with the targets the whole distribution."""
+    pair = VocabularyMap(vocabularies(teacher), vocabularies(student), project=False)
+    source = AcrossTokenizers(Teacher(vocabularies(teacher)), pair, Needs(top_k=64, unmatched=True))
+    batch = batch_of(vocabularies(student), TEXTS[:2])
+    targets = source.targets(batch)
+    rest, found_N = targets.unmatched, dense(targets.top_k).sum(1)
+    told = rest.told_N
+    assert (rest.p_NK.sum(1)[told] + found_N[told]).numpy() == pytest.approx(1.0, abs=1e-5)
+    assert (rest.p_NK.diff(dim=1) <= 0).all()
+    silent = rest.p_NK.sum(1)[~told]
+    assert ((silent == 0) | ((silent - 1).abs() < 1e-5)).all(), "all of the teacher's, or nothing before it began"
+    common = {piece for piece in pair.student.pieces_V if piece} & {piece for piece in pair.teacher.pieces_V if piece}
+    for token, piece in enumerate(pair.student.pieces_V):
+        lacking = bool(piece) and piece not in common and token != pair.student.end
+        assert bool(rest.lacking_V[token]) == lacking, piece
+    half = targets.part(torch.arange(batch.rows)[::2])
+    torch.testing.assert_close(half.unmatched.p_NK, rest.p_NK[::2])
+    assert AcrossTokenizers(Teacher(vocabularies(teacher)), pair, Needs(top_k=64)).targets(batch).unmatched is None

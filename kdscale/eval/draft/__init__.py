@@ -1,0 +1,1 @@
+"""Students as drafts of their teacher: speculative decoding, predicted and really done."""
