@@ -23,7 +23,7 @@ def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
     everything = {id(p): p.numel() for p in model.parameters()}
     total, outer = sum(everything.values()), sum(vocabulary.values())
     # the sizes of a quantised model are those of what its weights stand for
-    config = {name: value for name, value in read_config(path).items() if name != "quantization_config"}
+    config = read_config(path)
     family = load_family(config, str(path / "config.json"))
     dims, component_of = family.dims(config), family.parameter_components(config)
     components = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)

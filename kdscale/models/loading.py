@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from kdscale.errors import CheckpointError, DataError, KdscaleError
 from kdscale.families import dropped_heads
 from kdscale.files import read_json
-from kdscale.runtime.packages import require_packages
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +75,8 @@ def model_on_meta(path: Path, *, dtype: torch.dtype | None = None, trust_remote_
 
     with explain_library_errors(path), init_empty_weights(include_buffers=False), no_init_weights():
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        if hasattr(config, "quantization_config"):  # the weights are read as plain ones
+            del config.quantization_config
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model
 
@@ -85,21 +86,18 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode; onto a GPU tensor by tensor, so that no rank holds a copy in host memory.
 
-    On a CPU, weights in the dtype of the file stay mapped, and ranks share their pages. Quantised weights are restored
-    as they are loaded. Raises CheckpointError when tensors are missing, unexpected or mismatched.
+    On a CPU, weights in the dtype of the file stay mapped, and ranks share their pages. Quantised weights are read as
+    the plain ones that they stand for. Raises CheckpointError when tensors are missing, unexpected or mismatched.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    if quantization_of(path) is not None:
+        return _load_decoded(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     logging.disable_progress_bar()
-    quantization = quantization_of(path)
     with explain_library_errors(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-        if quantization is not None:
-            config.quantization_config = {**quantization, "dequantize": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -122,23 +120,36 @@ def load_model(
 
 
 def quantization_of(path: Path) -> dict[str, Any] | None:
-    """The `quantization_config` of a model in the compressed-tensors format; None for one that is not quantised.
+    """The `quantization_config` of a model's folder; None for one that is not quantised.
 
-    Raises CheckpointError for another format, ConfigError where the library is not installed.
+    Raises CheckpointError for a format that cannot be read.
     """
-    from kdscale.weights import read_config
+    from kdscale.weights import config_on_disk
+    from kdscale.weights.quantised import FIELD, format_of
 
-    quantization = read_config(path).get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != "compressed-tensors":
-        raise CheckpointError(
-            f"{path / 'config.json'}: quantization_config", expected='"quant_method": "compressed-tensors"',
-            got=repr(method)[:200], hint="use the checkpoint before it was quantised",
-        )  # fmt: skip
-    require_packages(f"the quantised model {path}", ("compressed_tensors",), "quantize")
-    return dict(quantization)
+    config = config_on_disk(path)
+    return None if format_of(config, str(path / "config.json")) is None else dict(config[FIELD])
+
+
+def _load_decoded(path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    """The causal LM of a quantised checkpoint, plain, parameter by parameter through kdscale's own reader."""
+    import torch
+
+    from kdscale.models.parameter_map import ParameterReader
+
+    weights = ParameterReader.open(path)
+    model: Any = model_on_meta(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    parameters = dict(model.named_parameters())
+    if wrong := sorted(set(parameters) ^ weights.names()):
+        raise CheckpointError(f"{path} does not load cleanly", expected="every tensor exactly once", got=str(wrong[:8]))
+    read = {}
+    for name, parameter in parameters.items():
+        read[name] = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        weights.fill(name, 0, read[name].view(-1))
+    model.load_state_dict(read, strict=False, assign=True)
+    model.tie_weights()
+    return cast("PreTrainedModel", model.to(device).eval())
 
 
 def _take_buffers(model: Any, original: Any) -> None:

@@ -20,7 +20,7 @@ from kdscale.errors import CheckpointError
 from kdscale.families import Family, TensorSpec, load_family
 from kdscale.families.linear_maps import is_linear_map
 from kdscale.weights import Checkpoint
-from kdscale.weights.reader import torch_dtype
+from kdscale.weights.tensor_bytes import torch_dtype
 
 Shape = tuple[int, ...]
 

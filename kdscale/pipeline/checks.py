@@ -245,7 +245,7 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
     """
     from kdscale.families import load_family
     from kdscale.prune.search.planning import make_plan
-    from kdscale.weights import read_config
+    from kdscale.weights import quantised_notice, read_config
 
     if config.student is not None:
         return []
@@ -256,6 +256,8 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
         family = load_family(model, str(teacher / "config.json"))
         plans.append(make_plan(model, family, None, step.shaping))
         model = family.student_config(model, plans[-1].student.dims(), plans[-1].kept.layers)
+    for plan in plans[:1]:  # the one that cuts the teacher
+        plan.warnings.extend(filter(None, [quantised_notice(teacher)]))
     return plans
 
 

@@ -33,7 +33,7 @@ from kdscale.prune.stream_cut import CutStudent, StreamBasis
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.ranks import is_writer
 from kdscale.weights import Checkpoint, ShardWriter, TensorInfo, copy_sidecars, without_own_classes
-from kdscale.weights.reader import torch_dtype
+from kdscale.weights.tensor_bytes import torch_dtype
 
 _BLOCK_BYTES = 1 << 22  # small enough to stay in the processor's cache from reading to writing
 _JOURNAL, _PASS, _GAPS = "written.json", "compensation", "gaps"  # in the scratch folder

@@ -26,7 +26,7 @@ from kdscale.errors import ConfigError
 from kdscale.families import Family, TensorSpec
 from kdscale.runs.importance_scores import ROTATION
 from kdscale.weights import Checkpoint
-from kdscale.weights.header import TensorEntry
+from kdscale.weights.quantised import Entry
 
 # Which norm a reader of the residual stream comes after, by component.
 _NORM_BEFORE = {"attention": "attn_norm", "ffn": "ffn_norm", "head": "final_norm"}
@@ -63,7 +63,9 @@ class RotatedTeacher(Checkpoint):
         hidden = family.dims(teacher.config).hidden
         if rotation_DD.shape != (hidden, hidden) or not _orthogonal(rotation_DD):
             raise ConfigError("hidden.rotation in the importance scores", expected=f"orthogonal [{hidden}, {hidden}]")
-        super().__init__(teacher.path, untied_config(teacher.config, family), teacher._entries, teacher.files)
+        super().__init__(
+            teacher.path, untied_config(teacher.config, family), teacher._entries, teacher.files, teacher.quantised
+        )
         self._teacher, self._rotation_DD = teacher, rotation_DD
         self._specs = family.tensors(self.config)
         self._tied = family.tied(teacher.config)
@@ -73,7 +75,7 @@ class RotatedTeacher(Checkpoint):
         """All tensors of the rotated model, in the family's order."""
         return list(self._specs)
 
-    def _entry(self, name: str) -> TensorEntry:
+    def _entry(self, name: str) -> Entry:
         return super()._entry(self._tied.get(name, name))  # a head of its own has its embedding's shape and dtype
 
     def blocks(self, name: str, max_bytes: int) -> Iterator[Tensor]:

@@ -42,7 +42,7 @@ from kdscale.prune.plan import Plan
 from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.prune.stream_cut import METHOD as REFIT
 from kdscale.weights import Checkpoint
-from kdscale.weights.reader import torch_dtype
+from kdscale.weights.tensor_bytes import torch_dtype
 
 # Largest difference allowed of any token, as a share of its norm. fp32 sums taken in another order measure below 1e-5
 # after 30 layers of a real model; docs/explanation/pruning.md has what one wrong unit measures.

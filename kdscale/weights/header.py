@@ -9,7 +9,8 @@ here that nothing else could open.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +24,8 @@ MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS, _MAX_COUNT = 8, 1 << 60
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of weights that can be read and pruned
 QUANTIZED_BYTES = {"I64": 8, "I32": 4, "F8_E4M3": 1}  # of what quantised weights are written as
+# what quantised checkpoints of others hold besides
+PACKED_BYTES = DTYPE_BYTES | QUANTIZED_BYTES | {"I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,24 @@ class TensorEntry:
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.end - self.begin
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+    def piece(self, shape: tuple[int, ...], first: int) -> TensorEntry:
+        """The values from number `first` on, in storage order, as a tensor of `shape`."""
+        width = PACKED_BYTES[self.dtype]
+        begin = self.begin + first * width
+        return replace(self, shape=shape, begin=begin, end=begin + math.prod(shape) * width)
+
+
+def read_header(path: Path, dtypes: Mapping[str, int] = DTYPE_BYTES) -> dict[str, TensorEntry]:
     """Read the entries of one safetensors file, in file order.
 
-    Raises CheckpointError when the file is truncated, its header damaged, an offset outside the file, tensors overlap
-    or leave holes, a dtype is one that kdscale does not prune, or the safetensors library cannot open the file.
+    `dtypes`: bytes a value of the dtypes that may occur. Raises CheckpointError when the file is truncated, its header
+    damaged, an offset outside the file, tensors overlap or leave holes, a dtype is another one, or the safetensors
+    library cannot open the file.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -53,7 +68,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     except CheckpointError as error:
         raise _damaged(error.what, error.expected, error.got) from error
     header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value, start) for name, value in header.items()}
+    entries = {name: _entry(path, name, value, start, dtypes) for name, value in header.items()}
     _check_offsets(path, entries, start, size)
     try:
         with safe_open(path, framework="numpy"):
@@ -78,20 +93,23 @@ def _read_json_bytes(path: Path, stream: BinaryIO, size: int) -> tuple[bytes, in
     return stream.read(length), LENGTH_BYTES + length
 
 
-def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
+def _entry(path: Path, name: str, value: Any, start: int, dtypes: Mapping[str, int]) -> TensorEntry:
     where = f"{path}: tensor {name}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(where, "dtype, shape and data_offsets", repr(value)[:200])
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        hint = "quantised and integer checkpoints cannot be pruned: use the original float checkpoint"
-        raise CheckpointError(where, expected="dtype " + ", ".join(DTYPE_BYTES), got=repr(dtype)[:200], hint=hint)
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        hint = (
+            "quantised weights are read where quantization_config in config.json says how they are stored; integer "
+            "checkpoints cannot be pruned: use the original float checkpoint"
+        )
+        raise CheckpointError(where, expected="dtype " + ", ".join(dtypes), got=repr(dtype)[:200], hint=hint)
     if not _is_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise _damaged(where, f"a shape of at most {_MAX_DIMENSIONS} non-negative integers", repr(shape)[:200])
     if not _is_counts(offsets) or len(offsets) != 2:
         raise _damaged(where, "two byte offsets", repr(offsets)[:200])
     begin, end = offsets
-    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    expected = math.prod(shape) * dtypes[dtype]
     if end - begin != expected:
         raise _damaged(where, f"{expected:,} bytes for {dtype}{shape}", f"{end - begin:,} bytes")
     return TensorEntry(file=path, dtype=dtype, shape=tuple(shape), begin=start + begin, end=start + end)

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join, sha256_file
-from kdscale.weights.header import DTYPE_BYTES, TensorEntry, read_header
+from kdscale.weights.header import DTYPE_BYTES, PACKED_BYTES, TensorEntry, read_header
+from kdscale.weights.quantised import Entry, Quantised, decoded_entries, format_of, without_quantisation
+from kdscale.weights.quantised.packed import PackedTensor
+from kdscale.weights.tensor_bytes import read_ahead, read_into, read_rows, read_values, torch_dtype
 from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE, listed, no_config, no_weights
-from kdscale_launch.watchdog import beat
 
 if TYPE_CHECKING:
     import torch
 
-_COMPARE_BYTES = 1 << 22
 _FILL_BYTES = 1 << 22
 
 
@@ -53,7 +52,17 @@ class ExpectedTensors(Protocol):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json of a checkpoint folder. Raises CheckpointError when it is missing or not a JSON object."""
+    """Read config.json of a checkpoint folder as that of the plain model, which its weights are read as.
+
+    Raises CheckpointError when it is missing, not a JSON object, or names a quantised format that cannot be read.
+    """
+    config = config_on_disk(folder)
+    format_of(config, str(folder / "config.json"))
+    return without_quantisation(config)
+
+
+def config_on_disk(folder: Path) -> dict[str, Any]:
+    """Read config.json as it is, whatever it says of quantised weights. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", expected="a folder with config.json and *.safetensors")
     if not (folder / "config.json").exists():
@@ -62,6 +71,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}", expected="a JSON object", got=type(config).__name__)
     return config
+
+
+def quantised_notice(folder: Path) -> str | None:
+    """What a plan and a report say of a model whose weights are stored quantised; None of another one.
+
+    Raises CheckpointError as `read_config` does.
+    """
+    form = format_of(config_on_disk(folder), str(folder / "config.json"))
+    if form is None:
+        return None
+    return (
+        f"the weights of {folder.name} are stored quantised ({form.label}) and dequantised as they are read: what that "
+        "lost, the student inherits"
+    )
 
 
 def checkpoint_identity(folder: Path) -> dict[str, Any]:
@@ -73,12 +96,21 @@ def checkpoint_identity(folder: Path) -> dict[str, Any]:
 class Checkpoint:
     """An opened checkpoint folder; make one with `Checkpoint.open`.
 
-    `config` is config.json, `names` the tensors in file order, `files` the weight files, `path` the folder.
+    `config` is config.json, `names` the tensors in file order, `files` the weight files, `path` the folder. One that is
+    quantised is read as the plain model that it stands for, config and tensors alike; `quantised` says what it was.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], entries: dict[str, TensorEntry], files: list[Path]):
-        self.path, self.config, self.files = path, config, files
-        self._entries = entries
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        entries: Mapping[str, Entry],
+        files: list[Path],
+        quantised: Quantised | None = None,
+    ):
+        self.path, self.config, self.files, self.quantised = path, config, files, quantised
+        self._entries = dict(entries)
+        self._decoded: tuple[PackedTensor, torch.Tensor] | None = None
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -87,14 +119,13 @@ class Checkpoint:
         Raises CheckpointError for anything missing, damaged, contradictory, unsafe (pickle) or unsupported.
         """
         try:
-            config = read_config(path)
-            if (path / SINGLE_FILE).is_file():  # before the index, as transformers does
-                files = [path / SINGLE_FILE]
-                return cls(path, config, read_header(files[0]), files)
-            if (path / INDEX_FILE).is_file():
-                entries, files = _read_sharded(path)
+            config = config_on_disk(path)
+            form = format_of(config, str(path / "config.json"))
+            entries, files = _read_files(path, DTYPE_BYTES if form is None else PACKED_BYTES)
+            if form is None:
                 return cls(path, config, entries, files)
-            raise no_weights(path)
+            plain, quantised = decoded_entries(entries, form)
+            return cls(path, without_quantisation(config), plain, files, quantised)
         except PermissionError as error:
             raise CheckpointError(f"{error.filename or path} cannot be read", got="permission denied") from error
 
@@ -105,11 +136,11 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-        return sum(entry.end - entry.begin for entry in self._entries.values())
+        """Bytes of all tensors together, as they are read."""
+        return sum(entry.nbytes for entry in self._entries.values())
 
     def spec(self, name: str) -> TensorInfo:
-        """Shape and dtype of one tensor."""
+        """Shape and dtype of one tensor, as it is read."""
         entry = self._entry(name)
         return TensorInfo(entry.shape, entry.dtype)
 
@@ -118,14 +149,9 @@ class Checkpoint:
         return DTYPE_BYTES[self._entry(name).dtype]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor as it is on disk, into memory of its own on the CPU.
-
-        Reads just its bytes. The safetensors library would map the whole file privately instead, which the system
-        refuses when the file is larger than memory, and which crashes the process when the file shrinks meanwhile.
-        """
+        """Read one tensor into memory of its own on the CPU: as it is on disk, or decoded. Reads just its bytes."""
         entry = self._entry(name)
-        with entry.file.open("rb", buffering=0) as stream:
-            return _read(stream, entry, name, entry.begin, entry.end).reshape(entry.shape)
+        return entry.tensor() if isinstance(entry, PackedTensor) else read_rows(entry, name)
 
     def blocks(self, name: str, max_bytes: int) -> Iterator[torch.Tensor]:
         """Read one tensor in blocks of whole rows (of its first dimension), in order.
@@ -133,19 +159,23 @@ class Checkpoint:
         A block has at most `max_bytes`, or is one row. It leaves memory when the caller drops it: nothing is mapped.
         """
         entry = self._entry(name)
-        rows = entry.shape[0] if entry.shape else 1
-        size = entry.end - entry.begin
+        rows, size = entry.shape[0] if entry.shape else 1, entry.nbytes
         if size <= max_bytes or rows < 2:
             yield self.tensor(name)
             return
         row_bytes = size // rows
         step = max(1, max_bytes // row_bytes)
+        if isinstance(entry, PackedTensor):
+            yield from _decoded_blocks(entry, step)
+            return
         with entry.file.open("rb", buffering=0) as stream:
             for row in range(0, rows, step):
                 count = min(step, rows - row)
                 begin = entry.begin + row * row_bytes
-                _read_ahead(stream, begin, 2 * step * row_bytes)
-                yield _read(stream, entry, name, begin, begin + count * row_bytes).reshape(count, *entry.shape[1:])
+                read_ahead(stream, begin, 2 * step * row_bytes)
+                yield read_values(stream, entry, name, begin, begin + count * row_bytes).reshape(
+                    count, *entry.shape[1:]
+                )
 
     def fill(self, name: str, begin: int, out: torch.Tensor) -> None:
         """Write the tensor's values `begin` to `begin + len(out)`, counted in storage order, into the flat `out`.
@@ -156,6 +186,9 @@ class Checkpoint:
         entry, end = self._entry(name), begin + out.numel()
         if not 0 <= begin <= end <= math.prod(entry.shape):
             raise ValueError(f"{name} of shape {entry.shape} has no values {begin} to {end}")
+        if isinstance(entry, PackedTensor):
+            out.copy_(self._decoded_values(entry, begin, end))
+            return
         width = DTYPE_BYTES[entry.dtype]
         direct = out.device.type == "cpu" and out.dtype == torch_dtype(entry.dtype)
         step = out.numel() if direct else max(1, _FILL_BYTES // width)
@@ -164,9 +197,18 @@ class Checkpoint:
                 target = out[done : done + step]
                 first = entry.begin + (begin + done) * width
                 if direct:
-                    _read_into(stream, entry, name, first, target)
+                    read_into(stream, entry, name, first, target)
                 else:
-                    target.copy_(_read(stream, entry, name, first, first + target.numel() * width))
+                    target.copy_(read_values(stream, entry, name, first, first + target.numel() * width))
+
+    def _decoded_values(self, entry: PackedTensor, begin: int, end: int) -> torch.Tensor:
+        """Flat values of a quantised matrix. Where few are asked for, more of the same will be: all are kept."""
+        if end - begin >= entry.row_values:
+            return entry.values(begin, end)
+        known = self._decoded
+        if known is None or known[0] is not entry:
+            known = self._decoded = (entry, entry.values(0, math.prod(entry.shape)))
+        return known[1][begin:end]
 
     def check_finite(self) -> None:
         """Read every tensor. Raises CheckpointError naming the first that has NaN or infinite values."""
@@ -224,6 +266,8 @@ class Checkpoint:
         self._entries = {name: self._entries[name] for name in self._entries if name in expected}
         notices = [f"{name} is a stored copy of the tied {tied[name]}: ignored" for name in copies]
         notices += [f"{len(names)} tensors of the {what} are left out" for what, names in heads.items() if names]
+        if self.quantised is not None:
+            notices.append(self.quantised.notice)
         return notices + ([f"{len(buffers)} buffers that no model reads are ignored"] if buffers else [])
 
     def _split_joined(self, expected: Mapping[str, _Spec]) -> None:
@@ -241,29 +285,25 @@ class Checkpoint:
                 what = f"{self.path}: tensor {parameter}"
                 raise CheckpointError(what, expected=str(list(shape)), got=str(list(entry.shape)))
             del self._entries[parameter]
-            begin = entry.begin
+            first = 0
             for name, spec in zip(names, specs, strict=True):
-                end = begin + math.prod(spec.shape) * DTYPE_BYTES[entry.dtype]
-                self._entries[name] = TensorEntry(entry.file, entry.dtype, spec.shape, begin, end)
-                begin = end
+                self._entries[name] = entry.piece(spec.shape, first)
+                first += math.prod(spec.shape)
 
-    def _entry(self, name: str) -> TensorEntry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._entries[name]
 
     def _check_copy(self, name: str, original: str) -> None:
         """Refuse a head that differs from the tensor it is tied to: loaders disagree on which counts."""
+        import torch
+
         copy, tied_to = self._entries[name], self._entries[original]
-        same = (copy.shape, copy.dtype) == (tied_to.shape, tied_to.dtype)
-        with copy.file.open("rb") as left, tied_to.file.open("rb") as right:
-            left.seek(copy.begin)
-            right.seek(tied_to.begin)
-            for done in range(0, copy.end - copy.begin, _COMPARE_BYTES):
-                count = min(_COMPARE_BYTES, copy.end - copy.begin - done)
-                same = same and left.read(count) == right.read(count)
-                if not same:
-                    break
+        same = (copy.shape, copy.dtype) == (tied_to.shape, tied_to.dtype) and all(
+            torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+            for left, right in zip(self.blocks(name, _FILL_BYTES), self.blocks(original, _FILL_BYTES), strict=True)
+        )
         if not same:
             raise CheckpointError(
                 f"{self.path}: {name} differs from {original}",
@@ -273,50 +313,26 @@ class Checkpoint:
             )
 
 
-def _read_ahead(stream: RawIOBase, begin: int, size: int) -> None:
-    """Let the system fetch these bytes while the caller works on those before them."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(stream.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
+def _decoded_blocks(entry: PackedTensor, rows: int) -> Iterator[torch.Tensor]:
+    """A quantised matrix in blocks of so many rows, decoded at once where its rows cannot be decoded apart."""
+    row_values = math.prod(entry.shape[1:])
+    if entry.row_values > rows * row_values:
+        yield from entry.tensor().split(rows)
+        return
+    for row in range(0, entry.shape[0], rows):
+        last = min(row + rows, entry.shape[0])
+        yield entry.values(row * row_values, last * row_values).reshape(last - row, *entry.shape[1:])
 
 
-def _read(stream: RawIOBase, entry: TensorEntry, name: str, begin: int, end: int) -> torch.Tensor:
-    """Read bytes begin:end of the tensor's file as one flat tensor of its dtype."""
-    import torch
-
-    raw = torch.empty(end - begin, dtype=torch.uint8)
-    _read_into(stream, entry, name, begin, raw)
-    return raw.view(torch_dtype(entry.dtype))
-
-
-def _read_into(stream: RawIOBase, entry: TensorEntry, name: str, begin: int, out: torch.Tensor) -> None:
-    """Fill the flat, contiguous `out` with the bytes that start at `begin`."""
-    import torch
-
-    beat()
-    stream.seek(begin)
-    view, count = out.view(torch.uint8).numpy().data, 0
-    while count < len(view) and (more := stream.readinto(view[count:])):  # one read gives at most 2 GiB
-        count += more
-        beat()
-    if count != len(view):
-        raise CheckpointError(
-            f"{entry.file} was changed while it was open: tensor {name} is cut short",
-            expected=f"{len(view):,} bytes",
-            got=f"{count:,} bytes",
-        )
+def _read_files(folder: Path, dtypes: Mapping[str, int]) -> tuple[dict[str, TensorEntry], list[Path]]:
+    if (folder / SINGLE_FILE).is_file():  # before the index, as transformers does
+        return read_header(folder / SINGLE_FILE, dtypes), [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return _read_sharded(folder, dtypes)
+    raise no_weights(folder)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that safetensors calls `name`."""
-    import torch
-
-    return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-        "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
-    }[name]  # fmt: skip
-
-
-def _read_sharded(folder: Path) -> tuple[dict[str, TensorEntry], list[Path]]:
+def _read_sharded(folder: Path, dtypes: Mapping[str, int]) -> tuple[dict[str, TensorEntry], list[Path]]:
     weight_map = _read_index(folder / INDEX_FILE)
     shards = {name: safe_join(folder, name) for name in dict.fromkeys(weight_map.values())}
     absent = [name for name, path in shards.items() if not path.is_file()]
@@ -329,7 +345,7 @@ def _read_sharded(folder: Path) -> tuple[dict[str, TensorEntry], list[Path]]:
         )
     entries: dict[str, TensorEntry] = {}
     for shard, path in shards.items():
-        for name, entry in read_header(path).items():
+        for name, entry in read_header(path, dtypes).items():
             if name in entries:
                 raise CheckpointError(
                     f"{folder}: tensor {name} is in two shards", got=f"{entries[name].file.name} and {shard}"

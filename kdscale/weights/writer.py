@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 from kdscale.errors import RunFolderError, SelfCheckError
 from kdscale.files import explain_os_errors, fsync_dir, fsync_file, read_own_json, write_json
 from kdscale.weights.header import DTYPE_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES, QUANTIZED_BYTES
-from kdscale.weights.reader import TensorInfo, torch_dtype
+from kdscale.weights.reader import TensorInfo
+from kdscale.weights.tensor_bytes import torch_dtype
 from kdscale.weights.unreadable import INDEX_FILE, SINGLE_FILE
 from kdscale_launch.watchdog import beat
 

@@ -28,6 +28,7 @@ from kdscale.eval.speed.figures import cell_figures, model_figures
 from kdscale.eval.speed.process import Worker, worker
 from kdscale.eval.speed.worker import arguments_of
 from kdscale.models.loading import quantization_of
+from kdscale.runs.models import TEACHER
 
 if TYPE_CHECKING:
     from kdscale.runtime.progress import Bar, Reporter
@@ -65,11 +66,11 @@ class Measurements:
 
 
 def left_out(models: Mapping[str, Path]) -> dict[str, str]:
-    """The models that are not timed, and why."""
+    """The models that are not timed, and why. A quantised teacher is timed, as the plain model that teaches."""
     return {
-        name: "plain transformers restores its weights; measure it in the engine that will serve it"
+        name: "kdscale restores its weights to plain ones; measure it in the engine that will serve it"
         for name, path in models.items()
-        if quantization_of(path) is not None
+        if name != TEACHER and quantization_of(path) is not None
     }
 
 

@@ -15,7 +15,7 @@ from kdscale.files import write_json
 from kdscale.runs.folder import WEIGHTS
 from kdscale.runs.models import model_title
 from kdscale.runtime.progress import Reporter
-from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars, read_config, without_own_classes
+from kdscale.weights import Checkpoint, ShardWriter, config_on_disk, copy_sidecars, without_own_classes
 from kdscale_launch.watchdog import beat
 
 Kind = Literal["transformers", "gguf"]  # a folder that transformers, vLLM and SGLang load, or one file of llama.cpp's
@@ -131,7 +131,7 @@ def _copy(folder: Path, out: Path, own_code: bool) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Weights and their index, in whatever dtypes: `Checkpoint` opens floats alone."""
+    """Weights and their index, as they are on disk: `Checkpoint` reads quantised ones as what they stand for."""
     return sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)} - {folder / "config.json"})
 
 
@@ -142,7 +142,7 @@ def _nbytes(folder: Path) -> int:
 def _beside(folder: Path, out: Path, own_code: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "config.json", out / "config.json")
-    config = read_config(folder)
+    config = config_on_disk(folder)
     if not own_code and without_own_classes(config) != config:
         write_json(out / "config.json", without_own_classes(config))
     copy_sidecars(folder, out, code=own_code)
@@ -159,7 +159,7 @@ def _write_bf16(source: Source, out: Path, reporter: Reporter) -> None:
         _copy(source.student, out, source.own_code)
         return
     _beside(source.student, out, source.own_code)
-    config = {key: value for key, value in read_config(out).items() if key != "torch_dtype"}
+    config = {key: value for key, value in config_on_disk(out).items() if key != "torch_dtype"}
     write_json(out / "config.json", {**config, "dtype": "bfloat16"})
     with ShardWriter(out, specs, source.max_shard_bytes) as writer:
         for name, spec in specs.items():

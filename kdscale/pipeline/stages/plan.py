@@ -18,6 +18,7 @@ from kdscale.pipeline.stage import Facts, StageContext
 from kdscale.prune.search.latency import LATENCY_KINDS
 from kdscale.runs.folder import RunFolder
 from kdscale.units import format_count
+from kdscale.weights import quantised_notice
 
 if TYPE_CHECKING:
     from kdscale.prune.candidates import ShapeCandidate
@@ -48,6 +49,7 @@ def search_plan(context: StageContext, scores: Mapping[str, Any]) -> Plan:
         if basis.suits(plan):
             break
     plan.warnings.extend(basis.warnings(plan))
+    plan.warnings.extend(filter(None, [quantised_notice(context.model_to_prune)]))
     return plan
 
 

@@ -150,7 +150,7 @@ def place_teacher(
     except CheckpointError as error:
         raise ConfigError(
             "distill.teacher_placement",
-            expected=f"a teacher that can be {placement}: float weights of a family kdscale knows",
+            expected=f"a teacher that can be {placement}: of a family and a format that kdscale knows",
             got=f"{error.what}: {error.got}" if error.got else error.what,
             hint="replicated loads whatever transformers loads",
         ) from error

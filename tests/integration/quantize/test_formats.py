@@ -103,7 +103,7 @@ def test_config_json_says_what_is_quantised(bf16_student: Path, tmp_path: Path) 
     assert (tmp_path / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("said", [7, [], {}, {"quant_method": "gptq"}, {"quant_method": None}, "compressed-tensors"])
+@pytest.mark.parametrize("said", [7, [], {}, {"quant_method": "hqq"}, {"quant_method": None}, "compressed-tensors"])
 def test_other_quantised_models_are_refused_by_name(tiny_llama_dir: Path, tmp_path: Path, said: Any) -> None:
     write_json(tmp_path / "config.json", {**read_json(tiny_llama_dir / "config.json"), "quantization_config": said})
     with pytest.raises(CheckpointError, match=r"quantization_config\n  expected: .*compressed-tensors"):

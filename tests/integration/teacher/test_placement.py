@@ -62,7 +62,9 @@ def test_a_teacher_that_cannot_be_placed_is_refused_before_its_weights_are_read(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
-    with pytest.raises(ConfigError, match=r"distill\.teacher_placement(.|\n)*offloaded(.|\n)*a quantised checkpoint\n"):
+    with pytest.raises(
+        ConfigError, match=r"distill\.teacher_placement(.|\n)*offloaded(.|\n)*quant_method(.|\n)*None\n"
+    ):
         place_teacher(tmp_path, "offloaded", dtype=torch.float32, device=CPU)
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of"}))
     with pytest.raises(ConfigError, match=r"partitioned(.|\n)*unheard_of(.|\n)*replicated"):
