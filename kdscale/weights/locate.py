@@ -41,7 +41,7 @@ def resolve_teacher(teacher: TeacherConfig, config_only: bool = False) -> Path:
             "teacher.path",
             expected="a folder with config.json, tokenizer and safetensors",
             got=f"the file {path}",
-            hint="convert GGUF and other single-file formats to a Hugging Face folder first",
+            hint=_how_to_convert(path),
         )
     raise ConfigError(
         "teacher.path",
@@ -70,6 +70,14 @@ def _how_to_get(text: str, path: Path) -> str:
         f"hf:ORG/{path.name} as the path fetches it too; the demo's teacher comes from "
         f"kdscale get-teacher {_DEMO} FOLDER"
     )
+
+
+def _how_to_convert(path: Path) -> str:
+    """What to do about a file in the place of a folder."""
+    if path.suffix.lower() == ".gguf":
+        folder = shlex.quote(str(path.with_suffix("")))
+        return f"convert it once: kdscale get-teacher {shlex.quote(str(path))} {folder}, and give that folder"
+    return "convert single-file formats to a Hugging Face folder first"
 
 
 def _expand(text: str) -> Path:

@@ -32,7 +32,8 @@ def no_config(folder: Path) -> CheckpointError:
     elif below:
         hint = f"is it to be {below[0]}?"
     elif any(folder.glob("*.gguf")):
-        got, hint = "GGUF files", "give the original Hugging Face folder"
+        got = "GGUF files"
+        hint = "give the original Hugging Face folder, or convert a file: kdscale get-teacher FILE.gguf FOLDER"
     elif (folder / "params.json").is_file():
         got, hint = "a checkpoint in its author's own format", "give the model in the Hugging Face format"
     return CheckpointError(f"{folder / 'config.json'} is missing", expected=expected, got=got, hint=hint)

@@ -28,6 +28,7 @@ class Awq(Format):
 
     suffixes: ClassVar[Mapping[str, str]] = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
     needed = ("qweight", "qzeros", "scales")
+    dimensions: ClassVar[Mapping[str, int]] = {"qweight": 2, "qzeros": 2, "scales": 2}
 
     def __init__(self, settings: Mapping[str, Any], where: str, dtype: str):
         super().__init__({**settings, "version": str(settings.get("version", "gemm")).lower()}, where, dtype)
@@ -46,7 +47,7 @@ class Awq(Format):
         (inputs, words), groups = found["qweight"].entry.shape, found["scales"].entry.shape[0]
         outputs = words * _IN_WORD
         self.fits(name, found, {"scales": (groups, outputs), "qzeros": (groups, words)})
-        if not groups or inputs % groups:
+        if inputs % groups:
             raise self.wrong(name, expected="groups of equal size", got=f"{groups} groups of {inputs} inputs")
 
         def decode(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -36,6 +36,7 @@ class BitsAndBytes(Format):
         "nested_absmax": ".weight.nested_absmax", "nested_table": ".weight.nested_quant_map", **_STATES,
     }  # fmt: skip
     needed = ("codes",)
+    dimensions: ClassVar[Mapping[str, int]] = {"codes": 2, "rows": 1, "absmax": 1, "table": 1}
 
     @property
     def label(self) -> str:

@@ -19,6 +19,7 @@ class Format(ABC):
 
     suffixes: ClassVar[Mapping[str, str]]  # part → what its name on disk ends with, after the stem
     needed: ClassVar[tuple[str, ...]]  # parts that every matrix has
+    dimensions: ClassVar[Mapping[str, int]] = {}  # part → how many dimensions it has, where that is known
 
     def __init__(self, settings: Mapping[str, Any], where: str, dtype: str):
         self.settings, self.where, self.dtype = settings, where, dtype
@@ -49,6 +50,11 @@ class Format(ABC):
         }
         if missing := [stem + self.suffixes[key] for key in self.needed if key not in found]:
             raise self.wrong(name, expected=f"its parts in {self.label}", got="no " + ", ".join(missing))
+        for key, part in found.items():
+            shape = part.entry.shape
+            if 0 in shape or len(shape) != self.dimensions.get(key, len(shape)):
+                expected = f"{part.name} with values, of {self.dimensions.get(key, 'some')} dimensions"
+                raise self.wrong(name, expected=expected, got=f"shape {list(shape)}")
         return found
 
     def choice(self, field: str, known: tuple[Any, ...], absent: Any = None) -> Any:

@@ -30,6 +30,7 @@ class Gptq(Format):
         "qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales", "g_idx": ".g_idx",
     }  # fmt: skip
     needed = ("qweight", "qzeros", "scales")
+    dimensions: ClassVar[Mapping[str, int]] = {"qweight": 2, "qzeros": 2, "scales": 2, "g_idx": 1}
 
     def __init__(self, settings: Mapping[str, Any], where: str, dtype: str):
         super().__init__(settings, where, dtype)

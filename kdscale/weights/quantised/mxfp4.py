@@ -27,6 +27,7 @@ class Mxfp4(Format):
 
     suffixes: ClassVar[Mapping[str, str]] = {"blocks": "_blocks", "scales": "_scales"}
     needed = ("blocks", "scales")
+    dimensions: ClassVar[Mapping[str, int]] = {"blocks": 4, "scales": 3}
 
     @property
     def label(self) -> str:
@@ -41,7 +42,7 @@ class Mxfp4(Format):
     def packed(self, name: str, found: Mapping[str, Part]) -> PackedTensor:
         self.dtypes(name, found, {"blocks": ("U8",), "scales": ("U8", "F8_E8M0")})
         blocks = found["blocks"].entry.shape
-        if len(blocks) != 4 or blocks[3] != _BYTES:
+        if blocks[3] != _BYTES:
             raise self.wrong(name, expected="blocks [experts, outputs, blocks, 16]", got=str(list(blocks)))
         self.fits(name, found, {"scales": blocks[:3]})
         shape = (blocks[0], blocks[2] * 2 * _BYTES, blocks[1])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kdscale.families import gguf_families
-from kdscale.models.loading import load_model, load_tokenizer
+from kdscale.models.loading import load_model, load_tokenizer, open_teacher
+from kdscale.packaging.gguf_teacher.folder import import_gguf
 from kdscale.packaging.gguf_writer import write_gguf
 from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import save_teacher
@@ -100,6 +101,22 @@ def test_log_probabilities_are_those_of_transformers(case: str, tokenizer: Any, 
     assert len(found) == VOCAB
     # llama.cpp looks GELU up in a table of fp16
     assert worst < (2e-3 if case.startswith(("gemma", "gpt2")) else 2e-5)
+    comes_back(folder, import_gguf(written.path, tmp_path / "back", QUIET, dtype="float32"), ids, wanted)
+
+
+def comes_back(folder: Path, back: Path, ids: list[int], wanted: torch.Tensor) -> None:
+    """The folder that is read from a GGUF file holds the tensors that it was written from, and computes the same."""
+    (source, family), (read, again) = open_teacher(folder), open_teacher(back)
+    assert family.data.gguf is not None and again.data.gguf is not None
+    assert again.data.gguf.architecture == family.data.gguf.architecture
+    # norms of which 1 is subtracted, and queries whose scale the file has no place for, are rounded
+    exact = family.data.norm.gain == "weight" and family.data.gguf.query_scale is None
+    assert sorted(read.names) == sorted(source.names)
+    if exact:
+        assert all(torch.equal(read.tensor(name), source.tensor(name)) for name in source.names)
+    factors = read.config.get("rope_parameters", {}).get("rope_type") == "longrope"  # in fp32 there, in fp64 here
+    torch.testing.assert_close(expected(back, ids), wanted, rtol=0, atol=0 if exact and not factors else 2e-5)
+    assert load_tokenizer(back)(TEXT)["input_ids"] == ids
 
 
 @pytest.mark.parametrize("case", ["mistral", "gemma2"])

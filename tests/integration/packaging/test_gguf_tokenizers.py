@@ -11,7 +11,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kdscale.packaging.gguf_tokenizer import _SPLITS
+from kdscale.models.loading import load_tokenizer
+from kdscale.packaging.gguf_teacher.folder import import_gguf
+from kdscale.packaging.gguf_tokenizer import SPLITS
 from kdscale.packaging.gguf_writer import write_gguf
 from kdscale.runtime.progress import Reporter
 from tests.integration.prune.family_table import save_teacher
@@ -30,7 +32,7 @@ TEXTS = (
 
 
 def byte_level(rule: str) -> Tokenizer:
-    by_regex = {name: split for split, name in _SPLITS.items()}
+    by_regex = {name: split for split, name in SPLITS.items()}
     expression, ignores = by_regex.get(rule, ("", False))
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignores))
     if expression:
@@ -82,7 +84,7 @@ def sentencepiece(spaces: str) -> Tokenizer:
 
 
 MAKERS: dict[str, Callable[[], Tokenizer]] = {
-    **{name: (lambda name=name: byte_level(name)) for name in ("gpt-2", "smollm", *_SPLITS.values())},  # type: ignore[misc]
+    **{name: (lambda name=name: byte_level(name)) for name in ("gpt-2", "smollm", *SPLITS.values())},  # type: ignore[misc]
     "sentencepiece, no space in front": lambda: sentencepiece("none"),
     "sentencepiece, space in front": lambda: sentencepiece("prepend"),
     "sentencepiece, metaspace": lambda: sentencepiece("metaspace"),
@@ -103,5 +105,10 @@ def test_llama_cpp_cuts_text_alike(rule: str, tmp_path: Path) -> None:
     # with Metaspace transformers adds no second space where a text begins with one, and the notice says so
     texts = TEXTS[:2] if rule.endswith("metaspace") else TEXTS
     assert len(written.notes) == len(TEXTS) - len(texts)
+    back = load_tokenizer(import_gguf(written.path, tmp_path / "back", QUIET))
     for text in texts:
-        assert llama_cpp.tokenize(text) == loaded(text)["input_ids"], text
+        ids = loaded(text)["input_ids"]
+        assert llama_cpp.tokenize(text) == ids, text
+        assert back(text)["input_ids"] == ids, text
+        if "<|turn|>" not in text:  # after a token of its own a space comes in front again
+            assert back.decode(back(text, add_special_tokens=False)["input_ids"]) == text

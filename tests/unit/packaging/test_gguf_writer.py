@@ -20,7 +20,8 @@ from kdscale.families import gguf_families, load_family
 from kdscale.packaging import gguf_writer
 from kdscale.packaging.gguf_metadata import period_of
 from kdscale.packaging.gguf_names import gguf_name, halves_from_pairs, pairs_from_halves
-from kdscale.packaging.gguf_reader import GgufLlama
+from kdscale.packaging.gguf_teacher.file import GgufFile
+from kdscale.packaging.gguf_teacher.folder import import_gguf
 from kdscale.packaging.gguf_writer import write_gguf
 from kdscale.runtime.progress import Reporter
 
@@ -91,9 +92,9 @@ def test_a_pattern_cut_by_depth_pruning_has_none() -> None:
 
 def test_the_reader_gives_back_every_bit(model: Path, tmp_path: Path) -> None:
     write_gguf(model, tmp_path / "m.gguf", "f32", QUIET, name="my student")
-    read = GgufLlama(tmp_path / "m.gguf")
+    read = GgufFile(tmp_path / "m.gguf")
     weights = load_file(model / "model.safetensors")
-    found = read.tensors(torch.float32)
+    found = load_file(import_gguf(read.path, tmp_path / "back", QUIET, dtype="float32") / "model.safetensors")
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     config = json.loads((model / "config.json").read_text())

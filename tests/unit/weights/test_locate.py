@@ -104,7 +104,7 @@ def test_the_demo_teacher_is_in_the_catalogue() -> None:
 
 def test_file_is_not_a_teacher(tmp_path: Path, no_hub: list[Any]) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match="GGUF"):
+    with pytest.raises(ConfigError, match=r"kdscale get-teacher \S+model\.gguf \S+model, and give"):
         resolve_teacher(TeacherConfig(path=str(tmp_path / "model.gguf")))
 
 

@@ -200,6 +200,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, {}, "version(.|\n)*'gemv'"),
         (GPTQ, {"layer.scales": None}, r"no layer\.scales"),
         (GPTQ, {"layer.scales": torch.ones(2, 8).half()}, r"scales of shape \[2, 16\](.|\n)*\[2, 8\]"),
+        (GPTQ, {"layer.qweight": torch.ones(64, dtype=torch.int32)}, r"of 2 dimensions(.|\n)*\[64\]"),
+        (GPTQ, {"layer.scales": torch.ones(0, 16).half()}, r"scales with values(.|\n)*\[0, 16\]"),
         (GPTQ, {"layer.qzeros": torch.ones(2, 2).half()}, r"qzeros in I32(.|\n)*F16"),
         (GPTQ, {"other.weight": torch.ones(2, dtype=torch.int8)}, r"other\.weight in I8"),
         (GPTQ, {"layer.weight": torch.ones(2, 2)}, "beside its quantised parts"),
