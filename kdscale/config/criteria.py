@@ -77,6 +77,7 @@ _LAYERS = "kdscale.prune.importance.layer_scores"
 _HIDDEN = "kdscale.prune.importance.hidden_scores"
 _MINITRON = "Minitron, arXiv 2407.14679, section 2.2"
 _WANDA = "after Wanda, arXiv 2306.11695, for whole units"
+_MINITRON_HYBRID = "Minitron for hybrids, arXiv 2504.11409: heads are ranked within their group"
 _OBS = "Optimal Brain Surgeon: Hassibi and Stork 1993; SparseGPT, arXiv 2301.00774"
 
 # The first row of an axis is what ranks it where the config has no choice.
@@ -122,6 +123,10 @@ CRITERIA: tuple[Criterion, ...] = (
     Criterion("experts", "output_norm", unit="norm", collect=f"{_UNITS}:experts_output_norm",
               title="Σ over the expert's tokens of routing weight · ‖expert output‖",
               source="REAP, arXiv 2510.13999, with a sum over the tokens instead of a mean"),
+    Criterion("ssm_heads", "output_energy", collect=f"{_UNITS}:ssm_heads_output_energy", source=_WANDA,
+              title="Σ over tokens of ‖W_head · x_head‖², the head's share of the mixer's output"),
+    Criterion("ssm_heads", "activation", unit="norm", collect=f"{_UNITS}:ssm_heads_activation",
+              source=_MINITRON_HYBRID, title="mean of ‖x_head‖ over the sequence, L2 norm over the samples"),
 )  # fmt: skip
 
 AXIS_TITLES = {
@@ -131,6 +136,7 @@ AXIS_TITLES = {
     "heads": "Query heads",
     "kv_heads": "KV heads",
     "experts": "Experts",
+    "ssm_heads": "SSM heads",
 }
 
 
@@ -160,6 +166,7 @@ def _method_of(axis: str, also: Sequence[str] = ()) -> AfterValidator:
 # The table is read at validation, so that a row added to it is accepted at once.
 FfnMethod = Annotated[str, _method_of("ffn")]
 HeadMethod = Annotated[str, _method_of("heads")]
+SsmMethod = Annotated[str, _method_of("ssm_heads")]
 HiddenMethod = Annotated[str, _method_of("hidden", also=("auto",))]
 LayerMethod = Annotated[str, _method_of("layers", also=("auto",))]
 

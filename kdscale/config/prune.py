@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdscale.config.calibration import CalibrationSection
 from kdscale.config.candidate_scores import CandidateScore, CandidateScoreName, candidate_score
-from kdscale.config.criteria import Criterion, FfnMethod, HeadMethod, HiddenMethod, LayerMethod, criterion
+from kdscale.config.criteria import Criterion, FfnMethod, HeadMethod, HiddenMethod, LayerMethod, SsmMethod, criterion
 from kdscale.config.fields import Count, Length, Section
 from kdscale.units import BUDGET_FIELDS, parse_budget
 
@@ -86,7 +86,7 @@ class PruneConfig(Section):
     count: Literal["non_embedding", "total"] = "total"
     tolerance: Annotated[float, Field(gt=0.0, le=0.2)] = 0.03
     # axes that may be cut when a target is given; sizes given below are fixed and need not be listed
-    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts"], ...] = Field(
+    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts", "ssm_heads"], ...] = Field(
         strict=False, default=("ffn", "heads")
     )
     hidden: Length | None = None
@@ -95,6 +95,8 @@ class PruneConfig(Section):
     kv_heads: Length | None = None
     layers: Length | None = None
     experts: Length | None = None  # of a mixture of experts; how many each token is routed to does not change
+    # heads of Mamba 2, or value heads of a gated delta net; each group of theirs keeps as many
+    ssm_heads: Length | None = None
     # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
     hidden_divisor: Length | None = None
     ffn_divisor: Length | None = None
@@ -103,6 +105,7 @@ class PruneConfig(Section):
     multiple_of: Length | None = None
     ffn_method: FfnMethod = "output_energy"
     head_method: HeadMethod = "output_energy"
+    ssm_method: SsmMethod = "output_energy"
     # auto: refit (the residual stream cut to its principal components, all that reads and writes it refitted), else pca
     # (the stream rotated into them, a head of its own), else activation, as the family and the other fields allow
     hidden_method: HiddenMethod = "auto"
@@ -152,7 +155,7 @@ class PruneConfig(Section):
     @property
     def cuts(self) -> bool:
         """Whether it says what to cut; a run without a ready student has to."""
-        sizes = (self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)
+        sizes = (self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts, self.ssm_heads)
         return self.target is not None or any(sizes)
 
     def check_says_what_to_cut(self) -> None:
@@ -160,7 +163,7 @@ class PruneConfig(Section):
         if not self.cuts:
             raise ValueError(
                 "prune: give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, "
-                "experts; or a ready student (student.path)"
+                "experts, ssm_heads; or a ready student (student.path)"
             )
 
     @property
@@ -177,6 +180,7 @@ class PruneConfig(Section):
         method = {
             "ffn": self.ffn_method,
             "heads": self.head_method,
+            "ssm_heads": self.ssm_method,
             "hidden": None if self.hidden_method == "auto" else self.hidden_method,
             "layers": self._layer_method(),
         }.get(axis)

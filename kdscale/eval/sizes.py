@@ -28,14 +28,15 @@ def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
     dims, component_of = family.dims(config), family.parameter_components(config)
     components = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)
     for name, parameter in model.named_parameters():  # a tied weight comes once, as the embedding
-        components[component_of.get(name, "other")] += parameter.numel()
+        component = component_of.get(name, "other")
+        components[component] = components.get(component, 0) + parameter.numel()
     return {
         "parameters": total,
         "embedding_parameters": outer,
         "non_embedding_parameters": total - outer,
         "components": components,
         "weight_bytes": weight_bytes(path),
-        "kv_cache_bytes_per_token": kv_bytes_per_token(dims.layers, dims.kv_heads, dims.head_dim),
+        "kv_cache_bytes_per_token": kv_bytes_per_token(family.attention_layers(config), dims.kv_heads, dims.head_dim),
     }
 
 

@@ -2,7 +2,10 @@
 
 Dimension names: hidden (residual stream), ffn (intermediate; of one expert in a mixture), heads (query heads), kv_heads
 (key/value groups), head_dim, layers, vocab, experts (0 in dense models); of mixtures that have them dense_ffn
-(intermediate size of layers without experts) and shared_ffn (of the expert that every token goes to).
+(intermediate size of layers without experts) and shared_ffn (of the expert that every token goes to). Of layers that
+carry a state from token to token, and 0 in models without: ssm_heads (heads of Mamba 2, value heads of a gated delta
+net), ssm_head_dim, ssm_groups (of B and C in Mamba 2, key heads of a delta net; as many heads read each) and ssm_state
+(the width of B and C, or of a key).
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ from typing import Any
 from kdscale.config.criteria import FOLLOWED
 from kdscale.families.schema import axis_size
 
-# What a shape is made of; `head_dim` and `vocab` never change in a student.
-SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts")  # experts: 0 in dense models
+# What a shape is made of, and what never changes in a student.
+SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts", "ssm_heads")
+NEVER_CUT = ("head_dim", "vocab", "ssm_head_dim", "ssm_groups", "ssm_state")
 
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes of one model. `head_dim` and `vocab` never change in a student."""
+    """The sizes of one model. Those of NEVER_CUT are the same in a student."""
 
     hidden: int
     ffn: int
@@ -32,6 +36,10 @@ class Dims:
     experts: int = 0
     dense_ffn: int = 0
     shared_ffn: int = 0
+    ssm_heads: int = 0
+    ssm_head_dim: int = 0
+    ssm_groups: int = 0
+    ssm_state: int = 0
 
     def replace(self, **sizes: int) -> Dims:
         """The same with other `sizes`."""

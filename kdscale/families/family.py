@@ -11,8 +11,16 @@ from functools import cached_property
 from typing import Any
 
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.families.dims import Dims, ParamCount
-from kdscale.families.layer_fields import Config, cut_layer_fields, layer_list
+from kdscale.families.dims import NEVER_CUT, Dims, ParamCount
+from kdscale.families.layer_fields import (
+    Config,
+    cut_layer_fields,
+    layer_list,
+    listed,
+    product_of,
+    products_that_differ,
+    undivided_products,
+)
 from kdscale.families.layer_kinds import Kinds, layer_kinds, write_layer_kinds
 from kdscale.families.limits import LARGEST, MOST_EXPERTS, check_size
 from kdscale.families.schema import (
@@ -81,6 +89,11 @@ class Family:
         names = (factor for t in templates for axis in t.axes for block in axis_blocks(axis) for factor in block)
         return frozenset(str(name) for name in names if name in self.data.dims)
 
+    def attention_layers(self, config: Config) -> int:
+        """How many layers have attention, and so keys and values to keep: all but those of other kinds in a hybrid."""
+        by_kind = self.layers_by_kind(config)
+        return sum(count for layer, count in by_kind.items() if "kv_heads" in self.layer_axes(config, layer))
+
     def _layer_templates(self, config: Config, layer: int) -> list[TensorTemplate]:
         """The templates of one layer; those with an axis of size 0 are not there."""
         kinds, sizes = self.layer_kinds(config)[layer], self._sizes(config)
@@ -101,7 +114,7 @@ class Family:
             check_size(f"{self.where}: {self.data.dims[name].field or name}", sizes[name], LARGEST[name])
         dims = Dims(**sizes)
         check_size(f"{self.where}: layers * experts", dims.layers * dims.experts, MOST_EXPERTS)
-        if wrong := self.violations(dims):
+        if wrong := self.violations(dims) or products_that_differ(self.data, config, dims):
             raise CheckpointError(f"{self.where}: the sizes do not fit together", got="; ".join(wrong))
         return dims
 
@@ -120,16 +133,27 @@ class Family:
         value, fallback = config.get(name), field.null if name in config else field.absent
         if value is None and fallback is not None:
             value = fallback if isinstance(fallback, int) else evaluate(fallback, sizes)
+        if field.counts is not None:
+            value = self._counted(field.counts, name, value, config)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             got = repr(value) if name in config else "no such field"
             raise CheckpointError(f"{self.where}: {name}", expected="a positive integer", got=got)
         return value
 
+    def _counted(self, list_field: str, name: str, value: Any, config: Config) -> Any:
+        """The length of a layer list, which transformers goes by; `value` where the config has no such list."""
+        entry = next(entry for entry in self.data.layer_lists if entry.field == list_field)
+        values = listed(entry, config, self.where)
+        if not isinstance(values, list) or value in (None, len(values)):
+            return len(values) if isinstance(values, list) else value
+        got = f"{value!r}, and {len(values)} layers in {list_field}"
+        raise CheckpointError(f"{self.where}: {name}", expected="as many layers as are listed", got=got)
+
     def violations(self, dims: Dims) -> list[str]:
         """One sentence for each rule of the family that `dims` breaks; empty when such a model can be built."""
         sizes, out = asdict(dims) | self.fixed_sizes, list[str]()
         for rule in self._rules:
-            if rule.by is not None and sizes[rule.dim] % sizes[rule.by]:
+            if rule.by is not None and sizes[rule.dim] % (sizes[rule.by] or 1):
                 out.append(
                     f"{rule.dim} ({sizes[rule.dim]}) is not a multiple of {rule.by} ({sizes[rule.by]}): {rule.why}"
                 )
@@ -140,6 +164,7 @@ class Family:
             if field.always is not None and sizes[name] != evaluate(field.always, sizes):
                 derived = f"{field.always} ({evaluate(field.always, sizes)})"
                 out.append(f"{name} ({sizes[name]}) is not {derived}: the family's config has no field for it")
+        out += undivided_products(self.data, dims)
         if self._per_token is not None and dims.experts < self._per_token:
             out.append(f"experts ({dims.experts}) are fewer than the {self._per_token} that each token is routed to")
         return out
@@ -239,21 +264,17 @@ class Family:
         """The teacher's config with the student's sizes written out and its per-layer fields cut to `kept_layers`.
 
         Raises ConfigError for sizes the family refuses, ValueError for layers that are not an ascending selection
-        of the teacher's or do not match `dims.layers`, or a head_dim or vocab that differs from the teacher's.
+        of the teacher's or do not match `dims.layers`, or a size that differs and never changes.
         """
         teacher = self.dims(config)
         kept = list(kept_layers)
         if kept != sorted(set(kept)) or len(kept) != dims.layers or not all(0 <= i < teacher.layers for i in kept):
             raise ValueError(f"kept_layers must be {dims.layers} ascending layers below {teacher.layers}, got {kept}")
-        if (dims.head_dim, dims.vocab) != (teacher.head_dim, teacher.vocab):
-            raise ValueError("head_dim and vocab never change")
+        if any(getattr(dims, name) != getattr(teacher, name) for name in NEVER_CUT):
+            raise ValueError(f"{', '.join(NEVER_CUT)} never change")
         if wrong := self.violations(dims):
             raise ConfigError(f"no {self.name} model has the student's sizes", got="; ".join(wrong))
-        student = copy.deepcopy(dict(config))
-        for name, field in self.data.dims.items():
-            if field.field is not None:
-                written = {field.name_in(config), *(alias for alias in field.aliases if alias in config)}
-                student |= dict.fromkeys(written, getattr(dims, name))
+        student = self.with_sizes(config, dims)
         for drop in self.data.drops:
             student |= {field: value for field, value in drop.config.items() if field in student}
         if len(kept) < teacher.layers:
@@ -261,6 +282,15 @@ class Family:
             kinds = self.layer_kinds(config)
             write_layer_kinds(self.data, student, [kinds[layer] for layer in kept], self.where)
         return student
+
+    def with_sizes(self, config: Config, dims: Dims) -> dict[str, Any]:
+        """The same config with `dims` in the fields that say sizes; nothing that has an entry a layer is cut."""
+        out = copy.deepcopy(dict(config))
+        for name, field in self.data.dims.items():
+            if field.field is not None:
+                written = {field.name_in(config), *(alias for alias in field.aliases if alias in config)}
+                out |= dict.fromkeys(written, getattr(dims, name))
+        return out | {product.field: product_of(product, dims) for product in self.data.products}
 
     def layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:
         """One value a layer, as transformers takes them when the field is absent; None if there is nothing to cut."""

@@ -10,7 +10,8 @@ from kdscale.errors import CheckpointError
 # No model comes near these: a larger number is damage or malice, and lists of so many tensors would take hours.
 LARGEST = {
     "hidden": 1 << 20, "ffn": 1 << 20, "heads": 1 << 14, "kv_heads": 1 << 14, "head_dim": 1 << 14, "layers": 1 << 12,
-    "vocab": 1 << 26, "experts": 1 << 14, "dense_ffn": 1 << 20, "shared_ffn": 1 << 20,
+    "vocab": 1 << 26, "experts": 1 << 14, "dense_ffn": 1 << 20, "shared_ffn": 1 << 20, "ssm_heads": 1 << 14,
+    "ssm_head_dim": 1 << 14, "ssm_groups": 1 << 14, "ssm_state": 1 << 14,
 }  # fmt: skip
 MOST_EXPERTS = 1 << 18  # of all layers together
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "max_position_embeddings")

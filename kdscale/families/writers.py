@@ -9,7 +9,7 @@ from kdscale.families.family import Family
 
 SHARED_DOWN = "shared_down"
 # By role, in the order in which they are refitted: each makes up for what is left open by those before it.
-_SITE_OF = {"o": "heads", SHARED_DOWN: "shared", "down": "ffn"}
+_SITE_OF = {"o": "heads", "ssm_out": "ssm", SHARED_DOWN: "shared", "down": "ffn"}
 
 
 class Writer(NamedTuple):

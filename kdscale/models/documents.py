@@ -7,7 +7,7 @@ layer has to wait for a device to learn them, and no mask of S × S positions is
 A mixer with a state (Mamba 2, gated delta rule, short convolution) has no mask to keep documents apart: what it
 remembers of one would run on into the next. It is run document by document instead.
 
-B sequences, S positions, T = B·S positions one row after another, D documents, H hidden size.
+B sequences, S positions, T = B·S positions one row after another, D documents, H hidden size, U width of a mixer.
 """
 
 from __future__ import annotations
@@ -81,7 +81,12 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 class _ByDocument(nn.Module):
-    """Stands before a mixer's own class. Neighbouring documents of equal length go through it as one batch."""
+    """Stands before a mixer's own class. Neighbouring documents of equal length go through it as one batch.
+
+    The projection at its end knows no documents. It is called once, with whole rows, as who hooks onto it expects.
+    """
+
+    out_proj: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, documents: Documents | None = None, **kwargs: Any) -> Tensor:
         """As the mixer's own forward, [B, S, H]; without `documents` nothing is kept apart."""
@@ -90,11 +95,33 @@ class _ByDocument(nn.Module):
             return mixed_BSH
         assert kwargs.get("attention_mask") is None and kwargs.get("ulysses") is None, "whole rows without padding"
         rows_TH, begin, mixed = hidden_states.flatten(0, 1), 0, list[Tensor]()
-        for count, length in documents.runs():
-            run_TH = rows_TH[begin : begin + count * length]
-            mixed.append(super().forward(run_TH.unflatten(0, (count, length)), *args, **kwargs).flatten(0, 1))
-            begin += count * length
-        return torch.cat(mixed).view_as(hidden_states)
+        projection, later = self.out_proj, _Later(self.out_proj)
+        self.__dict__["out_proj"] = later  # found before the module's own
+        try:
+            for count, length in documents.runs():
+                run_TH = rows_TH[begin : begin + count * length]
+                mixed.append(super().forward(run_TH.unflatten(0, (count, length)), *args, **kwargs).flatten(0, 1))
+                begin += count * length
+        finally:
+            del self.__dict__["out_proj"]
+        mixed_BSU = torch.cat(mixed).unflatten(0, hidden_states.shape[:2])
+        out_BSH: Tensor = projection(mixed_BSU) if later.passed else mixed_BSU
+        return out_BSH
+
+
+class _Later(nn.Module):
+    """Stands for a mixer's last projection and passes on what that is to be given; `passed`: whether it was called.
+
+    A fused kernel reads weight and bias instead, and calls nothing.
+    """
+
+    def __init__(self, projection: nn.Module):
+        super().__init__()
+        self.__dict__.update(weight=projection.weight, bias=projection.bias, passed=False)
+
+    def forward(self, mixed: Tensor) -> Tensor:
+        self.__dict__["passed"] = True
+        return mixed
 
 
 @cache

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from kdscale.errors import DataError
-from kdscale.families import Family, TensorSpec
+from kdscale.families import Family, Sites, TensorSpec
 from kdscale.models.attention import attend_within_documents, to_attention
 from kdscale.models.head import OutputHead, head_of, logit_scale
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
-from kdscale.models.loading import explain_library_errors
+from kdscale.models.loading import built_config, explain_library_errors
 from kdscale.models.parameter_map import assemble
 
 
@@ -104,8 +104,8 @@ class LayerStream:
         """(token ids, position ids) → what enters the first layer: the model itself, without layers and final norm."""
         model, sites = self._one_layer_model(0), self.family.sites
         self._fill(model, self._outer("embed", "position_embed", "embed_norm", "embed_norm_bias"), sites.embed)
-        for path in filter(None, (sites.embed, sites.rotary)):
-            model.get_submodule(path).to(self.device)
+        model.get_submodule(sites.embed).to(self.device)
+        _move_rotary(model, sites, self.device)
         replace_module(model, sites.layers, nn.ModuleList())
         replace_module(model, sites.final_norm, nn.Identity())
         base = _base_model(model)
@@ -127,11 +127,11 @@ class LayerStream:
             for name, spec in self.family.layer_tensors(self.config, index).items()
         }
         self._fill(model, specs, f"{sites.layers}.0")
+        model.get_submodule(f"{sites.layers}.0").to(self.device)  # what a mixer keeps beside its weights
         for spec in self._outer("position_embed").values():
             replace_module(model, spec.parameter.removesuffix(".weight"), NoPositions())
         replace_module(model, sites.final_norm, nn.Identity())  # the hidden state leaves the layer as it is
-        if sites.rotary:
-            model.get_submodule(sites.rotary).to(self.device)
+        _move_rotary(model, sites, self.device)
         return DecoderLayer(model, self.family, self.config, index)
 
     def layers(self) -> Iterator[DecoderLayer]:
@@ -188,13 +188,12 @@ class LayerStream:
     def _one_layer_model(self, index: int) -> nn.Module:
         """The model with layer `index` alone and no weights: parameters on the meta device, buffers real."""
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
         config = self.family.student_config(self.config, self.dims.replace(layers=1), [index])
-        model_type = config.pop("model_type")
         with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=self.dtype)
+            model = AutoModelForCausalLM.from_config(built_config(config), dtype=self.dtype)
         attend_within_documents(model)
         return model.eval().requires_grad_(False)
 
@@ -220,6 +219,13 @@ class NextToken:
     def of_rows(self, state_ND: Tensor) -> Tensor:
         """[N, V] for what leaves the last layer at N tokens."""
         return torch.log_softmax(self._head(self._norm(state_ND)), dim=-1)
+
+
+def _move_rotary(model: nn.Module, sites: Sites, device: torch.device) -> None:
+    """Move the rotary frequencies, if the model has any: some families leave them to the config."""
+    rotary = dict(model.named_modules()).get(sites.rotary) if sites.rotary else None
+    if rotary is not None:
+        rotary.to(device)
 
 
 def _base_model(model: nn.Module) -> Any:

@@ -81,6 +81,23 @@ def model_on_meta(path: Path, *, dtype: torch.dtype | None = None, trust_remote_
     return model
 
 
+def built_config(config: Mapping[str, Any]) -> Any:
+    """transformers' config of what a config.json says; infinite numbers are there as transformers writes them."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**_with_infinities(dict(config)))
+
+
+def _with_infinities(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_infinities(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {key: _with_infinities(item) for key, item in value.items()}
+
+
 def load_model(
     path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:

@@ -68,6 +68,7 @@ class ShapeCandidate(PlanSection):
     kv_heads: Size
     layers: Size
     experts: Annotated[int, Field(ge=0)] = 0
+    ssm_heads: Annotated[int, Field(ge=0)] = 0
     params: Size
     active: Size | None = None  # as in ParamCounts
     bytes: Size

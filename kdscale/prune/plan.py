@@ -22,7 +22,7 @@ from kdscale.config.fields import shown
 from kdscale.config.prune import Compensation, PlannedRepair
 from kdscale.errors import ConfigError
 from kdscale.families import Dims, Family
-from kdscale.families.dims import SHAPE_AXES
+from kdscale.families.dims import NEVER_CUT, SHAPE_AXES
 from kdscale.files import read_text, write_text
 from kdscale.prune.candidates import PlanSection, ShapeCandidate, Size
 
@@ -34,11 +34,16 @@ _INT_LIST = re.compile(r"\[\s*(-?\d+(?:,\s*-?\d+)*)\s*\]")
 
 
 _RETAINED = (*SHAPE_AXES, "score")
-UNIT_AXES = ("heads", "kv_heads", *FOLLOWED)  # axes with a list of kept units for each layer, besides ffn and experts
+UNIT_AXES = (
+    "heads",
+    "kv_heads",
+    "ssm_heads",
+    *FOLLOWED,
+)  # axes with a list of kept units for each layer, besides ffn and experts
 
 
 class PlannedDims(PlanSection):
-    """The sizes of one model, as plan.json has them; `head_dim` and `vocab` are never cut."""
+    """The sizes of one model, as plan.json has them; those of NEVER_CUT are never cut."""
 
     hidden: Size
     ffn: Size
@@ -50,6 +55,10 @@ class PlannedDims(PlanSection):
     experts: Annotated[int, Field(ge=0)] = 0  # 0 in dense models
     dense_ffn: Annotated[int, Field(ge=0)] = 0  # of layers without experts, in a mixture that has such layers
     shared_ffn: Annotated[int, Field(ge=0)] = 0  # of the expert that every token goes to
+    ssm_heads: Annotated[int, Field(ge=0)] = 0  # these are 0 in models without recurrent mixers
+    ssm_head_dim: Annotated[int, Field(ge=0)] = 0
+    ssm_groups: Annotated[int, Field(ge=0)] = 0
+    ssm_state: Annotated[int, Field(ge=0)] = 0
 
     @classmethod
     def of(cls, dims: Dims) -> PlannedDims:
@@ -64,9 +73,9 @@ class PlannedDims(PlanSection):
 class KeptUnits(PlanSection):
     """The teacher's indices that stay.
 
-    `heads`, `kv_heads` and `experts` have one list per kept layer, in the order of the layers, and so do `dense_ffn`
-    and `shared_ffn` in a model that has them; the list is empty for a layer without such units. `ffn` has one list per
-    kept layer, and in a mixture of experts one per kept expert of each kept layer, layer by layer.
+    `heads`, `kv_heads` and `experts` have one list per kept layer, in the order of the layers, and so do `ssm_heads`,
+    `dense_ffn` and `shared_ffn` in a model that has them; the list is empty for a layer without such units. `ffn` has
+    one list per kept layer, and in a mixture of experts one per kept expert of each kept layer, layer by layer.
     """
 
     layers: Indices
@@ -77,6 +86,7 @@ class KeptUnits(PlanSection):
     experts: list[Indices] = Field(default=[])
     dense_ffn: list[Indices] = Field(default=[])
     shared_ffn: list[Indices] = Field(default=[])
+    ssm_heads: list[Indices] = Field(default=[])
 
     def units(self, axis: str, position: int, expert: int | None = None) -> Indices:
         """Kept units of `axis` in the student's layer `position`; ffn in a mixture: of the teacher's `expert`."""
@@ -103,6 +113,7 @@ class Methods(PlanSection):
     hidden: str
     layers: str
     experts: str = "uncut"
+    ssm_heads: str = "uncut"
     compensate: Compensation
     layer_repair: PlannedRepair = "none"  # none where no layer was dropped
     search: SearchResult
@@ -170,7 +181,7 @@ class Plan(PlanSection):
         """Axes on which the student is smaller than the teacher."""
         return [
             axis
-            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "experts")
+            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "ssm_heads")
             if getattr(self.student, axis) < getattr(self.teacher, axis)
         ]
 
@@ -231,7 +242,7 @@ def consistency_problems(plan: Plan) -> list[str]:
     ]
     out += [
         f"student.{axis}: never cut, expected {getattr(teacher, axis)}, got {getattr(student, axis)}"
-        for axis in ("head_dim", "vocab")
+        for axis in NEVER_CUT
         if getattr(student, axis) != getattr(teacher, axis)
     ]
     if teacher.heads % teacher.kv_heads or student.heads % student.kv_heads:
@@ -257,7 +268,12 @@ def consistency_problems(plan: Plan) -> list[str]:
     if not out:
         for position, (heads, groups) in enumerate(zip(kept.heads, kept.kv_heads, strict=True)):
             if heads or groups:
-                out += _group_problems(f"kept.heads[{position}]", heads, groups, teacher, student)
+                shape = (teacher.heads, teacher.kv_heads, student.heads // student.kv_heads)
+                out += _group_problems(f"kept.heads[{position}]", heads, groups, *shape)
+        sizes = (teacher.ssm_heads, teacher.ssm_groups, student.ssm_heads // (student.ssm_groups or 1))
+        for position, heads in enumerate(kept.ssm_heads):
+            if heads:
+                out += _group_problems(f"kept.ssm_heads[{position}]", heads, range(teacher.ssm_groups), *sizes)
     return out
 
 
@@ -283,6 +299,8 @@ def teacher_problems(plan: Plan, config: Mapping[str, Any], family: Family) -> l
             if lists and bool(lists[position]) != (axis in axes):
                 expected = "units" if axis in axes else "an empty list: the layer has no such units"
                 out.append(f"kept.{axis}[{position}]: expected {expected}, got {len(lists[position])} indices")
+    if not any("kv_heads" in family.layer_axes(plain, layer) for layer in plan.kept.layers):
+        out.append("kept.layers: expected at least one layer with attention, whose cache counts the tokens, got none")
     if out:
         return out
     student_config = family.student_config(plain, plan.student.dims(), plan.kept.layers)
@@ -323,18 +341,17 @@ def _index_problems(name: str, indices: Sequence[int], count: int, limit: int) -
 
 
 def _group_problems(
-    name: str, heads: Sequence[int], groups: Sequence[int], teacher: PlannedDims, student: PlannedDims
+    name: str, heads: Sequence[int], groups: Sequence[int], size: int, of: int, wanted: int
 ) -> list[str]:
-    """Grouped-query attention needs the same number of query heads in every kept kv group, and none elsewhere."""
-    per_group, wanted = teacher.heads // teacher.kv_heads, student.heads // student.kv_heads
+    """Each of the kept `groups` (`of` groups of `size` heads in all) needs `wanted` heads, and no other any."""
     kept = dict.fromkeys(groups, 0)
     for head in heads:
-        group = head // per_group
+        group = head // (size // of)
         if group not in kept:
             return [f"{name}: query head {head} reads kv head {group}, which is not kept"]
         kept[group] += 1
     return [
-        f"{name}: expected {wanted} query heads in the group of kv head {group}, got {count}"
+        f"{name}: expected {wanted} heads in group {group}, got {count}"
         for group, count in kept.items()
         if count != wanted
     ]

@@ -29,7 +29,7 @@ from kdscale.weights import Checkpoint
 from kdscale.weights.quantised import Entry
 
 # Which norm a reader of the residual stream comes after, by component.
-_NORM_BEFORE = {"attention": "attn_norm", "ffn": "ffn_norm", "head": "final_norm"}
+_NORM_BEFORE = {"attention": "attn_norm", "mixer": "attn_norm", "ffn": "ffn_norm", "head": "final_norm"}
 _NORMS = ("attn_norm", "ffn_norm", "final_norm")
 
 _BLOCK_ROWS = 8192  # of a tensor that are in fp64 at a time

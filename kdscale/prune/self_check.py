@@ -12,7 +12,8 @@ Norms under a mask: with c = √(d/d'), a norm over d channels of c·x, zero out
 square that the student's norm has over d', epsilon included, and its output is c times what the student's is with the
 teacher's γ. Hence: scale what enters by c and what leaves by norm_scale/c. LayerNorm: x less its mean over the kept
 channels enters, and its bias is left out of the scaling. The same holds of a q or k norm over all heads (OLMo 2), where
-the mask stands between the projection and the norm: the student's norm knows the kept heads only.
+the mask stands between the projection and the norm: the student's norm knows the kept heads only. And of the gated norm
+of a recurrent mixer over all its heads, or over each group of them, which all keep as many.
 
 Routers under a mask of experts are given the kept experts' rows, and what they choose is numbered as in the teacher.
 
@@ -30,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdscale.config.criteria import FOLLOWED
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
 from kdscale.families.writers import Writer, layer_writers
@@ -38,7 +38,7 @@ from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLES, find_gaps
 from kdscale.prune.compensation.one_stream import compensated
 from kdscale.prune.compensation.readers import is_refitted_reader
-from kdscale.prune.plan import Plan
+from kdscale.prune.plan import UNIT_AXES, Plan
 from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.prune.stream_cut import METHOD as REFIT
 from kdscale.weights import Checkpoint
@@ -286,27 +286,20 @@ class _Mask:
 
     def attach(self, layer: DecoderLayer, position: int) -> None:
         """Silence, in a layer of the teacher, what the student's layer `position` does not have."""
-        plan = self._plan
-        heads_QH = self._head_indicator(plan.kept.heads[position], plan.teacher.heads)
         for writer in layer_writers(self._family, self._config, layer.index).values():
             if writer.of_experts:
                 self._experts(layer, position)
             else:
-                of_mlp = writer.axis in ("ffn", *FOLLOWED)
-                kept_U = self._unit_indicator(writer.axis, position) if of_mlp else heads_QH
+                kept_U = self._axis_indicator(writer.axis, position)
                 layer.site(writer.path).register_forward_pre_hook(_scale_input(kept_U))
             layer.site(writer.path).register_forward_hook(_scale_output(self.hidden_D))
-        keep = {
-            "hidden": self.hidden_D,
-            "heads*head_dim": heads_QH,
-            "kv_heads*head_dim": self._head_indicator(plan.kept.kv_heads[position], plan.teacher.kv_heads),
-        }
         prefix = self._family.layer_prefix(layer.index)
         for spec in self._family.layer_tensors(self._config, layer.index).values():
-            if spec.role.endswith("_norm") and spec.axes[0] in keep:
-                scale = plan.norm_scale if spec.axes[0] == "hidden" else 1.0
+            if spec.role.endswith("_norm") and spec.axes[0].split("*")[0] in ("hidden", *UNIT_AXES):
+                over_hidden = spec.axes[0] == "hidden"
+                keep_D = self.hidden_D if over_hidden else self._axis_indicator(spec.axes[0], position)
                 path = spec.parameter.removeprefix(prefix).removesuffix(".weight")
-                self._norm(layer.site(path), keep[spec.axes[0]], scale)
+                self._norm(layer.site(path), keep_D, self._plan.norm_scale if over_hidden else 1.0)
 
     def final_norm(self, module: nn.Module) -> nn.Module:
         """Make the teacher's final norm compute what the student's does, on the kept channels."""
@@ -343,11 +336,11 @@ class _Mask:
         router.weight.data = router.weight.data[numbers]
         router.register_forward_hook(lambda _module, _args, output: (*output[:-1], numbers[output[-1]]))
 
-    def _unit_indicator(self, axis: str, position: int) -> Tensor:
-        return self._indicator(self._plan.kept.units(axis, position), getattr(self._plan.teacher, axis))
-
-    def _head_indicator(self, kept: list[int], size: int) -> Tensor:
-        return self._indicator(kept, size).repeat_interleave(self._plan.teacher.head_dim)
+    def _axis_indicator(self, axis: str, position: int) -> Tensor:
+        """Of each number along an axis of units, or of units that are several numbers wide: whether its unit stays."""
+        units, *wide = axis.split("*")
+        kept_U = self._indicator(self._plan.kept.units(units, position), getattr(self._plan.teacher, units))
+        return kept_U.repeat_interleave(getattr(self._plan.teacher, wide[0])) if wide else kept_U
 
     def _indicator(self, kept: list[int], size: int) -> Tensor:
         out = torch.zeros(size, device=self._device)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kdscale.families import Family, TensorSpec
+from kdscale.families.dims import NEVER_CUT
 from kdscale.families.schema import axis_blocks, axis_size
 from kdscale.families.writers import Writer, layer_writers
 from kdscale.prune.plan import Plan
 
-_NEVER_CUT = ("head_dim", "vocab")
 NORM_BEFORE = {"attention": "attn_norm", "ffn": "ffn_norm"}  # role of the norm, by the component that reads it
 
 
@@ -131,7 +131,7 @@ class Slicer:
         return out
 
     def _is_cut(self, factor: str | int) -> bool:
-        if isinstance(factor, int) or factor in _NEVER_CUT or factor in self.family.data.sizes:
+        if isinstance(factor, int) or factor in NEVER_CUT or factor in self.family.data.sizes:
             return False
         return bool(getattr(self.plan.student, factor) < getattr(self.plan.teacher, factor))
 

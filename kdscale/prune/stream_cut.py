@@ -60,6 +60,8 @@ def refit_obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
             return f"{name} belongs to a LayerNorm"
         if spec.role == "position_embed":
             return f"{name} adds learned positions to the stream"
+        if spec.component == "mixer":
+            return f"the recurrent mixers of {family.name} are not refitted to another stream"
         roles[spec.role] = spec
     for component, role in NORM_BEFORE.items():
         if role not in roles:

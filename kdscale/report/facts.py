@@ -38,6 +38,7 @@ _AXIS_TITLES = {
     "heads": "Query heads",
     "kv_heads": "KV heads",
     "experts": "Experts",
+    "ssm_heads": "SSM heads",
     "head_dim": "Head dimension",
     "vocab": "Vocabulary",
 }
@@ -153,7 +154,7 @@ def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
         | {axis: len(kept[axis][position]) for axis in ("heads", "kv_heads")}
         for position, layer in enumerate(kept["layers"])
     ]
-    which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads", "experts") if axis in kept}
+    which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads", "experts", "ssm_heads") if axis in kept}
     return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
 
 

@@ -37,6 +37,7 @@ def importance(facts: Mapping[str, Any]) -> list[Plot]:
         "heads": _heads,
         "kv_heads": _heads,
         "experts": _heads,
+        "ssm_heads": _heads,
         "hidden": _hidden,
     }
     out = []

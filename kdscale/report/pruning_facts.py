@@ -25,28 +25,30 @@ _MOST_NATS = 700.0  # of a loss whose exponential is still a number
 _CONTEXT_TOKENS = 4096  # for the size of the KV cache
 
 COMPONENTS = {
-    "embedding": "Embedding", "attention": "Attention", "ffn": "Feed-forward", "norm": "Norms",
-    "head": "Output head", "other": "Other",
+    "embedding": "Embedding", "attention": "Attention", "mixer": "State mixers", "ffn": "Feed-forward",
+    "norm": "Norms", "head": "Output head", "other": "Other",
 }  # fmt: skip
 
 
 def components(plan: Mapping[str, Any], pruned: Path) -> list[dict[str, Any]] | None:
-    """Parameters and bytes by component, of teacher and student; None while there is no pruned model.
+    """Parameters and bytes by component, of teacher and student; None while there is no pruned model, and where
+    layers are gone from one that lists the kinds of its layers.
 
     The student's are read from its headers. The teacher's are computed: the family's tensors for the student's config
     with the teacher's sizes put back, in the student's dtypes, which pruning does not change.
     """
     if not (pruned / "config.json").exists():
         return None
-    from kdscale.families import load_family
+    from kdscale.families import Dims, load_family
     from kdscale.weights import Checkpoint
 
     student = Checkpoint.open(pruned)
     family = load_family(student.config, str(pruned / "config.json"))
-    teacher_config = dict(student.config)
-    for axis, field in family.data.dims.items():
-        if field.field is not None and axis in plan["teacher"]:
-            teacher_config[field.name_in(teacher_config)] = plan["teacher"][axis]
+    listed = any(rule.field is not None for rule in family.data.layer_kinds)
+    if listed and plan["teacher"]["layers"] > plan["student"]["layers"]:
+        return None  # the student's config does not say of which kinds the dropped layers were
+    sizes_then = {name: size for name, size in plan["teacher"].items() if name in Dims.__dataclass_fields__}
+    teacher_config = family.with_sizes(student.config, Dims(**sizes_then))
     sizes: dict[str, dict[str, dict[str, int]]] = {}
     itemsize: dict[str, int] = {}
     for who, config in (("student", student.config), ("teacher", teacher_config)):
@@ -84,7 +86,7 @@ def cumulative(plan: Mapping[str, Any], importance: Mapping[str, Any]) -> dict[s
     holds."""
     out: dict[str, Any] = {}
     layers = plan["kept"]["layers"]
-    for axis in ("ffn", "heads", "kv_heads", "hidden"):
+    for axis in ("ffn", "heads", "kv_heads", "ssm_heads", "hidden"):
         name = f"{axis}.{plan['methods'].get(axis)}"
         values = importance["scores"].get(name)
         if values is None:
@@ -124,9 +126,11 @@ def expected(plan: Mapping[str, Any], components: list[dict[str, Any]] | None) -
     weight of the layers and token; the head runs once per prompt. Real gains are smaller where other costs count.
     """
     shapes = {who: plan[who] for who in ("teacher", "student")}
-    kv = {who: kv_bytes_per_token(s["layers"], s["kv_heads"], s["head_dim"]) for who, s in shapes.items()}
-    out: dict[str, Any] = {"kv_bytes_per_token": kv, "context_tokens": _CONTEXT_TOKENS}
-    out["kv_bytes"] = {who: value * _CONTEXT_TOKENS for who, value in kv.items()}
+    out: dict[str, Any] = {"context_tokens": _CONTEXT_TOKENS}
+    if all(plan["kept"]["kv_heads"]):  # a plan does not say how many layers of a hybrid teacher have attention
+        kv = {who: kv_bytes_per_token(s["layers"], s["kv_heads"], s["head_dim"]) for who, s in shapes.items()}
+        out["kv_bytes_per_token"] = kv
+        out["kv_bytes"] = {who: value * _CONTEXT_TOKENS for who, value in kv.items()}
     timed = plan["candidates"][0].get("decode_ms")
     out["timed_ms"] = {k: plan["candidates"][0][f"{k}_ms"] for k in ("decode", "prefill")} if timed else None
     if components is None:

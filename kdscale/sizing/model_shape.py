@@ -71,6 +71,8 @@ class ModelShape:
             sizes.append(sum(math.prod(spec.shape) for spec in specs))
             roles |= {spec.role for spec in specs}
             axes |= family.layer_axes(config, layer)
+        windows = attention_windows(family, config)
+        attends = ["kv_heads" in family.layer_axes(config, layer) for layer in range(dims.layers)]
         matrices = [
             spec for spec in family.tensors(config).values() if not spec.counts_as_embedding and len(spec.shape) > 1
         ]
@@ -92,7 +94,7 @@ class ModelShape:
             gated=bool(roles & {"gate", "gate_up"}),
             qk_norm="q_norm" in roles,
             linears=sum(math.prod(spec.shape) for spec in matrices if spec.layer is not None and not spec.of_experts),
-            windows=tuple(Counter(attention_windows(family, config)).items()),
+            windows=tuple(Counter(w for w, there in zip(windows, attends, strict=True) if there).items()),
             norm=(family.data.norm.kind, family.data.norm.gain),
             norms=len(roles & {"attn_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm"}),
             last_read=dims.hidden * used if of_experts or "ffn_post_norm" in roles else 0,

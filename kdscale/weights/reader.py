@@ -70,6 +70,8 @@ def config_on_disk(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json", CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / 'config.json'}", expected="a JSON object", got=type(config).__name__)
+    for field in _MAY_BE_INFINITE & config.keys():
+        config[field] = _tagged(config[field])
     return config
 
 
@@ -85,6 +87,17 @@ def quantised_notice(folder: Path) -> str | None:
         f"the weights of {folder.name} are stored quantised ({form.label}) and dequantised as they are read: what that "
         "lost, the student inherits"
     )
+
+
+# Lists of limits, in which Mamba models say that there is none.
+_MAY_BE_INFINITE = {"time_step_limit"}
+
+
+def _tagged(value: Any) -> Any:
+    """Infinity as transformers writes it, since it is no number of JSON."""
+    if isinstance(value, list):
+        return [_tagged(item) for item in value]
+    return {"__float__": "Infinity"} if value == math.inf else value
 
 
 def checkpoint_identity(folder: Path) -> dict[str, Any]:

@@ -82,7 +82,13 @@ def check_sequence_parallel(ranks: int, seq_len: int, folders: Mapping[str, Path
         )
     for what, folder in folders.items():
         config = read_config(folder)
-        check_sequence_dims(ranks, what, load_family(config, str(folder / "config.json")).dims(config))
+        family = load_family(config, str(folder / "config.json"))
+        if any(spec.component == "mixer" for spec in family.tensors(config).values()):
+            raise ConfigError(
+                _FIELD, expected=f"a {what} without recurrent mixers", got=str(config["model_type"]),
+                hint="sequence_parallel: 1: the state of a mixer runs through the whole sequence",
+            )  # fmt: skip
+        check_sequence_dims(ranks, what, family.dims(config))
 
 
 def check_sequence_dims(ranks: int, what: str, dims: Dims) -> None:

@@ -6,8 +6,8 @@ named axis per dimension. Nothing here imports torch, so that planning starts in
 
 from __future__ import annotations
 
-from kdscale.families.schema.axes import DIMS, DimName, axis_blocks, axis_size, block_size, evaluate
-from kdscale.families.schema.config_fields import Constraint, DimField, LayerList
+from kdscale.families.schema.axes import DIMS, SSM_DIMS, DimName, axis_blocks, axis_size, block_size, evaluate
+from kdscale.families.schema.config_fields import Constraint, DimField, LayerList, ProductField
 from kdscale.families.schema.family_file import FamilyData
 from kdscale.families.schema.gguf import Gguf
 from kdscale.families.schema.layer_kinds import LayerCondition, LayerKinds
@@ -18,6 +18,7 @@ __all__ = [
     "DIMS",
     "EXPERT",
     "LAYER",
+    "SSM_DIMS",
     "Component",
     "Constraint",
     "DimField",
@@ -27,6 +28,7 @@ __all__ = [
     "LayerCondition",
     "LayerKinds",
     "LayerList",
+    "ProductField",
     "Sites",
     "TensorTemplate",
     "axis_blocks",

@@ -13,10 +13,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from kdscale.config.criteria import FOLLOWED
 
 DimName = Literal[
-    "hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "experts", "dense_ffn", "shared_ffn"
-]
+    "hidden", "ffn", "heads", "kv_heads", "head_dim", "layers", "vocab", "experts", "dense_ffn", "shared_ffn",
+    "ssm_heads", "ssm_head_dim", "ssm_groups", "ssm_state",
+]  # fmt: skip
 DIMS: tuple[str, ...] = DimName.__args__  # type: ignore[attr-defined]
-OPTIONAL_DIMS = ("experts", *FOLLOWED)
+SSM_DIMS = ("ssm_heads", "ssm_head_dim", "ssm_groups", "ssm_state")
+OPTIONAL_DIMS = ("experts", *FOLLOWED, *SSM_DIMS)  # 0 in models without such layers
 _FACTOR = re.compile(r"[a-z_]+|[1-9][0-9]*")
 _EXPRESSION = re.compile(
     r"(?P<dim>[a-z_]+)|(?P<top>[a-z_]+) // (?P<by>[a-z_]+)|(?P<times>[1-9][0-9]*|[a-z_]+) \* (?P<of>[a-z_]+)"

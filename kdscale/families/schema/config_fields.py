@@ -14,7 +14,8 @@ class DimField(Strict):
     """Where a dimension is in config.json, and what transformers takes when it is absent or null.
 
     Without a fallback a config without the field is refused. `always` replaces `field` where transformers has no field
-    and always takes this; sizes that break the equation are then no model of the family.
+    and always takes this; sizes that break the equation are then no model of the family. `counts`: the layer list whose
+    length it is, which stands for an absent field and must agree with one that is there.
     """
 
     field: Name | None = None
@@ -22,6 +23,7 @@ class DimField(Strict):
     absent: int | Expression | None = None
     null: Expression | None = None
     always: Expression | None = None
+    counts: Name | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DimField:
@@ -33,6 +35,20 @@ class DimField(Strict):
         """The field's name in this config (its first name when it has none of them)."""
         assert self.field is not None
         return next((name for name in (self.field, *self.aliases) if name in config), self.field)
+
+
+class ProductField(Strict):
+    """A config field that says a second time what dimensions multiply to: `equals`, divided by `over` if there is one.
+
+    A student's config has it written out. `absent`: what transformers takes when it is not there; without it, and where
+    it is null, it is then not compared.
+    """
+
+    field: Name
+    equals: Axis
+    over: DimName | None = None
+    absent: int | None = None
+    why: Name
 
 
 class SizeField(Strict):
@@ -85,15 +101,24 @@ class Pattern(Strict):
     others: str | int
 
 
+class Letters(Strict):
+    """A text in older configs that says a layer list in one letter a layer: `MEM*-`."""
+
+    field: Name
+    of: dict[str, str]  # letter → entry
+
+
 class LayerList(Strict):
     """A config list with one entry per layer. Without `absent` there is nothing to cut when the field is absent.
 
-    `said_too` are fields that give the interval of the list a second time, for older readers.
+    `said_too` are fields that give the interval of the list a second time, for older readers. `letters`: a text that
+    says it where the list is absent; a student whose layers are cut has the list instead.
     """
 
     field: Name
     absent: Pattern | None = None
     said_too: tuple[Name, ...] = Field(strict=False, default=())
+    letters: Letters | None = None
 
 
 class LayerBoundary(Strict):

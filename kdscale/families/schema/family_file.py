@@ -9,13 +9,23 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kdscale.families.schema.axes import DIMS, OPTIONAL_DIMS, DimName, Name, Strict, axis_blocks, expression_names
+from kdscale.families.schema.axes import (
+    DIMS,
+    OPTIONAL_DIMS,
+    SSM_DIMS,
+    DimName,
+    Name,
+    Strict,
+    axis_blocks,
+    expression_names,
+)
 from kdscale.families.schema.config_fields import (
     Constraint,
     DimField,
     FlagField,
     LayerBoundary,
     LayerList,
+    ProductField,
     Requirement,
     SizeField,
     Window,
@@ -33,6 +43,7 @@ class FamilyData(Strict):
     architectures: tuple[Name, ...] = Field(strict=False, min_length=1)
     dims: dict[DimName, DimField]
     sizes: dict[Name, SizeField] = Field(default={})
+    products: tuple[ProductField, ...] = Field(strict=False, default=())
     experts_per_token: DimField | None = None
     flags: dict[str, FlagField]
     requires: tuple[Requirement, ...] = Field(strict=False, default=())
@@ -71,8 +82,12 @@ class FamilyData(Strict):
         if missing := listed - {entry.field for entry in self.layer_lists}:
             raise ValueError(f"layer_kinds: {', '.join(missing)} is not in layer_lists")
         for kinds in itertools.product(*(rule.names for rule in self.layer_kinds)):
-            self.sites_of(kinds)
+            sites = self.sites_of(kinds)
             there = [t for t in self.tensors if self.exists_in(t, kinds)]
+            needed = {"down": sites.ffn or sites.experts, "o": sites.heads, "ssm_out": sites.ssm}
+            for role, needs in (("down", "either ffn, or experts and router"), ("o", "heads"), ("ssm_out", "ssm")):
+                if any(t.role == role for t in there) and not needed[role]:
+                    raise ValueError(f"sites: a layer with the role {role} needs {needs}")
             for what, values in (("name", [t.name for t in there]), ("role", [t.role for t in there])):
                 if twice := sorted(value for value, count in Counter(values).items() if count > 1):
                     raise ValueError(f"tensors repeat the {what} {', '.join(twice)}")
@@ -89,6 +104,9 @@ class FamilyData(Strict):
         if self.window and self.window.layers not in {None, *(entry.field for entry in self.layer_lists)}:
             raise ValueError(f"window.layers: {self.window.layers} is not in layer_lists")
         names = {t.name for t in self.tensors}
+        counted = {field.counts for field in self.dims.values() if field.counts is not None}
+        if missing_lists := counted - {entry.field for entry in self.layer_lists}:
+            raise ValueError(f"dims: {', '.join(missing_lists)} is not in layer_lists")
         for tie in self.ties:
             if not {tie.tensor, tie.to} <= names:
                 raise ValueError(f"tie of {tie.tensor} to {tie.to} names a tensor that is not in tensors")
@@ -100,6 +118,7 @@ class FamilyData(Strict):
             raise ValueError("sizes may not repeat a dimension")
         known = {*self.dims, *self.sizes}
         axes = [axis for t in self.tensors for axis in t.axes] + [c.equals for c in self.constraints if c.equals]
+        axes += [product.equals for product in self.products]
         fields = [*self.dims.values(), *([self.experts_per_token] if self.experts_per_token else [])]
         axes_of = [text for f in fields for text in (f.absent, f.null, f.always) if isinstance(text, str)]
         named = {name for text in axes_of for name in expression_names(text)}
@@ -125,4 +144,14 @@ class FamilyData(Strict):
         if len(set(given.values())) > 1:
             lacks = ", ".join(what for what, is_given in given.items() if not is_given)
             raise ValueError(f"a mixture of experts needs all of {', '.join(given)}; this file lacks {lacks}")
+        return self
+
+    @model_validator(mode="after")
+    def _mixers_agree(self) -> FamilyData:
+        given = {f"dims.{dim}": dim in self.dims for dim in SSM_DIMS}
+        given["sites.ssm"] = any(sites.ssm for sites in (self.sites, *self.sites_in.values()))
+        given["a tensor with the role ssm_out"] = any(t.role == "ssm_out" for t in self.tensors)
+        if len(set(given.values())) > 1:
+            lacks = ", ".join(what for what, is_given in given.items() if not is_given)
+            raise ValueError(f"layers with a state need all of {', '.join(given)}; this file lacks {lacks}")
         return self

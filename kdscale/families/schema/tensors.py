@@ -10,21 +10,27 @@ from pydantic import AfterValidator, Field
 from kdscale.families.schema.axes import Axis, Name, Strict
 
 # The role of a tensor names it within a layer or outside the layers; its component is the part of the model it is in.
-Component = Literal["embedding", "attention", "ffn", "norm", "head"]
-_NORMS = ("embed_norm", "attn_norm", "q_norm", "k_norm", "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm")
+Component = Literal["embedding", "attention", "mixer", "ffn", "norm", "head"]
+_NORMS = (
+    "embed_norm", "attn_norm", "q_norm", "k_norm", "attn_post_norm", "ssm_norm", "ffn_norm", "ffn_post_norm",
+    "final_norm",
+)  # fmt: skip
+_NORMS_WITHOUT_BIAS = ("q_norm", "k_norm", "ssm_norm")
 _ROLES_OF: dict[Component, tuple[str, ...]] = {
     "embedding": ("embed", "position_embed"),
     "attention": ("q", "q_bias", "k", "k_bias", "v", "v_bias", "qkv", "qkv_bias", "o", "o_bias"),
+    # of Mamba 2 and gated delta nets: what enters, the convolution over it, decay, step, skip, and what leaves
+    "mixer": (
+        "ssm_in", "ssm_in_bias", "ssm_gate", "ssm_beta", "ssm_decay", "ssm_conv", "ssm_conv_bias", "ssm_a", "ssm_d",
+        "ssm_dt", "ssm_out", "ssm_out_bias",
+    ),
     "ffn": (
         *(f"{part}{kind}" for part in ("gate", "up", "gate_up", "down") for kind in ("", "_bias")),
-        "router",
-        "shared_gate",
-        "shared_up",
-        "shared_down",
+        "router", "shared_gate", "shared_up", "shared_down",
     ),
-    "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in ("q_norm", "k_norm"))),
+    "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in _NORMS_WITHOUT_BIAS)),
     "head": ("head", "head_bias"),
-}
+}  # fmt: skip
 COMPONENT_OF: dict[str, Component] = {role: component for component, roles in _ROLES_OF.items() for role in roles}
 LAYER, EXPERT = "{layer}", "{expert}"
 
@@ -101,6 +107,7 @@ class LayerSites(Strict):
     router: str = ""
     shared: str = ""  # the last projection of the expert that every token goes to
     heads: str = ""  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
+    ssm: str = ""  # its input is what ssm heads are ranked by, shape [batch, seq, ssm_heads * ssm_head_dim]
     attention: str = ""
     mlp: str = ""
     norms: tuple[str, ...] = Field(strict=False, default=())  # their outputs rank the hidden axis
@@ -119,9 +126,9 @@ class Sites(LayerSites):
     head: str
 
     def of_kinds(self, kinds: Iterable[LayerSites]) -> Sites:
-        """These sites with what layers of some kinds have besides, or instead. Raises ValueError without an MLP."""
+        """These sites with what layers of some kinds have besides, or instead. Raises ValueError for two MLPs."""
         said = [of_kind.model_dump(exclude_unset=True) for of_kind in kinds]
         sites = self.model_copy(update={name: value for each in said for name, value in each.items()})
-        if not bool(sites.ffn) == (not sites.experts) == (not sites.router):
-            raise ValueError("sites: needs either ffn, or experts and router")
+        if bool(sites.experts) != bool(sites.router) or (sites.ffn and sites.experts):
+            raise ValueError("sites: either ffn, or experts and router, or none of them")
         return sites

@@ -20,7 +20,7 @@ from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.prune.importance.expert_scores import ExpertSums
 from kdscale.runtime.ranks import all_reduce_sum
 
-Sublayer = Literal["ffn", "heads"]
+Sublayer = Literal["ffn", "heads", "ssm"]
 T = TypeVar("T")
 
 # Called when all tokens have run through the layer; returns the finished score over the tokens of all ranks.
@@ -47,7 +47,7 @@ class LayerContext:
         self.family, self.config, self.dims, self.device = stream.family, stream.config, stream.dims, stream.device
         self.norms, self.ridge = norms, ridge
         self._stream, self._layer, self._model_wide = stream, layer, model_wide
-        self._roles: dict[Sublayer, str] = {"ffn": mlp, "heads": "o"}
+        self._roles: dict[Sublayer, str] = {"ffn": mlp, "heads": "o", "ssm": "ssm_out"}
         self._writers = {} if layer is None else layer_writers(self.family, self.config, layer.index)
         self._shared: LayerContext | None = None
         self._statistics: dict[Sublayer, dict[str, Callable[[Tensor], Tensor]]] = {}

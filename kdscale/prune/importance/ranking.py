@@ -4,12 +4,12 @@ Ranking works on energies (`ImportanceScores.energy`): numbers that add up. So "
 the part of the sum that the kept units hold.
 
 L layers · E experts · F ffn units (of an expert) · Q query heads · K kv heads · G = Q/K query heads per group
-D hidden
+D hidden · M ssm heads
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,11 @@ def criteria_to_measure(cfg: PruneConfig, axes: Sequence[str]) -> list[Criterion
 
 
 def layer_repair(cfg: PruneConfig, dims: Dims) -> PlannedRepair:
-    """What is done about dropped layers: no single projection of a mixture of experts can give what they gave."""
+    """What is done about dropped layers: no single projection of a mixture of experts can give what they gave,
+    and a mixer's factors (Falcon-H1's) or layers without an MLP (Nemotron-H's) are in the way of one in a hybrid."""
     if cfg.layer_repair != "auto":
         return cfg.layer_repair
-    return "linear" if not dims.experts and cfg.compensate != "none" else "none"
+    return "linear" if not dims.experts and not dims.ssm_heads and cfg.compensate != "none" else "none"
 
 
 def most_dropped(cfg: PruneConfig, dims: Dims) -> int:
@@ -79,6 +80,7 @@ class Ranking:
             "experts": (dims.layers, dims.experts),
             "heads": (dims.layers, dims.heads),
             "kv_heads": (dims.layers, dims.kv_heads),
+            "ssm_heads": (dims.layers, dims.ssm_heads),
             "hidden": (dims.hidden,),
             "layers": (dims.layers, dims.layers + 1) if blocks else (dims.layers,),
         }
@@ -119,7 +121,25 @@ class Ranking:
         return row.damage * _LEFT_BY_REPAIR if repaired else row.damage
 
     def layers(self, count: int) -> list[int]:
-        """Kept layers.
+        """Kept layers, at least one with attention: transformers' cache counts its tokens in such a layer.
+
+        Raises ConfigError where that would break a contiguous block.
+        """
+        kept = self._best_layers(count)
+        attending = [layer for layer in range(self.dims.layers) if self.has(layer, "kv_heads")]
+        if not attending or set(kept) & set(attending):
+            return kept
+        if self.cfg.contiguous_layers or self.cfg.criterion("layers").scores_blocks:
+            raise ConfigError(
+                "prune.layers", expected="a block of layers that leaves one with attention",
+                got=f"only layers {', '.join(map(str, kept))} stay", hint="keep more layers, or not contiguous ones",
+            )  # fmt: skip
+        scores = self._energy.get("layers", np.arange(self.dims.layers, dtype=np.float64))
+        weakest, best = min(kept, key=lambda layer: scores[layer]), max(attending, key=lambda layer: scores[layer])
+        return sorted({*kept, best} - {weakest})
+
+    def _best_layers(self, count: int) -> list[int]:
+        """The layers with the highest scores.
 
         Without scores: all but the last ones before the final layer, as arXiv 2408.11796 (section 3.2) drops them.
         """
@@ -165,12 +185,15 @@ class Ranking:
 
     def heads(self, layer: int, groups: list[int], per_group: int) -> list[int]:
         """`per_group` query heads of each kv group in `groups`, ranked inside the group."""
-        size, energy = self.dims.heads // self.dims.kv_heads, self._energy.get("heads")
-        out: list[int] = []
-        for group in groups:
-            inside = np.zeros(size) if energy is None else energy[layer, group * size : (group + 1) * size]
-            out += [group * size + head for head in _top(inside, per_group)]
-        return out
+        energy = self._energy.get("heads")
+        all_Q = np.zeros(self.dims.heads) if energy is None else energy[layer]
+        return _top_in_groups(all_Q, groups, per_group, self.dims.kv_heads)
+
+    def ssm_heads(self, layer: int, count: int) -> list[int]:
+        """Kept ssm heads, as many of each group, ranked inside the group."""
+        groups, energy = self.dims.ssm_groups, self._energy.get("ssm_heads")
+        all_M = np.zeros(self.dims.ssm_heads) if energy is None else energy[layer]
+        return _top_in_groups(all_M, range(groups), count // groups, groups)
 
     def retained(self, axis: str, *, layers: list[int], count: int, kv_heads: int | None = None) -> float | None:
         """Share of `axis`' importance that `count` units keep, mean over the kept `layers`; None without a score.
@@ -196,6 +219,9 @@ class Ranking:
             layers = [layer for layer in layers if self.has(layer, axis)]
             groups = kv_heads or self.dims.kv_heads
             kept = [self.heads(layer, self.kv_heads(layer, groups), count // groups) for layer in layers]
+        elif axis == "ssm_heads":
+            layers = [layer for layer in layers if self.has(layer, axis)]
+            kept = [self.ssm_heads(layer, count) for layer in layers]
         elif axis == "ffn":
             return self._retained_ffn(layers, count)
         else:
@@ -238,6 +264,14 @@ def _checked_energy(name: str, scores: ImportanceScores, shape: tuple[int, ...])
 def _top(energy: Floats, count: int) -> list[int]:
     """The `count` largest, rising; among equals the lower index, so that a plan never depends on the sort."""
     return sorted(int(index) for index in np.argsort(-energy, kind="stable")[:count])
+
+
+def _top_in_groups(energy: Floats, groups: Iterable[int], per_group: int, of: int) -> list[int]:
+    """The `per_group` largest of each of the `groups` that are kept; there are `of` equal groups in all."""
+    size = len(energy) // of
+    return [
+        group * size + unit for group in groups for unit in _top(energy[group * size : (group + 1) * size], per_group)
+    ]
 
 
 def _share(energy: Floats, kept: list[int]) -> float:

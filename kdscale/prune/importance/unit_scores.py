@@ -1,10 +1,11 @@
-"""The scores of ffn units, query heads, kv heads and experts in one layer (the rows of `kdscale.config.criteria`).
+"""The scores of ffn units, query heads, kv heads, ssm heads and experts in one layer (the rows of
+`kdscale.config.criteria`).
 
 Each function is called before the layer runs, asks the context for the sums it needs, and returns the function that
 turns them into scores.
 
 B batch · S sequence · N = B·S tokens · D hidden · F ffn · E experts · Q query heads · K kv heads · P = Q/K
-H head_dim · G = P·H inputs of a kv group
+H head_dim · G = P·H inputs of a kv group · M ssm heads
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdscale.prune.importance.layer_context import Collector, LayerContext
+from kdscale.prune.importance.layer_context import Collector, LayerContext, Sublayer
 from kdscale.prune.importance.optimal_brain_surgeon import explain_singular, head_removal_costs, removal_costs
 
 
@@ -45,13 +46,7 @@ def ffn_removal_costs(layer: LayerContext) -> Collector:
 
 def heads_activation(layer: LayerContext) -> Collector:
     """[Q]: mean over the sequence of the norm of the head's output, L2 norm over the samples."""
-    dims = layer.dims
-
-    def squared_means(x_BSU: Tensor) -> Tensor:
-        return x_BSU.unflatten(-1, (dims.heads, dims.head_dim)).norm(dim=-1).mean(1).square().sum(0)
-
-    squares = layer.sum_over_batches("heads", "squared means", squared_means)
-    return lambda: squares().sqrt()
+    return _activation(layer, "heads", layer.dims.heads)
 
 
 def heads_output_energy(layer: LayerContext) -> Collector:
@@ -90,11 +85,46 @@ def kv_heads_output_energy(layer: LayerContext) -> Collector:
     return energies
 
 
+def ssm_heads_activation(layer: LayerContext) -> Collector:
+    """[M]: mean over the sequence of the norm of what the head gives the output projection, L2 norm over the samples.
+
+    That is behind the gate and its norm.
+    """
+    return _activation(layer, "ssm", layer.dims.ssm_heads)
+
+
+def ssm_heads_output_energy(layer: LayerContext) -> Collector:
+    """[M]: Σ over tokens of ‖W_head · x_head‖²."""
+    heads = layer.dims.ssm_heads
+
+    def grams(x_BSU: Tensor) -> Tensor:
+        x_MNH = x_BSU.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(0, 1)
+        return x_MNH.transpose(1, 2) @ x_MNH
+
+    gram = layer.sum_over_batches("ssm", "head grams", grams)
+
+    def energies() -> Tensor:
+        weight_MDH = layer.weight("ssm").double().unflatten(-1, (heads, -1)).transpose(0, 1)
+        return ((weight_MDH @ gram()) * weight_MDH).sum((1, 2))
+
+    return energies
+
+
 def experts_output_norm(layer: LayerContext) -> Collector:
     """[E]: Σ over the expert's tokens of routing weight · ‖expert output‖."""
     experts = layer.experts()
     assert experts is not None, "only a mixture of experts has an experts axis"
     return lambda: experts.norms_E
+
+
+def _activation(layer: LayerContext, sublayer: Sublayer, heads: int) -> Collector:
+    """[heads]: mean over the sequence of the norm of a head's numbers, L2 norm over the samples."""
+
+    def squared_means(x_BSU: Tensor) -> Tensor:
+        return x_BSU.unflatten(-1, (heads, -1)).norm(dim=-1).mean(1).square().sum(0)
+
+    squares = layer.sum_over_batches(sublayer, "squared means", squared_means)
+    return lambda: squares().sqrt()
 
 
 def _group_grams(layer: LayerContext) -> Collector:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdscale.families import Dims, Family
+from kdscale.families.dims import NEVER_CUT
 from kdscale.families.schema import axis_blocks
 from kdscale.sizing.model_shape import kv_bytes_per_token
 
@@ -40,12 +41,14 @@ class _Term:
 class CostModel:
     """Counts as functions of the shape.
 
-    `layers_KL`: of how many layers of each kind a student of L layers is made, [kinds, teacher's layers + 1].
+    `layers_KL`: of how many layers of each kind a student of L layers is made, [kinds, teacher's layers + 1];
+    `attending`: the kinds with attention.
     """
 
     terms: tuple[_Term, ...]
     teacher: Dims
     layers_KL: NDArray[np.float64]
+    attending: tuple[int, ...]
     experts_per_token: int = 0
 
     @classmethod
@@ -64,7 +67,7 @@ class CostModel:
         """
         width = config_itemsize(config)
         dims = family.dims(dict(config))
-        fixed: dict[str | int, int] = {"head_dim": dims.head_dim, "vocab": dims.vocab}
+        fixed: dict[str | int, int] = {name: getattr(dims, name) for name in NEVER_CUT}
         fixed |= {name: family.fixed_size(name, config) for name in family.data.sizes}
         kinds = family.layer_kinds(config)
         distinct = list(dict.fromkeys(kinds))
@@ -92,7 +95,8 @@ class CostModel:
             for count in range(1, dims.layers + 1):
                 kept = [kinds[layer] for layer in kept_layers(count)]
                 layers_KL[:, count] = [kept.count(each) for each in distinct]
-        return cls(tuple(terms), dims, layers_KL, family.experts_per_token)
+        attending = [k for k, each in enumerate(distinct) if "kv_heads" in family.layer_axes(config, kinds.index(each))]
+        return cls(tuple(terms), dims, layers_KL, tuple(attending), family.experts_per_token)
 
     def params(self, shapes: Mapping[str, Ints], count: Count) -> Ints:
         """The counted parameters of each shape; `shapes[axis]` are arrays of one length (or that broadcast)."""
@@ -111,7 +115,8 @@ class CostModel:
 
     def kv_bytes(self, shapes: Mapping[str, Ints]) -> Ints:
         """Bytes of 16-bit keys and values that one token of context costs over all layers, full attention."""
-        return kv_bytes_per_token(shapes["layers"], shapes["kv_heads"], self.teacher.head_dim)
+        attending = np.rint(self.layers_KL[list(self.attending)].sum(0)).astype(np.int64)
+        return kv_bytes_per_token(attending[shapes["layers"]], shapes["kv_heads"], self.teacher.head_dim)
 
     def _sum(self, shapes: Mapping[str, Ints], terms: list[tuple[_Term, int]]) -> Ints:
         sizes = {**shapes, **self.teacher.followers(shapes)}

@@ -96,13 +96,12 @@ def _random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:
     """A model whose parameters all repeat one block of small random numbers, which is quick to fill."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    fields = {key: value for key, value in config.items() if key != "model_type"}
+    from kdscale.models.loading import built_config
+
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **fields), dtype=dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(built_config(config), dtype=dtype, attn_implementation="sdpa")
     block = (0.02 * torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))).to(device, dtype)
     filled = {}
     for name, parameter in model.named_parameters():

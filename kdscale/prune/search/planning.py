@@ -87,6 +87,11 @@ def kept_units(ranking: Ranking, student: Dims) -> KeptUnits:
             for layer, kept in zip(layers, groups, strict=True)
         ],
         experts=experts if student.experts else [],
+        ssm_heads=(
+            [ranking.ssm_heads(layer, student.ssm_heads) if has(layer, "ssm_heads") else [] for layer in layers]
+            if student.ssm_heads
+            else []
+        ),
         **{
             axis: [ranking.follower(axis, layer, size) if has(layer, axis) else [] for layer in layers]
             for axis, size in followers.items()

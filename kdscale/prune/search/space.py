@@ -42,6 +42,9 @@ class ShapeSpace:
         budget_axes(cfg)  # refuses axes that have no influence on the target
         if "experts" in cfg.axes and not teacher.experts:
             raise ConfigError("prune.axes", expected="axes of a dense teacher", got=", ".join(cfg.axes))
+        if "ssm_heads" in cfg.axes and not teacher.ssm_heads:
+            got = ", ".join(cfg.axes)
+            raise ConfigError("prune.axes", expected="axes of a teacher whose layers have no ssm heads", got=got)
         for axis in SHAPE_AXES:
             self._check_size(axis)
         heads, kv_heads = self._given_heads()
@@ -52,6 +55,7 @@ class ShapeSpace:
             kv_heads,
             cfg.layers or teacher.layers,
             cfg.experts or teacher.experts,
+            cfg.ssm_heads or teacher.ssm_heads,
         )
         if wrong := self.violations(sizes):
             fields = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(cfg, axis) is not None]
@@ -78,11 +82,15 @@ class ShapeSpace:
         experts_step = cfg.experts_divisor or (_EXPERTS_STEP if teacher.experts >= _MANY_EXPERTS else 1)
         experts = [n for n in self._options("experts", experts_step) if n >= self._family.experts_per_token]
         rows = [
-            (hidden, ffn, heads, kv_heads, layers, kept_experts)
-            for hidden, (heads, kv_heads) in itertools.product(
-                self._options("hidden", hidden_step), self._head_options()
+            (hidden, ffn, heads, kv_heads, layers, kept_experts, ssm_heads)
+            for hidden, (heads, kv_heads), ssm_heads in itertools.product(
+                self._options("hidden", hidden_step),
+                self._head_options(),
+                self._options("ssm_heads", teacher.ssm_groups),
             )
-            if not self._family.violations(teacher.replace(hidden=hidden, heads=heads, kv_heads=kv_heads))
+            if not self._family.violations(
+                teacher.replace(hidden=hidden, heads=heads, kv_heads=kv_heads, ssm_heads=ssm_heads)
+            )
             for ffn, layers, kept_experts in itertools.product(
                 self._options("ffn", ffn_step), self._options("layers", 1), experts
             )
@@ -150,7 +158,8 @@ class ShapeSpace:
     def _check_size(self, axis: str) -> None:
         size, limit = getattr(self._cfg, axis), getattr(self._teacher, axis)
         if size is not None and size > limit:
-            most = f"at most the teacher's {limit}" if limit else "none: the teacher is no mixture of experts"
+            lacks = {"experts": "is no mixture of experts", "ssm_heads": "has no layers with ssm heads"}
+            most = f"at most the teacher's {limit}" if limit else f"none: the teacher {lacks[axis]}"
             raise ConfigError(f"prune.{axis}", expected=most, got=str(size))
         step = getattr(self._cfg, f"{axis}_divisor", None)
         if size is not None and step is not None and size % step:

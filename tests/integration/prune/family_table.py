@@ -10,9 +10,13 @@ import numpy as np
 import torch
 
 from kdscale.config.criteria import FOLLOWED
-from kdscale.families import Family, load_family
+from kdscale.families import Dims, Family, load_family
+from kdscale.families.layer_fields import product_of
 
-SIZES = {"dense_ffn": 80, "hidden": 32, "ffn": 48, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 64, "experts": 4}
+SIZES = {
+    "dense_ffn": 80, "hidden": 32, "ffn": 48, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 64, "experts": 4,
+    "ssm_heads": 6, "ssm_head_dim": 8, "ssm_groups": 2, "ssm_state": 12,
+}  # fmt: skip
 POSITIONS = 128
 COMMON: dict[str, Any] = {
     "max_position_embeddings": POSITIONS,
@@ -36,6 +40,48 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "olmoe": {"num_key_value_heads": 4, "num_experts_per_tok": 3, "clip_qkv": 2.0},
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt2": {"attn_pdrop": 0.0},
+    "falcon_h1": {
+        "embedding_multiplier": 3.0,
+        "lm_head_multiplier": 0.25,
+        "mlp_multipliers": [0.5, 0.25],
+        "key_multiplier": 0.5,
+        "attention_in_multiplier": 0.75,
+        "attention_out_multiplier": 0.5,
+        "ssm_in_multiplier": 0.75,
+        "ssm_out_multiplier": 0.5,
+        "ssm_multipliers": [0.5, 0.75, 1.25, 0.8, 1.5],
+        "head_dim": 12,
+        "mamba_chunk_size": 16,
+        "mamba_d_conv": 4,
+        "mamba_rms_norm": True,
+    },
+    "granitemoehybrid": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "num_local_experts": 0,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "position_embedding_type": "rope",
+        "mamba_d_head": 48,
+        "mamba_expand": 9,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 16,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+        "head_dim": 12,
+        "mamba_d_conv": 4,
+        "conv_kernel": 4,
+        "chunk_size": 16,
+        "mlp_hidden_act": "relu2",
+    },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+        "initializer_range": 0.1,
+    },
     "granite": {
         "embedding_multiplier": 3.0,
         "logits_scaling": 4.0,
@@ -54,18 +100,24 @@ ALL = {"ffn": 24, "heads": 2, "kv_heads": 1, "hidden": 24, "layers": 2}
 # Without a field for head_dim the hidden size is heads · head_dim, and they are cut together.
 TOGETHER = {"heads": 3, "kv_heads": 3, "hidden": 24}
 EXPERTS = {"experts": 3}
+OF_SOME = {**EXPERTS, "ssm_heads": 4}
 
 
 def cuts_of(family: Family) -> tuple[dict[str, int], ...]:
     """Cuts that between them shorten each axis of the family."""
     cuts = CUTS if family.data.dims["head_dim"].field is not None else ({"ffn": 32, "layers": 2}, TOGETHER)
-    return (*cuts, EXPERTS) if "experts" in family.data.dims else cuts
+    return (*cuts, *([only] if (only := _of_some(family)) else []))
 
 
 def cut_of_all(family: Family) -> dict[str, int]:
     """One cut of all axes of the family."""
     together = TOGETHER if family.data.dims["head_dim"].field is None else {}
-    return {**ALL, **together, **(EXPERTS if "experts" in family.data.dims else {})}
+    return {**ALL, **together, **_of_some(family)}
+
+
+def _of_some(family: Family) -> dict[str, int]:
+    """A cut of the axes that not all families have."""
+    return {axis: size for axis, size in OF_SOME.items() if axis in family.data.dims}
 
 
 def tiny_config(model_type: str) -> dict[str, Any]:
@@ -76,6 +128,7 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     sizes |= {field.field: POSITIONS for field in data.sizes.values()}
     if data.experts_per_token is not None:
         sizes[str(data.experts_per_token.field)] = 2
+    sizes |= {product.field: product_of(product, Dims(**SIZES, head_dim=8)) for product in data.products}
     return {"model_type": model_type, **COMMON, **sizes, **changes}
 
 
@@ -113,6 +166,7 @@ def random_scores(config: dict[str, Any], family: Family) -> dict[str, np.ndarra
         "hidden.activation": (dims.hidden,),
         "layers.one_by_one": (dims.layers,),
         "experts.output_norm": (dims.layers, dims.experts),
+        "ssm_heads.output_energy": (dims.layers, dims.ssm_heads),
     }
     shapes |= {f"{axis}.output_energy": (dims.layers, getattr(dims, axis)) for axis in FOLLOWED}
     scores = {name: rng.random(shape) for name, shape in shapes.items()}

@@ -22,6 +22,10 @@ _QWEN3_MOE = _sizes(
 _OLMOE = _sizes(2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8)
 _PYTHIA = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
 _GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "n_ctx": 1024}
+_FALCON_H1 = {
+    "head_dim": 64, "mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128,
+    "mamba_n_groups": 1,
+}  # fmt: skip
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "Llama-3.1-8B": ("llama", _sizes(4096, 14336, 32, 32, 8, 128256), 8_030_261_248),
     "Mistral-7B-v0.3": ("mistral", _sizes(4096, 14336, 32, 32, 8, 32768), 7_248_023_552),
@@ -37,6 +41,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "gpt2": ("gpt2", _GPT2, 124_439_808),
     "Mixtral-8x7B": ("mixtral", _MIXTRAL, 46_702_792_704),
     "Qwen3-30B-A3B": ("qwen3_moe", _QWEN3_MOE, 30_532_122_624),
+    "Falcon-H1-0.5B": ("falcon_h1", _sizes(1024, 2048, 36, 8, 2, 32784, **_FALCON_H1), 521_411_104),
     "OLMoE-1B-7B": ("olmoe", _OLMOE, 6_919_161_856),
 }
 

@@ -68,7 +68,10 @@ def test_recurrent_mixers_begin_anew_with_each_document(model_type, mixers, size
         alone = [ids_BS[:1, :5], ids_BS[:1, 5:10], ids_BS[:1, 10:], ids_BS[1:]]
         want_TV = torch.cat([model(input_ids=ids).logits[0] for ids in alone])
         assert attend_within_documents(model)
+        calls = []
+        for mixer in recurrent_mixers(model):
+            mixer.out_proj.register_forward_hook(lambda _module, args, _output: calls.append(args[0].shape[:2]))
         packed = {"position_ids": position_BS, "documents": Documents.of(position_BS), "use_cache": False}
         got_TV = model(input_ids=ids_BS, **packed).logits.flatten(0, 1)
     torch.testing.assert_close(got_TV, want_TV, atol=1e-4, rtol=1e-4)
-    assert len(recurrent_mixers(model)) == mixers
+    assert calls == [(2, 21)] * mixers  # whole rows, whoever hooks onto it

@@ -38,6 +38,12 @@ def test_ranks_share_the_sequences_of_a_soft_capped_attention_too(tmp_path):
     check_sequence_parallel(2, 64, {"teacher": tmp_path})
 
 
+def test_ranks_cannot_share_the_sequences_of_a_recurrent_mixer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("falcon_h1")))
+    with pytest.raises(ConfigError, match="without recurrent mixers"):
+        check_sequence_parallel(2, 64, {"teacher": tmp_path})
+
+
 SHAREABLE = ["gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
 
 
