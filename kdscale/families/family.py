@@ -146,6 +146,8 @@ class Family:
         values = listed(entry, config, self.where)
         if not isinstance(values, list) or value in (None, len(values)):
             return len(values) if isinstance(values, list) else value
+        if type(value) is not int or value > LARGEST["layers"]:
+            return value  # which the size alone says
         got = f"{value!r}, and {len(values)} layers in {list_field}"
         raise CheckpointError(f"{self.where}: {name}", expected="as many layers as are listed", got=got)
 

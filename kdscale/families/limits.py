@@ -14,6 +14,7 @@ LARGEST = {
     "ssm_head_dim": 1 << 14, "ssm_groups": 1 << 14, "ssm_state": 1 << 14,
 }  # fmt: skip
 MOST_EXPERTS = 1 << 18  # of all layers together
+_UNLIMITED = "time_step_limit."  # a range in Mamba models, whose upper end may be infinite
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "max_position_embeddings")
 
 
@@ -30,7 +31,8 @@ def check_numbers(value: Any, where: str, field: str = "") -> None:
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_numbers(item, where, f"{field}.{name}" if field else str(name))
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, float) and not math.isfinite(value):
+        unlimited = value == math.inf and field.startswith(_UNLIMITED)
+        if isinstance(value, float) and not math.isfinite(value) and not unlimited:
             raise CheckpointError(f"{where}: {field}", expected="a finite number", got=repr(value))
         if field.rpartition(".")[2] in _POSITIVE and value <= 0:
             raise CheckpointError(f"{where}: {field}", expected="a positive number", got=repr(value))

@@ -88,8 +88,10 @@ class _ByDocument(nn.Module):
 
     out_proj: nn.Module
 
-    def forward(self, hidden_states: Tensor, *args: Any, documents: Documents | None = None, **kwargs: Any) -> Tensor:
-        """As the mixer's own forward, [B, S, H]; without `documents` nothing is kept apart."""
+    def forward(
+        self, hidden_states: Tensor, *args: Any, documents: Documents | None = None, record: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """As the mixer's own forward, [B, S, H]; without `documents` nothing is kept apart. `record` is attention's."""
         if documents is None:
             mixed_BSH: Tensor = super().forward(hidden_states, *args, **kwargs)
             return mixed_BSH

@@ -68,9 +68,16 @@ class LayerReader:
     def __init__(self, model: Any, read: LayersRead):
         self._read = read
         self._layers: Sequence[Any] = ()
-        if read.hidden:
-            family = load_family(model.config.get_text_config().to_dict(), type(model).__name__)
+        if read.hidden or read.attention:
+            config = model.config.get_text_config().to_dict()
+            family = load_family(config, type(model).__name__)
             self._layers = list(model.get_submodule(family.sites.layers).children())
+            if without := [n for n in read.attention if "kv_heads" not in family.layer_axes(config, n)]:
+                raise ConfigError(
+                    "distill.objectives", expected="for attention, layers that have it",
+                    got=f"layer {without[0]} of {type(model).__name__}, which has a recurrent mixer or an MLP instead",
+                    hint="name pairs of layers with attention",
+                )  # fmt: skip
         if read.attention and not within_documents(model):
             raise ConfigError(
                 "distill.objectives", expected="for attention, models that take it from transformers' registry",

@@ -22,6 +22,10 @@ from tests.integration.prune.family_table import tiny_config
 
 LENGTHS = [[5, 20, 7], [1, 1, 30], [32], [29, 1, 1, 1]]  # of the documents on each row, beyond every window
 # softmax in fp32 whatever the model's dtype, in transformers' eager attention
+# Families without recurrent mixers, whose documents tests/unit/models/test_documents.py keeps apart.
+ATTENTION_ALONE = sorted(
+    name for name in supported_types() if "ssm_heads" not in load_family({"model_type": name}, "test").data.dims
+)
 TOLERANCE = {"gemma2": 1e-5}
 PLAIN = torch.arange(32).expand(len(LENGTHS), -1)
 
@@ -49,7 +53,7 @@ def hidden_and_gradients(model, **to_attention):
     return [hidden.detach(), *(g for g in gradients if g is not None)]
 
 
-@pytest.mark.parametrize("model_type", sorted(supported_types()))
+@pytest.mark.parametrize("model_type", ATTENTION_ALONE)
 def test_hidden_states_and_gradients_are_the_familys_own(model_type):
     model = tiny_model(model_type)
     want = hidden_and_gradients(model)
@@ -66,7 +70,7 @@ def test_hidden_states_and_gradients_are_the_familys_own(model_type):
     assert float((mixed - want[0]).abs().max()) > 1e-2  # documents that see each other do differ
 
 
-@pytest.mark.parametrize("model_type", sorted(supported_types()))
+@pytest.mark.parametrize("model_type", ATTENTION_ALONE)
 def test_hidden_states_and_attention_of_layers_are_recorded(model_type):
     """As transformers' own `output_hidden_states` has them, whose last entry is after the final norm."""
     model = tiny_model(model_type)
@@ -89,6 +93,16 @@ def test_hidden_states_and_attention_of_layers_are_recorded(model_type):
     assert {rows.query_TAD.shape[0] for rows in records.attention.values()} == {positions().numel()}
 
 
+def test_attention_of_a_layer_without_it_is_refused():
+    model = tiny_model("qwen3_5_text")
+    SequenceSlice().prepare(model)
+    LayerReader(model, LayersRead((), (1,)))
+    with pytest.raises(ConfigError, match="layer 2 of Qwen3_5ForCausalLM"):
+        LayerReader(model, LayersRead((), (1, 2)))
+    with pytest.raises(ConfigError, match="no recurrent mixers"):
+        SequenceSlice(0, 2).prepare(model)
+
+
 def reader_family(model):
     return load_family(model.config.get_text_config().to_dict(), "test")
 
@@ -96,7 +110,7 @@ def reader_family(model):
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
-        *((model_type, {}) for model_type in sorted(supported_types())),
+        *((model_type, {}) for model_type in ATTENTION_ALONE),
         ("mistral", {"sliding_window": None}),
         ("qwen2", {"use_sliding_window": False}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
