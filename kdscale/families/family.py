@@ -17,6 +17,7 @@ from kdscale.families.layer_fields import (
     cut_layer_fields,
     layer_list,
     listed,
+    narrowed,
     product_of,
     products_that_differ,
     undivided_products,
@@ -133,6 +134,8 @@ class Family:
         value, fallback = config.get(name), field.null if name in config else field.absent
         if value is None and fallback is not None:
             value = fallback if isinstance(fallback, int) else evaluate(fallback, sizes)
+        if field.narrowed is not None:
+            value = narrowed(field.narrowed, value, config, self.where)
         if field.counts is not None:
             value = self._counted(field.counts, name, value, config)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -292,6 +295,8 @@ class Family:
             if field.field is not None:
                 written = {field.name_in(config), *(alias for alias in field.aliases if alias in config)}
                 out |= dict.fromkeys(written, getattr(dims, name))
+            if field.narrowed is not None:
+                out[field.narrowed.when] = False
         return out | {product.field: product_of(product, dims) for product in self.data.products}
 
     def layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:

@@ -8,9 +8,23 @@ from typing import Any
 
 from kdscale.errors import CheckpointError
 from kdscale.families.dims import Dims
-from kdscale.families.schema import FamilyData, LayerList, ProductField
+from kdscale.families.limits import LARGEST
+from kdscale.families.schema import FamilyData, LayerList, Narrowed, ProductField
 
 Config = Mapping[str, Any]
+
+
+def narrowed(rule: Narrowed, value: Any, config: Config, where: str) -> Any:
+    """The width that a config means with `value` in the field. Raises CheckpointError for a factor that is none."""
+    if not config.get(rule.when, rule.absent) or type(value) is not int or value > LARGEST["ffn"]:
+        return value  # too large is said of the value itself
+    factor, step = config.get(rule.factor, rule.factor_absent), config.get(rule.multiple_of, rule.multiple_absent)
+    if factor is None:
+        return int(2 * value / 3)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or type(step) is not int or step < 1:
+        expected, got = "a number, and a positive integer", f"{factor!r} and {step!r}"[:100]
+        raise CheckpointError(f"{where}: {rule.factor} and {rule.multiple_of}", expected=expected, got=got)
+    return -(-int(factor * int(2 * value / 3)) // step) * step
 
 
 def product_of(product: ProductField, dims: Dims) -> int:

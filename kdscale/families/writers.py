@@ -9,7 +9,7 @@ from kdscale.families.family import Family
 
 SHARED_DOWN = "shared_down"
 # By role, in the order in which they are refitted: each makes up for what is left open by those before it.
-_SITE_OF = {"o": "heads", "ssm_out": "ssm", SHARED_DOWN: "shared", "down": "ffn"}
+_SITE_OF = {"o": "heads", "ssm_out": "ssm", "conv_out": "conv", SHARED_DOWN: "shared", "down": "ffn"}
 
 
 class Writer(NamedTuple):
@@ -27,7 +27,8 @@ def layer_writers(family: Family, config: Mapping[str, Any], layer: int) -> dict
     out = {}
     for role, site in _SITE_OF.items():
         if role in specs:
-            (axis,) = (axis for axis in specs[role].axes if axis not in ("hidden", "experts"))
+            # a short convolution is as wide as the stream that it writes to
+            axis = next((axis for axis in specs[role].axes if axis not in ("hidden", "experts")), "hidden")
             of_experts = specs[role].of_experts
             out[role] = Writer(sites.experts if of_experts else getattr(sites, site), axis, of_experts)
     return out

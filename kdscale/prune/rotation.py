@@ -46,6 +46,8 @@ def rotation_obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
             return f"{name} is a norm that is not right before the matrices that read it"
         if over_hidden and spec.role.endswith("norm_bias"):
             return f"{name} belongs to a LayerNorm, which does not commute with rotations"
+        if spec.role.startswith("conv"):
+            return f"{name} belongs to a convolution over the stream's own channels"
         if spec.role == "position_embed":
             return f"{name} adds learned positions to the stream"
     if family.data.norm.kind != "rms" or family.data.norm.gain != "weight":

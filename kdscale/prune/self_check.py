@@ -296,10 +296,9 @@ class _Mask:
         prefix = self._family.layer_prefix(layer.index)
         for spec in self._family.layer_tensors(self._config, layer.index).values():
             if spec.role.endswith("_norm") and spec.axes[0].split("*")[0] in ("hidden", *UNIT_AXES):
-                over_hidden = spec.axes[0] == "hidden"
-                keep_D = self.hidden_D if over_hidden else self._axis_indicator(spec.axes[0], position)
+                scale = self._plan.norm_scale if spec.axes[0] == "hidden" else 1.0
                 path = spec.parameter.removeprefix(prefix).removesuffix(".weight")
-                self._norm(layer.site(path), keep_D, self._plan.norm_scale if over_hidden else 1.0)
+                self._norm(layer.site(path), self._axis_indicator(spec.axes[0], position), scale)
 
     def final_norm(self, module: nn.Module) -> nn.Module:
         """Make the teacher's final norm compute what the student's does, on the kept channels."""
@@ -338,6 +337,8 @@ class _Mask:
 
     def _axis_indicator(self, axis: str, position: int) -> Tensor:
         """Of each number along an axis of units, or of units that are several numbers wide: whether its unit stays."""
+        if axis == "hidden":
+            return self.hidden_D
         units, *wide = axis.split("*")
         kept_U = self._indicator(self._plan.kept.units(units, position), getattr(self._plan.teacher, units))
         return kept_U.repeat_interleave(getattr(self._plan.teacher, wide[0])) if wide else kept_U

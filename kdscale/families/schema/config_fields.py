@@ -10,6 +10,20 @@ from pydantic import Field, model_validator
 from kdscale.families.schema.axes import Axis, DimName, Expression, Name, Strict
 
 
+class Narrowed(Strict):
+    """A width that counts two thirds of the field, times a factor and up to the next multiple, while `when` is true.
+
+    `factor` and `multiple_of` are config fields too. A student's config says the width itself, and `when` is false.
+    """
+
+    when: Name
+    absent: bool
+    factor: Name
+    factor_absent: float
+    multiple_of: Name
+    multiple_absent: int
+
+
 class DimField(Strict):
     """Where a dimension is in config.json, and what transformers takes when it is absent or null.
 
@@ -24,6 +38,7 @@ class DimField(Strict):
     null: Expression | None = None
     always: Expression | None = None
     counts: Name | None = None
+    narrowed: Narrowed | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DimField:

@@ -84,9 +84,11 @@ class FamilyData(Strict):
         for kinds in itertools.product(*(rule.names for rule in self.layer_kinds)):
             sites = self.sites_of(kinds)
             there = [t for t in self.tensors if self.exists_in(t, kinds)]
-            needed = {"down": sites.ffn or sites.experts, "o": sites.heads, "ssm_out": sites.ssm}
-            for role, needs in (("down", "either ffn, or experts and router"), ("o", "heads"), ("ssm_out", "ssm")):
-                if any(t.role == role for t in there) and not needed[role]:
+            for role, needs, given in (
+                ("down", "either ffn, or experts and router", sites.ffn or sites.experts), ("o", "heads", sites.heads),
+                ("ssm_out", "ssm", sites.ssm), ("conv_out", "conv", sites.conv),
+            ):  # fmt: skip
+                if any(t.role == role for t in there) and not given:
                     raise ValueError(f"sites: a layer with the role {role} needs {needs}")
             for what, values in (("name", [t.name for t in there]), ("role", [t.role for t in there])):
                 if twice := sorted(value for value, count in Counter(values).items() if count > 1):

@@ -23,6 +23,8 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
     "mixer": (
         "ssm_in", "ssm_in_bias", "ssm_gate", "ssm_beta", "ssm_decay", "ssm_conv", "ssm_conv_bias", "ssm_a", "ssm_d",
         "ssm_dt", "ssm_out", "ssm_out_bias",
+        # of a short convolution, which is as wide as the stream and loses the same channels
+        "conv_in", "conv_in_bias", "conv", "conv_bias", "conv_out", "conv_out_bias",
     ),
     "ffn": (
         *(f"{part}{kind}" for part in ("gate", "up", "gate_up", "down") for kind in ("", "_bias")),
@@ -108,6 +110,7 @@ class LayerSites(Strict):
     shared: str = ""  # the last projection of the expert that every token goes to
     heads: str = ""  # its input is what heads and kv groups are ranked by, shape [batch, seq, heads * head_dim]
     ssm: str = ""  # its input is what ssm heads are ranked by, shape [batch, seq, ssm_heads * ssm_head_dim]
+    conv: str = ""  # the last projection of a short convolution
     attention: str = ""
     mlp: str = ""
     norms: tuple[str, ...] = Field(strict=False, default=())  # their outputs rank the hidden axis

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, m
 from kdscale.config.distill.objective import LayersRead
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import load_family, supported_types
+from kdscale.families.schema import COMPONENT_OF
 from kdscale.families.windows import attention_windows
 from kdscale.models import attention, sequence_parallel
 from kdscale.models.attention import attend_within_documents, choice_for, documents_apart
@@ -24,7 +25,9 @@ LENGTHS = [[5, 20, 7], [1, 1, 30], [32], [29, 1, 1, 1]]  # of the documents on e
 # softmax in fp32 whatever the model's dtype, in transformers' eager attention
 # Families without recurrent mixers, whose documents tests/unit/models/test_documents.py keeps apart.
 ATTENTION_ALONE = sorted(
-    name for name in supported_types() if "ssm_heads" not in load_family({"model_type": name}, "test").data.dims
+    name
+    for name in supported_types()
+    if all(COMPONENT_OF[t.role] != "mixer" for t in load_family({"model_type": name}, "test").data.tensors)
 )
 TOLERANCE = {"gemma2": 1e-5}
 PLAIN = torch.arange(32).expand(len(LENGTHS), -1)

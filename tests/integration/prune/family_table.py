@@ -76,6 +76,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "chunk_size": 16,
         "mlp_hidden_act": "relu2",
     },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": True,
+        "block_multiple_of": 16,
+        "intermediate_size": 70,
+        "head_dim": 12,
+        "conv_bias": True,
+        "conv_L_cache": 3,
+    },
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "head_dim": 8,

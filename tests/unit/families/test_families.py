@@ -49,6 +49,7 @@ _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 # What makes a family's layers be of all their kinds, and its rotary positions be there.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _MIXED, "num_local_experts": 0, "position_embedding_type": "rope"},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"]},
     "qwen3_5_text": {"layer_types": _MIXED},
 }
@@ -178,7 +179,8 @@ def test_components_are_the_modules_that_parameters_are_in(model_type: str) -> N
         for spec in family.layer_tensors(config, layer).values():
             path = spec.parameter.removeprefix(family.layer_prefix(layer))
             expected = "attention" if sites.attention and path.startswith(f"{sites.attention}.") else "ffn"
-            expected = "mixer" if sites.ssm and path.startswith(sites.ssm.removesuffix("out_proj")) else expected
+            mixer = (sites.ssm or sites.conv).removesuffix("out_proj")
+            expected = "mixer" if mixer and path.startswith(mixer) else expected
             expected = "norm" if "norm" in path or path.startswith("ln_") else expected
             assert components[spec.parameter] == spec.component == expected, path
             assert not spec.counts_as_embedding

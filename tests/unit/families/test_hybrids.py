@@ -83,3 +83,17 @@ def test_keys_and_values_are_those_of_layers_with_attention() -> None:
     assert family.attention_layers(_GRANITE) == 1
     shape = [32, 48, 4, 2, 4, 0, 6]
     assert CostModel.of(_GRANITE, family).kv_bytes(columns([shape])).tolist() == [2 * 2 * 1 * 2 * 8]
+
+
+def test_a_student_says_its_width_and_not_what_it_is_made_from() -> None:
+    config = {
+        "model_type": "lfm2", **_SIZES, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"],
+        "intermediate_size": 70, "block_ff_dim": 70, "block_multiple_of": 16, "full_attn_idxs": [1],
+    }  # fmt: skip
+    family = load_family(config, "config.json")
+    assert family.dims(config).ffn == 48  # 70 · 2 / 3 = 46, up to a multiple of 16
+    student = family.student_config(config, family.dims(config).replace(ffn=40, layers=2), [1, 2])
+    assert (student["intermediate_size"], student["block_ff_dim"]) == (40, 40)
+    assert (student["block_auto_adjust_ff_dim"], student["layer_types"]) == (False, ["full_attention", "conv"])
+    assert "full_attn_idxs" not in student
+    assert family.dims(student).ffn == 40
