@@ -258,9 +258,10 @@ class Checkpoint:
         extra = [name for name in self._entries if name not in expected and name not in set().union(*heads.values())]
         buffers = [name for name in extra if any(fnmatch.fnmatchcase(name, glob) for glob in family.ignored())]
         copies = [name for name in extra if name in tied and tied[name] in self._entries]
+        zeros = [name for name in extra if self._is_empty_bias(name)]
         wrong = {
             "missing": [name for name in expected if name not in self._entries],
-            "unexpected": [name for name in extra if name not in buffers and name not in copies],
+            "unexpected": [name for name in extra if name not in {*buffers, *copies, *zeros}],
             "wrong shape": [
                 f"{name} {list(self._entries[name].shape)} instead of {list(spec.shape)}"
                 for name, spec in expected.items()
@@ -279,6 +280,7 @@ class Checkpoint:
         self._entries = {name: self._entries[name] for name in self._entries if name in expected}
         notices = [f"{name} is a stored copy of the tied {tied[name]}: ignored" for name in copies]
         notices += [f"{len(names)} tensors of the {what} are left out" for what, names in heads.items() if names]
+        notices += [f"{len(zeros)} biases that a quantiser added, all zero, are left out"] if zeros else []
         if self.quantised is not None:
             notices.append(self.quantised.notice)
         return notices + ([f"{len(buffers)} buffers that no model reads are ignored"] if buffers else [])
@@ -307,6 +309,12 @@ class Checkpoint:
         if name not in self._entries:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         return self._entries[name]
+
+    def _is_empty_bias(self, name: str) -> bool:
+        """Whether this is a bias of zeros beside a quantised matrix: older quantisers gave one to every matrix."""
+        stem = name.removesuffix(".bias")
+        beside = self._entries.get(f"{stem}.weight")
+        return name.endswith(".bias") and isinstance(beside, PackedTensor) and not self.tensor(name).any()
 
     def _check_copy(self, name: str, original: str) -> None:
         """Refuse a head that differs from the tensor it is tied to: loaders disagree on which counts."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from kdscale.config.load import load_config
 from kdscale.distill.parallel.tensor_parallel import fill_slice
 from kdscale.distill.parallel.tensor_slices import TensorSlice
+from kdscale.errors import CheckpointError
 from kdscale.files import read_json, write_json
 from kdscale.models.loading import load_model, open_teacher
 from kdscale.models.parameter_map import ParameterReader
@@ -67,6 +68,17 @@ def test_every_tensor_and_every_logit_is_the_plain_one(twins: tuple[Path, Path])
         hidden = placed.model.get_submodule(family.sites.layers.rpartition(".")[0])(IDS).last_hidden_state
         with placed.head() as head:
             assert torch.equal(head.logits(hidden), expected)
+
+
+def test_biases_of_zeros_that_a_quantiser_added_are_left_out(twins: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(twins[0], tmp_path / "biased"))
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.2.mlp.up_proj.bias"
+    save_file({**tensors, name: torch.zeros(128)}, folder / "model.safetensors", {"format": "pt"})
+    checkpoint, family = open_teacher(folder)
+    assert name not in checkpoint.names
+    save_file({**tensors, name: torch.ones(128)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 unexpected: model\.layers\.2\.mlp\.up_proj\.bias"):
+        Checkpoint.open(folder).verify_against(family)
 
 
 def test_ranks_read_their_slices_of_it(twins: tuple[Path, Path]) -> None:
