@@ -6,8 +6,10 @@ S tokens of a prompt, one sequence.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +103,7 @@ def generate(
             assistant_confidence_threshold=0.0,
         )  # fmt: skip
     devices = [teacher.device] if teacher.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode():
+    with torch.random.fork_rng(devices), torch.inference_mode(), _without_warnings():
         torch.manual_seed(_SEED)
         for prompt_1S in prompts:
             counter = None if draft is None else _Counter(draft, rounds)
@@ -113,3 +115,15 @@ def generate(
             if counter is not None:
                 counter.close()
     return rounds, seconds
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Assisted generation calls the draft in a way that transformers itself warns of."""
+    logger = logging.getLogger("transformers.generation")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
