@@ -1,4 +1,4 @@
-"""Speculative decoding really done, by the assisted generation of transformers, and the teacher alone beside it.
+"""Speculative decoding really done, by the assisted generation of transformers, in turn with the teacher alone.
 
 Texts have a fixed number of tokens: they go on where a model would end them, as in the measurements of speed.
 S tokens of a prompt, one sequence.
@@ -76,45 +76,46 @@ class _Counter:
 
 def generate(
     teacher: PreTrainedModel,
-    draft: PreTrainedModel | None,
+    draft: PreTrainedModel,
     prompts: Sequence[Tensor],
     *,
     new_tokens: int,
     length: int,
     sampled: bool,
-) -> tuple[Rounds, float]:
-    """(the rounds, seconds) of continuing each prompt [1, S] by `new_tokens` tokens; without a draft no rounds.
+) -> tuple[Rounds, float, float]:
+    """Each prompt [1, S] continued by `new_tokens` tokens, by the teacher alone and with the draft, in turn.
 
-    `length`: how many tokens the draft writes before each call of the teacher; `sampled`: at temperature 1 from the
-    whole vocabulary, with the same seed whenever it is called, else greedily. The generation configs of both models
-    are replaced: those of checkpoints may penalise, cut off or end a text.
+    Returns the rounds with the draft, and the seconds without it and with it. `length`: how many tokens the draft
+    writes before each call of the teacher; `sampled`: at temperature 1 from the whole vocabulary, seeded, else
+    greedily. The generation configs of both models are replaced: those of checkpoints may penalise, cut off or end a
+    text.
     """
     from transformers import GenerationConfig
 
     whole_vocabulary = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     settings: dict[str, Any] = {"max_new_tokens": new_tokens, **(whole_vocabulary if sampled else {"do_sample": False})}
-    caller: Any = teacher
-    caller.generation_config = GenerationConfig(**settings)
-    rounds, seconds = Rounds(length), 0.0
-    if draft is not None:
-        # neither more tokens after a good round nor fewer where the draft is not sure: each round has `length`
-        draft.generation_config = GenerationConfig(
-            **settings, num_assistant_tokens=length, num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
-        )  # fmt: skip
+    teacher.generation_config = GenerationConfig(**settings)
+    # neither more tokens after a good round nor fewer where the draft is not sure: each round has `length`
+    draft.generation_config = GenerationConfig(
+        **settings, num_assistant_tokens=length, num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.0,
+    )  # fmt: skip
+    rounds, alone, together = Rounds(length), 0.0, 0.0
     devices = [teacher.device] if teacher.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(), _without_warnings():
         torch.manual_seed(_SEED)
-        for prompt_1S in prompts:
-            counter = None if draft is None else _Counter(draft, rounds)
-            start = time.perf_counter()
-            caller.generate(
-                prompt_1S, attention_mask=torch.ones_like(prompt_1S), assistant_model=draft, streamer=counter
-            )
-            seconds += time.perf_counter() - start
-            if counter is not None:
-                counter.close()
-    return rounds, seconds
+        for prompt_1S in prompts:  # in turn, so that other work of the machine slows down both
+            alone += _seconds(teacher, prompt_1S)
+            counter = _Counter(draft, rounds)
+            together += _seconds(teacher, prompt_1S, assistant_model=draft, streamer=counter)
+            counter.close()
+    return rounds, alone, together
+
+
+def _seconds(teacher: Any, prompt_1S: Tensor, **options: Any) -> float:
+    start = time.perf_counter()
+    teacher.generate(prompt_1S, attention_mask=torch.ones_like(prompt_1S), **options)
+    return time.perf_counter() - start
 
 
 @contextmanager

@@ -61,18 +61,13 @@ def measure_drafts(
 
     ids = [prompt_1S.to(device) for prompt_1S in prompts]
     found = {}
-    with reporter.bar("drafts", 1 + 2 * len(names), unit="measurement") as bar:
+    with reporter.bar("drafts", 2 * len(names), unit="measurement") as bar:
         teacher = load(TEACHER)
-        alone = {} if cfg.generate_length is None else {
-            way: generate(teacher, None, ids, new_tokens=cfg.new_tokens, length=cfg.generate_length, sampled=sampled)[1]
-            for way, sampled in WAYS.items()
-        }  # fmt: skip
-        bar.advance(1, TEACHER)
         for name in names:
             draft = load(name)
             found[name] = _figures(teacher, draft, scores[name], ids, cfg, bar) | {"generated": None}
             if cfg.generate_length is not None:
-                found[name] |= _generated(teacher, draft, ids, alone, cfg)
+                found[name] |= _generated(teacher, draft, ids, cfg)
             bar.advance(1, name)
             del draft
             release_memory()
@@ -136,11 +131,7 @@ def _step_seconds(
 
 
 def _generated(
-    teacher: PreTrainedModel,
-    draft: PreTrainedModel,
-    prompts: Sequence[Tensor],
-    seconds_alone: Mapping[str, float],
-    cfg: DraftConfig,
+    teacher: PreTrainedModel, draft: PreTrainedModel, prompts: Sequence[Tensor], cfg: DraftConfig
 ) -> dict[str, Any]:
     """What speculative decoding really gave, in both ways; or why it could not be done."""
     assert cfg.generate_length is not None
@@ -149,13 +140,13 @@ def _generated(
         return {"generated_left_out": f"the heads have {rows[0]:,} and {rows[1]:,} rows, which transformers refuses"}
     out: dict[str, Any] = {"length": cfg.generate_length, "tokens": cfg.new_tokens * len(prompts)}
     for way, sampled in WAYS.items():
-        rounds, seconds = generate(
+        rounds, alone, together = generate(
             teacher, draft, prompts, new_tokens=cfg.new_tokens, length=cfg.generate_length, sampled=sampled
         )
         out[way] = {
             "acceptance": rounds.acceptance,
             "tokens_per_call": rounds.tokens_per_call,
             "rounds": len(rounds.whole),
-            "speed_up": seconds_alone[way] / seconds,
+            "speed_up": alone / together,
         }
     return {"generated": out}

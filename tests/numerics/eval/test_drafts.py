@@ -82,9 +82,9 @@ def test_tokens_along_a_text_stay_within_its_documents() -> None:
 
 def test_generated_text_accepts_everything_of_the_teacher_itself(teacher: Any) -> None:
     for sampled in (True, False):
-        rounds, seconds = generate(teacher, copy.deepcopy(teacher), PROMPTS, new_tokens=11, length=3, sampled=sampled)
+        rounds, *seconds = generate(teacher, copy.deepcopy(teacher), PROMPTS, new_tokens=11, length=3, sampled=sampled)
         assert (rounds.acceptance, rounds.tokens_per_call) == (1.0, 4.0)
-        assert sum(rounds.grown) == 22 and seconds > 0
+        assert sum(rounds.grown) == 22 and min(seconds) > 0
 
 
 def test_generated_text_is_the_teachers_and_is_accepted_as_predicted(teacher: Any) -> None:
@@ -102,15 +102,14 @@ def test_generated_text_is_the_teachers_and_is_accepted_as_predicted(teacher: An
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(teacher), "generate", keep)
-        for model in (None, draft):
-            generate(teacher, model, PROMPTS[:1], new_tokens=24, length=2, sampled=False)
-        assert torch.equal(*written)
+        generate(teacher, draft, PROMPTS[:1], new_tokens=24, length=2, sampled=False)
+        assert torch.equal(*written), "alone and with the draft"
         written.clear()
-        rounds, _ = generate(teacher, draft, PROMPTS * 3, new_tokens=60, length=2, sampled=True)
+        rounds, *_ = generate(teacher, draft, PROMPTS * 3, new_tokens=60, length=2, sampled=True)
     with torch.no_grad():
         p, q = (
             torch.cat([model(ids).logits[0, prompt.shape[1] - 1 : -1].softmax(-1)
-                       for ids, prompt in zip(written, PROMPTS * 3, strict=True)])
+                       for ids, prompt in zip(written[1::2], PROMPTS * 3, strict=True)])
             for model in (teacher, draft)
         )  # fmt: skip
     overlap = float(torch.minimum(p, q).sum(-1).mean())
