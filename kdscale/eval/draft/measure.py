@@ -135,9 +135,8 @@ def _generated(
 ) -> dict[str, Any]:
     """What speculative decoding really gave, in both ways; or why it could not be done."""
     assert cfg.generate_length is not None
-    rows = [np.shape(model.get_output_embeddings().weight)[0] for model in (teacher, draft)]
-    if rows[0] != rows[1]:
-        return {"generated_left_out": f"the heads have {rows[0]:,} and {rows[1]:,} rows, which transformers refuses"}
+    if reason := _refused(teacher, draft):
+        return {"generated_left_out": reason}
     out: dict[str, Any] = {"length": cfg.generate_length, "tokens": cfg.new_tokens * len(prompts)}
     for way, sampled in WAYS.items():
         rounds, alone, together = generate(
@@ -150,3 +149,13 @@ def _generated(
             "speed_up": alone / together,
         }
     return {"generated": out}
+
+
+def _refused(teacher: PreTrainedModel, draft: PreTrainedModel) -> str:
+    """Why transformers does not let the two models generate together; "" where it does."""
+    rows = [np.shape(model.get_output_embeddings().weight)[0] for model in (teacher, draft)]
+    if rows[0] != rows[1]:
+        return f"the heads have {rows[0]:,} and {rows[1]:,} rows, which transformers refuses"
+    if teacher._is_stateful or draft._is_stateful:
+        return "a recurrent state cannot go back to before a refused token, and transformers refuses it"
+    return ""

@@ -131,10 +131,12 @@ def test_a_student_is_measured_as_a_draft(
 ) -> None:
     loaded = {"teacher": teacher, "pruned": noisy(teacher, 0.06), "padded": noisy(teacher, 0.06)}
     loaded["padded"].resize_token_embeddings(328, mean_resizing=False)
+    loaded["recurrent"] = noisy(teacher, 0.06)
+    loaded["recurrent"]._is_stateful = True
     monkeypatch.setattr("kdscale.eval.draft.measure.load_model", lambda path, **_: loaded[path.name])
     monkeypatch.setattr("kdscale.eval.draft.measure.quantization_of", lambda path: path.name == "int8" or None)
-    models = {name: tmp_path / name for name in ("teacher", "corrected", "pruned", "padded", "int8")}
-    assert drafts(models) == ["pruned", "padded"]
+    models = {name: tmp_path / name for name in ("teacher", "corrected", "pruned", "padded", "recurrent", "int8")}
+    assert drafts(models) == ["pruned", "padded", "recurrent"]
     accepted_N = torch.tensor([0.5, 1.0, 0.25, 0.75] * 5)
     stats = TokenStats(accepted_N, accepted_N, accepted_N > 0, accepted_N, accepted_N > 0.3, accepted_N)
     scores = dict.fromkeys(models, Scores(stats, np.zeros(20), np.zeros(20, int)))
@@ -155,6 +157,7 @@ def test_a_student_is_measured_as_a_draft(
     assert (one["best_length"], one["speed_up"]) == (best["length"], best["sampled"]["speed_up"])
     assert one["generated"]["tokens"] == 16 and one["generated"]["greedy"]["rounds"] > 0
     assert padded["generated"] is None and "320 and 328 rows" in padded["generated_left_out"]
+    assert "a recurrent state" in found["recurrent"]["generated_left_out"]
 
 
 def test_settings_that_measure_nothing_are_refused() -> None:
