@@ -1,8 +1,9 @@
-"""The compressed-tensors format of llm-compressor and vLLM: packed integers, plain 8-bit integers and 8-bit floats.
+"""The compressed-tensors format of llm-compressor and vLLM: packed integers, plain 8-bit integers, 8-bit floats.
 
 A weight is scale * (code - zero). Of a matrix there is one scale, or one for each output, each group of inputs of an
 output, or each block; zeros (of asymmetric integers) go with the scales. Packed integers lie in 32-bit words along the
-inputs, their zeros along the outputs, the lowest bits first, half the range added so that they have no sign.
+inputs, their zeros along the outputs, the lowest bits first, half the range added so that they have no sign. 4-bit
+floats are in compressed_float4.
 
 O outputs · I inputs · G groups · W words
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kdscale.errors import CheckpointError
 from kdscale.weights.header import TensorEntry
+from kdscale.weights.quantised.compressed_float4 import float4_matrix
 from kdscale.weights.quantised.format import Format
 from kdscale.weights.quantised.packed import PackedTensor, Part, unpack_bits
 from kdscale.weights.tensor_bytes import read_rows
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 Pair = tuple[int, int]  # along the outputs, along the inputs
 _WORD = 32
 _PACKED = "pack-quantized"
-_KNOWN = (_PACKED, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+_FLOAT4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+_KNOWN = (_PACKED, "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense", *_FLOAT4)
 _CODES = ("I8", "F8_E4M3", "F8_E5M2")
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -35,7 +38,7 @@ class CompressedTensors(Format):
 
     suffixes: ClassVar[Mapping[str, str]] = {
         "packed": "_packed", "codes": "", "scale": "_scale", "shape": "_shape", "zero": "_zero_point",
-        "g_idx": "_g_idx",
+        "g_idx": "_g_idx", "global": "_global_scale",
     }  # fmt: skip
     needed = ("scale",)
 
@@ -66,7 +69,7 @@ class CompressedTensors(Format):
         return ", ".join(["compressed-tensors", str(self.format), *dict.fromkeys(filter(None, said))])
 
     def stem(self, name: str, entries: Mapping[str, TensorEntry]) -> str | None:
-        if name.endswith("_packed") and entries[name].dtype == "I32":
+        if name.endswith("_packed") and entries[name].dtype in ("I32", "U8"):
             return name.removesuffix("_packed")
         return name if entries[name].dtype in _CODES and f"{name}_scale" in entries else None
 
@@ -74,6 +77,8 @@ class CompressedTensors(Format):
         return stem
 
     def packed(self, name: str, found: Mapping[str, Part]) -> PackedTensor:
+        if "packed" in found and found["packed"].entry.dtype == "U8":
+            return float4_matrix(self, name, found)
         zeros = ("I32",) if "packed" in found else _CODES
         self.dtypes(name, found, {"codes": _CODES, "scale": _FLOATS, "zero": zeros, "g_idx": ("I32", "I64")})
         codes = found["packed" if "packed" in found else "codes"].entry.shape
@@ -201,5 +206,9 @@ def _scheme(weights: Any) -> str:
         return ""
     kind = "floats" if weights.get("type") == "float" else "integers"
     size = weights.get("group_size")
-    shared = f"groups of {size}" if weights.get("strategy") == "group" else f"a scale per {weights.get('strategy')}"
+    shared = (
+        f"groups of {size}"
+        if weights.get("strategy") in ("group", "tensor_group")
+        else f"a scale per {weights.get('strategy')}"
+    )
     return f"{weights.get('num_bits')}-bit {kind}, {shared}"

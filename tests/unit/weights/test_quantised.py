@@ -114,6 +114,31 @@ def test_compressed_tensors_as_the_library_itself_decompresses(tmp_path: Path, c
     asked_in_parts(checkpoint, NAME)
 
 
+@pytest.mark.parametrize("form", ["nvfp4-pack-quantized", "mxfp4-pack-quantized"])
+def test_4_bit_floats_as_the_library_itself_decompresses(tmp_path: Path, form: str) -> None:
+    library = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.base import BaseCompressor
+
+    said: dict[str, Any] = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    rng = torch.Generator().manual_seed(5)
+    stored = {"weight_packed": torch.randint(0, 256, (12, 48), generator=rng, dtype=torch.uint8)}
+    if form.startswith("nvfp4"):
+        said |= {"strategy": "tensor_group", "group_size": 16}
+        stored["weight_scale"] = (torch.rand(12, 6, generator=rng) * 200 + 1).to(torch.float8_e4m3fn)
+        stored["weight_global_scale"] = torch.tensor([1234.5])
+    else:
+        stored["weight_scale"] = torch.randint(110, 135, (12, 3), generator=rng, dtype=torch.uint8)
+    scheme = library.quantization.QuantizationScheme(targets=["Linear"], weights=said)
+    expected = BaseCompressor.get_value_from_registry(form).decompress(dict(stored), scheme)["weight"]
+    settings = {"quant_method": "compressed-tensors", "format": form}
+    settings["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": said}}
+    tensors = {f"layer.{key}": value for key, value in stored.items()} | {"layer.input_global_scale": torch.ones(1)}
+    checkpoint = opened(tmp_path, tensors, settings, "bfloat16")
+    assert torch.equal(checkpoint.tensor(NAME), expected)
+    assert checkpoint.quantised is not None and "4-bit floats, groups of" in checkpoint.quantised.label
+    asked_in_parts(checkpoint, NAME)
+
+
 def test_float8_in_blocks_of_which_the_last_are_smaller(tmp_path: Path) -> None:
     tensors, plain = quantising.float8(NAME, (40, 72), (16, 32), seed=2)
     settings = {"quant_method": "fp8", "weight_block_size": [16, 32]}
@@ -206,7 +231,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16}
         (GPTQ, {"other.weight": torch.ones(2, dtype=torch.int8)}, r"other\.weight in I8"),
         (GPTQ, {"layer.weight": torch.ones(2, 2)}, "beside its quantised parts"),
         ({"quant_method": "fp8"}, {}, r"does not explain(.|\n)*layer\.qweight in I32"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, {}, "format(.|\n)*nvfp4"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, {}, "format(.|\n)*marlin"),
         (
             {
                 "quant_method": "compressed-tensors", "format": "pack-quantized",
