@@ -250,7 +250,9 @@ def objectives() -> str:
         terms = [term for row in settings.terms for term in (row, row.exponential) if term]
         figures = ", ".join(f"`{term.name}`: {term.title}" for term in terms)
         rows.append((f"`{name}`", (settings.__doc__ or "").splitlines()[0], figures))
-    return table(("objective", "what is minimised", "figures in the log, per label"), rows)
+    return table(
+        ("objective", "what is minimised", "figures in the log, means over labels (of `preference` over pairs)"), rows
+    )
 
 
 def filters() -> str:

@@ -16,6 +16,7 @@ from ruamel.yaml.events import AliasEvent, CollectionStartEvent, Event, ScalarEv
 
 import kdscale
 from kdscale.config import target_store
+from kdscale.config.distill.objectives import OWN_TEXT
 from kdscale.config.distill.on_policy import FREE_ON_POLICY
 from kdscale.config.distill.settings import DECISIVE_ZERO, FREE_SETTINGS
 from kdscale.config.fields import explain_errors
@@ -145,7 +146,7 @@ def may_change(field: str) -> bool:
         return True
     if field == "run_dir":  # a run folder that was moved or renamed goes on where it is now
         return True
-    if section == "distill" and names[:1] == ["on_policy"]:
+    if section == "distill" and names[:1] and names[0] in OWN_TEXT:
         return names[1:] != [] and names[1] in FREE_ON_POLICY
     free, decisive = _MAY_CHANGE.get(section, ((), ()))
     return bool(names) and names[0] in free and names[-1] not in decisive

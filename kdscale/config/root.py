@@ -207,7 +207,7 @@ class Config(Section):
             return None
         changes = {
             **_OF_NO_TEACHER, "objectives": [{"name": "cross_entropy"}], "fake_quantize": None, "lora": None,
-            "on_policy": None,
+            "on_policy": None, "preferences": None,
         }  # fmt: skip
         return self._short(self.correct, "correct", "correct", changes)
 
@@ -222,7 +222,7 @@ class Config(Section):
         changes = {
             "fake_quantize": {"bits": form.bits, "group": form.group_size}, "compile": "off", "shorter_first": (),
             "served": served.model_dump(mode="json"), "optimizer": {"min_lr": optimizer.min_lr * form.lr_share},
-            "lora": None, "on_policy": None,
+            "lora": None, "on_policy": None, "preferences": None,
         }  # fmt: skip
         inner = self._short(form, form.label, f"quantize/training-{form.label}", changes)
         steps = inner.distill.tokens // (inner.distill.global_batch * inner.distill.seq_len)

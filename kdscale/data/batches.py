@@ -39,19 +39,28 @@ class SequenceKey(NamedTuple):
     number: int
 
 
+NO_ANSWER = -1
+
+
 class WrittenSequence(NamedTuple):
-    """A sequence that the student wrote; the log-probabilities of its labels when it wrote them, (S,), 0 elsewhere."""
+    """A sequence in place of text: answers that the student wrote, or that were given.
+
+    `logprobs_S`: the log-probabilities of its labels when it wrote them, 0 elsewhere. `answers_S`: the number of the
+    answer that each label belongs to, NO_ANSWER elsewhere; of pairs the numbers 2k and 2k + 1 are one.
+    """
 
     packed: PackedSequence
     logprobs_S: np.ndarray
+    answers_S: np.ndarray
 
 
 @dataclass(frozen=True)
 class OwnText:
-    """Which sequences of a batch the student wrote, (B,) bool, and the log-probabilities of all labels, (B, S) fp32."""
+    """Which sequences of a batch stand in place of text, (B,) bool, and (B, S) what WrittenSequence has of all."""
 
     is_own_B: Tensor
     logprobs_BS: Tensor
+    answers_BS: Tensor
 
 
 class OwnSequences(Protocol):
@@ -95,12 +104,14 @@ class Batch:
         return int((self.labels_BS != IGNORED_LABEL).any(1).sum())
 
     @property
-    def own_counts(self) -> tuple[int, int]:
-        """`token_count` and `sequence_count` of the sequences that the student wrote."""
+    def own_counts(self) -> tuple[int, int, int]:
+        """`token_count`, `sequence_count` and pairs of answers of the sequences that stand in place of text."""
         if self.own is None:
-            return 0, 0
+            return 0, 0, 0
         labelled_BS = (self.labels_BS != IGNORED_LABEL) & self.own.is_own_B[:, None]
-        return int(labelled_BS.sum()), int(labelled_BS.any(1).sum())
+        answers = [set(row.tolist()) - {NO_ANSWER} for row in self.own.answers_BS]
+        pairs = sum(number % 2 == 0 and number + 1 in found for found in answers for number in found)
+        return int(labelled_BS.sum()), int(labelled_BS.any(1).sum()), pairs
 
     def with_labels_of(self, choose: Callable[[Batch, Sequence[SequenceKey]], Tensor] | None) -> Batch:
         """The same sequences with the labels [B, S] that `choose` takes of them; None: all."""
@@ -313,7 +324,8 @@ def stack_sequences(
 
 def without_logprobs(packed: PackedSequence) -> WrittenSequence:
     """A sequence of the run's text beside those that the student wrote."""
-    return WrittenSequence(packed, np.zeros(len(packed.labels_S), np.float32))
+    size = len(packed.labels_S)
+    return WrittenSequence(packed, np.zeros(size, np.float32), np.full(size, NO_ANSWER, np.int64))
 
 
 def stack_written(
@@ -321,8 +333,11 @@ def stack_written(
 ) -> Batch:
     """One batch of these sequences, of which the student wrote those that `is_own` says."""
     batch = stack_sequences([sequence.packed for sequence in sequences], keys, step=step)
-    logprobs_BS = torch.from_numpy(np.stack([sequence.logprobs_S for sequence in sequences]))
-    return replace(batch, own=OwnText(torch.tensor(is_own), logprobs_BS))
+    logprobs_BS, answers_BS = (
+        torch.from_numpy(np.stack([getattr(sequence, name) for sequence in sequences]))
+        for name in ("logprobs_S", "answers_S")
+    )
+    return replace(batch, own=OwnText(torch.tensor(is_own), logprobs_BS, answers_BS))
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

@@ -45,6 +45,7 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.attention import choice_for
 from kdscale.models.parameter_map import trained_tensors
 from kdscale.packaging.model_card import student_card
+from kdscale.responses.pairs import Pairs
 from kdscale.responses.prompts import Prompts
 from kdscale.runs.folder import ADAPTER, KERNELS
 from kdscale.runtime.device import set_threads
@@ -294,11 +295,12 @@ def _fingerprint(cfg: Config, folders: Folders, setup: RankSetup, entries: Seque
     if not is_main():
         return {}
     settled = [entry.model_dump(mode="json") for entry in entries if entry.matches_layers]
-    own = cfg.distill.on_policy
+    own = cfg.distill.own_text
     teachers, several = teacher_folders(cfg, folders.teacher), bool(cfg.distill.teachers)
     return {
         **({"layers": settled} if settled else {}),
         **({"prompts": Prompts(own).digests()} if own is not None and own.prompts else {}),
+        **({"pairs": Pairs(pairs).digests()} if (pairs := cfg.distill.preferences) and pairs.pairs else {}),
         "distill": {**cfg.decisive_for_student(), "dtype": str(setup.dtype).removeprefix("torch.")},
         "seed": cfg.seed,
         "device": setup.device.type,

@@ -17,6 +17,7 @@ from kdscale.distill.layers.fake_quantize import fake_quantize
 from kdscale.distill.layers.recompute import recompute_in_backward
 from kdscale.distill.model_pair import model_pair
 from kdscale.distill.objectives.base import Objectives
+from kdscale.distill.objectives.reference import WithReference, frozen_reference, reference_of
 from kdscale.distill.parallel.checks import (
     check_fake_quantize,
     check_lora,
@@ -37,6 +38,7 @@ from kdscale.models.lora.adapters import add_adapters
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.runtime.timeouts import group_timeout
 from kdscale.teacher.folders import teacher_folders
+from kdscale.teacher.online import OnlineTeacher
 from kdscale.teacher.several import check_tags
 from kdscale.teacher.source import LabelChoice, SourceRequest, StudentAverage, TargetSource, open_source
 from kdscale.teacher.targets import shared_vocabulary
@@ -133,7 +135,9 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
             compile_layers(model)
         if setup.zero_stage == 3:
             gather_by_layer(student)
-    objectives = Objectives(entries, pair, own)
+    if settings.preferences is not None and settings.preferences.needs_reference:
+        source = WithReference(source, _reference(student, student_dir, cfg, vocab_size, options))
+    objectives = Objectives(entries, pair, own, settings.own_text.section if settings.own_text else "on_policy")
     objectives.modules.to(setup.device, setup.dtype)
     module = StudentModule(student, objectives, vocab_size, shard, sequence_slice)
     return Models(source, module, slices, opened.choose_labels, opened.average)
@@ -160,6 +164,13 @@ def _check_models(cfg: Config, teachers: Mapping[str, Path], student_dir: Path) 
                 f"{student_dir}: tokenizer", expected=f"the vocabulary of the {name}, {folder}", got="another one"
             )
     return max(tokens.values()) + 1
+
+
+def _reference(student: Any, path: Path, cfg: Config, vocab_size: int, options: dict[str, Any]) -> OnlineTeacher:
+    """The student as it began: itself where its weights stay, and this rank has them whole; else a copy."""
+    if cfg.distill.lora is not None and cfg.distill.zero_stage < 3:
+        return reference_of(student, vocab_size)
+    return frozen_reference(load_model(path, **options), vocab_size)
 
 
 def _split_loader(group: Any, options: dict[str, Any]) -> Callable[[Path], tuple[Any, int, VocabShard]]:

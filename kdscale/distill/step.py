@@ -23,7 +23,7 @@ from kdscale.models.layer_records import LayerReader
 from kdscale.models.sequence_parallel import SequenceSlice
 from kdscale.runtime.device import put_on
 from kdscale.runtime.ranks import all_reduce_sum, world_size
-from kdscale.teacher.source import MicroBatch, TargetSource
+from kdscale.teacher.source import MicroBatch, TargetSource, most_answers
 from kdscale.teacher.targets import Targets
 from kdscale_launch.watchdog import enter
 
@@ -42,9 +42,14 @@ def to_device(batch: Batch, device: torch.device) -> MicroBatch:
     micro_batch = MicroBatch(ids_BS, position_ids_BS, rows_N, labels_N, batch.sequences, documents, tags_N, batch.step)
     if batch.own is None:
         return micro_batch
-    is_own_N = batch.own.is_own_B[host_rows_N // batch.input_ids_BS.shape[1]]
-    logprobs_N = batch.own.logprobs_BS.reshape(-1)[host_rows_N].to(device, non_blocking=True)
-    return replace(micro_batch, is_own_N=is_own_N, logprobs_N=logprobs_N)
+    length = batch.input_ids_BS.shape[1]
+    sequence_N = host_rows_N // length
+    answers_N = batch.own.answers_BS.reshape(-1)[host_rows_N] + sequence_N * most_answers(length)
+    logprobs_N = batch.own.logprobs_BS.reshape(-1)[host_rows_N]
+    return replace(
+        micro_batch, is_own_N=batch.own.is_own_B[sequence_N], logprobs_N=logprobs_N.to(device, non_blocking=True),
+        answers_N=answers_N.to(device, non_blocking=True),
+    )  # fmt: skip
 
 
 class StudentModule(nn.Module):
@@ -124,8 +129,8 @@ def train_step(
     totals = torch.zeros(figures_end + len(batches), dtype=torch.float64, device=device)
     totals[:figures_begin] = counts
     enter("collective")
-    tokens, sequences, *_ = all_reduce_sum(counts).clamp_min(1.0)
-    scale, tokens_per_sequence = (world_size() / tokens).float(), (tokens / sequences).float()
+    counted = all_reduce_sum(counts).clamp_min(1.0)
+    scale, tokens_per = (world_size() / counted[0]).float(), objectives.tokens_per(counted)
     engine.module.at_hidden = lambda: clock.mark("student")
     ahead, following = Lookahead(source, stream), None
     for number, batch in enumerate(batches):
@@ -138,7 +143,7 @@ def train_step(
         clock.mark("teacher")
         enter("student")
         losses, figures = engine(micro_batch, targets)
-        loss_sum = objectives.weighted(losses, tokens_per_sequence, batch.step)
+        loss_sum = objectives.weighted(losses, tokens_per, batch.step)
         totals[figures_begin:figures_end] += figures
         totals[figures_end + number] = loss_sum.detach()
         clock.mark("loss")

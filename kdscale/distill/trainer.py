@@ -18,6 +18,7 @@ from kdscale.distill.checkpoint.saver import Saver
 from kdscale.distill.lookahead import teacher_stream
 from kdscale.distill.non_finite import SkipGuard, by_rank, first_non_finite, show_documents, stop_error, watch
 from kdscale.distill.objectives.base import Objectives
+from kdscale.distill.on_policy.given_pairs import GivenPairs
 from kdscale.distill.on_policy.samples import PHASE, Samples
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.schedule import cosine_lr, seed_step
@@ -62,7 +63,7 @@ class Trainer:
     reporter: Reporter
     host_sums: HostSums
     average: StudentAverage | None = None  # a teacher that follows the student
-    samples: Samples | None = None  # what the student writes itself
+    samples: Samples | GivenPairs | None = None  # what stands in place of text
 
     def __post_init__(self) -> None:
         self.guard = SkipGuard(self.cfg.guard.max_skipped_in_a_row)
@@ -245,7 +246,8 @@ class Trainer:
                 enter("diagnosis")
                 micro_batch = to_device(batch, self.device)
                 losses, _ = self.engine(micro_batch, self.source.targets(micro_batch))
-                loss_sum = self.objectives.weighted(losses, torch.ones((), device=self.device), batch.step)
+                counts = put_on(self.device, self.objectives.counts_of([batch]))
+                loss_sum = self.objectives.weighted(losses, self.objectives.tokens_per(counts), batch.step)
                 finite_loss = finite_loss and math.isfinite(float(loss_sum.detach()))
                 self.engine.backward(loss_sum, scale_wrt_gas=False)
                 if number + 1 < len(batches):  # at the last one a step would throw the gradients away

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from kdscale.config.distill.objectives import OWN_TEXT
 from kdscale.config.distill.settings import DistillConfig
 from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
 from kdscale.data.packing import IGNORED_LABEL
 from kdscale.data.token_store import TokenSplit
 from kdscale.distill.objectives.base import Objectives
+from kdscale.distill.on_policy.given_pairs import GivenPairs
 from kdscale.distill.on_policy.samples import Samples
 from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.step import to_device
@@ -52,7 +52,7 @@ class Validator:
         device: torch.device,
         mesh: Mesh,
         keep: bool = True,
-        samples: Samples | None = None,
+        samples: Samples | GivenPairs | None = None,
     ):
         """`keep`: whether the targets stay the same, and so are computed once. `samples`: what the student writes."""
         own = list(batches[mesh.data_rank :: mesh.data])
@@ -76,7 +76,9 @@ class Validator:
         means = {**objectives.means(values), "tokens": values[0]}
         if self._samples is not None:
             own = self._sums(engine, written, lambda _, batch: self._source.targets(batch), before_each)
-            means |= {name: mean for name, mean in objectives.means(own).items() if name.startswith(OWN_TEXT)}
+            means |= {
+                name: mean for name, mean in objectives.means(own).items() if name.startswith(objectives.own_prefix)
+            }
         engine.train()
         return means
 

@@ -99,6 +99,7 @@ def plan_cluster(
         others=tuple(others),
         average=bool(distill.followers),
         adapters=Adapters.of(distill.lora, model, student_from),
+        reference=distill.lora is None and distill.preferences is not None and distill.preferences.needs_reference,
         base=bool(of_student) and not distill.followers,
     )
     if job.teacher_dtype == "float8" and not cluster.gpu.float8:

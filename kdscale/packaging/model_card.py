@@ -34,7 +34,7 @@ def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "sequences a step": settings.global_batch,
         "learnt from": settings.needs.in_words(),
         "loss": " + ".join(losses),
-        **({"on policy": settings.on_policy.in_words} if settings.on_policy is not None else {}),
+        **({own.section.replace("_", " "): own.in_words} if (own := settings.own_text) is not None else {}),
         **({"trained": f"low-rank adapters, {settings.lora.in_words}"} if settings.lora is not None else {}),
         "learning rate": f"{settings.optimizer.lr:g} → {settings.optimizer.min_lr:g}, cosine",
         "computed in": f"{manifest['fingerprint']['distill']['dtype']} with fp32 master weights",

@@ -97,13 +97,16 @@ def probe_config(config: Config, teacher: Dims, candidate: ShapeCandidate, token
             "name": f"{config.name}-probe",
             "run_dir": f"{config.run_dir}/probes/" + "-".join(f"{axis}{size}" for axis, size in sizes.items() if size),
             "prune": {**tree["prune"], **dict.fromkeys(BUDGET_FIELDS), **cut, "search": search},
-            "distill": {**tree["distill"], "tokens": tokens, "keep_checkpoints": 1, "profile": {}, "on_policy": None},
+            "distill": {
+                **tree["distill"], "tokens": tokens, "keep_checkpoints": 1, "profile": {}, "on_policy": None,
+                "preferences": None,
+            },
             "bias": None,
             "quantize": None,  # the candidate's widths are already such that groups divide them
             "steps": (),
             "tracking": {},
         }
-    )
+    )  # fmt: skip
 
 
 def _fingerprint(context: StageContext, config: Config) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdscale.config.distill.objectives import OBJECTIVES, of_own_text
+from kdscale.config.distill.objective import LOSS
+from kdscale.config.distill.objectives import OBJECTIVES, OWN_TEXT, of_own_text
 from kdscale.escaping import for_terminal
 from kdscale.units import format_count
 
@@ -62,7 +63,8 @@ def _terms(train: Sequence[Row], validation: Sequence[Row]) -> list[dict[str, An
     """What the objectives log beside the loss: the columns of a validation that training logs too."""
     logged = {name for row in train for name in row}
     terms = [term for objective in OBJECTIVES.values() for term in objective.terms]
-    known = {term.name: term for term in [*terms, *map(of_own_text, terms)]}
+    own = [of_own_text(term, section) for section in OWN_TEXT for term in (LOSS, *terms)]
+    known = {term.name: term for term in [*terms, *own]}
     return [
         {
             "name": name,

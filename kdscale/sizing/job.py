@@ -56,6 +56,7 @@ class Job:
     others: tuple[ModelShape, ...] = ()  # further teachers, placed as the first and asked after it
     average: bool = False  # one of them is the average of the student, kept in fp32 beside its working copy
     adapters: Adapters | None = None  # None: all of the student is trained
+    reference: bool = False  # a frozen copy of the student as it began is asked about pairs of answers
     base: bool = False  # the teacher is the student without its adapters: it has no weights of its own
 
     @property

@@ -40,6 +40,7 @@ def peak_memory(job: Job, setting: Setting) -> Memory:
         "masters and Adam": 0.0 if setting.offload_optimizer else _states(job, setting),
         "weights kept gathered": float(job.item_bytes * min(setting.kept, job.student.params)),
         "teacher": _teacher_weights(job, setting),
+        "reference": float(job.item_bytes * job.student.params) if job.reference else 0.0,
         "student's average": 4.0 * job.student.params if job.average and job.item_bytes == 2 else 0.0,
         "validation targets": 0.0 if job.average else _validation(job),
     }

@@ -34,7 +34,8 @@ class MicroBatch:
     `tags_N` (int64, on the CPU) numbers the tag of each row's source in the token store's list of tags.
     `step`: the optimiser step that trains on them, for settings that follow a schedule; None: these are at their end.
     `is_own_N` (bool, on the CPU): rows of text that the student wrote, and `logprobs_N` (fp32) what it gave each label
-    then, 0 elsewhere; None: there are none.
+    then, 0 elsewhere; `answers_N` (int64) numbers the answer that a row is of, among all of the batch: 2k and 2k + 1
+    are a pair. None: there are none.
     """
 
     input_ids_BS: torch.Tensor
@@ -47,6 +48,7 @@ class MicroBatch:
     step: int | None = None
     is_own_N: torch.Tensor | None = None
     logprobs_N: torch.Tensor | None = None
+    answers_N: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -58,8 +60,18 @@ class MicroBatch:
         rows_M, labels_M = (rows_of(tensor, index_M) for tensor in (self.rows_N, self.labels_N))
         tags_M = None if self.tags_N is None else self.tags_N[index_M]
         is_own_M = None if self.is_own_N is None else self.is_own_N[index_M]
-        logprobs_M = None if self.logprobs_N is None else rows_of(self.logprobs_N, index_M)
-        return replace(self, rows_N=rows_M, labels_N=labels_M, tags_N=tags_M, is_own_N=is_own_M, logprobs_N=logprobs_M)
+        logprobs_M, answers_M = (
+            None if tensor is None else rows_of(tensor, index_M) for tensor in (self.logprobs_N, self.answers_N)
+        )
+        return replace(
+            self, rows_N=rows_M, labels_N=labels_M, tags_N=tags_M, is_own_N=is_own_M, logprobs_N=logprobs_M,
+            answers_N=answers_M,
+        )  # fmt: skip
+
+
+def most_answers(length: int) -> int:
+    """So many numbers of answers each sequence of `length` positions has: an even number, so that pairs stay pairs."""
+    return length + length % 2
 
 
 class StudentAverage(Protocol):

@@ -99,8 +99,8 @@ class Targets:
     """The parts of the targets of `rows` rows that were asked for; what was not is None or empty.
 
     `hidden_NG` has the hidden states of the rows after a teacher's layer (EMBEDDINGS: those that enter layer 0),
-    `attention` what the attention of a layer reads of all positions, by layer. With several `teachers` there are no
-    other parts.
+    `attention` what the attention of a layer reads of all positions, by layer. `reference` is no teacher's: what the
+    student gave the labels as it began. With several `teachers` there are no other parts.
     """
 
     rows: int
@@ -111,6 +111,7 @@ class Targets:
     unmatched: UnmatchedTargets | None = None
     hidden_NG: Mapping[int, torch.Tensor] = field(default_factory=dict)
     attention: Mapping[int, AttentionRows] = field(default_factory=dict)
+    reference: LabelTargets | None = None
     teachers: tuple[TeacherPart, ...] = ()
 
     def part(self, rows: slice | torch.Tensor) -> Targets:
@@ -121,6 +122,7 @@ class Targets:
             return Targets(rows=len(rows), teachers=parts)
         return Targets(
             rows=len(range(self.rows)[rows]) if isinstance(rows, slice) else len(rows),
+            reference=self.reference and _of_rows(self.reference, rows),
             top_k=self.top_k and _of_rows(self.top_k, rows),
             sampled=self.sampled and _of_rows(self.sampled, rows),
             full=self.full and _of_rows(self.full, rows),
@@ -136,6 +138,7 @@ class Targets:
         parts += [self.label.logprobs_N] if self.label is not None else []
         parts += [self.unmatched.p_NK] if self.unmatched is not None else []
         parts += self.hidden_NG.values()
+        parts += [self.reference.logprobs_N] if self.reference is not None else []
         parts += [part for rows in self.attention.values() for part in (rows.query_TAD, rows.key_TGD, rows.value_TGD)]
         sums = [part.sum(dtype=torch.float32) for part in parts] + [part.targets.probe() for part in self.teachers]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum() if sums else torch.zeros(())

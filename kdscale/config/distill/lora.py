@@ -46,7 +46,9 @@ class LoraConfig(Section):
         return [f"lora: does not go with {name}" for name, unsupported in refused.items() if unsupported]
 
 
-def base_problems(lora: LoraConfig | None, *, zero_stage: int, several: bool, reads_labels: bool) -> list[str]:
+def base_problems(
+    lora: LoraConfig | None, *, zero_stage: int, several: bool, reads_labels: bool, ranks_pairs: bool
+) -> list[str]:
     """What keeps the student without its adapters from being a teacher (teacher_placement: base)."""
     base = "teacher_placement: base"
     refused = {
@@ -54,5 +56,6 @@ def base_problems(lora: LoraConfig | None, *, zero_stage: int, several: bool, re
         f"{base} is for the run's own teacher alone, not for one of several": several,
         f"{base} does not go with zero_stage: 3: use replicated, or stage 2": zero_stage == 3,
         f"{base} begins as the student itself, which would have nothing to learn: give ce_weight": not reads_labels,
+        f"{base} has no margin over reference: start, which it is itself: use labels: given": ranks_pairs,
     }
     return [problem for problem, applies in refused.items() if applies]

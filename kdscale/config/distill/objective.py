@@ -81,11 +81,12 @@ class ObjectiveConfig(Section):
 
     implementation: ClassVar[str]  # "module:class", called with the entry; imported when a training starts
     terms: ClassVar[tuple[Term, ...]]  # what it reports beside its loss, in this order
-    count: ClassVar[Literal["tokens", "sequences"]] = "tokens"  # its loss is a mean over these
+    count: ClassVar[Literal["tokens", "sequences", "pairs"]] = "tokens"  # its loss is a mean over these
     reads_head_shards: ClassVar[bool] = False  # works where tensor-parallel ranks share the student's head
     reads_whole_documents: ClassVar[bool] = False  # cannot do with a rank's own positions of a sequence
     matches_layers: ClassVar[bool] = False  # has to know the layers and sizes of both models (ModelPair)
     only_own_text: ClassVar[bool] = False  # for what the student wrote itself (distill.on_policy) alone
+    only_pairs: ClassVar[bool] = False  # for pairs of answers (distill.preferences) alone
 
     name: str
     # in the sum of all objectives
@@ -94,7 +95,7 @@ class ObjectiveConfig(Section):
     @property
     def needs_whole_sequences(self) -> str:
         """Why ranks cannot share sequences, in words; "" where they can."""
-        if self.count == "sequences":  # no rank has all labels of one
+        if self.count != "tokens":  # no rank has all labels of one
             return "counts whole sequences"
         return "reads whole documents" if self.reads_whole_documents else ""
 
@@ -112,6 +113,11 @@ class ObjectiveConfig(Section):
     def adds_up(self) -> bool:
         """Whether the weighted sum of its losses to several teachers is its loss to their mixture, up to a constant."""
         return self.needs.nothing
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it reads what the student as it began gives each label."""
+        return False
 
     @property
     def student_layers(self) -> LayersRead:

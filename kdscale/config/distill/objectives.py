@@ -112,6 +112,61 @@ class CrossEntropyConfig(ObjectiveConfig):
     name: Literal["cross_entropy"] = "cross_entropy"
 
 
+class PreferenceConfig(ObjectiveConfig):
+    """DPO (arXiv 2305.18290) with the teacher's own margin between two answers as a soft label, or with hard labels."""
+
+    implementation = "kdscale.distill.objectives.preference:Preference"
+    count = "pairs"
+    only_pairs = True
+    terms = (
+        Term("ranking_accuracy", "pairs ranked as labelled", "fraction", headline=True, better="higher"),
+        Term("ranking_margin", "margin of the better answer"),
+        Term("label_confidence", "probability of the likelier label", "fraction"),
+        Term("better_logprob", "log-probability a token of the better answer", "nats"),
+    )
+
+    name: Literal["preference"] = "preference"
+    beta: Annotated[float, Field(gt=0.0, le=1e3)] = 0.1  # of the student's margin
+    # which of two answers is better: sigmoid of the teacher's margin, its sign, or the file's choice
+    labels: Literal["teacher", "ranked", "given"] = "teacher"
+    teacher_beta: Annotated[float, Field(gt=0.0, le=1e3)] | None = None  # of the teacher's margin; null: beta
+    smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0  # share of labels that are taken for wrong (cDPO)
+    # what margins are over: the student as it began, or nothing (SimPO, arXiv 2405.14734)
+    reference: Literal["start", "none"] = "start"
+    length_normalised: bool = False  # log-probabilities are means over an answer's tokens, not sums
+    target_margin: Annotated[float, Field(ge=0.0, le=1e3)] = 0.0  # by which the better answer shall lead (SimPO's γ)
+
+    @property
+    def reads_labels(self) -> bool:
+        """Where the file says which answer is better: there is something to learn without a teacher."""
+        return self.labels == "given"
+
+    @property
+    def adds_up(self) -> bool:
+        """A mixture of teachers has another margin than the mixture of their margins."""
+        return False
+
+    @property
+    def needs(self) -> Needs:
+        """The teacher's probability of every token of both answers."""
+        return Needs(label=self.labels != "given")
+
+    @property
+    def needs_reference(self) -> bool:
+        """With a reference."""
+        return self.reference == "start"
+
+    @property
+    def formula(self) -> str:
+        """`−log σ(0.1·margin) of the better answer, labels: teacher (β 0.1), over the student as it began`."""
+        beta = self.beta if self.teacher_beta is None else self.teacher_beta
+        label = f"teacher (β {beta:g})" if self.labels == "teacher" else self.labels
+        margin = f"{self.beta:g}·margin" + (f" − {self.target_margin:g}" if self.target_margin else "")
+        over = "the student as it began" if self.reference == "start" else "nothing"
+        mean = ", a token" if self.length_normalised else ""
+        return f"−log σ({margin}) of the better answer{mean}, labels: {label}, over {over}"
+
+
 class PolicyGradientConfig(ObjectiveConfig):
     """The reverse KL by its policy gradient: each token that the student wrote is rewarded by log p_T − log p_S."""
 
@@ -188,6 +243,7 @@ class UldConfig(ObjectiveConfig):
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "token_divergence": TokenDivergenceConfig,
     "cross_entropy": CrossEntropyConfig,
+    "preference": PreferenceConfig,
     "policy_gradient": PolicyGradientConfig,
     "uld": UldConfig,
     "hidden_states": HiddenStatesConfig,
@@ -201,22 +257,26 @@ ObjectiveEntry = Annotated[
 ]
 
 
-OWN_TEXT = "on_policy_"  # begins the columns of what is learnt on what the student wrote itself
+# The sections of what stands in place of text: what their columns begin with, and how titles of their figures end.
+OWN_TEXT = {"on_policy": ("on_policy_", "on its own text"), "preferences": ("preferences_", "on pairs")}
 
 
-def of_own_text(term: Term) -> Term:
-    """The same figure, on what the student wrote."""
-    exponential = None if term.exponential is None else of_own_text(term.exponential)
-    return replace(term, name=OWN_TEXT + term.name, title=f"{term.title} on its own text", exponential=exponential)
+def of_own_text(term: Term, section: str = "on_policy") -> Term:
+    """The same figure, on what a section of OWN_TEXT puts in place of text."""
+    (prefix, where), exponential = OWN_TEXT[section], term.exponential
+    exponential = None if exponential is None else of_own_text(exponential, section)
+    return replace(term, name=prefix + term.name, title=f"{term.title} {where}", exponential=exponential)
 
 
-def log_columns(entries: Sequence[ObjectiveConfig], own: Sequence[ObjectiveConfig] = ()) -> list[Term]:
+def log_columns(
+    entries: Sequence[ObjectiveConfig], own: Sequence[ObjectiveConfig] = (), section: str = "on_policy"
+) -> list[Term]:
     """The columns that every step logs for these objectives: the loss, each one's own if there are several, terms.
 
-    `own`: those on what the student wrote itself.
+    `own`: those of `section`, a row of OWN_TEXT.
     """
     columns = [LOSS, *_columns_of(entries)]
-    return columns + [of_own_text(term) for term in ([LOSS, *_columns_of(own)] if own else [])]
+    return columns + [of_own_text(term, section) for term in ([LOSS, *_columns_of(own)] if own else [])]
 
 
 def _columns_of(entries: Sequence[ObjectiveConfig]) -> list[Term]:

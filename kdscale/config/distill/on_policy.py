@@ -1,14 +1,23 @@
-"""`distill.on_policy`: the student writes, and the teacher scores what it wrote; null: the run's text alone teaches."""
+"""What stands in place of some of the run's text: sequences that the student writes, or pairs of answers.
+
+`distill.on_policy`: the student writes, and the teacher scores what it wrote. `distill.preferences`: pairs of answers,
+given or written by the student. null: the run's text alone teaches.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from kdscale.config.data import PromptSourceConfig
-from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives
+from kdscale.config.distill.objectives import (
+    ObjectiveEntry,
+    PreferenceConfig,
+    TokenDivergenceConfig,
+    check_objectives,
+)
 from kdscale.config.distill.schedules import Between, Schedule, at
 from kdscale.config.endpoint import EndpointConfig
 from kdscale.config.fields import Count, Few, Length, Section
@@ -28,6 +37,9 @@ class VllmConfig(Section):
 
 class OnPolicyConfig(Section):
     """Sequences that the student writes itself (GKD, arXiv 2306.13649), and what it learns on them."""
+
+    section: ClassVar[str] = "on_policy"
+    answers: ClassVar[int] = 1  # to each prompt
 
     # of each step's sequences; a schedule begins where the phase does
     share: Annotated[float | Schedule, Between(0.0, 1.0, above=True)] = 0.5
@@ -54,6 +66,8 @@ class OnPolicyConfig(Section):
     def _it_learns_from_the_teacher(self) -> OnPolicyConfig:
         check_objectives(self.objectives)
         for entry in self.objectives:
+            if entry.only_pairs:
+                raise ValueError(f"objectives: {entry.name} compares two answers: put it in distill.preferences")
             if entry.reads_labels:
                 raise ValueError(
                     f"objectives: {entry.name} ({entry.formula}) would teach the student its own tokens: leave out "
@@ -77,6 +91,15 @@ class OnPolicyConfig(Section):
     def answers_a_sequence(self) -> int:
         """How many tokens a prompt and its answer take at most."""
         return self.prompt_tokens + self.max_new_tokens
+
+    @property
+    def least_sequence(self) -> int:
+        """How many tokens a sequence must have for all answers to one prompt."""
+        return self.answers * self.answers_a_sequence
+
+    def prompts_a_sequence(self, seq_len: int) -> int:
+        """How many prompts a sequence of `seq_len` positions has room for, with their answers."""
+        return seq_len // self.least_sequence
 
     def first_step(self, steps: int) -> int:
         """The first step, from 0, of a run of `steps` that may have such sequences."""
@@ -113,6 +136,65 @@ class OnPolicyConfig(Section):
             for entry in self.objectives
         )
         return f"{when}{share} of the sequences written by the student, anew every {self.every} steps: {losses}"
+
+
+class PairSourceConfig(Section):
+    """A .jsonl or .jsonl.gz file of records with `prompt`, `chosen` and `rejected`, as texts or as chats."""
+
+    path: str = Field(min_length=1)
+
+
+class PreferencesConfig(OnPolicyConfig):
+    """Sequences of pairs of answers to a prompt, in place of text, and what the student learns of them.
+
+    With `pairs` the pairs are those of files. Without, the student writes two answers to each prompt, and the teacher
+    says which is better: all that on_policy has about prompts and writing counts here too.
+    """
+
+    section: ClassVar[str] = "preferences"
+    answers: ClassVar[int] = 2
+
+    pairs: tuple[PairSourceConfig, ...] = Field(strict=False, max_length=1000, default=())
+    objectives: tuple[ObjectiveEntry, ...] = Field(strict=False, default=(PreferenceConfig(),))
+
+    @model_validator(mode="after")
+    def _it_learns_from_the_teacher(self) -> PreferencesConfig:
+        check_objectives(self.objectives)
+        for entry in self.objectives:
+            if entry.only_own_text and self.pairs:
+                raise ValueError(f"objectives: {entry.name} is for what the student wrote itself, not for given pairs")
+            if entry.only_pairs:
+                continue
+            if entry.reads_labels:
+                raise ValueError(f"objectives: {entry.name} ({entry.formula}) would teach the worse answers too")
+            if entry.matches_layers or entry.count != "tokens":
+                raise ValueError(f"objectives: {entry.name} is for the run's text alone")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_labels(self) -> PreferencesConfig:
+        given = [entry for entry in self.objectives if isinstance(entry, PreferenceConfig) and entry.labels == "given"]
+        if given and not self.pairs:
+            raise ValueError("objectives: labels: given needs pairs, files that say which answer is better")
+        if self.pairs and self.prompts:
+            raise ValueError("pairs: have prompts of their own: leave prompts out, or pairs")
+        if self.positions != "all":
+            raise ValueError(f"positions ({self.positions}): answers are compared whole: use all")
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether an objective reads what the student as it began gives the answers."""
+        return any(entry.needs_reference for entry in self.objectives)
+
+    @property
+    def in_words(self) -> str:
+        """`50% of the sequences pairs of answers of the student, ...: ...`, for the model card."""
+        words = super().in_words
+        if self.pairs:
+            every = f"written by the student, anew every {self.every} steps"
+            return words.replace(every, "pairs of answers from files")
+        return words.replace("written by", "pairs of answers of")
 
 
 # A run may change these and go on. Local batches of another size round otherwise, as other ranks do.

@@ -1,8 +1,8 @@
-"""Sections of `distill` about its steps: the optimiser, shorter sequences at first, what is done about NaN."""
+"""Sections of `distill` about its steps: the optimiser, shorter sequences at first, NaN, and a grid for the weights."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -34,3 +34,10 @@ class GuardConfig(Section):
     """What to do about NaN and Inf: the step is skipped and counted; this many in a row end the run."""
 
     max_skipped_in_a_row: Few = 5
+
+
+class FakeQuantizeConfig(Section):
+    """The integers that the student's linear layers will be stored as: it is trained with their values."""
+
+    bits: Literal[4, 8] = 4
+    group: Literal[32, 64, 128] | None = 64  # inputs that share a scale; null: all of a row

@@ -9,24 +9,17 @@ from pydantic import Field, model_validator
 from kdscale.config.distill.lora import LoraConfig, base_problems
 from kdscale.config.distill.objective import ObjectiveConfig, Term
 from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives, log_columns
-from kdscale.config.distill.on_policy import OnPolicyConfig
-from kdscale.config.distill.optimizer import GuardConfig, OptimizerConfig, ShorterPhase
+from kdscale.config.distill.on_policy import OnPolicyConfig, PreferencesConfig
+from kdscale.config.distill.optimizer import FakeQuantizeConfig, GuardConfig, OptimizerConfig, ShorterPhase
 from kdscale.config.distill.recompute import RECOMPUTE, Recompute, RecomputeLevel
 from kdscale.config.distill.targets import SEVERAL, TEXT_ALONE, Needs, Source, check_source, combined, source_of
 from kdscale.config.distill.teachers import SourceSettings, TeacherEntry, check_teachers
 from kdscale.config.distill.zero import ZeroConfig
-from kdscale.config.fields import Count, Dtype, Few, Length, Seconds, Section
+from kdscale.config.fields import Count, Dtype, Few, Length, Seconds
 from kdscale.config.telemetry import ProfileConfig, SpikeConfig
 
 TeacherDtype = Literal["auto", "float32", "bfloat16", "float8", "int8"]
 EIGHT_BITS = ("float8", "int8")  # of them
-
-
-class FakeQuantizeConfig(Section):
-    """The integers that the student's linear layers will be stored as: it is trained with their values."""
-
-    bits: Literal[4, 8] = 4
-    group: Literal[32, 64, 128] | None = 64  # inputs that share a scale; null: all of a row
 
 
 class DistillConfig(SourceSettings):
@@ -62,6 +55,7 @@ class DistillConfig(SourceSettings):
     objectives: tuple[ObjectiveEntry, ...] = Field(strict=False, default=(TokenDivergenceConfig(),))
     # sequences that the student writes; null: it learns from the run's text alone
     on_policy: OnPolicyConfig | None = None
+    preferences: PreferencesConfig | None = None  # sequences of pairs of answers
     guard: GuardConfig = GuardConfig()
     spikes: SpikeConfig = SpikeConfig()
     profile: ProfileConfig = ProfileConfig()
@@ -133,6 +127,8 @@ class DistillConfig(SourceSettings):
         for entry in self.objectives:
             if entry.only_own_text:
                 raise ValueError(f"objectives: {entry.name} is for text of the student's own: put it in on_policy")
+            if entry.only_pairs:
+                raise ValueError(f"objectives: {entry.name} compares two answers: put it in preferences")
         check_teachers(self.teachers, self.all_objectives)
         for name, settings in self.by_teacher().items():
             try:
@@ -143,15 +139,15 @@ class DistillConfig(SourceSettings):
 
     @model_validator(mode="after")
     def _student_can_write(self) -> DistillConfig:
-        own = self.on_policy
+        own = self.own_text
         if own is None:
             return self
-        longest = own.answers_a_sequence
+        longest = own.least_sequence
         if longest > self.seq_len:
-            raise ValueError(
-                f"on_policy: prompt_tokens + max_new_tokens ({longest:,}) must fit into seq_len ({self.seq_len:,})"
-            )
+            tokens = "prompt_tokens + max_new_tokens" + (f", {own.answers} times," if own.answers > 1 else "")
+            raise ValueError(f"{own.section}: {tokens} ({longest:,}) must fit into seq_len ({self.seq_len:,})")
         for name, unsupported in (
+            ("on_policy: one of the two takes the place of text", own is not self.on_policy and bool(self.on_policy)),
             ("shorter_first", bool(self.shorter_first)),
             ("sequence_parallel above 1", self.sequence_parallel > 1),
             ("tensor_parallel above 1, where no rank has the student whole", self.tensor_parallel > 1),
@@ -165,9 +161,10 @@ class DistillConfig(SourceSettings):
                 for one in self.by_teacher().values()
             ),
             ("prompts from files and teachers with tags", bool(own.prompts) and any(e.tags for e in self.teachers)),
+            ("several teachers", own is self.preferences and bool(self.teachers)),
         ):
             if unsupported:
-                raise ValueError(f"on_policy: does not go with {name}")
+                raise ValueError(f"{own.section}: does not go with {name}")
         return self
 
     @property
@@ -178,12 +175,18 @@ class DistillConfig(SourceSettings):
     @property
     def all_objectives(self) -> tuple[ObjectiveConfig, ...]:
         """Those on the run's text, then those on what the student writes."""
-        return (*self.objectives, *(self.on_policy.objectives if self.on_policy is not None else ()))
+        return (*self.objectives, *(self.own_text.objectives if self.own_text is not None else ()))
+
+    @property
+    def own_text(self) -> OnPolicyConfig | None:
+        """What stands in place of some of the run's text."""
+        return self.preferences or self.on_policy
 
     @property
     def columns(self) -> list[Term]:
         """What every step logs of the objectives."""
-        return log_columns(self.objectives, () if self.on_policy is None else self.on_policy.objectives)
+        own = self.own_text
+        return log_columns(self.objectives, *(() if own is None else (own.objectives, own.section)))
 
     @model_validator(mode="after")
     def _student_can_be_averaged(self) -> DistillConfig:
@@ -208,7 +211,8 @@ class DistillConfig(SourceSettings):
         try:
             check_source(self.teacher_placement, self.needs)
         except ValueError as error:
-            raise ValueError(f"on_policy.objectives: with {error}, or targets: topk") from error
+            section = self.own_text.section if self.own_text is not None else ""
+            raise ValueError(f"{section}.objectives: with {error}, or targets: topk") from error
         if self.source.name == "served" and not self.served.urls:
             raise ValueError("teacher_placement: served needs served.urls, where kdscale serve-teacher answers")
         if self.source.name == "endpoint" and (missing := self.endpoint.missing()):
@@ -284,17 +288,18 @@ class DistillConfig(SourceSettings):
 
     @model_validator(mode="after")
     def _adapters_can_be_trained(self) -> DistillConfig:
-        own, problems = self.on_policy, list[str]()
+        own, problems = self.own_text, list[str]()
         if self.lora is not None:
             problems = self.lora.problems(
                 tensor_parallel=self.tensor_parallel, on_a_grid=self.fake_quantize is not None,
                 averaged=bool(self.followers), sent_whole=own is not None and own.writer == "vllm",
             )  # fmt: skip
         if "base" in {one.teacher_placement for one in self.by_teacher().values()}:
-            reads_labels = any(entry.reads_labels for entry in self.all_objectives)
             problems += base_problems(
-                self.lora, zero_stage=self.zero_stage, several=bool(self.teachers), reads_labels=reads_labels
-            )
+                self.lora, zero_stage=self.zero_stage, several=bool(self.teachers),
+                reads_labels=any(entry.reads_labels for entry in self.all_objectives),
+                ranks_pairs=any(entry.needs_reference and entry.needs.label for entry in self.all_objectives),
+            )  # fmt: skip
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -364,8 +369,10 @@ class DistillConfig(SourceSettings):
             del decisive["on_policy"]
         else:
             decisive["on_policy"] = self.on_policy.decisive()
+        del decisive["preferences"]
         return {
             **decisive,
+            **({"preferences": self.preferences.decisive()} if self.preferences is not None else {}),
             "teachers": teachers,
             "averages": self.followers,
             "zero": {key: getattr(self.zero, key) for key in DECISIVE_ZERO},

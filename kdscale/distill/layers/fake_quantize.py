@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdscale.config.distill.settings import FakeQuantizeConfig
+from kdscale.config.distill.optimizer import FakeQuantizeConfig
 from kdscale.errors import ConfigError
 from kdscale.weights.integer_grid import IntegerGrid
 

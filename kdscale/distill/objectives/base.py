@@ -24,7 +24,8 @@ from kdscale.teacher.source import MicroBatch
 from kdscale.teacher.targets import Targets, rows_of
 
 COUNTS = ("tokens", "sequences")  # what a loss can be a mean over
-_OWN_COUNTS = ("own_tokens", "own_sequences")  # the same of text that the student wrote, where there may be some
+# the same of what stands in place of text, where there may be some, and pairs of answers
+_OWN_COUNTS = ("own_tokens", "own_sequences", "own_pairs")
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def over_teachers(
 class Objectives:
     """The objectives of a run: computed together, weighted, and read back as means by the names of the log's columns.
 
-    `entries` are settled, for the `models` of the run; those of `own` are for text that the student wrote, and all
-    others for the rest. `figures` vectors hold, for each objective, its loss and then
+    `entries` are settled, for the `models` of the run; those of `own` are for what stands in place of text (`section`:
+    a row of OWN_TEXT), and all others for the text. `figures` vectors hold, for each objective, its loss and then
     its terms. `step`, where a method takes it, is the optimiser step whose weights count; None: those at the end of all
     schedules. Raises ConfigError when an objective cannot be had.
     """
@@ -100,9 +101,11 @@ class Objectives:
         entries: Sequence[ObjectiveConfig],
         models: ModelPair | None = None,
         own: Sequence[ObjectiveConfig] = (),
+        section: str = "on_policy",
     ):
         self.entries, self._of_text, self._own = (*entries, *own), tuple(entries), tuple(own)
-        self.columns = [term.name for term in log_columns(entries, own)]
+        self._terms = log_columns(entries, own, section)
+        self.columns, self.own_prefix = [term.name for term in self._terms], OWN_TEXT[section][0]
         self.width = sum(1 + len(entry.terms) for entry in self.entries)
         # what the sums of a step or a validation begin with
         self.counts = COUNTS + (_OWN_COUNTS if own else ())
@@ -184,14 +187,20 @@ class Objectives:
         """What follows a schedule, at optimiser step `step`, by the names of the log's columns."""
         return {name: value for entry in self.entries for name, value in entry.scheduled(step).items()}
 
+    def tokens_per(self, counts: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Tokens of each sequence and of each pair, in the mean, from what `counts_of` counted."""
+        found = dict(zip(self.counts, counts.clamp_min(1).float().unbind(), strict=True))
+        per = {"sequences": found["tokens"] / found["sequences"]}
+        return {**per, "pairs": found["own_tokens"] / found["own_pairs"]} if self._own else per
+
     def weighted(
-        self, losses: Sequence[torch.Tensor], tokens_per_sequence: torch.Tensor, step: int | None = None
+        self, losses: Sequence[torch.Tensor], tokens_per: Mapping[str, torch.Tensor], step: int | None = None
     ) -> torch.Tensor:
         """The weighted sum, scaled so that dividing it by the tokens makes every loss a mean over what it counts."""
         total: Any = None
         for entry, loss, weight in zip(self.entries, losses, self.weights(step), strict=True):
             scaled = loss if weight == 1.0 else loss * weight
-            scaled = scaled if entry.count == "tokens" else scaled * tokens_per_sequence
+            scaled = scaled if entry.count == "tokens" else scaled * tokens_per[entry.count]
             total = scaled if total is None else total + scaled
         return total
 
@@ -206,7 +215,7 @@ class Objectives:
         if not self._own:
             return _means_of(self.entries, counts, figures, self.weights(step))
         width, weights = sum(1 + len(entry.terms) for entry in self._of_text), self.weights(step)
-        of_own = {name: counts[f"own_{name}"] for name in COUNTS}
+        of_own = {name.removeprefix("own_"): counts[name] for name in _OWN_COUNTS}
         of_text = {name: counts[name] - of_own[name] for name in COUNTS}
         split = len(self._of_text)
         text = _means_of(self._of_text, of_text, figures[:width], weights[:split])
@@ -215,11 +224,11 @@ class Objectives:
         loss = (text[LOSS.name] * tokens["text"] + own[LOSS.name] * tokens["own"]) / max(counts["tokens"], 1.0)
         text = text if tokens["text"] else dict.fromkeys(text, math.nan)
         own = own if tokens["own"] else dict.fromkeys(own, math.nan)
-        return {**text, LOSS.name: loss, **{OWN_TEXT + name: mean for name, mean in own.items()}}
+        return {**text, LOSS.name: loss, **{self.own_prefix + name: mean for name, mean in own.items()}}
 
     def headline(self, means: dict[str, float]) -> str:
         """The loss and the terms worth a message: `loss 1.2345 · perplexity 66.01 · top-1 agreement 51.2 %`."""
-        terms = [item for term in log_columns(self._of_text, self._own) for item in (term, term.exponential) if item]
+        terms = [item for term in self._terms for item in (term, term.exponential) if item]
         shown = [
             term.text(means[term.name])
             for term in terms

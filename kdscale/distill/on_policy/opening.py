@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kdscale.config.distill.on_policy import OnPolicyConfig
+from kdscale.config.distill.on_policy import OnPolicyConfig, PreferencesConfig
 from kdscale.config.root import Config
 from kdscale.data.packing import PackedSequence
 from kdscale.data.readers.chat import chat_template
 from kdscale.data.token_store import TokenStore
 from kdscale.distill.load_models import Folders, RankSetup
+from kdscale.distill.on_policy.given_pairs import GivenPairs, read_pairs
 from kdscale.distill.on_policy.prompts import FilePrompts, PromptBook, TextPrompts, read_prompts
 from kdscale.distill.on_policy.samples import Samples, Share
 from kdscale.distill.on_policy.vllm import VllmWriter
@@ -34,26 +35,30 @@ def open_samples(
     tied: Mapping[str, str],
     sequence: Callable[[int], PackedSequence],
     say: Callable[[str], None],
-) -> Samples | None:
-    """What the student writes in place of text; None where the config asks for nothing of the kind.
+) -> Samples | GivenPairs | None:
+    """What the student writes in place of text, or pairs of answers; None where the config asks for neither.
 
     `tied`: other names of a parameter. `sequence` gives the run's text by the number of a sequence. Raises DataError
     for prompts that cannot be used.
     """
-    settings, distill = cfg.distill.on_policy, cfg.distill
+    settings, distill = cfg.distill.own_text, cfg.distill
     if settings is None:
         return None
     mesh, store = Mesh.of(distill), TokenStore.open(folders.data)
     tokenizer: Any = load_tokenizer(folders.student, cfg.teacher.trust_remote_code)
     _check_room(settings, folders.student)
-    ends = tuple(end_ids(_generation_config(folders.student), tokenizer))
     pad_id = store.split("train").eos_id
-    drawing = Drawing(
-        settings.max_new_tokens, settings.temperature, settings.top_p, student.vocab_size, ends, pad_id
-    )  # fmt: skip
     share = Share(
         total_steps(distill.tokens, distill.seq_len, distill.global_batch), distill.global_batch, distill.micro_batch,
         distill.seq_len, mesh.data_rank, mesh.data,
+    )  # fmt: skip
+    if isinstance(settings, PreferencesConfig) and settings.pairs:
+        template, prefix = chat_template(cfg.data, tokenizer), store.split("train").prefix_ids
+        pairs = read_pairs(settings, tokenizer, template, prefix, pad_id, say)
+        return GivenPairs(settings, share, pairs, seed=cfg.seed, pad_id=pad_id)
+    ends = tuple(end_ids(_generation_config(folders.student), tokenizer))
+    drawing = Drawing(
+        settings.max_new_tokens, settings.temperature, settings.top_p, student.vocab_size, ends, pad_id
     )  # fmt: skip
     return Samples(
         settings, share, _book(cfg, settings, store, tokenizer, sequence),
@@ -67,7 +72,7 @@ def _book(
     cfg: Config, settings: OnPolicyConfig, store: TokenStore, tokenizer: Any,
     sequence: Callable[[int], PackedSequence],
 ) -> PromptBook:  # fmt: skip
-    train, slots = store.split("train"), cfg.distill.seq_len // settings.answers_a_sequence
+    train, slots = store.split("train"), settings.prompts_a_sequence(cfg.distill.seq_len)
     if not settings.prompts:
         return TextPrompts(train, store.split("heldout"), sequence, settings.prompt_tokens, slots)
     template = chat_template(cfg.data, tokenizer)
@@ -102,7 +107,8 @@ def _check_room(settings: OnPolicyConfig, folder: Path) -> None:
     limit = read_config(folder).get("max_position_embeddings")
     if isinstance(limit, int) and settings.answers_a_sequence > limit:
         raise DataError(
-            "distill.on_policy: a prompt and its answer", expected=f"at most {limit:,} tokens, as the student has",
+            f"distill.{settings.section}: a prompt and its answer",
+            expected=f"at most {limit:,} tokens, as the student has",
             got=f"prompt_tokens {settings.prompt_tokens:,} and max_new_tokens {settings.max_new_tokens:,}",
             hint="lower one of them",
         )  # fmt: skip

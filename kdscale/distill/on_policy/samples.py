@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kdscale.config.distill.on_policy import OnPolicyConfig
-from kdscale.data.batches import Batch, SequenceKey, WrittenSequence, stack_written
-from kdscale.data.packing import IGNORED_LABEL, PackedSequence
+from kdscale.data.batches import Batch, WrittenSequence
+from kdscale.distill.on_policy.packed_answers import Answer, held_out_batch, pack_answers
 from kdscale.distill.on_policy.prompts import Prompt, PromptBook
 from kdscale.distill.on_policy.writers import Asked, Writer
 from kdscale.errors import RunFolderError, TrainingError
@@ -51,6 +50,12 @@ class Share:
         first = step * self.global_batch + self.rank * own
         return range(first, first + own)
 
+    def takes(self, settings: OnPolicyConfig, number: int, step: int) -> bool:
+        """Whether sequence `number` of step `step` stands in place of text: so many as `settings` say, evenly."""
+        count = settings.sequences_at(step, self.steps, self.global_batch)
+        row = number - step * self.global_batch
+        return (row + 1) * count // self.global_batch > row * count // self.global_batch
+
 
 class _Place(NamedTuple):
     number: int  # of the sequence, in the global order
@@ -79,20 +84,20 @@ class Samples:
     ):  # fmt: skip
         self._settings, self._share, self._book, self._writer = settings, share, book, writer
         self._seed, self._pad_id, self._decode, self._say, self._folder = seed, pad_id, decode, say, folder
-        self._slots, self._vocab_size = share.seq_len // settings.answers_a_sequence, vocab_size
+        self._slots = settings.prompts_a_sequence(share.seq_len) * settings.answers  # of one answer each
+        self._vocab_size = vocab_size
         self._journal: Journal | None = None
         self._round: int | None = None
         self._records: dict[tuple[int, int], dict[str, Any]] = {}  # of the round, by number and slot
-        self._held_out = book.held_out(settings.validate_prompts)
+        self._held_out = [
+            prompt for prompt in book.held_out(settings.validate_prompts) for _ in range(settings.answers)
+        ]
 
     # which sequences
 
     def takes(self, number: int, step: int) -> bool:
         """Whether the student writes sequence `number`, which belongs to step `step`."""
-        share = self._share
-        count = self._settings.sequences_at(step, share.steps, share.global_batch)
-        row = number - step * share.global_batch
-        return (row + 1) * count // share.global_batch > row * count // share.global_batch
+        return self._share.takes(self._settings, number, step)
 
     def lengths(self) -> list[int]:
         """Positions of each document in a sequence that is full, and what is left."""
@@ -110,6 +115,10 @@ class Samples:
 
     def _round_of(self, step: int) -> int:
         return self._settings.round_of(step, self._share.steps)
+
+    def _prompt(self, number: int, slot: int) -> Prompt:
+        """What the answer in a slot goes on from; of a pair both have the same."""
+        return self._book.of(number, slot // self._settings.answers)
 
     def _places(self, first: int, end: int) -> Iterator[_Place]:
         for step in range(first, end):
@@ -162,7 +171,7 @@ class Samples:
                 look()
                 batch = left[0] if left else []
                 asked = batch if self._writer.whole_batches else [key for key in batch if key not in journal]
-                prompts = [self._book.of(places[key].number, places[key].slot) for key in asked]
+                prompts = [self._prompt(places[key].number, places[key].slot) for key in asked]
                 for key, prompt, drawn in zip(asked, prompts, self._answers(asked, prompts), strict=True):
                     if drawn is not None and key not in journal:
                         journal.append(key, **self._record(places[key], begun, prompt, drawn))
@@ -179,7 +188,7 @@ class Samples:
         """Of all that a record depends on, but for the weights, which the training's own fingerprint stands for."""
         asked = self._settings
         drawn = [asked.max_new_tokens, asked.temperature, asked.top_p, asked.positions, asked.position_share]
-        prompt = self._book.of(place.number, place.slot).ids
+        prompt = self._prompt(place.number, place.slot).ids
         return key_of("on_policy", self._seed, begun, place.number, place.slot, prompt, drawn)
 
     def _checked(self, record: dict[str, Any], place: _Place) -> dict[str, Any]:
@@ -229,31 +238,22 @@ class Samples:
         records = [self._records.get((number, slot)) for slot in range(self._slots)]
         if None in records:
             records = self._of_others(number, step)
-        prompts = [self._book.of(number, slot) for slot in range(self._slots)]
-        return self._packed([(prompt, record) for prompt, record in zip(prompts, records, strict=True) if record])
+        return self._packed(
+            [(slot, self._prompt(number, slot), record) for slot, record in enumerate(records) if record]
+        )
 
     def _of_others(self, number: int, step: int) -> list[dict[str, Any] | None]:
         journal, begun = Journal(self._folder), self._round_of(step)
         keys = [self._key(_Place(number, slot, step), begun) for slot in range(self._slots)]
         return [journal.get(key) if key in journal else None for key in keys]
 
-    def _packed(self, written: Sequence[tuple[Prompt, dict[str, Any]]]) -> WrittenSequence:
-        size, at = self._share.seq_len, 0
-        ids, labels = np.full(size, self._pad_id, np.int64), np.full(size, IGNORED_LABEL, np.int64)
-        positions, tags = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        logprobs = np.zeros(size, np.float32)
-        for prompt, record in written:
-            answer, begin = record["ids"], len(prompt.ids)
-            end = at + begin + len(answer)
-            ids[at:end] = [*prompt.ids, *answer]
-            positions[at:end], tags[at:end] = np.arange(end - at), prompt.tag
-            learnt = np.asarray(record.get("learnt", range(len(answer))), np.int64)
-            rows = at + begin - 1 + learnt  # each token is learnt where the one before it stands
-            labels[rows] = np.asarray(answer, np.int64)[learnt]
-            logprobs[rows] = np.asarray(record["logprobs"], np.float32)[learnt]
-            at = end
-        positions[at:] = np.arange(size - at)  # a document of its own, of which nothing is learnt
-        return WrittenSequence(PackedSequence(ids, positions, labels, tags, []), logprobs)
+    def _packed(self, written: Sequence[tuple[int, Prompt, dict[str, Any]]]) -> WrittenSequence:
+        """Of the records of slots."""
+        answers = [
+            Answer(slot, prompt.ids, record["ids"], record["logprobs"], record.get("learnt"), prompt.tag)
+            for slot, prompt, record in written
+        ]
+        return pack_answers(answers, self._share.seq_len, self._pad_id)
 
     # measuring
 
@@ -269,7 +269,7 @@ class Samples:
         most = math.ceil(len(rows) / share.ranks)  # of a rank
         own = range(share.rank, len(rows), share.ranks)
         asked = [(row, slot, prompt) for row in own for slot, prompt in enumerate(rows[row])]
-        written: dict[int, list[tuple[Prompt, dict[str, Any]]]] = {row: [] for row in own}
+        written: dict[int, list[tuple[int, Prompt, dict[str, Any]]]] = {row: [] for row in own}
         enter(PHASE)
         with self._writer.weights():
             for first in range(0, most * self._slots, at_once):
@@ -277,21 +277,16 @@ class Samples:
                 batch = asked[first : first + at_once]
                 keys = [f"held-out {self._seed} {row} {slot}" for row, slot, _ in batch]
                 answers = self._answers(keys, [prompt for *_, prompt in batch])
-                for (row, _, prompt), drawn in zip(batch, answers, strict=True):
+                for (row, slot, prompt), drawn in zip(batch, answers, strict=True):
                     if drawn is not None:
-                        written[row].append((prompt, {"ids": drawn.ids, "logprobs": drawn.logprobs}))
+                        written[row].append((slot, prompt, {"ids": drawn.ids, "logprobs": drawn.logprobs}))
                 beat()
-        sequences = [(SequenceKey("on_policy_heldout", row), self._packed(written[row])) for row in own]
+        sequences = [(row, self._packed(written[row])) for row in own]
         return [
-            self._batch(sequences[first : first + share.micro_batch]) for first in range(0, most, share.micro_batch)
+            # of nothing to learn where this rank has none left
+            held_out_batch(sequences[first : first + share.micro_batch] or [(-1, self._packed([]))])
+            for first in range(0, most, share.micro_batch)
         ]
-
-    def _batch(self, sequences: Sequence[tuple[SequenceKey, WrittenSequence]]) -> Batch:
-        """A batch; of nothing to learn where this rank has none left."""
-        if not sequences:
-            sequences = [(SequenceKey("on_policy_heldout", -1), self._packed([]))]
-        keys, written = zip(*sequences, strict=True)
-        return stack_written(written, keys, [True] * len(written))
 
     def close(self) -> None:
         """Let go of the journal and the writer."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kdscale.config.distill.lora import LoraConfig
-from kdscale.config.distill.settings import FakeQuantizeConfig
+from kdscale.config.distill.optimizer import FakeQuantizeConfig
 from kdscale.distill.layers.fake_quantize import fake_quantize
 from kdscale.distill.parallel.checks import check_lora
 from kdscale.distill.parallel.zero3_loading import whole_parameters

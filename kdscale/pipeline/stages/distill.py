@@ -35,10 +35,13 @@ def what_distillation_depends_on(context: StageContext) -> Facts:
 
 
 def _prompts(config: Config) -> Facts:
-    """The files of prompts that the student goes on from."""
+    """The files of prompts that the student goes on from, or of pairs of answers."""
+    from kdscale.responses.pairs import Pairs
     from kdscale.responses.prompts import Prompts
 
-    own = config.distill.on_policy
+    own, pairs = config.distill.own_text, config.distill.preferences
+    if pairs is not None and pairs.pairs:
+        return {"pairs": Pairs(pairs).digests()}
     return {"prompts": Prompts(own).digests()} if own is not None and own.prompts else {}
 
 
@@ -47,7 +50,7 @@ def disk_bytes(context: StageContext, student_params: int) -> int:
     settings = context.config.distill
     steps = settings.tokens // (settings.global_batch * settings.seq_len)
     checkpoints = settings.keep_checkpoints + 1 + (steps // settings.keep_every if settings.keep_every else 0)
-    average, own = _AVERAGE_BYTES if settings.followers else 0, settings.on_policy
+    average, own = _AVERAGE_BYTES if settings.followers else 0, settings.own_text
     share = 0.0 if own is None else (own.share if isinstance(own.share, float) else 1.0) * (1.0 - own.start)
     written = round(settings.tokens * share * _WRITTEN_BYTES)
     trained = _trained_params(context, student_params)
@@ -87,15 +90,16 @@ def check_services(config: Config, run: RunFolder) -> None:
 def _check_writing(config: Config) -> None:
     """Raises DataError for what is no prompt, ConfigError when the client library or key of a server is missing."""
     from kdscale.responses.client import check_library
+    from kdscale.responses.pairs import Pairs
     from kdscale.responses.prompts import Prompts
 
-    own = config.distill.on_policy
+    own, pairs = config.distill.own_text, config.distill.preferences
     if own is None:
         return
-    for _ in Prompts(own, "distill.on_policy.prompts"):  # every line is read
-        pass
+    for _ in Pairs(pairs) if pairs is not None and pairs.pairs else Prompts(own, f"distill.{own.section}.prompts"):
+        pass  # every line is read
     if own.writer == "vllm":
-        section = "distill.on_policy.vllm.endpoint"
+        section = f"distill.{own.section}.vllm.endpoint"
         check_library(section)
         require_packages(section, ("httpx",), "serve")
         own.vllm.endpoint.key(section)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdscale.config.distill.settings import FakeQuantizeConfig
+from kdscale.config.distill.optimizer import FakeQuantizeConfig
 from kdscale.distill.layers.fake_quantize import GridLinear
 from kdscale.weights.integer_grid import IntegerGrid
 

@@ -180,5 +180,6 @@ def test_adapters_alone_have_gradients_and_states() -> None:
     more = memory.saved_bytes(job, no_recompute) - memory.saved_bytes(JOB, no_recompute)
     assert more == 4096 * 2 * 32 * 2 * 16  # what each A gives
     assert loss_memory.loss_bytes(JOB, setting(1)) - loss_memory.loss_bytes(job, setting(1)) == 4 * LLAMA.head
+    assert peak_memory(replace(JOB, reference=True), setting(1)).parts["reference"] == 2 * P
     host = peak_memory(job, setting(3, offload_optimizer=True, offload_parameters=True)).host
     assert host == (16 + 4) * adapters.params / 8 + 2 * (P + adapters.params) / 8

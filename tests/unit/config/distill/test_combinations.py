@@ -52,15 +52,16 @@ def build(objective: dict[str, Any], placement: str, settings: tuple[str, ...]) 
         "endpoint": {"base_url": "https://host/v1", "model": "m"},
     }
     entry = {**objective, "weight": FADED} if "weight" in settings else objective
-    own = OBJECTIVES[objective["name"]].only_own_text
-    distill: dict[str, Any] = {"on_policy": {"objectives": [entry]}} if own else {"objectives": [entry]}
+    kind = OBJECTIVES[objective["name"]]
+    section = "on_policy" if kind.only_own_text else "preferences" if kind.only_pairs else None
+    distill: dict[str, Any] = {section: {"objectives": [entry]}} if section else {"objectives": [entry]}
     if "teachers" in settings:
         distill["teachers"] = [{"name": "own"}, {"name": "other", **source}]
     else:
         distill |= source
     distill |= {"lora": {}} if placement == "base" else {}
     for name in settings:
-        distill |= {} if own and name == "on_policy" else SETTINGS[name]
+        distill |= {} if section == name else SETTINGS[name]
     codec = {"name": "topk"} if "targets" in settings else {"name": "hidden"}
     tree: dict[str, Any] = {"name": "t", "run_dir": "r", "teacher": {"path": "t"}, "prune": {"ffn": 8}}
     tree |= {"correct": {}} if "correct" in settings else {}
@@ -111,6 +112,9 @@ def test_every_combination_is_accepted_or_refused_with_what_is_wrong(variant: st
         else:
             check_accepted(cfg)
             accepted[placement] += 1
+    if OBJECTIVES[VARIANTS[variant]["name"]]().needs.unmatched:  # only of one teacher with another tokenizer, by tags
+        assert not accepted
+        return
     assert accepted["replicated"] > len(SETTINGS)  # each goes with the teacher in the ranks, alone and with others
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdscale.config.distill.objective import ModelPair, ObjectiveConfig, Term
-from kdscale.config.distill.objectives import OBJECTIVES, TokenDivergenceConfig
+from kdscale.config.distill.objectives import OBJECTIVES, PreferenceConfig, TokenDivergenceConfig
 from kdscale.distill.objectives.base import Objectives, StudentOutput
 from kdscale.models.head import OutputHead
 from kdscale.teacher.source import MicroBatch
@@ -59,7 +59,7 @@ def test_the_sum_is_weighted_and_each_loss_is_a_mean_over_what_it_counts() -> No
     losses, figures, hidden_NH = computed(objectives)
     assert objectives.columns == ["loss", "norm", "per_sequence", "largest", "odds"]
     # 2 tokens in 4 sequences: dividing by the tokens makes the second loss a mean over sequences
-    total = objectives.weighted(losses, torch.tensor(2 / 4))
+    total = objectives.weighted(losses, objectives.tokens_per(torch.tensor([2, 4])))
     (total / 2).backward()
     means = objectives.means([2.0, 4.0, *figures.tolist()])
     assert means["norm"] == 39 / 2
@@ -72,7 +72,7 @@ def test_the_sum_is_weighted_and_each_loss_is_a_mean_over_what_it_counts() -> No
 def test_one_objective_of_weight_one_is_left_as_it_is() -> None:
     objectives = Objectives([NormConfig()])
     (loss,), figures, _ = computed(objectives)
-    assert objectives.weighted((loss,), torch.tensor(0.3)) is loss
+    assert objectives.weighted((loss,), {"sequences": torch.tensor(0.3)}) is loss
     assert objectives.columns == ["loss", "largest", "odds"]
     assert objectives.means([2.0, 1.0, *figures.tolist()])["loss"] == 39 / 2
 
@@ -81,7 +81,7 @@ def test_a_micro_batch_without_rows_has_figures_and_a_graph() -> None:
     objectives = Objectives([NormConfig(), PerSequenceConfig()])
     weight = torch.ones(3, requires_grad=True)
     losses, figures = objectives.of_nothing(weight.sum() * 0.0)
-    objectives.weighted(losses, torch.tensor(1.0)).backward()
+    objectives.weighted(losses, {"sequences": torch.tensor(1.0)}).backward()
     assert weight.grad is not None and not weight.grad.any()
     assert figures.tolist() == [0.0] * objectives.width == [0.0] * 4
 
@@ -102,17 +102,31 @@ def test_what_the_student_wrote_has_objectives_of_its_own() -> None:
         "loss", "largest", "odds", "on_policy_loss", "on_policy_largest", "on_policy_odds"
     ]  # fmt: skip
     assert [float(loss.detach()) for loss in losses] == [5.0, 34.0]
-    assert objectives.counts == ("tokens", "sequences", "own_tokens", "own_sequences")
-    means = objectives.means([2.0, 2.0, 1.0, 1.0, *figures.tolist()])
+    assert objectives.counts == ("tokens", "sequences", "own_tokens", "own_sequences", "own_pairs")
+    means = objectives.means([2.0, 2.0, 1.0, 1.0, 0.0, *figures.tolist()])
     assert (means["largest"], means["on_policy_largest"]) == (2.0, 5.0)
     assert means["on_policy_loss"] == 2.0 * 34.0
-    assert means["loss"] == (5.0 + 2.0 * 34.0) / 2 == float(objectives.weighted(losses, torch.tensor(1.0)).detach()) / 2
+    assert means["loss"] == (5.0 + 2.0 * 34.0) / 2 == float(objectives.weighted(losses, {}).detach()) / 2
+
+
+def test_a_loss_of_pairs_weighs_as_much_as_their_tokens_do() -> None:
+    """10 tokens, 6 of them in 2 pairs: the mean over pairs, by 6 / 10."""
+    objectives = Objectives([NormConfig()], own=[PreferenceConfig(weight=0.5)], section="preferences")
+    assert objectives.columns[3:5] == ["preferences_loss", "preferences_ranking_accuracy"]
+    counts = torch.tensor([10, 4, 6, 1, 2])
+    total = objectives.weighted(torch.tensor([8.0, 1.4]).unbind(), objectives.tokens_per(counts))
+    figures = [8.0, 1.0, 1.0, 1.4, 1.0, 0.6, 1.8, -3.0]
+    means = objectives.means([*map(float, counts), *figures])
+    assert means["preferences_loss"] == pytest.approx(0.5 * 1.4 / 2)
+    assert (means["preferences_ranking_accuracy"], means["preferences_better_logprob"]) == (0.5, -1.5)
+    assert means["loss"] == pytest.approx((8.0 + 6 * 0.35) / 10) == pytest.approx(float(total) / 10)
+    assert "pairs ranked as labelled on pairs 50.0 %" in objectives.headline(means)
 
 
 @pytest.mark.parametrize(("is_own", "missing"), [(None, "on_policy_largest"), ([True, True], "largest")])
 def test_of_a_kind_that_is_not_there_nothing_is_reported(is_own: list[bool] | None, missing: str) -> None:
     objectives, losses, figures = both(is_own)
-    own = [2.0, 2.0] if is_own else [0.0, 0.0]
+    own = [2.0, 2.0, 0.0] if is_own else [0.0, 0.0, 0.0]
     means = objectives.means([2.0, 2.0, *own, *figures.tolist()])
     present = {"largest", "on_policy_largest"} - {missing}
     assert math.isnan(means[missing]) and means[present.pop()] == 5.0 / 2
