@@ -383,6 +383,22 @@ def gguf() -> str:
     return table(("family", "architecture in llama.cpp", "rope types", "needs"), rows)
 
 
+def nested() -> str:
+    """The models of several modalities whose language model can be pruned."""
+    from kdscale.families import nested_data, nested_types
+
+    rows = []
+    for name in nested_types():
+        data = nested_data({"model_type": name})
+        assert data is not None
+        own = next(iter(data.text_types.values()), data.text_type)
+        inner = f"`{own}`" if data.text_types else f"as its config says; `{own}` where it does not"
+        axes = "all but hidden" if data.hidden_fixed else "all"
+        together = "; hidden and heads together" if any(rule.dim == "hidden" for rule in data.constraints) else ""
+        rows.append((f"`{data.architectures[0]}`", f"`{data.name}`", inner, axes + together))
+    return table(("model", "`model_type`", "family of the language model", "axes beside the family's own limits"), rows)
+
+
 def readers() -> str:
     """Every format that text is read from."""
     from kdscale.config.data import READERS
@@ -461,6 +477,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "api-bodies": api_bodies,
     "api-problems": api_problems,
     "gguf": gguf,
+    "nested": nested,
     "criteria": criteria,
     "objectives": objectives,
     "filters": filters,

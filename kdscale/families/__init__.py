@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -19,7 +19,9 @@ from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.dims import Dims, ParamCount
 from kdscale.families.family import Family
 from kdscale.families.limits import check_numbers
+from kdscale.families.nested_family import NestedFamily, text_type
 from kdscale.families.schema import FamilyData, Sites
+from kdscale.families.schema.nested_file import NestedData
 from kdscale.families.tensor_specs import TensorSpec
 from kdscale.files import read_json
 
@@ -33,41 +35,34 @@ __all__ = [
     "gguf_data",
     "gguf_families",
     "load_family",
+    "nested_data",
+    "nested_types",
     "read_families",
     "supported_types",
 ]
 
 FOLDERS = "KDSCALE_FAMILIES"
+_File = TypeVar("_File", FamilyData, NestedData)
 
 
 def load_family(config_dict: dict[str, Any], where: str) -> Family:
     """Return the family of a config.json, by its `model_type`; `where` names that file in errors.
 
-    Raises CheckpointError when the type is not supported (the message lists those that are), when the model is not a
-    causal LM of the family, when a field has a value that the family file does not describe, or when the weights are
+    A model of several modalities has the family of its language model, in its place (NestedFamily). Raises
+    CheckpointError when the type is not supported (the message lists those that are), when the model is not a causal
+    LM of the family, when a field has a value that the family file does not describe, or when the weights are
     quantised.
     """
     model_type = config_dict.get("model_type")
-    by_type = _families()
+    by_type, nested = _families(), nested_data(config_dict)
+    if nested is not None:
+        _check_architecture(config_dict, where, nested.architectures)
+        model_type = text_type(nested, config_dict, where)
     if not isinstance(model_type, str) or model_type not in by_type:
-        got, hint = repr(model_type)[:200], "docs/how-to/add-a-family.md says how to add a family"
-        if isinstance(nested := config_dict.get("text_config"), dict):
-            inner = nested.get("model_type")
-            got += f", a model of several modalities around a language model ({inner!r} in text_config)"
-            if isinstance(inner, str) and inner in by_type:
-                hint = f"save its language model alone, as {by_type[inner].architectures[0]}, and give that folder"
-        raise CheckpointError(
-            f"{where}: model_type",
-            expected="one of " + ", ".join(sorted(by_type)),
-            got=got if "model_type" in config_dict else "no such field",
-            hint=hint,
-        )
+        raise _unknown_type(config_dict, where, sorted(by_type), None if nested is None else model_type)
     data = by_type[model_type]
-    names = config_dict.get("architectures")
-    if names is not None and (not isinstance(names, list) or not set(map(str, names)) & set(data.architectures)):
-        raise CheckpointError(
-            f"{where}: architectures", expected="[" + ", ".join(data.architectures) + "]", got=repr(names)
-        )
+    if nested is None:
+        _check_architecture(config_dict, where, data.architectures)
     if config_dict.get("quantization_config") is not None:
         raise CheckpointError(
             f"{where}: quantization_config",
@@ -75,16 +70,46 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
             got="a quantised checkpoint",
             hint="use the original checkpoint, or dequantise it and save it again without quantization_config",
         )
+    check_numbers(config_dict, where)
+    family = Family(data, where, config_dict) if nested is None else NestedFamily(data, where, config_dict, nested)
+    language = family.language(config_dict)
     for rule in data.requires:
-        if rule.field in config_dict and config_dict[rule.field] not in rule.one_of:
+        if rule.field in language and language[rule.field] not in rule.one_of:
             raise CheckpointError(
                 f"{where}: {rule.field}",
                 expected=" or ".join(map(json.dumps, rule.one_of)),
-                got=repr(config_dict[rule.field]),
+                got=repr(language[rule.field]),
                 hint=rule.why,
             )
-    check_numbers(config_dict, where)
-    return Family(data, where, config_dict)
+    return family
+
+
+def nested_data(config_dict: dict[str, Any]) -> NestedData | None:
+    """What is known of a model of several modalities with this config.json; None for any other model."""
+    model_type = config_dict.get("model_type")
+    return _nested().get(model_type) if isinstance(model_type, str) else None
+
+
+def _check_architecture(config_dict: dict[str, Any], where: str, expected: tuple[str, ...]) -> None:
+    names = config_dict.get("architectures")
+    if names is not None and (not isinstance(names, list) or not set(map(str, names)) & set(expected)):
+        raise CheckpointError(f"{where}: architectures", expected="[" + ", ".join(expected) + "]", got=repr(names))
+
+
+def _unknown_type(config_dict: dict[str, Any], where: str, known: list[str], inner: Any) -> CheckpointError:
+    """The error for a type without a family; `inner`: the language model's, of a known model of several modalities."""
+    got = repr(config_dict.get("model_type"))[:200] if "model_type" in config_dict else "no such field"
+    field, hint = "model_type", "docs/how-to/add-a-family.md says how to add a family"
+    if inner is not None:
+        field, got = "the language model's model_type", repr(inner)[:200]
+    elif isinstance(nested := config_dict.get("text_config"), dict):
+        inner = nested.get("model_type")
+        got += f", a model of several modalities around a language model ({inner!r} in text_config)"
+        if isinstance(inner, str) and inner in known:
+            class_name = _families()[inner].architectures[0]
+            hint = f"save its language model alone, as {class_name}, and give that folder, or write a file about it "
+            hint += "(docs/how-to/prune-a-multimodal-model.md)"
+    return CheckpointError(f"{where}: {field}", expected="one of " + ", ".join(known), got=got, hint=hint)
 
 
 def dropped_heads(model_type: Any) -> dict[str, str]:
@@ -96,6 +121,11 @@ def dropped_heads(model_type: Any) -> dict[str, str]:
 def supported_types() -> list[str]:
     """All model_type values that have a family, sorted."""
     return sorted(_families())
+
+
+def nested_types() -> list[str]:
+    """All model_type values of models of several modalities whose language model can be pruned, sorted."""
+    return sorted(_nested())
 
 
 def gguf_families() -> list[str]:
@@ -110,10 +140,14 @@ def gguf_data() -> list[FamilyData]:
 
 def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:
     """Read family files into model_type → family. Raises ConfigError naming the file and every field that is wrong."""
-    by_type: dict[str, FamilyData] = {}
+    return _read_files(files, FamilyData)
+
+
+def _read_files(files: Iterable[Path], schema: type[_File]) -> dict[str, _File]:
+    by_type: dict[str, _File] = {}
     for file in sorted(files):
         try:
-            data = FamilyData.model_validate(read_json(file, ConfigError, expect=dict))
+            data = schema.model_validate(read_json(file, ConfigError, expect=dict))
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
             raise ConfigError(f"{file} is not a family file", got="; ".join(wrong)) from error
@@ -125,14 +159,25 @@ def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:
 
 
 def _families() -> dict[str, FamilyData]:
-    return _read_folders(os.environ.get(FOLDERS, ""))
+    return _read_folders(os.environ.get(FOLDERS, ""))[0]
+
+
+def _nested() -> dict[str, NestedData]:
+    return _read_folders(os.environ.get(FOLDERS, ""))[1]
 
 
 @cache
-def _read_folders(extra: str) -> dict[str, FamilyData]:
-    """Read the shipped files and those of the folders in `extra`. Raises ConfigError for a folder that is missing."""
+def _read_folders(extra: str) -> tuple[dict[str, FamilyData], dict[str, NestedData]]:
+    """Read the shipped files and those of the folders in `extra`, and of their folders `nested`.
+
+    Raises ConfigError for a folder that is missing.
+    """
     folders = [Path(__file__).parent, *(Path(name) for name in extra.split(os.pathsep) if name)]
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{FOLDERS} names {folder}, which is not a folder")
-    return read_families(file for folder in folders for file in folder.glob("*.json"))
+    families = read_families(file for folder in folders for file in folder.glob("*.json"))
+    nested = _read_files((file for folder in folders for file in folder.glob("nested/*.json")), NestedData)
+    if twice := sorted(set(families) & set(nested)):
+        raise ConfigError("model_types of families and of nested models", got=f"{twice[0]} in both")
+    return families, nested

@@ -39,6 +39,9 @@ from kdscale.families.schema import (
 )
 from kdscale.families.tensor_specs import TensorSpec, layer_specs, tensor_spec
 
+# The axis of each dimension of a tensor that goes along with a model; None: one that no cut changes; empty: none does.
+CarriedAxes = tuple[str | None, ...]
+
 
 class Family:
     """What one model family looks like on disk and in its config.
@@ -100,6 +103,32 @@ class Family:
         kinds, sizes = self.layer_kinds(config)[layer], self._sizes(config)
         there = (t for t in self._groups(config)[1] if self.data.exists_in(t, kinds))
         return [t for t in there if all(axis_size(axis, sizes) for axis in t.axes)]
+
+    # -- a model around this one ---------------------------------------------------------------------------------------
+
+    def language(self, config: Config) -> dict[str, Any]:
+        """The config of the language model alone, as transformers' causal LM takes it."""
+        return dict(config)
+
+    @property
+    def language_names(self) -> dict[str, str]:
+        """Beginnings of names on disk → of the causal LM's parameters; empty where the checkpoint is that model."""
+        return {}
+
+    @property
+    def module_in_whole(self) -> str | None:
+        """The causal LM's base model as a module of the model around it; None where there is none."""
+        return None
+
+    def carried(self, name: str) -> bool:
+        """Whether a tensor belongs to no language model, and goes along with it as it is."""
+        del name
+        return False
+
+    def carried_axes(self, name: str) -> CarriedAxes:
+        """Where a carried tensor has the channels of the residual stream."""
+        del name
+        return ()
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 

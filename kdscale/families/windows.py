@@ -16,6 +16,7 @@ def attention_windows(family: Family, config: Mapping[str, Any]) -> list[int | N
 
     Raises CheckpointError for a window that is no positive number.
     """
+    config = family.language(config)
     layers, rule = family.dims(config).layers, family.data.window
     if rule is None or (rule.only_with is not None and not config.get(rule.only_with, False)):
         return [None] * layers

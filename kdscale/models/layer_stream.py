@@ -191,7 +191,7 @@ class LayerStream:
         from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
-        config = self.family.student_config(self.config, self.dims.replace(layers=1), [index])
+        config = self.family.language(self.family.student_config(self.config, self.dims.replace(layers=1), [index]))
         with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(built_config(config), dtype=self.dtype)
         attend_within_documents(model)

@@ -14,6 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from kdscale.errors import CheckpointError, DataError, KdscaleError
 from kdscale.families import dropped_heads
 from kdscale.files import read_json
+from kdscale.models.multimodal.language_part import (
+    is_carried,
+    language_config,
+    loading_options,
+    quiet_about_other_parts,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -70,11 +76,11 @@ def check_loadable(path: Path, trust_remote_code: bool = False) -> None:
 def model_on_meta(path: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal LM of a folder with its parameters on the meta device and its buffers computed as usual."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with explain_library_errors(path), init_empty_weights(include_buffers=False), no_init_weights():
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = language_config(path, trust_remote_code)
         if hasattr(config, "quantization_config"):  # the weights are read as plain ones
             del config.quantization_config
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -112,21 +118,26 @@ def load_model(
     if quantization_of(path) is not None:
         return _load_decoded(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     logging.disable_progress_bar()
-    with explain_library_errors(path):
+    with explain_library_errors(path), quiet_about_other_parts(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=language_config(path, trust_remote_code),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **loading_options(path),
             **({} if device.type == "cpu" else {"device_map": {"": device}}),
         )
     model, info = loaded
-    heads = dropped_heads(model.config.model_type)  # neither transformers' model nor the student has them
+    heads = dropped_heads(model.config.model_type)  # transformers' model has none of them
+    elsewhere = is_carried(path)
     complaints = {key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     complaints["unexpected_keys"] = {
-        name for name in complaints["unexpected_keys"] if not any(fnmatch.fnmatchcase(name, glob) for glob in heads)
+        name
+        for name in complaints["unexpected_keys"]
+        if not elsewhere(name) and not any(fnmatch.fnmatchcase(name, glob) for glob in heads)
     }
     wrong = {key: sorted(map(str, names)) for key, names in complaints.items() if names}
     if wrong:

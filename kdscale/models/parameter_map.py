@@ -73,11 +73,13 @@ def trained_tensors(
     `shapes`: the trained parameters; `tied`: other names of a parameter. Raises CheckpointError when a trained
     parameter is not complete among the tensors of `source`, or has another shape: its training would be lost silently.
     """
-    specs = load_family(source.config, str(source.path / "config.json")).tensors(source.config)
+    family = load_family(source.config, str(source.path / "config.json"))
+    specs, copies = family.tensors(source.config), family.tied(source.config)
     ranges, on_disk = parameter_ranges(specs), parameter_shapes(specs)
     trained: dict[str, ParameterRange] = {}
     for name in source.names:
-        original = tied.get(name, name)
+        full_name = family.full_name(name)
+        original = copies.get(full_name, tied.get(full_name, full_name))
         if original in ranges and ranges[original].name in shapes:
             got, expected = source.spec(name).shape, specs[original].shape
             if got != expected:

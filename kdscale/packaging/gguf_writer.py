@@ -158,6 +158,11 @@ def _described(checkpoint: Checkpoint, family: Family) -> tuple[Description, Ggu
             f"{where}: a {family.name} model as GGUF", expected="one of " + ", ".join(gguf_families()),
             got=f"{family.name}, which has no GGUF table", hint=_OTHERWISE,
         )  # fmt: skip
+    if family.module_in_whole is not None:
+        raise CheckpointError(
+            f"{where}: a model of several modalities as GGUF", expected="a model of text alone",
+            got=f"one around {family.name}", hint=_OTHERWISE,
+        )  # fmt: skip
     description = describe(folder, family, checkpoint.config)
     tokenizer, loaded = None, load_tokenizer(folder)
     try:

@@ -12,6 +12,7 @@ from kdscale.config.distill.targets import TEXT
 from kdscale.config.quantize import FormConfig
 from kdscale.config.root import Config
 from kdscale.escaping import for_markdown
+from kdscale.models.multimodal.language_part import TEXT_ALONE, WITH_IMAGES, auto_class
 from kdscale.packaging import front_matter
 from kdscale.packaging.card_sections import Result, measured
 from kdscale.packaging.origin import origin_of
@@ -47,28 +48,34 @@ def student_card(cfg: Config, manifest: Mapping[str, Any], sidecars: Path) -> st
     """The card of a checkpoint's student; `sidecars`: a folder with the files that the student takes over."""
     facts, inherited = card_facts(cfg, manifest), origin_of(cfg, sidecars).fields()
     origin = "" if cfg.student is None else "A ready model, trained further"
-    return model_card(facts, title=cfg.name, origin=origin, inherited=inherited)
+    has_config = (sidecars / "config.json").is_file()
+    loader = auto_class(sidecars) if has_config else TEXT_ALONE
+    return model_card(facts, title=cfg.name, origin=origin, inherited=inherited, loader=loader)
 
 
 def model_card(
     facts: Mapping[str, Any], title: str = "Distilled student", origin: str = "",
-    inherited: Mapping[str, Any] | None = None,
+    inherited: Mapping[str, Any] | None = None, loader: str = TEXT_ALONE,
 ) -> str:  # fmt: skip
     """README.md of the student: what it was made from and how; `facts` are shown in their order.
 
-    `origin` begins the sentence that says what it learnt from; `inherited` goes into the front matter.
+    `origin` begins the sentence that says what it learnt from; `inherited` goes into the front matter; `loader` is the
+    class of transformers that loads it.
     """
+    reads_images = loader == WITH_IMAGES
     origin = origin or "Pruned from a teacher and " + ("trained" if facts["learnt from"] == TEXT else "distilled")
     fields = {
-        **(inherited or {}), "library_name": "transformers", "pipeline_tag": "text-generation",
+        **(inherited or {}), "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text" if reads_images else "text-generation",
         "tags": ["kdscale", "pruned", "distilled"],
     }  # fmt: skip
     places = f"{_part('use', '')}\n\n{_part('measured', '')}"
     return front_matter.join(
         fields,
         f"\n# {for_markdown(title)}\n\n{origin} on {facts['learnt from']} with kdscale. "
-        "A standard checkpoint: load it with `AutoModelForCausalLM.from_pretrained`. The teacher's licence and the "
-        f"licence of the training text apply.\n\n{places}\n\n## How it was made\n\n"
+        f"A standard checkpoint: load it with `{loader}.from_pretrained`. "
+        + ("It learnt on text alone; the parts that read images are the teacher's. " if reads_images else "")
+        + f"The teacher's licence and the licence of the training text apply.\n\n{places}\n\n## How it was made\n\n"
         f"{_table(facts)}",
     )
 

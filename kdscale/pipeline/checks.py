@@ -206,7 +206,7 @@ def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:
         if not tokenizer.encode(prompt, add_special_tokens=False).ids:
             raise ConfigError("eval.prompts", expected="some text to continue", got=f"{prompt!r}, which has no tokens")
     learned = "positions" in family.data.sizes
-    limit = checkpoint.config.get("max_position_embeddings")
+    limit = family.language(checkpoint.config).get("max_position_embeddings")
     if learned:
         limit = family.fixed_size("positions", checkpoint.config)
     if not isinstance(limit, int):

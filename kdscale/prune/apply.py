@@ -20,6 +20,7 @@ from kdscale.families import Family
 from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_stream import LayerStream, TokenBatch
+from kdscale.prune.carried import carried_blocks, carried_specs
 from kdscale.prune.compensation.experts import expert_name
 from kdscale.prune.compensation.layer_gaps import RepairedWeights, find_gaps, repaired_gaps
 from kdscale.prune.compensation.one_stream import compensated_layers, compensates
@@ -94,6 +95,7 @@ def apply_plan(
                 remove_tree(scratch.folder / _PASS)  # the layers that it has done are not in these files
             of_tensor = _cut_blocks(teacher, start) if start is not None else _sliced_blocks(teacher, slicer)
             _write_student(writer, teacher, slicer, of_tensor, repaired, compensated(recovered) if refits else None)
+            _write_carried(writer, teacher, slicer, start)
         config = slicer.student_config if code else without_own_classes(slicer.student_config)
         if config != slicer.student_config:
             reporter.say("  note: the teacher's own code (auto_map) is left out: teacher.trust_remote_code is false")
@@ -120,8 +122,15 @@ def _open_writer(out_dir: Path, teacher: Checkpoint, slicer: Slicer, cfg: PruneC
     sources = {tensor.target: tensor.source for tensor in slicer.tensors()}
     expected = slicer.family.tensors(slicer.student_config)
     specs = {name: TensorInfo(spec.shape, teacher.spec(sources[name]).dtype) for name, spec in expected.items()}
+    specs |= carried_specs(teacher, slicer)
     journal = scratch.folder / _JOURNAL if scratch.folder is not None else None
     return ShardWriter(out_dir, specs, cfg.max_shard_bytes, journal=journal)
+
+
+def _write_carried(writer: ShardWriter, teacher: Checkpoint, slicer: Slicer, start: CutStudent | None) -> None:
+    """Write what goes along with the language model, where it is not written yet."""
+    for name in (name for name in teacher.carried if name not in writer.written):
+        writer.add_blocks(name, carried_blocks(teacher, slicer, name, start))
 
 
 def _write_student(

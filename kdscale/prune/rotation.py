@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kdscale.errors import ConfigError
 from kdscale.families import Family, TensorSpec
+from kdscale.prune.carried import along
 from kdscale.runs.importance_scores import ROTATION
 from kdscale.weights import Checkpoint
 from kdscale.weights.quantised import Entry
@@ -68,7 +69,8 @@ class RotatedTeacher(Checkpoint):
         super().__init__(
             teacher.path, untied_config(teacher.config, family), teacher._entries, teacher.files, teacher.quantised
         )
-        self._teacher, self._rotation_DD = teacher, rotation_DD
+        self._teacher, self._rotation_DD, self._carried = teacher, rotation_DD, teacher._carried
+        self._carried_axes = family.carried_axes
         self._specs = family.tensors(self.config)
         self._tied = family.tied(teacher.config)
 
@@ -82,7 +84,10 @@ class RotatedTeacher(Checkpoint):
 
     def blocks(self, name: str, max_bytes: int) -> Iterator[Tensor]:
         """Read one tensor in blocks as Checkpoint.blocks does, or at once where rotation mixes its rows."""
-        spec = self._specs[name]
+        spec = self._specs.get(name)
+        if spec is None:
+            yield from super().blocks(name, max_bytes)
+            return
         if "hidden" not in spec.axes or spec.axes[0] == "hidden":
             yield self.tensor(name)
             return
@@ -92,6 +97,8 @@ class RotatedTeacher(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor rotated, in the dtype on disk, computed in fp64."""
+        if name not in self._specs:
+            return self._rotated_carried(name)
         spec = self._specs[name]
         plain = self._teacher.tensor(self._tied.get(name, name))
         if "hidden" not in spec.axes:
@@ -102,6 +109,14 @@ class RotatedTeacher(Checkpoint):
             return (self._rotation_DD.double() @ plain.double()).to(plain.dtype)
         reads_DD = self._reads(name, spec)
         return torch.cat([(block.double() @ reads_DD).to(plain.dtype) for block in plain.split(_BLOCK_ROWS)])
+
+    def _rotated_carried(self, name: str) -> Tensor:
+        """A tensor from outside the language model: what it writes into the stream is rotated."""
+        tensor = self._teacher.tensor(name)
+        for dimension, axis in enumerate(self._carried_axes(name)):
+            if axis is not None:
+                tensor = along(self._rotation_DD, tensor, dimension)
+        return tensor
 
     def _reads(self, name: str, spec: TensorSpec) -> Tensor:
         """What a matrix whose columns are the stream's channels is multiplied by, fp64."""

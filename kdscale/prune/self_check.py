@@ -35,10 +35,13 @@ from kdscale.errors import SelfCheckError
 from kdscale.families import Family
 from kdscale.families.writers import Writer, layer_writers
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
+from kdscale.models.multimodal.language_part import path_in_whole
+from kdscale.prune.carried import carried_blocks
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLES, find_gaps
 from kdscale.prune.compensation.one_stream import compensated
 from kdscale.prune.compensation.readers import is_refitted_reader
 from kdscale.prune.plan import UNIT_AXES, Plan
+from kdscale.prune.reloading import layers_on_disk, plain_load
 from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.prune.stream_cut import METHOD as REFIT
 from kdscale.weights import Checkpoint
@@ -163,6 +166,14 @@ def files_equal_slices(teacher: Checkpoint, family: Family, plan: Plan, student:
             good = _is_written(student, target, slicer.slice(teacher.tensor(source), spec, position))
         if not good:
             raise SelfCheckError(f"{student.path}: {target} is not what the plan makes of the teacher's {source}")
+    for name in teacher.carried:
+        if refits and slicer.carried_indices(name):
+            good = all(bool(torch.isfinite(block).all()) for block in student.blocks(name, _BLOCK_BYTES))
+        else:
+            blocks = [*carried_blocks(teacher, slicer, name, None)]
+            good = _is_written(student, name, blocks[0] if len(blocks) == 1 else torch.cat(blocks))
+        if not good:
+            raise SelfCheckError(f"{student.path}: {name} is not what the plan makes of the teacher's")
 
 
 def _is_written(student: Checkpoint, name: str, expected: Tensor) -> bool:
@@ -170,6 +181,8 @@ def _is_written(student: Checkpoint, name: str, expected: Tensor) -> bool:
     on_disk = student.spec(name)
     if on_disk.shape != tuple(expected.shape) or torch_dtype(on_disk.dtype) != expected.dtype:
         return False
+    if not expected.shape:
+        return torch.equal(student.tensor(name), expected)
     begin = 0
     for block in student.blocks(name, _BLOCK_BYTES):
         if not torch.equal(block, expected[begin : begin + len(block)]):
@@ -198,12 +211,12 @@ def reload_parity(
     stream = LayerStream(student.config, family, student.tensor, dtype=dtype, device=device)
     with TemporaryDirectory(dir=student_dir.parent) as offload, torch.inference_mode():
         if in_memory:
-            model = _plain_load(student_dir, dtype=dtype).to(device)
+            model = plain_load(student_dir, dtype=dtype).to(device)
         else:
-            device_map = _layers_on_disk(student_dir, family, device)
-            model = _plain_load(student_dir, dtype=dtype, device_map=device_map, offload_folder=offload)
+            device_map = layers_on_disk(student_dir, family, device)
+            model = plain_load(student_dir, dtype=dtype, device_map=device_map, offload_folder=offload)
         states: list[Tensor] = []
-        for module in model.get_submodule(family.sites.layers).children():
+        for module in model.get_submodule(path_in_whole(family, family.sites.layers)).children():
             module.register_forward_hook(lambda _m, _a, out: states.append(out if isinstance(out, Tensor) else out[0]))
         reloaded = model(input_ids=batch.input_ids_BS.to(device), use_cache=False).logits
         hidden = stream.embed([batch])[0]
@@ -216,43 +229,6 @@ def reload_parity(
         compare = _Comparison(max(tolerance, _CACHED_TOLERANCE_16BIT) if rounded else tolerance, None)
         cached = _cached_decoding(model, batch.input_ids_BS[:1].to(device), compare)
     return {"reload_vs_streamed": difference, "cached_vs_uncached": cached}
-
-
-def _layers_on_disk(folder: Path, family: Family, device: torch.device) -> dict[str, Any]:
-    """A device_map for transformers: the layers on the disk, all that is outside them on `device`."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    layers = f"{family.sites.layers}."
-    device_map: dict[str, Any] = {
-        name: "disk"
-        for name, _ in model.named_modules()
-        if name.count(".") == layers.count(".") and name.startswith(layers)
-    }
-    for name, module in model.named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own and not name.startswith(layers):
-            device_map[name] = device.type if device.index is None else device.index
-    return device_map
-
-
-def _plain_load(folder: Path, **settings: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
-    )
-    model, info = loaded
-    wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
-    if wrong:
-        raise SelfCheckError(
-            f"{folder} does not load cleanly through transformers", expected="no complaints", got=str(wrong)
-        )
-    return model.eval()
 
 
 def _cached_decoding(model: Any, input_ids_BS: Tensor, compare: _Comparison, steps: int = 3) -> float:

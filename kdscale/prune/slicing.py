@@ -73,6 +73,10 @@ class Slicer:
         for (source, spec), target in zip(stay.items(), student, strict=True):
             yield SlicedTensor(source, target, spec, position)
 
+    def carried_indices(self, name: str) -> list[list[int] | None]:
+        """The indices that stay along each dimension of a tensor that goes along with the language model."""
+        return [None if axis is None else self.kept(axis, None) for axis in self.family.carried_axes(name)]
+
     def slice(self, tensor: Tensor, spec: TensorSpec, position: int | None) -> Tensor:
         """The student's part of `tensor`, in its dtype; the same tensor when nothing of it is cut or rescaled.
 

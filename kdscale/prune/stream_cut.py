@@ -49,7 +49,7 @@ def refit_obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
         return f"the layers of {family.name} are of several kinds"
     if family.data.norm.kind != "rms":
         return f"the norms of {family.name} are not RMSNorms"
-    if config.get("residual_multiplier", 1) not in (None, 1):
+    if family.language(config).get("residual_multiplier", 1) not in (None, 1):
         return "residual_multiplier scales what the sublayers add to the stream"
     roles: dict[str, TensorSpec] = {}
     for name, spec in (family.outer_tensors(dict(config)) | family.layer_tensors(dict(config), 0)).items():

@@ -45,6 +45,11 @@ def check_family(family: Family) -> None:
             "quantize", expected="a dense model", got=f"{family.name}, a mixture of experts",
             hint="leave the section quantize out",
         )  # fmt: skip
+    if family.module_in_whole is not None:
+        raise ConfigError(
+            "quantize", expected="a model of text alone", got=f"a model of several modalities around {family.name}",
+            hint="leave the section quantize out",
+        )  # fmt: skip
     if family.transposed("down"):
         raise ConfigError(
             "quantize", expected="a family whose maps are stored [outputs, inputs]",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, safe_join, sha256_file
+from kdscale.weights.expected import ExpectedTensor, ExpectedTensors
 from kdscale.weights.header import DTYPE_BYTES, PACKED_BYTES, TensorEntry, read_header
 from kdscale.weights.quantised import Entry, Quantised, decoded_entries, format_of, without_quantisation
 from kdscale.weights.quantised.packed import PackedTensor
@@ -30,25 +31,6 @@ class TensorInfo(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-
-
-class _Spec(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def parameter(self) -> str: ...
-    @property
-    def expert(self) -> int | None: ...
-
-
-class ExpectedTensors(Protocol):
-    """The part of a family that a checkpoint is checked against (kdscale.families.Family has it)."""
-
-    def tensors(self, config: Mapping[str, Any]) -> Mapping[str, _Spec]: ...
-    def tied(self, config: Mapping[str, Any]) -> Mapping[str, str]: ...
-    def ignored(self) -> Sequence[str]: ...
-    def dropped(self) -> Mapping[str, str]: ...
-    def full_name(self, name: str) -> str: ...
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -111,6 +93,7 @@ class Checkpoint:
 
     `config` is config.json, `names` the tensors in file order, `files` the weight files, `path` the folder. One that is
     quantised is read as the plain model that it stands for, config and tensors alike; `quantised` says what it was.
+    Once it was verified against a family, `names` are the family's, and `carried` those of other parts of the model.
     """
 
     def __init__(
@@ -123,6 +106,7 @@ class Checkpoint:
     ):
         self.path, self.config, self.files, self.quantised = path, config, files, quantised
         self._entries = dict(entries)
+        self._carried: dict[str, Entry] = {}
         self._decoded: tuple[PackedTensor, torch.Tensor] | None = None
 
     @classmethod
@@ -146,6 +130,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         """All tensors, in file order."""
         return list(self._entries)
+
+    @property
+    def carried(self) -> list[str]:
+        """Tensors that go along with the language model and that no cut has to understand, in file order."""
+        return list(self._carried)
 
     @property
     def nbytes(self) -> int:
@@ -227,7 +216,7 @@ class Checkpoint:
         """Read every tensor. Raises CheckpointError naming the first that has NaN or infinite values."""
         import torch
 
-        for name in self.names:
+        for name in (*self.names, *self.carried):
             if not all(bool(torch.isfinite(block).all()) for block in self.blocks(name, _FILL_BYTES)):
                 raise CheckpointError(
                     f"{self.path}: tensor {name} has NaN or infinite values",
@@ -244,13 +233,16 @@ class Checkpoint:
 
         A stored copy of a tied tensor, old buffers that no model reads and heads that the student does without are
         dropped from `names`, and a notice says so. Tensors of a checkpoint that lacks the base model's prefix get their
-        full names, and one that holds several of the family's (the experts of a layer, stacked) is read as these.
+        full names, and one that holds several of the family's (the experts of a layer, stacked) is read as these. What
+        belongs to other parts of the model is in `carried` from then on.
         Raises CheckpointError listing every missing, unexpected or differently shaped tensor, or when a tensor that the
         config calls tied differs from the one it is tied to.
         """
         expected, tied = family.tensors(self.config), family.tied(self.config)
         self._entries = {family.full_name(name): entry for name, entry in self._entries.items()}
         self._split_joined(expected)
+        self._carried = {name: e for name, e in self._entries.items() if name not in expected and family.carried(name)}
+        self._entries = {name: entry for name, entry in self._entries.items() if name not in self._carried}
         heads = {
             what: {name for name in self._entries if name not in expected and fnmatch.fnmatchcase(name, glob)}
             for glob, what in family.dropped().items()
@@ -285,7 +277,7 @@ class Checkpoint:
             notices.append(self.quantised.notice)
         return notices + ([f"{len(buffers)} buffers that no model reads are ignored"] if buffers else [])
 
-    def _split_joined(self, expected: Mapping[str, _Spec]) -> None:
+    def _split_joined(self, expected: Mapping[str, ExpectedTensor]) -> None:
         """Enter ranges of a tensor that is a whole parameter of the model as the tensors that the family has for it."""
         joined: dict[str, list[str]] = {}
         for name, spec in expected.items():
@@ -306,9 +298,10 @@ class Checkpoint:
                 first += math.prod(spec.shape)
 
     def _entry(self, name: str) -> Entry:
-        if name not in self._entries:
+        entry = self._entries.get(name) or self._carried.get(name)
+        if entry is None:
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        return self._entries[name]
+        return entry
 
     def _is_empty_bias(self, name: str) -> bool:
         """Whether this is a bias of zeros beside a quantised matrix: older quantisers gave one to every matrix."""

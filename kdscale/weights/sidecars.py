@@ -26,6 +26,10 @@ SIDECARS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    # how a model of several modalities reads what is no text
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
     "LICENSE*",

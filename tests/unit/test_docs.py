@@ -13,6 +13,7 @@ import kdscale_kernels
 from kdscale.config.distill.targets import placements
 from kdscale.config.distill.teachers import SourceSettings
 from kdscale.families.schema import COMPONENT_OF, FamilyData
+from kdscale.families.schema.nested_file import NestedData
 from kdscale.runs import folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +147,12 @@ def test_every_key_and_role_of_a_family_file_is_explained() -> None:
     assert set(FamilyData.model_fields) - set(keys) == set()
     roles = {role.removesuffix("_bias") for role in COMPONENT_OF}
     assert roles - set(re.findall(r"`([a-z_]+)`", section)) == set()
+
+
+def test_every_key_of_a_file_about_a_multimodal_model_is_explained() -> None:
+    text = (DOCS / "reference" / "families.md").read_text(encoding="utf-8").split("## Keys of a file about")[1]
+    keys = re.findall(r"`([a-z_]+)`", "".join(row.split("|")[1] for row in re.findall(r"^\| .*", text, re.MULTILINE)))
+    assert set(NestedData.model_fields) == set(keys)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)

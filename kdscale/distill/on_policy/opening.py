@@ -21,6 +21,7 @@ from kdscale.distill.parallel.mesh import Mesh
 from kdscale.distill.schedule import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.errors import DataError
+from kdscale.families import load_family
 from kdscale.models.generation.drawing import Drawing, end_ids
 from kdscale.models.loading import load_tokenizer
 from kdscale.runs.folder import ON_POLICY
@@ -104,7 +105,8 @@ def _generation_config(folder: Path) -> Any:
 
 
 def _check_room(settings: OnPolicyConfig, folder: Path) -> None:
-    limit = read_config(folder).get("max_position_embeddings")
+    config = read_config(folder)
+    limit = load_family(config, str(folder / "config.json")).language(config).get("max_position_embeddings")
     if isinstance(limit, int) and settings.answers_a_sequence > limit:
         raise DataError(
             f"distill.{settings.section}: a prompt and its answer",

@@ -15,6 +15,7 @@ from typing import Any
 import kdscale
 from kdscale.errors import ConfigError, FileError, KdscaleError, RunFolderError, raise_together
 from kdscale.files import atomic_dir, explain_os_errors, read_json, write_json, write_text
+from kdscale.models.multimodal.language_part import auto_class
 from kdscale.packaging import front_matter
 from kdscale.packaging.bundle import ollama, serving
 from kdscale.packaging.bundle.checksums import SUMS, write_sums
@@ -178,6 +179,7 @@ def _description(source: Source, places: Sequence[Placed], served: str, prompt: 
     ]  # fmt: skip
     return {
         "format": FORMAT, "name": source.name, "served_name": served, "prompt": prompt, "own_code": source.own_code,
+        "auto_class": auto_class(source.student),
         "forms": forms, "made_by": f"kdscale {kdscale.__version__}",
     }  # fmt: skip
 
@@ -199,9 +201,9 @@ def _how_to_use(folder: Path, source: Source, places: Sequence[Placed], served: 
         code = ", trust_remote_code=True" if source.own_code else ""
         parts.append(
             "With transformers, by the path of this folder or its name on a hub:\n\n```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"from transformers import {(loader := auto_class(source.student))}, AutoTokenizer\n\n"
             'folder = "."\n'
-            f'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{code})\n'
+            f'model = {loader}.from_pretrained(folder, dtype="auto"{code})\n'
             f"tokenizer = AutoTokenizer.from_pretrained(folder{code})\n```"
             + "".join(f'\n\nThe form {place.form.title}: add `subfolder="{place.path}"`.' for place in weights[1:])
             + few_bits

@@ -59,11 +59,13 @@ def is_served(url: str, package: dict[str, Any]) -> bool:
 def ask_transformers(folder: Path, package: dict[str, Any]) -> Answer:
     """Through the library transformers, on the first folder of weights that it can read."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+    reads_images = package.get("auto_class") == AutoModelForImageTextToText.__name__
+    loader: Any = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     own_code = bool(package.get("own_code"))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=own_code).eval()
+    model = loader.from_pretrained(folder, dtype="auto", trust_remote_code=own_code).eval()
     inputs = tokenizer(package["prompt"], return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         made = model.generate(

@@ -89,7 +89,8 @@ def _cut(config: dict[str, Any], family: Family, dims: Dims, layers: int) -> dic
     kinds = family.layer_kinds(config)
     usual = max(dict.fromkeys(kinds), key=kinds.count)
     order = sorted(range(len(kinds)), key=lambda layer: kinds[layer] != usual)
-    return family.student_config(config, dims.replace(layers=layers), sorted(order[:layers]))
+    student = family.student_config(config, dims.replace(layers=layers), sorted(order[:layers]))
+    return family.language(student)
 
 
 def _random_model(config: dict[str, Any], device: Any, dtype: Any) -> Any:

@@ -121,13 +121,13 @@ def test_a_student_too_large_to_load_whole_is_reloaded_from_its_files(other_teac
     whole = self_check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
     monkeypatch.setattr(self_check, "_IN_MEMORY_BYTES", 0)
     seen: list = []
-    load = self_check._plain_load
+    load = self_check.plain_load
 
     def spy(*args, **settings):
         seen.append(load(*args, **settings))
         return seen[-1]
 
-    monkeypatch.setattr(self_check, "_plain_load", spy)
+    monkeypatch.setattr(self_check, "plain_load", spy)
     figures = self_check.reload_parity(tmp_path / "student", teacher.family, teacher.ids)
     assert all(parameter.is_meta for parameter in seen[0].model.layers.parameters())
     assert figures.keys() == whole.keys()

@@ -303,7 +303,7 @@ def test_missing_size_and_odd_flag_are_named() -> None:
         ({"model_type": ["llama"]}, "model_type"),
         (_config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM"),
         (_config("llama", architectures="LlamaForCausalLM"), "architectures"),
-        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "alone, as Gemma3ForCausalLM"),
+        ({"model_type": "shieldgemma2", "text_config": {"model_type": "gemma3_text"}}, "alone, as Gemma3ForCausalLM"),
         (
             {"model_type": "llava", "text_config": {"model_type": "opt"}},
             r"several modalities .* \('opt' in text_config",
