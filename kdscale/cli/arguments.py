@@ -66,6 +66,8 @@ def model_folder(run: Path, name: str) -> Path:
     Raises ConfigError for a name the run has no model of, and for a model that is not made yet.
     """
     from kdscale.errors import ConfigError
+    from kdscale.runs.folder import RunFolder
+    from kdscale.runs.lineage import teacher_of_run
     from kdscale.runs.models import TEACHER
     from kdscale.weights import resolve_teacher
 
@@ -74,7 +76,7 @@ def model_folder(run: Path, name: str) -> Path:
     if name not in folders:
         raise ConfigError(f"{run} has no model {name!r}", expected=f"one of {', '.join(folders)}")
     if name == TEACHER:
-        return resolve_teacher(config.teacher)
+        return teacher_of_run(RunFolder(run), config, resolve_teacher(config.teacher))
     if not is_model_folder(folders[name]):
         hint = f"kdscale run {shlex.quote(str(run))} makes it"
         raise ConfigError(f"the {name} model of {run} is not there yet", expected=str(folders[name]), hint=hint)
@@ -84,9 +86,11 @@ def model_folder(run: Path, name: str) -> Path:
 def model_folders(run: Path, config: Config) -> dict[str, Path]:
     """Where each model of a run will be; the teacher's as it is in the config."""
     from kdscale.runs.folder import RunFolder
+    from kdscale.runs.lineage import teacher_of_run
     from kdscale.runs.models import models_of_run
 
-    return models_of_run(RunFolder(run), config, Path(config.teacher.path))
+    own = RunFolder(run)
+    return models_of_run(own, config, teacher_of_run(own, config, Path(config.teacher.path)))
 
 
 def is_model_folder(path: Path) -> bool:

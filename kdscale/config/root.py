@@ -35,6 +35,10 @@ class TeacherConfig(Section):
     path: str = Field(min_length=1)
     revision: str | None = None  # only for a hub id
     trust_remote_code: bool = False
+    # folders of LoRA adapters as peft saves them, merged into the weights in this order; None: none
+    adapters: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        strict=False, min_length=1, max_length=64, default=None
+    )
 
 
 class StudentConfig(Section):

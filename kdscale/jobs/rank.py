@@ -27,7 +27,7 @@ from kdscale.pipeline.spawn import PLACE_VARIABLE
 from kdscale.pipeline.stage import StageContext
 from kdscale.pipeline.stages.registry import STAGES, job_stage, job_targets
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.lineage import corrected_teacher, last_step_student
+from kdscale.runs.lineage import corrected_teacher, last_step_student, merged_teacher
 from kdscale.runtime.exits import exit_code_of, leave
 from kdscale.runtime.gpu_binding import claim_gpu
 from kdscale.runtime.progress import Reporter
@@ -97,7 +97,13 @@ def _take_part(config: Config, until: str, accept_changes: bool) -> int:
         return 0
     run = RunFolder(Path(config.run_dir))
     context = StageContext(
-        config, run, check_teacher(config), Reporter(), last_step_student(config), corrected_teacher(config, run)
+        config,
+        run,
+        check_teacher(config),
+        Reporter(),
+        last_step_student(config),
+        corrected_teacher(config, run),
+        merged=merged_teacher(config, run),
     )
     return run_as_rank(job_stage(), context)
 

@@ -23,11 +23,12 @@ Part = Literal["use", "measured"]  # what is written again into a card; the rest
 
 def card_facts(cfg: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the model card says of a checkpoint (with this manifest) of the run of `cfg`."""
-    settings, step = cfg.distill, int(manifest["step"])
+    settings, step, adapters = cfg.distill, int(manifest["step"]), cfg.teacher.adapters
     several = len(settings.objectives) > 1
     losses = [f"{entry.weight:g} × ({entry.formula})" if several else entry.formula for entry in settings.objectives]
     return {
         "teacher": Path(cfg.teacher.path).name,
+        **({"adapters merged into it": ", ".join(Path(one).name for one in adapters)} if adapters else {}),
         **({"teachers": ", ".join(entry.in_words for entry in settings.teachers)} if settings.teachers else {}),
         "training tokens": step * settings.global_batch * settings.seq_len,
         "optimiser steps": step,

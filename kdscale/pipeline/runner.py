@@ -22,7 +22,7 @@ from kdscale.pipeline.stage import (
 )
 from kdscale.pipeline.stages.registry import STAGES, stages_of, stages_of_steps, stages_until
 from kdscale.runs.folder import RunFolder
-from kdscale.runs.lineage import corrected_teacher
+from kdscale.runs.lineage import corrected_teacher, merged_teacher
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.signals import signals_as_exceptions
 
@@ -55,7 +55,7 @@ def run_until(config: Config, last: str, reporter: Reporter, accept_changes: boo
     with run.lock(), signals_as_exceptions():
         context = StageContext(
             config, run, teacher, reporter, corrected=corrected_teacher(config, run), run_inner=run_inner,
-            accept_changes=accept_changes,
+            accept_changes=accept_changes, merged=merged_teacher(config, run),
         )  # fmt: skip
         _adopt_config(context, accept_changes)
         if not accept_changes and not config.steps:

@@ -34,13 +34,14 @@ from kdscale.runs.folder import (
     fits,
     now,
 )
+from kdscale.runs.lineage import present
 from kdscale.runtime.progress import Reporter
 from kdscale.runtime.versions import versions
 from kdscale.units import format_duration
 
 _LINE = 160  # characters of a reason to run a stage again
 Facts = Mapping[str, Any]
-ModelRole = Literal["teacher", "model_to_prune", "model_to_learn_from"]
+ModelRole = Literal["teacher_folder", "teacher", "model_to_prune", "model_to_learn_from"]
 
 
 class InnerRunner(Protocol):
@@ -58,13 +59,19 @@ class StageContext:
 
     config: Config
     run: RunFolder
-    teacher: Path
+    teacher_folder: Path  # as the config names it
     reporter: Reporter
     pruned_from: Path | None = None  # the student of the step before, where there is one
     corrected: Path | None = None  # the corrected teacher, where the config asks for one
     run_inner: InnerRunner | None = None  # set by the runner; a stage that runs other stages calls it
     accept_changes: bool = False  # whether checkpoints of other inputs may be deleted
     ranks: int = 1  # how many processes share the stage that runs; this is one of them
+    merged: Path | None = None  # the teacher with its adapters, where the config names some
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher that the stages work with: with its adapters merged, as soon as they are."""
+        return present(self.merged) or self.teacher_folder
 
     @property
     def model_to_prune(self) -> Path:

@@ -21,7 +21,7 @@ from kdscale.files import read_json
 from kdscale.pipeline.stage import Stage, StageContext, changed_inputs, changed_outputs, inputs_of, manifest_path
 from kdscale.pipeline.stages.registry import stages_of
 from kdscale.runs.folder import Manifest, RunFolder, fits
-from kdscale.runs.lineage import corrected_teacher
+from kdscale.runs.lineage import corrected_teacher, merged_teacher
 from kdscale.runtime.progress import Reporter
 from kdscale.weights import resolve_teacher
 
@@ -36,7 +36,9 @@ def take_over(source: RunFolder, target: RunFolder, config: Config) -> list[str]
     """
     taken: list[str] = []
     teacher, corrected = resolve_teacher(config.teacher), corrected_teacher(config, source)
-    context = StageContext(config, source, teacher, Reporter(quiet=True), corrected=corrected)
+    context = StageContext(
+        config, source, teacher, Reporter(quiet=True), corrected=corrected, merged=merged_teacher(config, source)
+    )
     for stage in stages_of(config):
         manifest = _manifest(stage, source)
         if manifest is None or (stage.in_steps and config.steps):  # steps have run folders of their own

@@ -58,6 +58,7 @@ KEPT_RESPONSES = Artifact("responses/responses.jsonl")
 DATA = Artifact("data")
 IMPORTANCE = Artifact("importance")
 PLAN = Artifact("plan.json")
+MERGED = Artifact("merged")  # the teacher with its adapters in its weights
 CORRECTED = Artifact("corrected")
 PRUNED = Artifact("pruned")
 # What a model's values depend on. The tokenizer's files matter besides where text is read; licences, notices and chat

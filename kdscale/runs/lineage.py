@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdscale.config.root import Config
-from kdscale.runs.folder import CORRECTED, RunFolder
+from kdscale.runs.folder import CORRECTED, MERGED, RunFolder
 
 
 def last_step_student(config: Config) -> Path | None:
@@ -18,12 +18,32 @@ def corrected_teacher(config: Config, run: RunFolder) -> Path | None:
     return run.at(CORRECTED) if config.correct is not None else None
 
 
+def merged_teacher(config: Config, run: RunFolder) -> Path | None:
+    """Where the teacher with its adapters merged is, or will be; None where the config names no adapters."""
+    return run.at(MERGED) if config.teacher.adapters is not None else None
+
+
+def teacher_of_run(run: RunFolder, config: Config, named: Path) -> Path:
+    """The teacher that a run works with: the merged one once it is there, else the folder that the config names.
+
+    `run` may be a step of another run.
+    """
+    folder = run.path.resolve()
+    outer = RunFolder(folder.parents[1]) if folder.parent.name == "steps" else run
+    return present(merged_teacher(config, outer)) or named
+
+
+def present(model: Path | None) -> Path | None:
+    """The folder of a model that a stage makes, if it is finished."""
+    return model if model is not None and (model / "config.json").is_file() else None
+
+
 def distilled_from(run: RunFolder, config: Config, teacher: Path) -> Path:
     """The model whose distribution the student learned; with `distill.teacher: previous` the last step's student.
 
     `teacher` is the folder of the config's teacher; where that was corrected, the corrected one counts.
     """
-    folder = run.path.resolve()
+    folder, teacher = run.path.resolve(), teacher_of_run(run, config, teacher)
     is_step = folder.parent.name == "steps"
     original = corrected_teacher(config, RunFolder(folder.parents[1]) if is_step else run) or teacher
     if config.distill.teacher == "original":

@@ -28,7 +28,7 @@ def no_config(folder: Path) -> CheckpointError:
         adapter = read_json(folder / "adapter_config.json", CheckpointError)
         base = adapter.get("base_model_name_or_path") if isinstance(adapter, dict) else None
         got = "an adapter" + (f" of {base}" if isinstance(base, str) else "")
-        hint = "merge it into its base model (merge_and_unload), save that and give its folder"
+        hint = "give its base model as teacher.path, and this folder in teacher.adapters"
     elif below:
         hint = f"is it to be {below[0]}?"
     elif any(folder.glob("*.gguf")):
@@ -46,7 +46,9 @@ def no_weights(folder: Path) -> CheckpointError:
     tensors = [name for name in files if name.endswith(".safetensors")]
     pickles = [name for name in files if any(fnmatch.fnmatchcase(name, glob) for glob in _PICKLES)]
     if "adapter_config.json" in files:
-        hint: str | None = "this is an adapter: merge it into its base model (merge_and_unload) and save that"
+        hint: str | None = (
+            "this is an adapter: give its base model as teacher.path, and this folder in teacher.adapters"
+        )
     elif tensors:
         hint = "the index is missing: download it again" if len(tensors) > 1 else f"is it to be named {SINGLE_FILE}?"
     elif pickles:

@@ -12,7 +12,6 @@ from kdscale.pipeline import grid_training
 from kdscale.pipeline.stage import Stage, belongs_to
 from kdscale.pipeline.stages import (
     bias,
-    correct,
     data,
     distill,
     downstream,
@@ -25,6 +24,7 @@ from kdscale.pipeline.stages import (
     responses,
     targets,
 )  # fmt: skip
+from kdscale.pipeline.stages.teachers import correct, merge
 from kdscale.runs import folder
 from kdscale.runs.models import MODEL_WEIGHTS
 
@@ -33,6 +33,13 @@ _CODE = "teacher.trust_remote_code"
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
+        Stage(
+            name="merge", title="merge the adapters into the teacher",
+            help="Merge the adapters that the config names beside the teacher into its weights.",
+            run=merge.merge, config=(_CODE, "prune.max_shard_bytes"), depends_on=merge.what_matters,
+            model="teacher_folder", copies=merge.copied_from_and_to, writes=(folder.MERGED,), resumable=True,
+            disk_bytes=merge.disk_bytes, only_with="teacher.adapters", check_before=merge.check_before,
+        ),
         Stage(
             name="responses", title="have the teacher answer prompts",
             help="Have the teacher answer prompts, for the student to learn from; nothing is asked twice.",

@@ -81,6 +81,7 @@ RULES: Mapping[str, Rule] = {
     # the code of a checkpoint would run here
     "TeacherConfig.trust_remote_code": _admins_alone,
     "TeacherConfig.path": _MODEL,
+    "TeacherConfig.adapters": _read,
     "TeacherEntry.path": _MODEL,
     "StudentConfig.path": _MODEL,
     "SourceConfig.path": _DATA,

@@ -202,7 +202,7 @@ def test_folders_without_weights_or_config(model_dir: Callable[..., Path], tmp_p
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         Checkpoint.open(folder)
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(CheckpointError, match=r"an adapter of org/base\n.*merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"an adapter of org/base\n.*teacher\.adapters"):
         Checkpoint.open(folder)
     (tmp_path / "models--org--name" / "snapshots" / "abc").mkdir(parents=True)
     (tmp_path / "models--org--name" / "snapshots" / "abc" / "config.json").write_text("{}")

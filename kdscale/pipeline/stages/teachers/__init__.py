@@ -1,0 +1,1 @@
+"""Stages that make the teacher that the others work with."""
