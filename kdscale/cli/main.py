@@ -101,6 +101,7 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
         },
         "Tools": {
             "doctor": doctor_command,
+            "inspect": models.inspect_command,
             "chat": chat.chat_command,
             "get-teacher": models.get_teacher_command,
             "export": models.export_command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -131,3 +132,28 @@ def export_megatron_command(
         reporter.say(f"  note: what begins a document here, ids {list(text.prefix_ids)}, is not in the files")
     if text.loss_bits is not None:
         reporter.say("  note: which tokens are answers is not in the files: Megatron learns all of them")
+
+
+def inspect_command(
+    model: Annotated[Path, typer.Argument(metavar="PATH", help="A model's folder, an adapter's, or a .gguf file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what a model is, which of its axes can be cut, and how large a few typical students would be."""
+    from kdscale.cli import tables
+    from kdscale.jobs.inspection import inspect_path, rows
+
+    facts = inspect_path(model.expanduser())
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    tables.show(facts["path"], ("", ""), rows.summary_rows(facts))
+    if "axes" in facts:
+        tables.show("What can be cut", ("axis", "size", ""), rows.axis_rows(facts["axes"]))
+        titles = ("cut", "sizes", "parameters", "bf16")
+        tables.show("How large the outcome would be", titles, rows.cut_rows(facts["cuts"]), right_from=2)
+    for text in facts["notes"]:
+        tables.note(f"note: {text}", "dim")
+    for text in facts["problems"]:
+        tables.note(f"in the way: {text}")
+    if not facts["problems"] and facts["kind"] == "checkpoint":
+        tables.note("Nothing stands in the way.", "green")

@@ -53,6 +53,11 @@ def trials(verdict: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) 
     _print(table(verdict, columns, rows, right_from=2))
 
 
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], right_from: int | None = None) -> None:
+    """One table, as wide as the terminal."""
+    _print(table(title, columns, rows, right_from=right_from))
+
+
 def width_of(table: Table) -> int:
     """How many columns of a terminal a table takes when nothing in it is wrapped."""
     console = Console()

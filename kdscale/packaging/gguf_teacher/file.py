@@ -64,6 +64,10 @@ class GgufFile:
         kinds = [tensor.tensor_type.name for tensor in self._tensors.values()]
         return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
 
+    def kind(self, name: str) -> str:
+        """The type of one tensor, by its name in GGUF."""
+        return str(self._tensor(name).tensor_type.name)
+
     def get(self, key: str, absent: Any = None) -> Any:
         """A metadata value as plain Python, or `absent`."""
         field = self._reader.get_field(key)
