@@ -121,6 +121,8 @@ class PruneConfig(Section):
     # how much of the student's stream's error so far each projection is asked to undo (two_stream only)
     stream_correction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     ridge_lambda: Annotated[float, Field(gt=0.0, le=1e6)] = 1e-2
+    # heads that predict several tokens ahead go along with a student that is cut by depth alone; false: left out
+    keep_mtp: bool = False
     max_shard_bytes: Count = 5_000_000_000
     search: SearchConfig = SearchConfig()
 

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.dims import NEVER_CUT, Dims, ParamCount
+from kdscale.families.kept_heads import KeptHeads
 from kdscale.families.layer_fields import (
     Config,
     cut_layer_fields,
@@ -52,6 +53,7 @@ class Family:
     def __init__(self, data: FamilyData, where: str, config: Config):
         self.data = data
         self.where = where
+        self._kept = KeptHeads()
         self.fixed_sizes = {name: self.fixed_size(name, config) for name in data.sizes}
         self._rules = [rule for rule in data.constraints if _applies(rule, config)]
         self._per_token = None if data.experts_per_token is None else self._size(data.experts_per_token, config, {})
@@ -121,9 +123,21 @@ class Family:
         return None
 
     def carried(self, name: str) -> bool:
-        """Whether a tensor belongs to no language model, and goes along with it as it is."""
-        del name
-        return False
+        """Whether a tensor is no part of the causal LM, and goes along with it."""
+        return self.kept_head(name)
+
+    def kept_head(self, name: str) -> bool:
+        """Whether a tensor is of a head that transformers' causal LM has not and that is kept nevertheless."""
+        return name in self._kept
+
+    def keeping_heads(self, config: Config) -> Self:
+        """The same family for a student that keeps the heads that it would do without (see `Drop.kept_with`).
+
+        `config` is the teacher's. Raises ConfigError for a family that has no such heads.
+        """
+        family = copy.copy(self)
+        family._kept = KeptHeads.of(self.data, self.dims(config))
+        return family
 
     def carried_axes(self, name: str) -> CarriedAxes:
         """Where a carried tensor has the channels of the residual stream."""
@@ -201,7 +215,7 @@ class Family:
         out += undivided_products(self.data, dims)
         if self._per_token is not None and dims.experts < self._per_token:
             out.append(f"experts ({dims.experts}) are fewer than the {self._per_token} that each token is routed to")
-        return out
+        return out + self._kept.violations(dims)
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
@@ -255,7 +269,7 @@ class Family:
 
     def dropped(self) -> dict[str, str]:
         """Glob of tensors that the student does without → what they are."""
-        return {drop.tensors: drop.what for drop in self.data.drops}
+        return {drop.tensors: drop.what for drop in self.data.drops if drop not in self._kept.drops}
 
     def parameter(self, name: str) -> str:
         """The parameter of a tensor outside the layers, also of one that is not on disk because it is tied."""
@@ -309,7 +323,7 @@ class Family:
         if wrong := self.violations(dims):
             raise ConfigError(f"no {self.name} model has the student's sizes", got="; ".join(wrong))
         student = self.with_sizes(config, dims)
-        for drop in self.data.drops:
+        for drop in (drop for drop in self.data.drops if drop not in self._kept.drops):
             student |= {field: value for field, value in drop.config.items() if field in student}
         if len(kept) < teacher.layers:
             cut_layer_fields(self.data, config, student, kept, teacher.layers, self.where)

@@ -105,6 +105,9 @@ class NestedFamily(Family):
         of_whole = (entry.axes for entry in self.nested.hidden if fnmatch.fnmatchcase(name, entry.tensors))
         return next(of_whole, ()) or super().carried_axes(name)
 
+    def with_sizes(self, config: Config, dims: Dims) -> dict[str, Any]:
+        return super().with_sizes(self.language(config), dims)
+
     def student_config(self, config: Config, dims: Dims, kept_layers: Sequence[int]) -> dict[str, Any]:
         before = self.language(config)
         after = super().student_config(before, dims, kept_layers)

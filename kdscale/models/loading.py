@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from kdscale.errors import CheckpointError, DataError, KdscaleError
+from kdscale.errors import CheckpointError, ConfigError, DataError, KdscaleError
 from kdscale.families import dropped_heads
 from kdscale.files import read_json
 from kdscale.models.multimodal.language_part import (
@@ -286,17 +286,27 @@ def _check_same_ids(path: Path, tokenizer: Any) -> None:
             )
 
 
-def open_teacher(folder: Path, reporter: Reporter | None = None) -> tuple[Checkpoint, Family]:
+def open_teacher(
+    folder: Path, reporter: Reporter | None = None, *, keep_heads: bool = False
+) -> tuple[Checkpoint, Family]:
     """Open the teacher and its family and check the headers; reads no weights. Raises CheckpointError.
 
-    `reporter`, if there is one, prints what of the checkpoint is left out.
+    `reporter`, if there is one, prints what of the checkpoint is left out. With `keep_heads` the student has the heads
+    too that it would do without; raises ConfigError where there are none to keep.
     """
     from kdscale.families import load_family
     from kdscale.weights import Checkpoint
 
     teacher = Checkpoint.open(folder)
     family = load_family(teacher.config, str(folder / "config.json"))
+    if keep_heads:
+        family = family.keeping_heads(teacher.config)
     for notice in teacher.verify_against(family):
         if reporter is not None:
             reporter.say(f"  note: {notice}")
+    if keep_heads and not any(family.kept_head(name) for name in teacher.carried):
+        raise ConfigError(
+            "prune.keep_mtp", expected="a teacher with a head that predicts several tokens ahead",
+            got=f"none in {folder}", hint="leave prune.keep_mtp out",
+        )  # fmt: skip
     return teacher, family

@@ -254,6 +254,7 @@ def plan_shapes(config: Config, teacher: Path) -> list[Plan]:
         if step.prune.target_decode is not None or step.prune.target_prefill is not None:
             break
         family = load_family(model, str(teacher / "config.json"))
+        family = family.keeping_heads(model) if step.prune.keep_mtp else family
         plans.append(make_plan(model, family, None, step.shaping))
         model = family.student_config(model, plans[-1].student.dims(), plans[-1].kept.layers)
     for plan in plans[:1]:  # the one that cuts the teacher

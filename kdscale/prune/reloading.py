@@ -33,8 +33,11 @@ def layers_on_disk(folder: Path, family: Family, device: torch.device) -> dict[s
     return device_map
 
 
-def plain_load(folder: Path, **settings: Any) -> Any:
-    """The whole model as a user loads it, in eval mode. Raises SelfCheckError when transformers complains."""
+def plain_load(folder: Path, family: Family, **settings: Any) -> Any:
+    """The whole model as a user loads it, in eval mode. Raises SelfCheckError when transformers complains.
+
+    Heads that were kept are no part of transformers' model, and may be left over.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -42,6 +45,7 @@ def plain_load(folder: Path, **settings: Any) -> Any:
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **settings
     )
     model, info = loaded
+    info["unexpected_keys"] = {name for name in info["unexpected_keys"] if not family.kept_head(name)}
     wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
     if wrong:
         raise SelfCheckError(

@@ -211,10 +211,10 @@ def reload_parity(
     stream = LayerStream(student.config, family, student.tensor, dtype=dtype, device=device)
     with TemporaryDirectory(dir=student_dir.parent) as offload, torch.inference_mode():
         if in_memory:
-            model = plain_load(student_dir, dtype=dtype).to(device)
+            model = plain_load(student_dir, family, dtype=dtype).to(device)
         else:
             device_map = layers_on_disk(student_dir, family, device)
-            model = plain_load(student_dir, dtype=dtype, device_map=device_map, offload_folder=offload)
+            model = plain_load(student_dir, family, dtype=dtype, device_map=device_map, offload_folder=offload)
         states: list[Tensor] = []
         for module in model.get_submodule(path_in_whole(family, family.sites.layers)).children():
             module.register_forward_hook(lambda _m, _a, out: states.append(out if isinstance(out, Tensor) else out[0]))

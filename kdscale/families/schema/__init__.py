@@ -11,7 +11,7 @@ from kdscale.families.schema.config_fields import Constraint, DimField, LayerLis
 from kdscale.families.schema.family_file import FamilyData
 from kdscale.families.schema.gguf import Gguf
 from kdscale.families.schema.layer_kinds import LayerCondition, LayerKinds
-from kdscale.families.schema.tensors import COMPONENT_OF, EXPERT, LAYER, Component, Sites, TensorTemplate
+from kdscale.families.schema.tensors import COMPONENT_OF, EXPERT, LAYER, Component, Drop, Sites, TensorTemplate
 
 __all__ = [
     "COMPONENT_OF",
@@ -23,6 +23,7 @@ __all__ = [
     "Constraint",
     "DimField",
     "DimName",
+    "Drop",
     "FamilyData",
     "Gguf",
     "LayerCondition",

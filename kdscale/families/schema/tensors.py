@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from kdscale.families.schema.axes import Axis, Name, Strict
+from kdscale.families.schema.axes import Axis, DimName, Name, Strict
 
 # The role of a tensor names it within a layer or outside the layers; its component is the part of the model it is in.
 Component = Literal["embedding", "attention", "mixer", "ffn", "norm", "head"]
@@ -94,11 +94,15 @@ class Tie(Strict):
 
 
 class Drop(Strict):
-    """Tensors that belong to the model but not to the student (heads that predict several tokens ahead)."""
+    """Tensors that belong to the model but not to the student (heads that predict several tokens ahead).
+
+    `kept_with`: the axes that may be cut while they are kept, where the config asks for that; without it none ever is.
+    """
 
     tensors: Name  # glob
     what: Name  # its name in the notice to the user
     config: dict[str, int | bool | None] = Field(default={})  # fields of the student's config that say they are gone
+    kept_with: tuple[DimName, ...] = Field(strict=False, default=())
 
 
 class LayerSites(Strict):

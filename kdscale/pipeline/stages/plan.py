@@ -38,7 +38,8 @@ def search_plan(context: StageContext, scores: Mapping[str, Any]) -> Plan:
     from kdscale.prune.search.hidden_basis import hidden_bases
     from kdscale.prune.search.shapes import Search
 
-    teacher, family = loading.open_teacher(context.model_to_prune)
+    keep_heads = context.config.prune.keep_mtp
+    teacher, family = loading.open_teacher(context.model_to_prune, keep_heads=keep_heads)
     tied = family.tied(teacher.config)
     for basis in hidden_bases(teacher.config, family, context.config.shaping):
         # a rotated teacher has a head where a tied one has none: of the embedding's dtype
@@ -118,7 +119,7 @@ def by_masked_score(context: StageContext, search: Search, candidates: list[Shap
     order = config.prune.search.candidate_score.order
     set_threads(config.runtime.threads)
     device = resolve_device(config.runtime.device)
-    teacher, family = loading.open_teacher(context.model_to_prune)
+    teacher, family = loading.open_teacher(context.model_to_prune, keep_heads=config.prune.keep_mtp)
     if search.cfg.hidden_method == "pca":
         teacher = rotated_teacher(teacher, family, search.scores or {})
     best = candidates[: config.prune.search.masked_candidates]

@@ -62,7 +62,7 @@ def prune_rank(context: StageContext) -> None:
 
     config, run = context.config, context.run
     share = join_calibration(context, "prune")
-    teacher, family = open_teacher(context.model_to_prune)
+    teacher, family = open_teacher(context.model_to_prune, keep_heads=config.prune.keep_mtp)
     basis, cut = None, Plan.load(run.plan)
     if cut.methods.hidden == "pca":
         teacher = rotated_teacher(teacher, family, load_scores(run.importance))
