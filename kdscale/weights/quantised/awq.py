@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kdscale.weights.header import TensorEntry
 from kdscale.weights.quantised.format import Format
-from kdscale.weights.quantised.packed import PackedTensor, Part, unpack_bits
+from kdscale.weights.quantised.packed import PackedTensor, Part, row_by_row, unpack_bits
 
 if TYPE_CHECKING:
     import torch
@@ -51,10 +51,16 @@ class Awq(Format):
             raise self.wrong(name, expected="groups of equal size", got=f"{groups} groups of {inputs} inputs")
 
         def decode(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            integers_IO, zeros_GO = _outputs(parts["qweight"]), _outputs(parts["qzeros"])
             size = inputs // groups
-            zeros_IO, scales_IO = (one.repeat_interleave(size, dim=0) for one in (zeros_GO, parts["scales"].float()))
-            return ((integers_IO - zeros_IO).float() * scales_IO).T
+
+            def rows(first: int, last: int) -> torch.Tensor:
+                words = slice(first // _IN_WORD, last // _IN_WORD)
+                integers_Io = _outputs(parts["qweight"][:, words])
+                integers_Io -= _outputs(parts["qzeros"][:, words]).repeat_interleave(size, dim=0)
+                scales_Io = parts["scales"][:, first:last].float().repeat_interleave(size, dim=0)
+                return (integers_Io.float() * scales_Io).T
+
+            return row_by_row((outputs, inputs), self.dtype, _IN_WORD, rows)
 
         return PackedTensor((outputs, inputs), self.dtype, found, decode, (outputs, inputs))
 

@@ -18,7 +18,7 @@ from kdscale.errors import CheckpointError
 from kdscale.files import parse_json
 from kdscale.weights.header import TensorEntry
 from kdscale.weights.quantised.format import Format
-from kdscale.weights.quantised.packed import PackedTensor, Part
+from kdscale.weights.quantised.packed import PackedTensor, Part, row_by_row
 from kdscale.weights.tensor_bytes import read_rows
 
 if TYPE_CHECKING:
@@ -85,13 +85,22 @@ class BitsAndBytes(Format):
         def decode(read: Mapping[str, torch.Tensor]) -> torch.Tensor:
             import torch
 
-            bytes_n = read["codes"].flatten()
-            chosen_N = torch.stack((bytes_n >> 4, bytes_n & 0xF), dim=-1).flatten()[:values]
-            absmax_B = read["absmax"]
+            bytes_n, absmax_B = read["codes"].flatten(), read["absmax"]
             if nested:
                 own_B = read["nested_absmax"].repeat_interleave(state["nested_blocksize"])[:blocks]
                 absmax_B = read["nested_table"][absmax_B.int()] * own_B + state["nested_offset"]
-            return (read["table"][chosen_N.int()] * absmax_B.repeat_interleave(block)[:values]).reshape(shape)
+
+            def pairs(first: int, last: int) -> torch.Tensor:
+                """Pairs of blocks: each begins with a byte of its own, and the last may be short."""
+                some_n = bytes_n[first * block : last * block].int()
+                numbers_N = read["table"][torch.stack((some_n >> 4, some_n & 0xF), dim=-1).flatten()]
+                scales_N = absmax_B[2 * first : 2 * last].repeat_interleave(block)[: len(numbers_N)]
+                numbers_N = numbers_N[: len(scales_N)] * scales_N
+                missing = (last - first) * 2 * block - len(numbers_N)
+                return torch.nn.functional.pad(numbers_N, (0, missing)).view(last - first, 2 * block)
+
+            whole = row_by_row((-(-blocks // 2), 2 * block), self.dtype, 1, pairs)
+            return whole.flatten()[:values].reshape(shape)
 
         return PackedTensor(shape, self.dtype, parts, decode, shape)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kdscale.weights.header import TensorEntry
 from kdscale.weights.quantised.format import Format
-from kdscale.weights.quantised.packed import PackedTensor, Part, unpack_bits
+from kdscale.weights.quantised.packed import PackedTensor, Part, row_by_row, unpack_bits
 
 if TYPE_CHECKING:
     import torch
@@ -61,13 +61,17 @@ class Gptq(Format):
         def decode(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
             import torch
 
-            integers_OI = unpack_bits(parts["qweight"].T, bits, inputs)
             zeros_GO = (unpack_bits(parts["qzeros"], bits, outputs) + added) & most
             group_I = parts.get("g_idx", torch.arange(inputs) // (inputs // groups)).long()
             if not 0 <= int(group_I.min()) <= int(group_I.max()) < groups:
                 raise self.wrong(name, expected=f"groups 0 to {groups - 1} in g_idx", got="others")
-            zeros_OI, scales_OI = zeros_GO.T[:, group_I], parts["scales"].float().T[:, group_I]
-            return (integers_OI - zeros_OI).float() * scales_OI
+
+            def rows(first: int, last: int) -> torch.Tensor:
+                integers_oI = unpack_bits(parts["qweight"][:, first:last].T, bits, inputs)
+                integers_oI -= zeros_GO[:, first:last].T[:, group_I]
+                return integers_oI.float() * parts["scales"][:, first:last].float().T[:, group_I]
+
+            return row_by_row((outputs, inputs), self.dtype, 1, rows)
 
         return PackedTensor((outputs, inputs), self.dtype, found, decode, (outputs, inputs))
 

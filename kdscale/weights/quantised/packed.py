@@ -18,9 +18,9 @@ from kdscale_launch.watchdog import beat
 if TYPE_CHECKING:
     import torch
 
-    Decode = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # parts → the rows that they stand for, in fp32
+    Decode = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]  # parts → the rows that they stand for
 
-_SCRATCH_VALUES = 1 << 24  # of a matrix that are decoded at once where its rows can be decoded apart
+_SCRATCH_VALUES = 1 << 22  # of a matrix that are decoded at once
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class PackedTensor:
         """Values `begin` to `end` in storage order, flat, in the plain matrix's dtype and memory of their own."""
         begin, end, step = self.first + begin, self.first + end, self._step
         if not step:
-            return self._rows(None).to(torch_dtype(self.dtype)).flatten()[begin:end].clone()
+            decoded = self._rows(None).to(torch_dtype(self.dtype)).flatten()
+            return decoded if end - begin == len(decoded) else decoded[begin:end].clone()
         import torch
 
         width = math.prod(self.whole[1:])
@@ -111,6 +112,22 @@ class PackedTensor:
         expected = (len(rows) if rows is not None else self.whole[0], *self.whole[1:])
         assert tuple(decoded.shape) == expected, f"{self.file}: decoded {tuple(decoded.shape)} instead of {expected}"
         return decoded
+
+
+def row_by_row(shape: tuple[int, int], dtype: str, step: int, rows: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """A matrix of parts that were read whole, in `dtype`, some rows at a time.
+
+    `rows` gives the rows from one number, a multiple of `step`, to another, in fp32.
+    """
+    import torch
+
+    out = torch.empty(shape, dtype=torch_dtype(dtype))
+    at_once = max(step, _SCRATCH_VALUES // shape[1] // step * step)
+    for first in range(0, shape[0], at_once):
+        last = min(first + at_once, shape[0])
+        out[first:last] = rows(first, last)
+        beat()
+    return out
 
 
 def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
