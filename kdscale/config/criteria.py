@@ -127,6 +127,8 @@ CRITERIA: tuple[Criterion, ...] = (
               title="Σ over tokens of ‖W_head · x_head‖², the head's share of the mixer's output"),
     Criterion("ssm_heads", "activation", unit="norm", collect=f"{_UNITS}:ssm_heads_activation",
               source=_MINITRON_HYBRID, title="mean of ‖x_head‖ over the sequence, L2 norm over the samples"),
+    Criterion("ssm_head_dim", "output_energy", collect=f"{_UNITS}:ssm_channels_output_energy", source=_WANDA,
+              title="Σ over tokens and heads of ‖W_channel · x_channel‖², the channel's share of the mixer's output"),
 )  # fmt: skip
 
 AXIS_TITLES = {
@@ -137,6 +139,7 @@ AXIS_TITLES = {
     "kv_heads": "KV heads",
     "experts": "Experts",
     "ssm_heads": "SSM heads",
+    "ssm_head_dim": "SSM head channels",
 }
 
 

@@ -86,9 +86,9 @@ class PruneConfig(Section):
     count: Literal["non_embedding", "total"] = "total"
     tolerance: Annotated[float, Field(gt=0.0, le=0.2)] = 0.03
     # axes that may be cut when a target is given; sizes given below are fixed and need not be listed
-    axes: tuple[Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts", "ssm_heads"], ...] = Field(
-        strict=False, default=("ffn", "heads")
-    )
+    axes: tuple[
+        Literal["ffn", "heads", "kv_heads", "hidden", "layers", "experts", "ssm_heads", "ssm_head_dim"], ...
+    ] = Field(strict=False, default=("ffn", "heads"))
     hidden: Length | None = None
     ffn: Length | None = None
     heads: Length | None = None
@@ -97,9 +97,11 @@ class PruneConfig(Section):
     experts: Length | None = None  # of a mixture of experts; how many each token is routed to does not change
     # heads of Mamba 2, or value heads of a gated delta net; each group of theirs keeps as many
     ssm_heads: Length | None = None
+    ssm_head_dim: Length | None = None  # how wide each of them is: the same channels of all heads of a layer
     # smallest step on each axis; None picks 256/256/1 for real sizes and 32/32/1 for small models
     hidden_divisor: Length | None = None
     ffn_divisor: Length | None = None
+    ssm_head_dim_divisor: Length | None = None  # None: 8
     experts_divisor: Length | None = None  # None: 8 from 64 experts on, 1 below
     # every width that a linear map reads is a multiple of this; None: of the largest group of quantize.forms
     multiple_of: Length | None = None
@@ -157,15 +159,15 @@ class PruneConfig(Section):
     @property
     def cuts(self) -> bool:
         """Whether it says what to cut; a run without a ready student has to."""
-        sizes = (self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts, self.ssm_heads)
-        return self.target is not None or any(sizes)
+        sizes = (self.hidden, self.ffn, self.heads, self.kv_heads, self.layers, self.experts)
+        return self.target is not None or any((*sizes, self.ssm_heads, self.ssm_head_dim))
 
     def check_says_what_to_cut(self) -> None:
         """Raises ValueError where it does not."""
         if not self.cuts:
             raise ValueError(
                 "prune: give target_params or another target, or at least one of hidden, ffn, heads, kv_heads, layers, "
-                "experts, ssm_heads; or a ready student (student.path)"
+                "experts, ssm_heads, ssm_head_dim; or a ready student (student.path)"
             )
 
     @property

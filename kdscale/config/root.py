@@ -290,7 +290,17 @@ class Config(Section):
 
 
 # Fields that set a step's size: a step says its own, and does not take the config's.
-_NOT_INHERITED = {*BUDGET_FIELDS, "hidden", "ffn", "heads", "kv_heads", "layers", "experts", "ssm_heads"}
+_NOT_INHERITED = {
+    *BUDGET_FIELDS,
+    "hidden",
+    "ffn",
+    "heads",
+    "kv_heads",
+    "layers",
+    "experts",
+    "ssm_heads",
+    "ssm_head_dim",
+}
 
 
 # What a training without a teacher has of the settings on teachers: the defaults.

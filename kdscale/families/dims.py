@@ -18,8 +18,8 @@ from kdscale.config.criteria import FOLLOWED
 from kdscale.families.schema import axis_size
 
 # What a shape is made of, and what never changes in a student.
-SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts", "ssm_heads")
-NEVER_CUT = ("head_dim", "vocab", "ssm_head_dim", "ssm_groups", "ssm_state")
+SHAPE_AXES = ("hidden", "ffn", "heads", "kv_heads", "layers", "experts", "ssm_heads", "ssm_head_dim")
+NEVER_CUT = ("head_dim", "vocab", "ssm_groups", "ssm_state")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class ShapeCandidate(PlanSection):
     layers: Size
     experts: Annotated[int, Field(ge=0)] = 0
     ssm_heads: Annotated[int, Field(ge=0)] = 0
+    ssm_head_dim: Annotated[int, Field(ge=0)] = 0
     params: Size
     active: Size | None = None  # as in ParamCounts
     bytes: Size

@@ -38,6 +38,7 @@ UNIT_AXES = (
     "heads",
     "kv_heads",
     "ssm_heads",
+    "ssm_head_dim",
     *FOLLOWED,
 )  # axes with a list of kept units for each layer, besides ffn and experts
 
@@ -74,6 +75,7 @@ class KeptUnits(PlanSection):
     """The teacher's indices that stay.
 
     `heads`, `kv_heads` and `experts` have one list per kept layer, in the order of the layers, and so do `ssm_heads`,
+    `ssm_head_dim`,
     `dense_ffn` and `shared_ffn` in a model that has them; the list is empty for a layer without such units. `ffn` has
     one list per kept layer, and in a mixture of experts one per kept expert of each kept layer, layer by layer.
     """
@@ -87,6 +89,7 @@ class KeptUnits(PlanSection):
     dense_ffn: list[Indices] = Field(default=[])
     shared_ffn: list[Indices] = Field(default=[])
     ssm_heads: list[Indices] = Field(default=[])
+    ssm_head_dim: list[Indices] = Field(default=[])
 
     def units(self, axis: str, position: int, expert: int | None = None) -> Indices:
         """Kept units of `axis` in the student's layer `position`; ffn in a mixture: of the teacher's `expert`."""
@@ -114,6 +117,7 @@ class Methods(PlanSection):
     layers: str
     experts: str = "uncut"
     ssm_heads: str = "uncut"
+    ssm_head_dim: str = "uncut"
     compensate: Compensation
     layer_repair: PlannedRepair = "none"  # none where no layer was dropped
     search: SearchResult
@@ -181,7 +185,7 @@ class Plan(PlanSection):
         """Axes on which the student is smaller than the teacher."""
         return [
             axis
-            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "ssm_heads")
+            for axis in ("layers", "hidden", "ffn", "heads", "kv_heads", "experts", "ssm_heads", "ssm_head_dim")
             if getattr(self.student, axis) < getattr(self.teacher, axis)
         ]
 

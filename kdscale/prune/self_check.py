@@ -316,8 +316,13 @@ class _Mask:
         if axis == "hidden":
             return self.hidden_D
         units, *wide = axis.split("*")
-        kept_U = self._indicator(self._plan.kept.units(units, position), getattr(self._plan.teacher, units))
-        return kept_U.repeat_interleave(getattr(self._plan.teacher, wide[0])) if wide else kept_U
+        kept_U, teacher = self._kept_units(units, position), self._plan.teacher
+        if wide == ["ssm_head_dim"]:
+            return (kept_U[:, None] * self._kept_units(wide[0], position)).flatten()
+        return kept_U.repeat_interleave(getattr(teacher, wide[0])) if wide else kept_U
+
+    def _kept_units(self, axis: str, position: int) -> Tensor:
+        return self._indicator(self._plan.kept.units(axis, position), getattr(self._plan.teacher, axis))
 
     def _indicator(self, kept: list[int], size: int) -> Tensor:
         out = torch.zeros(size, device=self._device)

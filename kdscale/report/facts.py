@@ -39,6 +39,7 @@ _AXIS_TITLES = {
     "kv_heads": "KV heads",
     "experts": "Experts",
     "ssm_heads": "SSM heads",
+    "ssm_head_dim": "SSM head dimension",
     "head_dim": "Head dimension",
     "vocab": "Vocabulary",
 }
@@ -154,7 +155,8 @@ def _kept(plan: Mapping[str, Any]) -> dict[str, Any]:
         | {axis: len(kept[axis][position]) for axis in ("heads", "kv_heads")}
         for position, layer in enumerate(kept["layers"])
     ]
-    which = {axis: kept[axis] for axis in ("layers", "heads", "kv_heads", "experts", "ssm_heads") if axis in kept}
+    axes = ("layers", "heads", "kv_heads", "experts", "ssm_heads", "ssm_head_dim")
+    which = {axis: kept[axis] for axis in axes if axis in kept}
     return {**which, "per_layer": per_layer, "hidden": len(kept["hidden"])}
 
 

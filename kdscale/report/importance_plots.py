@@ -38,6 +38,7 @@ def importance(facts: Mapping[str, Any]) -> list[Plot]:
         "kv_heads": _heads,
         "experts": _heads,
         "ssm_heads": _heads,
+        "ssm_head_dim": _heads,
         "hidden": _hidden,
     }
     out = []
@@ -128,7 +129,7 @@ def _ffn(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -
 def _heads(axis: str, name: str, score_LU: np.ndarray, facts: Mapping[str, Any]) -> Plot:
     """One cell a head (or expert), where it is in the model; a cross in the cells of those that went."""
     layers, units = score_LU.shape
-    unit = "expert" if axis == "experts" else "head"
+    unit = {"experts": "expert", "ssm_head_dim": "channel"}.get(axis, "head")
     share_LU = score_LU / np.maximum(score_LU.max(axis=1, keepdims=True), np.finfo(float).tiny)
     stays = np.full((layers, units), facts["kept"] is None)
     if kept := facts["kept"]:

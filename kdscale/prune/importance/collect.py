@@ -54,9 +54,10 @@ def score_teacher(
 
     `batches` are the calibration tokens (the caller chooses how many); with several ranks this rank's share. All ranks
     get the scores, and one of them has an `out_dir`. Returns arrays by name: `ffn.*` [L, F], `heads.*` [L, Q],
-    `kv_heads.*` [L, K], `ssm_heads.*` [L, M], `hidden.*` [D] and `hidden.rotation` [D, D] where the family can be
-    rotated, `layers.*` [L] or [L, L + 1]; of a mixture of experts `ffn.*` [L, E, F], `experts.*` [L, E] and
-    `ffn.expert_tokens` [L, E], which is no score: the fewer tokens an expert got, the less there is to compensate from.
+    `kv_heads.*` [L, K], `ssm_heads.*` [L, M], `ssm_head_dim.*` [L, P], `hidden.*` [D] and `hidden.rotation` [D, D]
+    where the family can be rotated, `layers.*` [L] or [L, L + 1]; of a mixture of experts `ffn.*` [L, E, F],
+    `experts.*` [L, E] and `ffn.expert_tokens` [L, E], which is no score: the fewer tokens an expert got, the less there
+    is to compensate from.
     Raises DataError without tokens, CheckpointError when a weight is not finite, and SelfCheckError when only a score
     is not.
     """

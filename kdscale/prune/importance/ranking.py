@@ -81,6 +81,7 @@ class Ranking:
             "heads": (dims.layers, dims.heads),
             "kv_heads": (dims.layers, dims.kv_heads),
             "ssm_heads": (dims.layers, dims.ssm_heads),
+            "ssm_head_dim": (dims.layers, dims.ssm_head_dim),
             "hidden": (dims.hidden,),
             "layers": (dims.layers, dims.layers + 1) if blocks else (dims.layers,),
         }
@@ -188,6 +189,11 @@ class Ranking:
         energy = self._energy.get("heads")
         all_Q = np.zeros(self.dims.heads) if energy is None else energy[layer]
         return _top_in_groups(all_Q, groups, per_group, self.dims.kv_heads)
+
+    def ssm_channels(self, layer: int, count: int) -> list[int]:
+        """Kept channels of the ssm heads of a layer, the same in all of them."""
+        energy = self._energy.get("ssm_head_dim")
+        return list(range(count)) if energy is None else _top(energy[layer], count)
 
     def ssm_heads(self, layer: int, count: int) -> list[int]:
         """Kept ssm heads, as many of each group, ranked inside the group."""

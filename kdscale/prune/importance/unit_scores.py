@@ -117,6 +117,17 @@ def experts_output_norm(layer: LayerContext) -> Collector:
     return lambda: experts.norms_E
 
 
+def ssm_channels_output_energy(layer: LayerContext) -> Collector:
+    """[P], P ssm_head_dim: Σ over tokens and heads of x² · ‖column of the output projection‖²; heads share channels."""
+    squares = layer.sum_over_batches("ssm", "squares", lambda x_BSU: x_BSU.square().sum((0, 1)))
+
+    def energies() -> Tensor:
+        energy_U = squares() * layer.weight("ssm").square().sum(0).double()
+        return energy_U.unflatten(0, (layer.dims.ssm_heads, -1)).sum(0)
+
+    return energies
+
+
 def _activation(layer: LayerContext, sublayer: Sublayer, heads: int) -> Collector:
     """[heads]: mean over the sequence of the norm of a head's numbers, L2 norm over the samples."""
 

@@ -25,7 +25,7 @@ from kdscale.prune.search.budget import Floats, Shapes
 
 LatencyKind = Literal["decode", "prefill"]
 LATENCY_KINDS: tuple[LatencyKind, LatencyKind] = ("decode", "prefill")
-_LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads", "ssm_heads")
+_LAYER_AXES = ("hidden", "ffn", "heads", "kv_heads", "ssm_heads", "ssm_head_dim")
 _DESIGN_SHAPES = 8
 
 
@@ -142,15 +142,15 @@ class LatencyModel:
 
 def _layer_key(dims: Dims) -> str:
     key = f"hidden={dims.hidden} ffn={dims.ffn} heads={dims.heads} kv_heads={dims.kv_heads}"
-    more = {"experts": dims.experts, "ssm_heads": dims.ssm_heads}
+    more = {"experts": dims.experts, "ssm_heads": dims.ssm_heads, "ssm_head_dim": dims.ssm_head_dim}
     return key + "".join(f" {axis}={size}" for axis, size in more.items() if size)
 
 
 def _features(shapes: Shapes) -> Floats:
     """[R, P]: what a layer's time may be proportional to; the first feature is 1 and the last the hidden size."""
     hidden, ffn, heads, kv_heads = (shapes[a].astype(np.float64) for a in ("hidden", "ffn", "heads", "kv_heads"))
-    ssm_heads = shapes["ssm_heads"].astype(np.float64)
-    of_mixers = [hidden * ssm_heads, ssm_heads] if ssm_heads.any() else []  # a column of zeros would tell nothing
+    mixed = shapes["ssm_heads"].astype(np.float64) * shapes["ssm_head_dim"]
+    of_mixers = [hidden * mixed, mixed] if mixed.any() else []  # a column of zeros would tell nothing
     columns = [np.ones_like(hidden), hidden * ffn, hidden * heads, hidden * kv_heads, heads, *of_mixers, hidden]
     return np.stack(columns, axis=1)
 

@@ -92,6 +92,14 @@ def kept_units(ranking: Ranking, student: Dims) -> KeptUnits:
             if student.ssm_heads
             else []
         ),
+        ssm_head_dim=(
+            [
+                ranking.ssm_channels(layer, student.ssm_head_dim) if has(layer, "ssm_head_dim") else []
+                for layer in layers
+            ]
+            if student.ssm_head_dim
+            else []
+        ),
         **{
             axis: [ranking.follower(axis, layer, size) if has(layer, axis) else [] for layer in layers]
             for axis, size in followers.items()

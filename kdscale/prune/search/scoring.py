@@ -19,14 +19,39 @@ from kdscale.prune.importance.ranking import Ranking
 # Rise of log-perplexity for a lost share of 1, by prune.compensate and axis, on SmolLM2-135M (measured-pruning.md in
 # the docs): near linear over the cuts measured. For another model the order of magnitude holds, the exact ranking is a
 # guess. No mixture of experts was measured: an expert counts as ffn units that no regression gives back. No hybrid was
-# either: an ssm head counts as a query head. A criterion whose lost shares mean something else has a weight of its own
-# (`Criterion.damage`).
+# either: a share of the mixers' heads or channels counts as one of query heads. A criterion whose lost shares mean
+# something else has a weight of its own (`Criterion.damage`).
 _DAMAGE: dict[str, dict[str, float]] = {
-    "two_stream": {"ffn": 3.3, "heads": 0.8, "kv_heads": 0.8, "ssm_heads": 0.8, "hidden": 23.0, "layers": 5.1},
-    "ridge": {"ffn": 3.7, "heads": 0.8, "kv_heads": 0.8, "ssm_heads": 0.8, "hidden": 23.0, "layers": 5.1},
-    "none": {"ffn": 6.5, "heads": 5.7, "kv_heads": 5.7, "ssm_heads": 5.7, "hidden": 27.0, "layers": 5.1},
+    "two_stream": {
+        "ffn": 3.3,
+        "heads": 0.8,
+        "kv_heads": 0.8,
+        "ssm_heads": 0.8,
+        "ssm_head_dim": 0.8,
+        "hidden": 23.0,
+        "layers": 5.1,
+    },
+    "ridge": {
+        "ffn": 3.7,
+        "heads": 0.8,
+        "kv_heads": 0.8,
+        "ssm_heads": 0.8,
+        "ssm_head_dim": 0.8,
+        "hidden": 23.0,
+        "layers": 5.1,
+    },
+    "none": {
+        "ffn": 6.5,
+        "heads": 5.7,
+        "kv_heads": 5.7,
+        "ssm_heads": 5.7,
+        "ssm_head_dim": 5.7,
+        "hidden": 27.0,
+        "layers": 5.1,
+    },
 }
 _DAMAGE_IN_ALL = {"experts": 6.5}  # whatever compensates
+_LIKE = {"ssm_head_dim": "ssm_heads"}  # axes that count as another one does
 
 
 class ShapeScoring:
@@ -50,6 +75,7 @@ class ShapeScoring:
         out["score"] = None
         if self._ranking.has_scores and lost:
             usual = _DAMAGE[self._cfg.compensate] | _DAMAGE_IN_ALL
+            usual |= {axis: usual[other] for axis, other in _LIKE.items()}
             out["score"] = math.exp(-sum(self._ranking.damage(a, usual[a]) * share for a, share in lost.items()))
         return out
 

@@ -20,6 +20,7 @@ _REAL_HIDDEN, _REAL_FFN = 2048, 4096
 _REAL_STEP, _SMALL_STEP = 256, 32
 # The same for experts, which expert parallelism divides.
 _MANY_EXPERTS, _EXPERTS_STEP = 64, 8
+_CHANNELS_STEP = 8  # of ssm heads
 _HEADS = "heads*head_dim"
 _READ_BY_MAPS = ("hidden", _HEADS, "ffn")  # axes whose width is how much a linear map reads
 
@@ -42,7 +43,7 @@ class ShapeSpace:
         budget_axes(cfg)  # refuses axes that have no influence on the target
         if "experts" in cfg.axes and not teacher.experts:
             raise ConfigError("prune.axes", expected="axes of a dense teacher", got=", ".join(cfg.axes))
-        if "ssm_heads" in cfg.axes and not teacher.ssm_heads:
+        if {"ssm_heads", "ssm_head_dim"} & set(cfg.axes) and not teacher.ssm_heads:
             got = ", ".join(cfg.axes)
             raise ConfigError("prune.axes", expected="axes of a teacher whose layers have no ssm heads", got=got)
         for axis in SHAPE_AXES:
@@ -56,6 +57,7 @@ class ShapeSpace:
             cfg.layers or teacher.layers,
             cfg.experts or teacher.experts,
             cfg.ssm_heads or teacher.ssm_heads,
+            cfg.ssm_head_dim or teacher.ssm_head_dim,
         )
         if wrong := self.violations(sizes):
             fields = [f"prune.{axis}" for axis in SHAPE_AXES if getattr(cfg, axis) is not None]
@@ -82,14 +84,17 @@ class ShapeSpace:
         experts_step = cfg.experts_divisor or (_EXPERTS_STEP if teacher.experts >= _MANY_EXPERTS else 1)
         experts = [n for n in self._options("experts", experts_step) if n >= self._family.experts_per_token]
         rows = [
-            (hidden, ffn, heads, kv_heads, layers, kept_experts, ssm_heads)
-            for hidden, (heads, kv_heads), ssm_heads in itertools.product(
+            (hidden, ffn, heads, kv_heads, layers, kept_experts, *mixer)
+            for hidden, (heads, kv_heads), *mixer in itertools.product(
                 self._options("hidden", hidden_step),
                 self._head_options(),
                 self._options("ssm_heads", teacher.ssm_groups),
+                self._options("ssm_head_dim", cfg.ssm_head_dim_divisor or _CHANNELS_STEP),
             )
             if not self._family.violations(
-                teacher.replace(hidden=hidden, heads=heads, kv_heads=kv_heads, ssm_heads=ssm_heads)
+                teacher.replace(
+                    hidden=hidden, heads=heads, kv_heads=kv_heads, ssm_heads=mixer[0], ssm_head_dim=mixer[1]
+                )
             )
             for ffn, layers, kept_experts in itertools.product(
                 self._options("ffn", ffn_step), self._options("layers", 1), experts
@@ -158,8 +163,8 @@ class ShapeSpace:
     def _check_size(self, axis: str) -> None:
         size, limit = getattr(self._cfg, axis), getattr(self._teacher, axis)
         if size is not None and size > limit:
-            lacks = {"experts": "is no mixture of experts", "ssm_heads": "has no layers with ssm heads"}
-            most = f"at most the teacher's {limit}" if limit else f"none: the teacher {lacks[axis]}"
+            lacks = "is no mixture of experts" if axis == "experts" else "has no layers with ssm heads"
+            most = f"at most the teacher's {limit}" if limit else f"none: the teacher {lacks}"
             raise ConfigError(f"prune.{axis}", expected=most, got=str(size))
         step = getattr(self._cfg, f"{axis}_divisor", None)
         if size is not None and step is not None and size % step:

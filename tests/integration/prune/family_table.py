@@ -109,7 +109,7 @@ ALL = {"ffn": 24, "heads": 2, "kv_heads": 1, "hidden": 24, "layers": 2}
 # Without a field for head_dim the hidden size is heads · head_dim, and they are cut together.
 TOGETHER = {"heads": 3, "kv_heads": 3, "hidden": 24}
 EXPERTS = {"experts": 3}
-OF_SOME = {**EXPERTS, "ssm_heads": 4}
+OF_SOME = {**EXPERTS, "ssm_heads": 4, "ssm_head_dim": 6}
 
 
 def cuts_of(family: Family) -> tuple[dict[str, int], ...]:
@@ -126,7 +126,8 @@ def cut_of_all(family: Family) -> dict[str, int]:
 
 def _of_some(family: Family) -> dict[str, int]:
     """A cut of the axes that not all families have."""
-    return {axis: size for axis, size in OF_SOME.items() if axis in family.data.dims}
+    cut = {axis: size for axis, size in OF_SOME.items() if axis in family.data.dims}
+    return cut | ({"ssm_head_dim": 24} if family.data.products and family.data.products[0].over else {})
 
 
 def tiny_config(model_type: str) -> dict[str, Any]:
@@ -176,6 +177,7 @@ def random_scores(config: dict[str, Any], family: Family) -> dict[str, np.ndarra
         "layers.one_by_one": (dims.layers,),
         "experts.output_norm": (dims.layers, dims.experts),
         "ssm_heads.output_energy": (dims.layers, dims.ssm_heads),
+        "ssm_head_dim.output_energy": (dims.layers, dims.ssm_head_dim),
     }
     shapes |= {f"{axis}.output_energy": (dims.layers, getattr(dims, axis)) for axis in FOLLOWED}
     scores = {name: rng.random(shape) for name, shape in shapes.items()}

@@ -39,6 +39,19 @@ def test_each_group_keeps_its_strongest_heads() -> None:
     assert plan.student_params.total == _FAMILY.count_params(student).total
 
 
+def test_the_heads_of_a_layer_lose_the_same_channels() -> None:
+    energy_LP = np.stack([np.arange(32.0), np.arange(32.0)[::-1]])
+    plan = make_plan(_CONFIG, _FAMILY, {"ssm_head_dim.output_energy": energy_LP}, PruneConfig(ssm_head_dim=24))
+    assert plan.kept.ssm_head_dim == [list(range(8, 32)), list(range(24))]
+    assert plan.kept.ssm_heads == [list(range(12))] * 2
+    assert plan.cut_axes() == ["ssm_head_dim"]
+    student = _FAMILY.student_config(_CONFIG, plan.student.dims(), plan.kept.layers)
+    assert (student["mamba_d_head"], student["mamba_n_heads"], student["mamba_d_ssm"]) == (24, 12, 288)
+    assert plan.student_params.total == _FAMILY.count_params(student).total
+    searched = make_plan(_CONFIG, _FAMILY, None, PruneConfig(target_params="85%", axes=("ssm_heads", "ssm_head_dim")))
+    assert {candidate.ssm_head_dim % 8 for candidate in searched.candidates} == {0}
+
+
 def test_a_search_lists_multiples_of_the_groups_and_meets_the_budget() -> None:
     plan = make_plan(_CONFIG, _FAMILY, _scores(), PruneConfig(target_params="80%", axes=("ssm_heads",)))
     assert plan.student.ssm_heads % 2 == 0
