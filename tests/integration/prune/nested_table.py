@@ -50,6 +50,16 @@ WHOLE: dict[str, dict[str, Any]] = {
             "num_position_embeddings": 16,
         },
     },
+    "qwen3_5": {
+        "text_config": {
+            "layer_types": ["linear_attention", "full_attention", "full_attention"], "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "rope_parameters": {**MROPE, "mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25},
+        },
+        "vision_config": {
+            **QWEN_VISION, "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16,
+        },
+    },
     "smolvlm": {"text_config": {"model_type": "llama"}, "vision_config": VISION},
     "idefics3": {"text_config": {"model_type": "llama"}, "vision_config": VISION},
 }  # fmt: skip
