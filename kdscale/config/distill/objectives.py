@@ -119,7 +119,7 @@ class PreferenceConfig(ObjectiveConfig):
     count = "pairs"
     only_pairs = True
     terms = (
-        Term("ranking_accuracy", "pairs ranked as labelled", "fraction", headline=True, better="higher"),
+        Term("ranking_accuracy", "ranked as labelled", "fraction", headline=True),
         Term("ranking_margin", "margin of the better answer"),
         Term("label_confidence", "probability of the likelier label", "fraction"),
         Term("better_logprob", "log-probability a token of the better answer", "nats"),

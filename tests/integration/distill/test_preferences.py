@@ -63,7 +63,7 @@ def test_the_student_writes_two_answers_to_a_prompt_and_the_teacher_ranks_them(
     validations = [row for row in rows if row["kind"] == "validation"]
     assert all(0.0 <= row["preferences_ranking_accuracy"] <= 1.0 for row in validations)
     titles = {term["title"] for term in curves(rows)["terms"]}
-    assert {"pairs ranked as labelled on pairs", "loss on pairs"} <= titles
+    assert {"ranked as labelled on pairs", "loss on pairs"} <= titles
     assert "pairs of answers of the student" in (folder / "student" / "README.md").read_text()
 
 

@@ -120,7 +120,7 @@ def test_a_loss_of_pairs_weighs_as_much_as_their_tokens_do() -> None:
     assert means["preferences_loss"] == pytest.approx(0.5 * 1.4 / 2)
     assert (means["preferences_ranking_accuracy"], means["preferences_better_logprob"]) == (0.5, -1.5)
     assert means["loss"] == pytest.approx((8.0 + 6 * 0.35) / 10) == pytest.approx(float(total) / 10)
-    assert "pairs ranked as labelled on pairs 50.0 %" in objectives.headline(means)
+    assert "ranked as labelled on pairs 50.0 %" in objectives.headline(means)
 
 
 @pytest.mark.parametrize(("is_own", "missing"), [(None, "on_policy_largest"), ([True, True], "largest")])
