@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kdscale.errors import CheckpointError
 from kdscale.families import Family
+from kdscale.files import write_json
 from kdscale.models.lora.adapter_files import Adapter, LowRank
 from kdscale.weights import Checkpoint, ShardWriter, copy_sidecars
 from kdscale.weights.tensor_bytes import read_rows
@@ -91,7 +92,10 @@ def merge_adapters(plan: MergePlan, out_dir: Path, *, max_shard_bytes: int, jour
             writer.add_blocks(name, blocks)
             if name in touched:
                 writer.commit()
-    shutil.copyfile(teacher.path / "config.json", out_dir / "config.json")
+    if teacher.quantised is None:
+        shutil.copyfile(teacher.path / "config.json", out_dir / "config.json")
+    else:
+        write_json(out_dir / "config.json", teacher.config)  # of the plain model that was written
     copy_sidecars(teacher.path, out_dir, code=code)
 
 

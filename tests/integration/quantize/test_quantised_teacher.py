@@ -15,6 +15,8 @@ from kdscale.distill.parallel.tensor_slices import TensorSlice
 from kdscale.errors import CheckpointError
 from kdscale.files import read_json, write_json
 from kdscale.models.loading import load_model, open_teacher
+from kdscale.models.lora.adapter_files import open_adapter
+from kdscale.models.lora.merging import MergePlan, merge_adapters
 from kdscale.models.parameter_map import ParameterReader
 from kdscale.pipeline.checks import plan_shapes
 from kdscale.pipeline.runner import run_until
@@ -79,6 +81,25 @@ def test_biases_of_zeros_that_a_quantiser_added_are_left_out(twins: tuple[Path, 
     save_file({**tensors, name: torch.ones(128)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 unexpected: model\.layers\.2\.mlp\.up_proj\.bias"):
         Checkpoint.open(folder).verify_against(family)
+
+
+def test_an_adapter_of_it_is_merged_into_the_plain_model(twins: tuple[Path, Path], tmp_path: Path) -> None:
+    name, adapter = "model.layers.1.self_attn.q_proj", tmp_path / "adapter"
+    adapter.mkdir()
+    rng = torch.Generator().manual_seed(1)
+    low_rank = {"lora_A": torch.randn(4, 96, generator=rng), "lora_B": torch.randn(96, 4, generator=rng)}
+    tensors = {f"base_model.model.{name}.{part}.weight": value for part, value in low_rank.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    write_json(adapter / "adapter_config.json", settings)
+    merged = []
+    for folder in twins:
+        plan, out = MergePlan.of(*open_teacher(folder), [open_adapter(adapter)]), tmp_path / folder.name
+        merge_adapters(plan, out, max_shard_bytes=1 << 30, journal=tmp_path / f"{folder.name}.json")
+        merged.append(Checkpoint.open(out))
+    quantised, plain = merged
+    assert quantised.quantised is None and quantised.config == plain.config
+    assert all(torch.equal(quantised.tensor(name), plain.tensor(name)) for name in plain.names)
 
 
 def test_ranks_read_their_slices_of_it(twins: tuple[Path, Path]) -> None:
