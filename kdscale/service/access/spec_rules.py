@@ -87,6 +87,7 @@ RULES: Mapping[str, Rule] = {
     "SourceConfig.path": _DATA,
     "DataConfig.chat_template": _read,
     "PromptSourceConfig.path": _read,
+    "PairSourceConfig.path": _read,
     "PairsConfig.path": _read,
     "CrowsPairsConfig.path": _read,
     "StereoSetConfig.path": _read,
@@ -123,7 +124,8 @@ PLAIN = frozenset({
     "TargetsConfig.teacher_placement", "DistillConfig.gradient_checkpointing", "ZeroConfig.extra", "SearchConfig.score",
     "PruneConfig.target_params", "PruneConfig.target_bytes", "PruneConfig.target_kv_bytes", "PruneConfig.target_decode",
     "PruneConfig.target_prefill", "PruneConfig.ffn_method", "PruneConfig.head_method", "PruneConfig.hidden_method",
-    "PruneConfig.layer_method", "WandbConfig.project", "WandbConfig.entity", "WandbConfig.tags",
+    "PruneConfig.layer_method", "PruneConfig.ssm_method", "LoraConfig.targets", "WandbConfig.project",
+    "WandbConfig.entity", "WandbConfig.tags",
     "MlflowConfig.experiment", "TrackioConfig.project",
     # parts of configs that are made of them, and checked as such
     "StepConfig.prune", "StepConfig.distill", "ShortTraining.distill",

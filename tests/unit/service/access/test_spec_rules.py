@@ -163,6 +163,7 @@ def test_keys_go_to_their_host_alone(settings: ServiceSettings) -> None:
         ({"tracking": {"mlflow": {"uri": "/srv/mlflow"}}}, "tracking.mlflow.uri"),
         ({"distill": {"served": {"urls": ["http://gpu1"], "token_file": "/etc/shadow"}}}, "distill.served.token_file"),
         ({"responses": {"prompts": [{"path": "/etc/hosts.txt"}]}}, "responses.prompts.0.path"),
+        ({"distill": {"preferences": {"pairs": [{"path": "/etc/a.jsonl"}]}}}, "distill.preferences.pairs.0.path"),
         (
             {"steps": [{"name": "a", "prune": {"ffn": 96}, "distill": {"served": {"urls": ["http://evil.example"]}}}]},
             "steps (a): distill.served.urls.0",
