@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 _GPT2, _DIGITS = "gpt-2", "smollm"
 # Names that llama.cpp gives tokenizers which it splits by a rule that has another name here
 _SAME_RULE = {
-    "phi-2": _GPT2, "olmo": _GPT2, "mpt": _GPT2, "jais": _GPT2, "trillion": _GPT2,
+    "phi-2": _GPT2, "olmo": _GPT2, "mpt": _GPT2, "jais": _GPT2, "trillion": _GPT2, "exaone4": _GPT2,
     "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS, "codeshell": _DIGITS, "exaone": _DIGITS,
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "pixtral": "llama-bpe",
+    "falcon-h1": "llama-bpe", "lfm2": "llama-bpe",
     "smaug-bpe": "dbrx", "deepseek-r1-qwen": "qwen2", "stablelm2": "qwen2", "megrez": "qwen2",
     "llama4": "gpt-4o",
 }  # fmt: skip
