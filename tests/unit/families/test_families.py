@@ -305,7 +305,7 @@ def test_missing_size_and_odd_flag_are_named() -> None:
         (_config("llama", architectures="LlamaForCausalLM"), "architectures"),
         ({"model_type": "shieldgemma2", "text_config": {"model_type": "gemma3_text"}}, "alone, as Gemma3ForCausalLM"),
         (
-            {"model_type": "llava", "text_config": {"model_type": "opt"}},
+            {"model_type": "video_llava", "text_config": {"model_type": "opt"}},
             r"several modalities .* \('opt' in text_config",
         ),
         (_config("llama", rms_norm_eps=float("nan")), "rms_norm_eps\n  expected: a finite"),
