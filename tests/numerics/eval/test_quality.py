@@ -31,7 +31,8 @@ from kdscale.eval.summary import (
     perplexity_by_tag,
     summarise,
 )
-from kdscale.eval.token_stats import TokenStats
+from kdscale.eval.token_stats import TokenStats, of_same_tokens, token_stats
+from kdscale.models.head import OutputHead
 from kdscale.runtime.progress import Reporter
 
 QUIET = Reporter(quiet=True)
@@ -103,6 +104,23 @@ def test_every_figure_is_what_whole_logits_give(models: dict[str, Path], batches
             error += inside.double().mean().item() * abs(gap.item())
     assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-6)
     assert summarise(scores["teacher"], text_bytes)["kl_to_teacher"] is None
+
+
+def test_rows_of_no_token_change_no_figure() -> None:
+    """Two heads of one tokenizer, of which the teacher's has 16 large rows more: they get no probability."""
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(rows, 8, generator=generator) for rows in (40, 40)]
+    padded = OutputHead(torch.cat([weights[0], torch.full((16, 8), 3.0)]))
+    hidden_NH, labels_N = torch.randn(11, 8, generator=generator), torch.arange(11)
+    found = []
+    for teacher in (OutputHead(weights[0]), padded):
+        own, student = of_same_tokens({"teacher": teacher, "start": OutputHead(weights[1])}, lambda: 40)
+        of_teacher, (of_student,) = token_stats(own, hidden_NH, [(student, hidden_NH)], labels_N)
+        found.append((of_teacher.as_columns(False), of_student.as_columns(True)))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(plain, other)
+    with pytest.raises(CheckpointError, match="differ in vocabulary"):
+        of_same_tokens({"teacher": padded, "start": OutputHead(weights[1])}, lambda: 41)
 
 
 def test_scored_bytes_are_those_of_the_text(store: TokenStore, batches: list[Batch], tiny_llama_dir: Path) -> None:
