@@ -103,6 +103,7 @@ def _groups() -> dict[str, dict[str, Callable[..., None]]]:
             "doctor": doctor_command,
             "inspect": models.inspect_command,
             "chat": chat.chat_command,
+            "families": models.families_command,
             "get-teacher": models.get_teacher_command,
             "export": models.export_command,
             "export-gguf": models.export_gguf_command,

@@ -1,4 +1,4 @@
-"""Models and text in and out: fetch a teacher, serve it to other machines, export a checkpoint's student."""
+"""Models and text in and out: list families, fetch a teacher, serve it to other machines, export a student."""
 
 from __future__ import annotations
 
@@ -18,6 +18,23 @@ from kdscale.cli.arguments import (
     run_folder,
 )
 from kdscale.errors import ConfigError
+
+
+def families_command() -> None:
+    """List the model families that can be pruned and distilled, axis by axis."""
+    from rich.console import Console
+
+    from kdscale.cli.tables import table
+    from kdscale.families import cuttable_axes, family_files
+    from kdscale.families.dims import SHAPE_AXES
+
+    rows = []
+    for data in family_files():
+        axes = cuttable_axes(data)
+        cells = ["-" if axis not in axes else axes[axis].replace("alone", "yes") for axis in SHAPE_AXES]
+        rows.append((", ".join(data.model_types), *cells, "yes" if data.gguf else "-"))
+    title = "Axes that can be cut, alone (yes) or with another"
+    Console().print(table(title, ("", *SHAPE_AXES, "GGUF"), rows))
 
 
 def serve_teacher_command(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.families.cuttable import cuttable_axes
 from kdscale.families.dims import Dims, ParamCount
 from kdscale.families.family import Family
 from kdscale.families.limits import check_numbers
@@ -31,7 +32,9 @@ __all__ = [
     "ParamCount",
     "Sites",
     "TensorSpec",
+    "cuttable_axes",
     "dropped_heads",
+    "family_files",
     "gguf_data",
     "gguf_families",
     "load_family",
@@ -128,14 +131,19 @@ def nested_types() -> list[str]:
     return sorted(_nested())
 
 
+def family_files() -> list[FamilyData]:
+    """What every known family file says, by the families' names."""
+    return sorted({data.name: data for data in _families().values()}.values(), key=lambda data: data.name)
+
+
 def gguf_families() -> list[str]:
     """The names of the families whose models can be written as GGUF files, sorted."""
-    return sorted(data.name for data in gguf_data())
+    return [data.name for data in gguf_data()]
 
 
 def gguf_data() -> list[FamilyData]:
     """The family files with a GGUF table, each once."""
-    return [data for data in {data.name: data for data in _families().values()}.values() if data.gguf is not None]
+    return [data for data in family_files() if data.gguf is not None]
 
 
 def read_families(files: Iterable[Path]) -> dict[str, FamilyData]:

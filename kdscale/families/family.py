@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -90,9 +89,11 @@ class Family:
         return {kinds.index(each): count for each, count in Counter(kinds).items()}
 
     def layer_axes(self, config: Config, layer: int) -> frozenset[str]:
-        """The dimensions that the tensors of a layer have."""
+        """The dimensions of the tensors of a layer, and kv heads where those are as many as the heads (GPT-NeoX)."""
         templates = self._layer_templates(config, layer)
-        names = (factor for t in templates for axis in t.axes for block in axis_blocks(axis) for factor in block)
+        names = {factor for t in templates for axis in t.axes for block in axis_blocks(axis) for factor in block}
+        if "heads" in names:
+            names.add("kv_heads")
         return frozenset(str(name) for name in names if name in self.data.dims)
 
     def attention_layers(self, config: Config) -> int:
@@ -295,13 +296,13 @@ class Family:
     def count_params(self, config: Config) -> ParamCount:
         """Count parameters from the tensors on disk; a tied head counts once."""
         outer, dims = self.outer_tensors(config), self.dims(config)
-        embedding = sum(math.prod(spec.shape) for spec in outer.values() if spec.counts_as_embedding)
-        rest = sum(math.prod(spec.shape) for spec in outer.values() if not spec.counts_as_embedding)
+        embedding = sum(spec.parameters for spec in outer.values() if spec.counts_as_embedding)
+        rest = sum(spec.parameters for spec in outer.values() if not spec.counts_as_embedding)
         experts = 0
         for layer, count in self.layers_by_kind(config).items():
             specs = self.layer_tensors(config, layer).values()
-            rest += sum(math.prod(spec.shape) for spec in specs) * count
-            experts += sum(math.prod(spec.shape) for spec in specs if spec.of_experts) * count
+            rest += sum(spec.parameters for spec in specs) * count
+            experts += sum(spec.parameters for spec in specs if spec.of_experts) * count
         # experts are of one size, so what a token does not use is a whole number
         idle = experts // dims.experts * (dims.experts - (self._per_token or 0)) if experts else 0
         return ParamCount(embedding + rest, embedding, rest, embedding + rest - idle)

@@ -97,10 +97,14 @@ def cut_layer_fields(
 
 
 def _drop_stale_interval(entry: LayerList, student: dict[str, Any], where: str) -> None:
-    """Remove the fields that still say the list as one interval, where no interval gives the cut list."""
+    """Remove the fields that still say the list as one interval, where no interval gives the cut list.
+
+    A pattern in letters (EXAONE's `LLLG`) is no interval, and goes.
+    """
     every_field = entry.absent.every_field if entry.absent else None
     for name in (every_field, *entry.said_too):
         if name in student:
             plain = {**student, entry.field: None} | ({every_field: student[name]} if every_field else {})
-            if layer_list(entry, plain, len(student[entry.field]), where) != student[entry.field]:
+            letters = isinstance(student[name], str)
+            if letters or layer_list(entry, plain, len(student[entry.field]), where) != student[entry.field]:
                 del student[name]

@@ -15,7 +15,10 @@ LARGEST = {
 }  # fmt: skip
 MOST_EXPERTS = 1 << 18  # of all layers together
 _UNLIMITED = "time_step_limit."  # a range in Mamba models, whose upper end may be infinite
-_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "max_position_embeddings")
+_POSITIVE = (
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "rope_theta",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 def check_size(where: str, size: int, limit: int) -> None:

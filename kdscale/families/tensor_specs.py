@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ class TensorSpec:
     """One tensor on disk: `axes[i]` names dimension i of `shape`; `layer` is None for embedding, final norm, head.
 
     `parameter` is the name in the transformers model of what it is (a part of), `expert` the number of the expert of a
-    mixture that it belongs to.
+    mixture that it belongs to. A `buffer` is stored with the parameters and is none.
     """
 
     shape: tuple[int, ...]
@@ -22,11 +23,22 @@ class TensorSpec:
     role: str
     parameter: str
     expert: int | None = None
+    buffer: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters it holds."""
+        return 0 if self.buffer else math.prod(self.shape)
 
     @property
     def component(self) -> Component:
         """Which part of the model this is: embedding, attention, ffn (experts and router too), norm or head."""
         return COMPONENT_OF[self.role]
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether it is what a norm multiplies by, not what it adds."""
+        return self.component == "norm" and not self.role.endswith("_bias")
 
     @property
     def of_experts(self) -> bool:
@@ -50,6 +62,7 @@ def tensor_spec(
         role=template.role,
         parameter=_numbered(template.loads_as or template.name, layer, expert),
         expert=expert,
+        buffer=template.buffer,
     )
 
 

@@ -30,5 +30,5 @@ def attention_windows(family: Family, config: Mapping[str, Any]) -> list[int | N
     if (kinds := family.layer_list(entry, config, layers)) is not None:
         return [window if kind == _SLIDES else None for kind in kinds[:layers]]
     boundary = next(iter(family.data.layer_boundaries), None)
-    first = layers if boundary is None else config.get(boundary.field, boundary.absent)
+    first = 0 if boundary is None else config.get(boundary.field, boundary.absent)
     return [window if layer >= first else None for layer in range(layers)]

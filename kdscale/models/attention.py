@@ -9,10 +9,14 @@ B sequences, S positions, T = B·S, A query heads, G key-value heads, D head siz
 
 from __future__ import annotations
 
+import dis
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -63,11 +67,34 @@ def attend_within_documents(model: Any) -> bool:
 
 
 def _asks_the_registry(model: Any) -> bool:
-    """Whether the model says that its attention comes from the registry; those with recurrent mixers do not all say it,
-    and are known by their module, which then imports the registry."""
-    if getattr(model, "_supports_attention_backend", False):
-        return True
-    return bool(recurrent_mixers(model)) and hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+    """Whether the attention comes from the registry and the layers hand `documents` on to it.
+
+    Models say the first; those with recurrent mixers do not all say it, and are known by their module, which then
+    imports the registry.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not getattr(model, "_supports_attention_backend", False) and not (
+        recurrent_mixers(model) and hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+    ):
+        return False
+    forwards = {
+        inspect.unwrap(type(module).forward).__code__
+        for module in model.get_decoder().modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    }
+    return not forwards or any(_hands_keywords_on(forward) for forward in forwards)
+
+
+@cache
+def _hands_keywords_on(code: CodeType) -> bool:
+    """Whether a layer's forward uses the keyword arguments that it has no names for; Nemotron's drops them."""
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    before = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    name = code.co_varnames[before]
+    loads = (item.argval for item in dis.get_instructions(code) if item.opname.startswith("LOAD"))
+    return any(value == name or (isinstance(value, tuple) and name in value) for value in loads)
 
 
 def attend_outside_graphs() -> None:

@@ -109,7 +109,8 @@ class ParameterReader:
     def __init__(self, checkpoint: Checkpoint, family: Family):
         self.checkpoint, self.family = checkpoint, family
         self._tensors: dict[str, dict[str, ParameterRange]] = {}
-        for name, span in parameter_ranges(family.tensors(checkpoint.config)).items():
+        specs = {name: spec for name, spec in family.tensors(checkpoint.config).items() if not spec.buffer}
+        for name, span in parameter_ranges(specs).items():
             self._tensors.setdefault(span.name, {})[name] = span
 
     @classmethod

@@ -235,7 +235,7 @@ def _change(
     steps: list[Callable[[np.ndarray], np.ndarray]] = []
     if _is_transposed(family, spec):
         steps.append(np.transpose)
-    if spec.component == "norm" and family.data.norm.gain == "one_plus_weight":
+    if spec.is_gain and family.data.norm.gain == "one_plus_weight":
         steps.append(lambda gain: gain + 1)
     if description.query_factor != 1 and spec.role in (("q_norm",) if has_q_norm else ("q", "q_bias")):
         steps.append(lambda queries: queries * np.float32(description.query_factor))

@@ -199,7 +199,7 @@ def _sliced_blocks(teacher: Checkpoint, slicer: Slicer) -> Blocks:
 
 def _slices(teacher: Checkpoint, slicer: Slicer, tensor: SlicedTensor) -> Iterator[Tensor]:
     source, _, spec, position = tensor
-    if len(spec.shape) == 1:
+    if len(spec.shape) < 2:
         yield slicer.slice(teacher.tensor(source), spec, position)
         return
     kept = [None if indices is None else torch.tensor(indices) for indices in slicer.kept_indices(spec, position)]

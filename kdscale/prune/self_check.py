@@ -271,7 +271,9 @@ class _Mask:
             layer.site(writer.path).register_forward_hook(_scale_output(self.hidden_D))
         prefix = self._family.layer_prefix(layer.index)
         for spec in self._family.layer_tensors(self._config, layer.index).values():
-            if spec.role.endswith("_norm") and spec.axes[0].split("*")[0] in ("hidden", *UNIT_AXES):
+            # a norm of its own for each head (Cohere) has two axes, and knows nothing of the others
+            over = spec.axes[0].split("*")[0] if len(spec.axes) == 1 else None
+            if spec.role.endswith("_norm") and over in ("hidden", *UNIT_AXES):
                 scale = self._plan.norm_scale if spec.axes[0] == "hidden" else 1.0
                 path = spec.parameter.removeprefix(prefix).removesuffix(".weight")
                 self._norm(layer.site(path), self._axis_indicator(spec.axes[0], position), scale)

@@ -66,8 +66,12 @@ def test_config_of_every_family(hostile: HostileCases, model_type: str) -> None:
         layers = max(1, dims.layers - 1)
         family.student_config(edited, dims.replace(layers=layers), range(layers))
 
+    # a field that no family file names is read alike in all families
+    named = data.model_dump_json() if model_type != "llama" else None
     for name, value, edited in edits(config):
         field = name.split(" = ")[0]
+        if named is not None and f'"{field.partition(".")[0]}"' not in named:
+            continue
         wrong_size = field in sizes and value is not None and (type(value) is not int or not 0 < value < 10**9)
         hostile.run(
             name, lambda edited=edited: use(edited), must="refuse" if _is_not_finite(value) or wrong_size else ""

@@ -147,7 +147,7 @@ class Window(Strict):
     """Sliding windows: in the layers that slide a query sees `field` positions, itself included (null: all of them).
 
     `only_with`: a boolean field without which no layer slides. `layers`: the layer list whose "sliding_attention"
-    entries slide; where it is absent, the layers from the layer boundary on. Without it all layers slide.
+    entries slide; where it is absent, the layers from the layer boundary on, or all. Without it all layers slide.
     """
 
     field: Name = "sliding_window"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from kdscale.families.schema.axes import Axis, DimName, Name, Strict
 
@@ -29,6 +29,7 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
     "ffn": (
         *(f"{part}{kind}" for part in ("gate", "up", "gate_up", "down") for kind in ("", "_bias")),
         "router", "shared_gate", "shared_up", "shared_down",
+        *(f"act_{constant}" for constant in ("alpha_p", "alpha_n", "beta", "eps")),  # of an activation that has weights
     ),
     "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in _NORMS_WITHOUT_BIAS)),
     "head": ("head", "head_bias"),
@@ -51,16 +52,24 @@ class TensorTemplate(Strict):
 
     `loads_as` is the parameter's name in the transformers model where that differs: tensors of the same parameter are
     joined along the first dimension in the order of the family file, and those of the experts then stacked.
+    A `buffer` is a number or table that is stored but never trained, and not counted; it alone may have no axes.
     """
 
     name: Name
-    axes: tuple[Axis, ...] = Field(strict=False, min_length=1)
+    axes: tuple[Axis, ...] = Field(strict=False)
     role: Role
+    buffer: bool = False
     when: str | None = None  # only if this flag is true
     unless: str | None = None  # only if this flag is false
     # only in layers of one of these kinds, which `layer_kinds` gives; empty: in all layers
     only_in: tuple[Name, ...] = Field(strict=False, default=())
     loads_as: Name | None = None
+
+    @model_validator(mode="after")
+    def _has_axes(self) -> TensorTemplate:
+        if not self.axes and not self.buffer:
+            raise ValueError("axes may be empty in a buffer only")
+        return self
 
     @property
     def per_layer(self) -> bool:

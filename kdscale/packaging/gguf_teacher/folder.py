@@ -115,7 +115,7 @@ def _undo(file: GgufFile, family: Family, spec: TensorSpec) -> Callable[[np.ndar
     assert table is not None
     if len(spec.shape) == 2 and spec.component in ("attention", "ffn") and family.transposed("o"):
         return np.transpose
-    if spec.component == "norm" and family.data.norm.gain == "one_plus_weight":
+    if spec.is_gain and family.data.norm.gain == "one_plus_weight":
         return lambda gain: gain - np.float32(1)
     if table.rotary == "pairs" and role in ("q", "k"):
         heads = file.size("attention.head_count")

@@ -22,13 +22,14 @@ from kdscale.models.sequence_parallel import Exchange, SequenceSlice
 from tests.integration.prune.family_table import tiny_config
 
 LENGTHS = [[5, 20, 7], [1, 1, 30], [32], [29, 1, 1, 1]]  # of the documents on each row, beyond every window
-# softmax in fp32 whatever the model's dtype, in transformers' eager attention
+OWN_ATTENTION = {"nemotron", "stablelm"}  # their layers hand nothing on to their attention
 # Families without recurrent mixers, whose documents tests/unit/models/test_documents.py keeps apart.
 ATTENTION_ALONE = sorted(
     name
-    for name in supported_types()
+    for name in set(supported_types()) - OWN_ATTENTION
     if all(COMPONENT_OF[t.role] != "mixer" for t in load_family({"model_type": name}, "test").data.tensors)
 )
+# softmax in fp32 whatever the model's dtype, in transformers' eager attention
 TOLERANCE = {"gemma2": 1e-5}
 PLAIN = torch.arange(32).expand(len(LENGTHS), -1)
 
@@ -207,15 +208,20 @@ def test_what_it_would_leave_out_is_refused(asked):
         model.base_model(input_ids=token_ids(), **{"documents": Documents.of(positions()), **asked})
 
 
-def test_a_model_with_an_attention_of_its_own_keeps_it():
-    model = tiny_model("llama", torch.float32)
-    want = final_hidden(model, token_ids(), positions())
-    model._supports_attention_backend = False
+@pytest.mark.parametrize("model_type", ["llama", *sorted(OWN_ATTENTION)])
+def test_a_model_with_an_attention_of_its_own_keeps_it(model_type):
+    model = tiny_model(model_type, torch.float32)
+    want = final_hidden(model, token_ids(), positions()).detach()
+    if model_type == "llama":
+        model._supports_attention_backend = False
     with pytest.raises(ConfigError, match=r"distill\.sequence_parallel"):
         SequenceSlice(0, 2).prepare(model)
     SequenceSlice().prepare(model)
     assert choice_for(model, torch.device("cpu")) is None
     assert torch.equal(final_hidden(model, token_ids(), positions()), want)
+    assert (
+        float((final_hidden(model, token_ids(), PLAIN).detach() - want).abs().max()) > 1e-2
+    )  # documents are kept apart
 
 
 def test_it_is_registered_under_a_name_of_ours_alone():

@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 # What a family's tiny teacher has besides the sizes above; a family that is not here has nothing.
 SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -35,6 +36,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 9, "sliding_window_pattern": 2},
     "phi3": {"sliding_window": 16, "partial_rotary_factor": 0.5},
     "smollm3": {"no_rope_layer_interval": 2, "tie_word_embeddings": True},
+    "ministral": {"head_dim": 12, "sliding_window": 8},
+    "ministral3": {"head_dim": 12, "rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, **_YARN}},
+    "olmo3": {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "exaone4": {"head_dim": 12, "sliding_window": 8, "sliding_window_pattern": 2},
+    "ernie4_5": {"head_dim": 12, "use_bias": True},
+    "hunyuan_v1_dense": {"head_dim": 12},
+    "seed_oss": {"head_dim": 12, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "nemotron": {"head_dim": 12, "attention_bias": True, "mlp_bias": True},
+    "cohere": {"head_dim": 12, "use_qk_norm": True, "logit_scale": 0.5},
+    "cohere2": {"num_key_value_heads": 4, "sliding_window": 8, "sliding_window_pattern": 2, "logit_scale": 0.5},
+    "apertus": {"head_dim": 12, "rope_parameters": {"rope_theta": 1e4, **_YARN}},
+    "stablelm": {"num_key_value_heads": 4, "use_qkv_bias": True},
+    "starcoder2": {"sliding_window": 16},
     "mixtral": {"sliding_window": 16},
     "qwen3_moe": {"num_experts": 5, "head_dim": 12},
     "olmoe": {"num_key_value_heads": 4, "num_experts_per_tok": 3, "clip_qkv": 2.0},

@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ def _config(model_type: str, **changes: Any) -> dict[str, Any]:
     sizes = {field.field: _SIZES[dim] for dim, field in data.dims.items() if field.field and dim in _SIZES}
     if data.experts_per_token is not None:
         sizes[data.experts_per_token.field] = 2
+    if (head_dim := data.dims["head_dim"]).field and head_dim.absent is None:
+        sizes[head_dim.field] = 8
     sizes |= {product.field: product_of(product, Dims(**_SIZES, head_dim=8)) for product in data.products}
     return {"model_type": model_type, **_TOKENS, **sizes, **_SPECIAL.get(model_type, {}), **changes}
 
@@ -87,15 +89,15 @@ def _hf_state(config: dict[str, Any], tied: Collection[str]) -> tuple[dict[str, 
     return state, sum(p.numel() for p in model.parameters())
 
 
-def _parameters(specs: Iterable[TensorSpec]) -> dict[str, tuple[int, ...]]:
+def _parameters(specs: Collection[TensorSpec]) -> dict[str, tuple[int, ...]]:
     """What transformers makes of the tensors on disk: rows of one parameter together, then experts stacked."""
     rows: dict[str, dict[int | None, int]] = {}
     rest: dict[str, tuple[int, ...]] = {}
-    for spec in specs:
+    for spec in (spec for spec in specs if spec.shape):
         of_expert = rows.setdefault(spec.parameter, {})
         of_expert[spec.expert] = of_expert.get(spec.expert, 0) + spec.shape[0]
         rest[spec.parameter] = spec.shape[1:]
-    out = {}
+    out: dict[str, tuple[int, ...]] = {spec.parameter: () for spec in specs if not spec.shape}
     for name, by_expert in rows.items():
         stack = () if None in by_expert else (len(by_expert),)
         (height,) = set(by_expert.values())
@@ -189,14 +191,23 @@ def test_components_are_the_modules_that_parameters_are_in(model_type: str) -> N
 @pytest.mark.parametrize("field", ["kv_heads", "head_dim"])
 @pytest.mark.parametrize("model_type", supported_types())
 def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, field: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     if any(product.over for product in _FAMILIES[model_type].products):
         pytest.skip("its hidden size goes with its mixers")
     fields = {dim: found.field for dim, found in _FAMILIES[model_type].dims.items()}
     sizes = {"heads": 64, "hidden": 128, "kv_heads": 32}
     config = _config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
     config.pop(fields[field], None)
-    dims = load_family(config, "config.json").dims(config)
-    hf = _hf_config(config)
+    family, hf = load_family(config, "config.json"), _hf_config(config)
+    if (spec := family.data.dims[field]).field and spec.absent is None:  # transformers has no such model either
+        with pytest.raises(CheckpointError, match="no such field"):
+            family.dims(config)
+        with pytest.raises(TypeError), torch.device("meta"):
+            AutoModelForCausalLM.from_config(hf)
+        return
+    dims = family.dims(config)
     assert dims.kv_heads == getattr(hf, "num_key_value_heads", hf.num_attention_heads)
     assert dims.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
 
@@ -298,7 +309,7 @@ def test_missing_size_and_odd_flag_are_named() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "bert"}, "llama, mistral"),
+        ({"model_type": "bert"}, "llama, ministral"),
         ({}, "no such field"),
         ({"model_type": ["llama"]}, "model_type"),
         (_config("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForCausalLM"),
@@ -381,6 +392,15 @@ def test_no_field_contradicts_the_cut_list(model_type: str, every_field: str, sa
         assert ours == [teachers[layer] for layer in kept]
 
 
+def test_a_pattern_in_letters_goes_with_the_layers_that_it_stood_for() -> None:
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    config = _config("exaone4", num_hidden_layers=4, layer_types=kinds, sliding_window_pattern="LLLG")
+    family = load_family(config, "config.json")
+    student = family.student_config(config, family.dims(config).replace(layers=2), [1, 3])
+    assert student["layer_types"] == ["sliding_attention", "full_attention"]
+    assert "sliding_window_pattern" not in student
+
+
 @pytest.mark.parametrize(
     ("model_type", "field", "alias"),
     [("mixtral", "num_local_experts", "num_experts"), ("gpt2", "n_layer", "num_hidden_layers")],
@@ -432,6 +452,7 @@ def test_family_files_are_checked_strictly(tmp_path: Path) -> None:
         ({"colour": "red"}, "colour"),
         ({"tensors": [*tensors, tensors[0]]}, "repeat the name"),
         ({"tensors": [{**tensors[0], "axes": ["width"]}, *tensors[1:]]}, "axes"),
+        ({"tensors": [{**tensors[0], "axes": []}, *tensors[1:]]}, "empty in a buffer only"),
         ({"flags": {}}, "flags"),
         ({"tensors": [{**tensors[0], "role": "wte"}, *tensors[1:]]}, "no such role"),
         ({"tensors": [{**tensors[0], "axes": ["vocab", "hidden*-2"]}, *tensors[1:]]}, "neither a dimension nor"),

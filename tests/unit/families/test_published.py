@@ -26,6 +26,7 @@ _FALCON_H1 = {
     "head_dim": 64, "mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128,
     "mamba_n_groups": 1,
 }  # fmt: skip
+_EXAONE = _sizes(2048, 4096, 30, 32, 8, 102400, head_dim=64, tie_word_embeddings=True)
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "Llama-3.1-8B": ("llama", _sizes(4096, 14336, 32, 32, 8, 128256), 8_030_261_248),
     "Mistral-7B-v0.3": ("mistral", _sizes(4096, 14336, 32, 32, 8, 32768), 7_248_023_552),
@@ -39,6 +40,20 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "granite-3.1-2b": ("granite", _sizes(2048, 8192, 40, 32, 8, 49155, tie_word_embeddings=True), 2_533_531_648),
     "pythia-1.4b": ("gpt_neox", {**_PYTHIA, "num_attention_heads": 16}, 1_414_647_808),
     "gpt2": ("gpt2", _GPT2, 124_439_808),
+    "Falcon3-7B": ("llama", _sizes(3072, 23040, 28, 12, 4, 131072, head_dim=256, activation="swiglu"), 7_455_550_464),
+    "Mistral-Small-24B": ("mistral", _sizes(5120, 32768, 40, 32, 8, 131072, head_dim=128), 23_572_403_200),
+    "Ministral-8B": ("ministral", _sizes(4096, 12288, 36, 32, 8, 131072, head_dim=128), 8_019_808_256),
+    "OLMo-3-7B": ("olmo3", _sizes(4096, 11008, 32, 32, 32, 100278), 7_298_011_136),
+    "glm-4-9b": ("glm", _sizes(4096, 13696, 40, 32, 2, 151552, head_dim=128), 9_399_951_360),
+    "GLM-4-9B-0414": ("glm4", _sizes(4096, 13696, 40, 32, 2, 151552, head_dim=128), 9_400_279_040),
+    "EXAONE-4.0-1.2B": ("exaone4", _EXAONE, 1_279_391_488),
+    "ERNIE-4.5-0.3B": ("ernie4_5", _sizes(1024, 3072, 18, 16, 2, 103424, head_dim=128), 360_748_032),
+    "Seed-OSS-36B": ("seed_oss", _sizes(5120, 27648, 64, 80, 8, 155136, head_dim=128), 36_151_104_512),
+    "Apertus-8B": ("apertus", _sizes(4096, 21504, 32, 32, 8, 131072), 8_053_338_176),
+    "command-r": ("cohere", _sizes(8192, 22528, 40, 64, 64, 256000), 34_980_831_232),
+    "command-r7b": ("cohere2", _sizes(4096, 14336, 32, 32, 8, 256000), 8_028_033_024),
+    "stablelm-3b-4e1t": ("stablelm", _sizes(2560, 6912, 32, 32, 32, 50304), 2_795_443_200),
+    "starcoder2-3b": ("starcoder2", _sizes(3072, 12288, 30, 24, 2, 49152), 3_030_371_328),
     "Mixtral-8x7B": ("mixtral", _MIXTRAL, 46_702_792_704),
     "Qwen3-30B-A3B": ("qwen3_moe", _QWEN3_MOE, 30_532_122_624),
     "Falcon-H1-0.5B": ("falcon_h1", _sizes(1024, 2048, 36, 8, 2, 32784, **_FALCON_H1), 521_411_104),
@@ -51,6 +66,18 @@ def test_parameters_of_published_models(name: str) -> None:
     model_type, sizes, total = PUBLISHED[name]
     config = {"model_type": model_type, **sizes}
     assert load_family(config, "config.json").count_params(config).total == total
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "billions"),
+    [
+        ("nemotron", _sizes(3072, 9216, 32, 24, 8, 256000, head_dim=128), 4.19),  # Minitron-4B
+        ("ministral3", _sizes(4096, 14336, 34, 32, 8, 131072, head_dim=128), 8.4),  # Ministral 3 8B, its language model
+    ],
+)
+def test_parameters_that_authors_round(model_type: str, sizes: dict[str, Any], billions: float) -> None:
+    config = {"model_type": model_type, **sizes}
+    assert load_family(config, "config.json").count_params(config).total / 1e9 == pytest.approx(billions, rel=0.015)
 
 
 @pytest.mark.parametrize(

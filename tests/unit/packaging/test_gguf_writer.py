@@ -205,7 +205,7 @@ def test_a_family_without_a_table_names_those_with_one(model: Path, tmp_path: Pa
     from tests.integration.prune.family_table import save_teacher
 
     save_teacher("gpt_neox", tmp_path / "neox")
-    with pytest.raises(CheckpointError, match=r"gemma2.*llama.*qwen3.*smollm3\n  got:      gpt_neox"):
+    with pytest.raises(CheckpointError, match=r"gemma2.*llama.*qwen3.*smollm3.*\n  got:      gpt_neox"):
         write_gguf(tmp_path / "neox", tmp_path / "m.gguf", "bf16", QUIET)
 
 

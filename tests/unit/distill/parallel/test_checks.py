@@ -44,7 +44,10 @@ def test_ranks_cannot_share_the_sequences_of_a_recurrent_mixer(tmp_path):
         check_sequence_parallel(2, 64, {"teacher": tmp_path})
 
 
-SHAREABLE = ["gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
+SHAREABLE = {
+    "cohere2", "ernie4_5", "exaone4", "gemma2", "gemma3_text", "granite", "hunyuan_v1_dense", "llama", "ministral",
+    "ministral3", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", supported_types())
