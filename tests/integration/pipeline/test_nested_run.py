@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -19,6 +20,7 @@ from tests.integration.prune.nested_table import load_whole, save_whole
 QUIET = Reporter(quiet=True)
 
 
+@pytest.mark.long
 def test_the_language_model_learns_and_the_rest_goes_along(
     tiny_config: Path, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
