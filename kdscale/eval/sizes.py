@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.families import load_family
-from kdscale.sizing.model_shape import kv_bytes_per_token
 from kdscale.weights import read_config
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
     # the sizes of a quantised model are those of what its weights stand for
     config = read_config(path)
     family = load_family(config, str(path / "config.json"))
-    dims, component_of = family.dims(config), family.parameter_components(config)
+    component_of = family.parameter_components(config)
     components = dict.fromkeys(("embedding", "attention", "ffn", "norm", "head", "other"), 0)
     for name, parameter in model.named_parameters():  # a tied weight comes once, as the embedding
         component = component_of.get(name, "other")
@@ -36,7 +35,7 @@ def model_sizes(model: PreTrainedModel, path: Path) -> dict[str, Any]:
         "non_embedding_parameters": total - outer,
         "components": components,
         "weight_bytes": weight_bytes(path),
-        "kv_cache_bytes_per_token": kv_bytes_per_token(family.attention_layers(config), dims.kv_heads, dims.head_dim),
+        "kv_cache_bytes_per_token": 2 * family.attention_layers(config) * family.cached_numbers(config),
     }
 
 

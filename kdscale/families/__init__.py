@@ -115,10 +115,10 @@ def _unknown_type(config_dict: dict[str, Any], where: str, known: list[str], inn
     return CheckpointError(f"{where}: {field}", expected="one of " + ", ".join(known), got=got, hint=hint)
 
 
-def dropped_heads(model_type: Any) -> dict[str, str]:
-    """Glob of tensors that a student does without → what they are; empty for a type without a family."""
+def dropped_heads(model_type: Any, layers: int) -> dict[str, str]:
+    """Glob of tensors that a student of so many layers does without → what they are; empty for an unknown type."""
     data = _families().get(model_type) if isinstance(model_type, str) else None
-    return {} if data is None else {drop.tensors: drop.what for drop in data.drops}
+    return {} if data is None else {drop.glob(lambda: layers): drop.what for drop in data.drops}
 
 
 def supported_types() -> list[str]:

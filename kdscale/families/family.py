@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families.dims import NEVER_CUT, Dims, ParamCount
+from kdscale.families.expert_groups import expert_groups, group_violations
 from kdscale.families.kept_heads import KeptHeads
 from kdscale.families.layer_fields import (
     Config,
@@ -26,7 +27,6 @@ from kdscale.families.layer_kinds import Kinds, layer_kinds, write_layer_kinds
 from kdscale.families.limits import LARGEST, MOST_EXPERTS, check_size
 from kdscale.families.schema import (
     Component,
-    Constraint,
     DimField,
     DimName,
     FamilyData,
@@ -54,18 +54,24 @@ class Family:
         self.where = where
         self._kept = KeptHeads()
         self.fixed_sizes = {name: self.fixed_size(name, config) for name in data.sizes}
-        self._rules = [rule for rule in data.constraints if _applies(rule, config)]
-        self._per_token = None if data.experts_per_token is None else self._size(data.experts_per_token, config, {})
+        self._rules = [rule for rule in data.constraints if rule.applies(config)]
+        self._config = config
 
     @property
     def name(self) -> str:
         """The family's name, as in its file."""
         return self.data.name
 
-    @property
+    @cached_property
     def experts_per_token(self) -> int:
         """How many experts of a mixture a token is routed to, which no cut changes; 0 in dense models."""
-        return self._per_token or 0
+        field = self.data.experts_per_token
+        return 0 if field is None else self._size(field, self._config, {})
+
+    @cached_property
+    def expert_groups(self) -> tuple[int, int]:
+        """(groups of experts, how many of them a token may choose), which no cut changes; (1, 1) without groups."""
+        return expert_groups(self.data.expert_groups, self._config, self.where)
 
     @property
     def sites(self) -> Sites:
@@ -214,8 +220,9 @@ class Family:
                 derived = f"{field.always} ({evaluate(field.always, sizes)})"
                 out.append(f"{name} ({sizes[name]}) is not {derived}: the family's config has no field for it")
         out += undivided_products(self.data, dims)
-        if self._per_token is not None and dims.experts < self._per_token:
-            out.append(f"experts ({dims.experts}) are fewer than the {self._per_token} that each token is routed to")
+        if dims.experts < (chosen := self.experts_per_token):
+            out.append(f"experts ({dims.experts}) are fewer than the {chosen} that each token is routed to")
+        out += group_violations(self.data.expert_groups, self.expert_groups, dims.experts, chosen)
         return out + self._kept.violations(dims)
 
     # -- tensors -------------------------------------------------------------------------------------------------------
@@ -253,8 +260,13 @@ class Family:
 
     def fixed_size(self, name: str, config: Config) -> int:
         """One of the family file's `sizes`, e.g. `positions`. Raises CheckpointError when it is no positive integer."""
-        field = self.data.sizes[name]
-        return self._size(DimField(field=field.field, absent=field.absent), config, {})
+        size = self.data.sizes[name]
+        if size.field is None:
+            parts = (DimField(field=field, absent=absent) for field, absent in size.sum.items())
+            return sum(self._size(part, config, {}) for part in parts)
+        if size.optional and config.get(size.field, size.absent) in (None, 0):
+            return 0
+        return self._size(DimField(field=size.field, absent=size.absent), config, {})
 
     def layer_prefix(self, layer: int) -> str:
         """What the names of a layer's tensors start with, e.g. `model.layers.3.`"""
@@ -270,7 +282,8 @@ class Family:
 
     def dropped(self) -> dict[str, str]:
         """Glob of tensors that the student does without → what they are."""
-        return {drop.tensors: drop.what for drop in self.data.drops if drop not in self._kept.drops}
+        drops = [drop for drop in self.data.drops if drop not in self._kept.drops]
+        return {drop.glob(lambda: self.dims(self._config).layers): drop.what for drop in drops}
 
     def parameter(self, name: str) -> str:
         """The parameter of a tensor outside the layers, also of one that is not on disk because it is tied."""
@@ -284,12 +297,17 @@ class Family:
 
     def transposed(self, role: str) -> bool:
         """Whether the projection is stored [input, output] (GPT-2's Conv1D), not [output, input] like nn.Linear."""
-        axes = next((t.axes for t in self.data.tensors if t.role == role and not t.per_expert), None)
-        return axes is not None and role in ("o", "down") and axes[-1] == "hidden"
+        of_role = (t for t in self.data.tensors if t.role == role and not t.per_expert and not t.stacked)
+        axes = next((t.axes for t in of_role), None)
+        return axes is not None and role in ("o", "down", "shared_down") and axes[-1] == "hidden"
 
     def output_by_input(self, role: str, weight: Any) -> Any:
         """A projection as it is stored → [output, input], or back: a transposed view where that differs."""
         return weight.T if self.transposed(role) else weight
+
+    def cached_numbers(self, config: Config) -> int:
+        """How many numbers of a token a layer keeps for the tokens after it."""
+        return axis_size(self.data.cached, self._sizes(config))
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
@@ -304,7 +322,7 @@ class Family:
             rest += sum(spec.parameters for spec in specs) * count
             experts += sum(spec.parameters for spec in specs if spec.of_experts) * count
         # experts are of one size, so what a token does not use is a whole number
-        idle = experts // dims.experts * (dims.experts - (self._per_token or 0)) if experts else 0
+        idle = experts // dims.experts * (dims.experts - self.experts_per_token) if experts else 0
         return ParamCount(embedding + rest, embedding, rest, embedding + rest - idle)
 
     # -- the student ---------------------------------------------------------------------------------------------------
@@ -369,17 +387,9 @@ class Family:
 
     def _flag(self, config: Config, name: str) -> bool:
         flag = self.data.flags[name]
+        if flag.is_set:
+            return config[flag.field] is not None if flag.field in config else flag.absent
         value = config.get(flag.field, flag.absent)
         if not isinstance(value, bool):
             raise CheckpointError(f"{self.where}: {flag.field}", expected="true or false", got=repr(value))
         return value
-
-
-def _applies(rule: Constraint, config: Config) -> bool:
-    return not rule.when_present or any(_dotted(config, path) is not None for path in rule.when_present)
-
-
-def _dotted(config: Any, path: str) -> Any:
-    for part in path.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config

@@ -41,9 +41,14 @@ class TensorSpec:
         return self.component == "norm" and not self.role.endswith("_bias")
 
     @property
+    def stacked(self) -> bool:
+        """Whether it holds the tensors of all experts of the layer, one after the other."""
+        return self.axes[0] == "experts" and not self.role.startswith("router")
+
+    @property
     def of_experts(self) -> bool:
         """Whether it belongs to the experts that tokens are routed to."""
-        return self.expert is not None
+        return self.expert is not None or self.stacked
 
     @property
     def counts_as_embedding(self) -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kdscale.errors import CheckpointError
-from kdscale.models.attention_backends import AttentionKind, Choice, choose
+from kdscale.models.attention_backends import KNOWS_SINKS, AttentionKind, Choice, choose
 from kdscale.models.documents import Documents, mix_within_documents, recurrent_mixers
 
 _NAME = "kdscale_documents"  # in transformers' registry of attention functions
@@ -145,6 +145,8 @@ def choice_for(model: Any, device: torch.device) -> Choice | None:
     if not within_documents(model):
         return None
     config = model.config.get_text_config()
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return Choice(KNOWS_SINKS, ("others: they know no attention sinks",))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dropout = attention_dropout(model) if model.training else 0.0
     return choose(device, model.dtype, head_dim, getattr(config, "attn_logit_softcapping", None), bool(dropout))
@@ -160,6 +162,7 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     documents: Documents | None = None,
     ulysses: Exchange | None = None,
     record: Callable[[torch.nn.Module, AttentionRows], None] | None = None,
@@ -167,16 +170,24 @@ def attend(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: [B, S, A, D], each query within its document and `sliding_window`.
 
-    With `ulysses` the arguments are this rank's positions, and `documents` are of whole sequences. `record` is told
-    what the layer reads.
+    `s_aux`: attention sinks, the score of one more key of each query head. With `ulysses` the arguments are this rank's
+    positions, and `documents` are of whole sequences. `record` is told what the layer reads.
     """
     _check(module, attention_mask, documents, other)
     assert documents is not None
     if ulysses is not None:
         query_BASD, key_BGSD, value_BGSD = (ulysses.heads(x) for x in (query_BASD, key_BGSD, value_BGSD))
+        if s_aux is not None and len(s_aux) != query_BASD.shape[1]:
+            raise CheckpointError(
+                f"{type(module).__name__}: attention sinks",
+                expected="all heads on every rank",
+                got="sequences shared by ranks",
+                hint="set distill.sequence_parallel=1",
+            )
     batch, _, length, head_dim = query_BASD.shape
-    kind = AttentionKind(head_dim**-0.5 if scaling is None else scaling, sliding_window, softcap, dropout)
-    backend = choose(query_BASD.device, query_BASD.dtype, head_dim, softcap, dropout > 0).backend
+    kind = AttentionKind(head_dim**-0.5 if scaling is None else scaling, sliding_window, softcap, dropout, s_aux)
+    chosen = choose(query_BASD.device, query_BASD.dtype, head_dim, softcap, dropout > 0)
+    backend = chosen.backend if s_aux is None else KNOWS_SINKS
     rows = AttentionRows(_rows(query_BASD), _rows(key_BGSD), _rows(value_BGSD), kind)
     if record is not None:
         record(module, rows)
@@ -197,7 +208,6 @@ def _check(module: Any, mask: Tensor | None, documents: Documents | None, other:
         "a mask of its own": mask is not None,
         "no documents": documents is None,
         "a bias on positions": other.get("position_bias") is not None,
-        "attention sinks": other.get("s_aux") is not None,
         "attention in both directions": not (getattr(module, "is_causal", True) if causal is None else causal),
     }
     if any(wrong.values()):

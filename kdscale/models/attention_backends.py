@@ -28,18 +28,27 @@ from torch.nn import functional as F
 
 from kdscale.models.documents import Documents
 
-_MOST_QUERIES = 512  # whose scores are in memory at once, where a soft cap needs them
+_MOST_QUERIES = 512  # whose scores are in memory at once, where a soft cap or sinks need them
 _FEWEST_QUERIES = 128  # of a block, however narrow the window
 
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What of an attention a backend has to know. `window`: keys that a query sees, itself included; None: all."""
+    """What of an attention a backend has to know. `window`: keys that a query sees, itself included; None: all.
+
+    `sinks_A`: the score of one more key of each query head, whose value is 0 (gpt-oss); `sdpa` alone knows it.
+    """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+    sinks_A: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether shares are a softmax of the scores alone, which torch's kernels know."""
+        return self.softcap is None and self.sinks_A is None
 
     def within(self, length: int) -> int | None:
         """The window, if it hides anything from the last of `length` positions."""
@@ -245,7 +254,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, documents: Documents, kin
     """[n, A, L, D] from [n, A, L, D] and [n, G, L, D]: whole documents, in blocks of queries where a mask is needed."""
     length = query.shape[2]
     window = kind.within(length)
-    if window is None and kind.softcap is None:
+    if window is None and kind.plain:
         return _torch_sdpa(query, key, value, None, kind)
     step = _MOST_QUERIES if window is None else max(_FEWEST_QUERIES, min(window, _MOST_QUERIES))
     out = []
@@ -255,7 +264,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, documents: Documents, kin
         block = query[:, :, first:last], key[:, :, oldest:last], value[:, :, oldest:last]
         shape = last - first, last - oldest
         seen_QK = documents.once(("seen", *shape, window), lambda: _seen(*shape, window, query.device))  # noqa: B023
-        out.append((_torch_sdpa if kind.softcap is None else _capped)(*block, seen_QK, kind))
+        out.append((_torch_sdpa if kind.plain else _scored)(*block, seen_QK, kind))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
@@ -277,15 +286,20 @@ def _torch_sdpa(query: Tensor, key: Tensor, value: Tensor, seen_QK: Tensor | Non
     )  # fmt: skip
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, seen_QK: Tensor, kind: AttentionKind) -> Tensor:
-    """Soft-capped scores, which torch's kernels do not know; shares in fp32 at least, as in transformers."""
-    assert kind.softcap is not None
+def _scored(query: Tensor, key: Tensor, value: Tensor, seen_QK: Tensor, kind: AttentionKind) -> Tensor:
+    """Soft-capped scores and sinks, which torch's kernels do not know; shares in fp32 at least, as in transformers."""
     documents, heads, queries, size = query.shape
     groups = key.shape[1]
     rows = query.reshape(documents, groups, heads // groups * queries, size)  # heads that share keys, under each other
     scores = (rows @ key.transpose(2, 3)).unflatten(2, (heads // groups, queries)) * kind.scale
-    capped = (kind.softcap * torch.tanh(scores / kind.softcap)).masked_fill(~seen_QK, -math.inf)
-    shares = torch.softmax(capped, -1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    if kind.softcap is not None:
+        scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    scores = scores.masked_fill(~seen_QK, -math.inf)
+    if kind.sinks_A is not None:
+        sinks = kind.sinks_A.to(scores.dtype).view(groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    shares = torch.softmax(scores, -1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    shares = shares[..., : key.shape[2]]
     shares = F.dropout(shares, kind.dropout)
     return (shares.flatten(2, 3) @ value).reshape(documents, heads, queries, size)
 
@@ -296,3 +310,4 @@ BACKENDS = (
     Backend("flex", _lacks_flex, _flex),
     Backend("sdpa", lambda *_: "", _sdpa),
 )
+KNOWS_SINKS = BACKENDS[-1]

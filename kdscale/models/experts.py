@@ -5,11 +5,14 @@ N tokens · n tokens of one expert · T experts a token · D hidden · F ffn uni
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from kdscale.models.layer_stream import DecoderLayer
 
 
 class Routing(NamedTuple):
@@ -33,16 +36,59 @@ def experts_call(args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[Tens
 
 def expert_units(experts: Any, expert: int, hidden_nD: Tensor) -> Tensor:
     """What the down projection of `expert` reads for these tokens: [n, F]."""
-    units: Tensor = experts._apply_gate(nn.functional.linear(hidden_nD, experts.gate_up_proj[expert]))
+    weight, bias = experts.gate_up_proj[expert], None
+    if getattr(experts, "has_bias", False):
+        bias = experts.gate_up_proj_bias[expert]
+    units: Tensor = experts._apply_gate(nn.functional.linear(hidden_nD, _outputs_first(experts, weight), bias))
     return units
 
 
-def routing_among_kept(router: nn.Module, kept: Sequence[int], hidden_ND: Tensor) -> Routing:
-    """Where the router sends tokens when it can choose among the `kept` experts only, numbered as in the teacher.
+def down_weight(experts: Any, expert: int) -> Tensor:
+    """The down projection of `expert`, [D, F]: a view."""
+    return _outputs_first(experts, experts.down_proj[expert])
+
+
+def expert_output(experts: Any, expert: int, units_nF: Tensor) -> Tensor:
+    """What `expert` puts out for its units: [n, D]."""
+    bias = experts.down_proj_bias[expert] if getattr(experts, "has_bias", False) else None
+    return nn.functional.linear(units_nF, down_weight(experts, expert), bias)
+
+
+def _outputs_first(experts: Any, weight: Tensor) -> Tensor:
+    """[outputs, inputs] of one expert's weight, which some modules keep the other way round."""
+    return weight.T if getattr(experts, "is_transposed", False) else weight
+
+
+@contextmanager
+def narrowed(router: Any, along: Mapping[str, int], kept: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+    """Within the block the router takes itself for one of the `kept` experts; gives the tensors that it then has.
+
+    `along`: the dimension of each of its tensors that counts experts (`DecoderLayer.router_axes`).
+    """
+    device = next(router.parameters()).device
+    numbers, before = torch.tensor(kept, device=device), getattr(router, "num_experts", None)
+    if before is not None:
+        router.num_experts = len(kept)
+    try:
+        yield {name: router_tensor(router, name).index_select(dim, numbers) for name, dim in along.items()}
+    finally:
+        if before is not None:
+            router.num_experts = before
+
+
+def router_tensor(router: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a router, by its path in it."""
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(router.get_submodule(path), leaf)
+    return tensor
+
+
+def routing_among_kept(layer: DecoderLayer, kept: Sequence[int], hidden_ND: Tensor) -> Routing:
+    """Where the layer's router sends tokens when it can choose among the `kept` experts only, numbered as they are.
 
     This is the student's router: fewer rows, and the family's own rule for the weights of the chosen experts.
     """
-    weight: Any = router.weight
-    numbers = torch.tensor(kept, device=hidden_ND.device)
-    _, weights_NT, chosen_NT = torch.func.functional_call(router, {"weight": weight[numbers]}, (hidden_ND,))
-    return Routing(numbers[chosen_NT], weights_NT)
+    router = layer.site(layer.sites.router)
+    with narrowed(router, layer.router_axes, kept) as tensors:
+        _, weights_NT, chosen_NT = torch.func.functional_call(router, tensors, (hidden_ND,))
+    return Routing(torch.tensor(kept, device=hidden_ND.device)[chosen_NT], weights_NT)

@@ -36,6 +36,7 @@ class TokenBatch(Protocol):
     def position_ids_BS(self) -> Tensor: ...  # noqa: N802
 
 
+_IN_FP32 = ("router_correction",)  # roles of small numbers that transformers keeps in fp32 whatever the dtype
 _LOGITS_AT_ONCE = 1 << 25  # values of one chunk of rows
 
 TensorSource = Callable[[str], Tensor]  # a tensor by its name on disk
@@ -50,6 +51,12 @@ class DecoderLayer:
 
     def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any], index: int):
         self.index, self.sites = index, family.layer_sites(config, index)
+        # of the router's tensors, the dimension that counts experts
+        self.router_axes = {
+            spec.parameter.removeprefix(f"{family.layer_prefix(index)}{self.sites.router}."): spec.axes.index("experts")
+            for spec in family.layer_tensors(config, index).values()
+            if spec.role.startswith("router")
+        }
         self._base = _base_model(model)
         self.module: nn.Module = model.get_submodule(f"{family.sites.layers}.0")
 
@@ -199,7 +206,12 @@ class LayerStream:
 
     def _fill(self, model: nn.Module, specs: Mapping[str, TensorSpec], path: str) -> None:
         """Read tensors (by name on disk) into `model`; the module at `path` must have all its weights then."""
-        state = assemble(specs, lambda name: self._source(name).to(self.device, self.dtype))
+
+        def read(name: str) -> Tensor:
+            dtype = torch.float32 if specs[name].role in _IN_FP32 else self.dtype
+            return self._source(name).to(self.device, dtype)
+
+        state = assemble(specs, read)
         model.load_state_dict(state, strict=False, assign=True)
         empty = [name for name, value in model.get_submodule(path).named_parameters() if value.is_meta]
         assert not empty, f"the family names no tensor for {path}: {', '.join(empty)}"

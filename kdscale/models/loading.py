@@ -131,7 +131,8 @@ def load_model(
             **({} if device.type == "cpu" else {"device_map": {"": device}}),
         )
     model, info = loaded
-    heads = dropped_heads(model.config.model_type)  # transformers' model has none of them
+    depth = model.config.get_text_config().num_hidden_layers
+    heads = dropped_heads(model.config.model_type, depth)  # transformers' model has none of them
     elsewhere = is_carried(path)
     complaints = {key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     complaints["unexpected_keys"] = {

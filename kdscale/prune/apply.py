@@ -21,7 +21,7 @@ from kdscale.files import remove_leftovers, remove_tree, write_json
 from kdscale.models.hidden_states import IN_MEMORY, Scratch
 from kdscale.models.layer_stream import LayerStream, TokenBatch
 from kdscale.prune.carried import carried_blocks, carried_specs
-from kdscale.prune.compensation.experts import expert_name
+from kdscale.prune.compensation.experts import new_weight
 from kdscale.prune.compensation.layer_gaps import RepairedWeights, find_gaps, repaired_gaps
 from kdscale.prune.compensation.one_stream import compensated_layers, compensates
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
@@ -148,22 +148,23 @@ def _write_student(
     if compensated is None:
         # a checkpoint has its layers one after the other, in whatever order: a layer at a time is made safe
         for position, group in groupby(tensors, key=lambda tensor: tensor.position):
-            _write(writer, blocks, group, repaired.get(position))
+            _write(writer, slicer, blocks, group, repaired.get(position))
             writer.commit()
         return
     last = FINAL_NORM if slicer.plan.methods.hidden == REFIT else None
-    _write(writer, blocks, (t for t in tensors if t.position is None and t.spec.role != last))
+    _write(writer, slicer, blocks, (t for t in tensors if t.position is None and t.spec.role != last))
     writer.commit()
     for position, weights in compensated:
         of_layer = (tensor for tensor in tensors if tensor.position == position)
         if position is None:
             of_layer = (tensor for tensor in of_layer if tensor.spec.role == last)
-        _write(writer, blocks, of_layer, weights | repaired.get(position))
+        _write(writer, slicer, blocks, of_layer, weights | repaired.get(position))
         writer.commit()
 
 
 def _write(
     writer: ShardWriter,
+    slicer: Slicer,
     blocks: Blocks,
     tensors: Iterable[SlicedTensor],
     new_weights: Mapping[str, Tensor] | None = None,
@@ -172,8 +173,9 @@ def _write(
     for tensor in tensors:
         if tensor.target in writer.written:
             continue
-        if new_weights and (name := expert_name(tensor.spec.role, tensor.spec.expert)) in new_weights:
-            writer.add(tensor.target, new_weights[name].to(writer.dtype(tensor.target)))
+        weight = new_weight(tensor, new_weights or {}, slicer)
+        if weight is not None:
+            writer.add(tensor.target, weight.to(writer.dtype(tensor.target)))
         else:
             writer.add_blocks(tensor.target, blocks(tensor))
 
@@ -202,6 +204,9 @@ def _slices(teacher: Checkpoint, slicer: Slicer, tensor: SlicedTensor) -> Iterat
     if len(spec.shape) < 2:
         yield slicer.slice(teacher.tensor(source), spec, position)
         return
+    if spec.stacked:
+        yield from _expert_slices(teacher, slicer, tensor)
+        return
     kept = [None if indices is None else torch.tensor(indices) for indices in slicer.kept_indices(spec, position)]
     begin = 0
     for block in teacher.blocks(source, _BLOCK_BYTES):
@@ -212,6 +217,18 @@ def _slices(teacher: Checkpoint, slicer: Slicer, tensor: SlicedTensor) -> Iterat
             if indices is not None:
                 sliced = _take(sliced, dimension, indices)
         yield slicer.rescale(sliced, spec)
+
+
+def _expert_slices(teacher: Checkpoint, slicer: Slicer, tensor: SlicedTensor) -> Iterator[Tensor]:
+    """The same for a tensor that holds those of all experts: each keeps units of its own."""
+    source, _, spec, position = tensor
+    experts, begin = set(slicer.kept_experts(position)), 0
+    for block in teacher.blocks(source, _BLOCK_BYTES):
+        here = [expert for expert in range(begin, begin + len(block)) if expert in experts]
+        kept = [slicer.slice_expert(block[expert - begin], spec, position, expert) for expert in here]
+        begin += len(block)
+        if kept:
+            yield torch.stack(kept)
 
 
 def _take(tensor: Tensor, dimension: int, indices: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def rotation_obstacle(family: Family, config: Mapping[str, Any]) -> str | None:
             return f"{name} belongs to a convolution over the stream's own channels"
         if spec.role == "position_embed":
             return f"{name} adds learned positions to the stream"
+        if spec.stacked:
+            return f"{name} holds all experts of a layer, which are not rotated"
     if family.data.norm.kind != "rms" or family.data.norm.gain != "weight":
         return f"the norms of {family.name} are not a plain RMSNorm times a weight"
     return None

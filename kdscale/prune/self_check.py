@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
 from kdscale.families.writers import Writer, layer_writers
+from kdscale.models.experts import down_weight, narrowed, router_tensor
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.models.multimodal.language_part import path_in_whole
 from kdscale.prune.carried import carried_blocks
@@ -308,9 +309,14 @@ class _Mask:
         experts: Any = layer.site(layer.sites.experts)
         router: Any = layer.site(layer.sites.router)
         for expert in kept:
-            experts.down_proj[expert] *= self._indicator(plan.kept.ffn_of(position, expert), plan.teacher.ffn)
+            units_F = self._indicator(plan.kept.ffn_of(position, expert), plan.teacher.ffn)
+            down_weight(experts, expert).mul_(units_F)
         numbers = torch.tensor(kept, device=self._device)
-        router.weight.data = router.weight.data[numbers]
+        with narrowed(router, layer.router_axes, kept) as tensors:
+            for name, tensor in tensors.items():
+                router_tensor(router, name).data = tensor
+        if hasattr(router, "num_experts"):
+            router.num_experts = len(kept)
         router.register_forward_hook(lambda _module, _args, output: (*output[:-1], numbers[output[-1]]))
 
     def _axis_indicator(self, axis: str, position: int) -> Tensor:

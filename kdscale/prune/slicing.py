@@ -82,10 +82,24 @@ class Slicer:
 
         `position` is the student's layer, None outside the layers.
         """
+        if spec.stacked:
+            return torch.stack([self.slice_expert(tensor[e], spec, position, e) for e in self.kept_experts(position)])
         for dimension, indices in enumerate(self.kept_indices(spec, position)):
             if indices is not None:
                 tensor = tensor.index_select(dimension, torch.tensor(indices, device=tensor.device))
         return self.rescale(tensor, spec)
+
+    def kept_experts(self, position: int | None) -> list[int]:
+        """The teacher's experts that the student's layer `position` keeps."""
+        assert position is not None, "there are no experts outside the layers"
+        return self.plan.kept.experts[position]
+
+    def slice_expert(self, tensor: Tensor, spec: TensorSpec, position: int | None, expert: int) -> Tensor:
+        """The student's part of what a tensor that holds those of all experts has of `expert`."""
+        for dimension, axis in enumerate(spec.axes[1:]):
+            if (indices := self.kept(axis, position, expert)) is not None:
+                tensor = tensor.index_select(dimension, torch.tensor(indices, device=tensor.device))
+        return tensor
 
     def rescale(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
         """What the student's values are multiplied by, in fp32: the same tensor where that is 1.

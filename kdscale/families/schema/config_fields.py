@@ -67,17 +67,41 @@ class ProductField(Strict):
 
 
 class SizeField(Strict):
-    """A size that some tensors have and that never changes in a student (positions of a learned embedding)."""
+    """A size that some tensors have and that never changes in a student (positions of a learned embedding).
 
-    field: Name
-    absent: int
+    Either one field with what is taken when it is absent, or the sum of several. `optional`: it may be 0 or null, and
+    then it counts as 0, and tensors with it are not there.
+    """
+
+    field: Name | None = None
+    absent: int | None = None
+    sum: dict[Name, int] = Field(default={})
+    optional: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SizeField:
+        if (self.field is None) != (self.absent is None) or (self.field is None) != bool(self.sum):
+            raise ValueError("needs either field and absent, or sum")
+        return self
 
 
 class FlagField(Strict):
-    """A boolean of config.json that decides whether some tensors exist."""
+    """A boolean of config.json that decides whether some tensors exist; with `is_set` whether the field is not null."""
 
     field: Name
     absent: bool
+    is_set: bool = False
+
+
+class ExpertGroups(Strict):
+    """Groups of experts, of which a token is routed to some, and to experts of these alone (DeepSeek-V3).
+
+    `field` is how many groups there are, `used` of how many a token may choose; absent or null is 1 and 1.
+    """
+
+    field: Name
+    used: Name
+    least: int = 1  # experts that a group must have
 
 
 class Constraint(Strict):
@@ -97,6 +121,10 @@ class Constraint(Strict):
         if (self.by is None) == (self.equals is None):
             raise ValueError("needs either by or equals")
         return self
+
+    def applies(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config is held to it."""
+        return not self.when_present or any(_dotted(config, path) is not None for path in self.when_present)
 
 
 class Requirement(Strict):
@@ -154,3 +182,9 @@ class Window(Strict):
     absent: int | None = None
     only_with: Name | None = None
     layers: Name | None = None
+
+
+def _dotted(config: Any, path: str) -> Any:
+    for part in path.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config

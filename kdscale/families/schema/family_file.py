@@ -13,6 +13,7 @@ from kdscale.families.schema.axes import (
     DIMS,
     OPTIONAL_DIMS,
     SSM_DIMS,
+    Axis,
     DimName,
     Name,
     Strict,
@@ -22,6 +23,7 @@ from kdscale.families.schema.axes import (
 from kdscale.families.schema.config_fields import (
     Constraint,
     DimField,
+    ExpertGroups,
     FlagField,
     LayerBoundary,
     LayerList,
@@ -45,6 +47,7 @@ class FamilyData(Strict):
     sizes: dict[Name, SizeField] = Field(default={})
     products: tuple[ProductField, ...] = Field(strict=False, default=())
     experts_per_token: DimField | None = None
+    expert_groups: ExpertGroups | None = None
     flags: dict[str, FlagField]
     requires: tuple[Requirement, ...] = Field(strict=False, default=())
     constraints: tuple[Constraint, ...] = Field(strict=False)
@@ -53,6 +56,7 @@ class FamilyData(Strict):
     layer_kinds: tuple[LayerKinds, ...] = Field(strict=False, default=())  # without it all layers are of one kind
     window: Window | None = None  # without it attention reaches back to the document's first token
     norm: Norm = Norm()
+    cached: Axis = "2*kv_heads*head_dim"  # numbers of a token that a layer keeps for those after it
     # what the model multiplies its embeddings by, where that follows from the config's sizes and changes with them
     embed_multiplier: Literal["sqrt_hidden"] | None = None
     gguf: Gguf | None = None  # without it no GGUF file is written
@@ -121,6 +125,7 @@ class FamilyData(Strict):
         known = {*self.dims, *self.sizes}
         axes = [axis for t in self.tensors for axis in t.axes] + [c.equals for c in self.constraints if c.equals]
         axes += [product.equals for product in self.products]
+        axes.append(self.cached)
         fields = [*self.dims.values(), *([self.experts_per_token] if self.experts_per_token else [])]
         axes_of = [text for f in fields for text in (f.absent, f.null, f.always) if isinstance(text, str)]
         named = {name for text in axes_of for name in expression_names(text)}
@@ -140,7 +145,7 @@ class FamilyData(Strict):
         given = {
             "dims.experts": "experts" in self.dims,
             "experts_per_token": self.experts_per_token is not None,
-            "a tensor of each {expert}": any(t.per_expert for t in self.tensors),
+            "a tensor of each {expert}": any(t.per_expert or t.stacked for t in self.tensors),
             "sites.experts": any(sites.experts for sites in (self.sites, *self.sites_in.values())),
         }
         if len(set(given.values())) > 1:

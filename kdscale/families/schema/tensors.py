@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -11,14 +11,16 @@ from kdscale.families.schema.axes import Axis, DimName, Name, Strict
 
 # The role of a tensor names it within a layer or outside the layers; its component is the part of the model it is in.
 Component = Literal["embedding", "attention", "mixer", "ffn", "norm", "head"]
+# Latent attention: projections to a small width and from there to all heads, for queries, and for keys and values.
+_MLA = ("q_a", "q_a_bias", "q_b", "kv_a", "kv_a_bias", "kv_b")
+_MAPS = ("gate", "up", "gate_up", "down", "shared_gate", "shared_up", "shared_down")
+_NORMS_WITHOUT_BIAS = ("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "ssm_norm")
 _NORMS = (
-    "embed_norm", "attn_norm", "q_norm", "k_norm", "attn_post_norm", "ssm_norm", "ffn_norm", "ffn_post_norm",
-    "final_norm",
+    "embed_norm", "attn_norm", *_NORMS_WITHOUT_BIAS, "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm",
 )  # fmt: skip
-_NORMS_WITHOUT_BIAS = ("q_norm", "k_norm", "ssm_norm")
 _ROLES_OF: dict[Component, tuple[str, ...]] = {
     "embedding": ("embed", "position_embed"),
-    "attention": ("q", "q_bias", "k", "k_bias", "v", "v_bias", "qkv", "qkv_bias", "o", "o_bias"),
+    "attention": ("q", "q_bias", "k", "k_bias", "v", "v_bias", "qkv", "qkv_bias", "o", "o_bias", "sinks", *_MLA),
     # of Mamba 2 and gated delta nets: what enters, the convolution over it, decay, step, skip, and what leaves
     "mixer": (
         "ssm_in", "ssm_in_bias", "ssm_gate", "ssm_beta", "ssm_decay", "ssm_conv", "ssm_conv_bias", "ssm_a", "ssm_d",
@@ -27,15 +29,15 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
         "conv_in", "conv_in_bias", "conv", "conv_bias", "conv_out", "conv_out_bias",
     ),
     "ffn": (
-        *(f"{part}{kind}" for part in ("gate", "up", "gate_up", "down") for kind in ("", "_bias")),
-        "router", "shared_gate", "shared_up", "shared_down",
+        *(f"{part}{kind}" for part in _MAPS for kind in ("", "_bias")),
+        *("router", "router_bias", "router_correction"),
         *(f"act_{constant}" for constant in ("alpha_p", "alpha_n", "beta", "eps")),  # of an activation that has weights
     ),
     "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in _NORMS_WITHOUT_BIAS)),
     "head": ("head", "head_bias"),
 }  # fmt: skip
 COMPONENT_OF: dict[str, Component] = {role: component for component, roles in _ROLES_OF.items() for role in roles}
-LAYER, EXPERT = "{layer}", "{expert}"
+LAYER, EXPERT, LAYERS = "{layer}", "{expert}", "{layers}"
 
 
 def _role(text: str) -> str:
@@ -81,6 +83,11 @@ class TensorTemplate(Strict):
         """Whether each expert of each layer has one."""
         return EXPERT in self.name
 
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds those of all experts of a layer, one after the other."""
+        return self.axes[0] == "experts" and not self.role.startswith("router")
+
 
 class Norm(Strict):
     """What the norms over `hidden` compute: centred (`layer`) or not (`rms`); times w, or times 1 + w (Gemma)."""
@@ -108,10 +115,14 @@ class Drop(Strict):
     `kept_with`: the axes that may be cut while they are kept, where the config asks for that; without it none ever is.
     """
 
-    tensors: Name  # glob
+    tensors: Name  # glob; `{layers}` stands for the number of layers, which a layer behind the last one has
     what: Name  # its name in the notice to the user
     config: dict[str, int | bool | None] = Field(default={})  # fields of the student's config that say they are gone
     kept_with: tuple[DimName, ...] = Field(strict=False, default=())
+
+    def glob(self, layers: Callable[[], int]) -> str:
+        """The glob in a model of so many `layers`, which are asked for where it needs them."""
+        return self.tensors.replace(LAYERS, str(layers())) if LAYERS in self.tensors else self.tensors
 
 
 class LayerSites(Strict):

@@ -103,7 +103,8 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _parts(checkpoint: Checkpoint, family: Family, config: dict[str, Any]) -> list[dict[str, Any]]:
     """The language model, heads that a student does without, and what goes along, with their tensors and values."""
-    expected, heads = family.tensors(config), dropped_heads(family.language(config).get("model_type"))
+    expected = family.tensors(config)
+    heads = dropped_heads(family.language(config).get("model_type"), family.dims(config).layers)
     parts: dict[str, Counter[str]] = {}
     for name in checkpoint.names:
         full = family.full_name(name)

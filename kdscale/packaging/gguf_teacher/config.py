@@ -104,7 +104,7 @@ def _sizes(file: GgufFile, data: FamilyData) -> dict[str, Any]:
         out[data.experts_per_token.field] = file.size("expert_used_count")
     context = file.size("context_length")
     if data.sizes:  # learned positions: as many as the table has rows
-        return out | {size.field: file.shape("position_embd.weight")[0] for size in data.sizes.values()}
+        return out | {str(size.field): file.shape("position_embd.weight")[0] for size in data.sizes.values()}
     return out | {"max_position_embeddings": context}
 
 

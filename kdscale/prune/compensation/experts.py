@@ -18,19 +18,19 @@ N tokens · n tokens of one expert · T experts a token · D hidden · D' kept h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdscale.models.experts import expert_units, experts_call, routing_among_kept
+from kdscale.models.experts import down_weight, expert_units, experts_call, routing_among_kept
 from kdscale.models.hidden_states import HiddenStates, Scratch
 from kdscale.models.layer_stream import DecoderLayer
 from kdscale.prune.compensation.recovered_error import RecoveredErrors
 from kdscale.prune.compensation.regression import TargetSums
-from kdscale.prune.slicing import Slicer
+from kdscale.prune.slicing import SlicedTensor, Slicer
 from kdscale.runtime.ranks import all_reduce_sum
 
 _FOLDER = "experts"
@@ -59,12 +59,24 @@ def expert_name(role: str, expert: int | None) -> str:
     return role if expert is None else f"{role}.{expert}"
 
 
+def new_weight(tensor: SlicedTensor, weights: Mapping[str, Tensor], slicer: Slicer) -> Tensor | None:
+    """What `weights`, by role and expert, have for a tensor of the student, as it is on disk; None: nothing."""
+    role, position = tensor.spec.role, tensor.position
+    if not tensor.spec.stacked or position is None:
+        return weights.get(expert_name(role, tensor.spec.expert))
+    names = [expert_name(role, expert) for expert in slicer.plan.kept.experts[position]]
+    if names[0] not in weights:
+        return None
+    stack = torch.stack([weights[name] for name in names])
+    return stack.transpose(1, 2).contiguous() if tensor.spec.axes[-1] == "hidden" else stack
+
+
 class ExpertInputs:
     """Records what a layer's experts read while the layer is run, within a quarter of the pass's bytes."""
 
     def __init__(self, layer: DecoderLayer, scratch: Scratch, device: torch.device):
         self.experts: Any = layer.site(layer.sites.experts)
-        self._router = layer.site(layer.sites.router)
+        self._layer = layer
         quarter = replace(scratch.subfolder(_FOLDER), activation_bytes=scratch.activation_bytes // 4)
         self._inputs = HiddenStates(quarter, device)
         self._handle = self.experts.register_forward_pre_hook(self._record, with_kwargs=True)
@@ -83,11 +95,11 @@ class ExpertInputs:
 
         def equations(group: Sequence[int]) -> Iterator[Equations]:
             for hidden_ND in self._inputs:
-                routing = routing_among_kept(self._router, kept, hidden_ND)
+                routing = routing_among_kept(self._layer, kept, hidden_ND)
                 for expert in group:
                     token_n, weight_n = routing.of(expert)
                     units_nF = expert_units(experts, expert, hidden_ND[token_n]).float() * weight_n[:, None]
-                    target_nD = units_nF @ experts.down_proj[expert][rows_D].float().T
+                    target_nD = units_nF @ down_weight(experts, expert)[rows_D].float().T
                     units = kept_units(slicer, position, expert, units_nF.device)
                     yield Equations(expert, units_nF[:, units], target_nD, units_nF)
 
@@ -121,7 +133,7 @@ def refit_experts(
         group = kept[begin : begin + step]
         sums = {
             expert: TargetSums(
-                experts.down_proj[expert][rows_D][:, kept_units(slicer, position, expert, rows_D.device)]
+                down_weight(experts, expert)[rows_D][:, kept_units(slicer, position, expert, rows_D.device)]
             )
             for expert in group
         }
@@ -173,7 +185,7 @@ class _ExpertErrors:
             return
         rows_D = torch.tensor(self._slicer.plan.kept.hidden, device=x_nF.device)
         units = kept_units(self._slicer, self._position, expert, x_nF.device)
-        weight_DF = self._experts.down_proj[expert][rows_D].float()
+        weight_DF = down_weight(self._experts, expert)[rows_D].float()
         output_nD = x_nF @ weight_DF.T
         before_nD, after_nD = (x_nF[:, units] @ w.T for w in (weight_DF[:, units], solved_DK.to(x_nF.device)))
         differences = (before_nD - output_nD, after_nD - output_nD, output_nD)

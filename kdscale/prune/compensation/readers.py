@@ -39,7 +39,7 @@ def readers_of(component: str, specs: Mapping[str, TensorSpec]) -> Iterator[str]
         return
     for role, spec in specs.items():
         reads = spec.component == component and READS.get(role, ("", ""))[1] == "hidden"
-        if reads and spec.expert is None and spec.axes[-1] == "hidden":
+        if reads and not spec.of_experts and spec.axes[-1] == "hidden":
             yield role
 
 
@@ -52,14 +52,14 @@ def refitted_readers(slicer: Slicer, position: int) -> dict[str, list[str]]:
     cuts = compensates(plan, slicer) and slicer.kept("hidden", None) is None
     if plan.methods.compensate != "two_stream" or not cuts:
         return {}
-    specs = {tensor.spec.role: tensor.spec for tensor in slicer.layer(position) if tensor.spec.expert is None}
+    specs = {tensor.spec.role: tensor.spec for tensor in slicer.layer(position) if not tensor.spec.of_experts}
     found = {norm: list(readers_of(component, specs)) for component, norm in NORM_BEFORE.items()}
     return {norm: roles for norm, roles in found.items() if roles}
 
 
 def is_refitted_reader(slicer: Slicer, spec: TensorSpec, position: int | None) -> bool:
     """Whether `two_stream` refits a tensor of the student's layer `position` as one that reads the stream."""
-    if position is None or spec.expert is not None:
+    if position is None or spec.of_experts:
         return False
     return any(spec.role in roles for roles in refitted_readers(slicer, position).values())
 

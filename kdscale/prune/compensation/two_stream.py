@@ -31,7 +31,7 @@ from torch import Tensor
 from kdscale.config.prune import PruneConfig
 from kdscale.families.schema import COMPONENT_OF
 from kdscale.files import remove_tree
-from kdscale.models.experts import Routing, expert_units, experts_call, routing_among_kept
+from kdscale.models.experts import Routing, down_weight, expert_units, experts_call, routing_among_kept
 from kdscale.models.hidden_states import ACTIVATION_BYTES, IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import LayerPass, layer_progress
 from kdscale.models.layer_stream import DecoderLayer, EnoughSeenError, LayerStream, TokenBatch
@@ -305,7 +305,7 @@ class _BothLayers:
         ridge = task.cfg.ridge_lambda
         out = refit_experts(teacher_experts, self._slicer, self.position, sweep, ridge, task.room, task.recovered)
         for number, weight_DK in enumerate(out.values()):  # in the order of the student's experts
-            student_experts.down_proj.data[number] = weight_DK.to(student_experts.down_proj)
+            down_weight(student_experts, number).data.copy_(weight_DK)
         return out
 
     def _equations(
@@ -316,8 +316,7 @@ class _BothLayers:
         slicer = self._slicer
         kept = slicer.plan.kept.experts[self.position]
         (teacher_ND, _), (student_ND, student_routing) = self._calls[_TEACHER], self._calls[_STUDENT]
-        router = self._teacher.site(self._teacher.sites.router)
-        in_teacher = routing_among_kept(router, kept, teacher_ND)
+        in_teacher = routing_among_kept(self._teacher, kept, teacher_ND)
         numbers = torch.tensor(kept, device=student_ND.device)
         in_student = Routing(numbers[student_routing.chosen_NT], student_routing.weights_NT)
         output_ND = self._teacher_output("down").flatten(0, -2)
@@ -328,7 +327,7 @@ class _BothLayers:
                 token_n, weight_n = routing.of(expert)
                 weight_n1 = weight_n[:, None]
                 units_nF = expert_units(teacher_experts, expert, teacher_ND[token_n]).float() * weight_n1
-                output_nD = units_nF @ teacher_experts.down_proj[expert][self._kept_D].float().T
+                output_nD = units_nF @ down_weight(teacher_experts, expert)[self._kept_D].float().T
                 target_nD = output_nD + weight_n1 * left_ND[token_n]
                 if model == _TEACHER:
                     x_nK = units_nF[:, kept_units(slicer, self.position, expert, units_nF.device)]
@@ -354,8 +353,9 @@ class _BothLayers:
 
         def record(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             out = output if isinstance(output, Tensor) else output[0]
-            if experts:  # called with rows of tokens
+            if experts:
                 self._calls[model] = experts_call(args, kwargs)
+            if out.dim() == 2:  # some mixtures compute with rows of tokens
                 out = out.unflatten(0, self._batch_shape)
             self._seen[model, role] = (self._calls[model][0] if experts else args[0], out)
             if self._unseen is not None:

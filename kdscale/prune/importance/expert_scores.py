@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdscale.models.experts import expert_units, experts_call
+from kdscale.models.experts import down_weight, expert_output, expert_units, experts_call
 from kdscale.runtime.ranks import all_reduce_sum
 
 
@@ -26,7 +26,7 @@ class ExpertSums:
 
     def __init__(self, experts: Any):
         self._experts = experts
-        count, _, width = experts.down_proj.shape
+        count, (_, width) = len(experts.down_proj), down_weight(experts, 0).shape
         device = experts.down_proj.device
         self._norms_E = torch.zeros(count, dtype=torch.float64, device=device)
         self._squares_EF = torch.zeros(count, width, dtype=torch.float64, device=device)
@@ -51,8 +51,8 @@ class ExpertSums:
     @property
     def columns_EF(self) -> Tensor:  # noqa: N802
         """Squared norms of the columns of each expert's down projection."""
-        columns_EF: Tensor = self._experts.down_proj.float().square().sum(1).double()
-        return columns_EF
+        weights = (down_weight(self._experts, expert) for expert in range(len(self._norms_E)))
+        return torch.stack([weight_DF.float().square().sum(0).double() for weight_DF in weights])
 
     def _add(self, module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden_ND, routing = experts_call(args, kwargs)
@@ -61,7 +61,7 @@ class ExpertSums:
             if not len(token_n):
                 continue
             units_nF = expert_units(module, expert, hidden_ND[token_n])
-            output_nD = nn.functional.linear(units_nF, module.down_proj[expert]).float()
+            output_nD = expert_output(module, expert, units_nF).float()
             self._norms_E[expert] += (output_nD.norm(dim=-1) * weight_n).sum().double()
             self._squares_EF[expert] += (units_nF.float() * weight_n[:, None]).square().sum(0).double()
             self._tokens_E[expert] += len(token_n)

@@ -67,12 +67,15 @@ class Ranking:
         cfg: PruneConfig,
         needed: tuple[str, ...],
         layer_axes: Sequence[frozenset[str]] | None = None,
+        expert_groups: int = 1,
     ):
         """`needed`: axes that may be cut. `layer_axes`: those that each layer has, by default all of them.
+        `expert_groups`: of which each keeps as many experts as any other.
 
         Raises ConfigError when a score they need is missing or malformed.
         """
         self.dims, self.cfg, self.has_scores, self._layer_axes = dims, cfg, scores is not None, layer_axes
+        self._expert_groups = expert_groups
         self._energy: dict[str, Floats] = {}
         blocks = cfg.criterion("layers").scores_blocks
         shapes = {
@@ -176,8 +179,11 @@ class Ranking:
 
     def experts(self, layer: int, count: int) -> list[int]:
         """Kept experts."""
+        groups, of_group = self._expert_groups, self.dims.experts // self._expert_groups
         energy = self._energy.get("experts")
-        return list(range(count)) if energy is None else _top(energy[layer], count)
+        energy_E = np.zeros(self.dims.experts) if energy is None else energy[layer]
+        starts = range(0, groups * of_group, of_group)
+        return [start + e for start in starts for e in _top(energy_E[start : start + of_group], count // groups)]
 
     def kv_heads(self, layer: int, count: int) -> list[int]:
         """Kept kv heads."""
@@ -230,6 +236,9 @@ class Ranking:
             kept = [self.ssm_heads(layer, count) for layer in layers]
         elif axis == "ffn":
             return self._retained_ffn(layers, count)
+        elif axis == "experts":
+            layers = [layer for layer in layers if self.has(layer, axis)]
+            kept = [self.experts(layer, count) for layer in layers]
         else:
             layers = [layer for layer in layers if self.has(layer, axis)]
             kept = [_top(energy[layer], count) for layer in layers]

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from kdscale.families import Dims, Family
 from kdscale.families.dims import NEVER_CUT
-from kdscale.families.schema import axis_blocks
-from kdscale.sizing.model_shape import kv_bytes_per_token
+from kdscale.families.schema import axis_blocks, axis_size
 
 Count = Literal["total", "non_embedding"]
 Ints = NDArray[np.int64]
@@ -49,6 +48,8 @@ class CostModel:
     teacher: Dims
     layers_KL: NDArray[np.float64]
     attending: tuple[int, ...]
+    cached: str  # axis: the numbers of a token that a layer keeps
+    fixed: Mapping[str, int]  # sizes that never change
     experts_per_token: int = 0
 
     @classmethod
@@ -67,21 +68,20 @@ class CostModel:
         """
         width = config_itemsize(config)
         dims = family.dims(dict(config))
-        fixed: dict[str | int, int] = {name: getattr(dims, name) for name in NEVER_CUT}
-        fixed |= {name: family.fixed_size(name, config) for name in family.data.sizes}
+        fixed = {name: getattr(dims, name) for name in NEVER_CUT} | family.fixed_sizes
         kinds = family.layer_kinds(config)
         distinct = list(dict.fromkeys(kinds))
         sums: Counter[tuple[tuple[str, ...], int | None, bool, int, bool]] = Counter()
         for name, spec in family.tensors(dict(config)).items():
             if spec.expert:
                 continue  # experts are alike: the first stands for all
-            of_experts = spec.expert is not None
-            once = ["experts"] if of_experts else []
+            of_experts = spec.of_experts
+            once = ["experts"] if spec.expert is not None else []
             kind = None if spec.layer is None else distinct.index(kinds[spec.layer])
             bytes_each = itemsize(name) if itemsize else width
             for blocks in itertools.product(*(axis_blocks(axis) for axis in spec.axes)):
                 factors = [factor for block in blocks for factor in block]
-                coefficient = math.prod(fixed.get(f, f if isinstance(f, int) else 1) for f in factors)
+                coefficient = math.prod(f if isinstance(f, int) else fixed.get(f, 1) for f in factors)
                 axes = [f for f in factors if isinstance(f, str) and f not in fixed]
                 key = (tuple(sorted(once + axes)), kind, spec.counts_as_embedding, bytes_each, of_experts)
                 sums[key] += coefficient
@@ -96,7 +96,8 @@ class CostModel:
                 kept = [kinds[layer] for layer in kept_layers(count)]
                 layers_KL[:, count] = [kept.count(each) for each in distinct]
         attending = [k for k, each in enumerate(distinct) if "kv_heads" in family.layer_axes(config, kinds.index(each))]
-        return cls(tuple(terms), dims, layers_KL, tuple(attending), family.experts_per_token)
+        cached = family.data.cached
+        return cls(tuple(terms), dims, layers_KL, tuple(attending), cached, fixed, family.experts_per_token)
 
     def params(self, shapes: Mapping[str, Ints], count: Count) -> Ints:
         """The counted parameters of each shape; `shapes[axis]` are arrays of one length (or that broadcast)."""
@@ -116,7 +117,9 @@ class CostModel:
     def kv_bytes(self, shapes: Mapping[str, Ints]) -> Ints:
         """Bytes of 16-bit keys and values that one token of context costs over all layers, full attention."""
         attending = np.rint(self.layers_KL[list(self.attending)].sum(0)).astype(np.int64)
-        return kv_bytes_per_token(attending[shapes["layers"]], shapes["kv_heads"], self.teacher.head_dim)
+        sizes: dict[str, Any] = {**self.fixed, **shapes}
+        per_layer: Ints = 2 * np.asarray(axis_size(self.cached, sizes))
+        return attending[shapes["layers"]] * per_layer
 
     def _sum(self, shapes: Mapping[str, Ints], terms: list[tuple[_Term, int]]) -> Ints:
         sizes = {**shapes, **self.teacher.followers(shapes)}

@@ -28,7 +28,7 @@ from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
 from kdscale.models.layer_pass import GramHooks
 from kdscale.models.layer_stream import DecoderLayer, LayerStream, NextToken, TokenBatch
 from kdscale.prune.candidates import MaskedScore
-from kdscale.prune.compensation.experts import ExpertInputs, expert_name, refit_experts
+from kdscale.prune.compensation.experts import ExpertInputs, new_weight, refit_experts
 from kdscale.prune.compensation.one_stream import compensated, compensates, fits_experts, kept_outputs
 from kdscale.prune.compensation.regression import RidgeSums
 from kdscale.prune.plan import Plan
@@ -159,7 +159,7 @@ class _Student:
 
     def _tensor(self, name: str) -> Tensor:
         origin = self._sliced.origins[name]
-        if (solved := self._solved.get(expert_name(origin.spec.role, origin.spec.expert))) is not None:
+        if (solved := new_weight(origin, self._solved, self.slicer)) is not None:
             # rounded to the dtype on disk, as the student's file would be
             return solved.to(self._shared.tensor(origin.source).dtype)
         return self._sliced.tensor(name)

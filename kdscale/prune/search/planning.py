@@ -165,7 +165,7 @@ def _experts_short_of_tokens(search: Search, plan: Plan) -> str | None:
     if counted is None or search.cfg.compensate == "none" or "ffn" not in plan.cut_axes():
         return None
     kept = zip(plan.kept.layers, plan.kept.experts, strict=True)
-    tokens = np.concatenate([np.asarray(counted[layer])[experts] for layer, experts in kept if experts])
+    tokens = np.concatenate([np.asarray(counted[layer])[experts] for layer, experts in kept])
     few = int((tokens < plan.student.ffn).sum())
     if not few:
         return None

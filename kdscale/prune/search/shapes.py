@@ -63,7 +63,8 @@ class Search:
     def ranking(self) -> Ranking:
         """Which units stay at any size."""
         axes = [self.family.layer_axes(self.config, layer) for layer in range(self.teacher.layers)]
-        return Ranking(self.teacher, self.scores, self.cfg, openable_axes(self.cfg, self.teacher), axes)
+        needed, (groups, _) = openable_axes(self.cfg, self.teacher), self.family.expert_groups
+        return Ranking(self.teacher, self.scores, self.cfg, needed, axes, groups)
 
     @cached_property
     def scoring(self) -> ShapeScoring:

@@ -82,7 +82,7 @@ class ShapeSpace:
         )
         ffn_step = self._step("ffn", cfg.ffn_divisor or (_REAL_STEP if teacher.ffn >= _REAL_FFN else _SMALL_STEP))
         experts_step = cfg.experts_divisor or (_EXPERTS_STEP if teacher.experts >= _MANY_EXPERTS else 1)
-        experts = [n for n in self._options("experts", experts_step) if n >= self._family.experts_per_token]
+        experts = [n for n in self._options("experts", experts_step) if not self._violations(experts=n)]
         rows = [
             (hidden, ffn, heads, kv_heads, layers, kept_experts, *mixer)
             for hidden, (heads, kv_heads), *mixer in itertools.product(
@@ -103,6 +103,9 @@ class ShapeSpace:
         if not rows:
             raise ConfigError("prune.axes", expected="at least one shape that the family allows", got=str(cfg.axes))
         return np.array(rows, dtype=np.int64)
+
+    def _violations(self, **sizes: int) -> list[str]:
+        return self._family.violations(self._teacher.replace(**sizes))
 
     def _is_open(self, axis: str) -> bool:
         return axis in budget_axes(self._cfg) and getattr(self._cfg, axis) is None

@@ -31,6 +31,8 @@ ATTENTION_ALONE = sorted(
 )
 # softmax in fp32 whatever the model's dtype, in transformers' eager attention
 TOLERANCE = {"gemma2": 1e-5}
+# gpt-oss itself lets packed documents see each other: it has a test of its own
+APART = sorted(set(ATTENTION_ALONE) - {"gpt_oss"})
 PLAIN = torch.arange(32).expand(len(LENGTHS), -1)
 
 
@@ -57,7 +59,7 @@ def hidden_and_gradients(model, **to_attention):
     return [hidden.detach(), *(g for g in gradients if g is not None)]
 
 
-@pytest.mark.parametrize("model_type", ATTENTION_ALONE)
+@pytest.mark.parametrize("model_type", APART)
 def test_hidden_states_and_gradients_are_the_familys_own(model_type):
     model = tiny_model(model_type)
     want = hidden_and_gradients(model)
@@ -74,7 +76,7 @@ def test_hidden_states_and_gradients_are_the_familys_own(model_type):
     assert float((mixed - want[0]).abs().max()) > 1e-2  # documents that see each other do differ
 
 
-@pytest.mark.parametrize("model_type", ATTENTION_ALONE)
+@pytest.mark.parametrize("model_type", APART)
 def test_hidden_states_and_attention_of_layers_are_recorded(model_type):
     """As transformers' own `output_hidden_states` has them, whose last entry is after the final norm."""
     model = tiny_model(model_type)
@@ -198,9 +200,7 @@ def test_a_block_leaves_the_model_as_it_was_for_decoding():
         torch.testing.assert_close(apart, final_hidden(model, token_ids(), positions()), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "asked", [{"attention_mask": torch.ones(4, 1, 32, 32)}, {"documents": None}, {"s_aux": torch.zeros(4)}], ids=str
-)
+@pytest.mark.parametrize("asked", [{"attention_mask": torch.ones(4, 1, 32, 32)}, {"documents": None}], ids=str)
 def test_what_it_would_leave_out_is_refused(asked):
     model = tiny_model("llama")
     attend_within_documents(model)
@@ -222,6 +222,20 @@ def test_a_model_with_an_attention_of_its_own_keeps_it(model_type):
     assert (
         float((final_hidden(model, token_ids(), PLAIN).detach() - want).abs().max()) > 1e-2
     )  # documents are kept apart
+
+
+def test_attention_with_sinks_is_the_models_own_and_keeps_documents_apart():
+    """transformers' own attention of this family lets packed documents see each other."""
+    model = tiny_model("gpt_oss")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.fill_(2.0)
+        parts = [final_hidden(model, ids_1S) for ids_1S in token_ids()[:1].split(LENGTHS[0], dim=1)]
+        attend_within_documents(model)
+        packed = final_hidden(model, token_ids()[:1], positions()[:1])
+        torch.testing.assert_close(packed, torch.cat(parts, dim=1), atol=1e-10, rtol=0)
+        model.model.layers[0].self_attn.sinks.fill_(-9.0)
+        assert float((final_hidden(model, token_ids()[:1], positions()[:1]) - packed).abs().max()) > 1e-2
 
 
 def test_it_is_registered_under_a_name_of_ours_alone():

@@ -26,6 +26,12 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# Latent attention with four sizes of its own.
+MLA = {
+    "q_lora_rank": 10, "kv_lora_rank": 14, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 # What a family's tiny teacher has besides the sizes above; a family that is not here has nothing.
 SPECIAL: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -54,6 +60,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 16},
     "qwen3_moe": {"num_experts": 5, "head_dim": 12},
     "olmoe": {"num_key_value_heads": 4, "num_experts_per_tok": 3, "clip_qkv": 2.0},
+    "glm4_moe": {"first_k_dense_replace": 1, "n_shared_experts": 2, "use_qk_norm": True, "attention_bias": True},
+    "deepseek_v3": {**MLA, "n_routed_experts": 6, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 2},
+    "deepseek_v2": {**MLA, "q_lora_rank": None, "first_k_dense_replace": 1, "n_routed_experts": 5},
+    "ernie4_5_moe": {"moe_num_experts": 5, "moe_layer_start_index": 1, "use_bias": True, "initializer_range": 0.3},
+    "gpt_oss": {"num_local_experts": 5, "head_dim": 12, "sliding_window": 8, "rope_parameters": ROPE},
+    "granitemoe": {"residual_multiplier": 0.5, "logits_scaling": 4.0, "num_local_experts": 5},
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt2": {"attn_pdrop": 0.0},
     "falcon_h1": {
@@ -130,20 +142,31 @@ OF_SOME = {**EXPERTS, "ssm_heads": 4, "ssm_head_dim": 6}
 
 def cuts_of(family: Family) -> tuple[dict[str, int], ...]:
     """Cuts that between them shorten each axis of the family."""
-    cuts = CUTS if family.data.dims["head_dim"].field is not None else ({"ffn": 32, "layers": 2}, TOGETHER)
+    if _own_keys(family):
+        cuts: tuple[dict[str, int], ...] = ({"kv_heads": 2, "layers": 2}, {"ffn": 32}, {"hidden": 24})
+    else:
+        cuts = CUTS if family.data.dims["head_dim"].field is not None else ({"ffn": 32, "layers": 2}, TOGETHER)
     return (*cuts, *([only] if (only := _of_some(family)) else []))
 
 
 def cut_of_all(family: Family) -> dict[str, int]:
     """One cut of all axes of the family."""
     together = TOGETHER if family.data.dims["head_dim"].field is None else {}
+    if _own_keys(family):
+        together = {"heads": 2, "kv_heads": 2}
     return {**ALL, **together, **_of_some(family)}
 
 
 def _of_some(family: Family) -> dict[str, int]:
-    """A cut of the axes that not all families have."""
+    """A cut of the axes that not all families have; two experts of each group of three where there are groups."""
     cut = {axis: size for axis, size in OF_SOME.items() if axis in family.data.dims}
+    cut |= {"experts": 4} if family.expert_groups[0] == 2 else {}
     return cut | ({"ssm_head_dim": 24} if family.data.products and family.data.products[0].over else {})
+
+
+def _own_keys(family: Family) -> bool:
+    """Whether every query head has keys and values of its own, but the hidden size is free."""
+    return any(rule.dim == "kv_heads" and rule.equals == "heads" for rule in family.data.constraints)
 
 
 def tiny_config(model_type: str) -> dict[str, Any]:
@@ -151,7 +174,7 @@ def tiny_config(model_type: str) -> dict[str, Any]:
     model_type, changes = VARIANTS.get(model_type, (model_type, SPECIAL.get(model_type, {})))
     data = load_family({"model_type": model_type}, "config.json").data
     sizes = {field.field: SIZES[dim] for dim, field in data.dims.items() if field.field and dim in SIZES}
-    sizes |= {field.field: POSITIONS for field in data.sizes.values()}
+    sizes |= {str(field.field): POSITIONS for name, field in data.sizes.items() if name == "positions"}
     if data.experts_per_token is not None:
         sizes[str(data.experts_per_token.field)] = 2
     sizes |= {product.field: product_of(product, Dims(**SIZES, head_dim=8)) for product in data.products}
@@ -168,8 +191,9 @@ def save_teacher(model_type: str, folder: Path, **changes: Any) -> Path:
     config = AutoConfig.for_model(**{**tiny_config(model_type), **changes})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.ndim == 1:
+        corrections = [item for item in model.named_buffers() if item[0].endswith("bias")]
+        for name, value in [*model.named_parameters(), *corrections]:
+            if value.ndim == 1 or name.endswith("bias"):
                 value.add_(torch.randn_like(value) * (0.3 if "bias" in name else 0.2))
     model.save_pretrained(folder)
     return folder

@@ -19,6 +19,7 @@ import kdscale.families
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.families import Dims, TensorSpec, load_family, read_families, supported_types
 from kdscale.families.layer_fields import product_of
+from kdscale.families.schema import FamilyData
 from kdscale.families.writers import layer_writers
 from kdscale.sizing.model_shape import kv_bytes_per_token
 
@@ -43,8 +44,13 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 SEVERAL_KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {"mlp_only_layers": [0, 3]}),
     ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1]}),
+    ("glm4_moe", {"first_k_dense_replace": 2, "use_qk_norm": True, "attention_bias": True}),
+    ("deepseek_v3", {"first_k_dense_replace": 3, "n_group": 2, "topk_group": 1}),
+    ("deepseek_v2", {"first_k_dense_replace": 1, "q_lora_rank": None, "attention_bias": True, "mlp_bias": True}),
+    ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_num_shared_experts": 0}),
+    ("ernie4_5_moe", {"moe_layer_start_index": 2, "use_bias": True}),
 ]
-_NOT_ANY_ORDER: set[str] = set()  # families whose config cannot say every order of kinds
+_NOT_ANY_ORDER = {"ernie4_5_moe"}  # families whose config cannot say every order of kinds
 _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 # What makes a family's layers be of all their kinds, and its rotary positions be there.
 _SPECIAL: dict[str, dict[str, Any]] = {
@@ -59,6 +65,11 @@ _LLAMA = next(file for file in _FAMILY_FILES if file.stem == "llama")
 _FAMILIES = {name: load_family({"model_type": name}, "config.json").data for name in supported_types()}
 
 
+def tied_kv_heads(data: FamilyData) -> bool:
+    """Whether every query head has keys and values of its own."""
+    return any(rule.dim == "kv_heads" and rule.equals == "heads" for rule in data.constraints)
+
+
 def _config(model_type: str, **changes: Any) -> dict[str, Any]:
     """The sizes above under the family's own field names."""
     data = _FAMILIES[model_type]
@@ -68,6 +79,8 @@ def _config(model_type: str, **changes: Any) -> dict[str, Any]:
     if (head_dim := data.dims["head_dim"]).field and head_dim.absent is None:
         sizes[head_dim.field] = 8
     sizes |= {product.field: product_of(product, Dims(**_SIZES, head_dim=8)) for product in data.products}
+    if tied_kv_heads(data):
+        sizes[data.dims["kv_heads"].field] = _SIZES["heads"]
     return {"model_type": model_type, **_TOKENS, **sizes, **_SPECIAL.get(model_type, {}), **changes}
 
 
@@ -86,7 +99,9 @@ def _hf_state(config: dict[str, Any], tied: Collection[str]) -> tuple[dict[str, 
         model = AutoModelForCausalLM.from_config(_hf_config(config))
         model.tie_weights()
     state = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    return state, sum(p.numel() for p in model.parameters())
+    parameters = dict(model.named_parameters())
+    buffers = (value for name, value in model.state_dict().items() if name not in parameters and name not in tied)
+    return state, sum(value.numel() for value in (*parameters.values(), *buffers))
 
 
 def _parameters(specs: Collection[TensorSpec]) -> dict[str, tuple[int, ...]]:
@@ -198,6 +213,8 @@ def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, fi
         pytest.skip("its hidden size goes with its mixers")
     fields = {dim: found.field for dim, found in _FAMILIES[model_type].dims.items()}
     sizes = {"heads": 64, "hidden": 128, "kv_heads": 32}
+    if tied_kv_heads(_FAMILIES[model_type]):
+        sizes |= {"heads": 128, "kv_heads": 128}
     config = _config(model_type, **{fields[dim]: size for dim, size in sizes.items() if fields[dim]})
     config.pop(fields[field], None)
     family, hf = load_family(config, "config.json"), _hf_config(config)
@@ -209,7 +226,8 @@ def test_absent_fields_mean_what_transformers_takes_them_for(model_type: str, fi
         return
     dims = family.dims(config)
     assert dims.kv_heads == getattr(hf, "num_key_value_heads", hf.num_attention_heads)
-    assert dims.head_dim == (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
+    head_dim = getattr(hf, fields["head_dim"] or "head_dim", None)
+    assert dims.head_dim == (head_dim or hf.hidden_size // hf.num_attention_heads)
 
 
 @pytest.mark.parametrize("model_type", supported_types())
@@ -229,7 +247,9 @@ def test_sites_are_modules_of_the_model_and_have_the_axes(model_type: str) -> No
         layer, sites = model.get_submodule(f"{sites.layers}.{index}"), family.layer_sites(config, index)
         for role, writer in layer_writers(family, config, index).items():
             if writer.of_experts:
-                assert layer.get_submodule(writer.path).down_proj.shape == (dims.experts, dims.hidden, dims.ffn)
+                experts = layer.get_submodule(writer.path)
+                shape = (dims.ffn, dims.hidden) if experts.is_transposed else (dims.hidden, dims.ffn)
+                assert experts.down_proj.shape == (dims.experts, *shape)
                 assert layer.get_submodule(sites.router).weight.shape == (dims.experts, dims.hidden)
             else:
                 inputs = layer.get_submodule(writer.path).weight.shape[0 if family.transposed(role) else 1]

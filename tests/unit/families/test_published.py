@@ -20,6 +20,15 @@ _QWEN3_MOE = _sizes(
     2048, 6144, 48, 32, 4, 151936, head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8
 )
 _OLMOE = _sizes(2048, 1024, 16, 16, 16, 50304, num_experts=64, num_experts_per_tok=8)
+_GPT_OSS = {"head_dim": 64, "num_experts_per_tok": 4}
+_GLM = {"head_dim": 128, "moe_intermediate_size": 1408, "n_routed_experts": 128, "attention_bias": True}
+_MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+_V3 = {**_MLA, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_group": 8, "topk_group": 4}
+_V2 = {**_MLA, "moe_intermediate_size": 1536, "n_routed_experts": 160, "n_group": 8, "topk_group": 3}
+_V2_LITE = {**_MLA, "moe_intermediate_size": 1408, "n_routed_experts": 64, "q_lora_rank": None}
+_TWO_SHARED = {"n_shared_experts": 2, "first_k_dense_replace": 1, "num_experts_per_tok": 6}
+_ERNIE = {"moe_intermediate_size": 1536, "moe_num_experts": 64, "moe_k": 6}
+_GRANITE = {"num_local_experts": 40, "num_experts_per_tok": 8, "tie_word_embeddings": True}
 _PYTHIA = {"vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24}
 _GPT2 = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "n_ctx": 1024}
 _FALCON_H1 = {
@@ -58,7 +67,32 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "Qwen3-30B-A3B": ("qwen3_moe", _QWEN3_MOE, 30_532_122_624),
     "Falcon-H1-0.5B": ("falcon_h1", _sizes(1024, 2048, 36, 8, 2, 32784, **_FALCON_H1), 521_411_104),
     "OLMoE-1B-7B": ("olmoe", _OLMOE, 6_919_161_856),
+    "gpt-oss-20b": ("gpt_oss", _sizes(2880, 2880, 24, 64, 8, 201088, num_local_experts=32, **_GPT_OSS), 20_914_757_184),
+    "gpt-oss-120b": ("gpt_oss", _sizes(2880, 2880, 36, 64, 8, 201088, **_GPT_OSS), 116_829_156_672),
+    "DeepSeek-V3": ("deepseek_v3", _sizes(7168, 18432, 61, 128, 128, 129280, **_V3), 671_026_419_200),
+    "DeepSeek-V2": ("deepseek_v2", _sizes(5120, 12288, 60, 128, 128, 102400, **_V2, **_TWO_SHARED), 235_741_434_880),
+    "DeepSeek-V2-Lite": (
+        "deepseek_v2",
+        _sizes(2048, 10944, 27, 16, 16, 102400, **_V2_LITE, **_TWO_SHARED),
+        15_706_484_224,
+    ),
+    "ERNIE-4.5-21B-A3B": ("ernie4_5_moe", _sizes(2560, 12288, 28, 20, 4, 103424, **_ERNIE), 21_825_437_888),
 }
+
+
+# Models of which only the rounded figures of their authors are at hand: billions of parameters, all and active.
+ROUNDED: dict[str, tuple[str, dict[str, Any], float, float]] = {
+    "GLM-4.5-Air": ("glm4_moe", _sizes(4096, 10944, 46, 96, 8, 151552, **_GLM), 106, 13),
+    "granite-3.1-3b-a800m": ("granitemoe", _sizes(1536, 512, 32, 24, 8, 49155, **_GRANITE), 3.3, 0.88),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_parameters_of_published_models_as_their_authors_round_them(name: str) -> None:
+    model_type, sizes, total, active = ROUNDED[name]
+    config = {"model_type": model_type, **sizes}
+    counted = load_family(config, "config.json").count_params(config)
+    assert (counted.total / 1e9, counted.active / 1e9) == pytest.approx((total, active), rel=0.04)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -81,7 +115,12 @@ def test_parameters_that_authors_round(model_type: str, sizes: dict[str, Any], b
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("Mixtral-8x7B", 12.9), ("Qwen3-30B-A3B", 3.3), ("OLMoE-1B-7B", 1.3), ("gpt2", 0.124)]
+    ("name", "billions"),
+    [
+        *(("Mixtral-8x7B", 12.9), ("Qwen3-30B-A3B", 3.3), ("OLMoE-1B-7B", 1.3), ("gpt2", 0.124)),
+        # the card of gpt-oss does not count the embedding: 3.6 and 5.1 billion without its 0.58
+        *(("gpt-oss-20b", 4.19), ("gpt-oss-120b", 5.71), ("DeepSeek-V3", 37), ("DeepSeek-V2", 21)),
+    ],
 )
 def test_active_parameters_of_published_models(name: str, billions: float) -> None:
     model_type, sizes, _ = PUBLISHED[name]

@@ -115,7 +115,8 @@ def test_every_family_computes_the_same(model_type, monkeypatch):
     model = compiled(plain)
     found, expected = forward_and_backward(model), forward_and_backward(plain)
     assert found[0].equal(expected[0])
-    assert all(found[1][name].equal(gradient) for name, gradient in expected[1].items())
+    trained = {name: gradient for name, gradient in expected[1].items() if gradient is not None}
+    assert all(found[1][name].equal(gradient) for name, gradient in trained.items())
     assert 0 < counters["stats"]["unique_graphs"] <= 2 * REGIONS
 
 
