@@ -43,7 +43,7 @@ class TensorSpec:
     @property
     def stacked(self) -> bool:
         """Whether it holds the tensors of all experts of the layer, one after the other."""
-        return self.axes[0] == "experts" and not self.role.startswith("router")
+        return self.axes[:1] == ("experts",) and not self.role.startswith("router")
 
     @property
     def of_experts(self) -> bool:

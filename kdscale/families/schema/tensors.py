@@ -86,7 +86,7 @@ class TensorTemplate(Strict):
     @property
     def stacked(self) -> bool:
         """Whether it holds those of all experts of a layer, one after the other."""
-        return self.axes[0] == "experts" and not self.role.startswith("router")
+        return self.axes[:1] == ("experts",) and not self.role.startswith("router")
 
 
 class Norm(Strict):
