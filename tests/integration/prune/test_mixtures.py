@@ -45,8 +45,9 @@ def whole_model(teacher: Any, watch: str) -> tuple[Any, list[tuple[Tensor, ...]]
         if name.endswith(watch):
             module.register_forward_pre_hook(lambda _module, args: seen.append(args))
     with torch.inference_mode():
-        for batch in teacher.batches:
-            model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+        for batch in teacher.batches:  # two documents a row, which gpt-oss itself does not keep apart
+            for ids_BS in batch.input_ids_BS.split([20, 28], dim=1):
+                model(input_ids=ids_BS, use_cache=False)
     return model, seen
 
 
