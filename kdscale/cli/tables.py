@@ -232,6 +232,8 @@ _QUALITY = (
     ("bits per byte", "quality", "bits_per_byte", "{:.4f}"),
     ("KL to the teacher", "quality", "kl_to_teacher", "{:.4f}"),
     ("top-1 agreement", "quality", "top1_agreement", "{:.1%}"),
+    ("similarity kept", "quality", "similarity_kept", "{:.3f}"),
+    ("nearest neighbour kept", "quality", "neighbour_kept", "{:.1%}"),
     ("accepted as a draft", "quality", "acceptance", "{:.1%}"),
     ("expected speed-up as a draft", "draft", "speed_up", "{:.2f}"),
 )

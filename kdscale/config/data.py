@@ -157,6 +157,9 @@ class DataConfig(Section):
         strict=False, max_length=1000, default=()
     )  # beside the held-out text
     max_document_tokens: Count | None = None
+    # Whether each document is cut into its sentences, which then count as documents, for encoders that embed sentences;
+    # those of one document are all trained on, or all held out.
+    sentences: bool = False
     # Whether what the tokenizer puts around a text (BOS) begins each document and each window that continues one.
     add_special: Literal["auto", "never"] = "auto"
     chat_template: str | None = None  # a Jinja file, in place of the tokenizer's own template
@@ -172,6 +175,12 @@ class DataConfig(Section):
     def all_sources(self) -> tuple[SourceConfig, ...]:
         """Every source that is read, for whatever purpose."""
         return *self.sources, *self.heldout_sources, *(self.leak_sources if self.leaks != "off" else ())
+
+    @model_validator(mode="after")
+    def _sentences_are_of_texts(self) -> DataConfig:
+        if self.sentences and self.has_chats:
+            raise ValueError("sentences: a conversation is not cut into sentences; leave chat or sentences out")
+        return self
 
     @model_validator(mode="after")
     def _the_blend_names_all_sources(self) -> DataConfig:

@@ -19,15 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdscale.config.distill.masking import MaskingConfig
 from kdscale.data.blends import BlendOrder
-from kdscale.data.packing import (
-    IGNORED_LABEL,
-    EpochOrder,
-    PackedSequence,
-    document_lengths,
-    epoch_sequences,
-    packed_sequence,
-)
+from kdscale.data.encoders.masking import check_masking, masked
+from kdscale.data.encoders.whole_documents import DocumentRows
+from kdscale.data.packing import IGNORED_LABEL, PackedSequence, Windows
 from kdscale.data.token_store import Share, TokenSplit
 from kdscale.errors import ConfigError, DataError
 
@@ -79,6 +75,8 @@ class OwnSequences(Protocol):
 @dataclass(frozen=True)
 class Batch:
     """Int64 tensors (B, S); labels[b, t] is the token that follows input_ids[b, t], or IGNORED_LABEL.
+
+    Of an encoder's text labels[b, t] is the token at t itself, which input_ids may hide (data/encoders/masking.py).
 
     tags[b, t] numbers the tag of the source that the position's document comes from, in TokenSplit.tags.
     """
@@ -154,7 +152,8 @@ class PackedLoader:
     """Training batches of one of `world` ranks, each of which takes an equal run of every step's sequences.
 
     `label_slice` (number, of how many) says which of their labels are its own. `choose_labels` takes a batch and the
-    keys of its sequences, and returns the labels [B, S] to train on, the others ignored. `shorter_first` are phases,
+    keys of its sequences, and returns the labels [B, S] to train on, the others ignored. `masking`: which tokens are
+    hidden from an encoder. `shorter_first` are phases,
     (first step after it, length), in which sequences are shorter and as many more: sequence n of a phase begins about
     where sequence n of that length would be, had the whole run that length. Raises ConfigError when the batch does not
     divide by the ranks, and DataError when there is less than one sequence of text.
@@ -174,6 +173,7 @@ class PackedLoader:
         choose_labels: Callable[[Batch, Sequence[SequenceKey]], Tensor] | None = None,
         shorter_first: Sequence[tuple[int, int]] = (),
         own: OwnSequences | None = None,
+        masking: MaskingConfig | None = None,
     ):
         if not 0 <= rank < world:
             raise ConfigError("rank of the data loader", expected=f"0 to {world - 1}", got=str(rank))
@@ -185,14 +185,14 @@ class PackedLoader:
             )
         self._split, self._seq_len, self._seed, self._shuffle = split, seq_len, seed, shuffle
         self._global, self._micro, self._rank, self._world = global_batch, micro_batch, rank, world
-        self._label_slice, self._choose_labels, self._own = label_slice, choose_labels, own
+        check_masking(split.encoder, masking)
+        self._label_slice, self._choose_labels, self._own, self._masking = label_slice, choose_labels, own, masking
         self._blend = BlendOrder([share.share for share in split.blend]) if split.blend else None
-        self._streams = [_Stream(split, seq_len, share) for share in split.blend or (None,)]
+        self._streams = [self._stream(share) for share in split.blend or (None,)]
         self.epoch_sequences = sum(stream.sequences for stream in self._streams)
-        self._orders: dict[int, tuple[int, EpochOrder]] = {}  # of the epoch last asked for, by the stream's number
         self._shorter = [
             (end, PackedLoader(split, length, global_batch * more, micro_batch * more, seed, rank, world, shuffle,
-                               label_slice, choose_labels))
+                               label_slice, choose_labels, masking=masking))
             for end, length in shorter_first
             for more in [seq_len // length]
         ]  # fmt: skip
@@ -266,7 +266,11 @@ class PackedLoader:
 
     def sequence(self, number: int) -> PackedSequence:
         """Sequence `number` of the endless global order."""
-        return packed_sequence(self._split, *self._place(number), self._seq_len)
+        stream, epoch, within = self._place(number)
+        sequence = stream.sequence(epoch, within)
+        if self._masking is None or self._split.encoder is None:
+            return sequence
+        return masked(sequence, self._split.encoder, self._masking, ("train", number), self._seed)
 
     def document_lengths(self, step: int) -> list[int]:
         """Positions of every document in all ranks' batch of optimiser step `step`; reads no tokens."""
@@ -274,33 +278,39 @@ class PackedLoader:
             return phase.document_lengths(step)
         numbers = range(step * self._global, (step + 1) * self._global)
         windows = (
-            self._own.lengths()
-            if self._own is not None and self._own.takes(number, step)
-            else document_lengths(self._split, *self._place(number), self._seq_len)
+            self._own.lengths() if self._own is not None and self._own.takes(number, step) else self._lengths(number)
             for number in numbers
         )
         return [length for window in windows for length in window]
 
-    def _place(self, number: int) -> tuple[EpochOrder, int]:
-        """The order of the epoch that sequence `number` is in, and its number there."""
+    def _place(self, number: int) -> tuple[_Stream, int, int]:
+        """The stream that sequence `number` is of, its epoch, and its number there."""
         chosen, number = (0, number) if self._blend is None else self._blend.place(number)
         stream = self._streams[chosen]
-        epoch, within = divmod(number, stream.sequences)
-        if chosen not in self._orders or self._orders[chosen][0] != epoch:
-            self._orders[chosen] = epoch, EpochOrder(self._split, self._seed, epoch, self._shuffle, stream.documents)
-        return self._orders[chosen][1], within
+        return stream, *divmod(number, stream.sequences)
+
+    def _lengths(self, number: int) -> list[int]:
+        stream, epoch, within = self._place(number)
+        return stream.lengths(epoch, within)
+
+    def _stream(self, share: Share | None) -> _Stream:
+        """Documents that have epochs of their own: those of a share of a blend, or all of the split."""
+        documents = None if share is None else self._split.documents_of(share)
+        if self._split.encoder is not None:
+            return DocumentRows(self._split, self._seq_len, self._seed, self._shuffle, documents)
+        what = "the training text" if share is None else f"the training text of {share.name} in data.blend"
+        return Windows(self._split, self._seq_len, self._seed, self._shuffle, documents, what)
 
 
-class _Stream:
-    """Documents that have epochs of their own: those of a share of a blend, or all of the split."""
+class _Stream(Protocol):
+    """Epoch after epoch of sequences, as many in each."""
 
-    def __init__(self, split: TokenSplit, seq_len: int, share: Share | None):
-        if share is None:
-            self.documents, self.sequences = None, epoch_sequences(split, seq_len)
-        else:
-            self.documents = split.documents_of(share)
-            what = f"the training text of {share.name} in data.blend"
-            self.sequences = epoch_sequences(split, seq_len, self.documents, what)
+    @property
+    def sequences(self) -> int: ...
+
+    def sequence(self, epoch: int, number: int, /) -> PackedSequence: ...
+
+    def lengths(self, epoch: int, number: int, /) -> list[int]: ...
 
 
 def stack_sequences(

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdscale.config.distill.masking import MaskingConfig
 from kdscale.data.batches import Batch, SequenceKey, stack_sequences
+from kdscale.data.encoders.masking import check_masking, masked
+from kdscale.data.encoders.whole_documents import check_room, first_fit, length_in_row, row_of
 from kdscale.data.packing import IGNORED_LABEL, PackedSequence, check_seq_len, seeded_order
-from kdscale.data.token_store import TokenSplit
+from kdscale.data.token_store import EncoderTokens, TokenSplit
 from kdscale.errors import DataError
 
 
@@ -26,7 +29,14 @@ class _EvalRow:
     filled: int = 0
 
 
-def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: int, seed: int = 0) -> list[Batch]:
+def eval_batches(
+    split: TokenSplit,
+    seq_len: int,
+    micro_batch: int,
+    max_tokens: int,
+    seed: int = 0,
+    masking: MaskingConfig | None = None,
+) -> list[Batch]:
     """Held-out batches with exactly `max_tokens` labels that count, or all there are when the text has fewer.
 
     Documents are taken in turn from every source, in a seeded order within each, and of each only as many tokens as
@@ -35,8 +45,14 @@ def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: 
     with IGNORED_LABEL. Deterministic, and with no more rows than needed. `text_bytes` of a batch is the UTF-8 length of
     exactly the text its labels stand for (an end-of-text label is 0 bytes).
 
+    Of an encoder's text: rows of whole documents with about as many positions, the tokens that `masking` chooses hidden
+    and alone labelled.
+
     Raises DataError on the train split, which keeps no bytes per token, and where there is no label to measure on.
     """
+    check_masking(split.encoder, masking)
+    if split.encoder is not None:
+        return _encoder_batches(split, split.encoder, seq_len, micro_batch, max_tokens, seed, masking)
     check_seq_len(split, seq_len)
     rows: list[_EvalRow] = []
     left = max_tokens
@@ -55,6 +71,31 @@ def eval_batches(split: TokenSplit, seq_len: int, micro_batch: int, max_tokens: 
             hint="raise seq_len, where answers come after long questions, or hold other text out",
         )
     return [_eval_batch(rows[i : i + micro_batch], i) for i in range(0, len(rows), micro_batch)]
+
+
+def _encoder_batches(
+    split: TokenSplit,
+    tokens: EncoderTokens,
+    seq_len: int,
+    micro_batch: int,
+    max_tokens: int,
+    seed: int,
+    masking: MaskingConfig | None,
+) -> list[Batch]:
+    check_room(split, seq_len)
+    chosen: list[tuple[int, int]] = []
+    left = max_tokens
+    for document in _documents_in_turn(split, seed):
+        if left <= 0:
+            break
+        chosen.append((document, length_in_row(split, document, seq_len)))
+        left -= chosen[-1][1]
+    rows = [row_of(split, documents, seq_len) for documents in first_fit(chosen, seq_len)]
+    keys = [SequenceKey("heldout", number) for number in range(len(rows))]
+    if masking is not None:
+        rows = [masked(row, tokens, masking, key, seed) for row, key in zip(rows, keys, strict=True)]
+    starts = range(0, len(rows), micro_batch)
+    return [stack_sequences(rows[i : i + micro_batch], keys[i : i + micro_batch]) for i in starts]
 
 
 def _documents_in_turn(split: TokenSplit, seed: int) -> Iterator[int]:

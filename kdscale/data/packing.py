@@ -99,6 +99,37 @@ def check_seq_len(split: TokenSplit, seq_len: int) -> None:
         )
 
 
+class Windows:
+    """The windows of documents that have epochs of their own: by default of all. Raises DataError without a window."""
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        seq_len: int,
+        seed: int,
+        shuffle: bool = True,
+        documents: np.ndarray | None = None,
+        what: str = "the training text",
+    ):
+        self.sequences = epoch_sequences(split, seq_len, documents, what)
+        self._split, self._seq_len, self._documents = split, seq_len, documents
+        self._seed, self._shuffle = seed, shuffle
+        self._order: tuple[int, EpochOrder] | None = None  # of the epoch last asked for
+
+    def sequence(self, epoch: int, number: int) -> PackedSequence:
+        """Window `number` of an epoch."""
+        return packed_sequence(self._split, self._of(epoch), number, self._seq_len)
+
+    def lengths(self, epoch: int, number: int) -> list[int]:
+        """Positions of each document in that window; reads no tokens."""
+        return document_lengths(self._split, self._of(epoch), number, self._seq_len)
+
+    def _of(self, epoch: int) -> EpochOrder:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, EpochOrder(self._split, self._seed, epoch, self._shuffle, self._documents)
+        return self._order[1]
+
+
 class _Piece(NamedTuple):
     """Tokens `first` to `last` of a document in a window; with what begins it, cut at the window's end, `size`."""
 

@@ -32,7 +32,8 @@ class Document:
     """One text; `source` is what the record's `source_field` says where it has one, else the file's name.
 
     `answers` are the spans of characters that the student learns to write, ascending; None: all of the text.
-    `ids` (int64) takes the place of the text where its tokens are all that is known.
+    `ids` (int64) takes the place of the text where its tokens are all that is known. `part_of`: the content of the
+    document that it is a sentence of, which decides on which side it is held out.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Document:
     index: int  # within its SourceConfig
     answers: tuple[tuple[int, int], ...] | None = None
     ids: np.ndarray | None = None
+    part_of: bytes | None = None
 
     @property
     def brings_own_ends(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from kdscale.data.deduplicate import SeenTexts
 from kdscale.data.encoder_processes import EncoderProcesses, usable_cores
 from kdscale.data.leaks import Text, find_leaks, in_words
 from kdscale.data.readers.chat import ChatTemplate
+from kdscale.data.sentences import sentences
 from kdscale.data.sources import Document, describe_source, is_local, read_documents
 from kdscale.data.store_format import SPLITS, STORE_VERSION, Facts, SplitWriter, keep_documents
 from kdscale.errors import DataError
@@ -29,6 +30,14 @@ _OTHER, _MAX_LABELS = "other", 1 << 16
 
 
 @dataclass(frozen=True)
+class EncoderText:
+    """What the manifest of an encoder's store has beside: the mask token (None: there is none), all special tokens."""
+
+    mask_id: int | None
+    special_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class DocumentFormat:
     """How a document becomes tokens."""
 
@@ -37,6 +46,7 @@ class DocumentFormat:
     special: SpecialTokens = NO_SPECIAL_TOKENS
     max_tokens: int | None = None  # a longer document is cut into equal ones
     markup_ids: tuple[int, ...] = ()  # special tokens: in a chat they stand for no text
+    encoder: EncoderText | None = None  # None: for a decoder
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -60,12 +70,18 @@ class Survey:
 
     def documents(self, sources: Sequence[SourceConfig]) -> Iterator[tuple[int, Document]]:
         """Every document with the number of its source."""
-        return ((i, document) for i, source in enumerate(sources) for document in read_documents(source, self.chat))
+        return ((i, document) for i, source in enumerate(sources) for document in self.parts(source))
+
+    def parts(self, source: SourceConfig) -> Iterator[Document]:
+        """The documents of one source, or with data.sentences their sentences."""
+        for document in read_documents(source, self.chat):
+            yield from sentences_of(document) if self.data.sentences else (document,)
 
 
 def describe_sources(data: DataConfig, chat: ChatTemplate) -> Facts:
     """What identifies the text and how it is split, for the manifest; reads every local file for its digest."""
     facts: Facts = {
+        **({"sentences": True} if data.sentences else {}),
         "sources": [describe_source(source) for source in data.sources],
         "deduplicate": data.deduplicate,
         "blend": None if data.blend is None else data.blend.model_dump(),  # a shared store may be of another blend
@@ -148,6 +164,7 @@ class StoreBuilder:
             "splits": splits,
             "dropped": dict(self._dropped),
             **leaks,
+            **({} if self._format.encoder is None else {"encoder": asdict(self._format.encoder)}),
             "files": {item.relative_to(self._folder).as_posix(): item.stat().st_size for item in files},
         }
 
@@ -190,7 +207,7 @@ class StoreBuilder:
     def _wanted_documents(self) -> Iterator[tuple[int, Document]]:
         """The documents of all sources; a source whose share of the blend is tokenised is not read any further."""
         for number, source in enumerate(self._survey.data.sources):
-            for document in read_documents(source, self._survey.chat):
+            for document in self._survey.parts(source):
                 if self._is_full(source):
                     break
                 yield number, document
@@ -234,9 +251,8 @@ class StoreBuilder:
             return
         if (worst := int(text.ids.max())) >= self._format.vocab_size:
             raise token_without_row(worst, self._format.vocab_size, self._encoder.token(worst), document.source)
-        tokens_3T, limit = document_tokens(document, text, self._format), self._format.max_tokens
-        label, count = self._label(document.source), -(-tokens_3T.shape[1] // limit) if limit else 1
-        for cut in np.array_split(tokens_3T, count, axis=1):
+        tokens_3T, label = document_tokens(document, text, self._format), self._label(document.source)
+        for cut in _cut(tokens_3T, self._format):
             self._splits[split].add(cut, label, source)
         if split == "train" and self._left:
             self._left[self._survey.data.sources[source].name] -= tokens_3T.shape[1]
@@ -272,6 +288,25 @@ def document_tokens(document: Document, text: EncodedText, form: DocumentFormat)
     return np.append(tokens_3T, [end_ids, [0] * len(end_ids), [learned] * len(end_ids)], axis=1)
 
 
+def _cut(tokens_3T: np.ndarray, form: DocumentFormat) -> list[np.ndarray]:
+    """A document in equal parts of at most `max_tokens`; for an encoder each of them has the document's end."""
+    if form.max_tokens is None:
+        return [tokens_3T]
+    ends = len(form.end_ids) if form.encoder is not None else 0
+    text_3T = tokens_3T[:, : tokens_3T.shape[1] - ends]
+    parts = np.array_split(text_3T, -(-text_3T.shape[1] // (form.max_tokens - ends)), axis=1)
+    return [np.append(part, tokens_3T[:, -ends:], axis=1) for part in parts] if ends else parts
+
+
+def sentences_of(document: Document) -> Iterator[Document]:
+    """The sentences of a document, which stay on its side; one that is no plain text as it is."""
+    if document.brings_own_ends:
+        yield document
+        return
+    for sentence in sentences(document.text):
+        yield replace(document, text=sentence, part_of=document.content)
+
+
 def _token_budgets(data: DataConfig) -> dict[str, float]:
     """How many training tokens are tokenised of what each name of a blend stands for; empty where all are."""
     if data.blend is None or data.blend.tokens is None:
@@ -293,7 +328,7 @@ def _batches(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[i
 
 
 def _hash(document: Document) -> bytes:
-    return hashlib.sha256(document.content).digest()
+    return hashlib.sha256(document.content if document.part_of is None else document.part_of).digest()
 
 
 def token_without_row(token_id: int, vocab: int, token: str | None, source: str) -> DataError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,6 +63,8 @@ class StoreCache:
         text = [[{k: v for k, v in source.items() if k not in _NOT_IN_FILES} for source in side] for side in sides]
         settings: list[Any] = [form.eos_id, form.vocab_size, form.special, form.max_tokens]
         settings += [description.get(name) for name in _SETTINGS]
+        if form.encoder is not None or "sentences" in description:
+            settings.append([form.encoder and asdict(form.encoder), description.get("sentences", False)])
         settings.append(_read_of_a_blend(description))
         return sha256_json([STORE_VERSION, tokenizers.__version__, tokenizer_sha256, settings, text])
 

@@ -57,6 +57,12 @@ class _LeakFacts(BaseModel):
     dropped: bool = False
 
 
+class _EncoderFacts(BaseModel):
+    model_config = ConfigDict(strict=True)
+    mask_id: _Number | None
+    special_ids: list[_Number]
+
+
 class _StoreManifest(BaseModel):
     """What is read of a store's manifest.json."""
 
@@ -72,6 +78,7 @@ class _StoreManifest(BaseModel):
     heldout_sources: list[_SourceFacts] = []
     blend: BlendConfig | None = None
     leaks: _LeakFacts | None = None
+    encoder: _EncoderFacts | None = None
 
 
 def name_in_blend(source: Facts) -> str:

@@ -19,6 +19,7 @@ from kdscale.data.readers.chat import chat_template
 from kdscale.data.sources import cut_text_files
 from kdscale.data.store_builder import (
     DocumentFormat,
+    EncoderText,
     StoreBuilder,
     describe_sources,
     summarise,
@@ -44,6 +45,18 @@ class Share(NamedTuple):
     sources: tuple[int, ...]
 
 
+class EncoderTokens(NamedTuple):
+    """What of the tokenizer those need who give text to an encoder; its documents are never cut by a window.
+
+    `end_tokens`: how many tokens end each document. `mask_id`: stands for a hidden token; None: there is none.
+    """
+
+    end_tokens: int
+    mask_id: int | None
+    special_ids: tuple[int, ...]
+    vocab: int
+
+
 @dataclass(frozen=True)
 class TokenSplit:
     """One split, memory-mapped. All arrays are read-only; `D` documents, `T` tokens."""
@@ -64,6 +77,7 @@ class TokenSplit:
     prefix_ids: tuple[int, ...] = ()  # what begins each document and each window that continues one
     loss_bits: np.ndarray | None = None  # a bit for each token: whether it is a label; None: all of them are
     blend: tuple[Share, ...] = ()  # empty: all documents are one stream
+    encoder: EncoderTokens | None = None  # None: the text is for a decoder
 
     @property
     def bytes(self) -> int:
@@ -140,7 +154,16 @@ class TokenStore:
             prefix_ids=tuple(self.manifest["prefix_ids"]),
             loss_bits=np.memmap(folder / LOSS_FILE, dtype=np.uint8, mode="r") if has_loss_bits else None,
             blend=self._blend() if name == "train" else (),
+            encoder=self._encoder(),
         )
+
+    def _encoder(self) -> EncoderTokens | None:
+        """What an encoder's text needs of the tokenizer; None in a decoder's store."""
+        facts = self.manifest.get("encoder")
+        if facts is None:
+            return None
+        ends, vocab = len(self.manifest["end_ids"]), int(self.manifest["vocab_size"])
+        return EncoderTokens(ends, facts["mask_id"], tuple(facts["special_ids"]), vocab)
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -191,13 +214,15 @@ class TokenStore:
         special: SpecialTokens = NO_SPECIAL_TOKENS,
         vocab_size: int | None = None,
         cache: StoreCache | None = None,
+        encoder: bool = False,
     ) -> TokenStore:
         """Read, split, tokenise and write; `folder` appears complete or not at all (an old one is replaced).
 
         `tokenizer` is a fast transformers tokenizer; `eos_id` ends each document (see tokenizing.document_end_id),
         unless `special` has a suffix. `vocab_size` is the model's: a text with an id beyond it is refused. Documents
         without a token have nothing to predict; they are left out and counted. A store of the same text and settings
-        is taken from `cache`, and a new one is put there.
+        is taken from `cache`, and a new one is put there. For an `encoder` (`eos_id`: its padding) every part of a
+        document that is cut has both ends.
 
         Raises DataError for unreadable sources, an empty split and ids beyond the vocabulary, ConfigError for settings
         that the tokenizer or the text rules out. Every local file is read and checked before anything is tokenised.
@@ -206,21 +231,24 @@ class TokenStore:
             raise ConfigError(
                 "data.max_document_tokens", expected=f"at least {_SHORTEST_CUT}", got=str(data.max_document_tokens)
             )
-        encoder, chat = BatchEncoder.of(tokenizer), chat_template(data, tokenizer)
+        batch_encoder, chat = BatchEncoder.of(tokenizer), chat_template(data, tokenizer)
         vocab = vocab_size if vocab_size is not None else max(tokenizer.get_vocab().values()) + 1
         markup_ids = tuple(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        form = DocumentFormat(eos_id, vocab, special, data.max_document_tokens, markup_ids)
+        form = DocumentFormat(
+            eos_id, vocab, special, data.max_document_tokens, markup_ids,
+            EncoderText(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids)) if encoder else None,
+        )  # fmt: skip
         for token_id in (eos_id, *special.prefix, *special.suffix):
             if not 0 <= token_id < vocab:
                 raise token_without_row(token_id, vocab, None, "the special tokens of the tokenizer")
         for notice in cut_text_files([*data.sources, *data.heldout_sources]):
             reporter.say(notice)
         description = describe_sources(data, chat)
-        key = cache.key(description, form, encoder.sha256) if cache is not None else None
+        key = cache.key(description, form, batch_encoder.sha256) if cache is not None else None
         if cache is None or not cache.take(key, folder, description, reporter):
             survey = survey_sources(data, chat)
             with atomic_dir(folder) as tmp, reporter.bar("Tokenizing", survey.text_bytes, "B") as bar:
-                builder = StoreBuilder(tmp, encoder, form, survey, bar)
+                builder = StoreBuilder(tmp, batch_encoder, form, survey, bar)
                 builder.add_all()
                 write_json(tmp / "manifest.json", {**builder.finish(), **description})
             if chat.left_out_tools:

@@ -336,6 +336,7 @@ def _make_trainer(
         label_slice=(mesh.sequence_rank, mesh.sequence),
         choose_labels=models.choose_labels,
         shorter_first=shorter_phases(settings),
+        masking=settings.masking,
     )
     samples = open_samples(cfg, folders, setup, models.student, built.state.tied, make_loader().sequence, reporter.say)
     loader = make_loader(own=samples)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdscale.config.distill.targets import combined
 from kdscale.config.root import Config
@@ -32,7 +33,7 @@ from kdscale.distill.schedule import total_steps
 from kdscale.distill.step import StudentModule
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.models.compiling import compile_layers
-from kdscale.models.head import VocabShard
+from kdscale.models.head import VocabShard, head_of, pooler_parameters
 from kdscale.models.loading import load_model, load_tokenizer
 from kdscale.models.lora.adapters import add_adapters
 from kdscale.models.parameter_map import ParameterReader
@@ -114,7 +115,7 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
         )
     )  # fmt: skip
     student, slices = _load_student(student_dir, group, setup, options)
-    rows = slices.vocab if slices else full_shape(student.get_output_embeddings().weight)[0]
+    rows = slices.vocab if slices else full_shape(head_of(student).weight_VH)[0]
     vocab_size = shared_vocabulary(opened.rows, rows, tokenizer_size, str(student_dir))
     if settings.fake_quantize is not None:
         fake_quantize(student, settings.fake_quantize, ParameterReader.open(student_dir).linear_maps())
@@ -125,7 +126,7 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
         opened.take_student(student)
     recompute_in_backward(student, settings.recompute, setup.compiled)
     sequence_slice.prepare(student)
-    student = student.train()
+    student = _trainable(student, settings.dropout)
     source, shard = opened.start(vocab_size), slices.head if slices else None
     if missing := needs.missing_from(source.gives):
         placement = f"distill.teacher_placement: {settings.teacher_placement}"
@@ -141,6 +142,20 @@ def load(cfg: Config, folders: Folders, setup: RankSetup) -> Models:
     objectives.modules.to(setup.device, setup.dtype)
     module = StudentModule(student, objectives, vocab_size, shard, sequence_slice)
     return Models(source, module, slices, opened.choose_labels, opened.average)
+
+
+def _trainable(student: Any, dropout: bool) -> Any:
+    """The student as it is trained: without its pooler, which no objective reads, and without `dropout` none is."""
+    student = student.train()
+    for name in pooler_parameters(student):
+        student.get_parameter(name).requires_grad_(False)
+    for module in () if dropout else student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute in ("attention_dropout", "dropout"):  # of layers that keep the share as a number
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    return student
 
 
 def _check_models(cfg: Config, teachers: Mapping[str, Path], student_dir: Path) -> int:

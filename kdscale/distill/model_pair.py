@@ -19,6 +19,7 @@ from kdscale.runs.folder import IMPORTANCE, PLAN
 from kdscale.runs.importance_scores import DIRECTIONS, ROTATION, SCORES_FILE, load_scores
 from kdscale.runs.stream_basis import kept_directions
 from kdscale.weights import read_config
+from kdscale.weights.sentence_files import pooling_of
 
 _MOST_BYTES = 1 << 30  # of plan.json: every index of every expert of a large mixture
 
@@ -40,6 +41,7 @@ def model_pair(teacher_dir: Path, student_dir: Path) -> ModelPair:
         tuple(heads * dims.head_dim for dims in (teacher, student) for heads in (dims.heads, dims.kv_heads)),
         kept_layers=tuple(plan["kept"]["layers"]) if cut else None,
         basis_HG=_basis(plan, student_dir.parent / IMPORTANCE.path) if cut else None,
+        pooling=pooling_of(teacher_dir),
     )  # fmt: skip
 
 

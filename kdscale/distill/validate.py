@@ -28,7 +28,9 @@ from kdscale_launch.watchdog import enter
 
 def held_out_batches(split: TokenSplit, settings: DistillConfig, choose: LabelChoice | None) -> list[Batch]:
     """Held-out text to validate on, with the labels that `choose` takes. Raises DataError where it takes none."""
-    batches = eval_batches(split, settings.seq_len, settings.micro_batch, settings.validate_tokens)
+    batches = eval_batches(
+        split, settings.seq_len, settings.micro_batch, settings.validate_tokens, masking=settings.masking
+    )
     chosen = [batch.with_labels_of(choose) for batch in batches]
     if not any(batch.token_count for batch in chosen):
         raise DataError(

@@ -19,7 +19,7 @@ from kdscale.data.readers.chat import ChatTemplate, chat_template
 from kdscale.errors import CheckpointError, ConfigError, DataError, LackOfMemoryError
 from kdscale.eval.samples import Sampling, decode_after, end_ids, next_tokens
 from kdscale.eval.sizes import fit_together
-from kdscale.models.loading import load_model, load_tokenizer, read_tokenizer_config, special_tokens
+from kdscale.models.loading import check_writes_text, load_model, load_tokenizer, read_tokenizer_config, special_tokens
 from kdscale.runtime.device import is_lack_of_memory, release_memory
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class _Speaker:
 class Chat:
     """The models of a conversation. All of them stay loaded where they fit in memory together, else one at a time.
 
-    Raises CheckpointError for a model or tokenizer that cannot be read.
+    Raises CheckpointError for a model or tokenizer that cannot be read, ConfigError for an encoder.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Chat:
         self._options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         self._speakers = {}
         for name, path in models.items():
+            check_writes_text(path, f"the {name} model of a chat")
             tokenizer = load_tokenizer(path, trust_remote_code)
             prefix_ids = special_tokens(tokenizer, read_tokenizer_config(path)).prefix
             self._speakers[name] = _Speaker(name, path, tokenizer, chat_template(data, tokenizer), prefix_ids)

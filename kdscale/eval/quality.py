@@ -32,7 +32,15 @@ from kdscale.eval.samples import Sampling, continue_prompts, prompt_tokens
 from kdscale.eval.scored_positions import ScoredHidden, scored_hidden, scored_tokens
 from kdscale.eval.sizes import model_sizes
 from kdscale.eval.speed.measure import left_out, measure
-from kdscale.eval.summary import CALIBRATION_BINS, Scores, compare, gap_closed, perplexity_by_tag, summarise
+from kdscale.eval.summary import (
+    CALIBRATION_BINS,
+    Scores,
+    compare,
+    gap_closed,
+    perplexity_by_tag,
+    scored_tags,
+    summarise,
+)
 from kdscale.eval.token_stats import CHUNK_BYTES, TokenStats, checked_head, of_same_tokens, token_stats
 from kdscale.files import write_json
 from kdscale.models.head import OutputHead
@@ -119,7 +127,7 @@ def evaluate(
     if out_path is None:
         return {}
     text_bytes = sum(batch.text_bytes for batch in batches)
-    tags_N = np.concatenate([batch.tags_BS[batch.labels_BS != IGNORED_LABEL].numpy() for batch in batches])
+    tags_N = scored_tags(batches)
     measured: dict[str, dict[str, Any]] = {
         name: {
             "path": str(models[name]),
@@ -161,16 +169,6 @@ def evaluate(
     }
     write_json(out_path, result)
     return result
-
-
-def headline(result: Mapping[str, Any]) -> dict[str, str]:
-    """What the terminal shows of an evaluation: each model's perplexity, and how much of the gap was closed."""
-    out = {
-        f"{name} perplexity": f"{figures['quality']['perplexity']:,.2f}" for name, figures in result["models"].items()
-    }
-    if result["gap_closed"] is not None:
-        out["gap closed"] = f"{result['gap_closed']:.0%}"
-    return out
 
 
 def score_models(

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from kdscale.data.batches import Batch
+from kdscale.data.packing import IGNORED_LABEL
 from kdscale.eval.token_stats import TokenStats
 from kdscale.runs.models import DISTILLED, TEACHER, before_learning
 
@@ -54,6 +56,25 @@ def summarise(scores: Scores, text_bytes: int) -> dict[str, Any]:
         if values is not None:
             figures[key], figures[f"{key}_standard_error"] = mean_and_error(_double(values), scores.cluster_N)
     return figures
+
+
+def headline(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the terminal shows: perplexities, what encoders keep, and how much of the gap was closed."""
+    out = {}
+    for name, model in result["models"].items():
+        quality = model["quality"]
+        if quality["perplexity"] is not None:
+            out[f"{name} perplexity"] = f"{quality['perplexity']:,.2f}"
+        if "similarity_kept" in quality:
+            out[f"{name} similarity kept"] = f"{quality['similarity_kept']:.3f}"
+    if result["gap_closed"] is not None:
+        out["gap closed"] = f"{result['gap_closed']:.0%}"
+    return out
+
+
+def scored_tags(batches: Sequence[Batch]) -> np.ndarray:
+    """The number of each scored token's tag, batch after batch, [N]."""
+    return np.concatenate([batch.tags_BS[batch.labels_BS != IGNORED_LABEL].numpy() for batch in batches])
 
 
 def perplexity_by_tag(scores: Scores, tags_N: np.ndarray, tags: Sequence[str]) -> dict[str, float]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kdscale.errors import CheckpointError
-from kdscale.models.head import OutputHead, final_hidden, head_of
+from kdscale.models.head import OutputHead, encoder_parts, final_hidden, head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,7 +135,10 @@ def _stats(logprob_CV: Tensor, label_C1: Tensor, teacher_CV: Tensor | None) -> T
 @torch.inference_mode()
 def _check_head(model: PreTrainedModel, head: OutputHead, name: str) -> None:
     ids_BS = torch.arange(8, device=model.device)[None] % head.vocab
-    expected_SV = model(input_ids=ids_BS, use_cache=False).logits[0].float()
+    own: dict[str, Any] = {"use_cache": False}
+    if (encoder := encoder_parts(model)) is not None:  # one that takes some id for padding would skip a position
+        own = {"position_ids": torch.arange(8, device=model.device)[None] + encoder.first_position}
+    expected_SV = model(input_ids=ids_BS, **own).logits[0].float()
     got_SV = head.logits(final_hidden(model, ids_BS)[0])
     if not bool(torch.isfinite(expected_SV).all()):
         return  # broken weights are reported by what they score, with a count

@@ -33,10 +33,12 @@ __all__ = [
     "Sites",
     "TensorSpec",
     "cuttable_axes",
+    "decoder_types",
     "dropped_heads",
     "family_files",
     "gguf_data",
     "gguf_families",
+    "head_kind",
     "load_family",
     "nested_data",
     "nested_types",
@@ -52,8 +54,8 @@ def load_family(config_dict: dict[str, Any], where: str) -> Family:
     """Return the family of a config.json, by its `model_type`; `where` names that file in errors.
 
     A model of several modalities has the family of its language model, in its place (NestedFamily). Raises
-    CheckpointError when the type is not supported (the message lists those that are), when the model is not a causal
-    LM of the family, when a field has a value that the family file does not describe, or when the weights are
+    CheckpointError when the type is not supported (the message lists those that are), when the model is of no
+    architecture of the family, when a field has a value that the family file does not describe, or when the weights are
     quantised.
     """
     model_type = config_dict.get("model_type")
@@ -115,6 +117,12 @@ def _unknown_type(config_dict: dict[str, Any], where: str, known: list[str], inn
     return CheckpointError(f"{where}: {field}", expected="one of " + ", ".join(known), got=got, hint=hint)
 
 
+def head_kind(config_dict: dict[str, Any]) -> str:
+    """What stands on the model of a config: `masked_lm` or `none` on an encoder, `causal_lm` on all others."""
+    data = _families().get(str(config_dict.get("model_type")))
+    return "causal_lm" if data is None or not data.is_encoder else data.heads[data.architecture_in(config_dict)]
+
+
 def dropped_heads(model_type: Any, layers: int) -> dict[str, str]:
     """Glob of tensors that a student of so many layers does without → what they are; empty for an unknown type."""
     data = _families().get(model_type) if isinstance(model_type, str) else None
@@ -134,6 +142,11 @@ def nested_types() -> list[str]:
 def family_files() -> list[FamilyData]:
     """What every known family file says, by the families' names."""
     return sorted({data.name: data for data in _families().values()}.values(), key=lambda data: data.name)
+
+
+def decoder_types() -> list[str]:
+    """Those of models that write text, sorted."""
+    return sorted(name for name, data in _families().items() if not data.is_encoder)
 
 
 def gguf_families() -> list[str]:

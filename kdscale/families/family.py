@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from kdscale.errors import CheckpointError, ConfigError
+from kdscale.families.config_values import first_position, flag_of, full_name, with_sizes
 from kdscale.families.dims import NEVER_CUT, Dims, ParamCount
 from kdscale.families.expert_groups import expert_groups, group_violations
 from kdscale.families.kept_heads import KeptHeads
@@ -19,7 +20,6 @@ from kdscale.families.layer_fields import (
     layer_list,
     listed,
     narrowed,
-    product_of,
     products_that_differ,
     undivided_products,
 )
@@ -46,10 +46,15 @@ CarriedAxes = tuple[str | None, ...]
 class Family:
     """What one model family looks like on disk and in its config.
 
-    `where` is the path of config.json, for errors; `config` is the teacher's, on which some rules depend.
+    `where` is the path of config.json, for errors; `config` is the teacher's, on which some rules depend. Of an encoder
+    it is about the architecture that the config names.
     """
 
     def __init__(self, data: FamilyData, where: str, config: Config):
+        self._strips = ""  # what the names of this architecture lack
+        if data.is_encoder:
+            whole, data = data, data.of_architecture(data.architecture_in(config))
+            self._strips = "" if data.optional_prefix else whole.optional_prefix or ""
         self.data = data
         self.where = where
         self._kept = KeptHeads()
@@ -61,6 +66,16 @@ class Family:
     def name(self) -> str:
         """The family's name, as in its file."""
         return self.data.name
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether its models read a text from both sides, and write none."""
+        return self.data.is_encoder
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether its models have a head over the vocabulary: all but encoders without one."""
+        return bool(self.sites.head)
 
     @cached_property
     def experts_per_token(self) -> int:
@@ -268,13 +283,17 @@ class Family:
             return 0
         return self._size(DimField(field=size.field, absent=size.absent), config, {})
 
+    def first_position(self, config: Config) -> int:
+        """The row of the learned positions that a document's first token has; 0 without learned positions."""
+        return first_position(self.data, config)
+
     def layer_prefix(self, layer: int) -> str:
         """What the names of a layer's tensors start with, e.g. `model.layers.3.`"""
         return f"{self.sites.layers}.{layer}."
 
     def tied(self, config: Config) -> dict[str, str]:
         """Tensor → the tensor whose storage it shares, e.g. `{"lm_head.weight": "model.embed_tokens.weight"}`."""
-        return {tie.tensor: tie.to for tie in self.data.ties if self._flag(config, tie.when)}
+        return {tie.tensor: tie.to for tie in self.data.ties if flag_of(self.data, config, tie.when, self.where)}
 
     def ignored(self) -> tuple[str, ...]:
         """Globs of names that old checkpoints contain and no model reads (rotary buffers)."""
@@ -290,10 +309,9 @@ class Family:
         return next(t.loads_as or t.name for t in self.data.tensors if t.name == name)
 
     def full_name(self, name: str) -> str:
-        """A tensor's name as in the family file, for one of a checkpoint that lacks the prefix (of the base model)."""
-        prefix = self.data.optional_prefix
-        known = prefix is None or name.startswith(prefix) or any(name == t.name for t in self.data.tensors)
-        return name if known else f"{prefix}{name}"
+        """A tensor's name as in the family file, for an old one, or one of a checkpoint that lacks the prefix (of the
+        base model) or has it where the architecture lacks it."""
+        return full_name(self.data, name.removeprefix(self._strips))
 
     def transposed(self, role: str) -> bool:
         """Whether the projection is stored [input, output] (GPT-2's Conv1D), not [output, input] like nn.Linear."""
@@ -352,14 +370,7 @@ class Family:
 
     def with_sizes(self, config: Config, dims: Dims) -> dict[str, Any]:
         """The same config with `dims` in the fields that say sizes; nothing that has an entry a layer is cut."""
-        out = copy.deepcopy(dict(config))
-        for name, field in self.data.dims.items():
-            if field.field is not None:
-                written = {field.name_in(config), *(alias for alias in field.aliases if alias in config)}
-                out |= dict.fromkeys(written, getattr(dims, name))
-            if field.narrowed is not None:
-                out[field.narrowed.when] = False
-        return out | {product.field: product_of(product, dims) for product in self.data.products}
+        return with_sizes(self.data, config, dims)
 
     def layer_list(self, entry: LayerList, config: Config, layers: int) -> list[Any] | None:
         """One value a layer, as transformers takes them when the field is absent; None if there is nothing to cut."""
@@ -381,15 +392,6 @@ class Family:
         )
 
     def _exists(self, template: TensorTemplate, config: Config) -> bool:
-        if template.when is not None and not self._flag(config, template.when):
+        if template.when is not None and not flag_of(self.data, config, template.when, self.where):
             return False
-        return template.unless is None or not self._flag(config, template.unless)
-
-    def _flag(self, config: Config, name: str) -> bool:
-        flag = self.data.flags[name]
-        if flag.is_set:
-            return config[flag.field] is not None if flag.field in config else flag.absent
-        value = config.get(flag.field, flag.absent)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {flag.field}", expected="true or false", got=repr(value))
-        return value
+        return template.unless is None or not flag_of(self.data, config, template.unless, self.where)

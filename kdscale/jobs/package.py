@@ -9,6 +9,7 @@ from typing import Any
 from kdscale.config.root import Config
 from kdscale.errors import RunFolderError
 from kdscale.files import read_text
+from kdscale.models.loading import check_writes_text
 from kdscale.packaging.bundle.contents import PROMPT, Extras, check_place, write_package
 from kdscale.packaging.bundle.forms import Source, chosen, usual_forms
 from kdscale.packaging.origin import origin_of
@@ -37,6 +38,7 @@ def package_run(
     target = out or run.path / "package"
     check_place(target, replace)
     check_finished(config, run)
+    check_writes_text(run.student, "kdscale package, whose forms are for engines that write text")
     source = source_of(config, run)
     asked = chosen(source, forms or ",".join(usual_forms(source, reporter)))
     report_so_far(config, reporter)  # the package has the report, and the card the figures, of what there is now

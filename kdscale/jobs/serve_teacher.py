@@ -7,7 +7,7 @@ from pathlib import Path
 from kdscale.config.distill.targets import TEACHER_TOKEN
 from kdscale.config.root import Config
 from kdscale.errors import ConfigError
-from kdscale.models.loading import load_model
+from kdscale.models.loading import check_writes_text, load_model
 from kdscale.pipeline.checks import check_teacher
 from kdscale.runs.folder import RunFolder
 from kdscale.runs.lineage import distilled_from
@@ -37,6 +37,7 @@ def start(
             "the teacher to serve", expected=f"the model that the student learns from, {teacher_dir}",
             got="no such folder", hint="`kdscale run CONFIG --until prune` makes it",
         )  # fmt: skip
+    check_writes_text(teacher_dir, "the teacher to serve")
     reporter = Reporter()
     if (obstacle := agree_on_backend(try_launch(config))) is not None:
         reporter.say(f"note: the kernels run in torch: {obstacle}")

@@ -137,7 +137,8 @@ def to_attention(
 def attention_dropout(model: Any) -> float:
     """The share of attention that the model drops in training."""
     config = model.config.get_text_config()
-    return float(getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0)
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # of the last: BERT and its like
+    return float(next((value for name in names if (value := getattr(config, name, None))), 0.0))
 
 
 def choice_for(model: Any, device: torch.device) -> Choice | None:
@@ -170,11 +171,15 @@ def attend(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: [B, S, A, D], each query within its document and `sliding_window`.
 
+    In a layer that is not causal (an encoder's) a query also sees what comes after it in its document.
+
     `s_aux`: attention sinks, the score of one more key of each query head. With `ulysses` the arguments are this rank's
     positions, and `documents` are of whole sequences. `record` is told what the layer reads.
     """
     _check(module, attention_mask, documents, other)
     assert documents is not None
+    causal = other.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True)) if causal is None else bool(causal)
     if ulysses is not None:
         query_BASD, key_BGSD, value_BGSD = (ulysses.heads(x) for x in (query_BASD, key_BGSD, value_BGSD))
         if s_aux is not None and len(s_aux) != query_BASD.shape[1]:
@@ -185,7 +190,9 @@ def attend(
                 hint="set distill.sequence_parallel=1",
             )
     batch, _, length, head_dim = query_BASD.shape
-    kind = AttentionKind(head_dim**-0.5 if scaling is None else scaling, sliding_window, softcap, dropout, s_aux)
+    kind = AttentionKind(
+        head_dim**-0.5 if scaling is None else scaling, sliding_window, softcap, dropout, causal, s_aux
+    )
     chosen = choose(query_BASD.device, query_BASD.dtype, head_dim, softcap, dropout > 0)
     backend = chosen.backend if s_aux is None else KNOWS_SINKS
     rows = AttentionRows(_rows(query_BASD), _rows(key_BGSD), _rows(value_BGSD), kind)
@@ -203,16 +210,14 @@ def _rows(x_BASD: Tensor) -> Tensor:
 
 def _check(module: Any, mask: Tensor | None, documents: Documents | None, other: dict[str, Any]) -> None:
     """Refuse what this attention would silently leave out. Raises CheckpointError."""
-    causal = other.get("is_causal")
     wrong = {
         "a mask of its own": mask is not None,
         "no documents": documents is None,
         "a bias on positions": other.get("position_bias") is not None,
-        "attention in both directions": not (getattr(module, "is_causal", True) if causal is None else causal),
     }
     if any(wrong.values()):
         raise CheckpointError(
             f"{type(module).__name__}: this attention cannot be kept within documents",
-            expected="causal attention with at most a window and a soft cap",
+            expected="attention with at most a window and a soft cap",
             got=", ".join(name for name, found in wrong.items() if found),
         )

@@ -36,6 +36,7 @@ _FEWEST_QUERIES = 128  # of a block, however narrow the window
 class AttentionKind:
     """What of an attention a backend has to know. `window`: keys that a query sees, itself included; None: all.
 
+    One that is not `causal` (an encoder's) also sees what comes after it, and a window reaches as far on both sides.
     `sinks_A`: the score of one more key of each query head, whose value is 0 (gpt-oss); `sdpa` alone knows it.
     """
 
@@ -43,6 +44,7 @@ class AttentionKind:
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
+    causal: bool = True
     sinks_A: Tensor | None = None
 
     @property
@@ -157,7 +159,8 @@ def _torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Document
 def _flash_window(kind: AttentionKind, longest: int) -> tuple[int, int]:
     """(keys before a query, keys after it); -1: all of them."""
     window = kind.within(longest)
-    return (-1 if window is None else window - 1), 0
+    before = -1 if window is None else window - 1
+    return before, (0 if kind.causal else before)
 
 
 def _lacks_flash_attn(device: torch.device, dtype: torch.dtype, head_dim: int, kind: AttentionKind) -> str:
@@ -177,7 +180,7 @@ def _flash_attn(query: Tensor, key: Tensor, value: Tensor, documents: Documents,
     bounds, longest = documents.bounds_D1, documents.longest
     out: Tensor = function(
         query, key, value, bounds, bounds, longest, longest, dropout_p=kind.dropout, softmax_scale=kind.scale,
-        causal=True, window_size=_flash_window(kind, longest), softcap=kind.softcap or 0.0,
+        causal=kind.causal, window_size=_flash_window(kind, longest), softcap=kind.softcap or 0.0,
     )  # fmt: skip
     return out
 
@@ -197,7 +200,7 @@ def _lacks_flex(device: torch.device, dtype: torch.dtype, head_dim: int, kind: A
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, documents: Documents, kind: AttentionKind) -> Tensor:
     window = kind.within(documents.longest)
-    mask = documents.once(("flex", window), lambda: block_mask(documents, window))
+    mask = documents.once(("flex", window, kind.causal), lambda: block_mask(documents, window, kind.causal))
     cap = None if kind.softcap is None else _score_cap(kind.softcap)
     heads = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     shared = query.shape[1] != key.shape[1]
@@ -220,7 +223,7 @@ def _score_cap(softcap: float) -> Any:
     return cap
 
 
-def block_mask(documents: Documents, window: int | None) -> Any:
+def block_mask(documents: Documents, window: int | None, causal: bool = True) -> Any:
     """flex_attention's mask over blocks of T × T positions; compiled on a GPU, where it is never more than blocks."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -229,8 +232,10 @@ def block_mask(documents: Documents, window: int | None) -> Any:
     document_T = torch.searchsorted(documents.bounds_D1, index_T, right=True)
 
     def sees(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        near = (key <= query) if window is None else (key <= query) & (query - key < window)
-        return near & (document_T[query] == document_T[key])
+        same = document_T[query] == document_T[key]
+        if window is not None:
+            same = same & ((query - key).abs() < window)
+        return same & (key <= query) if causal else same
 
     make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
     return make(sees, None, None, total, total, device=device)
@@ -246,11 +251,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, documents: Documents, kind:
     out = []
     for run, *part in zip(runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
         run_query, run_key, run_value = (x.unflatten(0, run).transpose(1, 2) for x in part)
-        out.append(_causal(run_query, run_key, run_value, documents, kind).transpose(1, 2).flatten(0, 1))
+        out.append(_of_run(run_query, run_key, run_value, documents, kind).transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, documents: Documents, kind: AttentionKind) -> Tensor:
+def _of_run(query: Tensor, key: Tensor, value: Tensor, documents: Documents, kind: AttentionKind) -> Tensor:
     """[n, A, L, D] from [n, A, L, D] and [n, G, L, D]: whole documents, in blocks of queries where a mask is needed."""
     length = query.shape[2]
     window = kind.within(length)
@@ -261,28 +266,29 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, documents: Documents, kin
     for first in range(0, length, step):
         last = min(first + step, length)
         oldest = 0 if window is None else max(0, first - window + 1)
-        block = query[:, :, first:last], key[:, :, oldest:last], value[:, :, oldest:last]
-        shape = last - first, last - oldest
-        seen_QK = documents.once(("seen", *shape, window), lambda: _seen(*shape, window, query.device))  # noqa: B023
+        newest = last if kind.causal else length if window is None else min(length, last + window - 1)
+        block = query[:, :, first:last], key[:, :, oldest:newest], value[:, :, oldest:newest]
+        places = last - first, newest - oldest, first - oldest, window, kind.causal
+        seen_QK = documents.once(("seen", *places), lambda: _seen(*places, query.device))  # noqa: B023
         out.append((_torch_sdpa if kind.plain else _scored)(*block, seen_QK, kind))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
-def _seen(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys a block's queries see: its last key is its last query."""
-    behind_QK = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    seen_QK = behind_QK >= 0
-    return seen_QK if window is None else seen_QK & (behind_QK < window)
+def _seen(queries: int, keys: int, first: int, window: int | None, causal: bool, device: torch.device) -> Tensor:
+    """Which keys a block's queries see: its first query is its key number `first`."""
+    behind_QK = torch.arange(first, first + queries, device=device)[:, None] - torch.arange(keys, device=device)
+    seen_QK = behind_QK >= 0 if causal else torch.ones_like(behind_QK, dtype=torch.bool)
+    return seen_QK if window is None else seen_QK & (behind_QK.abs() < window)
 
 
 def _torch_sdpa(query: Tensor, key: Tensor, value: Tensor, seen_QK: Tensor | None, kind: AttentionKind) -> Tensor:
-    """Torch's attention; `seen_QK` None: each query sees the keys up to its own."""
+    """Torch's attention; `seen_QK` None: each query sees the keys up to its own, or all of them."""
     shared = query.shape[1] // key.shape[1]
     if shared > 1 and query.device.type != "cpu" and query.element_size() > 2:
         key, value = (x.repeat_interleave(shared, 1) for x in (key, value))  # fp32 kernels of a GPU share no heads
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen_QK, dropout_p=kind.dropout, is_causal=seen_QK is None, scale=kind.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=seen_QK, dropout_p=kind.dropout, is_causal=kind.causal and seen_QK is None,
+        scale=kind.scale, enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
 
 

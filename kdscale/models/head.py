@@ -1,4 +1,4 @@
-"""A causal LM's output head, and the hidden states it reads: what losses and measurements work on instead of logits.
+"""A model's head over the vocabulary, and the hidden states it reads: what losses and measurements use, not logits.
 
 Some families scale their logits (Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`). Kernels know
 no scale, so it is applied to what they read: `final_hidden` is scaled already, and the head's bias with it.
@@ -8,12 +8,15 @@ B sequences, S positions, C rows of a chunk, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from kdscale.errors import CheckpointError
+from kdscale.families import head_kind, load_family
 from kdscale.models.attention import to_attention
 from kdscale.models.documents import Documents
 
@@ -59,11 +62,13 @@ class VocabShard:
 
 
 def head_of(model: Any) -> OutputHead:
-    """The head of a transformers causal LM; call it inside a module's forward, so that ZeRO-3 gathers the weight.
+    """The head of a transformers model; call it inside a module's forward, so that ZeRO-3 gathers the weight.
 
-    Raises CheckpointError for a model without a head.
+    That of an encoder without one has no rows. Raises CheckpointError for another model without a head.
     """
     linear = model.get_output_embeddings()
+    if linear is None and encoder_parts(model) is not None:
+        return OutputHead(model.get_input_embeddings().weight[:0].detach())
     if linear is None:
         raise CheckpointError(f"{type(model).__name__} has no output head", expected="a causal language model")
     bias_V, scale = getattr(linear, "bias", None), logit_scale(model)
@@ -86,7 +91,8 @@ def final_hidden(
     documents: Documents | None = None,
     **more: Any,
 ) -> torch.Tensor:
-    """The hidden states that enter the head, times the scale of its logits, [B, S, H].
+    """The hidden states that enter the head, times the scale of its logits, [B, S, H]; of an encoder without a head
+    those that leave it.
 
     Packed documents do not see each other: a model with `attend_within_documents` is told where they are (`documents`,
     else found in the positions), and any other derives a mask from positions that restart, as there is neither an
@@ -95,10 +101,73 @@ def final_hidden(
     places_BS = position_ids_BS
     if places_BS is None:
         places_BS = torch.arange(input_ids_BS.shape[1]).expand_as(input_ids_BS)
+    encoder = encoder_parts(model)
+    if encoder is not None:
+        position_ids_BS = places_BS.to(input_ids_BS.device) + encoder.first_position
     output = model.base_model(
-        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False,
+        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, **without_cache(encoder),
         **to_attention(model, places_BS, documents, input_ids_BS.device), **more,
     )  # fmt: skip
     hidden_BSH: torch.Tensor = output.last_hidden_state
+    if encoder is not None:
+        return encoder.before_head(hidden_BSH)
     scale = logit_scale(model)
     return hidden_BSH if scale == 1.0 else hidden_BSH * scale
+
+
+# -- encoders ---------------------------------------------------------------------------------------------------------
+
+_GELU = "gelu"  # in Sites.transform: the function, which RoBERTa's head has in no module
+
+
+@dataclass(frozen=True)
+class EncoderParts:
+    """`first_position`: the number of a document's first position in the model's table of learned positions.
+
+    `transform`: the modules and functions that hidden states go through before the head; none where there is no head.
+    """
+
+    first_position: int
+    transform: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+
+    def before_head(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        """What enters the head."""
+        for step in self.transform:
+            hidden_BSH = step(hidden_BSH)
+        return hidden_BSH
+
+
+_PARTS: WeakKeyDictionary[torch.nn.Module, EncoderParts | None] = WeakKeyDictionary()
+
+
+def encoder_parts(model: Any) -> EncoderParts | None:
+    """The parts of an encoder; None for a model that is none. They are looked up once for each model."""
+    if model not in _PARTS:
+        _PARTS[model] = _find_parts(model)
+    return _PARTS[model]
+
+
+def _find_parts(model: Any) -> EncoderParts | None:
+    config = model.config.to_dict()
+    if head_kind(config) == "causal_lm":
+        return None
+    family = load_family(config, type(model).__name__)
+    steps = [
+        torch.nn.functional.gelu if path == _GELU else model.get_submodule(path) for path in family.sites.transform
+    ]
+    return EncoderParts(family.first_position(config), steps)
+
+
+def without_cache(encoder: EncoderParts | None) -> dict[str, Any]:
+    """The keyword argument that keeps a decoder from making a cache; an encoder makes none."""
+    return {"use_cache": False} if encoder is None else {}
+
+
+def pooler_parameters(model: Any) -> list[str]:
+    """The parameters of an encoder's pooler, which stands beside its hidden states; none of any other model."""
+    if encoder_parts(model) is None:
+        return []
+    config = model.config.to_dict()
+    family = load_family(config, type(model).__name__)
+    roles = ("pooler", "pooler_bias")
+    return [spec.parameter for spec in family.outer_tensors(config).values() if spec.role in roles]

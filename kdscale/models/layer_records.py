@@ -11,23 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kdscale.config.distill.objective import LayersRead
-from kdscale.config.distill.targets import EMBEDDINGS
+from kdscale.config.distill.targets import EMBEDDINGS, FINAL
 from kdscale.errors import ConfigError
-from kdscale.families import load_family
+from kdscale.families import Family, load_family
 from kdscale.models.attention import AttentionRows, within_documents
 
 
 class LayerRecords:
     """The records of one forward: `layers_NH` hidden states of the rows, `attention` of all positions, by layer."""
 
-    def __init__(self, layers: Sequence[nn.Module], read: LayersRead):
-        self._layers, self._read = layers, read
+    def __init__(self, layers: Sequence[nn.Module], read: LayersRead, last: nn.Module | None = None):
+        """`last`: the module that the model ends with, where FINAL is read."""
+        self._layers, self._read, self._last = layers, read, last
         self.layers_NH: dict[int, Tensor] = {}
         self.attention: dict[int, AttentionRows] = {}
 
@@ -49,7 +50,9 @@ class LayerRecords:
 
         if number == EMBEDDINGS:
             return self._layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
-        return self._layers[number].register_forward_hook(
+        module = self._last if number == FINAL else self._layers[number]
+        assert module is not None
+        return module.register_forward_hook(
             lambda _, _inputs, output: keep(output[0] if isinstance(output, tuple) else output)
         )
 
@@ -62,16 +65,43 @@ def _rows(hidden_BPH: Tensor, rows_N: Tensor) -> Tensor:
     return hidden_BPH.flatten(0, -2).index_select(0, rows_N)
 
 
+class FinalStates:
+    """What leaves a model of a known family, before anything that stands between it and a head: during the block."""
+
+    def __init__(self, model: Any):
+        self._last = _last_module(model, load_family(model.config.get_text_config().to_dict(), type(model).__name__))
+        self.hidden_BSH = torch.empty(0)
+
+    def __enter__(self) -> FinalStates:
+        self._handle = self._last.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _keep(self, _module: Any, _inputs: Any, output: Any) -> None:
+        self.hidden_BSH = output[0] if isinstance(output, tuple) else output
+
+
+def _last_module(model: Any, family: Family) -> nn.Module:
+    """The module that a model ends with, before its head."""
+    if family.sites.final_norm:
+        return cast(nn.Module, model.get_submodule(family.sites.final_norm))
+    return list(model.get_submodule(family.sites.layers).children())[-1]
+
+
 class LayerReader:
     """Records the same layers of one model at every forward. Raises ConfigError for a model of which it cannot."""
 
     def __init__(self, model: Any, read: LayersRead):
         self._read = read
         self._layers: Sequence[Any] = ()
+        self._last: Any = None
         if read.hidden or read.attention:
             config = model.config.get_text_config().to_dict()
             family = load_family(config, type(model).__name__)
             self._layers = list(model.get_submodule(family.sites.layers).children())
+            self._last = _last_module(model, family)
             if without := [n for n in read.attention if "kv_heads" not in family.layer_axes(config, n)]:
                 raise ConfigError(
                     "distill.objectives", expected="for attention, layers that have it",
@@ -83,7 +113,11 @@ class LayerReader:
                 "distill.objectives", expected="for attention, models that take it from transformers' registry",
                 got=type(model).__name__, hint="leave the objective attention out",
             )  # fmt: skip
+        for number, layer in enumerate(self._layers if read.attention else ()):
+            for module in layer.modules():  # DistilBERT's attention does not know its layer
+                if hasattr(module, "is_causal") and getattr(module, "layer_idx", None) is None:
+                    module.layer_idx = number
 
     def records(self) -> LayerRecords | None:
         """For the next forward; None where there is nothing to record."""
-        return LayerRecords(self._layers, self._read) if self._read != LayersRead() else None
+        return LayerRecords(self._layers, self._read, self._last) if self._read != LayersRead() else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from kdscale.errors import DataError
 from kdscale.families import Family, Sites, TensorSpec
 from kdscale.models.attention import attend_within_documents, to_attention
-from kdscale.models.head import OutputHead, head_of, logit_scale
+from kdscale.models.head import OutputHead, encoder_parts, head_of, logit_scale, without_cache
 from kdscale.models.hidden_states import IN_MEMORY, HiddenStates, Scratch
-from kdscale.models.loading import built_config, explain_library_errors
+from kdscale.models.loading import auto_class, built_config, explain_library_errors
 from kdscale.models.parameter_map import assemble
+from kdscale.models.skeleton import move_buffers
 
 
 class TokenBatch(Protocol):
@@ -37,6 +38,8 @@ class TokenBatch(Protocol):
 
 
 _IN_FP32 = ("router_correction",)  # roles of small numbers that transformers keeps in fp32 whatever the dtype
+_EMBEDDING_ROLES = ("embed", "position_embed", "type_embed", "embed_norm", "embed_norm_bias")
+_TRANSFORM_ROLES = ("transform", "transform_bias", "transform_norm", "transform_norm_bias")
 _LOGITS_AT_ONCE = 1 << 25  # values of one chunk of rows
 
 TensorSource = Callable[[str], Tensor]  # a tensor by its name on disk
@@ -57,7 +60,8 @@ class DecoderLayer:
             for spec in family.layer_tensors(config, index).values()
             if spec.role.startswith("router")
         }
-        self._base = _base_model(model)
+        self._base: Any = model.base_model
+        self._encoder = encoder_parts(model)
         self.module: nn.Module = model.get_submodule(f"{family.sites.layers}.0")
 
     def site(self, path: str) -> nn.Module:
@@ -76,8 +80,8 @@ class DecoderLayer:
         device = hidden_BSD.device
         try:
             return self._base(
-                inputs_embeds=hidden_BSD, position_ids=position_ids_BS.to(device), attention_mask=None, use_cache=False,
-                **to_attention(self._base, position_ids_BS, None, device),
+                inputs_embeds=hidden_BSD, position_ids=position_ids_BS.to(device), attention_mask=None,
+                **without_cache(self._encoder), **to_attention(self._base, position_ids_BS, None, device),
             ).last_hidden_state  # fmt: skip
         finally:
             handle.remove()
@@ -107,20 +111,28 @@ class LayerStream:
         """How many layers the model has."""
         return self.dims.layers
 
-    def embedding(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """(token ids, position ids) → what enters the first layer: the model itself, without layers and final norm."""
+    def embedding(self, change: Callable[[nn.Module], None] = lambda _: None) -> Callable[[Tensor, Tensor], Tensor]:
+        """(token ids, position ids) → what enters the first layer: the model itself, without layers and final norm.
+
+        `change` is shown the model before it runs.
+        """
         model, sites = self._one_layer_model(0), self.family.sites
-        self._fill(model, self._outer("embed", "position_embed", "embed_norm", "embed_norm_bias"), sites.embed)
+        self._fill(model, self._outer(*_EMBEDDING_ROLES), sites.embed)
         model.get_submodule(sites.embed).to(self.device)
         _move_rotary(model, sites, self.device)
         replace_module(model, sites.layers, nn.ModuleList())
-        replace_module(model, sites.final_norm, nn.Identity())
-        base = _base_model(model)
+        self._leave_out(model, sites.final_norm, sites.pooler)
+        change(model)
+        base, encoder = cast(Any, model).base_model, encoder_parts(model)
+        if encoder is not None:
+            move_buffers(model, self.device)
+        first = encoder.first_position if encoder is not None else 0
 
         def enter(input_ids_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
             hidden_BSD: Tensor = base(
-                input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=None, use_cache=False
-            ).last_hidden_state
+                input_ids=input_ids_BS, position_ids=position_ids_BS + first, attention_mask=None,
+                **without_cache(encoder),
+            ).last_hidden_state  # fmt: skip
             return hidden_BSD
 
         return enter
@@ -135,9 +147,10 @@ class LayerStream:
         }
         self._fill(model, specs, f"{sites.layers}.0")
         model.get_submodule(f"{sites.layers}.0").to(self.device)  # what a mixer keeps beside its weights
-        for spec in self._outer("position_embed").values():
+        for spec in self._outer("position_embed", "type_embed").values():
             replace_module(model, spec.parameter.removesuffix(".weight"), NoPositions())
-        replace_module(model, sites.final_norm, nn.Identity())  # the hidden state leaves the layer as it is
+        norms = [spec.parameter.removesuffix(".weight") for spec in self._outer("embed_norm").values()]
+        self._leave_out(model, sites.final_norm, sites.pooler, *norms)  # the hidden state leaves the layer as it is
         _move_rotary(model, sites, self.device)
         return DecoderLayer(model, self.family, self.config, index)
 
@@ -149,23 +162,41 @@ class LayerStream:
             layer.release()
 
     def final_norm(self) -> nn.Module:
-        """The norm between the last layer and the head."""
+        """The norm between the last layer and the head; it changes nothing where the last layer ends with a norm."""
+        if not self.family.sites.final_norm:
+            return nn.Identity()
         model = self._one_layer_model(0)
         self._fill(model, self._outer("final_norm", "final_norm_bias"), self.family.sites.final_norm)
         return model.get_submodule(self.family.sites.final_norm)
 
     def output_head(self) -> tuple[OutputHead, float]:
         """The head, and what its input is multiplied by before it (head.py)."""
-        model, path = self._one_layer_model(0), self.family.sites.head
-        specs = self._outer("head", "head_bias")
-        for tensor, other in self.family.tied(self.config).items():
-            specs[other] = replace(self._outer("embed")[other], parameter=self.family.parameter(tensor))
-        self._fill(model, specs, path)
+        model = self._model_with_head()
         return head_of(model), logit_scale(model)
 
-    def head(self) -> Callable[[Tensor], Tensor]:
-        """Final hidden states → fp32 logits, with all that the model does to them."""
-        head, scale = self.output_head()
+    def _model_with_head(self) -> nn.Module:
+        """The model with the weights of its head alone, and of what stands before it."""
+        model, path = self._one_layer_model(0), self.family.sites.head
+        specs = self._outer("head", "head_bias", *_TRANSFORM_ROLES)
+        for tensor, other in self.family.tied(self.config).items():
+            specs[other] = replace(self._outer("embed")[other], parameter=self.family.parameter(tensor))
+        for name, spec in specs.items():  # BERT's is tied to a parameter beside it
+            if spec.role == "head_bias":
+                specs[name] = replace(spec, parameter=f"{path}.bias")
+        self._fill(model, specs, path)
+        return model
+
+    def head(self, change: Callable[[nn.Module], None] = lambda _: None) -> Callable[[Tensor], Tensor]:
+        """Final hidden states → fp32 logits, with all that the model does to them; of an encoder without a head the
+        states as they are. `change` is shown the model that has the head.
+        """
+        if not self.family.tells_tokens:
+            return lambda hidden: hidden.float()
+        model = self._model_with_head()
+        change(model)
+        head, scale, encoder = head_of(model), logit_scale(model), encoder_parts(model)
+        if encoder is not None:
+            return lambda hidden: head.logits(encoder.before_head(hidden))
         return lambda hidden: head.logits(hidden * scale)
 
     def embed(self, batches: Sequence[TokenBatch], scratch: Scratch = IN_MEMORY) -> HiddenStates:
@@ -180,8 +211,9 @@ class LayerStream:
 
         Raises DataError for a sequence with more positions than the model has learned.
         """
+        first = self.family.first_position(self.config)
         for name, spec in self._outer("position_embed").items():
-            check_positions(name, spec, [batch.position_ids_BS for batch in batches])
+            check_positions(name, spec.shape[0] - first, [batch.position_ids_BS for batch in batches])
         enter = self.embedding()
         for batch in batches:
             with torch.inference_mode():
@@ -192,15 +224,19 @@ class LayerStream:
         outer = self.family.outer_tensors(self.config)
         return {name: spec for name, spec in outer.items() if spec.role in roles}
 
+    def _leave_out(self, model: nn.Module, *paths: str) -> None:
+        """Let the modules at these paths, where there are some, pass on what they are given."""
+        for path in filter(None, paths):
+            replace_module(model, path, nn.Identity())
+
     def _one_layer_model(self, index: int) -> nn.Module:
         """The model with layer `index` alone and no weights: parameters on the meta device, buffers real."""
         from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
         config = self.family.language(self.family.student_config(self.config, self.dims.replace(layers=1), [index]))
         with explain_library_errors(self.family.where), init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(built_config(config), dtype=self.dtype)
+            model = auto_class(config).from_config(built_config(config), dtype=self.dtype)
         attend_within_documents(model)
         return model.eval().requires_grad_(False)
 
@@ -240,11 +276,6 @@ def _move_rotary(model: nn.Module, sites: Sites, device: torch.device) -> None:
         rotary.to(device)
 
 
-def _base_model(model: nn.Module) -> Any:
-    """The causal LM without its head."""
-    return model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
-
-
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` in the place of the module at `path` inside `root`."""
     parent, _, leaf = path.rpartition(".")
@@ -272,13 +303,13 @@ class NoPositions(nn.Module):
         return torch.zeros(1, device=position_ids_BS.device)
 
 
-def check_positions(table: str, spec: TensorSpec, position_ids: Sequence[Tensor]) -> None:
+def check_positions(table: str, positions: int, position_ids: Sequence[Tensor]) -> None:
     """Raise DataError for a position beyond the learned ones, where the look-up would end in an index error."""
     longest = max((int(ids_BS.max()) for ids_BS in position_ids), default=0)
-    if longest >= spec.shape[0]:
+    if longest >= positions:
         raise DataError(
-            f"a sequence is longer than the {spec.shape[0]} positions of {table}",
-            expected=f"at most {spec.shape[0]} tokens",
+            f"a sequence is longer than the {positions} positions of {table}",
+            expected=f"at most {positions} tokens",
             got=f"{longest + 1} tokens",
             hint="lower importance.seq_len",
         )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from kdscale.errors import CheckpointError, ConfigError, DataError, KdscaleError
-from kdscale.families import dropped_heads
+from kdscale.families import dropped_heads, head_kind
 from kdscale.files import read_json
 from kdscale.models.multimodal.language_part import (
+    CLASS_OF,
     is_carried,
     language_config,
     loading_options,
@@ -74,16 +75,15 @@ def check_loadable(path: Path, trust_remote_code: bool = False) -> None:
 
 
 def model_on_meta(path: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal LM of a folder with its parameters on the meta device and its buffers computed as usual."""
+    """The model of a folder with its parameters on the meta device and its buffers computed as usual."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with explain_library_errors(path), init_empty_weights(include_buffers=False), no_init_weights():
         config = language_config(path, trust_remote_code)
         if hasattr(config, "quantization_config"):  # the weights are read as plain ones
             del config.quantization_config
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: Any = auto_class(config.to_dict()).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model
 
 
@@ -104,22 +104,38 @@ def _with_infinities(value: Any) -> Any:
     return {key: _with_infinities(item) for key, item in value.items()}
 
 
+def auto_class(config: dict[str, Any]) -> Any:
+    """The class of transformers that makes a model of this config: with the head that its architecture has."""
+    import transformers
+
+    return getattr(transformers, CLASS_OF[head_kind(config)])
+
+
+def check_writes_text(folder: Path, what: str) -> None:
+    """Raises ConfigError for an encoder, where `what` asks for a model that writes text."""
+    from kdscale.weights import read_config
+
+    if head_kind(read_config(folder)) != "causal_lm":
+        raise ConfigError(what, expected="a model that writes text", got=f"an encoder, {folder}")
+
+
 def load_model(
     path: Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal LM in eval mode; onto a GPU tensor by tensor, so that no rank holds a copy in host memory.
+    """Load a model in eval mode; onto a GPU tensor by tensor, so that no rank holds a copy in host memory.
 
     On a CPU, weights in the dtype of the file stay mapped, and ranks share their pages. Quantised weights are read as
     the plain ones that they stand for. Raises CheckpointError when tensors are missing, unexpected or mismatched.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from kdscale.weights import read_config
 
     if quantization_of(path) is not None:
         return _load_decoded(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     logging.disable_progress_bar()
     with explain_library_errors(path), quiet_about_other_parts(path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(read_config(path)).from_pretrained(
             path,
             config=language_config(path, trust_remote_code),
             dtype=dtype,

@@ -77,6 +77,7 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("Bits per byte", "quality", "bits_per_byte", "{:.3f}".format),
     ("KL to the teacher, nats per token", "quality", "kl_to_teacher", "{:.3f}".format),
     ("Top-1 agreement with the teacher", "quality", "top1_agreement", _percent),
+    ("Similarity kept, Spearman", "quality", "similarity_kept", "{:.3f}".format),
     ("Parameters", "size", "parameters", format_count),
     ("Weights", "size", "weight_bytes", format_size),
     ("KV cache per token, 16-bit", "size", "kv_cache_bytes_per_token", format_size),

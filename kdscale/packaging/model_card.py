@@ -12,7 +12,7 @@ from kdscale.config.distill.targets import TEXT
 from kdscale.config.quantize import FormConfig
 from kdscale.config.root import Config
 from kdscale.escaping import for_markdown
-from kdscale.models.multimodal.language_part import TEXT_ALONE, WITH_IMAGES, auto_class
+from kdscale.models.multimodal.language_part import CLASS_OF, TEXT_ALONE, WITH_IMAGES, auto_class
 from kdscale.packaging import front_matter
 from kdscale.packaging.card_sections import Result, measured
 from kdscale.packaging.origin import origin_of
@@ -54,6 +54,13 @@ def student_card(cfg: Config, manifest: Mapping[str, Any], sidecars: Path) -> st
     return model_card(facts, title=cfg.name, origin=origin, inherited=inherited, loader=loader)
 
 
+# as what the hub lists a model that this class loads
+_TASKS = {
+    TEXT_ALONE: "text-generation", WITH_IMAGES: "image-text-to-text", CLASS_OF["masked_lm"]: "fill-mask",
+    CLASS_OF["none"]: "feature-extraction",
+}  # fmt: skip
+
+
 def model_card(
     facts: Mapping[str, Any], title: str = "Distilled student", origin: str = "",
     inherited: Mapping[str, Any] | None = None, loader: str = TEXT_ALONE,
@@ -67,7 +74,7 @@ def model_card(
     origin = origin or "Pruned from a teacher and " + ("trained" if facts["learnt from"] == TEXT else "distilled")
     fields = {
         **(inherited or {}), "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text" if reads_images else "text-generation",
+        "pipeline_tag": _TASKS[loader],
         "tags": ["kdscale", "pruned", "distilled"],
     }  # fmt: skip
     places = f"{_part('use', '')}\n\n{_part('measured', '')}"

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale.config.data import RESPONSES_SOURCE
+from kdscale.config.distill.settings import EIGHT_BITS
+from kdscale.config.evaluation.settings import EvalConfig
 from kdscale.config.root import Config
 from kdscale.distill.telemetry.trackers import check_trackers
 from kdscale.errors import ConfigError, FileError, KdscaleError, RunFolderError, raise_together
@@ -64,6 +66,7 @@ def find_problems(
     teacher: Path | None = attempt(errors, check_teacher, config, reporter)
     plans: list[Plan] = []
     if teacher is not None:
+        attempt(errors, check_reading, config, teacher)
         attempt(errors, check_teachers, config, teacher)
         attempt(errors, check_lengths, config, teacher, reporter)
         # an impossible budget is noticed before anything is made
@@ -130,6 +133,50 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab())
+
+
+def check_reading(config: Config, teacher: Path) -> None:
+    """Raises ConfigError for what an encoder cannot do, or a decoder, of which each is asked in the same config."""
+    family, distill, prompts = open_teacher(teacher)[1], config.distill, EvalConfig.model_fields["prompts"].default
+    of_tokens = [entry.name for entry in distill.objectives if entry.reads_vocabulary]
+    whole = [entry.name for entry in distill.objectives if entry.pools]
+    kept = "an encoder, which writes no text" if family.is_encoder else "a decoder, which sees what came before alone"
+    if not family.is_encoder:
+        rows = {
+            "distill.masking": distill.masking is not None,
+            "data.sentences": config.data.sentences,
+            f"distill.objectives: {', '.join(whole)}": bool(whole),
+        }
+    else:
+        others = sorted({one.teacher_placement for one in distill.by_teacher().values()} - {"replicated"})
+        rows = {
+            **{name: getattr(config, name) is not None for name in ("responses", "correct", "quantize", "bias")},
+            "distill.on_policy": distill.on_policy is not None,
+            "distill.teachers": bool(distill.teachers),
+            f"distill.teacher_placement: {', '.join(others)}": bool(others),
+            "distill.teacher_dtype: 8 bits": distill.teacher_dtype in EIGHT_BITS,
+            "distill.fake_quantize": distill.fake_quantize is not None,
+            "distill.tensor_parallel": distill.tensor_parallel > 1,
+            "distill.sequence_parallel": distill.sequence_parallel > 1,
+            "targets": config.targets is not None,
+            "eval.downstream": config.eval.downstream is not None,
+            "eval.prompts": config.eval.prompts not in ((), prompts),
+            "eval.draft or distill.lora": config.eval.draft is not None or distill.lora is not None,
+            "prune.target_kv_bytes, target_decode or target_prefill": any(
+                getattr(config.prune, f"target_{kind}") is not None for kind in ("kv_bytes", "decode", "prefill")
+            ),
+        }
+    if wrong := [name for name, asked in rows.items() if asked]:
+        raise ConfigError("; ".join(wrong), expected="settings that go with the teacher", got=kept, hint="leave it out")
+    if family.is_encoder and of_tokens and not family.tells_tokens:
+        raise ConfigError(
+            f"distill.objectives: {', '.join(of_tokens)}", expected="sentence_embeddings, hidden_states or attention",
+            got=f"{family.data.architectures[0]}, which has no head over the vocabulary",
+        )  # fmt: skip
+    if family.is_encoder and of_tokens and distill.masking is None:
+        raise ConfigError(
+            "distill.masking", expected="{}, or shares of its own: the objectives tell hidden tokens", got="none"
+        )
 
 
 def check_sources(config: Config) -> None:
@@ -201,17 +248,18 @@ def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:
     tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    prompts = {prompt: len(tokenizer.encode(prompt).ids) for prompt in config.eval.prompts}
+    texts = () if family.is_encoder else config.eval.prompts
+    prompts = {prompt: len(tokenizer.encode(prompt).ids) for prompt in texts}
     for prompt in prompts:
         if not tokenizer.encode(prompt, add_special_tokens=False).ids:
             raise ConfigError("eval.prompts", expected="some text to continue", got=f"{prompt!r}, which has no tokens")
     learned = "positions" in family.data.sizes
     limit = family.language(checkpoint.config).get("max_position_embeddings")
     if learned:
-        limit = family.fixed_size("positions", checkpoint.config)
+        limit = family.fixed_size("positions", checkpoint.config) - family.first_position(checkpoint.config)
     if not isinstance(limit, int):
         return
-    lengths = lengths_used(config, max(prompts.values(), default=0))
+    lengths = lengths_used(config, max(prompts.values(), default=0), family.is_encoder)
     beyond = ", ".join(f"{name} = {length:,}" for name, length in lengths.items() if length > limit)
     if beyond and learned:
         raise ConfigError("lengths beyond the teacher's positions", expected=f"at most {limit:,} tokens", got=beyond)
@@ -219,18 +267,18 @@ def check_lengths(config: Config, teacher: Path, reporter: Reporter) -> None:
         reporter.say(f"  note: longer than the teacher's max_position_embeddings ({limit:,}): {beyond}")
 
 
-def lengths_used(config: Config, prompt_tokens: int) -> dict[str, int]:
+def lengths_used(config: Config, prompt_tokens: int, encoder: bool = False) -> dict[str, int]:
     """How many positions the stages run a model on, by the fields that decide it."""
     evaluation, search = config.eval, config.prune.search
     lengths = {f"{name}.seq_len": section.seq_len for name, section in config if hasattr(section, "seq_len")}
     for index, step in enumerate(config.steps):
         lengths[f"distill.seq_len of step {step.name}"] = config.step(index).distill.seq_len
-    if evaluation.prompts:
+    if evaluation.prompts and not encoder:
         lengths["eval.prompts + eval.sample_tokens"] = prompt_tokens + evaluation.sample_tokens
     if (draft := evaluation.draft) is not None:
         most = max(draft.new_tokens, 1 + sum(length + 1 for length in draft.lengths))
         lengths["eval.prompts + eval.draft.new_tokens"] = prompt_tokens + most
-    if evaluation.efficiency:
+    if evaluation.efficiency and not encoder:
         lengths["eval.speed.context_lengths + new_tokens"] = evaluation.speed.longest
     if config.prune.target_decode or config.prune.target_prefill:
         lengths["prune.search.context_tokens + 1"] = search.context_tokens + 1

@@ -361,9 +361,9 @@ def _renew_copies(stage: Stage, context: StageContext, manifest: dict[str, Any])
         return
     from kdscale.weights import copy_sidecars
 
-    source, target = stage.copies(context)
-    renewed = []
+    (source, target), renewed = stage.copies(context), []
     with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(target / "config.json", Path(folder) / "config.json")  # a width in the copies follows it
         for name in copy_sidecars(source, Path(folder), code=context.config.teacher.trust_remote_code):
             new = Path(folder) / name
             if not (target / name).is_file() or digest_file(target / name) != digest_file(new):

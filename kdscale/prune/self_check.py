@@ -8,15 +8,6 @@
 2. `reload_parity`: plain transformers loads the folder with no tensor missing, left over or mismatched; its logits are
    those of our own layer-by-layer pass over the files; decoding with a cache gives what decoding without one gives.
 
-Norms under a mask: with c = √(d/d'), a norm over d channels of c·x, zero outside the d' kept ones, has exactly the mean
-square that the student's norm has over d', epsilon included, and its output is c times what the student's is with the
-teacher's γ. Hence: scale what enters by c and what leaves by norm_scale/c. LayerNorm: x less its mean over the kept
-channels enters, and its bias is left out of the scaling. The same holds of a q or k norm over all heads (OLMo 2), where
-the mask stands between the projection and the norm: the student's norm knows the kept heads only. And of the gated norm
-of a recurrent mixer over all its heads, or over each group of them, which all keep as many.
-
-Routers under a mask of experts are given the kept experts' rows, and what they choose is numbered as in the teacher.
-
 B batch · S sequence · D teacher hidden · V vocabulary
 """
 
@@ -26,25 +17,26 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdscale.errors import SelfCheckError
 from kdscale.families import Family
-from kdscale.families.writers import Writer, layer_writers
-from kdscale.models.experts import down_weight, narrowed, router_tensor
+from kdscale.families.writers import Writer
+from kdscale.models.head import encoder_parts
 from kdscale.models.layer_stream import DecoderLayer, LayerStream
 from kdscale.models.multimodal.language_part import path_in_whole
 from kdscale.prune.carried import carried_blocks
 from kdscale.prune.compensation.layer_gaps import REPAIRED_ROLES, find_gaps
 from kdscale.prune.compensation.one_stream import compensated
 from kdscale.prune.compensation.readers import is_refitted_reader
-from kdscale.prune.plan import UNIT_AXES, Plan
+from kdscale.prune.plan import Plan
 from kdscale.prune.reloading import layers_on_disk, plain_load
 from kdscale.prune.slicing import SlicedStudent, Slicer
 from kdscale.prune.stream_cut import METHOD as REFIT
+from kdscale.prune.unit_mask import UnitMask
 from kdscale.weights import Checkpoint
 from kdscale.weights.tensor_bytes import torch_dtype
 
@@ -113,10 +105,12 @@ def masked_equals_sliced(
     sliced = SlicedStudent(slicer, _unrounded(teacher, slicer))
     teacher_stream = LayerStream(teacher.config, family, teacher.tensor, dtype=dtype, device=device)
     student_stream = LayerStream(slicer.student_config, family, sliced.tensor, dtype=dtype, device=device)
-    mask, batch = _Mask(teacher.config, plan, family, device), IdsBatch(input_ids_BS)
+    mask, batch = UnitMask(teacher.config, plan, family, device), IdsBatch(input_ids_BS)
     compare = _Comparison(tolerance, torch.tensor(plan.kept.hidden, device=device))
     with torch.inference_mode():
-        masked, student = teacher_stream.embed([batch])[0] * mask.hidden_D, student_stream.embed([batch])[0]
+        enter = teacher_stream.embedding(mask.embedding)
+        masked = enter(input_ids_BS.to(device), batch.position_ids_BS.to(device)) * mask.hidden_D
+        student = student_stream.embed([batch])[0]
         compare.hidden("the embedding", "hidden", masked, student)
         for position, layer_index in enumerate(plan.kept.layers):
             outputs: list[dict[str, Tensor]] = [{}, {}]
@@ -134,11 +128,15 @@ def masked_equals_sliced(
                 axis = "experts / ffn" if writer.of_experts else _AXES_OF.get(role, writer.axis)
                 compare.hidden(f"{where}, {axis} output", axis, outputs[0][role], outputs[1][role])
             compare.hidden(where, "layers", masked, student)
-        norm = mask.final_norm(teacher_stream.final_norm())
-        masked, student = norm(masked), student_stream.final_norm()(student)
+        if family.sites.final_norm:
+            norm = mask.final_norm(teacher_stream.final_norm())
+            masked, student = norm(masked), student_stream.final_norm()(student)
         compare.hidden("the final norm", "hidden", masked, student)
-        logits = teacher_stream.head()(masked * mask.head_factor)
-        difference = compare.equal("the logits", "hidden", logits, student_stream.head()(student))
+        logits = teacher_stream.head(mask.head)(masked * mask.head_factor)
+        if not family.tells_tokens:
+            difference = compare.hidden("what leaves the model", "hidden", logits, student)
+        else:
+            difference = compare.equal("the logits", "hidden", logits, student_stream.head()(student))
     return {"masked_vs_sliced": difference}
 
 
@@ -202,7 +200,7 @@ def reload_parity(
 ) -> dict[str, float]:
     """Compare plain transformers on the folder with kdscale's pass over its files, and cached with uncached decoding.
 
-    Returns {"reload_vs_streamed", "cached_vs_uncached"}. Raises SelfCheckError.
+    Returns {"reload_vs_streamed", "cached_vs_uncached"}, of an encoder the first alone. Raises SelfCheckError.
     """
     device = device or torch.device("cpu")
     student = Checkpoint.open(student_dir)
@@ -219,7 +217,7 @@ def reload_parity(
         states: list[Tensor] = []
         for module in model.get_submodule(path_in_whole(family, family.sites.layers)).children():
             module.register_forward_hook(lambda _m, _a, out: states.append(out if isinstance(out, Tensor) else out[0]))
-        reloaded = model(input_ids=batch.input_ids_BS.to(device), use_cache=False).logits
+        reloaded = _outputs(model, batch, device)
         hidden = stream.embed([batch])[0]
         for layer in stream.layers():
             hidden = layer(hidden, batch.position_ids_BS)
@@ -227,9 +225,21 @@ def reload_parity(
         streamed = stream.head()(stream.final_norm()(hidden))
         difference = compare.equal("the reloaded model's logits", "all", reloaded, streamed)
         rounded = dtype.itemsize < 4
+        figures = {"reload_vs_streamed": difference}
+        if family.is_encoder:  # which writes no text
+            return figures
         compare = _Comparison(max(tolerance, _CACHED_TOLERANCE_16BIT) if rounded else tolerance, None)
         cached = _cached_decoding(model, batch.input_ids_BS[:1].to(device), compare)
-    return {"reload_vs_streamed": difference, "cached_vs_uncached": cached}
+    return {**figures, "cached_vs_uncached": cached}
+
+
+def _outputs(model: Any, batch: IdsBatch, device: torch.device) -> Tensor:
+    """The model's logits; of an encoder without a head its last hidden states."""
+    ids_BS = batch.input_ids_BS.to(device)
+    if (encoder := encoder_parts(model)) is None:
+        return cast(Tensor, model(input_ids=ids_BS, use_cache=False).logits)
+    out = model(input_ids=ids_BS, position_ids=batch.position_ids_BS.to(device) + encoder.first_position)
+    return cast(Tensor, out.logits if "logits" in out else out.last_hidden_state)
 
 
 def _cached_decoding(model: Any, input_ids_BS: Tensor, compare: _Comparison, steps: int = 3) -> float:
@@ -249,93 +259,6 @@ def _cached_decoding(model: Any, input_ids_BS: Tensor, compare: _Comparison, ste
     start = input_ids_BS.shape[1]
     uncached_SV = model(input_ids=out.sequences[:, :-1], use_cache=False).logits[0, start - 1 :]
     return compare.equal("decoding with a cache", "all", uncached_SV, cached_SV)
-
-
-class _Mask:
-    """Hooks that silence the dropped units of a full-size layer, built from the plan's index lists alone."""
-
-    def __init__(self, config: dict[str, Any], plan: Plan, family: Family, device: torch.device):
-        self._config, self._plan, self._family, self._device = config, plan, family, device
-        self.hidden_D = self._indicator(plan.kept.hidden, plan.teacher.hidden)
-        # A tied head carries the factor of its embedding, and the student's final norm its inverse.
-        folded = family.data.embed_multiplier == "sqrt_hidden" and bool(family.tied(config))
-        self.head_factor = math.sqrt(plan.teacher.hidden / plan.student.hidden) if folded else 1.0
-
-    def attach(self, layer: DecoderLayer, position: int) -> None:
-        """Silence, in a layer of the teacher, what the student's layer `position` does not have."""
-        for writer in layer_writers(self._family, self._config, layer.index).values():
-            if writer.of_experts:
-                self._experts(layer, position)
-            else:
-                kept_U = self._axis_indicator(writer.axis, position)
-                layer.site(writer.path).register_forward_pre_hook(_scale_input(kept_U))
-            layer.site(writer.path).register_forward_hook(_scale_output(self.hidden_D))
-        prefix = self._family.layer_prefix(layer.index)
-        for spec in self._family.layer_tensors(self._config, layer.index).values():
-            # a norm of its own for each head (Cohere) has two axes, and knows nothing of the others
-            over = spec.axes[0].split("*")[0] if len(spec.axes) == 1 else None
-            if spec.role.endswith("_norm") and over in ("hidden", *UNIT_AXES):
-                scale = self._plan.norm_scale if spec.axes[0] == "hidden" else 1.0
-                path = spec.parameter.removeprefix(prefix).removesuffix(".weight")
-                self._norm(layer.site(path), self._axis_indicator(spec.axes[0], position), scale)
-
-    def final_norm(self, module: nn.Module) -> nn.Module:
-        """Make the teacher's final norm compute what the student's does, on the kept channels."""
-        return self._norm(module, self.hidden_D, self._plan.norm_scale / self.head_factor)
-
-    def _norm(self, module: nn.Module, keep_D: Tensor, scale: float) -> nn.Module:
-        grow, centred = math.sqrt(len(keep_D) / float(keep_D.sum())), self._family.data.norm.kind == "layer"
-        bias_D = getattr(module, "bias", None)
-
-        def enter(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0] * keep_D
-            if centred:
-                x = (x - x.sum(-1, keepdim=True) / keep_D.sum()) * keep_D
-            return (x * grow, *args[1:])
-
-        def leave(_module: Any, _args: Any, output: Tensor) -> Tensor:
-            if bias_D is None:
-                return output * (keep_D * (scale / grow))
-            return ((output - bias_D) * (scale / grow) + bias_D) * keep_D
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-        return module
-
-    def _experts(self, layer: DecoderLayer, position: int) -> None:
-        """Columns of units that go are zeroed in each kept expert; the router has the kept experts to choose from."""
-        plan = self._plan
-        kept = plan.kept.experts[position]
-        experts: Any = layer.site(layer.sites.experts)
-        router: Any = layer.site(layer.sites.router)
-        for expert in kept:
-            units_F = self._indicator(plan.kept.ffn_of(position, expert), plan.teacher.ffn)
-            down_weight(experts, expert).mul_(units_F)
-        numbers = torch.tensor(kept, device=self._device)
-        with narrowed(router, layer.router_axes, kept) as tensors:
-            for name, tensor in tensors.items():
-                router_tensor(router, name).data = tensor
-        if hasattr(router, "num_experts"):
-            router.num_experts = len(kept)
-        router.register_forward_hook(lambda _module, _args, output: (*output[:-1], numbers[output[-1]]))
-
-    def _axis_indicator(self, axis: str, position: int) -> Tensor:
-        """Of each number along an axis of units, or of units that are several numbers wide: whether its unit stays."""
-        if axis == "hidden":
-            return self.hidden_D
-        units, *wide = axis.split("*")
-        kept_U, teacher = self._kept_units(units, position), self._plan.teacher
-        if wide == ["ssm_head_dim"]:
-            return (kept_U[:, None] * self._kept_units(wide[0], position)).flatten()
-        return kept_U.repeat_interleave(getattr(teacher, wide[0])) if wide else kept_U
-
-    def _kept_units(self, axis: str, position: int) -> Tensor:
-        return self._indicator(self._plan.kept.units(axis, position), getattr(self._plan.teacher, axis))
-
-    def _indicator(self, kept: list[int], size: int) -> Tensor:
-        out = torch.zeros(size, device=self._device)
-        out[kept] = 1.0
-        return out
 
 
 class _Comparison:
@@ -372,11 +295,3 @@ def _record(layer: DecoderLayer, writers: Mapping[str, Writer], seen: dict[str, 
 
     for role, writer in writers.items():
         layer.site(writer.path).register_forward_hook(keep(role))
-
-
-def _scale_input(factor: Tensor | float) -> Callable[[Any, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    return lambda _module, args: (args[0] * factor, *args[1:])
-
-
-def _scale_output(factor: Tensor | float) -> Callable[[Any, Any, Tensor], Tensor]:
-    return lambda _module, _args, output: output * factor

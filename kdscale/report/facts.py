@@ -195,13 +195,17 @@ def _verdict(facts: Mapping[str, Any]) -> str:
         perplexity = {
             name: units.format_number(float(model["quality"]["perplexity"]))
             for name, model in evaluation["models"].items()
+            if model["quality"]["perplexity"] is not None
         }
-        after = " → ".join(perplexity[name] for name in students(evaluation))
+        after = " → ".join(perplexity[name] for name in students(evaluation) if name in perplexity)
         teacher = f"teacher {perplexity[TEACHER]}" if TEACHER in perplexity else ""
         if after:
             clauses.append(f"perplexity {after}" + (f" ({teacher})" if teacher else ""))
         elif teacher:
             clauses.append(f"perplexity of the {teacher}")
+        qualities = [evaluation["models"][name]["quality"] for name in students(evaluation)]
+        if kept := [f"{quality['similarity_kept']:.3f}" for quality in qualities if "similarity_kept" in quality]:
+            clauses.append(f"similarity kept {' → '.join(kept)}")
     return "; ".join(clauses) if clauses else "Nothing has been measured in this run yet"
 
 
@@ -219,7 +223,10 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         return out
     name = students(evaluation)[-1]
     student, teacher = evaluation["models"][name], evaluation["models"].get(TEACHER)
-    if teacher is not None:
+    if student["quality"].get("similarity_kept") is not None:
+        note = f"rank correlation of cosines with the teacher’s ({model_title(name).lower()})"
+        out.append(_tile("Similarity kept", f"{student['quality']['similarity_kept']:.3f}", note))
+    if teacher is not None and student["quality"]["perplexity"] is not None:
         ratio = student["quality"]["perplexity"] / teacher["quality"]["perplexity"]
         note = f"the teacher’s, on held-out text ({model_title(name).lower()})"
         out.append(_tile("Perplexity", f"{ratio:.2f}×", note))
@@ -235,6 +242,8 @@ def _headline(facts: Mapping[str, Any]) -> list[dict[str, str]]:
         own, of_teacher = (model["efficiency"]["decode_tokens_per_second"] for model in (student, teacher))
         out.append(_tile("Decode speed", f"{own / of_teacher:.2f}×", f"{own:.0f} tokens/s on this machine"))
     cache, teacher_cache = (model["size"]["kv_cache_bytes_per_token"] for model in (student, teacher))
+    if cache is None:  # encoders have none
+        return out
     out.append(_tile("KV cache", f"{cache / teacher_cache:.0%}", f"{units.format_size(cache)} per token"))
     return out
 

@@ -155,6 +155,8 @@ def perplexity(plan: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | N
     """Perplexity before and after the cut, without training: from the evaluation, else from the masked run."""
     if evaluation and {"teacher", "pruned"} <= set(evaluation["models"]):
         models = evaluation["models"]
+        if models["pruned"]["quality"]["perplexity"] is None:
+            return None
         return {
             "before": models["teacher"]["quality"]["perplexity"],
             "after": models["pruned"]["quality"]["perplexity"],

@@ -23,6 +23,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 _MAX_DIMENSIONS, _MAX_COUNT = 8, 1 << 60
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of weights that can be read and pruned
+_POSITIONS, _POSITIONS_DTYPE, _POSITIONS_BYTES = "position_ids", "I64", 8  # buffers of old BERTs, which no model reads
 QUANTIZED_BYTES = {"I64": 8, "I32": 4, "F8_E4M3": 1}  # of what quantised weights are written as
 # what quantised checkpoints of others hold besides
 PACKED_BYTES = DTYPE_BYTES | QUANTIZED_BYTES | {"I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E5M2": 1, "F8_E8M0": 1}
@@ -55,7 +56,8 @@ def read_header(path: Path, dtypes: Mapping[str, int] = DTYPE_BYTES) -> dict[str
 
     `dtypes`: bytes a value of the dtypes that may occur. Raises CheckpointError when the file is truncated, its header
     damaged, an offset outside the file, tensors overlap or leave holes, a dtype is another one, or the safetensors
-    library cannot open the file.
+    library cannot open the file. Buffers with the numbers of positions, which are no
+    weights, are left out.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -75,7 +77,12 @@ def read_header(path: Path, dtypes: Mapping[str, int] = DTYPE_BYTES) -> dict[str
             pass
     except SafetensorError as error:
         raise _damaged(f"{path}: the safetensors library cannot open it", None, str(error)[:200]) from error
-    return entries
+    return {name: entry for name, entry in entries.items() if not _counts_positions(name, entry.dtype)}
+
+
+def _counts_positions(name: str, dtype: object) -> bool:
+    """Whether a tensor is the buffer of old BERTs that no model reads."""
+    return dtype == _POSITIONS_DTYPE and name.endswith(_POSITIONS)
 
 
 def _damaged(what: str, expected: str | None, got: str | None) -> CheckpointError:
@@ -98,7 +105,8 @@ def _entry(path: Path, name: str, value: Any, start: int, dtypes: Mapping[str, i
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(where, "dtype, shape and data_offsets", repr(value)[:200])
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in dtypes:
+    counts_positions = _counts_positions(name, dtype)
+    if not isinstance(dtype, str) or (dtype not in dtypes and not counts_positions):
         hint = (
             "quantised weights are read where quantization_config in config.json says how they are stored; integer "
             "checkpoints cannot be pruned: use the original float checkpoint"
@@ -109,7 +117,7 @@ def _entry(path: Path, name: str, value: Any, start: int, dtypes: Mapping[str, i
     if not _is_counts(offsets) or len(offsets) != 2:
         raise _damaged(where, "two byte offsets", repr(offsets)[:200])
     begin, end = offsets
-    expected = math.prod(shape) * dtypes[dtype]
+    expected = math.prod(shape) * (_POSITIONS_BYTES if counts_positions else dtypes[dtype])
     if end - begin != expected:
         raise _damaged(where, f"{expected:,} bytes for {dtype}{shape}", f"{end - begin:,} bytes")
     return TensorEntry(file=path, dtype=dtype, shape=tuple(shape), begin=start + begin, end=start + end)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kdscale.errors import CheckpointError
 from kdscale.files import explain_os_errors, read_json, write_json
+from kdscale.weights.sentence_files import MODULES, fit_pooling
 
 # By name, never by exclusion: code, pickles and whatever else a repository holds stay behind. Both what is downloaded
 # from a hub and what is copied into a student follow this list.
@@ -36,6 +37,11 @@ SIDECARS = (
     "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
+    # of sentence-transformers (sentence_files.py)
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "*_Pooling/config.json",
 )
 _CODE = ("*.py", "*.pyc", "*.so", "*.bin", "*.pt", "*.pth", "*.pkl", "*.safetensors")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -79,6 +85,9 @@ def copy_sidecars(src: Path, dst: Path, *, code: bool = False) -> list[str]:
         for name in names:
             (dst / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(src / name, dst / name)  # a hub cache's entries are links: their content is what is copied
+    if (dst / "config.json").is_file() and MODULES in names:
+        config = _object(dst / "config.json")
+        fit_pooling(dst, config.get("hidden_size", config.get("dim")))
     if not code and _TOKENIZER_CONFIG in names and _AUTO_MAP.encode() in (dst / _TOKENIZER_CONFIG).read_bytes():
         write_json(dst / _TOKENIZER_CONFIG, without_own_classes(_object(dst / _TOKENIZER_CONFIG)))
     return names

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdscale.families import load_family, supported_types
+from kdscale.families import decoder_types, load_family
 from kdscale.models.loading import check_loadable, load_tokenizer
 from kdscale.weights import Checkpoint, check_tokenizer, copy_sidecars, sidecar_names
 from tests.hostile.nasty import HostileCases
@@ -48,7 +48,7 @@ def _is_not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-@pytest.mark.parametrize("model_type", supported_types())
+@pytest.mark.parametrize("model_type", decoder_types())
 def test_config_of_every_family(hostile: HostileCases, model_type: str) -> None:
     from transformers import AutoConfig
 

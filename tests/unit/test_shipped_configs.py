@@ -49,14 +49,16 @@ def test_each_says_how_to_get_its_teacher(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_builds_the_student_with_as_many_parameters(name: str) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from kdscale.models.loading import auto_class
 
     _, teacher, plan = plan_of(name)
     family = load_family(teacher, name)
     student = family.student_config(teacher, plan.student.dims(), plan.kept.layers)
     settings = {key: value for key, value in student.items() if key != "model_type"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(student["model_type"], **settings))
+        model = auto_class(student).from_config(AutoConfig.for_model(student["model_type"], **settings))
     assert sum(p.numel() for p in model.parameters()) == plan.student_params.total
 
 

@@ -32,7 +32,10 @@ class Term:
 
 @dataclass(frozen=True)
 class LayersRead:
-    """Layers of one model, from 0, whose hidden states or attention are read; EMBEDDINGS: what enters layer 0."""
+    """Layers of one model, from 0, whose hidden states or attention are read.
+
+    EMBEDDINGS: what enters layer 0. FINAL: what leaves the model.
+    """
 
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
@@ -44,6 +47,7 @@ class ModelPair:
 
     `widths`: of queries and of keys, in both models. `kept_layers`: the teacher's layer that each of the student's was.
     `basis_HG`: each channel of the student's hidden states as a direction in the teacher's, orthonormal rows.
+    `pooling`: how the teacher makes one vector of a text, where its files say so.
     """
 
     teacher_layers: int
@@ -53,6 +57,7 @@ class ModelPair:
     widths: tuple[int, ...]
     kept_layers: tuple[int, ...] | None = None
     basis_HG: NDArray[Any] | None = None
+    pooling: Literal["mean", "cls"] | None = None
 
     def matched_layers(self, pairs: int) -> dict[int, int]:
         """At most `pairs` of the student's layers, spread evenly and with the last, by the teacher's layer they match.
@@ -85,6 +90,7 @@ class ObjectiveConfig(Section):
     reads_head_shards: ClassVar[bool] = False  # works where tensor-parallel ranks share the student's head
     reads_whole_documents: ClassVar[bool] = False  # cannot do with a rank's own positions of a sequence
     matches_layers: ClassVar[bool] = False  # has to know the layers and sizes of both models (ModelPair)
+    pools: ClassVar[bool] = False  # makes one vector of a document: for encoders alone
     only_own_text: ClassVar[bool] = False  # for what the student wrote itself (distill.on_policy) alone
     only_pairs: ClassVar[bool] = False  # for pairs of answers (distill.preferences) alone
 
@@ -103,6 +109,11 @@ class ObjectiveConfig(Section):
     def needs(self) -> Needs:
         """The parts of the teacher's targets that it reads."""
         return Needs()
+
+    @property
+    def reads_vocabulary(self) -> bool:
+        """Whether it reads what the student's head says of tokens."""
+        return not self.matches_layers
 
     @property
     def reads_labels(self) -> bool:

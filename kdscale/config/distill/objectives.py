@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from kdscale.config.distill.layer_objectives import AttentionConfig, HiddenStatesConfig
 from kdscale.config.distill.objective import LOSS, ObjectiveConfig, Term
 from kdscale.config.distill.schedules import Between, Schedule
+from kdscale.config.distill.sentence_objective import SentenceEmbeddingsConfig
 from kdscale.config.distill.targets import Draws, Needs
 from kdscale.config.fields import Length, named_entry
 from kdscale_kernels.divergence import DIVERGENCES, Divergence
@@ -248,6 +249,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "uld": UldConfig,
     "hidden_states": HiddenStatesConfig,
     "attention": AttentionConfig,
+    "sentence_embeddings": SentenceEmbeddingsConfig,
 }
 
 
@@ -300,10 +302,12 @@ def farther_from_teacher(terms: Sequence[Term], start: Mapping[str, float], now:
     return out
 
 
-def check_objectives(entries: Sequence[ObjectiveConfig]) -> None:
-    """Raises ValueError unless every column of the log has one meaning."""
+def check_objectives(entries: Sequence[ObjectiveConfig], masked: bool = False) -> None:
+    """Raises ValueError unless every column of the log has one meaning, and for what cannot be with `masked` tokens."""
     if not entries:
         raise ValueError("objectives: expected at least one")
+    if masked and (whole := [entry.name for entry in entries if isinstance(entry, SentenceEmbeddingsConfig)]):
+        raise ValueError(f"masking: does not go with {whole[0]}, which reads whole sentences")
     names = [term.name for term in log_columns(entries)]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"objectives: each may appear once, and no two may log the same column; twice: {doubled}")

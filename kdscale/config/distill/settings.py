@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kdscale.config.distill.lora import LoraConfig, base_problems
+from kdscale.config.distill.masking import MaskingConfig
 from kdscale.config.distill.objective import ObjectiveConfig, Term
 from kdscale.config.distill.objectives import ObjectiveEntry, TokenDivergenceConfig, check_objectives, log_columns
 from kdscale.config.distill.on_policy import OnPolicyConfig, PreferencesConfig
@@ -51,6 +52,10 @@ class DistillConfig(SourceSettings):
     fake_quantize: FakeQuantizeConfig | None = None
     lora: LoraConfig | None = None  # adapters alone are trained; null: all weights are
     optimizer: OptimizerConfig = OptimizerConfig()
+    # of an encoder's text: tokens that are hidden, and told by the objectives on tokens; null: none are
+    masking: MaskingConfig | None = None
+    # whether the student drops hidden units and attention in training where its config.json says so
+    dropout: bool = True
     # their weighted sum is the loss
     objectives: tuple[ObjectiveEntry, ...] = Field(strict=False, default=(TokenDivergenceConfig(),))
     # sequences that the student writes; null: it learns from the run's text alone
@@ -123,7 +128,7 @@ class DistillConfig(SourceSettings):
 
     @model_validator(mode="after")
     def _objectives_get_their_targets(self) -> DistillConfig:
-        check_objectives(self.objectives)
+        check_objectives(self.objectives, masked=self.masking is not None)
         for entry in self.objectives:
             if entry.only_own_text:
                 raise ValueError(f"objectives: {entry.name} is for text of the student's own: put it in on_policy")
@@ -362,9 +367,11 @@ class DistillConfig(SourceSettings):
         """The settings that the student's values depend on: all but where things run and what is watched or kept."""
         decisive = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_SETTINGS}
         teachers = [entry.decisive() for entry in self.teachers]
-        for section in ("fake_quantize", "lora"):
+        for section in ("fake_quantize", "lora", "masking"):
             if decisive[section] is None:
                 del decisive[section]  # runs of older versions go on
+        if self.dropout:
+            del decisive["dropout"]
         if self.on_policy is None:
             del decisive["on_policy"]
         else:

@@ -18,7 +18,8 @@ TEACHER_TOKEN = "teacher.token"  # in the run folder, where served.token_file sa
 
 ANY_NUMBER = sys.maxsize  # of top-K entries: as many as are asked for
 EMBEDDINGS = -1  # the layer whose hidden states are those that enter layer 0
-ALL_LAYERS = range(EMBEDDINGS, sys.maxsize)
+FINAL = -2  # the layer whose hidden states are those that leave the model, after its final norm
+ALL_LAYERS = range(FINAL, sys.maxsize)
 Draws = Annotated[int, Field(ge=1, le=4096)]  # tokens that are sampled of a position
 MOST_LOGPROBS = 20  # that an endpoint gives with a token of an answer
 TEXT = "text alone"  # what is learnt from where no part of a teacher's targets is needed

@@ -94,7 +94,7 @@ class Attention:
         """(summed loss, the same as the sum of attention_kl)."""
         layers, documents = self._settings.layers, batch.documents or Documents.of(batch.position_ids_BS)
         assert layers is not None
-        positions = _Positions(documents, batch)
+        positions = _Positions(documents, batch, all(rows.kind.causal for rows in student.attention.values()))
         losses = [
             _divergence(own, teacher, positions)
             for ours, theirs in layers.items()
@@ -115,10 +115,10 @@ class Attention:
 
 
 class _Positions:
-    """Which positions see which, and which of them count."""
+    """Which positions see which, and which of them count. Where attention is not `causal` they see their document."""
 
-    def __init__(self, documents: Documents, batch: MicroBatch):
-        self.count, device = sum(documents.lengths), batch.rows_N.device
+    def __init__(self, documents: Documents, batch: MicroBatch, causal: bool):
+        self.count, self._causal, device = sum(documents.lengths), causal, batch.rows_N.device
         self._begins = [0, *itertools.accumulate(documents.lengths)]  # on the host
         self._index_T = torch.arange(self.count, device=device, dtype=torch.int32)  # as the bounds
         self._document_T = torch.bucketize(self._index_T, documents.bounds_D1[1:], right=True)
@@ -129,16 +129,22 @@ class _Positions:
         first = 0
         while first < self.count:
             begin = self._begins[bisect.bisect_right(self._begins, first) - 1]
-            queries = min(_MOST_QUERIES, max(1, most_pairs // (first + _MOST_QUERIES - begin)))
+            queries = min(_MOST_QUERIES, max(1, most_pairs // (self._last(first + _MOST_QUERIES) - begin)))
             end = min(first + queries, self.count)
-            yield slice(first, end), slice(begin, end)
+            yield slice(first, end), slice(begin, self._last(end))
             first = end
 
+    def _last(self, end: int) -> int:
+        """The end of the keys that the queries before `end` see."""
+        return end if self._causal else self._begins[bisect.bisect_left(self._begins, min(end, self.count))]
+
     def seen(self, queries: slice, keys: slice, window: int | None) -> Tensor:
-        """[Q, K]: in the query's document, not after it, and within the window."""
+        """[Q, K]: in the query's document, within the window, and, where attention is causal, not after it."""
         behind_QK = self._index_T[queries, None] - self._index_T[keys]
-        seen_QK = (behind_QK >= 0) & (self._document_T[queries, None] == self._document_T[keys])
-        return seen_QK if window is None else seen_QK & (behind_QK < window)
+        seen_QK = self._document_T[queries, None] == self._document_T[keys]
+        if self._causal:
+            seen_QK &= behind_QK >= 0
+        return seen_QK if window is None else seen_QK & (behind_QK.abs() < window)
 
 
 def _divergence(own: _Scores, teacher: _Scores, positions: _Positions) -> Tensor:

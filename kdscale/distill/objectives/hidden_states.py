@@ -39,7 +39,7 @@ class HiddenStates(nn.Module):
         self.projection: nn.Linear | None = None
         if models.student_hidden != models.teacher_hidden:
             self.projection = nn.Linear(models.student_hidden, models.teacher_hidden, bias=False)
-            self.projection.weight.data = _first_projection(models)
+            self.projection.weight.data = first_projection(models)
 
     def forward(self, student: StudentOutput, targets: Targets, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(summed loss, sums of hidden_error and hidden_cosine); also without any row."""
@@ -78,7 +78,7 @@ class HiddenStates(nn.Module):
         return sums
 
 
-def _first_projection(models: ModelPair) -> Tensor:
+def first_projection(models: ModelPair) -> Tensor:
     """[G, H], with orthonormal columns or rows."""
     if models.basis_HG is not None:
         return torch.from_numpy(models.basis_HG).T.contiguous()

@@ -70,13 +70,15 @@ class SizeField(Strict):
     """A size that some tensors have and that never changes in a student (positions of a learned embedding).
 
     Either one field with what is taken when it is absent, or the sum of several. `optional`: it may be 0 or null, and
-    then it counts as 0, and tensors with it are not there.
+    then it counts as 0, and tensors with it are not there. `begins_after`: a config field whose value is the last row
+    that stands for no position of a text (padding's row).
     """
 
     field: Name | None = None
     absent: int | None = None
     sum: dict[Name, int] = Field(default={})
     optional: bool = False
+    begins_after: Name | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> SizeField:

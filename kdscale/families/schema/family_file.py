@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -43,6 +43,8 @@ class FamilyData(Strict):
     name: Name
     model_types: tuple[Name, ...] = Field(strict=False, min_length=1)
     architectures: tuple[Name, ...] = Field(strict=False, min_length=1)
+    # of encoders, whose positions see those after them too: what stands on each architecture; empty: a causal LM
+    heads: dict[Name, Literal["masked_lm", "none"]] = Field(default={})
     dims: dict[DimName, DimField]
     sizes: dict[Name, SizeField] = Field(default={})
     products: tuple[ProductField, ...] = Field(strict=False, default=())
@@ -60,7 +62,9 @@ class FamilyData(Strict):
     # what the model multiplies its embeddings by, where that follows from the config's sizes and changes with them
     embed_multiplier: Literal["sqrt_hidden"] | None = None
     gguf: Gguf | None = None  # without it no GGUF file is written
-    optional_prefix: Name | None = None  # that checkpoints saved from the base model lack
+    # of names, which checkpoints saved from the base model lack, and so does an architecture without a head
+    optional_prefix: Name | None = None
+    old_names: dict[Name, Name] = Field(default={})  # ends of names in old checkpoints → today's
     tensors: tuple[TensorTemplate, ...] = Field(strict=False, min_length=1)
     ties: tuple[Tie, ...] = Field(strict=False)
     drops: tuple[Drop, ...] = Field(strict=False, default=())
@@ -97,6 +101,49 @@ class FamilyData(Strict):
             for what, values in (("name", [t.name for t in there]), ("role", [t.role for t in there])):
                 if twice := sorted(value for value, count in Counter(values).items() if count > 1):
                     raise ValueError(f"tensors repeat the {what} {', '.join(twice)}")
+        return self
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether its models read a text from both sides."""
+        return bool(self.heads)
+
+    def architecture_in(self, config: Mapping[str, Any]) -> str:
+        """The architecture that a config of an encoder names; without one the first in this file."""
+        names = config.get("architectures") or ()
+        return next((name for name in names if name in self.heads), self.architectures[0])
+
+    def of_architecture(self, name: str) -> FamilyData:
+        """What the file says of one architecture of an encoder: its tensors alone, named as this model names them."""
+        prefix = (self.optional_prefix or "") if self.heads[name] == "none" else ""
+        tensors = [
+            t.model_copy(update={"name": t.name.removeprefix(prefix)})
+            for t in self.tensors
+            if not t.architectures or name in t.architectures
+        ]
+        names = {t.name for t in tensors}
+        outside = ("embed", "layers", "final_norm", "rotary", "pooler")
+        sites: dict[str, Any] = {site: getattr(self.sites, site).removeprefix(prefix) for site in outside}
+        if self.heads[name] == "none":
+            sites |= {"head": "", "transform": ()}
+        if not any(t.role == "pooler" for t in tensors):
+            sites["pooler"] = ""
+        return self.model_copy(
+            update={
+                "architectures": (name,),
+                "tensors": tuple(tensors),
+                "ties": tuple(tie for tie in self.ties if {tie.tensor, tie.to} <= names),
+                "sites": self.sites.model_copy(update=sites),
+                "optional_prefix": None if prefix else self.optional_prefix,
+            }
+        )
+
+    @model_validator(mode="after")
+    def _heads_are_of_architectures(self) -> FamilyData:
+        if self.heads and set(self.heads) != set(self.architectures):
+            raise ValueError(f"heads: expected an entry for each of {', '.join(self.architectures)}")
+        if unknown := {name for t in self.tensors for name in t.architectures} - set(self.heads):
+            raise ValueError(f"tensors: architectures names {sorted(unknown)}, which heads lacks")
         return self
 
     @model_validator(mode="after")

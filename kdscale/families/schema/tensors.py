@@ -17,9 +17,10 @@ _MAPS = ("gate", "up", "gate_up", "down", "shared_gate", "shared_up", "shared_do
 _NORMS_WITHOUT_BIAS = ("q_norm", "k_norm", "q_a_norm", "kv_a_norm", "ssm_norm")
 _NORMS = (
     "embed_norm", "attn_norm", *_NORMS_WITHOUT_BIAS, "attn_post_norm", "ffn_norm", "ffn_post_norm", "final_norm",
+    "attn_sum_norm", "ffn_sum_norm",  # of the stream itself, once a sublayer's output was added to it (BERT)
 )  # fmt: skip
 _ROLES_OF: dict[Component, tuple[str, ...]] = {
-    "embedding": ("embed", "position_embed"),
+    "embedding": ("embed", "position_embed", "type_embed"),
     "attention": ("q", "q_bias", "k", "k_bias", "v", "v_bias", "qkv", "qkv_bias", "o", "o_bias", "sinks", *_MLA),
     # of Mamba 2 and gated delta nets: what enters, the convolution over it, decay, step, skip, and what leaves
     "mixer": (
@@ -34,7 +35,11 @@ _ROLES_OF: dict[Component, tuple[str, ...]] = {
         *(f"act_{constant}" for constant in ("alpha_p", "alpha_n", "beta", "eps")),  # of an activation that has weights
     ),
     "norm": (*_NORMS, *(f"{norm}_bias" for norm in _NORMS if norm not in _NORMS_WITHOUT_BIAS)),
-    "head": ("head", "head_bias"),
+    # pooler: between an encoder and its classes; transform: between an encoder and the head that tells hidden tokens
+    "head": (
+        "head", "head_bias", "pooler", "pooler_bias", "transform", "transform_bias", "transform_norm",
+        "transform_norm_bias",
+    ),
 }  # fmt: skip
 COMPONENT_OF: dict[str, Component] = {role: component for component, roles in _ROLES_OF.items() for role in roles}
 LAYER, EXPERT, LAYERS = "{layer}", "{expert}", "{layers}"
@@ -66,6 +71,7 @@ class TensorTemplate(Strict):
     # only in layers of one of these kinds, which `layer_kinds` gives; empty: in all layers
     only_in: tuple[Name, ...] = Field(strict=False, default=())
     loads_as: Name | None = None
+    architectures: tuple[Name, ...] = Field(strict=False, default=())  # those that have it; empty: all of the family
 
     @model_validator(mode="after")
     def _has_axes(self) -> TensorTemplate:
@@ -143,14 +149,18 @@ class LayerSites(Strict):
 class Sites(LayerSites):
     """Module paths inside the transformers model: where importance is read and where the residual stream goes.
 
-    `embed`, `layers`, `final_norm`, `rotary` and `head` start at the causal LM; the rest are relative to one layer.
+    `embed`, `layers`, `final_norm`, `rotary`, `head`, `transform` and `pooler` start at the whole model; the rest are
+    relative to one layer.
     """
 
     embed: str
     layers: str
-    final_norm: str
+    final_norm: str = ""  # empty: the last layer ends with a norm (BERT)
     rotary: str = ""  # empty: positions are learned
-    head: str
+    head: str = ""
+    # of an encoder: what its hidden states go through before the head, in order: modules, or `gelu` for the function
+    transform: tuple[str, ...] = Field(strict=False, default=())
+    pooler: str = ""  # of an encoder: what its first position goes through before the classes
 
     def of_kinds(self, kinds: Iterable[LayerSites]) -> Sites:
         """These sites with what layers of some kinds have besides, or instead. Raises ValueError for two MLPs."""

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kdscale.families import Family, load_family, nested_data
+from kdscale.families import Family, head_kind, load_family, nested_data
 from kdscale.weights import read_config
 
 TEXT_ALONE, WITH_IMAGES = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+# by what stands on the model
+CLASS_OF = {"causal_lm": TEXT_ALONE, "masked_lm": "AutoModelForMaskedLM", "none": "AutoModel"}
 
 
 def nested_family(path: Path) -> Family | None:
@@ -68,7 +70,8 @@ def quiet_about_other_parts(path: Path) -> Iterator[None]:
 
 def auto_class(path: Path) -> str:
     """The name of the auto class of transformers that loads the folder as it is, all parts of it."""
-    return TEXT_ALONE if nested_data(read_config(path)) is None else WITH_IMAGES
+    config = read_config(path)
+    return CLASS_OF[head_kind(config)] if nested_data(config) is None else WITH_IMAGES
 
 
 def whole_model_class(path: Path) -> Any:

@@ -49,6 +49,13 @@ def document_end_id(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The id that fills rows of an encoder's text. Raises DataError when the tokenizer has none."""
+    if tokenizer.pad_token_id is None:
+        raise DataError("the tokenizer has no padding token", expected="pad_token in tokenizer_config.json")
+    return int(tokenizer.pad_token_id)
+
+
 class BatchEncoder:
     """A private copy of a fast tokenizer, without truncation, padding or added special tokens.
 

@@ -26,7 +26,7 @@ def tokenize(context: StageContext) -> Facts:
         read_tokenizer_config,
         special_tokens,
     )
-    from kdscale.models.tokenizer.tokenizing import document_end_id
+    from kdscale.models.tokenizer.tokenizing import document_end_id, padding_id
     from kdscale.weights import read_config
 
     data = with_responses(context.config.data, context.run)
@@ -36,15 +36,17 @@ def tokenize(context: StageContext) -> Facts:
     special = NO_SPECIAL_TOKENS
     if data.add_special == "auto":
         special = special_tokens(tokenizer, read_tokenizer_config(context.teacher))
+    family = load_family(teacher_config, str(context.teacher / "config.json"))
     store = TokenStore.build(
         context.run.data,
         data,
         tokenizer,
-        eos_id=document_end_id(tokenizer),
+        eos_id=padding_id(tokenizer) if family.is_encoder else document_end_id(tokenizer),
         reporter=context.reporter,
         special=special,
-        vocab_size=load_family(teacher_config, str(context.teacher)).dims(teacher_config).vocab,
+        vocab_size=family.dims(teacher_config).vocab,
         cache=StoreCache(cache_folder()) if data.share else None,
+        encoder=family.is_encoder,
     )
     for line in blend_notices(store.split("train"), context.config.distill.tokens):
         context.reporter.say(line)

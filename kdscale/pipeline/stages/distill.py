@@ -149,19 +149,21 @@ def few_steps(settings: DistillConfig) -> str:
 
 
 def held_out(run: RunFolder) -> dict[str, str]:
-    """The perplexity of the first and of the last validation; nothing where there was none."""
+    """The perplexity (or the loss, where no token is told) of the first and of the last validation; nothing where there
+    was none."""
     rows = [row for row in read_metrics(run.metrics) if row["kind"] == "validation"]
-    return {"held-out perplexity": f"{_perplexity(rows[0])} → {_perplexity(rows[-1])}"} if rows else {}
+    name = "perplexity" if any("perplexity" in row or "loss" not in row for row in rows) else "loss"
+    return {f"held-out {name}": f"{_figure(rows[0], name)} → {_figure(rows[-1], name)}"} if rows else {}
 
 
 def _is_kernel_note(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("obstacle"), str)
 
 
-def _perplexity(row: dict[str, Any]) -> str:
+def _figure(row: dict[str, Any], name: str) -> str:
     """JSON has no NaN: a figure that is not finite is missing from the log."""
-    value = row.get("perplexity", math.nan)
-    return f"{value:.2f}" if math.isfinite(value) else "not finite"
+    value = row.get(name, math.nan)
+    return f"{value:.{4 if name == 'loss' else 2}f}" if math.isfinite(value) else "not finite"
 
 
 def distill_rank(context: StageContext) -> None:

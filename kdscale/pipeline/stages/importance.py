@@ -14,10 +14,11 @@ from kdscale.pipeline.stage import Facts, StageContext
 def axes_to_score(context: StageContext) -> Facts:
     """What importance depends on of the pruning settings: the axes that may be cut, and the expensive criteria."""
     from kdscale.prune.axes import openable_axes
+    from kdscale.prune.for_family import settled
     from kdscale.prune.importance.ranking import criteria_to_measure, most_dropped
 
-    cfg = context.config.prune
     teacher, family = open_teacher(context.model_to_prune)
+    cfg = settled(context.config.prune, family)
     dims = family.dims(teacher.config)
     axes = openable_axes(cfg, dims)
     asked = [row for row in criteria_to_measure(cfg, axes) if row.on_request]

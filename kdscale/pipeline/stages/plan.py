@@ -98,7 +98,7 @@ def distils_by_itself(config: Config) -> str:
 
 def _ranked(context: StageContext, search: Search, candidates: list[ShapeCandidate]) -> list[ShapeCandidate]:
     """In order of the most expensive score that the config asks for."""
-    settings = context.config.prune.search
+    settings = search.cfg.search
     if len(candidates) > 1 and settings.masked_candidates:
         candidates = by_masked_score(context, search, candidates)
     if len(candidates) > 1 and settings.probe_tokens is not None:

@@ -29,6 +29,7 @@ from kdscale.models.layer_pass import Advance, LayerPass, layer_progress
 from kdscale.models.layer_stream import LayerStream, TokenBatch
 from kdscale.prune.axes import openable_axes
 from kdscale.prune.compensation.layer_gaps import check_repairable
+from kdscale.prune.for_family import settled
 from kdscale.prune.importance.layer_context import Collector, LayerContext
 from kdscale.prune.importance.layer_scores import first_tokens
 from kdscale.prune.importance.ranking import criteria_to_measure, most_dropped
@@ -61,7 +62,7 @@ def score_teacher(
     Raises DataError without tokens, CheckpointError when a weight is not finite, and SelfCheckError when only a score
     is not.
     """
-    dims = family.dims(teacher.config)
+    dims, prune_cfg = family.dims(teacher.config), settled(prune_cfg, family)
     axes = openable_axes(prune_cfg, dims)
     dtype = resolve_dtype(cfg.dtype, device)
     tokens = _count(batches)
@@ -136,12 +137,13 @@ def collect_scores(
         walk.finish(result)
     scores = _stacked(walk.results)
     if of_norms:
-        final = stream.final_norm()
-        stream_sums = _collectors(of_norms, LayerContext(stream, None, [final], ridge, model_wide))
-        with torch.inference_mode():
-            for state in walk.states:
-                final(state)
-            _add_to(walk.running, stream_sums)
+        if stream.family.sites.final_norm:  # else the last layer's own norm was the last
+            final = stream.final_norm()
+            stream_sums = _collectors(of_norms, LayerContext(stream, None, [final], ridge, model_wide))
+            with torch.inference_mode():
+                for state in walk.states:
+                    final(state)
+                _add_to(walk.running, stream_sums)
         for row in of_norms:
             if row.name in walk.running:
                 total = walk.running[row.name]

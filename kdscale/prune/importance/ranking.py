@@ -109,7 +109,9 @@ class Ranking:
     def method(self, axis: str) -> str:
         """What ranked `axis`, as the plan records it; `first` and `last` where there are no scores."""
         row = self.cfg.criterion(axis)
-        if axis == "layers" and (row.collect is None or not self.has_scores):
+        if axis == "layers" and row.collect is None:
+            return row.method
+        if axis == "layers" and not self.has_scores:
             return "last"
         if not self.has_scores:
             return "first"
@@ -149,6 +151,8 @@ class Ranking:
         """
         total, drop = self.dims.layers, self.dims.layers - count
         scores = self._energy.get("layers")
+        if self.cfg.criterion("layers").method == "spread":
+            return spread_layers(total, count)
         if scores is None:
             start = max(total - 1 - drop, 0)
         elif self.cfg.criterion("layers").scores_blocks:
@@ -255,6 +259,13 @@ class Ranking:
                 rows = self._energy[axis][layer].reshape(-1, width)
                 shares += [_share(row, _top(row, size)) for row in rows]
         return float(np.mean(shares)) if shares else 1.0
+
+
+def spread_layers(total: int, count: int) -> list[int]:
+    """`count` of `total` layers, evenly spaced from the first to the last; one alone is the last."""
+    if count == 1:
+        return [total - 1]
+    return [round(place * (total - 1) / (count - 1)) for place in range(count)]
 
 
 def _checked_energy(name: str, scores: ImportanceScores, shape: tuple[int, ...]) -> Floats:

@@ -17,6 +17,7 @@ from kdscale.families import Family
 from kdscale.families.dims import SHAPE_AXES
 from kdscale.prune.axes import BudgetKind, Sizes, budget_axes, openable_axes
 from kdscale.prune.candidates import ShapeCandidate
+from kdscale.prune.for_family import settled
 from kdscale.prune.importance.ranking import Ranking
 from kdscale.prune.search.budget import Budget, Costs, Floats, Speeds
 from kdscale.prune.search.cost import CostModel
@@ -43,10 +44,10 @@ class Search:
         itemsize: Callable[[str], int] | None = None,
         speeds: Speeds | None = None,
     ):
-        self.config, self.family, self.scores, self.cfg = dict(config), family, scores, cfg
+        self.config, self.family, self.scores, self.cfg = dict(config), family, scores, settled(cfg, family)
         self.speeds, self._itemsize = speeds, itemsize
         self.teacher = family.dims(self.config)
-        self.space = ShapeSpace(self.teacher, family, cfg)
+        self.space = ShapeSpace(self.teacher, family, self.cfg)
 
     def with_speeds(self, speeds: Speeds) -> Search:
         """The same search when latencies have been measured."""

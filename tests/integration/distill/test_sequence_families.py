@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, m
 
 from kdscale.config.distill.objective import LayersRead
 from kdscale.errors import CheckpointError, ConfigError
-from kdscale.families import load_family, supported_types
+from kdscale.families import decoder_types, load_family
 from kdscale.families.schema import COMPONENT_OF
 from kdscale.families.windows import attention_windows
 from kdscale.models import attention, sequence_parallel
@@ -26,7 +26,7 @@ OWN_ATTENTION = {"nemotron", "stablelm"}  # their layers hand nothing on to thei
 # Families without recurrent mixers, whose documents tests/unit/models/test_documents.py keeps apart.
 ATTENTION_ALONE = sorted(
     name
-    for name in set(supported_types()) - OWN_ATTENTION
+    for name in set(decoder_types()) - OWN_ATTENTION
     if all(COMPONENT_OF[t.role] != "mixer" for t in load_family({"model_type": name}, "test").data.tensors)
 )
 # softmax in fp32 whatever the model's dtype, in transformers' eager attention

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdscale import families
 from kdscale.config.criteria import FOLLOWED
 from kdscale.families import Dims, Family, load_family
 from kdscale.families.layer_fields import product_of
+from kdscale.models.loading import auto_class
 
 SIZES = {
     "dense_ffn": 80, "hidden": 32, "ffn": 48, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 64, "experts": 4,
@@ -119,6 +121,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 4,
         "initializer_range": 0.1,
     },
+    "roberta": {"pad_token_id": 1, "max_position_embeddings": POSITIONS + 2},
     "granite": {
         "embedding_multiplier": 3.0,
         "logits_scaling": 4.0,
@@ -169,27 +172,38 @@ def _own_keys(family: Family) -> bool:
     return any(rule.dim == "kv_heads" and rule.equals == "heads" for rule in family.data.constraints)
 
 
-def tiny_config(model_type: str) -> dict[str, Any]:
-    """The sizes above under the family's own field names, and what is special about a family or variant."""
+def tiny_config(model_type: str, architecture: str | None = None) -> dict[str, Any]:
+    """The sizes above under the family's own field names, and what is special about a family or variant.
+
+    Of an encoder with the head of `architecture`, by default of the first one in its family file.
+    """
     model_type, changes = VARIANTS.get(model_type, (model_type, SPECIAL.get(model_type, {})))
-    data = load_family({"model_type": model_type}, "config.json").data
+    chosen = architecture or architectures(model_type)[0]
+    data = load_family({"model_type": model_type, "architectures": [chosen]}, "config.json").data
     sizes = {field.field: SIZES[dim] for dim, field in data.dims.items() if field.field and dim in SIZES}
     sizes |= {str(field.field): POSITIONS for name, field in data.sizes.items() if name == "positions"}
     if data.experts_per_token is not None:
         sizes[str(data.experts_per_token.field)] = 2
     sizes |= {product.field: product_of(product, Dims(**SIZES, head_dim=8)) for product in data.products}
-    return {"model_type": model_type, **COMMON, **sizes, **changes}
+    own = {"architectures": [chosen]} if data.is_encoder else {}
+    return {"model_type": model_type, **COMMON, **sizes, **own, **changes}
 
 
-def save_teacher(model_type: str, folder: Path, **changes: Any) -> Path:
+def architectures(model_type: str) -> tuple[str, ...]:
+    """The architectures of a family file."""
+    found: tuple[str, ...] = families._families()[model_type].architectures
+    return found
+
+
+def save_teacher(model_type: str, folder: Path, architecture: str | None = None, **changes: Any) -> Path:
     """A random model as transformers saves it, its one-dimensional weights away from 0 and 1."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(5)
-    config = AutoConfig.for_model(**{**tiny_config(model_type), **changes})
-    model = AutoModelForCausalLM.from_config(config)
+    config = AutoConfig.for_model(**{**tiny_config(model_type, architecture), **changes})
+    model = auto_class(config.to_dict()).from_config(config)
     with torch.no_grad():
         corrections = [item for item in model.named_buffers() if item[0].endswith("bias")]
         for name, value in [*model.named_parameters(), *corrections]:

@@ -30,6 +30,9 @@ KINDS = {
     "wide window": AttentionKind(0.3, window=60),
     "soft cap": AttentionKind(0.3, softcap=2.0),
     "soft cap and window": AttentionKind(0.3, window=15, softcap=2.0),
+    "both ways": AttentionKind(0.3, causal=False),
+    "both ways in a window": AttentionKind(0.3, window=7, causal=False),
+    "both ways, capped": AttentionKind(0.3, window=20, softcap=2.0, causal=False),
 }
 HEADS, GROUPS, SIZE = 6, 2, 16
 
@@ -62,7 +65,9 @@ def dense(query, key, value, lengths, kind):
     """Straight from the definition, over all T × T pairs."""
     total, document_T = len(query), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     behind_TT = torch.arange(total)[:, None] - torch.arange(total)
-    seen_TT = (document_T[:, None] == document_T) & (behind_TT >= 0) & (behind_TT < (kind.window or total))
+    seen_TT = (document_T[:, None] == document_T) & (behind_TT.abs() < (kind.window or total))
+    if kind.causal:
+        seen_TT &= behind_TT >= 0
     shared = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
     scores = torch.einsum("qad,kad->aqk", query, key) * kind.scale
@@ -100,12 +105,14 @@ def as_published(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window, 
     assert cu_q is cu_k
     assert max_q == max_k == max(lengths)
     before, after = window
-    assert after == 0
-    kind = AttentionKind(scale, None if before == -1 else before + 1, softcap or None)
+    assert after in (0, before)
+    kind = AttentionKind(scale, None if before == -1 else before + 1, softcap or None, causal=after == 0 != before)
     return dense(query, key, value, lengths, kind)
 
 
-@pytest.mark.parametrize("kind", ["plain", "window of 1", "window", "wide window"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "window of 1", "window", "wide window", "both ways", "both ways in a window"]
+)
 @pytest.mark.parametrize("rows", ROWS)
 def test_torchs_variable_length_function_is_asked_for_the_same(rows, kind, monkeypatch):
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
@@ -122,7 +129,7 @@ def test_flash_attn_is_asked_for_the_same(rows, kind, monkeypatch):
     def function(
         q, k, v, cu_q, cu_k, max_q, max_k, *, dropout_p, softmax_scale, causal, window_size, softcap
     ):  # fmt: skip
-        assert causal
+        assert causal == KINDS[kind].causal
         assert dropout_p == 0.0
         return as_published(q, k, v, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window=window_size, softcap=softcap)
 

@@ -36,6 +36,14 @@ _FALCON_H1 = {
     "mamba_n_groups": 1,
 }  # fmt: skip
 _EXAONE = _sizes(2048, 4096, 30, 32, 8, 102400, head_dim=64, tie_word_embeddings=True)
+_BERT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_DISTILBERT = {"dim": 768, "hidden_dim": 3072, "n_layers": 6, "n_heads": 12, "vocab_size": 30522}
+
+
+def _bert(architecture: str, vocab: int = 30522, **more: Any) -> dict[str, Any]:
+    return {**_BERT, "architectures": [architecture], "vocab_size": vocab, **more}
+
+
 PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
     "Llama-3.1-8B": ("llama", _sizes(4096, 14336, 32, 32, 8, 128256), 8_030_261_248),
     "Mistral-7B-v0.3": ("mistral", _sizes(4096, 14336, 32, 32, 8, 32768), 7_248_023_552),
@@ -77,6 +85,19 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], int]] = {
         15_706_484_224,
     ),
     "ERNIE-4.5-21B-A3B": ("ernie4_5_moe", _sizes(2560, 12288, 28, 20, 4, 103424, **_ERNIE), 21_825_437_888),
+    "bert-base-uncased": ("bert", _bert("BertForMaskedLM"), 109_514_298),
+    "bge-base-en": ("bert", _bert("BertModel"), 109_482_240),
+    "all-MiniLM-L6-v2": (
+        "bert",
+        _bert("BertModel", hidden_size=384, intermediate_size=1536, num_hidden_layers=6),
+        22_713_216,
+    ),
+    "distilbert-base-uncased": ("distilbert", {**_DISTILBERT, "architectures": ["DistilBertForMaskedLM"]}, 66_985_530),
+    "roberta-base": (
+        "roberta",
+        _bert("RobertaForMaskedLM", 50265, max_position_embeddings=514, type_vocab_size=1),
+        124_697_433,
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdscale.config.distill.objective import LayersRead
 from kdscale.config.distill.recompute import RECOMPUTE
 from kdscale.distill.layers.recompute import recompute_in_backward
-from kdscale.families import supported_types
+from kdscale.families import decoder_types
 from kdscale.models import compiling
 from kdscale.models.attention import attend_within_documents
 from kdscale.models.head import final_hidden
@@ -106,7 +106,7 @@ VARIED = {"gemma2", "gpt2", "gpt_neox", "olmo2", "qwen3_moe"}
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=() if name in VARIED else pytest.mark.long) for name in supported_types()],
+    [pytest.param(name, marks=() if name in VARIED else pytest.mark.long) for name in decoder_types()],
 )
 def test_every_family_computes_the_same(model_type, monkeypatch):
     """The graphs as torch sees them, run operation by operation: equal bits, a few graphs a kind of layer."""

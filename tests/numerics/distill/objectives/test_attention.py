@@ -47,7 +47,10 @@ def shares(query_QAD, key_KAD, kind, window):
     if kind.softcap:
         scores = kind.softcap * torch.tanh(scores / kind.softcap)
     behind = torch.arange(len(query_QAD))[:, None] - torch.arange(len(key_KAD))
-    return scores.masked_fill((behind < 0) | (behind >= window), -math.inf).softmax(-1)
+    hidden = behind.abs() >= window
+    if kind.causal:
+        hidden |= behind < 0
+    return scores.masked_fill(hidden, -math.inf).softmax(-1)
 
 
 def twin(own, teacher, compare, relation_heads=4):
@@ -68,7 +71,7 @@ def twin(own, teacher, compare, relation_heads=4):
                 else:
                     vectors = {"query": rows.query_TAD, "key": rows.key_TGD, "value": rows.value_TGD}[what]
                     cut = vectors.flatten(1).unflatten(1, (relation_heads, -1))[at]
-                    side = shares(cut, cut, AttentionKind(cut.shape[-1] ** -0.5), length)
+                    side = shares(cut, cut, AttentionKind(cut.shape[-1] ** -0.5, causal=rows.kind.causal), length)
                 sides.append(side)
             if len(sides[0]) != len(sides[1]):
                 sides = [side.mean(0, keepdim=True) for side in sides]
@@ -87,6 +90,16 @@ CASES = {
     "relations": (rows_of(1, 6, 2, 8), rows_of(2, 4, 2, 16), ("query", "key", "value")),
     "maps": (rows_of(1, 6, 2, 8), rows_of(2, 6, 3, 16), ("map",)),
     "capped maps in a window": (rows_of(1, 6, 2, 8, softcap=2.0, window=7), rows_of(2, 6, 6, 8, softcap=3.0), ("map",)),
+    "relations both ways": (
+        rows_of(1, 6, 6, 8, causal=False),
+        rows_of(2, 4, 4, 16, causal=False),
+        ("query", "key", "value"),
+    ),
+    "maps both ways in a window": (
+        rows_of(1, 6, 6, 8, window=5, causal=False),
+        rows_of(2, 6, 6, 8, causal=False),
+        ("map",),
+    ),
     "means of maps": (rows_of(1, 4, 2, 8), rows_of(2, 6, 2, 8), ("map", "query")),
 }
 

@@ -10,7 +10,7 @@ import pytest
 from kdscale import families
 from kdscale.distill.parallel.checks import check_sequence_parallel, unshareable_tensor
 from kdscale.errors import ConfigError
-from kdscale.families import load_family, supported_types
+from kdscale.families import decoder_types, load_family
 from tests.integration.prune.family_table import tiny_config
 
 
@@ -50,7 +50,7 @@ SHAREABLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", supported_types())
+@pytest.mark.parametrize("name", decoder_types())
 def test_the_tensors_of_a_family_say_whether_ranks_can_share_its_layers(name):
     config = tiny_config(name)
     unshareable = unshareable_tensor(load_family(config, "test"), config)
