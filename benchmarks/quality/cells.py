@@ -55,7 +55,8 @@ _KEPT = {
     "prune": None,  # all of it
     "distill": ("tokens", "seq_len", "global_batch", "optimizer", "objectives", "dtype"),
 }
-_LEFT_OUT = ("search", "max_shard_bytes", "tolerance", "axes", "count")
+# Not of prune: what says nothing of these students. Mixers and heads that predict ahead are in none of the teachers.
+_LEFT_OUT = ("search", "max_shard_bytes", "tolerance", "axes", "count", "ssm_method", "keep_mtp")
 
 
 @dataclass(frozen=True, order=True)
