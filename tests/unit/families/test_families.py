@@ -90,8 +90,13 @@ def _hf_config(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**config)
 
 
-def _hf_state(config: dict[str, Any], tied: Collection[str]) -> tuple[dict[str, tuple[int, ...]], int]:
-    """(transformers' own parameters without the `tied` ones, their count with tied parameters counted once)."""
+def _hf_state(
+    config: dict[str, Any], tied: Collection[str], constants: Collection[str] = ()
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """(transformers' own parameters without the `tied` ones, their count with tied parameters counted once).
+
+    Buffers that are stored count, as a router's correction does; `constants` are those that a family calls buffers.
+    """
     import torch
 
     from kdscale.models.loading import auto_class
@@ -102,7 +107,7 @@ def _hf_state(config: dict[str, Any], tied: Collection[str]) -> tuple[dict[str, 
     named = dict((*model.named_parameters(), *model.named_buffers()))  # of tied ones the first
     kept = {name: value for name, value in model.state_dict().items() if name in named and name not in tied}
     parameters = dict(model.named_parameters())
-    buffers = (value for name, value in kept.items() if name not in parameters)
+    buffers = (value for name, value in kept.items() if name not in parameters and name not in constants)
     state = {name: tuple(value.shape) for name, value in kept.items()}
     return state, sum(value.numel() for value in (*parameters.values(), *buffers))
 
@@ -139,7 +144,8 @@ def test_tensors_and_counts_are_those_of_transformers(model_type: str, variant: 
             family.dims(config)
         return
     specs, tied = family.tensors(config), family.tied(config)
-    theirs, count = _hf_state(config, {family.parameter(name) for name in tied})
+    constants = {spec.parameter for spec in specs.values() if spec.buffer}
+    theirs, count = _hf_state(config, {family.parameter(name) for name in tied}, constants)
     assert _parameters(specs.values()) == theirs
     counted = family.count_params(config)
     assert counted.total == count == counted.embedding + counted.non_embedding
