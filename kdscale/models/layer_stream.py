@@ -211,14 +211,18 @@ class LayerStream:
 
         Raises DataError for a sequence with more positions than the model has learned.
         """
-        first = self.family.first_position(self.config)
-        for name, spec in self._outer("position_embed").items():
-            check_positions(name, spec.shape[0] - first, [batch.position_ids_BS for batch in batches])
+        self.check_positions([batch.position_ids_BS for batch in batches])
         enter = self.embedding()
         for batch in batches:
             with torch.inference_mode():
                 state_BSD = enter(batch.input_ids_BS.to(self.device), batch.position_ids_BS.to(self.device))
             yield state_BSD
+
+    def check_positions(self, position_ids: Sequence[Tensor]) -> None:
+        """Raises DataError for a position beyond those that the model has learned."""
+        first = self.family.first_position(self.config)
+        for name, spec in self._outer("position_embed").items():
+            check_positions(name, spec.shape[0] - first, position_ids)
 
     def _outer(self, *roles: str) -> dict[str, TensorSpec]:
         outer = self.family.outer_tensors(self.config)

@@ -356,14 +356,14 @@ def _copied(stage: Stage, context: StageContext) -> dict[str, str]:
 
 def _renew_copies(stage: Stage, context: StageContext, manifest: dict[str, Any]) -> None:
     """Copy again what changed beside the weights of the larger model, such as a chat template: no reason to compute."""
-    copied = _copied(stage, context)
-    if stage.copies is None or copied == manifest.get("copied"):
+    if stage.copies is None or (copied := _copied(stage, context)) == manifest.get("copied"):
         return
     from kdscale.weights import copy_sidecars
 
     (source, target), renewed = stage.copies(context), []
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(target / "config.json", Path(folder) / "config.json")  # a width in the copies follows it
+        for config in target.glob("config.json"):  # a width in the copies follows it
+            shutil.copyfile(config, Path(folder) / "config.json")
         for name in copy_sidecars(source, Path(folder), code=context.config.teacher.trust_remote_code):
             new = Path(folder) / name
             if not (target / name).is_file() or digest_file(target / name) != digest_file(new):

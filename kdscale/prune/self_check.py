@@ -107,6 +107,7 @@ def masked_equals_sliced(
     student_stream = LayerStream(slicer.student_config, family, sliced.tensor, dtype=dtype, device=device)
     mask, batch = UnitMask(teacher.config, plan, family, device), IdsBatch(input_ids_BS)
     compare = _Comparison(tolerance, torch.tensor(plan.kept.hidden, device=device))
+    teacher_stream.check_positions([batch.position_ids_BS])
     with torch.inference_mode():
         enter = teacher_stream.embedding(mask.embedding)
         masked = enter(input_ids_BS.to(device), batch.position_ids_BS.to(device)) * mask.hidden_D

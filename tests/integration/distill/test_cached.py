@@ -125,7 +125,7 @@ def test_runs_share_a_store_that_is_bound_to_teacher_text_and_packing(
     with pytest.raises(
         ConfigError, match=r"the teacher's weights\.model.*: the store has [0-9a-f]+, this run [0-9a-f]+"
     ):
-        write_targets(replace(changed, teacher=teacher))
+        write_targets(replace(changed, teacher_folder=teacher))
 
 
 def test_positions_of_the_highest_entropy_alone_are_trained_on(

@@ -34,7 +34,7 @@ def stopped_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "first", "then"),
-    [("bfloat16", {"zero_stage": 1}, {"zero_stage": 1, "async_checkpoints": True}),
+    [pytest.param("bfloat16", {"zero_stage": 1}, {"zero_stage": 1, "async_checkpoints": True}, marks=pytest.mark.long),
      ("float32", {"zero_stage": 0}, {"zero_stage": 2})],
 )  # fmt: skip
 def test_a_killed_run_goes_on_with_the_average_it_had(

@@ -131,13 +131,18 @@ def placement_settings(
     return of
 
 
+NEED_A_SECTION = ("preference", "uld")
+
+
 def pairs() -> list[Any]:
     """Every entry of TRIED with the first placement that gives what it needs, every placement with the first entry."""
     fits = [
         (entry, placement)
         for entry in TRIED
         for placement in placements()
-        if placement != "responses"  # a source for the answers of an endpoint: tests/integration/responses
+        # sources and objectives of a section of their own: tests/integration/responses, test_lora, test_preferences
+        if placement not in ("responses", "base")
+        and entry["name"] not in NEED_A_SECTION
         and not OBJECTIVES[entry["name"]](**entry).needs.missing_from(source_of(placement).gives)
     ]
     found = []
@@ -188,7 +193,13 @@ SEVERAL = {"teachers": [{"name": "own"}, {"name": "average", "teacher_placement"
     [
         (2, TRIED[0], {}),
         # a student that writes text waits for every token
-        *((4, entry, {}) for entry in TRIED if not OBJECTIVES[entry["name"]].only_own_text),
+        # and one of sentences has their borders counted on the host
+        *(
+            (4, entry, {})
+            for entry in TRIED
+            if not OBJECTIVES[entry["name"]].only_own_text
+            and entry["name"] not in (*NEED_A_SECTION, "sentence_embeddings")
+        ),
         (4, TRIED[0], SEVERAL),
     ],
     ids=lambda entry: (

@@ -11,6 +11,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_trials_share_what_their_values_do_not_change(
     kdscale: Callable[..., Any], tiny_config: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def context(tiny_config: Path, kdscale_environment: dict[str, str], monkeypatch:
     return StageContext(config, run, teacher, QUIET)
 
 
+@pytest.mark.long
 def test_ranks_that_share_an_evaluation_find_what_one_finds(context: StageContext) -> None:
     found = []
     for ranks in (1, 2):

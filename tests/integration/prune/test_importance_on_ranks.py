@@ -74,7 +74,7 @@ def test_two_processes_make_the_student_of_one(tiny_config, tmp_path, kdscale_en
     assert (tmp_path / "one" / "plan.json").read_bytes() == (tmp_path / "two" / "plan.json").read_bytes()
     one, two = (load_tensors(tmp_path / name / "pruned" / "model.safetensors") for name in ("one", "two"))
     rewritten = [name for name in one if not torch.equal(one[name], two[name])]
-    assert all(name.split(".")[-2] in ("down_proj", "o_proj") for name in rewritten)
+    assert all(name.endswith("_proj.weight") for name in rewritten)
     for name in rewritten:
         assert (one[name] - two[name]).abs().max() < 1e-4 * one[name].abs().max(), name
     assert not (tmp_path / "two" / "work").exists()

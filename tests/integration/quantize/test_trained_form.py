@@ -80,6 +80,7 @@ def logit_change(folder: Path, run: RunFolder) -> float:
     return float((one - two).square().mean())
 
 
+@pytest.mark.long
 def test_a_killed_training_goes_on_and_the_form_is_the_model_that_was_trained(
     config_in: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     dies_when_a_checkpoint_is_sealed: Callable[[], AbstractContextManager[None]],

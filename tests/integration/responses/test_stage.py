@@ -203,6 +203,7 @@ def test_another_prompt_needs_no_permission_but_another_model_does(
     assert len(server.asked) == 3
 
 
+@pytest.mark.long
 def test_the_student_learns_the_log_probabilities_that_came_with_the_answers(
     server: FakeEndpoint, answer: Callable[..., bool], chatting_llama_dir: Path, tmp_path: Path, tiny_texts: list[str]
 ) -> None:

@@ -41,6 +41,7 @@ def environment(kdscale_environment: dict[str, str], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("environment")
+@pytest.mark.long
 def test_a_run_that_is_paused_and_resumed_ends_with_the_same_bytes(
     tmp_path: Path, tiny_config: Path, kdscale: Callable[..., Any]
 ) -> None:

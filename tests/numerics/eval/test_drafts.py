@@ -87,6 +87,7 @@ def test_generated_text_accepts_everything_of_the_teacher_itself(teacher: Any) -
         assert sum(rounds.grown) == 22 and min(seconds) > 0
 
 
+@pytest.mark.long
 def test_generated_text_is_the_teachers_and_is_accepted_as_predicted(teacher: Any) -> None:
     """Greedy: the very tokens that the teacher alone writes. Sampled: the overlap of the distributions on what was
     written, within four standard errors."""

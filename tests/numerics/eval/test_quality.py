@@ -20,13 +20,14 @@ from kdscale.data.batches import Batch
 from kdscale.data.heldout import eval_batches
 from kdscale.data.token_store import TokenStore
 from kdscale.errors import CheckpointError, ConfigError, DataError
-from kdscale.eval.quality import ScoringOptions, evaluate, headline, score_models
+from kdscale.eval.quality import ScoringOptions, evaluate, score_models
 from kdscale.eval.samples import Sampling, continue_prompts
 from kdscale.eval.summary import (
     Scores,
     bits_per_byte,
     calibration_error,
     compare,
+    headline,
     mean_and_error,
     perplexity_by_tag,
     summarise,

@@ -83,6 +83,7 @@ def test_a_width_that_no_group_divides_is_named_with_the_nearest_that_it_would()
     ("experts", "transposed", "said"), [("mlp.experts", False, "mixture"), ("", True, "other way")]
 )
 def test_models_that_no_form_holds_are_refused(experts: str, transposed: bool, said: str) -> None:
-    family = SimpleNamespace(sites=SimpleNamespace(experts=experts), name="x", transposed=lambda role: transposed)
+    data = SimpleNamespace(dims={"experts": experts} if experts else {})
+    family = SimpleNamespace(data=data, name="x", module_in_whole=None, transposed=lambda role: transposed)
     with pytest.raises(ConfigError, match=said):
         check_family(family)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def test_configs_are_those_that_ship_and_your_own(as_: Caller, make_run: Callabl
     assert [entry["name"] for entry in found] == [*shipped_configs(), run.id]
     for name in (found[0]["name"], run.id):
         shown = as_("ada").get(f"/v1/configs/{name}").json()
-        assert shown["text"] and shown["config"]["prune"]["target_params"]
+        assert shown["text"] and shown["config"]["prune"]
     for name in ("nothing", "..%2fdemo", "demo.yaml"):
         assert as_("ada").get(f"/v1/configs/{name}").status_code == 404
 
