@@ -175,7 +175,8 @@ def _y_ticks(low: float, high: float, log: bool) -> list[float]:
         return _ticks(low, high, 5)
     decades = range(math.floor(low), math.ceil(high) + 1)
     found = [lead * 10.0**decade for decade in decades for lead in (1, 2, 5)]
-    shown = [value for value in found if low <= math.log10(value) <= high]
+    # a tick below the smallest number is 0
+    shown = [value for value in found if value > 0 and low <= math.log10(value) <= high]
     if len(shown) > 6:
         shown = [value for value in shown if f"{value:e}"[0] == "1"]
     return shown if len(shown) > 1 else [value for value in _ticks(10**low, 10**high, 4) if value > 0]

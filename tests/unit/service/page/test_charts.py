@@ -6,7 +6,7 @@ import itertools
 import math
 import xml.etree.ElementTree as ET
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kdscale.service.page.charts import Line, line_chart, smoothed, sparkline
@@ -17,6 +17,7 @@ points = st.lists(st.tuples(finite, finite), min_size=1, max_size=40)
 
 
 @given(st.lists(points, min_size=1, max_size=3), st.booleans(), st.booleans())
+@example([[(0.0, 2.225073858507e-311)]], True, False)
 def test_any_finite_points_are_drawn_inside_the_picture(
     lines: list[list[tuple[float, float]]], log: bool, dots: bool
 ) -> None:
